@@ -1,0 +1,82 @@
+"""Visual prototypes: normalised class means of image features."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Update = Literal["ema", "learnable", "fixed"]
+UPDATES = ("ema", "learnable", "fixed")
+
+
+def class_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Per class, the sum of features [C, D] and the number of rows [C]; features are [N, D]."""
+    members = F.one_hot(target, num_classes).to(features.dtype)
+    return members.mT @ features, members.sum(dim=0)
+
+
+def class_means(features: Tensor, target: Tensor, num_classes: int) -> Tensor:
+    """Normalised class means: the initial prototypes of MulKI (one per class of the task).
+
+    Args:
+        features: [N, D] L2-normalised image features of the task's training set.
+        target: [N] int64 in [0, C).
+        num_classes: C.
+
+    Returns:
+        [C, D], unit rows.
+
+    Raises:
+        ValueError: a class has no sample.
+    """
+    sums, counts = class_sums(features, target, num_classes)
+    if not counts.all():
+        empty = torch.nonzero(counts == 0).flatten().tolist()
+        raise ValueError(f"target: holds no sample of class {empty[0]} (of {num_classes} classes)")
+    return F.normalize(sums, dim=1)
+
+
+class Prototypes(nn.Module):
+    """The student's prototypes of one task, and how they move while it is learned.
+
+    ``ema``: ``p_c <- normalize(m p_c + (1 - m) mean of the batch's features of class c)`` for the
+    classes present in the batch. ``learnable``: free parameters, normalised when read, moved by the
+    gradient of the losses. ``fixed``: they stay as they were given.
+
+    Args:
+        initial: [C, D] unit rows.
+        update: "ema", "learnable" or "fixed".
+        momentum: m in [0, 1], for "ema" alone.
+    """
+
+    def __init__(self, initial: Tensor, update: Update = "ema", momentum: float = 0.9):
+        super().__init__()
+        if update not in UPDATES:
+            raise ValueError(f"update: got {update!r}, wanted one of {', '.join(UPDATES)}")
+        if not 0.0 <= momentum <= 1.0:
+            raise ValueError(f"momentum: got {momentum}, wanted a number in [0, 1]")
+        self.update = update
+        self.momentum = momentum
+        self.value: Tensor
+        if update == "learnable":
+            self.value = nn.Parameter(initial.clone())
+        else:
+            self.register_buffer("value", initial.clone())
+
+    def forward(self) -> Tensor:
+        """[C, D], unit rows; differentiable when learnable."""
+        return F.normalize(self.value, dim=1) if self.update == "learnable" else self.value
+
+    @torch.no_grad()
+    def observe(self, features: Tensor, target: Tensor) -> None:
+        """Take a batch of student features [B, D] with classes [B] into the running means."""
+        if self.update != "ema":
+            return
+        sums, counts = class_sums(features.to(self.value.dtype), target, len(self.value))
+        means = sums / counts.clamp(min=1).unsqueeze(1)
+        moved = F.normalize(self.momentum * self.value + (1 - self.momentum) * means, dim=1)
+        # A new tensor: losses of this step may have saved the old one for their backward pass.
+        self.value = torch.where((counts > 0).unsqueeze(1), moved, self.value)

@@ -1,0 +1,125 @@
+"""Similarity: a scaled [N, P] matrix of dot products that is described, not computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mulki.ops import reference
+
+
+@dataclass(frozen=True, eq=False)
+class Similarity:
+    """The matrix ``scale * features @ prototypes.T``, of shape [N, P], without its storage.
+
+    Losses take a ``Similarity`` instead of logits so that they can be computed tile by tile; call
+    :meth:`materialize` to see the matrix itself.
+
+    Args:
+        features: [N, D] floating point tensor, one row per sample. L2-normalise it beforehand if
+            the entries are to be cosines.
+        prototypes: [P, D] tensor of the same dtype and on the same device, one row per class.
+        scale: the logit scale (an inverse temperature), a float or a 0-d tensor, which may require
+            grad. CLIP uses 100.
+
+    Raises:
+        TypeError: an argument is not a floating point tensor (or a number, for ``scale``), or the
+            dtypes differ.
+        ValueError: the ranks, the widths D or the devices do not fit together.
+    """
+
+    features: Tensor  # [N, D]
+    prototypes: Tensor  # [P, D]
+    scale: Tensor | float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("features", "prototypes"):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}: got {type(value).__name__}, wanted a torch.Tensor")
+            if not value.is_floating_point():
+                raise TypeError(
+                    f"{name}: got dtype {value.dtype}, wanted a floating point tensor; "
+                    f"call .float() on it"
+                )
+            if value.ndim != 2:
+                rows = "N" if name == "features" else "P"
+                raise ValueError(
+                    f"{name}: got shape {list(value.shape)}, wanted 2 dimensions [{rows}, D]"
+                )
+        features, prototypes = self.features, self.prototypes
+        if features.shape[1] != prototypes.shape[1]:
+            raise ValueError(
+                f"prototypes: got shape {list(prototypes.shape)}, wanted [P, {features.shape[1]}] "
+                f"to match features {list(features.shape)}"
+            )
+        if prototypes.shape[0] == 0:
+            raise ValueError("prototypes: got shape [0, D], wanted at least one row")
+        if features.dtype != prototypes.dtype:
+            raise TypeError(
+                f"prototypes: got dtype {prototypes.dtype}, wanted {features.dtype} as features "
+                f"have; cast one to the other"
+            )
+        if features.device != prototypes.device:
+            raise ValueError(
+                f"prototypes: got device {prototypes.device}, wanted {features.device} as features "
+                f"have; move one to the other"
+            )
+        if isinstance(self.scale, Tensor):
+            if self.scale.ndim != 0:
+                raise ValueError(
+                    f"scale: got shape {list(self.scale.shape)}, wanted a float or a 0-d tensor; "
+                    f"call .reshape(()) on a tensor of one element"
+                )
+            if not self.scale.is_floating_point():
+                raise TypeError(f"scale: got dtype {self.scale.dtype}, wanted a floating point one")
+        elif isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)):
+            raise TypeError(
+                f"scale: got {type(self.scale).__name__}, wanted a float or a 0-d tensor"
+            )
+
+    @property
+    def shape(self) -> torch.Size:
+        """[N, P]."""
+        return torch.Size((self.features.shape[0], self.prototypes.shape[0]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.features.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.features.device
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether any of features, prototypes and scale requires grad."""
+        scale_grad = isinstance(self.scale, Tensor) and self.scale.requires_grad
+        return self.features.requires_grad or self.prototypes.requires_grad or scale_grad
+
+    @property
+    def T(self) -> Similarity:  # noqa: N802 - the name tensors use
+        """The transpose [P, N]: features and prototypes swap roles."""
+        return Similarity(self.prototypes, self.features, self.scale)
+
+    def detach(self) -> Similarity:
+        """The same matrix, cut from the autograd graph."""
+        scale = self.scale.detach() if isinstance(self.scale, Tensor) else self.scale
+        return Similarity(self.features.detach(), self.prototypes.detach(), scale)
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | float]:
+        """Features, prototypes and scale as an operator takes them.
+
+        Under autocast both tensors are rounded to the autocast dtype (float64 is left alone).
+        """
+        kind = self.device.type
+        if not torch.is_autocast_enabled(kind) or self.dtype == torch.float64:
+            return self.features, self.prototypes, self.scale
+        dtype = torch.get_autocast_dtype(kind)
+        return self.features.to(dtype), self.prototypes.to(dtype), self.scale
+
+    def materialize(self) -> Tensor:
+        """The [N, P] matrix in the dtype of the operands, differentiable."""
+        return reference.similarity(*self.operands())

@@ -1,0 +1,101 @@
+"""Adding New Ideas: fine-grained relations inside and between the modalities carry knowledge.
+
+Each relation is a similarity matrix of one model, and the student's is kept near each teacher's by
+``teacher_kl`` (rows are distributions over classes):
+
+    image_text   s u w^T   [B, C]    inter-modal, the class logits
+    image_image  s u p^T   [B, C]    intra-modal, images to visual prototypes
+    text_image   s w p^T   [C, C]    inter-modal, class texts to visual prototypes
+    text_text    s w w^T   [C, C]    intra-modal, class texts to each other
+
+and, level with them, feature distance ``|u - u^m|^2`` for models of one width. Every model uses its
+own features, prototypes and scale.
+
+Stated by the source (arXiv 2411.06764 and its published summaries): distillation on several levels
+(features, inter-modality and intra-modality relations built with prototypes) from two teachers.
+Our choice: which four relations, forward KL with T = 2 and the T^2 factor (as ZSCL does for
+image-text), and the squared distance for features (as Select-and-Distill does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+from torch import Tensor
+
+from mulki.features import Features
+from mulki.functional import teacher_kl
+from mulki.similarity import Similarity
+
+Relation = Callable[[Features], Similarity]
+
+
+def _prototypes(model: Features) -> Tensor:
+    if model.prototypes is None:
+        raise ValueError("prototypes: got None, wanted [C, D] for a relation that is built on them")
+    return model.prototypes
+
+
+def image_image(model: Features) -> Similarity:
+    """Images to visual prototypes [B, C]."""
+    return Similarity(model.images, _prototypes(model), model.scale)
+
+
+def text_image(model: Features) -> Similarity:
+    """Class texts to visual prototypes [C, C]."""
+    return Similarity(model.texts, _prototypes(model), model.scale)
+
+
+def text_text(model: Features) -> Similarity:
+    """Class texts to each other [C, C]."""
+    return Similarity(model.texts, model.texts, model.scale)
+
+
+IMAGE_ROWS: Mapping[str, Relation] = MappingProxyType(
+    {"image_text": Features.image_text, "image_image": image_image}
+)
+TEXT_ROWS: Mapping[str, Relation] = MappingProxyType(
+    {"text_image": text_image, "text_text": text_text}
+)
+NEED_PROTOTYPES = frozenset({"image_image", "text_image"})
+
+
+def relation_loss(
+    relation: Relation,
+    student: Features,
+    teachers: Sequence[Features],
+    weights: Tensor,
+    temperature: float,
+    scale_by_t2: bool,
+) -> Tensor:
+    """Weighted KL of the teachers' relation from the student's, the mean over its rows.
+
+    Args:
+        weights: [rows, K], a weight per row and teacher.
+    """
+    return teacher_kl(
+        relation(student),
+        [relation(t) for t in teachers],
+        temperature=temperature,
+        scale_by_t2=scale_by_t2,
+        weights=weights,
+    )
+
+
+def feature_loss(student: Features, teachers: Sequence[Features], weights: Tensor) -> Tensor:
+    """``mean_b sum_k w_bk |u_b - u_b^k|^2``.
+
+    Raises:
+        ValueError: a teacher's width is not the student's.
+    """
+    loss = student.images.new_zeros(())
+    for k, teacher in enumerate(teachers):
+        if teacher.images.shape != student.images.shape:
+            raise ValueError(
+                f"teachers[{k}]: got image features {list(teacher.images.shape)}, wanted "
+                f"{list(student.images.shape)} as the student's; set the feature weight to 0"
+            )
+        distance = (student.images - teacher.images).square().sum(dim=1)
+        loss = loss + (weights[:, k] * distance).mean()
+    return loss

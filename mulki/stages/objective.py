@@ -1,0 +1,167 @@
+"""The objective: cross-entropy plus each stage's terms, every one with its own coefficient.
+
+    L = CE_ls(s u w^T, y) + a L_align
+        + sum_r c_r KL_r(teachers || student; w)  over the four relations r
+        + f sum_m w_m |u - u^m|^2
+
+See `eliciting`, `adding` and `distinguishing` for the terms. Coefficients are our choice, settled
+by measurement (benchmarks/embedded); the paper's are not public.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from mulki.features import Features
+from mulki.functional import GATES, Gate, prototype_cross_entropy
+from mulki.stages import adding, distinguishing, eliciting
+
+
+class MulKILoss(nn.Module):
+    """The whole objective of MulKI on one batch of features, reimplemented from its description.
+
+    A pure function of features: it holds hyper-parameters alone, so it fits any training loop. A
+    coefficient of 0 switches its term off, and the term is then not computed.
+
+    Args:
+        temperature: T of the relations' softmax and of the gate.
+        gate: how the teachers are weighted per sample, see `mulki.functional.teacher_kl`.
+        gate_temperature: > 0, smaller is sharper.
+        label_smoothing: of the cross-entropy, in [0, 1].
+        alignment: coefficient of the prototype-text alignment (Eliciting Ideas).
+        image_text, image_image, text_image, text_text: coefficients of the relations (Adding New
+            Ideas); image_image and text_image need prototypes.
+        feature: coefficient of the squared distance of image features.
+        scale_by_t2: multiply each KL by T^2.
+
+    Raises:
+        ValueError: a coefficient is negative or not finite, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 2.0,
+        gate: Gate = "label",
+        gate_temperature: float = 1.0,
+        label_smoothing: float = 0.2,
+        alignment: float = 0.25,
+        image_text: float = 0.25,
+        image_image: float = 0.25,
+        text_image: float = 0.25,
+        text_text: float = 0.25,
+        feature: float = 1.0,
+        scale_by_t2: bool = True,
+    ):
+        super().__init__()
+        self.relations = {
+            "image_text": image_text,
+            "image_image": image_image,
+            "text_image": text_image,
+            "text_text": text_text,
+        }
+        self.alignment = alignment
+        self.feature = feature
+        for name, value in {**self.relations, "alignment": alignment, "feature": feature}.items():
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}: got {value}, wanted a coefficient of 0 or more")
+        for name, value in {
+            "temperature": temperature,
+            "gate_temperature": gate_temperature,
+        }.items():
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}: got {value}, wanted a positive number")
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing: got {label_smoothing}, wanted a number in [0, 1]")
+        if gate not in GATES:
+            raise ValueError(f"gate: got {gate!r}, wanted one of {', '.join(GATES)}")
+        self.temperature = temperature
+        self.gate: Gate = gate
+        self.gate_temperature = gate_temperature
+        self.label_smoothing = label_smoothing
+        self.scale_by_t2 = scale_by_t2
+
+    @property
+    def needs_teachers(self) -> bool:
+        """Whether any term looks at a teacher."""
+        return bool(self.feature or any(self.relations.values()))
+
+    @property
+    def needs_prototypes(self) -> bool:
+        """Whether any term looks at prototypes."""
+        return bool(self.alignment or any(self.relations[r] for r in adding.NEED_PROTOTYPES))
+
+    @overload
+    def forward(
+        self,
+        student: Features,
+        teachers: Sequence[Features],
+        target: Tensor,
+        *,
+        output_dict: Literal[False] = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        student: Features,
+        teachers: Sequence[Features],
+        target: Tensor,
+        *,
+        output_dict: Literal[True],
+    ) -> dict[str, Tensor]: ...
+
+    def forward(
+        self,
+        student: Features,
+        teachers: Sequence[Features],
+        target: Tensor,
+        *,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The total, or its weighted terms by name (each ends in ``_loss``; they sum to the total).
+
+        Args:
+            student: features of the model that learns; gradients flow to all of them.
+            teachers: features of the frozen teachers, usually (original, previous).
+            target: [B] int64 classes of the images.
+
+        Raises:
+            TypeError, ValueError: from the functions of `mulki.functional`, or when a term that is
+                switched on lacks its teachers or prototypes.
+        """
+        if self.needs_teachers and not teachers:
+            raise ValueError("teachers: got none, wanted at least one for the terms switched on")
+        terms = {
+            "ce_loss": prototype_cross_entropy(
+                student.image_text(), target, label_smoothing=self.label_smoothing
+            )
+        }
+        if self.alignment:
+            terms["alignment_loss"] = self.alignment * eliciting.alignment_loss(student)
+        if self.needs_teachers:
+            terms.update(self._teacher_terms(student, teachers, target))
+        return terms if output_dict else torch.stack(list(terms.values())).sum()
+
+    def _teacher_terms(
+        self, student: Features, teachers: Sequence[Features], target: Tensor
+    ) -> dict[str, Tensor]:
+        weights = distinguishing.sample_weights(
+            teachers, target, self.gate, self.temperature, self.gate_temperature
+        )
+        per_class = distinguishing.class_weights(weights, target, student.texts.shape[0])
+        terms = {}
+        for relations, rows in ((adding.IMAGE_ROWS, weights), (adding.TEXT_ROWS, per_class)):
+            for name, relation in relations.items():
+                if self.relations[name]:
+                    terms[f"{name}_loss"] = self.relations[name] * adding.relation_loss(
+                        relation, student, teachers, rows, self.temperature, self.scale_by_t2
+                    )
+        if self.feature:
+            terms["feature_loss"] = self.feature * adding.feature_loss(student, teachers, weights)
+        return terms
