@@ -1,0 +1,390 @@
+"""Continual-learning metrics on an accuracy matrix, and the file that holds one.
+
+``a`` is ``[T, T]``: row ``i`` is the model after learning task ``i``, column ``j`` the test set
+of task ``j``, both in the order learned. Cells are top-1 accuracy in percent, but every metric
+is linear or a maximum, so any other unit carries through.
+
+Transfer, Average and Last are those of ZSCL (Zheng et al., ICCV 2023), used alike by GIFT, DIKI,
+CoLeCLIP and ConDU. Forgetting is that of Chaudhry et al. (ECCV 2018): the drop from the best
+accuracy that any *earlier* model had since the task was learned. It is negative where the last
+model is the best of all; some code clips each task at zero, this does not. BWT is that of
+Lopez-Paz and Ranzato (NeurIPS 2017) and is what GIFT reports as "Forget". Both sums run over all
+tasks but the last; code in circulation that drops the last but one from the sum and keeps it in
+the denominator gives smaller values.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from mulki.errors import InputError, nearest
+
+FloatArray = npt.NDArray[np.float64]
+
+#: Name of the row of the model before any task was learned.
+ZERO_SHOT = "zero-shot"
+
+#: Header of the first column of ``matrix.csv``.
+AFTER_TASK = "after_task"
+
+#: One line per metric, stored beside every result. ``a[i,j]``: after task i, test set of task j.
+DEFINITIONS: dict[str, str] = {
+    "transfer": "mean over j >= 2 of the mean over i < j of a[i,j]: tasks not learned yet (ZSCL)",
+    "average": "mean of all T*T entries a[i,j] (ZSCL)",
+    "last": "mean over j of a[T,j]: every task after the last one was learned (ZSCL)",
+    "forgetting": "1/(T-1) sum over j < T of (max over i in j..T-1 of a[i,j]) - a[T,j]; "
+    "negative where the last model is the best (Chaudhry et al.)",
+    "bwt": "1/(T-1) sum over j < T of a[T,j] - a[j,j] (Lopez-Paz and Ranzato; GIFT's Forget)",
+}
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The five metrics, in the unit of the matrix (percent).
+
+    ``transfer``, ``forgetting`` and ``bwt`` are ``None`` with fewer than two learned tasks,
+    where they are undefined; all are ``None`` when nothing was learned.
+    """
+
+    transfer: float | None = None
+    average: float | None = None
+    last: float | None = None
+    forgetting: float | None = None
+    bwt: float | None = None
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Return the metrics keyed ``transfer, average, last, forgetting, bwt``, in that order."""
+        return asdict(self)
+
+
+def _square(a: npt.ArrayLike) -> FloatArray:
+    try:
+        array = np.asarray(a, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"accuracy matrix: {error}; pass a [T, T] array of numbers") from None
+    if array.ndim != 2 or array.shape[0] != array.shape[1] or not array.size:
+        raise InputError(
+            f"accuracy matrix: shape {list(array.shape)} came, [T, T] with T >= 1 was wanted; "
+            "keep the learned tasks' rows and columns only, in the order learned"
+        )
+    if not np.isfinite(array).all():
+        i, j = np.argwhere(~np.isfinite(array))[0]
+        raise InputError(
+            f"accuracy matrix: entry [{i}, {j}] is {array[i, j]}, a finite number was wanted; "
+            "evaluate that task again or leave its row out"
+        )
+    return array
+
+
+def transfer(a: npt.ArrayLike) -> float | None:
+    """Mean accuracy on tasks not learned yet: ``mean_{j>=2} mean_{i<j} a[i,j]`` (ZSCL).
+
+    ``a`` is ``[T, T]`` in percent. The first task, which no earlier model precedes, is left out;
+    ``None`` for T = 1. Every later task counts alike, however many models precede it. Raises
+    :class:`InputError` for a matrix that is not square, empty or not finite.
+    """
+    a = _square(a)
+    if len(a) < 2:
+        return None
+    return float(np.mean([a[:j, j].mean() for j in range(1, len(a))]))
+
+
+def average(a: npt.ArrayLike) -> float:
+    """Mean of all T*T entries of ``a`` ``[T, T]``, in percent (ZSCL).
+
+    Raises :class:`InputError` for a matrix that is not square, empty or not finite.
+    """
+    return float(_square(a).mean())
+
+
+def last(a: npt.ArrayLike) -> float:
+    """Mean of the last row of ``a`` ``[T, T]``, in percent (ZSCL).
+
+    Raises :class:`InputError` for a matrix that is not square, empty or not finite.
+    """
+    return float(_square(a)[-1].mean())
+
+
+def forgetting(a: npt.ArrayLike) -> float | None:
+    """``1/(T-1) sum_{j<T} (max_{i in j..T-1} a[i,j] - a[T,j])``, in percent (Chaudhry et al.).
+
+    ``a`` is ``[T, T]``. The maximum is over the models from learning task j up to the last but
+    one, so accuracy before the task was learned does not count, and a task that only improved
+    gives a negative term. ``None`` for T = 1. Raises :class:`InputError` for a matrix that is
+    not square, empty or not finite.
+    """
+    a = _square(a)
+    end = len(a) - 1
+    if end < 1:
+        return None
+    return float(np.mean([a[j:end, j].max() - a[end, j] for j in range(end)]))
+
+
+def bwt(a: npt.ArrayLike) -> float | None:
+    """Backward transfer, ``1/(T-1) sum_{j<T} (a[T,j] - a[j,j])``, in percentage points.
+
+    ``a`` is ``[T, T]``; ``None`` for T = 1. From Lopez-Paz and Ranzato; GIFT's "Forget" is the
+    same number. Raises :class:`InputError` for a matrix that is not square, empty or not finite.
+    """
+    a = _square(a)
+    if len(a) < 2:
+        return None
+    return float(np.mean(a[-1, :-1] - np.diagonal(a)[:-1]))
+
+
+def compute_metrics(a: npt.ArrayLike) -> Metrics:
+    """Return all :class:`Metrics` of ``a`` ``[T, T]`` (row: after task i, column: task j).
+
+    Raises :class:`InputError` for a matrix that is not square, empty or not finite.
+    """
+    return Metrics(transfer(a), average(a), last(a), forgetting(a), bwt(a))
+
+
+@dataclass(frozen=True)
+class AccuracyMatrix:
+    """Accuracies in percent of a run that is under way or complete.
+
+    ``columns`` are the evaluated data sets, in any order; ``tasks`` those learned so far, in
+    the order learned; ``rows`` ``[len(tasks), len(columns)]``, one per learned task;
+    ``zero_shot`` ``[len(columns)]``, the model before the first task, if it was evaluated.
+
+    Metrics are computed on the learned tasks only: a column that was never learned (a task
+    still planned, a data set that only watches) is reported and counts in none of them. So a
+    run stopped after k of T tasks has the metrics of a complete run of its first k.
+
+    Raises :class:`InputError` for names that are empty or repeated, tasks without a column, row
+    lengths that do not fit and values outside 0..100.
+    """
+
+    columns: tuple[str, ...]
+    tasks: tuple[str, ...] = ()
+    rows: tuple[tuple[float, ...], ...] = ()
+    zero_shot: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check_names(self.columns, "columns")
+        _check_names(self.tasks, "tasks")
+        for task in self.tasks:
+            if task == ZERO_SHOT:
+                raise InputError(
+                    f'tasks: "{ZERO_SHOT}" names the row before the first task; '
+                    "give the task another name"
+                )
+            if task not in self.columns:
+                raise InputError(
+                    f'tasks: "{task}" has no column{nearest(task, self.columns)}; every learned '
+                    "task must be evaluated: add its column, or correct the name"
+                )
+        if len(self.rows) != len(self.tasks):
+            raise InputError(
+                f"rows: {len(self.rows)} came for {len(self.tasks)} learned tasks; "
+                "pass one row per learned task"
+            )
+        named = list(zip(self.tasks, self.rows, strict=True))
+        if self.zero_shot is not None:
+            named.insert(0, (ZERO_SHOT, self.zero_shot))
+        for name, row in named:
+            if len(row) != len(self.columns):
+                raise InputError(
+                    f'row "{name}": {len(row)} values came for {len(self.columns)} columns; '
+                    "pass one per data set"
+                )
+            for column, value in zip(self.columns, row, strict=True):
+                # Also false for NaN.
+                if not 0.0 <= value <= 100.0:
+                    raise InputError(
+                        f'row "{name}", column "{column}": {value} came, a percentage from 0 '
+                        "to 100 was wanted; evaluate again or correct it"
+                    )
+
+    def with_row(self, after_task: str, accuracies: Mapping[str, float]) -> AccuracyMatrix:
+        """Return this matrix with one more row; ``accuracies`` maps each column to its percent.
+
+        ``after_task`` is the task just learned, or :data:`ZERO_SHOT`, which can be set once and
+        before the first task. Raises :class:`InputError` for data sets that are missing, unknown
+        or repeated, and as the class does.
+        """
+        for name in accuracies:
+            if name not in self.columns:
+                raise InputError(
+                    f'row "{after_task}": data set "{name}" is not a column'
+                    f"{nearest(name, self.columns)}; the columns are {', '.join(self.columns)}"
+                )
+        missing = [column for column in self.columns if column not in accuracies]
+        if missing:
+            raise InputError(
+                f'row "{after_task}": no accuracy for {", ".join(missing)}; '
+                "evaluate every data set before adding the row"
+            )
+        values = tuple(float(accuracies[column]) for column in self.columns)
+        if after_task != ZERO_SHOT:
+            return replace(self, tasks=(*self.tasks, after_task), rows=(*self.rows, values))
+        if self.zero_shot is not None or self.tasks:
+            raise InputError(
+                f'row "{ZERO_SHOT}": it came twice or after a learned task; '
+                "evaluate the start model once, first"
+            )
+        return replace(self, zero_shot=values)
+
+    def square(self) -> FloatArray:
+        """Return ``[k, k]``, the rows and columns of the k learned tasks in the order learned."""
+        index = [self.columns.index(task) for task in self.tasks]
+        return np.asarray(self.rows, dtype=np.float64).reshape(-1, len(self.columns))[:, index]
+
+    def metrics(self) -> Metrics:
+        """Return the metrics over the learned tasks; all ``None`` when none was learned."""
+        return compute_metrics(self.square()) if self.tasks else Metrics()
+
+    def zero_shot_metrics(self) -> Metrics | None:
+        """Return what a model that never changed would score, or ``None`` without that row.
+
+        It is the yardstick for Transfer: a run below it has lost zero-shot ability.
+        """
+        if self.zero_shot is None or not self.tasks:
+            return None
+        row = [self.zero_shot[self.columns.index(task)] for task in self.tasks]
+        return compute_metrics(np.tile(row, (len(row), 1)))
+
+
+def _check_names(names: Sequence[str], what: str) -> None:
+    for position, name in enumerate(names):
+        # Such a name would not survive the way through a file or a one-line message.
+        if not name or name != name.strip() or not name.isprintable():
+            raise InputError(
+                f"{what}: {name!r} came, a printable name without outer spaces was wanted; "
+                "rename it"
+            )
+        if name in names[:position]:
+            raise InputError(f'{what}: "{name}" came twice; keep one of them')
+
+
+def read_matrix(path: str | os.PathLike[str]) -> AccuracyMatrix:
+    """Read a ``matrix.csv``: header ``after_task`` and a column per data set, in percent.
+
+    The rows are, from the top, an optional ``zero-shot`` and one per learned task in the order
+    learned, named as the task's column is. A byte-order mark and blank lines are accepted, so
+    spreadsheets can write the file.
+
+    Raises :class:`InputError`, with file, line and column, for a file that is missing, not
+    comma-separated text or empty, a first column that is not ``after_task``, rows that are
+    unknown, repeated, out of place or of another length, and cells that are no number in 0..100.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; pass the file, such as {path / 'matrix.csv'}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; pass the matrix.csv of a run") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file; pass comma-separated UTF-8 text") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        lines = [(reader.line_num, [cell.strip() for cell in line]) for line in reader]
+    except csv.Error as error:
+        raise InputError(
+            f"{path}, line {reader.line_num}: not comma-separated text ({error}); "
+            "save it as CSV with commas"
+        ) from None
+    lines = [(number, line) for number, line in lines if any(line)]
+    if not lines:
+        raise InputError(f"{path}: is empty; a header and a row per learned task were wanted")
+
+    (header, (first, *columns)), *body = lines
+    if first != AFTER_TASK:
+        raise InputError(
+            f'{path}, line {header}: the first column is "{first[:60]}", "{AFTER_TASK}" was '
+            "wanted; name the column so, and separate columns by commas"
+        )
+    if not columns:
+        raise InputError(f"{path}, line {header}: no data set columns; add one per data set")
+    try:
+        matrix = AccuracyMatrix(columns=tuple(columns))
+    except InputError as error:
+        raise InputError(f"{path}, line {header}: {error}") from None
+    if not body:
+        raise InputError(f"{path}: has a header and no rows; add a row per learned task")
+
+    for number, (name, *cells) in body:
+        where = f"{path}, line {number}"
+        if name != ZERO_SHOT and name not in columns:
+            raise InputError(
+                f'{where}: unknown row "{name}"{nearest(name, [ZERO_SHOT, *columns])}; a row is '
+                f'"{ZERO_SHOT}" or named as the column of the task learned: {", ".join(columns)}'
+            )
+        if len(cells) != len(columns):
+            raise InputError(
+                f"{where}: {len(cells)} values came, {len(columns)} were wanted; "
+                "give each data set one value"
+            )
+        values = {
+            column: _cell(cell, f'{where}, column "{column}"')
+            for column, cell in zip(columns, cells, strict=True)
+        }
+        try:
+            matrix = matrix.with_row(name, values)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+    return matrix
+
+
+def _cell(text: str, where: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 <= value <= 100.0:
+        came = f'"{text}"' if text else "an empty cell"
+        raise InputError(
+            f"{where}: {came} came, a percentage from 0 to 100 was wanted; "
+            "write a plain number such as 63.25"
+        )
+    return value
+
+
+def write_matrix(path: str | os.PathLike[str], matrix: AccuracyMatrix) -> None:
+    """Write ``matrix`` to ``path`` as :func:`read_matrix` reads it, in one atomic step.
+
+    Four decimals tell apart all accuracies of up to half a million test images.
+    """
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([AFTER_TASK, *matrix.columns])
+    if matrix.zero_shot is not None:
+        writer.writerow([ZERO_SHOT, *(f"{value:.4f}" for value in matrix.zero_shot)])
+    for task, row in zip(matrix.tasks, matrix.rows, strict=True):
+        writer.writerow([task, *(f"{value:.4f}" for value in row)])
+    write_atomic(path, buffer.getvalue())
+
+
+def write_atomic(path: str | os.PathLike[str], text: str) -> None:
+    """Replace ``path`` by ``text`` (UTF-8) so that a reader sees the old file or the new one.
+
+    An interrupt at any point leaves the old file as it was and nothing beside it. Raises
+    ``OSError`` as ``open`` does.
+    """
+    path = Path(path)
+    # Not tempfile: its files are private to the user, and this one keeps its mode when renamed.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as stream:
+            stream.write(text)
+            stream.flush()
+            # Without it a power cut can leave the new name on an empty file.
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

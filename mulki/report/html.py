@@ -1,0 +1,167 @@
+"""``report.html``: one self-contained page made of a run folder and of nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from mulki.errors import InputError
+from mulki.metrics import DEFINITIONS, read_matrix, write_atomic
+from mulki.report.tables import TITLES, display_columns, display_rows, format_metrics
+
+# One hue that grows stronger with the accuracy: read alike with any colour vision and in grey,
+# and light enough at 100 percent for black figures.
+_TEMPLATE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ name }}</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem; max-width: 75rem;
+  color: #111; background: #fff; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; }
+th, td { padding: .25rem .6rem; text-align: left; vertical-align: top; }
+th { font-weight: 600; } tbody th { white-space: nowrap; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.learned { outline: 2px solid #111; outline-offset: -2px; font-weight: 700; }
+td.other { font-style: italic; }
+tr.note { color: #555; }
+pre { background: #f4f4f4; padding: .8rem; overflow-x: auto; }
+</style>
+</head>
+<body>
+<h1>{{ name }}</h1>
+<p>Status: <strong>{{ status }}</strong>{% if facts %}; {{ facts }}{% endif %}</p>
+
+<h2>Metrics</h2>
+<table>
+<thead><tr><th></th><th class="number">run</th>
+{%- if has_zero_shot %}<th class="number">zero-shot</th>{% endif %}<th>definition</th></tr></thead>
+<tbody>
+{%- for title, values, definition in metrics %}
+<tr><th>{{ title }}</th>
+{%- for value in values %}<td class="number">{{ value }}</td>{% endfor %}
+<td>{{ definition }}</td></tr>
+{%- endfor %}
+</tbody>
+</table>
+<p>In percent, over the learned tasks only.
+{%- if has_zero_shot %} The column zero-shot is a model that never changed.{% endif %}</p>
+
+<h2>Accuracy after each task</h2>
+<div class="scroll"><table>
+<thead><tr><th>after</th>
+{%- for column in columns %}<th class="number">{{ column }}</th>{% endfor %}</tr></thead>
+<tbody>
+{%- for row, cells in rows %}
+<tr><th>{{ row }}</th>
+{%- for value, kind in cells %}
+<td class="number {{ kind }}" style="background: rgba(31, 119, 180, {{ '%.3f' % (value * 0.007) -}}
+)">{{ '%.1f' % value }}</td>
+{%- endfor %}</tr>
+{%- endfor %}
+{%- if test_images %}
+<tr class="note"><th>test images</th>
+{%- for column in columns %}<td class="number">{{ test_images.get(column, '') }}</td>{% endfor %}
+</tr>
+{%- endif %}
+</tbody>
+</table></div>
+<p>Top-1 accuracy in percent. Framed: just learned; upright: learned earlier; italic: not learned
+by then.</p>
+{% if config %}
+<h2>Configuration</h2>
+<pre>{{ config }}</pre>
+{% endif %}
+{%- if environment %}
+<h2>Environment</h2>
+<table><tbody>
+{%- for key, value in environment.items() %}
+<tr><th>{{ key }}</th><td>{{ value }}</td></tr>
+{%- endfor %}
+</tbody></table>
+{% endif -%}
+</body>
+</html>
+"""
+
+
+def render_html(folder: str | os.PathLike[str]) -> str:
+    """Return the page for a run folder; it needs no network and no other file.
+
+    ``matrix.csv`` must be there; ``summary.json``, ``args.yaml`` and ``env.json`` are shown if
+    they are, so a run that was killed, or a matrix from elsewhere, has a report too. Raises
+    :class:`InputError` for a matrix that is missing or wrong and for JSON that cannot be read.
+    """
+    folder = Path(folder)
+    if not (folder / "matrix.csv").is_file():
+        raise InputError(
+            f"{folder}: no matrix.csv in it; pass the folder of a run that was evaluated once"
+        )
+    matrix = read_matrix(folder / "matrix.csv")
+    summary = _read_json(folder / "summary.json")
+    arguments = folder / "args.yaml"
+
+    facts = [f"{key} {summary[key]}" for key in ("method", "order", "seed") if key in summary]
+    if "seconds" in summary:
+        facts.append(f"{summary['seconds']:.0f} s")
+    zero_shot = matrix.zero_shot_metrics()
+    columns = [format_metrics(values) for values in (matrix.metrics(), zero_shot) if values]
+    metrics = [
+        (title, [column[index] for column in columns], DEFINITIONS[key])
+        for index, (key, title) in enumerate(TITLES.items())
+    ]
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    return environment.from_string(_TEMPLATE).render(
+        name=summary.get("name", folder.resolve().name),
+        status=summary.get("status", "unknown"),
+        facts=", ".join(facts),
+        has_zero_shot=zero_shot is not None,
+        metrics=metrics,
+        columns=display_columns(matrix),
+        rows=list(display_rows(matrix)),
+        test_images=summary.get("test_images", {}),
+        config=arguments.read_text(encoding="utf-8") if arguments.is_file() else "",
+        environment=_flat(_read_json(folder / "env.json")),
+    )
+
+
+def write_html(folder: str | os.PathLike[str]) -> Path:
+    """Write ``report.html`` into a run folder, atomically, and return its path.
+
+    Raises :class:`InputError` as :func:`render_html` does.
+    """
+    path = Path(folder) / "report.html"
+    write_atomic(path, render_html(folder))
+    return path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); restore or remove the file") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: a JSON object was wanted; restore or remove the file")
+    return value
+
+
+def _flat(value: object, prefix: str = "") -> dict[str, str]:
+    if isinstance(value, dict):
+        items = [
+            _flat(item, f"{prefix}: {key}" if prefix else str(key)) for key, item in value.items()
+        ]
+        return {name: text for item in items for name, text in item.items()}
+    if isinstance(value, list):
+        return {prefix: ", ".join(map(str, value)) or "-"}
+    return {prefix: "-" if value is None else str(value)}

@@ -1,0 +1,181 @@
+"""An accuracy matrix and its metrics as tables for the terminal and for Markdown.
+
+Learned tasks come first, in the order learned, then the other data sets, so that what was
+learned is the lower left triangle. Marks and not colours alone carry the meaning: output is
+piped, printed and read by people who do not see the colours.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Literal
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from mulki.metrics import ZERO_SHOT, AccuracyMatrix, Metrics
+
+#: What a cell says: just learned, learned earlier, not learned (yet).
+Cell = Literal["learned", "kept", "other"]
+
+LEGEND = "accuracy in percent; * just learned, + learned earlier, no mark: not learned by then"
+
+TITLES: dict[str, str] = {
+    "transfer": "Transfer",
+    "average": "Average",
+    "last": "Last",
+    "forgetting": "Forgetting",
+    "bwt": "BWT",
+}
+
+_MARKS: dict[Cell, str] = {"learned": "*", "kept": "+", "other": " "}
+_STYLES: dict[Cell, str] = {"learned": "bold green", "kept": "", "other": "dim"}
+_MIN_CELL = len("100.0*")
+_SOFT_HEADER = 8
+_MAX_CELL = 12
+_MAX_LABEL = 20
+
+
+def display_columns(matrix: AccuracyMatrix) -> tuple[str, ...]:
+    """Return the columns as shown: tasks in the order learned, then the rest as they came."""
+    rest = (column for column in matrix.columns if column not in matrix.tasks)
+    return (*matrix.tasks, *rest)
+
+
+def display_rows(
+    matrix: AccuracyMatrix,
+) -> Iterator[tuple[str, list[tuple[float, Cell]]]]:
+    """Yield the name of each row and its cells, in the order of :func:`display_columns`."""
+    columns = display_columns(matrix)
+    order = [matrix.columns.index(column) for column in columns]
+    if matrix.zero_shot is not None:
+        yield ZERO_SHOT, [(matrix.zero_shot[j], "other") for j in order]
+    for i, (task, row) in enumerate(zip(matrix.tasks, matrix.rows, strict=True)):
+        yield task, [(row[j], _cell_kind(i, k, len(matrix.tasks))) for k, j in enumerate(order)]
+
+
+def _cell_kind(i: int, k: int, learned: int) -> Cell:
+    if k >= learned or k > i:
+        return "other"
+    return "learned" if k == i else "kept"
+
+
+def matrix_table(matrix: AccuracyMatrix, width: int = 100) -> Group:
+    """Return the matrix, in percent, as rich tables no wider than ``width`` characters.
+
+    One table as long as the columns fit; more, each with some of the columns, when they do not,
+    since a shortened number would be a wrong one. A ``width`` below about 30 is exceeded.
+    """
+    columns = display_columns(matrix)
+    rows = list(display_rows(matrix))
+    label_width = min(_MAX_LABEL, max(cell_len(name) for name in ("after", *(r[0] for r in rows))))
+    headers = [_header(column) for column in columns]
+    tables = []
+    for block in _blocks([cell_width for _, cell_width in headers], width - label_width - 1):
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+        table.add_column("after", width=label_width)
+        for header, cell_width in headers[block]:
+            table.add_column(Text(header, overflow="fold"), width=cell_width, justify="right")
+        for name, cells in rows:
+            table.add_row(
+                Text(name, overflow="fold"),
+                *(
+                    Text(f"{value:.1f}{_MARKS[kind]}", style=_STYLES[kind])
+                    for value, kind in cells[block]
+                ),
+            )
+        tables.append(table)
+    return Group(*tables, Text(LEGEND, style="dim"))
+
+
+def _header(name: str) -> tuple[str, int]:
+    """Return ``name`` in lines of about eight characters, and the width of its column."""
+    lines = [""]
+    for part in re.split(r"(?<=[a-z])(?=[A-Z0-9])|(?<=[\s_-])", name):
+        if lines[-1] and cell_len(lines[-1] + part) > _SOFT_HEADER:
+            lines.append("")
+        lines[-1] += part
+    widest = max(cell_len(line.rstrip()) for line in lines)
+    return "\n".join(line.rstrip() for line in lines), max(_MIN_CELL, min(widest, _MAX_CELL))
+
+
+def _blocks(widths: list[int], room: int) -> Iterator[slice]:
+    """Yield slices of the columns that fit ``room``, each column followed by one space."""
+    start = used = 0
+    for index, column_width in enumerate(widths):
+        if index > start and used + column_width + 1 > room:
+            yield slice(start, index)
+            start, used = index, 0
+        used += column_width + 1
+    yield slice(start, len(widths))
+
+
+def metrics_table(matrix: AccuracyMatrix) -> Table:
+    """Return the metrics line, in percent, and that of a model left at zero-shot to compare."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+    table.add_column("")
+    for title in TITLES.values():
+        table.add_column(title, justify="right")
+    for name, values in _metrics_rows(matrix):
+        table.add_row(name, *values)
+    return table
+
+
+def _metrics_rows(matrix: AccuracyMatrix) -> Iterator[tuple[str, list[str]]]:
+    count = len(matrix.tasks)
+    yield f"{count} task{'' if count == 1 else 's'}", format_metrics(matrix.metrics())
+    zero_shot = matrix.zero_shot_metrics()
+    if zero_shot is not None:
+        yield ZERO_SHOT, format_metrics(zero_shot)
+
+
+def format_metrics(metrics: Metrics) -> list[str]:
+    """Return the metrics in the order of ``TITLES`` with two decimals, ``-`` where undefined."""
+    return ["-" if value is None else f"{value:.2f}" for value in metrics.to_dict().values()]
+
+
+def print_matrix(matrix: AccuracyMatrix, console: Console | None = None) -> None:
+    """Print the matrix and its metrics, as wide as the console is."""
+    console = console or Console()
+    console.print(matrix_table(matrix, width=console.width), "", metrics_table(matrix), sep="\n")
+
+
+def summary_markdown(matrix: AccuracyMatrix) -> str:
+    """Return the matrix and its metrics as Markdown tables; bold is just learned."""
+    body = [
+        [_escape(name), *(_markdown_cell(value, kind) for value, kind in cells)]
+        for name, cells in display_rows(matrix)
+    ]
+    header = ["after", *map(_escape, display_columns(matrix))]
+    metrics = [[name, *values] for name, values in _metrics_rows(matrix)]
+    legend = "Accuracy in percent; **bold**: just learned, +: learned earlier, else: not by then."
+    return "\n".join(
+        [
+            *_markdown_table(header, body),
+            "",
+            legend,
+            "",
+            *_markdown_table(["", *TITLES.values()], metrics),
+            "",
+        ]
+    )
+
+
+def _markdown_table(header: list[str], body: list[list[str]]) -> Iterator[str]:
+    rule = ["---", *("---:" for _ in header[1:])]
+    for row in (header, rule, *body):
+        yield f"| {' | '.join(row)} |"
+
+
+def _markdown_cell(value: float, kind: Cell) -> str:
+    text = f"{value:.2f}"
+    return {"learned": f"**{text}**", "kept": f"{text}+", "other": text}[kind]
+
+
+def _escape(name: str) -> str:
+    # Underscores stay: inside a word they mean nothing, and names are full of them.
+    return re.sub(r"([\\|*<>`\[\]])", r"\\\1", name)

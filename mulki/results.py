@@ -1,0 +1,502 @@
+"""The folder of one run: everything needed to read its results and to repeat it.
+
+``<logs>/<name>/`` holds
+
+==================  ==========================================================================
+``args.yaml``       the resolved configuration
+``env.json``        versions, machine, commit, hashes of weights, splits and prompts
+``out.log``         what was logged
+``results.jsonl``   one line per evaluation, see :class:`Evaluation`
+``matrix.csv``      accuracies in percent, see :func:`mulki.metrics.read_matrix`
+``summary.json``    metrics with their definitions, status, tasks, seconds
+``summary.md``      the printed table
+``report.html``     all of the above on one page
+``tensorboard/``    scalars, when the package tensorboard is installed
+``checkpoints/``    ``task_01_name.safetensors`` ..., ``latest/``
+==================  ==========================================================================
+
+Whatever ends the run, the results so far can be read: lines are appended whole, files are
+replaced atomically, and ``summary.json`` says ``interrupted`` until the sequence has ended, so
+that even a killed run needs nobody to tidy up after it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import re
+import subprocess
+import time
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
+from enum import Enum
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal
+
+import yaml
+
+from mulki.errors import InputError
+from mulki.metrics import (
+    DEFINITIONS,
+    ZERO_SHOT,
+    AccuracyMatrix,
+    Metrics,
+    read_matrix,
+    write_atomic,
+    write_matrix,
+)
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+logger = logging.getLogger(__name__)
+
+Status = Literal["complete", "interrupted"]
+
+# Triton is published under another name for each backend.
+_PACKAGES: dict[str, tuple[str, ...]] = {
+    "torch": ("torch",),
+    "open_clip": ("open_clip_torch",),
+    "mulki": ("mulki",),
+    "numpy": ("numpy",),
+    "triton": ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-windows"),
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One line of ``results.jsonl``: one model evaluated on one data set.
+
+    ``step`` counts optimisation steps since the start of the sequence (0 for zero-shot),
+    ``after_task`` is the last task learned or ``zero-shot``, ``value`` is in percent for
+    ``acc1``, ``n`` the number of test images, ``seconds`` how long the evaluation took. A run
+    that was resumed may hold the same evaluation twice; the later line counts.
+    """
+
+    run: str
+    order: str
+    seed: int
+    step: int
+    after_task: str
+    eval_dataset: str
+    metric: str
+    value: float
+    n: int
+    seconds: float
+
+
+def read_evaluations(path: str | os.PathLike[str]) -> list[Evaluation]:
+    """Read a ``results.jsonl``; a last line that was cut off by a crash is left out.
+
+    Raises :class:`InputError` for a missing file and for any other line that is not an
+    :class:`Evaluation`, with its number.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; pass the results.jsonl of a run") from None
+    *lines, _cut_off = text.split("\n")
+    evaluations = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            evaluations.append(Evaluation(**json.loads(line)))
+        except (ValueError, TypeError):
+            names = ", ".join(field.name for field in fields(Evaluation))
+            raise InputError(
+                f"{path}, line {number}: not an evaluation; a JSON object with {names} was "
+                "wanted: remove the line or restore the file"
+            ) from None
+    return evaluations
+
+
+def environment(hashes: Mapping[str, object] | None = None) -> dict[str, object]:
+    """Return what a result depends on besides its configuration, for ``env.json``.
+
+    ``hashes`` (of weights, splits, prompts, ...) is stored as given. A package that is not
+    installed is ``None``, and so is the commit outside a checkout.
+    """
+    # Torch takes seconds to import, and reading results needs none of it.
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        **{name: _version(distributions) for name, distributions in _PACKAGES.items()},
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        **_git_state(Path(__file__).resolve().parent.parent),
+        "hashes": dict(hashes or {}),
+    }
+
+
+def _version(distributions: tuple[str, ...]) -> str | None:
+    for distribution in distributions:
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _cpu_model() -> str:
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        cpuinfo = ""
+    match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, flags=re.MULTILINE)
+    return match[1] if match else platform.processor() or platform.machine()
+
+
+def _git_state(root: Path) -> dict[str, object]:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
+
+    try:
+        # An installed package can lie inside somebody else's checkout.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() == root:
+            modified = bool(git("status", "--porcelain", "--untracked-files=no"))
+            return {"git_commit": git("rev-parse", "HEAD"), "git_modified": modified}
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return {"git_commit": None, "git_modified": None}
+
+
+def default_name(method: str, order: str, seed: int, now: datetime | None = None) -> str:
+    """Return the name of a run that was given none: start time, method, order and seed."""
+    now = now or datetime.now()
+    return f"{now:%Y_%m_%d-%H_%M_%S}-{_slug(method)}-order_{_slug(order)}-seed_{seed}"
+
+
+def _slug(name: str) -> str:
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    return re.sub(r"[^a-z0-9]+", "_", plain.lower()).strip("_") or "unnamed"
+
+
+class RunFolder:
+    """Writer of one run folder; made by :meth:`create` or, to resume, by :meth:`open`.
+
+    Used as a context manager it attaches ``out.log`` and, where it can, ``tensorboard/``, and
+    finishes the run: ``complete`` when the block ends, ``interrupted`` when an exception (or
+    Ctrl-C) leaves it. In a distributed run only the first rank may have one.
+
+    Attributes: ``path``, ``name``, ``method``, ``order``, ``seed``, ``status``, and ``matrix``,
+    the :class:`AccuracyMatrix` so far.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        method: str,
+        order: str,
+        seed: int,
+        matrix: AccuracyMatrix,
+        test_images: Mapping[str, int] | None = None,
+        seconds: float = 0.0,
+        status: Status = "interrupted",
+    ) -> None:
+        self.path = path
+        self.name = path.name
+        self.method = method
+        self.order = order
+        self.seed = seed
+        self.matrix = matrix
+        self.status: Status = status
+        self._test_images = dict(test_images or {})
+        self._started = time.monotonic() - seconds
+        self._handler: logging.Handler | None = None
+        self._level = logging.NOTSET
+        self._tensorboard: SummaryWriter | None = None
+
+    @classmethod
+    def create(
+        cls,
+        logs: str | os.PathLike[str],
+        name: str | None = None,
+        *,
+        method: str,
+        order: str,
+        seed: int,
+        columns: tuple[str, ...],
+        config: Mapping[str, object],
+        hashes: Mapping[str, object] | None = None,
+    ) -> RunFolder:
+        """Make ``<logs>/<name>/`` with ``args.yaml``, ``env.json`` and an empty summary.
+
+        ``columns`` are the data sets that will be evaluated, ``config`` the resolved
+        configuration, ``hashes`` those for :func:`environment`. Raises :class:`InputError` for a
+        folder that exists and is not empty, one that cannot be made, and a name that is not one
+        path component.
+        """
+        matrix = AccuracyMatrix(columns=tuple(columns))
+        path = _make_folder(Path(logs), name, default_name(method, order, seed))
+        run = cls(path, method=method, order=order, seed=seed, matrix=matrix)
+        write_atomic(path / "args.yaml", yaml.safe_dump(_plain(config), sort_keys=False))
+        write_atomic(path / "env.json", _json(environment(hashes)))
+        run._write_summary()
+        return run
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> RunFolder:
+        """Open an existing run folder to go on where it stopped (see ``matrix.tasks``).
+
+        Raises :class:`InputError` for a folder without a readable ``summary.json`` or with
+        another file that cannot be read.
+        """
+        path = Path(path)
+        try:
+            summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+            run = cls(
+                path,
+                method=summary["method"],
+                order=summary["order"],
+                seed=summary["seed"],
+                matrix=AccuracyMatrix(columns=tuple(summary["columns"])),
+                test_images=summary["test_images"],
+                seconds=summary["seconds"],
+                status=summary["status"],
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path}: not the folder of a run, its summary.json cannot be read "
+                f"({type(error).__name__}); pass a folder that a run has written"
+            ) from None
+        # The matrix is written before the summary, so it is the one to trust.
+        if (path / "matrix.csv").exists():
+            run.matrix = read_matrix(path / "matrix.csv")
+        results = path / "results.jsonl"
+        if results.exists():
+            read_evaluations(results)
+            text = results.read_text(encoding="utf-8")
+            # A line that a crash cut off would swallow the first one appended to it.
+            if not text.endswith("\n"):
+                write_atomic(results, text[: text.rfind("\n") + 1])
+        return run
+
+    def __enter__(self) -> RunFolder:
+        self.attach_log()
+        self._open_tensorboard()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None and self.status != "complete":
+                self.finish()
+            elif error is not None:
+                unexpected = isinstance(error, Exception) and not isinstance(error, InputError)
+                logger.error(
+                    "run stopped by %s: %s", type(error).__name__, error, exc_info=unexpected
+                )
+                # What fails after the end, such as printing the result, takes nothing back.
+                if self.status != "complete":
+                    self.finish("interrupted")
+        finally:
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+                self._tensorboard = None
+            self.detach_log()
+
+    def attach_log(self, level: int = logging.INFO) -> None:
+        """Send what the package ``mulki`` logs from ``level`` up to ``out.log``, once."""
+        if self._handler is not None:
+            return
+        self._handler = logging.FileHandler(self.path / "out.log", encoding="utf-8")
+        self._handler.setLevel(level)
+        self._handler.setFormatter(
+            logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+        )
+        package = logging.getLogger("mulki")
+        package.addHandler(self._handler)
+        # Otherwise the root logger's WARNING would keep the progress out of the file.
+        self._level = package.level
+        if package.level == logging.NOTSET or package.level > level:
+            package.setLevel(level)
+
+    def detach_log(self) -> None:
+        """Close ``out.log``; without effect when it is not attached."""
+        if self._handler is not None:
+            package = logging.getLogger("mulki")
+            package.removeHandler(self._handler)
+            package.setLevel(self._level)
+            self._handler.close()
+            self._handler = None
+
+    def _open_tensorboard(self) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            logger.info("tensorboard/ is not written: the package tensorboard is not installed")
+            return
+        self._tensorboard = SummaryWriter(str(self.path / "tensorboard"))
+
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        """Add a point to ``tensorboard/``; without effect where that is not written."""
+        if self._tensorboard is not None:
+            self._tensorboard.add_scalar(tag, value, step)
+
+    def record(
+        self,
+        *,
+        after_task: str,
+        eval_dataset: str,
+        value: float,
+        n: int,
+        seconds: float,
+        step: int,
+        metric: str = "acc1",
+    ) -> Evaluation:
+        """Append one :class:`Evaluation` to ``results.jsonl`` and return it.
+
+        The line is on its way to the disk when this returns. Raises :class:`InputError` for a
+        value that is not finite.
+        """
+        evaluation = Evaluation(
+            run=self.name,
+            order=self.order,
+            seed=self.seed,
+            step=step,
+            after_task=after_task,
+            eval_dataset=eval_dataset,
+            metric=metric,
+            value=float(value),
+            n=int(n),
+            seconds=round(float(seconds), 3),
+        )
+        try:
+            line = json.dumps(asdict(evaluation), allow_nan=False)
+        except ValueError:
+            raise InputError(
+                f'{metric} on "{eval_dataset}" after "{after_task}": {value} came, a finite '
+                "number was wanted; the model has diverged: lower the learning rate"
+            ) from None
+        with (self.path / "results.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+        self._test_images[eval_dataset] = evaluation.n
+        self.scalar(f"{eval_dataset}/{metric}", value, step)
+        return evaluation
+
+    def add_row(self, after_task: str, accuracies: Mapping[str, float]) -> AccuracyMatrix:
+        """Add one row to ``matrix.csv`` and bring ``summary.json`` up to date.
+
+        ``after_task`` is the task just learned or :data:`~mulki.metrics.ZERO_SHOT`;
+        ``accuracies`` maps every column to its percent. Raises :class:`InputError` as
+        :meth:`AccuracyMatrix.with_row` does; then nothing is written.
+        """
+        # Rounded as the file rounds, so that metrics of the file are metrics of the run.
+        rounded = {name: round(float(value), 4) for name, value in accuracies.items()}
+        matrix = self.matrix.with_row(after_task, rounded)
+        write_matrix(self.path / "matrix.csv", matrix)
+        self.matrix = matrix
+        self._write_summary()
+        if after_task != ZERO_SHOT:
+            for name, value in matrix.metrics().to_dict().items():
+                if value is not None:
+                    self.scalar(f"metrics/{name}", value, len(matrix.tasks))
+        return matrix
+
+    def finish(self, status: Status = "complete") -> Metrics:
+        """Write ``summary.json``, ``summary.md`` and ``report.html``; return the metrics."""
+        # The report needs rich and jinja2, which reading results does not.
+        from mulki.report import summary_markdown, write_html
+
+        self.status = status
+        self._write_summary()
+        if self.matrix.tasks or self.matrix.zero_shot is not None:
+            title = f"# {self.name}\n\nStatus: {status}\n\n"
+            write_atomic(self.path / "summary.md", title + summary_markdown(self.matrix))
+            write_html(self.path)
+        return self.matrix.metrics()
+
+    def _write_summary(self) -> None:
+        zero_shot = self.matrix.zero_shot_metrics()
+        summary = {
+            "status": self.status,
+            "name": self.name,
+            "method": self.method,
+            "order": self.order,
+            "seed": self.seed,
+            "tasks": list(self.matrix.tasks),
+            "columns": list(self.matrix.columns),
+            "metrics": self.matrix.metrics().to_dict(),
+            "zero_shot_metrics": zero_shot.to_dict() if zero_shot else None,
+            "definitions": DEFINITIONS,
+            "test_images": self._test_images,
+            "seconds": round(time.monotonic() - self._started, 1),
+        }
+        write_atomic(self.path / "summary.json", _json(summary))
+
+    def checkpoint_path(self, index: int, task_name: str) -> Path:
+        """Return ``checkpoints/task_03_dtd.safetensors`` for the third task; makes the folder.
+
+        ``index`` counts from 1. Raises ``ValueError`` for a smaller one.
+        """
+        if index < 1:
+            raise ValueError(f"index counts tasks from 1, {index} came")
+        return self._checkpoints() / f"task_{index:02d}_{_slug(task_name)}.safetensors"
+
+    @property
+    def latest(self) -> Path:
+        """``checkpoints/latest``, the state a resumed run starts from; made by whoever saves."""
+        return self._checkpoints() / "latest"
+
+    def _checkpoints(self) -> Path:
+        folder = self.path / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+
+def _make_folder(logs: Path, name: str | None, default: str) -> Path:
+    if name is not None and (not name.strip() or name in (".", "..") or re.search(r"[/\\]", name)):
+        raise InputError(
+            f'--name: "{name}" came, the name of one folder was wanted; '
+            "put the folders above it into --logs"
+        )
+    path = logs / (name or default)
+    # Two runs of one second, started without a name, are no reason to refuse the second.
+    attempt = 1
+    while name is None and path.exists():
+        attempt += 1
+        path = logs / f"{default}-{attempt}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        occupied = any(path.iterdir())
+    except OSError as error:
+        raise InputError(
+            f"{path}: the run folder cannot be made ({error.strerror}); choose another --logs"
+        ) from None
+    if occupied:
+        raise InputError(
+            f"{path}: the run folder exists and is not empty; give another --name, or remove it"
+        )
+    return path
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"

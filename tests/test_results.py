@@ -1,0 +1,488 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import types
+from datetime import datetime
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from mulki.errors import InputError
+from mulki.metrics import DEFINITIONS, ZERO_SHOT, AccuracyMatrix, read_matrix
+from mulki.results import Evaluation, RunFolder, default_name, environment, read_evaluations
+
+ROOT = Path(__file__).parent.parent
+COLUMNS = ("letters", "digits", "flags")
+
+
+def make(logs: Path, name: str | None = "first", **changes: Any) -> RunFolder:
+    arguments: dict[str, Any] = {
+        "method": "mulki",
+        "order": "I",
+        "seed": 3,
+        "columns": COLUMNS,
+        "config": {"lr": 1e-5},
+        **changes,
+    }
+    return RunFolder.create(logs, name, **arguments)
+
+
+def row(*values: float) -> dict[str, float]:
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def evaluate(run: RunFolder, after: str, value: float = 50.0, **changes: Any) -> Evaluation:
+    arguments: dict[str, Any] = {
+        "after_task": after,
+        "eval_dataset": "digits",
+        "value": value,
+        "n": 600,
+        "seconds": 1.5,
+        "step": 5,
+        **changes,
+    }
+    return run.record(**arguments)
+
+
+def summary_of(path: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    return summary
+
+
+@pytest.fixture
+def without_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+
+
+def test_a_whole_run(tmp_path: Path, without_tensorboard: None) -> None:
+    with make(tmp_path, hashes={"weights": "abc", "splits": {"digits": "def"}}) as run:
+        evaluate(run, ZERO_SHOT, step=0)
+        run.add_row(ZERO_SHOT, row(10, 20, 30))
+        logging.getLogger("mulki.engine").info("learning digits")
+        run.add_row("digits", row(11, 80, 31))
+        run.add_row("letters", row(70, 60, 32))
+
+    assert {path.name for path in run.path.iterdir()} == {
+        "args.yaml",
+        "env.json",
+        "matrix.csv",
+        "out.log",
+        "report.html",
+        "results.jsonl",
+        "summary.json",
+        "summary.md",
+    }
+    matrix = read_matrix(run.path / "matrix.csv")
+    assert matrix == run.matrix
+    assert matrix.tasks == ("digits", "letters")
+
+    summary = summary_of(run.path)
+    assert summary["status"] == "complete"
+    assert (summary["method"], summary["order"], summary["seed"]) == ("mulki", "I", 3)
+    assert summary["tasks"] == ["digits", "letters"]
+    assert summary["columns"] == list(COLUMNS)
+    assert summary["definitions"] == DEFINITIONS
+    assert summary["test_images"] == {"digits": 600}
+    assert summary["metrics"] == matrix.metrics().to_dict()
+    assert summary["metrics"] == {
+        "transfer": 11.0,
+        "average": (80 + 11 + 60 + 70) / 4,
+        "last": 65.0,
+        "forgetting": 20.0,
+        "bwt": -20.0,
+    }
+    assert summary["zero_shot_metrics"]["average"] == 15.0
+    assert 0 <= summary["seconds"] < 60
+
+    assert "| digits | **80.00** | 11.00 | 31.00 |" in (run.path / "summary.md").read_text()
+    assert "complete" in (run.path / "report.html").read_text()
+    log = (run.path / "out.log").read_text()
+    assert "INFO mulki.engine: learning digits" in log
+    assert "tensorboard is not installed" in log
+    assert json.loads((run.path / "env.json").read_text())["hashes"] == {
+        "weights": "abc",
+        "splits": {"digits": "def"},
+    }
+
+
+def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "first").mkdir()
+    run = make(tmp_path)
+    before = sorted(path.read_bytes() for path in run.path.iterdir())
+    with pytest.raises(InputError, match="not empty; give another --name, or remove it") as caught:
+        make(tmp_path)
+    assert str(tmp_path / "first") in str(caught.value)
+    assert sorted(path.read_bytes() for path in run.path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["", " ", "a/b", "..", ".", "a\\b", "/a"])
+def test_a_name_is_one_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="--name"):
+        make(tmp_path / "logs", name)
+    assert not (tmp_path / "logs").exists()
+
+
+def test_logs_that_are_a_file(tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("")
+    with pytest.raises(InputError, match="choose another --logs"):
+        make(tmp_path / "logs")
+
+
+def test_wrong_columns_leave_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="came twice"):
+        make(tmp_path, columns=("a", "a"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_default_names(tmp_path: Path) -> None:
+    now = datetime(2026, 11, 25, 13, 4, 5)
+    assert default_name("mulki", "II", 7, now) == "2026_11_25-13_04_05-mulki-order_ii-seed_7"
+    assert default_name("a/b", "I", 0, now).endswith("-a_b-order_i-seed_0")
+
+
+def test_unnamed_runs_of_one_second_get_folders_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mulki.results.default_name", lambda *_: "now")
+    assert [make(tmp_path, None).name for _ in range(3)] == ["now", "now-2", "now-3"]
+
+
+class Precision(Enum):
+    AMP = "amp_bf16"
+
+
+def test_the_configuration_can_be_read_back_without_this_package(tmp_path: Path) -> None:
+    config = {
+        "data_root": Path("data") / "x",
+        "betas": (0.9, 0.98),
+        "precision": Precision.AMP,
+        "name": "täsk",
+        "stages": {"eliciting": {"momentum": 0.9}},
+        "limit": None,
+    }
+    run = make(tmp_path, config=config)
+    text = (run.path / "args.yaml").read_text(encoding="utf-8")
+    assert yaml.safe_load(text) == {
+        "data_root": os.path.join("data", "x"),
+        "betas": [0.9, 0.98],
+        "precision": "amp_bf16",
+        "name": "täsk",
+        "stages": {"eliciting": {"momentum": 0.9}},
+        "limit": None,
+    }
+    assert list(yaml.safe_load(text)) == list(config)
+
+
+def test_environment(tmp_path: Path) -> None:
+    found = json.loads((make(tmp_path).path / "env.json").read_text())
+    assert found == json.loads(json.dumps(environment()))
+    assert found["python"] == platform.python_version()
+    assert found["torch"] == version("torch")
+    assert found["numpy"] == version("numpy")
+    assert found["open_clip"] == version("open_clip_torch")
+    assert found["threads"] == torch.get_num_threads()
+    assert found["cpu_count"] == os.cpu_count()
+    assert found["cpu"]
+    assert found["hashes"] == {}
+    assert {"mulki", "triton", "platform", "cuda", "devices"} <= set(found)
+
+
+def test_the_commit_is_that_of_the_checkout(tmp_path: Path) -> None:
+    from mulki.results import _git_state
+
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    none = {"git_commit": None, "git_modified": None}
+    assert _git_state(tmp_path) == none
+    git("init")
+    assert _git_state(tmp_path) == none
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "-m", "one")
+    commit = git("rev-parse", "HEAD")
+    assert _git_state(tmp_path) == {"git_commit": commit, "git_modified": False}
+    (tmp_path / "file").write_text("2")
+    assert _git_state(tmp_path) == {"git_commit": commit, "git_modified": True}
+    # A package installed below somebody else's checkout is not of that commit.
+    assert _git_state(tmp_path / "inner") == none
+
+
+def test_evaluations_are_on_disk_at_once_and_read_back(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    path = run.path / "results.jsonl"
+    first = evaluate(run, ZERO_SHOT, 100 / 3, step=0)
+    assert read_evaluations(path) == [first]
+    second = evaluate(run, "digits", 75, metric="acc5", eval_dataset="letters")
+    assert read_evaluations(path) == [first, second]
+    assert json.loads(path.read_text().splitlines()[0]) == {
+        "run": "first",
+        "order": "I",
+        "seed": 3,
+        "step": 0,
+        "after_task": "zero-shot",
+        "eval_dataset": "digits",
+        "metric": "acc1",
+        "value": 100 / 3,
+        "n": 600,
+        "seconds": 1.5,
+    }
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_is_refused(tmp_path: Path, value: float) -> None:
+    run = make(tmp_path)
+    with pytest.raises(InputError, match='acc1 on "digits" after "flags"'):
+        evaluate(run, "flags", value)
+    assert not (run.path / "results.jsonl").exists()
+
+
+def test_numbers_of_torch_and_numpy_are_accepted(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    number: Any = torch.tensor
+    evaluate(run, "digits", number(50.0), n=number(4), seconds=number(1.0))
+    run.add_row("digits", {name: number(12.5) for name in COLUMNS})
+    assert read_evaluations(run.path / "results.jsonl")[0].value == 50.0
+    assert read_matrix(run.path / "matrix.csv").rows == ((12.5,) * 3,)
+
+
+def test_a_line_cut_off_by_a_crash_is_left_out_and_others_are_errors(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    path = run.path / "results.jsonl"
+    whole = evaluate(run, "digits")
+    with path.open("a") as stream:
+        stream.write('{"run": "first", "or')
+    assert read_evaluations(path) == [whole]
+    for bad in ("{", "[]", '{"run": "first"}', "3"):
+        path.write_text(f"{json.dumps(whole.__dict__)}\n{bad}\n")
+        with pytest.raises(InputError, match="line 2: not an evaluation"):
+            read_evaluations(path)
+    with pytest.raises(InputError, match="no such file"):
+        read_evaluations(tmp_path / "results.jsonl")
+
+
+def test_a_refused_row_changes_nothing(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    run.add_row("digits", row(1, 2, 3))
+    before = run.matrix, (run.path / "matrix.csv").read_text(), summary_of(run.path)
+    for after, values in [("digits", row(1, 2, 3)), ("flags", row(1, 2, 101)), ("flags", {})]:
+        with pytest.raises(InputError):
+            run.add_row(after, values)
+    assert (run.matrix, (run.path / "matrix.csv").read_text(), summary_of(run.path)) == before
+
+
+def test_metrics_of_the_file_are_those_of_the_run(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    run.add_row("digits", row(100 / 7, 100 / 3, 100 / 9))
+    run.add_row("letters", row(200 / 7, 200 / 3, 200 / 9))
+    assert read_matrix(run.path / "matrix.csv") == run.matrix
+    assert summary_of(run.path)["metrics"] == run.matrix.metrics().to_dict()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])
+def test_an_exception_leaves_an_interrupted_run(
+    tmp_path: Path, without_tensorboard: None, error: BaseException
+) -> None:
+    with pytest.raises(type(error)):
+        with make(tmp_path) as run:
+            run.add_row("digits", row(1, 2, 3))
+            raise error
+    assert summary_of(run.path)["status"] == "interrupted"
+    assert summary_of(run.path)["tasks"] == ["digits"]
+    assert "interrupted" in (run.path / "report.html").read_text()
+    assert "interrupted" in (run.path / "summary.md").read_text()
+    log = (run.path / "out.log").read_text()
+    assert f"run stopped by {type(error).__name__}" in log
+    # A traceback helps with a failure and is noise after Ctrl-C.
+    assert ("Traceback" in log) == isinstance(error, RuntimeError)
+
+
+def test_an_exception_before_the_first_evaluation(
+    tmp_path: Path, without_tensorboard: None
+) -> None:
+    with pytest.raises(InputError, match="no such task"):
+        with make(tmp_path) as run:
+            raise InputError("no such task")
+    assert summary_of(run.path)["status"] == "interrupted"
+    assert not (run.path / "report.html").exists()
+
+
+def test_a_failure_after_the_end_takes_nothing_back(
+    tmp_path: Path, without_tensorboard: None
+) -> None:
+    with pytest.raises(BrokenPipeError):
+        with make(tmp_path) as run:
+            run.add_row("digits", row(1, 2, 3))
+            run.finish()
+            raise BrokenPipeError
+    assert summary_of(run.path)["status"] == "complete"
+    assert RunFolder.open(run.path).status == "complete"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+def test_a_killed_run_can_be_read_and_resumed(tmp_path: Path) -> None:
+    script = """
+import os, signal, sys
+from mulki.results import RunFolder
+run = RunFolder.create(sys.argv[1], "first", method="mulki", order="I", seed=3,
+                       columns=("letters", "digits", "flags"), config={})
+with run:
+    run.record(after_task="digits", eval_dataset="digits", value=2.0, n=9, seconds=1.0, step=5)
+    run.add_row("digits", {"letters": 1.0, "digits": 2.0, "flags": 3.0})
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=environ, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+
+    path = tmp_path / "first"
+    assert not [name for name in os.listdir(path) if name.endswith(".tmp")]
+    assert summary_of(path)["status"] == "interrupted"
+    results = path / "results.jsonl"
+    with results.open("a") as stream:
+        stream.write('{"run": "fir')
+
+    run = RunFolder.open(path)
+    assert (run.name, run.method, run.order, run.seed) == ("first", "mulki", "I", 3)
+    assert run.matrix == AccuracyMatrix(COLUMNS, ("digits",), ((1.0, 2.0, 3.0),))
+    evaluate(run, "flags")
+    assert [line.after_task for line in read_evaluations(results)] == ["digits", "flags"]
+    run.add_row("flags", row(4, 5, 6))
+    run.finish()
+    assert summary_of(path)["status"] == "complete"
+    assert summary_of(path)["tasks"] == ["digits", "flags"]
+    assert summary_of(path)["test_images"] == {"digits": 600}
+
+
+def test_resuming_before_the_first_row_and_after_a_stale_summary(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    assert RunFolder.open(run.path).matrix == AccuracyMatrix(COLUMNS)
+    stale = (run.path / "summary.json").read_text()
+    run.add_row(ZERO_SHOT, row(1, 2, 3))
+    (run.path / "summary.json").write_text(stale)
+    assert RunFolder.open(run.path).matrix == run.matrix
+
+
+def test_seconds_add_up_over_a_resumed_run(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    summary = summary_of(run.path)
+    (run.path / "summary.json").write_text(json.dumps({**summary, "seconds": 1000.0}))
+    RunFolder.open(run.path).add_row(ZERO_SHOT, row(1, 2, 3))
+    assert 1000.0 <= summary_of(run.path)["seconds"] < 1060.0
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "[]", '{"method": "x"}'])
+def test_opening_what_is_no_run(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "summary.json").write_text(content)
+    with pytest.raises(InputError, match=re.escape(str(tmp_path)) + ": not the folder of a run"):
+        RunFolder.open(tmp_path)
+
+
+@pytest.mark.parametrize("level", [logging.NOTSET, logging.WARNING])
+def test_the_log_is_attached_once_and_detached(
+    tmp_path: Path, request: pytest.FixtureRequest, level: int
+) -> None:
+    run = make(tmp_path)
+    package, other = logging.getLogger("mulki"), logging.getLogger("other")
+    request.addfinalizer(lambda old=package.level: package.setLevel(old))  # type: ignore[misc]
+    package.setLevel(level)
+    before = package.level, list(package.handlers)
+    package.info("before")
+    run.attach_log()
+    run.attach_log()
+    package.info("during ü")
+    package.debug("detail")
+    other.warning("elsewhere")
+    run.detach_log()
+    run.detach_log()
+    package.info("after")
+    lines = (run.path / "out.log").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 1
+    assert lines[0].endswith("INFO mulki: during ü")
+    assert (package.level, package.handlers) == before
+
+
+def test_tensorboard_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[tuple[str, float, int]] = []
+    closed: list[str] = []
+
+    class Writer:
+        def __init__(self, folder: str) -> None:
+            self.folder = folder
+
+        def add_scalar(self, tag: str, value: float, step: int) -> None:
+            written.append((tag, value, step))
+
+        def close(self) -> None:
+            closed.append(self.folder)
+
+    fake = types.ModuleType("torch.utils.tensorboard")
+    fake.SummaryWriter = Writer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    with make(tmp_path) as run:
+        run.scalar("loss", 0.5, 1)
+        evaluate(run, "digits", 80)
+        run.add_row(ZERO_SHOT, row(1, 2, 3))
+        run.add_row("digits", row(1, 80, 3))
+    assert written == [
+        ("loss", 0.5, 1),
+        ("digits/acc1", 80.0, 5),
+        ("metrics/average", 80.0, 1),
+        ("metrics/last", 80.0, 1),
+    ]
+    assert closed == [str(run.path / "tensorboard")]
+    run.scalar("loss", 0.5, 2)
+    assert len(written) == 4
+
+
+@pytest.mark.parametrize(
+    ("index", "task", "name"),
+    [
+        (1, "Aircraft", "task_01_aircraft.safetensors"),
+        (3, "DTD", "task_03_dtd.safetensors"),
+        (12, "clip art/by category", "task_12_clip_art_by_category.safetensors"),
+        (2, "../Vögel", "task_02_vogel.safetensors"),
+        (2, "花", "task_02_unnamed.safetensors"),
+    ],
+)
+def test_checkpoint_paths(tmp_path: Path, index: int, task: str, name: str) -> None:
+    run = make(tmp_path)
+    path = run.checkpoint_path(index, task)
+    assert path == run.path / "checkpoints" / name
+    assert path.parent.is_dir()
+    assert run.latest == run.path / "checkpoints" / "latest"
+
+
+def test_checkpoints_count_from_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="from 1, 0 came"):
+        make(tmp_path).checkpoint_path(0, "digits")
+
+
+def test_reading_results_imports_neither_torch_nor_open_clip() -> None:
+    # The package's own __init__ may import torch, so the modules are loaded below a bare package.
+    script = f"""
+import sys, types
+package = types.ModuleType("mulki")
+package.__path__ = [{str(ROOT / "mulki")!r}]
+sys.modules["mulki"] = package
+import mulki.results
+print([name for name in ("torch", "open_clip", "rich", "jinja2") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
