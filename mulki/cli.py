@@ -1,0 +1,208 @@
+"""The command ``mulki``: run, metrics, tasks.
+
+Bad input ends with one line on standard error and exit status 2, an interrupt with 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+from mulki.errors import InputError, nearest
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; exits with the status of the command."""
+    sys.exit(run_command(sys.argv[1:] if argv is None else argv))
+
+
+def run_command(argv: Sequence[str]) -> int:
+    """Run one command and return its exit status."""
+    try:
+        return _dispatch(list(argv))
+    except InputError as error:
+        print(f"mulki: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mulki: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away, as `head` does; there is nobody left to tell.
+        sys.stderr.close()
+        return 1
+
+
+def _dispatch(argv: list[str]) -> int:
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "run": _run,
+        "metrics": _metrics,
+        "tasks": _tasks,
+    }
+    name = argv[0] if argv else "--help"
+    if name in ("-h", "--help"):
+        print(_usage(commands))
+        return 0
+    if name == "--version":
+        from mulki import __version__
+
+        print(f"mulki {__version__}")
+        return 0
+    if name not in commands:
+        raise InputError(
+            f"command {name}: does not exist{nearest(name, commands)}; mulki --help lists them"
+        )
+    return commands[name](argv[1:])
+
+
+def _usage(commands: dict[str, Callable[[list[str]], int]]) -> str:
+    lines = ["usage: mulki COMMAND ..., mulki COMMAND --help", ""]
+    for name, command in commands.items():
+        lines.append(f"  {name:<8} {(command.__doc__ or '').splitlines()[0]}")
+    return "\n".join(lines)
+
+
+def _run(argv: list[str]) -> int:
+    """Learn a sequence of tasks: mulki run embedded, or mulki run --tasks DIR1 DIR2"""
+    from rich.console import Console
+
+    from mulki.engine.config import resolve
+    from mulki.engine.runner import run
+    from mulki.report.tables import print_matrix
+
+    settings = resolve(_given(argv))
+    console = Console()
+    logging.basicConfig(format="mulki: %(message)s", level=logging.WARNING)
+
+    folder = run(settings, Console(stderr=True))
+    print_matrix(folder.matrix, console)
+    console.print(f"run folder: {folder.path}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _given(argv: list[str]) -> dict[str, Any]:
+    # The method decides which options exist, so it is looked for before the rest is parsed.
+    from mulki import methods
+    from mulki.engine.config import RunConfig, read_config, unknown_option
+
+    argv = _with_hyphens(argv)
+    first = _Parser(add_help=False)
+    first.add_argument("--config")
+    first.add_argument("--method")
+    early, _ = first.parse_known_args(argv)
+    from_file = read_config(early.config) if early.config is not None else {}
+    method = methods.get(early.method or str(from_file.get("method", RunConfig.method)))
+
+    parser = _Parser(prog="mulki run", description=_run.__doc__)
+    parser.add_argument("words", nargs="*", metavar="TASKS", help="same as --tasks")
+    parser.add_argument("--config", metavar="FILE", help="a YAML file of options")
+    _add_options(parser.add_argument_group("run"), RunConfig)
+    group = parser.add_argument_group(f"method {method.name}", method.summary)
+    _add_options(group, method.Options)
+    parsed, unknown = parser.parse_known_intermixed_args(argv)
+    for word in unknown:
+        if word.startswith("--"):
+            raise unknown_option(word[2:].split("=")[0].replace("-", "_"), method.name)
+        raise InputError(f"{word}: was not expected here; mulki run --help shows the usage")
+    given = {k: v for k, v in vars(parsed).items() if v is not None and k != "config"}
+    words = given.pop("words", None)
+    if words and "tasks" in given:
+        raise InputError(f"--tasks: given beside {' '.join(words)}; name the tasks in one place")
+    if words:
+        given["tasks"] = words
+    # The command line wins over the file, also where the two exclude each other.
+    for one, other in (("iterations", "epochs"), ("epochs", "iterations")):
+        if one in given and other not in given:
+            from_file.pop(other, None)
+    return from_file | given
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **arguments: Any):
+        super().__init__(allow_abbrev=False, **arguments)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; {self.prog} --help shows the usage")
+
+
+def _add_options(group: argparse._ArgumentGroup, options: type) -> None:
+    hints = get_type_hints(options)
+    for item in fields(options):
+        flag = f"--{item.name.replace('_', '-')}"
+        text = f"{item.metadata['help']} (default: {_shown(item.default)})".replace("%", "%%")
+        if hints[item.name] is bool:
+            action = argparse.BooleanOptionalAction
+            group.add_argument(flag, action=action, default=None, help=text)
+        elif get_origin(hints[item.name]) is tuple:
+            group.add_argument(flag, nargs="+", metavar=item.name.upper(), help=text)
+        else:
+            choices = get_args(hints[item.name]) if _is_choice(hints[item.name]) else ()
+            metavar = "{" + ",".join(choices) + "}" if choices else item.name.upper()
+            group.add_argument(flag, metavar=metavar, help=text)
+
+
+def _is_choice(hint: Any) -> bool:
+    return get_origin(hint) is Literal
+
+
+def _shown(default: Any) -> str:
+    return " ".join(default) if isinstance(default, tuple) else str(default)
+
+
+def _with_hyphens(argv: list[str]) -> list[str]:
+    # Option names alone: a value keeps its underscores.
+    def hyphens(word: str) -> str:
+        name, equals, value = word.partition("=")
+        return name.replace("_", "-") + equals + value if word.startswith("--") else word
+
+    return [hyphens(word) for word in argv]
+
+
+def _metrics(argv: list[str]) -> int:
+    """Transfer, Average, Last, forgetting and BWT of a matrix: mulki metrics matrix.csv"""
+    from rich.console import Console
+
+    from mulki.metrics import read_matrix
+    from mulki.report.tables import print_matrix
+
+    parser = _Parser(prog="mulki metrics", description=_metrics.__doc__)
+    parser.add_argument("matrix", metavar="MATRIX", help="a matrix.csv, as a run folder holds it")
+    parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
+    arguments = parser.parse_args(argv)
+    matrix = read_matrix(arguments.matrix)
+    if arguments.json:
+        print(json.dumps(matrix.metrics().to_dict()))
+    else:
+        print_matrix(matrix, Console())
+    return 0
+
+
+def _tasks(argv: list[str]) -> int:
+    """The tasks of a sequence, with their classes: mulki tasks embedded --json"""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mulki.data import load_sequence, sequence_names
+
+    parser = _Parser(prog="mulki tasks", description=_tasks.__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a sequence, or task folders")
+    parser.add_argument("--order", default="I", help="order of a named sequence")
+    parser.add_argument("--json", action="store_true", help="print names and classes as JSON")
+    arguments = parser.parse_args(argv)
+    if not arguments.names:
+        print(json.dumps(sequence_names()) if arguments.json else "\n".join(sequence_names()))
+        return 0
+    tasks = load_sequence(arguments.names, arguments.order)
+    if arguments.json:
+        print(json.dumps([{"name": t.name, "classes": list(t.classes)} for t in tasks]))
+        return 0
+    table = Table("task", "classes", "train", "test", "prompt")
+    for t in tasks:
+        numbers = (len(t.classes), len(t.train), len(t.test))
+        table.add_row(t.name, *map(str, numbers), t.templates[0])
+    Console().print(table)
+    return 0

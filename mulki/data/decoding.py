@@ -1,0 +1,93 @@
+"""Image files to RGB pictures, with one kind of error for whatever is wrong with a file."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mulki.errors import InputError
+
+SUFFIXES = frozenset(
+    ".avif .bmp .gif .jfif .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp".split()
+)
+
+
+class BadImage(InputError):
+    """An image that cannot be decoded; the message names its file or shard member."""
+
+    def __init__(self, message: str) -> None:
+        # A DataLoader worker's exception is rebuilt from its whole traceback, which ends in the
+        # class name and our message. Users get the message alone.
+        super().__init__(message.rpartition(f"\n{__name__}.BadImage: ")[2].rstrip())
+
+    @classmethod
+    def at(cls, name: str, reason: object) -> BadImage:
+        """The error for the image `name`, with what the decoder said of it."""
+        said = " ".join(str(reason).split()) or type(reason).__name__
+        return cls(f"{name}: unreadable image ({said}); replace the file or remove it")
+
+
+def decode(source: Path | bytes, name: str) -> Image.Image:
+    """Decode a file, or the bytes of one, to an RGB image.
+
+    Transparent parts are composited on white; 16-bit grey is scaled to 8 bits; of an animation
+    the first frame is taken. EXIF rotation is left alone, as torchvision and open_clip do.
+
+    Args:
+        source: path or encoded bytes.
+        name: what an error calls the image.
+
+    Raises:
+        BadImage: missing, truncated or not an image.
+    """
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            image.load()
+            return _to_rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # PIL's decoders raise whatever they meet, from OSError to struct's
+        raise BadImage.at(name, error) from error
+
+
+def verify(path: Path) -> None:
+    """Check an image file, decoding its pixels only where nothing cheaper shows truncation.
+
+    Raises:
+        BadImage: missing, truncated or not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            kind = image.format
+            if kind == "PNG":  # checksums cover every chunk
+                image.verify()
+                return
+        if kind == "JPEG" and _ends_as_jpeg(path):
+            return
+    except MemoryError:
+        raise
+    except Exception as error:  # as in decode
+        raise BadImage.at(str(path), error) from error
+    decode(path, str(path))
+
+
+def _ends_as_jpeg(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-min(64, path.stat().st_size), os.SEEK_END)
+        return file.read().rstrip(b"\0").endswith(b"\xff\xd9")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        # PIL would clip at 255, which turns most 16-bit pictures white.
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError("32-bit pixels have no agreed range; convert it to 8 bits a channel")
+    if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,197 @@
+"""Batches of transformed images, the same for the same seed whatever the number of workers.
+
+The main process draws, for each sample, its place in the epoch and a seed for its augmentation, and
+the dataset applies that seed around the transform. So neither the number of workers nor the state
+of the global generators has a say, and a run can go on from any step.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mulki.data.task import ImageSet
+from mulki.data.transforms import is_deterministic
+
+Batch = list[Tensor]
+
+
+class Images(Dataset[tuple[Tensor, int, int]]):
+    """Transformed images of a set: `(image, target, index)` each.
+
+    An item is asked for by `index`, or by `(index, seed)`, which also fixes what a random transform
+    does, without touching the global generators.
+
+    Args:
+        image_set: the images.
+        transform: from an RGB PIL image to a tensor.
+        cached: keep the tensors in memory from first use on, if the transform is deterministic and
+            all of them fit in `cache_mb`; the attribute `cached` tells whether they are kept.
+        cache_mb: MiB.
+    """
+
+    def __init__(
+        self,
+        image_set: ImageSet,
+        transform: Callable[[Any], Tensor],
+        *,
+        cached: bool = False,
+        cache_mb: float = 512,
+    ) -> None:
+        self.image_set = image_set
+        self.transform = transform
+        self.deterministic = is_deterministic(transform)
+        self._cache: Tensor | None = None
+        self._filled = [False] * len(image_set)
+        if cached and self.deterministic:
+            first = self._transformed(0)
+            if len(image_set) * first.numel() * first.element_size() <= cache_mb * 2**20:
+                self._cache = torch.empty((len(image_set), *first.shape), dtype=first.dtype)
+
+    @property
+    def cached(self) -> bool:
+        return self._cache is not None
+
+    def __len__(self) -> int:
+        return len(self.image_set)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int, int]:
+        index, seed = key if isinstance(key, tuple) else (key, None)
+        target = self.image_set.targets[index]
+        if self._cache is not None:
+            if not self._filled[index]:
+                self._cache[index] = self._transformed(index)
+                self._filled[index] = True
+            return self._cache[index], target, index
+        if seed is None or self.deterministic:
+            return self._transformed(index), target, index
+        with _seeded(seed):
+            return self._transformed(index), target, index
+
+    def _transformed(self, index: int) -> Tensor:
+        return self.transform(self.image_set.load(index))
+
+
+def batches(
+    image_set: ImageSet,
+    transform: Callable[[Any], Tensor],
+    batch_size: int,
+    *,
+    shuffle: bool,
+    seed: int,
+    workers: int = 0,
+    drop_last: bool = False,
+    cached: bool = False,
+    cache_mb: float = 512,
+    pin_memory: bool = False,
+) -> DataLoader[tuple[Tensor, int, int]]:
+    """A DataLoader of `[images [B, ...], targets [B], indices [B]]`, targets and indices int64.
+
+    Each pass over it is another epoch, with a shuffle and augmentations of its own, drawn from
+    `seed` and the number of the epoch.
+
+    Args:
+        image_set, transform, cached, cache_mb: see `Images`.
+        batch_size: images in a batch; a smaller set makes one batch of all its images.
+        shuffle: whether epochs are permuted.
+        seed: fixes order and augmentation, with any number of workers.
+        workers: processes that load. None are started when the cache is in use, since each of them
+            would hold its own.
+        drop_last: leave out a smaller last batch, unless it is the only one.
+        pin_memory: for copies to a GPU that do not block.
+
+    Raises:
+        ValueError: `batch_size` below 1 or an empty set.
+        BadImage: when an image cannot be decoded; on iteration, also from workers.
+    """
+    if batch_size < 1 or len(image_set) == 0:
+        raise ValueError(f"{len(image_set)} images in batches of {batch_size}; both must be >= 1")
+    images = Images(image_set, transform, cached=cached, cache_mb=cache_mb)
+    workers = 0 if images.cached else workers
+    return DataLoader(
+        images,
+        batch_size,
+        sampler=_Epochs(len(images), shuffle=shuffle, seed=seed),
+        num_workers=workers,
+        drop_last=drop_last and len(images) >= batch_size,
+        pin_memory=pin_memory,
+        # Restarting workers costs more than an epoch of a small set; evaluation passes are rare.
+        persistent_workers=workers > 0 and shuffle,
+        # Without one, each pass would draw from the global generator and shift a run's randomness.
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def cycle(loader: DataLoader[tuple[Tensor, int, int]], start: int = 0) -> Iterator[Batch]:
+    """Endless batches of a loader made by `batches`, epoch after epoch.
+
+    Args:
+        loader: from `batches`.
+        start: batch to begin with, as if those before had been taken; none of them is loaded.
+
+    Raises:
+        ValueError: `start` is negative.
+    """
+    if start < 0:
+        raise ValueError(f"start {start}: wanted 0 or more")
+    sampler, size = loader.sampler, loader.batch_size
+    assert isinstance(sampler, _Epochs) and size is not None
+    epoch, done = divmod(start, len(loader))
+    sampler.go_to(epoch, done * size)
+
+    def endless() -> Iterator[Batch]:
+        while True:
+            yield from loader
+
+    return endless()
+
+
+class _Epochs(Sampler[tuple[int, int]]):
+    """Index and augmentation seed of each sample; each iteration is the next epoch."""
+
+    def __init__(self, count: int, *, shuffle: bool, seed: int) -> None:
+        self.count = count
+        self.shuffle = shuffle
+        self.seed = seed
+        self.go_to(epoch=0, skip=0)
+
+    def go_to(self, epoch: int, skip: int) -> None:
+        """Make the next iteration that of `epoch`, without its first `skip` samples."""
+        self.epoch, self.skip = epoch, skip
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        mixed = np.random.SeedSequence([self.seed % 2**64, self.epoch]).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(mixed[0]))
+        order = torch.arange(self.count)
+        if self.shuffle:
+            order = torch.randperm(self.count, generator=generator)
+        seeds = torch.randint(2**32, (self.count,), generator=generator)
+        skip = self.skip
+        self.go_to(self.epoch + 1, skip=0)
+        return iter(list(zip(order.tolist(), seeds.tolist(), strict=True))[skip:])
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the CPU generators of torch, NumPy and Python for a while."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    # torch.manual_seed would seed the GPUs too.
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])

@@ -1,0 +1,109 @@
+"""Sequences of tasks by name, and what a user may write where tasks are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mulki.data.folders import folder_task
+from mulki.data.task import Task
+from mulki.errors import InputError, nearest
+
+Loader = Callable[[str], list[Task]]
+
+_SEQUENCES: dict[str, Loader] = {}
+
+
+def register_sequence(name: str) -> Callable[[Loader], Loader]:
+    """Decorate a function from an order to a list of tasks, to make it a sequence called `name`.
+
+    The function raises InputError, with the orders it knows, for one it does not.
+
+    Raises:
+        ValueError: the name is taken or holds a colon.
+    """
+    if name in _SEQUENCES:
+        raise ValueError(f'a sequence called "{name}" is registered already')
+    if not name or ":" in name:
+        raise ValueError(f'"{name}": a sequence needs a name without a colon')
+
+    def register(loader: Loader) -> Loader:
+        _SEQUENCES[name] = loader
+        return loader
+
+    return register
+
+
+def sequence_names() -> tuple[str, ...]:
+    """Names of the registered sequences, sorted."""
+    return tuple(sorted(_SEQUENCES))
+
+
+def load_sequence(
+    spec: Sequence[str], order: str = "I", *, skip_bad_images: bool = False
+) -> list[Task]:
+    """Load the tasks that a user names.
+
+    Args:
+        spec: one registered sequence; or, in the order in which they are to be learned, any number
+            of folders (see `folder_task`) and single tasks of a sequence, as "embedded:digits".
+            A registered name goes before a folder of the same name, which "./name" reaches.
+        order: order of the registered sequence; "I" where the tasks are listed one by one.
+        skip_bad_images: leave unreadable images of folders out.
+
+    Raises:
+        InputError: a word that names nothing, an unknown order, two tasks of one name, or what
+            `folder_task` raises.
+    """
+    words = [spec] if isinstance(spec, str) else list(spec)
+    if not words:
+        raise InputError(
+            f"no tasks given; name a sequence ({', '.join(sequence_names())}) or task folders"
+        )
+    if len(words) == 1 and words[0] in _SEQUENCES:
+        return _SEQUENCES[words[0]](order)
+    if order != "I":
+        raise InputError(
+            f'order "{order}": orders belong to a named sequence ({", ".join(sequence_names())}); '
+            "tasks listed one by one are learned as listed, so leave the order out"
+        )
+    tasks = [_load_task(word, skip_bad_images) for word in words]
+    sources: dict[str, str] = {}
+    for word, task in zip(words, tasks, strict=True):
+        if task.name in sources:
+            raise InputError(
+                f'{word}: a second task called "{task.name}", after {sources[task.name]}; '
+                "rename one of the two folders"
+            )
+        sources[task.name] = word
+    return tasks
+
+
+def _load_task(word: str, skip_bad_images: bool) -> Task:
+    if word in _SEQUENCES:
+        raise InputError(
+            f"{word}: a whole sequence stands alone; to combine, list its tasks one by one, "
+            f"as {word}:NAME (a folder of that name is ./{word})"
+        )
+    sequence, colon, name = word.partition(":")
+    if colon and sequence in _SEQUENCES:
+        tasks = {task.name: task for task in _SEQUENCES[sequence]("I")}
+        if name not in tasks:
+            raise InputError(
+                f"{word}: {sequence} has no such task{nearest(name, tasks)}; "
+                f"it has {', '.join(tasks)}"
+            )
+        return tasks[name]
+    if not Path(word).exists():
+        raise InputError(
+            f"{word}: neither a sequence{nearest(word, _SEQUENCES)} nor an existing folder; "
+            f"sequences are {', '.join(sequence_names())}"
+        )
+    return folder_task(word, skip_bad_images=skip_bad_images)
+
+
+@register_sequence("embedded")
+def _embedded(order: str) -> list[Task]:
+    from mulki.data.embedded import embedded_sequence
+
+    return embedded_sequence(order)

@@ -1,0 +1,188 @@
+"""Tar shards in webdataset layout (`000000.webp`, `000000.cls`), read by random access.
+
+A pack is a folder with `tasks.json` beside its shards:
+
+    {"format": 1, "image_size": 64,
+     "tasks": {NAME: {"classes": [...], "templates": [...],
+                      "train": {"file": ..., "count": ..., "sha256": ...}, "test": {...}}},
+     "orders": {"I": [NAME, ...], ...}}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mulki.data.decoding import decode
+from mulki.data.task import Task, split_fingerprint
+from mulki.errors import InputError
+
+_FORMAT = 1
+_IMAGES = frozenset({"jpeg", "jpg", "png", "webp"})
+
+
+@dataclass(frozen=True)
+class ShardImages:
+    """The images of one tar shard; an `ImageSet`.
+
+    Attributes:
+        path: the tar file.
+        members: image members in order of their keys, [n].
+        offsets, sizes: where each member's bytes lie in the file, [n].
+        targets: class indices, [n].
+    """
+
+    path: Path
+    members: tuple[str, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    targets: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def load(self, index: int) -> Image.Image:
+        return decode(self._read(index), self.name(index))
+
+    def name(self, index: int) -> str:
+        return f"{self.path}:{self.members[index]}"
+
+    def fingerprint(self) -> str:
+        return split_fingerprint(zip(self.members, self.sizes, self.targets, strict=True))
+
+    def _read(self, index: int) -> bytes:
+        # Opened for each read: a kept handle would share its position with forked workers and
+        # threads and could not be pickled, and opening costs far less than decoding.
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offsets[index])
+                return file.read(self.sizes[index])
+        except OSError as error:
+            raise _damaged(self.path, error.strerror or "cannot be read") from error
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Tasks stored in shards, and the orders in which they may be learned."""
+
+    root: Path
+    entries: dict[str, Any]
+    orders: dict[str, tuple[str, ...]]
+
+    def task(self, name: str) -> Task:
+        """Read a task; `name` is a key of `entries`.
+
+        Raises:
+            InputError: a shard is missing or is not the one that `tasks.json` describes.
+        """
+        entry = self.entries[name]
+        train, test = (
+            open_shard(
+                self.root / entry[split]["file"],
+                sha256=entry[split]["sha256"],
+                count=entry[split]["count"],
+            )
+            for split in ("train", "test")
+        )
+        return Task(name, tuple(entry["classes"]), tuple(entry["templates"]), train, test)
+
+
+def open_pack(root: Path) -> Pack:
+    """Read `root/tasks.json`; shards are opened when a task is asked for.
+
+    Raises:
+        InputError: missing, damaged, or of another format.
+    """
+    path = root / "tasks.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["format"] != _FORMAT:
+            raise InputError(
+                f"{path}: format {data['format']}, wanted {_FORMAT}; "
+                "install the version of mulki that wrote it"
+            )
+        for entry in data["tasks"].values():
+            _ = entry["classes"], entry["templates"]
+            for split in ("train", "test"):
+                _ = [entry[split][key] for key in ("file", "count", "sha256")]
+        orders = {order: tuple(names) for order, names in data["orders"].items()}
+        for names in orders.values():
+            _ = [data["tasks"][name] for name in names]
+        return Pack(root, data["tasks"], orders)
+    except FileNotFoundError as error:
+        raise _damaged(path, "missing") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise _damaged(path, f"cannot be read: {error}") from error
+    except KeyError as error:
+        raise _damaged(path, f"entry {error} missing") from error
+    except (AttributeError, TypeError) as error:
+        raise _damaged(path, "not laid out as a pack") from error
+
+
+def open_shard(path: Path, *, sha256: str | None = None, count: int | None = None) -> ShardImages:
+    """Index a tar shard.
+
+    Repeated calls for an unchanged file cost nothing: it is hashed and indexed once a process.
+
+    Args:
+        path: the tar file.
+        sha256: hex digest that the file must have.
+        count: number of images that it must hold.
+
+    Raises:
+        InputError: missing, damaged, or not as described.
+    """
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise _damaged(path, "missing") from error
+    return _open_shard(path, sha256, count, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _open_shard(
+    path: Path, sha256: str | None, count: int | None, _size: int, _mtime: int
+) -> ShardImages:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise _damaged(path, error.strerror or "cannot be read") from error
+    if sha256 is not None and (found := hashlib.sha256(content).hexdigest()) != sha256:
+        raise _damaged(path, f"checksum {found[:12]}..., wanted {sha256[:12]}...")
+    images: dict[str, tuple[str, int, int]] = {}
+    targets: dict[str, int] = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+            for member in tar:
+                folder, _, base = member.name.rpartition("/")
+                key, _, suffix = base.partition(".")
+                if not member.isfile():
+                    continue
+                if suffix.lower() in _IMAGES:
+                    images[f"{folder}/{key}"] = (member.name, member.offset_data, member.size)
+                elif suffix == "cls":
+                    start = member.offset_data
+                    targets[f"{folder}/{key}"] = int(content[start : start + member.size])
+    except (tarfile.TarError, ValueError) as error:
+        raise _damaged(path, str(error)) from error
+    if unpaired := sorted(images.keys() ^ targets.keys()):
+        raise _damaged(path, f"{unpaired[0].lstrip('/')} lacks its image or its .cls")
+    if count is not None and len(images) != count:
+        raise _damaged(path, f"{len(images)} images, wanted {count}")
+    if not images:
+        raise _damaged(path, "no images")
+    keys = sorted(images)
+    members, offsets, sizes = zip(*(images[key] for key in keys), strict=True)
+    return ShardImages(path, members, offsets, sizes, tuple(targets[key] for key in keys))
+
+
+def _damaged(path: Path, reason: str) -> InputError:
+    return InputError(f"{path}: damaged or incomplete pack ({reason}); reinstall mulki")

@@ -1,0 +1,51 @@
+"""A smaller version of a task, for smoke tests and quick looks."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from itertools import chain, zip_longest
+
+from PIL import Image
+
+from mulki.data.task import ImageSet, Task
+
+
+class Subset:
+    """Some images of a set, in the order of `indices`."""
+
+    def __init__(self, image_set: ImageSet, indices: Sequence[int]):
+        self.image_set = image_set
+        self.indices = tuple(indices)
+        self.targets = [image_set.targets[i] for i in self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def load(self, index: int) -> Image.Image:
+        return self.image_set.load(self.indices[index])
+
+    def name(self, index: int) -> str:
+        return self.image_set.name(self.indices[index])
+
+    def fingerprint(self) -> str:
+        whole = f"{self.image_set.fingerprint()} {self.indices}"
+        return hashlib.sha256(whole.encode()).hexdigest()
+
+
+def limited(task: Task, count: int) -> Task:
+    """The task with at most `count` images in each split, but at least one of every class.
+
+    Classes are kept balanced: the first image of every class, then the second, and so on.
+    """
+
+    def limit(image_set: ImageSet) -> ImageSet:
+        by_class: dict[int, list[int]] = {}
+        for index, target in enumerate(image_set.targets):
+            by_class.setdefault(target, []).append(index)
+        turns = chain.from_iterable(zip_longest(*by_class.values()))
+        picked = [index for index in turns if index is not None]
+        return Subset(image_set, sorted(picked[: max(count, len(by_class))]))
+
+    return dataclasses.replace(task, train=limit(task.train), test=limit(task.test))

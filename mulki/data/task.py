@@ -1,0 +1,119 @@
+"""What a task is: class names, prompt templates, and labelled images to train and test on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from PIL import Image
+
+from mulki.data.prompts import check_templates, fill
+from mulki.errors import InputError
+
+
+class ImageSet(Protocol):
+    """A labelled list of images with random access. It must pickle, for DataLoader workers."""
+
+    @property
+    def targets(self) -> Sequence[int]:
+        """Class index of each image, [n]."""
+
+    def __len__(self) -> int:
+        """Number of images, n."""
+
+    def load(self, index: int) -> Image.Image:
+        """The image as RGB, transparency composited on white.
+
+        Raises:
+            BadImage: it cannot be decoded; the message names it.
+        """
+
+    def name(self, index: int) -> str:
+        """Path or shard member, for messages."""
+
+    def fingerprint(self) -> str:
+        """Hex SHA-256 that identifies the split: the same wherever the data lie."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a sequence.
+
+    Attributes:
+        name: names the task in tables and files.
+        classes: class names, [C], at least two, no two alike.
+        templates: prompts, each with exactly one `{}` for the class name.
+        train, test: the splits, with targets in 0..C-1.
+        skipped: unreadable images that were left out, by path.
+
+    Raises:
+        InputError: any of the above does not hold.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    templates: tuple[str, ...]
+    train: ImageSet
+    test: ImageSet
+    skipped: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        where = f'task "{self.name}"'
+        if not self.name:
+            raise InputError("a task has an empty name; give it one")
+        if len(self.classes) < 2:
+            raise InputError(f"{where}: {len(self.classes)} class(es); at least two are needed")
+        if any(not c.strip() for c in self.classes):
+            raise InputError(f"{where}: a class name is empty; give every class a name")
+        twice = sorted({c for c in self.classes if self.classes.count(c) > 1})
+        if twice:
+            raise InputError(f'{where}: class "{twice[0]}" occurs twice; rename or merge the two')
+        check_templates(self.templates, where)
+        for split, images in (("train", self.train), ("test", self.test)):
+            if len(images) == 0:
+                raise InputError(f"{where}: its {split} split is empty; add images to it")
+            if len(images.targets) != len(images):
+                raise InputError(
+                    f"{where}: its {split} split has {len(images)} images and "
+                    f"{len(images.targets)} targets; give one target an image"
+                )
+            low, high = min(images.targets), max(images.targets)
+            if low < 0 or high >= len(self.classes):
+                raise InputError(
+                    f"{where}: target {low if low < 0 else high} in its {split} split lies "
+                    f"outside 0..{len(self.classes) - 1}; correct the labels or add the class"
+                )
+
+    def prompts(self, templates: Sequence[str] | None = None) -> list[list[str]]:
+        """Every template filled with every class name, [C][T].
+
+        Args:
+            templates: used instead of the task's own.
+
+        Raises:
+            InputError: a template without exactly one `{}`.
+        """
+        chosen = self.templates
+        if templates is not None:
+            chosen = check_templates(templates, f'prompts of task "{self.name}"')
+        return [[fill(template, name) for template in chosen] for name in self.classes]
+
+    def fingerprint(self) -> str:
+        """Hex SHA-256 over class names, templates and both splits; the task's name is left out."""
+        parts = (self.train.fingerprint(), self.test.fingerprint())
+        return _digest([*self.classes, "", *self.templates, "", *parts])
+
+
+def split_fingerprint(images: Iterable[tuple[str, int, int]]) -> str:
+    """Hex SHA-256 of a split, from each image's relative name, size in bytes, and target."""
+    return _digest(f"{name}\0{size}\0{target}" for name, size, target in images)
+
+
+def _digest(lines: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for line in lines:
+        # File names need not be valid UTF-8.
+        digest.update(line.encode("utf-8", "surrogateescape") + b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,147 @@
+"""The configuration of a run: its options, their defaults, presets, and how they are combined.
+
+From weak to strong: the defaults here, the preset of the task sequence, the preset of the method on
+that sequence, a YAML file, the command line. The resolved configuration is what the run folder
+keeps; it is itself a valid YAML file for `--config`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from mulki import methods
+from mulki.engine import precision, presets, schedule
+from mulki.errors import InputError, nearest
+from mulki.methods import Method
+from mulki.options import check_options, convert, option
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything about a run but the method's own options."""
+
+    tasks: tuple[str, ...] = option(("embedded",), "a sequence, or task folders in their order")
+    method: str = option("mulki", "what is trained")
+    order: str = option("I", "order of a named sequence")
+    seed: int = option(0, "seed of shuffling, augmentation and initialisation", low=0)
+    preset: Literal["default", "quick"] = option("default", "quick: a smoke test in under a minute")
+    model: str = option("mulki-mini", "mulki-mini, an open_clip model, hf-hub:... or local-dir:...")
+    pretrained: str | None = option(None, "a tag of open_clip or a checkpoint's path")
+    iterations: int = option(1000, "optimiser steps per task", low=1)
+    epochs: float | None = option(
+        None, "passes over a task's images, instead of iterations", above=0
+    )
+    batch_size: int = option(64, "images per step", low=1)
+    batch_size_eval: int = option(256, "images per evaluation batch", low=1)
+    lr: float = option(1e-5, "base learning rate", above=0)
+    wd: float = option(0.0, "weight decay", low=0)
+    beta1: float = option(0.9, "AdamW's beta1", low=0, high=1)
+    beta2: float = option(0.999, "AdamW's beta2", low=0, high=1)
+    eps: float = option(1e-8, "AdamW's epsilon", above=0)
+    warmup: int = option(0, "steps of linear warm-up per task", low=0)
+    lr_scheduler: schedule.Name = option("cosine", "learning rate after warm-up")
+    grad_clip_norm: float | None = option(None, "largest gradient norm", above=0)
+    precision: precision.Name = option("auto", "auto: amp_bf16 where bf16 is native, else fp32")
+    lock_text: bool = option(False, "freeze the text transformer")
+    lock_image: bool = option(False, "freeze the image tower")
+    augment: Literal["none", "crop"] = option("none", "training transform; none caches teachers")
+    limit_images: int | None = option(None, "use at most so many images of each split", low=1)
+    skip_bad_images: bool = option(False, "leave unreadable images of task folders out")
+    workers: int = option(0, "data loading processes", low=0)
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
+    logs: str = option("logs", "folder of run folders")
+    name: str | None = option(None, "name of the run folder; made from the date if left out")
+    log_every_n_steps: int = option(10, "steps between two lines of losses in out.log", low=1)
+    save_checkpoints: bool = option(True, "keep the weights after each task")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A resolved configuration.
+
+    Args:
+        run: options of the run.
+        method: options of its method.
+    """
+
+    run: RunConfig
+    method: Method.Options
+
+    def to_dict(self) -> dict[str, Any]:
+        """One flat dict, as `--config` reads it."""
+        run = asdict(self.run) | {"tasks": list(self.run.tasks)}
+        return run | asdict(self.method)
+
+
+def resolve(given: Mapping[str, Any]) -> Settings:
+    """Combine what was given (config file and command line) with presets and defaults.
+
+    Args:
+        given: values by option name with underscores, of the run and of its method; strings are
+            converted to an option's type.
+
+    Raises:
+        InputError: an unknown method or option, a value of the wrong type or out of bounds, or
+            iterations together with epochs.
+    """
+    method = methods.get(str(given.get("method", RunConfig.method)))
+    of_run, of_method = field_names(RunConfig), field_names(method.Options)
+    for key in given:
+        if key not in of_run and key not in of_method:
+            raise unknown_option(key, method.name)
+    run = convert(RunConfig, {k: v for k, v in given.items() if k in of_run})
+    own = convert(method.Options, {k: v for k, v in given.items() if k in of_method})
+    if run.get("iterations") is not None and run.get("epochs") is not None:
+        raise InputError("--iterations and --epochs: got both, wanted one of the two")
+    tasks, preset = run.get("tasks", RunConfig.tasks), run.get("preset", RunConfig.preset)
+    merged = presets.lookup(tasks, method.name, preset) | run | own
+    config = RunConfig(**{k: v for k, v in merged.items() if k in of_run})
+    options = method.Options(**{k: v for k, v in merged.items() if k in of_method})
+    check_options(config)
+    check_options(options)
+    return Settings(config, options)
+
+
+def field_names(options: type) -> frozenset[str]:
+    """Names of the fields of an options dataclass."""
+    return frozenset(f.name for f in fields(options))
+
+
+def unknown_option(name: str, method: str) -> InputError:
+    """The error for an option that neither the run nor the method has.
+
+    Says which methods have it, or which option it may have been meant to be.
+    """
+    owners = [n for n, m in methods.available().items() if name in field_names(m.Options)]
+    shown = name.replace("_", "-")
+    if owners:
+        return InputError(
+            f"--{shown}: method {method} has no such option, it belongs to "
+            f"{', '.join(owners)}; leave it out or change --method"
+        )
+    known = field_names(RunConfig) | field_names(methods.get(method).Options)
+    close = nearest(shown, [k.replace("_", "-") for k in known])
+    return InputError(f"--{shown}: no such option{close}; mulki run --help lists them all")
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The options in a YAML file, by name with underscores.
+
+    Raises:
+        InputError: no such file, not YAML, or not a mapping of option names.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"--config: {path} cannot be read ({reason}); pass a YAML file") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise InputError(f"--config: {path} holds no mapping; write lines such as 'lr: 1.0e-4'")
+    return {key.replace("-", "_"): value for key, value in data.items()}

@@ -1,0 +1,219 @@
+"""Learning one task: teachers, batches, steps. The only place where encoders run in training."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mulki.data.loader import batches, cycle
+from mulki.data.task import Task
+from mulki.data.transforms import is_deterministic
+from mulki.engine import schedule
+from mulki.engine.config import RunConfig
+from mulki.engine.precision import Precision
+from mulki.errors import InputError
+from mulki.evaluate import TEXT_BATCH
+from mulki.features import Features
+from mulki.methods import ZERO_SHOT, Method, TaskStart
+from mulki.models import VisionLanguageModel
+from mulki.prototypes import class_means
+from mulki.teachers import Teacher
+
+Transform = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step tells whoever listens: its number from 1, its terms, the rate, its images."""
+
+    step: int
+    losses: Mapping[str, float]
+    lr: float
+    images: int
+    seconds: float
+
+
+def steps_of(config: RunConfig, num_images: int) -> int:
+    """Optimiser steps for a task with that many training images."""
+    if config.epochs is None:
+        return config.iterations
+    return max(1, math.ceil(config.epochs * num_images / config.batch_size))
+
+
+def learn_task(
+    model: VisionLanguageModel,
+    method: Method,
+    task: Task,
+    frozen: Mapping[str, VisionLanguageModel],
+    config: RunConfig,
+    *,
+    index: int,
+    transform: Transform,
+    precision: Precision,
+    listen: Callable[[StepReport], None] = lambda report: None,
+) -> int:
+    """Train the model on one task, in place.
+
+    Args:
+        model: the student; its trainable parameters move.
+        frozen: the models behind `method.needs.teachers` (and the original one for prototypes), by
+            the names in `mulki.methods`; names may share a model.
+        index: the task's place in the sequence, from 0.
+        transform: of the training images.
+        precision: how the encoders compute.
+        listen: called after every step.
+
+    Returns:
+        The number of steps taken.
+
+    Raises:
+        InputError: a loss is not finite (the learning rate is then too high), or a bad image.
+    """
+    steps = steps_of(config, len(task.train))
+    deterministic = is_deterministic(transform)
+    prompts = [of_class[0] for of_class in task.prompts()]
+    teachers, prototypes = _teachers(
+        method, task, prompts, frozen, config, deterministic, precision
+    )
+    method.start_task(TaskStart(index, len(task.classes), steps, model.trainable(), prototypes))
+    method.to(model.device)
+    parameters = [*model.trainable().values(), *method.parameters()]
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.wd,
+    )
+    loader = batches(
+        task.train,
+        transform,
+        config.batch_size,
+        shuffle=True,
+        seed=config.seed + 7919 * index,
+        workers=config.workers,
+        drop_last=True,
+        cached=deterministic,
+    )
+    text_inputs = model.text_inputs(prompts)
+    model.train()
+    for step, (images, target, places) in zip(range(1, steps + 1), cycle(loader), strict=False):
+        started = time.perf_counter()
+        rate = config.lr * schedule.factor(config.lr_scheduler, step - 1, steps, config.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        images, target = images.to(model.device), target.to(model.device)
+        answers = tuple(_ask(t, m, places, images, precision) for t, m in teachers)
+        with precision.autocast():
+            image_features = model.encode_images(images)
+            text_features = model.encode_texts(text_inputs)
+        student = Features(image_features, text_features, model.logit_scale, method.prototypes())
+        losses = {**method.losses(student, answers, target), **method.penalties()}
+        _descend(losses, optimizer, parameters, config, precision, f"task {task.name}, step {step}")
+        method.after_step(step)
+        values = {name: float(value.detach()) for name, value in losses.items()}
+        seconds = time.perf_counter() - started
+        listen(StepReport(step, values, rate, len(images), seconds))
+    method.end_task()
+    model.eval()
+    return steps
+
+
+def _descend(
+    losses: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    parameters: list[torch.nn.Parameter],
+    config: RunConfig,
+    precision: Precision,
+    where: str,
+) -> None:
+    total = torch.stack([value.reshape(()) for value in losses.values()]).sum()
+    if not torch.isfinite(total):
+        terms = ", ".join(f"{name} {float(value):.3g}" for name, value in losses.items())
+        raise InputError(f"--lr {config.lr:g}: {where}: the loss is not finite ({terms}); lower it")
+    optimizer.zero_grad(set_to_none=True)
+    scaler = precision.scaler
+    scaler.scale(total).backward()
+    if config.grad_clip_norm is not None:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip_norm)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+@torch.no_grad()
+def _ask(
+    teacher: Teacher,
+    model: VisionLanguageModel,
+    places: Tensor,
+    images: Tensor,
+    precision: Precision,
+) -> Features:
+    def encode(batch: Tensor) -> Tensor:
+        with precision.autocast():
+            return model.encode_images(batch)
+
+    return teacher.features(places, images, encode)
+
+
+@torch.no_grad()
+def _teachers(
+    method: Method,
+    task: Task,
+    prompts: list[str],
+    frozen: Mapping[str, VisionLanguageModel],
+    config: RunConfig,
+    deterministic: bool,
+    precision: Precision,
+) -> tuple[list[tuple[Teacher, VisionLanguageModel]], Tensor | None]:
+    # One Teacher per distinct model: at the first task both names mean the original.
+    needs = method.needs
+    made: dict[int, Teacher] = {}
+    original: Tensor | None = None
+
+    def teacher_of(model: VisionLanguageModel) -> Teacher:
+        if id(model) not in made:
+            inputs = model.text_inputs(prompts)
+            with precision.autocast():
+                texts = torch.cat([model.encode_texts(part) for part in inputs.split(TEXT_BATCH)])
+            whole = prototypes = None
+            if needs.prototypes:
+                whole, target = _encode_training_set(model, task, config, precision)
+                prototypes = class_means(whole, target, len(task.classes))
+            teacher = Teacher(
+                texts, model.logit_scale, prototypes, len(task.train) if deterministic else None
+            )
+            if whole is not None:
+                teacher.remember(whole)
+            made[id(model)] = teacher
+        return made[id(model)]
+
+    teachers = [(teacher_of(frozen[name]), frozen[name]) for name in needs.teachers]
+    if needs.prototypes:
+        original = teacher_of(frozen[ZERO_SHOT]).prototypes
+    return teachers, original
+
+
+def _encode_training_set(
+    model: VisionLanguageModel, task: Task, config: RunConfig, precision: Precision
+) -> tuple[Tensor, Tensor]:
+    # With the evaluation transform, which equals the training transform when that is deterministic.
+    loader = batches(
+        task.train,
+        model.preprocess,
+        config.batch_size_eval,
+        shuffle=False,
+        seed=config.seed,
+        workers=config.workers,
+    )
+    features, targets = [], []
+    for images, target, _ in loader:
+        with precision.autocast():
+            features.append(model.encode_images(images))
+        targets.append(target)
+    return torch.cat(features), torch.cat(targets).to(model.device)

@@ -1,0 +1,111 @@
+"""What a method is: the one interface between the engine and what is trained.
+
+A method never calls an encoder. It says which features it needs, and its losses are a pure function
+of those features, the targets and its own state; the engine alone encodes, so that caching of
+frozen teachers, precision and batching are written once. Besides, a method may prepare a task, add
+terms on parameters, act after a step and act after a task. Nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from mulki.features import Features
+from mulki.options import check_options
+
+ZERO_SHOT = "zero_shot"
+PREVIOUS = "previous"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The features a method wants besides the student's images and class texts.
+
+    Args:
+        teachers: of `ZERO_SHOT` (the original model) and `PREVIOUS` (the model after the previous
+            task; the original at the first), in the order the losses get them.
+        prototypes: class means over the task's training set, of the original model and of each
+            teacher.
+    """
+
+    teachers: tuple[str, ...] = ()
+    prototypes: bool = False
+
+
+@dataclass(frozen=True)
+class TaskStart:
+    """What a method learns of a task before its first step.
+
+    Args:
+        index: 0 for the first task.
+        num_classes: C.
+        steps: optimiser steps the task will take.
+        weights: the student's trainable parameters by name, live.
+        prototypes: [C, D] class means of the original model if `Needs.prototypes`, else None.
+    """
+
+    index: int
+    num_classes: int
+    steps: int
+    weights: Mapping[str, nn.Parameter]
+    prototypes: Tensor | None
+
+
+class Method(nn.Module):
+    """Base class; its own parameters, if any, are trained beside the student's.
+
+    Raises:
+        InputError: an option is out of bounds.
+
+    Subclasses define `name`, an `Options` dataclass of hyper-parameters (fields made by `option`,
+    which become command line options), `needs` and `losses`.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    trains: ClassVar[bool] = True
+
+    @dataclass(frozen=True)
+    class Options:
+        """Hyper-parameters; none here."""
+
+    needs: Needs
+
+    def __init__(self, options: Options):
+        super().__init__()
+        check_options(options)
+        self.options = options
+        self.needs = Needs()
+
+    def start_task(self, task: TaskStart) -> None:
+        """Prepare a task. Called before its optimiser is made."""
+
+    def prototypes(self) -> Tensor | None:
+        """The student's prototypes [C, D], or None."""
+        return None
+
+    def losses(
+        self, student: Features, teachers: tuple[Features, ...], target: Tensor
+    ) -> dict[str, Tensor]:
+        """Weighted scalar terms of the objective, each named ``..._loss``; their sum is minimised.
+
+        Args:
+            student: features of a batch of B images and the task's C class texts.
+            teachers: those of `needs.teachers`, in that order.
+            target: [B] int64.
+        """
+        raise TypeError(f"method {self.name} does not train")
+
+    def penalties(self) -> dict[str, Tensor]:
+        """Scalar terms on the parameters, named ``..._loss``."""
+        return {}
+
+    def after_step(self, step: int) -> None:
+        """Called after optimiser step `step` of the task, counted from 1."""
+
+    def end_task(self) -> None:
+        """Called after the last step; may change the weights in place before evaluation."""

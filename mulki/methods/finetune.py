@@ -1,0 +1,35 @@
+"""finetune: cross-entropy on each task in turn, nothing against forgetting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mulki.features import Features
+from mulki.functional import prototype_cross_entropy
+from mulki.methods.base import Method
+from mulki.options import option
+
+
+class Finetune(Method):
+    """Continual fine-tuning: ``CE(s u w^T, y)`` with label smoothing."""
+
+    name = "finetune"
+    summary = "plain fine-tuning on each task in turn"
+    options: Options
+
+    @dataclass(frozen=True)
+    class Options(Method.Options):
+        label_smoothing: float = option(
+            0.2, "label smoothing of the cross-entropy, in [0, 1]", low=0, high=1
+        )
+
+    def losses(
+        self, student: Features, teachers: tuple[Features, ...], target: Tensor
+    ) -> dict[str, Tensor]:
+        return {
+            "ce_loss": prototype_cross_entropy(
+                student.image_text(), target, label_smoothing=self.options.label_smoothing
+            )
+        }

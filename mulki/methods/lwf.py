@@ -1,0 +1,53 @@
+"""lwf: Learning without Forgetting (Li and Hoiem, arXiv 1606.09282) for a model with a text tower.
+
+    L = CE_ls(s u w^T, y) + c T^2 KL(softmax(z' / T) || softmax(z / T))
+
+z' are the logits of the model after the previous task, on the current images and the current
+class texts: with a text tower there is no head of an old task to keep, so what is kept is the
+answer to the new images, as the benchmark of ZSCL runs this baseline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mulki.features import Features
+from mulki.functional import prototype_cross_entropy, teacher_kl
+from mulki.methods.base import PREVIOUS, Method, Needs
+from mulki.options import option
+
+
+class LwF(Method):
+    """Cross-entropy and one teacher, the model after the previous task."""
+
+    name = "lwf"
+    summary = "Learning without Forgetting: distillation from the previous model"
+    options: Options
+
+    @dataclass(frozen=True)
+    class Options(Method.Options):
+        label_smoothing: float = option(
+            0.2, "label smoothing of the cross-entropy, in [0, 1]", low=0, high=1
+        )
+        distill_weight: float = option(1.0, "coefficient of the distillation term", low=0)
+        temperature: float = option(2.0, "softmax temperature of the distillation term", above=0)
+
+    def __init__(self, options: Options):
+        super().__init__(options)
+        self.needs = Needs(teachers=(PREVIOUS,))
+
+    def losses(
+        self, student: Features, teachers: tuple[Features, ...], target: Tensor
+    ) -> dict[str, Tensor]:
+        logits = student.image_text()
+        kl = teacher_kl(
+            logits, [t.image_text() for t in teachers], temperature=self.options.temperature
+        )
+        return {
+            "ce_loss": prototype_cross_entropy(
+                logits, target, label_smoothing=self.options.label_smoothing
+            ),
+            "distill_loss": self.options.distill_weight * kl,
+        }

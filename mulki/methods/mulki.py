@@ -1,0 +1,133 @@
+"""mulki: the four stages together (arXiv 2411.06764, reimplemented from its description).
+
+The objective is `mulki.stages.objective`; this file connects it to the tasks: prototypes are made
+at a task's start and move with the student (Eliciting Ideas), the running mean of the weights and
+the interpolation with the previous model make the connections. Each stage can be switched off
+alone:
+
+    eliciting       off: no prototypes, so neither the alignment nor the relations built on them
+    adding          off: no distillation, neither of relations nor of features
+    distinguishing  off: both teachers count equally for every sample
+    connecting      off: the last weights are the result, and there is no anchor
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mulki.features import Features
+from mulki.functional import Gate
+from mulki.methods.base import PREVIOUS, ZERO_SHOT, Method, Needs, TaskStart
+from mulki.options import option
+from mulki.prototypes import Prototypes, Update
+from mulki.stages import connecting
+from mulki.stages.objective import MulKILoss
+
+
+class MulKI(Method):
+    """Two teachers, prototypes, relations, gates and connected models."""
+
+    name = "mulki"
+    summary = "MulKI: dual-teacher distillation of prototype relations"
+    options: Options
+
+    @dataclass(frozen=True)
+    class Options(Method.Options):
+        eliciting: bool = option(True, "stage 1: prototypes and their alignment with the texts")
+        adding: bool = option(True, "stage 2: relations and features kept near the teachers")
+        distinguishing: bool = option(True, "stage 3: teachers weighted per sample")
+        connecting: bool = option(True, "stage 4: running mean, interpolation and anchor")
+        label_smoothing: float = option(
+            0.2, "label smoothing of the cross-entropy, in [0, 1]", low=0, high=1
+        )
+        temperature: float = option(2.0, "softmax temperature of relations and gate", above=0)
+        prototype_update: Update = option("ema", "how the student's prototypes move")
+        prototype_momentum: float = option(
+            0.9, "momentum of the prototypes' average, in [0, 1)", low=0, high=1
+        )
+        alignment: float = option(0.25, "coefficient of the prototype-text alignment", low=0)
+        image_text: float = option(0.25, "coefficient of the image-to-text relation", low=0)
+        image_image: float = option(0.25, "coefficient of the image-to-prototype relation", low=0)
+        text_image: float = option(0.25, "coefficient of the text-to-prototype relation", low=0)
+        text_text: float = option(0.25, "coefficient of the text-to-text relation", low=0)
+        feature: float = option(1.0, "coefficient of the distance of image features", low=0)
+        gate: Gate = option("label", "how the two teachers are weighted per sample")
+        gate_temperature: float = option(
+            1.0, "temperature of the gate, smaller is sharper", above=0
+        )
+        we_every: int = option(10, "steps between two members of the running mean; 0: none", low=0)
+        alpha: float = option(
+            1.0, "share of the new weights against the previous model's, (0, 1]", above=0, high=1
+        )
+        l2: float = option(
+            0.0, "coefficient of the squared distance from the previous weights", low=0
+        )
+
+    def __init__(self, options: Options):
+        super().__init__(options)
+        o = options
+        relations = o.adding
+        visual = o.eliciting
+        self.objective = MulKILoss(
+            temperature=o.temperature,
+            gate=o.gate if o.distinguishing else "uniform",
+            gate_temperature=o.gate_temperature,
+            label_smoothing=o.label_smoothing,
+            alignment=o.alignment * visual,
+            image_text=o.image_text * relations,
+            image_image=o.image_image * relations * visual,
+            text_image=o.text_image * relations * visual,
+            text_text=o.text_text * relations,
+            feature=o.feature * relations,
+        )
+        self.needs = Needs(
+            teachers=(ZERO_SHOT, PREVIOUS) if self.objective.needs_teachers else (),
+            prototypes=self.objective.needs_prototypes,
+        )
+        self._prototypes: Prototypes | None = None
+
+    def start_task(self, task: TaskStart) -> None:
+        o = self.options
+        self._prototypes = None
+        if task.prototypes is not None:
+            self._prototypes = Prototypes(task.prototypes, o.prototype_update, o.prototype_momentum)
+        self._weights = task.weights
+        self._start: dict[str, Tensor] | None = None
+        self._mean: connecting.RunningMean | None = None
+        if o.connecting and (o.alpha < 1 or o.l2):
+            self._start = connecting.snapshot(task.weights)
+        if o.connecting and o.we_every:
+            self._mean = connecting.RunningMean(task.weights, o.we_every)
+
+    def prototypes(self) -> Tensor | None:
+        return None if self._prototypes is None else self._prototypes()
+
+    def losses(
+        self, student: Features, teachers: tuple[Features, ...], target: Tensor
+    ) -> dict[str, Tensor]:
+        terms = self.objective(student, teachers, target, output_dict=True)
+        if self._prototypes is not None:
+            # After the losses: a batch is compared with prototypes it has not moved itself.
+            self._prototypes.observe(student.images.detach(), target)
+        return dict(terms)
+
+    def penalties(self) -> dict[str, Tensor]:
+        if not (self.options.connecting and self.options.l2):
+            return {}
+        assert self._start is not None
+        return {"anchor_loss": self.options.l2 * connecting.anchor_loss(self._weights, self._start)}
+
+    def after_step(self, step: int) -> None:
+        if self._mean is not None:
+            self._mean.observe(self._weights, step)
+
+    @torch.no_grad()
+    def end_task(self) -> None:
+        result = self._weights if self._mean is None else self._mean.mean
+        if self._start is not None and self.options.alpha < 1:
+            result = connecting.interpolate(self._start, result, self.options.alpha)
+        for name, weight in self._weights.items():
+            weight.copy_(result[name])

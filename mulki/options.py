@@ -1,0 +1,112 @@
+"""Options: dataclass fields that are also command line options and config keys."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import field, fields
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from mulki.errors import InputError, nearest
+
+
+def option(
+    default: Any,
+    text: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """A field of an options dataclass.
+
+    Args:
+        default: the default.
+        text: the help text of its command line option.
+        low, high, above: bounds of a number: ``low <= value <= high``, ``value > above``.
+    """
+    bounds = {"low": low, "high": high, "above": above}
+    return field(default=default, metadata={"help": text, **bounds})
+
+
+def check_options(options: Any) -> None:
+    """Check a dataclass made of `option` fields against their bounds and ``Literal`` choices.
+
+    Raises:
+        InputError: naming the first option that is out of bounds.
+    """
+    hints = get_type_hints(type(options))
+    for item in fields(options):
+        value, bounds = getattr(options, item.name), item.metadata
+        name = item.name.replace("_", "-")
+        if get_origin(hints[item.name]) is Literal:
+            choices = get_args(hints[item.name])
+            if value not in choices:
+                raise InputError(
+                    f"--{name}: got {value!r}{nearest(str(value), choices)}, "
+                    f"wanted one of {', '.join(choices)}"
+                )
+        for bound, holds, words in (
+            ("low", lambda v, b: v >= b, "at least"),
+            ("high", lambda v, b: v <= b, "at most"),
+            ("above", lambda v, b: v > b, "above"),
+        ):
+            limit = bounds.get(bound)
+            # A NaN fails every comparison, so it is refused wherever a bound is set.
+            if limit is not None and value is not None and not holds(value, limit):
+                raise InputError(f"--{name}: got {value}, wanted a number {words} {limit:g}")
+
+
+def convert(options: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as strings (command line) or as YAML reads them, to the types of an options dataclass.
+
+    Args:
+        options: a dataclass made of `option` fields.
+        given: values by field name.
+
+    Raises:
+        InputError: naming the first option whose value does not have its type.
+    """
+    hints = get_type_hints(options)
+    return {key: _convert(value, hints[key], key) for key, value in given.items()}
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        if value is None or value in ("null", "none", "None"):
+            return None
+        hint = next(a for a in get_args(hint) if a is not type(None))
+    if get_origin(hint) is tuple:
+        parts = [value] if isinstance(value, str) else value
+        if isinstance(parts, (list, tuple)) and all(isinstance(part, str) for part in parts):
+            return tuple(parts)
+        raise _wrong(name, value, "a list of names or paths")
+    if get_origin(hint) is Literal:
+        # Which of its strings it has to be is checked with the bounds. YAML reads on, off, yes and
+        # no as booleans; none of our choices is called so.
+        hint = str
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[hint]
+    if isinstance(value, bool) or value is None:
+        if hint is bool and value is not None:
+            return value
+        raise _wrong(name, value, words)
+    try:
+        if hint is bool:
+            return {"true": True, "false": False}[str(value).lower()]
+        if hint is int and isinstance(value, float):
+            if not value.is_integer():
+                raise ValueError
+            return int(value)
+        if not isinstance(value, (str, int, float)):
+            raise ValueError
+        converted = hint(value)
+        if hint is float and not math.isfinite(converted):
+            raise ValueError
+        return converted
+    except (ValueError, KeyError):
+        raise _wrong(name, value, words) from None
+
+
+def _wrong(name: str, value: Any, wanted: str) -> InputError:
+    return InputError(f"--{name.replace('_', '-')}: got {value!r}, wanted {wanted}")
