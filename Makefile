@@ -1,0 +1,49 @@
+# `make demo` and `make test` need Python 3.10 or newer and nothing else: they make .venv first.
+# Another interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean .venv
+
+help:
+	@echo "make demo   run the bundled image tasks (mulki run embedded) and show the results"
+	@echo "make test   ruff, mypy and pytest"
+	@echo "make lint   ruff and mypy only"
+	@echo "make .venv  only make .venv, with all that demo and test need"
+	@echo "make clean  remove .venv, build output and caches (run folders in logs/ stay)"
+	@echo "demo, test and lint make .venv where it is missing; PYTHON=... picks its interpreter."
+
+demo: .venv/.installed-demo
+	$(BIN)/mulki run embedded
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+lint: .venv/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+.venv: .venv/.installed-test
+
+# Torch comes before mulki: the package is built without isolation, against the torch it will run with.
+.venv/.installed-torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "mulki needs Python 3.10 or newer; '$(PYTHON)' is missing or older:" >&2; \
+	    $(PYTHON) -V >&2; \
+	    echo "Name another one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv && $(BIN)/python -m pip --version || { \
+	    echo "'$(PYTHON)' cannot make a virtual environment with pip in it." >&2; \
+	    echo "On Debian and Ubuntu: apt-get install python3-venv. Elsewhere install Python's venv" >&2; \
+	    echo "and ensurepip, or name another interpreter: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(BIN)/python -m pip install "setuptools>=77" wheel "torch>=2.11" torchvision
+	@touch $@
+
+.venv/.installed-%: .venv/.installed-torch pyproject.toml setup.py
+	$(BIN)/python -m pip install --no-build-isolation -e ".[$*]"
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find mulki tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
