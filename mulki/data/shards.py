@@ -1,5 +1,7 @@
 """Tar shards in webdataset layout (`000000.webp`, `000000.cls`), read by random access.
 
+A shard of small images may be gzipped, since tar spends more on headers than such an image takes.
+
 A pack is a folder with `tasks.json` beside its shards:
 
     {"format": 1, "image_size": 64,
@@ -10,11 +12,13 @@ A pack is a folder with `tasks.json` beside its shards:
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
 import tarfile
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,18 +30,20 @@ from mulki.data.task import Task, split_fingerprint
 from mulki.errors import InputError
 
 _FORMAT = 1
+_GZIP = b"\x1f\x8b"
 _IMAGES = frozenset({"jpeg", "jpg", "png", "webp"})
 
 
 @dataclass(frozen=True)
 class ShardImages:
-    """The images of one tar shard; an `ImageSet`.
+    """The images of one tar shard, plain or gzipped; an `ImageSet`.
 
     Attributes:
         path: the tar file.
         members: image members in order of their keys, [n].
         offsets, sizes: where each member's bytes lie in the file, [n].
         targets: class indices, [n].
+        unpacked: the tar itself where the file is gzipped, since that has no random access.
     """
 
     path: Path
@@ -45,6 +51,7 @@ class ShardImages:
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     targets: tuple[int, ...]
+    unpacked: bytes | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.members)
@@ -59,6 +66,9 @@ class ShardImages:
         return split_fingerprint(zip(self.members, self.sizes, self.targets, strict=True))
 
     def _read(self, index: int) -> bytes:
+        if self.unpacked is not None:
+            start = self.offsets[index]
+            return self.unpacked[start : start + self.sizes[index]]
         # Opened for each read: a kept handle would share its position with forked workers and
         # threads and could not be pickled, and opening costs far less than decoding.
         try:
@@ -157,6 +167,12 @@ def _open_shard(
         raise _damaged(path, error.strerror or "cannot be read") from error
     if sha256 is not None and (found := hashlib.sha256(content).hexdigest()) != sha256:
         raise _damaged(path, f"checksum {found[:12]}..., wanted {sha256[:12]}...")
+    zipped = content.startswith(_GZIP)
+    if zipped:
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise _damaged(path, f"not a gzip file to its end: {error}") from error
     images: dict[str, tuple[str, int, int]] = {}
     targets: dict[str, int] = {}
     try:
@@ -181,7 +197,8 @@ def _open_shard(
         raise _damaged(path, "no images")
     keys = sorted(images)
     members, offsets, sizes = zip(*(images[key] for key in keys), strict=True)
-    return ShardImages(path, members, offsets, sizes, tuple(targets[key] for key in keys))
+    classes = tuple(targets[key] for key in keys)
+    return ShardImages(path, members, offsets, sizes, classes, content if zipped else None)
 
 
 def _damaged(path: Path, reason: str) -> InputError:

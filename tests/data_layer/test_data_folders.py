@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mulki.data import BadImage, folder_task
+from mulki.errors import InputError
+
+Make = Callable[..., Path]
+
+
+def _refused(path: Path, *words: object, **options: bool) -> None:
+    with pytest.raises(InputError) as caught:
+        folder_task(path, **options)  # type: ignore[arg-type]
+    message = str(caught.value)
+    assert all(str(word) in message for word in words), message
+    assert "\n" not in message
+
+
+def test_a_folder_becomes_a_task(make_folder: Make) -> None:
+    root = make_folder("birds", train=("crow", "blue_jay"), count=2)
+    task = folder_task(root)
+    assert task.name == "birds"
+    assert task.classes == ("blue jay", "crow")
+    assert task.templates == ("a photo of a {}.",)
+    assert task.skipped == ()
+    assert list(task.train.targets) == [0, 0, 1, 1]
+    assert task.train.name(1) == str(root / "train" / "blue_jay" / "1.png")
+    with Image.open(task.test.name(3)) as image:
+        assert np.array_equal(task.test.load(3), image)
+
+
+def test_hidden_entries_and_other_files_are_passed_over(make_folder: Make) -> None:
+    root = make_folder()
+    clean = folder_task(root)
+    (root / "train" / ".cache").mkdir()
+    (root / "train" / "labels.csv").write_text("x")
+    (root / "train" / "crow" / ".hidden.png").write_bytes(b"x")
+    (root / "train" / "crow" / "notes.txt").write_text("x")
+    assert folder_task(root).fingerprint() == clean.fingerprint()
+
+
+def test_suffixes_count_whatever_their_case(make_folder: Make) -> None:
+    root = make_folder()
+    (root / "train" / "crow" / "0.png").rename(root / "train" / "crow" / "0.PNG")
+    assert len(folder_task(root).train) == 6
+
+
+def test_linked_folders_are_followed(make_folder: Make, tmp_path: Path) -> None:
+    root = make_folder()
+    (root / "train" / "crow").rename(tmp_path / "elsewhere")
+    (root / "train" / "crow").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "link").symlink_to(root, target_is_directory=True)
+    task = folder_task(tmp_path / "link")
+    assert task.name == "link" and len(task.train) == 6
+
+
+def test_relative_paths_give_the_folder_its_name(
+    make_folder: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(make_folder("birds"))
+    assert folder_task(".").name == "birds"
+
+
+def test_prompts_file_is_read_and_an_argument_wins(make_folder: Make) -> None:
+    root = make_folder()
+    (root / "prompts.txt").write_text("# birds\na {} in flight.\n")
+    assert folder_task(root).templates == ("a {} in flight.",)
+    assert folder_task(root, templates=["{}"]).templates == ("{}",)
+    (root / "prompts.txt").write_text("fine {}\nbird\n")
+    _refused(root, root / "prompts.txt", "line 2", "exactly one {}")
+
+
+def test_fingerprint_is_the_same_elsewhere_and_changes_with_the_files(
+    make_folder: Make, tmp_path: Path
+) -> None:
+    root = make_folder()
+    first = folder_task(root).fingerprint()
+    copy = tmp_path / "deep" / "copy"
+    shutil.copytree(root, copy)
+    assert folder_task(copy).fingerprint() == first
+    (copy / "test" / "crow" / "2.png").rename(copy / "test" / "blue_jay" / "9.png")
+    assert folder_task(copy).fingerprint() != first
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    _refused(tmp_path / "nothing", tmp_path / "nothing", "no such folder", "train/ and test/")
+
+
+def test_file_instead_of_a_folder(make_folder: Make, tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("")
+    _refused(tmp_path / "x", tmp_path / "x", "a file", "train/ and test/")
+    root = make_folder()
+    shutil.rmtree(root / "test")
+    (root / "test").write_text("")
+    _refused(root, root / "test", "a file", "a folder for each class")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_missing_split_tells_what_is_there(make_folder: Make, split: str) -> None:
+    root = make_folder()
+    (root / split).rename(root / "val")
+    _refused(root, root, f"no {split}/", "val/", f"{split}/<class>/*")
+
+
+def test_images_without_class_folders(make_folder: Make) -> None:
+    root = make_folder()
+    shutil.rmtree(root / "train")
+    (root / "train").mkdir()
+    Image.new("RGB", (4, 4)).save(root / "train" / "x.png")
+    _refused(root, root / "train", "no class folders", "train/<class>/*")
+
+
+@pytest.mark.parametrize("leftover", [None, "photo.heic"])
+def test_empty_class(make_folder: Make, leftover: str | None) -> None:
+    root = make_folder()
+    shutil.rmtree(root / "test" / "crow")
+    (root / "test" / "crow").mkdir()
+    if leftover:
+        (root / "test" / "crow" / leftover).write_bytes(b"x")
+    words = ["among 1 files"] if leftover else []
+    _refused(root, root / "test" / "crow", "class crow", "no image", ".jpg", *words)
+
+
+def test_differing_classes_are_named(make_folder: Make) -> None:
+    root = make_folder(train=("crow", "jay", "owl"), test=("crow", "gull"))
+    _refused(root, root, "only in train/: jay, owl", "only in test/: gull", "rename")
+
+
+def test_one_class(make_folder: Make) -> None:
+    _refused(make_folder(train=("crow",)), "only one class", "crow", "at least two")
+
+
+def test_two_folders_for_one_class_name(make_folder: Make) -> None:
+    _refused(make_folder(train=("blue jay", "blue_jay")), '"blue jay" occurs twice', "rename")
+
+
+def test_folder_inside_a_class(make_folder: Make) -> None:
+    root = make_folder()
+    (root / "train" / "crow" / "young").mkdir()
+    _refused(root, root / "train" / "crow" / "young", "inside a class", "move them up")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads anything")
+def test_folder_without_permission(make_folder: Make) -> None:
+    root = make_folder()
+    (root / "train" / "crow").chmod(0)
+    try:
+        _refused(root, root / "train" / "crow", "permissions")
+    finally:
+        (root / "train" / "crow").chmod(0o755)
+
+
+def test_unreadable_image_stops_before_training(make_folder: Make) -> None:
+    root = make_folder()
+    bad = root / "train" / "crow" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    with pytest.raises(BadImage, match=r"1\.png.*--skip-bad-images") as caught:
+        folder_task(root)
+    assert str(bad) in str(caught.value) and "more like it" not in str(caught.value)
+    (root / "test" / "crow" / "0.png").write_bytes(b"")
+    with pytest.raises(BadImage, match="1 more like it"):
+        folder_task(root)
+
+
+def test_unreadable_images_are_skipped_and_listed(make_folder: Make) -> None:
+    root = make_folder()
+    bad = [root / "train" / "crow" / "1.png", root / "test" / "blue_jay" / "0.png"]
+    bad[0].write_bytes(b"")
+    bad[1].unlink()
+    bad[1].symlink_to(root / "gone.png")
+    task = folder_task(root, skip_bad_images=True)
+    assert task.skipped == tuple(map(str, bad))
+    assert list(task.train.targets) == [0, 0, 0, 1, 1]
+    assert list(task.test.targets) == [0, 0, 1, 1, 1]
+    names = [task.train.name(i) for i in range(5)] + [task.test.name(i) for i in range(5)]
+    assert not set(names) & set(task.skipped)
+
+
+def test_skipping_must_leave_every_class_an_image(make_folder: Make) -> None:
+    root = make_folder()
+    for path in (root / "test" / "crow").iterdir():
+        path.write_bytes(b"")
+    _refused(root, root / "test" / "crow", "class crow is unreadable", skip_bad_images=True)
+
+
+def test_content_counts_not_the_suffix(make_folder: Make) -> None:
+    root = make_folder(count=1)
+    for i in range(40):
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(root / "train" / "crow" / f"w{i}.jpg", "webp")
+    task = folder_task(root)
+    assert len(task.train) == 42
+    assert task.train.load(41).getpixel((0, 0))[0] in range(7, 13)  # type: ignore[index]
+
+
+def test_damage_that_appears_later_is_named_on_loading(make_folder: Make) -> None:
+    root = make_folder()
+    task = folder_task(root)
+    (root / "train" / "crow" / "0.png").write_bytes(b"")
+    with pytest.raises(BadImage, match=r"crow.0\.png"):
+        task.train.load(3)

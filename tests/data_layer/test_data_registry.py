@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mulki.data import Task, load_sequence, register_sequence, registry, sequence_names
+from mulki.data.embedded import embedded_sequence
+from mulki.errors import InputError
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def zoo(pack: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A second registered sequence, "zoo", with the tasks digits and letters."""
+    monkeypatch.setattr(registry, "_SEQUENCES", dict(registry._SEQUENCES))
+
+    @register_sequence("zoo")
+    def load(order: str) -> list[Task]:
+        return embedded_sequence(order, pack)
+
+    yield
+
+
+def _refused(spec: list[str], *words: object, order: str = "I") -> None:
+    with pytest.raises(InputError) as caught:
+        load_sequence(spec, order)
+    assert all(str(word) in str(caught.value) for word in words), str(caught.value)
+
+
+def _names(tasks: list[Task]) -> list[str]:
+    return [task.name for task in tasks]
+
+
+def test_names_are_sorted_and_hold_the_bundled_pack() -> None:
+    assert sequence_names() == ("embedded", "zoo")
+
+
+def test_a_registered_sequence_in_its_orders() -> None:
+    assert _names(load_sequence(["zoo"], "I")) == ["digits", "letters"]
+    assert _names(load_sequence("zoo", "II")) == ["letters", "digits"]
+    _refused(["zoo"], '"III"', "I, II", order="III")
+
+
+def test_names_are_taken_once_and_hold_no_colon() -> None:
+    with pytest.raises(ValueError, match='"zoo" is registered already'):
+        register_sequence("zoo")
+    with pytest.raises(ValueError, match="without a colon"):
+        register_sequence("a:b")
+
+
+def test_folders_in_the_order_given(make_folder: Make) -> None:
+    birds, apes = make_folder("birds"), make_folder("apes")
+    assert _names(load_sequence([str(birds), str(apes)])) == ["birds", "apes"]
+
+
+def test_single_tasks_of_a_sequence_mix_with_folders(make_folder: Make) -> None:
+    spec = ["zoo:letters", str(make_folder("birds")), "zoo:digits"]
+    assert _names(load_sequence(spec)) == ["letters", "birds", "digits"]
+    assert _names(load_sequence(["zoo:letters"])) == ["letters"]
+
+
+def test_unknown_task_of_a_sequence() -> None:
+    _refused(["zoo:leters"], "zoo:leters", 'did you mean "letters"', "digits, letters")
+
+
+def test_unknown_word_suggests_the_nearest_name() -> None:
+    _refused(["embeded"], "embeded", 'did you mean "embedded"', "nor an existing folder", "zoo")
+    _refused(["some/where"], "some/where", "nor an existing folder")
+
+
+def test_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.zip").write_text("")
+    _refused([str(tmp_path / "x.zip")], tmp_path / "x.zip", "a file", "train/")
+
+
+def test_no_words() -> None:
+    _refused([], "no tasks given", "embedded")
+
+
+def test_orders_belong_to_sequences(make_folder: Make) -> None:
+    _refused([str(make_folder())], '"II"', "named sequence", "embedded", order="II")
+
+
+def test_whole_sequence_stands_alone(make_folder: Make) -> None:
+    folder = str(make_folder())
+    for spec in ([folder, "zoo"], ["zoo", folder]):
+        _refused(spec, "zoo", "stands alone", "zoo:NAME", "./zoo")
+
+
+def test_two_tasks_of_one_name(make_folder: Make) -> None:
+    one, two = make_folder("a/birds"), make_folder("b/birds")
+    _refused([str(one), str(two)], one, two, '"birds"', "rename")
+
+
+def test_name_goes_before_a_folder_and_a_dot_reaches_the_folder(
+    make_folder: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(make_folder("zoo").parent)
+    assert _names(load_sequence(["zoo"])) == ["digits", "letters"]
+    assert _names(load_sequence(["./zoo"])) == ["zoo"]
+
+
+def test_skipping_reaches_folders(make_folder: Make) -> None:
+    root = make_folder()
+    (root / "train" / "crow" / "0.png").write_bytes(b"")
+    _refused([str(root)], "0.png", "--skip-bad-images")
+    (task,) = load_sequence([str(root)], skip_bad_images=True)
+    assert task.skipped == (str(root / "train" / "crow" / "0.png"),)
+
+
+def test_importing_the_data_layer_imports_neither_torch_nor_torchvision() -> None:
+    # As plain modules, since the package's own face needs torch.
+    code = (
+        "import sys, types; sys.modules['mulki'] = m = types.ModuleType('mulki'); "
+        "m.__path__ = sys.argv[1:]; import mulki.data, mulki.data.transforms; "
+        "print(sorted({'torch', 'torchvision', 'open_clip'} & set(sys.modules)))"
+    )
+    package = str(Path(registry.__file__).parents[1])
+    ran = subprocess.run(
+        [sys.executable, "-c", code, package], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.strip() == "[]"
