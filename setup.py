@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-PACK_FILES = ("*.tar", "*.json", "*.safetensors", "*.md", "LICENSES")
+PACK_FILES = ("*.tar.gz", "*.json", "*.safetensors", "*.md")
 
 setup(
     packages=find_packages(include=["mulki", "mulki.*"]),

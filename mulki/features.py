@@ -9,7 +9,7 @@ from torch import Tensor
 from mulki.similarity import Similarity
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Features:
     """Outputs of one model (the student or a teacher) for a batch of B images and C classes.
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mulki.ops import reference
-from mulki.similarity import Similarity
+from mulki.similarity import Similarity, check_number, check_operands
 
 Reduction = Literal["none", "sum", "mean"]
 Gate = Literal["uniform", "confidence", "label", "discrepancy"]
@@ -296,7 +296,7 @@ def clip_contrastive(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    s = _pairs(image_features, text_features, logit_scale, reduction)
+    s = _pairs(image_features, text_features, logit_scale, logit_bias, reduction)
     features, prototypes, scale = s.operands()
     return reference.contrastive(features, prototypes, scale, logit_bias, reduction)
 
@@ -316,24 +316,30 @@ def siglip(
 
     Arguments and errors as `clip_contrastive`; `logit_bias` is a float or a 0-d tensor.
     """
-    s = _pairs(image_features, text_features, logit_scale, reduction)
+    if logit_bias is None:
+        raise TypeError("logit_bias: got None, wanted a float or a 0-d tensor")
+    s = _pairs(image_features, text_features, logit_scale, logit_bias, reduction)
     features, prototypes, scale = s.operands()
     return reference.siglip(features, prototypes, scale, logit_bias, reduction)
 
 
 def _pairs(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float, reduction: str
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None,
+    reduction: str,
 ) -> Similarity:
     _check_choice("reduction", reduction, REDUCTIONS)
-    for name, value in (("image_features", image_features), ("text_features", text_features)):
-        if not isinstance(value, Tensor) or value.ndim != 2:
-            came = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{name}: got {came}, wanted a tensor [N, D]")
+    names = ("image_features", "text_features", "logit_scale")
+    check_operands(image_features, text_features, logit_scale, names)
     if image_features.shape != text_features.shape:
         raise ValueError(
             f"text_features: got shape {list(text_features.shape)}, wanted "
             f"{list(image_features.shape)} as image_features: pairs match row by row"
         )
+    if logit_bias is not None:
+        check_number("logit_bias", logit_bias, image_features.device)
     return Similarity(image_features, text_features, logit_scale)
 
 

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from mulki.errors import InputError, nearest
 
 BUNDLED = "mulki-mini"
-CONTEXT_LENGTH = 32  # tokens of a prompt to the bundled model; class names are short
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _log = logging.getLogger(__name__)
 
@@ -243,6 +242,7 @@ def _load_open_clip(name: str, pretrained: str | None) -> VisionLanguageModel:
 def _load_bundled(pretrained: str | None) -> VisionLanguageModel:
     import open_clip
     from open_clip.model import set_model_preprocess_cfg
+    from open_clip.tokenizer import HFTokenizer
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     folder = Path(str(resources.files("mulki.data.embedded"))) / BUNDLED
@@ -254,7 +254,7 @@ def _load_bundled(pretrained: str | None) -> VisionLanguageModel:
     preprocess_cfg = PreprocessCfg(**config["preprocess_cfg"])
     with _quiet_transformers():
         clip = open_clip.CustomTextCLIP(**architecture)
-        tokenizer = open_clip.HFTokenizer(str(text_tower), context_length=CONTEXT_LENGTH)
+        tokenizer = HFTokenizer(str(text_tower), context_length=text["context_length"])
     set_model_preprocess_cfg(clip, asdict(preprocess_cfg))
     packaged = ("text.transformer.",)
     _load_trained(clip, Path(pretrained or folder / "open_clip_model.safetensors"), packaged)

@@ -104,7 +104,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         if hint is float and not math.isfinite(converted):
             raise ValueError
         return converted
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         raise _wrong(name, value, words) from None
 
 

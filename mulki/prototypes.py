@@ -15,7 +15,8 @@ UPDATES = ("ema", "learnable", "fixed")
 def class_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Per class, the sum of features [C, D] and the number of rows [C]; features are [N, D]."""
     members = F.one_hot(target, num_classes).to(features.dtype)
-    return members.mT @ features, members.sum(dim=0)
+    with torch.autocast(features.device.type, enabled=False):
+        return members.mT @ features, members.sum(dim=0)
 
 
 def class_means(features: Tensor, target: Tensor, num_classes: int) -> Tensor:
@@ -62,9 +63,9 @@ class Prototypes(nn.Module):
         self.momentum = momentum
         self.value: Tensor
         if update == "learnable":
-            self.value = nn.Parameter(initial.clone())
+            self.value = nn.Parameter(initial.detach().clone())
         else:
-            self.register_buffer("value", initial.clone())
+            self.register_buffer("value", initial.detach().clone())
 
     def forward(self) -> Tensor:
         """[C, D], unit rows; differentiable when learnable."""

@@ -10,6 +10,70 @@ from torch import Tensor
 from mulki.ops import reference
 
 
+def check_operands(
+    features: object,
+    prototypes: object,
+    scale: object,
+    names: tuple[str, str, str] = ("features", "prototypes", "scale"),
+) -> None:
+    """Check what a `Similarity` is made of; errors call the operands by `names`.
+
+    Raises:
+        TypeError, ValueError: see `Similarity`.
+    """
+    for name, value in zip(names, (features, prototypes), strict=False):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}, wanted a torch.Tensor")
+        if not value.is_floating_point():
+            raise TypeError(
+                f"{name}: got dtype {value.dtype}, wanted a floating point tensor; "
+                f"call .float() on it"
+            )
+        if value.ndim != 2:
+            raise ValueError(
+                f"{name}: got shape {list(value.shape)}, wanted 2 dimensions [rows, D]"
+            )
+    assert isinstance(features, Tensor) and isinstance(prototypes, Tensor)
+    if features.shape[1] != prototypes.shape[1]:
+        raise ValueError(
+            f"{names[1]}: got shape {list(prototypes.shape)}, wanted [rows, {features.shape[1]}] "
+            f"to match {names[0]} {list(features.shape)}"
+        )
+    if prototypes.shape[0] == 0:
+        raise ValueError(f"{names[1]}: got shape [0, D], wanted at least one row")
+    if features.dtype != prototypes.dtype:
+        raise TypeError(
+            f"{names[1]}: got dtype {prototypes.dtype}, wanted {features.dtype} as {names[0]} "
+            f"have; cast one to the other"
+        )
+    if features.device != prototypes.device:
+        raise ValueError(
+            f"{names[1]}: got device {prototypes.device}, wanted {features.device} as {names[0]} "
+            f"have; move one to the other"
+        )
+    check_number(names[2], scale, features.device)
+
+
+def check_number(name: str, value: object, device: torch.device) -> None:
+    """Check for a float or a 0-d floating point tensor that tensors on `device` combine with.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if isinstance(value, Tensor):
+        if value.ndim != 0:
+            raise ValueError(
+                f"{name}: got shape {list(value.shape)}, wanted a float or a 0-d tensor; "
+                f"call .reshape(()) on a tensor of one element"
+            )
+        if not value.is_floating_point():
+            raise TypeError(f"{name}: got dtype {value.dtype}, wanted a floating point one")
+        if value.device.type != "cpu" and value.device != device:
+            raise ValueError(f"{name}: got device {value.device}, wanted {device}; move it there")
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted a float or a 0-d tensor")
+
+
 @dataclass(frozen=True, eq=False)
 class Similarity:
     """The matrix ``scale * features @ prototypes.T``, of shape [N, P], without its storage.
@@ -35,50 +99,7 @@ class Similarity:
     scale: Tensor | float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("features", "prototypes"):
-            value = getattr(self, name)
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{name}: got {type(value).__name__}, wanted a torch.Tensor")
-            if not value.is_floating_point():
-                raise TypeError(
-                    f"{name}: got dtype {value.dtype}, wanted a floating point tensor; "
-                    f"call .float() on it"
-                )
-            if value.ndim != 2:
-                rows = "N" if name == "features" else "P"
-                raise ValueError(
-                    f"{name}: got shape {list(value.shape)}, wanted 2 dimensions [{rows}, D]"
-                )
-        features, prototypes = self.features, self.prototypes
-        if features.shape[1] != prototypes.shape[1]:
-            raise ValueError(
-                f"prototypes: got shape {list(prototypes.shape)}, wanted [P, {features.shape[1]}] "
-                f"to match features {list(features.shape)}"
-            )
-        if prototypes.shape[0] == 0:
-            raise ValueError("prototypes: got shape [0, D], wanted at least one row")
-        if features.dtype != prototypes.dtype:
-            raise TypeError(
-                f"prototypes: got dtype {prototypes.dtype}, wanted {features.dtype} as features "
-                f"have; cast one to the other"
-            )
-        if features.device != prototypes.device:
-            raise ValueError(
-                f"prototypes: got device {prototypes.device}, wanted {features.device} as features "
-                f"have; move one to the other"
-            )
-        if isinstance(self.scale, Tensor):
-            if self.scale.ndim != 0:
-                raise ValueError(
-                    f"scale: got shape {list(self.scale.shape)}, wanted a float or a 0-d tensor; "
-                    f"call .reshape(()) on a tensor of one element"
-                )
-            if not self.scale.is_floating_point():
-                raise TypeError(f"scale: got dtype {self.scale.dtype}, wanted a floating point one")
-        elif isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)):
-            raise TypeError(
-                f"scale: got {type(self.scale).__name__}, wanted a float or a 0-d tensor"
-            )
+        check_operands(self.features, self.prototypes, self.scale)
 
     @property
     def shape(self) -> torch.Size:

@@ -40,6 +40,7 @@ class Teacher:
             self._kept.copy_(image_features)
             self._known.fill_(True)
 
+    @torch.no_grad()
     def features(
         self, index: Tensor, images: Tensor, encode: Callable[[Tensor], Tensor]
     ) -> Features:

@@ -114,6 +114,7 @@ def split_fingerprint(images: Iterable[tuple[str, int, int]]) -> str:
 def _digest(lines: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for line in lines:
-        # File names need not be valid UTF-8.
-        digest.update(line.encode("utf-8", "surrogateescape") + b"\n")
+        # File names need not be valid UTF-8, and may hold line breaks.
+        content = line.encode("utf-8", "surrogatepass")
+        digest.update(b"%d:%b" % (len(content), content))
     return digest.hexdigest()

@@ -114,9 +114,17 @@ def learn_task(
             text_features = model.encode_texts(text_inputs)
         student = Features(image_features, text_features, model.logit_scale, method.prototypes())
         losses = {**method.losses(student, answers, target), **method.penalties()}
-        _descend(losses, optimizer, parameters, config, precision, f"task {task.name}, step {step}")
+        terms = torch.stack([value.reshape(()) for value in losses.values()])
+        # One read from the device for all terms of a step.
+        values = dict(zip(losses, terms.tolist(), strict=True))
+        if not all(map(math.isfinite, values.values())):
+            shown = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+            raise InputError(
+                f"--lr {config.lr:g}: the loss is not finite at step {step} of task {task.name} "
+                f"({shown}); lower it"
+            )
+        _descend(terms.sum(), optimizer, parameters, config, precision)
         method.after_step(step)
-        values = {name: float(value.detach()) for name, value in losses.items()}
         seconds = time.perf_counter() - started
         listen(StepReport(step, values, rate, len(images), seconds))
     method.end_task()
@@ -125,20 +133,15 @@ def learn_task(
 
 
 def _descend(
-    losses: Mapping[str, Tensor],
+    loss: Tensor,
     optimizer: torch.optim.Optimizer,
     parameters: list[torch.nn.Parameter],
     config: RunConfig,
     precision: Precision,
-    where: str,
 ) -> None:
-    total = torch.stack([value.reshape(()) for value in losses.values()]).sum()
-    if not torch.isfinite(total):
-        terms = ", ".join(f"{name} {float(value):.3g}" for name, value in losses.items())
-        raise InputError(f"--lr {config.lr:g}: {where}: the loss is not finite ({terms}); lower it")
     optimizer.zero_grad(set_to_none=True)
     scaler = precision.scaler
-    scaler.scale(total).backward()
+    scaler.scale(loss).backward()
     if config.grad_clip_norm is not None:
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip_norm)

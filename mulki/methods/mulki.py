@@ -46,7 +46,7 @@ class MulKI(Method):
         temperature: float = option(2.0, "softmax temperature of relations and gate", above=0)
         prototype_update: Update = option("ema", "how the student's prototypes move")
         prototype_momentum: float = option(
-            0.9, "momentum of the prototypes' average, in [0, 1)", low=0, high=1
+            0.9, "momentum of the prototypes' average, in [0, 1]", low=0, high=1
         )
         alignment: float = option(0.25, "coefficient of the prototype-text alignment", low=0)
         image_text: float = option(0.25, "coefficient of the image-to-text relation", low=0)
@@ -126,7 +126,10 @@ class MulKI(Method):
 
     @torch.no_grad()
     def end_task(self) -> None:
-        result = self._weights if self._mean is None else self._mean.mean
+        result = self._weights
+        # A task shorter than `we_every` has its start as the only member: nothing would be learned.
+        if self._mean is not None and self._mean.count > 1:
+            result = self._mean.mean
         if self._start is not None and self.options.alpha < 1:
             result = connecting.interpolate(self._start, result, self.options.alpha)
         for name, weight in self._weights.items():

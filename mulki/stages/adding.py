@@ -89,13 +89,14 @@ def feature_loss(student: Features, teachers: Sequence[Features], weights: Tenso
     Raises:
         ValueError: a teacher's width is not the student's.
     """
-    loss = student.images.new_zeros(())
+    loss = weights.new_zeros(())
     for k, teacher in enumerate(teachers):
         if teacher.images.shape != student.images.shape:
             raise ValueError(
                 f"teachers[{k}]: got image features {list(teacher.images.shape)}, wanted "
                 f"{list(student.images.shape)} as the student's; set the feature weight to 0"
             )
-        distance = (student.images - teacher.images).square().sum(dim=1)
+        u, v = student.images.to(weights.dtype), teacher.images.detach().to(weights.dtype)
+        distance = (u - v).square().sum(dim=1)
         loss = loss + (weights[:, k] * distance).mean()
     return loss

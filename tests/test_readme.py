@@ -1,0 +1,45 @@
+"""What the README shows in code must run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_loss_example_runs_and_reaches_the_student() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    n, p = 6, 4
+
+    def rows(count: int, width: int) -> torch.Tensor:
+        return F.normalize(torch.randn(count, width), dim=1)
+
+    images = rows(n, 16).requires_grad_()
+    names = {
+        "image_features": images,
+        "text_features": rows(p, 16).requires_grad_(),
+        "logit_scale": torch.tensor(20.0),
+        "target": torch.arange(n) % p,
+        "zs_images": rows(n, 24),
+        "zs_texts": rows(p, 24),
+        "zs_scale": torch.tensor(30.0),
+        "prev_images": rows(n, 8),
+        "prev_texts": rows(p, 8),
+        "prev_scale": 10.0,
+    }
+    exec(code, names)
+    loss = names["loss"]
+    loss.backward()
+    assert loss.shape == () and torch.isfinite(loss)
+    assert images.grad is not None and images.grad.abs().sum() > 0
+
+
+def test_the_methods_of_the_readme_are_those_there_are() -> None:
+    from mulki import methods
+
+    listed = re.findall(r"^\| `(\w+)` \|", README.read_text(), flags=re.MULTILINE)
+    assert sorted(listed) == list(methods.available())
