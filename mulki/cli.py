@@ -76,7 +76,12 @@ def _run(argv: list[str]) -> int:
 
     settings = resolve(_given(argv))
     console = Console()
-    logging.basicConfig(format="mulki: %(message)s", level=logging.WARNING)
+    # The level is the handler's: out.log takes more of the package's messages, the terminal does
+    # not. What ends a run is told once, by whoever catches it.
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    handler.addFilter(lambda record: record.levelno < logging.ERROR)
+    logging.basicConfig(format="mulki: %(message)s", handlers=[handler])
 
     folder = run(settings, Console(stderr=True))
     print_matrix(folder.matrix, console)
@@ -87,10 +92,10 @@ def _run(argv: list[str]) -> int:
 def _given(argv: list[str]) -> dict[str, Any]:
     # The method decides which options exist, so it is looked for before the rest is parsed.
     from mulki import methods
-    from mulki.engine.config import RunConfig, read_config, unknown_option
+    from mulki.engine.config import RunConfig, read_config, resolve, unknown_option
 
     argv = _with_hyphens(argv)
-    first = _Parser(add_help=False)
+    first = _Parser(prog="mulki run", add_help=False)
     first.add_argument("--config")
     first.add_argument("--method")
     early, _ = first.parse_known_args(argv)
@@ -118,6 +123,10 @@ def _given(argv: list[str]) -> dict[str, Any]:
     for one, other in (("iterations", "epochs"), ("epochs", "iterations")):
         if one in given and other not in given:
             from_file.pop(other, None)
+    try:
+        resolve(from_file | {"method": method.name})
+    except InputError as error:
+        raise InputError(f"{early.config}: {error}") from None
     return from_file | given
 
 

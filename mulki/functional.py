@@ -6,12 +6,16 @@ D feature width, K teachers.
 
 Under autocast, features and prototypes are rounded to the autocast dtype; everything after that
 is computed in float32. Losses come back in float32 (float64 for float64 inputs).
+
+Types, shapes and devices are always checked. The values of `target` and `class_mask` are checked in
+eager mode on the CPU alone: reading them elsewhere would wait for the GPU or break `torch.compile`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -31,7 +35,9 @@ GATES = ("uniform", "confidence", "label", "discrepancy")
 class TeacherDetails(NamedTuple):
     """By-products of `teacher_kl`, none of them differentiable."""
 
-    kl: Tensor  # [N, K], KL of each teacher, with the T^2 factor if that was asked for
+    # [N, K], KL of each teacher, with the T^2 factor if that was asked for. A difference of
+    # logarithms: near zero rounding can make it negative by some 1e-7 in float32.
+    kl: Tensor
     weights: Tensor  # [N, K]
     entropy: Tensor  # [N, K], entropy of each teacher's distribution, in nats
 
@@ -59,9 +65,12 @@ def prototype_similarity(
         TypeError, ValueError: as `Similarity`.
     """
     s = Similarity(features, prototypes, scale)
-    if normalize:
-        s = Similarity(F.normalize(s.features, dim=1), F.normalize(s.prototypes, dim=1), scale)
-    return s.materialize()
+    if not normalize:
+        return s.materialize()
+    features, prototypes, scale = s.operands()
+    wide = torch.promote_types(features.dtype, torch.float32)
+    rows, columns = (F.normalize(x.to(wide), dim=1) for x in (features, prototypes))
+    return reference.similarity(rows, columns, scale).to(features.dtype)
 
 
 def prototype_cross_entropy(
@@ -93,6 +102,7 @@ def prototype_cross_entropy(
     _check_similarity("similarity", similarity)
     n, p = similarity.shape
     _check_choice("reduction", reduction, REDUCTIONS)
+    _check_real("label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: got {label_smoothing}, wanted a number in [0, 1]")
     _check_class_mask(class_mask, p, similarity.device)
@@ -209,7 +219,7 @@ def teacher_kl(
     _check_positive("gate_temperature", gate_temperature)
     _check_class_mask(class_mask, p, student.device)
     _check_weights(weights, gate, n, len(teachers), student.device)
-    gate = gate or "uniform"
+    gate = "uniform" if gate is None else gate
     _check_choice("gate", gate, GATES)
     if gate == "label":
         if target is None:
@@ -237,6 +247,42 @@ def teacher_kl(
     if return_details:
         return loss, TeacherDetails(kl.detach(), used.detach(), entropy)
     return loss
+
+
+@overload
+def dual_teacher_kl(
+    student: Similarity,
+    zero_shot: Similarity,
+    previous: Similarity,
+    *,
+    temperature: float = ...,
+    scale_by_t2: bool = ...,
+    weights: Tensor | None = ...,
+    gate: Gate | None = ...,
+    gate_temperature: float = ...,
+    target: Tensor | None = ...,
+    class_mask: Tensor | None = ...,
+    reduction: Reduction = ...,
+    return_details: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def dual_teacher_kl(
+    student: Similarity,
+    zero_shot: Similarity,
+    previous: Similarity,
+    *,
+    temperature: float = ...,
+    scale_by_t2: bool = ...,
+    weights: Tensor | None = ...,
+    gate: Gate | None = ...,
+    gate_temperature: float = ...,
+    target: Tensor | None = ...,
+    class_mask: Tensor | None = ...,
+    reduction: Reduction = ...,
+    return_details: Literal[True],
+) -> tuple[Tensor, TeacherDetails]: ...
 
 
 def dual_teacher_kl(
@@ -356,9 +402,21 @@ def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(choices)}")
 
 
+def _check_real(name: str, value: object) -> None:
+    if not isinstance(value, Real):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted a number")
+
+
 def _check_positive(name: str, value: float) -> None:
+    _check_real(name, value)
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name}: got {value}, wanted a positive number")
+
+
+def _readable(values: Tensor) -> bool:
+    # Reading values stalls a GPU and cannot be traced, so bad ones fail there as they do in torch:
+    # an index out of range in the gather, a masked target by a loss of infinity.
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _check_class_mask(mask: Tensor | None, p: int, device: torch.device) -> None:
@@ -371,7 +429,7 @@ def _check_class_mask(mask: Tensor | None, p: int, device: torch.device) -> None
         raise ValueError(f"class_mask: got shape {list(mask.shape)}, wanted [{p}]")
     if mask.device != device:
         raise ValueError(f"class_mask: got device {mask.device}, wanted {device}; move it there")
-    if not mask.any():
+    if _readable(mask) and not mask.any():
         raise ValueError("class_mask: masks every class, wanted at least one True")
 
 
@@ -390,6 +448,8 @@ def _check_target(
         raise ValueError(f"target: got shape {list(target.shape)}, wanted [{n}]")
     if target.device != device:
         raise ValueError(f"target: got device {target.device}, wanted {device}; move it there")
+    if not _readable(target):
+        return
     used = target if ignore_index is None else target[target != ignore_index]
     if used.numel() == 0:
         return

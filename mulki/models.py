@@ -154,11 +154,17 @@ class VisionLanguageModel:
         return replace(self, clip=clip)
 
     def checkpoint(self) -> dict[str, Tensor]:
-        """The state dict that is saved, on the CPU, without the keys that a package provides."""
+        """The state dict that is saved, on the CPU, without the keys that a package provides.
+
+        Where these train they are saved too, since the package then no longer provides them.
+        """
+        packaged = self.packaged
+        if any(name.startswith(packaged) for name in self.trainable()):
+            packaged = ()
         return {
             name: value.detach().cpu().contiguous()
             for name, value in self.clip.state_dict().items()
-            if not name.startswith(self.packaged or ("\0",))
+            if not name.startswith(packaged)
         }
 
 
@@ -188,6 +194,10 @@ def load(
     if pretrained is not None and _looks_like_path(pretrained) and not Path(pretrained).is_file():
         raise InputError(
             f"--pretrained: no file {pretrained}; pass a checkpoint's path or a tag of open_clip"
+        )
+    if pretrained is not None and ":" in name:
+        raise InputError(
+            f"--pretrained: {name} brings its own weights; leave --pretrained {pretrained} out"
         )
     model = _load_bundled(pretrained) if name == BUNDLED else _load_open_clip(name, pretrained)
     model.clip.to(device)
@@ -225,18 +235,32 @@ def _load_open_clip(name: str, pretrained: str | None) -> VisionLanguageModel:
     try:
         clip, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained)
         tokenizer = open_clip.get_tokenizer(name)
-    except (OSError, RuntimeError, ValueError, ImportError) as error:
+    except Exception as error:  # a damaged checkpoint or configuration raises whatever it meets
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"--model {name} --pretrained {pretrained}: could not be loaded ({reason}); check the "
             f"spelling, the network and that the checkpoint belongs to this model"
         ) from error
-    architecture = open_clip.get_model_config(name) if ":" not in name else None
+    # From here on the content of a local folder is known to be sound.
+    architecture = _architecture(name)
     config = architecture and {
         "model_cfg": architecture,
         "preprocess_cfg": clip.visual.preprocess_cfg,
     }
     return VisionLanguageModel(clip, tokenizer, preprocess, name, config=config)
+
+
+def _architecture(name: str) -> dict[str, Any] | None:
+    import open_clip
+
+    schema, colon, place = name.partition(":")
+    if not colon:
+        found: dict[str, Any] | None = open_clip.get_model_config(name)
+        return found
+    if schema == "local-dir":
+        content = (Path(place) / "open_clip_config.json").read_text(encoding="utf-8")
+        return dict(json.loads(content)["model_cfg"])
+    return None
 
 
 def _load_bundled(pretrained: str | None) -> VisionLanguageModel:
@@ -246,7 +270,13 @@ def _load_bundled(pretrained: str | None) -> VisionLanguageModel:
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     folder = Path(str(resources.files("mulki.data.embedded"))) / BUNDLED
-    config = json.loads((folder / "open_clip_config.json").read_text())
+    try:
+        config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--model {BUNDLED}: {folder / 'open_clip_config.json'} cannot be read; reinstall "
+            f"mulki, or pass another --model"
+        ) from error
     architecture = copy.deepcopy(config["model_cfg"])
     text = architecture["text_cfg"]
     text_tower = _text_package(text["hf_model_name"])
@@ -256,8 +286,8 @@ def _load_bundled(pretrained: str | None) -> VisionLanguageModel:
         clip = open_clip.CustomTextCLIP(**architecture)
         tokenizer = HFTokenizer(str(text_tower), context_length=text["context_length"])
     set_model_preprocess_cfg(clip, asdict(preprocess_cfg))
-    packaged = ("text.transformer.",)
-    _load_trained(clip, Path(pretrained or folder / "open_clip_model.safetensors"), packaged)
+    weights = Path(pretrained or folder / "open_clip_model.safetensors")
+    packaged = _load_trained(clip, weights, ("text.transformer.",))
     return VisionLanguageModel(
         clip.eval(),
         tokenizer,
@@ -268,7 +298,8 @@ def _load_bundled(pretrained: str | None) -> VisionLanguageModel:
     )
 
 
-def _load_trained(clip: nn.Module, path: Path, packaged: tuple[str, ...]) -> None:
+def _load_trained(clip: nn.Module, path: Path, packaged: tuple[str, ...]) -> tuple[str, ...]:
+    # Returns what of `packaged` still is as the package has it.
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -279,13 +310,16 @@ def _load_trained(clip: nn.Module, path: Path, packaged: tuple[str, ...]) -> Non
             f"--pretrained: {path} is not a readable safetensors file ({error}); pass a checkpoint "
             f"of {BUNDLED}"
         ) from error
-    wanted = {n: v.shape for n, v in clip.state_dict().items() if not n.startswith(packaged)}
-    if {n: v.shape for n, v in state.items()} != wanted:
+    found = {n: v.shape for n, v in state.items()}
+    everything = {n: v.shape for n, v in clip.state_dict().items()}
+    wanted = {n: shape for n, shape in everything.items() if not n.startswith(packaged)}
+    if found not in (wanted, everything):
         raise InputError(
             f"--pretrained: {path} does not hold the weights of {BUNDLED}; pass a checkpoint of it "
             f"or the --model that it belongs to"
         )
     clip.load_state_dict(state, strict=False)
+    return packaged if found == wanted else ()
 
 
 def _text_package(package: str) -> Path:

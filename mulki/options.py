@@ -18,15 +18,17 @@ def option(
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
+    below: float | None = None,
 ) -> Any:
     """A field of an options dataclass.
 
     Args:
         default: the default.
         text: the help text of its command line option.
-        low, high, above: bounds of a number: ``low <= value <= high``, ``value > above``.
+        low, high, above, below: bounds of a number: ``low <= value <= high``,
+            ``above < value < below``.
     """
-    bounds = {"low": low, "high": high, "above": above}
+    bounds = {"low": low, "high": high, "above": above, "below": below}
     return field(default=default, metadata={"help": text, **bounds})
 
 
@@ -51,6 +53,7 @@ def check_options(options: Any) -> None:
             ("low", lambda v, b: v >= b, "at least"),
             ("high", lambda v, b: v <= b, "at most"),
             ("above", lambda v, b: v > b, "above"),
+            ("below", lambda v, b: v < b, "below"),
         ):
             limit = bounds.get(bound)
             # A NaN fails every comparison, so it is refused wherever a bound is set.

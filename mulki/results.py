@@ -462,21 +462,24 @@ class RunFolder:
         return folder
 
 
-def _make_folder(logs: Path, name: str | None, default: str) -> Path:
+def check_free(logs: str | os.PathLike[str], name: str | None) -> None:
+    """Raise what :meth:`RunFolder.create` would for a bad or taken name; make nothing."""
+    _check_name(name)
+    if name is not None:
+        _check_empty(Path(logs) / name)
+
+
+def _check_name(name: str | None) -> None:
     if name is not None and (not name.strip() or name in (".", "..") or re.search(r"[/\\]", name)):
         raise InputError(
             f'--name: "{name}" came, the name of one folder was wanted; '
             "put the folders above it into --logs"
         )
-    path = logs / (name or default)
-    # Two runs of one second, started without a name, are no reason to refuse the second.
-    attempt = 1
-    while name is None and path.exists():
-        attempt += 1
-        path = logs / f"{default}-{attempt}"
+
+
+def _check_empty(path: Path) -> None:
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        occupied = any(path.iterdir())
+        occupied = path.exists() and any(path.iterdir())
     except OSError as error:
         raise InputError(
             f"{path}: the run folder cannot be made ({error.strerror}); choose another --logs"
@@ -485,6 +488,23 @@ def _make_folder(logs: Path, name: str | None, default: str) -> Path:
         raise InputError(
             f"{path}: the run folder exists and is not empty; give another --name, or remove it"
         )
+
+
+def _make_folder(logs: Path, name: str | None, default: str) -> Path:
+    _check_name(name)
+    path = logs / (name or default)
+    # Two runs of one second, started without a name, are no reason to refuse the second.
+    attempt = 1
+    while name is None and path.exists():
+        attempt += 1
+        path = logs / f"{default}-{attempt}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{path}: the run folder cannot be made ({error.strerror}); choose another --logs"
+        ) from None
+    _check_empty(path)
     return path
 
 

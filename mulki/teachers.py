@@ -35,8 +35,17 @@ class Teacher:
             self._known = torch.zeros(num_images, dtype=torch.bool, device=texts.device)
 
     def remember(self, image_features: Tensor) -> None:
-        """Keep the features [n, D] of the whole training set, if they may be kept."""
+        """Keep the features [n, D] of the whole training set, if they may be kept.
+
+        Raises:
+            ValueError: they are not those of the whole set.
+        """
         if self._kept is not None:
+            if image_features.shape != self._kept.shape:
+                raise ValueError(
+                    f"image_features: got shape {list(image_features.shape)}, wanted "
+                    f"{list(self._kept.shape)}"
+                )
             self._kept.copy_(image_features)
             self._known.fill_(True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
@@ -31,6 +32,9 @@ def publish(model: VisionLanguageModel, weights: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if model.config is not None:
         write_atomic(folder / CONFIG_NAME, json.dumps(model.config, indent=2) + "\n")
+    tokenizer: Any = getattr(model.tokenizer, "tokenizer", None)
+    if hasattr(tokenizer, "save_pretrained"):  # of a Hugging Face text tower: open_clip looks here
+        tokenizer.save_pretrained(folder)
     temporary = folder / "weights.tmp"
     temporary.unlink(missing_ok=True)
     try:

@@ -28,7 +28,7 @@ class RunConfig:
     tasks: tuple[str, ...] = option(("embedded",), "a sequence, or task folders in their order")
     method: str = option("mulki", "what is trained")
     order: str = option("I", "order of a named sequence")
-    seed: int = option(0, "seed of shuffling, augmentation and initialisation", low=0)
+    seed: int = option(0, "seed of shuffling, augmentation and initialisation", low=0, below=2**32)
     preset: Literal["default", "quick"] = option("default", "quick: a smoke test in under a minute")
     model: str = option("mulki-mini", "mulki-mini, an open_clip model, hf-hub:... or local-dir:...")
     pretrained: str | None = option(None, "a tag of open_clip or a checkpoint's path")
@@ -40,8 +40,8 @@ class RunConfig:
     batch_size_eval: int = option(256, "images per evaluation batch", low=1)
     lr: float = option(1e-5, "base learning rate", above=0)
     wd: float = option(0.0, "weight decay", low=0)
-    beta1: float = option(0.9, "AdamW's beta1", low=0, high=1)
-    beta2: float = option(0.999, "AdamW's beta2", low=0, high=1)
+    beta1: float = option(0.9, "AdamW's beta1", low=0, below=1)
+    beta2: float = option(0.999, "AdamW's beta2", low=0, below=1)
     eps: float = option(1e-8, "AdamW's epsilon", above=0)
     warmup: int = option(0, "steps of linear warm-up per task", low=0)
     lr_scheduler: schedule.Name = option("cosine", "learning rate after warm-up")
@@ -75,6 +75,8 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """One flat dict, as `--config` reads it."""
         run = asdict(self.run) | {"tasks": list(self.run.tasks)}
+        if self.run.epochs is not None:
+            del run["iterations"]  # it has no say, and beside epochs it would be refused
         return run | asdict(self.method)
 
 

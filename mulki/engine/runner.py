@@ -29,7 +29,7 @@ from mulki.evaluate import Evaluator
 from mulki.methods import PREVIOUS, ZERO_SHOT, Method
 from mulki.metrics import ZERO_SHOT as ZERO_SHOT_ROW
 from mulki.models import VisionLanguageModel
-from mulki.results import RunFolder
+from mulki.results import RunFolder, check_free
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +55,8 @@ def run(settings: Settings, console: Console | None = None) -> RunFolder:
     device = _device(config.device)
     tasks = load_tasks(config)
     method = methods.get(config.method)(settings.method)
+    # Loading a model can take minutes, so what would refuse its folder is looked at first.
+    check_free(config.logs, config.name)
     _seed_everything(config.seed)
     model = models.load(config.model, config.pretrained, device=device)
     model.lock(text=config.lock_text, image=config.lock_image)
@@ -74,11 +76,11 @@ def run(settings: Settings, console: Console | None = None) -> RunFolder:
         config=resolved,
         hashes=_hashes(model, tasks),
     )
-    for task in tasks:
-        if task.skipped:
-            _log.warning("task %s: %d unreadable images left out", task.name, len(task.skipped))
     steps = sum(steps_of(config, len(task.train)) for task in tasks) if method.trains else 0
     with folder, RunProgress(console, steps) as progress:
+        for task in tasks:
+            if task.skipped:
+                _log.warning("task %s: %d unreadable images left out", task.name, len(task.skipped))
         _Sequence(folder, model, method, tasks, config, precision, progress).learn()
     return folder
 

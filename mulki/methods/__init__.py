@@ -1,13 +1,13 @@
 """Methods: what is trained. One file each; a new one needs no edit elsewhere.
 
-A method registers itself by being a `Method` subclass with a `name` in a module of this package.
+A method registers itself by being a `Method` subclass with a `name`, in a module of this package or
+in any other that has been imported.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from functools import cache
 
 from mulki.errors import InputError, nearest
 from mulki.methods.base import PREVIOUS, ZERO_SHOT, Method, Needs, TaskStart
@@ -15,7 +15,6 @@ from mulki.methods.base import PREVIOUS, ZERO_SHOT, Method, Needs, TaskStart
 __all__ = ["PREVIOUS", "ZERO_SHOT", "Method", "Needs", "TaskStart", "available", "get"]
 
 
-@cache
 def available() -> dict[str, type[Method]]:
     """Every method by name, sorted."""
     for module in pkgutil.iter_modules(__path__, f"{__name__}."):

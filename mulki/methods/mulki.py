@@ -13,6 +13,7 @@ alone:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -87,16 +88,21 @@ class MulKI(Method):
             teachers=(ZERO_SHOT, PREVIOUS) if self.objective.needs_teachers else (),
             prototypes=self.objective.needs_prototypes,
         )
+        self._forget_task()
+
+    def _forget_task(self) -> None:
+        # Copies of the weights are as large as the model, so they go with their task.
         self._prototypes: Prototypes | None = None
+        self._weights: Mapping[str, Tensor] = {}
+        self._start: dict[str, Tensor] | None = None
+        self._mean: connecting.RunningMean | None = None
 
     def start_task(self, task: TaskStart) -> None:
         o = self.options
-        self._prototypes = None
+        self._forget_task()
         if task.prototypes is not None:
             self._prototypes = Prototypes(task.prototypes, o.prototype_update, o.prototype_momentum)
         self._weights = task.weights
-        self._start: dict[str, Tensor] | None = None
-        self._mean: connecting.RunningMean | None = None
         if o.connecting and (o.alpha < 1 or o.l2):
             self._start = connecting.snapshot(task.weights)
         if o.connecting and o.we_every:
@@ -115,9 +121,8 @@ class MulKI(Method):
         return dict(terms)
 
     def penalties(self) -> dict[str, Tensor]:
-        if not (self.options.connecting and self.options.l2):
+        if self._start is None or not self.options.l2:
             return {}
-        assert self._start is not None
         return {"anchor_loss": self.options.l2 * connecting.anchor_loss(self._weights, self._start)}
 
     def after_step(self, step: int) -> None:
@@ -126,7 +131,7 @@ class MulKI(Method):
 
     @torch.no_grad()
     def end_task(self) -> None:
-        result = self._weights
+        result: Mapping[str, Tensor] = self._weights
         # A task shorter than `we_every` has its start as the only member: nothing would be learned.
         if self._mean is not None and self._mean.count > 1:
             result = self._mean.mean
@@ -134,3 +139,4 @@ class MulKI(Method):
             result = connecting.interpolate(self._start, result, self.options.alpha)
         for name, weight in self._weights.items():
             weight.copy_(result[name])
+        self._forget_task()

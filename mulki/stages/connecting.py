@@ -27,13 +27,19 @@ def snapshot(weights: Weights) -> dict[str, Tensor]:
 
 
 class RunningMean:
-    """The uniform mean of the weights at a task's start and after every `every` steps."""
+    """The uniform mean of the weights at a task's start and after every `every` steps.
+
+    Kept in float32 at least: in half precision a late member would be rounded away.
+    """
 
     def __init__(self, start: Weights, every: int):
         if every < 1:
             raise ValueError(f"every: got {every}, wanted a positive number of steps")
         self.every = every
-        self.mean = snapshot(start)
+        self.mean = {
+            name: value.to(torch.promote_types(value.dtype, torch.float32))
+            for name, value in snapshot(start).items()
+        }
         self.count = 1
 
     @torch.no_grad()

@@ -1,0 +1,46 @@
+"""What the tests of losses, stages and methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mulki.features import Features
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
+@pytest.fixture
+def unit() -> Callable[..., Tensor]:
+    """Draw [n, d] unit rows in float64: other ones at every call, the same ones in every run."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(n: int, d: int) -> Tensor:
+        return F.normalize(torch.randn(n, d, generator=generator, dtype=torch.float64), dim=1)
+
+    return draw
+
+
+@pytest.fixture
+def model_features(unit: Callable[..., Tensor]) -> Callable[..., Features]:
+    """Draw what one model says of a batch of 6 images and 4 classes."""
+
+    def make(width: int = 5, scale: float = 7.0, grad: bool = False) -> Features:
+        tensors = unit(6, width), unit(4, width), unit(4, width)
+        images, texts, prototypes = (t.requires_grad_(grad) for t in tensors)
+        return Features(images, texts, scale, prototypes)
+
+    return make
+
+
+@pytest.fixture
+def target() -> Tensor:
+    """Classes of the 6 images of `model_features`; class 3 has no sample."""
+    return torch.tensor([0, 2, 1, 2, 0, 2])

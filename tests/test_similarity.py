@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mulki import Similarity
+
+FLOAT = torch.float32
+
+
+def test_materialize_is_the_scaled_matrix_of_dot_products(unit):
+    x, w = unit(3, 4), unit(5, 4)
+    got = Similarity(x, w, 2.5).materialize()
+    for i in range(3):
+        for j in range(5):
+            assert got[i, j].item() == pytest.approx(2.5 * sum(x[i] * w[j]).item(), abs=1e-14)
+
+
+def test_shape_dtype_device_and_default_scale(unit):
+    s = Similarity(unit(3, 4), unit(5, 4))
+    assert (s.shape, s.dtype, s.device) == ((3, 5), torch.float64, torch.device("cpu"))
+    assert s.scale == 1.0
+
+
+def test_transpose_swaps_the_roles(unit):
+    s = Similarity(unit(3, 4), unit(5, 4), 3.0)
+    assert s.T.shape == (5, 3)
+    torch.testing.assert_close(s.T.materialize(), s.materialize().T)
+    assert s.T.T.features is s.features
+
+
+@pytest.mark.parametrize("which", [0, 1, 2, None])
+def test_requires_grad_of_any_operand_and_detach_cuts_all(unit, which):
+    operands = [unit(3, 4), unit(5, 4), torch.tensor(2.0)]
+    if which is not None:
+        operands[which].requires_grad_()
+    s = Similarity(*operands)
+    assert s.requires_grad == (which is not None)
+    assert not s.detach().requires_grad
+    torch.testing.assert_close(s.detach().materialize(), s.materialize().detach())
+
+
+def test_gradcheck(unit):
+    leaves = [unit(3, 4), unit(5, 4), torch.tensor(2.0, dtype=torch.float64)]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    assert torch.autograd.gradcheck(lambda *o: Similarity(*o).materialize(), leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, FLOAT])
+def test_materialize_keeps_the_dtype_and_accumulates_in_float32(unit, dtype):
+    x, w = unit(6, 300).to(dtype), unit(7, 300).to(dtype)
+    got = Similarity(x, w, 50.0).materialize()
+    assert got.dtype == dtype
+    exact = 50.0 * x.double() @ w.double().T
+    # One rounding of the result is all that half precision may cost.
+    torch.testing.assert_close(got.double(), exact, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale_dtype", [FLOAT, torch.float64, torch.bfloat16])
+def test_the_dtype_of_the_scale_does_not_decide_that_of_the_result(unit, scale_dtype):
+    s = Similarity(unit(2, 3).float(), unit(2, 3).float(), torch.tensor(2.0, dtype=scale_dtype))
+    assert s.materialize().dtype == FLOAT
+
+
+def test_autocast_rounds_features_and_prototypes_alone(unit):
+    x, w, scale = unit(3, 4).float(), unit(5, 4).float(), torch.tensor(7.123)
+    with torch.autocast("cpu", torch.bfloat16):
+        features, prototypes, kept = Similarity(x, w, scale).operands()
+        materialized = Similarity(x, w, scale).materialize()
+    assert features.equal(x.bfloat16()) and prototypes.equal(w.bfloat16())
+    assert kept is scale
+    assert materialized.dtype == torch.bfloat16
+
+
+def test_autocast_leaves_float64_alone(unit):
+    s = Similarity(unit(3, 4), unit(5, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert s.operands()[0] is s.features
+        assert s.materialize().dtype == torch.float64
+
+
+X, W = torch.ones(2, 3), torch.ones(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("operands", "error", "message"),
+    [
+        (([1.0], W), TypeError, "^features: got list"),
+        ((X, None), TypeError, "^prototypes: got NoneType"),
+        ((X.long(), W), TypeError, "^features: got dtype torch.int64"),
+        ((X, W.bool()), TypeError, "^prototypes: got dtype torch.bool"),
+        ((X[0], W), ValueError, r"^features: got shape \[3\]"),
+        ((X, W[None]), ValueError, r"^prototypes: got shape \[1, 4, 3\]"),
+        ((X, W[:, :2]), ValueError, r"^prototypes: got shape \[4, 2\], wanted \[rows, 3\]"),
+        ((X, W[:0]), ValueError, "^prototypes: .*at least one row"),
+        ((X, W.double()), TypeError, "^prototypes: got dtype torch.float64"),
+        ((X, W.to("meta")), ValueError, "^prototypes: got device meta"),
+        ((X, W, torch.ones(1)), ValueError, r"^scale: got shape \[1\].*reshape"),
+        ((X, W, torch.tensor(1)), TypeError, "^scale: got dtype torch.int64"),
+        ((X, W, torch.ones((), device="meta")), ValueError, "^scale: got device meta"),
+        ((X, W, "100"), TypeError, "^scale: got str"),
+        ((X, W, True), TypeError, "^scale: got bool"),
+        ((X, W, None), TypeError, "^scale: got NoneType"),
+    ],
+)
+def test_errors_name_the_argument(operands, error, message):
+    with pytest.raises(error, match=message):
+        Similarity(*operands)
+
+
+def test_is_immutable(unit):
+    with pytest.raises(AttributeError):
+        Similarity(unit(2, 3), unit(2, 3)).scale = 2.0
