@@ -92,15 +92,20 @@ def _run(argv: list[str]) -> int:
 def _given(argv: list[str]) -> dict[str, Any]:
     # The method decides which options exist, so it is looked for before the rest is parsed.
     from mulki import methods
-    from mulki.engine.config import RunConfig, read_config, resolve, unknown_option
+    from mulki.engine.config import RunConfig, field_names, read_config, resolve, unknown_option
 
     argv = _with_hyphens(argv)
     first = _Parser(prog="mulki run", add_help=False)
     first.add_argument("--config")
     first.add_argument("--method")
     early, _ = first.parse_known_args(argv)
-    from_file = read_config(early.config) if early.config is not None else {}
+    from_file: dict[str, Any] = read_config(early.config) if early.config is not None else {}
     method = methods.get(early.method or str(from_file.get("method", RunConfig.method)))
+    if from_file.get("method", method.name) != method.name:
+        # The file of another method's run: what both have in common is meant, not its own options.
+        theirs = field_names(methods.get(str(from_file["method"])).Options)
+        ours = field_names(RunConfig) | field_names(method.Options)
+        from_file = {k: v for k, v in from_file.items() if k in ours or k not in theirs}
 
     parser = _Parser(prog="mulki run", description=_run.__doc__)
     parser.add_argument("words", nargs="*", metavar="TASKS", help="same as --tasks")

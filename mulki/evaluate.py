@@ -54,18 +54,25 @@ class Evaluator:
     """Evaluates a model on a list of tasks again and again, keeping what does not change.
 
     Args:
+        model: evaluated as it is at the time; what of it is frozen has to stay so.
         tasks: what to evaluate on.
         loaders: a re-iterable of test batches per task.
     """
 
-    def __init__(self, tasks: Sequence[Task], loaders: Sequence[Iterable[Sequence[Tensor]]]):
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        tasks: Sequence[Task],
+        loaders: Sequence[Iterable[Sequence[Tensor]]],
+    ):
+        self.model = model
         self.tasks = tasks
         self._loaders = loaders
         self._inputs: dict[str, Tensor] = {}
 
-    def accuracy(self, model: VisionLanguageModel, number: int) -> tuple[float, int]:
+    def accuracy(self, number: int) -> tuple[float, int]:
         """Top-1 accuracy in percent on task `number` (from 0), and the number of test images."""
-        task = self.tasks[number]
+        task, model = self.tasks[number], self.model
         model.eval()
         if task.name not in self._inputs:
             prompts = [prompt for of_class in task.prompts() for prompt in of_class]

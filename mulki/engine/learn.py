@@ -29,7 +29,15 @@ Transform = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step tells whoever listens: its number from 1, its terms, the rate, its images."""
+    """What a step tells whoever listens.
+
+    Args:
+        step: its number in the task, from 1.
+        losses: its terms by name.
+        lr: the learning rate.
+        images: images in its batch.
+        seconds: since the step before, loading included.
+    """
 
     step: int
     losses: Mapping[str, float]
@@ -102,8 +110,8 @@ def learn_task(
     )
     text_inputs = model.text_inputs(prompts)
     model.train()
+    ended = time.perf_counter()
     for step, (images, target, places) in zip(range(1, steps + 1), cycle(loader), strict=False):
-        started = time.perf_counter()
         rate = config.lr * schedule.factor(config.lr_scheduler, step - 1, steps, config.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -125,8 +133,8 @@ def learn_task(
             )
         _descend(terms.sum(), optimizer, parameters, config, precision)
         method.after_step(step)
-        seconds = time.perf_counter() - started
-        listen(StepReport(step, values, rate, len(images), seconds))
+        started, ended = ended, time.perf_counter()
+        listen(StepReport(step, values, rate, len(images), ended - started))
     method.end_task()
     model.eval()
     return steps

@@ -118,7 +118,7 @@ class _Sequence:
         self.precision = precision
         self.progress = progress
         self.steps = 0
-        self.evaluator = Evaluator(tasks, [self._test_batches(task) for task in tasks])
+        self.evaluator = Evaluator(model, tasks, [self._test_batches(task) for task in tasks])
         mean, std = _normalisation(model)
         self.transform = train_transform(
             model.preprocess, config.augment, model.image_size, mean, std
@@ -178,7 +178,7 @@ class _Sequence:
         for number, task in enumerate(self.tasks):
             self.progress.says(f"test {task.name}")
             started = time.perf_counter()
-            accuracy, seen = self.evaluator.accuracy(self.model, number)
+            accuracy, seen = self.evaluator.accuracy(number)
             results[task.name] = (accuracy, seen, time.perf_counter() - started)
         self._record(after_task, results)
         return results

@@ -1,0 +1,406 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from engine_helpers import COLOURS, Calls, same_state, state_of, write_task
+from rich.console import Console
+from safetensors.torch import load_file
+
+from mulki import methods, models
+from mulki.engine import runner
+from mulki.engine.config import read_config, resolve
+from mulki.engine.learn import StepReport
+from mulki.engine.progress import RunProgress, describe
+from mulki.errors import InputError
+from mulki.methods import PREVIOUS, ZERO_SHOT
+from mulki.metrics import read_matrix
+from mulki.models import VisionLanguageModel
+from mulki.results import RunFolder, read_evaluations
+
+Run = Callable[..., RunFolder]
+METHODS = tuple(methods.available())
+SHORT = {
+    "iterations": 4,
+    "batch_size": 6,
+    "lr": 1e-3,
+    "precision": "fp32",
+    "device": "cpu",
+    "log_every_n_steps": 2,
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path, start_model: dict[str, str], task_folders: tuple[str, str]) -> Run:
+    def go(name: str = "first", console: Console | None = None, **options: Any) -> RunFolder:
+        given = {"tasks": task_folders, "logs": str(tmp_path / "logs"), "name": name}
+        merged = {**SHORT, **start_model, **given, **options}
+        if "epochs" in options:
+            del merged["iterations"]
+        settings = resolve(merged)
+        return runner.run(settings, console)
+
+    return go
+
+
+def weights(folder: RunFolder | Path, pattern: str = "task_02*") -> dict[str, torch.Tensor]:
+    path = folder.path if isinstance(folder, RunFolder) else folder
+    (file,) = (path / "checkpoints").glob(f"{pattern}.safetensors")
+    return load_file(file)
+
+
+def rows_of(folder: RunFolder) -> list[list[str]]:
+    with (folder.path / "matrix.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+# --- the run folder
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_leaves_a_complete_folder(run: Run, name: str) -> None:
+    folder = run(method=name)
+    path = folder.path
+    trains = methods.get(name).trains
+    made = {p.name for p in path.iterdir()} - {"tensorboard"}
+    wanted = {"args.yaml", "env.json", "out.log", "results.jsonl", "matrix.csv"}
+    wanted |= {"summary.json", "summary.md", "report.html"}
+    assert made == wanted | ({"checkpoints"} if trains else set())
+
+    header, *rows = rows_of(folder)
+    assert header == ["after_task", "colours", "shades"]
+    assert [row[0] for row in rows] == ["zero-shot", "colours", "shades"]
+    evaluations = read_evaluations(path / "results.jsonl")
+    assert [(e.after_task, e.eval_dataset) for e in evaluations] == [
+        (after, data) for after in ("zero-shot", "colours", "shades") for data in header[1:]
+    ]
+    assert [f"{e.value:.4f}" for e in evaluations] == [v for row in rows for v in row[1:]]
+    assert [e.n for e in evaluations] == [15, 10] * 3
+    steps = [0, 0, 4, 4, 8, 8] if trains else [0] * 6
+    assert [e.step for e in evaluations] == steps
+
+    summary = json.loads((path / "summary.json").read_text())
+    assert summary["status"] == "complete" and summary["tasks"] == ["colours", "shades"]
+    assert summary["method"] == name and summary["seed"] == 0
+    assert summary["metrics"] == read_matrix(path / "matrix.csv").metrics().to_dict()
+    assert "colours" in (path / "summary.md").read_text()
+    assert "colours" in (path / "report.html").read_text()
+
+    args = yaml.safe_load((path / "args.yaml").read_text())
+    assert args["method"] == name and args["lr"] == 1e-3 and args["device"] == "cpu"
+    hashes = json.loads((path / "env.json").read_text())["hashes"]
+    assert set(hashes["tasks"]) == {"colours", "shades"}
+    assert re.fullmatch("[0-9a-f]{64}", hashes["weights"])
+
+    if trains:
+        names = {p.name for p in (path / "checkpoints").iterdir()}
+        tasks = {f"task_{i:02d}_{t}.safetensors" for i, t in ((1, "colours"), (2, "shades"))}
+        assert names == tasks | {"latest"}
+        log = (path / "out.log").read_text()
+        for task in ("colours", "shades"):
+            for step in (1, 2, 4):
+                line = rf"{task} step {step}: ce \d+\.\d{{3}}.*, lr [\d.e-]+, \d+ img/s"
+                assert re.search(line, log)
+            assert f"{task} step 3:" not in log
+
+
+def test_training_is_seen_in_the_matrix(run: Run) -> None:
+    folder = run(method="finetune", iterations=30, lr=5e-3)
+    assert folder.matrix.rows[0][0] > max(60.0, folder.matrix.zero_shot[0])  # type: ignore[index]
+
+
+def test_rows_of_zero_shot_are_the_same_and_evaluated_once(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    real = VisionLanguageModel.encode_images
+
+    def counted(model: VisionLanguageModel, images: torch.Tensor) -> torch.Tensor:
+        seen.append(len(images))
+        return real(model, images)
+
+    monkeypatch.setattr(VisionLanguageModel, "encode_images", counted)
+    header, *rows = rows_of(run(method="zero_shot"))
+    assert len({tuple(row[1:]) for row in rows}) == 1
+    assert sum(seen) == 25
+
+
+def test_zero_shot_row_of_every_method_is_that_of_the_start_model(run: Run) -> None:
+    rows = [run(name, method=name).matrix.zero_shot for name in METHODS]
+    assert len(set(rows)) == 1
+
+
+@pytest.mark.parametrize("options", [{"iterations": 3}, {"epochs": 0.5}])
+def test_saved_configuration_repeats_the_run(run: Run, options: dict[str, Any]) -> None:
+    given = {"method": "mulki", "gate": "uniform", "seed": 5, **options}
+    first = run(**given)
+    settings = resolve(read_config(first.path / "args.yaml") | {"name": "again"})
+    again = runner.run(settings)
+    assert same_state(weights(first), weights(again))
+    assert rows_of(first) == rows_of(again)
+
+
+# --- repeatability
+
+
+@pytest.mark.parametrize("augment", ["none", "crop"])
+def test_same_seed_same_bits_other_seed_other_weights(run: Run, augment: str) -> None:
+    one, two, other = (
+        run(f"{i}", method="mulki", augment=augment, seed=seed) for i, seed in enumerate((0, 0, 1))
+    )
+    assert rows_of(one) == rows_of(two)
+    assert same_state(weights(one), weights(two))
+    assert not same_state(weights(one), weights(other))
+
+
+@pytest.mark.parametrize("augment", ["none", "crop"])
+def test_workers_change_nothing(run: Run, augment: str) -> None:
+    alone, helped = (
+        run(f"{workers}", method="mulki", workers=workers, augment=augment, iterations=2)
+        for workers in (0, 2)
+    )
+    assert rows_of(alone) == rows_of(helped)
+    assert same_state(weights(alone), weights(helped))
+
+
+def test_random_start_weights_come_from_the_seed(run: Run, tiny_models: tuple[str, ...]) -> None:
+    random = {"model": "tiny-vit", "method": "finetune"}
+    one, two, other = (run(f"{i}", seed=s, **random) for i, s in enumerate((0, 0, 1)))
+    hashes = [
+        json.loads((f.path / "env.json").read_text())["hashes"]["weights"]
+        for f in (one, two, other)
+    ]
+    assert hashes[0] == hashes[1] != hashes[2]
+    assert same_state(weights(one), weights(two))
+
+
+# --- teachers of the sequence
+
+
+class Learned:
+    """Copies of what `learn_task` got and left behind, task by task."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.frozen: list[dict[str, VisionLanguageModel]] = []
+        self.teachers: list[dict[str, dict[str, torch.Tensor]]] = []
+        self.before: list[dict[str, torch.Tensor]] = []
+        self.after: list[dict[str, torch.Tensor]] = []
+        real = runner.learn_task
+
+        def spy(model: VisionLanguageModel, method: Any, task: Any, frozen: Any, *a: Any, **k: Any):
+            self.frozen.append(dict(frozen))
+            self.teachers.append({name: state_of(m) for name, m in frozen.items()})
+            self.before.append(state_of(model))
+            steps = real(model, method, task, frozen, *a, **k)
+            self.after.append(state_of(model))
+            return steps
+
+        patch.setattr(runner, "learn_task", spy)
+
+
+def test_teachers_are_the_original_and_the_previous_model(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, task_folders: tuple[str, str]
+) -> None:
+    third = write_task(tmp_path / "third", COLOURS, train=2, test=1)
+    seen = Learned(monkeypatch)
+    run(method="mulki", tasks=(*task_folders, str(third)))
+    original = seen.before[0]
+    assert seen.frozen[0][ZERO_SHOT] is seen.frozen[0][PREVIOUS]
+    for i in range(3):
+        assert same_state(seen.teachers[i][ZERO_SHOT], original)
+        assert not same_state(seen.after[i], seen.before[i])
+    for i in (1, 2):
+        assert same_state(seen.teachers[i][PREVIOUS], seen.after[i - 1])
+        assert same_state(seen.before[i], seen.after[i - 1])
+        assert seen.frozen[i][PREVIOUS] is not seen.frozen[i][ZERO_SHOT]
+
+
+def test_frozen_models_are_encoded_once_per_task(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(monkeypatch)
+    seen = Learned(monkeypatch)
+    run(method="mulki")
+    original, previous = seen.frozen[1][ZERO_SHOT], seen.frozen[1][PREVIOUS]
+    # colours: 3 texts, 18 images; shades: 2 texts, 12 images.
+    assert calls.of(original, "texts") == [3, 2]
+    assert sum(calls.of(original, "images")) == 18 + 12
+    assert calls.of(previous, "texts") == [2]
+    assert sum(calls.of(previous, "images")) == 12
+
+
+def test_methods_without_teachers_copy_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(VisionLanguageModel, "frozen_copy", lambda self: pytest.fail("copied"))
+    run(method="finetune")
+
+
+# --- trouble
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of luck")])
+def test_what_ends_a_run_leaves_its_results(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: BaseException
+) -> None:
+    steps: list[StepReport] = []
+    real = RunProgress.step
+
+    def step(self: RunProgress, report: StepReport) -> None:
+        steps.append(report)
+        if len(steps) == 6:  # the second step of the second task
+            raise error
+        real(self, report)
+
+    monkeypatch.setattr(RunProgress, "step", step)
+    with pytest.raises(type(error)):
+        run(method="mulki")
+    path = tmp_path / "logs" / "first"
+    matrix = read_matrix(path / "matrix.csv")
+    assert matrix.tasks == ("colours",) and matrix.zero_shot is not None
+    summary = json.loads((path / "summary.json").read_text())
+    assert summary["status"] == "interrupted" and summary["tasks"] == ["colours"]
+    assert len(read_evaluations(path / "results.jsonl")) == 4
+    assert "interrupted" in (path / "summary.md").read_text()
+    assert type(error).__name__ in (path / "out.log").read_text()
+    model = models.load(f"local-dir:{path / 'checkpoints' / 'latest'}")
+    assert same_state(model.checkpoint(), weights(path, "task_01*"))
+
+
+def test_loss_that_is_not_finite_keeps_the_zero_shot_row(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not finite"):
+        run(method="finetune", lr=1e30)
+    path = tmp_path / "logs" / "first"
+    assert json.loads((path / "summary.json").read_text())["status"] == "interrupted"
+    assert read_matrix(path / "matrix.csv").zero_shot is not None
+
+
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(runner, "learn_task", lambda *a, **k: pytest.fail("trained"))
+    monkeypatch.setattr(runner.Evaluator, "accuracy", lambda *a, **k: pytest.fail("evaluated"))
+    yield
+
+
+def test_taken_folder_is_left_alone(run: Run, tmp_path: Path, no_training: None) -> None:
+    taken = tmp_path / "logs" / "first"
+    taken.mkdir(parents=True)
+    (taken / "matrix.csv").write_text("mine")
+    with pytest.raises(InputError, match=re.escape(str(taken))):
+        run()
+    assert [p.name for p in taken.iterdir()] == ["matrix.csv"]
+    assert (taken / "matrix.csv").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"device": "cuda:99"}, "--device: cuda:99"),
+        ({"device": "toaster"}, "--device: toaster"),
+        ({"model": "tiny-vitt"}, "tiny-vitt"),
+        ({"model": "local-dir:nowhere"}, "nowhere"),
+        ({"tasks": ("nowhere",)}, "nowhere"),
+        ({"lock_text": True, "lock_image": True}, "--lock-image"),
+    ],
+)
+def test_bad_input_is_found_before_the_folder_is_made(
+    run: Run, tmp_path: Path, no_training: None, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        run(**options)
+    assert not (tmp_path / "logs").exists()
+
+
+def test_locked_model_can_be_evaluated(run: Run) -> None:
+    assert run(method="zero_shot", lock_text=True, lock_image=True).status == "complete"
+
+
+def test_skipped_images_are_counted(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = write_task(tmp_path / "damaged", COLOURS, train=3, test=2)
+    (task / "train" / "red" / "0.png").write_bytes(b"no image")
+    (task / "test" / "blue" / "1.png").write_bytes(b"")
+    with pytest.raises(InputError, match="unreadable.*--skip-bad-images"):
+        run(tasks=(str(task),))
+    with caplog.at_level(logging.WARNING, "mulki"):
+        folder = run(tasks=(str(task),), skip_bad_images=True)
+    assert "task damaged: 2 unreadable images left out" in caplog.text
+    assert "task damaged: 2 unreadable images left out" in (folder.path / "out.log").read_text()
+    assert {e.n for e in read_evaluations(folder.path / "results.jsonl")} == {5}
+
+
+# --- options that reach the run
+
+
+def test_without_checkpoints(run: Run) -> None:
+    assert not (run(save_checkpoints=False).path / "checkpoints").exists()
+
+
+def test_limited_images(run: Run) -> None:
+    folder = run(limit_images=4, method="zero_shot")
+    assert {(e.eval_dataset, e.n) for e in read_evaluations(folder.path / "results.jsonl")} == {
+        ("colours", 4),
+        ("shades", 4),
+    }
+
+
+def test_global_generators_are_seeded(run: Run) -> None:
+    run(seed=3, method="zero_shot")
+    drawn = torch.rand(1)
+    run("second", seed=3, method="zero_shot")
+    assert torch.equal(drawn, torch.rand(1))
+
+
+# --- progress
+
+
+def terminal() -> tuple[Console, io.StringIO]:
+    out = io.StringIO()
+    return Console(file=out, force_terminal=True, width=200, color_system=None), out
+
+
+def test_bar_shows_task_losses_rate_and_time_left(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console, out = terminal()
+    real = RunProgress.step
+
+    def step(self: RunProgress, report: StepReport) -> None:
+        real(self, report)
+        self._bar.refresh()  # the tests' steps are shorter than its refresh interval
+
+    monkeypatch.setattr(RunProgress, "step", step)
+    run(method="mulki", console=console)
+    drawn = out.getvalue()
+    assert "1/2 colours" in drawn and "2/2 shades" in drawn and "test shades" in drawn
+    assert "8/8" in drawn  # steps of the whole run
+    assert re.search(r"\d+ img/s", drawn)
+    assert re.search(r"\d:\d\d:\d\d", drawn)  # time left
+    for term in ("ce", "alignment", "image_text", "feature"):
+        assert re.search(rf"\b{term} \d+\.\d{{3}}", drawn)
+
+
+def test_nothing_is_drawn_without_a_terminal(run: Run) -> None:
+    out = io.StringIO()
+    run(console=Console(file=out, width=200))
+    assert out.getvalue() == ""
+
+
+def test_bar_averages_the_rate() -> None:
+    console, out = terminal()
+    with RunProgress(console, 2) as progress:
+        for step, seconds in ((1, 1.0), (2, 0.5)):
+            progress.step(StepReport(step, {"ce_loss": 1.25}, 1e-3, 10, seconds))
+            progress._bar.refresh()
+    assert "10 img/s" in out.getvalue() and "11 img/s" in out.getvalue()
+
+
+def test_describe_names_every_term() -> None:
+    report = StepReport(1, {"ce_loss": 1.23456, "text_text_loss": 0.5}, 1e-3, 8, 0.1)
+    assert describe(report) == "ce 1.235 text_text 0.500"

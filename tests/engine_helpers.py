@@ -1,0 +1,133 @@
+"""Tiny models and tasks for the tests of the engine, the models, evaluation and the command line.
+
+The models are real open_clip architectures, small enough that a run takes a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from mulki import models
+from mulki.models import VisionLanguageModel
+
+_TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+_VIT = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+_RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "tiny-vit": {"embed_dim": 32, "vision_cfg": _VIT, "text_cfg": _TEXT},
+    "tiny-resnet": {"embed_dim": 16, "vision_cfg": _RESNET, "text_cfg": _TEXT},
+    "tiny-biased": {
+        "embed_dim": 32,
+        "init_logit_bias": -10,
+        "custom_text": True,
+        "vision_cfg": _VIT,
+        "text_cfg": _TEXT,
+    },
+}
+COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220)}
+SHADES = {"dark": (30, 30, 30), "light": (225, 225, 225)}
+
+
+def write_split(folder: Path, colours: dict[str, tuple[int, int, int]], count: int) -> None:
+    """`count` noisy 32 x 32 pictures of each colour: easy to learn, none like another."""
+    for target, (name, colour) in enumerate(colours.items()):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            random = np.random.default_rng([len(str(folder.name)), target, i])
+            noise = random.normal(0, 40, (32, 32, 3))
+            pixels = (np.array(colour) + noise).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+
+
+def write_task(
+    root: Path, colours: dict[str, tuple[int, int, int]], train: int = 6, test: int = 5
+) -> Path:
+    write_split(root / "train", colours, train)
+    write_split(root / "test", colours, test)
+    return root
+
+
+def state_of(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
+    """Parameters and buffers, copied."""
+    return {name: value.detach().clone() for name, value in model.clip.state_dict().items()}
+
+
+def same_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether two state dicts agree bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(v, other[n]) for n, v in one.items())
+
+
+class Calls:
+    """What the encoders of each model were asked: numbers of images and of texts, call by call."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self._log: list[tuple[int, str, int]] = []
+        for kind in ("images", "texts"):
+            self._spy(patch, kind)
+
+    def _spy(self, patch: pytest.MonkeyPatch, kind: str) -> None:
+        real: Callable[..., torch.Tensor] = getattr(VisionLanguageModel, f"encode_{kind}")
+
+        def counted(model: VisionLanguageModel, batch: torch.Tensor) -> torch.Tensor:
+            self._log.append((id(model.clip), kind, len(batch)))
+            return real(model, batch)
+
+        patch.setattr(VisionLanguageModel, f"encode_{kind}", counted)
+
+    def of(self, model: VisionLanguageModel, kind: str) -> list[int]:
+        """Batch sizes of the calls of one model; kind is "images" or "texts"."""
+        return [n for clip, k, n in self._log if clip == id(model.clip) and k == kind]
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Registers the tiny architectures with open_clip and returns their names."""
+    folder = tmp_path_factory.mktemp("architectures")
+    for name, architecture in ARCHITECTURES.items():
+        (folder / f"{name}.json").write_text(json.dumps(architecture))
+    open_clip.add_model_config(folder)
+    return tuple(ARCHITECTURES)
+
+
+@pytest.fixture
+def load_tiny(tiny_models: Sequence[str]) -> Callable[..., VisionLanguageModel]:
+    """Load a tiny architecture with the same random weights every time."""
+
+    def load(name: str = "tiny-vit", seed: int = 0) -> VisionLanguageModel:
+        torch.manual_seed(seed)
+        model = models.load(name)
+        model.lock()
+        return model
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def start_model(
+    tiny_models: Sequence[str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """The tiny ViT with weights on disk, as `--model` takes it in this and in other processes."""
+    folder = tmp_path_factory.mktemp("start")
+    torch.manual_seed(0)
+    model = models.load("tiny-vit")
+    from mulki.engine.checkpoints import publish, save_weights
+
+    save_weights(model, folder / "weights.safetensors")
+    publish(model, folder / "weights.safetensors", folder / "model")
+    return {"model": f"local-dir:{folder / 'model'}"}
+
+
+@pytest.fixture(scope="session")
+def task_folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Two task folders, colours (3 classes) and shades (2 classes)."""
+    root = tmp_path_factory.mktemp("tasks")
+    return str(write_task(root / "colours", COLOURS)), str(write_task(root / "shades", SHADES))

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import engine_helpers
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from engine_helpers import Calls
+from torch import Tensor
+
+from mulki.data import Task, folder_task
+from mulki.data.loader import batches
+from mulki.evaluate import Evaluator, count_correct, zero_shot_classifier
+from mulki.models import VisionLanguageModel
+
+Load = Callable[..., VisionLanguageModel]
+tiny_models = engine_helpers.tiny_models
+load_tiny = engine_helpers.load_tiny
+task_folders = engine_helpers.task_folders
+TEMPLATES = ("a photo of a {}.", "a blurry {}.", "{}, seen from afar.", "many {} and more {{}}.")
+
+
+@pytest.fixture
+def task(task_folders: tuple[str, str]) -> Task:
+    return folder_task(task_folders[0], templates=TEMPLATES[:3])
+
+
+def loader(
+    model: VisionLanguageModel, task: Task, size: int, shuffle: bool = False, seed: int = 0
+) -> Iterable[Sequence[Tensor]]:
+    return batches(task.test, model.preprocess, size, shuffle=shuffle, seed=seed)
+
+
+WAYS = [(1, False, 0), (7, False, 0), (64, False, 0), (1, True, 1), (4, True, 2), (64, True, 3)]
+
+
+def predictions(
+    model: VisionLanguageModel, task: Task, size: int, shuffle: bool, seed: int
+) -> tuple[float, list[int]]:
+    """The accuracy, and the number of right answers of each image alone in order of the set."""
+    evaluator = Evaluator(model, [task], [loader(model, task, size, shuffle, seed)])
+    accuracy, seen = evaluator.accuracy(0)
+    assert seen == 15
+    inputs = model.text_inputs([p for of_class in task.prompts() for p in of_class])
+    classifier = zero_shot_classifier(model, inputs, 3)
+    right = [0] * seen
+    for images, target, places in loader(model, task, size, shuffle, seed):
+        with torch.no_grad():
+            predicted = (model.encode_images(images) @ classifier.mT).argmax(dim=1)
+        for place, ok in zip(places.tolist(), (predicted == target).tolist(), strict=True):
+            right[place] = int(ok)
+    return accuracy, right
+
+
+def assert_independent_of_batches(model: VisionLanguageModel, task: Task) -> None:
+    answers = [predictions(model, task, *way) for way in WAYS]
+    assert all(answer == answers[0] for answer in answers)
+    assert answers[0][0] == pytest.approx(100 * sum(answers[0][1]) / 15)
+
+
+@pytest.mark.parametrize("name", ["tiny-vit", "tiny-resnet"])
+def test_batches_and_order_do_not_matter(load_tiny: Load, task: Task, name: str) -> None:
+    model = load_tiny(name)
+    model.train()  # as after an epoch: the evaluator itself has to leave it
+    assert_independent_of_batches(model, task)
+
+
+def test_the_test_above_notices_a_model_that_looks_at_its_batch(
+    load_tiny: Load, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = VisionLanguageModel.encode_images
+
+    def centred(model: VisionLanguageModel, images: Tensor) -> Tensor:
+        features = real(model, images)
+        return F.normalize(features - features.mean(dim=0), dim=-1)
+
+    monkeypatch.setattr(VisionLanguageModel, "encode_images", centred)
+    with pytest.raises(AssertionError):
+        assert_independent_of_batches(load_tiny(), task)
+
+
+def test_the_test_above_notices_batch_statistics(load_tiny: Load, task: Task) -> None:
+    model = load_tiny("tiny-resnet")
+    model.eval = model.clip.train  # type: ignore[method-assign]
+    with pytest.raises((AssertionError, ValueError)):
+        assert_independent_of_batches(model, task)
+
+
+def test_evaluation_leaves_training_mode_and_statistics_alone(load_tiny: Load, task: Task) -> None:
+    model = load_tiny("tiny-resnet")
+    before = engine_helpers.state_of(model)
+    model.clip.train()
+    Evaluator(model, [task], [loader(model, task, 7)]).accuracy(0)
+    assert not any(module.training for module in model.clip.modules())
+    assert engine_helpers.same_state(engine_helpers.state_of(model), before)
+
+
+@pytest.mark.parametrize("name", ["tiny-vit", "tiny-resnet", "tiny-biased"])
+def test_classifier_is_that_of_open_clip(load_tiny: Load, name: str) -> None:
+    model = load_tiny(name)
+    model.eval()
+    classes = ["red fox", "grey heron", "tree frog", "pond", "moss"]
+    templates = list(TEMPLATES[:3])
+    wanted = open_clip.build_zero_shot_classifier(
+        model.clip, model.tokenizer, classes, templates, num_classes_per_batch=2
+    )
+    inputs = model.text_inputs([t.format(c) for c in classes for t in templates])
+    torch.testing.assert_close(zero_shot_classifier(model, inputs, 5), wanted.mT)
+
+
+def test_classifier_does_not_depend_on_the_text_batch(
+    load_tiny: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_tiny()
+    model.eval()
+    inputs = model.text_inputs([f"{t} {c}" for c in range(5) for t in "abc"])
+    whole = zero_shot_classifier(model, inputs, 5)
+    monkeypatch.setattr("mulki.evaluate.TEXT_BATCH", 4)
+    calls = Calls(monkeypatch)
+    torch.testing.assert_close(zero_shot_classifier(model, inputs, 5), whole)
+    assert calls.of(model, "texts") == [4, 4, 4, 3]
+
+
+def test_correct_predictions_are_counted(load_tiny: Load) -> None:
+    model = load_tiny()
+    model.encode_images = lambda images: images  # type: ignore[method-assign]
+    classifier = torch.eye(3)
+    first = [torch.eye(3), torch.tensor([0, 1, 1]), torch.tensor([0, 1, 2])]
+    second = [torch.eye(3)[:1], torch.tensor([0])]
+    assert count_correct(model, classifier, [first, second]) == (3, 4)
+    assert count_correct(model, classifier, []) == (0, 0)
+
+
+def test_texts_are_tokenized_once_and_encoded_again(
+    load_tiny: Load, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_tiny()
+    real: Any = model.tokenizer
+    tokenized: list[int] = []
+    model.tokenizer = lambda texts: tokenized.append(len(texts)) or real(texts)
+    calls = Calls(monkeypatch)
+    evaluator = Evaluator(model, [task], [loader(model, task, 64)])
+    evaluator.accuracy(0)
+    with torch.no_grad():
+        for p in model.clip.transformer.parameters():
+            p.normal_()
+    evaluator.accuracy(0)
+    assert tokenized == [9]
+    assert calls.of(model, "texts") == [9, 9]
+
+
+def test_locked_texts_are_encoded_once(load_tiny: Load, task: Task) -> None:
+    model = load_tiny()
+    model.lock(text=True)
+    asked: list[int] = []
+    real = model.clip.encode_text
+    model.clip.encode_text = lambda tokens: asked.append(len(tokens)) or real(tokens)
+    evaluator = Evaluator(model, [task], [loader(model, task, 64)])
+    assert evaluator.accuracy(0) == evaluator.accuracy(0)
+    assert asked == [9]
+
+
+def test_no_graph_is_built(load_tiny: Load, task: Task) -> None:
+    model = load_tiny()
+    inputs = model.text_inputs([p for of_class in task.prompts() for p in of_class])
+    assert not zero_shot_classifier(model, inputs, 3).requires_grad

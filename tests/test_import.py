@@ -1,0 +1,60 @@
+"""`import mulki` is light, and needs nothing that is heavy or optional."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+HEAVY = "open_clip triton torchvision transformers timm rich jinja2 yaml PIL pandas sklearn"
+
+
+def python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_nothing_heavy_is_imported() -> None:
+    code = f"import mulki, sys\nprint([m for m in '{HEAVY}'.split() if m in sys.modules])"
+    assert python(code).strip() == "[]"
+
+
+def test_works_where_the_optional_packages_are_missing() -> None:
+    """A package that is None in sys.modules cannot be imported."""
+    code = (
+        f"import sys\nsys.modules.update(dict.fromkeys('{HEAVY}'.split()))\n"
+        "import mulki, torch\n"
+        "u = torch.nn.functional.normalize(torch.ones(2, 3, requires_grad=True), dim=1)\n"
+        "similarity = mulki.Similarity(u, u.detach(), 10.0)\n"
+        "loss = mulki.functional.prototype_cross_entropy(similarity, torch.tensor([0, 1]))\n"
+        "loss.backward()\nprint(float(loss) > 0)"
+    )
+    assert python(code).strip() == "True"
+
+
+def test_no_compiler_is_started() -> None:
+    code = (
+        "import subprocess\n"
+        "def refuse(*a, **k): raise AssertionError(a)\n"
+        "subprocess.Popen.__init__ = refuse\n"
+        "import mulki"
+    )
+    python(code)
+
+
+def test_the_command_line_answers_without_open_clip() -> None:
+    code = (
+        "import sys\nfrom mulki.cli import run_command\n"
+        "for words in ([], ['--help'], ['--version'], ['tasks'], ['run', '--bogus']):\n"
+        "    run_command(words)\n"
+        "heavy = 'open_clip triton torchvision transformers'.split()\n"
+        "assert not [m for m in heavy if m in sys.modules]"
+    )
+    python(code)

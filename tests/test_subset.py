@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+
+import pytest
+from PIL import Image
+
+from mulki.data import Task
+from mulki.data.subset import Subset, limited
+
+
+@dataclass(frozen=True)
+class Grey:
+    """Pictures whose grey value is their place."""
+
+    targets: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def load(self, index: int) -> Image.Image:
+        return Image.new("RGB", (2, 2), (index,) * 3)
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+    def fingerprint(self) -> str:
+        return str(self.targets)
+
+
+def task(train: tuple[int, ...], test: tuple[int, ...] = (0, 1, 2), classes: int = 3) -> Task:
+    names = tuple(f"class {i}" for i in range(classes))
+    return Task("t", names, ("a {}.",), Grey(train), Grey(test), skipped=("bad.png",))
+
+
+def test_classes_take_turns() -> None:
+    small = limited(task((0, 0, 0, 0, 1, 1, 1, 2)), 5)
+    assert isinstance(small.train, Subset)
+    assert small.train.indices == (0, 1, 4, 5, 7)
+    assert list(small.train.targets) == [0, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_every_class_keeps_an_image(count: int) -> None:
+    small = limited(task((2, 2, 1, 0, 0), (1, 1, 2, 0)), count)
+    assert sorted(small.train.targets) == sorted(small.test.targets) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 6, 7])
+def test_count_is_kept_in_both_splits(count: int) -> None:
+    small = limited(task((0, 1, 2) * 3, (0, 1, 2) * 2), count)
+    assert (len(small.train), len(small.test)) == (count, min(count, 6))
+    numbers = [list(small.train.targets).count(c) for c in range(3)]
+    assert max(numbers) - min(numbers) <= 1
+
+
+def test_larger_limit_changes_nothing_but_the_fingerprint() -> None:
+    whole = task((0, 1, 2, 0))
+    same = limited(whole, 100)
+    assert same.train.targets == [0, 1, 2, 0]
+    assert (same.name, same.classes, same.templates, same.skipped) == (
+        whole.name,
+        whole.classes,
+        whole.templates,
+        whole.skipped,
+    )
+
+
+def test_images_and_names_are_those_of_the_whole_set() -> None:
+    subset = Subset(Grey((0, 1, 0, 1)), [3, 1])
+    assert len(subset) == 2
+    assert [subset.load(i).getpixel((0, 0)) for i in range(2)] == [(3, 3, 3), (1, 1, 1)]
+    assert [subset.name(i) for i in range(2)] == ["image 3", "image 1"]
+    assert subset.targets == [1, 1]
+
+
+def test_fingerprint_tells_subsets_and_sets_apart() -> None:
+    one, other = Grey((0, 1, 0, 1)), Grey((0, 1, 1, 0))
+    prints = {
+        s.fingerprint()
+        for s in (Subset(one, [0, 1]), Subset(one, [0, 2]), Subset(one, [1, 0]), Subset(other, [0]))
+    }
+    assert len(prints) == 4
+    assert Subset(one, (0, 1)).fingerprint() == Subset(Grey((0, 1, 0, 1)), [0, 1]).fingerprint()
+
+
+def test_pickles_for_workers() -> None:
+    again = pickle.loads(pickle.dumps(Subset(Grey((0, 1, 1)), [2, 0])))
+    assert again.name(0) == "image 2" and again.targets == [1, 0]
