@@ -140,6 +140,8 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **arguments)
 
     def error(self, message: str) -> NoReturn:
+        if "ignored explicit argument" in message:
+            message += " (a switch takes no value: --x or --no-x)"
         raise InputError(f"{message}; {self.prog} --help shows the usage")
 
 

@@ -2,8 +2,8 @@
 
 The classifier is the mean of all prompt templates' normalised text features, normalised again, and
 the label space is the task's own (task-incremental, as the MTIL benchmark of ZSCL does). A
-prediction depends on its image alone, so accuracy does not depend on batching or order; it is
-always computed in float32.
+prediction depends on its image alone, so accuracy does not depend on batching or order; no
+autocast is used.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mulki.data.task import Task
-from mulki.models import VisionLanguageModel
-
-TEXT_BATCH = 256
+from mulki.models import TEXT_BATCH, VisionLanguageModel
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mulki.errors import InputError, nearest
+from mulki.files import write_atomic
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -367,24 +368,3 @@ def write_matrix(path: str | os.PathLike[str], matrix: AccuracyMatrix) -> None:
     for task, row in zip(matrix.tasks, matrix.rows, strict=True):
         writer.writerow([task, *(f"{value:.4f}" for value in row)])
     write_atomic(path, buffer.getvalue())
-
-
-def write_atomic(path: str | os.PathLike[str], text: str) -> None:
-    """Replace ``path`` by ``text`` (UTF-8) so that a reader sees the old file or the new one.
-
-    An interrupt at any point leaves the old file as it was and nothing beside it. Raises
-    ``OSError`` as ``open`` does.
-    """
-    path = Path(path)
-    # Not tempfile: its files are private to the user, and this one keeps its mode when renamed.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as stream:
-            stream.write(text)
-            stream.flush()
-            # Without it a power cut can leave the new name on an empty file.
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

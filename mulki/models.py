@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources, util
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from mulki.errors import InputError, nearest
 
 BUNDLED = "mulki-mini"
-_BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+TEXT_BATCH = 256
+
+TextSplit = Literal["tokens", "pooled", "features"]
 _log = logging.getLogger(__name__)
 
 
@@ -40,6 +42,7 @@ class VisionLanguageModel:
         packaged: prefixes of state dict keys that come with an installed package, so that
             checkpoints leave them out.
         config: the content of its ``open_clip_config.json``, None if that is not known.
+        split: where `text_inputs` stops; by default where something trainable begins.
     """
 
     clip: Any
@@ -48,6 +51,7 @@ class VisionLanguageModel:
     name: str
     packaged: tuple[str, ...] = ()
     config: dict[str, Any] | None = None
+    split: TextSplit | None = None
 
     def __post_init__(self) -> None:
         # On CPUs a convolution is several times faster in this layout; other tensors ignore it.
@@ -81,30 +85,38 @@ class VisionLanguageModel:
         constant of a task, and `encode_texts` does the rest.
         """
         tokens = self.tokenizer(list(prompts)).to(self.device)
-        frozen, _ = self._split_text()
-        if frozen is None:
+        split = self._text_split()
+        if split == "tokens":
             return tokens
+        text = self.clip
         with torch.no_grad():
-            return torch.cat([frozen(part) for part in tokens.split(256)])
+            return torch.cat(
+                [
+                    text.encode_text(part) if split == "features" else _pooled(text.text, part)
+                    for part in tokens.split(TEXT_BATCH)
+                ]
+            )
 
     def encode_texts(self, inputs: Tensor) -> Tensor:
         """What `text_inputs` returned to L2-normalised float32 features [n, D]."""
-        _, rest = self._split_text()
-        return F.normalize(rest(inputs).float(), dim=-1)
+        split = self._text_split()
+        if split == "features":
+            features = inputs
+        else:
+            features = (self.clip.text.proj if split == "pooled" else self.clip.encode_text)(inputs)
+        return F.normalize(features.float(), dim=-1)
 
-    def _split_text(
-        self,
-    ) -> tuple[Callable[[Tensor], Tensor] | None, Callable[[Tensor], Tensor]]:
-        # The frozen part of the text tower (None: there is none) and the part behind it.
-        encode: Callable[[Tensor], Tensor] = self.clip.encode_text
+    def _text_split(self) -> TextSplit:
+        if self.split is not None:
+            return self.split
         if not any(p.requires_grad for p in self._text_parameters()):
-            return encode, lambda features: features
+            return "features"
         text: Any = getattr(self.clip, "text", None)
         if hasattr(text, "pooler") and not any(
             p.requires_grad for p in text.transformer.parameters()
         ):
-            return lambda tokens: _pooled(text, tokens), text.proj
-        return None, encode
+            return "pooled"
+        return "tokens"
 
     def _text_parameters(self) -> list[nn.Parameter]:
         image = ("visual.", "logit_")
@@ -138,7 +150,7 @@ class VisionLanguageModel:
         for module in self.clip.modules():
             parameters = list(module.parameters())
             frozen = parameters and not any(p.requires_grad for p in parameters)
-            if frozen or isinstance(module, _BATCH_NORM):
+            if frozen or isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
 
     def eval(self) -> None:
@@ -146,20 +158,24 @@ class VisionLanguageModel:
         self.clip.eval()
 
     def frozen_copy(self) -> VisionLanguageModel:
-        """A copy in evaluation mode that does not train; it shares what is frozen here already."""
+        """A copy in evaluation mode that does not train; it shares what is frozen here already.
+
+        It divides its text tower as this model does, so that the same arithmetic, in the same
+        precision, makes the features of student and teacher.
+        """
         shared = {id(p): p for p in self.clip.parameters() if not p.requires_grad}
         clip = copy.deepcopy(self.clip, shared)
         clip.requires_grad_(False)
         clip.eval()
-        return replace(self, clip=clip)
+        return replace(self, clip=clip, split=self._text_split())
 
-    def checkpoint(self) -> dict[str, Tensor]:
+    def checkpoint(self, *, whole: bool = False) -> dict[str, Tensor]:
         """The state dict that is saved, on the CPU, without the keys that a package provides.
 
         Where these train they are saved too, since the package then no longer provides them.
         """
         packaged = self.packaged
-        if any(name.startswith(packaged) for name in self.trainable()):
+        if whole or any(name.startswith(packaged) for name in self.trainable()):
             packaged = ()
         return {
             name: value.detach().cpu().contiguous()
@@ -242,25 +258,24 @@ def _load_open_clip(name: str, pretrained: str | None) -> VisionLanguageModel:
             f"spelling, the network and that the checkpoint belongs to this model"
         ) from error
     # From here on the content of a local folder is known to be sound.
-    architecture = _architecture(name)
-    config = architecture and {
-        "model_cfg": architecture,
-        "preprocess_cfg": clip.visual.preprocess_cfg,
-    }
+    config = {"model_cfg": _architecture(name), "preprocess_cfg": clip.visual.preprocess_cfg}
     return VisionLanguageModel(clip, tokenizer, preprocess, name, config=config)
 
 
-def _architecture(name: str) -> dict[str, Any] | None:
+def _architecture(name: str) -> dict[str, Any]:
     import open_clip
 
     schema, colon, place = name.partition(":")
     if not colon:
-        found: dict[str, Any] | None = open_clip.get_model_config(name)
-        return found
-    if schema == "local-dir":
-        content = (Path(place) / "open_clip_config.json").read_text(encoding="utf-8")
-        return dict(json.loads(content)["model_cfg"])
-    return None
+        return dict(open_clip.get_model_config(name))
+    file = "open_clip_config.json"
+    # A hub model has just been loaded, so this finds the file in the cache.
+    path = (
+        place + "/" + file
+        if schema == "local-dir"
+        else open_clip.download_pretrained_from_hf(place, filename=file)
+    )
+    return dict(json.loads(Path(path).read_text(encoding="utf-8"))["model_cfg"])
 
 
 def _load_bundled(pretrained: str | None) -> VisionLanguageModel:

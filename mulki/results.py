@@ -42,13 +42,13 @@ from typing import TYPE_CHECKING, Literal
 import yaml
 
 from mulki.errors import InputError
+from mulki.files import write_atomic
 from mulki.metrics import (
     DEFINITIONS,
     ZERO_SHOT,
     AccuracyMatrix,
     Metrics,
     read_matrix,
-    write_atomic,
     write_matrix,
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ def check_number(name: str, value: object, device: torch.device) -> None:
             raise TypeError(f"{name}: got dtype {value.dtype}, wanted a floating point one")
         if value.device.type != "cpu" and value.device != device:
             raise ValueError(f"{name}: got device {value.device}, wanted {device}; move it there")
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+    elif isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted a float or a 0-d tensor")
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mulki.errors import InputError, nearest
+from mulki.files import write_atomic
 from mulki.metrics import (
     DEFINITIONS,
     ZERO_SHOT,
@@ -24,7 +25,6 @@ from mulki.metrics import (
     last,
     read_matrix,
     transfer,
-    write_atomic,
     write_matrix,
 )
 

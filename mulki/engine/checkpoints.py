@@ -2,43 +2,59 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
-from mulki.metrics import write_atomic
+from mulki.files import replacing, write_atomic
 from mulki.models import VisionLanguageModel
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 
 
-def save_weights(model: VisionLanguageModel, path: Path) -> None:
-    """Write the model's state dict to a safetensors file."""
-    temporary = path.with_suffix(".tmp")
-    save_file(model.checkpoint(), temporary, metadata={"format": "pt", "model": model.name})
-    os.replace(temporary, path)
+def save_weights(model: VisionLanguageModel, path: Path, *, whole: bool = False) -> None:
+    """Write the model's state dict to a safetensors file.
+
+    Args:
+        whole: with the weights that an installed package provides, too.
+    """
+    with replacing(path) as temporary:
+        metadata = {"format": "pt", "model": model.name}
+        save_file(model.checkpoint(whole=whole), temporary, metadata=metadata)
 
 
 def publish(model: VisionLanguageModel, weights: Path, folder: Path) -> None:
-    """Make `folder` hold the model in the layout of ``local-dir:``, with these weights.
+    """Make `folder` hold the model so that ``open_clip.create_model("local-dir:...")`` loads it.
 
-    The weights are linked, not copied, where the file system can. A model whose configuration is
-    not known (loaded from a hub) gets its weights alone.
+    Args:
+        weights: the file that `save_weights` made; linked, not copied, where the file system can.
+            A model that takes weights from a package gets a file of its own here, with all of
+            them, and the configuration of its text tower beside it.
+        folder: made if need be. The configuration of such a model names this folder by its
+            absolute path, since open_clip resolves a text tower no other way offline.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if model.config is not None:
-        write_atomic(folder / CONFIG_NAME, json.dumps(model.config, indent=2) + "\n")
     tokenizer: Any = getattr(model.tokenizer, "tokenizer", None)
     if hasattr(tokenizer, "save_pretrained"):  # of a Hugging Face text tower: open_clip looks here
         tokenizer.save_pretrained(folder)
-    temporary = folder / "weights.tmp"
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(weights, temporary)
-    except OSError:
-        temporary.write_bytes(weights.read_bytes())
-    os.replace(temporary, folder / WEIGHTS_NAME)
+    config = copy.deepcopy(model.config)
+    if model.packaged and config is not None:
+        model.clip.text.config.save_pretrained(folder)
+        text = config["model_cfg"]["text_cfg"]
+        text["hf_model_name"] = text["hf_tokenizer_name"] = str(folder.resolve())
+        text["hf_model_pretrained"] = False
+        save_weights(model, folder / WEIGHTS_NAME, whole=True)
+    else:
+        with replacing(folder / WEIGHTS_NAME) as temporary:
+            try:
+                os.link(weights, temporary)
+            except OSError:
+                shutil.copyfile(weights, temporary)
+    if config is not None:
+        write_atomic(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")

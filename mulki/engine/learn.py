@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +18,9 @@ from mulki.engine import schedule
 from mulki.engine.config import RunConfig
 from mulki.engine.precision import Precision
 from mulki.errors import InputError
-from mulki.evaluate import TEXT_BATCH
 from mulki.features import Features
 from mulki.methods import ZERO_SHOT, Method, TaskStart
-from mulki.models import VisionLanguageModel
+from mulki.models import TEXT_BATCH, VisionLanguageModel
 from mulki.prototypes import class_means
 from mulki.teachers import Teacher
 
@@ -65,7 +65,7 @@ def learn_task(
     precision: Precision,
     listen: Callable[[StepReport], None] = lambda report: None,
 ) -> int:
-    """Train the model on one task, in place.
+    """Train the model on one task, in place, with each class's first prompt as its text.
 
     Args:
         model: the student; its trainable parameters move.
@@ -90,9 +90,13 @@ def learn_task(
     )
     method.start_task(TaskStart(index, len(task.classes), steps, model.trainable(), prototypes))
     method.to(model.device)
-    parameters = [*model.trainable().values(), *method.parameters()]
+    # As in open_clip: gains, biases and the like do not decay.
+    weights = [*model.trainable().values()]
+    decays = [p for p in weights if p.ndim >= 2]
+    rest = [p for p in weights if p.ndim < 2] + [*method.parameters()]
+    groups: list[dict[str, Any]] = [{"params": decays}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(
-        parameters,
+        groups,
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
@@ -116,7 +120,8 @@ def learn_task(
         for group in optimizer.param_groups:
             group["lr"] = rate
         images, target = images.to(model.device), target.to(model.device)
-        answers = tuple(_ask(t, m, places, images, precision) for t, m in teachers)
+        said = {id(t): _ask(t, m, places, images, precision) for t, m in teachers}
+        answers = tuple(said[id(t)] for t, _ in teachers)
         with precision.autocast():
             image_features = model.encode_images(images)
             text_features = model.encode_texts(text_inputs)
@@ -131,7 +136,7 @@ def learn_task(
                 f"--lr {config.lr:g}: the loss is not finite at step {step} of task {task.name} "
                 f"({shown}); lower it"
             )
-        _descend(terms.sum(), optimizer, parameters, config, precision)
+        _descend(terms.sum(), optimizer, decays + rest, config, precision)
         method.after_step(step)
         started, ended = ended, time.perf_counter()
         listen(StepReport(step, values, rate, len(images), ended - started))

@@ -10,7 +10,8 @@ from typing import Any
 _Options = dict[str, Any]
 
 SEQUENCES: dict[str, _Options] = {
-    "embedded": {"iterations": 100, "lr": 1e-4, "lock_text": True},
+    # float32: on CPUs the backward pass of depthwise convolutions is slower in bf16.
+    "embedded": {"iterations": 80, "lr": 1e-4, "lock_text": True, "precision": "fp32"},
 }
 METHODS: dict[tuple[str, str], _Options] = {}
 QUICK: dict[str, _Options] = {

@@ -37,7 +37,8 @@ _log = logging.getLogger(__name__)
 def run(settings: Settings, console: Console | None = None) -> RunFolder:
     """Learn a sequence of tasks and write its run folder.
 
-    Everything that can be checked is checked before the folder is made. An interrupt, or an error,
+    Everything that can be checked is checked before the folder is made. The global generators of
+    Python, NumPy and torch are seeded. An interrupt, or an error,
     leaves the results so far in the folder, marked as interrupted.
 
     Args:
@@ -216,7 +217,7 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise InputError(f"--device: {name} cannot be used ({reason}); try auto or cpu") from None
     return device

@@ -38,6 +38,7 @@ def get(name: str) -> type[Method]:
     methods = available()
     if name not in methods:
         raise InputError(
-            f"method: no method {name!r}{nearest(name, methods)}; choose from {', '.join(methods)}"
+            f"--method: no method {name!r}{nearest(name, methods)}; choose from "
+            f"{', '.join(methods)}"
         )
     return methods[name]

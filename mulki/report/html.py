@@ -10,7 +10,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from mulki.errors import InputError
-from mulki.metrics import DEFINITIONS, read_matrix, write_atomic
+from mulki.files import write_atomic
+from mulki.metrics import DEFINITIONS, read_matrix
 from mulki.report.tables import TITLES, display_columns, display_rows, format_metrics
 
 # One hue that grows stronger with the accuracy: read alike with any colour vision and in grey,
