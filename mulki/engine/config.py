@@ -1,8 +1,8 @@
 """The configuration of a run: its options, their defaults, presets, and how they are combined.
 
-From weak to strong: the defaults here, the preset of the task sequence, the preset of the method on
-that sequence, a YAML file, the command line. The resolved configuration is what the run folder
-keeps; it is itself a valid YAML file for `--config`.
+From weak to strong: the defaults here, the preset of the start model, that of the method on it, a
+YAML file, the command line. The resolved configuration is what the run folder keeps; it is itself a
+valid YAML file for `--config`.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def resolve(given: Mapping[str, Any]) -> Settings:
     own = convert(method.Options, {k: v for k, v in given.items() if k in of_method})
     if run.get("iterations") is not None and run.get("epochs") is not None:
         raise InputError("--iterations and --epochs: got both, wanted one of the two")
-    tasks, preset = run.get("tasks", RunConfig.tasks), run.get("preset", RunConfig.preset)
-    merged = presets.lookup(tasks, method.name, preset) | run | own
+    model, preset = run.get("model", RunConfig.model), run.get("preset", RunConfig.preset)
+    merged = presets.lookup(model, method.name, preset) | run | own
     config = RunConfig(**{k: v for k, v in merged.items() if k in of_run})
     options = method.Options(**{k: v for k, v in merged.items() if k in of_method})
     check_options(config)

@@ -120,8 +120,8 @@ def learn_task(
         for group in optimizer.param_groups:
             group["lr"] = rate
         images, target = images.to(model.device), target.to(model.device)
-        said = {id(t): _ask(t, m, places, images, precision) for t, m in teachers}
-        answers = tuple(said[id(t)] for t, _ in teachers)
+        said = {t: _ask(t, m, places, images, precision) for t, m in dict(teachers).items()}
+        answers = tuple(said[t] for t, _ in teachers)
         with precision.autocast():
             image_features = model.encode_images(images)
             text_features = model.encode_texts(text_inputs)

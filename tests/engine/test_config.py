@@ -11,10 +11,12 @@ from mulki import methods
 from mulki.engine import presets
 from mulki.engine.config import RunConfig, read_config, resolve, unknown_option
 from mulki.errors import InputError
+from mulki.models import BUNDLED
 
 
 def resolved(**given: Any) -> Any:
-    return resolve({"tasks": ["a_folder"], **given})
+    """Of a model without a preset."""
+    return resolve({"tasks": ["a_folder"], "model": "RN50", **given})
 
 
 # --- where a value comes from
@@ -22,28 +24,34 @@ def resolved(**given: Any) -> Any:
 
 def test_defaults_without_a_preset() -> None:
     settings = resolved()
-    assert settings.run == RunConfig(tasks=("a_folder",))
+    assert settings.run == RunConfig(tasks=("a_folder",), model="RN50")
     assert settings.method == methods.get("mulki").Options()
 
 
-def test_embedded_preset_is_weaker_than_what_is_given() -> None:
-    preset = presets.SEQUENCES["embedded"]
+def test_preset_of_the_bundled_model_is_weaker_than_what_is_given() -> None:
+    preset = presets.MODELS[BUNDLED]
     settings = resolve({})
     assert settings.run.tasks == ("embedded",)
     assert settings.run.iterations == preset["iterations"] != RunConfig.iterations
     assert resolve({"iterations": 7}).run.iterations == 7
     assert resolve({"lock_text": False}).run.lock_text is False
-    assert resolved().run.iterations == RunConfig.iterations
+    assert resolve({"model": "RN50"}).run.iterations == RunConfig.iterations
 
 
-def test_preset_of_a_method_is_stronger_than_that_of_the_sequence(
+def test_preset_goes_with_the_model_whatever_the_tasks() -> None:
+    for tasks in (["embedded"], ["embedded:digits"], ["a_folder", "b"]):
+        assert resolve({"tasks": tasks}).run.lock_text is True
+    assert resolve({"model": "RN50"}).run.lock_text is False
+
+
+def test_preset_of_a_method_is_stronger_than_that_of_the_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(presets.METHODS, ("embedded", "lwf"), {"lr": 0.5, "temperature": 3.0})
+    monkeypatch.setitem(presets.METHODS, (BUNDLED, "lwf"), {"lr": 0.5, "temperature": 3.0})
     settings = resolve({"method": "lwf"})
     assert settings.run.lr == 0.5 and settings.method.temperature == 3.0
     assert resolve({"method": "lwf", "temperature": 4}).method.temperature == 4.0
-    assert resolve({"method": "finetune"}).run.lr == presets.SEQUENCES["embedded"]["lr"]
+    assert resolve({"method": "zero_shot"}).run.lr == presets.MODELS[BUNDLED]["lr"]
 
 
 def test_quick_preset_is_short_whatever_the_tasks() -> None:
@@ -55,11 +63,11 @@ def test_quick_preset_is_short_whatever_the_tasks() -> None:
 
 def test_presets_hold_options_that_exist() -> None:
     names = {f.name for f in fields(RunConfig)}
-    for options in (*presets.SEQUENCES.values(), *presets.QUICK.values()):
+    for options in (*presets.MODELS.values(), presets.QUICK):
         assert options.keys() <= names
-    for (sequence, method), options in presets.METHODS.items():
+    for (model, method), options in presets.METHODS.items():
         own = {f.name for f in fields(methods.get(method).Options)}
-        assert sequence in presets.SEQUENCES and options.keys() <= names | own
+        assert model in presets.MODELS and options.keys() <= names | own
 
 
 def test_epochs_leave_the_preset_iterations_behind() -> None:

@@ -44,6 +44,7 @@ def learn(
     config: RunConfig = CONFIG,
     transform: Callable[..., Any] | None = None,
     index: int = 0,
+    precision: str = "fp32",
 ) -> list[StepReport]:
     if frozen is None:
         original = model.frozen_copy()
@@ -57,7 +58,7 @@ def learn(
         config,
         index=index,
         transform=transform or model.preprocess,
-        precision=Precision("fp32", torch.device("cpu")),
+        precision=Precision(precision, torch.device("cpu")),  # type: ignore[arg-type]
         listen=reports.append,
     )
     assert steps == len(reports)
@@ -124,6 +125,27 @@ def test_teachers_that_are_one_model_are_asked_once(
     learn(student, task, BOTH, {ZERO_SHOT: original, PREVIOUS: original})
     assert calls.of(original, "texts") == [3]
     assert calls.of(original, "images") == [7, 7, 4]
+
+
+def test_a_teacher_under_two_names_is_asked_once_a_step(
+    load_tiny: Load, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = load_tiny()
+    original = student.frozen_copy()
+    calls = Calls(monkeypatch)
+    frozen = {ZERO_SHOT: original, PREVIOUS: original}
+    learn(student, task, BOTH, frozen, transform=crop(student))
+    assert calls.of(original, "images") == [7, 7, 4] + [6] * 6
+
+
+@pytest.mark.parametrize("locked", [False, True])
+def test_a_student_at_its_teacher_has_its_texts_to_the_bit_under_autocast(
+    load_tiny: Load, task: Task, locked: bool
+) -> None:
+    student = load_tiny()
+    student.lock(text=locked)
+    first, *_ = learn(student, task, BOTH, precision="amp_bf16")
+    assert abs(first.losses["text_text_loss"]) < 1e-12
 
 
 def test_finetuning_needs_no_teacher(load_tiny: Load, task: Task) -> None:
