@@ -148,17 +148,19 @@ class _Parser(argparse.ArgumentParser):
 def _add_options(group: argparse._ArgumentGroup, options: type) -> None:
     hints = get_type_hints(options)
     for item in fields(options):
-        flag = f"--{item.name.replace('_', '-')}"
+        flags = [f"--{item.name.replace('_', '-')}", *filter(None, [item.metadata["alias"]])]
         text = f"{item.metadata['help']} (default: {_shown(item.default)})".replace("%", "%%")
         if hints[item.name] is bool:
             action = argparse.BooleanOptionalAction
-            group.add_argument(flag, action=action, default=None, help=text)
+            group.add_argument(*flags, dest=item.name, action=action, default=None, help=text)
         elif get_origin(hints[item.name]) is tuple:
-            group.add_argument(flag, nargs="+", metavar=item.name.upper(), help=text)
+            group.add_argument(
+                *flags, dest=item.name, nargs="+", metavar=item.name.upper(), help=text
+            )
         else:
             choices = get_args(hints[item.name]) if _is_choice(hints[item.name]) else ()
             metavar = "{" + ",".join(choices) + "}" if choices else item.name.upper()
-            group.add_argument(flag, metavar=metavar, help=text)
+            group.add_argument(*flags, dest=item.name, metavar=metavar, help=text)
 
 
 def _is_choice(hint: Any) -> bool:

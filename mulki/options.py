@@ -19,6 +19,7 @@ def option(
     high: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    alias: str = "",
 ) -> Any:
     """A field of an options dataclass.
 
@@ -27,9 +28,10 @@ def option(
         text: the help text of its command line option.
         low, high, above, below: bounds of a number: ``low <= value <= high``,
             ``above < value < below``.
+        alias: another spelling of its flag, as other tools of the field have it.
     """
     bounds = {"low": low, "high": high, "above": above, "below": below}
-    return field(default=default, metadata={"help": text, **bounds})
+    return field(default=default, metadata={"help": text, "alias": alias, **bounds})
 
 
 def check_options(options: Any) -> None:

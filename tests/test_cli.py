@@ -107,6 +107,12 @@ def resolved_by(
         (["--method", "lwf", "--temperature", "3"], {"method": "lwf", "temperature": 3.0}),
         (["--grad-clip-norm", "none"], {"grad_clip_norm": None}),
         (["--epochs", "0.5"], {"epochs": 0.5}),
+        (
+            ["-b", "7", "-j", "2", "--weight-decay", "0.1"],
+            {"batch_size": 7, "workers": 2, "wd": 0.1},
+        ),
+        (["--T", "3", "--ls", "0.1"], {"temperature": 3.0, "label_smoothing": 0.1}),
+        (["--avg_freq", "50", "--wise-ft-alpha", "0.8"], {"we_every": 50, "alpha": 0.8}),
     ],
 )
 def test_spellings(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 from dataclasses import fields, replace
 
 import pytest
@@ -310,3 +311,10 @@ class TestMulKI:
         assert method.penalties() == {}
         method.end_task()
         assert weights["a"].tolist() == [2, 2, 2]
+
+
+def test_the_method_has_the_defaults_of_its_objective() -> None:
+    signature = inspect.signature(MulKILoss).parameters
+    options = MulKI.Options()
+    for name, parameter in signature.items():
+        assert getattr(options, name) == parameter.default, name

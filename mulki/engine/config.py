@@ -36,10 +36,10 @@ class RunConfig:
     epochs: float | None = option(
         None, "passes over a task's images, instead of iterations", above=0
     )
-    batch_size: int = option(64, "images per step", low=1)
+    batch_size: int = option(64, "images per step", low=1, alias="-b")
     batch_size_eval: int = option(256, "images per evaluation batch", low=1)
     lr: float = option(1e-5, "base learning rate", above=0)
-    wd: float = option(0.0, "weight decay", low=0)
+    wd: float = option(0.0, "weight decay", low=0, alias="--weight-decay")
     beta1: float = option(0.9, "AdamW's beta1", low=0, below=1)
     beta2: float = option(0.999, "AdamW's beta2", low=0, below=1)
     eps: float = option(1e-8, "AdamW's epsilon", above=0)
@@ -52,7 +52,7 @@ class RunConfig:
     augment: Literal["none", "crop"] = option("none", "training transform; none caches teachers")
     limit_images: int | None = option(None, "use at most so many images of each split", low=1)
     skip_bad_images: bool = option(False, "leave unreadable images of task folders out")
-    workers: int = option(0, "data loading processes", low=0)
+    workers: int = option(0, "data loading processes", low=0, alias="-j")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     logs: str = option("logs", "folder of run folders")
     name: str | None = option(None, "name of the run folder; made from the date if left out")

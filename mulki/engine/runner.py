@@ -34,7 +34,9 @@ from mulki.results import RunFolder, check_free
 _log = logging.getLogger(__name__)
 
 
-def run(settings: Settings, console: Console | None = None) -> RunFolder:
+def run(
+    settings: Settings, console: Console | None = None, tasks: Sequence[Task] | None = None
+) -> RunFolder:
     """Learn a sequence of tasks and write its run folder.
 
     Everything that can be checked is checked before the folder is made. The global generators of
@@ -44,6 +46,7 @@ def run(settings: Settings, console: Console | None = None) -> RunFolder:
     Args:
         settings: from `mulki.engine.config.resolve`.
         console: where progress is drawn; none by default.
+        tasks: learned instead of those that the settings name.
 
     Returns:
         The finished run folder.
@@ -54,7 +57,7 @@ def run(settings: Settings, console: Console | None = None) -> RunFolder:
     config = settings.run
     console = console or Console(quiet=True)
     device = _device(config.device)
-    tasks = load_tasks(config)
+    tasks = load_tasks(config) if tasks is None else tasks
     method = methods.get(config.method)(settings.method)
     # Loading a model can take minutes, so what would refuse its folder is looked at first.
     check_free(config.logs, config.name)

@@ -29,10 +29,12 @@ class LwF(Method):
     @dataclass(frozen=True)
     class Options(Method.Options):
         label_smoothing: float = option(
-            0.2, "label smoothing of the cross-entropy, in [0, 1]", low=0, high=1
+            0.2, "label smoothing of the cross-entropy, in [0, 1]", low=0, high=1, alias="--ls"
         )
         distill_weight: float = option(1.0, "coefficient of the distillation term", low=0)
-        temperature: float = option(2.0, "softmax temperature of the distillation term", above=0)
+        temperature: float = option(
+            2.0, "softmax temperature of the distillation term", above=0, alias="--T"
+        )
 
     def __init__(self, options: Options):
         super().__init__(options)

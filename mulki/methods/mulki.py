@@ -42,9 +42,12 @@ class MulKI(Method):
         distinguishing: bool = option(True, "stage 3: teachers weighted per sample")
         connecting: bool = option(True, "stage 4: running mean, interpolation and anchor")
         label_smoothing: float = option(
-            0.2, "label smoothing of the cross-entropy, in [0, 1]", low=0, high=1
+            0.2, "label smoothing of the cross-entropy, in [0, 1]", low=0, high=1, alias="--ls"
         )
-        temperature: float = option(2.0, "softmax temperature of relations and gate", above=0)
+        temperature: float = option(
+            2.0, "softmax temperature of relations and gate", above=0, alias="--T"
+        )
+        scale_by_t2: bool = option(True, "multiply each divergence by the temperature squared")
         prototype_update: Update = option("ema", "how the student's prototypes move")
         prototype_momentum: float = option(
             0.9, "momentum of the prototypes' average, in [0, 1]", low=0, high=1
@@ -59,9 +62,15 @@ class MulKI(Method):
         gate_temperature: float = option(
             1.0, "temperature of the gate, smaller is sharper", above=0
         )
-        we_every: int = option(10, "steps between two members of the running mean; 0: none", low=0)
+        we_every: int = option(
+            10, "steps between two members of the running mean; 0: none", low=0, alias="--avg-freq"
+        )
         alpha: float = option(
-            1.0, "share of the new weights against the previous model's, (0, 1]", above=0, high=1
+            1.0,
+            "share of the new weights against the previous model's, (0, 1]",
+            above=0,
+            high=1,
+            alias="--wise-ft-alpha",
         )
         l2: float = option(
             0.0, "coefficient of the squared distance from the previous weights", low=0
@@ -83,6 +92,7 @@ class MulKI(Method):
             text_image=o.text_image * relations * visual,
             text_text=o.text_text * relations,
             feature=o.feature * relations,
+            scale_by_t2=o.scale_by_t2,
         )
         self.needs = Needs(
             teachers=(ZERO_SHOT, PREVIOUS) if self.objective.needs_teachers else (),
