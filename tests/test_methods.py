@@ -70,7 +70,7 @@ class TestRegistry:
             InputError, match=r"'MULKY' \(did you mean \"mulki\"\?\).*finetune, lwf"
         ):
             methods.get("MULKY")
-        with pytest.raises(InputError, match="^method: no method 'xyz'; choose from finetune"):
+        with pytest.raises(InputError, match="^--method: no method 'xyz'; choose from finetune"):
             methods.get("xyz")
 
     @pytest.mark.parametrize("name", ["finetune", "lwf", "mulki", "zero_shot"])
