@@ -1,0 +1,290 @@
+"""Compare methods on the bundled tasks: tune, compare, ablate, and write the tables.
+
+    python -m benchmarks.embedded.compare tune      # learning rates and weights, first three tasks
+    python -m benchmarks.embedded.compare compare   # three seeds, both orders, at the presets
+    python -m benchmarks.embedded.compare ablate    # MulKI less one stage at a time
+    python -m benchmarks.embedded.compare terms     # MulKI less one term, or with another gate
+    python -m benchmarks.embedded.compare tables    # RESULTS.md from the runs so far
+
+Every finished run is a line of `results.jsonl` beside this file; a run that is there already, with
+the same options and the same start model and images, is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import yaml
+
+from benchmarks.embedded import studies
+from benchmarks.embedded.holdout import held_out
+from benchmarks.embedded.studies import Run
+
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "results.jsonl"
+TABLES = FOLDER / "RESULTS.md"
+METRICS = ("transfer", "average", "last", "forgetting")
+COMMAND = "python -m benchmarks.embedded.compare"
+
+
+def main() -> None:
+    """Run a study, or write the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("study", choices=("tune", "compare", "ablate", "terms", "tables"))
+    parser.add_argument("--methods", nargs="+", default=list(studies.METHODS[1:]), help="for tune")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=list(studies.SEEDS), help="for ablate and terms"
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
+    arguments = parser.parse_args()
+    if arguments.study == "tables":
+        pack = fingerprint()
+        TABLES.write_text(tables([r for r in read_results() if r["pack"] == pack]))
+        print(TABLES.read_text())
+        return
+    runs = {
+        "tune": lambda: [r for m in arguments.methods for r in studies.tuning(m)],
+        "compare": studies.comparison,
+        "ablate": lambda: studies.ablation(studies.MULKI_STAGES, tuple(arguments.seeds)),
+        "terms": lambda: studies.ablation(studies.MULKI_TERMS, tuple(arguments.seeds)),
+    }[arguments.study]()
+    carry_out(runs, arguments.jobs)
+
+
+def carry_out(runs: list[Run], jobs: int) -> None:
+    """Run what has no result yet, `jobs` at a time, one share of the cores each.
+
+    Raises:
+        ValueError: two runs of the study are the same, so that one would vanish from its table.
+    """
+    pack = fingerprint()
+    keys = [key_of(r, pack) for r in runs]
+    if len(set(keys)) < len(keys):
+        twice = {r.variant for r, key in zip(runs, keys, strict=True) if keys.count(key) > 1}
+        raise ValueError(f"the same run under several names: {', '.join(sorted(twice))}")
+    done = {r["key"] for r in read_results()}
+    pending = [r for r in runs if key_of(r, pack) not in done]
+    print(f"{len(runs)} runs, {len(pending)} to do", flush=True)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        futures = [pool.submit(one_run, r, pack, threads) for r in pending]
+        for future in as_completed(futures):
+            result = future.result()
+            with RESULTS.open("a") as lines:
+                lines.write(json.dumps(result) + "\n")
+            figures = " ".join(f"{name} {result[name]:.2f}" for name in METRICS)
+            print(f"{result['variant']} {result['options']}: {figures}", flush=True)
+
+
+def one_run(run: Run, pack: str, threads: int) -> dict[str, Any]:
+    """Carry out a run in this process and return its line of the results file."""
+    import torch
+
+    from mulki.engine.config import resolve
+    from mulki.engine.runner import load_tasks
+    from mulki.engine.runner import run as learn
+
+    torch.set_num_threads(threads)
+    started = time.perf_counter()
+    shared = {"tasks": ("embedded",), "save_checkpoints": False}
+    with tempfile.TemporaryDirectory() as logs:
+        settings = resolve(shared | run.options | {"logs": logs, "name": "run"})
+        tasks = load_tasks(settings.run)
+        if run.study == "tune":
+            tasks = [held_out(task) for task in tasks]
+        folder = learn(settings, tasks=tasks)
+        environment = json.loads((folder.path / "env.json").read_text())
+        resolved = yaml.safe_load((folder.path / "args.yaml").read_text())
+    matrix = folder.matrix
+    return {
+        "key": key_of(run, pack),
+        "pack": pack,
+        "study": run.study,
+        "variant": run.variant,
+        "options": {k: list(v) if isinstance(v, tuple) else v for k, v in run.options.items()},
+        **matrix.metrics().to_dict(),
+        "tasks": list(matrix.tasks),
+        "matrix": [list(row) for row in matrix.rows],
+        "zero_shot": list(matrix.zero_shot or ()),
+        "seconds": round(time.perf_counter() - started, 1),
+        "threads": threads,
+        "lr": resolved["lr"],
+        "precision": resolved["precision"],
+        "cpu": environment["cpu"],
+        "commit": environment["git_commit"],
+        "torch": version("torch"),
+        "open_clip": version("open_clip_torch"),
+    }
+
+
+def fingerprint() -> str:
+    """Of the images and the start model, so that results of others are not mistaken for theirs."""
+    from mulki.data.embedded import embedded_root
+
+    root = embedded_root()
+    digest = hashlib.sha256((root / "tasks.json").read_bytes())
+    digest.update((root / "mulki-mini" / "open_clip_model.safetensors").read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def key_of(run: Run, pack: str) -> str:
+    """Identifies a run: its resolved configuration with the start model and images."""
+    from mulki.engine.config import resolve
+
+    resolved = resolve({"tasks": ("embedded",)} | run.options).to_dict()
+    text = json.dumps([pack, resolved], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_results() -> list[dict[str, Any]]:
+    """Every finished run of the results file."""
+    return (
+        [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    )
+
+
+def tables(results: list[dict[str, Any]]) -> str:
+    """RESULTS.md from the results of the current start model and images."""
+    by_study = {
+        study: [r for r in results if r["study"] == study]
+        for study in ("tune", "compare", "ablate")
+    }
+    machine = sorted({f"{r['cpu']}, torch {r['torch']}, {r['precision']}" for r in results})
+    parts = [
+        "# Results on the bundled tasks",
+        "Small images, a small start model, six short tasks: this compares methods with each other "
+        "and says nothing of CLIP ViT-B/16 on the published benchmark. Accuracies in percent, "
+        "metrics as `mulki metrics` defines them.",
+        f"Measured on {'; '.join(machine)}; Python {platform.python_version()}.",
+    ]
+    if by_study["compare"]:
+        parts += [comparison_table(by_study["compare"])]
+    if by_study["ablate"]:
+        parts += [ablation_table(by_study["compare"], by_study["ablate"])]
+    if by_study["tune"]:
+        parts += [tuning_table(by_study["tune"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def comparison_table(results: list[dict[str, Any]]) -> str:
+    """Mean and standard deviation per order, and MulKI's paired gain over each other method."""
+    lines = [
+        "## Comparison",
+        "",
+        f"`{COMMAND} compare`. Mean and standard deviation over seeds; a forgetting below zero "
+        "means that old tasks improved.",
+        "",
+        _header("order", "method", *METRICS, "runs"),
+    ]
+    for order in studies.ORDERS:
+        for method in studies.METHODS:
+            of = [r for r in results if _is(r, order, method)]
+            if of:
+                lines.append(
+                    _row(order, method, *(_spread([r[m] for r in of]) for m in METRICS), len(of))
+                )
+    lines += [
+        "",
+        "MulKI less the other method, paired by order and seed:",
+        "",
+        _header("against", *METRICS, "least gain in transfer / average / last"),
+    ]
+    for method in studies.METHODS[1:-1]:
+        gains = _gains(results, method)
+        if gains:
+            least = " / ".join(f"{min(g[m] for g in gains):+.2f}" for m in METRICS[:3])
+            lines.append(
+                _row(method, *(_spread([g[m] for g in gains], "+") for m in METRICS), least)
+            )
+    return "\n".join(lines)
+
+
+def ablation_table(whole: list[dict[str, Any]], changed: list[dict[str, Any]]) -> str:
+    """Each variant's paired difference from MulKI as compared."""
+    by_pair = {_pair(r): r for r in whole if r["options"]["method"] == "mulki"}
+    lines = [
+        "## Ablation of MulKI",
+        "",
+        f"`{COMMAND} ablate` and `{COMMAND} terms`. Difference from the MulKI of the comparison, "
+        "paired by order and seed: mean and standard deviation.",
+        "",
+        _header("variant", *METRICS, "pairs"),
+    ]
+    for name in studies.MULKI_STAGES | studies.MULKI_TERMS:
+        of = [r for r in changed if r["variant"] == name and _pair(r) in by_pair]
+        if of:
+            cells = [_spread([r[m] - by_pair[_pair(r)][m] for r in of], "+") for m in METRICS]
+            lines.append(_row(name, *cells, len(of)))
+    return "\n".join(lines)
+
+
+def tuning_table(results: list[dict[str, Any]]) -> str:
+    """Every point of the grids; the best Average of a method is what its preset takes."""
+    lines = [
+        "## Tuning",
+        "",
+        f"`{COMMAND} tune`. First three tasks of order I alone, tested on training images that "
+        "were held out; the point with the best Average of a method is its preset.",
+        "",
+        _header("point", *METRICS),
+    ]
+    best = {}
+    for r in results:
+        method = r["options"]["method"]
+        if method not in best or r["average"] > best[method]["average"]:
+            best[method] = r
+    for r in sorted(results, key=lambda r: (r["options"]["method"], -r["average"])):
+        mark = " **best**" if r is best[r["options"]["method"]] else ""
+        lines.append(_row(r["variant"] + mark, *(f"{r[m]:.2f}" for m in METRICS)))
+    return "\n".join(lines)
+
+
+def _is(result: dict[str, Any], order: str, method: str) -> bool:
+    return result["options"]["order"] == order and result["options"]["method"] == method
+
+
+def _pair(result: dict[str, Any]) -> tuple[str, int]:
+    return result["options"]["order"], result["options"]["seed"]
+
+
+def _gains(results: list[dict[str, Any]], method: str) -> list[dict[str, float]]:
+    other = {_pair(r): r for r in results if r["options"]["method"] == method}
+    ours = {_pair(r): r for r in results if r["options"]["method"] == "mulki"}
+    return [
+        {m: r[m] - other[pair][m] for m in METRICS} for pair, r in ours.items() if pair in other
+    ]
+
+
+def _spread(values: list[float], sign: str = "") -> str:
+    return (
+        f"{mean(values):{sign}.2f} ± {stdev(values):.2f}"
+        if len(values) > 1
+        else f"{values[0]:{sign}.2f}"
+    )
+
+
+def _header(*names: str) -> str:
+    return _row(*names) + "\n" + _row(*("---" for _ in names))
+
+
+def _row(*cells: Any) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+if __name__ == "__main__":
+    main()

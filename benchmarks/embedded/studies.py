@@ -1,0 +1,105 @@
+"""What is run on the bundled tasks: tuning grids, the comparison, the ablation.
+
+A run is a dict of options for `mulki.engine.config.resolve`, without the ones every run shares.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+Options = dict[str, Any]
+
+METHODS = ("zero_shot", "finetune", "lwf", "mulki")
+ORDERS = ("I", "II")
+SEEDS = (0, 1, 2)
+
+# Tuning sees the first three tasks of order I alone, and of those the training images alone, some
+# of them held out to test on. So no test image, and nothing of the other three tasks, has a say in
+# learning rates and weights. Its seed is none of the comparison's.
+TUNING_TASKS = ("embedded:digits", "embedded:animals", "embedded:letters")
+TUNING_SEED = 100
+
+MULKI_STAGES = {
+    "without Eliciting (no prototypes)": {"eliciting": False},
+    "without Adding (no distillation)": {"adding": False},
+    "without Distinguishing (uniform weights)": {"distinguishing": False},
+    "without Connecting (last weights)": {"connecting": False},
+    "Connecting alone (fine-tuning, running mean)": {
+        "eliciting": False,
+        "adding": False,
+        "distinguishing": False,
+    },
+}
+MULKI_TERMS = {
+    "without alignment": {"alignment": 0.0},
+    "without image-text": {"image_text": 0.0},
+    "without image-image": {"image_image": 0.0},
+    "without text-image": {"text_image": 0.0},
+    "without text-text": {"text_text": 0.0},
+    "without feature distance": {"feature": 0.0},
+    "gate confidence": {"gate": "confidence"},
+    "gate discrepancy": {"gate": "discrepancy"},
+    "learnable prototypes": {"prototype_update": "learnable"},
+    "interpolation with the previous model, alpha 0.8": {"alpha": 0.8},
+    "anchor to the previous model, l2 0.1": {"l2": 0.1},
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a study.
+
+    Args:
+        study: tune, compare or ablate, for tables.
+        variant: what distinguishes it within the study, for tables.
+        options: as above.
+    """
+
+    study: str
+    variant: str
+    options: Options = field(hash=False)
+
+
+def tuning(method: str) -> list[Run]:
+    """The grid of a method: learning rate times the weight of what it has against forgetting."""
+    rates = (3e-5, 1e-4, 2e-4, 4e-4)
+    grids: dict[str, list[Options]] = {
+        "finetune": [{}],
+        "lwf": [{"distill_weight": w} for w in (0.3, 1.0, 3.0)],
+        "mulki": [mulki_strength(w) for w in (0.5, 1.0, 2.0)],
+    }
+    runs = []
+    for lr, own in product(rates, grids[method]):
+        options = {"tasks": TUNING_TASKS, "seed": TUNING_SEED, "method": method, "lr": lr} | own
+        runs.append(Run("tune", f"{method} lr {lr:g} {_shown(own)}".strip(), options))
+    return runs
+
+
+def mulki_strength(factor: float) -> Options:
+    """Coefficients of every term that looks at a teacher, scaled together."""
+    relations = ("image_text", "image_image", "text_image", "text_text")
+    return {name: 0.25 * factor for name in relations} | {"feature": factor}
+
+
+def comparison() -> list[Run]:
+    """Every method at its preset, over orders and seeds."""
+    return [
+        Run("compare", method, {"method": method, "order": order, "seed": seed})
+        for order, seed, method in product(ORDERS, SEEDS, METHODS)
+        # Without training there is nothing random.
+        if method != "zero_shot" or seed == SEEDS[0]
+    ]
+
+
+def ablation(changes: dict[str, Options], seeds: tuple[int, ...] = SEEDS) -> list[Run]:
+    """MulKI with one change at a time, over orders and seeds; `comparison` has it unchanged."""
+    return [
+        Run("ablate", name, {"method": "mulki", "order": order, "seed": seed} | change)
+        for order, seed, (name, change) in product(ORDERS, seeds, changes.items())
+    ]
+
+
+def _shown(options: Options) -> str:
+    return " ".join(f"{name}={value:g}" for name, value in options.items())
