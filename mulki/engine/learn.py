@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,47 +189,47 @@ def _teachers(
 ) -> tuple[list[tuple[Teacher, VisionLanguageModel]], Tensor | None]:
     # One Teacher per distinct model: at the first task both names mean the original.
     needs = method.needs
-    made: dict[int, Teacher] = {}
-    original: Tensor | None = None
-
-    def teacher_of(model: VisionLanguageModel) -> Teacher:
-        if id(model) not in made:
-            inputs = model.text_inputs(prompts)
-            with precision.autocast():
-                texts = torch.cat([model.encode_texts(part) for part in inputs.split(TEXT_BATCH)])
-            whole = prototypes = None
-            if needs.prototypes:
-                whole, target = _encode_training_set(model, task, config, precision)
-                prototypes = class_means(whole, target, len(task.classes))
-            teacher = Teacher(
-                texts, model.logit_scale, prototypes, len(task.train) if deterministic else None
-            )
-            if whole is not None:
-                teacher.remember(whole)
-            made[id(model)] = teacher
-        return made[id(model)]
-
-    teachers = [(teacher_of(frozen[name]), frozen[name]) for name in needs.teachers]
+    names = [*needs.teachers, *([ZERO_SHOT] if needs.prototypes else [])]
+    asked = list({id(frozen[name]): frozen[name] for name in names}.values())
+    whole: list[Tensor] = []
     if needs.prototypes:
-        original = teacher_of(frozen[ZERO_SHOT]).prototypes
+        whole, target = _encode_training_set(asked, task, config, precision)
+    made: dict[int, Teacher] = {}
+    for place, model in enumerate(asked):
+        inputs = model.text_inputs(prompts)
+        with precision.autocast():
+            texts = torch.cat([model.encode_texts(part) for part in inputs.split(TEXT_BATCH)])
+        prototypes = class_means(whole[place], target, len(task.classes)) if whole else None
+        teacher = Teacher(
+            texts, model.logit_scale, prototypes, len(task.train) if deterministic else None
+        )
+        if whole:
+            teacher.remember(whole[place])
+        made[id(model)] = teacher
+    teachers = [(made[id(frozen[name])], frozen[name]) for name in needs.teachers]
+    original = made[id(frozen[ZERO_SHOT])].prototypes if needs.prototypes else None
     return teachers, original
 
 
 def _encode_training_set(
-    model: VisionLanguageModel, task: Task, config: RunConfig, precision: Precision
-) -> tuple[Tensor, Tensor]:
-    # With the evaluation transform, which equals the training transform when that is deterministic.
+    models: Sequence[VisionLanguageModel], task: Task, config: RunConfig, precision: Precision
+) -> tuple[list[Tensor], Tensor]:
+    # Features [n, D] of each model, and targets [n]: one pass, since decoding costs as much as a
+    # small encoder. With the evaluation transform, which equals the training transform when that
+    # is deterministic.
     loader = batches(
         task.train,
-        model.preprocess,
+        models[0].preprocess,
         config.batch_size_eval,
         shuffle=False,
         seed=config.seed,
         workers=config.workers,
     )
-    features, targets = [], []
+    features: list[list[Tensor]] = [[] for _ in models]
+    targets = []
     for images, target, _ in loader:
-        with precision.autocast():
-            features.append(model.encode_images(images))
+        for model, of_model in zip(models, features, strict=True):
+            with precision.autocast():
+                of_model.append(model.encode_images(images))
         targets.append(target)
-    return torch.cat(features), torch.cat(targets).to(model.device)
+    return [torch.cat(parts) for parts in features], torch.cat(targets).to(models[0].device)
