@@ -1,7 +1,7 @@
 """Presets: options that suit the bundled start model, and each method on it.
 
-The values of the methods were tuned on the bundled tasks, see benchmarks/embedded; other models get
-the defaults of `RunConfig`, which are those of the published benchmark.
+Other models get the defaults of `RunConfig`. A method without an entry here has not been
+tuned on the bundled tasks yet; benchmarks/embedded holds the grids.
 """
 
 from __future__ import annotations

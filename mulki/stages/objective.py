@@ -4,8 +4,9 @@
         + sum_r c_r KL_r(teachers || student; w)  over the four relations r
         + f sum_m w_m |u - u^m|^2
 
-See `eliciting`, `adding` and `distinguishing` for the terms. Coefficients are our choice, settled
-by measurement (benchmarks/embedded); the paper's are not public.
+See `eliciting`, `adding` and `distinguishing` for the terms. The paper's coefficients are not
+public: the defaults are those of a pilot on six small tasks, and benchmarks/embedded holds the
+grids.
 """
 
 from __future__ import annotations
