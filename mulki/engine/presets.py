@@ -1,7 +1,8 @@
 """Presets: options that suit the bundled start model, and each method on it.
 
-Other models get the defaults of `RunConfig`. A method without an entry here has not been
-tuned on the bundled tasks yet; benchmarks/embedded holds the grids.
+Other models get the defaults of `RunConfig`. A method's entry is the point of its grid with the
+best Average in benchmarks/embedded/results.jsonl (`python -m benchmarks.embedded.compare tune`),
+which looks at the first three tasks of order I and at training images alone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,18 @@ MODELS: dict[str, _Options] = {
     # float32: on CPUs the backward pass of depthwise convolutions is slower in bf16.
     BUNDLED: {"iterations": 64, "lr": 1e-4, "lock_text": True, "precision": "fp32"},
 }
-METHODS: dict[tuple[str, str], _Options] = {}
+METHODS: dict[tuple[str, str], _Options] = {
+    (BUNDLED, "finetune"): {"lr": 1e-4},
+    (BUNDLED, "lwf"): {"lr": 2e-4, "distill_weight": 0.3},
+    (BUNDLED, "mulki"): {
+        "lr": 1e-4,
+        "image_text": 0.0625,
+        "image_image": 0.0625,
+        "text_image": 0.0625,
+        "text_text": 0.0625,
+        "feature": 0.25,
+    },
+}
 QUICK: _Options = {"iterations": 5, "batch_size": 32, "limit_images": 120}
 
 

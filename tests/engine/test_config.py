@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,17 @@ def test_presets_hold_options_that_exist() -> None:
     for (model, method), options in presets.METHODS.items():
         own = {f.name for f in fields(methods.get(method).Options)}
         assert model in presets.MODELS and options.keys() <= names | own
+
+
+@pytest.mark.parametrize("method", ["finetune", "lwf", "mulki"])
+def test_preset_of_a_method_is_the_best_point_of_its_grid(method: str) -> None:
+    lines = (Path(__file__).parents[2] / "benchmarks/embedded/results.jsonl").read_text()
+    points = [r for r in map(json.loads, lines.splitlines()) if r["study"] == "tune"]
+    best = max(
+        (r for r in points if r["options"]["method"] == method), key=lambda r: r["average"]
+    )
+    chosen = {k: v for k, v in best["options"].items() if k not in ("tasks", "seed", "method")}
+    assert presets.METHODS[BUNDLED, method] == chosen
 
 
 def test_epochs_leave_the_preset_iterations_behind() -> None:
