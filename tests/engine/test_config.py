@@ -75,9 +75,7 @@ def test_presets_hold_options_that_exist() -> None:
 def test_preset_of_a_method_is_the_best_point_of_its_grid(method: str) -> None:
     lines = (Path(__file__).parents[2] / "benchmarks/embedded/results.jsonl").read_text()
     points = [r for r in map(json.loads, lines.splitlines()) if r["study"] == "tune"]
-    best = max(
-        (r for r in points if r["options"]["method"] == method), key=lambda r: r["average"]
-    )
+    best = max((r for r in points if r["options"]["method"] == method), key=lambda r: r["average"])
     chosen = {k: v for k, v in best["options"].items() if k not in ("tasks", "seed", "method")}
     assert presets.METHODS[BUNDLED, method] == chosen
 
