@@ -1,4 +1,5 @@
-# `make demo` and `make test` need Python 3.10 or newer and nothing else: they make .venv first.
+# `make demo` and `make test` need Python 3.10 or newer and nothing else: they make .venv first. With
+# a C++ compiler on PATH they also build the C++ kernels; without one all runs in plain PyTorch.
 # Another interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ help:
 	@echo "make test   ruff, mypy and pytest"
 	@echo "make lint   ruff and mypy only"
 	@echo "make .venv  only make .venv, with all that demo and test need"
-	@echo "make clean  remove .venv, build output and caches (run folders in logs/ stay)"
+	@echo "make clean  remove .venv, built libraries and caches (run folders in logs/ stay)"
 	@echo "demo, test and lint make .venv where it is missing; PYTHON=... picks its interpreter."
 
 demo: .venv/.installed-demo
@@ -27,6 +28,8 @@ lint: .venv/.installed-test
 
 .venv: .venv/.installed-test
 
+BUILT_FROM := pyproject.toml setup.py mulki/ops/schemas.py $(wildcard csrc/*)
+
 # Torch comes before mulki: the package is built without isolation, against the torch it will run with.
 .venv/.installed-torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
@@ -37,13 +40,16 @@ lint: .venv/.installed-test
 	    echo "'$(PYTHON)' cannot make a virtual environment with pip in it." >&2; \
 	    echo "On Debian and Ubuntu: apt-get install python3-venv. Elsewhere install Python's venv" >&2; \
 	    echo "and ensurepip, or name another interpreter: make PYTHON=/path/to/python3" >&2; exit 1; }
-	$(BIN)/python -m pip install "setuptools>=77" wheel "torch>=2.11" torchvision
+	$(BIN)/python -m pip install "setuptools>=77" wheel ninja "torch>=2.11" torchvision
 	@touch $@
 
-.venv/.installed-%: .venv/.installed-torch pyproject.toml setup.py
+.venv/.installed-%: .venv/.installed-torch $(BUILT_FROM)
 	$(BIN)/python -m pip install --no-build-isolation -e ".[$*]"
+	@$(BIN)/python -c 'from mulki.ops.native import capability, load; \
+	    print("C++ kernels:", load() or capability() + " build")'
 	@touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
-	find mulki tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	rm -rf .venv build dist *.egg-info mulki/_cpu_*
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find mulki kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

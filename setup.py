@@ -1,10 +1,194 @@
-"""Packages and package data. The project's metadata is in pyproject.toml."""
+"""Packages, package data and the C++ kernels. The project's metadata is in pyproject.toml.
 
-from setuptools import find_packages, setup
+The kernels are built against the torch that is importable here, so pip needs --no-build-isolation.
+Without torch, without a compiler or where they do not compile, the package installs without them
+and says so. Environment variables:
+
+  MULKI_BUILD_CPP  0 leaves the kernels out; 1 makes a failed build an error
+  MAX_JOBS         compilers at a time
+  DEBUG            1 builds with -O0 -g
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+from glob import glob
+from typing import Any
+
+from setuptools import Extension, find_packages, setup
 
 PACK_FILES = ("*.tar.gz", "*.json", "*.safetensors", "*.md")
 
-setup(
-    packages=find_packages(include=["mulki", "mulki.*"]),
-    package_data={"mulki": ["py.typed", *(f"data/embedded/**/{file}" for file in PACK_FILES)]},
-)
+# The names and flags of PyTorch's own builds of its kernels (cmake/Codegen.cmake), and F16C, which
+# at::vec uses and every CPU with AVX2 has. No -march=native: the library may move to another CPU.
+INSTRUCTIONS = {
+    "DEFAULT": [],
+    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
+    "AVX512": [
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+        *("-mfma", "-mf16c"),
+    ],
+}
+X86_64 = ("linux-x86_64", "win-amd64")
+
+
+def capabilities(platform: str) -> list[str]:
+    """The CPU capabilities to build for; `platform` is that of `sysconfig.get_platform()`."""
+    return list(INSTRUCTIONS) if platform in X86_64 else ["DEFAULT"]
+
+
+def compile_flags(capability: str, platform: str, openmp: bool, debug: bool) -> list[str]:
+    defines = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+    if platform.startswith("win"):
+        arch = [] if capability == "DEFAULT" else [f"/arch:{capability}"]
+        parallel = ["/openmp"] if openmp else []
+        return [*(["/Od", "/Z7"] if debug else ["/O2"]), *arch, *parallel, *defines]
+    parallel = ["-fopenmp"] if openmp else []
+    if platform.startswith("macosx"):
+        # Apple's clang knows OpenMP only behind its preprocessor.
+        parallel = [word for flag in parallel for word in ("-Xpreprocessor", flag)]
+    # -g0 against the -g of Python's own flags, which makes the libraries ten times larger.
+    optimise = ["-O0", "-g"] if debug else ["-O3", "-g0"]
+    return [
+        *(*optimise, "-fvisibility=hidden"),
+        # A fused multiply-subtract where none is written would leave a gradient to a student that
+        # equals its teacher.
+        "-ffp-contract=off",
+        "-Wno-unknown-pragmas",  # torch's headers have many that are not for GCC
+        *(*INSTRUCTIONS[capability], *parallel, *defines),
+    ]
+
+
+def link_libraries(platform: str, openmp: bool) -> list[str]:
+    # No OpenMP library on Linux: its symbols come from the one that libtorch_cpu has loaded, and
+    # linking would bring in a second one with a thread pool of its own.
+    return [
+        *("c10", "torch_cpu"),
+        *(["sleef"] if platform.startswith("win") else []),
+        *(["omp"] if platform.startswith("macosx") and openmp else []),
+    ]
+
+
+def extensions() -> list[Extension]:
+    """One plain shared library for each capability, named as `mulki.ops.native` looks for it."""
+    import torch
+    from torch.utils import cpp_extension
+
+    sys.path.insert(0, os.getcwd())
+    from mulki.ops.native import library_name
+
+    platform = sysconfig.get_platform()
+    # at::parallel_for is compiled here, and is a plain loop without torch's own OpenMP flag.
+    openmp = "ATen parallel backend: OpenMP" in torch.__config__.parallel_info()
+    debug = os.environ.get("DEBUG", "0") not in ("", "0")
+    return [
+        Extension(
+            f"mulki.{library_name(capability)}",
+            sources=sorted(glob("csrc/*.cpp")),
+            depends=sorted(glob("csrc/*.h")),
+            include_dirs=cpp_extension.include_paths(),
+            library_dirs=cpp_extension.library_paths(),
+            libraries=link_libraries(platform, openmp),
+            extra_compile_args=compile_flags(capability, platform, openmp, debug),
+            language="c++",
+            optional=True,
+        )
+        for capability in capabilities(platform)
+    ]
+
+
+def commands(required: bool) -> dict[str, type]:
+    from setuptools.command.bdist_wheel import bdist_wheel
+    from torch.utils.cpp_extension import BuildExtension
+
+    class build_ext(BuildExtension.with_options(no_python_abi_suffix=True)):
+        def run(self) -> None:
+            self.built: list[Extension] = []
+            self.problems: dict[str, list[str]] = {}
+            # One library after another, each with MAX_JOBS compilers: build_extension changes self.
+            self.parallel = None
+            in_place = self.inplace
+            try:
+                super().run()
+            except Exception as error:
+                self.problems[str(error)] = ["all"]
+            self.extensions = self.built
+            self.remove_others(in_place)
+            if self.problems:
+                told = [f"{', '.join(names)}: {why}" for why, names in self.problems.items()]
+                give_up(f"C++ kernels were not built; {'; '.join(told)}", required)
+
+        def build_extension(self, ext: Extension) -> None:
+            # A folder of object files for each capability: the sources are the same.
+            build_temp = self.build_temp
+            self.build_temp = os.path.join(build_temp, ext.name.partition("_torch")[0])
+            try:
+                super().build_extension(ext)
+                self.built.append(ext)
+            except Exception as error:
+                self.problems.setdefault(str(error), []).append(ext.name)
+            finally:
+                self.build_temp = build_temp
+
+        def remove_others(self, in_place: bool) -> None:
+            """Remove libraries of earlier builds, which would end up in the wheel or be loaded."""
+            found = glob(os.path.join(self.build_lib, "mulki", "_cpu_*"))
+            if in_place:
+                # Those of another torch may belong to another environment.
+                _, _, _, major, minor, _ = self.distribution.ext_modules[0].name.split("_")
+                found += glob(os.path.join("mulki", f"_cpu_*_{major}_{minor}_*"))
+            names = [os.path.basename(self.get_ext_filename(ext.name)) for ext in self.built]
+            for library in found:
+                if os.path.basename(library) not in names:
+                    os.remove(library)
+
+    class platform_wheel(bdist_wheel):
+        def get_tag(self) -> tuple[str, str, str]:
+            # The libraries depend on the platform and on torch, and not on Python.
+            return "py3", "none", super().get_tag()[2]
+
+    return {"build_ext": build_ext, "bdist_wheel": platform_wheel}
+
+
+def give_up(reason: str, required: bool) -> None:
+    if required:
+        raise SystemExit(f"mulki: {reason}")
+    rule = "*" * 100
+    print(
+        f"\n{rule}\nmulki: {reason}\n"
+        f"The package works without; its operators then run in plain PyTorch.\n{rule}\n",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def native_build() -> dict[str, Any]:
+    """What `setup` is told of the C++ kernels."""
+    wanted = os.environ.get("MULKI_BUILD_CPP", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"MULKI_BUILD_CPP: got {wanted!r}, wanted 0 (leave out) or 1 (insist)")
+    if wanted == "0" or not glob("csrc/*.cpp"):
+        return {}
+    # Who calls build_ext by name wants an exit status that tells.
+    required = wanted == "1" or "build_ext" in sys.argv
+    try:
+        return {"ext_modules": extensions(), "cmdclass": commands(required)}
+    except (ImportError, OSError) as error:
+        give_up(
+            f"the C++ kernels are left out, for they are built against the torch at hand: {error}. "
+            f"Install torch and ninja, then mulki with pip install --no-build-isolation",
+            required,
+        )
+        return {}
+
+
+if __name__ == "__main__":
+    setup(
+        # Triton kernels lie in kernels/ and are imported as mulki.kernels.
+        packages=[*find_packages(include=["mulki", "mulki.*"]), "mulki.kernels"],
+        package_dir={"mulki.kernels": "kernels"},
+        package_data={"mulki": ["py.typed", *(f"data/embedded/**/{file}" for file in PACK_FILES)]},
+        **native_build(),
+    )

@@ -1,14 +1,21 @@
 """The losses as functions.
 
-Every function takes unreduced rows of features and checks its arguments; the operators behind it
-are defined in `mulki.ops.reference`. Shapes: N samples, P prototypes (class texts, class means),
-D feature width, K teachers.
+Every function takes unreduced rows of features, checks its arguments and calls an operator of
+`mulki.ops`, which `mulki.ops.reference` defines and the fastest backend at hand computes. Shapes:
+N samples, P prototypes (class texts, class means), D feature width, K teachers.
 
 Under autocast, features and prototypes are rounded to the autocast dtype; everything after that
 is computed in float32. Losses come back in float32 (float64 for float64 inputs).
 
-Types, shapes and devices are always checked. The values of `target` and `class_mask` are checked in
-eager mode on the CPU alone: reading them elsewhere would wait for the GPU or break `torch.compile`.
+Types, shapes and devices are always checked, the values of `target` and `class_mask` on the CPU
+alone (in compiled code by the operator): reading them elsewhere would wait for the GPU.
+`check_finite=True` makes a NaN or an infinity in features, prototypes, scale, bias or weights a
+ValueError that names the argument and the row. It reads values on the host wherever they are, so it
+waits for a GPU and does not compile: it is for the search for a fault.
+
+Limits: gradients have no gradients (double backward raises), there is no forward-mode
+differentiation, and the transforms of `torch.func` that differentiate raise. What needs those can
+call the functions of `mulki.ops.reference`.
 """
 
 from __future__ import annotations
@@ -19,10 +26,10 @@ from numbers import Real
 from typing import Literal, NamedTuple, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mulki.ops import reference
+from mulki import ops
+from mulki.ops import checks
 from mulki.similarity import Similarity, check_number, check_operands
 
 Reduction = Literal["none", "sum", "mean"]
@@ -48,6 +55,7 @@ def prototype_similarity(
     scale: Tensor | float = 1.0,
     *,
     normalize: bool = False,
+    check_finite: bool = False,
 ) -> Tensor:
     """The matrix ``scale * features @ prototypes.T``.
 
@@ -56,6 +64,7 @@ def prototype_similarity(
         prototypes: [P, D], same dtype and device.
         scale: a float or a 0-d tensor.
         normalize: L2-normalise the rows of both first, so that the entries are scaled cosines.
+        check_finite: read the values and raise a ValueError for NaN or infinity.
 
     Returns:
         [N, P] in the dtype of the features (the autocast dtype under autocast); gradients flow to
@@ -65,12 +74,9 @@ def prototype_similarity(
         TypeError, ValueError: as `Similarity`.
     """
     s = Similarity(features, prototypes, scale)
-    if not normalize:
-        return s.materialize()
-    features, prototypes, scale = s.operands()
-    wide = torch.promote_types(features.dtype, torch.float32)
-    rows, columns = (F.normalize(x.to(wide), dim=1) for x in (features, prototypes))
-    return reference.similarity(rows, columns, scale).to(features.dtype)
+    if check_finite:
+        _check_finite(features=features, prototypes=prototypes, scale=scale)
+    return ops.similarity(*s.operands(), normalize)
 
 
 def prototype_cross_entropy(
@@ -81,6 +87,7 @@ def prototype_cross_entropy(
     class_mask: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
+    check_finite: bool = False,
 ) -> Tensor:
     """Cross-entropy of the softmax over prototypes against hard targets.
 
@@ -95,6 +102,7 @@ def prototype_cross_entropy(
             zero and no gradient.
         ignore_index: rows with this target count for nothing.
         reduction: "mean" (over rows not ignored), "sum", or "none" for [N].
+        check_finite: read the values and raise a ValueError for NaN or infinity.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -107,7 +115,9 @@ def prototype_cross_entropy(
         raise ValueError(f"label_smoothing: got {label_smoothing}, wanted a number in [0, 1]")
     _check_class_mask(class_mask, p, similarity.device)
     _check_target(target, n, p, similarity.device, class_mask, ignore_index)
-    return reference.prototype_cross_entropy(
+    if check_finite:
+        _check_finite_similarity("similarity", similarity)
+    return ops.prototype_cross_entropy(
         *similarity.operands(), target, class_mask, label_smoothing, ignore_index, reduction
     )
 
@@ -126,6 +136,7 @@ def teacher_kl(
     class_mask: Tensor | None = ...,
     reduction: Reduction = ...,
     return_details: Literal[False] = ...,
+    check_finite: bool = ...,
 ) -> Tensor: ...
 
 
@@ -143,6 +154,7 @@ def teacher_kl(
     class_mask: Tensor | None = ...,
     reduction: Reduction = ...,
     return_details: Literal[True],
+    check_finite: bool = ...,
 ) -> tuple[Tensor, TeacherDetails]: ...
 
 
@@ -159,6 +171,7 @@ def teacher_kl(
     class_mask: Tensor | None = None,
     reduction: Reduction = "mean",
     return_details: bool = False,
+    check_finite: bool = False,
 ) -> Tensor | tuple[Tensor, TeacherDetails]:
     """Weighted KL divergence of K teachers' class distributions from the student's.
 
@@ -185,6 +198,7 @@ def teacher_kl(
         class_mask: [P] bool, True for the classes that take part.
         reduction: "mean" over rows, "sum", or "none" for [N].
         return_details: also return `TeacherDetails`, by-products of the same pass.
+        check_finite: read the values and raise a ValueError for NaN or infinity.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -232,7 +246,12 @@ def teacher_kl(
                 f"teachers: got features of shapes {shapes}, wanted two of one width for gate="
                 f'"discrepancy"; use another gate'
             )
-    loss, kl, used, entropy = reference.teacher_kl(
+    if check_finite:
+        _check_finite_similarity("student", student)
+        for k, teacher in enumerate(teachers):
+            _check_finite_similarity(f"teachers[{k}]", teacher)
+        _check_finite(weights=weights)
+    loss, kl, used, entropy = ops.teacher_kl(
         student.operands(),
         [t.operands() for t in teachers],
         temperature,
@@ -245,7 +264,7 @@ def teacher_kl(
         reduction,
     )
     if return_details:
-        return loss, TeacherDetails(kl.detach(), used.detach(), entropy)
+        return loss, TeacherDetails(kl, used, entropy)
     return loss
 
 
@@ -264,6 +283,7 @@ def dual_teacher_kl(
     class_mask: Tensor | None = ...,
     reduction: Reduction = ...,
     return_details: Literal[False] = ...,
+    check_finite: bool = ...,
 ) -> Tensor: ...
 
 
@@ -282,6 +302,7 @@ def dual_teacher_kl(
     class_mask: Tensor | None = ...,
     reduction: Reduction = ...,
     return_details: Literal[True],
+    check_finite: bool = ...,
 ) -> tuple[Tensor, TeacherDetails]: ...
 
 
@@ -299,6 +320,7 @@ def dual_teacher_kl(
     class_mask: Tensor | None = None,
     reduction: Reduction = "mean",
     return_details: bool = False,
+    check_finite: bool = False,
 ) -> Tensor | tuple[Tensor, TeacherDetails]:
     """`teacher_kl` with the original model and the model after the previous task as teachers.
 
@@ -317,6 +339,7 @@ def dual_teacher_kl(
         class_mask=class_mask,
         reduction=reduction,
         return_details=return_details,
+        check_finite=check_finite,
     )
 
 
@@ -327,6 +350,7 @@ def clip_contrastive(
     logit_bias: Tensor | float | None = None,
     *,
     reduction: Reduction = "mean",
+    check_finite: bool = False,
 ) -> Tensor:
     """The symmetric contrastive loss of CLIP (arXiv 2103.00020) on N matching pairs.
 
@@ -338,13 +362,14 @@ def clip_contrastive(
         logit_scale: already exponentiated, a float or a 0-d tensor.
         logit_bias: added to every logit; a softmax does not see it, so its gradient is zero.
         reduction: "mean" over pairs, "sum", or "none" for [N].
+        check_finite: read the values and raise a ValueError for NaN or infinity.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    s = _pairs(image_features, text_features, logit_scale, logit_bias, reduction)
+    s = _pairs(image_features, text_features, logit_scale, logit_bias, reduction, check_finite)
     features, prototypes, scale = s.operands()
-    return reference.contrastive(features, prototypes, scale, logit_bias, reduction)
+    return ops.contrastive(features, prototypes, scale, logit_bias, reduction)
 
 
 def siglip(
@@ -354,6 +379,7 @@ def siglip(
     logit_bias: Tensor | float,
     *,
     reduction: Reduction = "mean",
+    check_finite: bool = False,
 ) -> Tensor:
     """The pairwise sigmoid loss of SigLIP (arXiv 2303.15343) on N matching pairs.
 
@@ -364,9 +390,9 @@ def siglip(
     """
     if logit_bias is None:
         raise TypeError("logit_bias: got None, wanted a float or a 0-d tensor")
-    s = _pairs(image_features, text_features, logit_scale, logit_bias, reduction)
+    s = _pairs(image_features, text_features, logit_scale, logit_bias, reduction, check_finite)
     features, prototypes, scale = s.operands()
-    return reference.siglip(features, prototypes, scale, logit_bias, reduction)
+    return ops.siglip(features, prototypes, scale, logit_bias, reduction)
 
 
 def _pairs(
@@ -375,6 +401,7 @@ def _pairs(
     logit_scale: Tensor | float,
     logit_bias: Tensor | float | None,
     reduction: str,
+    check_finite: bool,
 ) -> Similarity:
     _check_choice("reduction", reduction, REDUCTIONS)
     names = ("image_features", "text_features", "logit_scale")
@@ -386,6 +413,13 @@ def _pairs(
         )
     if logit_bias is not None:
         check_number("logit_bias", logit_bias, image_features.device)
+    if check_finite:
+        _check_finite(
+            image_features=image_features,
+            text_features=text_features,
+            logit_scale=logit_scale,
+            logit_bias=logit_bias,
+        )
     return Similarity(image_features, text_features, logit_scale)
 
 
@@ -409,13 +443,35 @@ def _check_real(name: str, value: object) -> None:
 
 def _check_positive(name: str, value: float) -> None:
     _check_real(name, value)
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf:
         raise ValueError(f"{name}: got {value}, wanted a positive number")
 
 
+def _check_finite_similarity(name: str, s: Similarity) -> None:
+    parts = {"features": s.features, "prototypes": s.prototypes, "scale": s.scale}
+    _check_finite(**{f"{name}.{part}": value for part, value in parts.items()})
+
+
+def _check_finite(**values: Tensor | float | None) -> None:
+    for name, value in values.items():
+        if value is None:
+            continue
+        bad = ~torch.isfinite(torch.as_tensor(value))
+        if not bad.any():
+            continue
+        place = bad.nonzero()[0].tolist()
+        first = float(value[tuple(place)]) if isinstance(value, Tensor) else value
+        what = "NaN" if math.isnan(first) else "infinity"
+        where = f" in row {place[0]}" if place else ""
+        raise ValueError(
+            f"{name}: got {what}{where}, wanted finite values; look at what computed it, which may "
+            f"have overflowed or divided by zero"
+        )
+
+
 def _readable(values: Tensor) -> bool:
-    # Reading values stalls a GPU and cannot be traced, so bad ones fail there as they do in torch:
-    # an index out of range in the gather, a masked target by a loss of infinity.
+    # Reading values stalls a GPU and cannot be traced. Compiled code leaves it to the operators; on
+    # a GPU bad values fail as they do in torch.
     return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -429,8 +485,8 @@ def _check_class_mask(mask: Tensor | None, p: int, device: torch.device) -> None
         raise ValueError(f"class_mask: got shape {list(mask.shape)}, wanted [{p}]")
     if mask.device != device:
         raise ValueError(f"class_mask: got device {mask.device}, wanted {device}; move it there")
-    if _readable(mask) and not mask.any():
-        raise ValueError("class_mask: masks every class, wanted at least one True")
+    if _readable(mask):
+        checks.class_mask_values(mask)
 
 
 def _check_target(
@@ -448,23 +504,8 @@ def _check_target(
         raise ValueError(f"target: got shape {list(target.shape)}, wanted [{n}]")
     if target.device != device:
         raise ValueError(f"target: got device {target.device}, wanted {device}; move it there")
-    if not _readable(target):
-        return
-    used = target if ignore_index is None else target[target != ignore_index]
-    if used.numel() == 0:
-        return
-    low, high = int(used.min()), int(used.max())
-    if low < 0 or high >= p:
-        raise ValueError(
-            f"target: got values from {low} to {high}, wanted class indices in [0, {p})"
-            + ("" if ignore_index is None else f" or ignore_index={ignore_index}")
-        )
-    if class_mask is not None and not class_mask[used].all():
-        masked = int(used[~class_mask[used]][0])
-        raise ValueError(
-            f"target: holds class {masked}, which class_mask excludes; unmask it or leave its rows "
-            f"out"
-        )
+    if _readable(target):
+        checks.target_values(target, p, class_mask, ignore_index)
 
 
 def _check_weights(

@@ -223,6 +223,7 @@ class TestPrototypeCrossEntropy:
     @settings(
         max_examples=40,
         deadline=None,
+        derandomize=True,
         suppress_health_check=[HealthCheck.function_scoped_fixture],
     )
     @given(
@@ -847,3 +848,53 @@ def test_errors_of_contrastive_losses_name_the_argument(loss, arguments, error, 
 def test_siglip_wants_a_bias():
     with pytest.raises(TypeError, match="^logit_bias: got None"):
         siglip(PAIRS, PAIRS, 1.0, None)
+
+
+def spoilt(s, part, value):
+    """The similarity with one bad value, in row 3 of features or prototypes."""
+    parts = {"features": s.features.clone(), "prototypes": s.prototypes.clone(), "scale": s.scale}
+    if part == "scale":
+        parts["scale"] = value
+    else:
+        parts[part][3, 1] = value
+    return Similarity(**parts)
+
+
+@pytest.mark.parametrize(("value", "told"), [(math.nan, "NaN"), (-math.inf, "infinity")])
+@pytest.mark.parametrize("part", ["features", "prototypes", "scale"])
+def test_check_finite_names_the_argument_and_the_row(part, value, told):
+    bad = spoilt(S, part, value)
+    where = "" if part == "scale" else " in row 3"
+    for name, call in {
+        "similarity": lambda: prototype_cross_entropy(bad, TARGET, check_finite=True),
+        "student": lambda: teacher_kl(bad, [S], check_finite=True),
+        r"teachers\[1\]": lambda: dual_teacher_kl(S, S, bad, target=TARGET, check_finite=True),
+    }.items():
+        with pytest.raises(ValueError, match=rf"^{name}\.{part}: got {told}{where}, wanted finite"):
+            call()
+    with pytest.raises(ValueError, match=rf"^{part}: got {told}{where}, wanted finite"):
+        prototype_similarity(bad.features, bad.prototypes, bad.scale, check_finite=True)
+
+
+@pytest.mark.parametrize("loss", [clip_contrastive, siglip])
+@pytest.mark.parametrize("name", ["image_features", "text_features", "logit_scale", "logit_bias"])
+def test_check_finite_of_contrastive_losses(loss, name):
+    given = {"image_features": PAIRS, "text_features": PAIRS, "logit_scale": 1.0, "logit_bias": 0.0}
+    assert loss(**given, check_finite=True).isfinite()
+    bad = PAIRS * torch.tensor(math.nan) if name.endswith("features") else torch.tensor(math.nan)
+    with pytest.raises(ValueError, match=rf"^{name}: got NaN.*, wanted finite"):
+        loss(**{**given, name: bad}, check_finite=True)
+
+
+def test_check_finite_of_weights_and_of_what_is_fine():
+    weights = torch.ones(N, 1)
+    assert teacher_kl(S, [S], weights=weights, check_finite=True).isfinite()
+    weights[4] = math.inf
+    with pytest.raises(ValueError, match="^weights: got infinity in row 4, wanted finite"):
+        teacher_kl(S, [S], weights=weights, check_finite=True)
+
+
+def test_without_check_finite_values_pass_through():
+    bad = spoilt(S, "features", math.nan)
+    rows = prototype_cross_entropy(bad, TARGET, reduction="none")
+    assert rows.isnan().tolist() == [i == 3 for i in range(N)]

@@ -4,6 +4,9 @@ Notation: X [N, D] features, W [P, D] prototypes, s scale, z = s X W^T [N, P] lo
 m [P] boolean class mask (True takes part; a masked class has probability zero and no gradient).
 Arguments arrive checked (`mulki.functional` does that). Half-precision inputs are multiplied in
 float32: rounding logits to bf16 would drown the gradient of a student that is near its teacher.
+
+Beside each loss stands its gradient G = dL/dz, `..._dz`, for an upstream gradient g [N] per row;
+`operand_gradients` carries G on to X, W and s. Inside an operator there is no autograd to do so.
 """
 
 from __future__ import annotations
@@ -15,6 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What inputs of this dtype are computed in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def logits(
     features: Tensor,  # [N, D]
     prototypes: Tensor,  # [P, D]
@@ -22,10 +30,10 @@ def logits(
     class_mask: Tensor | None = None,  # [P] bool
 ) -> Tensor:  # [N, P] float32, or float64 for float64 inputs
     """z = s X W^T, masked classes at minus infinity."""
-    wide = torch.float64 if features.dtype == torch.float64 else torch.float32
+    dtype = wide(features.dtype)
     with torch.autocast(features.device.type, enabled=False):
-        z = scale * (features.to(wide) @ prototypes.to(wide).mT)
-    z = z.to(wide)
+        z = scale * (features.to(dtype) @ prototypes.to(dtype).mT)
+    z = z.to(dtype)
     return z if class_mask is None else z.masked_fill(~class_mask, -torch.inf)
 
 
@@ -37,9 +45,43 @@ def reduce(loss: Tensor, reduction: str, count: Tensor | int) -> Tensor:
     return total if reduction == "sum" else total / count
 
 
-def similarity(features: Tensor, prototypes: Tensor, scale: Tensor | float) -> Tensor:
-    """s X W^T in the dtype of X."""
-    return logits(features, prototypes, scale).to(features.dtype)
+def operand_gradients(
+    dz: Tensor,  # [N, P], dL/dz
+    features: Tensor,  # [N, D]
+    prototypes: Tensor,  # [P, D]
+    scale: Tensor,  # 0-d
+    wanted: Sequence[bool],  # of dX, dW, ds
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dX = s G W, dW = s G^T X, ds = <X, G W>; those not wanted as empty [0]."""
+    x, w = features.to(dz.dtype), prototypes.to(dz.dtype)
+    gw = dz @ w if wanted[0] or wanted[2] else None
+    dx = dz.new_empty(0) if gw is None or not wanted[0] else scale * gw
+    dw = scale * (dz.mT @ x) if wanted[1] else dz.new_empty(0)
+    ds = dz.new_empty(0) if gw is None or not wanted[2] else (x * gw).sum()
+    return dx, dw, ds
+
+
+def similarity(
+    features: Tensor,  # [N, D]
+    prototypes: Tensor,  # [P, D]
+    scale: Tensor | float,
+    normalize: bool = False,
+) -> Tensor:
+    """s X W^T in the dtype of X, the rows of both L2-normalised first if asked for."""
+    dtype = features.dtype
+    if normalize:
+        features, prototypes = (
+            F.normalize(v.to(wide(dtype)), dim=1) for v in (features, prototypes)
+        )
+    return logits(features, prototypes, scale).to(dtype)
+
+
+def normalize_gradient(grad: Tensor, rows: Tensor) -> Tensor:
+    """The gradient through u = v / max(|v|, 1e-12): (g - u <u, g>) / |v| for a row v of `rows`."""
+    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    u = rows / norm.clamp(min=1e-12)
+    along = (u * grad).sum(dim=1, keepdim=True).masked_fill(norm < 1e-12, 0)
+    return (grad - u * along) / norm.clamp(min=1e-12)
 
 
 def prototype_cross_entropy(
@@ -58,6 +100,18 @@ def prototype_cross_entropy(
     al., arXiv 1512.00567). The mean is over rows that are not ignored.
     """
     log_q = F.log_softmax(logits(features, prototypes, scale, class_mask), dim=1)
+    loss = cross_entropy_rows(log_q, target, class_mask, label_smoothing, ignore_index)
+    return reduce(loss, reduction, (target != ignore_index).sum())
+
+
+def cross_entropy_rows(
+    log_q: Tensor,  # [N, P]
+    target: Tensor,  # [N] int64
+    class_mask: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+) -> Tensor:  # [N]
+    """The loss of each row, zero where it is ignored."""
     kept = target != ignore_index
     picked = log_q.gather(1, target.where(kept, 0).unsqueeze(1)).squeeze(1)
     loss = -(1 - label_smoothing) * picked.masked_fill(~kept, 0)
@@ -67,7 +121,27 @@ def prototype_cross_entropy(
         else:
             mean_log_q = log_q.masked_fill(~class_mask, 0).sum(dim=1) / class_mask.sum()
         loss = loss - label_smoothing * mean_log_q.masked_fill(~kept, 0)
-    return reduce(loss, reduction, kept.sum())
+    return loss
+
+
+def cross_entropy_dz(
+    log_q: Tensor,  # [N, P]
+    target: Tensor,  # [N] int64
+    class_mask: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    upstream: Tensor,  # [N]
+) -> Tensor:  # [N, P]
+    """g_i (q_ij - (1 - e) [j = y_i] - e / C) over the C classes that take part, else zero."""
+    kept = (target != ignore_index).unsqueeze(1)
+    dz = log_q.exp()
+    if label_smoothing:
+        spread = dz.new_ones(dz.shape[1]) if class_mask is None else class_mask.to(dz.dtype)
+        dz = dz - label_smoothing * spread / spread.sum()
+    index = target.unsqueeze(1).where(kept, 0)
+    hit = torch.full_like(upstream, label_smoothing - 1).unsqueeze(1)
+    # An ignored row may carry 0/0, the mean over no rows; its gradient is zero all the same.
+    return (upstream.unsqueeze(1) * dz.scatter_add(1, index, hit)).masked_fill(~kept, 0)
 
 
 def gate_weights(
@@ -93,7 +167,11 @@ def gate_weights(
         index = target.reshape(-1, 1, 1).expand(-1, log_p.shape[1], 1)
         return torch.softmax(log_p.gather(2, index).squeeze(2) / gate_temperature, dim=1)
     assert gate == "discrepancy"
-    original, previous = (u.to(entropy.dtype) for u in features)
+    return discrepancy_weights(*(u.to(entropy.dtype) for u in features))
+
+
+def discrepancy_weights(original: Tensor, previous: Tensor) -> Tensor:
+    """[N, 2] weights of the gate "discrepancy" from the teachers' features [N, D]."""
     w = torch.sigmoid(6 * ((original - previous).norm(dim=1) - 0.2))
     return torch.stack([1 - w, w], dim=1)
 
@@ -115,22 +193,72 @@ def teacher_kl(
     p = softmax(z_k / T) of teacher k, q = softmax(z / T) of the student: the forward direction of
     Hinton et al. (arXiv 1503.02531), whose T^2 keeps gradients comparable across temperatures.
     """
+    log_q, log_p = log_probabilities(student, teachers, temperature, class_mask)
+    loss, kl, weights, entropy = weighted_kl(
+        log_q,
+        log_p,
+        temperature,
+        scale_by_t2,
+        weights,
+        gate,
+        gate_temperature,
+        [t[0] for t in teachers],
+        target,
+        class_mask,
+    )
+    return reduce(loss, reduction, loss.shape[0]), kl, weights, entropy
+
+
+def log_probabilities(
+    student: tuple[Tensor, Tensor, Tensor | float],
+    teachers: Sequence[tuple[Tensor, Tensor, Tensor | float]],
+    temperature: float,
+    class_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # log q [N, P] and, without a gradient, log p [N, K, P]
+    """Log-softmax of the logits over T, the teachers' in the dtype of the student's."""
     log_q = F.log_softmax(logits(*student, class_mask) / temperature, dim=1)
     with torch.no_grad():
-        log_p = torch.stack(
-            [F.log_softmax(logits(*t, class_mask) / temperature, dim=1) for t in teachers], dim=1
-        ).to(log_q.dtype)
-        p = log_p.exp()
-        excluded = None if class_mask is None else ~class_mask
-        entropy = -_without(p * log_p, excluded).sum(dim=2)
-        if weights is None:
-            features = [t[0] for t in teachers]
-            weights = gate_weights(gate, log_p, entropy, features, target, gate_temperature)
+        rows = [F.log_softmax(logits(*t, class_mask) / temperature, dim=1) for t in teachers]
+        return log_q, torch.stack(rows, dim=1).to(log_q.dtype)
+
+
+def weighted_kl(
+    log_q: Tensor,  # [N, P]
+    log_p: Tensor,  # [N, K, P]
+    temperature: float,
+    scale_by_t2: bool,
+    weights: Tensor | None,
+    gate: str,
+    gate_temperature: float,
+    features: Sequence[Tensor],  # the teachers'
+    target: Tensor | None,
+    class_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # loss [N], kl [N, K], weights [N, K], entropy [N, K]
+    """The rows of `teacher_kl` and what it gives beside them."""
+    excluded = None if class_mask is None else ~class_mask
+    p = log_p.exp()
+    entropy = -_without(p * log_p, excluded).sum(dim=2)
+    if weights is None:
+        weights = gate_weights(gate, log_p, entropy, features, target, gate_temperature)
     kl = (p * _without(log_p - log_q.unsqueeze(1), excluded)).sum(dim=2)
     if scale_by_t2:
         kl = kl * temperature**2
-    loss = (weights.to(kl.dtype) * kl).sum(dim=1)
-    return reduce(loss, reduction, loss.shape[0]), kl, weights, entropy
+    return (weights.to(kl.dtype) * kl).sum(dim=1), kl, weights, entropy
+
+
+def teacher_kl_dz(
+    log_q: Tensor,  # [N, P]
+    log_p: Tensor,  # [N, K, P]
+    weights: Tensor,  # [N, K]
+    temperature: float,
+    scale_by_t2: bool,
+    upstream: Tensor,  # [N]
+) -> Tensor:  # [N, P]
+    """g_i T sum_k w_ik (q_ij - p_ijk), or 1/T in place of T without the factor T^2."""
+    factor = temperature if scale_by_t2 else 1 / temperature
+    gap = log_q.exp().unsqueeze(1) - log_p.exp()
+    row = (factor * upstream).unsqueeze(1) * weights
+    return (row.to(gap.dtype).unsqueeze(2) * gap).sum(dim=1)
 
 
 def _without(values: Tensor, excluded: Tensor | None) -> Tensor:
@@ -149,8 +277,23 @@ def contrastive(
     z = logits(image_features, text_features, logit_scale)
     if logit_bias is not None:
         z = z + logit_bias
-    rows, columns = F.log_softmax(z, dim=1).diagonal(), F.log_softmax(z, dim=0).diagonal()
-    return reduce(-(rows + columns) / 2, reduction, z.shape[0])
+    rows, columns = F.log_softmax(z, dim=1), F.log_softmax(z, dim=0)
+    return reduce(contrastive_rows(rows, columns), reduction, z.shape[0])
+
+
+def contrastive_rows(log_rows: Tensor, log_columns: Tensor) -> Tensor:
+    """The loss of each pair from the log-softmax of z over its rows and over its columns."""
+    return -(log_rows.diagonal() + log_columns.diagonal()) / 2
+
+
+def contrastive_dz(
+    log_rows: Tensor,  # [N, N], log-softmax of z over its rows
+    log_columns: Tensor,  # [N, N], the same over its columns
+    upstream: Tensor,  # [N]
+) -> Tensor:  # [N, N]
+    """(g_i r_ij + g_j c_ij) / 2 - g_i [i = j], r and c the softmax over rows and over columns."""
+    g = upstream
+    return (g.unsqueeze(1) * log_rows.exp() + g * log_columns.exp()) / 2 - torch.diag(g)
 
 
 def siglip(
@@ -165,5 +308,19 @@ def siglip(
     The loss of SigLIP (arXiv 2303.15343); the mean divides by N, not by N^2.
     """
     z = logits(image_features, text_features, logit_scale) + logit_bias
-    signs = 2 * torch.eye(z.shape[0], dtype=z.dtype, device=z.device) - 1
-    return reduce(-F.logsigmoid(signs * z).sum(dim=1), reduction, z.shape[0])
+    return reduce(siglip_rows(z), reduction, z.shape[0])
+
+
+def siglip_rows(z: Tensor) -> Tensor:
+    """The loss of each row of logits z [N, N] that hold the bias."""
+    return -F.logsigmoid(_signs(z) * z).sum(dim=1)
+
+
+def siglip_dz(z: Tensor, upstream: Tensor) -> Tensor:
+    """-g_i y_ij sigmoid(-y_ij z_ij) for logits that hold the bias; the bias's is its sum."""
+    signs = _signs(z)
+    return -upstream.unsqueeze(1) * signs * torch.sigmoid(-signs * z)
+
+
+def _signs(z: Tensor) -> Tensor:
+    return 2 * torch.eye(z.shape[0], dtype=z.dtype, device=z.device) - 1

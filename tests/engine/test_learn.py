@@ -18,6 +18,7 @@ from mulki.engine.precision import Precision
 from mulki.errors import InputError
 from mulki.methods import PREVIOUS, ZERO_SHOT, Method
 from mulki.models import VisionLanguageModel
+from mulki.ops import native, use_backend
 
 Load = Callable[..., VisionLanguageModel]
 # An epsilon well above rounding noise, so that AdamW does not blow it up to whole steps.
@@ -341,3 +342,28 @@ def test_loss_that_is_not_finite_ends_with_one_line(load_tiny: Load, task: Task,
         learn(load_tiny(), task, name, config=replace(CONFIG, lr=1e30))
     assert "task colours" in str(info.value) and "ce_loss nan" in str(info.value)
     assert "\n" not in str(info.value)
+
+
+# --- the compiled operators
+
+
+@pytest.mark.skipif(native.load() is not None, reason=f"{native.load()}")
+@pytest.mark.parametrize("name", ["finetune", "lwf", "mulki"])
+def test_compiled_operators_train_as_the_reference_does(
+    load_tiny: Load, task: Task, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MULKI_STRICT", "1")
+
+    def curve(backend: str) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+        model = load_tiny()
+        with use_backend(backend):
+            torch.manual_seed(3)
+            reports = learn(model, task, name, two_teachers(load_tiny))
+        return [dict(r.losses) for r in reports], state_of(model)
+
+    (compiled, weights), (reference, expected) = curve("cpp"), curve("reference")
+    for ours, theirs in zip(compiled, reference, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    assert any(compiled[0] != step for step in compiled[1:])
+    for key, value in weights.items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-5)

@@ -1,0 +1,231 @@
+// Products of small blocks, and the layouts in which their right operand is read.
+//
+//   product<E>: C [m, n] (+)= A [m, k] B [k, n], C in float32
+//
+// E is the element type of the operands, float or bfloat16. For float B is row-major. For bfloat16 it
+// is read in pairs of rows, [k / 2][n][2] (VNNI), so k is even there; `interleave` makes that layout.
+#pragma once
+
+#include "scratch.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/native/CPUBlas.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace mulki {
+
+using at::Tensor;
+using Vec = at::vec::Vectorized<float>;
+
+template <typename E>
+constexpr bool kHalf = std::is_same_v<E, at::BFloat16>;
+
+inline float sum_of(const Vec& v) {
+  const auto add = [](const Vec& a, const Vec& b) { return a + b; };
+  return at::vec::VecReduceAllSIMD<float, decltype(add)>::apply(add, v);
+}
+
+inline float max_of(const Vec& v) {
+  const auto larger = [](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); };
+  return at::vec::VecReduceAllSIMD<float, decltype(larger)>::apply(larger, v);
+}
+
+// For float torch has a plain gemm behind brgemm where oneDNN has no kernel for the CPU.
+template <typename E>
+inline void product(
+    int64_t m,
+    int64_t n,
+    int64_t k,
+    const E* a,
+    int64_t lda,
+    const E* b,
+    int64_t ldb,
+    float* c,
+    int64_t ldc,
+    bool add) {
+  if (k > 0) {
+    at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, kHalf<E>);
+    return;
+  }
+  for (int64_t i = 0; i < m && !add; ++i) {
+    std::fill(c + i * ldc, c + i * ldc + n, 0.0f);
+  }
+}
+
+// Gives the matrix unit's state back when a thread leaves a parallel region.
+template <typename E>
+struct ProductScope {
+  ~ProductScope() {
+    if (kHalf<E>) {
+      at::native::cpublas::brgemm_release(true);
+    }
+  }
+};
+
+// One range of indices per thread, with the state that products need.
+template <typename E, typename F>
+inline void parallel_tasks(int64_t tasks, const F& run) {
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    ProductScope<E> scope;
+    for (int64_t i = begin; i < end; ++i) {
+      run(i);
+    }
+  });
+}
+
+// out [n][2] from two rows of n; the second may be absent (zeros).
+template <typename E>
+inline void interleave(const E* first, const E* second, int64_t n, E* out) {
+  const auto* a = reinterpret_cast<const uint16_t*>(first);
+  const auto* b = reinterpret_cast<const uint16_t*>(second);
+  auto* pairs = reinterpret_cast<uint32_t*>(out);
+  if (b == nullptr) {
+    for (int64_t j = 0; j < n; ++j) {
+      pairs[j] = a[j];
+    }
+    return;
+  }
+  for (int64_t j = 0; j < n; ++j) {
+    pairs[j] = uint32_t(a[j]) | (uint32_t(b[j]) << 16);
+  }
+}
+
+// dst [cols, rows] = src [rows, cols]^T of four-byte elements (float, or two halves as uint32_t), in
+// blocks that stay in registers.
+template <typename T, std::enable_if_t<sizeof(T) == 4, int> = 0>
+inline void transpose(
+    const T* src, int64_t ld_src, T* dst, int64_t ld_dst, int64_t rows, int64_t cols) {
+  constexpr int64_t kBlock = Vec::size();
+  for (int64_t r0 = 0; r0 < rows; r0 += kBlock) {
+    const int64_t r1 = std::min(rows, r0 + kBlock);
+    for (int64_t c0 = 0; c0 < cols; c0 += kBlock) {
+      const int64_t c1 = std::min(cols, c0 + kBlock);
+      if (r1 - r0 == kBlock && c1 - c0 == kBlock) {
+        // Vector loads and stores move bits as they are, so any four bytes pass as a float.
+        at::vec::transpose_mxn<float, kBlock, kBlock>(
+            reinterpret_cast<const float*>(src + r0 * ld_src + c0), ld_src,
+            reinterpret_cast<float*>(dst + c0 * ld_dst + r0), ld_dst);
+        continue;
+      }
+      for (int64_t c = c0; c < c1; ++c) {
+        for (int64_t r = r0; r < r1; ++r) {
+          std::memcpy(dst + c * ld_dst + r, src + r * ld_src + c, sizeof(T));
+        }
+      }
+    }
+  }
+}
+
+// The same for halves, with an even number of columns: pairs of neighbours move together, and the two
+// rows that they become are taken apart afterwards. At most kTurned rows.
+constexpr int64_t kTurned = 512;
+template <typename E, std::enable_if_t<kHalf<E>, int> = 0>
+inline void transpose(
+    const E* src, int64_t ld_src, E* dst, int64_t ld_dst, int64_t rows, int64_t cols) {
+  constexpr int64_t kPairs = 16;
+  alignas(64) uint32_t turned[kPairs * kTurned];
+  for (int64_t c0 = 0; c0 < cols / 2; c0 += kPairs) {
+    const int64_t pairs = std::min(kPairs, cols / 2 - c0);
+    transpose(
+        reinterpret_cast<const uint32_t*>(src) + c0, ld_src / 2, turned, rows, rows, pairs);
+    for (int64_t c = 0; c < pairs; ++c) {
+      const uint32_t* pair = turned + c * rows;
+      auto* low = reinterpret_cast<uint16_t*>(dst + (c0 + c) * 2 * ld_dst);
+      auto* high = low + ld_dst;
+      for (int64_t r = 0; r < rows; ++r) {
+        low[r] = uint16_t(pair[r]);
+        high[r] = uint16_t(pair[r] >> 16);
+      }
+    }
+  }
+}
+
+// A matrix [rows, width] of E, contiguous, its width padded with zeros to an even number for halves, so that
+// two neighbours can be moved as four bytes.
+template <typename E>
+struct Rows {
+  explicit Rows(const Tensor& t) : count(t.size(0)), width(t.size(1)) {
+    padded = kHalf<E> ? (width + 1) / 2 * 2 : width;
+    const Tensor cast = t.to(c10::CppTypeToScalarType<E>::value).contiguous();
+    const bool aligned = reinterpret_cast<uintptr_t>(cast.const_data_ptr()) % sizeof(uint32_t) == 0;
+    if (padded == width && aligned) {
+      storage = cast;
+    } else {
+      storage = at::zeros({count, padded}, cast.options());
+      storage.narrow(1, 0, width).copy_(cast);
+    }
+    data = storage.template const_data_ptr<E>();
+  }
+  const E* row(int64_t i) const {
+    return data + i * padded;
+  }
+
+  int64_t count;
+  int64_t width;
+  int64_t padded;
+  Tensor storage;
+  const E* data;
+};
+
+// W^T in column tiles, the right operand of X W^T: tile t is [depth, tile] (halves: VNNI), with
+// zeros beyond the last prototype.
+template <typename E>
+struct Panels {
+  Panels(const Rows<E>& w, int64_t tile) : depth(w.padded), tile(tile) {
+    const int64_t tiles = (w.count + tile - 1) / tile;
+    storage = Scratch(tiles * depth * tile * int64_t(sizeof(E)));
+    data = storage.template data<E>();
+    at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        pack(w, t);
+      }
+    });
+  }
+  const E* panel(int64_t t) const {
+    return data + t * depth * tile;
+  }
+
+  int64_t depth;
+  int64_t tile;
+
+ private:
+  void pack(const Rows<E>& w, int64_t t) {
+    const int64_t first = t * tile;
+    const int64_t rows = std::min(tile, w.count - first);
+    E* out = data + t * depth * tile;
+    if (rows < tile) {
+      std::memset(out, 0, sizeof(E) * depth * tile);
+    }
+    // A pair of neighbours in a row of W is a VNNI pair of W^T: transpose pairs as four bytes.
+    using Unit = std::conditional_t<kHalf<E>, uint32_t, float>;
+    const int64_t units = depth * int64_t(sizeof(E)) / int64_t(sizeof(Unit));
+    transpose(
+        reinterpret_cast<const Unit*>(w.row(first)), units, reinterpret_cast<Unit*>(out), tile,
+        rows, units);
+  }
+
+  Scratch storage;
+  E* data;
+};
+
+// Calls run(E{}) with the element type in which operands of `dtype` are multiplied: bfloat16 where
+// the CPU multiplies it, else float, into which halves convert without loss. float16 always is: only
+// CPUs with AMX-FP16 multiply it, and none was at hand to test on.
+template <typename F>
+auto with_element(at::ScalarType dtype, const F& run) {
+  if (dtype == at::kBFloat16 && at::native::cpublas::could_pack(dtype)) {
+    return run(at::BFloat16{});
+  }
+  return run(float{});
+}
+
+} // namespace mulki

@@ -1,0 +1,79 @@
+// What the operators return, and how the upstream gradient enters.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/scalar_tensor.h>
+
+#include <algorithm>
+#include <cmath>
+
+namespace mulki {
+
+using at::Tensor;
+
+// Gradients with respect to x and w, allocated where they are wanted.
+struct Grads {
+  // `dtype` is x's for a backward, float for gradients that come with the loss.
+  Grads(const Tensor& x, const Tensor& w, at::ScalarType dtype, bool wanted_x, bool wanted_w)
+      : x(wanted_x ? at::empty(x.sizes(), dtype) : at::empty({0}, dtype)),
+        w(wanted_w ? at::empty(w.sizes(), dtype) : at::empty({0}, dtype)) {
+    if (wanted_w && x.size(0) == 0) {
+      this->w.zero_();
+    }
+  }
+  Tensor x, w;
+};
+
+inline Tensor scalar(double value) {
+  return at::scalar_tensor(value, at::kFloat);
+}
+
+inline Tensor scalar_if(bool wanted, double value) {
+  return wanted ? scalar(value) : at::empty({0}, at::kFloat);
+}
+
+// What every row's loss counts in the total, for a mean over `count` rows or for the sum.
+inline double share_of(bool mean, int64_t count) {
+  return mean ? 1.0 / double(std::max<int64_t>(count, 1)) : 1.0;
+}
+
+inline double value_of(const Tensor& t) {
+  return t.item().toDouble();
+}
+
+// The upstream gradient of every row, divided by its largest magnitude so that gradients of a
+// distribution stay near 1 until they are multiplied by `factor`. Without a tensor it is `each`.
+struct Upstream {
+  explicit Upstream(double each) : factor(each) {}
+  explicit Upstream(const Tensor& grad) : rows(grad.to(at::kFloat).contiguous()), factor(0) {
+    const float* g = rows.const_data_ptr<float>();
+    for (int64_t i = 0; i < rows.size(0); ++i) {
+      // What is not finite stays with its row.
+      if (std::isfinite(g[i])) {
+        factor = std::max(factor, double(std::abs(g[i])));
+      }
+    }
+    factor = factor == 0 ? 1 : factor;
+    data = g;
+  }
+  double operator[](int64_t row) const {
+    return data == nullptr ? 1.0 : data[row] / factor;
+  }
+
+  Tensor rows;
+  double factor;
+  const float* data = nullptr;
+};
+
+// In the order of the rows, so that it does not depend on threads.
+inline double sum_of_rows(const Tensor& loss) {
+  const float* values = loss.const_data_ptr<float>();
+  double sum = 0;
+  for (int64_t i = 0; i < loss.size(0); ++i) {
+    sum += values[i];
+  }
+  return sum;
+}
+
+} // namespace mulki

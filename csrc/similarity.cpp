@@ -1,0 +1,213 @@
+// similarity: scale x W^T [N, P], of the rows as they are or L2-normalised.
+//
+// Norms enter as factors of rows and columns, so nothing is rounded that is not rounded without them.
+#include "checks.h"
+#include "gradients.h"
+#include "results.h"
+
+#include <torch/library.h>
+
+#include <numeric>
+#include <vector>
+
+namespace mulki {
+namespace {
+
+constexpr double kSmallest = 1e-12; // a norm below this counts as this, as in F.normalize
+
+template <typename E>
+std::vector<double> norms(const Rows<E>& rows, bool wanted) {
+  if (!wanted) {
+    return {};
+  }
+  std::vector<double> out(rows.count);
+  at::parallel_for(0, rows.count, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const E* row = rows.row(i);
+      double sum = 0;
+      for (int64_t j = 0; j < rows.width; ++j) {
+        sum += double(row[j]) * double(row[j]);
+      }
+      out[i] = std::sqrt(sum);
+    }
+  });
+  return out;
+}
+
+// 1 / norm of each row, or ones.
+std::vector<float> factors(const std::vector<double>& norm, int64_t count) {
+  std::vector<float> out(count, 1.0f);
+  for (size_t i = 0; i < norm.size(); ++i) {
+    out[i] = float(1 / std::max(norm[i], kSmallest));
+  }
+  return out;
+}
+
+template <typename E, typename Out>
+void forward(const Tensor& x, const Tensor& w, float scale, bool normalize, Tensor& out) {
+  const Tiling t(x.size(0), w.size(0), 1, false);
+  const Rows<E> rows(x), prototypes(w);
+  const Panels<E> panels(prototypes, t.width);
+  const std::vector<float> of_row = factors(norms(rows, normalize), t.n);
+  std::vector<float> of_column = factors(norms(prototypes, normalize), t.p);
+  for (float& f : of_column) {
+    f *= scale;
+  }
+  Out* data = out.mutable_data_ptr<Out>();
+  const int64_t blocks = (t.n + 63) / 64;
+  parallel_tasks<E>(blocks * t.tiles, [&](int64_t task) {
+    alignas(64) float y[64 * 128];
+    const int64_t tile = task / blocks, first = task % blocks * 64;
+    const int64_t count = std::min<int64_t>(64, t.n - first), valid = t.valid(tile);
+    product(
+        count, t.width, panels.depth, rows.row(first), rows.padded, panels.panel(tile), t.width, y,
+        t.width, false);
+    const float* column = &of_column[tile * t.width];
+    for (int64_t i = 0; i < count; ++i) {
+      const float row = of_row[first + i];
+      Out* to = data + (first + i) * t.p + tile * t.width;
+      for (int64_t j = 0; j < valid; ++j) {
+        to[j] = static_cast<Out>(y[i * t.width + j] * column[j] * row);
+      }
+    }
+  });
+}
+
+Tensor similarity(const Tensor& x, const Tensor& w, const Tensor& scale, bool normalize) {
+  check_operands(x, w, scale);
+  Tensor out = at::empty({x.size(0), w.size(0)}, x.scalar_type());
+  const float s = float(value_of(scale));
+  with_element(x.scalar_type(), [&](auto element) {
+    using E = decltype(element);
+    if (x.scalar_type() == at::kFloat) {
+      forward<E, float>(x, w, s, normalize, out);
+    } else if (x.scalar_type() == at::kBFloat16) {
+      forward<E, at::BFloat16>(x, w, s, normalize, out);
+    } else {
+      forward<E, at::Half>(x, w, s, normalize, out);
+    }
+  });
+  return out;
+}
+
+// dx_i = f (a_i - n_i (n_i . a_i)) with n the normalised row and a the gradient of the row as a
+// factor of the product; without normalisation dx_i = f a_i.
+template <typename E>
+void project(
+    const Tensor& sums, const Rows<E>& rows, const std::vector<double>& norm, bool normalize,
+    float factor, Tensor& out) {
+  const int64_t width = rows.width;
+  at::parallel_for(0, rows.count, 16, [&](int64_t begin, int64_t end) {
+    std::vector<float> row(width);
+    for (int64_t i = begin; i < end; ++i) {
+      const float* a = sums.const_data_ptr<float>() + i * width;
+      std::copy(a, a + width, row.begin());
+      if (normalize && norm[i] > kSmallest) {
+        double along = 0;
+        for (int64_t j = 0; j < width; ++j) {
+          along += double(rows.row(i)[j]) * a[j];
+        }
+        along /= norm[i] * norm[i];
+        for (int64_t j = 0; j < width; ++j) {
+          row[j] = float(a[j] - along * float(rows.row(i)[j]));
+        }
+      }
+      store_scaled(row.data(), width, factor, out, i);
+    }
+  });
+}
+
+template <typename E>
+double backward(
+    const Tensor& grad,
+    const Tensor& x,
+    const Tensor& w,
+    double scale,
+    bool normalize,
+    std::array<bool, 3> wanted,
+    Grads& grads) {
+  const Rows<E> rows(x), prototypes(w);
+  const Tiling t(x.size(0), w.size(0), kHalf<E> ? 2 : 1, true);
+  const std::vector<double> norm_x = norms(rows, normalize);
+  const std::vector<double> norm_w = norms(prototypes, normalize);
+  const std::vector<float> of_row = factors(norm_x, t.n);
+  const std::vector<float> of_column = factors(norm_w, t.p);
+  // dloss/dscale is what the unscaled dX says along X.
+  const bool through_x = wanted[0] || wanted[2];
+  Gradients<E> gradients(t, rows, prototypes, through_x, wanted[1]);
+  Grads sums(x, w, at::kFloat, through_x, wanted[1]);
+  const Tensor upstream = grad.to(at::kFloat).contiguous();
+  const float* g = upstream.const_data_ptr<float>();
+  for (int64_t first = 0; first < t.n; first += t.rows) {
+    const int64_t count = std::min(t.rows, t.n - first);
+    const int64_t blocks = (count + t.block - 1) / t.block;
+    at::parallel_for(0, t.tiles * blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t tile = task / blocks, b = task % blocks * t.block;
+        const int64_t size = std::min(t.block, count - b), valid = t.valid(tile);
+        for (int64_t i = b; i < b + size; ++i) {
+          float* out = gradients.values(tile, i);
+          const float* in = g + (first + i) * t.p + tile * t.width;
+          const float* column = &of_column[tile * t.width];
+          const float row = of_row[first + i];
+          for (int64_t j = 0; j < valid; ++j) {
+            out[j] = in[j] * column[j] * row;
+          }
+          std::fill(out + valid, out + t.width, 0.0f);
+        }
+        gradients.commit(tile, b, size);
+      }
+    });
+    gradients.accumulate(first, count, 1.0f, sums.x);
+  }
+  gradients.finish(1.0f, sums.w);
+
+  double dscale = 0;
+  if (wanted[2]) {
+    std::vector<double> along(rows.count);
+    at::parallel_for(0, rows.count, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const float* a = sums.x.template const_data_ptr<float>() + i * rows.width;
+        for (int64_t j = 0; j < rows.width; ++j) {
+          along[i] += double(rows.row(i)[j]) * a[j];
+        }
+      }
+    });
+    dscale = std::accumulate(along.begin(), along.end(), 0.0);
+  }
+  if (wanted[0]) {
+    project(sums.x, rows, norm_x, normalize, float(scale), grads.x);
+  }
+  if (wanted[1]) {
+    project(sums.w, prototypes, norm_w, normalize, float(scale), grads.w);
+  }
+  return dscale;
+}
+
+std::tuple<Tensor, Tensor, Tensor> similarity_backward(
+    const Tensor& grad,
+    const Tensor& x,
+    const Tensor& w,
+    const Tensor& scale,
+    bool normalize,
+    std::array<bool, 3> wanted) {
+  check_operands(x, w, scale);
+  TORCH_CHECK_VALUE(
+      grad.dim() == 2 && grad.size(0) == x.size(0) && grad.size(1) == w.size(0),
+      "grad: got shape ", grad.sizes(), ", wanted [", x.size(0), ", ", w.size(0), "]");
+  Grads grads(x, w, x.scalar_type(), wanted[0], wanted[1]);
+  const double s = value_of(scale);
+  const double dscale = with_element(x.scalar_type(), [&](auto element) {
+    return backward<decltype(element)>(grad, x, w, s, normalize, wanted, grads);
+  });
+  return {grads.x, grads.w, scalar_if(wanted[2], dscale)};
+}
+
+} // namespace
+
+TORCH_LIBRARY_IMPL(mulki_cpp, CPU, m) {
+  m.impl("similarity", &similarity);
+  m.impl("similarity_backward", &similarity_backward);
+}
+
+} // namespace mulki

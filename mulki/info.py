@@ -1,0 +1,121 @@
+"""What this installation consists of, and which kernel serves every operator.
+
+`python -m mulki.info` prints it, `mulki.info()` returns it. The module is callable, so that
+`mulki.info` is one thing however it was imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+import mulki
+from mulki.ops import backends, native
+from mulki.results import environment
+
+# Variables of other packages that decide which kernel runs, or how.
+FOREIGN = ("ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS", "TRITON_INTERPRET")
+
+
+@dataclass(frozen=True, repr=False)
+class Info:
+    """The parts of the report; `str` is the text."""
+
+    versions: Mapping[str, str | None]  # None where a package is not installed
+    machine: Mapping[str, str]
+    environment: Mapping[str, str]  # MULKI_* and FOREIGN, where they are set
+    operators: list[backends.Served]
+    fallbacks: list[backends.Served]  # those that have happened in this process
+
+    def __str__(self) -> str:
+        versions = {name: version or "not installed" for name, version in self.versions.items()}
+        sections = [
+            ("versions", _table(versions)),
+            ("machine", _table(self.machine)),
+            ("environment variables", _table(self.environment or {"none": "is set"})),
+            ("operators", _serving(self.operators)),
+        ]
+        if self.fallbacks:
+            sections.append(("fallbacks so far", _serving(self.fallbacks)))
+        return "\n\n".join("\n".join((title, *lines)) for title, lines in sections)
+
+    __repr__ = __str__
+
+
+def info() -> Info:
+    """Versions, machine, settings, and who serves every operator and why others do not.
+
+    Loads the C++ kernels and asks for GPUs, which importing mulki does not.
+    """
+    found = environment()
+    packages = ("python", "torch", "triton", "open_clip", "numpy")
+    versions = {name: None if found[name] is None else str(found[name]) for name in packages}
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    gpus += [torch.xpu.get_device_name(i) for i in range(torch.xpu.device_count())]
+    gpus += ["MPS"] if torch.backends.mps.is_available() else []
+    kernels = "not loaded" if native.load() else f"{native.capability()} build"
+    variables = {name: os.environ[name] for name in sorted(os.environ) if _decides(name)}
+    return Info(
+        versions={"mulki": _mulki(found), **versions},
+        machine={
+            "system": str(found["platform"]),
+            "CPU": f"{found['cpu']}, {torch.backends.cpu.get_cpu_capability()}",
+            "threads": str(found["threads"]),
+            "C++ kernels": kernels,
+            "GPU": ", ".join(gpus) or "none",
+        },
+        environment=variables,
+        operators=backends.report(),
+        fallbacks=backends.fallbacks(),
+    )
+
+
+def _mulki(found: Mapping[str, object]) -> str:
+    if found["git_commit"] is None:
+        return mulki.__version__
+    modified = ", modified" if found["git_modified"] else ""
+    return f"{mulki.__version__}, commit {str(found['git_commit'])[:12]}{modified}"
+
+
+def _decides(variable: str) -> bool:
+    return variable.startswith("MULKI_") or variable in FOREIGN
+
+
+def _table(rows: Mapping[str, str]) -> list[str]:
+    width = max(map(len, rows))
+    return [f"  {name:<{width}}  {value}" for name, value in rows.items()]
+
+
+def _serving(served: list[backends.Served]) -> list[str]:
+    """One paragraph for all operators that share device, dtypes, backend and reasons."""
+    dtypes: dict[tuple[str, str, str, tuple[tuple[str, str], ...]], list[str]] = {}
+    for one in served:
+        key = (one.device_type, one.op, one.backend, tuple(one.rejected.items()))
+        dtypes.setdefault(key, []).append(str(one.dtype).removeprefix("torch."))
+    paragraphs: dict[tuple[str, tuple[tuple[str, str], ...]], list[str]] = {}
+    for (device, op, backend, rejected), names in dtypes.items():
+        title = f"  {device}, {' and '.join(names)}: {backend}"
+        paragraphs.setdefault((title, rejected), []).append(op)
+    lines = []
+    for (title, rejected), ops in paragraphs.items():
+        lines += [title, textwrap.indent(textwrap.fill(", ".join(ops), 96), " " * 4)]
+        # A reason holds a command, which a line break would spoil.
+        lines += [f"    not {name}: {why}" for name, why in rejected]
+    return lines
+
+
+class _CallableModule(ModuleType):
+    def __call__(self) -> Info:
+        return info()
+
+
+sys.modules[__name__].__class__ = _CallableModule
+
+if __name__ == "__main__":
+    print(info())

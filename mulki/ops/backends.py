@@ -1,0 +1,223 @@
+"""Which backend serves an operator, and why the better ones do not.
+
+CPU tensors go to the C++ kernels (`cpp`), CUDA (also HIP) and XPU tensors to the Triton ones
+(`triton`), and everything else, or whatever those do not serve, to the reference. float64 belongs
+to the reference by design, so that is no fallback.
+
+`MULKI_BACKEND` (auto, triton, cpp, reference) and `use_backend` force one. `MULKI_STRICT=1` turns a
+fallback into a RuntimeError. Both variables are read at every call.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from mulki.ops import by_reference, schemas
+
+Kernel = Callable[..., Any]
+
+NAMES = ("auto", "triton", "cpp", "reference")
+CANDIDATES = {
+    "cpu": ("cpp", "reference"),
+    "cuda": ("triton", "reference"),
+    "xpu": ("triton", "reference"),
+}
+
+
+class Backend(Protocol):
+    """One implementation of the operators."""
+
+    def why_not(self, op: str, device_type: str, dtype: torch.dtype) -> str | None:
+        """Why it cannot serve `op`, in one sentence, or None when it can."""
+
+    def kernel(self, op: str) -> Kernel:
+        """The kernel of `op`, with the operator's signature; ask `why_not` first."""
+
+
+class Reference:
+    """Plain PyTorch, on any device."""
+
+    def why_not(self, op: str, device_type: str, dtype: torch.dtype) -> str | None:
+        return None
+
+    def kernel(self, op: str) -> Kernel:
+        return getattr(by_reference, op)
+
+
+class Cpp:
+    """The C++ kernels of csrc/, for CPU tensors."""
+
+    def why_not(self, op: str, device_type: str, dtype: torch.dtype) -> str | None:
+        if device_type != "cpu":
+            return f"serves CPU tensors, not {device_type}"
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"takes float32, bfloat16 and float16, not {dtype}"
+        try:
+            reason = importlib.import_module("mulki.ops.native").load()
+        except Exception as error:
+            return _told(error)
+        if reason is None and not torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"mulki_cpp::{op}", "CPU"
+        ):
+            return f"the library has no kernel for {op}"
+        return reason
+
+    def kernel(self, op: str) -> Kernel:
+        return getattr(torch.ops.mulki_cpp, op).default
+
+
+class Triton:
+    """The Triton kernels of kernels/, for GPUs; on CPU tensors in Triton's interpreter alone."""
+
+    def why_not(self, op: str, device_type: str, dtype: torch.dtype) -> str | None:
+        if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "runs on CPU tensors in Triton's interpreter alone; set TRITON_INTERPRET=1"
+        try:
+            kernels = importlib.import_module("mulki.kernels")
+        except Exception as error:
+            return _told(error)
+        if not hasattr(kernels, "kernel"):
+            return "mulki.kernels is not installed"
+        try:
+            return kernels.why_not(op, device_type, dtype)
+        except Exception as error:
+            return _told(error)
+
+    def kernel(self, op: str) -> Kernel:
+        return importlib.import_module("mulki.kernels").kernel(op)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+BACKENDS: dict[str, Backend] = {"triton": Triton(), "cpp": Cpp(), "reference": Reference()}
+
+
+class Served(NamedTuple):
+    """Who serves an operator for one device type and dtype."""
+
+    op: str
+    device_type: str
+    dtype: torch.dtype
+    backend: str
+    rejected: dict[str, str]  # the better backends, and why they do not serve it
+
+
+_forced: str | None = None
+_kernels: dict[tuple[str, str, torch.dtype, str, str | None], Kernel] = {}
+_fallbacks: dict[tuple[str, str, torch.dtype, str], Served] = {}
+
+
+def kernel(op: str, device_type: str, dtype: torch.dtype) -> Kernel:
+    """The kernel that serves `op` for tensors of this device type and dtype.
+
+    Raises:
+        RuntimeError: a backend that should serve it does not, under MULKI_STRICT=1.
+        ValueError: MULKI_BACKEND names no backend.
+    """
+    key = (op, device_type, dtype, _setting(), os.environ.get("MULKI_STRICT"))
+    found = _kernels.get(key)
+    if found is None:
+        found = _kernels[key] = _choose_kernel(*key)
+    return found
+
+
+def _choose_kernel(
+    op: str, device_type: str, dtype: torch.dtype, setting: str, strict: str | None
+) -> Kernel:
+    served = choose(op, device_type, dtype, setting)
+    if served.rejected:
+        if strict == "1":
+            reasons = "; ".join(f"{name}: {why}" for name, why in served.rejected.items())
+            raise RuntimeError(
+                f"MULKI_STRICT: mulki::{op} for {device_type} tensors of {dtype} falls back to "
+                f"{served.backend} ({reasons}); unset MULKI_STRICT to allow it"
+            )
+        _fallbacks.setdefault((op, device_type, dtype, setting), served)
+    return BACKENDS[served.backend].kernel(op)
+
+
+def _setting() -> str:
+    name = _forced if _forced is not None else os.environ.get("MULKI_BACKEND", "auto")
+    if name not in NAMES:
+        raise ValueError(f"MULKI_BACKEND: got {name!r}, wanted one of {', '.join(NAMES)}")
+    return name
+
+
+def choose(op: str, device_type: str, dtype: torch.dtype, setting: str = "auto") -> Served:
+    """The first backend that serves `op`, among the candidates or after the forced one."""
+    if dtype == torch.float64:
+        return Served(op, device_type, dtype, "reference", {})
+    names = CANDIDATES.get(device_type, ()) if setting == "auto" else (setting,)
+    rejected: dict[str, str] = {}
+    for name in names:
+        reason = BACKENDS[name].why_not(op, device_type, dtype)
+        if reason is None:
+            return Served(op, device_type, dtype, name, rejected)
+        rejected[name] = reason
+    return Served(op, device_type, dtype, "reference", rejected)
+
+
+def use_backend(name: str) -> AbstractContextManager[None]:
+    """A context in which `name` serves the operators: auto, triton, cpp or reference.
+
+    It holds for the whole process, since autograd runs backward passes in threads of its own, and
+    takes precedence over MULKI_BACKEND. `triton` on CPU tensors needs TRITON_INTERPRET=1.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    if name not in NAMES:
+        raise ValueError(f"name: got {name!r}, wanted one of {', '.join(NAMES)}")
+    return _forcing(name)
+
+
+@contextmanager
+def _forcing(name: str) -> Iterator[None]:
+    global _forced
+    before, _forced = _forced, name
+    # What was missing may have been built or installed since it was asked for.
+    _kernels.clear()
+    try:
+        yield
+    finally:
+        _forced = before
+        _kernels.clear()
+
+
+def report() -> list[Served]:
+    """Who serves every operator in float32 and bfloat16 on every device type that is here."""
+    here = ["cpu"]
+    if torch.cuda.is_available():
+        here.append("cuda")
+    if torch.xpu.is_available():
+        here.append("xpu")
+    setting = _setting()
+    return [
+        _explain(choose(op, device_type, dtype, setting), setting)
+        for device_type in here
+        for op in schemas.SCHEMAS
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+
+
+def _explain(served: Served, setting: str) -> Served:
+    # A backend that was not asked because another is forced is a better one without a reason yet.
+    names = CANDIDATES.get(served.device_type, ("reference",))
+    place = names.index(served.backend) if served.backend in names else 0
+    unasked = {
+        name: f"{setting} is forced" for name in names[:place] if name not in served.rejected
+    }
+    return served._replace(rejected={**served.rejected, **unasked})
+
+
+def fallbacks() -> list[Served]:
+    """The fallbacks that have happened in this process, each once."""
+    return list(_fallbacks.values())

@@ -1,0 +1,123 @@
+"""Loads the C++ kernels for the CPU, at their first use and not before.
+
+`setup.py` builds `csrc/` once for each CPU capability into plain shared libraries beside the
+package's modules. Exactly one of them is loaded: two in one process would mix code for different
+instruction sets. Their names tell what must be known before: at::vec, of which the kernels are
+made, has no stable ABI, and registering a kernel whose schema differs from the operator's ends the
+process.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sysconfig
+import threading
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+
+from mulki.ops.schemas import SCHEMAS
+
+CAPABILITIES = ("AVX512", "AVX2", "DEFAULT")  # best first
+PACKAGE = Path(__file__).resolve().parent.parent
+
+_lock = threading.Lock()
+_outcome: list[str | None] = []  # of the one attempt to load, once it was made
+
+
+def load() -> str | None:
+    """Load the kernels into `torch.ops.mulki_cpp`; None, or why not in one sentence.
+
+    The first call decides for the whole process. MULKI_DISABLE_CPP=1 leaves them out.
+    """
+    with _lock:
+        if not _outcome:
+            _outcome.append(load_from(PACKAGE))
+        return _outcome[0]
+
+
+def capability() -> str:
+    """What `load` takes: the best capability that was built and that this CPU has.
+
+    ATEN_CPU_CAPABILITY (avx512, avx2 or default), which torch reads too, asks for a lower one.
+    """
+    found = find(PACKAGE)
+    return found[0] if found else cpu_capabilities()[0]
+
+
+def library_name(capability: str) -> str:
+    """The name, without suffix, of the library for this torch and these operators."""
+    schemas = sha256(repr(SCHEMAS).encode()).hexdigest()[:8]
+    return f"_cpu_{capability.lower()}_torch{torch_version().replace('.', '_')}_{schemas}"
+
+
+def torch_version() -> str:
+    return ".".join(torch.__version__.split(".")[:2])
+
+
+def cpu_capabilities() -> tuple[str, ...]:
+    """The capabilities of this CPU, best first."""
+    # torch has further names, such as SVE256; there the build without special flags serves.
+    best = torch.backends.cpu.get_cpu_capability()
+    return CAPABILITIES[CAPABILITIES.index(best) :] if best in CAPABILITIES else ("DEFAULT",)
+
+
+def find(package: Path) -> tuple[str, Path] | None:
+    """The library to load, and its capability."""
+    for name in cpu_capabilities():
+        for suffix in (".so", ".pyd"):
+            path = package / (library_name(name) + suffix)
+            if path.is_file():
+                return name, path
+    return None
+
+
+def load_from(package: Path) -> str | None:
+    """`load` from any folder, and anew at every call."""
+    if os.environ.get("MULKI_DISABLE_CPP", "") not in ("", "0"):
+        return "MULKI_DISABLE_CPP is set: unset it to use the C++ kernels"
+    found = find(package)
+    if found is None:
+        return _why_none(package)
+    try:
+        torch.ops.load_library(found[1])
+    except OSError as error:
+        # torch says only that it could not; the linker's message is behind it.
+        return f"the C++ kernels do not load ({error.__cause__ or error}): {_remedy(package)}"
+    return None
+
+
+def _why_none(package: Path) -> str:
+    remedy = _remedy(package)
+    pattern = re.compile(r"_cpu_[a-z0-9]+_torch(\d+_\d+)_[0-9a-f]{8}\.(?:so|pyd)")
+    names = [match for path in package.iterdir() if (match := pattern.fullmatch(path.name))]
+    versions = {match[1].replace("_", ".") for match in names}
+    if not names:
+        compiler = _compiler()
+        if compiler is None:
+            remedy = f"install a C++ compiler (none is on PATH) and {remedy}"
+            return f"the C++ kernels were not built: {remedy}"
+        return f"the C++ kernels were not built ({compiler} is on PATH): {remedy}"
+    if torch_version() not in versions:
+        built, this = ", ".join(sorted(versions)), torch_version()
+        return f"the C++ kernels were built for torch {built}, this is torch {this}: {remedy}"
+    if not any(Path(match[0]).stem in map(library_name, CAPABILITIES) for match in names):
+        return f"the C++ kernels were built for another version of mulki's operators: {remedy}"
+    best = cpu_capabilities()[0]
+    return f"the C++ kernels were built for CPUs with more than {best} alone: {remedy}"
+
+
+def _remedy(package: Path) -> str:
+    if (package.parent / "setup.py").is_file():
+        return f"run `python setup.py build_ext --inplace` in {package.parent}"
+    options = "--no-build-isolation --no-cache-dir --force-reinstall --no-deps"
+    return f"reinstall with `pip install {options} mulki`"
+
+
+def _compiler() -> str | None:
+    configured = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or ""
+    names = (*configured.split()[:1], "c++", "g++", "clang++", "cl")
+    return next((path for name in names if (path := shutil.which(name))), None)

@@ -1,0 +1,39 @@
+"""The kernels of the public operators: one function each that asks for a backend and calls it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mulki.ops import backends, schemas
+
+KEYS = ("CPU", "CUDA", "XPU", "MPS")
+
+
+def _router(op: str) -> backends.Kernel:
+    # The upstream gradient comes before x.
+    position = 1 if op.endswith("_backward") else 0
+
+    def route(*args: Any) -> Any:
+        x = args[position]
+        kind = x.device.type
+        kernel = backends.kernel(op, kind, x.dtype)
+        if not torch.is_autocast_enabled(kind):
+            return kernel(*args)
+        # Operands are rounded before the operator; inside, autocast would round the logits.
+        with torch.autocast(kind, enabled=False):
+            return kernel(*args)
+
+    return route
+
+
+def _scaled(grad: Tensor, stored: Tensor, like: Tensor) -> Tensor:
+    return torch.mul(stored, grad, out=torch.empty_like(stored, dtype=like.dtype))
+
+
+for _op in schemas.SCHEMAS:
+    for _key in KEYS:
+        schemas.library.impl(_op, _router(_op), _key)
+schemas.library.impl("scaled", _scaled, "CompositeExplicitAutograd")

@@ -1,0 +1,20 @@
+"""The backends that serve CPU tensors here, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from mulki.ops import native, use_backend
+
+
+@pytest.fixture(params=["reference", "cpp"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Run with each backend; strict, so that no other one answers in its place."""
+    name: str = request.param
+    if name == "cpp" and (reason := native.load()) is not None:
+        pytest.skip(reason)
+    monkeypatch.setenv("MULKI_STRICT", "1")
+    with use_backend(name):
+        yield name

@@ -1,0 +1,185 @@
+"""Arguments for every operator, and what they should give: the reference under autograd.
+
+A case is a row operator with arguments of the kind its name says. `form_arguments` makes those of
+the `_backward` and `_reduced` operators from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mulki.ops import reference
+from mulki.ops.reference import wide
+
+OPS = torch.ops.mulki
+
+
+class Case(NamedTuple):
+    op: str
+    args: tuple[Any, ...]
+
+    @property
+    def leaves(self) -> int:
+        """x, w, scale and, of siglip, bias."""
+        return 4 if self.op == "siglip" else 3
+
+
+def unit_rows(generator: torch.Generator, n: int, d: int) -> Tensor:
+    return F.normalize(torch.randn(n, d, generator=generator, dtype=torch.float64), dim=1)
+
+
+def make(
+    name: str,
+    n: int = 6,
+    p: int = 5,
+    d: int = 4,
+    dtype: torch.dtype = torch.float64,
+    scale: float = 9.0,
+    gap: float | None = None,
+    seed: int = 0,
+) -> Case:
+    """A case by its name. With a `gap`, teachers are the student but for noise of that size."""
+    generator = torch.Generator().manual_seed(seed)
+    p = n if name in ("contrastive", "siglip") else p
+    x, w = unit_rows(generator, n, d), unit_rows(generator, p, d)
+    widths = (d, d) if gap is not None else (d, d + 3)
+    teacher_x = [unit_rows(generator, n, width) for width in widths]
+    teacher_w = [unit_rows(generator, p, width) for width in widths]
+    scales = [scale, scale / 2]
+    if gap is not None:
+        teacher_x = [F.normalize(x + gap * u, dim=1) for u in teacher_x]
+        teacher_w, scales = [w, w], [scale, scale]
+    mask = torch.arange(p) % 3 != 1  # class 0 takes part
+    target = torch.randint(max(p, 1), (n,), generator=generator)
+    kept = torch.where(target % 3 != 1, target, 0)
+    ignored = torch.where(torch.arange(n) % 4 == 1, -100, kept)
+    weights = torch.rand(n, 2, generator=generator, dtype=torch.float64)
+
+    def number(value: float | list[float]) -> Tensor:
+        return torch.tensor(value, dtype=wide(dtype))
+
+    operands = x.to(dtype), w.to(dtype), number(scale)
+    teachers = (
+        [u.to(dtype) for u in teacher_x],
+        [v.to(dtype) for v in teacher_w],
+        number(scales),
+    )
+    given = weights.to(wide(dtype))
+    cases = {
+        "similarity": ("similarity", (False,)),
+        "cosines": ("similarity", (True,)),
+        "ce": ("prototype_cross_entropy", (target, None, 0.0, -100)),
+        "ce_all": ("prototype_cross_entropy", (ignored, mask, 0.2, -100)),
+        "kl": ("teacher_kl", (*teachers, None, None, None, 2.0, 1.0, "uniform", True)),
+        "kl_label": ("teacher_kl", (*teachers, None, kept, mask, 2.0, 0.5, "label", True)),
+        "kl_confidence": (
+            "teacher_kl",
+            (*teachers, None, None, None, 1.5, 2.0, "confidence", False),
+        ),
+        "kl_weights": ("teacher_kl", (*teachers, given, None, mask, 2.0, 1.0, "uniform", True)),
+        "contrastive": ("contrastive", ()),
+        "siglip": ("siglip", (number(-3.0),)),
+    }
+    op, rest = cases[name]
+    return Case(op, (*operands, *rest))
+
+
+NAMES = (
+    "similarity",
+    "cosines",
+    "ce",
+    "ce_all",
+    "kl",
+    "kl_label",
+    "kl_confidence",
+    "kl_weights",
+    "contrastive",
+    "siglip",
+)
+LOSSES = NAMES[2:]
+
+
+def _kl(x: Tensor, w: Tensor, scale: Tensor, tx: Any, tw: Any, ts: Any, *rest: Any) -> Tensor:
+    weights, target, mask, temperature, gate_temperature, gate, t2 = rest
+    teachers = list(zip(tx, tw, ts, strict=True))
+    options = temperature, t2, weights, gate, gate_temperature, target, mask
+    return reference.teacher_kl((x, w, scale), teachers, *options, "none")[0]
+
+
+SPECIFICATION: dict[str, Callable[..., Tensor]] = {
+    "similarity": reference.similarity,
+    "prototype_cross_entropy": lambda *args: reference.prototype_cross_entropy(*args, "none"),
+    "teacher_kl": _kl,
+    "contrastive": lambda x, w, scale: reference.contrastive(x, w, scale, None, "none"),
+    "siglip": lambda *args: reference.siglip(*args, "none"),
+}
+
+
+def requiring_grad(case: Case, wanted: Sequence[bool] | None = None) -> Case:
+    """The same case on leaves of its own."""
+    wanted = [True] * case.leaves if wanted is None else wanted
+    leaves = [
+        t.detach().clone().requires_grad_(grad)
+        for t, grad in zip(case.args[: case.leaves], wanted, strict=True)
+    ]
+    return Case(case.op, (*leaves, *case.args[case.leaves :]))
+
+
+def upstream(case: Case) -> Tensor:
+    """A gradient for every row (every entry of a similarity), of both signs."""
+    x, w = case.args[:2]
+    if case.op == "similarity":
+        grad = torch.linspace(-1.5, 2, x.shape[0] * w.shape[0], dtype=torch.float64)
+        return grad.reshape(x.shape[0], w.shape[0]).to(x.dtype)
+    return torch.linspace(-1.5, 2, x.shape[0], dtype=wide(x.dtype))
+
+
+def first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def form_arguments(case: Case, form: str, wanted: Sequence[bool], mean: bool = True) -> Case:
+    """The case for another form of its operator, "backward" or "reduced"."""
+    if form == "reduced":
+        return Case(f"{case.op}_reduced", (*case.args, mean, list(wanted)))
+    args = case.args
+    if case.op == "contrastive":
+        args = (*args, *run(case)[1:])
+    if case.op == "teacher_kl":
+        used = run(case)[2]
+        temperature, t2 = args[9], args[12]
+        args = (*args[:6], used, args[8], temperature, t2)
+    return Case(f"{case.op}_backward", (upstream(case), *args, list(wanted)))
+
+
+def run(case: Case) -> Any:
+    return getattr(OPS, case.op)(*case.args)
+
+
+def count(case: Case) -> Tensor | int:
+    """How many rows a mean is over."""
+    if case.op == "prototype_cross_entropy":
+        return (case.args[3] != case.args[6]).sum()
+    return case.args[0].shape[0]
+
+
+def expected(case: Case, mean: bool | None = None) -> tuple[Tensor, list[Tensor]]:
+    """The reference's rows (mean: None), sum or mean in float64, and its gradients by autograd."""
+    double = requiring_grad(Case(case.op, tuple(_double(a) for a in case.args)))
+    out = SPECIFICATION[case.op](*double.args)
+    if mean is not None:
+        out = out.sum() / (count(case) if mean else 1)
+    grad = upstream(case).double() if mean is None else None
+    leaves = double.args[: case.leaves]
+    return out.detach(), list(torch.autograd.grad(out, leaves, grad))
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_double(v) for v in value]
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -1,0 +1,249 @@
+"""What autograd may do with the operators, and what it may not."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from op_cases import (
+    LOSSES,
+    NAMES,
+    SPECIFICATION,
+    Case,
+    expected,
+    first,
+    form_arguments,
+    make,
+    requiring_grad,
+    run,
+    upstream,
+)
+
+from mulki import ops
+from mulki.ops import backends
+
+REDUCTIONS = ("none", "sum", "mean")
+FORMS = [*((name, "rows") for name in NAMES), *((name, "reduced") for name in LOSSES)]
+
+
+def loss_of(case: Case, reduction: str) -> torch.Tensor:
+    """The case through the function of `mulki.ops`, which chooses the form."""
+    x, w, scale, *rest = case.args
+    if case.op == "prototype_cross_entropy":
+        return ops.prototype_cross_entropy(x, w, scale, *rest, reduction)
+    if case.op == "teacher_kl":
+        tx, tw, ts, weights, target, mask, temperature, gate_temperature, gate, t2 = rest
+        teachers = list(zip(tx, tw, ts, strict=True))
+        options = temperature, t2, weights, gate, gate_temperature, target, mask
+        return ops.teacher_kl((x, w, scale), teachers, *options, reduction)[0]
+    if case.op == "contrastive":
+        return ops.contrastive(x, w, scale, None, reduction)
+    return ops.siglip(x, w, scale, *rest, reduction)
+
+
+def differentiable(name: str, form: str, dtype=torch.float32, wanted=None) -> tuple[Case, list]:
+    """A case on leaves of its own, and those that require grad."""
+    case = requiring_grad(make(name, dtype=dtype), wanted)
+    leaves = [leaf for leaf in case.args[: case.leaves] if leaf.requires_grad]
+    if form == "reduced":
+        wanted = [leaf.requires_grad for leaf in case.args[: case.leaves]]
+        case = form_arguments(case, "reduced", wanted)
+    return case, leaves
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_any_upstream_gradient_reaches_the_operands(name, reduction):
+    case = requiring_grad(make(name))
+    loss = loss_of(case, reduction)
+    # Not 1 for a loss among others, under a gradient scaler or for rows with weights of their own.
+    grad = upstream(case) if reduction == "none" else torch.tensor(-3.7, dtype=torch.float64)
+    twin = requiring_grad(case)
+    rows = SPECIFICATION[case.op](*twin.args)
+    count = 6
+    if case.op == "prototype_cross_entropy":
+        count = (case.args[3] != -100).sum()
+    want = rows if reduction == "none" else rows.sum() / (count if reduction == "mean" else 1)
+    torch.testing.assert_close(loss, want)
+    got = torch.autograd.grad(loss, case.args[: case.leaves], grad)
+    for a, b in zip(got, torch.autograd.grad(want, twin.args[: case.leaves], grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_a_second_backward_gives_the_same_bits(name, form, backend):
+    case, leaves = differentiable(name, form, torch.bfloat16)
+    out = first(run(case))
+    grad = torch.full_like(out, 0.3)
+    kept = grad.clone()
+    one = torch.autograd.grad(out, leaves, grad, retain_graph=True)
+    two = torch.autograd.grad(out, leaves, grad)
+    assert all(a.equal(b) for a, b in zip(one, two, strict=True))
+    assert grad.equal(kept) and grad._version == 0
+    for leaf, gradient in zip(leaves, one, strict=True):
+        assert gradient.dtype == leaf.dtype and gradient.shape == leaf.shape
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(out, leaves, grad)
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_frozen_operands_have_no_gradient_and_cost_none(name, form, monkeypatch):
+    """`wanted` reaches the kernel: it is what saves two of five products for a frozen text side."""
+    asked = []
+
+    class Spy(backends.Reference):
+        def kernel(self, op):
+            def recording(*args):
+                if op.endswith(("_backward", "_reduced")):
+                    asked.append(tuple(args[-1]))
+                return super(Spy, self).kernel(op)(*args)
+
+            return recording
+
+    monkeypatch.setitem(backends.BACKENDS, "reference", Spy())
+    count = 4 if name == "siglip" else 3
+    with ops.use_backend("reference"):
+        for wanted in itertools.product([False, True], repeat=count):
+            if not any(wanted):
+                continue
+            asked.clear()
+            case, leaves = differentiable(name, form, torch.float64, wanted)
+            out = first(run(case))
+            gradients = torch.autograd.grad(out, leaves, upstream(case) if form == "rows" else None)
+            assert asked == [wanted]
+            everything = expected(make(name), None if form == "rows" else True)[1]
+            kept = [g for g, w in zip(everything, wanted, strict=True) if w]
+            for a, b in zip(gradients, kept, strict=True):
+                torch.testing.assert_close(a, b)
+
+
+def test_a_frozen_leaf_keeps_no_gradient(backend):
+    for name in LOSSES:
+        for reduction in REDUCTIONS:
+            wanted = [True, False, False, False][: make(name).leaves]
+            case = requiring_grad(make(name, dtype=torch.float32), wanted)
+            loss_of(case, reduction).sum().backward()
+            assert case.args[0].grad is not None
+            assert all(leaf.grad is None for leaf in case.args[1 : case.leaves])
+
+
+def test_a_gradient_that_was_not_asked_for_is_an_error(backend):
+    case = requiring_grad(make("ce", dtype=torch.float32))
+    loss = run(form_arguments(case, "reduced", [True, False, True]))[0]
+    with pytest.raises(RuntimeError, match=r"^wanted\[1\]: got False"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_double_backward_raises(name, form, backend):
+    case, leaves = differentiable(name, form)
+    out = first(run(case))
+    for i in range(len(leaves)):
+        gradients = torch.autograd.grad(out.sum(), leaves, create_graph=True)
+        with pytest.raises(RuntimeError, match="double backward of .* is not supported"):
+            gradients[i].square().sum().backward()
+
+
+@pytest.mark.parametrize("form", ["rows", "reduced"])
+def test_double_backward_through_weights_raises(form):
+    case = make("kl_weights")
+    weights = case.args[6].requires_grad_()
+    if form == "reduced":
+        case = form_arguments(case, "reduced", [False] * 3)
+    (gradient,) = torch.autograd.grad(first(run(case)).sum(), weights, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward of .* is not supported"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("name", ["kl", "kl_weights", "contrastive"])
+def test_by_products_are_not_differentiable(name, backend):
+    for form in ("rows", "reduced"):
+        case, _ = differentiable(name, form)
+        loss, *rest = run(case)
+        assert loss.requires_grad
+        assert not any(out.requires_grad for out in rest)
+
+
+def test_without_gradients_the_row_operator_serves_all_reductions(monkeypatch):
+    called = []
+
+    class Spy(backends.Reference):
+        def kernel(self, op):
+            called.append(op)
+            return super().kernel(op)
+
+    monkeypatch.setitem(backends.BACKENDS, "reference", Spy())
+    for grad, reduction, form in (
+        (True, "none", ""),
+        (False, "mean", ""),
+        (True, "mean", "_reduced"),
+        (True, "sum", "_reduced"),
+    ):
+        for name in LOSSES:
+            with ops.use_backend("reference"), torch.set_grad_enabled(grad):
+                called.clear()
+                case = requiring_grad(make(name))
+                loss_of(case, reduction)
+                assert called == [case.op + form]
+
+
+def test_the_two_forms_agree(backend):
+    """With and without gradients a mean is the same number but for rounding."""
+    for name in LOSSES:
+        case = requiring_grad(make(name, dtype=torch.float32))
+        for reduction in ("sum", "mean"):
+            with torch.no_grad():
+                rows = loss_of(case, reduction)
+            torch.testing.assert_close(loss_of(case, reduction), rows, rtol=2e-6, atol=1e-6)
+
+
+def test_a_logit_bias_under_a_softmax_has_a_gradient_of_zero(unit):
+    x, w = unit(6, 4), unit(6, 4)
+    for reduction in REDUCTIONS:
+        bias = torch.tensor(-3.0, requires_grad=True)
+        loss = ops.contrastive(x, w, 9.0, bias, reduction)
+        loss.sum().backward()
+        assert bias.grad is not None and bias.grad == 0
+        assert loss.equal(ops.contrastive(x, w, 9.0, None, reduction))
+
+
+def test_gradients_flow_through_a_scale_of_another_dtype_and_accumulate(unit):
+    x, w = unit(6, 4).float(), unit(5, 4).float()
+    log_scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    for _ in range(2):
+        ops.prototype_cross_entropy(
+            x, w, log_scale.exp(), torch.zeros(6).long(), None, 0.0, -100, "mean"
+        ).backward()
+    twin = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    logits = twin.exp() * (x.double() @ w.double().T)
+    torch.nn.functional.cross_entropy(logits, torch.zeros(6).long()).backward()
+    torch.testing.assert_close(log_scale.grad, 2 * twin.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_a_loss_scaler_acts_before_the_gradient_is_rounded_to_half_precision(backend):
+    case = make("kl", n=64, p=100, d=16, dtype=torch.float16, scale=1.0, gap=1e-3)
+    truth = expected(case, True)[1][0]
+    assert truth.abs().max() < torch.finfo(torch.float16).tiny
+    case = requiring_grad(case, [True, False, False])
+    factor = 2.0**20
+    (loss_of(case, "mean") * factor).backward()
+    error = case.args[0].grad.double() / factor - truth
+    assert error.norm() < 1e-2 * truth.norm()
+
+
+def test_forward_mode_is_refused(unit):
+    x, w = unit(6, 4), unit(6, 4)
+    for loss in (
+        lambda x: ops.contrastive(x, w, 9.0, None, "mean"),
+        lambda x: ops.similarity(x, w, 9.0),
+        lambda x: ops.siglip(w, w, 9.0, x[0, 0], "mean"),
+    ):
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            torch.func.jvp(loss, (x,), (w,))
+
+
+def test_vmap_loops_over_the_operator(unit):
+    x, w = torch.stack([unit(6, 4), unit(6, 4)]), unit(5, 4)
+    got = torch.vmap(lambda v: ops.similarity(v, w, 9.0))(x)
+    torch.testing.assert_close(got, 9 * x @ w.T)

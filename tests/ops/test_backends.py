@@ -1,0 +1,254 @@
+"""Which backend serves an operator, and what is said about the others."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from op_cases import NAMES, form_arguments, make, requiring_grad, run
+
+from mulki import ops
+from mulki.ops import backends, schemas, use_backend
+
+HALF = torch.bfloat16
+FULL = torch.float32
+
+
+class Stub:
+    """A backend that serves what it is told to, and answers with the reference's kernels."""
+
+    def __init__(self, reason: str | None = None):
+        self.reason = reason
+        self.called: list[tuple[str, int]] = []
+
+    def why_not(self, op, device_type, dtype):
+        return self.reason
+
+    def kernel(self, op):
+        reference = backends.Reference().kernel(op)
+
+        def counted(*args):
+            self.called.append((op, threading.get_ident()))
+            return reference(*args)
+
+        return counted
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    """No choice of the surroundings, nothing remembered."""
+    for name in ("MULKI_BACKEND", "MULKI_STRICT", "TRITON_INTERPRET"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(backends, "_kernels", {})
+    monkeypatch.setattr(backends, "_fallbacks", {})
+
+
+@pytest.fixture
+def cpp(monkeypatch):
+    stub = Stub()
+    monkeypatch.setitem(backends.BACKENDS, "cpp", stub)
+    return stub
+
+
+def similarity(dtype=FULL, grad=False):
+    case = make("similarity", dtype=dtype)
+    return run(requiring_grad(case) if grad else case)
+
+
+def test_cpu_tensors_go_to_cpp_when_it_serves_them(cpp):
+    similarity()
+    assert [op for op, _ in cpp.called] == ["similarity"]
+    assert ops.fallbacks() == []
+
+
+def test_a_fallback_is_recorded_once_with_its_reason(cpp):
+    cpp.reason = "no compiler"
+    for _ in range(3):
+        similarity()
+    similarity(HALF)
+    assert [(f.op, f.dtype, f.backend, f.rejected) for f in ops.fallbacks()] == [
+        ("similarity", FULL, "reference", {"cpp": "no compiler"}),
+        ("similarity", HALF, "reference", {"cpp": "no compiler"}),
+    ]
+    assert cpp.called == []
+
+
+def test_strict_makes_a_fallback_an_error_with_its_reason(cpp, monkeypatch):
+    cpp.reason = "no compiler"
+    similarity()
+    monkeypatch.setenv("MULKI_STRICT", "1")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="mulki::similarity.*cpu.*cpp: no compiler"):
+            similarity()
+    monkeypatch.setenv("MULKI_STRICT", "0")
+    similarity()
+
+
+def test_float64_is_the_references_by_design(cpp, monkeypatch):
+    monkeypatch.setenv("MULKI_STRICT", "1")
+    for name in ("auto", "cpp", "triton", "reference"):
+        with use_backend(name):
+            similarity(torch.float64)
+    assert cpp.called == [] and ops.fallbacks() == []
+
+
+def test_use_backend_forces_one_nests_and_restores_on_an_error(cpp):
+    with use_backend("reference"):
+        similarity()
+        assert cpp.called == []
+        with use_backend("cpp"):
+            similarity()
+            assert len(cpp.called) == 1
+        with pytest.raises(KeyError), use_backend("auto"):
+            raise KeyError
+        similarity()
+        assert len(cpp.called) == 1
+    similarity()
+    assert len(cpp.called) == 2
+    assert ops.fallbacks() == []
+
+
+def test_use_backend_reaches_the_threads_of_autograd(cpp):
+    """It is not thread-local: a backward pass may run in another thread."""
+    out = similarity(grad=True)
+    with use_backend("cpp"):
+        thread = threading.Thread(target=lambda: out.sum().backward())
+        thread.start()
+        thread.join()
+    (_, here), (op, there) = cpp.called
+    assert op == "similarity_backward" and there != here
+
+
+def test_the_variable_is_read_at_every_call_and_use_backend_precedes_it(cpp, monkeypatch):
+    monkeypatch.setenv("MULKI_BACKEND", "reference")
+    similarity()
+    assert cpp.called == []
+    with use_backend("auto"):
+        similarity()
+    assert len(cpp.called) == 1
+    monkeypatch.setenv("MULKI_BACKEND", "cpp")
+    similarity()
+    assert len(cpp.called) == 2
+
+
+def test_unknown_names_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="^name: got 'cuda', wanted one of auto, triton, cpp, ref"):
+        use_backend("cuda")
+    monkeypatch.setenv("MULKI_BACKEND", "eager")
+    with pytest.raises(ValueError, match="^MULKI_BACKEND: got 'eager', wanted one of auto"):
+        similarity()
+
+
+def test_a_forced_backend_that_cannot_serve_is_a_recorded_fallback(cpp, monkeypatch):
+    cpp.reason = "not built"
+    with use_backend("cpp"):
+        similarity()
+    with use_backend("triton"):
+        similarity()
+    reasons = [f.rejected for f in ops.fallbacks()]
+    assert reasons[0] == {"cpp": "not built"}
+    assert "TRITON_INTERPRET=1" in reasons[1]["triton"]
+
+
+@pytest.mark.parametrize(
+    ("device_type", "wanted"),
+    [("cpu", "cpp"), ("cuda", "triton"), ("xpu", "triton"), ("mps", "reference")],
+)
+def test_candidates_by_device_type(cpp, monkeypatch, device_type, wanted):
+    monkeypatch.setitem(backends.BACKENDS, "triton", Stub())
+    for dtype in (FULL, HALF):
+        served = backends.choose("siglip", device_type, dtype)
+        assert (served.backend, served.rejected) == (wanted, {})
+
+
+def test_what_cpp_does_not_take(monkeypatch):
+    native = types.ModuleType("mulki.ops.native")
+    monkeypatch.setitem(sys.modules, "mulki.ops.native", native)
+    cpp = backends.Cpp()
+    assert "not cuda" in cpp.why_not("siglip", "cuda", FULL)
+    assert "float8" in cpp.why_not("siglip", "cpu", torch.float8_e4m3fn)
+    # A module that is not what it should be must not stop the reference from answering.
+    assert "AttributeError" in cpp.why_not("siglip", "cpu", FULL)
+    native.load = lambda: "no compiler"
+    assert cpp.why_not("siglip", "cpu", FULL) == "no compiler"
+    native.load = lambda: None
+    there = torch._C._dispatch_has_kernel_for_dispatch_key("mulki_cpp::siglip", "CPU")
+    assert cpp.why_not("siglip", "cpu", FULL) == (
+        None if there else "the library has no kernel for siglip"
+    )
+
+
+def test_what_triton_does_not_take(monkeypatch):
+    triton = backends.Triton()
+    monkeypatch.setitem(sys.modules, "mulki.kernels", None)
+    assert "mulki.kernels" in triton.why_not("siglip", "cuda", FULL)
+    kernels = types.ModuleType("mulki.kernels")
+    monkeypatch.setitem(sys.modules, "mulki.kernels", kernels)
+    assert triton.why_not("siglip", "cuda", FULL) == "mulki.kernels is not installed"
+    kernels.kernel = lambda op: len
+    kernels.why_not = lambda op, device_type, dtype: f"no {op} on {device_type}"
+    assert triton.why_not("siglip", "cuda", FULL) == "no siglip on cuda"
+    assert triton.kernel("siglip") is len
+    assert "TRITON_INTERPRET" in triton.why_not("siglip", "cpu", FULL)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert triton.why_not("siglip", "cpu", FULL) == "no siglip on cpu"
+
+    def broken(op, device_type, dtype):
+        raise ImportError("no module named triton")
+
+    kernels.why_not = broken
+    assert triton.why_not("siglip", "cuda", FULL) == "ImportError: no module named triton"
+
+
+def test_report_names_who_serves_and_why_others_do_not(cpp):
+    cpp.reason = "no compiler"
+
+    def of_the_cpu():
+        return [served for served in ops.report() if served.device_type == "cpu"]
+
+    cpu = of_the_cpu()
+    assert {(s.op, s.dtype) for s in cpu} == {(o, d) for o in schemas.SCHEMAS for d in (FULL, HALF)}
+    assert all(s.backend == "reference" and s.rejected == {"cpp": "no compiler"} for s in cpu)
+    cpp.reason = None
+    assert all(s.backend == "cpp" and s.rejected == {} for s in of_the_cpu())
+    with use_backend("reference"):
+        served = of_the_cpu()[0]
+        assert (served.backend, served.rejected) == ("reference", {"cpp": "reference is forced"})
+    # A report is a question, not a call.
+    assert ops.fallbacks() == [] and cpp.called == []
+
+
+def test_importing_mulki_loads_no_kernels():
+    code = (
+        "import mulki, sys, torch\n"
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
+        "assert has('mulki::siglip', 'CUDA') and not has('mulki_cpp::siglip', 'CPU')\n"
+        "assert 'triton' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
+
+
+def test_autocast_is_off_inside_an_operator(cpp):
+    seen = []
+    cpp.kernel = lambda op: (
+        lambda *args: (seen.append(torch.is_autocast_enabled("cpu")), args[0] + 0)[1]
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert similarity().dtype == FULL
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [False]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_around_a_backward_changes_nothing(name, backend):
+    case = make(name, dtype=FULL)
+    case = form_arguments(case, "backward", [True] * case.leaves)
+    plain = run(case)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = run(case)
+    assert all(a.equal(b) for a, b in zip(plain, cast, strict=True))

@@ -1,0 +1,146 @@
+"""Where kernels go wrong that are right on ordinary inputs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from op_cases import NAMES, Case, expected, first, form_arguments, make, requiring_grad, run
+from torch import Tensor
+
+ALL = [True] * 3
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+def cross_entropy(
+    x: Tensor, w: Tensor, target: list[int], mask: Tensor | None = None, scale: float = 9.0
+) -> Case:
+    return Case(
+        "prototype_cross_entropy",
+        (x, w, torch.tensor(scale), torch.tensor(target), mask, 0.0, -100),
+    )
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_an_excluded_class_holds_does_not_matter(bad, backend):
+    for name in ("ce_all", "kl_label", "kl_weights"):
+        case = make(name, n=6, p=8, d=5, dtype=torch.float32)
+        want = first(run(case))
+        for w in (case.args[1], *(case.args[4] if case.op == "teacher_kl" else ())):
+            w[1] = bad  # class 1 is masked
+        assert torch.equal(first(run(case)), want)
+
+
+def test_an_ignored_row_has_no_gradient_whatever_it_holds(backend):
+    x, w = torch.ones(3, 4), torch.eye(4)
+    x[1] = 1e38
+    case = cross_entropy(x, w, [0, -100, 2])
+    total, dx, dw, dscale = run(form_arguments(case, "reduced", ALL))
+    assert all(t.isfinite().all() for t in (total, dx, dw, dscale))
+    assert dx[1].eq(0).all() and dx[0].ne(0).any()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("place", [0, 2, 5])
+def test_an_upstream_gradient_that_is_not_finite_stays_with_its_row(bad, place, backend):
+    case = make("ce", n=6, p=7, d=5, dtype=torch.float32)
+    backward = form_arguments(case, "backward", ALL)
+    (dx, _, _) = run(backward)
+    grad = backward.args[0].clone()
+    grad[place] = bad
+    spoilt, dw, _ = run(Case(backward.op, (grad, *backward.args[1:])))
+    others = torch.arange(6) != place
+    assert not spoilt[place].isfinite().any() and not dw.isfinite().all()
+    torch.testing.assert_close(spoilt[others], dx[others], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_student_that_is_its_only_teacher_has_a_gradient_of_zero(dtype, backend):
+    case = make("kl", n=9, p=300, d=20, dtype=dtype, scale=50.0)
+    x, w, scale, *_ = case.args
+    case = Case(case.op, (x, w, scale, [x], [w], scale.reshape(1), *case.args[6:]))
+    total, kl, _, _, dx, dw, dscale = run(form_arguments(case, "reduced", ALL))
+    for value in (total, kl, dx, dw, dscale):
+        assert value.eq(0).all()
+
+
+@pytest.mark.parametrize(("scale", "bias"), [(100.0, -60.0), (60.0, -40.0), (720.0, 0.0)])
+def test_siglip_of_pairs_that_match_well_or_badly(scale, bias, backend):
+    x = make("siglip", n=200, d=64, dtype=torch.float32).args[0]
+    for w in (x, -x):
+        case = Case("siglip", (x, w, torch.tensor(scale), torch.tensor(bias)))
+        value, gradients = expected(case, True)
+        got = run(form_arguments(case, "reduced", [True] * 4))
+        for one, want in zip(got, (value, *gradients), strict=True):
+            assert relative(one, want) < 2e-5
+
+
+@pytest.mark.parametrize("scale", [30.0, 60.0])
+def test_contrastive_of_pairs_that_match_well(scale, backend):
+    """The loss is what a logarithm of 1 and a little leaves."""
+    x = make("contrastive", n=200, d=64, dtype=torch.float32, seed=1).args[0]
+    case = Case("contrastive", (x, x, torch.tensor(scale)))
+    value, gradients = expected(case, True)
+    plain = requiring_grad(case)
+    with torch.enable_grad():
+        z = plain.args[2] * plain.args[0] @ plain.args[1].T
+        y = torch.arange(200)
+        loss = (
+            torch.nn.functional.cross_entropy(z, y) + torch.nn.functional.cross_entropy(z.T, y)
+        ) / 2
+    unfused = [loss, *torch.autograd.grad(loss, plain.args)]
+    got = run(form_arguments(case, "reduced", ALL))
+    for one, other, want in zip(got, unfused, (value, *gradients), strict=True):
+        assert relative(one, want) < 3 * relative(other.detach(), want) + 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_features_without_a_dimension(name, backend):
+    case = make(name, n=4, p=5, d=1, dtype=torch.float32)
+    x, w, scale, *rest = case.args
+    if case.op == "teacher_kl":
+        rest[:2] = [[u[:, :0] for u in rest[0]], [v[:, :0] for v in rest[1]]]
+    case = Case(case.op, (x[:, :0], w[:, :0], scale, *rest))
+    torch.testing.assert_close(first(run(case)), expected(case)[0].float(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_class_mask_without_a_class_is_refused(backend):
+    x, w = torch.ones(2, 3), torch.ones(4, 3)
+    case = cross_entropy(x, w, [-100, -100], torch.zeros(4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="class_mask"):
+        run(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_onednn(dtype, backend):
+    case = make("kl_label", n=20, p=33, d=24, dtype=dtype, scale=20.0)
+    with_it = run(form_arguments(case, "reduced", ALL))
+    with torch.backends.mkldnn.flags(enabled=False):
+        without = run(form_arguments(case, "reduced", ALL))
+    for one, other in zip(with_it, without, strict=True):
+        assert relative(other, one.double()) < 1e-2 if one.norm() else other.eq(0).all()
+    assert run(case)[0].isfinite().all()
+
+
+def test_more_classes_than_a_super_block_was_made_for(backend):
+    case = make("kl", n=70, p=25_000, d=3, dtype=torch.float32)
+    value, gradients = expected(case, True)
+    total, _, _, _, *got = run(form_arguments(case, "reduced", ALL))
+    for one, want in zip((total, *got), (value, *gradients), strict=True):
+        assert relative(one, want) < 1e-4
+
+
+def test_more_teachers_than_two(backend):
+    case = make("kl", n=5, p=9, d=4, dtype=torch.float32)
+    x, w, scale, (u, _), (v, _), _, *rest = case.args
+    k = 11
+    scales = torch.linspace(3, 9, k)
+    case = Case(case.op, (x, w, scale, [u] * k, [v] * k, scales, *rest))
+    value, gradients = expected(case, True)
+    total, _, _, _, *got = run(form_arguments(case, "reduced", ALL))
+    for one, want in zip((total, *got), (value, *gradients), strict=True):
+        assert relative(one, want) < 1e-4

@@ -1,0 +1,149 @@
+"""Schemas, fake kernels, and what direct calls of the operators are refused for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_cases import LOSSES, NAMES, OPS, Case, first, form_arguments, make, requiring_grad, run
+from torch._subclasses import FakeTensorMode
+from torch.library import opcheck
+
+from mulki.ops import schemas
+
+FORMS = [(name, form) for name in NAMES for form in ("rows", "backward", "reduced")]
+FORMS = [(n, f) for n, f in FORMS if n in LOSSES or f != "reduced"]
+
+
+def of_form(case: Case, form: str, wanted=None, mean: bool = True) -> Case:
+    wanted = [True] * case.leaves if wanted is None else wanted
+    return case if form == "rows" else form_arguments(case, form, wanted, mean)
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_opcheck(name, form, backend):
+    case = make(name, dtype=torch.float64 if backend == "reference" else torch.bfloat16)
+    if form != "backward":
+        case = requiring_grad(case)
+    case = of_form(case, form)
+    opcheck(getattr(OPS, case.op).default, case.args)
+
+
+def test_opcheck_of_given_weights_and_of_scaled(unit):
+    case = requiring_grad(make("kl_weights"), [True, False, True])
+    args = (*case.args[:6], case.args[6].requires_grad_(), *case.args[7:])
+    opcheck(OPS.teacher_kl.default, args)
+    opcheck(OPS.teacher_kl_reduced.default, (*args, True, [True, False, True]))
+    opcheck(OPS.scaled.default, (unit(1, 1)[0, 0], unit(3, 4), unit(3, 4).bfloat16()))
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_fake_kernels_give_the_same_shapes_dtypes_and_strides(name, form, backend):
+    for n, wanted in ((6, (True, False, True, False)), (0, (False, True, False, True))):
+        case = make(name, n=n, dtype=torch.float32)
+        # Transposed rows: the layout of the result must not follow.
+        columns = [t.T.contiguous().T for t in case.args[:2]]
+        case = Case(case.op, (*columns, *case.args[2:]))
+        case = of_form(case, form, wanted[: case.leaves])
+        real = run(case)
+        with FakeTensorMode() as mode:
+            fake = run(Case(case.op, tuple(_fake(mode, a) for a in case.args)))
+        outputs = [out if isinstance(out, tuple) else (out,) for out in (real, fake)]
+        for a, b in zip(*outputs, strict=True):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+            assert a.is_contiguous() and b.is_contiguous()
+
+
+def _fake(mode: FakeTensorMode, value: object) -> object:
+    if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
+        return [mode.from_tensor(v) for v in value]
+    return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+
+
+def test_both_namespaces_have_the_same_schemas():
+    for op in schemas.SCHEMAS:
+        public, cpp = (str(getattr(space, op).default._schema) for space in _namespaces())
+        assert public.replace("mulki::", "") == cpp.replace("mulki_cpp::", "")
+
+
+def _namespaces():
+    return torch.ops.mulki, torch.ops.mulki_cpp
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_no_argument_is_mutated_and_none_comes_back(name, form, backend):
+    case = of_form(make(name, dtype=torch.float32), form)
+    tensors = [t for a in case.args for t in (a if isinstance(a, list) else [a])]
+    tensors = [t for t in tensors if isinstance(t, torch.Tensor)]
+    before = [(t.clone(), t._version) for t in tensors]
+    output = run(case)
+    for tensor, (old, version) in zip(tensors, before, strict=True):
+        assert tensor.equal(old) and tensor._version == version
+    given = {t.untyped_storage().data_ptr() for t in tensors}
+    for out in output if isinstance(output, tuple) else (output,):
+        assert out.numel() == 0 or out.untyped_storage().data_ptr() not in given
+
+
+def with_argument(case: Case, position: int, value: object) -> Case:
+    return Case(case.op, (*case.args[:position], value, *case.args[position + 1 :]))
+
+
+LABELS = torch.tensor([0, 2, 3, 0, 2, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("name", "position", "value", "error"),
+    [
+        ("similarity", 0, torch.ones(4), ValueError),
+        ("similarity", 1, torch.ones(5, 3), ValueError),
+        ("similarity", 1, torch.ones(5, 4, dtype=torch.float16), TypeError),
+        ("similarity", 1, torch.ones(0, 4), ValueError),
+        ("similarity", 2, torch.ones(2), ValueError),
+        ("ce", 3, LABELS + 2, ValueError),
+        ("ce", 3, LABELS - 1, ValueError),
+        ("ce", 3, LABELS[:5], ValueError),
+        ("ce", 3, LABELS.int(), TypeError),
+        ("ce_all", 3, LABELS + 1, ValueError),
+        ("ce", 4, torch.ones(4).bool(), ValueError),
+        ("ce", 4, torch.ones(5), TypeError),
+        ("ce", 4, torch.zeros(5).bool(), ValueError),
+        ("kl_label", 7, LABELS + 2, ValueError),
+        ("kl_label", 7, LABELS - 1, ValueError),
+        ("kl_label", 7, LABELS + 1, ValueError),
+        ("kl_label", 7, None, ValueError),
+        ("kl", 11, "lable", ValueError),
+        ("kl", 8, torch.zeros(5).bool(), ValueError),
+        ("kl_weights", 6, torch.ones(6, 3), ValueError),
+        ("kl_weights", 6, torch.ones(5, 2), ValueError),
+        ("kl", 3, [], ValueError),
+        ("contrastive", 1, torch.ones(5, 4), ValueError),
+        ("siglip", 1, torch.ones(7, 4), ValueError),
+        ("siglip", 3, torch.ones(2), ValueError),
+    ],
+)
+def test_direct_calls_refuse_what_does_not_fit(name, position, value, error, dtype, backend):
+    case = make(name, dtype=dtype)
+    if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
+        value = value.to(dtype) if position != 4 else value
+    bad = with_argument(case, position, value)
+    with pytest.raises(error):
+        run(bad)
+    if name in LOSSES:
+        with pytest.raises(error):
+            run(form_arguments(bad, "reduced", [True] * case.leaves))
+
+
+def test_targets_are_checked_in_compiled_code_too(backend):
+    case = make("ce", dtype=torch.float32)
+    compiled = torch.compile(
+        lambda target: first(run(with_argument(case, 3, target))), backend="eager", fullgraph=True
+    )
+    compiled(LABELS)
+    with pytest.raises(ValueError, match="target"):
+        compiled(LABELS + 2)
+
+
+def test_a_target_is_not_read_where_weights_are_given(backend):
+    case = make("kl_weights", dtype=torch.float32)
+    odd = with_argument(case, 7, torch.full((6,), 99))
+    assert run(odd)[0].equal(run(case)[0])

@@ -1,0 +1,265 @@
+"""setup.py and the loading of what it builds; nothing is compiled here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from setuptools import Distribution, Extension
+
+from mulki.ops import native
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MULKI_BUILD_CPP", "MULKI_DISABLE_CPP"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def run(*arguments: str, cwd: Path = ROOT, **variables: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout in which nothing is built or installed, without the bundled data."""
+    ignore = shutil.ignore_patterns("embedded", "__pycache__", "_cpu_*")
+    for folder in ("mulki", "kernels"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
+    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def setup_py(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """setup.py as a module, in a folder with one C++ source."""
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "one.cpp").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    spec = importlib.util.spec_from_file_location("mulki_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("platform", "capabilities"),
+    [
+        ("linux-x86_64", {"DEFAULT", "AVX2", "AVX512"}),
+        ("win-amd64", {"DEFAULT", "AVX2", "AVX512"}),
+        ("linux-aarch64", {"DEFAULT"}),
+        ("macosx-11.0-arm64", {"DEFAULT"}),
+        ("macosx-10.9-x86_64", {"DEFAULT"}),
+    ],
+)
+def test_capabilities(setup_py: ModuleType, platform: str, capabilities: set[str]) -> None:
+    assert set(setup_py.capabilities(platform)) == capabilities <= set(native.CAPABILITIES)
+
+
+@pytest.mark.parametrize("capability", native.CAPABILITIES)
+def test_flags_name_the_capability_and_ask_for_its_instructions(
+    setup_py: ModuleType, capability: str
+) -> None:
+    flags = setup_py.compile_flags(capability, "linux-x86_64", openmp=True, debug=False)
+    assert {"-O3", "-fopenmp", f"-DCPU_CAPABILITY={capability}"} <= set(flags)
+    assert [flag for flag in flags if flag.startswith("-DCPU_CAPABILITY_")] == [
+        f"-DCPU_CAPABILITY_{capability}"
+    ]
+    assert ("-mavx2" in flags) == (capability == "AVX2")
+    assert ("-mavx512f" in flags) == (capability == "AVX512")
+    assert ("-mf16c" in flags) == (capability != "DEFAULT")
+    assert not {"-march=native", "-ffast-math"} & set(flags)
+
+
+def test_flags_of_other_platforms_and_of_debug_builds(setup_py: ModuleType) -> None:
+    flags = setup_py.compile_flags("AVX2", "win-amd64", openmp=True, debug=False)
+    assert {"/O2", "/arch:AVX2", "/openmp"} <= set(flags)
+    assert not [flag for flag in flags if flag.startswith(("-m", "-f", "-O"))]
+    assert not any("openmp" in flag for flag in setup_py.compile_flags("AVX2", "win-amd64", 0, 0))
+    mac = setup_py.compile_flags("DEFAULT", "macosx-11.0-arm64", openmp=True, debug=False)
+    assert mac[mac.index("-fopenmp") - 1] == "-Xpreprocessor"
+    debug = setup_py.compile_flags("DEFAULT", "linux-aarch64", openmp=False, debug=True)
+    assert {"-O0", "-g"} <= set(debug) and not {"-O3", "-fopenmp"} & set(debug)
+
+
+def test_each_library_has_the_name_that_is_looked_for(setup_py: ModuleType) -> None:
+    built = setup_py.native_build()
+    assert {ext.name for ext in built["ext_modules"]} == {
+        f"mulki.{native.library_name(name)}"
+        for name in setup_py.capabilities(setup_py.sysconfig.get_platform())
+    }
+    for ext in built["ext_modules"]:
+        assert ext.sources == ["csrc/one.cpp"]
+        assert "torch_python" not in ext.libraries
+
+
+def test_the_kernels_can_be_left_out(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MULKI_BUILD_CPP", "0")
+    assert setup_py.native_build() == {}
+    monkeypatch.setenv("MULKI_BUILD_CPP", "yes")
+    with pytest.raises(SystemExit, match="'yes'"):
+        setup_py.native_build()
+
+
+def test_without_torch_the_package_is_built_without_kernels(
+    setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert setup_py.native_build() == {}
+    assert "--no-build-isolation" in capsys.readouterr().err
+    monkeypatch.setenv("MULKI_BUILD_CPP", "1")
+    with pytest.raises(SystemExit, match="--no-build-isolation"):
+        setup_py.native_build()
+
+
+def test_a_failed_build_is_an_error_only_where_kernels_are_required(
+    setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torch.utils.cpp_extension import BuildExtension
+
+    def fail(self: object, ext: Extension) -> None:
+        raise RuntimeError("Error compiling objects")
+
+    monkeypatch.setattr(BuildExtension, "build_extension", fail)
+    names = [f"mulki._cpu_{name}_torch2_0_00000000" for name in ("default", "avx2")]
+    stale = [Path("build/mulki") / f"{name.removeprefix('mulki.')}.so" for name in names]
+    stale[0].parent.mkdir(parents=True)
+    for required in (False, True):
+        for path in stale:
+            path.touch()
+        extensions = [Extension(name, ["csrc/one.cpp"], optional=True) for name in names]
+        distribution = Distribution({"name": "mulki", "ext_modules": extensions})
+        command = setup_py.commands(required)["build_ext"](distribution)
+        command.build_lib = "build"
+        command.ensure_finalized()
+        if required:
+            with pytest.raises(SystemExit, match="Error compiling objects"):
+                command.run()
+        else:
+            command.run()
+            told = capsys.readouterr().err
+            assert all(name in told for name in names)
+            assert command.get_outputs() == []
+        assert not any(path.exists() for path in stale)
+
+
+def test_a_checkout_finds_its_own_kernels(checkout: Path) -> None:
+    (checkout / "kernels" / "extra.py").write_text("here = True\n")
+    code = (
+        "import sys\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
+        "import mulki, mulki.kernels.extra\n"
+        "from mulki import kernels\n"
+        "assert kernels is mulki.kernels and kernels.extra.here\n"
+        "assert 'kernels' not in sys.modules and 'triton' not in sys.modules\n"
+        "print(mulki.__file__, kernels.__file__, sep='\\n')\n"
+        "from mulki.ops import native\n"
+        "print(native.load())"
+    )
+    files = run("-c", code, cwd=checkout).splitlines()
+    assert files[0] == str(checkout / "mulki" / "__init__.py")
+    assert files[1] == str(checkout / "kernels" / "__init__.py")
+    assert "not built" in files[2] and str(checkout) in files[2]
+
+
+def test_an_installed_package_has_the_kernels_inside(checkout: Path) -> None:
+    run("setup.py", "-q", "build_py", "-d", "out", cwd=checkout, MULKI_BUILD_CPP="0")
+    out = checkout / "out"
+    assert (out / "mulki" / "kernels" / "__init__.py").is_file() and not (out / "kernels").exists()
+    code = "import mulki.kernels; print(mulki.kernels.__file__)"
+    assert run("-c", code, cwd=out).strip() == str(out / "mulki" / "kernels" / "__init__.py")
+
+
+def library(folder: Path, name: str, content: bytes = b"") -> Path:
+    path = folder / f"{name}.so"
+    path.write_bytes(content)
+    return path
+
+
+def test_nothing_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    reason = native.load_from(tmp_path)
+    assert reason is not None and "not built" in reason and "install a C++ compiler" in reason
+    assert "pip install --no-build-isolation" in reason
+    monkeypatch.setattr(native.shutil, "which", lambda name: f"/somewhere/{name}")
+    reason = native.load_from(tmp_path)
+    assert reason is not None and "/somewhere/" in reason
+
+
+def test_a_library_for_another_torch_is_not_loaded(tmp_path: Path) -> None:
+    library(tmp_path, "_cpu_default_torch1_99_00000000")
+    reason = native.load_from(tmp_path)
+    assert reason is not None
+    assert f"for torch 1.99, this is torch {native.torch_version()}" in reason
+
+
+def test_a_library_for_other_operators_is_not_loaded(tmp_path: Path) -> None:
+    stem = native.library_name("DEFAULT").rpartition("_")[0]
+    library(tmp_path, f"{stem}_00000000")
+    reason = native.load_from(tmp_path)
+    assert reason is not None and "another version of mulki's operators" in reason
+
+
+def test_a_library_for_a_better_cpu_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library(tmp_path, native.library_name("AVX512"))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert native.find(tmp_path) is None
+    reason = native.load_from(tmp_path)
+    assert reason is not None and "AVX2" in reason
+
+
+@pytest.mark.parametrize(
+    ("cpu", "taken"),
+    [("AVX512", "AVX2"), ("AVX2", "AVX2"), ("DEFAULT", "DEFAULT"), ("SVE256", "DEFAULT")],
+)
+def test_the_best_built_capability_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu: str, taken: str
+) -> None:
+    paths = {name: library(tmp_path, native.library_name(name)) for name in ("DEFAULT", "AVX2")}
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+    assert native.find(tmp_path) == (taken, paths[taken])
+
+
+@pytest.mark.parametrize("content", [b"", b"not a library" * 1000])
+def test_a_corrupt_library_gives_the_linkers_message(tmp_path: Path, content: bytes) -> None:
+    path = library(tmp_path, native.library_name("DEFAULT"), content)
+    reason = native.load_from(tmp_path)
+    assert reason is not None and "do not load" in reason and path.name in reason
+    assert "Could not load this library" not in reason
+
+
+def test_the_environment_decides_in_a_new_process() -> None:
+    code = "from mulki.ops import native; print(native.capability(), native.load(), native.load())"
+    told = run("-c", code, MULKI_DISABLE_CPP="1", ATEN_CPU_CAPABILITY="default")
+    assert told.startswith("DEFAULT ") and told.count("MULKI_DISABLE_CPP is set") == 2
+
+
+def test_what_was_built_loads() -> None:
+    reason = native.load_from(native.PACKAGE)
+    if native.find(native.PACKAGE) is None:
+        pytest.skip(str(reason))
+    assert reason is None
+    assert native.capability() in native.cpu_capabilities()

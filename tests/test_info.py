@@ -1,0 +1,98 @@
+"""`mulki.info`: one callable module in every import order, and what its text says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mulki
+from mulki.info import Info, _serving
+from mulki.ops import backends, native
+from mulki.ops.backends import Served
+
+
+def python(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "RuntimeWarning" not in done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import mulki; a = mulki.info(); import mulki.info as m; b = mulki.info(), m(), m.info()",
+        "import mulki.info; mulki.info(); from mulki import info; info(), mulki.info.info()",
+        "from mulki.info import info; info(); import mulki; mulki.info(); mulki.info.Info",
+    ],
+)
+def test_every_import_order(code: str) -> None:
+    python("-c", code)
+
+
+def test_as_a_command() -> None:
+    text = python("-m", "mulki.info")
+    assert text.startswith("versions\n") and f"mulki      {mulki.__version__}" in text
+
+
+def test_importing_mulki_neither_collects_nor_loads_anything() -> None:
+    code = (
+        "import sys, torch, mulki\n"
+        "print('mulki.info' in sys.modules, any('_cpu_' in x for x in torch.ops.loaded_libraries))"
+    )
+    assert python("-c", code).strip() == "False False"
+
+
+def test_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MULKI_STRICT", "0")
+    found = mulki.info()
+    assert isinstance(found, Info) and repr(found) == str(found)
+    assert found.versions["torch"] == torch.__version__
+    assert found.versions["mulki"].split(",")[0] == mulki.__version__
+    assert found.environment["MULKI_STRICT"] == "0"
+    assert found.operators == backends.report()
+    text = str(found)
+    assert "MULKI_STRICT" in text and torch.backends.cpu.get_cpu_capability() in text
+    reason = native.load()
+    assert reason is None or f"not cpp: {reason}\n" in text + "\n"
+
+
+def test_operators_that_share_their_reasons_share_a_paragraph() -> None:
+    why = {"cpp": "not built: run `make the kernels`"}
+    served = [
+        Served(op, "cpu", dtype, backend, rejected)
+        for op, backend, rejected in [("a", "cpp", {}), ("b", "reference", why), ("c", "cpp", {})]
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    served.append(Served("b", "cpu", torch.float16, "cpp", {}))
+    assert _serving(served) == [
+        "  cpu, float32 and bfloat16: cpp",
+        "    a, c",
+        "  cpu, float32 and bfloat16: reference",
+        "    b",
+        "    not cpp: not built: run `make the kernels`",
+        "  cpu, float16: cpp",
+        "    b",
+    ]
+
+
+def test_fallbacks_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    fallen = Served("siglip", "cpu", torch.float16, "reference", {"cpp": "it is Sunday"})
+    monkeypatch.setattr(backends, "fallbacks", lambda: [fallen])
+    text = str(mulki.info())
+    assert text.index("fallbacks so far") < text.index("not cpp: it is Sunday")
+
+
+def test_an_attribute_that_does_not_exist() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'infos'"):
+        mulki.infos  # noqa: B018
