@@ -1,4 +1,4 @@
-"""The command ``mulki``: run, metrics, tasks.
+"""The command ``mulki``: run, metrics, tasks, bench.
 
 Bad input ends with one line on standard error and exit status 2, an interrupt with 130.
 """
@@ -42,6 +42,7 @@ def _dispatch(argv: list[str]) -> int:
         "run": _run,
         "metrics": _metrics,
         "tasks": _tasks,
+        "bench": _bench,
     }
     name = argv[0] if argv else "--help"
     if name in ("-h", "--help"):
@@ -224,3 +225,30 @@ def _tasks(argv: list[str]) -> int:
         table.add_row(t.name, *map(str, numbers), t.templates[0])
     Console().print(table)
     return 0
+
+
+def _bench(argv: list[str]) -> int:
+    """Time and memory of the operators: mulki bench --quick, or mulki bench table FILE.csv"""
+    from rich.console import Console
+
+    from mulki.bench.report import markdown, read_rows
+    from mulki.bench.run import BenchOptions, run
+    from mulki.options import convert
+
+    if argv[:1] == ["table"]:
+        parser = _Parser(prog="mulki bench table", description="Markdown tables from a CSV")
+        parser.add_argument("file", metavar="CSV", help="as mulki bench --output writes it")
+        print(markdown(read_rows(parser.parse_args(argv[1:]).file)), end="")
+        return 0
+    parser = _Parser(
+        prog="mulki bench",
+        description=_bench.__doc__,
+        epilog="Every point is verified against float64 first; the exit status is 1 if one failed.",
+    )
+    _add_options(parser.add_argument_group("bench"), BenchOptions)
+    given = vars(parser.parse_args(_with_hyphens(argv)))
+    options = convert(BenchOptions, {k: v for k, v in given.items() if v is not None})
+    console = Console()
+    # A shortened number would be a wrong one: a narrow terminal wraps the lines instead.
+    console.width = max(console.width, 110)
+    return run(BenchOptions(**options), console)

@@ -1,0 +1,13 @@
+"""The operator benchmark, which lives in `mulki.bench` so that an installed package has it too.
+
+python -m benchmarks.ops --help
+python -m benchmarks.ops --quick
+python -m benchmarks.ops --output ops.csv
+python -m benchmarks.ops table ops.csv
+"""
+
+import sys
+
+from mulki.cli import main
+
+main(["bench", *sys.argv[1:]])

@@ -1,0 +1,199 @@
+"""A case: an operator at a shape in a dtype, its inputs, and the least work it takes.
+
+N samples, P prototypes, D width, K teachers. A product is one matrix product of 2 N P D operations.
+The least number of products is K + 1 for the logits of the student and of K teachers, and 2 more
+for the gradients to features and prototypes; recomputing logits in the backward pass takes more,
+and counts for nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mulki.errors import InputError
+
+Shape = tuple[int, int, int]  # N, P, D
+
+MODES = ("forward", "backward", "both")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+#: The operators, and how many teachers each has.
+OPERATORS = {
+    "teacher_kl_1": 1,
+    "dual_teacher_kl": 2,
+    "teacher_kl_3": 3,
+    "prototype_cross_entropy": 0,
+    "contrastive": 0,
+    "siglip": 0,
+    "similarity": 0,
+}
+
+#: Operators on N pairs, so that P = N.
+PAIRED = ("contrastive", "siglip")
+
+WIDTH = 512  # D of a shape that does not say
+
+#: Batches of continual learning, the same at other widths, and one that is large.
+GRID: tuple[Shape, ...] = (
+    (64, 100, 512),
+    (256, 1000, 512),
+    (256, 1000, 768),
+    (256, 1000, 1024),
+    (1024, 1000, 512),
+    (4096, 4096, 512),
+)
+PAIRED_GRID: tuple[Shape, ...] = tuple((n, n, 512) for n in (256, 512, 1024, 2048, 4096, 8192))
+
+QUICK: tuple[Shape, ...] = ((64, 100, 512), (256, 1000, 512))
+PAIRED_QUICK: tuple[Shape, ...] = ((256, 256, 512),)
+
+#: Distance of a teacher's unit rows from the student's, before they are normalised again. Continual
+#: learning starts with a student that is its teacher, and there rounding hurts the gradient most.
+GAP = 0.1
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the functions of one case are called with; the same tensors for all providers."""
+
+    # x [N, D], w [P, D], scale; then, by operator, target [N] (cross-entropy), bias (siglip), or
+    # the teachers' (x, w, scale) and target (teacher KL).
+    arguments: tuple[Any, ...]
+    leaves: dict[str, Tensor]  # those of the arguments that gradients flow to, by name
+    upstream: Tensor | None  # [N, P] gradient of the similarity; a loss has none
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator at a shape in a dtype on a device."""
+
+    operator: str
+    n: int
+    p: int
+    d: int
+    dtype: str
+    device: str = "cpu"
+
+    @property
+    def shape(self) -> str:
+        """N, P and D as they are written on the command line."""
+        return f"{self.n}x{self.p}x{self.d}"
+
+    @property
+    def teachers(self) -> int:
+        """K."""
+        return OPERATORS[self.operator]
+
+    def operations(self, mode: str) -> int:
+        """Floating point operations of the least number of products."""
+        products = {"forward": self.teachers + 1, "backward": 2, "both": self.teachers + 3}[mode]
+        return products * 2 * self.n * self.p * self.d
+
+    def least_bytes(self, mode: str) -> int:
+        """Bytes of the inputs, each read once, and of the outputs, each written once."""
+        size = DTYPES[self.dtype].itemsize
+        rows = (self.n + self.p) * self.d * size
+        read, output = rows * (1 + self.teachers), 4
+        if self.operator in ("dual_teacher_kl", "prototype_cross_entropy"):
+            read += 8 * self.n
+        if self.operator == "similarity":
+            output = self.n * self.p * size
+            read += 0 if mode == "forward" else output
+        return read + {"forward": output, "backward": rows, "both": output + rows}[mode]
+
+    def inputs(self, exact: bool = False) -> Inputs:
+        """Draw the inputs, the same ones at every call.
+
+        Args:
+            exact: give the values, rounded to the dtype as ever, in float64.
+        """
+        generator = torch.Generator().manual_seed(0)
+        wide = torch.float64 if exact else torch.float32
+
+        def unit(rows: int) -> Tensor:
+            return F.normalize(torch.randn(rows, self.d, generator=generator), dim=1)
+
+        def near(t: Tensor, gap: float) -> Tensor:
+            return F.normalize(t + gap * unit(t.shape[0]), dim=1)
+
+        def rounded(t: Tensor) -> Tensor:
+            t = t.to(self.device, DTYPES[self.dtype])
+            return t.double() if exact else t
+
+        def number(value: float) -> Tensor:
+            return torch.tensor(value, dtype=wide, device=self.device)
+
+        paired, siglip = self.operator in PAIRED, self.operator == "siglip"
+        x = unit(self.n)
+        # Pairs are a little closer than chance, as early in training: neither solved nor noise.
+        w = F.normalize(unit(self.p) + 0.1 * x, dim=1) if paired else unit(self.p)
+        target = torch.randint(self.p, (self.n,), generator=generator).to(self.device)
+        extra: tuple[Any, ...] = ()
+        if self.teachers:
+            teachers = tuple(
+                (rounded(near(x, GAP)), rounded(near(w, GAP)), number(100.0))
+                for _ in range(self.teachers)
+            )
+            extra = (teachers, target)
+        elif self.operator == "prototype_cross_entropy":
+            extra = (target,)
+        leaves = {
+            "features": rounded(x),
+            "prototypes": rounded(w),
+            "scale": number(10.0 if siglip else 100.0),
+        }
+        if siglip:
+            leaves["bias"] = number(-10.0)
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+        upstream = None
+        if self.operator == "similarity":
+            # In part along the similarity, or the gradient to the scale would be what is left of
+            # a sum of random signs.
+            noise = torch.randn(self.n, self.p, generator=generator)
+            upstream = rounded(noise + self.d**0.5 * x @ w.T)
+        return Inputs((*leaves.values(), *extra), leaves, upstream)
+
+
+def parse_shape(text: str) -> Shape:
+    """N, P and D from ``NxP`` or ``NxPxD``.
+
+    Raises:
+        InputError: it is neither, or a number is zero.
+    """
+    match = re.fullmatch(r"(\d+)x(\d+)(?:x(\d+))?", text, flags=re.ASCII)
+    if not match or 0 in (shape := tuple(int(part or WIDTH) for part in match.groups())):
+        raise InputError(
+            f"--shapes: got {text!r}, wanted NxP or NxPxD of positive numbers, as 1024x1000x512"
+        )
+    n, p, d = shape
+    return n, p, d
+
+
+def make_cases(
+    operators: Sequence[str],
+    shapes: Sequence[Shape] | None,
+    dtypes: Sequence[str],
+    device: str = "cpu",
+    quick: bool = False,
+) -> list[Case]:
+    """Every combination; an operator on pairs takes only the shapes with P = N.
+
+    Args:
+        shapes: None for each operator's own grid, or the short one with `quick`.
+    """
+    cases = []
+    for operator in operators:
+        own = (PAIRED_QUICK if quick else PAIRED_GRID, QUICK if quick else GRID)
+        for n, p, d in own[operator not in PAIRED] if shapes is None else shapes:
+            if operator not in PAIRED or n == p:
+                cases += [Case(operator, n, p, d, dtype, device) for dtype in dtypes]
+    return cases

@@ -1,0 +1,68 @@
+"""Whether a provider computes a case rightly: its loss and gradients against float64.
+
+The yardstick is plain PyTorch in float64 on the rounded inputs. A result is right if its error is
+no worse than that of the unfused computation in the same dtype, plus a tolerance: what rounding
+the logits costs is forgiven to nobody but those who would lose it anyway.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mulki.bench.cases import Case, Inputs
+from mulki.bench.providers import EAGER, PROVIDERS, Loss
+
+#: Relative L2 error allowed on top of the unfused one's, by dtype: a few roundings of a result.
+TOLERANCE = {"float32": 2e-5, "bfloat16": 5e-3, "float16": 1e-3}
+
+#: The outcomes by name: the loss, again without autograd, and the gradient of each leaf.
+Outcome = dict[str, Tensor]
+
+
+def outcome(loss: Loss, inputs: Inputs) -> Outcome:
+    """Run once without autograd and once with it."""
+    with torch.no_grad():
+        alone = loss(*inputs.arguments)
+    value = loss(*inputs.arguments)
+    gradients = torch.autograd.grad(value, list(inputs.leaves.values()), inputs.upstream)
+    return {"loss": value.detach(), "loss without autograd": alone} | {
+        f"gradient of {name}": g for name, g in zip(inputs.leaves, gradients, strict=True)
+    }
+
+
+class Verifier:
+    """The float64 outcome of a case and the errors of the unfused computation in its dtype."""
+
+    def __init__(self, case: Case, inputs: Inputs) -> None:
+        eager = EAGER[case.operator]
+        self._tolerance = TOLERANCE[case.dtype]
+        self._truth = outcome(eager, case.inputs(exact=True))
+        with PROVIDERS["eager"].context(case):
+            self._unfused = self.errors(outcome(eager, inputs))
+
+    def errors(self, found: Outcome) -> dict[str, float]:
+        """Relative L2 error of each outcome; infinite where it is not finite."""
+        return {name: _error(found[name], truth) for name, truth in self._truth.items()}
+
+    def problems(self, errors: dict[str, float]) -> list[str]:
+        """What is wrong, in words; empty if nothing is."""
+        found = []
+        for name, error in errors.items():
+            allowed = self._unfused[name] + self._tolerance
+            # A comparison that NaN fails, whichever of the two it is.
+            if not error <= allowed:
+                found.append(f"{name}: relative error {error:.2g}, allowed {allowed:.2g}")
+        return found
+
+
+def worst_gradient(errors: dict[str, float]) -> float:
+    """The largest error of a gradient."""
+    return max(error for name, error in errors.items() if name.startswith("gradient"))
+
+
+def _error(found: Tensor, truth: Tensor) -> float:
+    if found.shape != truth.shape or not found.isfinite().all():
+        return float("inf")
+    difference = found.double() - truth
+    return float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(truth))
