@@ -175,7 +175,7 @@ def native_build() -> dict[str, Any]:
     required = wanted == "1" or "build_ext" in sys.argv
     try:
         return {"ext_modules": extensions(), "cmdclass": commands(required)}
-    except (ImportError, OSError) as error:
+    except Exception as error:  # a torch that is too old fails in many ways
         give_up(
             f"the C++ kernels are left out, for they are built against the torch at hand: {error}. "
             f"Install torch and ninja, then mulki with pip install --no-build-isolation",

@@ -14,8 +14,10 @@ ValueError that names the argument and the row. It reads values on the host wher
 waits for a GPU and does not compile: it is for the search for a fault.
 
 Limits: gradients have no gradients (double backward raises), there is no forward-mode
-differentiation, and the transforms of `torch.func` that differentiate raise. What needs those can
-call the functions of `mulki.ops.reference`.
+differentiation, the transforms of `torch.func` that differentiate raise, and so does `vmap` over
+`teacher_kl`. What needs those can call the functions of `mulki.ops.reference`. Under
+`torch.compile` every new value of a float option (`temperature`, `gate_temperature`,
+`label_smoothing`) is a recompilation; a new scale, float or tensor, is not.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from torch import Tensor
 
 from mulki import ops
 from mulki.ops import checks
-from mulki.similarity import Similarity, check_number, check_operands
+from mulki.similarity import Similarity, check_number, check_operands, rounded
 
 Reduction = Literal["none", "sum", "mean"]
 Gate = Literal["uniform", "confidence", "label", "discrepancy"]
@@ -113,12 +115,14 @@ def prototype_cross_entropy(
     _check_real("label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: got {label_smoothing}, wanted a number in [0, 1]")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: got {type(ignore_index).__name__}, wanted an int")
     _check_class_mask(class_mask, p, similarity.device)
     _check_target(target, n, p, similarity.device, class_mask, ignore_index)
     if check_finite:
         _check_finite_similarity("similarity", similarity)
     return ops.prototype_cross_entropy(
-        *similarity.operands(), target, class_mask, label_smoothing, ignore_index, reduction
+        *similarity.operands(), target, class_mask, float(label_smoothing), ignore_index, reduction
     )
 
 
@@ -190,11 +194,12 @@ def teacher_kl(
     Args:
         student: [N, P] logits; gradients flow to its features, prototypes and scale.
         teachers: K >= 1 of [N, P], each with its own width and scale; none may require grad.
+            Their dtypes may differ, but float64 goes with float64 alone.
         temperature: T > 0.
         weights: [N, K] used instead of a gate; differentiable, need not sum to 1.
         gate: see above; not together with `weights`.
         gate_temperature: > 0, smaller is sharper.
-        target: [N] int64 in [0, P), wanted by the gate "label" alone.
+        target: [N] int64 in [0, P), for the gate "label"; not looked at otherwise.
         class_mask: [P] bool, True for the classes that take part.
         reduction: "mean" over rows, "sum", or "none" for [N].
         return_details: also return `TeacherDetails`, by-products of the same pass.
@@ -223,6 +228,11 @@ def teacher_kl(
                 f"teachers[{k}]: got device {teacher.device}, wanted {student.device} as the "
                 f"student; move it there"
             )
+        if (teacher.dtype == torch.float64) != (student.dtype == torch.float64):
+            raise TypeError(
+                f"teachers[{k}]: got dtype {teacher.dtype}, wanted {student.dtype} as the student; "
+                f"cast one to the other"
+            )
         if teacher.requires_grad:
             raise ValueError(
                 f"teachers[{k}]: requires grad, but no gradient flows to a teacher; "
@@ -239,6 +249,8 @@ def teacher_kl(
         if target is None:
             raise ValueError('target: got None, wanted [N] class indices for gate="label"')
         _check_target(target, n, p, student.device, class_mask)
+    else:
+        target = None
     if gate == "discrepancy":
         shapes = [list(t.features.shape) for t in teachers]
         if len(teachers) != 2 or shapes[0] != shapes[1]:
@@ -254,11 +266,11 @@ def teacher_kl(
     loss, kl, used, entropy = ops.teacher_kl(
         student.operands(),
         [t.operands() for t in teachers],
-        temperature,
+        float(temperature),
         scale_by_t2,
         weights,
         gate,
-        gate_temperature,
+        float(gate_temperature),
         target,
         class_mask,
         reduction,
@@ -367,9 +379,10 @@ def clip_contrastive(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    s = _pairs(image_features, text_features, logit_scale, logit_bias, reduction, check_finite)
-    features, prototypes, scale = s.operands()
-    return ops.contrastive(features, prototypes, scale, logit_bias, reduction)
+    images, texts = _pairs(
+        image_features, text_features, logit_scale, logit_bias, reduction, check_finite
+    )
+    return ops.contrastive(images, texts, logit_scale, logit_bias, reduction)
 
 
 def siglip(
@@ -390,9 +403,10 @@ def siglip(
     """
     if logit_bias is None:
         raise TypeError("logit_bias: got None, wanted a float or a 0-d tensor")
-    s = _pairs(image_features, text_features, logit_scale, logit_bias, reduction, check_finite)
-    features, prototypes, scale = s.operands()
-    return ops.siglip(features, prototypes, scale, logit_bias, reduction)
+    images, texts = _pairs(
+        image_features, text_features, logit_scale, logit_bias, reduction, check_finite
+    )
+    return ops.siglip(images, texts, logit_scale, logit_bias, reduction)
 
 
 def _pairs(
@@ -402,7 +416,8 @@ def _pairs(
     logit_bias: Tensor | float | None,
     reduction: str,
     check_finite: bool,
-) -> Similarity:
+) -> tuple[Tensor, Tensor]:
+    """Checked, and as an operator takes them; unlike a Similarity, pairs may be none."""
     _check_choice("reduction", reduction, REDUCTIONS)
     names = ("image_features", "text_features", "logit_scale")
     check_operands(image_features, text_features, logit_scale, names)
@@ -420,7 +435,7 @@ def _pairs(
             logit_scale=logit_scale,
             logit_bias=logit_bias,
         )
-    return Similarity(image_features, text_features, logit_scale)
+    return rounded(image_features, text_features)
 
 
 def _check_similarity(name: str, value: object) -> None:
@@ -456,11 +471,13 @@ def _check_finite(**values: Tensor | float | None) -> None:
     for name, value in values.items():
         if value is None:
             continue
-        bad = ~torch.isfinite(torch.as_tensor(value))
+        if not isinstance(value, Tensor):
+            value = torch.tensor(float(value), dtype=torch.float64)
+        bad = ~torch.isfinite(value)
         if not bad.any():
             continue
         place = bad.nonzero()[0].tolist()
-        first = float(value[tuple(place)]) if isinstance(value, Tensor) else value
+        first = float(value[tuple(place)])
         what = "NaN" if math.isnan(first) else "infinity"
         where = f" in row {place[0]}" if place else ""
         raise ValueError(

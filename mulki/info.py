@@ -71,9 +71,19 @@ def info() -> Info:
             "GPU": ", ".join(gpus) or "none",
         },
         environment=variables,
-        operators=backends.report(),
+        operators=_operators(),
         fallbacks=backends.fallbacks(),
     )
+
+
+def _operators() -> list[backends.Served]:
+    try:
+        return backends.report()
+    except ValueError as error:
+        # A report is for finding out what is wrong with the settings too.
+        print(f"{error}; what follows is for auto", file=sys.stderr)
+        with backends.use_backend("auto"):
+            return backends.report()
 
 
 def _mulki(found: Mapping[str, object]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mulki import ops
+from mulki.ops.router import autocasting
 
 
 def check_operands(
@@ -17,7 +19,7 @@ def check_operands(
     scale: object,
     names: tuple[str, str, str] = ("features", "prototypes", "scale"),
 ) -> None:
-    """Check what a `Similarity` is made of; errors call the operands by `names`.
+    """Check what a `Similarity` or pairs are made of; errors call the operands by `names`.
 
     Raises:
         TypeError, ValueError: see `Similarity`.
@@ -40,19 +42,37 @@ def check_operands(
             f"{names[1]}: got shape {list(prototypes.shape)}, wanted [rows, {features.shape[1]}] "
             f"to match {names[0]} {list(features.shape)}"
         )
-    if prototypes.shape[0] == 0:
-        raise ValueError(f"{names[1]}: got shape [0, D], wanted at least one row")
-    if features.dtype != prototypes.dtype:
-        raise TypeError(
-            f"{names[1]}: got dtype {prototypes.dtype}, wanted {features.dtype} as {names[0]} "
-            f"have; cast one to the other"
-        )
+    dtypes = {features.dtype, prototypes.dtype}
+    if torch.float64 in dtypes or not autocasting(features.device.type):
+        _check_one_dtype(features, prototypes, names)
     if features.device != prototypes.device:
         raise ValueError(
             f"{names[1]}: got device {prototypes.device}, wanted {features.device} as {names[0]} "
             f"have; move one to the other"
         )
     check_number(names[2], scale, features.device)
+
+
+def _check_one_dtype(features: Tensor, prototypes: Tensor, names: Sequence[str]) -> None:
+    if features.dtype != prototypes.dtype:
+        raise TypeError(
+            f"{names[1]}: got dtype {prototypes.dtype}, wanted {features.dtype} as {names[0]} "
+            f"have; cast one to the other"
+        )
+
+
+def rounded(features: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the autocast dtype under autocast, where float64 is left alone, else as they are.
+
+    Raises:
+        TypeError: the dtypes differ outside autocast.
+    """
+    kind = features.device.type
+    if not autocasting(kind) or features.dtype == torch.float64:
+        _check_one_dtype(features, prototypes, ("features", "prototypes"))
+        return features, prototypes
+    dtype = torch.get_autocast_dtype(kind)
+    return features.to(dtype), prototypes.to(dtype)
 
 
 def check_number(name: str, value: object, device: torch.device) -> None:
@@ -85,14 +105,15 @@ class Similarity:
     Args:
         features: [N, D] floating point tensor, one row per sample. L2-normalise it beforehand if
             the entries are to be cosines.
-        prototypes: [P, D] tensor of the same dtype and on the same device, one row per class.
+        prototypes: [P, D] tensor of the same dtype and on the same device, one row per class, P at
+            least 1. Under autocast, which rounds both, dtypes other than float64 may differ.
         scale: the logit scale (an inverse temperature), a float or a 0-d tensor, which may require
             grad. CLIP uses 100.
 
     Raises:
         TypeError: an argument is not a floating point tensor (or a number, for ``scale``), or the
             dtypes differ.
-        ValueError: the ranks, the widths D or the devices do not fit together.
+        ValueError: the ranks, the widths D or the devices do not fit together, or P is 0.
     """
 
     features: Tensor  # [N, D]
@@ -101,6 +122,10 @@ class Similarity:
 
     def __post_init__(self) -> None:
         check_operands(self.features, self.prototypes, self.scale)
+        if self.prototypes.shape[0] == 0:
+            raise ValueError(
+                f"prototypes: got shape {list(self.prototypes.shape)}, wanted at least one row"
+            )
 
     @property
     def shape(self) -> torch.Size:
@@ -135,13 +160,16 @@ class Similarity:
         """Features, prototypes and scale as an operator takes them.
 
         Under autocast both tensors are rounded to the autocast dtype (float64 is left alone).
+
+        Raises:
+            TypeError: the dtypes differ, as they may under autocast, and this is outside it.
         """
-        kind = self.device.type
-        if not torch.is_autocast_enabled(kind) or self.dtype == torch.float64:
-            return self.features, self.prototypes, self.scale
-        dtype = torch.get_autocast_dtype(kind)
-        return self.features.to(dtype), self.prototypes.to(dtype), self.scale
+        return *rounded(self.features, self.prototypes), self.scale
 
     def materialize(self) -> Tensor:
-        """The [N, P] matrix in the dtype of the operands, differentiable."""
+        """The [N, P] matrix in the dtype of the operands, differentiable.
+
+        Raises:
+            TypeError: as `operands`.
+        """
         return ops.similarity(*self.operands())

@@ -259,7 +259,7 @@ def test_the_environment_decides_in_a_new_process() -> None:
 
 def test_what_was_built_loads() -> None:
     reason = native.load_from(native.PACKAGE)
-    if native.find(native.PACKAGE) is None:
+    if native.find(native.PACKAGE) is None and os.environ.get("MULKI_BUILD_CPP") != "1":
         pytest.skip(str(reason))
     assert reason is None
     assert native.capability() in native.cpu_capabilities()

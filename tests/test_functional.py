@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import open_clip.loss
 import pytest
@@ -22,6 +23,7 @@ from mulki.functional import (
     siglip,
     teacher_kl,
 )
+from mulki.ops import native, use_backend
 
 N, P, D = 6, 5, 4
 MASK = torch.tensor([True, False, True, True, False])
@@ -408,13 +410,18 @@ class TestTeacherKL:
         assert torch.autograd.grad(loss, s.features)[0].eq(0).all()
 
     def test_teachers_may_have_another_dtype(self, student, teachers):
-        narrow = [
-            Similarity(t.features.float(), t.prototypes.float(), t.scale) for t in teachers[:2]
-        ]
-        got = teacher_kl(student, [*narrow, teachers[2]], temperature=2.0)
-        assert got.dtype == torch.float64
-        expected = teacher_kl(student, teachers, temperature=2.0)
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+        def cast(s, *dtypes):
+            for dtype in dtypes:
+                s = Similarity(s.features.to(dtype), s.prototypes.to(dtype), s.scale)
+            return s
+
+        half, full = torch.float16, torch.float32
+        student = cast(student, full)
+        rest = [cast(t, full) for t in teachers[1:]]
+        got = teacher_kl(student, [cast(teachers[0], half), *rest], temperature=2.0)
+        assert got.dtype == full
+        assert got == teacher_kl(student, [cast(teachers[0], half, full), *rest], temperature=2.0)
+        assert got != teacher_kl(student, [cast(teachers[0], full), *rest], temperature=2.0)
 
     def test_scale_as_a_number_equals_scale_as_a_tensor(self, student, teachers):
         as_number = Similarity(student.features, student.prototypes, 9.0)
@@ -611,6 +618,27 @@ def test_compiles_without_a_graph_break(student, teachers, unit):
         torch.testing.assert_close(compiled(*inputs)[name], expected)
 
 
+@pytest.mark.parametrize("make", [float, torch.tensor])
+def test_a_new_scale_is_no_recompilation_and_a_new_temperature_is_one(make):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def loss(scale, temperature):
+        s = Similarity(X, W, scale)
+        return siglip(X, X, scale, -3.0) + teacher_kl(s, [S], temperature=temperature)
+
+    for scale in (2.0, 3.0, 4.0):  # a float becomes symbolic at its second value
+        assert loss(make(scale), 2.0).isfinite()
+    before = counter.frame_count
+    for scale in (5.0, 6.0):
+        loss(make(scale), 2.0)
+    assert counter.frame_count == before
+    for temperature in (3.0, 4.0):
+        loss(make(5.0), temperature)
+    assert counter.frame_count == before + 2
+
+
 def test_strides_do_not_matter(unit):
     weights = unit(N, 3).abs()
     strided_weights = weights.T.contiguous().T
@@ -725,6 +753,38 @@ def test_autocast_rounds_the_features_and_nothing_else(unit):
         assert grad.dtype == torch.float32 and grad.isfinite().all()
 
 
+def test_autocast_takes_features_beside_frozen_prototypes_in_float32(unit):
+    layer, images = torch.nn.Linear(D, D).requires_grad_(), unit(N, D).float()
+    texts, scale = unit(P, D).float(), torch.tensor(9.0, requires_grad=True)
+    pairs = unit(N, D).float()
+    inputs = (layer.weight, scale)
+
+    def losses(x, w, pairs):
+        s = Similarity(x, w, scale)
+        teacher = Similarity(x.detach().roll(1, 0), w, 7.0)
+        return {
+            "cross_entropy": prototype_cross_entropy(s, TARGET),
+            "kl": teacher_kl(s, [teacher]),
+            "clip": clip_contrastive(x, pairs, scale),
+            "siglip": siglip(pairs, x, scale, -3.0),
+            "similarity": prototype_similarity(x, w, scale).float().square().mean(),
+        }
+
+    with torch.autocast("cpu", torch.bfloat16):
+        x = layer(images)
+        assert x.dtype == torch.bfloat16
+        got = losses(x, texts, pairs)
+    expected = losses(x, texts.bfloat16(), pairs.bfloat16())
+    for name, loss in got.items():
+        assert loss.dtype == torch.float32
+        assert loss.equal(expected[name]), name
+        gradients = torch.autograd.grad(loss, inputs, retain_graph=True)
+        wanted = torch.autograd.grad(expected[name], inputs, retain_graph=True)
+        for a, b in zip(gradients, wanted, strict=True):
+            assert a.dtype == torch.float32 and a.ne(0).any()
+            assert a.equal(b), name
+
+
 def test_autocast_leaves_float64_alone(student, teachers, unit):
     weights = unit(N, 3).abs()
     expected = all_losses(student, teachers, weights)
@@ -739,6 +799,7 @@ X, W, PAIRS = torch.ones(N, D), torch.ones(P, D), torch.ones(N, D)
 S = Similarity(X, W)
 META = torch.device("meta")
 ON_META = Similarity(X.to(META), W.to(META))
+DOUBLE = Similarity(X.double(), W.double())
 
 
 @pytest.mark.parametrize(
@@ -752,6 +813,9 @@ ON_META = Similarity(X.to(META), W.to(META))
         ({"target": TARGET + 3}, ValueError, r"^target: .*3 to 6, wanted .* \[0, 5\) or ignore"),
         ({"target": TARGET - 1}, ValueError, "^target: got values from -1 to 2"),
         ({"target": TARGET + 1, "class_mask": MASK}, ValueError, "^target: holds class [14]"),
+        ({"ignore_index": 3.0}, TypeError, "^ignore_index: got float, wanted an int"),
+        ({"ignore_index": None}, TypeError, "^ignore_index: got NoneType"),
+        ({"ignore_index": True}, TypeError, "^ignore_index: got bool"),
         ({"label_smoothing": "0.1"}, TypeError, "^label_smoothing: got str"),
         ({"label_smoothing": -0.1}, ValueError, "^label_smoothing: got -0.1"),
         ({"label_smoothing": 1.1}, ValueError, "^label_smoothing: got 1.1"),
@@ -789,6 +853,8 @@ def test_errors_of_cross_entropy_name_the_argument(arguments, error, message):
             ValueError,
             r"^teachers\[1\]: requires grad",
         ),
+        ({"teachers": [S, DOUBLE]}, TypeError, r"^teachers\[1\]: got dtype .*float64, .*float32"),
+        ({"student": DOUBLE}, TypeError, r"^teachers\[0\]: got dtype .*float32, .*float64"),
         ({"temperature": "2"}, TypeError, "^temperature: got str"),
         ({"gate_temperature": None}, TypeError, "^gate_temperature: got NoneType"),
         ({"gate": ""}, ValueError, "^gate: got ''"),
@@ -828,7 +894,7 @@ def test_errors_of_teacher_kl_name_the_argument(arguments, error, message):
         ({"text_features": PAIRS.long()}, TypeError, "^text_features: got dtype torch.int64"),
         ({"image_features": PAIRS[0]}, ValueError, r"^image_features: got shape \[4\]"),
         ({"text_features": PAIRS[:3]}, ValueError, r"^text_features: got shape \[3, 4\]"),
-        ({"text_features": PAIRS[:0]}, ValueError, r"^text_features: got shape \[0, D\]"),
+        ({"text_features": PAIRS[:0]}, ValueError, r"^text_features: got shape \[0, 4\], .*6, 4"),
         ({"text_features": PAIRS[:, :3]}, ValueError, r"^text_features: got shape \[6, 3\]"),
         ({"text_features": PAIRS.half()}, TypeError, "^text_features: got dtype torch.float16"),
         ({"text_features": PAIRS.to(META)}, ValueError, "^text_features: got device meta"),
@@ -843,6 +909,50 @@ def test_errors_of_contrastive_losses_name_the_argument(loss, arguments, error, 
     given = {"image_features": PAIRS, "text_features": PAIRS, "logit_scale": 1.0, "logit_bias": 0.0}
     with pytest.raises(error, match=message):
         loss(**{**given, **arguments})
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_no_pairs(backend, monkeypatch):
+    if backend == "cpp" and (reason := native.load()) is not None:
+        pytest.skip(reason)
+    monkeypatch.setenv("MULKI_STRICT", "1")
+    for grad in (False, True):
+        x, w = (PAIRS[:0].clone().requires_grad_(grad) for _ in range(2))
+        for loss in (clip_contrastive, siglip):
+            with use_backend(backend):
+                rows, total, mean = (loss(x, w, 1.0, 0.0, reduction=r) for r in REDUCTIONS)
+                assert rows.shape == (0,) and total == 0 and mean.isnan()
+                if grad:
+                    (dx,) = torch.autograd.grad(rows.sum() + total + mean, x)
+                    assert dx.shape == (0, D)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_a_target_that_the_gate_does_not_want_is_not_looked_at(backend, monkeypatch):
+    if backend == "cpp" and (reason := native.load()) is not None:
+        pytest.skip(reason)
+    monkeypatch.setenv("MULKI_STRICT", "1")
+    with use_backend(backend):
+        for options in ({"gate": "confidence"}, {"weights": torch.ones(N, 1)}, {}):
+            expected = teacher_kl(S, [S.detach()], **options)
+            for target in (TARGET[:2], TARGET + 100, TARGET.int(), TARGET.float()):
+                assert teacher_kl(S, [S.detach()], **options, target=target).equal(expected)
+
+
+def test_any_real_number_will_do(unit):
+    x, w, pairs = unit(N, D).float(), unit(P, D).float(), unit(N, D).float()
+
+    def losses(half):
+        s, teachers = Similarity(x, w, half), [Similarity(pairs, w, t) for t in (half, 9.0, half)]
+        return [
+            prototype_cross_entropy(s, TARGET, label_smoothing=half, check_finite=True),
+            teacher_kl(s, teachers, temperature=half, gate="confidence", gate_temperature=half),
+            teacher_kl(s, [teachers[0]] * 2),
+            siglip(x, pairs, half, half, check_finite=True),
+        ]
+
+    for got, want in zip(losses(Fraction(1, 2)), losses(0.5), strict=True):
+        assert got.equal(want)
 
 
 def test_siglip_wants_a_bias():

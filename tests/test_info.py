@@ -45,6 +45,19 @@ def test_as_a_command() -> None:
     assert text.startswith("versions\n") and f"mulki      {mulki.__version__}" in text
 
 
+def test_a_backend_that_does_not_exist_is_told_and_auto_reported(monkeypatch, capsys) -> None:
+    monkeypatch.delenv("MULKI_BACKEND", raising=False)
+    expected = backends.report()
+    monkeypatch.setenv("MULKI_BACKEND", "eager")
+    with pytest.raises(ValueError, match="^MULKI_BACKEND: got 'eager'"):
+        backends.report()
+    text = python("-m", "mulki.info")
+    assert "MULKI_BACKEND" in text
+    assert mulki.info().operators == expected
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("MULKI_BACKEND: got 'eager', wanted one of auto")
+
+
 def test_importing_mulki_neither_collects_nor_loads_anything() -> None:
     code = (
         "import sys, torch, mulki\n"

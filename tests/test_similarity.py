@@ -83,6 +83,23 @@ def test_autocast_leaves_float64_alone(unit):
 X, W = torch.ones(2, 3), torch.ones(4, 3)
 
 
+def test_autocast_takes_mixed_dtypes_but_float64():
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = Similarity(X.bfloat16(), W, 2.0)
+        assert [t.dtype for t in mixed.operands()[:2]] == [torch.bfloat16] * 2
+        assert mixed.T.materialize().equal(mixed.materialize().T)
+        for operands in ((X.bfloat16(), W.double()), (X.double(), W)):
+            with pytest.raises(TypeError, match="^prototypes: got dtype"):
+                Similarity(*operands)
+    for use in (mixed.operands, mixed.materialize, mixed.detach):
+        with pytest.raises(TypeError, match="^prototypes: got dtype .*float32, wanted .*bfloat16"):
+            use()
+
+
+def test_on_a_device_without_autocast():
+    assert Similarity(X.to("meta"), W.to("meta"), 2.0).materialize().shape == (2, 4)
+
+
 @pytest.mark.parametrize(
     ("operands", "error", "message"),
     [
@@ -93,7 +110,7 @@ X, W = torch.ones(2, 3), torch.ones(4, 3)
         ((X[0], W), ValueError, r"^features: got shape \[3\]"),
         ((X, W[None]), ValueError, r"^prototypes: got shape \[1, 4, 3\]"),
         ((X, W[:, :2]), ValueError, r"^prototypes: got shape \[4, 2\], wanted \[rows, 3\]"),
-        ((X, W[:0]), ValueError, "^prototypes: .*at least one row"),
+        ((X, W[:0]), ValueError, r"^prototypes: got shape \[0, 3\], wanted at least one row"),
         ((X, W.double()), TypeError, "^prototypes: got dtype torch.float64"),
         ((X, W.to("meta")), ValueError, "^prototypes: got device meta"),
         ((X, W, torch.ones(1)), ValueError, r"^scale: got shape \[1\].*reshape"),

@@ -1,4 +1,4 @@
-"""Time, extra memory, and the rate of a plain matrix product.
+"""Time, extra memory, and the rates of plain matrix products.
 
 Providers take turns, so that whatever else the machine does slows all of them alike, and the ratio
 of two is that of the same round. Everything that a call needs but that is not asked about (an
@@ -8,24 +8,31 @@ autocast context, the forward pass before a backward pass) happens off the clock
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import json
 import os
+import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from mulki import functional
 from mulki.bench.cases import Inputs
 from mulki.bench.providers import Loss
 
 _WARM_UP_ROUNDS = 1  # what is compiled or cached was so when it was verified
 _LEAST_ROUNDS = 5
+
+_Found = TypeVar("_Found")
 
 
 @contextmanager
@@ -68,7 +75,7 @@ def _now(device: str) -> float:
 
 
 def take_turns(calls: Mapping[str, Callable[[], float]], seconds: float) -> dict[str, list[float]]:
-    """Run every call once a round, the first one changing from round to round.
+    """Run every call once a round, in an order drawn anew each round, the same in every run.
 
     Args:
         calls: by name, each returning its own seconds.
@@ -79,11 +86,12 @@ def take_turns(calls: Mapping[str, Callable[[], float]], seconds: float) -> dict
     """
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
+    order = random.Random(0)
     rounds = 0
     deadline = time.perf_counter() + seconds * len(names)
     while rounds < _WARM_UP_ROUNDS + _LEAST_ROUNDS or time.perf_counter() < deadline:
-        first = rounds % max(1, len(names))
-        for name in names[first:] + names[:first]:
+        order.shuffle(names)
+        for name in names:
             took = calls[name]()
             if rounds >= _WARM_UP_ROUNDS:
                 times[name].append(took)
@@ -91,29 +99,46 @@ def take_turns(calls: Mapping[str, Callable[[], float]], seconds: float) -> dict
     return times
 
 
-def extra_memory(mode: str, loss: Loss, inputs: Inputs, device: str) -> dict[str, int]:
+def extra_memory(
+    mode: str,
+    loss: Loss,
+    inputs: Inputs,
+    device: str,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> dict[str, int]:
     """Peak bytes beyond inputs and outputs of one call, `mode` being "forward" or "both".
+
+    Args:
+        context: entered around the call, in the thread of the call.
 
     Returns:
         "memory": what torch's allocator gave out. On the CPU the profiler sees what the calling
         thread allocates, C++ scratch from `at::empty` included, but neither worker threads nor
         the buffers of the matrix library. So on Linux there is "resident_memory" besides, by how
         much the process grew; it sees all of that, but not what an earlier call left allocated.
+        On the CPU each of the two has a thread of its own: in one that has called a kernel before,
+        the kernel would find the scratch it had left there.
     """
 
     def call() -> tuple[Tensor, ...]:
-        if mode == "forward":
-            with torch.no_grad():
-                return (loss(*inputs.arguments),)
-        output = loss(*inputs.arguments)
-        gradients = torch.autograd.grad(output, list(inputs.leaves.values()), inputs.upstream)
-        return (output.detach(), *gradients)
+        with context(), torch.set_grad_enabled(mode != "forward"):
+            output = loss(*inputs.arguments)
+            if mode == "forward":
+                return (output,)
+            gradients = torch.autograd.grad(output, list(inputs.leaves.values()), inputs.upstream)
+            return (output.detach(), *gradients)
 
     if device != "cpu":
         return {"memory": _accelerator_memory(call, device)}
-    found = {"memory": _profiled_memory(call)}
-    resident = _resident_memory(call)
+    _start_profiler()
+    found = {"memory": _in_fresh_thread(lambda: _profiled_memory(call))}
+    resident = _in_fresh_thread(lambda: _resident_memory(call))
     return found if resident is None else found | {"resident_memory": resident}
+
+
+def _in_fresh_thread(call: Callable[[], _Found]) -> _Found:
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(call).result()
 
 
 def _accelerator_memory(call: Callable[[], tuple[Tensor, ...]], device: str) -> int:
@@ -124,9 +149,16 @@ def _accelerator_memory(call: Callable[[], tuple[Tensor, ...]], device: str) -> 
     return after - before - sum(t.untyped_storage().nbytes() for t in outputs)
 
 
-def _profiled_memory(call: Callable[[], tuple[Tensor, ...]]) -> int:
-    # Kineto announces every start and stop on standard error.
+@functools.cache
+def _start_profiler() -> None:
+    # Kineto announces every start and stop on standard error, and calls it an error there if its
+    # first start is not in the thread that loaded torch.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with profile(activities=[ProfilerActivity.CPU]):
+        pass
+
+
+def _profiled_memory(call: Callable[[], tuple[Tensor, ...]]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         outputs = call()
     with tempfile.TemporaryDirectory() as folder:
@@ -163,20 +195,40 @@ def _status(key: str) -> int:
     return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
 
 
-def product_rate(dtype: torch.dtype, device: str) -> float:
-    """The best rate of `torch.mm` in operations per second, on squares of 512 and up.
+class ProductRates(NamedTuple):
+    """Operations per second of plain products in one dtype."""
+
+    torch_mm: float
+    similarity: float  # `mulki.functional.prototype_similarity` without autograd
+
+    @property
+    def best(self) -> float:
+        """The larger of the two."""
+        return max(self)
+
+
+def product_rate(dtype: torch.dtype, device: str) -> ProductRates:
+    """The best rate of `torch.mm` on squares of 512 and up, and that of mulki's product on 2048.
 
     The squares double until one product takes a twentieth of a second.
     """
-    best, took, size = 0.0, 0.0, 512
+    torch_mm, took, size = 0.0, 0.0, 512
     while took < 0.05 and size <= 16384:
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        runs = []
-        for _ in range(4):
-            start = _now(device)
-            torch.mm(a, b)
-            runs.append(_now(device) - start)
-        took = min(runs)
-        best = max(best, 2 * size**3 / took)
+        took = _fastest(torch.mm, size, dtype, device)
+        torch_mm = max(torch_mm, 2 * size**3 / took)
         size *= 2
-    return best
+    size = 2048
+    took = _fastest(functional.prototype_similarity, size, dtype, device)
+    return ProductRates(torch_mm, 2 * size**3 / took)
+
+
+def _fastest(
+    product: Callable[[Tensor, Tensor], Tensor], size: int, dtype: torch.dtype, device: str
+) -> float:
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    runs = []
+    for _ in range(4):
+        start = _now(device)
+        product(a, b)
+        runs.append(_now(device) - start)
+    return min(runs)

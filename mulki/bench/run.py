@@ -125,11 +125,10 @@ def _run(
 ) -> int:
     machine = describe_machine(options.device)
     _say(console, report.setting_line(machine))
-    rates = {
-        name: measure.product_rate(DTYPES[name], options.device) / 1e9 for name in options.dtypes
-    }
+    rates = {name: measure.product_rate(DTYPES[name], options.device) for name in options.dtypes}
     for name, rate in rates.items():
-        _say(console, f"torch.mm in {name}: {rate:.0f} GFLOP/s")
+        mm, own = rate.torch_mm / 1e9, rate.similarity / 1e9
+        _say(console, f"{name}: torch.mm {mm:.0f}, prototype_similarity {own:.0f} GFLOP/s")
     _say(console, report.LEGEND)
     without_pairs = {c.shape for c in cases if c.n != c.p}
     pairs = [name for name in options.ops if name in PAIRED]
@@ -140,23 +139,13 @@ def _run(
     for case in cases:
         console.rule(f"{case.operator}, {case.shape}, {case.dtype}")
         found = measure_case(case, options.providers, options.modes, options.seconds)
-        found = [_with_share(r, "share_of_torch_mm", rates[case.dtype]) for r in found]
+        found = [_with_shares(r, rates[case.dtype]) for r in found]
         if output:
             output.add(row for r in found for row in report.rows_of(r, machine))
         console.print(report.terminal_table(found))
         for line in report.remarks(found):
             _say(console, line)
         results += found
-    timed = [r for r in results if "throughput" in r.metrics]
-    for r in timed:
-        rates[r.case.dtype] = max(rates[r.case.dtype], r.metrics["throughput"].median)
-    for name, rate in rates.items():
-        _say(console, f"best rate in {name}, of torch.mm and all of the above: {rate:.0f} GFLOP/s")
-    if output:
-        for r in timed:
-            share = _with_share(r, "share_of_best_rate", rates[r.case.dtype])
-            only = replace(r, metrics={"share_of_best_rate": share.metrics["share_of_best_rate"]})
-            output.add(report.rows_of(only, machine))
     return 1 if any(r.status == "failed" for r in results) else 0
 
 
@@ -199,8 +188,8 @@ def measure_case(
                     continue
                 metrics = _metrics(case, name, mode, times)
                 if mode != "backward":
-                    with PROVIDERS[name].context(case):
-                        memory = measure.extra_memory(mode, found.loss, inputs, case.device)
+                    context = functools.partial(PROVIDERS[name].context, case)
+                    memory = measure.extra_memory(mode, found.loss, inputs, case.device, context)
                     metrics |= {key: Quantiles.same(size / 2**20) for key, size in memory.items()}
                 metrics["gradient_error"] = Quantiles.same(found.error)
                 notes, rounds = _notes(case, name, mode), len(times[name])
@@ -256,13 +245,17 @@ def _notes(case: Case, name: str, mode: str) -> tuple[str, ...]:
     return tuple(filter(None, notes))
 
 
-def _with_share(result: Result, name: str, rate: float) -> Result:
-    """Add the share of a rate in GFLOP/s, where the result has a throughput."""
+def _with_shares(result: Result, rates: measure.ProductRates) -> Result:
+    """Add the shares of the rates of plain products, where the result has a throughput."""
     if "throughput" not in result.metrics:
         return result
     reached = result.metrics["throughput"]
-    share = Quantiles(reached.median / rate, reached.low / rate, reached.high / rate)
-    return replace(result, metrics=result.metrics | {name: share})
+    of = {"share_of_torch_mm": rates.torch_mm, "share_of_best_product": rates.best}
+    shares = {
+        name: Quantiles(*(1e9 * q / rate for q in (reached.median, reached.low, reached.high)))
+        for name, rate in of.items()
+    }
+    return replace(result, metrics=result.metrics | shares)
 
 
 def describe_machine(device: str) -> dict[str, str]:

@@ -7,6 +7,8 @@ the logits costs is forgiven to nobody but those who would lose it anyway.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -49,8 +51,9 @@ class Verifier:
         """What is wrong, in words; empty if nothing is."""
         found = []
         for name, error in errors.items():
-            allowed = self._unfused[name] + self._tolerance
-            # A comparison that NaN fails, whichever of the two it is.
+            unfused = self._unfused[name]
+            allowed = (unfused if math.isfinite(unfused) else 0.0) + self._tolerance
+            # A comparison that NaN fails, and infinity since what is allowed is finite.
             if not error <= allowed:
                 found.append(f"{name}: relative error {error:.2g}, allowed {allowed:.2g}")
         return found

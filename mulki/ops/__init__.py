@@ -81,9 +81,9 @@ def teacher_kl(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.teacher_kl`; kl, weights and entropy are not differentiable.
 
-    Student and teachers of different dtypes are promoted to a common one.
+    Student and teachers of different dtypes, none of them float64, are promoted to a common one.
     """
-    _refuse_tangents(*student, weights)
+    _refuse_tangents(*student, weights, *(value for teacher in teachers for value in teacher))
     dtype = student[0].dtype
     for teacher in teachers:
         if teacher[0].dtype != dtype:
@@ -93,9 +93,7 @@ def teacher_kl(
         return _teacher_kl(student, teachers, *options, reduction)
     # A kernel takes one dtype. Rounding a teacher to the student's would be cheaper, but wrong.
     promoted = [(x.to(dtype), w.to(dtype), scale) for x, w, scale in (student, *teachers)]
-    loss, kl, used, entropy = _teacher_kl(promoted[0], promoted[1:], *options, reduction)
-    back = wide(student[0].dtype)
-    return loss.to(back), kl.to(back), used.to(back), entropy.to(back)
+    return _teacher_kl(promoted[0], promoted[1:], *options, reduction)
 
 
 def _teacher_kl(
@@ -194,7 +192,7 @@ def _number(value: Tensor | float, like: Tensor) -> Tensor:
     """A 0-d tensor of the wide dtype where `like` is; filling one does not wait for a GPU."""
     dtype = wide(like.dtype)
     if not isinstance(value, Tensor):
-        return torch.full((), value, dtype=dtype, device=like.device)
+        return torch.full((), float(value), dtype=dtype, device=like.device)
     if value.dtype == dtype and value.device == like.device:
         return value
     return value.to(like.device, dtype)
@@ -204,5 +202,5 @@ def _numbers(values: Sequence[Tensor | float], like: Tensor) -> Tensor:
     """[K]."""
     first = values[0]
     if isinstance(first, Real) and all(isinstance(v, Real) and v == first for v in values):
-        return torch.full((len(values),), first, dtype=wide(like.dtype), device=like.device)
+        return torch.full((len(values),), float(first), dtype=wide(like.dtype), device=like.device)
     return torch.stack([_number(value, like) for value in values])

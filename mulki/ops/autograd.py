@@ -71,10 +71,13 @@ def _needed(ctx: Any, position: int) -> bool:
 
 
 def _save(ctx: Any, values: Sequence[Any]) -> None:
-    at = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
+    # Inference tensors, as frozen prototypes and teachers may be, cannot be saved, only kept.
+    at = [i for i, v in enumerate(values) if isinstance(v, Tensor) and not v.is_inference()]
     ctx.save_for_backward(*(values[i] for i in at))
     ctx.tensors_at = at
-    ctx.plain = [None if isinstance(value, Tensor) else value for value in values]
+    ctx.plain = list(values)
+    for i in at:
+        ctx.plain[i] = None
 
 
 def _saved(ctx: Any) -> list[Any]:
@@ -102,10 +105,10 @@ def _row_operator(op: str, leaves: int) -> None:
 
 def _reduced_operator(op: str, leaves: int) -> None:
     def keep(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[:leaves], *outputs[-leaves:])
+        _save(ctx, (*inputs[:leaves], *outputs[-leaves:]))
 
     def gradients(ctx: Any, grad: Tensor) -> dict[int, Tensor]:
-        saved = ctx.saved_tensors
+        saved = _saved(ctx)
         return _scaled(op, ctx, grad, saved[:leaves], saved[leaves:])
 
     _register(op, range(leaves), keep, gradients)
@@ -169,11 +172,11 @@ def _keep_teacher_kl_reduced(
     kl, weights, mean = outputs[1], inputs[_WEIGHTS], inputs[-2]
     ctx.rows = kl.shape[0] if mean else 1
     of_weights = (None, None) if weights is None else (weights, kl)
-    ctx.save_for_backward(*inputs[:3], *outputs[-3:], *of_weights)
+    _save(ctx, (*inputs[:3], *outputs[-3:], *of_weights))
 
 
 def _teacher_kl_reduced_gradients(ctx: Any, grad: Tensor) -> dict[int, Tensor]:
-    *saved, weights, kl = ctx.saved_tensors
+    *saved, weights, kl = _saved(ctx)
     result = _scaled("teacher_kl_reduced", ctx, grad, saved[:3], saved[3:])
     if _needed(ctx, _WEIGHTS):
         result[_WEIGHTS] = _times(grad / ctx.rows, kl, weights)

@@ -1,17 +1,19 @@
 """Which backend serves an operator, and why the better ones do not.
 
-CPU tensors go to the C++ kernels (`cpp`), CUDA (also HIP) and XPU tensors to the Triton ones
-(`triton`), and everything else, or whatever those do not serve, to the reference. float64 belongs
+CPU tensors go to the C++ kernels (`cpp`), all others, as of CUDA (also HIP) and XPU, to the Triton
+ones (`triton`), and whatever those do not serve to the reference. float64 belongs
 to the reference by design, so that is no fallback.
 
-`MULKI_BACKEND` (auto, triton, cpp, reference) and `use_backend` force one. `MULKI_STRICT=1` turns a
-fallback into a RuntimeError. Both variables are read at every call.
+`MULKI_BACKEND` (auto, triton, cpp, reference) and `use_backend` force one. `MULKI_STRICT=1`, or any
+other value but the empty one and 0, turns a fallback into a RuntimeError. Both variables are read
+at every call.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Protocol
@@ -23,11 +25,8 @@ from mulki.ops import by_reference, schemas
 Kernel = Callable[..., Any]
 
 NAMES = ("auto", "triton", "cpp", "reference")
-CANDIDATES = {
-    "cpu": ("cpp", "reference"),
-    "cuda": ("triton", "reference"),
-    "xpu": ("triton", "reference"),
-}
+CANDIDATES = {"cpu": ("cpp", "reference")}
+ELSEWHERE = ("triton", "reference")
 
 
 class Backend(Protocol):
@@ -110,8 +109,10 @@ class Served(NamedTuple):
     rejected: dict[str, str]  # the better backends, and why they do not serve it
 
 
-_forced: str | None = None
-_kernels: dict[tuple[str, str, torch.dtype, str, str | None], Kernel] = {}
+# One entry for each `use_backend` that is entered, of one item: two may force the same backend.
+_forced: tuple[list[str], ...] = ()
+_forcing_lock = threading.Lock()
+_kernels: dict[tuple[str, str, torch.dtype, str, bool], Kernel] = {}
 _fallbacks: dict[tuple[str, str, torch.dtype, str], Served] = {}
 
 
@@ -119,10 +120,10 @@ def kernel(op: str, device_type: str, dtype: torch.dtype) -> Kernel:
     """The kernel that serves `op` for tensors of this device type and dtype.
 
     Raises:
-        RuntimeError: a backend that should serve it does not, under MULKI_STRICT=1.
+        RuntimeError: a backend that should serve it does not, under MULKI_STRICT.
         ValueError: MULKI_BACKEND names no backend.
     """
-    key = (op, device_type, dtype, _setting(), os.environ.get("MULKI_STRICT"))
+    key = (op, device_type, dtype, _setting(), _strict())
     found = _kernels.get(key)
     if found is None:
         found = _kernels[key] = _choose_kernel(*key)
@@ -130,11 +131,11 @@ def kernel(op: str, device_type: str, dtype: torch.dtype) -> Kernel:
 
 
 def _choose_kernel(
-    op: str, device_type: str, dtype: torch.dtype, setting: str, strict: str | None
+    op: str, device_type: str, dtype: torch.dtype, setting: str, strict: bool
 ) -> Kernel:
     served = choose(op, device_type, dtype, setting)
     if served.rejected:
-        if strict == "1":
+        if strict:
             reasons = "; ".join(f"{name}: {why}" for name, why in served.rejected.items())
             raise RuntimeError(
                 f"MULKI_STRICT: mulki::{op} for {device_type} tensors of {dtype} falls back to "
@@ -144,8 +145,13 @@ def _choose_kernel(
     return BACKENDS[served.backend].kernel(op)
 
 
+def _strict() -> bool:
+    return os.environ.get("MULKI_STRICT", "") not in ("", "0")
+
+
 def _setting() -> str:
-    name = _forced if _forced is not None else os.environ.get("MULKI_BACKEND", "auto")
+    forced = _forced
+    name = forced[-1][0] if forced else os.environ.get("MULKI_BACKEND", "auto")
     if name not in NAMES:
         raise ValueError(f"MULKI_BACKEND: got {name!r}, wanted one of {', '.join(NAMES)}")
     return name
@@ -155,7 +161,7 @@ def choose(op: str, device_type: str, dtype: torch.dtype, setting: str = "auto")
     """The first backend that serves `op`, among the candidates or after the forced one."""
     if dtype == torch.float64:
         return Served(op, device_type, dtype, "reference", {})
-    names = CANDIDATES.get(device_type, ()) if setting == "auto" else (setting,)
+    names = CANDIDATES.get(device_type, ELSEWHERE) if setting == "auto" else (setting,)
     rejected: dict[str, str] = {}
     for name in names:
         reason = BACKENDS[name].why_not(op, device_type, dtype)
@@ -169,7 +175,8 @@ def use_backend(name: str) -> AbstractContextManager[None]:
     """A context in which `name` serves the operators: auto, triton, cpp or reference.
 
     It holds for the whole process, since autograd runs backward passes in threads of its own, and
-    takes precedence over MULKI_BACKEND. `triton` on CPU tensors needs TRITON_INTERPRET=1.
+    takes precedence over MULKI_BACKEND. Of several contexts, in whatever threads, the one entered
+    last is in force. `triton` on CPU tensors needs TRITON_INTERPRET=1.
 
     Raises:
         ValueError: there is no such backend.
@@ -182,14 +189,17 @@ def use_backend(name: str) -> AbstractContextManager[None]:
 @contextmanager
 def _forcing(name: str) -> Iterator[None]:
     global _forced
-    before, _forced = _forced, name
-    # What was missing may have been built or installed since it was asked for.
+    entry = [name]
+    with _forcing_lock:
+        _forced = (*_forced, entry)
+    # TRITON_INTERPRET, by which Triton serves CPU tensors or does not, may have changed.
     _kernels.clear()
     try:
         yield
     finally:
-        _forced = before
-        _kernels.clear()
+        # Threads need not leave in the order in which they came.
+        with _forcing_lock:
+            _forced = tuple(other for other in _forced if other is not entry)
 
 
 def report() -> list[Served]:
@@ -210,7 +220,7 @@ def report() -> list[Served]:
 
 def _explain(served: Served, setting: str) -> Served:
     # A backend that was not asked because another is forced is a better one without a reason yet.
-    names = CANDIDATES.get(served.device_type, ("reference",))
+    names = CANDIDATES.get(served.device_type, ELSEWHERE)
     place = names.index(served.backend) if served.backend in names else 0
     unasked = {
         name: f"{setting} is forced" for name in names[:place] if name not in served.rejected

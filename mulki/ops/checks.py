@@ -75,13 +75,11 @@ def teachers(
 ) -> None:
     """K >= 1 teachers with as many rows and prototypes as the student, and weights [N, K]."""
     k = len(teacher_x)
+    _check(ValueError, k > 0, lambda: "teacher_x: got none, wanted at least one teacher")
     _check(
         ValueError,
-        k > 0 and len(teacher_w) == k,
-        lambda: (
-            f"teacher_w: got {len(teacher_w)} tensors for {k} in teacher_x, wanted one each of "
-            f"at least one teacher"
-        ),
+        len(teacher_w) == k,
+        lambda: f"teacher_x: got {k} teachers, but {len(teacher_w)} teacher_w; wanted as many",
     )
     _want("teacher_scales", teacher_scales, teacher_scales.shape == (k,), f"[{k}]")
     for i, (u, v) in enumerate(zip(teacher_x, teacher_w, strict=True)):

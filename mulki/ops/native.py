@@ -114,7 +114,7 @@ def _remedy(package: Path) -> str:
     if (package.parent / "setup.py").is_file():
         return f"run `python setup.py build_ext --inplace` in {package.parent}"
     options = "--no-build-isolation --no-cache-dir --force-reinstall --no-deps"
-    return f"reinstall with `pip install {options} mulki`"
+    return f"reinstall from where mulki came, with `pip install {options} FOLDER_OR_URL`"
 
 
 def _compiler() -> str | None:

@@ -12,6 +12,11 @@ from mulki.ops import backends, schemas
 KEYS = ("CPU", "CUDA", "XPU", "MPS")
 
 
+def autocasting(device_type: str) -> bool:
+    """Whether autocast is on for tensors of this device type; some have none, such as meta."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def _router(op: str) -> backends.Kernel:
     # The upstream gradient comes before x.
     position = 1 if op.endswith("_backward") else 0
@@ -20,7 +25,7 @@ def _router(op: str) -> backends.Kernel:
         x = args[position]
         kind = x.device.type
         kernel = backends.kernel(op, kind, x.dtype)
-        if not torch.is_autocast_enabled(kind):
+        if not autocasting(kind):
             return kernel(*args)
         # Operands are rounded before the operator; inside, autocast would round the logits.
         with torch.autocast(kind, enabled=False):

@@ -11,6 +11,7 @@ from op_cases import (
     NAMES,
     SPECIFICATION,
     Case,
+    count,
     expected,
     first,
     form_arguments,
@@ -61,10 +62,7 @@ def test_any_upstream_gradient_reaches_the_operands(name, reduction):
     grad = upstream(case) if reduction == "none" else torch.tensor(-3.7, dtype=torch.float64)
     twin = requiring_grad(case)
     rows = SPECIFICATION[case.op](*twin.args)
-    count = 6
-    if case.op == "prototype_cross_entropy":
-        count = (case.args[3] != -100).sum()
-    want = rows if reduction == "none" else rows.sum() / (count if reduction == "mean" else 1)
+    want = rows if reduction == "none" else rows.sum() / (count(case) if reduction == "mean" else 1)
     torch.testing.assert_close(loss, want)
     got = torch.autograd.grad(loss, case.args[: case.leaves], grad)
     for a, b in zip(got, torch.autograd.grad(want, twin.args[: case.leaves], grad), strict=True):
@@ -238,12 +236,53 @@ def test_forward_mode_is_refused(unit):
         lambda x: ops.contrastive(x, w, 9.0, None, "mean"),
         lambda x: ops.similarity(x, w, 9.0),
         lambda x: ops.siglip(w, w, 9.0, x[0, 0], "mean"),
+        lambda x: kl_of_teacher(w, (x, w, 9.0)),
+        lambda x: kl_of_teacher(w, (w, x, 9.0)),
+        lambda x: kl_of_teacher(w, (w, w, x[0, 0])),
     ):
         with pytest.raises(RuntimeError, match="forward-mode"):
             torch.func.jvp(loss, (x,), (w,))
 
 
-def test_vmap_loops_over_the_operator(unit):
+def kl_of_teacher(x: torch.Tensor, teacher: ops.Operands) -> torch.Tensor:
+    options = 1.0, True, None, "uniform", 1.0, None, None, "mean"
+    return ops.teacher_kl((x, x, 9.0), [teacher], *options)[0]
+
+
+def test_transforms_that_differentiate_are_refused(unit):
+    x, w = unit(6, 4), unit(6, 4)
+    for loss in (
+        lambda x: ops.contrastive(x, w, 9.0, None, "mean"),
+        lambda x: ops.contrastive(x, w, 9.0, None, "none").sum(),
+    ):
+        with pytest.raises(RuntimeError):
+            torch.func.grad(loss)(x)
+
+
+def test_inference_tensors_may_stand_beside_leaves(backend):
+    """Frozen prototypes and teachers may come from `torch.inference_mode`."""
+    for name in LOSSES:
+        case = make(name, dtype=torch.float32)
+        with torch.inference_mode():
+            frozen = [_cloned(value) for value in case.args[1:]]
+        for reduction in REDUCTIONS:
+            gradients = []
+            for rest in (case.args[1:], frozen):
+                x = case.args[0].clone().requires_grad_()
+                loss_of(Case(case.op, (x, *rest)), reduction).sum().backward()
+                gradients.append(x.grad)
+            assert gradients[0].equal(gradients[1])
+
+
+def _cloned(value: object) -> object:
+    if isinstance(value, list):
+        return [_cloned(v) for v in value]
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def test_vmap_loops_over_an_operator_without_lists(unit):
     x, w = torch.stack([unit(6, 4), unit(6, 4)]), unit(5, 4)
     got = torch.vmap(lambda v: ops.similarity(v, w, 9.0))(x)
     torch.testing.assert_close(got, 9 * x @ w.T)
+    with pytest.raises(RuntimeError):
+        torch.vmap(lambda v: kl_of_teacher(v, (v, v, 9.0)))(x)

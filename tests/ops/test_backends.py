@@ -81,12 +81,13 @@ def test_a_fallback_is_recorded_once_with_its_reason(cpp):
 def test_strict_makes_a_fallback_an_error_with_its_reason(cpp, monkeypatch):
     cpp.reason = "no compiler"
     similarity()
-    monkeypatch.setenv("MULKI_STRICT", "1")
-    for _ in range(2):
+    for value in ("1", "1", "true", "yes"):
+        monkeypatch.setenv("MULKI_STRICT", value)
         with pytest.raises(RuntimeError, match="mulki::similarity.*cpu.*cpp: no compiler"):
             similarity()
-    monkeypatch.setenv("MULKI_STRICT", "0")
-    similarity()
+    for value in ("0", ""):
+        monkeypatch.setenv("MULKI_STRICT", value)
+        similarity()
 
 
 def test_float64_is_the_references_by_design(cpp, monkeypatch):
@@ -111,6 +112,21 @@ def test_use_backend_forces_one_nests_and_restores_on_an_error(cpp):
     similarity()
     assert len(cpp.called) == 2
     assert ops.fallbacks() == []
+
+
+@pytest.mark.parametrize("names", [("reference", "cpp"), ("cpp", "cpp")])
+def test_contexts_of_threads_may_end_in_the_order_they_began(cpp, monkeypatch, names):
+    monkeypatch.setenv("MULKI_BACKEND", "reference")
+    one, two = map(use_backend, names)
+    one.__enter__()
+    two.__enter__()
+    similarity()
+    one.__exit__(None, None, None)
+    similarity()
+    assert len(cpp.called) == 2
+    two.__exit__(None, None, None)
+    similarity()
+    assert len(cpp.called) == 2
 
 
 def test_use_backend_reaches_the_threads_of_autograd(cpp):
@@ -157,13 +173,21 @@ def test_a_forced_backend_that_cannot_serve_is_a_recorded_fallback(cpp, monkeypa
 
 @pytest.mark.parametrize(
     ("device_type", "wanted"),
-    [("cpu", "cpp"), ("cuda", "triton"), ("xpu", "triton"), ("mps", "reference")],
+    [("cpu", "cpp"), ("cuda", "triton"), ("xpu", "triton"), ("mps", "triton")],
 )
 def test_candidates_by_device_type(cpp, monkeypatch, device_type, wanted):
     monkeypatch.setitem(backends.BACKENDS, "triton", Stub())
     for dtype in (FULL, HALF):
         served = backends.choose("siglip", device_type, dtype)
         assert (served.backend, served.rejected) == (wanted, {})
+
+
+def test_a_device_that_triton_does_not_know_falls_back_with_a_reason(monkeypatch):
+    monkeypatch.setitem(backends.BACKENDS, "triton", Stub("not for MPS"))
+    backends.kernel("siglip", "mps", FULL)
+    assert [(f.device_type, f.rejected) for f in ops.fallbacks()] == [
+        ("mps", {"triton": "not for MPS"})
+    ]
 
 
 def test_what_cpp_does_not_take(monkeypatch):

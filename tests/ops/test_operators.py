@@ -51,8 +51,6 @@ def test_scales_of_teachers_are_stacked(unit, calls, scales):
         (torch.bfloat16, torch.float32, torch.float32),
         (torch.bfloat16, torch.float16, torch.float32),
         (torch.float32, torch.bfloat16, torch.float32),
-        (torch.float32, torch.float64, torch.float64),
-        (torch.float64, torch.float32, torch.float64),
     ],
 )
 def test_mixed_dtypes_are_promoted_and_results_stay_the_students(

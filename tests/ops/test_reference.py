@@ -40,6 +40,20 @@ def test_gradients_are_those_of_autograd_for_any_choice_of_them(name, form):
                 assert got.shape == (0,)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "form"), [*((n, "backward") for n in NAMES), *((n, "reduced") for n in LOSSES)]
+)
+def test_a_gradient_is_the_same_whatever_else_is_wanted(name, form, dtype, backend):
+    case = make(name, n=37, p=53, d=24, dtype=dtype)
+    everything = run(form_arguments(case, form, [True] * case.leaves))
+    details = len(everything) - case.leaves
+    for wanted in itertools.product([False, True], repeat=case.leaves):
+        output = run(form_arguments(case, form, wanted))
+        for got, want, asked in zip(output, everything, (*[True] * details, *wanted), strict=True):
+            assert got.equal(want) if asked else got.shape == (0,)
+
+
 @pytest.mark.parametrize("mean", [False, True])
 @pytest.mark.parametrize("name", LOSSES)
 def test_reduced_is_the_sum_or_the_mean_and_its_gradient(name, mean):
@@ -108,7 +122,7 @@ def test_a_row_of_zeros_has_a_gradient_when_normalised():
 
 @pytest.mark.parametrize("name", [*LOSSES, "similarity", "cosines"])
 def test_no_rows(name, backend):
-    case = make(name, n=0)
+    case = make(name, n=0, dtype=torch.float32)
     assert first(run(case)).shape[0] == 0
     wanted = [True] * case.leaves
     for form in ("backward", "reduced") if name in LOSSES else ("backward",):

@@ -92,44 +92,47 @@ LABELS = torch.tensor([0, 2, 3, 0, 2, 0])
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
-    ("name", "position", "value", "error"),
+    ("name", "position", "value", "error", "argument"),
     [
-        ("similarity", 0, torch.ones(4), ValueError),
-        ("similarity", 1, torch.ones(5, 3), ValueError),
-        ("similarity", 1, torch.ones(5, 4, dtype=torch.float16), TypeError),
-        ("similarity", 1, torch.ones(0, 4), ValueError),
-        ("similarity", 2, torch.ones(2), ValueError),
-        ("ce", 3, LABELS + 2, ValueError),
-        ("ce", 3, LABELS - 1, ValueError),
-        ("ce", 3, LABELS[:5], ValueError),
-        ("ce", 3, LABELS.int(), TypeError),
-        ("ce_all", 3, LABELS + 1, ValueError),
-        ("ce", 4, torch.ones(4).bool(), ValueError),
-        ("ce", 4, torch.ones(5), TypeError),
-        ("ce", 4, torch.zeros(5).bool(), ValueError),
-        ("kl_label", 7, LABELS + 2, ValueError),
-        ("kl_label", 7, LABELS - 1, ValueError),
-        ("kl_label", 7, LABELS + 1, ValueError),
-        ("kl_label", 7, None, ValueError),
-        ("kl", 11, "lable", ValueError),
-        ("kl", 8, torch.zeros(5).bool(), ValueError),
-        ("kl_weights", 6, torch.ones(6, 3), ValueError),
-        ("kl_weights", 6, torch.ones(5, 2), ValueError),
-        ("kl", 3, [], ValueError),
-        ("contrastive", 1, torch.ones(5, 4), ValueError),
-        ("siglip", 1, torch.ones(7, 4), ValueError),
-        ("siglip", 3, torch.ones(2), ValueError),
+        ("similarity", 0, torch.ones(4), ValueError, "x"),
+        ("similarity", 1, torch.ones(5, 3), ValueError, "w"),
+        ("similarity", 1, torch.ones(5, 4, dtype=torch.float16), TypeError, "w"),
+        ("similarity", 1, torch.ones(0, 4), ValueError, "w"),
+        ("similarity", 2, torch.ones(2), ValueError, "scale"),
+        ("ce", 3, LABELS + 2, ValueError, "target"),
+        ("ce", 3, LABELS - 1, ValueError, "target"),
+        ("ce", 3, LABELS[:5], ValueError, "target"),
+        ("ce", 3, LABELS.int(), TypeError, "target"),
+        ("ce_all", 3, LABELS + 1, ValueError, "target"),
+        ("ce", 4, torch.ones(4).bool(), ValueError, "class_mask"),
+        ("ce", 4, torch.ones(5), TypeError, "class_mask"),
+        ("ce", 4, torch.zeros(5).bool(), ValueError, "class_mask"),
+        ("kl_label", 7, LABELS + 2, ValueError, "target"),
+        ("kl_label", 7, LABELS - 1, ValueError, "target"),
+        ("kl_label", 7, LABELS + 1, ValueError, "target"),
+        ("kl_label", 7, None, ValueError, "target"),
+        ("kl", 11, "lable", ValueError, "gate"),
+        ("kl", 8, torch.zeros(5).bool(), ValueError, "class_mask"),
+        ("kl_weights", 6, torch.ones(6, 3), ValueError, "weights"),
+        ("kl_weights", 6, torch.ones(5, 2), ValueError, "weights"),
+        ("kl", 3, [], ValueError, "teacher_x"),
+        ("kl", 4, [], ValueError, "teacher_x"),
+        ("contrastive", 1, torch.ones(5, 4), ValueError, "w"),
+        ("siglip", 1, torch.ones(7, 4), ValueError, "w"),
+        ("siglip", 3, torch.ones(2), ValueError, "bias"),
     ],
 )
-def test_direct_calls_refuse_what_does_not_fit(name, position, value, error, dtype, backend):
+def test_direct_calls_refuse_what_does_not_fit(
+    name, position, value, error, argument, dtype, backend
+):
     case = make(name, dtype=dtype)
     if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
         value = value.to(dtype) if position != 4 else value
     bad = with_argument(case, position, value)
-    with pytest.raises(error):
+    with pytest.raises(error, match=f"^{argument}: "):
         run(bad)
     if name in LOSSES:
-        with pytest.raises(error):
+        with pytest.raises(error, match=f"^{argument}: "):
             run(form_arguments(bad, "reduced", [True] * case.leaves))
 
 
