@@ -1,23 +1,75 @@
 """Triton kernels, imported as `mulki.kernels`. Importing this package imports no Triton.
 
-`KERNELS` maps the name of an operator to its kernel. It is empty: the kernels are not written yet.
+`KERNELS` maps the name of an operator to the module that has its kernel, a function of that name.
 """
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-KERNELS: dict[str, Callable[..., Any]] = {}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CAPABILITY = (8, 0)  # the first with bfloat16 and tf32 on tensor cores
+
+_LOSSES = {
+    "prototype_cross_entropy": "cross_entropy",
+    "teacher_kl": "teacher_kl",
+    "contrastive": "pairs",
+    "siglip": "pairs",
+}
+KERNELS: dict[str, str] = {
+    "similarity": "similarity",
+    "similarity_backward": "similarity",
+    **{
+        f"{op}{form}": module
+        for op, module in _LOSSES.items()
+        for form in ("", "_backward", "_reduced")
+    },
+}
 
 
 def why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why no kernel here serves `op`, in one sentence, or None when one does."""
-    return None if op in KERNELS else f"mulki.kernels has no Triton kernel for {op} yet"
+    if op not in KERNELS:
+        return f"mulki.kernels has no Triton kernel for {op}"
+    if dtype not in DTYPES:
+        return f"takes float32, bfloat16 and float16, not {dtype}"
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton is not importable ({error}): install the one that this torch names"
+    if device_type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return "runs on CPU tensors in Triton's interpreter alone; set TRITON_INTERPRET=1"
+        return None
+    return _why_not_here(device_type)
+
+
+def _why_not_here(device_type: str) -> str | None:
+    missing = _missing(device_type)
+    if missing is None and os.environ.get("MULKI_BACKEND") != "triton":
+        return "has run in Triton's interpreter and on no GPU yet; MULKI_BACKEND=triton tries it"
+    return missing
+
+
+def _missing(device_type: str) -> str | None:
+    if device_type == "xpu":
+        return None if torch.xpu.is_available() else "torch finds no XPU on this machine"
+    if device_type != "cuda":
+        return f"serves CUDA, HIP and XPU tensors, not {device_type}"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU on this machine"
+    found = torch.cuda.get_device_capability()
+    if torch.version.hip is None and found < CAPABILITY:
+        wanted = ".".join(map(str, CAPABILITY))
+        return f"wants compute capability {wanted}, and this GPU has {found[0]}.{found[1]}"
+    return None
 
 
 def kernel(op: str) -> Callable[..., Any]:
     """The kernel of `op`, with the operator's signature; ask `why_not` first."""
-    return KERNELS[op]
+    return getattr(importlib.import_module(f"{__name__}.{KERNELS[op]}"), op)

@@ -1,0 +1,85 @@
+"""What keeps a direct call of an operator from reading where it must not.
+
+`mulki.functional` has checked all of it and says more. Values of targets and masks are not read:
+that would wait for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def _want(name: str, got: object, fits: bool, wanted: str) -> None:
+    if not fits:
+        raise ValueError(f"{name}: got {got}, wanted {wanted}")
+
+
+def shape(name: str, value: Tensor | None, wanted: Sequence[int]) -> None:
+    """A tensor of this shape, or none at all."""
+    if value is not None:
+        _want(name, f"shape {list(value.shape)}", tuple(value.shape) == tuple(wanted), str(wanted))
+
+
+def operands(x: Tensor, w: Tensor, scale: Tensor, name: str = "") -> None:
+    """x [N, D], w [P >= 1, D] and a 0-d scale, on one device."""
+    _want(f"{name}x", f"shape {list(x.shape)}", x.ndim == 2, "[N, D]")
+    fits = w.ndim == 2 and w.shape[0] > 0 and w.shape[1] == x.shape[1]
+    _want(f"{name}w", f"shape {list(w.shape)}", fits, f"[P, {x.shape[1]}] with P > 0")
+    if w.dtype != x.dtype:
+        raise TypeError(f"{name}w: got {w.dtype}, wanted {x.dtype} as x has; cast one to the other")
+    _want("scale", f"shape {list(scale.shape)}", scale.numel() == 1, "a 0-d tensor")
+    for what, value in ((f"{name}w", w), ("scale", scale)):
+        _want(what, value.device, value.device == x.device, f"{x.device} as x has")
+
+
+def pairs(x: Tensor, w: Tensor, *numbers: Tensor) -> None:
+    """x and w [N, D], and 0-d numbers."""
+    _want("x", f"shape {list(x.shape)}", x.ndim == 2, "[N, D]")
+    shape("w", w, x.shape)
+    if x.shape[0] > 0:
+        for number in numbers:
+            operands(x, w, number)
+
+
+def labels(x: Tensor, w: Tensor, target: Tensor | None, class_mask: Tensor | None) -> None:
+    """int64 targets [N] and a bool mask [P]."""
+    shape("target", target, x.shape[:1])
+    shape("class_mask", class_mask, w.shape[:1])
+    for name, value, dtype in (
+        ("target", target, torch.int64),
+        ("class_mask", class_mask, torch.bool),
+    ):
+        if value is not None and value.dtype != dtype:
+            raise TypeError(f"{name}: got {value.dtype}, wanted {dtype}")
+
+
+def teachers(
+    x: Tensor,
+    w: Tensor,
+    teacher_x: Sequence[Tensor],
+    teacher_w: Sequence[Tensor],
+    teacher_scales: Tensor,
+    weights: Tensor | None,
+) -> None:
+    """K >= 1 teachers with the student's rows, and weights [N, K]."""
+    k = len(teacher_x)
+    _want("teacher_x", "no teachers", k > 0, "at least one")
+    _want("teacher_w", f"{len(teacher_w)} tensors", len(teacher_w) == k, f"{k} as teacher_x has")
+    shape("teacher_scales", teacher_scales, (k,))
+    shape("weights", weights, (x.shape[0], k))
+    for i, (u, v) in enumerate(zip(teacher_x, teacher_w, strict=True)):
+        operands(u, v, teacher_scales[i], f"teacher {i} ")
+        _want(f"teacher {i} x", f"{u.shape[0]} rows", u.shape[0] == x.shape[0], f"{x.shape[0]}")
+        _want(f"teacher {i} w", f"{v.shape[0]} rows", v.shape[0] == w.shape[0], f"{w.shape[0]}")
+
+
+def gate(name: str, weights: Tensor | None, target: Tensor | None) -> None:
+    """A gate that a kernel computes, and a target where it looks at one."""
+    if weights is None:
+        wanted = "uniform, confidence or label"
+        _want("gate", repr(name), name in ("uniform", "confidence", "label"), wanted)
+        fits = name != "label" or target is not None
+        _want("target", None, fits, '[N] class indices for gate="label"')

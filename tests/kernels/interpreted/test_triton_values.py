@@ -1,0 +1,102 @@
+"""Values and gradients of every operator in every form, against formulas in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mulki.kernels import common
+from triton_cases import LOSSES, NAMES, make, teacher_kl
+from triton_helpers import TOLERANCE, all_close, backward, call, close, error, reduced
+
+HALVES = ("cosines", "ce_all", "kl_label", "kl_weights", "contrastive", "siglip")
+FLOAT = TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_and_their_gradients(name):
+    case = make(name)
+    upstream = case.upstream()
+    rows, gradients = case.expected(upstream)
+    close(call(case.op, *case.args)[0], rows, FLOAT)
+    all_close(backward(case, upstream), gradients, FLOAT)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_means_and_their_gradients(name):
+    case = make(name)
+    total, gradients = case.expected(mean=True)
+    found, made, _ = reduced(case)
+    close(found, total, FLOAT)
+    all_close(made, gradients, FLOAT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", HALVES)
+def test_half_precision(name, dtype):
+    case = make(name, dtype)
+    upstream = case.upstream()
+    rows, gradients = case.expected(upstream)
+    found, made = call(case.op, *case.args)[0], backward(case, upstream)
+    close(found, rows, TOLERANCE[found.dtype])
+    assert [g.dtype for g in made] == [dtype, dtype, *[torch.float32] * (case.leaves - 2)]
+    # Normalised rows are rounded before they are multiplied, too; dscale is a sum that cancels.
+    of_norms = TOLERANCE[dtype] if name == "cosines" else 0.0
+    all_close(made[:2], gradients[:2], TOLERANCE[dtype] + of_norms)
+    all_close(made[2:], gradients[2:], FLOAT + 5 * of_norms)
+
+
+@pytest.mark.parametrize("name", ["ce_all", "kl_weights"])
+def test_reduced_gradients_of_halves_do_not_underflow(name):
+    case = make(name, torch.float16, scale=1e-8)
+    total, gradients = case.expected()
+    found, made, _ = reduced(case, mean=False)
+    close(found, total, FLOAT)
+    assert gradients[0].abs().max() < 1e-7
+    assert all(g.dtype == torch.float32 for g in made)
+    all_close(made[:2], gradients[:2], TOLERANCE[torch.float16])
+
+
+@pytest.mark.parametrize("name", ["similarity", "ce", "kl", "siglip"])
+def test_a_missing_upcast_would_be_noticed(name, monkeypatch):
+    case = make(name, torch.bfloat16)
+    upstream = case.upstream()
+    monkeypatch.setattr(common, "upcast", lambda models: False)
+    rows, gradients = case.expected(upstream)
+    assert error(call(case.op, *case.args)[0], rows) > 10 * TOLERANCE[torch.bfloat16]
+    assert error(backward(case, upstream)[0], gradients[0]) > 10 * TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_details_of_any_number_of_teachers(k):
+    case = make("kl_label", k=k)
+    want = teacher_kl(*case.double())
+    loss, *details = call(case.op, *case.args)
+    close(loss, want.loss, FLOAT)
+    all_close(details, [want.kl, want.weights, want.entropy], FLOAT)
+    upstream = case.upstream()
+    all_close(backward(case, upstream), case.expected(upstream)[1], FLOAT)
+    _, _, again = reduced(case)
+    for one, other in zip(details, again, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_each_model_has_its_own_dtype():
+    case = make("kl")
+    x, w, scale, teacher_x, teacher_w, *rest = case.args
+    teacher_x = [teacher_x[0].bfloat16(), teacher_x[1].double()]
+    teacher_w = [teacher_w[0].bfloat16(), teacher_w[1].double()]
+    case.args = (x, w, scale, teacher_x, teacher_w, *rest)
+    upstream = case.upstream()
+    rows, gradients = case.expected(upstream)
+    close(call(case.op, *case.args)[0], rows, FLOAT)
+    all_close(backward(case, upstream), gradients, FLOAT)
+
+
+@pytest.mark.parametrize("name", ["ce", "kl", "contrastive", "siglip"])
+@pytest.mark.parametrize("scale", [-5.0, 0.0])
+def test_any_sign_of_the_scale(name, scale):
+    case = make(name, scale=scale)
+    total, gradients = case.expected(mean=True)
+    found, made, _ = reduced(case)
+    close(found, total, FLOAT)
+    all_close(made, gradients, FLOAT)

@@ -1,0 +1,34 @@
+"""Memory that shows what a kernel should not have touched."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BAND = 40  # elements before and behind
+# A NaN of its own: who reads it spoils a result, who writes over it is found out.
+BITS = {torch.float32: 0x7FC0BEAF, torch.bfloat16: 0x7FCB, torch.float16: 0x7EAF}
+INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+
+def poisoned(size: int, dtype: torch.dtype) -> Tensor:
+    return torch.full((size,), BITS[dtype], dtype=INTEGERS[dtype]).view(dtype)
+
+
+class Memory:
+    """Uninitialised tensors full of NaN, between bands that nobody may write."""
+
+    def __init__(self) -> None:
+        self.made: list[Tensor] = []
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size = torch.Size(shape).numel()
+        buffer = poisoned(size + 2 * BAND, dtype)
+        self.made.append(buffer)
+        return buffer[BAND : BAND + size].view(shape)
+
+    def check(self) -> None:
+        for buffer in self.made:
+            bits = buffer.view(INTEGERS[buffer.dtype])
+            bands = torch.cat([bits[:BAND], bits[-BAND:]])
+            assert (bands == BITS[buffer.dtype]).all(), "a kernel wrote beyond its tensor"

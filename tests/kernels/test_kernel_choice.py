@@ -1,0 +1,252 @@
+"""What is chosen without running a kernel: reasons, tiles, plans, timings, launches."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mulki import kernels
+from mulki.ops import schemas
+
+
+@pytest.fixture
+def triton(monkeypatch):
+    """A module that can be imported as Triton, whether Triton is there or not."""
+    monkeypatch.setitem(sys.modules, "triton", sys)
+
+
+def test_every_operator_has_a_kernel():
+    assert set(kernels.KERNELS) == set(schemas.SCHEMAS)
+
+
+def test_reasons_without_a_gpu(triton, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    op = "teacher_kl"
+    assert "no Triton kernel for sort" in kernels.why_not("sort", "cuda", torch.float32)
+    assert "not torch.float64" in kernels.why_not(op, "cuda", torch.float64)
+    assert "TRITON_INTERPRET=1" in kernels.why_not(op, "cpu", torch.float32)
+    assert "no GPU" in kernels.why_not(op, "cuda", torch.float32)
+    assert "not mps" in kernels.why_not(op, "mps", torch.float32)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert kernels.why_not(op, "cpu", torch.bfloat16) is None
+
+
+@pytest.mark.parametrize(("capability", "serves"), [((7, 5), False), ((8, 0), True)])
+def test_reason_of_an_old_gpu(capability, serves, triton, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    reason = kernels.why_not("siglip", "cuda", torch.float32)
+    assert "on no GPU yet" in reason if serves else "8.0" in reason and "7.5" in reason
+    monkeypatch.setenv("MULKI_BACKEND", "triton")
+    assert (kernels.why_not("siglip", "cuda", torch.float32) is None) == serves
+
+
+def test_reason_without_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    reason = kernels.why_not("siglip", "cuda", torch.float32)
+    assert reason.startswith("triton is not importable (") and "install" in reason
+
+
+def test_asking_imports_no_kernel():
+    code = (
+        "import sys, torch\nfrom mulki import kernels\n"
+        "assert kernels.why_not('siglip', 'cuda', torch.float64)\n"
+        "print([m for m in sys.modules if m == 'triton' or m.startswith('mulki.kernels.')])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+tiles = importlib.import_module("mulki.kernels.tiles")
+common = importlib.import_module("mulki.kernels.common")
+KINDS = (
+    *("rows", "rows small", "sums", "similarity", "similarity small"),
+    *("slice", "part", "part small"),
+)
+FAMILIES = {"half": (True, "ieee"), "tf32": (False, "tf32"), "float": (False, "ieee")}
+
+
+@pytest.mark.parametrize("architecture", tiles.ARCHITECTURES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_table_is_complete(architecture, family):
+    device = tiles.Device(architecture, *FAMILIES[family])
+    assert device.family == family
+    for kind in KINDS:
+        for tile in device.tiles(kind):
+            blocks = tile.own, tile.other, tile.depth, *([tile.slice] if tile.slice else [])
+            assert all(block >= 16 and block & (block - 1) == 0 for block in blocks)
+        assert device.tiles(kind), kind
+    assert len({plan.tile for plan in tiles.row_plans(device, 4096, 4096)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        *(("sm_80", "sm_80"), ("sm_89", "sm_86"), ("sm_90", "sm_90"), ("sm_103", "sm_100")),
+        *(("sm_120", "sm_86"), ("gfx942", "gfx942"), ("gfx1100", "gfx942"), ("xpu", "gfx942")),
+    ],
+)
+def test_unknown_architectures_take_the_entries_of_a_known_one(name, known):
+    assert tiles.Device(name, True, "ieee").known == known
+
+
+@pytest.mark.parametrize("architecture", tiles.ARCHITECTURES)
+@pytest.mark.parametrize("half", [True, False])
+def test_plans_cover_every_shape(architecture, half):
+    device = tiles.Device(architecture, half, "ieee")
+    for own in (1, 64, 257, 4096, 65536):
+        for other in (1, 100, 1000, 21841):
+            plans = [*tiles.row_plans(device, own, other)]
+            for width in (1, 512, 768, 2048):
+                for swap in (False, True):
+                    plans += tiles.gradient_plans(device, own, other, width, swap)
+            for plan in plans:
+                count = -(-other // plan.tile.other)
+                each = -(-count // plan.splits)
+                # None without a tile, and a merge can hold them all.
+                assert 1 <= plan.splits <= count and (plan.splits - 1) * each < count
+                assert plan.splits <= 128 or plan.schedule not in ("rows", "rows small")
+            for plan in tiles.gradient_plans(device, own, other, 512):
+                assert plan.splits == 1 or plan.splits * own * 512 * 4 <= tiles.PART_BYTES
+
+
+def test_what_small_and_large_problems_take():
+    device = tiles.Device("sm_90", True, "ieee")
+    assert tiles.row_plans(device, 65536, 8192)[0].splits == 1
+    assert tiles.row_plans(device, 64, 100)[0].schedule == "rows small"
+    assert tiles.row_plans(device, 256, 21841)[0].splits > 30
+    assert tiles.gradient_plans(device, 65536, 1000, 512)[0].schedule == "wide"
+    assert tiles.gradient_plans(device, 65536, 1000, 768)[0].schedule == "slice"
+    assert tiles.gradient_plans(device, 64, 100, 512)[0].schedule == "part small"
+
+
+def test_chunks_stay_within_their_memory():
+    device = tiles.Device("sm_90", True, "ieee")
+    assert tiles.chunk_rows(device, 256, 1000, 3) == 0
+    for p in (1024, 8192, 30000):
+        rows = tiles.chunk_rows(device, 65536, p, 3)
+        assert rows * p * (3 * 4 + 2) <= tiles.CHUNK_BYTES < 64 << 20
+    assert tiles.chunk_rows(device, 8192, 8192, 3) == 512
+    assert tiles.chunk_rows(tiles.Device("sm_90", False, "tf32x3"), 8192, 8192, 3) == 0
+
+
+def test_precision(monkeypatch):
+    monkeypatch.delenv("MULKI_INPUT_PRECISION", raising=False)
+    single, half = {torch.float32}, {torch.bfloat16}
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "ieee"
+        assert common.precision("sm_90", single) == "tf32x3"
+        assert common.precision("gfx942", single) == "ieee"
+        matmul.fp32_precision = "tf32"
+        assert common.precision("sm_80", single) == "tf32"
+        assert common.precision("gfx90a", single) == "ieee"
+        assert common.precision("sm_80", half) == "ieee"
+        monkeypatch.setenv("MULKI_INPUT_PRECISION", "ieee")
+        assert common.precision("sm_80", single) == "ieee"
+        monkeypatch.setenv("MULKI_INPUT_PRECISION", "high")
+        with pytest.raises(ValueError, match="wanted one of ieee, tf32, tf32x3"):
+            common.precision("sm_80", single)
+    finally:
+        matmul.fp32_precision = before
+
+
+@pytest.fixture
+def autotune(monkeypatch, tmp_path):
+    pytest.importorskip("triton", reason="needs Triton, which this installation has not")
+    module = importlib.import_module("mulki.kernels.autotune")
+    monkeypatch.setenv("MULKI_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "_chosen", {})
+    return module
+
+
+PLANS = [tiles.Plan("rows", tiles.Tile(64 * i, 64, 32, 0, 8, 2), i) for i in (1, 2, 3)]
+
+
+def test_the_default_is_taken_unless_asked_otherwise(autotune, monkeypatch):
+    device = tiles.Device("sm_90", True, "ieee")
+    monkeypatch.delenv("MULKI_AUTOTUNE", raising=False)
+    assert autotune.run("rows", device, (5, 6), PLANS, lambda plan: plan) == PLANS[0]
+    monkeypatch.setenv("MULKI_AUTOTUNE", "1")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert autotune.run("rows", device, (5, 6), PLANS, lambda plan: plan) == PLANS[0]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not autotune.cache_file().exists()
+
+
+def test_the_fastest_is_kept_on_disk(autotune, monkeypatch):
+    monkeypatch.setenv("MULKI_AUTOTUNE", "1")
+    device = tiles.Device("sm_90", True, "ieee")
+    timed = []
+
+    def milliseconds(function):
+        timed.append(function())
+        return {64: 3.0, 128: 1.0, 192: float("inf")}[timed[-1].tile.own]
+
+    monkeypatch.setattr(autotune, "milliseconds", milliseconds)
+    for _ in range(2):
+        assert autotune.run("rows", device, (500, 600), PLANS, lambda plan: plan) == PLANS[1]
+    assert timed == PLANS
+    # Another process, a shape of the same size and other splits.
+    monkeypatch.setattr(autotune, "_chosen", {})
+    other = [plan._replace(splits=7) for plan in PLANS]
+    assert autotune.run("rows", device, (400, 520), other, lambda plan: plan) == other[1]
+    assert len(timed) == 3
+    (key,) = json.loads(autotune.cache_file().read_text())
+    assert key.startswith("rows sm_90 half 512x1024 triton ")
+    # What is not a choice is made again, and what is no file is replaced.
+    monkeypatch.setattr(autotune, "_chosen", {})
+    autotune.cache_file().write_text("{")
+    assert autotune.run("rows", device, (400, 520), other, lambda plan: plan) == other[1]
+    assert len(timed) == 6
+
+
+LAUNCHES = """
+import sys
+from mulki.kernels import entries
+for architecture in ("sm_90", "gfx942"):
+    for numbers in entries.NUMBERS:
+        names = set()
+        for entry in entries.entries(architecture, numbers):
+            names.add(entry.kernel.__name__)
+            assert list(entry.signature) == entry.kernel.arg_names, entry.name
+            assert entry.options["enable_fp_fusion"] is False
+            assert all((path in entry.constants) == (entry.signature[name] == "constexpr")
+                       for i, name in enumerate(entry.signature)
+                       for path in [(i,)] if not isinstance(entry.signature[name], tuple))
+        print(architecture, numbers, *sorted(names))
+"""
+
+
+def test_launches_of_every_operator_can_be_recorded():
+    """On tensors without storage: nothing reads a value on the host."""
+    pytest.importorskip("triton", reason="needs Triton, which this installation has not")
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHES], capture_output=True, text=True, check=False, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    kernels_of = {
+        (line.split()[0], line.split()[1]): set(line.split()[2:])
+        for line in done.stdout.splitlines()
+    }
+    everywhere = {
+        *("contrastive_rows", "cross_entropy_rows", "held_gradient", "part_gradient", "part_sums"),
+        *("project", "row_inverse_norms", "row_statistics", "row_totals", "scaled_product"),
+        *("siglip_sums", "teacher_kl_rows"),
+    }
+    for (_, numbers), names in kernels_of.items():
+        assert names == (everywhere if numbers == "fp32" else everywhere | {"chunk_gradient"})
+    assert len(kernels_of) == 8
