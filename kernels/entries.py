@@ -36,6 +36,7 @@ NUMBERS = {
     "fp16": (torch.float16, "ieee", "ieee"),
     "fp32": (torch.float32, "tf32x3", "ieee"),
     "tf32": (torch.float32, "tf32", "tf32"),
+    "ieee": (torch.float32, "ieee", "ieee"),
 }
 _TYPES = {
     torch.float32: "fp32",
