@@ -2,7 +2,7 @@
 // a row: of the student, and of any number of teachers.
 //
 // Y = X W^T are plain products and u = c Y the logits, c = scale / temperature. A super-block of rows
-// goes through three steps, each parallel over its own tasks:
+// goes through four steps, each parallel over its own tasks:
 //
 //   1. per tile: the products of every model; per row of the tile its largest u, and sums of
 //      e = exp(u - u_max) alone, times Y, and (teachers) times the student's Y. e replaces Y.
