@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from mulki.errors import InputError, nearest
+from mulki.errors import InputError, ProcessLost, nearest
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,9 +26,11 @@ def run_command(argv: Sequence[str]) -> int:
     """Run one command and return its exit status."""
     try:
         return _dispatch(list(argv))
-    except InputError as error:
-        print(f"mulki: error: {error}", file=sys.stderr)
-        return 2
+    except (InputError, ProcessLost) as error:
+        rank = os.environ.get("RANK", "0")
+        where = f" in process {rank}" if rank != "0" else ""
+        print(f"mulki: error{where}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         print("mulki: interrupted", file=sys.stderr)
         return 130
@@ -44,6 +47,9 @@ def _dispatch(argv: list[str]) -> int:
         "tasks": _tasks,
         "bench": _bench,
     }
+    if argv[:1] == ["--"]:
+        # torchrun -m mulki -- run ...: what follows is kept from torchrun's own options.
+        argv = argv[1:]
     name = argv[0] if argv else "--help"
     if name in ("-h", "--help"):
         print(_usage(commands))
@@ -85,6 +91,8 @@ def _run(argv: list[str]) -> int:
     logging.basicConfig(format="mulki: %(message)s", handlers=[handler])
 
     folder = run(settings, Console(stderr=True))
+    if folder is None:  # another process of the run prints
+        return 0
     print_matrix(folder.matrix, console)
     console.print(f"run folder: {folder.path}", soft_wrap=True, highlight=False)
     return 0

@@ -1,4 +1,4 @@
-"""The one exception that means "what you passed cannot be used", and its usual helper."""
+"""The exception that means "what you passed cannot be used", its usual helper, and one more."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ class InputError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.splitlines()))
+
+
+class ProcessLost(RuntimeError):
+    """Another process of the same run has ended, so this one cannot go on."""
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

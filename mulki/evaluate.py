@@ -8,7 +8,7 @@ autocast is used.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,16 +17,30 @@ from torch import Tensor
 from mulki.data.task import Task
 from mulki.models import TEXT_BATCH, VisionLanguageModel
 
+Encode = Callable[[VisionLanguageModel, Tensor], Tensor]
+Count = Callable[[int, int], tuple[int, int]]
+
+
+def encode_all_texts(model: VisionLanguageModel, inputs: Tensor) -> Tensor:
+    """Features [n, D] of `model.text_inputs` of n prompts, in batches."""
+    return torch.cat([model.encode_texts(part) for part in inputs.split(TEXT_BATCH)])
+
 
 @torch.no_grad()
-def zero_shot_classifier(model: VisionLanguageModel, inputs: Tensor, num_classes: int) -> Tensor:
+def zero_shot_classifier(
+    model: VisionLanguageModel,
+    inputs: Tensor,
+    num_classes: int,
+    encode: Encode = encode_all_texts,
+) -> Tensor:
     """Class weights [C, D], unit rows.
 
     Args:
         inputs: `model.text_inputs` of C x T prompts, class by class.
         num_classes: C.
+        encode: from model and inputs to features [C x T, D].
     """
-    texts = torch.cat([model.encode_texts(part) for part in inputs.split(TEXT_BATCH)])
+    texts = encode(model, inputs)
     return F.normalize(texts.unflatten(0, (num_classes, -1)).mean(dim=1), dim=-1)
 
 
@@ -38,13 +52,13 @@ def count_correct(
 
     Args:
         classifier: [C, D].
-        batches: of (images [B, 3, H, W], targets [B], ...).
+        batches: of (images [B, 3, H, W], targets [B], ...); a negative target is not counted.
     """
     correct = seen = 0
     for images, target, *_ in batches:
         predicted = (model.encode_images(images) @ classifier.mT).argmax(dim=1)
         correct += int((predicted.cpu() == target).sum())
-        seen += len(target)
+        seen += int((target >= 0).sum())
     return correct, seen
 
 
@@ -55,6 +69,8 @@ class Evaluator:
         model: evaluated as it is at the time; what of it is frozen has to stay so.
         tasks: what to evaluate on.
         loaders: a re-iterable of test batches per task.
+        encode: see `zero_shot_classifier`.
+        total: from correct predictions and images seen here to those of all processes.
     """
 
     def __init__(
@@ -62,10 +78,15 @@ class Evaluator:
         model: VisionLanguageModel,
         tasks: Sequence[Task],
         loaders: Sequence[Iterable[Sequence[Tensor]]],
+        *,
+        encode: Encode = encode_all_texts,
+        total: Count = lambda correct, seen: (correct, seen),
     ):
         self.model = model
         self.tasks = tasks
         self._loaders = loaders
+        self._encode = encode
+        self._total = total
         self._inputs: dict[str, Tensor] = {}
 
     def accuracy(self, number: int) -> tuple[float, int]:
@@ -75,6 +96,7 @@ class Evaluator:
         if task.name not in self._inputs:
             prompts = [prompt for of_class in task.prompts() for prompt in of_class]
             self._inputs[task.name] = model.text_inputs(prompts)
-        classifier = zero_shot_classifier(model, self._inputs[task.name], len(task.classes))
-        correct, seen = count_correct(model, classifier, self._loaders[number])
+        inputs = self._inputs[task.name]
+        classifier = zero_shot_classifier(model, inputs, len(task.classes), self._encode)
+        correct, seen = self._total(*count_correct(model, classifier, self._loaders[number]))
         return 100 * correct / seen, seen

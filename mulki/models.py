@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import resources, util
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mulki.errors import InputError, nearest
 
@@ -62,6 +64,12 @@ class VisionLanguageModel:
         return next(self.clip.parameters()).device
 
     @property
+    def _image_dtype(self) -> torch.dtype:
+        # Convolutions and projections: a normalisation may be wider than what it normalises.
+        weights = (p for p in self.clip.visual.parameters() if p.ndim >= 2)
+        return next(weights, torch.empty(0)).dtype
+
+    @property
     def image_size(self) -> int:
         """Pixels of the square input."""
         size = self.clip.visual.image_size
@@ -74,7 +82,9 @@ class VisionLanguageModel:
 
     def encode_images(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] to L2-normalised float32 features [B, D]."""
-        images = images.to(self.device, memory_format=torch.channels_last)
+        images = images.to(
+            self.device, self._image_dtype, non_blocking=True, memory_format=torch.channels_last
+        )
         return F.normalize(self.clip.encode_image(images).float(), dim=-1)
 
     def text_inputs(self, prompts: Sequence[str]) -> Tensor:
@@ -136,6 +146,46 @@ class VisionLanguageModel:
         if image:
             self.clip.lock_image_tower()
 
+    def store(self, dtype: torch.dtype, *, norms: bool) -> None:
+        """Store the weights in half precision.
+
+        Args:
+            norms: the normalisations' too; otherwise these stay and compute in float32. The logit
+                scale and bias stay float32 in any case.
+        """
+        scalars = {
+            name: value
+            for name in ("logit_scale", "logit_bias")
+            if (value := getattr(self.clip, name, None)) is not None
+        }
+        wide = {name: value.detach().clone() for name, value in scalars.items()}
+        for module in self.clip.modules():
+            keep = not norms and isinstance(module, _NORMS)
+            for value in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+                if value.is_floating_point() and not keep:
+                    value.data = value.data.to(dtype)
+            if keep:
+                module.register_forward_pre_hook(_widened)
+                module.register_forward_hook(partial(_narrowed, dtype=dtype))
+        for name, value in wide.items():
+            scalars[name].data = value
+
+    def compile(self) -> None:
+        """Compile the towers with `torch.compile`, in place; names in checkpoints stay."""
+        for tower in self.towers():
+            tower.compile()
+
+    def towers(self) -> list[nn.Module]:
+        """The parts that `encode_images` and `encode_texts` call, none inside another."""
+        text: Any = getattr(self.clip, "text", None)
+        if text is None:
+            return [self.clip.visual, self.clip.transformer]
+        if hasattr(text, "pooler"):
+            # `encode_texts` may call either alone.
+            parts = [self.clip.visual, text.transformer, text.proj]
+            return [part for part in parts if any(True for _ in part.parameters())]
+        return [self.clip.visual, text]
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that train, by name, live."""
         return {n: p for n, p in self.clip.named_parameters() if p.requires_grad}
@@ -169,19 +219,64 @@ class VisionLanguageModel:
         clip.eval()
         return replace(self, clip=clip, split=self._text_split())
 
+    @torch.no_grad()
+    def copy_from(self, other: VisionLanguageModel) -> None:
+        """Take over the weights of a model of the same architecture, sharded in the same way."""
+        theirs = other.clip.state_dict()
+        for name, value in self.clip.state_dict().items():
+            value.copy_(theirs[name])
+
+    def checkpoint_activations(self) -> None:
+        """Recompute activations in the backward pass instead of keeping them.
+
+        Raises:
+            InputError: a tower does not know how.
+        """
+        try:
+            self.clip.set_grad_checkpointing()
+        except (AssertionError, AttributeError, NotImplementedError) as error:
+            raise InputError(
+                f"--grad-checkpointing: {self.name} does not support it ({error}); leave it out, "
+                f"or pass --micro-batch to save memory"
+            ) from None
+
     def checkpoint(self, *, whole: bool = False) -> dict[str, Tensor]:
         """The state dict that is saved, on the CPU, without the keys that a package provides.
 
-        Where these train they are saved too, since the package then no longer provides them.
+        Where these train they are saved too, since the package then no longer provides them. Of a
+        sharded model all processes have to ask; all but the first get nothing.
         """
         packaged = self.packaged
         if whole or any(name.startswith(packaged) for name in self.trainable()):
             packaged = ()
         return {
             name: value.detach().cpu().contiguous()
-            for name, value in self.clip.state_dict().items()
+            for name, value in _whole_state(self.clip).items()
             if not name.startswith(packaged)
         }
+
+
+def _whole_state(module: nn.Module) -> dict[str, Tensor]:
+    if not any(isinstance(p, DTensor) for p in module.parameters()):
+        return module.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state: dict[str, Any] = get_model_state_dict(module, options=options)
+    return state
+
+
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+
+
+def _widened(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() if isinstance(x, Tensor) else x for x in inputs)
+
+
+def _narrowed(
+    module: nn.Module, inputs: tuple[Any, ...], output: Tensor, *, dtype: torch.dtype
+) -> Tensor:
+    return output.to(dtype)
 
 
 def _pooled(text: Any, tokens: Tensor) -> Tensor:

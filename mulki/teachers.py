@@ -32,7 +32,8 @@ class Teacher:
         self._kept: Tensor | None = None
         if num_images is not None:
             self._kept = texts.new_empty(num_images, texts.shape[1])
-            self._known = torch.zeros(num_images, dtype=torch.bool, device=texts.device)
+            # On the CPU, so that looking a batch up does not wait for a GPU.
+            self._known = torch.zeros(num_images, dtype=torch.bool)
 
     def remember(self, image_features: Tensor) -> None:
         """Keep the features [n, D] of the whole training set, if they may be kept.
@@ -49,27 +50,27 @@ class Teacher:
             self._kept.copy_(image_features)
             self._known.fill_(True)
 
+    @property
+    def complete(self) -> bool:
+        """Whether it knows the whole training set."""
+        return self._kept is not None and bool(self._known.all())
+
     @torch.no_grad()
-    def features(
-        self, index: Tensor, images: Tensor, encode: Callable[[Tensor], Tensor]
-    ) -> Features:
+    def features(self, index: Tensor, encode: Callable[[Tensor], Tensor]) -> Features:
         """Features of a batch.
 
         Args:
-            index: [B] places of the images in the training set.
-            images: [B, 3, H, W].
-            encode: from images to this model's features [B, D]; called for images not known yet.
+            index: [B] places of the images in the training set, on the CPU.
+            encode: from the places in the batch [M] of images that are not known yet, on the CPU,
+                to this model's features of them [M, D]; not called when there are none.
         """
-        return Features(
-            self._images(index, images, encode), self.texts, self.scale, self.prototypes
-        )
+        return Features(self._images(index, encode), self.texts, self.scale, self.prototypes)
 
-    def _images(self, index: Tensor, images: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
+    def _images(self, index: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
         if self._kept is None:
-            return encode(images)
-        index = index.to(self._kept.device)
-        new = ~self._known[index]
-        if new.any():
-            self._kept[index[new]] = encode(images[new.to(images.device)])
+            return encode(torch.arange(len(index)))
+        new = torch.nonzero(~self._known[index]).flatten()
+        if len(new):
+            self._kept[index[new].to(self._kept.device)] = encode(new)
             self._known[index] = True
-        return self._kept[index]
+        return self._kept[index.to(self._kept.device)]

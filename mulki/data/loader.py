@@ -8,8 +8,9 @@ of the global generators has a say, and a run can go on from any step.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,7 @@ def batches(
     cached: bool = False,
     cache_mb: float = 512,
     pin_memory: bool = False,
+    share: Callable[[int], Sequence[int]] | None = None,
 ) -> DataLoader[tuple[Tensor, int, int]]:
     """A DataLoader of `[images [B, ...], targets [B], indices [B]]`, targets and indices int64.
 
@@ -106,6 +108,8 @@ def batches(
             would hold its own.
         drop_last: leave out a smaller last batch, unless it is the only one.
         pin_memory: for copies to a GPU that do not block.
+        share: from the number of images in a batch to the places in it that are wanted here, where
+            several processes divide each batch among them; all by default.
 
     Raises:
         ValueError: `batch_size` below 1 or an empty set.
@@ -115,18 +119,33 @@ def batches(
         raise ValueError(f"{len(image_set)} images in batches of {batch_size}; both must be >= 1")
     images = Images(image_set, transform, cached=cached, cache_mb=cache_mb)
     workers = 0 if images.cached else workers
+    batch_sampler = _Batches(
+        _Epochs(len(images), shuffle=shuffle, seed=seed),
+        batch_size,
+        drop_last=drop_last and len(images) >= batch_size,
+        share=share or range,
+    )
     return DataLoader(
         images,
-        batch_size,
-        sampler=_Epochs(len(images), shuffle=shuffle, seed=seed),
+        batch_sampler=batch_sampler,
         num_workers=workers,
-        drop_last=drop_last and len(images) >= batch_size,
         pin_memory=pin_memory,
         # Restarting workers costs more than an epoch of a small set; evaluation passes are rare.
         persistent_workers=workers > 0 and shuffle,
         # Without one, each pass would draw from the global generator and shift a run's randomness.
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+def batch_sizes(loader: DataLoader[tuple[Tensor, int, int]]) -> list[int]:
+    """Images in each batch of an epoch, those of other processes included.
+
+    Args:
+        loader: from `batches`.
+    """
+    sampler = loader.batch_sampler
+    assert isinstance(sampler, _Batches)
+    return sampler.sizes
 
 
 def cycle(loader: DataLoader[tuple[Tensor, int, int]], start: int = 0) -> Iterator[Batch]:
@@ -141,10 +160,10 @@ def cycle(loader: DataLoader[tuple[Tensor, int, int]], start: int = 0) -> Iterat
     """
     if start < 0:
         raise ValueError(f"start {start}: wanted 0 or more")
-    sampler, size = loader.sampler, loader.batch_size
-    assert isinstance(sampler, _Epochs) and size is not None
+    sampler = loader.batch_sampler
+    assert isinstance(sampler, _Batches)
     epoch, done = divmod(start, len(loader))
-    sampler.go_to(epoch, done * size)
+    sampler.epochs.go_to(epoch, done * sampler.batch_size)
 
     def endless() -> Iterator[Batch]:
         while True:
@@ -179,6 +198,35 @@ class _Epochs(Sampler[tuple[int, int]]):
         skip = self.skip
         self.go_to(self.epoch + 1, skip=0)
         return iter(list(zip(order.tolist(), seeds.tolist(), strict=True))[skip:])
+
+
+class _Batches(Sampler[list[tuple[int, int]]]):
+    """The share of each batch of an epoch."""
+
+    def __init__(
+        self,
+        epochs: _Epochs,
+        batch_size: int,
+        *,
+        drop_last: bool,
+        share: Callable[[int], Sequence[int]],
+    ) -> None:
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.share = share
+        whole, rest = divmod(len(epochs), batch_size)
+        self.sizes = [batch_size] * whole + ([rest] if rest and not drop_last else [])
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        left = iter(self.epochs)
+        # An epoch that is gone on with is shorter, so the end is told by its samples.
+        while batch := list(islice(left, self.batch_size)):
+            if len(batch) not in (self.batch_size, self.sizes[-1]):
+                return
+            yield [batch[place] for place in self.share(len(batch))]
 
 
 @contextmanager

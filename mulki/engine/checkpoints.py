@@ -6,10 +6,12 @@ import copy
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from mulki.files import replacing, write_atomic
 from mulki.models import VisionLanguageModel
@@ -18,18 +20,26 @@ CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 
 
-def save_weights(model: VisionLanguageModel, path: Path, *, whole: bool = False) -> None:
+def save_weights(
+    model: VisionLanguageModel, path: Path, state: Mapping[str, Tensor] | None = None
+) -> None:
     """Write the model's state dict to a safetensors file.
 
     Args:
-        whole: with the weights that an installed package provides, too.
+        state: as `VisionLanguageModel.checkpoint` returned it; asked for by default.
     """
     with replacing(path) as temporary:
         metadata = {"format": "pt", "model": model.name}
-        save_file(model.checkpoint(whole=whole), temporary, metadata=metadata)
+        state = model.checkpoint() if state is None else state
+        save_file(dict(state), temporary, metadata=metadata)
 
 
-def publish(model: VisionLanguageModel, weights: Path, folder: Path) -> None:
+def publish(
+    model: VisionLanguageModel,
+    weights: Path,
+    folder: Path,
+    whole: Mapping[str, Tensor] | None = None,
+) -> None:
     """Make `folder` hold the model so that ``open_clip.create_model("local-dir:...")`` loads it.
 
     Args:
@@ -38,6 +48,7 @@ def publish(model: VisionLanguageModel, weights: Path, folder: Path) -> None:
             them, and the configuration of its text tower beside it.
         folder: made if need be. The configuration of such a model names this folder by its
             absolute path, since open_clip resolves a text tower no other way offline.
+        whole: the weights for that file, asked for by default.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer: Any = getattr(model.tokenizer, "tokenizer", None)
@@ -49,7 +60,8 @@ def publish(model: VisionLanguageModel, weights: Path, folder: Path) -> None:
         text = config["model_cfg"]["text_cfg"]
         text["hf_model_name"] = text["hf_tokenizer_name"] = str(folder.resolve())
         text["hf_model_pretrained"] = False
-        save_weights(model, folder / WEIGHTS_NAME, whole=True)
+        whole = model.checkpoint(whole=True) if whole is None else whole
+        save_weights(model, folder / WEIGHTS_NAME, whole)
     else:
         with replacing(folder / WEIGHTS_NAME) as temporary:
             try:

@@ -20,6 +20,8 @@ from mulki.errors import InputError, nearest
 from mulki.methods import Method
 from mulki.options import check_options, convert, option
 
+AUTO = "auto"
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -36,7 +38,10 @@ class RunConfig:
     epochs: float | None = option(
         None, "passes over a task's images, instead of iterations", above=0
     )
-    batch_size: int = option(64, "images per step", low=1, alias="-b")
+    batch_size: int = option(64, "images per step and process", low=1, alias="-b")
+    micro_batch: str | None = option(
+        None, "images encoded at a time, with the same gradients; auto: as many as fit"
+    )
     batch_size_eval: int = option(256, "images per evaluation batch", low=1)
     lr: float = option(1e-5, "base learning rate", above=0)
     wd: float = option(0.0, "weight decay", low=0, alias="--weight-decay")
@@ -47,6 +52,9 @@ class RunConfig:
     lr_scheduler: schedule.Name = option("cosine", "learning rate after warm-up")
     grad_clip_norm: float | None = option(None, "largest gradient norm", above=0)
     precision: precision.Name = option("auto", "auto: amp_bf16 where bf16 is native, else fp32")
+    grad_checkpointing: bool = option(False, "recompute activations instead of keeping them")
+    torchcompile: bool = option(False, "compile the encoders with torch.compile")
+    fsdp: bool = option(False, "shard the models over the processes of torchrun (FSDP2)")
     lock_text: bool = option(False, "freeze the text transformer")
     lock_image: bool = option(False, "freeze the image tower")
     augment: Literal["none", "crop"] = option("none", "training transform; none caches teachers")
@@ -106,7 +114,20 @@ def resolve(given: Mapping[str, Any]) -> Settings:
     options = method.Options(**{k: v for k, v in merged.items() if k in of_method})
     check_options(config)
     check_options(options)
+    _check_micro_batch(config)
     return Settings(config, options)
+
+
+def _check_micro_batch(config: RunConfig) -> None:
+    given = config.micro_batch
+    if given is None or given == AUTO:
+        return
+    if not given.isdecimal() or int(given) < 1:
+        raise InputError(f"--micro-batch: got {given!r}, wanted a whole number from 1, or {AUTO}")
+    if int(given) > config.batch_size:
+        raise InputError(
+            f"--micro-batch: got {given}, wanted at most --batch-size, {config.batch_size}"
+        )
 
 
 def field_names(options: type) -> frozenset[str]:

@@ -1,7 +1,8 @@
-"""Learning one task: teachers, batches, steps. The only place where encoders run in training."""
+"""Learning one task: batches and steps. Only here, in `teaching` and in evaluation encoders run."""
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,22 +10,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from mulki.data.loader import batches, cycle
+from mulki.data.loader import batch_sizes, batches, cycle
 from mulki.data.task import Task
 from mulki.data.transforms import is_deterministic
-from mulki.engine import schedule
-from mulki.engine.config import RunConfig
+from mulki.engine import memory, schedule
+from mulki.engine.config import AUTO, RunConfig
+from mulki.engine.distributed import World
+from mulki.engine.microbatch import Encoder, backward
 from mulki.engine.precision import Precision
+from mulki.engine.teaching import Faculty
 from mulki.errors import InputError
 from mulki.features import Features
-from mulki.methods import ZERO_SHOT, Method, TaskStart
-from mulki.models import TEXT_BATCH, VisionLanguageModel
-from mulki.prototypes import class_means
-from mulki.teachers import Teacher
+from mulki.methods import Method, TaskStart
+from mulki.models import VisionLanguageModel
 
 Transform = Callable[..., Tensor]
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class StepReport:
         step: its number in the task, from 1.
         losses: its terms by name.
         lr: the learning rate.
-        images: images in its batch.
+        images: images in its batch, those of all processes.
         seconds: since the step before, loading included.
     """
 
@@ -46,11 +50,11 @@ class StepReport:
     seconds: float
 
 
-def steps_of(config: RunConfig, num_images: int) -> int:
+def steps_of(config: RunConfig, num_images: int, processes: int = 1) -> int:
     """Optimiser steps for a task with that many training images."""
     if config.epochs is None:
         return config.iterations
-    return max(1, math.ceil(config.epochs * num_images / config.batch_size))
+    return max(1, math.ceil(config.epochs * num_images / (config.batch_size * processes)))
 
 
 def learn_task(
@@ -63,6 +67,7 @@ def learn_task(
     index: int,
     transform: Transform,
     precision: Precision,
+    world: World | None = None,
     listen: Callable[[StepReport], None] = lambda report: None,
 ) -> int:
     """Train the model on one task, in place, with each class's first prompt as its text.
@@ -74,6 +79,7 @@ def learn_task(
         index: the task's place in the sequence, from 0.
         transform: of the training images.
         precision: how the encoders compute.
+        world: the processes that learn together, each with `config.batch_size` images of a batch.
         listen: called after every step.
 
     Returns:
@@ -82,53 +88,57 @@ def learn_task(
     Raises:
         InputError: a loss is not finite (the learning rate is then too high), or a bad image.
     """
-    steps = steps_of(config, len(task.train))
+    world = world or World()
+    steps = steps_of(config, len(task.train), world.size)
     deterministic = is_deterministic(transform)
     prompts = [of_class[0] for of_class in task.prompts()]
-    teachers, prototypes = _teachers(
-        method, task, prompts, frozen, config, deterministic, precision
+    faculty = Faculty.assemble(
+        method, task, prompts, frozen, config, precision, world, deterministic=deterministic
     )
-    method.start_task(TaskStart(index, len(task.classes), steps, model.trainable(), prototypes))
+    method.start_task(
+        TaskStart(index, len(task.classes), steps, model.trainable(), faculty.prototypes)
+    )
     method.to(model.device)
-    # As in open_clip: gains, biases and the like do not decay.
-    weights = [*model.trainable().values()]
-    decays = [p for p in weights if p.ndim >= 2]
-    rest = [p for p in weights if p.ndim < 2] + [*method.parameters()]
-    groups: list[dict[str, Any]] = [{"params": decays}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(
-        groups,
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        weight_decay=config.wd,
-    )
+    optimizer = _optimizer(model, method, config)
     loader = batches(
         task.train,
         transform,
-        config.batch_size,
+        config.batch_size * world.size,
         shuffle=True,
         seed=config.seed + 7919 * index,
         workers=config.workers,
         drop_last=True,
         cached=deterministic,
+        pin_memory=model.device.type == "cuda",
+        share=world.rows,
     )
+    count = batch_sizes(loader)[0]
     text_inputs = model.text_inputs(prompts)
     model.train()
+    micro_batch: int | None = None
     ended = time.perf_counter()
     for step, (images, target, places) in zip(range(1, steps + 1), cycle(loader), strict=False):
         rate = config.lr * schedule.factor(config.lr_scheduler, step - 1, steps, config.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        images, target = images.to(model.device), target.to(model.device)
-        said = {t: _ask(t, m, places, images, precision) for t, m in dict(teachers).items()}
-        answers = tuple(said[t] for t, _ in teachers)
-        with precision.autocast():
-            image_features = model.encode_images(images)
-            text_features = model.encode_texts(text_inputs)
-        student = Features(image_features, text_features, model.logit_scale, method.prototypes())
-        losses = {**method.losses(student, answers, target), **method.penalties()}
-        terms = torch.stack([value.reshape(()) for value in losses.values()])
+        images = images.to(model.device, non_blocking=True)
+        if micro_batch is None:
+            micro_batch = _micro_batch(config, model, precision, images, world)
+        target, places = _of_all(target, places, count, model.device, world)
+        answers = faculty.answers(images, places, count, micro_batch)
+        losses = _gradients(
+            model,
+            method,
+            images,
+            text_inputs,
+            answers,
+            target,
+            micro_batch=micro_batch,
+            precision=precision,
+            world=world,
+        )
         # One read from the device for all terms of a step.
+        terms = torch.stack([value.reshape(()) for value in losses.values()])
         values = dict(zip(losses, terms.tolist(), strict=True))
         if not all(map(math.isfinite, values.values())):
             shown = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
@@ -136,100 +146,130 @@ def learn_task(
                 f"--lr {config.lr:g}: the loss is not finite at step {step} of task {task.name} "
                 f"({shown}); lower it"
             )
-        _descend(terms.sum(), optimizer, decays + rest, config, precision)
+        _descend(optimizer, config, precision, world)
         method.after_step(step)
         started, ended = ended, time.perf_counter()
-        listen(StepReport(step, values, rate, len(images), ended - started))
+        listen(StepReport(step, values, rate, count, ended - started))
     method.end_task()
     model.eval()
     return steps
 
 
-def _descend(
-    loss: Tensor,
-    optimizer: torch.optim.Optimizer,
-    parameters: list[torch.nn.Parameter],
+def _optimizer(
+    model: VisionLanguageModel, method: Method, config: RunConfig
+) -> torch.optim.Optimizer:
+    # As in open_clip: gains, biases and the like do not decay. Sharded parameters stay apart, since
+    # no fused update takes both kinds.
+    weights = [*model.trainable().values()]
+    rest = [p for p in weights if p.ndim < 2] + [*method.parameters()]
+    groups: list[dict[str, Any]] = []
+    for decay, parameters in ((config.wd, [p for p in weights if p.ndim >= 2]), (0.0, rest)):
+        for sharded in (False, True):
+            members = [p for p in parameters if isinstance(p, DTensor) == sharded]
+            groups += [{"params": members, "weight_decay": decay}] if members else []
+    return torch.optim.AdamW(
+        groups,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=model.device.type in ("cpu", "cuda"),
+    )
+
+
+def _micro_batch(
     config: RunConfig,
+    model: VisionLanguageModel,
     precision: Precision,
+    images: Tensor,
+    world: World,
+) -> int:
+    if config.micro_batch is None:
+        return len(images)
+    if config.micro_batch != AUTO:
+        return min(int(config.micro_batch), len(images))
+
+    def encode(part: Tensor) -> Tensor:
+        with precision.autocast():
+            return model.encode_images(part)
+
+    found = memory.fitting_micro_batch(encode, images)
+    size = world.smallest(found.size, model.device)
+    _log.info("--micro-batch auto: %d of %d images at a time (%s)", size, len(images), found)
+    return size
+
+
+def _of_all(
+    target: Tensor, places: Tensor, count: int, device: torch.device, world: World
+) -> tuple[Tensor, Tensor]:
+    # Targets on the device, places on the CPU, both [count].
+    if world.size == 1:
+        return target.to(device, non_blocking=True), places
+    both = world.gather(torch.stack([target, places], dim=1).to(device), count)
+    return both[:, 0].contiguous(), both[:, 1].cpu()
+
+
+def _gradients(
+    model: VisionLanguageModel,
+    method: Method,
+    images: Tensor,
+    text_inputs: Tensor,
+    answers: tuple[Features, ...],
+    target: Tensor,
+    *,
+    micro_batch: int,
+    precision: Precision,
+    world: World,
+) -> Mapping[str, Tensor]:
+    # Terms of the loss, detached; the gradients are in `.grad`, averaged over all processes.
+    def encode_images(part: Tensor) -> Tensor:
+        with precision.autocast():
+            return model.encode_images(part)
+
+    def encode_texts(part: Tensor) -> Tensor:
+        with precision.autocast():
+            return model.encode_texts(part)
+
+    def losses(image_features: Tensor, text_features: Tensor) -> Mapping[str, Tensor]:
+        student = Features(
+            world.gather(image_features, len(target)),
+            world.gather(text_features, len(text_inputs)),
+            model.logit_scale,
+            method.prototypes(),
+        )
+        return {**method.losses(student, answers, target), **method.penalties()}
+
+    parameters = [*model.trainable().values(), *method.parameters()]
+    for parameter in parameters:
+        parameter.grad = None
+    terms = backward(
+        losses,
+        Encoder(encode_images, (images,)),
+        Encoder(encode_texts, (world.part(text_inputs),), split=False),
+        micro_batch=micro_batch,
+        scaler=precision.scaler,
+    )
+    assert isinstance(terms, Mapping)
+    world.average(parameters)
+    return terms
+
+
+def _descend(
+    optimizer: torch.optim.Optimizer, config: RunConfig, precision: Precision, world: World
 ) -> None:
-    optimizer.zero_grad(set_to_none=True)
     scaler = precision.scaler
-    scaler.scale(loss).backward()
     if config.grad_clip_norm is not None:
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip_norm)
+        _clip([group["params"] for group in optimizer.param_groups], config.grad_clip_norm)
     scaler.step(optimizer)
     scaler.update()
 
 
-@torch.no_grad()
-def _ask(
-    teacher: Teacher,
-    model: VisionLanguageModel,
-    places: Tensor,
-    images: Tensor,
-    precision: Precision,
-) -> Features:
-    def encode(batch: Tensor) -> Tensor:
-        with precision.autocast():
-            return model.encode_images(batch)
-
-    return teacher.features(places, images, encode)
-
-
-@torch.no_grad()
-def _teachers(
-    method: Method,
-    task: Task,
-    prompts: list[str],
-    frozen: Mapping[str, VisionLanguageModel],
-    config: RunConfig,
-    deterministic: bool,
-    precision: Precision,
-) -> tuple[list[tuple[Teacher, VisionLanguageModel]], Tensor | None]:
-    # One Teacher per distinct model: at the first task both names mean the original.
-    needs = method.needs
-    names = [*needs.teachers, *([ZERO_SHOT] if needs.prototypes else [])]
-    asked = list({id(frozen[name]): frozen[name] for name in names}.values())
-    whole: list[Tensor] = []
-    if needs.prototypes:
-        whole, target = _encode_training_set(asked, task, config, precision)
-    made: dict[int, Teacher] = {}
-    for place, model in enumerate(asked):
-        inputs = model.text_inputs(prompts)
-        with precision.autocast():
-            texts = torch.cat([model.encode_texts(part) for part in inputs.split(TEXT_BATCH)])
-        prototypes = class_means(whole[place], target, len(task.classes)) if whole else None
-        teacher = Teacher(
-            texts, model.logit_scale, prototypes, len(task.train) if deterministic else None
-        )
-        if whole:
-            teacher.remember(whole[place])
-        made[id(model)] = teacher
-    teachers = [(made[id(frozen[name])], frozen[name]) for name in needs.teachers]
-    original = made[id(frozen[ZERO_SHOT])].prototypes if needs.prototypes else None
-    return teachers, original
-
-
-def _encode_training_set(
-    models: Sequence[VisionLanguageModel], task: Task, config: RunConfig, precision: Precision
-) -> tuple[list[Tensor], Tensor]:
-    # Features [n, D] of each model, and targets [n]: one pass, since decoding costs as much as a
-    # small encoder. With the evaluation transform, which equals the training transform when that
-    # is deterministic.
-    loader = batches(
-        task.train,
-        models[0].preprocess,
-        config.batch_size_eval,
-        shuffle=False,
-        seed=config.seed,
-        workers=config.workers,
-    )
-    features: list[list[Tensor]] = [[] for _ in models]
-    targets = []
-    for images, target, _ in loader:
-        for model, of_model in zip(models, features, strict=True):
-            with precision.autocast():
-                of_model.append(model.encode_images(images))
-        targets.append(target)
-    return [torch.cat(parts) for parts in features], torch.cat(targets).to(models[0].device)
+def _clip(groups: Sequence[Sequence[nn.Parameter]], largest: float) -> None:
+    # Sharded and whole parameters have their norms taken apart: no operation takes both.
+    norms = []
+    for group in groups:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    for group in groups:
+        torch.nn.utils.clip_grads_with_norm_(group, largest, total)

@@ -7,7 +7,11 @@ from typing import Literal
 
 import torch
 
-Name = Literal["auto", "fp32", "amp", "amp_bf16", "amp_bfloat16"]
+from mulki.models import VisionLanguageModel
+
+Name = Literal[
+    "auto", "fp32", "amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16"
+]
 
 
 def native_bf16(device: torch.device) -> bool:
@@ -21,12 +25,14 @@ def native_bf16(device: torch.device) -> bool:
 
 
 class Precision:
-    """How encoders compute. Features, losses and weights are float32 throughout.
+    """How encoders compute, in the names of open_clip. Features and losses are float32 throughout.
 
     Args:
         name: "fp32"; "amp_bf16" (also "amp_bfloat16") for autocast to bfloat16; "amp" for autocast
             to float16 with gradient scaling on a GPU (bfloat16 on a CPU); "auto" for "amp_bf16"
-            where bf16 is native and "fp32" elsewhere.
+            where bf16 is native and "fp32" elsewhere. With these the weights are float32. "bf16"
+            and "fp16" store the weights in that dtype but for those of normalisations, "pure_bf16"
+            and "pure_fp16" those too; small learning rates then round away.
         device: where the model is.
     """
 
@@ -36,11 +42,17 @@ class Precision:
         self.name = name
         self.device = device
         half = name == "amp" and device.type == "cuda"
-        self.dtype = torch.float16 if half else torch.bfloat16
+        self.dtype = torch.float16 if half or name.endswith("fp16") else torch.bfloat16
+        self._stored = name in ("bf16", "fp16", "pure_bf16", "pure_fp16")
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The context in which encoders run."""
-        if self.name == "fp32":
+        if self.name == "fp32" or self._stored:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
+
+    def convert(self, model: VisionLanguageModel) -> None:
+        """Give the weights of a model, loaded as float32, the dtype they are stored in."""
+        if self._stored:
+            model.store(self.dtype, norms=self.name.startswith("pure_"))

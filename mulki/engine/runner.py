@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import random
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from mulki import methods, models
 from mulki.data import Task, load_sequence
-from mulki.data.loader import batches
+from mulki.data.loader import batch_sizes, batches
 from mulki.data.subset import limited
 from mulki.data.transforms import train_transform
+from mulki.engine import distributed, sharding
 from mulki.engine.checkpoints import publish, save_weights
 from mulki.engine.config import RunConfig, Settings
+from mulki.engine.distributed import World
 from mulki.engine.learn import StepReport, learn_task, steps_of
 from mulki.engine.precision import Precision
 from mulki.engine.progress import RunProgress, describe
 from mulki.errors import InputError
-from mulki.evaluate import Evaluator
+from mulki.evaluate import Evaluator, encode_all_texts
 from mulki.methods import PREVIOUS, ZERO_SHOT, Method
 from mulki.metrics import ZERO_SHOT as ZERO_SHOT_ROW
 from mulki.models import VisionLanguageModel
@@ -36,12 +40,16 @@ _log = logging.getLogger(__name__)
 
 def run(
     settings: Settings, console: Console | None = None, tasks: Sequence[Task] | None = None
-) -> RunFolder:
+) -> RunFolder | None:
     """Learn a sequence of tasks and write its run folder.
 
     Everything that can be checked is checked before the folder is made. The global generators of
     Python, NumPy and torch are seeded. An interrupt, or an error,
     leaves the results so far in the folder, marked as interrupted.
+
+    Started by torchrun, the processes share the work: each encodes `batch_size` images of a batch,
+    and its part of the class texts, of the teachers' work and of the test images. The results are
+    those of one process with the same number of images in a batch, to rounding.
 
     Args:
         settings: from `mulki.engine.config.resolve`.
@@ -49,44 +57,90 @@ def run(
         tasks: learned instead of those that the settings name.
 
     Returns:
-        The finished run folder.
+        The finished run folder; None in all processes but the first, which write nothing.
 
     Raises:
         InputError: bad tasks, model, device or options, or a folder that is taken.
+        ProcessLost: another process of the run has ended.
     """
     config = settings.run
-    console = console or Console(quiet=True)
-    device = _device(config.device)
+    device = distributed.device_of_process(_device(config.device))
     tasks = load_tasks(config) if tasks is None else tasks
     method = methods.get(config.method)(settings.method)
+    precision = Precision(config.precision, device)
+    _check_together(config, precision)
+    world = distributed.join(device)
+    try:
+        return _run(settings, tasks, method, precision, world, console or Console(quiet=True))
+    finally:
+        world.leave()
+
+
+def _run(
+    settings: Settings,
+    tasks: Sequence[Task],
+    method: Method,
+    precision: Precision,
+    world: World,
+    console: Console,
+) -> RunFolder | None:
+    config, device = settings.run, precision.device
     # Loading a model can take minutes, so what would refuse its folder is looked at first.
-    check_free(config.logs, config.name)
+    if world.main:
+        check_free(config.logs, config.name)
     _seed_everything(config.seed)
-    model = models.load(config.model, config.pretrained, device=device)
+    # What is to be sharded need not fit on one device.
+    model = models.load(
+        config.model, config.pretrained, device="cpu" if config.fsdp and world.size > 1 else device
+    )
     model.lock(text=config.lock_text, image=config.lock_image)
     if method.trains and not model.trainable():
         raise InputError(
             "--lock-image, --lock-text: nothing is left to train; leave one of them out"
         )
-    precision = Precision(config.precision, device)
-    resolved = settings.to_dict() | {"precision": precision.name, "device": str(device)}
-    folder = RunFolder.create(
-        config.logs,
-        config.name,
-        method=config.method,
-        order=config.order,
-        seed=config.seed,
-        columns=tuple(task.name for task in tasks),
-        config=resolved,
-        hashes=_hashes(model, tasks),
-    )
-    steps = sum(steps_of(config, len(task.train)) for task in tasks) if method.trains else 0
-    with folder, RunProgress(console, steps) as progress:
+    if config.grad_checkpointing:
+        model.checkpoint_activations()
+    folder = None
+    if world.main:
+        # Every process has a device of its own: what they have in common is its kind.
+        shown = device.type if world.size > 1 else str(device)
+        resolved = settings.to_dict() | {"precision": precision.name, "device": shown}
+        folder = RunFolder.create(
+            config.logs,
+            config.name,
+            method=config.method,
+            order=config.order,
+            seed=config.seed,
+            columns=tuple(task.name for task in tasks),
+            config=resolved,
+            hashes=_hashes(model, tasks),
+        )
+    precision.convert(model)
+    steps = sum(steps_of(config, len(t.train), world.size) for t in tasks) if method.trains else 0
+    quiet = console if world.main else Console(quiet=True)
+    with folder or contextlib.nullcontext(), RunProgress(quiet, steps) as progress:
+        if world.size > 1:
+            _log.info(
+                "%d processes, %d images in a batch", world.size, world.size * config.batch_size
+            )
         for task in tasks:
             if task.skipped:
                 _log.warning("task %s: %d unreadable images left out", task.name, len(task.skipped))
-        _Sequence(folder, model, method, tasks, config, precision, progress).learn()
+        _Sequence(folder, model, method, tasks, config, precision, progress, world).learn()
     return folder
+
+
+def _check_together(config: RunConfig, precision: Precision) -> None:
+    # What one option alone cannot tell is wrong.
+    if config.fsdp and not distributed.launched():
+        raise InputError(
+            "--fsdp: this is the only process, nothing can be sharded; start several with torchrun "
+            "--nproc-per-node N -m mulki run ..., or leave --fsdp out"
+        )
+    if config.fsdp and precision.scaler.is_enabled():
+        raise InputError(
+            "--fsdp: gradient scaling does not work on sharded gradients; pass --precision amp_bf16"
+        )
 
 
 def load_tasks(config: RunConfig) -> list[Task]:
@@ -106,13 +160,14 @@ class _Sequence:
 
     def __init__(
         self,
-        folder: RunFolder,
+        folder: RunFolder | None,
         model: VisionLanguageModel,
         method: Method,
         tasks: Sequence[Task],
         config: RunConfig,
         precision: Precision,
         progress: RunProgress,
+        world: World,
     ):
         self.folder = folder
         self.model = model
@@ -121,34 +176,69 @@ class _Sequence:
         self.config = config
         self.precision = precision
         self.progress = progress
+        self.world = world
         self.steps = 0
-        self.evaluator = Evaluator(model, tasks, [self._test_batches(task) for task in tasks])
+        self.evaluator = Evaluator(
+            model,
+            tasks,
+            [_Share(self._test_batches(task), world) for task in tasks],
+            encode=self._encode_texts,
+            total=self._total,
+        )
         mean, std = _normalisation(model)
         self.transform = train_transform(
             model.preprocess, config.augment, model.image_size, mean, std
         )
 
     def learn(self) -> None:
+        frozen = self._frozen_models()
+        if self.config.fsdp:
+            for model in {id(m): m for m in (self.model, *frozen.values())}.values():
+                sharding.shard(model, self.precision.device)
+        if self.config.torchcompile:
+            for model in {id(m): m for m in (self.model, *frozen.values())}.values():
+                model.compile()
         accuracies = self._evaluate(ZERO_SHOT_ROW)
-        needs = self.method.needs
-        original = self.model.frozen_copy() if needs.teachers or needs.prototypes else None
         for index, task in enumerate(self.tasks):
             if self.method.trains:
                 self.progress.says(f"{index + 1}/{len(self.tasks)} {task.name}")
-                self._learn_task(index, task, original)
+                if index == 0:
+                    of_task = {name: frozen.get(ZERO_SHOT, self.model) for name in frozen}
+                else:
+                    of_task = frozen
+                    if PREVIOUS in frozen:
+                        frozen[PREVIOUS].copy_from(self.model)
+                self._learn_task(index, task, of_task)
                 accuracies = self._evaluate(task.name)
             else:
                 self._record(task.name, accuracies)
             if self.method.trains and self.config.save_checkpoints:
-                path = self.folder.checkpoint_path(index + 1, task.name)
-                save_weights(self.model, path)
-                publish(self.model, path, self.folder.latest)
+                self._save(index + 1, task)
 
-    def _learn_task(self, index: int, task: Task, original: VisionLanguageModel | None) -> None:
-        frozen = {}
-        if original is not None:
-            previous = original if index == 0 else self.model.frozen_copy()
-            frozen = {ZERO_SHOT: original, PREVIOUS: previous}
+    def _frozen_models(self) -> dict[str, VisionLanguageModel]:
+        # Made once, and refilled task after task: a sharded model cannot be copied.
+        needs = self.method.needs
+        if not needs.teachers and not needs.prototypes:
+            return {}
+        frozen = {ZERO_SHOT: self.model.frozen_copy()}
+        if PREVIOUS in needs.teachers:
+            several = len(self.tasks) > 1
+            frozen[PREVIOUS] = self.model.frozen_copy() if several else frozen[ZERO_SHOT]
+        return frozen
+
+    def _save(self, number: int, task: Task) -> None:
+        # All processes take part where weights are sharded; one writes.
+        state, whole = self.model.checkpoint(), None
+        if self.model.packaged:
+            whole = self.model.checkpoint(whole=True)
+        if self.folder is not None:
+            path = self.folder.checkpoint_path(number, task.name)
+            save_weights(self.model, path, state)
+            publish(self.model, path, self.folder.latest, whole)
+
+    def _learn_task(
+        self, index: int, task: Task, frozen: Mapping[str, VisionLanguageModel]
+    ) -> None:
         before = self.steps
 
         def listen(report: StepReport) -> None:
@@ -163,7 +253,8 @@ class _Sequence:
                     report.images / report.seconds,
                 )
                 for name, value in report.losses.items():
-                    self.folder.scalar(f"train/{name}", value, before + report.step)
+                    if self.folder is not None:
+                        self.folder.scalar(f"train/{name}", value, before + report.step)
 
         self.steps += learn_task(
             self.model,
@@ -174,6 +265,7 @@ class _Sequence:
             index=index,
             transform=self.transform,
             precision=self.precision,
+            world=self.world,
             listen=listen,
         )
 
@@ -188,6 +280,8 @@ class _Sequence:
         return results
 
     def _record(self, after_task: str, results: Mapping[str, tuple[float, int, float]]) -> None:
+        if self.folder is None:
+            return
         for name, (accuracy, seen, seconds) in results.items():
             self.folder.record(
                 after_task=after_task,
@@ -201,17 +295,40 @@ class _Sequence:
         self.folder.add_row(after_task, row)
         _log.info("after %s: %s", after_task, ", ".join(f"{k} {v:.1f}" for k, v in row.items()))
 
-    def _test_batches(self, task: Task) -> Iterable[Sequence[Tensor]]:
+    def _encode_texts(self, model: VisionLanguageModel, inputs: Tensor) -> Tensor:
+        part = self.world.part(inputs)
+        return self.world.gather(encode_all_texts(model, part), len(inputs))
+
+    def _total(self, correct: int, seen: int) -> tuple[int, int]:
+        correct, seen = self.world.total(correct, seen, device=self.precision.device)
+        return correct, seen
+
+    def _test_batches(self, task: Task) -> DataLoader[tuple[Tensor, int, int]]:
         return batches(
             task.test,
             self.model.preprocess,
-            self.config.batch_size_eval,
+            self.config.batch_size_eval * self.world.size,
             shuffle=False,
             seed=self.config.seed,
             workers=self.config.workers,
             cached=True,
             cache_mb=256,
+            pin_memory=self.precision.device.type == "cuda",
+            share=self.world.rows,
         )
+
+
+class _Share:
+    """This process's share of test batches; what it repeats to fill up has the target -1."""
+
+    def __init__(self, loader: DataLoader[tuple[Tensor, int, int]], world: World):
+        self._loader = loader
+        self._world = world
+
+    def __iter__(self) -> Iterator[Sequence[Tensor]]:
+        for (images, target, _), count in zip(self._loader, batch_sizes(self._loader), strict=True):
+            target[self._world.own(count) :] = -1
+            yield images, target
 
 
 def _device(name: str) -> torch.device:

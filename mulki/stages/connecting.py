@@ -17,6 +17,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 Weights = Mapping[str, Tensor]
 
@@ -60,6 +61,7 @@ def interpolate(previous: Weights, current: Weights, alpha: float) -> dict[str, 
 
 def anchor_loss(weights: Weights, anchor: Weights) -> Tensor:
     """Sum of squared differences from the anchor; differentiable in `weights`."""
-    return torch.stack(
-        [(value - anchor[name]).square().sum() for name, value in weights.items()]
-    ).sum()
+    parts = [(value - anchor[name]).square().sum() for name, value in weights.items()]
+    # A sharded weight has its sum in pieces, one in each process.
+    whole = [part.full_tensor() if isinstance(part, DTensor) else part for part in parts]
+    return torch.stack(whole).sum()

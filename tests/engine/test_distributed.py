@@ -1,0 +1,190 @@
+"""One run on several processes: the results of one process with the same global batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_helpers import COLOURS, write_task
+from safetensors.torch import load_file
+
+from mulki.engine import distributed
+from mulki.engine.config import resolve
+from mulki.engine.distributed import World
+from mulki.engine.runner import run
+from mulki.errors import InputError
+from mulki.metrics import read_matrix
+
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).parent / "distributed_worker.py"
+LAST = "checkpoints/task_02_shades.safetensors"
+
+# By name: options of the run, and images in a global batch.
+CASES: dict[str, tuple[dict[str, Any], int]] = {
+    "mulki": ({"method": "mulki"}, 6),
+    "micro": ({"method": "mulki", "micro_batch": "1", "prototype_update": "learnable"}, 6),
+    # Teachers that are asked as images come up; the running mean, the anchor and clipping.
+    "lwf": ({"method": "lwf", "grad_clip_norm": 0.1}, 6),
+    # 10 images of the second task in a batch of 12: shares that are not equal.
+    "whole": ({"method": "mulki", "batch_size_eval": 2, "we_every": 2, "l2": 0.01}, 12),
+    "crop": ({"method": "lwf", "augment": "crop"}, 6),
+}
+SHARDED: dict[str, tuple[dict[str, Any], int]] = {
+    "fsdp": (
+        {
+            "method": "mulki",
+            "micro_batch": "2",
+            "we_every": 2,
+            "l2": 0.01,
+            "alpha": 0.8,
+            "grad_clip_norm": 0.1,
+        },
+        6,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def base(start_model: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("distributed")
+    shades = {"dark": (30, 30, 30), "light": (225, 225, 225)}
+    tasks = write_task(root / "colours", COLOURS), write_task(root / "shades", shades, train=5)
+    return {
+        "tasks": [str(task) for task in tasks],
+        "logs": str(root),
+        "precision": "fp32",
+        "iterations": 4,
+        "lr": 1e-3,
+        "eps": 1e-4,
+        "device": "cpu",
+        "batch_size_eval": 4,
+        **start_model,
+    }
+
+
+def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+        + ["--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+        + list(arguments),
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def compare(
+    base: dict[str, Any],
+    cases: dict[str, tuple[dict[str, Any], int]],
+    processes: int,
+    path: Path,
+    **more: Any,
+) -> None:
+    runs = [
+        (f"{name}-{processes}", base | options | more | {"batch_size": batch // processes})
+        for name, (options, batch) in cases.items()
+    ]
+    (path / "runs.json").write_text(json.dumps(runs))
+    done = torchrun(processes, str(WORKER), str(path / "runs.json"))
+    assert done.returncode == 0, done.stderr
+    logs = Path(base["logs"])
+    for name, (options, batch) in cases.items():
+        if not (logs / name).exists():
+            run(resolve(base | options | {"name": name, "batch_size": batch}))
+        many = logs / f"{name}-{processes}"
+        assert read_matrix(many / "matrix.csv") == read_matrix(logs / name / "matrix.csv")
+        weights, wanted = load_file(many / LAST), load_file(logs / name / LAST)
+        assert weights.keys() == wanted.keys()
+        for key, value in weights.items():
+            torch.testing.assert_close(value, wanted[key], rtol=0, atol=2e-5, msg=f"{name} {key}")
+        moved = load_file(logs / name / "checkpoints/task_01_colours.safetensors")
+        far = max(float((v - wanted[k]).abs().max()) for k, v in moved.items())
+        assert far > 1e-3, "the comparison would hold for models that did not train"
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(base: dict[str, Any], tmp_path: Path) -> None:
+    compare(base, CASES, 2, tmp_path)
+    log = (Path(base["logs"]) / "mulki-2" / "out.log").read_text()
+    assert "2 processes, 6 images in a batch" in log
+
+
+@pytest.mark.slow
+def test_three_processes_are_one(base: dict[str, Any], tmp_path: Path) -> None:
+    compare(base, {name: CASES[name] for name in ("mulki", "whole")}, 3, tmp_path)
+
+
+@pytest.mark.slow
+def test_sharded_models_learn_as_whole_ones(base: dict[str, Any], tmp_path: Path) -> None:
+    compare(base, SHARDED, 2, tmp_path, fsdp=True)
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_ends_the_run(base: dict[str, Any], tmp_path: Path) -> None:
+    done = torchrun(
+        2, str(WORKER), "--", "fail", "run", "--tasks", *base["tasks"], "--model", base["model"],
+        "--logs", str(tmp_path), "--name", "broken", "--device", "cpu", "--iterations", "5",
+        "--batch-size", "3", "--precision", "fp32",
+    )  # fmt: skip
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("mulki: error")]
+    assert "mulki: error in process 1: blue/0.png: cannot be read" in lines, done.stderr
+    others = [line for line in lines if "process 1" not in line]
+    assert all("another process of the run has ended" in line for line in others)
+    assert json.loads((tmp_path / "broken" / "summary.json").read_text())["status"] == "interrupted"
+    assert "zero-shot" in (tmp_path / "broken" / "matrix.csv").read_text()
+
+
+def test_one_process_is_a_world_of_its_own() -> None:
+    world, rows = World(), torch.eye(3)
+    assert world.rows(3) == [0, 1, 2] and world.own(3) == 3
+    assert world.gather(rows, 3) is rows and world.part(rows) is rows
+    assert world.total(3, 4, device=torch.device("cpu")) == [3, 4]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 12])
+def test_shares_are_equal_and_cover_all(size: int, count: int) -> None:
+    shares = [World(rank, size) for rank in range(size)]
+    assert len({len(w.rows(count)) for w in shares}) == 1
+    rows = [row for w in shares for row in w.rows(count)]
+    assert rows[:count] == list(range(count)) and set(rows[count:]) <= {count - 1}
+    assert [w.rows(count)[: w.own(count)] for w in shares] == [
+        [r for r in range(count) if r // len(w.rows(count)) == w.rank] for w in shares
+    ]
+
+
+def test_only_a_launched_process_gets_a_device_by_its_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = torch.device("cuda")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert distributed.device_of_process(cuda) == cuda
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert distributed.device_of_process(cuda) == torch.device("cuda:3")
+    assert distributed.device_of_process(torch.device("cuda:1")) == torch.device("cuda:1")
+    assert distributed.device_of_process(torch.device("cpu")) == torch.device("cpu")
+
+
+def test_an_environment_that_is_not_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match="RANK, MASTER_ADDR, MASTER_PORT not set.*torchrun"):
+        distributed.join(torch.device("cpu"))
+
+
+def test_sharding_needs_several_processes(base: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="--fsdp: this is the only process"):
+        run(resolve(base | {"fsdp": True, "name": "alone"}))
+    assert not (Path(base["logs"]) / "alone").exists()

@@ -1,0 +1,323 @@
+"""Gradient caching: the gradients of the whole batch, whatever the size of a micro-batch."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mulki.engine.microbatch import Encoder, backward
+from mulki.features import Features
+from mulki.functional import clip_contrastive, siglip, teacher_kl
+from mulki.losses import MulKILoss
+from mulki.similarity import Similarity
+
+N, CLASSES, WIDTH = 10, 4, 6
+
+
+class TwoTowers(nn.Module):
+    """A CLIP in the small, returning what open_clip's models do with output_dict=True."""
+
+    def __init__(self, dropout: float = 0.0, checkpointed: bool = False):
+        super().__init__()
+        self.visual = nn.Sequential(
+            nn.Linear(8, 16), nn.GELU(), nn.Dropout(dropout), nn.Linear(16, WIDTH)
+        )
+        self.text = nn.Linear(5, WIDTH)
+        self.logit_scale = nn.Parameter(torch.tensor(1.5))
+        self.logit_bias = nn.Parameter(torch.tensor([-2.0]))
+        self.checkpointed = checkpointed
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        features = (
+            checkpoint(self.visual, images, use_reentrant=False)
+            if self.checkpointed and torch.is_grad_enabled()
+            else self.visual(images)
+        )
+        return F.normalize(features, dim=-1)
+
+    def encode_text(self, texts: Tensor) -> Tensor:
+        return F.normalize(self.text(texts), dim=-1)
+
+    def forward(self, images: Tensor, texts: Tensor) -> dict[str, Any]:
+        return {
+            "image_features": self.encode_image(images),
+            "text_features": self.encode_text(texts),
+            "logit_scale": self.logit_scale.exp(),
+            "logit_bias": self.logit_bias,
+            "name": "not a tensor",
+        }
+
+
+def model(**options: Any) -> TwoTowers:
+    torch.manual_seed(0)
+    return TwoTowers(**options).double()
+
+
+def data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(N, 8, generator=generator, dtype=torch.float64),
+        torch.randn(N, 5, generator=generator, dtype=torch.float64),
+    )
+
+
+def contrastive(out: dict[str, Any]) -> Tensor:
+    return clip_contrastive(out["image_features"], out["text_features"], out["logit_scale"])
+
+
+def sigmoid(out: dict[str, Any]) -> Tensor:
+    bias = out["logit_bias"].reshape(())
+    return siglip(out["image_features"], out["text_features"], out["logit_scale"], bias)
+
+
+def distillation(out: dict[str, Any]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    images, texts = (
+        F.normalize(torch.randn(N, 3, generator=generator, dtype=torch.float64), dim=1)
+        for _ in range(2)
+    )
+    student = Similarity(out["image_features"], out["text_features"], out["logit_scale"])
+    kl = teacher_kl(student, [Similarity(images, texts, 7.0)], temperature=2.0)
+    return {"contrastive_loss": contrastive(out), "distill_loss": kl}
+
+
+def gradients(module: nn.Module) -> list[Tensor | None]:
+    return [None if p.grad is None else p.grad.clone() for p in module.parameters()]
+
+
+def same(ours: list[Tensor | None], wanted: list[Tensor | None], tolerance: float = 1e-12) -> None:
+    for gradient, expected in zip(ours, wanted, strict=True):
+        if expected is None:
+            assert gradient is None or not gradient.any()
+        else:
+            torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("loss", [contrastive, sigmoid, distillation])
+@pytest.mark.parametrize("micro_batch", [1, 3, 5, 10, None])
+def test_gradients_are_those_of_the_batch(
+    loss: Callable[..., Any], micro_batch: int | None
+) -> None:
+    whole, ours = model(), model()
+    value = loss(whole(*data()))
+    (sum(value.values()) if isinstance(value, dict) else value).backward()
+    got = backward(loss, (ours, *data()), micro_batch=micro_batch)
+    # The scale's included: counted once, not once a micro-batch.
+    same(gradients(ours), gradients(whole))
+    assert ours.logit_scale.grad is not None and ours.logit_scale.grad.abs() > 1e-4
+    torch.testing.assert_close(got, {k: v.detach() for k, v in value.items()}) if isinstance(
+        value, dict
+    ) else torch.testing.assert_close(got, value.detach())
+
+
+def test_gradients_add_up_as_backward_adds_them() -> None:
+    once, twice = model(), model()
+    backward(contrastive, (once, *data()), micro_batch=3)
+    for _ in range(2):
+        backward(contrastive, (twice, *data()), micro_batch=3)
+    same(gradients(twice), [None if g is None else 2 * g for g in gradients(once)])
+
+
+@pytest.mark.parametrize("micro_batch", [2, 7, None])
+def test_the_whole_objective_with_class_texts_encoded_once(micro_batch: int | None) -> None:
+    """Prototypes, two teachers and gates; the class list is shared by all micro-batches."""
+    images, texts = data()
+    target = torch.arange(N) % CLASSES
+    generator = torch.Generator().manual_seed(3)
+    learnable = nn.Parameter(torch.randn(CLASSES, WIDTH, generator=generator).double())
+
+    def unit(*shape: int) -> Tensor:
+        return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=1)
+
+    teachers = [
+        Features(unit(N, w), unit(CLASSES, w), torch.tensor(9.0).double(), unit(CLASSES, w))
+        for w in (WIDTH, WIDTH + 1)
+    ]
+    objective = MulKILoss(feature=0.0)
+
+    def parts(module: TwoTowers, calls: list[int]) -> tuple[Callable[..., Any], Encoder, Encoder]:
+        def loss(image_features: Tensor, text_features: Tensor) -> Tensor:
+            prototypes = F.normalize(learnable, dim=1)
+            student = Features(image_features, text_features, module.logit_scale.exp(), prototypes)
+            return objective(student, teachers, target)
+
+        def encode_text(tokens: Tensor) -> Tensor:
+            calls.append(len(tokens))
+            return module.encode_text(tokens)
+
+        return (
+            loss,
+            Encoder(module.encode_image, (images,)),
+            Encoder(encode_text, (texts[:CLASSES],), split=False),
+        )
+
+    whole, ours, calls = model(), model(), []
+    loss, image, text = parts(whole, [])
+    loss(image.function(*image.inputs), text.function(*text.inputs)).backward()
+    wanted, learnable.grad = learnable.grad, None
+    loss, image, text = parts(ours, calls)
+    backward(loss, image, text, micro_batch=micro_batch)
+    same(gradients(ours), gradients(whole))
+    same([learnable.grad], [wanted])
+    assert calls == [CLASSES]
+
+
+class Noisy(TwoTowers):
+    """Draws from all three generators."""
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        noise = float(np.random.rand()) + random.random()
+        return F.normalize(self.visual(images) + noise, dim=-1)
+
+
+def test_randomness_of_the_second_pass_repeats_the_first() -> None:
+    torch.manual_seed(0)
+    noisy = Noisy(dropout=0.5).double()
+    seen: list[Tensor] = []
+    noisy.visual.register_forward_hook(lambda m, i, out: seen.append(out.detach()))
+    backward(contrastive, (noisy, *data()), micro_batch=4)
+    first, second = seen[:3], seen[3:]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(first[0], first[1][:4])
+
+
+def test_the_generators_go_on_where_the_first_pass_left_them() -> None:
+    def after(step: Callable[[TwoTowers], object]) -> tuple[float, float, float]:
+        np.random.seed(0), random.seed(0)
+        torch.manual_seed(0)
+        module = Noisy(dropout=0.5).double()
+        step(module)
+        return torch.rand(()).item(), np.random.rand(), random.random()
+
+    def one_pass(module: TwoTowers) -> None:
+        with torch.no_grad():
+            for images, texts in zip(*[x.split(4) for x in data()], strict=True):
+                module(images, texts)
+
+    assert after(lambda m: backward(contrastive, (m, *data()), micro_batch=4)) == after(one_pass)
+
+
+def test_autocast_weights_of_the_first_pass_are_not_reused() -> None:
+    ours, whole = model().float(), model().float()
+    inputs = [x.float() for x in data()]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = whole(*inputs)
+        value = contrastive(out)
+        backward(contrastive, (ours, *inputs), micro_batch=3)
+    value.backward()
+    for gradient, wanted in zip(gradients(ours), gradients(whole), strict=True):
+        if wanted is not None:
+            # bf16 rounds each micro-batch's products of its own.
+            torch.testing.assert_close(gradient, wanted, rtol=0.05, atol=5e-3)
+
+
+def test_a_scaler_scales_the_gradients() -> None:
+    plain, scaled = model(), model()
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizer = torch.optim.SGD(scaled.parameters(), lr=0.0)
+    value = backward(contrastive, (plain, *data()), micro_batch=3)
+    got = backward(contrastive, (scaled, *data()), micro_batch=3, scaler=scaler)
+    assert torch.equal(got, value)
+    same(gradients(scaled), [None if g is None else 8 * g for g in gradients(plain)])
+    scaler.unscale_(optimizer)
+    same(gradients(scaled), gradients(plain))
+
+
+def test_activation_checkpointing_inside() -> None:
+    plain, checkpointed = model(), model(checkpointed=True)
+    contrastive(plain(*data())).backward()
+    backward(contrastive, (checkpointed, *data()), micro_batch=3)
+    same(gradients(checkpointed), gradients(plain))
+
+
+def test_a_frozen_tower_is_left_alone() -> None:
+    whole, ours = model(), model()
+    for module in (whole, ours):
+        module.visual.requires_grad_(False)
+    contrastive(whole(*data())).backward()
+    backward(contrastive, (ours, *data()), micro_batch=3)
+    same(gradients(ours), gradients(whole))
+    assert ours.visual[0].weight.grad is None
+
+
+def saved_bytes(micro_batch: int | None, batch: int) -> int:
+    """The most that is kept for backward passes at one time."""
+    module = model()
+    images, texts = (x.repeat(batch // N + 1, 1)[:batch] for x in data())
+    now = peak = 0
+
+    class Kept:
+        def __init__(self, tensor: Tensor):
+            nonlocal now, peak
+            self.tensor, self.size = tensor, tensor.nbytes
+            now += self.size
+            peak = max(peak, now)
+
+        def __del__(self) -> None:
+            nonlocal now
+            now -= self.size
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        backward(
+            lambda out: (out["image_features"] * out["text_features"]).sum() * out["logit_scale"],
+            (module, images, texts),
+            micro_batch=micro_batch,
+        )
+    return peak
+
+
+def test_what_is_kept_is_that_of_a_micro_batch() -> None:
+    features = 8 * 2 * WIDTH * 8 * 4  # both towers' features of the large batch, and products
+    one, large = saved_bytes(None, 40), saved_bytes(40, 40 * 8)
+    assert large <= one + features * 40 / 2
+    assert saved_bytes(None, 40 * 8) > 6 * one
+
+
+def test_bad_arguments() -> None:
+    images, texts = data()
+    module = model()
+    cases: list[tuple[type[Exception], str, Callable[[], object]]] = [
+        (ValueError, "micro_batch: got 11, wanted at least 1 and at most the batch, 10",
+         lambda: backward(contrastive, (module, images, texts), micro_batch=11)),
+        (ValueError, "micro_batch: got 0",
+         lambda: backward(contrastive, (module, images, texts), micro_batch=0)),
+        (TypeError, "micro_batch: got float",
+         lambda: backward(contrastive, (module, images, texts), micro_batch=2.0)),  # type: ignore
+        (ValueError, "encoders: got none", lambda: backward(contrastive, micro_batch=2)),
+        (ValueError, r"encoders\[0\]: got inputs of 10, 9 rows",
+         lambda: backward(contrastive, (module, images, texts[:9]), micro_batch=2)),
+        (ValueError, r"encoders\[1\]: got 9 samples beside 10; use Encoder\(..., split=False\)",
+         lambda: backward(
+             contrastive, (module.encode_image, images), (module.encode_text, texts[:9]),
+             micro_batch=2)),
+        (ValueError, r"encoders\[0\]: got no samples",
+         lambda: backward(contrastive, (module, images[:0], texts[:0]), micro_batch=None)),
+        (TypeError, r"encoders\[0\]: got Tensor as its function",
+         lambda: backward(contrastive, (images, texts), micro_batch=2)),
+        (TypeError, r"encoders\[0\]: wanted inputs that are tensors",
+         lambda: backward(contrastive, (module, [1, 2]), micro_batch=2)),
+    ]  # fmt: skip
+    for kind, message, call in cases:
+        with pytest.raises(kind, match=message):
+            call()
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_batch_statistics_are_warned_of() -> None:
+    module = nn.Sequential(nn.Linear(8, WIDTH), nn.BatchNorm1d(WIDTH)).double()
+    images, _ = data()
+    with pytest.warns(UserWarning, match="a batch normalisation is in training mode"):
+        backward(lambda x: x.square().sum(), (module, images), micro_batch=5)
+    module.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backward(lambda x: x.square().sum(), (module, images), micro_batch=5)
