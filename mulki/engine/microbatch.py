@@ -180,8 +180,6 @@ class _Pass:
                 self._states.append(_Randomness.now(chunk))
                 flat, form = pytree.tree_flatten(self.tower.function(*chunk))
                 outputs.append(flat)
-        # Weights that autocast has cast without a graph must not be taken for the second pass.
-        torch.clear_autocast_cache()
         joined = []
         for parts in zip(*outputs, strict=True):
             value = parts[-1]
