@@ -26,6 +26,7 @@ Load = Callable[..., VisionLanguageModel]
 tiny_models = engine_helpers.tiny_models
 load_tiny = engine_helpers.load_tiny
 PROMPTS = ["a photo of a cat.", "a drawing of two dogs.", "grass"]
+NORMS = (nn.LayerNorm, nn.BatchNorm2d)
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a photo drawing of cat two dogs grass .".split()
 
 
@@ -244,6 +245,99 @@ def test_copy_of_a_copy(load_tiny: Load) -> None:
 
 
 # --- loading
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("name", ["tiny-vit", "tiny-resnet", "tiny-biased", "hf"])
+def test_stored_in_half_precision(
+    load_tiny: Load, hf_model: VisionLanguageModel, name: str, norms: bool
+) -> None:
+    model = hf_model if name == "hf" else load_tiny(name)
+    images, inputs = torch.randn(3, 3, 32, 32), model.text_inputs(PROMPTS)
+    model.eval()
+    with torch.no_grad():
+        wanted = model.encode_images(images), model.encode_texts(inputs)
+    model.store(torch.bfloat16, norms=norms)
+    norm_weights = {
+        id(p) for m in model.clip.modules() if isinstance(m, NORMS) for p in m.parameters()
+    }
+    for key, parameter in model.clip.named_parameters():
+        wide = key.startswith("logit_") or (not norms and id(parameter) in norm_weights)
+        assert parameter.dtype == (torch.float32 if wide else torch.bfloat16), key
+    inputs = model.text_inputs(PROMPTS)
+    student, copy = model, model.frozen_copy()
+    for one in (student, copy):
+        got = one.encode_images(images), one.encode_texts(inputs)
+        for features, exact in zip(got, wanted, strict=True):
+            assert features.dtype == torch.float32
+            assert torch.cosine_similarity(features, exact).min() > 0.99
+    student.encode_images(images).sum().backward()
+    assert any(p.grad is not None for p in student.trainable().values())
+
+
+def test_weights_are_taken_over(load_tiny: Load) -> None:
+    one, other = load_tiny("tiny-resnet", seed=1), load_tiny("tiny-resnet", seed=2)
+    assert not same_state(state_of(one), state_of(other))
+    frozen = one.frozen_copy()
+    frozen.copy_from(other)
+    assert same_state(state_of(frozen), state_of(other))
+    assert not same_state(state_of(one), state_of(other))
+
+
+@pytest.mark.parametrize("name", ["tiny-vit", "tiny-biased"])
+def test_checkpointed_activations_change_no_gradient(load_tiny: Load, name: str) -> None:
+    def gradients(checkpointed: bool) -> tuple[dict[str, torch.Tensor], int]:
+        model, kept = load_tiny(name), 0
+        if checkpointed:
+            model.checkpoint_activations()
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        torch.manual_seed(0)
+        images = torch.randn(3, 3, 32, 32)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss = model.encode_images(images)[:, 0].sum()
+        loss.backward()
+        found = {n: p.grad for n, p in model.trainable().items() if p.grad is not None}
+        return found, kept
+
+    (plain, all_kept), (ours, some_kept) = gradients(False), gradients(True)
+    assert plain.keys() == ours.keys()
+    for key, gradient in ours.items():
+        torch.testing.assert_close(gradient, plain[key])
+    assert some_kept < all_kept
+
+
+def test_a_tower_that_cannot_checkpoint_activations(load_tiny: Load) -> None:
+    model = load_tiny("tiny-resnet")
+    model.clip = SimpleNamespace()
+    with pytest.raises(InputError, match="--grad-checkpointing: tiny-resnet does not support it"):
+        model.checkpoint_activations()
+
+
+def test_towers_hold_what_is_encoded_and_do_not_overlap(
+    load_tiny: Load, hf_model: VisionLanguageModel
+) -> None:
+    for model in (load_tiny(), load_tiny("tiny-biased"), hf_model):
+        towers = model.towers()
+        inside = [id(p) for tower in towers for p in tower.parameters()]
+        assert len(inside) == len(set(inside))
+        assert len(towers) == (3 if model is hf_model else 2)
+
+
+@pytest.mark.slow
+def test_compiled_towers_give_the_same_features(load_tiny: Load) -> None:
+    plain, compiled = load_tiny(), load_tiny()
+    compiled.compile()
+    images = torch.randn(3, 3, 32, 32)
+    wanted, got = plain.encode_images(images), compiled.encode_images(images)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    got[:, 0].sum().backward()
+    assert all(p.grad is not None for n, p in compiled.trainable().items() if "visual" in n)
+    assert compiled.checkpoint().keys() == plain.checkpoint().keys()
 
 
 def test_names_with_a_slash(tiny_models: tuple[str, ...]) -> None:

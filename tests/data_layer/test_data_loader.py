@@ -18,7 +18,7 @@ from torch._utils import ExceptionWrapper
 from torchvision import transforms as tv
 
 from mulki.data import BadImage, folder_task
-from mulki.data.loader import Images, batches, cycle
+from mulki.data.loader import Images, batch_sizes, batches, cycle
 from mulki.data.shards import open_shard
 
 FIXED = tv.Compose([tv.Resize(8), tv.ToTensor()])
@@ -187,3 +187,32 @@ def test_an_unreadable_image_is_named_in_one_line(make_folder: Any, in_worker: b
     message = str(caught.value)
     assert message.startswith(f"{bad}: unreadable image")
     assert "\n" not in message and "Traceback" not in message
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 13),
+    size=st.integers(1, 9),
+    processes=st.integers(1, 4),
+    drop_last=st.booleans(),
+    shuffle=st.booleans(),
+)
+def test_processes_divide_each_batch_in_its_order(
+    n: int, size: int, processes: int, drop_last: bool, shuffle: bool
+) -> None:
+    options: dict[str, Any] = dict(batch_size=size, drop_last=drop_last, shuffle=shuffle)
+    blank = Blank((0,) * n)
+
+    def share(rank: int) -> Callable[[int], list[int]]:
+        return lambda count: [
+            min(rank * -(-count // processes) + i, count - 1) for i in range(-(-count // processes))
+        ]
+
+    whole = _take(5, blank, FIXED, **options)
+    parts = [_take(5, blank, FIXED, share=share(r), **options) for r in range(processes)]
+    sizes = batch_sizes(batches(blank, FIXED, seed=3, **options))
+    for step, (_, _, index) in enumerate(whole):
+        together = [i for part in parts for i in part[step][2]]
+        assert together[: len(index)] == index
+        assert set(together[len(index) :]) <= {index[-1]}
+        assert len(index) == sizes[step % len(sizes)]

@@ -138,6 +138,9 @@ def test_no_option_of_a_method_hides_one_of_the_run() -> None:
         ({"tasks": 3}, "--tasks: got 3"),
         ({"tasks": ["a", 3]}, "--tasks: got"),
         ({"alpha": 0}, "--alpha: got 0.0, wanted a number above 0"),
+        ({"micro_batch": 0}, "--micro-batch: got '0', wanted a whole number from 1, or auto"),
+        ({"micro_batch": "some"}, "--micro-batch: got 'some'"),
+        ({"micro_batch": 9, "batch_size": 8}, "--micro-batch: got 9, wanted at most .*8"),
         ({"gate": "lable"}, '--gate: .*did you mean "label"'),
     ],
 )
@@ -145,6 +148,12 @@ def test_refused(given: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said) as info:
         resolve(given)
     assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("given", [None, 3, "3", "8", "auto"])
+def test_micro_batches(given: Any) -> None:
+    config = resolve({"batch_size": 8, "micro_batch": given}).run
+    assert config.micro_batch == (None if given is None else str(given))
 
 
 @pytest.mark.parametrize("options", [RunConfig, *(m.Options for m in methods.available().values())])

@@ -338,6 +338,48 @@ def test_skipped_images_are_counted(
 # --- options that reach the run
 
 
+@pytest.mark.parametrize("method", ["finetune", "lwf", "mulki"])
+@pytest.mark.parametrize(
+    "options", [{"micro_batch": "1"}, {"micro_batch": "4"}, {"grad_checkpointing": True}]
+)
+def test_memory_is_saved_without_another_result(
+    run: Run, method: str, options: dict[str, Any]
+) -> None:
+    plain = run("plain", method=method, eps=1e-4)
+    ours = run("ours", method=method, eps=1e-4, **options)
+    assert ours.matrix == plain.matrix
+    wanted, start = weights(plain), weights(plain, "task_01*")
+    for key, value in weights(ours).items():
+        torch.testing.assert_close(value, wanted[key], rtol=0, atol=2e-5)
+    assert max(float((v - start[k]).abs().max()) for k, v in wanted.items()) > 1e-3
+
+
+def test_the_micro_batch_that_fits_is_told(run: Run) -> None:
+    folder = run(micro_batch="auto")
+    log = (folder.path / "out.log").read_text()
+    assert re.search(
+        r"--micro-batch auto: 6 of 6 images at a time \(\d+\.\d MiB an image, \d+ MiB free\)", log
+    )
+
+
+@pytest.mark.parametrize("precision", ["bf16", "pure_bf16", "amp_bfloat16", "amp"])
+def test_half_precision_learns(run: Run, precision: str) -> None:
+    folder = run(precision=precision, method="finetune", lr=3e-3, iterations=30)
+    stored = {v.dtype for n, v in weights(folder).items() if n.endswith("weight")}
+    half = {"bf16": {torch.bfloat16, torch.float32}, "pure_bf16": {torch.bfloat16}}
+    assert stored == half.get(precision, {torch.float32})
+    assert folder.matrix.metrics().last > folder.matrix.zero_shot_metrics().last + 10
+
+
+def test_student_and_teachers_are_compiled_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[VisionLanguageModel] = []
+    monkeypatch.setattr(VisionLanguageModel, "compile", lambda model: compiled.append(model))
+    run("plain")
+    assert compiled == []
+    run("ours", torchcompile=True)
+    assert len(compiled) == len({id(model.clip) for model in compiled}) == 3
+
+
 def test_without_checkpoints(run: Run) -> None:
     assert not (run(save_checkpoints=False).path / "checkpoints").exists()
 
