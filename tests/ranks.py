@@ -1,0 +1,51 @@
+"""Run a function on several ranks of a gloo process group, each a process of its own."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# Beyond this a collective that some rank never joins is an error. Far above what a test needs.
+TIMEOUT_S = 120
+
+
+def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What `function(rank, world, *args)` returns on each rank; the first exception is raised.
+
+    `function` is one of a module's, for it is pickled. The processes are forked from a server that
+    has imported torch and mulki, so a call takes a fraction of a second.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "mulki", "open_clip"])
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "store"
+        with ProcessPoolExecutor(world, mp_context=context) as pool:
+            futures = [
+                pool.submit(_run, rank, world, str(store), function, args) for rank in range(world)
+            ]
+            return [future.result() for future in futures]
+
+
+def _run(
+    rank: int, world: int, store: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> Any:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=TIMEOUT_S),
+    )
+    try:
+        return function(rank, world, *args)
+    finally:
+        dist.destroy_process_group()
