@@ -43,6 +43,13 @@ inline void check_pairs(const Tensor& x, const Tensor& w, const Tensor& scale) {
   check_number("scale", scale);
 }
 
+inline void check_biased(
+    const Tensor& x, const Tensor& w, const Tensor& scale, const Tensor& bias) {
+  check_matrices(x, w);
+  check_number("scale", scale);
+  check_number("bias", bias);
+}
+
 inline void check_rows(const char* name, const Tensor& t, int64_t n) {
   TORCH_CHECK_VALUE(
       t.dim() == 1 && t.size(0) == n, name, ": got shape ", t.sizes(), ", wanted [", n, "]");

@@ -1,7 +1,7 @@
-// Losses over N matching pairs, u_ij = scale x_i . w_j (+ bias), the diagonal being the matches.
+// Losses over matching pairs, u_ij = scale x_i . w_j (+ bias).
 //
-//   contrastive  loss_i = 1/2 (log sum_j exp u_ij + log sum_j exp u_ji) - u_ii
-//   siglip       loss_i = sum_j softplus(-y_ij u_ij), y = +1 on the diagonal and -1 off it
+//   contrastive  loss_i = 1/2 (log sum_j exp u_ij + log sum_j exp u_ji) - u_ii, N pairs
+//   siglip       loss_i = sum_j softplus(-y_ij u_ij), y = +1 where j = i + offset, else -1, N x P
 //
 // Siglip forms its gradient in the same pass as its value. Contrastive needs every row and every
 // column sum first: one pass of products for those, and one more for the gradient.
@@ -339,13 +339,14 @@ struct SiglipResult {
   double dscale, dbias;
 };
 
-// dloss/du_ij = g_i (sigmoid(u_ij) - [i = j]).
+// dloss/du_ij = g_i (sigmoid(u_ij) - [j = i + offset]).
 template <typename E>
 SiglipResult siglip_run(
     const Tensor& x,
     const Tensor& w,
     float scale,
     float bias,
+    int64_t offset,
     const Upstream& upstream,
     std::array<bool, 4> wanted,
     Grads& grads) {
@@ -354,7 +355,7 @@ SiglipResult siglip_run(
   const int64_t cells = t.tiles * t.rows;
   std::vector<double> losses(cells), scales(cells), biases(cells);
   std::vector<float> keep(t.tiles * t.width, 0.0f);
-  std::fill(keep.begin(), keep.begin() + t.n, 1.0f);
+  std::fill(keep.begin(), keep.begin() + t.p, 1.0f);
   const bool stored = pairs.gradients.any();
   Tensor loss = empty_float({t.n});
   const float factor = float(upstream.factor) * scale;
@@ -368,8 +369,8 @@ SiglipResult siglip_run(
           const double g = upstream[first + i];
           const Vec mine{float(g)};
           Vec value(0.0f), with_y(0.0f), total(0.0f);
-          const int64_t match = first + i - tile * t.width;
-          const bool matched = match >= 0 && match < t.width;
+          const int64_t match = first + i + offset - tile * t.width;
+          const bool matched = match >= 0 && match < t.valid(tile);
           const double y_match = matched ? y[match] : 0.0;
           for (int64_t j = 0; j < t.width; j += Vec::size()) {
             const Vec v = Vec::loadu(y + j);
@@ -423,23 +424,29 @@ SiglipResult siglip_run(
     const Tensor& w,
     const Tensor& scale,
     const Tensor& bias,
+    int64_t offset,
     const Upstream& upstream,
     std::array<bool, 4> wanted,
     Grads& grads) {
-  check_pairs(x, w, scale);
-  check_number("bias", bias);
-  if (x.size(0) == 0) {
-    return {empty_float({0}), 0, 0};
+  check_biased(x, w, scale, bias);
+  const int64_t n = x.size(0), p = w.size(0);
+  if (n == 0 || p == 0) {
+    return {at::zeros({n}, at::kFloat), 0, 0};
   }
   const float s = float(value_of(scale)), b = float(value_of(bias));
+  // Beyond these no row has a match, and indices would overflow.
+  const int64_t shift = std::clamp(offset, -n, p);
   return with_element(x.scalar_type(), [&](auto element) {
-    return siglip_run<decltype(element)>(x, w, s, b, upstream, wanted, grads);
+    return siglip_run<decltype(element)>(x, w, s, b, shift, upstream, wanted, grads);
   });
 }
 
-Tensor siglip(const Tensor& x, const Tensor& w, const Tensor& scale, const Tensor& bias) {
+Tensor siglip(
+    const Tensor& x, const Tensor& w, const Tensor& scale, const Tensor& bias, int64_t offset) {
   Grads none(x, w, at::kFloat, false, false);
-  return siglip_run(x, w, scale, bias, Upstream(1.0), {false, false, false, false}, none).loss;
+  return siglip_run(
+             x, w, scale, bias, offset, Upstream(1.0), {false, false, false, false}, none)
+      .loss;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_backward(
@@ -448,11 +455,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_backward(
     const Tensor& w,
     const Tensor& scale,
     const Tensor& bias,
+    int64_t offset,
     std::array<bool, 4> wanted) {
-  check_pairs(x, w, scale);
+  check_biased(x, w, scale, bias);
   check_rows("grad", grad, x.size(0));
   Grads grads(x, w, x.scalar_type(), wanted[0], wanted[1]);
-  const SiglipResult r = siglip_run(x, w, scale, bias, Upstream(grad), wanted, grads);
+  const SiglipResult r = siglip_run(x, w, scale, bias, offset, Upstream(grad), wanted, grads);
   return {grads.x, grads.w, scalar_if(wanted[2], r.dscale), scalar_if(wanted[3], r.dbias)};
 }
 
@@ -461,13 +469,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_reduced(
     const Tensor& w,
     const Tensor& scale,
     const Tensor& bias,
+    int64_t offset,
     bool mean,
     std::array<bool, 4> wanted) {
-  check_pairs(x, w, scale);
+  check_biased(x, w, scale, bias);
   const int64_t n = x.size(0);
   Grads grads(x, w, at::kFloat, wanted[0], wanted[1]);
   const SiglipResult r =
-      siglip_run(x, w, scale, bias, Upstream(share_of(mean, n)), wanted, grads);
+      siglip_run(x, w, scale, bias, offset, Upstream(share_of(mean, n)), wanted, grads);
   const double sum = sum_of_rows(r.loss);
   return {scalar(mean ? sum / double(n) : sum), grads.x, grads.w, scalar_if(wanted[2], r.dscale),
           scalar_if(wanted[3], r.dbias)};

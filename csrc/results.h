@@ -21,6 +21,9 @@ struct Grads {
     if (wanted_w && x.size(0) == 0) {
       this->w.zero_();
     }
+    if (wanted_x && w.size(0) == 0) {
+      this->x.zero_();
+    }
   }
   Tensor x, w;
 };

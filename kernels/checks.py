@@ -44,6 +44,16 @@ def pairs(x: Tensor, w: Tensor, *numbers: Tensor) -> None:
             operands(x, w, number)
 
 
+def biased(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor) -> None:
+    """x [N, D], w [P, D], and 0-d numbers; N and P may be zero."""
+    if w.ndim == 2 and w.shape[0] == 0:
+        _want("x", f"shape {list(x.shape)}", x.ndim == 2, "[N, D]")
+        shape("w", w, (0, x.shape[1]))
+    else:
+        operands(x, w, scale)
+        operands(x, w, bias)
+
+
 def labels(x: Tensor, w: Tensor, target: Tensor | None, class_mask: Tensor | None) -> None:
     """int64 targets [N] and a bool mask [P]."""
     shape("target", target, x.shape[:1])

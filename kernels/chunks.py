@@ -35,6 +35,7 @@ def chunk_gradient(
     scale_ptr,
     teacher_scales_ptr,
     bias_ptr,
+    offset,
     rows_ptr,  # [R, N]
     mask_ptr,
     target_ptr,
@@ -61,7 +62,7 @@ def chunk_gradient(
         from_sample_zero = from_sample_zero + (y_ptrs[m] - before,)
     g = gradient_tile(
         from_sample_zero, from_sample_zero, y_strides, ones, ones, scale_ptr, teacher_scales_ptr,
-        bias_ptr, rows_ptr, mask_ptr, target_ptr, None, 0, 0, rows, columns, last, p, n,
+        bias_ptr, offset, rows_ptr, mask_ptr, target_ptr, None, 0, 0, rows, columns, last, p, n,
         inverse_temperature, lift_of(peak_ptr, LIFT), MODELS, LOSS, LABELS, False, MASKED,
         BLOCK_N, BLOCK_P, 16, True, True, "ieee", False,
     )  # fmt: skip

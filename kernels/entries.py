@@ -135,7 +135,7 @@ def _cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
                 "prototype_cross_entropy_reduced", *rows, *labels(n, p), True, three
             ),
             f"contrastive {size}": call("contrastive_reduced", *pairs, True, three),
-            f"siglip {size}": call("siglip_reduced", *pairs, new(), True, four),
+            f"siglip {size}": call("siglip_reduced", *pairs, new(), 0, True, four),
         }
         cases.update(made)
         if size == "chunked":

@@ -107,4 +107,5 @@ def without_rows(x: Tensor, w: Tensor, wanted: Sequence[bool], dtype: torch.dtyp
 
 
 def total_of_no_rows(x: Tensor, mean: bool) -> Tensor:
-    return x.new_full((), float("nan") if mean else 0.0, dtype=torch.float32)
+    empty = mean and x.shape[0] == 0
+    return x.new_full((), float("nan") if empty else 0.0, dtype=torch.float32)

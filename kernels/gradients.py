@@ -53,6 +53,7 @@ def gradient_tile(
     scale_ptr,  # 0-d
     teacher_scales_ptr,  # [K], or None
     bias_ptr,  # 0-d, or None
+    offset,  # SIGLIP: sample i matches class i + offset
     rows_ptr,  # [R, N] what is known of the samples; see below
     mask_ptr,  # [P] uint8, or None
     target_ptr,  # [N] int64, or None
@@ -84,7 +85,7 @@ def gradient_tile(
     SOFTMAX: sum_m weight_m exp(|c_m| (v_m - top_m)), less uniform and, at the target, less hit.
         Rows: the tops, the weights, then (LABELS) uniform and hit.
     CONTRASTIVE: h_i exp(u - row_i) + h_j exp(u - column_j) - 2 h_i [i = j]. Rows: h, row, column.
-    SIGLIP: g_i (sigmoid(u) - [i = j]). Rows: g.
+    SIGLIP: g_i (sigmoid(u) - [j = i + offset]). Rows: g.
     """
     own_32 = tl.minimum(own_rows, m_own - 1)
     other_32 = tl.minimum(other_rows, m_other - 1)
@@ -145,7 +146,7 @@ def gradient_tile(
     if LOSS == 2:
         u = tl.load(scale_ptr).to(tl.float32) * y + tl.load(bias_ptr).to(tl.float32)
         upstream = _along(tl.load(rows_ptr + samples) * lift, not SWAP)
-        match = _along(samples, not SWAP) == _along(classes, SWAP)
+        match = _along(samples + offset, not SWAP) == _along(classes, SWAP)
         g = upstream * sigmoid_less(u, match)
     if MASKED:
         g = tl.where(keep, g, 0.0)
@@ -197,6 +198,7 @@ def held_gradient(
     scale_ptr,
     teacher_scales_ptr,
     bias_ptr,
+    offset,
     rows_ptr,
     mask_ptr,
     target_ptr,
@@ -239,8 +241,8 @@ def held_gradient(
         other_rows = tile * BLOCK_OTHER + tl.arange(0, BLOCK_OTHER)
         g = gradient_tile(
             own_ptrs, other_ptrs, own_strides, other_strides, widths, scale_ptr, teacher_scales_ptr,
-            bias_ptr, rows_ptr, mask_ptr, target_ptr, grad_ptr, grad_own_stride, grad_other_stride,
-            own_rows, other_rows, m_own, m_other, n, inverse_temperature, lift,
+            bias_ptr, offset, rows_ptr, mask_ptr, target_ptr, grad_ptr, grad_own_stride,
+            grad_other_stride, own_rows, other_rows, m_own, m_other, n, inverse_temperature, lift,
             MODELS, LOSS, LABELS, SWAP, MASKED, BLOCK_OWN, BLOCK_OTHER, DEPTH, EVEN_DEPTH,
             False, PRECISION, UPCAST,
         )  # fmt: skip
@@ -267,6 +269,7 @@ def part_gradient(
     scale_ptr,
     teacher_scales_ptr,
     bias_ptr,
+    offset,
     rows_ptr,
     mask_ptr,
     target_ptr,
@@ -305,8 +308,8 @@ def part_gradient(
         other_rows = tile * BLOCK_OTHER + tl.arange(0, BLOCK_OTHER)
         g = gradient_tile(
             own_ptrs, other_ptrs, own_strides, other_strides, widths, scale_ptr, teacher_scales_ptr,
-            bias_ptr, rows_ptr, mask_ptr, target_ptr, grad_ptr, grad_own_stride, grad_other_stride,
-            own_rows, other_rows, m_own, m_other, n, inverse_temperature, lift,
+            bias_ptr, offset, rows_ptr, mask_ptr, target_ptr, grad_ptr, grad_own_stride,
+            grad_other_stride, own_rows, other_rows, m_own, m_other, n, inverse_temperature, lift,
             MODELS, LOSS, LABELS, SWAP, MASKED, BLOCK_OWN, BLOCK_OTHER, DEPTH, EVEN_DEPTH,
             False, PRECISION, UPCAST,
         )  # fmt: skip
@@ -336,6 +339,7 @@ class LogitGradient:
     rows: Tensor | None = None  # [R, N] float32
     teacher_scales: Tensor | None = None  # [K] float32
     bias: Tensor | None = None  # 0-d
+    offset: int = 0  # between a sample and the class it matches
     class_mask: Tensor | None = None  # [P] uint8
     target: Tensor | None = None  # [N] int64, of a loss with labels
     given: Tensor | None = None  # [N, P], G itself
@@ -436,6 +440,7 @@ def loss_arguments(g: LogitGradient) -> dict[str, object]:
         "scale_ptr": g.scale,
         "teacher_scales_ptr": g.teacher_scales,
         "bias_ptr": g.bias,
+        "offset": g.offset,
         "rows_ptr": g.rows,
         "mask_ptr": g.class_mask,
         "target_ptr": g.target,

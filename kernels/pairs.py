@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc"
-"""Losses over N matching pairs, u_ij = scale x_i . w_j (+ bias), the diagonal being the matches.
+"""Losses over matching pairs, u_ij = scale x_i . w_j (+ bias).
 
-    contrastive  loss_i = 1/2 (log sum_j exp u_ij + log sum_j exp u_ji) - u_ii
-    siglip       loss_i = sum_j softplus(-y_ij u_ij), y = +1 on the diagonal and -1 off it
+    contrastive  loss_i = 1/2 (log sum_j exp u_ij + log sum_j exp u_ji) - u_ii, N pairs
+    siglip       loss_i = sum_j softplus(-y_ij u_ij), y = +1 where j = i + offset, else -1, N x P
 
 Contrastive is row statistics of X W^T and again of W X^T, each a launch of `row_softmax` whose
 target is the diagonal; `contrastive_rows` merges both, so no N x N numbers and no sums over columns
@@ -66,14 +66,16 @@ def contrastive_rows(
 @triton.jit
 def siglip_sums(
     x_ptr,  # [N, D]
-    w_ptr,  # [N, D]
+    w_ptr,  # [P, D]
     x_stride,
     w_stride,
     d,
     scale_ptr,  # 0-d
     bias_ptr,  # 0-d
+    offset,  # row i matches column i + offset
     sums_ptr,  # [3, splits, N] loss, sum_j G_ij Y_ij and sum_j G_ij for an upstream gradient of 1
     n,
+    p,
     splits,
     tiles_per_split,
     MASKED: tl.constexpr,
@@ -93,18 +95,18 @@ def siglip_sums(
     with_y = tl.zeros([BLOCK_N], tl.float32)
     alone = tl.zeros([BLOCK_N], tl.float32)
     start = split * tiles_per_split
-    for tile in range(start, tl.minimum(start + tiles_per_split, tl.cdiv(n, BLOCK_P))):
+    for tile in range(start, tl.minimum(start + tiles_per_split, tl.cdiv(p, BLOCK_P))):
         columns = tile * BLOCK_P + tl.arange(0, BLOCK_P)
         y = row_product(
-            x_ptr, w_ptr, samples, tl.minimum(columns, n - 1).to(tl.int64), x_stride, w_stride, d,
+            x_ptr, w_ptr, samples, tl.minimum(columns, p - 1).to(tl.int64), x_stride, w_stride, d,
             BLOCK_N, BLOCK_P, DEPTH, EVEN_DEPTH, False, PRECISION, UPCAST,
         )  # fmt: skip
-        match = rows[:, None] == columns[None, :]
+        match = (rows + offset)[:, None] == columns[None, :]
         u = scale * y + bias
         g = sigmoid_less(u, match)
         value = softplus(tl.where(match, -u, u))
         if MASKED:
-            keep = (columns < n)[None, :]
+            keep = (columns < p)[None, :]
             g = tl.where(keep, g, 0.0)
             value = tl.where(keep, value, 0.0)
         loss += tl.sum(value, 1)
@@ -206,9 +208,9 @@ def contrastive_reduced(
     return tuple(forms.reduced(made, mean, wanted))
 
 
-def _siglip_rows(model: Model, scale: Tensor, bias: Tensor) -> Tensor:
+def _siglip_rows(model: Model, scale: Tensor, bias: Tensor, offset: int) -> Tensor:
     """[3, N > 0]: loss, and the shares of dL/dscale and dL/dbias for an upstream gradient of 1."""
-    n = model.x.shape[0]
+    n, p = model.x.shape[0], model.w.shape[0]
     device = tiles.Device.of([model])
 
     def run(plan: tiles.Plan) -> Tensor:
@@ -227,11 +229,13 @@ def _siglip_rows(model: Model, scale: Tensor, bias: Tensor) -> Tensor:
             d=model.width,
             scale_ptr=scale,
             bias_ptr=bias,
+            offset=offset,
             sums_ptr=out,
             n=n,
+            p=p,
             splits=splits,
-            tiles_per_split=triton.cdiv(triton.cdiv(n, tile.other), splits),
-            MASKED=n % tile.other != 0,
+            tiles_per_split=triton.cdiv(triton.cdiv(p, tile.other), splits),
+            MASKED=p % tile.other != 0,
             BLOCK_N=tile.own,
             BLOCK_P=tile.other,
             DEPTH=tile.depth,
@@ -241,44 +245,65 @@ def _siglip_rows(model: Model, scale: Tensor, bias: Tensor) -> Tensor:
         )
         return out[:, 0] if splits == 1 else out.sum(1)
 
-    plans = tiles.row_plans(device, n, n, "sums")
-    return autotune.run("siglip", device, (n, n, model.width), plans, run)
+    plans = tiles.row_plans(device, n, p, "sums")
+    return autotune.run("siglip", device, (n, p, model.width), plans, run)
 
 
-def siglip(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+def _shift(x: Tensor, w: Tensor, offset: int) -> int:
+    # Beyond these no row has a match, and 32 bits would overflow.
+    return max(-x.shape[0], min(offset, w.shape[0]))
+
+
+def siglip(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor, offset: int) -> Tensor:
     """The loss of each row, [N] float32."""
-    checks.pairs(x, w, scale, bias)
-    if x.shape[0] == 0:
-        return common.empty(x, 0)
-    return _siglip_rows(Model.of(x, w), common.flat(scale), common.flat(bias))[0].clone()
+    checks.biased(x, w, scale, bias)
+    if x.shape[0] == 0 or w.shape[0] == 0:
+        return x.new_zeros(x.shape[0], dtype=torch.float32)
+    shift = _shift(x, w, offset)
+    return _siglip_rows(Model.of(x, w), common.flat(scale), common.flat(bias), shift)[0].clone()
 
 
 def siglip_backward(
-    grad: Tensor, x: Tensor, w: Tensor, scale: Tensor, bias: Tensor, wanted: Sequence[bool]
+    grad: Tensor,
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    offset: int,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """dx, dw, dscale, dbias for an upstream gradient per row."""
-    checks.pairs(x, w, scale, bias)
+    checks.biased(x, w, scale, bias)
     checks.shape("grad", grad, x.shape[:1])
-    if x.shape[0] == 0:
+    if x.shape[0] == 0 or w.shape[0] == 0:
         return tuple(forms.without_rows(x, w, wanted, x.dtype))
+    shift = _shift(x, w, offset)
     model, scale, bias, grad = Model.of(x, w), *map(common.flat, (scale, bias, grad))
-    slopes = _siglip_rows(model, scale, bias)[1:] * grad if wanted[2] or wanted[3] else (grad, grad)
-    g = _siglip_gradient(model, scale, bias, grad, _peak(x, grad))
+    numbers = wanted[2] or wanted[3]
+    slopes = _siglip_rows(model, scale, bias, shift)[1:] * grad if numbers else (grad, grad)
+    g = _siglip_gradient(model, scale, bias, shift, grad, _peak(x, grad))
     made = Made(grad, (slopes[0], slopes[1]), g, products=chunks.products_of(g, wanted))
     return tuple(forms.backward(made, wanted, x.dtype))
 
 
 def siglip_reduced(
-    x: Tensor, w: Tensor, scale: Tensor, bias: Tensor, mean: bool, wanted: Sequence[bool]
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    offset: int,
+    mean: bool,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """The sum or mean over rows; dx, dw, dscale, dbias in float32."""
-    checks.pairs(x, w, scale, bias)
-    if x.shape[0] == 0:
+    checks.biased(x, w, scale, bias)
+    if x.shape[0] == 0 or w.shape[0] == 0:
         none = forms.without_rows(x, w, wanted, torch.float32)
         return forms.total_of_no_rows(x, mean), *none
+    shift = _shift(x, w, offset)
     model, scale, bias = Model.of(x, w), common.flat(scale), common.flat(bias)
-    loss, of_scale, of_bias = _siglip_rows(model, scale, bias)
-    g = _siglip_gradient(model, scale, bias, torch.ones_like(loss), None)
+    loss, of_scale, of_bias = _siglip_rows(model, scale, bias, shift)
+    g = _siglip_gradient(model, scale, bias, shift, torch.ones_like(loss), None)
     made = Made(loss, (of_scale, of_bias), g, products=chunks.products_of(g, wanted))
     return tuple(forms.reduced(made, mean, wanted))
 
@@ -289,6 +314,8 @@ def _peak(x: Tensor, grad: Tensor) -> Tensor | None:
 
 
 def _siglip_gradient(
-    model: Model, scale: Tensor, bias: Tensor, upstream: Tensor, peak: Tensor | None
+    model: Model, scale: Tensor, bias: Tensor, offset: int, upstream: Tensor, peak: Tensor | None
 ) -> LogitGradient:
-    return LogitGradient(gradients.SIGLIP, [model], scale, upstream, bias=bias, peak=peak)
+    return LogitGradient(
+        gradients.SIGLIP, [model], scale, upstream, bias=bias, offset=offset, peak=peak
+    )

@@ -153,14 +153,15 @@ def siglip(
     logit_scale: Tensor | float,
     logit_bias: Tensor | float,
     reduction: str,
+    offset: int = 0,
 ) -> Tensor:
     """See `reference.siglip`."""
     _refuse_tangents(image_features, text_features, logit_scale, logit_bias)
     numbers = (_number(value, image_features) for value in (logit_scale, logit_bias))
     leaves = image_features, text_features, *numbers
     if _with_gradients(reduction, *leaves):
-        return _OPS.siglip_reduced(*leaves, reduction == "mean", _wanted(*leaves))[0]
-    loss = _OPS.siglip(*leaves)
+        return _OPS.siglip_reduced(*leaves, offset, reduction == "mean", _wanted(*leaves))[0]
+    loss = _OPS.siglip(*leaves, offset)
     return reduce(loss, reduction, loss.shape[0])
 
 

@@ -240,28 +240,39 @@ def contrastive_reduced(
 
 
 def _biased(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    checks.pairs(x, w, scale)
-    checks.number("bias", bias)
+    checks.biased(x, w, scale, bias)
     return reference.logits(x, w, scale) + bias
 
 
-def siglip(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    return reference.siglip_rows(_biased(x, w, scale, bias))
+def siglip(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor, offset: int) -> Tensor:
+    return reference.siglip_rows(_biased(x, w, scale, bias), offset)
 
 
 def siglip_backward(
-    grad: Tensor, x: Tensor, w: Tensor, scale: Tensor, bias: Tensor, wanted: Sequence[bool]
+    grad: Tensor,
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    offset: int,
+    wanted: Sequence[bool],
 ) -> Four:
-    dz = reference.siglip_dz(_biased(x, w, scale, bias), grad)
+    dz = reference.siglip_dz(_biased(x, w, scale, bias), offset, grad)
     gradients = reference.operand_gradients(dz, x, w, scale, wanted[:3])
     return *_narrow(gradients, x), dz.sum() if wanted[3] else dz.new_empty(0)
 
 
 def siglip_reduced(
-    x: Tensor, w: Tensor, scale: Tensor, bias: Tensor, mean: bool, wanted: Sequence[bool]
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    offset: int,
+    mean: bool,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     z = _biased(x, w, scale, bias)
-    total, share = _reduce(reference.siglip_rows(z), mean)
-    dz = reference.siglip_dz(z, share)
+    total, share = _reduce(reference.siglip_rows(z, offset), mean)
+    dz = reference.siglip_dz(z, offset, share)
     gradients = reference.operand_gradients(dz, x, w, scale, wanted[:3])
     return total, *gradients, dz.sum() if wanted[3] else dz.new_empty(0)

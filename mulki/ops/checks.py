@@ -53,6 +53,13 @@ def pairs(x: Tensor, w: Tensor, scale: Tensor) -> None:
     number("scale", scale)
 
 
+def biased(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor) -> None:
+    """N >= 0 rows against P >= 0, and what turns products into logits."""
+    _matrices(x, w)
+    number("scale", scale)
+    number("bias", bias)
+
+
 def labels(x: Tensor, w: Tensor, target: Tensor | None, class_mask: Tensor | None) -> None:
     """int64 targets [N] and a bool class mask [P]."""
     if target is not None:

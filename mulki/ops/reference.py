@@ -298,29 +298,33 @@ def contrastive_dz(
 
 def siglip(
     image_features: Tensor,  # [N, D]
-    text_features: Tensor,  # [N, D]
+    text_features: Tensor,  # [P, D]
     logit_scale: Tensor | float,
     logit_bias: Tensor | float,
     reduction: str,
+    offset: int = 0,
 ) -> Tensor:
-    """-sum_j log sigmoid(y_ij (z_ij + b)), y = +1 on the diagonal and -1 off it, a row per image.
+    """-sum_j log sigmoid(y_ij (z_ij + b)), y = +1 where j = i + offset and -1 elsewhere.
 
-    The loss of SigLIP (arXiv 2303.15343); the mean divides by N, not by N^2.
+    The loss of SigLIP (arXiv 2303.15343), a row per image; the mean divides by N, not by N^2. With
+    another offset than 0 the rows are a block of a larger batch: image i has its text in column
+    i + offset, or in no column of this block.
     """
     z = logits(image_features, text_features, logit_scale) + logit_bias
-    return reduce(siglip_rows(z), reduction, z.shape[0])
+    return reduce(siglip_rows(z, offset), reduction, z.shape[0])
 
 
-def siglip_rows(z: Tensor) -> Tensor:
-    """The loss of each row of logits z [N, N] that hold the bias."""
-    return -F.logsigmoid(_signs(z) * z).sum(dim=1)
+def siglip_rows(z: Tensor, offset: int) -> Tensor:
+    """The loss of each row of logits z [N, P] that hold the bias."""
+    return -F.logsigmoid(_signs(z, offset) * z).sum(dim=1)
 
 
-def siglip_dz(z: Tensor, upstream: Tensor) -> Tensor:
+def siglip_dz(z: Tensor, offset: int, upstream: Tensor) -> Tensor:
     """-g_i y_ij sigmoid(-y_ij z_ij) for logits that hold the bias; the bias's is its sum."""
-    signs = _signs(z)
+    signs = _signs(z, offset)
     return -upstream.unsqueeze(1) * signs * torch.sigmoid(-signs * z)
 
 
-def _signs(z: Tensor) -> Tensor:
-    return 2 * torch.eye(z.shape[0], dtype=z.dtype, device=z.device) - 1
+def _signs(z: Tensor, offset: int) -> Tensor:
+    rows, columns = (torch.arange(count, device=z.device) for count in z.shape)
+    return 2 * (columns == rows.unsqueeze(1) + offset).to(z.dtype) - 1

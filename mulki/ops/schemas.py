@@ -33,6 +33,7 @@ from mulki.ops import checks
 from mulki.ops.reference import wide
 
 _OPERANDS = "Tensor x, Tensor w, Tensor scale"
+_BIASED = f"{_OPERANDS}, Tensor bias, int offset"
 _LABELS = "Tensor target, Tensor? class_mask, float label_smoothing, int ignore_index"
 _TEACHERS = "Tensor[] teacher_x, Tensor[] teacher_w, Tensor teacher_scales"
 _TEACHER_KL = (
@@ -72,10 +73,11 @@ SCHEMAS = {
         f"(Tensor grad, {_OPERANDS}, Tensor row_lse, Tensor column_lse, bool[3] wanted) -> {_THREE}"
     ),
     "contrastive_reduced": f"({_OPERANDS}, bool mean, bool[3] wanted) -> {_FOUR}",
-    "siglip": f"({_OPERANDS}, Tensor bias) -> Tensor",
-    "siglip_backward": f"(Tensor grad, {_OPERANDS}, Tensor bias, bool[4] wanted) -> {_FOUR}",
+    # Row i matches column i + offset, or none where that is not in [0, P); N and P may be zero.
+    "siglip": f"({_BIASED}) -> Tensor",
+    "siglip_backward": f"(Tensor grad, {_BIASED}, bool[4] wanted) -> {_FOUR}",
     # total, dx, dw, dscale, dbias
-    "siglip_reduced": f"({_OPERANDS}, Tensor bias, bool mean, bool[4] wanted) -> {_FIVE}",
+    "siglip_reduced": f"({_BIASED}, bool mean, bool[4] wanted) -> {_FIVE}",
 }
 
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
@@ -169,9 +171,8 @@ def _contrastive(x: Tensor, w: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape[0], dtype=wide(x.dtype)) for _ in range(3))
 
 
-def _siglip(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    checks.pairs(x, w, scale)
-    checks.number("bias", bias)
+def _siglip(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor, offset: int) -> Tensor:
+    checks.biased(x, w, scale, bias)
     return x.new_empty(x.shape[0], dtype=wide(x.dtype))
 
 

@@ -84,7 +84,8 @@ def make(
         ),
         "kl_weights": ("teacher_kl", (*teachers, given, None, mask, 2.0, 1.0, "uniform", True)),
         "contrastive": ("contrastive", ()),
-        "siglip": ("siglip", (number(-3.0),)),
+        "siglip": ("siglip", (number(-3.0), 0)),
+        "siglip_block": ("siglip", (number(-3.0), 2)),  # the last rows have no match
     }
     op, rest = cases[name]
     return Case(op, (*operands, *rest))
@@ -102,6 +103,7 @@ NAMES = (
     "kl_weights",
     "contrastive",
     "siglip",
+    "siglip_block",
 )
 LOSSES = NAMES[2:]
 
@@ -118,7 +120,7 @@ SPECIFICATION: dict[str, Callable[..., Tensor]] = {
     "prototype_cross_entropy": lambda *args: reference.prototype_cross_entropy(*args, "none"),
     "teacher_kl": _kl,
     "contrastive": lambda x, w, scale: reference.contrastive(x, w, scale, None, "none"),
-    "siglip": lambda *args: reference.siglip(*args, "none"),
+    "siglip": lambda *args: reference.siglip(*args[:-1], "none", args[-1]),
 }
 
 

@@ -30,7 +30,7 @@ def test_scales_become_wide_tensors(unit, calls, dtype, scale):
     x, w = unit(6, 4).to(dtype), unit(6, 4).to(dtype)
     ops.siglip(x, w, scale, -3, "mean")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    for number, value in zip(calls[0][1][2:], (9, -3), strict=True):
+    for number, value in zip(calls[0][1][2:4], (9, -3), strict=True):
         assert (number.shape, number.dtype) == ((), wide)
         assert number == value
 

@@ -30,6 +30,8 @@ from op_cases import (
 )
 from torch import Tensor
 
+from mulki.ops import reference
+
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES)
 EPS = torch.finfo(torch.float32).eps
@@ -87,6 +89,17 @@ def magnitudes(case: Case, mean: bool | None, parts: int) -> list[float]:
     return [rows * loss, *(rows * entries * g for g in gradients)]
 
 
+def terms(case: Case, mean: bool | None) -> tuple[Tensor, Tensor]:
+    """What the gradients of siglip by x and w are sums of, added up without the signs."""
+    x, w, scale, bias, offset = (a.double() if isinstance(a, Tensor) else a for a in case.args)
+    share = (
+        upstream(case).double() if mean is None else torch.ones(len(x)) / (len(x) if mean else 1)
+    )
+    dz = reference.siglip_dz(scale * x @ w.T + bias, offset, share.double())
+    dx, dw, _ = reference.operand_gradients(dz.abs(), x.abs(), w.abs(), scale.abs(), [True] * 3)
+    return dx, dw
+
+
 def cosines(case: Case) -> Tensor:
     x, w, _, normalize = case.args
     return SPECIFICATION[case.op](x.double(), w.double(), 1.0, normalize)
@@ -107,6 +120,8 @@ def check(case: Case, mean: bool | None) -> None:
         rounding = want.norm().item() * (torch.finfo(got.dtype).eps + (inputs if i else 0)) / 2
         if case.op == "similarity" and i == 3:
             rounding = inputs / 2 * (upstream(case).double() * cosines(case)).norm().item()
+        if case.op == "siglip" and i in (1, 2):
+            rounding += inputs / 2 * terms(case, mean)[i - 1].norm().item()
         underflow = torch.finfo(case.args[0].dtype).tiny * got.numel() ** 0.5
         bound = SLACK * error(wide, want) + rounding + EPS * sizes[i] + underflow
         assert error(got, want) <= bound, (i, error(got, want), bound)

@@ -118,7 +118,7 @@ LABELS = torch.tensor([0, 2, 3, 0, 2, 0])
         ("kl", 3, [], ValueError, "teacher_x"),
         ("kl", 4, [], ValueError, "teacher_x"),
         ("contrastive", 1, torch.ones(5, 4), ValueError, "w"),
-        ("siglip", 1, torch.ones(7, 4), ValueError, "w"),
+        ("siglip", 1, torch.ones(7, 3), ValueError, "w"),
         ("siglip", 3, torch.ones(2), ValueError, "bias"),
     ],
 )

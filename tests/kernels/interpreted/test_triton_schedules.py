@@ -32,7 +32,7 @@ def expected_gradients(name: str) -> tuple[Case, list[torch.Tensor]]:
 
 
 @pytest.mark.parametrize("plan", GRADIENT_PLANS, ids=lambda p: f"{p.schedule}-{p.splits}")
-@pytest.mark.parametrize("name", ["cosines", "ce_all", "kl_weights", "contrastive", "siglip"])
+@pytest.mark.parametrize("name", ["cosines", "ce_all", "kl_weights", "contrastive", "siglip_block"])
 def test_gradients(name, plan, monkeypatch):
     case, want = expected_gradients(name)
     plan_gradients(monkeypatch, plan)
@@ -59,7 +59,7 @@ def test_float16_gradients_are_lifted(size, plan, monkeypatch):
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3])
-@pytest.mark.parametrize("name", ["ce_all", "kl_label", "contrastive", "siglip"])
+@pytest.mark.parametrize("name", ["ce_all", "kl_label", "contrastive", "siglip_block"])
 def test_splits_of_the_statistics(name, splits, monkeypatch):
     plan = Plan("rows", Tile(16, 16, 16, 0, 1, 1), splits)
     monkeypatch.setattr(tiles, "row_plans", lambda *shape: [plan])
@@ -82,7 +82,9 @@ def test_more_teachers_than_a_launch_takes(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("name", ["ce_all", "kl_weights", "kl_label", "contrastive", "siglip"])
+@pytest.mark.parametrize(
+    "name", ["ce_all", "kl_weights", "kl_label", "contrastive", "siglip_block"]
+)
 def test_chunks(name, dtype, monkeypatch):
     monkeypatch.setattr(tiles, "chunk_rows", lambda *shape: 8)  # 8, 8 and 3 rows
     case = make(name, dtype)

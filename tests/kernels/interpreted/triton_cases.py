@@ -101,9 +101,9 @@ def contrastive(x: Tensor, w: Tensor, scale: Tensor) -> Tensor:
     return (z.logsumexp(1) + z.logsumexp(0)) / 2 - z.diagonal()
 
 
-def siglip(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+def siglip(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor, offset: int) -> Tensor:
     z = logits(x, w, scale) + bias
-    signs = 2 * torch.eye(z.shape[0], dtype=z.dtype) - 1
+    signs = 2 * torch.ones_like(z).tril(offset).triu(offset) - 1
     return torch.log1p(torch.exp(-signs * z)).sum(1)
 
 
@@ -205,7 +205,8 @@ def make(
         ),
         "kl_weights": ("teacher_kl", (*teachers, weights, None, mask, 2.0, 1.0, "uniform", True)),
         "contrastive": ("contrastive", ()),
-        "siglip": ("siglip", (torch.tensor(-3.0),)),
+        "siglip": ("siglip", (torch.tensor(-3.0), 0)),
+        "siglip_block": ("siglip", (torch.tensor(-3.0), 18)),  # the last rows have no match
     }
     op, more = rest[name]
     return Case(op, (x, w, torch.tensor(scale), *more))
@@ -213,6 +214,6 @@ def make(
 
 NAMES = (
     *("similarity", "cosines", "ce", "ce_all", "kl", "kl_label", "kl_confidence", "kl_weights"),
-    *("contrastive", "siglip"),
+    *("contrastive", "siglip", "siglip_block"),
 )
 LOSSES = NAMES[2:]
