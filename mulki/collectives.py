@@ -23,21 +23,21 @@ Group = Any  # torch.distributed.ProcessGroup, which a build without distributio
 _TOLD = 1024
 
 
-class World(NamedTuple):
+class Position(NamedTuple):
     """This process among those of its group."""
 
     rank: int
     size: int
 
 
-def world(group: Group | None = None) -> World:
+def world(group: Group | None = None) -> Position:
     """Rank in the group (the default one if None) and its size; (0, 1) without distribution."""
     if not (dist.is_available() and dist.is_initialized()):
-        return World(0, 1)
+        return Position(0, 1)
     rank = dist.get_rank(group)
     if rank < 0:
         raise ValueError("group: this process is not in it; call this on the group's ranks alone")
-    return World(rank, dist.get_world_size(group))
+    return Position(rank, dist.get_world_size(group))
 
 
 def agree(
@@ -113,8 +113,13 @@ def _exchange(own: bytes, device: torch.device | None, group: Group | None) -> l
         device = torch.device("cpu")
     sent = torch.frombuffer(bytearray(own.ljust(_TOLD)), dtype=torch.uint8).to(device)
     heard = torch.empty(size * _TOLD, dtype=torch.uint8, device=device)
-    dist.all_gather_into_tensor(heard, sent, group=group)
+    _renamed("all_gather_single", "all_gather_into_tensor")(heard, sent, group=group)
     return [one.numpy().tobytes() for one in heard.cpu().view(size, _TOLD)]
+
+
+def _renamed(now: str, before: str) -> Any:
+    # torch 2.13 renamed some collectives, and warns of the older names.
+    return getattr(dist, now, None) or getattr(dist, before)
 
 
 def gather_rows(
@@ -168,7 +173,7 @@ def _gather(rows: Tensor, sizes: Sequence[int], group: Group | None) -> Tensor:
         sent = sent.new_zeros((most, *rows.shape[1:]))
         sent[: len(rows)] = rows
     out = sent.new_empty((size * most, *rows.shape[1:]))
-    dist.all_gather_into_tensor(out, sent, group=group)
+    _renamed("all_gather_single", "all_gather_into_tensor")(out, sent, group=group)
     if min(sizes) == most:
         return out
     return torch.cat([part[:n] for part, n in zip(out.split(most), sizes, strict=True)])
@@ -188,7 +193,7 @@ def _scatter_sum(grad: Tensor, sizes: Sequence[int], group: Group | None) -> Ten
         for to, part in zip(parts.split(most), grad.split(list(sizes)), strict=True):
             to[: len(part)] = part
     own = parts.new_empty((most, *grad.shape[1:]))
-    dist.reduce_scatter_tensor(own, parts, group=group)
+    _renamed("reduce_scatter_single", "reduce_scatter_tensor")(own, parts, group=group)
     return own[: sizes[rank]].to(grad.dtype)
 
 

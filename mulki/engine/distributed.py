@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mulki.collectives import gather_rows
 from mulki.errors import InputError, ProcessLost
 
 # Elements in one reduction of gradients: large enough for the network, small beside a model.
@@ -133,10 +134,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, world: World, count: int) -> Tensor:
         ctx.world, ctx.share = world, len(rows)
-        gathered = rows.new_empty(world.size * len(rows), *rows.shape[1:])
         with _together():
-            dist.all_gather(list(gathered.chunk(world.size)), rows.contiguous())
-        return gathered[:count]
+            return gather_rows(rows, [len(rows)] * world.size)[:count]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:

@@ -12,16 +12,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import open_clip.loss as open_clip_loss
 import torch
 import torch.distributed as dist
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from mulki import cli
 from mulki.engine import learn
 from mulki.engine.config import resolve
 from mulki.engine.distributed import World
+from mulki.engine.microbatch import backward
 from mulki.engine.runner import run
 from mulki.errors import InputError
+from mulki.losses import ClipLoss
 
 
 def check_rows(world: World) -> None:
@@ -47,9 +54,67 @@ def check_rows(world: World) -> None:
     assert world.smallest(world.rank + 4, torch.device("cpu")) == 4
 
 
+class TwoTowers(nn.Module):
+    """A CLIP in the small; its forward returns what a loss takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.visual = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 6))
+        self.text = nn.Linear(5, 6)
+        self.logit_scale = nn.Parameter(torch.tensor([1.5]))
+
+    def forward(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
+        return {
+            "image_features": F.normalize(self.visual(images), dim=-1),
+            "text_features": F.normalize(self.text(texts), dim=-1),
+            "logit_scale": self.logit_scale.exp().reshape(()),
+        }
+
+
+def check_micro_batches(world: World) -> None:
+    """DistributedDataParallel and FSDP2 around gradient caching, against one whole batch."""
+    torch.manual_seed(1)
+    inputs = torch.randn(12, 8), torch.randn(12, 5)
+    whole = TwoTowers()
+    open_clip_loss.ClipLoss()(**whole(*inputs)).backward()
+    wanted = {name: p.grad for name, p in whole.named_parameters()}
+    loss = ClipLoss(gather_with_grad=True, rank=world.rank, world_size=world.size)
+    part = [world.part(x) for x in inputs]
+
+    replicated = nn.parallel.DistributedDataParallel(TwoTowers())
+    reduced: list[int] = []
+
+    def count(state, bucket):  # DDP wants classes for annotations, not their names
+        reduced.append(len(bucket.parameters()))
+        return default_hooks.allreduce_hook(dist.group.WORLD, bucket)
+
+    replicated.register_comm_hook(None, count)
+    for micro_batch in (None, 2, 4):
+        replicated.zero_grad()
+        reduced.clear()
+        backward(lambda out: loss(**out), (replicated, *part), micro_batch=micro_batch)
+        # Each parameter's gradient travels once a step, however many micro-batches there are.
+        assert sum(reduced) == len(wanted), reduced
+        for name, parameter in replicated.module.named_parameters():
+            torch.testing.assert_close(parameter.grad, wanted[name])
+
+    sharded = TwoTowers()
+    mesh = init_device_mesh("cpu", (world.size,))
+    for module in (sharded.visual, sharded.text, sharded):
+        fully_shard(module, mesh=mesh)
+    for micro_batch in (None, 2):
+        sharded.zero_grad()
+        backward(lambda out: loss(**out), (sharded, *part), micro_batch=micro_batch)
+        for name, parameter in sharded.named_parameters():
+            torch.testing.assert_close(parameter.grad.full_tensor(), wanted[name])
+
+
 def main(runs: list[tuple[str, dict[str, Any]]]) -> None:
     dist.init_process_group("gloo")
-    check_rows(World(dist.get_rank(), dist.get_world_size()))
+    world = World(dist.get_rank(), dist.get_world_size())
+    check_rows(world)
+    check_micro_batches(world)
     for name, options in runs:
         folder = run(resolve({"name": name, **options}))
         assert (folder is None) == (dist.get_rank() != 0)
