@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from mulki.bench.by_rows import outcome
 from mulki.bench.cases import MODES, Case
-from mulki.bench.providers import PROVIDERS, Loss
-from mulki.bench.verify import Verifier, outcome
+from mulki.bench.losses import Loss
+from mulki.bench.providers import PROVIDERS
+from mulki.bench.verify import Verifier
 
 pytest.importorskip("pytest_benchmark")
 
@@ -42,7 +44,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 def loss(request: pytest.FixtureRequest, case: Case, mode: str) -> Iterator[Loss]:
     """What the provider computes the case by, once it is verified."""
     provider = PROVIDERS[request.param]
-    if reason := provider.refusal(case):
+    if reason := provider.absence(case.device) or provider.refusal(case):
         pytest.skip(reason)
     if mode == "backward" and provider.early_gradients(case):
         pytest.skip("forms gradients in the forward pass")

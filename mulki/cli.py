@@ -237,8 +237,6 @@ def _tasks(argv: list[str]) -> int:
 
 def _bench(argv: list[str]) -> int:
     """Time and memory of the operators: mulki bench --quick, or mulki bench table FILE.csv"""
-    from rich.console import Console
-
     from mulki.bench.report import markdown, read_rows
     from mulki.bench.run import BenchOptions, run
     from mulki.options import convert
@@ -248,6 +246,16 @@ def _bench(argv: list[str]) -> int:
         parser.add_argument("file", metavar="CSV", help="as mulki bench --output writes it")
         print(markdown(read_rows(parser.parse_args(argv[1:]).file)), end="")
         return 0
+    if argv[:1] == ["plot"]:
+        from mulki.bench.plots import plot
+
+        parser = _Parser(prog="mulki bench plot", description="PNG figures from a CSV")
+        parser.add_argument("file", metavar="CSV", help="as mulki bench --output writes it")
+        parser.add_argument("folder", metavar="FOLDER", help="where the figures go")
+        arguments = parser.parse_args(argv[1:])
+        for path in plot(read_rows(arguments.file), arguments.folder):
+            print(path)
+        return 0
     parser = _Parser(
         prog="mulki bench",
         description=_bench.__doc__,
@@ -256,7 +264,4 @@ def _bench(argv: list[str]) -> int:
     _add_options(parser.add_argument_group("bench"), BenchOptions)
     given = vars(parser.parse_args(_with_hyphens(argv)))
     options = convert(BenchOptions, {k: v for k, v in given.items() if v is not None})
-    console = Console()
-    # A shortened number would be a wrong one: a narrow terminal wraps the lines instead.
-    console.width = max(console.width, 110)
-    return run(BenchOptions(**options), console)
+    return run(BenchOptions(**options))

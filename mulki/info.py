@@ -16,8 +16,8 @@ from types import ModuleType
 import torch
 
 import mulki
+from mulki.environment import environment
 from mulki.ops import backends, native
-from mulki.results import environment
 
 # Variables of other packages that decide which kernel runs, or how.
 FOREIGN = ("ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS", "TRITON_INTERPRET")

@@ -22,13 +22,10 @@ that even a killed run needs nobody to tidy up after it.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 import os
-import platform
 import re
-import subprocess
 import time
 import unicodedata
 from collections.abc import Mapping
@@ -41,6 +38,7 @@ from typing import TYPE_CHECKING, Literal
 
 import yaml
 
+from mulki.environment import environment
 from mulki.errors import InputError
 from mulki.files import write_atomic
 from mulki.metrics import (
@@ -58,15 +56,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Status = Literal["complete", "interrupted"]
-
-# Triton is published under another name for each backend.
-_PACKAGES: dict[str, tuple[str, ...]] = {
-    "torch": ("torch",),
-    "open_clip": ("open_clip_torch",),
-    "mulki": ("mulki",),
-    "numpy": ("numpy",),
-    "triton": ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-windows"),
-}
 
 
 @dataclass(frozen=True)
@@ -114,63 +103,6 @@ def read_evaluations(path: str | os.PathLike[str]) -> list[Evaluation]:
                 "wanted: remove the line or restore the file"
             ) from None
     return evaluations
-
-
-def environment(hashes: Mapping[str, object] | None = None) -> dict[str, object]:
-    """Return what a result depends on besides its configuration, for ``env.json``.
-
-    ``hashes`` (of weights, splits, prompts, ...) is stored as given. A package that is not
-    installed is ``None``, and so is the commit outside a checkout.
-    """
-    # Torch takes seconds to import, and reading results needs none of it.
-    import torch
-
-    return {
-        "python": platform.python_version(),
-        **{name: _version(distributions) for name, distributions in _PACKAGES.items()},
-        "platform": platform.platform(),
-        "cpu": _cpu_model(),
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cuda": torch.version.cuda,
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        **_git_state(Path(__file__).resolve().parent.parent),
-        "hashes": dict(hashes or {}),
-    }
-
-
-def _version(distributions: tuple[str, ...]) -> str | None:
-    for distribution in distributions:
-        try:
-            return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
-
-
-def _cpu_model() -> str:
-    try:
-        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        cpuinfo = ""
-    match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, flags=re.MULTILINE)
-    return match[1] if match else platform.processor() or platform.machine()
-
-
-def _git_state(root: Path) -> dict[str, object]:
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-        return done.stdout.strip()
-
-    try:
-        # An installed package can lie inside somebody else's checkout.
-        if Path(git("rev-parse", "--show-toplevel")).resolve() == root:
-            modified = bool(git("status", "--porcelain", "--untracked-files=no"))
-            return {"git_commit": git("rev-parse", "HEAD"), "git_modified": modified}
-    except (OSError, subprocess.SubprocessError):
-        pass
-    return {"git_commit": None, "git_modified": None}
 
 
 def default_name(method: str, order: str, seed: int, now: datetime | None = None) -> str:

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from mulki import functional
-from mulki.bench import measure
+from mulki.bench import clocks, measure
+from mulki.bench.by_rows import outcome
 from mulki.bench.cases import MODES, OPERATORS, PAIRED, Case, make_cases, parse_shape
-from mulki.bench.providers import EAGER, MULKI, PROVIDERS, Provider
+from mulki.bench.losses import EAGER, MULKI
+from mulki.bench.point import measure_case
+from mulki.bench.providers import PROVIDERS, Provider
 from mulki.bench.report import Quantiles, Result, markdown, read_rows, rows_of
-from mulki.bench.run import measure_case
-from mulki.bench.verify import Verifier, outcome
+from mulki.bench.verify import Verifier
 from mulki.cli import run_command
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +42,7 @@ product_rate = measure.product_rate
 def fast_products(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = measure.ProductRates(torch_mm=1e9, similarity=4e9)
     monkeypatch.setattr(measure, "product_rate", lambda dtype, device: rates)
+    monkeypatch.setattr(measure, "copy_rate", lambda device: 2e9)
 
 
 def bench(*arguments: str) -> int:
@@ -90,6 +93,10 @@ def test_a_run_prints_tables_and_writes_a_csv(
     # The products run at 1 and 4 GFLOP/s.
     assert of_mm == pytest.approx(rate, rel=1e-4)
     assert [4 * share for share in of_best] == pytest.approx(rate, rel=1e-4)
+    config = json.loads(rows[0]["extra_benchmark_config_str"])
+    of_copy = next(r for r in rows if r["metric_name"] == "share_of_copy")
+    intensity = config["least_operations"] / config["least_bytes"]
+    assert float(of_copy["y_value_50"]) == pytest.approx(rate[0] / intensity / 2, rel=1e-4)
     ratios = {r["kernel_provider"] for r in rows if r["metric_name"] == "speedup_over_eager"}
     assert ratios == {"torch_lce", "mulki", "mulki-reference"}
     # Gradients that exist after the forward pass give the backward pass alone no rate or ratio.
@@ -115,7 +122,7 @@ def test_output_grows_and_the_table_shows_the_last(
     assert bench(*given, "--providers", "eager", "mulki") == 0
     first = len(read_rows(path))
     monkeypatch.setitem(PROVIDERS, "mulki", wrong_provider())
-    monkeypatch.setattr("mulki.bench.run.datetime", Later)
+    monkeypatch.setattr("mulki.bench.machine.datetime", Later)
     assert bench(*given, "--providers", "eager", "mulki") == 1
     assert len(read_rows(path)) > first
     capsys.readouterr()
@@ -420,7 +427,7 @@ def test_ratios_are_those_of_the_same_round(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_clock_runs_for_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that counts forward passes tells which of them it saw."""
     calls: list[str] = []
-    monkeypatch.setattr(measure, "_now", lambda device: float(len(calls)))
+    monkeypatch.setattr(clocks, "now", lambda device: float(len(calls)))
     inputs = Case("similarity", 3, 3, 4, "float32").inputs()
 
     class Counted(torch.autograd.Function):
@@ -524,7 +531,7 @@ def test_the_rate_of_products_grows_to_a_size_that_takes_time(
         functional, "prototype_similarity", lambda a, b: sizes.extend([len(a) // 2] * 4)
     )
     # A product of 512 takes 10 ms, one of 1024 takes 80; mulki's of 2048 four times as long.
-    monkeypatch.setattr(measure, "_now", lambda device: sum((n / 512) ** 3 for n in sizes) / 100)
+    monkeypatch.setattr(clocks, "now", lambda device: sum((n / 512) ** 3 for n in sizes) / 100)
     rates = product_rate(torch.float32, "cpu")
     assert set(sizes) == {512, 1024}
     assert rates.torch_mm == pytest.approx(2 * 512**3 / 0.01)

@@ -19,9 +19,10 @@ import pytest
 import torch
 import yaml
 
+from mulki.environment import environment, git_state
 from mulki.errors import InputError
 from mulki.metrics import DEFINITIONS, ZERO_SHOT, AccuracyMatrix, read_matrix
-from mulki.results import Evaluation, RunFolder, default_name, environment, read_evaluations
+from mulki.results import Evaluation, RunFolder, default_name, read_evaluations
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = ("letters", "digits", "flags")
@@ -200,27 +201,25 @@ def test_environment(tmp_path: Path) -> None:
 
 
 def test_the_commit_is_that_of_the_checkout(tmp_path: Path) -> None:
-    from mulki.results import _git_state
-
     def git(*arguments: str) -> str:
         identity = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
         command = ["git", "-C", str(tmp_path), *identity, *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     none = {"git_commit": None, "git_modified": None}
-    assert _git_state(tmp_path) == none
+    assert git_state(tmp_path) == none
     git("init")
-    assert _git_state(tmp_path) == none
+    assert git_state(tmp_path) == none
     (tmp_path / "inner").mkdir()
     (tmp_path / "file").write_text("1")
     git("add", "file")
     git("commit", "-m", "one")
     commit = git("rev-parse", "HEAD")
-    assert _git_state(tmp_path) == {"git_commit": commit, "git_modified": False}
+    assert git_state(tmp_path) == {"git_commit": commit, "git_modified": False}
     (tmp_path / "file").write_text("2")
-    assert _git_state(tmp_path) == {"git_commit": commit, "git_modified": True}
+    assert git_state(tmp_path) == {"git_commit": commit, "git_modified": True}
     # A package installed below somebody else's checkout is not of that commit.
-    assert _git_state(tmp_path / "inner") == none
+    assert git_state(tmp_path / "inner") == none
 
 
 def test_evaluations_are_on_disk_at_once_and_read_back(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,9 +55,39 @@ PAIRED_GRID: tuple[Shape, ...] = tuple((n, n, 512) for n in (256, 512, 1024, 204
 QUICK: tuple[Shape, ...] = ((64, 100, 512), (256, 1000, 512))
 PAIRED_QUICK: tuple[Shape, ...] = ((256, 256, 512),)
 
+#: On a GPU, the most important first: small batches and large ones take turns.
+GPU_GRID: tuple[Shape, ...] = (
+    (64, 100, 512),
+    (8192, 8192, 512),
+    (256, 1000, 512),
+    (4096, 1000, 768),
+    (512, 10, 512),
+    (32768, 1000, 512),
+    (16384, 16384, 768),
+    (512, 1000, 1280),
+    (4096, 21841, 1024),
+    (65536, 1000, 1280),
+    (64, 10, 768),
+    (65536, 65536, 512),
+)
+PAIRED_GPU_GRID: tuple[Shape, ...] = tuple(
+    (n, n, d)
+    for n, d in (
+        *((256, 512), (8192, 512), (512, 768), (32768, 512)),
+        *((4096, 1024), (16384, 1280), (64, 512), (65536, 512)),
+    )
+)
+
+#: The most entries of a matrix that is asked for: the similarity and its upstream gradient.
+MATRIX_ENTRIES = 1 << 28
+
 #: Distance of a teacher's unit rows from the student's, before they are normalised again. Continual
 #: learning starts with a student that is its teacher, and there rounding hurts the gradient most.
 GAP = 0.1
+
+#: Of the student, and of each teacher.
+SCALE = 100.0
+SIGLIP_SCALE, SIGLIP_BIAS = 10.0, -10.0
 
 
 @dataclass(frozen=True)
@@ -69,6 +99,15 @@ class Inputs:
     arguments: tuple[Any, ...]
     leaves: dict[str, Tensor]  # those of the arguments that gradients flow to, by name
     upstream: Tensor | None  # [N, P] gradient of the similarity; a loss has none
+
+    def without(self, names: Sequence[str]) -> Inputs:
+        """The same inputs, with no gradients to the leaves of these names."""
+        fixed = [self.leaves[name] for name in names if name in self.leaves]
+        arguments = tuple(
+            a.detach() if any(a is leaf for leaf in fixed) else a for a in self.arguments
+        )
+        leaves = {name: leaf for name, leaf in self.leaves.items() if name not in names}
+        return replace(self, arguments=arguments, leaves=leaves)
 
 
 @dataclass(frozen=True)
@@ -110,22 +149,25 @@ class Case:
         return read + {"forward": output, "backward": rows, "both": output + rows}[mode]
 
     def inputs(self, exact: bool = False) -> Inputs:
-        """Draw the inputs, the same ones at every call.
+        """Draw the inputs on the device, the same ones at every call.
 
         Args:
             exact: give the values, rounded to the dtype as ever, in float64.
         """
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(self.device).manual_seed(0)
         wide = torch.float64 if exact else torch.float32
 
+        def random(rows: int, columns: int) -> Tensor:
+            return torch.randn(rows, columns, generator=generator, device=self.device)
+
         def unit(rows: int) -> Tensor:
-            return F.normalize(torch.randn(rows, self.d, generator=generator), dim=1)
+            return F.normalize(random(rows, self.d), dim=1)
 
         def near(t: Tensor, gap: float) -> Tensor:
             return F.normalize(t + gap * unit(t.shape[0]), dim=1)
 
         def rounded(t: Tensor) -> Tensor:
-            t = t.to(self.device, DTYPES[self.dtype])
+            t = t.to(DTYPES[self.dtype])
             return t.double() if exact else t
 
         def number(value: float) -> Tensor:
@@ -135,11 +177,11 @@ class Case:
         x = unit(self.n)
         # Pairs are a little closer than chance, as early in training: neither solved nor noise.
         w = F.normalize(unit(self.p) + 0.1 * x, dim=1) if paired else unit(self.p)
-        target = torch.randint(self.p, (self.n,), generator=generator).to(self.device)
+        target = torch.randint(self.p, (self.n,), generator=generator, device=self.device)
         extra: tuple[Any, ...] = ()
         if self.teachers:
             teachers = tuple(
-                (rounded(near(x, GAP)), rounded(near(w, GAP)), number(100.0))
+                (rounded(near(x, GAP)), rounded(near(w, GAP)), number(SCALE))
                 for _ in range(self.teachers)
             )
             extra = (teachers, target)
@@ -148,18 +190,17 @@ class Case:
         leaves = {
             "features": rounded(x),
             "prototypes": rounded(w),
-            "scale": number(10.0 if siglip else 100.0),
+            "scale": number(SIGLIP_SCALE if siglip else SCALE),
         }
         if siglip:
-            leaves["bias"] = number(-10.0)
+            leaves["bias"] = number(SIGLIP_BIAS)
         for leaf in leaves.values():
             leaf.requires_grad_()
         upstream = None
         if self.operator == "similarity":
             # In part along the similarity, or the gradient to the scale would be what is left of
             # a sum of random signs.
-            noise = torch.randn(self.n, self.p, generator=generator)
-            upstream = rounded(noise + self.d**0.5 * x @ w.T)
+            upstream = rounded(random(self.n, self.p) + self.d**0.5 * x @ w.T)
         return Inputs((*leaves.values(), *extra), leaves, upstream)
 
 
@@ -184,16 +225,33 @@ def make_cases(
     dtypes: Sequence[str],
     device: str = "cpu",
     quick: bool = False,
+    by_shape: bool = False,
 ) -> list[Case]:
     """Every combination; an operator on pairs takes only the shapes with P = N.
 
     Args:
         shapes: None for each operator's own grid, or the short one with `quick`.
+        by_shape: the first shape of all operators first, not the first operator.
     """
-    cases = []
+    ranked = []
     for operator in operators:
-        own = (PAIRED_QUICK if quick else PAIRED_GRID, QUICK if quick else GRID)
-        for n, p, d in own[operator not in PAIRED] if shapes is None else shapes:
+        of_operator = own_grid(operator, device, quick) if shapes is None else shapes
+        for rank, (n, p, d) in enumerate(of_operator):
             if operator not in PAIRED or n == p:
-                cases += [Case(operator, n, p, d, dtype, device) for dtype in dtypes]
-    return cases
+                cases = (Case(operator, n, p, d, dtype, device) for dtype in dtypes)
+                ranked += [(rank, case) for case in cases]
+    if by_shape:
+        ranked.sort(key=lambda pair: pair[0])
+    return [case for _, case in ranked]
+
+
+def own_grid(operator: str, device: str, quick: bool) -> tuple[Shape, ...]:
+    """The shapes of an operator where none are asked for."""
+    paired = operator in PAIRED
+    if quick:
+        return PAIRED_QUICK if paired else QUICK
+    if torch.device(device).type == "cpu":
+        return PAIRED_GRID if paired else GRID
+    if operator == "similarity":
+        return tuple(shape for shape in GPU_GRID if shape[0] * shape[1] <= MATRIX_ENTRIES)
+    return PAIRED_GPU_GRID if paired else GPU_GRID

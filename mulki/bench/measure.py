@@ -1,4 +1,4 @@
-"""Time, extra memory, and the rates of plain matrix products.
+"""Time, extra memory, and the rates of plain matrix products and of a copy.
 
 Providers take turns, so that whatever else the machine does slows all of them alike, and the ratio
 of two is that of the same round. Everything that a call needs but that is not asked about (an
@@ -26,8 +26,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from mulki import functional
+from mulki.bench import clocks
 from mulki.bench.cases import Inputs
-from mulki.bench.providers import Loss
+from mulki.bench.losses import Loss
 
 _WARM_UP_ROUNDS = 1  # what is compiled or cached was so when it was verified
 _LEAST_ROUNDS = 5
@@ -48,30 +49,52 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def timed(mode: str, loss: Loss, inputs: Inputs, device: str) -> float:
-    """Seconds of one call: forward without autograd, backward alone, or both."""
+def timed(mode: str, loss: Loss, inputs: Inputs, device: str, ahead: bool = False) -> float:
+    """Seconds of one call: forward without autograd, backward alone, or both.
+
+    Args:
+        ahead: of the device alone, see `Clock.ready`.
+    """
+    clock = clocks.clock_of(device)
     leaves = list(inputs.leaves.values())
     if mode == "forward":
         with torch.no_grad():
-            start = _now(device)
+            clock.ready(ahead)
+            start = clock.mark()
             output = loss(*inputs.arguments)
-            stop = _now(device)
+            stop = clock.mark()
         del output
-        return stop - start
-    start = _now(device)
+        return clock.seconds(start, stop)
+    if mode == "both":
+        clock.ready(ahead)
+        start = clock.mark()
     output = loss(*inputs.arguments)
     if mode == "backward":
-        start = _now(device)
+        clock.ready(ahead)
+        start = clock.mark()
     gradients = torch.autograd.grad(output, leaves, inputs.upstream)
-    stop = _now(device)
+    stop = clock.mark()
     del gradients
-    return stop - start
+    return clock.seconds(start, stop)
 
 
-def _now(device: str) -> float:
-    if device != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
+def outputs(mode: str, loss: Loss, inputs: Inputs) -> tuple[Tensor, ...]:
+    """The loss, `mode` being "forward", or with it the gradients of the leaves."""
+    with torch.set_grad_enabled(mode != "forward"):
+        output = loss(*inputs.arguments)
+        if mode == "forward":
+            return (output,)
+        gradients = torch.autograd.grad(output, list(inputs.leaves.values()), inputs.upstream)
+        return (output.detach(), *gradients)
+
+
+def timed_call(call: Callable[[], object], device: str, ahead: bool = False) -> float:
+    """Seconds of a call that is complete in itself."""
+    clock = clocks.clock_of(device)
+    clock.ready(ahead)
+    start = clock.mark()
+    call()
+    return clock.seconds(start, clock.mark())
 
 
 def take_turns(calls: Mapping[str, Callable[[], float]], seconds: float) -> dict[str, list[float]]:
@@ -121,12 +144,8 @@ def extra_memory(
     """
 
     def call() -> tuple[Tensor, ...]:
-        with context(), torch.set_grad_enabled(mode != "forward"):
-            output = loss(*inputs.arguments)
-            if mode == "forward":
-                return (output,)
-            gradients = torch.autograd.grad(output, list(inputs.leaves.values()), inputs.upstream)
-            return (output.detach(), *gradients)
+        with context():
+            return outputs(mode, loss, inputs)
 
     if device != "cpu":
         return {"memory": _accelerator_memory(call, device)}
@@ -228,7 +247,20 @@ def _fastest(
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     runs = []
     for _ in range(4):
-        start = _now(device)
+        start = clocks.now(device)
         product(a, b)
-        runs.append(_now(device) - start)
+        runs.append(clocks.now(device) - start)
     return min(runs)
+
+
+def copy_rate(device: str) -> float:
+    """Bytes per second, read and written, of a copy that no cache holds: the best of some."""
+    size = (1 << 28) if device == "cpu" else (1 << 30)
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    copy = torch.empty_like(source)
+    runs = []
+    for _ in range(6):
+        start = clocks.now(device)
+        copy.copy_(source)
+        runs.append(clocks.now(device) - start)
+    return 2 * size / min(runs)

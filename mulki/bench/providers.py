@@ -1,9 +1,7 @@
-"""Who computes a case: plain PyTorch, `torch.compile`, PyTorch's own fused loss, and mulki.
+"""Who computes a case: plain PyTorch, `torch.compile`, PyTorch's own fused loss, peers, and mulki.
 
-Another provider is one more entry of `PROVIDERS`. All are called with the arguments of `Inputs` and
-return the mean loss, or the matrix of the operator similarity. The functions of plain PyTorch are
-what is commonly written where no fused loss is at hand: logits stored, `log_softmax`, `kl_div`,
-`cross_entropy`; the two pair losses are written as open_clip has them, one product per direction.
+Another provider is one more entry of `PROVIDERS`. All are called with the arguments of `Inputs`.
+Those that are `graphed` replay a whole call, gradients and all, as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -12,25 +10,29 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mulki import functional
+from mulki.bench import peers
 from mulki.bench.cases import DTYPES, Case
+from mulki.bench.losses import EAGER, MULKI, Loss
 from mulki.ops.backends import choose
-from mulki.similarity import Similarity
 
-Loss = Callable[..., Tensor]
-Matrix = tuple[Tensor, Tensor, Tensor]  # x [N, D], w [P, D], scale
-
-TEMPERATURE = 2.0
+#: The most logits of a call that is captured: beyond, its memory would be missed elsewhere, and
+#: launches take no share of its time.
+GRAPH_LOGITS = 1 << 26
 
 
 def _no_context(case: Case) -> AbstractContextManager[Any]:
     return nullcontext()
+
+
+def _everywhere(device: str) -> str | None:
+    return None
 
 
 def _takes_all(case: Case) -> str | None:
@@ -48,109 +50,15 @@ class Provider:
     name: str
     make: Callable[[Case], Loss]  # the function that is timed
     context: Callable[[Case], AbstractContextManager[Any]] = _no_context  # entered off the clock
+    absence: Callable[[str], str | None] = _everywhere  # why it is not on a device at all
     refusal: Callable[[Case], str | None] = _takes_all  # why it does not apply, None if it does
     note: Callable[[Case], str] = _no_note
     # Gradients are formed in the forward pass of training, so that the time of the backward pass
     # alone says nothing.
     early_gradients: Callable[[Case], bool] = lambda case: False
-
-
-def logits(x: Tensor, w: Tensor, scale: Tensor) -> Tensor:
-    """scale x w^T, the scale on the features as open_clip has it."""
-    return scale * x @ w.T
-
-
-def _teacher_kl_1(
-    x: Tensor, w: Tensor, scale: Tensor, teachers: tuple[Matrix], target: Tensor
-) -> Tensor:
-    return _kl_of(_log_softmax(x, w, scale), _log_softmax(*teachers[0])) * TEMPERATURE**2
-
-
-def _teacher_kl_3(
-    x: Tensor, w: Tensor, scale: Tensor, teachers: tuple[Matrix, Matrix, Matrix], target: Tensor
-) -> Tensor:
-    log_q = _log_softmax(x, w, scale)
-    kl = [_kl_of(log_q, _log_softmax(*t)) for t in teachers]
-    return torch.stack(kl).mean() * TEMPERATURE**2
-
-
-def _dual_teacher_kl(
-    x: Tensor, w: Tensor, scale: Tensor, teachers: tuple[Matrix, Matrix], target: Tensor
-) -> Tensor:
-    log_q = _log_softmax(x, w, scale)
-    log_p = [_log_softmax(*t) for t in teachers]
-    right = [t.gather(1, target.unsqueeze(1)) for t in log_p]
-    weights = torch.cat(right, dim=1).softmax(dim=1)
-    kl = [F.kl_div(log_q, t, reduction="none", log_target=True).sum(dim=1) for t in log_p]
-    return (weights * torch.stack(kl, dim=1)).sum(dim=1).mean() * TEMPERATURE**2
-
-
-def _log_softmax(x: Tensor, w: Tensor, scale: Tensor) -> Tensor:
-    return F.log_softmax(logits(x, w, scale) / TEMPERATURE, dim=1)
-
-
-def _kl_of(log_q: Tensor, log_p: Tensor) -> Tensor:
-    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-
-
-def _cross_entropy(x: Tensor, w: Tensor, scale: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(logits(x, w, scale), target)
-
-
-def _contrastive(x: Tensor, w: Tensor, scale: Tensor) -> Tensor:
-    labels = torch.arange(x.shape[0], device=x.device)
-    images, texts = logits(x, w, scale), logits(w, x, scale)
-    return (F.cross_entropy(images, labels) + F.cross_entropy(texts, labels)) / 2
-
-
-def _siglip(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    z = logits(x, w, scale) + bias
-    signs = 2 * torch.eye(x.shape[0], dtype=z.dtype, device=z.device) - 1
-    return -F.logsigmoid(signs * z).sum() / x.shape[0]
-
-
-#: Plain PyTorch, by operator. In float64 these are also what the others are verified against.
-EAGER: dict[str, Loss] = {
-    "teacher_kl_1": _teacher_kl_1,
-    "dual_teacher_kl": _dual_teacher_kl,
-    "teacher_kl_3": _teacher_kl_3,
-    "prototype_cross_entropy": _cross_entropy,
-    "contrastive": _contrastive,
-    "siglip": _siglip,
-    "similarity": logits,
-}
-
-
-def _mulki_teacher_kl(
-    x: Tensor, w: Tensor, scale: Tensor, teachers: tuple[Matrix, ...], target: Tensor
-) -> Tensor:
-    others = [Similarity(*t) for t in teachers]
-    return functional.teacher_kl(Similarity(x, w, scale), others, temperature=TEMPERATURE)
-
-
-def _mulki_dual_teacher_kl(
-    x: Tensor, w: Tensor, scale: Tensor, teachers: tuple[Matrix, Matrix], target: Tensor
-) -> Tensor:
-    zero_shot, previous = (Similarity(*t) for t in teachers)
-    student = Similarity(x, w, scale)
-    return functional.dual_teacher_kl(
-        student, zero_shot, previous, temperature=TEMPERATURE, target=target
-    )
-
-
-def _mulki_cross_entropy(x: Tensor, w: Tensor, scale: Tensor, target: Tensor) -> Tensor:
-    return functional.prototype_cross_entropy(Similarity(x, w, scale), target)
-
-
-MULKI: dict[str, Loss] = {
-    "teacher_kl_1": _mulki_teacher_kl,
-    "dual_teacher_kl": _mulki_dual_teacher_kl,
-    "teacher_kl_3": _mulki_teacher_kl,
-    "prototype_cross_entropy": _mulki_cross_entropy,
-    "contrastive": functional.clip_contrastive,
-    "siglip": functional.siglip,
-    "similarity": functional.prototype_similarity,
-}
+    graphed: bool = False
+    without: tuple[str, ...] = ()  # leaves that it has no gradient to
+    peer: bool = False  # what it gets wrong is shown, and is no failure of ours
 
 
 def _autocast(case: Case) -> AbstractContextManager[Any]:
@@ -162,6 +70,16 @@ def _autocast(case: Case) -> AbstractContextManager[Any]:
 
 def _autocast_note(case: Case) -> str:
     return "" if case.dtype == "float32" else "under autocast"
+
+
+def _no_graphs(device: str) -> str | None:
+    return None if torch.device(device).type == "cuda" else "wants a CUDA GPU"
+
+
+def _graph_refusal(case: Case) -> str | None:
+    if case.n * case.p <= GRAPH_LOGITS:
+        return None
+    return f"captures calls of at most {GRAPH_LOGITS} logits"
 
 
 def _compiled(case: Case) -> Loss:
@@ -222,16 +140,61 @@ PROVIDERS: dict[str, Provider] = {
         ),
         Provider("compile", _compiled, context=_autocast, note=_autocast_note),
         Provider(
+            "graph",
+            lambda case: EAGER[case.operator],
+            context=_autocast,
+            absence=_no_graphs,
+            refusal=_graph_refusal,
+            note=_autocast_note,
+            graphed=True,
+        ),
+        Provider(
             "torch_lce",
             _torch_fused,
             refusal=_torch_fused_refusal,
             early_gradients=_is_loss,
+            peer=True,
+        ),
+        Provider(
+            "liger",
+            peers.liger,
+            context=_autocast,
+            absence=partial(peers.absent, "liger_kernel"),
+            refusal=peers.liger_refusal,
+            note=lambda case: peers.version("liger_kernel"),
+            early_gradients=_is_loss,
+            peer=True,
+        ),
+        Provider(
+            "cce",
+            peers.cut_cross_entropy,
+            absence=partial(peers.absent, "cut_cross_entropy"),
+            refusal=peers.cut_cross_entropy_refusal,
+            note=lambda case: peers.version("cut_cross_entropy"),
+            peer=True,
+        ),
+        Provider(
+            "memeff",
+            peers.memeff,
+            absence=partial(peers.absent, "memeff"),
+            refusal=peers.memeff_refusal,
+            note=lambda case: f"{peers.version('memeff')}, without a gradient to the scale",
+            without=("scale",),
+            peer=True,
         ),
         Provider(
             "mulki",
             lambda case: MULKI[case.operator],
             note=_served,
             early_gradients=_is_loss,
+        ),
+        Provider(
+            "mulki-graph",
+            lambda case: MULKI[case.operator],
+            absence=_no_graphs,
+            refusal=_graph_refusal,
+            note=_served,
+            graphed=True,
         ),
         Provider(
             "mulki-reference",

@@ -8,16 +8,21 @@ the quantiles 0.2 and 0.8; a metric that has one value alone repeats it.
 ``speed``                  ms           of one call
 ``speedup_over_eager``     times        eager's time over this one, round by round
 ``speedup_over_compile``   times        the same with torch.compile
+``speedup_over_graph``     times        the same with eager as a CUDA graph
 ``throughput``             GFLOP/s      least operations over time
 ``memory``                 MiB          allocated at the peak, beyond inputs and outputs
 ``resident_memory``        MiB          growth of the process, beyond outputs (Linux)
 ``gradient_error``         relative L2  worst gradient against float64
 ``share_of_torch_mm``      1            throughput over the best rate of torch.mm
 ``share_of_best_product``  1            over that or mulki's rate of a product, the larger one
+``share_of_copy``          1            least bytes over time, over the rate of a copy
+``device_time``            ms           of one call on a GPU that never waits for the host
+``largest_n``              samples      the largest N found whose call fits the memory
 =========================  ===========  ======================================================
 
-A provider that forms its gradients in the forward pass has neither ratios nor throughput for the
-backward pass alone, in which it only scales them.
+``speed`` on a GPU is from an idle device to the end of the call, launches included. A provider
+that forms its gradients in the forward pass has neither ratios nor throughput for the backward pass
+alone, in which it only scales them.
 """
 
 from __future__ import annotations
@@ -30,14 +35,12 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from rich import box
-from rich.table import Table
 
-from mulki.bench.cases import Case
+from mulki.bench.cases import PAIRED, Case
 from mulki.errors import InputError
 
 Row = dict[str, str]
-Status = Literal["timed", "failed", "not applicable"]
+Status = Literal["timed", "searched", "failed", "out of memory", "not applicable"]
 
 MEASURES = (
     "kernel_name",
@@ -69,17 +72,21 @@ COLUMNS = (*MEASURES, *MACHINE, "status", "note")
 #: What tells two runs apart whose numbers must not stand in one table.
 _SETTING = tuple(name for name in MACHINE if name != "timestamp")
 
-REFERENCES = ("eager", "compile")
+REFERENCES = ("eager", "compile", "graph")
 _UNITS = {
     "speed": "ms",
     "speedup_over_eager": "times",
     "speedup_over_compile": "times",
+    "speedup_over_graph": "times",
     "throughput": "GFLOP/s",
     "memory": "MiB",
     "resident_memory": "MiB",
     "gradient_error": "relative L2",
     "share_of_torch_mm": "1",
     "share_of_best_product": "1",
+    "share_of_copy": "1",
+    "device_time": "ms",
+    "largest_n": "samples",
 }
 
 
@@ -207,25 +214,21 @@ def read_rows(path: str) -> list[Row]:
 
 
 LEGEND = (
-    "x eager, x compile: their time over this one's, median over rounds; of mm: share of the rate "
-    "of torch.mm; MiB: peak beyond inputs and outputs; error: worst gradient, relative L2 against "
-    "float64"
+    "x eager, x compile, x graph: their time over this one's, median over rounds; of mm, of copy: "
+    "share of the rates of torch.mm and of a copy; MiB: peak beyond inputs and outputs; error: "
+    "worst gradient, relative L2 against float64; device: ms of the device alone"
 )
 
 
-def terminal_table(results: Sequence[Result]) -> Table:
-    """The timed results of one case."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for name in ("mode", "provider"):
-        table.add_column(name, no_wrap=True)
-    headers = ("ms", "20-80 %", "x eager", "x compile", "GFLOP/s", "of mm", "MiB", "error")
-    for name in headers:
-        table.add_column(name, justify="right", no_wrap=True)
+def terminal_table(results: Sequence[Result]) -> list[str]:
+    """The timed results of one case, in lines; columns that would be empty are left out."""
+    head = ("mode", "provider", "ms", "20-80 %", *(f"x {name}" for name in REFERENCES))
+    lines = [[*head, "GFLOP/s", "of mm", "of copy", "MiB", "error", "device"]]
     last = ""
     for r in results:
         if r.status == "timed":
             speed = r.metrics["speed"]
-            table.add_row(
+            cells = [
                 r.mode if r.mode != last else "",
                 r.provider,
                 _digits(speed.median),
@@ -233,18 +236,26 @@ def terminal_table(results: Sequence[Result]) -> Table:
                 *(_shown(r.metrics, f"speedup_over_{name}", ".2f") for name in REFERENCES),
                 _shown(r.metrics, "throughput", ".0f"),
                 _shown(r.metrics, "share_of_torch_mm", ".0%"),
+                _shown(r.metrics, "share_of_copy", ".0%"),
                 _shown(r.metrics, "memory", ".1f"),
                 _shown(r.metrics, "gradient_error", ".1e"),
-            )
+                _shown(r.metrics, "device_time", ".3g"),
+            ]
+            lines.append(cells)
             last = r.mode
-    return table
+    columns = [c for c in zip(*lines, strict=True) if any(cell != "-" for cell in c[1:])]
+    aligned = []
+    for i, column in enumerate(columns):
+        width = max(map(len, column))
+        aligned.append([cell.ljust(width) if i < 2 else cell.rjust(width) for cell in column])
+    return ["  ".join(cells).rstrip() for cells in zip(*aligned, strict=True)]
 
 
 def remarks(results: Sequence[Result]) -> list[str]:
     """What is to be said of providers besides numbers, a line for each remark."""
     of: dict[str, dict[str, None]] = {}
     for r in results:
-        status = "" if r.status == "timed" else f"{r.status}: "
+        status = "" if r.status in ("timed", "searched") else f"{r.status}: "
         for note in r.notes:
             of.setdefault(status + note, {})[r.provider] = None
     return [f"{', '.join(providers)}: {words}" for words, providers in of.items()]
@@ -267,10 +278,14 @@ def markdown(rows: Sequence[Row]) -> str:
     parts = []
     for setting in dict.fromkeys(tuple(row[name] for name in _SETTING) for row in rows):
         of = [row for row in rows if tuple(row[name] for name in _SETTING) == setting]
-        table = list(_table(of))
+        timed = [row for row in of if row["metric_name"] != "largest_n"]
+        table = list(_table(timed)) if timed else []
         parts += [setting_line(dict(zip(_SETTING, setting, strict=True))), "", *table, ""]
         if any("* |" in line for line in table):
             parts += ["\\* gradients were formed in the forward pass; compare `both`", ""]
+        searched = [row for row in of if row["metric_name"] == "largest_n"]
+        if searched:
+            parts += ["Largest N found to fit, forward and backward:", "", *_largest(searched), ""]
     return "\n".join(parts)
 
 
@@ -299,7 +314,15 @@ def _table(rows: Sequence[Row]) -> Iterator[str]:
         of[row["kernel_provider"]] = metrics | {row["metric_name"]: row}
     providers = list(dict.fromkeys(row["kernel_provider"] for row in rows))
     header = ["operator", "N x P x D", "dtype", "mode", *(f"{p}, ms" for p in providers)]
-    about = ("over eager", "over compile", "of best product", "extra MiB", "eager's extra MiB")
+    references = [
+        name
+        for name in REFERENCES
+        if name != "graph" or any(row["metric_name"] == "speedup_over_graph" for row in rows)
+    ]
+    about = (
+        *(f"over {name}" for name in references),
+        *("of best product", "extra MiB", "eager's extra MiB"),
+    )
     yield _line([*header, *about])
     yield _line(["---"] * 4 + ["---:"] * (len(providers) + len(about)))
     for words, of in points.items():
@@ -308,11 +331,25 @@ def _table(rows: Sequence[Row]) -> Iterator[str]:
             [
                 *words,
                 *(_cell(of.get(p, {}), "speed", _digits) + _star(of.get(p, {})) for p in providers),
-                *(_cell(mulki, f"speedup_over_{r}", "{:.2f}x".format) for r in REFERENCES),
+                *(_cell(mulki, f"speedup_over_{r}", "{:.2f}x".format) for r in references),
                 _cell(mulki, "share_of_best_product", "{:.0%}".format),
                 *(_cell(of.get(p, {}), "memory", "{:.1f}".format) for p in ("mulki", "eager")),
             ]
         )
+
+
+def _largest(rows: Sequence[Row]) -> Iterator[str]:
+    points: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        config = json.loads(row["extra_benchmark_config_str"])
+        p = "N" if row["kernel_name"] in PAIRED else config["P"]
+        point = (row["kernel_name"], f"N x {p} x {config['D']}", config["dtype"])
+        points.setdefault(point, {})[row["kernel_provider"]] = row["x_value"]
+    providers = list(dict.fromkeys(row["kernel_provider"] for row in rows))
+    yield _line(["operator", "N x P x D", "dtype", *providers])
+    yield _line(["---"] * 3 + ["---:"] * len(providers))
+    for words, of in points.items():
+        yield _line([*words, *(of.get(name, "-") for name in providers)])
 
 
 def _cell(metrics: Mapping[str, Row], name: str, form: Callable[[float], str]) -> str:
@@ -321,7 +358,7 @@ def _cell(metrics: Mapping[str, Row], name: str, form: Callable[[float], str]) -
     row = metrics[name]
     if row["y_value_50"]:
         return form(float(row["y_value_50"]))
-    return "failed" if row["status"] == "failed" else "-"
+    return row["status"] if row["status"] in ("failed", "out of memory") else "-"
 
 
 def _star(metrics: Mapping[str, Row]) -> str:

@@ -1,35 +1,25 @@
-"""The benchmark from its options to its tables: verify, then time, then measure memory."""
+"""The benchmark from its options to its tables."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 
 import torch
-from rich.console import Console
 
-from mulki import __version__
-from mulki.bench import measure, report
-from mulki.bench.cases import (
-    DTYPES,
-    MODES,
-    OPERATORS,
-    PAIRED,
-    Case,
-    Inputs,
-    make_cases,
-    parse_shape,
-)
-from mulki.bench.providers import PROVIDERS, Loss
-from mulki.bench.report import REFERENCES, CsvFile, Quantiles, Result, Status
-from mulki.bench.verify import Verifier, outcome, worst_gradient
+from mulki.bench import clocks, largest, measure, report
+from mulki.bench.cases import DTYPES, MODES, OPERATORS, PAIRED, Case, make_cases, parse_shape
+from mulki.bench.machine import describe_machine
+from mulki.bench.pace import Pace
+from mulki.bench.point import measure_case
+from mulki.bench.providers import PROVIDERS
+from mulki.bench.report import CsvFile, Quantiles, Result
 from mulki.errors import InputError, nearest
 from mulki.options import check_options, option
-from mulki.results import environment
 
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -44,55 +34,85 @@ class BenchOptions:
         ("float32", "bfloat16"), f"of {', '.join(DTYPES)} (also fp32, bf16, fp16)"
     )
     modes: tuple[str, ...] = option(MODES, "forward (without autograd), backward (alone), both")
-    providers: tuple[str, ...] = option(tuple(PROVIDERS), "what computes the operators")
+    providers: tuple[str, ...] = option(
+        ("all",), f"what computes the operators: all that are there, or of {', '.join(PROVIDERS)}"
+    )
     quick: bool = option(False, "a few small shapes")
     threads: int = option(0, "CPU threads; 0 for those torch takes", low=0)
     seconds: float = option(1.0, "how long a provider is timed per case and mode", above=0)
     device: str = option("cpu", "cpu, cuda, cuda:1, xpu, ...")
+    budget: float = option(
+        0.0,
+        "seconds for all; points that do not fit are left out, the last shapes first (0: no limit)",
+        low=0,
+    )
+    largest: bool = option(False, "search the largest N that fits, and time nothing (GPU)")
     output: str | None = option(None, "a CSV file to write; one that exists grows")
 
 
-def run(options: BenchOptions, console: Console) -> int:
+def run(options: BenchOptions, say: Say = print) -> int:
     """Measure, print and store.
 
     Returns:
-        The exit status: 0, or 1 if a provider failed at a case.
+        The exit status: 0, or 1 if a provider failed at a case. Peers that fail do not count, nor
+        does a lack of memory.
 
     Raises:
         InputError: naming the option that cannot be used.
     """
-    cases, options = _plan(options)
+    pace: Pace[Case] = Pace(options.budget)
+    cases, options, absent = _plan(options)
     output = CsvFile(options.output) if options.output else None
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads or before)
     try:
-        return _run(cases, options, output, console)
+        return _run(cases, options, absent, output, pace, say)
     finally:
         torch.set_num_threads(before)
 
 
-def _plan(options: BenchOptions) -> tuple[list[Case], BenchOptions]:
+def _plan(options: BenchOptions) -> tuple[list[Case], BenchOptions, dict[str, str]]:
+    """The cases, the options with short names spelt out, and why providers are not here."""
     check_options(options)
+    providers = tuple(PROVIDERS) if options.providers == ("all",) else options.providers
     options = replace(
         options,
         ops=_names("ops", options.ops, OPERATORS),
         dtypes=_names("dtypes", [_SHORT.get(name, name) for name in options.dtypes], DTYPES),
         modes=_names("modes", options.modes, MODES),
-        providers=_names("providers", options.providers, PROVIDERS),
+        providers=_names("providers", providers, PROVIDERS),
         device=_device(options.device),
     )
+    if options.largest and options.device == "cpu":
+        raise InputError("--largest: given with --device cpu, wanted a GPU, whose memory ends")
+    reasons = {name: PROVIDERS[name].absence(options.device) for name in options.providers}
+    absent = {name: reason for name, reason in reasons.items() if reason is not None}
+    here = tuple(name for name in options.providers if name not in absent)
+    if not here:
+        told = "; ".join(f"{name} {reason}" for name, reason in absent.items())
+        raise InputError(f"--providers: none of them can be timed on {options.device}: {told}")
+    options = replace(options, providers=here)
     shapes = None
     if options.shapes != ("all",):
         if options.quick:
             raise InputError("--quick: given beside --shapes; leave one of the two out")
         shapes = [parse_shape(text) for text in dict.fromkeys(options.shapes)]
-    cases = make_cases(options.ops, shapes, options.dtypes, options.device, options.quick)
+    if options.largest:
+        return largest.cases(options.ops, options.dtypes, options.device), options, absent
+    cases = make_cases(
+        options.ops,
+        shapes,
+        options.dtypes,
+        options.device,
+        options.quick,
+        by_shape=options.budget > 0,
+    )
     if not cases:
         raise InputError(
             f"--shapes: got {' '.join(options.shapes)}, wanted one with N = P: "
             f"{' and '.join(options.ops)} take pairs"
         )
-    return cases, options
+    return cases, options, absent
 
 
 def _device(name: str) -> str:
@@ -121,164 +141,85 @@ def _names(name: str, given: Sequence[str], known: Iterable[str]) -> tuple[str, 
 
 
 def _run(
-    cases: Sequence[Case], options: BenchOptions, output: CsvFile | None, console: Console
+    cases: Sequence[Case],
+    options: BenchOptions,
+    absent: dict[str, str],
+    output: CsvFile | None,
+    pace: Pace[Case],
+    say: Say,
 ) -> int:
     machine = describe_machine(options.device)
-    _say(console, report.setting_line(machine))
-    rates = {name: measure.product_rate(DTYPES[name], options.device) for name in options.dtypes}
-    for name, rate in rates.items():
-        mm, own = rate.torch_mm / 1e9, rate.similarity / 1e9
-        _say(console, f"{name}: torch.mm {mm:.0f}, prototype_similarity {own:.0f} GFLOP/s")
-    _say(console, report.LEGEND)
+    say(report.setting_line(machine))
+    for reason in dict.fromkeys(absent.values()):
+        say(f"left out: {', '.join(n for n in absent if absent[n] == reason)}: {reason}")
+    measured = _searched(options) if options.largest else _timed(cases, options, say)
+    results: list[Result] = []
+    for case in pace.take(cases):
+        say(f"\n{case.operator}, {case.shape}, {case.dtype}")
+        try:
+            found = measured(case)
+        except torch.OutOfMemoryError as error:
+            notes = (str(error).splitlines()[0],)
+            found = [
+                Result(case, name, mode, "out of memory", notes)
+                for mode in options.modes
+                for name in options.providers
+            ]
+        if output:
+            output.add(row for r in found for row in report.rows_of(r, machine))
+        for line in (*report.terminal_table(found), *report.remarks(found)):
+            say(line)
+        results += found
+    if pace.left_out:
+        points = "; ".join(f"{c.operator} {c.shape} {c.dtype}" for c in pace.left_out)
+        say(f"left out: {len(pace.left_out)} points, beyond --budget {options.budget:g}: {points}")
+    failed = {r.provider for r in results if r.status == "failed"}
+    return 1 if any(not PROVIDERS[name].peer for name in failed) else 0
+
+
+def _timed(
+    cases: Sequence[Case], options: BenchOptions, say: Say
+) -> Callable[[Case], list[Result]]:
+    mm = {name: measure.product_rate(DTYPES[name], options.device) for name in options.dtypes}
+    copy = measure.copy_rate(options.device)
+    for name, rate in mm.items():
+        of_mm, own = rate.torch_mm / 1e9, rate.similarity / 1e9
+        say(f"{name}: torch.mm {of_mm:.0f}, prototype_similarity {own:.0f} GFLOP/s")
+    say(f"copy: {copy / 1e9:.0f} GB/s, read and written")
+    if clocks.has_events(options.device):
+        say("every call finds an idle device and none of its data in the second-level cache")
+    say(report.LEGEND)
     without_pairs = {c.shape for c in cases if c.n != c.p}
     pairs = [name for name in options.ops if name in PAIRED]
     if options.shapes != ("all",) and without_pairs and pairs:
         left_out = ", ".join(sorted(without_pairs))
-        _say(console, f"{' and '.join(pairs)} take N = P, so these shapes are left out: {left_out}")
-    results: list[Result] = []
-    for case in cases:
-        console.rule(f"{case.operator}, {case.shape}, {case.dtype}")
+        say(f"{' and '.join(pairs)} take N = P, so these shapes are left out: {left_out}")
+
+    def measured(case: Case) -> list[Result]:
         found = measure_case(case, options.providers, options.modes, options.seconds)
-        found = [_with_shares(r, rates[case.dtype]) for r in found]
-        if output:
-            output.add(row for r in found for row in report.rows_of(r, machine))
-        console.print(report.terminal_table(found))
-        for line in report.remarks(found):
-            _say(console, line)
-        results += found
-    return 1 if any(r.status == "failed" for r in results) else 0
+        return [_with_shares(r, mm[case.dtype], copy) for r in found]
+
+    return measured
 
 
-@dataclass(frozen=True)
-class _Checked:
-    """What became of a provider when it was verified at a case."""
-
-    status: Status
-    notes: tuple[str, ...] = ()
-    loss: Loss | None = None  # if it is right
-    error: float = 0.0  # of its worst gradient
+def _searched(options: BenchOptions) -> Callable[[Case], list[Result]]:
+    return lambda case: largest.search(case, options.providers)
 
 
-def measure_case(
-    case: Case, providers: Sequence[str], modes: Sequence[str], seconds: float
-) -> list[Result]:
-    """Verify every provider at a case, and time those that are right, turn by turn.
-
-    Args:
-        seconds: how long a provider is timed in a mode.
-
-    Returns:
-        A result per mode and provider.
-    """
-    inputs = case.inputs()
-    verifier = Verifier(case, inputs)
-    checked = {name: _check(case, name, inputs, verifier) for name in providers}
-    del verifier
-    right = {name: c.loss for name, c in checked.items() if c.loss is not None}
-    results = []
-    with measure.no_garbage_collection():
-        for mode in modes:
-            turns = {
-                n: functools.partial(_timed, case, n, mode, f, inputs) for n, f in right.items()
-            }
-            times = measure.take_turns(turns, seconds)
-            for name, found in checked.items():
-                if found.loss is None:
-                    results.append(Result(case, name, mode, found.status, found.notes))
-                    continue
-                metrics = _metrics(case, name, mode, times)
-                if mode != "backward":
-                    context = functools.partial(PROVIDERS[name].context, case)
-                    memory = measure.extra_memory(mode, found.loss, inputs, case.device, context)
-                    metrics |= {key: Quantiles.same(size / 2**20) for key, size in memory.items()}
-                metrics["gradient_error"] = Quantiles.same(found.error)
-                notes, rounds = _notes(case, name, mode), len(times[name])
-                results.append(Result(case, name, mode, "timed", notes, rounds, metrics))
-    return results
-
-
-def _check(case: Case, name: str, inputs: Inputs, verifier: Verifier) -> _Checked:
-    provider = PROVIDERS[name]
-    reason = provider.refusal(case)
-    if reason is not None:
-        return _Checked("not applicable", (reason,))
-    try:
-        loss = provider.make(case)
-        with provider.context(case):
-            errors = verifier.errors(outcome(loss, inputs))
-    # A provider may be anybody's code: whatever it raises is its result at this case.
-    except Exception as error:
-        return _Checked("failed", (f"{type(error).__name__}: {error}".splitlines()[0],))
-    problems = verifier.problems(errors)
-    if problems:
-        return _Checked("failed", tuple(problems))
-    return _Checked("timed", loss=loss, error=worst_gradient(errors))
-
-
-def _timed(case: Case, name: str, mode: str, loss: Loss, inputs: Inputs) -> float:
-    with PROVIDERS[name].context(case):
-        return measure.timed(mode, loss, inputs, case.device)
-
-
-def _metrics(
-    case: Case, name: str, mode: str, times: dict[str, list[float]]
-) -> dict[str, Quantiles]:
-    own = times[name]
-    metrics = {"speed": Quantiles.of([1e3 * t for t in own])}
-    if _only_scales(case, name, mode):
-        return metrics
-    for other in REFERENCES:
-        if other in times and other != name:
-            ratios = [a / b for a, b in zip(times[other], own, strict=True)]
-            metrics[f"speedup_over_{other}"] = Quantiles.of(ratios)
-    metrics["throughput"] = Quantiles.of([case.operations(mode) / t / 1e9 for t in own])
-    return metrics
-
-
-def _only_scales(case: Case, name: str, mode: str) -> bool:
-    return mode == "backward" and PROVIDERS[name].early_gradients(case)
-
-
-def _notes(case: Case, name: str, mode: str) -> tuple[str, ...]:
-    early = "forms gradients in the forward pass, so that backward alone only scales them"
-    notes = PROVIDERS[name].note(case), early if _only_scales(case, name, mode) else ""
-    return tuple(filter(None, notes))
-
-
-def _with_shares(result: Result, rates: measure.ProductRates) -> Result:
-    """Add the shares of the rates of plain products, where the result has a throughput."""
+def _with_shares(result: Result, rates: measure.ProductRates, copy: float) -> Result:
+    """Add the shares of plain products and of a copy, where the result has a throughput."""
     if "throughput" not in result.metrics:
         return result
-    reached = result.metrics["throughput"]
-    of = {"share_of_torch_mm": rates.torch_mm, "share_of_best_product": rates.best}
+    reached, case = result.metrics["throughput"], result.case
+    # So many operations would be made while a copy of the least bytes runs.
+    of_copy = copy * case.operations(result.mode) / case.least_bytes(result.mode)
+    of = {
+        "share_of_torch_mm": rates.torch_mm,
+        "share_of_best_product": rates.best,
+        "share_of_copy": of_copy,
+    }
     shares = {
         name: Quantiles(*(1e9 * q / rate for q in (reached.median, reached.low, reached.high)))
         for name, rate in of.items()
     }
     return replace(result, metrics=result.metrics | shares)
-
-
-def describe_machine(device: str) -> dict[str, str]:
-    """The columns of the CSV that say when, where and with which versions."""
-    found = environment()
-    commit = found["git_commit"] or ""
-    gpu, capability = "", torch.backends.cpu.get_cpu_capability()
-    if device != "cpu":
-        gpu, capability = torch.get_device_module(device).get_device_name(device), ""
-    if torch.device(device).type == "cuda":
-        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-    return {
-        "gpu_name": gpu,
-        "timestamp": datetime.now().isoformat(timespec="seconds"),
-        "mulki_version": __version__,
-        "torch_version": torch.__version__,
-        "triton_version": str(found["triton"] or ""),
-        "cpu_name": str(found["cpu"]),
-        "capability": capability,
-        "threads": str(torch.get_num_threads()),
-        "git_commit": f"{commit}, modified" if found["git_modified"] else str(commit),
-    }
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -2,7 +2,8 @@
 
 The yardstick is plain PyTorch in float64 on the rounded inputs. A result is right if its error is
 no worse than that of the unfused computation in the same dtype, plus a tolerance: what rounding
-the logits costs is forgiven to nobody but those who would lose it anyway.
+the logits costs is forgiven to nobody but those who would lose it anyway. Of large cases both are
+computed in chunks of rows (`by_rows`), so that all of the result is checked at any size.
 """
 
 from __future__ import annotations
@@ -12,40 +13,26 @@ import math
 import torch
 from torch import Tensor
 
+from mulki.bench.by_rows import Outcome, in_chunks
 from mulki.bench.cases import Case, Inputs
-from mulki.bench.providers import EAGER, PROVIDERS, Loss
+from mulki.bench.providers import PROVIDERS
 
 #: Relative L2 error allowed on top of the unfused one's, by dtype: a few roundings of a result.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 5e-3, "float16": 1e-3}
-
-#: The outcomes by name: the loss, again without autograd, and the gradient of each leaf.
-Outcome = dict[str, Tensor]
-
-
-def outcome(loss: Loss, inputs: Inputs) -> Outcome:
-    """Run once without autograd and once with it."""
-    with torch.no_grad():
-        alone = loss(*inputs.arguments)
-    value = loss(*inputs.arguments)
-    gradients = torch.autograd.grad(value, list(inputs.leaves.values()), inputs.upstream)
-    return {"loss": value.detach(), "loss without autograd": alone} | {
-        f"gradient of {name}": g for name, g in zip(inputs.leaves, gradients, strict=True)
-    }
 
 
 class Verifier:
     """The float64 outcome of a case and the errors of the unfused computation in its dtype."""
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
-        eager = EAGER[case.operator]
         self._tolerance = TOLERANCE[case.dtype]
-        self._truth = outcome(eager, case.inputs(exact=True))
+        self._truth = in_chunks(case, case.inputs(exact=True))
         with PROVIDERS["eager"].context(case):
-            self._unfused = self.errors(outcome(eager, inputs))
+            self._unfused = self.errors(in_chunks(case, inputs))
 
     def errors(self, found: Outcome) -> dict[str, float]:
         """Relative L2 error of each outcome; infinite where it is not finite."""
-        return {name: _error(found[name], truth) for name, truth in self._truth.items()}
+        return {name: _error(value, self._truth[name]) for name, value in found.items()}
 
     def problems(self, errors: dict[str, float]) -> list[str]:
         """What is wrong, in words; empty if nothing is."""
