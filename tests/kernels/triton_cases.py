@@ -43,13 +43,9 @@ def cross_entropy(
 ) -> Tensor:
     kept = torch.ones(w.shape[0], dtype=torch.bool) if mask is None else mask
     log_q = log_softmax(logits(x, w, scale, kept))
-    rows = []
-    for i, y in enumerate(target.tolist()):
-        if y == ignored:
-            rows.append(0 * log_q[i, kept].sum())
-        else:
-            rows.append(-(1 - smoothing) * log_q[i, y] - smoothing * log_q[i, kept].mean())
-    return torch.stack(rows)
+    seen = target != ignored
+    to_target = log_q.gather(1, torch.where(seen, target, kept.long().argmax())[:, None])[:, 0]
+    return torch.where(seen, -(1 - smoothing) * to_target - smoothing * log_q[:, kept].mean(1), 0)
 
 
 @dataclass

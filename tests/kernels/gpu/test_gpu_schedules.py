@@ -1,0 +1,56 @@
+"""Every plan that the table has for this GPU, and the chunks of large problems."""
+
+from __future__ import annotations
+
+import pytest
+from mulki.kernels import tiles
+from triton_checks import NUMBERS, plans, rows_and_gradients, totals_and_gradients
+
+pytestmark = pytest.mark.gpu
+
+SHAPE = (300, 1000, 512)
+LARGE = (4096, 1100, 64)  # the least of which rows are cut into chunks, and some
+
+
+def test_every_plan_of_the_statistics(numbers, monkeypatch):
+    tried = plans(NUMBERS[numbers], SHAPE, "cuda", "rows")
+    assert len({plan.schedule for plan in tried}) == 2
+    for plan in tried:
+        for splits in {1, plan.splits}:
+            chosen = plan._replace(splits=splits)
+            monkeypatch.setattr(tiles, "row_plans", lambda *shape, one=chosen: (one,))
+            rows_and_gradients("kl_label", NUMBERS[numbers], SHAPE, "cuda")
+
+
+@pytest.mark.parametrize("side", ["dx", "dw"])
+def test_every_plan_of_the_gradients(side, numbers, monkeypatch):
+    tried = plans(NUMBERS[numbers], SHAPE, "cuda", side)
+    assert {"slice", "part", "part small"} <= {plan.schedule for plan in tried}
+    usual = tiles.gradient_plans
+    for plan in tried:
+
+        def planned(device, own, other, width, swap=False, one=plan):
+            if swap == (side == "dw"):
+                return (one,)
+            return usual(device, own, other, width, swap)
+
+        monkeypatch.setattr(tiles, "gradient_plans", planned)
+        totals_and_gradients("kl_label", NUMBERS[numbers], SHAPE, "cuda")
+
+
+@pytest.mark.parametrize("name", ["ce_all", "kl_label", "contrastive", "siglip"])
+def test_chunks_of_rows(name, numbers, monkeypatch):
+    if numbers == "fp32":
+        pytest.skip("strict float32 takes no chunks")
+    asked = []
+    usual = tiles.chunk_rows
+    monkeypatch.setattr(
+        tiles, "chunk_rows", lambda *shape: asked.append(usual(*shape)) or min(asked[-1], 1000)
+    )
+    totals_and_gradients(name, NUMBERS[numbers], LARGE, "cuda")
+    assert asked and all(rows > 1000 for rows in asked)
+
+
+@pytest.fixture(params=NUMBERS)
+def numbers(request):
+    return request.param

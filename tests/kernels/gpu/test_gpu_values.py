@@ -1,0 +1,39 @@
+"""Values and gradients of every operator on a GPU, in every precision, against float64."""
+
+from __future__ import annotations
+
+import pytest
+from triton_cases import LOSSES, NAMES
+from triton_checks import NUMBERS, repeats, rows_and_gradients, totals_and_gradients
+
+pytestmark = pytest.mark.gpu
+
+# Nothing that a tile divides; then whole tiles, and P split over programs.
+SMALL, SPLIT = (19, 35, 20), (128, 1000, 512)
+RAGGED = ((1, 1, 1), (1, 257, 64), (7, 100, 512), (130, 1001, 768), (300, 10, 1280), (63, 64, 65))
+
+
+@pytest.mark.parametrize("numbers", NUMBERS)
+@pytest.mark.parametrize("shape", [SMALL, SPLIT], ids=["small", "split"])
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_and_their_gradients(name, shape, numbers):
+    rows_and_gradients(name, NUMBERS[numbers], shape, "cuda")
+
+
+@pytest.mark.parametrize("numbers", NUMBERS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_means_and_their_gradients(name, numbers):
+    totals_and_gradients(name, NUMBERS[numbers], SPLIT, "cuda")
+
+
+@pytest.mark.parametrize("numbers", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", RAGGED[1:], ids=str)
+@pytest.mark.parametrize("name", ["ce_all", "kl_label", "contrastive"])
+def test_ragged_shapes(name, shape, numbers):
+    rows_and_gradients(name, NUMBERS[numbers], shape, "cuda")
+
+
+@pytest.mark.parametrize("numbers", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["cosines", "ce_all", "kl_label", "contrastive", "siglip"])
+def test_results_repeat_bit_for_bit_and_nothing_is_mutated(name, numbers):
+    repeats(name, NUMBERS[numbers], SPLIT, "cuda")

@@ -1,0 +1,127 @@
+"""What must hold of every kernel wherever it runs: in the interpreter (small) and on a GPU.
+
+A case is made and computed in float64 on the CPU, and moved to the device for the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from mulki.kernels import tiles
+from mulki.kernels.common import Model
+from torch import Tensor
+from triton_cases import Case, make
+from triton_helpers import all_close, backward, call, close, reduced
+
+Shape = tuple[int, int, int]  # N, P, D
+
+
+class Numbers(NamedTuple):
+    """How operands are stored and multiplied, and the relative L2 error that this allows."""
+
+    dtype: torch.dtype
+    tf32: bool
+    operands: float  # of gradients to x and w, in their dtype
+    sums: float  # of losses, which are float32
+    cancelling: float  # of gradients to scale and bias, sums of both signs
+
+
+# tf32 keeps 10 bits of an operand, bfloat16 7 and float16 10; a result is rounded to its dtype, and
+# so is the gradient of the logits before it is multiplied. Losses of half precision are not.
+NUMBERS = {
+    "fp32": Numbers(torch.float32, False, 2e-5, 2e-5, 1e-4),
+    "tf32": Numbers(torch.float32, True, 3e-3, 3e-3, 2e-2),
+    "bf16": Numbers(torch.bfloat16, False, 5e-3, 2e-5, 1e-4),
+    "fp16": Numbers(torch.float16, False, 1e-3, 2e-5, 1e-4),
+}
+
+
+@contextmanager
+def precision(numbers: Numbers) -> Iterator[None]:
+    """PyTorch's setting for products of float32, for a while."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if numbers.tf32 else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def moved(value: Any, device: str) -> Any:
+    """Arguments of an operator, or a case, on a device."""
+    if isinstance(value, Case):
+        return Case(value.op, tuple(moved(a, device) for a in value.args))
+    if isinstance(value, list):
+        return [moved(v, device) for v in value]
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def rows_and_gradients(name: str, numbers: Numbers, shape: Shape, device: str) -> None:
+    """The loss of each row, or the similarity, and gradients for an upstream gradient per row."""
+    case = make(name, numbers.dtype, *shape)
+    upstream = case.upstream()
+    rows, gradients = case.expected(upstream)
+    here = moved(case, device)
+    with precision(numbers):
+        found = call(here.op, *here.args)[0]
+        made = backward(here, upstream.to(device))
+    close(found.cpu(), rows, numbers.sums if found.dtype == torch.float32 else numbers.operands)
+    _gradients_are_close(name, made, gradients, numbers)
+    assert [g.dtype for g in made[:2]] == [numbers.dtype] * 2
+
+
+def totals_and_gradients(name: str, numbers: Numbers, shape: Shape, device: str) -> None:
+    """The mean of a loss, and the gradients made with it, all in float32."""
+    case = make(name, numbers.dtype, *shape)
+    total, gradients = case.expected(mean=True)
+    here = moved(case, device)
+    with precision(numbers):
+        found, made, _ = reduced(here)
+    close(found.cpu(), total, numbers.sums)
+    _gradients_are_close(name, made, gradients, numbers)
+    assert all(g.dtype == torch.float32 for g in made)
+
+
+def _gradients_are_close(name: str, made: Any, wanted: Any, numbers: Numbers) -> None:
+    # Normalised rows of half precision are rounded once more, before they are multiplied.
+    half = name == "cosines" and numbers.dtype != torch.float32
+    more = numbers.operands if half else 0.0
+    all_close([g.cpu() for g in made[:2]], wanted[:2], numbers.operands + more)
+    all_close([g.cpu() for g in made[2:]], wanted[2:], numbers.cancelling + 5 * more)
+
+
+def repeats(name: str, numbers: Numbers, shape: Shape, device: str) -> None:
+    """Two calls give the same bits, and leave their arguments as they were."""
+    here = moved(make(name, numbers.dtype, *shape), device)
+    before = [a.clone() if isinstance(a, Tensor) else a for a in here.args]
+    upstream = here.upstream().to(device)
+    with precision(numbers):
+        runs = [everything(here, upstream) for _ in range(2)]
+    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+    for one, other in zip(here.args, before, strict=True):
+        assert not isinstance(one, Tensor) or torch.equal(one, other)
+
+
+def everything(case: Case, upstream: Tensor) -> list[Tensor]:
+    """Rows, their gradients, and of a loss the total with its gradients."""
+    out = [*call(case.op, *case.args), *backward(case, upstream)]
+    if case.op != "similarity":
+        total, gradients, _ = reduced(case)
+        out += [total, *gradients]
+    return out
+
+
+def plans(numbers: Numbers, shape: Shape, device: str, kind: str) -> list[tiles.Plan]:
+    """The plans that the table has for a problem: of "rows", or of gradients "dx" or "dw"."""
+    n, p, d = shape
+    model = Model(*(torch.empty(rows, d, dtype=numbers.dtype, device=device) for rows in (n, p)))
+    with precision(numbers):
+        of = tiles.Device.of([model])
+    if kind == "rows":
+        return list(tiles.row_plans(of, n, p))
+    own, other = (n, p) if kind == "dx" else (p, n)
+    return list(tiles.gradient_plans(of, own, other, d, kind == "dw"))
