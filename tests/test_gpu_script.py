@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import subprocess
@@ -57,9 +58,9 @@ def test_without_a_gpu_it_says_what_it_skipped_and_why(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     text = (out / "summary.txt").read_text()
     assert done.stdout.endswith(text)
-    assert text.startswith("benchmarks/gpu.sh on no GPU: 3 ok, 0 failed, 5 skipped in ")
+    assert text.startswith("benchmarks/gpu.sh on no GPU: 3 ok, 0 failed, 7 skipped in ")
     lines = text.splitlines()
-    for name in ("tests", "memcheck", "largest", "racecheck"):
+    for name in ("tests", "losses", "memcheck", "largest", "racecheck", "more"):
         at = next(i for i, line in enumerate(lines) if line.split()[:2] == ["skipped", name])
         assert lines[at + 1].strip() == "torch finds no GPU on this machine"
     at = next(i for i, line in enumerate(lines) if line.split()[:2] == ["skipped", "figures"])
@@ -130,10 +131,11 @@ def test_the_commands_ask_for_what_there_is(
 ) -> None:
     """All options are right up to the device, which is not here."""
     steps = planned(tmp_path)
-    for name in ("throughput", "largest"):
+    for name in ("throughput", "losses", "more", "largest"):
         ((log, command),) = steps[name].commands(120.0).items()
         assert log == name and command[1:3] == ["-m", "benchmarks.ops"]
         assert command[command.index("--budget") + 1] == "120"
+        assert command[command.index("--output") + 1] == str(tmp_path / "ops.csv")
         given = list(command[3:])
         assert run_command(["bench", *given]) == 2
         assert "--device: got 'cuda'" in capsys.readouterr().err
@@ -141,7 +143,8 @@ def test_the_commands_ask_for_what_there_is(
         assert run_command(["bench", *given]) == 2
         assert "--ops: got gone" in capsys.readouterr().err
     tests = steps["tests"].commands(100.0)
-    assert len(tests) == 7
+    assert len(tests) == 9
+    assert not any("--output" in command for command in tests.values())
     files = {word for command in tests.values() for word in command if word.endswith(".py")}
     here = {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/kernels/gpu/test_*.py")}
     assert files == here
@@ -211,8 +214,11 @@ def _runs(pid: int) -> bool:
 
 
 def test_a_step_without_time_is_skipped(tmp_path: Path) -> None:
-    found = module("steps").run_step(step("raise SystemExit(1)"), tmp_path, 1.0, {})
+    steps = module("steps")
+    found = steps.run_step(step("raise SystemExit(1)"), tmp_path, 1.0, {})
     assert found.status == "skipped" and "no time" in found.remarks[0]
+    keeping = dataclasses.replace(step("raise SystemExit(1)"), keeps=20.0)
+    assert steps.run_step(keeping, tmp_path, 22.0, {}).status == "skipped"
 
 
 def test_commands_know_when_to_end(tmp_path: Path) -> None:

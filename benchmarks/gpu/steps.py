@@ -40,6 +40,7 @@ class Step:
     seconds: float  # that it may take, if they are left
     commands: Callable[[float], Commands]  # given the seconds that it has
     skip: str | None = None  # why it is not run
+    keeps: float = 0.0  # seconds that it leaves to later steps
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def run_step(
     """
     if step.skip is not None:
         return Outcome(step.name, "skipped", 0.0, (step.skip,))
-    seconds = min(step.seconds, left)
+    seconds = min(step.seconds, left - step.keeps)
     if seconds < LEAST:
         return Outcome(step.name, "skipped", 0.0, ("no time is left; give more by --seconds",))
     start = time.monotonic()

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from mulki.kernels import tiles
 from mulki.kernels.common import Model
@@ -115,13 +116,38 @@ def everything(case: Case, upstream: Tensor) -> list[Tensor]:
     return out
 
 
-def plans(numbers: Numbers, shape: Shape, device: str, kind: str) -> list[tiles.Plan]:
-    """The plans that the table has for a problem: of "rows", or of gradients "dx" or "dw"."""
+def every_plan_of_statistics(
+    numbers: Numbers, shape: Shape, device: str, monkeypatch: pytest.MonkeyPatch
+) -> set[str]:
+    """Rows are right whichever plan of the table is taken, split or not; its schedules."""
+    tried = tiles.row_plans(_device(numbers, device), *shape[:2])
+    for plan in tried:
+        for splits in {1, plan.splits}:
+            plans = (plan._replace(splits=splits),)
+            monkeypatch.setattr(tiles, "row_plans", lambda *of, plans=plans: plans)
+            rows_and_gradients("kl_label", numbers, shape, device)
+    return {plan.schedule for plan in tried}
+
+
+def every_plan_of_gradients(
+    side: str, numbers: Numbers, shape: Shape, device: str, monkeypatch: pytest.MonkeyPatch
+) -> set[str]:
+    """Gradients are right whichever plan of the table is taken for "dx" or "dw"; its schedules."""
     n, p, d = shape
-    model = Model(*(torch.empty(rows, d, dtype=numbers.dtype, device=device) for rows in (n, p)))
+    usual, swapped = tiles.gradient_plans, side == "dw"
+    own, other = (p, n) if swapped else (n, p)
+    tried = usual(_device(numbers, device), own, other, d, swapped)
+    for plan in tried:
+
+        def planned(of: Any, own: int, other: int, width: int, swap: bool = False, plan=plan):
+            return (plan,) if swap == swapped else usual(of, own, other, width, swap)
+
+        monkeypatch.setattr(tiles, "gradient_plans", planned)
+        totals_and_gradients("kl_label", numbers, shape, device)
+    return {plan.schedule for plan in tried}
+
+
+def _device(numbers: Numbers, device: str) -> tiles.Device:
+    operand = torch.ones(1, 1, dtype=numbers.dtype, device=device)
     with precision(numbers):
-        of = tiles.Device.of([model])
-    if kind == "rows":
-        return list(tiles.row_plans(of, n, p))
-    own, other = (n, p) if kind == "dx" else (p, n)
-    return list(tiles.gradient_plans(of, own, other, d, kind == "dw"))
+        return tiles.Device.of([Model(operand, operand)])

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 from mulki.kernels import tiles
-from triton_checks import NUMBERS, plans, rows_and_gradients, totals_and_gradients
+from triton_checks import (
+    NUMBERS,
+    every_plan_of_gradients,
+    every_plan_of_statistics,
+    totals_and_gradients,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -13,29 +18,14 @@ LARGE = (4096, 1100, 64)  # the least of which rows are cut into chunks, and som
 
 
 def test_every_plan_of_the_statistics(numbers, monkeypatch):
-    tried = plans(NUMBERS[numbers], SHAPE, "cuda", "rows")
-    assert len({plan.schedule for plan in tried}) == 2
-    for plan in tried:
-        for splits in {1, plan.splits}:
-            chosen = plan._replace(splits=splits)
-            monkeypatch.setattr(tiles, "row_plans", lambda *shape, one=chosen: (one,))
-            rows_and_gradients("kl_label", NUMBERS[numbers], SHAPE, "cuda")
+    tried = every_plan_of_statistics(NUMBERS[numbers], SHAPE, "cuda", monkeypatch)
+    assert tried == {"rows", "rows small"}
 
 
 @pytest.mark.parametrize("side", ["dx", "dw"])
 def test_every_plan_of_the_gradients(side, numbers, monkeypatch):
-    tried = plans(NUMBERS[numbers], SHAPE, "cuda", side)
-    assert {"slice", "part", "part small"} <= {plan.schedule for plan in tried}
-    usual = tiles.gradient_plans
-    for plan in tried:
-
-        def planned(device, own, other, width, swap=False, one=plan):
-            if swap == (side == "dw"):
-                return (one,)
-            return usual(device, own, other, width, swap)
-
-        monkeypatch.setattr(tiles, "gradient_plans", planned)
-        totals_and_gradients("kl_label", NUMBERS[numbers], SHAPE, "cuda")
+    tried = every_plan_of_gradients(side, NUMBERS[numbers], SHAPE, "cuda", monkeypatch)
+    assert {"slice", "part", "part small"} <= tried
 
 
 @pytest.mark.parametrize("name", ["ce_all", "kl_label", "contrastive", "siglip"])
