@@ -37,3 +37,9 @@ def test_ragged_shapes(name, shape, numbers):
 @pytest.mark.parametrize("name", ["cosines", "ce_all", "kl_label", "contrastive", "siglip"])
 def test_results_repeat_bit_for_bit_and_nothing_is_mutated(name, numbers):
     repeats(name, NUMBERS[numbers], SPLIT, "cuda")
+
+
+@pytest.mark.parametrize("name", ["cosines", "kl_label", "siglip"])
+def test_ieee_products_of_fp32(name, monkeypatch):
+    monkeypatch.setenv("MULKI_INPUT_PRECISION", "ieee")
+    rows_and_gradients(name, NUMBERS["fp32"], SMALL, "cuda")
