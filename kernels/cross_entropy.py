@@ -22,11 +22,11 @@ from .common import Model
 from .forms import Made
 from .gradients import LogitGradient
 from .launch import launch
-from .products import scale_of
+from .products import entry, scale_of
 from .row_softmax import merged, merged_hit
 
 
-@triton.jit
+@entry
 def cross_entropy_rows(
     stats_ptr,  # [splits, 1, 5, N]
     scale_ptr,  # 0-d

@@ -158,7 +158,8 @@ def _entry(name: str, launch: Launch, architecture: str, numbers: str) -> Entry:
         if parameter.is_constexpr:
             signature[parameter.name], constants[(i,)] = "constexpr", value
         else:
-            signature[parameter.name] = _type(value, (i,), constants, attributes)
+            specialized = not parameter.do_not_specialize
+            signature[parameter.name] = _type(value, (i,), constants, attributes, specialized)
     tile = ("BLOCK_OWN", "BLOCK_N", "BLOCK_OTHER", "BLOCK_P", "DEPTH", "SLICE", "SWAP", "PARTS")
     told = [f"{word}={launch.arguments[word]}" for word in tile if word in launch.arguments]
     return Entry(
@@ -173,11 +174,17 @@ def _entry(name: str, launch: Launch, architecture: str, numbers: str) -> Entry:
     )
 
 
-def _type(value: Any, path: Path, constants: dict[Path, Any], attributes: dict[Path, Any]) -> Any:
+def _type(
+    value: Any,
+    path: Path,
+    constants: dict[Path, Any],
+    attributes: dict[Path, Any],
+    specialized: bool = True,
+) -> Any:
     """The type as a launch would find it: with 1 and None as constants, and what 16 divides."""
     if isinstance(value, tuple):
         return tuple(_type(v, (*path, i), constants, attributes) for i, v in enumerate(value))
-    if value is None or (isinstance(value, int) and value == 1):
+    if value is None or (specialized and isinstance(value, int) and value == 1):
         constants[path] = value
         return "constexpr"
     if isinstance(value, Tensor):
@@ -185,6 +192,6 @@ def _type(value: Any, path: Path, constants: dict[Path, Any], attributes: dict[P
         return f"*{_TYPES[value.dtype]}"
     if isinstance(value, float):
         return "fp32"
-    if value % 16 == 0:
+    if specialized and value % 16 == 0:
         attributes[path] = _ALIGNED
     return "i32" if -(2**31) <= value < 2**31 else "i64"

@@ -27,7 +27,7 @@ from torch import Tensor
 from . import autotune, common, sums, tiles
 from .common import Model
 from .launch import launch
-from .products import row_product, scale_of
+from .products import entry, row_product, scale_of
 from .sums import lift_of, result_factor
 
 SOFTMAX, CONTRASTIVE, SIGLIP, GIVEN = 0, 1, 2, 3
@@ -188,7 +188,7 @@ def _factor_rows(
     return b
 
 
-@triton.jit
+@entry
 def held_gradient(
     own_ptrs,
     other_ptrs,
@@ -259,7 +259,7 @@ def held_gradient(
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@entry
 def part_gradient(
     own_ptrs,
     other_ptrs,

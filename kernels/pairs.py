@@ -26,11 +26,11 @@ from .common import Model
 from .forms import Made
 from .gradients import LogitGradient, sigmoid_less
 from .launch import launch
-from .products import row_product, scale_of
+from .products import entry, row_product, scale_of
 from .row_softmax import merged, merged_hit
 
 
-@triton.jit
+@entry
 def contrastive_rows(
     stats_ptr,  # [splits, 1, 5, N] of X W^T
     column_stats_ptr,  # [splits, 1, 5, N] of W X^T
@@ -63,7 +63,7 @@ def contrastive_rows(
     tl.store(slopes_ptr + rows, sign * (0.5 * (slope + (own / sum - hit))), mask=inside)
 
 
-@triton.jit
+@entry
 def siglip_sums(
     x_ptr,  # [N, D]
     w_ptr,  # [P, D]

@@ -8,6 +8,14 @@ rounded. STORED tiles are read instead, from a block of rows of Y that a matrix 
 import triton
 import triton.language as tl
 
+# Decorates what is launched. Of these numbers no wide load or store is made: a kernel is not
+# compiled again where one of them is 1 or a multiple of 16, as N and P are now and then.
+COUNTS = (
+    *("n", "p", "m_own", "m_other", "first", "last", "offset", "models", "splits", "parts"),
+    *("tiles_per_split", "ignore_index"),
+)
+entry = triton.jit(do_not_specialize=COUNTS)
+
 
 @triton.jit
 def row_product(

@@ -30,7 +30,7 @@ from torch import Tensor
 from . import autotune, common, tiles
 from .common import Model
 from .launch import launch
-from .products import moved, repeated, replaced, row_product, scale_of
+from .products import entry, moved, repeated, replaced, row_product, scale_of
 
 # Teachers of one launch: each adds four numbers per row to what a program holds, and four of them
 # spill registers on every architecture. More go in groups, each with the student.
@@ -80,7 +80,7 @@ def _absorbed(v, keep, c2, top, sum, own, MASKED: tl.constexpr):
     return new, shift * sum + tl.sum(e, 1), own, move, shift, centred, e
 
 
-@triton.jit
+@entry
 def row_statistics(
     x_ptrs,  # models of [N, D_m], or where STORED of [N, P] float32
     w_ptrs,  # models of [P, D_m]

@@ -24,12 +24,12 @@ from .common import Model
 from .forms import without_rows
 from .gradients import LogitGradient
 from .launch import launch
-from .products import row_product
+from .products import entry, row_product
 
 ROWS, COLUMNS = 8, 128  # of the programs that work row by row
 
 
-@triton.jit
+@entry
 def row_inverse_norms(
     x_ptr,  # [N, D]
     x_stride,
@@ -52,7 +52,7 @@ def row_inverse_norms(
     tl.store(out_ptr + rows, 1.0 / tl.maximum(norm, 1e-12), mask=rows < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # rows of z are p apart
 def scaled_product(
     x_ptr,  # [N, D]
     w_ptr,  # [P, D]
@@ -72,8 +72,11 @@ def scaled_product(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    rows = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    # One axis, since the others end at 65,535 programs.
+    blocks = tl.cdiv(p, BLOCK_P)
+    row_block = tl.program_id(0) // blocks
+    rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = (tl.program_id(0) - row_block * blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
     samples = tl.minimum(rows, n - 1)
     classes = tl.minimum(columns, p - 1).to(tl.int64)
     z = row_product(
@@ -90,7 +93,7 @@ def scaled_product(
     tl.store(at, z.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@entry
 def project(
     a_ptr,  # [N, D] float32
     x_ptr,  # [N, D]
@@ -172,7 +175,7 @@ def similarity(x: Tensor, w: Tensor, scale: Tensor, normalize: bool) -> Tensor:
         tile = plan.tile
         launch(
             scaled_product,
-            (triton.cdiv(p, tile.other), triton.cdiv(n, tile.own)),
+            (triton.cdiv(p, tile.other) * triton.cdiv(n, tile.own),),
             out.device,
             tile.warps,
             tile.stages,

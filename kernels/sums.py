@@ -16,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch
+from .products import entry
 
 
-@triton.jit
+@entry
 def row_totals(
     value_ptrs,  # tensors [N]; the first is the loss
     out_ptrs,  # 0-d each
@@ -57,7 +58,7 @@ def row_totals(
         tl.store(out_ptrs[i], total)
 
 
-@triton.jit
+@entry
 def part_sums(
     parts_ptr,  # [parts, size] float32
     out_ptr,  # [size]

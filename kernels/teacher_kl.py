@@ -28,14 +28,14 @@ from .common import Model
 from .forms import Made
 from .gradients import LogitGradient
 from .launch import launch
-from .products import scale_of
+from .products import entry, scale_of
 from .row_softmax import merged, merged_hit
 
 GIVEN, UNIFORM, CONFIDENCE, LABEL = 0, 1, 2, 3
 GATES = {"uniform": UNIFORM, "confidence": CONFIDENCE, "label": LABEL}
 
 
-@triton.jit
+@entry
 def teacher_kl_rows(
     stats_ptr,  # [splits, 1 + K, 5, N]
     scale_ptr,  # 0-d

@@ -213,6 +213,54 @@ def test_the_fastest_is_kept_on_disk(autotune, monkeypatch):
     assert len(timed) == 6
 
 
+@pytest.fixture
+def launches():
+    """Records what an operator would launch on an architecture."""
+    pytest.importorskip("triton", reason="needs Triton, which this installation has not")
+    launch = importlib.import_module("mulki.kernels.launch")
+
+    def of(op, *arguments, architecture="sm_90", every_plan=False):
+        with launch.recording(architecture, every_plan) as made:
+            kernels.kernel(op)(*arguments)
+        return made
+
+    return of
+
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def operands(n, p, d=64, dtype=torch.bfloat16):
+    return meta(n, d, dtype=dtype), meta(p, d, dtype=dtype), meta(dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("n", "p"), [(20_000_000, 10), (10, 20_000_000)])
+def test_grids_stay_within_their_limits(launches, n, p):
+    rows = operands(n, p)
+    target, three = meta(n, dtype=torch.int64), [True] * 3
+    made = launches("similarity", *rows, True, every_plan=True)
+    made += launches("similarity_backward", meta(n, p), *rows, True, three, every_plan=True)
+    made += launches("prototype_cross_entropy_reduced", *rows, target, None, 0.1, -100, True, three)
+    for one in made:
+        assert 0 < one.grid[0] < 2**31 and all(0 < size <= 65535 for size in one.grid[1:])
+
+
+def test_other_counts_are_no_other_kernel(launches):
+    """What a kernel is compiled for, apart from tiles, does not follow N and P from task to task."""
+    entries = importlib.import_module("mulki.kernels.entries")
+    found = set()
+    for n, p in ((64, 4000), (65, 4016), (64, 4027), (63, 4039)):
+        k = 2
+        teachers = [meta(n, 64)] * k, [meta(p, 64)] * k, meta(k, dtype=torch.float32)
+        target, mask = meta(n, dtype=torch.int64), meta(p, dtype=torch.bool)
+        options = None, target, mask, 2.0, 1.0, "label", True, True, [True, False, False]
+        for one in launches("teacher_kl_reduced", *operands(n, p), *teachers, *options):
+            entry = entries._entry("", one, "sm_90", "bf16")
+            found.add(repr((entry.kernel, entry.signature, entry.constants, entry.attributes)))
+    assert len(found) == len({one.split(",")[0] for one in found})
+
+
 LAUNCHES = """
 import sys
 from mulki.kernels import entries
