@@ -46,14 +46,7 @@ def why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
         if os.environ.get("TRITON_INTERPRET") != "1":
             return "runs on CPU tensors in Triton's interpreter alone; set TRITON_INTERPRET=1"
         return None
-    return _why_not_here(device_type)
-
-
-def _why_not_here(device_type: str) -> str | None:
-    missing = _missing(device_type)
-    if missing is None and os.environ.get("MULKI_BACKEND") != "triton":
-        return "has run in Triton's interpreter and on no GPU yet; MULKI_BACKEND=triton tries it"
-    return missing
+    return _missing(device_type)
 
 
 def _missing(device_type: str) -> str | None:

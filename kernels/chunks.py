@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common, gradients, tiles
-from .common import Model
+from .common import Model, ceil_div
 from .gradients import LogitGradient, gradient_tile
 from .launch import launch
 from .sums import lift_of
@@ -111,7 +111,7 @@ class Chunks:
         ys = [logits[:n] for logits in self.logits]
         launch(
             chunk_gradient,
-            (triton.cdiv(p, tile.other), triton.cdiv(n, tile.own)),
+            (ceil_div(p, tile.other), ceil_div(n, tile.own)),
             self.gradient.device,
             tile.warps,
             tile.stages,

@@ -57,6 +57,15 @@ def empty(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape, dtype=torch.float32)
 
 
+# Triton's own are for kernels, and take microseconds on the host.
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
 def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -104,15 +113,20 @@ def precision(architecture: str, dtypes: set[torch.dtype]) -> str:
     """
     if torch.float32 not in dtypes or architecture == "interpreter":
         return "ieee"
+    nvidia = architecture.startswith("sm_")
+    tf32 = nvidia or architecture in ("gfx942", "xpu")
     asked = os.environ.get("MULKI_INPUT_PRECISION", "")
     if asked:
         if asked not in PRECISIONS:
             raise ValueError(
                 f"MULKI_INPUT_PRECISION: got {asked!r}, wanted one of {', '.join(PRECISIONS)}"
             )
+        if not (nvidia or architecture == "xpu" or asked == "ieee" or (tf32 and asked == "tf32")):
+            raise ValueError(
+                f"MULKI_INPUT_PRECISION: got {asked!r}, which {architecture} has not; wanted ieee"
+                + (" or tf32" if tf32 else "")
+            )
         return asked
-    nvidia = architecture.startswith("sm_")
-    tf32 = nvidia or architecture in ("gfx942", "xpu")
     if tf32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     # tf32x3 recovers float32 from three products on tensor cores; AMD's compiler refuses it.

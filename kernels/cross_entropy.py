@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import checks, common, forms, gradients, row_softmax
-from .common import Model
+from .common import Model, ceil_div
 from .forms import Made
 from .gradients import LogitGradient
 from .launch import launch
@@ -135,7 +134,7 @@ def _made(a: _Arguments, upstream: Tensor | None, wanted: Sequence[bool]) -> Mad
         of_rows = common.empty(scale, 4, n) if any(wanted) else None
         launch(
             cross_entropy_rows,
-            (triton.cdiv(n, found.rows),),
+            (ceil_div(n, found.rows),),
             loss.device,
             warps=4,
             stages=1,

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import autotune, common, sums, tiles
-from .common import Model
+from .common import Model, ceil_div
 from .launch import launch
 from .products import entry, row_product, scale_of
 from .sums import lift_of, result_factor
@@ -373,7 +373,7 @@ def operand_gradient(
         out = own.new_empty((own.shape[0], width), dtype=dtype)
         parted = splits > 1 or plan.schedule.startswith("part")
         parts = out.new_empty((splits, *out.shape), dtype=torch.float32) if parted else None
-        blocks = triton.cdiv(own.shape[0], tile.own)
+        blocks = ceil_div(own.shape[0], tile.own)
         operands = {
             "own_ptrs": tuple(model.x for model in models),
             "other_ptrs": tuple(model.w for model in models),
@@ -390,7 +390,7 @@ def operand_gradient(
             "norms_ptr": norms,
             "m_own": own.shape[0],
             "m_other": other.shape[0],
-            "tiles_per_split": triton.cdiv(triton.cdiv(other.shape[0], tile.other), splits),
+            "tiles_per_split": ceil_div(ceil_div(other.shape[0], tile.other), splits),
             "SWAP": swap,
             "MASKED": g.class_mask is not None or other.shape[0] % tile.other != 0,
             "BLOCK_OWN": tile.own,
@@ -414,7 +414,7 @@ def operand_gradient(
         else:
             launch(
                 held_gradient,
-                (blocks, triton.cdiv(width, tile.slice), splits),
+                (blocks, ceil_div(width, tile.slice), splits),
                 out.device,
                 tile.warps,
                 tile.stages,

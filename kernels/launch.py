@@ -44,15 +44,15 @@ def launch(
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, options))
         return
-    with _on(device):
+    with on(device):
         kernel[grid](**arguments, **options)
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    # Triton launches on the current device, whatever device the tensors are on.
-    if device.type == "cuda":
+def on(device: torch.device | None) -> AbstractContextManager[Any]:
+    """Makes it the current device: Triton launches there, whatever device the tensors are on."""
+    if device is not None and device.type == "cuda":
         return torch.cuda.device(device)
-    if device.type == "xpu":
+    if device is not None and device.type == "xpu":
         return torch.xpu.device(device)
     return nullcontext()
 

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import autotune, checks, chunks, common, forms, gradients, row_softmax, tiles
-from .common import Model
+from .common import Model, ceil_div, next_power_of_2
 from .forms import Made
 from .gradients import LogitGradient, sigmoid_less
 from .launch import launch
@@ -142,7 +142,7 @@ def _contrastive_rows(model: Model, scale: Tensor) -> tuple[Tensor, Tensor, Tens
     loss, row_lse, column_lse, slopes = (common.empty(scale, n) for _ in range(4))
     launch(
         contrastive_rows,
-        (triton.cdiv(n, found.rows),),
+        (ceil_div(n, found.rows),),
         scale.device,
         warps=4,
         stages=1,
@@ -155,7 +155,7 @@ def _contrastive_rows(model: Model, scale: Tensor) -> tuple[Tensor, Tensor, Tens
         slopes_ptr=slopes,
         n=n,
         splits=found.splits,
-        SPLITS=triton.next_power_of_2(found.splits),
+        SPLITS=next_power_of_2(found.splits),
         ROWS=found.rows,
     )
     return loss, row_lse, column_lse, slopes

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import autotune, common, tiles
-from .common import Model
+from .common import Model, ceil_div, next_power_of_2
 from .launch import launch
 from .products import entry, moved, repeated, replaced, row_product, scale_of
 
@@ -54,13 +54,13 @@ class Statistics(NamedTuple):
             "stats_ptr": self.values,
             "models": self.values.shape[1],
             "splits": self.splits,
-            "SPLITS": triton.next_power_of_2(self.splits),
+            "SPLITS": next_power_of_2(self.splits),
         }
 
     @property
     def rows(self) -> int:
         """How many rows a program that merges should own."""
-        return min(128, max(1, 512 // triton.next_power_of_2(self.splits)))
+        return min(128, max(1, 512 // next_power_of_2(self.splits)))
 
 
 @triton.jit
@@ -248,7 +248,7 @@ def statistics(
                 operands = stored_operands([stored[m] for m in these])
             launch(
                 row_statistics,
-                (triton.cdiv(n, tile.own), splits),
+                (ceil_div(n, tile.own), splits),
                 out.device,
                 tile.warps,
                 tile.stages,
@@ -262,7 +262,7 @@ def statistics(
                 p=p,
                 first=first,
                 models=len(models),
-                tiles_per_split=triton.cdiv(triton.cdiv(p, tile.other), splits),
+                tiles_per_split=ceil_div(ceil_div(p, tile.other), splits),
                 inverse_temperature=1.0 / temperature,
                 MODELS=len(these),
                 HITS=hits,

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import autotune, checks, common, gradients, tiles
-from .common import Model
+from .common import Model, ceil_div
 from .forms import without_rows
 from .gradients import LogitGradient
 from .launch import launch
@@ -145,7 +145,7 @@ def inverse_norms(operand: Tensor) -> Tensor:
     out = common.empty(operand, operand.shape[0])
     launch(
         row_inverse_norms,
-        (triton.cdiv(operand.shape[0], ROWS),),
+        (ceil_div(operand.shape[0], ROWS),),
         out.device,
         warps=4,
         stages=1,
@@ -175,7 +175,7 @@ def similarity(x: Tensor, w: Tensor, scale: Tensor, normalize: bool) -> Tensor:
         tile = plan.tile
         launch(
             scaled_product,
-            (triton.cdiv(p, tile.other) * triton.cdiv(n, tile.own),),
+            (ceil_div(p, tile.other) * ceil_div(n, tile.own),),
             out.device,
             tile.warps,
             tile.stages,
@@ -239,7 +239,7 @@ def _projected(
     along = common.empty(raw, n)
     launch(
         project,
-        (triton.cdiv(n, ROWS),),
+        (ceil_div(n, ROWS),),
         raw.device,
         warps=4,
         stages=1,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import ceil_div
 from .launch import launch
 from .products import entry
 
@@ -86,7 +87,7 @@ def lift_of(peak_ptr, LIFT: tl.constexpr):
         lift = LIFT
     else:
         peak = tl.load(peak_ptr)
-        lift = LIFT / tl.where(peak > 0, peak, 1.0)
+        lift = LIFT / tl.where(peak > 1e-30, peak, 1.0)  # a smaller one would lift to infinity
     return lift
 
 
@@ -100,7 +101,7 @@ def result_factor(scale_ptr, share_ptr, peak_ptr, LIFT: tl.constexpr):
         factor *= tl.load(share_ptr)
     if peak_ptr is not None:
         peak = tl.load(peak_ptr)
-        factor *= tl.where(peak > 0, peak, 1.0)
+        factor *= tl.where(peak > 1e-30, peak, 1.0)
     return factor
 
 
@@ -144,7 +145,7 @@ def add_parts(
     """out = the sum of the parts, times the factors."""
     launch(
         part_sums,
-        (triton.cdiv(out.numel(), 1024),),
+        (ceil_div(out.numel(), 1024),),
         out.device,
         warps=4,
         stages=1,

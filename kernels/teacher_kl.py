@@ -19,12 +19,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import checks, common, forms, gradients, row_softmax
-from .common import Model
+from .common import Model, ceil_div
 from .forms import Made
 from .gradients import LogitGradient
 from .launch import launch
@@ -208,7 +207,7 @@ def _made(
         of_rows = common.empty(scale, 2 + 2 * k, n) if any(wanted) else None
         launch(
             teacher_kl_rows,
-            (triton.cdiv(n, found.rows),),
+            (ceil_div(n, found.rows),),
             loss.device,
             warps=4,
             stages=1,

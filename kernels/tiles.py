@@ -13,14 +13,14 @@ is the default.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
 from . import common
-from .common import Model
+from .common import Model, ceil_div, next_power_of_2
 
 
 class Tile(NamedTuple):
@@ -104,7 +104,8 @@ _INTERPRETED = Tile(16, 32, 32, 32, 1, 1)
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 # Programs that fill a GPU: its multiprocessors. A number per architecture, not per card, so that
-# sums are split, and round, alike on all of them.
+# sums are split, and round, alike on all of them. What follows from these numbers below (when to
+# split, which schedule, how large a chunk) is reckoned and not measured: no GPU has run it yet.
 PROGRAMS = {"sm_80": 108, "sm_86": 84, "sm_90": 132, "sm_100": 148, "gfx942": 304, "interpreter": 4}
 # Scratch for the parts of a split result.
 PART_BYTES = 32 << 20
@@ -117,14 +118,16 @@ class Device:
     architecture: str  # of `common.architecture`
     half: bool  # whether all operands are of half precision
     precision: str  # of products of float32
+    # Where its kernels run; the table does not look at it.
+    place: torch.device | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, models: Sequence[Model]) -> Device:
         dtypes = {model.x.dtype for model in models}
-        architecture = common.architecture(models[0].x.device)
-        return cls(
-            architecture, torch.float32 not in dtypes, common.precision(architecture, dtypes)
-        )
+        place = models[0].x.device
+        architecture = common.architecture(place)
+        precision = common.precision(architecture, dtypes)
+        return cls(architecture, torch.float32 not in dtypes, precision, place)
 
     @property
     def known(self) -> str:
@@ -157,13 +160,9 @@ class Device:
         return TABLE.get((kind, "", self.family), ()) if exact is None else exact
 
 
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def _even(tiles: int, splits: int) -> int:
     """As many splits at most, none of them without a tile."""
-    return _ceil(tiles, _ceil(tiles, max(1, min(splits, tiles))))
+    return ceil_div(tiles, ceil_div(tiles, max(1, min(splits, tiles))))
 
 
 @lru_cache(maxsize=1024)
@@ -172,7 +171,7 @@ def row_plans(device: Device, own: int, other: int, kind: str = "rows") -> tuple
     plans = []
     for name in (kind, "rows small"):
         for tile in device.tiles(name):
-            blocks, tiles = _ceil(own, tile.own), _ceil(other, tile.other)
+            blocks, tiles = ceil_div(own, tile.own), ceil_div(other, tile.other)
             # Merging reads all splits of a row at once.
             splits = _even(tiles, min(device.programs // blocks, 128))
             plans.append(Plan(name, tile, splits))
@@ -183,7 +182,7 @@ def row_plans(device: Device, own: int, other: int, kind: str = "rows") -> tuple
 def grid_plans(device: Device, own: int, other: int, kind: str = "similarity") -> tuple[Plan, ...]:
     """For kernels whose programs own one tile each."""
     plans = [
-        Plan(name, tile, _ceil(other, tile.other))
+        Plan(name, tile, ceil_div(other, tile.other))
         for name in (kind, f"{kind} small")
         for tile in device.tiles(name)
     ]
@@ -193,7 +192,7 @@ def grid_plans(device: Device, own: int, other: int, kind: str = "similarity") -
 def _filling(plans: list[Plan], device: Device, own: int) -> tuple[Plan, ...]:
     # The default first: large tiles where they give every other multiprocessor a program.
     def programs(plan: Plan) -> int:
-        return _ceil(own, plan.tile.own) * plan.splits
+        return ceil_div(own, plan.tile.own) * plan.splits
 
     def small(plan: Plan) -> bool:
         return plan.schedule.endswith("small")
@@ -206,8 +205,8 @@ def _filling(plans: list[Plan], device: Device, own: int) -> tuple[Plan, ...]:
 def stored_plan(device: Device, own: int, other: int) -> Plan:
     """For kernels that read logits."""
     tile = device.tiles("stored")[0]
-    splits = device.programs // _ceil(own, tile.own)
-    return Plan("stored", tile, _even(_ceil(other, tile.other), min(splits, 128)))
+    splits = device.programs // ceil_div(own, tile.own)
+    return Plan("stored", tile, _even(ceil_div(other, tile.other), min(splits, 128)))
 
 
 @lru_cache(maxsize=1024)
@@ -221,13 +220,13 @@ def gradient_plans(
     the most.
     """
     plans = list(_gradient_plans(device, own, other, width, swap))
-    starved = 2 * _ceil(own, plans[0].tile.own) < device.programs
+    starved = 2 * ceil_div(own, plans[0].tile.own) < device.programs
 
     def rank(plan: Plan) -> int:
         if plan.schedule not in ("part", "part small"):
             return 1
-        short = _ceil(_ceil(other, plan.tile.other), plan.splits) <= 2
-        programs = _ceil(own, plan.tile.own) * plan.splits
+        short = ceil_div(ceil_div(other, plan.tile.other), plan.splits) <= 2
+        programs = ceil_div(own, plan.tile.own) * plan.splits
         if not starved or not short:
             return 3
         return 0 if 2 * programs >= device.programs or plan.schedule == "part small" else 2
@@ -241,12 +240,14 @@ def _gradient_plans(device: Device, own: int, other: int, width: int, swap: bool
         for tile in (swap and device.tiles(f"{schedule} swapped")) or device.tiles(schedule):
             if schedule == "wide" and tile.slice < width:
                 continue
-            held = min(tile.slice, max(16, 1 << (width - 1).bit_length()))
+            if schedule.startswith("part") and fitting == 0:
+                continue
+            held = min(tile.slice, max(16, next_power_of_2(width)))
             tile = tile._replace(slice=held)
-            blocks = _ceil(own, tile.own)
+            blocks = ceil_div(own, tile.own)
             if schedule in ("wide", "slice"):
-                blocks *= _ceil(width, held)
-            splits = _even(_ceil(other, tile.other), min(device.programs // blocks, fitting))
+                blocks *= ceil_div(width, held)
+            splits = _even(ceil_div(other, tile.other), min(device.programs // blocks, fitting))
             yield Plan(schedule, tile, splits)
 
 
@@ -260,10 +261,11 @@ CHUNK_ROWS = 128
 def chunk_rows(device: Device, n: int, p: int, models: int) -> int:
     """Rows of a chunk whose logits are stored for a moment, or 0 for no chunks at all.
 
-    Strict float32 never goes this way: there tl.dot has the tensor cores, torch.mm has not.
+    Strict float32 never goes this way: there tl.dot has the tensor cores, torch.mm has not. Nor do
+    AMD's and Intel's GPUs, where torch.mm of half precision has not always had a float32 result.
     """
     small = n < 4 * CHUNK_PROTOTYPES or p < CHUNK_PROTOTYPES
-    if small or device.known == "interpreter" or device.family == "float":
+    if small or not device.architecture.startswith("sm_") or device.family == "float":
         return 0
     row_bytes = p * (4 * models + (2 if device.half else 4))
     rows = CHUNK_BYTES // row_bytes // CHUNK_ROWS * CHUNK_ROWS

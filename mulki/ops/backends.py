@@ -96,6 +96,10 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+# Backends that serve only where they are forced, and why.
+UNTRIED = {
+    "triton": "has run in Triton's interpreter and on no GPU yet; MULKI_BACKEND=triton tries it"
+}
 BACKENDS: dict[str, Backend] = {"triton": Triton(), "cpp": Cpp(), "reference": Reference()}
 
 
@@ -165,6 +169,8 @@ def choose(op: str, device_type: str, dtype: torch.dtype, setting: str = "auto")
     rejected: dict[str, str] = {}
     for name in names:
         reason = BACKENDS[name].why_not(op, device_type, dtype)
+        if reason is None and setting == "auto":
+            reason = UNTRIED.get(name)
         if reason is None:
             return Served(op, device_type, dtype, name, rejected)
         rejected[name] = reason

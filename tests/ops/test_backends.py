@@ -177,6 +177,7 @@ def test_a_forced_backend_that_cannot_serve_is_a_recorded_fallback(cpp, monkeypa
 )
 def test_candidates_by_device_type(cpp, monkeypatch, device_type, wanted):
     monkeypatch.setitem(backends.BACKENDS, "triton", Stub())
+    monkeypatch.setattr(backends, "UNTRIED", {})
     for dtype in (FULL, HALF):
         served = backends.choose("siglip", device_type, dtype)
         assert (served.backend, served.rejected) == (wanted, {})
@@ -227,6 +228,15 @@ def test_what_triton_does_not_take(monkeypatch):
 
     kernels.why_not = broken
     assert triton.why_not("siglip", "cuda", FULL) == "ImportError: no module named triton"
+
+
+def test_triton_serves_a_gpu_where_it_is_forced(monkeypatch):
+    monkeypatch.setitem(backends.BACKENDS, "triton", Stub())
+    served = backends.choose("siglip", "cuda", FULL)
+    assert served.backend == "reference" and "on no GPU yet" in served.rejected["triton"]
+    with backends.use_backend("triton"):
+        served = backends.choose("siglip", "cuda", FULL, backends._setting())
+    assert served.backend == "triton" and not served.rejected
 
 
 def test_report_names_who_serves_and_why_others_do_not(cpp):

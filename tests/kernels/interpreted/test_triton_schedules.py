@@ -108,3 +108,11 @@ def test_one_row_of_one_column():
         got = [call(case.op, *case.args)[0], *backward(case, upstream)]
         for one, other in zip(got, [rows, *want], strict=True):
             torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=2e-6)
+
+
+def test_the_interpreter_times_nothing(monkeypatch, tmp_path):
+    monkeypatch.setenv("MULKI_AUTOTUNE", "1")
+    monkeypatch.setenv("MULKI_CACHE_DIR", str(tmp_path))
+    case = make("ce")
+    all_close(backward(case, case.upstream()), case.expected(case.upstream())[1], FLOAT)
+    assert not list(tmp_path.iterdir())
