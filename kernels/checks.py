@@ -23,16 +23,25 @@ def shape(name: str, value: Tensor | None, wanted: Sequence[int]) -> None:
         _want(name, f"shape {list(value.shape)}", tuple(value.shape) == tuple(wanted), str(wanted))
 
 
-def operands(x: Tensor, w: Tensor, scale: Tensor, name: str = "") -> None:
-    """x [N, D], w [P >= 1, D] and a 0-d scale, on one device."""
+def _beside(name: str, value: Tensor, x: Tensor) -> None:
+    _want(name, value.device, value.device == x.device, f"{x.device} as x has")
+
+
+def _matrices(x: Tensor, w: Tensor, name: str = "") -> None:
+    """x [N, D] and w [P >= 1, D], on one device."""
     _want(f"{name}x", f"shape {list(x.shape)}", x.ndim == 2, "[N, D]")
     fits = w.ndim == 2 and w.shape[0] > 0 and w.shape[1] == x.shape[1]
     _want(f"{name}w", f"shape {list(w.shape)}", fits, f"[P, {x.shape[1]}] with P > 0")
     if w.dtype != x.dtype:
         raise TypeError(f"{name}w: got {w.dtype}, wanted {x.dtype} as x has; cast one to the other")
+    _beside(f"{name}w", w, x)
+
+
+def operands(x: Tensor, w: Tensor, scale: Tensor) -> None:
+    """x [N, D], w [P >= 1, D] and a 0-d scale, on one device."""
+    _matrices(x, w)
     _want("scale", f"shape {list(scale.shape)}", scale.numel() == 1, "a 0-d tensor")
-    for what, value in ((f"{name}w", w), ("scale", scale)):
-        _want(what, value.device, value.device == x.device, f"{x.device} as x has")
+    _beside("scale", scale, x)
 
 
 def pairs(x: Tensor, w: Tensor, *numbers: Tensor) -> None:
@@ -55,15 +64,17 @@ def biased(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor) -> None:
 
 
 def labels(x: Tensor, w: Tensor, target: Tensor | None, class_mask: Tensor | None) -> None:
-    """int64 targets [N] and a bool mask [P]."""
+    """int64 targets [N] and a bool mask [P], on the device of x."""
     shape("target", target, x.shape[:1])
     shape("class_mask", class_mask, w.shape[:1])
     for name, value, dtype in (
         ("target", target, torch.int64),
         ("class_mask", class_mask, torch.bool),
     ):
-        if value is not None and value.dtype != dtype:
-            raise TypeError(f"{name}: got {value.dtype}, wanted {dtype}")
+        if value is not None:
+            if value.dtype != dtype:
+                raise TypeError(f"{name}: got {value.dtype}, wanted {dtype}")
+            _beside(name, value, x)
 
 
 def teachers(
@@ -79,9 +90,13 @@ def teachers(
     _want("teacher_x", "no teachers", k > 0, "at least one")
     _want("teacher_w", f"{len(teacher_w)} tensors", len(teacher_w) == k, f"{k} as teacher_x has")
     shape("teacher_scales", teacher_scales, (k,))
+    _beside("teacher_scales", teacher_scales, x)
     shape("weights", weights, (x.shape[0], k))
+    if weights is not None:
+        _beside("weights", weights, x)
     for i, (u, v) in enumerate(zip(teacher_x, teacher_w, strict=True)):
-        operands(u, v, teacher_scales[i], f"teacher {i} ")
+        _matrices(u, v, f"teacher {i} ")
+        _beside(f"teacher {i} x", u, x)
         _want(f"teacher {i} x", f"{u.shape[0]} rows", u.shape[0] == x.shape[0], f"{x.shape[0]}")
         _want(f"teacher {i} w", f"{v.shape[0]} rows", v.shape[0] == w.shape[0], f"{w.shape[0]}")
 

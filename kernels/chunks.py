@@ -27,7 +27,7 @@ from .launch import launch
 from .sums import lift_of
 
 
-@triton.jit(do_not_specialize=["first", "last", "n"])  # rows of G are p apart
+@triton.jit(do_not_specialize=["first", "last", "n", "offset"])  # rows of G are p apart
 def chunk_gradient(
     y_ptrs,  # models of [rows, P] float32
     y_strides,

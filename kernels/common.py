@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from . import DTYPES
+
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 
 

@@ -247,6 +247,21 @@ def operands(n, p, d=64, dtype=torch.bfloat16):
     return meta(n, d, dtype=dtype), meta(p, d, dtype=dtype), meta(dtype=torch.float32)
 
 
+def test_operands_on_two_devices_are_refused(launches):
+    """A kernel would take the address of one for an address of the other."""
+    x, w, scale = operands(64, 100)
+    here = torch.zeros(64, dtype=torch.int64)
+    with pytest.raises(ValueError, match="target: got cpu, wanted meta"):
+        launches("prototype_cross_entropy", x, w, scale, here, None, 0.0, -100)
+    weights, scales = torch.ones(64, 1), meta(1, dtype=torch.float32)
+    rest = None, None, 1.0, 1.0, "uniform", True
+    with pytest.raises(ValueError, match="weights: got cpu, wanted meta"):
+        launches("teacher_kl", x, w, scale, [x], [w], scales, weights, *rest)
+    teacher = torch.zeros(64, 64).bfloat16(), torch.zeros(100, 64).bfloat16()
+    with pytest.raises(ValueError, match="teacher 0 x: got cpu, wanted meta"):
+        launches("teacher_kl", x, w, scale, [teacher[0]], [teacher[1]], scales, None, *rest)
+
+
 @pytest.mark.parametrize(("n", "p"), [(20_000_000, 10), (10, 20_000_000)])
 def test_grids_stay_within_their_limits(launches, n, p):
     rows = operands(n, p)

@@ -66,7 +66,7 @@ def test_a_missing_upcast_would_be_noticed(name, monkeypatch):
     assert error(backward(case, upstream)[0], gradients[0]) > 10 * TOLERANCE[torch.bfloat16]
 
 
-@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("k", [1, 3, 5])
 def test_details_of_any_number_of_teachers(k):
     case = make("kl_label", k=k)
     want = teacher_kl(*case.double())
