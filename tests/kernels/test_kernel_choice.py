@@ -247,6 +247,19 @@ def operands(n, p, d=64, dtype=torch.bfloat16):
     return meta(n, d, dtype=dtype), meta(p, d, dtype=dtype), meta(dtype=torch.float32)
 
 
+def test_tf32_of_one_product_meets_no_tf32_of_another(launches, monkeypatch):
+    monkeypatch.setenv("MULKI_INPUT_PRECISION", "tf32")
+    for dtype, chunks in ((torch.bfloat16, True), (torch.float32, False)):
+        rows = operands(8192, 8192, dtype=dtype)
+        made = launches("contrastive_reduced", *rows, True, [True] * 3)
+        assert ("chunk_gradient" in {one.kernel.__name__ for one in made}) == chunks
+        # Cross-entropy takes its statistics from the products of which it makes G.
+        target = meta(8192, dtype=torch.int64)
+        options = target, None, 0.1, -100, True, [True] * 3
+        made = launches("prototype_cross_entropy_reduced", *rows, *options)
+        assert "chunk_gradient" in {one.kernel.__name__ for one in made}
+
+
 def test_operands_on_two_devices_are_refused(launches):
     """A kernel would take the address of one for an address of the other."""
     x, w, scale = operands(64, 100)
