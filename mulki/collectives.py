@@ -10,7 +10,7 @@ collective in backward too, so its result must be used in what every rank differ
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -113,13 +113,13 @@ def _exchange(own: bytes, device: torch.device | None, group: Group | None) -> l
         device = torch.device("cpu")
     sent = torch.frombuffer(bytearray(own.ljust(_TOLD)), dtype=torch.uint8).to(device)
     heard = torch.empty(size * _TOLD, dtype=torch.uint8, device=device)
-    _renamed("all_gather_single", "all_gather_into_tensor")(heard, sent, group=group)
+    _collective("all_gather_single", "all_gather_into_tensor")(heard, sent, group=group)
     return [one.numpy().tobytes() for one in heard.cpu().view(size, _TOLD)]
 
 
-def _renamed(now: str, before: str) -> Any:
-    # torch 2.13 renamed some collectives, and warns of the older names.
-    return getattr(dist, now, None) or getattr(dist, before)
+def _collective(name: str, before: str) -> Callable[..., Any]:
+    # torch 2.13 renamed these, and warns of the old names.
+    return getattr(dist, name, None) or getattr(dist, before)
 
 
 def gather_rows(
@@ -173,7 +173,7 @@ def _gather(rows: Tensor, sizes: Sequence[int], group: Group | None) -> Tensor:
         sent = sent.new_zeros((most, *rows.shape[1:]))
         sent[: len(rows)] = rows
     out = sent.new_empty((size * most, *rows.shape[1:]))
-    _renamed("all_gather_single", "all_gather_into_tensor")(out, sent, group=group)
+    _collective("all_gather_single", "all_gather_into_tensor")(out, sent, group=group)
     if min(sizes) == most:
         return out
     return torch.cat([part[:n] for part, n in zip(out.split(most), sizes, strict=True)])
@@ -193,7 +193,7 @@ def _scatter_sum(grad: Tensor, sizes: Sequence[int], group: Group | None) -> Ten
         for to, part in zip(parts.split(most), grad.split(list(sizes)), strict=True):
             to[: len(part)] = part
     own = parts.new_empty((most, *grad.shape[1:]))
-    _renamed("reduce_scatter_single", "reduce_scatter_tensor")(own, parts, group=group)
+    _collective("reduce_scatter_single", "reduce_scatter_tensor")(own, parts, group=group)
     return own[: sizes[rank]].to(grad.dtype)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,6 +30,7 @@ def said(error: type[Exception], call) -> str:
 
 
 def check_everything(rank: int, world: int) -> dict[str, str]:
+    warnings.simplefilter("error")
     assert collectives.world() == (rank, world)
     gathers(rank, world)
     rings(rank, world)
@@ -56,7 +59,7 @@ def gathers(rank: int, world: int) -> None:
     for other in (torch.bool, torch.int64):
         held = parts(world, other)
         assert torch.equal(collectives.gather_rows(held[rank], sizes), torch.cat(held))
-    held = [part[:, 0].T for part in parts(world, torch.float32)]  # one dimension, not contiguous
+    held = [part[:, 0] for part in parts(world, torch.float32)]  # one dimension, not contiguous
     assert torch.equal(collectives.gather_rows(held[rank], sizes), torch.cat(held))
     wrong = [n + 1 for n in sizes]
     assert "sizes" in said(ValueError, lambda: collectives.gather_rows(held[rank], wrong))
