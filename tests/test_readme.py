@@ -9,10 +9,32 @@ import torch
 import torch.nn.functional as F
 
 README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+def block(words: str) -> str:
+    """The one block of code with these words."""
+    (found,) = (code for code in BLOCKS if words in code)
+    return found
+
+
+def test_the_losses_in_place_of_open_clips_run() -> None:
+    class Model(torch.nn.Linear):
+        def forward(self, images: torch.Tensor, texts: torch.Tensor) -> dict[str, torch.Tensor]:
+            image, text = (
+                F.normalize(super(Model, self).forward(x), dim=1) for x in (images, texts)
+            )
+            scale = torch.tensor(10.0)
+            return {"image_features": image, "text_features": text, "logit_scale": scale}
+
+    model = Model(5, 4)
+    names = {"model": model, "images": torch.randn(6, 5), "texts": torch.randn(6, 5)}
+    exec(block("mulki.losses"), names | {"rank": 0, "world_size": 1})
+    assert model.weight.grad is not None and model.weight.grad.abs().sum() > 0
 
 
 def test_the_loss_example_runs_and_reaches_the_student() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    code = block("mulki.functional")
     n, p = 6, 4
 
     def rows(count: int, width: int) -> torch.Tensor:

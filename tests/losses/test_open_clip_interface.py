@@ -62,6 +62,10 @@ def test_the_forms_of_a_call(kind):
     assert list(named) == ["contrastive_loss", "distill_loss"][: len(values)]
     assert all(v.shape == () and v.requires_grad for v in values)
     assert all(torch.equal(a, b) for a, b in zip(values, named.values(), strict=True))
+    with torch.no_grad():
+        for name, value in loss(**out, output_dict=True).items():
+            torch.testing.assert_close(value, named[name].detach())
+            assert not value.requires_grad
     bias = out.pop("logit_bias")
     if kind == "siglip":
         positional = loss(*out.values(), bias, True)
