@@ -44,7 +44,8 @@ class Encoder:
         function: from micro-batches of `inputs` to features: a tensor, or a tuple, list or dict of
             them. Tensors of two and more dimensions have a row per sample; scalars and vectors
             (logit scale and bias) belong to the whole batch and must not depend on the samples.
-        inputs: tensors with one row per sample.
+        inputs: tensors with one row per sample. They may stay in the host's memory, where
+            `function` moves what it gets to its device.
         split: False for what belongs to the whole batch, such as the class texts: it is encoded
             once a step, with its graph, and never again.
     """
@@ -71,7 +72,7 @@ def backward(
     - DistributedDataParallel: pass the wrapped module as the function of a single encoder. Its
       gradients are reduced once a step.
     - FSDP2: sharded gradients are reduced with every micro-batch, since keeping whole ones until
-      the last would need the memory that sharding saves.
+      the last would need the memory that sharding saves. Every rank needs as many micro-batches.
     - Activation checkpointing and torch.compile work inside the encoders as always.
 
     Args:
@@ -85,15 +86,16 @@ def backward(
         What `loss` returned, detached.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: naming the argument; an output of an encoder that is neither one row
+            per sample nor the same for all micro-batches is one of `encoders`.
     """
-    towers = [e if isinstance(e, Encoder) else Encoder(e[0], tuple(e[1:])) for e in encoders]
+    towers = [_encoder(e, place) for place, e in enumerate(encoders)]
     _check(towers, micro_batch)
-    passes = [_Pass(tower, micro_batch) for tower in towers]
+    passes = [_Pass(tower, micro_batch, place) for place, tower in enumerate(towers)]
     cached = [p for p in passes if p.cached]
     with _synchronised(towers, last=not cached):
         value = loss(*[p.first() for p in passes])
-        terms = dict(value) if isinstance(value, Mapping) else {"": value}
+        terms = _terms(value)
         total = torch.stack([term.reshape(()) for term in terms.values()]).sum()
         with _without_autocast(towers):
             (total if scaler is None else scaler.scale(total)).backward()
@@ -101,6 +103,30 @@ def backward(
         of_tower.second()
     detached = {name: term.detach() for name, term in terms.items()}
     return detached if isinstance(value, Mapping) else detached[""]
+
+
+def _encoder(given: Encoder | Sequence[Any], place: int) -> Encoder:
+    if isinstance(given, Encoder):
+        return given
+    # A module can be a sequence as well, of its layers.
+    if not isinstance(given, (tuple, list)) or not given:
+        raise TypeError(
+            f"encoders[{place}]: got {type(given).__name__}, wanted an Encoder or (function, "
+            f"*inputs)"
+        )
+    return Encoder(given[0], tuple(given[1:]))
+
+
+def _terms(value: Any) -> dict[str, Tensor]:
+    terms = dict(value) if isinstance(value, Mapping) else {"": value}
+    for name, term in terms.items():
+        if not isinstance(term, Tensor) or term.numel() != 1:
+            came = f"shape {list(term.shape)}" if isinstance(term, Tensor) else type(term).__name__
+            where = f" for {name!r}" if name else ""
+            raise TypeError(f"loss: returned {came}{where}, wanted a scalar tensor")
+    if not terms:
+        raise TypeError("loss: returned an empty dict, wanted at least one scalar")
+    return terms
 
 
 def _check(towers: Sequence[Encoder], micro_batch: int | None) -> None:
@@ -161,8 +187,9 @@ def _warn_of_batch_statistics(function: Any) -> None:
 class _Pass:
     """The two passes of one encoder."""
 
-    def __init__(self, tower: Encoder, micro_batch: int | None):
+    def __init__(self, tower: Encoder, micro_batch: int | None, place: int):
         self.tower = tower
+        self._name = f"encoders[{place}]"
         rows = len(tower.inputs[0])
         self.cached = tower.split and micro_batch is not None and micro_batch < rows
         self._chunks: list[tuple[Tensor, ...]] = [tower.inputs]
@@ -180,37 +207,73 @@ class _Pass:
                 self._states.append(_Randomness.now(chunk))
                 flat, form = pytree.tree_flatten(self.tower.function(*chunk))
                 outputs.append(flat)
+        if len({len(flat) for flat in outputs}) > 1:
+            raise ValueError(f"{self._name}: its outputs are more for some micro-batches")
         joined = []
         for parts in zip(*outputs, strict=True):
             value = parts[-1]
             if isinstance(value, Tensor):
+                self._check(parts)
                 value = torch.cat(parts) if value.ndim >= 2 else value.detach().clone()
                 if value.is_floating_point():
                     self._leaves.append(value.requires_grad_())
             joined.append(value)
         return pytree.tree_unflatten(joined, form)
 
+    def _check(self, parts: Sequence[Tensor]) -> None:
+        rows = [len(chunk[0]) for chunk in self._chunks]
+        shapes = [list(part.shape) for part in parts]
+        if parts[0].ndim >= 2:
+            if [shape[0] for shape in shapes] != rows:
+                raise ValueError(
+                    f"{self._name}: got an output of shape {shapes[0]} for {rows[0]} samples, "
+                    f"wanted a row for each; use Encoder(..., split=False) for what is not one per "
+                    f"sample"
+                )
+            return
+        # Comparing would wait for a GPU; there it is done only for what looks like one per sample.
+        suspect = parts[0].numel() > 1 and shapes[0] == rows[:1]
+        compared = suspect or parts[0].device.type == "cpu"
+        if any(shape != shapes[0] for shape in shapes) or (
+            compared and not all(_same(part, parts[0]) for part in parts)
+        ):
+            raise ValueError(
+                f"{self._name}: an output of shape {shapes[0]} is not the same for all "
+                f"micro-batches; give what is one per sample two dimensions, [n, 1], and compute "
+                f"what depends on all samples in the loss"
+            )
+
     def second(self) -> None:
-        starts = [0]
-        for chunk in self._chunks:
-            starts.append(starts[-1] + len(chunk[0]))
-        for place, chunk in enumerate(self._chunks):
-            final = place == len(self._chunks) - 1
-            with _synchronised([self.tower], last=final), self._states[place].repeated():
-                flat = pytree.tree_leaves(self.tower.function(*chunk))
-                floats = [v for v in flat if isinstance(v, Tensor) and v.is_floating_point()]
-                outputs, gradients = [], []
-                for output, leaf in zip(floats, self._leaves, strict=True):
-                    if not output.requires_grad or (leaf.ndim < 2 and not final):
-                        continue
-                    grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-                    outputs.append(output)
-                    gradients.append(
-                        grad[starts[place] : starts[place + 1]] if leaf.ndim >= 2 else grad
-                    )
-                if outputs:
-                    with _without_autocast([self.tower]):
-                        torch.autograd.backward(outputs, gradients)
+        last = len(self._chunks) - 1
+        rows, others = self._repeat(0)
+        # A frozen encoder has nothing to send back; one of which only the scale trains, at the end.
+        if rows or others:
+            for place in range(1 if rows else last, last + 1):
+                self._repeat(place)
+
+    def _repeat(self, place: int) -> tuple[bool, bool]:
+        # Tells whether gradients flow into rows of the samples, and into other outputs.
+        chunk, final = self._chunks[place], place == len(self._chunks) - 1
+        start = sum(len(c[0]) for c in self._chunks[:place])
+        with _synchronised([self.tower], last=final), self._states[place].repeated():
+            flat = pytree.tree_leaves(self.tower.function(*chunk))
+            floats = [v for v in flat if isinstance(v, Tensor) and v.is_floating_point()]
+            outputs, gradients = [], []
+            for output, leaf in zip(floats, self._leaves, strict=True):
+                if not output.requires_grad or (leaf.ndim < 2 and not final):
+                    continue
+                grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+                outputs.append(output)
+                gradients.append(grad[start : start + len(chunk[0])] if leaf.ndim >= 2 else grad)
+            if outputs:
+                with _without_autocast([self.tower]):
+                    torch.autograd.backward(outputs, gradients)
+        trained = [output.ndim >= 2 for output in floats if output.requires_grad]
+        return any(trained), not all(trained)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))
 
 
 @dataclass(frozen=True)
@@ -224,14 +287,14 @@ class _Randomness:
 
     @classmethod
     def now(cls, tensors: Sequence[Tensor]) -> _Randomness:
-        used = {t.device for t in tensors if t.device.type != "cpu"}
-        devices = {d: torch.get_device_module(d).get_rng_state(d) for d in used}
+        used = {t.device for t in tensors if t.device.type != "cpu"} | _accelerator()
+        devices = {d: _generator_state(d) for d in used}
         return cls(torch.get_rng_state(), devices, np.random.get_state(), random.getstate())
 
     def _restore(self) -> None:
         torch.set_rng_state(self.cpu)
         for device, state in self.devices.items():
-            torch.get_device_module(device).set_rng_state(state, device)
+            _generator_state(device, state)
         np.random.set_state(self.numpy)
         random.setstate(self.python)
 
@@ -243,6 +306,24 @@ class _Randomness:
             yield
         finally:
             after._restore()
+
+
+def _accelerator() -> set[torch.device]:
+    # The device that an encoder may use for inputs on the host; none before its first use.
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    if kind is None or not getattr(torch.get_device_module(kind), "is_initialized", lambda: True)():
+        return set()
+    return {torch.device(kind.type, torch.accelerator.current_device_index())}
+
+
+def _generator_state(device: torch.device, new: Tensor | None = None) -> Tensor:
+    # The state, or what it becomes. Metal has one device, which its functions do not name.
+    module, one = torch.get_device_module(device), device.type == "mps"
+    if new is None:
+        state: Tensor = module.get_rng_state() if one else module.get_rng_state(device)
+        return state
+    module.set_rng_state(*([new] if one else [new, device]))
+    return new
 
 
 def _replicas(towers: Sequence[Encoder]) -> list[nn.parallel.DistributedDataParallel]:
@@ -265,7 +346,8 @@ def _synchronised(towers: Sequence[Encoder], *, last: bool) -> Iterator[None]:
 def _without_autocast(towers: Sequence[Encoder]) -> Iterator[None]:
     # What autocast would do to a backward pass is not defined.
     with contextlib.ExitStack() as stack:
-        for device in {x.device.type for tower in towers for x in tower.inputs}:
+        kinds = {x.device.type for tower in towers for x in tower.inputs}
+        for device in kinds | {device.type for device in _accelerator()}:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield

@@ -249,6 +249,71 @@ def test_a_frozen_tower_is_left_alone() -> None:
     assert ours.visual[0].weight.grad is None
 
 
+def test_a_frozen_tower_is_not_encoded_again() -> None:
+    """Where nothing but the scale trains, one micro-batch tells its gradient."""
+    for scale, calls in ((True, 4 + 2), (False, 4 + 1)):
+        whole, ours, rows = model(), model(), []
+        for module in (whole, ours):
+            module.visual.requires_grad_(False)
+            module.text.requires_grad_(False)
+            module.logit_scale.requires_grad_(scale)
+            module.logit_bias.requires_grad_(scale)
+        bias = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+        ours.visual.register_forward_hook(lambda m, i, out, rows=rows: rows.append(len(out)))
+        (contrastive(whole(*data())) * bias).backward()
+        wanted, bias.grad = bias.grad, None
+        backward(lambda out, bias=bias: contrastive(out) * bias, (ours, *data()), micro_batch=3)
+        assert len(rows) == calls
+        same([*gradients(ours), bias.grad], [*gradients(whole), wanted])
+
+
+class Chip:
+    """An accelerator with a generator of its own, as far as gradient caching looks at one."""
+
+    drawn = 0
+
+    @classmethod
+    def rand(cls) -> float:
+        cls.drawn += 1
+        return cls.drawn / 7
+
+    @staticmethod
+    def is_initialized() -> bool:
+        return True
+
+    @classmethod
+    def get_rng_state(cls, device: torch.device) -> Tensor:
+        assert device == torch.device("cuda:0")
+        return torch.tensor(cls.drawn)
+
+    @classmethod
+    def set_rng_state(cls, state: Tensor, device: torch.device) -> None:
+        cls.drawn = int(state)
+
+
+def test_inputs_on_the_host_of_an_encoder_on_an_accelerator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The generator of the device that computes is replayed, wherever the inputs are."""
+    monkeypatch.setattr(Chip, "drawn", 0)
+    chip = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: chip)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Chip)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, device=None: empty(*size))
+    seen: list[float] = []
+
+    def encode(images: Tensor) -> Tensor:
+        seen.append(Chip.rand())
+        return images * weight * seen[-1]
+
+    weight = nn.Parameter(torch.ones(8).double())
+    backward(lambda x: x.square().sum(), (encode, data()[0]), micro_batch=4)
+    assert seen[:3] == seen[3:] and len(set(seen)) == 3
+    assert Chip.drawn == 3
+
+
 def saved_bytes(micro_batch: int | None, batch: int) -> int:
     """The most that is kept for backward passes at one time."""
     module = model()
@@ -305,11 +370,47 @@ def test_bad_arguments() -> None:
          lambda: backward(contrastive, (images, texts), micro_batch=2)),
         (TypeError, r"encoders\[0\]: wanted inputs that are tensors",
          lambda: backward(contrastive, (module, [1, 2]), micro_batch=2)),
+        (TypeError, r"encoders\[0\]: got Sequential, wanted an Encoder or \(function",
+         lambda: backward(contrastive, module.visual, micro_batch=2)),
+        (TypeError, r"encoders\[0\]: got tuple, wanted an Encoder",
+         lambda: backward(contrastive, (), micro_batch=2)),
+        (TypeError, r"loss: returned shape \[10\], wanted a scalar",
+         lambda: backward(lambda out: out["image_features"].sum(1), (module, images, texts),
+                          micro_batch=2)),
+        (TypeError, "loss: returned NoneType for 'kl', wanted a scalar",
+         lambda: backward(lambda out: {"kl": None}, (module, images, texts), micro_batch=None)),
+        (TypeError, "loss: returned an empty dict",
+         lambda: backward(lambda out: {}, (module, images, texts), micro_batch=2)),
     ]  # fmt: skip
     for kind, message, call in cases:
         with pytest.raises(kind, match=message):
             call()
     assert all(p.grad is None for p in module.parameters())
+
+
+@pytest.mark.parametrize("micro_batch", [4, 5])
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (lambda x: x.new_ones(7, 3), r"got an output of shape \[7, 3\] for . samples.*split=False"),
+        (lambda x: x.sum(dim=1), r"of shape \[.\] is not the same.*two dimensions, \[n, 1\]"),
+        (lambda x: x.argmax(dim=1), r"of shape \[.\] is not the same"),
+        (lambda x: x.square().mean(), r"of shape \[\] is not the same.*compute .* in the loss"),
+    ],
+)
+def test_outputs_that_cannot_be_joined(
+    output: Callable[[Tensor], Tensor], message: str, micro_batch: int
+) -> None:
+    """One per sample needs a row; what belongs to the whole batch cannot differ within it."""
+    images, _ = data()
+    layer = nn.Linear(8, 3).double()
+
+    def encode(part: Tensor) -> tuple[Tensor, Tensor]:
+        return layer(part), output(part)
+
+    with pytest.raises(ValueError, match=r"encoders\[0\]: .*" + message):
+        backward(lambda out: out[0].sum(), (encode, images), micro_batch=micro_batch)
+    assert layer.weight.grad is None
 
 
 def test_batch_statistics_are_warned_of() -> None:
