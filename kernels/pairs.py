@@ -218,7 +218,7 @@ def _siglip_rows(model: Model, scale: Tensor, bias: Tensor, offset: int) -> Tens
         out = common.empty(scale, 3, splits, n)
         launch(
             siglip_sums,
-            (triton.cdiv(n, tile.own), splits),
+            (ceil_div(n, tile.own), splits),
             out.device,
             tile.warps,
             tile.stages,
@@ -234,7 +234,7 @@ def _siglip_rows(model: Model, scale: Tensor, bias: Tensor, offset: int) -> Tens
             n=n,
             p=p,
             splits=splits,
-            tiles_per_split=triton.cdiv(triton.cdiv(p, tile.other), splits),
+            tiles_per_split=ceil_div(ceil_div(p, tile.other), splits),
             MASKED=p % tile.other != 0,
             BLOCK_N=tile.own,
             BLOCK_P=tile.other,
