@@ -56,7 +56,8 @@ def agree(
     Args:
         group: the process group, the default one if None.
         rows: how many rows this rank holds; ranks may differ.
-        device: where this rank's tensors are, for a group that has no backend for the CPU.
+        device: where this rank's tensors are, for a group that has no backend for the CPU; the
+            current accelerator if None.
         problem: a TypeError or ValueError that this rank met while it checked its arguments. A
             rank that raised it alone would leave the others waiting.
         **facts: what must be the same on every rank, by name: the width, the dtype, options.
@@ -109,8 +110,10 @@ def _listed(ranks: Sequence[int]) -> str:
 
 def _exchange(own: bytes, device: torch.device | None, group: Group | None) -> list[bytes]:
     size = world(group).size
-    if device is None or "cpu:" in dist.get_backend_config(group):
+    if "cpu:" in dist.get_backend_config(group):
         device = torch.device("cpu")
+    elif device is None or device.type == "cpu":  # tensors at the wrong place, soon to be refused
+        device = torch.accelerator.current_accelerator()
     sent = torch.frombuffer(bytearray(own.ljust(_TOLD)), dtype=torch.uint8).to(device)
     heard = torch.empty(size * _TOLD, dtype=torch.uint8, device=device)
     _collective("all_gather_single", "all_gather_into_tensor")(heard, sent, group=group)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 # Beyond this a collective that some rank never joins is an error. Far above what a test needs.
-TIMEOUT_S = 120
+TIMEOUT_S = 300
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:

@@ -47,9 +47,10 @@ class ClipLoss(PairLoss):
         group: collectives.Group | None = None,
         **legacy: Any,
     ) -> None:
+        notes = dict.fromkeys(legacy, "not used")
         if use_horovod is not None:
-            legacy["use_horovod"] = use_horovod
-        super().__init__(rank, world_size, group, legacy)
+            notes["use_horovod"] = "not used, ranks are those of torch.distributed"
+        super().__init__(rank, world_size, group, notes)
         self.local_loss = bool(local_loss)
         self.gather_with_grad = bool(gather_with_grad)
         self.cache_labels = bool(cache_labels)

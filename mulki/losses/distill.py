@@ -92,7 +92,8 @@ class DistillClipLoss(ClipLoss):
 
     def _distilled(self, student: Pairs, teachers: Sequence[Pairs], output_dict: bool) -> Losses:
         teachers = [teacher.detached() for teacher in teachers]
-        shard = self.shard(student, *teachers, gate=self.gate, temperature=self.temperature)
+        gate = f"{self.gate} at {self.gate_temperature}"
+        shard = self.shard(student, *teachers, gate=gate, temperature=self.temperature)
         of_student, *of_teachers = (self.columns(shard, pairs) for pairs in (student, *teachers))
         sums = {
             "contrastive_loss": self.contrastive_sum(shard, of_student),

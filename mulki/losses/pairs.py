@@ -52,8 +52,8 @@ class Pairs:
     def _kinds(self) -> tuple[tuple[str, Tensor], ...]:
         return ("image", self.images), ("text", self.texts)
 
-    def check(self, rows: int | None = None) -> None:
-        """Raise a TypeError or a ValueError that names the argument; `rows` is the student's."""
+    def check(self, student: Pairs | None = None) -> None:
+        """Raise a TypeError or a ValueError that names the argument; a teacher has a `student`."""
         images, texts = self.features()
         check_operands(self.images, self.texts, self.scale, (images, texts, self._name("scale")))
         if self.images.shape[0] != self.texts.shape[0]:
@@ -61,10 +61,15 @@ class Pairs:
                 f"{texts}: got shape {list(self.texts.shape)}, wanted {self.images.shape[0]} rows "
                 f"as {images}: pairs match row by row"
             )
-        if rows is not None and self.images.shape[0] != rows:
+        if student is not None and self.images.shape[0] != student.images.shape[0]:
             raise ValueError(
-                f"{images}: got {self.images.shape[0]} rows, wanted {rows} as image_features has: "
-                f"a teacher sees the student's batch"
+                f"{images}: got {self.images.shape[0]} rows, wanted {student.images.shape[0]} as "
+                f"image_features has: a teacher sees the student's batch"
+            )
+        if student is not None and self.images.device != student.images.device:
+            raise ValueError(
+                f"{images}: got device {self.images.device}, wanted {student.images.device} as "
+                f"image_features has; move it there"
             )
         if self.bias is not None:
             check_number(self._name("bias"), self.bias, self.images.device)
@@ -130,16 +135,16 @@ class PairLoss(nn.Module):
         rank: int | None,
         world_size: int | None,
         group: collectives.Group | None,
-        legacy: Mapping[str, object],
+        legacy: Mapping[str, str],  # by the name of an argument, what becomes of it
     ) -> None:
         super().__init__()
         self.group = group
         self._given = {"rank": rank, "world_size": world_size}
         self._said: set[str] = set()
         if legacy:
+            told = ", ".join(f"{name} ({what})" for name, what in legacy.items())
             warnings.warn(
-                f"{type(self).__name__}: {', '.join(legacy)} not used; the loss is the same "
-                f"without, and ranks are those of torch.distributed",
+                f"{type(self).__name__}: arguments of other versions of open_clip: {told}",
                 stacklevel=3,
             )
 
@@ -165,7 +170,7 @@ class PairLoss(nn.Module):
             student.check()
             rows, device = student.images.shape[0], student.images.device
             for teacher in teachers:
-                teacher.check(rows)
+                teacher.check(student)
             self._check_ranks()
             facts.update(_facts((student, *teachers)))
         except (TypeError, ValueError) as error:
@@ -256,7 +261,7 @@ class PairLoss(nn.Module):
 
 
 def _facts(models: Sequence[Pairs]) -> dict[str, object]:
-    facts: dict[str, object] = {}
+    facts: dict[str, object] = {"device type": models[0].images.device.type}
     grads = ""
     for model in models:
         for name, features in model.features().items():

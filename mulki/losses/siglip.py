@@ -50,11 +50,13 @@ class SigLipLoss(PairLoss):
     ) -> None:
         if isinstance(dist_impl, bool):  # where older versions have `bidir`
             legacy["bidir"], dist_impl = dist_impl, None
-        if "bidir" in legacy and dist_impl is None:
-            dist_impl = "bidir" if legacy["bidir"] else "shift"
         if chunk_size is not None:
             legacy["chunk_size"] = chunk_size
-        super().__init__(rank, world_size, group, legacy)
+        notes = dict.fromkeys(legacy, "not used")
+        if "bidir" in legacy and dist_impl is None:
+            dist_impl = "bidir" if legacy["bidir"] else "shift"
+            notes["bidir"] = f"read as dist_impl={dist_impl!r}"
+        super().__init__(rank, world_size, group, notes)
         self.cache_labels = bool(cache_labels)
         self.dist_impl = dist_impl or "bidir"
         if self.dist_impl not in RING + GATHERED:

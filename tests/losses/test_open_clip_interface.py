@@ -205,6 +205,8 @@ def test_constructors_of_open_clip_do_not_warn(make):
 def test_bidir_of_older_versions_chooses_the_ring():
     with pytest.warns(UserWarning):
         made = [SigLipLoss(bidir=True), SigLipLoss(bidir=False), SigLipLoss(False, 0, 1, False)]
+    with pytest.warns(UserWarning, match=r"bidir \(read as dist_impl='shift'\)"):
+        SigLipLoss(bidir=False)
     assert [loss.dist_impl for loss in made] == ["bidir", "shift", "shift"]
     assert SigLipLoss().dist_impl == "bidir"
 
