@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from typing import Any
 
@@ -56,7 +55,10 @@ def on_a_rank(
 def check_equality(rank: int, world: int) -> list[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for (kind, options), sizes in itertools.product(CASES, (EVEN[world], UNEVEN[world])):
+        cases = [(*case, UNEVEN[world]) for case in CASES]
+        # Even batches: a local loss needs no other value then, and blocks of the ring are alike.
+        cases += [(*case, EVEN[world]) for case in CASES[2:6]]
+        for kind, options, sizes in cases:
             where = f"{kind} {options} {sizes} on rank {rank}"
             rows, want = truth(kind, sum(sizes), **options)
             values, got = on_a_rank(kind, options, sizes, rank, torch.float64)
