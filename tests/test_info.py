@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import mulki
+from mulki import kernels
 from mulki.info import Info, _serving
 from mulki.ops import backends, native
 from mulki.ops.backends import Served
@@ -104,6 +105,54 @@ def test_fallbacks_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "fallbacks", lambda: [fallen])
     text = str(mulki.info())
     assert text.index("fallbacks so far") < text.index("not cpp: it is Sunday")
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MULKI_BACKEND", "TRITON_INTERPRET"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
+
+
+def gpu_paragraph() -> list[str]:
+    """What is said of GPUs, which has to be of every operator and of both dtypes."""
+    text = str(mulki.info())
+    paragraph = text[text.index("  cuda, float32 and bfloat16: reference\n") :].splitlines()
+    told = [line.strip() for line in paragraph[1:] if line.startswith("    ")]
+    ops = ", ".join(told[:-1]).replace(",,", ",").split(", ")
+    assert ops == list(kernels.KERNELS)
+    return paragraph[-1:]
+
+
+def test_without_a_gpu_the_triton_kernels_are_named_with_the_reason(no_gpu, monkeypatch) -> None:
+    # Any module that can be imported by that name will do.
+    monkeypatch.setitem(sys.modules, "triton", sys)
+    assert gpu_paragraph() == ["    not triton: torch finds no GPU on this machine"]
+
+
+def test_without_triton_its_kernels_are_named_with_the_reason(no_gpu, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    (line,) = gpu_paragraph()
+    assert line.startswith("    not triton: triton is not importable (")
+    assert line.endswith("install the one that this torch names")
+
+
+def test_triton_that_is_installed_takes_nothing_from_cpu_tensors(monkeypatch) -> None:
+    pytest.importorskip("triton", reason="needs Triton, which this installation has not")
+    for name in ("MULKI_BACKEND", "MULKI_STRICT", "TRITON_INTERPRET"):
+        monkeypatch.delenv(name, raising=False)
+    code = (
+        "import sys, torch, mulki\n"
+        "from mulki.ops import backends, native\n"
+        "x, y = torch.randn(5, 8, requires_grad=True), torch.randn(3, 8)\n"
+        "mulki.functional.prototype_similarity(x, y).sum().backward()\n"
+        "served = {s.backend for s in backends.report() if s.device_type == 'cpu'}\n"
+        "assert served == {'reference' if native.load() else 'cpp'}, served\n"
+        "assert native.load() or backends.fallbacks() == []\n"
+        "print([m for m in sys.modules if m.startswith('mulki.kernels.')])"
+    )
+    assert python("-c", code).strip() == "[]"
 
 
 def test_an_attribute_that_does_not_exist() -> None:

@@ -209,16 +209,16 @@ def _forcing(name: str) -> Iterator[None]:
 
 
 def report() -> list[Served]:
-    """Who serves every operator in float32 and bfloat16 on every device type that is here."""
-    here = ["cpu"]
-    if torch.cuda.is_available():
-        here.append("cuda")
-    if torch.xpu.is_available():
-        here.append("xpu")
+    """Who serves every operator in float32 and bfloat16 on every device type that is here.
+
+    Where no GPU is, "cuda" is reported all the same: it says why the Triton kernels are not used.
+    """
+    available = {"cuda": torch.cuda.is_available(), "xpu": torch.xpu.is_available()}
+    gpus = [device_type for device_type, here in available.items() if here] or ["cuda"]
     setting = _setting()
     return [
         _explain(choose(op, device_type, dtype, setting), setting)
-        for device_type in here
+        for device_type in ("cpu", *gpus)
         for op in schemas.SCHEMAS
         for dtype in (torch.float32, torch.bfloat16)
     ]
