@@ -10,6 +10,7 @@ differ from a launch. Do not import this under TRITON_INTERPRET=1.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,6 +46,10 @@ _TYPES = {
     torch.int64: "i64",
     torch.uint8: "u8",
 }
+_TILE = (
+    *("BLOCK_OWN", "BLOCK_N", "BLOCK_OTHER", "BLOCK_P", "DEPTH", "SLICE"),
+    *("SWAP", "PARTS", "STORED"),
+)
 _ALIGNED = [["tt.divisibility", 16]]
 
 Path = tuple[int, ...]
@@ -54,7 +59,8 @@ Path = tuple[int, ...]
 class Entry:
     """What `triton.compile` takes."""
 
-    name: str  # of the operator, its kernel and what distinguishes its tile
+    operator: str
+    tile: str  # what distinguishes it, in the kernel's own words
     kernel: Any
     signature: dict[str, Any]
     constants: dict[Path, Any]
@@ -62,6 +68,16 @@ class Entry:
     options: dict[str, Any]
     architecture: str
     numbers: str
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.operator, self.kernel.__name__, self.tile]).rstrip()
+
+    @property
+    def identity(self) -> str:
+        """Tells apart what is compiled differently: a hash of all but the kernel's source."""
+        given = self.kernel.__name__, self.signature, self.constants, self.attributes, self.options
+        return hashlib.sha256(repr(given).encode()).hexdigest()[:10]
 
 
 def entries(architecture: str, numbers: str, full: bool = False) -> Iterator[Entry]:
@@ -76,12 +92,9 @@ def entries(architecture: str, numbers: str, full: bool = False) -> Iterator[Ent
         with _precision(architecture, numbers), recording(architecture, every_plan) as launches:
             call()
         for launch in launches:
-            entry = _entry(
-                f"{name.split()[0]} {launch.kernel.__name__}", launch, architecture, numbers
-            )
-            key = repr((entry.kernel.__name__, entry.signature, entry.constants, entry.options))
-            if key not in seen:
-                seen.add(key)
+            entry = _entry(name.split()[0], launch, architecture, numbers)
+            if entry.identity not in seen:
+                seen.add(entry.identity)
                 yield entry
 
 
@@ -149,7 +162,7 @@ def _cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     return cases
 
 
-def _entry(name: str, launch: Launch, architecture: str, numbers: str) -> Entry:
+def _entry(operator: str, launch: Launch, architecture: str, numbers: str) -> Entry:
     signature: dict[str, Any] = {}
     constants: dict[Path, Any] = {}
     attributes: dict[Path, Any] = {}
@@ -160,10 +173,10 @@ def _entry(name: str, launch: Launch, architecture: str, numbers: str) -> Entry:
         else:
             specialized = not parameter.do_not_specialize
             signature[parameter.name] = _type(value, (i,), constants, attributes, specialized)
-    tile = ("BLOCK_OWN", "BLOCK_N", "BLOCK_OTHER", "BLOCK_P", "DEPTH", "SLICE", "SWAP", "PARTS")
-    told = [f"{word}={launch.arguments[word]}" for word in tile if word in launch.arguments]
+    told = [f"{word}={launch.arguments[word]}" for word in _TILE if word in launch.arguments]
     return Entry(
-        " ".join([name, *told]),
+        operator,
+        " ".join(told),
         launch.kernel,
         signature,
         constants,
