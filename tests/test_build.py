@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 from setuptools import Distribution, Extension
 
 from mulki.ops import native
@@ -263,3 +264,23 @@ def test_what_was_built_loads() -> None:
         pytest.skip(str(reason))
     assert reason is None
     assert native.capability() in native.cpu_capabilities()
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "comes"),
+    [
+        *(("Linux", "x86_64", True), ("Linux", "aarch64", True), ("Linux", "ppc64le", False)),
+        *(("Darwin", "arm64", False), ("Windows", "AMD64", False)),
+    ],
+)
+def test_make_test_brings_triton_where_it_has_wheels(
+    system: str, machine: str, comes: bool
+) -> None:
+    """Its interpreter and compilers would else be left out of CI, without a failure."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        extra = tomllib.load(file)["project"]["optional-dependencies"]["test"]
+    (triton,) = [one for one in map(Requirement, extra) if one.name == "triton"]
+    assert triton.marker is not None and "3.6.0" in triton.specifier
+    here = {"platform_system": system, "platform_machine": machine}
+    assert triton.marker.evaluate(here) == comes
