@@ -86,7 +86,8 @@ def _run(argv: list[str]) -> int:
     # The level is the handler's: out.log takes more of the package's messages, the terminal does
     # not. What ends a run is told once, by whoever catches it.
     handler = logging.StreamHandler()
-    handler.setLevel(logging.WARNING)
+    # Of several processes the first speaks for all.
+    handler.setLevel(logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     handler.addFilter(lambda record: record.levelno < logging.ERROR)
     logging.basicConfig(format="mulki: %(message)s", handlers=[handler])
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from mulki.data.task import Task
 from mulki.models import TEXT_BATCH, VisionLanguageModel
 
+Prepare = Callable[[VisionLanguageModel, Sequence[str]], Tensor]
 Encode = Callable[[VisionLanguageModel, Tensor], Tensor]
 Count = Callable[[int, int], tuple[int, int]]
 
@@ -69,6 +70,7 @@ class Evaluator:
         model: evaluated as it is at the time; what of it is frozen has to stay so.
         tasks: what to evaluate on.
         loaders: a re-iterable of test batches per task.
+        prepare: from model and prompts to its `text_inputs`.
         encode: see `zero_shot_classifier`.
         total: from correct predictions and images seen here to those of all processes.
     """
@@ -79,12 +81,14 @@ class Evaluator:
         tasks: Sequence[Task],
         loaders: Sequence[Iterable[Sequence[Tensor]]],
         *,
+        prepare: Prepare = VisionLanguageModel.text_inputs,
         encode: Encode = encode_all_texts,
         total: Count = lambda correct, seen: (correct, seen),
     ):
         self.model = model
         self.tasks = tasks
         self._loaders = loaders
+        self._prepare = prepare
         self._encode = encode
         self._total = total
         self._inputs: dict[str, Tensor] = {}
@@ -95,7 +99,7 @@ class Evaluator:
         model.eval()
         if task.name not in self._inputs:
             prompts = [prompt for of_class in task.prompts() for prompt in of_class]
-            self._inputs[task.name] = model.text_inputs(prompts)
+            self._inputs[task.name] = self._prepare(model, prompts)
         inputs = self._inputs[task.name]
         classifier = zero_shot_classifier(model, inputs, len(task.classes), self._encode)
         correct, seen = self._total(*count_correct(model, classifier, self._loaders[number]))

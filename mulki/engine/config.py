@@ -62,7 +62,7 @@ class RunConfig:
     skip_bad_images: bool = option(False, "leave unreadable images of task folders out")
     workers: int = option(0, "data loading processes", low=0, alias="-j")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    logs: str = option("logs", "folder of run folders")
+    logs: str = option("logs", "folder of run folders", alias="--output")
     name: str | None = option(None, "name of the run folder; made from the date if left out")
     log_every_n_steps: int = option(10, "steps between two lines of losses in out.log", low=1)
     save_checkpoints: bool = option(True, "keep the weights after each task")

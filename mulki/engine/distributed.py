@@ -6,14 +6,14 @@ batch by every process, from the same numbers, so that a method needs to know no
 its state (prototypes, running means) stays the same everywhere. A gradient that reaches features is
 cut to the process's own rows and multiplied by the number of processes; gradients of parameters are
 averaged. So what the losses send to a parameter directly counts once, and what goes through an
-encoder adds up.
+encoder adds up. Random numbers are for encoders alone: each process draws its own.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -21,15 +21,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mulki.collectives import gather_rows
+from mulki.collectives import agree, gather_rows
 from mulki.errors import InputError, ProcessLost
+from mulki.evaluate import encode_all_texts
+from mulki.models import VisionLanguageModel
 
 # Elements in one reduction of gradients: large enough for the network, small beside a model.
 _BUCKET = 2**25
 
 
 class World:
-    """The processes of a run.
+    """The processes of a run; as a context manager it leaves them when `join` has joined them.
+
+    Leaving, it raises `ProcessLost` in place of what a collective raises when another process has
+    ended.
 
     Args:
         rank: of this process, from 0.
@@ -42,10 +47,45 @@ class World:
         self.size = size
         self._joined = joined
 
-    def leave(self) -> None:
-        """Leave the process group, if `join` made it."""
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         if self._joined:
+            if error is not None and dist.group.WORLD is not None:
+                # The others may never join what this process has begun, and leaving waits for it.
+                dist.group.WORLD.abort()
             dist.destroy_process_group()
+        if self.size > 1 and isinstance(error, RuntimeError) and _is_lost(error):
+            reason = (str(error).splitlines() or [""])[0]
+            raise ProcessLost(
+                f"another process of the run has ended, its message says why ({reason})"
+            ) from error
+
+    def agree(self, device: torch.device, problem: InputError | None, **facts: object) -> None:
+        """Return in all processes or in none.
+
+        Args:
+            device: of this process.
+            problem: what keeps it from going on, if anything does.
+            **facts: what has to be the same in all processes, by name, as short texts.
+
+        Raises:
+            InputError: in every process: its own problem, or that of another, or facts that differ.
+        """
+        if self.size == 1:
+            if problem is not None:
+                raise problem
+            return
+        try:
+            agree(rows=0, device=device, problem=problem, **facts)
+        except (TypeError, ValueError) as error:
+            raise (problem or InputError(str(error))) from None
 
     @property
     def main(self) -> bool:
@@ -94,8 +134,9 @@ class World:
         for gradients in by_dtype.values():
             for bucket in _buckets(gradients):
                 flat = torch.cat([g.flatten() for g in bucket])
-                with _together():
-                    dist.all_reduce(flat)
+                # In half precision a sum can overflow, and rounds for each process.
+                flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+                dist.all_reduce(flat)
                 flat /= self.size
                 for gradient, part in zip(
                     bucket, flat.split([g.numel() for g in bucket]), strict=True
@@ -114,8 +155,7 @@ class World:
         if self.size == 1:
             return list(numbers)
         reduced = torch.tensor(list(numbers), device=device)
-        with _together():
-            dist.all_reduce(reduced, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MIN)
+        dist.all_reduce(reduced, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MIN)
         return list(map(int, reduced.tolist()))
 
 
@@ -134,8 +174,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, world: World, count: int) -> Tensor:
         ctx.world, ctx.share = world, len(rows)
-        with _together():
-            return gather_rows(rows, [len(rows)] * world.size)[:count]
+        return gather_rows(rows, [len(rows)] * world.size)[:count]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -146,27 +185,58 @@ class _Gather(torch.autograd.Function):
         return padded, None, None
 
 
-@contextlib.contextmanager
-def _together() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise ProcessLost(
-            f"another process of the run has ended, its message says why ({reason})"
-        ) from error
+def _is_lost(error: RuntimeError) -> bool:
+    # gloo raises nothing of its own, but names the place in its source.
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+
+
+def text_inputs(model: VisionLanguageModel, prompts: Sequence[str], world: World) -> Tensor:
+    """`model.text_inputs` of all prompts, each process making its share."""
+    share = [prompts[row] for row in world.rows(len(prompts))]
+    return world.gather(model.text_inputs(share), len(prompts))
+
+
+def text_features(model: VisionLanguageModel, inputs: Tensor, world: World) -> Tensor:
+    """`encode_all_texts` of what `text_inputs` returned, each process encoding its share."""
+    return world.gather(encode_all_texts(model, world.part(inputs)), len(inputs))
 
 
 def launched() -> bool:
-    """Whether torchrun, or something that sets the same variables, started this process."""
+    """Whether this process is one of several, started by torchrun or in a default group."""
+    if dist.is_initialized():
+        return dist.get_world_size() > 1
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def processes_here() -> int:
+    """The processes of the run on this machine, as torchrun tells them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() else 1
+
+
 def device_of_process(device: torch.device) -> torch.device:
-    """The device of this process, given the one that was asked for: each has a GPU of its own."""
-    if launched() and device.type not in ("cpu", "meta") and device.index is None:
-        return torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")))
-    return device
+    """The device of this process, given the one that was asked for: each has a GPU of its own.
+
+    Raises:
+        InputError: one GPU was named for several processes, or there are fewer than processes.
+    """
+    if not launched() or device.type in ("cpu", "meta"):
+        return device
+    if device.index is not None:
+        if processes_here() > 1:
+            raise InputError(
+                f"--device: {device} is one device, and this machine has {processes_here()} "
+                f"processes of the run; pass --device {device.type}"
+            )
+        return device
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    if device.type == "cuda":
+        here = torch.cuda.device_count()
+        if index >= here:
+            raise InputError(
+                f"--device: this machine has {here} GPUs and this is its process number "
+                f"{index + 1}; pass --nproc-per-node {here}, or --device cpu"
+            )
+    return torch.device(device.type, index)
 
 
 def join(device: torch.device) -> World:
@@ -176,7 +246,7 @@ def join(device: torch.device) -> World:
         device: of this process; decides between NCCL (or what its kind of device has) and gloo.
 
     Raises:
-        InputError: the environment names no place to meet, or a device is missing.
+        InputError: the environment names no place to meet.
     """
     if dist.is_initialized():
         return World(dist.get_rank(), dist.get_world_size())
@@ -188,15 +258,11 @@ def join(device: torch.device) -> World:
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}: {', '.join(missing)} not set; start the "
             f"processes with torchrun --nproc-per-node N -m mulki run ..., or unset WORLD_SIZE"
         )
-    if device.type == "cuda":
-        here = torch.cuda.device_count()
-        if (device.index or 0) >= here:
-            raise InputError(
-                f"--device: this machine has {here} GPUs and this is its process number "
-                f"{(device.index or 0) + 1}; pass --nproc-per-node {here}, or --device cpu"
-            )
-        torch.cuda.set_device(device)
     backend = dist.get_default_backend_for_device(device)
-    bound = device if device.type == "cuda" else None
+    bound = None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # What is on the CPU has gloo, as torchrun's default does it.
+        backend, bound = f"cpu:gloo,cuda:{backend}", device
     dist.init_process_group(backend, device_id=bound)
     return World(dist.get_rank(), dist.get_world_size(), joined=True)

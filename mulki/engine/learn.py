@@ -18,7 +18,7 @@ from mulki.data.task import Task
 from mulki.data.transforms import is_deterministic
 from mulki.engine import memory, schedule
 from mulki.engine.config import AUTO, RunConfig
-from mulki.engine.distributed import World
+from mulki.engine.distributed import World, processes_here, text_inputs
 from mulki.engine.microbatch import Encoder, backward
 from mulki.engine.precision import Precision
 from mulki.engine.teaching import Faculty
@@ -113,7 +113,7 @@ def learn_task(
         share=world.rows,
     )
     count = batch_sizes(loader)[0]
-    text_inputs = model.text_inputs(prompts)
+    class_texts = text_inputs(model, prompts, world)
     model.train()
     micro_batch: int | None = None
     ended = time.perf_counter()
@@ -121,16 +121,19 @@ def learn_task(
         rate = config.lr * schedule.factor(config.lr_scheduler, step - 1, steps, config.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        images = images.to(model.device, non_blocking=True)
         if micro_batch is None:
-            micro_batch = _micro_batch(config, model, precision, images, world)
+            micro_batch = _micro_batch(config, model, method, precision, images, world)
+        if micro_batch == len(images):
+            images = images.to(model.device, non_blocking=True)
+        # Otherwise they stay on the host, each micro-batch is moved when it is encoded, and what a
+        # step takes of the device does not grow with its batch.
         target, places = _of_all(target, places, count, model.device, world)
         answers = faculty.answers(images, places, count, micro_batch)
         losses = _gradients(
             model,
             method,
             images,
-            text_inputs,
+            class_texts,
             answers,
             target,
             micro_batch=micro_batch,
@@ -179,6 +182,7 @@ def _optimizer(
 def _micro_batch(
     config: RunConfig,
     model: VisionLanguageModel,
+    method: Method,
     precision: Precision,
     images: Tensor,
     world: World,
@@ -192,10 +196,21 @@ def _micro_batch(
         with precision.autocast():
             return model.encode_images(part)
 
-    found = memory.fitting_micro_batch(encode, images)
-    size = world.smallest(found.size, model.device)
-    _log.info("--micro-batch auto: %d of %d images at a time (%s)", size, len(images), found)
-    return size
+    device = model.device
+    free = memory.free_memory(device)
+    if free is not None and device.type == "cpu":
+        free //= processes_here()
+    found = memory.fitting_micro_batch(
+        encode,
+        images,
+        [*model.trainable().values(), *method.parameters()],
+        free,
+        # Without memory left in one process, the others would wait for it in a sharded encoder.
+        tried=device.type != "cpu" and not config.fsdp,
+        smallest=lambda number: world.smallest(number, device),
+    )
+    _log.info("--micro-batch auto: %d of %d images at a time (%s)", found.size, len(images), found)
+    return found.size
 
 
 def _of_all(
@@ -212,7 +227,7 @@ def _gradients(
     model: VisionLanguageModel,
     method: Method,
     images: Tensor,
-    text_inputs: Tensor,
+    class_texts: Tensor,
     answers: tuple[Features, ...],
     target: Tensor,
     *,
@@ -232,7 +247,7 @@ def _gradients(
     def losses(image_features: Tensor, text_features: Tensor) -> Mapping[str, Tensor]:
         student = Features(
             world.gather(image_features, len(target)),
-            world.gather(text_features, len(text_inputs)),
+            world.gather(text_features, len(class_texts)),
             model.logit_scale,
             method.prototypes(),
         )
@@ -244,7 +259,7 @@ def _gradients(
     terms = backward(
         losses,
         Encoder(encode_images, (images,)),
-        Encoder(encode_texts, (world.part(text_inputs),), split=False),
+        Encoder(encode_texts, (world.part(class_texts),), split=False),
         micro_batch=micro_batch,
         scaler=precision.scaler,
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 # The rest is for what an encoder needs beyond what it saves for its backward pass.
 _SHARE = 0.5
@@ -21,39 +23,74 @@ class Fit:
     Args:
         size: samples.
         per_sample: bytes that a sample keeps for the backward pass.
-        available: free bytes.
+        available: bytes that are free for that; None if that is not known.
     """
 
     size: int
     per_sample: int
-    available: int
+    available: int | None
 
     def __str__(self) -> str:
         mib = 2**20
-        return f"{self.per_sample / mib:.1f} MiB an image, {self.available / mib:.0f} MiB free"
+        free = "unknown memory" if self.available is None else f"{self.available / mib:.0f} MiB"
+        return f"{self.per_sample / mib:.1f} MiB an image, {free} free"
 
 
 def fitting_micro_batch(
-    encode: Callable[[Tensor], Tensor], images: Tensor, available: int | None = None
+    encode: Callable[[Tensor], Tensor],
+    images: Tensor,
+    parameters: Sequence[nn.Parameter],
+    available: int | None,
+    *,
+    tried: bool = False,
+    smallest: Callable[[int], int] = lambda number: number,
 ) -> Fit:
     """The largest micro-batch of `images` whose graph takes half of the free memory.
 
-    What a sample keeps is measured on a forward pass of one and of two of them. Where a device
-    reports when its memory is exhausted, the size found is tried, and halved until it passes.
+    What a sample keeps is measured on a forward pass of one and of two of them. The generators of
+    torch are left as they were, and no gradients stay.
 
     Args:
         encode: from images to features, with gradients to its parameters.
         images: a batch.
-        available: free bytes; by default those of the images' device.
+        parameters: what trains. Memory is left for gradients and two moments of each, as AdamW has
+            them, since they come later.
+        available: free bytes; None if that is not known.
+        tried: try the size found, forward and backward, and halve it until it passes: for devices
+            that say when their memory is exhausted.
+        smallest: from a number to the smallest of all processes. All of them then go through the
+            same sizes; what `encode` does in a trial must need no other process.
     """
-    available = free_memory(images.device) if available is None else available
-    one = _saved_bytes(encode, images[:1])
-    two = _saved_bytes(encode, images[:2]) if len(images) > 1 else one
-    per_sample = max(two - one, 1)
-    size = min(max(int(_SHARE * available) // per_sample, 1), len(images))
-    while size > 1 and not _passes(encode, images[:size]):
-        size //= 2
+    devices = {p.device for p in parameters if p.device.type not in ("cpu", "meta")}
+    with _generators_kept(devices):
+        one = _saved_bytes(encode, images[:1])
+        two = _saved_bytes(encode, images[:2]) if len(images) > 1 else one
+        per_sample = max(two - one, 1)
+        if available is not None:
+            available = max(available - 3 * sum(_own(p).nbytes for p in parameters), 0)
+            size = min(max(int(_SHARE * available) // per_sample, 1), len(images))
+        else:
+            size = len(images)
+        size = smallest(size)
+        while tried and size > 1 and not smallest(_passes(encode, images[:size], parameters)):
+            size //= 2
     return Fit(size, per_sample, available)
+
+
+def _own(parameter: nn.Parameter) -> Tensor:
+    # This process's part of a sharded one.
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+@contextlib.contextmanager
+def _generators_kept(devices: Collection[torch.device]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for device in devices:
+            if device.type != "mps":
+                kept = torch.random.fork_rng(devices=[device], device_type=device.type)
+                stack.enter_context(kept)
+        yield
 
 
 def _saved_bytes(encode: Callable[[Tensor], Tensor], images: Tensor) -> int:
@@ -72,24 +109,32 @@ def _saved_bytes(encode: Callable[[Tensor], Tensor], images: Tensor) -> int:
     return sum(storages.values())
 
 
-def _passes(encode: Callable[[Tensor], Tensor], images: Tensor) -> bool:
+def _passes(
+    encode: Callable[[Tensor], Tensor], images: Tensor, parameters: Sequence[nn.Parameter]
+) -> bool:
+    before = [p.grad for p in parameters]
     try:
-        encode(images).sum()
+        encode(images).sum().backward()
     except torch.OutOfMemoryError:
-        torch.get_device_module(images.device).empty_cache()
+        torch.accelerator.empty_cache()
         return False
+    finally:
+        for parameter, grad in zip(parameters, before, strict=True):
+            parameter.grad = grad
     return True
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated on a device, 0 if that is not known."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be allocated on a device, None if that is not known."""
     if device.type != "cpu":
-        return 0
-    limits = [_available(), _cgroup_left()]
-    return min((limit for limit in limits if limit is not None), default=0)
+        try:
+            free, _ = torch.accelerator.get_memory_info(device)
+            kept = torch.accelerator.memory_reserved(device)
+            return free + kept - torch.accelerator.memory_allocated(device)
+        except (RuntimeError, ValueError, NotImplementedError):
+            return None
+    limits = [limit for limit in (_available(), _cgroup_left()) if limit is not None]
+    return min(limits, default=None)
 
 
 def _available() -> int | None:

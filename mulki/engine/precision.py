@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
+from mulki.errors import InputError, nearest
 from mulki.models import VisionLanguageModel
 
 Name = Literal[
@@ -34,9 +35,17 @@ class Precision:
             and "fp16" store the weights in that dtype but for those of normalisations, "pure_bf16"
             and "pure_fp16" those too; small learning rates then round away.
         device: where the model is.
+
+    Raises:
+        InputError: an unknown name.
     """
 
     def __init__(self, name: Name, device: torch.device):
+        if name not in get_args(Name):
+            raise InputError(
+                f"--precision: got {name!r}{nearest(name, get_args(Name))}, wanted one of "
+                f"{', '.join(get_args(Name))}"
+            )
         if name == "auto":
             name = "amp_bf16" if native_bf16(device) else "fp32"
         self.name = name

@@ -8,6 +8,7 @@ import logging
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from mulki.engine.learn import StepReport, learn_task, steps_of
 from mulki.engine.precision import Precision
 from mulki.engine.progress import RunProgress, describe
 from mulki.errors import InputError
-from mulki.evaluate import Evaluator, encode_all_texts
+from mulki.evaluate import Evaluator
 from mulki.methods import PREVIOUS, ZERO_SHOT, Method
 from mulki.metrics import ZERO_SHOT as ZERO_SHOT_ROW
 from mulki.models import VisionLanguageModel
@@ -64,45 +65,37 @@ def run(
         ProcessLost: another process of the run has ended.
     """
     config = settings.run
-    device = distributed.device_of_process(_device(config.device))
-    tasks = load_tasks(config) if tasks is None else tasks
     method = methods.get(config.method)(settings.method)
-    precision = Precision(config.precision, device)
+    precision = Precision(config.precision, _device(config.device))
     _check_together(config, precision)
-    world = distributed.join(device)
-    try:
+    with distributed.join(precision.device) as world:
         return _run(settings, tasks, method, precision, world, console or Console(quiet=True))
-    finally:
-        world.leave()
 
 
 def _run(
     settings: Settings,
-    tasks: Sequence[Task],
+    tasks: Sequence[Task] | None,
     method: Method,
     precision: Precision,
     world: World,
     console: Console,
 ) -> RunFolder | None:
-    config, device = settings.run, precision.device
-    # Loading a model can take minutes, so what would refuse its folder is looked at first.
-    if world.main:
-        check_free(config.logs, config.name)
-    _seed_everything(config.seed)
-    # What is to be sharded need not fit on one device.
-    model = models.load(
-        config.model, config.pretrained, device="cpu" if config.fsdp and world.size > 1 else device
-    )
-    model.lock(text=config.lock_text, image=config.lock_image)
-    if method.trains and not model.trainable():
-        raise InputError(
-            "--lock-image, --lock-text: nothing is left to train; leave one of them out"
-        )
-    if config.grad_checkpointing:
-        model.checkpoint_activations()
+    config = settings.run
+    try:
+        tasks, model = _prepare(config, tasks, method, precision, world)
+        facts = _facts(settings, tasks, model) if world.size > 1 else {}
+        problem = None
+    except InputError as error:
+        facts, problem = {}, error
+    world.agree(precision.device, problem, **facts)
+    assert tasks is not None
+    # Not before: the weights are those of one seed, what is drawn while learning is each one's own.
+    if world.rank:
+        _seed_everything(config.seed + world.rank)
     folder = None
     if world.main:
         # Every process has a device of its own: what they have in common is its kind.
+        device = precision.device
         shown = device.type if world.size > 1 else str(device)
         resolved = settings.to_dict() | {"precision": precision.name, "device": shown}
         folder = RunFolder.create(
@@ -113,7 +106,10 @@ def _run(
             seed=config.seed,
             columns=tuple(task.name for task in tasks),
             config=resolved,
-            hashes=_hashes(model, tasks),
+            hashes={
+                "weights": _weights_hash(model),
+                "tasks": {t.name: t.fingerprint() for t in tasks},
+            },
         )
     precision.convert(model)
     steps = sum(steps_of(config, len(t.train), world.size) for t in tasks) if method.trains else 0
@@ -128,6 +124,54 @@ def _run(
                 _log.warning("task %s: %d unreadable images left out", task.name, len(task.skipped))
         _Sequence(folder, model, method, tasks, config, precision, progress, world).learn()
     return folder
+
+
+def _prepare(
+    config: RunConfig,
+    tasks: Sequence[Task] | None,
+    method: Method,
+    precision: Precision,
+    world: World,
+) -> tuple[Sequence[Task], VisionLanguageModel]:
+    # All that can be refused. Loading a model can take minutes, so it comes last.
+    if world.main:
+        check_free(config.logs, config.name)
+    tasks = load_tasks(config) if tasks is None else tasks
+    _seed_everything(config.seed)
+    # What is to be sharded need not fit on one device.
+    device = "cpu" if config.fsdp and world.size > 1 else precision.device
+    model = models.load(config.model, config.pretrained, device=device)
+    model.lock(text=config.lock_text, image=config.lock_image)
+    if method.trains and not model.trainable():
+        raise InputError(
+            "--lock-image, --lock-text: nothing is left to train; leave one of them out"
+        )
+    if config.grad_checkpointing:
+        model.checkpoint_activations()
+    return tasks, model
+
+
+# What processes on different machines may well have of their own.
+_OWN = ("tasks", "model", "pretrained", "workers", "device", "logs", "name", "log_every_n_steps")
+
+
+def _facts(
+    settings: Settings, tasks: Sequence[Task], model: VisionLanguageModel
+) -> dict[str, object]:
+    # What has to be the same in all processes, short enough for a message.
+    options = {k: v for k, v in settings.to_dict().items() if k not in _OWN}
+    seen = [t.fingerprint() for t in tasks]
+    return {
+        "torch": torch.__version__,
+        "options (hash)": _hash(options),
+        "tasks": f"{len(tasks)} tasks with {sum(len(t.train) for t in tasks)} training and "
+        f"{sum(len(t.test) for t in tasks)} test images, hash {_hash(seen)}",
+        "start weights (hash)": _weights_hash(model)[:12],
+    }
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
 
 
 def _check_together(config: RunConfig, precision: Precision) -> None:
@@ -182,7 +226,8 @@ class _Sequence:
             model,
             tasks,
             [_Share(self._test_batches(task), world) for task in tasks],
-            encode=self._encode_texts,
+            prepare=partial(distributed.text_inputs, world=world),
+            encode=partial(distributed.text_features, world=world),
             total=self._total,
         )
         mean, std = _normalisation(model)
@@ -202,12 +247,11 @@ class _Sequence:
         for index, task in enumerate(self.tasks):
             if self.method.trains:
                 self.progress.says(f"{index + 1}/{len(self.tasks)} {task.name}")
-                if index == 0:
-                    of_task = {name: frozen.get(ZERO_SHOT, self.model) for name in frozen}
-                else:
-                    of_task = frozen
-                    if PREVIOUS in frozen:
-                        frozen[PREVIOUS].copy_from(self.model)
+                of_task = frozen
+                if index == 0 and ZERO_SHOT in frozen:
+                    of_task = dict.fromkeys(frozen, frozen[ZERO_SHOT])
+                elif index > 0 and PREVIOUS in frozen:
+                    frozen[PREVIOUS].copy_from(self.model)
                 self._learn_task(index, task, of_task)
                 accuracies = self._evaluate(task.name)
             else:
@@ -217,13 +261,14 @@ class _Sequence:
 
     def _frozen_models(self) -> dict[str, VisionLanguageModel]:
         # Made once, and refilled task after task: a sharded model cannot be copied.
-        needs = self.method.needs
-        if not needs.teachers and not needs.prototypes:
-            return {}
-        frozen = {ZERO_SHOT: self.model.frozen_copy()}
+        needs, several = self.method.needs, len(self.tasks) > 1
+        frozen = {}
+        if ZERO_SHOT in needs.teachers or needs.prototypes:
+            frozen[ZERO_SHOT] = self.model.frozen_copy()
         if PREVIOUS in needs.teachers:
-            several = len(self.tasks) > 1
-            frozen[PREVIOUS] = self.model.frozen_copy() if several else frozen[ZERO_SHOT]
+            # At the first task the two are one.
+            shared = None if several else frozen.get(ZERO_SHOT)
+            frozen[PREVIOUS] = shared or self.model.frozen_copy()
         return frozen
 
     def _save(self, number: int, task: Task) -> None:
@@ -295,10 +340,6 @@ class _Sequence:
         self.folder.add_row(after_task, row)
         _log.info("after %s: %s", after_task, ", ".join(f"{k} {v:.1f}" for k, v in row.items()))
 
-    def _encode_texts(self, model: VisionLanguageModel, inputs: Tensor) -> Tensor:
-        part = self.world.part(inputs)
-        return self.world.gather(encode_all_texts(model, part), len(inputs))
-
     def _total(self, correct: int, seen: int) -> tuple[int, int]:
         correct, seen = self.world.total(correct, seen, device=self.precision.device)
         return correct, seen
@@ -333,9 +374,10 @@ class _Share:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        # Its own one is tried alone: a context on the first GPU for each process would fill that.
+        device = distributed.device_of_process(torch.device(name))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).splitlines() or [""])[0]
@@ -354,9 +396,9 @@ def _normalisation(model: VisionLanguageModel) -> tuple[Sequence[float], Sequenc
     return visual.image_mean, visual.image_std
 
 
-def _hashes(model: VisionLanguageModel, tasks: Sequence[Task]) -> dict[str, object]:
+def _weights_hash(model: VisionLanguageModel) -> str:
     weights = hashlib.sha256()
     for name, value in sorted(model.checkpoint().items()):
         weights.update(name.encode())
         weights.update(value.numpy().tobytes())
-    return {"weights": weights.hexdigest(), "tasks": {t.name: t.fingerprint() for t in tasks}}
+    return weights.hexdigest()

@@ -10,9 +10,8 @@ from torch import Tensor
 from mulki.data.loader import batch_sizes, batches
 from mulki.data.task import Task
 from mulki.engine.config import RunConfig
-from mulki.engine.distributed import World
+from mulki.engine.distributed import World, text_features, text_inputs
 from mulki.engine.precision import Precision
-from mulki.evaluate import encode_all_texts
 from mulki.features import Features
 from mulki.methods import ZERO_SHOT, Method
 from mulki.models import VisionLanguageModel
@@ -73,9 +72,9 @@ class Faculty:
             whole, target = _encode_training_set(asked, task, config, precision, world)
         made: dict[int, Teacher] = {}
         for place, model in enumerate(asked):
-            inputs = model.text_inputs(prompts)
+            inputs = text_inputs(model, prompts, world)
             with precision.autocast():
-                texts = world.gather(encode_all_texts(model, world.part(inputs)), len(inputs))
+                texts = text_features(model, inputs, world)
             prototypes = class_means(whole[place], target, len(task.classes)) if whole else None
             kept = len(task.train) if deterministic else None
             teacher = Teacher(texts, model.logit_scale, prototypes, kept)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import open_clip.loss as open_clip_loss
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -29,6 +31,7 @@ from mulki.engine.microbatch import backward
 from mulki.engine.runner import run
 from mulki.errors import InputError
 from mulki.losses import ClipLoss
+from mulki.models import VisionLanguageModel
 
 
 def check_rows(world: World) -> None:
@@ -52,6 +55,17 @@ def check_rows(world: World) -> None:
         for gradient, wanted in zip(ours, (weight.grad, direct.grad), strict=True):
             torch.testing.assert_close(gradient, wanted)
     assert world.smallest(world.rank + 4, torch.device("cpu")) == 4
+
+
+def check_agreement(world: World) -> None:
+    """All go on, or all have the same error."""
+    cpu = torch.device("cpu")
+    world.agree(cpu, None, tasks="two")
+    problem = InputError("b: no such folder") if world.rank == 1 else None
+    with pytest.raises(InputError, match="b: no such folder"):
+        world.agree(cpu, problem, **({} if problem else {"tasks": "two"}))
+    with pytest.raises(InputError, match="tasks: got 0 on rank 0, 1 on rank 1.*the same on all"):
+        world.agree(cpu, None, tasks=world.rank)
 
 
 class TwoTowers(nn.Module):
@@ -115,9 +129,24 @@ def main(runs: list[tuple[str, dict[str, Any]]]) -> None:
     world = World(dist.get_rank(), dist.get_world_size())
     check_rows(world)
     check_micro_batches(world)
+    check_agreement(world)
+    prompts: list[int] = []
+    text_inputs = VisionLanguageModel.text_inputs
+
+    def counted(model: VisionLanguageModel, texts: Sequence[str]) -> Tensor:
+        prompts.append(len(texts))
+        return text_inputs(model, texts)
+
+    VisionLanguageModel.text_inputs = counted  # type: ignore[method-assign]
     for name, options in runs:
         folder = run(resolve({"name": name, **options}))
         assert (folder is None) == (dist.get_rank() != 0)
+        # What an encoder draws is not the same in every process.
+        assert torch.initial_seed() == dist.get_rank()
+    # Of at most three class texts; none is prepared by all.
+    assert max(prompts) == -(-3 // world.size)
+    with pytest.raises(InputError, match="the run folder exists and is not empty"):
+        run(resolve({"name": name, **options}))
     dist.destroy_process_group()
 
 

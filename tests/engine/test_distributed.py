@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,21 +19,32 @@ from mulki.engine import distributed
 from mulki.engine.config import resolve
 from mulki.engine.distributed import World
 from mulki.engine.runner import run
-from mulki.errors import InputError
+from mulki.errors import InputError, ProcessLost
 from mulki.metrics import read_matrix
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).parent / "distributed_worker.py"
 LAST = "checkpoints/task_02_shades.safetensors"
 
+ANCHORED = {"eps": 1e-3, "lr": 5e-3}
 # By name: options of the run, and images in a global batch.
 CASES: dict[str, tuple[dict[str, Any], int]] = {
     "mulki": ({"method": "mulki"}, 6),
     "micro": ({"method": "mulki", "micro_batch": "1", "prototype_update": "learnable"}, 6),
     # Teachers that are asked as images come up; the running mean, the anchor and clipping.
-    "lwf": ({"method": "lwf", "grad_clip_norm": 0.1}, 6),
+    "lwf": ({"method": "lwf", "grad_clip_norm": 0.1, "micro_batch": "auto"}, 6),
     # 10 images of the second task in a batch of 12: shares that are not equal.
-    "whole": ({"method": "mulki", "batch_size_eval": 2, "we_every": 2, "l2": 0.01}, 12),
+    # The anchor is as strong as the other terms, to be seen.
+    "whole": (
+        {
+            "method": "mulki",
+            "batch_size_eval": 2,
+            "we_every": 2,
+            "l2": 5.0,
+            **ANCHORED,
+        },
+        12,
+    ),
     "crop": ({"method": "lwf", "augment": "crop"}, 6),
 }
 SHARDED: dict[str, tuple[dict[str, Any], int]] = {
@@ -41,10 +53,15 @@ SHARDED: dict[str, tuple[dict[str, Any], int]] = {
             "method": "mulki",
             "micro_batch": "2",
             "we_every": 2,
-            "l2": 0.01,
+            "l2": 5.0,
+            **ANCHORED,
             "alpha": 0.8,
             "grad_clip_norm": 0.1,
         },
+        6,
+    ),
+    "fsdp-lwf": (
+        {"method": "lwf", "augment": "crop", "micro_batch": "auto", "grad_checkpointing": True},
         6,
     ),
 }
@@ -105,7 +122,10 @@ def compare(
         weights, wanted = load_file(many / LAST), load_file(logs / name / LAST)
         assert weights.keys() == wanted.keys()
         for key, value in weights.items():
-            torch.testing.assert_close(value, wanted[key], rtol=0, atol=2e-5, msg=f"{name} {key}")
+            # Attention does not depend on the bias of its keys, whose gradient is rounding alone;
+            # AdamW divides it by its own size.
+            atol = 1e-4 if key.endswith("in_proj_bias") else 1e-5
+            torch.testing.assert_close(value, wanted[key], rtol=0, atol=atol, msg=f"{name} {key}")
         moved = load_file(logs / name / "checkpoints/task_01_colours.safetensors")
         far = max(float((v - wanted[k]).abs().max()) for k, v in moved.items())
         assert far > 1e-3, "the comparison would hold for models that did not train"
@@ -167,13 +187,23 @@ def test_only_a_launched_process_gets_a_device_by_its_number(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cuda = torch.device("cuda")
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     assert distributed.device_of_process(cuda) == cuda
+    assert distributed.processes_here() == 1
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert distributed.device_of_process(cuda) == torch.device("cuda:3")
     assert distributed.device_of_process(torch.device("cuda:1")) == torch.device("cuda:1")
     assert distributed.device_of_process(torch.device("cpu")) == torch.device("cpu")
+    with pytest.raises(InputError, match="3 GPUs and this is its process number 4.*per-node 3"):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+        distributed.device_of_process(cuda)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert distributed.processes_here() == 4
+    with pytest.raises(InputError, match="--device: cuda:1 is one device.*has 4 processes"):
+        distributed.device_of_process(torch.device("cuda:1"))
 
 
 def test_an_environment_that_is_not_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +212,24 @@ def test_an_environment_that_is_not_torchruns(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InputError, match="RANK, MASTER_ADDR, MASTER_PORT not set.*torchrun"):
         distributed.join(torch.device("cpu"))
+
+
+def test_only_a_broken_connection_is_a_lost_process() -> None:
+    closed = "[/gloo/pair.cc:5] Connection closed by peer"
+    with pytest.raises(ProcessLost, match="has ended.*" + re.escape(closed)), World(0, 2):
+        raise RuntimeError(closed + "\nmore")
+    with pytest.raises(ProcessLost), World(0, 2):
+        raise torch.distributed.DistBackendError("NCCL error")
+    for error in (torch.OutOfMemoryError("no more"), RuntimeError("sizes differ")):
+        with pytest.raises(type(error)), World(0, 2):
+            raise error
+
+
+def test_alone_a_problem_is_raised() -> None:
+    world, cpu = World(), torch.device("cpu")
+    world.agree(cpu, None, tasks="two")
+    with pytest.raises(InputError, match="taken"):
+        world.agree(cpu, InputError("taken"))
 
 
 def test_sharding_needs_several_processes(base: dict[str, Any]) -> None:

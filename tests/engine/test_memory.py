@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,7 +22,7 @@ def encoder() -> nn.Module:
 
 
 def test_what_a_sample_keeps_is_measured() -> None:
-    found = fitting_micro_batch(encoder(), torch.zeros(100, WIDTH), available=10**9)
+    found = fitting_micro_batch(encoder(), torch.zeros(100, WIDTH), (), 10**9)
     assert found == Fit(100, PER_SAMPLE, 10**9)
     assert str(found) == "0.0 MiB an image, 954 MiB free"
 
@@ -27,47 +30,92 @@ def test_what_a_sample_keeps_is_measured() -> None:
 @pytest.mark.parametrize(("samples", "size"), [(8.5, 8), (8.0, 8), (1.2, 1), (0.1, 1), (1000, 20)])
 def test_half_of_the_free_memory_is_taken(samples: float, size: int) -> None:
     available = int(2 * samples * PER_SAMPLE)
-    assert fitting_micro_batch(encoder(), torch.zeros(20, WIDTH), available).size == size
+    assert fitting_micro_batch(encoder(), torch.zeros(20, WIDTH), (), available).size == size
 
 
 def test_a_batch_of_one() -> None:
-    found = fitting_micro_batch(encoder(), torch.zeros(1, WIDTH), available=10**9)
+    found = fitting_micro_batch(encoder(), torch.zeros(1, WIDTH), (), 10**9)
     assert found.size == 1
 
 
-def test_a_size_that_runs_out_of_memory_is_halved() -> None:
-    tried: list[int] = []
-    real = encoder()
+def test_memory_is_left_for_gradients_and_moments() -> None:
+    module = encoder()
+    parameters = [*module.parameters()]
+    taken = 3 * 4 * (WIDTH * WIDTH + WIDTH)
+    free = taken + 2 * 8 * PER_SAMPLE
+    found = fitting_micro_batch(module, torch.zeros(20, WIDTH), parameters, free)
+    assert found == Fit(8, PER_SAMPLE, free - taken)
+    assert fitting_micro_batch(module, torch.zeros(20, WIDTH), parameters, 100).size == 1
 
-    class Small(nn.Module):
-        def forward(self, images: Tensor) -> Tensor:
-            tried.append(len(images))
-            if len(images) > 7:
-                raise torch.OutOfMemoryError("no more")
-            out: Tensor = real(images)
-            return out
 
-    class Nothing:
-        @staticmethod
-        def empty_cache() -> None:
-            tried.append(-1)
+class Small(nn.Module):
+    """Runs out of memory above a number of samples."""
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "get_device_module", lambda device: Nothing)
-        found = fitting_micro_batch(Small(), torch.zeros(30, WIDTH), available=10**9)
-    assert found.size == 7
-    assert tried == [1, 2, 30, -1, 15, -1, 7]
+    def __init__(self, most: int):
+        super().__init__()
+        self.most = most
+        self.tried: list[int] = []
+        self.layer = encoder()
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.tried.append(len(images))
+        if len(images) > self.most:
+            raise torch.OutOfMemoryError("no more")
+        out: Tensor = self.layer(images)
+        return out
+
+
+@pytest.mark.parametrize("available", [10**9, None])
+def test_a_size_that_runs_out_of_memory_is_halved(
+    monkeypatch: pytest.MonkeyPatch, available: int | None
+) -> None:
+    emptied: list[int] = []
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: emptied.append(1))
+    small = Small(7)
+    found = fitting_micro_batch(small, torch.zeros(30, WIDTH), (), available, tried=True)
+    assert found.size == 7 and found.available == available
+    assert small.tried == [1, 2, 30, 15, 7] and len(emptied) == 2
+    assert "unknown memory free" in str(Fit(7, 1, None))
+
+
+def test_processes_try_the_same_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much memory each has: a process that tried more would be alone in its trials."""
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    meet = threading.Barrier(2)
+    told: dict[int, int] = {}
+
+    def of(rank: int, most: int, available: int) -> list[int]:
+        def smallest(number: int) -> int:
+            told[rank] = number
+            meet.wait(timeout=30)
+            least = min(told.values())
+            meet.wait(timeout=30)
+            return least
+
+        small = Small(most)
+        images = torch.zeros(30, WIDTH)
+        found = fitting_micro_batch(small, images, (), available, tried=True, smallest=smallest)
+        return [*small.tried, found.size]
+
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(of, 0, 30, 10**9)
+        other = pool.submit(of, 1, 6, 2 * 24 * PER_SAMPLE)
+        assert one.result() == other.result() == [1, 2, 24, 12, 6, 6]
 
 
 def test_nothing_is_kept_of_the_measurement() -> None:
-    module = encoder()
-    fitting_micro_batch(module, torch.zeros(4, WIDTH), available=10**9)
-    assert all(p.grad is None for p in module.parameters())
+    module = nn.Sequential(encoder(), nn.Dropout(0.5))
+    parameters = [*module.parameters()]
+    state = torch.get_rng_state()
+    fitting_micro_batch(module, torch.zeros(4, WIDTH), parameters, 10**9, tried=True)
+    assert all(p.grad is None for p in parameters)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_free_memory_of_this_machine() -> None:
-    assert 2**20 < free_memory(torch.device("cpu")) < 2**50
-    assert free_memory(torch.device("meta")) == 0
+    free = free_memory(torch.device("cpu"))
+    assert free is not None and 2**20 < free < 2**50
+    assert free_memory(torch.device("meta")) is None
 
 
 def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch) -> None:

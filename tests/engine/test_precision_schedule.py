@@ -9,6 +9,7 @@ from torch import nn
 from mulki.engine import precision as precision_module
 from mulki.engine import schedule
 from mulki.engine.precision import Precision
+from mulki.errors import InputError
 
 CPU = torch.device("cpu")
 
@@ -70,6 +71,11 @@ def test_weights_are_converted_as_the_name_says(
 
     Precision(name, CPU).convert(Model())  # type: ignore[arg-type]
     assert asked == ([] if stored is None else [stored])
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(InputError, match="--precision: got 'amp_bf61'.*mean \"amp_bf16\".*fp32"):
+        Precision("amp_bf61", CPU)  # type: ignore[arg-type]
 
 
 def test_devices_without_bf16_are_not_asked_for_it() -> None:
