@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -97,12 +97,15 @@ def timed_call(call: Callable[[], object], device: str, ahead: bool = False) -> 
     return clock.seconds(start, clock.mark())
 
 
-def take_turns(calls: Mapping[str, Callable[[], float]], seconds: float) -> dict[str, list[float]]:
+def take_turns(
+    calls: Mapping[str, Callable[[], float]], seconds: float, least_rounds: int = _LEAST_ROUNDS
+) -> dict[str, list[float]]:
     """Run every call once a round, in an order drawn anew each round, the same in every run.
 
     Args:
         calls: by name, each returning its own seconds.
-        seconds: how long to go on, per call; there are five rounds at least.
+        seconds: how long to go on, per call.
+        least_rounds: that are run in any case, beside those for warming up.
 
     Returns:
         What each call returned, round by round, those for warming up left out.
@@ -112,7 +115,7 @@ def take_turns(calls: Mapping[str, Callable[[], float]], seconds: float) -> dict
     order = random.Random(0)
     rounds = 0
     deadline = time.perf_counter() + seconds * len(names)
-    while rounds < _WARM_UP_ROUNDS + _LEAST_ROUNDS or time.perf_counter() < deadline:
+    while rounds < _WARM_UP_ROUNDS + least_rounds or time.perf_counter() < deadline:
         order.shuffle(names)
         for name in names:
             took = calls[name]()
@@ -148,10 +151,10 @@ def extra_memory(
             return outputs(mode, loss, inputs)
 
     if device != "cpu":
-        return {"memory": _accelerator_memory(call, device)}
+        return {"memory": _peak_beyond_outputs(call, device) or 0}
     _start_profiler()
     found = {"memory": _in_fresh_thread(lambda: _profiled_memory(call))}
-    resident = _in_fresh_thread(lambda: _resident_memory(call))
+    resident = _in_fresh_thread(lambda: _peak_beyond_outputs(call, device))
     return found if resident is None else found | {"resident_memory": resident}
 
 
@@ -160,12 +163,40 @@ def _in_fresh_thread(call: Callable[[], _Found]) -> _Found:
         return thread.submit(call).result()
 
 
-def _accelerator_memory(call: Callable[[], tuple[Tensor, ...]], device: str) -> int:
-    torch.accelerator.reset_peak_memory_stats(device)
-    before = torch.accelerator.memory_allocated(device)
+class PeakMemory:
+    """How far memory grows from the moment this is made: the allocator's on an accelerator, else
+    that of the process, which is known on Linux with glibc alone and good to a few megabytes.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._before: int | None = None
+        if device != "cpu":
+            torch.accelerator.reset_peak_memory_stats(device)
+            self._before = torch.accelerator.memory_allocated(device)
+            return
+        with suppress(AttributeError, OSError, TypeError):
+            # Freed memory that malloc kept would be taken again without the process growing.
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+            self._before = _status("VmRSS")
+
+    def growth(self) -> int | None:
+        """Bytes by which the peak since then lies above what was held then; None if unknown."""
+        if self._before is None:
+            return None
+        if self._device == "cpu":
+            return max(0, _status("VmHWM") - self._before)
+        return torch.accelerator.max_memory_allocated(self._device) - self._before
+
+
+def _peak_beyond_outputs(call: Callable[[], tuple[Tensor, ...]], device: str) -> int | None:
+    peak = PeakMemory(device)
     outputs = call()
-    after = torch.accelerator.max_memory_allocated(device)
-    return after - before - sum(t.untyped_storage().nbytes() for t in outputs)
+    growth = peak.growth()
+    if growth is None:
+        return None
+    return max(0, growth - sum(t.untyped_storage().nbytes() for t in outputs))
 
 
 @functools.cache
@@ -194,19 +225,6 @@ def _profiled_memory(call: Callable[[], tuple[Tensor, ...]]) -> int:
         held += 0 if i in kept else size
         peak = max(peak, held)
     return peak
-
-
-def _resident_memory(call: Callable[[], tuple[Tensor, ...]]) -> int | None:
-    try:
-        # Freed memory that malloc kept would be taken again without the process growing.
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
-    except (AttributeError, OSError, TypeError):  # not Linux with glibc
-        return None
-    outputs = call()
-    grown = _status("VmHWM") - before
-    return max(0, grown - sum(t.untyped_storage().nbytes() for t in outputs))
 
 
 def _status(key: str) -> int:

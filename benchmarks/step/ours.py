@@ -1,0 +1,104 @@
+"""Our loop: `mulki.engine.learn.learn_task` as it is, watched from outside."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from benchmarks.step.job import Job, WithCaptions
+from benchmarks.step.stopwatch import Stopwatch
+from mulki.engine.learn import StepReport, learn_task
+from mulki.engine.teaching import Faculty
+from mulki.evaluate import encode_all_texts
+from mulki.methods import PREVIOUS, ZERO_SHOT
+from mulki.models import VisionLanguageModel
+
+
+def learn(job: Job, watch: Stopwatch, listen: Callable[[StepReport, float], None]) -> None:
+    """Learn the task as the second of a sequence.
+
+    Args:
+        watch: its first step's `start` is when this begins, that of any other when `listen` ends.
+        listen: called after every step with its seconds.
+    """
+    model, precision = job.student(), job.precision()
+    original, previous = job.teachers
+    if job.config.torchcompile:
+        for each in (model, original, previous):
+            each.compile()
+    captions = torch.empty(0, device=job.device)
+    if job.captions:
+        with torch.no_grad(), precision.autocast():
+            captions = encode_all_texts(original, original.text_inputs(job.captions))
+    method = WithCaptions(job.options, captions, original.logit_scale)
+
+    def stepped(report: StepReport) -> None:
+        listen(report, watch.stop())
+        watch.start()
+
+    with _watched(model, method, watch):
+        learn_task(
+            model,
+            method,
+            job.task,
+            {ZERO_SHOT: original, PREVIOUS: previous},
+            job.config,
+            index=1,
+            transform=job.transform,
+            precision=precision,
+            listen=stepped,
+        )
+
+
+@contextlib.contextmanager
+def _watched(model: VisionLanguageModel, method: WithCaptions, watch: Stopwatch) -> Iterator[None]:
+    answers, losses = Faculty.answers, method.losses
+
+    def asked(faculty: Faculty, *args: Any) -> Any:
+        watch.lap("data")
+        said = answers(faculty, *args)
+        watch.lap("teachers")
+        return said
+
+    def encoder(encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def encoded(inputs: Tensor) -> Tensor:
+            features = encode(inputs)
+            watch.lap("forward")
+            return watch.end_loss_at(features)
+
+        return encoded
+
+    def computed(*args: Any) -> Any:
+        terms = losses(*args)
+        watch.lap("loss")
+        return terms
+
+    with (
+        mock.patch.object(Faculty, "answers", asked),
+        mock.patch.object(model, "encode_images", encoder(model.encode_images)),
+        mock.patch.object(model, "encode_texts", encoder(model.encode_texts)),
+        mock.patch.object(method, "losses", computed),
+        watched_optimizer(watch),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def watched_optimizer(watch: Stopwatch) -> Iterator[None]:
+    """Count the steps of optimisers as such, and what went before as the backward pass."""
+    before = register_optimizer_step_pre_hook(lambda *_: watch.lap("backward"))
+    after = register_optimizer_step_post_hook(lambda *_: watch.lap("optimiser"))
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()

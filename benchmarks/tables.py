@@ -1,0 +1,72 @@
+"""Tables of the benchmarks: Markdown to read, CSV to keep, and the machine they are of."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mulki.bench.report import setting_line
+from mulki.bench.run import describe_machine
+from mulki.errors import InputError
+
+Cell = str | float | int | None
+Row = Mapping[str, Cell]
+
+
+def machine_line(device: str) -> str:
+    """Versions, hardware and threads."""
+    return setting_line(describe_machine(device))
+
+
+def markdown(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
+    """A table of some columns.
+
+    Args:
+        columns: from a key of the rows to its header, with its format behind a colon if it is a
+            number: ``{"growth_mib": "growth, MiB:.1f"}``.
+    """
+    heads = {key: text.partition(":") for key, text in columns.items()}
+    lines = [_line(head for head, _, _ in heads.values())]
+    lines.append(_line("---:" if form else "---" for _, _, form in heads.values()))
+    for row in rows:
+        lines.append(_line(_shown(row.get(key), form) for key, (_, _, form) in heads.items()))
+    return "\n".join(lines)
+
+
+def _line(cells: object) -> str:
+    return f"| {' | '.join(cells)} |"  # type: ignore[arg-type]
+
+
+def _shown(value: Cell, form: str) -> str:
+    if value is None or value == "":
+        return "-"
+    return format(value, form) if form else str(value)
+
+
+def write_csv(path: str | Path, rows: Sequence[Row], device: str) -> None:
+    """Append rows, each with the machine's columns.
+
+    Raises:
+        InputError: the file cannot be written, or holds other columns.
+    """
+    machine = describe_machine(device)
+    lines = [{**row, **machine} for row in rows]
+    columns = list(dict.fromkeys(key for line in lines for key in line))
+    path = Path(path)
+    try:
+        new = not path.exists() or path.stat().st_size == 0
+        if not new:
+            with path.open(newline="", encoding="utf-8") as file:
+                found = next(csv.reader(file), [])
+            if found != columns:
+                raise InputError(f"--output {path}: holds other columns; name another file")
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            if new:
+                writer.writeheader()
+            writer.writerows(lines)
+    except OSError as error:
+        raise InputError(
+            f"--output {path}: {error.strerror}; name a file in a folder that exists"
+        ) from None
