@@ -502,3 +502,27 @@ def test_bundled_model_that_is_not_there(bundled: Path) -> None:
     shutil.rmtree(bundled)
     with pytest.raises(InputError, match="open_clip_config.json.*reinstall mulki"):
         models.load(BUNDLED)
+
+
+def test_a_frozen_transformer_under_autocast_multiplies_no_copies_of_its_weights(
+    load_tiny: Load,
+) -> None:
+    model = load_tiny()
+    model.eval()
+    raw = open_clip.create_model("tiny-vit").eval()
+    raw.load_state_dict(model.clip.state_dict())
+    images, tokens = torch.randn(3, 3, 32, 32), model.tokenizer(PROMPTS)
+    with torch.no_grad():
+        expected = raw.encode_image(images), raw.encode_text(tokens)
+        found = model.clip.encode_image(images), model.clip.encode_text(tokens)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+    def products(clip: nn.Module) -> int:
+        clip.requires_grad_(False)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), torch.profiler.profile() as p:
+            clip.encode_image(images)
+        return sum(event.count for event in p.key_averages() if event.key == "aten::bmm")
+
+    assert products(model.clip) == 0
+    assert products(raw) > 0, "open_clip's own order no longer needs this: take it away"
