@@ -323,13 +323,12 @@ def _sequence_first(clip: nn.Module) -> None:
     # weight for each: 50 times slower for ViT-B-16 on a CPU.
     from open_clip.transformer import ResidualAttentionBlock, Transformer
 
-    for module in clip.modules():
-        if type(module) is not Transformer or not getattr(module, "batch_first", False):
-            continue
-        blocks: Any = module.resblocks
-        if all(type(block) is ResidualAttentionBlock for block in blocks):
-            module.batch_first = False
-            for block in blocks:
+    stacks: list[Any] = [m for m in clip.modules() if type(m) is Transformer]
+    for stack in stacks:
+        known = all(type(block) is ResidualAttentionBlock for block in stack.resblocks)
+        if known and getattr(stack, "batch_first", False):
+            stack.batch_first = False
+            for block in stack.resblocks:
                 block.attn.batch_first = False
 
 

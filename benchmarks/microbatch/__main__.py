@@ -30,6 +30,7 @@ COLUMNS = {
     "peak_ratio": "peak, of M's:.2f",
     "with_batch_ratio": "peak with batch, of M's:.2f",
     "ms_per_image": "ms an image:.2f",
+    "time_of_m_ratio": "time, of M's:.2f",
     "time_ratio": "time, of the whole batch's:.2f",
 }
 

@@ -27,7 +27,7 @@ TOLERANCE_HALF = 3e-2
 
 Point = tuple[int, int | None]  # B, and the micro-batch if it is not the whole batch
 
-# Larger batches are timed once, in the process whose memory is taken, and not tried whole.
+# Larger batches are timed once, and not tried whole.
 _MOST_TIMED = 16
 # Freed blocks go back to the system at once, so that what the process holds is what is in use.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -51,19 +51,22 @@ def measure(setting: Setting, m: int, factors: Sequence[int], rounds: int) -> li
     points += [(b, None) for b in sizes if m < b <= min(fits, _MOST_TIMED * m)]
     timed = [(b, micro) for b, micro in points if b <= _MOST_TIMED * m]
     times = time_points(workload, timed, rounds)
+    for size, micro in points:
+        if size > _MOST_TIMED * m:
+            times[size, micro] = [workload.step(workload.batch(size), micro)]
     del workload
     rows: list[dict[str, Cell]] = []
     base: dict[str, float] = {}
     for size, micro in points:
         found = in_fresh_process(setting, (size, micro))
-        once = found.pop("seconds")
         base = base or found
         ratios = {
             f"{name}_ratio": found[f"{name}_mib"] / base[f"{name}_mib"]
             for name in ("saved", "peak", "with_batch")
             if f"{name}_mib" in found
         }
-        own, whole = times.get((size, micro)), times.get((size, None))
+        own, whole = times[size, micro], times.get((size, None))
+        of_m = np.divide(times[sizes[0], None], sizes[0])[: len(own)]
         rows.append(
             {
                 "model": setting.model,
@@ -73,9 +76,10 @@ def measure(setting: Setting, m: int, factors: Sequence[int], rounds: int) -> li
                 "micro_batch": micro or size,
                 **found,
                 **ratios,
-                "ms_per_image": 1e3 * (float(np.median(own)) if own else once) / size,
-                "time_ratio": float(np.median(np.divide(own, whole))) if own and whole else None,
-                "rounds": rounds if own else 1,
+                "ms_per_image": 1e3 * float(np.median(own)) / size,
+                "time_ratio": float(np.median(np.divide(own, whole))) if whole else None,
+                "time_of_m_ratio": float(np.median(np.divide(own, size) / of_m)),
+                "rounds": len(own),
             }
         )
     return list(rows)
@@ -112,14 +116,14 @@ def time_points(
 
 
 def in_fresh_process(setting: Setting, point: Point) -> dict[str, float]:
-    """What `memory_of` finds, in MiB and seconds."""
+    """What `memory_of` finds."""
     context = multiprocessing.get_context("spawn")
     with mock.patch.dict(os.environ, _MALLOC), ProcessPoolExecutor(1, context) as pool:
         return pool.submit(memory_of, setting, *point).result()
 
 
 def memory_of(setting: Setting, size: int, micro_batch: int | None) -> dict[str, float]:
-    """MiB that a step takes, by what it is, and its seconds.
+    """MiB that a step takes, by what it is.
 
     Two steps go before, so that the optimiser's state is there, and so are the buffers that
     libraries make once. There are no gradients when the step begins: it makes them.
@@ -133,7 +137,7 @@ def memory_of(setting: Setting, size: int, micro_batch: int | None) -> dict[str,
     workload.optimizer.zero_grad()
     state = workload.state_bytes()
     peak = PeakMemory(setting.device)
-    seconds = workload.step(batch, micro_batch)
+    workload.step(batch, micro_batch)
     growth = peak.growth()
     saved = SavedBytes([*workload.model.clip.parameters(), *batch.tensors()])
     with saved.watching():
@@ -142,7 +146,7 @@ def memory_of(setting: Setting, size: int, micro_batch: int | None) -> dict[str,
     if growth is not None:
         found |= {"growth": growth, "peak": state + growth}
         found["with_batch"] = found["peak"] + found["batch"]
-    return {f"{name}_mib": size / MIB for name, size in found.items()} | {"seconds": seconds}
+    return {f"{name}_mib": size / MIB for name, size in found.items()}
 
 
 def _fitting(workload: Workload, m: int) -> int:

