@@ -68,9 +68,9 @@ class Workload:
         return F.normalize(torch.randn(rows, self._width, device=self.model.device), dim=1)
 
     def batch(self, size: int) -> Batch:
-        """A batch of that many images, with what the teachers say of them."""
+        """A batch of that many images, in the host's memory, with what the teachers say of them."""
         side = self.model.image_size
-        images = torch.randn(size, 3, side, side, device=self.model.device)
+        images = torch.randn(size, 3, side, side)
         target = torch.randint(CLASSES, (size,), device=self.model.device)
         texts, prototypes = self._constants[:2], self._constants[2:4]
         teachers = [Features(self._unit(size), texts[i], 100.0, prototypes[i]) for i in range(2)]
