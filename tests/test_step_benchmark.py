@@ -97,7 +97,7 @@ def test_both_loops_take_the_same_steps(options: dict[str, Any]) -> None:
         assert sum(row[f"{part}_share"] for part in PARTS) == pytest.approx(1)
         assert row["images_per_second"] > 0
     assert plain_row["teachers_share"] > our_row["teachers_share"]
-    assert our_row["speedup"] > 0 and our_row["once_s"] > 0
+    assert our_row["speedup"] > 0
 
 
 def test_loops_with_other_losses_are_refused(

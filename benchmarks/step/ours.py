@@ -27,9 +27,11 @@ def learn(job: Job, watch: Stopwatch, listen: Callable[[StepReport, float], None
     """Learn the task as the second of a sequence.
 
     Args:
-        watch: its first step's `start` is when this begins, that of any other when `listen` ends.
+        watch: started when this begins and whenever `listen` ends, so that the first step holds
+            what is done once a task.
         listen: called after every step with its seconds.
     """
+    watch.start()
     model, precision = job.student(), job.precision()
     original, previous = job.teachers
     if job.config.torchcompile:
