@@ -81,20 +81,20 @@ Result run(
   Tensor loss = empty_float({x.size(0)});
   Grads grads(x, w, dtype, wanted[0], wanted[1]);
   double dscale = 0;
-  with_element(x.scalar_type(), [&](auto element) {
-    using E = decltype(element);
-    const bool gradient = wanted[0] || wanted[1];
-    const Tiling tiling(x.size(0), w.size(0), kHalf<E> && gradient ? 2 : 1, gradient);
-    std::vector<Model<E>> models;
-    models.emplace_back(x, w, s, tiling.width);
+  with_engine(x.scalar_type(), [&](auto engine) {
+    using Engine = decltype(engine);
+    const Tiling tiling =
+        tiling_for<Engine>(x.size(0), w.size(0), 1, wanted[0] || wanted[1]);
+    std::vector<Model<typename Engine::Element>> models;
+    models.emplace_back(x, w, s);
     const Columns columns(
         tiling,
         labels.class_mask.has_value() ? labels.class_mask->const_data_ptr<bool>() : nullptr);
     CrossEntropy rule{
         labels.target.const_data_ptr<int64_t>(), ignored, smoothing, s, upstream,
         loss.mutable_data_ptr<float>()};
-    RowSoftmax<E, CrossEntropy> driver(tiling, models, columns, rule, wanted[0], wanted[1]);
-    dscale = upstream.factor * driver.run(float(upstream.factor * s), grads.x, grads.w);
+    RowSoftmax<Engine, CrossEntropy> driver(tiling, models, columns, rule, wanted[0], wanted[1]);
+    dscale = driver.run(float(s), grads.x, grads.w);
   });
   return {loss, grads.x, grads.w, dscale};
 }

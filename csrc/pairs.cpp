@@ -6,7 +6,7 @@
 // Siglip forms its gradient in the same pass as its value. Contrastive needs every row and every
 // column sum first: one pass of products for those, and one more for the gradient.
 #include "checks.h"
-#include "gradients.h"
+#include "logits.h"
 #include "results.h"
 
 #include <torch/library.h>
@@ -51,39 +51,40 @@ struct RunningSum {
 };
 
 // The logits of one super-block after the other, in tiles, with G in their place afterwards.
-template <typename E>
+template <typename Engine>
 struct Pairs {
   Pairs(const Tensor& x, const Tensor& w, bool wanted_x, bool wanted_w)
-      : tiling(
-            x.size(0), w.size(0), kHalf<E> && (wanted_x || wanted_w) ? 2 : 1, wanted_x || wanted_w),
+      : tiling(tiling_for<Engine>(x.size(0), w.size(0), 1, wanted_x || wanted_w)),
         rows(x),
         prototypes(w),
-        panels(prototypes, tiling.width),
+        logits(tiling, {{&rows, &prototypes}}),
         gradients(tiling, rows, prototypes, wanted_x, wanted_w) {}
 
-  // Runs tile(first, t, begin, end) after the products of rows [begin, end) of a super-block with
-  // tile t, then after(first, count).
+  // Runs tile(first, t, begin, end, y) with the products y [end - begin, width] of rows [begin, end)
+  // of a super-block with tile t, then after(first, count).
   template <typename Tile, typename After>
   void sweep(const Tile& tile, const After& after) {
     for (int64_t first = 0; first < tiling.n; first += tiling.rows) {
       const int64_t count = std::min(tiling.rows, tiling.n - first);
-      const int64_t blocks = (count + tiling.block - 1) / tiling.block;
-      parallel_tasks<E>(tiling.tiles * blocks, [&](int64_t task) {
-        const int64_t t = task / blocks, begin = task % blocks * tiling.block;
-        const int64_t size = std::min(tiling.block, count - begin);
-        product(
-            size, tiling.width, panels.depth, rows.row(first + begin), rows.padded,
-            panels.panel(t), tiling.width, gradients.values(t, begin), tiling.width, false);
-        tile(first, t, begin, begin + size);
-      });
+      logits.run(
+          first, count, [](int64_t) { return true; },
+          [&](int64_t t, int64_t begin, int64_t end) {
+            Scratch local;
+            if (!gradients.any()) {
+              local = Scratch(tiling.block * tiling.width * int64_t(sizeof(float)));
+            }
+            float* y = gradients.any() ? gradients.values(0, t, begin) : local.data<float>();
+            logits.multiply(0, t, begin, end, y);
+            tile(first, t, begin, end, y);
+          });
       after(first, count);
     }
   }
 
   const Tiling tiling;
-  Rows<E> rows, prototypes;
-  Panels<E> panels;
-  Gradients<E> gradients;
+  Rows<typename Engine::Element> rows, prototypes;
+  Logits<Engine> logits;
+  Gradients<Engine> gradients;
 };
 
 // Row sums of [tiles][rows of the super-block] partial results, in double and in order.
@@ -103,9 +104,9 @@ struct Sums {
   Tensor loss, row_lse, column_lse;
 };
 
-template <typename E>
+template <typename Engine>
 Sums contrastive_sums(const Tensor& x, const Tensor& w, float scale) {
-  Pairs<E> pairs(x, w, false, false);
+  Pairs<Engine> pairs(x, w, false, false);
   const Tiling& t = pairs.tiling;
   const int64_t n = t.n;
   std::vector<float> row_most(t.tiles * t.rows), row_sum(t.tiles * t.rows);
@@ -120,7 +121,7 @@ Sums contrastive_sums(const Tensor& x, const Tensor& w, float scale) {
   const std::vector<float> within(t.width, 0.0f);
 
   pairs.sweep(
-      [&](int64_t first, int64_t tile, int64_t begin, int64_t end) {
+      [&](int64_t first, int64_t tile, int64_t begin, int64_t end, float* block) {
         const float* add = tile == t.tiles - 1 ? beyond.data() : within.data();
         const Vec s(scale);
         const int64_t at = (begin / t.block * t.tiles + tile) * t.width;
@@ -129,7 +130,7 @@ Sums contrastive_sums(const Tensor& x, const Tensor& w, float scale) {
         std::fill(most, most + t.width, -kInfinity);
         std::fill(sum, sum + t.width, 0.0f);
         for (int64_t i = begin; i < end; ++i) {
-          float* u = pairs.gradients.values(tile, i);
+          float* u = block + (i - begin) * t.width;
           Vec top(-kInfinity);
           for (int64_t j = 0; j < t.width; j += Vec::size()) {
             const Vec v = at::vec::fmadd(Vec::loadu(u + j), s, Vec::loadu(add + j));
@@ -144,14 +145,14 @@ Sums contrastive_sums(const Tensor& x, const Tensor& w, float scale) {
           }
         }
         for (int64_t i = begin; i < end; ++i) {
-          const float* u = pairs.gradients.values(tile, i);
+          const float* u = block + (i - begin) * t.width;
           const Vec top(row_most[tile * t.rows + i]);
           Vec in_row(0.0f);
           for (int64_t j = 0; j < t.width; j += Vec::size()) {
             const Vec v = Vec::loadu(u + j);
-            in_row = in_row + (v - top).exp();
+            in_row = in_row + exp_of(v - top);
             // Beyond the last pair both are -infinity, and nobody reads the NaN that comes out.
-            (Vec::loadu(sum + j) + (v - Vec::loadu(most + j)).exp()).store(sum + j);
+            (Vec::loadu(sum + j) + exp_of(v - Vec::loadu(most + j))).store(sum + j);
           }
           row_sum[tile * t.rows + i] = sum_of(in_row);
         }
@@ -194,7 +195,7 @@ struct Split {
 // dloss/du_ij = g_i/2 exp(u_ij - row_i) + g_j/2 exp(u_ij - column_j) - g_i [i = j]. Returns its
 // product with Y summed, which is dloss/dscale. Of a match this is the small difference of numbers
 // near 1, so matches are left out of the vectors and taken in double.
-template <typename E>
+template <typename Engine>
 double contrastive_gradients(
     const Tensor& x,
     const Tensor& w,
@@ -204,7 +205,7 @@ double contrastive_gradients(
     const Upstream& upstream,
     std::array<bool, 3> wanted,
     Grads& grads) {
-  Pairs<E> pairs(x, w, wanted[0], wanted[1]);
+  Pairs<Engine> pairs(x, w, wanted[0], wanted[1]);
   const Tiling& t = pairs.tiling;
   const int64_t n = t.n;
   const double* row = row_lse.const_data_ptr<double>();
@@ -220,15 +221,14 @@ double contrastive_gradients(
     keep[j] = 1.0f;
   }
   std::vector<double> partial(t.tiles * t.rows);
-  const float factor = float(upstream.factor) * scale;
   double dscale = 0;
 
   pairs.sweep(
-      [&](int64_t first, int64_t tile, int64_t begin, int64_t end) {
+      [&](int64_t first, int64_t tile, int64_t begin, int64_t end, float* block) {
         const Vec s(scale);
         const int64_t at = tile * t.width;
         for (int64_t i = begin; i < end; ++i) {
-          float* y = pairs.gradients.values(tile, i);
+          float* y = block + (i - begin) * t.width;
           const Split lse(row[first + i]);
           const Vec row_high(lse.high), row_low(lse.low), mine(half[first + i]);
           Vec sum(0.0f);
@@ -238,9 +238,9 @@ double contrastive_gradients(
           for (int64_t j = 0; j < t.width; j += Vec::size()) {
             const Vec v = Vec::loadu(y + j);
             const Vec u = v * s;
-            const Vec of_row = mine * (u - row_high - row_low).exp();
+            const Vec of_row = mine * exp_of(u - row_high - row_low);
             const Vec of_column = Vec::loadu(&half[at + j]) *
-                (u - Vec::loadu(&high[at + j]) - Vec::loadu(&low[at + j])).exp();
+                exp_of(u - Vec::loadu(&high[at + j]) - Vec::loadu(&low[at + j]));
             Vec g = (of_row + of_column) * Vec::loadu(&keep[at + j]);
             if (matched && match >= j && match < j + Vec::size()) {
               g = g * Vec::loadu(kAllBut + Vec::size() - 1 - (match - j));
@@ -262,10 +262,10 @@ double contrastive_gradients(
       },
       [&](int64_t first, int64_t count) {
         add_rows(partial, t, count, [&](int64_t, double sum) { dscale += sum; });
-        pairs.gradients.accumulate(first, count, factor, grads.x);
+        pairs.gradients.accumulate(first, count, scale, grads.x, grads.w);
       });
-  pairs.gradients.finish(factor, grads.w);
-  return dscale * upstream.factor;
+  pairs.gradients.finish(scale, grads.w);
+  return dscale;
 }
 
 Sums contrastive_sums(const Tensor& x, const Tensor& w, const Tensor& scale) {
@@ -274,8 +274,8 @@ Sums contrastive_sums(const Tensor& x, const Tensor& w, const Tensor& scale) {
     return {empty_float({0}), at::empty({0}, at::kDouble), at::empty({0}, at::kDouble)};
   }
   const float s = float(value_of(scale));
-  return with_element(x.scalar_type(), [&](auto element) {
-    return contrastive_sums<decltype(element)>(x, w, s);
+  return with_engine(x.scalar_type(), [&](auto engine) {
+    return contrastive_sums<decltype(engine)>(x, w, s);
   });
 }
 
@@ -292,8 +292,8 @@ double contrastive_gradients(
     return 0;
   }
   const float s = float(value_of(scale));
-  return with_element(x.scalar_type(), [&](auto element) {
-    return contrastive_gradients<decltype(element)>(
+  return with_engine(x.scalar_type(), [&](auto engine) {
+    return contrastive_gradients<decltype(engine)>(
         x, w, s, row_lse, column_lse, upstream, wanted, grads);
   });
 }
@@ -340,7 +340,7 @@ struct SiglipResult {
 };
 
 // dloss/du_ij = g_i (sigmoid(u_ij) - [j = i + offset]).
-template <typename E>
+template <typename Engine>
 SiglipResult siglip_run(
     const Tensor& x,
     const Tensor& w,
@@ -350,7 +350,7 @@ SiglipResult siglip_run(
     const Upstream& upstream,
     std::array<bool, 4> wanted,
     Grads& grads) {
-  Pairs<E> pairs(x, w, wanted[0], wanted[1]);
+  Pairs<Engine> pairs(x, w, wanted[0], wanted[1]);
   const Tiling& t = pairs.tiling;
   const int64_t cells = t.tiles * t.rows;
   std::vector<double> losses(cells), scales(cells), biases(cells);
@@ -358,14 +358,13 @@ SiglipResult siglip_run(
   std::fill(keep.begin(), keep.begin() + t.p, 1.0f);
   const bool stored = pairs.gradients.any();
   Tensor loss = empty_float({t.n});
-  const float factor = float(upstream.factor) * scale;
   double dscale = 0, dbias = 0;
 
   pairs.sweep(
-      [&](int64_t first, int64_t tile, int64_t begin, int64_t end) {
+      [&](int64_t first, int64_t tile, int64_t begin, int64_t end, float* block) {
         const Vec s(scale), b(bias), zero(0.0f), one(1.0f);
         for (int64_t i = begin; i < end; ++i) {
-          float* y = pairs.gradients.values(tile, i);
+          float* y = block + (i - begin) * t.width;
           const double g = upstream[first + i];
           const Vec mine{float(g)};
           Vec value(0.0f), with_y(0.0f), total(0.0f);
@@ -413,10 +412,10 @@ SiglipResult siglip_run(
         add_rows(losses, t, count, [&](int64_t i, double sum) { out[i] = float(sum); });
         add_rows(scales, t, count, [&](int64_t, double sum) { dscale += sum; });
         add_rows(biases, t, count, [&](int64_t, double sum) { dbias += sum; });
-        pairs.gradients.accumulate(first, count, factor, grads.x);
+        pairs.gradients.accumulate(first, count, scale, grads.x, grads.w);
       });
-  pairs.gradients.finish(factor, grads.w);
-  return {loss, dscale * upstream.factor, dbias * upstream.factor};
+  pairs.gradients.finish(scale, grads.w);
+  return {loss, dscale, dbias};
 }
 
 SiglipResult siglip_run(
@@ -436,8 +435,8 @@ SiglipResult siglip_run(
   const float s = float(value_of(scale)), b = float(value_of(bias));
   // Beyond these no row has a match, and indices would overflow.
   const int64_t shift = std::clamp(offset, -n, p);
-  return with_element(x.scalar_type(), [&](auto element) {
-    return siglip_run<decltype(element)>(x, w, s, b, shift, upstream, wanted, grads);
+  return with_engine(x.scalar_type(), [&](auto engine) {
+    return siglip_run<decltype(engine)>(x, w, s, b, shift, upstream, wanted, grads);
   });
 }
 

@@ -7,13 +7,11 @@
 #pragma once
 
 #include "scratch.h"
+#include "vec_math.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -24,20 +22,9 @@
 namespace mulki {
 
 using at::Tensor;
-using Vec = at::vec::Vectorized<float>;
 
 template <typename E>
 constexpr bool kHalf = std::is_same_v<E, at::BFloat16>;
-
-inline float sum_of(const Vec& v) {
-  const auto add = [](const Vec& a, const Vec& b) { return a + b; };
-  return at::vec::VecReduceAllSIMD<float, decltype(add)>::apply(add, v);
-}
-
-inline float max_of(const Vec& v) {
-  const auto larger = [](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); };
-  return at::vec::VecReduceAllSIMD<float, decltype(larger)>::apply(larger, v);
-}
 
 // For float torch has a plain gemm behind brgemm where oneDNN has no kernel for the CPU.
 template <typename E>
@@ -59,27 +46,6 @@ inline void product(
   for (int64_t i = 0; i < m && !add; ++i) {
     std::fill(c + i * ldc, c + i * ldc + n, 0.0f);
   }
-}
-
-// Gives the matrix unit's state back when a thread leaves a parallel region.
-template <typename E>
-struct ProductScope {
-  ~ProductScope() {
-    if (kHalf<E>) {
-      at::native::cpublas::brgemm_release(true);
-    }
-  }
-};
-
-// One range of indices per thread, with the state that products need.
-template <typename E, typename F>
-inline void parallel_tasks(int64_t tasks, const F& run) {
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    ProductScope<E> scope;
-    for (int64_t i = begin; i < end; ++i) {
-      run(i);
-    }
-  });
 }
 
 // out [n][2] from two rows of n; the second may be absent (zeros).
@@ -175,57 +141,5 @@ struct Rows {
   Tensor storage;
   const E* data;
 };
-
-// W^T in column tiles, the right operand of X W^T: tile t is [depth, tile] (halves: VNNI), with
-// zeros beyond the last prototype.
-template <typename E>
-struct Panels {
-  Panels(const Rows<E>& w, int64_t tile) : depth(w.padded), tile(tile) {
-    const int64_t tiles = (w.count + tile - 1) / tile;
-    storage = Scratch(tiles * depth * tile * int64_t(sizeof(E)));
-    data = storage.template data<E>();
-    at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        pack(w, t);
-      }
-    });
-  }
-  const E* panel(int64_t t) const {
-    return data + t * depth * tile;
-  }
-
-  int64_t depth;
-  int64_t tile;
-
- private:
-  void pack(const Rows<E>& w, int64_t t) {
-    const int64_t first = t * tile;
-    const int64_t rows = std::min(tile, w.count - first);
-    E* out = data + t * depth * tile;
-    if (rows < tile) {
-      std::memset(out, 0, sizeof(E) * depth * tile);
-    }
-    // A pair of neighbours in a row of W is a VNNI pair of W^T: transpose pairs as four bytes.
-    using Unit = std::conditional_t<kHalf<E>, uint32_t, float>;
-    const int64_t units = depth * int64_t(sizeof(E)) / int64_t(sizeof(Unit));
-    transpose(
-        reinterpret_cast<const Unit*>(w.row(first)), units, reinterpret_cast<Unit*>(out), tile,
-        rows, units);
-  }
-
-  Scratch storage;
-  E* data;
-};
-
-// Calls run(E{}) with the element type in which operands of `dtype` are multiplied: bfloat16 where
-// the CPU multiplies it, else float, into which halves convert without loss. float16 always is: only
-// CPUs with AMX-FP16 multiply it, and none was at hand to test on.
-template <typename F>
-auto with_element(at::ScalarType dtype, const F& run) {
-  if (dtype == at::kBFloat16 && at::native::cpublas::could_pack(dtype)) {
-    return run(at::BFloat16{});
-  }
-  return run(float{});
-}
 
 } // namespace mulki

@@ -45,27 +45,17 @@ inline double value_of(const Tensor& t) {
   return t.item().toDouble();
 }
 
-// The upstream gradient of every row, divided by its largest magnitude so that gradients of a
-// distribution stay near 1 until they are multiplied by `factor`. Without a tensor it is `each`.
+// The upstream gradient of every row; without a tensor it is `each`.
 struct Upstream {
-  explicit Upstream(double each) : factor(each) {}
-  explicit Upstream(const Tensor& grad) : rows(grad.to(at::kFloat).contiguous()), factor(0) {
-    const float* g = rows.const_data_ptr<float>();
-    for (int64_t i = 0; i < rows.size(0); ++i) {
-      // What is not finite stays with its row.
-      if (std::isfinite(g[i])) {
-        factor = std::max(factor, double(std::abs(g[i])));
-      }
-    }
-    factor = factor == 0 ? 1 : factor;
-    data = g;
-  }
+  explicit Upstream(double each) : each(each) {}
+  explicit Upstream(const Tensor& grad)
+      : rows(grad.to(at::kFloat).contiguous()), data(rows.const_data_ptr<float>()) {}
   double operator[](int64_t row) const {
-    return data == nullptr ? 1.0 : data[row] / factor;
+    return data == nullptr ? each : data[row];
   }
 
+  double each = 0;
   Tensor rows;
-  double factor;
   const float* data = nullptr;
 };
 

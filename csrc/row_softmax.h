@@ -16,7 +16,7 @@
 // a rule sees of a row is in double.
 #pragma once
 
-#include "gradients.h"
+#include "logits.h"
 
 #include <cmath>
 #include <limits>
@@ -43,12 +43,11 @@ struct RowCoefficients {
 
 template <typename E>
 struct Model {
-  Model(const Tensor& x, const Tensor& w, double c, int64_t tile)
-      : rows(x), prototypes(w), panels(prototypes, tile), c(c), sign(c < 0 ? -1.0f : 1.0f) {}
+  Model(const Tensor& x, const Tensor& w, double c)
+      : rows(x), prototypes(w), c(c), sign(c < 0 ? -1.0f : 1.0f) {}
 
   Rows<E> rows;
   Rows<E> prototypes;
-  Panels<E> panels;
   double c;
   float sign; // of c: u is largest where sign * Y is
 };
@@ -120,7 +119,7 @@ inline TileSums exponentials(
     if constexpr (PARTIAL) {
       centred = where_kept(keep + j, 0.0f, centred);
     }
-    Vec e = (centred * scale).exp();
+    Vec e = exp_of(centred * scale);
     if constexpr (PARTIAL) {
       e = e * Vec::loadu(keep + j);
     }
@@ -145,8 +144,10 @@ inline TileSums exponentials(
 // Rule: `int64_t target(int64_t row)` (negative: none) and
 // `void operator()(int64_t row, const ModelRow* student, const ModelRow* teachers, int64_t kept,
 //                  RowCoefficients&)`, called once per row from any thread.
-template <typename E, typename Rule>
+template <typename Engine, typename Rule>
 class RowSoftmax {
+  using E = typename Engine::Element;
+
  public:
   RowSoftmax(
       const Tiling& tiling,
@@ -160,10 +161,11 @@ class RowSoftmax {
         columns_(columns),
         rule_(rule),
         count_(int64_t(models.size())),
-        gradients_(tiling, models[0].rows, models[0].prototypes, wanted_x, wanted_w) {
+        logits_(tiling, operands(models)),
+        gradients_(
+            tiling, models[0].rows, models[0].prototypes, wanted_x, wanted_w, count_) {
     stat_ = take(count_ * 4 * t_.tiles * t_.rows);
     at_target_ = take(count_ * t_.rows);
-    teacher_ = take((count_ - 1) * t_.tiles * t_.rows * t_.width);
     top_ = take(count_ * t_.rows);
     weight_ = take(count_ * t_.rows);
     uniform_ = take(t_.rows);
@@ -177,25 +179,19 @@ class RowSoftmax {
     for (int64_t first = 0; first < t_.n; first += t_.rows) {
       const int64_t count = std::min(t_.rows, t_.n - first);
       const int64_t blocks = (count + t_.block - 1) / t_.block;
-      parallel_tasks<E>(t_.tiles * blocks, [&](int64_t task) {
-        tile_step(first, count, task / blocks, task % blocks);
-      });
-      at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t b = begin; b < end; ++b) {
-          row_step(first, count, b);
-        }
-      });
+      logits_.run(
+          first, count, [&](int64_t tile) { return !columns_.empty(tile); },
+          [&](int64_t tile, int64_t begin, int64_t end) { tile_step(first, tile, begin, end); });
+      parallel_each(blocks, [&](int64_t b) { row_step(first, count, b); });
       for (int64_t i = 0; i < count; ++i) {
         scale += row_scale_[i];
       }
       if (gradients_.any()) {
-        at::parallel_for(0, t_.tiles * blocks, 1, [&](int64_t begin, int64_t end) {
-          for (int64_t task = begin; task < end; ++task) {
-            gradient_step(first, count, task / blocks, task % blocks);
-          }
+        parallel_each(t_.tiles * blocks, [&](int64_t task) {
+          gradient_step(first, count, task / blocks, task % blocks);
         });
+        gradients_.accumulate(first, count, factor, dx, dw);
       }
-      gradients_.accumulate(first, count, factor, dx);
     }
     gradients_.finish(factor, dw);
     return scale;
@@ -207,49 +203,58 @@ class RowSoftmax {
     return scratch_.back().data<float>();
   }
 
+  static std::vector<typename Logits<Engine>::Model> operands(std::vector<Model<E>>& models) {
+    std::vector<typename Logits<Engine>::Model> out;
+    for (const Model<E>& m : models) {
+      out.push_back({&m.rows, &m.prototypes});
+    }
+    return out;
+  }
+
   enum Stat { kMost, kSum, kOwn, kOther };
 
   float* stat(int64_t model, Stat which, int64_t tile) {
     return stat_ + ((model * 4 + which) * t_.tiles + tile) * t_.rows;
   }
   float* values(int64_t model, int64_t tile, int64_t row) {
-    return model == 0 ? gradients_.values(tile, row)
-                      : teacher_ + (((model - 1) * t_.tiles + tile) * t_.rows + row) * t_.width;
+    return gradients_.values(model, tile, row);
   }
 
-  void tile_step(int64_t first, int64_t count, int64_t tile, int64_t block) {
-    if (columns_.empty(tile)) {
-      return;
+  void tile_step(int64_t first, int64_t tile, int64_t begin, int64_t end) {
+    // Of every model, where its Y in this tile begins.
+    std::vector<float*> y(count_);
+    Scratch local;
+    if (!gradients_.any()) {
+      local = Scratch(count_ * t_.block * t_.width * int64_t(sizeof(float)));
     }
-    const int64_t begin = block * t_.block, rows = t_.block_rows(block, count);
     for (int64_t m = 0; m < count_; ++m) {
-      const Model<E>& model = models_[m];
-      product(
-          rows, t_.width, model.panels.depth, model.rows.row(first + begin), model.rows.padded,
-          model.panels.panel(tile), t_.width, values(m, tile, begin), t_.width, false);
+      y[m] = gradients_.any() ? values(m, tile, begin)
+                              : local.data<float>() + m * t_.block * t_.width;
+      logits_.multiply(m, tile, begin, end, y[m]);
     }
     if (columns_.partial[tile]) {
-      sums_of_tile<true>(first, tile, begin, begin + rows);
+      sums_of_tile<true>(first, tile, begin, end, y.data());
     } else {
-      sums_of_tile<false>(first, tile, begin, begin + rows);
+      sums_of_tile<false>(first, tile, begin, end, y.data());
     }
   }
 
   template <bool PARTIAL>
-  void sums_of_tile(int64_t first, int64_t tile, int64_t begin, int64_t end) {
+  void sums_of_tile(int64_t first, int64_t tile, int64_t begin, int64_t end, float* const* block) {
     const float* keep = columns_.keep.data() + tile * t_.width;
     const bool stored = gradients_.any();
     for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = (i - begin) * t_.width;
       const int64_t target = rule_.target(first + i) - tile * t_.width;
       if (target >= 0 && target < t_.width) {
         for (int64_t m = 0; m < count_; ++m) {
-          at_target_[m * t_.rows + i] = values(m, tile, i)[target];
+          at_target_[m * t_.rows + i] = block[m][row + target];
         }
       }
-      float* student = values(0, tile, i);
+      float* student = block[0] + row;
       const float top = largest<PARTIAL>(student, keep, t_.width, models_[0].sign);
       for (int64_t m = 1; m < count_; ++m) {
-        float* y = values(m, tile, i);
+        float* y = block[m] + row;
         const float most = largest<PARTIAL>(y, keep, t_.width, models_[m].sign);
         put(m, tile, i, most,
             exponentials<PARTIAL, true>(
@@ -362,7 +367,7 @@ class RowSoftmax {
     const float* top = top_ + m * t_.rows + begin;
     for (int64_t r = 0; r < rows; r += Vec::size()) {
       const int64_t n = std::min<int64_t>(Vec::size(), rows - r);
-      ((Vec::loadu(most + r, n) - Vec::loadu(top + r, n)) * c).exp().store(out + r, n);
+      exp_of((Vec::loadu(most + r, n) - Vec::loadu(top + r, n)) * c).store(out + r, n);
     }
   }
 
@@ -419,11 +424,11 @@ class RowSoftmax {
   const Columns& columns_;
   Rule& rule_;
   const int64_t count_; // of models
-  Gradients<E> gradients_;
   std::vector<Scratch> scratch_;
+  Logits<Engine> logits_;
+  Gradients<Engine> gradients_;
   float* stat_; // [models][4][tiles][rows]
   float* at_target_; // [models][rows], Y at the target
-  float* teacher_; // [models - 1][tiles][rows][width]
   float* top_; // [models][rows], Y at the largest u of the row
   float* weight_; // [models][rows], coefficients over sums of exponentials
   float *uniform_, *hard_; // [rows], coefficients

@@ -42,7 +42,7 @@ class Scratch {
 
  private:
   static constexpr int64_t kAlignment = 64;
-  static constexpr int64_t kKept = int64_t(16) << 20; // bytes that stay with a thread
+  static constexpr int64_t kKept = int64_t(24) << 20; // bytes that stay with a thread
   static constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
 
   static std::vector<Tensor>& kept() {

@@ -2,7 +2,7 @@
 //
 // Norms enter as factors of rows and columns, so nothing is rounded that is not rounded without them.
 #include "checks.h"
-#include "gradients.h"
+#include "logits.h"
 #include "results.h"
 
 #include <torch/library.h>
@@ -43,48 +43,50 @@ std::vector<float> factors(const std::vector<double>& norm, int64_t count) {
   return out;
 }
 
-template <typename E, typename Out>
+template <typename Engine, typename Out>
 void forward(const Tensor& x, const Tensor& w, float scale, bool normalize, Tensor& out) {
-  const Tiling t(x.size(0), w.size(0), 1, false);
-  const Rows<E> rows(x), prototypes(w);
-  const Panels<E> panels(prototypes, t.width);
+  const Tiling t = tiling_for<Engine>(x.size(0), w.size(0), 1, false);
+  const Rows<typename Engine::Element> rows(x), prototypes(w);
+  Logits<Engine> logits(t, {{&rows, &prototypes}});
   const std::vector<float> of_row = factors(norms(rows, normalize), t.n);
   std::vector<float> of_column = factors(norms(prototypes, normalize), t.p);
   for (float& f : of_column) {
     f *= scale;
   }
   Out* data = out.mutable_data_ptr<Out>();
-  const int64_t blocks = (t.n + 63) / 64;
-  parallel_tasks<E>(blocks * t.tiles, [&](int64_t task) {
-    alignas(64) float y[64 * 128];
-    const int64_t tile = task / blocks, first = task % blocks * 64;
-    const int64_t count = std::min<int64_t>(64, t.n - first), valid = t.valid(tile);
-    product(
-        count, t.width, panels.depth, rows.row(first), rows.padded, panels.panel(tile), t.width, y,
-        t.width, false);
-    const float* column = &of_column[tile * t.width];
-    for (int64_t i = 0; i < count; ++i) {
-      const float row = of_row[first + i];
-      Out* to = data + (first + i) * t.p + tile * t.width;
-      for (int64_t j = 0; j < valid; ++j) {
-        to[j] = static_cast<Out>(y[i * t.width + j] * column[j] * row);
-      }
-    }
-  });
+  for (int64_t first = 0; first < t.n; first += t.rows) {
+    logits.run(
+        first, std::min(t.rows, t.n - first), [](int64_t) { return true; },
+        [&](int64_t tile, int64_t begin, int64_t end) {
+          alignas(64) float y[64 * 128];
+          TORCH_INTERNAL_ASSERT_DEBUG_ONLY(t.block <= 64 && t.width <= 128);
+          logits.multiply(0, tile, begin, end, y);
+          const int64_t valid = t.valid(tile);
+          const float* column = &of_column[tile * t.width];
+          for (int64_t i = begin; i < end; ++i) {
+            const float row = of_row[first + i];
+            const float* from = y + (i - begin) * t.width;
+            Out* to = data + (first + i) * t.p + tile * t.width;
+            for (int64_t j = 0; j < valid; ++j) {
+              to[j] = static_cast<Out>(from[j] * column[j] * row);
+            }
+          }
+        });
+  }
 }
 
 Tensor similarity(const Tensor& x, const Tensor& w, const Tensor& scale, bool normalize) {
   check_operands(x, w, scale);
   Tensor out = at::empty({x.size(0), w.size(0)}, x.scalar_type());
   const float s = float(value_of(scale));
-  with_element(x.scalar_type(), [&](auto element) {
-    using E = decltype(element);
+  with_engine(x.scalar_type(), [&](auto engine) {
+    using Engine = decltype(engine);
     if (x.scalar_type() == at::kFloat) {
-      forward<E, float>(x, w, s, normalize, out);
+      forward<Engine, float>(x, w, s, normalize, out);
     } else if (x.scalar_type() == at::kBFloat16) {
-      forward<E, at::BFloat16>(x, w, s, normalize, out);
+      forward<Engine, at::BFloat16>(x, w, s, normalize, out);
     } else {
-      forward<E, at::Half>(x, w, s, normalize, out);
+      forward<Engine, at::Half>(x, w, s, normalize, out);
     }
   });
   return out;
@@ -112,12 +114,12 @@ void project(
           row[j] = float(a[j] - along * float(rows.row(i)[j]));
         }
       }
-      store_scaled(row.data(), width, factor, out, i);
+      store_scaled(row.data(), width, factor, out, i * width);
     }
   });
 }
 
-template <typename E>
+template <typename Engine>
 double backward(
     const Tensor& grad,
     const Tensor& x,
@@ -126,39 +128,37 @@ double backward(
     bool normalize,
     std::array<bool, 3> wanted,
     Grads& grads) {
-  const Rows<E> rows(x), prototypes(w);
-  const Tiling t(x.size(0), w.size(0), kHalf<E> ? 2 : 1, true);
+  const Rows<typename Engine::Element> rows(x), prototypes(w);
+  const Tiling t = tiling_for<Engine>(x.size(0), w.size(0), 1, true);
   const std::vector<double> norm_x = norms(rows, normalize);
   const std::vector<double> norm_w = norms(prototypes, normalize);
   const std::vector<float> of_row = factors(norm_x, t.n);
   const std::vector<float> of_column = factors(norm_w, t.p);
   // dloss/dscale is what the unscaled dX says along X.
   const bool through_x = wanted[0] || wanted[2];
-  Gradients<E> gradients(t, rows, prototypes, through_x, wanted[1]);
+  Gradients<Engine> gradients(t, rows, prototypes, through_x, wanted[1]);
   Grads sums(x, w, at::kFloat, through_x, wanted[1]);
   const Tensor upstream = grad.to(at::kFloat).contiguous();
   const float* g = upstream.const_data_ptr<float>();
-  for (int64_t first = 0; first < t.n; first += t.rows) {
+  for (int64_t first = 0; first < t.n && gradients.any(); first += t.rows) {
     const int64_t count = std::min(t.rows, t.n - first);
     const int64_t blocks = (count + t.block - 1) / t.block;
-    at::parallel_for(0, t.tiles * blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t tile = task / blocks, b = task % blocks * t.block;
-        const int64_t size = std::min(t.block, count - b), valid = t.valid(tile);
-        for (int64_t i = b; i < b + size; ++i) {
-          float* out = gradients.values(tile, i);
-          const float* in = g + (first + i) * t.p + tile * t.width;
-          const float* column = &of_column[tile * t.width];
-          const float row = of_row[first + i];
-          for (int64_t j = 0; j < valid; ++j) {
-            out[j] = in[j] * column[j] * row;
-          }
-          std::fill(out + valid, out + t.width, 0.0f);
+    parallel_each(t.tiles * blocks, [&](int64_t task) {
+      const int64_t tile = task / blocks, b = task % blocks * t.block;
+      const int64_t size = std::min(t.block, count - b), valid = t.valid(tile);
+      for (int64_t i = b; i < b + size; ++i) {
+        float* out = gradients.values(0, tile, i);
+        const float* in = g + (first + i) * t.p + tile * t.width;
+        const float* column = &of_column[tile * t.width];
+        const float row = of_row[first + i];
+        for (int64_t j = 0; j < valid; ++j) {
+          out[j] = in[j] * column[j] * row;
         }
-        gradients.commit(tile, b, size);
+        std::fill(out + valid, out + t.width, 0.0f);
       }
+      gradients.commit(tile, b, size);
     });
-    gradients.accumulate(first, count, 1.0f, sums.x);
+    gradients.accumulate(first, count, 1.0f, sums.x, sums.w);
   }
   gradients.finish(1.0f, sums.w);
 
@@ -197,8 +197,8 @@ std::tuple<Tensor, Tensor, Tensor> similarity_backward(
       "grad: got shape ", grad.sizes(), ", wanted [", x.size(0), ", ", w.size(0), "]");
   Grads grads(x, w, x.scalar_type(), wanted[0], wanted[1]);
   const double s = value_of(scale);
-  const double dscale = with_element(x.scalar_type(), [&](auto element) {
-    return backward<decltype(element)>(grad, x, w, s, normalize, wanted, grads);
+  const double dscale = with_engine(x.scalar_type(), [&](auto engine) {
+    return backward<decltype(engine)>(grad, x, w, s, normalize, wanted, grads);
   });
   return {grads.x, grads.w, scalar_if(wanted[2], dscale)};
 }

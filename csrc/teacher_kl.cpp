@@ -38,11 +38,11 @@ struct TeacherKl {
     for (int64_t i = 0; i < k; ++i) {
       total += w[i];
       loss_of_row += double(w[i]) * kl[row * k + i];
-      out.teachers[i] = g * w[i] / norm;
+      out.teachers[i] = g * w[i];
       out.scale -= g * w[i] * teachers[i].cross;
     }
     loss[row] = float(loss_of_row);
-    out.student = g * total / norm;
+    out.student = g * total;
     out.scale += g * total * student->mean;
   }
 
@@ -80,7 +80,6 @@ struct TeacherKl {
   double t2;
   Gate gate;
   double gate_temperature;
-  double norm; // what the largest row of weights sums to, at least 1
   const int64_t* targets;
   const Upstream& upstream;
   float *loss, *kl, *weights, *entropy;
@@ -144,20 +143,6 @@ void check(const Arguments& a) {
   }
 }
 
-double norm_of(const Tensor& weights) {
-  double most = 1;
-  const float* w = weights.const_data_ptr<float>();
-  const int64_t k = weights.size(1);
-  for (int64_t i = 0; i < weights.size(0); ++i) {
-    double sum = 0;
-    for (int64_t j = 0; j < k; ++j) {
-      sum += std::abs(w[i * k + j]);
-    }
-    most = std::isfinite(sum) ? std::max(most, sum) : most;
-  }
-  return most;
-}
-
 // Halves are multiplied as such only when every model has the student's dtype.
 at::ScalarType common_dtype(const Arguments& a) {
   for (const Tensor& t : a.teacher_x) {
@@ -189,18 +174,16 @@ Result run(
     c.push_back(scales.const_data_ptr<double>()[i] / a.temperature);
   }
   const double t2 = a.scale_by_t2 ? a.temperature * a.temperature : 1.0;
-  const double norm = gate == Gate::kGiven ? norm_of(weights) : 1.0;
   Grads grads(a.x, a.w, dtype, wanted[0], wanted[1]);
   double dscale = 0;
-  with_element(common_dtype(a), [&](auto element) {
-    using E = decltype(element);
-    const bool gradient = wanted[0] || wanted[1];
-    const Tiling tiling(n, a.w.size(0), k + (kHalf<E> && gradient ? 2 : 1), gradient);
-    std::vector<Model<E>> models;
+  with_engine(common_dtype(a), [&](auto engine) {
+    using Engine = decltype(engine);
+    const Tiling tiling = tiling_for<Engine>(n, a.w.size(0), k + 1, wanted[0] || wanted[1]);
+    std::vector<Model<typename Engine::Element>> models;
     models.reserve(k + 1);
-    models.emplace_back(a.x, a.w, c[0], tiling.width);
+    models.emplace_back(a.x, a.w, c[0]);
     for (int64_t i = 0; i < k; ++i) {
-      models.emplace_back(a.teacher_x[i], a.teacher_w[i], c[i + 1], tiling.width);
+      models.emplace_back(a.teacher_x[i], a.teacher_w[i], c[i + 1]);
     }
     const Columns columns(tiling, mask.has_value() ? mask->const_data_ptr<bool>() : nullptr);
     TeacherKl rule{
@@ -209,16 +192,14 @@ Result run(
         t2,
         gate,
         a.gate_temperature,
-        norm,
         targets.defined() ? targets.const_data_ptr<int64_t>() : nullptr,
         upstream,
         loss.mutable_data_ptr<float>(),
         kl.mutable_data_ptr<float>(),
         weights.mutable_data_ptr<float>(),
         entropy.mutable_data_ptr<float>()};
-    RowSoftmax<E, TeacherKl> driver(tiling, models, columns, rule, wanted[0], wanted[1]);
-    const double factor = upstream.factor * t2;
-    dscale = factor / a.temperature * driver.run(float(factor * norm * c[0]), grads.x, grads.w);
+    RowSoftmax<Engine, TeacherKl> driver(tiling, models, columns, rule, wanted[0], wanted[1]);
+    dscale = t2 / a.temperature * driver.run(float(t2 * c[0]), grads.x, grads.w);
   });
   return {loss, kl, weights, entropy, grads.x, grads.w, dscale};
 }

@@ -167,7 +167,7 @@ def siglip(
 
 def _refuse_tangents(*leaves: Tensor | float | None) -> None:
     # Autograd would drop them in silence, and the derivative would be zero.
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     for leaf in leaves:
         if isinstance(leaf, Tensor) and forward_ad.unpack_dual(leaf).tangent is not None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mulki.ops.router import ROUTES
 from mulki.ops.schemas import SCHEMAS, library
 
 _OPS = torch.ops.mulki
@@ -31,10 +32,16 @@ def _register(op: str, leaves: Sequence[int], keep: Keep, gradients: Backward) -
     and the lists of teacher_kl takes longer than its kernel on a small batch.
     """
     overload = getattr(_OPS, op).default
+    route = ROUTES[op]
 
     def below(keyset: Any, args: tuple[Any, ...]) -> Any:
+        rest = keyset & torch._C._after_autograd_keyset
         with torch._C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+            # Nothing is between here and the kernel, a mode or a transform for example: the
+            # dispatcher would do the same, and takes longer for it.
+            if rest.highestPriorityTypeId() == torch._C.DispatchKey.CPU:
+                return route(*args)
+            return overload.redispatch(rest, *args)
 
     def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
         output = below(keyset, args)

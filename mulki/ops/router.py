@@ -38,7 +38,8 @@ def _scaled(grad: Tensor, stored: Tensor, like: Tensor) -> Tensor:
     return torch.mul(stored, grad, out=torch.empty_like(stored, dtype=like.dtype))
 
 
-for _op in schemas.SCHEMAS:
+ROUTES = {op: _router(op) for op in schemas.SCHEMAS}
+for _op, _route in ROUTES.items():
     for _key in KEYS:
-        schemas.library.impl(_op, _router(_op), _key)
+        schemas.library.impl(_op, _route, _key)
 schemas.library.impl("scaled", _scaled, "CompositeExplicitAutograd")

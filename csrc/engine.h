@@ -1,0 +1,201 @@
+// The ways in which products are computed. An engine has
+//
+//   Element                        of the operands in memory, float or bfloat16
+//   kMostRows, kScratch            sizes that suit it
+//   Scope                          what a thread holds while it multiplies
+//   left_bytes, pack_left          rows of X, the left operand of Y = X W^T, where they are packed
+//   right_bytes, pack_right        W^T of one tile of columns, the right operand
+//   multiply                       a block of Y in one tile
+//
+// and a class Gradients<Engine> for the products with G.
+#pragma once
+
+#include "amx.h"
+#include "product.h"
+
+#include <cstdlib>
+#include <string>
+
+namespace mulki {
+
+// at::native::cpublas::brgemm: on any CPU, in bfloat16 where the CPU multiplies it.
+template <typename T>
+struct Brgemm {
+  using Element = T;
+
+  static constexpr int64_t kMostRows = 512; // of a super-block, with a gradient
+  static constexpr int64_t kScratch = int64_t(38) << 20; // see Logits
+
+  // Gives the matrix unit's state back when a thread leaves a parallel region.
+  struct Scope {
+    ~Scope() {
+      if (kHalf<T>) {
+        at::native::cpublas::brgemm_release(true);
+      }
+    }
+  };
+
+  static int64_t left_bytes(int64_t, int64_t) {
+    return 0;
+  }
+  static void pack_left(const Rows<T>&, int64_t, int64_t, void*) {}
+
+  static int64_t right_bytes(int64_t width, int64_t depth) {
+    return width * depth * int64_t(sizeof(T));
+  }
+  // [depth, width] (halves: VNNI), with zeros beyond the last row of W.
+  static void pack_right(const Rows<T>& w, int64_t first, int64_t width, void* out) {
+    const int64_t rows = std::min(width, w.count - first);
+    if (rows < width) {
+      std::memset(out, 0, size_t(right_bytes(width, w.padded)));
+    }
+    // A pair of neighbours in a row of W is a VNNI pair of W^T: transpose pairs as four bytes.
+    using Unit = std::conditional_t<kHalf<T>, uint32_t, float>;
+    const int64_t units = w.padded * int64_t(sizeof(T)) / int64_t(sizeof(Unit));
+    transpose(
+        reinterpret_cast<const Unit*>(w.row(first)), units, static_cast<Unit*>(out), width, rows,
+        units);
+  }
+
+  // out [rows, width]: rows of X from `first` on, of which `begin` rows of the packed ones precede.
+  static void multiply(
+      const Rows<T>& x,
+      int64_t first,
+      int64_t rows,
+      const void* /*left*/,
+      int64_t /*begin*/,
+      const void* right,
+      int64_t width,
+      float* out) {
+    product(
+        rows, width, x.padded, x.row(first), x.padded, static_cast<const T*>(right), width, out,
+        width, false);
+  }
+};
+
+#if defined(MULKI_AMX)
+// The matrix unit: bfloat16 as it is, float in three parts.
+template <typename T>
+struct Amx {
+  using Element = T;
+  using Scope = amx::Scope;
+
+  static constexpr int64_t kMostRows = 256;
+  static constexpr int64_t kScratch = int64_t(30) << 20;
+  static constexpr int kParts = kHalf<T> ? 1 : 3;
+
+  static int64_t strip(int64_t depth) { // elements of 32 rows or columns
+    return amx::blocks(depth) * kParts * amx::kBlock;
+  }
+  static int64_t left_bytes(int64_t rows, int64_t depth) {
+    return amx::blocks(rows) * strip(depth) * 2;
+  }
+  static int64_t right_bytes(int64_t width, int64_t depth) {
+    return left_bytes(width, depth);
+  }
+
+  // At most 32 rows.
+  static void pack_left(const Rows<T>& x, int64_t first, int64_t rows, void* out) {
+    auto* to = static_cast<uint16_t*>(out);
+    for (int64_t d = 0; d < x.width; d += amx::kEdge, to += kParts * amx::kBlock) {
+      amx::pack_left<kParts>(x.row(first) + d, x.padded, rows, x.width - d, to);
+    }
+  }
+  static void pack_right(const Rows<T>& w, int64_t first, int64_t width, void* out) {
+    auto* to = static_cast<uint16_t*>(out);
+    for (int64_t j = 0; j < width; j += amx::kEdge) {
+      const int64_t rows = w.count - first - j;
+      for (int64_t d = 0; d < w.width; d += amx::kEdge, to += kParts * amx::kBlock) {
+        amx::pack<kParts>(
+            amx::Form::kRightTurned, w.data + (first + j) * w.padded + d, w.padded, rows,
+            w.width - d, to);
+      }
+    }
+  }
+
+  // Writes whole blocks of 32 rows.
+  static void multiply(
+      const Rows<T>& x,
+      int64_t /*first*/,
+      int64_t rows,
+      const void* left,
+      int64_t begin,
+      const void* right,
+      int64_t width,
+      float* out) {
+    const int64_t strip_size = strip(x.width), steps = amx::blocks(x.width);
+    const auto* a = static_cast<const uint16_t*>(left) + begin / amx::kEdge * strip_size;
+    for (int64_t i = 0; i < rows; i += amx::kEdge, a += strip_size) {
+      const auto* b = static_cast<const uint16_t*>(right);
+      for (int64_t j = 0; j < width; j += amx::kEdge, b += strip_size) {
+        amx::multiply<kParts>(
+            amx::packed<kParts>(a), amx::packed<kParts>(b), 1, steps, out + i * width + j, width,
+            false);
+      }
+    }
+  }
+};
+#endif
+
+// One range of indices per thread, in a scope of the engine.
+template <typename Engine, typename F>
+inline void parallel_tasks(int64_t tasks, const F& run) {
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    const typename Engine::Scope scope;
+    for (int64_t i = begin; i < end; ++i) {
+      run(i);
+    }
+  });
+}
+
+// Without products.
+template <typename F>
+inline void parallel_each(int64_t tasks, const F& run) {
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      run(i);
+    }
+  });
+}
+
+// Whether products run on the matrix unit: where there is one, unless MULKI_CPU_PRODUCTS is brgemm. With
+// amx it has to be there.
+inline bool on_matrix_unit() {
+  static const std::string asked = [] {
+    const char* value = std::getenv("MULKI_CPU_PRODUCTS");
+    return std::string(value == nullptr ? "" : value);
+  }();
+  TORCH_CHECK_VALUE(
+      asked.empty() || asked == "amx" || asked == "brgemm", "MULKI_CPU_PRODUCTS: got ", asked,
+      ", wanted amx or brgemm; unset it to leave the choice to mulki");
+#if defined(MULKI_AMX)
+  const bool there = asked != "brgemm" && amx::available();
+#else
+  const bool there = false;
+#endif
+  TORCH_CHECK_VALUE(
+      there || asked != "amx", "MULKI_CPU_PRODUCTS: got amx, wanted brgemm, for this CPU, system or "
+      "build is without AMX; unset it to leave the choice to mulki");
+  return there;
+}
+
+// Calls run(engine) with the engine for operands of `dtype`. Halves are multiplied as bfloat16 where
+// the CPU does that, else as floats, into which they convert without loss. float16 always is: only
+// CPUs with AMX-FP16 multiply it, and none was at hand to test on.
+template <typename F>
+auto with_engine(at::ScalarType dtype, const F& run) {
+#if defined(MULKI_AMX)
+  if (on_matrix_unit()) {
+    if (dtype == at::kBFloat16) {
+      return run(Amx<at::BFloat16>{});
+    }
+    return run(Amx<float>{});
+  }
+#endif
+  if (dtype == at::kBFloat16 && at::native::cpublas::could_pack(dtype)) {
+    return run(Brgemm<at::BFloat16>{});
+  }
+  return run(Brgemm<float>{});
+}
+
+} // namespace mulki

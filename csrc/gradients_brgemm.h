@@ -1,0 +1,218 @@
+// Gradients by brgemm. G lies in column tiles, [tiles][rows of the super-block][width]; dW is formed as
+// its transpose X^T G, so that G is read as it lies.
+#pragma once
+
+#include "gradients_common.h"
+
+namespace mulki {
+
+template <typename E>
+class Gradients<Brgemm<E>> {
+ public:
+  static int64_t matrices(int64_t models) {
+    return models + (kHalf<E> ? 1 : 0);
+  }
+
+  Gradients(
+      const Tiling& tiling,
+      const Rows<E>& x,
+      const Rows<E>& w,
+      bool wanted_x,
+      bool wanted_w,
+      int64_t models = 1)
+      : t_(tiling), x_(x), w_(w), wanted_x_(wanted_x), wanted_w_(wanted_w) {
+    if (!any()) {
+      return;
+    }
+    const auto cells = t_.tiles * t_.width;
+    values_ = take<float>(models * t_.rows * cells);
+    if (wanted_x_) {
+      sum_x_ = take<float>(t_.rows * x.width);
+    }
+    if (wanted_x_ && kHalf<E>) {
+      const int64_t pairs = (w.count + 1) / 2;
+      rounded_ = take<E>(t_.rows * cells);
+      pairs_of_w_ = take<E>(pairs * w.width * 2);
+      at::parallel_for(0, pairs, 64, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          interleave(
+              w.row(2 * i), 2 * i + 1 < w.count ? w.row(2 * i + 1) : nullptr, w.width,
+              pairs_of_w_ + i * w.width * 2);
+        }
+      });
+    }
+    if (wanted_w_) {
+      sum_w_ = take<float>(cells * x.width);
+      transposed_x_ = take<E>(x.padded * t_.rows);
+    }
+    if (wanted_w_ && kHalf<E>) {
+      pairs_ = take<E>(t_.rows * cells);
+    }
+  }
+
+  bool any() const {
+    return wanted_x_ || wanted_w_;
+  }
+
+  float* values(int64_t model, int64_t t, int64_t i) {
+    return values_ + ((model * t_.tiles + t) * t_.rows + i) * t_.width;
+  }
+
+  void commit(int64_t t, int64_t first, int64_t count) {
+    if constexpr (kHalf<E>) {
+      if (!any()) {
+        return;
+      }
+      E row[2][256];
+      TORCH_INTERNAL_ASSERT_DEBUG_ONLY(t_.width <= 256);
+      for (int64_t i = first; i < first + count; i += 2) {
+        const bool second = i + 1 < first + count;
+        for (int64_t r = 0; r < (second ? 2 : 1); ++r) {
+          at::vec::convert<float, E>(values(0, t, i + r), row[r], t_.width);
+          if (wanted_x_) {
+            std::memcpy(
+                rounded_ + (t * t_.rows + i + r) * t_.width, row[r],
+                sizeof(E) * t_.width);
+          }
+        }
+        if (wanted_w_) {
+          interleave(
+              row[0], second ? row[1] : nullptr, t_.width,
+              pairs_ + (t * t_.rows + i) * t_.width);
+        }
+      }
+    }
+  }
+
+  void accumulate(int64_t first, int64_t count, float factor, Tensor& dx, Tensor& /*dw*/) {
+    if (wanted_x_) {
+      rows_of_x(first, count, factor, dx);
+    }
+    if (wanted_w_) {
+      columns_of_w(first, count);
+    }
+  }
+
+  void finish(float factor, Tensor& dw) {
+    if (!wanted_w_ || t_.n == 0) {
+      return;
+    }
+    const int64_t width = x_.width;
+    at::parallel_for(0, t_.tiles, 1, [&](int64_t begin, int64_t end) {
+      const bool as_is = dw.scalar_type() == at::kFloat;
+      const Scratch buffer(as_is ? 0 : t_.width * width * int64_t(sizeof(float)));
+      for (int64_t t = begin; t < end; ++t) {
+        float* sums = sum_w_ + t * width * t_.width;
+        const int64_t first = t * t_.width, valid = t_.valid(t);
+        if (as_is) {
+          at::vec::map([factor](Vec v) { return v * Vec(factor); }, sums, sums, width * t_.width);
+          transpose(
+              sums, t_.width, dw.mutable_data_ptr<float>() + first * width, width, width, valid);
+          continue;
+        }
+        float* rows = buffer.data<float>();
+        transpose(sums, t_.width, rows, width, width, valid);
+        for (int64_t j = 0; j < valid; ++j) {
+          store_scaled(rows + j * width, width, factor, dw, (first + j) * width);
+        }
+      }
+    });
+  }
+
+ private:
+  template <typename T>
+  T* take(int64_t count) {
+    scratch_.emplace_back(count * int64_t(sizeof(T)));
+    return scratch_.back().template data<T>();
+  }
+
+  static constexpr int64_t kChunk = 256; // columns of dX, rows of dW^T that one task takes
+
+  void rows_of_x(int64_t first, int64_t count, float factor, Tensor& dx) {
+    const int64_t width = x_.width;
+    const int64_t chunks = (width + kChunk - 1) / kChunk;
+    const int64_t blocks = (count + t_.block - 1) / t_.block;
+    float* sums = sum_x_;
+    parallel_tasks<Brgemm<E>>(blocks * chunks, [&](int64_t task) {
+      const int64_t b = task / chunks, c = task % chunks * kChunk;
+      const int64_t rows = t_.block_rows(b, count), columns = std::min(kChunk, width - c);
+      float* sum = sums + b * t_.block * width + c;
+      for (int64_t t = 0; t < t_.tiles; ++t) {
+        const int64_t valid = t_.valid(t);
+        if constexpr (kHalf<E>) {
+          const E* g = rounded_ + (t * t_.rows + b * t_.block) * t_.width;
+          const E* right =
+              pairs_of_w_ + t * t_.width / 2 * width * 2 + c * 2;
+          product(
+              rows, columns, (valid + 1) / 2 * 2, g, t_.width, right, width, sum, width, t > 0);
+        } else {
+          product(
+              rows, columns, valid, values(0, t, b * t_.block), t_.width, w_.row(t * t_.width) + c,
+              width, sum, width, t > 0);
+        }
+      }
+    });
+    at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        store_scaled(sums + i * width, width, factor, dx, (first + i) * width);
+      }
+    });
+  }
+
+  void columns_of_w(int64_t first, int64_t count) {
+    const int64_t width = x_.width;
+    // torch keeps a compiled product for every depth it has seen, so a ragged last super-block is
+    // padded with zeros to a multiple of 16.
+    const int64_t depth = (count + 15) / 16 * 16;
+    static_assert(Brgemm<E>::kMostRows <= kTurned);
+    const int64_t strips = (x_.padded + 31) / 32;
+    at::parallel_for(0, strips, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t s = begin; s < end; ++s) {
+        const int64_t from = s * 32, columns = std::min<int64_t>(32, x_.padded - from);
+        E* to = transposed_x_ + from * t_.rows;
+        transpose(x_.row(first) + from, x_.padded, to, t_.rows, count, columns);
+        for (int64_t i = 0; i < columns; ++i) {
+          std::fill(to + i * t_.rows + count, to + i * t_.rows + depth, E(0));
+        }
+      }
+    });
+    for (int64_t t = 0; t < t_.tiles && depth > count; ++t) {
+      if constexpr (kHalf<E>) {
+        E* pairs = pairs_ + t * t_.rows * t_.width;
+        std::fill(pairs + (count + 1) / 2 * 2 * t_.width, pairs + depth * t_.width, E(0));
+      } else {
+        std::fill(values(0, t, count), values(0, t, 0) + depth * t_.width, 0.0f);
+      }
+    }
+    const int64_t chunks = (width + kChunk - 1) / kChunk;
+    parallel_tasks<Brgemm<E>>(t_.tiles * chunks, [&](int64_t task) {
+      const int64_t t = task / chunks, c = task % chunks * kChunk;
+      const int64_t columns = std::min(kChunk, width - c);
+      const E* left = transposed_x_ + c * t_.rows;
+      float* sum = sum_w_ + (t * width + c) * t_.width;
+      const bool add = first > 0;
+      if constexpr (kHalf<E>) {
+        const E* g = pairs_ + t * t_.rows * t_.width;
+        product(columns, t_.width, depth, left, t_.rows, g, t_.width, sum, t_.width, add);
+      } else {
+        product(
+            columns, t_.width, depth, left, t_.rows, values(0, t, 0), t_.width, sum, t_.width,
+            add);
+      }
+    });
+  }
+
+  const Tiling t_;
+  const Rows<E>& x_;
+  const Rows<E>& w_;
+  const bool wanted_x_, wanted_w_;
+  std::vector<Scratch> scratch_;
+  float* values_ = nullptr; // [models][tiles][rows][width], the student first
+  E *rounded_ = nullptr, *pairs_ = nullptr; // G as left and as right operand, for halves
+  E* pairs_of_w_ = nullptr; // W as right operand, for halves
+  E* transposed_x_ = nullptr; // [D, rows]
+  float* sum_x_ = nullptr; // [rows, D]
+  float* sum_w_ = nullptr; // [tiles][D][width]
+};
+
+} // namespace mulki

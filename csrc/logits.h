@@ -1,0 +1,103 @@
+// Y = X W^T of one or more models, a super-block of rows at a time, tile by tile.
+//
+// W^T is packed once if all of it fits, with the matrices of a super-block, into the engine's kScratch
+// bytes, else group by group of tiles for every super-block anew. Groups come in turns forwards and
+// backwards: the last one of a super-block is the first one of the next, and is there already.
+#pragma once
+
+#include "gradients.h"
+
+#include <vector>
+
+namespace mulki {
+
+template <typename Engine>
+class Logits {
+ public:
+  using E = typename Engine::Element;
+  struct Model {
+    const Rows<E>* x;
+    const Rows<E>* w;
+  };
+
+  Logits(const Tiling& tiling, std::vector<Model> models) : t_(tiling), models_(std::move(models)) {
+    int64_t of_tile = 0;
+    for (const Model& m : models_) {
+      of_tile += Engine::right_bytes(t_.width, m.x->padded);
+    }
+    const int64_t fitting = (Engine::kScratch - t_.bytes) / std::max<int64_t>(of_tile, 1);
+    group_ = std::clamp<int64_t>(fitting, 1, t_.tiles);
+    for (const Model& m : models_) {
+      left_.emplace_back(Engine::left_bytes(t_.rows, m.x->padded));
+      right_.emplace_back(group_ * Engine::right_bytes(t_.width, m.x->padded));
+    }
+  }
+
+  // Calls step(tile, begin, end) for blocks of rows of the super-block of `count` rows from `first`
+  // on, in each tile that `wanted(tile)`; it gets the products by `multiply`.
+  template <typename Wanted, typename Step>
+  void run(int64_t first, int64_t count, const Wanted& wanted, const Step& step) {
+    first_ = first;
+    pack_left(count);
+    const int64_t blocks = (count + t_.block - 1) / t_.block;
+    const int64_t groups = (t_.tiles + group_ - 1) / group_;
+    const bool backwards = first / t_.rows % 2 == 1;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t from = (backwards ? groups - 1 - g : g) * group_;
+      const int64_t tiles = std::min(group_, t_.tiles - from);
+      if (from != from_) {
+        from_ = from;
+        pack_right(tiles);
+      }
+      parallel_tasks<Engine>(tiles * blocks, [&](int64_t task) {
+        const int64_t tile = from_ + task / blocks, begin = task % blocks * t_.block;
+        if (wanted(tile)) {
+          step(tile, begin, begin + std::min(t_.block, count - begin));
+        }
+      });
+    }
+  }
+
+  // out [rows, width], with room for a multiple of 32 rows.
+  void multiply(int64_t model, int64_t tile, int64_t begin, int64_t end, float* out) const {
+    const Model& m = models_[model];
+    Engine::multiply(
+        *m.x, first_ + begin, end - begin, left_[model].template data<char>(), begin,
+        panel(model, tile - from_), t_.width, out);
+  }
+
+ private:
+  char* panel(int64_t model, int64_t slot) const {
+    return right_[model].template data<char>() +
+        slot * Engine::right_bytes(t_.width, models_[model].x->padded);
+  }
+
+  void pack_left(int64_t count) {
+    const int64_t strips = (count + 31) / 32;
+    if (Engine::left_bytes(32, 32) == 0) {
+      return;
+    }
+    parallel_each(strips * int64_t(models_.size()), [&](int64_t task) {
+      const int64_t m = task / strips, begin = task % strips * 32;
+      const Rows<E>& x = *models_[m].x;
+      Engine::pack_left(
+          x, first_ + begin, std::min<int64_t>(32, count - begin),
+          left_[m].template data<char>() + Engine::left_bytes(begin, x.padded));
+    });
+  }
+
+  void pack_right(int64_t tiles) {
+    parallel_each(tiles * int64_t(models_.size()), [&](int64_t task) {
+      const int64_t m = task / tiles, slot = task % tiles;
+      Engine::pack_right(*models_[m].w, (from_ + slot) * t_.width, t_.width, panel(m, slot));
+    });
+  }
+
+  const Tiling t_;
+  const std::vector<Model> models_;
+  int64_t group_; // tiles whose panels are there at a time
+  int64_t first_ = 0, from_ = -1; // row of X and tile where the packed ones begin
+  std::vector<Scratch> left_, right_;
+};
+
+} // namespace mulki

@@ -1,0 +1,47 @@
+// Vectors of floats, as wide as the capability that is built for.
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+namespace mulki {
+
+using Vec = at::vec::Vectorized<float>;
+
+inline float sum_of(const Vec& v) {
+  const auto add = [](const Vec& a, const Vec& b) { return a + b; };
+  return at::vec::VecReduceAllSIMD<float, decltype(add)>::apply(add, v);
+}
+
+inline float max_of(const Vec& v) {
+  const auto larger = [](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); };
+  return at::vec::VecReduceAllSIMD<float, decltype(larger)>::apply(larger, v);
+}
+
+// exp, good to one unit in the last place. at::vec calls a library for it, at which all registers of
+// a loop are spilled; this is 2^n times the polynomial of Cephes' expf, with x = n log 2 + r.
+inline Vec exp_of(const Vec& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  // Beyond these bounds the result is 0 or infinity. Of two operands with a NaN, max and min give
+  // the second.
+  __m512 v = _mm512_max_ps(_mm512_set1_ps(-110.0f), x);
+  v = _mm512_min_ps(_mm512_set1_ps(100.0f), v);
+  const __m512 n = _mm512_roundscale_ps(
+      _mm512_mul_ps(v, _mm512_set1_ps(1.44269504088896341f)),
+      _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), v);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+  p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r);
+  return _mm512_scalef_ps(_mm512_add_ps(p, _mm512_set1_ps(1.0f)), n);
+#else
+  return x.exp();
+#endif
+}
+
+} // namespace mulki
