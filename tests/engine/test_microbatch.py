@@ -314,6 +314,33 @@ def test_inputs_on_the_host_of_an_encoder_on_an_accelerator(
     assert Chip.drawn == 3
 
 
+@pytest.mark.gpu
+def test_memory_of_a_gpu_does_not_grow_with_the_batch() -> None:
+    """The images stay on the host, and a dropout on the GPU is replayed."""
+    width = 1 << 14
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(width, 64), nn.Dropout(0.5), nn.Linear(64, 8)).cuda()
+
+    def peak(batch: int) -> int:
+        images = torch.randn(batch, width).pin_memory()
+        layer.zero_grad()
+        torch.cuda.reset_peak_memory_stats()
+        backward(
+            lambda x: F.normalize(x, dim=1).mean(0).square().sum(),
+            (lambda part: layer(part.cuda(non_blocking=True)), images),
+            micro_batch=64,
+        )
+        return torch.cuda.max_memory_allocated()
+
+    peak(64)  # the libraries' own memory
+    one = peak(64)
+    assert peak(64 * 64) <= 1.15 * one
+    seen: list[Tensor] = []
+    layer[1].register_forward_hook(lambda m, i, out: seen.append(out.detach()))
+    peak(4 * 64)
+    assert all(torch.equal(a, b) for a, b in zip(seen[:4], seen[4:], strict=True))
+
+
 def saved_bytes(micro_batch: int | None, batch: int) -> int:
     """The most that is kept for backward passes at one time."""
     module = model()
