@@ -112,6 +112,7 @@ def resolved_by(
             {"batch_size": 7, "workers": 2, "wd": 0.1},
         ),
         (["--T", "3", "--ls", "0.1"], {"temperature": 3.0, "label_smoothing": 0.1}),
+        (["--output", "elsewhere"], {"logs": "elsewhere"}),
         (["--avg_freq", "50", "--wise-ft-alpha", "0.8"], {"we_every": 50, "alpha": 0.8}),
     ],
 )
