@@ -153,10 +153,11 @@ WHO = ("open_clip", "mulki")
 
 def trained(batch_size: int, steps: int, with_open_clip: bool) -> Iterator[str]:
     yield (
-        "| loss | of | seconds per step | resident before the first step, MiB | at the peak, MiB "
+        "| loss | of | seconds per step | processor seconds per step "
+        "| resident before the first step, MiB | at the peak, MiB "
         "| contrastive loss, first and last step |"
     )
-    yield "| --- | --- " + "| ---: " * 4 + "|"
+    yield "| --- | --- " + "| ---: " * 5 + "|"
     for name in LOSSES["mulki"]:
         for who in WHO:
             if name not in LOSSES[who] or (who == "open_clip" and not with_open_clip):
@@ -166,10 +167,11 @@ def trained(batch_size: int, steps: int, with_open_clip: bool) -> Iterator[str]:
             command += ["--batch-size", str(batch_size)]
             run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             if run.returncode:
-                yield f"| {name} | {who} | failed: exit status {run.returncode} | | | |"
+                yield f"| {name} | {who} | failed: exit status {run.returncode} | | | | |"
                 continue
             found = json.loads(run.stdout)
-            cells = [name, who, f"{statistics.median(found['seconds']):.1f}"]
+            cells = [name, who]
+            cells += [f"{statistics.median(found[key]):.1f}" for key in ("seconds", "processor")]
             cells += [f"{found[key] / MIB:.0f}" for key in ("before", "peak")]
             cells.append(" to ".join(f"{found['losses'][i]:.4g}" for i in (0, -1)))
             yield f"| {' | '.join(cells)} |"
