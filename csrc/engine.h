@@ -184,8 +184,9 @@ inline bool on_matrix_unit() {
 // CPUs with AMX-FP16 multiply it, and none was at hand to test on.
 template <typename F>
 auto with_engine(at::ScalarType dtype, const F& run) {
+  [[maybe_unused]] const bool unit = on_matrix_unit();
 #if defined(MULKI_AMX)
-  if (on_matrix_unit()) {
+  if (unit) {
     if (dtype == at::kBFloat16) {
       return run(Amx<at::BFloat16>{});
     }

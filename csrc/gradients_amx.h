@@ -106,7 +106,7 @@ class Gradients<Amx<T>> {
   }
 
   static constexpr int64_t kChunk = 256; // columns of D that one task takes
-  static constexpr int64_t kRowsOfX = 64; // and rows of dX
+  static constexpr int64_t kRowsOfX = kParts == 1 ? 64 : 128; // and rows of dX
   static constexpr int64_t kDepth = 512; // columns of G between two visits to a block of dX
 
   int64_t padded() const {
@@ -177,7 +177,8 @@ class Gradients<Amx<T>> {
     const int64_t chunks = (width + kChunk - 1) / kChunk, per_tile = t_.width / kEdge;
     const bool last = first + count == t_.n;
     parallel_tasks<Engine>(t_.tiles * chunks, [&](int64_t task) {
-      const int64_t t = task / chunks, c = task % chunks * kChunk;
+      // Tiles run faster than chunks, so that a chunk of X stays in a core's own cache.
+      const int64_t t = task % t_.tiles, c = task / t_.tiles * kChunk;
       const int64_t columns = std::min(kChunk, width - c);
       for (int64_t j = 0; j < per_tile; ++j) {
         const int64_t group = t * per_tile + j;

@@ -37,25 +37,32 @@ class Logits {
   // on, in each tile that `wanted(tile)`; it gets the products by `multiply`.
   template <typename Wanted, typename Step>
   void run(int64_t first, int64_t count, const Wanted& wanted, const Step& step) {
-    first_ = first;
-    pack_left(count);
-    const int64_t blocks = (count + t_.block - 1) / t_.block;
-    const int64_t groups = (t_.tiles + group_ - 1) / group_;
-    const bool backwards = first / t_.rows % 2 == 1;
-    for (int64_t g = 0; g < groups; ++g) {
-      const int64_t from = (backwards ? groups - 1 - g : g) * group_;
-      const int64_t tiles = std::min(group_, t_.tiles - from);
-      if (from != from_) {
-        from_ = from;
-        pack_right(tiles);
+    run_groups(first, count, [&](int64_t tiles) { each_block(count, tiles, wanted, step); });
+  }
+
+  // The same, with the products at where(model, tile, begin) already. If the operands of all models do
+  // not fit into a core's own cache together, one model comes after the other.
+  template <typename Wanted, typename Where, typename Step>
+  void run_stored(
+      int64_t first, int64_t count, const Wanted& wanted, const Where& where, const Step& step) {
+    const int64_t models = int64_t(models_.size());
+    const auto product = [&](int64_t m, int64_t tile, int64_t begin, int64_t end) {
+      multiply(m, tile, begin, end, where(m, tile, begin));
+    };
+    run_groups(first, count, [&](int64_t tiles) {
+      const bool apart = models > 1 && operands() > kOwnCache;
+      for (int64_t m = 0; m < models && apart; ++m) {
+        each_block(count, tiles, wanted, [&](int64_t tile, int64_t begin, int64_t end) {
+          product(m, tile, begin, end);
+        });
       }
-      parallel_tasks<Engine>(tiles * blocks, [&](int64_t task) {
-        const int64_t tile = from_ + task / blocks, begin = task % blocks * t_.block;
-        if (wanted(tile)) {
-          step(tile, begin, begin + std::min(t_.block, count - begin));
+      each_block(count, tiles, wanted, [&](int64_t tile, int64_t begin, int64_t end) {
+        for (int64_t m = 0; m < models && !apart; ++m) {
+          product(m, tile, begin, end);
         }
+        step(tile, begin, end);
       });
-    }
+    });
   }
 
   // out [rows, width], with room for a multiple of 32 rows.
@@ -67,6 +74,45 @@ class Logits {
   }
 
  private:
+  static constexpr int64_t kOwnCache = int64_t(2) << 20;
+
+  // Bytes of a super-block's rows and of one tile's panels.
+  int64_t operands() const {
+    int64_t bytes = 0;
+    for (const Model& m : models_) {
+      bytes += Engine::right_bytes(t_.rows + t_.width, m.x->padded);
+    }
+    return bytes;
+  }
+
+  template <typename Run>
+  void run_groups(int64_t first, int64_t count, const Run& run) {
+    first_ = first;
+    pack_left(count);
+    const int64_t groups = (t_.tiles + group_ - 1) / group_;
+    const bool backwards = first / t_.rows % 2 == 1;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t from = (backwards ? groups - 1 - g : g) * group_;
+      const int64_t tiles = std::min(group_, t_.tiles - from);
+      if (from != from_) {
+        from_ = from;
+        pack_right(tiles);
+      }
+      run(tiles);
+    }
+  }
+
+  template <typename Wanted, typename Step>
+  void each_block(int64_t count, int64_t tiles, const Wanted& wanted, const Step& step) {
+    const int64_t blocks = (count + t_.block - 1) / t_.block;
+    parallel_tasks<Engine>(tiles * blocks, [&](int64_t task) {
+      const int64_t tile = from_ + task / blocks, begin = task % blocks * t_.block;
+      if (wanted(tile)) {
+        step(tile, begin, begin + std::min(t_.block, count - begin));
+      }
+    });
+  }
+
   char* panel(int64_t model, int64_t slot) const {
     return right_[model].template data<char>() +
         slot * Engine::right_bytes(t_.width, models_[model].x->padded);

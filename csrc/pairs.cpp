@@ -375,7 +375,7 @@ SiglipResult siglip_run(
             const Vec v = Vec::loadu(y + j);
             const Vec u = at::vec::fmadd(v, s, b);
             // exp(-|u|) is in (0, 1], from which both softplus and sigmoid follow without overflow.
-            const Vec small = (zero - u.abs()).exp();
+            const Vec small = exp_of(zero - u.abs());
             const Vec whole = one / (one + small);
             Vec counts = Vec::loadu(&keep[tile * t.width + j]);
             if (matched && match >= j && match < j + Vec::size()) {

@@ -179,9 +179,7 @@ class RowSoftmax {
     for (int64_t first = 0; first < t_.n; first += t_.rows) {
       const int64_t count = std::min(t_.rows, t_.n - first);
       const int64_t blocks = (count + t_.block - 1) / t_.block;
-      logits_.run(
-          first, count, [&](int64_t tile) { return !columns_.empty(tile); },
-          [&](int64_t tile, int64_t begin, int64_t end) { tile_step(first, tile, begin, end); });
+      products_and_sums(first, count);
       parallel_each(blocks, [&](int64_t b) { row_step(first, count, b); });
       for (int64_t i = 0; i < count; ++i) {
         scale += row_scale_[i];
@@ -220,22 +218,39 @@ class RowSoftmax {
     return gradients_.values(model, tile, row);
   }
 
-  void tile_step(int64_t first, int64_t tile, int64_t begin, int64_t end) {
-    // Of every model, where its Y in this tile begins.
-    std::vector<float*> y(count_);
-    Scratch local;
-    if (!gradients_.any()) {
-      local = Scratch(count_ * t_.block * t_.width * int64_t(sizeof(float)));
+  void products_and_sums(int64_t first, int64_t count) {
+    const auto wanted = [&](int64_t tile) { return !columns_.empty(tile); };
+    if (gradients_.any()) {
+      const auto where = [&](int64_t m, int64_t tile, int64_t begin) {
+        return values(m, tile, begin);
+      };
+      logits_.run_stored(
+          first, count, wanted, where, [&](int64_t tile, int64_t begin, int64_t end) {
+            std::vector<float*> y(count_);
+            for (int64_t m = 0; m < count_; ++m) {
+              y[m] = values(m, tile, begin);
+            }
+            sums_of_tile(first, tile, begin, end, y.data());
+          });
+      return;
     }
-    for (int64_t m = 0; m < count_; ++m) {
-      y[m] = gradients_.any() ? values(m, tile, begin)
-                              : local.data<float>() + m * t_.block * t_.width;
-      logits_.multiply(m, tile, begin, end, y[m]);
-    }
+    logits_.run(first, count, wanted, [&](int64_t tile, int64_t begin, int64_t end) {
+      const int64_t size = t_.block * t_.width;
+      const Scratch local(count_ * size * int64_t(sizeof(float)));
+      std::vector<float*> y(count_);
+      for (int64_t m = 0; m < count_; ++m) {
+        y[m] = local.data<float>() + m * size;
+        logits_.multiply(m, tile, begin, end, y[m]);
+      }
+      sums_of_tile(first, tile, begin, end, y.data());
+    });
+  }
+
+  void sums_of_tile(int64_t first, int64_t tile, int64_t begin, int64_t end, float* const* block) {
     if (columns_.partial[tile]) {
-      sums_of_tile<true>(first, tile, begin, end, y.data());
+      sums_of_tile<true>(first, tile, begin, end, block);
     } else {
-      sums_of_tile<false>(first, tile, begin, end, y.data());
+      sums_of_tile<false>(first, tile, begin, end, block);
     }
   }
 
