@@ -81,7 +81,7 @@ Result run(
   Tensor loss = empty_float({x.size(0)});
   Grads grads(x, w, dtype, wanted[0], wanted[1]);
   double dscale = 0;
-  with_engine(x.scalar_type(), [&](auto engine) {
+  with_engine(x.scalar_type(), x.size(1), [&](auto engine) {
     using Engine = decltype(engine);
     const Tiling tiling =
         tiling_for<Engine>(x.size(0), w.size(0), 1, wanted[0] || wanted[1]);

@@ -2,6 +2,7 @@
 //
 //   Element                        of the operands in memory, float or bfloat16
 //   kMostRows, kScratch            sizes that suit it
+//   kUnit                          of which rows of a super-block and columns of a tile are multiples
 //   Scope                          what a thread holds while it multiplies
 //   left_bytes, pack_left          rows of X, the left operand of Y = X W^T, where they are packed
 //   right_bytes, pack_right        W^T of one tile of columns, the right operand
@@ -10,7 +11,7 @@
 // and a class Gradients<Engine> for the products with G.
 #pragma once
 
-#include "amx.h"
+#include "digits.h"
 #include "product.h"
 
 #include <cstdlib>
@@ -23,6 +24,7 @@ template <typename T>
 struct Brgemm {
   using Element = T;
 
+  static constexpr int64_t kUnit = 32;
   static constexpr int64_t kMostRows = 512; // of a super-block, with a gradient
   static constexpr int64_t kScratch = int64_t(38) << 20; // see Logits
 
@@ -74,18 +76,17 @@ struct Brgemm {
 };
 
 #if defined(MULKI_AMX)
-// The matrix unit: bfloat16 as it is, float in three parts.
-template <typename T>
-struct Amx {
-  using Element = T;
+// The matrix unit, for bfloat16.
+struct AmxHalves {
+  using Element = at::BFloat16;
   using Scope = amx::Scope;
 
   static constexpr int64_t kMostRows = 256;
   static constexpr int64_t kScratch = int64_t(30) << 20;
-  static constexpr int kParts = kHalf<T> ? 1 : 3;
+  static constexpr int64_t kUnit = amx::kEdge;
 
   static int64_t strip(int64_t depth) { // elements of 32 rows or columns
-    return amx::blocks(depth) * kParts * amx::kBlock;
+    return amx::blocks(depth) * amx::kBlock;
   }
   static int64_t left_bytes(int64_t rows, int64_t depth) {
     return amx::blocks(rows) * strip(depth) * 2;
@@ -95,18 +96,18 @@ struct Amx {
   }
 
   // At most 32 rows.
-  static void pack_left(const Rows<T>& x, int64_t first, int64_t rows, void* out) {
+  static void pack_left(const Rows<Element>& x, int64_t first, int64_t rows, void* out) {
     auto* to = static_cast<uint16_t*>(out);
-    for (int64_t d = 0; d < x.width; d += amx::kEdge, to += kParts * amx::kBlock) {
-      amx::pack_left<kParts>(x.row(first) + d, x.padded, rows, x.width - d, to);
+    for (int64_t d = 0; d < x.width; d += amx::kEdge, to += amx::kBlock) {
+      amx::pack_left(x.row(first) + d, x.padded, rows, x.width - d, to);
     }
   }
-  static void pack_right(const Rows<T>& w, int64_t first, int64_t width, void* out) {
+  static void pack_right(const Rows<Element>& w, int64_t first, int64_t width, void* out) {
     auto* to = static_cast<uint16_t*>(out);
     for (int64_t j = 0; j < width; j += amx::kEdge) {
       const int64_t rows = w.count - first - j;
-      for (int64_t d = 0; d < w.width; d += amx::kEdge, to += kParts * amx::kBlock) {
-        amx::pack<kParts>(
+      for (int64_t d = 0; d < w.width; d += amx::kEdge, to += amx::kBlock) {
+        amx::pack_right(
             amx::Form::kRightTurned, w.data + (first + j) * w.padded + d, w.padded, rows,
             w.width - d, to);
       }
@@ -115,7 +116,7 @@ struct Amx {
 
   // Writes whole blocks of 32 rows.
   static void multiply(
-      const Rows<T>& x,
+      const Rows<Element>& x,
       int64_t /*first*/,
       int64_t rows,
       const void* left,
@@ -128,9 +129,58 @@ struct Amx {
     for (int64_t i = 0; i < rows; i += amx::kEdge, a += strip_size) {
       const auto* b = static_cast<const uint16_t*>(right);
       for (int64_t j = 0; j < width; j += amx::kEdge, b += strip_size) {
-        amx::multiply<kParts>(
-            amx::packed<kParts>(a), amx::packed<kParts>(b), 1, steps, out + i * width + j, width,
-            false);
+        amx::multiply({a}, {b}, 1, steps, out + i * width + j, width, false);
+      }
+    }
+  }
+};
+
+// The matrix unit, for floats as digits.
+struct AmxFloats {
+  using Element = float;
+  using Scope = amx::Scope;
+
+  static constexpr int64_t kMostRows = 256;
+  static constexpr int64_t kScratch = int64_t(30) << 20;
+  static constexpr int64_t kUnit = digits::kDepth;
+
+  static int64_t left_bytes(int64_t rows, int64_t depth) {
+    return amx::blocks(rows) * digits::strip_bytes(depth);
+  }
+  static int64_t right_bytes(int64_t width, int64_t depth) {
+    return left_bytes(width, depth);
+  }
+
+  // At most 32 rows.
+  static void pack_left(const Rows<Element>& x, int64_t first, int64_t rows, void* out) {
+    digits::strip_of_rows(false, x.row(first), x.padded, rows, x.width, out);
+  }
+  static void pack_right(const Rows<Element>& w, int64_t first, int64_t width, void* out) {
+    auto* to = static_cast<uint8_t*>(out);
+    for (int64_t j = first; j < first + width; j += digits::kLines) {
+      digits::strip_of_rows(true, w.row(j), w.padded, w.count - j, w.width, to);
+      to += digits::strip_bytes(w.width);
+    }
+  }
+
+  // Writes whole blocks of 32 rows.
+  static void multiply(
+      const Rows<Element>& x,
+      int64_t /*first*/,
+      int64_t rows,
+      const void* left,
+      int64_t begin,
+      const void* right,
+      int64_t width,
+      float* out) {
+    const int64_t strip = digits::strip_bytes(x.width), steps = digits::blocks(x.width);
+    const auto* a = static_cast<const uint8_t*>(left) + begin / digits::kLines * strip;
+    for (int64_t i = 0; i < rows; i += digits::kLines, a += strip) {
+      const auto* b = static_cast<const uint8_t*>(right);
+      for (int64_t j = 0; j < width; j += digits::kLines, b += strip) {
+        digits::multiply(
+            a, b, 0, steps, out + i * width + j, width, false,
+            digits::fine_logits(a, b, x.width));
       }
     }
   }
@@ -158,9 +208,8 @@ inline void parallel_each(int64_t tasks, const F& run) {
   });
 }
 
-// Whether products run on the matrix unit: where there is one, unless MULKI_CPU_PRODUCTS is brgemm. With
-// amx it has to be there.
-inline bool on_matrix_unit() {
+// MULKI_CPU_PRODUCTS: amx, brgemm or nothing.
+inline const std::string& products_asked_for() {
   static const std::string asked = [] {
     const char* value = std::getenv("MULKI_CPU_PRODUCTS");
     return std::string(value == nullptr ? "" : value);
@@ -168,6 +217,13 @@ inline bool on_matrix_unit() {
   TORCH_CHECK_VALUE(
       asked.empty() || asked == "amx" || asked == "brgemm", "MULKI_CPU_PRODUCTS: got ", asked,
       ", wanted amx or brgemm; unset it to leave the choice to mulki");
+  return asked;
+}
+
+// Whether products may run on the matrix unit: where there is one, unless brgemm is asked for. Where
+// amx is, it has to be there.
+inline bool on_matrix_unit() {
+  const std::string& asked = products_asked_for();
 #if defined(MULKI_AMX)
   const bool there = asked != "brgemm" && amx::available();
 #else
@@ -179,18 +235,19 @@ inline bool on_matrix_unit() {
   return there;
 }
 
-// Calls run(engine) with the engine for operands of `dtype`. Halves are multiplied as bfloat16 where
-// the CPU does that, else as floats, into which they convert without loss. float16 always is: only
-// CPUs with AMX-FP16 multiply it, and none was at hand to test on.
+// Calls run(engine) with the engine for operands of `dtype`, the least deep of which have `depth` columns.
+// Halves are multiplied as bfloat16 where the CPU does that, else as floats, into which they convert
+// without loss. float16 always is: only CPUs with AMX-FP16 multiply it, and none was at hand to test on.
 template <typename F>
-auto with_engine(at::ScalarType dtype, const F& run) {
+auto with_engine(at::ScalarType dtype, [[maybe_unused]] int64_t depth, const F& run) {
   [[maybe_unused]] const bool unit = on_matrix_unit();
 #if defined(MULKI_AMX)
-  if (unit) {
-    if (dtype == at::kBFloat16) {
-      return run(Amx<at::BFloat16>{});
-    }
-    return run(Amx<float>{});
+  // With few columns digits are mostly padding, and their errors do not average out.
+  if (unit && dtype == at::kBFloat16) {
+    return run(AmxHalves{});
+  }
+  if (unit && (depth >= digits::kDepth || products_asked_for() == "amx")) {
+    return run(AmxFloats{});
   }
 #endif
   if (dtype == at::kBFloat16 && at::native::cpublas::could_pack(dtype)) {

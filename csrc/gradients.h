@@ -9,9 +9,9 @@
 //   matrices(models)               float matrices of a super-block that are alive at a time
 //   values(model, t, i)            where row i of the super-block lies in tile t: of a model's
 //                                  products, and of G in the place of the student's, model 0
-//   commit(t, first, count)        says that G of rows [first, first + count) of tile t is complete;
-//                                  `first` is a multiple of 32
-//   accumulate(first, count, ...)  adds a super-block of `count` rows that starts at row `first` of X
+//   commit(start, t, first, count) says that G of rows [first, first + count) of tile t is complete;
+//                                  the super-block starts at row `start` of X, `first` is a multiple of 32
+//   accumulate(start, count, ...)  adds the super-block, of `count` rows
 //   finish(factor, dw)             completes dw after the last one
 #pragma once
 

@@ -58,7 +58,7 @@ class Gradients<Brgemm<E>> {
     return values_ + ((model * t_.tiles + t) * t_.rows + i) * t_.width;
   }
 
-  void commit(int64_t t, int64_t first, int64_t count) {
+  void commit(int64_t /*start*/, int64_t t, int64_t first, int64_t count) {
     if constexpr (kHalf<E>) {
       if (!any()) {
         return;

@@ -258,7 +258,7 @@ double contrastive_gradients(
           }
           partial[tile * t.rows + i] = total;
         }
-        pairs.gradients.commit(tile, begin, end - begin);
+        pairs.gradients.commit(first, tile, begin, end - begin);
       },
       [&](int64_t first, int64_t count) {
         add_rows(partial, t, count, [&](int64_t, double sum) { dscale += sum; });
@@ -274,7 +274,7 @@ Sums contrastive_sums(const Tensor& x, const Tensor& w, const Tensor& scale) {
     return {empty_float({0}), at::empty({0}, at::kDouble), at::empty({0}, at::kDouble)};
   }
   const float s = float(value_of(scale));
-  return with_engine(x.scalar_type(), [&](auto engine) {
+  return with_engine(x.scalar_type(), x.size(1), [&](auto engine) {
     return contrastive_sums<decltype(engine)>(x, w, s);
   });
 }
@@ -292,7 +292,7 @@ double contrastive_gradients(
     return 0;
   }
   const float s = float(value_of(scale));
-  return with_engine(x.scalar_type(), [&](auto engine) {
+  return with_engine(x.scalar_type(), x.size(1), [&](auto engine) {
     return contrastive_gradients<decltype(engine)>(
         x, w, s, row_lse, column_lse, upstream, wanted, grads);
   });
@@ -405,7 +405,7 @@ SiglipResult siglip_run(
           scales[tile * t.rows + i] = y_here * g;
           biases[tile * t.rows + i] = all_here * g;
         }
-        pairs.gradients.commit(tile, begin, end - begin);
+        pairs.gradients.commit(first, tile, begin, end - begin);
       },
       [&](int64_t first, int64_t count) {
         float* out = loss.mutable_data_ptr<float>() + first;
@@ -435,7 +435,7 @@ SiglipResult siglip_run(
   const float s = float(value_of(scale)), b = float(value_of(bias));
   // Beyond these no row has a match, and indices would overflow.
   const int64_t shift = std::clamp(offset, -n, p);
-  return with_engine(x.scalar_type(), [&](auto engine) {
+  return with_engine(x.scalar_type(), x.size(1), [&](auto engine) {
     return siglip_run<decltype(engine)>(x, w, s, b, shift, upstream, wanted, grads);
   });
 }

@@ -328,7 +328,7 @@ class RowSoftmax {
     const int64_t begin = block * t_.block, rows = t_.block_rows(block, count);
     if (columns_.empty(tile)) {
       std::fill(values(0, tile, begin), values(0, tile, begin) + rows * t_.width, 0.0f);
-      gradients_.commit(tile, begin, rows);
+      gradients_.commit(first, tile, begin, rows);
       return;
     }
     std::vector<float> factor(count_ * kMostBlock);
@@ -372,7 +372,7 @@ class RowSoftmax {
         g[target] -= hard_[i];
       }
     }
-    gradients_.commit(tile, begin, rows);
+    gradients_.commit(first, tile, begin, rows);
   }
 
   // exp(c (largest of the tile - largest of the row)) for a block's rows.

@@ -79,7 +79,7 @@ Tensor similarity(const Tensor& x, const Tensor& w, const Tensor& scale, bool no
   check_operands(x, w, scale);
   Tensor out = at::empty({x.size(0), w.size(0)}, x.scalar_type());
   const float s = float(value_of(scale));
-  with_engine(x.scalar_type(), [&](auto engine) {
+  with_engine(x.scalar_type(), x.size(1), [&](auto engine) {
     using Engine = decltype(engine);
     if (x.scalar_type() == at::kFloat) {
       forward<Engine, float>(x, w, s, normalize, out);
@@ -156,7 +156,7 @@ double backward(
         }
         std::fill(out + valid, out + t.width, 0.0f);
       }
-      gradients.commit(tile, b, size);
+      gradients.commit(first, tile, b, size);
     });
     gradients.accumulate(first, count, 1.0f, sums.x, sums.w);
   }
@@ -197,7 +197,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_backward(
       "grad: got shape ", grad.sizes(), ", wanted [", x.size(0), ", ", w.size(0), "]");
   Grads grads(x, w, x.scalar_type(), wanted[0], wanted[1]);
   const double s = value_of(scale);
-  const double dscale = with_engine(x.scalar_type(), [&](auto engine) {
+  const double dscale = with_engine(x.scalar_type(), x.size(1), [&](auto engine) {
     return backward<decltype(engine)>(grad, x, w, s, normalize, wanted, grads);
   });
   return {grads.x, grads.w, scalar_if(wanted[2], dscale)};

@@ -176,7 +176,11 @@ Result run(
   const double t2 = a.scale_by_t2 ? a.temperature * a.temperature : 1.0;
   Grads grads(a.x, a.w, dtype, wanted[0], wanted[1]);
   double dscale = 0;
-  with_engine(common_dtype(a), [&](auto engine) {
+  int64_t depth = a.x.size(1);
+  for (const Tensor& t : a.teacher_x) {
+    depth = std::min(depth, t.size(1));
+  }
+  with_engine(common_dtype(a), depth, [&](auto engine) {
     using Engine = decltype(engine);
     const Tiling tiling = tiling_for<Engine>(n, a.w.size(0), k + 1, wanted[0] || wanted[1]);
     std::vector<Model<typename Engine::Element>> models;

@@ -14,16 +14,16 @@ struct Tiling {
   // `matrices` is the number of float matrices of one super-block that are alive at a time, and
   // `most_rows` what it has at most. Without a gradient there are none: a block's logits go as soon
   // as their sums are taken.
-  Tiling(int64_t n, int64_t p, int64_t matrices, bool gradient, int64_t most_rows)
+  Tiling(int64_t n, int64_t p, int64_t matrices, bool gradient, int64_t most_rows, int64_t unit)
       : n(n), p(p), bytes(0) {
-    width = p <= 32 ? 32 : p <= 256 ? 64 : 128;
+    width = p <= unit ? unit : p <= 256 ? 64 : 128;
     tiles = (p + width - 1) / width;
-    const int64_t needed = std::max<int64_t>((n + 31) / 32 * 32, 32);
+    const int64_t needed = std::max<int64_t>((n + unit - 1) / unit * unit, unit);
     rows = std::min<int64_t>(needed, gradient ? most_rows : 1024);
     if (gradient) {
       const int64_t row = matrices * tiles * width * int64_t(sizeof(float));
-      const int64_t fitting = kScratch / row, unit = fitting >= 128 ? 128 : 64;
-      rows = std::min(rows, std::max<int64_t>(fitting / unit * unit, 64));
+      const int64_t fitting = kScratch / row, step = fitting >= 128 ? 128 : 64;
+      rows = std::min(rows, std::max<int64_t>(fitting / step * step, 64));
       bytes = rows * row;
     }
     block = rows <= 128 ? 32 : 64;
@@ -39,7 +39,7 @@ struct Tiling {
 
   int64_t n, p;
   int64_t width, tiles; // of columns
-  int64_t rows; // of a super-block, a multiple of 32
+  int64_t rows; // of a super-block, a multiple of the unit
   int64_t block, blocks; // rows that one task takes, and how many such blocks there are
   int64_t bytes; // of the float matrices of a super-block
 

@@ -171,6 +171,20 @@ def unfused(case: Case) -> Tensor:
     return torch.autograd.grad(loss, leaf)[0]
 
 
+@pytest.mark.parametrize("height", [1.0, 3.0])
+@pytest.mark.parametrize("name", ["ce", "kl", "contrastive", "siglip"])
+def test_features_with_one_large_dimension(name, height, backend):
+    """As CLIP's have: what scales a row by its largest element has fewer digits for the others."""
+    case = make(name, n=64, p=130, d=512, dtype=torch.float32, scale=50.0, gap=0.1)
+
+    def peaked(rows: Tensor) -> Tensor:
+        rows = rows.clone()
+        rows[:, 3] = height
+        return F.normalize(rows, dim=1)
+
+    check(case._replace(args=(*(peaked(a) for a in case.args[:2]), *case.args[2:])), True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_student_that_is_its_teacher(dtype, backend):
     case = make("kl", n=9, p=33, d=20, dtype=dtype, scale=50.0, gap=0.0)
@@ -185,8 +199,9 @@ def test_a_student_that_is_its_teacher(dtype, backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1e-4, 0.0, -20.0, 1e3, 1e4])
 @pytest.mark.parametrize("name", LOSSES)
-def test_scales(name, scale, dtype, backend):
-    case = make(name, n=13, p=29, d=24, dtype=dtype, scale=scale)
+@pytest.mark.parametrize("d", [24, 96])
+def test_scales(d, name, scale, dtype, backend):
+    case = make(name, n=13, p=29, d=d, dtype=dtype, scale=scale)
     if dtype != torch.float16 or abs(scale) < 1e4:
         check(case, True)
     for out in (*ours(case, None)[:1], *ours(case, True)):
@@ -195,7 +210,10 @@ def test_scales(name, scale, dtype, backend):
 
 @pytest.mark.parametrize(
     ("n", "p", "d"),
-    [(1, 1, 1), (1, 7, 3), (7, 1, 64), (64, 100, 17), (130, 257, 33), (5, 1000, 8), (9, 31, 2048)],
+    [
+        *((1, 1, 1), (1, 7, 3), (7, 1, 64), (64, 100, 17), (130, 257, 33), (5, 1000, 8)),
+        *((1, 1, 64), (64, 65, 127), (130, 257, 100), (5, 1000, 65), (9, 31, 2048)),
+    ],
 )
 def test_ragged_shapes(n, p, d, backend):
     for name in NAMES:
