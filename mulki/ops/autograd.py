@@ -2,8 +2,10 @@
 
 A row operator keeps its arguments and calls its `_backward` operator, which computes the logits
 again. A `_reduced` operator has its gradients already; its backward multiplies them, out of place,
-by an upstream gradient that is not read on the host. The first result is differentiable, the
-by-products behind it are not. A gradient has no gradient of its own: asking for one raises.
+by an upstream gradient, which on a GPU is not read on the host. On the CPU, where it is 1 and the
+graph goes with this backward pass, the gradients are handed over as they are. The first result is
+differentiable, the by-products behind it are not. A gradient has no gradient of its own: asking for
+one raises.
 """
 
 from __future__ import annotations
@@ -125,6 +127,7 @@ def _scaled(
     op: str, ctx: Any, grad: Tensor, leaves: Sequence[Tensor], stored: Sequence[Tensor]
 ) -> dict[int, Tensor]:
     result = {}
+    as_it_is = _handed_over(grad)
     for i, (leaf, gradient) in enumerate(zip(leaves, stored, strict=True)):
         if _needed(ctx, i):
             if gradient.shape != leaf.shape:
@@ -132,8 +135,22 @@ def _scaled(
                     f"wanted[{i}]: got False for mulki::{op}, wanted True as the argument "
                     f"requires grad"
                 )
-            result[i] = _times(grad, gradient, leaf)
+            result[i] = gradient.to(leaf.dtype) if as_it_is else _times(grad, gradient, leaf)
     return result
+
+
+def _handed_over(grad: Tensor) -> bool:
+    return (
+        type(grad) is Tensor
+        and grad.device.type == "cpu"
+        # Nothing traces, batches or differentiates this backward pass, and there is no other one.
+        and not torch.is_grad_enabled()
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(grad)
+        and not torch._C._functorch.is_legacy_batchedtensor(grad)
+        and grad.item() == 1
+    )
 
 
 def _times(grad: Tensor, stored: Tensor, leaf: Tensor) -> Tensor:

@@ -86,6 +86,28 @@ def test_a_second_backward_gives_the_same_bits(name, form, backend):
         torch.autograd.grad(out, leaves, grad)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_backward_again_and_again(name, backend):
+    """Gradients that a leaf accumulates in place are not those that the graph keeps."""
+    case, leaves = differentiable(name, "reduced", torch.float32)
+    out = first(run(case))
+    one = [g.clone() for g in torch.autograd.grad(out, leaves, retain_graph=True)]
+    for times in (1, 2, 3):
+        out.backward(retain_graph=times < 3)
+        for leaf, g in zip(leaves, one, strict=True):
+            torch.testing.assert_close(leaf.grad, times * g)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_batch_of_upstream_gradients(name, backend):
+    case, leaves = differentiable(name, "reduced", torch.float32)
+    out = first(run(case))
+    one = torch.autograd.grad(out, leaves, retain_graph=True)
+    many = torch.autograd.grad(out, leaves, torch.tensor([1.0, 2.0]), is_grads_batched=True)
+    for g, batch in zip(one, many, strict=True):
+        torch.testing.assert_close(batch, torch.stack([g, 2 * g]))
+
+
 @pytest.mark.parametrize(("name", "form"), FORMS)
 def test_frozen_operands_have_no_gradient_and_cost_none(name, form, monkeypatch):
     """`wanted` reaches the kernel: it is what saves two of five products for a frozen text side."""
