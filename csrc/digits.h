@@ -131,23 +131,54 @@ alignas(64) inline constexpr auto kLowOfPair =
 alignas(64) inline constexpr auto kHighOfPair =
     byte_indices([](int i) { return i / 4 * 4 + i % 2 * 64 + 2; });
 
-// A tile of 16 lines: turned, it changes from the order of the left operand to that of the right one
-// or back.
-MULKI_AMX_TARGET inline void put_tile(bool turned, const uint8_t (*digits)[kTile], uint8_t* out) {
-  for (int d = 0; d < kDigits; ++d, out += kDigit) {
-    if (turned) {
-      amx::turn_tile(
-          reinterpret_cast<const uint16_t*>(digits[d]), reinterpret_cast<uint16_t*>(out));
-    } else {
-      std::memcpy(out, digits[d], kTile);
-    }
+// A block, in the order of the left operand, becomes one in that of the right operand, or back.
+MULKI_AMX_TARGET inline void turn_block(uint8_t* tiles) {
+  for (int64_t i = 0; i < kBlock; i += kTile) {
+    auto* tile = reinterpret_cast<uint16_t*>(tiles + i);
+    amx::turn_tile(tile, tile);
   }
 }
 
-// A block of lines that are rows of a corner [rows, columns] of a matrix, zeros elsewhere: of the left
-// operand, or, turned, of the right one. `by`, if any, multiplies the columns.
+// 64 elements of line i of a block that are next to each other, `columns` of them, zeros beyond, in the
+// order of the left operand. `by`, if any, multiplies them.
+MULKI_AMX_TARGET inline void put_row(
+    const float* in,
+    int64_t columns,
+    const float* by,
+    const Inverse& inverse,
+    int64_t i,
+    uint8_t* block) {
+  const __m512i low = _mm512_load_si512(kLowOfRow.data());
+  const __m512i high = _mm512_load_si512(kHighOfRow.data());
+  const __m512 most = _mm512_set1_ps(inverse.high[i]), rest = _mm512_set1_ps(inverse.low[i]);
+  __m512i q[4];
+  for (int v = 0; v < 4; ++v) {
+    const __mmask16 valid = __mmask16(amx::lanes(columns - 16 * v, 16));
+    __m512 x = _mm512_maskz_loadu_ps(valid, in + 16 * v);
+    if (by != nullptr) {
+      x = _mm512_mul_ps(x, _mm512_maskz_loadu_ps(valid, by + 16 * v));
+    }
+    q[v] = digits_of(x, most, rest);
+  }
+  const __m512i low_a = _mm512_permutex2var_epi8(q[0], low, q[1]);
+  const __m512i low_b = _mm512_permutex2var_epi8(q[2], low, q[3]);
+  const __m512i high_a = _mm512_permutex2var_epi8(q[0], high, q[1]);
+  const __m512i high_b = _mm512_permutex2var_epi8(q[2], high, q[3]);
+  uint8_t* out = block + 64 * i;
+  _mm512_store_si512(out, _mm512_shuffle_i64x2(high_a, high_b, 0x44));
+  _mm512_store_si512(out + kDigit, _mm512_shuffle_i64x2(low_a, low_b, 0xee));
+  _mm512_store_si512(out + 2 * kDigit, _mm512_shuffle_i64x2(low_a, low_b, 0x44));
+}
+
+MULKI_AMX_TARGET inline void put_zeros(int64_t i, uint8_t* block) {
+  for (int d = 0; d < kDigits; ++d) {
+    _mm512_store_si512(block + d * kDigit + 64 * i, _mm512_setzero_si512());
+  }
+}
+
+// A block of lines that are rows of a corner [rows, columns] of a matrix, zeros elsewhere, of the left
+// operand.
 MULKI_AMX_TARGET inline void block_of_rows(
-    bool turned,
     const float* in,
     int64_t ld,
     int64_t rows,
@@ -155,39 +186,16 @@ MULKI_AMX_TARGET inline void block_of_rows(
     const float* by,
     const Inverse& inverse,
     uint8_t* out) {
-  const __m512i low = _mm512_load_si512(kLowOfRow.data());
-  const __m512i high = _mm512_load_si512(kHighOfRow.data());
-  __mmask16 valid[4];
-  for (int v = 0; v < 4; ++v) {
-    valid[v] = __mmask16(amx::lanes(columns - 16 * v, 16));
-  }
-  alignas(64) uint8_t digits[kDigits][kTile];
-  for (int64_t half = 0; half < 2; ++half, out += kTile) {
-    for (int64_t r = 0; r < 16; ++r) {
-      const int64_t i = 16 * half + r;
-      const __m512 most = _mm512_set1_ps(inverse.high[i]), rest = _mm512_set1_ps(inverse.low[i]);
-      __m512i q[4];
-      for (int v = 0; v < 4; ++v) {
-        __m512 x = i < rows ? _mm512_maskz_loadu_ps(valid[v], in + i * ld + 16 * v)
-                            : _mm512_setzero_ps();
-        if (by != nullptr) {
-          x = _mm512_mul_ps(x, _mm512_maskz_loadu_ps(valid[v], by + 16 * v));
-        }
-        q[v] = digits_of(x, most, rest);
-      }
-      const __m512i low_a = _mm512_permutex2var_epi8(q[0], low, q[1]);
-      const __m512i low_b = _mm512_permutex2var_epi8(q[2], low, q[3]);
-      const __m512i high_a = _mm512_permutex2var_epi8(q[0], high, q[1]);
-      const __m512i high_b = _mm512_permutex2var_epi8(q[2], high, q[3]);
-      _mm512_store_si512(digits[0] + 64 * r, _mm512_shuffle_i64x2(high_a, high_b, 0x44));
-      _mm512_store_si512(digits[1] + 64 * r, _mm512_shuffle_i64x2(low_a, low_b, 0xee));
-      _mm512_store_si512(digits[2] + 64 * r, _mm512_shuffle_i64x2(low_a, low_b, 0x44));
+  for (int64_t i = 0; i < kLines; ++i) {
+    if (i < rows) {
+      put_row(in + i * ld, columns, by, inverse, i, out);
+    } else {
+      put_zeros(i, out);
     }
-    put_tile(turned, digits, out);
   }
 }
 
-// The same of lines that are columns: of the right operand, or, turned, of the left one. `by`, if any,
+// A block of lines that are columns: of the right operand, or, turned, of the left one. `by`, if any,
 // multiplies the rows.
 MULKI_AMX_TARGET inline void block_of_columns(
     bool turned,
@@ -201,8 +209,8 @@ MULKI_AMX_TARGET inline void block_of_columns(
   const __m512i low = _mm512_load_si512(kLowOfPair.data());
   const __m512i high = _mm512_load_si512(kHighOfPair.data());
   constexpr __mmask32 kOdd = 0xaaaaaaaa, kEven = 0x55555555;
-  alignas(64) uint8_t digits[kDigits][kTile];
-  for (int64_t half = 0; half < 2; ++half, out += kTile) {
+  for (int64_t half = 0; half < 2; ++half) {
+    uint8_t* tile = out + half * kTile;
     const __mmask16 valid = __mmask16(amx::lanes(columns - 16 * half, 16));
     const __m512 most = _mm512_load_ps(inverse.high + 16 * half);
     const __m512 rest = _mm512_load_ps(inverse.low + 16 * half);
@@ -222,13 +230,15 @@ MULKI_AMX_TARGET inline void block_of_columns(
       const __m512i high_a = _mm512_permutex2var_epi8(q[0], high, q[1]);
       const __m512i high_b = _mm512_permutex2var_epi8(q[2], high, q[3]);
       _mm512_store_si512(
-          digits[0] + 64 * r, _mm512_mask_mov_epi16(high_a, kOdd, _mm512_slli_epi32(high_b, 16)));
+          tile + 64 * r, _mm512_mask_mov_epi16(high_a, kOdd, _mm512_slli_epi32(high_b, 16)));
       _mm512_store_si512(
-          digits[1] + 64 * r, _mm512_mask_mov_epi16(low_b, kEven, _mm512_srli_epi32(low_a, 16)));
+          tile + kDigit + 64 * r, _mm512_mask_mov_epi16(low_b, kEven, _mm512_srli_epi32(low_a, 16)));
       _mm512_store_si512(
-          digits[2] + 64 * r, _mm512_mask_mov_epi16(low_a, kOdd, _mm512_slli_epi32(low_b, 16)));
+          tile + 2 * kDigit + 64 * r, _mm512_mask_mov_epi16(low_a, kOdd, _mm512_slli_epi32(low_b, 16)));
     }
-    put_tile(turned, digits, out);
+  }
+  if (turned) {
+    turn_block(out);
   }
 }
 
@@ -238,18 +248,27 @@ inline float level_of(uint32_t most) {
   return std::ldexp(1.0f, std::clamp(int(most >> 23) - 127, -64, 120));
 }
 
-// A strip of at most 32 rows.
+// A strip of at most 32 rows, of the left operand, or, turned, of the right one.
 MULKI_AMX_TARGET inline void strip_of_rows(
     bool turned, const float* in, int64_t ld, int64_t rows, int64_t columns, void* out) {
   Head& head = *static_cast<Head*>(out);
   Inverse inverse;
+  const int64_t steps = blocks(columns);
   head.peak = 0;
+  // Row by row, so that the second look at a row finds it in the nearest cache.
   for (int64_t i = 0; i < kLines; ++i) {
-    const Extent row = i < rows ? extent_of(in + i * ld, columns) : Extent{0, 0};
-    set_line(row, columns, i, head, inverse);
+    const float* row = in + i * ld;
+    set_line(i < rows ? extent_of(row, columns) : Extent{0, 0}, columns, i, head, inverse);
+    for (int64_t s = 0; s < steps; ++s) {
+      if (i < rows) {
+        put_row(row + s * kDepth, columns - s * kDepth, nullptr, inverse, i, block(out, s));
+      } else {
+        put_zeros(i, block(out, s));
+      }
+    }
   }
-  for (int64_t j = 0; j < columns; j += kDepth) {
-    block_of_rows(turned, in + j, ld, rows, columns - j, nullptr, inverse, block(out, j / kDepth));
+  for (int64_t s = 0; s < steps && turned; ++s) {
+    turn_block(block(out, s));
   }
 }
 

@@ -1,7 +1,8 @@
 // The ways in which products are computed. An engine has
 //
 //   Element                        of the operands in memory, float or bfloat16
-//   kMostRows, kScratch            sizes that suit it
+//   kMostRows, kMatrices           sizes of a super-block that suit it, see Tiling
+//   kScratch                       bytes, see Logits
 //   kUnit                          of which rows of a super-block and columns of a tile are multiples
 //   Scope                          what a thread holds while it multiplies
 //   left_bytes, pack_left          rows of X, the left operand of Y = X W^T, where they are packed
@@ -14,8 +15,10 @@
 #include "digits.h"
 #include "product.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <string>
+#include <vector>
 
 namespace mulki {
 
@@ -25,8 +28,9 @@ struct Brgemm {
   using Element = T;
 
   static constexpr int64_t kUnit = 32;
-  static constexpr int64_t kMostRows = 512; // of a super-block, with a gradient
-  static constexpr int64_t kScratch = int64_t(38) << 20; // see Logits
+  static constexpr int64_t kMostRows = 512;
+  static constexpr int64_t kMatrices = int64_t(16) << 20;
+  static constexpr int64_t kScratch = int64_t(38) << 20;
 
   // Gives the matrix unit's state back when a thread leaves a parallel region.
   struct Scope {
@@ -60,6 +64,7 @@ struct Brgemm {
   }
 
   // out [rows, width]: rows of X from `first` on, of which `begin` rows of the packed ones precede.
+  // `next` is the right operand that is likely to come next, or null.
   static void multiply(
       const Rows<T>& x,
       int64_t first,
@@ -68,6 +73,7 @@ struct Brgemm {
       int64_t /*begin*/,
       const void* right,
       int64_t width,
+      const void* /*next*/,
       float* out) {
     product(
         rows, width, x.padded, x.row(first), x.padded, static_cast<const T*>(right), width, out,
@@ -76,12 +82,37 @@ struct Brgemm {
 };
 
 #if defined(MULKI_AMX)
+// Fetches the right operand of the next tile into a core's own cache while this one is multiplied, a piece
+// before every 32 x 32 of the products, so that the first 256 rows of a tile fetch all of it.
+class Ahead {
+ public:
+  Ahead(const void* next, int64_t bytes, int64_t begin, int64_t rows, int64_t width) {
+    const int64_t strips = amx::blocks(width), done = begin / amx::kEdge * strips;
+    const int64_t pieces = kRows / amx::kEdge * strips;
+    piece_ = (bytes / pieces + kLine - 1) / kLine * kLine;
+    left_ = next == nullptr ? 0 : std::clamp<int64_t>(bytes - done * piece_, 0, rows * width * piece_);
+    at_ = static_cast<const char*>(next) + done * piece_;
+  }
+  void some() {
+    for (const int64_t end = std::max<int64_t>(left_ - piece_, 0); left_ > end; left_ -= kLine) {
+      _mm_prefetch(at_, _MM_HINT_T1);
+      at_ += kLine;
+    }
+  }
+
+ private:
+  static constexpr int64_t kRows = 256, kLine = 64;
+  int64_t piece_, left_;
+  const char* at_;
+};
+
 // The matrix unit, for bfloat16.
 struct AmxHalves {
   using Element = at::BFloat16;
   using Scope = amx::Scope;
 
   static constexpr int64_t kMostRows = 256;
+  static constexpr int64_t kMatrices = int64_t(16) << 20;
   static constexpr int64_t kScratch = int64_t(30) << 20;
   static constexpr int64_t kUnit = amx::kEdge;
 
@@ -123,12 +154,15 @@ struct AmxHalves {
       int64_t begin,
       const void* right,
       int64_t width,
+      const void* next,
       float* out) {
     const int64_t strip_size = strip(x.width), steps = amx::blocks(x.width);
     const auto* a = static_cast<const uint16_t*>(left) + begin / amx::kEdge * strip_size;
+    Ahead ahead(next, left_bytes(width, x.width), begin, rows, width);
     for (int64_t i = 0; i < rows; i += amx::kEdge, a += strip_size) {
       const auto* b = static_cast<const uint16_t*>(right);
       for (int64_t j = 0; j < width; j += amx::kEdge, b += strip_size) {
+        ahead.some();
         amx::multiply({a}, {b}, 1, steps, out + i * width + j, width, false);
       }
     }
@@ -141,7 +175,8 @@ struct AmxFloats {
   using Scope = amx::Scope;
 
   static constexpr int64_t kMostRows = 256;
-  static constexpr int64_t kScratch = int64_t(30) << 20;
+  static constexpr int64_t kMatrices = int64_t(16) << 20;
+  static constexpr int64_t kScratch = int64_t(46) << 20;
   static constexpr int64_t kUnit = digits::kDepth;
 
   static int64_t left_bytes(int64_t rows, int64_t depth) {
@@ -172,12 +207,15 @@ struct AmxFloats {
       int64_t begin,
       const void* right,
       int64_t width,
+      const void* next,
       float* out) {
     const int64_t strip = digits::strip_bytes(x.width), steps = digits::blocks(x.width);
     const auto* a = static_cast<const uint8_t*>(left) + begin / digits::kLines * strip;
+    Ahead ahead(next, left_bytes(width, x.width), begin, rows, width);
     for (int64_t i = 0; i < rows; i += digits::kLines, a += strip) {
       const auto* b = static_cast<const uint8_t*>(right);
       for (int64_t j = 0; j < width; j += digits::kLines, b += strip) {
+        ahead.some();
         digits::multiply(
             a, b, 0, steps, out + i * width + j, width, false,
             digits::fine_logits(a, b, x.width));
@@ -187,25 +225,50 @@ struct AmxFloats {
 };
 #endif
 
-// One range of indices per thread, in a scope of the engine.
-template <typename Engine, typename F>
-inline void parallel_tasks(int64_t tasks, const F& run) {
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    const typename Engine::Scope scope;
-    for (int64_t i = begin; i < end; ++i) {
+// Calls run(i) for all tasks. A thread takes the tasks of its own range, the same one in every loop of as
+// many tasks, so that it finds what it wrote in its cache, and then what other threads have left.
+template <typename Scope, typename F>
+inline void parallel_in(int64_t tasks, const F& run) {
+  const int64_t threads = at::in_parallel_region() ? 1 : std::min<int64_t>(at::get_num_threads(), tasks);
+  if (threads <= 1) {
+    const Scope scope;
+    for (int64_t i = 0; i < tasks; ++i) {
       run(i);
+    }
+    return;
+  }
+  struct alignas(64) Range {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  std::vector<Range> ranges(threads);
+  for (int64_t t = 0; t < threads; ++t) {
+    ranges[t].next = t * tasks / threads;
+    ranges[t].end = (t + 1) * tasks / threads;
+  }
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    const Scope scope;
+    for (int64_t t = begin; t < end; ++t) {
+      for (int64_t other = 0; other < threads; ++other) {
+        Range& range = ranges[(t + other) % threads];
+        for (int64_t i; (i = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;) {
+          run(i);
+        }
+      }
     }
   });
 }
 
+template <typename Engine, typename F>
+inline void parallel_tasks(int64_t tasks, const F& run) {
+  parallel_in<typename Engine::Scope>(tasks, run);
+}
+
 // Without products.
+struct NoScope {};
 template <typename F>
 inline void parallel_each(int64_t tasks, const F& run) {
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      run(i);
-    }
-  });
+  parallel_in<NoScope>(tasks, run);
 }
 
 // MULKI_CPU_PRODUCTS: amx, brgemm or nothing.

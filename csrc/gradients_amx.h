@@ -109,8 +109,8 @@ class GradientsAmx {
     return scratch_.back().template data<V>();
   }
 
-  static constexpr int64_t kChunk = 256; // columns of D that one task takes
-  static constexpr int64_t kRowsOfX = kFloats ? 128 : 64; // and rows of dX
+  static constexpr int64_t kMostChunk = 256; // columns of D that one task takes
+  static constexpr int64_t kMostRowsOfX = 256; // and rows of dX
   static constexpr int64_t kColumns = 512; // of G between two visits to a block of dX
 
   int64_t padded() const {
@@ -298,7 +298,7 @@ class GradientsAmx {
         }
         for (int64_t j = 0; j < t_.width; j += kDepth) {
           digits::block_of_rows(
-              false, values(0, t, i) + j, t_.width, lines, valid - j,
+              values(0, t, i) + j, t_.width, lines, valid - j,
               of_w_.up(t * t_.width + j), inverse,
               digits::block(strip, (t * t_.width + j) / kDepth));
         }
@@ -356,25 +356,34 @@ class GradientsAmx {
   }
 
   void rows_of_x(int64_t first, int64_t count, float factor, Tensor& dx) {
-    const int64_t width = x_.width, chunks = (width + kChunk - 1) / kChunk;
-    const int64_t blocks = (count + kRowsOfX - 1) / kRowsOfX;
+    const int64_t width = x_.width;
+    // Large tasks read W and G less often; every thread gets one. Sums do not depend on it.
+    int64_t rows_of_task = kMostRowsOfX, chunk = kMostChunk;
+    const auto pieces = [](int64_t of, int64_t size) { return (of + size - 1) / size; };
+    while (pieces(count, rows_of_task) * pieces(width, chunk) < at::get_num_threads() &&
+           rows_of_task * chunk > kEdge * kEdge) {
+      (rows_of_task > kEdge ? rows_of_task : chunk) /= 2;
+    }
+    const int64_t blocks = pieces(count, rows_of_task);
     const int64_t run = kColumns / t_.width; // tiles
-    parallel_tasks<Engine>(blocks * chunks, [&](int64_t task) {
-      alignas(64) float sums[kRowsOfX * kChunk];
-      const int64_t begin = task / chunks * kRowsOfX, c = task % chunks * kChunk;
-      const int64_t rows = std::min(kRowsOfX, count - begin), columns = std::min(kChunk, width - c);
+    parallel_tasks<Engine>(blocks * pieces(width, chunk), [&](int64_t task) {
+      alignas(64) float sums[kMostRowsOfX * kMostChunk];
+      // Blocks of rows run faster than chunks, so that a chunk of W stays in a core's own cache.
+      const int64_t begin = task % blocks * rows_of_task, c = task / blocks * chunk;
+      const int64_t rows = std::min(rows_of_task, count - begin);
+      const int64_t columns = std::min(chunk, width - c);
       for (int64_t t = 0; t < t_.tiles; t += run) {
         const int64_t tiles = std::min(run, t_.tiles - t);
         for (int64_t i = 0; i < rows; i += kEdge) {
           for (int64_t j = 0; j < columns; j += kEdge) {
             add_to_x(
-                (begin + i) / kEdge, (c + j) / kEdge, t, tiles, sums + i * kChunk + j, kChunk,
+                (begin + i) / kEdge, (c + j) / kEdge, t, tiles, sums + i * chunk + j, chunk,
                 t > 0);
           }
         }
       }
       for (int64_t i = 0; i < rows; ++i) {
-        store_scaled(sums + i * kChunk, columns, factor, dx, (first + begin + i) * width + c);
+        store_scaled(sums + i * chunk, columns, factor, dx, (first + begin + i) * width + c);
       }
     });
   }
@@ -393,12 +402,16 @@ class GradientsAmx {
           of_x_.down(first), right_x_ + d * strip_bytes(t_.rows));
     });
     float* out = in_place_ > 0 ? dw.mutable_data_ptr<float>() : nullptr;
-    const int64_t chunks = (width + kChunk - 1) / kChunk, per_tile = t_.width / kEdge;
+    int64_t chunk = kMostChunk;
+    while (t_.tiles * ((width + chunk - 1) / chunk) < at::get_num_threads() && chunk > kEdge) {
+      chunk /= 2;
+    }
+    const int64_t chunks = (width + chunk - 1) / chunk, per_tile = t_.width / kEdge;
     const bool last = first + count == t_.n;
     parallel_tasks<Engine>(t_.tiles * chunks, [&](int64_t task) {
       // Tiles run faster than chunks, so that a chunk of X stays in a core's own cache.
-      const int64_t t = task % t_.tiles, c = task / t_.tiles * kChunk;
-      const int64_t columns = std::min(kChunk, width - c);
+      const int64_t t = task % t_.tiles, c = task / t_.tiles * chunk;
+      const int64_t columns = std::min(chunk, width - c);
       for (int64_t j = 0; j < per_tile; ++j) {
         const int64_t group = t * per_tile + j;
         if (group * kEdge >= t_.p) {

@@ -14,7 +14,14 @@ class Gradients;
 // How a problem with so many models is cut for an engine.
 template <typename Engine>
 Tiling tiling_for(int64_t n, int64_t p, int64_t models, bool gradient) {
-  return {n, p, Gradients<Engine>::matrices(models), gradient, Engine::kMostRows, Engine::kUnit};
+  return {
+      n,
+      p,
+      Gradients<Engine>::matrices(models),
+      gradient,
+      Engine::kMostRows,
+      Engine::kMatrices,
+      Engine::kUnit};
 }
 
 // Writes `n` elements of `out` from element `at` on.

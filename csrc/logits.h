@@ -40,8 +40,8 @@ class Logits {
     run_groups(first, count, [&](int64_t tiles) { each_block(count, tiles, wanted, step); });
   }
 
-  // The same, with the products at where(model, tile, begin) already. If the operands of all models do
-  // not fit into a core's own cache together, one model comes after the other.
+  // The same, with the products at where(model, tile, begin) already. If the operands of all models leave
+  // no room in a core's own cache, one model comes after the other.
   template <typename Wanted, typename Where, typename Step>
   void run_stored(
       int64_t first, int64_t count, const Wanted& wanted, const Where& where, const Step& step) {
@@ -68,13 +68,14 @@ class Logits {
   // out [rows, width], with room for a multiple of 32 rows.
   void multiply(int64_t model, int64_t tile, int64_t begin, int64_t end, float* out) const {
     const Model& m = models_[model];
+    const int64_t slot = tile - from_;
     Engine::multiply(
         *m.x, first_ + begin, end - begin, left_[model].template data<char>(), begin,
-        panel(model, tile - from_), t_.width, out);
+        panel(model, slot), t_.width, slot + 1 < group_ ? panel(model, slot + 1) : nullptr, out);
   }
 
  private:
-  static constexpr int64_t kOwnCache = int64_t(2) << 20;
+  static constexpr int64_t kOwnCache = int64_t(1) << 20; // half of it
 
   // Bytes of a super-block's rows and of one tile's panels.
   int64_t operands() const {

@@ -8,13 +8,22 @@ namespace mulki {
 
 // A function of the problem and the engine alone, never of the number of threads.
 //
-// With a gradient, memory beyond inputs and outputs is, in floats, at most 4 Mi or 64 P matrices,
-// whichever is more, what the engine needs of the prototypes, and P D for their gradient.
+// With a gradient, memory beyond inputs and outputs is that of the engine's matrices, of 64 rows each or
+// of so many that they fit into its kMatrices bytes, what it needs of the prototypes, and P D floats for their
+// gradient.
 struct Tiling {
-  // `matrices` is the number of float matrices of one super-block that are alive at a time, and
-  // `most_rows` what it has at most. Without a gradient there are none: a block's logits go as soon
-  // as their sums are taken.
-  Tiling(int64_t n, int64_t p, int64_t matrices, bool gradient, int64_t most_rows, int64_t unit)
+  // `matrices` is the number of float matrices of one super-block that are alive at a time; it has at
+  // most `most_rows` rows and, beyond 64, `most_bytes` in those matrices. Without a gradient there are
+  // none: a block's logits go as soon as their sums are taken. Rows of a super-block and columns of a
+  // tile are multiples of `unit`.
+  Tiling(
+      int64_t n,
+      int64_t p,
+      int64_t matrices,
+      bool gradient,
+      int64_t most_rows,
+      int64_t most_bytes,
+      int64_t unit)
       : n(n), p(p), bytes(0) {
     width = p <= unit ? unit : p <= 256 ? 64 : 128;
     tiles = (p + width - 1) / width;
@@ -22,7 +31,7 @@ struct Tiling {
     rows = std::min<int64_t>(needed, gradient ? most_rows : 1024);
     if (gradient) {
       const int64_t row = matrices * tiles * width * int64_t(sizeof(float));
-      const int64_t fitting = kScratch / row, step = fitting >= 128 ? 128 : 64;
+      const int64_t fitting = most_bytes / row, step = fitting >= 128 ? 128 : 64;
       rows = std::min(rows, std::max<int64_t>(fitting / step * step, 64));
       bytes = rows * row;
     }
@@ -42,9 +51,6 @@ struct Tiling {
   int64_t rows; // of a super-block, a multiple of the unit
   int64_t block, blocks; // rows that one task takes, and how many such blocks there are
   int64_t bytes; // of the float matrices of a super-block
-
- private:
-  static constexpr int64_t kScratch = int64_t(16) << 20;
 };
 
 } // namespace mulki
