@@ -285,9 +285,10 @@ def _dense(value: object) -> object:
     )
 
 
+@pytest.mark.parametrize(("n", "d"), [(131, 33), (300, 300)])
 @pytest.mark.parametrize("name", NAMES)
-def test_results_repeat_bit_for_bit_whatever_the_number_of_threads(name, backend):
-    case = make(name, n=131, p=67, d=33, dtype=torch.float32)
+def test_results_repeat_bit_for_bit_whatever_the_number_of_threads(name, n, d, backend):
+    case = make(name, n=n, p=67, d=d, dtype=torch.float32)
     wanted = [True] * case.leaves
     cases = [case, form_arguments(case, "backward", wanted)]
     if name in LOSSES:
@@ -296,8 +297,8 @@ def test_results_repeat_bit_for_bit_whatever_the_number_of_threads(name, backend
     results = []
     try:
         # Matrix products of PyTorch, which the reference is made of, do not promise that.
-        for n in (1, 2, 1, 2) if backend == "cpp" else (1, 1):
-            torch.set_num_threads(n)
+        for number in (1, 2, 9, 2) if backend == "cpp" else (1, 1):
+            torch.set_num_threads(number)
             results.append([out for c in cases for out in _tuple(run(c))])
     finally:
         torch.set_num_threads(threads)
