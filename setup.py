@@ -178,7 +178,8 @@ def native_build() -> dict[str, Any]:
     except Exception as error:  # a torch that is too old fails in many ways
         give_up(
             f"the C++ kernels are left out, for they are built against the torch at hand: {error}. "
-            f"Install torch and ninja, then mulki with pip install --no-build-isolation",
+            "Install torch, ninja and setuptools>=77, then mulki with "
+            "pip install --no-build-isolation",
             required,
         )
         return {}

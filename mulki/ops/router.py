@@ -12,9 +12,18 @@ from mulki.ops import backends, schemas
 KEYS = ("CPU", "CUDA", "XPU", "MPS")
 
 
+# Asked once: the compiler of torch 2.11 does not know the function.
+_HAS_AUTOCAST = {
+    kind: torch.amp.is_autocast_available(kind) for kind in ("cpu", "cuda", "xpu", "mps", "meta")
+}
+
+
 def autocasting(device_type: str) -> bool:
     """Whether autocast is on for tensors of this device type; some have none, such as meta."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    available = _HAS_AUTOCAST.get(device_type)
+    if available is None:
+        available = torch.amp.is_autocast_available(device_type)
+    return available and torch.is_autocast_enabled(device_type)
 
 
 def _router(op: str) -> backends.Kernel:
