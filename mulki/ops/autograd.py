@@ -141,7 +141,9 @@ def _scaled(
 
 def _handed_over(grad: Tensor) -> bool:
     return (
-        type(grad) is Tensor
+        # Compiled autograd makes one graph of this function, where what follows would break it.
+        not torch.compiler.is_compiling()
+        and type(grad) is Tensor
         and grad.device.type == "cpu"
         # Nothing traces, batches or differentiates this backward pass, and there is no other one.
         and not torch.is_grad_enabled()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+import torch._dynamo.compiled_autograd
 import torch.nn.functional as F
 
 from mulki import Similarity
@@ -92,6 +95,19 @@ def two_losses(x, w, u, v, target, scale, other, temperature, smoothing):
 def test_inductor():
     torch._dynamo.reset()
     check(torch.compile(two_losses, fullgraph=True, dynamic=True), two_losses, "floats")
+
+
+@pytest.mark.parametrize("upstream", [1.0, 2.0])
+def test_compiled_autograd_takes_the_backward_pass_whole(upstream):
+    torch._dynamo.reset()
+    x, w, _, _, target = inputs(6, 5, 0)
+    loss = upstream * prototype_cross_entropy(Similarity(x, w, 10.0), target)
+    want = torch.autograd.grad(loss, (x, w), retain_graph=True)
+    compile_whole = partial(torch.compile, backend="eager", fullgraph=True)
+    with torch._dynamo.compiled_autograd._enable(compile_whole):
+        loss.backward()
+    for leaf, gradient in zip((x, w), want, strict=True):
+        torch.testing.assert_close(leaf.grad, gradient)
 
 
 def test_without_gradients_and_under_autocast():
