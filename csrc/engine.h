@@ -231,7 +231,7 @@ template <typename Scope, typename F>
 inline void parallel_in(int64_t tasks, const F& run) {
   const int64_t threads = at::in_parallel_region() ? 1 : std::min<int64_t>(at::get_num_threads(), tasks);
   if (threads <= 1) {
-    const Scope scope;
+    [[maybe_unused]] const Scope scope;
     for (int64_t i = 0; i < tasks; ++i) {
       run(i);
     }
@@ -247,7 +247,7 @@ inline void parallel_in(int64_t tasks, const F& run) {
     ranges[t].end = (t + 1) * tasks / threads;
   }
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    const Scope scope;
+    [[maybe_unused]] const Scope scope;
     for (int64_t t = begin; t < end; ++t) {
       for (int64_t other = 0; other < threads; ++other) {
         Range& range = ranges[(t + other) % threads];
