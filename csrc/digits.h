@@ -359,8 +359,8 @@ __attribute__((noinline)) MULKI_AMX_TARGET void sums_of(
 #undef MULKI_PRODUCT
 #undef MULKI_SUM
 
-// C [32, 32] (+)= A B over `steps` blocks from block `first` of the strips on. `fine` forms the two
-// more products.
+// C [32, 32] (+)= A B over `steps` blocks, those of b from block `first` on. `fine` forms the two more
+// products.
 MULKI_AMX_TARGET inline void multiply(
     const void* a,
     const void* b,
@@ -380,12 +380,12 @@ MULKI_AMX_TARGET inline void multiply(
   for (int64_t i = 0; i < kLines && steps == 0 && !add; ++i) {
     std::fill(c + i * ldc, c + i * ldc + kLines, 0.0f);
   }
-  for (int64_t end = first + steps; first < end; first += kMost, add = true) {
-    const int64_t some = std::min(kMost, end - first);
+  for (int64_t done = 0; done < steps; done += kMost, add = true) {
+    const int64_t some = std::min(kMost, steps - done);
     if (fine) {
-      sums_of<4>(block(a, first), block(b, first), some, sums);
+      sums_of<4>(block(a, done), block(b, first + done), some, sums);
     } else {
-      sums_of<3>(block(a, first), block(b, first), some, sums);
+      sums_of<3>(block(a, done), block(b, first + done), some, sums);
     }
     for (int64_t i = 0; i < kLines; ++i) {
       const __m512 of_row = _mm512_set1_ps(rows.scale[i]);

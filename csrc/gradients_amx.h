@@ -214,8 +214,17 @@ class GradientsAmx {
     out.values = std::move(values);
   }
 
-  char* strip_of_g(int64_t strip) {
-    return reinterpret_cast<char*>(values_ + matrix_) + strip * strip_bytes(columns());
+  int64_t tiles_of_run() const {
+    return kColumns / t_.width;
+  }
+  // A strip of rows of G for every run of kColumns columns, with scales of its own: with one scale for a
+  // whole row, an element far above the others would take their digits, the more of them the wider G is.
+  char* strip_of_g(int64_t strip, int64_t run) {
+    const int64_t runs = (columns() + kColumns - 1) / kColumns;
+    const int64_t bytes =
+        runs * int64_t(sizeof(digits::Head)) + digits::blocks(columns()) * digits::kBlock;
+    return reinterpret_cast<char*>(values_ + matrix_) + strip * bytes +
+        run * digits::strip_bytes(kColumns);
   }
   char* strip_of_turned_g(int64_t strip) {
     return reinterpret_cast<char*>(values_ + 2 * matrix_) + strip * strip_bytes(t_.rows);
@@ -287,20 +296,24 @@ class GradientsAmx {
     parallel_each(t_.tiles * groups, [&](int64_t task) {
       const int64_t t = task / groups, group = task % groups, begin = group * kDepth;
       const int64_t rows = std::min(kDepth, count - begin), valid = t_.valid(t);
+      const int64_t run = t / tiles_of_run(), start = run * tiles_of_run();
+      const int64_t tiles = std::min(tiles_of_run(), t_.tiles - start);
       digits::Head head;
       digits::Inverse inverse;
       for (int64_t i = begin; i < begin + rows && wanted_x_; i += kEdge) {
         const int64_t lines = std::min(kEdge, count - i);
-        char* strip = strip_of_g(i / kEdge);
-        set_lines(of_row_ + i, t_.tiles, t_.rows, lines, t_.p, head, inverse);
-        if (t == 0) {
+        char* strip = strip_of_g(i / kEdge, run);
+        set_lines(
+            of_row_ + start * t_.rows + i, tiles, t_.rows, lines,
+            std::min(kColumns, t_.p - start * t_.width), head, inverse);
+        if (t == start) {
           std::memcpy(strip, &head, sizeof(head));
         }
         for (int64_t j = 0; j < t_.width; j += kDepth) {
           digits::block_of_rows(
               values(0, t, i) + j, t_.width, lines, valid - j,
               of_w_.up(t * t_.width + j), inverse,
-              digits::block(strip, (t * t_.width + j) / kDepth));
+              digits::block(strip, ((t - start) * t_.width + j) / kDepth));
         }
       }
       for (int64_t j = 0; j < t_.width && wanted_w_; j += kEdge) {
@@ -320,13 +333,13 @@ class GradientsAmx {
 
   // Products.
 
-  // c [32, 32] (+)= rows of dX, over `tiles` tiles from t on.
+  // c [32, 32] (+)= rows of dX, over the `tiles` tiles of a run, from t on.
   void add_to_x(
       int64_t strip, int64_t d, int64_t t, int64_t tiles, float* c, int64_t ldc, bool add) {
     const int64_t per_tile = t_.width / kDepth;
     const char* right = right_w_ + d * strip_bytes(columns());
     if constexpr (kFloats) {
-      const char* left = strip_of_g(strip);
+      const char* left = strip_of_g(strip, t / tiles_of_run());
       digits::multiply(
           left, right, t * per_tile, tiles * per_tile, c, ldc, add,
           digits::fine_gradients(left, right));
@@ -365,7 +378,7 @@ class GradientsAmx {
       (rows_of_task > kEdge ? rows_of_task : chunk) /= 2;
     }
     const int64_t blocks = pieces(count, rows_of_task);
-    const int64_t run = kColumns / t_.width; // tiles
+    const int64_t run = tiles_of_run();
     parallel_tasks<Engine>(blocks * pieces(width, chunk), [&](int64_t task) {
       alignas(64) float sums[kMostRowsOfX * kMostChunk];
       // Blocks of rows run faster than chunks, so that a chunk of W stays in a core's own cache.

@@ -185,10 +185,10 @@ def test_features_with_one_large_dimension(name, height, backend):
     check(case._replace(args=(*(peaked(a) for a in case.args[:2]), *case.args[2:])), True)
 
 
-@pytest.mark.parametrize("name", ["ce", "contrastive"])
-def test_gradients_of_logits_that_say_little(name, backend):
+@pytest.mark.parametrize(("name", "p"), [("ce", 255), ("ce", 5000), ("contrastive", 256)])
+def test_gradients_of_logits_that_say_little(name, p, backend):
     """Of a row the match has one half of the gradient, and all others have the other half."""
-    check(make(name, n=256, p=255, d=128, dtype=torch.float32, scale=1.0), True)
+    check(make(name, n=256, p=p, d=128, dtype=torch.float32, scale=1.0), True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
