@@ -14,7 +14,9 @@ An operator comes in up to three forms:
                     act before a gradient is rounded to half precision
 
 `wanted` says which gradients are computed; one that is not comes back empty, of shape [0]. Nothing
-is mutated and no result aliases an argument. Arguments may have any strides.
+is mutated and no result aliases an argument. Arguments may have any strides. What a `name_reduced`
+returns behind the loss may become the gradient of a leaf, memory and all (`mulki.ops.autograd`):
+who keeps it beyond a backward pass clones it.
 
 Each is defined in two namespaces: `mulki`, whose kernels choose a backend (`mulki.ops.router`), and
 `mulki_cpp`, whose CPU kernels are in csrc/.
