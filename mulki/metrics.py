@@ -127,7 +127,7 @@ def forgetting(a: npt.ArrayLike) -> float | None:
     end = len(a) - 1
     if end < 1:
         return None
-    return float(np.mean([a[j:end, j].max() - a[end, j] for j in range(end)]))
+    return float(np.mean([np.max(a[j:end, j]) - a[end, j] for j in range(end)]))
 
 
 def bwt(a: npt.ArrayLike) -> float | None:
