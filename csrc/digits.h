@@ -6,9 +6,9 @@
 //   x = s (x_1 2^16 + x_2 2^8 + x_3),   |x - s integer| <= 2^-24 max |x|
 //
 // Of the nine products of digits the six largest are formed, in three sums by their weight; the only
-// rounding is of those sums to float32 (Ozaki et al., Numer. Algorithms 59, 2012, doi
-// 10.1007/s11075-011-9478-1, cut products off likewise). An error is thus relative to the largest
-// element of a line. What is left out is about 2^-25 max |x| max |w| a term, at most 2^-23; where the
+// rounding is of those sums to float32 (the scheme of Ozaki et al., Numer. Algorithms 59, 2012, doi
+// 10.1007/s11075-011-9478-1, on integers as by Ootomo et al., arXiv 2306.11975). An error is thus relative
+// to the largest element of a line. What is left out is about 2^-25 max |x| max |w| a term, at most 2^-23; where the
 // largest elements of both lines stand far above the others (`peak`) it would show, and there two more
 // products are formed.
 //
