@@ -12,7 +12,6 @@ from pathlib import Path
 
 # Triton is published under another name for each backend.
 _PACKAGES: dict[str, tuple[str, ...]] = {
-    "torch": ("torch",),
     "open_clip": ("open_clip_torch",),
     "mulki": ("mulki",),
     "numpy": ("numpy",),
@@ -31,6 +30,7 @@ def environment(hashes: Mapping[str, object] | None = None) -> dict[str, object]
 
     return {
         "python": platform.python_version(),
+        "torch": str(torch.__version__),  # with what it is built for, which metadata can leave out
         **{name: _version(distributions) for name, distributions in _PACKAGES.items()},
         "platform": platform.platform(),
         "cpu": _cpu_model(),

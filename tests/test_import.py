@@ -40,8 +40,9 @@ def test_works_where_the_optional_packages_are_missing() -> None:
 
 
 def test_no_compiler_is_started() -> None:
+    # torch asks the system for libraries, in a process of its own where it is built for CUDA.
     code = (
-        "import subprocess\n"
+        "import subprocess, torch\n"
         "def refuse(*a, **k): raise AssertionError(a)\n"
         "subprocess.Popen.__init__ = refuse\n"
         "import mulki"
