@@ -106,6 +106,30 @@ class Ahead {
   const char* at_;
 };
 
+// Calls multiply(a, b, c) for every 32 x 32 block c of a tile of `width` columns, with strips a and b of
+// `strip` bytes: those of the left operand from row `begin` on, and all of the right one.
+template <typename F>
+inline void blocks_of_tile(
+    const void* left,
+    int64_t begin,
+    int64_t rows,
+    const void* right,
+    int64_t width,
+    int64_t strip,
+    const void* next,
+    float* out,
+    const F& multiply) {
+  const char* a = static_cast<const char*>(left) + begin / amx::kEdge * strip;
+  Ahead ahead(next, amx::blocks(width) * strip, begin, rows, width);
+  for (int64_t i = 0; i < rows; i += amx::kEdge, a += strip) {
+    const char* b = static_cast<const char*>(right);
+    for (int64_t j = 0; j < width; j += amx::kEdge, b += strip) {
+      ahead.some();
+      multiply(a, b, out + i * width + j);
+    }
+  }
+}
+
 // The matrix unit, for bfloat16.
 struct AmxHalves {
   using Element = at::BFloat16;
@@ -156,16 +180,14 @@ struct AmxHalves {
       int64_t width,
       const void* next,
       float* out) {
-    const int64_t strip_size = strip(x.width), steps = amx::blocks(x.width);
-    const auto* a = static_cast<const uint16_t*>(left) + begin / amx::kEdge * strip_size;
-    Ahead ahead(next, left_bytes(width, x.width), begin, rows, width);
-    for (int64_t i = 0; i < rows; i += amx::kEdge, a += strip_size) {
-      const auto* b = static_cast<const uint16_t*>(right);
-      for (int64_t j = 0; j < width; j += amx::kEdge, b += strip_size) {
-        ahead.some();
-        amx::multiply({a}, {b}, 1, steps, out + i * width + j, width, false);
-      }
-    }
+    const int64_t steps = amx::blocks(x.width);
+    blocks_of_tile(
+        left, begin, rows, right, width, left_bytes(amx::kEdge, x.width), next, out,
+        [&](const char* a, const char* b, float* c) {
+          amx::multiply(
+              {reinterpret_cast<const uint16_t*>(a)}, {reinterpret_cast<const uint16_t*>(b)}, 1,
+              steps, c, width, false);
+        });
   }
 };
 
@@ -209,18 +231,13 @@ struct AmxFloats {
       int64_t width,
       const void* next,
       float* out) {
-    const int64_t strip = digits::strip_bytes(x.width), steps = digits::blocks(x.width);
-    const auto* a = static_cast<const uint8_t*>(left) + begin / digits::kLines * strip;
-    Ahead ahead(next, left_bytes(width, x.width), begin, rows, width);
-    for (int64_t i = 0; i < rows; i += digits::kLines, a += strip) {
-      const auto* b = static_cast<const uint8_t*>(right);
-      for (int64_t j = 0; j < width; j += digits::kLines, b += strip) {
-        ahead.some();
-        digits::multiply(
-            a, b, 0, steps, out + i * width + j, width, false,
-            digits::fine_logits(a, b, x.width));
-      }
-    }
+    const int64_t steps = digits::blocks(x.width);
+    blocks_of_tile(
+        left, begin, rows, right, width, left_bytes(amx::kEdge, x.width), next, out,
+        [&](const char* a, const char* b, float* c) {
+          digits::multiply(
+              a, b, 0, steps, c, width, false, digits::fine_logits(a, b, x.width));
+        });
   }
 };
 #endif
