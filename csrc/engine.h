@@ -15,14 +15,18 @@
 #include "digits.h"
 #include "product.h"
 
+#include <ATen/Context.h>
+
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <exception>
 #include <string>
 #include <vector>
 
 namespace mulki {
 
-// at::native::cpublas::brgemm: on any CPU, in bfloat16 where the CPU multiplies it.
+// at::native::cpublas::brgemm: on any CPU, in bfloat16 where brgemm takes it.
 template <typename T>
 struct Brgemm {
   using Element = T;
@@ -315,6 +319,29 @@ inline bool on_matrix_unit() {
   return there;
 }
 
+// Whether brgemm multiplies bfloat16. `could_pack` would name CPUs with AMX alone, but those with AVX512-BF16
+// do as well, at twice the rate of floats. On others, and where ONEDNN_MAX_CPU_ISA leaves neither, brgemm
+// throws, so it is asked for a small product. Without oneDNN, which can be switched off and on, it throws too.
+inline bool brgemm_takes_halves() {
+  if (!at::globalContext().userEnabledMkldnn()) {
+    return false;
+  }
+  static const bool answer = [] {
+    constexpr int64_t kSize = 32;
+    const std::vector<at::BFloat16> ones(kSize * kSize, 1.0f);
+    std::vector<float> sums(kSize * kSize);
+    try {
+      product(
+          kSize, kSize, kSize, ones.data(), kSize, ones.data(), kSize, sums.data(), kSize, false);
+      at::native::cpublas::brgemm_release(true);
+    } catch (const std::exception&) {
+      return false;
+    }
+    return std::all_of(sums.begin(), sums.end(), [](float sum) { return sum == kSize; });
+  }();
+  return answer;
+}
+
 // Calls run(engine) with the engine for operands of `dtype`, the least deep of which have `depth` columns.
 // Halves are multiplied as bfloat16 where the CPU does that, else as floats, into which they convert
 // without loss. float16 always is: only CPUs with AMX-FP16 multiply it, and none was at hand to test on.
@@ -330,7 +357,7 @@ auto with_engine(at::ScalarType dtype, [[maybe_unused]] int64_t depth, const F& 
     return run(AmxFloats{});
   }
 #endif
-  if (dtype == at::kBFloat16 && at::native::cpublas::could_pack(dtype)) {
+  if (dtype == at::kBFloat16 && brgemm_takes_halves()) {
     return run(Brgemm<at::BFloat16>{});
   }
   return run(Brgemm<float>{});

@@ -276,7 +276,8 @@ def test_strides_do_not_matter(name, layout, backend):
                 grad = laid_out(strided.args[0], "sliced")
                 strided = Case(strided.op, (grad, *strided.args[1:]))
             for a, b in zip(_tuple(run(strided)), _tuple(run(plain)), strict=True):
-                torch.testing.assert_close(a, b, rtol=2 * torch.finfo(a.dtype).eps, atol=1e-6)
+                # A BLAS may add in another order where strides are others.
+                torch.testing.assert_close(a, b, rtol=2 * torch.finfo(a.dtype).eps, atol=5e-6)
 
 
 def _tuple(output: object) -> tuple[Tensor, ...]:

@@ -30,12 +30,15 @@ def cpp():
         yield
 
 
-def run(*arguments: str, products: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, products: str = "", instructions: str = ""
+) -> subprocess.CompletedProcess[str]:
     # The choice is made once per process.
+    choice = {"MULKI_CPU_PRODUCTS": products, "ONEDNN_MAX_CPU_ISA": instructions}
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=HERE.parent.parent,
-        env={**os.environ, "MULKI_CPU_PRODUCTS": products},
+        env={**os.environ, **{name: value for name, value in choice.items() if value}},
         capture_output=True,
         text=True,
         check=False,
@@ -71,6 +74,15 @@ def test_brgemm_is_as_precise_where_amx_runs_otherwise():
     assert " passed" in done.stdout
 
 
+@pytest.mark.parametrize("instructions", ["AVX2", "AVX512_CORE"])
+def test_bfloat16_where_onednn_does_not_multiply_it(instructions):
+    options = ("-q", "-p", "no:cacheprovider", "-k", "cpp and test_every_operator")
+    file = str(HERE / "test_precision.py")
+    done = run("-m", "pytest", file, *options, products="brgemm", instructions=instructions)
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_prototypes_that_are_packed_in_groups(dtype):
     # Too many for the scratch of packed prototypes, which come in turns for the super-blocks of
@@ -98,8 +110,11 @@ def test_prototypes_that_are_packed_in_groups(dtype):
 
 
 @pytest.mark.parametrize("operator", ["dual_teacher_kl", "teacher_kl_3"])
-def test_extra_memory(operator):
-    case = Case(operator, 4096, 4096, 512, "float32")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_extra_memory(operator, dtype):
+    if dtype == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("bfloat16 is multiplied as float32, of which copies are made")
+    case = Case(operator, 4096, 4096, 512, dtype)
     loss = PROVIDERS["mulki"].make(case)
     found = measure.extra_memory("both", loss, case.inputs(), "cpu")
     assert found["memory"] <= 64 * MIB
