@@ -76,11 +76,6 @@ struct Columns {
   std::vector<int64_t> counts; // per tile
 };
 
-// What an excluded class holds may be anything, a NaN too, so it is replaced and not multiplied away.
-inline Vec where_kept(const float* keep, float otherwise, const Vec& v) {
-  return Vec::blendv(Vec(otherwise), v, Vec::loadu(keep) > Vec(0.0f));
-}
-
 template <bool PARTIAL>
 inline float largest(const float* y, const float* keep, int64_t width, float sign) {
   constexpr float kNone = -std::numeric_limits<float>::infinity();

@@ -119,7 +119,8 @@ void project(
   });
 }
 
-template <typename Engine>
+// `grad` is contiguous, its elements are In.
+template <typename Engine, typename In>
 double backward(
     const Tensor& grad,
     const Tensor& x,
@@ -138,8 +139,7 @@ double backward(
   const bool through_x = wanted[0] || wanted[2];
   Gradients<Engine> gradients(t, rows, prototypes, through_x, wanted[1]);
   Grads sums(x, w, at::kFloat, through_x, wanted[1]);
-  const Tensor upstream = grad.to(at::kFloat).contiguous();
-  const float* g = upstream.const_data_ptr<float>();
+  const In* g = grad.const_data_ptr<In>();
   for (int64_t first = 0; first < t.n && gradients.any(); first += t.rows) {
     const int64_t count = std::min(t.rows, t.n - first);
     const int64_t blocks = (count + t.block - 1) / t.block;
@@ -148,11 +148,11 @@ double backward(
       const int64_t size = std::min(t.block, count - b), valid = t.valid(tile);
       for (int64_t i = b; i < b + size; ++i) {
         float* out = gradients.values(0, tile, i);
-        const float* in = g + (first + i) * t.p + tile * t.width;
+        at::vec::convert<In, float>(g + (first + i) * t.p + tile * t.width, out, valid);
         const float* column = &of_column[tile * t.width];
         const float row = of_row[first + i];
         for (int64_t j = 0; j < valid; ++j) {
-          out[j] = in[j] * column[j] * row;
+          out[j] *= column[j] * row;
         }
         std::fill(out + valid, out + t.width, 0.0f);
       }
@@ -197,8 +197,18 @@ std::tuple<Tensor, Tensor, Tensor> similarity_backward(
       "grad: got shape ", grad.sizes(), ", wanted [", x.size(0), ", ", w.size(0), "]");
   Grads grads(x, w, x.scalar_type(), wanted[0], wanted[1]);
   const double s = value_of(scale);
+  const Tensor upstream = grad.contiguous();
   const double dscale = with_engine(x.scalar_type(), x.size(1), [&](auto engine) {
-    return backward<decltype(engine)>(grad, x, w, s, normalize, wanted, grads);
+    using Engine = decltype(engine);
+    switch (upstream.scalar_type()) {
+      case at::kBFloat16:
+        return backward<Engine, at::BFloat16>(upstream, x, w, s, normalize, wanted, grads);
+      case at::kHalf:
+        return backward<Engine, at::Half>(upstream, x, w, s, normalize, wanted, grads);
+      default:
+        return backward<Engine, float>(
+            upstream.to(at::kFloat), x, w, s, normalize, wanted, grads);
+    }
   });
   return {grads.x, grads.w, scalar_if(wanted[2], dscale)};
 }

@@ -18,6 +18,12 @@ inline float max_of(const Vec& v) {
   return at::vec::VecReduceAllSIMD<float, decltype(larger)>::apply(larger, v);
 }
 
+// v where `keep` is 1, `otherwise` where it is 0. What an excluded class holds may be anything, a NaN too, so it is
+// replaced and not multiplied away.
+inline Vec where_kept(const float* keep, float otherwise, const Vec& v) {
+  return Vec::blendv(Vec(otherwise), v, Vec::loadu(keep) > Vec(0.0f));
+}
+
 // exp, good to one unit in the last place. at::vec calls a library for it, at which all registers of
 // a loop are spilled; this is 2^n times the polynomial of Cephes' expf, with x = n log 2 + r.
 inline Vec exp_of(const Vec& x) {
@@ -42,6 +48,24 @@ inline Vec exp_of(const Vec& x) {
 #else
   return x.exp();
 #endif
+}
+
+// exp(a - b) where a float difference would be rounded, and the exponential with it.
+inline Vec exp_of_difference(const Vec& a, const Vec& b) {
+  const Vec d = a - b, back = d - a;
+  const Vec lost = (a - (d - back)) - (b + back);
+  const Vec e = exp_of(d);
+  return at::vec::fmadd(e, lost, e);
+}
+
+// log(1 + x) for x from 0 to 1, good to 1.5 units in the last place: 2 artanh z with z = x / (2 + x), and artanh
+// z / z by its Chebyshev interpolant in z^2. at::vec calls a library here too.
+inline Vec log1p_of(const Vec& x) {
+  const Vec z = x / (x + Vec(2.0f)), square = z * z;
+  Vec p = at::vec::fmadd(square, Vec(2.8157778314e-1f), Vec(2.7965157757e-1f));
+  p = at::vec::fmadd(square, p, Vec(4.0024595230e-1f));
+  p = at::vec::fmadd(square, p, Vec(6.6666321641e-1f));
+  return at::vec::fmadd(z * square, p, z + z);
 }
 
 } // namespace mulki

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from op_cases import NAMES, Case, expected, first, form_arguments, make, requiring_grad, run
 from torch import Tensor
 
@@ -150,9 +151,7 @@ def test_contrastive_of_pairs_that_match_well(scale, backend):
     with torch.enable_grad():
         z = plain.args[2] * plain.args[0] @ plain.args[1].T
         y = torch.arange(200)
-        loss = (
-            torch.nn.functional.cross_entropy(z, y) + torch.nn.functional.cross_entropy(z.T, y)
-        ) / 2
+        loss = (F.cross_entropy(z, y) + F.cross_entropy(z.T, y)) / 2
     unfused = [loss, *torch.autograd.grad(loss, plain.args)]
     got = run(form_arguments(case, "reduced", ALL))
     for one, other, want in zip(got, unfused, (value, *gradients), strict=True):
