@@ -1,7 +1,7 @@
 // loss_i = 1/2 (log sum_j exp u_ij + log sum_j exp u_ji) - u_ii of N pairs, u_ij = scale x_i . w_j.
 //
 // The gradient needs every row and every column sum first: one pass of products for those, and one more for
-// the gradient, unless the first one has kept them.
+// the gradient, but for the rows whose products the first one has kept.
 //
 // Where the logits of a block are near one another, as they mostly are, one exponential of each serves its
 // row and its column: exp(u - column) = exp(u - row) exp(row - column), where the last is a factor of the row
@@ -86,8 +86,10 @@ void sums_of_block(
   }
   const float most = max_of(highest);
   const float least = *std::min_element(out.column_most, out.column_most + valid);
+  const float least_of_rows = *std::min_element(out.row_most, out.row_most + rows);
   // Not with an infinity or a NaN.
-  const bool near = !matches && least >= most - kNear && most < kInfinity;
+  const bool near = !matches && least >= most - kNear && most < kInfinity &&
+      least_of_rows > -kInfinity;
   alignas(64) float of_most[64];
   for (int64_t i = 0; i < rows && near; i += Vec::size()) {
     const int64_t n = std::min<int64_t>(Vec::size(), rows - i);
@@ -205,7 +207,7 @@ class GradientOfLogits {
         row_(row),
         column_(column),
         half_(t.tiles * t.width, 0.0f),
-        keep_(half_),
+        within_(half_),
         high_(half_),
         low_(half_) {
     for (int64_t j = 0; j < t.n; ++j) {
@@ -213,7 +215,7 @@ class GradientOfLogits {
       high_[j] = lse.high;
       low_[j] = lse.low;
       half_[j] = float(upstream[j] / 2);
-      keep_[j] = 1.0f;
+      within_[j] = 1.0f;
     }
   }
 
@@ -262,10 +264,12 @@ class GradientOfLogits {
       float* of_row,
       float* of_column) const {
     const int64_t at = tile * t_.width;
-    const float most = *std::max_element(high, high + rows);
+    const auto [lowest, highest] = std::minmax_element(high, high + rows);
+    const float most = *highest;
     const float least = *std::min_element(&high_[at], &high_[at] + t_.valid(tile));
-    if (!(most - least <= kNear)) {
-      return false; // a NaN too
+    // Not with an infinity or a NaN.
+    if (!(least >= most - kNear && most < kInfinity && *lowest > -kInfinity)) {
+      return false;
     }
     const Vec reference(most);
     for (int64_t i = 0; i < rows; i += Vec::size()) {
@@ -276,7 +280,7 @@ class GradientOfLogits {
     for (int64_t j = 0; j < t_.width; j += Vec::size()) {
       const Vec e = exp_of_difference(reference, Vec::loadu(&high_[at + j]));
       const Vec factor = (e - e * Vec::loadu(&low_[at + j])) * Vec::loadu(&half_[at + j]);
-      where_kept(&keep_[at + j], 0.0f, factor).store(of_column + j);
+      where_kept(&within_[at + j], 0.0f, factor).store(of_column + j);
     }
     return true;
   }
@@ -300,7 +304,7 @@ class GradientOfLogits {
         g = at::vec::fmadd(other, Vec::loadu(&half_[at + j]), half * e);
       }
       // Beyond the last pair the exponentials may be infinite.
-      g = where_kept(&keep_[at + j], 0.0f, g);
+      g = where_kept(&within_[at + j], 0.0f, g);
       if (matched && match >= j && match < j + Vec::size()) {
         g = g * Vec::loadu(kAllBut + Vec::size() - 1 - (match - j));
       }
@@ -321,10 +325,10 @@ class GradientOfLogits {
   const Tiling t_;
   const float scale_;
   const double *row_, *column_;
-  std::vector<float> half_, keep_, high_, low_; // of the columns, padded to whole tiles
+  std::vector<float> half_, within_, high_, low_; // of the columns, padded to whole tiles
 };
 
-// Returns dloss/dscale. `kept` has the products, if they were kept.
+// Returns dloss/dscale. `kept` is what the sums have kept, if anything; G may take its place.
 template <typename Engine>
 double contrastive_gradients(
     Pairs<Engine>& pairs,
@@ -348,11 +352,7 @@ double contrastive_gradients(
     add_rows(partial, t, count, [&](int64_t, double sum) { dscale += sum; });
     pairs.gradients.accumulate(first, count, scale, grads.x, grads.w);
   };
-  if (kept != nullptr) {
-    pairs.sweep_again(block, after, *kept);
-  } else {
-    pairs.sweep(block, after);
-  }
+  pairs.sweep(block, after, kept, true);
   pairs.gradients.finish(scale, grads.w);
   return dscale;
 }
@@ -406,30 +406,17 @@ std::pair<double, double> total_and_gradients(
     bool mean,
     std::array<bool, 3> wanted,
     Grads& grads) {
-  const bool any = wanted[0] || wanted[1] || wanted[2];
-  const Upstream upstream(share_of(mean, x.size(0)));
-  const Tiling tiling = tiling_for<Engine>(x.size(0), w.size(0), 1, wanted[0] || wanted[1]);
-  if (any && Kept::fits(tiling)) {
-    Pairs<Engine> pairs(x, w, wanted[0], wanted[1]);
-    const Kept kept(tiling);
-    const Sums sums = contrastive_sums(pairs, scale, &kept);
-    return {
-        sum_of_rows(sums.loss),
-        contrastive_gradients(pairs, scale, sums.row_lse, sums.column_lse, upstream, grads, &kept)};
-  }
-  // One after the other, so that the scratch of one serves the other.
-  const Sums sums = [&] {
-    Pairs<Engine> pairs(x, w, false, false);
-    return contrastive_sums(pairs, scale);
-  }();
-  const double total = sum_of_rows(sums.loss);
-  if (!any) {
-    return {total, 0.0};
-  }
   Pairs<Engine> pairs(x, w, wanted[0], wanted[1]);
+  if (!wanted[0] && !wanted[1] && !wanted[2]) {
+    return {sum_of_rows(contrastive_sums(pairs, scale).loss), 0.0};
+  }
+  const Kept kept(pairs.tiling);
+  const Sums sums = contrastive_sums(pairs, scale, &kept);
+  const Upstream upstream(share_of(mean, x.size(0)));
   return {
-      total,
-      contrastive_gradients(pairs, scale, sums.row_lse, sums.column_lse, upstream, grads)};
+      sum_of_rows(sums.loss),
+      contrastive_gradients(
+          pairs, scale, sums.row_lse, sums.column_lse, upstream, grads, &kept)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_reduced(

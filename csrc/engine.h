@@ -17,7 +17,6 @@
 
 #include <ATen/Context.h>
 
-#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <exception>
@@ -328,16 +327,27 @@ inline bool brgemm_takes_halves() {
   }
   static const bool answer = [] {
     constexpr int64_t kSize = 32;
-    const std::vector<at::BFloat16> ones(kSize * kSize, 1.0f);
+    std::vector<at::BFloat16> left(kSize * kSize, 1.0f), right(kSize * kSize);
     std::vector<float> sums(kSize * kSize);
+    // In pairs of rows: row i is i + 1 in column i % 4 and zero elsewhere.
+    for (int64_t i = 0; i < kSize; ++i) {
+      right[(i / 2 * kSize + i % 4) * 2 + i % 2] = float(i + 1);
+    }
     try {
       product(
-          kSize, kSize, kSize, ones.data(), kSize, ones.data(), kSize, sums.data(), kSize, false);
+          kSize, kSize, kSize, left.data(), kSize, right.data(), kSize, sums.data(), kSize, false);
       at::native::cpublas::brgemm_release(true);
     } catch (const std::exception&) {
       return false;
     }
-    return std::all_of(sums.begin(), sums.end(), [](float sum) { return sum == kSize; });
+    for (int64_t i = 0; i < kSize * kSize; ++i) {
+      const int64_t column = i % kSize;
+      // Eight rows, column + 1, column + 5, ...
+      if (sums[i] != (column < 4 ? float(8 * (column + 1) + 4 * 28) : 0.0f)) {
+        return false;
+      }
+    }
+    return true;
   }();
   return answer;
 }

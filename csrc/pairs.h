@@ -18,34 +18,38 @@ struct AllBut {
 inline const AllBut kAllButOne;
 inline const float* const kAllBut = kAllButOne.values;
 
-// The products of all pairs, [tiles][rows][width], for a second pass over them.
+// The products of the first rows, [tiles][rows][width], from one pass over the pairs for the next.
 class Kept {
  public:
-  // Beyond this a second pass multiplies again: fresh memory would cost more than that.
-  static constexpr int64_t kMost = int64_t(16) << 20;
+  // As many rows as fit beside the matrices of a super-block, which are multiples of one or all there are.
+  explicit Kept(const Tiling& t)
+      : count_(rows_of(t)),
+        rows_((count_ + t.block - 1) / t.block * t.block), // engines write whole blocks
+        width_(t.width),
+        values_(t.tiles * rows_ * width_ * int64_t(sizeof(float))) {}
 
-  explicit Kept(const Tiling& t) : rows_(rows_of(t)), width_(t.width), values_(bytes(t)) {}
-
-  static bool fits(const Tiling& t) {
-    return bytes(t) <= kMost;
+  bool has(int64_t first, int64_t count) const {
+    return first + count <= count_;
   }
   float* at(int64_t tile, int64_t row) const {
     return values_.data<float>() + (tile * rows_ + row) * width_;
   }
 
  private:
+  // Keeping more would be faster still, and take memory that grows with the square of the batch.
+  static constexpr int64_t kBytes = int64_t(24) << 20;
+
   static int64_t rows_of(const Tiling& t) {
-    return (t.n + t.block - 1) / t.block * t.block; // engines write whole blocks
-  }
-  static int64_t bytes(const Tiling& t) {
-    return t.tiles * rows_of(t) * t.width * int64_t(sizeof(float));
+    const int64_t row = t.tiles * t.width * int64_t(sizeof(float));
+    const int64_t fitting = std::max<int64_t>(kBytes - t.bytes, 0) / row;
+    return fitting >= t.n ? t.n : fitting / t.rows * t.rows;
   }
 
-  int64_t rows_, width_;
+  int64_t count_, rows_, width_;
   Scratch values_;
 };
 
-// The logits of one super-block after the other, in tiles, with G in their place afterwards.
+// The logits of one super-block after the other, in tiles, and the gradients from what replaces them.
 template <typename Engine>
 struct Pairs {
   Pairs(const Tensor& x, const Tensor& w, bool wanted_x, bool wanted_w)
@@ -56,39 +60,26 @@ struct Pairs {
         gradients(tiling, rows, prototypes, wanted_x, wanted_w) {}
 
   // Runs tile(first, t, begin, end, y) with the products y [end - begin, width] of rows [begin, end)
-  // of a super-block with tile t, then after(first, count). y is in `kept`, if there is one.
+  // of a super-block with tile t, then after(first, count). The products of rows that `kept` has a place for
+  // are there; `again` says that they are there already.
   template <typename Tile, typename After>
-  void sweep(const Tile& tile, const After& after, const Kept* kept = nullptr) {
+  void sweep(
+      const Tile& tile, const After& after, const Kept* kept = nullptr, bool again = false) {
     for (int64_t first = 0; first < tiling.n; first += tiling.rows) {
       const int64_t count = std::min(tiling.rows, tiling.n - first);
-      logits.run(
-          first, count, [](int64_t) { return true; },
-          [&](int64_t t, int64_t begin, int64_t end) {
-            Scratch local;
-            if (kept == nullptr && !gradients.any()) {
-              local = Scratch(tiling.block * tiling.width * int64_t(sizeof(float)));
-            }
-            float* y = kept != nullptr ? kept->at(t, first + begin)
-                : gradients.any()      ? gradients.values(0, t, begin)
-                                       : local.data<float>();
-            logits.multiply(0, t, begin, end, y);
-            tile(first, t, begin, end, y);
-          });
-      after(first, count);
-    }
-  }
-
-  // The same, with products that are kept already.
-  template <typename Tile, typename After>
-  void sweep_again(const Tile& tile, const After& after, const Kept& kept) {
-    for (int64_t first = 0; first < tiling.n; first += tiling.rows) {
-      const int64_t count = std::min(tiling.rows, tiling.n - first);
-      const int64_t blocks = (count + tiling.block - 1) / tiling.block;
-      parallel_each(tiling.tiles * blocks, [&](int64_t task) {
-        const int64_t t = task / blocks, begin = task % blocks * tiling.block;
-        const int64_t end = begin + tiling.block_rows(task % blocks, count);
-        tile(first, t, begin, end, kept.at(t, first + begin));
-      });
+      if (kept != nullptr && kept->has(first, count)) {
+        keep(tile, first, count, *kept, again);
+      } else {
+        logits.run(first, count, all, [&](int64_t t, int64_t begin, int64_t end) {
+          Scratch local;
+          if (!gradients.any()) {
+            local = Scratch(tiling.block * tiling.width * int64_t(sizeof(float)));
+          }
+          float* y = gradients.any() ? gradients.values(0, t, begin) : local.data<float>();
+          logits.multiply(0, t, begin, end, y);
+          tile(first, t, begin, end, y);
+        });
+      }
       after(first, count);
     }
   }
@@ -97,6 +88,29 @@ struct Pairs {
   Rows<typename Engine::Element> rows, prototypes;
   Logits<Engine> logits;
   Gradients<Engine> gradients;
+
+ private:
+  static bool all(int64_t /*tile*/) {
+    return true;
+  }
+
+  template <typename Tile>
+  void keep(const Tile& tile, int64_t first, int64_t count, const Kept& kept, bool again) {
+    if (!again) {
+      logits.run(first, count, all, [&](int64_t t, int64_t begin, int64_t end) {
+        float* y = kept.at(t, first + begin);
+        logits.multiply(0, t, begin, end, y);
+        tile(first, t, begin, end, y);
+      });
+      return;
+    }
+    const int64_t blocks = (count + tiling.block - 1) / tiling.block;
+    parallel_each(tiling.tiles * blocks, [&](int64_t task) {
+      const int64_t t = task / blocks, begin = task % blocks * tiling.block;
+      const int64_t end = begin + tiling.block_rows(task % blocks, count);
+      tile(first, t, begin, end, kept.at(t, first + begin));
+    });
+  }
 };
 
 // Row sums of [tiles][rows of the super-block] partial results, in double and in order.

@@ -24,7 +24,7 @@ inline Vec where_kept(const float* keep, float otherwise, const Vec& v) {
   return Vec::blendv(Vec(otherwise), v, Vec::loadu(keep) > Vec(0.0f));
 }
 
-// exp, good to one unit in the last place. at::vec calls a library for it, at which all registers of
+// exp, good to about one unit in the last place. at::vec calls a library for it, at which all registers of
 // a loop are spilled; this is 2^n times the polynomial of Cephes' expf, with x = n log 2 + r.
 inline Vec exp_of(const Vec& x) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -58,7 +58,7 @@ inline Vec exp_of_difference(const Vec& a, const Vec& b) {
   return at::vec::fmadd(e, lost, e);
 }
 
-// log(1 + x) for x from 0 to 1, good to 1.5 units in the last place: 2 artanh z with z = x / (2 + x), and artanh
+// log(1 + x) for x from 0 to 1, good to two units in the last place: 2 artanh z with z = x / (2 + x), and artanh
 // z / z by its Chebyshev interpolant in z^2. at::vec calls a library here too.
 inline Vec log1p_of(const Vec& x) {
   const Vec z = x / (x + Vec(2.0f)), square = z * z;

@@ -158,6 +158,21 @@ def test_contrastive_of_pairs_that_match_well(scale, backend):
         assert relative(one, want) < 3 * relative(other.detach(), want) + 1e-5
 
 
+@pytest.mark.parametrize("bad", [-math.inf, math.nan])
+def test_what_a_bad_row_of_contrastive_holds_stays_there(bad, backend):
+    """It is in a sum of every column, where -infinity adds nothing."""
+    torch.manual_seed(0)
+    x, w = (torch.rand(300, 4) + 0.1 for _ in range(2))
+    x[290] = bad
+    loss, *_ = run(Case("contrastive", (x, w, torch.tensor(1.0))))
+    z = x.double() @ w.double().T
+    rows, columns, match = z.logsumexp(1), z.logsumexp(0), z.diagonal()
+    torch.testing.assert_close(
+        loss.double(), (rows + columns) / 2 - match, rtol=1e-5, atol=1e-5, equal_nan=True
+    )
+    assert loss.isfinite().sum() == (299 if bad == -math.inf else 0)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_features_without_a_dimension(name, backend):
     case = make(name, n=4, p=5, d=1, dtype=torch.float32)
