@@ -67,15 +67,24 @@ struct Pairs {
       const Tile& tile, const After& after, const Kept* kept = nullptr, bool again = false) {
     for (int64_t first = 0; first < tiling.n; first += tiling.rows) {
       const int64_t count = std::min(tiling.rows, tiling.n - first);
-      if (kept != nullptr && kept->has(first, count)) {
-        keep(tile, first, count, *kept, again);
+      const bool keep = kept != nullptr && kept->has(first, count);
+      if (keep && again) {
+        const int64_t blocks = (count + tiling.block - 1) / tiling.block;
+        parallel_each(tiling.tiles * blocks, [&](int64_t task) {
+          const int64_t t = task / blocks, begin = task % blocks * tiling.block;
+          const int64_t end = begin + tiling.block_rows(task % blocks, count);
+          tile(first, t, begin, end, kept->at(t, first + begin));
+        });
       } else {
+        const auto all = [](int64_t) { return true; };
         logits.run(first, count, all, [&](int64_t t, int64_t begin, int64_t end) {
           Scratch local;
-          if (!gradients.any()) {
+          if (!keep && !gradients.any()) {
             local = Scratch(tiling.block * tiling.width * int64_t(sizeof(float)));
           }
-          float* y = gradients.any() ? gradients.values(0, t, begin) : local.data<float>();
+          float* y = keep ? kept->at(t, first + begin)
+              : gradients.any() ? gradients.values(0, t, begin)
+                                : local.data<float>();
           logits.multiply(0, t, begin, end, y);
           tile(first, t, begin, end, y);
         });
@@ -88,29 +97,6 @@ struct Pairs {
   Rows<typename Engine::Element> rows, prototypes;
   Logits<Engine> logits;
   Gradients<Engine> gradients;
-
- private:
-  static bool all(int64_t /*tile*/) {
-    return true;
-  }
-
-  template <typename Tile>
-  void keep(const Tile& tile, int64_t first, int64_t count, const Kept& kept, bool again) {
-    if (!again) {
-      logits.run(first, count, all, [&](int64_t t, int64_t begin, int64_t end) {
-        float* y = kept.at(t, first + begin);
-        logits.multiply(0, t, begin, end, y);
-        tile(first, t, begin, end, y);
-      });
-      return;
-    }
-    const int64_t blocks = (count + tiling.block - 1) / tiling.block;
-    parallel_each(tiling.tiles * blocks, [&](int64_t task) {
-      const int64_t t = task / blocks, begin = task % blocks * tiling.block;
-      const int64_t end = begin + tiling.block_rows(task % blocks, count);
-      tile(first, t, begin, end, kept.at(t, first + begin));
-    });
-  }
 };
 
 // Row sums of [tiles][rows of the super-block] partial results, in double and in order.
