@@ -85,7 +85,7 @@ Result run(
     using Engine = decltype(engine);
     const Tiling tiling =
         tiling_for<Engine>(x.size(0), w.size(0), 1, wanted[0] || wanted[1]);
-    std::vector<Model<typename Engine::Element>> models;
+    std::vector<Model<typename Engine::Operand>> models;
     models.emplace_back(x, w, s);
     const Columns columns(
         tiling,

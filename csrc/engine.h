@@ -1,7 +1,8 @@
 // The ways in which products are computed. An engine has
 //
-//   Element                        of the operands in memory, float or bfloat16
-//   kMostRows, kMatrices           sizes of a super-block that suit it, see Tiling
+//   Element                        of the operands of its products, float or bfloat16
+//   Operand                        how the operands lie in memory, see product.h
+//   kMostRows, kMatrices, kWidth   sizes of a super-block and of a tile that suit it, see Tiling
 //   kScratch                       bytes, see Logits
 //   kUnit                          of which rows of a super-block and columns of a tile are multiples
 //   Scope                          what a thread holds while it multiplies
@@ -29,11 +30,20 @@ namespace mulki {
 template <typename T>
 struct Brgemm {
   using Element = T;
+  using Operand = std::conditional_t<kHalf<T>, Rows<T>, FloatRows>;
 
   static constexpr int64_t kUnit = 32;
+#if defined(CPU_CAPABILITY_AVX2)
+  // CPUs without AVX-512 mostly have 256 or 512 KiB of cache to a core, where a wider tile of W^T leaves
+  // too little for X.
+  static constexpr int64_t kWidth = 64;
+#else
+  static constexpr int64_t kWidth = 128;
+#endif
   static constexpr int64_t kMostRows = 512;
   static constexpr int64_t kMatrices = int64_t(16) << 20;
-  static constexpr int64_t kScratch = int64_t(38) << 20;
+  // The prototypes of two teachers at 4096 x 4096 x 512 fit, beside halves that become floats.
+  static constexpr int64_t kScratch = int64_t(38656) << 10;
 
   // Gives the matrix unit's state back when a thread leaves a parallel region.
   struct Scope {
@@ -44,43 +54,68 @@ struct Brgemm {
     }
   };
 
-  static int64_t left_bytes(int64_t, int64_t) {
-    return 0;
+  // Floats are read where they are.
+  static int64_t left_bytes(const Operand& x, int64_t rows) {
+    return in_place(x) ? 0 : right_bytes(rows, x.padded);
   }
-  static void pack_left(const Rows<T>&, int64_t, int64_t, void*) {}
+  static void pack_left(const Operand& x, int64_t first, int64_t rows, void* out) {
+    x.read(first, rows, 0, x.padded, static_cast<T*>(out));
+  }
 
   static int64_t right_bytes(int64_t width, int64_t depth) {
     return width * depth * int64_t(sizeof(T));
   }
   // [depth, width] (halves: VNNI), with zeros beyond the last row of W.
-  static void pack_right(const Rows<T>& w, int64_t first, int64_t width, void* out) {
+  static void pack_right(const Operand& w, int64_t first, int64_t width, void* out) {
     const int64_t rows = std::min(width, w.count - first);
     if (rows < width) {
       std::memset(out, 0, size_t(right_bytes(width, w.padded)));
     }
     // A pair of neighbours in a row of W is a VNNI pair of W^T: transpose pairs as four bytes.
     using Unit = std::conditional_t<kHalf<T>, uint32_t, float>;
-    const int64_t units = w.padded * int64_t(sizeof(T)) / int64_t(sizeof(Unit));
-    transpose(
-        reinterpret_cast<const Unit*>(w.row(first)), units, static_cast<Unit*>(out), width, rows,
-        units);
+    constexpr int64_t kColumns = 64, kToUnit = int64_t(sizeof(Unit) / sizeof(T));
+    alignas(64) T buffer[kColumns * kWidth];
+    for (int64_t c = 0; c < w.padded; c += kColumns) {
+      const int64_t columns = std::min(kColumns, w.padded - c);
+      const Part<T> part = w.read(first, rows, c, columns, buffer);
+      transpose(
+          reinterpret_cast<const Unit*>(part.data), part.stride / kToUnit,
+          static_cast<Unit*>(out) + c / kToUnit * width, width, rows, columns / kToUnit);
+    }
   }
 
   // out [rows, width]: rows of X from `first` on, of which `begin` rows of the packed ones precede.
   // `next` is the right operand that is likely to come next, or null.
   static void multiply(
-      const Rows<T>& x,
+      const Operand& x,
       int64_t first,
       int64_t rows,
-      const void* /*left*/,
-      int64_t /*begin*/,
+      const void* left,
+      int64_t begin,
       const void* right,
       int64_t width,
       const void* /*next*/,
       float* out) {
-    product(
-        rows, width, x.padded, x.row(first), x.padded, static_cast<const T*>(right), width, out,
-        width, false);
+    const T* a = in_place(x) ? x.read(first, rows, 0, x.padded, nullptr).data
+                             : static_cast<const T*>(left) + begin * x.padded;
+    const T* b = static_cast<const T*>(right);
+    // In one sum over all of a depth of 512 the roundings of floats weigh twice as much as in two.
+    constexpr int64_t kDepth = 256;
+    int64_t d = 0;
+    do {
+      const int64_t depth = kHalf<T> ? x.padded : std::min(kDepth, x.padded - d);
+      product(rows, width, depth, a + d, x.padded, b + d * width, width, out, width, d > 0);
+      d += depth;
+    } while (d < x.padded);
+  }
+
+ private:
+  static bool in_place(const Operand& x) {
+    if constexpr (kHalf<T>) {
+      return true;
+    } else {
+      return x.in_place();
+    }
   }
 };
 
@@ -136,31 +171,32 @@ inline void blocks_of_tile(
 // The matrix unit, for bfloat16.
 struct AmxHalves {
   using Element = at::BFloat16;
+  using Operand = Rows<Element>;
   using Scope = amx::Scope;
 
   static constexpr int64_t kMostRows = 256;
   static constexpr int64_t kMatrices = int64_t(16) << 20;
   static constexpr int64_t kScratch = int64_t(30) << 20;
-  static constexpr int64_t kUnit = amx::kEdge;
+  static constexpr int64_t kUnit = amx::kEdge, kWidth = 128;
 
   static int64_t strip(int64_t depth) { // elements of 32 rows or columns
     return amx::blocks(depth) * amx::kBlock;
   }
-  static int64_t left_bytes(int64_t rows, int64_t depth) {
-    return amx::blocks(rows) * strip(depth) * 2;
+  static int64_t left_bytes(const Operand& x, int64_t rows) {
+    return right_bytes(rows, x.padded);
   }
   static int64_t right_bytes(int64_t width, int64_t depth) {
-    return left_bytes(width, depth);
+    return amx::blocks(width) * strip(depth) * 2;
   }
 
   // At most 32 rows.
-  static void pack_left(const Rows<Element>& x, int64_t first, int64_t rows, void* out) {
+  static void pack_left(const Operand& x, int64_t first, int64_t rows, void* out) {
     auto* to = static_cast<uint16_t*>(out);
     for (int64_t d = 0; d < x.width; d += amx::kEdge, to += amx::kBlock) {
       amx::pack_left(x.row(first) + d, x.padded, rows, x.width - d, to);
     }
   }
-  static void pack_right(const Rows<Element>& w, int64_t first, int64_t width, void* out) {
+  static void pack_right(const Operand& w, int64_t first, int64_t width, void* out) {
     auto* to = static_cast<uint16_t*>(out);
     for (int64_t j = 0; j < width; j += amx::kEdge) {
       const int64_t rows = w.count - first - j;
@@ -174,7 +210,7 @@ struct AmxHalves {
 
   // Writes whole blocks of 32 rows.
   static void multiply(
-      const Rows<Element>& x,
+      const Operand& x,
       int64_t /*first*/,
       int64_t rows,
       const void* left,
@@ -185,7 +221,7 @@ struct AmxHalves {
       float* out) {
     const int64_t steps = amx::blocks(x.width);
     blocks_of_tile(
-        left, begin, rows, right, width, left_bytes(amx::kEdge, x.width), next, out,
+        left, begin, rows, right, width, right_bytes(amx::kEdge, x.width), next, out,
         [&](const char* a, const char* b, float* c) {
           amx::multiply(
               {reinterpret_cast<const uint16_t*>(a)}, {reinterpret_cast<const uint16_t*>(b)}, 1,
@@ -197,25 +233,26 @@ struct AmxHalves {
 // The matrix unit, for floats as digits.
 struct AmxFloats {
   using Element = float;
+  using Operand = Rows<Element>;
   using Scope = amx::Scope;
 
   static constexpr int64_t kMostRows = 256;
   static constexpr int64_t kMatrices = int64_t(16) << 20;
   static constexpr int64_t kScratch = int64_t(46) << 20;
-  static constexpr int64_t kUnit = digits::kDepth;
+  static constexpr int64_t kUnit = digits::kDepth, kWidth = 128;
 
-  static int64_t left_bytes(int64_t rows, int64_t depth) {
-    return amx::blocks(rows) * digits::strip_bytes(depth);
+  static int64_t left_bytes(const Operand& x, int64_t rows) {
+    return right_bytes(rows, x.padded);
   }
   static int64_t right_bytes(int64_t width, int64_t depth) {
-    return left_bytes(width, depth);
+    return amx::blocks(width) * digits::strip_bytes(depth);
   }
 
   // At most 32 rows.
-  static void pack_left(const Rows<Element>& x, int64_t first, int64_t rows, void* out) {
+  static void pack_left(const Operand& x, int64_t first, int64_t rows, void* out) {
     digits::strip_of_rows(false, x.row(first), x.padded, rows, x.width, out);
   }
-  static void pack_right(const Rows<Element>& w, int64_t first, int64_t width, void* out) {
+  static void pack_right(const Operand& w, int64_t first, int64_t width, void* out) {
     auto* to = static_cast<uint8_t*>(out);
     for (int64_t j = first; j < first + width; j += digits::kLines) {
       digits::strip_of_rows(true, w.row(j), w.padded, w.count - j, w.width, to);
@@ -225,7 +262,7 @@ struct AmxFloats {
 
   // Writes whole blocks of 32 rows.
   static void multiply(
-      const Rows<Element>& x,
+      const Operand& x,
       int64_t /*first*/,
       int64_t rows,
       const void* left,
@@ -236,7 +273,7 @@ struct AmxFloats {
       float* out) {
     const int64_t steps = digits::blocks(x.width);
     blocks_of_tile(
-        left, begin, rows, right, width, left_bytes(amx::kEdge, x.width), next, out,
+        left, begin, rows, right, width, right_bytes(amx::kEdge, x.width), next, out,
         [&](const char* a, const char* b, float* c) {
           digits::multiply(
               a, b, 0, steps, c, width, false, digits::fine_logits(a, b, x.width));

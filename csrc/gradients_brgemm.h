@@ -9,14 +9,16 @@ namespace mulki {
 template <typename E>
 class Gradients<Brgemm<E>> {
  public:
+  using Operand = typename Brgemm<E>::Operand;
+
   static int64_t matrices(int64_t models) {
     return models + (kHalf<E> ? 1 : 0);
   }
 
   Gradients(
       const Tiling& tiling,
-      const Rows<E>& x,
-      const Rows<E>& w,
+      const Operand& x,
+      const Operand& w,
       bool wanted_x,
       bool wanted_w,
       int64_t models = 1)
@@ -29,17 +31,19 @@ class Gradients<Brgemm<E>> {
     if (wanted_x_) {
       sum_x_ = take<float>(t_.rows * x.width);
     }
-    if (wanted_x_ && kHalf<E>) {
-      const int64_t pairs = (w.count + 1) / 2;
-      rounded_ = take<E>(t_.rows * cells);
-      pairs_of_w_ = take<E>(pairs * w.width * 2);
-      at::parallel_for(0, pairs, 64, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          interleave(
-              w.row(2 * i), 2 * i + 1 < w.count ? w.row(2 * i + 1) : nullptr, w.width,
-              pairs_of_w_ + i * w.width * 2);
-        }
-      });
+    if constexpr (kHalf<E>) {
+      if (wanted_x_) {
+        const int64_t pairs = (w.count + 1) / 2;
+        rounded_ = take<E>(t_.rows * cells);
+        pairs_of_w_ = take<E>(pairs * w.width * 2);
+        at::parallel_for(0, pairs, 64, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) {
+            interleave(
+                w.row(2 * i), 2 * i + 1 < w.count ? w.row(2 * i + 1) : nullptr, w.width,
+                pairs_of_w_ + i * w.width * 2);
+          }
+        });
+      }
     }
     if (wanted_w_) {
       sum_w_ = take<float>(cells * x.width);
@@ -137,6 +141,7 @@ class Gradients<Brgemm<E>> {
       const int64_t b = task / chunks, c = task % chunks * kChunk;
       const int64_t rows = t_.block_rows(b, count), columns = std::min(kChunk, width - c);
       float* sum = sums + b * t_.block * width + c;
+      alignas(64) E buffer[kHalf<E> ? 1 : Brgemm<E>::kWidth * kChunk];
       for (int64_t t = 0; t < t_.tiles; ++t) {
         const int64_t valid = t_.valid(t);
         if constexpr (kHalf<E>) {
@@ -146,9 +151,10 @@ class Gradients<Brgemm<E>> {
           product(
               rows, columns, (valid + 1) / 2 * 2, g, t_.width, right, width, sum, width, t > 0);
         } else {
+          const Part<E> right = w_.read(t * t_.width, valid, c, columns, buffer);
           product(
-              rows, columns, valid, values(0, t, b * t_.block), t_.width, w_.row(t * t_.width) + c,
-              width, sum, width, t > 0);
+              rows, columns, valid, values(0, t, b * t_.block), t_.width, right.data, right.stride,
+              sum, width, t > 0);
         }
       }
     });
@@ -170,7 +176,14 @@ class Gradients<Brgemm<E>> {
       for (int64_t s = begin; s < end; ++s) {
         const int64_t from = s * 32, columns = std::min<int64_t>(32, x_.padded - from);
         E* to = transposed_x_ + from * t_.rows;
-        transpose(x_.row(first) + from, x_.padded, to, t_.rows, count, columns);
+        // All rows at once, or as many as a buffer of halves that become floats takes.
+        constexpr int64_t kPart = kHalf<E> ? Brgemm<E>::kMostRows : 64;
+        alignas(64) E buffer[kHalf<E> ? 1 : kPart * 32];
+        for (int64_t r = 0; r < count; r += kPart) {
+          const int64_t rows = std::min(kPart, count - r);
+          const Part<E> part = x_.read(first + r, rows, from, columns, buffer);
+          transpose(part.data, part.stride, to + r, t_.rows, rows, columns);
+        }
         for (int64_t i = 0; i < columns; ++i) {
           std::fill(to + i * t_.rows + count, to + i * t_.rows + depth, E(0));
         }
@@ -203,8 +216,8 @@ class Gradients<Brgemm<E>> {
   }
 
   const Tiling t_;
-  const Rows<E>& x_;
-  const Rows<E>& w_;
+  const Operand& x_;
+  const Operand& w_;
   const bool wanted_x_, wanted_w_;
   std::vector<Scratch> scratch_;
   float* values_ = nullptr; // [models][tiles][rows][width], the student first

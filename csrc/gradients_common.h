@@ -21,7 +21,8 @@ Tiling tiling_for(int64_t n, int64_t p, int64_t models, bool gradient) {
       gradient,
       Engine::kMostRows,
       Engine::kMatrices,
-      Engine::kUnit};
+      Engine::kUnit,
+      Engine::kWidth};
 }
 
 // Writes `n` elements of `out` from element `at` on.

@@ -1,7 +1,7 @@
 // Y = X W^T of one or more models, a super-block of rows at a time, tile by tile.
 //
-// W^T is packed once if all of it fits, with the matrices of a super-block, into the engine's kScratch
-// bytes, else group by group of tiles for every super-block anew. Groups come in turns forwards and
+// W^T is packed once if all of it fits, with the matrices and the packed rows of a super-block, into the engine's
+// kScratch bytes, else group by group of tiles for every super-block anew. Groups come in turns forwards and
 // backwards: the last one of a super-block is the first one of the next, and is there already.
 #pragma once
 
@@ -14,21 +14,22 @@ namespace mulki {
 template <typename Engine>
 class Logits {
  public:
-  using E = typename Engine::Element;
+  using Operand = typename Engine::Operand;
   struct Model {
-    const Rows<E>* x;
-    const Rows<E>* w;
+    const Operand* x;
+    const Operand* w;
   };
 
   Logits(const Tiling& tiling, std::vector<Model> models) : t_(tiling), models_(std::move(models)) {
-    int64_t of_tile = 0;
+    int64_t of_tile = 0, of_rows = 0;
     for (const Model& m : models_) {
       of_tile += Engine::right_bytes(t_.width, m.x->padded);
+      of_rows += Engine::left_bytes(*m.x, t_.rows);
     }
-    const int64_t fitting = (Engine::kScratch - t_.bytes) / std::max<int64_t>(of_tile, 1);
-    group_ = std::clamp<int64_t>(fitting, 1, t_.tiles);
+    const int64_t left_over = Engine::kScratch - t_.bytes - of_rows;
+    group_ = std::clamp<int64_t>(left_over / std::max<int64_t>(of_tile, 1), 1, t_.tiles);
     for (const Model& m : models_) {
-      left_.emplace_back(Engine::left_bytes(t_.rows, m.x->padded));
+      left_.emplace_back(Engine::left_bytes(*m.x, t_.rows));
       right_.emplace_back(group_ * Engine::right_bytes(t_.width, m.x->padded));
     }
   }
@@ -120,16 +121,19 @@ class Logits {
   }
 
   void pack_left(int64_t count) {
-    const int64_t strips = (count + 31) / 32;
-    if (Engine::left_bytes(32, 32) == 0) {
-      return;
+    std::vector<int64_t> packed; // the models whose rows are
+    for (int64_t m = 0; m < int64_t(models_.size()); ++m) {
+      if (Engine::left_bytes(*models_[m].x, 32) > 0) {
+        packed.push_back(m);
+      }
     }
-    parallel_each(strips * int64_t(models_.size()), [&](int64_t task) {
-      const int64_t m = task / strips, begin = task % strips * 32;
-      const Rows<E>& x = *models_[m].x;
+    const int64_t strips = (count + 31) / 32;
+    parallel_each(strips * int64_t(packed.size()), [&](int64_t task) {
+      const int64_t m = packed[task / strips], begin = task % strips * 32;
+      const Operand& x = *models_[m].x;
       Engine::pack_left(
           x, first_ + begin, std::min<int64_t>(32, count - begin),
-          left_[m].template data<char>() + Engine::left_bytes(begin, x.padded));
+          left_[m].template data<char>() + Engine::left_bytes(x, begin));
     });
   }
 

@@ -94,7 +94,7 @@ struct Pairs {
   }
 
   const Tiling tiling;
-  Rows<typename Engine::Element> rows, prototypes;
+  typename Engine::Operand rows, prototypes;
   Logits<Engine> logits;
   Gradients<Engine> gradients;
 };

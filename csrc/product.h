@@ -115,6 +115,13 @@ inline void transpose(
   }
 }
 
+// Rows of a matrix, so many elements apart.
+template <typename E>
+struct Part {
+  const E* data;
+  int64_t stride;
+};
+
 // A matrix [rows, width] of E, contiguous, its width padded with zeros to an even number for halves, so that
 // two neighbours can be moved as four bytes.
 template <typename E>
@@ -134,12 +141,59 @@ struct Rows {
   const E* row(int64_t i) const {
     return data + i * padded;
   }
+  Part<E> read(int64_t first, int64_t /*rows*/, int64_t column, int64_t /*columns*/, E* /*buffer*/)
+      const {
+    return {row(first) + column, padded};
+  }
 
   int64_t count;
   int64_t width;
   int64_t padded;
   Tensor storage;
   const E* data;
+};
+
+// The same of floats, or of halves that become floats where they are read, so that nobody holds a copy of all.
+class FloatRows {
+ public:
+  explicit FloatRows(const Tensor& t)
+      : count(t.size(0)), width(t.size(1)), padded(width), storage_(t.contiguous()) {}
+
+  // Whether `read` needs no buffer.
+  bool in_place() const {
+    return storage_.scalar_type() == at::kFloat;
+  }
+  Part<float> read(int64_t first, int64_t rows, int64_t column, int64_t columns, float* buffer)
+      const {
+    switch (storage_.scalar_type()) {
+      case at::kBFloat16:
+        return converted<at::BFloat16>(first, rows, column, columns, buffer);
+      case at::kHalf:
+        return converted<at::Half>(first, rows, column, columns, buffer);
+      default:
+        return {at<float>(first, column), width};
+    }
+  }
+
+  int64_t count;
+  int64_t width;
+  int64_t padded; // the width
+
+ private:
+  template <typename T>
+  const T* at(int64_t row, int64_t column) const {
+    return storage_.template const_data_ptr<T>() + row * width + column;
+  }
+  template <typename T>
+  Part<float> converted(int64_t first, int64_t rows, int64_t column, int64_t columns, float* buffer)
+      const {
+    for (int64_t i = 0; i < rows; ++i) {
+      floats_of(at<T>(first + i, column), buffer + i * columns, columns);
+    }
+    return {buffer, columns};
+  }
+
+  Tensor storage_;
 };
 
 } // namespace mulki

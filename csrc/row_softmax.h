@@ -41,13 +41,12 @@ struct RowCoefficients {
   double scale = 0; // dloss/dscale of the row, before the caller's factor
 };
 
-template <typename E>
+template <typename Operand>
 struct Model {
   Model(const Tensor& x, const Tensor& w, double c)
       : rows(x), prototypes(w), c(c), sign(c < 0 ? -1.0f : 1.0f) {}
 
-  Rows<E> rows;
-  Rows<E> prototypes;
+  Operand rows, prototypes;
   double c;
   float sign; // of c: u is largest where sign * Y is
 };
@@ -141,12 +140,12 @@ inline TileSums exponentials(
 //                  RowCoefficients&)`, called once per row from any thread.
 template <typename Engine, typename Rule>
 class RowSoftmax {
-  using E = typename Engine::Element;
+  using Operand = typename Engine::Operand;
 
  public:
   RowSoftmax(
       const Tiling& tiling,
-      std::vector<Model<E>>& models, // the student, then the teachers
+      std::vector<Model<Operand>>& models, // the student, then the teachers
       const Columns& columns,
       Rule& rule,
       bool wanted_x,
@@ -196,9 +195,9 @@ class RowSoftmax {
     return scratch_.back().data<float>();
   }
 
-  static std::vector<typename Logits<Engine>::Model> operands(std::vector<Model<E>>& models) {
+  static std::vector<typename Logits<Engine>::Model> operands(std::vector<Model<Operand>>& models) {
     std::vector<typename Logits<Engine>::Model> out;
-    for (const Model<E>& m : models) {
+    for (const Model<Operand>& m : models) {
       out.push_back({&m.rows, &m.prototypes});
     }
     return out;
@@ -430,7 +429,7 @@ class RowSoftmax {
   }
 
   const Tiling t_;
-  std::vector<Model<E>>& models_;
+  std::vector<Model<Operand>>& models_;
   const Columns& columns_;
   Rule& rule_;
   const int64_t count_; // of models

@@ -15,15 +15,30 @@ namespace {
 
 constexpr double kSmallest = 1e-12; // a norm below this counts as this, as in F.normalize
 
-template <typename E>
-std::vector<double> norms(const Rows<E>& rows, bool wanted) {
+// Element-wise passes over rows, as they are multiplied.
+template <typename Engine>
+class RowReader {
+ public:
+  explicit RowReader(const typename Engine::Operand& rows) : rows_(rows), buffer_(rows.width) {}
+  const typename Engine::Element* operator()(int64_t i) {
+    return rows_.read(i, 1, 0, rows_.width, buffer_.data()).data;
+  }
+
+ private:
+  const typename Engine::Operand& rows_;
+  std::vector<typename Engine::Element> buffer_;
+};
+
+template <typename Engine>
+std::vector<double> norms(const typename Engine::Operand& rows, bool wanted) {
   if (!wanted) {
     return {};
   }
   std::vector<double> out(rows.count);
   at::parallel_for(0, rows.count, 64, [&](int64_t begin, int64_t end) {
+    RowReader<Engine> read(rows);
     for (int64_t i = begin; i < end; ++i) {
-      const E* row = rows.row(i);
+      const auto* row = read(i);
       double sum = 0;
       for (int64_t j = 0; j < rows.width; ++j) {
         sum += double(row[j]) * double(row[j]);
@@ -46,10 +61,10 @@ std::vector<float> factors(const std::vector<double>& norm, int64_t count) {
 template <typename Engine, typename Out>
 void forward(const Tensor& x, const Tensor& w, float scale, bool normalize, Tensor& out) {
   const Tiling t = tiling_for<Engine>(x.size(0), w.size(0), 1, false);
-  const Rows<typename Engine::Element> rows(x), prototypes(w);
+  const typename Engine::Operand rows(x), prototypes(w);
   Logits<Engine> logits(t, {{&rows, &prototypes}});
-  const std::vector<float> of_row = factors(norms(rows, normalize), t.n);
-  std::vector<float> of_column = factors(norms(prototypes, normalize), t.p);
+  const std::vector<float> of_row = factors(norms<Engine>(rows, normalize), t.n);
+  std::vector<float> of_column = factors(norms<Engine>(prototypes, normalize), t.p);
   for (float& f : of_column) {
     f *= scale;
   }
@@ -94,24 +109,30 @@ Tensor similarity(const Tensor& x, const Tensor& w, const Tensor& scale, bool no
 
 // dx_i = f (a_i - n_i (n_i . a_i)) with n the normalised row and a the gradient of the row as a
 // factor of the product; without normalisation dx_i = f a_i.
-template <typename E>
+template <typename Engine>
 void project(
-    const Tensor& sums, const Rows<E>& rows, const std::vector<double>& norm, bool normalize,
-    float factor, Tensor& out) {
+    const Tensor& sums,
+    const typename Engine::Operand& rows,
+    const std::vector<double>& norm,
+    bool normalize,
+    float factor,
+    Tensor& out) {
   const int64_t width = rows.width;
   at::parallel_for(0, rows.count, 16, [&](int64_t begin, int64_t end) {
+    RowReader<Engine> read(rows);
     std::vector<float> row(width);
     for (int64_t i = begin; i < end; ++i) {
       const float* a = sums.const_data_ptr<float>() + i * width;
       std::copy(a, a + width, row.begin());
       if (normalize && norm[i] > kSmallest) {
+        const auto* own = read(i);
         double along = 0;
         for (int64_t j = 0; j < width; ++j) {
-          along += double(rows.row(i)[j]) * a[j];
+          along += double(own[j]) * a[j];
         }
         along /= norm[i] * norm[i];
         for (int64_t j = 0; j < width; ++j) {
-          row[j] = float(a[j] - along * float(rows.row(i)[j]));
+          row[j] = float(a[j] - along * float(own[j]));
         }
       }
       store_scaled(row.data(), width, factor, out, i * width);
@@ -129,10 +150,10 @@ double backward(
     bool normalize,
     std::array<bool, 3> wanted,
     Grads& grads) {
-  const Rows<typename Engine::Element> rows(x), prototypes(w);
+  const typename Engine::Operand rows(x), prototypes(w);
   const Tiling t = tiling_for<Engine>(x.size(0), w.size(0), 1, true);
-  const std::vector<double> norm_x = norms(rows, normalize);
-  const std::vector<double> norm_w = norms(prototypes, normalize);
+  const std::vector<double> norm_x = norms<Engine>(rows, normalize);
+  const std::vector<double> norm_w = norms<Engine>(prototypes, normalize);
   const std::vector<float> of_row = factors(norm_x, t.n);
   const std::vector<float> of_column = factors(norm_w, t.p);
   // dloss/dscale is what the unscaled dX says along X.
@@ -148,7 +169,12 @@ double backward(
       const int64_t size = std::min(t.block, count - b), valid = t.valid(tile);
       for (int64_t i = b; i < b + size; ++i) {
         float* out = gradients.values(0, tile, i);
-        at::vec::convert<In, float>(g + (first + i) * t.p + tile * t.width, out, valid);
+        const In* from = g + (first + i) * t.p + tile * t.width;
+        if constexpr (std::is_same_v<In, float>) {
+          std::copy(from, from + valid, out);
+        } else {
+          floats_of(from, out, valid);
+        }
         const float* column = &of_column[tile * t.width];
         const float row = of_row[first + i];
         for (int64_t j = 0; j < valid; ++j) {
@@ -166,20 +192,22 @@ double backward(
   if (wanted[2]) {
     std::vector<double> along(rows.count);
     at::parallel_for(0, rows.count, 64, [&](int64_t begin, int64_t end) {
+      RowReader<Engine> read(rows);
       for (int64_t i = begin; i < end; ++i) {
         const float* a = sums.x.template const_data_ptr<float>() + i * rows.width;
+        const auto* row = read(i);
         for (int64_t j = 0; j < rows.width; ++j) {
-          along[i] += double(rows.row(i)[j]) * a[j];
+          along[i] += double(row[j]) * a[j];
         }
       }
     });
     dscale = std::accumulate(along.begin(), along.end(), 0.0);
   }
   if (wanted[0]) {
-    project(sums.x, rows, norm_x, normalize, float(scale), grads.x);
+    project<Engine>(sums.x, rows, norm_x, normalize, float(scale), grads.x);
   }
   if (wanted[1]) {
-    project(sums.w, prototypes, norm_w, normalize, float(scale), grads.w);
+    project<Engine>(sums.w, prototypes, norm_w, normalize, float(scale), grads.w);
   }
   return dscale;
 }

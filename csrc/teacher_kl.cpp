@@ -183,7 +183,7 @@ Result run(
   with_engine(common_dtype(a), depth, [&](auto engine) {
     using Engine = decltype(engine);
     const Tiling tiling = tiling_for<Engine>(n, a.w.size(0), k + 1, wanted[0] || wanted[1]);
-    std::vector<Model<typename Engine::Element>> models;
+    std::vector<Model<typename Engine::Operand>> models;
     models.reserve(k + 1);
     models.emplace_back(a.x, a.w, c[0]);
     for (int64_t i = 0; i < k; ++i) {

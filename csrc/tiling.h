@@ -15,7 +15,7 @@ struct Tiling {
   // `matrices` is the number of float matrices of one super-block that are alive at a time; it has at
   // most `most_rows` rows and, beyond 64, `most_bytes` in those matrices. Without a gradient there are
   // none: a block's logits go as soon as their sums are taken. Rows of a super-block and columns of a
-  // tile are multiples of `unit`.
+  // tile, `most_width` at most, are multiples of `unit`.
   Tiling(
       int64_t n,
       int64_t p,
@@ -23,9 +23,10 @@ struct Tiling {
       bool gradient,
       int64_t most_rows,
       int64_t most_bytes,
-      int64_t unit)
+      int64_t unit,
+      int64_t most_width)
       : n(n), p(p), bytes(0) {
-    width = p <= unit ? unit : p <= 256 ? 64 : 128;
+    width = p <= unit ? unit : p <= 256 ? 64 : most_width;
     tiles = (p + width - 1) / width;
     const int64_t needed = std::max<int64_t>((n + unit - 1) / unit * unit, unit);
     rows = std::min<int64_t>(needed, gradient ? most_rows : 1024);

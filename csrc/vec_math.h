@@ -24,6 +24,18 @@ inline Vec where_kept(const float* keep, float otherwise, const Vec& v) {
   return Vec::blendv(Vec(otherwise), v, Vec::loadu(keep) > Vec(0.0f));
 }
 
+// exp(v - n log 2), for n near v / log 2.
+inline Vec exp_of_remainder(const Vec& v, const Vec& n) {
+  Vec r = at::vec::fmadd(n, Vec(-0.693359375f), v);
+  r = at::vec::fmadd(n, Vec(2.12194440e-4f), r);
+  Vec p = at::vec::fmadd(Vec(1.9875691500e-4f), r, Vec(1.3981999507e-3f));
+  p = at::vec::fmadd(p, r, Vec(8.3334519073e-3f));
+  p = at::vec::fmadd(p, r, Vec(4.1665795894e-2f));
+  p = at::vec::fmadd(p, r, Vec(1.6666665459e-1f));
+  p = at::vec::fmadd(p, r, Vec(5.0000001201e-1f));
+  return at::vec::fmadd(p, r * r, r) + Vec(1.0f);
+}
+
 // exp, good to about one unit in the last place. at::vec calls a library for it, at which all registers of
 // a loop are spilled; this is 2^n times the polynomial of Cephes' expf, with x = n log 2 + r.
 inline Vec exp_of(const Vec& x) {
@@ -35,16 +47,21 @@ inline Vec exp_of(const Vec& x) {
   const __m512 n = _mm512_roundscale_ps(
       _mm512_mul_ps(v, _mm512_set1_ps(1.44269504088896341f)),
       _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), v);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-  p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r);
-  return _mm512_scalef_ps(_mm512_add_ps(p, _mm512_set1_ps(1.0f)), n);
+  return _mm512_scalef_ps(exp_of_remainder(v, n), n);
+#elif defined(CPU_CAPABILITY_AVX2)
+  __m256 v = _mm256_max_ps(_mm256_set1_ps(-110.0f), x);
+  v = _mm256_min_ps(_mm256_set1_ps(100.0f), v);
+  const __m256 n = _mm256_round_ps(
+      _mm256_mul_ps(v, _mm256_set1_ps(1.44269504088896341f)),
+      _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  // 2^n in two factors: n is from -159 to 144, and a float's exponent from -126 to 127.
+  const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
+  const auto power = [](__m256i e) {
+    return _mm256_castsi256_ps(
+        _mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23));
+  };
+  const __m256 part = _mm256_mul_ps(exp_of_remainder(v, n), power(half));
+  return _mm256_mul_ps(part, power(_mm256_sub_epi32(whole, half)));
 #else
   return x.exp();
 #endif
@@ -66,6 +83,20 @@ inline Vec log1p_of(const Vec& x) {
   p = at::vec::fmadd(square, p, Vec(4.0024595230e-1f));
   p = at::vec::fmadd(square, p, Vec(6.6666321641e-1f));
   return at::vec::fmadd(z * square, p, z + z);
+}
+
+// out [n] = in [n], halves as floats. at::vec::convert takes one after the other.
+template <typename T>
+inline void floats_of(const T* in, float* out, int64_t n) {
+  int64_t j = 0;
+  for (; j + Vec::size() <= n; j += Vec::size()) {
+    Vec v;
+    at::vec::load_to_float<T>(in + j, v);
+    v.store(out + j);
+  }
+  for (; j < n; ++j) {
+    out[j] = float(in[j]);
+  }
 }
 
 } // namespace mulki
