@@ -12,6 +12,8 @@ and says so. Environment variables:
 from __future__ import annotations
 
 import os
+import shlex
+import subprocess
 import sys
 import sysconfig
 from glob import glob
@@ -71,6 +73,29 @@ def link_libraries(platform: str, openmp: bool) -> list[str]:
     ]
 
 
+class WrongCompiler(Exception):
+    """A compiler whose libraries would be built and then not load."""
+
+
+def check_compiler(platform: str, openmp: bool) -> None:
+    """Refuse clang on Linux: its OpenMP code calls libomp, and torch has loaded GCC's libgomp."""
+    from torch.utils.cpp_extension import get_cxx_compiler
+
+    if not platform.startswith("linux") or not openmp:
+        return
+    compiler = get_cxx_compiler()
+    try:
+        asked = [*shlex.split(compiler), "--version"]
+        told = subprocess.run(asked, capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return  # no compiler: that is for the build to say
+    if "clang" in told:
+        raise WrongCompiler(
+            f"C++ kernels were not built: the compiler {compiler} is clang, whose OpenMP code does "
+            "not run on the library that torch brings on Linux; set CXX=g++"
+        )
+
+
 def extensions() -> list[Extension]:
     """One plain shared library for each capability, named as `mulki.ops.native` looks for it."""
     import torch
@@ -82,6 +107,7 @@ def extensions() -> list[Extension]:
     platform = sysconfig.get_platform()
     # at::parallel_for is compiled here, and is a plain loop without torch's own OpenMP flag.
     openmp = "ATen parallel backend: OpenMP" in torch.__config__.parallel_info()
+    check_compiler(platform, openmp)
     debug = os.environ.get("DEBUG", "0") not in ("", "0")
     return [
         Extension(
@@ -175,6 +201,9 @@ def native_build() -> dict[str, Any]:
     required = wanted == "1" or "build_ext" in sys.argv
     try:
         return {"ext_modules": extensions(), "cmdclass": commands(required)}
+    except WrongCompiler as error:
+        give_up(str(error), required)
+        return {}
     except Exception as error:  # a torch that is too old fails in many ways
         give_up(
             f"the C++ kernels are left out, for they are built against the torch at hand: {error}. "

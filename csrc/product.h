@@ -171,7 +171,7 @@ class FloatRows {
       case at::kHalf:
         return converted<at::Half>(first, rows, column, columns, buffer);
       default:
-        return {at<float>(first, column), width};
+        return {address<float>(first, column), width};
     }
   }
 
@@ -181,14 +181,14 @@ class FloatRows {
 
  private:
   template <typename T>
-  const T* at(int64_t row, int64_t column) const {
+  const T* address(int64_t row, int64_t column) const {
     return storage_.template const_data_ptr<T>() + row * width + column;
   }
   template <typename T>
   Part<float> converted(int64_t first, int64_t rows, int64_t column, int64_t columns, float* buffer)
       const {
     for (int64_t i = 0; i < rows; ++i) {
-      floats_of(at<T>(first + i, column), buffer + i * columns, columns);
+      floats_of(address<T>(first + i, column), buffer + i * columns, columns);
     }
     return {buffer, columns};
   }

@@ -59,7 +59,8 @@ SiglipResult siglip_run(
               counts = counts * Vec::loadu(kAllBut + Vec::size() - 1 - (match - j));
             }
             const Vec sigmoid = Vec::blendv(small * whole, whole, u >= zero) * counts;
-            const Vec softplus = (at::vec::maximum(u, zero) + log1p_of(small)) * counts;
+            const Vec softplus = Vec::blendv( // of a match it may be infinite
+                zero, at::vec::maximum(u, zero) + log1p_of(small), counts > zero);
             value = value + softplus;
             with_y = at::vec::fmadd(sigmoid, v, with_y);
             total = total + sigmoid;

@@ -134,6 +134,23 @@ def test_without_torch_the_package_is_built_without_kernels(
         setup_py.native_build()
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="clang is as good elsewhere")
+def test_clang_is_refused_where_its_openmp_would_not_load(
+    setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiler = Path("some clang").absolute()
+    compiler.write_text("#!/bin/sh\necho Debian clang version 19.1.7\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", f"env '{compiler}'")
+    assert setup_py.native_build() == {}
+    assert "set CXX=g++" in capsys.readouterr().err
+    monkeypatch.setenv("MULKI_BUILD_CPP", "1")
+    with pytest.raises(SystemExit, match=r"set CXX=g\+\+"):
+        setup_py.native_build()
+    monkeypatch.setenv("CXX", "/nowhere/at/all")
+    assert setup_py.native_build()["ext_modules"]
+
+
 def test_a_failed_build_is_an_error_only_where_kernels_are_required(
     setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

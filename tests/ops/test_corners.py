@@ -112,6 +112,23 @@ def test_siglip_of_pairs_that_match_well_or_badly(scale, bias, backend):
             assert relative(one, want) < 2e-5
 
 
+def test_siglip_of_a_match_beyond_any_number(backend):
+    """It is as good as certain, so only the other columns have a loss."""
+    x, w = torch.zeros(9, 8), torch.zeros(9, 8)
+    x[5, 0] = w[5, 0] = 1e10
+    total, *_ = run(
+        form_arguments(
+            Case("siglip", (x, w, torch.tensor(1e30), torch.tensor(-3.0), 0)),
+            "reduced",
+            [False] * 4,
+            mean=False,
+        )
+    )
+    # All logits but this one are the bias.
+    wanted = 72 * math.log1p(math.exp(-3.0)) + 8 * math.log1p(math.exp(3.0))
+    assert total.item() == pytest.approx(wanted, rel=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("offset", [-(2**40), -150, -149, -1, 0, 1, 64, 299, 300, 2**40])
 def test_a_block_of_siglip_at_any_offset(offset, dtype, backend):

@@ -79,13 +79,14 @@ def magnitudes(case: Case, mean: bool | None, parts: int) -> list[float]:
     loss = entries * (abs(scale.item()) + math.log(w.shape[0]) + 1)
     # The terms of a row's gradient by features or prototypes add up to at most twice the scale, and
     # each is the exponential of a logarithm, which may have been rounded at its own size; those of
-    # a gradient by a number add up to less than 4 times the largest product of a row and a column.
+    # a gradient by a number add up to less than 4, by the scale times the largest product.
     by_row = upstream(case).abs().max().item() if mean is None and len(x) else 1.0
     largest = 2 * abs(scale.item()) * (1 + math.log(w.shape[0]))
     product = 1.0
     if case.op != "similarity" and len(x):
         product = max(1.0, (x.double() @ w.double().T).abs().max().item())
-    gradients = [largest * by_row] * 2 + [4.0 * by_row * product] * (parts - 3)
+    numbers = [4.0 * by_row * product, 4.0 * by_row]  # by the scale, and by a bias
+    gradients = [largest * by_row] * 2 + numbers[: parts - 3]
     if case.op == "contrastive":
         # Softmax from logits and a log-sum-exp, both rounded at the size of the scale.
         entries = 1 + abs(scale.item()) / 100
