@@ -73,8 +73,8 @@ struct Stream {
   int64_t block = kBlock; // from a block of a run to the next
 };
 
-// C [32, 32] (+)= A B. Not inlined: what the unit reads has to be in memory by then, and the
-// compiler does not see that it is read.
+// C [32, 32] (+)= A B. Neighbouring products share A, which stays in the nearest cache because loads of B pass it
+// by. Not inlined: what the unit reads has to be in memory by then, and the compiler does not see that it is read.
 __attribute__((noinline)) MULKI_AMX_TARGET inline void multiply(
     const Stream& a,
     const Stream& b,
@@ -99,8 +99,8 @@ __attribute__((noinline)) MULKI_AMX_TARGET inline void multiply(
     const uint16_t* right = b.data + run * b.run;
     for (int64_t step = 0; step < steps; ++step, left += a.block, right += b.block) {
       _tile_loadd(4, left, 64);
-      _tile_loadd(6, right, 64);
-      _tile_loadd(7, right + kTile, 64);
+      _tile_stream_loadd(6, right, 64);
+      _tile_stream_loadd(7, right + kTile, 64);
       _tile_loadd(5, left + kTile, 64);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);

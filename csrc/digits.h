@@ -309,9 +309,9 @@ MULKI_AMX_TARGET inline void strip_of_columns(
 
 #define MULKI_PRODUCT(i, j) \
   _tile_loadd(4, left + (i) * kDigit, 64); \
-  _tile_loadd(6, right + (j) * kDigit, 64); \
+  _tile_stream_loadd(6, right + (j) * kDigit, 64); \
   _tile_dpbssd(0, 4, 6); \
-  _tile_loadd(7, right + (j) * kDigit + kTile, 64); \
+  _tile_stream_loadd(7, right + (j) * kDigit + kTile, 64); \
   _tile_dpbssd(1, 4, 7); \
   _tile_loadd(5, left + (i) * kDigit + kTile, 64); \
   _tile_dpbssd(2, 5, 6); \
@@ -339,12 +339,12 @@ MULKI_AMX_TARGET inline void strip_of_columns(
   _tile_stored(2, sums + 512, 128); \
   _tile_stored(3, sums + 528, 128)
 
-// `sums` by weight, the largest first. A few blocks at a time take all their products, while they are
-// in the nearest cache. Not inlined: see amx::multiply.
+// `sums` by weight, the largest first. A few blocks at a time take all their products, while those of the left
+// operand are in the nearest cache; the right one passes it by (amx::multiply). Not inlined: see there.
 template <int WEIGHTS>
 __attribute__((noinline)) MULKI_AMX_TARGET void sums_of(
     const uint8_t* a, const uint8_t* b, int64_t steps, int32_t (*sums)[kLines * kLines]) {
-  constexpr int64_t kNear = 3; // blocks
+  constexpr int64_t kNear = 8; // blocks
   for (int64_t from = 0; from < steps; from += kNear) {
     const int64_t to = std::min(steps, from + kNear);
     if constexpr (WEIGHTS == 4) {

@@ -422,8 +422,8 @@ class GradientsAmx {
     const int64_t chunks = (width + chunk - 1) / chunk, per_tile = t_.width / kEdge;
     const bool last = first + count == t_.n;
     parallel_tasks<Engine>(t_.tiles * chunks, [&](int64_t task) {
-      // Tiles run faster than chunks, so that a chunk of X stays in a core's own cache.
-      const int64_t t = task % t_.tiles, c = task / t_.tiles * chunk;
+      // A thread takes the tiles whose G it has made.
+      const int64_t t = task / chunks, c = task % chunks * chunk;
       const int64_t columns = std::min(chunk, width - c);
       for (int64_t j = 0; j < per_tile; ++j) {
         const int64_t group = t * per_tile + j;

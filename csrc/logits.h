@@ -41,28 +41,24 @@ class Logits {
     run_groups(first, count, [&](int64_t tiles) { each_block(count, tiles, wanted, step); });
   }
 
-  // The same, with the products at where(model, tile, begin) already. If the operands of all models leave
-  // no room in a core's own cache, one model comes after the other.
+  // Stores the products at where(model, tile, begin), and calls step(model, tile, begin, end) for every block of
+  // every model, after those of the models before it. If the operands of all models leave no room in a
+  // core's own cache, one model comes after the other.
   template <typename Wanted, typename Where, typename Step>
   void run_stored(
       int64_t first, int64_t count, const Wanted& wanted, const Where& where, const Step& step) {
     const int64_t models = int64_t(models_.size());
-    const auto product = [&](int64_t m, int64_t tile, int64_t begin, int64_t end) {
-      multiply(m, tile, begin, end, where(m, tile, begin));
-    };
+    const bool apart = models > 1 && operands() > kOwnCache;
+    const int64_t together = apart ? 1 : models;
     run_groups(first, count, [&](int64_t tiles) {
-      const bool apart = models > 1 && operands() > kOwnCache;
-      for (int64_t m = 0; m < models && apart; ++m) {
+      for (int64_t from = 0; from < models; from += together) {
         each_block(count, tiles, wanted, [&](int64_t tile, int64_t begin, int64_t end) {
-          product(m, tile, begin, end);
+          for (int64_t m = from; m < from + together; ++m) {
+            multiply(m, tile, begin, end, where(m, tile, begin));
+            step(m, tile, begin, end);
+          }
         });
       }
-      each_block(count, tiles, wanted, [&](int64_t tile, int64_t begin, int64_t end) {
-        for (int64_t m = 0; m < models && !apart; ++m) {
-          product(m, tile, begin, end);
-        }
-        step(tile, begin, end);
-      });
     });
   }
 

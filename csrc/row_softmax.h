@@ -75,8 +75,9 @@ struct Columns {
   std::vector<int64_t> counts; // per tile
 };
 
+// The largest sign * y of a row of a tile, lane by lane. A NaN may be lost: it is in the sums of the row.
 template <bool PARTIAL>
-inline float largest(const float* y, const float* keep, int64_t width, float sign) {
+inline Vec largest(const float* y, const float* keep, int64_t width, float sign) {
   constexpr float kNone = -std::numeric_limits<float>::infinity();
   Vec most(kNone);
   const Vec s(sign);
@@ -85,35 +86,38 @@ inline float largest(const float* y, const float* keep, int64_t width, float sig
     if constexpr (PARTIAL) {
       v = where_kept(keep + j, kNone, v);
     }
-    most = at::vec::maximum(most, v);
+    most = larger(v, most);
   }
-  return sign * max_of(most);
+  return most;
 }
 
-struct TileSums {
-  float sum, own, other;
+// Sums over a row of a tile, lane by lane, of as many rows as a vector has lanes.
+struct LaneSums {
+  Lanes sum, own, other;
 };
 
 // Sums of e, e * centred y, and e * centred `student` (when CROSS) or centred y alone (when not: the
 // uniform sum) over one row of a tile. e replaces y when `stored`.
 template <bool PARTIAL, bool CROSS>
-inline TileSums exponentials(
+inline void exponentials(
     float* y,
     const float* student,
     const float* keep,
     int64_t width,
-    float c,
+    float factor,
     float most,
     float student_most,
-    bool stored) {
+    bool stored,
+    int64_t row,
+    LaneSums& out) {
   Vec sum(0.0f), own(0.0f), other(0.0f);
-  const Vec scale(c), top(most), student_top(student_most);
+  const Vec scale(factor), top(most), student_top(student_most);
   for (int64_t j = 0; j < width; j += Vec::size()) {
     Vec centred = Vec::loadu(y + j) - top;
     if constexpr (PARTIAL) {
       centred = where_kept(keep + j, 0.0f, centred);
     }
-    Vec e = exp_of(centred * scale);
+    Vec e = exp_of_product(centred, scale);
     if constexpr (PARTIAL) {
       e = e * Vec::loadu(keep + j);
     }
@@ -132,7 +136,9 @@ inline TileSums exponentials(
       e.store(y + j);
     }
   }
-  return {sum_of(sum), sum_of(own), sum_of(other)};
+  out.sum.set(row, sum);
+  out.own.set(row, own);
+  out.other.set(row, other);
 }
 
 // Rule: `int64_t target(int64_t row)` (negative: none) and
@@ -219,67 +225,78 @@ class RowSoftmax {
         return values(m, tile, begin);
       };
       logits_.run_stored(
-          first, count, wanted, where, [&](int64_t tile, int64_t begin, int64_t end) {
-            std::vector<float*> y(count_);
-            for (int64_t m = 0; m < count_; ++m) {
-              y[m] = values(m, tile, begin);
-            }
-            sums_of_tile(first, tile, begin, end, y.data());
+          first, count, wanted, where, [&](int64_t m, int64_t tile, int64_t begin, int64_t end) {
+            sums_of_model(
+                first, m, tile, begin, end, values(m, tile, begin), values(0, tile, begin));
           });
       return;
     }
     logits_.run(first, count, wanted, [&](int64_t tile, int64_t begin, int64_t end) {
       const int64_t size = t_.block * t_.width;
       const Scratch local(count_ * size * int64_t(sizeof(float)));
-      std::vector<float*> y(count_);
+      float* y = local.data<float>();
       for (int64_t m = 0; m < count_; ++m) {
-        y[m] = local.data<float>() + m * size;
-        logits_.multiply(m, tile, begin, end, y[m]);
+        logits_.multiply(m, tile, begin, end, y + m * size);
+        sums_of_model(first, m, tile, begin, end, y + m * size, y);
       }
-      sums_of_tile(first, tile, begin, end, y.data());
     });
   }
 
-  void sums_of_tile(int64_t first, int64_t tile, int64_t begin, int64_t end, float* const* block) {
+  // What a block's products of model m allow, once those of the models before it are there. The student's own
+  // sums come last: the teachers' sums read its products, which its exponentials replace.
+  void sums_of_model(
+      int64_t first, int64_t m, int64_t tile, int64_t begin, int64_t end, float* y, float* student) {
     if (columns_.partial[tile]) {
-      sums_of_tile<true>(first, tile, begin, end, block);
+      sums_of_model<true>(first, m, tile, begin, end, y, student);
     } else {
-      sums_of_tile<false>(first, tile, begin, end, block);
+      sums_of_model<false>(first, m, tile, begin, end, y, student);
     }
   }
 
   template <bool PARTIAL>
-  void sums_of_tile(int64_t first, int64_t tile, int64_t begin, int64_t end, float* const* block) {
+  void sums_of_model(
+      int64_t first, int64_t m, int64_t tile, int64_t begin, int64_t end, float* y, float* student) {
     const float* keep = columns_.keep.data() + tile * t_.width;
-    const bool stored = gradients_.any();
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = (i - begin) * t_.width;
-      const int64_t target = rule_.target(first + i) - tile * t_.width;
-      if (target >= 0 && target < t_.width) {
-        for (int64_t m = 0; m < count_; ++m) {
-          at_target_[m * t_.rows + i] = block[m][row + target];
+    const float sign = models_[m].sign;
+    for (int64_t i = begin; i < end; i += Vec::size()) {
+      const int64_t rows = std::min<int64_t>(Vec::size(), end - i), from = (i - begin) * t_.width;
+      Lanes most;
+      for (int64_t r = 0; r < rows; ++r) {
+        const float* row = y + from + r * t_.width;
+        const int64_t target = rule_.target(first + i + r) - tile * t_.width;
+        if (target >= 0 && target < t_.width) {
+          at_target_[m * t_.rows + i + r] = row[target];
         }
+        most.set(r, largest<PARTIAL>(row, keep, t_.width, sign));
       }
-      float* student = block[0] + row;
-      const float top = largest<PARTIAL>(student, keep, t_.width, models_[0].sign);
-      for (int64_t m = 1; m < count_; ++m) {
-        float* y = block[m] + row;
-        const float most = largest<PARTIAL>(y, keep, t_.width, models_[m].sign);
-        put(m, tile, i, most,
-            exponentials<PARTIAL, true>(
-                y, student, keep, t_.width, float(models_[m].c), most, top, stored));
+      (most.largest() * Vec(sign)).store(stat(m, kMost, tile) + i, rows);
+      if (m > 0) {
+        sums_of_rows<PARTIAL, true>(m, tile, i, rows, y + from, student + from);
       }
-      put(0, tile, i, top,
-          exponentials<PARTIAL, false>(
-              student, nullptr, keep, t_.width, float(models_[0].c), top, top, stored));
+      if (m == count_ - 1) {
+        sums_of_rows<PARTIAL, false>(0, tile, i, rows, student + from, nullptr);
+      }
     }
   }
 
-  void put(int64_t model, int64_t tile, int64_t row, float most, const TileSums& sums) {
-    stat(model, kMost, tile)[row] = most;
-    stat(model, kSum, tile)[row] = sums.sum;
-    stat(model, kOwn, tile)[row] = sums.own;
-    stat(model, kOther, tile)[row] = sums.other;
+  // Of at most as many rows as a vector has lanes, from row i of the super-block on.
+  template <bool PARTIAL, bool CROSS>
+  void sums_of_rows(
+      int64_t m, int64_t tile, int64_t i, int64_t rows, float* y, const float* student) {
+    const float *most = stat(m, kMost, tile) + i, *student_most = stat(0, kMost, tile) + i;
+    const float* keep = columns_.keep.data() + tile * t_.width;
+    const float c = exponent_factor(models_[m].c);
+    const bool stored = gradients_.any();
+    LaneSums sums;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t row = r * t_.width;
+      exponentials<PARTIAL, CROSS>(
+          y + row, CROSS ? student + row : nullptr, keep, t_.width, c, most[r], student_most[r],
+          stored, r, sums);
+    }
+    sums.sum.sums().store(stat(m, kSum, tile) + i, rows);
+    sums.own.sums().store(stat(m, kOwn, tile) + i, rows);
+    sums.other.sums().store(stat(m, kOther, tile) + i, rows);
   }
 
   // Merges the tiles of a block's rows and asks the rule for losses and coefficients.
