@@ -163,7 +163,15 @@ class RowSoftmax {
         count_(int64_t(models.size())),
         logits_(tiling, operands(models)),
         gradients_(
-            tiling, models[0].rows, models[0].prototypes, wanted_x, wanted_w, count_) {
+            tiling,
+            models[0].rows,
+            models[0].prototypes,
+            wanted_x,
+            wanted_w,
+            count_,
+            // With teachers every element of G is a difference of probabilities, which are as good as their
+            // logits: 2^-22 of the norms. Without, G has -1 at the target, exactly.
+            count_ > 1 ? std::abs(models[0].c) : 0.0) {
     stat_ = take(count_ * 4 * t_.tiles * t_.rows);
     at_target_ = take(count_ * t_.rows);
     top_ = take(count_ * t_.rows);

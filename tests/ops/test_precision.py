@@ -161,6 +161,16 @@ def test_a_student_near_its_teacher_keeps_its_gradient(dtype, gap, backend):
         assert error(fused, truth) < error(unfused(case), truth) / 4
 
 
+@pytest.mark.parametrize("scale", [1.0, 30.0, 100.0])
+def test_teachers_far_from_their_student(scale, backend):
+    """Rows of the gradient have few large elements, and are as good as the logits, no better."""
+    case = make("kl", n=96, p=600, d=256, dtype=torch.float32, scale=scale, gap=3.0)
+    truth = expected(case, True)[1][:2]
+    fused, wide = ours(case, True)[1:3], widened(case, True)[1:3]
+    for got, plain, want in zip(fused, wide, truth, strict=True):
+        assert error(got, want) <= 2 * error(plain, want) + EPS * want.norm().item()
+
+
 def unfused(case: Case) -> Tensor:
     """The gradient by the features, logits rounded to the dtype of the inputs."""
     x, w, scale, teacher_x, teacher_w, scales, *_ = case.args
