@@ -406,20 +406,17 @@ MULKI_AMX_TARGET inline void multiply(
 }
 
 // Whether two strips want the two more products. What six leave out is about 2^-25 peak peak |x| |w| /
-// sqrt(depth). Of logits, that may be what float32 rounds a sum near |x| |w| at.
+// sqrt(depth). Of logits, that may be what float32 rounds a sum near |x| |w| at; of gradients, 2^-20 of a
+// sum whose terms have any sign, which is |x| |w| / sqrt(depth). With 2^-19 gradients over 256 classes or
+// pairs, where G is 1 at the match and small elsewhere, had six times the error of float32.
 inline float peaks(const void* a, const void* b) {
   return static_cast<const Head*>(a)->peak * static_cast<const Head*>(b)->peak;
 }
 inline bool fine_logits(const void* a, const void* b, int64_t depth) {
   return peaks(a, b) > 0.9f * std::sqrt(float(depth));
 }
-
-// How large `peaks` of a product with G may be. Its terms have any sign, so the sum is near |x| |w| / sqrt(depth),
-// of which 2^-25 peaks is left out: 2^-20 may be. With 2^-19 gradients over 256 classes or pairs, where G is 1
-// at the match and small elsewhere, had six times the error of float32. If every element of G is itself no better
-// than 2^-22 `error`, relative to itself and independent of the others, a quarter of that may be left out as well.
-inline float most_peaks(double error) {
-  return std::max(32.0f, float(0.25 * 8.0 * error));
+inline bool fine_gradients(const void* a, const void* b) {
+  return peaks(a, b) > 32.0f;
 }
 
 } // namespace mulki::digits

@@ -26,15 +26,13 @@ class GradientsAmx {
     return std::max<int64_t>(models, kFloats ? 3 : 1);
   }
 
-  // `error`: of G's elements, relative to the norms of x and w, see digits::most_peaks.
   GradientsAmx(
       const Tiling& tiling,
       const Rows<T>& x,
       const Rows<T>& w,
       bool wanted_x,
       bool wanted_w,
-      int64_t models = 1,
-      double error = 0.0)
+      int64_t models = 1)
       : t_(tiling),
         x_(x),
         w_(w),
@@ -46,8 +44,8 @@ class GradientsAmx {
     }
     values_ = take<float>(matrices(models) * matrix_);
     if constexpr (kFloats) {
-      const float norms = level(x, wanted_w, of_x_) * level(w, wanted_x, of_w_);
-      most_peaks_ = digits::most_peaks(error * norms);
+      level(x, wanted_w, of_x_);
+      level(w, wanted_x, of_w_);
       of_row_ = take<digits::Extent>(t_.tiles * t_.rows);
       of_column_ = take<digits::Extent>(t_.rows / kEdge * columns());
     }
@@ -189,37 +187,31 @@ class GradientsAmx {
     }
   };
 
-  // Returns the least norm of a row. Levels are made where the product with G is wanted.
-  static float level(const Rows<T>& rows, bool wanted, Levels& out) {
+  static void level(const Rows<T>& rows, bool wanted, Levels& out) {
+    if (!wanted) {
+      return;
+    }
     constexpr float kNear = 4.0f; // such sizes share a scale without loss
-    std::vector<float> values(rows.count), squares(rows.count);
+    std::vector<float> values(rows.count);
     at::parallel_for(0, rows.count, 64, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const digits::Extent extent = digits::extent_of(rows.row(i), rows.width);
-        const uint32_t most = extent.most;
+        const uint32_t most = digits::extent_of(rows.row(i), rows.width).most;
         values[i] = most == 0 || most >= 0x7f800000 ? 0.0f : digits::level_of(most);
-        squares[i] = extent.squares;
       }
     });
-    const float least_norm =
-        rows.count == 0 ? 0.0f : std::sqrt(*std::min_element(squares.begin(), squares.end()));
-    if (!wanted) {
-      return least_norm;
-    }
     float least = std::numeric_limits<float>::infinity(), largest = 0.0f;
     for (const float v : values) {
       least = v > 0 ? std::min(least, v) : least;
       largest = std::max(largest, v);
     }
     if (largest <= kNear * least) {
-      return least_norm;
+      return;
     }
     for (float& v : values) {
       v = v > 0 ? v : 1.0f; // of zeros, or of what spreads whatever it is multiplied by
       out.inverses.push_back(1.0f / v);
     }
     out.values = std::move(values);
-    return least_norm;
   }
 
   int64_t tiles_of_run() const {
@@ -350,7 +342,7 @@ class GradientsAmx {
       const char* left = strip_of_g(strip, t / tiles_of_run());
       digits::multiply(
           left, right, t * per_tile, tiles * per_tile, c, ldc, add,
-          digits::peaks(left, right) > most_peaks_);
+          digits::fine_gradients(left, right));
     } else {
       amx::multiply(
           {operands(t, strip), 2 * t_.rows * t_.width},
@@ -365,8 +357,7 @@ class GradientsAmx {
     if constexpr (kFloats) {
       const char* left = strip_of_turned_g(strip);
       digits::multiply(
-          left, right, 0, digits::blocks(count), c, ldc, add,
-          digits::peaks(left, right) > most_peaks_);
+          left, right, 0, digits::blocks(count), c, ldc, add, digits::fine_gradients(left, right));
     } else {
       const int64_t per_tile = t_.width / kEdge;
       const uint16_t* left = operands(strip / per_tile, 0) + kEdge * t_.width +
@@ -431,7 +422,7 @@ class GradientsAmx {
     const int64_t chunks = (width + chunk - 1) / chunk, per_tile = t_.width / kEdge;
     const bool last = first + count == t_.n;
     parallel_tasks<Engine>(t_.tiles * chunks, [&](int64_t task) {
-      // A thread takes the tiles whose G it has made.
+      // A thread begins with tiles whose G it has made.
       const int64_t t = task / chunks, c = task % chunks * chunk;
       const int64_t columns = std::min(chunk, width - c);
       for (int64_t j = 0; j < per_tile; ++j) {
@@ -460,7 +451,6 @@ class GradientsAmx {
   const int64_t matrix_; // floats of a matrix
   std::vector<Scratch> scratch_;
   Levels of_x_, of_w_;
-  float most_peaks_ = 0.0f; // beyond, two more products are formed
   float* values_ = nullptr; // [matrices][tiles][rows][width]
   // Of G: [tiles][rows], and [strips of 32 rows][columns].
   digits::Extent *of_row_ = nullptr, *of_column_ = nullptr;

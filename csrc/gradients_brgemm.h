@@ -21,8 +21,7 @@ class Gradients<Brgemm<E>> {
       const Operand& w,
       bool wanted_x,
       bool wanted_w,
-      int64_t models = 1,
-      double /*error*/ = 0.0)
+      int64_t models = 1)
       : t_(tiling), x_(x), w_(w), wanted_x_(wanted_x), wanted_w_(wanted_w) {
     if (!any()) {
       return;

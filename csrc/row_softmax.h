@@ -104,20 +104,20 @@ inline void exponentials(
     const float* student,
     const float* keep,
     int64_t width,
-    float factor,
+    const ExpOfProduct& exp_of_centred,
     float most,
     float student_most,
     bool stored,
     int64_t row,
     LaneSums& out) {
   Vec sum(0.0f), own(0.0f), other(0.0f);
-  const Vec scale(factor), top(most), student_top(student_most);
+  const Vec top(most), student_top(student_most);
   for (int64_t j = 0; j < width; j += Vec::size()) {
     Vec centred = Vec::loadu(y + j) - top;
     if constexpr (PARTIAL) {
       centred = where_kept(keep + j, 0.0f, centred);
     }
-    Vec e = exp_of_product(centred, scale);
+    Vec e = exp_of_centred(centred);
     if constexpr (PARTIAL) {
       e = e * Vec::loadu(keep + j);
     }
@@ -163,15 +163,7 @@ class RowSoftmax {
         count_(int64_t(models.size())),
         logits_(tiling, operands(models)),
         gradients_(
-            tiling,
-            models[0].rows,
-            models[0].prototypes,
-            wanted_x,
-            wanted_w,
-            count_,
-            // With teachers every element of G is a difference of probabilities, which are as good as their
-            // logits: 2^-22 of the norms. Without, G has -1 at the target, exactly.
-            count_ > 1 ? std::abs(models[0].c) : 0.0) {
+            tiling, models[0].rows, models[0].prototypes, wanted_x, wanted_w, count_) {
     stat_ = take(count_ * 4 * t_.tiles * t_.rows);
     at_target_ = take(count_ * t_.rows);
     top_ = take(count_ * t_.rows);
@@ -293,14 +285,14 @@ class RowSoftmax {
       int64_t m, int64_t tile, int64_t i, int64_t rows, float* y, const float* student) {
     const float *most = stat(m, kMost, tile) + i, *student_most = stat(0, kMost, tile) + i;
     const float* keep = columns_.keep.data() + tile * t_.width;
-    const float c = exponent_factor(models_[m].c);
+    const ExpOfProduct exp_of_centred(models_[m].c);
     const bool stored = gradients_.any();
     LaneSums sums;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = r * t_.width;
       exponentials<PARTIAL, CROSS>(
-          y + row, CROSS ? student + row : nullptr, keep, t_.width, c, most[r], student_most[r],
-          stored, r, sums);
+          y + row, CROSS ? student + row : nullptr, keep, t_.width, exp_of_centred, most[r],
+          student_most[r], stored, r, sums);
     }
     sums.sum.sums().store(stat(m, kSum, tile) + i, rows);
     sums.own.sums().store(stat(m, kOwn, tile) + i, rows);
@@ -396,12 +388,12 @@ class RowSoftmax {
 
   // exp(c (largest of the tile - largest of the row)) for a block's rows.
   void shifts(int64_t m, int64_t tile, int64_t begin, int64_t rows, float* out) {
-    const Vec c(float(models_[m].c));
+    const ExpOfProduct exp_of_shift(models_[m].c);
     const float* most = stat(m, kMost, tile) + begin;
     const float* top = top_ + m * t_.rows + begin;
     for (int64_t r = 0; r < rows; r += Vec::size()) {
       const int64_t n = std::min<int64_t>(Vec::size(), rows - r);
-      exp_of((Vec::loadu(most + r, n) - Vec::loadu(top + r, n)) * c).store(out + r, n);
+      exp_of_shift(Vec::loadu(most + r, n) - Vec::loadu(top + r, n)).store(out + r, n);
     }
   }
 
@@ -422,7 +414,7 @@ class RowSoftmax {
       }
       const float* most = stat(m, kMost, t) + begin;
       for (int64_t r = 0; r < rows; ++r) {
-        // Not std::max: a NaN anywhere in the row has to reach the loss.
+        // Not std::max, which would lose a NaN. Where `largest` has lost it, the sums have it.
         top[r] = sign * most[r] > sign * top[r] || most[r] != most[r] ? most[r] : top[r];
       }
     }

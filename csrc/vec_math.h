@@ -4,6 +4,8 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
+#include <cmath>
+
 namespace mulki {
 
 using Vec = at::vec::Vectorized<float>;
@@ -37,7 +39,7 @@ class Lanes {
   void set(int64_t row, const Vec& v) {
     v.store(parts_ + row * Vec::size());
   }
-  // Of each row, in its lane; anything where no row was set.
+  // Of each row, in its lane; zero where no row was set.
   Vec sums() const {
     return reduced([](const Vec& a, const Vec& b) { return a + b; });
   }
@@ -60,7 +62,7 @@ class Lanes {
     return Vec::loadu(turned);
   }
 
-  alignas(64) float parts_[Vec::size() * Vec::size()];
+  alignas(64) float parts_[Vec::size() * Vec::size()] = {};
 };
 
 // v where `keep` is 1, `otherwise` where it is 0. What an excluded class holds may be anything, a NaN too, so it is
@@ -118,34 +120,51 @@ inline Vec exp_of(const Vec& x) {
 #endif
 }
 
-// What exp_of_product multiplies by in place of `c`.
-inline float exponent_factor(double c) {
+// exp(v c) for one c and many v, by fewer instructions than exp_of: 2^t is 2^floor(t) times a polynomial
+// (minimax) of the rest, from 0 to 1. It has at most 7.8e-8 of error beside that of rounding t, which is as
+// large as that of rounding v c, and is exactly 1 where v is 0.
+class ExpOfProduct {
+ public:
 #if defined(CPU_CAPABILITY_AVX512)
-  return float(c * 1.44269504088896341);
-#else
-  return float(c);
-#endif
-}
+  // In two parts: rounded to one, c would be another scale, with an error of one sign for all elements. Both
+  // have the sign of c and none is zero beside the other, so that an infinity does not become a NaN.
+  explicit ExpOfProduct(double c) : ExpOfProduct(c * kPerLog2, toward_zero(c * kPerLog2)) {}
 
-// exp(v c) with factor = exponent_factor(c), by fewer instructions than exp_of: 2^t is 2^floor(t) times a
-// polynomial (minimax) of the rest, from 0 to 1. It has at most 7.8e-8 of error beside that of rounding t,
-// which is as large as that of rounding v c, and is exactly 1 where v is 0.
-inline Vec exp_of_product(const Vec& v, const Vec& factor) {
-#if defined(CPU_CAPABILITY_AVX512)
-  // scalef takes the floor of t itself; of an infinity, reduce gives 0.
-  const __m512 t = _mm512_mul_ps(v, factor);
-  const Vec rest = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  Vec p = at::vec::fmadd(Vec(2.16129192e-4f), rest, Vec(1.24678458e-3f));
-  p = at::vec::fmadd(p, rest, Vec(9.67545155e-3f));
-  p = at::vec::fmadd(p, rest, Vec(5.54852821e-2f));
-  p = at::vec::fmadd(p, rest, Vec(2.40229309e-1f));
-  p = at::vec::fmadd(p, rest, Vec(6.93147063e-1f));
-  p = at::vec::fmadd(p, rest, Vec(1.0f));
-  return _mm512_scalef_ps(p, t);
+  Vec operator()(const Vec& v) const {
+    const __m512 t = at::vec::fmadd(v, low_, v * high_);
+    // scalef takes the floor of t itself; of an infinity, reduce gives 0.
+    const Vec rest = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    Vec p = at::vec::fmadd(Vec(2.16129192e-4f), rest, Vec(1.24678458e-3f));
+    p = at::vec::fmadd(p, rest, Vec(9.67545155e-3f));
+    p = at::vec::fmadd(p, rest, Vec(5.54852821e-2f));
+    p = at::vec::fmadd(p, rest, Vec(2.40229309e-1f));
+    p = at::vec::fmadd(p, rest, Vec(6.93147063e-1f));
+    p = at::vec::fmadd(p, rest, Vec(1.0f));
+    return _mm512_scalef_ps(p, t);
+  }
+
+ private:
+  static constexpr double kPerLog2 = 1.44269504088896341;
+
+  ExpOfProduct(double all, float high)
+      : high_(high), low_(double(high) == all ? high * 0x1p-40f : float(all - double(high))) {}
+
+  static float toward_zero(double value) {
+    const float near = float(value);
+    return std::abs(double(near)) > std::abs(value) ? std::nextafter(near, 0.0f) : near;
+  }
+
+  Vec high_, low_;
 #else
-  return exp_of(v * factor);
+  explicit ExpOfProduct(double c) : c_(float(c)) {}
+  Vec operator()(const Vec& v) const {
+    return exp_of(v * c_);
+  }
+
+ private:
+  Vec c_;
 #endif
-}
+};
 
 // exp(a - b) where a float difference would be rounded, and the exponential with it.
 inline Vec exp_of_difference(const Vec& a, const Vec& b) {
