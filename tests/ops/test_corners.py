@@ -129,6 +129,20 @@ def test_siglip_of_a_match_beyond_any_number(backend):
     assert total.item() == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.parametrize("scale", [0.7, 1.0, 3.0, 50.0, 64.0, -3.0])
+def test_a_class_that_is_infinitely_unlikely(scale, backend):
+    """It counts for nothing in the loss, whatever the scale is rounded to."""
+    x, w = torch.zeros(4, 70), torch.zeros(40, 70)
+    x[:, 0], w[:, 0] = 10.0, torch.linspace(-0.5, 0.5, 40)
+    target, others = torch.tensor([1, 2, 4, 5]), torch.arange(40) != 3
+    wanted = F.cross_entropy(scale * (x @ w[others].T).double(), target - (target > 3).long())
+    w[3, 0] = -math.copysign(3e38, scale)
+    loss = run(
+        Case("prototype_cross_entropy", (x, w, torch.tensor(scale), target, None, 0.0, -100))
+    )
+    assert loss.mean().item() == pytest.approx(wanted.item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("offset", [-(2**40), -150, -149, -1, 0, 1, 64, 299, 300, 2**40])
 def test_a_block_of_siglip_at_any_offset(offset, dtype, backend):
