@@ -12,6 +12,7 @@ encoder adds up. Random numbers are for encoders alone: each process draws its o
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any
@@ -28,6 +29,9 @@ from mulki.models import VisionLanguageModel
 
 # Elements in one reduction of gradients: large enough for the network, small beside a model.
 _BUCKET = 2**25
+
+# Seconds; microseconds do unless many processes share a core.
+_LETTING_GO_S = 0.2
 
 
 class World:
@@ -61,6 +65,10 @@ class World:
                 # The others may never join what this process has begun, and leaving waits for it.
                 dist.group.WORLD.abort()
             dist.destroy_process_group()
+            # What FSDP2 caches keeps the group alive and gloo's threads with it. They let go of the
+            # last collective's tensors after their caller has gone on, and need the interpreter to
+            # do so: a process that has begun to leave it by then is aborted.
+            time.sleep(_LETTING_GO_S)
         if self.size > 1 and isinstance(error, RuntimeError) and _is_lost(error):
             reason = (str(error).splitlines() or [""])[0]
             raise ProcessLost(

@@ -126,10 +126,15 @@ def check_micro_batches(world: World) -> None:
 
 def main(runs: list[tuple[str, dict[str, Any]]]) -> None:
     dist.init_process_group("gloo")
-    world = World(dist.get_rank(), dist.get_world_size())
-    check_rows(world)
-    check_micro_batches(world)
-    check_agreement(world)
+    with World(dist.get_rank(), dist.get_world_size(), joined=True) as world:
+        check_rows(world)
+        check_micro_batches(world)
+        check_agreement(world)
+        check_runs(runs, world)
+
+
+def check_runs(runs: list[tuple[str, dict[str, Any]]], world: World) -> None:
+    """Each run is written by one process, and its work is shared out."""
     prompts: list[int] = []
     text_inputs = VisionLanguageModel.text_inputs
 
@@ -140,14 +145,13 @@ def main(runs: list[tuple[str, dict[str, Any]]]) -> None:
     VisionLanguageModel.text_inputs = counted  # type: ignore[method-assign]
     for name, options in runs:
         folder = run(resolve({"name": name, **options}))
-        assert (folder is None) == (dist.get_rank() != 0)
+        assert (folder is None) == (world.rank != 0)
         # What an encoder draws is not the same in every process.
-        assert torch.initial_seed() == dist.get_rank()
+        assert torch.initial_seed() == world.rank
     # Of at most three class texts; none is prepared by all.
     assert max(prompts) == -(-3 // world.size)
     with pytest.raises(InputError, match="the run folder exists and is not empty"):
         run(resolve({"name": name, **options}))
-    dist.destroy_process_group()
 
 
 def fail(arguments: list[str]) -> None:
