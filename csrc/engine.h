@@ -3,7 +3,7 @@
 //   Element                        of the operands of its products, float or bfloat16
 //   Operand                        how the operands lie in memory, see product.h
 //   kMostRows, kMatrices, kWidth   sizes of a super-block and of a tile that suit it, see Tiling
-//   kScratch                       bytes, see Logits
+//   kScratch, kPacksAlone          bytes, and whether a thread may pack panels for itself, see Logits
 //   kUnit                          of which rows of a super-block and columns of a tile are multiples
 //   Scope                          what a thread holds while it multiplies
 //   left_bytes, pack_left          rows of X, the left operand of Y = X W^T, where they are packed
@@ -41,6 +41,7 @@ struct Brgemm {
   static constexpr int64_t kWidth = 128;
 #endif
   static constexpr int64_t kMostRows = 512;
+  static constexpr bool kPacksAlone = true;
   static constexpr int64_t kMatrices = int64_t(16) << 20;
   // The prototypes of two teachers at 4096 x 4096 x 512 fit, beside halves that become floats.
   static constexpr int64_t kScratch = int64_t(38656) << 10;
@@ -85,7 +86,8 @@ struct Brgemm {
   }
 
   // out [rows, width]: rows of X from `first` on, of which `begin` rows of the packed ones precede.
-  // `next` is the right operand that is likely to come next, or null.
+  // The last columns of W^T are zeros from `valid` on, and so are those of the result. `next` is the right
+  // operand that is likely to come next, or null.
   static void multiply(
       const Operand& x,
       int64_t first,
@@ -93,6 +95,7 @@ struct Brgemm {
       const void* left,
       int64_t begin,
       const void* right,
+      int64_t valid,
       int64_t width,
       const void* /*next*/,
       float* out) {
@@ -101,12 +104,16 @@ struct Brgemm {
     const T* b = static_cast<const T*>(right);
     // In one sum over all of a depth of 512 the roundings of floats weigh twice as much as in two.
     constexpr int64_t kDepth = 256;
+    const int64_t columns = (valid + 15) / 16 * 16;
     int64_t d = 0;
     do {
       const int64_t depth = kHalf<T> ? x.padded : std::min(kDepth, x.padded - d);
-      product(rows, width, depth, a + d, x.padded, b + d * width, width, out, width, d > 0);
+      product(rows, columns, depth, a + d, x.padded, b + d * width, width, out, width, d > 0);
       d += depth;
     } while (d < x.padded);
+    for (int64_t i = 0; i < rows && columns < width; ++i) {
+      std::fill(out + i * width + columns, out + (i + 1) * width, 0.0f);
+    }
   }
 
  private:
@@ -175,6 +182,7 @@ struct AmxHalves {
   using Scope = amx::Scope;
 
   static constexpr int64_t kMostRows = 256;
+  static constexpr bool kPacksAlone = false; // not measured
   static constexpr int64_t kMatrices = int64_t(16) << 20;
   static constexpr int64_t kScratch = int64_t(30) << 20;
   static constexpr int64_t kUnit = amx::kEdge, kWidth = 128;
@@ -216,6 +224,7 @@ struct AmxHalves {
       const void* left,
       int64_t begin,
       const void* right,
+      int64_t /*valid*/,
       int64_t width,
       const void* next,
       float* out) {
@@ -237,6 +246,7 @@ struct AmxFloats {
   using Scope = amx::Scope;
 
   static constexpr int64_t kMostRows = 256;
+  static constexpr bool kPacksAlone = false; // not measured
   static constexpr int64_t kMatrices = int64_t(16) << 20;
   static constexpr int64_t kScratch = int64_t(46) << 20;
   static constexpr int64_t kUnit = digits::kDepth, kWidth = 128;
@@ -268,6 +278,7 @@ struct AmxFloats {
       const void* left,
       int64_t begin,
       const void* right,
+      int64_t /*valid*/,
       int64_t width,
       const void* next,
       float* out) {

@@ -28,9 +28,6 @@ class Gradients<Brgemm<E>> {
     }
     const auto cells = t_.tiles * t_.width;
     values_ = take<float>(models * t_.rows * cells);
-    if (wanted_x_) {
-      sum_x_ = take<float>(t_.rows * x.width);
-    }
     if constexpr (kHalf<E>) {
       if (wanted_x_) {
         const int64_t pairs = (w.count + 1) / 2;
@@ -46,7 +43,9 @@ class Gradients<Brgemm<E>> {
       }
     }
     if (wanted_w_) {
-      sum_w_ = take<float>(cells * x.width);
+      if (t_.n > t_.rows) {
+        sum_w_ = take<float>(cells * x.width);
+      }
       transposed_x_ = take<E>(x.padded * t_.rows);
     }
     if (wanted_w_ && kHalf<E>) {
@@ -88,40 +87,17 @@ class Gradients<Brgemm<E>> {
     }
   }
 
-  void accumulate(int64_t first, int64_t count, float factor, Tensor& dx, Tensor& /*dw*/) {
+  void accumulate(int64_t first, int64_t count, float factor, Tensor& dx, Tensor& dw) {
     if (wanted_x_) {
       rows_of_x(first, count, factor, dx);
     }
     if (wanted_w_) {
-      columns_of_w(first, count);
+      columns_of_w(first, count, factor, dw);
     }
   }
 
-  void finish(float factor, Tensor& dw) {
-    if (!wanted_w_ || t_.n == 0) {
-      return;
-    }
-    const int64_t width = x_.width;
-    at::parallel_for(0, t_.tiles, 1, [&](int64_t begin, int64_t end) {
-      const bool as_is = dw.scalar_type() == at::kFloat;
-      const Scratch buffer(as_is ? 0 : t_.width * width * int64_t(sizeof(float)));
-      for (int64_t t = begin; t < end; ++t) {
-        float* sums = sum_w_ + t * width * t_.width;
-        const int64_t first = t * t_.width, valid = t_.valid(t);
-        if (as_is) {
-          at::vec::map([factor](Vec v) { return v * Vec(factor); }, sums, sums, width * t_.width);
-          transpose(
-              sums, t_.width, dw.mutable_data_ptr<float>() + first * width, width, width, valid);
-          continue;
-        }
-        float* rows = buffer.data<float>();
-        transpose(sums, t_.width, rows, width, width, valid);
-        for (int64_t j = 0; j < valid; ++j) {
-          store_scaled(rows + j * width, width, factor, dw, (first + j) * width);
-        }
-      }
-    });
-  }
+  // The last super-block has completed dW.
+  void finish(float /*factor*/, Tensor& /*dw*/) {}
 
  private:
   template <typename T>
@@ -131,16 +107,16 @@ class Gradients<Brgemm<E>> {
   }
 
   static constexpr int64_t kChunk = 256; // columns of dX, rows of dW^T that one task takes
+  static constexpr int64_t kMostBlock = 64; // rows of a block, see Tiling
 
   void rows_of_x(int64_t first, int64_t count, float factor, Tensor& dx) {
     const int64_t width = x_.width;
     const int64_t chunks = (width + kChunk - 1) / kChunk;
     const int64_t blocks = (count + t_.block - 1) / t_.block;
-    float* sums = sum_x_;
     parallel_tasks<Brgemm<E>>(blocks * chunks, [&](int64_t task) {
       const int64_t b = task / chunks, c = task % chunks * kChunk;
       const int64_t rows = t_.block_rows(b, count), columns = std::min(kChunk, width - c);
-      float* sum = sums + b * t_.block * width + c;
+      alignas(64) float sums[kMostBlock * kChunk];
       alignas(64) E buffer[kHalf<E> ? 1 : Brgemm<E>::kWidth * kChunk];
       for (int64_t t = 0; t < t_.tiles; ++t) {
         const int64_t valid = t_.valid(t);
@@ -149,24 +125,24 @@ class Gradients<Brgemm<E>> {
           const E* right =
               pairs_of_w_ + t * t_.width / 2 * width * 2 + c * 2;
           product(
-              rows, columns, (valid + 1) / 2 * 2, g, t_.width, right, width, sum, width, t > 0);
+              rows, columns, (valid + 1) / 2 * 2, g, t_.width, right, width, sums, columns, t > 0);
         } else {
           const Part<E> right = w_.read(t * t_.width, valid, c, columns, buffer);
           product(
               rows, columns, valid, values(0, t, b * t_.block), t_.width, right.data, right.stride,
-              sum, width, t > 0);
+              sums, columns, t > 0);
         }
       }
-    });
-    at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        store_scaled(sums + i * width, width, factor, dx, (first + i) * width);
+      for (int64_t i = 0; i < rows; ++i) {
+        store_scaled(
+            sums + i * columns, columns, factor, dx, (first + b * t_.block + i) * width + c);
       }
     });
   }
 
-  void columns_of_w(int64_t first, int64_t count) {
+  void columns_of_w(int64_t first, int64_t count, float factor, Tensor& dw) {
     const int64_t width = x_.width;
+    const bool begins = first == 0, ends = first + count == t_.n;
     // torch keeps a compiled product for every depth it has seen, so a ragged last super-block is
     // padded with zeros to a multiple of 16.
     const int64_t depth = (count + 15) / 16 * 16;
@@ -202,17 +178,32 @@ class Gradients<Brgemm<E>> {
       const int64_t t = task / chunks, c = task % chunks * kChunk;
       const int64_t columns = std::min(kChunk, width - c);
       const E* left = transposed_x_ + c * t_.rows;
-      float* sum = sum_w_ + (t * width + c) * t_.width;
-      const bool add = first > 0;
+      alignas(64) float local[Brgemm<E>::kWidth * kChunk];
+      float* sum = begins && ends ? local : sum_w_ + (t * width + c) * t_.width;
       if constexpr (kHalf<E>) {
         const E* g = pairs_ + t * t_.rows * t_.width;
-        product(columns, t_.width, depth, left, t_.rows, g, t_.width, sum, t_.width, add);
+        product(columns, t_.width, depth, left, t_.rows, g, t_.width, sum, t_.width, !begins);
       } else {
         product(
             columns, t_.width, depth, left, t_.rows, values(0, t, 0), t_.width, sum, t_.width,
-            add);
+            !begins);
+      }
+      if (ends) {
+        store_turned(sum, columns, t, c, factor, dw);
       }
     });
+  }
+
+  // Writes factor times the transpose of sums [columns, width] as columns [c, c + columns) of a tile's rows of dW.
+  void store_turned(
+      const float* sums, int64_t columns, int64_t t, int64_t c, float factor, Tensor& dw) const {
+    alignas(64) float turned[Brgemm<E>::kWidth * kChunk];
+    const int64_t valid = t_.valid(t);
+    transpose(sums, t_.width, turned, columns, columns, valid);
+    for (int64_t j = 0; j < valid; ++j) {
+      store_scaled(
+          turned + j * columns, columns, factor, dw, (t * t_.width + j) * x_.width + c);
+    }
   }
 
   const Tiling t_;
@@ -224,8 +215,7 @@ class Gradients<Brgemm<E>> {
   E *rounded_ = nullptr, *pairs_ = nullptr; // G as left and as right operand, for halves
   E* pairs_of_w_ = nullptr; // W as right operand, for halves
   E* transposed_x_ = nullptr; // [D, rows]
-  float* sum_x_ = nullptr; // [rows, D]
-  float* sum_w_ = nullptr; // [tiles][D][width]
+  float* sum_w_ = nullptr; // [tiles][D][width], of several super-blocks
 };
 
 } // namespace mulki

@@ -2,7 +2,9 @@
 //
 // W^T is packed once if all of it fits, with the matrices and the packed rows of a super-block, into the engine's
 // kScratch bytes, else group by group of tiles for every super-block anew. Groups come in turns forwards and
-// backwards: the last one of a super-block is the first one of the next, and is there already.
+// backwards: the last one of a super-block is the first one of the next, and is there already. If there is only
+// one super-block and the tiles divide among the threads, each thread packs the panels of a tile for itself: they are
+// in its own cache when it multiplies by them, and are gone before they reach memory.
 #pragma once
 
 #include "gradients.h"
@@ -28,9 +30,15 @@ class Logits {
     }
     const int64_t left_over = Engine::kScratch - t_.bytes - of_rows;
     group_ = std::clamp<int64_t>(left_over / std::max<int64_t>(of_tile, 1), 1, t_.tiles);
-    for (const Model& m : models_) {
-      left_.emplace_back(Engine::left_bytes(*m.x, t_.rows));
-      right_.emplace_back(group_ * Engine::right_bytes(t_.width, m.x->padded));
+    alone_ = Engine::kPacksAlone && t_.n <= t_.rows && divide(at::get_num_threads());
+    panels_.resize(models_.size() * (alone_ ? t_.tiles : group_));
+    for (int64_t m = 0; m < int64_t(models_.size()); ++m) {
+      const int64_t bytes = Engine::right_bytes(t_.width, models_[m].x->padded);
+      left_.emplace_back(Engine::left_bytes(*models_[m].x, t_.rows));
+      right_.emplace_back(alone_ ? 0 : group_ * bytes);
+      for (int64_t slot = 0; slot < group_ && !alone_; ++slot) {
+        panel(m, slot) = right_[m].template data<char>() + slot * bytes;
+      }
     }
   }
 
@@ -38,7 +46,9 @@ class Logits {
   // on, in each tile that `wanted(tile)`; it gets the products by `multiply`.
   template <typename Wanted, typename Step>
   void run(int64_t first, int64_t count, const Wanted& wanted, const Step& step) {
-    run_groups(first, count, [&](int64_t tiles) { each_block(count, tiles, wanted, step); });
+    run_groups(first, count, [&](int64_t tiles) {
+      each_block(0, int64_t(models_.size()), count, tiles, wanted, step);
+    });
   }
 
   // Stores the products at where(model, tile, begin), and calls step(model, tile, begin, end) for every block of
@@ -52,23 +62,25 @@ class Logits {
     const int64_t together = apart ? 1 : models;
     run_groups(first, count, [&](int64_t tiles) {
       for (int64_t from = 0; from < models; from += together) {
-        each_block(count, tiles, wanted, [&](int64_t tile, int64_t begin, int64_t end) {
+        const auto block = [&](int64_t tile, int64_t begin, int64_t end) {
           for (int64_t m = from; m < from + together; ++m) {
             multiply(m, tile, begin, end, where(m, tile, begin));
             step(m, tile, begin, end);
           }
-        });
+        };
+        each_block(from, from + together, count, tiles, wanted, block);
       }
     });
   }
 
   // out [rows, width], with room for a multiple of 32 rows.
-  void multiply(int64_t model, int64_t tile, int64_t begin, int64_t end, float* out) const {
+  void multiply(int64_t model, int64_t tile, int64_t begin, int64_t end, float* out) {
     const Model& m = models_[model];
     const int64_t slot = tile - from_;
     Engine::multiply(
         *m.x, first_ + begin, end - begin, left_[model].template data<char>(), begin,
-        panel(model, slot), t_.width, slot + 1 < group_ ? panel(model, slot + 1) : nullptr, out);
+        panel(model, slot), t_.valid(tile), t_.width,
+        !alone_ && slot + 1 < group_ ? panel(model, slot + 1) : nullptr, out);
   }
 
  private:
@@ -87,6 +99,11 @@ class Logits {
   void run_groups(int64_t first, int64_t count, const Run& run) {
     first_ = first;
     pack_left(count);
+    if (alone_) {
+      from_ = 0;
+      run(t_.tiles);
+      return;
+    }
     const int64_t groups = (t_.tiles + group_ - 1) / group_;
     const bool backwards = first / t_.rows % 2 == 1;
     for (int64_t g = 0; g < groups; ++g) {
@@ -100,8 +117,32 @@ class Logits {
     }
   }
 
+  // The panels of models [low, high) are needed.
   template <typename Wanted, typename Step>
-  void each_block(int64_t count, int64_t tiles, const Wanted& wanted, const Step& step) {
+  void each_block(
+      int64_t low,
+      int64_t high,
+      int64_t count,
+      int64_t tiles,
+      const Wanted& wanted,
+      const Step& step) {
+    if (alone_) {
+      parallel_tasks<Engine>(tiles, [&](int64_t tile) {
+        if (!wanted(tile)) {
+          return;
+        }
+        std::vector<Scratch> own;
+        for (int64_t m = low; m < high; ++m) {
+          own.emplace_back(Engine::right_bytes(t_.width, models_[m].x->padded));
+          panel(m, tile) = own.back().template data<char>();
+          pack_panel(m, tile);
+        }
+        for (int64_t begin = 0; begin < count; begin += t_.block) {
+          step(tile, begin, begin + std::min(t_.block, count - begin));
+        }
+      });
+      return;
+    }
     const int64_t blocks = (count + t_.block - 1) / t_.block;
     parallel_tasks<Engine>(tiles * blocks, [&](int64_t task) {
       const int64_t tile = from_ + task / blocks, begin = task % blocks * t_.block;
@@ -111,9 +152,19 @@ class Logits {
     });
   }
 
-  char* panel(int64_t model, int64_t slot) const {
-    return right_[model].template data<char>() +
-        slot * Engine::right_bytes(t_.width, models_[model].x->padded);
+  // Whether so many threads have almost the same number of tiles each.
+  bool divide(int64_t threads) const {
+    const int64_t most = (t_.tiles + threads - 1) / threads;
+    return most * threads * 16 <= t_.tiles * 17;
+  }
+
+  char*& panel(int64_t model, int64_t slot) {
+    return panels_[model * (alone_ ? t_.tiles : group_) + slot];
+  }
+
+  void pack_panel(int64_t model, int64_t slot) {
+    Engine::pack_right(
+        *models_[model].w, (from_ + slot) * t_.width, t_.width, panel(model, slot));
   }
 
   void pack_left(int64_t count) {
@@ -135,8 +186,7 @@ class Logits {
 
   void pack_right(int64_t tiles) {
     parallel_each(tiles * int64_t(models_.size()), [&](int64_t task) {
-      const int64_t m = task / tiles, slot = task % tiles;
-      Engine::pack_right(*models_[m].w, (from_ + slot) * t_.width, t_.width, panel(m, slot));
+      pack_panel(task / tiles, task % tiles);
     });
   }
 
@@ -144,7 +194,9 @@ class Logits {
   const std::vector<Model> models_;
   int64_t group_; // tiles whose panels are there at a time
   int64_t first_ = 0, from_ = -1; // row of X and tile where the packed ones begin
+  bool alone_; // whether a tile's task packs its panels
   std::vector<Scratch> left_, right_;
+  std::vector<char*> panels_; // [models][tiles, or those of a group]
 };
 
 } // namespace mulki

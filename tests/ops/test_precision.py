@@ -330,10 +330,13 @@ def _dense(value: object) -> object:
     )
 
 
-@pytest.mark.parametrize(("n", "d"), [(131, 33), (300, 300)])
+@pytest.mark.parametrize(
+    ("n", "d", "dtype"),
+    [(131, 33, torch.float32), (300, 300, torch.float32), (131, 66, torch.bfloat16)],
+)
 @pytest.mark.parametrize("name", NAMES)
-def test_results_repeat_bit_for_bit_whatever_the_number_of_threads(name, n, d, backend):
-    case = make(name, n=n, p=67, d=d, dtype=torch.float32)
+def test_results_repeat_bit_for_bit_whatever_the_number_of_threads(name, n, d, dtype, backend):
+    case = make(name, n=n, p=67, d=d, dtype=dtype)
     wanted = [True] * case.leaves
     cases = [case, form_arguments(case, "backward", wanted)]
     if name in LOSSES:
