@@ -86,8 +86,8 @@ struct Brgemm {
   }
 
   // out [rows, width]: rows of X from `first` on, of which `begin` rows of the packed ones precede.
-  // The last columns of W^T are zeros from `valid` on, and so are those of the result. `next` is the right
-  // operand that is likely to come next, or null.
+  // The columns of W^T from `valid` on are padding; the result has zeros there, or NaN where X is not finite.
+  // `next` is the right operand that is likely to come next, or null.
   static void multiply(
       const Operand& x,
       int64_t first,
@@ -293,11 +293,16 @@ struct AmxFloats {
 };
 #endif
 
+// How many threads a loop that starts here may have.
+inline int64_t threads_here() {
+  return at::in_parallel_region() ? 1 : at::get_num_threads();
+}
+
 // Calls run(i) for all tasks. A thread takes the tasks of its own range, the same one in every loop of as
 // many tasks, so that it finds what it wrote in its cache, and then what other threads have left.
 template <typename Scope, typename F>
 inline void parallel_in(int64_t tasks, const F& run) {
-  const int64_t threads = at::in_parallel_region() ? 1 : std::min<int64_t>(at::get_num_threads(), tasks);
+  const int64_t threads = std::min(threads_here(), tasks);
   if (threads <= 1) {
     [[maybe_unused]] const Scope scope;
     for (int64_t i = 0; i < tasks; ++i) {

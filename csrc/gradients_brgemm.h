@@ -116,6 +116,7 @@ class Gradients<Brgemm<E>> {
     parallel_tasks<Brgemm<E>>(blocks * chunks, [&](int64_t task) {
       const int64_t b = task / chunks, c = task % chunks * kChunk;
       const int64_t rows = t_.block_rows(b, count), columns = std::min(kChunk, width - c);
+      TORCH_INTERNAL_ASSERT_DEBUG_ONLY(rows <= kMostBlock);
       alignas(64) float sums[kMostBlock * kChunk];
       alignas(64) E buffer[kHalf<E> ? 1 : Brgemm<E>::kWidth * kChunk];
       for (int64_t t = 0; t < t_.tiles; ++t) {
@@ -197,12 +198,16 @@ class Gradients<Brgemm<E>> {
   // Writes factor times the transpose of sums [columns, width] as columns [c, c + columns) of a tile's rows of dW.
   void store_turned(
       const float* sums, int64_t columns, int64_t t, int64_t c, float factor, Tensor& dw) const {
-    alignas(64) float turned[Brgemm<E>::kWidth * kChunk];
+    constexpr int64_t kStrip = 16;
+    alignas(64) float turned[kStrip * kChunk];
     const int64_t valid = t_.valid(t);
-    transpose(sums, t_.width, turned, columns, columns, valid);
-    for (int64_t j = 0; j < valid; ++j) {
-      store_scaled(
-          turned + j * columns, columns, factor, dw, (t * t_.width + j) * x_.width + c);
+    for (int64_t j = 0; j < valid; j += kStrip) {
+      const int64_t rows = std::min(kStrip, valid - j);
+      transpose(sums + j, t_.width, turned, columns, columns, rows);
+      for (int64_t r = 0; r < rows; ++r) {
+        store_scaled(
+            turned + r * columns, columns, factor, dw, (t * t_.width + j + r) * x_.width + c);
+      }
     }
   }
 

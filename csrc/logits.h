@@ -2,9 +2,10 @@
 //
 // W^T is packed once if all of it fits, with the matrices and the packed rows of a super-block, into the engine's
 // kScratch bytes, else group by group of tiles for every super-block anew. Groups come in turns forwards and
-// backwards: the last one of a super-block is the first one of the next, and is there already. If there is only
-// one super-block and the tiles divide among the threads, each thread packs the panels of a tile for itself: they are
-// in its own cache when it multiplies by them, and are gone before they reach memory.
+// backwards: the last one of a super-block is the first one of the next, and is there already.
+//
+// With only one super-block no panel is used twice. There a task takes all of a tile, and packs its panels first, if
+// that keeps all threads busy and the panels stay in a core's own cache, where the next tile's replace them.
 #pragma once
 
 #include "gradients.h"
@@ -22,7 +23,9 @@ class Logits {
     const Operand* w;
   };
 
-  Logits(const Tiling& tiling, std::vector<Model> models) : t_(tiling), models_(std::move(models)) {
+  // `wanted` is the number of tiles that are asked for in `run` or `run_stored`.
+  Logits(const Tiling& tiling, std::vector<Model> models, int64_t wanted)
+      : t_(tiling), models_(std::move(models)) {
     int64_t of_tile = 0, of_rows = 0;
     for (const Model& m : models_) {
       of_tile += Engine::right_bytes(t_.width, m.x->padded);
@@ -30,14 +33,15 @@ class Logits {
     }
     const int64_t left_over = Engine::kScratch - t_.bytes - of_rows;
     group_ = std::clamp<int64_t>(left_over / std::max<int64_t>(of_tile, 1), 1, t_.tiles);
-    alone_ = Engine::kPacksAlone && t_.n <= t_.rows && divide(at::get_num_threads());
-    panels_.resize(models_.size() * (alone_ ? t_.tiles : group_));
+    alone_ = Engine::kPacksAlone && t_.n <= t_.rows && of_tile <= kOwnCache &&
+        divide(wanted, threads_here());
+    panels_.resize(models_.size() * t_.tiles);
     for (int64_t m = 0; m < int64_t(models_.size()); ++m) {
       const int64_t bytes = Engine::right_bytes(t_.width, models_[m].x->padded);
       left_.emplace_back(Engine::left_bytes(*models_[m].x, t_.rows));
       right_.emplace_back(alone_ ? 0 : group_ * bytes);
       for (int64_t slot = 0; slot < group_ && !alone_; ++slot) {
-        panel(m, slot) = right_[m].template data<char>() + slot * bytes;
+        panels_[m * t_.tiles + slot] = right_[m].template data<char>() + slot * bytes;
       }
     }
   }
@@ -74,7 +78,7 @@ class Logits {
   }
 
   // out [rows, width], with room for a multiple of 32 rows.
-  void multiply(int64_t model, int64_t tile, int64_t begin, int64_t end, float* out) {
+  void multiply(int64_t model, int64_t tile, int64_t begin, int64_t end, float* out) const {
     const Model& m = models_[model];
     const int64_t slot = tile - from_;
     Engine::multiply(
@@ -134,7 +138,7 @@ class Logits {
         std::vector<Scratch> own;
         for (int64_t m = low; m < high; ++m) {
           own.emplace_back(Engine::right_bytes(t_.width, models_[m].x->padded));
-          panel(m, tile) = own.back().template data<char>();
+          panels_[m * t_.tiles + tile] = own.back().template data<char>();
           pack_panel(m, tile);
         }
         for (int64_t begin = 0; begin < count; begin += t_.block) {
@@ -152,14 +156,14 @@ class Logits {
     });
   }
 
-  // Whether so many threads have almost the same number of tiles each.
-  bool divide(int64_t threads) const {
-    const int64_t most = (t_.tiles + threads - 1) / threads;
-    return most * threads * 16 <= t_.tiles * 17;
+  // Whether so many threads get almost the same number of tiles each.
+  static bool divide(int64_t tiles, int64_t threads) {
+    const int64_t most = (tiles + threads - 1) / threads;
+    return most * threads * 16 <= tiles * 17;
   }
 
-  char*& panel(int64_t model, int64_t slot) {
-    return panels_[model * (alone_ ? t_.tiles : group_) + slot];
+  char* panel(int64_t model, int64_t slot) const {
+    return panels_[model * t_.tiles + slot];
   }
 
   void pack_panel(int64_t model, int64_t slot) {
@@ -196,7 +200,7 @@ class Logits {
   int64_t first_ = 0, from_ = -1; // row of X and tile where the packed ones begin
   bool alone_; // whether a tile's task packs its panels
   std::vector<Scratch> left_, right_;
-  std::vector<char*> panels_; // [models][tiles, or those of a group]
+  std::vector<char*> panels_; // [models][tiles], of which a group takes the first
 };
 
 } // namespace mulki

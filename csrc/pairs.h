@@ -56,7 +56,7 @@ struct Pairs {
       : tiling(tiling_for<Engine>(x.size(0), w.size(0), 1, wanted_x || wanted_w)),
         rows(x),
         prototypes(w),
-        logits(tiling, {{&rows, &prototypes}}),
+        logits(tiling, {{&rows, &prototypes}}, tiling.tiles),
         gradients(tiling, rows, prototypes, wanted_x, wanted_w) {}
 
   // Runs tile(first, t, begin, end, y) with the products y [end - begin, width] of rows [begin, end)

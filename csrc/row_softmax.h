@@ -18,6 +18,7 @@
 
 #include "logits.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -67,6 +68,10 @@ struct Columns {
   }
   bool empty(int64_t tile) const {
     return counts[tile] == 0;
+  }
+  // How many tiles are not.
+  int64_t wanted() const {
+    return std::count_if(counts.begin(), counts.end(), [](int64_t c) { return c > 0; });
   }
 
   int64_t kept;
@@ -161,7 +166,7 @@ class RowSoftmax {
         columns_(columns),
         rule_(rule),
         count_(int64_t(models.size())),
-        logits_(tiling, operands(models)),
+        logits_(tiling, operands(models), columns.wanted()),
         gradients_(
             tiling, models[0].rows, models[0].prototypes, wanted_x, wanted_w, count_) {
     stat_ = take(count_ * 4 * t_.tiles * t_.rows);

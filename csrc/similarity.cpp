@@ -62,7 +62,7 @@ template <typename Engine, typename Out>
 void forward(const Tensor& x, const Tensor& w, float scale, bool normalize, Tensor& out) {
   const Tiling t = tiling_for<Engine>(x.size(0), w.size(0), 1, false);
   const typename Engine::Operand rows(x), prototypes(w);
-  Logits<Engine> logits(t, {{&rows, &prototypes}});
+  Logits<Engine> logits(t, {{&rows, &prototypes}}, t.tiles);
   const std::vector<float> of_row = factors(norms<Engine>(rows, normalize), t.n);
   std::vector<float> of_column = factors(norms<Engine>(prototypes, normalize), t.p);
   for (float& f : of_column) {

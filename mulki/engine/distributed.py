@@ -61,14 +61,18 @@ class World:
         traceback: TracebackType | None,
     ) -> None:
         if self._joined:
-            if error is not None and dist.group.WORLD is not None:
-                # The others may never join what this process has begun, and leaving waits for it.
-                dist.group.WORLD.abort()
-            dist.destroy_process_group()
-            # What FSDP2 caches keeps the group alive and gloo's threads with it. They let go of the
-            # last collective's tensors after their caller has gone on, and need the interpreter to
-            # do so: a process that has begun to leave it by then is aborted.
-            time.sleep(_LETTING_GO_S)
+            try:
+                if error is not None and dist.group.WORLD is not None:
+                    # The others may never join what this process has begun, and leaving waits for
+                    # it.
+                    dist.group.WORLD.abort()
+                dist.destroy_process_group()
+            finally:
+                # What FSDP2 caches keeps the group alive and gloo's threads with it. They let go of
+                # the last collective's tensors after their caller has gone on, and need the
+                # interpreter to do so: a process that has begun to leave it by then is aborted.
+                # Nothing tells when they have; torch has no call that ends them.
+                time.sleep(_LETTING_GO_S)
         if self.size > 1 and isinstance(error, RuntimeError) and _is_lost(error):
             reason = (str(error).splitlines() or [""])[0]
             raise ProcessLost(

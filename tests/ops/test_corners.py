@@ -232,6 +232,27 @@ def test_without_onednn(dtype, backend):
     assert run(case)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("classes", [(0, 40), (130, 250), (390, 400)])
+@pytest.mark.parametrize("name", ["ce_all", "kl_label"])
+def test_the_classes_of_one_task_alone(name, classes, backend):
+    """They are next to each other, so that whole tiles of columns have none of them."""
+    low, high = classes
+    case = make(name, n=70, p=400, d=9, dtype=torch.float32)
+    mask = (torch.arange(400) >= low) & (torch.arange(400) < high)
+    place = next(
+        i for i, a in enumerate(case.args) if isinstance(a, Tensor) and a.dtype == mask.dtype
+    )
+    args = list(case.args)
+    target = args[place - 1]
+    args[place - 1 : place + 1] = torch.where(target < 0, target, low + target % (high - low)), mask
+    case = Case(case.op, tuple(args))
+    value, gradients = expected(case, True)
+    total, *rest = run(form_arguments(case, "reduced", ALL))
+    for one, want in zip((total, *rest[-3:]), (value, *gradients), strict=True):
+        assert relative(one, want) < 1e-5
+    assert rest[-2][~mask].eq(0).all()
+
+
 def test_more_classes_than_a_super_block_was_made_for(backend):
     case = make("kl", n=70, p=25_000, d=3, dtype=torch.float32)
     value, gradients = expected(case, True)

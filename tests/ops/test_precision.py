@@ -332,7 +332,7 @@ def _dense(value: object) -> object:
 
 @pytest.mark.parametrize(
     ("n", "d", "dtype"),
-    [(131, 33, torch.float32), (300, 300, torch.float32), (131, 66, torch.bfloat16)],
+    [(131, 33, torch.float32), (300, 300, torch.float32), (1100, 66, torch.bfloat16)],
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_results_repeat_bit_for_bit_whatever_the_number_of_threads(name, n, d, dtype, backend):
