@@ -353,7 +353,6 @@ double contrastive_gradients(
     pairs.gradients.accumulate(first, count, scale, grads.x, grads.w);
   };
   pairs.sweep(block, after, kept, true);
-  pairs.gradients.finish(scale, grads.w);
   return dscale;
 }
 

@@ -11,8 +11,8 @@
 //                                  products, and of G in the place of the student's, model 0
 //   commit(start, t, first, count) says that G of rows [first, first + count) of tile t is complete;
 //                                  the super-block starts at row `start` of X, `first` is a multiple of 32
-//   accumulate(start, count, ...)  adds the super-block, of `count` rows; they come in order, and all of them
-//   finish(factor, dw)             completes dw after the last one, where that has not
+//   accumulate(start, count, ...)  adds the super-block, of `count` rows: its dX, and dW with the last one. They
+//                                  come in order, and all of them
 #pragma once
 
 #include "gradients_amx.h"

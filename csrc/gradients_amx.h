@@ -85,13 +85,15 @@ class GradientsAmx {
     }
     if (wanted_w_) {
       rows_of_w(first, count, factor, dw);
+      if (first + count == t_.n) {
+        store_sums(factor, dw);
+      }
     }
   }
 
-  void finish(float factor, Tensor& dw) {
-    if (!wanted_w_ || t_.n == 0) {
-      return;
-    }
+ private:
+  // The rows of dW that could not be summed in place.
+  void store_sums(float factor, Tensor& dw) {
     const int64_t groups = amx::blocks(t_.p) - in_place_;
     parallel_each(groups, [&](int64_t g) {
       const int64_t first = (in_place_ + g) * kEdge, rows = std::min(kEdge, t_.p - first);
@@ -102,7 +104,6 @@ class GradientsAmx {
     });
   }
 
- private:
   template <typename V>
   V* take(int64_t count) {
     scratch_.emplace_back(count * int64_t(sizeof(V)));

@@ -96,9 +96,6 @@ class Gradients<Brgemm<E>> {
     }
   }
 
-  // The last super-block has completed dW.
-  void finish(float /*factor*/, Tensor& /*dw*/) {}
-
  private:
   template <typename T>
   T* take(int64_t count) {

@@ -196,7 +196,6 @@ class RowSoftmax {
         gradients_.accumulate(first, count, factor, dx, dw);
       }
     }
-    gradients_.finish(factor, dw);
     return scale;
   }
 

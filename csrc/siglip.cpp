@@ -92,7 +92,6 @@ SiglipResult siglip_run(
         add_rows(biases, t, count, [&](int64_t, double sum) { dbias += sum; });
         pairs.gradients.accumulate(first, count, scale, grads.x, grads.w);
       });
-  pairs.gradients.finish(scale, grads.w);
   return {loss, dscale, dbias};
 }
 

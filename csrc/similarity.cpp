@@ -186,7 +186,6 @@ double backward(
     });
     gradients.accumulate(first, count, 1.0f, sums.x, sums.w);
   }
-  gradients.finish(1.0f, sums.w);
 
   double dscale = 0;
   if (wanted[2]) {
