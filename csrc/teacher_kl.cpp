@@ -2,7 +2,8 @@
 // teacher k and q of the student are softmax(scale X W^T / T) and t is T^2 or 1.
 //
 // With u = Y scale / T and expectations over p_k: KL_ik = t (E[u_k] - lse_k - E[u] + lse). The weights
-// w_ik are given, or come from a gate over the teachers. dloss_i/du_ij = t (sum_k w_ik q_ij -
+// w_ik are given, or come from a gate: the softmax over k of (-a entropy_ik + b log p_ik[target_i]) /
+// gate_temperature, where a is gate_entropy and b is gate_label. dloss_i/du_ij = t (sum_k w_ik q_ij -
 // sum_k w_ik p_ijk).
 #include "checks.h"
 #include "results.h"
@@ -12,8 +13,6 @@
 
 namespace mulki {
 namespace {
-
-enum class Gate { kGiven, kUniform, kConfidence, kLabel };
 
 struct TeacherKl {
   int64_t target(int64_t row) const {
@@ -47,7 +46,7 @@ struct TeacherKl {
   }
 
   void gate_weights(int64_t row, const ModelRow* teachers, float* w) const {
-    if (gate == Gate::kGiven) {
+    if (given) {
       return;
     }
     double most = -std::numeric_limits<double>::infinity();
@@ -59,10 +58,11 @@ struct TeacherKl {
       score = many.data();
     }
     for (int64_t i = 0; i < k; ++i) {
-      score[i] = gate == Gate::kUniform ? 0.0
-          : gate == Gate::kConfidence
-          ? -double(entropy[row * k + i]) / gate_temperature
-          : (c[i + 1] * teachers[i].at_target - teachers[i].log_sum) / gate_temperature;
+      score[i] = -gate_entropy * double(entropy[row * k + i]);
+      if (targets != nullptr) {
+        score[i] += gate_label * (c[i + 1] * teachers[i].at_target - teachers[i].log_sum);
+      }
+      score[i] /= gate_temperature;
       most = std::max(most, score[i]);
     }
     double sum = 0;
@@ -78,9 +78,9 @@ struct TeacherKl {
   int64_t k;
   std::vector<double> c; // of the student, then of the teachers
   double t2;
-  Gate gate;
-  double gate_temperature;
-  const int64_t* targets;
+  bool given; // the weights
+  double gate_entropy, gate_label, gate_temperature;
+  const int64_t* targets; // nullptr where gate_label is 0
   const Upstream& upstream;
   float *loss, *kl, *weights, *entropy;
 };
@@ -90,8 +90,7 @@ struct Arguments {
   at::TensorList teacher_x, teacher_w;
   const Tensor& teacher_scales;
   const std::optional<Tensor>&weights, &target, &class_mask;
-  double temperature, gate_temperature;
-  std::string_view gate;
+  double temperature, gate_temperature, gate_entropy, gate_label;
   bool scale_by_t2;
 };
 
@@ -99,22 +98,6 @@ struct Result {
   Tensor loss, kl, weights, entropy, dx, dw;
   double dscale;
 };
-
-Gate gate_of(const Arguments& a) {
-  if (a.weights.has_value()) {
-    return Gate::kGiven;
-  }
-  if (a.gate == "uniform") {
-    return Gate::kUniform;
-  }
-  if (a.gate == "confidence") {
-    return Gate::kConfidence;
-  }
-  TORCH_CHECK_VALUE(
-      a.gate == "label", "gate: got ", a.gate, ", wanted uniform, confidence or label");
-  TORCH_CHECK_VALUE(a.target.has_value(), "target: got None, wanted [N] for the gate label");
-  return Gate::kLabel;
-}
 
 void check(const Arguments& a) {
   check_operands(a.x, a.w, a.scale);
@@ -157,15 +140,17 @@ Result run(
     const Arguments& a, const Upstream& upstream, at::ScalarType dtype, std::array<bool, 3> wanted) {
   check(a);
   const int64_t n = a.x.size(0), k = int64_t(a.teacher_x.size());
-  const Gate gate = gate_of(a);
+  const bool given = a.weights.has_value();
   const auto mask = checked_classes(a.class_mask, a.w.size(0));
   Tensor targets;
-  if (gate == Gate::kLabel) {
+  if (!given && a.gate_label != 0) {
+    TORCH_CHECK_VALUE(
+        a.target.has_value(), "target: got None, wanted [N] class indices for a gate on the label");
     targets = checked_target(*a.target, n, a.w.size(0), std::nullopt, mask);
   }
   Tensor loss = empty_float({n}), kl = empty_float({n, k}), entropy = empty_float({n, k});
   Tensor weights = empty_float({n, k});
-  if (gate == Gate::kGiven) {
+  if (given) {
     weights.copy_(*a.weights);
   }
   const Tensor scales = a.teacher_scales.to(at::kDouble).contiguous();
@@ -194,7 +179,9 @@ Result run(
         k,
         c,
         t2,
-        gate,
+        given,
+        a.gate_entropy,
+        a.gate_label,
         a.gate_temperature,
         targets.defined() ? targets.const_data_ptr<int64_t>() : nullptr,
         upstream,
@@ -220,11 +207,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> teacher_kl(
     const std::optional<Tensor>& class_mask,
     double temperature,
     double gate_temperature,
-    std::string_view gate,
+    double gate_entropy,
+    double gate_label,
     bool scale_by_t2) {
   Result r = run(
       {x, w, scale, teacher_x, teacher_w, teacher_scales, weights, target, class_mask, temperature,
-       gate_temperature, gate, scale_by_t2},
+       gate_temperature, gate_entropy, gate_label, scale_by_t2},
       Upstream(1.0), at::kFloat, {false, false, false});
   return {r.loss, r.kl, r.weights, r.entropy};
 }
@@ -247,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor> teacher_kl_backward(
   const std::optional<Tensor> given = weights;
   Result r = run(
       {x, w, scale, teacher_x, teacher_w, teacher_scales, given, std::nullopt, class_mask,
-       temperature, 1.0, "uniform", scale_by_t2},
+       temperature, 1.0, 0.0, 0.0, scale_by_t2},
       Upstream(grad), x.scalar_type(), wanted);
   return {r.dx, r.dw, scalar_if(wanted[2], r.dscale)};
 }
@@ -264,7 +252,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> teacher_kl_re
     const std::optional<Tensor>& class_mask,
     double temperature,
     double gate_temperature,
-    std::string_view gate,
+    double gate_entropy,
+    double gate_label,
     bool scale_by_t2,
     bool mean,
     std::array<bool, 3> wanted) {
@@ -272,7 +261,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> teacher_kl_re
   const int64_t n = x.size(0);
   Result r = run(
       {x, w, scale, teacher_x, teacher_w, teacher_scales, weights, target, class_mask, temperature,
-       gate_temperature, gate, scale_by_t2},
+       gate_temperature, gate_entropy, gate_label, scale_by_t2},
       Upstream(share_of(mean, n)), at::kFloat, wanted);
   const double sum = sum_of_rows(r.loss);
   return {scalar(mean ? sum / double(n) : sum), r.kl, r.weights, r.entropy, r.dx, r.dw,

@@ -101,10 +101,7 @@ def teachers(
         _want(f"teacher {i} w", f"{v.shape[0]} rows", v.shape[0] == w.shape[0], f"{w.shape[0]}")
 
 
-def gate(name: str, weights: Tensor | None, target: Tensor | None) -> None:
-    """A gate that a kernel computes, and a target where it looks at one."""
-    if weights is None:
-        wanted = "uniform, confidence or label"
-        _want("gate", repr(name), name in ("uniform", "confidence", "label"), wanted)
-        fits = name != "label" or target is not None
-        _want("target", None, fits, '[N] class indices for gate="label"')
+def gate(gate_label: float, weights: Tensor | None, target: Tensor | None) -> None:
+    """A target where the gate looks at one."""
+    fits = weights is not None or gate_label == 0 or target is not None
+    _want("target", None, fits, "[N] class indices for a gate on the label")

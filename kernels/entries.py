@@ -128,7 +128,7 @@ def _cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         return [new(n, d, of=dtype)] * k, [new(p, d, of=dtype)] * k, new(k)
 
     def kl(n: int, p: int, k: int, d: int) -> Callable[[], object]:
-        gate = None, new(n, of=torch.int64), None, 2.0, 1.0, "label", True
+        gate = None, new(n, of=torch.int64), None, 2.0, 1.0, 0.0, 1.0, True
         arguments = *operands(n, p, d), *teachers(n, p, k, d), *gate, True, [True] * 3
         return lambda: kernel("teacher_kl_reduced")(*arguments)
 

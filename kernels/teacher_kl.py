@@ -30,9 +30,6 @@ from .launch import launch
 from .products import entry, scale_of
 from .row_softmax import merged, merged_hit
 
-GIVEN, UNIFORM, CONFIDENCE, LABEL = 0, 1, 2, 3
-GATES = {"uniform": UNIFORM, "confidence": CONFIDENCE, "label": LABEL}
-
 
 @entry
 def teacher_kl_rows(
@@ -40,7 +37,7 @@ def teacher_kl_rows(
     scale_ptr,  # 0-d
     teacher_scales_ptr,  # [K] float32
     given_ptr,  # [N, K] float32 weights; None where a gate makes them
-    target_ptr,  # [N] int64, of the gate "label"
+    target_ptr,  # [N] int64; None where the gate does not look at labels
     mask_ptr,  # [P] uint8, or None
     upstream_ptr,  # [N], or None for 1
     loss_ptr,  # [N]; None for the gradient alone
@@ -54,10 +51,10 @@ def teacher_kl_rows(
     models,
     splits,
     inverse_temperature,
-    inverse_gate_temperature,
+    entropy_factor,  # gate_entropy / gate_temperature
+    label_factor,  # gate_label / gate_temperature
     t2,  # T^2 or 1
     K: tl.constexpr,
-    GATE: tl.constexpr,
     SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -67,7 +64,7 @@ def teacher_kl_rows(
     c2, c, sign = scale_of(scale_ptr, inverse_temperature)
     top, sum, own, _, moves = merged(stats_ptr, 0, samples, None, c2, n, models, splits, SPLITS)
     log_sum = tl.log(sum)
-    if GATE == 3:
+    if target_ptr is not None:
         target = tl.load(target_ptr + samples)
         valid = (target >= 0) & (target < p)
         if mask_ptr is not None:
@@ -92,22 +89,20 @@ def teacher_kl_rows(
         teacher_sums = teacher_sums + (sum_k,)
         crosses = crosses + (cross,)
         kls = kls + (kl,)
-        if GATE == 0:
+        if given_ptr is not None:
             score = tl.load(given_ptr + samples * K + k)
-        if GATE == 1:
-            score = 0.0 * sum_k
-        if GATE == 2:
-            score = information * inverse_gate_temperature
-        if GATE == 3:
-            hit = merged_hit(stats_ptr, k + 1, samples, n, models, splits, SPLITS)
-            score = known * (c_k * (hit - top_k) - log_sum_k) * inverse_gate_temperature
+        else:
+            score = entropy_factor * information
+            if target_ptr is not None:
+                hit = merged_hit(stats_ptr, k + 1, samples, n, models, splits, SPLITS)
+                score += label_factor * known * (c_k * (hit - top_k) - log_sum_k)
         scores = scores + (score,)
         if loss_ptr is not None:
             tl.store(kl_ptr + samples * K + k, kl, mask=inside)
             tl.store(entropy_ptr + samples * K + k, -information, mask=inside)
 
     weights = scores
-    if GATE != 0:
+    if given_ptr is None:
         most = scores[0]
         for k in tl.static_range(1, K):
             most = tl.maximum(most, scores[k])
@@ -127,7 +122,7 @@ def teacher_kl_rows(
     n = tl.cast(n, tl.int64)
     for k in tl.static_range(K):
         weight = weights[k]
-        if GATE != 0:
+        if given_ptr is None:
             weight = weight / whole
         loss += weight * kls[k]
         total += weight
@@ -159,7 +154,8 @@ class _Arguments(NamedTuple):
     class_mask: Tensor | None  # [P] bool
     temperature: float
     gate_temperature: float
-    gate: str
+    gate_entropy: float
+    gate_label: float
     scale_by_t2: bool
 
 
@@ -168,7 +164,7 @@ def _checked(arguments: Sequence[Any]) -> _Arguments:
     checks.operands(a.x, a.w, a.scale)
     checks.teachers(a.x, a.w, a.teacher_x, a.teacher_w, a.teacher_scales, a.weights)
     checks.labels(a.x, a.w, a.target, a.class_mask)
-    checks.gate(a.gate, a.weights, a.target)
+    checks.gate(a.gate_label, a.weights, a.target)
     return a
 
 
@@ -180,9 +176,10 @@ def _made(
     k = len(a.teacher_x)
     scale, teacher_scales = common.flat(a.scale), common.flat(a.teacher_scales)
     mask = common.bytes_of(a.class_mask)
-    gate = GIVEN if a.weights is not None else GATES[a.gate]
     given = None if a.weights is None else common.flat(a.weights)
-    target = a.target.contiguous() if gate == LABEL and a.target is not None else None
+    target = None
+    if a.target is not None and given is None and a.gate_label:
+        target = a.target.contiguous()
     upstream = None if upstream is None else common.flat(upstream)
     t2 = a.temperature**2 if a.scale_by_t2 else 1.0
 
@@ -227,10 +224,10 @@ def _made(
             n=n,
             p=a.w.shape[0],
             inverse_temperature=1.0 / a.temperature,
-            inverse_gate_temperature=1.0 / a.gate_temperature,
+            entropy_factor=a.gate_entropy / a.gate_temperature,
+            label_factor=a.gate_label / a.gate_temperature,
             t2=t2,
             K=k,
-            GATE=gate,
             ROWS=found.rows,
         )
         gradient = LogitGradient(
@@ -291,7 +288,7 @@ def teacher_kl_backward(
 ) -> tuple[Tensor, ...]:
     """dx, dw, dscale for an upstream gradient per row, the weights being what the forward used."""
     teachers = teacher_x, teacher_w, teacher_scales
-    options = temperature, 1.0, "uniform", scale_by_t2
+    options = temperature, 1.0, 0.0, 0.0, scale_by_t2
     a = _checked((x, w, scale, *teachers, weights, None, class_mask, *options))
     checks.shape("grad", grad, x.shape[:1])
     if x.shape[0] == 0:

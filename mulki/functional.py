@@ -32,13 +32,12 @@ from torch import Tensor
 
 from mulki import ops
 from mulki.ops import checks
+from mulki.ops.gates import find_gate
 from mulki.similarity import Similarity, check_number, check_operands, rounded
 
 Reduction = Literal["none", "sum", "mean"]
-Gate = Literal["uniform", "confidence", "label", "discrepancy"]
 
 REDUCTIONS = ("none", "sum", "mean")
-GATES = ("uniform", "confidence", "label", "discrepancy")
 
 
 class TeacherDetails(NamedTuple):
@@ -134,8 +133,10 @@ def teacher_kl(
     temperature: float = ...,
     scale_by_t2: bool = ...,
     weights: Tensor | None = ...,
-    gate: Gate | None = ...,
+    gate: str | None = ...,
     gate_temperature: float = ...,
+    gate_entropy: float | None = ...,
+    gate_label: float | None = ...,
     target: Tensor | None = ...,
     class_mask: Tensor | None = ...,
     reduction: Reduction = ...,
@@ -152,8 +153,10 @@ def teacher_kl(
     temperature: float = ...,
     scale_by_t2: bool = ...,
     weights: Tensor | None = ...,
-    gate: Gate | None = ...,
+    gate: str | None = ...,
     gate_temperature: float = ...,
+    gate_entropy: float | None = ...,
+    gate_label: float | None = ...,
     target: Tensor | None = ...,
     class_mask: Tensor | None = ...,
     reduction: Reduction = ...,
@@ -169,8 +172,10 @@ def teacher_kl(
     temperature: float = 1.0,
     scale_by_t2: bool = True,
     weights: Tensor | None = None,
-    gate: Gate | None = None,
+    gate: str | None = None,
     gate_temperature: float = 1.0,
+    gate_entropy: float | None = None,
+    gate_label: float | None = None,
     target: Tensor | None = None,
     class_mask: Tensor | None = None,
     reduction: Reduction = "mean",
@@ -183,13 +188,22 @@ def teacher_kl(
     ``p = softmax(z_k / T)`` and ``q = softmax(z / T)`` (Hinton et al., arXiv 1503.02531; the T^2
     only with `scale_by_t2`).
 
-    Gates give the weights, which sum to 1 over the teachers and are constants for autograd:
+    Gates give the weights, which sum to 1 over the teachers and are constants for autograd. A
+    row-wise gate is the softmax over k of
+    ``(-a entropy(p_ik) + b log p_ik[target_i]) / gate_temperature``:
 
-    - ``"uniform"``: 1/K (also when neither `weights` nor `gate` is given).
-    - ``"confidence"``: softmax over k of ``-entropy(p_ik) / gate_temperature``.
-    - ``"label"``: softmax over k of ``log p_ik[target_i] / gate_temperature``.
-    - ``"discrepancy"``: for two teachers (original, previous) of one width,
+    - ``"uniform"``: a = b = 0, so 1/K (also when neither `weights` nor `gate` is given).
+    - ``"confidence"``: a = 1, b = 0.  ``"label"``: a = 0, b = 1.
+    - ``"blend"``: a = `gate_entropy`, b = `gate_label`.
+
+    Two others take two teachers and compute the weights beforehand, see `mulki.ops.gates`:
+
+    - ``"discrepancy"``: for teachers (original, previous) of one width,
       ``w_previous = sigmoid(6 (|u_0 - u_1| - 0.2))`` on their features (Select-and-Distill).
+    - ``"loss"``: ``w_1 = sigmoid(3 (l_2 - l_1) / (l_1 + l_2 + eps))`` on the cross-entropies of the
+      two teachers with the target (LfI); one more product per teacher.
+
+    `mulki.ops.gates.register_gate` adds others.
 
     Args:
         student: [N, P] logits; gradients flow to its features, prototypes and scale.
@@ -198,8 +212,9 @@ def teacher_kl(
         temperature: T > 0.
         weights: [N, K] used instead of a gate; differentiable, need not sum to 1.
         gate: see above; not together with `weights`.
-        gate_temperature: > 0, smaller is sharper.
-        target: [N] int64 in [0, P), for the gate "label"; not looked at otherwise.
+        gate_temperature: > 0, smaller is sharper; of row-wise gates.
+        gate_entropy, gate_label: a and b of the gate "blend", and of no other.
+        target: [N] int64 in [0, P), for a gate that looks at it; not looked at otherwise.
         class_mask: [P] bool, True for the classes that take part.
         reduction: "mean" over rows, "sum", or "none" for [N].
         return_details: also return `TeacherDetails`, by-products of the same pass.
@@ -243,33 +258,29 @@ def teacher_kl(
     _check_positive("gate_temperature", gate_temperature)
     _check_class_mask(class_mask, p, student.device)
     _check_weights(weights, gate, n, len(teachers), student.device)
-    gate = "uniform" if gate is None else gate
-    _check_choice("gate", gate, GATES)
-    if gate == "label":
+    chosen = find_gate("uniform" if gate is None else gate)
+    numbers = chosen.numbers(gate_entropy, gate_label)
+    if chosen.uses_target(gate_label):
         if target is None:
-            raise ValueError('target: got None, wanted [N] class indices for gate="label"')
+            raise ValueError(f'target: got None, wanted [N] class indices for gate="{gate}"')
         _check_target(target, n, p, student.device, class_mask)
     else:
         target = None
-    if gate == "discrepancy":
-        shapes = [list(t.features.shape) for t in teachers]
-        if len(teachers) != 2 or shapes[0] != shapes[1]:
-            raise ValueError(
-                f"teachers: got features of shapes {shapes}, wanted two of one width for gate="
-                f'"discrepancy"; use another gate'
-            )
     if check_finite:
         _check_finite_similarity("student", student)
         for k, teacher in enumerate(teachers):
             _check_finite_similarity(f"teachers[{k}]", teacher)
         _check_finite(weights=weights)
+    operands = [t.operands() for t in teachers]
+    if chosen.weights is not None:
+        weights = ops.gate_weights(chosen, operands, target, class_mask)
     loss, kl, used, entropy = ops.teacher_kl(
         student.operands(),
-        [t.operands() for t in teachers],
+        operands,
         float(temperature),
         scale_by_t2,
         weights,
-        gate,
+        numbers,
         float(gate_temperature),
         target,
         class_mask,
@@ -289,8 +300,10 @@ def dual_teacher_kl(
     temperature: float = ...,
     scale_by_t2: bool = ...,
     weights: Tensor | None = ...,
-    gate: Gate | None = ...,
+    gate: str | None = ...,
     gate_temperature: float = ...,
+    gate_entropy: float | None = ...,
+    gate_label: float | None = ...,
     target: Tensor | None = ...,
     class_mask: Tensor | None = ...,
     reduction: Reduction = ...,
@@ -308,8 +321,10 @@ def dual_teacher_kl(
     temperature: float = ...,
     scale_by_t2: bool = ...,
     weights: Tensor | None = ...,
-    gate: Gate | None = ...,
+    gate: str | None = ...,
     gate_temperature: float = ...,
+    gate_entropy: float | None = ...,
+    gate_label: float | None = ...,
     target: Tensor | None = ...,
     class_mask: Tensor | None = ...,
     reduction: Reduction = ...,
@@ -326,8 +341,10 @@ def dual_teacher_kl(
     temperature: float = 2.0,
     scale_by_t2: bool = True,
     weights: Tensor | None = None,
-    gate: Gate | None = "label",
+    gate: str | None = "label",
     gate_temperature: float = 1.0,
+    gate_entropy: float | None = None,
+    gate_label: float | None = None,
     target: Tensor | None = None,
     class_mask: Tensor | None = None,
     reduction: Reduction = "mean",
@@ -347,6 +364,8 @@ def dual_teacher_kl(
         weights=weights,
         gate=gate if weights is None else None,
         gate_temperature=gate_temperature,
+        gate_entropy=gate_entropy,
+        gate_label=gate_label,
         target=target,
         class_mask=class_mask,
         reduction=reduction,

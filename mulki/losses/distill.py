@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mulki import collectives
-from mulki.functional import GATES, Gate, teacher_kl
+from mulki.functional import teacher_kl
 from mulki.losses.clip import ClipLoss
 from mulki.losses.pairs import Columns, Pairs, Shard
+from mulki.ops.gates import find_gate
 
 Losses = tuple[Tensor, Tensor] | dict[str, Tensor]
 Number = Tensor | float
@@ -49,8 +50,10 @@ class DistillClipLoss(ClipLoss):
         flags = local_loss, gather_with_grad, cache_labels
         super().__init__(*flags, rank, world_size, use_horovod, group=group, **legacy)
         self.temperature = temperature
-        self.gate: Gate = "uniform"
+        self.gate = "uniform"
         self.gate_temperature = 1.0
+        self.gate_entropy: float | None = None
+        self.gate_label: float | None = None
 
     def dist_loss(self, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
         """The cross-entropy of logits [n, N] against a teacher's, the mean over rows."""
@@ -92,7 +95,7 @@ class DistillClipLoss(ClipLoss):
 
     def _distilled(self, student: Pairs, teachers: Sequence[Pairs], output_dict: bool) -> Losses:
         teachers = [teacher.detached() for teacher in teachers]
-        gate = f"{self.gate} at {self.gate_temperature}"
+        gate = f"{self.gate} {self.gate_entropy} {self.gate_label} at {self.gate_temperature}"
         shard = self.shard(student, *teachers, gate=gate, temperature=self.temperature)
         of_student, *of_teachers = (self.columns(shard, pairs) for pairs in (student, *teachers))
         sums = {
@@ -103,7 +106,8 @@ class DistillClipLoss(ClipLoss):
         return losses if output_dict else (losses["contrastive_loss"], losses["distill_loss"])
 
     def _distill_sum(self, shard: Shard, student: Columns, teachers: Sequence[Columns]) -> Tensor:
-        target = self.targets(shard, student.images.device) if self.gate == "label" else None
+        looked_at = find_gate(self.gate).uses_target(self.gate_label)
+        target = self.targets(shard, student.images.device) if looked_at else None
         total: Tensor | float = 0.0
         for side in (Columns.of_images, Columns.of_texts):
             kl, details = teacher_kl(
@@ -112,6 +116,8 @@ class DistillClipLoss(ClipLoss):
                 temperature=self.temperature,
                 gate=self.gate,
                 gate_temperature=self.gate_temperature,
+                gate_entropy=self.gate_entropy,
+                gate_label=self.gate_label,
                 target=target,
                 reduction="sum",
                 return_details=True,
@@ -126,13 +132,14 @@ class DualTeacherClipLoss(DistillClipLoss):
     """`DistillClipLoss` with a second teacher: the original model, and the one before this task.
 
     The distillation term of a row is the sum of both teachers' cross-entropies, weighted by a gate
-    (see `mulki.functional.teacher_kl`) whose weights sum to 1. Where the gate "label" looks at a
-    row's label, that is its own pair; the gate "discrepancy" wants teachers of one width. The
+    (see `mulki.functional.teacher_kl`) whose weights sum to 1. Where a gate looks at a row's
+    label, that is its own pair; the gate "discrepancy" wants teachers of one width. The
     defaults are those of `mulki.functional.dual_teacher_kl`.
 
     Args:
-        gate: "uniform", "confidence", "label" or "discrepancy".
+        gate: "uniform", "confidence", "label", "blend", "discrepancy" or "loss".
         gate_temperature: > 0, smaller is sharper.
+        gate_entropy, gate_label: the two numbers of the gate "blend".
         temperature: T > 0 of both softmax.
 
     The other arguments are those of `ClipLoss`.
@@ -147,8 +154,10 @@ class DualTeacherClipLoss(DistillClipLoss):
         world_size: int | None = None,
         use_horovod: bool | None = None,
         *,
-        gate: Gate = "label",
+        gate: str = "label",
         gate_temperature: float = 1.0,
+        gate_entropy: float | None = None,
+        gate_label: float | None = None,
         temperature: float = 2.0,
         group: collectives.Group | None = None,
         **legacy: Any,
@@ -160,10 +169,11 @@ class DualTeacherClipLoss(DistillClipLoss):
             group=group,
             **legacy,
         )
-        if gate not in GATES:
-            raise ValueError(f"gate: got {gate!r}, wanted one of {', '.join(GATES)}")
+        find_gate(gate).numbers(gate_entropy, gate_label)
         self.gate = gate
         self.gate_temperature = gate_temperature
+        self.gate_entropy = gate_entropy
+        self.gate_label = gate_label
 
     def forward(  # type: ignore[override]
         self,

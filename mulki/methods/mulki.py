@@ -19,9 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mulki.errors import InputError
 from mulki.features import Features
-from mulki.functional import Gate
 from mulki.methods.base import PREVIOUS, ZERO_SHOT, Method, Needs, TaskStart
+from mulki.ops.gates import find_gate
 from mulki.options import option
 from mulki.prototypes import Prototypes, Update
 from mulki.stages import connecting
@@ -58,10 +59,12 @@ class MulKI(Method):
         text_image: float = option(0.25, "coefficient of the text-to-prototype relation", low=0)
         text_text: float = option(0.25, "coefficient of the text-to-text relation", low=0)
         feature: float = option(1.0, "coefficient of the distance of image features", low=0)
-        gate: Gate = option("label", "how the two teachers are weighted per sample")
+        gate: str = option("label", "how the two teachers are weighted per sample")
         gate_temperature: float = option(
             1.0, "temperature of the gate, smaller is sharper", above=0
         )
+        gate_entropy: float | None = option(None, "weight of the entropy in the gate blend")
+        gate_label: float | None = option(None, "weight of the label in the gate blend")
         we_every: int = option(
             10, "steps between two members of the running mean; 0: none", low=0, alias="--avg-freq"
         )
@@ -79,12 +82,18 @@ class MulKI(Method):
     def __init__(self, options: Options):
         super().__init__(options)
         o = options
+        try:
+            find_gate(o.gate).numbers(o.gate_entropy, o.gate_label)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"--gate {o.gate}: {error}") from None
         relations = o.adding
         visual = o.eliciting
         self.objective = MulKILoss(
             temperature=o.temperature,
             gate=o.gate if o.distinguishing else "uniform",
             gate_temperature=o.gate_temperature,
+            gate_entropy=o.gate_entropy if o.distinguishing else None,
+            gate_label=o.gate_label if o.distinguishing else None,
             label_smoothing=o.label_smoothing,
             alignment=o.alignment * visual,
             image_text=o.image_text * relations,

@@ -19,7 +19,8 @@ from torch.autograd import forward_ad
 from mulki.ops import autograd as _autograd  # noqa: F401 - registers the gradients
 from mulki.ops import router as _router  # noqa: F401 - registers the kernels
 from mulki.ops.backends import Served, fallbacks, report, use_backend
-from mulki.ops.reference import discrepancy_weights, reduce, wide
+from mulki.ops.gates import Gate
+from mulki.ops.reference import reduce, wide
 
 __all__ = [
     "Served",
@@ -67,13 +68,22 @@ def prototype_cross_entropy(
     return reduce(loss, reduction, (target != ignore_index).sum())
 
 
+@torch.no_grad()
+def gate_weights(
+    gate: Gate, teachers: Sequence[Operands], target: Tensor | None, class_mask: Tensor | None
+) -> Tensor:
+    """[N, K] of a gate that is not row-wise."""
+    assert gate.weights is not None
+    return gate.weights([(x, w, _number(s, x)) for x, w, s in teachers], target, class_mask)
+
+
 def teacher_kl(
     student: Operands,
     teachers: Sequence[Operands],
     temperature: float,
     scale_by_t2: bool,
     weights: Tensor | None,
-    gate: str,
+    gate: tuple[float, float],
     gate_temperature: float,
     target: Tensor | None,
     class_mask: Tensor | None,
@@ -102,7 +112,7 @@ def _teacher_kl(
     temperature: float,
     scale_by_t2: bool,
     weights: Tensor | None,
-    gate: str,
+    gate: tuple[float, float],
     gate_temperature: float,
     target: Tensor | None,
     class_mask: Tensor | None,
@@ -111,13 +121,10 @@ def _teacher_kl(
     x = student[0]
     if weights is not None:
         weights = weights.to(wide(x.dtype))
-    elif gate == "discrepancy":
-        with torch.no_grad():
-            weights = discrepancy_weights(*(t[0].to(wide(x.dtype)) for t in teachers))
     leaves = x, student[1], _number(student[2], x)
     teacher_x, teacher_w, scales = ([t[i] for t in teachers] for i in range(3))
     operands = *leaves, teacher_x, teacher_w, _numbers(scales, x)
-    options = weights, target, class_mask, temperature, gate_temperature, gate, scale_by_t2
+    options = weights, target, class_mask, temperature, gate_temperature, *gate, scale_by_t2
     if _with_gradients(reduction, *leaves, weights):
         loss, kl, used, entropy, *_ = _OPS.teacher_kl_reduced(
             *operands, *options, reduction == "mean", _wanted(*leaves)

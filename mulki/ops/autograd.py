@@ -171,7 +171,7 @@ _TEACHER_KL_LEAVES = (0, 1, 2, _WEIGHTS)
 
 def _keep_teacher_kl(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
     x, w, scale, teacher_x, teacher_w, scales, weights, _, class_mask, *options = inputs
-    temperature, _, _, t2 = options
+    temperature, _, _, _, t2 = options
     _, kl, used, _ = outputs
     ctx.k = len(teacher_x)
     tensors = (x, w, scale, *teacher_x, *teacher_w, scales, used, class_mask)

@@ -134,17 +134,18 @@ def _weighted_kl(
     class_mask: Tensor | None,
     temperature: float,
     gate_temperature: float,
-    gate: str,
+    gate_entropy: float,
+    gate_label: float,
     scale_by_t2: bool,
 ) -> _KL:
     checks.operands(x, w)
     checks.number("scale", scale)
     checks.teachers(x, w, teacher_x, teacher_w, teacher_scales, weights)
-    checks.gate(gate, weights, target)
+    checks.gate(gate_label, weights, target)
     checks.labels(x, w, target, class_mask)
     if x.device.type == "cpu":
         checks.class_mask_values(class_mask)
-        if weights is None and gate == "label" and target is not None:
+        if weights is None and gate_label and target is not None:
             checks.target_values(target, w.shape[0], class_mask)
     teachers = list(zip(teacher_x, teacher_w, teacher_scales, strict=True))
     log_q, log_p = reference.log_probabilities((x, w, scale), teachers, temperature, class_mask)
@@ -154,9 +155,8 @@ def _weighted_kl(
         temperature,
         scale_by_t2,
         None if weights is None else weights.to(log_q.dtype, copy=True).contiguous(),
-        gate,
+        (gate_entropy, gate_label),
         gate_temperature,
-        teacher_x,
         target,
         class_mask,
     )
@@ -190,7 +190,7 @@ def teacher_kl_backward(
 
 def teacher_kl_reduced(*args: Any) -> tuple[Tensor, ...]:
     *forward, mean, wanted = args
-    x, w, scale, *_, temperature, _, _, scale_by_t2 = forward
+    x, w, scale, *_, temperature, _, _, _, scale_by_t2 = forward
     made = _weighted_kl(*forward)
     total, share = _reduce(made.loss, mean)
     dz = reference.teacher_kl_dz(

@@ -99,19 +99,13 @@ def teachers(
         _want("weights", weights, weights.shape[1] == k, f"[{x.shape[0]}, {k}]")
 
 
-def gate(name: str, weights: Tensor | None, target: Tensor | None) -> None:
-    """A gate that an operator computes, and a target where it looks at one."""
-    if weights is None:
-        _check(
-            ValueError,
-            name in ("uniform", "confidence", "label"),
-            lambda: f"gate: got {name!r}, wanted uniform, confidence or label",
-        )
-        _check(
-            ValueError,
-            name != "label" or target is not None,
-            lambda: 'target: got None, wanted [N] class indices for gate="label"',
-        )
+def gate(gate_label: float, weights: Tensor | None, target: Tensor | None) -> None:
+    """A target where the gate looks at one."""
+    _check(
+        ValueError,
+        weights is not None or gate_label == 0 or target is not None,
+        lambda: "target: got None, wanted [N] class indices for a gate on the label",
+    )
 
 
 def class_mask_values(class_mask: Tensor | None) -> None:

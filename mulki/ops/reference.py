@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mulki.ops import gates
+
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """What inputs of this dtype are computed in: float64 for float64, else float32."""
@@ -144,45 +146,13 @@ def cross_entropy_dz(
     return (upstream.unsqueeze(1) * dz.scatter_add(1, index, hit)).masked_fill(~kept, 0)
 
 
-def gate_weights(
-    gate: str,
-    log_p: Tensor,  # [N, K, P] teachers' log-probabilities at temperature T
-    entropy: Tensor,  # [N, K]
-    features: Sequence[Tensor],  # K tensors [N, D_k], the teachers' features
-    target: Tensor | None,  # [N] int64, for the gate "label"
-    gate_temperature: float,
-) -> Tensor:  # [N, K], rows sum to 1
-    """How much each teacher counts for each sample.
-
-    uniform: 1/K. confidence: softmax_k(-H(p_k) / t). label: softmax_k(log p_k[y] / t).
-    discrepancy: for teachers (original, previous), w_previous = sigmoid(6 (|u_0 - u_1| - 0.2)) on
-    their features, the gate of Select-and-Distill (Yu et al., ECCV 2024).
-    """
-    if gate == "uniform":
-        return torch.full_like(entropy, 1 / entropy.shape[1])
-    if gate == "confidence":
-        return torch.softmax(-entropy / gate_temperature, dim=1)
-    if gate == "label":
-        assert target is not None
-        index = target.reshape(-1, 1, 1).expand(-1, log_p.shape[1], 1)
-        return torch.softmax(log_p.gather(2, index).squeeze(2) / gate_temperature, dim=1)
-    assert gate == "discrepancy"
-    return discrepancy_weights(*(u.to(entropy.dtype) for u in features))
-
-
-def discrepancy_weights(original: Tensor, previous: Tensor) -> Tensor:
-    """[N, 2] weights of the gate "discrepancy" from the teachers' features [N, D]."""
-    w = torch.sigmoid(6 * ((original - previous).norm(dim=1) - 0.2))
-    return torch.stack([1 - w, w], dim=1)
-
-
 def teacher_kl(
     student: tuple[Tensor, Tensor, Tensor | float],  # X [N, D], W [P, D], scale
     teachers: Sequence[tuple[Tensor, Tensor, Tensor | float]],  # the same, each its own D
     temperature: float,
     scale_by_t2: bool,
     weights: Tensor | None,  # [N, K], or None to take them from the gate
-    gate: str,
+    gate: tuple[float, float],  # its numbers for entropy and label
     gate_temperature: float,
     target: Tensor | None,
     class_mask: Tensor | None,
@@ -202,7 +172,6 @@ def teacher_kl(
         weights,
         gate,
         gate_temperature,
-        [t[0] for t in teachers],
         target,
         class_mask,
     )
@@ -228,9 +197,8 @@ def weighted_kl(
     temperature: float,
     scale_by_t2: bool,
     weights: Tensor | None,
-    gate: str,
+    gate: tuple[float, float],
     gate_temperature: float,
-    features: Sequence[Tensor],  # the teachers'
     target: Tensor | None,
     class_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # loss [N], kl [N, K], weights [N, K], entropy [N, K]
@@ -239,7 +207,7 @@ def weighted_kl(
     p = log_p.exp()
     entropy = -_without(p * log_p, excluded).sum(dim=2)
     if weights is None:
-        weights = gate_weights(gate, log_p, entropy, features, target, gate_temperature)
+        weights = gates.row_weights(log_p, entropy, *gate, target, gate_temperature)
     kl = (p * _without(log_p - log_q.unsqueeze(1), excluded)).sum(dim=2)
     if scale_by_t2:
         kl = kl * temperature**2

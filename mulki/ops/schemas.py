@@ -40,7 +40,8 @@ _LABELS = "Tensor target, Tensor? class_mask, float label_smoothing, int ignore_
 _TEACHERS = "Tensor[] teacher_x, Tensor[] teacher_w, Tensor teacher_scales"
 _TEACHER_KL = (
     f"{_OPERANDS}, {_TEACHERS}, Tensor? weights, Tensor? target, Tensor? class_mask, "
-    "float temperature, float gate_temperature, str gate, bool scale_by_t2"
+    "float temperature, float gate_temperature, float gate_entropy, float gate_label, "
+    "bool scale_by_t2"
 )
 _THREE = "(Tensor, Tensor, Tensor)"
 _FOUR = "(Tensor, Tensor, Tensor, Tensor)"
@@ -60,8 +61,8 @@ SCHEMAS = {
     "prototype_cross_entropy_reduced": (
         f"({_OPERANDS}, {_LABELS}, bool mean, bool[3] wanted) -> {_FOUR}"
     ),
-    # loss [N]; kl, weights, entropy [N, K]. gate is uniform, confidence or label, and is read only
-    # where weights is None. The weights that come back are a copy.
+    # loss [N]; kl, weights, entropy [N, K]. The gate's numbers are read only where
+    # weights is None. The weights that come back are a copy.
     "teacher_kl": f"({_TEACHER_KL}) -> {_FOUR}",
     "teacher_kl_backward": (
         f"(Tensor grad, {_OPERANDS}, {_TEACHERS}, Tensor weights, Tensor? class_mask, "
@@ -156,13 +157,14 @@ def _teacher_kl(
     class_mask: Tensor | None,
     temperature: float,
     gate_temperature: float,
-    gate: str,
+    gate_entropy: float,
+    gate_label: float,
     scale_by_t2: bool,
 ) -> tuple[Tensor, ...]:
     checks.operands(x, w)
     checks.number("scale", scale)
     checks.teachers(x, w, teacher_x, teacher_w, teacher_scales, weights)
-    checks.gate(gate, weights, target)
+    checks.gate(gate_label, weights, target)
     checks.labels(x, w, target, class_mask)
     loss = x.new_empty(x.shape[0], dtype=wide(x.dtype))
     return loss, *(loss.new_empty((x.shape[0], len(teacher_x))) for _ in range(3))

@@ -52,12 +52,11 @@ def text_text(model: Features) -> Similarity:
     return Similarity(model.texts, model.texts, model.scale)
 
 
-IMAGE_ROWS: Mapping[str, Relation] = MappingProxyType(
-    {"image_text": Features.image_text, "image_image": image_image}
+# The relations beside image_text, which `distinguishing` computes together with the gate.
+RELATIONS: Mapping[str, Relation] = MappingProxyType(
+    {"image_image": image_image, "text_image": text_image, "text_text": text_text}
 )
-TEXT_ROWS: Mapping[str, Relation] = MappingProxyType(
-    {"text_image": text_image, "text_text": text_text}
-)
+IMAGE_ROWS = frozenset({"image_image"})  # a row per image; the others have a row per class
 NEED_PROTOTYPES = frozenset({"image_image", "text_image"})
 
 

@@ -8,41 +8,60 @@ teachers is re-weighted per sample by what each is good at. Our choice: the gate
 `mulki.functional.teacher_kl`; the default asks which teacher gives the true class more
 probability), that one weight serves all levels of distillation, and that a class without a sample
 in the batch weighs its teachers equally. Weights are constants for autograd.
+
+The image-to-text relation is the distribution that a gate looks at, so the pass that computes its
+divergence gives the weights too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mulki.features import Features
-from mulki.functional import Gate, teacher_kl
+from mulki.functional import teacher_kl
 from mulki.prototypes import class_sums
+
+
+def gated_relation(
+    student: Features, teachers: Sequence[Features], target: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """The image-to-text relation's loss under the gate, and the weights of the gate.
+
+    Args:
+        student: features of a batch of B images and C classes; gradients flow to them.
+        teachers: the same of K teachers.
+        target: [B] int64.
+        options: gate, temperature and the like, see `mulki.functional.teacher_kl`.
+
+    Returns:
+        The mean loss over the batch, and the weights [B, K], whose rows sum to 1.
+    """
+    loss, details = teacher_kl(
+        student.image_text(),
+        [teacher.image_text() for teacher in teachers],
+        target=target,
+        return_details=True,
+        **options,
+    )
+    return loss, details.weights
 
 
 @torch.no_grad()
 def sample_weights(
-    teachers: Sequence[Features],
-    target: Tensor,
-    gate: Gate,
-    temperature: float,
-    gate_temperature: float,
+    student: Features, teachers: Sequence[Features], target: Tensor, *, gate: str, **options: Any
 ) -> Tensor:
-    """[B, K] weights of K teachers for the B samples of a batch; rows sum to 1."""
-    logits = [t.image_text().detach() for t in teachers]
-    # The gate reads the teachers alone, so any student will do to get at the details.
-    _, details = teacher_kl(
-        logits[0],
-        logits,
-        temperature=temperature,
-        gate=gate,
-        gate_temperature=gate_temperature,
-        target=target,
-        return_details=True,
-    )
-    return details.weights
+    """[B, K] weights of the gate alone, where the image-to-text relation is switched off.
+
+    Arguments as `gated_relation`. The gate "uniform" costs nothing, any other one forward pass.
+    """
+    if gate == "uniform":
+        images = teachers[0].images
+        return images.new_full((len(images), len(teachers)), 1 / len(teachers), dtype=torch.float32)
+    return gated_relation(student, teachers, target, gate=gate, **options)[1]
 
 
 def class_weights(weights: Tensor, target: Tensor, num_classes: int) -> Tensor:

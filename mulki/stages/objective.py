@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from mulki.features import Features
-from mulki.functional import GATES, Gate, prototype_cross_entropy
+from mulki.functional import prototype_cross_entropy
+from mulki.ops.gates import find_gate
 from mulki.stages import adding, distinguishing, eliciting
 
 
@@ -33,6 +34,7 @@ class MulKILoss(nn.Module):
         temperature: T of the relations' softmax and of the gate.
         gate: how the teachers are weighted per sample, see `mulki.functional.teacher_kl`.
         gate_temperature: > 0, smaller is sharper.
+        gate_entropy, gate_label: the two numbers of the gate "blend".
         label_smoothing: of the cross-entropy, in [0, 1].
         alignment: coefficient of the prototype-text alignment (Eliciting Ideas).
         image_text, image_image, text_image, text_text: coefficients of the relations (Adding New
@@ -48,8 +50,10 @@ class MulKILoss(nn.Module):
         self,
         *,
         temperature: float = 2.0,
-        gate: Gate = "label",
+        gate: str = "label",
         gate_temperature: float = 1.0,
+        gate_entropy: float | None = None,
+        gate_label: float | None = None,
         label_smoothing: float = 0.2,
         alignment: float = 0.25,
         image_text: float = 0.25,
@@ -79,11 +83,12 @@ class MulKILoss(nn.Module):
                 raise ValueError(f"{name}: got {value}, wanted a positive number")
         if not 0.0 <= label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing: got {label_smoothing}, wanted a number in [0, 1]")
-        if gate not in GATES:
-            raise ValueError(f"gate: got {gate!r}, wanted one of {', '.join(GATES)}")
+        find_gate(gate).numbers(gate_entropy, gate_label)
         self.temperature = temperature
-        self.gate: Gate = gate
+        self.gate = gate
         self.gate_temperature = gate_temperature
+        self.gate_entropy = gate_entropy
+        self.gate_label = gate_label
         self.label_smoothing = label_smoothing
         self.scale_by_t2 = scale_by_t2
 
@@ -152,17 +157,26 @@ class MulKILoss(nn.Module):
     def _teacher_terms(
         self, student: Features, teachers: Sequence[Features], target: Tensor
     ) -> dict[str, Tensor]:
-        weights = distinguishing.sample_weights(
-            teachers, target, self.gate, self.temperature, self.gate_temperature
-        )
-        per_class = distinguishing.class_weights(weights, target, student.texts.shape[0])
+        gate = {
+            "gate": self.gate,
+            "gate_temperature": self.gate_temperature,
+            "gate_entropy": self.gate_entropy,
+            "gate_label": self.gate_label,
+        }
+        softmax = {"temperature": self.temperature, "scale_by_t2": self.scale_by_t2}
+        batch = student, teachers, target
         terms = {}
-        for relations, rows in ((adding.IMAGE_ROWS, weights), (adding.TEXT_ROWS, per_class)):
-            for name, relation in relations.items():
-                if self.relations[name]:
-                    terms[f"{name}_loss"] = self.relations[name] * adding.relation_loss(
-                        relation, student, teachers, rows, self.temperature, self.scale_by_t2
-                    )
+        if self.relations["image_text"]:
+            loss, weights = distinguishing.gated_relation(*batch, **gate, **softmax)
+            terms["image_text_loss"] = self.relations["image_text"] * loss
+        else:
+            weights = distinguishing.sample_weights(*batch, **gate, **softmax)
+        per_class = distinguishing.class_weights(weights, target, student.texts.shape[0])
+        for name, relation in adding.RELATIONS.items():
+            if self.relations[name]:
+                rows = weights if name in adding.IMAGE_ROWS else per_class
+                loss = adding.relation_loss(relation, student, teachers, rows, **softmax)
+                terms[f"{name}_loss"] = self.relations[name] * loss
         if self.feature:
             terms["feature_loss"] = self.feature * adding.feature_loss(student, teachers, weights)
         return terms

@@ -267,7 +267,7 @@ def test_operands_on_two_devices_are_refused(launches):
     with pytest.raises(ValueError, match="target: got cpu, wanted meta"):
         launches("prototype_cross_entropy", x, w, scale, here, None, 0.0, -100)
     weights, scales = torch.ones(64, 1), meta(1, dtype=torch.float32)
-    rest = None, None, 1.0, 1.0, "uniform", True
+    rest = None, None, 1.0, 1.0, 0.0, 0.0, True
     with pytest.raises(ValueError, match="weights: got cpu, wanted meta"):
         launches("teacher_kl", x, w, scale, [x], [w], scales, weights, *rest)
     teacher = torch.zeros(64, 64).bfloat16(), torch.zeros(100, 64).bfloat16()
@@ -294,7 +294,7 @@ def test_other_counts_are_no_other_kernel(launches):
         k = 2
         teachers = [meta(n, 64)] * k, [meta(p, 64)] * k, meta(k, dtype=torch.float32)
         target, mask = meta(n, dtype=torch.int64), meta(p, dtype=torch.bool)
-        options = None, target, mask, 2.0, 1.0, "label", True, True, [True, False, False]
+        options = None, target, mask, 2.0, 1.0, 0.0, 1.0, True, True, [True, False, False]
         for one in launches("teacher_kl_reduced", *operands(n, p), *teachers, *options):
             entry = entries._entry("", one, "sm_90", "bf16")
             found.add(repr((entry.kernel, entry.signature, entry.constants, entry.attributes)))

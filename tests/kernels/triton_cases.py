@@ -68,7 +68,8 @@ def teacher_kl(
     mask: Tensor | None,
     temperature: float,
     gate_temperature: float,
-    gate: str,
+    gate_entropy: float,
+    gate_label: float,
     t2: bool,
 ) -> KL:
     kept = torch.ones(w.shape[0], dtype=torch.bool) if mask is None else mask
@@ -82,11 +83,9 @@ def teacher_kl(
             at = kept.long().cumsum(0)[target] - 1
             labelled.append(log_p.gather(1, at[:, None])[:, 0])
     if weights is None:
-        score = {
-            "uniform": lambda: torch.zeros(x.shape[0], len(kl), dtype=torch.float64),
-            "confidence": lambda: -torch.stack(entropy, 1),
-            "label": lambda: torch.stack(labelled, 1),
-        }[gate]()
+        score = -gate_entropy * torch.stack(entropy, 1)
+        if gate_label:
+            score = score + gate_label * torch.stack(labelled, 1)
         weights = torch.softmax(score / gate_temperature, 1)
     stacked = torch.stack(kl, 1)
     return KL((weights * stacked).sum(1), stacked, weights, torch.stack(entropy, 1))
@@ -193,13 +192,14 @@ def make(
         "cosines": ("similarity", (True,)),
         "ce": ("prototype_cross_entropy", (target, None, 0.0, -100)),
         "ce_all": ("prototype_cross_entropy", (ignored, mask, 0.2, -100)),
-        "kl": ("teacher_kl", (*teachers, None, None, None, 2.0, 1.0, "uniform", True)),
-        "kl_label": ("teacher_kl", (*teachers, None, kept, mask, 2.0, 0.5, "label", True)),
+        "kl": ("teacher_kl", (*teachers, None, None, None, 2.0, 1.0, 0.0, 0.0, True)),
+        "kl_label": ("teacher_kl", (*teachers, None, kept, mask, 2.0, 0.5, 0.0, 1.0, True)),
         "kl_confidence": (
             "teacher_kl",
-            (*teachers, None, None, None, 1.5, 2.0, "confidence", False),
+            (*teachers, None, None, None, 1.5, 2.0, 1.0, 0.0, False),
         ),
-        "kl_weights": ("teacher_kl", (*teachers, weights, None, mask, 2.0, 1.0, "uniform", True)),
+        "kl_blend": ("teacher_kl", (*teachers, None, kept, mask, 2.0, 1.0, 0.7, 0.4, True)),
+        "kl_weights": ("teacher_kl", (*teachers, weights, None, mask, 2.0, 1.0, 0.0, 0.0, True)),
         "contrastive": ("contrastive", ()),
         "siglip": ("siglip", (torch.tensor(-3.0), 0)),
         "siglip_block": ("siglip", (torch.tensor(-3.0), 18)),  # the last rows have no match
@@ -209,7 +209,7 @@ def make(
 
 
 NAMES = (
-    *("similarity", "cosines", "ce", "ce_all", "kl", "kl_label", "kl_confidence", "kl_weights"),
+    *("similarity", "cosines", "ce", "ce_all", "kl", "kl_label", "kl_confidence", "kl_blend", "kl_weights"),
     *("contrastive", "siglip", "siglip_block"),
 )
 LOSSES = NAMES[2:]

@@ -76,13 +76,14 @@ def make(
         "ce": ("prototype_cross_entropy", (target, None, 0.0, -100)),
         "ce_smooth": ("prototype_cross_entropy", (target, None, 0.2, 3)),
         "ce_all": ("prototype_cross_entropy", (ignored, mask, 0.2, -100)),
-        "kl": ("teacher_kl", (*teachers, None, None, None, 2.0, 1.0, "uniform", True)),
-        "kl_label": ("teacher_kl", (*teachers, None, kept, mask, 2.0, 0.5, "label", True)),
+        "kl": ("teacher_kl", (*teachers, None, None, None, 2.0, 1.0, 0.0, 0.0, True)),
+        "kl_label": ("teacher_kl", (*teachers, None, kept, mask, 2.0, 0.5, 0.0, 1.0, True)),
         "kl_confidence": (
             "teacher_kl",
-            (*teachers, None, None, None, 1.5, 2.0, "confidence", False),
+            (*teachers, None, None, None, 1.5, 2.0, 1.0, 0.0, False),
         ),
-        "kl_weights": ("teacher_kl", (*teachers, given, None, mask, 2.0, 1.0, "uniform", True)),
+        "kl_blend": ("teacher_kl", (*teachers, None, kept, mask, 2.0, 1.0, 0.7, 0.4, True)),
+        "kl_weights": ("teacher_kl", (*teachers, given, None, mask, 2.0, 1.0, 0.0, 0.0, True)),
         "contrastive": ("contrastive", ()),
         "siglip": ("siglip", (number(-3.0), 0)),
         "siglip_block": ("siglip", (number(-3.0), 2)),  # the last rows have no match
@@ -100,6 +101,7 @@ NAMES = (
     "kl",
     "kl_label",
     "kl_confidence",
+    "kl_blend",
     "kl_weights",
     "contrastive",
     "siglip",
@@ -109,9 +111,9 @@ LOSSES = NAMES[2:]
 
 
 def _kl(x: Tensor, w: Tensor, scale: Tensor, tx: Any, tw: Any, ts: Any, *rest: Any) -> Tensor:
-    weights, target, mask, temperature, gate_temperature, gate, t2 = rest
+    weights, target, mask, temperature, gate_temperature, *gate, t2 = rest
     teachers = list(zip(tx, tw, ts, strict=True))
-    options = temperature, t2, weights, gate, gate_temperature, target, mask
+    options = temperature, t2, weights, tuple(gate), gate_temperature, target, mask
     return reference.teacher_kl((x, w, scale), teachers, *options, "none")[0]
 
 
@@ -156,7 +158,7 @@ def form_arguments(case: Case, form: str, wanted: Sequence[bool], mean: bool = T
         args = (*args, *run(case)[1:])
     if case.op == "teacher_kl":
         used = run(case)[2]
-        temperature, t2 = args[9], args[12]
+        temperature, t2 = args[9], args[13]
         args = (*args[:6], used, args[8], temperature, t2)
     return Case(f"{case.op}_backward", (upstream(case), *args, list(wanted)))
 

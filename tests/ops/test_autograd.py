@@ -268,7 +268,7 @@ def test_forward_mode_is_refused(unit):
 
 
 def kl_of_teacher(x: torch.Tensor, teacher: ops.Operands) -> torch.Tensor:
-    options = 1.0, True, None, "uniform", 1.0, None, None, "mean"
+    options = 1.0, True, None, (0.0, 0.0), 1.0, None, None, "mean"
     return ops.teacher_kl((x, x, 9.0), [teacher], *options)[0]
 
 

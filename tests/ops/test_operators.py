@@ -39,7 +39,7 @@ def test_scales_become_wide_tensors(unit, calls, dtype, scale):
 def test_scales_of_teachers_are_stacked(unit, calls, scales):
     x, w = unit(6, 4).float(), unit(5, 4).float()
     teachers = [(x, w, scale) for scale in scales]
-    ops.teacher_kl((x, w, 5.0), teachers, 2.0, True, None, "uniform", 1.0, None, None, "mean")
+    ops.teacher_kl((x, w, 5.0), teachers, 2.0, True, None, (0.0, 0.0), 1.0, None, None, "mean")
     stacked = calls[0][1][5]
     assert stacked.dtype == torch.float32
     assert stacked.tolist() == [float(scale) for scale in scales]
@@ -59,7 +59,7 @@ def test_mixed_dtypes_are_promoted_and_results_stay_the_students(
     x, w, weights = unit(6, 4).to(student).requires_grad_(), unit(5, 4).to(student), unit(6, 2)
     u, v = unit(6, 3).to(teacher), unit(5, 3).to(teacher)
     teachers = [(u, v, 7.0), (x.detach(), w, 8.0)]
-    options = 2.0, True, weights, "uniform", 1.0, None, None, "mean"
+    options = 2.0, True, weights, (0.0, 0.0), 1.0, None, None, "mean"
     out = ops.teacher_kl((x, w, 5.0), teachers, *options)
     args = calls[0][1]
     assert {t.dtype for t in (*args[:2], *args[3], *args[4])} == {kernel}
@@ -91,7 +91,7 @@ def test_weights_are_differentiable_in_any_floating_dtype(unit):
         weights = torch.rand(6, 1).to(dtype).requires_grad_()
         for reduction in ("none", "sum", "mean"):
             loss, kl, *_ = ops.teacher_kl(
-                (x, w, 5.0), teachers, 2.0, True, weights, "uniform", 1.0, None, None, reduction
+                (x, w, 5.0), teachers, 2.0, True, weights, (0.0, 0.0), 1.0, None, None, reduction
             )
             (grad,) = torch.autograd.grad(loss.sum(), weights)
             assert grad.dtype == dtype

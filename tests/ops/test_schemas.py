@@ -111,7 +111,7 @@ LABELS = torch.tensor([0, 2, 3, 0, 2, 0])
         ("kl_label", 7, LABELS - 1, ValueError, "target"),
         ("kl_label", 7, LABELS + 1, ValueError, "target"),
         ("kl_label", 7, None, ValueError, "target"),
-        ("kl", 11, "lable", ValueError, "gate"),
+        ("kl", 12, 1.0, ValueError, "target"),
         ("kl", 8, torch.zeros(5).bool(), ValueError, "class_mask"),
         ("kl_weights", 6, torch.ones(6, 3), ValueError, "weights"),
         ("kl_weights", 6, torch.ones(5, 2), ValueError, "weights"),

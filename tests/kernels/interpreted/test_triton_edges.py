@@ -89,12 +89,12 @@ def test_a_student_that_is_its_teacher_has_exactly_zero(temperature):
     x, w, scale, *_ = case.args
     weights = torch.tensor([[0.25, 0.75]]).expand(x.shape[0], 2)
     args = x, w, scale, [x, x], [w, w], scale.expand(2)
-    same = Case("teacher_kl", (*args, weights, None, None, temperature, 1.0, "uniform", True))
+    same = Case("teacher_kl", (*args, weights, None, None, temperature, 1.0, 0.0, 0.0, True))
     loss, kl, _, _ = call("teacher_kl", *same.args)
     assert not loss.any() and not kl.any()
     one = (*args[:3], [x], [w], scale.expand(1), weights[:, :1])
     total, gradients, _ = reduced(
-        Case("teacher_kl", (*one, None, None, temperature, 1.0, "uniform", True))
+        Case("teacher_kl", (*one, None, None, temperature, 1.0, 0.0, 0.0, True))
     )
     assert total == 0 and not any(g.any() for g in gradients)
 

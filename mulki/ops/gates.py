@@ -1,0 +1,199 @@
+"""Gates: how much each of K teachers counts for each of N samples.
+
+A row-wise gate is two numbers, a and b. Its weights are
+
+    w_ik = softmax over k of (-a H(p_ik) + b log p_ik[target_i]) / gate_temperature
+
+where p_ik is the class distribution of teacher k for sample i, at the temperature of the loss, and
+H its entropy in nats. The operators compute these weights in the same pass as the KL divergence.
+Any other gate is a function that computes the weights [N, K] before that pass. Weights are
+constants for autograd.
+
+One call of `register_gate` adds a gate to the functions, the modules and the command line.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+# A teacher as an operator takes it: features [N, D], prototypes [P, D], scale (0-d).
+Teacher = tuple[Tensor, Tensor, Tensor]
+# From K teachers, the target [N] and the class mask [P] to weights [N, K], rows sum to 1.
+Weights = Callable[[Sequence[Teacher], Tensor | None, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One gate.
+
+    Args:
+        name: what users call it.
+        summary: its formula or idea in a few words, for help texts.
+        entropy: a of the row-wise score; None where the user gives it (`gate_entropy`).
+        label: b of the row-wise score; None where the user gives it (`gate_label`).
+        weights: computes the weights instead of the row-wise score.
+        needs_target: whether `weights` looks at the target; a row-wise gate does where b is not 0.
+    """
+
+    name: str
+    summary: str
+    entropy: float | None = 0.0
+    label: float | None = 0.0
+    weights: Weights | None = None
+    needs_target: bool = False
+
+    def uses_target(self, gate_label: float | None = None) -> bool:
+        """Whether the gate looks at the target, where the user gave `gate_label` or nothing."""
+        return self.needs_target or bool(gate_label if self.label is None else self.label)
+
+    def numbers(
+        self, gate_entropy: float | None = None, gate_label: float | None = None
+    ) -> tuple[float, float]:
+        """a and b, from the table or, where the gate leaves them to the user, from the arguments.
+
+        Raises:
+            TypeError, ValueError: an argument is missing, not finite, or not this gate's.
+        """
+        a = _number("gate_entropy", gate_entropy, self.entropy, self.name)
+        return a, _number("gate_label", gate_label, self.label, self.name)
+
+
+def _number(argument: str, given: float | None, fixed: float | None, gate: str) -> float:
+    if fixed is None:
+        if isinstance(given, bool) or not isinstance(given, Real):
+            came = type(given).__name__
+            raise TypeError(f'{argument}: got {came}, wanted a number for gate="{gate}"')
+        if not math.isfinite(given):
+            raise ValueError(f"{argument}: got {given}, wanted a finite number")
+        return float(given)
+    if given is not None:
+        raise ValueError(
+            f'{argument}: got {given} with gate="{gate}", which does not take it; leave it out or '
+            f'use gate="blend"'
+        )
+    return fixed
+
+
+GATES: dict[str, Gate] = {}
+
+
+def register_gate(gate: Gate) -> Gate:
+    """Add a gate, so that users can name it.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if gate.name in GATES:
+        raise ValueError(f"gate: {gate.name!r} is registered already; choose another name")
+    GATES[gate.name] = gate
+    return gate
+
+
+def find_gate(name: str) -> Gate:
+    """The gate of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in GATES:
+        raise ValueError(f"gate: got {name!r}, wanted one of {', '.join(GATES)}")
+    return GATES[name]
+
+
+def gate_names() -> tuple[str, ...]:
+    """The names of all gates, in the order in which they were registered."""
+    return tuple(GATES)
+
+
+def row_weights(
+    log_p: Tensor,  # [N, K, P] teachers' log-probabilities at temperature T
+    entropy: Tensor,  # [N, K]
+    gate_entropy: float,  # a
+    gate_label: float,  # b
+    target: Tensor | None,  # [N] int64, wanted where b is not 0
+    gate_temperature: float,
+) -> Tensor:  # [N, K], rows sum to 1
+    """The weights of a row-wise gate: the specification of what the operators compute."""
+    score = -gate_entropy * entropy
+    if gate_label:
+        assert target is not None
+        index = target.reshape(-1, 1, 1).expand(-1, log_p.shape[1], 1)
+        score = score + gate_label * log_p.gather(2, index).squeeze(2)
+    return torch.softmax(score / gate_temperature, dim=1)
+
+
+def discrepancy_weights(
+    teachers: Sequence[Teacher], target: Tensor | None = None, class_mask: Tensor | None = None
+) -> Tensor:  # [N, 2]
+    """w_2 = sigmoid(6 (|u_1 - u_2| - 0.2)) on the features u of two teachers of one width.
+
+    The gate of Select-and-Distill (Yu et al., ECCV 2024), teachers in the order (original,
+    previous): features that have moved far are those of a task that the previous model has learned.
+
+    Raises:
+        ValueError: the teachers are not two of one width.
+    """
+    shapes = [list(features.shape) for features, _, _ in teachers]
+    if len(teachers) != 2 or shapes[0] != shapes[1]:
+        raise ValueError(
+            f"teachers: got features of shapes {shapes}, wanted two of one width for gate="
+            f'"discrepancy"; use another gate'
+        )
+    (original, _, _), (previous, _, _) = teachers
+    dtype = torch.float64 if original.dtype == torch.float64 else torch.float32
+    distance = (original.to(dtype) - previous.to(dtype)).norm(dim=1)
+    w = torch.sigmoid(6 * (distance - 0.2))
+    return torch.stack([1 - w, w], dim=1)
+
+
+def loss_weights(
+    teachers: Sequence[Teacher], target: Tensor | None, class_mask: Tensor | None = None
+) -> Tensor:  # [N, 2]
+    """w_1 = sigmoid(g (l_2 - l_1) / (l_1 + l_2 + eps)), g = 3, l_k the loss of teacher k.
+
+    The normalised gate of LfI (CVPR 2026), where the losses are the cross-entropies of the two
+    models that distil into each other. Here l_k is the cross-entropy of teacher k's logits with the
+    target, at temperature 1. It costs one more product of features and prototypes per teacher.
+
+    Raises:
+        ValueError: there are not two teachers.
+    """
+    if len(teachers) != 2:
+        raise ValueError(
+            f'teachers: got {len(teachers)}, wanted two for gate="loss"; use another gate'
+        )
+    first, second = (
+        torch.ops.mulki.prototype_cross_entropy(*teacher, target, class_mask, 0.0, -100)
+        for teacher in teachers
+    )
+    w = torch.sigmoid(3 * (second - first) / (first + second + 1e-8))
+    return torch.stack([w, 1 - w], dim=1)
+
+
+register_gate(Gate("uniform", "1/K for each teacher"))
+register_gate(Gate("confidence", "more for a teacher with a low entropy", entropy=1.0))
+register_gate(Gate("label", "more for a teacher that finds the label likely", label=1.0))
+register_gate(
+    Gate("blend", "both, by --gate-entropy and --gate-label", entropy=None, label=None)
+)
+register_gate(
+    Gate(
+        "discrepancy",
+        "more for the previous model where the teachers' features differ",
+        weights=discrepancy_weights,
+    )
+)
+register_gate(
+    Gate(
+        "loss",
+        "more for the teacher with the smaller cross-entropy, normalised",
+        weights=loss_weights,
+        needs_target=True,
+    )
+)
