@@ -28,7 +28,7 @@ lint: .venv/.installed-test
 
 .venv: .venv/.installed-test
 
-BUILT_FROM := pyproject.toml setup.py mulki/ops/schemas.py $(wildcard csrc/*)
+BUILT_FROM := pyproject.toml setup.py $(wildcard mulki/ops/*.py csrc/*)
 
 # Torch comes before mulki: the package is built without isolation, against the torch it will run with.
 .venv/.installed-torch:
@@ -45,7 +45,7 @@ BUILT_FROM := pyproject.toml setup.py mulki/ops/schemas.py $(wildcard csrc/*)
 
 .venv/.installed-%: .venv/.installed-torch $(BUILT_FROM)
 	$(BIN)/python -m pip install --no-build-isolation -e ".[$*]"
-	@$(BIN)/python -c 'from mulki.ops.native import capability, load; \
+	@$(BIN)/python -c 'from mulki.ops.loader import capability, load; \
 	    print("C++ kernels:", load() or capability() + " build")'
 	@touch $@
 

@@ -97,12 +97,12 @@ def check_compiler(platform: str, openmp: bool) -> None:
 
 
 def extensions() -> list[Extension]:
-    """One plain shared library for each capability, named as `mulki.ops.native` looks for it."""
+    """One plain shared library for each capability, named as `mulki.ops.loader` looks for it."""
     import torch
     from torch.utils import cpp_extension
 
     sys.path.insert(0, os.getcwd())
-    from mulki.ops.native import library_name
+    from mulki.ops.loader import library_name
 
     platform = sysconfig.get_platform()
     # at::parallel_for is compiled here, and is a plain loop without torch's own OpenMP flag.

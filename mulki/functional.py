@@ -1,7 +1,7 @@
 """The losses as functions.
 
-Every function takes unreduced rows of features, checks its arguments and calls an operator of
-`mulki.ops`, which `mulki.ops.reference` defines and the fastest backend at hand computes. Shapes:
+Every function takes unreduced rows of features and calls an operator: one file of `mulki.ops`,
+whose `reference` defines the result and which the fastest backend at hand computes. Shapes:
 N samples, P prototypes (class texts, class means), D feature width, K teachers.
 
 Under autocast, features and prototypes are rounded to the autocast dtype; everything after that
@@ -15,16 +15,15 @@ waits for a GPU and does not compile: it is for the search for a fault.
 
 Limits: gradients have no gradients (double backward raises), there is no forward-mode
 differentiation, the transforms of `torch.func` that differentiate raise, and so does `vmap` over
-`teacher_kl`. What needs those can call the functions of `mulki.ops.reference`. Under
+`teacher_kl`. What needs those can call the `reference` of each operator in
+`mulki.ops`. Under
 `torch.compile` every new value of a float option (`temperature`, `gate_temperature`,
 `label_smoothing`) is a recompilation; a new scale, float or tensor, is not.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from numbers import Real
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -33,11 +32,12 @@ from torch import Tensor
 from mulki import ops
 from mulki.ops import checks
 from mulki.ops.gates import find_gate
-from mulki.similarity import Similarity, check_number, check_operands, rounded
+from mulki.similarity import Similarity
 
 Reduction = Literal["none", "sum", "mean"]
 
-REDUCTIONS = ("none", "sum", "mean")
+REDUCTIONS = checks.REDUCTIONS
+PAIR_NAMES = ("image_features", "text_features", "logit_scale")
 
 
 class TeacherDetails(NamedTuple):
@@ -76,8 +76,8 @@ def prototype_similarity(
     """
     s = Similarity(features, prototypes, scale)
     if check_finite:
-        _check_finite(features=features, prototypes=prototypes, scale=scale)
-    return ops.similarity(*s.operands(), normalize)
+        checks.finite(features=features, prototypes=prototypes, scale=scale)
+    return ops.similarity.matrix((s.features, s.prototypes, s.scale), normalize)
 
 
 def prototype_cross_entropy(
@@ -109,19 +109,18 @@ def prototype_cross_entropy(
         TypeError, ValueError: naming the argument.
     """
     _check_similarity("similarity", similarity)
-    n, p = similarity.shape
-    _check_choice("reduction", reduction, REDUCTIONS)
-    _check_real("label_smoothing", label_smoothing)
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing: got {label_smoothing}, wanted a number in [0, 1]")
+    checks.is_tensor("target", target)
+    checks.choice("reduction", reduction, REDUCTIONS)
+    checks.fraction("label_smoothing", label_smoothing)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: got {type(ignore_index).__name__}, wanted an int")
-    _check_class_mask(class_mask, p, similarity.device)
-    _check_target(target, n, p, similarity.device, class_mask, ignore_index)
+    if class_mask is not None:
+        checks.is_tensor("class_mask", class_mask)
     if check_finite:
         _check_finite_similarity("similarity", similarity)
-    return ops.prototype_cross_entropy(
-        *similarity.operands(), target, class_mask, float(label_smoothing), ignore_index, reduction
+    operands = similarity.features, similarity.prototypes, similarity.scale
+    return ops.prototype_cross_entropy.loss(
+        operands, target, class_mask, float(label_smoothing), ignore_index, reduction
     )
 
 
@@ -231,56 +230,35 @@ def teacher_kl(
         )
     if not teachers:
         raise ValueError("teachers: got none, wanted at least one Similarity")
-    n, p = student.shape
     for k, teacher in enumerate(teachers):
-        _check_similarity(f"teachers[{k}]", teacher)
-        if teacher.shape != student.shape:
-            raise ValueError(
-                f"teachers[{k}]: got shape {list(teacher.shape)}, wanted [{n}, {p}] as the student"
-            )
-        if teacher.device != student.device:
-            raise ValueError(
-                f"teachers[{k}]: got device {teacher.device}, wanted {student.device} as the "
-                f"student; move it there"
-            )
-        if (teacher.dtype == torch.float64) != (student.dtype == torch.float64):
-            raise TypeError(
-                f"teachers[{k}]: got dtype {teacher.dtype}, wanted {student.dtype} as the student; "
-                f"cast one to the other"
-            )
-        if teacher.requires_grad:
-            raise ValueError(
-                f"teachers[{k}]: requires grad, but no gradient flows to a teacher; "
-                f"pass teacher.detach()"
-            )
-    _check_choice("reduction", reduction, REDUCTIONS)
-    _check_positive("temperature", temperature)
-    _check_positive("gate_temperature", gate_temperature)
-    _check_class_mask(class_mask, p, student.device)
-    _check_weights(weights, gate, n, len(teachers), student.device)
+        _check_teacher(f"teachers[{k}]", teacher, student)
+    checks.choice("reduction", reduction, REDUCTIONS)
+    checks.positive("temperature", temperature)
+    checks.positive("gate_temperature", gate_temperature)
+    if class_mask is not None:
+        checks.is_tensor("class_mask", class_mask)
+    _check_weights(weights, gate)
     chosen = find_gate("uniform" if gate is None else gate)
-    numbers = chosen.numbers(gate_entropy, gate_label)
-    if chosen.uses_target(gate_label):
-        if target is None:
-            raise ValueError(f'target: got None, wanted [N] class indices for gate="{gate}"')
-        _check_target(target, n, p, student.device, class_mask)
-    else:
+    gate_numbers = chosen.numbers(gate_entropy, gate_label)
+    if not chosen.uses_target(gate_label):
         target = None
+    elif target is None:
+        raise ValueError(f'target: got None, wanted [N] class indices for gate="{gate}"')
+    else:
+        checks.is_tensor("target", target)
     if check_finite:
         _check_finite_similarity("student", student)
         for k, teacher in enumerate(teachers):
             _check_finite_similarity(f"teachers[{k}]", teacher)
-        _check_finite(weights=weights)
-    operands = [t.operands() for t in teachers]
-    if chosen.weights is not None:
-        weights = ops.gate_weights(chosen, operands, target, class_mask)
-    loss, kl, used, entropy = ops.teacher_kl(
-        student.operands(),
-        operands,
+        checks.finite(weights=weights)
+    loss, kl, used, entropy = ops.teacher_kl.loss(
+        (student.features, student.prototypes, student.scale),
+        [(teacher.features, teacher.prototypes, teacher.scale) for teacher in teachers],
         float(temperature),
         scale_by_t2,
         weights,
-        numbers,
+        chosen,
+        gate_numbers,
         float(gate_temperature),
         target,
         class_mask,
@@ -398,10 +376,9 @@ def clip_contrastive(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    images, texts = _pairs(
-        image_features, text_features, logit_scale, logit_bias, reduction, check_finite
-    )
-    return ops.contrastive(images, texts, logit_scale, logit_bias, reduction)
+    _check_pairs(image_features, text_features, logit_scale, logit_bias, reduction, check_finite)
+    operands = image_features, text_features, logit_scale
+    return ops.contrastive.loss(operands, logit_bias, reduction)
 
 
 def siglip(
@@ -422,39 +399,31 @@ def siglip(
     """
     if logit_bias is None:
         raise TypeError("logit_bias: got None, wanted a float or a 0-d tensor")
-    images, texts = _pairs(
-        image_features, text_features, logit_scale, logit_bias, reduction, check_finite
-    )
-    return ops.siglip(images, texts, logit_scale, logit_bias, reduction)
+    _check_pairs(image_features, text_features, logit_scale, logit_bias, reduction, check_finite)
+    operands = image_features, text_features, logit_scale
+    return ops.siglip.loss(operands, logit_bias, reduction)
 
 
-def _pairs(
+def _check_pairs(
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: Tensor | float,
     logit_bias: Tensor | float | None,
     reduction: str,
     check_finite: bool,
-) -> tuple[Tensor, Tensor]:
-    """Checked, and as an operator takes them; unlike a Similarity, pairs may be none."""
-    _check_choice("reduction", reduction, REDUCTIONS)
-    names = ("image_features", "text_features", "logit_scale")
-    check_operands(image_features, text_features, logit_scale, names)
-    if image_features.shape != text_features.shape:
-        raise ValueError(
-            f"text_features: got shape {list(text_features.shape)}, wanted "
-            f"{list(image_features.shape)} as image_features: pairs match row by row"
-        )
+) -> None:
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    checks.inputs(image_features, text_features, logit_scale, PAIR_NAMES)
+    checks.matching_rows(image_features, text_features)
     if logit_bias is not None:
-        check_number("logit_bias", logit_bias, image_features.device)
+        checks.scalar("logit_bias", logit_bias, image_features.device)
     if check_finite:
-        _check_finite(
+        checks.finite(
             image_features=image_features,
             text_features=text_features,
             logit_scale=logit_scale,
             logit_bias=logit_bias,
         )
-    return rounded(image_features, text_features)
 
 
 def _check_similarity(name: str, value: object) -> None:
@@ -465,88 +434,21 @@ def _check_similarity(name: str, value: object) -> None:
         )
 
 
-def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(choices)}")
-
-
-def _check_real(name: str, value: object) -> None:
-    if not isinstance(value, Real):
-        raise TypeError(f"{name}: got {type(value).__name__}, wanted a number")
-
-
-def _check_positive(name: str, value: float) -> None:
-    _check_real(name, value)
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}: got {value}, wanted a positive number")
-
-
-def _check_finite_similarity(name: str, s: Similarity) -> None:
-    parts = {"features": s.features, "prototypes": s.prototypes, "scale": s.scale}
-    _check_finite(**{f"{name}.{part}": value for part, value in parts.items()})
-
-
-def _check_finite(**values: Tensor | float | None) -> None:
-    for name, value in values.items():
-        if value is None:
-            continue
-        if not isinstance(value, Tensor):
-            value = torch.tensor(float(value), dtype=torch.float64)
-        bad = ~torch.isfinite(value)
-        if not bad.any():
-            continue
-        place = bad.nonzero()[0].tolist()
-        first = float(value[tuple(place)])
-        what = "NaN" if math.isnan(first) else "infinity"
-        where = f" in row {place[0]}" if place else ""
+def _check_teacher(name: str, teacher: object, student: Similarity) -> None:
+    _check_similarity(name, teacher)
+    assert isinstance(teacher, Similarity)
+    if (teacher.dtype == torch.float64) != (student.dtype == torch.float64):
+        raise TypeError(
+            f"{name}: got dtype {teacher.dtype}, wanted {student.dtype} as the student; "
+            f"cast one to the other"
+        )
+    if teacher.requires_grad:
         raise ValueError(
-            f"{name}: got {what}{where}, wanted finite values; look at what computed it, which may "
-            f"have overflowed or divided by zero"
+            f"{name}: requires grad, but no gradient flows to a teacher; pass teacher.detach()"
         )
 
 
-def _readable(values: Tensor) -> bool:
-    # Reading values stalls a GPU and cannot be traced. Compiled code leaves it to the operators; on
-    # a GPU bad values fail as they do in torch.
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _check_class_mask(mask: Tensor | None, p: int, device: torch.device) -> None:
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"class_mask: got {came}, wanted a bool tensor; use mask.bool()")
-    if mask.shape != (p,):
-        raise ValueError(f"class_mask: got shape {list(mask.shape)}, wanted [{p}]")
-    if mask.device != device:
-        raise ValueError(f"class_mask: got device {mask.device}, wanted {device}; move it there")
-    if _readable(mask):
-        checks.class_mask_values(mask)
-
-
-def _check_target(
-    target: object,
-    n: int,
-    p: int,
-    device: torch.device,
-    class_mask: Tensor | None,
-    ignore_index: int | None = None,
-) -> None:
-    if not isinstance(target, Tensor) or target.dtype != torch.int64:
-        came = target.dtype if isinstance(target, Tensor) else type(target).__name__
-        raise TypeError(f"target: got {came}, wanted an int64 tensor; use target.long()")
-    if target.shape != (n,):
-        raise ValueError(f"target: got shape {list(target.shape)}, wanted [{n}]")
-    if target.device != device:
-        raise ValueError(f"target: got device {target.device}, wanted {device}; move it there")
-    if _readable(target):
-        checks.target_values(target, p, class_mask, ignore_index)
-
-
-def _check_weights(
-    weights: Tensor | None, gate: str | None, n: int, k: int, device: torch.device
-) -> None:
+def _check_weights(weights: Tensor | None, gate: str | None) -> None:
     if weights is None:
         return
     if gate is not None:
@@ -554,7 +456,8 @@ def _check_weights(
     if not isinstance(weights, Tensor) or not weights.is_floating_point():
         came = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
         raise TypeError(f"weights: got {came}, wanted a floating point tensor [N, K]")
-    if weights.shape != (n, k):
-        raise ValueError(f"weights: got shape {list(weights.shape)}, wanted [{n}, {k}]")
-    if weights.device != device:
-        raise ValueError(f"weights: got device {weights.device}, wanted {device}; move it there")
+
+
+def _check_finite_similarity(name: str, s: Similarity) -> None:
+    parts = {"features": s.features, "prototypes": s.prototypes, "scale": s.scale}
+    checks.finite(**{f"{name}.{part}": value for part, value in parts.items()})

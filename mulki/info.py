@@ -17,7 +17,7 @@ import torch
 
 import mulki
 from mulki.environment import environment
-from mulki.ops import backends, native
+from mulki.ops import backends, loader, torch_private
 
 # Variables of other packages that decide which kernel runs, or how.
 FOREIGN = ("ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS", "TRITON_INTERPRET")
@@ -59,7 +59,7 @@ def info() -> Info:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     gpus += [torch.xpu.get_device_name(i) for i in range(torch.xpu.device_count())]
     gpus += ["MPS"] if torch.backends.mps.is_available() else []
-    kernels = "not loaded" if native.load() else f"{native.capability()} build"
+    kernels = "not loaded" if loader.load() else f"{loader.capability()} build"
     variables = {name: os.environ[name] for name in sorted(os.environ) if _decides(name)}
     return Info(
         versions={"mulki": _mulki(found), **versions},
@@ -68,6 +68,7 @@ def info() -> Info:
             "CPU": f"{found['cpu']}, {torch.backends.cpu.get_cpu_capability()}",
             "threads": str(found["threads"]),
             "C++ kernels": kernels,
+            "torch internals": f"not used: {why}" if (why := torch_private.reason()) else "used",
             "GPU": ", ".join(gpus) or "none",
         },
         environment=variables,

@@ -2,97 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 from torch import Tensor
 
 from mulki import ops
-from mulki.ops.router import autocasting
-
-
-def check_operands(
-    features: object,
-    prototypes: object,
-    scale: object,
-    names: tuple[str, str, str] = ("features", "prototypes", "scale"),
-) -> None:
-    """Check what a `Similarity` or pairs are made of; errors call the operands by `names`.
-
-    Raises:
-        TypeError, ValueError: see `Similarity`.
-    """
-    for name, value in zip(names, (features, prototypes), strict=False):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: got {type(value).__name__}, wanted a torch.Tensor")
-        if not value.is_floating_point():
-            raise TypeError(
-                f"{name}: got dtype {value.dtype}, wanted a floating point tensor; "
-                f"call .float() on it"
-            )
-        if value.ndim != 2:
-            raise ValueError(
-                f"{name}: got shape {list(value.shape)}, wanted 2 dimensions [rows, D]"
-            )
-    assert isinstance(features, Tensor) and isinstance(prototypes, Tensor)
-    if features.shape[1] != prototypes.shape[1]:
-        raise ValueError(
-            f"{names[1]}: got shape {list(prototypes.shape)}, wanted [rows, {features.shape[1]}] "
-            f"to match {names[0]} {list(features.shape)}"
-        )
-    dtypes = {features.dtype, prototypes.dtype}
-    if torch.float64 in dtypes or not autocasting(features.device.type):
-        _check_one_dtype(features, prototypes, names)
-    if features.device != prototypes.device:
-        raise ValueError(
-            f"{names[1]}: got device {prototypes.device}, wanted {features.device} as {names[0]} "
-            f"have; move one to the other"
-        )
-    check_number(names[2], scale, features.device)
-
-
-def _check_one_dtype(features: Tensor, prototypes: Tensor, names: Sequence[str]) -> None:
-    if features.dtype != prototypes.dtype:
-        raise TypeError(
-            f"{names[1]}: got dtype {prototypes.dtype}, wanted {features.dtype} as {names[0]} "
-            f"have; cast one to the other"
-        )
-
-
-def rounded(features: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the autocast dtype under autocast, where float64 is left alone, else as they are.
-
-    Raises:
-        TypeError: the dtypes differ outside autocast.
-    """
-    kind = features.device.type
-    if not autocasting(kind) or features.dtype == torch.float64:
-        _check_one_dtype(features, prototypes, ("features", "prototypes"))
-        return features, prototypes
-    dtype = torch.get_autocast_dtype(kind)
-    return features.to(dtype), prototypes.to(dtype)
-
-
-def check_number(name: str, value: object, device: torch.device) -> None:
-    """Check for a float or a 0-d floating point tensor that tensors on `device` combine with.
-
-    Raises:
-        TypeError, ValueError: naming the argument.
-    """
-    if isinstance(value, Tensor):
-        if value.ndim != 0:
-            raise ValueError(
-                f"{name}: got shape {list(value.shape)}, wanted a float or a 0-d tensor; "
-                f"call .reshape(()) on a tensor of one element"
-            )
-        if not value.is_floating_point():
-            raise TypeError(f"{name}: got dtype {value.dtype}, wanted a floating point one")
-        if value.device.type != "cpu" and value.device != device:
-            raise ValueError(f"{name}: got device {value.device}, wanted {device}; move it there")
-    elif isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: got {type(value).__name__}, wanted a float or a 0-d tensor")
+from mulki.ops import checks
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,11 +37,9 @@ class Similarity:
     scale: Tensor | float = 1.0
 
     def __post_init__(self) -> None:
-        check_operands(self.features, self.prototypes, self.scale)
-        if self.prototypes.shape[0] == 0:
-            raise ValueError(
-                f"prototypes: got shape {list(self.prototypes.shape)}, wanted at least one row"
-            )
+        names = "features", "prototypes", "scale"
+        checks.inputs(self.features, self.prototypes, self.scale, names)
+        checks.some_rows("prototypes", self.prototypes)
 
     @property
     def shape(self) -> torch.Size:
@@ -156,20 +70,10 @@ class Similarity:
         scale = self.scale.detach() if isinstance(self.scale, Tensor) else self.scale
         return Similarity(self.features.detach(), self.prototypes.detach(), scale)
 
-    def operands(self) -> tuple[Tensor, Tensor, Tensor | float]:
-        """Features, prototypes and scale as an operator takes them.
-
-        Under autocast both tensors are rounded to the autocast dtype (float64 is left alone).
+    def materialize(self) -> Tensor:
+        """The [N, P] matrix, differentiable; in the dtype of the features, or that of autocast.
 
         Raises:
             TypeError: the dtypes differ, as they may under autocast, and this is outside it.
         """
-        return *rounded(self.features, self.prototypes), self.scale
-
-    def materialize(self) -> Tensor:
-        """The [N, P] matrix in the dtype of the operands, differentiable.
-
-        Raises:
-            TypeError: as `operands`.
-        """
-        return ops.similarity(*self.operands())
+        return ops.similarity.matrix((self.features, self.prototypes, self.scale))

@@ -15,7 +15,7 @@ import torch
 from packaging.requirements import Requirement
 from setuptools import Distribution, Extension
 
-from mulki.ops import native
+from mulki.ops import loader
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,10 +75,10 @@ def setup_py(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     ],
 )
 def test_capabilities(setup_py: ModuleType, platform: str, capabilities: set[str]) -> None:
-    assert set(setup_py.capabilities(platform)) == capabilities <= set(native.CAPABILITIES)
+    assert set(setup_py.capabilities(platform)) == capabilities <= set(loader.CAPABILITIES)
 
 
-@pytest.mark.parametrize("capability", native.CAPABILITIES)
+@pytest.mark.parametrize("capability", loader.CAPABILITIES)
 def test_flags_name_the_capability_and_ask_for_its_instructions(
     setup_py: ModuleType, capability: str
 ) -> None:
@@ -107,7 +107,7 @@ def test_flags_of_other_platforms_and_of_debug_builds(setup_py: ModuleType) -> N
 def test_each_library_has_the_name_that_is_looked_for(setup_py: ModuleType) -> None:
     built = setup_py.native_build()
     assert {ext.name for ext in built["ext_modules"]} == {
-        f"mulki.{native.library_name(name)}"
+        f"mulki.{loader.library_name(name)}"
         for name in setup_py.capabilities(setup_py.sysconfig.get_platform())
     }
     for ext in built["ext_modules"]:
@@ -192,8 +192,8 @@ def test_a_checkout_finds_its_own_kernels(checkout: Path) -> None:
         "assert kernels is mulki.kernels and kernels.extra.here\n"
         "assert 'kernels' not in sys.modules and 'triton' not in sys.modules\n"
         "print(mulki.__file__, kernels.__file__, sep='\\n')\n"
-        "from mulki.ops import native\n"
-        "print(native.load())"
+        "from mulki.ops import loader\n"
+        "print(loader.load())"
     )
     files = run("-c", code, cwd=checkout).splitlines()
     assert files[0] == str(checkout / "mulki" / "__init__.py")
@@ -216,36 +216,36 @@ def library(folder: Path, name: str, content: bytes = b"") -> Path:
 
 
 def test_nothing_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
-    reason = native.load_from(tmp_path)
+    monkeypatch.setattr(loader.shutil, "which", lambda name: None)
+    reason = loader.load_from(tmp_path)
     assert reason is not None and "not built" in reason and "install a C++ compiler" in reason
     assert "pip install --no-build-isolation" in reason
-    monkeypatch.setattr(native.shutil, "which", lambda name: f"/somewhere/{name}")
-    reason = native.load_from(tmp_path)
+    monkeypatch.setattr(loader.shutil, "which", lambda name: f"/somewhere/{name}")
+    reason = loader.load_from(tmp_path)
     assert reason is not None and "/somewhere/" in reason
 
 
 def test_a_library_for_another_torch_is_not_loaded(tmp_path: Path) -> None:
     library(tmp_path, "_cpu_default_torch1_99_00000000")
-    reason = native.load_from(tmp_path)
+    reason = loader.load_from(tmp_path)
     assert reason is not None
-    assert f"for torch 1.99, this is torch {native.torch_version()}" in reason
+    assert f"for torch 1.99, this is torch {loader.torch_version()}" in reason
 
 
 def test_a_library_for_other_operators_is_not_loaded(tmp_path: Path) -> None:
-    stem = native.library_name("DEFAULT").rpartition("_")[0]
+    stem = loader.library_name("DEFAULT").rpartition("_")[0]
     library(tmp_path, f"{stem}_00000000")
-    reason = native.load_from(tmp_path)
+    reason = loader.load_from(tmp_path)
     assert reason is not None and "another version of mulki's operators" in reason
 
 
 def test_a_library_for_a_better_cpu_is_not_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    library(tmp_path, native.library_name("AVX512"))
+    library(tmp_path, loader.library_name("AVX512"))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert native.find(tmp_path) is None
-    reason = native.load_from(tmp_path)
+    assert loader.find(tmp_path) is None
+    reason = loader.load_from(tmp_path)
     assert reason is not None and "AVX2" in reason
 
 
@@ -256,31 +256,31 @@ def test_a_library_for_a_better_cpu_is_not_loaded(
 def test_the_best_built_capability_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu: str, taken: str
 ) -> None:
-    paths = {name: library(tmp_path, native.library_name(name)) for name in ("DEFAULT", "AVX2")}
+    paths = {name: library(tmp_path, loader.library_name(name)) for name in ("DEFAULT", "AVX2")}
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
-    assert native.find(tmp_path) == (taken, paths[taken])
+    assert loader.find(tmp_path) == (taken, paths[taken])
 
 
 @pytest.mark.parametrize("content", [b"", b"not a library" * 1000])
 def test_a_corrupt_library_gives_the_linkers_message(tmp_path: Path, content: bytes) -> None:
-    path = library(tmp_path, native.library_name("DEFAULT"), content)
-    reason = native.load_from(tmp_path)
+    path = library(tmp_path, loader.library_name("DEFAULT"), content)
+    reason = loader.load_from(tmp_path)
     assert reason is not None and "do not load" in reason and path.name in reason
     assert "Could not load this library" not in reason
 
 
 def test_the_environment_decides_in_a_new_process() -> None:
-    code = "from mulki.ops import native; print(native.capability(), native.load(), native.load())"
+    code = "from mulki.ops import loader; print(loader.capability(), loader.load(), loader.load())"
     told = run("-c", code, MULKI_DISABLE_CPP="1", ATEN_CPU_CAPABILITY="default")
     assert told.startswith("DEFAULT ") and told.count("MULKI_DISABLE_CPP is set") == 2
 
 
 def test_what_was_built_loads() -> None:
-    reason = native.load_from(native.PACKAGE)
-    if native.find(native.PACKAGE) is None and os.environ.get("MULKI_BUILD_CPP") != "1":
+    reason = loader.load_from(loader.PACKAGE)
+    if loader.find(loader.PACKAGE) is None and os.environ.get("MULKI_BUILD_CPP") != "1":
         pytest.skip(str(reason))
     assert reason is None
-    assert native.capability() in native.cpu_capabilities()
+    assert loader.capability() in loader.cpu_capabilities()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from torch.autograd import gradcheck
 
 from mulki import Similarity
 from mulki.functional import (
-    GATES,
     REDUCTIONS,
     clip_contrastive,
     dual_teacher_kl,
@@ -23,8 +22,9 @@ from mulki.functional import (
     siglip,
     teacher_kl,
 )
-from mulki.ops import native, use_backend
+from mulki.ops import loader, use_backend
 
+GATES = ("uniform", "confidence", "label", "discrepancy")
 N, P, D = 6, 5, 4
 MASK = torch.tensor([True, False, True, True, False])
 TARGET = torch.tensor([0, 2, 3, 3, 2, 0])  # of classes that MASK lets take part
@@ -913,7 +913,7 @@ def test_errors_of_contrastive_losses_name_the_argument(loss, arguments, error, 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_no_pairs(backend, monkeypatch):
-    if backend == "cpp" and (reason := native.load()) is not None:
+    if backend == "cpp" and (reason := loader.load()) is not None:
         pytest.skip(reason)
     monkeypatch.setenv("MULKI_STRICT", "1")
     for grad in (False, True):
@@ -929,7 +929,7 @@ def test_no_pairs(backend, monkeypatch):
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_a_target_that_the_gate_does_not_want_is_not_looked_at(backend, monkeypatch):
-    if backend == "cpp" and (reason := native.load()) is not None:
+    if backend == "cpp" and (reason := loader.load()) is not None:
         pytest.skip(reason)
     monkeypatch.setenv("MULKI_STRICT", "1")
     with use_backend(backend):

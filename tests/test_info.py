@@ -12,7 +12,7 @@ import torch
 import mulki
 from mulki import kernels
 from mulki.info import Info, _serving
-from mulki.ops import backends, native
+from mulki.ops import backends, loader
 from mulki.ops.backends import Served
 
 
@@ -77,7 +77,7 @@ def test_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.operators == backends.report()
     text = str(found)
     assert "MULKI_STRICT" in text and torch.backends.cpu.get_cpu_capability() in text
-    reason = native.load()
+    reason = loader.load()
     assert reason is None or f"not cpp: {reason}\n" in text + "\n"
 
 
@@ -144,12 +144,12 @@ def test_triton_that_is_installed_takes_nothing_from_cpu_tensors(monkeypatch) ->
         monkeypatch.delenv(name, raising=False)
     code = (
         "import sys, torch, mulki\n"
-        "from mulki.ops import backends, native\n"
+        "from mulki.ops import backends, loader\n"
         "x, y = torch.randn(5, 8, requires_grad=True), torch.randn(3, 8)\n"
         "mulki.functional.prototype_similarity(x, y).sum().backward()\n"
         "served = {s.backend for s in backends.report() if s.device_type == 'cpu'}\n"
-        "assert served == {'reference' if native.load() else 'cpp'}, served\n"
-        "assert native.load() or backends.fallbacks() == []\n"
+        "assert served == {'reference' if loader.load() else 'cpp'}, served\n"
+        "assert loader.load() or backends.fallbacks() == []\n"
         "print([m for m in sys.modules if m.startswith('mulki.kernels.')])"
     )
     assert python("-c", code).strip() == "[]"

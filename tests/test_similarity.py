@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mulki import Similarity
+from mulki.ops.arguments import rounded
 
 FLOAT = torch.float32
 
@@ -66,7 +67,7 @@ def test_the_dtype_of_the_scale_does_not_decide_that_of_the_result(unit, scale_d
 def test_autocast_rounds_features_and_prototypes_alone(unit):
     x, w, scale = unit(3, 4).float(), unit(5, 4).float(), torch.tensor(7.123)
     with torch.autocast("cpu", torch.bfloat16):
-        features, prototypes, kept = Similarity(x, w, scale).operands()
+        features, prototypes, kept = rounded((x, w, scale))
         materialized = Similarity(x, w, scale).materialize()
     assert features.equal(x.bfloat16()) and prototypes.equal(w.bfloat16())
     assert kept is scale
@@ -76,7 +77,7 @@ def test_autocast_rounds_features_and_prototypes_alone(unit):
 def test_autocast_leaves_float64_alone(unit):
     s = Similarity(unit(3, 4), unit(5, 4))
     with torch.autocast("cpu", torch.bfloat16):
-        assert s.operands()[0] is s.features
+        assert rounded((s.features, s.prototypes, s.scale))[0] is s.features
         assert s.materialize().dtype == torch.float64
 
 
@@ -86,12 +87,12 @@ X, W = torch.ones(2, 3), torch.ones(4, 3)
 def test_autocast_takes_mixed_dtypes_but_float64():
     with torch.autocast("cpu", torch.bfloat16):
         mixed = Similarity(X.bfloat16(), W, 2.0)
-        assert [t.dtype for t in mixed.operands()[:2]] == [torch.bfloat16] * 2
+        assert mixed.materialize().dtype == torch.bfloat16
         assert mixed.T.materialize().equal(mixed.materialize().T)
         for operands in ((X.bfloat16(), W.double()), (X.double(), W)):
             with pytest.raises(TypeError, match="^prototypes: got dtype"):
                 Similarity(*operands)
-    for use in (mixed.operands, mixed.materialize, mixed.detach):
+    for use in (mixed.materialize, mixed.detach):
         with pytest.raises(TypeError, match="^prototypes: got dtype .*float32, wanted .*bfloat16"):
             use()
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -9,9 +10,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mulki.features import Features
-from mulki.functional import GATES, clip_contrastive
+from mulki.functional import clip_contrastive
 from mulki.losses import MulKILoss
 from mulki.stages import adding, connecting, distinguishing, eliciting
 
@@ -90,14 +92,14 @@ class TestEliciting:
 class TestAdding:
     @pytest.mark.parametrize("name", RELATIONS)
     def test_relations_are_their_matrices(self, student, name):
-        relation = {**adding.IMAGE_ROWS, **adding.TEXT_ROWS}[name]
+        relation = adding.RELATIONS[name]
         got = relation(student).materialize()
         torch.testing.assert_close(got, expected_relation(student, name))
         assert len(got) == (6 if name in adding.IMAGE_ROWS else 4)
 
     def test_relations_that_need_prototypes_say_so(self, student):
         bare = replace(student, prototypes=None)
-        for name, relation in {**adding.IMAGE_ROWS, **adding.TEXT_ROWS}.items():
+        for name, relation in adding.RELATIONS.items():
             if name in adding.NEED_PROTOTYPES:
                 with pytest.raises(ValueError, match="^prototypes: got None"):
                     relation(bare)
@@ -108,7 +110,7 @@ class TestAdding:
     @pytest.mark.parametrize("name", RELATIONS)
     def test_relation_loss(self, student, model_features, name, t2):
         models = model_features(width=3), model_features(width=8)
-        relation = {**adding.IMAGE_ROWS, **adding.TEXT_ROWS}[name]
+        relation = adding.RELATIONS[name]
         weights = torch.rand(6 if name in adding.IMAGE_ROWS else 4, 2, dtype=torch.float64)
         got = adding.relation_loss(relation, student, models, weights, 3.0, t2)
         expected = expected_kl(student, models, name, weights, 3.0) / (1 if t2 else 9)
@@ -142,21 +144,27 @@ class TestAdding:
 
 
 class TestDistinguishing:
-    def test_sample_weights_of_the_label_gate(self, teachers, target):
-        got = distinguishing.sample_weights(teachers, target, "label", 2.0, 1.0)
+    def test_sample_weights_of_the_label_gate(self, student, teachers, target):
+        got = distinguishing.sample_weights(
+            student, teachers, target, gate="label", temperature=2.0
+        )
         torch.testing.assert_close(got, expected_label_weights(teachers, target))
 
-    def test_temperatures_reach_the_gate(self, teachers, target):
-        got = distinguishing.sample_weights(teachers, target, "label", 3.0, 0.5)
+    def test_temperatures_reach_the_gate(self, student, teachers, target):
+        options = {"gate": "label", "temperature": 3.0, "gate_temperature": 0.5}
+        got = distinguishing.sample_weights(student, teachers, target, **options)
         expected = (expected_label_weights(teachers, target, 3.0).log() / 0.5).softmax(dim=1)
         torch.testing.assert_close(got, expected)
 
-    @pytest.mark.parametrize("gate", GATES)
-    def test_weights_sum_to_one_and_are_constants(self, model_features, target, gate):
-        models = model_features(grad=True), model_features(grad=True)
-        got = distinguishing.sample_weights(models, target, gate, 2.0, 1.0)
+    @pytest.mark.parametrize("gate", ["uniform", "confidence", "label", "discrepancy", "loss"])
+    def test_weights_sum_to_one_and_are_constants(self, student, teachers, target, gate):
+        options = {"gate": gate, "temperature": 2.0}
+        got = distinguishing.sample_weights(student, teachers, target, **options)
         torch.testing.assert_close(got.sum(dim=1), torch.ones(6).double())
         assert not got.requires_grad
+        loss, same = distinguishing.gated_relation(student, teachers, target, **options)
+        torch.testing.assert_close(same, got)
+        assert loss.requires_grad and not same.requires_grad
 
     def test_class_weights_are_means_and_equal_for_a_class_without_samples(self, target):
         weights = torch.rand(6, 2, dtype=torch.float64).softmax(dim=1)
@@ -309,7 +317,9 @@ class TestObjective:
     def test_options_reach_their_terms(self, student, teachers, target):
         options = {"temperature": 3.0, "gate_temperature": 0.5, "scale_by_t2": False}
         got = MulKILoss(**options)(student, teachers, target, output_dict=True)
-        w = distinguishing.sample_weights(teachers, target, "label", 3.0, 0.5)
+        w = distinguishing.sample_weights(
+            student, teachers, target, gate="label", temperature=3.0, gate_temperature=0.5
+        )
         for name, weights in {
             "image_image": w,
             "text_text": distinguishing.class_weights(w, target, 4),
@@ -366,3 +376,41 @@ class TestObjective:
 
     def test_has_no_state(self):
         assert not MulKILoss().state_dict()
+
+
+class OperatorCalls(TorchDispatchMode):
+    """Counts the calls of mulki's operators, those of the backward pass included."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "mulki":
+            self.count[func._schema.name.removeprefix("mulki::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, {"prototype_cross_entropy": 1, "contrastive": 1, "teacher_kl": 4}),
+        ({"gate": "uniform", "image_text": 0}, {"teacher_kl": 3}),
+        # Without the relation that the gate looks at, its pass is run for the weights alone.
+        ({"image_text": 0}, {"teacher_kl": 4}),
+        ({"image_image": 0, "text_image": 0, "text_text": 0, "feature": 0}, {"teacher_kl": 1}),
+        # The losses of the two teachers are two more products.
+        ({"gate": "loss"}, {"prototype_cross_entropy": 3, "teacher_kl": 4}),
+    ],
+)
+def test_operator_calls_of_one_step(student, teachers, target, options, wanted):
+    loss = MulKILoss(**options)
+    with OperatorCalls() as calls:
+        loss(student, teachers, target).backward()
+    count = Counter()
+    for name, times in calls.count.items():
+        # Gradients of the means come with them: no operator is called in the backward pass.
+        assert not name.endswith("_backward")
+        count[name.removesuffix("_reduced")] += times
+    count.pop("scaled", None)
+    assert count == {"prototype_cross_entropy": 1, "contrastive": 1, **wanted}

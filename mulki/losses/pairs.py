@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from mulki import collectives
-from mulki.similarity import Similarity, check_number, check_operands
+from mulki.ops import checks
+from mulki.similarity import Similarity
 
 # Half precision leaves rows that were normalised within this of norm 1.
 NORM_TOLERANCE = 0.02
@@ -55,7 +56,8 @@ class Pairs:
     def check(self, student: Pairs | None = None) -> None:
         """Raise a TypeError or a ValueError that names the argument; a teacher has a `student`."""
         images, texts = self.features()
-        check_operands(self.images, self.texts, self.scale, (images, texts, self._name("scale")))
+        names = images, texts, self._name("scale")
+        checks.inputs(self.images, self.texts, self.scale, names)
         if self.images.shape[0] != self.texts.shape[0]:
             raise ValueError(
                 f"{texts}: got shape {list(self.texts.shape)}, wanted {self.images.shape[0]} rows "
@@ -72,7 +74,7 @@ class Pairs:
                 f"image_features has; move it there"
             )
         if self.bias is not None:
-            check_number(self._name("bias"), self.bias, self.images.device)
+            checks.scalar(self._name("bias"), self.bias, self.images.device)
 
     def _name(self, number: str) -> str:
         return f"{self.prefix}logit_{number}"

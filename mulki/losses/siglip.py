@@ -9,7 +9,6 @@ from torch import Tensor
 
 from mulki import collectives, ops
 from mulki.losses.pairs import PairLoss, Pairs, Shard
-from mulki.similarity import rounded
 
 RING = ("bidir", "shift")
 GATHERED = ("gather", "reduce")
@@ -131,12 +130,11 @@ class SigLipLoss(PairLoss):
     ) -> Tensor:
         """The logits [n, m] of these features, of this rank alone, which `forward` never makes."""
         pairs = Pairs("", image_features, text_features, logit_scale, logit_bias)
-        logits = ops.similarity(*rounded(pairs.images, pairs.texts), pairs.scale)
+        logits = ops.similarity.matrix((pairs.images, pairs.texts, pairs.scale))
         return logits if pairs.bias is None else logits + pairs.bias
 
 
 def _block(pairs: Pairs, texts: Tensor, offset: int) -> Tensor:
     """The sum of the losses of the pairs' images against these texts; row i matches i + offset."""
-    images, texts = rounded(pairs.images, texts)
     bias = 0.0 if pairs.bias is None else pairs.bias
-    return ops.siglip(images, texts, pairs.scale, bias, "sum", offset)
+    return ops.siglip.loss((pairs.images, texts, pairs.scale), bias, "sum", offset)

@@ -10,76 +10,62 @@ one raises.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mulki.ops.router import ROUTES
-from mulki.ops.schemas import SCHEMAS, library
+from mulki.ops import backends, torch_private
+from mulki.ops.registry import TAGS, library
+from mulki.ops.torch_private import Gradients, Keep
 
 _OPS = torch.ops.mulki
 
-# Keeps for the backward what it needs of inputs and outputs.
-Keep = Callable[[Any, tuple[Any, ...], tuple[Tensor, ...]], None]
-# Gives the gradients by the position of their argument.
-Backward = Callable[[Any, Tensor], Mapping[int, Tensor]]
 
+def register(op: str, leaves: Sequence[int], keep: Keep, gradients: Gradients) -> None:
+    """Give an operator its gradients.
 
-def _register(op: str, leaves: Sequence[int], keep: Keep, gradients: Backward) -> None:
-    """What torch.library.register_autograd does, for arguments `leaves` that have gradients.
-
-    That function walks through schema and arguments at every call, which for the fifteen arguments
-    and the lists of teacher_kl takes longer than its kernel on a small batch.
+    Args:
+        leaves: positions of the arguments that have gradients.
+        keep: saves for the backward what it needs of inputs and outputs; see `save`.
+        gradients: from the upstream gradient of the first output to gradients by position.
     """
-    overload = getattr(_OPS, op).default
-    route = ROUTES[op]
-
-    def below(keyset: Any, args: tuple[Any, ...]) -> Any:
-        rest = keyset & torch._C._after_autograd_keyset
-        with torch._C._AutoDispatchBelowAutograd():
-            # Nothing is between here and the kernel, a mode or a transform for example: the
-            # dispatcher would do the same, and takes longer for it.
-            if rest.highestPriorityTypeId() == torch._C.DispatchKey.CPU:
-                return route(*args)
-            return overload.redispatch(rest, *args)
-
-    def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
-        output = below(keyset, args)
-        outputs = output if isinstance(output, tuple) else (output,)
-        ctx.mark_non_differentiable(*outputs[1:])
-        # Autograd would otherwise make zeros of the shapes of those.
-        ctx.set_materialize_grads(False)
-        ctx.count = 1 + len(args)
-        keep(ctx, args, outputs)
-        return output
-
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
-        result: list[Tensor | None] = [None] * ctx.count
-        if grad is not None:
-            for position, gradient in gradients(ctx, grad).items():
-                result[1 + position] = gradient
-        return tuple(result)
-
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function: Any = type(f"mulki_{op}", (torch.autograd.Function,), methods)
-
-    def differentiable(keyset: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any(
-            args[i] is not None and args[i].requires_grad for i in leaves
-        ):
-            return function.apply(keyset, *args)
-        return below(keyset, args)
-
-    library.impl(op, differentiable, "Autograd", with_keyset=True)
+    kernel = partial(backends.call, op)
+    torch_private.register_autograd(library, op, kernel, leaves, keep, gradients)
 
 
-def _needed(ctx: Any, position: int) -> bool:
-    return ctx.needs_input_grad[1 + position]
+def register_rows(op: str, leaves: int) -> None:
+    """Gradients of an operator with a loss per row, whose first arguments are the leaves."""
+    backward = getattr(_OPS, f"{op}_backward").default
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+        save(ctx, (*inputs, *outputs[1:]))
+
+    def gradients(ctx: Any, grad: Tensor) -> dict[int, Tensor]:
+        wanted = list(ctx.needed[:leaves])
+        return asked(wanted, backward(grad, *saved(ctx), wanted))
+
+    register(op, range(leaves), keep, gradients)
+    refuse_double_backward(f"{op}_backward")
 
 
-def _save(ctx: Any, values: Sequence[Any]) -> None:
+def register_reduced(op: str, leaves: int) -> None:
+    """Gradients of an operator that returns them with its sum or mean, as its last results."""
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+        save(ctx, (*inputs[:leaves], *outputs[-leaves:]))
+
+    def gradients(ctx: Any, grad: Tensor) -> dict[int, Tensor]:
+        values = saved(ctx)
+        return multiplied(op, ctx, grad, values[:leaves], values[leaves:])
+
+    register(op, range(leaves), keep, gradients)
+
+
+def save(ctx: Any, values: Sequence[Any]) -> None:
+    """Keep values for the backward, tensors among them as autograd saves them."""
     # Inference tensors, as frozen prototypes and teachers may be, cannot be saved, only kept.
     at = [i for i, v in enumerate(values) if isinstance(v, Tensor) and not v.is_inference()]
     ctx.save_for_backward(*(values[i] for i in at))
@@ -89,73 +75,47 @@ def _save(ctx: Any, values: Sequence[Any]) -> None:
         ctx.plain[i] = None
 
 
-def _saved(ctx: Any) -> list[Any]:
+def saved(ctx: Any) -> list[Any]:
+    """What `save` was given."""
     values = list(ctx.plain)
     for i, tensor in zip(ctx.tensors_at, ctx.saved_tensors, strict=True):
         values[i] = tensor
     return values
 
 
-def _where(wanted: Sequence[bool], gradients: Sequence[Tensor]) -> dict[int, Tensor]:
-    return {i: g for i, (asked, g) in enumerate(zip(wanted, gradients, strict=True)) if asked}
+def asked(wanted: Sequence[bool], gradients: Sequence[Tensor]) -> dict[int, Tensor]:
+    """The gradients that are wanted, by position."""
+    return {i: g for i, (want, g) in enumerate(zip(wanted, gradients, strict=True)) if want}
 
 
-def _row_operator(op: str, leaves: int) -> None:
-    def keep(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-        _save(ctx, (*inputs, *outputs[1:]))
-
-    def gradients(ctx: Any, grad: Tensor) -> dict[int, Tensor]:
-        wanted = [_needed(ctx, i) for i in range(leaves)]
-        backward = getattr(_OPS, f"{op}_backward").default
-        return _where(wanted, backward(grad, *_saved(ctx), wanted))
-
-    _register(op, range(leaves), keep, gradients)
-
-
-def _reduced_operator(op: str, leaves: int) -> None:
-    def keep(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-        _save(ctx, (*inputs[:leaves], *outputs[-leaves:]))
-
-    def gradients(ctx: Any, grad: Tensor) -> dict[int, Tensor]:
-        saved = _saved(ctx)
-        return _scaled(op, ctx, grad, saved[:leaves], saved[leaves:])
-
-    _register(op, range(leaves), keep, gradients)
-
-
-def _scaled(
+def multiplied(
     op: str, ctx: Any, grad: Tensor, leaves: Sequence[Tensor], stored: Sequence[Tensor]
 ) -> dict[int, Tensor]:
+    """The stored gradients of leaves times the upstream gradient, in the leaves' dtypes."""
     result = {}
-    as_it_is = _handed_over(grad)
+    give_away = _may_give_away(grad)
     for i, (leaf, gradient) in enumerate(zip(leaves, stored, strict=True)):
-        if _needed(ctx, i):
+        if ctx.needed[i]:
             if gradient.shape != leaf.shape:
                 raise RuntimeError(
                     f"wanted[{i}]: got False for mulki::{op}, wanted True as the argument "
                     f"requires grad"
                 )
-            result[i] = gradient.to(leaf.dtype) if as_it_is else _times(grad, gradient, leaf)
+            result[i] = gradient.to(leaf.dtype) if give_away else times(grad, gradient, leaf)
     return result
 
 
-def _handed_over(grad: Tensor) -> bool:
+def _may_give_away(grad: Tensor) -> bool:
+    # Reading the upstream gradient would wait for a GPU.
     return (
-        # Compiled autograd makes one graph of this function, where what follows would break it.
-        not torch.compiler.is_compiling()
-        and type(grad) is Tensor
+        torch_private.is_last_plain_backward(grad)
         and grad.device.type == "cpu"
-        # Nothing traces, batches or differentiates this backward pass, and there is no other one.
-        and not torch.is_grad_enabled()
-        and not torch._C._autograd._get_current_graph_task_keep_graph()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(grad)
-        and not torch._C._functorch.is_legacy_batchedtensor(grad)
         and grad.item() == 1
     )
 
 
-def _times(grad: Tensor, stored: Tensor, leaf: Tensor) -> Tensor:
+def times(grad: Tensor, stored: Tensor, leaf: Tensor) -> Tensor:
+    """grad * stored in the dtype of the leaf."""
     # Plain multiplication would go into a graph as if what is stored were a constant.
     if torch.is_grad_enabled():
         return _OPS.scaled(grad, stored, leaf)
@@ -163,78 +123,29 @@ def _times(grad: Tensor, stored: Tensor, leaf: Tensor) -> Tensor:
     return product if product.dtype == leaf.dtype else product.to(leaf.dtype)
 
 
-# teacher_kl takes lists of tensors that have no gradient, and weights, whose gradient is the KL
-# that it returns anyway.
-_WEIGHTS = 6
-_TEACHER_KL_LEAVES = (0, 1, 2, _WEIGHTS)
-
-
-def _keep_teacher_kl(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-    x, w, scale, teacher_x, teacher_w, scales, weights, _, class_mask, *options = inputs
-    temperature, _, _, _, t2 = options
-    _, kl, used, _ = outputs
-    ctx.k = len(teacher_x)
-    tensors = (x, w, scale, *teacher_x, *teacher_w, scales, used, class_mask)
-    of_weights = (None, None) if weights is None else (weights, kl)
-    _save(ctx, (*of_weights, *tensors, temperature, t2))
-
-
-def _teacher_kl_gradients(ctx: Any, grad: Tensor) -> dict[int, Tensor]:
-    weights, kl, x, w, scale, *rest = _saved(ctx)
-    teacher_x, teacher_w, rest = rest[: ctx.k], rest[ctx.k : 2 * ctx.k], rest[2 * ctx.k :]
-    wanted = [_needed(ctx, i) for i in range(3)]
-    result = {}
-    if any(wanted):
-        operands = x, w, scale, teacher_x, teacher_w
-        result = _where(wanted, _OPS.teacher_kl_backward(grad, *operands, *rest, wanted))
-    if _needed(ctx, _WEIGHTS):
-        result[_WEIGHTS] = _times(grad.unsqueeze(1), kl, weights)
-    return result
-
-
-def _keep_teacher_kl_reduced(
-    ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]
-) -> None:
-    kl, weights, mean = outputs[1], inputs[_WEIGHTS], inputs[-2]
-    ctx.rows = kl.shape[0] if mean else 1
-    of_weights = (None, None) if weights is None else (weights, kl)
-    _save(ctx, (*inputs[:3], *outputs[-3:], *of_weights))
-
-
-def _teacher_kl_reduced_gradients(ctx: Any, grad: Tensor) -> dict[int, Tensor]:
-    *saved, weights, kl = _saved(ctx)
-    result = _scaled("teacher_kl_reduced", ctx, grad, saved[:3], saved[3:])
-    if _needed(ctx, _WEIGHTS):
-        result[_WEIGHTS] = _times(grad / ctx.rows, kl, weights)
-    return result
-
-
-def _no_gradient(op: str) -> None:
+def refuse_double_backward(op: str) -> None:
+    """Make the gradient of `op`, itself a gradient, an error."""
     what = "a loss of mulki" if op == "scaled" else f"mulki::{op.removesuffix('_backward')}"
 
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError(
-            f"double backward of {what} is not supported; compute it with mulki.ops.reference"
+            f"double backward of {what} is not supported; use the operator's `reference` in "
+            f"mulki.ops, which is plain PyTorch"
         )
 
     torch.library.register_autograd(f"mulki::{op}", backward, lib=library)
 
 
-_row_operator("similarity", leaves=3)
-_row_operator("prototype_cross_entropy", leaves=3)
-_row_operator("contrastive", leaves=3)
-_row_operator("siglip", leaves=4)
-_register("teacher_kl", _TEACHER_KL_LEAVES, _keep_teacher_kl, _teacher_kl_gradients)
+def _scaled(grad: Tensor, stored: Tensor, like: Tensor) -> Tensor:
+    return torch.mul(stored, grad, out=torch.empty_like(stored, dtype=like.dtype))
 
-_reduced_operator("prototype_cross_entropy_reduced", leaves=3)
-_reduced_operator("contrastive_reduced", leaves=3)
-_reduced_operator("siglip_reduced", leaves=4)
-_register(
-    "teacher_kl_reduced",
-    _TEACHER_KL_LEAVES,
-    _keep_teacher_kl_reduced,
-    _teacher_kl_reduced_gradients,
-)
 
-for _op in (*(op for op in SCHEMAS if op.endswith("_backward")), "scaled"):
-    _no_gradient(_op)
+def _scaled_fake(grad: Tensor, stored: Tensor, like: Tensor) -> Tensor:
+    return torch.empty_like(stored, dtype=like.dtype)
+
+
+# grad * stored in the dtype of `like`: the backward of an operator that stored its gradients.
+library.define("scaled(Tensor grad, Tensor stored, Tensor like) -> Tensor", tags=TAGS)
+library.impl("scaled", _scaled, "CompositeExplicitAutograd")
+torch.library.register_fake("mulki::scaled", _scaled_fake, lib=library)
+refuse_double_backward("scaled")

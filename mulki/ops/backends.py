@@ -1,4 +1,4 @@
-"""Which backend serves an operator, and why the better ones do not.
+"""Which backend serves an operator, and why the better ones do not; and the call of its kernel.
 
 CPU tensors go to the C++ kernels (`cpp`), all others, as of CUDA (also HIP) and XPU, to the Triton
 ones (`triton`), and whatever those do not serve to the reference. float64 belongs
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from mulki.ops import by_reference, schemas
+from mulki.ops import torch_private
 
 Kernel = Callable[..., Any]
 
@@ -46,7 +46,7 @@ class Reference:
         return None
 
     def kernel(self, op: str) -> Kernel:
-        return getattr(by_reference, op)
+        return _operators[op].reference
 
 
 class Cpp:
@@ -58,12 +58,10 @@ class Cpp:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"takes float32, bfloat16 and float16, not {dtype}"
         try:
-            reason = importlib.import_module("mulki.ops.native").load()
+            reason = importlib.import_module("mulki.ops.loader").load()
         except Exception as error:
-            return _told(error)
-        if reason is None and not torch._C._dispatch_has_kernel_for_dispatch_key(
-            f"mulki_cpp::{op}", "CPU"
-        ):
+            return _reason(error)
+        if reason is None and not torch_private.has_cpu_kernel(op):
             return f"the library has no kernel for {op}"
         return reason
 
@@ -80,19 +78,19 @@ class Triton:
         try:
             kernels = importlib.import_module("mulki.kernels")
         except Exception as error:
-            return _told(error)
+            return _reason(error)
         if not hasattr(kernels, "kernel"):
             return "mulki.kernels is not installed"
         try:
             return kernels.why_not(op, device_type, dtype)
         except Exception as error:
-            return _told(error)
+            return _reason(error)
 
     def kernel(self, op: str) -> Kernel:
         return importlib.import_module("mulki.kernels").kernel(op)
 
 
-def _told(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
@@ -113,11 +111,61 @@ class Served(NamedTuple):
     rejected: dict[str, str]  # the better backends, and why they do not serve it
 
 
-# One entry for each `use_backend` that is entered, of one item: two may force the same backend.
-_forced: tuple[list[str], ...] = ()
+class _Operator(NamedTuple):
+    check: Callable[..., None]  # of its arguments
+    reference: Kernel
+
+
+class _Forced:
+    """One use of `use_backend`: an object of its own, since two may name the same backend."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+
+_operators: dict[str, _Operator] = {}
+_forced: tuple[_Forced, ...] = ()  # the one entered last is in force
 _forcing_lock = threading.Lock()
 _kernels: dict[tuple[str, str, torch.dtype, str, bool], Kernel] = {}
 _fallbacks: dict[tuple[str, str, torch.dtype, str], Served] = {}
+
+
+def add(op: str, check: Callable[..., None], reference: Kernel) -> None:
+    """Make an operator known: the check of its arguments, and its kernel in plain PyTorch."""
+    _operators[op] = _Operator(check, reference)
+
+
+def call(op: str, *args: Any) -> Any:
+    """Check the arguments of an operator and call the kernel that serves them.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit.
+        RuntimeError, ValueError: see `kernel`.
+    """
+    _operators[op].check(*args)
+    # A `_backward` form has the upstream gradient before the features.
+    features = args[1] if op.endswith("_backward") else args[0]
+    kind = features.device.type
+    found = kernel(op, kind, features.dtype)
+    if not autocasting(kind):
+        return found(*args)
+    # Operands are rounded before the operator; inside, autocast would round the logits.
+    with torch.autocast(kind, enabled=False):
+        return found(*args)
+
+
+# Asked once: the compiler of torch 2.11 does not know the function.
+_HAS_AUTOCAST = {
+    kind: torch.amp.is_autocast_available(kind) for kind in ("cpu", "cuda", "xpu", "mps", "meta")
+}
+
+
+def autocasting(device_type: str) -> bool:
+    """Whether autocast is on for tensors of this device type; some have none, such as meta."""
+    available = _HAS_AUTOCAST.get(device_type)
+    if available is None:
+        available = torch.amp.is_autocast_available(device_type)
+    return available and torch.is_autocast_enabled(device_type)
 
 
 def kernel(op: str, device_type: str, dtype: torch.dtype) -> Kernel:
@@ -155,7 +203,7 @@ def _strict() -> bool:
 
 def _setting() -> str:
     forced = _forced
-    name = forced[-1][0] if forced else os.environ.get("MULKI_BACKEND", "auto")
+    name = forced[-1].name if forced else os.environ.get("MULKI_BACKEND", "auto")
     if name not in NAMES:
         raise ValueError(f"MULKI_BACKEND: got {name!r}, wanted one of {', '.join(NAMES)}")
     return name
@@ -195,7 +243,7 @@ def use_backend(name: str) -> AbstractContextManager[None]:
 @contextmanager
 def _forcing(name: str) -> Iterator[None]:
     global _forced
-    entry = [name]
+    entry = _Forced(name)
     with _forcing_lock:
         _forced = (*_forced, entry)
     # TRITON_INTERPRET, by which Triton serves CPU tensors or does not, may have changed.
@@ -205,7 +253,7 @@ def _forcing(name: str) -> Iterator[None]:
     finally:
         # Threads need not leave in the order in which they came.
         with _forcing_lock:
-            _forced = tuple(other for other in _forced if other is not entry)
+            _forced = tuple(one for one in _forced if one is not entry)
 
 
 def report() -> list[Served]:
@@ -219,7 +267,7 @@ def report() -> list[Served]:
     return [
         _explain(choose(op, device_type, dtype, setting), setting)
         for device_type in ("cpu", *gpus)
-        for op in schemas.SCHEMAS
+        for op in _operators
         for dtype in (torch.float32, torch.bfloat16)
     ]
 

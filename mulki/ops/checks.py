@@ -1,140 +1,323 @@
-"""What every operator asks of its tensors, for the fake kernels and the reference alike.
+"""The checks of all arguments, with their messages: which argument, what came, what was wanted.
 
-`mulki.functional` has checked all of it with better messages; this is for direct calls of
-`torch.ops.mulki`. Ranks and sizes can be checked while tracing, values cannot.
+The public functions check the Python types of their arguments and their numbers. Every operator
+checks its tensors (shapes, dtypes, devices, values), before any kernel, so that a direct call of
+`torch.ops.mulki` is checked as well. Each has one function for that, made of the parts here.
+
+Sizes may be symbols while torch.compile traces. Values are read on the CPU alone: elsewhere that
+would wait for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Collection, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
 
+from mulki.ops.backends import autocasting
+from mulki.ops.torch_private import check as _check
 
-def _want(name: str, value: Tensor, fits: bool, wanted: str) -> None:
-    _check(ValueError, fits, lambda: f"{name}: got shape {list(value.shape)}, wanted {wanted}")
-
-
-def _want_dtype(name: str, value: Tensor, wanted: torch.dtype) -> None:
-    _check(TypeError, value.dtype == wanted, lambda: f"{name}: got {value.dtype}, wanted {wanted}")
+REDUCTIONS = ("none", "sum", "mean")
 
 
-def _check(error: type[Exception], fits: bool, message: Callable[[], str]) -> None:
-    # torch's own check, which symbolic sizes need, imports sympy at its first use.
-    if not isinstance(fits, bool):
-        torch._check_with(error, fits, message)
-    elif not fits:
-        raise error(message())
+def is_tensor(name: str, value: object) -> None:
+    """A tensor. Raises TypeError."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted a torch.Tensor")
 
 
-def operands(x: Tensor, w: Tensor, prefix: str = "") -> None:
-    """Features [N, D] and P >= 1 prototypes [P, D] of one dtype."""
-    _matrices(x, w, prefix)
-    _want(f"{prefix}w", w, w.shape[0] > 0, "at least one row")
+def choice(name: str, value: object, choices: Collection[str]) -> None:
+    """One of some words. Raises ValueError."""
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(choices)}")
 
 
-def _matrices(x: Tensor, w: Tensor, prefix: str = "") -> None:
-    _want(f"{prefix}x", x, x.ndim == 2, "[N, D]")
-    _want(f"{prefix}w", w, w.ndim == 2, "[P, D]")
-    _want(f"{prefix}w", w, w.shape[1] == x.shape[1], f"[P, {x.shape[1]}] as x has that width")
-    _want_dtype(f"{prefix}w", w, x.dtype)
+def real(name: str, value: object) -> None:
+    """A number. Raises TypeError."""
+    if not isinstance(value, Real):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted a number")
 
 
-def number(name: str, value: Tensor) -> None:
-    """A 0-d tensor."""
-    _want(name, value, value.ndim == 0, "a 0-d tensor")
+def positive(name: str, value: float) -> None:
+    """A finite number above zero. Raises TypeError, ValueError."""
+    real(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: got {value}, wanted a positive number")
 
 
-def pairs(x: Tensor, w: Tensor, scale: Tensor) -> None:
-    """N >= 0 operands whose rows match one to one."""
-    _matrices(x, w)
-    _want("w", w, w.shape[0] == x.shape[0], f"[{x.shape[0]}, {x.shape[1]}] as x has")
-    number("scale", scale)
+def fraction(name: str, value: float) -> None:
+    """A number in [0, 1]. Raises TypeError, ValueError."""
+    real(name, value)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name}: got {value}, wanted a number in [0, 1]")
 
 
-def biased(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor) -> None:
-    """N >= 0 rows against P >= 0, and what turns products into logits."""
-    _matrices(x, w)
-    number("scale", scale)
-    number("bias", bias)
+def scalar(name: str, value: object, device: torch.device) -> None:
+    """A float, or a 0-d floating point tensor that tensors on `device` combine with.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if isinstance(value, Tensor):
+        zero_dimensional(name, value)
+        if not value.is_floating_point():
+            raise TypeError(f"{name}: got dtype {value.dtype}, wanted a floating point one")
+        if value.device.type != "cpu" and value.device != device:
+            raise ValueError(f"{name}: got device {value.device}, wanted {device}; move it there")
+    elif isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted a float or a 0-d tensor")
 
 
-def labels(x: Tensor, w: Tensor, target: Tensor | None, class_mask: Tensor | None) -> None:
-    """int64 targets [N] and a bool class mask [P]."""
-    if target is not None:
-        _want("target", target, target.ndim == 1, "[N]")
-        _want("target", target, target.shape[0] == x.shape[0], f"[{x.shape[0]}]")
-        _want_dtype("target", target, torch.int64)
-    if class_mask is not None:
-        _want("class_mask", class_mask, class_mask.ndim == 1, "[P]")
-        _want("class_mask", class_mask, class_mask.shape[0] == w.shape[0], f"[{w.shape[0]}]")
-        _want_dtype("class_mask", class_mask, torch.bool)
-
-
-def teachers(
-    x: Tensor,
-    w: Tensor,
-    teacher_x: Sequence[Tensor],
-    teacher_w: Sequence[Tensor],
-    teacher_scales: Tensor,
-    weights: Tensor | None,
+def inputs(
+    features: object, prototypes: object, scale: object, names: tuple[str, str, str]
 ) -> None:
-    """K >= 1 teachers with as many rows and prototypes as the student, and weights [N, K]."""
-    k = len(teacher_x)
-    _check(ValueError, k > 0, lambda: "teacher_x: got none, wanted at least one teacher")
+    """Features [N, D], prototypes [P, D] and a scale as users pass them.
+
+    Under autocast, which rounds both, dtypes other than float64 may differ.
+
+    Args:
+        names: what errors call the three.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    is_tensor(names[0], features)
+    is_tensor(names[1], prototypes)
+    assert isinstance(features, Tensor) and isinstance(prototypes, Tensor)
+    exact = torch.float64 in (features.dtype, prototypes.dtype)
+    matrices(features, prototypes, names, exact or not autocasting(features.device.type))
+    scalar(names[2], scale, features.device)
+
+
+def zero_dimensional(name: str, value: Tensor) -> None:
+    """A tensor of no dimensions. Raises ValueError."""
+    if value.ndim != 0:
+        raise ValueError(
+            f"{name}: got shape {list(value.shape)}, wanted a float or a 0-d tensor; "
+            f"call .reshape(()) on a tensor of one element"
+        )
+
+
+def matrices(
+    features: Tensor, prototypes: Tensor, names: Sequence[str], same_dtype: bool = True
+) -> None:
+    """Features [N, D] and prototypes [P, D], floating point, of one dtype and on one device.
+
+    Args:
+        names: what errors call the two.
+        same_dtype: whether the dtypes have to be the same.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    for name, value in zip(names, (features, prototypes), strict=False):
+        if not value.is_floating_point():
+            raise TypeError(
+                f"{name}: got dtype {value.dtype}, wanted a floating point tensor; "
+                f"call .float() on it"
+            )
+        if value.ndim != 2:
+            raise ValueError(
+                f"{name}: got shape {list(value.shape)}, wanted 2 dimensions [rows, D]"
+            )
     _check(
         ValueError,
-        len(teacher_w) == k,
-        lambda: f"teacher_x: got {k} teachers, but {len(teacher_w)} teacher_w; wanted as many",
+        features.shape[1] == prototypes.shape[1],
+        lambda: (
+            f"{names[1]}: got shape {list(prototypes.shape)}, wanted [rows, {features.shape[1]}] "
+            f"to match {names[0]} {list(features.shape)}"
+        ),
     )
-    _want("teacher_scales", teacher_scales, teacher_scales.shape == (k,), f"[{k}]")
-    for i, (u, v) in enumerate(zip(teacher_x, teacher_w, strict=True)):
-        operands(u, v, f"teacher {i} ")
-        _want(f"teacher {i} x", u, u.shape[0] == x.shape[0], f"[{x.shape[0]}, D]")
-        _want(f"teacher {i} w", v, v.shape[0] == w.shape[0], f"[{w.shape[0]}, D]")
-    if weights is not None:
-        _want("weights", weights, weights.ndim == 2, "[N, K]")
-        _want("weights", weights, weights.shape[0] == x.shape[0], f"[{x.shape[0]}, {k}]")
-        _want("weights", weights, weights.shape[1] == k, f"[{x.shape[0]}, {k}]")
+    if same_dtype and features.dtype != prototypes.dtype:
+        raise TypeError(
+            f"{names[1]}: got dtype {prototypes.dtype}, wanted {features.dtype} as {names[0]} "
+            f"have; cast one to the other"
+        )
+    on_device(names[1], prototypes, features.device)
 
 
-def gate(gate_label: float, weights: Tensor | None, target: Tensor | None) -> None:
-    """A target where the gate looks at one."""
+def teacher(
+    name: str,
+    features: Tensor,
+    prototypes: Tensor,
+    student_features: Tensor,
+    student_prototypes: Tensor,
+) -> None:
+    """A teacher's features [N, D_k] and prototypes [P, D_k], N and P those of the student.
+
+    Raises:
+        TypeError, ValueError: naming the teacher.
+    """
+    matrices(features, prototypes, (f"{name}.features", f"{name}.prototypes"))
+    n, p = student_features.shape[0], student_prototypes.shape[0]
+    rows, columns = features.shape[0], prototypes.shape[0]
+    for fits in (rows == n, columns == p):
+        _check(
+            ValueError,
+            fits,
+            lambda: f"{name}: got shape [{rows}, {columns}], wanted [{n}, {p}] as the student",
+        )
+    if features.dtype != student_features.dtype:
+        raise TypeError(
+            f"{name}: got dtype {features.dtype}, wanted {student_features.dtype} as the "
+            f"student; cast one to the other"
+        )
+    on_device(name, features, student_features.device)
+
+
+def some_rows(name: str, value: Tensor) -> None:
+    """At least one row. Raises ValueError."""
     _check(
         ValueError,
-        weights is not None or gate_label == 0 or target is not None,
-        lambda: "target: got None, wanted [N] class indices for a gate on the label",
+        value.shape[0] > 0,
+        lambda: f"{name}: got shape {list(value.shape)}, wanted at least one row",
     )
 
 
-def class_mask_values(class_mask: Tensor | None) -> None:
-    """At least one class takes part. Reads the mask."""
-    if class_mask is not None and not class_mask.any():
+def operands(
+    features: Tensor,
+    prototypes: Tensor,
+    scale: Tensor,
+    names: tuple[str, str, str] = ("features", "prototypes", "scale"),
+) -> None:
+    """Features [N, D], P >= 1 prototypes [P, D] and a 0-d scale.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    matrices(features, prototypes, names)
+    some_rows(names[1], prototypes)
+    zero_dimensional(names[2], scale)
+    on_device(names[2], scale, features.device)
+
+
+def pairs(images: Tensor, texts: Tensor) -> None:
+    """Features [N, D] of images and texts that match row by row; N may be 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    matrices(images, texts, ("image_features", "text_features"))
+    matching_rows(images, texts)
+
+
+def matching_rows(images: Tensor, texts: Tensor) -> None:
+    """As many rows in both. Raises ValueError."""
+    _check(
+        ValueError,
+        images.shape[0] == texts.shape[0],
+        lambda: (
+            f"text_features: got shape {list(texts.shape)}, wanted {list(images.shape)} as "
+            f"image_features: pairs match row by row"
+        ),
+    )
+
+
+def on_device(name: str, value: Tensor, device: torch.device) -> None:
+    """A tensor on this device. Raises ValueError."""
+    if value.device != device:
+        raise ValueError(f"{name}: got device {value.device}, wanted {device}; move it there")
+
+
+def shape(name: str, value: Tensor, wanted: Sequence[int]) -> None:
+    """A tensor of this shape. Raises ValueError."""
+
+    def message() -> str:
+        return f"{name}: got shape {list(value.shape)}, wanted {list(wanted)}"
+
+    if value.ndim != len(wanted):
+        raise ValueError(message())
+    for got, size in zip(value.shape, wanted, strict=True):
+        _check(ValueError, got == size, message)
+
+
+def dtype(name: str, value: Tensor, wanted: torch.dtype, remedy: str) -> None:
+    """A tensor of this dtype. Raises TypeError."""
+    if value.dtype != wanted:
+        what = str(wanted).removeprefix("torch.")
+        raise TypeError(f"{name}: got {value.dtype}, wanted {what}; use {name}.{remedy}()")
+
+
+def class_mask(mask: Tensor | None, prototypes: Tensor, values: bool) -> None:
+    """A bool mask [P], in which at least one class takes part.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if mask is None:
+        return
+    dtype("class_mask", mask, torch.bool, "bool")
+    shape("class_mask", mask, prototypes.shape[:1])
+    on_device("class_mask", mask, prototypes.device)
+    if values and mask.device.type == "cpu" and not mask.any():
         raise ValueError("class_mask: masks every class, wanted at least one True")
 
 
-def target_values(
-    target: Tensor, p: int, class_mask: Tensor | None, ignore_index: int | None = None
+def target(
+    target: Tensor,
+    features: Tensor,
+    prototypes: Tensor,
+    mask: Tensor | None,
+    ignore_index: int | None,
+    values: bool,
 ) -> None:
-    """Targets in [0, P), of classes that take part, or `ignore_index`. Reads them."""
+    """int64 targets [N] in [0, P), of classes that take part, or `ignore_index`.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    dtype("target", target, torch.int64, "long")
+    shape("target", target, features.shape[:1])
+    on_device("target", target, features.device)
+    if values and target.device.type == "cpu":
+        _target_values(target, prototypes.shape[0], mask, ignore_index)
+
+
+def _target_values(
+    target: Tensor, classes: int, mask: Tensor | None, ignore_index: int | None
+) -> None:
     if target.numel() == 0:
         return
     low, high = (int(value) for value in target.aminmax())
-    if low >= 0 and high < p and class_mask is None:
+    if low >= 0 and high < classes and mask is None:
         return
     used = target if ignore_index is None else target[target != ignore_index]
     if used.numel() == 0:
         return
     low, high = (int(value) for value in used.aminmax())
-    if low < 0 or high >= p:
+    if low < 0 or high >= classes:
         raise ValueError(
-            f"target: got values from {low} to {high}, wanted class indices in [0, {p})"
+            f"target: got values from {low} to {high}, wanted class indices in [0, {classes})"
             + ("" if ignore_index is None else f" or ignore_index={ignore_index}")
         )
-    if class_mask is not None and not class_mask[used].all():
-        masked = int(used[~class_mask[used]][0])
+    if mask is not None and not mask[used].all():
+        masked = int(used[~mask[used]][0])
         raise ValueError(
             f"target: holds class {masked}, which class_mask excludes; unmask it or leave its rows "
             f"out"
+        )
+
+
+def finite(**values: Tensor | float | None) -> None:
+    """No NaN and no infinity in any of the values, which are read wherever they are.
+
+    Raises:
+        ValueError: naming the argument, and the row.
+    """
+    for name, value in values.items():
+        if value is None:
+            continue
+        numbers = value if isinstance(value, Tensor) else torch.tensor(float(value))
+        bad = ~torch.isfinite(numbers)
+        if not bad.any():
+            continue
+        place = bad.nonzero()[0].tolist()
+        what = "NaN" if math.isnan(float(numbers[tuple(place)])) else "infinity"
+        where = f" in row {place[0]}" if place else ""
+        raise ValueError(
+            f"{name}: got {what}{where}, wanted finite values; look at what computed it, which may "
+            f"have overflowed or divided by zero"
         )

@@ -179,9 +179,7 @@ def loss_weights(
 register_gate(Gate("uniform", "1/K for each teacher"))
 register_gate(Gate("confidence", "more for a teacher with a low entropy", entropy=1.0))
 register_gate(Gate("label", "more for a teacher that finds the label likely", label=1.0))
-register_gate(
-    Gate("blend", "both, by --gate-entropy and --gate-label", entropy=None, label=None)
-)
+register_gate(Gate("blend", "both, by --gate-entropy and --gate-label", entropy=None, label=None))
 register_gate(
     Gate(
         "discrepancy",

@@ -52,11 +52,15 @@ def text_text(model: Features) -> Similarity:
     return Similarity(model.texts, model.texts, model.scale)
 
 
-# The relations beside image_text, which `distinguishing` computes together with the gate.
 RELATIONS: Mapping[str, Relation] = MappingProxyType(
-    {"image_image": image_image, "text_image": text_image, "text_text": text_text}
+    {
+        "image_text": Features.image_text,
+        "image_image": image_image,
+        "text_image": text_image,
+        "text_text": text_text,
+    }
 )
-IMAGE_ROWS = frozenset({"image_image"})  # a row per image; the others have a row per class
+IMAGE_ROWS = frozenset({"image_text", "image_image"})  # a row per image; the others per class
 NEED_PROTOTYPES = frozenset({"image_image", "text_image"})
 
 

@@ -59,8 +59,9 @@ def sample_weights(
     Arguments as `gated_relation`. The gate "uniform" costs nothing, any other one forward pass.
     """
     if gate == "uniform":
-        images = teachers[0].images
-        return images.new_full((len(images), len(teachers)), 1 / len(teachers), dtype=torch.float32)
+        k, images = len(teachers), student.images
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        return images.new_full((len(images), k), 1 / k, dtype=dtype)
     return gated_relation(student, teachers, target, gate=gate, **options)[1]
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -157,23 +157,24 @@ class MulKILoss(nn.Module):
     def _teacher_terms(
         self, student: Features, teachers: Sequence[Features], target: Tensor
     ) -> dict[str, Tensor]:
-        gate = {
+        gate: dict[str, Any] = {
             "gate": self.gate,
             "gate_temperature": self.gate_temperature,
             "gate_entropy": self.gate_entropy,
             "gate_label": self.gate_label,
         }
-        softmax = {"temperature": self.temperature, "scale_by_t2": self.scale_by_t2}
-        batch = student, teachers, target
+        softmax: dict[str, Any] = {"temperature": self.temperature, "scale_by_t2": self.scale_by_t2}
         terms = {}
         if self.relations["image_text"]:
-            loss, weights = distinguishing.gated_relation(*batch, **gate, **softmax)
+            loss, weights = distinguishing.gated_relation(
+                student, teachers, target, **gate, **softmax
+            )
             terms["image_text_loss"] = self.relations["image_text"] * loss
         else:
-            weights = distinguishing.sample_weights(*batch, **gate, **softmax)
+            weights = distinguishing.sample_weights(student, teachers, target, **gate, **softmax)
         per_class = distinguishing.class_weights(weights, target, student.texts.shape[0])
         for name, relation in adding.RELATIONS.items():
-            if self.relations[name]:
+            if self.relations[name] and name != "image_text":
                 rows = weights if name in adding.IMAGE_ROWS else per_class
                 loss = adding.relation_loss(relation, student, teachers, rows, **softmax)
                 terms[f"{name}_loss"] = self.relations[name] * loss

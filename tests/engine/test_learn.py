@@ -18,7 +18,7 @@ from mulki.engine.precision import Precision
 from mulki.errors import InputError
 from mulki.methods import PREVIOUS, ZERO_SHOT, Method
 from mulki.models import VisionLanguageModel
-from mulki.ops import native, use_backend
+from mulki.ops import loader, use_backend
 
 Load = Callable[..., VisionLanguageModel]
 # An epsilon well above rounding noise, so that AdamW does not blow it up to whole steps.
@@ -347,7 +347,7 @@ def test_loss_that_is_not_finite_ends_with_one_line(load_tiny: Load, task: Task,
 # --- the compiled operators
 
 
-@pytest.mark.skipif(native.load() is not None, reason=f"{native.load()}")
+@pytest.mark.skipif(loader.load() is not None, reason=f"{loader.load()}")
 @pytest.mark.parametrize("name", ["finetune", "lwf", "mulki"])
 def test_compiled_operators_train_as_the_reference_does(
     load_tiny: Load, task: Task, name: str, monkeypatch: pytest.MonkeyPatch

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mulki import kernels
-from mulki.ops import schemas
+from mulki.ops.registry import SCHEMAS
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def triton(monkeypatch):
 
 
 def test_every_operator_has_a_kernel():
-    assert set(kernels.KERNELS) == set(schemas.SCHEMAS)
+    assert set(kernels.KERNELS) == set(SCHEMAS)
 
 
 def test_reasons_without_a_gpu(triton, monkeypatch):

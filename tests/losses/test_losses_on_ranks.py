@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from two_towers import OURS, TwoTowers, batch, extra, gradients, truth
 
 from mulki.losses import ClipLoss, DistillClipLoss, SigLipLoss
-from mulki.ops import native
+from mulki.ops import loader
 
 EVEN = {1: [5], 2: [4, 4], 3: [3, 3, 3], 4: [2, 2, 2, 2]}
 UNEVEN = {1: [5], 2: [5, 2], 3: [3, 1, 4], 4: [2, 0, 3, 1]}
@@ -72,7 +72,7 @@ def check_equality(rank: int, world: int) -> list[str]:
                 assert (gradient - want[name]).norm() <= 1e-10 * want[name].norm() + 1e-13, (
                     f"{where}: {name}"
                 )
-        if native.load() is None:
+        if loader.load() is None:
             check_kernels(rank, world)
     return [kind for kind, _ in CASES]
 
@@ -254,7 +254,7 @@ def largest_tensors(rank: int, world: int, n: int) -> dict[str, int]:
     return found
 
 
-@pytest.mark.skipif(native.load() is not None, reason="the reference stores logits, by design")
+@pytest.mark.skipif(loader.load() is not None, reason="the reference stores logits, by design")
 def test_no_rank_makes_a_matrix_of_logits():
     n, world, width = 600, 2, 7
     for found in run_ranks(world, largest_tensors, n):

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from mulki.ops import native, use_backend
+from mulki.ops import loader, use_backend
 
 
 @pytest.fixture(params=["reference", "cpp"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Run with each backend; strict, so that no other one answers in its place."""
     name: str = request.param
-    if name == "cpp" and (reason := native.load()) is not None:
+    if name == "cpp" and (reason := loader.load()) is not None:
         pytest.skip(reason)
     monkeypatch.setenv("MULKI_STRICT", "1")
     with use_backend(name):

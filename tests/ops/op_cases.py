@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mulki.ops import reference
-from mulki.ops.reference import wide
+from mulki import ops
+from mulki.ops.logits import wide
 
 OPS = torch.ops.mulki
 
@@ -25,7 +25,7 @@ class Case(NamedTuple):
 
     @property
     def leaves(self) -> int:
-        """x, w, scale and, of siglip, bias."""
+        """Features, prototypes, scale and, of siglip, bias."""
         return 4 if self.op == "siglip" else 3
 
 
@@ -110,19 +110,12 @@ NAMES = (
 LOSSES = NAMES[2:]
 
 
-def _kl(x: Tensor, w: Tensor, scale: Tensor, tx: Any, tw: Any, ts: Any, *rest: Any) -> Tensor:
-    weights, target, mask, temperature, gate_temperature, *gate, t2 = rest
-    teachers = list(zip(tx, tw, ts, strict=True))
-    options = temperature, t2, weights, tuple(gate), gate_temperature, target, mask
-    return reference.teacher_kl((x, w, scale), teachers, *options, "none")[0]
-
-
 SPECIFICATION: dict[str, Callable[..., Tensor]] = {
-    "similarity": reference.similarity,
-    "prototype_cross_entropy": lambda *args: reference.prototype_cross_entropy(*args, "none"),
-    "teacher_kl": _kl,
-    "contrastive": lambda x, w, scale: reference.contrastive(x, w, scale, None, "none"),
-    "siglip": lambda *args: reference.siglip(*args[:-1], "none", args[-1]),
+    "similarity": ops.similarity.reference,
+    "prototype_cross_entropy": ops.prototype_cross_entropy.reference,
+    "teacher_kl": lambda *args: ops.teacher_kl.reference(*args)[0],
+    "contrastive": lambda *args: ops.contrastive.reference(*args)[0],
+    "siglip": ops.siglip.reference,
 }
 
 

@@ -25,23 +25,24 @@ from mulki import ops
 from mulki.ops import backends
 
 REDUCTIONS = ("none", "sum", "mean")
+UNIFORM = ops.gates.find_gate("uniform")
 FORMS = [*((name, "rows") for name in NAMES), *((name, "reduced") for name in LOSSES)]
 
 
 def loss_of(case: Case, reduction: str) -> torch.Tensor:
     """The case through the function of `mulki.ops`, which chooses the form."""
-    x, w, scale, *rest = case.args
+    operands, rest = case.args[:3], case.args[3:]
     if case.op == "prototype_cross_entropy":
-        return ops.prototype_cross_entropy(x, w, scale, *rest, reduction)
+        return ops.prototype_cross_entropy.loss(operands, *rest, reduction)
     if case.op == "teacher_kl":
-        tx, tw, ts, weights, target, mask, temperature, gate_temperature, gate, t2 = rest
+        tx, tw, ts, weights, target, mask, temperature, gate_temperature, a, b, t2 = rest
         teachers = list(zip(tx, tw, ts, strict=True))
-        options = temperature, t2, weights, gate, gate_temperature, target, mask
-        return ops.teacher_kl((x, w, scale), teachers, *options, reduction)[0]
+        options = temperature, t2, weights, UNIFORM, (a, b), gate_temperature, target, mask
+        return ops.teacher_kl.loss(operands, teachers, *options, reduction)[0]
     if case.op == "contrastive":
-        return ops.contrastive(x, w, scale, None, reduction)
+        return ops.contrastive.loss(operands, None, reduction)
     bias, offset = rest
-    return ops.siglip(x, w, scale, bias, reduction, offset)
+    return ops.siglip.loss(operands, bias, reduction, offset)
 
 
 def differentiable(name: str, form: str, dtype=torch.float32, wanted=None) -> tuple[Case, list]:
@@ -223,19 +224,18 @@ def test_a_logit_bias_under_a_softmax_has_a_gradient_of_zero(unit):
     x, w = unit(6, 4), unit(6, 4)
     for reduction in REDUCTIONS:
         bias = torch.tensor(-3.0, requires_grad=True)
-        loss = ops.contrastive(x, w, 9.0, bias, reduction)
+        loss = ops.contrastive.loss((x, w, 9.0), bias, reduction)
         loss.sum().backward()
         assert bias.grad is not None and bias.grad == 0
-        assert loss.equal(ops.contrastive(x, w, 9.0, None, reduction))
+        assert loss.equal(ops.contrastive.loss((x, w, 9.0), None, reduction))
 
 
 def test_gradients_flow_through_a_scale_of_another_dtype_and_accumulate(unit):
     x, w = unit(6, 4).float(), unit(5, 4).float()
     log_scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     for _ in range(2):
-        ops.prototype_cross_entropy(
-            x, w, log_scale.exp(), torch.zeros(6).long(), None, 0.0, -100, "mean"
-        ).backward()
+        operands, target = (x, w, log_scale.exp()), torch.zeros(6).long()
+        ops.prototype_cross_entropy.loss(operands, target, None, 0.0, -100, "mean").backward()
     twin = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     logits = twin.exp() * (x.double() @ w.double().T)
     torch.nn.functional.cross_entropy(logits, torch.zeros(6).long()).backward()
@@ -256,9 +256,9 @@ def test_a_loss_scaler_acts_before_the_gradient_is_rounded_to_half_precision(bac
 def test_forward_mode_is_refused(unit):
     x, w = unit(6, 4), unit(6, 4)
     for loss in (
-        lambda x: ops.contrastive(x, w, 9.0, None, "mean"),
-        lambda x: ops.similarity(x, w, 9.0),
-        lambda x: ops.siglip(w, w, 9.0, x[0, 0], "mean"),
+        lambda x: ops.contrastive.loss((x, w, 9.0), None, "mean"),
+        lambda x: ops.similarity.matrix((x, w, 9.0)),
+        lambda x: ops.siglip.loss((w, w, 9.0), x[0, 0], "mean"),
         lambda x: kl_of_teacher(w, (x, w, 9.0)),
         lambda x: kl_of_teacher(w, (w, x, 9.0)),
         lambda x: kl_of_teacher(w, (w, w, x[0, 0])),
@@ -267,16 +267,16 @@ def test_forward_mode_is_refused(unit):
             torch.func.jvp(loss, (x,), (w,))
 
 
-def kl_of_teacher(x: torch.Tensor, teacher: ops.Operands) -> torch.Tensor:
-    options = 1.0, True, None, (0.0, 0.0), 1.0, None, None, "mean"
-    return ops.teacher_kl((x, x, 9.0), [teacher], *options)[0]
+def kl_of_teacher(x: torch.Tensor, teacher: tuple) -> torch.Tensor:
+    options = 1.0, True, None, UNIFORM, (0.0, 0.0), 1.0, None, None, "mean"
+    return ops.teacher_kl.loss((x, x, 9.0), [teacher], *options)[0]
 
 
 def test_transforms_that_differentiate_are_refused(unit):
     x, w = unit(6, 4), unit(6, 4)
     for loss in (
-        lambda x: ops.contrastive(x, w, 9.0, None, "mean"),
-        lambda x: ops.contrastive(x, w, 9.0, None, "none").sum(),
+        lambda x: ops.contrastive.loss((x, w, 9.0), None, "mean"),
+        lambda x: ops.contrastive.loss((x, w, 9.0), None, "none").sum(),
     ):
         with pytest.raises(RuntimeError):
             torch.func.grad(loss)(x)
@@ -305,7 +305,7 @@ def _cloned(value: object) -> object:
 
 def test_vmap_loops_over_an_operator_without_lists(unit):
     x, w = torch.stack([unit(6, 4), unit(6, 4)]), unit(5, 4)
-    got = torch.vmap(lambda v: ops.similarity(v, w, 9.0))(x)
+    got = torch.vmap(lambda v: ops.similarity.matrix((v, w, 9.0)))(x)
     torch.testing.assert_close(got, 9 * x @ w.T)
     with pytest.raises(RuntimeError):
         torch.vmap(lambda v: kl_of_teacher(v, (v, v, 9.0)))(x)

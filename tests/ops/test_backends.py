@@ -13,7 +13,8 @@ import torch
 from op_cases import NAMES, form_arguments, make, requiring_grad, run
 
 from mulki import ops
-from mulki.ops import backends, schemas, use_backend
+from mulki.ops import backends, torch_private, use_backend
+from mulki.ops.registry import SCHEMAS
 
 HALF = torch.bfloat16
 FULL = torch.float32
@@ -192,17 +193,17 @@ def test_a_device_that_triton_does_not_know_falls_back_with_a_reason(monkeypatch
 
 
 def test_what_cpp_does_not_take(monkeypatch):
-    native = types.ModuleType("mulki.ops.native")
-    monkeypatch.setitem(sys.modules, "mulki.ops.native", native)
+    loader = types.ModuleType("mulki.ops.loader")
+    monkeypatch.setitem(sys.modules, "mulki.ops.loader", loader)
     cpp = backends.Cpp()
     assert "not cuda" in cpp.why_not("siglip", "cuda", FULL)
     assert "float8" in cpp.why_not("siglip", "cpu", torch.float8_e4m3fn)
     # A module that is not what it should be must not stop the reference from answering.
     assert "AttributeError" in cpp.why_not("siglip", "cpu", FULL)
-    native.load = lambda: "no compiler"
+    loader.load = lambda: "no compiler"
     assert cpp.why_not("siglip", "cpu", FULL) == "no compiler"
-    native.load = lambda: None
-    there = torch._C._dispatch_has_kernel_for_dispatch_key("mulki_cpp::siglip", "CPU")
+    loader.load = lambda: None
+    there = torch_private.has_cpu_kernel("siglip")
     assert cpp.why_not("siglip", "cpu", FULL) == (
         None if there else "the library has no kernel for siglip"
     )
@@ -246,7 +247,7 @@ def test_report_names_who_serves_and_why_others_do_not(cpp):
         return [served for served in ops.report() if served.device_type == "cpu"]
 
     cpu = of_the_cpu()
-    assert {(s.op, s.dtype) for s in cpu} == {(o, d) for o in schemas.SCHEMAS for d in (FULL, HALF)}
+    assert {(s.op, s.dtype) for s in cpu} == {(o, d) for o in SCHEMAS for d in (FULL, HALF)}
     assert all(s.backend == "reference" and s.rejected == {"cpp": "no compiler"} for s in cpu)
     cpp.reason = None
     assert all(s.backend == "cpp" and s.rejected == {} for s in of_the_cpu())
@@ -260,8 +261,9 @@ def test_report_names_who_serves_and_why_others_do_not(cpp):
 def test_importing_mulki_loads_no_kernels():
     code = (
         "import mulki, sys, torch\n"
-        "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
-        "assert has('mulki::siglip', 'CUDA') and not has('mulki_cpp::siglip', 'CPU')\n"
+        "from mulki.ops.torch_private import has_cpu_kernel\n"
+        "assert torch.ops.mulki.siglip.default.has_kernel_for_dispatch_key('CUDA')\n"
+        "assert not has_cpu_kernel('siglip')\n"
         "assert 'triton' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)

@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from mulki import ops
-from mulki.ops import backends, reference
+from mulki.ops import backends
+from mulki.ops.gates import discrepancy_weights, find_gate
+from mulki.ops.logits import wide
+
+UNIFORM = find_gate("uniform")
 
 
 @pytest.fixture
@@ -28,10 +32,9 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("scale", [9, 9.0, torch.tensor(9.0), torch.tensor(9.0).bfloat16()])
 def test_scales_become_wide_tensors(unit, calls, dtype, scale):
     x, w = unit(6, 4).to(dtype), unit(6, 4).to(dtype)
-    ops.siglip(x, w, scale, -3, "mean")
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    ops.siglip.loss((x, w, scale), -3, "mean")
     for number, value in zip(calls[0][1][2:4], (9, -3), strict=True):
-        assert (number.shape, number.dtype) == ((), wide)
+        assert (number.shape, number.dtype) == ((), wide(dtype))
         assert number == value
 
 
@@ -39,7 +42,8 @@ def test_scales_become_wide_tensors(unit, calls, dtype, scale):
 def test_scales_of_teachers_are_stacked(unit, calls, scales):
     x, w = unit(6, 4).float(), unit(5, 4).float()
     teachers = [(x, w, scale) for scale in scales]
-    ops.teacher_kl((x, w, 5.0), teachers, 2.0, True, None, (0.0, 0.0), 1.0, None, None, "mean")
+    options = 2.0, True, None, UNIFORM, (0.0, 0.0), 1.0, None, None, "mean"
+    ops.teacher_kl.loss((x, w, 5.0), teachers, *options)
     stacked = calls[0][1][5]
     assert stacked.dtype == torch.float32
     assert stacked.tolist() == [float(scale) for scale in scales]
@@ -59,14 +63,13 @@ def test_mixed_dtypes_are_promoted_and_results_stay_the_students(
     x, w, weights = unit(6, 4).to(student).requires_grad_(), unit(5, 4).to(student), unit(6, 2)
     u, v = unit(6, 3).to(teacher), unit(5, 3).to(teacher)
     teachers = [(u, v, 7.0), (x.detach(), w, 8.0)]
-    options = 2.0, True, weights, (0.0, 0.0), 1.0, None, None, "mean"
-    out = ops.teacher_kl((x, w, 5.0), teachers, *options)
+    options = 2.0, True, weights, UNIFORM, (0.0, 0.0), 1.0, None, None, "mean"
+    out = ops.teacher_kl.loss((x, w, 5.0), teachers, *options)
     args = calls[0][1]
     assert {t.dtype for t in (*args[:2], *args[3], *args[4])} == {kernel}
-    wide = reference.wide(student)
-    assert all(o.dtype == wide for o in out)
+    assert all(o.dtype == wide(student) for o in out)
     exact = [(a.detach().double(), b.double(), s) for a, b, s in ((x, w, 5.0), *teachers)]
-    want = reference.teacher_kl(exact[0], exact[1:], *options)
+    want = ops.teacher_kl.loss(exact[0], exact[1:], *options)
     torch.testing.assert_close(out[0].double(), want[0], rtol=1e-5, atol=1e-6)
     assert torch.autograd.grad(out[0], x)[0].dtype == student
 
@@ -75,13 +78,14 @@ def test_the_discrepancy_gate_becomes_weights_that_are_constants(unit, calls):
     x, w = unit(6, 4).float().requires_grad_(), unit(5, 4).float()
     u, v = unit(6, 4).float(), unit(6, 4).float()
     teachers = [(u, w, 7.0), (v, w, 8.0)]
-    options = 2.0, True, None, "discrepancy", 1.0, None, None, "mean"
-    loss, _, used, _ = ops.teacher_kl((x, w, 5.0), teachers, *options)
+    gate = find_gate("discrepancy"), (0.0, 0.0)
+    loss, kl, used, _ = ops.teacher_kl.loss(
+        (x, w, 5.0), teachers, 2.0, True, None, *gate, 1.0, None, None, "mean"
+    )
     given = calls[0][1][6]
-    assert given.equal(reference.discrepancy_weights(u, v)) and not given.requires_grad
+    assert given.equal(discrepancy_weights(teachers)) and not given.requires_grad
     assert used.equal(given)
-    want = reference.teacher_kl((x, w, 5.0), teachers, *options)[0]
-    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(loss, (given * kl).sum(dim=1).mean())
 
 
 def test_weights_are_differentiable_in_any_floating_dtype(unit):
@@ -90,9 +94,8 @@ def test_weights_are_differentiable_in_any_floating_dtype(unit):
     for dtype in (torch.float64, torch.float16):
         weights = torch.rand(6, 1).to(dtype).requires_grad_()
         for reduction in ("none", "sum", "mean"):
-            loss, kl, *_ = ops.teacher_kl(
-                (x, w, 5.0), teachers, 2.0, True, weights, (0.0, 0.0), 1.0, None, None, reduction
-            )
+            options = 2.0, True, weights, UNIFORM, (0.0, 0.0), 1.0, None, None, reduction
+            loss, kl, *_ = ops.teacher_kl.loss((x, w, 5.0), teachers, *options)
             (grad,) = torch.autograd.grad(loss.sum(), weights)
             assert grad.dtype == dtype
             torch.testing.assert_close(grad, (kl / 6 if reduction == "mean" else kl).to(dtype))

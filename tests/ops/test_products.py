@@ -16,7 +16,7 @@ from mulki.bench import measure
 from mulki.bench.cases import Case
 from mulki.bench.providers import PROVIDERS
 from mulki.functional import dual_teacher_kl
-from mulki.ops import native, use_backend
+from mulki.ops import loader, use_backend
 
 HERE = Path(__file__).resolve().parent
 MIB = 2**20
@@ -24,7 +24,7 @@ MIB = 2**20
 
 @pytest.fixture(autouse=True)
 def cpp():
-    if (reason := native.load()) is not None:
+    if (reason := loader.load()) is not None:
         pytest.skip(reason)
     with use_backend("cpp"):
         yield

@@ -10,7 +10,7 @@ import torch
 from op_cases import LOSSES, NAMES, Case, expected, first, form_arguments, make, run
 from torch.autograd import gradcheck
 
-from mulki.ops import by_reference, reference, schemas
+from mulki.ops.registry import SCHEMAS
 
 
 def split(case: Case, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -166,15 +166,6 @@ def test_the_weights_that_come_back_are_a_copy(backend):
 
 
 def test_every_form_of_every_operator_is_there():
-    assert all(callable(getattr(by_reference, op)) for op in schemas.SCHEMAS)
-    assert {op.removesuffix("_backward").removesuffix("_reduced") for op in schemas.SCHEMAS} == {
+    assert {op.removesuffix("_backward").removesuffix("_reduced") for op in SCHEMAS} == {
         make(name).op for name in NAMES
     }
-
-
-def test_the_discrepancy_gate_of_the_reference_needs_features_alone(unit):
-    u, v = unit(6, 4), unit(6, 4)
-    log_p = torch.zeros(6, 2, 5, dtype=torch.float64)
-    got = reference.gate_weights("discrepancy", log_p, log_p[:, :, 0], [u, v], None, 1.0)
-    assert got.equal(reference.discrepancy_weights(u, v))
-    torch.testing.assert_close(got.sum(dim=1), torch.ones(6, dtype=torch.float64))

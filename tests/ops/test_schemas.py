@@ -8,7 +8,7 @@ from op_cases import LOSSES, NAMES, OPS, Case, first, form_arguments, make, requ
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
-from mulki.ops import schemas
+from mulki.ops.registry import SCHEMAS
 
 FORMS = [(name, form) for name in NAMES for form in ("rows", "backward", "reduced")]
 FORMS = [(n, f) for n, f in FORMS if n in LOSSES or f != "reduced"]
@@ -60,7 +60,7 @@ def _fake(mode: FakeTensorMode, value: object) -> object:
 
 
 def test_both_namespaces_have_the_same_schemas():
-    for op in schemas.SCHEMAS:
+    for op in SCHEMAS:
         public, cpp = (str(getattr(space, op).default._schema) for space in _namespaces())
         assert public.replace("mulki::", "") == cpp.replace("mulki_cpp::", "")
 
@@ -94,10 +94,10 @@ LABELS = torch.tensor([0, 2, 3, 0, 2, 0])
 @pytest.mark.parametrize(
     ("name", "position", "value", "error", "argument"),
     [
-        ("similarity", 0, torch.ones(4), ValueError, "x"),
-        ("similarity", 1, torch.ones(5, 3), ValueError, "w"),
-        ("similarity", 1, torch.ones(5, 4, dtype=torch.float16), TypeError, "w"),
-        ("similarity", 1, torch.ones(0, 4), ValueError, "w"),
+        ("similarity", 0, torch.ones(4), ValueError, "features"),
+        ("similarity", 1, torch.ones(5, 3), ValueError, "prototypes"),
+        ("similarity", 1, torch.ones(5, 4, dtype=torch.float16), TypeError, "prototypes"),
+        ("similarity", 1, torch.ones(0, 4), ValueError, "prototypes"),
         ("similarity", 2, torch.ones(2), ValueError, "scale"),
         ("ce", 3, LABELS + 2, ValueError, "target"),
         ("ce", 3, LABELS - 1, ValueError, "target"),
@@ -115,11 +115,13 @@ LABELS = torch.tensor([0, 2, 3, 0, 2, 0])
         ("kl", 8, torch.zeros(5).bool(), ValueError, "class_mask"),
         ("kl_weights", 6, torch.ones(6, 3), ValueError, "weights"),
         ("kl_weights", 6, torch.ones(5, 2), ValueError, "weights"),
-        ("kl", 3, [], ValueError, "teacher_x"),
-        ("kl", 4, [], ValueError, "teacher_x"),
-        ("contrastive", 1, torch.ones(5, 4), ValueError, "w"),
-        ("siglip", 1, torch.ones(7, 3), ValueError, "w"),
-        ("siglip", 3, torch.ones(2), ValueError, "bias"),
+        ("kl", 9, 0.0, ValueError, "temperature"),
+        ("kl", 10, -1.0, ValueError, "gate_temperature"),
+        ("kl", 3, [], ValueError, "teacher_features"),
+        ("kl", 4, [], ValueError, "teacher_prototypes"),
+        ("contrastive", 1, torch.ones(5, 4), ValueError, "text_features"),
+        ("siglip", 1, torch.ones(7, 3), ValueError, "text_features"),
+        ("siglip", 3, torch.ones(2), ValueError, "logit_bias"),
     ],
 )
 def test_direct_calls_refuse_what_does_not_fit(

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from mulki.ops.schemas import SCHEMAS
+from mulki.ops.registry import SCHEMAS
 
 CAPABILITIES = ("AVX512", "AVX2", "DEFAULT")  # best first
 PACKAGE = Path(__file__).resolve().parent.parent

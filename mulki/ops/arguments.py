@@ -1,0 +1,79 @@
+"""What the functions of the operators do to their arguments: rounding, numbers, which gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Real
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from mulki.ops import checks, torch_private
+from mulki.ops.backends import autocasting
+from mulki.ops.logits import Operands, wide
+
+
+def rounded(operands: Operands, names: Sequence[str] = ("features", "prototypes")) -> Operands:
+    """Features and prototypes in the autocast dtype under autocast, else as they are.
+
+    float64 is left alone.
+
+    Raises:
+        TypeError: the dtypes differ outside autocast.
+    """
+    features, prototypes, scale = operands
+    kind = features.device.type
+    if not autocasting(kind) or features.dtype == torch.float64:
+        if features.dtype != prototypes.dtype:
+            checks.matrices(features, prototypes, names)
+        return operands
+    dtype = torch.get_autocast_dtype(kind)
+    return features.to(dtype), prototypes.to(dtype), scale
+
+
+def scalar(value: Tensor | float, like: Tensor) -> Tensor:
+    """A 0-d tensor of the wide dtype where `like` is; filling one does not wait for a GPU."""
+    dtype = wide(like.dtype)
+    if not isinstance(value, Tensor):
+        return torch.full((), float(value), dtype=dtype, device=like.device)
+    if value.dtype == dtype and value.device == like.device:
+        return value
+    return value.to(like.device, dtype)
+
+
+def scalars(values: Sequence[Tensor | float], like: Tensor) -> Tensor:
+    """The same of K values, [K]."""
+    first = values[0]
+    if isinstance(first, Real) and all(isinstance(v, Real) and v == first for v in values):
+        return torch.full((len(values),), float(first), dtype=wide(like.dtype), device=like.device)
+    return torch.stack([scalar(value, like) for value in values])
+
+
+def wants_gradients(reduction: str, *leaves: Tensor | None) -> bool:
+    """Whether the form that computes gradients together with a sum or a mean is to be called."""
+    # Without gradients to compute, one pass over rows is less.
+    return (
+        reduction != "none"
+        and torch.is_grad_enabled()
+        and any(leaf is not None and leaf.requires_grad for leaf in leaves)
+    )
+
+
+def wanted(*leaves: Tensor) -> list[bool]:
+    """Which of the leaves' gradients are wanted."""
+    return [leaf.requires_grad for leaf in leaves]
+
+
+def refuse_tangents(*leaves: Tensor | float | None) -> None:
+    """Raise a RuntimeError under forward-mode differentiation of a leaf.
+
+    Autograd would drop the tangent in silence, and the derivative would be zero.
+    """
+    if torch.compiler.is_compiling() or torch_private.forward_mode_is_off():
+        return
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and forward_ad.unpack_dual(leaf).tangent is not None:
+            raise RuntimeError(
+                "forward-mode differentiation of mulki is not supported; use reverse mode"
+            )
