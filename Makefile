@@ -10,8 +10,8 @@ BIN := .venv/bin
 
 help:
 	@echo "make demo   run the bundled image tasks (mulki run embedded) and show the results"
-	@echo "make test   ruff, mypy and pytest"
-	@echo "make lint   ruff and mypy only"
+	@echo "make test   make lint, then pytest"
+	@echo "make lint   ruff, clang-format and mypy"
 	@echo "make .venv  only make .venv, with all that demo and test need"
 	@echo "make clean  remove .venv, built libraries and caches (run folders in logs/ stay)"
 	@echo "demo, test and lint make .venv where it is missing; PYTHON=... picks its interpreter."
@@ -24,6 +24,8 @@ test: lint
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
 .venv: .venv/.installed-test

@@ -1,100 +1,238 @@
-"""What the README shows in code must run."""
+"""What the README and the documentation show must exist, and their Python must run."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import shlex
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 
+from mulki import cli, methods
+from mulki.bench.run import BenchOptions
+from mulki.engine.config import RunConfig
 from mulki.losses import ClipLoss
 
-README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+ROOT = Path(__file__).parents[1]
+DOCS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+# Their links are followed too; what they name is history, or a matter of their own folder.
+LINKING = (*DOCS, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "benchmarks").glob("*.md")))
+BLOCKS = [
+    pytest.param(code, id=f"{page.stem}-{number}")
+    for page in DOCS
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+]
+N, P = 6, 6
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def rows(count: int, width: int) -> torch.Tensor:
+    return F.normalize(torch.randn(count, width), dim=1)
+
+
+class TwoTowers(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.image, self.text = torch.nn.Linear(5, 8), torch.nn.Linear(6, 8)
+
+    def forward(self, images: torch.Tensor, texts: torch.Tensor) -> dict[str, torch.Tensor]:
+        image_features, text_features = (
+            F.normalize(tower(x), dim=1) for tower, x in ((self.image, images), (self.text, texts))
+        )
+        return {
+            "image_features": image_features,
+            "text_features": text_features,
+            "logit_scale": torch.tensor(10.0),
+        }
+
+
+def names() -> dict[str, Any]:
+    """What the blocks take from the program around them."""
+    from mulki import Similarity
+
+    model = TwoTowers()
+    return {
+        "rank": 0,
+        "world_size": 1,
+        "loss": ClipLoss(),
+        "model": model,
+        "images": torch.randn(100, 5),
+        "texts": torch.randn(100, 6),
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "image_features": rows(N, 16).requires_grad_(),
+        "text_features": rows(P, 16).requires_grad_(),
+        "logit_scale": torch.tensor(20.0),
+        "target": torch.arange(N) % P,
+        "student": Similarity(rows(N, 16), rows(P, 16), 20.0),
+        "zs_images": rows(N, 16),
+        "zs_texts": rows(P, 16),
+        "zs_scale": torch.tensor(30.0),
+        "prev_images": rows(N, 16),
+        "prev_texts": rows(P, 16),
+        "prev_scale": 10.0,
+    }
 
 
 def block(words: str) -> str:
     """The one block of code with these words."""
-    (found,) = (code for code in BLOCKS if words in code)
+    (found,) = (str(param.values[0]) for param in BLOCKS if words in str(param.values[0]))
     return found
 
 
-def test_the_losses_in_place_of_open_clips_run() -> None:
-    class Model(torch.nn.Linear):
-        def forward(self, images: torch.Tensor, texts: torch.Tensor) -> dict[str, torch.Tensor]:
-            image, text = (
-                F.normalize(super(Model, self).forward(x), dim=1) for x in (images, texts)
-            )
-            scale = torch.tensor(10.0)
-            return {"image_features": image, "text_features": text, "logit_scale": scale}
+@pytest.mark.parametrize("code", BLOCKS)
+def test_a_block_of_python_runs(code: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import open_clip
 
-    model = Model(5, 4)
-    names = {"model": model, "images": torch.randn(6, 5), "texts": torch.randn(6, 5)}
-    exec(block("mulki.losses"), names | {"rank": 0, "world_size": 1})
-    assert model.weight.grad is not None and model.weight.grad.abs().sum() > 0
+    # A run folder is made by the tests of the runner, which load its model by this very call.
+    loaded: list[str] = []
+    monkeypatch.setattr(open_clip, "create_model", loaded.append)
+    exec(code, names() | {"run_folder": tmp_path})
+    assert loaded == (
+        [f"local-dir:{tmp_path / 'checkpoints' / 'latest'}"] if "create_model" in code else []
+    )
+
+
+def test_the_losses_in_place_of_open_clips_reach_the_model() -> None:
+    found = names()
+    exec(block('# {"contrastive_loss"'), found)
+    weight = found["model"].image.weight
+    assert weight.grad is not None and weight.grad.abs().sum() > 0
 
 
 def test_the_example_of_micro_batches_is_a_step_on_the_whole_batch() -> None:
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.image, self.text = torch.nn.Linear(5, 8), torch.nn.Linear(6, 8)
-
-        def forward(self, images: torch.Tensor, texts: torch.Tensor) -> dict[str, torch.Tensor]:
-            encoded = self.image(images), self.text(texts)
-            image_features, text_features = (F.normalize(x, dim=1) for x in encoded)
-            return {
-                "image_features": image_features,
-                "text_features": text_features,
-                "logit_scale": torch.tensor(10.0),
-            }
-
-    ours, whole = Model(), Model()
-    names = {
-        "loss": ClipLoss(),
-        "model": ours,
-        "images": torch.randn(100, 5),
-        "texts": torch.randn(100, 6),
-        "optimizer": torch.optim.SGD(ours.parameters(), lr=0.1),
-    }
-    exec(block("micro_batch"), names)
-    ClipLoss()(**whole(names["images"], names["texts"])).backward()
+    ours, whole = names(), TwoTowers()
+    exec(block("micro_batch"), ours)
+    ClipLoss()(**whole(ours["images"], ours["texts"])).backward()
     torch.optim.SGD(whole.parameters(), lr=0.1).step()
-    for parameter, wanted in zip(ours.parameters(), whole.parameters(), strict=True):
+    for parameter, wanted in zip(ours["model"].parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(parameter, wanted)
 
 
-def test_the_loss_example_runs_and_reaches_the_student() -> None:
-    code = block("mulki.functional")
-    n, p = 6, 4
-
-    def rows(count: int, width: int) -> torch.Tensor:
-        return F.normalize(torch.randn(count, width), dim=1)
-
-    images = rows(n, 16).requires_grad_()
-    names = {
-        "image_features": images,
-        "text_features": rows(p, 16).requires_grad_(),
-        "logit_scale": torch.tensor(20.0),
-        "target": torch.arange(n) % p,
-        "zs_images": rows(n, 24),
-        "zs_texts": rows(p, 24),
-        "zs_scale": torch.tensor(30.0),
-        "prev_images": rows(n, 8),
-        "prev_texts": rows(p, 8),
-        "prev_scale": 10.0,
-    }
-    exec(code, names)
-    loss = names["loss"]
-    loss.backward()
-    assert loss.shape == () and torch.isfinite(loss)
-    assert images.grad is not None and images.grad.abs().sum() > 0
+@pytest.mark.parametrize("words", ["dual_teacher_kl", "MulKILoss("])
+def test_the_loss_examples_reach_the_student(words: str) -> None:
+    found = names()
+    # The function takes teachers of other widths.
+    if words == "dual_teacher_kl":
+        found |= {"zs_images": rows(N, 24), "zs_texts": rows(P, 24)}
+        found |= {"prev_images": rows(N, 8), "prev_texts": rows(P, 8)}
+    exec(block(words), found)
+    if words == "dual_teacher_kl":
+        found["loss"].backward()
+    gradient = found["image_features"].grad
+    assert gradient is not None and torch.isfinite(gradient).all() and gradient.abs().sum() > 0
 
 
-def test_the_methods_of_the_readme_are_those_there_are() -> None:
-    from mulki import methods
+def test_the_documented_methods_are_those_there_are() -> None:
+    text = (ROOT / "docs" / "training.md").read_text()
+    section = text[text.index("## Methods") : text.index("## The run folder")]
+    assert sorted(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == list(methods.available())
 
-    listed = re.findall(r"^\| `(\w+)` \|", README.read_text(), flags=re.MULTILINE)
-    assert sorted(listed) == list(methods.available())
+
+def test_the_documented_gates_and_functions_are_those_there_are() -> None:
+    from mulki import functional
+
+    text = (ROOT / "docs" / "losses.md").read_text()
+    gates = re.findall(r'^\| `"(\w+)"` \|', text, re.MULTILINE)
+    assert sorted(gates) == sorted(functional.GATES)
+    for function in re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE):
+        assert callable(getattr(functional, function))
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link into a page may name, as GitHub makes it from the headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", LINKING, ids=name)
+def test_every_relative_link_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    for link in (link for link in links if "://" not in link):
+        path, _, anchor = link.partition("#")
+        to = (page.parent / path).resolve() if path else page
+        assert to.exists(), link
+        assert not anchor or anchor in anchors(to), link
+
+
+def test_the_index_has_every_page() -> None:
+    pages = {page.name for page in DOCS[1:]} - {"index.md"}
+    assert pages <= set(re.findall(r"\]\((\S+?)\)", (ROOT / "docs" / "index.md").read_text()))
+
+
+def quoted(page: Path) -> list[str]:
+    """Text between backticks, outside Python blocks."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    return re.findall(r"`([^`\n]+)`", text)
+
+
+@pytest.mark.parametrize("page", DOCS, ids=name)
+def test_every_file_that_is_named_exists(page: Path) -> None:
+    top = {path.name for path in ROOT.iterdir()}
+    for words in quoted(page):
+        path = words.split()[0]
+        if "/" in path and path.split("/")[0] in top and not set(path) & set("<>*{}"):
+            assert (ROOT / path).exists(), path
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The command lines of a page: indented lines, and quoted ones, without their comments."""
+    text = page.read_text().replace("\\\n", " ")
+    lines = [line[4:] for line in text.splitlines() if line.startswith("    ")]
+    lines += quoted(page)
+    starts = ("mulki ", "make ", "python -m ", "python setup.py ", "torchrun ", "benchmarks/")
+    lines = [line.partition(" #")[0] for line in lines]
+    return [shlex.split(line) for line in lines if line.startswith(starts)]
+
+
+def options(options_class: type) -> set[str]:
+    found = set()
+    for item in fields(options_class):
+        flag = item.name.replace("_", "-")
+        found |= {f"--{flag}", f"--no-{flag}", item.metadata["alias"]}
+    return found
+
+
+def known_options(command: str) -> set[str]:
+    if command == "bench":
+        return options(BenchOptions) | {"--help"}
+    if command == "run":
+        every = (options(methods.get(method).Options) for method in methods.available())
+        return options(RunConfig).union(*every) | {"--config", "--help"}
+    return {"--json", "--order", "--help"}
+
+
+@pytest.mark.parametrize("page", DOCS, ids=name)
+def test_every_command_exists(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.run_command(["--help"])
+    ours = re.findall(r"^  (\w+) ", capsys.readouterr().out, re.MULTILINE)
+    targets = re.findall(r"^([\w.]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for line in commands(page):
+        words = line[line.index("-m") + 1 :] if "-m" in line else line
+        assert words is line or importlib.util.find_spec(words[0]) is not None, words
+        if words[0] == "mulki":
+            after = [word for word in words[1:] if word != "--"]
+            assert after[0] in ours, words
+            given = {word.partition("=")[0] for word in after if word.startswith("--")}
+            assert given <= known_options(after[0]), words
+        if words[0] == "make":
+            assert words[1] in targets, words
+        if words[0].startswith("benchmarks/"):
+            assert (ROOT / words[0]).exists(), words
+
+
+@pytest.mark.parametrize("page", DOCS, ids=name)
+def test_every_quoted_option_exists(page: Path) -> None:
+    known = known_options("run") | known_options("bench")
+    for words in quoted(page):
+        option = words.split()[0].partition("=")[0]
+        if option.startswith("--") and option != "--":
+            assert option in known, words
