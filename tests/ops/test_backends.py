@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_cases import NAMES, form_arguments, make, requiring_grad, run
 
 from mulki import ops
 from mulki.ops import backends, schemas, use_backend
+from tests.ops.op_cases import NAMES, form_arguments, make, requiring_grad, run
 
 HALF = torch.bfloat16
 FULL = torch.float32

@@ -6,7 +6,6 @@ import csv
 from pathlib import Path
 from typing import Any
 
-import engine_helpers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,7 @@ from mulki.errors import InputError
 from mulki.features import Features
 from mulki.methods import TaskStart
 from mulki.methods.mulki import MulKI
+from tests import engine_helpers
 
 tiny_models = engine_helpers.tiny_models
 start_model = engine_helpers.start_model

@@ -17,9 +17,10 @@ from mulki.errors import InputError
 from mulki.metrics import DEFINITIONS, ZERO_SHOT, AccuracyMatrix, write_matrix
 from mulki.report import print_matrix, render_html, summary_markdown, write_html
 from mulki.results import RunFolder
+from tests import FIXTURES
 
 PUBLISHED: dict[str, Any] = json.loads(
-    (Path(__file__).parent / "data" / "published_matrices.json").read_text(encoding="utf-8")
+    (FIXTURES / "published_matrices.json").read_text(encoding="utf-8")
 )
 
 

@@ -6,7 +6,6 @@ import csv
 from collections.abc import Callable
 from pathlib import Path
 
-import engine_helpers
 import pytest
 import torch
 from torch import nn
@@ -16,6 +15,7 @@ from benchmarks.microbatch import measure
 from benchmarks.microbatch.saved import SavedBytes
 from benchmarks.microbatch.workload import Batch, Setting, Workload
 from mulki.errors import InputError
+from tests import engine_helpers
 
 tiny_models = engine_helpers.tiny_models
 start_model = engine_helpers.start_model

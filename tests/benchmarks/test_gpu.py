@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-
 from mulki.bench.losses import MULKI
 from mulki.bench.report import read_rows
-from mulki.cli import run_command
 
-ROOT = Path(__file__).parent.parent
+from mulki.cli import run_command
+from tests import ROOT
+
 NEEDLESS = "rich yaml open_clip safetensors hypothesis jinja2 torchvision PIL matplotlib"
 
 

@@ -14,9 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-
-from mulki import functional
 from mulki.bench import clocks, measure
 from mulki.bench.by_rows import outcome
 from mulki.bench.cases import MODES, OPERATORS, PAIRED, Case, make_cases, parse_shape
@@ -25,9 +22,12 @@ from mulki.bench.point import measure_case
 from mulki.bench.providers import PROVIDERS, Provider
 from mulki.bench.report import Quantiles, Result, markdown, read_rows, rows_of
 from mulki.bench.verify import Verifier
-from mulki.cli import run_command
+from torch import Tensor
 
-ROOT = Path(__file__).parent.parent
+from mulki import functional
+from mulki.cli import run_command
+from tests import ROOT
+
 LIGER = (
     "kernel_name,kernel_provider,kernel_operation_mode,metric_name,metric_unit,x_name,x_label,"
     "x_value,y_value_50,y_value_20,y_value_80,extra_benchmark_config_str,gpu_name,timestamp,"

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mulki.bench.cases import SCALE, Case
-from mulki.bench.losses import TEMPERATURE, Loss, Matrix, log_softmax
+from .cases import SCALE, Case
+from .losses import TEMPERATURE, Loss, Matrix, log_softmax
 
 #: The distribution of a package, by the name it is imported by.
 DISTRIBUTIONS = {

@@ -8,11 +8,11 @@ from typing import Protocol
 
 from torch import Tensor
 
-from mulki.bench import graphs, measure
-from mulki.bench.by_rows import Outcome, named, outcome
-from mulki.bench.cases import MODES, Case, Inputs
-from mulki.bench.losses import Loss
-from mulki.bench.providers import Provider
+from . import graphs, measure
+from .by_rows import Outcome, named, outcome
+from .cases import MODES, Case, Inputs
+from .losses import Loss
+from .providers import Provider
 
 
 class Calls(Protocol):

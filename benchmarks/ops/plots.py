@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mulki.bench.report import Row, setting_line
 from mulki.errors import InputError
+
+from .machine import setting_line
+from .report import Row
 
 # Metric, what its axis says, and the factor to its unit.
 _PANELS = (

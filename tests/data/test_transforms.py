@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_helpers import picture
 from torchvision import transforms as tv
 
 from mulki.data.transforms import is_deterministic, train_transform
 from mulki.errors import InputError
+from tests.data.data_helpers import picture
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 FIXED = [tv.Resize(8), tv.CenterCrop(8), tv.ToTensor(), tv.Normalize(MEAN, STD)]

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mulki.bench import peers
-from mulki.bench.cases import DTYPES, Case
-from mulki.bench.losses import EAGER, MULKI, Loss
 from mulki.ops.backends import choose
+
+from . import peers
+from .cases import DTYPES, Case
+from .losses import EAGER, MULKI, Loss
 
 #: The most logits of a call that is captured: beyond, its memory would be missed elsewhere, and
 #: launches take no share of its time.

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_helpers import encoded, picture, write_shard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,6 +18,7 @@ from PIL import Image
 from mulki.data.embedded import embedded_root, embedded_sequence
 from mulki.data.shards import open_pack, open_shard
 from mulki.errors import InputError
+from tests.data.data_helpers import encoded, picture, write_shard
 
 REAL = pytest.mark.skipif(
     not (embedded_root() / "tasks.json").exists(), reason="the bundled pack is not built"

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from data_helpers import encoded, picture, write_shard
+
+from tests.data.data_helpers import encoded, picture, write_shard
 
 
 @pytest.fixture

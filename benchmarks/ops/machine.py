@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Mapping
 from datetime import datetime
 
 import torch
@@ -36,6 +37,17 @@ def describe_machine(device: str) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "git_commit": f"{commit}, modified" if found["git_modified"] else str(commit),
     }
+
+
+def setting_line(setting: Mapping[str, str]) -> str:
+    """Versions and hardware, from the machine's columns of a line."""
+    triton = f", triton {setting['triton_version']}" if setting["triton_version"] else ""
+    gpu = f"{setting['gpu_name']}, " if setting["gpu_name"] else ""
+    return (
+        f"mulki {setting['mulki_version']} ({setting['git_commit'] or 'no checkout'}), "
+        f"torch {setting['torch_version']}{triton}; {gpu}{setting['cpu_name']}, "
+        f"{setting['capability']}, threads: {setting['threads']}"
+    )
 
 
 def _driver() -> str:

@@ -7,15 +7,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mulki.bench import clocks, largest, measure, report
-from mulki.bench.cases import DTYPES, MODES, OPERATORS, PAIRED, Case, make_cases, parse_shape
-from mulki.bench.machine import describe_machine
-from mulki.bench.pace import Pace
-from mulki.bench.point import measure_case
-from mulki.bench.providers import PROVIDERS
-from mulki.bench.report import CsvFile, Quantiles, Result
 from mulki.errors import InputError, nearest
 from mulki.options import check_options, option
+
+from . import clocks, largest, measure, report
+from .cases import DTYPES, MODES, OPERATORS, PAIRED, Case, make_cases, parse_shape
+from .machine import describe_machine, setting_line
+from .pace import Pace
+from .point import measure_case
+from .providers import PROVIDERS
+from .report import CsvFile, Quantiles, Result
 
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -149,7 +150,7 @@ def _run(
     say: Say,
 ) -> int:
     machine = describe_machine(options.device)
-    say(report.setting_line(machine))
+    say(setting_line(machine))
     for reason in dict.fromkeys(absent.values()):
         say(f"left out: {', '.join(n for n in absent if absent[n] == reason)}: {reason}")
     measured = _searched(options) if options.largest else _timed(cases, options, say)

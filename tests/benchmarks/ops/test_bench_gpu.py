@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from mulki.bench import clocks, graphs, largest, measure, point
 from mulki.bench.by_rows import in_chunks, outcome
 from mulki.bench.cases import GPU_GRID, MATRIX_ENTRIES, MODES, OPERATORS, PAIRED, Case, make_cases
@@ -25,7 +23,10 @@ from mulki.bench.providers import GRAPH_LOGITS, PROVIDERS, Provider
 from mulki.bench.report import Quantiles, Result, markdown, rows_of
 from mulki.bench.run import BenchOptions, run
 from mulki.bench.verify import Verifier
+from torch import Tensor
+
 from mulki.cli import run_command
+from tests import ROOT
 
 CASE = Case("dual_teacher_kl", 7, 5, 16, "float32")
 # Large enough that which rounding comes out smaller is no matter of luck.
@@ -592,6 +593,7 @@ def test_figures(tmp_path: Path) -> None:
 
 def test_figures_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mulki.bench.plots import plot
+
     from mulki.errors import InputError
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -619,7 +621,7 @@ def test_the_benchmark_needs_torch_and_numpy_alone(tmp_path: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "ops.csv")],
-        cwd=Path(__file__).parent.parent,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,

@@ -36,8 +36,10 @@ from typing import Literal
 
 import numpy as np
 
-from mulki.bench.cases import PAIRED, Case
 from mulki.errors import InputError
+
+from .cases import PAIRED, Case
+from .machine import setting_line
 
 Row = dict[str, str]
 Status = Literal["timed", "searched", "failed", "out of memory", "not applicable"]
@@ -287,17 +289,6 @@ def markdown(rows: Sequence[Row]) -> str:
         if searched:
             parts += ["Largest N found to fit, forward and backward:", "", *_largest(searched), ""]
     return "\n".join(parts)
-
-
-def setting_line(setting: Mapping[str, str]) -> str:
-    """Versions and hardware, from the machine's columns of a line."""
-    triton = f", triton {setting['triton_version']}" if setting["triton_version"] else ""
-    gpu = f"{setting['gpu_name']}, " if setting["gpu_name"] else ""
-    return (
-        f"mulki {setting['mulki_version']} ({setting['git_commit'] or 'no checkout'}), "
-        f"torch {setting['torch_version']}{triton}; {gpu}{setting['cpu_name']}, "
-        f"{setting['capability']}, threads: {setting['threads']}"
-    )
 
 
 def _table(rows: Sequence[Row]) -> Iterator[str]:

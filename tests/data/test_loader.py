@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_helpers import Blank
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,6 +19,7 @@ from torchvision import transforms as tv
 from mulki.data import BadImage, folder_task
 from mulki.data.loader import Images, batch_sizes, batches, cycle
 from mulki.data.shards import open_shard
+from tests.data.data_helpers import Blank
 
 FIXED = tv.Compose([tv.Resize(8), tv.ToTensor()])
 

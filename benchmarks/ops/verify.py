@@ -13,9 +13,9 @@ import math
 import torch
 from torch import Tensor
 
-from mulki.bench.by_rows import Outcome, in_chunks
-from mulki.bench.cases import Case, Inputs
-from mulki.bench.providers import PROVIDERS
+from .by_rows import Outcome, in_chunks
+from .cases import Case, Inputs
+from .providers import PROVIDERS
 
 #: Relative L2 error allowed on top of the unfused one's, by dtype: a few roundings of a result.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 5e-3, "float16": 1e-3}

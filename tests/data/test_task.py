@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from data_helpers import Blank
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +12,7 @@ from mulki.data import Task
 from mulki.data.prompts import check_templates, fill, read_templates
 from mulki.data.task import split_fingerprint
 from mulki.errors import InputError
+from tests.data.data_helpers import Blank
 
 TASK = Task("pets", ("cat", "dog"), ("a {}.", "the {}!"), Blank((0, 1)), Blank((1, 0)))
 
