@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mulki.bench.machine import describe_machine, setting_line
-
 from mulki.errors import InputError
 
 Cell = str | float | int | None

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from mulki.bench.by_rows import outcome
 from mulki.bench.cases import MODES, Case
 from mulki.bench.losses import Loss

@@ -23,13 +23,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from mulki.bench.cases import Inputs
-from mulki.bench.machine import describe_machine, setting_line
-from mulki.bench.measure import extra_memory, no_garbage_collection, take_turns
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.losses.train import LOSSES, TEACHERS
+from mulki.bench.cases import Inputs
+from mulki.bench.machine import describe_machine, setting_line
+from mulki.bench.measure import extra_memory, no_garbage_collection, take_turns
 from mulki.ops import use_backend
 
 MIB = 2**20

@@ -11,11 +11,11 @@ from unittest import mock
 
 import numpy as np
 import torch
-from mulki.bench.measure import PeakMemory, no_garbage_collection, take_turns
 
 from benchmarks.microbatch.saved import SavedBytes
 from benchmarks.microbatch.workload import Setting, Workload
 from benchmarks.tables import Cell, Row
+from mulki.bench.measure import PeakMemory, no_garbage_collection, take_turns
 from mulki.engine.memory import free_memory
 from mulki.errors import InputError
 

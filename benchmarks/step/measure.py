@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
-from mulki.bench.measure import PeakMemory, no_garbage_collection
 
 from benchmarks.step.job import Job
 from benchmarks.step.ours import learn, watched_optimizer
 from benchmarks.step.plain import PlainLoop
 from benchmarks.step.stopwatch import PARTS, Stopwatch
 from benchmarks.tables import Cell
+from mulki.bench.measure import PeakMemory, no_garbage_collection
 from mulki.engine.learn import StepReport
 from mulki.errors import InputError
 

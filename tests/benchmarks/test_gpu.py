@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from mulki.bench.losses import MULKI
 from mulki.bench.report import read_rows
-
 from mulki.cli import run_command
 from tests import ROOT
 

@@ -17,11 +17,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 takes the place of the compilers", allow_module_level=True)
 
 import triton
-from mulki.kernels.entries import NUMBERS, Entry, entries
 
 from benchmarks.kernels.compiled import Compiled, all_compiled, compile_all, compile_entry, outcome
 from benchmarks.kernels.limits import SHARED, WITHOUT_PRODUCTS, multiplies, violations
 from benchmarks.kernels.report import ARCHITECTURES, HERE, listed, read, render
+from mulki.kernels.entries import NUMBERS, Entry, entries
 
 RENEW = "run python -m benchmarks.kernels"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.embedded.check_pack import check
+from benchmarks.embedded.pack.check_pack import check
 from mulki import models
 from mulki.data import load_sequence
 from mulki.data.embedded import embedded_root

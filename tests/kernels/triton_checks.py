@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from mulki.kernels import tiles
-from mulki.kernels.common import Model
 from torch import Tensor
 
+from mulki.kernels import tiles
+from mulki.kernels.common import Model
 from tests.kernels.triton_cases import Case, make
 from tests.kernels.triton_helpers import all_close, backward, call, close, reduced
 

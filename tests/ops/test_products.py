@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+
+from mulki import Similarity
 from mulki.bench import measure
 from mulki.bench.cases import Case
 from mulki.bench.providers import PROVIDERS
-
-from mulki import Similarity
 from mulki.functional import dual_teacher_kl
 from mulki.ops import native, use_backend
 

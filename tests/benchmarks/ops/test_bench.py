@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
+from mulki import functional
 from mulki.bench import clocks, measure
 from mulki.bench.by_rows import outcome
 from mulki.bench.cases import MODES, OPERATORS, PAIRED, Case, make_cases, parse_shape
@@ -22,9 +25,6 @@ from mulki.bench.point import measure_case
 from mulki.bench.providers import PROVIDERS, Provider
 from mulki.bench.report import Quantiles, Result, markdown, read_rows, rows_of
 from mulki.bench.verify import Verifier
-from torch import Tensor
-
-from mulki import functional
 from mulki.cli import run_command
 from tests import ROOT
 

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from mulki.bench import clocks, graphs, largest, measure, point
 from mulki.bench.by_rows import in_chunks, outcome
 from mulki.bench.cases import GPU_GRID, MATRIX_ENTRIES, MODES, OPERATORS, PAIRED, Case, make_cases
@@ -23,8 +25,6 @@ from mulki.bench.providers import GRAPH_LOGITS, PROVIDERS, Provider
 from mulki.bench.report import Quantiles, Result, markdown, rows_of
 from mulki.bench.run import BenchOptions, run
 from mulki.bench.verify import Verifier
-from torch import Tensor
-
 from mulki.cli import run_command
 from tests import ROOT
 
@@ -593,7 +593,6 @@ def test_figures(tmp_path: Path) -> None:
 
 def test_figures_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mulki.bench.plots import plot
-
     from mulki.errors import InputError
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)

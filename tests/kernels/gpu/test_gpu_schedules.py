@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from mulki.kernels import tiles
 
+from mulki.kernels import tiles
 from tests.kernels.triton_checks import (
     NUMBERS,
     every_plan_of_gradients,

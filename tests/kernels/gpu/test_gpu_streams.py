@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mulki.bench import graphs
 
+from mulki.bench import graphs
 from tests.kernels.triton_cases import make
 from tests.kernels.triton_checks import everything, moved
 from tests.kernels.triton_steps import LOSSES, SIZES, Step

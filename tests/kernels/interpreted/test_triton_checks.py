@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mulki.kernels import common
 
+from mulki.kernels import common
 from mulki.ops import use_backend
 from tests.kernels.triton_cases import LOSSES, NAMES, D, N, P
 from tests.kernels.triton_checks import (

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from mulki.kernels import common
 from torch import Tensor
 
+from mulki.kernels import common
 from tests.kernels.interpreted.triton_memory import BAND, poisoned
 from tests.kernels.triton_cases import NAMES, Case, make
 from tests.kernels.triton_helpers import TOLERANCE, all_close, backward, call, close, reduced

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mulki.kernels import common
 
+from mulki.kernels import common
 from tests.kernels.triton_cases import LOSSES, NAMES, make, teacher_kl
 from tests.kernels.triton_helpers import TOLERANCE, all_close, backward, call, close, error, reduced
 

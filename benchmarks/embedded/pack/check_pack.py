@@ -1,6 +1,6 @@
 """Check the bundled pack: counts, checksums, every image, classes, repeats across the split, size.
 
-python -m benchmarks.embedded.check_pack mulki/data/embedded
+python -m benchmarks.embedded.pack.check_pack mulki/data/embedded
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.embedded.similar import near_pairs, thumbnails
+from benchmarks.embedded.pack.similar import near_pairs, thumbnails
 from mulki.data import BadImage
 from mulki.data.shards import ShardImages, open_shard
 from mulki.errors import InputError
@@ -104,7 +104,7 @@ def check(folder: str | Path) -> list[str]:
 
 def main() -> int:
     if len(sys.argv) != 2:
-        print("usage: python -m benchmarks.embedded.check_pack FOLDER", file=sys.stderr)
+        print("usage: python -m benchmarks.embedded.pack.check_pack FOLDER", file=sys.stderr)
         return 2
     problems = check(sys.argv[1])
     if problems:

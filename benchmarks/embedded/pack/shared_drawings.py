@@ -1,6 +1,7 @@
 """Rank the pack's pictures by how much they resemble one of the start model's training pairs.
 
-    python -m benchmarks.embedded.shared --pack mulki/data/embedded --pairs PAIRS --sheets SHEETS
+    python -m benchmarks.embedded.pack.shared_drawings --pack mulki/data/embedded --pairs PAIRS \\
+        --sheets SHEETS
 
 Whether two pictures are one drawing is for the eye to say, so this prints the pairs below a limit,
 the nearest first, and writes them side by side: the pack's picture above, the training pair's
@@ -16,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from benchmarks.embedded import render
-from benchmarks.embedded.make_pack import SPLITS, sources
-from benchmarks.embedded.similar import NEAR_SHAPE, mirrored, nearest, thumbnails
+from benchmarks.embedded.pack import render
+from benchmarks.embedded.pack.make_pack import SPLITS, sources
+from benchmarks.embedded.pack.similar import NEAR_SHAPE, mirrored, nearest, thumbnails
 from mulki.data.shards import open_pack
 
 # Plain letters and figures coincide with anything round or straight.
@@ -81,7 +82,7 @@ def sheets(pairs: list[tuple[str, np.ndarray, np.ndarray]], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--pack", required=True, type=Path, help="folder of the pack")
-    parser.add_argument("--pairs", required=True, type=Path, help="folder that pairs.py wrote")
+    parser.add_argument("--pairs", required=True, type=Path, help="folder of training pictures")
     parser.add_argument("--sheets", type=Path, help="folder for contact sheets")
     parser.add_argument("--only", nargs="*", help="names of tasks")
     options = parser.parse_args()

@@ -2,8 +2,8 @@
 
 The views are what keeps the start model from learning any one vendor's look: pictures are moved,
 turned, bent, recoloured, laid on other backgrounds, thinned, thickened and coarsened. Each kind of
-picture (see ``pairs.py``) has its own mixture, because a mirrored letter is another sign and a
-recoloured flag another country.
+picture (see ``training_pictures.py``) has another mixture, because a mirrored letter is another
+sign and a recoloured flag another country.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.embedded.pairs import DRAWING, FLAG, GLYPH, ICON, MARKED, SILHOUETTE
+from benchmarks.embedded.pack.training_pictures import (
+    DRAWING,
+    FLAG,
+    GLYPH,
+    ICON,
+    MARKED,
+    SILHOUETTE,
+)
 
 # Per kind: turn in degrees, widest and narrowest scale, shear, shift, bend.
 MOVES = {

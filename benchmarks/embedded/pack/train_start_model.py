@@ -1,12 +1,12 @@
 """Train ``mulki-mini``: EfficientNet-Lite0 and a text projection, aligned on captioned pictures.
 
-    python -m benchmarks.embedded.train_start_model --cache CACHE --pairs PAIRS \
+    python -m benchmarks.embedded.pack.train_start_model --cache CACHE --pairs PAIRS \
         --pack mulki/data/embedded --work WORK --steps 8000
 
 The whole image tower and both projections are trained; MiniLM stays frozen, so each caption is
 encoded once. The state is saved every five minutes and a later call with the same ``--work`` goes
 on from it. The pack's training pictures are looked at, never learned from; its test pictures are
-not shown to the model. ``pairs`` has opened both, to leave near duplicates of them out.
+not shown to the model. ``training_pictures`` has opened both, to leave near duplicates of them out.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.embedded import mini
-from benchmarks.embedded.augment import Views
-from benchmarks.embedded.sources import Cache
+from benchmarks.embedded.pack import mini
+from benchmarks.embedded.pack.augment import Views
+from benchmarks.embedded.pack.sources import Cache
 from mulki.data.loader import batches
 from mulki.data.shards import open_pack
 from mulki.data.subset import Subset
@@ -249,7 +249,7 @@ class Looks:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--cache", required=True, help="folder of fetched packages")
-    parser.add_argument("--pairs", required=True, type=Path, help="folder that pairs.py wrote")
+    parser.add_argument("--pairs", required=True, type=Path, help="folder of training pictures")
     parser.add_argument(
         "--pack", required=True, type=Path, help="the model goes to PACK/mulki-mini"
     )
