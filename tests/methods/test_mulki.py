@@ -1,20 +1,18 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mulki import methods
-from mulki.errors import InputError
 from mulki.losses import MulKILoss
-from mulki.methods import PREVIOUS, ZERO_SHOT, TaskStart
+from mulki.methods import PREVIOUS, ZERO_SHOT
 from mulki.methods.finetune import Finetune
-from mulki.methods.lwf import LwF
 from mulki.methods.mulki import MulKI
-from mulki.methods.zero_shot import ZeroShot
+from tests.methods.method_helpers import add, start
 
 ALL_TERMS = {
     "ce_loss",
@@ -25,139 +23,6 @@ ALL_TERMS = {
     "text_text_loss",
     "feature_loss",
 }
-
-
-@pytest.fixture
-def student(model_features):
-    return model_features(grad=True)
-
-
-@pytest.fixture
-def teachers(model_features):
-    return model_features(scale=9.0), model_features(scale=4.0)
-
-
-@pytest.fixture
-def weights():
-    """A model's trainable parameters: one of ones, one of zeros."""
-    return {"a": torch.nn.Parameter(torch.ones(3)), "b": torch.nn.Parameter(torch.zeros(()))}
-
-
-def start(method, weights, prototypes=None, index=0):
-    method.start_task(TaskStart(index, 4, 10, weights, prototypes))
-    return method
-
-
-def add(weights, amount):
-    """What an optimiser step does."""
-    with torch.no_grad():
-        for weight in weights.values():
-            weight.add_(amount)
-
-
-class TestRegistry:
-    def test_finds_the_methods(self):
-        assert methods.available() == {
-            "finetune": Finetune,
-            "lwf": LwF,
-            "mulki": MulKI,
-            "zero_shot": ZeroShot,
-        }
-        assert methods.get("lwf") is LwF
-
-    def test_an_unknown_name_gets_the_nearest(self):
-        with pytest.raises(
-            InputError, match=r"'MULKY' \(did you mean \"mulki\"\?\).*finetune, lwf"
-        ):
-            methods.get("MULKY")
-        with pytest.raises(InputError, match="^--method: no method 'xyz'; choose from finetune"):
-            methods.get("xyz")
-
-    @pytest.mark.parametrize("name", ["finetune", "lwf", "mulki", "zero_shot"])
-    def test_every_method_and_option_is_described(self, name):
-        method = methods.get(name)
-        assert method.summary
-        for item in fields(method.Options):
-            assert item.metadata["help"], item.name
-
-
-@pytest.mark.parametrize(
-    ("method", "name", "bad", "good"),
-    [
-        (Finetune, "label_smoothing", (-0.1, 1.1), (0.0, 1.0)),
-        (LwF, "label_smoothing", (-0.1, 1.1), (0.0, 1.0)),
-        (LwF, "distill_weight", (-0.1,), (0.0,)),
-        (LwF, "temperature", (0.0, -1.0), (0.1,)),
-        (MulKI, "label_smoothing", (-0.1, 1.1), (0.0, 1.0)),
-        (MulKI, "temperature", (0.0, -1.0), (0.1,)),
-        (MulKI, "prototype_update", ("mean",), ("ema", "learnable", "fixed")),
-        (MulKI, "prototype_momentum", (-0.1, 1.1), (0.0, 1.0)),
-        (MulKI, "alignment", (-0.1,), (0.0,)),
-        (MulKI, "image_text", (-0.1,), (0.0,)),
-        (MulKI, "image_image", (-0.1,), (0.0,)),
-        (MulKI, "text_image", (-0.1,), (0.0,)),
-        (MulKI, "text_text", (-0.1,), (0.0,)),
-        (MulKI, "feature", (-0.1,), (0.0,)),
-        (MulKI, "gate", ("lable",), ("uniform", "confidence", "label", "discrepancy")),
-        (MulKI, "gate_temperature", (0.0,), (0.1,)),
-        (MulKI, "we_every", (-1,), (0, 1)),
-        (MulKI, "alpha", (0.0, 1.1, float("nan")), (0.1, 1.0)),
-        (MulKI, "l2", (-0.1,), (0.0,)),
-    ],
-)
-def test_bounds_of_options(method, name, bad, good):
-    for value in bad:
-        with pytest.raises(InputError, match=f"^--{name.replace('_', '-')}: got '?{value}"):
-            method(method.Options(**{name: value}))
-    for value in good:
-        method(method.Options(**{name: value}))
-
-
-class TestBaselines:
-    def test_zero_shot_does_not_train(self, student, target):
-        method = ZeroShot(ZeroShot.Options())
-        assert not ZeroShot.trains
-        with pytest.raises(TypeError, match="zero_shot does not train"):
-            method.losses(student, (), target)
-
-    @pytest.mark.parametrize("method", [Finetune, LwF, ZeroShot])
-    def test_baselines_have_no_state_and_leave_weights_alone(self, method, weights):
-        made = start(method(method.Options()), weights)
-        add(weights, 1.0)
-        made.after_step(1)
-        made.end_task()
-        assert not made.state_dict() and not list(made.parameters())
-        assert made.penalties() == {} and made.prototypes() is None
-        assert weights["a"].tolist() == [2, 2, 2]
-
-    def test_finetune_is_cross_entropy(self, student, target):
-        method = Finetune(Finetune.Options(label_smoothing=0.1))
-        assert method.needs == methods.Needs()
-        losses = method.losses(student, (), target)
-        z = student.scale * student.images @ student.texts.T
-        assert list(losses) == ["ce_loss"]
-        torch.testing.assert_close(
-            losses["ce_loss"], F.cross_entropy(z, target, label_smoothing=0.1)
-        )
-
-    def test_lwf_adds_the_kl_of_the_previous_model(self, student, model_features, target):
-        previous = model_features(width=3)
-        method = LwF(LwF.Options(temperature=3.0, distill_weight=0.7, label_smoothing=0.1))
-        assert method.needs == methods.Needs(teachers=(PREVIOUS,))
-        losses = method.losses(student, (previous,), target)
-        z = student.scale * student.images @ student.texts.T
-        z_previous = previous.scale * previous.images @ previous.texts.T
-        kl = F.kl_div((z / 3).log_softmax(1), (z_previous / 3).softmax(1), reduction="batchmean")
-        assert set(losses) == {"ce_loss", "distill_loss"}
-        torch.testing.assert_close(losses["distill_loss"], 0.7 * 9 * kl)
-        torch.testing.assert_close(
-            losses["ce_loss"], F.cross_entropy(z, target, label_smoothing=0.1)
-        )
-
-    def test_defaults_are_those_of_the_benchmark(self):
-        assert Finetune.Options().label_smoothing == LwF.Options().label_smoothing == 0.2
-        assert MulKI.Options().label_smoothing == 0.2
-        assert LwF.Options().temperature == MulKI.Options().temperature == 2.0
 
 
 class TestMulKI:
