@@ -8,10 +8,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from . import graphs, measure
-from .by_rows import Outcome, named, outcome
+from . import call_cost, graphs
 from .cases import MODES, Case, Inputs
 from .losses import Loss
+from .outcomes import Outcome, named, outcome
 from .providers import Provider
 
 
@@ -45,10 +45,10 @@ class FunctionCalls:
 
     def seconds(self, mode: str, ahead: bool) -> float:
         with self._context():
-            return measure.timed(mode, self._loss, self._inputs, self._device, ahead)
+            return call_cost.timed(mode, self._loss, self._inputs, self._device, ahead)
 
     def memory(self, mode: str) -> dict[str, int]:
-        return measure.extra_memory(mode, self._loss, self._inputs, self._device, self._context)
+        return call_cost.extra_memory(mode, self._loss, self._inputs, self._device, self._context)
 
 
 class GraphCalls:
@@ -62,7 +62,7 @@ class GraphCalls:
         def call(mode: str) -> Callable[[], tuple[Tensor, ...]]:
             def once() -> tuple[Tensor, ...]:
                 with provider.context(case):
-                    return measure.outputs(mode, loss, inputs)
+                    return call_cost.outputs(mode, loss, inputs)
 
             return once
 
@@ -78,7 +78,7 @@ class GraphCalls:
         return named(alone, value, gradients, self._inputs)
 
     def seconds(self, mode: str, ahead: bool) -> float:
-        return measure.timed_call(self._replays[mode].replay, self._device, ahead)
+        return call_cost.timed_call(self._replays[mode].replay, self._device, ahead)
 
     def memory(self, mode: str) -> dict[str, int]:
         return {}

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import measure
+from . import call_cost
 from .cases import PAIRED, WIDTH, Case
 from .point import free_memory
 from .providers import PROVIDERS, Provider
@@ -103,7 +103,7 @@ def _seconds(case: Case, provider: Provider) -> float | None:
         loss = provider.make(case)
         start = time.perf_counter()
         with provider.context(case):
-            outputs = measure.outputs("both", loss, inputs)
+            outputs = call_cost.outputs("both", loss, inputs)
             float(outputs[0])  # waits for it
     except torch.OutOfMemoryError:
         return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import clocks, measure
+from . import call_cost, clocks
 from .calls import Calls, calls_of
 from .cases import Case, Inputs
 from .providers import PROVIDERS
@@ -42,7 +42,7 @@ def measure_case(
     checked = {name: _check(case, name, inputs, verifier) for name in providers}
     del verifier
     results = []
-    with measure.no_garbage_collection():
+    with call_cost.no_garbage_collection():
         for mode in modes:
             right = {
                 name: found.calls
@@ -104,7 +104,7 @@ def _times(
     calls: dict[str, Calls], mode: str, seconds: float, ahead: bool
 ) -> dict[str, list[float]]:
     turns = {name: functools.partial(of.seconds, mode, ahead) for name, of in calls.items()}
-    return measure.take_turns(turns, seconds)
+    return call_cost.take_turns(turns, seconds)
 
 
 def _metrics(

@@ -10,7 +10,7 @@ import torch
 from mulki.errors import InputError, nearest
 from mulki.options import check_options, option
 
-from . import clocks, largest, measure, report
+from . import call_cost, clocks, largest, report
 from .cases import DTYPES, MODES, OPERATORS, PAIRED, Case, make_cases, parse_shape
 from .machine import describe_machine, setting_line
 from .pace import Pace
@@ -181,8 +181,8 @@ def _run(
 def _timed(
     cases: Sequence[Case], options: BenchOptions, say: Say
 ) -> Callable[[Case], list[Result]]:
-    mm = {name: measure.product_rate(DTYPES[name], options.device) for name in options.dtypes}
-    copy = measure.copy_rate(options.device)
+    mm = {name: call_cost.product_rate(DTYPES[name], options.device) for name in options.dtypes}
+    copy = call_cost.copy_rate(options.device)
     for name, rate in mm.items():
         of_mm, own = rate.torch_mm / 1e9, rate.similarity / 1e9
         say(f"{name}: torch.mm {of_mm:.0f}, prototype_similarity {own:.0f} GFLOP/s")
@@ -207,7 +207,7 @@ def _searched(options: BenchOptions) -> Callable[[Case], list[Result]]:
     return lambda case: largest.search(case, options.providers)
 
 
-def _with_shares(result: Result, rates: measure.ProductRates, copy: float) -> Result:
+def _with_shares(result: Result, rates: call_cost.ProductRates, copy: float) -> Result:
     """Add the shares of plain products and of a copy, where the result has a throughput."""
     if "throughput" not in result.metrics:
         return result

@@ -3,7 +3,7 @@
 The yardstick is plain PyTorch in float64 on the rounded inputs. A result is right if its error is
 no worse than that of the unfused computation in the same dtype, plus a tolerance: what rounding
 the logits costs is forgiven to nobody but those who would lose it anyway. Of large cases both are
-computed in chunks of rows (`by_rows`), so that all of the result is checked at any size.
+computed in chunks of rows (`outcomes`), so that all of the result is checked at any size.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from .by_rows import Outcome, in_chunks
 from .cases import Case, Inputs
+from .outcomes import Outcome, in_chunks
 from .providers import PROVIDERS
 
 #: Relative L2 error allowed on top of the unfused one's, by dtype: a few roundings of a result.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks.microbatch import __main__ as command
-from benchmarks.microbatch import measure
+from benchmarks.microbatch import step_cost
 from benchmarks.microbatch.saved import SavedBytes
 from benchmarks.microbatch.workload import Batch, Setting, Workload
 from mulki.errors import InputError
@@ -46,9 +46,9 @@ def test_saved_bytes_are_those_of_the_graph_at_its_peak() -> None:
 
 
 def test_memory_is_flat_in_micro_batches(setting: Setting) -> None:
-    base = measure.memory_of(setting, 4, None)
-    split = measure.memory_of(setting, 64, 4)
-    whole = measure.memory_of(setting, 64, None)
+    base = step_cost.memory_of(setting, 4, None)
+    split = step_cost.memory_of(setting, 64, 4)
+    whole = step_cost.memory_of(setting, 64, None)
     assert split["saved_mib"] <= 1.15 * base["saved_mib"]
     assert whole["saved_mib"] > 10 * base["saved_mib"]
     assert split["batch_mib"] == 16 * base["batch_mib"]
@@ -56,7 +56,7 @@ def test_memory_is_flat_in_micro_batches(setting: Setting) -> None:
 
 
 def test_a_point_in_a_fresh_process(setting: Setting) -> None:
-    here, there = measure.memory_of(setting, 4, 2), measure.in_fresh_process(setting, (4, 2))
+    here, there = step_cost.memory_of(setting, 4, 2), step_cost.in_fresh_process(setting, (4, 2))
     assert there.keys() == here.keys()
     assert there["saved_mib"] == here["saved_mib"]
 
@@ -71,7 +71,7 @@ def test_gradients_that_differ_are_refused(
 
     monkeypatch.setattr(Workload, "gradients", wrong)
     with pytest.raises(InputError, match="gradients differ"):
-        measure.measure(setting, 2, [1, 2], 1)
+        step_cost.measure(setting, 2, [1, 2], 1)
 
 
 def test_the_command(
@@ -81,7 +81,7 @@ def test_the_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        measure, "in_fresh_process", lambda setting, point: measure.memory_of(setting, *point)
+        step_cost, "in_fresh_process", lambda setting, point: step_cost.memory_of(setting, *point)
     )
     path = tmp_path / "found.csv"
     arguments = ["--models", setting.model, "--micro-batch", "2", "--factors", "1", "2", "17"]

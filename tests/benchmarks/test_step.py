@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from benchmarks.step import __main__ as command
 from benchmarks.step import plain
 from benchmarks.step.job import Job, WithCaptions, prepare
-from benchmarks.step.measure import compare
+from benchmarks.step.loop_cost import compare
 from benchmarks.step.stopwatch import PARTS, Stopwatch
 from benchmarks.tables import markdown, write_csv
 from mulki.errors import InputError

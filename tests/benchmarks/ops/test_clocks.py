@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mulki.bench import clocks, measure
+from mulki.bench import call_cost, clocks
 from mulki.bench.cases import (
     MODES,
     Case,
@@ -109,13 +109,13 @@ def test_the_clock_is_made_ready_right_before_it_starts(monkeypatch: pytest.Monk
     found = {}
     for mode in MODES:
         order.clear()
-        measure.timed(mode, loss, inputs, "cuda", ahead=mode == "both")
+        call_cost.timed(mode, loss, inputs, "cuda", ahead=mode == "both")
         found[mode] = order.copy()
     assert found["forward"] == ["ready", "mark", "call", "mark"]
     assert found["backward"] == ["call", "ready", "mark", "mark"]
     assert found["both"] == ["ahead", "mark", "call", "mark"]
     order.clear()
-    assert measure.timed_call(lambda: order.append("replay"), "cuda") == 2.0
+    assert call_cost.timed_call(lambda: order.append("replay"), "cuda") == 2.0
     assert order == ["ready", "mark", "replay", "mark"]
 
 
@@ -126,7 +126,7 @@ def test_a_gpu_has_a_time_of_its_own_in_the_results(monkeypatch: pytest.MonkeyPa
         asked.append(ahead)
         return 0.001 if ahead else 0.002
 
-    monkeypatch.setattr(measure, "timed", timed)
+    monkeypatch.setattr(call_cost, "timed", timed)
     monkeypatch.setattr(clocks, "has_events", lambda device: True)
     (result,) = measure_case(CASE, ("eager",), ("both",), seconds=1e-9)
     assert result.metrics["speed"].median == 2.0 and result.metrics["device_time"].median == 1.0

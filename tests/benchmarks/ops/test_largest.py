@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mulki.bench import largest, measure, point
+from mulki.bench import call_cost, largest, point
 from mulki.bench.cases import (
     Case,
 )
@@ -44,9 +44,9 @@ def test_a_lack_of_memory_is_a_result_and_no_failure(
     results = measure_case(CASE, ("eager", "mulki"), ("both",), seconds=1e-9)
     assert [r.status for r in results] == ["timed", "out of memory"] and freed == ["cpu"]
     assert results[1].notes == ("CUDA out of memory. Tried to",)
-    rates = measure.ProductRates(torch_mm=1e9, similarity=1e9)
-    monkeypatch.setattr(measure, "product_rate", lambda dtype, device: rates)
-    monkeypatch.setattr(measure, "copy_rate", lambda device: 1e9)
+    rates = call_cost.ProductRates(torch_mm=1e9, similarity=1e9)
+    monkeypatch.setattr(call_cost, "product_rate", lambda dtype, device: rates)
+    monkeypatch.setattr(call_cost, "copy_rate", lambda device: 1e9)
     given = ("--shapes", "6x6x4", "--ops", "siglip", "--dtypes", "fp32", "--seconds", "1e-9")
     assert run_command(["bench", *given, "--providers", "mulki"]) == 0
     assert "mulki: out of memory: CUDA out of memory" in capsys.readouterr().out

@@ -10,7 +10,7 @@ import pytest
 import torch.nn.functional as F
 from torch import Tensor
 
-from mulki.bench import measure
+from mulki.bench import call_cost
 from mulki.bench.cases import (
     Case,
 )
@@ -138,9 +138,9 @@ def test_why_a_peer_is_not_here(packages: None, monkeypatch: pytest.MonkeyPatch)
 def test_what_a_peer_gets_wrong_is_no_failure_of_ours(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rates = measure.ProductRates(torch_mm=1e9, similarity=1e9)
-    monkeypatch.setattr(measure, "product_rate", lambda dtype, device: rates)
-    monkeypatch.setattr(measure, "copy_rate", lambda device: 1e9)
+    rates = call_cost.ProductRates(torch_mm=1e9, similarity=1e9)
+    monkeypatch.setattr(call_cost, "product_rate", lambda dtype, device: rates)
+    monkeypatch.setattr(call_cost, "copy_rate", lambda device: 1e9)
 
     def wrong(x: Tensor, w: Tensor, scale: Tensor, target: Tensor) -> Tensor:
         return 2 * F.cross_entropy(scale * x @ w.T, target)

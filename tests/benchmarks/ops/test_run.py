@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mulki.bench import measure
+from mulki.bench import call_cost
 from mulki.bench.cases import (
     MODES,
     OPERATORS,
@@ -29,9 +29,9 @@ TINY = ["--shapes", "5x5x8", "--seconds", "0.001"]
 
 @pytest.fixture(autouse=True)
 def fast_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    rates = measure.ProductRates(torch_mm=1e9, similarity=4e9)
-    monkeypatch.setattr(measure, "product_rate", lambda dtype, device: rates)
-    monkeypatch.setattr(measure, "copy_rate", lambda device: 2e9)
+    rates = call_cost.ProductRates(torch_mm=1e9, similarity=4e9)
+    monkeypatch.setattr(call_cost, "product_rate", lambda dtype, device: rates)
+    monkeypatch.setattr(call_cost, "copy_rate", lambda device: 2e9)
 
 
 def bench(*arguments: str) -> int:
@@ -242,9 +242,9 @@ def test_the_smallest_case_under_pytest_benchmark() -> None:
 
 
 def test_a_run_says_which_points_it_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    rates = measure.ProductRates(torch_mm=1e9, similarity=1e9)
-    monkeypatch.setattr(measure, "product_rate", lambda dtype, device: rates)
-    monkeypatch.setattr(measure, "copy_rate", lambda device: 1e9)
+    rates = call_cost.ProductRates(torch_mm=1e9, similarity=1e9)
+    monkeypatch.setattr(call_cost, "product_rate", lambda dtype, device: rates)
+    monkeypatch.setattr(call_cost, "copy_rate", lambda device: 1e9)
     said: list[str] = []
     options = BenchOptions(
         ops=("siglip", "similarity"),

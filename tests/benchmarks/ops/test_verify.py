@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from mulki.bench.by_rows import in_chunks, outcome
 from mulki.bench.cases import (
     MODES,
     OPERATORS,
@@ -17,6 +16,7 @@ from mulki.bench.cases import (
     Case,
 )
 from mulki.bench.losses import EAGER, MULKI
+from mulki.bench.outcomes import in_chunks, outcome
 from mulki.bench.point import measure_case
 from mulki.bench.providers import PROVIDERS, Provider
 from mulki.bench.verify import Verifier
@@ -130,7 +130,7 @@ def test_chunks_of_rows_add_up_to_the_whole(operator: str, rows: int) -> None:
 def test_a_large_case_is_verified_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error in the last row alone is noticed, though no chunk holds more than two rows."""
     case = Case("siglip", 7, 7, 16, "float32")
-    monkeypatch.setattr("mulki.bench.by_rows.in_chunks.__defaults__", (2 * case.p,))
+    monkeypatch.setattr("mulki.bench.outcomes.in_chunks.__defaults__", (2 * case.p,))
     inputs = case.inputs()
     verifier = Verifier(case, inputs)
     right = EAGER[case.operator]

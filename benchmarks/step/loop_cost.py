@@ -12,7 +12,7 @@ from benchmarks.step.ours import learn, watched_optimizer
 from benchmarks.step.plain import PlainLoop
 from benchmarks.step.stopwatch import PARTS, Stopwatch
 from benchmarks.tables import Cell
-from mulki.bench.measure import PeakMemory, no_garbage_collection
+from mulki.bench.call_cost import PeakMemory, no_garbage_collection
 from mulki.engine.learn import StepReport
 from mulki.errors import InputError
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mulki import functional
-from mulki.bench import clocks, measure
+from mulki.bench import call_cost, clocks
 from mulki.bench.cases import (
     MODES,
     Case,
@@ -31,7 +31,7 @@ def test_providers_take_turns() -> None:
 
         return go
 
-    times = measure.take_turns({name: call(name) for name in "abc"}, seconds=0.0)
+    times = call_cost.take_turns({name: call(name) for name in "abc"}, seconds=0.0)
     rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
     assert all(sorted(r) == ["a", "b", "c"] for r in rounds)
     # Turning abc round would let each follow one other alone.
@@ -41,7 +41,7 @@ def test_providers_take_turns() -> None:
     assert [times[name][0] for name in rounds[1]] == [4.0, 5.0, 6.0]
     before = order.copy()
     order.clear()
-    measure.take_turns({name: call(name) for name in "abc"}, seconds=0.0)
+    call_cost.take_turns({name: call(name) for name in "abc"}, seconds=0.0)
     assert order == before
 
 
@@ -53,7 +53,7 @@ def test_ratios_are_those_of_the_same_round(monkeypatch: pytest.MonkeyPatch) -> 
     ) -> dict[str, list[float]]:
         return {"eager": [1.0, 2.0, 4.0, 8.0], "mulki": [0.5, 1.0, 2.0, 4.0]}
 
-    monkeypatch.setattr(measure, "take_turns", turns)
+    monkeypatch.setattr(call_cost, "take_turns", turns)
     results = measure_case(VERIFIED, ("eager", "mulki"), ("both",), seconds=0.01)
     ratio = results[1].metrics["speedup_over_eager"]
     assert (ratio.low, ratio.median, ratio.high) == (2.0, 2.0, 2.0)
@@ -84,7 +84,7 @@ def test_the_clock_runs_for_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> No
     def loss(x: Tensor, w: Tensor, scale: Tensor) -> Tensor:
         return Counted.apply(scale * x @ w.T)
 
-    took = {mode: measure.timed(mode, loss, inputs, "cpu") for mode in MODES}
+    took = {mode: call_cost.timed(mode, loss, inputs, "cpu") for mode in MODES}
     assert took == {"forward": 1.0, "backward": 10.0, "both": 11.0}
 
 
@@ -96,10 +96,10 @@ def test_memory_notices_a_stored_matrix() -> None:
     def without(x: Tensor, w: Tensor, scale: Tensor, target: Tensor) -> Tensor:
         return scale * (x.sum() + w.sum())
 
-    stored = measure.extra_memory("both", EAGER[case.operator], inputs, "cpu")["memory"]
-    lean = measure.extra_memory("both", without, inputs, "cpu")["memory"]
+    stored = call_cost.extra_memory("both", EAGER[case.operator], inputs, "cpu")["memory"]
+    lean = call_cost.extra_memory("both", without, inputs, "cpu")["memory"]
     assert stored >= 2 * matrix and lean < matrix / 10
-    forward = measure.extra_memory("forward", EAGER[case.operator], inputs, "cpu")["memory"]
+    forward = call_cost.extra_memory("forward", EAGER[case.operator], inputs, "cpu")["memory"]
     assert matrix <= forward < stored
 
 
@@ -113,8 +113,8 @@ def test_memory_leaves_out_the_outputs() -> None:
     def twice(x: Tensor, w: Tensor, scale: Tensor) -> Tensor:
         return once(x, w, scale) + once(x, w, scale)
 
-    assert measure.extra_memory("forward", once, inputs, "cpu")["memory"] == 0
-    assert measure.extra_memory("forward", twice, inputs, "cpu")["memory"] == 2 * matrix
+    assert call_cost.extra_memory("forward", once, inputs, "cpu")["memory"] == 0
+    assert call_cost.extra_memory("forward", twice, inputs, "cpu")["memory"] == 2 * matrix
 
 
 def test_memory_counts_what_stays_with_the_calling_thread() -> None:
@@ -128,7 +128,7 @@ def test_memory_counts_what_stays_with_the_calling_thread() -> None:
 
     loss(*inputs.arguments)
     for _ in range(2):
-        assert measure.extra_memory("forward", loss, inputs, "cpu")["memory"] >= size
+        assert call_cost.extra_memory("forward", loss, inputs, "cpu")["memory"] >= size
 
 
 @pytest.mark.parametrize("mode", ["forward", "both"])
@@ -144,7 +144,7 @@ def test_memory_is_that_of_a_call_in_its_context(mode: str) -> None:
     def context() -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16)
 
-    measure.extra_memory(mode, loss, inputs, "cpu", context)
+    call_cost.extra_memory(mode, loss, inputs, "cpu", context)
     assert set(seen) == {(torch.bfloat16, mode == "both")}
 
 
@@ -156,7 +156,7 @@ def test_resident_memory_notices_what_the_allocator_is_not_asked_for() -> None:
         bytearray(size)[:: 1 << 12] = b"x" * (size >> 12)
         return x @ w.T
 
-    found = measure.extra_memory("forward", loss, inputs, "cpu")
+    found = call_cost.extra_memory("forward", loss, inputs, "cpu")
     if "resident_memory" not in found:
         pytest.skip("wants Linux and glibc")
     assert found["memory"] < size / 10 < size * 0.9 < found["resident_memory"]
@@ -172,7 +172,7 @@ def test_the_rate_of_products_grows_to_a_size_that_takes_time(
     )
     # A product of 512 takes 10 ms, one of 1024 takes 80; mulki's of 2048 four times as long.
     monkeypatch.setattr(clocks, "now", lambda device: sum((n / 512) ** 3 for n in sizes) / 100)
-    rates = measure.product_rate(torch.float32, "cpu")
+    rates = call_cost.product_rate(torch.float32, "cpu")
     assert set(sizes) == {512, 1024}
     assert rates.torch_mm == pytest.approx(2 * 512**3 / 0.01)
     assert rates.best == rates.similarity == pytest.approx(2 * 2048**3 / 0.32)
@@ -181,4 +181,4 @@ def test_the_rate_of_products_grows_to_a_size_that_takes_time(
 def test_a_copy_has_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(100))
     monkeypatch.setattr(clocks, "now", lambda device: float(next(ticks)))
-    assert measure.copy_rate("cpu") == 2 * (1 << 28)
+    assert call_cost.copy_rate("cpu") == 2 * (1 << 28)

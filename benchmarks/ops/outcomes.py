@@ -50,15 +50,15 @@ def in_chunks(case: Case, inputs: Inputs, most: int = CHUNK_LOGITS) -> Outcome:
     total = torch.zeros((), dtype=wide, device=case.device)
     sums = [torch.zeros_like(leaf, dtype=wide) for leaf in leaves]
     for first in range(0, case.n, step):
-        share = _share(case, inputs.arguments, slice(first, min(first + step, case.n)))
-        total += share.detach()
-        for sum_, gradient in zip(sums, torch.autograd.grad(share, leaves), strict=True):
+        part = _part_of_mean(case, inputs.arguments, slice(first, min(first + step, case.n)))
+        total += part.detach()
+        for sum_, gradient in zip(sums, torch.autograd.grad(part, leaves), strict=True):
             sum_ += gradient
     rounded = [sum_.to(leaf.dtype) for sum_, leaf in zip(sums, leaves, strict=True)]
     return named(total, total, rounded, inputs)
 
 
-def _share(case: Case, arguments: tuple[Any, ...], rows: slice) -> Tensor:
+def _part_of_mean(case: Case, arguments: tuple[Any, ...], rows: slice) -> Tensor:
     """What these rows add to the mean over all rows."""
     count = rows.stop - rows.start
     if case.operator == "contrastive":

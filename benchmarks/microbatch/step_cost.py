@@ -15,7 +15,7 @@ import torch
 from benchmarks.microbatch.saved import SavedBytes
 from benchmarks.microbatch.workload import Setting, Workload
 from benchmarks.tables import Cell, Row
-from mulki.bench.measure import PeakMemory, no_garbage_collection, take_turns
+from mulki.bench.call_cost import PeakMemory, no_garbage_collection, take_turns
 from mulki.engine.memory import free_memory
 from mulki.errors import InputError
 
