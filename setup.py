@@ -21,6 +21,8 @@ from typing import Any
 
 from setuptools import Extension, find_packages, setup
 
+# Packages whose folders lie outside mulki/; mulki/__init__.py maps the same ones in a checkout.
+MAPPED = {"mulki.kernels": "kernels", "mulki.bench": "benchmarks/ops"}
 PACK_FILES = ("*.tar.gz", "*.json", "*.safetensors", "*.md")
 
 # The names and flags of PyTorch's own builds of its kernels (cmake/Codegen.cmake), and F16C, which
@@ -216,9 +218,10 @@ def native_build() -> dict[str, Any]:
 
 if __name__ == "__main__":
     setup(
-        # Triton kernels lie in kernels/ and are imported as mulki.kernels.
-        packages=[*find_packages(include=["mulki", "mulki.*"]), "mulki.kernels"],
-        package_dir={"mulki.kernels": "kernels"},
+        packages=[*find_packages(include=["mulki", "mulki.*"]), *MAPPED],
+        package_dir=MAPPED,
         package_data={"mulki": ["py.typed", *(f"data/embedded/**/{file}" for file in PACK_FILES)]},
+        # MANIFEST.in names them for source distributions; a wheel holds the code alone.
+        exclude_package_data={"mulki.bench": ["*.csv", "*.md"]},
         **native_build(),
     )

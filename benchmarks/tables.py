@@ -6,8 +6,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mulki.bench.report import setting_line
-from mulki.bench.run import describe_machine
+from mulki.bench.machine import describe_machine, setting_line
 from mulki.errors import InputError
 
 Cell = str | float | int | None

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from mulki.bench.by_rows import outcome
 from mulki.bench.cases import MODES, Case
 from mulki.bench.losses import Loss
+from mulki.bench.outcomes import outcome
 from mulki.bench.providers import PROVIDERS
 from mulki.bench.verify import Verifier
 

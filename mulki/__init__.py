@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -30,21 +32,30 @@ def __getattr__(name: str) -> ModuleType:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _import_kernels() -> None:
-    """Import `mulki.kernels` from the folder beside this one, where it is in a checkout.
+class _CheckoutFinder:
+    """Finds the packages that a checkout keeps in folders beside this one.
 
-    An installed package has it inside. The import system finds the folder in some editable
-    installs, in others and in a bare checkout it does not, or finds that of another checkout.
+    An installed package has them inside. It goes before all other finders: that of an editable
+    install may know none of these folders, or those of another checkout.
     """
-    here = Path(__file__).resolve().parent
-    init = here.parent / "kernels" / "__init__.py"
-    if (here / "kernels").is_dir() or not init.is_file():
-        return
-    spec = importlib.util.spec_from_file_location(f"{__name__}.kernels", init)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = globals()["kernels"] = module
-    spec.loader.exec_module(module)
+
+    _HERE = Path(__file__).resolve().parent
+    _FOLDERS = {
+        f"{__name__}.kernels": _HERE.parent / "kernels",
+        f"{__name__}.bench": _HERE.parent / "benchmarks" / "ops",
+    }
+
+    @classmethod
+    def find_spec(
+        cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name not in cls._FOLDERS:
+            return None
+        inside = cls._HERE / name.rpartition(".")[2] / "__init__.py"
+        beside = cls._FOLDERS[name] / "__init__.py"
+        if inside.is_file() or not beside.is_file():
+            return None
+        return importlib.util.spec_from_file_location(name, beside)
 
 
-_import_kernels()
+sys.meta_path.insert(0, _CheckoutFinder)

@@ -44,3 +44,13 @@ def model_features(unit: Callable[..., Tensor]) -> Callable[..., Features]:
 def target() -> Tensor:
     """Classes of the 6 images of `model_features`; class 3 has no sample."""
     return torch.tensor([0, 2, 1, 2, 0, 2])
+
+
+@pytest.fixture
+def student(model_features: Callable[..., Features]) -> Features:
+    return model_features(grad=True)
+
+
+@pytest.fixture
+def teachers(model_features: Callable[..., Features]) -> tuple[Features, Features]:
+    return model_features(scale=9.0), model_features(scale=4.0)

@@ -43,9 +43,9 @@ def run(*arguments: str, cwd: Path = ROOT, **variables: str) -> str:
 def checkout(tmp_path: Path) -> Path:
     """A checkout in which nothing is built or installed, without the bundled data."""
     ignore = shutil.ignore_patterns("embedded", "__pycache__", "_cpu_*")
-    for folder in ("mulki", "kernels"):
+    for folder in ("mulki", "kernels", "benchmarks/ops"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
-    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for file in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, tmp_path)
     return tmp_path
 
@@ -182,8 +182,10 @@ def test_a_failed_build_is_an_error_only_where_kernels_are_required(
         assert not any(path.exists() for path in stale)
 
 
-def test_a_checkout_finds_its_own_kernels(checkout: Path) -> None:
+def test_a_checkout_finds_its_own_kernels_and_benchmark(checkout: Path) -> None:
     (checkout / "kernels" / "extra.py").write_text("here = True\n")
+    # A folder that git left behind when its files moved away.
+    (checkout / "mulki" / "bench" / "__pycache__").mkdir(parents=True)
     code = (
         "import sys\n"
         "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
@@ -191,22 +193,28 @@ def test_a_checkout_finds_its_own_kernels(checkout: Path) -> None:
         "from mulki import kernels\n"
         "assert kernels is mulki.kernels and kernels.extra.here\n"
         "assert 'kernels' not in sys.modules and 'triton' not in sys.modules\n"
-        "print(mulki.__file__, kernels.__file__, sep='\\n')\n"
+        "assert 'mulki.bench' not in sys.modules\n"
+        "from mulki.bench import machine\n"
+        "print(mulki.__file__, kernels.__file__, machine.__file__, sep='\\n')\n"
         "from mulki.ops import loader\n"
         "print(loader.load())"
     )
     files = run("-c", code, cwd=checkout).splitlines()
     assert files[0] == str(checkout / "mulki" / "__init__.py")
     assert files[1] == str(checkout / "kernels" / "__init__.py")
-    assert "not built" in files[2] and str(checkout) in files[2]
+    assert files[2] == str(checkout / "benchmarks" / "ops" / "machine.py")
+    assert "not built" in files[3] and str(checkout) in files[3]
 
 
-def test_an_installed_package_has_the_kernels_inside(checkout: Path) -> None:
+def test_an_installed_package_has_kernels_and_benchmark_inside(checkout: Path) -> None:
     run("setup.py", "-q", "build_py", "-d", "out", cwd=checkout, MULKI_BUILD_CPP="0")
     out = checkout / "out"
-    assert (out / "mulki" / "kernels" / "__init__.py").is_file() and not (out / "kernels").exists()
-    code = "import mulki.kernels; print(mulki.kernels.__file__)"
-    assert run("-c", code, cwd=out).strip() == str(out / "mulki" / "kernels" / "__init__.py")
+    assert [path.name for path in out.iterdir()] == ["mulki"]
+    for package in ("kernels", "bench"):
+        code = f"import mulki.{package}; print(mulki.{package}.__file__)"
+        assert run("-c", code, cwd=out).strip() == str(out / "mulki" / package / "__init__.py")
+    # Results that were measured stay in the repository.
+    assert {path.suffix for path in (out / "mulki" / "bench").glob("*.*")} == {".py"}
 
 
 def library(folder: Path, name: str, content: bytes = b"") -> Path:

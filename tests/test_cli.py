@@ -11,10 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import engine_helpers
 import pytest
 import yaml
-from engine_helpers import COLOURS, SHADES, write_task
 
 from mulki import __version__
 from mulki.cli import main, run_command
@@ -22,6 +20,8 @@ from mulki.data.registry import load_sequence
 from mulki.engine import runner
 from mulki.errors import InputError
 from mulki.metrics import read_matrix
+from tests import engine_helpers
+from tests.engine_helpers import COLOURS, SHADES, write_task
 
 tiny_models = engine_helpers.tiny_models
 start_model = engine_helpers.start_model

@@ -7,10 +7,10 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 from torch import Tensor
 
 from mulki import collectives
+from tests.ranks import run_ranks
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SIZES = {1: [3], 2: [2, 5], 3: [3, 1, 4], 4: [2, 0, 3, 1]}

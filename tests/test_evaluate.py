@@ -3,18 +3,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import engine_helpers
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from engine_helpers import Calls
 from torch import Tensor
 
 from mulki.data import Task, folder_task
 from mulki.data.loader import batches
 from mulki.evaluate import Evaluator, count_correct, zero_shot_classifier
 from mulki.models import VisionLanguageModel
+from tests import engine_helpers
+from tests.engine_helpers import Calls
 
 Load = Callable[..., VisionLanguageModel]
 tiny_models = engine_helpers.tiny_models

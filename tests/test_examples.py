@@ -11,15 +11,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import engine_helpers
 import numpy as np
 import open_clip
 import pytest
 import torch
-from engine_helpers import COLOURS
 from PIL import Image
 
 from mulki.losses import ClipLoss, DistillClipLoss, DualTeacherClipLoss, SigLipLoss
+from tests import engine_helpers
+from tests.engine_helpers import COLOURS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 tiny_models = engine_helpers.tiny_models

@@ -27,9 +27,10 @@ from mulki.metrics import (
     transfer,
     write_matrix,
 )
+from tests import FIXTURES
 
 PUBLISHED: dict[str, Any] = json.loads(
-    (Path(__file__).parent / "data" / "published_matrices.json").read_text(encoding="utf-8")
+    (FIXTURES / "published_matrices.json").read_text(encoding="utf-8")
 )
 CASES = [(name, order) for name in PUBLISHED if name != "source" for order in PUBLISHED[name]]
 

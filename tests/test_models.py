@@ -7,12 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import engine_helpers
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from engine_helpers import same_state, state_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -21,6 +19,8 @@ from mulki import models
 from mulki.engine.checkpoints import publish, save_weights
 from mulki.errors import InputError
 from mulki.models import BUNDLED, VisionLanguageModel
+from tests import engine_helpers
+from tests.engine_helpers import same_state, state_of
 
 Load = Callable[..., VisionLanguageModel]
 tiny_models = engine_helpers.tiny_models

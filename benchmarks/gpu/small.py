@@ -9,10 +9,10 @@ import argparse
 import sys
 import time
 
-from mulki.bench import measure
-from mulki.bench.by_rows import outcome
+from mulki.bench import call_cost
 from mulki.bench.cases import OPERATORS, PAIRED, Case
 from mulki.bench.losses import MULKI
+from mulki.bench.outcomes import outcome
 from mulki.bench.verify import Verifier
 
 SHAPES = ((19, 35, 20), (70, 200, 65))
@@ -55,7 +55,7 @@ def _run(case: Case, verify: bool) -> list[str]:
     if verify:
         verifier = Verifier(case, inputs)
         return verifier.problems(verifier.errors(outcome(loss, inputs)))
-    float(measure.outputs("both", loss, inputs)[0].sum())  # waits
+    float(call_cost.outputs("both", loss, inputs)[0].sum())  # waits
     return []
 
 

@@ -18,9 +18,10 @@ from functools import lru_cache
 from multiprocessing import get_context
 
 import triton
-from mulki.kernels.entries import TARGETS, Entry, entries
 from triton import knobs
 from triton.compiler import ASTSource
+
+from mulki.kernels.entries import TARGETS, Entry, entries
 
 _MATRIX_INSTRUCTION = re.compile(
     r"(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.[\w.:]*|\bv_s?mfmac?_\w+"

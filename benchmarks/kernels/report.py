@@ -9,11 +9,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import triton
-from mulki.kernels.entries import NUMBERS, Entry, entries
 from triton import knobs
 
 from benchmarks.kernels.compiled import Compiled
 from benchmarks.kernels.limits import SHARED, multiplies
+from mulki.kernels.entries import NUMBERS, Entry, entries
 
 HERE = Path(__file__).parent
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")

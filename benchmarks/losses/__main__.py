@@ -27,10 +27,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.losses.train import LOSSES, TEACHERS
+from mulki.bench.call_cost import extra_memory, no_garbage_collection, take_turns
 from mulki.bench.cases import Inputs
-from mulki.bench.measure import extra_memory, no_garbage_collection, take_turns
-from mulki.bench.report import setting_line
-from mulki.bench.run import describe_machine
+from mulki.bench.machine import describe_machine, setting_line
 from mulki.ops import use_backend
 
 MIB = 2**20
@@ -100,7 +99,7 @@ def kept(loss: nn.Module, given: dict[str, Tensor]) -> int:
     return sum(storages.values())
 
 
-def peak(loss: nn.Module, given: dict[str, Tensor]) -> int:
+def extra_at_peak(loss: nn.Module, given: dict[str, Tensor]) -> int:
     """Bytes beyond inputs and gradients at the peak of forward and backward."""
     names = list(given)
 
@@ -136,7 +135,7 @@ def compared(batch_sizes: Sequence[int], width: int, seconds: float) -> Iterator
                 calls = {who: timer(loss, given) for who, loss in made.items()}
                 times = take_turns(calls, seconds)
             cells = [name, str(n)]
-            for measure in (kept, peak):
+            for measure in (kept, extra_at_peak):
                 found = {who: measure(loss, given) / MIB for who, loss in made.items()}
                 cells += [f"{found[who]:.0f}" if who in found else "-" for who in WHO]
             medians = {who: 1e3 * statistics.median(of) for who, of in times.items()}

@@ -84,7 +84,7 @@ def train(name: str, implementation: str, batch_size: int, steps: int) -> dict[s
         told |= {prefix + key: value for key, value in out.items()}
     loss = LOSSES[implementation][name]()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    before = peak()
+    before = peak_resident()
     seconds, processor, values = [], [], []
     for _ in range(steps):
         start, used = time.perf_counter(), time.process_time()
@@ -97,10 +97,10 @@ def train(name: str, implementation: str, batch_size: int, steps: int) -> dict[s
         processor.append(time.process_time() - used)
         values.append(terms["contrastive_loss"].item())
     measured = {"seconds": seconds, "processor": processor, "losses": values}
-    return measured | {"before": before, "peak": peak()}
+    return measured | {"before": before, "peak": peak_resident()}
 
 
-def peak() -> int:
+def peak_resident() -> int:
     """Bytes, the most that this process has had resident (Linux)."""
     # ru_maxrss begins with what the process that started this one had.
     lines = Path("/proc/self/status").read_text().splitlines()

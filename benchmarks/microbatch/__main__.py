@@ -13,7 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks.microbatch.measure import measure
+from benchmarks.microbatch.step_cost import measure
 from benchmarks.microbatch.workload import Setting
 from benchmarks.tables import machine_line, markdown, write_csv
 from mulki.errors import InputError

@@ -1,4 +1,4 @@
-"""The operator benchmark, which lives in `mulki.bench` so that an installed package has it too.
+"""The operator benchmark from a checkout; `mulki bench` is the same.
 
 python -m benchmarks.ops --help
 python -m benchmarks.ops --quick

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.step.job import prepare
-from benchmarks.step.measure import compare
+from benchmarks.step.loop_cost import compare
 from benchmarks.step.stopwatch import PARTS
 from benchmarks.tables import machine_line, markdown, write_csv
 from mulki.errors import InputError

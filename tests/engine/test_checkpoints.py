@@ -8,13 +8,13 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from engine_helpers import same_state, state_of
 from PIL import Image
 from safetensors import safe_open
 
 from mulki import models
 from mulki.engine.checkpoints import CONFIG_NAME, WEIGHTS_NAME, publish, save_weights
 from mulki.models import VisionLanguageModel
+from tests.engine_helpers import same_state, state_of
 
 Load = Callable[..., VisionLanguageModel]
 ARCHITECTURES = ["tiny-vit", "tiny-resnet", "tiny-biased"]

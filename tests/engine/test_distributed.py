@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from engine_helpers import COLOURS, write_task
 from safetensors.torch import load_file
 
 from mulki.engine import distributed
@@ -21,6 +20,7 @@ from mulki.engine.distributed import World
 from mulki.engine.runner import run
 from mulki.errors import InputError, ProcessLost
 from mulki.metrics import read_matrix
+from tests.engine_helpers import COLOURS, write_task
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).parent / "distributed_worker.py"

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from engine_helpers import Calls, same_state, state_of
 from torch import nn
 
 from mulki import methods
@@ -19,6 +18,7 @@ from mulki.errors import InputError
 from mulki.methods import PREVIOUS, ZERO_SHOT, Method
 from mulki.models import VisionLanguageModel
 from mulki.ops import loader, use_backend
+from tests.engine_helpers import Calls, same_state, state_of
 
 Load = Callable[..., VisionLanguageModel]
 # An epsilon well above rounding noise, so that AdamW does not blow it up to whole steps.

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from engine_helpers import COLOURS, Calls, same_state, state_of, write_task
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -26,6 +25,7 @@ from mulki.methods import PREVIOUS, ZERO_SHOT
 from mulki.metrics import read_matrix
 from mulki.models import VisionLanguageModel
 from mulki.results import RunFolder, read_evaluations
+from tests.engine_helpers import COLOURS, Calls, same_state, state_of, write_task
 
 Run = Callable[..., RunFolder]
 METHODS = tuple(methods.available())

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+
 from mulki.kernels import tiles
 
 FAMILIES = {"half": (True, "ieee"), "tf32": (False, "tf32"), "float": (False, "tf32x3")}

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
+
 from mulki.kernels import tiles
 from mulki.kernels.common import Model
-from torch import Tensor
-from triton_cases import Case, make
-from triton_helpers import all_close, backward, call, close, reduced
+from tests.kernels.triton_cases import Case, make
+from tests.kernels.triton_helpers import all_close, backward, call, close, reduced
 
 Shape = tuple[int, int, int]  # N, P, D
 

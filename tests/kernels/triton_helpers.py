@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from mulki.kernels import kernel
 from torch import Tensor
-from triton_cases import Case
+
+from mulki.kernels import kernel
+from tests.kernels.triton_cases import Case
 
 # Relative L2 of a result: float32 sums of tens of terms, or one rounding to half precision (the
 # interpreter cuts bfloat16 off).

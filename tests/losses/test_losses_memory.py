@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from two_towers import OPEN_CLIP, OURS
+
+from tests.losses.two_towers import OPEN_CLIP, OURS
 
 WIDTH = 32
 

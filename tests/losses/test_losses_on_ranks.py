@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from two_towers import OURS, TwoTowers, batch, extra, gradients, truth
 
 from mulki.losses import ClipLoss, DistillClipLoss, SigLipLoss
 from mulki.ops import loader
+from tests.losses.two_towers import OURS, TwoTowers, batch, extra, gradients, truth
+from tests.ranks import run_ranks
 
 EVEN = {1: [5], 2: [4, 4], 3: [3, 3, 3], 4: [2, 2, 2, 2]}
 UNEVEN = {1: [5], 2: [5, 2], 3: [3, 1, 4], 4: [2, 0, 3, 1]}

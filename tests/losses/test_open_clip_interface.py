@@ -7,9 +7,18 @@ import warnings
 import open_clip.loss
 import pytest
 import torch
-from two_towers import OPEN_CLIP, OURS, TwoTowers, batch, extra, gradients, rows_of, truth
 
 from mulki.losses import ClipLoss, DistillClipLoss, DualTeacherClipLoss, SigLipLoss
+from tests.losses.two_towers import (
+    OPEN_CLIP,
+    OURS,
+    TwoTowers,
+    batch,
+    extra,
+    gradients,
+    rows_of,
+    truth,
+)
 
 KINDS = tuple(OURS)
 GATES = ("uniform", "confidence", "label", "discrepancy")

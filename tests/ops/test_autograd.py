@@ -6,7 +6,10 @@ import itertools
 
 import pytest
 import torch
-from op_cases import (
+
+from mulki import ops
+from mulki.ops import backends
+from tests.ops.op_cases import (
     LOSSES,
     NAMES,
     SPECIFICATION,
@@ -20,9 +23,6 @@ from op_cases import (
     run,
     upstream,
 )
-
-from mulki import ops
-from mulki.ops import backends
 
 REDUCTIONS = ("none", "sum", "mean")
 UNIFORM = ops.gates.find_gate("uniform")

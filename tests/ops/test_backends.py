@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_cases import NAMES, form_arguments, make, requiring_grad, run
 
 from mulki import ops
 from mulki.ops import backends, torch_private, use_backend
 from mulki.ops.registry import SCHEMAS
+from tests.ops.op_cases import NAMES, form_arguments, make, requiring_grad, run
 
 HALF = torch.bfloat16
 FULL = torch.float32

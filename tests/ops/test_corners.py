@@ -7,8 +7,18 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from op_cases import NAMES, Case, expected, first, form_arguments, make, requiring_grad, run
 from torch import Tensor
+
+from tests.ops.op_cases import (
+    NAMES,
+    Case,
+    expected,
+    first,
+    form_arguments,
+    make,
+    requiring_grad,
+    run,
+)
 
 ALL = [True] * 3
 

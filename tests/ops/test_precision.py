@@ -14,7 +14,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from op_cases import (
+from torch import Tensor
+
+from mulki.ops.logits import logit_gradients
+from tests.ops.op_cases import (
     LOSSES,
     NAMES,
     SPECIFICATION,
@@ -28,9 +31,6 @@ from op_cases import (
     run,
     upstream,
 )
-from torch import Tensor
-
-from mulki.ops.logits import logit_gradients
 
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES)

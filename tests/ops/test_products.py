@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from mulki import Similarity
-from mulki.bench import measure
+from mulki.bench import call_cost
 from mulki.bench.cases import Case
 from mulki.bench.providers import PROVIDERS
 from mulki.functional import dual_teacher_kl
@@ -116,5 +116,5 @@ def test_extra_memory(operator, dtype):
         pytest.skip("with AMX float16 is multiplied as float32, of which copies are made")
     case = Case(operator, 4096, 4096, 512, dtype)
     loss = PROVIDERS["mulki"].make(case)
-    found = measure.extra_memory("both", loss, case.inputs(), "cpu")
+    found = call_cost.extra_memory("both", loss, case.inputs(), "cpu")
     assert found["memory"] <= 64 * MIB

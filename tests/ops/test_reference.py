@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 
-import op_cases
 import pytest
 import torch
-from op_cases import LOSSES, NAMES, Case, expected, first, form_arguments, make, run
 from torch.autograd import gradcheck
 
 from mulki.ops.registry import SCHEMAS
+from tests.ops import op_cases
+from tests.ops.op_cases import LOSSES, NAMES, Case, expected, first, form_arguments, make, run
 
 
 def split(case: Case, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import LOSSES, NAMES, OPS, Case, first, form_arguments, make, requiring_grad, run
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
 from mulki.ops.registry import SCHEMAS
+from tests.ops.op_cases import (
+    LOSSES,
+    NAMES,
+    OPS,
+    Case,
+    first,
+    form_arguments,
+    make,
+    requiring_grad,
+    run,
+)
 
 FORMS = [(name, form) for name in NAMES for form in ("rows", "backward", "reduced")]
 FORMS = [(n, f) for n, f in FORMS if n in LOSSES or f != "reduced"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_helpers import call, close
+
+from tests.kernels.triton_helpers import call, close
 
 pytestmark = pytest.mark.gpu
 

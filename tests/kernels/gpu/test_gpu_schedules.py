@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+
 from mulki.kernels import tiles
-from triton_checks import (
+from tests.kernels.triton_checks import (
     NUMBERS,
     every_plan_of_gradients,
     every_plan_of_statistics,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_cases import make
-from triton_checks import everything, moved
-from triton_steps import LOSSES, SIZES, Step
 
 from mulki.bench import graphs
+from tests.kernels.triton_cases import make
+from tests.kernels.triton_checks import everything, moved
+from tests.kernels.triton_steps import LOSSES, SIZES, Step
 
 pytestmark = pytest.mark.gpu
 

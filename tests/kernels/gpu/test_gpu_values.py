@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from triton_cases import LOSSES, NAMES
-from triton_checks import NUMBERS, repeats, rows_and_gradients, totals_and_gradients
+
+from tests.kernels.triton_cases import LOSSES, NAMES
+from tests.kernels.triton_checks import NUMBERS, repeats, rows_and_gradients, totals_and_gradients
 
 pytestmark = pytest.mark.gpu
 

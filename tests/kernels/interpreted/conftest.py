@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from triton_memory import Memory
+
+from tests.kernels.interpreted.triton_memory import Memory
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     # test_interpreted.py runs this folder.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from mulki.kernels import common
-from triton_cases import LOSSES, NAMES, D, N, P
-from triton_checks import (
+from mulki.ops import use_backend
+from tests.kernels.triton_cases import LOSSES, NAMES, D, N, P
+from tests.kernels.triton_checks import (
     NUMBERS,
     every_plan_of_gradients,
     every_plan_of_statistics,
@@ -15,11 +17,9 @@ from triton_checks import (
     rows_and_gradients,
     totals_and_gradients,
 )
-from triton_helpers import close
-from triton_steps import LOSSES as STEPS
-from triton_steps import SIZES, Step
-
-from mulki.ops import use_backend
+from tests.kernels.triton_helpers import close
+from tests.kernels.triton_steps import LOSSES as STEPS
+from tests.kernels.triton_steps import SIZES, Step
 
 SHAPE = (N, P, D)
 

@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
-from mulki.kernels import common
 from torch import Tensor
-from triton_cases import NAMES, Case, make
-from triton_helpers import TOLERANCE, all_close, backward, call, close, reduced
-from triton_memory import BAND, poisoned
+
+from mulki.kernels import common
+from tests.kernels.interpreted.triton_memory import BAND, poisoned
+from tests.kernels.triton_cases import NAMES, Case, make
+from tests.kernels.triton_helpers import TOLERANCE, all_close, backward, call, close, reduced
 
 FLOAT = TOLERANCE[torch.float32]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_cases import unit
-from triton_helpers import TOLERANCE, close
 
 from mulki import Similarity, functional
 from mulki.ops import use_backend
+from tests.kernels.triton_cases import unit
+from tests.kernels.triton_helpers import TOLERANCE, close
 
 
 @pytest.fixture(autouse=True)

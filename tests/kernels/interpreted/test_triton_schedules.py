@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from mulki.kernels import forms, gradients, row_softmax, tiles
 from mulki.kernels.tiles import Plan, Tile
-from triton_cases import Case, make
-from triton_helpers import TOLERANCE, all_close, backward, call, close, error, reduced
+from tests.kernels.triton_cases import Case, make
+from tests.kernels.triton_helpers import TOLERANCE, all_close, backward, call, close, error, reduced
 
 FLOAT = TOLERANCE[torch.float32]
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from mulki.kernels import common
-from triton_cases import LOSSES, NAMES, make, teacher_kl
-from triton_helpers import TOLERANCE, all_close, backward, call, close, error, reduced
+from tests.kernels.triton_cases import LOSSES, NAMES, make, teacher_kl
+from tests.kernels.triton_helpers import TOLERANCE, all_close, backward, call, close, error, reduced
 
 HALVES = ("cosines", "ce_all", "kl_label", "kl_weights", "contrastive", "siglip")
 FLOAT = TOLERANCE[torch.float32]

@@ -1,0 +1,58 @@
+"""Whether a provider computes a case rightly: its loss and gradients against float64.
+
+The yardstick is plain PyTorch in float64 on the rounded inputs. A result is right if its error is
+no worse than that of the unfused computation in the same dtype, plus a tolerance: what rounding
+the logits costs is forgiven to nobody but those who would lose it anyway. Of large cases both are
+computed in chunks of rows (`outcomes`), so that all of the result is checked at any size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .cases import Case, Inputs
+from .outcomes import Outcome, in_chunks
+from .providers import PROVIDERS
+
+#: Relative L2 error allowed on top of the unfused one's, by dtype: a few roundings of a result.
+TOLERANCE = {"float32": 2e-5, "bfloat16": 5e-3, "float16": 1e-3}
+
+
+class Verifier:
+    """The float64 outcome of a case and the errors of the unfused computation in its dtype."""
+
+    def __init__(self, case: Case, inputs: Inputs) -> None:
+        self._tolerance = TOLERANCE[case.dtype]
+        self._truth = in_chunks(case, case.inputs(exact=True))
+        with PROVIDERS["eager"].context(case):
+            self._unfused = self.errors(in_chunks(case, inputs))
+
+    def errors(self, found: Outcome) -> dict[str, float]:
+        """Relative L2 error of each outcome; infinite where it is not finite."""
+        return {name: _error(value, self._truth[name]) for name, value in found.items()}
+
+    def problems(self, errors: dict[str, float]) -> list[str]:
+        """What is wrong, in words; empty if nothing is."""
+        found = []
+        for name, error in errors.items():
+            unfused = self._unfused[name]
+            allowed = (unfused if math.isfinite(unfused) else 0.0) + self._tolerance
+            # A comparison that NaN fails, and infinity since what is allowed is finite.
+            if not error <= allowed:
+                found.append(f"{name}: relative error {error:.2g}, allowed {allowed:.2g}")
+        return found
+
+
+def worst_gradient(errors: dict[str, float]) -> float:
+    """The largest error of a gradient."""
+    return max(error for name, error in errors.items() if name.startswith("gradient"))
+
+
+def _error(found: Tensor, truth: Tensor) -> float:
+    if found.shape != truth.shape or not found.isfinite().all():
+        return float("inf")
+    difference = found.double() - truth
+    return float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(truth))

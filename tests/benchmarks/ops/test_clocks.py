@@ -1,0 +1,133 @@
+"""Time on a GPU, with events that a test makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mulki.bench import call_cost, clocks
+from mulki.bench.cases import (
+    MODES,
+    Case,
+)
+from mulki.bench.losses import EAGER
+from mulki.bench.point import measure_case
+from tests.benchmarks.ops.bench_helpers import CASE
+
+
+class Log:
+    """Stands for torch.cuda, and notes what is asked of it."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def note(*arguments: Any) -> Any:
+            self.calls.append(name)
+            if name == "get_device_properties":
+                return SimpleNamespace(L2_cache_size=1 << 20)
+            return name
+
+        return note
+
+    def Event(self, enable_timing: bool) -> Any:  # noqa: N802 - torch's name
+        assert enable_timing
+        number = sum(call.startswith("record") for call in self.calls)
+        return SimpleNamespace(
+            record=lambda stream: self.calls.append(f"record on {stream}"),
+            synchronize=lambda: self.calls.append("wait"),
+            elapsed_time=lambda stop: 8.0 * (stop.number - number),
+            number=number,
+        )
+
+    @contextmanager
+    def device(self, device: object) -> Iterator[None]:
+        yield
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Log:
+    log = Log()
+    monkeypatch.setattr(torch, "cuda", log)
+    made = torch.empty
+
+    def empty(size: int, **options: Any) -> Tensor:
+        flush = made(1)
+        log.calls.append(f"empty {size}")
+        return flush
+
+    monkeypatch.setattr(torch, "empty", empty)
+    return log
+
+
+def test_events_time_a_call_from_an_idle_device(cuda: Log) -> None:
+    clock = clocks.EventClock("cuda")
+    assert cuda.calls == ["get_device_properties", f"empty {2 << 20}"]
+    cuda.calls.clear()
+    clock.ready(ahead=False)
+    start = clock.mark()
+    stop = clock.mark()
+    assert clock.seconds(start, stop) == 0.008
+    on_stream = ["current_stream", "record on current_stream"]
+    assert cuda.calls == ["synchronize", *on_stream, *on_stream, "wait"]
+
+
+def test_the_device_alone_is_timed_while_the_host_is_ahead(cuda: Log) -> None:
+    clock = clocks.EventClock("cuda")
+    cuda.calls.clear()
+    clock.ready(ahead=True)
+    assert cuda.calls == ["_sleep"]
+
+
+def test_the_clock_is_made_ready_right_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    class Clock:
+        def ready(self, ahead: bool) -> None:
+            order.append("ahead" if ahead else "ready")
+
+        def mark(self) -> int:
+            order.append("mark")
+            return len(order)
+
+        def seconds(self, start: int, stop: int) -> float:
+            return float(stop - start)
+
+    monkeypatch.setattr(clocks, "clock_of", lambda device: Clock())
+    inputs = Case("similarity", 3, 3, 4, "float32").inputs()
+
+    def loss(*arguments: Tensor) -> Tensor:
+        order.append("call")
+        return EAGER["similarity"](*arguments)
+
+    found = {}
+    for mode in MODES:
+        order.clear()
+        call_cost.timed(mode, loss, inputs, "cuda", ahead=mode == "both")
+        found[mode] = order.copy()
+    assert found["forward"] == ["ready", "mark", "call", "mark"]
+    assert found["backward"] == ["call", "ready", "mark", "mark"]
+    assert found["both"] == ["ahead", "mark", "call", "mark"]
+    order.clear()
+    assert call_cost.timed_call(lambda: order.append("replay"), "cuda") == 2.0
+    assert order == ["ready", "mark", "replay", "mark"]
+
+
+def test_a_gpu_has_a_time_of_its_own_in_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def timed(mode: str, loss: Any, inputs: Any, device: str, ahead: bool) -> float:
+        asked.append(ahead)
+        return 0.001 if ahead else 0.002
+
+    monkeypatch.setattr(call_cost, "timed", timed)
+    monkeypatch.setattr(clocks, "has_events", lambda device: True)
+    (result,) = measure_case(CASE, ("eager",), ("both",), seconds=1e-9)
+    assert result.metrics["speed"].median == 2.0 and result.metrics["device_time"].median == 1.0
+    assert set(asked) == {True, False}

@@ -1,0 +1,202 @@
+"""Kernels compiled ahead of time for GPUs that are not here: memory, registers, instructions.
+
+Every entry in bf16, and in other numbers every kernel and tile, is compiled; the committed report
+has the rest, and has to be that of today's entries.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton", reason="needs Triton, which this installation has not")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET=1 takes the place of the compilers", allow_module_level=True)
+
+import triton
+
+from benchmarks.kernels.compiled import Compiled, all_compiled, compile_all, compile_entry, outcome
+from benchmarks.kernels.limits import SHARED, WITHOUT_PRODUCTS, multiplies, violations
+from benchmarks.kernels.report import ARCHITECTURES, HERE, listed, read, render
+from mulki.kernels.entries import NUMBERS, Entry, entries
+
+RENEW = "run python -m benchmarks.kernels"
+
+
+def sample() -> list[Entry]:
+    """What is compiled here; of float32 and fp16 each kernel and tile once."""
+    chosen = {}
+    for numbers in NUMBERS:
+        for architecture in ARCHITECTURES:
+            for entry in entries(architecture, numbers):
+                tile = entry.kernel.__name__, entry.tile, str(entry.options)
+                key = entry.identity if numbers == "bf16" else tile
+                chosen.setdefault((architecture, numbers, key), entry)
+    return list(chosen.values())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """A cache of Triton's that no earlier run has filled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[Compiled]:
+    return compile_all(sample())
+
+
+@pytest.fixture(scope="module")
+def report() -> list[Compiled]:
+    return read(HERE / "compiled.csv")
+
+
+def broken(rows: list[Compiled]) -> dict[str, list[str]]:
+    return {row.name: violations(row) for row in rows if violations(row)}
+
+
+@pytest.mark.slow
+def test_compiled_kernels_keep_their_limits(compiled):
+    assert broken(compiled) == {}
+    seen = {(row.architecture, row.numbers, multiplies(row)) for row in compiled}
+    assert seen == {(a, n, m) for a in ARCHITECTURES for n in NUMBERS for m in (True, False)}
+    without = {row.kernel for row in compiled if not row.dots and "STORED=True" not in row.tile}
+    assert without == WITHOUT_PRODUCTS
+
+
+@pytest.mark.slow
+def test_large_tiles_take_the_instructions_of_their_architecture(compiled):
+    """Not those of Ampere, which Hopper and Blackwell run at a fraction of their rate."""
+    best = {"sm_90": "wgmma", "sm_100": "tcgen05"}
+    found = 0
+    for row in compiled:
+        blocks = re.findall(r"BLOCK_\w+=(\d+)", row.tile)
+        if row.architecture in best and row.numbers == "bf16" and multiplies(row):
+            if int(blocks[0]) >= 64:
+                found += 1
+                assert best[row.architecture] in row.instructions, row.name
+    assert found > 20
+
+
+@pytest.mark.slow
+def test_the_report_has_todays_figures(compiled, report):
+    made_with = re.search(r"^Triton (\S+) ", (HERE / "RESULTS.md").read_text(), re.MULTILINE)[1]
+    if triton.__version__ != made_with:
+        pytest.skip(f"the report was made with Triton {made_with}, this is {triton.__version__}")
+    known = {(row.architecture, row.numbers, row.identity): row for row in report}
+    differ = [
+        row.name for row in compiled if known[row.architecture, row.numbers, row.identity] != row
+    ]
+    assert differ == [], RENEW
+
+
+def test_the_report_has_todays_entries(report):
+    def told(row: Compiled) -> tuple[object, ...]:
+        where = row.architecture, row.numbers, row.operator, row.kernel, row.tile, row.identity
+        return *where, row.warps, row.stages
+
+    today = [
+        (e.architecture, e.numbers, e.operator, e.kernel.__name__, e.tile, e.identity)
+        + (e.options["num_warps"], e.options["num_stages"])
+        for e in listed()
+    ]
+    assert len(set(today)) == len(today) > 1000
+    assert sorted(map(told, report)) == sorted(today), RENEW
+
+
+def test_the_report_keeps_the_limits(report):
+    assert broken(report) == {}
+
+
+def test_the_report_is_what_its_lines_say(report):
+    text = (HERE / "RESULTS.md").read_text()
+    versions = re.search(r"^(Triton .*; ptxas \S+ and \S+)\.$", text, re.MULTILINE)[1]
+    assert render(report, versions) == text, RENEW
+
+
+# What the checks above are worth: entries that are wrong on purpose.
+
+
+def one_of(architecture: str, numbers: str, kernel: str, tile: str = "") -> Entry:
+    return next(
+        entry
+        for entry in entries(architecture, numbers)
+        if entry.kernel.__name__ == kernel and tile in entry.tile
+    )
+
+
+def changed(entry: Entry, options: dict[str, int] | None = None, **constants: object) -> Entry:
+    place = {parameter.name: (i,) for i, parameter in enumerate(entry.kernel.params)}
+    assert all(place[name] in entry.constants for name in constants)
+    return replace(
+        entry,
+        constants={**entry.constants, **{place[name]: v for name, v in constants.items()}},
+        options={**entry.options, **(options or {})},
+    )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fewer_registers"),
+    [("sm_80", {"maxnreg": 40}), ("gfx942", {"waves_per_eu": 8})],
+)
+def test_spilled_registers_are_found(architecture, fewer_registers):
+    entry = one_of(architecture, "bf16", "siglip_sums")
+    wrong = violations(compile_entry(changed(entry, fewer_registers)))
+    assert re.fullmatch(r"\d+ bytes of stack, limit 0", wrong[0])
+    if architecture == "gfx942":
+        assert re.fullmatch(r"\d+ registers spilled, limit 0", wrong.pop())
+    assert len(wrong) == 1
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_too_much_shared_memory_is_found(architecture):
+    entry = one_of(architecture, "bf16", "scaled_product")
+    options = {"num_stages": 4, "num_warps": 8}
+    wrong = compile_entry(changed(entry, options, BLOCK_N=128, BLOCK_P=128, DEPTH=128))
+    told = f"{wrong.shared} bytes of shared memory, limit {SHARED[architecture]}"
+    assert wrong.shared > SHARED[architecture] and violations(wrong) == [told]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tf32_in_strict_float32_is_found(architecture):
+    entry = one_of(architecture, "ieee", "siglip_sums", "BLOCK_N=16")
+    assert violations(compile_entry(entry)) == []
+    wrong = violations(compile_entry(changed(entry, PRECISION="tf32")))
+    assert len(wrong) == 1 and "tf32" in wrong[0].replace("xf32", "tf32")
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+def test_a_single_tf32_product_for_tf32x3_is_found(architecture):
+    kernel = "siglip_sums"
+    entry = one_of(architecture, "fp32", kernel, "BLOCK_N=16")
+    right = compile_entry(entry)
+    assert violations(right) == [] and right.products == 3 * right.dots
+    wrong = compile_entry(changed(entry, PRECISION="tf32"))
+    assert any("wanted three each" in told for told in violations(wrong))
+    # A compiler that did not split them would be found too.
+    unsplit = replace(right, products=right.dots)
+    assert any("wanted three each" in told for told in violations(unsplit))
+
+
+def test_products_without_tensor_cores_are_found():
+    plain = compile_entry(one_of("sm_80", "ieee", "siglip_sums", "BLOCK_N=16"))
+    assert plain.dots == 1 and plain.instructions == ""
+    assert violations(replace(plain, numbers="tf32")) == ["no matrix instruction"]
+    half = compile_entry(one_of("sm_80", "bf16", "siglip_sums", "BLOCK_N=16"))
+    assert "does not multiply fp16" in violations(replace(half, numbers="fp16"))[0]
+    stored = replace(half, tile="STORED=True")
+    assert violations(stored) == ["a product where none is expected"]
+
+
+def test_what_does_not_compile_is_named():
+    right = one_of("sm_80", "bf16", "row_inverse_norms")
+    wrong = one_of("sm_80", "bf16", "scaled_product", "BLOCK_N=16")
+    outcomes = [outcome(right), outcome(changed(wrong, BLOCK_N=48))]
+    assert isinstance(outcomes[0], Compiled)
+    with pytest.raises(RuntimeError, match="(?s)^1 kernels do not.*sm_80 bf16 similarity scaled"):
+        all_compiled(outcomes)

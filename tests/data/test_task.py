@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mulki.data import Task
+from mulki.data.prompts import check_templates, fill, read_templates
+from mulki.data.task import split_fingerprint
+from mulki.errors import InputError
+from tests.data.data_helpers import Blank
+
+TASK = Task("pets", ("cat", "dog"), ("a {}.", "the {}!"), Blank((0, 1)), Blank((1, 0)))
+
+
+def test_prompts_fill_every_template_for_every_class() -> None:
+    assert TASK.prompts() == [["a cat.", "the cat!"], ["a dog.", "the dog!"]]
+    assert TASK.prompts(["{}"]) == [["cat"], ["dog"]]
+    with pytest.raises(InputError, match="pets.*exactly one {}"):
+        TASK.prompts(["no place"])
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"name": ""}, ["empty name"]),
+        ({"classes": ("cat",)}, ["pets", "1 class", "at least two"]),
+        ({"classes": ("cat", " ")}, ["pets", "class name is empty"]),
+        ({"classes": ("cat", "cat")}, ["pets", '"cat" occurs twice', "rename or merge"]),
+        ({"templates": ()}, ["pets", "no template"]),
+        ({"templates": ("a photo",)}, ["pets", '"a photo"', "exactly one {}"]),
+        ({"templates": ("{} {}",)}, ["pets", "exactly one {}"]),
+        ({"train": Blank(())}, ["pets", "train split is empty", "add images"]),
+        ({"test": Blank(())}, ["pets", "test split is empty"]),
+        ({"test": Blank((0,), size=3)}, ["pets", "test", "3 images and 1 targets"]),
+        ({"test": Blank((0, 2))}, ["pets", "target 2", "test", "0..1"]),
+        ({"train": Blank((0, -1))}, ["pets", "target -1", "train", "0..1"]),
+    ],
+)
+def test_a_task_that_makes_no_sense_is_refused(change: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        replace(TASK, **change)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"classes": ("cat", "cow")},
+        {"templates": ("a {}.",)},
+        {"train": Blank((0, 1), key="other")},
+        {"test": Blank((0, 1), key="other")},
+    ],
+)
+def test_fingerprint_changes_with_whatever_changes_results(change: dict[str, Any]) -> None:
+    assert replace(TASK, **change).fingerprint() != TASK.fingerprint()
+
+
+def test_fingerprint_ignores_the_name() -> None:
+    assert replace(TASK, name="beasts").fingerprint() == TASK.fingerprint()
+
+
+ROWS = st.lists(st.tuples(st.text(st.characters(exclude_characters="\0")), *[st.integers(0)] * 2))
+
+
+@given(ROWS, ROWS)
+def test_split_fingerprints_agree_exactly_for_equal_splits(a: list[Any], b: list[Any]) -> None:
+    assert (split_fingerprint(a) == split_fingerprint(b)) == (a == b)
+
+
+def test_split_fingerprint_takes_file_names_that_are_not_utf8() -> None:
+    prints = {split_fingerprint([(os.fsdecode(name), 1, 0)]) for name in (b"\xe9", b"\xe8", b"e")}
+    assert len(prints) == 3
+
+
+@given(st.text(), st.text(st.characters(exclude_characters="{}")), st.text())
+def test_filling_takes_braces_in_names_as_text(name: str, before: str, after: str) -> None:
+    template = before + "{}" + after.replace("{}", "")
+    if template.count("{}") == 1:
+        assert fill(template, name) == before + name + template[len(before) + 2 :]
+
+
+def test_one_string_is_one_template() -> None:
+    assert check_templates("a {}.", "x") == ("a {}.",)
+
+
+def test_template_file_skips_comments_blank_lines_and_byte_order_mark(tmp_path: Any) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa {}.\r\n\r\n# not {} this\r\n  ein Bild: {}, schön \n".encode())
+    assert read_templates(path) == ("a {}.", "ein Bild: {}, schön")
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"a {}.\n\na photo\n", ["prompts.txt line 3", '"a photo"', "exactly one {}"]),
+        (b"# only this\n", ["prompts.txt", "no template"]),
+        (b"caf\xe9 {}\n", ["prompts.txt", "UTF-8"]),
+    ],
+)
+def test_bad_template_file(tmp_path: Any, content: bytes, words: list[str]) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        read_templates(path)
+    assert all(word in str(caught.value) for word in words), str(caught.value)

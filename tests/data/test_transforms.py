@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torchvision import transforms as tv
+
+from mulki.data.transforms import is_deterministic, train_transform
+from mulki.errors import InputError
+from tests.data.data_helpers import picture
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+FIXED = [tv.Resize(8), tv.CenterCrop(8), tv.ToTensor(), tv.Normalize(MEAN, STD)]
+
+
+class Wobbly(tv.Resize):
+    """A subclass may do anything."""
+
+
+@pytest.mark.parametrize(
+    "transform, answer",
+    [
+        (tv.Compose(FIXED), True),
+        (tv.Compose([tv.Compose(FIXED[:2]), *FIXED[2:]]), True),
+        (tv.Compose([]), True),
+        (tv.Resize(8), True),
+        (tv.Compose([tv.RandomResizedCrop(8), *FIXED[2:]]), False),
+        (tv.Compose([tv.Compose([tv.RandomHorizontalFlip()]), *FIXED]), False),
+        (tv.Compose([tv.Lambda(lambda x: x), *FIXED]), False),
+        (tv.Compose([tv.ColorJitter(0.1), *FIXED]), False),
+        (Wobbly(8), False),
+        (lambda x: x, False),
+        (None, False),
+    ],
+)
+def test_is_deterministic(transform: Any, answer: bool) -> None:
+    assert is_deterministic(transform) is answer
+
+
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+def test_open_clip_transforms(mode: str) -> None:
+    image_transform = pytest.importorskip("open_clip").image_transform
+    assert is_deterministic(image_transform(8, False, resize_mode=mode))
+    assert not is_deterministic(image_transform(8, True))
+
+
+def test_open_clip_steps_of_older_versions_and_random_resizing() -> None:
+    steps = pytest.importorskip("open_clip.transform")
+    assert is_deterministic(tv.Compose([steps._convert_to_rgb, *FIXED]))
+    assert not is_deterministic(steps.ResizeKeepRatio(8, random_scale_prob=0.5))
+    assert not is_deterministic(steps.ResizeKeepRatio(8, random_aspect_prob=0.5))
+
+
+def test_none_is_the_evaluation_transform_itself() -> None:
+    evaluation = tv.Compose(FIXED)
+    assert train_transform(evaluation, "none", 8, MEAN, STD) is evaluation
+
+
+def test_crop_varies_normalises_and_keeps_most_of_the_image() -> None:
+    crop = train_transform(tv.Compose(FIXED), "crop", 8, MEAN, STD)
+    assert not is_deterministic(crop)
+    outputs = torch.stack([crop(picture(0, 32)) for _ in range(4)])
+    assert outputs.shape == (4, 3, 8, 8) and outputs.dtype == torch.float32
+    assert not torch.equal(outputs[0], outputs[1])
+    # A crop of a flat image is flat, so its values show the normalisation exactly.
+    flat = crop(picture(0, 32).resize((1, 1)).resize((32, 32)))
+    pixel = torch.tensor(np.asarray(picture(0, 32).resize((1, 1)))[0, 0] / 255)
+    wanted = (pixel - torch.tensor(MEAN)) / torch.tensor(STD)
+    assert torch.allclose(flat, wanted.float()[:, None, None].expand(3, 8, 8), atol=1e-6)
+
+
+def test_crop_takes_at_least_nine_tenths_bicubically() -> None:
+    step = train_transform(None, "crop", 8, MEAN, STD).transforms[0]  # type: ignore
+    assert step.interpolation is tv.InterpolationMode.BICUBIC
+    areas = [
+        h * w
+        for _, _, h, w in (
+            step.get_params(picture(0, 200), step.scale, step.ratio) for _ in range(50)
+        )
+    ]
+    assert min(areas) >= 0.89 * 200 * 200 and len(set(areas)) > 10
+
+
+def test_unknown_augmentation() -> None:
+    with pytest.raises(InputError, match='"crops".*did you mean "crop".*none, crop'):
+        train_transform(tv.Compose(FIXED), "crops", 8, MEAN, STD)

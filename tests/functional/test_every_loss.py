@@ -1,0 +1,196 @@
+"""What holds for all losses alike."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from mulki import Similarity
+from mulki.functional import (
+    clip_contrastive,
+    dual_teacher_kl,
+    prototype_cross_entropy,
+    siglip,
+    teacher_kl,
+)
+from tests.functional.formulas import (
+    GATES,
+    MASK,
+    TARGET,
+    D,
+    N,
+    P,
+    S,
+    W,
+    X,
+    all_losses,
+    leaves,
+    scalar,
+)
+
+
+def test_a_second_backward_gives_the_same_gradient(student, teachers, unit):
+    weights = unit(N, 3).abs().requires_grad_()
+    for loss in all_losses(student, teachers, weights).values():
+        inputs = (*leaves(student), weights)
+        first = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
+        second = torch.autograd.grad(loss, inputs, allow_unused=True)
+        for a, b in zip(first, second, strict=True):
+            assert (a is None and b is None) or a.equal(b)
+
+
+def test_nothing_is_mutated(student, teachers, unit):
+    weights = unit(N, 3).abs().requires_grad_()
+    inputs = [
+        *leaves(student),
+        *(tensor for t in teachers for tensor in (t.features, t.prototypes)),
+        weights,
+        TARGET,
+        MASK,
+    ]
+    before = [tensor.detach().clone() for tensor in inputs]
+    versions = [tensor._version for tensor in inputs]
+    torch.stack(list(all_losses(student, teachers, weights).values())).sum().backward()
+    assert [tensor._version for tensor in inputs] == versions
+    for tensor, old in zip(inputs, before, strict=True):
+        assert tensor.detach().equal(old)
+
+
+def test_targets_are_not_read_on_a_gpu():
+    # Fake tensors have no values, so whatever reads one (and would make the GPU wait) raises. They
+    # cannot negate a mask where torch has no GPU support, hence no masks and no cross-entropy.
+    with FakeTensorMode():
+        x, w = torch.empty(N, D, device="cuda"), torch.empty(P, D, device="cuda")
+        scale, target = torch.empty((), device="cuda"), torch.empty(N, device="cuda").long()
+        s = Similarity(x, w, scale)
+        losses = [dual_teacher_kl(s, s, s, gate=gate, target=target) for gate in GATES]
+        losses += [clip_contrastive(x, x, scale, scale), siglip(x, x, scale, scale)]
+        assert all(loss.is_cuda for loss in losses)
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_gpu(student, teachers, unit):
+    def there(s):
+        return Similarity(*(tensor.detach().float().cuda() for tensor in leaves(s)))
+
+    student = there(student)
+    student.features.requires_grad_()
+    weights, target, mask = unit(N, 3).cuda(), TARGET.cuda(), MASK.cuda()
+    teachers = [
+        Similarity(t.features.float().cuda(), t.prototypes.float().cuda(), t.scale)
+        for t in teachers
+    ]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.stack(
+            list(all_losses(student, teachers, weights, target, mask).values())
+        ).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_compiles_without_a_graph_break(student, teachers, unit):
+    weights = unit(N, 3).abs()
+    inputs = [tensor.detach() for tensor in leaves(student)]
+    compiled = torch.compile(
+        lambda *o: all_losses(Similarity(*o), teachers, weights), fullgraph=True, backend="eager"
+    )
+    for name, expected in all_losses(Similarity(*inputs), teachers, weights).items():
+        torch.testing.assert_close(compiled(*inputs)[name], expected)
+
+
+@pytest.mark.parametrize("make", [float, torch.tensor])
+def test_a_new_scale_is_no_recompilation_and_a_new_temperature_is_one(make):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def loss(scale, temperature):
+        s = Similarity(X, W, scale)
+        return siglip(X, X, scale, -3.0) + teacher_kl(s, [S], temperature=temperature)
+
+    for scale in (2.0, 3.0, 4.0):  # a float becomes symbolic at its second value
+        assert loss(make(scale), 2.0).isfinite()
+    before = counter.frame_count
+    for scale in (5.0, 6.0):
+        loss(make(scale), 2.0)
+    assert counter.frame_count == before
+    for temperature in (3.0, 4.0):
+        loss(make(5.0), temperature)
+    assert counter.frame_count == before + 2
+
+
+def test_strides_do_not_matter(unit):
+    weights = unit(N, 3).abs()
+    strided_weights = weights.T.contiguous().T
+    wide = unit(2 * N, 2 * D)
+    strided = Similarity(
+        wide[::2, ::2].requires_grad_(), unit(D, P).T.requires_grad_(), scalar(9.0)
+    )
+    expanded = Similarity(
+        unit(1, D).expand(N, D).requires_grad_(), unit(1, D).expand(P, D).requires_grad_()
+    )
+    teachers = [strided.detach(), expanded.detach(), Similarity(unit(N, 3), unit(P, 3))]
+    for s in (strided, expanded):
+        dense = Similarity(
+            s.features.detach().contiguous().requires_grad_(),
+            s.prototypes.detach().contiguous().requires_grad_(),
+            s.scale,
+        )
+        dense_teachers = [
+            Similarity(t.features.contiguous(), t.prototypes.contiguous(), t.scale)
+            for t in teachers
+        ]
+        target = torch.stack([TARGET, TARGET], dim=1)[:, 0]
+        got = all_losses(s, teachers, strided_weights, target)
+        for name, expected in all_losses(dense, dense_teachers, weights).items():
+            torch.testing.assert_close(got[name], expected)
+            for a, b in zip(
+                torch.autograd.grad(got[name], (s.features, s.prototypes)),
+                torch.autograd.grad(expected, (dense.features, dense.prototypes)),
+                strict=True,
+            ):
+                torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 100.0, 1e4])
+def test_large_and_small_scales_stay_finite(unit, scale):
+    x, w = unit(N, D).float().requires_grad_(), unit(P, D).float().requires_grad_()
+    s = torch.tensor(scale, requires_grad=True)
+    teachers = [
+        Similarity(unit(N, d).float(), unit(P, d).float(), t)
+        for d, t in ((D, scale), (3, 1.0), (D, 1e4))
+    ]
+    weights = unit(N, 3).abs().float()
+    for name, loss in all_losses(Similarity(x, w, s), teachers, weights).items():
+        assert loss.isfinite(), name
+        for grad in torch.autograd.grad(loss, (x, w, s), allow_unused=True):
+            assert grad is None or grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_losses_come_back_in_float32(unit, dtype):
+    student = Similarity(unit(N, D).to(dtype), unit(P, D).to(dtype), 9.0)
+    teachers = [Similarity(unit(N, 3).to(dtype), unit(P, 3).to(dtype), 9.0)]
+    losses = all_losses(student, teachers, torch.ones(N, 1, dtype=dtype))
+    for name in losses.keys() - {"similarity"}:
+        assert losses[name].dtype == torch.float32, name
+
+
+def test_any_real_number_will_do(unit):
+    x, w, pairs = unit(N, D).float(), unit(P, D).float(), unit(N, D).float()
+
+    def losses(half):
+        s, teachers = Similarity(x, w, half), [Similarity(pairs, w, t) for t in (half, 9.0, half)]
+        return [
+            prototype_cross_entropy(s, TARGET, label_smoothing=half, check_finite=True),
+            teacher_kl(s, teachers, temperature=half, gate="confidence", gate_temperature=half),
+            teacher_kl(s, [teachers[0]] * 2),
+            siglip(x, pairs, half, half, check_finite=True),
+        ]
+
+    for got, want in zip(losses(Fraction(1, 2)), losses(0.5), strict=True):
+        assert got.equal(want)

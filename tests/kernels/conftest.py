@@ -1,1 +1,0 @@
-"""Beside the modules that the tests of kernels share, in the interpreter and on a GPU."""

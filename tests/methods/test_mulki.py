@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mulki import methods
+from mulki.losses import MulKILoss
+from mulki.methods import PREVIOUS, ZERO_SHOT
+from mulki.methods.finetune import Finetune
+from mulki.methods.mulki import MulKI
+from tests.methods.method_helpers import add, start
+
+ALL_TERMS = {
+    "ce_loss",
+    "alignment_loss",
+    "image_text_loss",
+    "image_image_loss",
+    "text_image_loss",
+    "text_text_loss",
+    "feature_loss",
+}
+
+
+class TestMulKI:
+    def losses(self, student, teachers, target, **options):
+        method = MulKI(MulKI.Options(**options))
+        if not method.needs.prototypes:
+            student, *teachers = (replace(m, prototypes=None) for m in (student, *teachers))
+        given = tuple(teachers) if method.needs.teachers else ()
+        return method, method.losses(student, given, target)
+
+    def test_is_the_objective_of_its_options(self, student, teachers, target):
+        method, losses = self.losses(student, teachers, target)
+        assert method.needs == methods.Needs((ZERO_SHOT, PREVIOUS), prototypes=True)
+        expected = MulKILoss()(student, teachers, target, output_dict=True)
+        assert set(losses) == ALL_TERMS
+        for name, value in expected.items():
+            assert losses[name] == value
+
+    def test_every_option_of_the_objective_is_passed_on(self, student, teachers, target):
+        options = {
+            "temperature": 3.0,
+            "gate": "confidence",
+            "gate_temperature": 0.5,
+            "label_smoothing": 0.1,
+            "alignment": 0.1,
+            "image_text": 0.2,
+            "image_image": 0.3,
+            "text_image": 0.4,
+            "text_text": 0.5,
+            "feature": 0.6,
+        }
+        _, losses = self.losses(student, teachers, target, **options)
+        expected = MulKILoss(**options)(student, teachers, target, output_dict=True)
+        assert losses == expected
+
+    @pytest.mark.parametrize(
+        ("stage", "removed"),
+        [
+            ("eliciting", {"alignment_loss", "image_image_loss", "text_image_loss"}),
+            ("adding", ALL_TERMS - {"ce_loss", "alignment_loss"}),
+            ("distinguishing", set()),
+            ("connecting", set()),
+        ],
+    )
+    def test_a_stage_switched_off_removes_its_terms_alone(
+        self, student, teachers, target, stage, removed
+    ):
+        _, whole = self.losses(student, teachers, target)
+        method, losses = self.losses(student, teachers, target, **{stage: False})
+        assert set(losses) == ALL_TERMS - removed
+        if stage != "distinguishing":
+            assert all(value == whole[name] for name, value in losses.items())
+        assert method.needs.teachers == (() if stage == "adding" else (ZERO_SHOT, PREVIOUS))
+        assert method.needs.prototypes == (stage != "eliciting")
+
+    def test_without_distinguishing_both_teachers_count_equally(self, student, teachers, target):
+        _, losses = self.losses(student, teachers, target, distinguishing=False)
+        _, uniform = self.losses(student, teachers, target, gate="uniform")
+        _, gated = self.losses(student, teachers, target)
+        assert losses == uniform
+        assert losses["image_text_loss"] != gated["image_text_loss"]
+
+    def test_with_every_stage_off_it_is_finetune(self, student, teachers, target, weights):
+        stages = ("eliciting", "adding", "distinguishing", "connecting")
+        method, losses = self.losses(student, teachers, target, **dict.fromkeys(stages, False))
+        expected = Finetune(Finetune.Options()).losses(student, (), target)
+        assert losses == expected
+        assert method.needs == methods.Needs()
+
+    def test_prototypes_move_after_the_losses_of_a_batch(self, student, teachers, target, weights):
+        initial = student.prototypes.detach().clone()
+        method = start(MulKI(MulKI.Options(prototype_momentum=0.8)), weights, initial)
+        before = method.prototypes()
+        student = replace(student, prototypes=before)
+        losses = method.losses(student, teachers, target)
+        assert losses == MulKILoss()(student, teachers, target, output_dict=True)
+        assert before.equal(initial)
+        for c in range(3):
+            mean = student.images[target == c].mean(dim=0).detach()
+            expected = F.normalize(0.8 * initial[c] + 0.2 * mean, dim=0)
+            torch.testing.assert_close(method.prototypes()[c], expected)
+        sum(losses.values()).backward()
+        assert student.images.grad.isfinite().all()
+
+    def test_learnable_prototypes_train_beside_the_student(
+        self, student, teachers, target, weights
+    ):
+        method = MulKI(MulKI.Options(prototype_update="learnable"))
+        assert not list(method.parameters())
+        start(method, weights, student.prototypes.detach())
+        (parameter,) = method.parameters()
+        student = replace(student, prototypes=method.prototypes())
+        sum(method.losses(student, teachers, target).values()).backward()
+        assert parameter.grad.abs().max() > 1e-3
+
+    def test_a_task_starts_afresh(self, student, teachers, target, weights):
+        method = start(MulKI(MulKI.Options(we_every=1)), weights, student.prototypes.detach())
+        method.losses(student, teachers, target)
+        add(weights, 1.0)
+        method.after_step(1)
+        start(method, weights, 2 * student.prototypes.detach(), index=1)
+        assert method.prototypes().equal(2 * student.prototypes.detach())
+        method.end_task()
+        assert weights["a"].tolist() == [2, 2, 2]
+
+    def test_the_running_mean_becomes_the_weights(self, weights):
+        method = start(MulKI(MulKI.Options(we_every=2)), weights)
+        for step in range(1, 5):
+            add(weights, 1.0)
+            method.after_step(step)
+        live = weights["a"]
+        method.end_task()
+        # The start at 1 and the weights after steps 2 and 4, at 3 and 5.
+        assert weights["a"] is live
+        assert live.tolist() == [3, 3, 3]
+        assert weights["b"] == 2
+
+    def test_a_task_too_short_for_the_running_mean_keeps_its_last_weights(self, weights):
+        method = start(MulKI(MulKI.Options(we_every=10)), weights)
+        add(weights, 1.0)
+        method.after_step(1)
+        method.end_task()
+        assert weights["a"].tolist() == [2, 2, 2]
+
+    @pytest.mark.parametrize(("we_every", "expected"), [(0, 1 + 0.25 * 4), (2, 1 + 0.25 * 2)])
+    def test_alpha_interpolates_from_the_previous_model(self, weights, we_every, expected):
+        method = start(MulKI(MulKI.Options(we_every=we_every, alpha=0.25)), weights)
+        for step in range(1, 5):
+            add(weights, 1.0)
+            method.after_step(step)
+        method.end_task()
+        assert weights["a"].tolist() == [expected] * 3
+
+    def test_the_anchor_pulls_to_the_previous_weights(self, weights):
+        method = start(MulKI(MulKI.Options(l2=0.5)), weights)
+        add(weights, 2.0)
+        (loss,) = method.penalties().values()
+        assert list(method.penalties()) == ["anchor_loss"]
+        assert loss == 0.5 * 4 * 2.0**2
+        loss.backward()
+        assert weights["a"].grad.tolist() == [2, 2, 2]
+
+    def test_there_is_no_anchor_by_default(self, weights):
+        assert start(MulKI(MulKI.Options()), weights).penalties() == {}
+
+    def test_without_connecting_the_last_weights_stay(self, weights):
+        options = MulKI.Options(connecting=False, we_every=1, alpha=0.1, l2=3.0)
+        method = start(MulKI(options), weights)
+        add(weights, 1.0)
+        method.after_step(1)
+        assert method.penalties() == {}
+        method.end_task()
+        assert weights["a"].tolist() == [2, 2, 2]
+
+
+def test_the_method_has_the_defaults_of_its_objective() -> None:
+    signature = inspect.signature(MulKILoss).parameters
+    options = MulKI.Options()
+    for name, parameter in signature.items():
+        assert getattr(options, name) == parameter.default, name

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+from mulki import methods
+from mulki.errors import InputError
+from mulki.methods.finetune import Finetune
+from mulki.methods.lwf import LwF
+from mulki.methods.mulki import MulKI
+from mulki.methods.zero_shot import ZeroShot
+
+
+class TestRegistry:
+    def test_finds_the_methods(self):
+        assert methods.available() == {
+            "finetune": Finetune,
+            "lwf": LwF,
+            "mulki": MulKI,
+            "zero_shot": ZeroShot,
+        }
+        assert methods.get("lwf") is LwF
+
+    def test_an_unknown_name_gets_the_nearest(self):
+        with pytest.raises(
+            InputError, match=r"'MULKY' \(did you mean \"mulki\"\?\).*finetune, lwf"
+        ):
+            methods.get("MULKY")
+        with pytest.raises(InputError, match="^--method: no method 'xyz'; choose from finetune"):
+            methods.get("xyz")
+
+    @pytest.mark.parametrize("name", ["finetune", "lwf", "mulki", "zero_shot"])
+    def test_every_method_and_option_is_described(self, name):
+        method = methods.get(name)
+        assert method.summary
+        for item in fields(method.Options):
+            assert item.metadata["help"], item.name
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "bad", "good"),
+    [
+        (Finetune, "label_smoothing", (-0.1, 1.1), (0.0, 1.0)),
+        (LwF, "label_smoothing", (-0.1, 1.1), (0.0, 1.0)),
+        (LwF, "distill_weight", (-0.1,), (0.0,)),
+        (LwF, "temperature", (0.0, -1.0), (0.1,)),
+        (MulKI, "label_smoothing", (-0.1, 1.1), (0.0, 1.0)),
+        (MulKI, "temperature", (0.0, -1.0), (0.1,)),
+        (MulKI, "prototype_update", ("mean",), ("ema", "learnable", "fixed")),
+        (MulKI, "prototype_momentum", (-0.1, 1.1), (0.0, 1.0)),
+        (MulKI, "alignment", (-0.1,), (0.0,)),
+        (MulKI, "image_text", (-0.1,), (0.0,)),
+        (MulKI, "image_image", (-0.1,), (0.0,)),
+        (MulKI, "text_image", (-0.1,), (0.0,)),
+        (MulKI, "text_text", (-0.1,), (0.0,)),
+        (MulKI, "feature", (-0.1,), (0.0,)),
+        (MulKI, "gate", ("lable",), ("uniform", "confidence", "label", "discrepancy")),
+        (MulKI, "gate_temperature", (0.0,), (0.1,)),
+        (MulKI, "we_every", (-1,), (0, 1)),
+        (MulKI, "alpha", (0.0, 1.1, float("nan")), (0.1, 1.0)),
+        (MulKI, "l2", (-0.1,), (0.0,)),
+    ],
+)
+def test_bounds_of_options(method, name, bad, good):
+    for value in bad:
+        with pytest.raises(InputError, match=f"^--{name.replace('_', '-')}: got '?{value}"):
+            method(method.Options(**{name: value}))
+    for value in good:
+        method(method.Options(**{name: value}))

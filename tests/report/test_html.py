@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from mulki.errors import InputError
+from mulki.metrics import DEFINITIONS, ZERO_SHOT, AccuracyMatrix, write_matrix
+from mulki.report import render_html, write_html
+from mulki.results import RunFolder
+from tests.report.report_helpers import SMALL
+
+
+class Page(HTMLParser):
+    """The text of each table cell, the attributes seen, and whether all tags were closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.rows: list[list[str]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += attrs
+        if tag != "meta":
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    run = RunFolder.create(
+        tmp_path,
+        "first",
+        method="mulki",
+        order="II",
+        seed=4,
+        columns=SMALL.columns,
+        config={"prompt": "a photo of a <b>{}</b>"},
+        hashes={"weights": "0123abcd", "splits": {"digits": "4567"}, "prompts": None},
+    )
+    for name, n in zip(SMALL.columns, (300, 400, 500), strict=True):
+        run.record(after_task=ZERO_SHOT, eval_dataset=name, value=1.0, n=n, seconds=1.0, step=0)
+    for after, row in [
+        (ZERO_SHOT, SMALL.zero_shot or ()),
+        *zip(SMALL.tasks, SMALL.rows, strict=True),
+    ]:
+        run.add_row(after, dict(zip(SMALL.columns, row, strict=True)))
+    run.finish()
+    return run.path
+
+
+def test_the_page_holds_matrix_metrics_configuration_and_environment(folder: Path) -> None:
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == []
+    assert ["after", "letters", "digits", "a|b <i>[red]"] in page.rows
+    assert [ZERO_SHOT, "7.0", "4.0", "5.0"] in page.rows
+    assert ["letters", "3.0", "1.0", "2.0"] in page.rows
+    assert ["digits", "6.0", "100.0", "50.0"] in page.rows
+    assert ["test images", "500", "300", "400"] in page.rows
+    assert ["Transfer", "1.00", "4.00", DEFINITIONS["transfer"]] in page.rows
+    assert ["BWT", "3.00", "0.00", DEFINITIONS["bwt"]] in page.rows
+    assert ["hashes: weights", "0123abcd"] in page.rows
+    assert ["hashes: splits: digits", "4567"] in page.rows
+    assert ["hashes: prompts", "-"] in page.rows
+    assert "<strong>complete</strong>; method mulki, order II, seed 4" in text
+    assert "a photo of a &lt;b&gt;{}&lt;/b&gt;" in text
+    assert ("class", "number learned") in page.attributes
+    assert text.count('"number learned"') == 2
+    assert text.count('"number kept"') == 1
+
+
+def test_heat_follows_the_accuracy(folder: Path) -> None:
+    cells = re.findall(r"rgba\(31, 119, 180, ([\d.]+)\)\">([\d.]+)<", render_html(folder))
+    assert len(cells) == 9
+    assert dict((value, float(heat)) for heat, value in cells) == {
+        value: pytest.approx(float(value) * 0.007, abs=5e-4) for _, value in cells
+    }
+
+
+def test_the_page_needs_nothing_else(folder: Path) -> None:
+    text = render_html(folder)
+    assert not {name for name, _ in Page(text).attributes} & {"src", "href", "data", "action"}
+    for external in ("http:", "https:", "//", "url(", "@import", "<script", "<link", "<i>"):
+        assert external not in text
+
+
+def test_the_page_reads_the_run_folder_and_nothing_else(folder: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere" / "copy"
+    shutil.copytree(folder, moved)
+    shutil.rmtree(folder)
+    assert write_html(moved) == moved / "report.html"
+    assert (moved / "report.html").read_text() == render_html(moved)
+    assert "<title>first</title>" in render_html(moved)
+
+
+def test_a_bare_matrix_has_a_page(tmp_path: Path) -> None:
+    write_matrix(tmp_path / "matrix.csv", AccuracyMatrix(("a",), ("a",), ((12.5,),)))
+    page = render_html(tmp_path)
+    rows = Page(page).rows
+    assert ["a", "12.5"] in rows
+    assert ["Average", "12.50", DEFINITIONS["average"]] in rows
+    assert f"<title>{tmp_path.name}</title>" in page
+    assert "<strong>unknown</strong>" in page
+    assert "Configuration" not in page
+    assert "Environment" not in page
+
+
+@pytest.mark.parametrize("name", ["summary.json", "env.json"])
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_broken_files_are_named(folder: Path, name: str, content: str) -> None:
+    (folder / name).write_text(content)
+    with pytest.raises(InputError, match=re.escape(name)):
+        render_html(folder)
+
+
+def test_a_folder_without_a_matrix(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no matrix\.csv in it"):
+        write_html(tmp_path)
+    with pytest.raises(InputError, match=r"no matrix\.csv in it"):
+        write_html(tmp_path / "missing")
+    assert not list(tmp_path.iterdir())

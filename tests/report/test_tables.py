@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import json
+from io import StringIO
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from mulki.metrics import ZERO_SHOT, AccuracyMatrix
+from mulki.report import print_matrix, summary_markdown
+from tests import FIXTURES
+from tests.report.report_helpers import SMALL
+
+PUBLISHED: dict[str, Any] = json.loads(
+    (FIXTURES / "published_matrices.json").read_text(encoding="utf-8")
+)
+
+
+def published(order: str = "I") -> AccuracyMatrix:
+    run = PUBLISHED["ZSCL"][order]
+    names = tuple(run["datasets"])
+    zero_shot = tuple(PUBLISHED["zero-shot"][order]["matrix"][0])
+    return AccuracyMatrix(names, names, tuple(map(tuple, run["matrix"])), zero_shot)
+
+
+def printed(matrix: AccuracyMatrix, width: int) -> list[str]:
+    stream = StringIO()
+    print_matrix(matrix, Console(file=stream, width=width))
+    return stream.getvalue().splitlines()
+
+
+def test_the_benchmark_is_one_table_of_100_columns() -> None:
+    lines = printed(published(), 100)
+    assert max(map(len, lines)) <= 100
+    cells = [line.split() for line in lines]
+    # One value per data set, in one line per row: nothing was wrapped or shortened.
+    aircraft = next(line for line in cells if line[:1] == ["Aircraft"])
+    assert len(aircraft) == 12
+    assert aircraft[1] == "55.1*"
+    last = next(line for line in cells if line[:1] == ["SUN397"])
+    assert last[1] == "40.6+"
+    assert last[-1] == "80.2*"
+    assert ["11", "tasks", "68.14", "75.39", "83.62", "3.85", "-3.85"] in cells
+    assert ["zero-shot", "69.39", "65.29", "65.29", "0.00", "0.00"] in cells
+
+
+def test_learned_tasks_come_first_and_are_marked() -> None:
+    cells = [line.split() for line in printed(SMALL, 100)]
+    assert [ZERO_SHOT, "7.0", "4.0", "5.0"] in cells
+    assert ["letters", "3.0*", "1.0", "2.0"] in cells
+    assert ["digits", "6.0+", "100.0*", "50.0"] in cells
+    # Square brackets in a name are not taken for rich's markup.
+    assert any("[red]" in cell for line in cells for cell in line)
+
+
+def test_undefined_metrics_are_dashes() -> None:
+    one = AccuracyMatrix(("a", "b"), ("a",), ((1.0, 2.0),))
+    assert ["1", "task", "-", "1.00", "1.00", "-", "-"] in [
+        line.split() for line in printed(one, 80)
+    ]
+    none = AccuracyMatrix(("a",), zero_shot=(1.0,))
+    assert ["0", "tasks", "-", "-", "-", "-", "-"] in [line.split() for line in printed(none, 80)]
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 30),
+    st.integers(40, 140),
+    st.sampled_from(["set{}", "LongCamelCaseName{}", "with_underscores_{}", "x" * 40 + "{}"]),
+)
+def test_no_number_is_shortened_at_any_width(count: int, width: int, pattern: str) -> None:
+    names = tuple(pattern.format(i) for i in range(count))
+    values = tuple(100.0 - i / 10 for i in range(count))
+    lines = printed(AccuracyMatrix(names, zero_shot=values), width)
+    assert max(map(len, lines)) <= width
+    rows = [line.split()[1:] for line in lines if line.startswith(ZERO_SHOT)]
+    shown = [cell for row in rows for cell in row]
+    assert shown == [f"{value:.1f}" for value in values]
+
+
+def test_markdown() -> None:
+    lines = summary_markdown(SMALL).splitlines()
+    assert lines[:5] == [
+        "| after | letters | digits | a\\|b \\<i\\>\\[red\\] |",
+        "| --- | ---: | ---: | ---: |",
+        "| zero-shot | 7.00 | 4.00 | 5.00 |",
+        "| letters | **3.00** | 1.00 | 2.00 |",
+        "| digits | 6.00+ | **100.00** | 50.00 |",
+    ]
+    assert "|  | Transfer | Average | Last | Forgetting | BWT |" in lines
+    assert "| 2 tasks | 1.00 | 27.50 | 53.00 | -3.00 | 3.00 |" in lines
+    assert "| zero-shot | 4.00 | 5.50 | 5.50 | 0.00 | 0.00 |" in lines

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mulki.features import Features
+from mulki.functional import clip_contrastive
+from mulki.losses import MulKILoss
+from mulki.stages import adding, distinguishing
+from tests.stages.formulas import (
+    RELATIONS,
+    expected_class_weights,
+    expected_feature,
+    expected_kl,
+    expected_label_weights,
+    expected_relation,
+)
+
+COEFFICIENTS = ("alignment", *RELATIONS, "feature")
+
+
+class TestObjective:
+    def expected_terms(self, student, teachers, target):
+        """Unweighted terms at the default options."""
+        w = expected_label_weights(teachers, target)
+        per_class = expected_class_weights(w, target, 4)
+        return {
+            "ce": F.cross_entropy(
+                expected_relation(student, "image_text"), target, label_smoothing=0.2
+            ),
+            "alignment": clip_contrastive(student.prototypes, student.texts, student.scale),
+            "image_text": expected_kl(student, teachers, "image_text", w),
+            "image_image": expected_kl(student, teachers, "image_image", w),
+            "text_image": expected_kl(student, teachers, "text_image", per_class),
+            "text_text": expected_kl(student, teachers, "text_text", per_class),
+            "feature": expected_feature(student, teachers, w),
+        }
+
+    def test_total_and_gradient_equal_a_hand_computation(self, student, teachers, target):
+        coefficients = {name: 0.3 + 0.1 * i for i, name in enumerate(COEFFICIENTS)}
+        terms = self.expected_terms(student, teachers, target)
+        expected = terms["ce"] + sum(c * terms[name] for name, c in coefficients.items())
+        got = MulKILoss(**coefficients)(student, teachers, target)
+        torch.testing.assert_close(got, expected)
+        inputs = (student.images, student.texts, student.prototypes)
+        for a, b in zip(
+            torch.autograd.grad(got, inputs), torch.autograd.grad(expected, inputs), strict=True
+        ):
+            torch.testing.assert_close(a, b)
+
+    def test_terms_sum_to_the_total(self, student, teachers, target):
+        loss = MulKILoss()
+        terms = loss(student, teachers, target, output_dict=True)
+        assert set(terms) == {"ce_loss", *(f"{name}_loss" for name in COEFFICIENTS)}
+        torch.testing.assert_close(sum(terms.values()), loss(student, teachers, target))
+
+    @pytest.mark.parametrize("name", COEFFICIENTS)
+    def test_a_coefficient_scales_its_term_alone_and_0_removes_it(
+        self, student, teachers, target, name
+    ):
+        def terms(**coefficient):
+            return MulKILoss(**coefficient)(student, teachers, target, output_dict=True)
+
+        whole, doubled, without = terms(**{name: 0.5}), terms(**{name: 1.0}), terms(**{name: 0.0})
+        assert set(whole) - set(without) == {f"{name}_loss"}
+        for key, value in without.items():
+            assert value == whole[key] == doubled[key]
+        torch.testing.assert_close(doubled[f"{name}_loss"], 2 * whole[f"{name}_loss"])
+
+    @pytest.mark.parametrize("name", COEFFICIENTS)
+    def test_each_term_has_its_needs(self, student, teachers, target, name):
+        loss = MulKILoss(**{other: float(other == name) for other in COEFFICIENTS})
+        assert loss.needs_teachers == (name != "alignment")
+        assert loss.needs_prototypes == (name in ("alignment", "image_image", "text_image"))
+        if not loss.needs_teachers:
+            teachers = []
+        if not loss.needs_prototypes:
+            student, *teachers = (replace(m, prototypes=None) for m in (student, *teachers))
+        assert loss(student, teachers, target).isfinite()
+
+    def test_without_any_term_it_is_cross_entropy(self, student, target):
+        loss = MulKILoss(**dict.fromkeys(COEFFICIENTS, 0.0), label_smoothing=0.1)
+        assert not loss.needs_teachers and not loss.needs_prototypes
+        expected = F.cross_entropy(
+            expected_relation(student, "image_text"), target, label_smoothing=0.1
+        )
+        torch.testing.assert_close(loss(replace(student, prototypes=None), (), target), expected)
+
+    def test_options_reach_their_terms(self, student, teachers, target):
+        options = {"temperature": 3.0, "gate_temperature": 0.5, "scale_by_t2": False}
+        got = MulKILoss(**options)(student, teachers, target, output_dict=True)
+        w = distinguishing.sample_weights(
+            student, teachers, target, gate="label", temperature=3.0, gate_temperature=0.5
+        )
+        for name, weights in {
+            "image_image": w,
+            "text_text": distinguishing.class_weights(w, target, 4),
+        }.items():
+            expected = 0.25 * expected_kl(student, teachers, name, weights, 3.0) / 9
+            torch.testing.assert_close(got[f"{name}_loss"], expected)
+        torch.testing.assert_close(got["feature_loss"], adding.feature_loss(student, teachers, w))
+
+    @pytest.mark.parametrize("count", [1, 3])
+    def test_takes_any_number_of_teachers(self, student, model_features, target, count):
+        models = [model_features() for _ in range(count)]
+        assert MulKILoss()(student, models, target).isfinite()
+
+    def test_gradcheck(self, student, teachers, target):
+        def total(images, texts, prototypes, scale):
+            return MulKILoss()(Features(images, texts, scale, prototypes), teachers, target)
+
+        scale = torch.tensor(7.0, dtype=torch.float64, requires_grad=True)
+        assert gradcheck(total, (student.images, student.texts, student.prototypes, scale))
+
+    def test_a_student_that_is_its_teachers_has_cross_entropy_and_alignment_alone(
+        self, student, target
+    ):
+        same = replace(
+            student,
+            images=student.images.detach(),
+            texts=student.texts.detach(),
+            prototypes=student.prototypes.detach(),
+        )
+        terms = MulKILoss()(student, (same, same), target, output_dict=True)
+        distilled = sum(v for k, v in terms.items() if k not in ("ce_loss", "alignment_loss"))
+        assert distilled.item() == pytest.approx(0, abs=1e-14)
+        for grad in torch.autograd.grad(distilled, (student.images, student.texts)):
+            torch.testing.assert_close(grad, torch.zeros_like(grad), atol=1e-13, rtol=0)
+
+    def test_wants_teachers_for_its_terms(self, student, target):
+        with pytest.raises(ValueError, match="^teachers: got none"):
+            MulKILoss()(student, (), target)
+
+    @pytest.mark.parametrize(
+        ("name", "values"),
+        [
+            *((name, (-0.1, math.inf, math.nan)) for name in COEFFICIENTS),
+            ("temperature", (0.0, -1.0, math.nan)),
+            ("gate_temperature", (0.0, math.inf)),
+            ("label_smoothing", (-0.1, 1.1, math.nan)),
+            ("gate", ("lable", None)),
+        ],
+    )
+    def test_errors_name_the_argument(self, name, values):
+        for value in values:
+            with pytest.raises(ValueError, match=f"^{name}: got {value!r}"):
+                MulKILoss(**{name: value})
+
+    def test_has_no_state(self):
+        assert not MulKILoss().state_dict()
+
+
+class OperatorCalls(TorchDispatchMode):
+    """Counts the calls of mulki's operators, those of the backward pass included."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "mulki":
+            self.count[func._schema.name.removeprefix("mulki::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, {"prototype_cross_entropy": 1, "contrastive": 1, "teacher_kl": 4}),
+        ({"gate": "uniform", "image_text": 0}, {"teacher_kl": 3}),
+        # Without the relation that the gate looks at, its pass is run for the weights alone.
+        ({"image_text": 0}, {"teacher_kl": 4}),
+        ({"image_image": 0, "text_image": 0, "text_text": 0, "feature": 0}, {"teacher_kl": 1}),
+        # The losses of the two teachers are two more products.
+        ({"gate": "loss"}, {"prototype_cross_entropy": 3, "teacher_kl": 4}),
+    ],
+)
+def test_operator_calls_of_one_step(student, teachers, target, options, wanted):
+    loss = MulKILoss(**options)
+    with OperatorCalls() as calls:
+        loss(student, teachers, target).backward()
+    count = Counter()
+    for name, times in calls.count.items():
+        # Gradients of the means come with them: no operator is called in the backward pass.
+        assert not name.endswith("_backward")
+        count[name.removesuffix("_reduced")] += times
+    count.pop("scaled", None)
+    assert count == {"prototype_cross_entropy": 1, "contrastive": 1, **wanted}
