@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mulki.errors import InputError, nearest
-from mulki.files import write_atomic
+from mulki.files import read_csv, write_atomic
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -280,29 +280,7 @@ def read_matrix(path: str | os.PathLike[str]) -> AccuracyMatrix:
     unknown, repeated, out of place or of another length, and cells that are no number in 0..100.
     """
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; pass the file, such as {path / 'matrix.csv'}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; pass the matrix.csv of a run") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not a text file; pass comma-separated UTF-8 text") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        lines = [(reader.line_num, [cell.strip() for cell in line]) for line in reader]
-    except csv.Error as error:
-        raise InputError(
-            f"{path}, line {reader.line_num}: not comma-separated text ({error}); "
-            "save it as CSV with commas"
-        ) from None
-    lines = [(number, line) for number, line in lines if any(line)]
-    if not lines:
-        raise InputError(f"{path}: is empty; a header and a row per learned task were wanted")
-
+    lines = read_csv(path, "the matrix.csv of a run")
     (header, (first, *columns)), *body = lines
     if first != AFTER_TASK:
         raise InputError(
