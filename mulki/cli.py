@@ -13,10 +13,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any, NoReturn, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, get_origin, get_type_hints
 
 from mulki.errors import InputError, ProcessLost, nearest
-from mulki.options import choices_of, flag, option_name
+from mulki.options import choices_of, field_name, flag, option_name
+
+if TYPE_CHECKING:
+    from mulki.methods import Method
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -37,7 +40,7 @@ def run_command(argv: Sequence[str]) -> int:
         print("mulki: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output went away, as `head` does; there is nobody left to tell.
+        # The program that reads our output has ended, as `head` does after its lines.
         sys.stderr.close()
         return 1
 
@@ -50,7 +53,7 @@ def _dispatch(argv: list[str]) -> int:
         "bench": _bench,
     }
     if argv[:1] == ["--"]:
-        # torchrun -m mulki -- run ...: what follows is kept from torchrun's own options.
+        # In `torchrun -m mulki -- run ...` it separates our options from those of torchrun.
         argv = argv[1:]
     name = argv[0] if argv else "--help"
     if name in ("-h", "--help"):
@@ -101,40 +104,11 @@ def _run(argv: list[str]) -> int:
 
 
 def _given(argv: list[str]) -> dict[str, Any]:
-    # The method decides which options exist, and a module of the user's may define the method, so
-    # both are looked for before the rest is parsed.
-    from mulki import methods
     from mulki.data import sequence_names
-    from mulki.engine.config import (
-        RunConfig,
-        field_names,
-        import_given,
-        read_config,
-        resolve,
-        unknown_option,
-    )
+    from mulki.engine.config import RunConfig, resolve, unknown_option
 
     argv = _with_hyphens(argv)
-    first = _Parser(prog="mulki run", add_help=False)
-    first.add_argument("--config")
-    first.add_argument("--method")
-    _add_import(first)
-    early, _ = first.parse_known_args(argv)
-    from_file: dict[str, Any] = read_config(early.config) if early.config is not None else {}
-    with _naming(early.config):
-        modules = import_given(from_file)
-    # Modules of the file and of the command line are both imported: one does not exclude another.
-    modules = tuple(dict.fromkeys([*modules, *vars(early)["import"]]))
-    import_given({"import": modules})
-    method = methods.get(early.method or str(from_file.get("method", RunConfig.method)))
-    if from_file.get("method", method.name) != method.name:
-        # The file of another method's run: the options that only that method has are left out.
-        theirs = field_names(methods.get(str(from_file["method"])).Options)
-        ours = field_names(RunConfig) | field_names(method.Options)
-        from_file = {k: v for k, v in from_file.items() if k in ours or k not in theirs}
-    if modules:
-        from_file["import"] = modules
-
+    config, from_file, method = _method_and_file(argv)
     parser = _Parser(prog="mulki run", description=_run.__doc__)
     parser.add_argument(
         "words",
@@ -154,10 +128,10 @@ def _given(argv: list[str]) -> dict[str, Any]:
     parsed, unknown = parser.parse_known_intermixed_args(argv)
     for word in unknown:
         if word.startswith("--"):
-            raise unknown_option(word[2:].split("=")[0].replace("-", "_"), method.name)
+            raise unknown_option(field_name(word[2:].split("=")[0]), method.name)
         raise InputError(f"{word}: was not expected here; mulki run --help shows the usage")
     given = {
-        k: v for k, v in vars(parsed).items() if v is not None and k not in ("config", "import")
+        k: v for k, v in vars(parsed).items() if v is not None and k not in ("config", "import_")
     }
     words = given.pop("words", None)
     if words and "tasks" in given:
@@ -168,14 +142,46 @@ def _given(argv: list[str]) -> dict[str, Any]:
     for one, other in (("iterations", "epochs"), ("epochs", "iterations")):
         if one in given and other not in given:
             from_file.pop(other, None)
-    with _naming(early.config):
+    with _naming(config):
         resolve(from_file | {"method": method.name})
     return from_file | given
+
+
+def _method_and_file(argv: list[str]) -> tuple[str | None, dict[str, Any], type[Method]]:
+    """The configuration file, its options with all modules to import, and the method of a run.
+
+    The method decides which options exist, and a module of the user's may define the method, so
+    these are looked for before the rest is parsed.
+    """
+    from mulki import methods
+    from mulki.engine.config import RunConfig, field_names, import_given, read_config
+
+    parser = _Parser(prog="mulki run", add_help=False)
+    parser.add_argument("--config")
+    parser.add_argument("--method")
+    _add_import(parser)
+    given, _ = parser.parse_known_args(argv)
+    from_file: dict[str, Any] = read_config(given.config) if given.config is not None else {}
+    with _naming(given.config):
+        modules = import_given(from_file)
+    # Modules of the file and of the command line are both imported: one does not exclude another.
+    modules = tuple(dict.fromkeys([*modules, *given.import_]))
+    import_given({"import_": modules})
+    method = methods.get(given.method or str(from_file.get("method", RunConfig.method)))
+    if from_file.get("method", method.name) != method.name:
+        # The file of another method's run: the options that only that method has are left out.
+        others = field_names(methods.get(str(from_file["method"])).Options)
+        known = field_names(RunConfig) | field_names(method.Options)
+        from_file = {k: v for k, v in from_file.items() if k in known or k not in others}
+    if modules:
+        from_file["import_"] = modules
+    return given.config, from_file, method
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--import",
+        dest="import_",
         action="append",
         default=[],
         metavar="MODULE",
@@ -189,6 +195,8 @@ def _naming(config: str | None) -> Iterator[None]:
     try:
         yield
     except InputError as error:
+        if config is None:
+            raise
         raise InputError(f"{config}: {error}") from None
 
 
@@ -205,21 +213,18 @@ class _Parser(argparse.ArgumentParser):
 def _add_options(group: argparse._ArgumentGroup, options: type) -> None:
     hints = get_type_hints(options)
     for item in fields(options):
-        name = option_name(item.name)
-        flags = [flag(name), *filter(None, [item.metadata["alias"]])]
+        flags = [flag(item.name), *filter(None, [item.metadata["alias"]])]
         text = f"{item.metadata['help']} (default: {_shown(item.default)})".replace("%", "%%")
+        how: dict[str, Any] = {"metavar": option_name(item.name).upper()}
         if hints[item.name] is bool:
-            action = argparse.BooleanOptionalAction
-            group.add_argument(*flags, dest=name, action=action, default=None, help=text)
+            how = {"action": argparse.BooleanOptionalAction, "default": None}
         elif item.metadata["repeat"]:
-            metavar = item.metadata["repeat"]
-            group.add_argument(*flags, dest=name, action="append", metavar=metavar, help=text)
+            how = {"action": "append", "metavar": item.metadata["repeat"]}
         elif get_origin(hints[item.name]) is tuple:
-            group.add_argument(*flags, dest=name, nargs="+", metavar=name.upper(), help=text)
-        else:
-            choices = choices_of(item, hints[item.name])
-            metavar = "{" + ",".join(choices) + "}" if choices else name.upper()
-            group.add_argument(*flags, dest=name, metavar=metavar, help=text)
+            how["nargs"] = "+"
+        elif choices := choices_of(item, hints[item.name]):
+            how["metavar"] = "{" + ",".join(choices) + "}"
+        group.add_argument(*flags, dest=item.name, help=text, **how)
 
 
 def _shown(default: Any) -> str:
@@ -227,7 +232,7 @@ def _shown(default: Any) -> str:
 
 
 def _with_hyphens(argv: list[str]) -> list[str]:
-    # Option names alone: a value keeps its underscores.
+    # Only names of options are changed: a value keeps its underscores.
     def hyphens(word: str) -> str:
         name, equals, value = word.partition("=")
         return name.replace("_", "-") + equals + value if word.startswith("--") else word
@@ -270,7 +275,7 @@ def _tasks(argv: list[str]) -> int:
     parser.add_argument("--order", default="I", help="order of a named sequence")
     parser.add_argument("--json", action="store_true", help="print names and classes as JSON")
     arguments = parser.parse_args(argv)
-    import_modules(vars(arguments)["import"])
+    import_modules(arguments.import_)
     if not arguments.names:
         print(json.dumps(sequence_names()) if arguments.json else "\n".join(sequence_names()))
         return 0

@@ -131,8 +131,8 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             return tuple(parts)
         raise _wrong(name, value, "a list of names or paths")
     if get_origin(hint) is Literal:
-        # Which of its strings it has to be is checked with the bounds. YAML reads on, off, yes and
-        # no as booleans; none of our choices is called so.
+        # `check_options` checks which string it is. YAML reads on, off, yes and no as booleans, so
+        # no choice may have one of these names.
         hint = str
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[hint]
     if isinstance(value, bool) or value is None:

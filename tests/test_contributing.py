@@ -7,17 +7,17 @@ import shlex
 from pathlib import Path
 
 import engine_helpers
+import import_helpers
 import pytest
 import yaml
-from test_imports import registries
 
 from mulki.cli import run_command
 from mulki.metrics import read_matrix
 
+registries = import_helpers.registries
 tiny_models = engine_helpers.tiny_models
 start_model = engine_helpers.start_model
 ROOT = Path(__file__).parent.parent
-__all__ = ["registries"]
 
 
 def recipe(title: str) -> tuple[str, str, list[list[str]]]:

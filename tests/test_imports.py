@@ -7,26 +7,26 @@ import logging
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import engine_helpers
+import import_helpers
 import pytest
 import yaml
 
-from mulki import methods
+from mulki import cli
 from mulki.cli import run_command
-from mulki.data import sequences, transforms
+from mulki.data import transforms
 from mulki.engine.config import read_config, resolve
 from mulki.errors import InputError
 from mulki.imports import import_modules
 from mulki.registration import place_of
 
+registries = import_helpers.registries
 tiny_models = engine_helpers.tiny_models
 start_model = engine_helpers.start_model
 task_folders = engine_helpers.task_folders
-
-BUILT_IN = set(methods.available())
 
 METHOD = """
     from dataclasses import dataclass
@@ -70,24 +70,6 @@ SEQUENCE = """
         tasks = [folder_task({0!r}), folder_task({1!r})]
         return tasks if order == "I" else tasks[::-1]
 """
-
-
-@pytest.fixture(autouse=True)
-def registries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """What a test imports and registers goes with it."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sequences, "_SEQUENCES", dict(sequences._SEQUENCES))
-    monkeypatch.setattr(transforms, "_BUILDERS", dict(transforms._BUILDERS))
-    modules = set(sys.modules)
-    yield
-    for name in set(sys.modules) - modules:
-        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
-            for value in vars(sys.modules.pop(name)).values():
-                # Methods are found as subclasses that have a name, as long as they live.
-                if isinstance(value, type) and value.__module__ == name and "name" in vars(value):
-                    del value.name  # type: ignore[attr-defined]
-    assert set(methods.available()) == BUILT_IN
 
 
 def write(name: str, code: str) -> str:
@@ -213,6 +195,17 @@ def test_the_class_of_a_file_pickles_under_the_name_of_the_file() -> None:
     noisy = transforms._BUILDERS["noisy"](str, 1, [], [])
     assert type(noisy).__module__ == "my_transform"
     assert place_of(type(noisy)) == str(Path("deep/my_transform.py, line 5"))
+
+
+def test_an_option_named_as_a_keyword_of_python() -> None:
+    mine = write("mine.py", METHOD.replace("factor: ", "lambda_: ").replace(".factor", ".lambda_"))
+    Path("c.yaml").write_text("method: halved\nlambda: 0.75\n")
+    settings = resolve({"import": mine} | read_config("c.yaml"))
+    assert settings.method.lambda_ == 0.75 and settings.to_dict()["lambda"] == 0.75
+    given = cli._given(["--config", "c.yaml", "--import", mine, "--method", "lwf"])
+    assert resolve(given).to_dict().keys() & {"lambda", "lambda_"} == set()
+    given = cli._given(["--config", "c.yaml", "--import", mine, "--lambda", "0.2"])
+    assert resolve(given).method.lambda_ == 0.2
 
 
 def test_a_second_import_costs_nothing() -> None:

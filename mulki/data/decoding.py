@@ -1,4 +1,4 @@
-"""Image files to RGB pictures, with one kind of error for whatever is wrong with a file."""
+"""Decoding image files to RGB; every fault of a file raises `BadImage`."""
 
 from __future__ import annotations
 

@@ -111,13 +111,14 @@ def _list_images(folder: Path, classes: Sequence[str]) -> ImageFiles:
     for target, name in enumerate(classes):
         entries = _visible(folder / name)
         for entry in entries:
-            # Taking images from below would merge classes if a level too many was given.
+            # Images in subfolders are refused: classes would be merged if the user gave a folder
+            # one level too high.
             if entry.is_dir():
                 raise InputError(
                     f"{folder / name / entry.name}: a folder inside a class; "
                     f"images lie directly in {folder.name}/<class>/, so move them up"
                 )
-        # A dangling link is no file to the system, and to the user an image that cannot be read.
+        # Not `is_file`: a link to a missing file counts as an image that cannot be read.
         chosen = [e for e in entries if os.path.splitext(e.name)[1].lower() in SUFFIXES]
         if not chosen:
             other = f" among {len(entries)} files" if entries else ""

@@ -141,12 +141,12 @@ def import_given(given: Mapping[str, Any]) -> tuple[str, ...]:
     """Import the modules that options name, and return their names.
 
     Args:
-        given: values by option name; the rest of them may be unknown or wrong.
+        given: values by field name; only `import_` is looked at.
 
     Raises:
         InputError: `mulki.imports.import_modules` refuses one.
     """
-    named = {name: given[key] for key in given if (name := field_name(key)) == "import_"}
+    named = {name: value for name, value in given.items() if name == "import_"}
     modules: tuple[str, ...] = convert(RunConfig, named).get("import_", ())
     import_modules(modules)
     return modules
@@ -186,7 +186,7 @@ def unknown_option(name: str, method: str) -> InputError:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The options in a YAML file, by name with underscores.
+    """The options in a YAML file, by the name of their field.
 
     Raises:
         InputError: no such file, not YAML, or not a mapping of option names.
@@ -200,4 +200,4 @@ def read_config(path: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise InputError(f"--config: {path} holds no mapping; write lines such as 'lr: 1.0e-4'")
-    return {key.replace("-", "_"): value for key, value in data.items()}
+    return {field_name(key): value for key, value in data.items()}
