@@ -10,11 +10,16 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, get_origin, get_type_hints
 
 from mulki.errors import InputError, ProcessLost, nearest
+from mulki.options import choices_of, field_name, flag, option_name
+
+if TYPE_CHECKING:
+    from mulki.methods import Method
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,7 +40,7 @@ def run_command(argv: Sequence[str]) -> int:
         print("mulki: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output went away, as `head` does; there is nobody left to tell.
+        # The program that reads our output has ended, as `head` does after its lines.
         sys.stderr.close()
         return 1
 
@@ -48,7 +53,7 @@ def _dispatch(argv: list[str]) -> int:
         "bench": _bench,
     }
     if argv[:1] == ["--"]:
-        # torchrun -m mulki -- run ...: what follows is kept from torchrun's own options.
+        # In `torchrun -m mulki -- run ...` it separates our options from those of torchrun.
         argv = argv[1:]
     name = argv[0] if argv else "--help"
     if name in ("-h", "--help"):
@@ -81,17 +86,16 @@ def _run(argv: list[str]) -> int:
     from mulki.engine.runner import run
     from mulki.report.tables import print_matrix
 
-    settings = resolve(_given(argv))
     console = Console()
-    # The level is the handler's: out.log takes more of the package's messages, the terminal does
-    # not. What ends a run is told once, by whoever catches it.
+    # The level is the handler's: out.log takes more of the package's messages than the terminal.
+    # Errors are left out here, since `run_command` prints the one that ends a run.
     handler = logging.StreamHandler()
-    # Of several processes the first speaks for all.
+    # Of several processes only the first prints warnings.
     handler.setLevel(logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     handler.addFilter(lambda record: record.levelno < logging.ERROR)
     logging.basicConfig(format="mulki: %(message)s", handlers=[handler])
 
-    folder = run(settings, Console(stderr=True))
+    folder = run(resolve(_given(argv)), Console(stderr=True))
     if folder is None:  # another process of the run prints
         return 0
     print_matrix(folder.matrix, console)
@@ -100,35 +104,35 @@ def _run(argv: list[str]) -> int:
 
 
 def _given(argv: list[str]) -> dict[str, Any]:
-    # The method decides which options exist, so it is looked for before the rest is parsed.
-    from mulki import methods
-    from mulki.engine.config import RunConfig, field_names, read_config, resolve, unknown_option
+    from mulki.data import sequence_names
+    from mulki.engine.config import RunConfig, resolve, unknown_option
 
     argv = _with_hyphens(argv)
-    first = _Parser(prog="mulki run", add_help=False)
-    first.add_argument("--config")
-    first.add_argument("--method")
-    early, _ = first.parse_known_args(argv)
-    from_file: dict[str, Any] = read_config(early.config) if early.config is not None else {}
-    method = methods.get(early.method or str(from_file.get("method", RunConfig.method)))
-    if from_file.get("method", method.name) != method.name:
-        # The file of another method's run: what both have in common is meant, not its own options.
-        theirs = field_names(methods.get(str(from_file["method"])).Options)
-        ours = field_names(RunConfig) | field_names(method.Options)
-        from_file = {k: v for k, v in from_file.items() if k in ours or k not in theirs}
-
+    config, from_file, method = _method_and_file(argv)
     parser = _Parser(prog="mulki run", description=_run.__doc__)
-    parser.add_argument("words", nargs="*", metavar="TASKS", help="same as --tasks")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="TASKS",
+        help=f"same as --tasks; sequences: {', '.join(sequence_names())}",
+    )
     parser.add_argument("--config", metavar="FILE", help="a YAML file of options")
     _add_options(parser.add_argument_group("run"), RunConfig)
     group = parser.add_argument_group(f"method {method.name}", method.summary)
-    _add_options(group, method.Options)
+    try:
+        _add_options(group, method.Options)
+    except argparse.ArgumentError as error:
+        raise InputError(
+            f"method {method.name}: {error}; the run has an option of that name, so rename it"
+        ) from None
     parsed, unknown = parser.parse_known_intermixed_args(argv)
     for word in unknown:
         if word.startswith("--"):
-            raise unknown_option(word[2:].split("=")[0].replace("-", "_"), method.name)
+            raise unknown_option(field_name(word[2:].split("=")[0]), method.name)
         raise InputError(f"{word}: was not expected here; mulki run --help shows the usage")
-    given = {k: v for k, v in vars(parsed).items() if v is not None and k != "config"}
+    given = {
+        k: v for k, v in vars(parsed).items() if v is not None and k not in ("config", "import_")
+    }
     words = given.pop("words", None)
     if words and "tasks" in given:
         raise InputError(f"--tasks: given beside {' '.join(words)}; name the tasks in one place")
@@ -138,11 +142,62 @@ def _given(argv: list[str]) -> dict[str, Any]:
     for one, other in (("iterations", "epochs"), ("epochs", "iterations")):
         if one in given and other not in given:
             from_file.pop(other, None)
-    try:
+    with _naming(config):
         resolve(from_file | {"method": method.name})
-    except InputError as error:
-        raise InputError(f"{early.config}: {error}") from None
     return from_file | given
+
+
+def _method_and_file(argv: list[str]) -> tuple[str | None, dict[str, Any], type[Method]]:
+    """The configuration file, its options with all modules to import, and the method of a run.
+
+    The method decides which options exist, and a module of the user's may define the method, so
+    these are looked for before the rest is parsed.
+    """
+    from mulki import methods
+    from mulki.engine.config import RunConfig, field_names, import_given, read_config
+
+    parser = _Parser(prog="mulki run", add_help=False)
+    parser.add_argument("--config")
+    parser.add_argument("--method")
+    _add_import(parser)
+    given, _ = parser.parse_known_args(argv)
+    from_file: dict[str, Any] = read_config(given.config) if given.config is not None else {}
+    with _naming(given.config):
+        modules = import_given(from_file)
+    # Modules of the file and of the command line are both imported: one does not exclude another.
+    modules = tuple(dict.fromkeys([*modules, *given.import_]))
+    import_given({"import_": modules})
+    method = methods.get(given.method or str(from_file.get("method", RunConfig.method)))
+    if from_file.get("method", method.name) != method.name:
+        # The file of another method's run: the options that only that method has are left out.
+        others = field_names(methods.get(str(from_file["method"])).Options)
+        known = field_names(RunConfig) | field_names(method.Options)
+        from_file = {k: v for k, v in from_file.items() if k in known or k not in others}
+    if modules:
+        from_file["import_"] = modules
+    return given.config, from_file, method
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--import",
+        dest="import_",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a Python file or module of your own to import first; may be given several times",
+    )
+
+
+@contextmanager
+def _naming(config: str | None) -> Iterator[None]:
+    # Errors in the options of a configuration file begin with its name.
+    try:
+        yield
+    except InputError as error:
+        if config is None:
+            raise
+        raise InputError(f"{config}: {error}") from None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -158,31 +213,26 @@ class _Parser(argparse.ArgumentParser):
 def _add_options(group: argparse._ArgumentGroup, options: type) -> None:
     hints = get_type_hints(options)
     for item in fields(options):
-        flags = [f"--{item.name.replace('_', '-')}", *filter(None, [item.metadata["alias"]])]
+        flags = [flag(item.name), *filter(None, [item.metadata["alias"]])]
         text = f"{item.metadata['help']} (default: {_shown(item.default)})".replace("%", "%%")
+        how: dict[str, Any] = {"metavar": option_name(item.name).upper()}
         if hints[item.name] is bool:
-            action = argparse.BooleanOptionalAction
-            group.add_argument(*flags, dest=item.name, action=action, default=None, help=text)
+            how = {"action": argparse.BooleanOptionalAction, "default": None}
+        elif item.metadata["repeat"]:
+            how = {"action": "append", "metavar": item.metadata["repeat"]}
         elif get_origin(hints[item.name]) is tuple:
-            group.add_argument(
-                *flags, dest=item.name, nargs="+", metavar=item.name.upper(), help=text
-            )
-        else:
-            choices = get_args(hints[item.name]) if _is_choice(hints[item.name]) else ()
-            metavar = "{" + ",".join(choices) + "}" if choices else item.name.upper()
-            group.add_argument(*flags, dest=item.name, metavar=metavar, help=text)
-
-
-def _is_choice(hint: Any) -> bool:
-    return get_origin(hint) is Literal
+            how["nargs"] = "+"
+        elif choices := choices_of(item, hints[item.name]):
+            how["metavar"] = "{" + ",".join(choices) + "}"
+        group.add_argument(*flags, dest=item.name, help=text, **how)
 
 
 def _shown(default: Any) -> str:
-    return " ".join(default) if isinstance(default, tuple) else str(default)
+    return (" ".join(default) or "none") if isinstance(default, tuple) else str(default)
 
 
 def _with_hyphens(argv: list[str]) -> list[str]:
-    # Option names alone: a value keeps its underscores.
+    # Only names of options are changed: a value keeps its underscores.
     def hyphens(word: str) -> str:
         name, equals, value = word.partition("=")
         return name.replace("_", "-") + equals + value if word.startswith("--") else word
@@ -215,12 +265,17 @@ def _tasks(argv: list[str]) -> int:
     from rich.table import Table
 
     from mulki.data import load_sequence, sequence_names
+    from mulki.imports import import_modules
 
     parser = _Parser(prog="mulki tasks", description=_tasks.__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="a sequence, or task folders")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="a sequence, or folders and CSV files"
+    )
+    _add_import(parser)
     parser.add_argument("--order", default="I", help="order of a named sequence")
     parser.add_argument("--json", action="store_true", help="print names and classes as JSON")
     arguments = parser.parse_args(argv)
+    import_modules(arguments.import_)
     if not arguments.names:
         print(json.dumps(sequence_names()) if arguments.json else "\n".join(sequence_names()))
         return 0

@@ -1,4 +1,4 @@
-"""The exception that means "what you passed cannot be used", its usual helper, and one more."""
+"""The exceptions of the package, and the search for a similar name that their messages use."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ class InputError(ValueError):
     """Bad input from the user: an argument, a file, a name.
 
     The message is one line that says which argument or file, what came, what was wanted and
-    what to do about it. The command line prints that line alone and exits with status 2; line
-    breaks in the message (a file name can hold one) become spaces, so that it stays one line.
+    what to do about it. The command line prints that line alone and exits with status 2. Line
+    breaks in the message become spaces, since a file name can contain one.
     """
 
     def __init__(self, message: str) -> None:
@@ -25,8 +25,8 @@ class ProcessLost(RuntimeError):
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Return ``' (did you mean "x"?)'`` for the choice most like ``name``, or ``''``.
 
-    Case is ignored, since a wrong case is the commonest slip. The result is meant to be put
-    straight behind the name in an :class:`InputError`.
+    Upper and lower case are not told apart. The result follows the name in the message of an
+    :class:`InputError`, without a space between them.
     """
     by_folded = {choice.casefold(): choice for choice in choices}
     found = difflib.get_close_matches(name.casefold(), by_folded, n=1)

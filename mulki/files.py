@@ -1,11 +1,53 @@
-"""Writing files so that no reader, and no interrupt, ever meets half of one."""
+"""Reading CSV files with clear errors, and writing files in one step."""
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from mulki.errors import InputError
+
+
+def read_csv(path: Path, wanted: str) -> list[tuple[int, list[str]]]:
+    """Number and cells of each line that is not blank; there is at least one.
+
+    A byte-order mark is accepted, so spreadsheets can write the file. Spaces around cells go.
+
+    Args:
+        path: comma-separated UTF-8 text.
+        wanted: the file that an error asks for, such as "the matrix.csv of a run".
+
+    Raises:
+        InputError: a file that is missing, unreadable, empty or not such text.
+    """
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; pass {wanted}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; pass {wanted}") from None
+    except UnicodeDecodeError:
+        raise InputError(
+            f"{path}: not a text file; save it as comma-separated UTF-8 text"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        lines = [(reader.line_num, [cell.strip() for cell in line]) for line in reader]
+    except csv.Error as error:
+        raise InputError(
+            f"{path}, line {reader.line_num}: not comma-separated text ({error}); "
+            "save it as CSV with commas"
+        ) from None
+    lines = [(number, line) for number, line in lines if any(line)]
+    if not lines:
+        raise InputError(f"{path}: is empty; pass {wanted}, which begins with a header")
+    return lines
 
 
 @contextmanager

@@ -1,16 +1,16 @@
 """Continual-learning metrics on an accuracy matrix, and the file that holds one.
 
 ``a`` is ``[T, T]``: row ``i`` is the model after learning task ``i``, column ``j`` the test set
-of task ``j``, both in the order learned. Cells are top-1 accuracy in percent, but every metric
-is linear or a maximum, so any other unit carries through.
+of task ``j``, both in the order learned. Cells are top-1 accuracy in percent. Any other unit
+works as well: a metric has the unit of the cells.
 
 Transfer, Average and Last are those of ZSCL (Zheng et al., ICCV 2023), used alike by GIFT, DIKI,
 CoLeCLIP and ConDU. Forgetting is that of Chaudhry et al. (ECCV 2018): the drop from the best
 accuracy that any *earlier* model had since the task was learned. It is negative where the last
-model is the best of all; some code clips each task at zero, this does not. BWT is that of
-Lopez-Paz and Ranzato (NeurIPS 2017) and is what GIFT reports as "Forget". Both sums run over all
-tasks but the last; code in circulation that drops the last but one from the sum and keeps it in
-the denominator gives smaller values.
+model is the best of all; some implementations clip each task at zero, this one does not. BWT is
+that of Lopez-Paz and Ranzato (NeurIPS 2017) and is what GIFT reports as "Forget". Both are means
+over all tasks but the last. Some published code leaves one more task out of the sum but divides by
+the same number, which gives smaller values.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mulki.errors import InputError, nearest
-from mulki.files import write_atomic
+from mulki.files import read_csv, write_atomic
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -159,8 +159,8 @@ class AccuracyMatrix:
     ``zero_shot`` ``[len(columns)]``, the model before the first task, if it was evaluated.
 
     Metrics are computed on the learned tasks only: a column that was never learned (a task
-    still planned, a data set that only watches) is reported and counts in none of them. So a
-    run stopped after k of T tasks has the metrics of a complete run of its first k.
+    still planned, a data set that is only evaluated) is reported and counts in none of them. So
+    a run stopped after k of T tasks has the metrics of a complete run of its first k.
 
     Raises :class:`InputError` for names that are empty or repeated, tasks without a column, row
     lengths that do not fit and values outside 0..100.
@@ -248,7 +248,7 @@ class AccuracyMatrix:
     def zero_shot_metrics(self) -> Metrics | None:
         """Return what a model that never changed would score, or ``None`` without that row.
 
-        It is the yardstick for Transfer: a run below it has lost zero-shot ability.
+        A run whose Transfer is below this one's has lost zero-shot ability.
         """
         if self.zero_shot is None or not self.tasks:
             return None
@@ -258,7 +258,7 @@ class AccuracyMatrix:
 
 def _check_names(names: Sequence[str], what: str) -> None:
     for position, name in enumerate(names):
-        # Such a name would not survive the way through a file or a one-line message.
+        # Such a name cannot be written to a file, or into a message of one line, and read back.
         if not name or name != name.strip() or not name.isprintable():
             raise InputError(
                 f"{what}: {name!r} came, a printable name without outer spaces was wanted; "
@@ -280,29 +280,7 @@ def read_matrix(path: str | os.PathLike[str]) -> AccuracyMatrix:
     unknown, repeated, out of place or of another length, and cells that are no number in 0..100.
     """
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; pass the file, such as {path / 'matrix.csv'}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; pass the matrix.csv of a run") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not a text file; pass comma-separated UTF-8 text") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        lines = [(reader.line_num, [cell.strip() for cell in line]) for line in reader]
-    except csv.Error as error:
-        raise InputError(
-            f"{path}, line {reader.line_num}: not comma-separated text ({error}); "
-            "save it as CSV with commas"
-        ) from None
-    lines = [(number, line) for number, line in lines if any(line)]
-    if not lines:
-        raise InputError(f"{path}: is empty; a header and a row per learned task were wanted")
-
+    lines = read_csv(path, "the matrix.csv of a run")
     (header, (first, *columns)), *body = lines
     if first != AFTER_TASK:
         raise InputError(
@@ -358,7 +336,7 @@ def _cell(text: str, where: str) -> float:
 def write_matrix(path: str | os.PathLike[str], matrix: AccuracyMatrix) -> None:
     """Write ``matrix`` to ``path`` as :func:`read_matrix` reads it, in one atomic step.
 
-    Four decimals tell apart all accuracies of up to half a million test images.
+    Four decimals distinguish all accuracies on up to half a million test images.
     """
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator="\n")

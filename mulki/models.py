@@ -1,4 +1,4 @@
-"""Models: any open_clip model as the learner, and what the engine asks of it.
+"""Models: any open_clip model as the student, behind the methods that the engine calls.
 
 open_clip is imported when a model is loaded, not before.
 """
@@ -41,10 +41,10 @@ class VisionLanguageModel:
         tokenizer: list of strings to token ids [n, L].
         preprocess: the evaluation transform, PIL image to [3, H, W].
         name: as given to `load`.
-        packaged: prefixes of state dict keys that come with an installed package, so that
-            checkpoints leave them out.
+        packaged: prefixes of the state dict keys whose weights come with an installed package;
+            checkpoints leave these out.
         config: the content of its ``open_clip_config.json``, None if that is not known.
-        split: where `text_inputs` stops; by default where something trainable begins.
+        split: how far `text_inputs` encodes; by default up to the first trainable part.
     """
 
     clip: Any
@@ -56,7 +56,7 @@ class VisionLanguageModel:
     split: TextSplit | None = None
 
     def __post_init__(self) -> None:
-        # On CPUs a convolution is several times faster in this layout; other tensors ignore it.
+        # On CPUs convolutions are several times faster in this layout; it only changes 4-d tensors.
         self.clip.to(memory_format=torch.channels_last)
 
     @property
@@ -65,7 +65,7 @@ class VisionLanguageModel:
 
     @property
     def _image_dtype(self) -> torch.dtype:
-        # Convolutions and projections: a normalisation may be wider than what it normalises.
+        # That of convolutions and projections; normalisations may be stored in float32 beside them.
         weights = (p for p in self.clip.visual.parameters() if p.ndim >= 2)
         return next(weights, torch.empty(0)).dtype
 
@@ -88,11 +88,11 @@ class VisionLanguageModel:
         return F.normalize(self.clip.encode_image(images).float(), dim=-1)
 
     def text_inputs(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts as far through the text tower as nothing trainable is passed, [n, ...].
+        """Prompts encoded by the frozen first part of the text tower, [n, ...].
 
-        Token ids when the text tower trains, the pooled output of its transformer when only the
-        projection behind that trains, finished features when nothing does. So the result is a
-        constant of a task, and `encode_texts` does the rest.
+        The result is constant during a task; `encode_texts` computes the rest. It is the token ids
+        when the text tower trains, the pooled output of its transformer when only the projection
+        after it trains, and the features when nothing trains.
         """
         tokens = self.tokenizer(list(prompts)).to(self.device)
         split = self._text_split()
@@ -108,7 +108,7 @@ class VisionLanguageModel:
             )
 
     def encode_texts(self, inputs: Tensor) -> Tensor:
-        """What `text_inputs` returned to L2-normalised float32 features [n, D]."""
+        """L2-normalised float32 features [n, D] of the result of `text_inputs`."""
         split = self._text_split()
         if split == "features":
             features = inputs
@@ -135,7 +135,7 @@ class VisionLanguageModel:
     def lock(self, *, text: bool = False, image: bool = False) -> None:
         """Freeze the text transformer, or the image tower, as open_clip's --lock-text does.
 
-        A projection behind a Hugging Face text transformer stays trainable, as in open_clip. The
+        The projection after a Hugging Face text transformer stays trainable, as in open_clip. The
         logit scale and bias are always frozen.
         """
         self.clip.logit_scale.requires_grad_(False)
@@ -150,8 +150,9 @@ class VisionLanguageModel:
         """Store the weights in half precision.
 
         Args:
-            norms: the normalisations' too; otherwise these stay and compute in float32. The logit
-                scale and bias stay float32 in any case.
+            norms: store the weights of normalisation layers in half precision too; otherwise these
+                layers stay in float32 and compute in it. The logit scale and bias always stay in
+                float32.
         """
         scalars = {
             name: value
@@ -165,13 +166,13 @@ class VisionLanguageModel:
                 if value.is_floating_point() and not keep:
                     value.data = value.data.to(dtype)
             if keep:
-                module.register_forward_pre_hook(_widened)
-                module.register_forward_hook(partial(_narrowed, dtype=dtype))
+                module.register_forward_pre_hook(_inputs_to_float32)
+                module.register_forward_hook(partial(_output_to, dtype=dtype))
         for name, value in wide.items():
             scalars[name].data = value
 
     def compile(self) -> None:
-        """Compile the towers with `torch.compile`, in place; names in checkpoints stay."""
+        """Compile the towers with `torch.compile`, in place; names in checkpoints do not change."""
         for tower in self.towers():
             tower.compile()
 
@@ -191,10 +192,10 @@ class VisionLanguageModel:
         return {n: p for n, p in self.clip.named_parameters() if p.requires_grad}
 
     def train(self) -> None:
-        """Training mode for what trains; frozen parts and batch statistics stay as in evaluation.
+        """Training mode for what trains; frozen parts and batch normalisation stay in evaluation.
 
-        A handful of tasks, each with its own statistics, would leave the running averages of the
-        last one behind.
+        Running averages updated in training would be those of the last task, and wrong for the
+        tasks before it.
         """
         self.clip.train()
         for module in self.clip.modules():
@@ -208,29 +209,30 @@ class VisionLanguageModel:
         self.clip.eval()
 
     def frozen_copy(self) -> VisionLanguageModel:
-        """A copy in evaluation mode that does not train; it shares what is frozen here already.
+        """A copy in evaluation mode that does not train.
 
-        It divides its text tower as this model does, so that the same arithmetic, in the same
-        precision, makes the features of student and teacher.
+        Parameters that are frozen here already are not copied: both models use the same tensors.
+        The copy has the same `split`, so that the features of student and teacher come from the
+        same operations in the same precision.
         """
-        shared = {id(p): p for p in self.clip.parameters() if not p.requires_grad}
-        clip = copy.deepcopy(self.clip, shared)
+        frozen = {id(p): p for p in self.clip.parameters() if not p.requires_grad}
+        clip = copy.deepcopy(self.clip, frozen)
         clip.requires_grad_(False)
         clip.eval()
         return replace(self, clip=clip, split=self._text_split())
 
     @torch.no_grad()
     def copy_from(self, other: VisionLanguageModel) -> None:
-        """Take over the weights of a model of the same architecture, sharded in the same way."""
-        theirs = other.clip.state_dict()
+        """Copy the weights of a model of the same architecture, sharded in the same way."""
+        source = other.clip.state_dict()
         for name, value in self.clip.state_dict().items():
-            value.copy_(theirs[name])
+            value.copy_(source[name])
 
     def checkpoint_activations(self) -> None:
         """Recompute activations in the backward pass instead of keeping them.
 
         Raises:
-            InputError: a tower does not know how.
+            InputError: a tower does not support it.
         """
         try:
             self.clip.set_grad_checkpointing()
@@ -241,10 +243,14 @@ class VisionLanguageModel:
             ) from None
 
     def checkpoint(self, *, whole: bool = False) -> dict[str, Tensor]:
-        """The state dict that is saved, on the CPU, without the keys that a package provides.
+        """The state dict to save, on the CPU.
 
-        Where these train they are saved too, since the package then no longer provides them. Of a
-        sharded model all processes have to ask; all but the first get nothing.
+        Keys in `packaged` are left out, unless one of them trains: then its weights differ from the
+        package's. All processes must call this for a sharded model; only the first gets the
+        weights, the others an empty dict.
+
+        Args:
+            whole: keep the keys in `packaged` in any case.
         """
         packaged = self.packaged
         if whole or any(name.startswith(packaged) for name in self.trainable()):
@@ -269,18 +275,18 @@ def _whole_state(module: nn.Module) -> dict[str, Tensor]:
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
-def _widened(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _inputs_to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(x.float() if isinstance(x, Tensor) else x for x in inputs)
 
 
-def _narrowed(
+def _output_to(
     module: nn.Module, inputs: tuple[Any, ...], output: Tensor, *, dtype: torch.dtype
 ) -> Tensor:
     return output.to(dtype)
 
 
 def _pooled(text: Any, tokens: Tensor) -> Tensor:
-    # The first half of open_clip's HFTextEncoder.forward; its second half is `text.proj`.
+    # The first part of open_clip's HFTextEncoder.forward; the second part is `text.proj`.
     mask = (tokens != text.config.pad_token_id).long()
     out = text.transformer(input_ids=tokens, attention_mask=mask)
     return text.pooler(out, mask)
@@ -300,7 +306,8 @@ def load(
         device: where it goes.
 
     Raises:
-        InputError: unknown name or tag, a missing or unfit checkpoint, or a missing package.
+        InputError: unknown name or tag, a checkpoint that is missing or of another model, or a
+            missing package.
     """
     if pretrained is not None and _looks_like_path(pretrained) and not Path(pretrained).is_file():
         raise InputError(
@@ -318,9 +325,9 @@ def load(
 
 
 def _sequence_first(clip: nn.Module) -> None:
-    # Batch first, attention hands its linear layers transposed views. Where these are frozen, as a
-    # teacher's are, torch then multiplies place by place, and under autocast to bfloat16 copies the
-    # weight for each: 50 times slower for ViT-B-16 on a CPU.
+    # With batch_first, attention passes transposed views to its linear layers. Where these are
+    # frozen, as a teacher's are, torch then multiplies position by position, and under autocast to
+    # bfloat16 it copies the weight for each position: 50 times slower for ViT-B-16 on a CPU.
     from open_clip.transformer import ResidualAttentionBlock, Transformer
 
     stacks: list[Any] = [m for m in clip.modules() if type(m) is Transformer]
@@ -369,7 +376,7 @@ def _load_open_clip(name: str, pretrained: str | None) -> VisionLanguageModel:
             f"--model {name} --pretrained {pretrained}: could not be loaded ({reason}); check the "
             f"spelling, the network and that the checkpoint belongs to this model"
         ) from error
-    # From here on the content of a local folder is known to be sound.
+    # A local folder has just been read without an error, so its configuration is valid.
     config = {"model_cfg": _architecture(name), "preprocess_cfg": clip.visual.preprocess_cfg}
     return VisionLanguageModel(clip, tokenizer, preprocess, name, config=config)
 
@@ -426,7 +433,7 @@ def _load_bundled(pretrained: str | None) -> VisionLanguageModel:
 
 
 def _load_trained(clip: nn.Module, path: Path, packaged: tuple[str, ...]) -> tuple[str, ...]:
-    # Returns what of `packaged` still is as the package has it.
+    # Returns `packaged`, or nothing where the file holds these weights too.
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -464,7 +471,7 @@ def _text_package(package: str) -> Path:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Any:
-    # Loading a text tower without the pooler it does not use makes transformers report at length.
+    # transformers prints a long report about the pooler, which is not used and has no weights.
     from transformers.utils import logging as hf_logging
 
     level = hf_logging.get_verbosity()

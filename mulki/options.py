@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import keyword
 import math
 import types
-from collections.abc import Mapping
-from dataclasses import field, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import Field, field, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from mulki.errors import InputError, nearest
+
+Choices = Iterable[str] | Callable[[], Iterable[str]]
 
 
 def option(
@@ -19,23 +22,63 @@ def option(
     high: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    choices: Choices | None = None,
     alias: str = "",
+    repeat: str = "",
 ) -> Any:
     """A field of an options dataclass.
+
+    A field whose option is called as a Python keyword has an underscore behind its name: `import_`
+    is ``--import``, and `import` in a config file.
 
     Args:
         default: the default.
         text: the help text of its command line option.
         low, high, above, below: bounds of a number: ``low <= value <= high``,
             ``above < value < below``.
+        choices: the values that a text may have, or a function that returns them, which is called
+            whenever they are needed: so what was registered in between is among them. Where they
+            never change, the field's type can be a ``Literal`` instead.
         alias: another spelling of its flag, as other tools of the field have it.
+        repeat: of a tuple, that the flag takes one value and may be given several times; the text
+            is what help calls that value. Otherwise it takes all values at once.
     """
     bounds = {"low": low, "high": high, "above": above, "below": below}
-    return field(default=default, metadata={"help": text, "alias": alias, **bounds})
+    words = {"help": text, "alias": alias, "repeat": repeat, "choices": choices}
+    return field(default=default, metadata=words | bounds)
+
+
+def option_name(name: str) -> str:
+    """The option of a field, with underscores, as it is in a config file."""
+    return name[:-1] if name.endswith("_") and keyword.iskeyword(name[:-1]) else name
+
+
+def field_name(name: str) -> str:
+    """The field of an option, which may be written with hyphens."""
+    name = name.replace("-", "_")
+    return f"{name}_" if keyword.iskeyword(name) else name
+
+
+def flag(name: str) -> str:
+    """The flag on the command line, of a field or option."""
+    return f"--{option_name(name).replace('_', '-')}"
+
+
+def choices_of(item: Field[Any], hint: Any) -> tuple[str, ...]:
+    """The values that a field may have; empty where any will do.
+
+    Args:
+        item: the field, made by `option`.
+        hint: its type.
+    """
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    choices = item.metadata["choices"]
+    return tuple(choices() if callable(choices) else choices or ())
 
 
 def check_options(options: Any) -> None:
-    """Check a dataclass made of `option` fields against their bounds and ``Literal`` choices.
+    """Check a dataclass made of `option` fields against their bounds and choices.
 
     Raises:
         InputError: naming the first option that is out of bounds.
@@ -43,14 +86,12 @@ def check_options(options: Any) -> None:
     hints = get_type_hints(type(options))
     for item in fields(options):
         value, bounds = getattr(options, item.name), item.metadata
-        name = item.name.replace("_", "-")
-        if get_origin(hints[item.name]) is Literal:
-            choices = get_args(hints[item.name])
-            if value not in choices:
-                raise InputError(
-                    f"--{name}: got {value!r}{nearest(str(value), choices)}, "
-                    f"wanted one of {', '.join(choices)}"
-                )
+        choices = choices_of(item, hints[item.name])
+        if choices and value not in choices:
+            raise InputError(
+                f"{flag(item.name)}: got {value!r}{nearest(str(value), choices)}, "
+                f"wanted one of {', '.join(choices)}"
+            )
         for bound, holds, words in (
             ("low", lambda v, b: v >= b, "at least"),
             ("high", lambda v, b: v <= b, "at most"),
@@ -60,7 +101,9 @@ def check_options(options: Any) -> None:
             limit = bounds.get(bound)
             # A NaN fails every comparison, so it is refused wherever a bound is set.
             if limit is not None and value is not None and not holds(value, limit):
-                raise InputError(f"--{name}: got {value}, wanted a number {words} {limit:g}")
+                raise InputError(
+                    f"{flag(item.name)}: got {value}, wanted a number {words} {limit:g}"
+                )
 
 
 def convert(options: type, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,8 +131,8 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             return tuple(parts)
         raise _wrong(name, value, "a list of names or paths")
     if get_origin(hint) is Literal:
-        # Which of its strings it has to be is checked with the bounds. YAML reads on, off, yes and
-        # no as booleans; none of our choices is called so.
+        # `check_options` checks which string it is. YAML reads on, off, yes and no as booleans, so
+        # no choice may have one of these names.
         hint = str
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[hint]
     if isinstance(value, bool) or value is None:
@@ -114,4 +157,4 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
 
 
 def _wrong(name: str, value: Any, wanted: str) -> InputError:
-    return InputError(f"--{name.replace('_', '-')}: got {value!r}, wanted {wanted}")
+    return InputError(f"{flag(name)}: got {value!r}, wanted {wanted}")

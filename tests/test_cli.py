@@ -16,7 +16,7 @@ import yaml
 
 from mulki import __version__
 from mulki.cli import main, run_command
-from mulki.data.registry import load_sequence
+from mulki.data.sequences import load_sequence
 from mulki.engine import runner
 from mulki.errors import InputError
 from mulki.metrics import read_matrix
@@ -248,7 +248,7 @@ def without_a_class(task: Path) -> str:
 
 def with_another_class(task: Path) -> str:
     (task / "test" / "red").rename(task / "test" / "pink")
-    return "only in train/: red; only in test/: pink"
+    return "only in train: red; only in test: pink"
 
 
 def without_test(task: Path) -> str:

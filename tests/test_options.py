@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mulki.errors import InputError
-from mulki.options import check_options, convert, option
+from mulki.options import check_options, convert, field_name, flag, option, option_name
 
 
 @dataclass(frozen=True)
@@ -187,3 +187,45 @@ def test_check_of_a_choice_offers_the_nearest():
         check_options(Options(mode="fsat"))
     with pytest.raises(InputError, match="^--mode: got 'xyz', wanted one of fast, slow$"):
         check_options(Options(mode="xyz"))
+
+
+def test_choices_are_looked_up_when_they_are_checked():
+    known = ["a"]
+
+    @dataclass(frozen=True)
+    class Dynamic:
+        fixed: str = option("x", "fixed", choices=("x", "y"))
+        kind: str = option("a", "kind", choices=lambda: known)
+
+    with pytest.raises(InputError, match="^--kind: got 'bee', wanted one of a$"):
+        check_options(Dynamic(kind="bee"))
+    known.append("bee")
+    check_options(Dynamic(kind="bee", fixed="y"))
+    with pytest.raises(InputError, match=r"'be' \(did you mean \"bee\"\?\), wanted one of a, bee$"):
+        check_options(Dynamic(kind="be"))
+    with pytest.raises(InputError, match="^--fixed: got 'z', wanted one of x, y$"):
+        check_options(Dynamic(fixed="z"))
+
+
+@pytest.mark.parametrize(
+    ("field", "name", "shown"),
+    [("lambda_", "lambda", "--lambda"), ("batch_size", "batch_size", "--batch-size")],
+)
+def test_fields_named_as_keywords(field, name, shown):
+    assert option_name(field) == name and field_name(name) == field
+    assert flag(field) == flag(name) == shown and field_name(shown[2:]) == field
+
+
+def test_an_underscore_behind_another_name_stays():
+    assert option_name("id_") == "id_" and field_name("id_") == "id_"
+
+
+def test_errors_show_the_option_of_a_keyword():
+    @dataclass(frozen=True)
+    class Keyword:
+        lambda_: float = option(1.0, "lambda", above=0)
+
+    with pytest.raises(InputError, match="^--lambda: got 'x', wanted a number$"):
+        convert(Keyword, {"lambda_": "x"})
+    with pytest.raises(InputError, match="^--lambda: got 0, wanted a number above 0$"):
+        check_options(Keyword(lambda_=0))

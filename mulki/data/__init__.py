@@ -1,16 +1,24 @@
 """Tasks and where they come from. Loading images in batches is in `mulki.data.loader`."""
 
+from mulki.data.csv_files import csv_task
+from mulki.data.datasets import DatasetImages, dataset_task
 from mulki.data.decoding import BadImage
 from mulki.data.folders import folder_task
-from mulki.data.registry import load_sequence, register_sequence, sequence_names
+from mulki.data.sequences import load_sequence, register_sequence, sequence_names
 from mulki.data.task import ImageSet, Task
+from mulki.data.transforms import register_transform, transform_names
 
 __all__ = [
     "BadImage",
+    "DatasetImages",
     "ImageSet",
     "Task",
+    "csv_task",
+    "dataset_task",
     "folder_task",
     "load_sequence",
     "register_sequence",
+    "register_transform",
     "sequence_names",
+    "transform_names",
 ]

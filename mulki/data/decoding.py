@@ -1,4 +1,4 @@
-"""Image files to RGB pictures, with one kind of error for whatever is wrong with a file."""
+"""Decoding image files to RGB; every fault of a file raises `BadImage`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def decode(source: Path | bytes, name: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.load()
-            return _to_rgb(image)
+            return to_rgb(image)
     except MemoryError:
         raise
     except Exception as error:  # PIL's decoders raise whatever they meet, from OSError to struct's
@@ -81,7 +81,12 @@ def _ends_as_jpeg(path: Path) -> bool:
         return file.read() == b"\xff\xd9"
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Transparent parts on white, 16-bit grey scaled to 8 bits.
+
+    Raises:
+        ValueError: 32-bit pixels.
+    """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         # PIL would clip at 255, which turns most 16-bit pictures white.
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")

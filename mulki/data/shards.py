@@ -1,6 +1,6 @@
 """Tar shards in webdataset layout (`000000.webp`, `000000.cls`), read by random access.
 
-A shard of small images may be gzipped, since tar spends more on headers than such an image takes.
+A shard of small images may be gzipped, because a tar header can be larger than such an image.
 
 A pack is a folder with `tasks.json` beside its shards:
 
@@ -43,7 +43,7 @@ class ShardImages:
         members: image members in order of their keys, [n].
         offsets, sizes: where each member's bytes lie in the file, [n].
         targets: class indices, [n].
-        unpacked: the tar itself where the file is gzipped, since that has no random access.
+        unpacked: the content of the tar where the file is gzipped, which has no random access.
     """
 
     path: Path
@@ -140,7 +140,7 @@ def open_pack(root: Path) -> Pack:
 def open_shard(path: Path, *, sha256: str | None = None, count: int | None = None) -> ShardImages:
     """Index a tar shard.
 
-    Repeated calls for an unchanged file cost nothing: it is hashed and indexed once a process.
+    An unchanged file is hashed and indexed once per process; further calls cost nothing.
 
     Args:
         path: the tar file.

@@ -1,4 +1,4 @@
-"""Image transforms for training, and whether one always gives the same result."""
+"""Training transforms by name, and whether a transform always gives the same result."""
 
 from __future__ import annotations
 
@@ -6,8 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mulki.errors import InputError, nearest
+from mulki.registration import register
 
-AUGMENTATIONS = ("none", "crop")
+#: From an RGB PIL image to a tensor [3, H, W].
+Transform = Callable[[Any], Any]
+#: From the model's evaluation transform, its input size in pixels (one number, or height and
+#: width), and the mean and standard deviation per RGB channel ([3], of pixels in 0..1).
+Builder = Callable[
+    [Transform, "int | tuple[int, int]", Sequence[float], Sequence[float]], Transform
+]
+
+_BUILDERS: dict[str, Builder] = {}
 
 # By name, so that asking imports neither torchvision nor open_clip.
 _TORCHVISION = "torchvision.transforms.transforms."
@@ -24,7 +33,7 @@ def is_deterministic(transform: Any) -> bool:
     """Whether a transform gives the same tensor for the same image every time.
 
     True only for steps known to be so, from torchvision and open_clip, alone or composed; a Lambda
-    or a function of one's own counts as random. What holds may be cached, images and features.
+    or a function of one's own counts as random. Only then images and teachers' features are cached.
     """
     kind = type(transform)
     if _full_name(kind) == _TORCHVISION + "Compose":
@@ -34,37 +43,84 @@ def is_deterministic(transform: Any) -> bool:
     return _full_name(kind) in _FIXED or _full_name(transform) in _FIXED
 
 
+def register_transform(name: str) -> Callable[[Builder], Builder]:
+    """Decorate a function that builds a training transform, to make it ``--augment name``.
+
+    The function gets the model's evaluation transform, its input size, mean and standard deviation
+    (see `Builder`) and returns a callable from an RGB PIL image to a tensor. That has to pickle,
+    for DataLoader workers, so it is no lambda and no function inside a function. Randomness drawn
+    from the generators of torch, NumPy or Python repeats with the seed of the run.
+
+    Raises:
+        InputError: the name is empty or taken.
+    """
+
+    def decorate(builder: Builder) -> Builder:
+        register(_BUILDERS, "training transform", name, builder)
+        return builder
+
+    return decorate
+
+
+def transform_names() -> tuple[str, ...]:
+    """Names of the registered training transforms, in the order registered."""
+    return tuple(_BUILDERS)
+
+
 def train_transform(
-    preprocess_val: Callable[..., Any],
+    preprocess_val: Transform,
     augment: str,
     size: int | tuple[int, int],
     mean: Sequence[float],
     std: Sequence[float],
-) -> Callable[..., Any]:
+) -> Transform:
     """The transform of training images.
 
     Args:
         preprocess_val: the model's evaluation transform.
-        augment: "none" for `preprocess_val` itself, whose outputs can be cached; "crop" for a
-            random crop of 0.9 to 1.0 of the area, resized bicubically, as ZSCL does.
-        size: output height and width in pixels.
-        mean, std: per RGB channel, [3], of pixels in 0..1.
+        augment: a name in `transform_names`; see `register_transform` for the other arguments.
 
     Raises:
-        InputError: any other `augment`.
+        InputError: any other `augment`, or one that does not build a callable.
     """
-    if augment == "none":
-        return preprocess_val
-    if augment != "crop":
+    if augment not in _BUILDERS:
         raise InputError(
-            f'augment "{augment}": unknown{nearest(augment, AUGMENTATIONS)}; '
-            f"choose from {', '.join(AUGMENTATIONS)}"
+            f'augment "{augment}": unknown{nearest(augment, _BUILDERS)}; '
+            f"choose from {', '.join(_BUILDERS)}"
         )
+    transform = _BUILDERS[augment](preprocess_val, size, mean, std)
+    if not callable(transform):
+        raise InputError(
+            f'augment "{augment}": its function returned {type(transform).__name__}, wanted a '
+            "callable from an image to a tensor; return the transform"
+        )
+    return transform
+
+
+@register_transform("none")
+def _none(
+    preprocess_val: Transform,
+    size: int | tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Transform:
+    """The evaluation transform itself, whose outputs can be cached."""
+    return preprocess_val
+
+
+@register_transform("crop")
+def _crop(
+    preprocess_val: Transform,
+    size: int | tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Transform:
+    """A random crop of 0.9 to 1.0 of the area, resized bicubically, as ZSCL does."""
     from torchvision import transforms as tv
 
     bicubic = tv.InterpolationMode.BICUBIC
     crop = tv.RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=bicubic)
-    composed: Callable[..., Any] = tv.Compose([crop, tv.ToTensor(), tv.Normalize(mean, std)])
+    composed: Transform = tv.Compose([crop, tv.ToTensor(), tv.Normalize(mean, std)])
     return composed
 
 

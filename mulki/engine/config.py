@@ -15,10 +15,12 @@ from typing import Any, Literal
 import yaml
 
 from mulki import methods
+from mulki.data import transform_names
 from mulki.engine import precision, presets, schedule
 from mulki.errors import InputError, nearest
+from mulki.imports import import_modules
 from mulki.methods import Method
-from mulki.options import check_options, convert, option
+from mulki.options import check_options, convert, field_name, flag, option, option_name
 
 AUTO = "auto"
 
@@ -27,8 +29,10 @@ AUTO = "auto"
 class RunConfig:
     """Everything about a run but the method's own options."""
 
-    tasks: tuple[str, ...] = option(("embedded",), "a sequence, or task folders in their order")
-    method: str = option("mulki", "what is trained")
+    tasks: tuple[str, ...] = option(
+        ("embedded",), "a sequence, or task folders and CSV files in their order"
+    )
+    method: str = option("mulki", "what is trained", choices=methods.available)
     order: str = option("I", "order of a named sequence")
     seed: int = option(0, "seed of shuffling, augmentation and initialisation", low=0, below=2**32)
     preset: Literal["default", "quick"] = option("default", "quick: a smoke test in under a minute")
@@ -57,7 +61,9 @@ class RunConfig:
     fsdp: bool = option(False, "shard the models over the processes of torchrun (FSDP2)")
     lock_text: bool = option(False, "freeze the text transformer")
     lock_image: bool = option(False, "freeze the image tower")
-    augment: Literal["none", "crop"] = option("none", "training transform; none caches teachers")
+    augment: str = option(
+        "none", "training transform; none caches teachers", choices=transform_names
+    )
     limit_images: int | None = option(None, "use at most so many images of each split", low=1)
     skip_bad_images: bool = option(False, "leave unreadable images of task folders out")
     workers: int = option(0, "data loading processes", low=0, alias="-j")
@@ -66,6 +72,12 @@ class RunConfig:
     name: str | None = option(None, "name of the run folder; made from the date if left out")
     log_every_n_steps: int = option(10, "steps between two lines of losses in out.log", low=1)
     save_checkpoints: bool = option(True, "keep the weights after each task")
+    import_: tuple[str, ...] = option(
+        (),
+        "a Python file or module with methods, sequences, transforms or gates of your own; may be "
+        "given several times",
+        repeat="MODULE",
+    )
 
 
 @dataclass(frozen=True)
@@ -82,23 +94,30 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """One flat dict, as `--config` reads it."""
-        run = asdict(self.run) | {"tasks": list(self.run.tasks)}
+        given = asdict(self.run) | asdict(self.method)
         if self.run.epochs is not None:
-            del run["iterations"]  # it has no say, and beside epochs it would be refused
-        return run | asdict(self.method)
+            del given["iterations"]  # it has no say, and beside epochs it would be refused
+        return {
+            option_name(name): list(value) if isinstance(value, tuple) else value
+            for name, value in given.items()
+        }
 
 
 def resolve(given: Mapping[str, Any]) -> Settings:
     """Combine what was given (config file and command line) with presets and defaults.
+
+    The modules of the option ``import`` are imported first.
 
     Args:
         given: values by option name with underscores, of the run and of its method; strings are
             converted to an option's type.
 
     Raises:
-        InputError: an unknown method or option, a value of the wrong type or out of bounds, or
-            iterations together with epochs.
+        InputError: an unknown method or option, a value of the wrong type or out of bounds, a
+            module that cannot be imported, or iterations together with epochs.
     """
+    given = {field_name(key): value for key, value in given.items()}
+    import_given(given)
     method = methods.get(str(given.get("method", RunConfig.method)))
     of_run, of_method = field_names(RunConfig), field_names(method.Options)
     for key in given:
@@ -116,6 +135,21 @@ def resolve(given: Mapping[str, Any]) -> Settings:
     check_options(options)
     _check_micro_batch(config)
     return Settings(config, options)
+
+
+def import_given(given: Mapping[str, Any]) -> tuple[str, ...]:
+    """Import the modules that options name, and return their names.
+
+    Args:
+        given: values by field name; only `import_` is looked at.
+
+    Raises:
+        InputError: `mulki.imports.import_modules` refuses one.
+    """
+    named = {name: value for name, value in given.items() if name == "import_"}
+    modules: tuple[str, ...] = convert(RunConfig, named).get("import_", ())
+    import_modules(modules)
+    return modules
 
 
 def _check_micro_batch(config: RunConfig) -> None:
@@ -141,19 +175,18 @@ def unknown_option(name: str, method: str) -> InputError:
     Says which methods have it, or which option it may have been meant to be.
     """
     owners = [n for n, m in methods.available().items() if name in field_names(m.Options)]
-    shown = name.replace("_", "-")
     if owners:
         return InputError(
-            f"--{shown}: method {method} has no such option, it belongs to "
+            f"{flag(name)}: method {method} has no such option, it belongs to "
             f"{', '.join(owners)}; leave it out or change --method"
         )
     known = field_names(RunConfig) | field_names(methods.get(method).Options)
-    close = nearest(shown, [k.replace("_", "-") for k in known])
-    return InputError(f"--{shown}: no such option{close}; mulki run --help lists them all")
+    close = nearest(flag(name)[2:], [flag(k)[2:] for k in known])
+    return InputError(f"{flag(name)}: no such option{close}; mulki run --help lists them all")
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The options in a YAML file, by name with underscores.
+    """The options in a YAML file, by the name of their field.
 
     Raises:
         InputError: no such file, not YAML, or not a mapping of option names.
@@ -167,4 +200,4 @@ def read_config(path: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise InputError(f"--config: {path} holds no mapping; write lines such as 'lr: 1.0e-4'")
-    return {key.replace("-", "_"): value for key, value in data.items()}
+    return {field_name(key): value for key, value in data.items()}

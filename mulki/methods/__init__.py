@@ -1,4 +1,4 @@
-"""Methods: what is trained. One file each; a new one needs no edit elsewhere.
+"""Methods: what is trained. Each is one file; a new one needs no edit elsewhere.
 
 A method registers itself by being a `Method` subclass with a `name`, in a module of this package or
 in any other that has been imported.
@@ -8,24 +8,32 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from dataclasses import fields
 
 from mulki.errors import InputError, nearest
 from mulki.methods.base import PREVIOUS, ZERO_SHOT, Method, Needs, TaskStart
+from mulki.registration import place_of, register
 
 __all__ = ["PREVIOUS", "ZERO_SHOT", "Method", "Needs", "TaskStart", "available", "get"]
 
 
 def available() -> dict[str, type[Method]]:
-    """Every method by name, sorted."""
+    """Every method by name, sorted.
+
+    Raises:
+        InputError: two methods of one name, or one that lacks its summary or has an option that is
+            not made by `mulki.options.option`.
+    """
     for module in pkgutil.iter_modules(__path__, f"{__name__}."):
         importlib.import_module(module.name)
-    found = {}
+    found: dict[str, type[Method]] = {}
     pending = list(Method.__subclasses__())
     while pending:
         cls = pending.pop()
         pending += cls.__subclasses__()
         if "name" in vars(cls):
-            found[cls.name] = cls
+            _check(cls)
+            register(found, "method", cls.name, cls)
     return dict(sorted(found.items()))
 
 
@@ -42,3 +50,17 @@ def get(name: str) -> type[Method]:
             f"{', '.join(methods)}"
         )
     return methods[name]
+
+
+def _check(cls: type[Method]) -> None:
+    where = f'method "{cls.name}" ({place_of(cls)})'
+    if not isinstance(getattr(cls, "summary", None), str):
+        raise InputError(f"{where}: has no summary; add a line of text, which --help shows")
+    hints = vars(cls.Options).get("__annotations__", {})
+    names = {item.name: item for item in fields(cls.Options)}
+    for name in [*hints, *names]:
+        if name not in names or "help" not in names[name].metadata:
+            raise InputError(
+                f"{where}: option {name} is no field made by mulki.options.option; write "
+                f'{name}: float = option(1.0, "what it does") in a dataclass'
+            )

@@ -1,4 +1,4 @@
-"""finetune: cross-entropy on each task in turn, nothing against forgetting."""
+"""finetune: cross-entropy on each task in turn, without any term against forgetting."""
 
 from __future__ import annotations
 

@@ -2,9 +2,10 @@
 
     L = CE_ls(s u w^T, y) + c T^2 KL(softmax(z' / T) || softmax(z / T))
 
-z' are the logits of the model after the previous task, on the current images and the current
-class texts: with a text tower there is no head of an old task to keep, so what is kept is the
-answer to the new images, as the benchmark of ZSCL runs this baseline.
+z' are the logits of the model after the previous task, for the current images and the current
+class texts. The original method keeps the output of a classifier head for each old task. A model
+with a text tower has no such heads, so here the previous model's answers to the new images are
+kept, as in the benchmark of ZSCL.
 """
 
 from __future__ import annotations

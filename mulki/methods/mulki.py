@@ -22,7 +22,7 @@ from torch import Tensor
 from mulki.errors import InputError
 from mulki.features import Features
 from mulki.methods.base import PREVIOUS, ZERO_SHOT, Method, Needs, TaskStart
-from mulki.ops.gates import find_gate
+from mulki.ops.gates import find_gate, gate_names
 from mulki.options import option
 from mulki.prototypes import Prototypes, Update
 from mulki.stages import connecting
@@ -59,7 +59,9 @@ class MulKI(Method):
         text_image: float = option(0.25, "coefficient of the text-to-prototype relation", low=0)
         text_text: float = option(0.25, "coefficient of the text-to-text relation", low=0)
         feature: float = option(1.0, "coefficient of the distance of image features", low=0)
-        gate: str = option("label", "how the two teachers are weighted per sample")
+        gate: str = option(
+            "label", "how the two teachers are weighted per sample", choices=gate_names
+        )
         gate_temperature: float = option(
             1.0, "temperature of the gate, smaller is sharper", above=0
         )

@@ -1,4 +1,4 @@
-"""zero_shot: the start model as it is, the reference for what training gains and loses."""
+"""zero_shot: the start model without training, to which the trained methods are compared."""
 
 from __future__ import annotations
 

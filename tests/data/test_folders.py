@@ -130,7 +130,7 @@ def test_empty_class(make_folder: Make, leftover: str | None) -> None:
 
 def test_differing_classes_are_named(make_folder: Make) -> None:
     root = make_folder(train=("crow", "jay", "owl"), test=("crow", "gull"))
-    _refused(root, root, "only in train/: jay, owl", "only in test/: gull", "rename")
+    _refused(root, root, "only in train: jay, owl", "only in test: gull", "rename")
 
 
 def test_one_class(make_folder: Make) -> None:

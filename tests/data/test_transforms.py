@@ -7,6 +7,7 @@ import pytest
 import torch
 from torchvision import transforms as tv
 
+from mulki.data import register_transform, transform_names, transforms
 from mulki.data.transforms import is_deterministic, train_transform
 from mulki.errors import InputError
 from tests.data.data_helpers import picture
@@ -86,3 +87,40 @@ def test_crop_takes_at_least_nine_tenths_bicubically() -> None:
 def test_unknown_augmentation() -> None:
     with pytest.raises(InputError, match='"crops".*did you mean "crop".*none, crop'):
         train_transform(tv.Compose(FIXED), "crops", 8, MEAN, STD)
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transforms, "_BUILDERS", dict(transforms._BUILDERS))
+
+
+def test_a_registered_transform_is_built_from_what_the_model_wants(own: None) -> None:
+    assert transform_names() == ("none", "crop")
+    seen: list[Any] = []
+
+    @register_transform("grey")
+    def grey(*given: Any) -> Any:
+        seen.append(given)
+        return tv.Compose([tv.Grayscale(3), given[0]])
+
+    evaluation = tv.Compose(FIXED)
+    built = train_transform(evaluation, "grey", 8, MEAN, STD)
+    assert seen == [(evaluation, 8, MEAN, STD)] and built(picture(0)).shape == (3, 8, 8)
+    assert is_deterministic(built)  # so teachers are cached
+    assert transform_names() == ("none", "crop", "grey")
+
+
+def test_names_of_transforms_are_taken_once(own: None) -> None:
+    def again(*given: Any) -> Any:
+        raise AssertionError("not called")
+
+    with pytest.raises(InputError, match=r'"crop": registered by .*transforms\.py, line \d+ and'):
+        register_transform("crop")(again)
+    with pytest.raises(InputError, match="got the name '', wanted text"):
+        register_transform("")(again)
+
+
+def test_a_builder_has_to_return_a_transform(own: None) -> None:
+    register_transform("lost")(lambda *given: None)  # type: ignore[arg-type, return-value]
+    with pytest.raises(InputError, match='"lost": its function returned NoneType.*return the'):
+        train_transform(tv.Compose(FIXED), "lost", 8, MEAN, STD)

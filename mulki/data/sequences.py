@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mulki.data.csv_files import csv_task
 from mulki.data.folders import folder_task
 from mulki.data.task import Task
 from mulki.errors import InputError, nearest
+from mulki.registration import register
 
 Loader = Callable[[str], list[Task]]
 
@@ -20,18 +22,18 @@ def register_sequence(name: str) -> Callable[[Loader], Loader]:
     The function raises InputError, with the orders it knows, for one it does not.
 
     Raises:
-        ValueError: the name is taken or holds a colon.
+        InputError: the name is empty, taken or holds a colon.
     """
-    if name in _SEQUENCES:
-        raise ValueError(f'a sequence called "{name}" is registered already')
-    if not name or ":" in name:
-        raise ValueError(f'"{name}": a sequence needs a name without a colon')
+    if ":" in name:
+        raise InputError(
+            f'task sequence "{name}": a colon separates a sequence from a task; leave it out'
+        )
 
-    def register(loader: Loader) -> Loader:
-        _SEQUENCES[name] = loader
+    def decorate(loader: Loader) -> Loader:
+        register(_SEQUENCES, "task sequence", name, loader)
         return loader
 
-    return register
+    return decorate
 
 
 def sequence_names() -> tuple[str, ...]:
@@ -46,19 +48,21 @@ def load_sequence(
 
     Args:
         spec: one registered sequence; or, in the order in which they are to be learned, any number
-            of folders (see `folder_task`) and single tasks of a sequence, as "embedded:digits".
-            A registered name goes before a folder of the same name, which "./name" reaches.
+            of folders (see `folder_task`), CSV files (see `csv_task`) and single tasks of a
+            sequence, as "embedded:digits". A registered name goes before a folder of the same
+            name, which "./name" reaches.
         order: order of the registered sequence; "I" where the tasks are listed one by one.
-        skip_bad_images: leave unreadable images of folders out.
+        skip_bad_images: leave unreadable images of folders and CSV files out.
 
     Raises:
         InputError: a word that names nothing, an unknown order, two tasks of one name, or what
-            `folder_task` raises.
+            `folder_task` and `csv_task` raise.
     """
     words = [spec] if isinstance(spec, str) else list(spec)
     if not words:
         raise InputError(
-            f"no tasks given; name a sequence ({', '.join(sequence_names())}) or task folders"
+            f"no tasks given; name a sequence ({', '.join(sequence_names())}), "
+            "task folders or CSV files"
         )
     if len(words) == 1 and words[0] in _SEQUENCES:
         return _SEQUENCES[words[0]](order)
@@ -73,7 +77,7 @@ def load_sequence(
         if task.name in sources:
             raise InputError(
                 f'{word}: a second task called "{task.name}", after {sources[task.name]}; '
-                "rename one of the two folders"
+                "rename one of the two folders or files"
             )
         sources[task.name] = word
     return tasks
@@ -96,9 +100,11 @@ def _load_task(word: str, skip_bad_images: bool) -> Task:
         return tasks[name]
     if not Path(word).exists():
         raise InputError(
-            f"{word}: neither a sequence{nearest(word, _SEQUENCES)} nor an existing folder; "
-            f"sequences are {', '.join(sequence_names())}"
+            f"{word}: neither a sequence{nearest(word, _SEQUENCES)} nor an existing folder or CSV "
+            f"file; sequences are {', '.join(sequence_names())}"
         )
+    if Path(word).suffix.lower() == ".csv" and not Path(word).is_dir():
+        return csv_task(word, skip_bad_images=skip_bad_images)
     return folder_task(word, skip_bad_images=skip_bad_images)
 
 

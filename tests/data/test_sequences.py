@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mulki.data import Task, load_sequence, register_sequence, registry, sequence_names
+from mulki.data import Task, load_sequence, register_sequence, sequence_names, sequences
 from mulki.data.embedded import embedded_sequence
 from mulki.errors import InputError
 
@@ -17,7 +17,7 @@ Make = Callable[..., Path]
 @pytest.fixture(autouse=True)
 def zoo(pack: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A second registered sequence, "zoo", with the tasks digits and letters."""
-    monkeypatch.setattr(registry, "_SEQUENCES", dict(registry._SEQUENCES))
+    monkeypatch.setattr(sequences, "_SEQUENCES", dict(sequences._SEQUENCES))
 
     @register_sequence("zoo")
     def load(order: str) -> list[Task]:
@@ -47,10 +47,17 @@ def test_a_registered_sequence_in_its_orders() -> None:
 
 
 def test_names_are_taken_once_and_hold_no_colon() -> None:
-    with pytest.raises(ValueError, match='"zoo" is registered already'):
-        register_sequence("zoo")
-    with pytest.raises(ValueError, match="without a colon"):
+    def again(order: str) -> list[Task]:
+        raise AssertionError("not called")
+
+    with pytest.raises(InputError) as caught:
+        register_sequence("zoo")(again)
+    assert str(caught.value).count("test_data_sequences.py, line ") == 2
+    assert '"zoo"' in str(caught.value) and "rename" in str(caught.value)
+    with pytest.raises(InputError, match="colon"):
         register_sequence("a:b")
+    with pytest.raises(InputError, match="got the name '', wanted text"):
+        register_sequence("")(again)
 
 
 def test_folders_in_the_order_given(make_folder: Make) -> None:
@@ -120,7 +127,7 @@ def test_importing_the_data_layer_imports_neither_torch_nor_torchvision() -> Non
         "m.__path__ = sys.argv[1:]; import mulki.data, mulki.data.transforms; "
         "print(sorted({'torch', 'torchvision', 'open_clip'} & set(sys.modules)))"
     )
-    package = str(Path(registry.__file__).parents[1])
+    package = str(Path(sequences.__file__).parents[1])
     ran = subprocess.run(
         [sys.executable, "-c", code, package], capture_output=True, text=True, check=True
     )

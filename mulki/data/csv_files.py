@@ -1,0 +1,188 @@
+"""A task from a CSV file of image paths and labels."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mulki.data.image_files import (
+    ImageFiles,
+    choose_templates,
+    class_without_images,
+    classes_of_one_split,
+    find_unreadable,
+)
+from mulki.data.task import Task
+from mulki.errors import InputError, nearest
+from mulki.files import read_csv
+
+_SPLITS = ("train", "test")
+# The end of the name of a file that holds one split, with what separates it from the task's name.
+_TRAIN = re.compile(r"[-_. ]?train$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class _Row:
+    file: str  # relative to the folder of its CSV file, or absolute; with /
+    label: str
+    split: str
+    where: str  # file and line, for messages
+
+
+def csv_task(
+    path: str | os.PathLike[str],
+    *,
+    templates: Sequence[str] | None = None,
+    skip_bad_images: bool = False,
+) -> Task:
+    """Read a task from one CSV file, or from one for each split.
+
+    A file is UTF-8 text, separated by commas, with a header. Its columns, in any order, are `path`
+    (relative paths start at the CSV file's folder), `label` (the class name as prompts show it)
+    and `split` (train or test); other columns are ignored. Without a column `split` there are two
+    files side by side: one whose name ends in `train.csv`, which is the one to give, and one that
+    ends in `test.csv` and is named alike otherwise.
+
+    The task is named after the file: `birds.csv` and `birds_train.csv` make "birds", `train.csv`
+    is named after its folder. Classes are the labels, sorted. Images are checked as those of
+    folders are: see `mulki.data.image_files.find_unreadable`.
+
+    Args:
+        path: the CSV file.
+        templates: prompts; by default those of `prompts.txt` beside the CSV file (one a line,
+            # comments), and without that file "a photo of a {}.".
+        skip_bad_images: leave unreadable images out and list them in `Task.skipped`.
+
+    Raises:
+        InputError: with file and line: a file that is missing or not such a CSV file, a missing
+            column, an empty cell, another split than train and test, an image that does not exist
+            or is listed twice, fewer than two classes, or classes that differ between the splits.
+        BadImage: an unreadable image, unless skipped.
+    """
+    path = Path(path)
+    name, rows = path.stem, _read(path, split=None)
+    if rows is None:
+        name, rows = _read_pair(path)
+    _check_rows(path.parent, rows)
+    labels = {split: sorted({row.label for row in rows if row.split == split}) for split in _SPLITS}
+    classes = labels["train"]
+    if differing := classes_of_one_split(classes, labels["test"]):
+        raise InputError(
+            f"{path}: the train and the test images must have the same labels ({differing}); "
+            "correct the labels or add rows"
+        )
+    if len(classes) < 2:
+        raise InputError(f"{path}: only one label, {classes[0]}; at least two are needed")
+    targets = {label: target for target, label in enumerate(classes)}
+    splits = [
+        _images(path.parent, [row for row in rows if row.split == split], targets)
+        for split in _SPLITS
+    ]
+    bad = find_unreadable(splits, skip_bad_images=skip_bad_images)
+    train, test = (images.without(bad) for images in splits)
+    for split, images in zip(_SPLITS, (train, test), strict=True):
+        if (emptied := class_without_images(images, classes)) is not None:
+            raise InputError(
+                f"{path}: every {split} image of {emptied} is unreadable; add readable ones or "
+                "remove the rows of this label"
+            )
+    chosen = choose_templates(templates, path.parent, f"templates for {path}")
+    return Task(name, tuple(classes), chosen, train, test, tuple(bad))
+
+
+def _read_pair(path: Path) -> tuple[str, list[_Row]]:
+    """Name of the task, and the rows of `...train.csv` and of `...test.csv` beside it."""
+    end = _TRAIN.search(path.stem)
+    if end is None:
+        raise InputError(
+            f"{path}: has no column split; add one that says train or test, or make two files, "
+            f"{path.stem}_train.csv and {path.stem}_test.csv, and give the first"
+        )
+    word = path.stem[-len("train") :]
+    same_case = {"train": "test", "TRAIN": "TEST"}.get(word, "Test")
+    beside = path.with_name(path.stem[: -len("train")] + same_case + path.suffix)
+    if not beside.exists():
+        raise InputError(
+            f"{path}: has no column split, and there is no {beside.name} beside it; add one of them"
+        )
+    name = path.stem[: end.start()] or Path(os.path.abspath(path)).parent.name
+    rows: list[_Row] = []
+    for file, split in ((path, "train"), (beside, "test")):
+        found = _read(file, split=split)
+        if found is None:
+            raise InputError(f"{file}: has a column split, and {path.name} has none; remove it")
+        rows += found
+    return name, rows
+
+
+def _read(path: Path, split: str | None) -> list[_Row] | None:
+    """The rows of a file.
+
+    Args:
+        split: the split of all rows, in a file that has no column for it. Where it is None and the
+            file has no such column, or it is given and the file has one, the result is None.
+    """
+    (line, header), *body = read_csv(path, "a CSV file with the columns path, label and split")
+    for column in ("path", "label"):
+        if column not in header:
+            raise InputError(
+                f"{path}, line {line}: no column {column} (found: {', '.join(header)}); begin the "
+                "file with a line such as path,label,split, separated by commas"
+            )
+    twice = [column for column in header if header.count(column) > 1]
+    if twice:
+        raise InputError(f'{path}, line {line}: column "{twice[0]}" occurs twice; remove one')
+    if ("split" in header) != (split is None):
+        return None
+    if not body:
+        raise InputError(f"{path}: has a header and no rows; add a row for each image")
+    return [_row(header, cells, f"{path}, line {line}", split) for line, cells in body]
+
+
+def _row(header: Sequence[str], cells: Sequence[str], where: str, split: str | None) -> _Row:
+    if len(cells) != len(header):
+        raise InputError(
+            f"{where}: {len(cells)} cells came, {len(header)} were wanted; put a cell that holds a "
+            "comma into double quotes"
+        )
+    row = dict(zip(header, cells, strict=True))
+    for column in ("path", "label"):
+        if not row[column]:
+            raise InputError(f"{where}: the {column} is empty; fill it in or remove the row")
+    split = split or row["split"]
+    if split not in _SPLITS:
+        raise InputError(
+            f'{where}: split "{split}"{nearest(split, _SPLITS)} came, train or test was wanted; '
+            "correct it or remove the row"
+        )
+    return _Row(os.path.normpath(row["path"]).replace(os.sep, "/"), row["label"], split, where)
+
+
+def _check_rows(folder: Path, rows: Sequence[_Row]) -> None:
+    first: dict[str, _Row] = {}
+    for row in rows:
+        if row.file in first:
+            raise InputError(
+                f"{row.where}: {row.file} is listed already ({first[row.file].where}); an image "
+                "has one label and one split, so remove one of the two rows"
+            )
+        first[row.file] = row
+    missing = [row for row in rows if not os.path.isfile(folder / row.file)]
+    if missing:
+        more = f"; {len(missing) - 1} more like it" if len(missing) > 1 else ""
+        raise InputError(
+            f"{missing[0].where}: no file {folder / missing[0].file}; correct the path (relative "
+            f"ones start at the folder of the CSV file){more}"
+        )
+
+
+def _images(folder: Path, rows: Sequence[_Row], targets: Mapping[str, int]) -> ImageFiles:
+    return ImageFiles(
+        folder,
+        tuple(row.file for row in rows),
+        tuple((folder / row.file).stat().st_size for row in rows),
+        tuple(targets[row.label] for row in rows),
+    )

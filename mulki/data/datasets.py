@@ -1,0 +1,256 @@
+"""torchvision and other map-style data sets as tasks.
+
+A data set is anything with `len(dataset)` and `dataset[i]`, an image and its label. Neither torch
+nor torchvision is imported here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mulki.data.decoding import BadImage, to_rgb
+from mulki.data.prompts import DEFAULT_TEMPLATES, check_templates
+from mulki.data.task import ImageSet, Task
+from mulki.errors import InputError
+
+# Where data sets of torchvision and of others keep the labels, so that no image is decoded.
+_LABELS = ("targets", "labels", "_labels", "samples")
+_HASHED_IMAGES = 32
+
+
+class DatasetImages:
+    """A map-style data set as an `ImageSet`.
+
+    An item is `(image, label)`; what follows these two is ignored. The image is a PIL image; an
+    array [H, W] or [H, W, C]; or a tensor [H, W] or [C, H, W]; with C = 1, 3 or 4 channels of
+    bytes, or of floating-point numbers in 0..1. A fourth channel is opacity, composited on white.
+    Leave out of the data set's own transform what the run adds: augmentation, resizing to the
+    model's input and normalisation.
+
+    Args:
+        dataset: with `len(dataset)` and `dataset[i]`. It must pickle, for DataLoader workers.
+        targets: class index of each item, [n]. By default those of `dataset.targets`, `.labels`,
+            `._labels` or `.samples` (pairs of path and index), also behind
+            `torch.utils.data.Subset`; where there are none, or the data set has a
+            `target_transform`, every item is loaded once.
+        name: what errors call the data set; by default its class.
+
+    Raises:
+        InputError: no such data set, an item that is not an image and a label, or labels that are
+            not one whole number an item.
+    """
+
+    def __init__(
+        self, dataset: Any, targets: Sequence[int] | None = None, *, name: str | None = None
+    ) -> None:
+        self.dataset = dataset
+        self._name = name or type(dataset).__name__
+        try:
+            self._length = len(dataset)
+        except TypeError as error:
+            raise InputError(
+                f"{self._name}: has no length ({error}); pass a data set with len(dataset) and "
+                "dataset[i]"
+            ) from error
+        if self._length:
+            self.load(0)
+        self.targets = self._targets(targets)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def load(self, index: int) -> Image.Image:
+        """The image as RGB, transparency composited on white.
+
+        Raises:
+            BadImage: the data set cannot load it.
+            InputError: the item is not an image and a label.
+        """
+        image, _ = self._item(index)
+        try:
+            return to_rgb(_as_image(image))
+        except ValueError as error:
+            raise InputError(f"{self.name(index)}: {error}") from error
+
+    def name(self, index: int) -> str:
+        return f"{self._name}[{index}]"
+
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of the targets, and of size and pixels of at most 32 images.
+
+        These are the first, the last, and others at equal distances between them; a change in
+        another image is not seen. It is the same for every run only if the data set has no random
+        transform of its own.
+        """
+        digest = hashlib.sha256(np.asarray(self.targets, dtype="<i8").tobytes())
+        count = min(len(self), _HASHED_IMAGES)
+        for index in np.linspace(0, len(self) - 1, count).round().astype(int).tolist():
+            image = self.load(index)
+            digest.update(b"%d %d " % image.size)
+            digest.update(image.tobytes())
+        return digest.hexdigest()
+
+    def _item(self, index: int) -> tuple[Any, Any]:
+        try:
+            item = self.dataset[index]
+        except MemoryError:
+            raise
+        except Exception as error:  # a data set raises whatever its decoder or its code meets
+            raise BadImage.at(self.name(index), error) from error
+        if not isinstance(item, (tuple, list)) or len(item) < 2:
+            came = type(item).__name__
+            if isinstance(item, (tuple, list)):
+                came += f" of {len(item)}"
+            raise InputError(
+                f"{self.name(index)}: got {came}, wanted (image, label); wrap the data set in one "
+                "whose items are so"
+            )
+        return item[0], item[1]
+
+    def _targets(self, given: Sequence[int] | None) -> list[int]:
+        labels, source = given, "targets"
+        if labels is None:
+            labels, source = _stored_labels(self.dataset)
+        if labels is None:
+            labels, source = [self._item(i)[1] for i in range(len(self))], "its items"
+        listed = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+        if len(listed) != len(self):
+            raise InputError(
+                f"{self._name}: {len(listed)} labels in {source}, wanted {len(self)}, one an item; "
+                "pass targets=[...]"
+            )
+        try:
+            return [_index(label) for label in listed]
+        except TypeError as error:
+            raise InputError(
+                f"{self._name}: the labels in {source} are not whole numbers ({error}); pass "
+                "targets=[...], the class index of each item"
+            ) from error
+
+
+def dataset_task(
+    name: str,
+    train: Any,
+    test: Any,
+    *,
+    classes: Sequence[str] | None = None,
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
+) -> Task:
+    """A task from two map-style data sets, such as two of torchvision's.
+
+    Args:
+        name: names the task.
+        train, test: data sets, see `DatasetImages`, or image sets, which are taken as they are.
+        classes: class names, [C], by index. By default `train.classes`, with underscores read as
+            spaces, and of several names for a class the first.
+        templates: prompts, each with exactly one `{}`.
+
+    Raises:
+        InputError: no class names, other ones in `test`, or what `DatasetImages` and `Task` refuse.
+    """
+    if classes is None:
+        classes = _stored_classes(train)
+        other = _stored_classes(test)
+        if classes is None:
+            raise InputError(
+                f'task "{name}": {type(train).__name__} has no attribute classes; pass '
+                "classes=[...], the class names by index"
+            )
+        if other is not None and other != classes:
+            raise InputError(
+                f'task "{name}": train and test have different classes; pass data sets of the same '
+                "classes, or classes=[...]"
+            )
+    checked = check_templates(templates, f'task "{name}"')
+    return Task(
+        name,
+        tuple(classes),
+        checked,
+        _image_set(train, name, "train"),
+        _image_set(test, name, "test"),
+    )
+
+
+def _image_set(data: Any, task: str, split: str) -> ImageSet:
+    if hasattr(data, "load") and hasattr(data, "fingerprint"):
+        return data
+    return DatasetImages(data, name=f"{task}/{split}")
+
+
+def _is_subset(dataset: Any) -> bool:
+    # torch.utils.data.Subset, by its attributes: torch is not imported here.
+    return hasattr(dataset, "dataset") and hasattr(dataset, "indices")
+
+
+def _stored_labels(dataset: Any) -> tuple[Any, str]:
+    """The labels that a data set keeps, and the name of their attribute; None without any."""
+    if getattr(dataset, "target_transform", None) is not None:
+        return None, ""
+    if _is_subset(dataset):
+        labels, source = _stored_labels(dataset.dataset)
+        return None if labels is None else [labels[i] for i in dataset.indices], source
+    for attribute in _LABELS:
+        labels = getattr(dataset, attribute, None)
+        if labels is not None:
+            if attribute == "samples":
+                labels = [sample[1] for sample in labels]
+            return labels, f".{attribute}"
+    return None, ""
+
+
+def _stored_classes(dataset: Any) -> list[str] | None:
+    if _is_subset(dataset):
+        return _stored_classes(dataset.dataset)
+    classes = getattr(dataset, "classes", None)
+    if classes is None:
+        return None
+    first = (names if isinstance(names, str) else names[0] for names in classes)
+    return [name.replace("_", " ").strip() for name in first]
+
+
+def _index(label: Any) -> int:
+    if isinstance(label, bool):
+        raise TypeError("got a boolean")
+    return operator.index(label)
+
+
+def _as_image(image: Any) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    channels_first = hasattr(image, "detach")
+    if channels_first:
+        image = image.detach().cpu().numpy()
+    if not isinstance(image, np.ndarray):
+        raise ValueError(
+            f"got an image of type {type(image).__name__}, wanted a PIL image, an array or a tensor"
+        )
+    pixels = image
+    if pixels.ndim == 3 and channels_first:
+        pixels = pixels.transpose(1, 2, 0)
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    if pixels.size == 0 or not (
+        pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))
+    ):
+        order = "[C, H, W] for a tensor" if channels_first else "[H, W, C] for an array"
+        raise ValueError(
+            f"got an image of shape {list(image.shape)}, wanted [H, W] or {order}, with 1, 3 or 4 "
+            "channels"
+        )
+    if np.issubdtype(pixels.dtype, np.floating):
+        low, high = float(pixels.min()), float(pixels.max())
+        if not (low >= 0 and high <= 1):  # also for NaN
+            raise ValueError(
+                f"got pixels from {low:g} to {high:g}, wanted 0 to 1; leave normalisation out of "
+                "the data set's transform"
+            )
+        pixels = (pixels * 255).round().astype(np.uint8)
+    if pixels.dtype != np.uint8:
+        raise ValueError(f"got pixels of type {pixels.dtype}, wanted uint8 or floating-point")
+    return Image.fromarray(np.ascontiguousarray(pixels))

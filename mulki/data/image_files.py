@@ -1,0 +1,111 @@
+"""Image files as an `ImageSet`, and the checks that folders and CSV files have in common."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from mulki.data.decoding import BadImage, decode, verify
+from mulki.data.prompts import DEFAULT_TEMPLATES, check_templates, read_templates
+from mulki.data.task import split_fingerprint
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Image files of one split; an `ImageSet`.
+
+    Attributes:
+        root: the folder that `files` are relative to.
+        files: paths relative to it, with `/` on every system, [n]; they may also be absolute.
+        sizes: bytes, [n].
+        targets: class indices, [n].
+    """
+
+    root: Path
+    files: tuple[str, ...]
+    sizes: tuple[int, ...]
+    targets: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def load(self, index: int) -> Image.Image:
+        return decode(self.root / self.files[index], self.name(index))
+
+    def name(self, index: int) -> str:
+        return str(self.root / self.files[index])
+
+    def fingerprint(self) -> str:
+        return split_fingerprint(zip(self.files, self.sizes, self.targets, strict=True))
+
+    def without(self, names: Mapping[str, BadImage]) -> ImageFiles:
+        """The images whose `name` is not among these."""
+        kept = [i for i in range(len(self)) if self.name(i) not in names]
+        return ImageFiles(
+            self.root,
+            tuple(self.files[i] for i in kept),
+            tuple(self.sizes[i] for i in kept),
+            tuple(self.targets[i] for i in kept),
+        )
+
+
+def find_unreadable(splits: Sequence[ImageFiles], *, skip_bad_images: bool) -> dict[str, BadImage]:
+    """Check every image as far as that is cheap, and return the errors by `name`.
+
+    PNG is checked by its checksums, JPEG by its header and end, other formats by decoding. Damage
+    inside a JPEG shows only when it is loaded.
+
+    Raises:
+        BadImage: there is an error, and `skip_bad_images` is false.
+    """
+    names = [images.name(i) for images in splits for i in range(len(images))]
+
+    def check(name: str) -> BadImage | None:
+        try:
+            verify(Path(name))
+        except BadImage as error:
+            return error
+        return None
+
+    # PIL loads most of its plug-ins when a file first needs one; a second thread that looks for one
+    # at that moment can miss it and take its file for no image at all.
+    Image.init()
+    # Threads help: the work is reading files and decoding, both outside the interpreter lock.
+    with ThreadPoolExecutor(max_workers=min(16, (os.cpu_count() or 1) + 4)) as pool:
+        found = zip(names, pool.map(check, names), strict=True)
+        bad = {name: error for name, error in found if error is not None}
+    if bad and not skip_bad_images:
+        more = f"; {len(bad) - 1} more like it" if len(bad) > 1 else ""
+        raise BadImage(f"{next(iter(bad.values()))}, or pass --skip-bad-images{more}")
+    return bad
+
+
+def class_without_images(images: ImageFiles, classes: Sequence[str]) -> str | None:
+    """The first class that no image has."""
+    present = set(images.targets)
+    return next((name for i, name in enumerate(classes) if i not in present), None)
+
+
+def classes_of_one_split(train: Sequence[str], test: Sequence[str]) -> str:
+    """Say which classes only one split has; empty if there are none."""
+    lonely = (("train", set(train) - set(test)), ("test", set(test) - set(train)))
+    parts = [f"only in {split}: {', '.join(sorted(names))}" for split, names in lonely if names]
+    return "; ".join(parts)
+
+
+def choose_templates(given: Sequence[str] | None, folder: Path, where: str) -> tuple[str, ...]:
+    """The prompts given, else those of `folder/prompts.txt`, else "a photo of a {}.".
+
+    Raises:
+        InputError: a template without exactly one `{}`; for those given it begins with `where`.
+    """
+    if given is not None:
+        return check_templates(given, where)
+    if (folder / "prompts.txt").exists():
+        return read_templates(folder / "prompts.txt")
+    return DEFAULT_TEMPLATES

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from mulki.data import BadImage, csv_task, load_sequence
+from mulki.errors import InputError
+from tests.data.data_helpers import picture
+
+HEADER = "path,label,split\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Eight images, a.png to h.png, in a folder `images`."""
+    root = tmp_path / "birds"
+    (root / "images").mkdir(parents=True)
+    for seed, name in enumerate("abcdefgh"):
+        picture(seed).save(root / "images" / f"{name}.png")
+    return root
+
+
+ROWS = [
+    "images/a.png,crow,train",
+    "images/b.png,blue jay,train",
+    "images/c.png,crow,test",
+    "images/d.png,blue jay,test",
+]
+
+
+@pytest.fixture
+def write(folder: Path) -> Callable[..., Path]:
+    def go(
+        rows: Sequence[str] = ROWS, header: str = HEADER, name: str = "small.csv", **how: str
+    ) -> Path:
+        path = folder / name
+        path.write_text(header + "\n".join(rows) + "\n", **({"encoding": "utf-8"} | how))  # type: ignore[arg-type]
+        return path
+
+    return go
+
+
+def refused(path: Path, *words: object, **options: bool) -> None:
+    with pytest.raises(InputError) as caught:
+        csv_task(path, **options)  # type: ignore[arg-type]
+    message = str(caught.value)
+    assert all(str(word) in message for word in words), message
+    assert message.startswith(str(path.parent)) and "\n" not in message
+
+
+def test_a_file_becomes_a_task(write: Callable[..., Path], folder: Path) -> None:
+    task = csv_task(write())
+    assert task.name == "small" and task.classes == ("blue jay", "crow")
+    assert task.templates == ("a photo of a {}.",)
+    assert task.train.targets == (1, 0) and task.test.targets == (1, 0)
+    assert task.train.name(0) == str(folder / "images" / "a.png")
+    assert task.test.load(1).tobytes() == picture(3).tobytes()
+
+
+def test_what_spreadsheets_write(write: Callable[..., Path], folder: Path) -> None:
+    plain = csv_task(write())
+    shutil.copy(folder / "images" / "a.png", folder / "images" / 'a, "big".png')
+    rows = ['train,7,"images/a, ""big"".png",crow', 'test,,images/c.png,"crow"', ""]
+    rows += ["test, x ,./images//d.png, blue jay ", "train,,images/b.png,blue jay"]
+    path = write(rows, "split,note,path,label\n", encoding="utf-8-sig", newline="\r\n")
+    task = csv_task(path)
+    assert task.classes == plain.classes and task.train.targets == plain.train.targets
+    assert task.train.name(0).endswith('a, "big".png')
+    assert task.test.fingerprint() == plain.test.fingerprint()
+
+
+def test_two_files(write: Callable[..., Path], folder: Path) -> None:
+    one = csv_task(write())
+    for train, test, name in (
+        ("small_train.csv", "small_test.csv", "small"),
+        ("small-Train.csv", "small-Test.csv", "small"),
+        ("TRAIN.CSV", "TEST.CSV", "birds"),
+    ):
+        for file, split in ((train, "train"), (test, "test")):
+            rows = [row.rpartition(",")[0] for row in ROWS if row.endswith(split)]
+            write(rows, "path,label\n", file)
+        task = csv_task(folder / train)
+        assert task.name == name and task.fingerprint() == one.fingerprint()
+
+
+def test_absolute_paths(write: Callable[..., Path], folder: Path, tmp_path: Path) -> None:
+    rows = [row.replace("images", str(folder / "images")) for row in ROWS]
+    path = write(rows)
+    moved = shutil.move(path, tmp_path / "small.csv")
+    assert csv_task(moved).test.load(0).tobytes() == picture(2).tobytes()
+
+
+def test_prompts_beside_the_file(write: Callable[..., Path], folder: Path) -> None:
+    path = write()
+    (folder / "prompts.txt").write_text("a bird, {}.\n")
+    assert csv_task(path).templates == ("a bird, {}.",)
+    assert csv_task(path, templates=["{}"]).templates == ("{}",)
+
+
+def test_words_of_a_sequence(write: Callable[..., Path], folder: Path) -> None:
+    one, two = write(), write(name="more.CSV")
+    assert [task.name for task in load_sequence([str(one), str(two)])] == ["small", "more"]
+    with pytest.raises(InputError, match=r'second task called "small".*rename'):
+        load_sequence([str(one), str(write(name="small.CSV"))])
+    with pytest.raises(InputError, match="nor an existing folder or CSV file"):
+        load_sequence(["gone.csv"])
+
+
+def test_the_fingerprint_is_the_same_elsewhere(
+    write: Callable[..., Path], folder: Path, tmp_path: Path
+) -> None:
+    path = write()
+    shutil.copytree(folder, tmp_path / "copy")
+    copied = csv_task(tmp_path / "copy" / path.name)
+    assert copied.fingerprint() == csv_task(path).fingerprint()
+    other = [*ROWS[:2], *(row.replace("crow", "x") for row in ROWS[2:])]
+    other = [row.replace("x", "blue jay") if "c.png" in row else row for row in other]
+    other += ["images/e.png,crow,test"]
+    assert csv_task(write(other)).fingerprint() != copied.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ("file,label,split\n", ["line 1", "no column path", "found: file, label, split"]),
+        ("path,class,split\n", ["line 1", "no column label", "found: path, class, split"]),
+        ("path;label;split\n", ["no column path", "found: path;label;split", "commas"]),
+        ("", ["line 1", "no column path", "begin the file with a line such as path,label,split"]),
+        ("path,label,label,split\n", ["line 1", '"label" occurs twice']),
+        ("path,label,split,note\n", ["line 2", "3 cells came, 4 were wanted", "quotes"]),
+        ("path,label,group\n", ["no column split", "small_train.csv and small_test.csv"]),
+    ],
+)
+def test_bad_headers(write: Callable[..., Path], header: str, words: list[str]) -> None:
+    refused(write(header=header), *words)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("images/e.png,,train", ["line 6", "the label is empty"]),
+        ("images/e.png,  ,train", ["line 6", "the label is empty"]),
+        (",crow,train", ["line 6", "the path is empty"]),
+        ("images/e.png,crow,", ["line 6", 'split "" came, train or test']),
+        ("images/e.png,crow,tset", ["line 6", 'split "tset" (did you mean "test"?)']),
+        ("images/e.png,crow,val", ["line 6", 'split "val"', "remove the row"]),
+        ("images/e.png,crow", ["line 6", "2 cells came, 3 were wanted"]),
+        ("images/x.png,crow,train", ["line 6", "no file", "x.png", "relative"]),
+        ("images,crow,train", ["line 6", "no file"]),
+        ("images/" + "x" * 300 + ",crow,train", ["line 6", "no file"]),
+        ("images/a.png,crow,train", ["line 6", "images/a.png is listed already", "line 2"]),
+        ("./images//a.png,crow,test", ["line 6", "is listed already", "line 2", "one split"]),
+        ("images/e.png,owl,train", ["same labels", "only in train: owl"]),
+        ("images/e.png,owl,test", ["same labels", "only in test: owl"]),
+        ('images/e.png,"crow,train', ["line 6", "not comma-separated"]),
+    ],
+)
+def test_bad_rows(write: Callable[..., Path], row: str, words: list[str]) -> None:
+    refused(write([*ROWS, row]), *words)
+
+
+def test_bad_files(write: Callable[..., Path], folder: Path) -> None:
+    refused(folder / "gone.csv", "no such file", "path, label and split")
+    refused(write([], ""), "is empty")
+    refused(write([]), "a header and no rows")
+    refused(write([*ROWS, "images/e.png,köhler,train"], encoding="latin-1"), "UTF-8")
+    refused(write(encoding="utf-16"), "UTF-8")
+    refused(write([row.replace("blue jay", "crow") for row in ROWS]), "only one label, crow")
+    refused(write([row for row in ROWS if "test" not in row]), "only in train: blue jay, crow")
+    (folder / "d.csv").mkdir()
+    refused(folder / "d.csv", "is a folder")
+
+
+def test_bad_pairs(write: Callable[..., Path]) -> None:
+    rows = [row.rpartition(",")[0] for row in ROWS]
+    train = write(rows, "path,label\n", "small_train.csv")
+    refused(train, "no column split", "no small_test.csv beside it")
+    write(name="small_test.csv")
+    refused(train, "small_test.csv: has a column split, and small_train.csv has none")
+    write(rows, "path,label\n", "small_test.csv")
+    refused(train, "small_test.csv, line 2", "listed already", "small_train.csv, line 2")
+
+
+def test_unreadable_images(write: Callable[..., Path], folder: Path) -> None:
+    path = write([*ROWS, "images/e.png,crow,train"])
+    bad = folder / "images" / "e.png"
+    bad.write_bytes(b"x")
+    with pytest.raises(BadImage, match=r"e\.png.*--skip-bad-images"):
+        csv_task(path)
+    (task,) = load_sequence([str(path)], skip_bad_images=True)
+    assert task.skipped == (str(bad),) and task.train.targets == (1, 0)
+    (folder / "images" / "c.png").write_bytes(b"x")
+    refused(path, "every test image of crow is unreadable", skip_bad_images=True)
