@@ -334,7 +334,7 @@ def dual_teacher_kl(
     The columns of weights and details are (zero_shot, previous). With `weights` given, the gate is
     not used. Arguments, result and errors otherwise as `teacher_kl`.
     """
-    return teacher_kl(  # type: ignore[misc, call-overload]
+    return teacher_kl(  # type: ignore[misc, call-overload, no-any-return]
         student,
         (zero_shot, previous),
         temperature=temperature,

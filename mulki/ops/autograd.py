@@ -118,7 +118,8 @@ def times(grad: Tensor, stored: Tensor, leaf: Tensor) -> Tensor:
     """grad * stored in the dtype of the leaf."""
     # Plain multiplication would go into a graph as if what is stored were a constant.
     if torch.is_grad_enabled():
-        return _OPS.scaled(grad, stored, leaf)
+        product: Tensor = _OPS.scaled(grad, stored, leaf)
+        return product
     product = stored * grad
     return product if product.dtype == leaf.dtype else product.to(leaf.dtype)
 

@@ -58,7 +58,7 @@ class Cpp:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"takes float32, bfloat16 and float16, not {dtype}"
         try:
-            reason = importlib.import_module("mulki.ops.loader").load()
+            reason: str | None = importlib.import_module("mulki.ops.loader").load()
         except Exception as error:
             return _reason(error)
         if reason is None and not torch_private.has_cpu_kernel(op):
@@ -66,7 +66,8 @@ class Cpp:
         return reason
 
     def kernel(self, op: str) -> Kernel:
-        return getattr(torch.ops.mulki_cpp, op).default
+        overload: Kernel = getattr(torch.ops.mulki_cpp, op).default
+        return overload
 
 
 class Triton:
@@ -82,12 +83,14 @@ class Triton:
         if not hasattr(kernels, "kernel"):
             return "mulki.kernels is not installed"
         try:
-            return kernels.why_not(op, device_type, dtype)
+            reason: str | None = kernels.why_not(op, device_type, dtype)
+            return reason
         except Exception as error:
             return _reason(error)
 
     def kernel(self, op: str) -> Kernel:
-        return importlib.import_module("mulki.kernels").kernel(op)
+        found: Kernel = importlib.import_module("mulki.kernels").kernel(op)
+        return found
 
 
 def _reason(error: Exception) -> str:

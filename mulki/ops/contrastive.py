@@ -154,7 +154,7 @@ def loss(operands: Operands, logit_bias: Tensor | float | None, reduction: str) 
     leaves = images, texts, scalar(scale, images)
     if wants_gradients(reduction, *leaves):
         mean = reduction == "mean"
-        result = torch.ops.mulki.contrastive_reduced(*leaves, mean, wanted(*leaves))[0]
+        result: Tensor = torch.ops.mulki.contrastive_reduced(*leaves, mean, wanted(*leaves))[0]
     else:
         result = reduce(torch.ops.mulki.contrastive(*leaves)[0], reduction)
     if isinstance(logit_bias, Tensor) and logit_bias.requires_grad:

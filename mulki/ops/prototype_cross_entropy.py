@@ -191,8 +191,10 @@ def loss(
     labels = target, class_mask, label_smoothing, ignore_index
     if wants_gradients(reduction, *leaves):
         mean = reduction == "mean"
-        return torch.ops.mulki.prototype_cross_entropy_reduced(
+        total: Tensor
+        total, *_ = torch.ops.mulki.prototype_cross_entropy_reduced(
             *leaves, *labels, mean, wanted(*leaves)
-        )[0]
+        )
+        return total
     rows = torch.ops.mulki.prototype_cross_entropy(*leaves, *labels)
     return reduce(rows, reduction, (target != ignore_index).sum())

@@ -150,5 +150,6 @@ def loss(operands: Operands, logit_bias: Tensor | float, reduction: str, offset:
     leaves = images, texts, scalar(scale, images), scalar(logit_bias, images)
     if wants_gradients(reduction, *leaves):
         mean = reduction == "mean"
-        return torch.ops.mulki.siglip_reduced(*leaves, offset, mean, wanted(*leaves))[0]
+        total: Tensor = torch.ops.mulki.siglip_reduced(*leaves, offset, mean, wanted(*leaves))[0]
+        return total
     return reduce(torch.ops.mulki.siglip(*leaves, offset), reduction)

@@ -85,7 +85,7 @@ def reference_backward(
 
 def _normalize_gradient(grad: Tensor, rows: Tensor) -> Tensor:
     """The gradient through u = v / max(|v|, 1e-12): (g - u <u, g>) / |v| for a row v of `rows`."""
-    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     u = rows / norm.clamp(min=1e-12)
     along = (u * grad).sum(dim=1, keepdim=True).masked_fill(norm < 1e-12, 0)
     return (grad - u * along) / norm.clamp(min=1e-12)
@@ -110,4 +110,6 @@ def matrix(operands: Operands, normalize: bool = False) -> Tensor:
     """
     refuse_tangents(*operands)
     features, prototypes, scale = rounded(operands)
-    return torch.ops.mulki.similarity(features, prototypes, scalar(scale, features), normalize)
+    leaves = features, prototypes, scalar(scale, features)
+    result: Tensor = torch.ops.mulki.similarity(*leaves, normalize)
+    return result

@@ -54,7 +54,8 @@ def reason() -> str | None:
 
 def has_cpu_kernel(operator: str) -> bool:
     """Whether `torch.ops.mulki_cpp` has a kernel of that name for CPU tensors."""
-    return getattr(torch.ops.mulki_cpp, operator).default.has_kernel_for_dispatch_key("CPU")
+    overload = getattr(torch.ops.mulki_cpp, operator).default
+    return bool(overload.has_kernel_for_dispatch_key("CPU"))
 
 
 def check(error: type[Exception], fits: bool, message: Callable[[], str]) -> None:
