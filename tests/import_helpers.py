@@ -10,6 +10,7 @@ import pytest
 
 from mulki import methods
 from mulki.data import sequences, transforms
+from mulki.ops import gates
 
 BUILT_IN = set(methods.available())
 
@@ -21,6 +22,7 @@ def registries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sequences, "_SEQUENCES", dict(sequences._SEQUENCES))
     monkeypatch.setattr(transforms, "_BUILDERS", dict(transforms._BUILDERS))
+    monkeypatch.setattr(gates, "GATES", dict(gates.GATES))
     modules = set(sys.modules)
     yield
     for name in set(sys.modules) - modules:

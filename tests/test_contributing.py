@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,12 +14,11 @@ import yaml
 
 from mulki.cli import run_command
 from mulki.metrics import read_matrix
-from tests import engine_helpers, import_helpers
+from tests import ROOT, engine_helpers, import_helpers
 
 registries = import_helpers.registries
 tiny_models = engine_helpers.tiny_models
 start_model = engine_helpers.start_model
-ROOT = Path(__file__).parent.parent
 
 
 def recipe(title: str) -> tuple[str, str, list[list[str]]]:
@@ -27,7 +29,6 @@ def recipe(title: str) -> tuple[str, str, list[list[str]]]:
         r"^`(\S+\.py)`:\n\n```python\n(.*?)```", section, re.MULTILINE | re.DOTALL
     )
     commands = re.findall(r"^    mulki (.*)$", section, flags=re.MULTILINE)
-    assert commands
     return name, code, [shlex.split(command) for command in commands]
 
 
@@ -35,6 +36,7 @@ def recipe(title: str) -> tuple[str, str, list[list[str]]]:
     ("title", "option", "value", "tasks"),
     [
         ("Add a method", "method", "keep_zero_shot", 6),
+        ("Add a gate", "gate", "cautious", 6),
         ("Add a data set", "tasks", ["noise"], 2),
         ("Add a training transform", "augment", "flip", 6),
     ],
@@ -43,6 +45,7 @@ def test_a_recipe_works_as_written(
     start_model: dict[str, str], title: str, option: str, value: object, tasks: int
 ) -> None:
     name, code, commands = recipe(title)
+    assert commands
     Path(name).write_text(code, encoding="utf-8")
     fixed = ["--model", start_model["model"], "--device", "cpu", "--name", "first"]
     for command in commands:
@@ -51,3 +54,32 @@ def test_a_recipe_works_as_written(
     saved = yaml.safe_load(Path("logs/first/args.yaml").read_text())
     assert saved[option] == value and saved["import"] == [f"./{name}"]
     assert len(read_matrix("logs/first/matrix.csv").tasks) == tasks
+
+
+def test_the_smallest_operator_works_as_written(tmp_path: Path) -> None:
+    name, code, _ = recipe("Add an operator")
+    (tmp_path / name).write_text(code, encoding="utf-8")
+    # In a process of its own: a new operator asks for a new build of the C++ kernels.
+    tried = """
+import energy, torch
+from torch.library import opcheck
+from mulki.ops.registry import SCHEMAS
+x, w = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (6, 5))
+s = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+assert torch.autograd.gradcheck(lambda *leaves: energy.loss(leaves), (x, w, s))
+assert energy.loss((x, w, s)).equal(-(s * x @ w.T).logsumexp(1))
+opcheck(torch.ops.mulki.energy.default, (x, w, s))
+try:
+    torch.ops.mulki.energy(x, w[:, :3], s)
+except ValueError as error:
+    assert str(error).startswith("prototypes: got shape [5, 3]"), error
+else:
+    raise AssertionError("taken")
+assert {"energy", "energy_backward"} < set(SCHEMAS)
+"""
+    environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "-c", tried]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
