@@ -222,7 +222,7 @@ def register_gradient(
     grad_kept_stride,
     grad_streamed_stride,
     inverse_norms_ptr,  # [L], or None
-    factor_ptr,  # 0-d scale as a factor of the result, or None
+    result_scale_ptr,  # 0-d scale as a factor of the result, or None
     mean_factor_ptr,  # 0-d, or None
     bound_ptr,  # 0-d, or None
     out_ptr,  # [M, D], or where PARTS [splits, M, D] float32
@@ -280,7 +280,7 @@ def register_gradient(
     if PARTS:
         at += split.to(tl.int64) * kept_count * d
     else:
-        total *= result_factor(factor_ptr, mean_factor_ptr, bound_ptr, RANGE_FACTOR)
+        total *= result_factor(result_scale_ptr, mean_factor_ptr, bound_ptr, RANGE_FACTOR)
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -450,7 +450,7 @@ def operand_gradient(
                 out.device,
                 tile.warps,
                 tile.stages,
-                factor_ptr=factor,
+                result_scale_ptr=factor,
                 mean_factor_ptr=g.mean_factor,
                 out_ptr=out if parts is None else parts,
                 PARTS=parts is not None,

@@ -270,7 +270,7 @@ def statistics(
                 operands = stored_operands([stored[m] for m in group])
             launch(
                 row_statistics,
-                (ceil_div(n, tile.moment), splits),
+                (ceil_div(n, tile.kept), splits),
                 out.device,
                 tile.warps,
                 tile.stages,
@@ -290,7 +290,7 @@ def statistics(
                 TARGET_SOURCE=target_source,
                 SMOOTHED=smoothed,
                 MASKED=class_mask is not None or p % tile.streamed != 0,
-                BLOCK_N=tile.moment,
+                BLOCK_N=tile.kept,
                 BLOCK_P=tile.streamed,
                 PRECISION=device.precision,
             )

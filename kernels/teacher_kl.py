@@ -298,9 +298,22 @@ def teacher_kl_backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """dX, dW, dscale for an upstream gradient per row; `weights` as the forward returned them."""
-    teachers = teacher_features, teacher_prototypes, teacher_scales
-    options = temperature, 1.0, 0.0, 0.0, scale_by_t2
-    a = _Arguments(features, prototypes, scale, *teachers, weights, None, class_mask, *options)
+    a = _Arguments(
+        features,
+        prototypes,
+        scale,
+        teacher_features,
+        teacher_prototypes,
+        teacher_scales,
+        weights,
+        target=None,
+        class_mask=class_mask,
+        temperature=temperature,
+        gate_temperature=1.0,
+        gate_entropy=0.0,
+        gate_label=0.0,
+        scale_by_t2=scale_by_t2,
+    )
     dtype = features.dtype
     if features.shape[0] == 0:
         return tuple(row_results.backward_of_no_rows(features, prototypes, wanted, dtype))
