@@ -209,7 +209,17 @@ def make(
 
 
 NAMES = (
-    *("similarity", "cosines", "ce", "ce_all", "kl", "kl_label", "kl_confidence", "kl_blend", "kl_weights"),
+    *(
+        "similarity",
+        "cosines",
+        "ce",
+        "ce_all",
+        "kl",
+        "kl_label",
+        "kl_confidence",
+        "kl_blend",
+        "kl_weights",
+    ),
     *("contrastive", "siglip", "siglip_block"),
 )
 LOSSES = NAMES[2:]
