@@ -88,7 +88,6 @@ DTYPES = (
     *[(name, "prototypes", Tensor.half) for name in ("similarity", "ce_all", "kl_label")],
     *[(name, "target", Tensor.int) for name in ("ce_all", "kl_label")],
     *[(name, "class_mask", Tensor.float) for name in ("ce_all", "kl_label")],
-    *[("kl_label", "teacher_features", of_second(Tensor.half))],
     *[("kl_label", "teacher_prototypes", of_second(Tensor.half))],
     *[(name, "text_features", Tensor.half) for name in ("contrastive", "siglip")],
 )
