@@ -59,7 +59,7 @@ def gradient_tile(
     row_values_ptr,  # [R, N] values of the samples; see below
     mask_ptr,  # [P] uint8, or None
     target_ptr,  # [N] int64, or None
-    grad_ptr,  # GIVEN: [M, L]
+    grad_ptr,  # GIVEN: G [M, L], M kept and L streamed rows
     grad_kept_stride,
     grad_streamed_stride,
     kept_rows,  # [BLOCK_KEPT] row numbers
