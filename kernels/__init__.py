@@ -1,6 +1,7 @@
-"""Triton kernels, imported as `mulki.kernels`. Importing this package imports no Triton.
+"""Triton kernels, imported as `mulki.kernels`. Importing this package does not import Triton.
 
-`KERNELS` maps the name of an operator to the module that has its kernel, a function of that name.
+A module per operator has the kernels of its forms, as functions of the operator's name and
+signature. They check no argument: `mulki.ops` does, before it calls them.
 """
 
 from __future__ import annotations
@@ -15,21 +16,14 @@ import torch
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)  # the first with bfloat16 and tf32 on tensor cores
 
-_LOSSES = {
-    "prototype_cross_entropy": "cross_entropy",
-    "teacher_kl": "teacher_kl",
-    "contrastive": "pairs",
-    "siglip": "pairs",
-}
-KERNELS: dict[str, str] = {
-    "similarity": "similarity",
-    "similarity_backward": "similarity",
-    **{
-        f"{op}{form}": module
-        for op, module in _LOSSES.items()
-        for form in ("", "_backward", "_reduced")
-    },
-}
+OPERATORS = ("similarity", "prototype_cross_entropy", "teacher_kl", "contrastive", "siglip")
+# The operators in every form; similarity has no reduced one.
+KERNELS = tuple(
+    f"{operator}{form}"
+    for operator in OPERATORS
+    for form in ("", "_backward", "_reduced")
+    if (operator, form) != ("similarity", "_reduced")
+)
 
 
 def why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
@@ -65,4 +59,5 @@ def _missing(device_type: str) -> str | None:
 
 def kernel(op: str) -> Callable[..., Any]:
     """The kernel of `op`, with the operator's signature; ask `why_not` first."""
-    return getattr(importlib.import_module(f"{__name__}.{KERNELS[op]}"), op)
+    operator = op.removesuffix("_backward").removesuffix("_reduced")
+    return getattr(importlib.import_module(f"{__name__}.{operator}"), op)

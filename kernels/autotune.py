@@ -1,9 +1,10 @@
-"""The plan a launch takes: the table's default, or the fastest one where that was asked for.
+"""Which plan a launch takes: the default of the tile table, or the fastest if that was asked for.
 
-MULKI_AUTOTUNE=1 times the plans of the table for each kernel, card and shape (N and P rounded up to
-powers of two) at its first use, and keeps the choice in `tiles.json` in MULKI_CACHE_DIR (by default
-~/.cache/mulki). It is off under torch.use_deterministic_algorithms, since a different tile rounds
-differently, while a CUDA graph is captured, and in the interpreter, which has no clock.
+With MULKI_AUTOTUNE=1 the plans of the table are timed for each kernel, card and shape (N and P
+rounded up to powers of two) at the first use. The fastest is kept in `tiles.json` in the folder
+MULKI_CACHE_DIR (default ~/.cache/mulki). Nothing is timed under
+torch.use_deterministic_algorithms, since another tile rounds differently, while a CUDA graph is
+captured, or in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -32,29 +33,31 @@ _chosen: dict[str, tuple[str, Tile]] = {}
 def run(
     kind: str,
     device: Device,
-    shape: Sequence[int],  # N, P and what else a kernel is compiled for
+    shape: Sequence[int],  # N, P, then other sizes that tell kernels apart
     plans: Sequence[Plan],
     function: Callable[[Plan], Result],
 ) -> Result:
-    """`function` of one of the plans."""
+    """What `function` returns for the chosen plan."""
     if launch.is_recording(every_plan=True):
         return [function(plan) for plan in plans][0]
-    if len(plans) == 1 or device.known == "interpreter" or not enabled():
+    if len(plans) == 1 or device.table_architecture == "interpreter" or not enabled():
         return function(plans[0])
-    with launch.on(device.place):
+    with launch.current_device(device.place):
         return function(_fastest(_key(kind, device, shape), plans, function))
 
 
 def _key(kind: str, device: Device, shape: Sequence[int]) -> str:
     sizes = "x".join(map(str, (*map(next_power_of_2, shape[:2]), *shape[2:])))
-    numbers = "half" if device.half else device.precision
+    number_format = "half" if device.half else device.precision
     on_gpu = device.place is not None and device.place.type == "cuda"
     card = torch.cuda.get_device_name(device.place) if on_gpu else device.architecture
-    return f"{kind} {device.architecture} {numbers} {sizes} triton {triton.__version__} {card}"
+    return (
+        f"{kind} {device.architecture} {number_format} {sizes} triton {triton.__version__} {card}"
+    )
 
 
 def _fastest(key: str, plans: Sequence[Plan], function: Callable[[Plan], Any]) -> Plan:
-    # Splits follow from the exact shape, so a choice is one of schedule and tile.
+    # The number of splits follows from the exact shape, so schedule and tile are kept without it.
     choice = _chosen.get(key) or _read(key)
     plan = next((plan for plan in plans if (plan.schedule, plan.tile) == choice), None)
     if plan is None:
@@ -73,7 +76,7 @@ def enabled() -> bool:
 
 
 def milliseconds(function: Callable[[], object]) -> float:
-    """The time of a call; infinite where the GPU has not the resources for it."""
+    """The median time of a call; infinite where the kernel needs more than the GPU has."""
     from triton.runtime.errors import OutOfResources, PTXASError
     from triton.testing import do_bench
 
@@ -89,7 +92,7 @@ def cache_file() -> Path:
 
 
 def _read_all() -> dict[str, Any]:
-    # RuntimeError: there is no home.
+    # RuntimeError: there is no home directory.
     try:
         found = json.loads(cache_file().read_text(encoding="utf-8"))
     except (OSError, ValueError, RuntimeError):
@@ -106,7 +109,7 @@ def _read(key: str) -> tuple[str, Tile] | None:
 
 
 def _write(key: str, plan: Plan) -> None:
-    # Another process may write at the same time: it may lose an entry, but reads a whole file.
+    # Two processes may write at the same time. Then a choice may be lost, but no file is broken.
     try:
         path = cache_file()
         path.parent.mkdir(parents=True, exist_ok=True)

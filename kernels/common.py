@@ -1,6 +1,6 @@
-"""What launches have in common: the architecture, the precision of products, and operands.
+"""Host code that all operators share: operands, the architecture, the precision of products.
 
-Nothing here waits for a device, and nothing asks for one at import.
+Nothing here waits for a device, and importing this asks for none.
 """
 
 from __future__ import annotations
@@ -13,52 +13,48 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import DTYPES
-
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 
 
 class Model(NamedTuple):
-    """The operands of one product X W^T, rows contiguous."""
+    """The operands of one product X W^T, of a student or a teacher."""
 
-    x: Tensor  # [N, D]
-    w: Tensor  # [P, D]
+    features: Tensor  # X [N, D]; the elements of a row are contiguous
+    prototypes: Tensor  # W [P, D], likewise
 
     @classmethod
-    def of(cls, x: Tensor, w: Tensor) -> Model:
-        return cls(rows(x), rows(w))
+    def of(cls, features: Tensor, prototypes: Tensor) -> Model:
+        return cls(contiguous_rows(features), contiguous_rows(prototypes))
 
     @property
     def width(self) -> int:
-        return self.x.shape[1]
+        return self.features.shape[1]
 
     def swapped(self) -> Model:
-        return Model(self.w, self.x)
+        return Model(self.prototypes, self.features)
 
 
-def rows(operand: Tensor) -> Tensor:
-    """The operand with contiguous rows, in a dtype the kernels take; rows may be any step apart."""
-    if operand.dtype not in DTYPES:
-        operand = operand.float()
+def contiguous_rows(operand: Tensor) -> Tensor:
+    """The operand, copied unless the elements of a row are contiguous. The row stride is free."""
     return operand if operand.stride(1) == 1 or operand.shape[1] == 1 else operand.contiguous()
 
 
-def flat(values: Tensor) -> Tensor:
-    """Numbers, one per row or fewer, as contiguous float32."""
+def as_float32(values: Tensor) -> Tensor:
+    """Contiguous float32."""
     return values.to(torch.float32).contiguous()
 
 
-def bytes_of(mask: Tensor | None) -> Tensor | None:
-    """A mask as contiguous uint8."""
+def as_bytes(mask: Tensor | None) -> Tensor | None:
+    """A bool mask as contiguous uint8."""
     return None if mask is None else mask.contiguous().view(torch.uint8)
 
 
-def empty(like: Tensor, *shape: int) -> Tensor:
-    """float32 on the device of `like`."""
+def empty_float32(like: Tensor, *shape: int) -> Tensor:
+    """An uninitialised float32 tensor on the device of `like`."""
     return like.new_empty(shape, dtype=torch.float32)
 
 
-# Triton's own are for kernels, and take microseconds on the host.
+# triton.cdiv and triton.next_power_of_2 take microseconds when called on the host.
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -72,18 +68,18 @@ def interpreted() -> bool:
 
 
 def upcast(models: Sequence[Model]) -> bool:
-    """Whether kernels turn what they load into float32 at once.
+    """Whether kernels convert operands to float32 as they load them.
 
-    Triton's interpreter computes with the bits of a bfloat16 as if they were an integer.
+    Triton's interpreter takes the bits of a bfloat16 for an integer and computes with that.
     """
-    return interpreted() and any(model.x.dtype == torch.bfloat16 for model in models)
+    return interpreted() and models[0].features.dtype == torch.bfloat16
 
 
 _assumed: str | None = None
 
 
 def assume_architecture(name: str | None) -> None:
-    """Choose tiles and precisions as on this architecture, or again as on the tensors' device."""
+    """Choose tiles and precisions for this architecture; None: for the device of the tensors."""
     global _assumed
     _assumed = name
 
@@ -107,12 +103,16 @@ def _cuda_architecture(index: int) -> str:
     return f"sm_{major}{minor}"
 
 
-def precision(architecture: str, dtypes: set[torch.dtype]) -> str:
-    """How tl.dot multiplies float32: "tf32" where PyTorch may, else as float32 does.
+def precision(architecture: str, dtype: torch.dtype) -> str:
+    """The input_precision of tl.dot: "tf32" where PyTorch allows tf32, else a float32 product.
 
-    MULKI_INPUT_PRECISION (ieee, tf32, tf32x3) decides where it is set. Half precision has one way.
+    The environment variable MULKI_INPUT_PRECISION (ieee, tf32, tf32x3) overrides this. It says how
+    float32 is multiplied; for half precision it has no effect.
+
+    Raises:
+        ValueError: the variable has another value, or one that this architecture does not support.
     """
-    if torch.float32 not in dtypes or architecture == "interpreter":
+    if dtype != torch.float32 or architecture == "interpreter":
         return "ieee"
     nvidia = architecture.startswith("sm_")
     tf32 = nvidia or architecture in ("gfx942", "xpu")
@@ -124,11 +124,11 @@ def precision(architecture: str, dtypes: set[torch.dtype]) -> str:
             )
         if not (nvidia or architecture == "xpu" or asked == "ieee" or (tf32 and asked == "tf32")):
             raise ValueError(
-                f"MULKI_INPUT_PRECISION: got {asked!r}, which {architecture} has not; wanted ieee"
-                + (" or tf32" if tf32 else "")
+                f"MULKI_INPUT_PRECISION: got {asked!r}, which {architecture} does not support; "
+                f"wanted ieee{' or tf32' if tf32 else ''}"
             )
         return asked
     if tf32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
-    # tf32x3 recovers float32 from three products on tensor cores; AMD's compiler refuses it.
+    # tf32x3: three tf32 products give float32 accuracy on tensor cores. AMD's compiler refuses it.
     return "tf32x3" if nvidia else "ieee"

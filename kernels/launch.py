@@ -1,7 +1,7 @@
-"""The one place where a kernel is launched: on the device of its tensors, on its current stream.
+"""Launches a kernel on the device of its tensors, on the current stream. All launches go here.
 
-`recording` collects launches instead of making them, from tensors on the device "meta": what is
-compiled ahead of time is then what would have been launched.
+`recording` collects the launches of operators instead of making them. The operators then run on
+tensors of the device "meta", and `ahead_of_time` compiles what a GPU would have been given.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from . import common
 
-# Products and sums stay apart: a student equal to its teacher then has a KL of exactly zero.
+# No fused multiply-add: then a student that equals its teacher has a KL of exactly zero.
 FP_FUSION = False
 
 
@@ -44,12 +44,12 @@ def launch(
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, options))
         return
-    with on(device):
+    with current_device(device):
         kernel[grid](**arguments, **options)
 
 
-def on(device: torch.device | None) -> AbstractContextManager[Any]:
-    """Makes it the current device: Triton launches there, whatever device the tensors are on."""
+def current_device(device: torch.device | None) -> AbstractContextManager[Any]:
+    """Makes `device` the current one. Triton launches there, wherever the tensors are."""
     if device is not None and device.type == "cuda":
         return torch.cuda.device(device)
     if device is not None and device.type == "xpu":
@@ -58,20 +58,20 @@ def on(device: torch.device | None) -> AbstractContextManager[Any]:
 
 
 def is_recording(every_plan: bool = False) -> bool:
-    """Whether launches are being recorded (those of every plan that a tile table has)."""
+    """Whether launches are recorded; with `every_plan`, whether those of all plans are."""
     return _recorded is not None and (_every_plan or not every_plan)
 
 
 @contextmanager
 def recording(architecture: str, every_plan: bool = False) -> Iterator[list[Launch]]:
-    """Collect what would be launched on `architecture`, for the default plan or for every one."""
+    """Collect the launches for `architecture`: of the default plan, or of every plan."""
     global _recorded, _every_plan
     assert _recorded is None
-    made: list[Launch] = []
-    _recorded, _every_plan = made, every_plan
+    launches: list[Launch] = []
+    _recorded, _every_plan = launches, every_plan
     common.assume_architecture(architecture)
     try:
-        yield made
+        yield launches
     finally:
         _recorded, _every_plan = None, False
         common.assume_architecture(None)

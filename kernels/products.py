@@ -1,20 +1,32 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc"
-"""Functions of kernels: one tile of Y = A B^T, and small things about tuples and tops.
+"""Device functions that several kernels call: one tile of Y = A B^T, the scale, tuples.
 
-A tile is [BLOCK_A, BLOCK_B] in the float32 accumulator of one tl.dot per step of D; it is never
-rounded. STORED tiles are read instead, from a block of rows of Y that a matrix product has made.
+`row_product` computes a tile [BLOCK_A, BLOCK_B] of Y. It takes DEPTH columns of A and B per step,
+one tl.dot each, and sums them in a float32 accumulator in registers. The tile is not rounded, and
+nothing is written. With STORED the tile is loaded from Y, which a matrix product wrote before.
 """
 
 import triton
 import triton.language as tl
 
-# Decorates what is launched. Of these numbers no wide load or store is made: a kernel is not
-# compiled again where one of them is 1 or a multiple of 16, as N and P are now and then.
+# Integer arguments that no vectorised load or store depends on. Triton compiles a kernel again for
+# an integer that is 1 or a multiple of 16; for these it must not, since N and P often change.
 COUNTS = (
-    *("n", "p", "m_own", "m_other", "first", "last", "offset", "models", "splits", "parts"),
+    *(
+        "n",
+        "p",
+        "kept_count",
+        "streamed_count",
+        "first",
+        "last",
+        "offset",
+        "models",
+        "splits",
+        "parts",
+    ),
     *("tiles_per_split", "ignore_index"),
 )
-entry = triton.jit(do_not_specialize=COUNTS)
+jit_kernel = triton.jit(do_not_specialize=COUNTS)  # decorates the functions that are launched
 
 
 @triton.jit
@@ -34,7 +46,7 @@ def row_product(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """The tile of Y at the given rows of A and B."""
+    """The tile of Y for the given rows of A and B."""
     if STORED:
         y = tl.load(a_ptr + (a_rows[:, None] * a_stride + b_rows[None, :] * b_stride))
     else:
@@ -60,7 +72,7 @@ def row_product(
 
 
 @triton.jit
-def scale_of(scale_ptr, inverse_temperature):
+def absolute_scale(scale_ptr, inverse_temperature):
     """|c| log2 e, |c| and the sign of c = scale / temperature."""
     c = tl.load(scale_ptr).to(tl.float32) * inverse_temperature
     sign = tl.where(c < 0, -1.0, 1.0)
@@ -68,14 +80,14 @@ def scale_of(scale_ptr, inverse_temperature):
 
 
 @triton.jit
-def moved(old, new):
-    """How far a running maximum has moved down, seen from the new one; 0 before there was one."""
+def top_change(old, new):
+    """Old less new running maximum, which is at most 0; 0 where there was no old one (-inf)."""
     return tl.where(old == float("-inf"), 0.0, old - new)
 
 
 @triton.jit
-def replaced(values, k: tl.constexpr, value):
-    """The tuple with `value` in place k."""
+def tuple_replace(values, k: tl.constexpr, value):
+    """The tuple with element k set to `value`."""
     out = ()
     for i in tl.static_range(len(values)):
         if i == k:
@@ -86,8 +98,8 @@ def replaced(values, k: tl.constexpr, value):
 
 
 @triton.jit
-def repeated(value, count: tl.constexpr):
-    """A tuple of `count` times the value."""
+def tuple_repeat(value, count: tl.constexpr):
+    """A tuple that holds `value` `count` times."""
     out = ()
     for _ in tl.static_range(count):
         out = out + (value,)

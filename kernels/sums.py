@@ -1,9 +1,13 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc"
-"""Sums that end a reduced operator, and sums of the parts of a split result; in a fixed order.
+"""Sums over rows, and sums over the parts of a result that was split over programs.
 
-`totals`: one program adds up numbers of N rows, BLOCK at a time, and writes their sums. The count
-of rows behind a mean is found on the way. `add_parts`: a program owns BLOCK numbers of the result
-and reads all parts of them.
+    row_totals   total = sum_i v_i, or its mean over the rows that count
+    part_sums    out = f sum_s part_s    f = scale, times the factors of `result_factor`
+
+`row_totals` is one program. It reads N values, BLOCK at a time, keeps BLOCK float32 sums in
+registers, and writes one number per input. It also counts the rows of a mean. A program of
+`part_sums` keeps BLOCK elements of the result in registers, reads them in every part, and writes
+them once. Both add in a fixed order, so results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -17,14 +21,14 @@ from torch import Tensor
 
 from .common import ceil_div
 from .launch import launch
-from .products import entry
+from .products import jit_kernel
 
 
-@entry
+@jit_kernel
 def row_totals(
     value_ptrs,  # tensors [N]; the first is the loss
     out_ptrs,  # 0-d each
-    share_ptr,  # 0-d: what each row counts, 1 or 1 / count
+    mean_factor_ptr,  # 0-d: 1 / count for a mean, 1 for a sum
     target_ptr,  # [N] int64, or None where every row counts
     ignore_index,
     n,
@@ -43,32 +47,32 @@ def row_totals(
         else:
             counted += inside.to(tl.float32)
     count = tl.sum(counted, 0)
-    # A mean over no rows is 0 / 0, and its gradient zero.
-    share = tl.where(count > 0, 1.0 / tl.maximum(count, 1.0), 0.0) if MEAN else 1.0
-    tl.store(share_ptr, share)
+    # The mean over no rows is 0 / 0 = NaN; its gradient is zero.
+    mean_factor = tl.where(count > 0, 1.0 / tl.maximum(count, 1.0), 0.0) if MEAN else 1.0
+    tl.store(mean_factor_ptr, mean_factor)
     for i in tl.static_range(COUNT):
-        seen = zero
+        summed = zero
         for start in range(0, n, BLOCK):
             rows = start + tl.arange(0, BLOCK)
-            seen += tl.load(value_ptrs[i] + rows, mask=rows < n, other=0.0)
-        total = tl.sum(seen, 0)
+            summed += tl.load(value_ptrs[i] + rows, mask=rows < n, other=0.0)
+        total = tl.sum(summed, 0)
         if i == 0 and MEAN:
             total = total / count
         else:
-            total = total * share
+            total = total * mean_factor
         tl.store(out_ptrs[i], total)
 
 
-@entry
+@jit_kernel
 def part_sums(
     parts_ptr,  # [parts, size] float32
     out_ptr,  # [size]
     scale_ptr,  # 0-d, or None
-    share_ptr,  # 0-d, or None
-    peak_ptr,  # 0-d, or None; what the parts were divided by, times LIFT
+    mean_factor_ptr,  # 0-d, or None
+    bound_ptr,  # 0-d, or None; the parts were multiplied by RANGE_FACTOR / bound
     size,  # int64 where it does not fit int32
     parts,
-    LIFT: tl.constexpr,
+    RANGE_FACTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -76,45 +80,47 @@ def part_sums(
     total = tl.zeros([BLOCK], tl.float32)
     for part in range(parts):
         total += tl.load(parts_ptr + tl.cast(part, tl.int64) * size + at, mask=inside, other=0.0)
-    factor = result_factor(scale_ptr, share_ptr, peak_ptr, LIFT)
+    factor = result_factor(scale_ptr, mean_factor_ptr, bound_ptr, RANGE_FACTOR)
     tl.store(out_ptr + at, (total * factor).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def lift_of(peak_ptr, LIFT: tl.constexpr):
-    """What the gradient of the logits is multiplied by before it is rounded to half precision."""
-    if peak_ptr is None:
-        lift = LIFT
+def range_factor_of(bound_ptr, RANGE_FACTOR: tl.constexpr):
+    """The factor of G before G is rounded to half precision, which keeps it in float16's range."""
+    if bound_ptr is None:
+        range_factor = RANGE_FACTOR
     else:
-        peak = tl.load(peak_ptr)
-        lift = LIFT / tl.where(peak > 1e-30, peak, 1.0)  # a smaller one would lift to infinity
-    return lift
+        bound = tl.load(bound_ptr)
+        range_factor = RANGE_FACTOR / tl.where(
+            bound > 1e-30, bound, 1.0
+        )  # a smaller bound would give infinity
+    return range_factor
 
 
 @triton.jit
-def result_factor(scale_ptr, share_ptr, peak_ptr, LIFT: tl.constexpr):
-    """What a sum over gradients of logits is multiplied by in the end."""
-    factor = 1.0 / LIFT
+def result_factor(scale_ptr, mean_factor_ptr, bound_ptr, RANGE_FACTOR: tl.constexpr):
+    """The factor of a sum over G: it takes the range factor out, and puts the others in."""
+    factor = 1.0 / RANGE_FACTOR
     if scale_ptr is not None:
         factor *= tl.load(scale_ptr).to(tl.float32)
-    if share_ptr is not None:
-        factor *= tl.load(share_ptr)
-    if peak_ptr is not None:
-        peak = tl.load(peak_ptr)
-        factor *= tl.where(peak > 1e-30, peak, 1.0)
+    if mean_factor_ptr is not None:
+        factor *= tl.load(mean_factor_ptr)
+    if bound_ptr is not None:
+        bound = tl.load(bound_ptr)
+        factor *= tl.where(bound > 1e-30, bound, 1.0)
     return factor
 
 
 def totals(
-    values: Sequence[Tensor],  # the loss [N], then what else is summed over rows
+    values: Sequence[Tensor],  # [N] each: the loss, then other values to sum over rows
     mean: bool,
     target: Tensor | None = None,
     ignore_index: int = 0,
 ) -> tuple[list[Tensor], Tensor]:
-    """The sums, or means, of values and the share of one row, all 0-d; N > 0."""
+    """The sum or mean of each of the values, and the mean factor, all 0-d; N > 0."""
     loss = values[0]
     out = [torch.empty((), dtype=torch.float32, device=loss.device) for _ in values]
-    share = torch.empty_like(out[0])
+    mean_factor = torch.empty_like(out[0])
     launch(
         row_totals,
         (1,),
@@ -123,7 +129,7 @@ def totals(
         stages=1,
         value_ptrs=tuple(values),
         out_ptrs=tuple(out),
-        share_ptr=share,
+        mean_factor_ptr=mean_factor,
         target_ptr=target,
         ignore_index=ignore_index,
         n=loss.shape[0],
@@ -131,18 +137,18 @@ def totals(
         MEAN=mean,
         BLOCK=1024,
     )
-    return out, share
+    return out, mean_factor
 
 
 def add_parts(
     parts: Tensor,  # [parts, M, D] float32
     out: Tensor,  # [M, D]
     scale: Tensor | None,
-    share: Tensor | None,
-    peak: Tensor | None,
-    lift: float,
+    mean_factor: Tensor | None,
+    bound: Tensor | None,
+    range_factor: float,
 ) -> None:
-    """out = the sum of the parts, times the factors."""
+    """Write the sum of the parts, times the factors, to `out`."""
     launch(
         part_sums,
         (ceil_div(out.numel(), 1024),),
@@ -152,10 +158,10 @@ def add_parts(
         parts_ptr=parts,
         out_ptr=out,
         scale_ptr=scale,
-        share_ptr=share,
-        peak_ptr=peak,
+        mean_factor_ptr=mean_factor,
+        bound_ptr=bound,
         size=out.numel(),
         parts=parts.shape[0],
-        LIFT=lift,
+        RANGE_FACTOR=range_factor,
         BLOCK=1024,
     )

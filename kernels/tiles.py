@@ -1,13 +1,13 @@
-"""Which tiles a problem is cut into: one table, by kernel, architecture, dtype and shape.
+"""The tile sizes and splits of each launch: one table, by kernel, architecture, dtype and shape.
 
-A program owns `own` rows of one operand and walks over the rows of the other, `other` at a time;
-products take `depth` columns of D per step. A gradient kernel also holds `slice` columns of its
-result. Where whole rows of tiles would leave the GPU idle, the walk is split over programs.
+A program keeps a block of `kept` rows of one operand, and streams over the rows of the other
+operand, `streamed` rows at a time. Products take `depth` columns of D per step. A gradient kernel
+also keeps `slice` columns of its result. Where this gives too few programs for the GPU, the
+streamed rows are split over several programs.
 
-The tiles were chosen by compiling them ahead of time (`entries`), with two teachers: in half
-precision none spills registers, and all fit the shared memory. None has been timed on a GPU yet.
-`MULKI_AUTOTUNE=1` times the plans given here against one another (see `autotune`). The first plan
-is the default.
+The tiles were chosen by compiling them (`ahead_of_time`) with two teachers: in half precision no
+kernel spills registers, and all fit the shared memory. None has been timed on a GPU yet.
+`MULKI_AUTOTUNE=1` compares the plans by time (see `autotune`). The first plan is the default.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from .common import Model, ceil_div, next_power_of_2
 
 
 class Tile(NamedTuple):
-    own: int
-    other: int
+    kept: int
+    streamed: int
     depth: int
     slice: int  # 0 where there is none
     warps: int
@@ -33,22 +33,26 @@ class Tile(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How one launch is cut."""
+    """How one launch is divided into programs."""
 
     schedule: str
     tile: Tile
-    splits: int
+    splits: int  # programs that share the streamed rows of one block
 
 
-# Kinds of kernels: "rows" walks over P with row statistics in registers, "sums" (siglip) with plain
-# sums; "similarity" writes its tile. Of gradients, "wide" and "slice" keep rows x slice of the
-# result in registers and form the gradient of the logits once per slice; "part" forms it once, and
-# adds up its rows x D in scratch that is its own. "stored" reads logits that a matrix product made.
-# The small tiles are for problems that would not fill the GPU otherwise. "swapped" ones serve dW
-# where those of dX spill registers: its samples lie along a tile, and a thread has the numbers of
-# many.
+# The kinds of kernels:
+#   rows        streams over P, row statistics in registers
+#   sums        streams over P, plain sums in registers (siglip)
+#   similarity  computes and writes one tile of the result
+#   wide        gradient; keeps whole rows of the result in registers
+#   slice       gradient; keeps a slice of the columns, and computes G once per slice
+#   part        gradient; computes G once, and sums whole rows of the result in scratch memory
+#   stored      loads logits that a matrix product wrote
+# "small" tiles are for problems that would give too few programs otherwise. "swapped" tiles are for
+# dW where the tiles of dX spill registers: there the samples lie along the columns of a tile, so
+# that each thread holds the row values of many samples.
 #
-# Per kind: architecture ("" is any), dtype family, tiles; the first is the default.
+# Key: kind, architecture ("" is any), dtype family. Value: tiles, the first is the default.
 _Key = tuple[str, str, str]
 TABLE: dict[_Key, tuple[Tile, ...]] = {
     ("rows", "", "half"): (Tile(64, 64, 32, 0, 8, 3), Tile(128, 32, 32, 0, 8, 3)),
@@ -103,44 +107,43 @@ TABLE: dict[_Key, tuple[Tile, ...]] = {
     ("stored", "", "half"): (Tile(4, 256, 16, 0, 4, 1),),
     ("stored", "", "tf32"): (Tile(4, 256, 16, 0, 4, 1),),
 }
-# Under the interpreter a test wants more than one tile of a small matrix.
+# In the interpreter a tile is so small that tests have several of them.
 _INTERPRETED = Tile(16, 32, 32, 32, 1, 1)
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
-# Programs that fill a GPU: its multiprocessors. A number per architecture, not per card, so that
-# sums are split, and round, alike on all of them. What follows from these numbers below (when to
-# split, which schedule, how large a chunk) is reckoned and not measured: no GPU has run it yet.
+# Programs that fill a GPU: one per multiprocessor. It depends on the architecture and not on the
+# card, so that all cards of an architecture split sums, and round, in the same way. The rules below
+# that use it (when to split, which schedule) are estimates; no GPU has run them yet.
 PROGRAMS = {"sm_80": 108, "sm_86": 84, "sm_90": 132, "sm_100": 148, "gfx942": 304, "interpreter": 4}
-# Scratch for the parts of a split result.
+# The most scratch memory for the parts of a split result.
 PART_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
 class Device:
-    """What the table is asked for."""
+    """What the choice of a tile depends on, beside the shape."""
 
     architecture: str  # of `common.architecture`
-    half: bool  # whether all operands are of half precision
-    precision: str  # of products of float32
-    # Where its kernels run; the table does not look at it.
+    half: bool  # whether operands are bfloat16 or float16
+    precision: str  # of float32 products, see `common.precision`
+    # The torch device that kernels run on; tiles do not depend on it.
     place: torch.device | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, models: Sequence[Model]) -> Device:
-        dtypes = {model.x.dtype for model in models}
-        place = models[0].x.device
+        dtype, place = models[0].features.dtype, models[0].features.device
         architecture = common.architecture(place)
-        precision = common.precision(architecture, dtypes)
-        return cls(architecture, torch.float32 not in dtypes, precision, place)
+        precision = common.precision(architecture, dtype)
+        return cls(architecture, dtype != torch.float32, precision, place)
 
     @property
-    def known(self) -> str:
-        """The architecture of the table that is most like this one."""
+    def table_architecture(self) -> str:
+        """The architecture of the table that is the most similar to this one."""
         name = self.architecture
         if name in PROGRAMS:
             return name
         if not name.startswith("sm_"):
-            return "gfx942"  # the least shared memory
+            return "gfx942"  # the one with the least shared memory
         number = int(name.removeprefix("sm_"))
         if number >= 120 or 80 < number < 90:
             return "sm_86"
@@ -154,49 +157,51 @@ class Device:
 
     @property
     def programs(self) -> int:
-        return PROGRAMS[self.known]
+        return PROGRAMS[self.table_architecture]
 
     def tiles(self, kind: str) -> tuple[Tile, ...]:
-        """The tiles for a kind of kernel, the default first; none where the kind has no entry."""
-        if self.known == "interpreter":
+        """The tiles of a kind of kernel, the default first; none if the table has no such kind."""
+        if self.table_architecture == "interpreter":
             return () if kind.endswith("swapped") else (_INTERPRETED,)
-        exact = TABLE.get((kind, self.known, self.family))
+        exact = TABLE.get((kind, self.table_architecture, self.family))
         return TABLE.get((kind, "", self.family), ()) if exact is None else exact
 
 
-def _even(tiles: int, splits: int) -> int:
-    """As many splits at most, none of them without a tile."""
+def _balanced_splits(tiles: int, splits: int) -> int:
+    """At most `splits` splits of `tiles`, of which none is empty."""
     return ceil_div(tiles, ceil_div(tiles, max(1, min(splits, tiles))))
 
 
 @lru_cache(maxsize=1024)
-def row_plans(device: Device, own: int, other: int, kind: str = "rows") -> tuple[Plan, ...]:
-    """For kernels that walk over `other` rows with statistics of `own` rows."""
+def row_plans(device: Device, kept: int, streamed: int, kind: str = "rows") -> tuple[Plan, ...]:
+    """For kernels with statistics of `kept` rows, which stream over `streamed` rows."""
     plans = []
     for name in (kind, "rows small"):
         for tile in device.tiles(name):
-            blocks, tiles = ceil_div(own, tile.own), ceil_div(other, tile.other)
-            # Merging reads all splits of a row at once.
-            splits = _even(tiles, min(device.programs // blocks, 128))
+            blocks, tiles = ceil_div(kept, tile.kept), ceil_div(streamed, tile.streamed)
+            # A program that merges splits loads all splits of a row at once.
+            splits = _balanced_splits(tiles, min(device.programs // blocks, 128))
             plans.append(Plan(name, tile, splits))
-    return _filling(plans, device, own)
+    return _default_first(plans, device, kept)
 
 
 @lru_cache(maxsize=1024)
-def grid_plans(device: Device, own: int, other: int, kind: str = "similarity") -> tuple[Plan, ...]:
-    """For kernels whose programs own one tile each."""
+def grid_plans(
+    device: Device, kept: int, streamed: int, kind: str = "similarity"
+) -> tuple[Plan, ...]:
+    """For kernels whose programs compute one tile each."""
     plans = [
-        Plan(name, tile, ceil_div(other, tile.other))
+        Plan(name, tile, ceil_div(streamed, tile.streamed))
         for name in (kind, f"{kind} small")
         for tile in device.tiles(name)
     ]
-    return _filling(plans, device, own)
+    return _default_first(plans, device, kept)
 
 
-def _filling(plans: list[Plan], device: Device, own: int) -> tuple[Plan, ...]:
-    # The default first: large tiles where they give every other multiprocessor a program.
+def _default_first(plans: list[Plan], device: Device, kept: int) -> tuple[Plan, ...]:
+    # Large tiles come first where they give at least every second multiprocessor a program.
     def programs(plan: Plan) -> int:
-        return ceil_div(own, plan.tile.own) * plan.splits
+        return ceil_div(kept, plan.tile.kept) * plan.splits
 
     def small(plan: Plan) -> bool:
         return plan.schedule.endswith("small")
@@ -206,67 +211,73 @@ def _filling(plans: list[Plan], device: Device, own: int) -> tuple[Plan, ...]:
     return tuple(sorted(plans, key=lambda plan: not small(plan)))
 
 
-def stored_plan(device: Device, own: int, other: int) -> Plan:
-    """For kernels that read logits."""
+def stored_plan(device: Device, kept: int, streamed: int) -> Plan:
+    """For kernels that load stored logits."""
     tile = device.tiles("stored")[0]
-    splits = device.programs // ceil_div(own, tile.own)
-    return Plan("stored", tile, _even(ceil_div(other, tile.other), min(splits, 128)))
+    splits = device.programs // ceil_div(kept, tile.kept)
+    return Plan(
+        "stored", tile, _balanced_splits(ceil_div(streamed, tile.streamed), min(splits, 128))
+    )
 
 
 @lru_cache(maxsize=1024)
 def gradient_plans(
-    device: Device, own: int, other: int, width: int, swap: bool = False
+    device: Device, kept: int, streamed: int, width: int, swap: bool = False
 ) -> tuple[Plan, ...]:
-    """For the gradient of `own` rows of `width` columns, a sum over `other` rows; `swap` for dW.
+    """For the gradient of `kept` rows of `width` columns, a sum over `streamed` rows.
 
-    "wide" as long as its slice holds a row, then "slice"; both split where their programs do not
-    fill the GPU. There "part" does less work, and is taken while it returns to its scratch once at
-    the most.
+    `swap` is for dW. "wide" is the default while its slice holds a whole row, then "slice". Where
+    their programs do not fill the GPU, both are split, and "part" does less work. It is taken while
+    it streams over at most two tiles, so that it reads its scratch memory once at most.
     """
-    plans = list(_gradient_plans(device, own, other, width, swap))
-    starved = 2 * ceil_div(own, plans[0].tile.own) < device.programs
+    plans = list(_gradient_plans(device, kept, streamed, width, swap))
+    underused = 2 * ceil_div(kept, plans[0].tile.kept) < device.programs
 
     def rank(plan: Plan) -> int:
         if plan.schedule not in ("part", "part small"):
             return 1
-        short = ceil_div(ceil_div(other, plan.tile.other), plan.splits) <= 2
-        programs = ceil_div(own, plan.tile.own) * plan.splits
-        if not starved or not short:
+        short = ceil_div(ceil_div(streamed, plan.tile.streamed), plan.splits) <= 2
+        programs = ceil_div(kept, plan.tile.kept) * plan.splits
+        if not underused or not short:
             return 3
         return 0 if 2 * programs >= device.programs or plan.schedule == "part small" else 2
 
     return tuple(sorted(plans, key=rank))
 
 
-def _gradient_plans(device: Device, own: int, other: int, width: int, swap: bool) -> Iterator[Plan]:
-    fitting = PART_BYTES // max(1, 4 * own * width)
+def _gradient_plans(
+    device: Device, kept: int, streamed: int, width: int, swap: bool
+) -> Iterator[Plan]:
+    most_splits = PART_BYTES // max(1, 4 * kept * width)
     for schedule in ("wide", "slice", "part", "part small"):
         for tile in (swap and device.tiles(f"{schedule} swapped")) or device.tiles(schedule):
             if schedule == "wide" and tile.slice < width:
                 continue
-            if schedule.startswith("part") and fitting == 0:
+            if schedule.startswith("part") and most_splits == 0:
                 continue
-            held = min(tile.slice, max(16, next_power_of_2(width)))
-            tile = tile._replace(slice=held)
-            blocks = ceil_div(own, tile.own)
+            columns = min(tile.slice, max(16, next_power_of_2(width)))
+            tile = tile._replace(slice=columns)
+            blocks = ceil_div(kept, tile.kept)
             if schedule in ("wide", "slice"):
-                blocks *= ceil_div(width, held)
-            splits = _even(ceil_div(other, tile.other), min(device.programs // blocks, fitting))
+                blocks *= ceil_div(width, columns)
+            splits = _balanced_splits(
+                ceil_div(streamed, tile.streamed), min(device.programs // blocks, most_splits)
+            )
             yield Plan(schedule, tile, splits)
 
 
-# Logits of a chunk of rows and their gradient, near the size of the second-level cache.
+# The most memory for the logits of a chunk of rows and their gradient: about a second-level cache.
 CHUNK_BYTES = 56 << 20
-# Below these a chunk is too small for a matrix product to gain on a fused kernel.
+# With fewer, the separate matrix products of a chunk are not faster than a fused kernel.
 CHUNK_PROTOTYPES = 1024
 CHUNK_ROWS = 128
 
 
 def chunk_rows(device: Device, n: int, p: int, models: int) -> int:
-    """Rows of a chunk whose logits are stored for a moment, or 0 for no chunks at all.
+    """Rows of a chunk whose logits are stored, or 0 for another schedule (see `chunks`).
 
-    Strict float32 never goes this way: there tl.dot has the tensor cores, torch.mm has not. Nor do
-    AMD's and Intel's GPUs, where torch.mm of half precision has not always had a float32 result.
+    Never for strict float32, where tl.dot uses tensor cores and torch.mm does not. Never on AMD's
+    and Intel's GPUs, where torch.mm of half precision had no float32 result in every version.
     """
     small = n < 4 * CHUNK_PROTOTYPES or p < CHUNK_PROTOTYPES
     if small or not device.architecture.startswith("sm_") or device.family == "float":

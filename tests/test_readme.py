@@ -197,7 +197,7 @@ def commands(page: Path) -> list[list[str]]:
 def options(options_class: type) -> set[str]:
     found = set()
     for item in fields(options_class):
-        flag = item.name.replace("_", "-")
+        flag = item.name.rstrip("_").replace("_", "-")
         found |= {f"--{flag}", f"--no-{flag}", item.metadata["alias"]}
     return found
 
@@ -208,7 +208,7 @@ def known_options(command: str) -> set[str]:
     if command == "run":
         every = (options(methods.get(method).Options) for method in methods.available())
         return options(RunConfig).union(*every) | {"--config", "--help"}
-    return {"--json", "--order", "--help"}
+    return {"--json", "--order", "--import", "--help"}
 
 
 @pytest.mark.parametrize("page", DOCS, ids=name)

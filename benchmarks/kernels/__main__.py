@@ -1,10 +1,11 @@
-"""Compile every Triton kernel and tile ahead of time, without a GPU, and note what it takes.
+"""Compile every variant of the Triton kernels without a GPU, and report its registers and memory.
 
 python -m benchmarks.kernels                 # compiled.csv and RESULTS.md beside this file
 python -m benchmarks.kernels --output OUT --processes 8
 
-Takes about half an hour of one core; what has not changed since comes from Triton's cache. Names
-the entries that do not keep a limit of `limits.py`, and then ends with status 1.
+Takes about half an hour of one core. Variants that were compiled before come from Triton's cache
+(TRITON_CACHE_DIR), so a run that was stopped goes on where it was. Ends with status 1, and names
+the variants, where a limit of `limits.py` is broken.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.kernels.compiled import compile_all
 from benchmarks.kernels.limits import violations
-from benchmarks.kernels.report import ARCHITECTURES, HERE, compilers, listed, render, write
+from benchmarks.kernels.report import ARCHITECTURES, HERE, all_variants, compilers, render, write
 
 
 def main() -> int:
@@ -24,14 +25,14 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the report")
     parser.add_argument("--processes", type=int, help="compilers at a time (default: all cores)")
     options = parser.parse_args()
-    rows = compile_all(listed(), full=True, processes=options.processes)
+    rows = compile_all(all_variants(), full=True, processes=options.processes)
     options.output.mkdir(parents=True, exist_ok=True)
     write(rows, options.output / "compiled.csv")
     (options.output / "RESULTS.md").write_text(render(rows, compilers()))
     broken = {row.name: violations(row) for row in rows if violations(row)}
-    for name, told in broken.items():
-        print(f"{name}: {'; '.join(told)}", file=sys.stderr)
-    print(f"{len(rows)} entries on {', '.join(ARCHITECTURES)}: {options.output}")
+    for name, problems in broken.items():
+        print(f"{name}: {'; '.join(problems)}", file=sys.stderr)
+    print(f"{len(rows)} variants on {', '.join(ARCHITECTURES)}: {options.output}")
     return 1 if broken else 0
 
 

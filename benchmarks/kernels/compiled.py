@@ -1,7 +1,7 @@
 """Triton kernels compiled ahead of time, without a GPU: registers, memory and instructions.
 
-The figures are read from what Triton's compilers leave behind: cuobjdump's account of the cubin,
-the metadata of AMD's assembly, and the instructions in PTX or in that assembly.
+The figures come from the output of Triton's compilers: what cuobjdump prints of the cubin, the
+metadata in AMD's assembly, and the instructions in PTX or in that assembly.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ import triton
 from triton import knobs
 from triton.compiler import ASTSource
 
-from mulki.kernels.entries import TARGETS, Entry, entries
+from mulki.kernels.ahead_of_time import TARGETS, Variant, variants
 
 _MATRIX_INSTRUCTION = re.compile(
     r"(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.[\w.:]*|\bv_s?mfmac?_\w+"
 )
-# Modifiers that every instruction has; without them a name says shape and numbers.
-_EVERYWHERE = re.compile(r"\.(?:sync|aligned|row|col|cta_group::1)(?=\.)")
+# Modifiers that every instruction has. The rest of a name is the shape and the number formats.
+_COMMON_MODIFIERS = re.compile(r"\.(?:sync|aligned|row|col|cta_group::1)(?=\.)")
 _DOT = re.compile(r"\b(?:tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma) ")
 BATCH = 8
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """An entry, and what one program of it takes."""
+    """A variant of a kernel, and what one of its programs takes."""
 
     architecture: str
-    numbers: str
+    number_format: str
     operator: str
     kernel: str
     tile: str
@@ -46,49 +46,52 @@ class Compiled:
     stages: int
     registers: int  # of a thread; on AMD vector registers
     stack: int  # bytes of a thread in memory, where spilled registers go
-    spills: int | None  # vector registers spilled; a cubin does not tell
+    spills: int | None  # vector registers spilled; None on NVIDIA
     shared: int  # bytes
     tensor_memory: int  # columns of 128 lanes of 4 bytes
     dots: int  # tl.dot in the kernel
     split_dots: int  # those that ask for tf32x3
-    products: int  # what the compiler made of the dots; more where it peels loops
-    instructions: str  # those of tensor cores, with how often they are written
+    products: int  # matrix products in the compiler's last IR; more than dots where it peels loops
+    instructions: str  # of tensor cores, with their number in the code
 
     @property
     def name(self) -> str:
-        where = f"{self.architecture} {self.numbers} {self.operator} {self.kernel} {self.tile}"
+        where = (
+            f"{self.architecture} {self.number_format} {self.operator} {self.kernel} {self.tile}"
+        )
         return f"{where.rstrip()} ({self.warps} warps, {self.stages} stages)"
 
 
-def compile_entry(entry: Entry) -> Compiled:
-    """Compile one entry, or take it from Triton's cache.
+def compile_variant(variant: Variant) -> Compiled:
+    """Compile one variant, or take it from Triton's cache.
 
-    Raises what the compilers raise.
+    Raises:
+        Exception: whatever the compilers raise.
     """
-    source = ASTSource(entry.kernel, entry.signature, entry.constants, entry.attributes)
-    done = triton.compile(source, target=TARGETS[entry.architecture], options=entry.options)
-    cubin = done.asm.get("cubin")
-    text = done.asm["amdgcn"] if cubin is None else done.asm["ptx"]
+    source = ASTSource(variant.kernel, variant.signature, variant.constants, variant.attributes)
+    compiled = triton.compile(source, target=TARGETS[variant.architecture], options=variant.options)
+    cubin = compiled.asm.get("cubin")
+    text = compiled.asm["amdgcn"] if cubin is None else compiled.asm["ptx"]
     registers, stack, spills = _amd_usage(text) if cubin is None else _nvidia_usage(cubin)
-    instructions = Counter(_EVERYWHERE.sub("", x) for x in _MATRIX_INSTRUCTION.findall(text))
-    ttir = done.asm["ttir"]
+    instructions = Counter(_COMMON_MODIFIERS.sub("", x) for x in _MATRIX_INSTRUCTION.findall(text))
+    ttir = compiled.asm["ttir"]
     return Compiled(
-        architecture=entry.architecture,
-        numbers=entry.numbers,
-        operator=entry.operator,
-        kernel=entry.kernel.__name__,
-        tile=entry.tile,
-        identity=entry.identity,
-        warps=entry.options["num_warps"],
-        stages=entry.options["num_stages"],
+        architecture=variant.architecture,
+        number_format=variant.number_format,
+        operator=variant.operator,
+        kernel=variant.kernel.__name__,
+        tile=variant.tile,
+        identity=variant.identity,
+        warps=variant.options["num_warps"],
+        stages=variant.options["num_stages"],
         registers=registers,
         stack=stack,
         spills=spills,
-        shared=done.metadata.shared,
-        tensor_memory=getattr(done.metadata, "tmem_size", None) or 0,
+        shared=compiled.metadata.shared,
+        tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
         dots=len(_DOT.findall(ttir)),
         split_dots=len(re.findall(r"\btt\.dot .*inputPrecision = tf32x3\b", ttir)),
-        products=len(_DOT.findall(done.asm["ttgir"])),
+        products=len(_DOT.findall(compiled.asm["ttgir"])),
         instructions="; ".join(f"{count} {name}" for name, count in sorted(instructions.items())),
     )
 
@@ -99,10 +102,10 @@ def _nvidia_usage(cubin: bytes) -> tuple[int, int, None]:
         with open(path, "wb") as file:
             file.write(cubin)
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", path]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"\bREG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", told)
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"\bREG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", printed)
     if len(found) != 1:
-        raise RuntimeError(f"cuobjdump: wanted the resources of one kernel, got {told!r}")
+        raise RuntimeError(f"cuobjdump: wanted the resources of one kernel, got {printed!r}")
     registers, stack, local = map(int, found[0])
     return registers, stack + local, None
 
@@ -120,19 +123,21 @@ def _amd_usage(assembly: str) -> tuple[int, int, int]:
 
 
 def compile_all(
-    wanted: Iterable[Entry], full: bool = False, processes: int | None = None
+    wanted: Iterable[Variant], full: bool = False, processes: int | None = None
 ) -> list[Compiled]:
-    """Compile entries of `entries(..., full)`, what is alike once, in processes of their own.
+    """Compile variants of `variants(..., full)` in several processes, equal ones once.
 
     Raises:
-        RuntimeError: some do not compile; it names each, with the last line of the reason.
+        RuntimeError: some do not compile; the message has the last line of each error.
     """
     wanted = list(wanted)
-    # Strict float32 on AMD is ieee, and kernels without products do not ask for the numbers.
-    first = {_likeness(entry): entry for entry in reversed(wanted)}
+    # fp32 on AMD is ieee, and kernels without products do not depend on how float32 is multiplied.
+    first = {_compile_key(variant): variant for variant in reversed(wanted)}
     groups: dict[tuple[str, str], list[str]] = {}
-    for entry in first.values():
-        groups.setdefault((entry.architecture, entry.numbers), []).append(entry.identity)
+    for variant in first.values():
+        groups.setdefault((variant.architecture, variant.number_format), []).append(
+            variant.identity
+        )
     context = get_context("spawn")
     with ProcessPoolExecutor(processes or _processors(), mp_context=context) as pool:
         batches = [
@@ -142,15 +147,15 @@ def compile_all(
         ]
         outcomes = [one for batch in batches for one in batch.result()]
     done = {(one.architecture, one.identity): one for one in all_compiled(outcomes)}
-    return [_as(entry, done[_likeness(entry)]) for entry in wanted]
+    return [_copy_for(variant, done[_compile_key(variant)]) for variant in wanted]
 
 
-def _likeness(entry: Entry) -> tuple[str, str]:
-    return entry.architecture, entry.identity
+def _compile_key(variant: Variant) -> tuple[str, str]:
+    return variant.architecture, variant.identity
 
 
-def _as(entry: Entry, like: Compiled) -> Compiled:
-    return replace(like, numbers=entry.numbers, operator=entry.operator)
+def _copy_for(variant: Variant, like: Compiled) -> Compiled:
+    return replace(like, number_format=variant.number_format, operator=variant.operator)
 
 
 def _processors() -> int:
@@ -160,27 +165,27 @@ def _processors() -> int:
 
 
 @lru_cache(maxsize=1)
-def _entries(architecture: str, numbers: str, full: bool) -> dict[str, Entry]:
-    return {entry.identity: entry for entry in entries(architecture, numbers, full)}
+def _variants_by_identity(architecture: str, number_format: str, full: bool) -> dict[str, Variant]:
+    return {variant.identity: variant for variant in variants(architecture, number_format, full)}
 
 
 def _compile_batch(
-    architecture: str, numbers: str, full: bool, identities: list[str]
+    architecture: str, number_format: str, full: bool, identities: list[str]
 ) -> list[Compiled | str]:
-    # Kernels cannot be sent to another process; their identities can.
-    here = _entries(architecture, numbers, full)
-    return [outcome(here[identity]) for identity in identities]
+    # A kernel cannot be pickled, so that another process gets the identity of the variant.
+    here = _variants_by_identity(architecture, number_format, full)
+    return [try_compile(here[identity]) for identity in identities]
 
 
-def outcome(entry: Entry) -> Compiled | str:
-    """The entry compiled, or why it does not compile."""
+def try_compile(variant: Variant) -> Compiled | str:
+    """The compiled variant, or why it does not compile."""
     try:
-        return compile_entry(entry)
+        return compile_variant(variant)
     except Exception as error:
-        # The first lines of a compiler's complaint quote the kernel.
-        told = (str(error).strip().splitlines() or [""])[-1]
-        where = f"{entry.architecture} {entry.numbers} {entry.name}"
-        return f"{where}: {type(error).__name__}: {told}"
+        # The first lines of a compiler's message quote the kernel.
+        message = (str(error).strip().splitlines() or [""])[-1]
+        where = f"{variant.architecture} {variant.number_format} {variant.name}"
+        return f"{where}: {type(error).__name__}: {message}"
 
 
 def all_compiled(outcomes: Iterable[Compiled | str]) -> list[Compiled]:

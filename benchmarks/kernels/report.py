@@ -1,4 +1,4 @@
-"""The report on compiled kernels: a CSV of all entries, and Markdown from that."""
+"""The report on compiled kernels: a CSV with a line per variant, and Markdown made from it."""
 
 from __future__ import annotations
 
@@ -13,42 +13,44 @@ from triton import knobs
 
 from benchmarks.kernels.compiled import Compiled
 from benchmarks.kernels.limits import SHARED, multiplies
-from mulki.kernels.entries import NUMBERS, Entry, entries
+from mulki.kernels.ahead_of_time import NUMBER_FORMATS, Variant, variants
 
 HERE = Path(__file__).parent
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-_WORDS = ("architecture", "numbers", "operator", "kernel", "tile", "identity", "instructions")
+_WORDS = ("architecture", "number_format", "operator", "kernel", "tile", "identity", "instructions")
 INTRODUCTION = """\
 # The Triton kernels, compiled
 
-Every kernel and tile, compiled ahead of time for four architectures, without a GPU: nothing here is
-a time. Made by `python -m benchmarks.kernels`, which ends with an error where an entry breaks a
-limit of `limits.py`; tests compile a part of it again and compare. `compiled.csv` beside this file
-has a line per entry.
+All variants of the Triton kernels, compiled for four architectures without a GPU. There are no
+times here. `python -m benchmarks.kernels` writes this file, and `compiled.csv` with a line per
+variant; it ends with an error where a variant breaks a limit of `limits.py`. Tests compile a part
+again and compare.
 
-- An entry is a kernel as one operator launches it: its tile, and what else is compiled in (which
-  arguments are there, what divides by 16, how many parts). Two teachers, D of 512 and 1024.
-- Numbers: operands in bf16 and fp16; in float32 as `fp32` (strict: tf32x3 on NVIDIA, float32 on
-  AMD), `tf32` and `ieee` (on NVIDIA without tensor cores). Accumulators are float32 throughout.
-- Registers are those of a thread (AMD: vector registers). Stack is a thread's memory in bytes, to
-  which registers spill. Shared is that of a program in bytes; tensor memory in columns, of which a
-  multiprocessor has 512.
-- Instructions are those of tensor cores, without the modifiers that all of them have.
+- A variant is a kernel as an operator launches it, with the tile and all else that is a constant of
+  the compiled code: which arguments are given, which are multiples of 16, how many parts there are.
+  teacher_kl has two teachers; D is 512 and 1024.
+- Number format: operands are bf16, fp16 or float32. float32 is multiplied as `fp32` (strict: tf32x3
+  on NVIDIA, float32 on AMD), `tf32` or `ieee` (on NVIDIA without tensor cores). Accumulators are
+  float32 throughout.
+- Registers are per thread (AMD: vector registers). Stack is memory per thread in bytes, where
+  spilled registers go. Shared memory is per program in bytes, tensor memory in columns; a
+  multiprocessor has 512 columns.
+- Instructions are those of tensor cores, without the modifiers that all have.
 """
 
 
-def listed() -> list[Entry]:
-    """The entries of the report."""
+def all_variants() -> list[Variant]:
+    """The variants of the report, in its order."""
     return [
-        entry
-        for numbers in NUMBERS
+        variant
+        for number_format in NUMBER_FORMATS
         for architecture in ARCHITECTURES
-        for entry in entries(architecture, numbers, full=True)
+        for variant in variants(architecture, number_format, full=True)
     ]
 
 
 def compilers() -> str:
-    """The versions that figures depend on."""
+    """The versions of the compilers."""
     old, new = knobs.nvidia.ptxas.version, knobs.nvidia.ptxas_blackwell.version
     return f"Triton {triton.__version__} (for gfx942 its own LLVM); ptxas {old} and {new}"
 
@@ -78,31 +80,37 @@ def render(rows: Sequence[Compiled], versions: str) -> str:
             INTRODUCTION,
             f"{versions}.",
             "",
-            "## The most that any entry takes",
+            "## The largest values over all variants",
             "",
             *_summary(rows),
             "",
-            "## Entries with a stack",
+            "## Variants with a stack",
             "",
             *_with_stack(rows),
             "",
             "## Tiles in bf16",
             "",
-            "The most over operators, and over what else is compiled in.",
+            "The largest values over all operators and variants with this tile.",
             "",
-            *_tiles([row for row in rows if row.numbers == "bf16"]),
+            *_tiles([row for row in rows if row.number_format == "bf16"]),
             "",
         ]
     )
 
 
 def _summary(rows: Sequence[Compiled]) -> Iterable[str]:
-    names = "| architecture | numbers | entries | registers | stack | with a stack | shared | limit"
-    yield f"{names} | tensor memory | instructions |"
+    yield (
+        "| architecture | number format | variants | registers | stack | with a stack | shared "
+        "| limit | tensor memory | instructions |"
+    )
     yield "| --- | --- |" + " ---: |" * 7 + " --- |"
     for architecture in ARCHITECTURES:
-        for numbers in NUMBERS:
-            part = [r for r in rows if (r.architecture, r.numbers) == (architecture, numbers)]
+        for number_format in NUMBER_FORMATS:
+            part = [
+                r
+                for r in rows
+                if (r.architecture, r.number_format) == (architecture, number_format)
+            ]
             cells = [
                 len(part),
                 max(row.registers for row in part),
@@ -113,17 +121,17 @@ def _summary(rows: Sequence[Compiled]) -> Iterable[str]:
                 max(row.tensor_memory for row in part),
                 ", ".join(sorted({kind for row in part for kind in kinds(row)})) or "none",
             ]
-            yield f"| {architecture} | {numbers} | {' | '.join(map(str, cells))} |"
+            yield f"| {architecture} | {number_format} | {' | '.join(map(str, cells))} |"
 
 
 def kinds(row: Compiled) -> list[str]:
-    """The instructions without their shapes, which may differ with the tile."""
+    """The instructions without the part of their shape that differs with the tile."""
     names = [name.split(" ", 1)[1] for name in row.instructions.split("; ") if name]
     return sorted({re.sub(r"\bm64n\d+(?=k)", "m64n*", name) for name in names})
 
 
 def _with_stack(rows: Sequence[Compiled]) -> Iterable[str]:
-    names = ("architecture", "numbers", "operator", "kernel", "tile", "warps", "stages")
+    names = ("architecture", "number_format", "operator", "kernel", "tile", "warps", "stages")
     names = (*names, "registers", "stack")
     yield f"| {' | '.join(names)} |"
     yield "|" + " --- |" * 5 + " ---: |" * 4
@@ -148,5 +156,5 @@ def _tiles(rows: Sequence[Compiled]) -> Iterable[str]:
             max(getattr(row, name) for row in group)
             for name in ("registers", "stack", "shared", "tensor_memory")
         ]
-        told = ", ".join(sorted({kind for row in group for kind in kinds(row)}))
-        yield f"| {' | '.join(map(str, [*key, *most]))} | {told} |"
+        instructions = ", ".join(sorted({kind for row in group for kind in kinds(row)}))
+        yield f"| {' | '.join(map(str, [*key, *most]))} | {instructions} |"

@@ -1,7 +1,7 @@
 """Kernels compiled ahead of time for GPUs that are not here: memory, registers, instructions.
 
-Every entry in bf16, and in other numbers every kernel and tile, is compiled; the committed report
-has the rest, and has to be that of today's entries.
+Every variant in bf16, and in other number formats every kernel and tile, is compiled. The committed
+report has all variants, and must be the report of today's variants.
 """
 
 from __future__ import annotations
@@ -18,23 +18,29 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton
 
-from benchmarks.kernels.compiled import Compiled, all_compiled, compile_all, compile_entry, outcome
+from benchmarks.kernels.compiled import (
+    Compiled,
+    all_compiled,
+    compile_all,
+    compile_variant,
+    try_compile,
+)
 from benchmarks.kernels.limits import SHARED, WITHOUT_PRODUCTS, multiplies, violations
-from benchmarks.kernels.report import ARCHITECTURES, HERE, listed, read, render
-from mulki.kernels.entries import NUMBERS, Entry, entries
+from benchmarks.kernels.report import ARCHITECTURES, HERE, all_variants, read, render
+from mulki.kernels.ahead_of_time import NUMBER_FORMATS, Variant, variants
 
 RENEW = "run python -m benchmarks.kernels"
 
 
-def sample() -> list[Entry]:
+def sample() -> list[Variant]:
     """What is compiled here; of float32 and fp16 each kernel and tile once."""
     chosen = {}
-    for numbers in NUMBERS:
+    for number_format in NUMBER_FORMATS:
         for architecture in ARCHITECTURES:
-            for entry in entries(architecture, numbers):
-                tile = entry.kernel.__name__, entry.tile, str(entry.options)
-                key = entry.identity if numbers == "bf16" else tile
-                chosen.setdefault((architecture, numbers, key), entry)
+            for variant in variants(architecture, number_format):
+                tile = variant.kernel.__name__, variant.tile, str(variant.options)
+                key = variant.identity if number_format == "bf16" else tile
+                chosen.setdefault((architecture, number_format, key), variant)
     return list(chosen.values())
 
 
@@ -63,8 +69,8 @@ def broken(rows: list[Compiled]) -> dict[str, list[str]]:
 @pytest.mark.slow
 def test_compiled_kernels_keep_their_limits(compiled):
     assert broken(compiled) == {}
-    seen = {(row.architecture, row.numbers, multiplies(row)) for row in compiled}
-    assert seen == {(a, n, m) for a in ARCHITECTURES for n in NUMBERS for m in (True, False)}
+    seen = {(row.architecture, row.number_format, multiplies(row)) for row in compiled}
+    assert seen == {(a, n, m) for a in ARCHITECTURES for n in NUMBER_FORMATS for m in (True, False)}
     without = {row.kernel for row in compiled if not row.dots and "STORED=True" not in row.tile}
     assert without == WITHOUT_PRODUCTS
 
@@ -76,7 +82,7 @@ def test_large_tiles_take_the_instructions_of_their_architecture(compiled):
     found = 0
     for row in compiled:
         blocks = re.findall(r"BLOCK_\w+=(\d+)", row.tile)
-        if row.architecture in best and row.numbers == "bf16" and multiplies(row):
+        if row.architecture in best and row.number_format == "bf16" and multiplies(row):
             if int(blocks[0]) >= 64:
                 found += 1
                 assert best[row.architecture] in row.instructions, row.name
@@ -88,25 +94,34 @@ def test_the_report_has_todays_figures(compiled, report):
     made_with = re.search(r"^Triton (\S+) ", (HERE / "RESULTS.md").read_text(), re.MULTILINE)[1]
     if triton.__version__ != made_with:
         pytest.skip(f"the report was made with Triton {made_with}, this is {triton.__version__}")
-    known = {(row.architecture, row.numbers, row.identity): row for row in report}
+    known = {(row.architecture, row.number_format, row.identity): row for row in report}
     differ = [
-        row.name for row in compiled if known[row.architecture, row.numbers, row.identity] != row
+        row.name
+        for row in compiled
+        if known[row.architecture, row.number_format, row.identity] != row
     ]
     assert differ == [], RENEW
 
 
 def test_the_report_has_todays_entries(report):
-    def told(row: Compiled) -> tuple[object, ...]:
-        where = row.architecture, row.numbers, row.operator, row.kernel, row.tile, row.identity
+    def key_of(row: Compiled) -> tuple[object, ...]:
+        where = (
+            row.architecture,
+            row.number_format,
+            row.operator,
+            row.kernel,
+            row.tile,
+            row.identity,
+        )
         return *where, row.warps, row.stages
 
     today = [
-        (e.architecture, e.numbers, e.operator, e.kernel.__name__, e.tile, e.identity)
+        (e.architecture, e.number_format, e.operator, e.kernel.__name__, e.tile, e.identity)
         + (e.options["num_warps"], e.options["num_stages"])
-        for e in listed()
+        for e in all_variants()
     ]
     assert len(set(today)) == len(today) > 1000
-    assert sorted(map(told, report)) == sorted(today), RENEW
+    assert sorted(map(key_of, report)) == sorted(today), RENEW
 
 
 def test_the_report_keeps_the_limits(report):
@@ -122,21 +137,23 @@ def test_the_report_is_what_its_lines_say(report):
 # What the checks above are worth: entries that are wrong on purpose.
 
 
-def one_of(architecture: str, numbers: str, kernel: str, tile: str = "") -> Entry:
+def one_of(architecture: str, number_format: str, kernel: str, tile: str = "") -> Variant:
     return next(
-        entry
-        for entry in entries(architecture, numbers)
-        if entry.kernel.__name__ == kernel and tile in entry.tile
+        variant
+        for variant in variants(architecture, number_format)
+        if variant.kernel.__name__ == kernel and tile in variant.tile
     )
 
 
-def changed(entry: Entry, options: dict[str, int] | None = None, **constants: object) -> Entry:
-    place = {parameter.name: (i,) for i, parameter in enumerate(entry.kernel.params)}
-    assert all(place[name] in entry.constants for name in constants)
+def changed(
+    variant: Variant, options: dict[str, int] | None = None, **constants: object
+) -> Variant:
+    place = {parameter.name: (i,) for i, parameter in enumerate(variant.kernel.params)}
+    assert all(place[name] in variant.constants for name in constants)
     return replace(
-        entry,
-        constants={**entry.constants, **{place[name]: v for name, v in constants.items()}},
-        options={**entry.options, **(options or {})},
+        variant,
+        constants={**variant.constants, **{place[name]: v for name, v in constants.items()}},
+        options={**variant.options, **(options or {})},
     )
 
 
@@ -145,8 +162,8 @@ def changed(entry: Entry, options: dict[str, int] | None = None, **constants: ob
     [("sm_80", {"maxnreg": 40}), ("gfx942", {"waves_per_eu": 8})],
 )
 def test_spilled_registers_are_found(architecture, fewer_registers):
-    entry = one_of(architecture, "bf16", "siglip_sums")
-    wrong = violations(compile_entry(changed(entry, fewer_registers)))
+    variant = one_of(architecture, "bf16", "siglip_sums")
+    wrong = violations(compile_variant(changed(variant, fewer_registers)))
     assert re.fullmatch(r"\d+ bytes of stack, limit 0", wrong[0])
     if architecture == "gfx942":
         assert re.fullmatch(r"\d+ registers spilled, limit 0", wrong.pop())
@@ -155,40 +172,40 @@ def test_spilled_registers_are_found(architecture, fewer_registers):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_too_much_shared_memory_is_found(architecture):
-    entry = one_of(architecture, "bf16", "scaled_product")
+    variant = one_of(architecture, "bf16", "scaled_product")
     options = {"num_stages": 4, "num_warps": 8}
-    wrong = compile_entry(changed(entry, options, BLOCK_N=128, BLOCK_P=128, DEPTH=128))
-    told = f"{wrong.shared} bytes of shared memory, limit {SHARED[architecture]}"
-    assert wrong.shared > SHARED[architecture] and violations(wrong) == [told]
+    wrong = compile_variant(changed(variant, options, BLOCK_N=128, BLOCK_P=128, DEPTH=128))
+    problem = f"{wrong.shared} bytes of shared memory, limit {SHARED[architecture]}"
+    assert wrong.shared > SHARED[architecture] and violations(wrong) == [problem]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_tf32_in_strict_float32_is_found(architecture):
-    entry = one_of(architecture, "ieee", "siglip_sums", "BLOCK_N=16")
-    assert violations(compile_entry(entry)) == []
-    wrong = violations(compile_entry(changed(entry, PRECISION="tf32")))
+    variant = one_of(architecture, "ieee", "siglip_sums", "BLOCK_N=16")
+    assert violations(compile_variant(variant)) == []
+    wrong = violations(compile_variant(changed(variant, PRECISION="tf32")))
     assert len(wrong) == 1 and "tf32" in wrong[0].replace("xf32", "tf32")
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 def test_a_single_tf32_product_for_tf32x3_is_found(architecture):
     kernel = "siglip_sums"
-    entry = one_of(architecture, "fp32", kernel, "BLOCK_N=16")
-    right = compile_entry(entry)
+    variant = one_of(architecture, "fp32", kernel, "BLOCK_N=16")
+    right = compile_variant(variant)
     assert violations(right) == [] and right.products == 3 * right.dots
-    wrong = compile_entry(changed(entry, PRECISION="tf32"))
-    assert any("wanted three each" in told for told in violations(wrong))
+    wrong = compile_variant(changed(variant, PRECISION="tf32"))
+    assert any("wanted three each" in problem for problem in violations(wrong))
     # A compiler that did not split them would be found too.
     unsplit = replace(right, products=right.dots)
-    assert any("wanted three each" in told for told in violations(unsplit))
+    assert any("wanted three each" in problem for problem in violations(unsplit))
 
 
 def test_products_without_tensor_cores_are_found():
-    plain = compile_entry(one_of("sm_80", "ieee", "siglip_sums", "BLOCK_N=16"))
+    plain = compile_variant(one_of("sm_80", "ieee", "siglip_sums", "BLOCK_N=16"))
     assert plain.dots == 1 and plain.instructions == ""
-    assert violations(replace(plain, numbers="tf32")) == ["no matrix instruction"]
-    half = compile_entry(one_of("sm_80", "bf16", "siglip_sums", "BLOCK_N=16"))
-    assert "does not multiply fp16" in violations(replace(half, numbers="fp16"))[0]
+    assert violations(replace(plain, number_format="tf32")) == ["no matrix instruction"]
+    half = compile_variant(one_of("sm_80", "bf16", "siglip_sums", "BLOCK_N=16"))
+    assert "does not multiply fp16" in violations(replace(half, number_format="fp16"))[0]
     stored = replace(half, tile="STORED=True")
     assert violations(stored) == ["a product where none is expected"]
 
@@ -196,7 +213,7 @@ def test_products_without_tensor_cores_are_found():
 def test_what_does_not_compile_is_named():
     right = one_of("sm_80", "bf16", "row_inverse_norms")
     wrong = one_of("sm_80", "bf16", "scaled_product", "BLOCK_N=16")
-    outcomes = [outcome(right), outcome(changed(wrong, BLOCK_N=48))]
+    outcomes = [try_compile(right), try_compile(changed(wrong, BLOCK_N=48))]
     assert isinstance(outcomes[0], Compiled)
     with pytest.raises(RuntimeError, match="(?s)^1 kernels do not.*sm_80 bf16 similarity scaled"):
         all_compiled(outcomes)

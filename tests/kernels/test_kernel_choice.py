@@ -23,6 +23,7 @@ def triton(monkeypatch):
 
 def test_every_operator_has_a_kernel():
     assert set(kernels.KERNELS) == set(SCHEMAS)
+    assert all(kernels.KERNELS.count(op) == 1 for op in kernels.KERNELS)
 
 
 def test_reasons_without_a_gpu(triton, monkeypatch):
@@ -80,7 +81,7 @@ def test_the_table_is_complete(architecture, family):
     assert device.family == family
     for kind in KINDS:
         for tile in device.tiles(kind):
-            blocks = tile.own, tile.other, tile.depth, *([tile.slice] if tile.slice else [])
+            blocks = tile.kept, tile.streamed, tile.depth, *([tile.slice] if tile.slice else [])
             assert all(block >= 16 and block & (block - 1) == 0 for block in blocks)
         assert device.tiles(kind), kind
     assert len({plan.tile for plan in tiles.row_plans(device, 4096, 4096)}) > 1
@@ -94,28 +95,28 @@ def test_the_table_is_complete(architecture, family):
     ],
 )
 def test_unknown_architectures_take_the_entries_of_a_known_one(name, known):
-    assert tiles.Device(name, True, "ieee").known == known
+    assert tiles.Device(name, True, "ieee").table_architecture == known
 
 
 @pytest.mark.parametrize("architecture", tiles.ARCHITECTURES)
 @pytest.mark.parametrize("half", [True, False])
 def test_plans_cover_every_shape(architecture, half):
     device = tiles.Device(architecture, half, "ieee")
-    for own in (1, 64, 257, 4096, 65536):
-        for other in (1, 100, 1000, 21841):
-            plans = [*tiles.row_plans(device, own, other)]
+    for kept in (1, 64, 257, 4096, 65536):
+        for streamed in (1, 100, 1000, 21841):
+            plans = [*tiles.row_plans(device, kept, streamed)]
             for width in (1, 512, 768, 2048):
                 for swap in (False, True):
-                    plans += tiles.gradient_plans(device, own, other, width, swap)
+                    plans += tiles.gradient_plans(device, kept, streamed, width, swap)
             for plan in plans:
-                count = -(-other // plan.tile.other)
+                count = -(-streamed // plan.tile.streamed)
                 each = -(-count // plan.splits)
                 # None without a tile, and a merge can hold them all.
                 assert 1 <= plan.splits <= count and (plan.splits - 1) * each < count
                 assert plan.splits <= 128 or plan.schedule not in ("rows", "rows small")
-            for plan in tiles.gradient_plans(device, own, other, 512):
+            for plan in tiles.gradient_plans(device, kept, streamed, 512):
                 scratch = plan.splits > 1 or plan.schedule.startswith("part")
-                assert not scratch or plan.splits * own * 512 * 4 <= tiles.PART_BYTES
+                assert not scratch or plan.splits * kept * 512 * 4 <= tiles.PART_BYTES
 
 
 def test_what_small_and_large_problems_take():
@@ -142,7 +143,7 @@ def test_chunks_stay_within_their_memory():
 
 def test_precision(monkeypatch):
     monkeypatch.delenv("MULKI_INPUT_PRECISION", raising=False)
-    single, half = {torch.float32}, {torch.bfloat16}
+    single, half = torch.float32, torch.bfloat16
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     try:
@@ -160,7 +161,7 @@ def test_precision(monkeypatch):
             common.precision("sm_80", single)
         for architecture, refused in (("gfx942", "tf32x3"), ("gfx90a", "tf32")):
             monkeypatch.setenv("MULKI_INPUT_PRECISION", refused)
-            with pytest.raises(ValueError, match=f"'{refused}', which {architecture} has not"):
+            with pytest.raises(ValueError, match=f"'{refused}', which {architecture} does not"):
                 common.precision(architecture, single)
     finally:
         matmul.fp32_precision = before
@@ -198,7 +199,7 @@ def test_the_fastest_is_kept_on_disk(autotune, monkeypatch):
 
     def milliseconds(function):
         timed.append(function())
-        return {64: 3.0, 128: 1.0, 192: float("inf")}[timed[-1].tile.own]
+        return {64: 3.0, 128: 1.0, 192: float("inf")}[timed[-1].tile.kept]
 
     monkeypatch.setattr(autotune, "milliseconds", milliseconds)
     for _ in range(2):
@@ -260,21 +261,6 @@ def test_tf32_of_one_product_meets_no_tf32_of_another(launches, monkeypatch):
         assert "chunk_gradient" in {one.kernel.__name__ for one in made}
 
 
-def test_operands_on_two_devices_are_refused(launches):
-    """A kernel would take the address of one for an address of the other."""
-    x, w, scale = operands(64, 100)
-    here = torch.zeros(64, dtype=torch.int64)
-    with pytest.raises(ValueError, match="target: got cpu, wanted meta"):
-        launches("prototype_cross_entropy", x, w, scale, here, None, 0.0, -100)
-    weights, scales = torch.ones(64, 1), meta(1, dtype=torch.float32)
-    rest = None, None, 1.0, 1.0, 0.0, 0.0, True
-    with pytest.raises(ValueError, match="weights: got cpu, wanted meta"):
-        launches("teacher_kl", x, w, scale, [x], [w], scales, weights, *rest)
-    teacher = torch.zeros(64, 64).bfloat16(), torch.zeros(100, 64).bfloat16()
-    with pytest.raises(ValueError, match="teacher 0 x: got cpu, wanted meta"):
-        launches("teacher_kl", x, w, scale, [teacher[0]], [teacher[1]], scales, None, *rest)
-
-
 @pytest.mark.parametrize(("n", "p"), [(20_000_000, 10), (10, 20_000_000)])
 def test_grids_stay_within_their_limits(launches, n, p):
     rows = operands(n, p)
@@ -288,7 +274,7 @@ def test_grids_stay_within_their_limits(launches, n, p):
 
 def test_other_counts_are_no_other_kernel(launches):
     """What a kernel is compiled for, apart from tiles, does not follow N and P about."""
-    entries = importlib.import_module("mulki.kernels.entries")
+    ahead_of_time = importlib.import_module("mulki.kernels.ahead_of_time")
     found = set()
     for n, p in ((64, 4000), (65, 4016), (64, 4027), (63, 4039)):
         k = 2
@@ -296,8 +282,9 @@ def test_other_counts_are_no_other_kernel(launches):
         target, mask = meta(n, dtype=torch.int64), meta(p, dtype=torch.bool)
         options = None, target, mask, 2.0, 1.0, 0.0, 1.0, True, True, [True, False, False]
         for one in launches("teacher_kl_reduced", *operands(n, p), *teachers, *options):
-            entry = entries._entry("", one, "sm_90", "bf16")
-            found.add(repr((entry.kernel, entry.signature, entry.constants, entry.attributes)))
+            variant = ahead_of_time._variant("", one, "sm_90", "bf16")
+            parts = variant.kernel, variant.signature, variant.constants, variant.attributes
+            found.add(repr(parts))
     assert len(found) == len({one.split(",")[0] for one in found})
 
 
@@ -305,7 +292,7 @@ def test_a_choice_that_cannot_be_kept_is_made_all_the_same(autotune, monkeypatch
     monkeypatch.setenv("MULKI_AUTOTUNE", "1")
     (tmp_path / "file").touch()
     monkeypatch.setenv("MULKI_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr(autotune, "milliseconds", lambda function: -function().tile.own)
+    monkeypatch.setattr(autotune, "milliseconds", lambda function: -function().tile.kept)
     device = tiles.Device("sm_90", True, "ieee")
     with pytest.warns(UserWarning, match="could not be kept .* MULKI_CACHE_DIR"):
         assert autotune.run("rows", device, (500, 600), PLANS, lambda plan: plan) == PLANS[2]
@@ -314,7 +301,7 @@ def test_a_choice_that_cannot_be_kept_is_made_all_the_same(autotune, monkeypatch
 
 def test_what_a_graph_captures_is_what_was_chosen_before(autotune, monkeypatch):
     monkeypatch.setenv("MULKI_AUTOTUNE", "1")
-    monkeypatch.setattr(autotune, "milliseconds", lambda function: -function().tile.own)
+    monkeypatch.setattr(autotune, "milliseconds", lambda function: -function().tile.kept)
     capturing = [True]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
@@ -326,18 +313,18 @@ def test_what_a_graph_captures_is_what_was_chosen_before(autotune, monkeypatch):
 
 LAUNCHES = """
 import sys
-from mulki.kernels import entries
+from mulki.kernels import ahead_of_time
 for architecture in ("sm_90", "gfx942"):
-    for numbers in entries.NUMBERS:
+    for number_format in ahead_of_time.NUMBER_FORMATS:
         names = set()
-        for entry in entries.entries(architecture, numbers):
-            names.add(entry.kernel.__name__)
-            assert list(entry.signature) == entry.kernel.arg_names, entry.name
-            assert entry.options["enable_fp_fusion"] is False
-            assert all((path in entry.constants) == (entry.signature[name] == "constexpr")
-                       for i, name in enumerate(entry.signature)
-                       for path in [(i,)] if not isinstance(entry.signature[name], tuple))
-        print(architecture, numbers, *sorted(names))
+        for variant in ahead_of_time.variants(architecture, number_format):
+            names.add(variant.kernel.__name__)
+            assert list(variant.signature) == variant.kernel.arg_names, variant.name
+            assert variant.options["enable_fp_fusion"] is False
+            assert all((path in variant.constants) == (variant.signature[name] == "constexpr")
+                       for i, name in enumerate(variant.signature)
+                       for path in [(i,)] if not isinstance(variant.signature[name], tuple))
+        print(architecture, number_format, *sorted(names))
 """
 
 
@@ -354,11 +341,17 @@ def test_launches_of_every_operator_can_be_recorded():
         for line in done.stdout.splitlines()
     }
     everywhere = {
-        *("contrastive_rows", "cross_entropy_rows", "held_gradient", "part_gradient", "part_sums"),
+        *(
+            "contrastive_rows",
+            "prototype_cross_entropy_rows",
+            "register_gradient",
+            "scratch_gradient",
+            "part_sums",
+        ),
         *("project", "row_inverse_norms", "row_statistics", "row_totals", "scaled_product"),
         *("siglip_sums", "teacher_kl_rows"),
     }
-    for (architecture, numbers), names in kernels_of.items():
-        chunks = architecture == "sm_90" and numbers not in ("fp32", "ieee")
+    for (architecture, number_format), names in kernels_of.items():
+        chunks = architecture == "sm_90" and number_format not in ("fp32", "ieee")
         assert names == (everywhere | {"chunk_gradient"} if chunks else everywhere)
     assert len(kernels_of) == 10

@@ -21,7 +21,7 @@ def test_every_line_is_one_that_is_asked_for():
     asked = {kind for kind, _, _ in tiles.TABLE}
     for kind, architecture, family in tiles.TABLE:
         places = (architecture,) if architecture else tiles.ARCHITECTURES
-        assert {device(place, family).known for place in places} == set(places)
+        assert {device(place, family).table_architecture for place in places} == set(places)
         assert family in {device(place, family).family for place in places}
         exact = [(kind, place, family) in tiles.TABLE for place in places]
         assert architecture or not all(exact), f"{kind}: nobody takes the general line"
@@ -30,12 +30,12 @@ def test_every_line_is_one_that_is_asked_for():
         plan
         for architecture in tiles.ARCHITECTURES
         for family in FAMILIES
-        for own, other in ((64, 100), (65536, 4096))
+        for kept, streamed in ((64, 100), (65536, 4096))
         for plan in (
-            *tiles.row_plans(device(architecture, family), own, other),
-            *tiles.row_plans(device(architecture, family), own, other, "sums"),
-            *tiles.grid_plans(device(architecture, family), own, other),
-            *tiles.gradient_plans(device(architecture, family), own, other, 512),
+            *tiles.row_plans(device(architecture, family), kept, streamed),
+            *tiles.row_plans(device(architecture, family), kept, streamed, "sums"),
+            *tiles.grid_plans(device(architecture, family), kept, streamed),
+            *tiles.gradient_plans(device(architecture, family), kept, streamed, 512),
             *([] if family == "float" else [tiles.stored_plan(device(architecture, family), 8, 8)]),
         )
     ]

@@ -21,7 +21,7 @@ from tests.kernels.triton_helpers import all_close, backward, call, close, reduc
 Shape = tuple[int, int, int]  # N, P, D
 
 
-class Numbers(NamedTuple):
+class NumberFormat(NamedTuple):
     """How operands are stored and multiplied, and the relative L2 error that this allows."""
 
     dtype: torch.dtype
@@ -33,20 +33,20 @@ class Numbers(NamedTuple):
 
 # tf32 keeps 10 bits of an operand, bfloat16 7 and float16 10; a result is rounded to its dtype, and
 # so is the gradient of the logits before it is multiplied. Losses of half precision are not.
-NUMBERS = {
-    "fp32": Numbers(torch.float32, False, 2e-5, 2e-5, 1e-4),
-    "tf32": Numbers(torch.float32, True, 3e-3, 3e-3, 2e-2),
-    "bf16": Numbers(torch.bfloat16, False, 5e-3, 2e-5, 1e-4),
-    "fp16": Numbers(torch.float16, False, 1e-3, 2e-5, 1e-4),
+NUMBER_FORMATS = {
+    "fp32": NumberFormat(torch.float32, False, 2e-5, 2e-5, 1e-4),
+    "tf32": NumberFormat(torch.float32, True, 3e-3, 3e-3, 2e-2),
+    "bf16": NumberFormat(torch.bfloat16, False, 5e-3, 2e-5, 1e-4),
+    "fp16": NumberFormat(torch.float16, False, 1e-3, 2e-5, 1e-4),
 }
 
 
 @contextmanager
-def precision(numbers: Numbers) -> Iterator[None]:
+def precision(number_format: NumberFormat) -> Iterator[None]:
     """PyTorch's setting for products of float32, for a while."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32" if numbers.tf32 else "ieee"
+    matmul.fp32_precision = "tf32" if number_format.tf32 else "ieee"
     try:
         yield
     finally:
@@ -62,46 +62,50 @@ def moved(value: Any, device: str) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def rows_and_gradients(name: str, numbers: Numbers, shape: Shape, device: str) -> None:
+def rows_and_gradients(name: str, number_format: NumberFormat, shape: Shape, device: str) -> None:
     """The loss of each row, or the similarity, and gradients for an upstream gradient per row."""
-    case = make(name, numbers.dtype, *shape)
+    case = make(name, number_format.dtype, *shape)
     upstream = case.upstream()
     rows, gradients = case.expected(upstream)
     here = moved(case, device)
-    with precision(numbers):
+    with precision(number_format):
         found = call(here.op, *here.args)[0]
         made = backward(here, upstream.to(device))
-    close(found.cpu(), rows, numbers.sums if found.dtype == torch.float32 else numbers.operands)
-    _gradients_are_close(name, made, gradients, numbers)
-    assert [g.dtype for g in made[:2]] == [numbers.dtype] * 2
+    close(
+        found.cpu(),
+        rows,
+        number_format.sums if found.dtype == torch.float32 else number_format.operands,
+    )
+    _gradients_are_close(name, made, gradients, number_format)
+    assert [g.dtype for g in made[:2]] == [number_format.dtype] * 2
 
 
-def totals_and_gradients(name: str, numbers: Numbers, shape: Shape, device: str) -> None:
+def totals_and_gradients(name: str, number_format: NumberFormat, shape: Shape, device: str) -> None:
     """The mean of a loss, and the gradients made with it, all in float32."""
-    case = make(name, numbers.dtype, *shape)
+    case = make(name, number_format.dtype, *shape)
     total, gradients = case.expected(mean=True)
     here = moved(case, device)
-    with precision(numbers):
+    with precision(number_format):
         found, made, _ = reduced(here)
-    close(found.cpu(), total, numbers.sums)
-    _gradients_are_close(name, made, gradients, numbers)
+    close(found.cpu(), total, number_format.sums)
+    _gradients_are_close(name, made, gradients, number_format)
     assert all(g.dtype == torch.float32 for g in made)
 
 
-def _gradients_are_close(name: str, made: Any, wanted: Any, numbers: Numbers) -> None:
+def _gradients_are_close(name: str, made: Any, wanted: Any, number_format: NumberFormat) -> None:
     # Normalised rows of half precision are rounded once more, before they are multiplied.
-    half = name == "cosines" and numbers.dtype != torch.float32
-    more = numbers.operands if half else 0.0
-    all_close([g.cpu() for g in made[:2]], wanted[:2], numbers.operands + more)
-    all_close([g.cpu() for g in made[2:]], wanted[2:], numbers.cancelling + 5 * more)
+    half = name == "cosines" and number_format.dtype != torch.float32
+    more = number_format.operands if half else 0.0
+    all_close([g.cpu() for g in made[:2]], wanted[:2], number_format.operands + more)
+    all_close([g.cpu() for g in made[2:]], wanted[2:], number_format.cancelling + 5 * more)
 
 
-def repeats(name: str, numbers: Numbers, shape: Shape, device: str) -> None:
+def repeats(name: str, number_format: NumberFormat, shape: Shape, device: str) -> None:
     """Two calls give the same bits, and leave their arguments as they were."""
-    here = moved(make(name, numbers.dtype, *shape), device)
+    here = moved(make(name, number_format.dtype, *shape), device)
     before = [a.clone() if isinstance(a, Tensor) else a for a in here.args]
     upstream = here.upstream().to(device)
-    with precision(numbers):
+    with precision(number_format):
         runs = [everything(here, upstream) for _ in range(2)]
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
     for one, other in zip(here.args, before, strict=True):
@@ -118,37 +122,41 @@ def everything(case: Case, upstream: Tensor) -> list[Tensor]:
 
 
 def every_plan_of_statistics(
-    numbers: Numbers, shape: Shape, device: str, monkeypatch: pytest.MonkeyPatch
+    number_format: NumberFormat, shape: Shape, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> set[str]:
     """Rows are right whichever plan of the table is taken, split or not; its schedules."""
-    tried = tiles.row_plans(_device(numbers, device), *shape[:2])
+    tried = tiles.row_plans(_device(number_format, device), *shape[:2])
     for plan in tried:
         for splits in {1, plan.splits}:
             plans = (plan._replace(splits=splits),)
             monkeypatch.setattr(tiles, "row_plans", lambda *of, plans=plans: plans)
-            rows_and_gradients("kl_label", numbers, shape, device)
+            rows_and_gradients("kl_label", number_format, shape, device)
     return {plan.schedule for plan in tried}
 
 
 def every_plan_of_gradients(
-    side: str, numbers: Numbers, shape: Shape, device: str, monkeypatch: pytest.MonkeyPatch
+    side: str,
+    number_format: NumberFormat,
+    shape: Shape,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> set[str]:
     """Gradients are right whichever plan of the table is taken for "dx" or "dw"; its schedules."""
     n, p, d = shape
     usual, swapped = tiles.gradient_plans, side == "dw"
-    own, other = (p, n) if swapped else (n, p)
-    tried = usual(_device(numbers, device), own, other, d, swapped)
+    kept, streamed = (p, n) if swapped else (n, p)
+    tried = usual(_device(number_format, device), kept, streamed, d, swapped)
     for plan in tried:
 
-        def planned(of: Any, own: int, other: int, width: int, swap: bool = False, plan=plan):
-            return (plan,) if swap == swapped else usual(of, own, other, width, swap)
+        def planned(of: Any, kept: int, streamed: int, width: int, swap: bool = False, plan=plan):
+            return (plan,) if swap == swapped else usual(of, kept, streamed, width, swap)
 
         monkeypatch.setattr(tiles, "gradient_plans", planned)
-        totals_and_gradients("kl_label", numbers, shape, device)
+        totals_and_gradients("kl_label", number_format, shape, device)
     return {plan.schedule for plan in tried}
 
 
-def _device(numbers: Numbers, device: str) -> tiles.Device:
-    operand = torch.ones(1, 1, dtype=numbers.dtype, device=device)
-    with precision(numbers):
+def _device(number_format: NumberFormat, device: str) -> tiles.Device:
+    operand = torch.ones(1, 1, dtype=number_format.dtype, device=device)
+    with precision(number_format):
         return tiles.Device.of([Model(operand, operand)])

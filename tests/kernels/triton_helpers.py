@@ -27,7 +27,7 @@ def backward(case: Case, upstream: Tensor, wanted: Sequence[bool] | None = None)
         args = (*args, *call(case.op, *args)[1:])
     if case.op == "teacher_kl":
         used = call(case.op, *args)[2]
-        args = (*args[:6], used, args[8], args[9], args[12])
+        args = (*args[:6], used, args[8], args[9], args[13])
     return call(f"{case.op}_backward", upstream, *args, wanted or [True] * case.leaves)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from mulki.kernels import tiles
 from tests.kernels.triton_checks import (
-    NUMBERS,
+    NUMBER_FORMATS,
     every_plan_of_gradients,
     every_plan_of_statistics,
     totals_and_gradients,
@@ -18,30 +18,30 @@ SHAPE = (300, 1000, 512)
 LARGE = (4096, 1100, 64)  # the least of which rows are cut into chunks, and some
 
 
-def test_every_plan_of_the_statistics(numbers, monkeypatch):
-    tried = every_plan_of_statistics(NUMBERS[numbers], SHAPE, "cuda", monkeypatch)
+def test_every_plan_of_the_statistics(number_format, monkeypatch):
+    tried = every_plan_of_statistics(NUMBER_FORMATS[number_format], SHAPE, "cuda", monkeypatch)
     assert tried == {"rows", "rows small"}
 
 
 @pytest.mark.parametrize("side", ["dx", "dw"])
-def test_every_plan_of_the_gradients(side, numbers, monkeypatch):
-    tried = every_plan_of_gradients(side, NUMBERS[numbers], SHAPE, "cuda", monkeypatch)
+def test_every_plan_of_the_gradients(side, number_format, monkeypatch):
+    tried = every_plan_of_gradients(side, NUMBER_FORMATS[number_format], SHAPE, "cuda", monkeypatch)
     assert {"slice", "part", "part small"} <= tried
 
 
 @pytest.mark.parametrize("name", ["ce_all", "kl_label", "contrastive", "siglip"])
-def test_chunks_of_rows(name, numbers, monkeypatch):
-    if numbers == "fp32":
+def test_chunks_of_rows(name, number_format, monkeypatch):
+    if number_format == "fp32":
         pytest.skip("strict float32 takes no chunks")
     asked = []
     usual = tiles.chunk_rows
     monkeypatch.setattr(
         tiles, "chunk_rows", lambda *shape: asked.append(usual(*shape)) or min(asked[-1], 1000)
     )
-    totals_and_gradients(name, NUMBERS[numbers], LARGE, "cuda")
+    totals_and_gradients(name, NUMBER_FORMATS[number_format], LARGE, "cuda")
     assert asked and all(rows > 1000 for rows in asked)
 
 
-@pytest.fixture(params=NUMBERS)
-def numbers(request):
+@pytest.fixture(params=NUMBER_FORMATS)
+def number_format(request):
     return request.param

@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 
 from tests.kernels.triton_cases import LOSSES, NAMES
-from tests.kernels.triton_checks import NUMBERS, repeats, rows_and_gradients, totals_and_gradients
+from tests.kernels.triton_checks import (
+    NUMBER_FORMATS,
+    repeats,
+    rows_and_gradients,
+    totals_and_gradients,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -14,33 +19,33 @@ SMALL, SPLIT = (19, 35, 20), (128, 1000, 512)
 RAGGED = ((1, 257, 64), (7, 100, 512), (130, 1001, 768), (300, 10, 1280), (63, 64, 65))
 
 
-@pytest.mark.parametrize("numbers", NUMBERS)
+@pytest.mark.parametrize("number_format", NUMBER_FORMATS)
 @pytest.mark.parametrize("shape", [SMALL, SPLIT], ids=["small", "split"])
 @pytest.mark.parametrize("name", NAMES)
-def test_rows_and_their_gradients(name, shape, numbers):
-    rows_and_gradients(name, NUMBERS[numbers], shape, "cuda")
+def test_rows_and_their_gradients(name, shape, number_format):
+    rows_and_gradients(name, NUMBER_FORMATS[number_format], shape, "cuda")
 
 
-@pytest.mark.parametrize("numbers", NUMBERS)
+@pytest.mark.parametrize("number_format", NUMBER_FORMATS)
 @pytest.mark.parametrize("name", LOSSES)
-def test_means_and_their_gradients(name, numbers):
-    totals_and_gradients(name, NUMBERS[numbers], SPLIT, "cuda")
+def test_means_and_their_gradients(name, number_format):
+    totals_and_gradients(name, NUMBER_FORMATS[number_format], SPLIT, "cuda")
 
 
-@pytest.mark.parametrize("numbers", ["fp32", "bf16"])
+@pytest.mark.parametrize("number_format", ["fp32", "bf16"])
 @pytest.mark.parametrize("shape", RAGGED, ids=str)
 @pytest.mark.parametrize("name", ["ce_all", "kl_label", "contrastive"])
-def test_ragged_shapes(name, shape, numbers):
-    rows_and_gradients(name, NUMBERS[numbers], shape, "cuda")
+def test_ragged_shapes(name, shape, number_format):
+    rows_and_gradients(name, NUMBER_FORMATS[number_format], shape, "cuda")
 
 
-@pytest.mark.parametrize("numbers", ["fp32", "bf16"])
+@pytest.mark.parametrize("number_format", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["cosines", "ce_all", "kl_label", "contrastive", "siglip"])
-def test_results_repeat_bit_for_bit_and_nothing_is_mutated(name, numbers):
-    repeats(name, NUMBERS[numbers], SPLIT, "cuda")
+def test_results_repeat_bit_for_bit_and_nothing_is_mutated(name, number_format):
+    repeats(name, NUMBER_FORMATS[number_format], SPLIT, "cuda")
 
 
 @pytest.mark.parametrize("name", ["cosines", "kl_label", "siglip"])
 def test_ieee_products_of_fp32(name, monkeypatch):
     monkeypatch.setenv("MULKI_INPUT_PRECISION", "ieee")
-    rows_and_gradients(name, NUMBERS["fp32"], SMALL, "cuda")
+    rows_and_gradients(name, NUMBER_FORMATS["fp32"], SMALL, "cuda")

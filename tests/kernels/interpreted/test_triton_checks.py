@@ -9,7 +9,7 @@ from mulki.kernels import common
 from mulki.ops import use_backend
 from tests.kernels.triton_cases import LOSSES, NAMES, D, N, P
 from tests.kernels.triton_checks import (
-    NUMBERS,
+    NUMBER_FORMATS,
     every_plan_of_gradients,
     every_plan_of_statistics,
     precision,
@@ -26,39 +26,39 @@ SHAPE = (N, P, D)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_and_gradients(name):
-    rows_and_gradients(name, NUMBERS["fp32"], SHAPE, "cpu")
+    rows_and_gradients(name, NUMBER_FORMATS["fp32"], SHAPE, "cpu")
 
 
-@pytest.mark.parametrize("numbers", NUMBERS)
-def test_all_numbers(numbers):
-    rows_and_gradients("cosines", NUMBERS[numbers], SHAPE, "cpu")
-    totals_and_gradients("kl_label", NUMBERS[numbers], SHAPE, "cpu")
+@pytest.mark.parametrize("number_format", NUMBER_FORMATS)
+def test_all_numbers(number_format):
+    rows_and_gradients("cosines", NUMBER_FORMATS[number_format], SHAPE, "cpu")
+    totals_and_gradients("kl_label", NUMBER_FORMATS[number_format], SHAPE, "cpu")
 
 
 @pytest.mark.parametrize("name", LOSSES[::3])
 def test_repeats(name):
-    repeats(name, NUMBERS["fp32"], SHAPE, "cpu")
+    repeats(name, NUMBER_FORMATS["fp32"], SHAPE, "cpu")
 
 
 def test_what_is_wrong_is_noticed(monkeypatch):
     monkeypatch.setattr(common, "upcast", lambda models: False)
     with pytest.raises(AssertionError):
-        rows_and_gradients("ce", NUMBERS["bf16"], SHAPE, "cpu")
+        rows_and_gradients("ce", NUMBER_FORMATS["bf16"], SHAPE, "cpu")
 
 
 def test_every_plan(monkeypatch):
     with monkeypatch.context() as patch:
-        rows = every_plan_of_statistics(NUMBERS["fp32"], SHAPE, "cpu", patch)
+        rows = every_plan_of_statistics(NUMBER_FORMATS["fp32"], SHAPE, "cpu", patch)
     with monkeypatch.context() as patch:
-        gradients = every_plan_of_gradients("dw", NUMBERS["fp32"], SHAPE, "cpu", patch)
+        gradients = every_plan_of_gradients("dw", NUMBER_FORMATS["fp32"], SHAPE, "cpu", patch)
     assert rows == {"rows", "rows small"} and {"slice", "part", "part small"} <= gradients
 
 
 def test_the_setting_of_tf32():
-    common.empty(torch.ones(1), 1)  # the memory fixture wants an allocation
+    common.empty_float32(torch.ones(1), 1)  # the memory fixture wants an allocation
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
-    with precision(NUMBERS["tf32"]):
+    with precision(NUMBER_FORMATS["tf32"]):
         assert matmul.fp32_precision == "tf32"
     assert matmul.fp32_precision == before
 

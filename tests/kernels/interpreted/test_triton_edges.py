@@ -217,7 +217,7 @@ def test_no_rows(name):
     case = make(name)
     empty = tuple(_without_rows(a, case.x.shape[0]) for a in case.args)
     none = Case(case.op, empty)
-    common.empty(case.x, 0)  # the memory fixture wants an allocation
+    common.empty_float32(case.x, 0)  # the memory fixture wants an allocation
     out = call(case.op, *empty)
     assert out[0].shape == ((0, 35) if case.op == "similarity" else (0,))
     dx, dw, *numbers = backward(none, none.upstream())
@@ -231,24 +231,3 @@ def _without_rows(value, n):
     if isinstance(value, list):
         return [_without_rows(v, n) for v in value]
     return value[:0] if isinstance(value, Tensor) and value.ndim and len(value) == n else value
-
-
-def test_shapes_that_do_not_fit_are_refused():
-    common.empty(torch.ones(1), 1)
-    case = make("ce_all")
-    x, w, scale, target, mask, *rest = case.args
-    for bad in (
-        (x[:, :3], w, scale, target, mask),
-        (x, w[:0], scale, target, mask),
-        (x, w, scale, target[:3], mask),
-        (x, w, scale, target, mask[:3]),
-        (x, w, scale.expand(2), target, mask),
-    ):
-        with pytest.raises(ValueError, match="got .* wanted"):
-            call(case.op, *bad, *rest)
-    with pytest.raises(TypeError, match="wanted torch.int64"):
-        call(case.op, x, w, scale, target.int(), mask, *rest)
-    with pytest.raises(TypeError, match="cast one"):
-        call(case.op, x, w.half(), scale, target, mask, *rest)
-    with pytest.raises(ValueError, match="grad: got"):
-        call(f"{case.op}_backward", torch.ones(3), *case.args, [True] * 3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mulki.kernels import forms, gradients, row_softmax, tiles
+from mulki.kernels import gradients, row_results, row_softmax, tiles
 from mulki.kernels.tiles import Plan, Tile
 from tests.kernels.triton_cases import Case, make
 from tests.kernels.triton_helpers import TOLERANCE, all_close, backward, call, close, error, reduced
@@ -45,17 +45,17 @@ def test_gradients(name, plan, monkeypatch):
 
 @pytest.mark.parametrize("plan", GRADIENT_PLANS[::3], ids=lambda p: p.schedule)
 @pytest.mark.parametrize("size", [1e-5, 300.0])
-def test_float16_gradients_are_lifted(size, plan, monkeypatch):
-    # Most of G is beneath the normal numbers of float16, or beyond the largest after a fixed lift.
+def test_small_and_large_float16_gradients_keep_their_precision(size, plan, monkeypatch):
+    # Most of G is below the normal numbers of float16 or, after a fixed factor, above the largest.
     plan_gradients(monkeypatch, plan)
     case = make("ce", torch.float16, scale=30.0)
     upstream = size * case.upstream()
     _, want = case.expected(upstream)
     error_of = [error(g, w) for g, w in zip(backward(case, upstream), want, strict=True)]
     assert max(error_of) < 2e-3
-    make_rows = forms.make
-    monkeypatch.setattr(gradients.LogitGradient, "lift", 1.0 if size < 1 else 256.0)
-    monkeypatch.setattr(forms, "make", lambda *args: make_rows(*args[:3]))  # without a peak
+    compute = row_results.compute
+    monkeypatch.setattr(gradients.LogitGradient, "range_factor", 1.0 if size < 1 else 256.0)
+    monkeypatch.setattr(row_results, "compute", lambda *args: compute(*args[:3]))  # no bound
     assert error(backward(case, upstream)[1], want[1]) > 2e-3
 
 

@@ -1,11 +1,14 @@
-"""Every kernel as it would be launched, for compilation ahead of time; no GPU is needed.
+"""All variants of the kernels that would be launched, to compile them without a GPU.
 
-    for entry in entries("sm_90", "bf16"):
-        source = ASTSource(entry.kernel, entry.signature, entry.constants, entry.attributes)
-        triton.compile(source, target=TARGETS["sm_90"], options=entry.options)
+    for variant in variants("sm_90", "bf16"):
+        source = ASTSource(
+            variant.kernel, variant.signature, variant.constants, variant.attributes
+        )
+        triton.compile(source, target=TARGETS["sm_90"], options=variant.options)
 
-The operators run on tensors without storage while their launches are recorded, so an entry cannot
-differ from a launch. Do not import this under TRITON_INTERPRET=1.
+A variant is a kernel with the tile, the constants and the argument types of a launch. Variants come
+from recorded launches of the operators on tensors of the device "meta", so they are what a GPU
+would be given. Do not import this under TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -31,8 +34,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# The dtype of operands, and how float32 is multiplied on NVIDIA's and on AMD's hardware.
-NUMBERS = {
+# Name: dtype of operands, input_precision of tl.dot on NVIDIA's and on AMD's GPUs.
+NUMBER_FORMATS = {
     "bf16": (torch.bfloat16, "ieee", "ieee"),
     "fp16": (torch.float16, "ieee", "ieee"),
     "fp32": (torch.float32, "tf32x3", "ieee"),
@@ -46,8 +49,8 @@ _TYPES = {
     torch.int64: "i64",
     torch.uint8: "u8",
 }
-_TILE = (
-    *("BLOCK_OWN", "BLOCK_N", "BLOCK_OTHER", "BLOCK_P", "DEPTH", "SLICE"),
+_TILE_ARGUMENTS = (
+    *("BLOCK_KEPT", "BLOCK_N", "BLOCK_STREAMED", "BLOCK_P", "DEPTH", "SLICE"),
     *("SWAP", "PARTS", "STORED"),
 )
 _ALIGNED = [["tt.divisibility", 16]]
@@ -56,18 +59,18 @@ Path = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Entry:
+class Variant:
     """What `triton.compile` takes."""
 
     operator: str
-    tile: str  # what distinguishes it, in the kernel's own words
+    tile: str  # the values of _TILE_ARGUMENTS, as in "BLOCK_N=64 BLOCK_P=64"
     kernel: Any
     signature: dict[str, Any]
     constants: dict[Path, Any]
     attributes: dict[Path, Any]
     options: dict[str, Any]
     architecture: str
-    numbers: str
+    number_format: str
 
     @property
     def name(self) -> str:
@@ -75,34 +78,37 @@ class Entry:
 
     @property
     def identity(self) -> str:
-        """Tells apart what is compiled differently: a hash of all but the kernel's source."""
-        given = self.kernel.__name__, self.signature, self.constants, self.attributes, self.options
-        return hashlib.sha256(repr(given).encode()).hexdigest()[:10]
+        """A hash of all that decides the compiled code, except for the source code."""
+        parts = self.kernel.__name__, self.signature, self.constants, self.attributes, self.options
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:10]
 
 
-def entries(architecture: str, numbers: str, full: bool = False) -> Iterator[Entry]:
-    """All kernels for an architecture of TARGETS and numbers of NUMBERS.
+def variants(architecture: str, number_format: str, full: bool = False) -> Iterator[Variant]:
+    """All variants for a key of TARGETS and a key of NUMBER_FORMATS.
 
-    Every tile of the table with two teachers, which take the most registers; of the other losses
-    the default tiles, or (`full`) every tile. D is 512 and, for slices, 1024.
+    teacher_kl with two teachers, which takes the most registers, with every tile of the table; the
+    other losses with the default tiles or, if `full`, every tile. D is 512 and, for slices, 1024.
     """
     seen: set[str] = set()
-    for name, call in _cases(NUMBERS[numbers][0]).items():
+    for name, call in _calls(NUMBER_FORMATS[number_format][0]).items():
         every_plan = full or name.startswith("teacher_kl") or name == "similarity large True"
-        with _precision(architecture, numbers), recording(architecture, every_plan) as launches:
+        with (
+            _precision(architecture, number_format),
+            recording(architecture, every_plan) as launches,
+        ):
             call()
         for launch in launches:
-            entry = _entry(name.split()[0], launch, architecture, numbers)
-            if entry.identity not in seen:
-                seen.add(entry.identity)
-                yield entry
+            variant = _variant(name.split()[0], launch, architecture, number_format)
+            if variant.identity not in seen:
+                seen.add(variant.identity)
+                yield variant
 
 
 @contextmanager
-def _precision(architecture: str, numbers: str) -> Iterator[None]:
+def _precision(architecture: str, number_format: str) -> Iterator[None]:
     variable = "MULKI_INPUT_PRECISION"
     before = os.environ.get(variable)
-    _, on_nvidia, on_amd = NUMBERS[numbers]
+    _, on_nvidia, on_amd = NUMBER_FORMATS[number_format]
     os.environ[variable] = on_nvidia if architecture.startswith("sm_") else on_amd
     try:
         yield
@@ -112,13 +118,13 @@ def _precision(architecture: str, numbers: str) -> Iterator[None]:
             os.environ[variable] = before
 
 
-def _cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """Calls of operators that between them launch every kernel."""
+def _calls(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Calls of operators, by name, that together launch every kernel."""
 
     def new(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=of, device="meta")
 
-    def operands(n: int, p: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
+    def model(n: int, p: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
         return new(n, d, of=dtype), new(p, d, of=dtype), new()
 
     def labels(n: int, p: int) -> tuple[Tensor, Tensor, float, int]:
@@ -129,40 +135,40 @@ def _cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
 
     def kl(n: int, p: int, k: int, d: int) -> Callable[[], object]:
         gate = None, new(n, of=torch.int64), None, 2.0, 1.0, 0.0, 1.0, True
-        arguments = *operands(n, p, d), *teachers(n, p, k, d), *gate, True, [True] * 3
+        arguments = *model(n, p, d), *teachers(n, p, k, d), *gate, True, [True] * 3
         return lambda: kernel("teacher_kl_reduced")(*arguments)
 
     def call(op: str, *arguments: Any) -> Callable[[], object]:
         return lambda: kernel(op)(*arguments)
 
-    # Large enough for whole tiles (but for chunks), small enough to be split, and for chunks.
+    # Large: no splits, no chunks. Small: split over programs. Chunked: the rows go in chunks.
     shapes = {"large": (65536, 512), "small": (256, 1000), "chunked": (8192, 4096)}
     three, four = [True] * 3, [True] * 4
     cases: dict[str, Callable[[], object]] = {}
     for size, (n, p) in shapes.items():
-        rows = operands(n, p, 512)
-        pairs = operands(4000, 4000, 512) if size == "large" else operands(n, n, 512)
-        made = {
+        student = model(n, p, 512)
+        pairs = model(4000, 4000, 512) if size == "large" else model(n, n, 512)
+        losses = {
             f"teacher_kl {size}": kl(n, p, 2, 512),
             f"prototype_cross_entropy {size}": call(
-                "prototype_cross_entropy_reduced", *rows, *labels(n, p), True, three
+                "prototype_cross_entropy_reduced", *student, *labels(n, p), True, three
             ),
             f"contrastive {size}": call("contrastive_reduced", *pairs, True, three),
             f"siglip {size}": call("siglip_reduced", *pairs, new(), 0, True, four),
         }
-        cases.update(made)
+        cases.update(losses)
         if size == "chunked":
             continue
         cases[f"teacher_kl {size} wide"] = kl(n, p, 2, 1024)
         for normalize in (False, True):
-            cases[f"similarity {size} {normalize}"] = call("similarity", *rows, normalize)
+            cases[f"similarity {size} {normalize}"] = call("similarity", *student, normalize)
             cases[f"similarity_backward {size} {normalize}"] = call(
-                "similarity_backward", new(n, p, of=dtype), *rows, normalize, three
+                "similarity_backward", new(n, p, of=dtype), *student, normalize, three
             )
     return cases
 
 
-def _entry(operator: str, launch: Launch, architecture: str, numbers: str) -> Entry:
+def _variant(operator: str, launch: Launch, architecture: str, number_format: str) -> Variant:
     signature: dict[str, Any] = {}
     constants: dict[Path, Any] = {}
     attributes: dict[Path, Any] = {}
@@ -173,17 +179,17 @@ def _entry(operator: str, launch: Launch, architecture: str, numbers: str) -> En
         else:
             specialized = not parameter.do_not_specialize
             signature[parameter.name] = _type(value, (i,), constants, attributes, specialized)
-    told = [f"{word}={launch.arguments[word]}" for word in _TILE if word in launch.arguments]
-    return Entry(
+    given = [name for name in _TILE_ARGUMENTS if name in launch.arguments]
+    return Variant(
         operator,
-        " ".join(told),
+        " ".join(f"{name}={launch.arguments[name]}" for name in given),
         launch.kernel,
         signature,
         constants,
         attributes,
         launch.options,
         architecture,
-        numbers,
+        number_format,
     )
 
 
@@ -194,7 +200,7 @@ def _type(
     attributes: dict[Path, Any],
     specialized: bool = True,
 ) -> Any:
-    """The type as a launch would find it: with 1 and None as constants, and what 16 divides."""
+    """The type that a launch would infer from a value; notes constants and divisibility by 16."""
     if isinstance(value, tuple):
         return tuple(_type(v, (*path, i), constants, attributes) for i, v in enumerate(value))
     if value is None or (specialized and isinstance(value, int) and value == 1):

@@ -1,0 +1,148 @@
+"""Bad arguments of `torch.ops.mulki` raise an error that names the argument, before a kernel runs.
+
+The kernels check nothing. A kernel that ran on these arguments would read or write other memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mulki.kernels import common
+from mulki.ops import use_backend
+from tests.kernels.triton_cases import Case, make
+
+POSITIONS = {
+    "similarity": ("features", "prototypes", "scale"),
+    "prototype_cross_entropy": ("features", "prototypes", "scale", "target", "class_mask"),
+    "teacher_kl": (
+        *("features", "prototypes", "scale"),
+        *("teacher_features", "teacher_prototypes", "teacher_scales"),
+        *("weights", "target", "class_mask"),
+    ),
+    "contrastive": ("image_features", "text_features", "logit_scale"),
+    "siglip": ("image_features", "text_features", "logit_scale", "logit_bias"),
+}
+
+
+@pytest.fixture(autouse=True)
+def triton(monkeypatch):
+    monkeypatch.setenv("MULKI_STRICT", "1")
+    common.empty_float32(torch.ones(1), 1)  # the memory fixture wants an allocation
+    with use_backend("triton"):
+        yield
+
+
+def narrow(t: Tensor) -> Tensor:
+    return t[..., :3]
+
+
+def short(t: Tensor) -> Tensor:
+    return t[:3]
+
+
+def empty(t: Tensor) -> Tensor:
+    return t[:0]
+
+
+def flat(t: Tensor) -> Tensor:
+    return t.flatten()
+
+
+def two(t: Tensor) -> Tensor:
+    return t.expand(2)
+
+
+def on_meta(t: Tensor) -> Tensor:
+    return t.to("meta")
+
+
+def of_second(change: Any) -> Any:
+    return lambda tensors: [tensors[0], change(tensors[1])]
+
+
+SHAPES = (
+    *[(name, "features", flat) for name in ("similarity", "ce_all", "kl_label")],
+    *[(name, "prototypes", narrow) for name in ("cosines", "ce_all", "kl_label")],
+    *[(name, "prototypes", empty) for name in ("similarity", "ce_all", "kl_label")],
+    *[(name, "scale", two) for name in ("similarity", "ce_all", "kl_label")],
+    *[("ce_all", "target", change) for change in (short, on_meta)],
+    *[("ce_all", "class_mask", change) for change in (short, on_meta)],
+    *[("kl_label", "target", change) for change in (short, on_meta, lambda _: None)],
+    *[("kl_blend", "target", lambda _: None), ("kl_label", "class_mask", short)],
+    *[("kl_label", "teacher_features", of_second(change)) for change in (short, flat, on_meta)],
+    *[("kl_label", "teacher_prototypes", of_second(change)) for change in (short, narrow, empty)],
+    *[("kl_label", "teacher_prototypes", lambda tensors: tensors[:1])],
+    *[("kl_label", "teacher_features", lambda tensors: [])],
+    *[("kl_label", "teacher_scales", change) for change in (lambda t: t[:1], on_meta)],
+    *[("kl_weights", "weights", change) for change in (short, flat, on_meta)],
+    *[(name, "text_features", narrow) for name in ("contrastive", "siglip")],
+    *[("contrastive", "text_features", short), ("contrastive", "text_features", on_meta)],
+    *[(name, "logit_scale", two) for name in ("contrastive", "siglip")],
+    *[("siglip", "logit_bias", two)],
+)
+DTYPES = (
+    *[(name, "prototypes", Tensor.half) for name in ("similarity", "ce_all", "kl_label")],
+    *[(name, "target", Tensor.int) for name in ("ce_all", "kl_label")],
+    *[(name, "class_mask", Tensor.float) for name in ("ce_all", "kl_label")],
+    *[("kl_label", "teacher_prototypes", of_second(Tensor.half))],
+    *[(name, "text_features", Tensor.half) for name in ("contrastive", "siglip")],
+)
+
+
+def changed(case: Case, argument: str, change: Any) -> list[Any]:
+    args = list(case.args)
+    position = POSITIONS[case.op].index(argument)
+    args[position] = change(args[position])
+    return args
+
+
+def calls(case: Case, args: list[Any]) -> list[tuple[str, list[Any]]]:
+    """The row form and, of a loss, the reduced form."""
+    reduced = [(f"{case.op}_reduced", [*args, True, [True] * case.leaves])]
+    return [(case.op, args), *(reduced if case.op != "similarity" else [])]
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "change", "error"),
+    [*((*one, ValueError) for one in SHAPES), *((*one, TypeError) for one in DTYPES)],
+)
+def test_arguments_that_do_not_fit(name, argument, change, error):
+    case = make(name)
+    for op, args in calls(case, changed(case, argument, change)):
+        with pytest.raises(error, match=rf"\b{argument}\b"):
+            getattr(torch.ops.mulki, op)(*args)
+
+
+@pytest.mark.parametrize("name", ["similarity", "ce_all", "kl_weights", "contrastive", "siglip"])
+def test_a_backward_with_arguments_that_do_not_fit(name):
+    case = make(name)
+    n, rest = case.x.shape[0], list(case.args[3:])
+    if case.op == "contrastive":
+        rest = [torch.zeros(n), torch.zeros(n)]
+    if case.op == "teacher_kl":
+        rest = [*rest[:4], rest[5], 2.0, True]
+    wanted, backward = [True] * case.leaves, getattr(torch.ops.mulki, f"{case.op}_backward")
+    grad = torch.ones(n, case.args[1].shape[0]) if case.op == "similarity" else torch.ones(n)
+    operands = list(case.args[:3])
+    assert len(backward(grad, *operands, *rest, wanted)) == case.leaves
+    with pytest.raises(ValueError, match=r"\bgrad\b"):
+        backward(grad[:3], *operands, *rest, wanted)
+    second = POSITIONS[case.op][1]
+    with pytest.raises(ValueError, match=rf"\b{second}\b"):
+        backward(grad, operands[0], narrow(operands[1]), operands[2], *rest, wanted)
+    if case.op == "contrastive":
+        with pytest.raises(ValueError, match=r"\bcolumn_lse\b"):
+            backward(grad, *operands, rest[0], rest[1][:3], wanted)
+
+
+def test_arguments_that_fit():
+    """The calls above fail by their bad argument, not by how they are made."""
+    for name in ("similarity", "ce_all", "kl_label", "kl_weights", "contrastive", "siglip"):
+        case = make(name)
+        for op, args in calls(case, list(case.args)):
+            out = getattr(torch.ops.mulki, op)(*args)
+            assert (out[0] if isinstance(out, tuple) else out).isfinite().all()
