@@ -19,9 +19,9 @@
 
 // The rest of the library does without these instructions: `available` is asked before.
 #define MULKI_AMX_TARGET \
-  __attribute__(( \
-      target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16,fma,f16c," \
-             "amx-tile,amx-bf16,amx-int8")))
+  __attribute__((target( \
+      "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16,fma,f16c," \
+      "amx-tile,amx-bf16,amx-int8")))
 
 namespace mulki::amx {
 
@@ -116,8 +116,9 @@ __attribute__((noinline)) MULKI_AMX_TARGET inline void multiply(
 
 // Lanes of a vector of `lanes` that hold `valid` elements, which may be more or negative.
 inline uint32_t lanes(int64_t valid, int64_t lanes) {
-  return valid <= 0 ? 0 : valid >= lanes ? uint32_t((uint64_t(1) << lanes) - 1)
-                                         : (uint32_t(1) << valid) - 1;
+  return valid <= 0    ? 0
+      : valid >= lanes ? uint32_t((uint64_t(1) << lanes) - 1)
+                       : (uint32_t(1) << valid) - 1;
 }
 
 // A corner [rows, columns] of a matrix as a block, with zeros elsewhere: a left operand.
@@ -134,7 +135,8 @@ MULKI_AMX_TARGET inline void pack_left(
 // The same of floats, rounded.
 MULKI_AMX_TARGET inline void pack_left(
     const float* in, int64_t ld, int64_t rows, int64_t columns, uint16_t* out) {
-  const __mmask16 first = __mmask16(lanes(columns, 16)), second = __mmask16(lanes(columns - 16, 16));
+  const __mmask16 first = __mmask16(lanes(columns, 16)),
+                  second = __mmask16(lanes(columns - 16, 16));
   for (int64_t i = 0; i < kEdge; ++i) {
     __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
     if (i < rows) {
@@ -216,12 +218,7 @@ MULKI_AMX_TARGET inline void arrange(Form form, const uint16_t* in, uint16_t* ou
 
 // A right operand from a corner [rows, columns] of a matrix.
 MULKI_AMX_TARGET inline void pack_right(
-    Form form,
-    const at::BFloat16* in,
-    int64_t ld,
-    int64_t rows,
-    int64_t columns,
-    uint16_t* out) {
+    Form form, const at::BFloat16* in, int64_t ld, int64_t rows, int64_t columns, uint16_t* out) {
   alignas(64) uint16_t block[kBlock];
   pack_left(in, ld, rows, columns, block);
   arrange(form, block, out);

@@ -74,7 +74,10 @@ inline std::optional<Tensor> checked_classes(const std::optional<Tensor>& mask, 
 
 // Contiguous targets in [0, p), of classes that take part, or `ignored` where that is given.
 inline Tensor checked_target(
-    const Tensor& target, int64_t n, int64_t p, std::optional<int64_t> ignored,
+    const Tensor& target,
+    int64_t n,
+    int64_t p,
+    std::optional<int64_t> ignored,
     const std::optional<Tensor>& mask) {
   TORCH_CHECK_TYPE(
       target.scalar_type() == at::kLong, "target: got dtype ", target.scalar_type(),

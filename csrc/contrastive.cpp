@@ -88,8 +88,8 @@ void sums_of_block(
   const float least = *std::min_element(out.column_most, out.column_most + valid);
   const float least_of_rows = *std::min_element(out.row_most, out.row_most + rows);
   // Not with an infinity or a NaN.
-  const bool near = !matches && least >= most - kNear && most < kInfinity &&
-      least_of_rows > -kInfinity;
+  const bool near =
+      !matches && least >= most - kNear && most < kInfinity && least_of_rows > -kInfinity;
   alignas(64) float of_most[64];
   for (int64_t i = 0; i < rows && near; i += Vec::size()) {
     const int64_t n = std::min<int64_t>(Vec::size(), rows - i);
@@ -151,8 +151,7 @@ Sums contrastive_sums(Pairs<Engine>& pairs, float scale, const Kept* kept = null
         sums_of_block(
             y, end - begin, t.width, t.valid(tile), scale,
             tile == t.tiles - 1 ? beyond.data() : within.data(), matches,
-            {&row_most[in_row], &row_sum[in_row], &column_most[in_column],
-             &column_sum[in_column]});
+            {&row_most[in_row], &row_sum[in_row], &column_most[in_column], &column_sum[in_column]});
       },
       [&](int64_t first, int64_t count) {
         RunningSum merged(count);
@@ -240,8 +239,8 @@ class GradientOfLogits {
     const bool near = factors(tile, rows, high, low, of_row, of_column);
     for (int64_t i = 0; i < rows; ++i) {
       const Row row{start + i, tile, y + i * t_.width, g + i * t_.width, high[i], low[i]};
-      sums[i] = near ? gradient<true>(row, of_row[i], of_column)
-                     : gradient<false>(row, 0.0f, nullptr);
+      sums[i] =
+          near ? gradient<true>(row, of_row[i], of_column) : gradient<false>(row, 0.0f, nullptr);
     }
   }
 
@@ -414,8 +413,7 @@ std::pair<double, double> total_and_gradients(
   const Upstream upstream(share_of(mean, x.size(0)));
   return {
       sum_of_rows(sums.loss),
-      contrastive_gradients(
-          pairs, scale, sums.row_lse, sums.column_lse, upstream, grads, &kept)};
+      contrastive_gradients(pairs, scale, sums.row_lse, sums.column_lse, upstream, grads, &kept)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_reduced(

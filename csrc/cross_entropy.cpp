@@ -83,16 +83,14 @@ Result run(
   double dscale = 0;
   with_engine(x.scalar_type(), x.size(1), [&](auto engine) {
     using Engine = decltype(engine);
-    const Tiling tiling =
-        tiling_for<Engine>(x.size(0), w.size(0), 1, wanted[0] || wanted[1]);
+    const Tiling tiling = tiling_for<Engine>(x.size(0), w.size(0), 1, wanted[0] || wanted[1]);
     std::vector<Model<typename Engine::Operand>> models;
     models.emplace_back(x, w, s);
     const Columns columns(
         tiling,
         labels.class_mask.has_value() ? labels.class_mask->const_data_ptr<bool>() : nullptr);
-    CrossEntropy rule{
-        labels.target.const_data_ptr<int64_t>(), ignored, smoothing, s, upstream,
-        loss.mutable_data_ptr<float>()};
+    CrossEntropy rule{labels.target.const_data_ptr<int64_t>(), ignored, smoothing, s, upstream,
+                      loss.mutable_data_ptr<float>()};
     RowSoftmax<Engine, CrossEntropy> driver(tiling, models, columns, rule, wanted[0], wanted[1]);
     dscale = driver.run(float(s), grads.x, grads.w);
   });
@@ -108,8 +106,7 @@ Tensor prototype_cross_entropy(
     double label_smoothing,
     int64_t ignore_index) {
   const Labels labels = checked(x, w, scale, target, class_mask, ignore_index);
-  return run(
-             x, w, scale, labels, label_smoothing, ignore_index, Upstream(1.0), at::kFloat,
+  return run(x, w, scale, labels, label_smoothing, ignore_index, Upstream(1.0), at::kFloat,
              {false, false, false})
       .loss;
 }
@@ -145,9 +142,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_cross_entropy_reduced(
   const int64_t* y = labels.target.const_data_ptr<int64_t>();
   const int64_t ignored = std::count(y, y + x.size(0), ignore_index);
   const int64_t counted = x.size(0) - ignored;
-  Result r = run(
-      x, w, scale, labels, label_smoothing, ignore_index, Upstream(share_of(mean, counted)),
-      at::kFloat, wanted);
+  Result r =
+      run(x, w, scale, labels, label_smoothing, ignore_index, Upstream(share_of(mean, counted)),
+          at::kFloat, wanted);
   const double sum = sum_of_rows(r.loss);
   return {scalar(mean ? sum / double(counted) : sum), r.dx, r.dw, scalar_if(wanted[2], r.dscale)};
 }

@@ -43,7 +43,8 @@ inline int64_t blocks(int64_t depth) {
 // What stands before the blocks of a strip.
 struct alignas(64) Head {
   float scale[kLines]; // 2^16 s
-  float peak; // the largest element of a line over the root of its mean square, the most of all lines
+  // The largest element of a line over the root of its mean square, the most of all lines.
+  float peak;
 };
 
 inline int64_t strip_bytes(int64_t depth) {
@@ -84,8 +85,7 @@ MULKI_AMX_TARGET inline Extent extent_of(const float* in, int64_t columns) {
 }
 
 // Sets a line's scale, and raises the strip's peak. A line with an infinity or a NaN gets NaN.
-inline void set_line(
-    Extent extent, int64_t depth, int64_t line, Head& head, Inverse& inverse) {
+inline void set_line(Extent extent, int64_t depth, int64_t line, Head& head, Inverse& inverse) {
   constexpr float kMost = float(0x7f7f7f); // 127 (2^16 + 2^8 + 1)
   float value;
   std::memcpy(&value, &extent.most, sizeof(value));
@@ -122,14 +122,17 @@ constexpr std::array<uint8_t, 64> byte_indices(const F& index) {
   return out;
 }
 // Of 16 + 16 lanes, byte 0 of each and byte 1 of each; byte 2 of each.
-alignas(64) inline constexpr auto kLowOfRow =
-    byte_indices([](int i) { return i % 32 * 4 + i / 32; });
+alignas(64) inline constexpr auto kLowOfRow = byte_indices([](int i) {
+  return i % 32 * 4 + i / 32;
+});
 alignas(64) inline constexpr auto kHighOfRow = byte_indices([](int i) { return i % 32 * 4 + 2; });
 // Of two rows of 16 lanes, bytes 0 side by side and bytes 1; bytes 2.
-alignas(64) inline constexpr auto kLowOfPair =
-    byte_indices([](int i) { return i / 4 * 4 + i % 2 * 64 + i % 4 / 2; });
-alignas(64) inline constexpr auto kHighOfPair =
-    byte_indices([](int i) { return i / 4 * 4 + i % 2 * 64 + 2; });
+alignas(64) inline constexpr auto kLowOfPair = byte_indices([](int i) {
+  return i / 4 * 4 + i % 2 * 64 + i % 4 / 2;
+});
+alignas(64) inline constexpr auto kHighOfPair = byte_indices([](int i) {
+  return i / 4 * 4 + i % 2 * 64 + 2;
+});
 
 // A block, in the order of the left operand, becomes one in that of the right operand, or back.
 MULKI_AMX_TARGET inline void turn_block(uint8_t* tiles) {
@@ -218,8 +221,8 @@ MULKI_AMX_TARGET inline void block_of_columns(
       __m512i q[4];
       for (int v = 0; v < 4; ++v) {
         const int64_t i = 4 * r + v;
-        __m512 x = i < rows ? _mm512_maskz_loadu_ps(valid, in + i * ld + 16 * half)
-                            : _mm512_setzero_ps();
+        __m512 x =
+            i < rows ? _mm512_maskz_loadu_ps(valid, in + i * ld + 16 * half) : _mm512_setzero_ps();
         if (by != nullptr && i < rows) {
           x = _mm512_mul_ps(x, _mm512_set1_ps(by[i]));
         }
@@ -232,9 +235,11 @@ MULKI_AMX_TARGET inline void block_of_columns(
       _mm512_store_si512(
           tile + 64 * r, _mm512_mask_mov_epi16(high_a, kOdd, _mm512_slli_epi32(high_b, 16)));
       _mm512_store_si512(
-          tile + kDigit + 64 * r, _mm512_mask_mov_epi16(low_b, kEven, _mm512_srli_epi32(low_a, 16)));
+          tile + kDigit + 64 * r,
+          _mm512_mask_mov_epi16(low_b, kEven, _mm512_srli_epi32(low_a, 16)));
       _mm512_store_si512(
-          tile + 2 * kDigit + 64 * r, _mm512_mask_mov_epi16(low_a, kOdd, _mm512_slli_epi32(low_b, 16)));
+          tile + 2 * kDigit + 64 * r,
+          _mm512_mask_mov_epi16(low_a, kOdd, _mm512_slli_epi32(low_b, 16)));
     }
   }
   if (turned) {

@@ -135,7 +135,8 @@ class Ahead {
     const int64_t strips = amx::blocks(width), done = begin / amx::kEdge * strips;
     const int64_t pieces = kRows / amx::kEdge * strips;
     piece_ = (bytes / pieces + kLine - 1) / kLine * kLine;
-    left_ = next == nullptr ? 0 : std::clamp<int64_t>(bytes - done * piece_, 0, rows * width * piece_);
+    left_ =
+        next == nullptr ? 0 : std::clamp<int64_t>(bytes - done * piece_, 0, rows * width * piece_);
     at_ = static_cast<const char*>(next) + done * piece_;
   }
   void some() {
@@ -286,8 +287,7 @@ struct AmxFloats {
     blocks_of_tile(
         left, begin, rows, right, width, right_bytes(amx::kEdge, x.width), next, out,
         [&](const char* a, const char* b, float* c) {
-          digits::multiply(
-              a, b, 0, steps, c, width, false, digits::fine_logits(a, b, x.width));
+          digits::multiply(a, b, 0, steps, c, width, false, digits::fine_logits(a, b, x.width));
         });
   }
 };
@@ -366,7 +366,8 @@ inline bool on_matrix_unit() {
   const bool there = false;
 #endif
   TORCH_CHECK_VALUE(
-      there || asked != "amx", "MULKI_CPU_PRODUCTS: got amx, wanted brgemm, for this CPU, system or "
+      there || asked != "amx",
+      "MULKI_CPU_PRODUCTS: got amx, wanted brgemm, for this CPU, system or "
       "build is without AMX; unset it to leave the choice to mulki");
   return there;
 }

@@ -312,8 +312,7 @@ class GradientsAmx {
         }
         for (int64_t j = 0; j < t_.width; j += kDepth) {
           digits::block_of_rows(
-              values(0, t, i) + j, t_.width, lines, valid - j,
-              of_w_.up(t * t_.width + j), inverse,
+              values(0, t, i) + j, t_.width, lines, valid - j, of_w_.up(t * t_.width + j), inverse,
               digits::block(strip, ((t - start) * t_.width + j) / kDepth));
         }
       }
@@ -326,8 +325,7 @@ class GradientsAmx {
         }
         digits::block_of_columns(
             true, values(0, t, begin) + j, t_.width, rows, valid - j, of_x_.up(first + begin),
-            inverse,
-            digits::block(strip, group));
+            inverse, digits::block(strip, group));
       }
     });
   }
@@ -361,8 +359,8 @@ class GradientsAmx {
           left, right, 0, digits::blocks(count), c, ldc, add, digits::fine_gradients(left, right));
     } else {
       const int64_t per_tile = t_.width / kEdge;
-      const uint16_t* left = operands(strip / per_tile, 0) + kEdge * t_.width +
-          strip % per_tile * amx::kBlock;
+      const uint16_t* left =
+          operands(strip / per_tile, 0) + kEdge * t_.width + strip % per_tile * amx::kBlock;
       amx::multiply(
           {left, 0, 2 * kEdge * t_.width}, {reinterpret_cast<const uint16_t*>(right)}, 1,
           amx::blocks(count), c, ldc, add);
@@ -391,8 +389,7 @@ class GradientsAmx {
         for (int64_t i = 0; i < rows; i += kEdge) {
           for (int64_t j = 0; j < columns; j += kEdge) {
             add_to_x(
-                (begin + i) / kEdge, (c + j) / kEdge, t, tiles, sums + i * chunk + j, chunk,
-                t > 0);
+                (begin + i) / kEdge, (c + j) / kEdge, t, tiles, sums + i * chunk + j, chunk, t > 0);
           }
         }
       }
@@ -412,8 +409,8 @@ class GradientsAmx {
     }
     parallel_each(amx::blocks(width), [&](int64_t d) {
       pack_right(
-          x_.row(first) + d * kEdge, x_.padded, count, width - d * kEdge, count,
-          of_x_.down(first), right_x_ + d * strip_bytes(t_.rows));
+          x_.row(first) + d * kEdge, x_.padded, count, width - d * kEdge, count, of_x_.down(first),
+          right_x_ + d * strip_bytes(t_.rows));
     });
     float* out = in_place_ > 0 ? dw.mutable_data_ptr<float>() : nullptr;
     int64_t chunk = kMostChunk;
@@ -432,8 +429,8 @@ class GradientsAmx {
           break;
         }
         const bool direct = group < in_place_;
-        float* sums = direct ? out + group * kEdge * width
-                             : sums_ + (group - in_place_) * kEdge * padded();
+        float* sums =
+            direct ? out + group * kEdge * width : sums_ + (group - in_place_) * kEdge * padded();
         for (int64_t d = c; d < c + columns; d += kEdge) {
           add_to_w(group, d / kEdge, count, sums + d, padded(), first > 0);
         }

@@ -73,15 +73,12 @@ class Gradients<Brgemm<E>> {
         for (int64_t r = 0; r < (second ? 2 : 1); ++r) {
           at::vec::convert<float, E>(values(0, t, i + r), row[r], t_.width);
           if (wanted_x_) {
-            std::memcpy(
-                rounded_ + (t * t_.rows + i + r) * t_.width, row[r],
-                sizeof(E) * t_.width);
+            std::memcpy(rounded_ + (t * t_.rows + i + r) * t_.width, row[r], sizeof(E) * t_.width);
           }
         }
         if (wanted_w_) {
           interleave(
-              row[0], second ? row[1] : nullptr, t_.width,
-              pairs_ + (t * t_.rows + i) * t_.width);
+              row[0], second ? row[1] : nullptr, t_.width, pairs_ + (t * t_.rows + i) * t_.width);
         }
       }
     }
@@ -120,8 +117,7 @@ class Gradients<Brgemm<E>> {
         const int64_t valid = t_.valid(t);
         if constexpr (kHalf<E>) {
           const E* g = rounded_ + (t * t_.rows + b * t_.block) * t_.width;
-          const E* right =
-              pairs_of_w_ + t * t_.width / 2 * width * 2 + c * 2;
+          const E* right = pairs_of_w_ + t * t_.width / 2 * width * 2 + c * 2;
           product(
               rows, columns, (valid + 1) / 2 * 2, g, t_.width, right, width, sums, columns, t > 0);
         } else {

@@ -167,8 +167,7 @@ class Logits {
   }
 
   void pack_panel(int64_t model, int64_t slot) {
-    Engine::pack_right(
-        *models_[model].w, (from_ + slot) * t_.width, t_.width, panel(model, slot));
+    Engine::pack_right(*models_[model].w, (from_ + slot) * t_.width, t_.width, panel(model, slot));
   }
 
   void pack_left(int64_t count) {

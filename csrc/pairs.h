@@ -63,8 +63,7 @@ struct Pairs {
   // of a super-block with tile t, then after(first, count). The products of rows that `kept` has a place for
   // are there; `again` says that they are there already.
   template <typename Tile, typename After>
-  void sweep(
-      const Tile& tile, const After& after, const Kept* kept = nullptr, bool again = false) {
+  void sweep(const Tile& tile, const After& after, const Kept* kept = nullptr, bool again = false) {
     for (int64_t first = 0; first < tiling.n; first += tiling.rows) {
       const int64_t count = std::min(tiling.rows, tiling.n - first);
       const bool keep = kept != nullptr && kept->has(first, count);
@@ -82,7 +81,7 @@ struct Pairs {
           if (!keep && !gradients.any()) {
             local = Scratch(tiling.block * tiling.width * int64_t(sizeof(float)));
           }
-          float* y = keep ? kept->at(t, first + begin)
+          float* y = keep       ? kept->at(t, first + begin)
               : gradients.any() ? gradients.values(0, t, begin)
                                 : local.data<float>();
           logits.multiply(0, t, begin, end, y);
@@ -101,7 +100,8 @@ struct Pairs {
 
 // Row sums of [tiles][rows of the super-block] partial results, in double and in order.
 template <typename F>
-inline void add_rows(const std::vector<double>& partial, const Tiling& t, int64_t count, const F& add) {
+inline void add_rows(
+    const std::vector<double>& partial, const Tiling& t, int64_t count, const F& add) {
   for (int64_t i = 0; i < count; ++i) {
     double sum = 0;
     for (int64_t tile = 0; tile < t.tiles; ++tile) {

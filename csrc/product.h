@@ -101,8 +101,7 @@ inline void transpose(
   alignas(64) uint32_t turned[kPairs * kTurned];
   for (int64_t c0 = 0; c0 < cols / 2; c0 += kPairs) {
     const int64_t pairs = std::min(kPairs, cols / 2 - c0);
-    transpose(
-        reinterpret_cast<const uint32_t*>(src) + c0, ld_src / 2, turned, rows, rows, pairs);
+    transpose(reinterpret_cast<const uint32_t*>(src) + c0, ld_src / 2, turned, rows, rows, pairs);
     for (int64_t c = 0; c < pairs; ++c) {
       const uint32_t* pair = turned + c * rows;
       auto* low = reinterpret_cast<uint16_t*>(dst + (c0 + c) * 2 * ld_dst);
@@ -141,8 +140,8 @@ struct Rows {
   const E* row(int64_t i) const {
     return data + i * padded;
   }
-  Part<E> read(int64_t first, int64_t /*rows*/, int64_t column, int64_t /*columns*/, E* /*buffer*/)
-      const {
+  Part<E> read(
+      int64_t first, int64_t /*rows*/, int64_t column, int64_t /*columns*/, E* /*buffer*/) const {
     return {row(first) + column, padded};
   }
 
@@ -163,8 +162,8 @@ class FloatRows {
   bool in_place() const {
     return storage_.scalar_type() == at::kFloat;
   }
-  Part<float> read(int64_t first, int64_t rows, int64_t column, int64_t columns, float* buffer)
-      const {
+  Part<float> read(
+      int64_t first, int64_t rows, int64_t column, int64_t columns, float* buffer) const {
     switch (storage_.scalar_type()) {
       case at::kBFloat16:
         return converted<at::BFloat16>(first, rows, column, columns, buffer);
@@ -185,8 +184,8 @@ class FloatRows {
     return storage_.template const_data_ptr<T>() + row * width + column;
   }
   template <typename T>
-  Part<float> converted(int64_t first, int64_t rows, int64_t column, int64_t columns, float* buffer)
-      const {
+  Part<float> converted(
+      int64_t first, int64_t rows, int64_t column, int64_t columns, float* buffer) const {
     for (int64_t i = 0; i < rows; ++i) {
       floats_of(address<T>(first + i, column), buffer + i * columns, columns);
     }

@@ -167,8 +167,7 @@ class RowSoftmax {
         rule_(rule),
         count_(int64_t(models.size())),
         logits_(tiling, operands(models), columns.wanted()),
-        gradients_(
-            tiling, models[0].rows, models[0].prototypes, wanted_x, wanted_w, count_) {
+        gradients_(tiling, models[0].rows, models[0].prototypes, wanted_x, wanted_w, count_) {
     stat_ = take(count_ * 4 * t_.tiles * t_.rows);
     at_target_ = take(count_ * t_.rows);
     top_ = take(count_ * t_.rows);
@@ -249,7 +248,13 @@ class RowSoftmax {
   // What a block's products of model m allow, once those of the models before it are there. The student's own
   // sums come last: the teachers' sums read its products, which its exponentials replace.
   void sums_of_model(
-      int64_t first, int64_t m, int64_t tile, int64_t begin, int64_t end, float* y, float* student) {
+      int64_t first,
+      int64_t m,
+      int64_t tile,
+      int64_t begin,
+      int64_t end,
+      float* y,
+      float* student) {
     if (columns_.partial[tile]) {
       sums_of_model<true>(first, m, tile, begin, end, y, student);
     } else {
@@ -259,7 +264,13 @@ class RowSoftmax {
 
   template <bool PARTIAL>
   void sums_of_model(
-      int64_t first, int64_t m, int64_t tile, int64_t begin, int64_t end, float* y, float* student) {
+      int64_t first,
+      int64_t m,
+      int64_t tile,
+      int64_t begin,
+      int64_t end,
+      float* y,
+      float* student) {
     const float* keep = columns_.keep.data() + tile * t_.width;
     const float sign = models_[m].sign;
     for (int64_t i = begin; i < end; i += Vec::size()) {

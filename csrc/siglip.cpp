@@ -120,8 +120,7 @@ SiglipResult siglip_run(
 Tensor siglip(
     const Tensor& x, const Tensor& w, const Tensor& scale, const Tensor& bias, int64_t offset) {
   Grads none(x, w, at::kFloat, false, false);
-  return siglip_run(
-             x, w, scale, bias, offset, Upstream(1.0), {false, false, false, false}, none)
+  return siglip_run(x, w, scale, bias, offset, Upstream(1.0), {false, false, false, false}, none)
       .loss;
 }
 
@@ -154,8 +153,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_reduced(
   const SiglipResult r =
       siglip_run(x, w, scale, bias, offset, Upstream(share_of(mean, n)), wanted, grads);
   const double sum = sum_of_rows(r.loss);
-  return {scalar(mean ? sum / double(n) : sum), grads.x, grads.w, scalar_if(wanted[2], r.dscale),
-          scalar_if(wanted[3], r.dbias)};
+  return {
+      scalar(mean ? sum / double(n) : sum), grads.x, grads.w, scalar_if(wanted[2], r.dscale),
+      scalar_if(wanted[3], r.dbias)};
 }
 
 } // namespace

@@ -220,8 +220,8 @@ std::tuple<Tensor, Tensor, Tensor> similarity_backward(
     std::array<bool, 3> wanted) {
   check_operands(x, w, scale);
   TORCH_CHECK_VALUE(
-      grad.dim() == 2 && grad.size(0) == x.size(0) && grad.size(1) == w.size(0),
-      "grad: got shape ", grad.sizes(), ", wanted [", x.size(0), ", ", w.size(0), "]");
+      grad.dim() == 2 && grad.size(0) == x.size(0) && grad.size(1) == w.size(0), "grad: got shape ",
+      grad.sizes(), ", wanted [", x.size(0), ", ", w.size(0), "]");
   Grads grads(x, w, x.scalar_type(), wanted[0], wanted[1]);
   const double s = value_of(scale);
   const Tensor upstream = grad.contiguous();
@@ -233,8 +233,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_backward(
       case at::kHalf:
         return backward<Engine, at::Half>(upstream, x, w, s, normalize, wanted, grads);
       default:
-        return backward<Engine, float>(
-            upstream.to(at::kFloat), x, w, s, normalize, wanted, grads);
+        return backward<Engine, float>(upstream.to(at::kFloat), x, w, s, normalize, wanted, grads);
     }
   });
   return {grads.x, grads.w, scalar_if(wanted[2], dscale)};

@@ -106,9 +106,8 @@ void check(const Arguments& a) {
   TORCH_CHECK_VALUE(
       int64_t(a.teacher_w.size()) == k && a.teacher_scales.dim() == 1 &&
           a.teacher_scales.size(0) == k,
-      "teacher_x: got ", k,
-      " teachers, but ", a.teacher_w.size(), " teacher_w and ", a.teacher_scales.numel(),
-      " teacher_scales; wanted as many of each");
+      "teacher_x: got ", k, " teachers, but ", a.teacher_w.size(), " teacher_w and ",
+      a.teacher_scales.numel(), " teacher_scales; wanted as many of each");
   for (int64_t i = 0; i < k; ++i) {
     check_operands(a.teacher_x[i], a.teacher_w[i], a.scale);
     TORCH_CHECK_VALUE(
@@ -137,7 +136,10 @@ at::ScalarType common_dtype(const Arguments& a) {
 }
 
 Result run(
-    const Arguments& a, const Upstream& upstream, at::ScalarType dtype, std::array<bool, 3> wanted) {
+    const Arguments& a,
+    const Upstream& upstream,
+    at::ScalarType dtype,
+    std::array<bool, 3> wanted) {
   check(a);
   const int64_t n = a.x.size(0), k = int64_t(a.teacher_x.size());
   const bool given = a.weights.has_value();
@@ -210,10 +212,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> teacher_kl(
     double gate_entropy,
     double gate_label,
     bool scale_by_t2) {
-  Result r = run(
-      {x, w, scale, teacher_x, teacher_w, teacher_scales, weights, target, class_mask, temperature,
-       gate_temperature, gate_entropy, gate_label, scale_by_t2},
-      Upstream(1.0), at::kFloat, {false, false, false});
+  Result r =
+      run({x, w, scale, teacher_x, teacher_w, teacher_scales, weights, target, class_mask,
+           temperature, gate_temperature, gate_entropy, gate_label, scale_by_t2},
+          Upstream(1.0), at::kFloat, {false, false, false});
   return {r.loss, r.kl, r.weights, r.entropy};
 }
 
@@ -233,10 +235,10 @@ std::tuple<Tensor, Tensor, Tensor> teacher_kl_backward(
   TORCH_CHECK_VALUE(x.dim() == 2, "x: got shape ", x.sizes(), ", wanted [N, D]");
   check_rows("grad", grad, x.size(0));
   const std::optional<Tensor> given = weights;
-  Result r = run(
-      {x, w, scale, teacher_x, teacher_w, teacher_scales, given, std::nullopt, class_mask,
-       temperature, 1.0, 0.0, 0.0, scale_by_t2},
-      Upstream(grad), x.scalar_type(), wanted);
+  Result r =
+      run({x, w, scale, teacher_x, teacher_w, teacher_scales, given, std::nullopt, class_mask,
+           temperature, 1.0, 0.0, 0.0, scale_by_t2},
+          Upstream(grad), x.scalar_type(), wanted);
   return {r.dx, r.dw, scalar_if(wanted[2], r.dscale)};
 }
 
@@ -259,10 +261,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> teacher_kl_re
     std::array<bool, 3> wanted) {
   TORCH_CHECK_VALUE(x.dim() == 2, "x: got shape ", x.sizes(), ", wanted [N, D]");
   const int64_t n = x.size(0);
-  Result r = run(
-      {x, w, scale, teacher_x, teacher_w, teacher_scales, weights, target, class_mask, temperature,
-       gate_temperature, gate_entropy, gate_label, scale_by_t2},
-      Upstream(share_of(mean, n)), at::kFloat, wanted);
+  Result r =
+      run({x, w, scale, teacher_x, teacher_w, teacher_scales, weights, target, class_mask,
+           temperature, gate_temperature, gate_entropy, gate_label, scale_by_t2},
+          Upstream(share_of(mean, n)), at::kFloat, wanted);
   const double sum = sum_of_rows(r.loss);
   return {scalar(mean ? sum / double(n) : sum), r.kl, r.weights, r.entropy, r.dx, r.dw,
           scalar_if(wanted[2], r.dscale)};

@@ -110,8 +110,7 @@ inline Vec exp_of(const Vec& x) {
   // 2^n in two factors: n is from -159 to 144, and a float's exponent from -126 to 127.
   const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
   const auto power = [](__m256i e) {
-    return _mm256_castsi256_ps(
-        _mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23));
   };
   const __m256 part = _mm256_mul_ps(exp_of_remainder(v, n), power(half));
   return _mm256_mul_ps(part, power(_mm256_sub_epi32(whole, half)));
