@@ -4,11 +4,11 @@
 //   row_i = log sum_j exp u_ij,   column_j = log sum_i exp u_ij
 //   dloss/du_ij = g_i/2 exp(u_ij - row_i) + g_j/2 exp(u_ij - column_j) - g_i [i = j]
 //
-// x are the image features [N, D], w the text features [N, D], scale is logit_scale and g_i the
-// upstream gradient of loss_i. The gradient needs all row_i and column_j first. So a first pass
-// over the products takes the sums and a second one forms the gradient, which replaces the
-// products. The first pass keeps the products of as many rows as fit into a ProductCache; the
-// second pass computes the others again (pairwise.h).
+// x_i are rows of the image features X [N, D], w_j rows of the text features W [N, D], scale is
+// logit_scale and g_i the upstream gradient of loss_i. The gradient needs all row_i and column_j
+// first. So a first pass over the products takes the sums and a second one forms the gradient,
+// which replaces the products. The first pass keeps the products of as many rows as fit into a
+// ProductCache; the second pass computes the others again (pairwise.h).
 //
 // A block of products needs an exponential for the row and one for the column of each element. If
 // the logits of a block are close to each other, which is the common case, one is enough:

@@ -31,7 +31,7 @@ namespace mulki {
 template <typename T>
 struct Brgemm {
   using Element = T;
-  using Operand = std::conditional_t<kHalf<T>, Matrix<T>, FloatMatrix>;
+  using Operand = std::conditional_t<kIsBFloat16<T>, Matrix<T>, FloatMatrix>;
 
   static constexpr int64_t kUnit = 32;
 #if defined(CPU_CAPABILITY_AVX2)
@@ -51,7 +51,7 @@ struct Brgemm {
   // Releases the state of the matrix unit when a thread leaves a parallel region.
   struct Scope {
     ~Scope() {
-      if (kHalf<T>) {
+      if (kIsBFloat16<T>) {
         at::native::cpublas::brgemm_release(true);
       }
     }
@@ -75,7 +75,7 @@ struct Brgemm {
       std::memset(out, 0, size_t(right_bytes(width, w.padded)));
     }
     // Two neighbours in a row of W are a VNNI pair of W^T, so pairs are transposed as four bytes.
-    using Unit = std::conditional_t<kHalf<T>, uint32_t, float>;
+    using Unit = std::conditional_t<kIsBFloat16<T>, uint32_t, float>;
     constexpr int64_t kColumns = 64, kToUnit = int64_t(sizeof(Unit) / sizeof(T));
     alignas(64) T buffer[kColumns * kWidth];
     for (int64_t c = 0; c < w.padded; c += kColumns) {
@@ -109,7 +109,7 @@ struct Brgemm {
     const int64_t columns = (valid + 15) / 16 * 16;
     int64_t d = 0;
     do {
-      const int64_t depth = kHalf<T> ? x.padded : std::min(kDepth, x.padded - d);
+      const int64_t depth = kIsBFloat16<T> ? x.padded : std::min(kDepth, x.padded - d);
       product(rows, columns, depth, a + d, x.padded, b + d * width, width, out, width, d > 0);
       d += depth;
     } while (d < x.padded);
@@ -120,7 +120,7 @@ struct Brgemm {
 
  private:
   static bool in_place(const Operand& x) {
-    if constexpr (kHalf<T>) {
+    if constexpr (kIsBFloat16<T>) {
       return true;
     } else {
       return x.in_place();

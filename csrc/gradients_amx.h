@@ -84,10 +84,10 @@ class GradientsAmx {
       pack_strips(first, count);
     }
     if (wanted_x_) {
-      accumulate_dx(first, count, factor, dx);
+      write_dx(first, count, factor, dx);
     }
     if (wanted_w_) {
-      accumulate_dw(first, count, factor, dw);
+      add_to_dw(first, count, factor, dw);
       if (first + count == t_.n) {
         store_dw(factor, dw);
       }
@@ -380,7 +380,7 @@ class GradientsAmx {
     }
   }
 
-  void accumulate_dx(int64_t first, int64_t count, float factor, Tensor& dx) {
+  void write_dx(int64_t first, int64_t count, float factor, Tensor& dx) {
     const int64_t width = x_.width;
     // Large tasks read W and G less often, but each thread has to get one. The size of a task does
     // not change a sum.
@@ -414,7 +414,7 @@ class GradientsAmx {
   }
 
   // Adds to dw itself if whole blocks of 32 x 32 floats fit there, else to `sums_`.
-  void accumulate_dw(int64_t first, int64_t count, float factor, Tensor& dw) {
+  void add_to_dw(int64_t first, int64_t count, float factor, Tensor& dw) {
     const int64_t width = x_.width;
     if (first == 0) {
       const bool fits = dw.scalar_type() == at::kFloat && width % kEdge == 0;

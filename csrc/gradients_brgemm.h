@@ -16,7 +16,7 @@ class Gradients<Brgemm<E>> {
   using Operand = typename Brgemm<E>::Operand;
 
   static int64_t matrices(int64_t models) {
-    return models + (kHalf<E> ? 1 : 0);
+    return models + (kIsBFloat16<E> ? 1 : 0);
   }
 
   Gradients(
@@ -32,7 +32,7 @@ class Gradients<Brgemm<E>> {
     }
     const auto cells = t_.tiles * t_.width;
     values_ = allocate<float>(models * t_.rows * cells);
-    if constexpr (kHalf<E>) {
+    if constexpr (kIsBFloat16<E>) {
       if (wanted_x_) {
         const int64_t pairs = (w.count + 1) / 2;
         g_rows_ = allocate<E>(t_.rows * cells);
@@ -52,7 +52,7 @@ class Gradients<Brgemm<E>> {
       }
       transposed_x_ = allocate<E>(x.padded * t_.rows);
     }
-    if (wanted_w_ && kHalf<E>) {
+    if (wanted_w_ && kIsBFloat16<E>) {
       g_pairs_ = allocate<E>(t_.rows * cells);
     }
   }
@@ -66,7 +66,7 @@ class Gradients<Brgemm<E>> {
   }
 
   void commit(int64_t /*start*/, int64_t t, int64_t first, int64_t count) {
-    if constexpr (kHalf<E>) {
+    if constexpr (kIsBFloat16<E>) {
       if (!any()) {
         return;
       }
@@ -90,10 +90,10 @@ class Gradients<Brgemm<E>> {
 
   void accumulate(int64_t first, int64_t count, float factor, Tensor& dx, Tensor& dw) {
     if (wanted_x_) {
-      accumulate_dx(first, count, factor, dx);
+      write_dx(first, count, factor, dx);
     }
     if (wanted_w_) {
-      accumulate_dw(first, count, factor, dw);
+      add_to_dw(first, count, factor, dw);
     }
   }
 
@@ -107,7 +107,7 @@ class Gradients<Brgemm<E>> {
   static constexpr int64_t kChunk = 256; // columns of dX, or rows of dW^T, that one task computes
   static constexpr int64_t kMaxBlock = 64; // rows of a block, see Tiling
 
-  void accumulate_dx(int64_t first, int64_t count, float factor, Tensor& dx) {
+  void write_dx(int64_t first, int64_t count, float factor, Tensor& dx) {
     const int64_t width = x_.width;
     const int64_t chunks = (width + kChunk - 1) / kChunk;
     const int64_t blocks = (count + t_.block - 1) / t_.block;
@@ -116,10 +116,10 @@ class Gradients<Brgemm<E>> {
       const int64_t rows = t_.block_rows(b, count), columns = std::min(kChunk, width - c);
       TORCH_INTERNAL_ASSERT_DEBUG_ONLY(rows <= kMaxBlock);
       alignas(64) float sums[kMaxBlock * kChunk];
-      alignas(64) E buffer[kHalf<E> ? 1 : Brgemm<E>::kWidth * kChunk];
+      alignas(64) E buffer[kIsBFloat16<E> ? 1 : Brgemm<E>::kWidth * kChunk];
       for (int64_t t = 0; t < t_.tiles; ++t) {
         const int64_t valid = t_.valid(t);
-        if constexpr (kHalf<E>) {
+        if constexpr (kIsBFloat16<E>) {
           const E* g = g_rows_ + (t * t_.rows + b * t_.block) * t_.width;
           const E* right = w_pairs_ + t * t_.width / 2 * width * 2 + c * 2;
           product(
@@ -138,7 +138,7 @@ class Gradients<Brgemm<E>> {
     });
   }
 
-  void accumulate_dw(int64_t first, int64_t count, float factor, Tensor& dw) {
+  void add_to_dw(int64_t first, int64_t count, float factor, Tensor& dw) {
     const int64_t width = x_.width;
     const bool is_first = first == 0, is_last = first + count == t_.n;
     // torch caches a compiled product for each depth. To keep them few, the last super-block is
@@ -151,8 +151,8 @@ class Gradients<Brgemm<E>> {
         const int64_t from = s * 32, columns = std::min<int64_t>(32, x_.padded - from);
         E* to = transposed_x_ + from * t_.rows;
         // All rows at once, or for FloatMatrix as many as its conversion buffer holds.
-        constexpr int64_t kPart = kHalf<E> ? Brgemm<E>::kMaxRows : 64;
-        alignas(64) E buffer[kHalf<E> ? 1 : kPart * 32];
+        constexpr int64_t kPart = kIsBFloat16<E> ? Brgemm<E>::kMaxRows : 64;
+        alignas(64) E buffer[kIsBFloat16<E> ? 1 : kPart * 32];
         for (int64_t r = 0; r < count; r += kPart) {
           const int64_t rows = std::min(kPart, count - r);
           const MatrixView<E> part = x_.read(first + r, rows, from, columns, buffer);
@@ -164,7 +164,7 @@ class Gradients<Brgemm<E>> {
       }
     });
     for (int64_t t = 0; t < t_.tiles && depth > count; ++t) {
-      if constexpr (kHalf<E>) {
+      if constexpr (kIsBFloat16<E>) {
         E* pairs = g_pairs_ + t * t_.rows * t_.width;
         std::fill(pairs + (count + 1) / 2 * 2 * t_.width, pairs + depth * t_.width, E(0));
       } else {
@@ -178,7 +178,7 @@ class Gradients<Brgemm<E>> {
       const E* left = transposed_x_ + c * t_.rows;
       alignas(64) float local[Brgemm<E>::kWidth * kChunk];
       float* sum = is_first && is_last ? local : sum_w_ + (t * width + c) * t_.width;
-      if constexpr (kHalf<E>) {
+      if constexpr (kIsBFloat16<E>) {
         const E* g = g_pairs_ + t * t_.rows * t_.width;
         product(columns, t_.width, depth, left, t_.rows, g, t_.width, sum, t_.width, !is_first);
       } else {

@@ -1,8 +1,8 @@
-// Losses over pairs of rows, such as contrastive and siglip: y = x w^T of all pairs, one
-// super-block of rows after the other.
+// Losses over pairs of rows, such as contrastive and siglip: Y = X W^T of all pairs, in
+// super-blocks of rows and tiles of columns (tiling.h).
 //
 // PairwisePass computes the products tile by tile. The loss reads each block of products and writes
-// the gradient G in its place; from G come dx and dw (gradients.h). A loss that needs two passes
+// the gradient G in its place; from G come dX and dW (gradients.h). A loss that needs two passes
 // over the products keeps those of the first rows in a ProductCache of bounded size.
 #pragma once
 

@@ -25,7 +25,7 @@ namespace mulki {
 using at::Tensor;
 
 template <typename E>
-constexpr bool kHalf = std::is_same_v<E, at::BFloat16>;
+constexpr bool kIsBFloat16 = std::is_same_v<E, at::BFloat16>;
 
 // For float, torch falls back to a plain gemm if oneDNN has no brgemm kernel for the CPU.
 template <typename E>
@@ -41,7 +41,7 @@ inline void product(
     int64_t ldc,
     bool add) {
   if (k > 0) {
-    at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, kHalf<E>);
+    at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, kIsBFloat16<E>);
     return;
   }
   for (int64_t i = 0; i < m && !add; ++i) {
@@ -95,7 +95,7 @@ inline void transpose(
 // The same for bfloat16, for an even number of columns and at most kMaxTransposeRows rows. Pairs of
 // neighbours are transposed as four bytes, and then each row of pairs is split into two rows.
 constexpr int64_t kMaxTransposeRows = 512;
-template <typename E, std::enable_if_t<kHalf<E>, int> = 0>
+template <typename E, std::enable_if_t<kIsBFloat16<E>, int> = 0>
 inline void transpose(
     const E* src, int64_t ld_src, E* dst, int64_t ld_dst, int64_t rows, int64_t cols) {
   constexpr int64_t kPairs = 16;
@@ -128,7 +128,7 @@ struct MatrixView {
 template <typename E>
 struct Matrix {
   explicit Matrix(const Tensor& t) : count(t.size(0)), width(t.size(1)) {
-    padded = kHalf<E> ? (width + 1) / 2 * 2 : width;
+    padded = kIsBFloat16<E> ? (width + 1) / 2 * 2 : width;
     const Tensor cast = t.to(c10::CppTypeToScalarType<E>::value).contiguous();
     const bool aligned = reinterpret_cast<uintptr_t>(cast.const_data_ptr()) % sizeof(uint32_t) == 0;
     if (padded == width && aligned) {
@@ -170,7 +170,7 @@ class FloatMatrix {
     switch (storage_.scalar_type()) {
       case at::kBFloat16:
         return converted<at::BFloat16>(first, rows, column, columns, buffer);
-      case at::kHalf:
+      case at::kIsBFloat16:
         return converted<at::Half>(first, rows, column, columns, buffer);
       default:
         return {address<float>(first, column), width};

@@ -3,9 +3,9 @@
 //   loss_i = -(1 - e) log q_iy - e mean_j log q_ij,   q_i = softmax(scale x_i W^T)
 //   dloss_i/du_ij = q_ij - (1 - e) [j = y] - e / active,   u = scale X W^T
 //
-// x are the features [N, D], W the prototypes [P, D], y the target, e the label smoothing. j and
-// the mean go over the active classes, of which there are `active`. Tiling, memory and gradients
-// are those of row_softmax.h.
+// x_i are rows of the features X [N, D], W are the prototypes [P, D], y the target, e the label
+// smoothing. j and the mean go over the active classes, of which there are `active`. Tiling, memory
+// and gradients are those of row_softmax.h.
 #include "checks.h"
 #include "results.h"
 #include "row_softmax.h"

@@ -3,9 +3,9 @@
 //   loss_i = sum_j softplus(-s_ij u_ij),   u_ij = scale x_i . w_j + bias
 //   dloss_i/du_ij = sigmoid(u_ij) - [j = i + offset]
 //
-// x are the image features [N, D], w the text features [P, D], scale and bias logit_scale and
-// logit_bias. s_ij is 1 for a match, j = i + offset, and else -1. One pass over the products gives
-// the loss and the gradient, which replaces the products (pairwise.h).
+// x_i are rows of the image features X [N, D], w_j rows of the text features W [P, D], scale and
+// bias are logit_scale and logit_bias. s_ij is 1 for a match, j = i + offset, and else -1. One pass
+// over the products gives the loss and the gradient, which replaces the products (pairwise.h).
 #include "checks.h"
 #include "pairwise.h"
 #include "results.h"

@@ -1,6 +1,6 @@
-// similarity: z = scale x w^T [N, P], of the rows as they are or L2-normalised.
+// similarity: Z = scale X W^T [N, P], of the rows as they are or L2-normalised.
 //
-// x are the features [N, D] and w the prototypes [P, D]. Norms are factors of the rows and columns
+// X are the features [N, D] and W the prototypes [P, D]. Norms are factors of the rows and columns
 // of the product, so normalised operands are never stored or rounded. Tiles of the product are
 // written to the result as they are computed (logits.h). The backward pass scales the upstream
 // gradient to that of the plain product, super-block by super-block (gradients.h), and then
@@ -162,7 +162,7 @@ double backward(
   const std::vector<double> norm_w = norms<Engine>(w, normalize);
   const std::vector<float> row_factors = factors(norm_x, t.n);
   const std::vector<float> column_factors = factors(norm_w, t.p);
-  // dloss/dscale is the sum of the elements of x times the unscaled dx.
+  // dloss/dscale is the sum over all elements of X times the unscaled dX.
   const bool needs_dx = wanted[0] || wanted[2];
   Gradients<Engine> gradients(t, x, w, needs_dx, wanted[1]);
   Grads sums(features, prototypes, at::kFloat, needs_dx, wanted[1]);
@@ -235,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_backward(
       case at::kBFloat16:
         return backward<Engine, at::BFloat16>(
             upstream, features, prototypes, s, normalize, wanted, grads);
-      case at::kHalf:
+      case at::kIsBFloat16:
         return backward<Engine, at::Half>(
             upstream, features, prototypes, s, normalize, wanted, grads);
       default:
