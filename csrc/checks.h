@@ -28,8 +28,8 @@ inline void check_matrices(
     const char* x_name, const Tensor& x, const char* w_name, const Tensor& w) {
   const at::ScalarType dtype = x.scalar_type();
   TORCH_CHECK_TYPE(
-      dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kIsBFloat16, x_name,
-      ": got dtype ", dtype, ", wanted float32, bfloat16 or float16");
+      dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, x_name, ": got dtype ",
+      dtype, ", wanted float32, bfloat16 or float16");
   check_dtype(w_name, w, dtype);
   TORCH_CHECK_VALUE(x.dim() == 2, x_name, ": got shape ", x.sizes(), ", wanted [N, D]");
   TORCH_CHECK_VALUE(

@@ -170,7 +170,7 @@ class FloatMatrix {
     switch (storage_.scalar_type()) {
       case at::kBFloat16:
         return converted<at::BFloat16>(first, rows, column, columns, buffer);
-      case at::kIsBFloat16:
+      case at::kHalf:
         return converted<at::Half>(first, rows, column, columns, buffer);
       default:
         return {address<float>(first, column), width};

@@ -235,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_backward(
       case at::kBFloat16:
         return backward<Engine, at::BFloat16>(
             upstream, features, prototypes, s, normalize, wanted, grads);
-      case at::kIsBFloat16:
+      case at::kHalf:
         return backward<Engine, at::Half>(
             upstream, features, prototypes, s, normalize, wanted, grads);
       default:
