@@ -374,8 +374,8 @@ inline bool may_use_amx() {
 #endif
   TORCH_CHECK_VALUE(
       usable || requested != "amx",
-      "MULKI_CPU_PRODUCTS: got amx, wanted brgemm, for this CPU, system or "
-      "build is without AMX; unset it to leave the choice to mulki");
+      "MULKI_CPU_PRODUCTS: got amx, but this CPU, system or build has no AMX; set it to brgemm, or "
+      "unset it");
   return usable;
 }
 

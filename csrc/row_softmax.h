@@ -470,11 +470,11 @@ class RowSoftmax {
         const double shift_of_max = double(tile_max[r]) - row_max[r];
         out.sum_exp[r] += factor * sum_exp;
         out.sum_exp_y[r] += factor * (tile_sum_exp_y[r] + sum_exp * shift_of_max);
-        const double merged = m == 0 ? tile_cross_or_uniform[r] + active * shift_of_max
-                                     : factor *
+        const double contribution = m == 0 ? tile_cross_or_uniform[r] + active * shift_of_max
+                                           : factor *
                 (tile_cross_or_uniform[r] +
                  sum_exp * (double(student_tile_max[r]) - student_row_max[r]));
-        out.cross_or_uniform[r] += merged;
+        out.cross_or_uniform[r] += contribution;
       }
     }
   }
