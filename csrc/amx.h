@@ -1,8 +1,9 @@
-// The matrix unit of Intel CPUs (AMX), and products of bfloat16 on it, added in float32. Products of
-// floats are in digits.h.
+// The matrix unit of Intel CPUs (AMX), and products of bfloat16 on it, which are summed in float32.
+// Products of floats are in digits.h.
 //
-// Operands lie in blocks of 32 x 32, in the order in which they are read, so a product of any size
-// is one stream per operand.
+// Both operands are packed in blocks of 32 x 32 elements in the order in which the product reads
+// them: C [32, 32] += A B reads one sequence of blocks for A and one for B, whatever the depth. A
+// block has two tiles, which are what one register holds: 16 rows of 64 bytes.
 #pragma once
 
 #include "product.h"
@@ -17,34 +18,35 @@
 
 #include <array>
 
-// The rest of the library does without these instructions: `available` is asked before.
+// Only these functions use AMX instructions. The caller checks `available` first.
 #define MULKI_AMX_TARGET \
-  __attribute__(( \
-      target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16,fma,f16c," \
-             "amx-tile,amx-bf16,amx-int8")))
+  __attribute__((target( \
+      "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16,fma,f16c," \
+      "amx-tile,amx-bf16,amx-int8")))
 
 namespace mulki::amx {
 
 constexpr int64_t kEdge = 32; // of a block
 constexpr int64_t kBlock = kEdge * kEdge; // elements
-constexpr int64_t kTile = kBlock / 2; // of a register: 16 rows of 64 bytes
+constexpr int64_t kTile = kBlock / 2; // elements
 
 inline int64_t blocks(int64_t length) {
   return (length + kEdge - 1) / kEdge;
 }
 
-// Whether this CPU has the unit and the system lets this process use it.
+// Whether this CPU has AMX and the system permits its use by this process.
 inline bool available() {
   static const bool answer = [] {
     unsigned a = 0, b = 0, c = 0, d = 0;
-    constexpr unsigned kTiles = 1u << 24, kHalves = 1u << 22, kBytes = 1u << 25; // in d
-    constexpr unsigned kPermutes = 1u << 1; // of bytes, in c
-    constexpr unsigned kRounding = 1u << 5; // to bfloat16, in a of the next leaf
-    constexpr unsigned kAll = kTiles | kHalves | kBytes;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll || !(c & kPermutes)) {
+    // CPUID leaf 7, subleaf 0: register d, then c; subleaf 1: register a.
+    constexpr unsigned kAmxTile = 1u << 24, kAmxBf16 = 1u << 22, kAmxInt8 = 1u << 25;
+    constexpr unsigned kVbmi = 1u << 1;
+    constexpr unsigned kAvx512Bf16 = 1u << 5;
+    constexpr unsigned kAll = kAmxTile | kAmxBf16 | kAmxInt8;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll || !(c & kVbmi)) {
       return false;
     }
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kRounding) && at::cpu::init_amx();
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvx512Bf16) && at::cpu::init_amx();
   }();
   return answer;
 }
@@ -56,7 +58,7 @@ struct alignas(64) TileShapes {
 };
 inline const TileShapes kTileShapes;
 
-// The unit's state of a thread, from the first product to the last.
+// Configures the tile registers of this thread, and releases them at the end of the scope.
 struct Scope {
   MULKI_AMX_TARGET Scope() {
     _tile_loadconfig(&kTileShapes);
@@ -66,15 +68,16 @@ struct Scope {
   }
 };
 
-// One operand of a product: runs of blocks that follow each other. Distances are in elements.
+// The blocks of one operand: `runs` runs of `steps` blocks. Distances are in elements.
 struct Stream {
   const uint16_t* data;
-  int64_t run = 0; // from a run to the next
-  int64_t block = kBlock; // from a block of a run to the next
+  int64_t run = 0; // distance of two runs
+  int64_t block = kBlock; // distance of two blocks of a run
 };
 
-// C [32, 32] (+)= A B. Neighbouring products share A, which stays in the nearest cache because loads of B pass it
-// by. Not inlined: what the unit reads has to be in memory by then, and the compiler does not see that it is read.
+// C [32, 32] (+)= A B. The next product uses the same A. Loads of B bypass the L1 cache, so that A
+// stays there. Not inlined: AMX reads the operands from memory, which the compiler does not know,
+// so all stores to them have to be complete at the call.
 __attribute__((noinline)) MULKI_AMX_TARGET inline void multiply(
     const Stream& a,
     const Stream& b,
@@ -114,16 +117,17 @@ __attribute__((noinline)) MULKI_AMX_TARGET inline void multiply(
   _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
 }
 
-// Lanes of a vector of `lanes` that hold `valid` elements, which may be more or negative.
-inline uint32_t lanes(int64_t valid, int64_t lanes) {
-  return valid <= 0 ? 0 : valid >= lanes ? uint32_t((uint64_t(1) << lanes) - 1)
-                                         : (uint32_t(1) << valid) - 1;
+// The mask of the first `valid` of `lanes` lanes. `valid` may be negative or larger than `lanes`.
+inline uint32_t lane_mask(int64_t valid, int64_t lanes) {
+  return valid <= 0    ? 0
+      : valid >= lanes ? uint32_t((uint64_t(1) << lanes) - 1)
+                       : (uint32_t(1) << valid) - 1;
 }
 
-// A corner [rows, columns] of a matrix as a block, with zeros elsewhere: a left operand.
+// Packs at most 32 x 32 elements of a matrix as a block of the left operand, with zeros elsewhere.
 MULKI_AMX_TARGET inline void pack_left(
     const at::BFloat16* in, int64_t ld, int64_t rows, int64_t columns, uint16_t* out) {
-  const __mmask32 valid = lanes(columns, 32);
+  const __mmask32 valid = lane_mask(columns, 32);
   for (int64_t i = 0; i < kEdge; ++i) {
     const __m512i row =
         i < rows ? _mm512_maskz_loadu_epi16(valid, in + i * ld) : _mm512_setzero_si512();
@@ -131,10 +135,11 @@ MULKI_AMX_TARGET inline void pack_left(
   }
 }
 
-// The same of floats, rounded.
+// The same for floats, which it rounds.
 MULKI_AMX_TARGET inline void pack_left(
     const float* in, int64_t ld, int64_t rows, int64_t columns, uint16_t* out) {
-  const __mmask16 first = __mmask16(lanes(columns, 16)), second = __mmask16(lanes(columns - 16, 16));
+  const __mmask16 first = __mmask16(lane_mask(columns, 16)),
+                  second = __mmask16(lane_mask(columns - 16, 16));
   for (int64_t i = 0; i < kEdge; ++i) {
     __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
     if (i < rows) {
@@ -145,8 +150,8 @@ MULKI_AMX_TARGET inline void pack_left(
   }
 }
 
-// Transposes a tile of 16 x 16 elements of four bytes.
-MULKI_AMX_TARGET inline void turn_tile(const uint16_t* in, uint16_t* out) {
+// Transposes a tile as 16 x 16 elements of four bytes.
+MULKI_AMX_TARGET inline void transpose_tile(const uint16_t* in, uint16_t* out) {
   __m512i a[16], b[16];
   for (int i = 0; i < 16; ++i) {
     a[i] = _mm512_loadu_si512(in + i * kEdge);
@@ -175,7 +180,8 @@ MULKI_AMX_TARGET inline void turn_tile(const uint16_t* in, uint16_t* out) {
   }
 }
 
-MULKI_AMX_TARGET inline void pair_rows(const uint16_t* in, uint16_t* out) {
+// Interleaves each pair of rows of a block: the elements of a column become neighbours.
+MULKI_AMX_TARGET inline void interleave_row_pairs(const uint16_t* in, uint16_t* out) {
   alignas(64) static constexpr auto kLow = [] {
     std::array<uint16_t, 32> index{};
     for (int i = 0; i < 32; ++i) {
@@ -193,30 +199,31 @@ MULKI_AMX_TARGET inline void pair_rows(const uint16_t* in, uint16_t* out) {
   }
 }
 
-// What a left operand becomes, M being its 32 x 32 elements.
-enum class Form {
-  kRight, // the right operand M
-  kRightTurned, // the right operand M^T
-  kLeftTurned, // the left operand M^T
+// Layouts of a block M of 32 x 32 elements other than that of M as left operand.
+enum class Layout {
+  kRight, // M as right operand
+  kRightTransposed, // M^T as right operand
+  kLeftTransposed, // M^T as left operand
 };
 
-MULKI_AMX_TARGET inline void arrange(Form form, const uint16_t* in, uint16_t* out) {
+// Changes a block from the layout of the left operand to `layout`.
+MULKI_AMX_TARGET inline void rearrange(Layout layout, const uint16_t* in, uint16_t* out) {
   alignas(64) uint16_t paired[kBlock];
-  if (form == Form::kRight) {
-    pair_rows(in, out);
+  if (layout == Layout::kRight) {
+    interleave_row_pairs(in, out);
     return;
   }
-  if (form == Form::kLeftTurned) {
-    pair_rows(in, paired);
+  if (layout == Layout::kLeftTransposed) {
+    interleave_row_pairs(in, paired);
     in = paired;
   }
-  turn_tile(in, out);
-  turn_tile(in + kTile, out + kTile);
+  transpose_tile(in, out);
+  transpose_tile(in + kTile, out + kTile);
 }
 
-// A right operand from a corner [rows, columns] of a matrix.
+// Packs at most 32 x 32 elements of a matrix in `layout`, with zeros elsewhere.
 MULKI_AMX_TARGET inline void pack_right(
-    Form form,
+    Layout layout,
     const at::BFloat16* in,
     int64_t ld,
     int64_t rows,
@@ -224,7 +231,7 @@ MULKI_AMX_TARGET inline void pack_right(
     uint16_t* out) {
   alignas(64) uint16_t block[kBlock];
   pack_left(in, ld, rows, columns, block);
-  arrange(form, block, out);
+  rearrange(layout, block, out);
 }
 
 } // namespace mulki::amx

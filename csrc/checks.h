@@ -1,5 +1,8 @@
-// Checks of arguments. `mulki.functional` checks first and says more; these keep a direct call of an
-// operator, or one from compiled code, from reading where it must not.
+// Checks that keep a kernel from reading or writing out of bounds: ranks, sizes, dtypes and class
+// indices. Python checks the arguments of its callers and explains more (mulki/ops/checks.py).
+// These checks are for direct calls of torch.ops.mulki_cpp.
+//
+// `name` is the argument's name in the schema of the operator.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,88 +14,75 @@ namespace mulki {
 
 using at::Tensor;
 
-inline void check_number(const char* name, const Tensor& t) {
-  TORCH_CHECK_VALUE(t.dim() == 0, name, ": got shape ", t.sizes(), ", wanted a 0-d tensor");
+inline void check_shape(const char* name, const Tensor& t, at::IntArrayRef wanted) {
+  TORCH_CHECK_VALUE(t.sizes() == wanted, name, ": got shape ", t.sizes(), ", wanted ", wanted);
 }
 
-inline void check_matrices(const Tensor& x, const Tensor& w) {
+inline void check_dtype(const char* name, const Tensor& t, at::ScalarType wanted) {
   TORCH_CHECK_TYPE(
-      x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16 ||
-          x.scalar_type() == at::kHalf,
-      "x: got dtype ", x.scalar_type(), ", wanted float32, bfloat16 or float16");
+      t.scalar_type() == wanted, name, ": got dtype ", t.scalar_type(), ", wanted ", wanted);
+}
+
+// x [N, D] and w [P, D] of one dtype that the kernels multiply.
+inline void check_matrices(
+    const char* x_name, const Tensor& x, const char* w_name, const Tensor& w) {
+  const at::ScalarType dtype = x.scalar_type();
   TORCH_CHECK_TYPE(
-      w.scalar_type() == x.scalar_type(), "w: got dtype ", w.scalar_type(), ", wanted ",
-      x.scalar_type(), " as x has; cast one to the other");
-  TORCH_CHECK_VALUE(x.dim() == 2, "x: got shape ", x.sizes(), ", wanted [N, D]");
+      dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, x_name, ": got dtype ",
+      dtype, ", wanted float32, bfloat16 or float16");
+  check_dtype(w_name, w, dtype);
+  TORCH_CHECK_VALUE(x.dim() == 2, x_name, ": got shape ", x.sizes(), ", wanted [N, D]");
   TORCH_CHECK_VALUE(
-      w.dim() == 2 && w.size(1) == x.size(1), "w: got shape ", w.sizes(), ", wanted [P, ",
-      x.size(1), "] to match x");
+      w.dim() == 2 && w.size(1) == x.size(1), w_name, ": got shape ", w.sizes(), ", wanted [P, ",
+      x.size(1), "]");
 }
 
-inline void check_operands(const Tensor& x, const Tensor& w, const Tensor& scale) {
-  check_matrices(x, w);
-  TORCH_CHECK_VALUE(w.size(0) > 0, "w: got no rows, wanted at least one");
-  check_number("scale", scale);
+// Features against at least one prototype.
+inline void check_prototypes(
+    const Tensor& features, const Tensor& prototypes, const Tensor& scale) {
+  check_matrices("features", features, "prototypes", prototypes);
+  TORCH_CHECK_VALUE(prototypes.size(0) > 0, "prototypes: got no rows, wanted at least one");
+  check_shape("scale", scale, {});
 }
 
-inline void check_pairs(const Tensor& x, const Tensor& w, const Tensor& scale) {
-  check_matrices(x, w);
-  TORCH_CHECK_VALUE(
-      w.size(0) == x.size(0), "w: got shape ", w.sizes(), ", wanted ", x.sizes(),
-      " as x: pairs match row by row");
-  check_number("scale", scale);
-}
-
-inline void check_biased(
-    const Tensor& x, const Tensor& w, const Tensor& scale, const Tensor& bias) {
-  check_matrices(x, w);
-  check_number("scale", scale);
-  check_number("bias", bias);
-}
-
-inline void check_rows(const char* name, const Tensor& t, int64_t n) {
-  TORCH_CHECK_VALUE(
-      t.dim() == 1 && t.size(0) == n, name, ": got shape ", t.sizes(), ", wanted [", n, "]");
-}
-
-// A contiguous mask with at least one class that takes part.
-inline std::optional<Tensor> checked_classes(const std::optional<Tensor>& mask, int64_t p) {
+// Returns the mask [P], contiguous. At least one class is active.
+inline std::optional<Tensor> checked_class_mask(const std::optional<Tensor>& mask, int64_t p) {
   if (!mask.has_value()) {
     return std::nullopt;
   }
-  TORCH_CHECK_TYPE(
-      mask->scalar_type() == at::kBool, "class_mask: got dtype ", mask->scalar_type(),
-      ", wanted bool");
-  check_rows("class_mask", *mask, p);
-  const Tensor kept = mask->contiguous();
-  const bool* begin = kept.const_data_ptr<bool>();
+  check_dtype("class_mask", *mask, at::kBool);
+  check_shape("class_mask", *mask, {p});
+  const Tensor active = mask->contiguous();
+  const bool* begin = active.const_data_ptr<bool>();
   TORCH_CHECK_VALUE(
       std::find(begin, begin + p, true) != begin + p,
-      "class_mask: masks every class, wanted at least one True");
-  return kept;
+      "class_mask: got no True, wanted at least one");
+  return active;
 }
 
-// Contiguous targets in [0, p), of classes that take part, or `ignored` where that is given.
+// Returns the targets [N], contiguous: each is an active class in [0, P), or `ignored` if given.
+// `mask` comes from checked_class_mask.
 inline Tensor checked_target(
-    const Tensor& target, int64_t n, int64_t p, std::optional<int64_t> ignored,
+    const Tensor& target,
+    int64_t n,
+    int64_t p,
+    std::optional<int64_t> ignored,
     const std::optional<Tensor>& mask) {
-  TORCH_CHECK_TYPE(
-      target.scalar_type() == at::kLong, "target: got dtype ", target.scalar_type(),
-      ", wanted int64");
-  check_rows("target", target, n);
+  check_dtype("target", target, at::kLong);
+  check_shape("target", target, {n});
   const Tensor targets = target.contiguous();
   const int64_t* y = targets.const_data_ptr<int64_t>();
-  const bool* kept = mask.has_value() ? mask->const_data_ptr<bool>() : nullptr;
+  const bool* active = mask.has_value() ? mask->const_data_ptr<bool>() : nullptr;
   for (int64_t i = 0; i < n; ++i) {
     if (ignored.has_value() && y[i] == *ignored) {
       continue;
     }
     TORCH_CHECK_VALUE(
-        y[i] >= 0 && y[i] < p, "target: got ", y[i], " in row ", i,
-        ", wanted class indices in [0, ", p, ")");
+        y[i] >= 0 && y[i] < p, "target: got ", y[i], " in row ", i, ", wanted a class in [0, ", p,
+        ")");
     TORCH_CHECK_VALUE(
-        kept == nullptr || kept[y[i]], "target: holds class ", y[i],
-        ", which class_mask excludes; unmask it or leave its rows out");
+        active == nullptr || active[y[i]], "target: got ", y[i], " in row ", i,
+        ", which class_mask excludes");
   }
   return targets;
 }

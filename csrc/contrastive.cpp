@@ -1,13 +1,23 @@
-// loss_i = 1/2 (log sum_j exp u_ij + log sum_j exp u_ji) - u_ii of N pairs, u_ij = scale x_i . w_j.
+// contrastive: the loss of CLIP over N pairs of an image and a text.
 //
-// The gradient needs every row and every column sum first: one pass of products for those, and one more for
-// the gradient, but for the rows whose products the first one has kept.
+//   loss_i = 1/2 (row_i + column_i) - u_ii,   u_ij = scale x_i . w_j
+//   row_i = log sum_j exp u_ij,   column_j = log sum_i exp u_ij
+//   dloss/du_ij = g_i/2 exp(u_ij - row_i) + g_j/2 exp(u_ij - column_j) - g_i [i = j]
 //
-// Where the logits of a block are near one another, as they mostly are, one exponential of each serves its
-// row and its column: exp(u - column) = exp(u - row) exp(row - column), where the last is a factor of the row
-// times one of the column.
+// x_i are rows of the image features X [N, D], w_j rows of the text features W [N, D], scale is
+// logit_scale and g_i the upstream gradient of loss_i. The gradient needs all row_i and column_j
+// first. So a first pass over the products takes the sums and a second one forms the gradient,
+// which replaces the products. The first pass keeps the products of as many rows as fit into a
+// ProductCache; the second pass computes the others again (pairwise.h).
+//
+// A block of products needs an exponential for the row and one for the column of each element. If
+// the logits of a block are close to each other, which is the common case, one is enough:
+//
+//   exp(u_ij - column_j) = exp(u_ij - row_i) exp(row_i - m) exp(m - column_j)
+//
+// with one number m for the block: a factor for each row times a factor for each column.
 #include "checks.h"
-#include "pairs.h"
+#include "pairwise.h"
 #include "results.h"
 
 #include <torch/library.h>
@@ -21,144 +31,147 @@ namespace mulki {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-// So much can be between the logits, or sums, of a block: exp(u - row) underflows at 1e-38, which times
-// exp(40) is still nothing.
-constexpr float kNear = 40.0f;
+// The largest difference between the maxima, or the sums, of a block for which one exponential is
+// enough: where exp(u - row) underflows, near 1e-38, its product with exp(40) is still negligible.
+constexpr float kMaxSpread = 40.0f;
 
-// Log of a sum of exponentials that is taken piece by piece, for `n` rows or columns at once.
+// log sum exp of `n` rows or columns, to which partial sums are added one after the other.
 struct RunningSum {
-  explicit RunningSum(int64_t n) : most(n, -kInfinity), sum(n, 0.0) {}
+  explicit RunningSum(int64_t n) : max(n, -kInfinity), sum(n, 0.0) {}
 
-  void add(int64_t i, float piece_most, float piece_sum) {
-    if (piece_most > most[i] || piece_most != piece_most) {
-      sum[i] = sum[i] * std::exp(double(most[i]) - piece_most) + piece_sum;
-      most[i] = piece_most;
+  void add(int64_t i, float piece_max, float piece_sum) {
+    if (piece_max > max[i] || piece_max != piece_max) {
+      sum[i] = sum[i] * std::exp(double(max[i]) - piece_max) + piece_sum;
+      max[i] = piece_max;
     } else {
-      sum[i] += piece_sum * std::exp(double(piece_most) - most[i]);
+      sum[i] += piece_sum * std::exp(double(piece_max) - max[i]);
     }
   }
   double log(int64_t i) const {
-    return most[i] + std::log(sum[i]);
+    return max[i] + std::log(sum[i]);
   }
 
-  std::vector<float> most;
+  std::vector<float> max;
   std::vector<double> sum;
 };
 
-// The sums are in double: in float, 100 + log(1 + 1e-6) has no loss left.
+// row_lse and column_lse are double: in float, 100 + log(1 + 1e-6) is 100, and the loss would be 0.
 struct Sums {
   Tensor loss, row_lse, column_lse;
 };
 
-// Sums of exponentials of one block of contrastive, in pieces of RunningSum: those of its rows and columns.
-struct Pieces {
-  float *row_most, *row_sum, *column_most, *column_sum;
+// Of each row and of each column of a block: a maximum m of u, and the sum of exp(u - m).
+struct PartialSums {
+  float *row_max, *row_sum, *column_max, *column_sum;
 };
 
-// y [rows, width], of which the first `valid` columns are pairs; beyond them `add` is -infinity, else 0. A match is
-// what a solved pair's sum consists of, and to all digits only if it is taken from itself: `matches` says
-// that the block has some.
+// Takes the sums of the products y [rows, width]. Only the first `valid` columns are texts: `mask`,
+// which is added to the logits, is 0 there and -infinity in the padding.
+//
+// `has_match` says that the block has elements of the diagonal. After training, such an element is
+// nearly all of its sum. It is exact only if the maximum that is subtracted is the element itself,
+// so these blocks take two exponentials.
 void sums_of_block(
     const float* y,
     int64_t rows,
     int64_t width,
     int64_t valid,
     float scale,
-    const float* add,
-    bool matches,
-    const Pieces& out) {
+    const float* mask,
+    bool has_match,
+    const PartialSums& out) {
   const Vec s(scale);
-  std::fill(out.column_most, out.column_most + width, -kInfinity);
+  std::fill(out.column_max, out.column_max + width, -kInfinity);
   std::fill(out.column_sum, out.column_sum + width, 0.0f);
   const auto logits = [&](int64_t i, int64_t j) {
-    return at::vec::fmadd(Vec::loadu(y + i * width + j), s, Vec::loadu(add + j));
+    return at::vec::fmadd(Vec::loadu(y + i * width + j), s, Vec::loadu(mask + j));
   };
-  Vec highest(-kInfinity);
+  Vec block_max(-kInfinity);
   for (int64_t i = 0; i < rows; ++i) {
     Vec top(-kInfinity);
     for (int64_t j = 0; j < width; j += Vec::size()) {
       const Vec u = logits(i, j);
       top = at::vec::maximum(top, u);
-      at::vec::maximum(Vec::loadu(out.column_most + j), u).store(out.column_most + j);
+      at::vec::maximum(Vec::loadu(out.column_max + j), u).store(out.column_max + j);
     }
-    out.row_most[i] = max_of(top);
-    highest = at::vec::maximum(highest, top);
+    out.row_max[i] = max_of(top);
+    block_max = at::vec::maximum(block_max, top);
   }
-  const float most = max_of(highest);
-  const float least = *std::min_element(out.column_most, out.column_most + valid);
-  const float least_of_rows = *std::min_element(out.row_most, out.row_most + rows);
-  // Not with an infinity or a NaN.
-  const bool near = !matches && least >= most - kNear && most < kInfinity &&
-      least_of_rows > -kInfinity;
-  alignas(64) float of_most[64];
-  for (int64_t i = 0; i < rows && near; i += Vec::size()) {
+  const float max = max_of(block_max);
+  const float min_column_max = *std::min_element(out.column_max, out.column_max + valid);
+  const float min_row_max = *std::min_element(out.row_max, out.row_max + rows);
+  // False if there is an infinity or a NaN.
+  const bool small_spread = !has_match && min_column_max >= max - kMaxSpread && max < kInfinity &&
+      min_row_max > -kInfinity;
+  alignas(64) float exp_row_max[64];
+  for (int64_t i = 0; i < rows && small_spread; i += Vec::size()) {
     const int64_t n = std::min<int64_t>(Vec::size(), rows - i);
-    exp_of_difference(Vec::loadu(out.row_most + i, n), Vec(most)).store(of_most + i, n);
+    exp_of_difference(Vec::loadu(out.row_max + i, n), Vec(max)).store(exp_row_max + i, n);
   }
   for (int64_t i = 0; i < rows; ++i) {
-    const Vec top(out.row_most[i]);
-    Vec in_row(0.0f);
-    if (near) {
-      const Vec factor(of_most[i]);
+    const Vec top(out.row_max[i]);
+    Vec row_total(0.0f);
+    if (small_spread) {
+      const Vec factor(exp_row_max[i]);
       for (int64_t j = 0; j < width; j += Vec::size()) {
         const Vec e = exp_of(logits(i, j) - top);
-        in_row = in_row + e;
+        row_total = row_total + e;
         at::vec::fmadd(e, factor, Vec::loadu(out.column_sum + j)).store(out.column_sum + j);
       }
     } else {
       for (int64_t j = 0; j < width; j += Vec::size()) {
         const Vec u = logits(i, j);
-        in_row = in_row + exp_of(u - top);
-        // Beyond the last pair both are -infinity, and nobody reads the NaN that comes out.
-        (Vec::loadu(out.column_sum + j) + exp_of(u - Vec::loadu(out.column_most + j)))
+        row_total = row_total + exp_of(u - top);
+        // In the padding both are -infinity. The difference is NaN, and it is not read.
+        (Vec::loadu(out.column_sum + j) + exp_of(u - Vec::loadu(out.column_max + j)))
             .store(out.column_sum + j);
       }
     }
-    out.row_sum[i] = sum_of(in_row);
+    out.row_sum[i] = sum_of(row_total);
   }
-  if (near) {
-    std::fill(out.column_most, out.column_most + width, most);
+  if (small_spread) {
+    std::fill(out.column_max, out.column_max + width, max);
   }
 }
 
 template <typename Engine>
-Sums contrastive_sums(Pairs<Engine>& pairs, float scale, const Kept* kept = nullptr) {
-  const Tiling& t = pairs.tiling;
+Sums contrastive_sums(
+    PairwisePass<Engine>& pass, float scale, const ProductCache* cache = nullptr) {
+  const Tiling& t = pass.tiling;
   const int64_t n = t.n;
-  std::vector<float> row_most(t.tiles * t.rows), row_sum(t.tiles * t.rows);
-  std::vector<float> column_most(t.blocks * t.tiles * t.width),
+  std::vector<float> row_max(t.tiles * t.rows), row_sum(t.tiles * t.rows);
+  std::vector<float> column_max(t.blocks * t.tiles * t.width),
       column_sum(t.blocks * t.tiles * t.width), diagonal(n);
   RunningSum columns(t.tiles * t.width);
   Tensor row_lse = at::empty({n}, at::kDouble), column_lse = at::empty({n}, at::kDouble);
   Tensor loss = empty_float({n});
   double* row_out = row_lse.mutable_data_ptr<double>();
-  std::vector<float> beyond(t.width, -kInfinity); // added to columns beyond the last pair
-  std::fill(beyond.begin(), beyond.begin() + t.valid(t.tiles - 1), 0.0f);
-  const std::vector<float> within(t.width, 0.0f);
+  std::vector<float> last_mask(t.width, -kInfinity); // of the last tile
+  std::fill(last_mask.begin(), last_mask.begin() + t.valid(t.tiles - 1), 0.0f);
+  const std::vector<float> full_mask(t.width, 0.0f);
 
-  pairs.sweep(
+  pass.run(
       [&](int64_t first, int64_t tile, int64_t begin, int64_t end, float* y) {
-        const int64_t in_row = tile * t.rows + begin;
-        const int64_t in_column = (begin / t.block * t.tiles + tile) * t.width;
-        bool matches = false;
+        const int64_t row_at = tile * t.rows + begin;
+        const int64_t column_at = (begin / t.block * t.tiles + tile) * t.width;
+        bool has_match = false;
         for (int64_t i = begin; i < end; ++i) {
           const int64_t match = first + i - tile * t.width;
           if (match >= 0 && match < t.width) {
             diagonal[first + i] = y[(i - begin) * t.width + match] * scale;
-            matches = true;
+            has_match = true;
           }
         }
         sums_of_block(
             y, end - begin, t.width, t.valid(tile), scale,
-            tile == t.tiles - 1 ? beyond.data() : within.data(), matches,
-            {&row_most[in_row], &row_sum[in_row], &column_most[in_column],
-             &column_sum[in_column]});
+            tile == t.tiles - 1 ? last_mask.data() : full_mask.data(), has_match,
+            {&row_max[row_at], &row_sum[row_at], &column_max[column_at], &column_sum[column_at]});
       },
       [&](int64_t first, int64_t count) {
         RunningSum merged(count);
         for (int64_t tile = 0; tile < t.tiles; ++tile) {
           for (int64_t i = 0; i < count; ++i) {
-            merged.add(i, row_most[tile * t.rows + i], row_sum[tile * t.rows + i]);
+            merged.add(i, row_max[tile * t.rows + i], row_sum[tile * t.rows + i]);
           }
         }
         for (int64_t i = 0; i < count; ++i) {
@@ -169,12 +182,12 @@ Sums contrastive_sums(Pairs<Engine>& pairs, float scale, const Kept* kept = null
           for (int64_t b = 0; b < blocks; ++b) {
             for (int64_t j = from; j < to; ++j) {
               const int64_t at = b * t.tiles * t.width + j;
-              columns.add(j, column_most[at], column_sum[at]);
+              columns.add(j, column_max[at], column_sum[at]);
             }
           }
         });
       },
-      kept);
+      cache);
 
   for (int64_t i = 0; i < n; ++i) {
     const double column = columns.log(i);
@@ -190,12 +203,11 @@ struct Split {
   float high, low;
 };
 
-// dloss/du_ij = g_i/2 exp(u_ij - row_i) + g_j/2 exp(u_ij - column_j) - g_i [i = j], block by block. Of a
-// match this is the small difference of numbers near 1, so matches are left out of the vectors and
-// taken in double.
+// dloss/du, block by block. On the diagonal it is the small difference of numbers near 1, so the
+// diagonal is left out of the vectors and computed in double.
 class GradientOfLogits {
  public:
-  // `row` and `column` are the logarithms of the sums, of n rows and columns each.
+  // `row` and `column` are row_i and column_j, [N] each.
   GradientOfLogits(
       const Tiling& t,
       float scale,
@@ -206,21 +218,22 @@ class GradientOfLogits {
         scale_(scale),
         row_(row),
         column_(column),
-        half_(t.tiles * t.width, 0.0f),
-        within_(half_),
-        high_(half_),
-        low_(half_) {
+        half_grad_(t.tiles * t.width, 0.0f),
+        valid_(half_grad_),
+        high_(half_grad_),
+        low_(half_grad_) {
     for (int64_t j = 0; j < t.n; ++j) {
       const Split lse(column[j]);
       high_[j] = lse.high;
       low_[j] = lse.low;
-      half_[j] = float(upstream[j] / 2);
-      within_[j] = 1.0f;
+      half_grad_[j] = float(upstream[j] / 2);
+      valid_[j] = 1.0f;
     }
   }
 
-  // g [end - begin, width] from y, which may be g, for rows [begin, end) of the super-block that begins
-  // at `first`; of each row the sum of g y, which is its part of dloss/dscale.
+  // Writes g [end - begin, width] from y, which may be the same memory, for rows [begin, end) of
+  // the super-block that begins at row `first`. `sums` gets sum_j g y of each row, whose total is
+  // dloss/dscale.
   void block(
       int64_t first,
       int64_t tile,
@@ -230,91 +243,93 @@ class GradientOfLogits {
       float* g,
       double* sums) const {
     const int64_t start = first + begin, rows = end - begin;
-    alignas(64) float high[kMostBlock], low[kMostBlock], of_row[kMostBlock], of_column[kMostWidth];
-    TORCH_INTERNAL_ASSERT_DEBUG_ONLY(rows <= kMostBlock && t_.width <= kMostWidth);
+    alignas(64) float high[kMaxBlock], low[kMaxBlock], row_factors[kMaxBlock],
+        column_factors[kMaxWidth];
+    TORCH_INTERNAL_ASSERT_DEBUG_ONLY(rows <= kMaxBlock && t_.width <= kMaxWidth);
     for (int64_t i = 0; i < rows; ++i) {
       const Split lse(row_[start + i]);
       high[i] = lse.high;
       low[i] = lse.low;
     }
-    const bool near = factors(tile, rows, high, low, of_row, of_column);
+    const bool small_spread = factors(tile, rows, high, low, row_factors, column_factors);
     for (int64_t i = 0; i < rows; ++i) {
       const Row row{start + i, tile, y + i * t_.width, g + i * t_.width, high[i], low[i]};
-      sums[i] = near ? gradient<true>(row, of_row[i], of_column)
-                     : gradient<false>(row, 0.0f, nullptr);
+      sums[i] = small_spread ? gradient<true>(row, row_factors[i], column_factors)
+                             : gradient<false>(row, 0.0f, nullptr);
     }
   }
 
  private:
-  static constexpr int64_t kMostBlock = 64, kMostWidth = 128;
+  static constexpr int64_t kMaxBlock = 64, kMaxWidth = 128;
   struct Row {
     int64_t index, tile;
     const float* y;
     float* g;
-    float high, low; // of the logarithm of its sum
+    float high, low; // row_i as the sum of two floats
   };
 
-  // exp(row - reference) of the rows and half exp(reference - column) of the columns of a block, or false if
-  // a column is too far below a row.
+  // Writes exp(row_i - m) of the rows and g_j/2 exp(m - column_j) of the columns of a block, or
+  // returns false if a column_j is too far below a row_i.
   bool factors(
       int64_t tile,
       int64_t rows,
       const float* high,
       const float* low,
-      float* of_row,
-      float* of_column) const {
+      float* row_factors,
+      float* column_factors) const {
     const int64_t at = tile * t_.width;
-    const auto [lowest, highest] = std::minmax_element(high, high + rows);
-    const float most = *highest;
-    const float least = *std::min_element(&high_[at], &high_[at] + t_.valid(tile));
-    // Not with an infinity or a NaN.
-    if (!(least >= most - kNear && most < kInfinity && *lowest > -kInfinity)) {
+    const auto [min_row, max_row] = std::minmax_element(high, high + rows);
+    const float max = *max_row;
+    const float min_column = *std::min_element(&high_[at], &high_[at] + t_.valid(tile));
+    // False if there is an infinity or a NaN.
+    if (!(min_column >= max - kMaxSpread && max < kInfinity && *min_row > -kInfinity)) {
       return false;
     }
-    const Vec reference(most);
+    const Vec reference(max);
     for (int64_t i = 0; i < rows; i += Vec::size()) {
       const int64_t n = std::min<int64_t>(Vec::size(), rows - i);
       const Vec e = exp_of_difference(Vec::loadu(high + i, n), reference);
-      at::vec::fmadd(e, Vec::loadu(low + i, n), e).store(of_row + i, n);
+      at::vec::fmadd(e, Vec::loadu(low + i, n), e).store(row_factors + i, n);
     }
     for (int64_t j = 0; j < t_.width; j += Vec::size()) {
       const Vec e = exp_of_difference(reference, Vec::loadu(&high_[at + j]));
-      const Vec factor = (e - e * Vec::loadu(&low_[at + j])) * Vec::loadu(&half_[at + j]);
-      where_kept(&within_[at + j], 0.0f, factor).store(of_column + j);
+      const Vec factor = (e - e * Vec::loadu(&low_[at + j])) * Vec::loadu(&half_grad_[at + j]);
+      where_active(&valid_[at + j], 0.0f, factor).store(column_factors + j);
     }
     return true;
   }
 
-  template <bool NEAR>
-  double gradient(const Row& row, float of_row, const float* of_column) const {
+  template <bool SMALL_SPREAD>
+  double gradient(const Row& row, float row_factor, const float* column_factors) const {
     const int64_t at = row.tile * t_.width, match = row.index - at;
     const bool matched = match >= 0 && match < t_.width;
     const double y_match = matched ? row.y[match] : 0.0;
-    const Vec s(scale_), high(row.high), low(row.low), half(half_[row.index]), factor(of_row);
+    const Vec s(scale_), high(row.high), low(row.low), half(half_grad_[row.index]),
+        factor(row_factor);
     Vec sum(0.0f);
     for (int64_t j = 0; j < t_.width; j += Vec::size()) {
       const Vec y = Vec::loadu(row.y + j);
       const Vec u = y * s;
       const Vec e = exp_of(u - high - low);
       Vec g;
-      if constexpr (NEAR) {
-        g = e * at::vec::fmadd(factor, Vec::loadu(of_column + j), half);
+      if constexpr (SMALL_SPREAD) {
+        g = e * at::vec::fmadd(factor, Vec::loadu(column_factors + j), half);
       } else {
-        const Vec other = exp_of(u - Vec::loadu(&high_[at + j]) - Vec::loadu(&low_[at + j]));
-        g = at::vec::fmadd(other, Vec::loadu(&half_[at + j]), half * e);
+        const Vec e_column = exp_of(u - Vec::loadu(&high_[at + j]) - Vec::loadu(&low_[at + j]));
+        g = at::vec::fmadd(e_column, Vec::loadu(&half_grad_[at + j]), half * e);
       }
-      // Beyond the last pair the exponentials may be infinite.
-      g = where_kept(&within_[at + j], 0.0f, g);
+      // In the padding the exponentials may be infinite.
+      g = where_active(&valid_[at + j], 0.0f, g);
       if (matched && match >= j && match < j + Vec::size()) {
-        g = g * Vec::loadu(kAllBut + Vec::size() - 1 - (match - j));
+        g = g * zero_in_lane(match - j);
       }
       sum = at::vec::fmadd(g, y, sum);
       g.store(row.g + j);
     }
     double total = sum_of(sum);
     if (matched) {
-      const float u = float(y_match) * scale_; // rounded as in the sums
-      const double g = half_[row.index] *
+      const float u = float(y_match) * scale_; // rounded as in contrastive_sums
+      const double g = half_grad_[row.index] *
           (std::expm1(double(u) - row_[row.index]) + std::expm1(double(u) - column_[row.index]));
       row.g[match] = float(g);
       total += g * y_match;
@@ -325,109 +340,123 @@ class GradientOfLogits {
   const Tiling t_;
   const float scale_;
   const double *row_, *column_;
-  std::vector<float> half_, within_, high_, low_; // of the columns, padded to whole tiles
+  // Of each column, padded to whole tiles: g_j/2; 1, or 0 in the padding; column_j as two floats.
+  std::vector<float> half_grad_, valid_, high_, low_;
 };
 
-// Returns dloss/dscale. `kept` is what the sums have kept, if anything; G may take its place.
+// Returns dloss/dscale. `cache` holds products of the first pass, or is null; G may replace them.
 template <typename Engine>
 double contrastive_gradients(
-    Pairs<Engine>& pairs,
+    PairwisePass<Engine>& pass,
     float scale,
     const Tensor& row_lse, // double
     const Tensor& column_lse, // double
     const Upstream& upstream,
     Grads& grads,
-    const Kept* kept = nullptr) {
-  const Tiling& t = pairs.tiling;
+    const ProductCache* cache = nullptr) {
+  const Tiling& t = pass.tiling;
   const GradientOfLogits gradient(
       t, scale, row_lse.const_data_ptr<double>(), column_lse.const_data_ptr<double>(), upstream);
   std::vector<double> partial(t.tiles * t.rows);
   double dscale = 0;
   const auto block = [&](int64_t first, int64_t tile, int64_t begin, int64_t end, float* y) {
-    float* g = pairs.gradients.any() ? pairs.gradients.values(0, tile, begin) : y;
+    float* g = pass.gradients.any() ? pass.gradients.values(0, tile, begin) : y;
     gradient.block(first, tile, begin, end, y, g, &partial[tile * t.rows + begin]);
-    pairs.gradients.commit(first, tile, begin, end - begin);
+    pass.gradients.commit(first, tile, begin, end - begin);
   };
   const auto after = [&](int64_t first, int64_t count) {
-    add_rows(partial, t, count, [&](int64_t, double sum) { dscale += sum; });
-    pairs.gradients.accumulate(first, count, scale, grads.x, grads.w);
+    add_row_sums(partial, t, count, [&](int64_t, double sum) { dscale += sum; });
+    pass.gradients.accumulate(first, count, scale, grads.x, grads.w);
   };
-  pairs.sweep(block, after, kept, true);
+  pass.run(block, after, cache, true);
   return dscale;
 }
 
+void check(const Tensor& image_features, const Tensor& text_features, const Tensor& logit_scale) {
+  check_matrices("image_features", image_features, "text_features", text_features);
+  check_shape("text_features", text_features, image_features.sizes());
+  check_shape("logit_scale", logit_scale, {});
+}
+
 std::tuple<Tensor, Tensor, Tensor> contrastive(
-    const Tensor& x, const Tensor& w, const Tensor& scale) {
-  check_pairs(x, w, scale);
-  if (x.size(0) == 0) {
+    const Tensor& image_features, const Tensor& text_features, const Tensor& logit_scale) {
+  check(image_features, text_features, logit_scale);
+  const int64_t n = image_features.size(0), d = image_features.size(1);
+  if (n == 0) {
     return {empty_float({0}), empty_float({0}), empty_float({0})};
   }
-  const float s = float(value_of(scale));
-  const Sums sums = with_engine(x.scalar_type(), x.size(1), [&](auto engine) {
-    Pairs<decltype(engine)> pairs(x, w, false, false);
-    return contrastive_sums(pairs, s);
+  const float s = float(value_of(logit_scale));
+  const Sums sums = with_engine(image_features.scalar_type(), d, [&](auto engine) {
+    PairwisePass<decltype(engine)> pass(image_features, text_features, false, false);
+    return contrastive_sums(pass, s);
   });
   return {sums.loss, sums.row_lse.to(at::kFloat), sums.column_lse.to(at::kFloat)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> contrastive_backward(
     const Tensor& grad,
-    const Tensor& x,
-    const Tensor& w,
-    const Tensor& scale,
+    const Tensor& image_features,
+    const Tensor& text_features,
+    const Tensor& logit_scale,
     const Tensor& row_lse,
     const Tensor& column_lse,
     std::array<bool, 3> wanted) {
-  check_pairs(x, w, scale);
-  check_rows("grad", grad, x.size(0));
-  check_rows("row_lse", row_lse, x.size(0));
-  check_rows("column_lse", column_lse, x.size(0));
-  Grads grads(x, w, x.scalar_type(), wanted[0], wanted[1]);
+  check(image_features, text_features, logit_scale);
+  const int64_t n = image_features.size(0), d = image_features.size(1);
+  check_shape("grad", grad, {n});
+  check_shape("row_lse", row_lse, {n});
+  check_shape("column_lse", column_lse, {n});
+  const at::ScalarType dtype = image_features.scalar_type();
+  Grads grads(image_features, text_features, dtype, wanted[0], wanted[1]);
   double dscale = 0;
-  if (x.size(0) > 0) {
-    const float s = float(value_of(scale));
-    dscale = with_engine(x.scalar_type(), x.size(1), [&](auto engine) {
-      Pairs<decltype(engine)> pairs(x, w, wanted[0], wanted[1]);
+  if (n > 0) {
+    const float s = float(value_of(logit_scale));
+    dscale = with_engine(dtype, d, [&](auto engine) {
+      PairwisePass<decltype(engine)> pass(image_features, text_features, wanted[0], wanted[1]);
       return contrastive_gradients(
-          pairs, s, row_lse.to(at::kDouble).contiguous(), column_lse.to(at::kDouble).contiguous(),
+          pass, s, row_lse.to(at::kDouble).contiguous(), column_lse.to(at::kDouble).contiguous(),
           Upstream(grad), grads);
     });
   }
   return {grads.x, grads.w, scalar_if(wanted[2], dscale)};
 }
 
-// The total and dloss/dscale.
+// The total of the losses, and dloss/dscale.
 template <typename Engine>
 std::pair<double, double> total_and_gradients(
-    const Tensor& x,
-    const Tensor& w,
+    const Tensor& image_features,
+    const Tensor& text_features,
     float scale,
     bool mean,
     std::array<bool, 3> wanted,
     Grads& grads) {
-  Pairs<Engine> pairs(x, w, wanted[0], wanted[1]);
+  PairwisePass<Engine> pass(image_features, text_features, wanted[0], wanted[1]);
   if (!wanted[0] && !wanted[1] && !wanted[2]) {
-    return {sum_of_rows(contrastive_sums(pairs, scale).loss), 0.0};
+    return {sum_of_rows(contrastive_sums(pass, scale).loss), 0.0};
   }
-  const Kept kept(pairs.tiling);
-  const Sums sums = contrastive_sums(pairs, scale, &kept);
-  const Upstream upstream(share_of(mean, x.size(0)));
+  const ProductCache cache(pass.tiling);
+  const Sums sums = contrastive_sums(pass, scale, &cache);
+  const Upstream upstream(row_weight(mean, pass.tiling.n));
   return {
       sum_of_rows(sums.loss),
-      contrastive_gradients(
-          pairs, scale, sums.row_lse, sums.column_lse, upstream, grads, &kept)};
+      contrastive_gradients(pass, scale, sums.row_lse, sums.column_lse, upstream, grads, &cache)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_reduced(
-    const Tensor& x, const Tensor& w, const Tensor& scale, bool mean, std::array<bool, 3> wanted) {
-  check_pairs(x, w, scale);
-  const int64_t n = x.size(0);
-  Grads grads(x, w, at::kFloat, wanted[0], wanted[1]);
+    const Tensor& image_features,
+    const Tensor& text_features,
+    const Tensor& logit_scale,
+    bool mean,
+    std::array<bool, 3> wanted) {
+  check(image_features, text_features, logit_scale);
+  const int64_t n = image_features.size(0), d = image_features.size(1);
+  Grads grads(image_features, text_features, at::kFloat, wanted[0], wanted[1]);
   double total = 0, dscale = 0;
   if (n > 0) {
-    const float s = float(value_of(scale));
-    std::tie(total, dscale) = with_engine(x.scalar_type(), x.size(1), [&](auto engine) {
-      return total_and_gradients<decltype(engine)>(x, w, s, mean, wanted, grads);
+    const float s = float(value_of(logit_scale));
+    std::tie(total, dscale) = with_engine(image_features.scalar_type(), d, [&](auto engine) {
+      return total_and_gradients<decltype(engine)>(
+          image_features, text_features, s, mean, wanted, grads);
     });
   }
   return {scalar(mean ? total / double(n) : total), grads.x, grads.w, scalar_if(wanted[2], dscale)};

@@ -1,22 +1,28 @@
-// Products of floats on the matrix unit, which multiplies bytes exactly and adds them in 32 bits.
+// Products of floats on the matrix unit, which multiplies 8-bit integers exactly and sums in 32
+// bits.
 //
-// A line, a row of the left or a column of the right operand, is a number times integers of 24 bits, and an
-// integer is three digits to the base 256, from -128 to 127:
+// A line is a row of the left operand or a column of the right one. Each line has a scale s, and
+// its elements are s times integers of 24 bits. An integer is written with three digits to the base
+// 256. A digit is a number from -128 to 127, stored in one byte:
 //
 //   x = s (x_1 2^16 + x_2 2^8 + x_3),   |x - s integer| <= 2^-24 max |x|
 //
-// Of the nine products of digits the six largest are formed, in three sums by their weight; the only
-// rounding is of those sums to float32 (the scheme of Ozaki et al., Numer. Algorithms 59, 2012, doi
-// 10.1007/s11075-011-9478-1, on integers as by Ootomo et al., arXiv 2306.11975). An error is thus relative
-// to the largest element of a line. What is left out is about 2^-25 max |x| max |w| a term, at most 2^-23; where the
-// largest elements of both lines stand far above the others (`peak`) it would show, and there two more
-// products are formed.
+// A product of two elements has nine products of digits. The six largest are computed, in three
+// sums, one for each weight 2^32, 2^24 and 2^16. The only rounding is the conversion of these sums
+// to float32. This is the scheme of Ozaki et al. (Numer. Algorithms 59, 2012, doi
+// 10.1007/s11075-011-9478-1) on integers as by Ootomo et al. (arXiv 2306.11975).
 //
-// In the products with G a line is a column of X or W, or one of G's: there rows of X or W that are far smaller
-// or larger than others are brought to one level first, and G makes up for it (level_of).
+// So the error is relative to the largest element of a line. The missing three products are about
+// 2^-25 max |x| max |w| per term, at most 2^-23. If the largest elements of both lines are far
+// above their root mean square, this error is too large, and two more products are computed, of
+// weight 2^8.
 //
-// 32 lines are a strip: their scales, then blocks of a depth of 64, each of a digit after the other, in
-// the order in which they are read.
+// In the products with G, a line is a column of X, of W, of G or of G^T. If the rows of X or W
+// differ much in size, each row is first divided by a power of two (level_of), and the elements of
+// G are multiplied by it.
+//
+// A strip is 32 lines in the order in which the product reads them: a Head with the scales, then
+// blocks of depth 64, each with all first digits, then all second, then all third ones.
 #pragma once
 
 #include "amx.h"
@@ -29,8 +35,8 @@
 
 namespace mulki::digits {
 
-constexpr int64_t kLines = amx::kEdge; // of a strip
-constexpr int64_t kDepth = 64; // of a block
+constexpr int64_t kLines = amx::kEdge; // lines of a strip
+constexpr int64_t kDepth = 64; // elements of each line in a block
 constexpr int kDigits = 3;
 constexpr int64_t kTile = 1024; // bytes of a register
 constexpr int64_t kDigit = 2 * kTile; // bytes of one digit of a block
@@ -40,10 +46,11 @@ inline int64_t blocks(int64_t depth) {
   return (depth + kDepth - 1) / kDepth;
 }
 
-// What stands before the blocks of a strip.
+// The beginning of a strip.
 struct alignas(64) Head {
   float scale[kLines]; // 2^16 s
-  float peak; // the largest element of a line over the root of its mean square, the most of all lines
+  // The largest element of a line divided by its root mean square; the maximum over the lines.
+  float peak_to_rms;
 };
 
 inline int64_t strip_bytes(int64_t depth) {
@@ -56,57 +63,59 @@ inline const uint8_t* block(const void* strip, int64_t i) {
   return static_cast<const uint8_t*>(strip) + sizeof(Head) + i * kBlock;
 }
 
-// What the lines of a strip are multiplied by to become integers, in two parts: rounded to one, it would make
-// all of a line too large or too small, which sums do not average out.
-struct alignas(64) Inverse {
+// 1 / s of each line of a strip, as the sum of two floats. Rounded to one float, it would make all
+// elements of a line too large or all too small, and sums would not average this out.
+struct alignas(64) InverseScale {
   float high[kLines], low[kLines];
 };
 
-// The bits of |x|, which are ordered as numbers are, with infinity and then NaN beyond all others.
+// The bits of |x|. As integers they have the order of |x|, followed by infinity and then NaN.
 MULKI_AMX_TARGET inline __m512i magnitude(__m512 x) {
   return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
 }
 
-// The bits of the largest magnitude of a line, and the sum of its squares.
+// The bits of the largest |x| of a line, and the sum of its squares.
 struct Extent {
-  uint32_t most;
-  float squares;
+  uint32_t max_bits;
+  float sum_squares;
 };
 MULKI_AMX_TARGET inline Extent extent_of(const float* in, int64_t columns) {
-  __m512i most = _mm512_setzero_si512();
-  __m512 squares = _mm512_setzero_ps();
+  __m512i max_bits = _mm512_setzero_si512();
+  __m512 sum_squares = _mm512_setzero_ps();
   for (int64_t j = 0; j < columns; j += 16) {
-    const __m512 x = _mm512_maskz_loadu_ps(__mmask16(amx::lanes(columns - j, 16)), in + j);
-    most = _mm512_max_epu32(most, magnitude(x));
-    squares = _mm512_fmadd_ps(x, x, squares);
+    const __m512 x = _mm512_maskz_loadu_ps(__mmask16(amx::lane_mask(columns - j, 16)), in + j);
+    max_bits = _mm512_max_epu32(max_bits, magnitude(x));
+    sum_squares = _mm512_fmadd_ps(x, x, sum_squares);
   }
-  return {_mm512_reduce_max_epu32(most), _mm512_reduce_add_ps(squares)};
+  return {_mm512_reduce_max_epu32(max_bits), _mm512_reduce_add_ps(sum_squares)};
 }
 
-// Sets a line's scale, and raises the strip's peak. A line with an infinity or a NaN gets NaN.
+// Sets the scale of a line, and updates peak_to_rms of the strip. The scale of a line with an
+// infinity or a NaN is NaN.
 inline void set_line(
-    Extent extent, int64_t depth, int64_t line, Head& head, Inverse& inverse) {
-  constexpr float kMost = float(0x7f7f7f); // 127 (2^16 + 2^8 + 1)
+    Extent extent, int64_t depth, int64_t line, Head& head, InverseScale& inverse) {
+  constexpr float kMaxInteger = float(0x7f7f7f); // 127 (2^16 + 2^8 + 1)
   float value;
-  std::memcpy(&value, &extent.most, sizeof(value));
+  std::memcpy(&value, &extent.max_bits, sizeof(value));
   if (!(value > 0.0f) || !(value <= std::numeric_limits<float>::max())) {
     head.scale[line] = value == 0.0f ? 0.0f : std::numeric_limits<float>::quiet_NaN();
     inverse.high[line] = inverse.low[line] = 0.0f;
     return;
   }
-  // Of a line below 1e-30 less than 24 bits are kept, so that the inverse stays finite. The largest
-  // must not become one more than digits can say.
-  const float scale = std::max(value * (float(1 + 0x1p-22) / kMost), 0x1p-122f);
+  // The lower bound keeps the inverse finite; lines below 1e-30 lose some of the 24 bits. The
+  // factor 1 + 2^-22 keeps the largest integer within kMaxInteger in spite of rounding.
+  const float scale = std::max(value * (float(1 + 0x1p-22) / kMaxInteger), 0x1p-122f);
   const float high = 1.0f / scale;
   inverse.high[line] = high;
   inverse.low[line] = std::fma(-high, scale, 1.0f) * high;
   head.scale[line] = 65536.0f * scale;
-  if (extent.squares > 0) {
-    head.peak = std::max(head.peak, value / std::sqrt(extent.squares / float(depth)));
+  if (extent.sum_squares > 0) {
+    head.peak_to_rms =
+        std::max(head.peak_to_rms, value / std::sqrt(extent.sum_squares / float(depth)));
   }
 }
 
-// Integers, their digits in bytes 2, 1 and 0 of each lane.
+// Returns the integer of each lane, with its digits in bytes 2, 1 and 0.
 MULKI_AMX_TARGET inline __m512i digits_of(__m512 x, __m512 high, __m512 low) {
   const __m512i carry = _mm512_set1_epi32(0x00808080);
   const __m512i integer = _mm512_cvtps_epi32(_mm512_fmadd_ps(x, high, _mm512_mul_ps(x, low)));
@@ -121,44 +130,48 @@ constexpr std::array<uint8_t, 64> byte_indices(const F& index) {
   }
   return out;
 }
-// Of 16 + 16 lanes, byte 0 of each and byte 1 of each; byte 2 of each.
-alignas(64) inline constexpr auto kLowOfRow =
-    byte_indices([](int i) { return i % 32 * 4 + i / 32; });
+// Byte indices into two vectors of 16 lanes. For rows: byte 0 of all lanes, then byte 1; byte 2.
+alignas(64) inline constexpr auto kLowOfRow = byte_indices([](int i) {
+  return i % 32 * 4 + i / 32;
+});
 alignas(64) inline constexpr auto kHighOfRow = byte_indices([](int i) { return i % 32 * 4 + 2; });
-// Of two rows of 16 lanes, bytes 0 side by side and bytes 1; bytes 2.
-alignas(64) inline constexpr auto kLowOfPair =
-    byte_indices([](int i) { return i / 4 * 4 + i % 2 * 64 + i % 4 / 2; });
-alignas(64) inline constexpr auto kHighOfPair =
-    byte_indices([](int i) { return i / 4 * 4 + i % 2 * 64 + 2; });
+// For columns: the bytes 0 of the two vectors as neighbours, then the bytes 1; the bytes 2.
+alignas(64) inline constexpr auto kLowOfPair = byte_indices([](int i) {
+  return i / 4 * 4 + i % 2 * 64 + i % 4 / 2;
+});
+alignas(64) inline constexpr auto kHighOfPair = byte_indices([](int i) {
+  return i / 4 * 4 + i % 2 * 64 + 2;
+});
 
-// A block, in the order of the left operand, becomes one in that of the right operand, or back.
-MULKI_AMX_TARGET inline void turn_block(uint8_t* tiles) {
+// Changes a block from the layout of the left operand to that of the right one, or back.
+MULKI_AMX_TARGET inline void transpose_block(uint8_t* tiles) {
   for (int64_t i = 0; i < kBlock; i += kTile) {
     auto* tile = reinterpret_cast<uint16_t*>(tiles + i);
-    amx::turn_tile(tile, tile);
+    amx::transpose_tile(tile, tile);
   }
 }
 
-// 64 elements of line i of a block that are next to each other, `columns` of them, zeros beyond, in the
-// order of the left operand. `by`, if any, multiplies them.
-MULKI_AMX_TARGET inline void put_row(
+// Packs line i of a block, for the left operand, from up to 64 neighbouring elements, with zeros
+// beyond `columns`. `factors`, if not null, multiplies them.
+MULKI_AMX_TARGET inline void pack_row(
     const float* in,
     int64_t columns,
-    const float* by,
-    const Inverse& inverse,
+    const float* factors,
+    const InverseScale& inverse,
     int64_t i,
     uint8_t* block) {
   const __m512i low = _mm512_load_si512(kLowOfRow.data());
   const __m512i high = _mm512_load_si512(kHighOfRow.data());
-  const __m512 most = _mm512_set1_ps(inverse.high[i]), rest = _mm512_set1_ps(inverse.low[i]);
+  const __m512 high_part = _mm512_set1_ps(inverse.high[i]),
+               low_part = _mm512_set1_ps(inverse.low[i]);
   __m512i q[4];
   for (int v = 0; v < 4; ++v) {
-    const __mmask16 valid = __mmask16(amx::lanes(columns - 16 * v, 16));
+    const __mmask16 valid = __mmask16(amx::lane_mask(columns - 16 * v, 16));
     __m512 x = _mm512_maskz_loadu_ps(valid, in + 16 * v);
-    if (by != nullptr) {
-      x = _mm512_mul_ps(x, _mm512_maskz_loadu_ps(valid, by + 16 * v));
+    if (factors != nullptr) {
+      x = _mm512_mul_ps(x, _mm512_maskz_loadu_ps(valid, factors + 16 * v));
     }
-    q[v] = digits_of(x, most, rest);
+    q[v] = digits_of(x, high_part, low_part);
   }
   const __m512i low_a = _mm512_permutex2var_epi8(q[0], low, q[1]);
   const __m512i low_b = _mm512_permutex2var_epi8(q[2], low, q[3]);
@@ -170,60 +183,60 @@ MULKI_AMX_TARGET inline void put_row(
   _mm512_store_si512(out + 2 * kDigit, _mm512_shuffle_i64x2(low_a, low_b, 0x44));
 }
 
-MULKI_AMX_TARGET inline void put_zeros(int64_t i, uint8_t* block) {
+MULKI_AMX_TARGET inline void pack_zero_row(int64_t i, uint8_t* block) {
   for (int d = 0; d < kDigits; ++d) {
     _mm512_store_si512(block + d * kDigit + 64 * i, _mm512_setzero_si512());
   }
 }
 
-// A block of lines that are rows of a corner [rows, columns] of a matrix, zeros elsewhere, of the left
-// operand.
-MULKI_AMX_TARGET inline void block_of_rows(
+// Packs a block of the left operand, whose lines are at most 32 rows of a matrix, with zeros
+// elsewhere.
+MULKI_AMX_TARGET inline void pack_block_of_rows(
     const float* in,
     int64_t ld,
     int64_t rows,
     int64_t columns,
-    const float* by,
-    const Inverse& inverse,
+    const float* factors,
+    const InverseScale& inverse,
     uint8_t* out) {
   for (int64_t i = 0; i < kLines; ++i) {
     if (i < rows) {
-      put_row(in + i * ld, columns, by, inverse, i, out);
+      pack_row(in + i * ld, columns, factors, inverse, i, out);
     } else {
-      put_zeros(i, out);
+      pack_zero_row(i, out);
     }
   }
 }
 
-// A block of lines that are columns: of the right operand, or, turned, of the left one. `by`, if any,
-// multiplies the rows.
-MULKI_AMX_TARGET inline void block_of_columns(
-    bool turned,
+// Packs a block whose lines are columns of a matrix: of the right operand or, if `transposed`, of
+// the left one. `factors`, if not null, multiplies the rows.
+MULKI_AMX_TARGET inline void pack_block_of_columns(
+    bool transposed,
     const float* in,
     int64_t ld,
     int64_t rows,
     int64_t columns,
-    const float* by,
-    const Inverse& inverse,
+    const float* factors,
+    const InverseScale& inverse,
     uint8_t* out) {
   const __m512i low = _mm512_load_si512(kLowOfPair.data());
   const __m512i high = _mm512_load_si512(kHighOfPair.data());
   constexpr __mmask32 kOdd = 0xaaaaaaaa, kEven = 0x55555555;
   for (int64_t half = 0; half < 2; ++half) {
     uint8_t* tile = out + half * kTile;
-    const __mmask16 valid = __mmask16(amx::lanes(columns - 16 * half, 16));
-    const __m512 most = _mm512_load_ps(inverse.high + 16 * half);
-    const __m512 rest = _mm512_load_ps(inverse.low + 16 * half);
+    const __mmask16 valid = __mmask16(amx::lane_mask(columns - 16 * half, 16));
+    const __m512 high_part = _mm512_load_ps(inverse.high + 16 * half);
+    const __m512 low_part = _mm512_load_ps(inverse.low + 16 * half);
     for (int64_t r = 0; r < 16; ++r) {
       __m512i q[4];
       for (int v = 0; v < 4; ++v) {
         const int64_t i = 4 * r + v;
-        __m512 x = i < rows ? _mm512_maskz_loadu_ps(valid, in + i * ld + 16 * half)
-                            : _mm512_setzero_ps();
-        if (by != nullptr && i < rows) {
-          x = _mm512_mul_ps(x, _mm512_set1_ps(by[i]));
+        __m512 x =
+            i < rows ? _mm512_maskz_loadu_ps(valid, in + i * ld + 16 * half) : _mm512_setzero_ps();
+        if (factors != nullptr && i < rows) {
+          x = _mm512_mul_ps(x, _mm512_set1_ps(factors[i]));
         }
-        q[v] = digits_of(x, most, rest);
+        q[v] = digits_of(x, high_part, low_part);
       }
       const __m512i low_a = _mm512_permutex2var_epi8(q[0], low, q[1]);
       const __m512i low_b = _mm512_permutex2var_epi8(q[2], low, q[3]);
@@ -232,57 +245,61 @@ MULKI_AMX_TARGET inline void block_of_columns(
       _mm512_store_si512(
           tile + 64 * r, _mm512_mask_mov_epi16(high_a, kOdd, _mm512_slli_epi32(high_b, 16)));
       _mm512_store_si512(
-          tile + kDigit + 64 * r, _mm512_mask_mov_epi16(low_b, kEven, _mm512_srli_epi32(low_a, 16)));
+          tile + kDigit + 64 * r,
+          _mm512_mask_mov_epi16(low_b, kEven, _mm512_srli_epi32(low_a, 16)));
       _mm512_store_si512(
-          tile + 2 * kDigit + 64 * r, _mm512_mask_mov_epi16(low_a, kOdd, _mm512_slli_epi32(low_b, 16)));
+          tile + 2 * kDigit + 64 * r,
+          _mm512_mask_mov_epi16(low_a, kOdd, _mm512_slli_epi32(low_b, 16)));
     }
   }
-  if (turned) {
-    turn_block(out);
+  if (transposed) {
+    transpose_block(out);
   }
 }
 
-// The power of two below the largest magnitude of a row. Not below 2^-64 nor above 2^120, so that a gradient
-// times a level keeps its digits.
-inline float level_of(uint32_t most) {
-  return std::ldexp(1.0f, std::clamp(int(most >> 23) - 127, -64, 120));
+// The level of a row: the largest power of two that is not above its largest |x|, within 2^-64 and
+// 2^120, so that a gradient times a level keeps its precision.
+inline float level_of(uint32_t max_bits) {
+  return std::ldexp(1.0f, std::clamp(int(max_bits >> 23) - 127, -64, 120));
 }
 
-// A strip of at most 32 rows, of the left operand, or, turned, of the right one.
-MULKI_AMX_TARGET inline void strip_of_rows(
-    bool turned, const float* in, int64_t ld, int64_t rows, int64_t columns, void* out) {
+// Packs a strip whose lines are at most 32 rows: of the left operand or, if `transposed`, of the
+// right one.
+MULKI_AMX_TARGET inline void pack_strip_of_rows(
+    bool transposed, const float* in, int64_t ld, int64_t rows, int64_t columns, void* out) {
   Head& head = *static_cast<Head*>(out);
-  Inverse inverse;
+  InverseScale inverse;
   const int64_t steps = blocks(columns);
-  head.peak = 0;
-  // Row by row, so that the second look at a row finds it in the nearest cache.
+  head.peak_to_rms = 0;
+  // Row by row, so that each row is still in the L1 cache when it is packed.
   for (int64_t i = 0; i < kLines; ++i) {
     const float* row = in + i * ld;
     set_line(i < rows ? extent_of(row, columns) : Extent{0, 0}, columns, i, head, inverse);
     for (int64_t s = 0; s < steps; ++s) {
       if (i < rows) {
-        put_row(row + s * kDepth, columns - s * kDepth, nullptr, inverse, i, block(out, s));
+        pack_row(row + s * kDepth, columns - s * kDepth, nullptr, inverse, i, block(out, s));
       } else {
-        put_zeros(i, block(out, s));
+        pack_zero_row(i, block(out, s));
       }
     }
   }
-  for (int64_t s = 0; s < steps && turned; ++s) {
-    turn_block(block(out, s));
+  for (int64_t s = 0; s < steps && transposed; ++s) {
+    transpose_block(block(out, s));
   }
 }
 
-// A strip of at most 32 columns, the right operand. `by`, if any, multiplies the rows.
-MULKI_AMX_TARGET inline void strip_of_columns(
-    const float* in, int64_t ld, int64_t rows, int64_t columns, const float* by, void* out) {
+// Packs a strip of the right operand, whose lines are at most 32 columns. `factors`, if not null,
+// multiplies the rows.
+MULKI_AMX_TARGET inline void pack_strip_of_columns(
+    const float* in, int64_t ld, int64_t rows, int64_t columns, const float* factors, void* out) {
   Head& head = *static_cast<Head*>(out);
-  Inverse inverse;
-  const __mmask16 first = __mmask16(amx::lanes(columns, 16));
-  const __mmask16 second = __mmask16(amx::lanes(columns - 16, 16));
+  InverseScale inverse;
+  const __mmask16 first = __mmask16(amx::lane_mask(columns, 16));
+  const __mmask16 second = __mmask16(amx::lane_mask(columns - 16, 16));
   __m512i low = _mm512_setzero_si512(), high = _mm512_setzero_si512();
   __m512 low_squares = _mm512_setzero_ps(), high_squares = _mm512_setzero_ps();
   for (int64_t i = 0; i < rows; ++i) {
-    const __m512 factor = _mm512_set1_ps(by == nullptr ? 1.0f : by[i]);
+    const __m512 factor = _mm512_set1_ps(factors == nullptr ? 1.0f : factors[i]);
     const __m512 a = _mm512_mul_ps(_mm512_maskz_loadu_ps(first, in + i * ld), factor);
     const __m512 b = _mm512_mul_ps(_mm512_maskz_loadu_ps(second, in + i * ld + 16), factor);
     low = _mm512_max_epu32(low, magnitude(a));
@@ -290,23 +307,24 @@ MULKI_AMX_TARGET inline void strip_of_columns(
     low_squares = _mm512_fmadd_ps(a, a, low_squares);
     high_squares = _mm512_fmadd_ps(b, b, high_squares);
   }
-  alignas(64) uint32_t most[kLines];
-  alignas(64) float squares[kLines];
-  _mm512_store_si512(most, low);
-  _mm512_store_si512(most + 16, high);
-  _mm512_store_ps(squares, low_squares);
-  _mm512_store_ps(squares + 16, high_squares);
-  head.peak = 0;
+  alignas(64) uint32_t max_bits[kLines];
+  alignas(64) float sum_squares[kLines];
+  _mm512_store_si512(max_bits, low);
+  _mm512_store_si512(max_bits + 16, high);
+  _mm512_store_ps(sum_squares, low_squares);
+  _mm512_store_ps(sum_squares + 16, high_squares);
+  head.peak_to_rms = 0;
   for (int64_t j = 0; j < kLines; ++j) {
-    set_line({most[j], squares[j]}, rows, j, head, inverse);
+    set_line({max_bits[j], sum_squares[j]}, rows, j, head, inverse);
   }
   for (int64_t i = 0; i < rows; i += kDepth) {
-    block_of_columns(
-        false, in + i * ld, ld, rows - i, columns, by == nullptr ? nullptr : by + i, inverse,
-        block(out, i / kDepth));
+    pack_block_of_columns(
+        false, in + i * ld, ld, rows - i, columns, factors == nullptr ? nullptr : factors + i,
+        inverse, block(out, i / kDepth));
   }
 }
 
+// Adds digits i of the left operand times digits j of the right one.
 #define MULKI_PRODUCT(i, j) \
   _tile_loadd(4, left + (i) * kDigit, 64); \
   _tile_stream_loadd(6, right + (j) * kDigit, 64); \
@@ -316,7 +334,7 @@ MULKI_AMX_TARGET inline void strip_of_columns(
   _tile_loadd(5, left + (i) * kDigit + kTile, 64); \
   _tile_dpbssd(2, 5, 6); \
   _tile_dpbssd(3, 5, 7)
-// The sums of one weight over some blocks, which go on from those of the blocks before.
+// Adds the products of one weight over blocks [from, to) to the sums over the blocks before.
 #define MULKI_SUM(sums, products) \
   if (from == 0) { \
     _tile_zero(0); \
@@ -339,14 +357,15 @@ MULKI_AMX_TARGET inline void strip_of_columns(
   _tile_stored(2, sums + 512, 128); \
   _tile_stored(3, sums + 528, 128)
 
-// `sums` by weight, the largest first. A few blocks at a time take all their products, while those of the left
-// operand are in the nearest cache; the right one passes it by (amx::multiply). Not inlined: see there.
+// Writes one sum for each weight, the largest weight first. All products are computed for a few
+// blocks at a time, while the left operand's blocks are in the L1 cache; the right operand bypasses
+// it. For this, and the reason against inlining, see amx::multiply.
 template <int WEIGHTS>
 __attribute__((noinline)) MULKI_AMX_TARGET void sums_of(
     const uint8_t* a, const uint8_t* b, int64_t steps, int32_t (*sums)[kLines * kLines]) {
-  constexpr int64_t kNear = 8; // blocks
-  for (int64_t from = 0; from < steps; from += kNear) {
-    const int64_t to = std::min(steps, from + kNear);
+  constexpr int64_t kBlocksInL1 = 8;
+  for (int64_t from = 0; from < steps; from += kBlocksInL1) {
+    const int64_t to = std::min(steps, from + kBlocksInL1);
     if constexpr (WEIGHTS == 4) {
       MULKI_SUM(sums[3], MULKI_PRODUCT(2, 1); MULKI_PRODUCT(1, 2));
     }
@@ -359,8 +378,8 @@ __attribute__((noinline)) MULKI_AMX_TARGET void sums_of(
 #undef MULKI_PRODUCT
 #undef MULKI_SUM
 
-// C [32, 32] (+)= A B over `steps` blocks, those of b from block `first` on. `fine` forms the two more
-// products.
+// C [32, 32] (+)= A B over `steps` blocks, where those of b begin at block `first`.
+// `eight_products` chooses eight products of digits, else six.
 MULKI_AMX_TARGET inline void multiply(
     const void* a,
     const void* b,
@@ -369,34 +388,34 @@ MULKI_AMX_TARGET inline void multiply(
     float* c,
     int64_t ldc,
     bool add,
-    bool fine = false) {
-  // Three products of 64 terms of at most 2^14 a block have to stay below 2^31.
-  constexpr int64_t kMost = 512;
+    bool eight_products = false) {
+  // A block adds three products of 64 terms of at most 2^14. The sum has to stay below 2^31.
+  constexpr int64_t kMaxBlocks = 512;
   alignas(64) int32_t sums[4][kLines * kLines];
   const Head& rows = *static_cast<const Head*>(a);
   const Head& columns = *static_cast<const Head*>(b);
-  const __m512 down = _mm512_set1_ps(1.0f / 256.0f);
+  const __m512 inverse_base = _mm512_set1_ps(1.0f / 256.0f);
   const __m512 scale[2] = {_mm512_load_ps(columns.scale), _mm512_load_ps(columns.scale + 16)};
   for (int64_t i = 0; i < kLines && steps == 0 && !add; ++i) {
     std::fill(c + i * ldc, c + i * ldc + kLines, 0.0f);
   }
-  for (int64_t done = 0; done < steps; done += kMost, add = true) {
-    const int64_t some = std::min(kMost, steps - done);
-    if (fine) {
-      sums_of<4>(block(a, done), block(b, first + done), some, sums);
+  for (int64_t done = 0; done < steps; done += kMaxBlocks, add = true) {
+    const int64_t count = std::min(kMaxBlocks, steps - done);
+    if (eight_products) {
+      sums_of<4>(block(a, done), block(b, first + done), count, sums);
     } else {
-      sums_of<3>(block(a, done), block(b, first + done), some, sums);
+      sums_of<3>(block(a, done), block(b, first + done), count, sums);
     }
     for (int64_t i = 0; i < kLines; ++i) {
       const __m512 of_row = _mm512_set1_ps(rows.scale[i]);
       for (int64_t h = 0; h < 2; ++h) {
         const int64_t at = i * kLines + h * 16;
         __m512 v = _mm512_cvtepi32_ps(_mm512_load_si512(sums[2] + at));
-        if (fine) {
-          v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums[3] + at)), down, v);
+        if (eight_products) {
+          v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums[3] + at)), inverse_base, v);
         }
-        v = _mm512_fmadd_ps(v, down, _mm512_cvtepi32_ps(_mm512_load_si512(sums[1] + at)));
-        v = _mm512_fmadd_ps(v, down, _mm512_cvtepi32_ps(_mm512_load_si512(sums[0] + at)));
+        v = _mm512_fmadd_ps(v, inverse_base, _mm512_cvtepi32_ps(_mm512_load_si512(sums[1] + at)));
+        v = _mm512_fmadd_ps(v, inverse_base, _mm512_cvtepi32_ps(_mm512_load_si512(sums[0] + at)));
         v = _mm512_mul_ps(v, _mm512_mul_ps(of_row, scale[h]));
         float* out = c + i * ldc + h * 16;
         _mm512_storeu_ps(out, add ? _mm512_add_ps(_mm512_loadu_ps(out), v) : v);
@@ -405,18 +424,20 @@ MULKI_AMX_TARGET inline void multiply(
   }
 }
 
-// Whether two strips want the two more products. What six leave out is about 2^-25 peak peak |x| |w| /
-// sqrt(depth). Of logits, that may be what float32 rounds a sum near |x| |w| at; of gradients, 2^-20 of a
-// sum whose terms have any sign, which is |x| |w| / sqrt(depth). With 2^-19 gradients over 256 classes or
-// pairs, where G is 1 at the match and small elsewhere, had six times the error of float32.
-inline float peaks(const void* a, const void* b) {
-  return static_cast<const Head*>(a)->peak * static_cast<const Head*>(b)->peak;
+// Whether the product of two strips needs eight products of digits. With r = peak_to_rms of both,
+// six products leave an error of about 2^-25 r_x r_w |x| |w| / sqrt(depth). For logits, the limit
+// is the rounding error of a float32 near |x| |w|. For gradients, it is 2^-20 of |x| |w| /
+// sqrt(depth), the size of a sum whose terms have random signs. With 2^-19, gradients over 256
+// classes or pairs, where G is 1 at the match and small elsewhere, had six times the error of
+// float32.
+inline float product_of_peaks(const void* a, const void* b) {
+  return static_cast<const Head*>(a)->peak_to_rms * static_cast<const Head*>(b)->peak_to_rms;
 }
-inline bool fine_logits(const void* a, const void* b, int64_t depth) {
-  return peaks(a, b) > 0.9f * std::sqrt(float(depth));
+inline bool logits_need_eight_products(const void* a, const void* b, int64_t depth) {
+  return product_of_peaks(a, b) > 0.9f * std::sqrt(float(depth));
 }
-inline bool fine_gradients(const void* a, const void* b) {
-  return peaks(a, b) > 32.0f;
+inline bool gradients_need_eight_products(const void* a, const void* b) {
+  return product_of_peaks(a, b) > 32.0f;
 }
 
 } // namespace mulki::digits

@@ -1,16 +1,17 @@
-// The ways in which products are computed. An engine has
+// Engines compute the products Y = X W^T: Brgemm on any CPU, AmxBFloat16 and AmxFloat on Intel's
+// matrix unit (AMX). with_engine chooses one. An engine has
 //
-//   Element                        of the operands of its products, float or bfloat16
-//   Operand                        how the operands lie in memory, see product.h
-//   kMostRows, kMatrices, kWidth   sizes of a super-block and of a tile that suit it, see Tiling
-//   kScratch, kPacksAlone          bytes, and whether a thread may pack panels for itself, see Logits
-//   kUnit                          of which rows of a super-block and columns of a tile are multiples
-//   Scope                          what a thread holds while it multiplies
-//   left_bytes, pack_left          rows of X, the left operand of Y = X W^T, where they are packed
-//   right_bytes, pack_right        W^T of one tile of columns, the right operand
-//   multiply                       a block of Y in one tile
+//   Element                        type of the elements that it multiplies: float or bfloat16
+//   Operand                        type of the matrices X and W (product.h)
+//   kMaxRows, kMatrices, kWidth    limits for a super-block and a tile (Tiling)
+//   kUnit                          rows of a super-block and columns of a tile are multiples of it
+//   kScratch, kOneTaskPerTile      bytes of packed operands; whether tasks may pack panels (Logits)
+//   Scope                          object that a thread holds while it multiplies
+//   left_bytes, pack_left          size and packing of rows of X, the left operand
+//   right_bytes, pack_right        size and packing of W^T in one tile, the right operand
+//   multiply                       writes a block of Y in one tile
 //
-// and a class Gradients<Engine> for the products with G.
+// and a class Gradients<Engine> for the products with G (gradients.h).
 #pragma once
 
 #include "digits.h"
@@ -26,36 +27,37 @@
 
 namespace mulki {
 
-// at::native::cpublas::brgemm: on any CPU, in bfloat16 where brgemm takes it.
+// at::native::cpublas::brgemm, for any CPU; in bfloat16 only if brgemm_has_bfloat16.
 template <typename T>
 struct Brgemm {
   using Element = T;
-  using Operand = std::conditional_t<kHalf<T>, Rows<T>, FloatRows>;
+  using Operand = std::conditional_t<kIsBFloat16<T>, Matrix<T>, FloatMatrix>;
 
   static constexpr int64_t kUnit = 32;
 #if defined(CPU_CAPABILITY_AVX2)
-  // CPUs without AVX-512 mostly have 256 or 512 KiB of cache to a core, where a wider tile of W^T leaves
-  // too little for X.
+  // Most CPUs without AVX-512 have 256 or 512 KiB of L2 cache per core. A wider tile of W^T would
+  // leave too little of it for X.
   static constexpr int64_t kWidth = 64;
 #else
   static constexpr int64_t kWidth = 128;
 #endif
-  static constexpr int64_t kMostRows = 512;
-  static constexpr bool kPacksAlone = true;
+  static constexpr int64_t kMaxRows = 512;
+  static constexpr bool kOneTaskPerTile = true;
   static constexpr int64_t kMatrices = int64_t(16) << 20;
-  // The prototypes of two teachers at 4096 x 4096 x 512 fit, beside halves that become floats.
+  // Enough for the prototypes of two teachers at 4096 x 4096 x 512, with half precision read as
+  // float.
   static constexpr int64_t kScratch = int64_t(38656) << 10;
 
-  // Gives the matrix unit's state back when a thread leaves a parallel region.
+  // Releases the state of the matrix unit when a thread leaves a parallel region.
   struct Scope {
     ~Scope() {
-      if (kHalf<T>) {
+      if (kIsBFloat16<T>) {
         at::native::cpublas::brgemm_release(true);
       }
     }
   };
 
-  // Floats are read where they are.
+  // Floats need no packing.
   static int64_t left_bytes(const Operand& x, int64_t rows) {
     return in_place(x) ? 0 : right_bytes(rows, x.padded);
   }
@@ -66,28 +68,28 @@ struct Brgemm {
   static int64_t right_bytes(int64_t width, int64_t depth) {
     return width * depth * int64_t(sizeof(T));
   }
-  // [depth, width] (halves: VNNI), with zeros beyond the last row of W.
+  // Packs [depth, width], for bfloat16 in VNNI layout, with zeros beyond the last row of W.
   static void pack_right(const Operand& w, int64_t first, int64_t width, void* out) {
     const int64_t rows = std::min(width, w.count - first);
     if (rows < width) {
       std::memset(out, 0, size_t(right_bytes(width, w.padded)));
     }
-    // A pair of neighbours in a row of W is a VNNI pair of W^T: transpose pairs as four bytes.
-    using Unit = std::conditional_t<kHalf<T>, uint32_t, float>;
+    // Two neighbours in a row of W are a VNNI pair of W^T, so pairs are transposed as four bytes.
+    using Unit = std::conditional_t<kIsBFloat16<T>, uint32_t, float>;
     constexpr int64_t kColumns = 64, kToUnit = int64_t(sizeof(Unit) / sizeof(T));
     alignas(64) T buffer[kColumns * kWidth];
     for (int64_t c = 0; c < w.padded; c += kColumns) {
       const int64_t columns = std::min(kColumns, w.padded - c);
-      const Part<T> part = w.read(first, rows, c, columns, buffer);
+      const MatrixView<T> part = w.read(first, rows, c, columns, buffer);
       transpose(
           reinterpret_cast<const Unit*>(part.data), part.stride / kToUnit,
           static_cast<Unit*>(out) + c / kToUnit * width, width, rows, columns / kToUnit);
     }
   }
 
-  // out [rows, width]: rows of X from `first` on, of which `begin` rows of the packed ones precede.
-  // The columns of W^T from `valid` on are padding; the result has zeros there, or NaN where X is not finite.
-  // `next` is the right operand that is likely to come next, or null.
+  // Writes out [rows, width] for the rows of X from `first` on, which are the packed rows from
+  // `begin` on. The columns of W^T from `valid` on are padding. The result there is 0, or NaN if X
+  // is not finite. `next` is the right operand that is likely to be used next, or null.
   static void multiply(
       const Operand& x,
       int64_t first,
@@ -102,12 +104,12 @@ struct Brgemm {
     const T* a = in_place(x) ? x.read(first, rows, 0, x.padded, nullptr).data
                              : static_cast<const T*>(left) + begin * x.padded;
     const T* b = static_cast<const T*>(right);
-    // In one sum over all of a depth of 512 the roundings of floats weigh twice as much as in two.
+    // One sum over a depth of 512 has twice the rounding error of two sums over 256.
     constexpr int64_t kDepth = 256;
     const int64_t columns = (valid + 15) / 16 * 16;
     int64_t d = 0;
     do {
-      const int64_t depth = kHalf<T> ? x.padded : std::min(kDepth, x.padded - d);
+      const int64_t depth = kIsBFloat16<T> ? x.padded : std::min(kDepth, x.padded - d);
       product(rows, columns, depth, a + d, x.padded, b + d * width, width, out, width, d > 0);
       d += depth;
     } while (d < x.padded);
@@ -118,7 +120,7 @@ struct Brgemm {
 
  private:
   static bool in_place(const Operand& x) {
-    if constexpr (kHalf<T>) {
+    if constexpr (kIsBFloat16<T>) {
       return true;
     } else {
       return x.in_place();
@@ -127,74 +129,78 @@ struct Brgemm {
 };
 
 #if defined(MULKI_AMX)
-// Fetches the right operand of the next tile into a core's own cache while this one is multiplied, a piece
-// before every 32 x 32 of the products, so that the first 256 rows of a tile fetch all of it.
-class Ahead {
+// Prefetches the right operand of the next tile into the L2 cache while this tile is multiplied:
+// one piece before each 32 x 32 block of products, and all of it during the first 256 rows of the
+// tile.
+class Prefetcher {
  public:
-  Ahead(const void* next, int64_t bytes, int64_t begin, int64_t rows, int64_t width) {
+  Prefetcher(const void* next, int64_t bytes, int64_t begin, int64_t rows, int64_t width) {
     const int64_t strips = amx::blocks(width), done = begin / amx::kEdge * strips;
     const int64_t pieces = kRows / amx::kEdge * strips;
     piece_ = (bytes / pieces + kLine - 1) / kLine * kLine;
-    left_ = next == nullptr ? 0 : std::clamp<int64_t>(bytes - done * piece_, 0, rows * width * piece_);
-    at_ = static_cast<const char*>(next) + done * piece_;
+    bytes_left_ =
+        next == nullptr ? 0 : std::clamp<int64_t>(bytes - done * piece_, 0, rows * width * piece_);
+    address_ = static_cast<const char*>(next) + done * piece_;
   }
-  void some() {
-    for (const int64_t end = std::max<int64_t>(left_ - piece_, 0); left_ > end; left_ -= kLine) {
-      _mm_prefetch(at_, _MM_HINT_T1);
-      at_ += kLine;
+  void fetch_piece() {
+    for (const int64_t end = std::max<int64_t>(bytes_left_ - piece_, 0); bytes_left_ > end;
+         bytes_left_ -= kLine) {
+      _mm_prefetch(address_, _MM_HINT_T1);
+      address_ += kLine;
     }
   }
 
  private:
   static constexpr int64_t kRows = 256, kLine = 64;
-  int64_t piece_, left_;
-  const char* at_;
+  int64_t piece_, bytes_left_;
+  const char* address_;
 };
 
-// Calls multiply(a, b, c) for every 32 x 32 block c of a tile of `width` columns, with strips a and b of
-// `strip` bytes: those of the left operand from row `begin` on, and all of the right one.
+// Calls multiply(a, b, c) for each 32 x 32 block c of a tile of `width` columns. a and b are the
+// packed strips of `strip_bytes` bytes: of the left operand from row `begin` on, and of the right
+// operand.
 template <typename F>
-inline void blocks_of_tile(
+inline void each_block_of_tile(
     const void* left,
     int64_t begin,
     int64_t rows,
     const void* right,
     int64_t width,
-    int64_t strip,
+    int64_t strip_bytes,
     const void* next,
     float* out,
     const F& multiply) {
-  const char* a = static_cast<const char*>(left) + begin / amx::kEdge * strip;
-  Ahead ahead(next, amx::blocks(width) * strip, begin, rows, width);
-  for (int64_t i = 0; i < rows; i += amx::kEdge, a += strip) {
+  const char* a = static_cast<const char*>(left) + begin / amx::kEdge * strip_bytes;
+  Prefetcher prefetcher(next, amx::blocks(width) * strip_bytes, begin, rows, width);
+  for (int64_t i = 0; i < rows; i += amx::kEdge, a += strip_bytes) {
     const char* b = static_cast<const char*>(right);
-    for (int64_t j = 0; j < width; j += amx::kEdge, b += strip) {
-      ahead.some();
+    for (int64_t j = 0; j < width; j += amx::kEdge, b += strip_bytes) {
+      prefetcher.fetch_piece();
       multiply(a, b, out + i * width + j);
     }
   }
 }
 
-// The matrix unit, for bfloat16.
-struct AmxHalves {
+// bfloat16 on the matrix unit (amx.h).
+struct AmxBFloat16 {
   using Element = at::BFloat16;
-  using Operand = Rows<Element>;
+  using Operand = Matrix<Element>;
   using Scope = amx::Scope;
 
-  static constexpr int64_t kMostRows = 256;
-  static constexpr bool kPacksAlone = false; // not measured
+  static constexpr int64_t kMaxRows = 256;
+  static constexpr bool kOneTaskPerTile = false; // not measured
   static constexpr int64_t kMatrices = int64_t(16) << 20;
   static constexpr int64_t kScratch = int64_t(30) << 20;
   static constexpr int64_t kUnit = amx::kEdge, kWidth = 128;
 
-  static int64_t strip(int64_t depth) { // elements of 32 rows or columns
+  static int64_t strip_elements(int64_t depth) { // of 32 rows or columns
     return amx::blocks(depth) * amx::kBlock;
   }
   static int64_t left_bytes(const Operand& x, int64_t rows) {
     return right_bytes(rows, x.padded);
   }
   static int64_t right_bytes(int64_t width, int64_t depth) {
-    return amx::blocks(width) * strip(depth) * 2;
+    return amx::blocks(width) * strip_elements(depth) * 2;
   }
 
   // At most 32 rows.
@@ -210,7 +216,7 @@ struct AmxHalves {
       const int64_t rows = w.count - first - j;
       for (int64_t d = 0; d < w.width; d += amx::kEdge, to += amx::kBlock) {
         amx::pack_right(
-            amx::Form::kRightTurned, w.data + (first + j) * w.padded + d, w.padded, rows,
+            amx::Layout::kRightTransposed, w.data + (first + j) * w.padded + d, w.padded, rows,
             w.width - d, to);
       }
     }
@@ -229,7 +235,7 @@ struct AmxHalves {
       const void* next,
       float* out) {
     const int64_t steps = amx::blocks(x.width);
-    blocks_of_tile(
+    each_block_of_tile(
         left, begin, rows, right, width, right_bytes(amx::kEdge, x.width), next, out,
         [&](const char* a, const char* b, float* c) {
           amx::multiply(
@@ -239,14 +245,14 @@ struct AmxHalves {
   }
 };
 
-// The matrix unit, for floats as digits.
-struct AmxFloats {
+// float on the matrix unit, as digits (digits.h).
+struct AmxFloat {
   using Element = float;
-  using Operand = Rows<Element>;
+  using Operand = Matrix<Element>;
   using Scope = amx::Scope;
 
-  static constexpr int64_t kMostRows = 256;
-  static constexpr bool kPacksAlone = false; // not measured
+  static constexpr int64_t kMaxRows = 256;
+  static constexpr bool kOneTaskPerTile = false; // not measured
   static constexpr int64_t kMatrices = int64_t(16) << 20;
   static constexpr int64_t kScratch = int64_t(46) << 20;
   static constexpr int64_t kUnit = digits::kDepth, kWidth = 128;
@@ -260,12 +266,12 @@ struct AmxFloats {
 
   // At most 32 rows.
   static void pack_left(const Operand& x, int64_t first, int64_t rows, void* out) {
-    digits::strip_of_rows(false, x.row(first), x.padded, rows, x.width, out);
+    digits::pack_strip_of_rows(false, x.row(first), x.padded, rows, x.width, out);
   }
   static void pack_right(const Operand& w, int64_t first, int64_t width, void* out) {
     auto* to = static_cast<uint8_t*>(out);
     for (int64_t j = first; j < first + width; j += digits::kLines) {
-      digits::strip_of_rows(true, w.row(j), w.padded, w.count - j, w.width, to);
+      digits::pack_strip_of_rows(true, w.row(j), w.padded, w.count - j, w.width, to);
       to += digits::strip_bytes(w.width);
     }
   }
@@ -283,23 +289,24 @@ struct AmxFloats {
       const void* next,
       float* out) {
     const int64_t steps = digits::blocks(x.width);
-    blocks_of_tile(
+    each_block_of_tile(
         left, begin, rows, right, width, right_bytes(amx::kEdge, x.width), next, out,
         [&](const char* a, const char* b, float* c) {
           digits::multiply(
-              a, b, 0, steps, c, width, false, digits::fine_logits(a, b, x.width));
+              a, b, 0, steps, c, width, false, digits::logits_need_eight_products(a, b, x.width));
         });
   }
 };
 #endif
 
-// How many threads a loop that starts here may have.
+// The number of threads that a parallel loop may use here.
 inline int64_t threads_here() {
   return at::in_parallel_region() ? 1 : at::get_num_threads();
 }
 
-// Calls run(i) for all tasks. A thread takes the tasks of its own range, the same one in every loop of as
-// many tasks, so that it finds what it wrote in its cache, and then what other threads have left.
+// Calls run(i) for each task. Each thread has a range of tasks, which is the same in all loops with
+// the same number of tasks, so that the thread finds in its cache what it wrote before. A thread
+// that has completed its range takes remaining tasks from the ranges of the other threads.
 template <typename Scope, typename F>
 inline void parallel_in(int64_t tasks, const F& run) {
   const int64_t threads = std::min(threads_here(), tasks);
@@ -322,8 +329,8 @@ inline void parallel_in(int64_t tasks, const F& run) {
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     [[maybe_unused]] const Scope scope;
     for (int64_t t = begin; t < end; ++t) {
-      for (int64_t other = 0; other < threads; ++other) {
-        Range& range = ranges[(t + other) % threads];
+      for (int64_t step = 0; step < threads; ++step) {
+        Range& range = ranges[(t + step) % threads];
         for (int64_t i; (i = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;) {
           run(i);
         }
@@ -337,44 +344,46 @@ inline void parallel_tasks(int64_t tasks, const F& run) {
   parallel_in<typename Engine::Scope>(tasks, run);
 }
 
-// Without products.
+// For tasks that multiply nothing.
 struct NoScope {};
 template <typename F>
 inline void parallel_each(int64_t tasks, const F& run) {
   parallel_in<NoScope>(tasks, run);
 }
 
-// MULKI_CPU_PRODUCTS: amx, brgemm or nothing.
-inline const std::string& products_asked_for() {
-  static const std::string asked = [] {
+// The value of MULKI_CPU_PRODUCTS: amx, brgemm or empty.
+inline const std::string& requested_engine() {
+  static const std::string requested = [] {
     const char* value = std::getenv("MULKI_CPU_PRODUCTS");
     return std::string(value == nullptr ? "" : value);
   }();
   TORCH_CHECK_VALUE(
-      asked.empty() || asked == "amx" || asked == "brgemm", "MULKI_CPU_PRODUCTS: got ", asked,
-      ", wanted amx or brgemm; unset it to leave the choice to mulki");
-  return asked;
+      requested.empty() || requested == "amx" || requested == "brgemm", "MULKI_CPU_PRODUCTS: got ",
+      requested, ", wanted amx or brgemm; unset it to leave the choice to mulki");
+  return requested;
 }
 
-// Whether products may run on the matrix unit: where there is one, unless brgemm is asked for. Where
-// amx is, it has to be there.
-inline bool on_matrix_unit() {
-  const std::string& asked = products_asked_for();
+// Whether to use the matrix unit: if there is one and brgemm is not requested. It is an error to
+// request amx if there is none.
+inline bool may_use_amx() {
+  const std::string& requested = requested_engine();
 #if defined(MULKI_AMX)
-  const bool there = asked != "brgemm" && amx::available();
+  const bool usable = requested != "brgemm" && amx::available();
 #else
-  const bool there = false;
+  const bool usable = false;
 #endif
   TORCH_CHECK_VALUE(
-      there || asked != "amx", "MULKI_CPU_PRODUCTS: got amx, wanted brgemm, for this CPU, system or "
-      "build is without AMX; unset it to leave the choice to mulki");
-  return there;
+      usable || requested != "amx",
+      "MULKI_CPU_PRODUCTS: got amx, but this CPU, system or build has no AMX; set it to brgemm, or "
+      "unset it");
+  return usable;
 }
 
-// Whether brgemm multiplies bfloat16. `could_pack` would name CPUs with AMX alone, but those with AVX512-BF16
-// do as well, at twice the rate of floats. On others, and where ONEDNN_MAX_CPU_ISA leaves neither, brgemm
-// throws, so it is asked for a small product. Without oneDNN, which can be switched off and on, it throws too.
-inline bool brgemm_takes_halves() {
+// Whether brgemm multiplies bfloat16. A small product is tried, because brgemm throws if the CPU,
+// or ONEDNN_MAX_CPU_ISA, allows neither AMX nor AVX512-BF16, which is twice as fast as float.
+// torch's `could_pack` would not do: it knows AMX only. brgemm also throws while oneDNN is switched
+// off.
+inline bool brgemm_has_bfloat16() {
   if (!at::globalContext().userEnabledMkldnn()) {
     return false;
   }
@@ -382,7 +391,7 @@ inline bool brgemm_takes_halves() {
     constexpr int64_t kSize = 32;
     std::vector<at::BFloat16> left(kSize * kSize, 1.0f), right(kSize * kSize);
     std::vector<float> sums(kSize * kSize);
-    // In pairs of rows: row i is i + 1 in column i % 4 and zero elsewhere.
+    // In VNNI layout: row i has i + 1 in column i % 4, and zeros elsewhere.
     for (int64_t i = 0; i < kSize; ++i) {
       right[(i / 2 * kSize + i % 4) * 2 + i % 2] = float(i + 1);
     }
@@ -395,7 +404,7 @@ inline bool brgemm_takes_halves() {
     }
     for (int64_t i = 0; i < kSize * kSize; ++i) {
       const int64_t column = i % kSize;
-      // Eight rows, column + 1, column + 5, ...
+      // The sum over eight rows: (column + 1) + (column + 5) + ...
       if (sums[i] != (column < 4 ? float(8 * (column + 1) + 4 * 28) : 0.0f)) {
         return false;
       }
@@ -405,22 +414,23 @@ inline bool brgemm_takes_halves() {
   return answer;
 }
 
-// Calls run(engine) with the engine for operands of `dtype`, the least deep of which have `depth` columns.
-// Halves are multiplied as bfloat16 where the CPU does that, else as floats, into which they convert
-// without loss. float16 always is: only CPUs with AMX-FP16 multiply it, and none was at hand to test on.
+// Calls run(engine) with the engine for matrices of `dtype`, whose smallest width is `depth`.
+// bfloat16 is multiplied as such if the CPU can, else as float, to which it converts without loss.
+// float16 is always multiplied as float: only CPUs with AMX-FP16 multiply it, and none was
+// available for tests.
 template <typename F>
 auto with_engine(at::ScalarType dtype, [[maybe_unused]] int64_t depth, const F& run) {
-  [[maybe_unused]] const bool unit = on_matrix_unit();
+  [[maybe_unused]] const bool use_amx = may_use_amx();
 #if defined(MULKI_AMX)
-  // With few columns digits are mostly padding, and their errors do not average out.
-  if (unit && dtype == at::kBFloat16) {
-    return run(AmxHalves{});
+  // With few columns most of the digits are padding, and their errors do not average out.
+  if (use_amx && dtype == at::kBFloat16) {
+    return run(AmxBFloat16{});
   }
-  if (unit && (depth >= digits::kDepth || products_asked_for() == "amx")) {
-    return run(AmxFloats{});
+  if (use_amx && (depth >= digits::kDepth || requested_engine() == "amx")) {
+    return run(AmxFloat{});
   }
 #endif
-  if (dtype == at::kBFloat16 && brgemm_takes_halves()) {
+  if (dtype == at::kBFloat16 && brgemm_has_bfloat16()) {
     return run(Brgemm<at::BFloat16>{});
   }
   return run(Brgemm<float>{});

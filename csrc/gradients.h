@@ -1,18 +1,19 @@
-// From the gradient G of a loss with respect to Y = X W^T to those of X and W, without storing G:
-// rows are worked through in super-blocks, and G exists for one super-block at a time.
+// The gradients of X and W from the gradient G [N, P] of a loss with respect to Y = X W^T:
 //
-//   dX = f G W      dW = f G^T X
+//   dX = f G W      dW = f G^T X      f is a number
 //
-// Every element of dX and dW is summed by one task, over tiles or super-blocks in order, so results do
-// not depend on the number of threads. Gradients<Engine> is used as follows:
+// G is never stored as a whole: it exists for one super-block of rows at a time, in tiles of
+// columns (tiling.h). One task sums each element of dX and dW, over tiles or super-blocks in order,
+// so results do not depend on the number of threads. Gradients<Engine> has
 //
-//   matrices(models)               float matrices of a super-block that are alive at a time
-//   values(model, t, i)            where row i of the super-block lies in tile t: of a model's
-//                                  products, and of G in the place of the student's, model 0
-//   commit(start, t, first, count) says that G of rows [first, first + count) of tile t is complete;
-//                                  the super-block starts at row `start` of X, `first` is a multiple of 32
-//   accumulate(start, count, ...)  adds the super-block, of `count` rows: its dX, and dW with the last one. They
-//                                  come in order, and all of them
+//   matrices(models)               the number of float matrices that a super-block needs
+//   values(model, t, i)            the address of row i of the super-block in tile t. It holds the
+//                                  products of a model; G replaces those of model 0, the student
+//   commit(start, t, first, count) called when rows [first, first + count) of G in tile t are
+//                                  complete; the super-block starts at row `start` of X, and
+//                                  `first` is a multiple of 32
+//   accumulate(start, count, ...)  called once for each super-block, in order; writes its rows of
+//                                  dX, and adds to dW, which the last super-block completes
 #pragma once
 
 #include "gradients_amx.h"

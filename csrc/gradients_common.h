@@ -1,4 +1,4 @@
-// What the gradients of all engines share.
+// Common to the gradients of all engines: the tiling, and scaled stores to the result.
 #pragma once
 
 #include "engine.h"
@@ -11,7 +11,7 @@ namespace mulki {
 template <typename Engine>
 class Gradients;
 
-// How a problem with so many models is cut for an engine.
+// The tiling of a problem for an engine. `models` counts the student and its teachers.
 template <typename Engine>
 Tiling tiling_for(int64_t n, int64_t p, int64_t models, bool gradient) {
   return {
@@ -19,13 +19,13 @@ Tiling tiling_for(int64_t n, int64_t p, int64_t models, bool gradient) {
       p,
       Gradients<Engine>::matrices(models),
       gradient,
-      Engine::kMostRows,
+      Engine::kMaxRows,
       Engine::kMatrices,
       Engine::kUnit,
       Engine::kWidth};
 }
 
-// Writes `n` elements of `out` from element `at` on.
+// Writes factor * in [n] to the elements of `out` from element `at` on.
 inline void store_scaled(const float* in, int64_t n, float factor, Tensor& out, int64_t at) {
   switch (out.scalar_type()) {
     case at::kFloat: {

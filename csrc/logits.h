@@ -1,11 +1,16 @@
-// Y = X W^T of one or more models, a super-block of rows at a time, tile by tile.
+// The products Y = X W^T of one or more models, for one super-block of rows at a time, tile by
+// tile.
 //
-// W^T is packed once if all of it fits, with the matrices and the packed rows of a super-block, into the engine's
-// kScratch bytes, else group by group of tiles for every super-block anew. Groups come in turns forwards and
-// backwards: the last one of a super-block is the first one of the next, and is there already.
+// The columns of W^T in one tile, packed in the order in which an engine reads them, are a panel.
+// If all panels fit into the engine's kScratch bytes, together with the matrices and the packed
+// rows of a super-block, they are packed once. Otherwise each super-block packs them again, one
+// group of tiles after the other. Every second super-block takes the groups in reverse order: its
+// first group is the last one of the super-block before, which is still packed.
 //
-// With only one super-block no panel is used twice. There a task takes all of a tile, and packs its panels first, if
-// that keeps all threads busy and the panels stay in a core's own cache, where the next tile's replace them.
+// With a single super-block each panel is used only once. Then one task computes all rows of a tile
+// and packs the panels of the tile just before, if two conditions hold: all threads get equal work,
+// and the panels of a tile fit into half of a core's L2 cache, where those of the next tile replace
+// them.
 #pragma once
 
 #include "gradients.h"
@@ -23,31 +28,32 @@ class Logits {
     const Operand* w;
   };
 
-  // `wanted` is the number of tiles that are asked for in `run` or `run_stored`.
+  // `wanted` is the number of tiles that `run` or `run_stored` will compute.
   Logits(const Tiling& tiling, std::vector<Model> models, int64_t wanted)
       : t_(tiling), models_(std::move(models)) {
-    int64_t of_tile = 0, of_rows = 0;
+    int64_t tile_bytes = 0, row_bytes = 0;
     for (const Model& m : models_) {
-      of_tile += Engine::right_bytes(t_.width, m.x->padded);
-      of_rows += Engine::left_bytes(*m.x, t_.rows);
+      tile_bytes += Engine::right_bytes(t_.width, m.x->padded);
+      row_bytes += Engine::left_bytes(*m.x, t_.rows);
     }
-    const int64_t left_over = Engine::kScratch - t_.bytes - of_rows;
-    group_ = std::clamp<int64_t>(left_over / std::max<int64_t>(of_tile, 1), 1, t_.tiles);
-    alone_ = Engine::kPacksAlone && t_.n <= t_.rows && of_tile <= kOwnCache &&
-        divide(wanted, threads_here());
+    const int64_t available = Engine::kScratch - t_.bytes - row_bytes;
+    group_tiles_ = std::clamp<int64_t>(available / std::max<int64_t>(tile_bytes, 1), 1, t_.tiles);
+    one_task_per_tile_ = Engine::kOneTaskPerTile && t_.n <= t_.rows && tile_bytes <= kHalfL2 &&
+        is_balanced(wanted, threads_here());
     panels_.resize(models_.size() * t_.tiles);
     for (int64_t m = 0; m < int64_t(models_.size()); ++m) {
       const int64_t bytes = Engine::right_bytes(t_.width, models_[m].x->padded);
       left_.emplace_back(Engine::left_bytes(*models_[m].x, t_.rows));
-      right_.emplace_back(alone_ ? 0 : group_ * bytes);
-      for (int64_t slot = 0; slot < group_ && !alone_; ++slot) {
+      right_.emplace_back(one_task_per_tile_ ? 0 : group_tiles_ * bytes);
+      for (int64_t slot = 0; slot < group_tiles_ && !one_task_per_tile_; ++slot) {
         panels_[m * t_.tiles + slot] = right_[m].template data<char>() + slot * bytes;
       }
     }
   }
 
-  // Calls step(tile, begin, end) for blocks of rows of the super-block of `count` rows from `first`
-  // on, in each tile that `wanted(tile)`; it gets the products by `multiply`.
+  // Calls step(tile, begin, end) for each block of rows in each tile for which wanted(tile) is
+  // true. The super-block has `count` rows from row `first` on. The step calls `multiply` for its
+  // products.
   template <typename Wanted, typename Step>
   void run(int64_t first, int64_t count, const Wanted& wanted, const Step& step) {
     run_groups(first, count, [&](int64_t tiles) {
@@ -55,43 +61,43 @@ class Logits {
     });
   }
 
-  // Stores the products at where(model, tile, begin), and calls step(model, tile, begin, end) for every block of
-  // every model, after those of the models before it. If the operands of all models leave no room in a
-  // core's own cache, one model comes after the other.
+  // Stores the products at where(model, tile, begin), and calls step(model, tile, begin, end) for
+  // each block of each model. For a block the models come in order. If the operands of all models
+  // do not fit into half of a core's L2 cache, one model is completed after the other.
   template <typename Wanted, typename Where, typename Step>
   void run_stored(
       int64_t first, int64_t count, const Wanted& wanted, const Where& where, const Step& step) {
     const int64_t models = int64_t(models_.size());
-    const bool apart = models > 1 && operands() > kOwnCache;
-    const int64_t together = apart ? 1 : models;
+    const bool one_by_one = models > 1 && operand_bytes() > kHalfL2;
+    const int64_t models_at_once = one_by_one ? 1 : models;
     run_groups(first, count, [&](int64_t tiles) {
-      for (int64_t from = 0; from < models; from += together) {
+      for (int64_t from = 0; from < models; from += models_at_once) {
         const auto block = [&](int64_t tile, int64_t begin, int64_t end) {
-          for (int64_t m = from; m < from + together; ++m) {
+          for (int64_t m = from; m < from + models_at_once; ++m) {
             multiply(m, tile, begin, end, where(m, tile, begin));
             step(m, tile, begin, end);
           }
         };
-        each_block(from, from + together, count, tiles, wanted, block);
+        each_block(from, from + models_at_once, count, tiles, wanted, block);
       }
     });
   }
 
-  // out [rows, width], with room for a multiple of 32 rows.
+  // Writes out [end - begin, width]. Engines may write up to the next multiple of 32 rows.
   void multiply(int64_t model, int64_t tile, int64_t begin, int64_t end, float* out) const {
     const Model& m = models_[model];
-    const int64_t slot = tile - from_;
+    const int64_t slot = tile - first_tile_;
     Engine::multiply(
-        *m.x, first_ + begin, end - begin, left_[model].template data<char>(), begin,
+        *m.x, first_row_ + begin, end - begin, left_[model].template data<char>(), begin,
         panel(model, slot), t_.valid(tile), t_.width,
-        !alone_ && slot + 1 < group_ ? panel(model, slot + 1) : nullptr, out);
+        !one_task_per_tile_ && slot + 1 < group_tiles_ ? panel(model, slot + 1) : nullptr, out);
   }
 
  private:
-  static constexpr int64_t kOwnCache = int64_t(1) << 20; // half of it
+  static constexpr int64_t kHalfL2 = int64_t(1) << 20; // bytes
 
-  // Bytes of a super-block's rows and of one tile's panels.
-  int64_t operands() const {
+  // Bytes of the rows of a super-block and of the panels of one tile.
+  int64_t operand_bytes() const {
     int64_t bytes = 0;
     for (const Model& m : models_) {
       bytes += Engine::right_bytes(t_.rows + t_.width, m.x->padded);
@@ -101,44 +107,44 @@ class Logits {
 
   template <typename Run>
   void run_groups(int64_t first, int64_t count, const Run& run) {
-    first_ = first;
+    first_row_ = first;
     pack_left(count);
-    if (alone_) {
-      from_ = 0;
+    if (one_task_per_tile_) {
+      first_tile_ = 0;
       run(t_.tiles);
       return;
     }
-    const int64_t groups = (t_.tiles + group_ - 1) / group_;
+    const int64_t groups = (t_.tiles + group_tiles_ - 1) / group_tiles_;
     const bool backwards = first / t_.rows % 2 == 1;
     for (int64_t g = 0; g < groups; ++g) {
-      const int64_t from = (backwards ? groups - 1 - g : g) * group_;
-      const int64_t tiles = std::min(group_, t_.tiles - from);
-      if (from != from_) {
-        from_ = from;
+      const int64_t from = (backwards ? groups - 1 - g : g) * group_tiles_;
+      const int64_t tiles = std::min(group_tiles_, t_.tiles - from);
+      if (from != first_tile_) {
+        first_tile_ = from;
         pack_right(tiles);
       }
       run(tiles);
     }
   }
 
-  // The panels of models [low, high) are needed.
+  // Calls step for each block of each tile, with the panels of models [begin_model, end_model).
   template <typename Wanted, typename Step>
   void each_block(
-      int64_t low,
-      int64_t high,
+      int64_t begin_model,
+      int64_t end_model,
       int64_t count,
       int64_t tiles,
       const Wanted& wanted,
       const Step& step) {
-    if (alone_) {
+    if (one_task_per_tile_) {
       parallel_tasks<Engine>(tiles, [&](int64_t tile) {
         if (!wanted(tile)) {
           return;
         }
-        std::vector<Scratch> own;
-        for (int64_t m = low; m < high; ++m) {
-          own.emplace_back(Engine::right_bytes(t_.width, models_[m].x->padded));
-          panels_[m * t_.tiles + tile] = own.back().template data<char>();
+        std::vector<Scratch> panels;
+        for (int64_t m = begin_model; m < end_model; ++m) {
+          panels.emplace_back(Engine::right_bytes(t_.width, models_[m].x->padded));
+          panels_[m * t_.tiles + tile] = panels.back().template data<char>();
           pack_panel(m, tile);
         }
         for (int64_t begin = 0; begin < count; begin += t_.block) {
@@ -149,17 +155,18 @@ class Logits {
     }
     const int64_t blocks = (count + t_.block - 1) / t_.block;
     parallel_tasks<Engine>(tiles * blocks, [&](int64_t task) {
-      const int64_t tile = from_ + task / blocks, begin = task % blocks * t_.block;
+      const int64_t tile = first_tile_ + task / blocks, begin = task % blocks * t_.block;
       if (wanted(tile)) {
         step(tile, begin, begin + std::min(t_.block, count - begin));
       }
     });
   }
 
-  // Whether so many threads get almost the same number of tiles each.
-  static bool divide(int64_t tiles, int64_t threads) {
-    const int64_t most = (tiles + threads - 1) / threads;
-    return most * threads * 16 <= tiles * 17;
+  // Whether the threads get almost the same number of tiles: the largest is at most 1/16 above the
+  // mean.
+  static bool is_balanced(int64_t tiles, int64_t threads) {
+    const int64_t max_tiles = (tiles + threads - 1) / threads;
+    return max_tiles * threads * 16 <= tiles * 17;
   }
 
   char* panel(int64_t model, int64_t slot) const {
@@ -168,11 +175,11 @@ class Logits {
 
   void pack_panel(int64_t model, int64_t slot) {
     Engine::pack_right(
-        *models_[model].w, (from_ + slot) * t_.width, t_.width, panel(model, slot));
+        *models_[model].w, (first_tile_ + slot) * t_.width, t_.width, panel(model, slot));
   }
 
   void pack_left(int64_t count) {
-    std::vector<int64_t> packed; // the models whose rows are
+    std::vector<int64_t> packed; // the models whose rows have to be packed
     for (int64_t m = 0; m < int64_t(models_.size()); ++m) {
       if (Engine::left_bytes(*models_[m].x, 32) > 0) {
         packed.push_back(m);
@@ -183,7 +190,7 @@ class Logits {
       const int64_t m = packed[task / strips], begin = task % strips * 32;
       const Operand& x = *models_[m].x;
       Engine::pack_left(
-          x, first_ + begin, std::min<int64_t>(32, count - begin),
+          x, first_row_ + begin, std::min<int64_t>(32, count - begin),
           left_[m].template data<char>() + Engine::left_bytes(x, begin));
     });
   }
@@ -196,11 +203,11 @@ class Logits {
 
   const Tiling t_;
   const std::vector<Model> models_;
-  int64_t group_; // tiles whose panels are there at a time
-  int64_t first_ = 0, from_ = -1; // row of X and tile where the packed ones begin
-  bool alone_; // whether a tile's task packs its panels
+  int64_t group_tiles_; // tiles whose panels are packed at the same time
+  int64_t first_row_ = 0, first_tile_ = -1; // row of X and tile where the packed ones begin
+  bool one_task_per_tile_; // whether one task computes a tile and packs its panels
   std::vector<Scratch> left_, right_;
-  std::vector<char*> panels_; // [models][tiles], of which a group takes the first
+  std::vector<char*> panels_; // [models][tiles]; a group uses the first group_tiles_ of a model
 };
 
 } // namespace mulki

@@ -1,9 +1,10 @@
-// Products of small blocks, and the layouts in which their right operand is read.
+// Products of small blocks, the matrices that are multiplied, and the layouts of the right operand.
 //
 //   product<E>: C [m, n] (+)= A [m, k] B [k, n], C in float32
 //
-// E is the element type of the operands, float or bfloat16. For float B is row-major. For bfloat16 it
-// is read in pairs of rows, [k / 2][n][2] (VNNI), so k is even there; `interleave` makes that layout.
+// E is the type of the elements of A and B, float or bfloat16. A float B is row-major. A bfloat16 B
+// is read in pairs of rows, [k / 2][n][2] (the VNNI layout), so k has to be even; `interleave`
+// writes this layout.
 #pragma once
 
 #include "scratch.h"
@@ -24,9 +25,9 @@ namespace mulki {
 using at::Tensor;
 
 template <typename E>
-constexpr bool kHalf = std::is_same_v<E, at::BFloat16>;
+constexpr bool kIsBFloat16 = std::is_same_v<E, at::BFloat16>;
 
-// For float torch has a plain gemm behind brgemm where oneDNN has no kernel for the CPU.
+// For float, torch falls back to a plain gemm if oneDNN has no brgemm kernel for the CPU.
 template <typename E>
 inline void product(
     int64_t m,
@@ -40,7 +41,7 @@ inline void product(
     int64_t ldc,
     bool add) {
   if (k > 0) {
-    at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, kHalf<E>);
+    at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, kIsBFloat16<E>);
     return;
   }
   for (int64_t i = 0; i < m && !add; ++i) {
@@ -48,7 +49,7 @@ inline void product(
   }
 }
 
-// out [n][2] from two rows of n; the second may be absent (zeros).
+// Writes out [n][2] from two rows of n elements. A null second row stands for zeros.
 template <typename E>
 inline void interleave(const E* first, const E* second, int64_t n, E* out) {
   const auto* a = reinterpret_cast<const uint16_t*>(first);
@@ -65,8 +66,8 @@ inline void interleave(const E* first, const E* second, int64_t n, E* out) {
   }
 }
 
-// dst [cols, rows] = src [rows, cols]^T of four-byte elements (float, or two halves as uint32_t), in
-// blocks that stay in registers.
+// dst [cols, rows] = src [rows, cols]^T for elements of four bytes: float, or two bfloat16 as
+// uint32_t. It works in blocks that fit into registers.
 template <typename T, std::enable_if_t<sizeof(T) == 4, int> = 0>
 inline void transpose(
     const T* src, int64_t ld_src, T* dst, int64_t ld_dst, int64_t rows, int64_t cols) {
@@ -76,7 +77,7 @@ inline void transpose(
     for (int64_t c0 = 0; c0 < cols; c0 += kBlock) {
       const int64_t c1 = std::min(cols, c0 + kBlock);
       if (r1 - r0 == kBlock && c1 - c0 == kBlock) {
-        // Vector loads and stores move bits as they are, so any four bytes pass as a float.
+        // Vector loads and stores do not change bits, so any four bytes can be moved as a float.
         at::vec::transpose_mxn<float, kBlock, kBlock>(
             reinterpret_cast<const float*>(src + r0 * ld_src + c0), ld_src,
             reinterpret_cast<float*>(dst + c0 * ld_dst + r0), ld_dst);
@@ -91,20 +92,20 @@ inline void transpose(
   }
 }
 
-// The same for halves, with an even number of columns: pairs of neighbours move together, and the two
-// rows that they become are taken apart afterwards. At most kTurned rows.
-constexpr int64_t kTurned = 512;
-template <typename E, std::enable_if_t<kHalf<E>, int> = 0>
+// The same for bfloat16, for an even number of columns and at most kMaxTransposeRows rows. Pairs of
+// neighbours are transposed as four bytes, and then each row of pairs is split into two rows.
+constexpr int64_t kMaxTransposeRows = 512;
+template <typename E, std::enable_if_t<kIsBFloat16<E>, int> = 0>
 inline void transpose(
     const E* src, int64_t ld_src, E* dst, int64_t ld_dst, int64_t rows, int64_t cols) {
   constexpr int64_t kPairs = 16;
-  alignas(64) uint32_t turned[kPairs * kTurned];
+  alignas(64) uint32_t transposed[kPairs * kMaxTransposeRows];
   for (int64_t c0 = 0; c0 < cols / 2; c0 += kPairs) {
     const int64_t pairs = std::min(kPairs, cols / 2 - c0);
     transpose(
-        reinterpret_cast<const uint32_t*>(src) + c0, ld_src / 2, turned, rows, rows, pairs);
+        reinterpret_cast<const uint32_t*>(src) + c0, ld_src / 2, transposed, rows, rows, pairs);
     for (int64_t c = 0; c < pairs; ++c) {
-      const uint32_t* pair = turned + c * rows;
+      const uint32_t* pair = transposed + c * rows;
       auto* low = reinterpret_cast<uint16_t*>(dst + (c0 + c) * 2 * ld_dst);
       auto* high = low + ld_dst;
       for (int64_t r = 0; r < rows; ++r) {
@@ -115,19 +116,19 @@ inline void transpose(
   }
 }
 
-// Rows of a matrix, so many elements apart.
+// Rows of a matrix, whose distance is `stride` elements.
 template <typename E>
-struct Part {
+struct MatrixView {
   const E* data;
   int64_t stride;
 };
 
-// A matrix [rows, width] of E, contiguous, its width padded with zeros to an even number for halves, so that
-// two neighbours can be moved as four bytes.
+// A contiguous matrix [count, padded] with elements of type E. For bfloat16 the width is padded
+// with zeros to an even number, so that two neighbours can be moved as four bytes.
 template <typename E>
-struct Rows {
-  explicit Rows(const Tensor& t) : count(t.size(0)), width(t.size(1)) {
-    padded = kHalf<E> ? (width + 1) / 2 * 2 : width;
+struct Matrix {
+  explicit Matrix(const Tensor& t) : count(t.size(0)), width(t.size(1)) {
+    padded = kIsBFloat16<E> ? (width + 1) / 2 * 2 : width;
     const Tensor cast = t.to(c10::CppTypeToScalarType<E>::value).contiguous();
     const bool aligned = reinterpret_cast<uintptr_t>(cast.const_data_ptr()) % sizeof(uint32_t) == 0;
     if (padded == width && aligned) {
@@ -141,8 +142,8 @@ struct Rows {
   const E* row(int64_t i) const {
     return data + i * padded;
   }
-  Part<E> read(int64_t first, int64_t /*rows*/, int64_t column, int64_t /*columns*/, E* /*buffer*/)
-      const {
+  MatrixView<E> read(
+      int64_t first, int64_t /*rows*/, int64_t column, int64_t /*columns*/, E* /*buffer*/) const {
     return {row(first) + column, padded};
   }
 
@@ -153,18 +154,19 @@ struct Rows {
   const E* data;
 };
 
-// The same of floats, or of halves that become floats where they are read, so that nobody holds a copy of all.
-class FloatRows {
+// A matrix that is read as float. Half precision is converted block by block, so that there is no
+// converted copy of the whole matrix.
+class FloatMatrix {
  public:
-  explicit FloatRows(const Tensor& t)
+  explicit FloatMatrix(const Tensor& t)
       : count(t.size(0)), width(t.size(1)), padded(width), storage_(t.contiguous()) {}
 
-  // Whether `read` needs no buffer.
+  // Whether `read` returns the stored elements without a buffer.
   bool in_place() const {
     return storage_.scalar_type() == at::kFloat;
   }
-  Part<float> read(int64_t first, int64_t rows, int64_t column, int64_t columns, float* buffer)
-      const {
+  MatrixView<float> read(
+      int64_t first, int64_t rows, int64_t column, int64_t columns, float* buffer) const {
     switch (storage_.scalar_type()) {
       case at::kBFloat16:
         return converted<at::BFloat16>(first, rows, column, columns, buffer);
@@ -177,7 +179,7 @@ class FloatRows {
 
   int64_t count;
   int64_t width;
-  int64_t padded; // the width
+  int64_t padded; // equal to the width
 
  private:
   template <typename T>
@@ -185,10 +187,10 @@ class FloatRows {
     return storage_.template const_data_ptr<T>() + row * width + column;
   }
   template <typename T>
-  Part<float> converted(int64_t first, int64_t rows, int64_t column, int64_t columns, float* buffer)
-      const {
+  MatrixView<float> converted(
+      int64_t first, int64_t rows, int64_t column, int64_t columns, float* buffer) const {
     for (int64_t i = 0; i < rows; ++i) {
-      floats_of(address<T>(first + i, column), buffer + i * columns, columns);
+      to_floats(address<T>(first + i, column), buffer + i * columns, columns);
     }
     return {buffer, columns};
   }

@@ -1,4 +1,4 @@
-// What the operators return, and how the upstream gradient enters.
+// What operators return, and the upstream gradient that enters a backward pass.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,9 +12,10 @@ namespace mulki {
 
 using at::Tensor;
 
-// Gradients with respect to x and w, allocated where they are wanted.
+// The gradients of x and w. One that is not wanted is empty.
 struct Grads {
-  // `dtype` is x's for a backward, float for gradients that come with the loss.
+  // `dtype` is that of x in a backward operator, and float in an operator that returns the loss
+  // too.
   Grads(const Tensor& x, const Tensor& w, at::ScalarType dtype, bool wanted_x, bool wanted_w)
       : x(wanted_x ? at::empty(x.sizes(), dtype) : at::empty({0}, dtype)),
         w(wanted_w ? at::empty(w.sizes(), dtype) : at::empty({0}, dtype)) {
@@ -36,8 +37,8 @@ inline Tensor scalar_if(bool wanted, double value) {
   return wanted ? scalar(value) : at::empty({0}, at::kFloat);
 }
 
-// What every row's loss counts in the total, for a mean over `count` rows or for the sum.
-inline double share_of(bool mean, int64_t count) {
+// The factor of each row's loss in the total: for a mean over `count` rows, or for the sum.
+inline double row_weight(bool mean, int64_t count) {
   return mean ? 1.0 / double(std::max<int64_t>(count, 1)) : 1.0;
 }
 
@@ -45,7 +46,7 @@ inline double value_of(const Tensor& t) {
   return t.item().toDouble();
 }
 
-// The upstream gradient of every row; without a tensor it is `each`.
+// The gradient of the total with respect to the loss of each row: a tensor [N], or one number.
 struct Upstream {
   explicit Upstream(double each) : each(each) {}
   explicit Upstream(const Tensor& grad)
@@ -59,7 +60,7 @@ struct Upstream {
   const float* data = nullptr;
 };
 
-// In the order of the rows, so that it does not depend on threads.
+// Adds in the order of the rows, so that the sum does not depend on the number of threads.
 inline double sum_of_rows(const Tensor& loss) {
   const float* values = loss.const_data_ptr<float>();
   double sum = 0;

@@ -1,19 +1,22 @@
-// Losses of the form sum_i loss_i, where loss_i looks at softmax distributions over the P columns of
-// a row: of the student, and of any number of teachers.
+// Losses sum_i loss_i, where loss_i is a function of softmax distributions over P classes: q of the
+// student and p_k of any number of teachers.
 //
-// Y = X W^T are plain products and u = c Y the logits, c = scale / temperature. A super-block of rows
-// goes through four steps, each parallel over its own tasks:
+// Each model has features X, prototypes W and a factor c = scale / temperature. Y = X W^T are the
+// products and u = c Y the logits. Rows are processed in super-blocks, and the columns in tiles
+// (tiling.h). A super-block takes four steps, each of them parallel:
 //
-//   1. per tile: the products of every model; per row of the tile its largest u, and sums of
-//      e = exp(u - u_max) alone, times Y, and (teachers) times the student's Y. e replaces Y.
-//   2. per row: the sums of its tiles are merged, and a rule turns them into the loss and into the
-//      coefficients of G = dloss/du,
-//        G_j = a q_j - sum_k b_k p_kj - uniform - [j = target] at_target.
-//   3. per tile: G replaces the student's e.
-//   4. the products with G (gradients.h).
+//   1. Per tile and model: Y; for each row of the tile the maximum of u, and the sums of
+//      e = exp(u - max u), of e Y, and for teachers of e times the student's Y. e replaces Y.
+//   2. Per row: the sums of the tiles are merged. From them a rule, which belongs to the operator,
+//      computes the loss and the coefficients of G = dloss/du:
+//        G_j = a q_j - sum_k b_k p_kj - uniform - [j = target] at_target
+//   3. Per tile: G replaces e of the student.
+//   4. The products of G with W and X (gradients.h).
 //
-// Sums are over Y less its value where u is largest, so nothing cancels or overflows on the way; what
-// a rule sees of a row is in double.
+// Only the matrices of one super-block exist at a time, and none of them without a gradient.
+//
+// In all sums, Y is centred: Y at the maximum of u is subtracted. So nothing overflows, and no
+// digits cancel. The rule reads its numbers in double.
 #pragma once
 
 #include "logits.h"
@@ -25,130 +28,136 @@
 
 namespace mulki {
 
-// What is known of one row when its tiles are merged. "Centred" is less the Y at the largest u.
+// What the rule reads about one row of one model.
 struct ModelRow {
   double log_sum; // log sum_j exp(u_j - u_max)
   double mean; // expectation of centred Y under the model's own distribution
   double cross; // teachers: expectation of the student's centred Y under the teacher's
   double at_target; // centred Y of the target class
-  double uniform; // student: mean of centred Y over the classes that take part
+  double uniform; // student: mean of centred Y over the active classes
 };
 
+// What the rule writes: the coefficients of G in one row.
 struct RowCoefficients {
   double student = 0; // a
-  double uniform = 0; // already divided by the number of classes that take part
+  double uniform = 0; // the rule has divided it by the number of active classes
   double at_target = 0;
-  double* teachers = nullptr; // b_k, zero at first
-  double scale = 0; // dloss/dscale of the row, before the caller's factor
+  double* teachers = nullptr; // b_k, initially zero
+  double scale = 0; // dloss/dscale of the row; the caller multiplies it by a constant
 };
 
 template <typename Operand>
 struct Model {
-  Model(const Tensor& x, const Tensor& w, double c)
-      : rows(x), prototypes(w), c(c), sign(c < 0 ? -1.0f : 1.0f) {}
+  Model(const Tensor& features, const Tensor& prototypes, double c)
+      : x(features), w(prototypes), c(c), sign(c < 0 ? -1.0f : 1.0f) {}
 
-  Operand rows, prototypes;
+  Operand x, w;
   double c;
-  float sign; // of c: u is largest where sign * Y is
+  float sign; // of c: u has its maximum where sign * Y has it
 };
 
-// Which columns take part, as 1 or 0.
-struct Columns {
-  Columns(const Tiling& t, const bool* mask)
-      : kept(0), keep(t.tiles * t.width), partial(t.tiles), counts(t.tiles) {
+// The active columns, which are the classes that the mask includes. Padding is not active.
+struct ActiveColumns {
+  ActiveColumns(const Tiling& t, const bool* class_mask)
+      : active(0), mask(t.tiles * t.width), partial(t.tiles), counts(t.tiles) {
     for (int64_t j = 0; j < t.tiles * t.width; ++j) {
-      const bool takes_part = j < t.p && (mask == nullptr || mask[j]);
-      keep[j] = takes_part ? 1.0f : 0.0f;
-      counts[j / t.width] += takes_part;
-      kept += takes_part;
+      const bool is_active = j < t.p && (class_mask == nullptr || class_mask[j]);
+      mask[j] = is_active ? 1.0f : 0.0f;
+      counts[j / t.width] += is_active;
+      active += is_active;
     }
     for (int64_t tile = 0; tile < t.tiles; ++tile) {
       partial[tile] = counts[tile] < t.width;
     }
   }
-  bool empty(int64_t tile) const {
+  bool is_empty(int64_t tile) const {
     return counts[tile] == 0;
   }
-  // How many tiles are not.
-  int64_t wanted() const {
+  int64_t tiles_with_active() const {
     return std::count_if(counts.begin(), counts.end(), [](int64_t c) { return c > 0; });
   }
 
-  int64_t kept;
-  std::vector<float> keep;
-  std::vector<char> partial;
-  std::vector<int64_t> counts; // per tile
+  int64_t active; // how many
+  std::vector<float> mask; // 1 for an active column, else 0
+  std::vector<char> partial; // per tile: whether some column is not active
+  std::vector<int64_t> counts; // per tile: how many are
 };
 
-// The largest sign * y of a row of a tile, lane by lane. A NaN may be lost: it is in the sums of the row.
+// Each lane's maximum of sign * y over a row of a tile. It may lose a NaN, which the row's sums
+// keep.
 template <bool PARTIAL>
-inline Vec largest(const float* y, const float* keep, int64_t width, float sign) {
-  constexpr float kNone = -std::numeric_limits<float>::infinity();
-  Vec most(kNone);
+inline Vec max_of_row(const float* y, const float* mask, int64_t width, float sign) {
+  constexpr float kLowest = -std::numeric_limits<float>::infinity();
+  Vec tile_max(kLowest);
   const Vec s(sign);
   for (int64_t j = 0; j < width; j += Vec::size()) {
     Vec v = Vec::loadu(y + j) * s;
     if constexpr (PARTIAL) {
-      v = where_kept(keep + j, kNone, v);
+      v = where_active(mask + j, kLowest, v);
     }
-    most = larger(v, most);
+    tile_max = larger(v, tile_max);
   }
-  return most;
+  return tile_max;
 }
 
-// Sums over a row of a tile, lane by lane, of as many rows as a vector has lanes.
-struct LaneSums {
-  Lanes sum, own, other;
+// The sums of some rows of a tile: of e; of e y; and for teachers of e times the student's y, for
+// the student of y. All y are centred.
+struct RowSums {
+  RowVectors sum_exp, sum_exp_y, cross_or_uniform;
 };
 
-// Sums of e, e * centred y, and e * centred `student` (when CROSS) or centred y alone (when not: the
-// uniform sum) over one row of a tile. e replaces y when `stored`.
+// Adds up one row of a tile. CROSS says that it is a teacher's; `student` is then the student's y
+// in that row. If `store`, e replaces y.
 template <bool PARTIAL, bool CROSS>
 inline void exponentials(
     float* y,
     const float* student,
-    const float* keep,
+    const float* mask,
     int64_t width,
     const ExpOfProduct& exp_of_centred,
-    float most,
-    float student_most,
-    bool stored,
+    float tile_max,
+    float student_tile_max,
+    bool store,
     int64_t row,
-    LaneSums& out) {
-  Vec sum(0.0f), own(0.0f), other(0.0f);
-  const Vec top(most), student_top(student_most);
+    RowSums& out) {
+  Vec sum_exp(0.0f), sum_exp_y(0.0f), cross_or_uniform(0.0f);
+  const Vec max(tile_max), student_max(student_tile_max);
   for (int64_t j = 0; j < width; j += Vec::size()) {
-    Vec centred = Vec::loadu(y + j) - top;
+    Vec centred = Vec::loadu(y + j) - max;
     if constexpr (PARTIAL) {
-      centred = where_kept(keep + j, 0.0f, centred);
+      centred = where_active(mask + j, 0.0f, centred);
     }
     Vec e = exp_of_centred(centred);
     if constexpr (PARTIAL) {
-      e = e * Vec::loadu(keep + j);
+      e = e * Vec::loadu(mask + j);
     }
-    sum = sum + e;
-    own = at::vec::fmadd(e, centred, own);
+    sum_exp = sum_exp + e;
+    sum_exp_y = at::vec::fmadd(e, centred, sum_exp_y);
     if constexpr (CROSS) {
-      Vec of_student = Vec::loadu(student + j) - student_top;
+      Vec student_y = Vec::loadu(student + j) - student_max;
       if constexpr (PARTIAL) {
-        of_student = where_kept(keep + j, 0.0f, of_student);
+        student_y = where_active(mask + j, 0.0f, student_y);
       }
-      other = at::vec::fmadd(e, of_student, other);
+      cross_or_uniform = at::vec::fmadd(e, student_y, cross_or_uniform);
     } else {
-      other = other + centred;
+      cross_or_uniform = cross_or_uniform + centred;
     }
-    if (stored) {
+    if (store) {
       e.store(y + j);
     }
   }
-  out.sum.set(row, sum);
-  out.own.set(row, own);
-  out.other.set(row, other);
+  out.sum_exp.set(row, sum_exp);
+  out.sum_exp_y.set(row, sum_exp_y);
+  out.cross_or_uniform.set(row, cross_or_uniform);
 }
 
-// Rule: `int64_t target(int64_t row)` (negative: none) and
-// `void operator()(int64_t row, const ModelRow* student, const ModelRow* teachers, int64_t kept,
-//                  RowCoefficients&)`, called once per row from any thread.
+// A rule has
+//
+//   int64_t target(int64_t row)    the target class of the row, or a negative number
+//   void operator()(int64_t row, const ModelRow* student, const ModelRow* teachers, int64_t active,
+//                   RowCoefficients&)
+//                                  stores the loss; called once for each row, from any thread;
+//                                  `active` is the number of active classes
 template <typename Engine, typename Rule>
 class RowSoftmax {
   using Operand = typename Engine::Operand;
@@ -157,7 +166,7 @@ class RowSoftmax {
   RowSoftmax(
       const Tiling& tiling,
       std::vector<Model<Operand>>& models, // the student, then the teachers
-      const Columns& columns,
+      const ActiveColumns& columns,
       Rule& rule,
       bool wanted_x,
       bool wanted_w)
@@ -165,20 +174,20 @@ class RowSoftmax {
         models_(models),
         columns_(columns),
         rule_(rule),
-        count_(int64_t(models.size())),
-        logits_(tiling, operands(models), columns.wanted()),
-        gradients_(
-            tiling, models[0].rows, models[0].prototypes, wanted_x, wanted_w, count_) {
-    stat_ = take(count_ * 4 * t_.tiles * t_.rows);
-    at_target_ = take(count_ * t_.rows);
-    top_ = take(count_ * t_.rows);
-    weight_ = take(count_ * t_.rows);
-    uniform_ = take(t_.rows);
-    hard_ = take(t_.rows);
+        model_count_(int64_t(models.size())),
+        logits_(tiling, operands(models), columns.tiles_with_active()),
+        gradients_(tiling, models[0].x, models[0].w, wanted_x, wanted_w, model_count_) {
+    stat_ = allocate(model_count_ * 4 * t_.tiles * t_.rows);
+    at_target_ = allocate(model_count_ * t_.rows);
+    row_max_ = allocate(model_count_ * t_.rows);
+    coefficient_ = allocate(model_count_ * t_.rows);
+    uniform_coefficient_ = allocate(t_.rows);
+    target_coefficient_ = allocate(t_.rows);
     row_scale_.resize(t_.rows);
   }
 
-  // Returns sum of dloss/dscale over the rows, before the caller's factor.
+  // Writes `factor` times the gradients to dx and dw, and returns the sum of
+  // RowCoefficients::scale.
   double run(float factor, Tensor& dx, Tensor& dw) {
     double scale = 0;
     for (int64_t first = 0; first < t_.n; first += t_.rows) {
@@ -200,7 +209,7 @@ class RowSoftmax {
   }
 
  private:
-  float* take(int64_t count) {
+  float* allocate(int64_t count) {
     scratch_.emplace_back(count * int64_t(sizeof(float)));
     return scratch_.back().data<float>();
   }
@@ -208,12 +217,13 @@ class RowSoftmax {
   static std::vector<typename Logits<Engine>::Model> operands(std::vector<Model<Operand>>& models) {
     std::vector<typename Logits<Engine>::Model> out;
     for (const Model<Operand>& m : models) {
-      out.push_back({&m.rows, &m.prototypes});
+      out.push_back({&m.x, &m.w});
     }
     return out;
   }
 
-  enum Stat { kMost, kSum, kOwn, kOther };
+  // Of a row in one tile: Y at the maximum of u, and the sums of RowSums.
+  enum Stat { kMaxY, kSumExp, kSumExpY, kCrossOrUniform };
 
   float* stat(int64_t model, Stat which, int64_t tile) {
     return stat_ + ((model * 4 + which) * t_.tiles + tile) * t_.rows;
@@ -223,7 +233,7 @@ class RowSoftmax {
   }
 
   void products_and_sums(int64_t first, int64_t count) {
-    const auto wanted = [&](int64_t tile) { return !columns_.empty(tile); };
+    const auto wanted = [&](int64_t tile) { return !columns_.is_empty(tile); };
     if (gradients_.any()) {
       const auto where = [&](int64_t m, int64_t tile, int64_t begin) {
         return values(m, tile, begin);
@@ -237,19 +247,26 @@ class RowSoftmax {
     }
     logits_.run(first, count, wanted, [&](int64_t tile, int64_t begin, int64_t end) {
       const int64_t size = t_.block * t_.width;
-      const Scratch local(count_ * size * int64_t(sizeof(float)));
+      const Scratch local(model_count_ * size * int64_t(sizeof(float)));
       float* y = local.data<float>();
-      for (int64_t m = 0; m < count_; ++m) {
+      for (int64_t m = 0; m < model_count_; ++m) {
         logits_.multiply(m, tile, begin, end, y + m * size);
         sums_of_model(first, m, tile, begin, end, y + m * size, y);
       }
     });
   }
 
-  // What a block's products of model m allow, once those of the models before it are there. The student's own
-  // sums come last: the teachers' sums read its products, which its exponentials replace.
+  // Takes the sums of a block whose products y of model m are new. Those of the models before m are
+  // there already. The student, model 0, is summed with the last model: until then the teachers'
+  // sums need its products, which its exponentials replace.
   void sums_of_model(
-      int64_t first, int64_t m, int64_t tile, int64_t begin, int64_t end, float* y, float* student) {
+      int64_t first,
+      int64_t m,
+      int64_t tile,
+      int64_t begin,
+      int64_t end,
+      float* y,
+      float* student) {
     if (columns_.partial[tile]) {
       sums_of_model<true>(first, m, tile, begin, end, y, student);
     } else {
@@ -259,209 +276,222 @@ class RowSoftmax {
 
   template <bool PARTIAL>
   void sums_of_model(
-      int64_t first, int64_t m, int64_t tile, int64_t begin, int64_t end, float* y, float* student) {
-    const float* keep = columns_.keep.data() + tile * t_.width;
+      int64_t first,
+      int64_t m,
+      int64_t tile,
+      int64_t begin,
+      int64_t end,
+      float* y,
+      float* student) {
+    const float* mask = columns_.mask.data() + tile * t_.width;
     const float sign = models_[m].sign;
     for (int64_t i = begin; i < end; i += Vec::size()) {
       const int64_t rows = std::min<int64_t>(Vec::size(), end - i), from = (i - begin) * t_.width;
-      Lanes most;
+      RowVectors tile_max;
       for (int64_t r = 0; r < rows; ++r) {
         const float* row = y + from + r * t_.width;
         const int64_t target = rule_.target(first + i + r) - tile * t_.width;
         if (target >= 0 && target < t_.width) {
           at_target_[m * t_.rows + i + r] = row[target];
         }
-        most.set(r, largest<PARTIAL>(row, keep, t_.width, sign));
+        tile_max.set(r, max_of_row<PARTIAL>(row, mask, t_.width, sign));
       }
-      (most.largest() * Vec(sign)).store(stat(m, kMost, tile) + i, rows);
+      (tile_max.maxima() * Vec(sign)).store(stat(m, kMaxY, tile) + i, rows);
       if (m > 0) {
         sums_of_rows<PARTIAL, true>(m, tile, i, rows, y + from, student + from);
       }
-      if (m == count_ - 1) {
+      if (m == model_count_ - 1) {
         sums_of_rows<PARTIAL, false>(0, tile, i, rows, student + from, nullptr);
       }
     }
   }
 
-  // Of at most as many rows as a vector has lanes, from row i of the super-block on.
+  // Takes the sums of `rows` rows, at most the number of lanes, from row i of the super-block on.
   template <bool PARTIAL, bool CROSS>
   void sums_of_rows(
       int64_t m, int64_t tile, int64_t i, int64_t rows, float* y, const float* student) {
-    const float *most = stat(m, kMost, tile) + i, *student_most = stat(0, kMost, tile) + i;
-    const float* keep = columns_.keep.data() + tile * t_.width;
+    const float *tile_max = stat(m, kMaxY, tile) + i, *student_tile_max = stat(0, kMaxY, tile) + i;
+    const float* mask = columns_.mask.data() + tile * t_.width;
     const ExpOfProduct exp_of_centred(models_[m].c);
-    const bool stored = gradients_.any();
-    LaneSums sums;
+    const bool store = gradients_.any();
+    RowSums sums;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = r * t_.width;
       exponentials<PARTIAL, CROSS>(
-          y + row, CROSS ? student + row : nullptr, keep, t_.width, exp_of_centred, most[r],
-          student_most[r], stored, r, sums);
+          y + row, CROSS ? student + row : nullptr, mask, t_.width, exp_of_centred, tile_max[r],
+          student_tile_max[r], store, r, sums);
     }
-    sums.sum.sums().store(stat(m, kSum, tile) + i, rows);
-    sums.own.sums().store(stat(m, kOwn, tile) + i, rows);
-    sums.other.sums().store(stat(m, kOther, tile) + i, rows);
+    sums.sum_exp.sums().store(stat(m, kSumExp, tile) + i, rows);
+    sums.sum_exp_y.sums().store(stat(m, kSumExpY, tile) + i, rows);
+    sums.cross_or_uniform.sums().store(stat(m, kCrossOrUniform, tile) + i, rows);
   }
 
-  // Merges the tiles of a block's rows and asks the rule for losses and coefficients.
+  // Merges the sums of all tiles for a block of rows, and calls the rule for each row.
   void row_step(int64_t first, int64_t count, int64_t block) {
     const int64_t begin = block * t_.block, rows = t_.block_rows(block, count);
-    std::vector<Merged> merged(count_);
-    for (int64_t m = 0; m < count_; ++m) {
+    std::vector<MergedSums> merged(model_count_);
+    for (int64_t m = 0; m < model_count_; ++m) {
       merge(m, begin, rows, merged[m]);
     }
-    std::vector<ModelRow> seen(count_);
-    std::vector<double> teachers(count_);
+    std::vector<ModelRow> rows_of_models(model_count_);
+    std::vector<double> teachers(model_count_);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t i = begin + r;
       const bool has_target = rule_.target(first + i) >= 0;
-      for (int64_t m = 0; m < count_; ++m) {
-        const Merged& of = merged[m];
-        seen[m].log_sum = std::log(of.sum[r]);
-        seen[m].mean = of.own[r] / of.sum[r];
-        seen[m].cross = of.other[r] / of.sum[r];
-        seen[m].uniform = of.other[r] / double(columns_.kept);
-        seen[m].at_target =
-            has_target ? double(at_target_[m * t_.rows + i]) - top_[m * t_.rows + i] : 0.0;
+      for (int64_t m = 0; m < model_count_; ++m) {
+        const MergedSums& sums = merged[m];
+        rows_of_models[m].log_sum = std::log(sums.sum_exp[r]);
+        rows_of_models[m].mean = sums.sum_exp_y[r] / sums.sum_exp[r];
+        rows_of_models[m].cross = sums.cross_or_uniform[r] / sums.sum_exp[r];
+        rows_of_models[m].uniform = sums.cross_or_uniform[r] / double(columns_.active);
+        rows_of_models[m].at_target =
+            has_target ? double(at_target_[m * t_.rows + i]) - row_max_[m * t_.rows + i] : 0.0;
       }
       std::fill(teachers.begin(), teachers.end(), 0.0);
       RowCoefficients coefficients;
       coefficients.teachers = teachers.data();
-      rule_(first + i, seen.data(), seen.data() + 1, columns_.kept, coefficients);
+      rule_(
+          first + i, rows_of_models.data(), rows_of_models.data() + 1, columns_.active,
+          coefficients);
       row_scale_[i] = coefficients.scale;
-      weight_[i] = float(coefficients.student / merged[0].sum[r]);
-      for (int64_t m = 1; m < count_; ++m) {
-        weight_[m * t_.rows + i] = float(teachers[m - 1] / merged[m].sum[r]);
+      coefficient_[i] = float(coefficients.student / merged[0].sum_exp[r]);
+      for (int64_t m = 1; m < model_count_; ++m) {
+        coefficient_[m * t_.rows + i] = float(teachers[m - 1] / merged[m].sum_exp[r]);
       }
-      uniform_[i] = float(coefficients.uniform);
-      hard_[i] = float(coefficients.at_target);
+      uniform_coefficient_[i] = float(coefficients.uniform);
+      target_coefficient_[i] = float(coefficients.at_target);
     }
   }
 
-  // Writes G of a block's rows in one tile.
+  // Writes G for a block of rows in one tile.
   void gradient_step(int64_t first, int64_t count, int64_t tile, int64_t block) {
     const int64_t begin = block * t_.block, rows = t_.block_rows(block, count);
-    if (columns_.empty(tile)) {
+    if (columns_.is_empty(tile)) {
       std::fill(values(0, tile, begin), values(0, tile, begin) + rows * t_.width, 0.0f);
       gradients_.commit(first, tile, begin, rows);
       return;
     }
-    std::vector<float> factor(count_ * kMostBlock);
-    for (int64_t m = 0; m < count_; ++m) {
-      float* of_model = &factor[m * kMostBlock];
-      shifts(m, tile, begin, rows, of_model);
+    std::vector<float> factors(model_count_ * kMaxBlock);
+    for (int64_t m = 0; m < model_count_; ++m) {
+      float* model_factors = &factors[m * kMaxBlock];
+      shifts(m, tile, begin, rows, model_factors);
       for (int64_t r = 0; r < rows; ++r) {
-        of_model[r] *= weight_[m * t_.rows + begin + r];
+        model_factors[r] *= coefficient_[m * t_.rows + begin + r];
       }
     }
-    const float* keep = columns_.keep.data() + tile * t_.width;
-    std::vector<const float*> teachers(count_);
+    const float* mask = columns_.mask.data() + tile * t_.width;
+    std::vector<const float*> teachers(model_count_);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t i = begin + r;
       float* g = values(0, tile, i);
-      bool counts = hard_[i] != 0.0f || uniform_[i] != 0.0f;
-      for (int64_t m = 0; m < count_; ++m) {
-        // A NaN counts.
-        counts = counts || weight_[m * t_.rows + i] != 0.0f;
+      bool has_gradient = target_coefficient_[i] != 0.0f || uniform_coefficient_[i] != 0.0f;
+      for (int64_t m = 0; m < model_count_; ++m) {
+        // This is true for NaN.
+        has_gradient = has_gradient || coefficient_[m * t_.rows + i] != 0.0f;
         teachers[m] = values(m, tile, i);
       }
-      if (!counts) {
-        // An ignored row has no gradient, whatever its logits are.
+      if (!has_gradient) {
+        // An ignored row has no gradient even if its logits are infinite or NaN.
         std::fill(g, g + t_.width, 0.0f);
         continue;
       }
-      const Vec of_student(factor[r]), uniform(uniform_[i]);
+      const Vec student_factor(factors[r]), uniform(uniform_coefficient_[i]);
       for (int64_t j = 0; j < t_.width; j += Vec::size()) {
-        // Not a fused multiply-subtract: a student that equals its teacher has a gradient of zero.
-        Vec v = Vec::loadu(g + j) * of_student;
-        for (int64_t m = 1; m < count_; ++m) {
-          v = v - Vec::loadu(teachers[m] + j) * Vec(factor[m * kMostBlock + r]);
+        // No fused multiply-subtract: the gradient of a student equal to its teacher is exactly 0.
+        Vec v = Vec::loadu(g + j) * student_factor;
+        for (int64_t m = 1; m < model_count_; ++m) {
+          v = v - Vec::loadu(teachers[m] + j) * Vec(factors[m * kMaxBlock + r]);
         }
-        if (uniform_[i] != 0.0f) {
-          v = v - Vec::loadu(keep + j) * uniform;
+        if (uniform_coefficient_[i] != 0.0f) {
+          v = v - Vec::loadu(mask + j) * uniform;
         }
         v.store(g + j);
       }
       const int64_t target = rule_.target(first + i) - tile * t_.width;
       if (target >= 0 && target < t_.width) {
-        g[target] -= hard_[i];
+        g[target] -= target_coefficient_[i];
       }
     }
     gradients_.commit(first, tile, begin, rows);
   }
 
-  // exp(c (largest of the tile - largest of the row)) for a block's rows.
+  // Writes exp(c (tile_max - row_max)) for a block of rows: the factor from a tile's sums to the
+  // row's.
   void shifts(int64_t m, int64_t tile, int64_t begin, int64_t rows, float* out) {
     const ExpOfProduct exp_of_shift(models_[m].c);
-    const float* most = stat(m, kMost, tile) + begin;
-    const float* top = top_ + m * t_.rows + begin;
+    const float* tile_max = stat(m, kMaxY, tile) + begin;
+    const float* row_max = row_max_ + m * t_.rows + begin;
     for (int64_t r = 0; r < rows; r += Vec::size()) {
       const int64_t n = std::min<int64_t>(Vec::size(), rows - r);
-      exp_of_shift(Vec::loadu(most + r, n) - Vec::loadu(top + r, n)).store(out + r, n);
+      exp_of_shift(Vec::loadu(tile_max + r, n) - Vec::loadu(row_max + r, n)).store(out + r, n);
     }
   }
 
-  static constexpr int64_t kMostBlock = 64;
-  struct Merged {
-    double sum[kMostBlock], own[kMostBlock], other[kMostBlock];
+  static constexpr int64_t kMaxBlock = 64;
+  struct MergedSums {
+    double sum_exp[kMaxBlock], sum_exp_y[kMaxBlock], cross_or_uniform[kMaxBlock];
   };
 
-  void merge(int64_t m, int64_t begin, int64_t rows, Merged& out) {
-    TORCH_INTERNAL_ASSERT_DEBUG_ONLY(rows <= kMostBlock);
+  void merge(int64_t m, int64_t begin, int64_t rows, MergedSums& out) {
+    TORCH_INTERNAL_ASSERT_DEBUG_ONLY(rows <= kMaxBlock);
     const float sign = models_[m].sign;
-    float* top = top_ + m * t_.rows + begin;
-    const float* student_top = top_ + begin;
-    std::fill(top, top + rows, -sign * std::numeric_limits<float>::infinity());
+    float* row_max = row_max_ + m * t_.rows + begin;
+    const float* student_row_max = row_max_ + begin;
+    std::fill(row_max, row_max + rows, -sign * std::numeric_limits<float>::infinity());
     for (int64_t t = 0; t < t_.tiles; ++t) {
-      if (columns_.empty(t)) {
+      if (columns_.is_empty(t)) {
         continue;
       }
-      const float* most = stat(m, kMost, t) + begin;
+      const float* tile_max = stat(m, kMaxY, t) + begin;
       for (int64_t r = 0; r < rows; ++r) {
-        // Not std::max, which would lose a NaN. Where `largest` has lost it, the sums have it.
-        top[r] = sign * most[r] > sign * top[r] || most[r] != most[r] ? most[r] : top[r];
+        // Not std::max, which would lose a NaN. If max_of_row has lost it, the sums have it.
+        row_max[r] = sign * tile_max[r] > sign * row_max[r] || tile_max[r] != tile_max[r]
+            ? tile_max[r]
+            : row_max[r];
       }
     }
-    for (double* sums : {out.sum, out.own, out.other}) {
+    for (double* sums : {out.sum_exp, out.sum_exp_y, out.cross_or_uniform}) {
       std::fill(sums, sums + rows, 0.0);
     }
-    float shift[kMostBlock];
+    float shift[kMaxBlock];
     for (int64_t t = 0; t < t_.tiles; ++t) {
-      if (columns_.empty(t)) {
+      if (columns_.is_empty(t)) {
         continue;
       }
       shifts(m, t, begin, rows, shift);
-      const float* most = stat(m, kMost, t) + begin;
-      const float* tile_sum = stat(m, kSum, t) + begin;
-      const float* tile_own = stat(m, kOwn, t) + begin;
-      const float* tile_other = stat(m, kOther, t) + begin;
-      const float* student_most = stat(0, kMost, t) + begin;
-      const double part = double(columns_.counts[t]);
+      const float* tile_max = stat(m, kMaxY, t) + begin;
+      const float* tile_sum_exp = stat(m, kSumExp, t) + begin;
+      const float* tile_sum_exp_y = stat(m, kSumExpY, t) + begin;
+      const float* tile_cross_or_uniform = stat(m, kCrossOrUniform, t) + begin;
+      const float* student_tile_max = stat(0, kMaxY, t) + begin;
+      const double active = double(columns_.counts[t]);
       for (int64_t r = 0; r < rows; ++r) {
-        const double by = shift[r], sum = tile_sum[r];
-        const double up = double(most[r]) - top[r];
-        out.sum[r] += by * sum;
-        out.own[r] += by * (tile_own[r] + sum * up);
-        out.other[r] += m == 0
-            ? tile_other[r] + part * up
-            : by * (tile_other[r] + sum * (double(student_most[r]) - student_top[r]));
+        const double factor = shift[r], sum_exp = tile_sum_exp[r];
+        const double shift_of_max = double(tile_max[r]) - row_max[r];
+        out.sum_exp[r] += factor * sum_exp;
+        out.sum_exp_y[r] += factor * (tile_sum_exp_y[r] + sum_exp * shift_of_max);
+        const double contribution = m == 0 ? tile_cross_or_uniform[r] + active * shift_of_max
+                                           : factor *
+                (tile_cross_or_uniform[r] +
+                 sum_exp * (double(student_tile_max[r]) - student_row_max[r]));
+        out.cross_or_uniform[r] += contribution;
       }
     }
   }
 
   const Tiling t_;
   std::vector<Model<Operand>>& models_;
-  const Columns& columns_;
+  const ActiveColumns& columns_;
   Rule& rule_;
-  const int64_t count_; // of models
+  const int64_t model_count_;
   std::vector<Scratch> scratch_;
   Logits<Engine> logits_;
   Gradients<Engine> gradients_;
-  float* stat_; // [models][4][tiles][rows]
-  float* at_target_; // [models][rows], Y at the target
-  float* top_; // [models][rows], Y at the largest u of the row
-  float* weight_; // [models][rows], coefficients over sums of exponentials
-  float *uniform_, *hard_; // [rows], coefficients
+  float* stat_; // [models][4][tiles][rows], see Stat
+  float* at_target_; // [models][rows], Y of the target class
+  float* row_max_; // [models][rows], Y at the maximum of u
+  float* coefficient_; // [models][rows], a or b_k, divided by the sum of exponentials
+  float *uniform_coefficient_, *target_coefficient_; // [rows], see RowCoefficients
   std::vector<double> row_scale_;
 };
 

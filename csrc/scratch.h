@@ -1,6 +1,6 @@
-// Working memory. It comes from torch's allocator, so that memory profilers see it, in huge pages
-// where the system has them, and a little of it stays with the thread for its next call: touching
-// fresh memory page by page took a quarter of the time of a problem of 256 x 1000.
+// Working memory. It comes from torch's allocator, so that memory profilers see it, and lies in
+// huge pages if the system has them. Each thread caches a few blocks for its next call: the first
+// access to each page of new memory took a quarter of the time of a problem of 256 x 1000.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -18,11 +18,11 @@ namespace mulki {
 
 using at::Tensor;
 
-// A block of bytes for the lifetime of the object, which is made and destroyed by one thread.
+// A block of bytes. One thread constructs and destroys it.
 class Scratch {
  public:
   Scratch() = default;
-  explicit Scratch(int64_t bytes) : block_(take(bytes)) {}
+  explicit Scratch(int64_t bytes) : block_(acquire(bytes)) {}
   Scratch(Scratch&& other) noexcept : block_(std::move(other.block_)) {}
   Scratch& operator=(Scratch&& other) noexcept {
     std::swap(block_, other.block_);
@@ -30,7 +30,7 @@ class Scratch {
   }
   ~Scratch() {
     if (block_.defined()) {
-      give_back(std::move(block_));
+      release(std::move(block_));
     }
   }
 
@@ -42,17 +42,17 @@ class Scratch {
 
  private:
   static constexpr int64_t kAlignment = 64;
-  static constexpr int64_t kKept = int64_t(24) << 20; // bytes that stay with a thread
+  static constexpr int64_t kMaxCached = int64_t(24) << 20; // bytes that a thread caches
   static constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
 
-  static std::vector<Tensor>& kept() {
+  static std::vector<Tensor>& cached() {
     static thread_local std::vector<Tensor> blocks;
     return blocks;
   }
 
-  static Tensor take(int64_t bytes) {
+  static Tensor acquire(int64_t bytes) {
     bytes += kAlignment;
-    auto& blocks = kept();
+    auto& blocks = cached();
     int64_t best = -1;
     for (int64_t i = 0; i < int64_t(blocks.size()); ++i) {
       const int64_t size = blocks[i].numel();
@@ -68,28 +68,28 @@ class Scratch {
     Tensor block = at::empty({bytes}, at::kByte);
 #if defined(__linux__)
     const auto start = reinterpret_cast<uintptr_t>(block.mutable_data_ptr());
-    const uintptr_t from = (start + kHugePage - 1) / kHugePage * kHugePage;
-    const uintptr_t to = (start + uintptr_t(bytes)) / kHugePage * kHugePage;
-    if (to > from) {
-      // Advice: where the system does not take it, nothing changes.
-      madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+    const uintptr_t begin = (start + kHugePage - 1) / kHugePage * kHugePage;
+    const uintptr_t end = (start + uintptr_t(bytes)) / kHugePage * kHugePage;
+    if (end > begin) {
+      // Only advice: it may fail without harm.
+      madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
     }
 #endif
     return block;
   }
 
-  static void give_back(Tensor block) {
-    if (block.numel() > kKept) {
+  static void release(Tensor block) {
+    if (block.numel() > kMaxCached) {
       return;
     }
-    auto& blocks = kept();
+    auto& blocks = cached();
     blocks.push_back(std::move(block));
     int64_t total = 0;
     for (const Tensor& b : blocks) {
       total += b.numel();
     }
-    // The oldest go first: they are the ones that nothing fitted into.
-    while (total > kKept) {
+    // The oldest blocks go first: no request has used them for the longest time.
+    while (total > kMaxCached) {
       total -= blocks.front().numel();
       blocks.erase(blocks.begin());
     }

@@ -1,6 +1,10 @@
-// similarity: scale x W^T [N, P], of the rows as they are or L2-normalised.
+// similarity: Z = scale X W^T [N, P], of the rows as they are or L2-normalised.
 //
-// Norms enter as factors of rows and columns, so nothing is rounded that is not rounded without them.
+// X are the features [N, D] and W the prototypes [P, D]. Norms are factors of the rows and columns
+// of the product, so normalised operands are never stored or rounded. Tiles of the product are
+// written to the result as they are computed (logits.h). The backward pass scales the upstream
+// gradient to that of the plain product, super-block by super-block (gradients.h), and then
+// projects it.
 #include "checks.h"
 #include "logits.h"
 #include "results.h"
@@ -13,9 +17,9 @@
 namespace mulki {
 namespace {
 
-constexpr double kSmallest = 1e-12; // a norm below this counts as this, as in F.normalize
+constexpr double kMinNorm = 1e-12; // lower bound of a norm, as in F.normalize
 
-// Element-wise passes over rows, as they are multiplied.
+// Reads rows of an operand in the dtype in which they are multiplied.
 template <typename Engine>
 class RowReader {
  public:
@@ -53,19 +57,20 @@ std::vector<double> norms(const typename Engine::Operand& rows, bool wanted) {
 std::vector<float> factors(const std::vector<double>& norm, int64_t count) {
   std::vector<float> out(count, 1.0f);
   for (size_t i = 0; i < norm.size(); ++i) {
-    out[i] = float(1 / std::max(norm[i], kSmallest));
+    out[i] = float(1 / std::max(norm[i], kMinNorm));
   }
   return out;
 }
 
 template <typename Engine, typename Out>
-void forward(const Tensor& x, const Tensor& w, float scale, bool normalize, Tensor& out) {
-  const Tiling t = tiling_for<Engine>(x.size(0), w.size(0), 1, false);
-  const typename Engine::Operand rows(x), prototypes(w);
-  Logits<Engine> logits(t, {{&rows, &prototypes}}, t.tiles);
-  const std::vector<float> of_row = factors(norms<Engine>(rows, normalize), t.n);
-  std::vector<float> of_column = factors(norms<Engine>(prototypes, normalize), t.p);
-  for (float& f : of_column) {
+void forward(
+    const Tensor& features, const Tensor& prototypes, float scale, bool normalize, Tensor& out) {
+  const Tiling t = tiling_for<Engine>(features.size(0), prototypes.size(0), 1, false);
+  const typename Engine::Operand x(features), w(prototypes);
+  Logits<Engine> logits(t, {{&x, &w}}, t.tiles);
+  const std::vector<float> row_factors = factors(norms<Engine>(x, normalize), t.n);
+  std::vector<float> column_factors = factors(norms<Engine>(w, normalize), t.p);
+  for (float& f : column_factors) {
     f *= scale;
   }
   Out* data = out.mutable_data_ptr<Out>();
@@ -77,9 +82,9 @@ void forward(const Tensor& x, const Tensor& w, float scale, bool normalize, Tens
           TORCH_INTERNAL_ASSERT_DEBUG_ONLY(t.block <= 64 && t.width <= 128);
           logits.multiply(0, tile, begin, end, y);
           const int64_t valid = t.valid(tile);
-          const float* column = &of_column[tile * t.width];
+          const float* column = &column_factors[tile * t.width];
           for (int64_t i = begin; i < end; ++i) {
-            const float row = of_row[first + i];
+            const float row = row_factors[first + i];
             const float* from = y + (i - begin) * t.width;
             Out* to = data + (first + i) * t.p + tile * t.width;
             for (int64_t j = 0; j < valid; ++j) {
@@ -90,25 +95,26 @@ void forward(const Tensor& x, const Tensor& w, float scale, bool normalize, Tens
   }
 }
 
-Tensor similarity(const Tensor& x, const Tensor& w, const Tensor& scale, bool normalize) {
-  check_operands(x, w, scale);
-  Tensor out = at::empty({x.size(0), w.size(0)}, x.scalar_type());
+Tensor similarity(
+    const Tensor& features, const Tensor& prototypes, const Tensor& scale, bool normalize) {
+  check_prototypes(features, prototypes, scale);
+  Tensor out = at::empty({features.size(0), prototypes.size(0)}, features.scalar_type());
   const float s = float(value_of(scale));
-  with_engine(x.scalar_type(), x.size(1), [&](auto engine) {
+  with_engine(features.scalar_type(), features.size(1), [&](auto engine) {
     using Engine = decltype(engine);
-    if (x.scalar_type() == at::kFloat) {
-      forward<Engine, float>(x, w, s, normalize, out);
-    } else if (x.scalar_type() == at::kBFloat16) {
-      forward<Engine, at::BFloat16>(x, w, s, normalize, out);
+    if (features.scalar_type() == at::kFloat) {
+      forward<Engine, float>(features, prototypes, s, normalize, out);
+    } else if (features.scalar_type() == at::kBFloat16) {
+      forward<Engine, at::BFloat16>(features, prototypes, s, normalize, out);
     } else {
-      forward<Engine, at::Half>(x, w, s, normalize, out);
+      forward<Engine, at::Half>(features, prototypes, s, normalize, out);
     }
   });
   return out;
 }
 
-// dx_i = f (a_i - n_i (n_i . a_i)) with n the normalised row and a the gradient of the row as a
-// factor of the product; without normalisation dx_i = f a_i.
+// Writes dx_i = f (a_i - n_i (n_i . a_i)), where n_i is the normalised row of x and a_i the
+// gradient of that row in the scaled product; without normalisation dx_i = f a_i.
 template <typename Engine>
 void project(
     const Tensor& sums,
@@ -124,15 +130,15 @@ void project(
     for (int64_t i = begin; i < end; ++i) {
       const float* a = sums.const_data_ptr<float>() + i * width;
       std::copy(a, a + width, row.begin());
-      if (normalize && norm[i] > kSmallest) {
-        const auto* own = read(i);
+      if (normalize && norm[i] > kMinNorm) {
+        const auto* input = read(i);
         double along = 0;
         for (int64_t j = 0; j < width; ++j) {
-          along += double(own[j]) * a[j];
+          along += double(input[j]) * a[j];
         }
         along /= norm[i] * norm[i];
         for (int64_t j = 0; j < width; ++j) {
-          row[j] = float(a[j] - along * float(own[j]));
+          row[j] = float(a[j] - along * float(input[j]));
         }
       }
       store_scaled(row.data(), width, factor, out, i * width);
@@ -140,26 +146,26 @@ void project(
   });
 }
 
-// `grad` is contiguous, its elements are In.
+// `grad` is contiguous and has elements of type In.
 template <typename Engine, typename In>
 double backward(
     const Tensor& grad,
-    const Tensor& x,
-    const Tensor& w,
+    const Tensor& features,
+    const Tensor& prototypes,
     double scale,
     bool normalize,
     std::array<bool, 3> wanted,
     Grads& grads) {
-  const typename Engine::Operand rows(x), prototypes(w);
-  const Tiling t = tiling_for<Engine>(x.size(0), w.size(0), 1, true);
-  const std::vector<double> norm_x = norms<Engine>(rows, normalize);
-  const std::vector<double> norm_w = norms<Engine>(prototypes, normalize);
-  const std::vector<float> of_row = factors(norm_x, t.n);
-  const std::vector<float> of_column = factors(norm_w, t.p);
-  // dloss/dscale is what the unscaled dX says along X.
-  const bool through_x = wanted[0] || wanted[2];
-  Gradients<Engine> gradients(t, rows, prototypes, through_x, wanted[1]);
-  Grads sums(x, w, at::kFloat, through_x, wanted[1]);
+  const typename Engine::Operand x(features), w(prototypes);
+  const Tiling t = tiling_for<Engine>(features.size(0), prototypes.size(0), 1, true);
+  const std::vector<double> norm_x = norms<Engine>(x, normalize);
+  const std::vector<double> norm_w = norms<Engine>(w, normalize);
+  const std::vector<float> row_factors = factors(norm_x, t.n);
+  const std::vector<float> column_factors = factors(norm_w, t.p);
+  // dloss/dscale is the sum over all elements of X times the unscaled dX.
+  const bool needs_dx = wanted[0] || wanted[2];
+  Gradients<Engine> gradients(t, x, w, needs_dx, wanted[1]);
+  Grads sums(features, prototypes, at::kFloat, needs_dx, wanted[1]);
   const In* g = grad.const_data_ptr<In>();
   for (int64_t first = 0; first < t.n && gradients.any(); first += t.rows) {
     const int64_t count = std::min(t.rows, t.n - first);
@@ -173,10 +179,10 @@ double backward(
         if constexpr (std::is_same_v<In, float>) {
           std::copy(from, from + valid, out);
         } else {
-          floats_of(from, out, valid);
+          to_floats(from, out, valid);
         }
-        const float* column = &of_column[tile * t.width];
-        const float row = of_row[first + i];
+        const float* column = &column_factors[tile * t.width];
+        const float row = row_factors[first + i];
         for (int64_t j = 0; j < valid; ++j) {
           out[j] *= column[j] * row;
         }
@@ -189,13 +195,13 @@ double backward(
 
   double dscale = 0;
   if (wanted[2]) {
-    std::vector<double> along(rows.count);
-    at::parallel_for(0, rows.count, 64, [&](int64_t begin, int64_t end) {
-      RowReader<Engine> read(rows);
+    std::vector<double> along(x.count);
+    at::parallel_for(0, x.count, 64, [&](int64_t begin, int64_t end) {
+      RowReader<Engine> read(x);
       for (int64_t i = begin; i < end; ++i) {
-        const float* a = sums.x.template const_data_ptr<float>() + i * rows.width;
+        const float* a = sums.x.template const_data_ptr<float>() + i * x.width;
         const auto* row = read(i);
-        for (int64_t j = 0; j < rows.width; ++j) {
+        for (int64_t j = 0; j < x.width; ++j) {
           along[i] += double(row[j]) * a[j];
         }
       }
@@ -203,38 +209,38 @@ double backward(
     dscale = std::accumulate(along.begin(), along.end(), 0.0);
   }
   if (wanted[0]) {
-    project<Engine>(sums.x, rows, norm_x, normalize, float(scale), grads.x);
+    project<Engine>(sums.x, x, norm_x, normalize, float(scale), grads.x);
   }
   if (wanted[1]) {
-    project<Engine>(sums.w, prototypes, norm_w, normalize, float(scale), grads.w);
+    project<Engine>(sums.w, w, norm_w, normalize, float(scale), grads.w);
   }
   return dscale;
 }
 
 std::tuple<Tensor, Tensor, Tensor> similarity_backward(
     const Tensor& grad,
-    const Tensor& x,
-    const Tensor& w,
+    const Tensor& features,
+    const Tensor& prototypes,
     const Tensor& scale,
     bool normalize,
     std::array<bool, 3> wanted) {
-  check_operands(x, w, scale);
-  TORCH_CHECK_VALUE(
-      grad.dim() == 2 && grad.size(0) == x.size(0) && grad.size(1) == w.size(0),
-      "grad: got shape ", grad.sizes(), ", wanted [", x.size(0), ", ", w.size(0), "]");
-  Grads grads(x, w, x.scalar_type(), wanted[0], wanted[1]);
+  check_prototypes(features, prototypes, scale);
+  check_shape("grad", grad, {features.size(0), prototypes.size(0)});
+  Grads grads(features, prototypes, features.scalar_type(), wanted[0], wanted[1]);
   const double s = value_of(scale);
   const Tensor upstream = grad.contiguous();
-  const double dscale = with_engine(x.scalar_type(), x.size(1), [&](auto engine) {
+  const double dscale = with_engine(features.scalar_type(), features.size(1), [&](auto engine) {
     using Engine = decltype(engine);
     switch (upstream.scalar_type()) {
       case at::kBFloat16:
-        return backward<Engine, at::BFloat16>(upstream, x, w, s, normalize, wanted, grads);
+        return backward<Engine, at::BFloat16>(
+            upstream, features, prototypes, s, normalize, wanted, grads);
       case at::kHalf:
-        return backward<Engine, at::Half>(upstream, x, w, s, normalize, wanted, grads);
+        return backward<Engine, at::Half>(
+            upstream, features, prototypes, s, normalize, wanted, grads);
       default:
         return backward<Engine, float>(
-            upstream.to(at::kFloat), x, w, s, normalize, wanted, grads);
+            upstream.to(at::kFloat), features, prototypes, s, normalize, wanted, grads);
     }
   });
   return {grads.x, grads.w, scalar_if(wanted[2], dscale)};

@@ -1,6 +1,11 @@
-// prototype_cross_entropy: loss_i = -(1 - e) log q_iy - e mean_j log q_ij, q = softmax(scale x_i W^T).
+// prototype_cross_entropy: the cross-entropy of features against class prototypes.
 //
-// dloss_i/du_ij = q_ij - (1 - e) [j = y] - e / kept, over the classes that take part.
+//   loss_i = -(1 - e) log q_iy - e mean_j log q_ij,   q_i = softmax(scale x_i W^T)
+//   dloss_i/du_ij = q_ij - (1 - e) [j = y] - e / active,   u = scale X W^T
+//
+// x_i are rows of the features X [N, D], W are the prototypes [P, D], y the target, e the label
+// smoothing. j and the mean go over the active classes, of which there are `active`. Tiling, memory
+// and gradients are those of row_softmax.h.
 #include "checks.h"
 #include "results.h"
 #include "row_softmax.h"
@@ -19,22 +24,22 @@ struct CrossEntropy {
       int64_t row,
       const ModelRow* student,
       const ModelRow*,
-      int64_t kept,
+      int64_t active,
       RowCoefficients& out) const {
     if (targets[row] == ignored) {
       loss[row] = 0;
       return;
     }
-    const double hard = 1 - smoothing;
-    const double picked = scale * student->at_target - student->log_sum;
-    const double spread = smoothing == 0 ? 0 : scale * student->uniform - student->log_sum;
-    loss[row] = float(-hard * picked - smoothing * spread);
+    const double target_weight = 1 - smoothing;
+    const double log_q_target = scale * student->at_target - student->log_sum;
+    const double mean_log_q = smoothing == 0 ? 0 : scale * student->uniform - student->log_sum;
+    loss[row] = float(-target_weight * log_q_target - smoothing * mean_log_q);
     const double g = upstream[row];
     out.student = g;
-    out.at_target = g * hard;
-    out.uniform = g * smoothing / double(kept);
+    out.at_target = g * target_weight;
+    out.uniform = g * smoothing / double(active);
     out.scale = g *
-        (student->mean - hard * student->at_target -
+        (student->mean - target_weight * student->at_target -
          (smoothing == 0 ? 0 : smoothing * student->uniform));
   }
 
@@ -51,15 +56,16 @@ struct Labels {
 };
 
 Labels checked(
-    const Tensor& x,
-    const Tensor& w,
+    const Tensor& features,
+    const Tensor& prototypes,
     const Tensor& scale,
     const Tensor& target,
     const std::optional<Tensor>& class_mask,
     int64_t ignored) {
-  check_operands(x, w, scale);
-  const auto mask = checked_classes(class_mask, w.size(0));
-  return {checked_target(target, x.size(0), w.size(0), ignored, mask), mask};
+  check_prototypes(features, prototypes, scale);
+  const int64_t n = features.size(0), p = prototypes.size(0);
+  const auto mask = checked_class_mask(class_mask, p);
+  return {checked_target(target, n, p, ignored, mask), mask};
 }
 
 struct Result {
@@ -83,16 +89,14 @@ Result run(
   double dscale = 0;
   with_engine(x.scalar_type(), x.size(1), [&](auto engine) {
     using Engine = decltype(engine);
-    const Tiling tiling =
-        tiling_for<Engine>(x.size(0), w.size(0), 1, wanted[0] || wanted[1]);
+    const Tiling tiling = tiling_for<Engine>(x.size(0), w.size(0), 1, wanted[0] || wanted[1]);
     std::vector<Model<typename Engine::Operand>> models;
     models.emplace_back(x, w, s);
-    const Columns columns(
+    const ActiveColumns columns(
         tiling,
         labels.class_mask.has_value() ? labels.class_mask->const_data_ptr<bool>() : nullptr);
-    CrossEntropy rule{
-        labels.target.const_data_ptr<int64_t>(), ignored, smoothing, s, upstream,
-        loss.mutable_data_ptr<float>()};
+    CrossEntropy rule{labels.target.const_data_ptr<int64_t>(), ignored, smoothing, s, upstream,
+                      loss.mutable_data_ptr<float>()};
     RowSoftmax<Engine, CrossEntropy> driver(tiling, models, columns, rule, wanted[0], wanted[1]);
     dscale = driver.run(float(s), grads.x, grads.w);
   });
@@ -100,40 +104,40 @@ Result run(
 }
 
 Tensor prototype_cross_entropy(
-    const Tensor& x,
-    const Tensor& w,
+    const Tensor& features,
+    const Tensor& prototypes,
     const Tensor& scale,
     const Tensor& target,
     const std::optional<Tensor>& class_mask,
     double label_smoothing,
     int64_t ignore_index) {
-  const Labels labels = checked(x, w, scale, target, class_mask, ignore_index);
-  return run(
-             x, w, scale, labels, label_smoothing, ignore_index, Upstream(1.0), at::kFloat,
-             {false, false, false})
+  const Labels labels = checked(features, prototypes, scale, target, class_mask, ignore_index);
+  return run(features, prototypes, scale, labels, label_smoothing, ignore_index, Upstream(1.0),
+             at::kFloat, {false, false, false})
       .loss;
 }
 
 std::tuple<Tensor, Tensor, Tensor> prototype_cross_entropy_backward(
     const Tensor& grad,
-    const Tensor& x,
-    const Tensor& w,
+    const Tensor& features,
+    const Tensor& prototypes,
     const Tensor& scale,
     const Tensor& target,
     const std::optional<Tensor>& class_mask,
     double label_smoothing,
     int64_t ignore_index,
     std::array<bool, 3> wanted) {
-  const Labels labels = checked(x, w, scale, target, class_mask, ignore_index);
-  check_rows("grad", grad, x.size(0));
-  Result r = run(
-      x, w, scale, labels, label_smoothing, ignore_index, Upstream(grad), x.scalar_type(), wanted);
+  const Labels labels = checked(features, prototypes, scale, target, class_mask, ignore_index);
+  check_shape("grad", grad, {features.size(0)});
+  Result r =
+      run(features, prototypes, scale, labels, label_smoothing, ignore_index, Upstream(grad),
+          features.scalar_type(), wanted);
   return {r.dx, r.dw, scalar_if(wanted[2], r.dscale)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_cross_entropy_reduced(
-    const Tensor& x,
-    const Tensor& w,
+    const Tensor& features,
+    const Tensor& prototypes,
     const Tensor& scale,
     const Tensor& target,
     const std::optional<Tensor>& class_mask,
@@ -141,13 +145,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_cross_entropy_reduced(
     int64_t ignore_index,
     bool mean,
     std::array<bool, 3> wanted) {
-  const Labels labels = checked(x, w, scale, target, class_mask, ignore_index);
+  const Labels labels = checked(features, prototypes, scale, target, class_mask, ignore_index);
+  const int64_t n = features.size(0);
   const int64_t* y = labels.target.const_data_ptr<int64_t>();
-  const int64_t ignored = std::count(y, y + x.size(0), ignore_index);
-  const int64_t counted = x.size(0) - ignored;
-  Result r = run(
-      x, w, scale, labels, label_smoothing, ignore_index, Upstream(share_of(mean, counted)),
-      at::kFloat, wanted);
+  const int64_t counted = n - std::count(y, y + n, ignore_index);
+  Result r =
+      run(features, prototypes, scale, labels, label_smoothing, ignore_index,
+          Upstream(row_weight(mean, counted)), at::kFloat, wanted);
   const double sum = sum_of_rows(r.loss);
   return {scalar(mean ? sum / double(counted) : sum), r.dx, r.dw, scalar_if(wanted[2], r.dscale)};
 }

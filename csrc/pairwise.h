@@ -1,0 +1,133 @@
+// Losses over pairs of rows, such as contrastive and siglip: Y = X W^T of all pairs, in
+// super-blocks of rows and tiles of columns (tiling.h).
+//
+// PairwisePass computes the products tile by tile. The loss reads each block of products and writes
+// the gradient G in its place; from G come dX and dW (gradients.h). A loss that needs two passes
+// over the products keeps those of the first rows in a ProductCache of bounded size.
+#pragma once
+
+#include "logits.h"
+
+#include <vector>
+
+namespace mulki {
+
+// Ones with a single zero in the middle.
+struct SingleZero {
+  SingleZero() {
+    std::fill(std::begin(values), std::end(values), 1.0f);
+    values[Vec::size() - 1] = 0.0f;
+  }
+  float values[2 * Vec::size() - 1];
+};
+inline const SingleZero kSingleZero;
+inline const float* const kSingleZeroValues = kSingleZero.values;
+
+// 0 in `lane`, 1 in all the others.
+inline Vec zero_in_lane(int64_t lane) {
+  return Vec::loadu(kSingleZeroValues + Vec::size() - 1 - lane);
+}
+
+// The products of the first rows, [tiles][rows][width]: one pass writes them, the next reads them.
+class ProductCache {
+ public:
+  // Holds all rows if they fit beside the matrices of a super-block, else whole super-blocks.
+  explicit ProductCache(const Tiling& t)
+      : count_(rows_of(t)),
+        rows_((count_ + t.block - 1) / t.block * t.block), // engines write whole blocks
+        width_(t.width),
+        values_(t.tiles * rows_ * width_ * int64_t(sizeof(float))) {}
+
+  bool has(int64_t first, int64_t count) const {
+    return first + count <= count_;
+  }
+  float* at(int64_t tile, int64_t row) const {
+    return values_.data<float>() + (tile * rows_ + row) * width_;
+  }
+
+ private:
+  // More would be faster, but memory would grow with the square of the batch size.
+  static constexpr int64_t kMaxBytes = int64_t(24) << 20;
+
+  static int64_t rows_of(const Tiling& t) {
+    const int64_t row = t.tiles * t.width * int64_t(sizeof(float));
+    const int64_t fitting = std::max<int64_t>(kMaxBytes - t.bytes, 0) / row;
+    return fitting >= t.n ? t.n : fitting / t.rows * t.rows;
+  }
+
+  int64_t count_, rows_, width_;
+  Scratch values_;
+};
+
+// One pass over all products, with the gradients if they are wanted.
+template <typename Engine>
+struct PairwisePass {
+  PairwisePass(
+      const Tensor& image_features, const Tensor& text_features, bool wanted_x, bool wanted_w)
+      : tiling(
+            tiling_for<Engine>(
+                image_features.size(0), text_features.size(0), 1, wanted_x || wanted_w)),
+        x(image_features),
+        w(text_features),
+        logits(tiling, {{&x, &w}}, tiling.tiles),
+        gradients(tiling, x, w, wanted_x, wanted_w) {}
+
+  // For each super-block, which has `count` rows from row `first` of x on: calls
+  // tile(first, t, begin, end, y) for each block of rows and each tile t, then after(first, count).
+  // y [end - begin, width] are the products of rows [begin, end) of the super-block with tile t.
+  // Products for which `cache` has room are stored there; with `reuse` they are read from there.
+  template <typename Tile, typename After>
+  void run(
+      const Tile& tile,
+      const After& after,
+      const ProductCache* cache = nullptr,
+      bool reuse = false) {
+    for (int64_t first = 0; first < tiling.n; first += tiling.rows) {
+      const int64_t count = std::min(tiling.rows, tiling.n - first);
+      const bool cached = cache != nullptr && cache->has(first, count);
+      if (cached && reuse) {
+        const int64_t blocks = (count + tiling.block - 1) / tiling.block;
+        parallel_each(tiling.tiles * blocks, [&](int64_t task) {
+          const int64_t t = task / blocks, begin = task % blocks * tiling.block;
+          const int64_t end = begin + tiling.block_rows(task % blocks, count);
+          tile(first, t, begin, end, cache->at(t, first + begin));
+        });
+      } else {
+        const auto all = [](int64_t) { return true; };
+        logits.run(first, count, all, [&](int64_t t, int64_t begin, int64_t end) {
+          Scratch local;
+          if (!cached && !gradients.any()) {
+            local = Scratch(tiling.block * tiling.width * int64_t(sizeof(float)));
+          }
+          float* y = cached     ? cache->at(t, first + begin)
+              : gradients.any() ? gradients.values(0, t, begin)
+                                : local.data<float>();
+          logits.multiply(0, t, begin, end, y);
+          tile(first, t, begin, end, y);
+        });
+      }
+      after(first, count);
+    }
+  }
+
+  const Tiling tiling;
+  typename Engine::Operand x, w;
+  Logits<Engine> logits;
+  Gradients<Engine> gradients;
+};
+
+// Calls add(i, sum) for each row i, where sum adds the partial results [tiles][rows of the
+// super-block] of the row in the order of the tiles.
+template <typename F>
+inline void add_row_sums(
+    const std::vector<double>& partial, const Tiling& t, int64_t count, const F& add) {
+  for (int64_t i = 0; i < count; ++i) {
+    double sum = 0;
+    for (int64_t tile = 0; tile < t.tiles; ++tile) {
+      sum += partial[tile * t.rows + i];
+    }
+    add(i, sum);
+  }
+}
+
+} // namespace mulki
