@@ -1,4 +1,4 @@
-"""The exception that means "what you passed cannot be used", its usual helper, and one more."""
+"""The errors that a user sees: bad input, and a process of the run that has ended."""
 
 from __future__ import annotations
 

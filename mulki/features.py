@@ -1,4 +1,4 @@
-"""Features: what one model says of one batch. The only thing losses and methods get to see."""
+"""Features: what one model computes for one batch, and all that losses and methods get."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The configuration of a run: its options, their defaults, presets, and how they are combined.
+"""The configuration of a run: its options, their defaults, and how they are combined.
 
-From weak to strong: the defaults here, the preset of the start model, that of the method on it, a
-YAML file, the command line. The resolved configuration is what the run folder keeps; it is itself a
-valid YAML file for `--config`.
+Each source overrides those before it: the defaults here, the preset of the start model, the preset
+of the method on that model, a YAML file, the command line. The run folder keeps the resolved
+configuration as a YAML file that `--config` reads.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Settings:
         """One flat dict, as `--config` reads it."""
         run = asdict(self.run) | {"tasks": list(self.run.tasks)}
         if self.run.epochs is not None:
-            del run["iterations"]  # it has no say, and beside epochs it would be refused
+            del run["iterations"]  # it has no effect, and `resolve` refuses it beside epochs
         return run | asdict(self.method)
 
 
@@ -105,11 +105,11 @@ def resolve(given: Mapping[str, Any]) -> Settings:
         if key not in of_run and key not in of_method:
             raise unknown_option(key, method.name)
     run = convert(RunConfig, {k: v for k, v in given.items() if k in of_run})
-    own = convert(method.Options, {k: v for k, v in given.items() if k in of_method})
+    method_options = convert(method.Options, {k: v for k, v in given.items() if k in of_method})
     if run.get("iterations") is not None and run.get("epochs") is not None:
         raise InputError("--iterations and --epochs: got both, wanted one of the two")
     model, preset = run.get("model", RunConfig.model), run.get("preset", RunConfig.preset)
-    merged = presets.lookup(model, method.name, preset) | run | own
+    merged = presets.lookup(model, method.name, preset) | run | method_options
     config = RunConfig(**{k: v for k, v in merged.items() if k in of_run})
     options = method.Options(**{k: v for k, v in merged.items() if k in of_method})
     check_options(config)
@@ -138,7 +138,7 @@ def field_names(options: type) -> frozenset[str]:
 def unknown_option(name: str, method: str) -> InputError:
     """The error for an option that neither the run nor the method has.
 
-    Says which methods have it, or which option it may have been meant to be.
+    It names the methods that have the option, or else the option with the most similar name.
     """
     owners = [n for n, m in methods.available().items() if name in field_names(m.Options)]
     shown = name.replace("_", "-")
