@@ -9,15 +9,15 @@
 ``results.jsonl``   one line per evaluation, see :class:`Evaluation`
 ``matrix.csv``      accuracies in percent, see :func:`mulki.metrics.read_matrix`
 ``summary.json``    metrics with their definitions, status, tasks, seconds
-``summary.md``      the printed table
-``report.html``     all of the above on one page
+``summary.md``      the printed table, written by :func:`mulki.report.write_report`
+``report.html``     all of the above on one page, written by the same function
 ``tensorboard/``    scalars, when the package tensorboard is installed
 ``checkpoints/``    ``task_01_name.safetensors`` ..., ``latest/``
 ==================  ==========================================================================
 
-Whatever ends the run, the results so far can be read: lines are appended whole, files are
-replaced atomically, and ``summary.json`` says ``interrupted`` until the sequence has ended, so
-that even a killed run needs nobody to tidy up after it.
+However a run ends, the results so far can be read: whole lines are appended, files are replaced
+atomically, and ``summary.json`` says ``interrupted`` until the sequence has ended. So the folder of
+a killed run needs no repair.
 """
 
 from __future__ import annotations
@@ -343,17 +343,15 @@ class RunFolder:
                     self.scalar(f"metrics/{name}", value, len(matrix.tasks))
         return matrix
 
-    def finish(self, status: Status = "complete") -> Metrics:
-        """Write ``summary.json``, ``summary.md`` and ``report.html``; return the metrics."""
-        # The report needs rich and jinja2, which reading results does not.
-        from mulki.report import summary_markdown, write_html
+    @property
+    def evaluated(self) -> bool:
+        """Whether there is a row of results."""
+        return bool(self.matrix.tasks) or self.matrix.zero_shot is not None
 
+    def finish(self, status: Status = "complete") -> Metrics:
+        """Write ``summary.json`` with this status; return the metrics."""
         self.status = status
         self._write_summary()
-        if self.matrix.tasks or self.matrix.zero_shot is not None:
-            title = f"# {self.name}\n\nStatus: {status}\n\n"
-            write_atomic(self.path / "summary.md", title + summary_markdown(self.matrix))
-            write_html(self.path)
         return self.matrix.metrics()
 
     def _write_summary(self) -> None:

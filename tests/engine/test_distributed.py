@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 
 from mulki.engine import distributed
 from mulki.engine.config import resolve
-from mulki.engine.distributed import World
-from mulki.engine.runner import run
+from mulki.engine.sequence import run
 from mulki.errors import InputError, ProcessLost
 from mulki.metrics import read_matrix
+from mulki.world import World
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).parent / "distributed_worker.py"
@@ -33,7 +33,7 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "micro": ({"method": "mulki", "micro_batch": "1", "prototype_update": "learnable"}, 6),
     # Teachers that are asked as images come up; the running mean, the anchor and clipping.
     "lwf": ({"method": "lwf", "grad_clip_norm": 0.1, "micro_batch": "auto"}, 6),
-    # 10 images of the second task in a batch of 12: shares that are not equal.
+    # 10 images of the second task in a batch of 12: parts that are not equal.
     # The anchor is as strong as the other terms, to be seen.
     "whole": (
         {
@@ -166,20 +166,20 @@ def test_a_process_that_fails_ends_the_run(base: dict[str, Any], tmp_path: Path)
 
 def test_one_process_is_a_world_of_its_own() -> None:
     world, rows = World(), torch.eye(3)
-    assert world.rows(3) == [0, 1, 2] and world.own(3) == 3
+    assert world.rows(3) == [0, 1, 2] and world.distinct(3) == 3
     assert world.gather(rows, 3) is rows and world.part(rows) is rows
     assert world.total(3, 4, device=torch.device("cpu")) == [3, 4]
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 12])
-def test_shares_are_equal_and_cover_all(size: int, count: int) -> None:
-    shares = [World(rank, size) for rank in range(size)]
-    assert len({len(w.rows(count)) for w in shares}) == 1
-    rows = [row for w in shares for row in w.rows(count)]
+def test_parts_are_equal_and_cover_all(size: int, count: int) -> None:
+    parts = [World(rank, size) for rank in range(size)]
+    assert len({len(w.rows(count)) for w in parts}) == 1
+    rows = [row for w in parts for row in w.rows(count)]
     assert rows[:count] == list(range(count)) and set(rows[count:]) <= {count - 1}
-    assert [w.rows(count)[: w.own(count)] for w in shares] == [
-        [r for r in range(count) if r // len(w.rows(count)) == w.rank] for w in shares
+    assert [w.rows(count)[: w.distinct(count)] for w in parts] == [
+        [r for r in range(count) if r // len(w.rows(count)) == w.rank] for w in parts
     ]
 
 

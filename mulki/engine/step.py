@@ -1,0 +1,191 @@
+"""One training step: features of student and teachers, the losses, gradients, the update."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from mulki.engine import memory
+from mulki.engine.config import AUTO, RunConfig
+from mulki.engine.distributed import processes_here
+from mulki.engine.microbatch import Encoder, backward
+from mulki.engine.precision import Precision
+from mulki.engine.teachers import TaskTeachers
+from mulki.features import Features
+from mulki.methods import Method
+from mulki.models import VisionLanguageModel
+from mulki.world import World
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of B training images, divided among the processes.
+
+    Args:
+        images: [b, 3, H, W], this process's part; in the host's memory when it is loaded.
+        target: [B] int64 classes of the whole batch, on the device.
+        places: [B] int64 places of the whole batch in the training set, on the CPU.
+    """
+
+    images: Tensor
+    target: Tensor
+    places: Tensor
+
+
+class Step:
+    """Trains a model batch by batch on one task.
+
+    Args:
+        model: the student.
+        method: its losses, and parameters of its own.
+        teachers: of the task.
+        class_texts: `text_inputs` of the class prompts, [C, ...].
+        config: options of the optimiser and of micro-batches.
+        precision: how the encoders compute.
+        world: the processes that train together.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        method: Method,
+        teachers: TaskTeachers,
+        class_texts: Tensor,
+        config: RunConfig,
+        precision: Precision,
+        world: World,
+    ):
+        self._model = model
+        self._method = method
+        self._teachers = teachers
+        self._class_texts = class_texts
+        self._config = config
+        self._precision = precision
+        self._world = world
+        self._parameters = [*model.trainable().values(), *method.parameters()]
+        self._optimizer = _optimizer(model, method, config)
+        self._micro_batch: int | None = None
+
+    def gradients(self, batch: Batch) -> dict[str, float]:
+        """Set the gradients of one batch, averaged over all processes; return the loss terms."""
+        if self._micro_batch is None:
+            self._micro_batch = self._choose_micro_batch(batch.images)
+        if self._micro_batch == len(batch.images):
+            images = batch.images.to(self._model.device, non_blocking=True)
+            batch = replace(batch, images=images)
+        # Otherwise the images stay on the host and each micro-batch is moved when it is encoded, so
+        # that the device memory of a step does not grow with its batch.
+        terms = self._backward(batch, self._micro_batch)
+        # One read from the device for all terms of a step.
+        values = torch.stack([term.reshape(()) for term in terms.values()])
+        return dict(zip(terms, values.tolist(), strict=True))
+
+    def update(self, lr: float) -> None:
+        """Move the parameters along their gradients.
+
+        Args:
+            lr: the learning rate of this step.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        scaler, largest = self._precision.scaler, self._config.grad_clip_norm
+        if largest is not None:
+            scaler.unscale_(self._optimizer)
+            _clip([group["params"] for group in self._optimizer.param_groups], largest)
+        scaler.step(self._optimizer)
+        scaler.update()
+
+    def _encode_images(self, images: Tensor) -> Tensor:
+        with self._precision.autocast():
+            return self._model.encode_images(images)
+
+    def _encode_texts(self, inputs: Tensor) -> Tensor:
+        with self._precision.autocast():
+            return self._model.encode_texts(inputs)
+
+    def _choose_micro_batch(self, images: Tensor) -> int:
+        config, device, world = self._config, self._model.device, self._world
+        if config.micro_batch is None:
+            return len(images)
+        if config.micro_batch != AUTO:
+            return min(int(config.micro_batch), len(images))
+        free = memory.free_memory(device)
+        if free is not None and device.type == "cpu":
+            free //= processes_here()
+        fit = memory.fitting_micro_batch(
+            self._encode_images,
+            images,
+            self._parameters,
+            free,
+            # A process without memory left would leave the others waiting in a sharded encoder.
+            tried=device.type != "cpu" and not config.fsdp,
+            smallest=lambda number: world.smallest(number, device),
+        )
+        _log.info("--micro-batch auto: %d of %d images at a time (%s)", fit.size, len(images), fit)
+        return fit.size
+
+    def _backward(self, batch: Batch, micro_batch: int) -> Mapping[str, Tensor]:
+        method, world = self._method, self._world
+        teachers = self._teachers.features(batch.images, batch.places, micro_batch)
+
+        def losses(images: Tensor, texts: Tensor) -> Mapping[str, Tensor]:
+            student = Features(
+                world.gather(images, len(batch.target)),
+                world.gather(texts, len(self._class_texts)),
+                self._model.logit_scale,
+                method.prototypes(),
+            )
+            return {**method.losses(student, teachers, batch.target), **method.penalties()}
+
+        for parameter in self._parameters:
+            parameter.grad = None
+        terms = backward(
+            losses,
+            Encoder(self._encode_images, (batch.images,)),
+            Encoder(self._encode_texts, (world.part(self._class_texts),), split=False),
+            micro_batch=micro_batch,
+            scaler=self._precision.scaler,
+        )
+        assert isinstance(terms, Mapping)
+        world.average(self._parameters)
+        return terms
+
+
+def _optimizer(
+    model: VisionLanguageModel, method: Method, config: RunConfig
+) -> torch.optim.Optimizer:
+    # As in open_clip: gains, biases and the like do not decay. Sharded parameters are in groups of
+    # their own, since no fused update takes both kinds.
+    weights = [*model.trainable().values()]
+    rest = [p for p in weights if p.ndim < 2] + [*method.parameters()]
+    groups: list[dict[str, Any]] = []
+    for decay, parameters in ((config.wd, [p for p in weights if p.ndim >= 2]), (0.0, rest)):
+        for sharded in (False, True):
+            members = [p for p in parameters if isinstance(p, DTensor) == sharded]
+            groups += [{"params": members, "weight_decay": decay}] if members else []
+    return torch.optim.AdamW(
+        groups,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=model.device.type in ("cpu", "cuda"),
+    )
+
+
+def _clip(groups: Sequence[Sequence[nn.Parameter]], largest: float) -> None:
+    # Norms of sharded and of whole parameters are computed apart: no operation takes both.
+    norms = []
+    for group in groups:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    for group in groups:
+        torch.nn.utils.clip_grads_with_norm_(group, largest, total)
