@@ -14,21 +14,23 @@ class FeatureCache:
     """Features of the n samples of a set, each computed when it is first asked for.
 
     Args:
-        size: n.
+        size: n; None if the features of a sample change, so that nothing may be kept.
     """
 
-    def __init__(self, size: int):
+    def __init__(self, size: int | None):
         self._size = size
         # On the CPU, so that looking up a batch does not wait for a GPU.
-        self._known = torch.zeros(size, dtype=torch.bool)
+        self._known = torch.zeros(size or 0, dtype=torch.bool)
         self._features: Tensor | None = None
 
     def fill(self, features: Tensor) -> None:
-        """Keep the features [n, D] of the whole set.
+        """Keep the features [n, D] of the whole set, if they may be kept.
 
         Raises:
             ValueError: they have another number of rows.
         """
+        if self._size is None:
+            return
         if len(features) != self._size:
             raise ValueError(f"features: got {len(features)} rows, wanted {self._size}")
         self._features = features
@@ -42,6 +44,8 @@ class FeatureCache:
             encode: from the places in the batch [M] of samples that are not known yet, on the CPU,
                 to their features [M, D]; not called when there are none.
         """
+        if self._size is None:
+            return encode(torch.arange(len(index)))
         new = torch.nonzero(~self._known[index]).flatten()
         if len(new):
             features = encode(new)
@@ -64,15 +68,22 @@ class Teacher:
         scale: logit scale, 0-d.
         prototypes: [C, D] class means of this model over the training set, or None.
         num_images: size n of the training set if image features are constant, else None.
+        num_reference: size of the reference set if its features are to be kept, else None.
     """
 
     def __init__(
-        self, texts: Tensor, scale: Tensor, prototypes: Tensor | None, num_images: int | None
+        self,
+        texts: Tensor,
+        scale: Tensor,
+        prototypes: Tensor | None,
+        num_images: int | None,
+        num_reference: int | None = None,
     ):
         self.texts = texts
         self.scale = scale
         self.prototypes = prototypes
-        self._images = None if num_images is None else FeatureCache(num_images)
+        self._images = FeatureCache(num_images)
+        self._reference = FeatureCache(num_reference)
 
     def remember(self, image_features: Tensor) -> None:
         """Keep the features [n, D] of the whole training set, if these are constant.
@@ -80,19 +91,26 @@ class Teacher:
         Raises:
             ValueError: they have another number of rows.
         """
-        if self._images is not None:
-            self._images.fill(image_features)
+        self._images.fill(image_features)
 
     @torch.no_grad()
     def features(self, index: Tensor, encode: Callable[[Tensor], Tensor]) -> Features:
         """Features of a batch.
 
         Args:
-            index, encode: see `FeatureCache.get`. Without constant image features, `encode` is
-                called for the whole batch.
+            index: [B] places of the batch in the training set, on the CPU.
+            encode: see `FeatureCache.get`.
         """
-        if self._images is None:
-            images = encode(torch.arange(len(index)))
-        else:
-            images = self._images.get(index, encode)
-        return Features(images, self.texts, self.scale, self.prototypes)
+        return Features(self._images.get(index, encode), self.texts, self.scale, self.prototypes)
+
+    @torch.no_grad()
+    def reference_features(self, index: Tensor, encode: Callable[[Tensor], Tensor]) -> Features:
+        """Features of a batch of the reference set.
+
+        Args:
+            index: [R] places of the batch in the reference set, on the CPU.
+            encode: see `FeatureCache.get`; returns [M, 2 D], image beside caption features.
+        """
+        pairs = self._reference.get(index, encode)
+        images, texts = (half.contiguous() for half in pairs.chunk(2, dim=1))
+        return Features(images, texts, self.scale)

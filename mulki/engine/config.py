@@ -21,6 +21,8 @@ from mulki.methods import Method
 from mulki.options import check_options, convert, option
 
 AUTO = "auto"
+# As --reference: the training images of the current task, with class prompts as captions.
+CURRENT = "current"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,12 @@ class RunConfig:
     fsdp: bool = option(False, "shard the models over the processes of torchrun (FSDP2)")
     lock_text: bool = option(False, "freeze the text transformer")
     lock_image: bool = option(False, "freeze the image tower")
+    reference: str | None = option(
+        None, "images and captions to distil on: a folder, a CSV, or current (the task's own)"
+    )
+    reference_batch_size: int | None = option(
+        None, "reference images per step and process; --batch-size if left out", low=1
+    )
     augment: Literal["none", "crop"] = option("none", "training transform; none caches teachers")
     limit_images: int | None = option(None, "use at most so many images of each split", low=1)
     skip_bad_images: bool = option(False, "leave unreadable images of task folders out")

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from mulki.data.loader import batch_sizes, batches, cycle
-from mulki.data.task import ImageSet, Task
+from mulki.data.reference import ReferenceSet
+from mulki.data.task import Task
 from mulki.data.transforms import is_deterministic
 from mulki.engine import schedule
+from mulki.engine.batches import (
+    Batch,
+    ReferenceBatch,
+    Transform,
+    reference_batches,
+    training_batches,
+)
 from mulki.engine.config import RunConfig
 from mulki.engine.precision import Precision
-from mulki.engine.step import Batch, Step
+from mulki.engine.step import Step
 from mulki.engine.teachers import TaskTeachers
 from mulki.errors import InputError
 from mulki.methods import Method, TaskStart
@@ -24,7 +31,9 @@ from mulki.models import VisionLanguageModel
 from mulki.texts import text_inputs
 from mulki.world import ALONE, World
 
-Transform = Callable[..., Tensor]
+# Between the seeds of two tasks, and of the batches of a task and of its reference set.
+_TASK_SEEDS = 7919
+_REFERENCE_SEEDS = 104729
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,7 @@ def learn_task(
     transform: Transform,
     precision: Precision,
     world: World = ALONE,
+    reference: ReferenceSet | None = None,
     listen: Callable[[StepReport], None] = lambda report: None,
 ) -> int:
     """Train the model on one task, in place, with each class's first prompt as its text.
@@ -73,9 +83,10 @@ def learn_task(
         frozen: the models behind `method.needs.teachers` (and the original one for prototypes), by
             the names in `mulki.methods`; names may mean the same model.
         index: the task's place in the sequence, from 0.
-        transform: of the training images.
+        transform: of the training images, and of those of the reference set.
         precision: how the encoders compute.
         world: the processes that learn together, each with `config.batch_size` images of a batch.
+        reference: the images and captions that the method needs if `method.needs.reference`.
         listen: called after every step.
 
     Returns:
@@ -83,7 +94,12 @@ def learn_task(
 
     Raises:
         InputError: a loss is not finite (the learning rate is then too high), or a bad image.
+        ValueError: a reference set without need, or the reverse.
     """
+    if (reference is None) == method.needs.reference:
+        given = "None" if reference is None else "a reference set"
+        wanted = "one" if method.needs.reference else "None"
+        raise ValueError(f"reference: got {given}, wanted {wanted} for {type(method).__name__}")
     steps = steps_of(config, len(task.train), world.size)
     prompts = [of_class[0] for of_class in task.prompts()]
     teachers = TaskTeachers.prepare(
@@ -95,6 +111,7 @@ def learn_task(
         precision,
         world,
         deterministic=is_deterministic(transform),
+        num_reference=_kept_reference(reference, transform, config, steps, world),
     )
     method.start_task(
         TaskStart(index, len(task.classes), steps, model.trainable(), teachers.prototypes)
@@ -102,13 +119,11 @@ def learn_task(
     method.to(model.device)
     class_texts = text_inputs(model, prompts, world)
     step = Step(model, method, teachers, class_texts, config, precision, world)
-    seed = config.seed + 7919 * index
+    loaded = _batches(task, reference, transform, config, model.device, world, index)
     model.train()
     ended = time.perf_counter()
-    for number, batch in enumerate(
-        _batches(task.train, transform, config, steps, model.device, world, seed), start=1
-    ):
-        losses = step.gradients(batch)
+    for number, (batch, of_reference) in zip(range(1, steps + 1), loaded, strict=False):
+        losses = step.gradients(batch, of_reference)
         if not all(map(math.isfinite, losses.values())):
             shown = ", ".join(f"{name} {value:.3g}" for name, value in losses.items())
             raise InputError(
@@ -125,31 +140,38 @@ def learn_task(
     return steps
 
 
-def _batches(
-    images: ImageSet,
+def _kept_reference(
+    reference: ReferenceSet | None,
     transform: Transform,
     config: RunConfig,
     steps: int,
+    world: World,
+) -> int | None:
+    # The number of reference samples whose teacher features are kept. Keeping them pays only where
+    # samples come up again during the task.
+    size = (config.reference_batch_size or config.batch_size) * world.size
+    if reference is None or not is_deterministic(transform) or steps * size <= len(reference):
+        return None
+    return len(reference)
+
+
+def _batches(
+    task: Task,
+    reference: ReferenceSet | None,
+    transform: Transform,
+    config: RunConfig,
     device: torch.device,
     world: World,
-    seed: int,
-) -> Iterator[Batch]:
-    loader = batches(
-        images,
-        transform,
-        config.batch_size * world.size,
-        shuffle=True,
-        seed=seed,
-        workers=config.workers,
-        drop_last=True,
-        cached=is_deterministic(transform),
-        pin_memory=device.type == "cuda",
-        part=world.rows,
+    index: int,
+) -> Iterator[tuple[Batch, ReferenceBatch | None]]:
+    # Endless; each training batch with a reference batch, if there is a reference set.
+    seed = config.seed + _TASK_SEEDS * index
+    training = training_batches(
+        task.train, transform, config.batch_size, config, device, world, seed=seed
     )
-    count = batch_sizes(loader)[0]
-    for _, (part, target, places) in zip(range(steps), cycle(loader), strict=False):
-        if world.size == 1:
-            yield Batch(part, target.to(device, non_blocking=True), places)
-        else:
-            both = world.gather(torch.stack([target, places], dim=1).to(device), count)
-            yield Batch(part, both[:, 0].contiguous(), both[:, 1].cpu())
+    if reference is None:
+        return zip(training, itertools.repeat(None), strict=False)
+    pairs = reference_batches(
+        reference, transform, config, device, world, seed=seed + _REFERENCE_SEEDS
+    )
+    return zip(training, pairs, strict=False)

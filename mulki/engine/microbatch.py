@@ -49,11 +49,14 @@ class Encoder:
             `function` moves what it gets to its device.
         split: False for what belongs to the whole batch, such as the class texts: it is encoded
             once a step, with its graph, and never again.
+        micro_batch: samples encoded at a time, where this encoder has another number of samples
+            than the others; by default that of `backward`.
     """
 
     function: Callable[..., Any]
     inputs: tuple[Tensor, ...]
     split: bool = True
+    micro_batch: int | None = None
 
 
 def backward(
@@ -93,7 +96,7 @@ def backward(
     """
     towers = [_encoder(e, place) for place, e in enumerate(encoders)]
     _check(towers, micro_batch)
-    passes = [_Pass(tower, micro_batch, place) for place, tower in enumerate(towers)]
+    passes = [_Pass(t, _size(t, micro_batch), place) for place, t in enumerate(towers)]
     cached = [p for p in passes if p.cached]
     with _synchronised(towers, last=not cached):
         value = loss(*[p.first() for p in passes])
@@ -117,6 +120,10 @@ def _encoder(given: Encoder | Sequence[Any], place: int) -> Encoder:
             f"*inputs)"
         )
     return Encoder(given[0], tuple(given[1:]))
+
+
+def _size(tower: Encoder, micro_batch: int | None) -> int | None:
+    return micro_batch if tower.micro_batch is None else tower.micro_batch
 
 
 def _terms(value: Any) -> dict[str, Tensor]:
@@ -154,18 +161,20 @@ def _check(towers: Sequence[Encoder], micro_batch: int | None) -> None:
         if sizes[0] == 0:
             raise ValueError(f"encoders[{place}]: got no samples, wanted at least one")
         if tower.split:
-            if micro_batch is not None and not 1 <= micro_batch <= sizes[0]:
+            size = _size(tower, micro_batch)
+            if size is not None and not 1 <= size <= sizes[0]:
                 raise ValueError(
-                    f"micro_batch: got {micro_batch}, wanted at least 1 and at most the batch, "
-                    f"{sizes[0]}"
+                    f"micro_batch: got {size}, wanted at least 1 and at most the batch, {sizes[0]}"
                 )
-            if rows is not None and rows != sizes[0]:
-                raise ValueError(
-                    f"encoders[{place}]: got {sizes[0]} samples beside {rows}; use "
-                    f"Encoder(..., split=False) for what is not one per sample"
-                )
-            rows = sizes[0]
-            if micro_batch is not None and micro_batch < sizes[0]:
+            if tower.micro_batch is None:
+                if rows is not None and rows != sizes[0]:
+                    raise ValueError(
+                        f"encoders[{place}]: got {sizes[0]} samples beside {rows}; use "
+                        f"Encoder(..., split=False) for what is not one per sample, or "
+                        f"Encoder(..., micro_batch=n) for another batch"
+                    )
+                rows = sizes[0]
+            if size is not None and size < sizes[0]:
                 _warn_of_batch_statistics(tower.function)
     if _replicas(towers) and len(towers) > 1:
         raise ValueError(

@@ -12,10 +12,11 @@ from rich.console import Console
 
 from mulki.data import Task
 from mulki.data.loader import batches
+from mulki.data.reference import ReferenceSet
 from mulki.data.transforms import train_transform
 from mulki.engine import sharding
 from mulki.engine.checkpoints import publish, save_weights
-from mulki.engine.config import Settings
+from mulki.engine.config import CURRENT, Settings
 from mulki.engine.learn import StepReport, learn_task, steps_of
 from mulki.engine.progress import RunProgress, describe
 from mulki.engine.setup import Setup, prepared
@@ -149,8 +150,13 @@ class _Sequence:
             transform=self.transform,
             precision=setup.precision,
             world=setup.world,
+            reference=self._reference(task),
             listen=lambda report: self._report(task, report, before + report.step),
         )
+
+    def _reference(self, task: Task) -> ReferenceSet | None:
+        current = self.setup.config.reference == CURRENT
+        return ReferenceSet.of_task(task) if current else self.setup.reference
 
     def _report(self, task: Task, report: StepReport, step: int) -> None:
         # `step` counts from the start of the sequence.

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from mulki import methods, models
 from mulki.data import Task, load_sequence
+from mulki.data.reference import ReferenceSet, read_reference
 from mulki.data.subset import limited
 from mulki.engine import distributed
-from mulki.engine.config import RunConfig, Settings
+from mulki.engine.config import CURRENT, RunConfig, Settings
 from mulki.engine.precision import Precision
 from mulki.errors import InputError
 from mulki.methods import Method
@@ -28,6 +30,7 @@ _PER_PROCESS = (
     "tasks",
     "model",
     "pretrained",
+    "reference",
     "workers",
     "device",
     "logs",
@@ -44,6 +47,8 @@ class Setup:
         config: options of the run.
         method: what is trained.
         tasks: in the order in which they are learned.
+        reference: images and captions for the method; None without need, or where each task's own
+            images are the reference.
         model: the student with the start weights, stored as `precision` wants them. To be sharded,
             it is still whole and on the CPU.
         precision: how the encoders compute, and the device of this process.
@@ -54,6 +59,7 @@ class Setup:
     config: RunConfig
     method: Method
     tasks: Sequence[Task]
+    reference: ReferenceSet | None
     model: VisionLanguageModel
     precision: Precision
     world: World
@@ -79,13 +85,19 @@ def prepared(settings: Settings, tasks: Sequence[Task] | None = None) -> Iterato
     method = methods.get(config.method)(settings.method)
     precision = Precision(config.precision, _device(config.device))
     _check_sharding(config, precision)
+    _check_reference(config, method)
     with distributed.join(precision.device) as world:
         facts: dict[str, object] = {}
         problem = None
         try:
-            tasks, model = _load(config, tasks, method, precision, world)
-            if world.size > 1:
-                facts = _facts(settings, tasks, model)
+            if world.main:
+                check_free(config.logs, config.name)
+            tasks = load_tasks(config) if tasks is None else tasks
+            reference = _load_reference(config)
+            # Last, since it can take minutes.
+            model = _load_model(config, method, precision, world)
+            hashes = _hashes(tasks, reference, model)
+            facts = _facts(settings, tasks, hashes)
         except InputError as error:
             problem = error
         world.agree(precision.device, problem, **facts)
@@ -94,9 +106,9 @@ def prepared(settings: Settings, tasks: Sequence[Task] | None = None) -> Iterato
         # during training differs.
         if world.rank:
             _seed_everything(config.seed + world.rank)
-        folder = _make_folder(settings, tasks, model, precision, world) if world.main else None
+        folder = _make_folder(settings, tasks, hashes, precision, world) if world.main else None
         precision.convert(model)
-        yield Setup(config, method, tasks, model, precision, world, folder)
+        yield Setup(config, method, tasks, reference, model, precision, world, folder)
 
 
 def load_tasks(config: RunConfig) -> list[Task]:
@@ -137,17 +149,33 @@ def _check_sharding(config: RunConfig, precision: Precision) -> None:
         )
 
 
-def _load(
-    config: RunConfig,
-    tasks: Sequence[Task] | None,
-    method: Method,
-    precision: Precision,
-    world: World,
-) -> tuple[Sequence[Task], VisionLanguageModel]:
-    # Loading a model can take minutes, so the checks that need no model come first.
-    if world.main:
-        check_free(config.logs, config.name)
-    tasks = load_tasks(config) if tasks is None else tasks
+def _check_reference(config: RunConfig, method: Method) -> None:
+    if method.needs.reference and config.reference is None:
+        raise InputError(
+            f"--reference: method {method.name} distils on images with captions and got none; pass "
+            f"a folder with captions.csv, a CSV with the columns path and caption, or {CURRENT}"
+        )
+    if not method.needs.reference:
+        for name, value in (
+            ("reference", config.reference),
+            ("reference-batch-size", config.reference_batch_size),
+        ):
+            if value is not None:
+                raise InputError(
+                    f"--{name}: got {value}, but method {method.name} uses no reference set; leave "
+                    f"it out, or change --method"
+                )
+
+
+def _load_reference(config: RunConfig) -> ReferenceSet | None:
+    if config.reference is None or config.reference == CURRENT:
+        return None
+    return read_reference(config.reference)
+
+
+def _load_model(
+    config: RunConfig, method: Method, precision: Precision, world: World
+) -> VisionLanguageModel:
     _seed_everything(config.seed)
     # A model that will be sharded may not fit on one device.
     device = "cpu" if config.fsdp and world.size > 1 else precision.device
@@ -159,7 +187,7 @@ def _load(
         )
     if config.grad_checkpointing:
         model.checkpoint_activations()
-    return tasks, model
+    return model
 
 
 def _seed_everything(seed: int) -> None:
@@ -168,18 +196,33 @@ def _seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def _hashes(
+    tasks: Sequence[Task], reference: ReferenceSet | None, model: VisionLanguageModel
+) -> dict[str, Any]:
+    weights = hashlib.sha256()
+    for name, value in sorted(model.checkpoint().items()):
+        weights.update(name.encode())
+        weights.update(value.numpy().tobytes())
+    hashes: dict[str, Any] = {
+        "weights": weights.hexdigest(),
+        "tasks": {t.name: t.fingerprint() for t in tasks},
+    }
+    return hashes if reference is None else hashes | {"reference": reference.fingerprint()}
+
+
 def _facts(
-    settings: Settings, tasks: Sequence[Task], model: VisionLanguageModel
+    settings: Settings, tasks: Sequence[Task], hashes: Mapping[str, Any]
 ) -> dict[str, object]:
     # What has to be the same in all processes, short enough for a message.
     options = {k: v for k, v in settings.to_dict().items() if k not in _PER_PROCESS}
-    prints = [t.fingerprint() for t in tasks]
+    prints = list(hashes["tasks"].values())
     return {
         "torch": torch.__version__,
         "options (hash)": _hash(options),
         "tasks": f"{len(tasks)} tasks with {sum(len(t.train) for t in tasks)} training and "
         f"{sum(len(t.test) for t in tasks)} test images, hash {_hash(prints)}",
-        "start weights (hash)": _weights_hash(model)[:12],
+        "reference set (hash)": hashes.get("reference", settings.run.reference or "none")[:12],
+        "start weights (hash)": hashes["weights"][:12],
     }
 
 
@@ -187,18 +230,10 @@ def _hash(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
 
 
-def _weights_hash(model: VisionLanguageModel) -> str:
-    weights = hashlib.sha256()
-    for name, value in sorted(model.checkpoint().items()):
-        weights.update(name.encode())
-        weights.update(value.numpy().tobytes())
-    return weights.hexdigest()
-
-
 def _make_folder(
     settings: Settings,
     tasks: Sequence[Task],
-    model: VisionLanguageModel,
+    hashes: Mapping[str, Any],
     precision: Precision,
     world: World,
 ) -> RunFolder:
@@ -213,8 +248,5 @@ def _make_folder(
         seed=config.seed,
         columns=tuple(task.name for task in tasks),
         config=settings.to_dict() | {"precision": precision.name, "device": device},
-        hashes={
-            "weights": _weights_hash(model),
-            "tasks": {t.name: t.fingerprint() for t in tasks},
-        },
+        hashes=hashes,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mulki.engine import memory
+from mulki.engine.batches import Batch, ReferenceBatch
 from mulki.engine.config import AUTO, RunConfig
 from mulki.engine.distributed import processes_here
 from mulki.engine.microbatch import Encoder, backward
@@ -23,21 +24,6 @@ from mulki.models import VisionLanguageModel
 from mulki.world import World
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A batch of B training images, divided among the processes.
-
-    Args:
-        images: [b, 3, H, W], this process's part; in the host's memory when it is loaded.
-        target: [B] int64 classes of the whole batch, on the device.
-        places: [B] int64 places of the whole batch in the training set, on the CPU.
-    """
-
-    images: Tensor
-    target: Tensor
-    places: Tensor
 
 
 class Step:
@@ -74,16 +60,27 @@ class Step:
         self._optimizer = _optimizer(model, method, config)
         self._micro_batch: int | None = None
 
-    def gradients(self, batch: Batch) -> dict[str, float]:
-        """Set the gradients of one batch, averaged over all processes; return the loss terms."""
+    def gradients(self, batch: Batch, reference: ReferenceBatch | None = None) -> dict[str, float]:
+        """Set the gradients of one batch, averaged over all processes.
+
+        Args:
+            reference: the reference batch of this step, if the method needs one.
+
+        Returns:
+            The terms of the loss.
+        """
+        captions = torch.empty(0)
+        if reference is not None:
+            captions = self._model.text_inputs(reference.captions)
         if self._micro_batch is None:
-            self._micro_batch = self._choose_micro_batch(batch.images)
+            self._micro_batch = self._choose_micro_batch(batch, reference, captions)
         if self._micro_batch == len(batch.images):
             images = batch.images.to(self._model.device, non_blocking=True)
             batch = replace(batch, images=images)
         # Otherwise the images stay on the host and each micro-batch is moved when it is encoded, so
         # that the device memory of a step does not grow with its batch.
-        terms = self._backward(batch, self._micro_batch)
+        teachers = self._teachers.features(batch, self._micro_batch, reference)
+        terms = self._backward(batch, reference, captions, teachers)
         # One read from the device for all terms of a step.
         values = torch.stack([term.reshape(()) for term in terms.values()])
         return dict(zip(terms, values.tolist(), strict=True))
@@ -111,17 +108,32 @@ class Step:
         with self._precision.autocast():
             return self._model.encode_texts(inputs)
 
-    def _choose_micro_batch(self, images: Tensor) -> int:
-        config, device, world = self._config, self._model.device, self._world
+    def _encode_pairs(self, images: Tensor, captions: Tensor) -> tuple[Tensor, Tensor]:
+        return self._encode_images(images), self._encode_texts(captions)
+
+    def _choose_micro_batch(
+        self, batch: Batch, reference: ReferenceBatch | None, captions: Tensor
+    ) -> int:
+        config, device, world, images = self._config, self._model.device, self._world, batch.images
         if config.micro_batch is None:
             return len(images)
         if config.micro_batch != AUTO:
             return min(int(config.micro_batch), len(images))
+
+        def encode(part: Tensor) -> Tensor:
+            features = self._encode_images(part)
+            if reference is None:
+                return features
+            # A step may hold the graphs of as many images and of as many reference pairs.
+            n = len(part)
+            pairs = self._encode_pairs(reference.images[:n], captions[:n])
+            return torch.cat([features, *pairs])
+
         free = memory.free_memory(device)
         if free is not None and device.type == "cpu":
             free //= processes_here()
         fit = memory.fitting_micro_batch(
-            self._encode_images,
+            encode,
             images,
             self._parameters,
             free,
@@ -132,16 +144,39 @@ class Step:
         _log.info("--micro-batch auto: %d of %d images at a time (%s)", fit.size, len(images), fit)
         return fit.size
 
-    def _backward(self, batch: Batch, micro_batch: int) -> Mapping[str, Tensor]:
-        method, world = self._method, self._world
-        teachers = self._teachers.features(batch.images, batch.places, micro_batch)
+    def _backward(
+        self,
+        batch: Batch,
+        reference: ReferenceBatch | None,
+        captions: Tensor,
+        teachers: tuple[Features, ...],
+    ) -> Mapping[str, Tensor]:
+        method, world, scale = self._method, self._world, self._model.logit_scale
+        encoders = [
+            Encoder(self._encode_images, (batch.images,)),
+            Encoder(self._encode_texts, (world.part(self._class_texts),), split=False),
+        ]
+        if reference is not None:
+            size = len(reference.images)
+            if self._config.micro_batch is not None:
+                size = min(size, self._micro_batch or size)
+            pairs = (reference.images, captions)
+            encoders.append(Encoder(self._encode_pairs, pairs, micro_batch=size))
 
-        def losses(images: Tensor, texts: Tensor) -> Mapping[str, Tensor]:
+        def losses(
+            images: Tensor, texts: Tensor, pairs: tuple[Tensor, Tensor] | None = None
+        ) -> Mapping[str, Tensor]:
+            of_reference = None
+            if reference is not None and pairs is not None:
+                count = len(reference.places)
+                of_images, of_captions = (world.gather(x, count) for x in pairs)
+                of_reference = Features(of_images, of_captions, scale)
             student = Features(
-                world.gather(images, len(batch.target)),
+                world.gather(images, len(batch.places)),
                 world.gather(texts, len(self._class_texts)),
-                self._model.logit_scale,
+                scale,
                 method.prototypes(),
+                of_reference,
             )
             return {**method.losses(student, teachers, batch.target), **method.penalties()}
 
@@ -149,9 +184,8 @@ class Step:
             parameter.grad = None
         terms = backward(
             losses,
-            Encoder(self._encode_images, (batch.images,)),
-            Encoder(self._encode_texts, (world.part(self._class_texts),), split=False),
-            micro_batch=micro_batch,
+            *encoders,
+            micro_batch=self._micro_batch,
             scaler=self._precision.scaler,
         )
         assert isinstance(terms, Mapping)

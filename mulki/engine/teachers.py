@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mulki.data.loader import batch_sizes, batches
 from mulki.data.task import Task
+from mulki.engine.batches import Batch, ReferenceBatch
 from mulki.engine.config import RunConfig
 from mulki.engine.precision import Precision
 from mulki.features import Features
@@ -57,6 +59,7 @@ class TaskTeachers:
         world: World,
         *,
         deterministic: bool,
+        num_reference: int | None = None,
     ) -> TaskTeachers:
         """Encode what is constant in a task: class texts and, for prototypes, all images.
 
@@ -66,6 +69,7 @@ class TaskTeachers:
             frozen: the models behind `needs`, by the names in `mulki.methods`.
             deterministic: whether the training transform is, so that the features of an image can
                 be computed once.
+            num_reference: size of the reference set if its features are to be kept.
         """
         names = [*needs.teachers, *([ZERO_SHOT] if needs.prototypes else [])]
         distinct = list({id(frozen[name]): frozen[name] for name in names}.values())
@@ -81,7 +85,7 @@ class TaskTeachers:
             if needs.prototypes:
                 prototypes = class_means(features[place], target, len(task.classes))
             cached = len(task.train) if deterministic else None
-            teacher = Teacher(texts, model.logit_scale, prototypes, cached)
+            teacher = Teacher(texts, model.logit_scale, prototypes, cached, num_reference)
             if needs.prototypes:
                 teacher.remember(features[place])
             by_model[id(model)] = teacher
@@ -90,27 +94,53 @@ class TaskTeachers:
         return cls(teachers, original, precision, world)
 
     @torch.no_grad()
-    def features(self, images: Tensor, places: Tensor, micro_batch: int) -> tuple[Features, ...]:
-        """What each teacher says of a batch, in their order.
+    def features(
+        self, batch: Batch, micro_batch: int, reference: ReferenceBatch | None = None
+    ) -> tuple[Features, ...]:
+        """The features of each teacher for a batch, in the order of the teachers.
 
         Args:
-            images: this process's part of the batch.
-            places: [B] places of the whole batch in the training set, on the CPU.
             micro_batch: images encoded at a time.
+            reference: encoded as well, if the method needs it.
         """
-
-        def of(teacher: Teacher, model: VisionLanguageModel) -> Features:
-            def encode(part: Tensor) -> Tensor:
-                with self._precision.autocast():
-                    return model.encode_images(images[part.to(images.device)])
-
-            return teacher.features(
-                places, lambda new: self._encode(encode, new, len(places), micro_batch)
-            )
-
-        distinct = dict(self._teachers)
-        by_teacher = {teacher: of(teacher, model) for teacher, model in distinct.items()}
+        by_teacher = {}
+        for teacher, model in dict(self._teachers).items():
+            features = self._of_images(teacher, model, batch, micro_batch)
+            if reference is not None:
+                pairs = self._of_reference(teacher, model, reference, micro_batch)
+                features = replace(features, reference=pairs)
+            by_teacher[teacher] = features
         return tuple(by_teacher[teacher] for teacher, _ in self._teachers)
+
+    def _of_images(
+        self, teacher: Teacher, model: VisionLanguageModel, batch: Batch, micro_batch: int
+    ) -> Features:
+        def encode(rows: Tensor) -> Tensor:
+            with self._precision.autocast():
+                return model.encode_images(batch.images[rows.to(batch.images.device)])
+
+        count = len(batch.places)
+        return teacher.features(
+            batch.places, lambda new: self._encode(encode, new, count, micro_batch)
+        )
+
+    def _of_reference(
+        self,
+        teacher: Teacher,
+        model: VisionLanguageModel,
+        batch: ReferenceBatch,
+        micro_batch: int,
+    ) -> Features:
+        def encode(rows: Tensor) -> Tensor:
+            texts = model.text_inputs([batch.captions[row] for row in rows.tolist()])
+            with self._precision.autocast():
+                images = model.encode_images(batch.images[rows.to(batch.images.device)])
+                return torch.cat([images, model.encode_texts(texts)], dim=1)
+
+        count = len(batch.places)
+        return teacher.reference_features(
+            batch.places, lambda new: self._encode(encode, new, count, micro_batch)
+        )
 
     def _encode(
         self, encode: Callable[[Tensor], Tensor], new: Tensor, count: int, micro_batch: int

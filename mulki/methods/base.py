@@ -30,10 +30,13 @@ class Needs:
             task; the original at the first), in the order the losses get them.
         prototypes: class means over the task's training set, of the original model and of each
             teacher.
+        reference: a batch of images and captions from the reference set of the run beside each
+            batch, encoded by the student and by each teacher; see `Features.reference`.
     """
 
     teachers: tuple[str, ...] = ()
     prototypes: bool = False
+    reference: bool = False
 
 
 @dataclass(frozen=True)

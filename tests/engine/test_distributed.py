@@ -7,12 +7,14 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engine_helpers import COLOURS, write_task
+from reference_method import OnReference
 from safetensors.torch import load_file
 
 from mulki.engine import distributed
@@ -26,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).parent / "distributed_worker.py"
 LAST = "checkpoints/task_02_shades.safetensors"
 
+ON_REFERENCE = {"method": "on_reference", "reference": "current"}
 ANCHORED = {"eps": 1e-3, "lr": 5e-3}
 # By name: options of the run, and images in a global batch.
 CASES: dict[str, tuple[dict[str, Any], int]] = {
@@ -46,6 +49,9 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
         12,
     ),
     "crop": ({"method": "lwf", "augment": "crop"}, 6),
+    "reference": (ON_REFERENCE | {"micro_batch": "2", "eps": 1e-3}, 6),
+    # 10 pairs of the second task in a batch of 12.
+    "whole-reference": (ON_REFERENCE | ANCHORED, 12),
 }
 SHARDED: dict[str, tuple[dict[str, Any], int]] = {
     "fsdp": (
@@ -64,25 +70,31 @@ SHARDED: dict[str, tuple[dict[str, Any], int]] = {
         {"method": "lwf", "augment": "crop", "micro_batch": "auto", "grad_checkpointing": True},
         6,
     ),
+    "fsdp-reference": (ON_REFERENCE | {"augment": "crop", "eps": 1e-3}, 6),
+    "fsdp-micro-reference": (ON_REFERENCE | {"micro_batch": "2", "eps": 1e-3}, 6),
 }
 
 
 @pytest.fixture(scope="module")
-def base(start_model: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def base(
+    start_model: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Any]]:
     root = tmp_path_factory.mktemp("distributed")
     shades = {"dark": (30, 30, 30), "light": (225, 225, 225)}
     tasks = write_task(root / "colours", COLOURS), write_task(root / "shades", shades, train=5)
-    return {
-        "tasks": [str(task) for task in tasks],
-        "logs": str(root),
-        "precision": "fp32",
-        "iterations": 4,
-        "lr": 1e-3,
-        "eps": 1e-4,
-        "device": "cpu",
-        "batch_size_eval": 4,
-        **start_model,
-    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OnReference, "name", "on_reference", raising=False)
+        yield {
+            "tasks": [str(task) for task in tasks],
+            "logs": str(root),
+            "precision": "fp32",
+            "iterations": 4,
+            "lr": 1e-3,
+            "eps": 1e-4,
+            "device": "cpu",
+            "batch_size_eval": 4,
+            **start_model,
+        }
 
 
 def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -140,7 +152,9 @@ def test_two_processes_are_one(base: dict[str, Any], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_three_processes_are_one(base: dict[str, Any], tmp_path: Path) -> None:
-    compare(base, {name: CASES[name] for name in ("mulki", "whole")}, 3, tmp_path)
+    compare(
+        base, {name: CASES[name] for name in ("mulki", "whole", "whole-reference")}, 3, tmp_path
+    )
 
 
 @pytest.mark.slow
