@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-
-import torch
 
 from mulki.data.reference import ReferenceSet
 from mulki.data.task import Task
-from mulki.data.transforms import is_deterministic
 from mulki.engine import schedule
-from mulki.engine.batches import (
-    Batch,
-    ReferenceBatch,
-    Transform,
-    reference_batches,
-    training_batches,
-)
+from mulki.engine.batches import Transform, kept_samples, task_batches
 from mulki.engine.config import RunConfig
 from mulki.engine.precision import Precision
 from mulki.engine.step import Step
@@ -28,12 +18,7 @@ from mulki.engine.teachers import TaskTeachers
 from mulki.errors import InputError
 from mulki.methods import Method, TaskStart
 from mulki.models import VisionLanguageModel
-from mulki.texts import text_inputs
 from mulki.world import ALONE, World
-
-# Between the seeds of two tasks, and of the batches of a task and of its reference set.
-_TASK_SEEDS = 7919
-_REFERENCE_SEEDS = 104729
 
 
 @dataclass(frozen=True)
@@ -110,19 +95,17 @@ def learn_task(
         config,
         precision,
         world,
-        deterministic=is_deterministic(transform),
-        num_reference=_kept_reference(reference, transform, config, steps, world),
+        kept=kept_samples(task, reference, transform, config, steps, world),
     )
     method.start_task(
         TaskStart(index, len(task.classes), steps, model.trainable(), teachers.prototypes)
     )
     method.to(model.device)
-    class_texts = text_inputs(model, prompts, world)
-    step = Step(model, method, teachers, class_texts, config, precision, world)
-    loaded = _batches(task, reference, transform, config, model.device, world, index)
+    step = Step(model, method, teachers, prompts, config, precision, world)
+    batches = task_batches(task, reference, transform, config, model.device, world, index=index)
     model.train()
     ended = time.perf_counter()
-    for number, (batch, of_reference) in zip(range(1, steps + 1), loaded, strict=False):
+    for number, (batch, of_reference) in zip(range(1, steps + 1), batches, strict=False):
         losses = step.gradients(batch, of_reference)
         if not all(map(math.isfinite, losses.values())):
             shown = ", ".join(f"{name} {value:.3g}" for name, value in losses.items())
@@ -138,40 +121,3 @@ def learn_task(
     method.end_task()
     model.eval()
     return steps
-
-
-def _kept_reference(
-    reference: ReferenceSet | None,
-    transform: Transform,
-    config: RunConfig,
-    steps: int,
-    world: World,
-) -> int | None:
-    # The number of reference samples whose teacher features are kept. Keeping them pays only where
-    # samples come up again during the task.
-    size = (config.reference_batch_size or config.batch_size) * world.size
-    if reference is None or not is_deterministic(transform) or steps * size <= len(reference):
-        return None
-    return len(reference)
-
-
-def _batches(
-    task: Task,
-    reference: ReferenceSet | None,
-    transform: Transform,
-    config: RunConfig,
-    device: torch.device,
-    world: World,
-    index: int,
-) -> Iterator[tuple[Batch, ReferenceBatch | None]]:
-    # Endless; each training batch with a reference batch, if there is a reference set.
-    seed = config.seed + _TASK_SEEDS * index
-    training = training_batches(
-        task.train, transform, config.batch_size, config, device, world, seed=seed
-    )
-    if reference is None:
-        return zip(training, itertools.repeat(None), strict=False)
-    pairs = reference_batches(
-        reference, transform, config, device, world, seed=seed + _REFERENCE_SEEDS
-    )
-    return zip(training, pairs, strict=False)

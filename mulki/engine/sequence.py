@@ -6,17 +6,14 @@ import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from rich.console import Console
 
 from mulki.data import Task
 from mulki.data.loader import batches
-from mulki.data.reference import ReferenceSet
-from mulki.data.transforms import train_transform
 from mulki.engine import sharding
 from mulki.engine.checkpoints import publish, save_weights
-from mulki.engine.config import CURRENT, Settings
+from mulki.engine.config import Settings
 from mulki.engine.learn import StepReport, learn_task, steps_of
 from mulki.engine.progress import RunProgress, describe
 from mulki.engine.setup import Setup, prepared
@@ -88,7 +85,6 @@ class _Sequence:
         self.evaluator = Evaluator(
             setup.model, setup.tasks, [_test_loader(setup, t) for t in setup.tasks], setup.world
         )
-        self.transform = _training_transform(setup)
 
     def learn(self) -> None:
         method, tasks, model = self.setup.method, self.setup.tasks, self.setup.model
@@ -147,16 +143,12 @@ class _Sequence:
             frozen,
             setup.config,
             index=index,
-            transform=self.transform,
+            transform=setup.transform,
             precision=setup.precision,
             world=setup.world,
-            reference=self._reference(task),
+            reference=setup.reference_of(task),
             listen=lambda report: self._report(task, report, before + report.step),
         )
-
-    def _reference(self, task: Task) -> ReferenceSet | None:
-        current = self.setup.config.reference == CURRENT
-        return ReferenceSet.of_task(task) if current else self.setup.reference
 
     def _report(self, task: Task, report: StepReport, step: int) -> None:
         # `step` counts from the start of the sequence.
@@ -221,16 +213,4 @@ def _test_loader(setup: Setup, task: Task) -> Loader:
         cache_mb=_TEST_CACHE_MIB,
         pin_memory=setup.precision.device.type == "cuda",
         part=setup.world.rows,
-    )
-
-
-def _training_transform(setup: Setup) -> Any:
-    model = setup.model
-    visual: Any = model.clip.visual
-    return train_transform(
-        model.preprocess,
-        setup.config.augment,
-        model.image_size,
-        visual.image_mean,
-        visual.image_std,
     )

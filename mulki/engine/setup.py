@@ -16,7 +16,9 @@ from mulki import methods, models
 from mulki.data import Task, load_sequence
 from mulki.data.reference import ReferenceSet, read_reference
 from mulki.data.subset import limited
+from mulki.data.transforms import train_transform
 from mulki.engine import distributed
+from mulki.engine.batches import Transform
 from mulki.engine.config import CURRENT, RunConfig, Settings
 from mulki.engine.precision import Precision
 from mulki.errors import InputError
@@ -49,8 +51,9 @@ class Setup:
         tasks: in the order in which they are learned.
         reference: images and captions for the method; None without need, or where each task's own
             images are the reference.
-        model: the student with the start weights, stored as `precision` wants them. To be sharded,
-            it is still whole and on the CPU.
+        model: the student with the start weights, stored as `precision` wants them. A model that
+            will be sharded is still whole and on the CPU.
+        transform: of the training images.
         precision: how the encoders compute, and the device of this process.
         world: the processes of the run.
         folder: where the results go; None in all processes but the first.
@@ -61,9 +64,14 @@ class Setup:
     tasks: Sequence[Task]
     reference: ReferenceSet | None
     model: VisionLanguageModel
+    transform: Transform
     precision: Precision
     world: World
     folder: RunFolder | None
+
+    def reference_of(self, task: Task) -> ReferenceSet | None:
+        """The reference set while a task is learned, if the method needs one."""
+        return ReferenceSet.of_task(task) if self.config.reference == CURRENT else self.reference
 
 
 @contextlib.contextmanager
@@ -108,7 +116,8 @@ def prepared(settings: Settings, tasks: Sequence[Task] | None = None) -> Iterato
             _seed_everything(config.seed + world.rank)
         folder = _make_folder(settings, tasks, hashes, precision, world) if world.main else None
         precision.convert(model)
-        yield Setup(config, method, tasks, reference, model, precision, world, folder)
+        transform = _training_transform(config, model)
+        yield Setup(config, method, tasks, reference, model, transform, precision, world, folder)
 
 
 def load_tasks(config: RunConfig) -> list[Task]:
@@ -194,6 +203,13 @@ def _seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def _training_transform(config: RunConfig, model: VisionLanguageModel) -> Transform:
+    visual: Any = model.clip.visual
+    return train_transform(
+        model.preprocess, config.augment, model.image_size, visual.image_mean, visual.image_std
+    )
 
 
 def _hashes(

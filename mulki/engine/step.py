@@ -21,6 +21,7 @@ from mulki.engine.teachers import TaskTeachers
 from mulki.features import Features
 from mulki.methods import Method
 from mulki.models import VisionLanguageModel
+from mulki.texts import text_inputs
 from mulki.world import World
 
 _log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class Step:
         model: the student.
         method: its losses, and parameters of its own.
         teachers: of the task.
-        class_texts: `text_inputs` of the class prompts, [C, ...].
+        prompts: [C], one per class.
         config: options of the optimiser and of micro-batches.
         precision: how the encoders compute.
         world: the processes that train together.
@@ -44,7 +45,7 @@ class Step:
         model: VisionLanguageModel,
         method: Method,
         teachers: TaskTeachers,
-        class_texts: Tensor,
+        prompts: Sequence[str],
         config: RunConfig,
         precision: Precision,
         world: World,
@@ -52,7 +53,7 @@ class Step:
         self._model = model
         self._method = method
         self._teachers = teachers
-        self._class_texts = class_texts
+        self._class_texts = text_inputs(model, prompts, world)
         self._config = config
         self._precision = precision
         self._world = world

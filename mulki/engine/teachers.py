@@ -58,8 +58,7 @@ class TaskTeachers:
         precision: Precision,
         world: World,
         *,
-        deterministic: bool,
-        num_reference: int | None = None,
+        kept: tuple[int | None, int | None],
     ) -> TaskTeachers:
         """Encode what is constant in a task: class texts and, for prototypes, all images.
 
@@ -67,9 +66,7 @@ class TaskTeachers:
             needs: of the method.
             prompts: one per class.
             frozen: the models behind `needs`, by the names in `mulki.methods`.
-            deterministic: whether the training transform is, so that the features of an image can
-                be computed once.
-            num_reference: size of the reference set if its features are to be kept.
+            kept: see `mulki.engine.batches.kept_samples`.
         """
         names = [*needs.teachers, *([ZERO_SHOT] if needs.prototypes else [])]
         distinct = list({id(frozen[name]): frozen[name] for name in names}.values())
@@ -84,8 +81,7 @@ class TaskTeachers:
             prototypes = None
             if needs.prototypes:
                 prototypes = class_means(features[place], target, len(task.classes))
-            cached = len(task.train) if deterministic else None
-            teacher = Teacher(texts, model.logit_scale, prototypes, cached, num_reference)
+            teacher = Teacher(texts, model.logit_scale, prototypes, *kept)
             if needs.prototypes:
                 teacher.remember(features[place])
             by_model[id(model)] = teacher

@@ -18,8 +18,9 @@ from torch import Tensor
 from mulki import methods
 from mulki.data import Task, folder_task
 from mulki.data.reference import ReferenceSet, read_reference
+from mulki.engine.batches import kept_samples
 from mulki.engine.config import RunConfig, resolve
-from mulki.engine.learn import _kept_reference, learn_task
+from mulki.engine.learn import learn_task
 from mulki.engine.precision import Precision
 from mulki.engine.sequence import run
 from mulki.engine.step import Step
@@ -240,14 +241,15 @@ def test_teachers_keep_what_comes_up_again(
 
 @pytest.mark.parametrize(("steps", "size", "kept"), [(2, 5, None), (2, 6, None), (3, 5, 12)])
 def test_teachers_keep_nothing_of_a_set_that_is_not_seen_twice(
-    load_tiny: Load, folder: Path, steps: int, size: int, kept: int | None
+    load_tiny: Load, task: Task, folder: Path, steps: int, size: int, kept: int | None
 ) -> None:
     config = replace(CONFIG, reference_batch_size=size)
     transform = load_tiny().preprocess
     reference = read_reference(folder)
-    assert _kept_reference(reference, transform, config, steps, World()) == kept
-    assert _kept_reference(reference, transform, config, steps, World(0, 2)) == 12
-    assert _kept_reference(reference, lambda image: image, config, steps, World()) is None
+    assert kept_samples(task, reference, transform, config, steps, World()) == (18, kept)
+    assert kept_samples(task, reference, transform, config, steps, World(0, 2)) == (18, 12)
+    assert kept_samples(task, None, transform, config, steps, World()) == (18, None)
+    assert kept_samples(task, reference, lambda x: x, config, steps, World()) == (None, None)
 
 
 def test_the_set_has_to_fit_the_method(load_tiny: Load, task: Task, folder: Path) -> None:
