@@ -83,7 +83,7 @@ def _run(argv: list[str]) -> int:
     from rich.console import Console
 
     from mulki.engine.config import resolve
-    from mulki.engine.runner import run
+    from mulki.engine.sequence import run
     from mulki.report.tables import print_matrix
 
     console = Console()

@@ -1,10 +1,10 @@
 """Collectives over the ranks of a process group, the same code for gloo, NCCL and the others.
 
-Ranks may hold different numbers of rows. `agree` is called first: it tells every rank what all of
-them hold, or raises the same error on all of them where they cannot go on together. The others
-take the row counts that it gives. Without a process group, or alone in one, all of them are the
-identity. Every rank of the group has to call them, in the same order; a differentiable one is a
-collective in backward too, so its result must be used in what every rank differentiates.
+Ranks may hold different numbers of rows. `agree` is called first: it returns the row counts of all
+ranks, or raises the same error on all of them if they cannot go on together. The other functions
+take these row counts. Without a process group, or in a group of one, every function is the
+identity. All ranks of the group have to call them in the same order. The differentiable ones
+communicate in the backward pass too, so every rank has to differentiate through their results.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 Group = Any  # torch.distributed.ProcessGroup, which a build without distribution does not have
 
-# Bytes that a rank tells the others of itself; a constant, for nothing is agreed before.
-_TOLD = 1024
+# Bytes of the message of each rank in `agree`. A constant, since no size is known to all before.
+_MESSAGE_BYTES = 1024
 
 
 class Position(NamedTuple):
@@ -48,7 +48,7 @@ def agree(
     problem: Exception | None = None,
     **facts: object,
 ) -> list[int]:
-    """The row counts of all ranks, once it is clear that all of them can go on.
+    """The row counts of all ranks, or the same error on all of them.
 
     One collective of 1 KiB per rank. It runs on the CPU if the group has a backend for it (as
     torchrun's default, gloo beside NCCL, has), and does not wait for a GPU then.
@@ -58,8 +58,8 @@ def agree(
         rows: how many rows this rank holds; ranks may differ.
         device: where this rank's tensors are, for a group that has no backend for the CPU; the
             current accelerator if None.
-        problem: a TypeError or ValueError that this rank met while it checked its arguments. A
-            rank that raised it alone would leave the others waiting.
+        problem: a TypeError or ValueError from this rank's check of its arguments. If this rank
+            raised it without telling the others, they would wait forever.
         **facts: what must be the same on every rank, by name: the width, the dtype, options.
 
     Raises:
@@ -71,57 +71,64 @@ def agree(
         if problem is not None:
             raise problem
         return [rows]
-    heard = [json.loads(text) for text in _exchange(_told(rows, facts, problem), device, group)]
-    for rank, one in enumerate(heard):
-        if one["problem"]:
-            error = TypeError if one["is_type"] else ValueError
-            raise error(f"on rank {rank}: {one['problem']}") from problem
-    names = dict.fromkeys(name for one in heard for name in one["facts"])
+    sent = _message(rows, facts, problem)
+    messages = [json.loads(text) for text in _exchange(sent, device, group)]
+    for rank, message in enumerate(messages):
+        if message["problem"]:
+            error = TypeError if message["is_type"] else ValueError
+            raise error(f"on rank {rank}: {message['problem']}") from problem
+    names = dict.fromkeys(name for message in messages for name in message["facts"])
     for name in names:
         ranks: dict[str, list[int]] = {}
-        for rank, one in enumerate(heard):
-            ranks.setdefault(one["facts"].get(name, "nothing"), []).append(rank)
+        for rank, message in enumerate(messages):
+            ranks.setdefault(message["facts"].get(name, "nothing"), []).append(rank)
         if len(ranks) > 1:
             came = ", ".join(f"{value} on {_listed(where)}" for value, where in ranks.items())
             raise (TypeError if "dtype" in name else ValueError)(
                 f"{name}: got {came}, wanted the same on all ranks"
             )
-    return [one["rows"] for one in heard]
+    return [message["rows"] for message in messages]
 
 
-def _told(rows: int, facts: dict[str, object], problem: Exception | None) -> bytes:
+def _message(rows: int, facts: dict[str, object], problem: Exception | None) -> bytes:
     is_type = isinstance(problem, TypeError)
     text = str(problem).encode("ascii", "replace").decode()
-    told: dict[str, object] = {"rows": rows, "is_type": is_type, "problem": problem and text[:400]}
-    told["facts"] = {name: str(value) for name, value in facts.items()}
-    message = json.dumps(told).encode()
-    if len(message) <= _TOLD:
+    content: dict[str, object] = {
+        "rows": rows,
+        "is_type": is_type,
+        "problem": problem and text[:400],
+        "facts": {name: str(value) for name, value in facts.items()},
+    }
+    message = json.dumps(content).encode()
+    if len(message) <= _MESSAGE_BYTES:
         return message
-    # Raised here, it would leave the other ranks waiting.
-    too_long = f"{len(message)} bytes of facts, wanted at most {_TOLD}; pass fewer or shorter ones"
-    return json.dumps(
-        {**told, "facts": {}, "problem": text[:400] if problem else too_long}
-    ).encode()
+    # Sent and not raised here, since the other ranks would wait forever.
+    too_long = (
+        f"{len(message)} bytes of facts, wanted at most {_MESSAGE_BYTES}; pass fewer or shorter"
+    )
+    content |= {"facts": {}, "problem": text[:400] if problem else too_long}
+    return json.dumps(content).encode()
 
 
 def _listed(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
-def _exchange(own: bytes, device: torch.device | None, group: Group | None) -> list[bytes]:
+def _exchange(message: bytes, device: torch.device | None, group: Group | None) -> list[bytes]:
     size = world(group).size
     if "cpu:" in dist.get_backend_config(group):
         device = torch.device("cpu")
-    elif device is None or device.type == "cpu":  # tensors at the wrong place, soon to be refused
+    elif device is None or device.type == "cpu":  # a caller's tensors on the CPU are refused later
         device = torch.accelerator.current_accelerator()
-    sent = torch.frombuffer(bytearray(own.ljust(_TOLD)), dtype=torch.uint8).to(device)
-    heard = torch.empty(size * _TOLD, dtype=torch.uint8, device=device)
-    _collective("all_gather_single", "all_gather_into_tensor")(heard, sent, group=group)
-    return [one.numpy().tobytes() for one in heard.cpu().view(size, _TOLD)]
+    padded = bytearray(message.ljust(_MESSAGE_BYTES))
+    sent = torch.frombuffer(padded, dtype=torch.uint8).to(device)
+    received = torch.empty(size * _MESSAGE_BYTES, dtype=torch.uint8, device=device)
+    _collective("all_gather_single", "all_gather_into_tensor")(received, sent, group=group)
+    return [row.numpy().tobytes() for row in received.cpu().view(size, _MESSAGE_BYTES)]
 
 
 def _collective(name: str, before: str) -> Callable[..., Any]:
-    # torch 2.13 renamed these, and warns of the old names.
+    # torch 2.13 gave these functions new names and warns about the old ones.
     return getattr(dist, name, None) or getattr(dist, before)
 
 
@@ -145,10 +152,10 @@ def gather_rows_with_grad(
     sizes: Sequence[int],
     group: Group | None = None,
 ) -> Tensor:  # [sum(sizes), ...]
-    """`gather_rows`, differentiable: the gradients of all ranks by one's rows are summed.
+    """`gather_rows`, differentiable.
 
-    So each rank gets the gradient of the sum of all ranks' losses by its own rows. Half-precision
-    gradients are summed in float32.
+    The gradient of a rank's rows is that of the sum of all ranks' losses. Half-precision gradients
+    are summed in float32.
     """
     return _GatherRows.apply(rows, tuple(sizes), group)
 
@@ -183,7 +190,7 @@ def _gather(rows: Tensor, sizes: Sequence[int], group: Group | None) -> Tensor:
 
 
 def _scatter_sum(grad: Tensor, sizes: Sequence[int], group: Group | None) -> Tensor:
-    """This rank's rows of the sum of all ranks' gradients [sum(sizes), ...]."""
+    # This rank's rows of the sum of all ranks' gradients [sum(sizes), ...].
     rank, size = world(group)
     if size == 1:
         return grad
@@ -195,9 +202,9 @@ def _scatter_sum(grad: Tensor, sizes: Sequence[int], group: Group | None) -> Ten
         parts = grad.new_zeros((size * most, *grad.shape[1:]), dtype=dtype)
         for to, part in zip(parts.split(most), grad.split(list(sizes)), strict=True):
             to[: len(part)] = part
-    own = parts.new_empty((most, *grad.shape[1:]))
-    _collective("reduce_scatter_single", "reduce_scatter_tensor")(own, parts, group=group)
-    return own[: sizes[rank]].to(grad.dtype)
+    received = parts.new_empty((most, *grad.shape[1:]))
+    _collective("reduce_scatter_single", "reduce_scatter_tensor")(received, parts, group=group)
+    return received[: sizes[rank]].to(grad.dtype)
 
 
 def _check_sizes(rows: int, sizes: Sequence[int], rank: int, size: int) -> None:
@@ -209,7 +216,7 @@ def _check_sizes(rows: int, sizes: Sequence[int], rank: int, size: int) -> None:
 
 
 def sum_of_ranks(values: Tensor, group: Group | None = None) -> Tensor:
-    """The sum of all ranks' tensors of one shape, without a gradient; `values` stay as they are."""
+    """The sum of all ranks' tensors of one shape, a new tensor without a gradient."""
     total = values.detach().clone()
     if world(group).size > 1:
         dist.all_reduce(total, group=group)
@@ -222,15 +229,15 @@ def ring_pass(
     incoming: Sequence[int],
     group: Group | None = None,
 ) -> tuple[Tensor, ...]:  # each [incoming_i, ...]
-    """Give each block to the rank `steps_i` further round the ring, and take what comes.
+    """Send each block to the rank `steps_i` further round the ring, and receive as many blocks.
 
-    Differentiable: the gradient of what came goes back to the rank it came from. All blocks travel
-    at once, so with steps (1, -1) both directions of the links are used.
+    Differentiable: the gradient of a received block goes back to its sender. All blocks are sent at
+    once, so with steps (1, -1) both directions of the links are used.
 
     Args:
-        blocks: one or more; dtype and shape behind the rows are the same on every rank.
-        steps: how far each goes; 1 is to the next rank, -1 to the one before.
-        incoming: the row counts of the blocks that come, known from `agree`.
+        blocks: one or more; the dtype and the shape after the rows are the same on every rank.
+        steps: how far each block goes; 1 is to the next rank, -1 to the one before.
+        incoming: the row counts of the received blocks, known from `agree`.
     """
     return _RingPass.apply(tuple(steps), tuple(incoming), group, *blocks)
 
@@ -261,10 +268,11 @@ def _pass(
     rank, size = world(group)
     if size == 1:
         return tuple(block.clone() for block in blocks)
-    came = tuple(
+    received = tuple(
         block.new_empty((n, *block.shape[1:])) for block, n in zip(blocks, incoming, strict=True)
     )
-    # Messages between two ranks arrive in the order in which they were sent. Empty ones are not.
+    # Messages between two ranks arrive in the order in which they were sent. Empty blocks are not
+    # sent.
     sends = [
         dist.P2POp(dist.isend, block.contiguous(), group=group, group_peer=(rank + step) % size)
         for block, step in zip(blocks, steps, strict=True)
@@ -272,10 +280,10 @@ def _pass(
     ]
     receives = [
         dist.P2POp(dist.irecv, block, group=group, group_peer=(rank - step) % size)
-        for block, step in zip(came, steps, strict=True)
+        for block, step in zip(received, steps, strict=True)
         if block.numel()
     ]
     if sends or receives:
         for request in dist.batch_isend_irecv(sends + receives):
             request.wait()
-    return came
+    return received

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-# Triton is published under another name for each backend.
+# The package names under which each is published; Triton has one per backend.
 _PACKAGES: dict[str, tuple[str, ...]] = {
     "open_clip": ("open_clip_torch",),
     "mulki": ("mulki",),
@@ -25,12 +25,12 @@ def environment(hashes: Mapping[str, object] | None = None) -> dict[str, object]
     ``hashes`` (of weights, splits, prompts, ...) is stored as given. A package that is not
     installed is ``None``, and so is the commit outside a checkout.
     """
-    # Torch takes seconds to import, and reading results needs none of it.
+    # Imported here: torch takes seconds to import, and reading results does not need it.
     import torch
 
     return {
         "python": platform.python_version(),
-        "torch": str(torch.__version__),  # with what it is built for, which metadata can leave out
+        "torch": str(torch.__version__),  # with the build (+cu126), which package metadata may lack
         **{name: _version(distributions) for name, distributions in _PACKAGES.items()},
         "platform": platform.platform(),
         "cpu": _cpu_model(),
@@ -62,13 +62,15 @@ def _cpu_model() -> str:
 
 
 def git_state(root: Path) -> dict[str, object]:
+    """Commit of the checkout at ``root`` and whether it has changes; None where there is none."""
+
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(root), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
         return done.stdout.strip()
 
     try:
-        # An installed package can lie inside somebody else's checkout.
+        # An installed package may lie inside the checkout of another project.
         if Path(git("rev-parse", "--show-toplevel")).resolve() == root:
             modified = bool(git("status", "--porcelain", "--untracked-files=no"))
             return {"git_commit": git("rev-parse", "HEAD"), "git_modified": modified}

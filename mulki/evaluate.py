@@ -8,40 +8,35 @@ autocast is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader
 
+from mulki.data.loader import batch_sizes
 from mulki.data.task import Task
-from mulki.models import TEXT_BATCH, VisionLanguageModel
+from mulki.models import VisionLanguageModel
+from mulki.texts import text_features, text_inputs
+from mulki.world import ALONE, World
 
-Prepare = Callable[[VisionLanguageModel, Sequence[str]], Tensor]
-Encode = Callable[[VisionLanguageModel, Tensor], Tensor]
-Count = Callable[[int, int], tuple[int, int]]
-
-
-def encode_all_texts(model: VisionLanguageModel, inputs: Tensor) -> Tensor:
-    """Features [n, D] of `model.text_inputs` of n prompts, in batches."""
-    return torch.cat([model.encode_texts(part) for part in inputs.split(TEXT_BATCH)])
+# Images [B, 3, H, W], targets [B] and their indices in the set, as `mulki.data.loader.batches`.
+Loader = DataLoader[tuple[Tensor, int, int]]
 
 
 @torch.no_grad()
 def zero_shot_classifier(
-    model: VisionLanguageModel,
-    inputs: Tensor,
-    num_classes: int,
-    encode: Encode = encode_all_texts,
+    model: VisionLanguageModel, inputs: Tensor, num_classes: int, world: World = ALONE
 ) -> Tensor:
     """Class weights [C, D], unit rows.
 
     Args:
         inputs: `model.text_inputs` of C x T prompts, class by class.
         num_classes: C.
-        encode: from model and inputs to features [C x T, D].
+        world: the processes among which the texts are divided.
     """
-    texts = encode(model, inputs)
+    texts = text_features(model, inputs, world)
     return F.normalize(texts.unflatten(0, (num_classes, -1)).mean(dim=1), dim=-1)
 
 
@@ -64,43 +59,45 @@ def count_correct(
 
 
 class Evaluator:
-    """Evaluates a model on a list of tasks again and again, keeping what does not change.
+    """Evaluates a model on a list of tasks, as often as asked; texts are tokenized once.
 
     Args:
-        model: evaluated as it is at the time; what of it is frozen has to stay so.
+        model: evaluated with the weights it has when `accuracy` is called. What is frozen now must
+            stay frozen.
         tasks: what to evaluate on.
-        loaders: a re-iterable of test batches per task.
-        prepare: from model and prompts to its `text_inputs`.
-        encode: see `zero_shot_classifier`.
-        total: from correct predictions and images seen here to those of all processes.
+        loaders: the test batches of each task, from `mulki.data.loader.batches`; for several
+            processes with ``part=world.rows``.
+        world: the processes that evaluate together.
     """
 
     def __init__(
         self,
         model: VisionLanguageModel,
         tasks: Sequence[Task],
-        loaders: Sequence[Iterable[Sequence[Tensor]]],
-        *,
-        prepare: Prepare = VisionLanguageModel.text_inputs,
-        encode: Encode = encode_all_texts,
-        total: Count = lambda correct, seen: (correct, seen),
+        loaders: Sequence[Loader],
+        world: World = ALONE,
     ):
         self.model = model
         self.tasks = tasks
         self._loaders = loaders
-        self._prepare = prepare
-        self._encode = encode
-        self._total = total
+        self._world = world
         self._inputs: dict[str, Tensor] = {}
 
     def accuracy(self, number: int) -> tuple[float, int]:
         """Top-1 accuracy in percent on task `number` (from 0), and the number of test images."""
-        task, model = self.tasks[number], self.model
+        task, model, world = self.tasks[number], self.model, self._world
         model.eval()
         if task.name not in self._inputs:
             prompts = [prompt for of_class in task.prompts() for prompt in of_class]
-            self._inputs[task.name] = self._prepare(model, prompts)
-        inputs = self._inputs[task.name]
-        classifier = zero_shot_classifier(model, inputs, len(task.classes), self._encode)
-        correct, seen = self._total(*count_correct(model, classifier, self._loaders[number]))
+            self._inputs[task.name] = text_inputs(model, prompts, world)
+        classifier = zero_shot_classifier(model, self._inputs[task.name], len(task.classes), world)
+        counted = count_correct(model, classifier, self._batches(number))
+        correct, seen = world.total(*counted, device=model.device)
         return 100 * correct / seen, seen
+
+    def _batches(self, number: int) -> Iterator[Sequence[Tensor]]:
+        # The rows that a process repeats to fill its part of a batch are not counted.
+        loader = self._loaders[number]
+        for (images, target, _), count in zip(loader, batch_sizes(loader), strict=True):
+            target[self._world.distinct(count) :] = -1
+            yield images, target

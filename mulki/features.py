@@ -1,4 +1,4 @@
-"""Features: what one model says of one batch. The only thing losses and methods get to see."""
+"""Features: what one model computes for one batch, and all that losses and methods get."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ class Features:
         texts: [C, D] class text features, one row per class of the task.
         scale: the model's logit scale, already exponentiated.
         prototypes: [C, D] visual prototypes (class means), or None where a method has none.
+        reference: features of R images [R, D] and of their captions [R, D] from a reference set, if
+            the method needs one; images and captions correspond row by row.
     """
 
     images: Tensor
     texts: Tensor
     scale: Tensor | float
     prototypes: Tensor | None = None
+    reference: Features | None = None
 
     def image_text(self) -> Similarity:
         """The class logits [B, C]."""

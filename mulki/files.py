@@ -52,17 +52,17 @@ def read_csv(path: Path, wanted: str) -> list[tuple[int, list[str]]]:
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path to write, which takes the place of ``path`` when the block ends.
+    """Yield a temporary path to write, which replaces ``path`` when the block ends.
 
-    A reader sees the old file or the new one. An error or an interrupt in the block leaves the old
-    file as it was and nothing beside it.
+    An error or an interrupt in the block leaves the old file as it was and removes the temporary
+    one.
     """
     path = Path(path)
-    # Not tempfile: its files are private to the user, and this one keeps its mode when renamed.
+    # Not tempfile: it makes files that only their owner can read, and a renamed file keeps that.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        # Without it a power cut can leave the new name on an empty file.
+        # Without fsync, a power cut can leave an empty file under the new name.
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, path)

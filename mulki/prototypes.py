@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 Update = Literal["ema", "learnable", "fixed"]
-UPDATES = ("ema", "learnable", "fixed")
 
 
 def class_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -41,22 +40,25 @@ def class_means(features: Tensor, target: Tensor, num_classes: int) -> Tensor:
 
 
 class Prototypes(nn.Module):
-    """The student's prototypes of one task, and how they move while it is learned.
+    """The student's prototypes of one task, and how they change during training.
 
     ``ema``: ``p_c <- normalize(m p_c + (1 - m) mean of the batch's features of class c)`` for the
-    classes present in the batch. ``learnable``: free parameters, normalised when read, moved by the
-    gradient of the losses. ``fixed``: they stay as they were given.
+    classes present in the batch. ``learnable``: parameters, normalised when read, trained with the
+    losses. ``fixed``: they do not change.
 
     Args:
         initial: [C, D] unit rows.
         update: "ema", "learnable" or "fixed".
-        momentum: m in [0, 1], for "ema" alone.
+        momentum: m in [0, 1], used by "ema" only.
+
+    Raises:
+        ValueError: an unknown `update`, or a momentum out of bounds.
     """
 
     def __init__(self, initial: Tensor, update: Update = "ema", momentum: float = 0.9):
         super().__init__()
-        if update not in UPDATES:
-            raise ValueError(f"update: got {update!r}, wanted one of {', '.join(UPDATES)}")
+        if update not in get_args(Update):
+            raise ValueError(f"update: got {update!r}, wanted one of {', '.join(get_args(Update))}")
         if not 0.0 <= momentum <= 1.0:
             raise ValueError(f"momentum: got {momentum}, wanted a number in [0, 1]")
         self.update = update
@@ -68,16 +70,21 @@ class Prototypes(nn.Module):
             self.register_buffer("value", initial.detach().clone())
 
     def forward(self) -> Tensor:
-        """[C, D], unit rows; differentiable when learnable."""
+        """The prototypes [C, D], unit rows; differentiable if they are learnable."""
         return F.normalize(self.value, dim=1) if self.update == "learnable" else self.value
 
     @torch.no_grad()
     def observe(self, features: Tensor, target: Tensor) -> None:
-        """Take a batch of student features [B, D] with classes [B] into the running means."""
+        """Update the running means with a batch.
+
+        Args:
+            features: [B, D] of the student.
+            target: [B] classes.
+        """
         if self.update != "ema":
             return
         sums, counts = class_sums(features.to(self.value.dtype), target, len(self.value))
         means = sums / counts.clamp(min=1).unsqueeze(1)
         moved = F.normalize(self.momentum * self.value + (1 - self.momentum) * means, dim=1)
-        # A new tensor: losses of this step may have saved the old one for their backward pass.
+        # Not in place: the losses of this step may have saved the old tensor for their backward.
         self.value = torch.where((counts > 0).unsqueeze(1), moved, self.value)

@@ -9,15 +9,15 @@
 ``results.jsonl``   one line per evaluation, see :class:`Evaluation`
 ``matrix.csv``      accuracies in percent, see :func:`mulki.metrics.read_matrix`
 ``summary.json``    metrics with their definitions, status, tasks, seconds
-``summary.md``      the printed table
-``report.html``     all of the above on one page
+``summary.md``      the printed table, written by :func:`mulki.report.write_report`
+``report.html``     all of the above on one page, written by the same function
 ``tensorboard/``    scalars, when the package tensorboard is installed
 ``checkpoints/``    ``task_01_name.safetensors`` ..., ``latest/``
 ==================  ==========================================================================
 
-Whatever ends the run, the results so far can be read: lines are appended whole, files are
-replaced atomically, and ``summary.json`` says ``interrupted`` until the sequence has ended, so
-that even a killed run needs nobody to tidy up after it.
+However a run ends, the results so far can be read: whole lines are appended, files are replaced
+atomically, and ``summary.json`` says ``interrupted`` until the sequence has ended. So the folder of
+a killed run needs no repair.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ class RunFolder:
         if results.exists():
             read_evaluations(results)
             text = results.read_text(encoding="utf-8")
-            # A line that a crash cut off would swallow the first one appended to it.
+            # After a line that a crash cut off, the next line would be appended to its end.
             if not text.endswith("\n"):
                 write_atomic(results, text[: text.rfind("\n") + 1])
         return run
@@ -236,7 +236,7 @@ class RunFolder:
                 logger.error(
                     "run stopped by %s: %s", type(error).__name__, error, exc_info=unexpected
                 )
-                # What fails after the end, such as printing the result, takes nothing back.
+                # An error after the last step, such as in printing, leaves the run complete.
                 if self.status != "complete":
                     self.finish("interrupted")
         finally:
@@ -256,7 +256,8 @@ class RunFolder:
         )
         package = logging.getLogger("mulki")
         package.addHandler(self._handler)
-        # Otherwise the root logger's WARNING would keep the progress out of the file.
+        # Without a level of its own, the package has that of the root logger, WARNING, and the
+        # progress would not reach the file.
         self._level = package.level
         if package.level == logging.NOTSET or package.level > level:
             package.setLevel(level)
@@ -296,7 +297,7 @@ class RunFolder:
     ) -> Evaluation:
         """Append one :class:`Evaluation` to ``results.jsonl`` and return it.
 
-        The line is on its way to the disk when this returns. Raises :class:`InputError` for a
+        The line has been written to the file when this returns. Raises :class:`InputError` for a
         value that is not finite.
         """
         evaluation = Evaluation(
@@ -331,7 +332,7 @@ class RunFolder:
         ``accuracies`` maps every column to its percent. Raises :class:`InputError` as
         :meth:`AccuracyMatrix.with_row` does; then nothing is written.
         """
-        # Rounded as the file rounds, so that metrics of the file are metrics of the run.
+        # Rounded as in the file, so that the metrics of the file are those of the run.
         rounded = {name: round(float(value), 4) for name, value in accuracies.items()}
         matrix = self.matrix.with_row(after_task, rounded)
         write_matrix(self.path / "matrix.csv", matrix)
@@ -343,17 +344,15 @@ class RunFolder:
                     self.scalar(f"metrics/{name}", value, len(matrix.tasks))
         return matrix
 
-    def finish(self, status: Status = "complete") -> Metrics:
-        """Write ``summary.json``, ``summary.md`` and ``report.html``; return the metrics."""
-        # The report needs rich and jinja2, which reading results does not.
-        from mulki.report import summary_markdown, write_html
+    @property
+    def evaluated(self) -> bool:
+        """Whether there is a row of results."""
+        return bool(self.matrix.tasks) or self.matrix.zero_shot is not None
 
+    def finish(self, status: Status = "complete") -> Metrics:
+        """Write ``summary.json`` with this status; return the metrics."""
         self.status = status
         self._write_summary()
-        if self.matrix.tasks or self.matrix.zero_shot is not None:
-            title = f"# {self.name}\n\nStatus: {status}\n\n"
-            write_atomic(self.path / "summary.md", title + summary_markdown(self.matrix))
-            write_html(self.path)
         return self.matrix.metrics()
 
     def _write_summary(self) -> None:
@@ -385,7 +384,7 @@ class RunFolder:
 
     @property
     def latest(self) -> Path:
-        """``checkpoints/latest``, the state a resumed run starts from; made by whoever saves."""
+        """``checkpoints/latest``, the last saved model; the folder is made when it is saved."""
         return self._checkpoints() / "latest"
 
     def _checkpoints(self) -> Path:
@@ -395,7 +394,7 @@ class RunFolder:
 
 
 def check_free(logs: str | os.PathLike[str], name: str | None) -> None:
-    """Raise what :meth:`RunFolder.create` would for a bad or taken name; make nothing."""
+    """Check a name as :meth:`RunFolder.create` does, and raise the same errors; make nothing."""
     _check_name(name)
     if name is not None:
         _check_empty(Path(logs) / name)
@@ -425,7 +424,7 @@ def _check_empty(path: Path) -> None:
 def _make_folder(logs: Path, name: str | None, default: str) -> Path:
     _check_name(name)
     path = logs / (name or default)
-    # Two runs of one second, started without a name, are no reason to refuse the second.
+    # Two runs that start without a name in the same second get different folders.
     attempt = 1
     while name is None and path.exists():
         attempt += 1

@@ -1,4 +1,4 @@
-"""Teachers: what a frozen model says of one task, kept so that nothing is said twice."""
+"""A teacher: the features of a frozen model on one task, each computed at most once."""
 
 from __future__ import annotations
 
@@ -10,67 +10,107 @@ from torch import Tensor
 from mulki.features import Features
 
 
+class FeatureCache:
+    """Features of the n samples of a set, each computed when it is first asked for.
+
+    Args:
+        size: n; None if the features of a sample change, so that nothing may be kept.
+    """
+
+    def __init__(self, size: int | None):
+        self._size = size
+        # On the CPU, so that looking up a batch does not wait for a GPU.
+        self._known = torch.zeros(size or 0, dtype=torch.bool)
+        self._features: Tensor | None = None
+
+    def fill(self, features: Tensor) -> None:
+        """Keep the features [n, D] of the whole set, if they may be kept.
+
+        Raises:
+            ValueError: they have another number of rows.
+        """
+        if self._size is None:
+            return
+        if len(features) != self._size:
+            raise ValueError(f"features: got {len(features)} rows, wanted {self._size}")
+        self._features = features
+        self._known.fill_(True)
+
+    def get(self, index: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        """Features of a batch [B, D].
+
+        Args:
+            index: [B] places of the batch in the set, on the CPU.
+            encode: from the places in the batch [M] of samples that are not known yet, on the CPU,
+                to their features [M, D]; not called when there are none.
+        """
+        if self._size is None:
+            return encode(torch.arange(len(index)))
+        new = torch.nonzero(~self._known[index]).flatten()
+        if len(new):
+            features = encode(new)
+            if self._features is None:
+                self._features = features.new_empty(self._size, features.shape[1])
+            self._features[index[new].to(features.device)] = features
+            self._known[index] = True
+        assert self._features is not None
+        return self._features[index.to(self._features.device)]
+
+
 class Teacher:
     """A frozen model's view of one task.
 
-    Texts and prototypes are constants of the task. Image features are constants too when the
-    training transform is deterministic: each image is then encoded once and looked up afterwards.
+    Texts and prototypes are constants of the task. If the training transform is deterministic, the
+    features of an image are constant too, and each image is encoded once.
 
     Args:
         texts: [C, D] class text features.
         scale: logit scale, 0-d.
         prototypes: [C, D] class means of this model over the training set, or None.
-        num_images: size n of the training set if image features may be kept, else None.
+        num_images: size n of the training set if image features are constant, else None.
+        num_reference: size of the reference set if its features are to be kept, else None.
     """
 
     def __init__(
-        self, texts: Tensor, scale: Tensor, prototypes: Tensor | None, num_images: int | None
+        self,
+        texts: Tensor,
+        scale: Tensor,
+        prototypes: Tensor | None,
+        num_images: int | None,
+        num_reference: int | None = None,
     ):
         self.texts = texts
         self.scale = scale
         self.prototypes = prototypes
-        self._kept: Tensor | None = None
-        if num_images is not None:
-            self._kept = texts.new_empty(num_images, texts.shape[1])
-            # On the CPU, so that looking a batch up does not wait for a GPU.
-            self._known = torch.zeros(num_images, dtype=torch.bool)
+        self._images = FeatureCache(num_images)
+        self._reference = FeatureCache(num_reference)
 
     def remember(self, image_features: Tensor) -> None:
-        """Keep the features [n, D] of the whole training set, if they may be kept.
+        """Keep the features [n, D] of the whole training set, if these are constant.
 
         Raises:
-            ValueError: they are not those of the whole set.
+            ValueError: they have another number of rows.
         """
-        if self._kept is not None:
-            if image_features.shape != self._kept.shape:
-                raise ValueError(
-                    f"image_features: got shape {list(image_features.shape)}, wanted "
-                    f"{list(self._kept.shape)}"
-                )
-            self._kept.copy_(image_features)
-            self._known.fill_(True)
-
-    @property
-    def complete(self) -> bool:
-        """Whether it knows the whole training set."""
-        return self._kept is not None and bool(self._known.all())
+        self._images.fill(image_features)
 
     @torch.no_grad()
     def features(self, index: Tensor, encode: Callable[[Tensor], Tensor]) -> Features:
         """Features of a batch.
 
         Args:
-            index: [B] places of the images in the training set, on the CPU.
-            encode: from the places in the batch [M] of images that are not known yet, on the CPU,
-                to this model's features of them [M, D]; not called when there are none.
+            index: [B] places of the batch in the training set, on the CPU.
+            encode: see `FeatureCache.get`.
         """
-        return Features(self._images(index, encode), self.texts, self.scale, self.prototypes)
+        return Features(self._images.get(index, encode), self.texts, self.scale, self.prototypes)
 
-    def _images(self, index: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
-        if self._kept is None:
-            return encode(torch.arange(len(index)))
-        new = torch.nonzero(~self._known[index]).flatten()
-        if len(new):
-            self._kept[index[new].to(self._kept.device)] = encode(new)
-            self._known[index] = True
-        return self._kept[index.to(self._kept.device)]
+    @torch.no_grad()
+    def reference_features(self, index: Tensor, encode: Callable[[Tensor], Tensor]) -> Features:
+        """Features of a batch of the reference set.
+
+        Args:
+            index: [R] places of the batch in the reference set, on the CPU.
+            encode: see `FeatureCache.get`; returns [M, 2 D], image beside caption features.
+        """
+        pairs = self._reference.get(index, encode)
+        images, texts = (half.contiguous() for half in pairs.chunk(2, dim=1))
+        return Features(images, texts, self.scale)

@@ -17,7 +17,7 @@ import yaml
 from mulki import __version__
 from mulki.cli import main, run_command
 from mulki.data.sequences import load_sequence
-from mulki.engine import runner
+from mulki.engine import sequence
 from mulki.errors import InputError
 from mulki.metrics import read_matrix
 from tests import engine_helpers
@@ -83,7 +83,7 @@ def resolved_by(
         seen.update(settings.to_dict())  # type: ignore[attr-defined]
         raise InputError("noted")
 
-    monkeypatch.setattr(runner, "run", note)
+    monkeypatch.setattr(sequence, "run", note)
     return seen, run_command(["run", *arguments])
 
 
@@ -297,7 +297,7 @@ def test_taken_run_folder(
 ) -> None:
     Path("logs/first").mkdir(parents=True)
     Path("logs/first/matrix.csv").write_text("mine")
-    monkeypatch.setattr(runner.models, "load", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr("mulki.models.load", lambda *a, **k: pytest.fail("loaded"))
     assert command("mine", "--name", "first") == 2
     line = one_line(capsys)
     assert str(Path("logs") / "first") in line and "--name" in line

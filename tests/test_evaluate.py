@@ -118,7 +118,7 @@ def test_classifier_does_not_depend_on_the_text_batch(
     model.eval()
     inputs = model.text_inputs([f"{t} {c}" for c in range(5) for t in "abc"])
     whole = zero_shot_classifier(model, inputs, 5)
-    monkeypatch.setattr("mulki.evaluate.TEXT_BATCH", 4)
+    monkeypatch.setattr("mulki.texts.TEXT_BATCH", 4)
     calls = Calls(monkeypatch)
     torch.testing.assert_close(zero_shot_classifier(model, inputs, 5), whole)
     assert calls.of(model, "texts") == [4, 4, 4, 3]

@@ -104,8 +104,8 @@ def one_run(run: Run, pack: str, threads: int) -> dict[str, Any]:
     import torch
 
     from mulki.engine.config import resolve
-    from mulki.engine.runner import load_tasks
-    from mulki.engine.runner import run as learn
+    from mulki.engine.sequence import run as learn
+    from mulki.engine.setup import load_tasks
 
     torch.set_num_threads(threads)
     started = time.perf_counter()

@@ -17,10 +17,10 @@ from torch.optim.optimizer import (
 from benchmarks.step.job import Job, WithCaptions
 from benchmarks.step.stopwatch import Stopwatch
 from mulki.engine.learn import StepReport, learn_task
-from mulki.engine.teaching import Faculty
-from mulki.evaluate import encode_all_texts
+from mulki.engine.teachers import TaskTeachers
 from mulki.methods import PREVIOUS, ZERO_SHOT
 from mulki.models import VisionLanguageModel
+from mulki.texts import text_features
 
 
 def learn(job: Job, watch: Stopwatch, listen: Callable[[StepReport, float], None]) -> None:
@@ -40,7 +40,7 @@ def learn(job: Job, watch: Stopwatch, listen: Callable[[StepReport, float], None
     captions = torch.empty(0, device=job.device)
     if job.captions:
         with torch.no_grad(), precision.autocast():
-            captions = encode_all_texts(original, original.text_inputs(job.captions))
+            captions = text_features(original, original.text_inputs(job.captions))
     method = WithCaptions(job.options, captions, original.logit_scale)
 
     def stepped(report: StepReport) -> None:
@@ -63,13 +63,13 @@ def learn(job: Job, watch: Stopwatch, listen: Callable[[StepReport, float], None
 
 @contextlib.contextmanager
 def _watched(model: VisionLanguageModel, method: WithCaptions, watch: Stopwatch) -> Iterator[None]:
-    answers, losses = Faculty.answers, method.losses
+    features, losses = TaskTeachers.features, method.losses
 
-    def asked(faculty: Faculty, *args: Any) -> Any:
+    def asked(teachers: TaskTeachers, *args: Any) -> Any:
         watch.lap("data")
-        said = answers(faculty, *args)
+        answers = features(teachers, *args)
         watch.lap("teachers")
-        return said
+        return answers
 
     def encoder(encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def encoded(inputs: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def _watched(model: VisionLanguageModel, method: WithCaptions, watch: Stopwatch)
         return terms
 
     with (
-        mock.patch.object(Faculty, "answers", asked),
+        mock.patch.object(TaskTeachers, "features", asked),
         mock.patch.object(model, "encode_images", encoder(model.encode_images)),
         mock.patch.object(model, "encode_texts", encoder(model.encode_texts)),
         mock.patch.object(method, "losses", computed),

@@ -92,7 +92,7 @@ def batches(
     cached: bool = False,
     cache_mb: float = 512,
     pin_memory: bool = False,
-    share: Callable[[int], Sequence[int]] | None = None,
+    part: Callable[[int], Sequence[int]] | None = None,
 ) -> DataLoader[tuple[Tensor, int, int]]:
     """A DataLoader of `[images [B, ...], targets [B], indices [B]]`, targets and indices int64.
 
@@ -108,8 +108,8 @@ def batches(
             would hold its own.
         drop_last: leave out a smaller last batch, unless it is the only one.
         pin_memory: for copies to a GPU that do not block.
-        share: from the number of images in a batch to the places in it that are wanted here, where
-            several processes divide each batch among them; all by default.
+        part: from the number of images in a batch to the places in it that this process loads,
+            where several processes divide each batch among them; all by default.
 
     Raises:
         ValueError: `batch_size` below 1 or an empty set.
@@ -123,7 +123,7 @@ def batches(
         _Epochs(len(images), shuffle=shuffle, seed=seed),
         batch_size,
         drop_last=drop_last and len(images) >= batch_size,
-        share=share or range,
+        part=part or range,
     )
     return DataLoader(
         images,
@@ -201,7 +201,7 @@ class _Epochs(Sampler[tuple[int, int]]):
 
 
 class _Batches(Sampler[list[tuple[int, int]]]):
-    """The share of each batch of an epoch."""
+    """This process's part of each batch of an epoch."""
 
     def __init__(
         self,
@@ -209,11 +209,11 @@ class _Batches(Sampler[list[tuple[int, int]]]):
         batch_size: int,
         *,
         drop_last: bool,
-        share: Callable[[int], Sequence[int]],
+        part: Callable[[int], Sequence[int]],
     ) -> None:
         self.epochs = epochs
         self.batch_size = batch_size
-        self.share = share
+        self.part = part
         whole, rest = divmod(len(epochs), batch_size)
         self.sizes = [batch_size] * whole + ([rest] if rest and not drop_last else [])
 
@@ -226,7 +226,7 @@ class _Batches(Sampler[list[tuple[int, int]]]):
         while batch := list(islice(left, self.batch_size)):
             if len(batch) not in (self.batch_size, self.sizes[-1]):
                 return
-            yield [batch[place] for place in self.share(len(batch))]
+            yield [batch[place] for place in self.part(len(batch))]
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""The engine: runs a sequence of tasks. It alone encodes images and texts."""
+"""The engine: runs a sequence of tasks. Encoders are called here and in evaluation only."""

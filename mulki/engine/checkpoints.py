@@ -26,7 +26,7 @@ def save_weights(
     """Write the model's state dict to a safetensors file.
 
     Args:
-        state: as `VisionLanguageModel.checkpoint` returned it; asked for by default.
+        state: from `VisionLanguageModel.checkpoint`, which is called if it is None.
     """
     with replacing(path) as temporary:
         metadata = {"format": "pt", "model": model.name}
@@ -43,16 +43,19 @@ def publish(
     """Make `folder` hold the model so that ``open_clip.create_model("local-dir:...")`` loads it.
 
     Args:
-        weights: the file that `save_weights` made; linked, not copied, where the file system can.
-            A model that takes weights from a package gets a file of its own here, with all of
-            them, and the configuration of its text tower beside it.
-        folder: made if need be. The configuration of such a model names this folder by its
-            absolute path, since open_clip resolves a text tower no other way offline.
-        whole: the weights for that file, asked for by default.
+        weights: the file that `save_weights` made. It is linked if the file system can do that,
+            else copied. For a model that takes weights from a package, another file with all
+            weights is written, and the configuration of its text tower beside it.
+        folder: made if it does not exist. The configuration of a model with a packaged text tower
+            holds the absolute path of this folder, since open_clip finds such a text tower offline
+            in no other way.
+        whole: all weights for that file, from `VisionLanguageModel.checkpoint(whole=True)`, which
+            is called if it is None.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer: Any = getattr(model.tokenizer, "tokenizer", None)
-    if hasattr(tokenizer, "save_pretrained"):  # of a Hugging Face text tower: open_clip looks here
+    # open_clip looks for the tokenizer of a Hugging Face text tower in this folder.
+    if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(folder)
     config = copy.deepcopy(model.config)
     if model.packaged and config is not None:

@@ -1,8 +1,8 @@
-"""The configuration of a run: its options, their defaults, presets, and how they are combined.
+"""The configuration of a run: its options, their defaults, and how they are combined.
 
-From weak to strong: the defaults here, the preset of the start model, that of the method on it, a
-YAML file, the command line. The resolved configuration is what the run folder keeps; it is itself a
-valid YAML file for `--config`.
+Each source overrides those before it: the defaults here, the preset of the start model, the preset
+of the method on that model, a YAML file, the command line. The run folder keeps the resolved
+configuration as a YAML file that `--config` reads.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from mulki.methods import Method
 from mulki.options import check_options, convert, field_name, flag, option, option_name
 
 AUTO = "auto"
+# As --reference: the training images of the current task, with class prompts as captions.
+CURRENT = "current"
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,12 @@ class RunConfig:
     fsdp: bool = option(False, "shard the models over the processes of torchrun (FSDP2)")
     lock_text: bool = option(False, "freeze the text transformer")
     lock_image: bool = option(False, "freeze the image tower")
+    reference: str | None = option(
+        None, "images and captions to distil on: a folder, a CSV, or current (the task's own)"
+    )
+    reference_batch_size: int | None = option(
+        None, "reference images per step and process; --batch-size if left out", low=1
+    )
     augment: str = option(
         "none", "training transform; none caches teachers", choices=transform_names
     )
@@ -96,7 +104,7 @@ class Settings:
         """One flat dict, as `--config` reads it."""
         given = asdict(self.run) | asdict(self.method)
         if self.run.epochs is not None:
-            del given["iterations"]  # it has no say, and beside epochs it would be refused
+            del given["iterations"]  # it has no effect, and `resolve` refuses it beside epochs
         return {
             option_name(name): list(value) if isinstance(value, tuple) else value
             for name, value in given.items()
@@ -124,11 +132,11 @@ def resolve(given: Mapping[str, Any]) -> Settings:
         if key not in of_run and key not in of_method:
             raise unknown_option(key, method.name)
     run = convert(RunConfig, {k: v for k, v in given.items() if k in of_run})
-    own = convert(method.Options, {k: v for k, v in given.items() if k in of_method})
+    method_options = convert(method.Options, {k: v for k, v in given.items() if k in of_method})
     if run.get("iterations") is not None and run.get("epochs") is not None:
         raise InputError("--iterations and --epochs: got both, wanted one of the two")
     model, preset = run.get("model", RunConfig.model), run.get("preset", RunConfig.preset)
-    merged = presets.lookup(model, method.name, preset) | run | own
+    merged = presets.lookup(model, method.name, preset) | run | method_options
     config = RunConfig(**{k: v for k, v in merged.items() if k in of_run})
     options = method.Options(**{k: v for k, v in merged.items() if k in of_method})
     check_options(config)
@@ -172,7 +180,7 @@ def field_names(options: type) -> frozenset[str]:
 def unknown_option(name: str, method: str) -> InputError:
     """The error for an option that neither the run nor the method has.
 
-    Says which methods have it, or which option it may have been meant to be.
+    It names the methods that have the option, or else the option with the most similar name.
     """
     owners = [n for n, m in methods.available().items() if name in field_names(m.Options)]
     if owners:

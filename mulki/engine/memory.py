@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-# The rest is for what an encoder needs beyond what it saves for its backward pass.
-_SHARE = 0.5
+# Part of the free memory that a micro-batch may fill with tensors saved for the backward pass; the
+# rest is for temporary tensors of the encoder.
+_USED_FRACTION = 0.5
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class Fit:
 
     Args:
         size: samples.
-        per_sample: bytes that a sample keeps for the backward pass.
-        available: bytes that are free for that; None if that is not known.
+        per_sample: bytes that are saved of a sample for the backward pass.
+        available: bytes that are free for them; None if that is not known.
     """
 
     size: int
@@ -45,21 +46,21 @@ def fitting_micro_batch(
     tried: bool = False,
     smallest: Callable[[int], int] = lambda number: number,
 ) -> Fit:
-    """The largest micro-batch of `images` whose graph takes half of the free memory.
+    """The largest micro-batch of `images` whose graph takes at most half of the free memory.
 
-    What a sample keeps is measured on a forward pass of one and of two of them. The generators of
-    torch are left as they were, and no gradients stay.
+    The memory of a sample is measured with a forward pass of one sample and of two. The state of
+    torch's generators and the gradients are the same afterwards.
 
     Args:
         encode: from images to features, with gradients to its parameters.
         images: a batch.
-        parameters: what trains. Memory is left for gradients and two moments of each, as AdamW has
-            them, since they come later.
+        parameters: what trains. Memory is left for the gradient and the two AdamW moments of each,
+            which are allocated later.
         available: free bytes; None if that is not known.
-        tried: try the size found, forward and backward, and halve it until it passes: for devices
-            that say when their memory is exhausted.
-        smallest: from a number to the smallest of all processes. All of them then go through the
-            same sizes; what `encode` does in a trial must need no other process.
+        tried: run forward and backward with the size found, and halve it until that succeeds: for
+            devices that raise an error when their memory is exhausted.
+        smallest: from a number to the smallest of all processes. All of them then try the same
+            sizes; `encode` must not communicate with other processes.
     """
     devices = {p.device for p in parameters if p.device.type not in ("cpu", "meta")}
     with _generators_kept(devices):
@@ -67,8 +68,8 @@ def fitting_micro_batch(
         two = _saved_bytes(encode, images[:2]) if len(images) > 1 else one
         per_sample = max(two - one, 1)
         if available is not None:
-            available = max(available - 3 * sum(_own(p).nbytes for p in parameters), 0)
-            size = min(max(int(_SHARE * available) // per_sample, 1), len(images))
+            available = max(available - 3 * sum(_local(p).nbytes for p in parameters), 0)
+            size = min(max(int(_USED_FRACTION * available) // per_sample, 1), len(images))
         else:
             size = len(images)
         size = smallest(size)
@@ -77,8 +78,8 @@ def fitting_micro_batch(
     return Fit(size, per_sample, available)
 
 
-def _own(parameter: nn.Parameter) -> Tensor:
-    # This process's part of a sharded one.
+def _local(parameter: nn.Parameter) -> Tensor:
+    # The part of a sharded parameter that is on this process.
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
@@ -94,8 +95,8 @@ def _generators_kept(devices: Collection[torch.device]) -> Iterator[None]:
 
 
 def _saved_bytes(encode: Callable[[Tensor], Tensor], images: Tensor) -> int:
-    # Each storage once: many saved tensors are views of one. They are held until all are counted,
-    # since an address that is free is used again.
+    # Each storage is counted once: many saved tensors are views of the same one. All are held until
+    # they are counted, since the allocator reuses a freed address.
     held: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -151,7 +152,7 @@ def _available() -> int | None:
 
 
 def _cgroup_left() -> int | None:
-    # A container's limit, which /proc/meminfo does not show.
+    # The limit of a container, which /proc/meminfo does not show.
     folder = Path("/sys/fs/cgroup")
     try:
         limit = (folder / "memory.max").read_text(encoding="ascii").strip()

@@ -8,7 +8,8 @@ another loss. Gradient caching (Gao et al., arXiv 2101.06983) splits the chain r
 3. encode every micro-batch again, with a graph, and send its part of those gradients back.
 
 Memory for activations is that of one micro-batch, whatever B is; the price is a second forward pass
-(a third of a step's encoder work, where backward costs two forwards). In a loop of one's own:
+(a third more encoder work in a step, where a backward pass costs two forward passes). In your own
+training loop:
 
     from mulki.engine.microbatch import backward
 
@@ -48,11 +49,14 @@ class Encoder:
             `function` moves what it gets to its device.
         split: False for what belongs to the whole batch, such as the class texts: it is encoded
             once a step, with its graph, and never again.
+        micro_batch: samples encoded at a time, where this encoder has another number of samples
+            than the others; by default that of `backward`.
     """
 
     function: Callable[..., Any]
     inputs: tuple[Tensor, ...]
     split: bool = True
+    micro_batch: int | None = None
 
 
 def backward(
@@ -61,19 +65,20 @@ def backward(
     micro_batch: int | None,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Tensor | dict[str, Tensor]:
-    """The loss of the whole batch; its gradients are added to ``.grad`` of all that made it.
+    """The loss of the whole batch; its gradients are added to ``.grad`` of the parameters.
 
-    They equal those of ``loss(function(inputs)).backward()`` on the whole batch to rounding, those
-    of a logit scale included (adding up the losses of cached micro-batches would count it once for
-    each). Dropout and other randomness of the second pass repeat the first.
+    They equal those of ``loss(function(inputs)).backward()`` on the whole batch to rounding. That
+    includes the gradient of a logit scale, which a sum over micro-batches would count once for
+    each. Dropout and other randomness are the same in both passes.
 
     - Autocast: call this inside the context.
-    - GradScaler: pass it as `scaler`; unscale, step and update it as always.
+    - GradScaler: pass it as `scaler`; unscale, step and update it as usual.
     - DistributedDataParallel: pass the wrapped module as the function of a single encoder. Its
       gradients are reduced once a step.
-    - FSDP2: sharded gradients are reduced with every micro-batch, since keeping whole ones until
-      the last would need the memory that sharding saves. Every rank needs as many micro-batches.
-    - Activation checkpointing and torch.compile work inside the encoders as always.
+    - FSDP2: gradients are reduced with every micro-batch, since keeping them whole until the last
+      one would need the memory that sharding saves. All ranks need the same number of
+      micro-batches.
+    - Activation checkpointing and torch.compile work inside the encoders as usual.
 
     Args:
         loss: from the outputs of the encoders, in their order, to a scalar, or to a dict of scalars
@@ -91,7 +96,7 @@ def backward(
     """
     towers = [_encoder(e, place) for place, e in enumerate(encoders)]
     _check(towers, micro_batch)
-    passes = [_Pass(tower, micro_batch, place) for place, tower in enumerate(towers)]
+    passes = [_Pass(t, _size(t, micro_batch), place) for place, t in enumerate(towers)]
     cached = [p for p in passes if p.cached]
     with _synchronised(towers, last=not cached):
         value = loss(*[p.first() for p in passes])
@@ -108,13 +113,17 @@ def backward(
 def _encoder(given: Encoder | Sequence[Any], place: int) -> Encoder:
     if isinstance(given, Encoder):
         return given
-    # A module can be a sequence as well, of its layers.
+    # nn.Sequential can be indexed too, so only tuples and lists are accepted.
     if not isinstance(given, (tuple, list)) or not given:
         raise TypeError(
             f"encoders[{place}]: got {type(given).__name__}, wanted an Encoder or (function, "
             f"*inputs)"
         )
     return Encoder(given[0], tuple(given[1:]))
+
+
+def _size(tower: Encoder, micro_batch: int | None) -> int | None:
+    return micro_batch if tower.micro_batch is None else tower.micro_batch
 
 
 def _terms(value: Any) -> dict[str, Tensor]:
@@ -152,18 +161,20 @@ def _check(towers: Sequence[Encoder], micro_batch: int | None) -> None:
         if sizes[0] == 0:
             raise ValueError(f"encoders[{place}]: got no samples, wanted at least one")
         if tower.split:
-            if micro_batch is not None and not 1 <= micro_batch <= sizes[0]:
+            size = _size(tower, micro_batch)
+            if size is not None and not 1 <= size <= sizes[0]:
                 raise ValueError(
-                    f"micro_batch: got {micro_batch}, wanted at least 1 and at most the batch, "
-                    f"{sizes[0]}"
+                    f"micro_batch: got {size}, wanted at least 1 and at most the batch, {sizes[0]}"
                 )
-            if rows is not None and rows != sizes[0]:
-                raise ValueError(
-                    f"encoders[{place}]: got {sizes[0]} samples beside {rows}; use "
-                    f"Encoder(..., split=False) for what is not one per sample"
-                )
-            rows = sizes[0]
-            if micro_batch is not None and micro_batch < sizes[0]:
+            if tower.micro_batch is None:
+                if rows is not None and rows != sizes[0]:
+                    raise ValueError(
+                        f"encoders[{place}]: got {sizes[0]} samples beside {rows}; use "
+                        f"Encoder(..., split=False) for what is not one per sample, or "
+                        f"Encoder(..., micro_batch=n) for another batch"
+                    )
+                rows = sizes[0]
+            if size is not None and size < sizes[0]:
                 _warn_of_batch_statistics(tower.function)
     if _replicas(towers) and len(towers) > 1:
         raise ValueError(
@@ -231,7 +242,8 @@ class _Pass:
                     f"sample"
                 )
             return
-        # Comparing would wait for a GPU; there it is done only for what looks like one per sample.
+        # A comparison waits for a GPU, so it is done there only for outputs whose length suggests
+        # one number per sample.
         suspect = parts[0].numel() > 1 and shapes[0] == rows[:1]
         compared = suspect or parts[0].device.type == "cpu"
         if any(shape != shapes[0] for shape in shapes) or (
@@ -246,13 +258,14 @@ class _Pass:
     def second(self) -> None:
         last = len(self._chunks) - 1
         rows, others = self._repeat(0)
-        # A frozen encoder has nothing to send back; one of which only the scale trains, at the end.
+        # A frozen encoder needs no backward pass. If only outputs of the whole batch train (such as
+        # the logit scale), the last micro-batch is enough.
         if rows or others:
             for place in range(1 if rows else last, last + 1):
                 self._repeat(place)
 
     def _repeat(self, place: int) -> tuple[bool, bool]:
-        # Tells whether gradients flow into rows of the samples, and into other outputs.
+        # Returns whether gradients flow into outputs per sample, and into other outputs.
         chunk, final = self._chunks[place], place == len(self._chunks) - 1
         start = sum(len(c[0]) for c in self._chunks[:place])
         with _synchronised([self.tower], last=final), self._states[place].repeated():
@@ -309,7 +322,7 @@ class _Randomness:
 
 
 def _accelerator() -> set[torch.device]:
-    # The device that an encoder may use for inputs on the host; none before its first use.
+    # The device to which an encoder may move inputs from the host; none before its first use.
     kind = torch.accelerator.current_accelerator(check_available=True)
     if kind is None or not getattr(torch.get_device_module(kind), "is_initialized", lambda: True)():
         return set()
@@ -317,7 +330,7 @@ def _accelerator() -> set[torch.device]:
 
 
 def _generator_state(device: torch.device, new: Tensor | None = None) -> Tensor:
-    # The state, or what it becomes. Metal has one device, which its functions do not name.
+    # Reads the state, or sets it to `new`. The functions for Metal take no device.
     module, one = torch.get_device_module(device), device.type == "mps"
     if new is None:
         state: Tensor = module.get_rng_state() if one else module.get_rng_state(device)
@@ -333,8 +346,8 @@ def _replicas(towers: Sequence[Encoder]) -> list[nn.parallel.DistributedDataPara
 
 @contextlib.contextmanager
 def _synchronised(towers: Sequence[Encoder], *, last: bool) -> Iterator[None]:
-    # DistributedDataParallel reduces in the backward pass of a forward made with synchronisation
-    # on: in the last one alone.
+    # DistributedDataParallel reduces gradients in the backward pass of a forward pass that ran with
+    # synchronisation on: here, only of the last one.
     with contextlib.ExitStack() as stack:
         for replica in _replicas(towers):
             if not last:
@@ -344,7 +357,7 @@ def _synchronised(towers: Sequence[Encoder], *, last: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_autocast(towers: Sequence[Encoder]) -> Iterator[None]:
-    # What autocast would do to a backward pass is not defined.
+    # torch does not define backward passes under autocast.
     with contextlib.ExitStack() as stack:
         kinds = {x.device.type for tower in towers for x in tower.inputs}
         for device in kinds | {device.type for device in _accelerator()}:

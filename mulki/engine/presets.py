@@ -1,8 +1,8 @@
 """Presets: options that suit the bundled start model, and each method on it.
 
-Other models get the defaults of `RunConfig`. A method's entry is the point of its grid with the
+Other models get the defaults of `RunConfig`. The options of a method are those of its grid with the
 best Average in benchmarks/embedded/results.jsonl (`python -m benchmarks.embedded.compare tune`),
-which looks at the first three tasks of order I and at training images alone.
+measured on the first three tasks of order I and with training images only.
 """
 
 from __future__ import annotations

@@ -57,11 +57,11 @@ class RunProgress:
         self._bar.stop()
 
     def says(self, text: str) -> None:
-        """What is going on, left of the bar."""
+        """Show what the run is doing, left of the bar."""
         self._bar.update(self._task, description=text)
 
     def step(self, report: StepReport) -> None:
-        """Move on by one optimiser step."""
+        """Advance the bar by one optimiser step."""
         now = report.images / report.seconds
         # An exponential average over about ten steps: single steps are too noisy to read.
         self._per_second = now if self._per_second is None else 0.9 * self._per_second + 0.1 * now

@@ -9,7 +9,7 @@ Name = Literal["cosine", "const"]
 
 
 def factor(name: Name, step: int, steps: int, warmup: int) -> float:
-    """The share of the base learning rate at `step` of `steps`, counted from 0.
+    """The factor of the base learning rate at `step` of `steps`, counted from 0.
 
     Linear warm-up over `warmup` steps, then a half cosine to zero or a constant, as in open_clip.
     """

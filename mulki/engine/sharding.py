@@ -1,8 +1,8 @@
 """Models that do not fit on one device: their towers sharded over all processes (FSDP2).
 
-Every tower is a unit of its own and so is each of its blocks, so that at most one block is whole at
-a time. What lies outside the towers (the logit scale; in open_clip's plain CLIP the token
-embedding and the text projection) stays whole in every process.
+Every block of a tower is a unit of FSDP, and so is the rest of the tower, so that at most one block
+is whole at a time. Parameters outside the towers (the logit scale; in open_clip's plain CLIP the
+token embedding and the text projection) stay whole in every process.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 
 from mulki.models import VisionLanguageModel
 
-# What open_clip, timm and transformers call a stack of blocks.
+# Names of a stack of blocks in open_clip, timm and transformers.
 _STACKS = ("resblocks", "blocks", "layers", "layer", "stages")
 
 
@@ -23,16 +23,17 @@ def shard(model: VisionLanguageModel, device: torch.device) -> None:
     """Shard a model in place and move it to the device of each process.
 
     Args:
-        model: the same weights in every process; a copy has to be made before, not after.
+        model: the same weights in every process. A sharded model cannot be copied, so copy it
+            before.
         device: of this process.
     """
-    # FSDP takes weights of convolutions in the plain layout alone.
+    # FSDP accepts convolution weights in the contiguous layout only.
     model.clip.to(memory_format=torch.contiguous_format)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for tower in model.towers():
         for module in [*_blocks(tower), tower]:
-            # Also where FSDP would keep a tower whole after its forward pass: whoever asked for its
-            # parameters then would hold the whole ones, whose memory is freed.
+            # FSDP's default keeps the root unsharded after its forward pass. Code that reads its
+            # parameters then would get the whole ones, whose memory FSDP frees later.
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
     model.clip.to(device)
 

@@ -1,9 +1,9 @@
-"""What a method is: the one interface between the engine and what is trained.
+"""The interface between the engine and a method, which says what is trained.
 
-A method never calls an encoder. It says which features it needs, and its losses are a pure function
-of those features, the targets and its own state; the engine alone encodes, so that caching of
-frozen teachers, precision and batching are written once. Besides, a method may prepare a task, add
-terms on parameters, act after a step and act after a task. Nothing else.
+A method never calls an encoder. It declares which features it needs, and its losses are a function
+of those features, the targets and its own state. Only the engine encodes, so caching of frozen
+teachers, precision, micro-batches and several processes are written once. A method may also prepare
+a task, add terms on parameters, act after each step and after each task.
 """
 
 from __future__ import annotations
@@ -23,28 +23,31 @@ PREVIOUS = "previous"
 
 @dataclass(frozen=True)
 class Needs:
-    """The features a method wants besides the student's images and class texts.
+    """The features that a method needs besides the student's images and class texts.
 
     Args:
         teachers: of `ZERO_SHOT` (the original model) and `PREVIOUS` (the model after the previous
             task; the original at the first), in the order the losses get them.
         prototypes: class means over the task's training set, of the original model and of each
             teacher.
+        reference: a batch of images and captions from the reference set of the run beside each
+            batch, encoded by the student and by each teacher; see `Features.reference`.
     """
 
     teachers: tuple[str, ...] = ()
     prototypes: bool = False
+    reference: bool = False
 
 
 @dataclass(frozen=True)
 class TaskStart:
-    """What a method learns of a task before its first step.
+    """What a method is given before the first step of a task.
 
     Args:
         index: 0 for the first task.
         num_classes: C.
         steps: optimiser steps the task will take.
-        weights: the student's trainable parameters by name, live.
+        weights: the student's trainable parameters by name; not copies.
         prototypes: [C, D] class means of the original model if `Needs.prototypes`, else None.
     """
 
@@ -56,13 +59,13 @@ class TaskStart:
 
 
 class Method(nn.Module):
-    """Base class; its own parameters, if any, are trained beside the student's.
-
-    Raises:
-        InputError: an option is out of bounds.
+    """Base class of methods; a method's own parameters are trained beside the student's.
 
     Subclasses define `name`, an `Options` dataclass of hyper-parameters (fields made by `option`,
     which become command line options), `needs` and `losses`.
+
+    Raises:
+        InputError: an option is out of bounds.
     """
 
     name: ClassVar[str]

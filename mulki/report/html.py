@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
-from typing import Any
-
 from jinja2 import Environment, StrictUndefined
 
-from mulki.errors import InputError
-from mulki.files import write_atomic
-from mulki.metrics import DEFINITIONS, read_matrix
+from mulki.metrics import DEFINITIONS
+from mulki.report.folder import RunData
 from mulki.report.tables import TITLES, display_columns, display_rows, format_metrics
 
 # One hue that grows stronger with the accuracy: read alike with any colour vision and in grey,
@@ -95,22 +89,9 @@ by then.</p>
 """
 
 
-def render_html(folder: str | os.PathLike[str]) -> str:
-    """Return the page for a run folder; it needs no network and no other file.
-
-    ``matrix.csv`` must be there; ``summary.json``, ``args.yaml`` and ``env.json`` are shown if
-    they are, so a run that was killed, or a matrix from elsewhere, has a report too. Raises
-    :class:`InputError` for a matrix that is missing or wrong and for JSON that cannot be read.
-    """
-    folder = Path(folder)
-    if not (folder / "matrix.csv").is_file():
-        raise InputError(
-            f"{folder}: no matrix.csv in it; pass the folder of a run that was evaluated once"
-        )
-    matrix = read_matrix(folder / "matrix.csv")
-    summary = _read_json(folder / "summary.json")
-    arguments = folder / "args.yaml"
-
+def render_html(run: RunData) -> str:
+    """Return the page for a run; it needs no network and no other file."""
+    matrix, summary = run.matrix, run.summary
     facts = [f"{key} {summary[key]}" for key in ("method", "order", "seed") if key in summary]
     if "seconds" in summary:
         facts.append(f"{summary['seconds']:.0f} s")
@@ -122,39 +103,17 @@ def render_html(folder: str | os.PathLike[str]) -> str:
     ]
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     return environment.from_string(_TEMPLATE).render(
-        name=summary.get("name", folder.resolve().name),
-        status=summary.get("status", "unknown"),
+        name=run.name,
+        status=run.status,
         facts=", ".join(facts),
         has_zero_shot=zero_shot is not None,
         metrics=metrics,
         columns=display_columns(matrix),
         rows=list(display_rows(matrix)),
         test_images=summary.get("test_images", {}),
-        config=arguments.read_text(encoding="utf-8") if arguments.is_file() else "",
-        environment=_flat(_read_json(folder / "env.json")),
+        config=run.config,
+        environment=_flat(run.environment),
     )
-
-
-def write_html(folder: str | os.PathLike[str]) -> Path:
-    """Write ``report.html`` into a run folder, atomically, and return its path.
-
-    Raises :class:`InputError` as :func:`render_html` does.
-    """
-    path = Path(folder) / "report.html"
-    write_atomic(path, render_html(folder))
-    return path
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); restore or remove the file") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: a JSON object was wanted; restore or remove the file")
-    return value
 
 
 def _flat(value: object, prefix: str = "") -> dict[str, str]:

@@ -203,13 +203,13 @@ def test_processes_divide_each_batch_in_its_order(
     options: dict[str, Any] = dict(batch_size=size, drop_last=drop_last, shuffle=shuffle)
     blank = Blank((0,) * n)
 
-    def share(rank: int) -> Callable[[int], list[int]]:
+    def part(rank: int) -> Callable[[int], list[int]]:
         return lambda count: [
             min(rank * -(-count // processes) + i, count - 1) for i in range(-(-count // processes))
         ]
 
     whole = _take(5, blank, FIXED, **options)
-    parts = [_take(5, blank, FIXED, share=share(r), **options) for r in range(processes)]
+    parts = [_take(5, blank, FIXED, part=part(r), **options) for r in range(processes)]
     sizes = batch_sizes(batches(blank, FIXED, seed=3, **options))
     for step, (_, _, index) in enumerate(whole):
         together = [i for part in parts for i in part[step][2]]

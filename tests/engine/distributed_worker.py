@@ -1,7 +1,7 @@
 """What one process of the tests of distribution does; torchrun starts several of it.
 
-Reads a JSON list of [name of the run, options], each a run of `mulki.engine.runner.run`; or, after
-the word fail, takes the arguments of the command line.
+Reads a JSON list of [name of the run, options], each a run of `mulki.engine.sequence.run`; or,
+after the word fail, takes the arguments of the command line.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from mulki import cli
-from mulki.engine import learn
 from mulki.engine.config import resolve
-from mulki.engine.distributed import World
 from mulki.engine.microbatch import backward
-from mulki.engine.runner import run
+from mulki.engine.sequence import run
+from mulki.engine.step import Step
 from mulki.errors import InputError
 from mulki.losses import ClipLoss
 from mulki.models import VisionLanguageModel
+from mulki.world import World
+from tests.engine.reference_method import OnReference
+
+OnReference.name = "on_reference"
 
 
 def check_rows(world: World) -> None:
@@ -44,7 +47,7 @@ def check_rows(world: World) -> None:
         gathered = world.gather(encoded, count)
         assert gathered.shape == whole.shape
         assert torch.equal(gathered.detach(), whole * weight.detach())
-        assert sum(world.total(world.own(count), device=torch.device("cpu"))) == count
+        assert sum(world.total(world.distinct(count), device=torch.device("cpu"))) == count
         loss = (gathered * torch.arange(1.0, count + 1).unsqueeze(1)).square().sum() * direct
         loss.backward()
         world.average([weight, direct])
@@ -134,16 +137,18 @@ def main(runs: list[tuple[str, dict[str, Any]]]) -> None:
 
 
 def check_runs(runs: list[tuple[str, dict[str, Any]]], world: World) -> None:
-    """Each run is written by one process, and its work is shared out."""
+    """Each run is written by one process, and its work is divided."""
     prompts: list[int] = []
     text_inputs = VisionLanguageModel.text_inputs
 
     def counted(model: VisionLanguageModel, texts: Sequence[str]) -> Tensor:
-        prompts.append(len(texts))
+        if method != OnReference.name:
+            prompts.append(len(texts))
         return text_inputs(model, texts)
 
     VisionLanguageModel.text_inputs = counted  # type: ignore[method-assign]
     for name, options in runs:
+        method = options["method"]
         folder = run(resolve({"name": name, **options}))
         assert (folder is None) == (world.rank != 0)
         # What an encoder draws is not the same in every process.
@@ -156,16 +161,16 @@ def check_runs(runs: list[tuple[str, dict[str, Any]]], world: World) -> None:
 
 def fail(arguments: list[str]) -> None:
     """`mulki` with these arguments, where the second process fails in its third step."""
-    real, calls = learn._descend, 0
+    real, calls = Step.update, 0
 
-    def descend(*given: Any) -> None:
+    def update(*given: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == 3 and os.environ["RANK"] == "1":
             raise InputError("blue/0.png: cannot be read")
         real(*given)
 
-    learn._descend = descend
+    Step.update = update
     cli.main(arguments)
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,18 @@ from safetensors.torch import load_file
 
 from mulki.engine import distributed
 from mulki.engine.config import resolve
-from mulki.engine.distributed import World
-from mulki.engine.runner import run
+from mulki.engine.sequence import run
 from mulki.errors import InputError, ProcessLost
 from mulki.metrics import read_matrix
+from mulki.world import World
+from tests.engine.reference_method import OnReference
 from tests.engine_helpers import COLOURS, write_task
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).parent / "distributed_worker.py"
 LAST = "checkpoints/task_02_shades.safetensors"
 
+ON_REFERENCE = {"method": "on_reference", "reference": "current"}
 ANCHORED = {"eps": 1e-3, "lr": 5e-3}
 # By name: options of the run, and images in a global batch.
 CASES: dict[str, tuple[dict[str, Any], int]] = {
@@ -33,7 +36,7 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "micro": ({"method": "mulki", "micro_batch": "1", "prototype_update": "learnable"}, 6),
     # Teachers that are asked as images come up; the running mean, the anchor and clipping.
     "lwf": ({"method": "lwf", "grad_clip_norm": 0.1, "micro_batch": "auto"}, 6),
-    # 10 images of the second task in a batch of 12: shares that are not equal.
+    # 10 images of the second task in a batch of 12: parts that are not equal.
     # The anchor is as strong as the other terms, to be seen.
     "whole": (
         {
@@ -46,6 +49,9 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
         12,
     ),
     "crop": ({"method": "lwf", "augment": "crop"}, 6),
+    "reference": (ON_REFERENCE | {"micro_batch": "2", "eps": 1e-3}, 6),
+    # 10 pairs of the second task in a batch of 12.
+    "whole-reference": (ON_REFERENCE | ANCHORED, 12),
 }
 SHARDED: dict[str, tuple[dict[str, Any], int]] = {
     "fsdp": (
@@ -64,25 +70,31 @@ SHARDED: dict[str, tuple[dict[str, Any], int]] = {
         {"method": "lwf", "augment": "crop", "micro_batch": "auto", "grad_checkpointing": True},
         6,
     ),
+    "fsdp-reference": (ON_REFERENCE | {"augment": "crop", "eps": 1e-3}, 6),
+    "fsdp-micro-reference": (ON_REFERENCE | {"micro_batch": "2", "eps": 1e-3}, 6),
 }
 
 
 @pytest.fixture(scope="module")
-def base(start_model: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def base(
+    start_model: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Any]]:
     root = tmp_path_factory.mktemp("distributed")
     shades = {"dark": (30, 30, 30), "light": (225, 225, 225)}
     tasks = write_task(root / "colours", COLOURS), write_task(root / "shades", shades, train=5)
-    return {
-        "tasks": [str(task) for task in tasks],
-        "logs": str(root),
-        "precision": "fp32",
-        "iterations": 4,
-        "lr": 1e-3,
-        "eps": 1e-4,
-        "device": "cpu",
-        "batch_size_eval": 4,
-        **start_model,
-    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OnReference, "name", "on_reference", raising=False)
+        yield {
+            "tasks": [str(task) for task in tasks],
+            "logs": str(root),
+            "precision": "fp32",
+            "iterations": 4,
+            "lr": 1e-3,
+            "eps": 1e-4,
+            "device": "cpu",
+            "batch_size_eval": 4,
+            **start_model,
+        }
 
 
 def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -140,7 +152,9 @@ def test_two_processes_are_one(base: dict[str, Any], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_three_processes_are_one(base: dict[str, Any], tmp_path: Path) -> None:
-    compare(base, {name: CASES[name] for name in ("mulki", "whole")}, 3, tmp_path)
+    compare(
+        base, {name: CASES[name] for name in ("mulki", "whole", "whole-reference")}, 3, tmp_path
+    )
 
 
 @pytest.mark.slow
@@ -166,20 +180,20 @@ def test_a_process_that_fails_ends_the_run(base: dict[str, Any], tmp_path: Path)
 
 def test_one_process_is_a_world_of_its_own() -> None:
     world, rows = World(), torch.eye(3)
-    assert world.rows(3) == [0, 1, 2] and world.own(3) == 3
+    assert world.rows(3) == [0, 1, 2] and world.distinct(3) == 3
     assert world.gather(rows, 3) is rows and world.part(rows) is rows
     assert world.total(3, 4, device=torch.device("cpu")) == [3, 4]
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 12])
-def test_shares_are_equal_and_cover_all(size: int, count: int) -> None:
-    shares = [World(rank, size) for rank in range(size)]
-    assert len({len(w.rows(count)) for w in shares}) == 1
-    rows = [row for w in shares for row in w.rows(count)]
+def test_parts_are_equal_and_cover_all(size: int, count: int) -> None:
+    parts = [World(rank, size) for rank in range(size)]
+    assert len({len(w.rows(count)) for w in parts}) == 1
+    rows = [row for w in parts for row in w.rows(count)]
     assert rows[:count] == list(range(count)) and set(rows[count:]) <= {count - 1}
-    assert [w.rows(count)[: w.own(count)] for w in shares] == [
-        [r for r in range(count) if r // len(w.rows(count)) == w.rank] for w in shares
+    assert [w.rows(count)[: w.distinct(count)] for w in parts] == [
+        [r for r in range(count) if r // len(w.rows(count)) == w.rank] for w in parts
     ]
 
 

@@ -119,6 +119,39 @@ def test_gradients_are_those_of_the_batch(
     ) else torch.testing.assert_close(got, value.detach())
 
 
+@pytest.mark.parametrize("micro_batch", [3, None])
+@pytest.mark.parametrize("others", [1, 2, 7])
+def test_an_encoder_of_another_batch_has_micro_batches_of_its_own(
+    micro_batch: int | None, others: int
+) -> None:
+    images, texts = data()
+    more = torch.randn(7, 8, generator=torch.Generator().manual_seed(5)).double()
+    calls: list[int] = []
+
+    def loss(features: dict[str, Any], of_more: Tensor) -> Tensor:
+        sums = features["image_features"].sum(0) @ of_more.square().sum(0)
+        return contrastive(features) + sums
+
+    def backward_of(module: TwoTowers, micro_batch: int | None, others: int | None) -> None:
+        def encode(part: Tensor) -> Tensor:
+            calls.append(len(part))
+            return module.encode_image(part)
+
+        backward(
+            loss,
+            (module, images, texts),
+            Encoder(encode, (more,), micro_batch=others),
+            micro_batch=micro_batch,
+        )
+
+    whole, ours = model(), model()
+    backward_of(whole, None, 7)
+    calls.clear()
+    backward_of(ours, micro_batch, others)
+    same(gradients(ours), gradients(whole))
+    assert max(calls) == others and sum(calls) == (7 if others == 7 else 14)
+
+
 def test_gradients_add_up_as_backward_adds_them() -> None:
     once, twice = model(), model()
     backward(contrastive, (once, *data()), micro_batch=3)
@@ -390,6 +423,10 @@ def test_bad_arguments() -> None:
         (ValueError, r"encoders\[1\]: got 9 samples beside 10; use Encoder\(..., split=False\)",
          lambda: backward(
              contrastive, (module.encode_image, images), (module.encode_text, texts[:9]),
+             micro_batch=2)),
+        (ValueError, "micro_batch: got 11, wanted at least 1 and at most the batch, 10",
+         lambda: backward(
+             contrastive, Encoder(module.encode_image, (images,), micro_batch=11),
              micro_batch=2)),
         (ValueError, r"encoders\[0\]: got no samples",
          lambda: backward(contrastive, (module, images[:0], texts[:0]), micro_batch=None)),

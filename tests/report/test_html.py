@@ -9,7 +9,7 @@ import pytest
 
 from mulki.errors import InputError
 from mulki.metrics import DEFINITIONS, ZERO_SHOT, AccuracyMatrix, write_matrix
-from mulki.report import render_html, write_html
+from mulki.report import read_folder, render_html, summary_markdown, write_report
 from mulki.results import RunFolder
 from tests.report.report_helpers import SMALL
 
@@ -65,7 +65,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_page_holds_matrix_metrics_configuration_and_environment(folder: Path) -> None:
-    text = (folder / "report.html").read_text(encoding="utf-8")
+    text = write_report(folder).read_text(encoding="utf-8")
     page = Page(text)
     assert page.open == []
     assert ["after", "letters", "digits", "a|b <i>[red]"] in page.rows
@@ -86,7 +86,8 @@ def test_the_page_holds_matrix_metrics_configuration_and_environment(folder: Pat
 
 
 def test_heat_follows_the_accuracy(folder: Path) -> None:
-    cells = re.findall(r"rgba\(31, 119, 180, ([\d.]+)\)\">([\d.]+)<", render_html(folder))
+    page = render_html(read_folder(folder))
+    cells = re.findall(r"rgba\(31, 119, 180, ([\d.]+)\)\">([\d.]+)<", page)
     assert len(cells) == 9
     assert dict((value, float(heat)) for heat, value in cells) == {
         value: pytest.approx(float(value) * 0.007, abs=5e-4) for _, value in cells
@@ -94,7 +95,7 @@ def test_heat_follows_the_accuracy(folder: Path) -> None:
 
 
 def test_the_page_needs_nothing_else(folder: Path) -> None:
-    text = render_html(folder)
+    text = render_html(read_folder(folder))
     assert not {name for name, _ in Page(text).attributes} & {"src", "href", "data", "action"}
     for external in ("http:", "https:", "//", "url(", "@import", "<script", "<link", "<i>"):
         assert external not in text
@@ -104,14 +105,21 @@ def test_the_page_reads_the_run_folder_and_nothing_else(folder: Path, tmp_path: 
     moved = tmp_path / "elsewhere" / "copy"
     shutil.copytree(folder, moved)
     shutil.rmtree(folder)
-    assert write_html(moved) == moved / "report.html"
-    assert (moved / "report.html").read_text() == render_html(moved)
-    assert "<title>first</title>" in render_html(moved)
+    assert write_report(moved) == moved / "report.html"
+    assert (moved / "report.html").read_text() == render_html(read_folder(moved))
+    assert "<title>first</title>" in render_html(read_folder(moved))
+
+
+def test_the_summary_holds_name_status_and_matrix(folder: Path) -> None:
+    write_report(folder)
+    text = (folder / "summary.md").read_text()
+    assert text.startswith("# first\n\nStatus: complete\n\n")
+    assert summary_markdown(read_folder(folder).matrix) in text
 
 
 def test_a_bare_matrix_has_a_page(tmp_path: Path) -> None:
     write_matrix(tmp_path / "matrix.csv", AccuracyMatrix(("a",), ("a",), ((12.5,),)))
-    page = render_html(tmp_path)
+    page = render_html(read_folder(tmp_path))
     rows = Page(page).rows
     assert ["a", "12.5"] in rows
     assert ["Average", "12.50", DEFINITIONS["average"]] in rows
@@ -126,12 +134,12 @@ def test_a_bare_matrix_has_a_page(tmp_path: Path) -> None:
 def test_broken_files_are_named(folder: Path, name: str, content: str) -> None:
     (folder / name).write_text(content)
     with pytest.raises(InputError, match=re.escape(name)):
-        render_html(folder)
+        render_html(read_folder(folder))
 
 
 def test_a_folder_without_a_matrix(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no matrix\.csv in it"):
-        write_html(tmp_path)
+        write_report(tmp_path)
     with pytest.raises(InputError, match=r"no matrix\.csv in it"):
-        write_html(tmp_path / "missing")
+        write_report(tmp_path / "missing")
     assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from mulki import methods, models
-from mulki.engine import runner
+from mulki.engine import sequence
 from mulki.engine.config import read_config, resolve
 from mulki.engine.learn import StepReport
 from mulki.engine.progress import RunProgress, describe
@@ -47,7 +47,7 @@ def run(tmp_path: Path, start_model: dict[str, str], task_folders: tuple[str, st
         if "epochs" in options:
             del merged["iterations"]
         settings = resolve(merged)
-        return runner.run(settings, console)
+        return sequence.run(settings, console)
 
     return go
 
@@ -144,7 +144,7 @@ def test_saved_configuration_repeats_the_run(run: Run, options: dict[str, Any]) 
     given = {"method": "mulki", "gate": "uniform", "seed": 5, **options}
     first = run(**given)
     settings = resolve(read_config(first.path / "args.yaml") | {"name": "again"})
-    again = runner.run(settings)
+    again = sequence.run(settings)
     assert same_state(weights(first), weights(again))
     assert rows_of(first) == rows_of(again)
 
@@ -194,7 +194,7 @@ class Learned:
         self.teachers: list[dict[str, dict[str, torch.Tensor]]] = []
         self.before: list[dict[str, torch.Tensor]] = []
         self.after: list[dict[str, torch.Tensor]] = []
-        real = runner.learn_task
+        real = sequence.learn_task
 
         def spy(model: VisionLanguageModel, method: Any, task: Any, frozen: Any, *a: Any, **k: Any):
             self.frozen.append(dict(frozen))
@@ -204,7 +204,7 @@ class Learned:
             self.after.append(state_of(model))
             return steps
 
-        patch.setattr(runner, "learn_task", spy)
+        patch.setattr(sequence, "learn_task", spy)
 
 
 def test_teachers_are_the_original_and_the_previous_model(
@@ -282,8 +282,8 @@ def test_loss_that_is_not_finite_keeps_the_zero_shot_row(run: Run, tmp_path: Pat
 
 @pytest.fixture
 def no_training(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(runner, "learn_task", lambda *a, **k: pytest.fail("trained"))
-    monkeypatch.setattr(runner.Evaluator, "accuracy", lambda *a, **k: pytest.fail("evaluated"))
+    monkeypatch.setattr(sequence, "learn_task", lambda *a, **k: pytest.fail("trained"))
+    monkeypatch.setattr(sequence.Evaluator, "accuracy", lambda *a, **k: pytest.fail("evaluated"))
     yield
 
 

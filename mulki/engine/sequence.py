@@ -1,0 +1,216 @@
+"""The tasks in order: evaluation before the first and after each, and the saving of weights."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+
+from mulki.data import Task
+from mulki.data.loader import batches
+from mulki.engine import sharding
+from mulki.engine.checkpoints import publish, save_weights
+from mulki.engine.config import Settings
+from mulki.engine.learn import StepReport, learn_task, steps_of
+from mulki.engine.progress import RunProgress, describe
+from mulki.engine.setup import Setup, prepared
+from mulki.evaluate import Evaluator, Loader
+from mulki.methods import PREVIOUS, ZERO_SHOT
+from mulki.metrics import ZERO_SHOT as ZERO_SHOT_ROW
+from mulki.models import VisionLanguageModel
+from mulki.report import write_report
+from mulki.results import RunFolder
+
+# Memory for the transformed test images of a task, which every evaluation needs again.
+_TEST_CACHE_MIB = 256
+
+_log = logging.getLogger(__name__)
+
+
+def run(
+    settings: Settings, console: Console | None = None, tasks: Sequence[Task] | None = None
+) -> RunFolder | None:
+    """Learn a sequence of tasks and write its run folder.
+
+    Everything that can be checked is checked before the folder is made. The global generators of
+    Python, NumPy and torch are seeded. An interrupt, or an error, leaves the results so far in the
+    folder, marked as interrupted.
+
+    Started by torchrun, the processes divide the work: each encodes `batch_size` images of a batch,
+    and its part of the class texts, of the teachers' work and of the test images. The results are
+    those of one process with the same number of images in a batch, to rounding.
+
+    Args:
+        settings: from `mulki.engine.config.resolve`.
+        console: where progress is drawn; none by default.
+        tasks: learned instead of those that the settings name.
+
+    Returns:
+        The finished run folder; None in all processes but the first, which write nothing.
+
+    Raises:
+        InputError: bad tasks, model, device or options, or a folder that is taken.
+        ProcessLost: another process of the run has ended.
+    """
+    with prepared(settings, tasks) as setup:
+        if console is None or not setup.world.main:
+            console = Console(quiet=True)
+        bar = RunProgress(console, _total_steps(setup))
+        folder = setup.folder
+        try:
+            with folder or contextlib.nullcontext(), bar:
+                _Sequence(setup, bar).learn()
+        finally:
+            if folder is not None and folder.evaluated:
+                write_report(folder.path)
+    return folder
+
+
+def _total_steps(setup: Setup) -> int:
+    if not setup.method.trains:
+        return 0
+    return sum(steps_of(setup.config, len(t.train), setup.world.size) for t in setup.tasks)
+
+
+class _Sequence:
+    """The state of a run between its tasks."""
+
+    def __init__(self, setup: Setup, progress: RunProgress):
+        self.setup = setup
+        self.progress = progress
+        self.steps = 0
+        self.evaluator = Evaluator(
+            setup.model, setup.tasks, [_test_loader(setup, t) for t in setup.tasks], setup.world
+        )
+
+    def learn(self) -> None:
+        method, tasks, model = self.setup.method, self.setup.tasks, self.setup.model
+        self._log_start()
+        frozen = self._frozen_models()
+        for each in {id(m): m for m in (model, *frozen.values())}.values():
+            if self.setup.config.fsdp:
+                sharding.shard(each, self.setup.precision.device)
+            if self.setup.config.torchcompile:
+                each.compile()
+        accuracies = self._evaluate(ZERO_SHOT_ROW)
+        for index, task in enumerate(tasks):
+            if method.trains:
+                self._learn_task(index, task, frozen)
+                accuracies = self._evaluate(task.name)
+                if self.setup.config.save_checkpoints:
+                    self._save(index + 1, task)
+            else:
+                self._record(task.name, accuracies)
+
+    def _log_start(self) -> None:
+        config, world = self.setup.config, self.setup.world
+        if world.size > 1:
+            images = world.size * config.batch_size
+            _log.info("%d processes, %d images in a batch", world.size, images)
+        for task in self.setup.tasks:
+            if task.skipped:
+                _log.warning("task %s: %d unreadable images left out", task.name, len(task.skipped))
+
+    def _frozen_models(self) -> dict[str, VisionLanguageModel]:
+        # Copied once and given new weights before each task: a sharded model cannot be copied.
+        needs, model = self.setup.method.needs, self.setup.model
+        frozen = {}
+        if ZERO_SHOT in needs.teachers or needs.prototypes:
+            frozen[ZERO_SHOT] = model.frozen_copy()
+        if PREVIOUS in needs.teachers:
+            # With a single task, the previous model is always the original one.
+            single = len(self.setup.tasks) == 1
+            original = frozen.get(ZERO_SHOT) if single else None
+            frozen[PREVIOUS] = original or model.frozen_copy()
+        return frozen
+
+    def _learn_task(
+        self, index: int, task: Task, frozen: Mapping[str, VisionLanguageModel]
+    ) -> None:
+        setup, before = self.setup, self.steps
+        self.progress.says(f"{index + 1}/{len(setup.tasks)} {task.name}")
+        if index == 0 and ZERO_SHOT in frozen:
+            frozen = dict.fromkeys(frozen, frozen[ZERO_SHOT])
+        elif index > 0 and PREVIOUS in frozen:
+            frozen[PREVIOUS].copy_from(setup.model)
+        self.steps += learn_task(
+            setup.model,
+            setup.method,
+            task,
+            frozen,
+            setup.config,
+            index=index,
+            transform=setup.transform,
+            precision=setup.precision,
+            world=setup.world,
+            reference=setup.reference_of(task),
+            listen=lambda report: self._report(task, report, before + report.step),
+        )
+
+    def _report(self, task: Task, report: StepReport, step: int) -> None:
+        # `step` counts from the start of the sequence.
+        self.progress.step(report)
+        if report.step % self.setup.config.log_every_n_steps and report.step != 1:
+            return
+        rate = report.images / report.seconds
+        line = "%s step %d: %s, lr %.2e, %.0f img/s"
+        _log.info(line, task.name, report.step, describe(report), report.lr, rate)
+        if self.setup.folder is not None:
+            for name, value in report.losses.items():
+                self.setup.folder.scalar(f"train/{name}", value, step)
+
+    def _evaluate(self, after_task: str) -> dict[str, tuple[float, int, float]]:
+        # Accuracy, number of test images and seconds, by task.
+        results = {}
+        for number, task in enumerate(self.setup.tasks):
+            self.progress.says(f"test {task.name}")
+            started = time.perf_counter()
+            accuracy, seen = self.evaluator.accuracy(number)
+            results[task.name] = (accuracy, seen, time.perf_counter() - started)
+        self._record(after_task, results)
+        return results
+
+    def _record(self, after_task: str, results: Mapping[str, tuple[float, int, float]]) -> None:
+        folder = self.setup.folder
+        if folder is None:
+            return
+        for name, (accuracy, seen, seconds) in results.items():
+            folder.record(
+                after_task=after_task,
+                eval_dataset=name,
+                value=accuracy,
+                n=seen,
+                seconds=seconds,
+                step=self.steps,
+            )
+        row = {name: accuracy for name, (accuracy, _, _) in results.items()}
+        folder.add_row(after_task, row)
+        _log.info("after %s: %s", after_task, ", ".join(f"{k} {v:.1f}" for k, v in row.items()))
+
+    def _save(self, number: int, task: Task) -> None:
+        # All processes take part where weights are sharded; one writes.
+        model, folder = self.setup.model, self.setup.folder
+        state = model.checkpoint()
+        whole = model.checkpoint(whole=True) if model.packaged else None
+        if folder is not None:
+            path = folder.checkpoint_path(number, task.name)
+            save_weights(model, path, state)
+            publish(model, path, folder.latest, whole)
+
+
+def _test_loader(setup: Setup, task: Task) -> Loader:
+    return batches(
+        task.test,
+        setup.model.preprocess,
+        setup.config.batch_size_eval * setup.world.size,
+        shuffle=False,
+        seed=setup.config.seed,
+        workers=setup.config.workers,
+        cached=True,
+        cache_mb=_TEST_CACHE_MIB,
+        pin_memory=setup.precision.device.type == "cuda",
+        part=setup.world.rows,
+    )

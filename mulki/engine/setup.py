@@ -1,0 +1,268 @@
+"""What is decided before the first step: checks, tasks, model, device, precision, run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from mulki import methods, models
+from mulki.data import Task, load_sequence
+from mulki.data.reference import ReferenceSet, read_reference
+from mulki.data.subset import limited
+from mulki.data.transforms import train_transform
+from mulki.engine import distributed
+from mulki.engine.batches import Transform
+from mulki.engine.config import CURRENT, RunConfig, Settings
+from mulki.engine.precision import Precision
+from mulki.errors import InputError
+from mulki.methods import Method
+from mulki.models import VisionLanguageModel
+from mulki.results import RunFolder, check_free
+from mulki.world import World
+
+# Options that may differ between the processes of a run, for example on different machines.
+_PER_PROCESS = (
+    "tasks",
+    "model",
+    "pretrained",
+    "reference",
+    "workers",
+    "device",
+    "logs",
+    "name",
+    "log_every_n_steps",
+)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run that is ready to start.
+
+    Args:
+        config: options of the run.
+        method: what is trained.
+        tasks: in the order in which they are learned.
+        reference: images and captions for the method; None without need, or where each task's own
+            images are the reference.
+        model: the student with the start weights, stored as `precision` wants them. A model that
+            will be sharded is still whole and on the CPU.
+        transform: of the training images.
+        precision: how the encoders compute, and the device of this process.
+        world: the processes of the run.
+        folder: where the results go; None in all processes but the first.
+    """
+
+    config: RunConfig
+    method: Method
+    tasks: Sequence[Task]
+    reference: ReferenceSet | None
+    model: VisionLanguageModel
+    transform: Transform
+    precision: Precision
+    world: World
+    folder: RunFolder | None
+
+    def reference_of(self, task: Task) -> ReferenceSet | None:
+        """The reference set while a task is learned, if the method needs one."""
+        return ReferenceSet.of_task(task) if self.config.reference == CURRENT else self.reference
+
+
+@contextlib.contextmanager
+def prepared(settings: Settings, tasks: Sequence[Task] | None = None) -> Iterator[Setup]:
+    """Check everything that can be checked, then make the run folder.
+
+    The global generators of Python, NumPy and torch are seeded. The processes that torchrun
+    started are joined while the context lasts.
+
+    Args:
+        settings: from `mulki.engine.config.resolve`.
+        tasks: learned instead of those that the settings name.
+
+    Raises:
+        InputError: bad tasks, model, device or options, or a folder that is taken.
+        ProcessLost: another process of the run has ended.
+    """
+    config = settings.run
+    method = methods.get(config.method)(settings.method)
+    precision = Precision(config.precision, _device(config.device))
+    _check_sharding(config, precision)
+    _check_reference(config, method)
+    with distributed.join(precision.device) as world:
+        facts: dict[str, object] = {}
+        problem = None
+        try:
+            if world.main:
+                check_free(config.logs, config.name)
+            tasks = load_tasks(config) if tasks is None else tasks
+            reference = _load_reference(config)
+            # Last, since it can take minutes.
+            model = _load_model(config, method, precision, world)
+            hashes = _hashes(tasks, reference, model)
+            facts = _facts(settings, tasks, hashes)
+        except InputError as error:
+            problem = error
+        world.agree(precision.device, problem, **facts)
+        assert tasks is not None
+        # Not earlier: random start weights are the same in all processes, while what encoders draw
+        # during training differs.
+        if world.rank:
+            _seed_everything(config.seed + world.rank)
+        folder = _make_folder(settings, tasks, hashes, precision, world) if world.main else None
+        precision.convert(model)
+        transform = _training_transform(config, model)
+        yield Setup(config, method, tasks, reference, model, transform, precision, world, folder)
+
+
+def load_tasks(config: RunConfig) -> list[Task]:
+    """The tasks of a configuration, in their order.
+
+    Raises:
+        InputError: see `mulki.data.load_sequence`.
+    """
+    tasks = load_sequence(config.tasks, config.order, skip_bad_images=config.skip_bad_images)
+    if config.limit_images is not None:
+        tasks = [limited(task, config.limit_images) for task in tasks]
+    return tasks
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        # Only this process's own GPU is tried: a context on the first GPU for each process would
+        # fill the memory of that one.
+        device = distributed.device_of_process(torch.device(name))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise InputError(f"--device: {name} cannot be used ({reason}); try auto or cpu") from None
+    return device
+
+
+def _check_sharding(config: RunConfig, precision: Precision) -> None:
+    if config.fsdp and not distributed.launched():
+        raise InputError(
+            "--fsdp: this is the only process, nothing can be sharded; start several with torchrun "
+            "--nproc-per-node N -m mulki run ..., or leave --fsdp out"
+        )
+    if config.fsdp and precision.scaler.is_enabled():
+        raise InputError(
+            "--fsdp: gradient scaling does not work on sharded gradients; pass --precision amp_bf16"
+        )
+
+
+def _check_reference(config: RunConfig, method: Method) -> None:
+    if method.needs.reference and config.reference is None:
+        raise InputError(
+            f"--reference: method {method.name} distils on images with captions and got none; pass "
+            f"a folder with captions.csv, a CSV with the columns path and caption, or {CURRENT}"
+        )
+    if not method.needs.reference:
+        for name, value in (
+            ("reference", config.reference),
+            ("reference-batch-size", config.reference_batch_size),
+        ):
+            if value is not None:
+                raise InputError(
+                    f"--{name}: got {value}, but method {method.name} uses no reference set; leave "
+                    f"it out, or change --method"
+                )
+
+
+def _load_reference(config: RunConfig) -> ReferenceSet | None:
+    if config.reference is None or config.reference == CURRENT:
+        return None
+    return read_reference(config.reference)
+
+
+def _load_model(
+    config: RunConfig, method: Method, precision: Precision, world: World
+) -> VisionLanguageModel:
+    _seed_everything(config.seed)
+    # A model that will be sharded may not fit on one device.
+    device = "cpu" if config.fsdp and world.size > 1 else precision.device
+    model = models.load(config.model, config.pretrained, device=device)
+    model.lock(text=config.lock_text, image=config.lock_image)
+    if method.trains and not model.trainable():
+        raise InputError(
+            "--lock-image, --lock-text: nothing is left to train; leave one of them out"
+        )
+    if config.grad_checkpointing:
+        model.checkpoint_activations()
+    return model
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _training_transform(config: RunConfig, model: VisionLanguageModel) -> Transform:
+    visual: Any = model.clip.visual
+    return train_transform(
+        model.preprocess, config.augment, model.image_size, visual.image_mean, visual.image_std
+    )
+
+
+def _hashes(
+    tasks: Sequence[Task], reference: ReferenceSet | None, model: VisionLanguageModel
+) -> dict[str, Any]:
+    weights = hashlib.sha256()
+    for name, value in sorted(model.checkpoint().items()):
+        weights.update(name.encode())
+        weights.update(value.numpy().tobytes())
+    hashes: dict[str, Any] = {
+        "weights": weights.hexdigest(),
+        "tasks": {t.name: t.fingerprint() for t in tasks},
+    }
+    return hashes if reference is None else hashes | {"reference": reference.fingerprint()}
+
+
+def _facts(
+    settings: Settings, tasks: Sequence[Task], hashes: Mapping[str, Any]
+) -> dict[str, object]:
+    # What has to be the same in all processes, short enough for a message.
+    options = {k: v for k, v in settings.to_dict().items() if k not in _PER_PROCESS}
+    prints = list(hashes["tasks"].values())
+    return {
+        "torch": torch.__version__,
+        "options (hash)": _hash(options),
+        "tasks": f"{len(tasks)} tasks with {sum(len(t.train) for t in tasks)} training and "
+        f"{sum(len(t.test) for t in tasks)} test images, hash {_hash(prints)}",
+        "reference set (hash)": hashes.get("reference", settings.run.reference or "none")[:12],
+        "start weights (hash)": hashes["weights"][:12],
+    }
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+
+
+def _make_folder(
+    settings: Settings,
+    tasks: Sequence[Task],
+    hashes: Mapping[str, Any],
+    precision: Precision,
+    world: World,
+) -> RunFolder:
+    config = settings.run
+    # Each of several processes has a device of its own; what they have in common is its kind.
+    device = precision.device.type if world.size > 1 else str(precision.device)
+    return RunFolder.create(
+        config.logs,
+        config.name,
+        method=config.method,
+        order=config.order,
+        seed=config.seed,
+        columns=tuple(task.name for task in tasks),
+        config=settings.to_dict() | {"precision": precision.name, "device": device},
+        hashes=hashes,
+    )

@@ -1,0 +1,226 @@
+"""One training step: features of student and teachers, the losses, gradients, the update."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from mulki.engine import memory
+from mulki.engine.batches import Batch, ReferenceBatch
+from mulki.engine.config import AUTO, RunConfig
+from mulki.engine.distributed import processes_here
+from mulki.engine.microbatch import Encoder, backward
+from mulki.engine.precision import Precision
+from mulki.engine.teachers import TaskTeachers
+from mulki.features import Features
+from mulki.methods import Method
+from mulki.models import VisionLanguageModel
+from mulki.texts import text_inputs
+from mulki.world import World
+
+_log = logging.getLogger(__name__)
+
+
+class Step:
+    """Trains a model batch by batch on one task.
+
+    Args:
+        model: the student.
+        method: its losses, and parameters of its own.
+        teachers: of the task.
+        prompts: [C], one per class.
+        config: options of the optimiser and of micro-batches.
+        precision: how the encoders compute.
+        world: the processes that train together.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        method: Method,
+        teachers: TaskTeachers,
+        prompts: Sequence[str],
+        config: RunConfig,
+        precision: Precision,
+        world: World,
+    ):
+        self._model = model
+        self._method = method
+        self._teachers = teachers
+        self._class_texts = text_inputs(model, prompts, world)
+        self._config = config
+        self._precision = precision
+        self._world = world
+        self._parameters = [*model.trainable().values(), *method.parameters()]
+        self._optimizer = _optimizer(model, method, config)
+        self._micro_batch: int | None = None
+
+    def gradients(self, batch: Batch, reference: ReferenceBatch | None = None) -> dict[str, float]:
+        """Set the gradients of one batch, averaged over all processes.
+
+        Args:
+            reference: the reference batch of this step, if the method needs one.
+
+        Returns:
+            The terms of the loss.
+        """
+        captions = torch.empty(0)
+        if reference is not None:
+            captions = self._model.text_inputs(reference.captions)
+        if self._micro_batch is None:
+            self._micro_batch = self._choose_micro_batch(batch, reference, captions)
+        if self._micro_batch == len(batch.images):
+            images = batch.images.to(self._model.device, non_blocking=True)
+            batch = replace(batch, images=images)
+        # Otherwise the images stay on the host and each micro-batch is moved when it is encoded, so
+        # that the device memory of a step does not grow with its batch.
+        teachers = self._teachers.features(batch, self._micro_batch, reference)
+        terms = self._backward(batch, reference, captions, teachers)
+        # One read from the device for all terms of a step.
+        values = torch.stack([term.reshape(()) for term in terms.values()])
+        return dict(zip(terms, values.tolist(), strict=True))
+
+    def update(self, lr: float) -> None:
+        """Move the parameters along their gradients.
+
+        Args:
+            lr: the learning rate of this step.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        scaler, largest = self._precision.scaler, self._config.grad_clip_norm
+        if largest is not None:
+            scaler.unscale_(self._optimizer)
+            _clip([group["params"] for group in self._optimizer.param_groups], largest)
+        scaler.step(self._optimizer)
+        scaler.update()
+
+    def _encode_images(self, images: Tensor) -> Tensor:
+        with self._precision.autocast():
+            return self._model.encode_images(images)
+
+    def _encode_texts(self, inputs: Tensor) -> Tensor:
+        with self._precision.autocast():
+            return self._model.encode_texts(inputs)
+
+    def _encode_pairs(self, images: Tensor, captions: Tensor) -> tuple[Tensor, Tensor]:
+        return self._encode_images(images), self._encode_texts(captions)
+
+    def _choose_micro_batch(
+        self, batch: Batch, reference: ReferenceBatch | None, captions: Tensor
+    ) -> int:
+        config, device, world, images = self._config, self._model.device, self._world, batch.images
+        if config.micro_batch is None:
+            return len(images)
+        if config.micro_batch != AUTO:
+            return min(int(config.micro_batch), len(images))
+
+        def encode(part: Tensor) -> Tensor:
+            features = self._encode_images(part)
+            if reference is None:
+                return features
+            # A step may hold the graphs of as many images and of as many reference pairs.
+            n = len(part)
+            pairs = self._encode_pairs(reference.images[:n], captions[:n])
+            return torch.cat([features, *pairs])
+
+        free = memory.free_memory(device)
+        if free is not None and device.type == "cpu":
+            free //= processes_here()
+        fit = memory.fitting_micro_batch(
+            encode,
+            images,
+            self._parameters,
+            free,
+            # A process without memory left would leave the others waiting in a sharded encoder.
+            tried=device.type != "cpu" and not config.fsdp,
+            smallest=lambda number: world.smallest(number, device),
+        )
+        _log.info("--micro-batch auto: %d of %d images at a time (%s)", fit.size, len(images), fit)
+        return fit.size
+
+    def _backward(
+        self,
+        batch: Batch,
+        reference: ReferenceBatch | None,
+        captions: Tensor,
+        teachers: tuple[Features, ...],
+    ) -> Mapping[str, Tensor]:
+        method, world, scale = self._method, self._world, self._model.logit_scale
+        encoders = [
+            Encoder(self._encode_images, (batch.images,)),
+            Encoder(self._encode_texts, (world.part(self._class_texts),), split=False),
+        ]
+        if reference is not None:
+            size = len(reference.images)
+            if self._config.micro_batch is not None:
+                size = min(size, self._micro_batch or size)
+            pairs = (reference.images, captions)
+            encoders.append(Encoder(self._encode_pairs, pairs, micro_batch=size))
+
+        def losses(
+            images: Tensor, texts: Tensor, pairs: tuple[Tensor, Tensor] | None = None
+        ) -> Mapping[str, Tensor]:
+            of_reference = None
+            if reference is not None and pairs is not None:
+                count = len(reference.places)
+                of_images, of_captions = (world.gather(x, count) for x in pairs)
+                of_reference = Features(of_images, of_captions, scale)
+            student = Features(
+                world.gather(images, len(batch.places)),
+                world.gather(texts, len(self._class_texts)),
+                scale,
+                method.prototypes(),
+                of_reference,
+            )
+            return {**method.losses(student, teachers, batch.target), **method.penalties()}
+
+        for parameter in self._parameters:
+            parameter.grad = None
+        terms = backward(
+            losses,
+            *encoders,
+            micro_batch=self._micro_batch,
+            scaler=self._precision.scaler,
+        )
+        assert isinstance(terms, Mapping)
+        world.average(self._parameters)
+        return terms
+
+
+def _optimizer(
+    model: VisionLanguageModel, method: Method, config: RunConfig
+) -> torch.optim.Optimizer:
+    # As in open_clip: gains, biases and the like do not decay. Sharded parameters are in groups of
+    # their own, since no fused update takes both kinds.
+    weights = [*model.trainable().values()]
+    rest = [p for p in weights if p.ndim < 2] + [*method.parameters()]
+    groups: list[dict[str, Any]] = []
+    for decay, parameters in ((config.wd, [p for p in weights if p.ndim >= 2]), (0.0, rest)):
+        for sharded in (False, True):
+            members = [p for p in parameters if isinstance(p, DTensor) == sharded]
+            groups += [{"params": members, "weight_decay": decay}] if members else []
+    return torch.optim.AdamW(
+        groups,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=model.device.type in ("cpu", "cuda"),
+    )
+
+
+def _clip(groups: Sequence[Sequence[nn.Parameter]], largest: float) -> None:
+    # Norms of sharded and of whole parameters are computed apart: no operation takes both.
+    norms = []
+    for group in groups:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    for group in groups:
+        torch.nn.utils.clip_grads_with_norm_(group, largest, total)

@@ -1,0 +1,185 @@
+"""The teachers of a task: prepared before its first step, asked at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mulki.data.loader import batch_sizes, batches
+from mulki.data.task import Task
+from mulki.engine.batches import Batch, ReferenceBatch
+from mulki.engine.config import RunConfig
+from mulki.engine.precision import Precision
+from mulki.features import Features
+from mulki.methods import ZERO_SHOT, Needs
+from mulki.models import VisionLanguageModel
+from mulki.prototypes import class_means
+from mulki.teachers import Teacher
+from mulki.texts import text_features, text_inputs
+from mulki.world import World
+
+
+class TaskTeachers:
+    """The teachers of one task, one `Teacher` for each distinct model.
+
+    At the first task all names mean the original model, which is then encoded once.
+
+    Args:
+        teachers: each with its model, in the order in which the losses get them.
+        prototypes: [C, D] class means of the original model if the method needs them.
+        precision: how the encoders compute.
+        world: the processes among which the images are divided.
+    """
+
+    def __init__(
+        self,
+        teachers: Sequence[tuple[Teacher, VisionLanguageModel]],
+        prototypes: Tensor | None,
+        precision: Precision,
+        world: World,
+    ):
+        self._teachers = list(teachers)
+        self.prototypes = prototypes
+        self._precision = precision
+        self._world = world
+
+    @classmethod
+    @torch.no_grad()
+    def prepare(
+        cls,
+        needs: Needs,
+        task: Task,
+        prompts: Sequence[str],
+        frozen: Mapping[str, VisionLanguageModel],
+        config: RunConfig,
+        precision: Precision,
+        world: World,
+        *,
+        kept: tuple[int | None, int | None],
+    ) -> TaskTeachers:
+        """Encode what is constant in a task: class texts and, for prototypes, all images.
+
+        Args:
+            needs: of the method.
+            prompts: one per class.
+            frozen: the models behind `needs`, by the names in `mulki.methods`.
+            kept: see `mulki.engine.batches.kept_samples`.
+        """
+        names = [*needs.teachers, *([ZERO_SHOT] if needs.prototypes else [])]
+        distinct = list({id(frozen[name]): frozen[name] for name in names}.values())
+        features: list[Tensor] = []
+        if needs.prototypes:
+            features, target = _encode_training_set(distinct, task, config, precision, world)
+        by_model: dict[int, Teacher] = {}
+        for place, model in enumerate(distinct):
+            inputs = text_inputs(model, prompts, world)
+            with precision.autocast():
+                texts = text_features(model, inputs, world)
+            prototypes = None
+            if needs.prototypes:
+                prototypes = class_means(features[place], target, len(task.classes))
+            teacher = Teacher(texts, model.logit_scale, prototypes, *kept)
+            if needs.prototypes:
+                teacher.remember(features[place])
+            by_model[id(model)] = teacher
+        teachers = [(by_model[id(frozen[name])], frozen[name]) for name in needs.teachers]
+        original = by_model[id(frozen[ZERO_SHOT])].prototypes if needs.prototypes else None
+        return cls(teachers, original, precision, world)
+
+    @torch.no_grad()
+    def features(
+        self, batch: Batch, micro_batch: int, reference: ReferenceBatch | None = None
+    ) -> tuple[Features, ...]:
+        """The features of each teacher for a batch, in the order of the teachers.
+
+        Args:
+            micro_batch: images encoded at a time.
+            reference: encoded as well, if the method needs it.
+        """
+        by_teacher = {}
+        for teacher, model in dict(self._teachers).items():
+            features = self._of_images(teacher, model, batch, micro_batch)
+            if reference is not None:
+                pairs = self._of_reference(teacher, model, reference, micro_batch)
+                features = replace(features, reference=pairs)
+            by_teacher[teacher] = features
+        return tuple(by_teacher[teacher] for teacher, _ in self._teachers)
+
+    def _of_images(
+        self, teacher: Teacher, model: VisionLanguageModel, batch: Batch, micro_batch: int
+    ) -> Features:
+        def encode(rows: Tensor) -> Tensor:
+            with self._precision.autocast():
+                return model.encode_images(batch.images[rows.to(batch.images.device)])
+
+        count = len(batch.places)
+        return teacher.features(
+            batch.places, lambda new: self._encode(encode, new, count, micro_batch)
+        )
+
+    def _of_reference(
+        self,
+        teacher: Teacher,
+        model: VisionLanguageModel,
+        batch: ReferenceBatch,
+        micro_batch: int,
+    ) -> Features:
+        def encode(rows: Tensor) -> Tensor:
+            texts = model.text_inputs([batch.captions[row] for row in rows.tolist()])
+            with self._precision.autocast():
+                images = model.encode_images(batch.images[rows.to(batch.images.device)])
+                return torch.cat([images, model.encode_texts(texts)], dim=1)
+
+        count = len(batch.places)
+        return teacher.reference_features(
+            batch.places, lambda new: self._encode(encode, new, count, micro_batch)
+        )
+
+    def _encode(
+        self, encode: Callable[[Tensor], Tensor], new: Tensor, count: int, micro_batch: int
+    ) -> Tensor:
+        # Features of the places `new` in a batch of `count`, each encoded by the process that has
+        # it in its part. Every process encodes equally many, since all have to take part in the
+        # collectives of a sharded encoder; all know from `new` how many that is.
+        world = self._world
+        length = -(-count // world.size)
+        of_process = torch.bincount(new // length, minlength=world.size).tolist()
+        here = new[new // length == world.rank] - length * world.rank
+        most = max(of_process)
+        padded = torch.cat([here, here.new_zeros(most - len(here))])
+        features = torch.cat([encode(part) for part in padded.split(micro_batch)])
+        gathered = world.gather(features, most * world.size)
+        wanted = [place * most + i for place, n in enumerate(of_process) for i in range(n)]
+        return gathered if len(wanted) == len(gathered) else gathered[wanted]
+
+
+def _encode_training_set(
+    models: Sequence[VisionLanguageModel],
+    task: Task,
+    config: RunConfig,
+    precision: Precision,
+    world: World,
+) -> tuple[list[Tensor], Tensor]:
+    # Features [n, D] of each model, and targets [n]. One pass for all models, since decoding costs
+    # as much as a small encoder; with the evaluation transform, which is the training transform
+    # where that is deterministic.
+    loader = batches(
+        task.train,
+        models[0].preprocess,
+        config.batch_size_eval * world.size,
+        shuffle=False,
+        seed=config.seed,
+        workers=config.workers,
+        pin_memory=precision.device.type == "cuda",
+        part=world.rows,
+    )
+    features: list[list[Tensor]] = [[] for _ in models]
+    for (images, *_), count in zip(loader, batch_sizes(loader), strict=True):
+        for model, of_model in zip(models, features, strict=True):
+            with precision.autocast():
+                of_model.append(world.gather(model.encode_images(images), count))
+    target = torch.as_tensor(list(task.train.targets), device=models[0].device)
+    return [torch.cat(parts) for parts in features], target

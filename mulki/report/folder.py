@@ -1,0 +1,71 @@
+"""Reading a run folder, also one that is unfinished or was made by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mulki.errors import InputError
+from mulki.metrics import AccuracyMatrix, read_matrix
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The content of a run folder; what is missing there is empty here.
+
+    Args:
+        name: of the run, else of the folder.
+        status: "complete", "interrupted", or "unknown" without a summary.
+        matrix: from ``matrix.csv``.
+        summary: from ``summary.json``.
+        config: the text of ``args.yaml``.
+        environment: from ``env.json``.
+    """
+
+    name: str
+    status: str
+    matrix: AccuracyMatrix
+    summary: dict[str, Any]
+    config: str
+    environment: dict[str, Any]
+
+
+def read_folder(folder: str | os.PathLike[str]) -> RunData:
+    """Read a run folder.
+
+    Only ``matrix.csv`` must be there, so a run that was killed, or a matrix from elsewhere, can be
+    read too.
+
+    Raises:
+        InputError: a matrix that is missing or wrong, or JSON that cannot be read.
+    """
+    folder = Path(folder)
+    if not (folder / "matrix.csv").is_file():
+        raise InputError(
+            f"{folder}: no matrix.csv in it; pass the folder of a run that was evaluated once"
+        )
+    summary = _read_json(folder / "summary.json")
+    arguments = folder / "args.yaml"
+    return RunData(
+        name=summary.get("name", folder.resolve().name),
+        status=summary.get("status", "unknown"),
+        matrix=read_matrix(folder / "matrix.csv"),
+        summary=summary,
+        config=arguments.read_text(encoding="utf-8") if arguments.is_file() else "",
+        environment=_read_json(folder / "env.json"),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); restore or remove the file") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: a JSON object was wanted; restore or remove the file")
+    return value

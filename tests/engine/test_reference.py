@@ -1,0 +1,402 @@
+"""Methods that distil on a reference set of images and captions."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mulki import methods
+from mulki.data import Task, folder_task
+from mulki.data.reference import ReferenceSet, read_reference
+from mulki.engine.batches import kept_samples
+from mulki.engine.config import RunConfig, resolve
+from mulki.engine.learn import learn_task
+from mulki.engine.precision import Precision
+from mulki.engine.sequence import run
+from mulki.engine.step import Step
+from mulki.errors import InputError
+from mulki.features import Features
+from mulki.methods import PREVIOUS, ZERO_SHOT, Method
+from mulki.models import VisionLanguageModel
+from mulki.world import World
+from tests.engine.reference_method import OnReference
+from tests.engine_helpers import COLOURS, Calls, same_state, state_of, write_split
+
+Load = Callable[..., VisionLanguageModel]
+CONFIG = RunConfig(iterations=4, batch_size=6, lr=1e-3, eps=1e-4, reference_batch_size=5)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def task(task_folders: tuple[str, str]) -> Task:
+    return folder_task(task_folders[0])
+
+
+def write_reference(root: Path, count: int = 4) -> Path:
+    """`count` pictures of each of three colours, each with a caption of its own."""
+    write_split(root, COLOURS, count)
+    lines = [f"{c}/{i}.png,picture {i} of something {c}" for c in COLOURS for i in range(count)]
+    (root / "captions.csv").write_text("path,caption\n" + "\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_reference(tmp_path / "reference")
+
+
+def learn(
+    load: Load,
+    task: Task,
+    reference: ReferenceSet | None,
+    method: Method | None = None,
+    *,
+    opaque: bool = False,
+    precision: str = "fp32",
+    locked: bool = False,
+    **changes: Any,
+) -> VisionLanguageModel:
+    student = load()
+    student.lock(text=locked)
+    teachers = {ZERO_SHOT: load(seed=1).frozen_copy(), PREVIOUS: load(seed=2).frozen_copy()}
+    learn_task(
+        student,
+        method or OnReference(Method.Options()),
+        task,
+        teachers,
+        replace(CONFIG, **changes),
+        index=0,
+        transform=(lambda image: student.preprocess(image)) if opaque else student.preprocess,
+        precision=Precision(precision, CPU),  # type: ignore[arg-type]
+        reference=reference,
+    )
+    return student
+
+
+def assert_near(one: VisionLanguageModel, other: VisionLanguageModel) -> None:
+    for key, value in state_of(one).items():
+        torch.testing.assert_close(value, state_of(other)[key], rtol=0, atol=2e-5)
+
+
+# --- what the losses get
+
+
+def test_pairs_of_student_and_teachers(load_tiny: Load, task: Task, folder: Path) -> None:
+    reference, method = read_reference(folder), OnReference(Method.Options())
+    learn(load_tiny, task, reference, method, lr=1e-30)
+    student = load_tiny()
+    models = (student, load_tiny(seed=1), load_tiny(seed=2))
+    batches = []
+    for of_student, teachers in method.seen:
+        for model, features in zip(models, (of_student, *teachers), strict=True):
+            pairs = features.reference
+            assert pairs is not None and pairs.prototypes is None and pairs.reference is None
+            assert pairs.images.shape == pairs.texts.shape == (5, 32)
+            whole = encoded(model, reference)
+            found = [place_of(row, whole[0]) for row in pairs.images]
+            assert found == [place_of(row, whole[1]) for row in pairs.texts]
+            batches.append(found)
+    assert all(batch == batches[place - place % 3] for place, batch in enumerate(batches))
+    assert len(set(sum(batches[:6:3], []))) == 10, "batches of an epoch do not overlap"
+
+
+@torch.no_grad()
+def encoded(model: VisionLanguageModel, reference: ReferenceSet) -> tuple[Tensor, Tensor]:
+    pixels = [model.preprocess(reference.images.load(i)) for i in range(len(reference))]
+    texts = model.encode_texts(model.text_inputs(reference.captions))
+    return model.encode_images(torch.stack(pixels)), texts
+
+
+def place_of(row: Tensor, whole: Tensor) -> int:
+    distances = (whole - row).norm(dim=1)
+    assert distances.min() < 1e-4
+    return int(distances.argmin())
+
+
+def test_the_reference_matters(load_tiny: Load, task: Task, folder: Path) -> None:
+    one = learn(load_tiny, task, read_reference(folder))
+    lines = (folder / "captions.csv").read_text().replace("picture", "a bottle and")
+    (folder / "captions.csv").write_text(lines)
+    other = learn(load_tiny, task, read_reference(folder))
+    assert not same_state(state_of(one), state_of(other))
+
+
+# --- gradients
+
+
+def first_gradients(
+    load: Load, task: Task, reference: ReferenceSet, patch: pytest.MonkeyPatch, **changes: Any
+) -> dict[str, Tensor]:
+    gradients: dict[str, Tensor] = {}
+    real = Step.update
+
+    def update(step: Step, lr: float) -> None:
+        if not gradients:
+            gradients.update(
+                (name, p.grad.clone())
+                for name, p in step._model.trainable().items()
+                if p.grad is not None
+            )
+        real(step, lr)
+
+    patch.setattr(Step, "update", update)
+    learn(load, task, reference, **changes)
+    return gradients
+
+
+@pytest.mark.parametrize("locked", [False, True])
+@pytest.mark.parametrize(("micro", "size"), [("1", 5), ("2", 5), ("4", 3), ("6", 11), ("auto", 9)])
+def test_micro_batches_have_the_same_gradients(
+    load_tiny: Load,
+    task: Task,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    micro: str,
+    size: int,
+    locked: bool,
+) -> None:
+    reference = read_reference(folder)
+    ours, wanted = (
+        first_gradients(
+            load_tiny,
+            task,
+            reference,
+            monkeypatch,
+            micro_batch=micro_batch,
+            reference_batch_size=size,
+            locked=locked,
+        )
+        for micro_batch in (micro, None)
+    )
+    assert ours.keys() == wanted.keys()
+    assert ("token_embedding.weight" in wanted) != locked
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_gradients_are_those_of_a_plain_loop(
+    load_tiny: Load, task: Task, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both batches are the whole sets, so their order does not matter."""
+    reference = read_reference(folder)
+    ours = first_gradients(
+        load_tiny, task, reference, monkeypatch, batch_size=18, reference_batch_size=12
+    )
+    student, method = load_tiny(), OnReference(Method.Options())
+    student.train()
+    with torch.enable_grad():
+        features = plain_features(student, task, reference)
+        with torch.no_grad():
+            teachers = tuple(plain_features(load_tiny(seed=s), task, reference) for s in (1, 2))
+        target = torch.tensor(list(task.train.targets))
+        sum(method.losses(features, teachers, target).values()).backward()
+    for name, parameter in student.trainable().items():
+        torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def plain_features(model: VisionLanguageModel, task: Task, reference: ReferenceSet) -> Features:
+    def images(of: Any) -> Tensor:
+        return torch.stack([model.preprocess(of.load(i)) for i in range(len(of))])
+
+    def texts(prompts: Sequence[str]) -> Tensor:
+        return model.encode_texts(model.text_inputs(prompts))
+
+    scale = model.logit_scale
+    pairs = Features(
+        model.encode_images(images(reference.images)), texts(reference.captions), scale
+    )
+    prompts = [of_class[0] for of_class in task.prompts()]
+    return Features(model.encode_images(images(task.train)), texts(prompts), scale, reference=pairs)
+
+
+def test_precision_reaches_the_pairs(load_tiny: Load, task: Task, folder: Path) -> None:
+    reference = read_reference(folder)
+    half = learn(load_tiny, task, reference, precision="amp_bf16")
+    whole = learn(load_tiny, task, reference)
+    assert not same_state(state_of(half), state_of(whole))
+
+
+# --- teachers
+
+
+def test_teachers_keep_what_comes_up_again(
+    load_tiny: Load, task: Task, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = read_reference(folder)
+    calls = Calls(monkeypatch)
+    kept = learn(load_tiny, task, reference)
+    encoded = [n for clip, kind, n in calls._log if kind == "texts" and clip != id(kept.clip)]
+    # Both teachers: 3 class texts, then each of the 12 captions once.
+    assert sum(encoded) == 2 * (3 + 12)
+    assert_near(kept, learn(load_tiny, task, reference, opaque=True))
+
+
+@pytest.mark.parametrize(("steps", "size", "kept"), [(2, 5, None), (2, 6, None), (3, 5, 12)])
+def test_teachers_keep_nothing_of_a_set_that_is_not_seen_twice(
+    load_tiny: Load, task: Task, folder: Path, steps: int, size: int, kept: int | None
+) -> None:
+    config = replace(CONFIG, reference_batch_size=size)
+    transform = load_tiny().preprocess
+    reference = read_reference(folder)
+    assert kept_samples(task, reference, transform, config, steps, World()) == (18, kept)
+    assert kept_samples(task, reference, transform, config, steps, World(0, 2)) == (18, 12)
+    assert kept_samples(task, None, transform, config, steps, World()) == (18, None)
+    assert kept_samples(task, reference, lambda x: x, config, steps, World()) == (None, None)
+
+
+def test_the_set_has_to_fit_the_method(load_tiny: Load, task: Task, folder: Path) -> None:
+    method = OnReference(Method.Options())
+    with pytest.raises(ValueError, match="reference: got None, wanted one for OnReference"):
+        learn(load_tiny, task, None, method)
+    finetune = methods.get("finetune")
+    with pytest.raises(
+        ValueError, match="reference: got a reference set, wanted None for Finetune"
+    ):
+        learn(load_tiny, task, read_reference(folder), finetune(finetune.Options()))
+
+
+# --- reading
+
+
+def test_a_folder_and_its_csv_are_the_same_set(folder: Path, tmp_path: Path) -> None:
+    ours, same = read_reference(folder), read_reference(folder / "captions.csv")
+    assert len(ours) == 12 and ours.fingerprint() == same.fingerprint()
+    assert ours.captions[:2] == ("picture 0 of something red", "picture 1 of something red")
+    assert ours.images.name(1) == str(folder / "red" / "1.png")
+    moved = folder.rename(tmp_path / "elsewhere")
+    assert read_reference(moved).fingerprint() == ours.fingerprint()
+    (moved / "captions.csv").write_text(
+        (moved / "captions.csv").read_text().replace("picture 0", "picture 9")
+    )
+    assert read_reference(moved).fingerprint() != ours.fingerprint()
+
+
+def test_columns_in_any_order_and_captions_with_commas(folder: Path) -> None:
+    with (folder / "few.csv").open("w", newline="", encoding="utf-8-sig") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["caption", "source", "path"])
+        writer.writerow(['grün, "sehr" grün', "x", "./green/1.png"])
+    few = read_reference(folder / "few.csv")
+    assert few.captions == ('grün, "sehr" grün',)
+    assert few.images.load(0).size == (32, 32)
+
+
+def test_the_images_of_a_task_with_its_prompts(task: Task) -> None:
+    reference = ReferenceSet.of_task(task)
+    assert reference.images is task.train and len(reference) == 18
+    assert reference.captions[0] == task.prompts()[task.train.targets[0]][0]
+
+
+def damage(folder: Path, text: str | None) -> Path:
+    file = folder / "captions.csv"
+    if text is None:
+        file.unlink()
+    else:
+        file.write_text(text, encoding="latin-1")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "has 12 images and no captions; add captions.csv"),
+        ("path,caption\n", "has no caption for blue/0.png and 11 more images; add a line"),
+        ("path,caption\nred/9.png,nine\n", "captions.csv, line 2: no image 'red/9.png'"),
+        ("path,caption\n,nine\n", "line 2: no image '.'"),
+        ("path,caption\nred/0.png, \n", "captions.csv, line 2: no caption for red/0.png"),
+        ("path,caption\nred/0.png\n", "captions.csv, line 2: no caption for red/0.png"),
+        ("path,caption\nred/0.png,a\nred/0.png,b\n", "line 3: red/0.png has a caption already"),
+        ("image,text\nred/0.png,a\n", "has the columns image, text; wanted path and caption"),
+        ("", "is empty; pass a CSV with the columns path and caption"),
+        (
+            "path,caption\nred/0.png,gr\xfcn\n",
+            "captions.csv: not a text file; save it as comma-separated UTF-8 text",
+        ),
+    ],
+)
+def test_a_damaged_folder_has_one_line(folder: Path, text: str | None, said: str) -> None:
+    with pytest.raises(InputError, match=f"^--reference: .*{said}") as info:
+        read_reference(damage(folder, text))
+    assert "\n" not in str(info.value)
+
+
+def test_an_empty_set_has_one_line(tmp_path: Path) -> None:
+    (tmp_path / "captions.csv").write_text("path,caption\n")
+    for path in (tmp_path, tmp_path / "captions.csv"):
+        with pytest.raises(InputError, match="^--reference: the set is empty; add images"):
+            read_reference(path)
+    with pytest.raises(InputError, match="^--reference: no file or folder .*nowhere; pass a CSV"):
+        read_reference(tmp_path / "nowhere")
+
+
+def test_images_and_captions_have_to_be_as_many(task: Task) -> None:
+    with pytest.raises(InputError, match="got 18 images and 1 captions; give each image one"):
+        ReferenceSet(task.train, ("one",))
+
+
+# --- runs
+
+
+@pytest.fixture
+def options(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    start_model: dict[str, str],
+    task_folders: tuple[str, str],
+) -> dict[str, Any]:
+    monkeypatch.setattr(OnReference, "name", "on_reference", raising=False)
+    return {
+        "method": "on_reference",
+        "tasks": task_folders,
+        "logs": str(tmp_path / "logs"),
+        "name": "first",
+        "iterations": 3,
+        "batch_size": 6,
+        "lr": 1e-3,
+        "precision": "fp32",
+        "device": "cpu",
+        **start_model,
+    }
+
+
+def test_a_run_with_a_folder(options: dict[str, Any], folder: Path) -> None:
+    done = run(resolve(options | {"reference": str(folder), "reference_batch_size": 4}))
+    assert done is not None and done.status == "complete"
+    hashes = json.loads((done.path / "env.json").read_text())["hashes"]
+    assert hashes["reference"] == read_reference(folder).fingerprint()
+    assert "reference_0 " in (done.path / "out.log").read_text()
+
+
+def test_a_run_on_the_current_images(options: dict[str, Any]) -> None:
+    done = run(resolve(options | {"reference": "current"}))
+    assert done is not None and done.status == "complete"
+    assert "reference" not in json.loads((done.path / "env.json").read_text())["hashes"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "--reference: method on_reference distils on images with captions and got none"),
+        ({"method": "lwf", "reference": "current"}, "--reference: got current, but method lwf"),
+        (
+            {"method": "lwf", "reference_batch_size": 4},
+            "--reference-batch-size: got 4, but method lwf",
+        ),
+        ({"reference": "nowhere"}, "--reference: no file or folder nowhere"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_folder_is_made(
+    options: dict[str, Any], tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InputError, match=f"^{said}") as info:
+        run(resolve(options | changes))
+    assert "\n" not in str(info.value)
+    assert not (tmp_path / "logs").exists()
