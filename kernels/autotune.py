@@ -39,7 +39,7 @@ def run(
 ) -> Result:
     """What `function` returns for the chosen plan."""
     if launch.is_recording(every_plan=True):
-        return [function(plan) for plan in plans][0]
+        return next(function(plan) for plan in plans)
     if len(plans) == 1 or device.table_architecture == "interpreter" or not enabled():
         return function(plans[0])
     with launch.current_device(device.place):

@@ -223,7 +223,7 @@ def similarity_backward(
     g = LogitGradient(gradients.GIVEN, [model], scale, given=grad.to(dtype))
     dx, dw = features.new_empty(0), features.new_empty(0)
     dscale = common.empty_float32(features, 0)
-    if wanted[2] or wanted[0] and normalize:
+    if wanted[2] or (wanted[0] and normalize):
         a = gradients.operand_gradient(g, False, torch.float32, of_columns, scaled=False)
         dx, projection = _project(a, model.features, of_rows, scale, dtype if wanted[0] else None)
         dscale = projection.sum() if wanted[2] else dscale

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from mulki import functional, losses
 from mulki.similarity import Similarity
@@ -40,7 +40,7 @@ class _CheckoutFinder:
     """
 
     _HERE = Path(__file__).resolve().parent
-    _FOLDERS = {
+    _FOLDERS: ClassVar = {
         f"{__name__}.kernels": _HERE.parent / "kernels",
         f"{__name__}.bench": _HERE.parent / "benchmarks" / "ops",
     }

@@ -61,7 +61,7 @@ class Similarity:
         return self.features.requires_grad or self.prototypes.requires_grad or scale_grad
 
     @property
-    def T(self) -> Similarity:  # noqa: N802 - the name tensors use
+    def T(self) -> Similarity:
         """The transpose [P, N]: features and prototypes swap roles."""
         return Similarity(self.prototypes, self.features, self.scale)
 

@@ -89,7 +89,7 @@ def sums(rank: int, world: int) -> None:
 
 def disagreements(rank: int, world: int) -> dict[str, str]:
     last = world - 1
-    messages = {
+    return {
         "width": said(
             ValueError, lambda: collectives.agree(rows=2, width=64 if rank == last else 32, a=1)
         ),
@@ -116,7 +116,6 @@ def disagreements(rank: int, world: int) -> dict[str, str]:
             ValueError, lambda: collectives.agree(rows=2, text="y" * (2000 if rank else 1))
         ),
     }
-    return messages
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])

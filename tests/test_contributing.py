@@ -63,7 +63,7 @@ def test_the_smallest_operator_works_as_written(tmp_path: Path) -> None:
     tried = """
 import energy, torch
 from torch.library import opcheck
-from mulki.ops.registry import SCHEMAS
+from mulki.ops.operators import OPERATORS
 x, w = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (6, 5))
 s = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
 assert torch.autograd.gradcheck(lambda *leaves: energy.loss(leaves), (x, w, s))
@@ -75,7 +75,7 @@ except ValueError as error:
     assert str(error).startswith("prototypes: got shape [5, 3]"), error
 else:
     raise AssertionError("taken")
-assert {"energy", "energy_backward"} < set(SCHEMAS)
+assert {"energy", "energy_backward"} < set(OPERATORS)
 """
     environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     command = [sys.executable, "-c", tried]

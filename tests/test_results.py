@@ -293,10 +293,9 @@ def test_metrics_of_the_file_are_those_of_the_run(tmp_path: Path) -> None:
 def test_an_exception_leaves_an_interrupted_run(
     tmp_path: Path, without_tensorboard: None, error: BaseException
 ) -> None:
-    with pytest.raises(type(error)):
-        with make(tmp_path) as run:
-            run.add_row("digits", row(1, 2, 3))
-            raise error
+    with pytest.raises(type(error)), make(tmp_path) as run:
+        run.add_row("digits", row(1, 2, 3))
+        raise error
     assert summary_of(run.path)["status"] == "interrupted"
     assert summary_of(run.path)["tasks"] == ["digits"]
     log = (run.path / "out.log").read_text()
@@ -308,20 +307,18 @@ def test_an_exception_leaves_an_interrupted_run(
 def test_an_exception_before_the_first_evaluation(
     tmp_path: Path, without_tensorboard: None
 ) -> None:
-    with pytest.raises(InputError, match="no such task"):
-        with make(tmp_path) as run:
-            raise InputError("no such task")
+    with pytest.raises(InputError, match="no such task"), make(tmp_path) as run:
+        raise InputError("no such task")
     assert summary_of(run.path)["status"] == "interrupted"
 
 
 def test_a_failure_after_the_end_takes_nothing_back(
     tmp_path: Path, without_tensorboard: None
 ) -> None:
-    with pytest.raises(BrokenPipeError):
-        with make(tmp_path) as run:
-            run.add_row("digits", row(1, 2, 3))
-            run.finish()
-            raise BrokenPipeError
+    with pytest.raises(BrokenPipeError), make(tmp_path) as run:
+        run.add_row("digits", row(1, 2, 3))
+        run.finish()
+        raise BrokenPipeError
     assert summary_of(run.path)["status"] == "complete"
     assert RunFolder.open(run.path).status == "complete"
 

@@ -83,7 +83,7 @@ def tuning(method: str) -> list[Run]:
 def mulki_strength(factor: float) -> Options:
     """Coefficients of every term that looks at a teacher, scaled together."""
     relations = ("image_text", "image_image", "text_image", "text_text")
-    return {name: 0.25 * factor for name in relations} | {"feature": factor}
+    return dict.fromkeys(relations, 0.25 * factor) | {"feature": factor}
 
 
 def comparison() -> list[Run]:

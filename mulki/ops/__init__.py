@@ -5,9 +5,10 @@ schema, the check of its arguments, fake kernel, reference in plain PyTorch, gra
 function that the public functions call. The reference is the specification; the kernels in csrc/
 (C++, for the CPU) and in kernels/ (Triton, for GPUs) may not change a result beyond rounding.
 
-Shared by all of them: `registry` (definition), `autograd` (gradients), `backends` (which kernel
-serves a call), `loader` (of the C++ kernels), `checks` (messages), `arguments`, `logits`, and
-`torch_private` (names of torch that are not public). `gates` weigh teachers.
+Shared by all of them: `operators` (the table), `registry` (definition), `autograd` (gradients),
+`backends` (which kernel serves a call), `loader` (of the C++ kernels), `checks` (messages),
+`arguments`, `logits`, and `torch_private` (names of torch that are not public). `gates` computes the
+weights of teachers.
 """
 
 from mulki.ops import (

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from mulki.ops import torch_private
+from mulki.ops.operators import OPERATORS
 
 Kernel = Callable[..., Any]
 
@@ -46,7 +47,7 @@ class Reference:
         return None
 
     def kernel(self, op: str) -> Kernel:
-        return _operators[op].reference
+        return OPERATORS[op].reference
 
 
 class Cpp:
@@ -114,11 +115,6 @@ class Served(NamedTuple):
     rejected: dict[str, str]  # the better backends, and why they do not serve it
 
 
-class _Operator(NamedTuple):
-    check: Callable[..., None]  # of its arguments
-    reference: Kernel
-
-
 class _Forced:
     """One use of `use_backend`: an object of its own, since two may name the same backend."""
 
@@ -126,16 +122,10 @@ class _Forced:
         self.name = name
 
 
-_operators: dict[str, _Operator] = {}
 _forced: tuple[_Forced, ...] = ()  # the one entered last is in force
 _forcing_lock = threading.Lock()
 _kernels: dict[tuple[str, str, torch.dtype, str, bool], Kernel] = {}
 _fallbacks: dict[tuple[str, str, torch.dtype, str], Served] = {}
-
-
-def add(op: str, check: Callable[..., None], reference: Kernel) -> None:
-    """Make an operator known: the check of its arguments, and its kernel in plain PyTorch."""
-    _operators[op] = _Operator(check, reference)
 
 
 def call(op: str, *args: Any) -> Any:
@@ -145,7 +135,7 @@ def call(op: str, *args: Any) -> Any:
         TypeError, ValueError: an argument does not fit.
         RuntimeError, ValueError: see `kernel`.
     """
-    _operators[op].check(*args)
+    OPERATORS[op].check(*args)
     # A `_backward` form has the upstream gradient before the features.
     features = args[1] if op.endswith("_backward") else args[0]
     kind = features.device.type
@@ -270,7 +260,7 @@ def report() -> list[Served]:
     return [
         _explain(choose(op, device_type, dtype, setting), setting)
         for device_type in ("cpu", *gpus)
-        for op in _operators
+        for op in OPERATORS
         for dtype in (torch.float32, torch.bfloat16)
     ]
 

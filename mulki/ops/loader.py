@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from mulki.ops.registry import SCHEMAS
+from mulki.ops.operators import OPERATORS
 
 CAPABILITIES = ("AVX512", "AVX2", "DEFAULT")  # best first
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -50,8 +50,9 @@ def capability() -> str:
 
 def library_name(capability: str) -> str:
     """The name, without suffix, of the library for this torch and these operators."""
-    schemas = sha256(repr(SCHEMAS).encode()).hexdigest()[:8]
-    return f"_cpu_{capability.lower()}_torch{torch_version().replace('.', '_')}_{schemas}"
+    schemas = {name: operator.schema for name, operator in OPERATORS.items()}
+    digest = sha256(repr(schemas).encode()).hexdigest()[:8]
+    return f"_cpu_{capability.lower()}_torch{torch_version().replace('.', '_')}_{digest}"
 
 
 def torch_version() -> str:

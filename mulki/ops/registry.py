@@ -30,6 +30,7 @@ from torch.library import Library
 
 from mulki.ops import backends
 from mulki.ops.logits import wide
+from mulki.ops.operators import OPERATORS, Operator
 
 Fake = Callable[..., Any]
 
@@ -38,9 +39,6 @@ KEYS = ("CPU", "CUDA", "XPU", "MPS")
 
 library = Library("mulki", "DEF")
 _cpp = Library("mulki_cpp", "DEF")
-
-# The schemas that the C++ kernels are built for, by operator.
-SCHEMAS: dict[str, str] = {}
 
 
 def define(
@@ -55,10 +53,9 @@ def define(
         fake: from the arguments, checked, to empty results: shapes and dtypes for tracing.
         reference: the operator in plain PyTorch, on any device.
     """
-    SCHEMAS[name] = schema
+    OPERATORS[name] = Operator(schema, check, reference)
     library.define(name + schema, tags=TAGS)
     _cpp.define(name + schema, tags=TAGS)
-    backends.add(name, check, reference)
     for key in KEYS:
         library.impl(name, partial(backends.call, name), key)
 

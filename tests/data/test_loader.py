@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ class Noise:
 class Counting(Blank):
     """Counts loads of each image; image i is of grey i."""
 
-    loads: Counter[int] = Counter()
+    loads: ClassVar[Counter[int]] = Counter()
 
     def load(self, index: int) -> Any:
         self.loads[index] += 1
@@ -116,7 +116,7 @@ def test_global_generators_are_left_alone(images: Any) -> None:
 def test_starting_late_gives_what_would_have_come(
     n: int, size: int, start: int, drop_last: bool, shuffle: bool
 ) -> None:
-    options: dict[str, Any] = dict(batch_size=size, drop_last=drop_last, shuffle=shuffle)
+    options: dict[str, Any] = {"batch_size": size, "drop_last": drop_last, "shuffle": shuffle}
     blank = Blank((0,) * n)
     wanted = _take(start + 5, blank, Noise(), **options)
     assert all(len(index) == min(size, n) for _, _, index in wanted) or not drop_last
@@ -200,7 +200,7 @@ def test_an_unreadable_image_is_named_in_one_line(make_folder: Any, in_worker: b
 def test_processes_divide_each_batch_in_its_order(
     n: int, size: int, processes: int, drop_last: bool, shuffle: bool
 ) -> None:
-    options: dict[str, Any] = dict(batch_size=size, drop_last=drop_last, shuffle=shuffle)
+    options: dict[str, Any] = {"batch_size": size, "drop_last": drop_last, "shuffle": shuffle}
     blank = Blank((0,) * n)
 
     def part(rank: int) -> Callable[[int], list[int]]:

@@ -31,7 +31,7 @@ def _from_tarfile(path: Path) -> list[tuple[bytes, int]]:
     with tarfile.open(path) as tar:
         for member in tar:
             key, _, suffix = member.name.partition(".")
-            items.setdefault(key, {})[suffix] = tar.extractfile(member).read()  # type: ignore
+            items.setdefault(key, {})[suffix] = tar.extractfile(member).read()
     return [(items[key]["webp"], int(items[key]["cls"])) for key in sorted(items)]
 
 

@@ -73,7 +73,7 @@ def test_crop_varies_normalises_and_keeps_most_of_the_image() -> None:
 
 
 def test_crop_takes_at_least_nine_tenths_bicubically() -> None:
-    step = train_transform(None, "crop", 8, MEAN, STD).transforms[0]  # type: ignore
+    step = train_transform(None, "crop", 8, MEAN, STD).transforms[0]
     assert step.interpolation is tv.InterpolationMode.BICUBIC
     areas = [
         h * w

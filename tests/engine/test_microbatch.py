@@ -416,7 +416,7 @@ def test_bad_arguments() -> None:
         (ValueError, "micro_batch: got 0",
          lambda: backward(contrastive, (module, images, texts), micro_batch=0)),
         (TypeError, "micro_batch: got float",
-         lambda: backward(contrastive, (module, images, texts), micro_batch=2.0)),  # type: ignore
+         lambda: backward(contrastive, (module, images, texts), micro_batch=2.0)),
         (ValueError, "encoders: got none", lambda: backward(contrastive, micro_batch=2)),
         (ValueError, r"encoders\[0\]: got inputs of 10, 9 rows",
          lambda: backward(contrastive, (module, images, texts[:9]), micro_batch=2)),

@@ -129,7 +129,7 @@ def test_rows_of_zero_shot_are_the_same_and_evaluated_once(
         return real(model, images)
 
     monkeypatch.setattr(VisionLanguageModel, "encode_images", counted)
-    header, *rows = rows_of(run(method="zero_shot"))
+    _, *rows = rows_of(run(method="zero_shot"))
     assert len({tuple(row[1:]) for row in rows}) == 1
     assert sum(seen) == 25
 

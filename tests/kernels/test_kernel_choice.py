@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mulki import kernels
-from mulki.ops.registry import SCHEMAS
+from mulki.ops.operators import OPERATORS
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def triton(monkeypatch):
 
 
 def test_every_operator_has_a_kernel():
-    assert set(kernels.KERNELS) == set(SCHEMAS)
+    assert set(kernels.KERNELS) == set(OPERATORS)
     assert all(kernels.KERNELS.count(op) == 1 for op in kernels.KERNELS)
 
 

@@ -111,7 +111,7 @@ def test_two_equal_teachers_are_one():
 
 
 def test_a_temperature_and_a_teacher_of_another_width():
-    model, out = outputs("distill")
+    _, out = outputs("distill")
     assert out["dist_image_features"].shape[1] != out["image_features"].shape[1]
     loss = DistillClipLoss(temperature=2.5)
     _, distilled = loss(**out)

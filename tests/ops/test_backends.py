@@ -13,7 +13,7 @@ import torch
 
 from mulki import ops
 from mulki.ops import backends, torch_private, use_backend
-from mulki.ops.registry import SCHEMAS
+from mulki.ops.operators import OPERATORS
 from tests.ops.op_cases import NAMES, form_arguments, make, requiring_grad, run
 
 HALF = torch.bfloat16
@@ -247,7 +247,7 @@ def test_report_names_who_serves_and_why_others_do_not(cpp):
         return [served for served in ops.report() if served.device_type == "cpu"]
 
     cpu = of_the_cpu()
-    assert {(s.op, s.dtype) for s in cpu} == {(o, d) for o in SCHEMAS for d in (FULL, HALF)}
+    assert {(s.op, s.dtype) for s in cpu} == {(o, d) for o in OPERATORS for d in (FULL, HALF)}
     assert all(s.backend == "reference" and s.rejected == {"cpp": "no compiler"} for s in cpu)
     cpp.reason = None
     assert all(s.backend == "cpp" and s.rejected == {} for s in of_the_cpu())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from mulki.ops.registry import SCHEMAS
+from mulki.ops.operators import OPERATORS
 from tests.ops import op_cases
 from tests.ops.op_cases import LOSSES, NAMES, Case, expected, first, form_arguments, make, run
 
@@ -166,6 +166,6 @@ def test_the_weights_that_come_back_are_a_copy(backend):
 
 
 def test_every_form_of_every_operator_is_there():
-    assert {op.removesuffix("_backward").removesuffix("_reduced") for op in SCHEMAS} == {
+    assert {op.removesuffix("_backward").removesuffix("_reduced") for op in OPERATORS} == {
         make(name).op for name in NAMES
     }

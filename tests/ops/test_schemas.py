@@ -7,7 +7,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
-from mulki.ops.registry import SCHEMAS
+from mulki.ops.operators import OPERATORS
 from tests.ops.op_cases import (
     LOSSES,
     NAMES,
@@ -70,7 +70,7 @@ def _fake(mode: FakeTensorMode, value: object) -> object:
 
 
 def test_both_namespaces_have_the_same_schemas():
-    for op in SCHEMAS:
+    for op in OPERATORS:
         public, cpp = (str(getattr(space, op).default._schema) for space in _namespaces())
         assert public.replace("mulki::", "") == cpp.replace("mulki_cpp::", "")
 

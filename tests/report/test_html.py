@@ -89,7 +89,7 @@ def test_heat_follows_the_accuracy(folder: Path) -> None:
     page = render_html(read_folder(folder))
     cells = re.findall(r"rgba\(31, 119, 180, ([\d.]+)\)\">([\d.]+)<", page)
     assert len(cells) == 9
-    assert dict((value, float(heat)) for heat, value in cells) == {
+    assert {value: float(heat) for heat, value in cells} == {
         value: pytest.approx(float(value) * 0.007, abs=5e-4) for _, value in cells
     }
 

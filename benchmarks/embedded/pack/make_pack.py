@@ -9,6 +9,7 @@ with the same packages.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import hashlib
 import html
@@ -87,10 +88,8 @@ NOBODY = frozenset({"", "me", "u", "unknown", "anonymous"})
 def _author(markup: str) -> str:
     """Whom a drawing names as its creator, without addresses; empty where it names nobody."""
     name = html.unescape(html.unescape(render.clipart_author(markup)))
-    try:
+    with contextlib.suppress(UnicodeError):
         name = name.encode("latin-1").decode("utf-8")  # some names were encoded twice
-    except UnicodeError:
-        pass
     address = re.compile(r"\s*[(\[<]?(\S+)(@| ON )[\w.-]+[)\]>]?")
     name = address.sub(lambda found: "" if found.start() else found[1], name)
     name = re.sub(r"\s+", " ", name).strip(" -")

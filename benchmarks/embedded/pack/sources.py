@@ -117,7 +117,7 @@ class Cache:
         return self._unpacked("debian", name, fetch)
 
     def pypi(self, requirement: str) -> Path:
-        stem = requirement.split("==")[0].replace("-", "_")
+        stem = requirement.split("==", maxsplit=1)[0].replace("-", "_")
 
         def fetch(folder: Path) -> None:
             command = [sys.executable, "-m", "pip", "download", "--no-deps", requirement]
@@ -128,7 +128,7 @@ class Cache:
 
     def npm(self, requirement: str) -> Path:
         """Unpack ``@iconify-json/<name>`` and return its ``package`` folder."""
-        name = requirement.split("@")[0]
+        name = requirement.split("@", maxsplit=1)[0]
 
         def fetch(folder: Path) -> None:
             command = ["npm", "pack", f"@iconify-json/{requirement}"]

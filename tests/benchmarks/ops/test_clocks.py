@@ -36,7 +36,7 @@ class Log:
 
         return note
 
-    def Event(self, enable_timing: bool) -> Any:  # noqa: N802 - torch's name
+    def Event(self, enable_timing: bool) -> Any:
         assert enable_timing
         number = sum(call.startswith("record") for call in self.calls)
         return SimpleNamespace(

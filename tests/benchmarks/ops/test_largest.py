@@ -82,7 +82,7 @@ def test_the_largest_n_of_a_provider(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(largest, "START", 8)
     monkeypatch.setattr(largest, "LIMIT", 64)
     monkeypatch.setitem(PROVIDERS, "mulki", starving(20))
-    monkeypatch.setitem(PROVIDERS, "wrong", Provider("wrong", lambda case: 1 / 0))  # type: ignore
+    monkeypatch.setitem(PROVIDERS, "wrong", Provider("wrong", lambda case: 1 / 0))
     (case,) = largest.cases(["prototype_cross_entropy"], ["float32"], "cpu")
     mulki, eager, graph, wrong, memeff = largest.search(
         case, ["mulki", "eager", "graph", "wrong", "memeff"]
