@@ -7,8 +7,8 @@ function that the public functions call. The reference is the specification; the
 
 Shared by all of them: `operators` (the table), `registry` (definition), `autograd` (gradients),
 `backends` (which kernel serves a call), `loader` (of the C++ kernels), `checks` (messages),
-`arguments`, `logits`, and `torch_private` (names of torch that are not public). `gates` computes the
-weights of teachers.
+`arguments`, `logits`, and `torch_private` (names of torch that are not public). `gates` computes
+the weights of teachers.
 """
 
 from mulki.ops import (
