@@ -104,6 +104,10 @@ def resolved_by(
         (["--no-lock-text"], {"lock_text": False}),
         (["--no_save_checkpoints"], {"save_checkpoints": False}),
         (["--no-eliciting", "--gate", "uniform"], {"eliciting": False, "gate": "uniform"}),
+        (
+            ["--gate", "blend", "--gate-entropy", "0.5", "--gate_label=2"],
+            {"gate": "blend", "gate_entropy": 0.5, "gate_label": 2.0},
+        ),
         (["--method", "lwf", "--temperature", "3"], {"method": "lwf", "temperature": 3.0}),
         (["--grad-clip-norm", "none"], {"grad_clip_norm": None}),
         (["--epochs", "0.5"], {"epochs": 0.5}),

@@ -72,7 +72,7 @@ class MulKI(Method):
         )
         alpha: float = option(
             1.0,
-            "share of the new weights against the previous model's, (0, 1]",
+            "weight of the new parameters against the previous model's, (0, 1]",
             above=0,
             high=1,
             alias="--wise-ft-alpha",
@@ -87,7 +87,8 @@ class MulKI(Method):
         try:
             find_gate(o.gate).numbers(o.gate_entropy, o.gate_label)
         except (TypeError, ValueError) as error:
-            raise InputError(f"--gate {o.gate}: {error}") from None
+            argument, _, said = str(error).partition(":")
+            raise InputError(f"--{argument.replace('_', '-')}:{said}") from None
         relations = o.adding
         visual = o.eliciting
         self.objective = MulKILoss(

@@ -55,7 +55,7 @@ class TestRegistry:
         (MulKI, "text_image", (-0.1,), (0.0,)),
         (MulKI, "text_text", (-0.1,), (0.0,)),
         (MulKI, "feature", (-0.1,), (0.0,)),
-        (MulKI, "gate", ("lable",), ("uniform", "confidence", "label", "discrepancy")),
+        (MulKI, "gate", ("lable",), ("uniform", "label", "discrepancy", "loss")),
         (MulKI, "gate_temperature", (0.0,), (0.1,)),
         (MulKI, "we_every", (-1,), (0, 1)),
         (MulKI, "alpha", (0.0, 1.1, float("nan")), (0.1, 1.0)),
@@ -68,3 +68,16 @@ def test_bounds_of_options(method, name, bad, good):
             method(method.Options(**{name: value}))
     for value in good:
         method(method.Options(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"gate": "blend"}, '^--gate-entropy: got NoneType, wanted a number for gate="blend"$'),
+        ({"gate": "blend", "gate_entropy": 1.0}, "^--gate-label: got NoneType"),
+        ({"gate_label": 0.5}, '^--gate-label: got 0.5 with gate="label", which does not take it'),
+    ],
+)
+def test_numbers_of_a_gate_that_do_not_fit_it(options, said):
+    with pytest.raises(InputError, match=said):
+        MulKI(MulKI.Options(**options))
