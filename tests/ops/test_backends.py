@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import threading
+import traceback
 import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from mulki import ops
+import mulki
+from mulki import Similarity, ops
+from mulki.functional import dual_teacher_kl
 from mulki.ops import backends, torch_private, use_backend
 from mulki.ops.operators import OPERATORS
 from tests.ops.op_cases import NAMES, form_arguments, make, requiring_grad, run
@@ -288,3 +292,35 @@ def test_autocast_around_a_backward_changes_nothing(name, backend):
     with torch.autocast("cpu", torch.bfloat16):
         cast = run(case)
     assert all(a.equal(b) for a, b in zip(plain, cast, strict=True))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_call_passes_four_files_and_returns_to_none(monkeypatch, unit, grad):
+    """From the public function to the kernel, each file of the package is entered once."""
+    stack: list[str] = []
+
+    class Watched(Stub):
+        def kernel(self, op):
+            reference = backends.Reference().kernel(op)
+
+            def watched(*args):
+                stack.extend(frame.filename for frame in traceback.extract_stack())
+                return reference(*args)
+
+            return watched
+
+    monkeypatch.setitem(backends.BACKENDS, "cpp", Watched())
+    x, w = unit(6, 4).float().requires_grad_(grad), unit(5, 4).float()
+    student, teacher = Similarity(x, w, 9.0), Similarity(x.detach(), w, 8.0)
+    dual_teacher_kl(student, teacher, teacher, gate="uniform")
+    package = Path(mulki.__file__).parent
+    files = [
+        Path(file).relative_to(package) for file in stack if Path(file).is_relative_to(package)
+    ]
+    passed = [str(file) for file, _ in itertools.groupby(files)]
+    assert passed == [
+        "functional.py",
+        str(Path("ops/teacher_kl.py")),
+        str(Path("ops/torch_private.py")),
+        str(Path("ops/backends.py")),
+    ]
