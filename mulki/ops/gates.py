@@ -39,6 +39,9 @@ class Gate:
         label: b of the row-wise score; None where the user gives it (`gate_label`).
         weights: computes the weights instead of the row-wise score.
         needs_target: whether `weights` looks at the target; a row-wise gate does where b is not 0.
+
+    Raises:
+        TypeError, ValueError: an empty name, a number that is not finite, or both kinds of rule.
     """
 
     name: str
@@ -47,6 +50,19 @@ class Gate:
     label: float | None = 0.0
     weights: Weights | None = None
     needs_target: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise ValueError(f"name: got {self.name!r}, wanted the name of a gate")
+        for field in ("entropy", "label"):
+            value = getattr(self, field)
+            if value is not None:
+                _check_number(field, value)
+        if self.weights is not None and (self.entropy != 0 or self.label != 0):
+            raise ValueError(
+                f"weights: got a function together with entropy {self.entropy} and label "
+                f"{self.label}, wanted one of the two rules; leave the others out"
+            )
 
     def uses_target(self, gate_label: float | None = None) -> bool:
         """Whether the gate looks at the target, where the user gave `gate_label` or nothing."""
@@ -66,11 +82,8 @@ class Gate:
 
 def _number(argument: str, given: float | None, fixed: float | None, gate: str) -> float:
     if fixed is None:
-        if isinstance(given, bool) or not isinstance(given, Real):
-            came = type(given).__name__
-            raise TypeError(f'{argument}: got {came}, wanted a number for gate="{gate}"')
-        if not math.isfinite(given):
-            raise ValueError(f"{argument}: got {given}, wanted a finite number")
+        _check_number(argument, given, f' for gate="{gate}"')
+        assert given is not None
         return float(given)
     if given is not None:
         raise ValueError(
@@ -80,6 +93,13 @@ def _number(argument: str, given: float | None, fixed: float | None, gate: str) 
     return fixed
 
 
+def _check_number(name: str, value: object, purpose: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted a number{purpose}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: got {value}, wanted a finite number{purpose}")
+
+
 GATES: dict[str, Gate] = {}
 
 
@@ -87,8 +107,10 @@ def register_gate(gate: Gate) -> Gate:
     """Add a gate, so that users can name it.
 
     Raises:
-        ValueError: the name is taken.
+        TypeError, ValueError: it is no `Gate`, or the name is taken.
     """
+    if not isinstance(gate, Gate):
+        raise TypeError(f"gate: got {type(gate).__name__}, wanted a mulki.ops.gates.Gate")
     if gate.name in GATES:
         raise ValueError(f"gate: {gate.name!r} is registered already; choose another name")
     GATES[gate.name] = gate

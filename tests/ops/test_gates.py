@@ -182,3 +182,22 @@ def test_a_gate_may_be_a_function_of_the_teachers(models):
         torch.testing.assert_close(got, teacher_kl(student, teachers[:1]))
     finally:
         del GATES["first"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"name": " "}, ValueError, "^name: got ' '"),
+        ({"entropy": math.nan}, ValueError, "^entropy: got nan, wanted a finite number"),
+        ({"label": "1"}, TypeError, "^label: got str, wanted a number"),
+        ({"label": 1.0, "weights": gates.loss_weights}, ValueError, "^weights: got a function tog"),
+    ],
+)
+def test_gates_that_cannot_be(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Gate(**{"name": "odd", "summary": "", **arguments})
+
+
+def test_what_is_no_gate_is_not_registered():
+    with pytest.raises(TypeError, match="^gate: got str, wanted a mulki.ops.gates.Gate"):
+        register_gate("sceptical")
