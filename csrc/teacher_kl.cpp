@@ -65,7 +65,7 @@ struct TeacherKl {
       score = on_heap.data();
     }
     for (int64_t i = 0; i < k; ++i) {
-      score[i] = -gate_entropy * double(entropy[row * k + i]);
+      score[i] = gate_entropy == 0 ? 0.0 : -gate_entropy * double(entropy[row * k + i]);
       if (targets != nullptr) {
         score[i] += gate_label * (c[i + 1] * teachers[i].at_target - teachers[i].log_sum);
       }
@@ -118,22 +118,13 @@ void check(const Arguments& a) {
   for (int64_t i = 0; i < k; ++i) {
     const Tensor features = a.teacher_features[i], prototypes = a.teacher_prototypes[i];
     check_matrices("teacher_features", features, "teacher_prototypes", prototypes);
+    check_dtype("teacher_features", features, a.features.scalar_type());
     check_shape("teacher_features", features, {n, features.size(1)});
     check_shape("teacher_prototypes", prototypes, {p, features.size(1)});
   }
   if (a.weights.has_value()) {
     check_shape("weights", *a.weights, {n, k});
   }
-}
-
-// The dtype of the products. Half precision is used only if the student and all teachers have it.
-at::ScalarType common_dtype(const Arguments& a) {
-  for (const Tensor& t : a.teacher_features) {
-    if (t.scalar_type() != a.features.scalar_type()) {
-      return at::kFloat;
-    }
-  }
-  return a.features.scalar_type();
 }
 
 Result run(
@@ -167,7 +158,7 @@ Result run(
   for (const Tensor& t : a.teacher_features) {
     depth = std::min(depth, t.size(1));
   }
-  with_engine(common_dtype(a), depth, [&](auto engine) {
+  with_engine(a.features.scalar_type(), depth, [&](auto engine) {
     using Engine = decltype(engine);
     const Tiling tiling =
         tiling_for<Engine>(n, a.prototypes.size(0), k + 1, wanted[0] || wanted[1]);

@@ -15,10 +15,10 @@ waits for a GPU and does not compile: it is for the search for a fault.
 
 Limits: gradients have no gradients (double backward raises), there is no forward-mode
 differentiation, the transforms of `torch.func` that differentiate raise, and so does `vmap` over
-`teacher_kl`. What needs those can call the `reference` of each operator in
-`mulki.ops`. Under
+`teacher_kl`. What needs those can call the `reference` of each operator in `mulki.ops`. Under
 `torch.compile` every new value of a float option (`temperature`, `gate_temperature`,
-`label_smoothing`) is a recompilation; a new scale, float or tensor, is not.
+`gate_entropy`, `gate_label`, `label_smoothing`) is a recompilation; a new scale, float or tensor,
+is not.
 """
 
 from __future__ import annotations
@@ -109,13 +109,13 @@ def prototype_cross_entropy(
         TypeError, ValueError: naming the argument.
     """
     _check_similarity("similarity", similarity)
-    checks.is_tensor("target", target)
+    checks.is_tensor("target", target, "an int64 tensor of class indices")
     checks.choice("reduction", reduction, REDUCTIONS)
     checks.fraction("label_smoothing", label_smoothing)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: got {type(ignore_index).__name__}, wanted an int")
     if class_mask is not None:
-        checks.is_tensor("class_mask", class_mask)
+        checks.is_tensor("class_mask", class_mask, "a bool tensor")
     if check_finite:
         _check_finite_similarity("similarity", similarity)
     operands = similarity.features, similarity.prototypes, similarity.scale
@@ -233,11 +233,11 @@ def teacher_kl(
     for k, teacher in enumerate(teachers):
         _check_teacher(f"teachers[{k}]", teacher, student)
     checks.choice("reduction", reduction, REDUCTIONS)
-    checks.positive("temperature", temperature)
-    checks.positive("gate_temperature", gate_temperature)
+    checks.real("temperature", temperature)
+    checks.real("gate_temperature", gate_temperature)
     if class_mask is not None:
-        checks.is_tensor("class_mask", class_mask)
-    _check_weights(weights, gate)
+        checks.is_tensor("class_mask", class_mask, "a bool tensor")
+    _check_weights(weights, gate, gate_entropy, gate_label)
     chosen = find_gate("uniform" if gate is None else gate)
     gate_numbers = chosen.numbers(gate_entropy, gate_label)
     if not chosen.uses_target(gate_label):
@@ -245,7 +245,7 @@ def teacher_kl(
     elif target is None:
         raise ValueError(f'target: got None, wanted [N] class indices for gate="{gate}"')
     else:
-        checks.is_tensor("target", target)
+        checks.is_tensor("target", target, "an int64 tensor of class indices")
     if check_finite:
         _check_finite_similarity("student", student)
         for k, teacher in enumerate(teachers):
@@ -342,8 +342,8 @@ def dual_teacher_kl(
         weights=weights,
         gate=gate if weights is None else None,
         gate_temperature=gate_temperature,
-        gate_entropy=gate_entropy,
-        gate_label=gate_label,
+        gate_entropy=gate_entropy if weights is None else None,
+        gate_label=gate_label if weights is None else None,
         target=target,
         class_mask=class_mask,
         reduction=reduction,
@@ -412,7 +412,7 @@ def _check_pairs(
     reduction: str,
     check_finite: bool,
 ) -> None:
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    checks.choice("reduction", reduction, REDUCTIONS)
     checks.inputs(image_features, text_features, logit_scale, PAIR_NAMES)
     checks.matching_rows(image_features, text_features)
     if logit_bias is not None:
@@ -448,11 +448,15 @@ def _check_teacher(name: str, teacher: object, student: Similarity) -> None:
         )
 
 
-def _check_weights(weights: Tensor | None, gate: str | None) -> None:
+def _check_weights(
+    weights: Tensor | None, gate: str | None, gate_entropy: float | None, gate_label: float | None
+) -> None:
     if weights is None:
         return
-    if gate is not None:
-        raise ValueError(f"gate: got {gate!r} together with weights, wanted one of the two")
+    of_gate = {"gate": gate, "gate_entropy": gate_entropy, "gate_label": gate_label}
+    for name, value in of_gate.items():
+        if value is not None:
+            raise ValueError(f"{name}: got {value!r} together with weights, wanted one of the two")
     if not isinstance(weights, Tensor) or not weights.is_floating_point():
         came = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
         raise TypeError(f"weights: got {came}, wanted a floating point tensor [N, K]")

@@ -137,7 +137,7 @@ class DualTeacherClipLoss(DistillClipLoss):
     defaults are those of `mulki.functional.dual_teacher_kl`.
 
     Args:
-        gate: "uniform", "confidence", "label", "blend", "discrepancy" or "loss".
+        gate: a name in `mulki.ops.gates.gate_names()`.
         gate_temperature: > 0, smaller is sharper.
         gate_entropy, gate_label: the two numbers of the gate "blend".
         temperature: T > 0 of both softmax.

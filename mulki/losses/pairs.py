@@ -58,11 +58,7 @@ class Pairs:
         images, texts = self.features()
         names = images, texts, self._name("scale")
         checks.inputs(self.images, self.texts, self.scale, names)
-        if self.images.shape[0] != self.texts.shape[0]:
-            raise ValueError(
-                f"{texts}: got shape {list(self.texts.shape)}, wanted {self.images.shape[0]} rows "
-                f"as {images}: pairs match row by row"
-            )
+        checks.matching_rows(self.images, self.texts, names)
         if student is not None and self.images.shape[0] != student.images.shape[0]:
             raise ValueError(
                 f"{images}: got {self.images.shape[0]} rows, wanted {student.images.shape[0]} as "

@@ -60,8 +60,8 @@ def wants_gradients(reduction: str, *leaves: Tensor | None) -> bool:
     )
 
 
-def wanted(*leaves: Tensor) -> list[bool]:
-    """Which of the leaves' gradients are wanted."""
+def requires_grad_of(*leaves: Tensor) -> list[bool]:
+    """Which of the leaves require grad."""
     return [leaf.requires_grad for leaf in leaves]
 
 

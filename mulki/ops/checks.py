@@ -23,10 +23,10 @@ from mulki.ops.torch_private import check as _check
 REDUCTIONS = ("none", "sum", "mean")
 
 
-def is_tensor(name: str, value: object) -> None:
+def is_tensor(name: str, value: object, wanted: str = "a torch.Tensor") -> None:
     """A tensor. Raises TypeError."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, wanted a torch.Tensor")
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted {wanted}")
 
 
 def choice(name: str, value: object, choices: Collection[str]) -> None:
@@ -37,8 +37,21 @@ def choice(name: str, value: object, choices: Collection[str]) -> None:
 
 def real(name: str, value: object) -> None:
     """A number. Raises TypeError."""
-    if not isinstance(value, Real):
+    # The first test is quicker, and most numbers are floats.
+    if type(value) is not float and not isinstance(value, Real):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted a number")
+
+
+def finite_number(name: str, value: object, purpose: str = "") -> None:
+    """A finite number, and no bool. Raises TypeError, ValueError.
+
+    Args:
+        purpose: what the number is for, behind "wanted a number" in the message.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted a number{purpose}")
+    if not -math.inf < float(value) < math.inf:
+        raise ValueError(f"{name}: got {value}, wanted a finite number{purpose}")
 
 
 def positive(name: str, value: float) -> None:
@@ -123,14 +136,16 @@ def matrices(
             raise ValueError(
                 f"{name}: got shape {list(value.shape)}, wanted 2 dimensions [rows, D]"
             )
-    _check(
-        ValueError,
-        features.shape[1] == prototypes.shape[1],
-        lambda: (
-            f"{names[1]}: got shape {list(prototypes.shape)}, wanted [rows, {features.shape[1]}] "
-            f"to match {names[0]} {list(features.shape)}"
-        ),
-    )
+    fits = features.shape[1] == prototypes.shape[1]
+    if fits is not True:
+        _check(
+            ValueError,
+            fits,
+            lambda: (
+                f"{names[1]}: got shape {list(prototypes.shape)}, wanted "
+                f"[rows, {features.shape[1]}] to match {names[0]} {list(features.shape)}"
+            ),
+        )
     if same_dtype and features.dtype != prototypes.dtype:
         raise TypeError(
             f"{names[1]}: got dtype {prototypes.dtype}, wanted {features.dtype} as {names[0]} "
@@ -154,12 +169,13 @@ def teacher(
     matrices(features, prototypes, (f"{name}.features", f"{name}.prototypes"))
     n, p = student_features.shape[0], student_prototypes.shape[0]
     rows, columns = features.shape[0], prototypes.shape[0]
+
+    def message() -> str:
+        return f"{name}: got shape [{rows}, {columns}], wanted [{n}, {p}] as the student"
+
     for fits in (rows == n, columns == p):
-        _check(
-            ValueError,
-            fits,
-            lambda: f"{name}: got shape [{rows}, {columns}], wanted [{n}, {p}] as the student",
-        )
+        if fits is not True:
+            _check(ValueError, fits, message)
     if features.dtype != student_features.dtype:
         raise TypeError(
             f"{name}: got dtype {features.dtype}, wanted {student_features.dtype} as the "
@@ -170,28 +186,25 @@ def teacher(
 
 def some_rows(name: str, value: Tensor) -> None:
     """At least one row. Raises ValueError."""
-    _check(
-        ValueError,
-        value.shape[0] > 0,
-        lambda: f"{name}: got shape {list(value.shape)}, wanted at least one row",
-    )
+    fits = value.shape[0] > 0
+    if fits is not True:
+        _check(
+            ValueError,
+            fits,
+            lambda: f"{name}: got shape {list(value.shape)}, wanted at least one row",
+        )
 
 
-def operands(
-    features: Tensor,
-    prototypes: Tensor,
-    scale: Tensor,
-    names: tuple[str, str, str] = ("features", "prototypes", "scale"),
-) -> None:
+def operands(features: Tensor, prototypes: Tensor, scale: Tensor) -> None:
     """Features [N, D], P >= 1 prototypes [P, D] and a 0-d scale.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    matrices(features, prototypes, names)
-    some_rows(names[1], prototypes)
-    zero_dimensional(names[2], scale)
-    on_device(names[2], scale, features.device)
+    matrices(features, prototypes, ("features", "prototypes"))
+    some_rows("prototypes", prototypes)
+    zero_dimensional("scale", scale)
+    on_device("scale", scale, features.device)
 
 
 def pairs(images: Tensor, texts: Tensor) -> None:
@@ -204,16 +217,20 @@ def pairs(images: Tensor, texts: Tensor) -> None:
     matching_rows(images, texts)
 
 
-def matching_rows(images: Tensor, texts: Tensor) -> None:
+def matching_rows(
+    images: Tensor, texts: Tensor, names: Sequence[str] = ("image_features", "text_features")
+) -> None:
     """As many rows in both. Raises ValueError."""
-    _check(
-        ValueError,
-        images.shape[0] == texts.shape[0],
-        lambda: (
-            f"text_features: got shape {list(texts.shape)}, wanted {list(images.shape)} as "
-            f"image_features: pairs match row by row"
-        ),
-    )
+    fits = images.shape[0] == texts.shape[0]
+    if fits is not True:
+        _check(
+            ValueError,
+            fits,
+            lambda: (
+                f"{names[1]}: got shape {list(texts.shape)}, wanted {list(images.shape)} as "
+                f"{names[0]}: pairs match row by row"
+            ),
+        )
 
 
 def on_device(name: str, value: Tensor, device: torch.device) -> None:
@@ -231,7 +248,9 @@ def shape(name: str, value: Tensor, wanted: Sequence[int]) -> None:
     if value.ndim != len(wanted):
         raise ValueError(message())
     for got, size in zip(value.shape, wanted, strict=True):
-        _check(ValueError, got == size, message)
+        fits = got == size
+        if fits is not True:
+            _check(ValueError, fits, message)
 
 
 def dtype(name: str, value: Tensor, wanted: torch.dtype, remedy: str) -> None:
@@ -257,7 +276,7 @@ def class_mask(mask: Tensor | None, prototypes: Tensor, values: bool) -> None:
 
 
 def target(
-    target: Tensor,
+    value: Tensor,
     features: Tensor,
     prototypes: Tensor,
     mask: Tensor | None,
@@ -269,11 +288,11 @@ def target(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    dtype("target", target, torch.int64, "long")
-    shape("target", target, features.shape[:1])
-    on_device("target", target, features.device)
-    if values and target.device.type == "cpu":
-        _target_values(target, prototypes.shape[0], mask, ignore_index)
+    dtype("target", value, torch.int64, "long")
+    shape("target", value, features.shape[:1])
+    on_device("target", value, features.device)
+    if values and value.device.type == "cpu":
+        _target_values(value, prototypes.shape[0], mask, ignore_index)
 
 
 def _target_values(
@@ -310,12 +329,13 @@ def finite(**values: Tensor | float | None) -> None:
     for name, value in values.items():
         if value is None:
             continue
-        numbers = value if isinstance(value, Tensor) else torch.tensor(float(value))
-        bad = ~torch.isfinite(numbers)
+        if not isinstance(value, Tensor):
+            value = torch.tensor(float(value), dtype=torch.float64)
+        bad = ~torch.isfinite(value)
         if not bad.any():
             continue
         place = bad.nonzero()[0].tolist()
-        what = "NaN" if math.isnan(float(numbers[tuple(place)])) else "infinity"
+        what = "NaN" if math.isnan(float(value[tuple(place)])) else "infinity"
         where = f" in row {place[0]}" if place else ""
         raise ValueError(
             f"{name}: got {what}{where}, wanted finite values; look at what computed it, which may "

@@ -16,7 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mulki.ops import checks
-from mulki.ops.arguments import refuse_tangents, rounded, scalar, wanted, wants_gradients
+from mulki.ops.arguments import (
+    refuse_tangents,
+    requires_grad_of,
+    rounded,
+    scalar,
+    wants_gradients,
+)
 from mulki.ops.autograd import register_reduced, register_rows
 from mulki.ops.logits import Operands, logit_gradients, logits, narrow, reduce, reduced_rows, wide
 from mulki.ops.registry import backward_fake, define, reduced_fake
@@ -154,7 +160,9 @@ def loss(operands: Operands, logit_bias: Tensor | float | None, reduction: str) 
     leaves = images, texts, scalar(scale, images)
     if wants_gradients(reduction, *leaves):
         mean = reduction == "mean"
-        result: Tensor = torch.ops.mulki.contrastive_reduced(*leaves, mean, wanted(*leaves))[0]
+        result: Tensor = torch.ops.mulki.contrastive_reduced(
+            *leaves, mean, requires_grad_of(*leaves)
+        )[0]
     else:
         result = reduce(torch.ops.mulki.contrastive(*leaves)[0], reduction)
     if isinstance(logit_bias, Tensor) and logit_bias.requires_grad:

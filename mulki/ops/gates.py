@@ -14,18 +14,18 @@ One call of `register_gate` adds a gate to the functions, the modules and the co
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 from torch import Tensor
 
+from mulki.ops import checks
+
 # A teacher as an operator takes it: features [N, D], prototypes [P, D], scale (0-d).
 Teacher = tuple[Tensor, Tensor, Tensor]
 # From K teachers, the target [N] and the class mask [P] to weights [N, K], rows sum to 1.
-Weights = Callable[[Sequence[Teacher], Tensor | None, Tensor | None], Tensor]
+WeightsFunction = Callable[[Sequence[Teacher], Tensor | None, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Gate:
     summary: str
     entropy: float | None = 0.0
     label: float | None = 0.0
-    weights: Weights | None = None
+    weights: WeightsFunction | None = None
     needs_target: bool = False
 
     def __post_init__(self) -> None:
@@ -57,7 +57,7 @@ class Gate:
         for field in ("entropy", "label"):
             value = getattr(self, field)
             if value is not None:
-                _check_number(field, value)
+                checks.finite_number(field, value)
         if self.weights is not None and (self.entropy != 0 or self.label != 0):
             raise ValueError(
                 f"weights: got a function together with entropy {self.entropy} and label "
@@ -82,7 +82,7 @@ class Gate:
 
 def _number(argument: str, given: float | None, fixed: float | None, gate: str) -> float:
     if fixed is None:
-        _check_number(argument, given, f' for gate="{gate}"')
+        checks.finite_number(argument, given, f' for gate="{gate}"; pass it')
         assert given is not None
         return float(given)
     if given is not None:
@@ -91,13 +91,6 @@ def _number(argument: str, given: float | None, fixed: float | None, gate: str) 
             f'use gate="blend"'
         )
     return fixed
-
-
-def _check_number(name: str, value: object, purpose: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: got {type(value).__name__}, wanted a number{purpose}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: got {value}, wanted a finite number{purpose}")
 
 
 GATES: dict[str, Gate] = {}
@@ -123,7 +116,7 @@ def find_gate(name: str) -> Gate:
     Raises:
         ValueError: there is none.
     """
-    if name not in GATES:
+    if not isinstance(name, str) or name not in GATES:
         raise ValueError(f"gate: got {name!r}, wanted one of {', '.join(GATES)}")
     return GATES[name]
 
@@ -142,7 +135,9 @@ def row_weights(
     gate_temperature: float,
 ) -> Tensor:  # [N, K], rows sum to 1
     """The weights of a row-wise gate: the specification of what the operators compute."""
-    score = -gate_entropy * entropy
+    score = torch.zeros_like(entropy)
+    if gate_entropy:
+        score = score - gate_entropy * entropy
     if gate_label:
         assert target is not None
         index = target.reshape(-1, 1, 1).expand(-1, log_p.shape[1], 1)
@@ -174,6 +169,10 @@ def discrepancy_weights(
     return torch.stack([1 - w, w], dim=1)
 
 
+# An `ignore_index` that no target has.
+_IGNORE_NONE = -(2**63)
+
+
 def loss_weights(
     teachers: Sequence[Teacher], target: Tensor | None, class_mask: Tensor | None = None
 ) -> Tensor:  # [N, 2]
@@ -191,7 +190,7 @@ def loss_weights(
             f'teachers: got {len(teachers)}, wanted two for gate="loss"; use another gate'
         )
     first, second = (
-        torch.ops.mulki.prototype_cross_entropy(*teacher, target, class_mask, 0.0, -100)
+        torch.ops.mulki.prototype_cross_entropy(*teacher, target, class_mask, 0.0, _IGNORE_NONE)
         for teacher in teachers
     )
     w = torch.sigmoid(3 * (second - first) / (first + second + 1e-8))

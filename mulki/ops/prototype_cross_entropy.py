@@ -16,7 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mulki.ops import checks
-from mulki.ops.arguments import refuse_tangents, rounded, scalar, wanted, wants_gradients
+from mulki.ops.arguments import (
+    refuse_tangents,
+    requires_grad_of,
+    rounded,
+    scalar,
+    wants_gradients,
+)
 from mulki.ops.autograd import register_reduced, register_rows
 from mulki.ops.logits import Operands, logit_gradients, logits, narrow, reduce, wide
 from mulki.ops.registry import backward_fake, define, reduced_fake
@@ -193,7 +199,7 @@ def loss(
         mean = reduction == "mean"
         total: Tensor
         total, *_ = torch.ops.mulki.prototype_cross_entropy_reduced(
-            *leaves, *labels, mean, wanted(*leaves)
+            *leaves, *labels, mean, requires_grad_of(*leaves)
         )
         return total
     rows = torch.ops.mulki.prototype_cross_entropy(*leaves, *labels)

@@ -70,7 +70,7 @@ def backward_fake(leaves: int) -> Fake:
     """The fake kernel of a `_backward` form whose first arguments after `grad` are the leaves."""
 
     def fake(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        return tuple(_empty_gradients(args[:leaves], args[-1], narrow=True))
+        return tuple(_empty_gradients(args[:leaves], args[-1], in_dtype_of_leaves=True))
 
     return fake
 
@@ -85,22 +85,21 @@ def reduced_fake(rows: Fake, leaves: int, details: int = 0) -> Fake:
     def fake(*args: Any) -> tuple[Tensor, ...]:
         output = rows(*args[:-2])
         loss, *rest = output if isinstance(output, tuple) else (output,)
-        gradients = _empty_gradients(args[:leaves], args[-1], narrow=False)
+        gradients = _empty_gradients(args[:leaves], args[-1], in_dtype_of_leaves=False)
         return loss.new_empty(()), *rest[:details], *gradients
 
     return fake
 
 
 def _empty_gradients(
-    leaves: Sequence[Tensor], wanted: Sequence[bool], narrow: bool
+    leaves: Sequence[Tensor], wanted: Sequence[bool], in_dtype_of_leaves: bool
 ) -> list[Tensor]:
-    # Leaves are features, prototypes and numbers. Gradients of the first two have their dtype, if
-    # `narrow`; all others are wide.
+    # Leaves are features, prototypes and numbers; the gradients of numbers are always wide.
     like = leaves[0]
     return [
         like.new_empty(
             leaf.shape if asked else (0,),
-            dtype=like.dtype if narrow and leaf.ndim else wide(like.dtype),
+            dtype=like.dtype if in_dtype_of_leaves and leaf.ndim else wide(like.dtype),
         )
         for leaf, asked in zip(leaves, wanted, strict=True)
     ]

@@ -17,7 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mulki.ops import checks
-from mulki.ops.arguments import refuse_tangents, rounded, scalar, wanted, wants_gradients
+from mulki.ops.arguments import (
+    refuse_tangents,
+    requires_grad_of,
+    rounded,
+    scalar,
+    wants_gradients,
+)
 from mulki.ops.autograd import register_reduced, register_rows
 from mulki.ops.logits import Operands, logit_gradients, logits, narrow, reduce, reduced_rows, wide
 from mulki.ops.registry import backward_fake, define, reduced_fake
@@ -150,6 +156,8 @@ def loss(operands: Operands, logit_bias: Tensor | float, reduction: str, offset:
     leaves = images, texts, scalar(scale, images), scalar(logit_bias, images)
     if wants_gradients(reduction, *leaves):
         mean = reduction == "mean"
-        total: Tensor = torch.ops.mulki.siglip_reduced(*leaves, offset, mean, wanted(*leaves))[0]
+        total: Tensor = torch.ops.mulki.siglip_reduced(
+            *leaves, offset, mean, requires_grad_of(*leaves)
+        )[0]
         return total
     return reduce(torch.ops.mulki.siglip(*leaves, offset), reduction)

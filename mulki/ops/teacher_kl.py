@@ -20,10 +20,10 @@ from torch import Tensor
 from mulki.ops import checks, gates
 from mulki.ops.arguments import (
     refuse_tangents,
+    requires_grad_of,
     rounded,
     scalar,
     scalars,
-    wanted,
     wants_gradients,
 )
 from mulki.ops.autograd import (
@@ -153,12 +153,26 @@ class _Rows(NamedTuple):
     entropy: Tensor  # [N, K]
 
 
-def reference(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The specification, differentiable in the loss [N]; then kl, weights and entropy [N, K].
-
-    Arguments as the schema has them; scales may be floats or a sequence of such.
-    """
-    rows = _rows(*args)
+def reference(
+    features: Tensor,  # [N, D]
+    prototypes: Tensor,  # [P, D]
+    scale: Tensor | float,
+    teacher_features: Sequence[Tensor],  # K of [N, D_k]
+    teacher_prototypes: Sequence[Tensor],  # K of [P, D_k]
+    teacher_scales: Tensor | Sequence[float],  # [K]
+    weights: Tensor | None = None,  # [N, K]; None: those of the gate
+    target: Tensor | None = None,  # [N] int64, where gate_label is not 0
+    class_mask: Tensor | None = None,  # [P] bool
+    temperature: float = 1.0,
+    gate_temperature: float = 1.0,
+    gate_entropy: float = 0.0,
+    gate_label: float = 0.0,
+    scale_by_t2: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # loss [N]; kl, weights, entropy [N, K]
+    """The specification, differentiable in the loss."""
+    models = features, prototypes, scale, teacher_features, teacher_prototypes, teacher_scales
+    gate = gate_temperature, gate_entropy, gate_label
+    rows = _rows(*models, weights, target, class_mask, temperature, *gate, scale_by_t2)
     return rows.loss, rows.kl, rows.weights, rows.entropy
 
 
@@ -196,10 +210,10 @@ def reference_reduced(*args: Any) -> tuple[Tensor, ...]:
 def _rows(
     features: Tensor,
     prototypes: Tensor,
-    scale: Tensor,
+    scale: Tensor | float,
     teacher_features: Sequence[Tensor],
     teacher_prototypes: Sequence[Tensor],
-    teacher_scales: Tensor,
+    teacher_scales: Tensor | Sequence[float],
     weights: Tensor | None,
     target: Tensor | None,
     class_mask: Tensor | None,
@@ -356,7 +370,7 @@ def loss(
     models = _in_one_dtype([rounded(model) for model in (student, *teachers)])
     (features, prototypes, scale), *teachers = models
     if gate.weights is not None:
-        weights = _gate_weights(gate, teachers, target, class_mask)
+        weights = gate_weights(gate, models[0], teachers, target, class_mask)
     elif weights is not None:
         weights = weights.to(wide(features.dtype))
     leaves = features, prototypes, scalar(scale, features)
@@ -368,7 +382,7 @@ def loss(
     if wants_gradients(reduction, *leaves, weights):
         mean = reduction == "mean"
         total, kl, used, entropy, *_ = torch.ops.mulki.teacher_kl_reduced(
-            *arguments, mean, wanted(*leaves)
+            *arguments, mean, requires_grad_of(*leaves)
         )
         return total, kl, used, entropy
     rows, kl, used, entropy = torch.ops.mulki.teacher_kl(*arguments)
@@ -386,8 +400,35 @@ def _in_one_dtype(models: list[Operands]) -> list[Operands]:
 
 
 @torch.no_grad()
-def _gate_weights(
-    gate: Gate, teachers: Sequence[Operands], target: Tensor | None, class_mask: Tensor | None
+def gate_weights(
+    gate: Gate,
+    student: Operands,
+    teachers: Sequence[Operands],
+    target: Tensor | None,
+    class_mask: Tensor | None,
 ) -> Tensor:
+    """The weights [N, K] of a gate that is a function, as constants.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, or what the function returns.
+    """
     assert gate.weights is not None
-    return gate.weights([(x, w, scalar(s, x)) for x, w, s in teachers], target, class_mask)
+    (features, prototypes, _), *models = _in_one_dtype(
+        [rounded(model) for model in (student, *teachers)]
+    )
+    teacher_features, teacher_prototypes = [x for x, _, _ in models], [w for _, w, _ in models]
+    scales = scalars([scale for _, _, scale in models], features)
+    # The function may compute with them, so they are checked before and not by the operator alone.
+    _check_teachers(features, prototypes, teacher_features, teacher_prototypes, scales)
+    values = not torch.compiler.is_compiling()
+    checks.class_mask(class_mask, prototypes, values)
+    if gate.needs_target and target is not None:
+        checks.target(target, features, prototypes, class_mask, None, values)
+    tensors = list(zip(teacher_features, teacher_prototypes, scales, strict=True))
+    weights = gate.weights(tensors, target, class_mask)
+    what = f'weights of gate "{gate.name}"'
+    checks.is_tensor(what, weights, "a tensor [N, K] from its function")
+    if not weights.is_floating_point():
+        raise TypeError(f"{what}: got {weights.dtype}, wanted a floating point tensor [N, K]")
+    checks.shape(what, weights, (features.shape[0], len(teachers)))
+    return weights.detach().to(wide(features.dtype))

@@ -31,13 +31,16 @@ def _find() -> tuple[dict[str, Any], str | None]:
     try:
         return {
             "after_autograd": torch._C._after_autograd_keyset,
+            "highest_key": torch._C.DispatchKeySet.highestPriorityTypeId,
+            "redispatch": torch._ops.OpOverload.redispatch,
             "below_autograd": torch._C._AutoDispatchBelowAutograd,
             "cpu_key": torch._C.DispatchKey.CPU,
             "keeps_graph": torch._C._autograd._get_current_graph_task_keep_graph,
             "modes": torch._C._len_torch_dispatch_stack,
             "is_functorch": torch._C._functorch.is_functorch_wrapped_tensor,
             "is_batched": torch._C._functorch.is_legacy_batchedtensor,
-            "forward_level": lambda: forward_ad._current_level,
+            # The number changes, so what is kept is the module that has it.
+            "forward_level": (forward_ad._current_level, forward_ad)[1],
             "check": torch._check_with,
         }, None
     except AttributeError as error:
@@ -53,9 +56,13 @@ def reason() -> str | None:
 
 
 def has_cpu_kernel(operator: str) -> bool:
-    """Whether `torch.ops.mulki_cpp` has a kernel of that name for CPU tensors."""
+    """Whether `torch.ops.mulki_cpp` has a kernel of that name for CPU tensors.
+
+    True where torch does not say; a call then fails if there is none.
+    """
     overload = getattr(torch.ops.mulki_cpp, operator).default
-    return bool(overload.has_kernel_for_dispatch_key("CPU"))
+    asked = getattr(overload, "has_kernel_for_dispatch_key", None)
+    return asked is None or bool(asked("CPU"))
 
 
 def check(error: type[Exception], fits: bool, message: Callable[[], str]) -> None:
@@ -73,7 +80,7 @@ def check(error: type[Exception], fits: bool, message: Callable[[], str]) -> Non
 
 def forward_mode_is_off() -> bool:
     """Whether no forward-mode differentiation is under way; False where torch does not say."""
-    return "forward_level" in _private and _private["forward_level"]() < 0
+    return "forward_level" in _private and _private["forward_level"]._current_level < 0
 
 
 def is_last_plain_backward(grad: Tensor) -> bool:
@@ -125,9 +132,9 @@ def register_autograd(
         with _private["below_autograd"]():
             # Nothing is between here and the kernel, a mode or a transform for example: the
             # dispatcher would do the same, and takes longer for it.
-            if rest.highestPriorityTypeId() == _private["cpu_key"]:
+            if _private["highest_key"](rest) == _private["cpu_key"]:
                 return kernel(*args)
-            return overload.redispatch(rest, *args)
+            return _private["redispatch"](overload, rest, *args)
 
     def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
         output = below(keyset, args)

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from mulki.features import Features
 from mulki.functional import teacher_kl
+from mulki.ops.gates import find_gate
+from mulki.ops.teacher_kl import gate_weights
 from mulki.prototypes import class_sums
 
 
@@ -56,8 +58,13 @@ def sample_weights(
 ) -> Tensor:
     """[B, K] weights of the gate alone, where the image-to-text relation is switched off.
 
-    Arguments as `gated_relation`. The gate "uniform" costs nothing, any other one forward pass.
+    Arguments as `gated_relation`. The gate "uniform" costs nothing, a gate that is a function what
+    that takes, any other one forward pass of the relation.
     """
+    found = find_gate(gate)
+    if found.weights is not None:
+        models = [(model.images, model.texts, model.scale) for model in (student, *teachers)]
+        return gate_weights(found, models[0], models[1:], target, None)
     if gate == "uniform":
         k, images = len(teachers), student.images
         dtype = torch.promote_types(images.dtype, torch.float32)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mulki.features import Features
 from mulki.functional import prototype_cross_entropy
+from mulki.ops import checks
 from mulki.ops.gates import find_gate
 from mulki.stages import adding, distinguishing, eliciting
 
@@ -75,14 +76,9 @@ class MulKILoss(nn.Module):
         for name, value in {**self.relations, "alignment": alignment, "feature": feature}.items():
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name}: got {value}, wanted a coefficient of 0 or more")
-        for name, value in {
-            "temperature": temperature,
-            "gate_temperature": gate_temperature,
-        }.items():
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name}: got {value}, wanted a positive number")
-        if not 0.0 <= label_smoothing <= 1.0:
-            raise ValueError(f"label_smoothing: got {label_smoothing}, wanted a number in [0, 1]")
+        checks.positive("temperature", temperature)
+        checks.positive("gate_temperature", gate_temperature)
+        checks.fraction("label_smoothing", label_smoothing)
         find_gate(gate).numbers(gate_entropy, gate_label)
         self.temperature = temperature
         self.gate = gate

@@ -14,7 +14,7 @@ from mulki.functional import (
     prototype_similarity,
     teacher_kl,
 )
-from tests.functional.formulas import TARGET, N, S
+from tests.functional.formulas import TARGET, N, S, W, X
 
 
 def spoilt(s, part, value):
@@ -55,3 +55,8 @@ def test_without_check_finite_values_pass_through():
     bad = spoilt(S, "features", math.nan)
     rows = prototype_cross_entropy(bad, TARGET, reduction="none")
     assert rows.isnan().tolist() == [i == 3 for i in range(N)]
+
+
+def test_a_large_number_in_float64_is_finite():
+    huge = Similarity(X.double(), W.double(), 1e300)
+    assert prototype_cross_entropy(huge, TARGET, check_finite=True, reduction="none").shape == (N,)

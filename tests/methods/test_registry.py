@@ -73,7 +73,10 @@ def test_bounds_of_options(method, name, bad, good):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"gate": "blend"}, '^--gate-entropy: got NoneType, wanted a number for gate="blend"$'),
+        (
+            {"gate": "blend"},
+            '^--gate-entropy: got NoneType, wanted a number for gate="blend"; pass it$',
+        ),
         ({"gate": "blend", "gate_entropy": 1.0}, "^--gate-label: got NoneType"),
         ({"gate_label": 0.5}, '^--gate-label: got 0.5 with gate="label", which does not take it'),
     ],

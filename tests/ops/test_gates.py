@@ -117,7 +117,7 @@ def test_gates_of_two_teachers_refuse_three(models, name):
 @pytest.mark.parametrize(
     ("gate", "options", "error", "message"),
     [
-        ("blend", {}, TypeError, "^gate_entropy: got NoneType, wanted a number"),
+        ("blend", {}, TypeError, "^gate_entropy: got NoneType, wanted a number.*; pass it$"),
         ("blend", {"gate_entropy": 1.0}, TypeError, "^gate_label: got NoneType"),
         ("blend", {"gate_entropy": True, "gate_label": 1.0}, TypeError, "^gate_entropy: got bool"),
         ("blend", {"gate_entropy": 1, "gate_label": "1"}, TypeError, "^gate_label: got str"),
@@ -201,3 +201,85 @@ def test_gates_that_cannot_be(arguments, error, message):
 def test_what_is_no_gate_is_not_registered():
     with pytest.raises(TypeError, match="^gate: got str, wanted a mulki.ops.gates.Gate"):
         register_gate("sceptical")
+
+
+@pytest.mark.parametrize("gate", ["discrepancy", "loss"])
+def test_arguments_are_checked_before_a_function_computes_with_them(models, gate):
+    student, first, second = models
+    fewer = Similarity(second.features[:4], second.prototypes, 5.0)
+    others = Similarity(second.features, second.prototypes[:2], 5.0)
+    for teacher, shape in ((fewer, r"\[4, 5\]"), (others, r"\[6, 2\]")):
+        with pytest.raises(
+            ValueError, match=rf"^teachers\[1\]: got shape {shape}, wanted \[6, 5\]"
+        ):
+            teacher_kl(student, [first, teacher], gate=gate, target=TARGET)
+    meta = Similarity(second.features.to("meta"), second.prototypes.to("meta"), 5.0)
+    with pytest.raises(ValueError, match=r"^teachers\[1\]: got device meta, wanted cpu"):
+        teacher_kl(student, [first, meta], gate=gate, target=TARGET)
+
+
+def test_the_loss_gate_ignores_no_target(models):
+    with pytest.raises(ValueError, match="^target: got values from -100 to -100"):
+        weights_of(models, "loss", target=torch.full((N,), -100))
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "message"),
+    [
+        (lambda t, y, m: None, TypeError, "got NoneType, wanted a tensor"),
+        (lambda t, y, m: torch.ones(N, 2).long(), TypeError, "got torch.int64, wanted a floating"),
+        (lambda t, y, m: torch.ones(N), ValueError, r"got shape \[6\], wanted \[6, 2\]"),
+    ],
+)
+def test_what_a_function_returns_is_checked(models, extra_gate, function, error, message):
+    GATES["sceptical"] = Gate("sceptical", "", weights=function)
+    with pytest.raises(error, match=f'^weights of gate "sceptical": {message}'):
+        weights_of(models, "sceptical")
+
+
+def test_what_a_function_returns_is_a_constant(models, extra_gate):
+    leaf = torch.full((N, 2), 0.5, requires_grad=True)
+    GATES["sceptical"] = Gate("sceptical", "", weights=lambda t, y, m: leaf)
+    student, *teachers = models
+    x = student.features.clone().requires_grad_()
+    loss = teacher_kl(Similarity(x, student.prototypes), teachers, gate="sceptical")
+    loss.backward()
+    assert leaf.grad is None and x.grad is not None
+
+
+def test_numbers_of_a_gate_beside_weights(models):
+    student, *teachers = models
+    given = torch.full((N, 2), 0.5, dtype=torch.float64)
+    with pytest.raises(ValueError, match="^gate_entropy: got 1.0 together with weights"):
+        teacher_kl(student, teachers, weights=given, gate_entropy=1.0)
+    numbers = {"gate_entropy": 1.0, "gate_label": 1.0}
+    got = dual_teacher_kl(student, *teachers, weights=given, gate="blend", **numbers)
+    assert got == dual_teacher_kl(student, *teachers, weights=given)
+
+
+def test_a_gate_is_named_by_text():
+    with pytest.raises(ValueError, match=r"^gate: got \['label'\], wanted one of uniform"):
+        MulKILoss(gate=["label"])
+
+
+def test_a_number_that_changes_compiles(models):
+    student, *teachers = (Similarity(m.features.float(), m.prototypes.float(), 9.0) for m in models)
+
+    def loss(x, a):
+        given = Similarity(x, student.prototypes, 9.0)
+        options = {"gate": "blend", "gate_entropy": a, "gate_label": 1.0, "target": TARGET}
+        return teacher_kl(given, teachers, **options)
+
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)
+    for a in (1.0, 2.0, -0.5):
+        torch.testing.assert_close(compiled(student.features, a), loss(student.features, a))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_uniform_weight_does_not_depend_on_a_teacher(dtype):
+    x, w = torch.eye(3, dtype=dtype), torch.eye(3, dtype=dtype)
+    bad = torch.full_like(x, torch.nan)
+    _, details = teacher_kl(
+        Similarity(x, w), [Similarity(x, w), Similarity(bad, w)], return_details=True
+    )
+    assert details.weights.eq(0.5).all() and details.kl[:, 1].isnan().all()
