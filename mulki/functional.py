@@ -400,6 +400,8 @@ def siglip(
     if logit_bias is None:
         raise TypeError("logit_bias: got None, wanted a float or a 0-d tensor")
     _check_pairs(image_features, text_features, logit_scale, logit_bias, reduction, check_finite)
+    # The operator takes blocks of a larger batch, in which rows need not match; here they do.
+    checks.matching_rows(image_features, text_features)
     operands = image_features, text_features, logit_scale
     return ops.siglip.loss(operands, logit_bias, reduction)
 
@@ -414,7 +416,6 @@ def _check_pairs(
 ) -> None:
     checks.choice("reduction", reduction, REDUCTIONS)
     checks.inputs(image_features, text_features, logit_scale, PAIR_NAMES)
-    checks.matching_rows(image_features, text_features)
     if logit_bias is not None:
         checks.scalar("logit_bias", logit_bias, image_features.device)
     if check_finite:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from numbers import Real
 
 import torch
 from torch import Tensor
@@ -44,9 +44,10 @@ def scalar(value: Tensor | float, like: Tensor) -> Tensor:
 
 def scalars(values: Sequence[Tensor | float], like: Tensor) -> Tensor:
     """The same of K values, [K]."""
-    first = values[0]
-    if isinstance(first, Real) and all(isinstance(v, Real) and v == first for v in values):
-        return torch.full((len(values),), float(first), dtype=wide(like.dtype), device=like.device)
+    numbers = {value for value in values if not isinstance(value, Tensor)}
+    if len(numbers) == 1 and not any(isinstance(value, Tensor) for value in values):
+        value = float(numbers.pop())
+        return torch.full((len(values),), value, dtype=wide(like.dtype), device=like.device)
     return torch.stack([scalar(value, like) for value in values])
 
 
@@ -65,14 +66,14 @@ def requires_grad_of(*leaves: Tensor) -> list[bool]:
     return [leaf.requires_grad for leaf in leaves]
 
 
-def refuse_tangents(*leaves: Tensor | float | None) -> None:
-    """Raise a RuntimeError under forward-mode differentiation of a leaf.
+def refuse_tangents(*groups: Sequence[Tensor | float | None]) -> None:
+    """Raise a RuntimeError under forward-mode differentiation of a leaf in one of the groups.
 
     Autograd would drop the tangent in silence, and the derivative would be zero.
     """
     if torch.compiler.is_compiling() or torch_private.forward_mode_is_off():
         return
-    for leaf in leaves:
+    for leaf in itertools.chain(*groups):
         if isinstance(leaf, Tensor) and forward_ad.unpack_dual(leaf).tangent is not None:
             raise RuntimeError(
                 "forward-mode differentiation of mulki is not supported; use reverse mode"

@@ -80,7 +80,7 @@ def scalar(name: str, value: object, device: torch.device) -> None:
             raise TypeError(f"{name}: got dtype {value.dtype}, wanted a floating point one")
         if value.device.type != "cpu" and value.device != device:
             raise ValueError(f"{name}: got device {value.device}, wanted {device}; move it there")
-    elif isinstance(value, bool) or not isinstance(value, Real):
+    elif type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted a float or a 0-d tensor")
 
 
@@ -151,7 +151,8 @@ def matrices(
             f"{names[1]}: got dtype {prototypes.dtype}, wanted {features.dtype} as {names[0]} "
             f"have; cast one to the other"
         )
-    on_device(names[1], prototypes, features.device)
+    if prototypes.device != features.device:
+        on_device(names[1], prototypes, features.device)
 
 
 def teacher(

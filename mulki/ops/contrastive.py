@@ -155,7 +155,7 @@ def loss(operands: Operands, logit_bias: Tensor | float | None, reduction: str) 
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    refuse_tangents(*operands)
+    refuse_tangents(operands)
     images, texts, scale = rounded(operands, _NAMES)
     leaves = images, texts, scalar(scale, images)
     if wants_gradients(reduction, *leaves):

@@ -191,7 +191,7 @@ def loss(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    refuse_tangents(*operands)
+    refuse_tangents(operands)
     features, prototypes, scale = rounded(operands)
     leaves = features, prototypes, scalar(scale, features)
     labels = target, class_mask, label_smoothing, ignore_index

@@ -151,7 +151,7 @@ def loss(operands: Operands, logit_bias: Tensor | float, reduction: str, offset:
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    refuse_tangents(*operands, logit_bias)
+    refuse_tangents(operands, (logit_bias,))
     images, texts, scale = rounded(operands, _NAMES)
     leaves = images, texts, scalar(scale, images), scalar(logit_bias, images)
     if wants_gradients(reduction, *leaves):

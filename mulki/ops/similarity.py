@@ -108,7 +108,7 @@ def matrix(operands: Operands, normalize: bool = False) -> Tensor:
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    refuse_tangents(*operands)
+    refuse_tangents(operands)
     features, prototypes, scale = rounded(operands)
     leaves = features, prototypes, scalar(scale, features)
     result: Tensor = torch.ops.mulki.similarity(*leaves, normalize)

@@ -366,7 +366,7 @@ def loss(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    refuse_tangents(*student, weights, *(value for teacher in teachers for value in teacher))
+    refuse_tangents(student, *teachers, (weights,))
     models = _in_one_dtype([rounded(model) for model in (student, *teachers)])
     (features, prototypes, scale), *teachers = models
     if gate.weights is not None:
