@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mulki import methods
+from mulki import imports, methods
 from mulki.data import sequences, transforms
 from mulki.ops import gates
 
@@ -23,6 +23,7 @@ def registries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
     monkeypatch.setattr(sequences, "_SEQUENCES", dict(sequences._SEQUENCES))
     monkeypatch.setattr(transforms, "_BUILDERS", dict(transforms._BUILDERS))
     monkeypatch.setattr(gates, "GATES", dict(gates.GATES))
+    monkeypatch.setattr(imports, "_failures", {})
     modules = set(sys.modules)
     yield
     for name in set(sys.modules) - modules:

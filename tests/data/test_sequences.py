@@ -60,6 +60,16 @@ def test_names_are_taken_once_and_hold_no_colon() -> None:
         register_sequence("")(again)
 
 
+@pytest.mark.parametrize(
+    ("returned", "came"),
+    [(None, "NoneType"), ([], "an empty list"), (["birds"], "list of str"), ("birds", "str")],
+)
+def test_a_sequence_has_to_return_tasks(returned: object, came: str) -> None:
+    register_sequence("lost")(lambda order: returned)  # type: ignore[arg-type, return-value]
+    for word in ("lost", "lost:birds"):
+        _refused([word], 'task sequence "lost"', "test_sequences.py, line ", f"returned {came}, ")
+
+
 def test_folders_in_the_order_given(make_folder: Make) -> None:
     birds, apes = make_folder("birds"), make_folder("apes")
     assert _names(load_sequence([str(birds), str(apes)])) == ["birds", "apes"]
