@@ -33,7 +33,7 @@ _REGISTERED: tuple[tuple[str, Callable[[], Iterable[str]]], ...] = (
 
 
 # What was raised by modules that failed: a second import would register the same names again.
-_failures: dict[str, InputError] = {}
+_failures: dict[str, str] = {}
 
 
 def import_modules(modules: Sequence[str]) -> tuple[str, ...]:
@@ -51,7 +51,7 @@ def import_modules(modules: Sequence[str]) -> tuple[str, ...]:
             another module, or a name that is registered twice. A module that has failed is not
             tried again in this process.
     """
-    found = {}
+    found: dict[str, None] = {}
     for module in modules:
         is_file = module.endswith(".py") or "/" in module or os.sep in module
         source = str(_file(module)) if is_file else module
@@ -60,8 +60,8 @@ def import_modules(modules: Sequence[str]) -> tuple[str, ...]:
         try:
             _import(module, _name_of_file(module) if is_file else _name_of_path(module))
         except _Failed as error:
-            _failures[source] = InputError(str(error))
-            raise _failures[source] from error.__cause__
+            _failures[source] = str(error)
+            raise
         found[source] = None
     return tuple(found)
 

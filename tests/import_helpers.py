@@ -28,8 +28,12 @@ def registries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
     yield
     for name in set(sys.modules) - modules:
         if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
-            for value in vars(sys.modules.pop(name)).values():
-                # Methods are found as subclasses that have a name, as long as they live.
-                if isinstance(value, type) and value.__module__ == name and "name" in vars(value):
-                    del value.name  # type: ignore[attr-defined]
+            del sys.modules[name]
+    pending: list[type] = [methods.Method]
+    while pending:
+        method = pending.pop()
+        pending += method.__subclasses__()
+        # Methods are found as subclasses that have a name, as long as they live.
+        if method.__module__ not in sys.modules and "name" in vars(method):
+            del method.name  # type: ignore[attr-defined]
     assert set(methods.available()) == BUILT_IN

@@ -92,7 +92,7 @@ def block(words: str) -> str:
 def test_a_block_of_python_runs(code: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import open_clip
 
-    # A run folder is made by the tests of the runner, which load its model by this very call.
+    # A run folder is made by the tests of tests/engine, which load its model by this very call.
     loaded: list[str] = []
     monkeypatch.setattr(open_clip, "create_model", loaded.append)
     exec(code, names() | {"run_folder": tmp_path})

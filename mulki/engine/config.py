@@ -73,9 +73,7 @@ class RunConfig:
         "none", "training transform; none caches teachers", choices=transform_names
     )
     limit_images: int | None = option(None, "use at most so many images of each split", low=1)
-    skip_bad_images: bool = option(
-        False, "leave unreadable images of tasks and of the reference set out"
-    )
+    skip_bad_images: bool = option(False, "leave unreadable images out")
     workers: int = option(0, "data loading processes", low=0, alias="-j")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     logs: str = option("logs", "folder of run folders", alias="--output")

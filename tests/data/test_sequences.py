@@ -52,7 +52,7 @@ def test_names_are_taken_once_and_hold_no_colon() -> None:
 
     with pytest.raises(InputError) as caught:
         register_sequence("zoo")(again)
-    assert str(caught.value).count("test_data_sequences.py, line ") == 2
+    assert str(caught.value).count("test_sequences.py, line ") == 2
     assert '"zoo"' in str(caught.value) and "rename" in str(caught.value)
     with pytest.raises(InputError, match="colon"):
         register_sequence("a:b")
