@@ -21,7 +21,12 @@ from mulki.losses import ClipLoss
 ROOT = Path(__file__).parents[1]
 DOCS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 # Their links are followed too; what they name is history, or a matter of their own folder.
-LINKING = (*DOCS, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "benchmarks").glob("*.md")))
+LINKING = (
+    *DOCS,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "examples" / "README.md",
+    *sorted((ROOT / "benchmarks").glob("*.md")),
+)
 BLOCKS = [
     pytest.param(code, id=f"{page.stem}-{number}")
     for page in DOCS
