@@ -88,10 +88,10 @@ def check_compiler(platform: str, openmp: bool) -> None:
     compiler = get_cxx_compiler()
     try:
         asked = [*shlex.split(compiler), "--version"]
-        told = subprocess.run(asked, capture_output=True, text=True, check=False).stdout
+        version = subprocess.run(asked, capture_output=True, text=True, check=False).stdout
     except OSError:
         return  # no compiler: that is for the build to say
-    if "clang" in told:
+    if "clang" in version:
         raise WrongCompiler(
             f"C++ kernels were not built: the compiler {compiler} is clang, whose OpenMP code does "
             "not run on the library that torch brings on Linux; set CXX=g++"
@@ -145,8 +145,8 @@ def commands(required: bool) -> dict[str, type]:
             self.extensions = self.built
             self.remove_others(in_place)
             if self.problems:
-                told = [f"{', '.join(names)}: {why}" for why, names in self.problems.items()]
-                give_up(f"C++ kernels were not built; {'; '.join(told)}", required)
+                lines = [f"{', '.join(names)}: {why}" for why, names in self.problems.items()]
+                give_up(f"C++ kernels were not built; {'; '.join(lines)}", required)
 
         def build_extension(self, ext: Extension) -> None:
             # A folder of object files for each capability: the sources are the same.

@@ -69,7 +69,7 @@ def test_operator(benchmark: Any, case: Case, loss: Loss, mode: str) -> None:
         with torch.no_grad():
             benchmark(loss, *inputs.arguments)
     elif mode == "backward":
-        # A graph is walked once, so every round has a new one, made off the clock.
+        # A graph is walked once, so every round has a new one, made outside the timing.
         benchmark.pedantic(
             backward, setup=lambda: ((loss(*inputs.arguments),), {}), rounds=50, warmup_rounds=3
         )

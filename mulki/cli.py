@@ -159,14 +159,13 @@ def _method_and_file(argv: list[str]) -> tuple[str | None, dict[str, Any], type[
     parser = _Parser(prog="mulki run", add_help=False)
     parser.add_argument("--config")
     parser.add_argument("--method")
-    _add_import(parser)
+    _add_options(parser, RunConfig, only="import_")
     given, _ = parser.parse_known_args(argv)
     from_file: dict[str, Any] = read_config(given.config) if given.config is not None else {}
     with _naming(given.config):
         modules = import_given(from_file)
     # Modules of the file and of the command line are both imported: one does not exclude another.
-    modules = tuple(dict.fromkeys([*modules, *given.import_]))
-    import_given({"import_": modules})
+    modules = import_given({"import_": (*modules, *(given.import_ or ()))})
     method = methods.get(given.method or str(from_file.get("method", RunConfig.method)))
     if from_file.get("method", method.name) != method.name:
         # The file of another method's run: the options that only that method has are left out.
@@ -176,17 +175,6 @@ def _method_and_file(argv: list[str]) -> tuple[str | None, dict[str, Any], type[
     if modules:
         from_file["import_"] = modules
     return given.config, from_file, method
-
-
-def _add_import(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--import",
-        dest="import_",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="a Python file or module of your own to import first; may be given several times",
-    )
 
 
 @contextmanager
@@ -210,9 +198,11 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; {self.prog} --help shows the usage")
 
 
-def _add_options(group: argparse._ArgumentGroup, options: type) -> None:
+def _add_options(group: argparse._ActionsContainer, options: type, only: str = "") -> None:
     hints = get_type_hints(options)
     for item in fields(options):
+        if only and item.name != only:
+            continue
         flags = [flag(item.name), *filter(None, [item.metadata["alias"]])]
         text = f"{item.metadata['help']} (default: {_shown(item.default)})".replace("%", "%%")
         how: dict[str, Any] = {"metavar": option_name(item.name).upper()}
@@ -265,17 +255,18 @@ def _tasks(argv: list[str]) -> int:
     from rich.table import Table
 
     from mulki.data import load_sequence, sequence_names
+    from mulki.engine.config import RunConfig
     from mulki.imports import import_modules
 
     parser = _Parser(prog="mulki tasks", description=_tasks.__doc__)
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="a sequence, or folders and CSV files"
     )
-    _add_import(parser)
+    _add_options(parser, RunConfig, only="import_")
     parser.add_argument("--order", default="I", help="order of a named sequence")
     parser.add_argument("--json", action="store_true", help="print names and classes as JSON")
     arguments = parser.parse_args(argv)
-    import_modules(arguments.import_)
+    import_modules(arguments.import_ or ())
     if not arguments.names:
         print(json.dumps(sequence_names()) if arguments.json else "\n".join(sequence_names()))
         return 0

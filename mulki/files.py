@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from mulki.errors import InputError
@@ -48,6 +49,61 @@ def read_csv(path: Path, wanted: str) -> list[tuple[int, list[str]]]:
     if not lines:
         raise InputError(f"{path}: is empty; pass {wanted}, which begins with a header")
     return lines
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table.
+
+    Args:
+        where: file and line, for messages.
+        cells: the text of each column that was asked for and is there.
+    """
+
+    where: str
+    cells: dict[str, str]
+
+
+def read_table(
+    path: Path, wanted: str, required: Sequence[str], optional: Sequence[str] = ()
+) -> tuple[list[str], list[Row]]:
+    """The header of a CSV file and its rows, which may be none. Other columns are ignored.
+
+    Args:
+        path, wanted: see `read_csv`.
+        required: columns that must be there, with a text in every row.
+        optional: columns that may be missing, and whose cells may be empty.
+
+    Raises:
+        InputError: see `read_csv`; a required column that is missing; a required or optional one
+            that occurs twice; a row with more or fewer cells than the header; an empty cell.
+    """
+    (line, header), *body = read_csv(path, wanted)
+    for column in required:
+        if column not in header:
+            example = ",".join([*required, *optional])
+            raise InputError(
+                f"{path}, line {line}: no column {column} (found: {', '.join(header)}); begin the "
+                f"file with a line such as {example}, separated by commas"
+            )
+    columns = [column for column in (*required, *optional) if column in header]
+    for column in columns:
+        if header.count(column) > 1:
+            raise InputError(f'{path}, line {line}: column "{column}" occurs twice; remove one')
+    rows = []
+    for line, cells in body:
+        where = f"{path}, line {line}"
+        if len(cells) != len(header):
+            raise InputError(
+                f"{where}: {len(cells)} cells came, {len(header)} were wanted; put a cell that "
+                "holds a comma into double quotes"
+            )
+        row = Row(where, {column: cells[header.index(column)] for column in columns})
+        for column in required:
+            if not row.cells[column]:
+                raise InputError(f"{where}: the {column} is empty; fill it in or remove the row")
+        rows.append(row)
+    return header, rows
 
 
 @contextmanager

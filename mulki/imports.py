@@ -32,30 +32,48 @@ _REGISTERED: tuple[tuple[str, Callable[[], Iterable[str]]], ...] = (
 )
 
 
-def import_modules(modules: Sequence[str]) -> None:
+# What was raised by modules that failed: a second import would register the same names again.
+_failures: dict[str, str] = {}
+
+
+def import_modules(modules: Sequence[str]) -> tuple[str, ...]:
     """Import modules in their order; one that is imported already costs nothing.
 
     Args:
         modules: import paths such as ``my_package.my_method`` (the current folder is searched
             last), or Python files such as ``./my_method.py``.
 
+    Returns:
+        The modules without repeats, files by their absolute paths.
+
     Raises:
         InputError: a file or module that does not exist or fails, a file whose name belongs to
-            another module, or a name that is registered twice.
+            another module, or a name that is registered twice. A module that has failed is not
+            tried again in this process.
     """
+    found: dict[str, None] = {}
     for module in modules:
-        _import(module)
+        is_file = module.endswith(".py") or "/" in module or os.sep in module
+        source = str(_file(module)) if is_file else module
+        if source in _failures:
+            raise InputError(f"{_failures[source]}, then start Python again")
+        try:
+            _import(module, _name_of_file(module) if is_file else _name_of_path(module))
+        except _Failed as error:
+            _failures[source] = str(error)
+            raise
+        found[source] = None
+    return tuple(found)
 
 
-def _import(module: str) -> None:
-    if module.endswith(".py") or "/" in module or os.sep in module:
-        name = _name_of_file(module)
-    else:
-        name = module
-        _search_also(Path.cwd())
+class _Failed(InputError):
+    """A module that has been executed, in part or as a whole, and cannot be used."""
+
+
+def _import(module: str, name: str) -> None:
     if name in sys.modules:
         return
-    before = _names()
+    before = _names(module)
     try:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -68,23 +86,33 @@ def _import(module: str) -> None:
     # SystemExit too: a script that parses a command line of its own raises it.
     except (Exception, SystemExit) as error:
         raise _failed(module, error) from error
-    try:
-        after = _names()
-    except InputError as error:
-        raise InputError(f"--import: {module}: {error}") from error
-    if after == before:
+    if _names(module) == before:
         kinds = ", ".join(kind for kind, _ in _REGISTERED)
         _log.warning(
             "--import: %s registers nothing that can be chosen by name (%s)", module, kinds
         )
 
 
-def _name_of_file(module: str) -> str:
+def _name_of_path(module: str) -> str:
+    if "" in module.split("."):
+        raise InputError(
+            f"--import: got {module!r}, wanted a Python file, as ./my_method.py, or an import path "
+            "with the name of its package, as pkg.module"
+        )
+    _search_also(Path.cwd())
+    return module
+
+
+def _file(module: str) -> Path:
     path = Path(module)
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no such file"
         raise InputError(f"--import: {module}: {what}; give a Python file or an import path")
-    path = path.resolve()
+    return path.resolve()
+
+
+def _name_of_file(module: str) -> str:
+    path = _file(module)
     name = path.stem
     if path.suffix != ".py" or not name.isidentifier():
         raise InputError(
@@ -113,11 +141,14 @@ def _search_also(folder: Path) -> None:
         sys.path.append(str(folder))
 
 
-def _names() -> frozenset[tuple[str, str]]:
-    return frozenset((kind, name) for kind, names in _REGISTERED for name in names())
+def _names(module: str) -> frozenset[tuple[str, str]]:
+    try:
+        return frozenset((kind, name) for kind, names in _REGISTERED for name in names())
+    except InputError as error:
+        raise _Failed(f"--import: {module}: {error}") from error
 
 
-def _failed(module: str, error: BaseException) -> InputError:
+def _failed(module: str, error: BaseException) -> _Failed:
     said = " ".join(str(error).split())
     if isinstance(error, SyntaxError):
         file, line, said = error.filename or module, error.lineno, error.msg
@@ -130,4 +161,7 @@ def _failed(module: str, error: BaseException) -> InputError:
     where = os.path.relpath(file) + (f", line {line}" if line is not None else "")
     if not isinstance(error, InputError):
         said = f"{type(error).__name__}: {said}" if said else type(error).__name__
-    return InputError(f"--import: {module} fails at {where} ({said}); correct it")
+    remedy = "correct it"
+    if isinstance(error, ImportError) and "attempted relative import" in said:
+        remedy = "give its import path, as pkg.module"
+    return _Failed(f"--import: {module} fails at {where} ({said}); {remedy}")

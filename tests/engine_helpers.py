@@ -56,6 +56,14 @@ def write_task(
     return root
 
 
+def write_reference(root: Path, count: int = 4) -> Path:
+    """`count` pictures of each of three colours, each with a caption of its own."""
+    write_split(root, COLOURS, count)
+    lines = [f"{c}/{i}.png,picture {i} of something {c}" for c in COLOURS for i in range(count)]
+    (root / "captions.csv").write_text("path,caption\n" + "\n".join(lines) + "\n")
+    return root
+
+
 def state_of(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
     """Parameters and buffers, copied."""
     return {name: value.detach().clone() for name, value in model.clip.state_dict().items()}

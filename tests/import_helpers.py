@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mulki import methods
+from mulki import imports, methods
 from mulki.data import sequences, transforms
 from mulki.ops import gates
 
@@ -23,12 +23,17 @@ def registries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
     monkeypatch.setattr(sequences, "_SEQUENCES", dict(sequences._SEQUENCES))
     monkeypatch.setattr(transforms, "_BUILDERS", dict(transforms._BUILDERS))
     monkeypatch.setattr(gates, "GATES", dict(gates.GATES))
+    monkeypatch.setattr(imports, "_failures", {})
     modules = set(sys.modules)
     yield
     for name in set(sys.modules) - modules:
         if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
-            for value in vars(sys.modules.pop(name)).values():
-                # Methods are found as subclasses that have a name, as long as they live.
-                if isinstance(value, type) and value.__module__ == name and "name" in vars(value):
-                    del value.name  # type: ignore[attr-defined]
+            del sys.modules[name]
+    pending: list[type] = [methods.Method]
+    while pending:
+        method = pending.pop()
+        pending += method.__subclasses__()
+        # Methods are found as subclasses that have a name, as long as they live.
+        if method.__module__ not in sys.modules and "name" in vars(method):
+            del method.name  # type: ignore[attr-defined]
     assert set(methods.available()) == BUILT_IN

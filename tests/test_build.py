@@ -14,6 +14,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from setuptools import Distribution, Extension
+from setuptools.command.egg_info import FileList
 
 from mulki.ops import loader
 
@@ -309,3 +310,13 @@ def test_make_test_brings_triton_where_it_has_wheels(
     assert triton.marker is not None and "3.6.0" in triton.specifier
     here = {"platform_system": system, "platform_machine": machine}
     assert triton.marker.evaluate(here) == comes
+
+
+def test_the_sdist_has_the_scripts_that_the_documentation_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    files = FileList()
+    for line in (ROOT / "MANIFEST.in").read_text().splitlines():
+        files.process_template_line(line)
+    assert {".ci/run", "benchmarks/gpu.sh", "examples/slurm.sh"} <= set(files.files)

@@ -52,7 +52,7 @@ def test_a_recipe_works_as_written(
         assert f"./{name}" in command
         assert run_command([*command, *(fixed if command[0] == "run" else [])]) == 0
     saved = yaml.safe_load(Path("logs/first/args.yaml").read_text())
-    assert saved[option] == value and saved["import"] == [f"./{name}"]
+    assert saved[option] == value and saved["import"] == [str(Path(name).resolve())]
     assert len(read_matrix("logs/first/matrix.csv").tasks) == tasks
 
 

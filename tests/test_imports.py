@@ -99,7 +99,7 @@ def test_a_run_with_a_method_a_sequence_and_a_transform_of_ones_own(
     assert run_command(["run", *given, *chosen, *fixed, "--name", "first"]) == 0
 
     saved = yaml.safe_load(Path("logs/first/args.yaml").read_text())
-    assert saved["import"] == ["./my_method.py", "my_package.images"]
+    assert saved["import"] == [str(Path("my_method.py").resolve()), "my_package.images"]
     assert (saved["method"], saved["factor"], saved["augment"]) == ("halved", 0.25, "noisy")
     assert run_command(["run", "--config", "logs/first/args.yaml", "--name", "second"]) == 0
     first, second = (Path("logs", name, "matrix.csv").read_text() for name in ("first", "second"))
@@ -185,8 +185,9 @@ def test_the_configuration_and_the_command_line_both_import() -> None:
     Path("c.yaml").write_text("import: [one.py]\nmethod: halved\naugment: noisy\n")
     assert run_command(["run", "--config", "c.yaml", "--import", "two.py", "gone"]) == 2
     settings = resolve(read_config("c.yaml"))
-    assert settings.run.import_ == ("one.py",) and settings.method.factor == 0.5
-    assert resolve({"import": "one.py"}).to_dict()["import"] == ["one.py"]
+    one = str(Path("one.py").resolve())
+    assert settings.run.import_ == (one,) and settings.method.factor == 0.5
+    assert resolve({"import": ["one.py", "./one.py", one]}).to_dict()["import"] == [one]
 
 
 def test_the_class_of_a_file_pickles_under_the_name_of_the_file() -> None:
@@ -226,7 +227,47 @@ def test_nothing_registered_is_a_warning(caplog: pytest.LogCaptureFixture) -> No
     assert not caplog.text
 
 
+def test_the_same_file_is_found_from_another_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    write("mine.py", TRANSFORM)
+    saved = resolve({"import": "mine.py", "augment": "noisy"}).to_dict()
+    Path("below").mkdir()
+    monkeypatch.chdir("below")
+    assert resolve(saved).to_dict()["import"] == saved["import"]
+
+
+def test_run_and_tasks_say_the_same_of_import(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("run", "tasks"):
+        with pytest.raises(SystemExit):
+            run_command([command, "--help"])
+        out = " ".join(capsys.readouterr().out.split())
+        assert "a Python file or module with methods, sequences, transforms or gates" in out
+
+
 # --- what is refused
+
+
+@pytest.mark.parametrize("module", ["", ".pkg", "pkg.", "a..b"])
+def test_an_import_path_that_cannot_be_one(module: str) -> None:
+    refused(module, f"got {module!r}, wanted a Python file", "as pkg.module")
+
+
+def test_a_file_of_a_package_needs_its_import_path() -> None:
+    write("pkg/__init__.py", "")
+    write("pkg/other.py", "x = 1\n")
+    refused(write("pkg/mine.py", "from . import other\n"), "line 1", "give its import path, as")
+
+
+@pytest.mark.parametrize("code", [METHOD, TRANSFORM, SEQUENCE.format("a", "b")])
+def test_a_module_that_failed_half_way_says_so_again(code: str) -> None:
+    mine = write("mine.py", textwrap.dedent(code) + "\nraise ValueError('half')\n")
+    refused(mine, "mine.py fails at mine.py, line ", "(ValueError: half)")
+    refused(mine, "mine.py fails at mine.py, line ", "(ValueError: half)", "start Python again")
+
+
+def test_two_names_in_one_module_are_refused_again() -> None:
+    mine = write("mine.py", METHOD.replace('"halved"', '"lwf"'))
+    refused(mine, 'method "lwf"')
+    refused(mine, 'method "lwf"', "start Python again")
 
 
 def test_a_file_that_cannot_be_one() -> None:

@@ -21,7 +21,12 @@ from mulki.losses import ClipLoss
 ROOT = Path(__file__).parents[1]
 DOCS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 # Their links are followed too; what they name is history, or a matter of their own folder.
-LINKING = (*DOCS, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "benchmarks").glob("*.md")))
+LINKING = (
+    *DOCS,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "examples" / "README.md",
+    *sorted((ROOT / "benchmarks").glob("*.md")),
+)
 BLOCKS = [
     pytest.param(code, id=f"{page.stem}-{number}")
     for page in DOCS
@@ -92,7 +97,7 @@ def block(words: str) -> str:
 def test_a_block_of_python_runs(code: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import open_clip
 
-    # A run folder is made by the tests of the runner, which load its model by this very call.
+    # A run folder is made by the tests of tests/engine, which load its model by this very call.
     loaded: list[str] = []
     monkeypatch.setattr(open_clip, "create_model", loaded.append)
     exec(code, names() | {"run_folder": tmp_path})

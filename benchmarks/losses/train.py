@@ -77,18 +77,18 @@ def train(name: str, implementation: str, batch_size: int, steps: int) -> dict[s
     siglip = name == "SigLipLoss"
     model = TwoTowers(WIDTH, 10.0 if siglip else 14.3, -10.0 if siglip else None)
     images, texts = views(batch_size)
-    told: dict[str, Tensor] = {}
+    teachers: dict[str, Tensor] = {}
     for prefix, width in TEACHERS.get(name, {}).items():
         with torch.no_grad():
             out = TwoTowers(width, 14.3, None)(images, texts)
-        told |= {prefix + key: value for key, value in out.items()}
+        teachers |= {prefix + key: value for key, value in out.items()}
     loss = LOSSES[implementation][name]()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     before = peak_resident()
     seconds, processor, values = [], [], []
     for _ in range(steps):
         start, used = time.perf_counter(), time.process_time()
-        terms = loss(**model(images, texts), **told, output_dict=True)
+        terms = loss(**model(images, texts), **teachers, output_dict=True)
         total = sum(terms.values())
         optimizer.zero_grad()
         total.backward()

@@ -90,8 +90,8 @@ def _plan(options: BenchOptions) -> tuple[list[Case], BenchOptions, dict[str, st
     absent = {name: reason for name, reason in reasons.items() if reason is not None}
     here = tuple(name for name in options.providers if name not in absent)
     if not here:
-        told = "; ".join(f"{name} {reason}" for name, reason in absent.items())
-        raise InputError(f"--providers: none of them can be timed on {options.device}: {told}")
+        listed = "; ".join(f"{name} {reason}" for name, reason in absent.items())
+        raise InputError(f"--providers: none of them can be timed on {options.device}: {listed}")
     options = replace(options, providers=here)
     shapes = None
     if options.shapes != ("all",):

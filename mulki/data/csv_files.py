@@ -17,7 +17,7 @@ from mulki.data.image_files import (
 )
 from mulki.data.task import Task
 from mulki.errors import InputError, nearest
-from mulki.files import read_csv
+from mulki.files import read_table
 
 _SPLITS = ("train", "test")
 # The end of the name of a file that holds one split, with what separates it from the task's name.
@@ -125,40 +125,23 @@ def _read(path: Path, split: str | None) -> list[_Row] | None:
         split: the split of all rows, in a file that has no column for it. Where it is None and the
             file has no such column, or it is given and the file has one, the result is None.
     """
-    (line, header), *body = read_csv(path, "a CSV file with the columns path, label and split")
-    for column in ("path", "label"):
-        if column not in header:
-            raise InputError(
-                f"{path}, line {line}: no column {column} (found: {', '.join(header)}); begin the "
-                "file with a line such as path,label,split, separated by commas"
-            )
-    twice = [column for column in header if header.count(column) > 1]
-    if twice:
-        raise InputError(f'{path}, line {line}: column "{twice[0]}" occurs twice; remove one')
+    wanted = "a CSV file with the columns path, label and split"
+    header, body = read_table(path, wanted, ("path", "label"), optional=("split",))
     if ("split" in header) != (split is None):
         return None
     if not body:
         raise InputError(f"{path}: has a header and no rows; add a row for each image")
-    return [_row(header, cells, f"{path}, line {line}", split) for line, cells in body]
+    return [_row(row.cells, row.where, split) for row in body]
 
 
-def _row(header: Sequence[str], cells: Sequence[str], where: str, split: str | None) -> _Row:
-    if len(cells) != len(header):
-        raise InputError(
-            f"{where}: {len(cells)} cells came, {len(header)} were wanted; put a cell that holds a "
-            "comma into double quotes"
-        )
-    row = dict(zip(header, cells, strict=True))
-    for column in ("path", "label"):
-        if not row[column]:
-            raise InputError(f"{where}: the {column} is empty; fill it in or remove the row")
-    split = split or row["split"]
+def _row(cells: Mapping[str, str], where: str, split: str | None) -> _Row:
+    split = split or cells["split"]
     if split not in _SPLITS:
         raise InputError(
             f'{where}: split "{split}"{nearest(split, _SPLITS)} came, train or test was wanted; '
             "correct it or remove the row"
         )
-    return _Row(os.path.normpath(row["path"]).replace(os.sep, "/"), row["label"], split, where)
+    return _Row(os.path.normpath(cells["path"]).replace(os.sep, "/"), cells["label"], split, where)
 
 
 def _check_rows(folder: Path, rows: Sequence[_Row]) -> None:

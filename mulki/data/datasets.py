@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,12 +38,13 @@ class DatasetImages:
         targets: class index of each item, [n]. By default those of `dataset.targets`, `.labels`,
             `._labels` or `.samples` (pairs of path and index), also behind
             `torch.utils.data.Subset`; where there are none, or the data set has a
-            `target_transform`, every item is loaded once.
+            `target_transform`, every item is loaded once. Those found are compared with the labels
+            of the first, the middle and the last item.
         name: what errors call the data set; by default its class.
 
     Raises:
-        InputError: no such data set, an item that is not an image and a label, or labels that are
-            not one whole number an item.
+        InputError: no such data set, an item that is not an image and a label, labels that are
+            not one whole number an item, or stored ones that are not those of the items.
     """
 
     def __init__(
@@ -114,19 +115,28 @@ class DatasetImages:
         return item[0], item[1]
 
     def _targets(self, given: Sequence[int] | None) -> list[int]:
-        labels, source = given, "targets"
-        if labels is None:
-            labels, source = _stored_labels(self.dataset)
-        if labels is None:
-            labels, source = [self._item(i)[1] for i in range(len(self))], "its items"
-        listed = labels.tolist() if hasattr(labels, "tolist") else list(labels)
-        if len(listed) != len(self):
-            raise InputError(
-                f"{self._name}: {len(listed)} labels in {source}, wanted {len(self)}, one an item; "
-                "pass targets=[...]"
-            )
+        if given is not None:
+            return self._indices(_listed(given, "targets", len(self), self._name), "targets")
+        stored = _stored_labels(self.dataset, self._name)
+        if stored is None:
+            return self._indices([self._item(i)[1] for i in range(len(self))], "its items")
+        targets = self._indices(*stored)
+        for index in sorted({0, len(self) // 2, len(self) - 1}) if targets else ():
+            label = self._item(index)[1]
+            try:
+                same = _index(label) == targets[index]
+            except TypeError:
+                same = False
+            if not same:
+                raise InputError(
+                    f"{self.name(index)}: its label is {label!r}, but {targets[index]} in "
+                    f"{stored[1]}; pass targets=[...], the class index of each item"
+                )
+        return targets
+
+    def _indices(self, labels: list[Any], source: str) -> list[int]:
         try:
-            return [_index(label) for label in listed]
+            return [_index(label) for label in labels]
         except TypeError as error:
             raise InputError(
                 f"{self._name}: the labels in {source} are not whole numbers ({error}); pass "
@@ -154,20 +164,22 @@ def dataset_task(
     Raises:
         InputError: no class names, other ones in `test`, or what `DatasetImages` and `Task` refuse.
     """
+    where = f'task "{name}"'
     if classes is None:
-        classes = _stored_classes(train)
-        other = _stored_classes(test)
+        classes = _stored_classes(train, where)
+        other = _stored_classes(test, where)
         if classes is None:
             raise InputError(
-                f'task "{name}": {type(train).__name__} has no attribute classes; pass '
+                f"{where}: {type(train).__name__} has no attribute classes; pass "
                 "classes=[...], the class names by index"
             )
         if other is not None and other != classes:
             raise InputError(
-                f'task "{name}": train and test have different classes; pass data sets of the same '
+                f"{where}: train and test have different classes; pass data sets of the same "
                 "classes, or classes=[...]"
             )
-    checked = check_templates(templates, f'task "{name}"')
+    _check_names(classes, where)
+    checked = check_templates(templates, where)
     return Task(
         name,
         tuple(classes),
@@ -188,30 +200,57 @@ def _is_subset(dataset: Any) -> bool:
     return hasattr(dataset, "dataset") and hasattr(dataset, "indices")
 
 
-def _stored_labels(dataset: Any) -> tuple[Any, str]:
-    """The labels that a data set keeps, and the name of their attribute; None without any."""
+def _stored_labels(dataset: Any, name: str) -> tuple[list[Any], str] | None:
+    """The labels that a data set keeps, one an item, and the name of their attribute."""
     if getattr(dataset, "target_transform", None) is not None:
-        return None, ""
+        return None
     if _is_subset(dataset):
-        labels, source = _stored_labels(dataset.dataset)
-        return None if labels is None else [labels[i] for i in dataset.indices], source
+        stored = _stored_labels(dataset.dataset, name)
+        return None if stored is None else ([stored[0][i] for i in dataset.indices], stored[1])
     for attribute in _LABELS:
         labels = getattr(dataset, attribute, None)
         if labels is not None:
             if attribute == "samples":
                 labels = [sample[1] for sample in labels]
-            return labels, f".{attribute}"
-    return None, ""
+            return _listed(labels, f".{attribute}", len(dataset), name), f".{attribute}"
+    return None
 
 
-def _stored_classes(dataset: Any) -> list[str] | None:
+def _listed(labels: Any, source: str, count: int, name: str) -> list[Any]:
+    listed = labels.tolist() if hasattr(labels, "tolist") else labels
+    if not isinstance(listed, Iterable):
+        raise InputError(
+            f"{name}: got {listed!r} in {source}, wanted {count} labels, one an item; pass "
+            "targets=[...]"
+        )
+    listed = list(listed)
+    if len(listed) != count:
+        raise InputError(
+            f"{name}: {len(listed)} labels in {source}, wanted {count}, one an item; pass "
+            "targets=[...]"
+        )
+    return listed
+
+
+def _stored_classes(dataset: Any, where: str) -> list[str] | None:
     if _is_subset(dataset):
-        return _stored_classes(dataset.dataset)
+        return _stored_classes(dataset.dataset, where)
     classes = getattr(dataset, "classes", None)
     if classes is None:
         return None
-    first = (names if isinstance(names, str) else names[0] for names in classes)
+    # Of several names for a class, the first.
+    first = [names[0] if isinstance(names, (tuple, list)) else names for names in classes]
+    _check_names(first, f"{where}: {type(dataset).__name__}.classes")
     return [name.replace("_", " ").strip() for name in first]
+
+
+def _check_names(classes: Sequence[Any], where: str) -> None:
+    for name in classes:
+        if not isinstance(name, str):
+            raise InputError(
+                f"{where}: got the class name {name!r}, wanted text; pass classes=[...], the class "
+                "names by index"
+            )
 
 
 def _index(label: Any) -> int:
@@ -225,7 +264,10 @@ def _as_image(image: Any) -> Image.Image:
         return image
     channels_first = hasattr(image, "detach")
     if channels_first:
-        image = image.detach().cpu().numpy()
+        image = image.detach().cpu()
+        if image.is_floating_point() and image.element_size() < 4:
+            image = image.float()  # NumPy has no bfloat16
+        image = image.numpy()
     if not isinstance(image, np.ndarray):
         raise ValueError(
             f"got an image of type {type(image).__name__}, wanted a PIL image, an array or a tensor"

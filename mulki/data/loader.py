@@ -222,7 +222,8 @@ class _Batches(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         left = iter(self.epochs)
-        # An epoch that is gone on with is shorter, so the end is told by its samples.
+        # An epoch that is entered in the middle has fewer batches than `sizes`, so the loop ends
+        # where the samples do.
         while batch := list(islice(left, self.batch_size)):
             if len(batch) not in (self.batch_size, self.sizes[-1]):
                 return

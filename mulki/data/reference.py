@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mulki.data.decoding import SUFFIXES
-from mulki.data.image_files import ImageFiles
+from mulki.data.image_files import ImageFiles, find_unreadable
 from mulki.data.task import ImageSet, Task
 from mulki.errors import InputError
-from mulki.files import read_csv
+from mulki.files import Row, read_table
 
 CAPTIONS = "captions.csv"
+_WANTED = f"a CSV with the columns path and caption, a folder of images with {CAPTIONS}, or current"
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class ReferenceSet:
     Args:
         images: n images; their targets are not used.
         captions: [n].
+        skipped: unreadable images that were left out, by path.
 
     Raises:
         InputError: no image, or another number of captions than of images.
@@ -31,6 +33,7 @@ class ReferenceSet:
 
     images: ImageSet
     captions: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.images) != len(self.captions):
@@ -56,24 +59,27 @@ class ReferenceSet:
         return cls(task.train, tuple(prompts[target] for target in task.train.targets))
 
 
-def read_reference(path: str | os.PathLike[str]) -> ReferenceSet:
+def read_reference(path: str | os.PathLike[str], *, skip_bad_images: bool = False) -> ReferenceSet:
     """Read a reference set.
 
+    Images are checked as those of tasks are: see `mulki.data.image_files.find_unreadable`.
+
     Args:
-        path: a CSV file with the columns ``path`` and ``caption``, whose paths are relative to the
-            folder of the file; or a folder with such a file, ``captions.csv``, that has a line for
-            every image in the folder.
+        path: a CSV file with the columns ``path`` and ``caption``, whose paths are absolute or
+            relative to the folder of the file; or a folder with such a file, ``captions.csv``, that
+            has a row for every image in the folder. Hidden files and folders are passed over.
+        skip_bad_images: leave unreadable images out and list them in `ReferenceSet.skipped`.
 
     Raises:
         InputError: no such file or folder, a CSV that cannot be read, an image without a caption, a
             caption without an image, or an empty set.
+        BadImage: an unreadable image, unless skipped.
     """
+    if not os.fspath(path):
+        raise InputError(f"--reference: got an empty path, wanted {_WANTED}")
     path = Path(path)
     if not path.exists():
-        raise InputError(
-            f"--reference: no file or folder {path}; pass a CSV with the columns path and caption, "
-            f"a folder of images with {CAPTIONS}, or current"
-        )
+        raise InputError(f"--reference: no file or folder {path}; pass {_WANTED}")
     file = path / CAPTIONS if path.is_dir() else path
     if path.is_dir() and not file.is_file():
         raise InputError(
@@ -91,43 +97,47 @@ def read_reference(path: str | os.PathLike[str]) -> ReferenceSet:
     files = tuple(captions)
     sizes = tuple((file.parent / name).stat().st_size for name in files)
     images = ImageFiles(file.parent, files, sizes, targets=(0,) * len(files))
-    return ReferenceSet(images, tuple(captions.values()))
+    bad = find_unreadable([images], skip_bad_images=skip_bad_images)
+    kept = images.without(bad)
+    return ReferenceSet(kept, tuple(captions[name] for name in kept.files), tuple(bad))
 
 
 def _images_below(folder: Path) -> set[str]:
-    found = (path for path in folder.rglob("[!.]*") if path.suffix.lower() in SUFFIXES)
-    return {path.relative_to(folder).as_posix() for path in found}
+    found = set()
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
+                found.add(Path(root, name).relative_to(folder).as_posix())
+    return found
 
 
 def _read_captions(file: Path) -> dict[str, str]:
     # Captions by path.
+    captions: dict[str, str] = {}
     try:
-        (_, header), *lines = read_csv(file, "a CSV with the columns path and caption")
+        wanted = "a CSV with the columns path and caption"
+        for row in read_table(file, wanted, ("path", "caption"))[1]:
+            _add_caption(captions, row, file.parent)
     except InputError as error:
         raise InputError(f"--reference: {error}") from None
-    if not {"path", "caption"} <= set(header):
-        raise InputError(
-            f"--reference: {file} has the columns {', '.join(header)}; wanted path and caption in "
-            f"its first line"
-        )
-    captions: dict[str, str] = {}
-    for number, cells in lines:
-        row = dict(zip(header, cells, strict=False))
-        _add_caption(captions, row, f"{file}, line {number}", file.parent)
     return captions
 
 
-def _add_caption(captions: dict[str, str], row: dict[str, str], where: str, folder: Path) -> None:
-    name, caption = Path(row.get("path", "")).as_posix(), row.get("caption", "")
-    if not (folder / name).is_file():
+def _add_caption(captions: dict[str, str], row: Row, folder: Path) -> None:
+    name = _name_of(row.cells["path"], folder)
+    if not os.path.isfile(folder / name):
         raise InputError(
-            f"--reference: {where}: no image {name!r} for its caption; correct the path (relative "
-            f"to {folder}), or remove the line"
-        )
-    if not caption:
-        raise InputError(
-            f"--reference: {where}: no caption for {name}; write one, or remove the line"
+            f"{row.where}: no image {name!r} for its caption; correct the path (relative to "
+            f"{folder}), or remove the row"
         )
     if name in captions:
-        raise InputError(f"--reference: {where}: {name} has a caption already; remove one of them")
-    captions[name] = caption
+        raise InputError(f"{row.where}: {name} has a caption already; remove one of them")
+    captions[name] = row.cells["caption"]
+
+
+def _name_of(path: str, folder: Path) -> str:
+    # One name for an image however its path is written; inside the folder it is a relative one.
+    root, whole = os.path.abspath(folder), os.path.abspath(folder / path)
+    inside = Path(whole).is_relative_to(root)
+    return Path(os.path.relpath(whole, root) if inside else os.path.normpath(path)).as_posix()

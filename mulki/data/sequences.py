@@ -9,7 +9,7 @@ from mulki.data.csv_files import csv_task
 from mulki.data.folders import folder_task
 from mulki.data.task import Task
 from mulki.errors import InputError, nearest
-from mulki.registration import register
+from mulki.registration import place_of, register
 
 Loader = Callable[[str], list[Task]]
 
@@ -55,8 +55,8 @@ def load_sequence(
         skip_bad_images: leave unreadable images of folders and CSV files out.
 
     Raises:
-        InputError: a word that names nothing, an unknown order, two tasks of one name, or what
-            `folder_task` and `csv_task` raise.
+        InputError: a word that names nothing, an unknown order, two tasks of one name, a sequence
+            that returns no list of tasks, or what `folder_task` and `csv_task` raise.
     """
     words = [spec] if isinstance(spec, str) else list(spec)
     if not words:
@@ -65,7 +65,7 @@ def load_sequence(
             "task folders or CSV files"
         )
     if len(words) == 1 and words[0] in _SEQUENCES:
-        return _SEQUENCES[words[0]](order)
+        return _tasks_of(words[0], order)
     if order != "I":
         raise InputError(
             f'order "{order}": orders belong to a named sequence ({", ".join(sequence_names())}); '
@@ -83,6 +83,23 @@ def load_sequence(
     return tasks
 
 
+def _tasks_of(sequence: str, order: str) -> list[Task]:
+    loader = _SEQUENCES[sequence]
+    tasks = loader(order)
+    if not isinstance(tasks, (list, tuple)) or not all(isinstance(task, Task) for task in tasks):
+        came = type(tasks).__name__
+        if isinstance(tasks, (list, tuple)):
+            came += f" of {next(type(t).__name__ for t in tasks if not isinstance(t, Task))}"
+    elif not tasks:
+        came = "an empty list"
+    else:
+        return list(tasks)
+    raise InputError(
+        f'task sequence "{sequence}": its function ({place_of(loader)}) returned {came}, wanted a '
+        "list of mulki.data.Task; return one, such as those of dataset_task"
+    )
+
+
 def _load_task(word: str, skip_bad_images: bool) -> Task:
     if word in _SEQUENCES:
         raise InputError(
@@ -91,7 +108,7 @@ def _load_task(word: str, skip_bad_images: bool) -> Task:
         )
     sequence, colon, name = word.partition(":")
     if colon and sequence in _SEQUENCES:
-        tasks = {task.name: task for task in _SEQUENCES[sequence]("I")}
+        tasks = {task.name: task for task in _tasks_of(sequence, "I")}
         if name not in tasks:
             raise InputError(
                 f"{word}: {sequence} has no such task{nearest(name, tasks)}; "

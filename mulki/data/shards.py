@@ -81,28 +81,33 @@ class ShardImages:
 
 @dataclass(frozen=True)
 class Pack:
-    """Tasks stored in shards, and the orders in which they may be learned."""
+    """Tasks stored in shards, and the orders in which they may be learned.
+
+    Attributes:
+        root: the folder.
+        tasks, orders: those of `tasks.json`, see above.
+    """
 
     root: Path
-    entries: dict[str, Any]
+    tasks: dict[str, Any]
     orders: dict[str, tuple[str, ...]]
 
     def task(self, name: str) -> Task:
-        """Read a task; `name` is a key of `entries`.
+        """Read a task; `name` is a key of `tasks`.
 
         Raises:
             InputError: a shard is missing or is not the one that `tasks.json` describes.
         """
-        entry = self.entries[name]
+        described = self.tasks[name]
         train, test = (
             open_shard(
-                self.root / entry[split]["file"],
-                sha256=entry[split]["sha256"],
-                count=entry[split]["count"],
+                self.root / described[split]["file"],
+                sha256=described[split]["sha256"],
+                count=described[split]["count"],
             )
             for split in ("train", "test")
         )
-        return Task(name, tuple(entry["classes"]), tuple(entry["templates"]), train, test)
+        return Task(name, tuple(described["classes"]), tuple(described["templates"]), train, test)
 
 
 def open_pack(root: Path) -> Pack:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mulki.errors import InputError, nearest
-from mulki.registration import register
+from mulki.registration import place_of, register
 
 #: From an RGB PIL image to a tensor [3, H, W].
 Transform = Callable[[Any], Any]
@@ -81,14 +81,21 @@ def train_transform(
         augment: a name in `transform_names`; see `register_transform` for the other arguments.
 
     Raises:
-        InputError: any other `augment`, or one that does not build a callable.
+        InputError: any other `augment`, or one whose function fails or returns no callable.
     """
     if augment not in _BUILDERS:
         raise InputError(
             f'augment "{augment}": unknown{nearest(augment, _BUILDERS)}; '
             f"choose from {', '.join(_BUILDERS)}"
         )
-    transform = _BUILDERS[augment](preprocess_val, size, mean, std)
+    builder = _BUILDERS[augment]
+    try:
+        transform = builder(preprocess_val, size, mean, std)
+    except Exception as error:  # a user's function raises anything
+        raise InputError(
+            f'augment "{augment}": its function ({place_of(builder)}) failed '
+            f"({type(error).__name__}: {error}); correct it"
+        ) from error
     if not callable(transform):
         raise InputError(
             f'augment "{augment}": its function returned {type(transform).__name__}, wanted a '

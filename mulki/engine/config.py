@@ -73,7 +73,7 @@ class RunConfig:
         "none", "training transform; none caches teachers", choices=transform_names
     )
     limit_images: int | None = option(None, "use at most so many images of each split", low=1)
-    skip_bad_images: bool = option(False, "leave unreadable images of task folders out")
+    skip_bad_images: bool = option(False, "leave unreadable images out")
     workers: int = option(0, "data loading processes", low=0, alias="-j")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     logs: str = option("logs", "folder of run folders", alias="--output")
@@ -125,7 +125,8 @@ def resolve(given: Mapping[str, Any]) -> Settings:
             module that cannot be imported, or iterations together with epochs.
     """
     given = {field_name(key): value for key, value in given.items()}
-    import_given(given)
+    if modules := import_given(given):
+        given["import_"] = modules
     method = methods.get(str(given.get("method", RunConfig.method)))
     of_run, of_method = field_names(RunConfig), field_names(method.Options)
     for key in given:
@@ -146,18 +147,20 @@ def resolve(given: Mapping[str, Any]) -> Settings:
 
 
 def import_given(given: Mapping[str, Any]) -> tuple[str, ...]:
-    """Import the modules that options name, and return their names.
+    """Import the modules that options name.
 
     Args:
         given: values by field name; only `import_` is looked at.
+
+    Returns:
+        What `mulki.imports.import_modules` returns.
 
     Raises:
         InputError: `mulki.imports.import_modules` refuses one.
     """
     named = {name: value for name, value in given.items() if name == "import_"}
     modules: tuple[str, ...] = convert(RunConfig, named).get("import_", ())
-    import_modules(modules)
-    return modules
+    return import_modules(modules)
 
 
 def _check_micro_batch(config: RunConfig) -> None:

@@ -65,8 +65,21 @@ def run(
                 _Sequence(setup, bar).learn()
         finally:
             if folder is not None and folder.evaluated:
-                write_report(folder.path)
+                _write_report(folder)
     return folder
+
+
+def _write_report(folder: RunFolder) -> None:
+    # The results are written already, so a report that fails does not fail the run.
+    try:
+        write_report(folder.path)
+    except Exception as error:
+        _log.warning(
+            "no report in %s (%s: %s); the results are written",
+            folder.path,
+            type(error).__name__,
+            error,
+        )
 
 
 def _total_steps(setup: Setup) -> int:
@@ -113,6 +126,9 @@ class _Sequence:
         for task in self.setup.tasks:
             if task.skipped:
                 _log.warning("task %s: %d unreadable images left out", task.name, len(task.skipped))
+        reference = self.setup.reference
+        if reference is not None and reference.skipped:
+            _log.warning("reference set: %d unreadable images left out", len(reference.skipped))
 
     def _frozen_models(self) -> dict[str, VisionLanguageModel]:
         # Copied once and given new weights before each task: a sharded model cannot be copied.

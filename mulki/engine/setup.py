@@ -38,6 +38,7 @@ _PER_PROCESS = (
     "logs",
     "name",
     "log_every_n_steps",
+    "import",
 )
 
 
@@ -105,6 +106,8 @@ def prepared(settings: Settings, tasks: Sequence[Task] | None = None) -> Iterato
             # Last, since it can take minutes.
             model = _load_model(config, method, precision, world)
             hashes = _hashes(tasks, reference, model)
+            precision.convert(model)
+            transform = _training_transform(config, model)
             facts = _facts(settings, tasks, hashes)
         except InputError as error:
             problem = error
@@ -115,8 +118,6 @@ def prepared(settings: Settings, tasks: Sequence[Task] | None = None) -> Iterato
         if world.rank:
             _seed_everything(config.seed + world.rank)
         folder = _make_folder(settings, tasks, hashes, precision, world) if world.main else None
-        precision.convert(model)
-        transform = _training_transform(config, model)
         yield Setup(config, method, tasks, reference, model, transform, precision, world, folder)
 
 
@@ -179,7 +180,7 @@ def _check_reference(config: RunConfig, method: Method) -> None:
 def _load_reference(config: RunConfig) -> ReferenceSet | None:
     if config.reference is None or config.reference == CURRENT:
         return None
-    return read_reference(config.reference)
+    return read_reference(config.reference, skip_bad_images=config.skip_bad_images)
 
 
 def _load_model(

@@ -72,6 +72,11 @@ def test_what_spreadsheets_write(write: Callable[..., Path], folder: Path) -> No
     assert task.test.fingerprint() == plain.test.fingerprint()
 
 
+def test_empty_columns_of_a_spreadsheet_are_ignored(write: Callable[..., Path]) -> None:
+    path = write([f"{row},," for row in ROWS], "path,label,split,,\n")
+    assert csv_task(path).fingerprint() == csv_task(write(name="plain.csv")).fingerprint()
+
+
 def test_two_files(write: Callable[..., Path], folder: Path) -> None:
     one = csv_task(write())
     for train, test, name in (

@@ -64,9 +64,9 @@ def test_stored_labels_are_taken_without_decoding(attributes: dict[str, Any]) ->
     data = Pictures(**attributes)
     images = DatasetImages(data)
     assert images.targets == [0, 1, 1, 0] and all(type(t) is int for t in images.targets)
-    assert data.loaded == [0]
+    assert set(data.loaded) == {0, 2, 3}, "first, middle and last"
     part = DatasetImages(Subset(data, [2, 0]))  # type: ignore[arg-type]
-    assert part.targets == [1, 0] and data.loaded == [0, 2]
+    assert part.targets == [1, 0]
     assert np.array_equal(pixels(part.load(1)), picture(0))
 
 
@@ -92,6 +92,7 @@ def test_labels_are_read_from_the_items_where_none_are_stored() -> None:
         (torch.tensor([0.2, 0.4, 1.0])[:, None, None].expand(3, 2, 3), (51, 102, 255)),
         (torch.tensor([0.2, 0.4, 1.0, 0.0])[:, None, None].expand(4, 2, 3), (255, 255, 255)),
         (torch.full((1, 2, 3), 0.2), (51, 51, 51)),
+        (torch.full((1, 2, 3), 0.5, dtype=torch.bfloat16), (128, 128, 128)),
         (Image.new("RGBA", (3, 2), (9, 9, 9, 0)), (255, 255, 255)),
         (Image.new("L", (3, 2), 7), (7, 7, 7)),
     ],
@@ -132,6 +133,18 @@ def test_other_images_are_refused_at_once(image: Any, words: list[str]) -> None:
         (lambda: DatasetImages([(picture(0), True)]), ["not whole numbers", "a boolean"]),
         (lambda: DatasetImages(Pictures(targets=[1])), ["1 labels in .targets, wanted 4"]),
         (lambda: DatasetImages(Pictures(), targets=[1]), ["1 labels in targets, wanted 4"]),
+        (lambda: DatasetImages(Pictures(), targets=7), ["got 7 in targets, wanted 4 labels"]),
+        (
+            lambda: DatasetImages(Subset(Pictures(targets=[1]), [3])),  # type: ignore[arg-type]
+            ["1 labels in .targets, wanted 4", "pass targets=[...]"],
+        ),
+        *(
+            (
+                lambda answers=answers: DatasetImages(Pictures(answers, targets=[0, 1, 1, 0])),
+                [f"Pictures[{place}]: its label is ", "in .targets; pass targets=[...]"],
+            )
+            for place, answers in ((0, "abcd"), (2, (0, 1, 0, 0)), (3, (0, 1, 1, 1)))
+        ),
         (lambda: DatasetImages(Pictures(answers=np.eye(4))), ["the labels in its items"]),
         (lambda: DatasetImages(Pictures(targets=np.eye(4))), ["the labels in .targets"]),
     ],
@@ -143,13 +156,13 @@ def test_data_sets_that_do_not_fit(make: Callable[[], object], words: list[str])
 def test_an_item_that_cannot_be_loaded_is_named() -> None:
     class Broken(Pictures):
         def __getitem__(self, index: int) -> Any:
-            if index == 2:
+            if index == 1:
                 raise OSError("truncated")
             return super().__getitem__(index)
 
     images = DatasetImages(Broken(targets=[0, 1, 1, 0]))
-    with pytest.raises(BadImage, match=r"Broken\[2\]: unreadable image \(truncated\)"):
-        images.load(2)
+    with pytest.raises(BadImage, match=r"Broken\[1\]: unreadable image \(truncated\)"):
+        images.load(1)
 
 
 def test_the_fingerprint_is_of_targets_and_pixels() -> None:
@@ -202,6 +215,13 @@ def test_class_names() -> None:
     other = Pictures(classes=["shark", "tench"])
     refused(lambda: dataset_task("fish", named, other), "different classes")
     refused(lambda: dataset_task("fish", named, named, classes=["a"]), "at least two")
+    numbered = Pictures(classes=[0, 1])
+    for make in (
+        lambda: dataset_task("fish", numbered, named),
+        lambda: dataset_task("fish", named, numbered),
+        lambda: dataset_task("fish", named, named, classes=[0, 1]),  # type: ignore[list-item]
+    ):
+        refused(make, 'task "fish"', "got the class name 0, wanted text")
     refused(
         lambda: dataset_task("fish", Pictures(answers=[0, 1, 2, 0]), named, classes=["a", "b"]),
         "target 2 in its train split",

@@ -52,12 +52,22 @@ def test_names_are_taken_once_and_hold_no_colon() -> None:
 
     with pytest.raises(InputError) as caught:
         register_sequence("zoo")(again)
-    assert str(caught.value).count("test_data_sequences.py, line ") == 2
+    assert str(caught.value).count("test_sequences.py, line ") == 2
     assert '"zoo"' in str(caught.value) and "rename" in str(caught.value)
     with pytest.raises(InputError, match="colon"):
         register_sequence("a:b")
     with pytest.raises(InputError, match="got the name '', wanted text"):
         register_sequence("")(again)
+
+
+@pytest.mark.parametrize(
+    ("returned", "came"),
+    [(None, "NoneType"), ([], "an empty list"), (["birds"], "list of str"), ("birds", "str")],
+)
+def test_a_sequence_has_to_return_tasks(returned: object, came: str) -> None:
+    register_sequence("lost")(lambda order: returned)  # type: ignore[arg-type, return-value]
+    for word in ("lost", "lost:birds"):
+        _refused([word], 'task sequence "lost"', "test_sequences.py, line ", f"returned {came}, ")
 
 
 def test_folders_in_the_order_given(make_folder: Make) -> None:

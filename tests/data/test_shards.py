@@ -224,14 +224,14 @@ def test_not_a_tar(tmp_path: Path) -> None:
 def test_bundled_pack_is_whole() -> None:
     pack = open_pack(embedded_root())
     assert set(pack.orders) == {"I", "II"}
-    assert sorted(pack.orders["I"]) == sorted(pack.orders["II"]) == sorted(pack.entries)
+    assert sorted(pack.orders["I"]) == sorted(pack.orders["II"]) == sorted(pack.tasks)
     names = set()
     for task in embedded_sequence("I"):
         names.add(task.fingerprint())
         for images in (task.train, task.test):
             assert set(images.targets) == set(range(len(task.classes)))
             assert images.load(len(images) - 1).mode == "RGB"
-    assert len(names) == len(pack.entries)
+    assert len(names) == len(pack.tasks)
 
 
 @REAL

@@ -84,6 +84,16 @@ def test_crop_takes_at_least_nine_tenths_bicubically() -> None:
     assert min(areas) >= 0.89 * 200 * 200 and len(set(areas)) > 10
 
 
+def test_a_builder_that_fails_is_named(own: None) -> None:
+    @register_transform("broken")
+    def broken(preprocess: Any, size: Any, mean: Any, std: Any) -> Any:
+        return size["height"]
+
+    said = r'^augment "broken": its function \(.*test_transforms.py, line \d+\) failed \(TypeError'
+    with pytest.raises(InputError, match=said):
+        train_transform(None, "broken", 8, MEAN, STD)
+
+
 def test_unknown_augmentation() -> None:
     with pytest.raises(InputError, match='"crops".*did you mean "crop".*none, crop'):
         train_transform(tv.Compose(FIXED), "crops", 8, MEAN, STD)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -28,7 +27,7 @@ from mulki.methods import PREVIOUS, ZERO_SHOT, Method
 from mulki.models import VisionLanguageModel
 from mulki.world import World
 from tests.engine.reference_method import OnReference
-from tests.engine_helpers import COLOURS, Calls, same_state, state_of, write_split
+from tests.engine_helpers import Calls, same_state, state_of, write_reference
 
 Load = Callable[..., VisionLanguageModel]
 CONFIG = RunConfig(iterations=4, batch_size=6, lr=1e-3, eps=1e-4, reference_batch_size=5)
@@ -38,14 +37,6 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def task(task_folders: tuple[str, str]) -> Task:
     return folder_task(task_folders[0])
-
-
-def write_reference(root: Path, count: int = 4) -> Path:
-    """`count` pictures of each of three colours, each with a caption of its own."""
-    write_split(root, COLOURS, count)
-    lines = [f"{c}/{i}.png,picture {i} of something {c}" for c in COLOURS for i in range(count)]
-    (root / "captions.csv").write_text("path,caption\n" + "\n".join(lines) + "\n")
-    return root
 
 
 @pytest.fixture
@@ -263,85 +254,6 @@ def test_the_set_has_to_fit_the_method(load_tiny: Load, task: Task, folder: Path
         learn(load_tiny, task, read_reference(folder), finetune(finetune.Options()))
 
 
-# --- reading
-
-
-def test_a_folder_and_its_csv_are_the_same_set(folder: Path, tmp_path: Path) -> None:
-    ours, same = read_reference(folder), read_reference(folder / "captions.csv")
-    assert len(ours) == 12 and ours.fingerprint() == same.fingerprint()
-    assert ours.captions[:2] == ("picture 0 of something red", "picture 1 of something red")
-    assert ours.images.name(1) == str(folder / "red" / "1.png")
-    moved = folder.rename(tmp_path / "elsewhere")
-    assert read_reference(moved).fingerprint() == ours.fingerprint()
-    (moved / "captions.csv").write_text(
-        (moved / "captions.csv").read_text().replace("picture 0", "picture 9")
-    )
-    assert read_reference(moved).fingerprint() != ours.fingerprint()
-
-
-def test_columns_in_any_order_and_captions_with_commas(folder: Path) -> None:
-    with (folder / "few.csv").open("w", newline="", encoding="utf-8-sig") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["caption", "source", "path"])
-        writer.writerow(['grün, "sehr" grün', "x", "./green/1.png"])
-    few = read_reference(folder / "few.csv")
-    assert few.captions == ('grün, "sehr" grün',)
-    assert few.images.load(0).size == (32, 32)
-
-
-def test_the_images_of_a_task_with_its_prompts(task: Task) -> None:
-    reference = ReferenceSet.of_task(task)
-    assert reference.images is task.train and len(reference) == 18
-    assert reference.captions[0] == task.prompts()[task.train.targets[0]][0]
-
-
-def damage(folder: Path, text: str | None) -> Path:
-    file = folder / "captions.csv"
-    if text is None:
-        file.unlink()
-    else:
-        file.write_text(text, encoding="latin-1")
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        (None, "has 12 images and no captions; add captions.csv"),
-        ("path,caption\n", "has no caption for blue/0.png and 11 more images; add a line"),
-        ("path,caption\nred/9.png,nine\n", "captions.csv, line 2: no image 'red/9.png'"),
-        ("path,caption\n,nine\n", "line 2: no image '.'"),
-        ("path,caption\nred/0.png, \n", "captions.csv, line 2: no caption for red/0.png"),
-        ("path,caption\nred/0.png\n", "captions.csv, line 2: no caption for red/0.png"),
-        ("path,caption\nred/0.png,a\nred/0.png,b\n", "line 3: red/0.png has a caption already"),
-        ("image,text\nred/0.png,a\n", "has the columns image, text; wanted path and caption"),
-        ("", "is empty; pass a CSV with the columns path and caption"),
-        (
-            "path,caption\nred/0.png,gr\xfcn\n",
-            "captions.csv: not a text file; save it as comma-separated UTF-8 text",
-        ),
-    ],
-)
-def test_a_damaged_folder_has_one_line(folder: Path, text: str | None, said: str) -> None:
-    with pytest.raises(InputError, match=f"^--reference: .*{said}") as info:
-        read_reference(damage(folder, text))
-    assert "\n" not in str(info.value)
-
-
-def test_an_empty_set_has_one_line(tmp_path: Path) -> None:
-    (tmp_path / "captions.csv").write_text("path,caption\n")
-    for path in (tmp_path, tmp_path / "captions.csv"):
-        with pytest.raises(InputError, match="^--reference: the set is empty; add images"):
-            read_reference(path)
-    with pytest.raises(InputError, match="^--reference: no file or folder .*nowhere; pass a CSV"):
-        read_reference(tmp_path / "nowhere")
-
-
-def test_images_and_captions_have_to_be_as_many(task: Task) -> None:
-    with pytest.raises(InputError, match="got 18 images and 1 captions; give each image one"):
-        ReferenceSet(task.train, ("one",))
-
-
 # --- runs
 
 
@@ -375,6 +287,16 @@ def test_a_run_with_a_folder(options: dict[str, Any], folder: Path) -> None:
     assert "reference_0 " in (done.path / "out.log").read_text()
 
 
+def test_unreadable_images_are_left_out_and_logged(options: dict[str, Any], folder: Path) -> None:
+    (folder / "red" / "0.png").write_bytes(b"x")
+    given = options | {"reference": str(folder)}
+    with pytest.raises(InputError, match=r"0\.png.*--skip-bad-images"):
+        run(resolve(given))
+    done = run(resolve(given | {"skip_bad_images": True}))
+    assert done is not None
+    assert "reference set: 1 unreadable images left out" in (done.path / "out.log").read_text()
+
+
 def test_a_run_on_the_current_images(options: dict[str, Any]) -> None:
     done = run(resolve(options | {"reference": "current"}))
     assert done is not None and done.status == "complete"
@@ -391,6 +313,7 @@ def test_a_run_on_the_current_images(options: dict[str, Any]) -> None:
             "--reference-batch-size: got 4, but method lwf",
         ),
         ({"reference": "nowhere"}, "--reference: no file or folder nowhere"),
+        ({"reference": ""}, "--reference: got an empty path, wanted a CSV"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_folder_is_made(

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from mulki import methods, models
-from mulki.engine import sequence
-from mulki.engine.config import read_config, resolve
+from mulki.data import transforms
+from mulki.engine import sequence, setup
+from mulki.engine.config import RunConfig, Settings, read_config, resolve
 from mulki.engine.learn import StepReport
+from mulki.engine.precision import Precision
 from mulki.engine.progress import RunProgress, describe
 from mulki.errors import InputError
 from mulki.methods import PREVIOUS, ZERO_SHOT
@@ -150,6 +153,45 @@ def test_saved_configuration_repeats_the_run(run: Run, options: dict[str, Any]) 
 
 
 # --- repeatability
+
+
+def test_a_report_that_fails_does_not_fail_the_run(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(path: Path) -> None:
+        raise RuntimeError("no space")
+
+    monkeypatch.setattr(sequence, "write_report", fails)
+    folder = run(method="zero_shot")
+    assert folder.status == "complete" and (folder.path / "matrix.csv").exists()
+    assert "no report in " in caplog.text and "RuntimeError: no space" in caplog.text
+
+
+@pytest.mark.parametrize("broken", ["transform", "precision"])
+def test_what_fails_before_training_leaves_no_folder(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def fails(*given: Any) -> None:
+        raise ZeroDivisionError
+
+    if broken == "transform":
+        monkeypatch.setitem(transforms._BUILDERS, "crop", fails)
+    else:
+        monkeypatch.setattr(Precision, "convert", fails)
+    with pytest.raises((InputError, ZeroDivisionError)) as caught:
+        run(augment="crop")
+    assert (broken == "transform") == isinstance(caught.value, InputError)
+    assert not (tmp_path / "logs").exists()
+
+
+def test_an_import_may_lie_elsewhere_on_another_machine() -> None:
+    hashes = {"tasks": {}, "weights": ""}
+    settings = [
+        Settings(replace(RunConfig(), import_=(place,)), methods.get("lwf").Options())
+        for place in ("/a/mine.py", "/b/mine.py")
+    ]
+    one, other = (setup._facts(each, [], hashes) for each in settings)
+    assert one == other
 
 
 @pytest.mark.parametrize("augment", ["none", "crop"])

@@ -89,7 +89,7 @@ def main() -> None:
     pictures = np.load(options.pairs / "images.npy", mmap_mode="r")
     table = json.loads((options.pairs / "pairs.json").read_text())
     pack = open_pack(options.pack)
-    for name, entry in pack.entries.items():
+    for name, entry in pack.tasks.items():
         if options.only and name not in options.only:
             continue
         task = pack.task(name)

@@ -225,7 +225,7 @@ class Looks:
         config = open_clip.transform.PreprocessCfg(**mini.CONFIG["preprocess_cfg"])
         preprocess = open_clip.transform.image_transform_v2(config, is_train=False)
         whole = open_pack(pack)
-        tasks = [whole.task(name) for name in whole.entries]
+        tasks = [whole.task(name) for name in whole.tasks]
         generator = torch.Generator().manual_seed(seed)
         samples = []
         for task in tasks:

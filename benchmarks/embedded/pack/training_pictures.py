@@ -384,7 +384,7 @@ def read_pack(folder: Path) -> dict[str, np.ndarray]:
     """All pictures of the pack by task, ``[N, 64, 64, 3]``, both sides of the split."""
     pack = open_pack(folder)
     result = {}
-    for name in pack.entries:
+    for name in pack.tasks:
         task = pack.task(name)
         sides = [side.load(i) for side in (task.train, task.test) for i in range(len(side))]
         result[name] = np.stack([np.asarray(picture) for picture in sides])
