@@ -114,6 +114,18 @@ def zero_dimensional(name: str, value: Tensor) -> None:
         )
 
 
+def _are_matrices(features: Tensor, prototypes: Tensor) -> bool:
+    # Whether `matrices` would pass, in one test for what is nearly always the case. Comparisons of
+    # sizes that are symbols are not True but symbols, and are left to the longer way.
+    return (
+        features.ndim == prototypes.ndim == 2
+        and features.dtype == prototypes.dtype
+        and features.is_floating_point()
+        and features.device == prototypes.device
+        and (features.shape[1] == prototypes.shape[1]) is True
+    )
+
+
 def matrices(
     features: Tensor, prototypes: Tensor, names: Sequence[str], same_dtype: bool = True
 ) -> None:
@@ -126,6 +138,8 @@ def matrices(
     Raises:
         TypeError, ValueError: naming the argument.
     """
+    if _are_matrices(features, prototypes):
+        return
     for name, value in zip(names, (features, prototypes), strict=False):
         if not value.is_floating_point():
             raise TypeError(
@@ -151,24 +165,32 @@ def matrices(
             f"{names[1]}: got dtype {prototypes.dtype}, wanted {features.dtype} as {names[0]} "
             f"have; cast one to the other"
         )
-    if prototypes.device != features.device:
-        on_device(names[1], prototypes, features.device)
+    on_device(names[1], prototypes, features.device)
 
 
 def teacher(
-    name: str,
+    index: int,
     features: Tensor,
     prototypes: Tensor,
     student_features: Tensor,
     student_prototypes: Tensor,
 ) -> None:
-    """A teacher's features [N, D_k] and prototypes [P, D_k], N and P those of the student.
+    """The features [N, D_k] and prototypes [P, D_k] of a teacher, N and P those of the student.
 
     Raises:
-        TypeError, ValueError: naming the teacher.
+        TypeError, ValueError: naming the teacher by its index.
     """
-    matrices(features, prototypes, (f"{name}.features", f"{name}.prototypes"))
     n, p = student_features.shape[0], student_prototypes.shape[0]
+    if (
+        _are_matrices(features, prototypes)
+        and features.dtype == student_features.dtype
+        and features.device == student_features.device
+        and (features.shape[0] == n) is True
+        and (prototypes.shape[0] == p) is True
+    ):
+        return
+    name = f"teachers[{index}]"
+    matrices(features, prototypes, (f"{name}.features", f"{name}.prototypes"))
     rows, columns = features.shape[0], prototypes.shape[0]
 
     def message() -> str:

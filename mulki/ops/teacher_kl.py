@@ -99,7 +99,7 @@ def _check_teachers(
     checks.shape("teacher_scales", teacher_scales, (k,))
     checks.on_device("teacher_scales", teacher_scales, features.device)
     for i, (x, w) in enumerate(zip(teacher_features, teacher_prototypes, strict=True)):
-        checks.teacher(f"teachers[{i}]", x, w, features, prototypes)
+        checks.teacher(i, x, w, features, prototypes)
 
 
 def check_backward(
