@@ -50,8 +50,8 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     ),
     "crop": ({"method": "lwf", "augment": "crop"}, 6),
     "reference": (ON_REFERENCE | {"micro_batch": "2", "eps": 1e-3}, 6),
-    # 10 pairs of the second task in a batch of 12.
-    "whole-reference": (ON_REFERENCE | ANCHORED, 12),
+    # 10 pairs of the second task in a batch of 12. AdamW makes rounding errors larger, by lr / eps.
+    "whole-reference": (ON_REFERENCE | {"eps": 1e-3, "lr": 1e-3}, 12),
 }
 SHARDED: dict[str, tuple[dict[str, Any], int]] = {
     "fsdp": (
