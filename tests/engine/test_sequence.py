@@ -1,72 +1,35 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from rich.console import Console
-from safetensors.torch import load_file
 
 from mulki import methods, models
-from mulki.data import transforms
-from mulki.engine import sequence, setup
-from mulki.engine.config import RunConfig, Settings, read_config, resolve
+from mulki.engine import sequence
+from mulki.engine.config import read_config, resolve
 from mulki.engine.learn import StepReport
-from mulki.engine.precision import Precision
-from mulki.engine.progress import RunProgress, describe
+from mulki.engine.progress import RunProgress
 from mulki.errors import InputError
 from mulki.methods import PREVIOUS, ZERO_SHOT
 from mulki.metrics import read_matrix
 from mulki.models import VisionLanguageModel
 from mulki.results import RunFolder, read_evaluations
+from tests.engine.run_helpers import Run, weights
 from tests.engine_helpers import COLOURS, Calls, same_state, state_of, write_task
 
-Run = Callable[..., RunFolder]
 METHODS = tuple(methods.available())
-SHORT = {
-    "iterations": 4,
-    "batch_size": 6,
-    "lr": 1e-3,
-    "precision": "fp32",
-    "device": "cpu",
-    "log_every_n_steps": 2,
-}
-
-
-@pytest.fixture
-def run(tmp_path: Path, start_model: dict[str, str], task_folders: tuple[str, str]) -> Run:
-    def go(name: str = "first", console: Console | None = None, **options: Any) -> RunFolder:
-        given = {"tasks": task_folders, "logs": str(tmp_path / "logs"), "name": name}
-        merged = {**SHORT, **start_model, **given, **options}
-        if "epochs" in options:
-            del merged["iterations"]
-        settings = resolve(merged)
-        return sequence.run(settings, console)
-
-    return go
-
-
-def weights(folder: RunFolder | Path, pattern: str = "task_02*") -> dict[str, torch.Tensor]:
-    path = folder.path if isinstance(folder, RunFolder) else folder
-    (file,) = (path / "checkpoints").glob(f"{pattern}.safetensors")
-    return load_file(file)
 
 
 def rows_of(folder: RunFolder) -> list[list[str]]:
     with (folder.path / "matrix.csv").open(newline="", encoding="utf-8") as file:
         return list(csv.reader(file))
-
-
-# --- the run folder
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -152,9 +115,6 @@ def test_saved_configuration_repeats_the_run(run: Run, options: dict[str, Any]) 
     assert rows_of(first) == rows_of(again)
 
 
-# --- repeatability
-
-
 def test_a_report_that_fails_does_not_fail_the_run(
     run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -165,33 +125,6 @@ def test_a_report_that_fails_does_not_fail_the_run(
     folder = run(method="zero_shot")
     assert folder.status == "complete" and (folder.path / "matrix.csv").exists()
     assert "no report in " in caplog.text and "RuntimeError: no space" in caplog.text
-
-
-@pytest.mark.parametrize("broken", ["transform", "precision"])
-def test_what_fails_before_training_leaves_no_folder(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
-) -> None:
-    def fails(*given: Any) -> None:
-        raise ZeroDivisionError
-
-    if broken == "transform":
-        monkeypatch.setitem(transforms._BUILDERS, "crop", fails)
-    else:
-        monkeypatch.setattr(Precision, "convert", fails)
-    with pytest.raises((InputError, ZeroDivisionError)) as caught:
-        run(augment="crop")
-    assert (broken == "transform") == isinstance(caught.value, InputError)
-    assert not (tmp_path / "logs").exists()
-
-
-def test_an_import_may_lie_elsewhere_on_another_machine() -> None:
-    hashes = {"tasks": {}, "weights": ""}
-    settings = [
-        Settings(replace(RunConfig(), import_=(place,)), methods.get("lwf").Options())
-        for place in ("/a/mine.py", "/b/mine.py")
-    ]
-    one, other = (setup._facts(each, [], hashes) for each in settings)
-    assert one == other
 
 
 @pytest.mark.parametrize("augment", ["none", "crop"])
@@ -212,20 +145,6 @@ def test_workers_change_nothing(run: Run, augment: str) -> None:
     )
     assert rows_of(alone) == rows_of(helped)
     assert same_state(weights(alone), weights(helped))
-
-
-def test_random_start_weights_come_from_the_seed(run: Run, tiny_models: tuple[str, ...]) -> None:
-    random = {"model": "tiny-vit", "method": "finetune"}
-    one, two, other = (run(f"{i}", seed=s, **random) for i, s in enumerate((0, 0, 1)))
-    hashes = [
-        json.loads((f.path / "env.json").read_text())["hashes"]["weights"]
-        for f in (one, two, other)
-    ]
-    assert hashes[0] == hashes[1] != hashes[2]
-    assert same_state(weights(one), weights(two))
-
-
-# --- teachers of the sequence
 
 
 class Learned:
@@ -283,9 +202,6 @@ def test_methods_without_teachers_copy_nothing(run: Run, monkeypatch: pytest.Mon
     run(method="finetune")
 
 
-# --- trouble
-
-
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of luck")])
 def test_what_ends_a_run_leaves_its_results(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: BaseException
@@ -322,42 +238,6 @@ def test_loss_that_is_not_finite_keeps_the_zero_shot_row(run: Run, tmp_path: Pat
     assert read_matrix(path / "matrix.csv").zero_shot is not None
 
 
-@pytest.fixture
-def no_training(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(sequence, "learn_task", lambda *a, **k: pytest.fail("trained"))
-    monkeypatch.setattr(sequence.Evaluator, "accuracy", lambda *a, **k: pytest.fail("evaluated"))
-    yield
-
-
-def test_taken_folder_is_left_alone(run: Run, tmp_path: Path, no_training: None) -> None:
-    taken = tmp_path / "logs" / "first"
-    taken.mkdir(parents=True)
-    (taken / "matrix.csv").write_text("mine")
-    with pytest.raises(InputError, match=re.escape(str(taken))):
-        run()
-    assert [p.name for p in taken.iterdir()] == ["matrix.csv"]
-    assert (taken / "matrix.csv").read_text() == "mine"
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"device": "cuda:99"}, "--device: cuda:99"),
-        ({"device": "toaster"}, "--device: toaster"),
-        ({"model": "tiny-vitt"}, "tiny-vitt"),
-        ({"model": "local-dir:nowhere"}, "nowhere"),
-        ({"tasks": ("nowhere",)}, "nowhere"),
-        ({"lock_text": True, "lock_image": True}, "--lock-image"),
-    ],
-)
-def test_bad_input_is_found_before_the_folder_is_made(
-    run: Run, tmp_path: Path, no_training: None, options: dict[str, Any], said: str
-) -> None:
-    with pytest.raises(InputError, match=re.escape(said)):
-        run(**options)
-    assert not (tmp_path / "logs").exists()
-
-
 def test_locked_model_can_be_evaluated(run: Run) -> None:
     assert run(method="zero_shot", lock_text=True, lock_image=True).status == "complete"
 
@@ -375,9 +255,6 @@ def test_skipped_images_are_counted(
     assert "task damaged: 2 unreadable images left out" in caplog.text
     assert "task damaged: 2 unreadable images left out" in (folder.path / "out.log").read_text()
     assert {e.n for e in read_evaluations(folder.path / "results.jsonl")} == {5}
-
-
-# --- options that reach the run
 
 
 @pytest.mark.parametrize("method", ["finetune", "lwf", "mulki"])
@@ -424,67 +301,3 @@ def test_student_and_teachers_are_compiled_once(run: Run, monkeypatch: pytest.Mo
 
 def test_without_checkpoints(run: Run) -> None:
     assert not (run(save_checkpoints=False).path / "checkpoints").exists()
-
-
-def test_limited_images(run: Run) -> None:
-    folder = run(limit_images=4, method="zero_shot")
-    assert {(e.eval_dataset, e.n) for e in read_evaluations(folder.path / "results.jsonl")} == {
-        ("colours", 4),
-        ("shades", 4),
-    }
-
-
-def test_global_generators_are_seeded(run: Run) -> None:
-    run(seed=3, method="zero_shot")
-    drawn = torch.rand(1)
-    run("second", seed=3, method="zero_shot")
-    assert torch.equal(drawn, torch.rand(1))
-
-
-# --- progress
-
-
-def terminal() -> tuple[Console, io.StringIO]:
-    out = io.StringIO()
-    return Console(file=out, force_terminal=True, width=200, color_system=None), out
-
-
-def test_bar_shows_task_losses_rate_and_time_left(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    console, out = terminal()
-    real = RunProgress.step
-
-    def step(self: RunProgress, report: StepReport) -> None:
-        real(self, report)
-        self._bar.refresh()  # the tests' steps are shorter than its refresh interval
-
-    monkeypatch.setattr(RunProgress, "step", step)
-    run(method="mulki", console=console)
-    drawn = out.getvalue()
-    assert "1/2 colours" in drawn and "2/2 shades" in drawn and "test shades" in drawn
-    assert "8/8" in drawn  # steps of the whole run
-    assert re.search(r"\d+ img/s", drawn)
-    assert re.search(r"\d:\d\d:\d\d", drawn)  # time left
-    for term in ("ce", "alignment", "image_text", "feature"):
-        assert re.search(rf"\b{term} \d+\.\d{{3}}", drawn)
-
-
-def test_nothing_is_drawn_without_a_terminal(run: Run) -> None:
-    out = io.StringIO()
-    run(console=Console(file=out, width=200))
-    assert out.getvalue() == ""
-
-
-def test_bar_averages_the_rate() -> None:
-    console, out = terminal()
-    with RunProgress(console, 2) as progress:
-        for step, seconds in ((1, 1.0), (2, 0.5)):
-            progress.step(StepReport(step, {"ce_loss": 1.25}, 1e-3, 10, seconds))
-            progress._bar.refresh()
-    assert "10 img/s" in out.getvalue() and "11 img/s" in out.getvalue()
-
-
-def test_describe_names_every_term() -> None:
-    report = StepReport(1, {"ce_loss": 1.23456, "text_text_loss": 0.5}, 1e-3, 8, 0.1)
-    assert describe(report) == "ce 1.235 text_text 0.500"

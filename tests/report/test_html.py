@@ -1,17 +1,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from mulki.errors import InputError
 from mulki.metrics import DEFINITIONS, ZERO_SHOT, AccuracyMatrix, write_matrix
-from mulki.report import read_folder, render_html, summary_markdown, write_report
-from mulki.results import RunFolder
-from tests.report.report_helpers import SMALL
+from mulki.report import read_folder, render_html, write_report
 
 
 class Page(HTMLParser):
@@ -39,29 +35,6 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] in ("td", "th"):
             self.rows[-1][-1] += data
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    run = RunFolder.create(
-        tmp_path,
-        "first",
-        method="mulki",
-        order="II",
-        seed=4,
-        columns=SMALL.columns,
-        config={"prompt": "a photo of a <b>{}</b>"},
-        hashes={"weights": "0123abcd", "splits": {"digits": "4567"}, "prompts": None},
-    )
-    for name, n in zip(SMALL.columns, (300, 400, 500), strict=True):
-        run.record(after_task=ZERO_SHOT, eval_dataset=name, value=1.0, n=n, seconds=1.0, step=0)
-    for after, row in [
-        (ZERO_SHOT, SMALL.zero_shot or ()),
-        *zip(SMALL.tasks, SMALL.rows, strict=True),
-    ]:
-        run.add_row(after, dict(zip(SMALL.columns, row, strict=True)))
-    run.finish()
-    return run.path
 
 
 def test_the_page_holds_matrix_metrics_configuration_and_environment(folder: Path) -> None:
@@ -101,22 +74,6 @@ def test_the_page_needs_nothing_else(folder: Path) -> None:
         assert external not in text
 
 
-def test_the_page_reads_the_run_folder_and_nothing_else(folder: Path, tmp_path: Path) -> None:
-    moved = tmp_path / "elsewhere" / "copy"
-    shutil.copytree(folder, moved)
-    shutil.rmtree(folder)
-    assert write_report(moved) == moved / "report.html"
-    assert (moved / "report.html").read_text() == render_html(read_folder(moved))
-    assert "<title>first</title>" in render_html(read_folder(moved))
-
-
-def test_the_summary_holds_name_status_and_matrix(folder: Path) -> None:
-    write_report(folder)
-    text = (folder / "summary.md").read_text()
-    assert text.startswith("# first\n\nStatus: complete\n\n")
-    assert summary_markdown(read_folder(folder).matrix) in text
-
-
 def test_a_bare_matrix_has_a_page(tmp_path: Path) -> None:
     write_matrix(tmp_path / "matrix.csv", AccuracyMatrix(("a",), ("a",), ((12.5,),)))
     page = render_html(read_folder(tmp_path))
@@ -127,19 +84,3 @@ def test_a_bare_matrix_has_a_page(tmp_path: Path) -> None:
     assert "<strong>unknown</strong>" in page
     assert "Configuration" not in page
     assert "Environment" not in page
-
-
-@pytest.mark.parametrize("name", ["summary.json", "env.json"])
-@pytest.mark.parametrize("content", ["{", "[]"])
-def test_broken_files_are_named(folder: Path, name: str, content: str) -> None:
-    (folder / name).write_text(content)
-    with pytest.raises(InputError, match=re.escape(name)):
-        render_html(read_folder(folder))
-
-
-def test_a_folder_without_a_matrix(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no matrix\.csv in it"):
-        write_report(tmp_path)
-    with pytest.raises(InputError, match=r"no matrix\.csv in it"):
-        write_report(tmp_path / "missing")
-    assert not list(tmp_path.iterdir())

@@ -1,0 +1,34 @@
+"""The run folder of a report, and what a reader needs of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mulki.metrics import ZERO_SHOT
+from mulki.results import RunFolder
+from tests.report.report_helpers import SMALL
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    run = RunFolder.create(
+        tmp_path,
+        "first",
+        method="mulki",
+        order="II",
+        seed=4,
+        columns=SMALL.columns,
+        config={"prompt": "a photo of a <b>{}</b>"},
+        hashes={"weights": "0123abcd", "splits": {"digits": "4567"}, "prompts": None},
+    )
+    for name, n in zip(SMALL.columns, (300, 400, 500), strict=True):
+        run.record(after_task=ZERO_SHOT, eval_dataset=name, value=1.0, n=n, seconds=1.0, step=0)
+    for after, row in [
+        (ZERO_SHOT, SMALL.zero_shot or ()),
+        *zip(SMALL.tasks, SMALL.rows, strict=True),
+    ]:
+        run.add_row(after, dict(zip(SMALL.columns, row, strict=True)))
+    run.finish()
+    return run.path
