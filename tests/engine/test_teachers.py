@@ -84,7 +84,8 @@ def test_a_student_at_its_teacher_has_its_texts_to_the_bit_under_autocast(
 
 
 def test_finetuning_needs_no_teacher(load_tiny: Load, task: Task) -> None:
-    learn(load_tiny(), task, "finetune", frozen={})
+    reports = learn(load_tiny(), task, "finetune", frozen={})
+    assert reports and all(set(report.losses) == {"ce_loss"} for report in reports)
 
 
 @pytest.mark.parametrize("name", ["lwf", "mulki"])
