@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from mulki import methods
+from mulki.errors import InputError
 from mulki.losses import MulKILoss
 from mulki.methods import PREVIOUS, ZERO_SHOT
 from mulki.methods.finetune import Finetune
@@ -183,3 +184,19 @@ def test_the_method_has_the_defaults_of_its_objective() -> None:
     options = MulKI.Options()
     for name, parameter in signature.items():
         assert getattr(options, name) == parameter.default, name
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"gate": "blend"},
+            '^--gate-entropy: got NoneType, wanted a number for gate="blend"; pass it$',
+        ),
+        ({"gate": "blend", "gate_entropy": 1.0}, "^--gate-label: got NoneType"),
+        ({"gate_label": 0.5}, '^--gate-label: got 0.5 with gate="label", which does not take it'),
+    ],
+)
+def test_numbers_of_a_gate_that_do_not_fit_it(options, said):
+    with pytest.raises(InputError, match=said):
+        MulKI(MulKI.Options(**options))
