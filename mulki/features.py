@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -22,6 +22,10 @@ class Features:
         prototypes: [C, D] visual prototypes (class means), or None where a method has none.
         reference: features of R images [R, D] and of their captions [R, D] from a reference set, if
             the method needs one; images and captions correspond row by row.
+        seen: [S, D] text features of the classes of earlier tasks, if the method needs these
+            anchors and there are such classes.
+        vocabulary: [V, D] text features of the words of a vocabulary, if the method needs these
+            anchors.
     """
 
     images: Tensor
@@ -29,7 +33,15 @@ class Features:
     scale: Tensor | float
     prototypes: Tensor | None = None
     reference: Features | None = None
+    seen: Tensor | None = None
+    vocabulary: Tensor | None = None
 
     def image_text(self) -> Similarity:
         """The class logits [B, C]."""
         return Similarity(self.images, self.texts, self.scale)
+
+
+def with_anchors(features: Features, texts: Tensor, seen: int) -> Features:
+    """The features with those of anchors [M, D], of which the first `seen` are earlier classes."""
+    groups = [group if len(group) else None for group in (texts[:seen], texts[seen:])]
+    return replace(features, seen=groups[0], vocabulary=groups[1])

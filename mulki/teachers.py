@@ -36,16 +36,23 @@ class FeatureCache:
         self._features = features
         self._known.fill_(True)
 
-    def get(self, index: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
+    def get(self, index: Tensor | None, encode: Callable[[Tensor], Tensor]) -> Tensor:
         """Features of a batch [B, D].
 
         Args:
-            index: [B] places of the batch in the set, on the CPU.
+            index: [B] places of the batch in the set, on the CPU; None for the whole set, in order,
+                which needs a known size.
             encode: from the places in the batch [M] of samples that are not known yet, on the CPU,
                 to their features [M, D]; not called when there are none.
         """
         if self._size is None:
+            assert index is not None
             return encode(torch.arange(len(index)))
+        if index is None:
+            if not self._known.all():
+                self.fill(encode(torch.arange(self._size)))
+            assert self._features is not None
+            return self._features
         new = torch.nonzero(~self._known[index]).flatten()
         if len(new):
             features = encode(new)
@@ -69,6 +76,7 @@ class Teacher:
         prototypes: [C, D] class means of this model over the training set, or None.
         num_images: size n of the training set if image features are constant, else None.
         num_reference: size of the reference set if its features are to be kept, else None.
+        num_anchors: number of texts beyond the task's classes.
     """
 
     def __init__(
@@ -78,12 +86,14 @@ class Teacher:
         prototypes: Tensor | None,
         num_images: int | None,
         num_reference: int | None = None,
+        num_anchors: int = 0,
     ):
         self.texts = texts
         self.scale = scale
         self.prototypes = prototypes
         self._images = FeatureCache(num_images)
         self._reference = FeatureCache(num_reference)
+        self._anchors = FeatureCache(num_anchors)
 
     def remember(self, image_features: Tensor) -> None:
         """Keep the features [n, D] of the whole training set, if these are constant.
@@ -114,3 +124,13 @@ class Teacher:
         pairs = self._reference.get(index, encode)
         images, texts = (half.contiguous() for half in pairs.chunk(2, dim=1))
         return Features(images, texts, self.scale)
+
+    @torch.no_grad()
+    def anchor_features(self, index: Tensor | None, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        """Text features [M, D] of anchors, each text encoded once.
+
+        Args:
+            index: [M] places among the task's anchors, on the CPU; None for all of them.
+            encode: see `FeatureCache.get`.
+        """
+        return self._anchors.get(index, encode)
