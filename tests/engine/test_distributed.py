@@ -33,6 +33,17 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     ),
     "crop": ({"method": "lwf", "augment": "crop"}, 6),
     "reference": (ON_REFERENCE | {"micro_batch": "2", "eps": 1e-3}, 6),
+    # Anchors that student and teachers encode, some drawn for each step.
+    "anchors": (
+        {
+            "method": "mulki",
+            "anchors": "both",
+            "anchor_texts": "student",
+            "anchors_per_step": "7",
+            "micro_batch": "2",
+        },
+        6,
+    ),
     # 10 pairs of the second task in a batch of 12. AdamW makes rounding errors larger, by lr / eps.
     "whole-reference": (ON_REFERENCE | {"eps": 1e-3, "lr": 1e-3}, 12),
 }
