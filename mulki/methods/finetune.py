@@ -1,4 +1,10 @@
-"""finetune: cross-entropy on each task in turn, without any term against forgetting."""
+"""finetune: cross-entropy on each task in turn, without any term against forgetting.
+
+    L = CE_ls(s u w^T, y)
+
+The logit scale s is fixed, as for every method (`VisionLanguageModel.lock`). Fine-tuning with a
+fixed temperature is a strong baseline in LfI (CVPR 2026).
+"""
 
 from __future__ import annotations
 

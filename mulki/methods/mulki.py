@@ -13,11 +13,9 @@ alone:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from mulki.errors import InputError
@@ -26,8 +24,8 @@ from mulki.methods.base import PREVIOUS, SEEN, VOCABULARY, ZERO_SHOT, Method, Ne
 from mulki.ops.gates import find_gate, gate_names
 from mulki.options import option
 from mulki.prototypes import Prototypes, Update
-from mulki.stages import connecting
 from mulki.stages.anchors import TextsOf, WeightsBy
+from mulki.stages.connecting import Connections
 from mulki.stages.objective import MulKILoss
 
 Anchors = Literal["none", "seen", "vocabulary", "both"]
@@ -152,20 +150,15 @@ class MulKI(Method):
     def _forget_task(self) -> None:
         # Copies of the weights are as large as the model, so they go with their task.
         self._prototypes: Prototypes | None = None
-        self._weights: Mapping[str, Tensor] = {}
-        self._start: dict[str, Tensor] | None = None
-        self._mean: connecting.RunningMean | None = None
+        self._connections: Connections | None = None
 
     def start_task(self, task: TaskStart) -> None:
         o = self.options
         self._forget_task()
         if task.prototypes is not None:
             self._prototypes = Prototypes(task.prototypes, o.prototype_update, o.prototype_momentum)
-        self._weights = task.weights
-        if o.connecting and (o.alpha < 1 or o.l2):
-            self._start = connecting.snapshot(task.weights)
-        if o.connecting and o.we_every:
-            self._mean = connecting.RunningMean(task.weights, o.we_every)
+        if o.connecting:
+            self._connections = Connections(task.weights, every=o.we_every, alpha=o.alpha, l2=o.l2)
 
     def prototypes(self) -> Tensor | None:
         return None if self._prototypes is None else self._prototypes()
@@ -183,22 +176,13 @@ class MulKI(Method):
         return dict(terms)
 
     def penalties(self) -> dict[str, Tensor]:
-        if self._start is None or not self.options.l2:
-            return {}
-        return {"anchor_loss": self.options.l2 * connecting.anchor_loss(self._weights, self._start)}
+        return {} if self._connections is None else self._connections.penalties()
 
     def after_step(self, step: int) -> None:
-        if self._mean is not None:
-            self._mean.observe(self._weights, step)
+        if self._connections is not None:
+            self._connections.after_step(step)
 
-    @torch.no_grad()
     def end_task(self) -> None:
-        result: Mapping[str, Tensor] = self._weights
-        # A task shorter than `we_every` has its start as the only member: nothing would be learned.
-        if self._mean is not None and self._mean.count > 1:
-            result = self._mean.mean
-        if self._start is not None and self.options.alpha < 1:
-            result = connecting.interpolate(self._start, result, self.options.alpha)
-        for name, weight in self._weights.items():
-            weight.copy_(result[name])
+        if self._connections is not None:
+            self._connections.end_task()
         self._forget_task()

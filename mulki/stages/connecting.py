@@ -9,6 +9,8 @@ Stated by the source (arXiv 2411.06764): that models are linked within and betwe
 integrate earlier and new knowledge. Our choice: the running mean of the weights, as ZSCL's weight
 ensembling does it, and interpolation with the previous model, as WiSE-FT does it (arXiv
 2109.01903); the anchor is ZSCL's weight consolidation. Which of them the paper uses is not public.
+
+`Connections` puts them together, for MulKI and for the methods they come from.
 """
 
 from __future__ import annotations
@@ -65,3 +67,55 @@ def anchor_loss(weights: Weights, anchor: Weights) -> Tensor:
     # A sharded weight has its sum in pieces, one in each process.
     whole = [part.full_tensor() if isinstance(part, DTensor) else part for part in parts]
     return torch.stack(whole).sum()
+
+
+class Connections:
+    """The connections of one task, from its first step to its end.
+
+    Args:
+        weights: those that train, by name; as they are when the task starts.
+        every: steps between two members of the running mean; 0: none.
+        alpha: weight of the new parameters against `base`, in (0, 1].
+        l2: coefficient of the squared distance from the weights at the start.
+        base: what the new parameters are interpolated with; by default the weights at the start.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        *,
+        every: int = 0,
+        alpha: float = 1.0,
+        l2: float = 0.0,
+        base: Weights | None = None,
+    ):
+        self._weights = weights
+        self._alpha = alpha
+        self._l2 = l2
+        # Copies are as large as the model, so only those that are used are made.
+        self._start = snapshot(weights) if l2 or (alpha < 1 and base is None) else {}
+        self._base = self._start if base is None else base
+        self._mean = RunningMean(weights, every) if every else None
+
+    def penalties(self) -> dict[str, Tensor]:
+        """The term ``anchor_loss``, or nothing where its coefficient is 0."""
+        if not self._l2:
+            return {}
+        return {"anchor_loss": self._l2 * anchor_loss(self._weights, self._start)}
+
+    def after_step(self, step: int) -> None:
+        """Take in the weights after optimiser step `step` (counted from 1)."""
+        if self._mean is not None:
+            self._mean.observe(self._weights, step)
+
+    @torch.no_grad()
+    def end_task(self) -> None:
+        """Change the weights in place to the result of the task."""
+        result = self._weights
+        # A task shorter than `every` has its start as the only member: nothing would be learned.
+        if self._mean is not None and self._mean.count > 1:
+            result = self._mean.mean
+        if self._alpha < 1:
+            result = interpolate(self._base, result, self._alpha)
+        for name, weight in self._weights.items():
+            weight.copy_(result[name])

@@ -68,3 +68,55 @@ class TestConnecting:
             live["a"].zero_()
         assert copy["a"].tolist() == [1, 1]
         assert not copy["a"].requires_grad
+
+
+class TestConnections:
+    @pytest.fixture
+    def weights(self):
+        return {"a": torch.nn.Parameter(torch.ones(2)), "b": torch.nn.Parameter(torch.zeros(()))}
+
+    def learn(self, weights, steps, **options):
+        connections = connecting.Connections(weights, **options)
+        for step in range(1, steps + 1):
+            with torch.no_grad():
+                for weight in weights.values():
+                    weight.add_(1.0)
+            connections.after_step(step)
+        return connections
+
+    @pytest.mark.parametrize(
+        ("options", "moved"),
+        [
+            ({}, 4.0),
+            ({"every": 2}, (0 + 2 + 4) / 3),
+            # No member but the start.
+            ({"every": 5}, 4.0),
+            ({"alpha": 0.25}, 1.0),
+            ({"every": 2, "alpha": 0.25}, 0.5),
+            ({"every": 2, "alpha": 0.25, "l2": 3.0}, 0.5),
+        ],
+    )
+    def test_the_result_of_four_steps(self, weights, options, moved):
+        live = weights["a"]
+        self.learn(weights, 4, **options).end_task()
+        assert weights["a"] is live and live.tolist() == [1 + moved, 1 + moved]
+        assert weights["b"] == moved
+
+    def test_another_base_is_taken_in_place_of_the_start(self, weights):
+        base = {"a": torch.full((2,), -3.0), "b": torch.tensor(8.0)}
+        self.learn(weights, 4, alpha=0.75, base=base).end_task()
+        assert weights["a"].tolist() == [3, 3]
+        assert weights["b"] == 5
+        assert base["b"] == 8
+
+    def test_the_anchor_is_the_start_whatever_the_base(self, weights):
+        base = {name: weight.detach() + 9 for name, weight in weights.items()}
+        connections = self.learn(weights, 2, alpha=0.5, l2=0.5, base=base)
+        (loss,) = connections.penalties().values()
+        assert list(connections.penalties()) == ["anchor_loss"]
+        assert loss == 0.5 * 3 * 2.0**2
+        loss.backward()
+        assert weights["a"].grad.tolist() == [2, 2]
+
+    def test_without_a_coefficient_there_is_no_anchor(self, weights):
+        assert self.learn(weights, 1, alpha=0.5).penalties() == {}
