@@ -72,7 +72,10 @@ def test_no_option_of_a_method_hides_one_of_the_run() -> None:
         ({"learning_rate": 1}, "--learning-rate: no such option"),
         ({"btach_size": 1}, '--btach-size: no such option.*did you mean "batch-size"'),
         ({"method": "finetune", "alpha": 0.5}, "--alpha: method finetune has.*belongs to mulki"),
-        ({"method": "zero_shot", "temperature": 1}, "--temperature: .*belongs to lwf, mulki"),
+        (
+            {"method": "zero_shot", "temperature": 1},
+            "--temperature: .*belongs to lwf, lwf_vr",
+        ),
         ({"lr": "fast"}, "--lr: got 'fast', wanted a number"),
         ({"lr": 0}, "--lr: got 0.0, wanted a number above 0"),
         ({"lr": "nan"}, "--lr: got"),

@@ -257,7 +257,7 @@ def test_skipped_images_are_counted(
     assert {e.n for e in read_evaluations(folder.path / "results.jsonl")} == {5}
 
 
-@pytest.mark.parametrize("method", ["finetune", "lwf", "mulki"])
+@pytest.mark.parametrize("method", ["finetune", "lwf", "lwf_vr", "mulki", "wise_ft"])
 @pytest.mark.parametrize(
     "options", [{"micro_batch": "1"}, {"micro_batch": "4"}, {"grad_checkpointing": True}]
 )

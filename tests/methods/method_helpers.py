@@ -17,3 +17,14 @@ def add(weights, amount):
     with torch.no_grad():
         for weight in weights.values():
             weight.add_(amount)
+
+
+def assert_same_gradients(losses, expected, inputs):
+    """Check each term by name, and the gradient of their sum with respect to each input."""
+    assert losses.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name], value, msg=name)
+    ours, wanted = (torch.autograd.grad(sum(t.values()), inputs) for t in (losses, expected))
+    for one, other in zip(ours, wanted, strict=True):
+        assert other.abs().max() > 1e-4
+        torch.testing.assert_close(one, other)

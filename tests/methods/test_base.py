@@ -6,11 +6,12 @@ import pytest
 
 from mulki.methods.finetune import Finetune
 from mulki.methods.lwf import LwF
+from mulki.methods.lwf_vr import LwFVR
 from mulki.methods.zero_shot import ZeroShot
 from tests.methods.method_helpers import add, start
 
 
-@pytest.mark.parametrize("method", [Finetune, LwF, ZeroShot])
+@pytest.mark.parametrize("method", [Finetune, LwF, LwFVR, ZeroShot])
 def test_baselines_have_no_state_and_leave_weights_alone(method, weights):
     made = start(method(method.Options()), weights)
     add(weights, 1.0)

@@ -10,7 +10,9 @@ from mulki import methods
 from mulki.errors import InputError
 from mulki.methods.finetune import Finetune
 from mulki.methods.lwf import LwF
+from mulki.methods.lwf_vr import LwFVR
 from mulki.methods.mulki import MulKI
+from mulki.methods.wise_ft import WiseFT
 from mulki.methods.zero_shot import ZeroShot
 
 
@@ -19,7 +21,9 @@ class TestRegistry:
         assert methods.available() == {
             "finetune": Finetune,
             "lwf": LwF,
+            "lwf_vr": LwFVR,
             "mulki": MulKI,
+            "wise_ft": WiseFT,
             "zero_shot": ZeroShot,
         }
         assert methods.get("lwf") is LwF
@@ -32,7 +36,7 @@ class TestRegistry:
         with pytest.raises(InputError, match="^--method: no method 'xyz'; choose from finetune"):
             methods.get("xyz")
 
-    @pytest.mark.parametrize("name", ["finetune", "lwf", "mulki", "zero_shot"])
+    @pytest.mark.parametrize("name", methods.available())
     def test_every_method_and_option_is_described(self, name):
         method = methods.get(name)
         assert method.summary
@@ -47,6 +51,12 @@ class TestRegistry:
         (LwF, "label_smoothing", (-0.1, 1.1), (0.0, 1.0)),
         (LwF, "distill_weight", (-0.1,), (0.0,)),
         (LwF, "temperature", (0.0, -1.0), (0.1,)),
+        (LwFVR, "label_smoothing", (-0.1, 1.1), (0.0, 1.0)),
+        (LwFVR, "distill_weight", (-0.1,), (0.0,)),
+        (LwFVR, "temperature", (0.0, -1.0), (0.1,)),
+        (WiseFT, "label_smoothing", (-0.1, 1.1), (0.0, 1.0)),
+        (WiseFT, "alpha", (0.0, 1.1, float("nan")), (0.1, 1.0)),
+        (WiseFT, "wise_base", ("original",), ("previous", "zero_shot")),
         (MulKI, "label_smoothing", (-0.1, 1.1), (0.0, 1.0)),
         (MulKI, "temperature", (0.0, -1.0), (0.1,)),
         (MulKI, "prototype_update", ("mean",), ("ema", "learnable", "fixed")),
@@ -73,6 +83,6 @@ def test_bounds_of_options(method, name, bad, good):
 
 
 def test_defaults_are_those_of_the_benchmark():
-    assert Finetune.Options().label_smoothing == LwF.Options().label_smoothing == 0.2
-    assert MulKI.Options().label_smoothing == 0.2
+    for method in (Finetune, LwF, LwFVR, WiseFT, MulKI):
+        assert method.Options().label_smoothing == 0.2
     assert LwF.Options().temperature == MulKI.Options().temperature == 2.0
