@@ -21,7 +21,8 @@ class Features:
         scale: the model's logit scale, already exponentiated.
         prototypes: [C, D] visual prototypes (class means), or None where a method has none.
         reference: features of R images [R, D] and of their captions [R, D] from a reference set, if
-            the method needs one; images and captions correspond row by row.
+            the method needs one; images and captions correspond row by row. Captions that the
+            method does not ask of this model have no rows, [0, D].
         seen: [S, D] text features of the classes of earlier tasks, if the method needs these
             anchors and there are such classes.
         vocabulary: [V, D] text features of the words of a vocabulary, if the method needs these
@@ -39,6 +40,11 @@ class Features:
     def image_text(self) -> Similarity:
         """The class logits [B, C]."""
         return Similarity(self.images, self.texts, self.scale)
+
+
+def of_reference(images: Tensor, captions: Tensor | None, scale: Tensor | float) -> Features:
+    """Features of R images [R, D] and of their captions [R, D], if there are any."""
+    return Features(images, images[:0] if captions is None else captions, scale)
 
 
 def with_anchors(features: Features, texts: Tensor, seen: int) -> Features:

@@ -8,7 +8,8 @@
 ``out.log``         what was logged
 ``results.jsonl``   one line per evaluation, see :class:`Evaluation`
 ``matrix.csv``      accuracies in percent, see :func:`mulki.metrics.read_matrix`
-``summary.json``    metrics with their definitions, status, tasks, seconds
+``summary.json``    metrics with their definitions, status, tasks, seconds, and what was used
+                    beyond the tasks and the start model
 ``summary.md``      the printed table, written by :func:`mulki.report.write_report`
 ``report.html``     all of the above on one page, written by the same function
 ``tensorboard/``    scalars, when the package tensorboard is installed
@@ -123,8 +124,8 @@ class RunFolder:
     finishes the run: ``complete`` when the block ends, ``interrupted`` when an exception (or
     Ctrl-C) leaves it. In a distributed run only the first rank may have one.
 
-    Attributes: ``path``, ``name``, ``method``, ``order``, ``seed``, ``status``, and ``matrix``,
-    the :class:`AccuracyMatrix` so far.
+    Attributes: ``path``, ``name``, ``method``, ``order``, ``seed``, ``status``, ``uses``, and
+    ``matrix``, the :class:`AccuracyMatrix` so far.
     """
 
     def __init__(
@@ -138,6 +139,7 @@ class RunFolder:
         test_images: Mapping[str, int] | None = None,
         seconds: float = 0.0,
         status: Status = "interrupted",
+        uses: tuple[str, ...] = (),
     ) -> None:
         self.path = path
         self.name = path.name
@@ -146,6 +148,7 @@ class RunFolder:
         self.seed = seed
         self.matrix = matrix
         self.status: Status = status
+        self.uses = tuple(uses)
         self._test_images = dict(test_images or {})
         self._started = time.monotonic() - seconds
         self._handler: logging.Handler | None = None
@@ -164,17 +167,19 @@ class RunFolder:
         columns: tuple[str, ...],
         config: Mapping[str, object],
         hashes: Mapping[str, object] | None = None,
+        uses: tuple[str, ...] = (),
     ) -> RunFolder:
         """Make ``<logs>/<name>/`` with ``args.yaml``, ``env.json`` and an empty summary.
 
         ``columns`` are the data sets that will be evaluated, ``config`` the resolved
-        configuration, ``hashes`` those for :func:`environment`. Raises :class:`InputError` for a
+        configuration, ``hashes`` those for :func:`environment`, ``uses`` what the method uses
+        beyond the tasks and the start model, in words. Raises :class:`InputError` for a
         folder that exists and is not empty, one that cannot be made, and a name that is not one
         path component.
         """
         matrix = AccuracyMatrix(columns=tuple(columns))
         path = _make_folder(Path(logs), name, default_name(method, order, seed))
-        run = cls(path, method=method, order=order, seed=seed, matrix=matrix)
+        run = cls(path, method=method, order=order, seed=seed, matrix=matrix, uses=uses)
         write_atomic(path / "args.yaml", yaml.safe_dump(_plain(config), sort_keys=False))
         write_atomic(path / "env.json", _json(environment(hashes)))
         run._write_summary()
@@ -199,6 +204,8 @@ class RunFolder:
                 test_images=summary["test_images"],
                 seconds=summary["seconds"],
                 status=summary["status"],
+                # Folders of before it was written have none.
+                uses=tuple(summary.get("uses", ())),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
@@ -363,6 +370,7 @@ class RunFolder:
             "method": self.method,
             "order": self.order,
             "seed": self.seed,
+            "uses": list(self.uses),
             "tasks": list(self.matrix.tasks),
             "columns": list(self.matrix.columns),
             "metrics": self.matrix.metrics().to_dict(),

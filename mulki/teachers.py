@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mulki.features import Features
+from mulki.features import Features, of_reference
 
 
 class FeatureCache:
@@ -114,16 +114,21 @@ class Teacher:
         return Features(self._images.get(index, encode), self.texts, self.scale, self.prototypes)
 
     @torch.no_grad()
-    def reference_features(self, index: Tensor, encode: Callable[[Tensor], Tensor]) -> Features:
+    def reference_features(
+        self, index: Tensor, encode: Callable[[Tensor], Tensor], *, captions: bool = True
+    ) -> Features:
         """Features of a batch of the reference set.
 
         Args:
             index: [R] places of the batch in the reference set, on the CPU.
             encode: see `FeatureCache.get`; returns [M, 2 D], image beside caption features.
+            captions: without them `encode` returns [M, D], image features.
         """
-        pairs = self._reference.get(index, encode)
-        images, texts = (half.contiguous() for half in pairs.chunk(2, dim=1))
-        return Features(images, texts, self.scale)
+        features = self._reference.get(index, encode)
+        if not captions:
+            return of_reference(features, None, self.scale)
+        images, texts = (half.contiguous() for half in features.chunk(2, dim=1))
+        return of_reference(images, texts, self.scale)
 
     @torch.no_grad()
     def anchor_features(self, index: Tensor | None, encode: Callable[[Tensor], Tensor]) -> Tensor:

@@ -87,6 +87,7 @@ def test_a_whole_run(tmp_path: Path, without_tensorboard: None) -> None:
     summary = summary_of(run.path)
     assert summary["status"] == "complete"
     assert (summary["method"], summary["order"], summary["seed"]) == ("mulki", "I", 3)
+    assert summary["uses"] == []
     assert summary["tasks"] == ["digits", "letters"]
     assert summary["columns"] == list(COLUMNS)
     assert summary["definitions"] == DEFINITIONS
@@ -436,3 +437,15 @@ print([name for name in ("torch", "open_clip", "rich", "jinja2") if name in sys.
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
+
+
+def test_what_was_used_is_kept(tmp_path: Path) -> None:
+    run = make(tmp_path, uses=("reference images",))
+    assert summary_of(run.path)["uses"] == ["reference images"]
+    again = RunFolder.open(run.path)
+    again.finish()
+    assert summary_of(run.path)["uses"] == ["reference images"]
+    old = summary_of(run.path)
+    del old["uses"]
+    (run.path / "summary.json").write_text(json.dumps(old))
+    assert RunFolder.open(run.path).uses == ()

@@ -5,26 +5,32 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from mulki.data.decoding import SUFFIXES
 from mulki.data.image_files import ImageFiles, find_unreadable
+from mulki.data.prompts import fill
 from mulki.data.task import ImageSet, Task
+from mulki.data.vocabulary import TEMPLATE, Vocabulary
 from mulki.errors import InputError
 from mulki.files import Row, read_table
 
 CAPTIONS = "captions.csv"
+# Seed of the order of words as captions.
+_WORD_ORDER = 0
 _WANTED = f"a CSV with the columns path and caption, a folder of images with {CAPTIONS}, or current"
 
 
 @dataclass(frozen=True)
 class ReferenceSet:
-    """Images, each with a caption.
+    """Images, each with a caption, or images alone.
 
     Args:
         images: n images; their targets are not used.
-        captions: [n].
+        captions: [n], or None for a method that looks at none.
         skipped: unreadable images that were left out, by path.
 
     Raises:
@@ -32,34 +38,49 @@ class ReferenceSet:
     """
 
     images: ImageSet
-    captions: tuple[str, ...]
+    captions: tuple[str, ...] | None
     skipped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if len(self.images) != len(self.captions):
+        if self.captions is not None and len(self.images) != len(self.captions):
             raise InputError(
                 f"--reference: got {len(self.images)} images and {len(self.captions)} captions; "
                 f"give each image one caption"
             )
-        if not self.captions:
+        if not len(self.images):
             raise InputError("--reference: the set is empty; add images with captions")
 
     def __len__(self) -> int:
-        return len(self.captions)
+        return len(self.images)
 
     def fingerprint(self) -> str:
         """Hex SHA-256 of images and captions, the same wherever the files lie."""
-        content = json.dumps([self.images.fingerprint(), *self.captions])
+        content = json.dumps([self.images.fingerprint(), *(self.captions or ())])
         return hashlib.sha256(content.encode()).hexdigest()
 
     @classmethod
-    def of_task(cls, task: Task) -> ReferenceSet:
-        """The training images of a task, each with its class's first prompt as the caption."""
-        prompts = [of_class[0] for of_class in task.prompts()]
-        return cls(task.train, tuple(prompts[target] for target in task.train.targets))
+    def of_task(cls, task: Task, vocabulary: Vocabulary | None) -> ReferenceSet:
+        """The training images of a task, each with a word of a vocabulary as its caption.
+
+        The words come in a pseudo-random order, the same in every run, and again from its beginning
+        when it has ended. So every word is used about equally often, and what a word means has
+        nothing to do with the image's class: as in ZSCL, whose sentences do not belong to its
+        images.
+
+        Args:
+            vocabulary: None for images alone.
+        """
+        if vocabulary is None:
+            return cls(task.train, None)
+        words = list(vocabulary.words)
+        random.Random(_WORD_ORDER).shuffle(words)
+        captions = (fill(TEMPLATE, words[place % len(words)]) for place in range(len(task.train)))
+        return cls(task.train, tuple(captions))
 
 
-def read_reference(path: str | os.PathLike[str], *, skip_bad_images: bool = False) -> ReferenceSet:
+def read_reference(
+    path: str | os.PathLike[str], *, captions: bool = True, skip_bad_images: bool = False
+) -> ReferenceSet:
     """Read a reference set.
 
     Images are checked as those of tasks are: see `mulki.data.image_files.find_unreadable`.
@@ -68,6 +89,8 @@ def read_reference(path: str | os.PathLike[str], *, skip_bad_images: bool = Fals
         path: a CSV file with the columns ``path`` and ``caption``, whose paths are absolute or
             relative to the folder of the file; or a folder with such a file, ``captions.csv``, that
             has a row for every image in the folder. Hidden files and folders are passed over.
+        captions: False where no captions are needed: then a folder needs no `captions.csv`, and all
+            of its images are read.
         skip_bad_images: leave unreadable images out and list them in `ReferenceSet.skipped`.
 
     Raises:
@@ -80,26 +103,37 @@ def read_reference(path: str | os.PathLike[str], *, skip_bad_images: bool = Fals
     path = Path(path)
     if not path.exists():
         raise InputError(f"--reference: no file or folder {path}; pass {_WANTED}")
+    if not captions and path.is_dir():
+        return _checked(path, dict.fromkeys(sorted(_images_below(path))), skip_bad_images)
     file = path / CAPTIONS if path.is_dir() else path
     if path.is_dir() and not file.is_file():
         raise InputError(
             f"--reference: {path} has {len(_images_below(path))} images and no captions; add "
             f"{CAPTIONS} with the columns path and caption"
         )
-    captions = _read_captions(file)
-    missing = sorted(_images_below(path) - captions.keys()) if path.is_dir() else []
+    by_image = _read_captions(file)
+    missing = sorted(_images_below(path) - by_image.keys()) if path.is_dir() else []
     if missing:
         more = f" and {len(missing) - 1} more images" if len(missing) > 1 else ""
         raise InputError(
             f"--reference: {file} has no caption for {missing[0]}{more}; add a line for each, or "
             f"remove the images"
         )
+    found: Mapping[str, str | None] = by_image if captions else dict.fromkeys(by_image)
+    return _checked(file.parent, found, skip_bad_images)
+
+
+def _checked(
+    folder: Path, captions: Mapping[str, str | None], skip_bad_images: bool
+) -> ReferenceSet:
+    # The readable images among those of `captions`, which has None for each where none is needed.
     files = tuple(captions)
-    sizes = tuple((file.parent / name).stat().st_size for name in files)
-    images = ImageFiles(file.parent, files, sizes, targets=(0,) * len(files))
+    sizes = tuple((folder / name).stat().st_size for name in files)
+    images = ImageFiles(folder, files, sizes, targets=(0,) * len(files))
     bad = find_unreadable([images], skip_bad_images=skip_bad_images)
     kept = images.without(bad)
-    return ReferenceSet(kept, tuple(captions[name] for name in kept.files), tuple(bad))
+    words = tuple(word for name in kept.files if (word := captions[name]) is not None)
+    return ReferenceSet(kept, words or None, tuple(bad))
 
 
 def _images_below(folder: Path) -> set[str]:

@@ -44,7 +44,7 @@ class ReferenceBatch:
 
     Args:
         images: [r, 3, H, W], this process's part; in the host's memory when it is loaded.
-        captions: [r], this process's part.
+        captions: [r], this process's part; none where the set has none.
         places: [R] int64 places of the whole batch in its set, on the CPU.
     """
 
@@ -137,6 +137,8 @@ def _batches(
 
 
 def _with_captions(batch: Batch, reference: ReferenceSet, world: World) -> ReferenceBatch:
-    places = batch.places.tolist()
-    captions = tuple(reference.captions[places[row]] for row in world.rows(len(places)))
+    captions: tuple[str, ...] = ()
+    if reference.captions is not None:
+        places = batch.places.tolist()
+        captions = tuple(reference.captions[places[row]] for row in world.rows(len(places)))
     return ReferenceBatch(batch.images, captions, batch.places)

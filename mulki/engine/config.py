@@ -64,13 +64,17 @@ class RunConfig:
     lock_text: bool = option(False, "freeze the text transformer")
     lock_image: bool = option(False, "freeze the image tower")
     reference: str | None = option(
-        None, "images and captions to distil on: a folder, a CSV, or current (the task's own)"
+        None,
+        "images and captions to distil on: a folder, a CSV, or current (the task's own images, "
+        "with words of the vocabulary)",
     )
     reference_batch_size: int | None = option(
         None, "reference images per step and process; --batch-size if left out", low=1
     )
     vocabulary: str | None = option(
-        None, "a text file of words, one a line, as text anchors; ImageNet's names if left out"
+        None,
+        "a text file of words, one a line, as text anchors or as captions of --reference current; "
+        "ImageNet's names if left out",
     )
     anchors_per_step: int | None = option(
         None,

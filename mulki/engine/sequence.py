@@ -126,6 +126,8 @@ class _Sequence:
 
     def _log_start(self) -> None:
         config, world = self.setup.config, self.setup.world
+        uses = ", ".join(self.setup.uses) or "nothing"
+        _log.info("%s uses beyond the tasks and the start model: %s", config.method, uses)
         if world.size > 1:
             images = world.size * config.batch_size
             _log.info("%d processes, %d images in a batch", world.size, images)

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from mulki.engine.batches import Transform
 from mulki.engine.config import CURRENT, RunConfig, Settings
 from mulki.engine.precision import Precision
 from mulki.errors import InputError
-from mulki.methods import VOCABULARY, Method
+from mulki.methods import VOCABULARY, Method, Needs
 from mulki.models import VisionLanguageModel
 from mulki.results import RunFolder, check_free
 from mulki.world import World
@@ -54,7 +54,8 @@ class Setup:
         tasks: in the order in which they are learned.
         reference: images and captions for the method; None without need, or where each task's own
             images are the reference.
-        vocabulary: words for the method; None without need.
+        vocabulary: words for the method, as text anchors or as captions of each task's own images;
+            None without need.
         model: the student with the start weights, stored as `precision` wants them. A model that
             will be sharded is still whole and on the CPU.
         transform: of the training images.
@@ -76,7 +77,16 @@ class Setup:
 
     def reference_of(self, task: Task) -> ReferenceSet | None:
         """The reference set while a task is learned, if the method needs one."""
-        return ReferenceSet.of_task(task) if self.config.reference == CURRENT else self.reference
+        if self.config.reference == CURRENT:
+            return ReferenceSet.of_task(
+                task, self.vocabulary if self.method.needs.captions else None
+            )
+        return self.reference
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """What the run uses beyond its tasks and the start model, in words."""
+        return _beyond_tasks(self.config, self.method).uses
 
 
 @contextlib.contextmanager
@@ -107,7 +117,7 @@ def prepared(settings: Settings, tasks: Sequence[Task] | None = None) -> Iterato
             if world.main:
                 check_free(config.logs, config.name)
             tasks = load_tasks(config) if tasks is None else tasks
-            reference = _load_reference(config)
+            reference = _load_reference(config, method)
             vocabulary = _load_vocabulary(config, method)
             # Last, since it can take minutes.
             model = _load_model(config, method, precision, world)
@@ -123,7 +133,10 @@ def prepared(settings: Settings, tasks: Sequence[Task] | None = None) -> Iterato
         # during training differs.
         if world.rank:
             _seed_everything(config.seed + world.rank)
-        folder = _make_folder(settings, tasks, hashes, precision, world) if world.main else None
+        folder = None
+        if world.main:
+            uses = _beyond_tasks(config, method).uses
+            folder = _make_folder(settings, tasks, hashes, uses, precision, world)
         yield Setup(
             config,
             method,
@@ -178,9 +191,12 @@ def _check_sharding(config: RunConfig, precision: Precision) -> None:
 
 def _check_reference(config: RunConfig, method: Method) -> None:
     if method.needs.reference and config.reference is None:
+        needed, folder = "images with captions", "a folder with captions.csv"
+        if not method.needs.captions:
+            needed, folder = "reference images", "a folder of images"
         raise InputError(
-            f"--reference: method {method.name} distils on images with captions and got none; pass "
-            f"a folder with captions.csv, a CSV with the columns path and caption, or {CURRENT}"
+            f"--reference: method {method.name} distils on {needed} and got none; pass {folder}, a "
+            f"CSV with the columns path and caption, or {CURRENT}"
         )
     if not method.needs.reference:
         for name, value in (
@@ -194,11 +210,21 @@ def _check_reference(config: RunConfig, method: Method) -> None:
                 )
 
 
+def _beyond_tasks(config: RunConfig, method: Method) -> Needs:
+    # The needs of a method. The task's own images are no reference set, but their captions are
+    # words of the vocabulary.
+    needs = method.needs
+    if not (needs.reference and config.reference == CURRENT):
+        return needs
+    words = {VOCABULARY} if needs.captions else set()
+    return replace(needs, reference=False, anchors=tuple({*needs.anchors, *words}))
+
+
 def _check_anchors(config: RunConfig, method: Method) -> None:
-    groups = method.needs.anchors
+    vocabulary = VOCABULARY in _beyond_tasks(config, method).anchors
     for name, value, used in (
-        ("vocabulary", config.vocabulary, VOCABULARY in groups),
-        ("anchors-per-step", config.anchors_per_step, bool(groups)),
+        ("vocabulary", config.vocabulary, vocabulary),
+        ("anchors-per-step", config.anchors_per_step, bool(method.needs.anchors)),
     ):
         if value is not None and not used:
             raise InputError(
@@ -208,17 +234,21 @@ def _check_anchors(config: RunConfig, method: Method) -> None:
 
 
 def _load_vocabulary(config: RunConfig, method: Method) -> Vocabulary | None:
-    if VOCABULARY not in method.needs.anchors:
+    if VOCABULARY not in _beyond_tasks(config, method).anchors:
         return None
     if config.vocabulary is None:
         return imagenet_vocabulary()
     return read_vocabulary(config.vocabulary)
 
 
-def _load_reference(config: RunConfig) -> ReferenceSet | None:
+def _load_reference(config: RunConfig, method: Method) -> ReferenceSet | None:
     if config.reference is None or config.reference == CURRENT:
         return None
-    return read_reference(config.reference, skip_bad_images=config.skip_bad_images)
+    return read_reference(
+        config.reference,
+        captions=method.needs.captions,
+        skip_bad_images=config.skip_bad_images,
+    )
 
 
 def _load_model(
@@ -296,6 +326,7 @@ def _make_folder(
     settings: Settings,
     tasks: Sequence[Task],
     hashes: Mapping[str, Any],
+    uses: tuple[str, ...],
     precision: Precision,
     world: World,
 ) -> RunFolder:
@@ -311,4 +342,5 @@ def _make_folder(
         columns=tuple(task.name for task in tasks),
         config=settings.to_dict() | {"precision": precision.name, "device": device},
         hashes=hashes,
+        uses=uses,
     )

@@ -19,7 +19,7 @@ from mulki.engine.distributed import processes_here
 from mulki.engine.microbatch import Encoder, backward
 from mulki.engine.precision import Precision
 from mulki.engine.teachers import TaskTeachers
-from mulki.features import Features, with_anchors
+from mulki.features import Features, of_reference, with_anchors
 from mulki.methods import Method
 from mulki.models import VisionLanguageModel
 from mulki.texts import text_inputs
@@ -74,8 +74,9 @@ class Step:
         Returns:
             The terms of the loss.
         """
-        captions = torch.empty(0)
-        if reference is not None:
+        captions = None
+        needs = self._method.needs
+        if reference is not None and needs.captions and needs.student_captions:
             captions = self._model.text_inputs(reference.captions)
         if self._micro_batch is None:
             self._micro_batch = self._choose_micro_batch(batch, reference, captions)
@@ -114,11 +115,11 @@ class Step:
         with self._precision.autocast():
             return self._model.encode_texts(inputs)
 
-    def _encode_pairs(self, images: Tensor, captions: Tensor) -> tuple[Tensor, Tensor]:
-        return self._encode_images(images), self._encode_texts(captions)
+    def _encode_pairs(self, images: Tensor, *captions: Tensor) -> tuple[Tensor, ...]:
+        return self._encode_images(images), *map(self._encode_texts, captions)
 
     def _choose_micro_batch(
-        self, batch: Batch, reference: ReferenceBatch | None, captions: Tensor
+        self, batch: Batch, reference: ReferenceBatch | None, captions: Tensor | None
     ) -> int:
         config, device, world, images = self._config, self._model.device, self._world, batch.images
         if config.micro_batch is None:
@@ -132,8 +133,8 @@ class Step:
                 return features
             # A step may hold the graphs of as many images and of as many reference pairs.
             n = len(part)
-            pairs = self._encode_pairs(reference.images[:n], captions[:n])
-            return torch.cat([features, *pairs])
+            pairs = _pairs(reference, captions)
+            return torch.cat([features, *self._encode_pairs(*(x[:n] for x in pairs))])
 
         free = memory.free_memory(device)
         if free is not None and device.type == "cpu":
@@ -154,7 +155,7 @@ class Step:
         self,
         batch: Batch,
         reference: ReferenceBatch | None,
-        captions: Tensor,
+        captions: Tensor | None,
         anchors: AnchorBatch | None,
         teachers: tuple[Features, ...],
     ) -> Mapping[str, Tensor]:
@@ -170,24 +171,24 @@ class Step:
             size = len(reference.images)
             if self._config.micro_batch is not None:
                 size = min(size, self._micro_batch or size)
-            pairs = (reference.images, captions)
+            pairs = _pairs(reference, captions)
             encoders.append(Encoder(self._encode_pairs, pairs, micro_batch=size))
 
         def losses(
-            images: Tensor, texts: Tensor, pairs: tuple[Tensor, Tensor] | None = None
+            images: Tensor, texts: Tensor, pairs: tuple[Tensor, ...] = ()
         ) -> Mapping[str, Tensor]:
-            of_reference = None
-            if reference is not None and pairs is not None:
+            of_pairs = None
+            if reference is not None:
                 count = len(reference.places)
-                of_images, of_captions = (world.gather(x, count) for x in pairs)
-                of_reference = Features(of_images, of_captions, scale)
+                of_images, *of_captions = (world.gather(x, count) for x in pairs)
+                of_pairs = of_reference(of_images, next(iter(of_captions), None), scale)
             texts = world.gather(texts, len(of_texts))
             student = Features(
                 world.gather(images, len(batch.places)),
                 texts[: len(class_texts)],
                 scale,
                 method.prototypes(),
-                of_reference,
+                of_pairs,
             )
             if anchors is not None and method.needs.student_anchors:
                 student = with_anchors(student, texts[len(class_texts) :], anchors.seen)
@@ -204,6 +205,11 @@ class Step:
         assert isinstance(terms, Mapping)
         world.average(self._parameters)
         return terms
+
+
+def _pairs(reference: ReferenceBatch, captions: Tensor | None) -> tuple[Tensor, ...]:
+    # What the student encodes of a reference batch.
+    return (reference.images,) if captions is None else (reference.images, captions)
 
 
 def _optimizer(

@@ -33,6 +33,7 @@ class TaskTeachers:
         prototypes: [C, D] class means of the original model if the method needs them.
         precision: how the encoders compute.
         world: the processes among which the images are divided.
+        captions: whether they encode the captions of a reference set.
     """
 
     def __init__(
@@ -41,11 +42,13 @@ class TaskTeachers:
         prototypes: Tensor | None,
         precision: Precision,
         world: World,
+        captions: bool = True,
     ):
         self._teachers = list(teachers)
         self.prototypes = prototypes
         self._precision = precision
         self._world = world
+        self._captions = captions
 
     @classmethod
     @torch.no_grad()
@@ -90,7 +93,7 @@ class TaskTeachers:
             by_model[id(model)] = teacher
         teachers = [(by_model[id(frozen[name])], frozen[name]) for name in needs.teachers]
         original = by_model[id(frozen[ZERO_SHOT])].prototypes if needs.prototypes else None
-        return cls(teachers, original, precision, world)
+        return cls(teachers, original, precision, world, needs.captions)
 
     @torch.no_grad()
     def features(
@@ -139,14 +142,19 @@ class TaskTeachers:
         micro_batch: int,
     ) -> Features:
         def encode(rows: Tensor) -> Tensor:
-            texts = model.text_inputs([batch.captions[row] for row in rows.tolist()])
             with self._precision.autocast():
                 images = model.encode_images(batch.images[rows.to(batch.images.device)])
+            if not self._captions:
+                return images
+            texts = model.text_inputs([batch.captions[row] for row in rows.tolist()])
+            with self._precision.autocast():
                 return torch.cat([images, model.encode_texts(texts)], dim=1)
 
         count = len(batch.places)
         return teacher.reference_features(
-            batch.places, lambda new: self._encode(encode, new, count, micro_batch)
+            batch.places,
+            lambda new: self._encode(encode, new, count, micro_batch),
+            captions=self._captions,
         )
 
     def _of_anchors(

@@ -34,6 +34,8 @@ class Needs:
             teacher.
         reference: a batch of images and captions from the reference set of the run beside each
             batch, encoded by the student and by each teacher; see `Features.reference`.
+        captions: whether the captions are encoded; without them the reference set is images alone.
+        student_captions: whether the student encodes them too, with gradient.
         anchors: of `SEEN` (the classes of earlier tasks) and `VOCABULARY` (the words of the run's
             vocabulary), texts beyond the task's classes that each teacher encodes; see
             `Features.seen` and `Features.vocabulary`.
@@ -43,8 +45,21 @@ class Needs:
     teachers: tuple[str, ...] = ()
     prototypes: bool = False
     reference: bool = False
+    captions: bool = True
+    student_captions: bool = True
     anchors: tuple[str, ...] = ()
     student_anchors: bool = False
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """What goes beyond the images and class names of a task and the start model, in words."""
+        images = "reference images and captions" if self.captions else "reference images"
+        used = {
+            "class names of earlier tasks": SEEN in self.anchors,
+            "a vocabulary of words": VOCABULARY in self.anchors,
+            images: self.reference,
+        }
+        return tuple(words for words, needed in used.items() if needed)
 
 
 @dataclass(frozen=True)

@@ -145,10 +145,22 @@ def row_weights(
     return torch.softmax(score / gate_temperature, dim=1)
 
 
+def discrepancy(
+    original: Tensor,  # [N, D]
+    previous: Tensor,  # [N, D]
+) -> Tensor:  # [N]
+    """sigmoid(6 (|u_1 - u_2| - 0.2)) on the features u of the original and the previous model.
+
+    Select-and-Distill (Yu et al., ECCV 2024): the weight of the previous model.
+    """
+    dtype = torch.float64 if original.dtype == torch.float64 else torch.float32
+    return torch.sigmoid(6 * ((original.to(dtype) - previous.to(dtype)).norm(dim=1) - 0.2))
+
+
 def discrepancy_weights(
     teachers: Sequence[Teacher], target: Tensor | None = None, class_mask: Tensor | None = None
 ) -> Tensor:  # [N, 2]
-    """w_2 = sigmoid(6 (|u_1 - u_2| - 0.2)) on the features u of two teachers of one width.
+    """w_2 = `discrepancy` of the features of two teachers of one width.
 
     The gate of Select-and-Distill (Yu et al., ECCV 2024), teachers in the order (original,
     previous): features that have moved far are those of a task that the previous model has learned.
@@ -163,9 +175,7 @@ def discrepancy_weights(
             f'"discrepancy"; use another gate'
         )
     (original, _, _), (previous, _, _) = teachers
-    dtype = torch.float64 if original.dtype == torch.float64 else torch.float32
-    distance = (original.to(dtype) - previous.to(dtype)).norm(dim=1)
-    w = torch.sigmoid(6 * (distance - 0.2))
+    w = discrepancy(original, previous)
     return torch.stack([1 - w, w], dim=1)
 
 

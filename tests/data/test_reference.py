@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import shutil
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mulki.data import BadImage, Task, folder_task
 from mulki.data.reference import ReferenceSet, read_reference
+from mulki.data.vocabulary import Vocabulary
 from mulki.errors import InputError
 from tests.engine_helpers import COLOURS, write_reference, write_task
 
@@ -78,10 +81,47 @@ def test_unreadable_images_are_refused_or_left_out(folder: Path) -> None:
     assert reference.images.name(0) == str(folder / "red" / "1.png")
 
 
-def test_the_images_of_a_task_with_its_prompts(task: Task) -> None:
-    reference = ReferenceSet.of_task(task)
+def test_the_images_of_a_task_with_words(task: Task) -> None:
+    words = tuple(f"word {i}" for i in range(7))
+    reference = ReferenceSet.of_task(task, Vocabulary(words))
     assert reference.images is task.train and len(reference) == 18
-    assert reference.captions[0] == task.prompts()[task.train.targets[0]][0]
+    given = Counter(reference.captions)
+    assert given.keys() == {f"a picture of a {word}" for word in words}
+    assert set(given.values()) == {2, 3}, "each word about equally often"
+    assert reference.captions[:7] == reference.captions[7:14]
+    assert list(reference.captions[:7]) != [f"a picture of a {word}" for word in words]
+    assert ReferenceSet.of_task(task, Vocabulary(words)).captions == reference.captions
+
+
+def test_words_have_nothing_to_do_with_the_class(task: Task) -> None:
+    words = Vocabulary(tuple(f"word {i}" for i in range(9)))
+    other = replace(task, classes=("x", "y", "z"))
+    captions = ReferenceSet.of_task(task, words).captions
+    assert captions == ReferenceSet.of_task(other, words).captions
+    places = [int(caption.rpartition(" ")[2]) for caption in captions[:9]]
+    # Images come class by class, so words in their own order would.
+    assert places != sorted(places) and sorted(places) == list(range(9))
+
+
+def test_the_images_of_a_task_alone(task: Task) -> None:
+    reference = ReferenceSet.of_task(task, None)
+    assert reference.captions is None and len(reference) == 18
+
+
+def test_images_alone_need_no_captions(folder: Path) -> None:
+    with_captions = read_reference(folder)
+    images = read_reference(folder, captions=False)
+    assert images.captions is None and sorted(images.images.files) == sorted(
+        with_captions.images.files
+    )
+    assert read_reference(folder / "captions.csv", captions=False).captions is None
+    assert images.fingerprint() != with_captions.fingerprint()
+    (folder / "captions.csv").unlink()
+    assert read_reference(folder, captions=False).fingerprint() == images.fingerprint()
+    shutil.rmtree(folder)
+    folder.mkdir()
+    with pytest.raises(InputError, match="^--reference: the set is empty"):
+        read_reference(folder, captions=False)
 
 
 def damage(folder: Path, text: str | None) -> Path:

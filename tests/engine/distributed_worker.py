@@ -106,13 +106,13 @@ def check_runs(runs: list[tuple[str, dict[str, Any]]], world: World) -> None:
     text_inputs = VisionLanguageModel.text_inputs
 
     def counted(model: VisionLanguageModel, texts: Sequence[str]) -> Tensor:
-        if method != OnReference.name:
+        if class_texts_alone:
             prompts.append(len(texts))
         return text_inputs(model, texts)
 
     VisionLanguageModel.text_inputs = counted  # type: ignore[method-assign]
     for name, options in runs:
-        method = options["method"]
+        class_texts_alone = not {"reference", "anchors_per_step"} & options.keys()
         folder = run(resolve({"name": name, **options}))
         assert (folder is None) == (world.rank != 0)
         # What an encoder draws is not the same in every process.

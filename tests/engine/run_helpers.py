@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from mulki import methods
 from mulki.results import RunFolder
 
 Run = Callable[..., RunFolder]
@@ -21,6 +22,12 @@ SHORT = {
     "device": "cpu",
     "log_every_n_steps": 2,
 }
+
+
+def options_of(method: str) -> dict[str, str]:
+    """What a run of the method has to name, for its default options."""
+    cls = methods.get(method)
+    return {"reference": "current"} if cls(cls.Options()).needs.reference else {}
 
 
 def weights(folder: RunFolder | Path, pattern: str = "task_02*") -> dict[str, torch.Tensor]:

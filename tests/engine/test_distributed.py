@@ -44,6 +44,13 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
         },
         6,
     ),
+    "zscl": (
+        {"method": "zscl", "reference": "current", "micro_batch": "2", "we_every": "2", **ANCHORED},
+        6,
+    ),
+    "snd": ({"method": "snd", "reference": "current", **ANCHORED}, 6),
+    "wise": ({"method": "wise_ft", "wise_base": "zero_shot"}, 6),
+    "vocabulary": ({"method": "lwf_vr", "anchors_per_step": "7"}, 6),
     # 10 pairs of the second task in a batch of 12. AdamW makes rounding errors larger, by lr / eps.
     "whole-reference": (ON_REFERENCE | {"eps": 1e-3, "lr": 1e-3}, 12),
 }

@@ -15,6 +15,7 @@ from torch import Tensor
 from mulki import methods
 from mulki.data import Task, folder_task
 from mulki.data.reference import ReferenceSet, read_reference
+from mulki.data.vocabulary import Vocabulary, imagenet_vocabulary
 from mulki.engine.batches import kept_samples
 from mulki.engine.config import RunConfig, resolve
 from mulki.engine.learn import learn_task
@@ -282,6 +283,7 @@ def options(
 def test_a_run_with_a_folder(options: dict[str, Any], folder: Path) -> None:
     done = run(resolve(options | {"reference": str(folder), "reference_batch_size": 4}))
     assert done is not None and done.status == "complete"
+    assert done.uses == ("reference images and captions",)
     hashes = json.loads((done.path / "env.json").read_text())["hashes"]
     assert hashes["reference"] == read_reference(folder).fingerprint()
     assert "reference_0 " in (done.path / "out.log").read_text()
@@ -297,16 +299,60 @@ def test_unreadable_images_are_left_out_and_logged(options: dict[str, Any], fold
     assert "reference set: 1 unreadable images left out" in (done.path / "out.log").read_text()
 
 
-def test_a_run_on_the_current_images(options: dict[str, Any]) -> None:
-    done = run(resolve(options | {"reference": "current"}))
+def test_a_run_on_the_current_images(options: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("cat\ndog\n")
+    hashes = {}
+    for name, vocabulary in (("names", None), ("words", str(tmp_path / "words.txt"))):
+        given = {"reference": "current", "vocabulary": vocabulary, "name": name}
+        done = run(resolve(options | given))
+        assert done is not None and done.status == "complete"
+        assert done.uses == ("a vocabulary of words",)
+        hashes[name] = json.loads((done.path / "env.json").read_text())["hashes"]
+        assert "reference" not in hashes[name]
+        said = "on_reference uses beyond the tasks and the start model: a vocabulary of words\n"
+        assert said in (done.path / "out.log").read_text()
+    assert hashes["names"]["vocabulary"] == imagenet_vocabulary().fingerprint()
+    assert hashes["words"]["vocabulary"] == Vocabulary(("cat", "dog")).fingerprint()
+
+
+@pytest.mark.parametrize("given", ["current", "folder"])
+def test_images_alone(
+    options: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    (folder / "captions.csv").unlink()
+    calls = Calls(monkeypatch)
+    reference = str(folder) if given == "folder" else given
+    done = run(resolve(options | {"method": "snd", "reference": reference}))
     assert done is not None and done.status == "complete"
-    assert "reference" not in json.loads((done.path / "env.json").read_text())["hashes"]
+    assert done.uses == (("reference images",) if given == "folder" else ())
+    hashes = json.loads((done.path / "env.json").read_text())["hashes"]
+    assert "vocabulary" not in hashes
+    assert {n for _, kind, n in calls._log if kind == "texts"} == {3, 2}, "class texts alone"
+
+
+def test_captions_are_encoded_by_the_teacher_alone(
+    load_tiny: Load, task: Task, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, zscl = Calls(monkeypatch), methods.get("zscl")
+    student = learn(load_tiny, task, read_reference(folder), zscl(zscl.Options()))
+    assert set(calls.of(student, "texts")) == {3}
+    of_teacher = [n for clip, kind, n in calls._log if kind == "texts" and clip != id(student.clip)]
+    assert sum(of_teacher) == 3 + 12
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({}, "--reference: method on_reference distils on images with captions and got none"),
+        ({"method": "snd"}, "--reference: method snd distils on reference images and got none"),
+        (
+            {"method": "snd", "reference": "current", "vocabulary": "words.txt"},
+            "--vocabulary: got words.txt, but method snd",
+        ),
+        (
+            {"method": "zscl", "reference": "current", "vocabulary": "nowhere.txt"},
+            "--vocabulary: nowhere.txt cannot be read",
+        ),
         ({"method": "lwf", "reference": "current"}, "--reference: got current, but method lwf"),
         (
             {"method": "lwf", "reference_batch_size": 4},

@@ -21,7 +21,7 @@ from mulki.methods import PREVIOUS, ZERO_SHOT
 from mulki.metrics import read_matrix
 from mulki.models import VisionLanguageModel
 from mulki.results import RunFolder, read_evaluations
-from tests.engine.run_helpers import Run, weights
+from tests.engine.run_helpers import Run, options_of, weights
 from tests.engine_helpers import COLOURS, Calls, same_state, state_of, write_task
 
 METHODS = tuple(methods.available())
@@ -34,7 +34,7 @@ def rows_of(folder: RunFolder) -> list[list[str]]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_leaves_a_complete_folder(run: Run, name: str) -> None:
-    folder = run(method=name)
+    folder = run(method=name, **options_of(name))
     path = folder.path
     trains = methods.get(name).trains
     made = {p.name for p in path.iterdir()} - {"tensorboard"}
@@ -57,6 +57,8 @@ def test_every_method_leaves_a_complete_folder(run: Run, name: str) -> None:
     summary = json.loads((path / "summary.json").read_text())
     assert summary["status"] == "complete" and summary["tasks"] == ["colours", "shades"]
     assert summary["method"] == name and summary["seed"] == 0
+    words = name in ("lwf_vr", "zscl")
+    assert summary["uses"] == (["a vocabulary of words"] if words else [])
     assert summary["metrics"] == read_matrix(path / "matrix.csv").metrics().to_dict()
     assert "colours" in (path / "summary.md").read_text()
     assert "colours" in (path / "report.html").read_text()
@@ -101,7 +103,7 @@ def test_rows_of_zero_shot_are_the_same_and_evaluated_once(
 
 
 def test_zero_shot_row_of_every_method_is_that_of_the_start_model(run: Run) -> None:
-    rows = [run(name, method=name).matrix.zero_shot for name in METHODS]
+    rows = [run(name, method=name, **options_of(name)).matrix.zero_shot for name in METHODS]
     assert len(set(rows)) == 1
 
 
@@ -257,14 +259,15 @@ def test_skipped_images_are_counted(
     assert {e.n for e in read_evaluations(folder.path / "results.jsonl")} == {5}
 
 
-@pytest.mark.parametrize("method", ["finetune", "lwf", "lwf_vr", "mulki", "wise_ft"])
+@pytest.mark.parametrize("method", [name for name in METHODS if methods.get(name).trains])
 @pytest.mark.parametrize(
     "options", [{"micro_batch": "1"}, {"micro_batch": "4"}, {"grad_checkpointing": True}]
 )
 def test_memory_is_saved_without_another_result(
     run: Run, method: str, options: dict[str, Any]
 ) -> None:
-    plain = run("plain", method=method, eps=1e-4)
+    options = options_of(method) | options
+    plain = run("plain", method=method, eps=1e-4, **options_of(method))
     ours = run("ours", method=method, eps=1e-4, **options)
     assert ours.matrix == plain.matrix
     wanted, start = weights(plain), weights(plain, "task_01*")

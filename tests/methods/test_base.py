@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mulki.methods import PREVIOUS, SEEN, VOCABULARY, ZERO_SHOT, Needs
 from mulki.methods.finetune import Finetune
 from mulki.methods.lwf import LwF
 from mulki.methods.lwf_vr import LwFVR
@@ -20,3 +21,23 @@ def test_baselines_have_no_state_and_leave_weights_alone(method, weights):
     assert not made.state_dict() and not list(made.parameters())
     assert made.penalties() == {} and made.prototypes() is None
     assert weights["a"].tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("needs", "uses"),
+    [
+        (Needs((ZERO_SHOT, PREVIOUS), prototypes=True), ()),
+        (
+            Needs(anchors=(VOCABULARY, SEEN)),
+            ("class names of earlier tasks", "a vocabulary of words"),
+        ),
+        (Needs(reference=True, student_captions=False), ("reference images and captions",)),
+        (Needs(reference=True, captions=False), ("reference images",)),
+        (
+            Needs(reference=True, anchors=(VOCABULARY,)),
+            ("a vocabulary of words", "reference images and captions"),
+        ),
+    ],
+)
+def test_what_a_method_uses_beyond_the_task(needs, uses):
+    assert needs.uses == uses

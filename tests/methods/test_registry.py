@@ -12,8 +12,10 @@ from mulki.methods.finetune import Finetune
 from mulki.methods.lwf import LwF
 from mulki.methods.lwf_vr import LwFVR
 from mulki.methods.mulki import MulKI
+from mulki.methods.snd import SnD
 from mulki.methods.wise_ft import WiseFT
 from mulki.methods.zero_shot import ZeroShot
+from mulki.methods.zscl import ZSCL
 
 
 class TestRegistry:
@@ -23,8 +25,10 @@ class TestRegistry:
             "lwf": LwF,
             "lwf_vr": LwFVR,
             "mulki": MulKI,
+            "snd": SnD,
             "wise_ft": WiseFT,
             "zero_shot": ZeroShot,
+            "zscl": ZSCL,
         }
         assert methods.get("lwf") is LwF
 
@@ -54,9 +58,19 @@ class TestRegistry:
         (LwFVR, "label_smoothing", (-0.1, 1.1), (0.0, 1.0)),
         (LwFVR, "distill_weight", (-0.1,), (0.0,)),
         (LwFVR, "temperature", (0.0, -1.0), (0.1,)),
+        (SnD, "label_smoothing", (-0.1, 1.1), (0.0, 1.0)),
+        (SnD, "previous_weight", (-0.1,), (0.0,)),
+        (SnD, "zero_shot_weight", (-0.1,), (0.0,)),
         (WiseFT, "label_smoothing", (-0.1, 1.1), (0.0, 1.0)),
         (WiseFT, "alpha", (0.0, 1.1, float("nan")), (0.1, 1.0)),
         (WiseFT, "wise_base", ("original",), ("previous", "zero_shot")),
+        (ZSCL, "label_smoothing", (-0.1, 1.1), (0.0, 1.0)),
+        (ZSCL, "image_loss", (-0.1,), (0.0,)),
+        (ZSCL, "text_loss", (-0.1,), (0.0,)),
+        (ZSCL, "temperature", (0.0, -1.0), (0.1,)),
+        (ZSCL, "teacher", ("original",), ("zero_shot", "previous")),
+        (ZSCL, "we_every", (-1,), (0, 1)),
+        (ZSCL, "l2", (-0.1,), (0.0,)),
         (MulKI, "label_smoothing", (-0.1, 1.1), (0.0, 1.0)),
         (MulKI, "temperature", (0.0, -1.0), (0.1,)),
         (MulKI, "prototype_update", ("mean",), ("ema", "learnable", "fixed")),
@@ -83,6 +97,7 @@ def test_bounds_of_options(method, name, bad, good):
 
 
 def test_defaults_are_those_of_the_benchmark():
-    for method in (Finetune, LwF, LwFVR, WiseFT, MulKI):
+    for method in (Finetune, LwF, LwFVR, WiseFT, ZSCL, MulKI):
         assert method.Options().label_smoothing == 0.2
     assert LwF.Options().temperature == MulKI.Options().temperature == 2.0
+    assert ZSCL.Options().temperature == 2.0

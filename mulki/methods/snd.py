@@ -1,0 +1,69 @@
+"""snd: Select-and-Distill (Yu et al., ECCV 2024).
+
+    L = CE(s u w^T, y) + 9 mean_r[w_r |v_r - v_r^prev|^2] + 0.5 mean_r[(1 - w_r) |v_r - v_r^0|^2]
+    w_r = sigmoid(6 (|v_r^0 - v_r^prev| - 0.2))
+
+with v features of the R images of a reference batch, by the student, the model after the previous
+task, and the original model (0). Where the two teachers differ, an image looks like what an earlier
+task has taught, and the previous model counts for more. The weights w are the gate
+``discrepancy``.
+
+Source: the formula of the paper; the constants, and a cross-entropy without label smoothing, are
+those of its code. What differs: the code multiplies the weights, a column, with the distances, a
+row, so that each of its terms is the mean weight times the mean distance; here the product is taken
+image by image, as in the paper. The code freezes the text tower: ``--lock-text``. The reference
+images of the paper are 100,000 of ImageNet, without labels. Captions are not used. With
+``--reference current`` the images are the task's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mulki.features import Features
+from mulki.functional import prototype_cross_entropy
+from mulki.methods.base import PREVIOUS, ZERO_SHOT, Method, Needs
+from mulki.ops.gates import discrepancy
+from mulki.options import option
+from mulki.stages.adding import feature_loss
+
+
+class SnD(Method):
+    """Two teachers on reference images, weighted by how far they differ."""
+
+    name = "snd"
+    summary = "Select-and-Distill: features of reference images kept near two teachers"
+    options: Options
+
+    @dataclass(frozen=True)
+    class Options(Method.Options):
+        label_smoothing: float = option(
+            0.0, "label smoothing of the cross-entropy, in [0, 1]", low=0, high=1, alias="--ls"
+        )
+        previous_weight: float = option(
+            9.0, "coefficient of the distance from the previous model", low=0
+        )
+        zero_shot_weight: float = option(
+            0.5, "coefficient of the distance from the original model", low=0
+        )
+
+    def __init__(self, options: Options):
+        super().__init__(options)
+        self.needs = Needs(teachers=(ZERO_SHOT, PREVIOUS), reference=True, captions=False)
+
+    def losses(
+        self, student: Features, teachers: tuple[Features, ...], target: Tensor
+    ) -> dict[str, Tensor]:
+        o = self.options
+        ours, original, previous = (model.reference for model in (student, *teachers))
+        assert ours is not None and original is not None and previous is not None
+        w = discrepancy(original.images, previous.images).unsqueeze(1)
+        return {
+            "ce_loss": prototype_cross_entropy(
+                student.image_text(), target, label_smoothing=o.label_smoothing
+            ),
+            "previous_loss": o.previous_weight * feature_loss(ours, [previous], w),
+            "zero_shot_loss": o.zero_shot_weight * feature_loss(ours, [original], 1 - w),
+        }
