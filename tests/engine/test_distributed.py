@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from mulki.answers import read_answers
 from mulki.engine import distributed
 from mulki.engine.config import resolve
 from mulki.engine.sequence import run
@@ -48,6 +50,8 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
         },
         12,
     ),
+    # Without training, one pass over the images serves all rows.
+    "zero-shot": ({"method": "zero_shot", "batch_size_eval": 2}, 6),
     "crop": ({"method": "lwf", "augment": "crop"}, 6),
     "reference": (ON_REFERENCE | {"micro_batch": "2", "eps": 1e-3}, 6),
     # 10 pairs of the second task in a batch of 12. AdamW makes rounding errors larger, by lr / eps.
@@ -131,6 +135,9 @@ def compare(
             run(resolve(base | options | {"name": name, "batch_size": batch}))
         many = logs / f"{name}-{processes}"
         assert read_matrix(many / "matrix.csv") == read_matrix(logs / name / "matrix.csv")
+        assert_same_answers(many, logs / name)
+        if options["method"] == "zero_shot":
+            continue
         weights, wanted = load_file(many / LAST), load_file(logs / name / LAST)
         assert weights.keys() == wanted.keys()
         for key, value in weights.items():
@@ -141,6 +148,21 @@ def compare(
         moved = load_file(logs / name / "checkpoints/task_01_colours.safetensors")
         far = max(float((v - wanted[k]).abs().max()) for k, v in moved.items())
         assert far > 1e-3, "the comparison would hold for models that did not train"
+
+
+def assert_same_answers(many: Path, one: Path) -> None:
+    found, wanted = read_answers(many), read_answers(one)
+    assert found.keys() == wanted.keys()
+    for after, row in found.items():
+        for name, answers in row.items():
+            other = wanted[after][name]
+            assert answers.own.tolist() == other.own.tolist()
+            assert (answers.seen is None) == (other.seen is None)
+            assert np.array_equal(answers.seen, other.seen)  # type: ignore[arg-type]
+    seen = [
+        json.loads((path / "summary.json").read_text())["class_incremental"] for path in (many, one)
+    ]
+    assert seen[0] == seen[1] and len(seen[0]["after"]) == 2
 
 
 @pytest.mark.slow
