@@ -98,7 +98,7 @@ def _run(argv: list[str]) -> int:
     folder = run(resolve(_given(argv)), Console(stderr=True))
     if folder is None:  # another process of the run prints
         return 0
-    print_matrix(folder.matrix, console)
+    print_matrix(folder.matrix, console, folder.class_incremental)
     console.print(f"run folder: {folder.path}", soft_wrap=True, highlight=False)
     return 0
 

@@ -68,6 +68,7 @@ def test_run_of_own_folders(
     assert command("--tasks", *task_folders, *given) == 0
     out = capsys.readouterr().out
     assert "colours" in out and "shades" in out and "Transfer" in out
+    assert re.search(r"class-incremental .*: average [\d.]+, last [\d.]+\n", out)
     assert str(Path("logs") / "first") in out
     assert read_matrix("logs/first/matrix.csv").tasks == ("colours", "shades")
     assert json.loads(Path("logs/first/summary.json").read_text())["status"] == "complete"
