@@ -22,6 +22,11 @@ class Features:
         prototypes: [C, D] visual prototypes (class means), or None where a method has none.
         reference: features of R images [R, D] and of their captions [R, D] from a reference set, if
             the method needs one; images and captions correspond row by row.
+        anchored: [C + S + V, D] text features of the classes and of the text anchors that the
+            method needs: S classes of earlier tasks, then V words of a vocabulary. None if it needs
+            none or there are none. In one tensor, since losses take classes and anchors together
+            and a copy of many anchors would cost as much as their logits.
+        num_seen: S.
     """
 
     images: Tensor
@@ -29,7 +34,25 @@ class Features:
     scale: Tensor | float
     prototypes: Tensor | None = None
     reference: Features | None = None
+    anchored: Tensor | None = None
+    num_seen: int = 0
 
     def image_text(self) -> Similarity:
         """The class logits [B, C]."""
         return Similarity(self.images, self.texts, self.scale)
+
+    @property
+    def seen(self) -> Tensor | None:
+        """Text features [S, D] of the classes of earlier tasks, None if there are none."""
+        return self._anchors(0, self.num_seen)
+
+    @property
+    def vocabulary(self) -> Tensor | None:
+        """Text features [V, D] of the words of a vocabulary, None if there are none."""
+        return self._anchors(self.num_seen, None)
+
+    def _anchors(self, start: int, stop: int | None) -> Tensor | None:
+        if self.anchored is None:
+            return None
+        group = self.anchored[len(self.texts) :][start:stop]
+        return group if len(group) else None

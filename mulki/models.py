@@ -116,6 +116,11 @@ class VisionLanguageModel:
             features = (self.clip.text.proj if split == "pooled" else self.clip.encode_text)(inputs)
         return F.normalize(features.float(), dim=-1)
 
+    @property
+    def trains_texts(self) -> bool:
+        """Whether the text transformer trains, so that a text costs a pass through it each step."""
+        return self._text_split() == "tokens"
+
     def _text_split(self) -> TextSplit:
         if self.split is not None:
             return self.split

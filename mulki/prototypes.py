@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Update = Literal["ema", "learnable", "fixed"]
+Update = Literal["ema", "batch", "learnable", "fixed"]
 
 
 def class_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -43,13 +43,14 @@ class Prototypes(nn.Module):
     """The student's prototypes of one task, and how they change during training.
 
     ``ema``: ``p_c <- normalize(m p_c + (1 - m) mean of the batch's features of class c)`` for the
-    classes present in the batch. ``learnable``: parameters, normalised when read, trained with the
-    losses. ``fixed``: they do not change.
+    classes present in the batch. ``batch``: the same average, but a batch is compared with the
+    prototypes that it has moved already, so that their gradient reaches its images. ``learnable``:
+    parameters, normalised when read, trained with the losses. ``fixed``: they do not change.
 
     Args:
         initial: [C, D] unit rows.
-        update: "ema", "learnable" or "fixed".
-        momentum: m in [0, 1], used by "ema" only.
+        update: "ema", "batch", "learnable" or "fixed".
+        momentum: m in [0, 1], used by "ema" and "batch".
 
     Raises:
         ValueError: an unknown `update`, or a momentum out of bounds.
@@ -73,18 +74,30 @@ class Prototypes(nn.Module):
         """The prototypes [C, D], unit rows; differentiable if they are learnable."""
         return F.normalize(self.value, dim=1) if self.update == "learnable" else self.value
 
-    @torch.no_grad()
-    def observe(self, features: Tensor, target: Tensor) -> None:
-        """Update the running means with a batch.
+    def with_batch(self, features: Tensor, target: Tensor) -> Tensor:
+        """What a batch is compared with [C, D]: with "batch" the moved prototypes, else these.
 
         Args:
             features: [B, D] of the student.
             target: [B] classes.
         """
-        if self.update != "ema":
-            return
+        return self._moved(features, target) if self.update == "batch" else self()
+
+    @torch.no_grad()
+    def observe(self, features: Tensor, target: Tensor) -> None:
+        """Update the running means with a batch, where they are such means.
+
+        Args:
+            features: [B, D] of the student.
+            target: [B] classes.
+        """
+        if self.update in ("ema", "batch"):
+            # Not in place: the losses of this step may have saved the old tensor for their
+            # backward pass.
+            self.value = self._moved(features, target)
+
+    def _moved(self, features: Tensor, target: Tensor) -> Tensor:
         sums, counts = class_sums(features.to(self.value.dtype), target, len(self.value))
         means = sums / counts.clamp(min=1).unsqueeze(1)
         moved = F.normalize(self.momentum * self.value + (1 - self.momentum) * means, dim=1)
-        # Not in place: the losses of this step may have saved the old tensor for their backward.
-        self.value = torch.where((counts > 0).unsqueeze(1), moved, self.value)
+        return torch.where((counts > 0).unsqueeze(1), moved, self.value)

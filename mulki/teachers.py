@@ -69,6 +69,7 @@ class Teacher:
         prototypes: [C, D] class means of this model over the training set, or None.
         num_images: size n of the training set if image features are constant, else None.
         num_reference: size of the reference set if its features are to be kept, else None.
+        num_anchors: number of texts beyond the task's classes.
     """
 
     def __init__(
@@ -78,12 +79,16 @@ class Teacher:
         prototypes: Tensor | None,
         num_images: int | None,
         num_reference: int | None = None,
+        num_anchors: int = 0,
     ):
         self.texts = texts
         self.scale = scale
         self.prototypes = prototypes
         self._images = FeatureCache(num_images)
         self._reference = FeatureCache(num_reference)
+        self._num_anchors = num_anchors
+        self._anchors = FeatureCache(num_anchors)
+        self._anchored: Tensor | None = None
 
     def remember(self, image_features: Tensor) -> None:
         """Keep the features [n, D] of the whole training set, if these are constant.
@@ -114,3 +119,18 @@ class Teacher:
         pairs = self._reference.get(index, encode)
         images, texts = (half.contiguous() for half in pairs.chunk(2, dim=1))
         return Features(images, texts, self.scale)
+
+    @torch.no_grad()
+    def anchored(self, index: Tensor | None, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        """Text features [C + M, D] of the classes and of anchors, each text encoded once.
+
+        Args:
+            index: [M] places among the task's anchors, on the CPU; None for all of them.
+            encode: see `FeatureCache.get`.
+        """
+        if index is not None:
+            return torch.cat([self.texts, self._anchors.get(index, encode)])
+        if self._anchored is None:
+            everything = torch.arange(self._num_anchors)
+            self._anchored = torch.cat([self.texts, self._anchors.get(everything, encode)])
+        return self._anchored

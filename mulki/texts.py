@@ -21,3 +21,30 @@ def text_features(model: VisionLanguageModel, inputs: Tensor, world: World = ALO
     """Features [n, D] of the `text_inputs` of n prompts, encoded `TEXT_BATCH` at a time."""
     batches = world.part(inputs).split(TEXT_BATCH)
     return world.gather(torch.cat([model.encode_texts(batch) for batch in batches]), len(inputs))
+
+
+class TextInputs:
+    """`text_inputs` of a model, each prompt's computed once.
+
+    Args:
+        model: the part of its text tower that `text_inputs` computes must stay frozen.
+        world: the processes among which the texts are divided.
+    """
+
+    def __init__(self, model: VisionLanguageModel, world: World = ALONE):
+        self._model = model
+        self._world = world
+        self._rows: dict[str, int] = {}
+        self._inputs: Tensor | None = None
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """[n, ...] of n prompts, at least one."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
+        if new:
+            inputs = text_inputs(self._model, new, self._world)
+            self._rows.update(
+                zip(new, range(len(self._rows), len(self._rows) + len(new)), strict=True)
+            )
+            self._inputs = inputs if self._inputs is None else torch.cat([self._inputs, inputs])
+        assert self._inputs is not None
+        return self._inputs[[self._rows[prompt] for prompt in prompts]]

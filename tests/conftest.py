@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,6 +50,17 @@ def target() -> Tensor:
 @pytest.fixture
 def student(model_features: Callable[..., Features]) -> Features:
     return model_features(grad=True)
+
+
+@pytest.fixture
+def with_anchors(unit: Callable[..., Tensor]) -> Callable[[Features], Features]:
+    """Give what a model says two classes of earlier tasks and three words."""
+
+    def add(model: Features) -> Features:
+        width = model.images.shape[1]
+        return replace(model, anchored=torch.cat([model.texts, unit(5, width)]), num_seen=2)
+
+    return add
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mulki.errors import InputError, nearest
-from mulki.files import write_atomic
+from mulki.errors import InputError
 from mulki.metrics import (
     DEFINITIONS,
     ZERO_SHOT,
@@ -408,40 +406,3 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         read_matrix(tmp_path / "image.csv")
     with pytest.raises(InputError, match="cannot be read"):
         read_matrix(tmp_path / "image.csv" / "matrix.csv")
-
-
-@pytest.mark.parametrize("broken", ["fsync", "replace"])
-def test_an_interrupted_write_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
-) -> None:
-    path = tmp_path / "matrix.csv"
-    old = AccuracyMatrix(("a",), zero_shot=(1.0,))
-    write_matrix(path, old)
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, broken, interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        write_matrix(path, old.with_row("a", {"a": 2.0}))
-    assert read_matrix(path) == old
-    assert os.listdir(tmp_path) == ["matrix.csv"]
-
-
-@pytest.mark.skipif(os.name != "posix", reason="file modes")
-def test_written_files_are_as_readable_as_others(tmp_path: Path) -> None:
-    (tmp_path / "plain").write_text("")
-    write_atomic(tmp_path / "atomic", "")
-    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
-def test_input_errors_are_one_line_and_value_errors() -> None:
-    error = InputError("a\nb.csv: wrong")
-    assert str(error) == "a b.csv: wrong"
-    assert isinstance(error, ValueError)
-
-
-def test_nearest() -> None:
-    assert nearest("eurosta", ["EuroSAT", "DTD"]) == ' (did you mean "EuroSAT"?)'
-    assert nearest("mnist", ["DTD", "SUN397"]) == ""
-    assert nearest("mnist", []) == ""

@@ -80,6 +80,22 @@ def test_ema_takes_half_precision_features_in_its_own_dtype(unit, target):
     assert not prototypes().requires_grad
 
 
+def test_batch_compares_a_batch_with_the_prototypes_it_has_moved(unit, target):
+    start, features = unit(4, 5), unit(6, 5).requires_grad_()
+    averaged, moved = Prototypes(start, "ema", 0.8), Prototypes(start, "batch", 0.8)
+    assert averaged.with_batch(features, target).equal(start)
+    seen = moved.with_batch(features, target)
+    assert moved().equal(start)
+    averaged.observe(features, target)
+    moved.observe(features, target)
+    torch.testing.assert_close(seen, averaged())
+    torch.testing.assert_close(moved(), averaged())
+    assert not moved().requires_grad
+    (grad,) = torch.autograd.grad(seen[:, 0].sum(), features)
+    # Class 3 has no image in the batch.
+    assert (grad.abs().sum(dim=1) > 1e-3).all() and seen[3].equal(start[3])
+
+
 @pytest.mark.parametrize("update", ["fixed", "learnable"])
 def test_observe_moves_only_ema(unit, target, update):
     start = unit(4, 5)
@@ -98,14 +114,14 @@ def test_learnable_prototypes_are_one_parameter_read_as_unit_rows(unit):
     torch.testing.assert_close((parameter.grad * parameter).sum(dim=1), torch.zeros(4).double())
 
 
-@pytest.mark.parametrize("update", ["ema", "fixed"])
+@pytest.mark.parametrize("update", ["ema", "batch", "fixed"])
 def test_other_prototypes_are_state_without_parameters(unit, update):
     prototypes = Prototypes(unit(4, 5), update)
     assert not list(prototypes.parameters())
     assert list(prototypes.state_dict()) == ["value"]
 
 
-@pytest.mark.parametrize("update", ["ema", "learnable", "fixed"])
+@pytest.mark.parametrize("update", ["ema", "batch", "learnable", "fixed"])
 def test_the_initial_tensor_is_copied_without_its_graph(unit, update):
     leaf = unit(4, 5).requires_grad_()
     initial = leaf * 1
@@ -115,7 +131,7 @@ def test_the_initial_tensor_is_copied_without_its_graph(unit, update):
 
 
 def test_errors(unit):
-    with pytest.raises(ValueError, match="^update: got 'mean', wanted one of ema, learnable"):
+    with pytest.raises(ValueError, match="^update: got 'mean', wanted one of ema, batch"):
         Prototypes(unit(2, 3), "mean")
     for momentum in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="^momentum: got"):

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -11,7 +10,6 @@ import sys
 import types
 from datetime import datetime
 from enum import Enum
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ import torch
 import yaml
 
 from mulki.answers import Answers
-from mulki.environment import environment, git_state
 from mulki.errors import InputError
 from mulki.metrics import DEFINITIONS, ZERO_SHOT, AccuracyMatrix, read_matrix
 from mulki.results import Evaluation, RunFolder, default_name, read_evaluations
@@ -182,42 +179,6 @@ def test_the_configuration_can_be_read_back_without_this_package(tmp_path: Path)
         "limit": None,
     }
     assert list(yaml.safe_load(text)) == list(config)
-
-
-def test_environment(tmp_path: Path) -> None:
-    found = json.loads((make(tmp_path).path / "env.json").read_text())
-    assert found == json.loads(json.dumps(environment()))
-    assert found["python"] == platform.python_version()
-    assert found["torch"] == torch.__version__
-    assert found["numpy"] == version("numpy")
-    assert found["open_clip"] == version("open_clip_torch")
-    assert found["threads"] == torch.get_num_threads()
-    assert found["cpu_count"] == os.cpu_count()
-    assert found["cpu"]
-    assert found["hashes"] == {}
-    assert {"mulki", "triton", "platform", "cuda", "devices"} <= set(found)
-
-
-def test_the_commit_is_that_of_the_checkout(tmp_path: Path) -> None:
-    def git(*arguments: str) -> str:
-        identity = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
-        command = ["git", "-C", str(tmp_path), *identity, *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    none = {"git_commit": None, "git_modified": None}
-    assert git_state(tmp_path) == none
-    git("init")
-    assert git_state(tmp_path) == none
-    (tmp_path / "inner").mkdir()
-    (tmp_path / "file").write_text("1")
-    git("add", "file")
-    git("commit", "-m", "one")
-    commit = git("rev-parse", "HEAD")
-    assert git_state(tmp_path) == {"git_commit": commit, "git_modified": False}
-    (tmp_path / "file").write_text("2")
-    assert git_state(tmp_path) == {"git_commit": commit, "git_modified": True}
-    # A package installed below somebody else's checkout is not of that commit.
-    assert git_state(tmp_path / "inner") == none
 
 
 def test_evaluations_are_on_disk_at_once_and_read_back(tmp_path: Path) -> None:

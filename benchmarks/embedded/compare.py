@@ -1,6 +1,7 @@
 """Compare methods on the bundled tasks: tune, compare, ablate, and write the tables.
 
     python -m benchmarks.embedded.compare tune      # learning rates and weights, first three tasks
+    python -m benchmarks.embedded.compare forms     # forms of MulKI, on orders III and IV
     python -m benchmarks.embedded.compare compare   # three seeds, both orders, at the presets
     python -m benchmarks.embedded.compare ablate    # MulKI less one stage at a time
     python -m benchmarks.embedded.compare terms     # MulKI less one term, or with another gate
@@ -21,6 +22,7 @@ import platform
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -63,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("study", choices=("tune", "compare", "ablate", "terms", "tables"))
+    parser.add_argument("study", choices=("tune", "forms", "compare", "ablate", "terms", "tables"))
     parser.add_argument("--methods", nargs="+", default=list(studies.METHODS[1:]), help="for tune")
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=list(studies.SEEDS), help="for ablate and terms"
@@ -77,6 +79,7 @@ def main() -> None:
         return
     runs = {
         "tune": lambda: [r for m in arguments.methods for r in studies.tuning(m)],
+        "forms": studies.forms,
         "compare": studies.comparison,
         "ablate": lambda: studies.ablation(studies.MULKI_STAGES, tuple(arguments.seeds)),
         "terms": lambda: studies.ablation(studies.MULKI_TERMS, tuple(arguments.seeds)),
@@ -160,21 +163,27 @@ def fingerprint() -> str:
     from mulki.data.embedded import embedded_root
 
     root = embedded_root()
-    index = json.loads((root / "tasks.json").read_text(encoding="utf-8"))
-    # Orders change no image. With the two of the first results, the text is the file of then.
-    index["orders"] = {order: index["orders"][order] for order in ("I", "II")}
-    text = json.dumps(index, indent=1, ensure_ascii=False) + "\n"
-    digest = hashlib.sha256(text.encode())
+    tasks = json.loads((root / "tasks.json").read_text(encoding="utf-8"))["tasks"]
+    digest = hashlib.sha256(json.dumps(tasks, sort_keys=True).encode())
     digest.update((root / "mulki-mini" / "open_clip_model.safetensors").read_bytes())
     return digest.hexdigest()[:12]
 
 
 def key_of(run: Run, pack: str) -> str:
-    """Identifies a run: its resolved configuration with the start model and images."""
+    """Identifies a run: start model, images and the options that differ from their defaults.
+
+    So an option that is new, at its default, leaves the results valid that came before it.
+    """
     from mulki.engine.config import resolve
 
-    resolved = resolve({"tasks": ("embedded",)} | run.options).to_dict()
-    text = json.dumps([pack, resolved], sort_keys=True, default=str)
+    settings = resolve({"tasks": ("embedded",)} | run.options)
+    changed = {
+        item.name: getattr(options, item.name)
+        for options in (settings.run, settings.method)
+        for item in fields(options)
+        if getattr(options, item.name) != item.default
+    }
+    text = json.dumps([pack, settings.run.method, changed], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

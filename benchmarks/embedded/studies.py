@@ -32,6 +32,31 @@ MULKI_STAGES = {
         "distinguishing": False,
     },
 }
+# Forms of MulKI are compared on orders that nothing is reported on. All but the first two have what
+# the third has, and differ from it in what they name.
+FORM_ORDERS = ("III", "IV")
+_ANCHORED = {"lr": 2e-4, "anchors": "vocabulary", "image_anchor": 0.5}
+FORMS: dict[str, Options] = {
+    "without anchors": {},
+    "without anchors, lr 2e-4": {"lr": 2e-4},
+    "vocabulary": _ANCHORED,
+    "vocabulary, coefficient 1.5": _ANCHORED | {"image_anchor": 1.5},
+    "vocabulary, student's texts": _ANCHORED | {"anchor_texts": "student"},
+    "vocabulary, original model alone": _ANCHORED | {"anchor_weights": "group"},
+    "seen classes": _ANCHORED | {"anchors": "seen"},
+    "both": _ANCHORED | {"anchors": "both"},
+    "both, a teacher for each group": _ANCHORED | {"anchors": "both", "anchor_weights": "group"},
+    "without Eliciting": _ANCHORED | {"eliciting": False},
+    "prototypes with the batch's means": _ANCHORED | {"prototype_update": "batch"},
+    "learnable prototypes": _ANCHORED | {"prototype_update": "learnable"},
+    "batch's means and images against prototypes": _ANCHORED
+    | {"prototype_update": "batch", "prototype": 0.25},
+    "fixed prototypes and images against them": _ANCHORED
+    | {"prototype_update": "fixed", "prototype": 0.25},
+    "uniform weights": _ANCHORED | {"gate": "uniform"},
+    "gate temperature 0.25": _ANCHORED | {"gate_temperature": 0.25},
+    "loss gate": _ANCHORED | {"gate": "loss"},
+}
 MULKI_TERMS = {
     "without alignment": {"alignment": 0.0},
     "without image-text": {"image_text": 0.0},
@@ -93,6 +118,14 @@ def comparison() -> list[Run]:
         for order, seed, method in product(ORDERS, SEEDS, METHODS)
         # Without training there is nothing random.
         if method != "zero_shot" or seed == SEEDS[0]
+    ]
+
+
+def forms() -> list[Run]:
+    """MulKI's forms, over the orders that are kept apart for them."""
+    return [
+        Run("forms", name, {"method": "mulki", "order": order, "seed": TUNING_SEED} | form)
+        for order, (name, form) in product(FORM_ORDERS, FORMS.items())
     ]
 
 

@@ -69,6 +69,15 @@ class RunConfig:
     reference_batch_size: int | None = option(
         None, "reference images per step and process; --batch-size if left out", low=1
     )
+    vocabulary: str | None = option(
+        None, "a text file of words, one a line, as text anchors; ImageNet's names if left out"
+    )
+    anchors_per_step: int | None = option(
+        None,
+        "text anchors drawn for each step; if left out all, or 256 where the student's text tower "
+        "trains and encodes them",
+        low=1,
+    )
     augment: str = option(
         "none", "training transform; none caches teachers", choices=transform_names
     )

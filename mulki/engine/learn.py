@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from mulki.data.reference import ReferenceSet
 from mulki.data.task import Task
 from mulki.engine import schedule
+from mulki.engine.anchors import Anchors
 from mulki.engine.batches import Transform, kept_samples, task_batches
 from mulki.engine.config import RunConfig
 from mulki.engine.precision import Precision
@@ -59,6 +60,7 @@ def learn_task(
     precision: Precision,
     world: World = ALONE,
     reference: ReferenceSet | None = None,
+    anchors: Anchors | None = None,
     listen: Callable[[StepReport], None] = lambda report: None,
 ) -> int:
     """Train the model on one task, in place, with each class's first prompt as its text.
@@ -72,6 +74,7 @@ def learn_task(
         precision: how the encoders compute.
         world: the processes that learn together, each with `config.batch_size` images of a batch.
         reference: the images and captions that the method needs if `method.needs.reference`.
+        anchors: the texts that the method needs if it has `method.needs.anchors`.
         listen: called after every step.
 
     Returns:
@@ -79,12 +82,16 @@ def learn_task(
 
     Raises:
         InputError: a loss is not finite (the learning rate is then too high), or a bad image.
-        ValueError: a reference set without need, or the reverse.
+        ValueError: a reference set or anchors without need, or the reverse.
     """
     if (reference is None) == method.needs.reference:
         given = "None" if reference is None else "a reference set"
         wanted = "one" if method.needs.reference else "None"
         raise ValueError(f"reference: got {given}, wanted {wanted} for {type(method).__name__}")
+    if (anchors is None) == bool(method.needs.anchors):
+        given = "None" if anchors is None else f"{len(anchors)} texts"
+        wanted = "those of the task" if method.needs.anchors else "None"
+        raise ValueError(f"anchors: got {given}, wanted {wanted} for {type(method).__name__}")
     steps = steps_of(config, len(task.train), world.size)
     prompts = [of_class[0] for of_class in task.prompts()]
     teachers = TaskTeachers.prepare(
@@ -96,12 +103,13 @@ def learn_task(
         precision,
         world,
         kept=kept_samples(task, reference, transform, config, steps, world),
+        num_anchors=len(anchors) if anchors is not None else 0,
     )
     method.start_task(
         TaskStart(index, len(task.classes), steps, model.trainable(), teachers.prototypes)
     )
     method.to(model.device)
-    step = Step(model, method, teachers, prompts, config, precision, world)
+    step = Step(model, method, teachers, prompts, config, precision, world, anchors)
     batches = task_batches(task, reference, transform, config, model.device, world, index=index)
     model.train()
     ended = time.perf_counter()

@@ -14,6 +14,7 @@ from mulki.answers import Answers
 from mulki.data import Task
 from mulki.data.loader import batches
 from mulki.engine import sharding
+from mulki.engine.anchors import Anchors, anchor_texts
 from mulki.engine.checkpoints import publish, save_weights
 from mulki.engine.config import Settings
 from mulki.engine.learn import StepReport, learn_task, steps_of
@@ -25,9 +26,13 @@ from mulki.metrics import ZERO_SHOT as ZERO_SHOT_ROW
 from mulki.models import VisionLanguageModel
 from mulki.report import write_report
 from mulki.results import RunFolder
+from mulki.texts import TextInputs
 
 # Memory for the transformed test images of a task, which every evaluation needs again.
 _TEST_CACHE_MIB = 256
+
+# Anchors of a step where encoding them costs about as much as encoding the images does.
+_ENCODED_ANCHORS = 256
 
 _log = logging.getLogger(__name__)
 
@@ -105,6 +110,7 @@ class _Sequence:
         self.setup = setup
         self.progress = progress
         self.steps = 0
+        self.text_inputs = TextInputs(setup.model, setup.world)
         self.evaluator = Evaluator(
             setup.model, setup.tasks, [_test_loader(setup, t) for t in setup.tasks], setup.world
         )
@@ -142,6 +148,33 @@ class _Sequence:
         reference = self.setup.reference
         if reference is not None and reference.skipped:
             _log.warning("reference set: %d unreadable images left out", len(reference.skipped))
+        self._log_anchors()
+
+    def _log_anchors(self) -> None:
+        setup, groups = self.setup, self.setup.method.needs.anchors
+        if setup.vocabulary is not None:
+            _log.info(
+                "vocabulary: %d words, %d repeated ones left out",
+                len(setup.vocabulary.words),
+                setup.vocabulary.repeated,
+            )
+        if groups:
+            left_out = {
+                task.name: anchor_texts(groups, setup.tasks, index, setup.vocabulary).left_out
+                for index, task in enumerate(setup.tasks)
+            }
+            counts = ", ".join(f"{name} {count}" for name, count in left_out.items() if count)
+            _log.info("text anchors left out for a class of the same name: %s", counts or "none")
+
+    def _anchors(self, index: int) -> Anchors | None:
+        setup = self.setup
+        if not setup.method.needs.anchors:
+            return None
+        per_step = setup.config.anchors_per_step
+        if per_step is None and setup.method.needs.student_anchors and setup.model.trains_texts:
+            per_step = _ENCODED_ANCHORS
+        texts = anchor_texts(setup.method.needs.anchors, setup.tasks, index, setup.vocabulary)
+        return Anchors(texts, self.text_inputs, per_step, seed=setup.config.seed + index)
 
     def _frozen_models(self) -> dict[str, VisionLanguageModel]:
         # Copied once and given new weights before each task: a sharded model cannot be copied.
@@ -176,6 +209,7 @@ class _Sequence:
             precision=setup.precision,
             world=setup.world,
             reference=setup.reference_of(task),
+            anchors=self._anchors(index),
             listen=lambda report: self._report(task, report, before + report.step),
         )
 

@@ -17,12 +17,13 @@ from mulki.data import Task, load_sequence
 from mulki.data.reference import ReferenceSet, read_reference
 from mulki.data.subset import limited
 from mulki.data.transforms import train_transform
+from mulki.data.vocabulary import Vocabulary, imagenet_vocabulary, read_vocabulary
 from mulki.engine import distributed
 from mulki.engine.batches import Transform
 from mulki.engine.config import CURRENT, RunConfig, Settings
 from mulki.engine.precision import Precision
 from mulki.errors import InputError
-from mulki.methods import Method
+from mulki.methods import VOCABULARY, Method
 from mulki.models import VisionLanguageModel
 from mulki.results import RunFolder, check_free
 from mulki.world import World
@@ -33,6 +34,7 @@ _PER_PROCESS = (
     "model",
     "pretrained",
     "reference",
+    "vocabulary",
     "workers",
     "device",
     "logs",
@@ -52,6 +54,7 @@ class Setup:
         tasks: in the order in which they are learned.
         reference: images and captions for the method; None without need, or where each task's own
             images are the reference.
+        vocabulary: words for the method; None without need.
         model: the student with the start weights, stored as `precision` wants them. A model that
             will be sharded is still whole and on the CPU.
         transform: of the training images.
@@ -64,6 +67,7 @@ class Setup:
     method: Method
     tasks: Sequence[Task]
     reference: ReferenceSet | None
+    vocabulary: Vocabulary | None
     model: VisionLanguageModel
     transform: Transform
     precision: Precision
@@ -95,6 +99,7 @@ def prepared(settings: Settings, tasks: Sequence[Task] | None = None) -> Iterato
     precision = Precision(config.precision, _device(config.device))
     _check_sharding(config, precision)
     _check_reference(config, method)
+    _check_anchors(config, method)
     with distributed.join(precision.device) as world:
         facts: dict[str, object] = {}
         problem = None
@@ -103,9 +108,10 @@ def prepared(settings: Settings, tasks: Sequence[Task] | None = None) -> Iterato
                 check_free(config.logs, config.name)
             tasks = load_tasks(config) if tasks is None else tasks
             reference = _load_reference(config)
+            vocabulary = _load_vocabulary(config, method)
             # Last, since it can take minutes.
             model = _load_model(config, method, precision, world)
-            hashes = _hashes(tasks, reference, model)
+            hashes = _hashes(tasks, reference, vocabulary, model)
             precision.convert(model)
             transform = _training_transform(config, model)
             facts = _facts(settings, tasks, hashes)
@@ -118,7 +124,18 @@ def prepared(settings: Settings, tasks: Sequence[Task] | None = None) -> Iterato
         if world.rank:
             _seed_everything(config.seed + world.rank)
         folder = _make_folder(settings, tasks, hashes, precision, world) if world.main else None
-        yield Setup(config, method, tasks, reference, model, transform, precision, world, folder)
+        yield Setup(
+            config,
+            method,
+            tasks,
+            reference,
+            vocabulary,
+            model,
+            transform,
+            precision,
+            world,
+            folder,
+        )
 
 
 def load_tasks(config: RunConfig) -> list[Task]:
@@ -177,6 +194,27 @@ def _check_reference(config: RunConfig, method: Method) -> None:
                 )
 
 
+def _check_anchors(config: RunConfig, method: Method) -> None:
+    groups = method.needs.anchors
+    for name, value, used in (
+        ("vocabulary", config.vocabulary, VOCABULARY in groups),
+        ("anchors-per-step", config.anchors_per_step, bool(groups)),
+    ):
+        if value is not None and not used:
+            raise InputError(
+                f"--{name}: got {value}, but method {method.name} with these options uses no such "
+                "text anchors; leave it out, or change --anchors or --method"
+            )
+
+
+def _load_vocabulary(config: RunConfig, method: Method) -> Vocabulary | None:
+    if VOCABULARY not in method.needs.anchors:
+        return None
+    if config.vocabulary is None:
+        return imagenet_vocabulary()
+    return read_vocabulary(config.vocabulary)
+
+
 def _load_reference(config: RunConfig) -> ReferenceSet | None:
     if config.reference is None or config.reference == CURRENT:
         return None
@@ -214,7 +252,10 @@ def _training_transform(config: RunConfig, model: VisionLanguageModel) -> Transf
 
 
 def _hashes(
-    tasks: Sequence[Task], reference: ReferenceSet | None, model: VisionLanguageModel
+    tasks: Sequence[Task],
+    reference: ReferenceSet | None,
+    vocabulary: Vocabulary | None,
+    model: VisionLanguageModel,
 ) -> dict[str, Any]:
     weights = hashlib.sha256()
     for name, value in sorted(model.checkpoint().items()):
@@ -224,7 +265,10 @@ def _hashes(
         "weights": weights.hexdigest(),
         "tasks": {t.name: t.fingerprint() for t in tasks},
     }
-    return hashes if reference is None else hashes | {"reference": reference.fingerprint()}
+    for name, used in (("reference", reference), ("vocabulary", vocabulary)):
+        if used is not None:
+            hashes[name] = used.fingerprint()
+    return hashes
 
 
 def _facts(
@@ -239,6 +283,7 @@ def _facts(
         "tasks": f"{len(tasks)} tasks with {sum(len(t.train) for t in tasks)} training and "
         f"{sum(len(t.test) for t in tasks)} test images, hash {_hash(prints)}",
         "reference set (hash)": hashes.get("reference", settings.run.reference or "none")[:12],
+        "vocabulary (hash)": hashes.get("vocabulary", "none")[:12],
         "start weights (hash)": hashes["weights"][:12],
     }
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mulki.engine import memory
+from mulki.engine.anchors import AnchorBatch, Anchors
 from mulki.engine.batches import Batch, ReferenceBatch
 from mulki.engine.config import AUTO, RunConfig
 from mulki.engine.distributed import processes_here
@@ -38,6 +39,7 @@ class Step:
         config: options of the optimiser and of micro-batches.
         precision: how the encoders compute.
         world: the processes that train together.
+        anchors: of the task, if the method needs any.
     """
 
     def __init__(
@@ -49,11 +51,13 @@ class Step:
         config: RunConfig,
         precision: Precision,
         world: World,
+        anchors: Anchors | None = None,
     ):
         self._model = model
         self._method = method
         self._teachers = teachers
         self._class_texts = text_inputs(model, prompts, world)
+        self._anchors = anchors
         self._config = config
         self._precision = precision
         self._world = world
@@ -80,8 +84,9 @@ class Step:
             batch = replace(batch, images=images)
         # Otherwise the images stay on the host and each micro-batch is moved when it is encoded, so
         # that the device memory of a step does not grow with its batch.
-        teachers = self._teachers.features(batch, self._micro_batch, reference)
-        terms = self._backward(batch, reference, captions, teachers)
+        anchors = self._anchors.draw() if self._anchors is not None else None
+        teachers = self._teachers.features(batch, self._micro_batch, reference, anchors)
+        terms = self._backward(batch, reference, captions, anchors, teachers)
         # One read from the device for all terms of a step.
         values = torch.stack([term.reshape(()) for term in terms.values()])
         return dict(zip(terms, values.tolist(), strict=True))
@@ -150,12 +155,16 @@ class Step:
         batch: Batch,
         reference: ReferenceBatch | None,
         captions: Tensor,
+        anchors: AnchorBatch | None,
         teachers: tuple[Features, ...],
     ) -> Mapping[str, Tensor]:
         method, world, scale = self._method, self._world, self._model.logit_scale
+        class_texts = of_texts = self._class_texts
+        if anchors is not None and method.needs.student_anchors:
+            of_texts = torch.cat([class_texts, anchors.inputs])
         encoders = [
             Encoder(self._encode_images, (batch.images,)),
-            Encoder(self._encode_texts, (world.part(self._class_texts),), split=False),
+            Encoder(self._encode_texts, (world.part(of_texts),), split=False),
         ]
         if reference is not None:
             size = len(reference.images)
@@ -172,13 +181,16 @@ class Step:
                 count = len(reference.places)
                 of_images, of_captions = (world.gather(x, count) for x in pairs)
                 of_reference = Features(of_images, of_captions, scale)
+            texts = world.gather(texts, len(of_texts))
             student = Features(
                 world.gather(images, len(batch.places)),
-                world.gather(texts, len(self._class_texts)),
+                texts[: len(class_texts)],
                 scale,
                 method.prototypes(),
                 of_reference,
             )
+            if anchors is not None and method.needs.student_anchors:
+                student = replace(student, anchored=texts, num_seen=anchors.seen)
             return {**method.losses(student, teachers, batch.target), **method.penalties()}
 
         for parameter in self._parameters:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mulki.data.loader import batch_sizes, batches
 from mulki.data.task import Task
+from mulki.engine.anchors import AnchorBatch
 from mulki.engine.batches import Batch, ReferenceBatch
 from mulki.engine.config import RunConfig
 from mulki.engine.precision import Precision
@@ -59,6 +60,7 @@ class TaskTeachers:
         world: World,
         *,
         kept: tuple[int | None, int | None],
+        num_anchors: int = 0,
     ) -> TaskTeachers:
         """Encode what is constant in a task: class texts and, for prototypes, all images.
 
@@ -67,6 +69,7 @@ class TaskTeachers:
             prompts: one per class.
             frozen: the models behind `needs`, by the names in `mulki.methods`.
             kept: see `mulki.engine.batches.kept_samples`.
+            num_anchors: of the task, encoded when they are first asked for.
         """
         names = [*needs.teachers, *([ZERO_SHOT] if needs.prototypes else [])]
         distinct = list({id(frozen[name]): frozen[name] for name in names}.values())
@@ -81,7 +84,7 @@ class TaskTeachers:
             prototypes = None
             if needs.prototypes:
                 prototypes = class_means(features[place], target, len(task.classes))
-            teacher = Teacher(texts, model.logit_scale, prototypes, *kept)
+            teacher = Teacher(texts, model.logit_scale, prototypes, *kept, num_anchors)
             if needs.prototypes:
                 teacher.remember(features[place])
             by_model[id(model)] = teacher
@@ -91,13 +94,18 @@ class TaskTeachers:
 
     @torch.no_grad()
     def features(
-        self, batch: Batch, micro_batch: int, reference: ReferenceBatch | None = None
+        self,
+        batch: Batch,
+        micro_batch: int,
+        reference: ReferenceBatch | None = None,
+        anchors: AnchorBatch | None = None,
     ) -> tuple[Features, ...]:
         """The features of each teacher for a batch, in the order of the teachers.
 
         Args:
             micro_batch: images encoded at a time.
             reference: encoded as well, if the method needs it.
+            anchors: likewise.
         """
         by_teacher = {}
         for teacher, model in dict(self._teachers).items():
@@ -105,6 +113,9 @@ class TaskTeachers:
             if reference is not None:
                 pairs = self._of_reference(teacher, model, reference, micro_batch)
                 features = replace(features, reference=pairs)
+            if anchors is not None:
+                anchored = self._of_anchors(teacher, model, anchors)
+                features = replace(features, anchored=anchored, num_seen=anchors.seen)
             by_teacher[teacher] = features
         return tuple(by_teacher[teacher] for teacher, _ in self._teachers)
 
@@ -137,6 +148,15 @@ class TaskTeachers:
         return teacher.reference_features(
             batch.places, lambda new: self._encode(encode, new, count, micro_batch)
         )
+
+    def _of_anchors(
+        self, teacher: Teacher, model: VisionLanguageModel, batch: AnchorBatch
+    ) -> Tensor:
+        def encode(rows: Tensor) -> Tensor:
+            with self._precision.autocast():
+                return text_features(model, batch.inputs[rows.to(batch.inputs.device)], self._world)
+
+        return teacher.anchored(batch.places, encode)
 
     def _encode(
         self, encode: Callable[[Tensor], Tensor], new: Tensor, count: int, micro_batch: int

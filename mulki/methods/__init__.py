@@ -11,10 +11,28 @@ import pkgutil
 from dataclasses import fields
 
 from mulki.errors import InputError, nearest
-from mulki.methods.base import PREVIOUS, ZERO_SHOT, Method, Needs, TaskStart
+from mulki.methods.base import (
+    PREVIOUS,
+    SEEN,
+    VOCABULARY,
+    ZERO_SHOT,
+    Method,
+    Needs,
+    TaskStart,
+)
 from mulki.registration import place_of, register
 
-__all__ = ["PREVIOUS", "ZERO_SHOT", "Method", "Needs", "TaskStart", "available", "get"]
+__all__ = [
+    "PREVIOUS",
+    "SEEN",
+    "VOCABULARY",
+    "ZERO_SHOT",
+    "Method",
+    "Needs",
+    "TaskStart",
+    "available",
+    "get",
+]
 
 
 def available() -> dict[str, type[Method]]:

@@ -19,6 +19,8 @@ from mulki.options import check_options
 
 ZERO_SHOT = "zero_shot"
 PREVIOUS = "previous"
+SEEN = "seen"
+VOCABULARY = "vocabulary"
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,17 @@ class Needs:
             teacher.
         reference: a batch of images and captions from the reference set of the run beside each
             batch, encoded by the student and by each teacher; see `Features.reference`.
+        anchors: of `SEEN` (the classes of earlier tasks) and `VOCABULARY` (the words of the run's
+            vocabulary), texts beyond the task's classes that each teacher encodes; see
+            `Features.seen` and `Features.vocabulary`.
+        student_anchors: whether the student encodes these texts too, with gradient.
     """
 
     teachers: tuple[str, ...] = ()
     prototypes: bool = False
     reference: bool = False
+    anchors: tuple[str, ...] = ()
+    student_anchors: bool = False
 
 
 @dataclass(frozen=True)

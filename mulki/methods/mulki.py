@@ -6,7 +6,7 @@ the interpolation with the previous model make the connections. Each stage can b
 alone:
 
     eliciting       off: no prototypes, so neither the alignment nor the relations built on them
-    adding          off: no distillation, neither of relations nor of features
+    adding          off: no distillation, neither of relations nor of anchors nor of features
     distinguishing  off: both teachers count equally for every sample
     connecting      off: the last weights are the result, and there is no anchor
 """
@@ -14,19 +14,30 @@ alone:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mulki.errors import InputError
 from mulki.features import Features
-from mulki.methods.base import PREVIOUS, ZERO_SHOT, Method, Needs, TaskStart
+from mulki.methods.base import PREVIOUS, SEEN, VOCABULARY, ZERO_SHOT, Method, Needs, TaskStart
 from mulki.ops.gates import find_gate, gate_names
 from mulki.options import option
 from mulki.prototypes import Prototypes, Update
 from mulki.stages import connecting
+from mulki.stages.anchors import TextsOf, WeightsBy
 from mulki.stages.objective import MulKILoss
+
+Anchors = Literal["none", "seen", "vocabulary", "both"]
+_GROUPS = {"none": (), "seen": (SEEN,), "vocabulary": (VOCABULARY,), "both": (SEEN, VOCABULARY)}
+Teachers = Literal["both", "zero_shot", "previous"]
+_TEACHERS = {
+    "both": (ZERO_SHOT, PREVIOUS),
+    "zero_shot": (ZERO_SHOT,),
+    "previous": (PREVIOUS,),
+}
 
 
 class MulKI(Method):
@@ -54,11 +65,28 @@ class MulKI(Method):
             0.9, "momentum of the prototypes' average, in [0, 1]", low=0, high=1
         )
         alignment: float = option(0.25, "coefficient of the prototype-text alignment", low=0)
+        prototype: float = option(
+            0.0, "coefficient of the cross-entropy of images against prototypes", low=0
+        )
         image_text: float = option(0.25, "coefficient of the image-to-text relation", low=0)
         image_image: float = option(0.25, "coefficient of the image-to-prototype relation", low=0)
         text_image: float = option(0.25, "coefficient of the text-to-prototype relation", low=0)
         text_text: float = option(0.25, "coefficient of the text-to-text relation", low=0)
+        anchors: Anchors = option(
+            "none", "texts beyond the task's classes: classes of earlier tasks, a vocabulary, both"
+        )
+        image_anchor: float = option(0.25, "coefficient of the image-to-anchor relation", low=0)
+        text_anchor: float = option(0.0, "coefficient of the text-to-anchor relation", low=0)
+        anchor_texts: TextsOf = option(
+            "teacher", "whose texts the student's images are held against in these relations"
+        )
+        anchor_weights: WeightsBy = option(
+            "gate",
+            "gate: as all relations; group: the previous model for earlier classes, the original "
+            "one for the vocabulary",
+        )
         feature: float = option(1.0, "coefficient of the distance of image features", low=0)
+        teachers: Teachers = option("both", "the original model, the previous one, or both")
         gate: str = option(
             "label", "how the two teachers are weighted per sample", choices=gate_names
         )
@@ -91,24 +119,33 @@ class MulKI(Method):
             raise InputError(f"--{argument.replace('_', '-')}:{said}") from None
         relations = o.adding
         visual = o.eliciting
+        gated = o.distinguishing and o.teachers == "both"
+        groups = _GROUPS[o.anchors]
         self.objective = MulKILoss(
             temperature=o.temperature,
-            gate=o.gate if o.distinguishing else "uniform",
+            gate=o.gate if gated else "uniform",
             gate_temperature=o.gate_temperature,
-            gate_entropy=o.gate_entropy if o.distinguishing else None,
-            gate_label=o.gate_label if o.distinguishing else None,
+            gate_entropy=o.gate_entropy if gated else None,
+            gate_label=o.gate_label if gated else None,
             label_smoothing=o.label_smoothing,
             alignment=o.alignment * visual,
+            prototype=o.prototype * visual,
             image_text=o.image_text * relations,
             image_image=o.image_image * relations * visual,
             text_image=o.text_image * relations * visual,
             text_text=o.text_text * relations,
+            image_anchor=o.image_anchor * relations * bool(groups),
+            text_anchor=o.text_anchor * relations * bool(groups),
+            anchor_texts=o.anchor_texts,
+            anchor_weights=o.anchor_weights,
             feature=o.feature * relations,
             scale_by_t2=o.scale_by_t2,
         )
         self.needs = Needs(
-            teachers=(ZERO_SHOT, PREVIOUS) if self.objective.needs_teachers else (),
+            teachers=_TEACHERS[o.teachers] if self.objective.needs_teachers else (),
             prototypes=self.objective.needs_prototypes,
+            anchors=groups if self.objective.needs_anchors else (),
+            student_anchors=self.objective.needs_anchors and o.anchor_texts == "student",
         )
         self._forget_task()
 
@@ -136,6 +173,9 @@ class MulKI(Method):
     def losses(
         self, student: Features, teachers: tuple[Features, ...], target: Tensor
     ) -> dict[str, Tensor]:
+        if self._prototypes is not None:
+            moved = self._prototypes.with_batch(student.images, target)
+            student = replace(student, prototypes=moved)
         terms = self.objective(student, teachers, target, output_dict=True)
         if self._prototypes is not None:
             # After the losses: a batch is compared with prototypes it has not moved itself.

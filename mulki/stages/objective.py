@@ -1,19 +1,19 @@
 """The objective: cross-entropy plus each stage's terms, every one with its own coefficient.
 
-    L = CE_ls(s u w^T, y) + a L_align
-        + sum_r c_r KL_r(teachers || student; w)  over the four relations r
+    L = CE_ls(s u w^T, y) + a L_align + b L_proto
+        + sum_r c_r KL_r(teachers || student; w)  over the four relations r and those to anchors
         + f sum_m w_m |u - u^m|^2
 
-See `eliciting`, `adding` and `distinguishing` for the terms. The paper's coefficients are not
-public: the defaults are those of a pilot on six small tasks, and benchmarks/embedded holds the
-grids.
+See `eliciting`, `adding`, `anchors` and `distinguishing` for the terms. The paper's coefficients
+are not public: the defaults are those of a pilot on six small tasks, and benchmarks/embedded holds
+the grids.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from mulki.features import Features
 from mulki.functional import prototype_cross_entropy
 from mulki.ops import checks
 from mulki.ops.gates import find_gate
-from mulki.stages import adding, distinguishing, eliciting
+from mulki.stages import adding, anchors, distinguishing, eliciting
 
 
 class MulKILoss(nn.Module):
@@ -38,8 +38,12 @@ class MulKILoss(nn.Module):
         gate_entropy, gate_label: the two numbers of the gate "blend".
         label_smoothing: of the cross-entropy, in [0, 1].
         alignment: coefficient of the prototype-text alignment (Eliciting Ideas).
+        prototype: coefficient of the cross-entropy of images against prototypes (Eliciting Ideas).
         image_text, image_image, text_image, text_text: coefficients of the relations (Adding New
             Ideas); image_image and text_image need prototypes.
+        image_anchor, text_anchor: coefficients of the relations to text anchors (Adding New Ideas);
+            without effect while the teachers' features have none.
+        anchor_texts, anchor_weights: see `mulki.stages.anchors.anchor_loss`.
         feature: coefficient of the squared distance of image features.
         scale_by_t2: multiply each KL by T^2.
 
@@ -57,10 +61,15 @@ class MulKILoss(nn.Module):
         gate_label: float | None = None,
         label_smoothing: float = 0.2,
         alignment: float = 0.25,
+        prototype: float = 0.0,
         image_text: float = 0.25,
         image_image: float = 0.25,
         text_image: float = 0.25,
         text_text: float = 0.25,
+        image_anchor: float = 0.25,
+        text_anchor: float = 0.0,
+        anchor_texts: anchors.TextsOf = "teacher",
+        anchor_weights: anchors.WeightsBy = "gate",
         feature: float = 1.0,
         scale_by_t2: bool = True,
     ):
@@ -71,14 +80,19 @@ class MulKILoss(nn.Module):
             "text_image": text_image,
             "text_text": text_text,
         }
+        self.anchors = {"image_anchor": image_anchor, "text_anchor": text_anchor}
         self.alignment = alignment
+        self.prototype = prototype
         self.feature = feature
-        for name, value in {**self.relations, "alignment": alignment, "feature": feature}.items():
+        others = {"alignment": alignment, "prototype": prototype, "feature": feature}
+        for name, value in (self.relations | self.anchors | others).items():
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name}: got {value}, wanted a coefficient of 0 or more")
         checks.positive("temperature", temperature)
         checks.positive("gate_temperature", gate_temperature)
         checks.fraction("label_smoothing", label_smoothing)
+        checks.choice("anchor_texts", anchor_texts, get_args(anchors.TextsOf))
+        checks.choice("anchor_weights", anchor_weights, get_args(anchors.WeightsBy))
         find_gate(gate).numbers(gate_entropy, gate_label)
         self.temperature = temperature
         self.gate = gate
@@ -87,16 +101,24 @@ class MulKILoss(nn.Module):
         self.gate_label = gate_label
         self.label_smoothing = label_smoothing
         self.scale_by_t2 = scale_by_t2
+        self.anchor_texts = anchor_texts
+        self.anchor_weights = anchor_weights
 
     @property
     def needs_teachers(self) -> bool:
         """Whether any term looks at a teacher."""
-        return bool(self.feature or any(self.relations.values()))
+        return bool(self.feature or self.needs_anchors or any(self.relations.values()))
+
+    @property
+    def needs_anchors(self) -> bool:
+        """Whether any term looks at text anchors, where there are any."""
+        return any(self.anchors.values())
 
     @property
     def needs_prototypes(self) -> bool:
         """Whether any term looks at prototypes."""
-        return bool(self.alignment or any(self.relations[r] for r in adding.NEED_PROTOTYPES))
+        relations = any(self.relations[name] for name in adding.NEED_PROTOTYPES)
+        return bool(self.alignment or self.prototype or relations)
 
     @overload
     def forward(
@@ -146,6 +168,10 @@ class MulKILoss(nn.Module):
         }
         if self.alignment:
             terms["alignment_loss"] = self.alignment * eliciting.alignment_loss(student)
+        if self.prototype:
+            terms["prototype_loss"] = self.prototype * eliciting.prototype_loss(
+                student, target, self.label_smoothing
+            )
         if self.needs_teachers:
             terms.update(self._teacher_terms(student, teachers, target))
         return terms if output_dict else torch.stack(list(terms.values())).sum()
@@ -174,6 +200,18 @@ class MulKILoss(nn.Module):
                 rows = weights if name in adding.IMAGE_ROWS else per_class
                 loss = adding.relation_loss(relation, student, teachers, rows, **softmax)
                 terms[f"{name}_loss"] = self.relations[name] * loss
+        for name, of in anchors.ROWS.items():
+            if self.anchors[name] and anchors.present(teachers):
+                loss = anchors.anchor_loss(
+                    student,
+                    teachers,
+                    weights if of == "images" else per_class,
+                    rows=of,
+                    anchor_texts=self.anchor_texts,
+                    anchor_weights=self.anchor_weights,
+                    **softmax,
+                )
+                terms[f"{name}_loss"] = self.anchors[name] * loss
         if self.feature:
             terms["feature_loss"] = self.feature * adding.feature_loss(student, teachers, weights)
         return terms

@@ -1,6 +1,6 @@
 """Kernels compiled ahead of time for GPUs that are not here: memory, registers, instructions.
 
-Every kernel and tile is compiled in bf16, and every kernel in the other number formats. The committed
+In bf16 every kernel and tile is compiled, in the other number formats every kernel. The committed
 report has all variants, and must be the report of today's variants.
 """
 
@@ -33,7 +33,7 @@ RENEW = "run python -m benchmarks.kernels"
 
 
 def sample() -> list[Variant]:
-    """What is compiled here: one variant of each kernel and tile in bf16, of each kernel elsewhere."""
+    """What is compiled here: a variant of each kernel, and in bf16 of each of its tiles."""
     chosen = {}
     for number_format in NUMBER_FORMATS:
         for architecture in ARCHITECTURES:

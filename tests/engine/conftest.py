@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ from mulki.data import Task, folder_task
 from mulki.engine import sequence
 from mulki.engine.config import resolve
 from mulki.results import RunFolder
+from tests.engine.reference_method import OnReference
 from tests.engine.run_helpers import SHORT, Run
 from tests.engine_helpers import (
+    COLOURS,
     load_tiny,
     start_model,
     task_folders,
     tiny_models,
+    write_task,
 )
 
 __all__ = ["load_tiny", "start_model", "task_folders", "tiny_models"]
@@ -39,3 +43,26 @@ def run(tmp_path: Path, start_model: dict[str, str], task_folders: tuple[str, st
 @pytest.fixture
 def task(task_folders: tuple[str, str]) -> Task:
     return folder_task(task_folders[0])
+
+
+@pytest.fixture(scope="module")
+def base(
+    start_model: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Any]]:
+    """Options of the runs on several processes, which `distributed_runs.py` compares."""
+    root = tmp_path_factory.mktemp("distributed")
+    shades = {"dark": (30, 30, 30), "light": (225, 225, 225)}
+    tasks = write_task(root / "colours", COLOURS), write_task(root / "shades", shades, train=5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OnReference, "name", "on_reference", raising=False)
+        yield {
+            "tasks": [str(task) for task in tasks],
+            "logs": str(root),
+            "precision": "fp32",
+            "iterations": 4,
+            "lr": 1e-3,
+            "eps": 1e-4,
+            "device": "cpu",
+            "batch_size_eval": 4,
+            **start_model,
+        }

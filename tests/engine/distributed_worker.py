@@ -37,40 +37,6 @@ from tests.engine.reference_method import OnReference
 OnReference.name = "on_reference"
 
 
-def check_rows(world: World) -> None:
-    """Every row is somebody's, in order, and gradients are those of one process."""
-    for count in (1, 2, 3, 5, 8):
-        whole = torch.arange(3.0 * count).view(count, 3) + 1
-        weight = nn.Parameter(torch.tensor([2.0, -1.0, 0.5]))
-        direct = nn.Parameter(torch.tensor(3.0))
-        encoded = world.part(whole) * weight
-        gathered = world.gather(encoded, count)
-        assert gathered.shape == whole.shape
-        assert torch.equal(gathered.detach(), whole * weight.detach())
-        assert sum(world.total(world.distinct(count), device=torch.device("cpu"))) == count
-        loss = (gathered * torch.arange(1.0, count + 1).unsqueeze(1)).square().sum() * direct
-        loss.backward()
-        world.average([weight, direct])
-        ours = [weight.grad, direct.grad]
-        weight.grad = direct.grad = None
-        rows = torch.arange(1.0, count + 1).unsqueeze(1)
-        ((whole * weight * rows).square().sum() * direct).backward()
-        for gradient, wanted in zip(ours, (weight.grad, direct.grad), strict=True):
-            torch.testing.assert_close(gradient, wanted)
-    assert world.smallest(world.rank + 4, torch.device("cpu")) == 4
-
-
-def check_agreement(world: World) -> None:
-    """All go on, or all have the same error."""
-    cpu = torch.device("cpu")
-    world.agree(cpu, None, tasks="two")
-    problem = InputError("b: no such folder") if world.rank == 1 else None
-    with pytest.raises(InputError, match="b: no such folder"):
-        world.agree(cpu, problem, **({} if problem else {"tasks": "two"}))
-    with pytest.raises(InputError, match="tasks: got 0 on rank 0, 1 on rank 1.*the same on all"):
-        world.agree(cpu, None, tasks=world.rank)
-
-
 class TwoTowers(nn.Module):
     """A CLIP in the small; its forward returns what a loss takes."""
 
@@ -130,9 +96,7 @@ def check_micro_batches(world: World) -> None:
 def main(runs: list[tuple[str, dict[str, Any]]]) -> None:
     dist.init_process_group("gloo")
     with World(dist.get_rank(), dist.get_world_size(), joined=True) as world:
-        check_rows(world)
         check_micro_batches(world)
-        check_agreement(world)
         check_runs(runs, world)
 
 

@@ -10,6 +10,7 @@ import torch
 from mulki import methods
 from mulki.data import Task
 from mulki.data.transforms import train_transform
+from mulki.engine.anchors import Anchors
 from mulki.engine.config import RunConfig
 from mulki.engine.learn import StepReport, learn_task
 from mulki.engine.precision import Precision
@@ -41,6 +42,7 @@ def learn(
     transform: Callable[..., Any] | None = None,
     index: int = 0,
     precision: str = "fp32",
+    anchors: Anchors | None = None,
 ) -> list[StepReport]:
     if frozen is None:
         original = model.frozen_copy()
@@ -55,6 +57,7 @@ def learn(
         index=index,
         transform=transform or model.preprocess,
         precision=Precision(precision, torch.device("cpu")),  # type: ignore[arg-type]
+        anchors=anchors,
         listen=reports.append,
     )
     assert steps == len(reports)

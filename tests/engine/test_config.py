@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -37,47 +36,6 @@ def test_preset_of_the_bundled_model_is_weaker_than_what_is_given() -> None:
     assert resolve({"iterations": 7}).run.iterations == 7
     assert resolve({"lock_text": False}).run.lock_text is False
     assert resolve({"model": "RN50"}).run.iterations == RunConfig.iterations
-
-
-def test_preset_goes_with_the_model_whatever_the_tasks() -> None:
-    for tasks in (["embedded"], ["embedded:digits"], ["a_folder", "b"]):
-        assert resolve({"tasks": tasks}).run.lock_text is True
-    assert resolve({"model": "RN50"}).run.lock_text is False
-
-
-def test_preset_of_a_method_is_stronger_than_that_of_the_model(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(presets.METHODS, (BUNDLED, "lwf"), {"lr": 0.5, "temperature": 3.0})
-    settings = resolve({"method": "lwf"})
-    assert settings.run.lr == 0.5 and settings.method.temperature == 3.0
-    assert resolve({"method": "lwf", "temperature": 4}).method.temperature == 4.0
-    assert resolve({"method": "zero_shot"}).run.lr == presets.MODELS[BUNDLED]["lr"]
-
-
-def test_quick_preset_is_short_whatever_the_tasks() -> None:
-    for tasks in (["embedded"], ["a_folder"], ["a", "b"]):
-        config = resolve({"tasks": tasks, "preset": "quick"}).run
-        assert config.iterations == 5 and config.limit_images == 120
-    assert resolve({"preset": "quick", "limit_images": "none"}).run.limit_images is None
-
-
-def test_presets_hold_options_that_exist() -> None:
-    names = {f.name for f in fields(RunConfig)}
-    for options in (*presets.MODELS.values(), presets.QUICK):
-        assert options.keys() <= names
-    for (model, method), options in presets.METHODS.items():
-        own = {f.name for f in fields(methods.get(method).Options)}
-        assert model in presets.MODELS and options.keys() <= names | own
-
-
-@pytest.mark.parametrize("method", ["finetune", "lwf", "mulki"])
-def test_preset_of_a_method_is_the_best_point_of_its_grid(method: str) -> None:
-    lines = (Path(__file__).parents[2] / "benchmarks/embedded/results.jsonl").read_text()
-    points = [r for r in map(json.loads, lines.splitlines()) if r["study"] == "tune"]
-    best = max((r for r in points if r["options"]["method"] == method), key=lambda r: r["average"])
-    chosen = {k: v for k, v in best["options"].items() if k not in ("tasks", "seed", "method")}
-    assert presets.METHODS[BUNDLED, method] == chosen
 
 
 def test_epochs_leave_the_preset_iterations_behind() -> None:

@@ -3,35 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from mulki.answers import read_answers
 from mulki.engine import distributed
-from mulki.engine.config import resolve
-from mulki.engine.sequence import run
-from mulki.errors import InputError, ProcessLost
-from mulki.metrics import read_matrix
-from mulki.world import World
-from tests.engine.reference_method import OnReference
-from tests.engine_helpers import COLOURS, write_task
+from mulki.errors import InputError
+from tests.engine.distributed_runs import ANCHORED, ON_REFERENCE, WORKER, compare, torchrun
 
-ROOT = Path(__file__).parents[2]
-WORKER = Path(__file__).parent / "distributed_worker.py"
-LAST = "checkpoints/task_02_shades.safetensors"
-
-ON_REFERENCE = {"method": "on_reference", "reference": "current"}
-ANCHORED = {"eps": 1e-3, "lr": 5e-3}
 # By name: options of the run, and images in a global batch.
 CASES: dict[str, tuple[dict[str, Any], int]] = {
     "mulki": ({"method": "mulki"}, 6),
@@ -54,115 +35,20 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "zero-shot": ({"method": "zero_shot", "batch_size_eval": 2}, 6),
     "crop": ({"method": "lwf", "augment": "crop"}, 6),
     "reference": (ON_REFERENCE | {"micro_batch": "2", "eps": 1e-3}, 6),
-    # 10 pairs of the second task in a batch of 12. AdamW makes rounding errors larger, by lr / eps.
-    "whole-reference": (ON_REFERENCE | {"eps": 1e-3, "lr": 1e-3}, 12),
-}
-SHARDED: dict[str, tuple[dict[str, Any], int]] = {
-    "fsdp": (
+    # Anchors that student and teachers encode, some drawn for each step.
+    "anchors": (
         {
             "method": "mulki",
+            "anchors": "both",
+            "anchor_texts": "student",
+            "anchors_per_step": "7",
             "micro_batch": "2",
-            "we_every": 2,
-            "l2": 5.0,
-            **ANCHORED,
-            "alpha": 0.8,
-            "grad_clip_norm": 0.1,
         },
         6,
     ),
-    "fsdp-lwf": (
-        {"method": "lwf", "augment": "crop", "micro_batch": "auto", "grad_checkpointing": True},
-        6,
-    ),
-    "fsdp-reference": (ON_REFERENCE | {"augment": "crop", "eps": 1e-3}, 6),
-    "fsdp-micro-reference": (ON_REFERENCE | {"micro_batch": "2", "eps": 1e-3}, 6),
+    # 10 pairs of the second task in a batch of 12. AdamW makes rounding errors larger, by lr / eps.
+    "whole-reference": (ON_REFERENCE | {"eps": 1e-3, "lr": 1e-3}, 12),
 }
-
-
-@pytest.fixture(scope="module")
-def base(
-    start_model: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Any]]:
-    root = tmp_path_factory.mktemp("distributed")
-    shades = {"dark": (30, 30, 30), "light": (225, 225, 225)}
-    tasks = write_task(root / "colours", COLOURS), write_task(root / "shades", shades, train=5)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OnReference, "name", "on_reference", raising=False)
-        yield {
-            "tasks": [str(task) for task in tasks],
-            "logs": str(root),
-            "precision": "fp32",
-            "iterations": 4,
-            "lr": 1e-3,
-            "eps": 1e-4,
-            "device": "cpu",
-            "batch_size_eval": 4,
-            **start_model,
-        }
-
-
-def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-        + ["--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-        + list(arguments),
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
-def compare(
-    base: dict[str, Any],
-    cases: dict[str, tuple[dict[str, Any], int]],
-    processes: int,
-    path: Path,
-    **more: Any,
-) -> None:
-    runs = [
-        (f"{name}-{processes}", base | options | more | {"batch_size": batch // processes})
-        for name, (options, batch) in cases.items()
-    ]
-    (path / "runs.json").write_text(json.dumps(runs))
-    done = torchrun(processes, str(WORKER), str(path / "runs.json"))
-    assert done.returncode == 0, done.stderr
-    logs = Path(base["logs"])
-    for name, (options, batch) in cases.items():
-        if not (logs / name).exists():
-            run(resolve(base | options | {"name": name, "batch_size": batch}))
-        many = logs / f"{name}-{processes}"
-        assert read_matrix(many / "matrix.csv") == read_matrix(logs / name / "matrix.csv")
-        assert_same_answers(many, logs / name)
-        if options["method"] == "zero_shot":
-            continue
-        weights, wanted = load_file(many / LAST), load_file(logs / name / LAST)
-        assert weights.keys() == wanted.keys()
-        for key, value in weights.items():
-            # Attention does not depend on the bias of its keys, whose gradient is rounding alone;
-            # AdamW divides it by its own size.
-            atol = 1e-4 if key.endswith("in_proj_bias") else 1e-5
-            torch.testing.assert_close(value, wanted[key], rtol=0, atol=atol, msg=f"{name} {key}")
-        moved = load_file(logs / name / "checkpoints/task_01_colours.safetensors")
-        far = max(float((v - wanted[k]).abs().max()) for k, v in moved.items())
-        assert far > 1e-3, "the comparison would hold for models that did not train"
-
-
-def assert_same_answers(many: Path, one: Path) -> None:
-    found, wanted = read_answers(many), read_answers(one)
-    assert found.keys() == wanted.keys()
-    for after, row in found.items():
-        for name, answers in row.items():
-            other = wanted[after][name]
-            assert answers.own.tolist() == other.own.tolist()
-            assert (answers.seen is None) == (other.seen is None)
-            assert np.array_equal(answers.seen, other.seen)  # type: ignore[arg-type]
-    seen = [
-        json.loads((path / "summary.json").read_text())["class_incremental"] for path in (many, one)
-    ]
-    assert seen[0] == seen[1] and len(seen[0]["after"]) == 2
 
 
 @pytest.mark.slow
@@ -180,11 +66,6 @@ def test_three_processes_are_one(base: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sharded_models_learn_as_whole_ones(base: dict[str, Any], tmp_path: Path) -> None:
-    compare(base, SHARDED, 2, tmp_path, fsdp=True)
-
-
-@pytest.mark.slow
 def test_a_process_that_fails_ends_the_run(base: dict[str, Any], tmp_path: Path) -> None:
     done = torchrun(
         2, str(WORKER), "--", "fail", "run", "--tasks", *base["tasks"], "--model", base["model"],
@@ -198,25 +79,6 @@ def test_a_process_that_fails_ends_the_run(base: dict[str, Any], tmp_path: Path)
     assert all("another process of the run has ended" in line for line in others)
     assert json.loads((tmp_path / "broken" / "summary.json").read_text())["status"] == "interrupted"
     assert "zero-shot" in (tmp_path / "broken" / "matrix.csv").read_text()
-
-
-def test_one_process_is_a_world_of_its_own() -> None:
-    world, rows = World(), torch.eye(3)
-    assert world.rows(3) == [0, 1, 2] and world.distinct(3) == 3
-    assert world.gather(rows, 3) is rows and world.part(rows) is rows
-    assert world.total(3, 4, device=torch.device("cpu")) == [3, 4]
-
-
-@pytest.mark.parametrize("size", [2, 3, 4])
-@pytest.mark.parametrize("count", [1, 2, 3, 7, 12])
-def test_parts_are_equal_and_cover_all(size: int, count: int) -> None:
-    parts = [World(rank, size) for rank in range(size)]
-    assert len({len(w.rows(count)) for w in parts}) == 1
-    rows = [row for w in parts for row in w.rows(count)]
-    assert rows[:count] == list(range(count)) and set(rows[count:]) <= {count - 1}
-    assert [w.rows(count)[: w.distinct(count)] for w in parts] == [
-        [r for r in range(count) if r // len(w.rows(count)) == w.rank] for w in parts
-    ]
 
 
 def test_only_a_launched_process_gets_a_device_by_its_number(
@@ -248,27 +110,3 @@ def test_an_environment_that_is_not_torchruns(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InputError, match="RANK, MASTER_ADDR, MASTER_PORT not set.*torchrun"):
         distributed.join(torch.device("cpu"))
-
-
-def test_only_a_broken_connection_is_a_lost_process() -> None:
-    closed = "[/gloo/pair.cc:5] Connection closed by peer"
-    with pytest.raises(ProcessLost, match="has ended.*" + re.escape(closed)), World(0, 2):
-        raise RuntimeError(closed + "\nmore")
-    with pytest.raises(ProcessLost), World(0, 2):
-        raise torch.distributed.DistBackendError("NCCL error")
-    for error in (torch.OutOfMemoryError("no more"), RuntimeError("sizes differ")):
-        with pytest.raises(type(error)), World(0, 2):
-            raise error
-
-
-def test_alone_a_problem_is_raised() -> None:
-    world, cpu = World(), torch.device("cpu")
-    world.agree(cpu, None, tasks="two")
-    with pytest.raises(InputError, match="taken"):
-        world.agree(cpu, InputError("taken"))
-
-
-def test_sharding_needs_several_processes(base: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="--fsdp: this is the only process"):
-        run(resolve(base | {"fsdp": True, "name": "alone"}))
-    assert not (Path(base["logs"]) / "alone").exists()

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from mulki import losses
 
 WIDTH = 5
+# Rows of each rank, by the number of ranks.
+UNEVEN = {1: [5], 2: [5, 2], 3: [3, 1, 4], 4: [2, 0, 3, 1]}
 Output = dict[str, Tensor]
 
 
@@ -144,3 +146,17 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
         name: torch.zeros_like(p) if p.grad is None else p.grad
         for name, p in model.named_parameters()
     }
+
+
+def outputs(
+    kind: str, n: int = 6, gate: str = "label", dtype: torch.dtype = torch.float64
+) -> tuple[TwoTowers, Output]:
+    """A model, and what it and the teachers return."""
+    model = TwoTowers().to(dtype)
+    images, texts = batch(n, dtype)
+    return model, model(images, texts) | extra(kind, images, texts, gate)
+
+
+def own(tensor: Tensor, sizes: list[int], rank: int) -> Tensor:
+    """The rows of this rank."""
+    return tensor.split(sizes)[rank]

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from mulki import methods
+from mulki.errors import InputError
 from mulki.losses import MulKILoss
-from mulki.methods import PREVIOUS, ZERO_SHOT
+from mulki.methods import PREVIOUS, SEEN, VOCABULARY, ZERO_SHOT
 from mulki.methods.finetune import Finetune
 from mulki.methods.mulki import MulKI
 from tests.methods.method_helpers import add, start
@@ -77,6 +78,57 @@ class TestMulKI:
             assert all(value == whole[name] for name, value in losses.items())
         assert method.needs.teachers == (() if stage == "adding" else (ZERO_SHOT, PREVIOUS))
         assert method.needs.prototypes == (stage != "eliciting")
+
+    def test_anchors_are_asked_for_by_group(self):
+        for anchors, groups in (
+            ("seen", (SEEN,)),
+            ("vocabulary", (VOCABULARY,)),
+            ("both", (SEEN, VOCABULARY)),
+        ):
+            method = MulKI(MulKI.Options(anchors=anchors))
+            assert method.needs.anchors == groups and not method.needs.student_anchors
+            method = MulKI(MulKI.Options(anchors=anchors, anchor_texts="student"))
+            assert method.needs.anchors == groups and method.needs.student_anchors
+        for off in ({"adding": False}, {"image_anchor": 0.0}, {"anchors": "none"}):
+            options = {"anchors": "both", "anchor_texts": "student"} | off
+            needs = MulKI(MulKI.Options(**options)).needs
+            assert needs.anchors == () and not needs.student_anchors
+
+    def test_options_of_anchors_and_prototypes_are_passed_on(
+        self, student, teachers, target, with_anchors
+    ):
+        student, *teachers = (with_anchors(model) for model in (student, *teachers))
+        options = {
+            "image_anchor": 0.5,
+            "text_anchor": 0.7,
+            "anchor_texts": "student",
+            "anchor_weights": "group",
+            "prototype": 0.3,
+        }
+        _, losses = self.losses(student, teachers, target, anchors="both", **options)
+        expected = MulKILoss(**options)(student, teachers, target, output_dict=True)
+        assert losses == expected
+        assert {"image_anchor_loss", "text_anchor_loss", "prototype_loss"} < set(losses)
+
+    @pytest.mark.parametrize("name", [ZERO_SHOT, PREVIOUS])
+    def test_one_teacher_alone(self, student, teachers, target, name):
+        method = MulKI(MulKI.Options(teachers=name))
+        assert method.needs.teachers == (name,)
+        losses = method.losses(student, teachers[:1], target)
+        expected = MulKILoss(gate="uniform")(student, teachers[:1], target, output_dict=True)
+        assert losses == expected
+
+    def test_the_update_batch_sends_gradients_to_images(self, student, teachers, target, weights):
+        grads = {}
+        for update in ("ema", "batch"):
+            initial = student.prototypes.detach()
+            options = MulKI.Options(prototype_update=update, adding=False)
+            method = start(MulKI(options), weights, initial)
+            of_batch = replace(student, prototypes=method.prototypes())
+            loss = method.losses(of_batch, (), target)["alignment_loss"]
+            grads[update] = torch.autograd.grad(loss, student.images, allow_unused=True)[0]
+        assert grads["ema"] is None
+        assert grads["batch"].abs().max() > 1e-4
 
     def test_without_distinguishing_both_teachers_count_equally(self, student, teachers, target):
         _, losses = self.losses(student, teachers, target, distinguishing=False)
@@ -183,3 +235,19 @@ def test_the_method_has_the_defaults_of_its_objective() -> None:
     options = MulKI.Options()
     for name, parameter in signature.items():
         assert getattr(options, name) == parameter.default, name
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"gate": "blend"},
+            '^--gate-entropy: got NoneType, wanted a number for gate="blend"; pass it$',
+        ),
+        ({"gate": "blend", "gate_entropy": 1.0}, "^--gate-label: got NoneType"),
+        ({"gate_label": 0.5}, '^--gate-label: got 0.5 with gate="label", which does not take it'),
+    ],
+)
+def test_numbers_of_a_gate_that_do_not_fit_it(options, said):
+    with pytest.raises(InputError, match=said):
+        MulKI(MulKI.Options(**options))

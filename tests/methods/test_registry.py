@@ -1,3 +1,5 @@
+"""All methods: their names, their options with bounds and defaults."""
+
 from __future__ import annotations
 
 from dataclasses import fields
@@ -70,17 +72,7 @@ def test_bounds_of_options(method, name, bad, good):
         method(method.Options(**{name: value}))
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (
-            {"gate": "blend"},
-            '^--gate-entropy: got NoneType, wanted a number for gate="blend"; pass it$',
-        ),
-        ({"gate": "blend", "gate_entropy": 1.0}, "^--gate-label: got NoneType"),
-        ({"gate_label": 0.5}, '^--gate-label: got 0.5 with gate="label", which does not take it'),
-    ],
-)
-def test_numbers_of_a_gate_that_do_not_fit_it(options, said):
-    with pytest.raises(InputError, match=said):
-        MulKI(MulKI.Options(**options))
+def test_defaults_are_those_of_the_benchmark():
+    assert Finetune.Options().label_smoothing == LwF.Options().label_smoothing == 0.2
+    assert MulKI.Options().label_smoothing == 0.2
+    assert LwF.Options().temperature == MulKI.Options().temperature == 2.0

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mulki.ops import loader, use_backend
+from mulki.ops import backends, loader, use_backend
 
 
 @pytest.fixture(params=["reference", "cpp"])
@@ -18,3 +18,18 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("MULKI_STRICT", "1")
     with use_backend(name):
         yield name
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The operators that were called and their arguments."""
+    made = []
+
+    class Spy(backends.Reference):
+        def kernel(self, op):
+            kernel = super().kernel(op)
+            return lambda *args: (made.append((op, args)), kernel(*args))[1]
+
+    monkeypatch.setitem(backends.BACKENDS, "reference", Spy())
+    with use_backend("reference"):
+        yield made

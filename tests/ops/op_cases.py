@@ -18,6 +18,9 @@ from mulki.ops.logits import wide
 
 OPS = torch.ops.mulki
 
+ALL = [True] * 3  # wanted gradients: of features, prototypes and scale
+LABELS = torch.tensor([0, 2, 3, 0, 2, 0])  # a target of 6 rows that the masks of cases allow
+
 
 class Case(NamedTuple):
     op: str
@@ -182,3 +185,23 @@ def _double(value: Any) -> Any:
     if isinstance(value, list):
         return [_double(v) for v in value]
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    """The error of a tensor, as a part of its size."""
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+def cross_entropy(
+    x: Tensor, w: Tensor, target: list[int], mask: Tensor | None = None, scale: float = 9.0
+) -> Case:
+    """A case of given rows and classes; -100 ignores a row."""
+    return Case(
+        "prototype_cross_entropy",
+        (x, w, torch.tensor(scale), torch.tensor(target), mask, 0.0, -100),
+    )
+
+
+def with_argument(case: Case, position: int, value: object) -> Case:
+    """The same case but for one argument."""
+    return Case(case.op, (*case.args[:position], value, *case.args[position + 1 :]))

@@ -69,7 +69,8 @@ def test_amx_is_an_error_where_there_is_none():
 def test_brgemm_is_as_precise_where_amx_runs_otherwise():
     tests = "cpp and (test_every_operator or repeat_bit_for_bit or test_a_student)"
     options = ("-q", "-p", "no:cacheprovider", "-k", tests)
-    done = run("-m", "pytest", str(HERE / "test_precision.py"), *options, products="brgemm")
+    files = [str(HERE / f"test_{name}.py") for name in ("precision", "teacher_kl")]
+    done = run("-m", "pytest", *files, *options, products="brgemm")
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout
 

@@ -9,15 +9,16 @@ from torch.library import opcheck
 
 from mulki.ops.operators import OPERATORS
 from tests.ops.op_cases import (
+    LABELS,
     LOSSES,
     NAMES,
     OPS,
     Case,
-    first,
     form_arguments,
     make,
     requiring_grad,
     run,
+    with_argument,
 )
 
 FORMS = [(name, form) for name in NAMES for form in ("rows", "backward", "reduced")]
@@ -93,13 +94,6 @@ def test_no_argument_is_mutated_and_none_comes_back(name, form, backend):
         assert out.numel() == 0 or out.untyped_storage().data_ptr() not in given
 
 
-def with_argument(case: Case, position: int, value: object) -> Case:
-    return Case(case.op, (*case.args[:position], value, *case.args[position + 1 :]))
-
-
-LABELS = torch.tensor([0, 2, 3, 0, 2, 0])
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
     ("name", "position", "value", "error", "argument"),
@@ -146,19 +140,3 @@ def test_direct_calls_refuse_what_does_not_fit(
     if name in LOSSES:
         with pytest.raises(error, match=f"^{argument}: "):
             run(form_arguments(bad, "reduced", [True] * case.leaves))
-
-
-def test_targets_are_checked_in_compiled_code_too(backend):
-    case = make("ce", dtype=torch.float32)
-    compiled = torch.compile(
-        lambda target: first(run(with_argument(case, 3, target))), backend="eager", fullgraph=True
-    )
-    compiled(LABELS)
-    with pytest.raises(ValueError, match="target"):
-        compiled(LABELS + 2)
-
-
-def test_a_target_is_not_read_where_weights_are_given(backend):
-    case = make("kl_weights", dtype=torch.float32)
-    odd = with_argument(case, 7, torch.full((6,), 99))
-    assert run(odd)[0].equal(run(case)[0])

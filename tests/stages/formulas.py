@@ -15,6 +15,8 @@ def expected_relation(model, name):
         "image_image": (model.images, model.prototypes),
         "text_image": (model.texts, model.prototypes),
         "text_text": (model.texts, model.texts),
+        "image_anchor": (model.images, model.anchored),
+        "text_anchor": (model.texts, None if model.anchored is None else model.anchored[4:]),
     }[name]
     return model.scale * left @ right.T
 

@@ -24,6 +24,8 @@ from tests.stages.formulas import (
 )
 
 COEFFICIENTS = ("alignment", *RELATIONS, "feature")
+# Those of terms that are off, or absent without anchors, at the default options.
+OTHERS = ("prototype", "image_anchor", "text_anchor")
 
 
 class TestObjective:
@@ -74,11 +76,13 @@ class TestObjective:
             assert value == whole[key] == doubled[key]
         torch.testing.assert_close(doubled[f"{name}_loss"], 2 * whole[f"{name}_loss"])
 
-    @pytest.mark.parametrize("name", COEFFICIENTS)
+    @pytest.mark.parametrize("name", COEFFICIENTS + OTHERS)
     def test_each_term_has_its_needs(self, student, teachers, target, name):
-        loss = MulKILoss(**{other: float(other == name) for other in COEFFICIENTS})
-        assert loss.needs_teachers == (name != "alignment")
-        assert loss.needs_prototypes == (name in ("alignment", "image_image", "text_image"))
+        loss = MulKILoss(**{other: float(other == name) for other in COEFFICIENTS + OTHERS})
+        assert loss.needs_teachers == (name not in ("alignment", "prototype"))
+        visual = ("alignment", "prototype", "image_image", "text_image")
+        assert loss.needs_prototypes == (name in visual)
+        assert loss.needs_anchors == (name in ("image_anchor", "text_anchor"))
         if not loss.needs_teachers:
             teachers = []
         if not loss.needs_prototypes:
@@ -86,7 +90,7 @@ class TestObjective:
         assert loss(student, teachers, target).isfinite()
 
     def test_without_any_term_it_is_cross_entropy(self, student, target):
-        loss = MulKILoss(**dict.fromkeys(COEFFICIENTS, 0.0), label_smoothing=0.1)
+        loss = MulKILoss(**dict.fromkeys(COEFFICIENTS + OTHERS, 0.0), label_smoothing=0.1)
         assert not loss.needs_teachers and not loss.needs_prototypes
         expected = F.cross_entropy(
             expected_relation(student, "image_text"), target, label_smoothing=0.1
@@ -106,6 +110,24 @@ class TestObjective:
             expected = 0.25 * expected_kl(student, teachers, name, weights, 3.0) / 9
             torch.testing.assert_close(got[f"{name}_loss"], expected)
         torch.testing.assert_close(got["feature_loss"], adding.feature_loss(student, teachers, w))
+
+    def test_terms_that_are_off_by_default(self, student, teachers, target, with_anchors):
+        student, *teachers = (with_anchors(model) for model in (student, *teachers))
+        options = {"prototype": 0.3, "image_anchor": 0.5, "text_anchor": 0.7}
+        got = MulKILoss(**options)(student, teachers, target, output_dict=True)
+        logits = expected_relation(student, "image_image")
+        expected = 0.3 * F.cross_entropy(logits, target, label_smoothing=0.2)
+        torch.testing.assert_close(got["prototype_loss"], expected)
+        w = expected_label_weights(teachers, target)
+        for name, weights in {
+            "image_anchor": w,
+            "text_anchor": expected_class_weights(w, target, 4),
+        }.items():
+            expected = 0.0
+            for k, t in enumerate(teachers):
+                held = replace(student, anchored=t.anchored)
+                expected = expected + expected_kl(held, [t], name, weights[:, k : k + 1])
+            torch.testing.assert_close(got[f"{name}_loss"], options[name] * expected)
 
     @pytest.mark.parametrize("count", [1, 3])
     def test_takes_any_number_of_teachers(self, student, model_features, target, count):
@@ -141,7 +163,9 @@ class TestObjective:
     @pytest.mark.parametrize(
         ("name", "values"),
         [
-            *((name, (-0.1, math.inf, math.nan)) for name in COEFFICIENTS),
+            *((name, (-0.1, math.inf, math.nan)) for name in COEFFICIENTS + OTHERS),
+            ("anchor_texts", ("teachers",)),
+            ("anchor_weights", ("label", None)),
             ("temperature", (0.0, -1.0, math.nan)),
             ("gate_temperature", (0.0, math.inf)),
             ("label_smoothing", (-0.1, 1.1, math.nan)),
@@ -178,11 +202,17 @@ class OperatorCalls(TorchDispatchMode):
         # Without the relation that the gate looks at, its pass is run for the weights alone.
         ({"image_text": 0}, {"teacher_kl": 4}),
         ({"image_image": 0, "text_image": 0, "text_text": 0, "feature": 0}, {"teacher_kl": 1}),
+        # Held against each teacher's own anchors.
+        ({"anchors": True}, {"teacher_kl": 6}),
+        ({"anchors": True, "anchor_texts": "student"}, {"teacher_kl": 5}),
         # The losses of the two teachers are two more products.
         ({"gate": "loss"}, {"prototype_cross_entropy": 3, "teacher_kl": 4}),
     ],
 )
-def test_operator_calls_of_one_step(student, teachers, target, options, wanted):
+def test_operator_calls_of_one_step(student, teachers, target, with_anchors, options, wanted):
+    if options.get("anchors"):
+        options = {name: value for name, value in options.items() if name != "anchors"}
+        student, *teachers = (with_anchors(model) for model in (student, *teachers))
     loss = MulKILoss(**options)
     with OperatorCalls() as calls:
         loss(student, teachers, target).backward()

@@ -1,0 +1,94 @@
+"""Runs on several processes by torchrun, compared with the same run on one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from mulki.answers import read_answers
+from mulki.engine.config import resolve
+from mulki.engine.sequence import run
+from mulki.metrics import read_matrix
+from tests import ROOT
+
+WORKER = Path(__file__).parent / "distributed_worker.py"
+LAST = "checkpoints/task_02_shades.safetensors"
+ON_REFERENCE = {"method": "on_reference", "reference": "current"}
+ANCHORED = {"eps": 1e-3, "lr": 5e-3}
+
+
+def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+        + ["--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+        + list(arguments),
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def compare(
+    base: dict[str, Any],
+    cases: dict[str, tuple[dict[str, Any], int]],
+    processes: int,
+    path: Path,
+    **more: Any,
+) -> None:
+    """Run each case (options, images in a global batch) on several processes and on one.
+
+    Matrices and last weights have to agree. `more` are options of the first kind of run alone.
+    """
+    runs = [
+        (f"{name}-{processes}", base | options | more | {"batch_size": batch // processes})
+        for name, (options, batch) in cases.items()
+    ]
+    (path / "runs.json").write_text(json.dumps(runs))
+    done = torchrun(processes, str(WORKER), str(path / "runs.json"))
+    assert done.returncode == 0, done.stderr
+    logs = Path(base["logs"])
+    for name, (options, batch) in cases.items():
+        if not (logs / name).exists():
+            run(resolve(base | options | {"name": name, "batch_size": batch}))
+        many = logs / f"{name}-{processes}"
+        assert read_matrix(many / "matrix.csv") == read_matrix(logs / name / "matrix.csv"), name
+        assert_same_answers(many, logs / name)
+        if options["method"] == "zero_shot":
+            continue
+        weights, wanted = load_file(many / LAST), load_file(logs / name / LAST)
+        assert weights.keys() == wanted.keys(), name
+        for key, value in weights.items():
+            # Attention does not depend on the bias of its keys, whose gradient is rounding alone;
+            # AdamW divides it by its own size.
+            atol = 1e-4 if key.endswith("in_proj_bias") else 1e-5
+            torch.testing.assert_close(value, wanted[key], rtol=0, atol=atol, msg=f"{name} {key}")
+        moved = load_file(logs / name / "checkpoints/task_01_colours.safetensors")
+        far = max(float((v - wanted[k]).abs().max()) for k, v in moved.items())
+        assert far > 1e-3, "the comparison would hold for models that did not train"
+
+
+def assert_same_answers(many: Path, one: Path) -> None:
+    found, wanted = read_answers(many), read_answers(one)
+    assert found.keys() == wanted.keys(), one.name
+    for after, row in found.items():
+        for task, answers in row.items():
+            other = wanted[after][task]
+            where = f"{one.name}, {task} after {after}"
+            assert answers.own.tolist() == other.own.tolist(), where
+            assert (answers.seen is None) == (other.seen is None), where
+            assert np.array_equal(answers.seen, other.seen), where  # type: ignore[arg-type]
+    seen = [
+        json.loads((path / "summary.json").read_text())["class_incremental"] for path in (many, one)
+    ]
+    assert seen[0] == seen[1] and len(seen[0]["after"]) == 2, one.name

@@ -1,0 +1,69 @@
+"""Distillation from one teacher and from two: gates, temperatures, and what teachers may be."""
+
+from __future__ import annotations
+
+import open_clip.loss
+import pytest
+import torch
+
+from mulki.losses import DistillClipLoss, DualTeacherClipLoss
+from tests.losses.two_towers import gradients, outputs, rows_of, truth
+
+GATES = ("uniform", "confidence", "label", "discrepancy")
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_two_teachers(gate, temperature):
+    model, out = outputs("dual", gate=gate)
+    options = {"gate": gate, "temperature": temperature}
+    losses = DualTeacherClipLoss(**options)(**out, output_dict=True)
+    sum(losses.values()).backward()
+    rows, want = truth("dual", 6, **options)
+    for name, value in losses.items():
+        torch.testing.assert_close(value, rows[name].mean(), rtol=1e-12, atol=0)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, want[name], rtol=1e-9, atol=1e-12)
+
+
+def test_two_equal_teachers_are_one():
+    _, out = outputs("distill")
+    twice = {k.replace("dist_", "prev_"): v for k, v in out.items() if "dist_" in k}
+    one = DistillClipLoss(temperature=2.0)(**out)
+    for gate in ("uniform", "confidence", "label"):
+        both = DualTeacherClipLoss(gate=gate)(**out, **twice)
+        torch.testing.assert_close(both, one, rtol=1e-12, atol=0)
+
+
+def test_a_temperature_and_a_teacher_of_another_width():
+    _, out = outputs("distill")
+    assert out["dist_image_features"].shape[1] != out["image_features"].shape[1]
+    loss = DistillClipLoss(temperature=2.5)
+    _, distilled = loss(**out)
+    want = rows_of("distill", out, temperature=2.5)["distill_loss"].mean()
+    torch.testing.assert_close(distilled, want, rtol=1e-12, atol=0)
+    z, teacher = (
+        out[p + "logit_scale"] * out[p + "image_features"] @ out[p + "text_features"].T
+        for p in ("", "dist_")
+    )
+    by_hand = (loss.dist_loss(teacher, z) + loss.dist_loss(teacher.T, z.T)) / 2
+    torch.testing.assert_close(by_hand, want, rtol=1e-12, atol=0)
+    theirs = open_clip.loss.DistillClipLoss().dist_loss(teacher, z)
+    torch.testing.assert_close(DistillClipLoss().dist_loss(teacher, z), theirs)
+
+
+def test_no_gradient_flows_to_a_teacher():
+    _, out = outputs("dual")
+    teachers = [name for name in out if name.startswith(("dist_", "prev_"))]
+    for name in teachers:
+        out[name] = out[name].detach().requires_grad_()
+    sum(DualTeacherClipLoss()(**out)).backward()
+    assert all(out[name].grad is None for name in teachers)
+
+
+def test_options_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match="gate: got 'oracle', wanted one of uniform"):
+        DualTeacherClipLoss(gate="oracle")
+    _, out = outputs("distill")
+    with pytest.raises(ValueError, match="temperature: got -1"):
+        DistillClipLoss(temperature=-1)(**out)

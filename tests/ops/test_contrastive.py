@@ -1,0 +1,88 @@
+"""What contrastive alone does: two softmax over one matrix, and a bias that they do not see."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mulki import ops
+from mulki.ops.checks import REDUCTIONS
+from tests.ops.op_cases import (
+    ALL,
+    Case,
+    expected,
+    form_arguments,
+    make,
+    relative,
+    requiring_grad,
+    run,
+)
+from tests.ops.rounding import DTYPES, check, ours
+
+
+@pytest.mark.parametrize("scale", [30.0, 60.0])
+def test_contrastive_of_pairs_that_match_well(scale, backend):
+    """The loss is what a logarithm of 1 and a little leaves."""
+    x = make("contrastive", n=200, d=64, dtype=torch.float32, seed=1).args[0]
+    case = Case("contrastive", (x, x, torch.tensor(scale)))
+    value, gradients = expected(case, True)
+    plain = requiring_grad(case)
+    with torch.enable_grad():
+        z = plain.args[2] * plain.args[0] @ plain.args[1].T
+        y = torch.arange(200)
+        loss = (F.cross_entropy(z, y) + F.cross_entropy(z.T, y)) / 2
+    unfused = [loss, *torch.autograd.grad(loss, plain.args)]
+    got = run(form_arguments(case, "reduced", ALL))
+    for one, other, want in zip(got, unfused, (value, *gradients), strict=True):
+        assert relative(one, want) < 3 * relative(other.detach(), want) + 1e-5
+
+
+@pytest.mark.parametrize("bad", [-math.inf, math.nan])
+def test_what_a_bad_row_of_contrastive_holds_stays_there(bad, backend):
+    """It is in a sum of every column, where -infinity adds nothing."""
+    torch.manual_seed(0)
+    x, w = (torch.rand(300, 4) + 0.1 for _ in range(2))
+    x[290] = bad
+    loss, *_ = run(Case("contrastive", (x, w, torch.tensor(1.0))))
+    z = x.double() @ w.double().T
+    rows, columns, match = z.logsumexp(1), z.logsumexp(0), z.diagonal()
+    torch.testing.assert_close(
+        loss.double(), (rows + columns) / 2 - match, rtol=1e-5, atol=1e-5, equal_nan=True
+    )
+    assert loss.isfinite().sum() == (299 if bad == -math.inf else 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", [0.0, -100.0, 300.0])
+@pytest.mark.parametrize("spread", [1.0, 25.0, 200.0])
+def test_contrastive_of_logits_far_from_zero_or_from_one_another(spread, level, dtype, backend):
+    """Then a row and a column share no exponentials. The last tile of columns is not full."""
+    torch.manual_seed(0)
+    n, d = 200, 16
+    rows = [F.normalize(torch.randn(n, d), dim=1) * torch.rand(n, 1).sqrt() for _ in range(2)]
+    rows[0][:, 0], rows[1][:, 0] = 1.0, level / spread
+    case = Case("contrastive", (*(r.to(dtype) for r in rows), torch.tensor(spread)))
+    # Halves of G times large numbers that it cancels are as imprecise without fusing.
+    if dtype == torch.float32:
+        check(case, True)
+    for out in ours(case, True):
+        assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("n", [1900, 2600])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_contrastive_of_more_pairs_than_products_are_kept_of(dtype, n, backend):
+    check(make("contrastive", n=n, d=16, dtype=dtype, scale=20.0), True)
+
+
+def test_a_logit_bias_under_a_softmax_has_a_gradient_of_zero(unit):
+    x, w = unit(6, 4), unit(6, 4)
+    for reduction in REDUCTIONS:
+        bias = torch.tensor(-3.0, requires_grad=True)
+        loss = ops.contrastive.loss((x, w, 9.0), bias, reduction)
+        loss.sum().backward()
+        assert bias.grad is not None and bias.grad == 0
+        assert loss.equal(ops.contrastive.loss((x, w, 9.0), None, reduction))

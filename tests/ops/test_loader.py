@@ -1,0 +1,103 @@
+"""Which library of C++ kernels is loaded, and why none is; nothing is compiled here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mulki.ops import loader
+from tests import ROOT
+
+
+@pytest.fixture(autouse=True)
+def enabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MULKI_DISABLE_CPP", raising=False)
+
+
+def library(folder: Path, name: str, content: bytes = b"") -> Path:
+    path = folder / f"{name}.so"
+    path.write_bytes(content)
+    return path
+
+
+def test_nothing_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader.shutil, "which", lambda name: None)
+    reason = loader.load_from(tmp_path)
+    assert reason is not None and "not built" in reason and "install a C++ compiler" in reason
+    assert "pip install --no-build-isolation" in reason
+    monkeypatch.setattr(loader.shutil, "which", lambda name: f"/somewhere/{name}")
+    reason = loader.load_from(tmp_path)
+    assert reason is not None and "/somewhere/" in reason
+
+
+def test_a_library_for_another_torch_is_not_loaded(tmp_path: Path) -> None:
+    library(tmp_path, "_cpu_default_torch1_99_00000000")
+    reason = loader.load_from(tmp_path)
+    assert reason is not None
+    assert f"for torch 1.99, this is torch {loader.torch_version()}" in reason
+
+
+def test_a_library_for_other_operators_is_not_loaded(tmp_path: Path) -> None:
+    stem = loader.library_name("DEFAULT").rpartition("_")[0]
+    library(tmp_path, f"{stem}_00000000")
+    reason = loader.load_from(tmp_path)
+    assert reason is not None and "another version of mulki's operators" in reason
+
+
+def test_a_library_for_a_better_cpu_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library(tmp_path, loader.library_name("AVX512"))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert loader.find(tmp_path) is None
+    reason = loader.load_from(tmp_path)
+    assert reason is not None and "AVX2" in reason
+
+
+@pytest.mark.parametrize(
+    ("cpu", "taken"),
+    [("AVX512", "AVX2"), ("AVX2", "AVX2"), ("DEFAULT", "DEFAULT"), ("SVE256", "DEFAULT")],
+)
+def test_the_best_built_capability_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu: str, taken: str
+) -> None:
+    paths = {name: library(tmp_path, loader.library_name(name)) for name in ("DEFAULT", "AVX2")}
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+    assert loader.find(tmp_path) == (taken, paths[taken])
+
+
+@pytest.mark.parametrize("content", [b"", b"not a library" * 1000])
+def test_a_corrupt_library_gives_the_linkers_message(tmp_path: Path, content: bytes) -> None:
+    path = library(tmp_path, loader.library_name("DEFAULT"), content)
+    reason = loader.load_from(tmp_path)
+    assert reason is not None and "do not load" in reason and path.name in reason
+    assert "Could not load this library" not in reason
+
+
+def test_the_environment_decides_in_a_new_process() -> None:
+    code = "from mulki.ops import loader; print(loader.capability(), loader.load(), loader.load())"
+    chosen = {"MULKI_DISABLE_CPP": "1", "ATEN_CPU_CAPABILITY": "default"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | chosen,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    told = done.stdout
+    assert told.startswith("DEFAULT ") and told.count("MULKI_DISABLE_CPP is set") == 2
+
+
+def test_what_was_built_loads() -> None:
+    reason = loader.load_from(loader.PACKAGE)
+    if loader.find(loader.PACKAGE) is None and os.environ.get("MULKI_BUILD_CPP") != "1":
+        pytest.skip(str(reason))
+    assert reason is None
+    assert loader.capability() in loader.cpu_capabilities()

@@ -1,0 +1,47 @@
+"""What prototype_cross_entropy alone does: rows that are ignored, classes that are unlikely."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.ops.op_cases import ALL, Case, cross_entropy, form_arguments, make, run
+
+
+@pytest.mark.parametrize("d", [4, 80])
+def test_an_ignored_row_has_no_gradient_whatever_it_holds(d, backend):
+    x, w = torch.ones(3, d) / d, torch.eye(d)
+    x[1] = 1e38
+    case = cross_entropy(x, w, [0, -100, 2])
+    total, dx, dw, dscale = run(form_arguments(case, "reduced", ALL))
+    assert all(t.isfinite().all() for t in (total, dx, dw, dscale))
+    assert dx[1].eq(0).all() and dx[0].ne(0).any()
+
+
+@pytest.mark.parametrize("scale", [0.7, 1.0, 3.0, 50.0, 64.0, -3.0])
+def test_a_class_that_is_infinitely_unlikely(scale, backend):
+    """It counts for nothing in the loss, whatever the scale is rounded to."""
+    x, w = torch.zeros(4, 70), torch.zeros(40, 70)
+    x[:, 0], w[:, 0] = 10.0, torch.linspace(-0.5, 0.5, 40)
+    target, others = torch.tensor([1, 2, 4, 5]), torch.arange(40) != 3
+    wanted = F.cross_entropy(scale * (x @ w[others].T).double(), target - (target > 3).long())
+    w[3, 0] = -math.copysign(3e38, scale)
+    loss = run(
+        Case("prototype_cross_entropy", (x, w, torch.tensor(scale), target, None, 0.0, -100))
+    )
+    assert loss.mean().item() == pytest.approx(wanted.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_all_rows_ignored(dtype, backend):
+    case = make("ce_all", dtype=dtype)
+    case.args[3].fill_(-100)
+    assert run(case).eq(0).all()
+    for mean in (False, True):
+        total, *gradients = run(form_arguments(case, "reduced", [True] * 3, mean))
+        assert total.isnan() if mean else total == 0
+        for gradient in gradients:
+            assert gradient.eq(0).all()

@@ -1,0 +1,133 @@
+"""The relations to text anchors, by their formula on stored matrices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from mulki.stages.anchors import anchor_loss, present
+from tests.stages.formulas import expected_kl, expected_label_weights
+
+
+@pytest.fixture
+def models(student, teachers, with_anchors):
+    return with_anchors(student), [with_anchors(teacher) for teacher in teachers]
+
+
+def held_against(student, teacher):
+    return replace(student, anchored=teacher.anchored)
+
+
+def only(group, model):
+    """The model with the anchors of one group alone."""
+    anchors = getattr(model, group)
+    count = len(anchors) if group == "seen" else 0
+    return replace(model, anchored=torch.cat([model.texts, anchors]), num_seen=count)
+
+
+def test_images_against_each_teachers_own_texts(models, target):
+    student, teachers = models
+    w = expected_label_weights(teachers, target)
+    expected = sum(
+        expected_kl(held_against(student, t), [t], "image_anchor", w[:, k : k + 1])
+        for k, t in enumerate(teachers)
+    )
+    got = anchor_loss(student, teachers, w)
+    torch.testing.assert_close(got, expected)
+    # The student's texts have no part in it.
+    grads = torch.autograd.grad(got, (student.images, student.texts), allow_unused=True)
+    assert grads[0].abs().max() > 1e-3 and grads[1] is None
+
+
+def test_images_against_the_students_texts(models, target):
+    student, teachers = models
+    w = expected_label_weights(teachers, target)
+    got = anchor_loss(student, teachers, w, anchor_texts="student", temperature=3.0)
+    torch.testing.assert_close(got, expected_kl(student, teachers, "image_anchor", w, 3.0))
+    unscaled = anchor_loss(
+        student, teachers, w, anchor_texts="student", temperature=3.0, scale_by_t2=False
+    )
+    torch.testing.assert_close(unscaled, got / 9)
+
+
+def test_texts_against_anchors(models):
+    student, teachers = models
+    w = torch.rand(4, 2, dtype=torch.float64)
+    got = anchor_loss(student, teachers, w, rows="texts", anchor_texts="student")
+    torch.testing.assert_close(got, expected_kl(student, teachers, "text_anchor", w))
+
+
+@pytest.mark.parametrize("anchor_texts", ["teacher", "student"])
+def test_a_group_has_the_teacher_that_knows_it(models, target, anchor_texts):
+    student, (original, previous) = models
+    w = expected_label_weights([original, previous], target)
+    got = anchor_loss(
+        student,
+        [original, previous],
+        w,
+        anchor_weights="group",
+        anchor_texts=anchor_texts,
+    )
+    one, expected = torch.ones(6, 1, dtype=torch.float64), 0.0
+    for teacher, group in ((previous, "seen"), (original, "vocabulary")):
+        s, t = only(group, student), only(group, teacher)
+        if anchor_texts == "teacher":
+            s = held_against(s, t)
+        expected = expected + expected_kl(s, [t], "image_anchor", one)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("group", ["seen", "vocabulary"])
+@pytest.mark.parametrize("anchor_weights", ["gate", "group"])
+def test_one_group_alone(models, target, group, anchor_weights):
+    student, teachers = models
+    student, *teachers = (only(group, m) for m in (student, *teachers))
+    assert present(teachers)
+    w = expected_label_weights(teachers, target)
+    if anchor_weights == "group":
+        w = torch.zeros_like(w)
+        w[:, 1 if group == "seen" else 0] = 1
+    got = anchor_loss(student, teachers, w, anchor_weights=anchor_weights, anchor_texts="student")
+    torch.testing.assert_close(got, expected_kl(student, teachers, "image_anchor", w))
+
+
+def test_one_teacher_serves_both_groups(models):
+    student, (teacher, _) = models
+    w = torch.ones(6, 1, dtype=torch.float64)
+    got = anchor_loss(student, [teacher], w, anchor_weights="group", anchor_texts="student")
+    expected = 0.0
+    for group in ("seen", "vocabulary"):
+        s, t = only(group, student), only(group, teacher)
+        expected = expected + expected_kl(s, [t], "image_anchor", w)
+    torch.testing.assert_close(got, expected)
+
+
+def test_gradcheck(models, target):
+    student, teachers = models
+    w = expected_label_weights(teachers, target)
+
+    def loss(images, anchored):
+        of = replace(student, images=images, texts=anchored[:4], anchored=anchored)
+        return anchor_loss(of, teachers, w, anchor_texts="student")
+
+    anchored = student.anchored.detach().requires_grad_()
+    assert gradcheck(loss, (student.images, anchored))
+
+
+def test_a_first_task_may_have_none(student, teachers):
+    assert not present(teachers)
+
+
+def test_errors(models, student, model_features, with_anchors):
+    _, teachers = models
+    w = torch.ones(6, 2, dtype=torch.float64) / 2
+    with pytest.raises(ValueError, match="^student, teachers: one has no anchors"):
+        anchor_loss(student, teachers, w, anchor_texts="student")
+    wider = [with_anchors(model_features(width=7)) for _ in range(2)]
+    with pytest.raises(ValueError, match="^teachers: got texts of width 7, wanted the student's"):
+        anchor_loss(with_anchors(student), wider, w)
+    loss = anchor_loss(with_anchors(student), wider, w, anchor_texts="student")
+    assert loss.isfinite()

@@ -1,0 +1,17 @@
+"""Errors of one line, and the name that was probably meant."""
+
+from __future__ import annotations
+
+from mulki.errors import InputError, nearest
+
+
+def test_input_errors_are_one_line_and_value_errors() -> None:
+    error = InputError("a\nb.csv: wrong")
+    assert str(error) == "a b.csv: wrong"
+    assert isinstance(error, ValueError)
+
+
+def test_nearest() -> None:
+    assert nearest("eurosta", ["EuroSAT", "DTD"]) == ' (did you mean "EuroSAT"?)'
+    assert nearest("mnist", ["DTD", "SUN397"]) == ""
+    assert nearest("mnist", []) == ""
