@@ -31,6 +31,9 @@ from mulki.intervals import (
 from mulki.report import tables
 from mulki.report.folder import RunData, read_folder
 
+# By the name of its hash in env.json, which only a run that loads it has.
+_EXTRA = {"reference": "images and captions", "vocabulary": "words"}
+
 # More characters than any table has.
 _WIDE = 10_000
 
@@ -107,8 +110,8 @@ class Group:
     @property
     def uses(self) -> str:
         """What it learns from beside the images and class names of the tasks."""
-        reference = self.runs[0].options.get("reference")
-        return "-" if reference in (None, "current") else "images, texts"
+        hashes = self.runs[0].data.environment.get("hashes", {})
+        return ", ".join(words for name, words in _EXTRA.items() if name in hashes) or "-"
 
     @property
     def means(self) -> dict[str, tuple[float, float | None]]:

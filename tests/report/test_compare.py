@@ -130,10 +130,17 @@ def test_options_that_change_no_result_exist() -> None:
     assert known >= NEUTRAL
 
 
-def test_a_reference_set_is_told(make: Make) -> None:
-    paths = [make("a"), make("b", reference="current"), make("c", reference="x.csv")]
+def test_what_is_used_beside_the_tasks_is_told(make: Make) -> None:
+    plain = {"weights": "w", "tasks": dict.fromkeys(TASKS, "t")}
+    words, all_of_it = plain | {"vocabulary": "v"}, plain | {"vocabulary": "v", "reference": "r"}
+    paths = [
+        make("a"),
+        make("b", reference="current"),
+        make("c", anchors="vocabulary", hashes=words),
+        make("d", anchors="vocabulary", reference="x.csv", hashes=all_of_it),
+    ]
     groups = compare(paths).sections[0].groups
-    assert [g.uses for g in groups] == ["-", "-", "images, texts"]
+    assert [g.uses for g in groups] == ["-", "-", "words", "images and captions, words"]
 
 
 def test_a_model_that_does_not_learn_is_paired_with_every_seed(make: Make) -> None:
