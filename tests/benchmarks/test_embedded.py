@@ -67,7 +67,8 @@ def test_tables_have_means_and_paired_differences() -> None:
     results += [line("zero_shot", 0, 0.5, order="I")]
     results += [line(m, s, 0.6, **glyphs) for m in ("mulki", "lwf") for s in (0, 1)]
     text = compare.comparison_table(results)
-    mean, *_, cil, _, count = rows(text, "embedded", "I", "mulki")[0]
+    uses, mean, *_, cil, _, count = rows(text, "embedded", "I", "mulki")[0]
+    assert uses == "words"
     lasts = [r["transfer"] for r in results[:3]]
     half = 4.302653 * np.std(lasts, ddof=1) / np.sqrt(3)
     assert mean == f"{np.mean(lasts):.2f} ± {half:.2f}" and (cil, count) == ("10.00 ± 0.00", "3")
@@ -97,7 +98,7 @@ def test_lines_without_answers_have_intervals_over_seeds() -> None:
     assert [float(x.strip("[],")) for x in row[2].split()] == pytest.approx(
         [np.mean(gains), np.mean(gains) - half, np.mean(gains) + half], abs=0.01
     )
-    assert rows(text, "embedded", "II", "lwf")[0][4:] == ["-", "-", "2"]
+    assert rows(text, "embedded", "II", "lwf")[0][5:] == ["-", "-", "2"]
 
 
 def test_the_ablation_is_less_the_whole_method() -> None:
@@ -122,3 +123,30 @@ def test_a_line_of_results_keeps_the_answers(start_model: dict[str, str]) -> Non
     assert a == pytest.approx(np.array(result["matrix"]), abs=1e-3)
     last = np.concatenate([seen[-1] for seen in kept.seen.values()])
     assert result["cil_last"] == pytest.approx(100 * last.mean(), abs=1e-3)
+
+
+def test_studies_follow_their_rules() -> None:
+    for method, grid in studies.GRIDS.items():
+        runs = studies.tuning(method)
+        assert len({tuple(point.items()) for point in grid}) == 12
+        assert len(runs) == 24 and {run.options["seed"] for run in runs} == {100, 101}
+    reported = {run.options["seed"] for run in studies.comparison()}
+    assert reported == set(studies.SEEDS) and not reported & set(studies.TUNING_SEEDS)
+    assert not set(studies.FORM_ORDERS) & {order for _, order in studies.SCENES}
+    seeds = {
+        name: {r.options["seed"] for r in studies.comparison() if r.variant == name}
+        for name in studies.ROWS
+    }
+    assert all(len(of) == 5 for name, of in seeds.items() if name in studies.MAIN_ROWS)
+    assert len(seeds["wise_ft"]) == 3 and len(seeds["zero_shot"]) == 1
+
+
+def test_the_best_point_is_first_and_bold() -> None:
+    def run(variant: str, value: float, seed: int) -> dict[str, Any]:
+        metrics = dict.fromkeys(("transfer", "average", "last", "forgetting"), value)
+        return {"variant": variant, "options": {"method": "lwf", "seed": seed}, **metrics}
+
+    results = [run("lwf a", 10, 100), run("lwf a", 30, 101), run("lwf b", 25, 100)]
+    table = compare.tuning_table(results).splitlines()
+    assert table[-2].startswith("| lwf b **best** | 25.00 |")
+    assert table[-1].startswith("| lwf a | 20.00 |") and table[-1].endswith("| 2 |")
