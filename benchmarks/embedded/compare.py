@@ -48,6 +48,8 @@ FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.jsonl"
 TABLES = FOLDER / "RESULTS.md"
 METRICS = ("transfer", "average", "last", "forgetting", "cil_average", "cil_last")
+# Options of every run.
+SHARED = {"tasks": ("embedded",), "preset": "small"}
 COMMAND = "python -m benchmarks.embedded.compare"
 NOTES = (
     "- Seeds set in what order the images come: one start model, one pack. Intervals over seeds "
@@ -125,9 +127,9 @@ def one_run(run: Run, pack: str, threads: int) -> dict[str, Any]:
 
     torch.set_num_threads(threads)
     started = time.perf_counter()
-    shared = {"tasks": ("embedded",), "save_checkpoints": False}
     with tempfile.TemporaryDirectory() as logs:
-        settings = resolve(shared | run.options | {"logs": logs, "name": "run"})
+        here = {"logs": logs, "name": "run", "save_checkpoints": False}
+        settings = resolve(SHARED | run.options | here)
         tasks = load_tasks(settings.run)
         if run.study == "tune":
             tasks = [held_out(task) for task in tasks]
@@ -178,7 +180,7 @@ def key_of(run: Run, pack: str) -> str:
     """
     from mulki.engine.config import resolve
 
-    settings = resolve({"tasks": ("embedded",)} | run.options)
+    settings = resolve(SHARED | run.options)
     changed = {
         item.name: getattr(options, item.name)
         for options in (settings.run, settings.method)
@@ -205,7 +207,7 @@ def tables(results: list[dict[str, Any]]) -> str:
     machine = sorted({f"{r['cpu']}, torch {r['torch']}, {r['precision']}" for r in results})
     parts = [
         "# Results on the bundled tasks",
-        "Small images, a small start model, short tasks: this compares methods with each other "
+        "Small images, the preset `small` (32 images in a batch), a small start model, short tasks: this compares methods with each other "
         "and says nothing of CLIP ViT-B/16 on the published benchmark. Accuracies in percent, "
         "metrics as `mulki metrics` defines them; cil: among all classes learned so far, one head.",
         f"Measured on {'; '.join(machine)}; Python {platform.python_version()}.",

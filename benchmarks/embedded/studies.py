@@ -9,6 +9,7 @@ The rules, which were written down before any of the runs:
   seeds that nothing else uses. Every method has twelve points. A grid whose best point lies on its
   edge is moved on by one row or column, for every method that this happens to.
 - Forms of MulKI are chosen on orders III and IV, by the same criterion.
+- Every run has the preset ``small``, with half a batch, so that all of it takes hours and not days.
 - Results are reported on orders I and II and on the two class-incremental sequences, with five
   seeds for the main rows and three for the others.
 """

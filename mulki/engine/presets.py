@@ -30,10 +30,12 @@ METHODS: dict[tuple[str, str], _Options] = {
         "feature": 0.25,
     },
 }
+# As many steps, so that averages over steps and learning rates mean the same.
+SMALL: _Options = {"batch_size": 32}
 QUICK: _Options = {"iterations": 5, "batch_size": 32, "limit_images": 120}
 
 
 def lookup(model: str, method: str, preset: str) -> _Options:
     """The preset's options for a run, by option name."""
     options = MODELS.get(model, {}) | METHODS.get((model, method), {})
-    return options | QUICK if preset == "quick" else options
+    return options | {"default": {}, "small": SMALL, "quick": QUICK}[preset]

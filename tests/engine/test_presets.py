@@ -74,3 +74,9 @@ def test_preset_of_a_method_is_the_best_point_of_its_grid(method: str) -> None:
     given = ("tasks", "seed", "method", *studies.METHODS[method])
     chosen = {k: v for k, v in best[0]["options"].items() if k not in given}
     assert presets.METHODS[BUNDLED, method].items() >= chosen.items()
+
+
+def test_small_preset_has_as_many_steps() -> None:
+    small, default = (resolve({"preset": name}).run for name in ("small", "default"))
+    assert small.batch_size == default.batch_size // 2
+    assert (small.iterations, small.lr) == (default.iterations, default.lr)
