@@ -1,4 +1,4 @@
-"""The command ``mulki``: run, metrics, tasks, bench.
+"""The command ``mulki``: run, metrics, compare, tasks, bench.
 
 Bad input ends with one line on standard error and exit status 2, an interrupt with 130.
 """
@@ -49,6 +49,7 @@ def _dispatch(argv: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "run": _run,
         "metrics": _metrics,
+        "compare": _compare,
         "tasks": _tasks,
         "bench": _bench,
     }
@@ -98,7 +99,7 @@ def _run(argv: list[str]) -> int:
     folder = run(resolve(_given(argv)), Console(stderr=True))
     if folder is None:  # another process of the run prints
         return 0
-    print_matrix(folder.matrix, console)
+    print_matrix(folder.matrix, console, folder.class_incremental)
     console.print(f"run folder: {folder.path}", soft_wrap=True, highlight=False)
     return 0
 
@@ -246,6 +247,27 @@ def _metrics(argv: list[str]) -> int:
         print(json.dumps(matrix.metrics().to_dict()))
     else:
         print_matrix(matrix, Console())
+    return 0
+
+
+def _compare(argv: list[str]) -> int:
+    """Means over seeds and paired differences of runs: mulki compare logs/* --baseline finetune"""
+    from rich.console import Console
+
+    from mulki.report.compare import compare, print_comparison
+
+    parser = _Parser(prog="mulki compare", description=_compare.__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that mulki run has written")
+    parser.add_argument(
+        "--baseline", metavar="NAME", help="a method or a label of the table (default: the first)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    arguments = parser.parse_args(argv)
+    comparison = compare(arguments.runs, arguments.baseline)
+    if arguments.json:
+        print(json.dumps(comparison.to_dict()))
+    else:
+        print_comparison(comparison, Console())
     return 0
 
 

@@ -1,20 +1,22 @@
-"""Zero-shot evaluation: accuracy of a model on a task's test set through its class texts.
+"""Zero-shot evaluation: the answers of a model on a task's test set through its class texts.
 
-The classifier is the mean of all prompt templates' normalised text features, normalised again, and
-the label space is the task's own (task-incremental, as the MTIL benchmark of ZSCL does). A
-prediction depends on its image alone, so accuracy does not depend on batching or order; no
-autocast is used.
+The classifier is the mean of all prompt templates' normalised text features, normalised again. The
+label space is the task's own (task-incremental, as the MTIL benchmark of ZSCL does); beside it,
+that of all tasks learned so far (class-incremental: one head). A prediction depends on its image
+alone, so accuracy does not depend on batching or order; no autocast is used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from mulki.answers import Answers
 from mulki.data.loader import batch_sizes
 from mulki.data.task import Task
 from mulki.models import VisionLanguageModel
@@ -40,29 +42,11 @@ def zero_shot_classifier(
     return F.normalize(texts.unflatten(0, (num_classes, -1)).mean(dim=1), dim=-1)
 
 
-@torch.no_grad()
-def count_correct(
-    model: VisionLanguageModel, classifier: Tensor, batches: Iterable[Sequence[Tensor]]
-) -> tuple[int, int]:
-    """Correct top-1 predictions and images seen.
-
-    Args:
-        classifier: [C, D].
-        batches: of (images [B, 3, H, W], targets [B], ...); a negative target is not counted.
-    """
-    correct = seen = 0
-    for images, target, *_ in batches:
-        predicted = (model.encode_images(images) @ classifier.mT).argmax(dim=1)
-        correct += int((predicted.cpu() == target).sum())
-        seen += int((target >= 0).sum())
-    return correct, seen
-
-
 class Evaluator:
     """Evaluates a model on a list of tasks, as often as asked; texts are tokenized once.
 
     Args:
-        model: evaluated with the weights it has when `accuracy` is called. What is frozen now must
+        model: evaluated with the weights it has when a method is called. What is frozen now must
             stay frozen.
         tasks: what to evaluate on.
         loaders: the test batches of each task, from `mulki.data.loader.batches`; for several
@@ -85,19 +69,58 @@ class Evaluator:
 
     def accuracy(self, number: int) -> tuple[float, int]:
         """Top-1 accuracy in percent on task `number` (from 0), and the number of test images."""
+        (answers,) = self.answers(number, {number: self.classifier(number)}, [0])
+        return answers.accuracy, len(answers.own)
+
+    def classifier(self, number: int) -> Tensor:
+        """Class weights of task `number`, [C, D], see `zero_shot_classifier`."""
         task, model, world = self.tasks[number], self.model, self._world
         model.eval()
         if task.name not in self._inputs:
             prompts = [prompt for of_class in task.prompts() for prompt in of_class]
             self._inputs[task.name] = text_inputs(model, prompts, world)
-        classifier = zero_shot_classifier(model, self._inputs[task.name], len(task.classes), world)
-        counted = count_correct(model, classifier, self._batches(number))
-        correct, seen = world.total(*counted, device=model.device)
-        return 100 * correct / seen, seen
+        return zero_shot_classifier(model, self._inputs[task.name], len(task.classes), world)
 
-    def _batches(self, number: int) -> Iterator[Sequence[Tensor]]:
+    @torch.no_grad()
+    def answers(
+        self, number: int, classifiers: Mapping[int, Tensor], learned: Sequence[int]
+    ) -> list[Answers]:
+        """Which test images of a task the model gets right; each image is encoded once.
+
+        Classes of two tasks are two classes, also where they have the same name.
+
+        Args:
+            number: of the task, from 0.
+            classifiers: `classifier` of this task and of those that were learned, by number.
+            learned: numbers of learned tasks, counted from the first one. For each of them that
+                covers this task, it is also classified among the classes of all these tasks.
+
+        Returns:
+            The answers for each entry of `learned`.
+        """
+        self.model.eval()
+        seen = [count for count in learned if count > number]
+        heads = [range(number, number + 1), *map(range, seen)]
+        # 0 in places of other processes, so that the sum over processes is the whole.
+        right = torch.zeros(len(heads), sum(batch_sizes(self._loaders[number])), dtype=torch.int64)
+        for images, target, places in self._batches(number):
+            features = self.model.encode_images(images)
+            # A product for each task: one over all classes would round a class by its place.
+            logits = {
+                task: features @ classifiers[task].mT for task in {i for h in heads for i in h}
+            }
+            for row, head in zip(right, heads, strict=True):
+                predicted = torch.cat([logits[i] for i in head], dim=1).argmax(dim=1).cpu()
+                first = sum(len(classifiers[i]) for i in head if i < number)
+                row[places] = (predicted[: len(places)] == target + first).long()
+        summed = self._world.total(*right.flatten().tolist(), device=self.model.device)
+        own, *rest = np.asarray(summed, dtype=bool).reshape(right.shape)
+        by_count = dict(zip(seen, rest, strict=True))
+        return [Answers(own, by_count.get(count)) for count in learned]
+
+    def _batches(self, number: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         # The rows that a process repeats to fill its part of a batch are not counted.
         loader = self._loaders[number]
-        for (images, target, _), count in zip(loader, batch_sizes(loader), strict=True):
-            target[self._world.distinct(count) :] = -1
-            yield images, target
+        for (images, target, places), count in zip(loader, batch_sizes(loader), strict=True):
+            distinct = self._world.distinct(count)
+            yield images, target[:distinct], places[:distinct]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -23,10 +23,11 @@ class Features:
         reference: features of R images [R, D] and of their captions [R, D] from a reference set, if
             the method needs one; images and captions correspond row by row. Captions that the
             method does not ask of this model have no rows, [0, D].
-        seen: [S, D] text features of the classes of earlier tasks, if the method needs these
-            anchors and there are such classes.
-        vocabulary: [V, D] text features of the words of a vocabulary, if the method needs these
-            anchors.
+        anchored: [C + S + V, D] text features of the classes and of the text anchors that the
+            method needs: S classes of earlier tasks, then V words of a vocabulary. None if it needs
+            none or there are none. In one tensor, since losses take classes and anchors together
+            and a copy of many anchors would cost as much as their logits.
+        num_seen: S.
     """
 
     images: Tensor
@@ -34,20 +35,30 @@ class Features:
     scale: Tensor | float
     prototypes: Tensor | None = None
     reference: Features | None = None
-    seen: Tensor | None = None
-    vocabulary: Tensor | None = None
+    anchored: Tensor | None = None
+    num_seen: int = 0
 
     def image_text(self) -> Similarity:
         """The class logits [B, C]."""
         return Similarity(self.images, self.texts, self.scale)
 
+    @property
+    def seen(self) -> Tensor | None:
+        """Text features [S, D] of the classes of earlier tasks, None if there are none."""
+        return self._anchors(0, self.num_seen)
+
+    @property
+    def vocabulary(self) -> Tensor | None:
+        """Text features [V, D] of the words of a vocabulary, None if there are none."""
+        return self._anchors(self.num_seen, None)
+
+    def _anchors(self, start: int, stop: int | None) -> Tensor | None:
+        if self.anchored is None:
+            return None
+        group = self.anchored[len(self.texts) :][start:stop]
+        return group if len(group) else None
+
 
 def of_reference(images: Tensor, captions: Tensor | None, scale: Tensor | float) -> Features:
     """Features of R images [R, D] and of their captions [R, D], if there are any."""
     return Features(images, images[:0] if captions is None else captions, scale)
-
-
-def with_anchors(features: Features, texts: Tensor, seen: int) -> Features:
-    """The features with those of anchors [M, D], of which the first `seen` are earlier classes."""
-    groups = [group if len(group) else None for group in (texts[:seen], texts[seen:])]
-    return replace(features, seen=groups[0], vocabulary=groups[1])

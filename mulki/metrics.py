@@ -11,6 +11,11 @@ model is the best of all; some implementations clip each task at zero, this one 
 that of Lopez-Paz and Ranzato (NeurIPS 2017) and is what GIFT reports as "Forget". Both are means
 over all tasks but the last. Some published code leaves one more task out of the sum but divides by
 the same number, which gives smaller values.
+
+``A_i`` belongs to class-incremental learning: the accuracy in percent of the model after learning
+task ``i`` over all test images of tasks 1 to ``i`` together, each classified among the classes of
+all these tasks (one head). Its mean over ``i`` is the average incremental accuracy of iCaRL
+(Rebuffi et al., CVPR 2017). ZSCL reports that mean and ``A_T`` as Avg and Last.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ import csv
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -34,6 +39,10 @@ FloatArray = npt.NDArray[np.float64]
 #: Name of the row of the model before any task was learned.
 ZERO_SHOT = "zero-shot"
 
+#: Name in ``results.jsonl`` of an accuracy A_i, and of the data set it is measured on.
+ACC1_SEEN = "acc1_seen"
+ALL_SEEN = "all-seen"
+
 #: Header of the first column of ``matrix.csv``.
 AFTER_TASK = "after_task"
 
@@ -45,6 +54,9 @@ DEFINITIONS: dict[str, str] = {
     "forgetting": "1/(T-1) sum over j < T of (max over i in j..T-1 of a[i,j]) - a[T,j]; "
     "negative where the last model is the best (Chaudhry et al.)",
     "bwt": "1/(T-1) sum over j < T of a[T,j] - a[j,j] (Lopez-Paz and Ranzato; GIFT's Forget)",
+    "cil_average": "mean over i of A_i, the accuracy after task i over all test images of tasks "
+    "1..i, classified among the classes of all these tasks (iCaRL's average incremental accuracy)",
+    "cil_last": "A_T: all test images, among all classes, after the last task (ZSCL)",
 }
 
 
@@ -93,10 +105,7 @@ def transfer(a: npt.ArrayLike) -> float | None:
     ``None`` for T = 1. Every later task counts alike, however many models precede it. Raises
     :class:`InputError` for a matrix that is not square, empty or not finite.
     """
-    a = _square(a)
-    if len(a) < 2:
-        return None
-    return float(np.mean([a[:j, j].mean() for j in range(1, len(a))]))
+    return _of("transfer", a)
 
 
 def average(a: npt.ArrayLike) -> float:
@@ -104,7 +113,7 @@ def average(a: npt.ArrayLike) -> float:
 
     Raises :class:`InputError` for a matrix that is not square, empty or not finite.
     """
-    return float(_square(a).mean())
+    return float(_average(_square(a)))
 
 
 def last(a: npt.ArrayLike) -> float:
@@ -112,7 +121,7 @@ def last(a: npt.ArrayLike) -> float:
 
     Raises :class:`InputError` for a matrix that is not square, empty or not finite.
     """
-    return float(_square(a)[-1].mean())
+    return float(_last(_square(a)))
 
 
 def forgetting(a: npt.ArrayLike) -> float | None:
@@ -123,11 +132,7 @@ def forgetting(a: npt.ArrayLike) -> float | None:
     gives a negative term. ``None`` for T = 1. Raises :class:`InputError` for a matrix that is
     not square, empty or not finite.
     """
-    a = _square(a)
-    end = len(a) - 1
-    if end < 1:
-        return None
-    return float(np.mean([np.max(a[j:end, j]) - a[end, j] for j in range(end)]))
+    return _of("forgetting", a)
 
 
 def bwt(a: npt.ArrayLike) -> float | None:
@@ -136,10 +141,7 @@ def bwt(a: npt.ArrayLike) -> float | None:
     ``a`` is ``[T, T]``; ``None`` for T = 1. From Lopez-Paz and Ranzato; GIFT's "Forget" is the
     same number. Raises :class:`InputError` for a matrix that is not square, empty or not finite.
     """
-    a = _square(a)
-    if len(a) < 2:
-        return None
-    return float(np.mean(a[-1, :-1] - np.diagonal(a)[:-1]))
+    return _of("bwt", a)
 
 
 def compute_metrics(a: npt.ArrayLike) -> Metrics:
@@ -147,7 +149,89 @@ def compute_metrics(a: npt.ArrayLike) -> Metrics:
 
     Raises :class:`InputError` for a matrix that is not square, empty or not finite.
     """
-    return Metrics(transfer(a), average(a), last(a), forgetting(a), bwt(a))
+    return Metrics(**{name: float(value) for name, value in stacked_metrics(_square(a)).items()})
+
+
+def stacked_metrics(a: FloatArray) -> dict[str, FloatArray]:
+    """Return each metric of many matrices ``a`` ``[..., T, T]``, as ``[...]``, by its name.
+
+    Those that are undefined for T = 1 are left out there.
+    """
+    defined = _FORMULAS if a.shape[-1] > 1 else {"average": _average, "last": _last}
+    return {name: formula(a) for name, formula in defined.items()}
+
+
+def _of(name: str, a: npt.ArrayLike) -> float | None:
+    a = _square(a)
+    return float(_FORMULAS[name](a)) if len(a) > 1 else None
+
+
+# The formulas on [..., T, T].
+def _transfer(a: FloatArray) -> FloatArray:
+    return _mean([a[..., :j, j].mean(axis=-1) for j in range(1, a.shape[-1])])
+
+
+def _average(a: FloatArray) -> FloatArray:
+    return np.asarray(a.mean(axis=(-2, -1)))
+
+
+def _last(a: FloatArray) -> FloatArray:
+    return np.asarray(a[..., -1, :].mean(axis=-1))
+
+
+def _forgetting(a: FloatArray) -> FloatArray:
+    end = a.shape[-1] - 1
+    return _mean([a[..., j:end, j].max(axis=-1) - a[..., end, j] for j in range(end)])
+
+
+def _bwt(a: FloatArray) -> FloatArray:
+    return _mean([a[..., -1, j] - a[..., j, j] for j in range(a.shape[-1] - 1)])
+
+
+def _mean(terms: list[FloatArray]) -> FloatArray:
+    return np.asarray(np.mean(terms, axis=0))
+
+
+_FORMULAS: dict[str, Callable[[FloatArray], FloatArray]] = {
+    "transfer": _transfer,
+    "average": _average,
+    "last": _last,
+    "forgetting": _forgetting,
+    "bwt": _bwt,
+}
+
+
+@dataclass(frozen=True)
+class ClassIncremental:
+    """Accuracies over all classes seen so far, see the module's docstring.
+
+    ``after`` maps each learned task, in the order learned, to A_i in percent. Raises
+    :class:`InputError` for a value that is no percentage.
+    """
+
+    after: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        for name, value in self.after.items():
+            if not 0.0 <= value <= 100.0:
+                raise InputError(
+                    f'classes seen after "{name}": {value} came, a percentage from 0 to 100 was '
+                    "wanted; evaluate again or correct it"
+                )
+
+    @property
+    def average(self) -> float | None:
+        """Mean of A_i over the learned tasks, in percent (iCaRL); ``None`` without one."""
+        return float(np.mean(list(self.after.values()))) if self.after else None
+
+    @property
+    def last(self) -> float | None:
+        """A_T, in percent; ``None`` without a learned task."""
+        return list(self.after.values())[-1] if self.after else None
+
+    def to_dict(self) -> dict[str, object]:
+        """Return ``after``, ``average`` and ``last``, as ``summary.json`` holds them."""
+        return {"after": dict(self.after), "average": self.average, "last": self.last}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@
 ``out.log``         what was logged
 ``results.jsonl``   one line per evaluation, see :class:`Evaluation`
 ``matrix.csv``      accuracies in percent, see :func:`mulki.metrics.read_matrix`
+``answers/``        which test images were right, see :mod:`mulki.answers`
 ``summary.json``    metrics with their definitions, status, tasks, seconds, and what was used
                     beyond the tasks and the start model
 ``summary.md``      the printed table, written by :func:`mulki.report.write_report`
@@ -39,13 +40,17 @@ from typing import TYPE_CHECKING, Literal
 
 import yaml
 
+from mulki.answers import Answers, seen_accuracy, write_answers
 from mulki.environment import environment
 from mulki.errors import InputError
 from mulki.files import write_atomic
 from mulki.metrics import (
+    ACC1_SEEN,
+    ALL_SEEN,
     DEFINITIONS,
     ZERO_SHOT,
     AccuracyMatrix,
+    ClassIncremental,
     Metrics,
     read_matrix,
     write_matrix,
@@ -67,6 +72,10 @@ class Evaluation:
     ``after_task`` is the last task learned or ``zero-shot``, ``value`` is in percent for
     ``acc1``, ``n`` the number of test images, ``seconds`` how long the evaluation took. A run
     that was resumed may hold the same evaluation twice; the later line counts.
+
+    With the metric ``acc1_seen`` and the data set ``all-seen``, the value is A_i of
+    :class:`mulki.metrics.ClassIncremental`. It comes from the same predictions as the lines of the
+    learned tasks, whose seconds it sums.
     """
 
     run: str
@@ -124,8 +133,9 @@ class RunFolder:
     finishes the run: ``complete`` when the block ends, ``interrupted`` when an exception (or
     Ctrl-C) leaves it. In a distributed run only the first rank may have one.
 
-    Attributes: ``path``, ``name``, ``method``, ``order``, ``seed``, ``status``, ``uses``, and
-    ``matrix``, the :class:`AccuracyMatrix` so far.
+    Attributes: ``path``, ``name``, ``method``, ``order``, ``seed``, ``status``, ``uses``; the
+    results so far are ``matrix``, an :class:`AccuracyMatrix`, and ``class_incremental``, the
+    :class:`ClassIncremental` of the rows that came with answers.
     """
 
     def __init__(
@@ -147,6 +157,7 @@ class RunFolder:
         self.order = order
         self.seed = seed
         self.matrix = matrix
+        self.class_incremental = ClassIncremental({})
         self.status: Status = status
         self.uses = tuple(uses)
         self._test_images = dict(test_images or {})
@@ -217,7 +228,14 @@ class RunFolder:
             run.matrix = read_matrix(path / "matrix.csv")
         results = path / "results.jsonl"
         if results.exists():
-            read_evaluations(results)
+            seen = {
+                line.after_task: round(line.value, 4)
+                for line in read_evaluations(results)
+                if line.metric == ACC1_SEEN
+            }
+            run.class_incremental = ClassIncremental(
+                {task: seen[task] for task in run.matrix.tasks if task in seen}
+            )
             text = results.read_text(encoding="utf-8")
             # After a line that a crash cut off, the next line would be appended to its end.
             if not text.endswith("\n"):
@@ -328,9 +346,51 @@ class RunFolder:
             ) from None
         with (self.path / "results.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
-        self._test_images[eval_dataset] = evaluation.n
+        if eval_dataset in self.matrix.columns:
+            self._test_images[eval_dataset] = evaluation.n
         self.scalar(f"{eval_dataset}/{metric}", value, step)
         return evaluation
+
+    def add_answers(
+        self,
+        after_task: str,
+        answers: Mapping[str, Answers],
+        *,
+        seconds: Mapping[str, float],
+        step: int,
+    ) -> AccuracyMatrix:
+        """Record what one model answered on every column, and add its row.
+
+        ``after_task`` and errors are as in :meth:`add_row`, ``step`` and ``seconds``, by column,
+        as in :class:`Evaluation`. Accuracies go to ``results.jsonl``, the answers to ``answers/``.
+        """
+        for name, each in answers.items():
+            self.record(
+                after_task=after_task,
+                eval_dataset=name,
+                value=each.accuracy,
+                n=len(each.own),
+                seconds=seconds[name],
+                step=step,
+            )
+        seen = {name: each for name, each in answers.items() if each.seen is not None}
+        if seen:
+            percent, images = seen_accuracy(seen.values())
+            self.record(
+                after_task=after_task,
+                eval_dataset=ALL_SEEN,
+                value=percent,
+                n=images,
+                seconds=sum(seconds[name] for name in seen),
+                step=step,
+                metric=ACC1_SEEN,
+            )
+            after = {**self.class_incremental.after, after_task: round(percent, 4)}
+            self.class_incremental = ClassIncremental(after)
+        index = 0 if after_task == ZERO_SHOT else len(self.matrix.tasks) + 1
+        # Before the matrix, so that each of its rows has answers whenever the run is killed.
+        write_answers(self.path, index, after_task, answers)
+        return self.add_row(after_task, {name: each.accuracy for name, each in answers.items()})
 
     def add_row(self, after_task: str, accuracies: Mapping[str, float]) -> AccuracyMatrix:
         """Add one row to ``matrix.csv`` and bring ``summary.json`` up to date.
@@ -374,6 +434,7 @@ class RunFolder:
             "tasks": list(self.matrix.tasks),
             "columns": list(self.matrix.columns),
             "metrics": self.matrix.metrics().to_dict(),
+            "class_incremental": self.class_incremental.to_dict(),
             "zero_shot_metrics": zero_shot.to_dict() if zero_shot else None,
             "definitions": DEFINITIONS,
             "test_images": self._test_images,

@@ -36,23 +36,16 @@ class FeatureCache:
         self._features = features
         self._known.fill_(True)
 
-    def get(self, index: Tensor | None, encode: Callable[[Tensor], Tensor]) -> Tensor:
+    def get(self, index: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
         """Features of a batch [B, D].
 
         Args:
-            index: [B] places of the batch in the set, on the CPU; None for the whole set, in order,
-                which needs a known size.
+            index: [B] places of the batch in the set, on the CPU.
             encode: from the places in the batch [M] of samples that are not known yet, on the CPU,
                 to their features [M, D]; not called when there are none.
         """
         if self._size is None:
-            assert index is not None
             return encode(torch.arange(len(index)))
-        if index is None:
-            if not self._known.all():
-                self.fill(encode(torch.arange(self._size)))
-            assert self._features is not None
-            return self._features
         new = torch.nonzero(~self._known[index]).flatten()
         if len(new):
             features = encode(new)
@@ -93,7 +86,9 @@ class Teacher:
         self.prototypes = prototypes
         self._images = FeatureCache(num_images)
         self._reference = FeatureCache(num_reference)
+        self._num_anchors = num_anchors
         self._anchors = FeatureCache(num_anchors)
+        self._anchored: Tensor | None = None
 
     def remember(self, image_features: Tensor) -> None:
         """Keep the features [n, D] of the whole training set, if these are constant.
@@ -131,11 +126,16 @@ class Teacher:
         return of_reference(images, texts, self.scale)
 
     @torch.no_grad()
-    def anchor_features(self, index: Tensor | None, encode: Callable[[Tensor], Tensor]) -> Tensor:
-        """Text features [M, D] of anchors, each text encoded once.
+    def anchored(self, index: Tensor | None, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        """Text features [C + M, D] of the classes and of anchors, each text encoded once.
 
         Args:
             index: [M] places among the task's anchors, on the CPU; None for all of them.
             encode: see `FeatureCache.get`.
         """
-        return self._anchors.get(index, encode)
+        if index is not None:
+            return torch.cat([self.texts, self._anchors.get(index, encode)])
+        if self._anchored is None:
+            everything = torch.arange(self._num_anchors)
+            self._anchored = torch.cat([self.texts, self._anchors.get(everything, encode)])
+        return self._anchored

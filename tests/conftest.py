@@ -58,7 +58,7 @@ def with_anchors(unit: Callable[..., Tensor]) -> Callable[[Features], Features]:
 
     def add(model: Features) -> Features:
         width = model.images.shape[1]
-        return replace(model, seen=unit(2, width), vocabulary=unit(3, width))
+        return replace(model, anchored=torch.cat([model.texts, unit(5, width)]), num_seen=2)
 
     return add
 

@@ -68,6 +68,7 @@ def test_run_of_own_folders(
     assert command("--tasks", *task_folders, *given) == 0
     out = capsys.readouterr().out
     assert "colours" in out and "shades" in out and "Transfer" in out
+    assert re.search(r"class-incremental .*: average [\d.]+, last [\d.]+\n", out)
     assert str(Path("logs") / "first") in out
     assert read_matrix("logs/first/matrix.csv").tasks == ("colours", "shades")
     assert json.loads(Path("logs/first/summary.json").read_text())["status"] == "complete"
@@ -324,6 +325,8 @@ def test_loss_that_is_not_finite(
         (["metrics"], ["MATRIX"]),
         (["metrics", "gone.csv"], ["gone.csv"]),
         (["metrics", "a.csv", "b.csv"], ["b.csv"]),
+        (["compare"], ["RUN"]),
+        (["compare", "gone"], ["gone", "not the folder of a run"]),
         (["tasks", "gone"], ["gone"]),
         (["tasks", "--jsn"], ["--jsn"]),
     ],
@@ -444,6 +447,27 @@ def test_metrics_without_zero_shot(tmp_path: Path, capsys: pytest.CaptureFixture
     assert json.loads(capsys.readouterr().out)["last"] == 80.0
 
 
+def test_compare(
+    command: Callable[..., int], task_folders: Sequence[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("finetune", "mulki"):
+        given = f"--method {name} --iterations 2 --logs logs --name {name}".split()
+        assert command(*task_folders, *given) == 0
+    capsys.readouterr()
+    assert run_command(["compare", "logs/finetune", "logs/mulki", "--json"]) == 0
+    (section,) = json.loads(capsys.readouterr().out)["sections"]
+    assert section["tasks"] == ["colours", "shades"] and section["baseline"] == "finetune"
+    (difference,) = section["differences"]
+    assert difference["images"] and difference["metrics"].keys() == {
+        "transfer", "average", "last", "forgetting", "cil_average", "cil_last"
+    }  # fmt: skip
+    assert run_command(["compare", "logs/finetune", "logs/mulki", "--baseline", "mulki"]) == 0
+    out = capsys.readouterr().out
+    assert "colours, shades" in out and "less mulki" in out and "CIL average" in out
+    assert run_command(["compare", "logs/mulki", "--baseline", "lwf"]) == 2
+    assert "--baseline" in one_line(capsys)
+
+
 def test_tasks_of_folders(task_folders: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["tasks", *task_folders, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == [
@@ -494,6 +518,7 @@ def test_version_and_usage(capsys: pytest.CaptureFixture[str], arguments: list[s
         (["run", "--help"], ["--batch-size", "--skip-bad-images", "--eliciting", "default: 0.2"]),
         (["run", "--help", "--method", "lwf"], ["--distill-weight"]),
         (["metrics", "--help"], ["--json", "MATRIX"]),
+        (["compare", "--help"], ["--baseline", "--json", "RUN"]),
         (["tasks", "--help"], ["--order", "NAME"]),
     ],
 )

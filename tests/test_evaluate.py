@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from mulki.data import Task, folder_task
 from mulki.data.loader import batches
-from mulki.evaluate import Evaluator, count_correct, zero_shot_classifier
+from mulki.evaluate import Evaluator, zero_shot_classifier
 from mulki.models import VisionLanguageModel
 from tests import engine_helpers
 from tests.engine_helpers import Calls
@@ -124,14 +125,69 @@ def test_classifier_does_not_depend_on_the_text_batch(
     assert calls.of(model, "texts") == [4, 4, 4, 3]
 
 
-def test_correct_predictions_are_counted(load_tiny: Load) -> None:
+@pytest.fixture
+def both(task_folders: tuple[str, str]) -> list[Task]:
+    return [folder_task(folder, templates=TEMPLATES[:3]) for folder in task_folders]
+
+
+def by_hand(model: VisionLanguageModel, tasks: list[Task], task: int) -> list[bool]:
+    """Whether each test image of a task is right among the classes of all tasks, one by one."""
+    model.eval()
+    prompts = [p for t in tasks for of_class in t.prompts() for p in of_class]
+    classes = sum(len(t.classes) for t in tasks)
+    head = zero_shot_classifier(model, model.text_inputs(prompts), classes)
+    names = [(t.name, c) for t in tasks for c in t.classes]
+    right = []
+    for index, target in enumerate(tasks[task].test.targets):
+        with torch.no_grad():
+            image = model.preprocess(tasks[task].test.load(index)).unsqueeze(0)
+            best = int((model.encode_images(image) @ head.mT).argmax())
+        right.append(names[best] == (tasks[task].name, tasks[task].classes[target]))
+    return right
+
+
+@pytest.mark.parametrize("way", [(7, False, 0), (64, True, 3)])
+def test_seen_classes_compete(load_tiny: Load, both: list[Task], way: tuple[Any, ...]) -> None:
     model = load_tiny()
-    model.encode_images = lambda images: images  # type: ignore[method-assign]
-    classifier = torch.eye(3)
-    first = [torch.eye(3), torch.tensor([0, 1, 1]), torch.tensor([0, 1, 2])]
-    second = [torch.eye(3)[:1], torch.tensor([0])]
-    assert count_correct(model, classifier, [first, second]) == (3, 4)
-    assert count_correct(model, classifier, []) == (0, 0)
+    evaluator = Evaluator(model, both, [loader(model, task, *way) for task in both])
+    heads = {number: evaluator.classifier(number) for number in (0, 1)}
+    found = [evaluator.answers(number, heads, [0, 1, 2]) for number in (0, 1)]
+    assert [[a.seen is None for a in of] for of in found] == [[True, False, False]] + [
+        [True, True, False]
+    ]
+    for number in (0, 1):
+        alone = by_hand(model, both[number : number + 1], 0)
+        assert all(a.own.tolist() == alone for a in found[number])
+        assert found[number][0].accuracy == evaluator.accuracy(number)[0]
+        together = found[number][2].seen
+        assert together is not None and together.tolist() == by_hand(model, both, number)
+    assert found[0][1].seen is not None and found[0][1].seen.tolist() == found[0][1].own.tolist()
+    # Some image is lost to a class of the other task, or the test would show nothing.
+    assert sum(int(of[2].own.sum() - of[2].seen.sum()) for of in found) > 0  # type: ignore[union-attr]
+
+
+def test_a_class_of_the_same_name_in_another_task_is_another_class(
+    load_tiny: Load, task: Task
+) -> None:
+    model = load_tiny()
+    tasks = [task, dataclasses.replace(task, name="again")]
+    evaluator = Evaluator(model, tasks, [loader(model, t, 64) for t in tasks])
+    heads = {number: evaluator.classifier(number) for number in (0, 1)}
+    (first,), (second,) = (evaluator.answers(number, heads, [2]) for number in (0, 1))
+    # Of equal scores the first wins.
+    assert first.seen is not None and first.seen.tolist() == first.own.tolist()
+    assert first.own.any() and second.seen is not None and not second.seen.any()
+
+
+def test_images_are_encoded_once_for_all_heads(
+    load_tiny: Load, both: list[Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_tiny()
+    evaluator = Evaluator(model, both, [loader(model, task, 7) for task in both])
+    heads = {number: evaluator.classifier(number) for number in (0, 1)}
+    calls = Calls(monkeypatch)
+    evaluator.answers(0, heads, [0, 1, 2])
+    assert calls.of(model, "images") == [7, 7, 1] and calls.of(model, "texts") == []
 
 
 def test_texts_are_tokenized_once_and_encoded_again(

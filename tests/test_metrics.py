@@ -15,6 +15,7 @@ from mulki.metrics import (
     DEFINITIONS,
     ZERO_SHOT,
     AccuracyMatrix,
+    ClassIncremental,
     Metrics,
     average,
     bwt,
@@ -22,6 +23,7 @@ from mulki.metrics import (
     forgetting,
     last,
     read_matrix,
+    stacked_metrics,
     transfer,
     write_matrix,
 )
@@ -146,8 +148,32 @@ def test_one_task_leaves_three_metrics_undefined() -> None:
 def test_keys_are_those_of_the_command_line() -> None:
     keys = ["transfer", "average", "last", "forgetting", "bwt"]
     assert list(Metrics().to_dict()) == keys
-    assert list(DEFINITIONS) == keys
+    assert list(DEFINITIONS) == [*keys, "cil_average", "cil_last"]
     assert all("\n" not in definition for definition in DEFINITIONS.values())
+
+
+def test_class_incremental_is_the_mean_and_the_end_of_its_curve() -> None:
+    seen = ClassIncremental({"a": 90.0, "b": 60.0, "c": 30.0})
+    assert (seen.average, seen.last) == (60.0, 30.0)
+    assert seen.to_dict() == {"after": dict(seen.after), "average": 60.0, "last": 30.0}
+    nothing = ClassIncremental({})
+    assert nothing.to_dict() == {"after": {}, "average": None, "last": None}
+
+
+@pytest.mark.parametrize("value", [-0.1, 100.1, float("nan")])
+def test_class_incremental_values_are_percentages(value: float) -> None:
+    with pytest.raises(InputError, match='seen after "b": .* a percentage from 0 to 100'):
+        ClassIncremental({"a": 1.0, "b": value})
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 6])
+def test_a_stack_has_the_metrics_of_each_matrix(tasks: int) -> None:
+    a = np.random.default_rng(0).uniform(0, 100, (2, 3, tasks, tasks))
+    stacked = stacked_metrics(a)
+    for place in np.ndindex(2, 3):
+        alone = {k: v for k, v in compute_metrics(a[place]).to_dict().items() if v is not None}
+        assert {name: values[place] for name, values in stacked.items()} == pytest.approx(alone)
+    assert ("transfer" in stacked) == (tasks > 1)
 
 
 @unhurried

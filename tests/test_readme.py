@@ -213,7 +213,7 @@ def known_options(command: str) -> set[str]:
     if command == "run":
         every = (options(methods.get(method).Options) for method in methods.available())
         return options(RunConfig).union(*every) | {"--config", "--help"}
-    return {"--json", "--order", "--import", "--help"}
+    return {"--json", "--order", "--import", "--baseline", "--help"}
 
 
 @pytest.mark.parametrize("page", DOCS, ids=name)
@@ -237,7 +237,7 @@ def test_every_command_exists(page: Path, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.parametrize("page", DOCS, ids=name)
 def test_every_quoted_option_exists(page: Path) -> None:
-    known = known_options("run") | known_options("bench")
+    known = known_options("run") | known_options("bench") | known_options("compare")
     for words in quoted(page):
         option = words.split()[0].partition("=")[0]
         if option.startswith("--") and option != "--":

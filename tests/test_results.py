@@ -13,10 +13,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
+from mulki.answers import Answers
 from mulki.errors import InputError
 from mulki.metrics import DEFINITIONS, ZERO_SHOT, AccuracyMatrix, read_matrix
 from mulki.results import Evaluation, RunFolder, default_name, read_evaluations
@@ -327,6 +329,30 @@ def test_resuming_before_the_first_row_and_after_a_stale_summary(tmp_path: Path)
     run.add_row(ZERO_SHOT, row(1, 2, 3))
     (run.path / "summary.json").write_text(stale)
     assert RunFolder.open(run.path).matrix == run.matrix
+
+
+def test_class_incremental_accuracies_outlast_a_resumed_run(tmp_path: Path) -> None:
+    run = make(tmp_path, columns=("a", "b"))
+    half, none = np.array([True, False, False]), np.zeros(2, dtype=bool)
+    rows = {
+        ZERO_SHOT: {"a": Answers(half), "b": Answers(none)},
+        "a": {"a": Answers(half, half), "b": Answers(none)},
+        "b": {"a": Answers(half, half), "b": Answers(~none, ~none)},
+    }
+    for step, (name, answers) in enumerate(rows.items()):
+        if step == 2:
+            run = RunFolder.open(run.path)
+        run.add_answers(name, answers, seconds={"a": 1.5, "b": 2.0}, step=step)
+    assert summary_of(run.path)["class_incremental"] == {
+        "after": {"a": 33.3333, "b": 60.0}, "average": (33.3333 + 60) / 2, "last": 60.0
+    }  # fmt: skip
+    assert summary_of(run.path)["test_images"] == {"a": 3, "b": 2}
+    last = read_evaluations(run.path / "results.jsonl")[-1]
+    assert (last.metric, last.eval_dataset, last.n) == ("acc1_seen", "all-seen", 5)
+    assert (last.value, last.seconds, last.step) == (60.0, 3.5, 2)
+    # A line whose row was never written does not count.
+    evaluate(run, "c", 10, metric="acc1_seen", eval_dataset="all-seen")
+    assert list(RunFolder.open(run.path).class_incremental.after) == ["a", "b"]
 
 
 def test_seconds_add_up_over_a_resumed_run(tmp_path: Path) -> None:

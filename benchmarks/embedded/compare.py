@@ -1,7 +1,8 @@
 """Compare methods on the bundled tasks: tune, compare, ablate, and write the tables.
 
     python -m benchmarks.embedded.compare tune      # learning rates and weights, first three tasks
-    python -m benchmarks.embedded.compare compare   # three seeds, both orders, at the presets
+    python -m benchmarks.embedded.compare forms     # forms of MulKI, on orders III and IV
+    python -m benchmarks.embedded.compare compare   # every method at its preset
     python -m benchmarks.embedded.compare ablate    # MulKI less one stage at a time
     python -m benchmarks.embedded.compare terms     # MulKI less one term, or with another gate
     python -m benchmarks.embedded.compare tables    # RESULTS.md from the runs so far
@@ -21,28 +22,44 @@ import platform
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import yaml
 
 from benchmarks.embedded import studies
 from benchmarks.embedded.holdout import held_out
+from benchmarks.embedded.packed_answers import pack as packed
+from benchmarks.embedded.packed_answers import unpack
 from benchmarks.embedded.studies import Run
+from mulki.answers import read_answers
+from mulki.intervals import (
+    Difference,
+    RunAnswers,
+    mean_interval,
+    paired_bootstrap,
+    seed_differences,
+)
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.jsonl"
 TABLES = FOLDER / "RESULTS.md"
-METRICS = ("transfer", "average", "last", "forgetting")
+METRICS = ("transfer", "average", "last", "forgetting", "cil_average", "cil_last")
+# Options of every run.
+SHARED = {"tasks": ("embedded",), "preset": "small"}
 COMMAND = "python -m benchmarks.embedded.compare"
 NOTES = (
-    "- The spread is over three seeds, which set in what order the images come: one start "
-    "model, one pack. A task's test set alone has a standard error of 1 to 2.5 points.",
+    "- Seeds set in what order the images come: one start model, one pack. Intervals over seeds "
+    "alone leave out that a task's test set has a standard error of 1 to 2.5 points.",
     "- Learning rate and weight of each method are tuned alike (below), on the first three tasks "
-    "of order I. The form of MulKI's objective, its gate and its temperature descend from a pilot "
-    "on all six tasks in order I with another start model, so order II is the cleaner evidence.",
+    "of order I; what form MulKI has was chosen on orders III and IV (below). The relations, the "
+    "gate and its temperature descend from an earlier pilot on all six tasks in order I with "
+    "another start model, so order II is the cleaner evidence.",
+    "- Uses: words, of a vocabulary (ImageNet's class names), without any image of theirs. zscl "
+    "and snd distil on the task's own images; with images of their own they are other methods.",
     "- zero_shot is the start model, which learns nothing; its transfer is what can be lost.",
 )
 
@@ -52,8 +69,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("study", choices=("tune", "compare", "ablate", "terms", "tables"))
-    parser.add_argument("--methods", nargs="+", default=list(studies.METHODS[1:]), help="for tune")
+    parser.add_argument("study", choices=("tune", "forms", "compare", "ablate", "terms", "tables"))
+    parser.add_argument("--methods", nargs="+", default=list(studies.GRIDS), help="for tune")
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=list(studies.SEEDS), help="for ablate and terms"
     )
@@ -66,6 +83,7 @@ def main() -> None:
         return
     runs = {
         "tune": lambda: [r for m in arguments.methods for r in studies.tuning(m)],
+        "forms": studies.forms,
         "compare": studies.comparison,
         "ablate": lambda: studies.ablation(studies.MULKI_STAGES, tuple(arguments.seeds)),
         "terms": lambda: studies.ablation(studies.MULKI_TERMS, tuple(arguments.seeds)),
@@ -95,7 +113,7 @@ def carry_out(runs: list[Run], jobs: int) -> None:
             result = future.result()
             with RESULTS.open("a") as lines:
                 lines.write(json.dumps(result) + "\n")
-            figures = " ".join(f"{name} {result[name]:.2f}" for name in METRICS)
+            figures = " ".join(f"{k} {result[k]:.2f}" for k in METRICS if result[k] is not None)
             print(f"{result['variant']} {result['options']}: {figures}", flush=True)
 
 
@@ -109,13 +127,14 @@ def one_run(run: Run, pack: str, threads: int) -> dict[str, Any]:
 
     torch.set_num_threads(threads)
     started = time.perf_counter()
-    shared = {"tasks": ("embedded",), "save_checkpoints": False}
     with tempfile.TemporaryDirectory() as logs:
-        settings = resolve(shared | run.options | {"logs": logs, "name": "run"})
+        here = {"logs": logs, "name": "run", "save_checkpoints": False}
+        settings = resolve(SHARED | run.options | here)
         tasks = load_tasks(settings.run)
         if run.study == "tune":
             tasks = [held_out(task) for task in tasks]
         folder = learn(settings, tasks=tasks)
+        answers = RunAnswers.of_rows(read_answers(folder.path))
         environment = json.loads((folder.path / "env.json").read_text())
         resolved = yaml.safe_load((folder.path / "args.yaml").read_text())
     matrix = folder.matrix
@@ -126,9 +145,12 @@ def one_run(run: Run, pack: str, threads: int) -> dict[str, Any]:
         "variant": run.variant,
         "options": {k: list(v) if isinstance(v, tuple) else v for k, v in run.options.items()},
         **matrix.metrics().to_dict(),
+        "cil_average": folder.class_incremental.average,
+        "cil_last": folder.class_incremental.last,
         "tasks": list(matrix.tasks),
         "matrix": [list(row) for row in matrix.rows],
         "zero_shot": list(matrix.zero_shot or ()),
+        "answers": packed(answers),
         "seconds": round(time.perf_counter() - started, 1),
         "threads": threads,
         "lr": resolved["lr"],
@@ -145,17 +167,27 @@ def fingerprint() -> str:
     from mulki.data.embedded import embedded_root
 
     root = embedded_root()
-    digest = hashlib.sha256((root / "tasks.json").read_bytes())
+    tasks = json.loads((root / "tasks.json").read_text(encoding="utf-8"))["tasks"]
+    digest = hashlib.sha256(json.dumps(tasks, sort_keys=True).encode())
     digest.update((root / "mulki-mini" / "open_clip_model.safetensors").read_bytes())
     return digest.hexdigest()[:12]
 
 
 def key_of(run: Run, pack: str) -> str:
-    """Identifies a run: its resolved configuration with the start model and images."""
+    """Identifies a run: start model, images and the options that differ from their defaults.
+
+    So an option that is new, at its default, leaves the results valid that came before it.
+    """
     from mulki.engine.config import resolve
 
-    resolved = resolve({"tasks": ("embedded",)} | run.options).to_dict()
-    text = json.dumps([pack, resolved], sort_keys=True, default=str)
+    settings = resolve(SHARED | run.options)
+    changed = {
+        item.name: getattr(options, item.name)
+        for options in (settings.run, settings.method)
+        for item in fields(options)
+        if getattr(options, item.name) != item.default
+    }
+    text = json.dumps([pack, settings.run.method, changed], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -170,14 +202,14 @@ def tables(results: list[dict[str, Any]]) -> str:
     """RESULTS.md from the results of the current start model and images."""
     by_study = {
         study: [r for r in results if r["study"] == study]
-        for study in ("tune", "compare", "ablate")
+        for study in ("tune", "forms", "compare", "ablate")
     }
     machine = sorted({f"{r['cpu']}, torch {r['torch']}, {r['precision']}" for r in results})
     parts = [
         "# Results on the bundled tasks",
-        "Small images, a small start model, six short tasks: this compares methods with each other "
+        "Small images, the preset `small` (32 images in a batch), a small start model, short tasks: this compares methods with each other "
         "and says nothing of CLIP ViT-B/16 on the published benchmark. Accuracies in percent, "
-        "metrics as `mulki metrics` defines them.",
+        "metrics as `mulki metrics` defines them; cil: among all classes learned so far, one head.",
         f"Measured on {'; '.join(machine)}; Python {platform.python_version()}.",
     ]
     if by_study["compare"]:
@@ -186,105 +218,161 @@ def tables(results: list[dict[str, Any]]) -> str:
         parts += [ablation_table(by_study["compare"], by_study["ablate"])]
     if by_study["tune"]:
         parts += [tuning_table(by_study["tune"])]
+    if by_study["forms"]:
+        parts += [forms_table(by_study["forms"])]
     return "\n\n".join(parts) + "\n"
 
 
 def comparison_table(results: list[dict[str, Any]]) -> str:
-    """Mean and standard deviation per order, and MulKI's paired gain over each other method."""
+    """Mean and interval of each method, and MulKI's paired gain over each other method."""
     lines = [
         "## Comparison",
         "",
-        f"`{COMMAND} compare`. Mean and standard deviation over seeds; a forgetting below zero "
-        "means that old tasks improved.",
+        f"`{COMMAND} compare`. Mean and half of its 95 % interval over seeds (Student's t); a "
+        "forgetting below zero means that old tasks improved.",
         "",
-        _header("order", "method", *METRICS, "runs"),
+        _header("sequence", "order", "method", "uses", *METRICS, "runs"),
     ]
-    for order in studies.ORDERS:
-        for method in studies.METHODS:
-            of = [r for r in results if _is(r, order, method)]
+    for scene in studies.SCENES:
+        for name, options in studies.ROWS.items():
+            of = [r for r in results if scene_of(r) == scene and r["variant"] == name]
             if of:
-                lines.append(
-                    _row(order, method, *(_spread([r[m] for r in of]) for m in METRICS), len(of))
-                )
+                uses = "" if options.get("anchors") == "none" else studies.USES.get(name, "")
+                means = (_mean(of, metric) for metric in METRICS)
+                lines.append(_row(*scene, name, uses or "-", *means, len(of)))
     lines += [
         "",
-        "MulKI less the other method, paired by order and seed:",
+        "MulKI less the other method, paired by seed, with the 95 % interval of a bootstrap over "
+        "seeds and test images; of runs that kept no answers, over seeds alone (Student's t):",
         "",
-        _header("against", "order", *METRICS, "least gain in transfer / average / last"),
+        _header("against", "sequence", "order", *METRICS, "interval over", "pairs"),
     ]
-    for method in studies.METHODS[1:-1]:
-        for orders in (*((order,) for order in studies.ORDERS), studies.ORDERS):
-            gains = _gains([r for r in results if r["options"]["order"] in orders], method)
-            if gains:
-                least = " / ".join(f"{min(g[m] for g in gains):+.2f}" for m in METRICS[:3])
-                spread = (_spread([g[m] for g in gains], "+") for m in METRICS)
-                lines.append(_row(method, " and ".join(orders), *spread, least))
+    for name in studies.ROWS:
+        for scene in studies.SCENES:
+            of = [r for r in results if scene_of(r) == scene]
+            ours = [r for r in of if r["variant"] == "mulki"]
+            others = [r for r in of if r["variant"] == name != "mulki"]
+            if cells := _differences(ours, others):
+                lines.append(_row(name, *scene, *cells))
     lines += ["", *NOTES]
     return "\n".join(lines)
 
 
 def ablation_table(whole: list[dict[str, Any]], changed: list[dict[str, Any]]) -> str:
     """Each variant's paired difference from MulKI as compared."""
-    by_pair = {_pair(r): r for r in whole if r["options"]["method"] == "mulki"}
     lines = [
         "## Ablation of MulKI",
         "",
         f"`{COMMAND} ablate` and `{COMMAND} terms`. Difference from the MulKI of the comparison, "
-        "paired by order and seed: mean and standard deviation.",
+        "paired by seed, with its 95 % interval as above; a single pair without answers has none.",
         "",
-        _header("variant", *METRICS, "pairs"),
+        _header("variant", "sequence", "order", *METRICS, "interval over", "pairs"),
     ]
     for name in studies.MULKI_STAGES | studies.MULKI_TERMS:
-        of = [r for r in changed if r["variant"] == name and _pair(r) in by_pair]
-        if of:
-            cells = [_spread([r[m] - by_pair[_pair(r)][m] for r in of], "+") for m in METRICS]
-            lines.append(_row(name, *cells, len(of)))
+        for scene in studies.SCENES:
+            ours = [r for r in changed if r["variant"] == name and scene_of(r) == scene]
+            others = [r for r in whole if r["variant"] == "mulki" and scene_of(r) == scene]
+            if cells := _differences(ours, others):
+                lines.append(_row(name, *scene, *cells))
     return "\n".join(lines)
 
 
 def tuning_table(results: list[dict[str, Any]]) -> str:
-    """Every point of the grids; the best Average of a method is what its preset takes."""
+    """Every point of the grids; the best one of a method is its preset."""
     lines = [
         "## Tuning",
         "",
         f"`{COMMAND} tune`. First three tasks of order I alone, tested on training images that "
-        "were held out; the point with the best Average of a method is its preset.",
+        "were held out; mean over two seeds. The criterion is the mean of transfer, average and "
+        "last; the best point of a method is its preset.",
         "",
-        _header("point", *METRICS),
+        _header("point", "criterion", *METRICS[:4], "runs"),
     ]
-    best = {}
-    for r in results:
-        method = r["options"]["method"]
-        if method not in best or r["average"] > best[method]["average"]:
-            best[method] = r
-    for r in sorted(results, key=lambda r: (r["options"]["method"], -r["average"])):
-        mark = " **best**" if r is best[r["options"]["method"]] else ""
-        lines.append(_row(r["variant"] + mark, *(f"{r[m]:.2f}" for m in METRICS)))
+    for method in studies.GRIDS:
+        lines += _ranked([r for r in results if r["options"]["method"] == method])
     return "\n".join(lines)
 
 
-def _is(result: dict[str, Any], order: str, method: str) -> bool:
-    return result["options"]["order"] == order and result["options"]["method"] == method
+def forms_table(results: list[dict[str, Any]]) -> str:
+    """MulKI's forms, by the criterion of the tuning."""
+    return "\n".join(
+        [
+            "## Forms of MulKI",
+            "",
+            f"`{COMMAND} forms`. Orders III and IV, on which nothing else is reported; mean of the "
+            "two, one seed. The criterion is that of the tuning.",
+            "",
+            _header("form", "criterion", *METRICS[:4], "runs"),
+            *_ranked(results),
+        ]
+    )
 
 
-def _pair(result: dict[str, Any]) -> tuple[str, int]:
-    return result["options"]["order"], result["options"]["seed"]
-
-
-def _gains(results: list[dict[str, Any]], method: str) -> list[dict[str, float]]:
-    other = {_pair(r): r for r in results if r["options"]["method"] == method}
-    ours = {_pair(r): r for r in results if r["options"]["method"] == "mulki"}
+def _ranked(results: list[dict[str, Any]]) -> list[str]:
+    # A row for each variant, the best one first and in bold.
+    by_variant: dict[str, list[dict[str, Any]]] = {}
+    for r in results:
+        by_variant.setdefault(r["variant"], []).append(r)
+    ranked = sorted(by_variant.items(), key=lambda item: -criterion(item[1]))
     return [
-        {m: r[m] - other[pair][m] for m in METRICS} for pair, r in ours.items() if pair in other
+        _row(
+            variant + (" **best**" if place == 0 else ""),
+            f"{criterion(of):.2f}",
+            *(f"{mean(r[metric] for r in of):.2f}" for metric in METRICS[:4]),
+            len(of),
+        )
+        for place, (variant, of) in enumerate(ranked)
     ]
 
 
-def _spread(values: list[float], sign: str = "") -> str:
-    return (
-        f"{mean(values):{sign}.2f} ± {stdev(values):.2f}"
-        if len(values) > 1
-        else f"{values[0]:{sign}.2f}"
+def criterion(results: list[dict[str, Any]]) -> float:
+    """Mean of Transfer, Average and Last over runs."""
+    return mean(r[metric] for r in results for metric in METRICS[:3])
+
+
+def scene_of(result: dict[str, Any]) -> tuple[str, str]:
+    """Sequence and order of a run; single tasks are a sequence of their own."""
+    options = result["options"]
+    return " ".join(options.get("tasks", ("embedded",))), options.get("order", "I")
+
+
+def _differences(ours: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[str]:
+    # Cells of the metrics, of what the intervals are over, and of the number of pairs.
+    by_seed = {r["options"]["seed"]: r for r in others}
+    if len(others) == 1 and others[0]["options"]["method"] == "zero_shot":
+        # Without training the seed has no say, and there is one run.
+        by_seed = dict.fromkeys((r["options"]["seed"] for r in ours), others[0])
+    pairs = [(r, by_seed[r["options"]["seed"]]) for r in ours if r["options"]["seed"] in by_seed]
+    if not pairs:
+        return []
+    ours, others = map(list, zip(*pairs, strict=True))
+    with_images = all("answers" in r for r in (*ours, *others))
+    found: dict[str, Difference] = (
+        paired_bootstrap(*([unpack(r["answers"]) for r in of] for of in (ours, others)))
+        if with_images
+        else seed_differences(*([_known(r) for r in of] for of in (ours, others)))
     )
+    cells = [_difference(found[name]) if name in found else "-" for name in METRICS]
+    return [*cells, "seeds and images" if with_images else "seeds", str(len(pairs))]
+
+
+def _known(result: dict[str, Any]) -> dict[str, float]:
+    # Lines of earlier versions have no class-incremental metrics.
+    return {name: result[name] for name in METRICS if result.get(name) is not None}
+
+
+def _mean(results: list[dict[str, Any]], name: str) -> str:
+    values = [known[name] for known in map(_known, results) if name in known]
+    if len(values) < len(results):
+        return "-"
+    middle, half = mean_interval(values)
+    return f"{middle:.2f}" if half is None else f"{middle:.2f} ± {half:.2f}"
+
+
+def _difference(of: Difference) -> str:
+    if of.low is None or of.high is None:
+        return f"{of.value:+.2f}"
+    return f"{of.value:+.2f} [{of.low:+.2f}, {of.high:+.2f}]"
 
 
 def _header(*names: str) -> str:

@@ -1,5 +1,6 @@
 """Tasks and where they come from. Loading images in batches is in `mulki.data.loader`."""
 
+from mulki.data.class_steps import class_steps
 from mulki.data.csv_files import csv_task
 from mulki.data.datasets import DatasetImages, dataset_task
 from mulki.data.decoding import BadImage
@@ -13,6 +14,7 @@ __all__ = [
     "DatasetImages",
     "ImageSet",
     "Task",
+    "class_steps",
     "csv_task",
     "dataset_task",
     "folder_task",

@@ -13,12 +13,19 @@ from mulki.data.task import ImageSet, Task
 
 
 class Subset:
-    """Some images of a set, in the order of `indices`."""
+    """Some images of a set, in the order of `indices`.
 
-    def __init__(self, image_set: ImageSet, indices: Sequence[int]):
+    Args:
+        image_set: the whole set.
+        indices: places of the images in it.
+        first_class: the class of the whole set that is class 0 here.
+    """
+
+    def __init__(self, image_set: ImageSet, indices: Sequence[int], first_class: int = 0):
         self.image_set = image_set
         self.indices = tuple(indices)
-        self.targets = [image_set.targets[i] for i in self.indices]
+        self.first_class = first_class
+        self.targets = [image_set.targets[i] - first_class for i in self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -31,6 +38,8 @@ class Subset:
 
     def fingerprint(self) -> str:
         whole = f"{self.image_set.fingerprint()} {self.indices}"
+        if self.first_class:
+            whole += f" {self.first_class}"
         return hashlib.sha256(whole.encode()).hexdigest()
 
 

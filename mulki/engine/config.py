@@ -37,7 +37,10 @@ class RunConfig:
     method: str = option("mulki", "what is trained", choices=methods.available)
     order: str = option("I", "order of a named sequence")
     seed: int = option(0, "seed of shuffling, augmentation and initialisation", low=0, below=2**32)
-    preset: Literal["default", "quick"] = option("default", "quick: a smoke test in under a minute")
+    preset: Literal["default", "small", "quick"] = option(
+        "default",
+        "small: half a batch, for comparisons of many runs; quick: a smoke test in under a minute",
+    )
     model: str = option("mulki-mini", "mulki-mini, an open_clip model, hf-hub:... or local-dir:...")
     pretrained: str | None = option(None, "a tag of open_clip or a checkpoint's path")
     iterations: int = option(1000, "optimiser steps per task", low=1)

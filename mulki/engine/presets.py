@@ -1,8 +1,9 @@
 """Presets: options that suit the bundled start model, and each method on it.
 
-Other models get the defaults of `RunConfig`. The options of a method are those of its grid with the
-best Average in benchmarks/embedded/results.jsonl (`python -m benchmarks.embedded.compare tune`),
-measured on the first three tasks of order I and with training images only.
+Other models get the defaults of `RunConfig`. The options of a method are those of the best point of
+its grid in benchmarks/embedded/results.jsonl (`python -m benchmarks.embedded.compare tune`, whose
+rules are in studies.py beside it); until a grid is complete there, in results-before.jsonl, which
+was made by simpler rules. Both saw training images of the first three tasks of order I alone.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ METHODS: dict[tuple[str, str], _Options] = {
         "feature": 0.25,
     },
 }
+# As many steps, so that averages over steps and learning rates mean the same.
+SMALL: _Options = {"batch_size": 32}
 QUICK: _Options = {"iterations": 5, "batch_size": 32, "limit_images": 120}
 
 
 def lookup(model: str, method: str, preset: str) -> _Options:
     """The preset's options for a run, by option name."""
     options = MODELS.get(model, {}) | METHODS.get((model, method), {})
-    return options | QUICK if preset == "quick" else options
+    return options | {"default": {}, "small": SMALL, "quick": QUICK}[preset]

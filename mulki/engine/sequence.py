@@ -6,9 +6,11 @@ import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from rich.console import Console
 
+from mulki.answers import Answers
 from mulki.data import Task
 from mulki.data.loader import batches
 from mulki.engine import sharding
@@ -93,6 +95,14 @@ def _total_steps(setup: Setup) -> int:
     return sum(steps_of(setup.config, len(t.train), setup.world.size) for t in setup.tasks)
 
 
+@dataclass(frozen=True)
+class _Row:
+    """The answers of one model, and how long it took them, by task."""
+
+    answers: dict[str, Answers]
+    seconds: dict[str, float]
+
+
 class _Sequence:
     """The state of a run between its tasks."""
 
@@ -114,15 +124,18 @@ class _Sequence:
                 sharding.shard(each, self.setup.precision.device)
             if self.setup.config.torchcompile:
                 each.compile()
-        accuracies = self._evaluate(ZERO_SHOT_ROW)
+        # A model that does not learn is evaluated once, for all rows.
+        rows = self._evaluate([0] if method.trains else range(len(tasks) + 1))
+        self._record(ZERO_SHOT_ROW, rows[0])
         for index, task in enumerate(tasks):
             if method.trains:
                 self._learn_task(index, task, frozen)
-                accuracies = self._evaluate(task.name)
+                (row,) = self._evaluate([index + 1])
+                self._record(task.name, row)
                 if self.setup.config.save_checkpoints:
                     self._save(index + 1, task)
             else:
-                self._record(task.name, accuracies)
+                self._record(task.name, rows[index + 1])
 
     def _log_start(self) -> None:
         config, world = self.setup.config, self.setup.world
@@ -214,33 +227,35 @@ class _Sequence:
             for name, value in report.losses.items():
                 self.setup.folder.scalar(f"train/{name}", value, step)
 
-    def _evaluate(self, after_task: str) -> dict[str, tuple[float, int, float]]:
-        # Accuracy, number of test images and seconds, by task.
-        results = {}
-        for number, task in enumerate(self.setup.tasks):
+    def _evaluate(self, learned: Sequence[int]) -> list[_Row]:
+        # A row of results for each number of learned tasks.
+        tasks, evaluator = self.setup.tasks, self.evaluator
+        rows = [_Row({}, {}) for _ in learned]
+        classifiers, seconds = {}, {}
+        for number, task in enumerate(tasks):
+            self.progress.says(f"class texts of {task.name}")
+            started = time.perf_counter()
+            classifiers[number] = evaluator.classifier(number)
+            seconds[number] = time.perf_counter() - started
+        for number, task in enumerate(tasks):
             self.progress.says(f"test {task.name}")
             started = time.perf_counter()
-            accuracy, seen = self.evaluator.accuracy(number)
-            results[task.name] = (accuracy, seen, time.perf_counter() - started)
-        self._record(after_task, results)
-        return results
+            answers = evaluator.answers(number, classifiers, learned)
+            seconds[number] += time.perf_counter() - started
+            for row, each in zip(rows, answers, strict=True):
+                row.answers[task.name], row.seconds[task.name] = each, seconds[number]
+        return rows
 
-    def _record(self, after_task: str, results: Mapping[str, tuple[float, int, float]]) -> None:
+    def _record(self, after_task: str, row: _Row) -> None:
         folder = self.setup.folder
         if folder is None:
             return
-        for name, (accuracy, seen, seconds) in results.items():
-            folder.record(
-                after_task=after_task,
-                eval_dataset=name,
-                value=accuracy,
-                n=seen,
-                seconds=seconds,
-                step=self.steps,
-            )
-        row = {name: accuracy for name, (accuracy, _, _) in results.items()}
-        folder.add_row(after_task, row)
-        _log.info("after %s: %s", after_task, ", ".join(f"{k} {v:.1f}" for k, v in row.items()))
+        folder.add_answers(after_task, row.answers, seconds=row.seconds, step=self.steps)
+        shown = ", ".join(f"{name} {each.accuracy:.1f}" for name, each in row.answers.items())
+        seen = folder.class_incremental.after.get(after_task)
+        _log.info(
+            "after %s: %s%s", after_task, shown, "" if seen is None else f"; all seen {seen:.1f}"
+        )
 
     def _save(self, number: int, task: Task) -> None:
         # All processes take part where weights are sharded; one writes.

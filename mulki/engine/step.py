@@ -19,7 +19,7 @@ from mulki.engine.distributed import processes_here
 from mulki.engine.microbatch import Encoder, backward
 from mulki.engine.precision import Precision
 from mulki.engine.teachers import TaskTeachers
-from mulki.features import Features, of_reference, with_anchors
+from mulki.features import Features, of_reference
 from mulki.methods import Method
 from mulki.models import VisionLanguageModel
 from mulki.texts import text_inputs
@@ -191,7 +191,7 @@ class Step:
                 of_pairs,
             )
             if anchors is not None and method.needs.student_anchors:
-                student = with_anchors(student, texts[len(class_texts) :], anchors.seen)
+                student = replace(student, anchored=texts, num_seen=anchors.seen)
             return {**method.losses(student, teachers, batch.target), **method.penalties()}
 
         for parameter in self._parameters:

@@ -14,7 +14,7 @@ from mulki.engine.anchors import AnchorBatch
 from mulki.engine.batches import Batch, ReferenceBatch
 from mulki.engine.config import RunConfig
 from mulki.engine.precision import Precision
-from mulki.features import Features, with_anchors
+from mulki.features import Features
 from mulki.methods import ZERO_SHOT, Needs
 from mulki.models import VisionLanguageModel
 from mulki.prototypes import class_means
@@ -117,8 +117,8 @@ class TaskTeachers:
                 pairs = self._of_reference(teacher, model, reference, micro_batch)
                 features = replace(features, reference=pairs)
             if anchors is not None:
-                texts = self._of_anchors(teacher, model, anchors)
-                features = with_anchors(features, texts, anchors.seen)
+                anchored = self._of_anchors(teacher, model, anchors)
+                features = replace(features, anchored=anchored, num_seen=anchors.seen)
             by_teacher[teacher] = features
         return tuple(by_teacher[teacher] for teacher, _ in self._teachers)
 
@@ -164,7 +164,7 @@ class TaskTeachers:
             with self._precision.autocast():
                 return text_features(model, batch.inputs[rows.to(batch.inputs.device)], self._world)
 
-        return teacher.anchor_features(batch.places, encode)
+        return teacher.anchored(batch.places, encode)
 
     def _encode(
         self, encode: Callable[[Tensor], Tensor], new: Tensor, count: int, micro_batch: int

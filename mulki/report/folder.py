@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mulki.errors import InputError
-from mulki.metrics import AccuracyMatrix, read_matrix
+from mulki.metrics import AccuracyMatrix, ClassIncremental, read_matrix
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,11 @@ class RunData:
     summary: dict[str, Any]
     config: str
     environment: dict[str, Any]
+
+    @property
+    def class_incremental(self) -> ClassIncremental:
+        """From the summary; without values where it has none."""
+        return ClassIncremental(self.summary.get("class_incremental", {}).get("after", {}))
 
 
 def read_folder(folder: str | os.PathLike[str]) -> RunData:

@@ -6,7 +6,13 @@ from jinja2 import Environment, StrictUndefined
 
 from mulki.metrics import DEFINITIONS
 from mulki.report.folder import RunData
-from mulki.report.tables import TITLES, display_columns, display_rows, format_metrics
+from mulki.report.tables import (
+    TITLES,
+    class_incremental_lines,
+    display_columns,
+    display_rows,
+    format_metrics,
+)
 
 # One hue that grows stronger with the accuracy: read alike with any colour vision and in grey,
 # and light enough at 100 percent for black figures.
@@ -50,6 +56,9 @@ pre { background: #f4f4f4; padding: .8rem; overflow-x: auto; }
 </table>
 <p>In percent, over the learned tasks only.
 {%- if has_zero_shot %} The column zero-shot is a model that never changed.{% endif %}</p>
+{%- for line in class_incremental %}
+<p>{{ line }}</p>
+{%- endfor %}
 
 <h2>Accuracy after each task</h2>
 <div class="scroll"><table>
@@ -108,6 +117,7 @@ def render_html(run: RunData) -> str:
         facts=", ".join(facts),
         has_zero_shot=zero_shot is not None,
         metrics=metrics,
+        class_incremental=class_incremental_lines(run.class_incremental),
         columns=display_columns(matrix),
         rows=list(display_rows(matrix)),
         test_images=summary.get("test_images", {}),

@@ -17,7 +17,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from mulki.metrics import ZERO_SHOT, AccuracyMatrix, Metrics
+from mulki.metrics import ZERO_SHOT, AccuracyMatrix, ClassIncremental, Metrics
 
 #: What a cell says: just learned, learned earlier, not learned (yet).
 Cell = Literal["learned", "kept", "other"]
@@ -138,13 +138,31 @@ def format_metrics(metrics: Metrics) -> list[str]:
     return ["-" if value is None else f"{value:.2f}" for value in metrics.to_dict().values()]
 
 
-def print_matrix(matrix: AccuracyMatrix, console: Console | None = None) -> None:
+def class_incremental_lines(seen: ClassIncremental) -> list[str]:
+    """Return average and last, and each A_i, in words; nothing where no task was learned."""
+    if seen.average is None:
+        return []
+    after = ", ".join(f"{name} {value:.2f}" for name, value in seen.after.items())
+    return [
+        f"class-incremental (one head for all classes seen): average {seen.average:.2f}, "
+        f"last {seen.last:.2f}",
+        f"all classes seen, after {after}",
+    ]
+
+
+def print_matrix(
+    matrix: AccuracyMatrix,
+    console: Console | None = None,
+    seen: ClassIncremental | None = None,
+) -> None:
     """Print the matrix and its metrics, as wide as the console is."""
     console = console or Console()
     console.print(matrix_table(matrix, width=console.width), "", metrics_table(matrix), sep="\n")
+    for line in class_incremental_lines(seen or ClassIncremental({})):
+        console.print(Text(line))
 
 
-def summary_markdown(matrix: AccuracyMatrix) -> str:
+def summary_markdown(matrix: AccuracyMatrix, seen: ClassIncremental | None = None) -> str:
     """Return the matrix and its metrics as Markdown tables; bold is just learned."""
     body = [
         [_escape(name), *(_markdown_cell(value, kind) for value, kind in cells)]
@@ -153,6 +171,7 @@ def summary_markdown(matrix: AccuracyMatrix) -> str:
     header = ["after", *map(_escape, display_columns(matrix))]
     metrics = [[name, *values] for name, values in _metrics_rows(matrix)]
     legend = "Accuracy in percent; **bold**: just learned, +: learned earlier, else: not by then."
+    lines = class_incremental_lines(seen or ClassIncremental({}))
     return "\n".join(
         [
             *_markdown_table(header, body),
@@ -161,6 +180,7 @@ def summary_markdown(matrix: AccuracyMatrix) -> str:
             "",
             *_markdown_table(["", *TITLES.values()], metrics),
             "",
+            *(f"{_escape(line)}\n" for line in lines),
         ]
     )
 

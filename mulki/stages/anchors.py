@@ -42,7 +42,7 @@ ROWS: Mapping[str, Rows] = MappingProxyType({"image_anchor": "images", "text_anc
 
 def present(teachers: Sequence[Features]) -> bool:
     """Whether the teachers have anchors; at a first task there are no classes of earlier ones."""
-    return teachers[0].seen is not None or teachers[0].vocabulary is not None
+    return teachers[0].anchored is not None
 
 
 def anchor_loss(
@@ -104,28 +104,38 @@ def _parts(
     if anchor_weights == "gate":
         return [(student, teachers, weights)]
     alone = weights.new_ones(len(weights), 1)
+    original, previous = teachers[0], teachers[-1]
     parts: list[tuple[Features, Sequence[Features], Tensor]] = []
-    if teachers[-1].seen is not None:
-        previous = replace(teachers[-1], vocabulary=None)
-        parts.append((replace(student, vocabulary=None), [previous], alone))
-    if teachers[0].vocabulary is not None:
-        original = replace(teachers[0], seen=None)
-        parts.append((replace(student, seen=None), [original], alone))
+    if previous.seen is not None:
+        parts.append((_only_seen(student), [_only_seen(previous)], alone))
+    if original.vocabulary is not None:
+        parts.append((_only_vocabulary(student), [_only_vocabulary(original)], alone))
     return parts
 
 
+def _only_seen(model: Features) -> Features:
+    if model.anchored is None:
+        return model
+    return replace(model, anchored=model.anchored[: len(model.texts) + model.num_seen])
+
+
+def _only_vocabulary(model: Features) -> Features:
+    if model.num_seen == 0 or model.vocabulary is None:
+        return model
+    return replace(model, anchored=torch.cat([model.texts, model.vocabulary]), num_seen=0)
+
+
 def _similarity(model: Features, columns: Features, rows: Rows) -> Similarity:
-    groups = [anchors for anchors in (columns.seen, columns.vocabulary) if anchors is not None]
-    if not groups:
+    if columns.anchored is None:
         raise ValueError(
             "student, teachers: one has no anchors, wanted the same in all; without the student's "
             "pass anchor_texts='teacher'"
         )
     of_rows = model.images if rows == "images" else model.texts
-    if columns.texts.shape[1] != of_rows.shape[1]:
+    if columns.anchored.shape[1] != of_rows.shape[1]:
         raise ValueError(
-            f"teachers: got texts of width {columns.texts.shape[1]}, wanted the student's, "
+            f"teachers: got texts of width {columns.anchored.shape[1]}, wanted the student's, "
             f"{of_rows.shape[1]}; pass anchor_texts='student'"
         )
-    texts = torch.cat([columns.texts, *groups] if rows == "images" else groups)
-    return Similarity(of_rows, texts, model.scale)
+    first = 0 if rows == "images" else len(columns.texts)
+    return Similarity(of_rows, columns.anchored[first:], model.scale)

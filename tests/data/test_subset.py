@@ -55,6 +55,13 @@ def test_count_is_kept_in_both_splits(count: int) -> None:
     assert max(numbers) - min(numbers) <= 1
 
 
+def test_classes_are_counted_from_the_first_one() -> None:
+    whole = Grey((0, 1, 2, 2))
+    part = Subset(whole, (2, 3, 1), first_class=1)
+    assert part.targets == [1, 1, 0]
+    assert part.fingerprint() != Subset(whole, (2, 3, 1)).fingerprint()
+
+
 def test_larger_limit_changes_nothing_but_the_fingerprint() -> None:
     whole = task((0, 1, 2, 0))
     same = limited(whole, 100)

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from mulki.answers import read_answers
 from mulki.engine.config import resolve
 from mulki.engine.sequence import run
 from mulki.metrics import read_matrix
@@ -61,6 +63,9 @@ def compare(
             run(resolve(base | options | {"name": name, "batch_size": batch}))
         many = logs / f"{name}-{processes}"
         assert read_matrix(many / "matrix.csv") == read_matrix(logs / name / "matrix.csv"), name
+        assert_same_answers(many, logs / name)
+        if options["method"] == "zero_shot":
+            continue
         weights, wanted = load_file(many / LAST), load_file(logs / name / LAST)
         assert weights.keys() == wanted.keys(), name
         for key, value in weights.items():
@@ -71,3 +76,19 @@ def compare(
         moved = load_file(logs / name / "checkpoints/task_01_colours.safetensors")
         far = max(float((v - wanted[k]).abs().max()) for k, v in moved.items())
         assert far > 1e-3, "the comparison would hold for models that did not train"
+
+
+def assert_same_answers(many: Path, one: Path) -> None:
+    found, wanted = read_answers(many), read_answers(one)
+    assert found.keys() == wanted.keys(), one.name
+    for after, row in found.items():
+        for task, answers in row.items():
+            other = wanted[after][task]
+            where = f"{one.name}, {task} after {after}"
+            assert answers.own.tolist() == other.own.tolist(), where
+            assert (answers.seen is None) == (other.seen is None), where
+            assert np.array_equal(answers.seen, other.seen), where  # type: ignore[arg-type]
+    seen = [
+        json.loads((path / "summary.json").read_text())["class_incremental"] for path in (many, one)
+    ]
+    assert seen[0] == seen[1] and len(seen[0]["after"]) == 2, one.name

@@ -106,6 +106,7 @@ def check_runs(runs: list[tuple[str, dict[str, Any]]], world: World) -> None:
     text_inputs = VisionLanguageModel.text_inputs
 
     def counted(model: VisionLanguageModel, texts: Sequence[str]) -> Tensor:
+        # Captions and anchors are more texts than classes.
         if class_texts_alone:
             prompts.append(len(texts))
         return text_inputs(model, texts)

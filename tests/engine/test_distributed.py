@@ -31,6 +31,8 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
         },
         12,
     ),
+    # Without training, one pass over the images serves all rows.
+    "zero-shot": ({"method": "zero_shot", "batch_size_eval": 2}, 6),
     "crop": ({"method": "lwf", "augment": "crop"}, 6),
     "reference": (ON_REFERENCE | {"micro_batch": "2", "eps": 1e-3}, 6),
     # Anchors that student and teachers encode, some drawn for each step.

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from mulki import methods, models
+from mulki.answers import read_answers, seen_accuracy
 from mulki.engine import sequence
 from mulki.engine.config import read_config, resolve
 from mulki.engine.learn import StepReport
@@ -39,13 +40,14 @@ def test_every_method_leaves_a_complete_folder(run: Run, name: str) -> None:
     trains = methods.get(name).trains
     made = {p.name for p in path.iterdir()} - {"tensorboard"}
     wanted = {"args.yaml", "env.json", "out.log", "results.jsonl", "matrix.csv"}
-    wanted |= {"summary.json", "summary.md", "report.html"}
+    wanted |= {"summary.json", "summary.md", "report.html", "answers"}
     assert made == wanted | ({"checkpoints"} if trains else set())
 
     header, *rows = rows_of(folder)
     assert header == ["after_task", "colours", "shades"]
     assert [row[0] for row in rows] == ["zero-shot", "colours", "shades"]
-    evaluations = read_evaluations(path / "results.jsonl")
+    every = read_evaluations(path / "results.jsonl")
+    evaluations = [e for e in every if e.metric == "acc1"]
     assert [(e.after_task, e.eval_dataset) for e in evaluations] == [
         (after, data) for after in ("zero-shot", "colours", "shades") for data in header[1:]
     ]
@@ -54,7 +56,24 @@ def test_every_method_leaves_a_complete_folder(run: Run, name: str) -> None:
     steps = [0, 0, 4, 4, 8, 8] if trains else [0] * 6
     assert [e.step for e in evaluations] == steps
 
+    seen = [e for e in every if e.metric == "acc1_seen"]
+    assert len(seen) + len(evaluations) == len(every)
+    assert [(e.after_task, e.eval_dataset, e.n) for e in seen] == [
+        ("colours", "all-seen", 15), ("shades", "all-seen", 25)
+    ]  # fmt: skip
+    answers = read_answers(path)
+    assert list(answers) == ["zero-shot", "colours", "shades"]
+    assert [e.value for e in seen] == [
+        seen_accuracy(answers[e.after_task].values())[0] for e in seen
+    ]
+    # With one task learned, one head is the head of that task.
+    assert seen[0].value == evaluations[2].value
+
     summary = json.loads((path / "summary.json").read_text())
+    after = {e.after_task: round(e.value, 4) for e in seen}
+    assert summary["class_incremental"] == {
+        "after": after, "average": sum(after.values()) / 2, "last": after["shades"]
+    }  # fmt: skip
     assert summary["status"] == "complete" and summary["tasks"] == ["colours", "shades"]
     assert summary["method"] == name and summary["seed"] == 0
     words = name in ("lwf_vr", "zscl")
@@ -62,6 +81,8 @@ def test_every_method_leaves_a_complete_folder(run: Run, name: str) -> None:
     assert summary["metrics"] == read_matrix(path / "matrix.csv").metrics().to_dict()
     assert "colours" in (path / "summary.md").read_text()
     assert "colours" in (path / "report.html").read_text()
+    shown = f"average {sum(after.values()) / 2:.2f}, last {after['shades']:.2f}"
+    assert all(shown in (path / page).read_text() for page in ("summary.md", "report.html"))
 
     args = yaml.safe_load((path / "args.yaml").read_text())
     assert args["method"] == name and args["lr"] == 1e-3 and args["device"] == "cpu"
@@ -225,7 +246,8 @@ def test_what_ends_a_run_leaves_its_results(
     assert matrix.tasks == ("colours",) and matrix.zero_shot is not None
     summary = json.loads((path / "summary.json").read_text())
     assert summary["status"] == "interrupted" and summary["tasks"] == ["colours"]
-    assert len(read_evaluations(path / "results.jsonl")) == 4
+    assert len(read_evaluations(path / "results.jsonl")) == 5
+    assert list(read_answers(path)) == ["zero-shot", "colours"]
     assert "interrupted" in (path / "summary.md").read_text()
     assert type(error).__name__ in (path / "out.log").read_text()
     model = models.load(f"local-dir:{path / 'checkpoints' / 'latest'}")
@@ -257,6 +279,7 @@ def test_skipped_images_are_counted(
     assert "task damaged: 2 unreadable images left out" in caplog.text
     assert "task damaged: 2 unreadable images left out" in (folder.path / "out.log").read_text()
     assert {e.n for e in read_evaluations(folder.path / "results.jsonl")} == {5}
+    assert len(read_answers(folder.path)["damaged"]["damaged"].own) == 5
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if methods.get(name).trains])

@@ -102,6 +102,8 @@ def test_limited_images(run: Run) -> None:
     assert {(e.eval_dataset, e.n) for e in read_evaluations(folder.path / "results.jsonl")} == {
         ("colours", 4),
         ("shades", 4),
+        ("all-seen", 4),
+        ("all-seen", 8),
     }
 
 

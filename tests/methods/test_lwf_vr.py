@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 import torch.nn.functional as F
 
 from mulki import methods
@@ -21,8 +22,9 @@ def test_it_asks_for_the_words_of_both_models():
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_losses_are_those_of_the_formula(student, model_features, unit, target, temperature):
     words = unit(7, 5).requires_grad_()
-    student = replace(student, vocabulary=words)
-    previous = replace(model_features(width=3, scale=4.0), vocabulary=unit(7, 3))
+    student = replace(student, anchored=torch.cat([student.texts, words]))
+    previous = model_features(width=3, scale=4.0)
+    previous = replace(previous, anchored=torch.cat([previous.texts, unit(7, 3)]))
     options = LwFVR.Options(label_smoothing=0.1, distill_weight=0.7, temperature=temperature)
     losses = LwFVR(options).losses(student, (previous,), target)
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from mulki.metrics import ZERO_SHOT, AccuracyMatrix
+from mulki.metrics import ZERO_SHOT, AccuracyMatrix, ClassIncremental
 from mulki.report import print_matrix, summary_markdown
+from mulki.report.tables import class_incremental_lines
 from tests import FIXTURES
 from tests.report.report_helpers import SMALL
 
@@ -78,6 +79,21 @@ def test_no_number_is_shortened_at_any_width(count: int, width: int, pattern: st
     rows = [line.split()[1:] for line in lines if line.startswith(ZERO_SHOT)]
     shown = [cell for row in rows for cell in row]
     assert shown == [f"{value:.1f}" for value in values]
+
+
+def test_class_incremental_lines() -> None:
+    seen = ClassIncremental({"letters": 80.0, "[red] a*b": 50.125})
+    stream = StringIO()
+    print_matrix(SMALL, Console(file=stream, width=120), seen)
+    wanted = [
+        "class-incremental (one head for all classes seen): average 65.06, last 50.12",
+        "all classes seen, after letters 80.00, [red] a*b 50.12",
+    ]
+    assert stream.getvalue().splitlines()[-2:] == wanted
+    assert summary_markdown(SMALL, seen).split("\n\n")[-2:] == [
+        wanted[0], wanted[1].replace("*", "\\*").replace("[red]", "\\[red\\]") + "\n"
+    ]  # fmt: skip
+    assert class_incremental_lines(ClassIncremental({})) == []
 
 
 def test_markdown() -> None:

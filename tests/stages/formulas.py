@@ -10,14 +10,13 @@ RELATIONS = ("image_text", "image_image", "text_image", "text_text")
 
 def expected_relation(model, name):
     """The stored matrix of a relation, by its formula."""
-    groups = [anchors for anchors in (model.seen, model.vocabulary) if anchors is not None]
     left, right = {
         "image_text": (model.images, model.texts),
         "image_image": (model.images, model.prototypes),
         "text_image": (model.texts, model.prototypes),
         "text_text": (model.texts, model.texts),
-        "image_anchor": (model.images, torch.cat([model.texts, *groups])),
-        "text_anchor": (model.texts, torch.cat(groups) if groups else None),
+        "image_anchor": (model.images, model.anchored),
+        "text_anchor": (model.texts, None if model.anchored is None else model.anchored[4:]),
     }[name]
     return model.scale * left @ right.T
 

@@ -1,0 +1,168 @@
+"""Time and memory of the relation to text anchors, fused beside plain PyTorch.
+
+    python -m benchmarks.step.anchors
+    python -m benchmarks.step.anchors --output benchmarks/step/anchors.csv
+
+The relation holds 64 images against the class texts and A anchors together, for two teachers, with
+the gradient of the images (and of the texts, where they are the student's). Plain PyTorch stores
+the logits of every model. Both are checked against each other first, then timed by turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.tables import machine_line, markdown, write_csv
+from mulki.bench.call_cost import extra_memory, take_turns, timed_call
+from mulki.bench.cases import Inputs
+from mulki.features import Features
+from mulki.stages.anchors import TextsOf, anchor_loss
+
+TEMPERATURE = 2.0
+COLUMNS = {
+    "texts_of": "texts of",
+    "images": "images",
+    "anchors": "anchors",
+    "width": "D",
+    "loop": "way",
+    "ms": "forward and backward, ms:.2f",
+    "speedup": "speed-up:.2f",
+    "memory_mib": "memory, MiB:.1f",
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is timed.
+
+    Args:
+        texts_of: whose texts the student's images are held against.
+        images: in a batch.
+        classes: of the task.
+        anchors: texts beyond the classes.
+        width: D.
+    """
+
+    texts_of: TextsOf
+    images: int
+    classes: int
+    anchors: int
+    width: int
+
+
+def fused(shape: Shape, teachers: Sequence[Features], weights: Tensor) -> Callable[..., Tensor]:
+    """`mulki.stages.anchors.anchor_loss`."""
+
+    def loss(images: Tensor, anchored: Tensor) -> Tensor:
+        student = Features(images, anchored[: shape.classes], 100.0, anchored=anchored)
+        return anchor_loss(student, teachers, weights, anchor_texts=shape.texts_of)
+
+    return loss
+
+
+def plain(shape: Shape, teachers: Sequence[Features], weights: Tensor) -> Callable[..., Tensor]:
+    """The same with stored logits and `F.kl_div`."""
+
+    def loss(images: Tensor, anchored: Tensor) -> Tensor:
+        total = images.new_zeros(())
+        for k, teacher in enumerate(teachers):
+            assert teacher.anchored is not None
+            with torch.no_grad():
+                p = F.softmax(100.0 * teacher.images @ teacher.anchored.T / TEMPERATURE, dim=1)
+            columns = anchored if shape.texts_of == "student" else teacher.anchored
+            log_q = F.log_softmax(100.0 * images @ columns.T / TEMPERATURE, dim=1)
+            kl = F.kl_div(log_q, p, reduction="none").sum(dim=1)
+            total = total + TEMPERATURE**2 * (weights[:, k] * kl).mean()
+        return total
+
+    return loss
+
+
+def measure(shape: Shape, seconds: float, device: str) -> list[dict[str, str | int | float | None]]:
+    """Rows of the table for one shape.
+
+    Raises:
+        AssertionError: the two ways differ.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def unit(rows: int) -> Tensor:
+        x = torch.randn(rows, shape.width, generator=generator, device=device)
+        return F.normalize(x, dim=1)
+
+    def model() -> tuple[Tensor, Tensor]:
+        return unit(shape.images), unit(shape.classes + shape.anchors)
+
+    teachers = []
+    for _ in range(2):
+        images, anchored = model()
+        teachers.append(Features(images, anchored[: shape.classes], 100.0, anchored=anchored))
+    weights = torch.rand(shape.images, 2, generator=generator, device=device)
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    arguments = model()
+    names = ("images",) if shape.texts_of == "teacher" else ("images", "anchored")
+    leaves = dict(zip(names, (x.requires_grad_() for x in arguments), strict=False))
+    relation = Inputs(arguments, leaves, torch.ones((), device=device))
+    ways = {make.__name__: make(shape, teachers, weights) for make in (fused, plain)}
+
+    def step(way: str) -> tuple[Tensor, ...]:
+        output = ways[way](*relation.arguments)
+        return (output, *torch.autograd.grad(output, list(leaves.values())))
+
+    for ours, theirs in zip(step("fused"), step("plain"), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    calls = {way: (lambda way=way: timed_call(lambda: step(way), device)) for way in ways}
+    times = take_turns(calls, seconds)
+    rows = []
+    for way, loss in ways.items():
+        found = extra_memory("both", loss, relation, device)
+        of_pairs = [b / a for a, b in zip(times[way], times["plain"], strict=True)]
+        rows.append(
+            {
+                "texts_of": shape.texts_of,
+                "images": shape.images,
+                "anchors": shape.anchors,
+                "width": shape.width,
+                "loop": way,
+                "ms": 1e3 * median(times[way]),
+                "speedup": median(of_pairs),
+                "memory_mib": found.get("resident_memory", found["memory"]) / 2**20,
+            }
+        )
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Check, measure, print and store."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--images", type=int, nargs="+", default=[64])
+    parser.add_argument("--anchors", type=int, nargs="+", default=[1000, 21_000])
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of timing for each way")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", help="a CSV file to write; one that exists grows")
+    a = parser.parse_args(argv)
+    print(machine_line(a.device), flush=True)
+    rows = []
+    texts: TextsOf
+    for texts in ("teacher", "student"):
+        for images in a.images:
+            for anchors in a.anchors:
+                shape = Shape(texts, images, 10, anchors, a.width)
+                rows += measure(shape, a.seconds, a.device)
+    print(markdown(rows, COLUMNS))
+    if a.output:
+        write_csv(a.output, rows, a.device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,422 @@
+"""Comparing run folders: means over seeds, and differences from a baseline, with 95 % intervals.
+
+Runs that differ in nothing but the seed are a group. Groups are compared where they learned the
+same tasks in the same order. See `mulki.intervals` for what the intervals hold.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mulki.answers import FOLDER, read_answers
+from mulki.errors import InputError, nearest
+from mulki.intervals import (
+    Difference,
+    RunAnswers,
+    mean_interval,
+    paired_bootstrap,
+    seed_differences,
+)
+from mulki.report import tables
+from mulki.report.folder import RunData, read_folder
+
+# More characters than any table has.
+_WIDE = 10_000
+
+#: What is compared, with titles. BWT is left out: it is nearly forgetting with its sign changed.
+TITLES = {name: title for name, title in tables.TITLES.items() if name != "bwt"} | {
+    "cil_average": "CIL average",
+    "cil_last": "CIL last",
+}
+
+# Options that change no result but by rounding, or only where it goes. The tasks and their order
+# are compared by what was learned, and the seed tells the runs of a group apart.
+NEUTRAL = frozenset(
+    {"seed", "tasks", "order", "name", "logs", "workers", "device", "import", "preset"}
+    | {"log_every_n_steps", "save_checkpoints", "batch_size_eval", "micro_batch"}
+    | {"grad_checkpointing"}
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A complete run, and what a comparison needs of it.
+
+    Args:
+        path: of its folder.
+        data: the content of the folder.
+        options: from ``args.yaml``.
+        answers: None where the run kept none.
+    """
+
+    path: Path
+    data: RunData
+    options: Mapping[str, Any]
+    answers: RunAnswers | None
+
+    @property
+    def seed(self) -> int:
+        return int(self.options["seed"])
+
+    @property
+    def method(self) -> str:
+        return str(self.options["method"])
+
+    @property
+    def configuration(self) -> str:
+        kept = {k: v for k, v in self.options.items() if k not in NEUTRAL}
+        return json.dumps(kept, sort_keys=True, default=str)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        seen = self.data.class_incremental
+        found = self.data.matrix.metrics().to_dict()
+        found |= {"cil_average": seen.average, "cil_last": seen.last}
+        return {name: value for name in TITLES if (value := found[name]) is not None}
+
+    @property
+    def never_changed(self) -> bool:
+        """Whether its model did not learn, so that the seed has no say."""
+        matrix = self.data.matrix
+        return {matrix.zero_shot} == set(matrix.rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Runs that differ in nothing but the seed.
+
+    Args:
+        label: the method, with the options in which groups of this method differ.
+        runs: at least one.
+    """
+
+    label: str
+    runs: tuple[Run, ...]
+
+    @property
+    def uses(self) -> str:
+        """What it learns from beside the images and class names of the tasks."""
+        uses = self.runs[0].data.summary.get("uses")
+        return "unknown" if uses is None else ", ".join(uses) or "-"
+
+    @property
+    def means(self) -> dict[str, tuple[float, float | None]]:
+        """Mean and half-width of the interval over seeds, of metrics that all runs have."""
+        values = [run.metrics for run in self.runs]
+        shared = [name for name in TITLES if all(name in each for each in values)]
+        return {name: mean_interval([each[name] for each in values]) for name in shared}
+
+
+@dataclass(frozen=True, eq=False)
+class Against:
+    """What a group has more than the baseline.
+
+    Args:
+        label: of the group.
+        pairs: pairs of runs with the same seed.
+        images: whether the intervals are over test images too.
+        metrics: differences in percentage points.
+    """
+
+    label: str
+    pairs: int
+    images: bool
+    metrics: Mapping[str, Difference]
+
+
+@dataclass(frozen=True, eq=False)
+class Section:
+    """All groups that learned the same tasks in the same order.
+
+    Args:
+        name: of the sequence and order.
+        tasks: in the order learned.
+        groups: in the order in which their runs were given.
+        baseline: label of the group that the others are compared with, if it is here.
+        differences: of the other groups.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    groups: tuple[Group, ...]
+    baseline: str | None
+    differences: tuple[Against, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Sections, and what a reader has to be warned of."""
+
+    sections: tuple[Section, ...]
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers for JSON; an interval that is undefined is null."""
+        return {
+            "sections": [
+                {
+                    "name": section.name,
+                    "tasks": list(section.tasks),
+                    "groups": [
+                        {
+                            "label": group.label,
+                            "runs": [str(run.path) for run in group.runs],
+                            "seeds": [run.seed for run in group.runs],
+                            "uses": group.uses,
+                            "metrics": {
+                                name: {"mean": middle, "half_width": half}
+                                for name, (middle, half) in group.means.items()
+                            },
+                        }
+                        for group in section.groups
+                    ],
+                    "baseline": section.baseline,
+                    "differences": [asdict(against) for against in section.differences],
+                }
+                for section in self.sections
+            ],
+            "warnings": list(self.warnings),
+        }
+
+
+def compare(folders: Sequence[str | os.PathLike[str]], baseline: str | None = None) -> Comparison:
+    """Compare run folders.
+
+    Args:
+        folders: at least one; one that is given twice counts once.
+        baseline: label of a group, or a method with one group; by default the first group of each
+            section.
+
+    Raises:
+        InputError: a folder that is no run or is damaged, no complete run, groups that have no
+            sequence and order in common, or an unknown baseline.
+    """
+    warnings: list[str] = []
+    runs = list(_complete(dict.fromkeys(Path(folder) for folder in folders), warnings))
+    if not runs:
+        raise InputError("no complete run to compare; pass folders of runs that have ended")
+    labels = _labels(runs)
+    by_tasks: dict[tuple[str, ...], dict[str, list[Run]]] = {}
+    for run in runs:
+        here = by_tasks.setdefault(run.data.matrix.tasks, {})
+        here.setdefault(labels[run.configuration], []).append(run)
+    if len(set(labels.values())) > 1 and all(len(here) == 1 for here in by_tasks.values()):
+        raise InputError(
+            f"{runs[0].path} and the others: no two configurations learned the same tasks in the "
+            "same order; pass runs of one sequence and order"
+        )
+    chosen = None if baseline is None else _baseline(baseline, runs, labels)
+    sections = []
+    for tasks, found in by_tasks.items():
+        name = _name(next(iter(found.values()))[0])
+        groups = [Group(label, tuple(each)) for label, each in found.items()]
+        warnings += _mixed(name, groups)
+        first = groups[0].label if chosen is None else chosen
+        base = next((group for group in groups if group.label == first), None)
+        if base is None:
+            warnings.append(f"{name}: no run of the baseline {first}, so no differences")
+        others = [g for g in groups if base is not None and g is not base]
+        differences = [_against(name, g, base, warnings) for g in others if base is not None]
+        sections.append(
+            Section(
+                name,
+                tasks,
+                tuple(groups),
+                base.label if base else None,
+                tuple(each for each in differences if each is not None),
+            )
+        )
+    return Comparison(tuple(sections), tuple(warnings))
+
+
+def _complete(folders: Iterable[Path], warnings: list[str]) -> Iterator[Run]:
+    for folder in folders:
+        run = _read(folder)
+        matrix = run.data.matrix
+        if run.data.status == "complete" and matrix.tasks:
+            yield run
+        else:
+            learned = f"{len(matrix.tasks)} of {len(matrix.columns)} tasks"
+            warnings.append(f"{folder}: left out, {run.data.status} after {learned}")
+
+
+def _read(folder: Path) -> Run:
+    if not (folder / "summary.json").is_file() or not (folder / "args.yaml").is_file():
+        raise InputError(
+            f"{folder}: not the folder of a run, it lacks summary.json or args.yaml; pass folders "
+            "that mulki run has written"
+        )
+    data = read_folder(folder)
+    try:
+        options = yaml.safe_load(data.config)
+        _ = int(options["seed"]), options["method"], options["tasks"], options["order"]
+    except (yaml.YAMLError, TypeError, KeyError, ValueError):
+        raise InputError(
+            f"{folder / 'args.yaml'}: not the options of a run; restore the file, or leave the "
+            "folder out"
+        ) from None
+    kept = data.status == "complete" and (folder / FOLDER).is_dir()
+    answers = RunAnswers.of_rows(read_answers(folder)) if kept else None
+    return Run(folder, data, options, answers)
+
+
+def _labels(runs: Sequence[Run]) -> dict[str, str]:
+    # By configuration. Presets give other methods other options, which their name stands for.
+    by_method: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for run in runs:
+        by_method.setdefault(run.method, {})[run.configuration] = run.options
+    labels = {}
+    for method, configurations in by_method.items():
+        names = sorted({name for options in configurations.values() for name in options} - NEUTRAL)
+        differ = [
+            name
+            for name in names
+            if len({repr(options.get(name)) for options in configurations.values()}) > 1
+        ]
+        for configuration, options in configurations.items():
+            values = [f"{name}={options.get(name)}" for name in differ]
+            labels[configuration] = " ".join([method, *values])
+    return labels
+
+
+def _baseline(given: str, runs: Sequence[Run], labels: Mapping[str, str]) -> str:
+    known = set(labels.values())
+    if given in known:
+        return given
+    of_method = {labels[run.configuration] for run in runs if run.method == given}
+    if len(of_method) == 1:
+        return of_method.pop()
+    if of_method:
+        raise InputError(
+            f"--baseline: {given} has {len(of_method)} configurations; pass one of "
+            f"{', '.join(map(repr, sorted(of_method)))}"
+        )
+    raise InputError(
+        f"--baseline: no runs of {given}{nearest(given, known)}; pass one of "
+        f"{', '.join(map(repr, sorted(known)))}"
+    )
+
+
+def _name(run: Run) -> str:
+    words = run.options["tasks"]
+    words = [words] if isinstance(words, str) else words
+    if len(words) == 1:
+        return f"{words[0]}, order {run.options['order']}"
+    return ", ".join(run.data.matrix.tasks)
+
+
+def _mixed(name: str, groups: Sequence[Group]) -> Iterator[str]:
+    # What should be the same in all runs of a section.
+    runs = [run for group in groups for run in group.runs]
+    hashes = {run: run.data.environment.get("hashes", {}) for run in runs}
+    facts = {
+        "start models": {
+            run: [run.options.get(k) for k in ("model", "pretrained")] for run in runs
+        },
+        "start weights": {run: hashes[run].get("weights") for run in runs},
+        "images or prompts": {run: hashes[run].get("tasks") for run in runs},
+        "sizes of test sets": {run: run.data.summary.get("test_images") for run in runs},
+    }
+    for what, of_run in facts.items():
+        others = [str(run.path) for run in runs if of_run[run] != of_run[runs[0]]]
+        if others:
+            yield f"{name}: {what} of {', '.join(others)} differ from those of {runs[0].path}"
+    for group in groups:
+        seeds = [run.seed for run in group.runs]
+        if len(set(seeds)) < len(seeds):
+            yield f"{name}: {group.label} has several runs of one seed; the first of them is paired"
+
+
+def _against(name: str, group: Group, base: Group, warnings: list[str]) -> Against | None:
+    pairs = list(_pairs(group, base))
+    if not pairs:
+        warnings.append(f"{name}: {group.label} and {base.label} have no seed in common")
+        return None
+    if len(pairs) < max(len(group.runs), len(base.runs)):
+        warnings.append(f"{name}: {group.label} and {base.label} make {len(pairs)} pairs of runs")
+    ours, others = zip(*pairs, strict=True)
+    with_answers = [run.answers for run in ours if run.answers is not None]
+    other_answers = [run.answers for run in others if run.answers is not None]
+    hashes = [run.data.environment.get("hashes", {}).get("tasks") for run in (*ours, *others)]
+    sizes = [each.sizes for each in (*with_answers, *other_answers)]
+    images = (
+        len(sizes) == 2 * len(pairs)
+        and all(each == sizes[0] for each in sizes)
+        and all(each == hashes[0] for each in hashes)
+    )
+    if images:
+        metrics = paired_bootstrap(with_answers, other_answers)
+    else:
+        metrics = seed_differences([r.metrics for r in ours], [r.metrics for r in others])
+        why = "answers are missing" if len(sizes) < 2 * len(pairs) else "test images differ"
+        warnings.append(
+            f"{name}: {group.label} less {base.label} has intervals over seeds alone, since {why}"
+        )
+    return Against(group.label, len(pairs), images, {k: metrics[k] for k in TITLES if k in metrics})
+
+
+def _pairs(group: Group, base: Group) -> Iterator[tuple[Run, Run]]:
+    ours, others = ({run.seed: run for run in reversed(g.runs)} for g in (group, base))
+    # A model that does not learn is the same for every seed, so one run of it stands for all.
+    if len(others) == 1 and base.runs[0].never_changed:
+        others = dict.fromkeys(ours, base.runs[0])
+    elif len(ours) == 1 and group.runs[0].never_changed:
+        ours = dict.fromkeys(others, group.runs[0])
+    for seed in sorted(ours.keys() & others.keys()):
+        yield ours[seed], others[seed]
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """Print the tables, as wide as they are: a shortened number would be a wrong one."""
+    console = Console(file=console.file, width=_WIDE)
+    for section in comparison.sections:
+        console.print(Text(section.name, style="bold"))
+        table = _table("", *TITLES.values(), "runs", "uses")
+        for group in section.groups:
+            means = group.means
+            cells = [_mean(*means[name]) if name in means else "-" for name in TITLES]
+            table.add_row(Text(group.label), *cells, str(len(group.runs)), group.uses)
+        console.print(table, "", sep="\n")
+        if section.differences:
+            console.print(Text(f"less {section.baseline}", style="bold"))
+            table = _table("", *TITLES.values(), "pairs")
+            for against in section.differences:
+                cells = [
+                    _difference(against.metrics[name]) if name in against.metrics else "-"
+                    for name in TITLES
+                ]
+                table.add_row(Text(against.label), *cells, str(against.pairs))
+            console.print(table, "", sep="\n")
+    text = "in percent: mean ± half of its 95 % interval over seeds; difference [95 % interval]"
+    console.print(Text(text, style="dim"))
+    for warning in comparison.warnings:
+        console.print(Text(f"warning: {warning}"))
+
+
+def _table(label: str, *columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(label, no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _mean(middle: float, half: float | None) -> str:
+    return f"{middle:.2f}" if half is None else f"{middle:.2f} ± {half:.2f}"
+
+
+def _difference(of: Difference) -> str:
+    if of.low is None or of.high is None:
+        return f"{of.value:+.2f}"
+    return f"{of.value:+.2f} [{of.low:+.2f}, {of.high:+.2f}]"

@@ -1,0 +1,152 @@
+"""The comparison on the bundled tasks: what is kept of a run, and the tables made of it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.embedded import compare, studies
+from benchmarks.embedded.packed_answers import pack, unpack
+from mulki.intervals import RunAnswers
+from mulki.metrics import compute_metrics
+from tests import engine_helpers
+
+tiny_models = engine_helpers.tiny_models
+start_model = engine_helpers.start_model
+SIZES = {"a": 50, "b": 31, "c": 7}
+
+
+def answers(seed: int, share: float = 0.5) -> RunAnswers:
+    random = np.random.default_rng([seed, int(100 * share)])
+    own, seen = ({t: random.random((3, n)) < share for t, n in SIZES.items()} for _ in range(2))
+    return RunAnswers(own, seen)
+
+
+def line(
+    method: str, seed: int, share: float, kept: bool = True, variant: str = "", **options: Any
+) -> dict[str, Any]:
+    of = answers(seed, share)
+    a = np.array([own.mean(axis=1) for own in of.own.values()]).T * 100
+    found = {
+        "variant": variant or method,
+        "study": "ablate" if variant else "compare",
+        "options": {"method": method, "seed": seed, **options},
+        **compute_metrics(a).to_dict(),
+        "cpu": "c", "torch": "2", "precision": "fp32",
+    }  # fmt: skip
+    if kept:
+        found |= {"answers": pack(of), "cil_average": 10.0, "cil_last": 5.0}
+    return json.loads(json.dumps(found))
+
+
+def rows(text: str, *first: str) -> list[list[str]]:
+    cells = [
+        [cell.strip() for cell in row.strip("|").split("|")]
+        for row in text.splitlines()
+        if row.startswith("| ")
+    ]
+    return [row[len(first) :] for row in cells if row[: len(first)] == list(first)]
+
+
+def test_answers_come_back_from_a_line() -> None:
+    of = answers(0)
+    found = unpack(json.loads(json.dumps(pack(of))))
+    assert found.sizes == of.sizes == SIZES
+    for ours, wanted in ((found.own, of.own), (found.seen, of.seen)):
+        assert ours.keys() == wanted.keys()
+        assert all(np.array_equal(ours[task], wanted[task]) for task in wanted)
+
+
+def test_tables_have_means_and_paired_differences() -> None:
+    glyphs = {"tasks": ["embedded-glyphs"]}
+    results = [line("mulki", seed, 0.9, order="I") for seed in (0, 1, 2)]
+    results += [line("finetune", seed, 0.4, order="I") for seed in (0, 1, 2)]
+    results += [line("zero_shot", 0, 0.5, order="I")]
+    results += [line(m, s, 0.6, **glyphs) for m in ("mulki", "lwf") for s in (0, 1)]
+    text = compare.comparison_table(results)
+    uses, mean, *_, cil, _, count = rows(text, "embedded", "I", "mulki")[0]
+    assert uses == "words"
+    lasts = [r["transfer"] for r in results[:3]]
+    half = 4.302653 * np.std(lasts, ddof=1) / np.sqrt(3)
+    assert mean == f"{np.mean(lasts):.2f} ± {half:.2f}" and (cil, count) == ("10.00 ± 0.00", "3")
+    for method in ("finetune", "zero_shot"):
+        # The one run without training is paired with every seed.
+        (row,) = rows(text, method, "embedded", "I")
+        assert row[-2:] == ["seeds and images", "3"]
+        value, low, high = (float(x.strip("[],")) for x in row[0].split())
+        assert 20 < low < value < high < 80
+    # The two are right on the same images.
+    (row,) = rows(text, "lwf", "embedded-glyphs", "I")
+    assert row == ["+0.00 [+0.00, +0.00]"] * 6 + ["seeds and images", "2"]
+    assert not rows(text, "lwf", "embedded", "I")
+
+
+def test_lines_without_answers_have_intervals_over_seeds() -> None:
+    results = [
+        line(m, seed, share, kept=False, order="II")
+        for m, share in (("mulki", 0.9), ("lwf", 0.5))
+        for seed in (0, 1)
+    ]
+    text = compare.comparison_table(results)
+    (row,) = rows(text, "lwf", "embedded", "II")
+    assert row[-2:] == ["seeds", "2"] and row[4:6] == ["-", "-"]
+    gains = [results[i]["last"] - results[i + 2]["last"] for i in (0, 1)]
+    half = 12.7062 * np.std(gains, ddof=1) / np.sqrt(2)
+    assert [float(x.strip("[],")) for x in row[2].split()] == pytest.approx(
+        [np.mean(gains), np.mean(gains) - half, np.mean(gains) + half], abs=0.01
+    )
+    assert rows(text, "embedded", "II", "lwf")[0][5:] == ["-", "-", "2"]
+
+
+def test_the_ablation_is_less_the_whole_method() -> None:
+    name = next(iter(studies.MULKI_STAGES))
+    whole = [line("mulki", seed, 0.9, order="I") for seed in (0, 1)]
+    changed = [line("mulki", 1, 0.6, variant=name, order="I")]
+    text = compare.ablation_table(whole, changed)
+    ((transfer, *_, over, pairs),) = rows(text, name, "embedded", "I")
+    assert (over, pairs) == ("seeds and images", "1")
+    assert float(transfer.split()[0]) == pytest.approx(
+        changed[0]["transfer"] - whole[1]["transfer"], abs=0.006
+    )
+
+
+def test_a_line_of_results_keeps_the_answers(start_model: dict[str, str]) -> None:
+    options = {"method": "zero_shot", "tasks": ("embedded-glyphs",), "limit_images": 20}
+    run = studies.Run("compare", "zero_shot", options | start_model | {"seed": 0})
+    result = json.loads(json.dumps(compare.one_run(run, "pack", 1)))
+    kept = unpack(result["answers"])
+    assert list(kept.sizes) == result["tasks"]
+    a = np.array([own.mean(axis=1) for own in kept.own.values()]).T * 100
+    assert a == pytest.approx(np.array(result["matrix"]), abs=1e-3)
+    last = np.concatenate([seen[-1] for seen in kept.seen.values()])
+    assert result["cil_last"] == pytest.approx(100 * last.mean(), abs=1e-3)
+
+
+def test_studies_follow_their_rules() -> None:
+    for method, grid in studies.GRIDS.items():
+        runs = studies.tuning(method)
+        assert len({tuple(point.items()) for point in grid}) == 12
+        assert len(runs) == 24 and {run.options["seed"] for run in runs} == {100, 101}
+    reported = {run.options["seed"] for run in studies.comparison()}
+    assert reported == set(studies.SEEDS) and not reported & set(studies.TUNING_SEEDS)
+    assert not set(studies.FORM_ORDERS) & {order for _, order in studies.SCENES}
+    seeds = {
+        name: {r.options["seed"] for r in studies.comparison() if r.variant == name}
+        for name in studies.ROWS
+    }
+    assert all(len(of) == 5 for name, of in seeds.items() if name in studies.MAIN_ROWS)
+    assert len(seeds["wise_ft"]) == 3 and len(seeds["zero_shot"]) == 1
+
+
+def test_the_best_point_is_first_and_bold() -> None:
+    def run(variant: str, value: float, seed: int) -> dict[str, Any]:
+        metrics = dict.fromkeys(("transfer", "average", "last", "forgetting"), value)
+        return {"variant": variant, "options": {"method": "lwf", "seed": seed}, **metrics}
+
+    results = [run("lwf a", 10, 100), run("lwf a", 30, 101), run("lwf b", 25, 100)]
+    table = compare.tuning_table(results).splitlines()
+    assert table[-2].startswith("| lwf b **best** | 25.00 |")
+    assert table[-1].startswith("| lwf a | 20.00 |") and table[-1].endswith("| 2 |")

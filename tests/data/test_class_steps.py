@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mulki.data import Task, class_steps, folder_task, load_sequence
+from mulki.errors import InputError
+
+COUNTS = {
+    "embedded-flags": {f"flags-{i}": 29 for i in range(1, 9)},
+    "embedded-glyphs": {
+        "digits-1": 5, "digits-2": 5, "letters-1": 7, "letters-2": 7, "letters-3": 6, "letters-4": 6
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def task(make_folder: Callable[..., Path]) -> Task:
+    return folder_task(make_folder(train=("a", "b", "c", "d", "e")))
+
+
+def test_every_image_is_in_the_step_of_its_class(task: Task) -> None:
+    first, second = class_steps(task, (2, 3))
+    assert (first.name, second.name) == ("birds-1", "birds-2")
+    assert (first.classes, second.classes) == (("a", "b"), ("c", "d", "e"))
+    assert first.templates == second.templates == task.templates
+    for split in ("train", "test"):
+        whole, seen = getattr(task, split), []
+        for step in (first, second):
+            part = getattr(step, split)
+            for place, target in enumerate(part.targets):
+                index = part.indices[place]
+                seen.append(index)
+                assert step.classes[target] == task.classes[whole.targets[index]]
+                assert part.name(place) == whole.name(index)
+                assert np.array_equal(part.load(place), whole.load(index))
+        assert sorted(seen) == list(range(len(whole)))
+
+
+def test_other_steps_have_other_fingerprints(task: Task) -> None:
+    steps = [*class_steps(task, (2, 3)), *class_steps(task, (3, 2))]
+    assert len({step.fingerprint() for step in steps}) == 4
+    assert class_steps(task, (2, 3))[1].fingerprint() == steps[1].fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("counts", "says"),
+    [
+        ((2, 2), "steps of 2, 2 classes came, wanted steps that sum to its 5 classes"),
+        ((4, 1), "1 class.*at least two"),
+        ((), "sum to its 5"),
+    ],
+)
+def test_counts_that_do_not_fit(task: Task, counts: tuple[int, ...], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        class_steps(task, counts)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_bundled_sequences(name: str) -> None:
+    tasks = load_sequence([name])
+    assert {task.name: len(task.classes) for task in tasks} == COUNTS[name]
+    whole = {task.name: task for task in load_sequence(["embedded"])}
+    for stem in dict.fromkeys(task.name.rpartition("-")[0] for task in tasks):
+        steps = [task for task in tasks if task.name.startswith(f"{stem}-")]
+        assert tuple(c for step in steps for c in step.classes) == whole[stem].classes
+        for split in ("train", "test"):
+            total = sum(len(getattr(step, split)) for step in steps)
+            assert total == len(getattr(whole[stem], split))
+    (single,) = load_sequence([f"{name}:{tasks[1].name}"])
+    assert single.fingerprint() == tasks[1].fingerprint()
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_an_unknown_order(name: str) -> None:
+    with pytest.raises(InputError, match=f'order "II": {name} has the order I$'):
+        load_sequence([name], "II")

@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from mulki.answers import Answers
+from mulki.engine.config import RunConfig
+from mulki.errors import InputError
+from mulki.metrics import ZERO_SHOT
+from mulki.report.compare import NEUTRAL, TITLES, Comparison, compare, print_comparison
+from mulki.results import RunFolder
+
+TASKS = ("a", "b")
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """A run folder with drawn answers; `share` of them are right."""
+
+    def make(
+        name: str,
+        method: str = "mulki",
+        seed: int = 0,
+        share: float = 0.5,
+        tasks: tuple[str, ...] = TASKS,
+        ends: bool = True,
+        learns: bool = True,
+        hashes: dict[str, Any] | None = None,
+        images: int = 200,
+        uses: tuple[str, ...] = (),
+        **options: Any,
+    ) -> Path:
+        config = {"tasks": ["zoo"], "order": "I", "seed": seed, "method": method, "name": name}
+        run = RunFolder.create(
+            tmp_path,
+            name,
+            method=method,
+            order="I",
+            seed=seed,
+            columns=tasks,
+            config=config | options,
+            hashes=hashes or {"weights": "w", "tasks": dict.fromkeys(tasks, "t")},
+            uses=uses,
+        )
+        random = np.random.default_rng([seed, len(method)])
+        own = {}
+        for learned, after in enumerate((ZERO_SHOT, *tasks) if ends else (ZERO_SHOT, tasks[0])):
+            if learns or not own:
+                own = {task: random.random(images) < share for task in tasks}
+            row = {
+                task: Answers(own[task], own[task] if i < learned else None)
+                for i, task in enumerate(tasks)
+            }
+            run.add_answers(after, row, seconds=dict.fromkeys(tasks, 1.0), step=learned)
+        run.finish("complete" if ends else "interrupted")
+        return run.path
+
+    return make
+
+
+def printed(comparison: Comparison) -> str:
+    stream = io.StringIO()
+    print_comparison(comparison, Console(file=stream, width=40))
+    return stream.getvalue()
+
+
+def test_seeds_are_a_group_and_methods_are_compared(make: Make) -> None:
+    runs = [make(f"{m}{s}", m, s, p) for m, p in (("lwf", 0.5), ("mulki", 0.8)) for s in (0, 1, 2)]
+    found = compare(runs)
+    assert found.warnings == ()
+    (section,) = found.sections
+    assert (section.name, section.tasks, section.baseline) == ("zoo, order I", TASKS, "lwf")
+    assert [(g.label, len(g.runs)) for g in section.groups] == [("lwf", 3), ("mulki", 3)]
+    lasts = [run.metrics["last"] for run in section.groups[1].runs]
+    middle, half = section.groups[1].means["last"]
+    assert middle == pytest.approx(np.mean(lasts))
+    assert half == pytest.approx(4.30265 * np.std(lasts, ddof=1) / np.sqrt(3), rel=1e-4)
+    (difference,) = section.differences
+    assert (difference.label, difference.pairs, difference.images) == ("mulki", 3, True)
+    assert list(difference.metrics) == list(TITLES)
+    for name in ("transfer", "average", "last", "cil_average", "cil_last"):
+        of = difference.metrics[name]
+        means = [g.means[name][0] for g in section.groups]
+        assert of.value == pytest.approx(means[1] - means[0], abs=1e-3)
+        assert of.low is not None and of.high is not None and 10 < of.low < of.value < of.high < 50
+
+
+def test_json_and_tables_have_the_same_numbers(make: Make) -> None:
+    runs = [make("a", "lwf"), make("b", "mulki", share=0.7), make("c", "mulki", 1, share=0.7)]
+    found = compare(runs, "mulki")
+    numbers = json.loads(json.dumps(found.to_dict()))
+    (section,) = numbers["sections"]
+    assert section["baseline"] == "mulki" and [g["label"] for g in section["groups"]] == [
+        "lwf", "mulki"
+    ]  # fmt: skip
+    assert section["groups"][1]["seeds"] == [0, 1]
+    assert section["groups"][0]["metrics"]["last"]["half_width"] is None
+    text = printed(found)
+    last = section["groups"][1]["metrics"]["last"]
+    assert f"{last['mean']:.2f} ± {last['half_width']:.2f}" in text
+    of = section["differences"][0]["metrics"]["cil_last"]
+    assert f"{of['value']:+.2f} [{of['low']:+.2f}, {of['high']:+.2f}]" in text
+    assert f"warning: {numbers['warnings'][0]}" in text.splitlines()
+    assert "zoo, order I: lwf and mulki make 1 pairs of runs" in numbers["warnings"]
+
+
+def test_a_label_has_what_differs_within_a_method(make: Make) -> None:
+    first = make("a", lr=0.1, gate="label", logs="x", workers=0)
+    other = make("b", lr=0.2, gate="label", logs="y", workers=3)
+    tuned = make("c", "lwf", lr=0.3)
+    groups = compare([first, other, tuned]).sections[0].groups
+    assert [g.label for g in groups] == ["mulki lr=0.1", "mulki lr=0.2", "lwf"]
+    with pytest.raises(InputError, match="--baseline: mulki has 2 configurations.*lr=0.1"):
+        compare([first, other], "mulki")
+    assert compare([first, other], "mulki lr=0.2").sections[0].baseline == "mulki lr=0.2"
+    with pytest.raises(InputError, match='no runs of lwff .did you mean "lwf".*pass one of'):
+        compare([first, tuned], "lwff")
+
+
+def test_options_that_change_no_result_exist() -> None:
+    known = {field.name.rstrip("_") for field in fields(RunConfig)}
+    assert known >= NEUTRAL
+
+
+def test_what_is_used_beside_the_tasks_is_told(make: Make) -> None:
+    paths = [
+        make("a"),
+        make("b", anchors="both", uses=("class names of earlier tasks", "a vocabulary of words")),
+        make("c", reference="x", uses=("reference images",)),
+        make("d", reference="y"),
+    ]
+    summary = json.loads((paths[-1] / "summary.json").read_text())
+    # A folder that was written before runs kept this.
+    del summary["uses"]
+    (paths[-1] / "summary.json").write_text(json.dumps(summary))
+    assert [group.uses for group in compare(paths).sections[0].groups] == [
+        "-",
+        "class names of earlier tasks, a vocabulary of words",
+        "reference images",
+        "unknown",
+    ]
+
+
+def test_a_model_that_does_not_learn_is_paired_with_every_seed(make: Make) -> None:
+    still = make("z", "zero_shot", seed=9, learns=False)
+    runs = [make(f"m{seed}", seed=seed, share=0.9) for seed in (0, 1)]
+    for given in ([still, *runs], [*runs, still]):
+        found = compare(given)
+        (difference,) = found.sections[0].differences
+        assert (difference.pairs, difference.images, found.warnings) == (2, True, ())
+
+
+def test_other_seeds_make_no_pair(make: Make) -> None:
+    found = compare([make("a", "lwf", 1), make("b", "mulki", 2)])
+    assert found.sections[0].differences == ()
+    assert found.warnings == ("zoo, order I: mulki and lwf have no seed in common",)
+
+
+def test_runs_without_answers_are_compared_by_seeds_alone(make: Make) -> None:
+    runs = [make(f"{m}{s}", m, s) for m in ("lwf", "mulki") for s in (0, 1)]
+    shutil.rmtree(runs[0] / "answers")
+    found = compare(runs)
+    (difference,) = found.sections[0].differences
+    gains = [
+        our.metrics["last"] - other.metrics["last"]
+        for other, our in zip(*(g.runs for g in found.sections[0].groups), strict=True)
+    ]
+    assert not difference.images and difference.metrics["last"].value == pytest.approx(
+        np.mean(gains)
+    )
+    low = np.mean(gains) - 12.7062 * np.std(gains, ddof=1) / np.sqrt(2)
+    assert difference.metrics["last"].low == pytest.approx(low, rel=1e-4)
+    assert any("intervals over seeds alone, since answers are missing" in w for w in found.warnings)
+
+
+def test_runs_before_class_incremental_evaluation_leave_its_cells_empty(make: Make) -> None:
+    run = make("a")
+    shutil.rmtree(run / "answers")
+    summary = json.loads((run / "summary.json").read_text())
+    del summary["class_incremental"]
+    (run / "summary.json").write_text(json.dumps(summary))
+    found = compare([run])
+    assert list(found.sections[0].groups[0].means) == [
+        "transfer", "average", "last", "forgetting"
+    ]  # fmt: skip
+    assert printed(found).splitlines()[3].split()[-4:] == ["-", "-", "1", "-"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"hashes": {"weights": "v", "tasks": {"a": "t", "b": "t"}}}, "start weights of"),
+        ({"hashes": {"weights": "w", "tasks": {"a": "t", "b": "u"}}}, "images or prompts of"),
+        ({"images": 150}, "sizes of test sets of"),
+        ({"model": "RN50"}, "start models of"),
+    ],
+)
+def test_what_should_be_the_same_is_warned_of(
+    make: Make, options: dict[str, Any], says: str
+) -> None:
+    one, other = make("a", "lwf"), make("b", "mulki", **options)
+    found = compare([one, other])
+    assert found.warnings[0] == f"zoo, order I: {says} {other} differ from those of {one}"
+    same_images = says in ("start weights of", "start models of")
+    assert found.sections[0].differences[0].images == same_images
+    assert any("since test images differ" in w for w in found.warnings) == (not same_images)
+
+
+def test_incomplete_runs_are_left_out(make: Make) -> None:
+    whole, part = make("a"), make("b", seed=1, ends=False)
+    found = compare([whole, part])
+    assert found.warnings == (f"{part}: left out, interrupted after 1 of 2 tasks",)
+    assert [g.runs[0].path for g in found.sections[0].groups] == [whole]
+    with pytest.raises(InputError, match="no complete run to compare"):
+        compare([part])
+
+
+def test_a_seed_or_folder_that_comes_twice(make: Make) -> None:
+    one, again = make("a"), make("b")
+    assert compare([one, one]).warnings == ()
+    assert len(compare([one, one]).sections[0].groups[0].runs) == 1
+    assert "mulki has several runs of one seed" in compare([one, again]).warnings[0]
+
+
+def test_sequences_are_compared_apart(make: Make) -> None:
+    others = {"tasks": ("b", "a")}
+    runs = [make("a", "lwf"), make("b", "mulki"), make("c", "lwf", **others)]
+    found = compare([*runs, make("d", "mulki", **others)])
+    assert [section.tasks for section in found.sections] == [("a", "b"), ("b", "a")]
+    assert all(len(section.differences) == 1 for section in found.sections)
+    with pytest.raises(InputError, match="no two configurations learned the same tasks"):
+        compare([runs[1], runs[2]])
+    # One method in two orders is no comparison, but two tables.
+    assert len(compare([runs[0], runs[2]]).sections) == 2
+    assert compare(runs, "mulki").warnings == (
+        "zoo, order I: no run of the baseline mulki, so no differences",
+    )
+
+
+def no_folder(path: Path) -> str:
+    shutil.rmtree(path)
+    return "not the folder of a run"
+
+
+def no_options(path: Path) -> str:
+    (path / "args.yaml").unlink()
+    return "not the folder of a run"
+
+
+def other_options(path: Path) -> str:
+    (path / "args.yaml").write_text("- 1\n")
+    return r"args\.yaml: not the options of a run"
+
+
+def no_matrix(path: Path) -> str:
+    (path / "matrix.csv").unlink()
+    return r"no matrix\.csv in it"
+
+
+def damaged_answers(path: Path) -> str:
+    (path / "answers" / "01_a.npz").write_bytes(b"")
+    return r"01_a\.npz: cannot be read"
+
+
+@pytest.mark.parametrize(
+    "damage", [no_folder, no_options, other_options, no_matrix, damaged_answers]
+)
+def test_what_is_no_run_is_refused(make: Make, damage: Callable[[Path], str]) -> None:
+    good, bad = make("a", "lwf"), make("b")
+    says = damage(bad)
+    with pytest.raises(InputError, match=says) as caught:
+        compare([good, bad])
+    assert str(bad) in str(caught.value)

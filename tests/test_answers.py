@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mulki.answers import Answers, answers_path, read_answers, seen_accuracy, write_answers
+from mulki.errors import InputError
+from mulki.metrics import ZERO_SHOT
+from mulki.results import RunFolder
+
+SIZES = {"a/b: ü": 7, "letters": 4}
+
+
+def drawn(learned: int, seed: int = 0) -> dict[str, Answers]:
+    random = np.random.default_rng([seed, learned])
+    return {
+        name: Answers(random.random(n) < 0.5, random.random(n) < 0.5 if i < learned else None)
+        for i, (name, n) in enumerate(SIZES.items())
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    run = RunFolder.create(
+        tmp_path, "first", method="mulki", order="I", seed=0, columns=tuple(SIZES), config={}
+    )
+    for learned, name in enumerate((ZERO_SHOT, *SIZES)):
+        run.add_answers(name, drawn(learned), seconds=dict.fromkeys(SIZES, 1.0), step=learned)
+    return run.path
+
+
+def same(one: Answers, other: Answers) -> bool:
+    return np.array_equal(one.own, other.own) and (
+        (one.seen is None and other.seen is None) or np.array_equal(one.seen, other.seen)
+    )
+
+
+def test_answers_are_read_as_written(folder: Path) -> None:
+    files = sorted(path.name for path in (folder / "answers").iterdir())
+    assert files == ["00_zero-shot.npz", "01_a_b_ü.npz", "02_letters.npz"]
+    found = read_answers(folder)
+    assert list(found) == [ZERO_SHOT, *SIZES]
+    for learned, row in enumerate(found.values()):
+        wanted = drawn(learned)
+        assert list(row) == list(SIZES)
+        assert all(same(row[name], wanted[name]) for name in SIZES)
+    with np.load(folder / "answers" / "01_a_b_ü.npz") as file:
+        assert set(file.files) == {"own/a/b: ü", "own/letters", "seen/a/b: ü"}
+
+
+def test_accuracy_over_all_seen_images() -> None:
+    yes, no = np.ones(3, dtype=bool), np.zeros(1, dtype=bool)
+    answers = [Answers(yes, yes), Answers(no, no), Answers(no)]
+    assert seen_accuracy(answers) == (75.0, 4)
+    assert [a.accuracy for a in answers] == [100.0, 0.0, 0.0]
+
+
+def test_a_file_without_a_row_is_not_read(folder: Path) -> None:
+    write_answers(folder, 3, "later", drawn(2))
+    assert len(read_answers(folder)) == 3
+
+
+def cut(path: Path) -> str:
+    path.write_bytes(path.read_bytes()[:-30])
+    return "cannot be read"
+
+
+def flipped(path: Path) -> str:
+    content = bytearray(path.read_bytes())
+    content[90:100] = bytes(10)  # in the compressed data of the first array
+    path.write_bytes(bytes(content))
+    return "cannot be read"
+
+
+def emptied(path: Path) -> str:
+    path.write_bytes(b"")
+    return "cannot be read"
+
+
+def of_text(path: Path) -> str:
+    path.write_text("no archive")
+    return "cannot be read"
+
+
+def removed(path: Path) -> str:
+    path.unlink()
+    return "no such file"
+
+
+def of_another_run(path: Path) -> str:
+    write_answers(path.parents[1], 2, "letters", drawn(2, seed=1))
+    return r"% of .* right, .* in matrix\.csv"
+
+
+def of_another_row(path: Path) -> str:
+    path.write_bytes(answers_path(path.parents[1], 0, ZERO_SHOT).read_bytes())
+    return "seen/.* is missing"
+
+
+def longer(path: Path) -> str:
+    answers = {n: Answers(np.tile(a.own, 2), np.tile(a.own, 2)) for n, a in drawn(2).items()}
+    write_answers(path.parents[1], 2, "letters", answers)
+    return "14 images of .*, 7 before"
+
+
+def uneven(path: Path) -> str:
+    answers = {n: Answers(a.own, a.own[1:]) for n, a in drawn(2).items()}
+    write_answers(path.parents[1], 2, "letters", answers)
+    return "has 6 images of 7"
+
+
+def of_numbers(path: Path) -> str:
+    np.savez(
+        path, **{f"{kind}/{n}": np.ones(k) for kind in ("own", "seen") for n, k in SIZES.items()}
+    )
+    return "is float64 .*not booleans"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [cut, flipped, emptied, of_text, removed, of_another_run, of_another_row, longer, uneven]
+    + [of_numbers],
+)
+def test_damage_is_one_line_with_the_file(folder: Path, damage: Callable[[Path], str]) -> None:
+    path = answers_path(folder, 2, "letters")
+    says = damage(path)
+    with pytest.raises(InputError, match=rf"{re.escape(str(path))}: .*{says}.*; restore the file"):
+        read_answers(folder)
+
+
+def test_a_run_without_answers(folder: Path, tmp_path: Path) -> None:
+    (folder / "answers").rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"answers: no such folder; pass a run folder"):
+        read_answers(folder)
+    with pytest.raises(InputError, match=r"matrix\.csv: no such file"):
+        read_answers(tmp_path / "gone")
