@@ -207,9 +207,10 @@ def tables(results: list[dict[str, Any]]) -> str:
     machine = sorted({f"{r['cpu']}, torch {r['torch']}, {r['precision']}" for r in results})
     parts = [
         "# Results on the bundled tasks",
-        "Small images, the preset `small` (32 images in a batch), a small start model, short tasks: this compares methods with each other "
-        "and says nothing of CLIP ViT-B/16 on the published benchmark. Accuracies in percent, "
-        "metrics as `mulki metrics` defines them; cil: among all classes learned so far, one head.",
+        "Small images, a small start model, short tasks, the preset `small` (32 images in a "
+        "batch): this compares methods with each other and says nothing of CLIP ViT-B/16 on the "
+        "published benchmark. Accuracies in percent, metrics as `mulki metrics` defines them; cil: "
+        "among all classes learned so far, one head.",
         f"Measured on {'; '.join(machine)}; Python {platform.python_version()}.",
     ]
     if by_study["compare"]:
