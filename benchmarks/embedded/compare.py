@@ -58,8 +58,9 @@ NOTES = (
     "of order I; what form MulKI has was chosen on orders III and IV (below). The relations, the "
     "gate and its temperature descend from an earlier pilot on all six tasks in order I with "
     "another start model, so order II is the cleaner evidence.",
-    "- Uses: words, of a vocabulary (ImageNet's class names), without any image of theirs. zscl "
-    "and snd distil on the task's own images; with images of their own they are other methods.",
+    "- Uses: what a method takes beside its tasks; the words are ImageNet's class names, without "
+    "any image of theirs. zscl and snd distil on the task's own images here; with reference images "
+    "of their own they are other methods.",
     "- zero_shot is the start model, which learns nothing; its transfer is what can be lost.",
 )
 
@@ -136,6 +137,7 @@ def one_run(run: Run, pack: str, threads: int) -> dict[str, Any]:
         folder = learn(settings, tasks=tasks)
         answers = RunAnswers.of_rows(read_answers(folder.path))
         environment = json.loads((folder.path / "env.json").read_text())
+        summary = json.loads((folder.path / "summary.json").read_text())
         resolved = yaml.safe_load((folder.path / "args.yaml").read_text())
     matrix = folder.matrix
     return {
@@ -147,6 +149,7 @@ def one_run(run: Run, pack: str, threads: int) -> dict[str, Any]:
         **matrix.metrics().to_dict(),
         "cil_average": folder.class_incremental.average,
         "cil_last": folder.class_incremental.last,
+        "uses": summary["uses"],
         "tasks": list(matrix.tasks),
         "matrix": [list(row) for row in matrix.rows],
         "zero_shot": list(matrix.zero_shot or ()),
@@ -235,12 +238,12 @@ def comparison_table(results: list[dict[str, Any]]) -> str:
         _header("sequence", "order", "method", "uses", *METRICS, "runs"),
     ]
     for scene in studies.SCENES:
-        for name, options in studies.ROWS.items():
+        for name in studies.ROWS:
             of = [r for r in results if scene_of(r) == scene and r["variant"] == name]
             if of:
-                uses = "" if options.get("anchors") == "none" else studies.USES.get(name, "")
+                uses = ", ".join(of[0].get("uses", ())) or "-"
                 means = (_mean(of, metric) for metric in METRICS)
-                lines.append(_row(*scene, name, uses or "-", *means, len(of)))
+                lines.append(_row(*scene, name, uses, *means, len(of)))
     lines += [
         "",
         "MulKI less the other method, paired by seed, with the 95 % interval of a bootstrap over "

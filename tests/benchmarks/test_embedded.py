@@ -62,7 +62,7 @@ def test_answers_come_back_from_a_line() -> None:
 
 def test_tables_have_means_and_paired_differences() -> None:
     glyphs = {"tasks": ["embedded-glyphs"]}
-    results = [line("mulki", seed, 0.9, order="I") for seed in (0, 1, 2)]
+    results = [line("mulki", seed, 0.9, order="I") | {"uses": ["words"]} for seed in (0, 1, 2)]
     results += [line("finetune", seed, 0.4, order="I") for seed in (0, 1, 2)]
     results += [line("zero_shot", 0, 0.5, order="I")]
     results += [line(m, s, 0.6, **glyphs) for m in ("mulki", "lwf") for s in (0, 1)]
