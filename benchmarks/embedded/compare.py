@@ -6,6 +6,7 @@
     python -m benchmarks.embedded.compare ablate    # MulKI less one stage at a time
     python -m benchmarks.embedded.compare terms     # MulKI less one term, or with another gate
     python -m benchmarks.embedded.compare tables    # RESULTS.md from the runs so far
+    python -m benchmarks.embedded.compare figures   # learning curves from the runs so far
 
 Every finished run is a line of `results.jsonl` beside this file; a run that is there already, with
 the same options and the same start model and images, is not repeated.
@@ -30,7 +31,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.embedded import studies
+from benchmarks.embedded import figures, studies
 from benchmarks.embedded.holdout import held_out
 from benchmarks.embedded.packed_answers import pack as packed
 from benchmarks.embedded.packed_answers import unpack
@@ -70,7 +71,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("study", choices=("tune", "forms", "compare", "ablate", "terms", "tables"))
+    parser.add_argument(
+        "study", choices=("tune", "forms", "compare", "ablate", "terms", "tables", "figures")
+    )
     parser.add_argument("--methods", nargs="+", default=list(studies.GRIDS), help="for tune")
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=list(studies.SEEDS), help="for ablate and terms"
@@ -81,6 +84,10 @@ def main() -> None:
         pack = fingerprint()
         TABLES.write_text(tables([r for r in read_results() if r["pack"] == pack]))
         print(TABLES.read_text())
+        return
+    if arguments.study == "figures":
+        for path in figures.draw(main_runs(read_results()), FOLDER):
+            print(path)
         return
     runs = {
         "tune": lambda: [r for m in arguments.methods for r in studies.tuning(m)],
@@ -332,6 +339,26 @@ def _ranked(results: list[dict[str, Any]]) -> list[str]:
 def criterion(results: list[dict[str, Any]]) -> float:
     """Mean of Transfer, Average and Last over runs."""
     return mean(r[metric] for r in results for metric in METRICS[:3])
+
+
+def main_runs(
+    results: list[dict[str, Any]],
+) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """The runs of the main rows on the present start model and images, by scene and row."""
+    pack = fingerprint()
+    return {
+        f"{sequence}, order {order}": {
+            name: [
+                r
+                for r in results
+                if (r["pack"], r["study"], r["variant"]) == (pack, "compare", name)
+                and scene_of(r) == (sequence, order)
+            ]
+            for name in studies.MAIN_ROWS
+        }
+        for sequence, order in studies.SCENES
+        if sequence == "embedded"
+    }
 
 
 def scene_of(result: dict[str, Any]) -> tuple[str, str]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks.embedded import compare, studies
+from benchmarks.embedded import compare, figures, studies
 from benchmarks.embedded.packed_answers import pack, unpack
+from mulki.errors import InputError
 from mulki.intervals import RunAnswers
 from mulki.metrics import compute_metrics
 from tests import engine_helpers
@@ -150,3 +152,34 @@ def test_the_best_point_is_first_and_bold() -> None:
     table = compare.tuning_table(results).splitlines()
     assert table[-2].startswith("| lwf b **best** | 25.00 |")
     assert table[-1].startswith("| lwf a | 20.00 |") and table[-1].endswith("| 2 |")
+
+
+def test_curves_of_a_run() -> None:
+    result = {"matrix": [[50, 30, 40], [60, 70, 20], [80, 90, 100]], "zero_shot": [10, 20, 30]}
+    found = figures.curves(result)
+    assert found == {"learned": [50, 65, 90], "later": [10, -10]}
+
+
+def test_figures_are_drawn_and_the_same_each_time(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    results = [
+        line(method, seed, 0.5, order=order)
+        | {"pack": compare.fingerprint(), "matrix": np.eye(3).tolist(), "zero_shot": [0, 0, 0]}
+        for method in ("mulki", "lwf")
+        for order in ("I", "II")
+        for seed in (0, 1)
+    ]
+    scenes = compare.main_runs(results)
+    assert [len(runs["lwf"]) for runs in scenes.values()] == [2, 2]
+    svg, png = figures.draw(scenes, tmp_path)
+    first = svg.read_bytes()
+    assert first.startswith(b"<?xml") and b"embedded, order II" in first
+    assert png.read_bytes().startswith(b"\x89PNG")
+    figures.draw(scenes, tmp_path)
+    assert svg.read_bytes() == first
+
+
+def test_without_runs_there_is_no_figure(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="^figures: no runs of the comparison"):
+        figures.draw(compare.main_runs([]), tmp_path)
+    assert not list(tmp_path.iterdir())
