@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,30 +32,35 @@ from mulki.methods.mulki import MulKI
 MEASURED = 4
 
 
-class MeasuredMulKI(MulKI):
-    """MulKI that notes the gradient norms of its terms at some steps."""
+def measured(notes: list[dict[str, Any]]) -> type[MulKI]:
+    """A method that is MulKI and notes the gradient norms of its terms at some steps.
 
-    name = "mulki_gradients"
-    summary = "MulKI with the gradient norms of its terms"
-    notes: ClassVar[list[dict[str, Any]]] = []
+    It is made when it is asked for, since a method that exists is offered by every run.
+    """
 
-    def start_task(self, task: TaskStart) -> None:
-        super().start_task(task)
-        self._task = task
-        self._step = 0
+    class MeasuredMulKI(MulKI):
+        name = "mulki_gradients"
+        summary = "MulKI with the gradient norms of its terms"
 
-    def losses(
-        self, student: Features, teachers: tuple[Features, ...], target: Tensor
-    ) -> dict[str, Tensor]:
-        terms = super().losses(student, teachers, target)
-        every = max(1, self._task.steps // MEASURED)
-        if self._step % every == 0:
-            for term, value in terms.items():
-                norms = gradient_norms(value, self._task.weights)
-                place = {"task": self._task.index, "step": self._step + 1}
-                self.notes.append(place | {"term": term.removesuffix("_loss")} | norms)
-        self._step += 1
-        return terms
+        def start_task(self, task: TaskStart) -> None:
+            super().start_task(task)
+            self._task = task
+            self._step = 0
+
+        def losses(
+            self, student: Features, teachers: tuple[Features, ...], target: Tensor
+        ) -> dict[str, Tensor]:
+            terms = super().losses(student, teachers, target)
+            every = max(1, self._task.steps // MEASURED)
+            if self._step % every == 0:
+                for term, value in terms.items():
+                    norms = gradient_norms(value, self._task.weights)
+                    place = {"task": self._task.index, "step": self._step + 1}
+                    notes.append(place | {"term": term.removesuffix("_loss")} | norms)
+            self._step += 1
+            return terms
+
+    return MeasuredMulKI
 
 
 def gradient_norms(term: Tensor, weights: Mapping[str, nn.Parameter]) -> dict[str, float]:
@@ -100,14 +105,16 @@ def main() -> None:
     } | dict(zip(names, rest[1::2], strict=True))
     # The preset is that of MulKI, whose options these are.
     settings = resolve(given | {"method": MulKI.name})
-    options = asdict(settings.run) | asdict(settings.method) | {"method": MeasuredMulKI.name}
+    notes: list[dict[str, Any]] = []
+    method = measured(notes)
+    options = asdict(settings.run) | asdict(settings.method) | {"method": method.name}
     if settings.run.epochs is not None:
         del options["iterations"]
     with tempfile.TemporaryDirectory() as logs:
         run(resolve(options | {"logs": logs}))
-    print(table(MeasuredMulKI.notes))
+    print(table(notes))
     if known.json is not None:
-        known.json.write_text(json.dumps(MeasuredMulKI.notes, indent=1) + "\n")
+        known.json.write_text(json.dumps(notes, indent=1) + "\n")
 
 
 if __name__ == "__main__":
