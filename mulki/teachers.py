@@ -136,6 +136,7 @@ class Teacher:
         if index is not None:
             return torch.cat([self.texts, self._anchors.get(index, encode)])
         if self._anchored is None:
-            everything = torch.arange(self._num_anchors)
-            self._anchored = torch.cat([self.texts, self._anchors.get(everything, encode)])
+            # Not through the cache, which would keep a second copy.
+            anchors = encode(torch.arange(self._num_anchors))
+            self._anchored = torch.cat([self.texts, anchors])
         return self._anchored

@@ -115,6 +115,11 @@ class MulKI(Method):
         except (TypeError, ValueError) as error:
             argument, _, said = str(error).partition(":")
             raise InputError(f"--{argument.replace('_', '-')}:{said}") from None
+        if o.anchor_weights == "group" and o.teachers != "both":
+            raise InputError(
+                f"--anchor-weights: got group beside --teachers {o.teachers}, but a teacher for "
+                "each group needs both; leave one of the two out"
+            )
         relations = o.adding
         visual = o.eliciting
         gated = o.distinguishing and o.teachers == "both"
@@ -171,7 +176,8 @@ class MulKI(Method):
             student = replace(student, prototypes=moved)
         terms = self.objective(student, teachers, target, output_dict=True)
         if self._prototypes is not None:
-            # After the losses: a batch is compared with prototypes it has not moved itself.
+            # After the losses: but for the update "batch", a batch is compared with prototypes that
+            # it has not moved itself.
             self._prototypes.observe(student.images.detach(), target)
         return dict(terms)
 

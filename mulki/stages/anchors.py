@@ -67,7 +67,7 @@ def anchor_loss(
         anchor_texts: whose texts the student is held against.
         anchor_weights: "gate": one relation over both groups, under `weights`. "group": a relation
             for each group, the previous model alone for the classes of earlier tasks and the
-            original model alone for the vocabulary.
+            original model alone for the vocabulary; two groups count half each.
 
     Raises:
         ValueError: a model lacks the anchors that it needs, or the teachers' width is not its
@@ -103,14 +103,15 @@ def _parts(
     # The relations: student and teachers with the anchors of one relation, and its weights.
     if anchor_weights == "gate":
         return [(student, teachers, weights)]
-    alone = weights.new_ones(len(weights), 1)
     original, previous = teachers[0], teachers[-1]
-    parts: list[tuple[Features, Sequence[Features], Tensor]] = []
+    parts: list[tuple[Features, Sequence[Features]]] = []
     if previous.seen is not None:
-        parts.append((_only_seen(student), [_only_seen(previous)], alone))
+        parts.append((_only_seen(student), [_only_seen(previous)]))
     if original.vocabulary is not None:
-        parts.append((_only_vocabulary(student), [_only_vocabulary(original)], alone))
-    return parts
+        parts.append((_only_vocabulary(student), [_only_vocabulary(original)]))
+    # Their weights add up to 1, as those of a gate do.
+    equal = weights.new_full((len(weights), 1), 1 / len(parts))
+    return [(of_student, of_teachers, equal) for of_student, of_teachers in parts]
 
 
 def _only_seen(model: Features) -> Features:

@@ -118,6 +118,10 @@ class TestMulKI:
         expected = MulKILoss(gate="uniform")(student, teachers[:1], target, output_dict=True)
         assert losses == expected
 
+    def test_a_teacher_for_each_group_needs_both(self):
+        with pytest.raises(InputError, match="^--anchor-weights: got group beside --teachers prev"):
+            MulKI(MulKI.Options(teachers="previous", anchor_weights="group"))
+
     def test_the_update_batch_sends_gradients_to_images(self, student, teachers, target, weights):
         grads = {}
         for update in ("ema", "batch"):

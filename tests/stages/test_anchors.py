@@ -71,12 +71,12 @@ def test_a_group_has_the_teacher_that_knows_it(models, target, anchor_texts):
         anchor_weights="group",
         anchor_texts=anchor_texts,
     )
-    one, expected = torch.ones(6, 1, dtype=torch.float64), 0.0
+    half, expected = torch.full((6, 1), 0.5, dtype=torch.float64), 0.0
     for teacher, group in ((previous, "seen"), (original, "vocabulary")):
         s, t = only(group, student), only(group, teacher)
         if anchor_texts == "teacher":
             s = held_against(s, t)
-        expected = expected + expected_kl(s, [t], "image_anchor", one)
+        expected = expected + expected_kl(s, [t], "image_anchor", half)
     torch.testing.assert_close(got, expected)
 
 
@@ -94,15 +94,17 @@ def test_one_group_alone(models, target, group, anchor_weights):
     torch.testing.assert_close(got, expected_kl(student, teachers, "image_anchor", w))
 
 
-def test_one_teacher_serves_both_groups(models):
+def test_groups_are_as_strong_as_a_gate(models):
+    """A student without any teacher's knowledge, held against one teacher under two names."""
     student, (teacher, _) = models
-    w = torch.ones(6, 1, dtype=torch.float64)
-    got = anchor_loss(student, [teacher], w, anchor_weights="group", anchor_texts="student")
-    expected = 0.0
+    w = torch.full((6, 2), 0.5, dtype=torch.float64)
     for group in ("seen", "vocabulary"):
         s, t = only(group, student), only(group, teacher)
-        expected = expected + expected_kl(s, [t], "image_anchor", w)
-    torch.testing.assert_close(got, expected)
+        gate, groups = (
+            anchor_loss(s, [t, t], w, anchor_weights=by, anchor_texts="student")
+            for by in ("gate", "group")
+        )
+        torch.testing.assert_close(gate, groups)
 
 
 def test_gradcheck(models, target):
