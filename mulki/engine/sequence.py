@@ -156,7 +156,7 @@ class _Sequence:
         setup, groups = self.setup, self.setup.method.needs.anchors
         if setup.vocabulary is not None:
             _log.info(
-                "vocabulary: %d words, %d repeated ones left out",
+                "vocabulary: %d words; repeated and left out: %d",
                 len(setup.vocabulary.words),
                 setup.vocabulary.repeated,
             )

@@ -160,7 +160,7 @@ def test_a_run_with_a_vocabulary_of_ones_own(run: Run, tmp_path: Path) -> None:
     words.write_text("cat\nblue\ndog\ncat\n")
     folder = run(method="mulki", anchors="both", vocabulary=str(words), log_every_n_steps=1)
     log = (folder.path / "out.log").read_text()
-    assert "vocabulary: 3 words, 1 repeated ones left out" in log
+    assert "vocabulary: 3 words; repeated and left out: 1" in log
     assert "text anchors left out for a class of the same name: colours 1, shades 1" in log
     assert "image_anchor" in log
     assert "vocabulary" in (folder.path / "env.json").read_text()
