@@ -84,9 +84,11 @@ def _run(argv: list[str]) -> int:
     from rich.console import Console
 
     from mulki.engine.config import resolve
+    from mulki.engine.memory import keep_freed_memory
     from mulki.engine.sequence import run
     from mulki.report.tables import print_matrix
 
+    keep_freed_memory()
     console = Console()
     # The level is the handler's: out.log takes more of the package's messages than the terminal.
     # Errors are left out here, since `run_command` prints the one that ends a run.

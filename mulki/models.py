@@ -291,8 +291,11 @@ def _output_to(
 
 
 def _pooled(text: Any, tokens: Tensor) -> Tensor:
-    # The first part of open_clip's HFTextEncoder.forward; the second part is `text.proj`.
+    # The first part of open_clip's HFTextEncoder.forward; the second part is `text.proj`. Columns
+    # of padding alone change nothing, and most prompts are much shorter than the context.
     mask = (tokens != text.config.pad_token_id).long()
+    width = int((mask * torch.arange(mask.shape[1], device=mask.device)).max()) + 1
+    tokens, mask = tokens[:, :width], mask[:, :width]
     out = text.transformer(input_ids=tokens, attention_mask=mask)
     return text.pooler(out, mask)
 

@@ -9,7 +9,7 @@
     python -m benchmarks.embedded.compare figures   # learning curves from the runs so far
 
 Every finished run is a line of `results.jsonl` beside this file; a run that is there already, with
-the same options and the same start model and images, is not repeated.
+the same settings and the same start model and images, is not repeated.
 """
 
 from __future__ import annotations
@@ -19,23 +19,20 @@ import hashlib
 import json
 import multiprocessing
 import os
-import platform
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import fields
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import yaml
-
 from benchmarks.embedded import figures, studies
 from benchmarks.embedded.holdout import held_out
 from benchmarks.embedded.packed_answers import pack as packed
 from benchmarks.embedded.packed_answers import unpack
-from benchmarks.embedded.studies import Run
+from benchmarks.embedded.studies import Options, Run
 from mulki.answers import read_answers
 from mulki.intervals import (
     Difference,
@@ -44,11 +41,14 @@ from mulki.intervals import (
     paired_bootstrap,
     seed_differences,
 )
+from mulki.report.compare import NEUTRAL
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.jsonl"
 TABLES = FOLDER / "RESULTS.md"
 METRICS = ("transfer", "average", "last", "forgetting", "cil_average", "cil_last")
+# Options that change no result.
+WITHOUT_A_SAY = NEUTRAL - {"seed", "tasks", "order"}
 # Options of every run.
 SHARED = {"tasks": ("embedded",), "preset": "small"}
 COMMAND = "python -m benchmarks.embedded.compare"
@@ -81,12 +81,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
     arguments = parser.parse_args()
     if arguments.study == "tables":
-        pack = fingerprint()
-        TABLES.write_text(tables([r for r in read_results() if r["pack"] == pack]))
+        TABLES.write_text(tables(standing(read_results())))
         print(TABLES.read_text())
         return
     if arguments.study == "figures":
-        for path in figures.draw(main_runs(read_results()), FOLDER):
+        for path in figures.draw(main_runs(standing(read_results())), FOLDER):
             print(path)
         return
     runs = {
@@ -106,12 +105,16 @@ def carry_out(runs: list[Run], jobs: int) -> None:
         ValueError: two runs of the study are the same, so that one would vanish from its table.
     """
     pack = fingerprint()
-    keys = [key_of(r, pack) for r in runs]
-    if len(set(keys)) < len(keys):
-        twice = {r.variant for r, key in zip(runs, keys, strict=True) if keys.count(key) > 1}
+    wanted = [settings_of(run) for run in runs]
+    twice = {run.variant for run, of in zip(runs, wanted, strict=True) if wanted.count(of) > 1}
+    if twice:
         raise ValueError(f"the same run under several names: {', '.join(sorted(twice))}")
-    done = {r["key"] for r in read_results()}
-    pending = [r for r in runs if key_of(r, pack) not in done]
+    done = [r for r in read_results() if r["pack"] == pack]
+    pending = [
+        run
+        for run, settings in zip(runs, wanted, strict=True)
+        if not any(has_settings(r, settings) for r in done)
+    ]
     print(f"{len(runs)} runs, {len(pending)} to do", flush=True)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("spawn")
@@ -130,9 +133,11 @@ def one_run(run: Run, pack: str, threads: int) -> dict[str, Any]:
     import torch
 
     from mulki.engine.config import resolve
+    from mulki.engine.memory import keep_freed_memory
     from mulki.engine.sequence import run as learn
     from mulki.engine.setup import load_tasks
 
+    keep_freed_memory()
     torch.set_num_threads(threads)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as logs:
@@ -145,14 +150,13 @@ def one_run(run: Run, pack: str, threads: int) -> dict[str, Any]:
         answers = RunAnswers.of_rows(read_answers(folder.path))
         environment = json.loads((folder.path / "env.json").read_text())
         summary = json.loads((folder.path / "summary.json").read_text())
-        resolved = yaml.safe_load((folder.path / "args.yaml").read_text())
     matrix = folder.matrix
     return {
-        "key": key_of(run, pack),
         "pack": pack,
         "study": run.study,
         "variant": run.variant,
-        "options": {k: list(v) if isinstance(v, tuple) else v for k, v in run.options.items()},
+        "options": _plain(run.options),
+        "settings": settings_of(run),
         **matrix.metrics().to_dict(),
         "cil_average": folder.class_incremental.average,
         "cil_last": folder.class_incremental.last,
@@ -163,8 +167,6 @@ def one_run(run: Run, pack: str, threads: int) -> dict[str, Any]:
         "answers": packed(answers),
         "seconds": round(time.perf_counter() - started, 1),
         "threads": threads,
-        "lr": resolved["lr"],
-        "precision": resolved["precision"],
         "cpu": environment["cpu"],
         "commit": environment["git_commit"],
         "torch": version("torch"),
@@ -183,22 +185,55 @@ def fingerprint() -> str:
     return digest.hexdigest()[:12]
 
 
-def key_of(run: Run, pack: str) -> str:
-    """Identifies a run: start model, images and the options that differ from their defaults.
-
-    So an option that is new, at its default, leaves the results valid that came before it.
-    """
+def settings_of(run: Run) -> Options:
+    """All options of a run that have a say in its result, as JSON gives them back."""
     from mulki.engine.config import resolve
 
     settings = resolve(SHARED | run.options)
-    changed = {
-        item.name: getattr(options, item.name)
-        for options in (settings.run, settings.method)
-        for item in fields(options)
-        if getattr(options, item.name) != item.default
+    values = asdict(settings.run) | asdict(settings.method)
+    return _plain({name: value for name, value in values.items() if name not in WITHOUT_A_SAY})
+
+
+def has_settings(result: dict[str, Any], settings: Options) -> bool:
+    """Whether a line of results was made with these settings.
+
+    A line that is older than an option was made with what is the default of the option now.
+    """
+    from mulki.engine.config import RunConfig
+    from mulki.methods import get
+
+    options = (RunConfig, get(settings["method"]).Options)
+    defaults = _plain({item.name: item.default for of in options for item in fields(of)})
+    return all(
+        result["settings"].get(name, defaults[name]) == value for name, value in settings.items()
+    )
+
+
+def standing(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The results that hold for the present start model, images, presets and defaults.
+
+    Studies by which a preset was chosen began from the preset before it; their results stay.
+    """
+    pack = fingerprint()
+    changes = studies.MULKI_STAGES | studies.MULKI_TERMS
+    reported = {
+        (run.study, run.variant, scene_of({"options": run.options}), run.options["seed"]): run
+        for run in (*studies.comparison(), *studies.ablation(changes))
     }
-    text = json.dumps([pack, settings.run.method, changed], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def holds(result: dict[str, Any]) -> bool:
+        if result["study"] in studies.CHOICES:
+            return True
+        place = (result["study"], result["variant"], scene_of(result), result["options"]["seed"])
+        run = reported.get(place)
+        return run is not None and has_settings(result, settings_of(run))
+
+    return [r for r in results if r["pack"] == pack and holds(r)]
+
+
+def _plain(values: Options) -> Options:
+    plain: Options = json.loads(json.dumps(values))
+    return plain
 
 
 def read_results() -> list[dict[str, Any]]:
@@ -214,14 +249,17 @@ def tables(results: list[dict[str, Any]]) -> str:
         study: [r for r in results if r["study"] == study]
         for study in ("tune", "forms", "compare", "ablate")
     }
-    machine = sorted({f"{r['cpu']}, torch {r['torch']}, {r['precision']}" for r in results})
+    machine = sorted(
+        {f"{r['cpu']}, torch {r['torch']}, {r['settings']['precision']}" for r in results}
+    )
+    commits = sorted({r["commit"][:12] for r in results if r["commit"]})
     parts = [
         "# Results on the bundled tasks",
         "Small images, a small start model, short tasks, the preset `small` (32 images in a "
         "batch): this compares methods with each other and says nothing of CLIP ViT-B/16 on the "
         "published benchmark. Accuracies in percent, metrics as `mulki metrics` defines them; cil: "
         "among all classes learned so far, one head.",
-        f"Measured on {'; '.join(machine)}; Python {platform.python_version()}.",
+        f"Measured on {'; '.join(machine)}; commits {', '.join(commits)}.",
     ]
     if by_study["compare"]:
         parts += [comparison_table(by_study["compare"])]
@@ -248,7 +286,7 @@ def comparison_table(results: list[dict[str, Any]]) -> str:
         for name in studies.ROWS:
             of = [r for r in results if scene_of(r) == scene and r["variant"] == name]
             if of:
-                uses = ", ".join(of[0].get("uses", ())) or "-"
+                uses = ", ".join(of[0]["uses"]) or "-"
                 means = (_mean(of, metric) for metric in METRICS)
                 lines.append(_row(*scene, name, uses, *means, len(of)))
     lines += [
@@ -345,14 +383,13 @@ def criterion(results: list[dict[str, Any]]) -> float:
 def main_runs(
     results: list[dict[str, Any]],
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """The runs of the main rows on the present start model and images, by scene and row."""
-    pack = fingerprint()
+    """The runs of the main rows, by scene and row."""
     return {
         f"{sequence}, order {order}": {
             name: [
                 r
                 for r in results
-                if (r["pack"], r["study"], r["variant"]) == (pack, "compare", name)
+                if (r["study"], r["variant"]) == ("compare", name)
                 and scene_of(r) == (sequence, order)
             ]
             for name in studies.MAIN_ROWS

@@ -56,6 +56,10 @@ SCENES: dict[tuple[str, str], Options] = {
     ("embedded-flags", "I"): {"tasks": ("embedded-flags",), "iterations": 16},
     ("embedded-glyphs", "I"): {"tasks": ("embedded-glyphs",), "iterations": 32},
 }
+# Methods with a running mean of weights, and steps between its members in short tasks: about as
+# many members as in the long ones.
+_WITH_MEAN = ("zscl", "mulki")
+_MEAN_EVERY = {"embedded-flags": 2, "embedded-glyphs": 5}
 
 # Studies by which something is chosen: no test image has a say in them.
 CHOICES = ("tune", "forms")
@@ -167,17 +171,25 @@ def comparison() -> list[Run]:
         seeds = SEEDS if name in MAIN_ROWS else FEWER_SEEDS
         # Without training there is nothing random.
         if seed in (seeds if name != "zero_shot" else SEEDS[:1]):
-            options = METHODS[row["method"]] | row | scene | {"seed": seed}
+            method = row["method"]
+            options = METHODS[method] | row | _in_scene(scene, method) | {"seed": seed}
             runs.append(Run("compare", name, options))
     return runs
 
 
 def ablation(changes: dict[str, Options], seeds: tuple[int, ...] = SEEDS) -> list[Run]:
     """MulKI with one change at a time, over scenes and seeds; `comparison` has it unchanged."""
+    whole = {"method": "mulki"} | METHODS["mulki"]
     return [
-        Run("ablate", name, {"method": "mulki", "seed": seed} | METHODS["mulki"] | scene | change)
+        Run("ablate", name, whole | _in_scene(scene, "mulki") | change | {"seed": seed})
         for seed, (name, change), scene in product(seeds, changes.items(), SCENES.values())
     ]
+
+
+def _in_scene(scene: Options, method: str) -> Options:
+    (sequence,) = scene.get("tasks", ("embedded",))
+    short = sequence in _MEAN_EVERY and method in _WITH_MEAN
+    return scene | ({"we_every": _MEAN_EVERY[sequence]} if short else {})
 
 
 def _shown(options: Options) -> str:

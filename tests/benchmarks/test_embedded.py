@@ -11,9 +11,11 @@ import pytest
 
 from benchmarks.embedded import compare, figures, studies
 from benchmarks.embedded.packed_answers import pack, unpack
+from mulki.engine import presets
 from mulki.errors import InputError
 from mulki.intervals import RunAnswers
 from mulki.metrics import compute_metrics
+from mulki.models import BUNDLED
 from tests import engine_helpers
 
 tiny_models = engine_helpers.tiny_models
@@ -37,7 +39,7 @@ def line(
         "study": "ablate" if variant else "compare",
         "options": {"method": method, "seed": seed, **options},
         **compute_metrics(a).to_dict(),
-        "cpu": "c", "torch": "2", "precision": "fp32",
+        "uses": [],
     }  # fmt: skip
     if kept:
         found |= {"answers": pack(of), "cil_average": 10.0, "cil_last": 5.0}
@@ -127,6 +129,35 @@ def test_a_line_of_results_keeps_the_answers(start_model: dict[str, str]) -> Non
     assert result["cil_last"] == pytest.approx(100 * last.mean(), abs=1e-3)
 
 
+def test_a_result_stands_while_its_settings_are_those_of_today(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = next(r for r in studies.comparison() if r.variant == "lwf")
+    made = {
+        "pack": compare.fingerprint(), "study": run.study, "variant": run.variant,
+        "options": run.options, "settings": compare.settings_of(run),
+    }  # fmt: skip
+    tuned = made | {"study": "tune", "settings": made["settings"] | {"lr": 1.0}}
+    older = made | {"settings": {k: v for k, v in made["settings"].items() if k != "wd"}}
+    others = [
+        made | {"pack": "other"},
+        made | {"settings": made["settings"] | {"lr": 1.0}},
+        made | {"settings": older["settings"] | {"wd": 1.0}},
+        made | {"variant": "a row of earlier times"},
+    ]
+    assert compare.standing([made, tuned, older, *others]) == [made, tuned, older]
+    monkeypatch.setitem(presets.METHODS, (BUNDLED, "lwf"), {"lr": 0.5})
+    assert compare.standing([made, tuned]) == [tuned]
+
+
+def test_the_running_mean_of_a_short_task_has_members_near_its_end() -> None:
+    for run in studies.comparison():
+        if run.options["method"] in ("mulki", "zscl"):
+            settings = compare.settings_of(run)
+            members, rest = divmod(settings["iterations"], settings["we_every"])
+            assert members >= 6 and rest <= settings["we_every"] // 2
+
+
 def test_studies_follow_their_rules() -> None:
     for method, grid in studies.GRIDS.items():
         runs = studies.tuning(method)
@@ -165,7 +196,7 @@ def test_figures_are_drawn_and_the_same_each_time(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs matplotlib")
     results = [
         line(method, seed, 0.5, order=order)
-        | {"pack": compare.fingerprint(), "matrix": np.eye(3).tolist(), "zero_shot": [0, 0, 0]}
+        | {"matrix": np.eye(3).tolist(), "zero_shot": [0, 0, 0]}
         for method in ("mulki", "lwf")
         for order in ("I", "II")
         for seed in (0, 1)

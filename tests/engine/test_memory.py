@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mulki.engine import memory
-from mulki.engine.memory import Fit, fitting_micro_batch, free_memory
+from mulki.engine.memory import Fit, fitting_micro_batch, free_memory, keep_freed_memory
 
 WIDTH = 64
 # What ReLU saves of a float32 row; Linear saves the images, which are there anyway.
@@ -124,3 +127,31 @@ def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch) -> Non
     assert free_memory(torch.device("cpu")) == 300
     monkeypatch.setattr(memory, "_cgroup_left", lambda: None)
     assert free_memory(torch.device("cpu")) == 1000
+
+
+KEPT = """
+import resource, sys
+import torch
+from mulki.engine.memory import keep_freed_memory
+
+kept = keep_freed_memory() if sys.argv[1] == "kept" else None
+for _ in range(20):
+    torch.ones(64, 2**18)
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+def test_freed_memory_is_kept() -> None:
+    if platform.libc_ver()[0] != "glibc":
+        assert keep_freed_memory() is False
+        return
+    faults = {}
+    for mode in ("kept", "given back"):
+        done = subprocess.run(
+            [sys.executable, "-c", KEPT, mode], capture_output=True, text=True, check=True
+        )
+        kept, count = done.stdout.split()
+        assert kept == {"kept": "True", "given back": "None"}[mode]
+        faults[mode] = int(count)
+    # 20 times 64 MiB: at most 2 MiB a page, where the system has pages as large as that.
+    assert faults["given back"] - faults["kept"] > 10 * 32
