@@ -36,11 +36,18 @@ def environment(hashes: Mapping[str, object] | None = None) -> dict[str, object]
         "cpu": _cpu_model(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "processes": _processes(),
         "cuda": torch.version.cuda,
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         **git_state(Path(__file__).resolve().parent.parent),
         "hashes": dict(hashes or {}),
     }
+
+
+def _processes() -> int:
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _version(distributions: tuple[str, ...]) -> str | None:

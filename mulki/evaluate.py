@@ -87,7 +87,7 @@ class Evaluator:
     ) -> list[Answers]:
         """Which test images of a task the model gets right; each image is encoded once.
 
-        Classes of two tasks are two classes, also where they have the same name.
+        Classes of two tasks with the same prompts are one class: no image could tell them apart.
 
         Args:
             number: of the task, from 0.
@@ -101,6 +101,7 @@ class Evaluator:
         self.model.eval()
         seen = [count for count in learned if count > number]
         heads = [range(number, number + 1), *map(range, seen)]
+        same = [self._first_alike(head) for head in heads]
         # 0 in places of other processes, so that the sum over processes is the whole.
         right = torch.zeros(len(heads), sum(batch_sizes(self._loaders[number])), dtype=torch.int64)
         for images, target, places in self._batches(number):
@@ -109,14 +110,20 @@ class Evaluator:
             logits = {
                 task: features @ classifiers[task].mT for task in {i for h in heads for i in h}
             }
-            for row, head in zip(right, heads, strict=True):
+            for row, head, first_alike in zip(right, heads, same, strict=True):
                 predicted = torch.cat([logits[i] for i in head], dim=1).argmax(dim=1).cpu()
-                first = sum(len(classifiers[i]) for i in head if i < number)
-                row[places] = (predicted[: len(places)] == target + first).long()
+                before = sum(len(classifiers[i]) for i in head if i < number)
+                row[places] = (first_alike[predicted] == first_alike[target + before]).long()
         summed = self._world.total(*right.flatten().tolist(), device=self.model.device)
         own, *rest = np.asarray(summed, dtype=bool).reshape(right.shape)
         by_count = dict(zip(seen, rest, strict=True))
         return [Answers(own, by_count.get(count)) for count in learned]
+
+    def _first_alike(self, head: range) -> Tensor:
+        # By place among the classes of some tasks, the first place with the same prompts.
+        prompts = [tuple(of_class) for i in head for of_class in self.tasks[i].prompts()]
+        firsts: dict[tuple[str, ...], int] = {}
+        return torch.tensor([firsts.setdefault(p, place) for place, p in enumerate(prompts)])
 
     def _batches(self, number: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         # The rows that a process repeats to fill its part of a batch are not counted.

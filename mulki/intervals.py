@@ -1,9 +1,12 @@
 """95 % intervals: of a mean over seeds, and of the difference of two methods.
 
 Two sources of chance are told apart. A seed decides in what order the images of a task come and how
-they are augmented; the interval of a mean over seeds has that source alone. The test images are a
-sample too, and a small one on small test sets. The paired bootstrap has both: it draws seeds and
-images with replacement, the same ones for both methods.
+they are augmented; a few values of it have the interval of Student's t. The test images are a
+sample too, and a small one on small test sets: they are drawn anew, with replacement, the same ones
+for both methods (a paired bootstrap). The two are independent, so where an interval has both, the
+squares of their widths add up. A bootstrap that draws the few seeds as well is too narrow: in
+simulations where seeds dominate, it covered the true difference in 72 of 100 cases with three pairs
+and in 85 with five.
 """
 
 from __future__ import annotations
@@ -137,7 +140,7 @@ def seed_differences(
     return found
 
 
-def paired_bootstrap(
+def paired_differences(
     ours: Sequence[RunAnswers],
     others: Sequence[RunAnswers],
     *,
@@ -146,11 +149,11 @@ def paired_bootstrap(
 ) -> dict[str, Difference]:
     """Differences of metrics, ours less the others', from seeds and test images together.
 
-    In each resample, pairs of runs are drawn with replacement, and test images of each task with
-    replacement: the same images for both methods and after all tasks. Both matrices and the metrics
-    are computed anew. The ends of the interval are percentiles of the differences (Efron and
-    Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13). With S pairs the part that
-    comes from seeds has S - 1 over S of its variance, as in every bootstrap of S values.
+    In each resample, test images of each task are drawn with replacement: the same images for all
+    runs and after all tasks. All matrices and metrics are computed anew. The part of the interval
+    that comes from images are percentiles of the mean difference (Efron and Tibshirani, An
+    Introduction to the Bootstrap, 1993, chapter 13); the part that comes from seeds is that of
+    Student's t on the differences of the pairs. A single pair has the first part alone.
 
     Args:
         ours, others: runs with the same tasks in the same order and the same test images, paired
@@ -172,22 +175,34 @@ def paired_bootstrap(
     runs = [*ours, *others]
     whole = _differences(runs, {task: np.ones((1, n), np.float32) for task, n in sizes})
     # One generator for each task, so that the draws do not depend on the chunks.
-    generator, *of_tasks = np.random.default_rng(seed).spawn(1 + len(sizes))
-    pairs = _counts(generator, resamples, len(ours)) / len(ours)
+    generators = np.random.default_rng(seed).spawn(len(sizes))
     drawn: dict[str, list[FloatArray]] = {name: [] for name in whole}
     for start, end in _chunks(resamples, max(n for _, n in sizes)):
         images = {
             task: _counts(generator, end - start, n)
-            for (task, n), generator in zip(sizes, of_tasks, strict=True)
+            for (task, n), generator in zip(sizes, generators, strict=True)
         }
         for name, values in _differences(runs, images).items():
-            drawn[name].append((values * pairs[start:end]).sum(axis=1))
+            drawn[name].append(values.mean(axis=1))
     tail = (1 - CONFIDENCE) / 2
     found = {}
     for name, parts in drawn.items():
-        low, high = np.quantile(np.concatenate(parts), [tail, 1 - tail])
-        found[name] = Difference(float(whole[name].mean()), float(low), float(high))
+        value, of_seeds = mean_interval(whole[name][0].tolist())
+        ends = np.quantile(np.concatenate(parts), [tail, 1 - tail])
+        below, above = (math.hypot(max(w, 0.0), of_seeds or 0.0) for w in (ends - value) * (-1, 1))
+        found[name] = Difference(value, value - below, value + above)
     return found
+
+
+def interval_over(pairs: int, *, images: bool) -> str:
+    """What the interval of a difference holds, in words.
+
+    Args:
+        pairs: how many pairs of runs.
+        images: whether it is from `paired_differences`, else from `seed_differences`.
+    """
+    parts = ["seeds"] * (pairs > 1) + ["images"] * images
+    return " and ".join(parts) or "nothing"
 
 
 def _chunks(resamples: int, images: int) -> Iterator[tuple[int, int]]:

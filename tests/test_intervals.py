@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from statistics import mean, stdev
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ import pytest
 from mulki.answers import Answers, seen_accuracy
 from mulki.intervals import (
     RunAnswers,
+    interval_over,
     mean_interval,
-    paired_bootstrap,
+    paired_differences,
     seed_differences,
     t_quantile,
 )
@@ -84,7 +86,7 @@ def test_answers_become_rows_and_the_zero_shot_row_is_left_out() -> None:
 def test_differences_are_those_of_the_metrics() -> None:
     random = np.random.default_rng(1)
     ours, others = ([run_of(random, share) for _ in range(2)] for share in (0.6, 0.4))
-    found = paired_bootstrap(ours, others, resamples=10)
+    found = paired_differences(ours, others, resamples=10)
     assert set(found) == set(METRICS)
 
     def values(run: RunAnswers) -> dict[str, float]:
@@ -106,7 +108,7 @@ def test_differences_are_those_of_the_metrics() -> None:
 def test_methods_that_are_the_same_differ_by_exactly_nothing(runs: int) -> None:
     random = np.random.default_rng(2)
     same = [run_of(random, n=30 + 11) for _ in range(runs)]
-    for difference in paired_bootstrap(same, same, resamples=200).values():
+    for difference in paired_differences(same, same, resamples=200).values():
         assert (difference.value, difference.low, difference.high) == (0.0, 0.0, 0.0)
 
 
@@ -118,7 +120,7 @@ def test_a_method_that_is_right_on_more_images() -> None:
     shape = (2, n)
     ours = RunAnswers(*[{t: np.broadcast_to(more, shape) for t in "ab"} for _ in range(2)])
     other = RunAnswers(*[{t: np.broadcast_to(base, shape) for t in "ab"} for _ in range(2)])
-    found = paired_bootstrap([ours], [other], resamples=4000)
+    found = paired_differences([ours], [other], resamples=4000)
     for name, tasks in (("average", 2), ("last", 2), ("transfer", 1), ("cil_last", 2)):
         difference = found[name]
         assert difference.value == pytest.approx(15.0)
@@ -134,12 +136,13 @@ def test_seeds_widen_the_interval() -> None:
     other = [run_of(steady, 0.5, 400)] * 4
     alike = [run_of(steady, 0.6, 400)] * 4
     apart = [run_of(random, share, 400) for share in (0.4, 0.5, 0.7, 0.8)]
-    narrow, wide = (paired_bootstrap(ours, other)["last"] for ours in (alike, apart))
+    narrow, wide = (paired_differences(ours, other)["last"] for ours in (alike, apart))
     assert wide.high - wide.low > 3 * (narrow.high - narrow.low)  # type: ignore[operator]
     means = [100 * mean(float(run.own[t][-1].mean()) for t in TASKS) for run in apart]
-    # Standard error of the seeds, less the bootstrap's factor sqrt(3 / 4).
-    error = stdev(means) / 2 * math.sqrt(3 / 4)
-    assert wide.high - wide.low == pytest.approx(2 * 1.96 * error, rel=0.2)  # type: ignore[operator]
+    others = [100 * mean(float(run.own[t][-1].mean()) for t in TASKS) for run in other]
+    seeds = 3.18245 * stdev(a - b for a, b in zip(means, others, strict=True)) / 2
+    assert wide.high - wide.low > 2 * seeds  # type: ignore[operator]
+    assert wide.high - wide.low == pytest.approx(2 * seeds, rel=0.1)  # type: ignore[operator]
 
 
 def test_the_same_seed_gives_the_same_interval_in_any_chunks(
@@ -147,28 +150,55 @@ def test_the_same_seed_gives_the_same_interval_in_any_chunks(
 ) -> None:
     random = np.random.default_rng(5)
     ours, others = [run_of(random)], [run_of(random)]
-    first = paired_bootstrap(ours, others, resamples=100, seed=7)
-    assert paired_bootstrap(ours, others, resamples=100, seed=7) == first
-    assert paired_bootstrap(ours, others, resamples=100, seed=8) != first
+    first = paired_differences(ours, others, resamples=100, seed=7)
+    assert paired_differences(ours, others, resamples=100, seed=7) == first
+    assert paired_differences(ours, others, resamples=100, seed=8) != first
     monkeypatch.setattr("mulki.intervals._AT_ONCE", 40 * 7)
-    assert paired_bootstrap(ours, others, resamples=100, seed=7) == first
+    assert paired_differences(ours, others, resamples=100, seed=7) == first
 
 
-def test_the_interval_covers_the_true_difference() -> None:
-    # Many small experiments with a known difference of 10 points, on images alone.
+@pytest.mark.parametrize(
+    ("pairs", "of_seed"),
+    # The effect of a seed: none, one as large as that of the images, and a larger one.
+    [(1, 0.0), (3, 0.0), (3, 0.06), (3, 0.2), (5, 0.2)],
+)
+def test_the_interval_covers_the_true_difference(pairs: int, of_seed: float) -> None:
+    # Many small experiments with a known difference of 10 points. Whether an image is right depends
+    # on the image, which all runs share, on the run, and on what their seed does to the method.
     random = np.random.default_rng(6)
-    covered = 0
-    for _ in range(200):
-        ours, other = (run_of(random, share, 60, ("a",)) for share in (0.6, 0.5))
-        found = paired_bootstrap([ours], [other], resamples=300)["average"]
-        covered += found.low <= 10.0 <= found.high  # type: ignore[operator]
-    assert 0.9 <= covered / 200 <= 0.99
+    covered, n = 0, 60
+
+    def run(images: np.ndarray[Any, Any], share: float) -> RunAnswers:
+        right = (0.5 * images + 0.5 * random.random(n) < share)[None]
+        return RunAnswers({"a": right}, {"a": right})
+
+    def chance(share: float) -> float:
+        # That the mean of two uniform numbers is below `share`.
+        return 2 * share**2 if share < 0.5 else 1 - 2 * (1 - share) ** 2
+
+    spread = np.linspace(-of_seed, of_seed, 1001)
+    true = 100 * (mean(chance(0.5 + e) for e in spread) - chance(0.45))
+    for _ in range(400):
+        images = random.random(n)
+        effects = random.uniform(-of_seed, of_seed, pairs)
+        ours = [run(images, 0.5 + effect) for effect in effects]
+        others = [run(images, 0.45) for _ in range(pairs)]
+        found = paired_differences(ours, others, resamples=300)["average"]
+        covered += found.low <= true <= found.high  # type: ignore[operator]
+    assert covered / 400 >= 0.92
+
+
+def test_what_an_interval_holds_in_words() -> None:
+    assert interval_over(3, images=True) == "seeds and images"
+    assert interval_over(1, images=True) == "images"
+    assert interval_over(2, images=False) == "seeds"
+    assert interval_over(1, images=False) == "nothing"
 
 
 def test_one_task_has_no_transfer() -> None:
     random = np.random.default_rng(7)
     ours, other = (run_of(random, tasks=("a",)) for _ in range(2))
-    assert set(paired_bootstrap([ours], [other], resamples=5)) == {
+    assert set(paired_differences([ours], [other], resamples=5)) == {
         "average", "last", "cil_average", "cil_last"
     }  # fmt: skip
 
@@ -188,8 +218,8 @@ def test_what_cannot_be_paired() -> None:
     random = np.random.default_rng(8)
     one = run_of(random)
     with pytest.raises(ValueError, match="1 runs against 2"):
-        paired_bootstrap([one], [one, one])
+        paired_differences([one], [one, one])
     with pytest.raises(ValueError, match="0 runs against 0"):
-        paired_bootstrap([], [])
+        paired_differences([], [])
     with pytest.raises(ValueError, match="other tasks or test sets"):
-        paired_bootstrap([one], [run_of(random, n=41)])
+        paired_differences([one], [run_of(random, n=41)])

@@ -37,8 +37,9 @@ from mulki.answers import read_answers
 from mulki.intervals import (
     Difference,
     RunAnswers,
+    interval_over,
     mean_interval,
-    paired_bootstrap,
+    paired_differences,
     seed_differences,
 )
 from mulki.report.compare import NEUTRAL
@@ -291,8 +292,8 @@ def comparison_table(results: list[dict[str, Any]]) -> str:
                 lines.append(_row(*scene, name, uses, *means, len(of)))
     lines += [
         "",
-        "MulKI less the other method, paired by seed, with the 95 % interval of a bootstrap over "
-        "seeds and test images; of runs that kept no answers, over seeds alone (Student's t):",
+        "MulKI less the other method, paired by seed, with the 95 % interval over seeds (Student's "
+        "t) and test images (paired bootstrap); see `mulki.intervals`:",
         "",
         _header("against", "sequence", "order", *METRICS, "interval over", "pairs"),
     ]
@@ -313,7 +314,7 @@ def ablation_table(whole: list[dict[str, Any]], changed: list[dict[str, Any]]) -
         "## Ablation of MulKI",
         "",
         f"`{COMMAND} ablate` and `{COMMAND} terms`. Difference from the MulKI of the comparison, "
-        "paired by seed, with its 95 % interval as above; a single pair without answers has none.",
+        "paired by seed, with its 95 % interval as above.",
         "",
         _header("variant", "sequence", "order", *METRICS, "interval over", "pairs"),
     ]
@@ -417,12 +418,12 @@ def _differences(ours: list[dict[str, Any]], others: list[dict[str, Any]]) -> li
     ours, others = map(list, zip(*pairs, strict=True))
     with_images = all("answers" in r for r in (*ours, *others))
     found: dict[str, Difference] = (
-        paired_bootstrap(*([unpack(r["answers"]) for r in of] for of in (ours, others)))
+        paired_differences(*([unpack(r["answers"]) for r in of] for of in (ours, others)))
         if with_images
         else seed_differences(*([_known(r) for r in of] for of in (ours, others)))
     )
     cells = [_difference(found[name]) if name in found else "-" for name in METRICS]
-    return [*cells, "seeds and images" if with_images else "seeds", str(len(pairs))]
+    return [*cells, interval_over(len(pairs), images=with_images), str(len(pairs))]
 
 
 def _known(result: dict[str, Any]) -> dict[str, float]:

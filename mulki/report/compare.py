@@ -24,8 +24,9 @@ from mulki.errors import InputError, nearest
 from mulki.intervals import (
     Difference,
     RunAnswers,
+    interval_over,
     mean_interval,
-    paired_bootstrap,
+    paired_differences,
     seed_differences,
 )
 from mulki.report import tables
@@ -125,13 +126,13 @@ class Against:
     Args:
         label: of the group.
         pairs: pairs of runs with the same seed.
-        images: whether the intervals are over test images too.
+        over: what the intervals hold, see `mulki.intervals.interval_over`.
         metrics: differences in percentage points.
     """
 
     label: str
     pairs: int
-    images: bool
+    over: str
     metrics: Mapping[str, Difference]
 
 
@@ -206,33 +207,33 @@ def compare(folders: Sequence[str | os.PathLike[str]], baseline: str | None = No
     runs = list(_complete(dict.fromkeys(Path(folder) for folder in folders), warnings))
     if not runs:
         raise InputError("no complete run to compare; pass folders of runs that have ended")
-    labels = _labels(runs)
     by_tasks: dict[tuple[str, ...], dict[str, list[Run]]] = {}
     for run in runs:
         here = by_tasks.setdefault(run.data.matrix.tasks, {})
-        here.setdefault(labels[run.configuration], []).append(run)
-    if len(set(labels.values())) > 1 and all(len(here) == 1 for here in by_tasks.values()):
+        here.setdefault(run.configuration, []).append(run)
+    configurations = {run.configuration for run in runs}
+    if len(configurations) > 1 and all(len(here) == 1 for here in by_tasks.values()):
         raise InputError(
             f"{runs[0].path} and the others: no two configurations learned the same tasks in the "
             "same order; pass runs of one sequence and order"
         )
-    chosen = None if baseline is None else _baseline(baseline, runs, labels)
+    groups_of = {tasks: _groups(here) for tasks, here in by_tasks.items()}
+    if baseline is not None:
+        _check_baseline(baseline, [group for groups in groups_of.values() for group in groups])
     sections = []
-    for tasks, found in by_tasks.items():
-        name = _name(next(iter(found.values()))[0])
-        groups = [Group(label, tuple(each)) for label, each in found.items()]
+    for tasks, groups in groups_of.items():
+        name = _name(groups[0].runs[0])
         warnings += _mixed(name, groups)
-        first = groups[0].label if chosen is None else chosen
-        base = next((group for group in groups if group.label == first), None)
+        base = groups[0] if baseline is None else _base(baseline, groups)
         if base is None:
-            warnings.append(f"{name}: no run of the baseline {first}, so no differences")
+            warnings.append(f"{name}: no run of the baseline {baseline}, so no differences")
         others = [g for g in groups if base is not None and g is not base]
         differences = [_against(name, g, base, warnings) for g in others if base is not None]
         sections.append(
             Section(
                 name,
                 tasks,
-                tuple(groups),
+                groups,
                 base.label if base else None,
                 tuple(each for each in differences if each is not None),
             )
@@ -271,41 +272,45 @@ def _read(folder: Path) -> Run:
     return Run(folder, data, options, answers)
 
 
-def _labels(runs: Sequence[Run]) -> dict[str, str]:
-    # By configuration. Presets give other methods other options, which their name stands for.
-    by_method: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for run in runs:
-        by_method.setdefault(run.method, {})[run.configuration] = run.options
-    labels = {}
-    for method, configurations in by_method.items():
-        names = sorted({name for options in configurations.values() for name in options} - NEUTRAL)
-        differ = [
-            name
-            for name in names
-            if len({repr(options.get(name)) for options in configurations.values()}) > 1
+def _groups(by_configuration: Mapping[str, Sequence[Run]]) -> tuple[Group, ...]:
+    # Presets give other methods other options, which the name of the method stands for, so a label
+    # has the options in which the groups of one method differ.
+    by_method: dict[str, list[Mapping[str, Any]]] = {}
+    for runs in by_configuration.values():
+        by_method.setdefault(runs[0].method, []).append(runs[0].options)
+    groups = []
+    for runs in by_configuration.values():
+        same_method = by_method[runs[0].method]
+        names = sorted({name for options in same_method for name in options} - NEUTRAL)
+        shown = [
+            {name: f"{name}={o[name]}" if name in o else f"{name} unset" for name in names}
+            for o in same_method
         ]
-        for configuration, options in configurations.items():
-            values = [f"{name}={options.get(name)}" for name in differ]
-            labels[configuration] = " ".join([method, *values])
-    return labels
+        own = shown[next(i for i, o in enumerate(same_method) if o is runs[0].options)]
+        differ = [own[name] for name in names if len({each[name] for each in shown}) > 1]
+        groups.append(Group(" ".join([runs[0].method, *differ]), tuple(runs)))
+    return tuple(groups)
 
 
-def _baseline(given: str, runs: Sequence[Run], labels: Mapping[str, str]) -> str:
-    known = set(labels.values())
-    if given in known:
-        return given
-    of_method = {labels[run.configuration] for run in runs if run.method == given}
-    if len(of_method) == 1:
-        return of_method.pop()
-    if of_method:
+def _base(given: str, groups: Sequence[Group]) -> Group | None:
+    # The group with this label, or the only one of this method.
+    by_label = {group.label: group for group in groups}
+    of_method = [group for group in groups if group.runs[0].method == given]
+    if given not in by_label and len(of_method) > 1:
         raise InputError(
             f"--baseline: {given} has {len(of_method)} configurations; pass one of "
-            f"{', '.join(map(repr, sorted(of_method)))}"
+            f"{', '.join(repr(group.label) for group in of_method)}"
         )
-    raise InputError(
-        f"--baseline: no runs of {given}{nearest(given, known)}; pass one of "
-        f"{', '.join(map(repr, sorted(known)))}"
-    )
+    return by_label.get(given, next(iter(of_method), None))
+
+
+def _check_baseline(given: str, groups: Sequence[Group]) -> None:
+    known = sorted({group.label for group in groups} | {g.runs[0].method for g in groups})
+    if given not in known:
+        raise InputError(
+            f"--baseline: no runs of {given}{nearest(given, known)}; pass one of "
+            f"{', '.join(map(repr, known))}"
+        )
 
 
 def _name(run: Run) -> str:
@@ -327,11 +332,25 @@ def _mixed(name: str, groups: Sequence[Group]) -> Iterator[str]:
         "start weights": {run: hashes[run].get("weights") for run in runs},
         "images or prompts": {run: hashes[run].get("tasks") for run in runs},
         "sizes of test sets": {run: run.data.summary.get("test_images") for run in runs},
+        # Folders of before it was written are of one process.
+        "numbers of processes": {run: run.data.environment.get("processes", 1) for run in runs},
+    }
+    # Not every method uses these.
+    used = {
+        "vocabularies": {run: hashes[run].get("vocabulary") for run in runs},
+        "reference sets": {run: hashes[run].get("reference") for run in runs},
+    }
+    facts |= {
+        what: {run: value for run, value in of_run.items() if value is not None}
+        for what, of_run in used.items()
     }
     for what, of_run in facts.items():
-        others = [str(run.path) for run in runs if of_run[run] != of_run[runs[0]]]
+        if not of_run:
+            continue
+        first = next(iter(of_run))
+        others = [str(run.path) for run in of_run if of_run[run] != of_run[first]]
         if others:
-            yield f"{name}: {what} of {', '.join(others)} differ from those of {runs[0].path}"
+            yield f"{name}: {what} of {', '.join(others)} differ from those of {first.path}"
     for group in groups:
         seeds = [run.seed for run in group.runs]
         if len(set(seeds)) < len(seeds):
@@ -356,23 +375,29 @@ def _against(name: str, group: Group, base: Group, warnings: list[str]) -> Again
         and all(each == hashes[0] for each in hashes)
     )
     if images:
-        metrics = paired_bootstrap(with_answers, other_answers)
+        metrics = paired_differences(with_answers, other_answers)
+        if len(pairs) == 1:
+            warnings.append(
+                f"{name}: {group.label} less {base.label} has intervals over images alone, since "
+                "there is one pair of runs"
+            )
     else:
         metrics = seed_differences([r.metrics for r in ours], [r.metrics for r in others])
         why = "answers are missing" if len(sizes) < 2 * len(pairs) else "test images differ"
         warnings.append(
             f"{name}: {group.label} less {base.label} has intervals over seeds alone, since {why}"
         )
-    return Against(group.label, len(pairs), images, {k: metrics[k] for k in TITLES if k in metrics})
+    over = interval_over(len(pairs), images=images)
+    return Against(group.label, len(pairs), over, {k: metrics[k] for k in TITLES if k in metrics})
 
 
 def _pairs(group: Group, base: Group) -> Iterator[tuple[Run, Run]]:
     ours, others = ({run.seed: run for run in reversed(g.runs)} for g in (group, base))
-    # A model that does not learn is the same for every seed, so one run of it stands for all.
-    if len(others) == 1 and base.runs[0].never_changed:
-        others = dict.fromkeys(ours, base.runs[0])
-    elif len(ours) == 1 and group.runs[0].never_changed:
-        ours = dict.fromkeys(others, group.runs[0])
+    # A model that does not learn is the same for every seed, so any run of it stands for all.
+    if all(run.never_changed for run in base.runs):
+        others = dict.fromkeys(ours, base.runs[0]) | others
+    elif all(run.never_changed for run in group.runs):
+        ours = dict.fromkeys(others, group.runs[0]) | ours
     for seed in sorted(ours.keys() & others.keys()):
         yield ours[seed], others[seed]
 
@@ -390,13 +415,13 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         console.print(table, "", sep="\n")
         if section.differences:
             console.print(Text(f"less {section.baseline}", style="bold"))
-            table = _table("", *TITLES.values(), "pairs")
+            table = _table("", *TITLES.values(), "pairs", "interval over")
             for against in section.differences:
                 cells = [
                     _difference(against.metrics[name]) if name in against.metrics else "-"
                     for name in TITLES
                 ]
-                table.add_row(Text(against.label), *cells, str(against.pairs))
+                table.add_row(Text(against.label), *cells, str(against.pairs), against.over)
             console.print(table, "", sep="\n")
     text = "in percent: mean ± half of its 95 % interval over seeds; difference [95 % interval]"
     console.print(Text(text, style="dim"))

@@ -21,6 +21,7 @@ class RunData:
         status: "complete", "interrupted", or "unknown" without a summary.
         matrix: from ``matrix.csv``.
         summary: from ``summary.json``.
+        class_incremental: from the summary; without values where it has none.
         config: the text of ``args.yaml``.
         environment: from ``env.json``.
     """
@@ -29,13 +30,9 @@ class RunData:
     status: str
     matrix: AccuracyMatrix
     summary: dict[str, Any]
+    class_incremental: ClassIncremental
     config: str
     environment: dict[str, Any]
-
-    @property
-    def class_incremental(self) -> ClassIncremental:
-        """From the summary; without values where it has none."""
-        return ClassIncremental(self.summary.get("class_incremental", {}).get("after", {}))
 
 
 def read_folder(folder: str | os.PathLike[str]) -> RunData:
@@ -59,9 +56,20 @@ def read_folder(folder: str | os.PathLike[str]) -> RunData:
         status=summary.get("status", "unknown"),
         matrix=read_matrix(folder / "matrix.csv"),
         summary=summary,
+        class_incremental=_class_incremental(folder / "summary.json", summary),
         config=arguments.read_text(encoding="utf-8") if arguments.is_file() else "",
         environment=_read_json(folder / "env.json"),
     )
+
+
+def _class_incremental(path: Path, summary: dict[str, Any]) -> ClassIncremental:
+    try:
+        return ClassIncremental(dict(summary.get("class_incremental", {}).get("after", {})))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(
+            f'{path}: "class_incremental" is not what a run writes ({error}); restore the file or '
+            "remove the entry"
+        ) from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def test_tables_have_means_and_paired_differences() -> None:
         (row,) = rows(text, method, "embedded", "I")
         assert row[-2:] == ["seeds and images", "3"]
         value, low, high = (float(x.strip("[],")) for x in row[0].split())
-        assert 20 < low < value < high < 80
+        assert 0 < low < value < high < 100
     # The two are right on the same images.
     (row,) = rows(text, "lwf", "embedded-glyphs", "I")
     assert row == ["+0.00 [+0.00, +0.00]"] * 6 + ["seeds and images", "2"]
@@ -111,7 +111,7 @@ def test_the_ablation_is_less_the_whole_method() -> None:
     changed = [line("mulki", 1, 0.6, variant=name, order="I")]
     text = compare.ablation_table(whole, changed)
     ((transfer, *_, over, pairs),) = rows(text, name, "embedded", "I")
-    assert (over, pairs) == ("seeds and images", "1")
+    assert (over, pairs) == ("images", "1")
     assert float(transfer.split()[0]) == pytest.approx(
         changed[0]["transfer"] - whole[1]["transfer"], abs=0.006
     )
