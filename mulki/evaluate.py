@@ -113,7 +113,8 @@ class Evaluator:
             for row, head, first_alike in zip(right, heads, same, strict=True):
                 predicted = torch.cat([logits[i] for i in head], dim=1).argmax(dim=1).cpu()
                 before = sum(len(classifiers[i]) for i in head if i < number)
-                row[places] = (first_alike[predicted] == first_alike[target + before]).long()
+                found = first_alike[predicted[: len(places)]]
+                row[places] = (found == first_alike[target + before]).long()
         summed = self._world.total(*right.flatten().tolist(), device=self.model.device)
         own, *rest = np.asarray(summed, dtype=bool).reshape(right.shape)
         by_count = dict(zip(seen, rest, strict=True))

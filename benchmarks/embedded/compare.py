@@ -62,7 +62,8 @@ NOTES = (
     "another start model, so order II is the cleaner evidence.",
     "- Uses: what a method takes beside its tasks; the words are ImageNet's class names, without "
     "any image of theirs. zscl and snd distil on the task's own images here; with reference images "
-    "of their own they are other methods.",
+    "of their own they are other methods. The text projection trains in every method, in snd "
+    "too, which has no term for it.",
     "- zero_shot is the start model, which learns nothing; its transfer is what can be lost.",
 )
 

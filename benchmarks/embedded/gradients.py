@@ -105,6 +105,8 @@ def main() -> None:
     } | dict(zip(names, rest[1::2], strict=True))
     # The preset is that of MulKI, whose options these are.
     settings = resolve(given | {"method": MulKI.name})
+    if settings.run.micro_batch is not None:
+        parser.error("--micro-batch: the norms are of whole batches; leave it out")
     notes: list[dict[str, Any]] = []
     method = measured(notes)
     options = asdict(settings.run) | asdict(settings.method) | {"method": method.name}

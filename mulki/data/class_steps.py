@@ -30,10 +30,10 @@ def class_steps(task: Task, counts: Sequence[int]) -> list[Task]:
     Raises:
         InputError: counts that are not those of all classes, or a step without images.
     """
-    if sum(counts) != len(task.classes):
+    if sum(counts) != len(task.classes) or min(counts) < 2:
         raise InputError(
             f'task "{task.name}": steps of {", ".join(map(str, counts))} classes came, wanted '
-            f"steps that sum to its {len(task.classes)} classes; change the counts"
+            f"steps of at least two that sum to its {len(task.classes)} classes; change the counts"
         )
     steps = []
     for number, (start, end) in enumerate(pairwise(accumulate(counts, initial=0)), start=1):

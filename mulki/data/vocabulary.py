@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,7 @@ class Vocabulary:
 
     Args:
         words: in the order of their source.
-        repeated: words of the source that were left out because they came before, whatever their
-            capitals.
+        repeated: words of the source that were left out because they came before, see `key_of`.
     """
 
     words: tuple[str, ...]
@@ -42,8 +42,11 @@ class Vocabulary:
 
 
 def key_of(word: str) -> str:
-    """What two words have in common that differ in nothing but capitals and outer spaces."""
-    return word.strip().casefold()
+    """What words have in common that differ in capitals, spaces, underscores or Unicode form only.
+
+    The forms are those of letters with accents, one character or two.
+    """
+    return unicodedata.normalize("NFC", " ".join(word.replace("_", " ").split()).casefold())
 
 
 def imagenet_vocabulary() -> Vocabulary:

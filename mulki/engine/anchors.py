@@ -81,8 +81,8 @@ class Anchors:
     Args:
         texts: of the task.
         inputs: from prompts to the inputs of `VisionLanguageModel.encode_texts`.
-        per_step: how many are drawn for a step, without repetition; None for all. Up to half of
-            them are of the group `SEEN`, which is the smaller one.
+        per_step: how many are drawn for a step, without repetition; None for all. Half of them are
+            of the group `SEEN`, which is the smaller one, or all of that group if it has fewer.
         seed: of the draws.
     """
 
@@ -111,7 +111,10 @@ class Anchors:
             self._all = self._all or AnchorBatch(self._inputs(self._prompts), self._seen, None)
             return self._all
         words = len(self) - self._seen
-        of_seen = min(self._seen, max(self._per_step // 2, self._per_step - words))
+        # An odd number is rounded up and down by turns of chance, so that 1 draws of both groups.
+        odd_one = int(torch.randint(2, (), generator=self._generator))
+        half = (self._per_step + odd_one) // 2
+        of_seen = min(self._seen, max(half, self._per_step - words))
         places = torch.cat(
             [
                 self._drawn(self._seen, of_seen),

@@ -81,8 +81,8 @@ class RunConfig:
     )
     anchors_per_step: int | None = option(
         None,
-        "text anchors drawn for each step; if left out all, or 256 where the student's text tower "
-        "trains and encodes them",
+        "text anchors drawn for each step; if left out all, or where the student encodes them at "
+        "most 32768, 256 if its text tower trains",
         low=1,
     )
     augment: str = option(

@@ -47,6 +47,7 @@ def fitting_micro_batch(
     parameters: Sequence[nn.Parameter],
     available: int | None,
     *,
+    beside: int = 0,
     tried: bool = False,
     smallest: Callable[[int], int] = lambda number: number,
 ) -> Fit:
@@ -61,6 +62,7 @@ def fitting_micro_batch(
         parameters: what trains. Memory is left for the gradient and the two AdamW moments of each,
             which are allocated later.
         available: free bytes; None if that is not known.
+        beside: bytes that the step saves for the backward pass beside the graph of the images.
         tried: run forward and backward with the size found, and halve it until that succeeds: for
             devices that raise an error when their memory is exhausted.
         smallest: from a number to the smallest of all processes. All of them then try the same
@@ -68,18 +70,32 @@ def fitting_micro_batch(
     """
     devices = {p.device for p in parameters if p.device.type not in ("cpu", "meta")}
     with _generators_kept(devices):
-        one = _saved_bytes(encode, images[:1])
-        two = _saved_bytes(encode, images[:2]) if len(images) > 1 else one
-        per_sample = max(two - one, 1)
+        per_sample = max(_bytes_of_a_sample(encode, images), 1)
         if available is not None:
             available = max(available - 3 * sum(_local(p).nbytes for p in parameters), 0)
-            size = min(max(int(_USED_FRACTION * available) // per_sample, 1), len(images))
+            room = int(_USED_FRACTION * available) - beside
+            size = min(max(room // per_sample, 1), len(images))
         else:
             size = len(images)
         size = smallest(size)
         while tried and size > 1 and not smallest(_passes(encode, images[:size], parameters)):
             size //= 2
     return Fit(size, per_sample, available)
+
+
+def graph_bytes(encode: Callable[[Tensor], Tensor], inputs: Tensor) -> int:
+    """Bytes that encoding these inputs [n, ...] saves for the backward pass.
+
+    Measured with a forward pass of one sample and of two; torch's generators stay as they are.
+    """
+    with _generators_kept({inputs.device} - {torch.device("cpu")}):
+        return len(inputs) * _bytes_of_a_sample(encode, inputs)
+
+
+def _bytes_of_a_sample(encode: Callable[[Tensor], Tensor], inputs: Tensor) -> int:
+    one = _saved_bytes(encode, inputs[:1])
+    two = _saved_bytes(encode, inputs[:2]) if len(inputs) > 1 else one
+    return max(two - one, 0)
 
 
 def _local(parameter: nn.Parameter) -> Tensor:

@@ -31,8 +31,10 @@ from mulki.texts import TextInputs
 # Memory for the transformed test images of a task, which every evaluation needs again.
 _TEST_CACHE_MIB = 256
 
-# Anchors of a step where encoding them costs about as much as encoding the images does.
+# Anchors of a step where encoding them costs about as much as encoding the images does: through a
+# text tower, and through its projection alone.
 _ENCODED_ANCHORS = 256
+_PROJECTED_ANCHORS = 2**15
 
 _log = logging.getLogger(__name__)
 
@@ -173,8 +175,8 @@ class _Sequence:
         if not setup.method.needs.anchors:
             return None
         per_step = setup.config.anchors_per_step
-        if per_step is None and setup.method.needs.student_anchors and setup.model.trains_texts:
-            per_step = _ENCODED_ANCHORS
+        if per_step is None and setup.method.needs.student_anchors:
+            per_step = _ENCODED_ANCHORS if setup.model.trains_texts else _PROJECTED_ANCHORS
         texts = anchor_texts(setup.method.needs.anchors, setup.tasks, index, setup.vocabulary)
         return Anchors(texts, self.text_inputs, per_step, seed=setup.config.seed + index)
 

@@ -78,16 +78,19 @@ class Step:
         needs = self._method.needs
         if reference is not None and needs.captions and needs.student_captions:
             captions = self._model.text_inputs(reference.captions)
+        anchors = self._anchors.draw() if self._anchors is not None else None
+        texts = self._class_texts
+        if anchors is not None and needs.student_anchors:
+            texts = torch.cat([texts, anchors.inputs])
         if self._micro_batch is None:
-            self._micro_batch = self._choose_micro_batch(batch, reference, captions)
+            self._micro_batch = self._choose_micro_batch(batch, texts, reference, captions)
         if self._micro_batch == len(batch.images):
             images = batch.images.to(self._model.device, non_blocking=True)
             batch = replace(batch, images=images)
         # Otherwise the images stay on the host and each micro-batch is moved when it is encoded, so
         # that the device memory of a step does not grow with its batch.
-        anchors = self._anchors.draw() if self._anchors is not None else None
         teachers = self._teachers.features(batch, self._micro_batch, reference, anchors)
-        terms = self._backward(batch, reference, captions, anchors, teachers)
+        terms = self._backward(batch, texts, reference, captions, anchors, teachers)
         # One read from the device for all terms of a step.
         values = torch.stack([term.reshape(()) for term in terms.values()])
         return dict(zip(terms, values.tolist(), strict=True))
@@ -119,7 +122,11 @@ class Step:
         return self._encode_images(images), *map(self._encode_texts, captions)
 
     def _choose_micro_batch(
-        self, batch: Batch, reference: ReferenceBatch | None, captions: Tensor | None
+        self,
+        batch: Batch,
+        texts: Tensor,
+        reference: ReferenceBatch | None,
+        captions: Tensor | None,
     ) -> int:
         config, device, world, images = self._config, self._model.device, self._world, batch.images
         if config.micro_batch is None:
@@ -144,6 +151,8 @@ class Step:
             images,
             self._parameters,
             free,
+            # All texts of a step are encoded at a time, and their graph stays for all its images.
+            beside=memory.graph_bytes(self._encode_texts, world.part(texts)),
             # A process without memory left would leave the others waiting in a sharded encoder.
             tried=device.type != "cpu" and not config.fsdp,
             smallest=lambda number: world.smallest(number, device),
@@ -154,18 +163,17 @@ class Step:
     def _backward(
         self,
         batch: Batch,
+        texts: Tensor,
         reference: ReferenceBatch | None,
         captions: Tensor | None,
         anchors: AnchorBatch | None,
         teachers: tuple[Features, ...],
     ) -> Mapping[str, Tensor]:
         method, world, scale = self._method, self._world, self._model.logit_scale
-        class_texts = of_texts = self._class_texts
-        if anchors is not None and method.needs.student_anchors:
-            of_texts = torch.cat([class_texts, anchors.inputs])
+        num_texts, num_classes = len(texts), len(self._class_texts)
         encoders = [
             Encoder(self._encode_images, (batch.images,)),
-            Encoder(self._encode_texts, (world.part(of_texts),), split=False),
+            Encoder(self._encode_texts, (world.part(texts),), split=False),
         ]
         if reference is not None:
             size = len(reference.images)
@@ -182,10 +190,10 @@ class Step:
                 count = len(reference.places)
                 of_images, *of_captions = (world.gather(x, count) for x in pairs)
                 of_pairs = of_reference(of_images, next(iter(of_captions), None), scale)
-            texts = world.gather(texts, len(of_texts))
+            texts = world.gather(texts, num_texts)
             student = Features(
                 world.gather(images, len(batch.places)),
-                texts[: len(class_texts)],
+                texts[:num_classes],
                 scale,
                 method.prototypes(),
                 of_pairs,

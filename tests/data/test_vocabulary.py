@@ -15,6 +15,11 @@ def test_words_are_kept_in_order_and_repeated_ones_counted() -> None:
     assert vocabulary == Vocabulary(("cat", "Dog", "house mouse"), repeated=2)
 
 
+def test_words_that_are_alike() -> None:
+    words = ["Hot dog", "hot_dog", " hot  DOG", "caf\u00e9", "cafe\u0301", "cafe"]
+    assert Vocabulary.of(words) == Vocabulary(("Hot dog", "caf\u00e9", "cafe"), 3)
+
+
 def test_names_of_imagenet() -> None:
     vocabulary = imagenet_vocabulary()
     assert len(vocabulary.words) + vocabulary.repeated == 1000

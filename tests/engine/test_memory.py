@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from mulki.engine import memory
-from mulki.engine.memory import Fit, fitting_micro_batch, free_memory, keep_freed_memory
+from mulki.engine.memory import (
+    Fit,
+    fitting_micro_batch,
+    free_memory,
+    graph_bytes,
+    keep_freed_memory,
+)
 
 WIDTH = 64
 # What ReLU saves of a float32 row; Linear saves the images, which are there anyway.
@@ -34,6 +40,26 @@ def test_what_a_sample_keeps_is_measured() -> None:
 def test_half_of_the_free_memory_is_taken(samples: float, size: int) -> None:
     available = int(2 * samples * PER_SAMPLE)
     assert fitting_micro_batch(encoder(), torch.zeros(20, WIDTH), (), available).size == size
+
+
+def test_room_is_left_for_what_else_a_step_saves() -> None:
+    available = 2 * 8 * PER_SAMPLE
+    images = torch.zeros(20, WIDTH)
+    for beside, size in ((3 * PER_SAMPLE, 5), (100 * PER_SAMPLE, 1)):
+        found = fitting_micro_batch(encoder(), images, (), available, beside=beside)
+        assert found.size == size
+
+
+def test_the_graph_of_all_texts_is_measured_on_two_of_them() -> None:
+    texts = torch.zeros(100, WIDTH)
+    plain, dropout = encoder(), nn.Sequential(encoder(), nn.Dropout())
+    before = torch.random.get_rng_state()
+    assert graph_bytes(plain, texts) == 100 * PER_SAMPLE
+    # Dropout saves its mask, a byte for each number.
+    assert graph_bytes(dropout, texts) > 100 * PER_SAMPLE
+    assert torch.equal(torch.random.get_rng_state(), before)
+    with torch.no_grad():
+        assert graph_bytes(plain, texts) == 0
 
 
 def test_a_batch_of_one() -> None:
