@@ -37,6 +37,14 @@ inline void check_matrices(
       x.size(1), "]");
 }
 
+// Image features and text features, row by row.
+inline void check_pairs(
+    const Tensor& image_features, const Tensor& text_features, const Tensor& logit_scale) {
+  check_matrices("image_features", image_features, "text_features", text_features);
+  check_shape("text_features", text_features, image_features.sizes());
+  check_shape("logit_scale", logit_scale, {});
+}
+
 // Features against at least one prototype.
 inline void check_prototypes(
     const Tensor& features, const Tensor& prototypes, const Tensor& scale) {

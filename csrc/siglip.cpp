@@ -33,7 +33,7 @@ SiglipResult siglip_run(
     const Upstream& upstream,
     std::array<bool, 4> wanted,
     Grads& grads) {
-  PairwisePass<Engine> pass(x, w, wanted[0], wanted[1]);
+  PairwisePass<Engine> pass({{x, w}}, wanted[0], wanted[1]);
   const Tiling& t = pass.tiling;
   const int64_t cells = t.tiles * t.rows;
   std::vector<double> losses(cells), scales(cells), biases(cells);
@@ -44,10 +44,10 @@ SiglipResult siglip_run(
   double dscale = 0, dbias = 0;
 
   pass.run(
-      [&](int64_t first, int64_t tile, int64_t begin, int64_t end, float* block) {
+      [&](int64_t first, int64_t tile, int64_t begin, int64_t end, float* const* products) {
         const Vec s(scale), b(bias), zero(0.0f), one(1.0f);
         for (int64_t i = begin; i < end; ++i) {
-          float* y = block + (i - begin) * t.width;
+          float* y = products[0] + (i - begin) * t.width;
           const double g = upstream[first + i];
           const Vec grad_of_row{float(g)};
           Vec loss_sum(0.0f), sigmoid_y_sum(0.0f), sigmoid_sum(0.0f);

@@ -5,13 +5,12 @@
 //
 // q of the student and p_k of teacher k are softmax(scale X W^T / T) of their own features X,
 // prototypes W and scale. T is the temperature, and t is T^2 or 1. The weights w_ik are given, or
-// come from a gate: the softmax over k of
-//
-//   (-a entropy_ik + b log p_ik[target_i]) / gate_temperature,   a = gate_entropy, b = gate_label
+// come from a gate (gate.h), whose label is the target.
 //
 // Here KL_ik = t (E[u_k] - lse_k - E[u] + lse) with expectations E over p_k and lse = log sum exp.
 // Tiling, memory and gradients are those of row_softmax.h.
 #include "checks.h"
+#include "gate.h"
 #include "results.h"
 #include "row_softmax.h"
 
@@ -38,7 +37,12 @@ struct TeacherKl {
           float(t2 * (negative_entropy - (c[0] * teachers[i].cross - student->log_sum)));
       entropy[row * k + i] = float(-negative_entropy);
     }
-    gate_weights(row, teachers, w);
+    if (!given) {
+      const auto log_p = [&](int64_t i) {
+        return c[i + 1] * teachers[i].at_target - teachers[i].log_sum;
+      };
+      gate.weights(k, entropy + row * k, log_p, w);
+    }
     const double g = upstream[row];
     double weight_sum = 0, loss_of_row = 0;
     for (int64_t i = 0; i < k; ++i) {
@@ -52,42 +56,12 @@ struct TeacherKl {
     out.scale += g * weight_sum * student->mean;
   }
 
-  void gate_weights(int64_t row, const ModelRow* teachers, float* w) const {
-    if (given) {
-      return;
-    }
-    double max_score = -std::numeric_limits<double>::infinity();
-    std::array<double, 8> on_stack;
-    std::vector<double> on_heap;
-    double* score = on_stack.data();
-    if (k > int64_t(on_stack.size())) {
-      on_heap.resize(k);
-      score = on_heap.data();
-    }
-    for (int64_t i = 0; i < k; ++i) {
-      score[i] = gate_entropy == 0 ? 0.0 : -gate_entropy * double(entropy[row * k + i]);
-      if (targets != nullptr) {
-        score[i] += gate_label * (c[i + 1] * teachers[i].at_target - teachers[i].log_sum);
-      }
-      score[i] /= gate_temperature;
-      max_score = std::max(max_score, score[i]);
-    }
-    double sum = 0;
-    for (int64_t i = 0; i < k; ++i) {
-      score[i] = std::exp(score[i] - max_score);
-      sum += score[i];
-    }
-    for (int64_t i = 0; i < k; ++i) {
-      w[i] = float(score[i] / sum);
-    }
-  }
-
   int64_t k;
   std::vector<double> c; // scale / T of the student, then of the teachers
   double t2;
   bool given; // whether the weights are given
-  double gate_entropy, gate_label, gate_temperature;
-  const int64_t* targets; // nullptr where gate_label is 0
+  Gate gate;
+  const int64_t* targets; // nullptr where the gate's label is 0
   const Upstream& upstream;
   float *loss, *kl, *weights, *entropy;
 };
@@ -174,9 +148,7 @@ Result run(
         c,
         t2,
         given,
-        a.gate_entropy,
-        a.gate_label,
-        a.gate_temperature,
+        {a.gate_entropy, a.gate_label, a.gate_temperature},
         targets.defined() ? targets.const_data_ptr<int64_t>() : nullptr,
         upstream,
         loss.mutable_data_ptr<float>(),

@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)  # the first with bfloat16 and tf32 on tensor cores
 
 OPERATORS = ("similarity", "prototype_cross_entropy", "teacher_kl", "contrastive", "siglip")
-# The operators in every form; similarity has no reduced one.
+# The operators in every form; similarity has no reduced one. pair_kl has no Triton kernels yet.
 KERNELS = tuple(
     f"{operator}{form}"
     for operator in OPERATORS
@@ -29,7 +29,7 @@ KERNELS = tuple(
 def why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why no kernel here serves `op`, in one sentence, or None when one does."""
     if op not in KERNELS:
-        return f"mulki.kernels has no Triton kernel for {op}"
+        return "mulki.kernels has no Triton kernel for it"
     if dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, not {dtype}"
     try:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from mulki import ops
 from mulki.ops import checks
-from mulki.ops.gates import find_gate
+from mulki.ops.gates import Gate, find_gate
 from mulki.similarity import Similarity
 
 Reduction = Literal["none", "sum", "mean"]
@@ -222,24 +222,12 @@ def teacher_kl(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    _check_similarity("student", student)
-    if isinstance(teachers, Similarity) or not isinstance(teachers, Sequence):
-        raise TypeError(
-            f"teachers: got {type(teachers).__name__}, wanted a sequence of Similarity; "
-            f"put a single teacher in a list"
-        )
-    if not teachers:
-        raise ValueError("teachers: got none, wanted at least one Similarity")
-    for k, teacher in enumerate(teachers):
-        _check_teacher(f"teachers[{k}]", teacher, student)
+    chosen = _checked_gate(student, teachers, weights, gate, gate_entropy, gate_label)
     checks.choice("reduction", reduction, REDUCTIONS)
     checks.real("temperature", temperature)
     checks.real("gate_temperature", gate_temperature)
     if class_mask is not None:
         checks.is_tensor("class_mask", class_mask, "a bool tensor")
-    _check_weights(weights, gate, gate_entropy, gate_label)
-    chosen = find_gate("uniform" if gate is None else gate)
-    gate_numbers = chosen.numbers(gate_entropy, gate_label)
     if not chosen.uses_target(gate_label):
         target = None
     elif target is None:
@@ -247,10 +235,7 @@ def teacher_kl(
     else:
         checks.is_tensor("target", target, "an int64 tensor of class indices")
     if check_finite:
-        _check_finite_similarity("student", student)
-        for k, teacher in enumerate(teachers):
-            _check_finite_similarity(f"teachers[{k}]", teacher)
-        checks.finite(weights=weights)
+        _check_finite_models(student, teachers, weights)
     loss, kl, used, entropy = ops.teacher_kl.loss(
         (student.features, student.prototypes, student.scale),
         [(teacher.features, teacher.prototypes, teacher.scale) for teacher in teachers],
@@ -258,7 +243,7 @@ def teacher_kl(
         scale_by_t2,
         weights,
         chosen,
-        gate_numbers,
+        chosen.numbers(gate_entropy, gate_label),
         float(gate_temperature),
         target,
         class_mask,
@@ -352,6 +337,97 @@ def dual_teacher_kl(
     )
 
 
+@overload
+def pair_teacher_kl(
+    student: Similarity,
+    teachers: Sequence[Similarity],
+    *,
+    temperature: float = ...,
+    scale_by_t2: bool = ...,
+    weights: Tensor | None = ...,
+    gate: str | None = ...,
+    gate_temperature: float = ...,
+    gate_entropy: float | None = ...,
+    gate_label: float | None = ...,
+    reduction: Reduction = ...,
+    return_details: Literal[False] = ...,
+    check_finite: bool = ...,
+) -> Tensor: ...
+
+
+@overload
+def pair_teacher_kl(
+    student: Similarity,
+    teachers: Sequence[Similarity],
+    *,
+    temperature: float = ...,
+    scale_by_t2: bool = ...,
+    weights: Tensor | None = ...,
+    gate: str | None = ...,
+    gate_temperature: float = ...,
+    gate_entropy: float | None = ...,
+    gate_label: float | None = ...,
+    reduction: Reduction = ...,
+    return_details: Literal[True],
+    check_finite: bool = ...,
+) -> tuple[Tensor, TeacherDetails]: ...
+
+
+def pair_teacher_kl(
+    student: Similarity,
+    teachers: Sequence[Similarity],
+    *,
+    temperature: float = 1.0,
+    scale_by_t2: bool = True,
+    weights: Tensor | None = None,
+    gate: str | None = None,
+    gate_temperature: float = 1.0,
+    gate_entropy: float | None = None,
+    gate_label: float | None = None,
+    reduction: Reduction = "mean",
+    return_details: bool = False,
+    check_finite: bool = False,
+) -> Tensor | tuple[Tensor, TeacherDetails]:
+    """`teacher_kl` on N matching pairs in both directions, from one set of products.
+
+    ``loss_i = 1/2 (row_i + column_i)``: half of `teacher_kl` of image i over all texts, and half of
+    that of text i over all images. It is the distillation of open_clip and of CLIP-KD (arXiv
+    2307.12732) less the teachers' entropies, which have no gradient.
+
+    Args:
+        student: [N, N] logits of images against texts; row i belongs to column i.
+        teachers: K >= 1 of [N, N], as in `teacher_kl`.
+        weights: [2, N, K] used instead of a gate, of the images and of the texts.
+        gate: as in `teacher_kl`; the label of an image or text is its own pair.
+        return_details: also return `TeacherDetails`, [2, N, K] of the images and of the texts.
+
+    The other arguments, and errors, are those of `teacher_kl`.
+    """
+    chosen = _checked_gate(student, teachers, weights, gate, gate_entropy, gate_label)
+    n, p = student.shape
+    if n != p:
+        raise ValueError(f"student: got shape [{n}, {p}], wanted as many images as texts")
+    checks.choice("reduction", reduction, REDUCTIONS)
+    checks.real("temperature", temperature)
+    checks.real("gate_temperature", gate_temperature)
+    if check_finite:
+        _check_finite_models(student, teachers, weights)
+    loss, kl, used, entropy = ops.pair_kl.loss(
+        (student.features, student.prototypes, student.scale),
+        [(teacher.features, teacher.prototypes, teacher.scale) for teacher in teachers],
+        float(temperature),
+        scale_by_t2,
+        weights,
+        chosen,
+        chosen.numbers(gate_entropy, gate_label),
+        float(gate_temperature),
+        reduction,
+    )
+    if return_details:
+        return loss, TeacherDetails(kl, used, entropy)
+    return loss
+
+
 def clip_contrastive(
     image_features: Tensor,
     text_features: Tensor,
@@ -427,6 +503,29 @@ def _check_pairs(
         )
 
 
+def _checked_gate(
+    student: Similarity,
+    teachers: Sequence[Similarity],
+    weights: Tensor | None,
+    gate: str | None,
+    gate_entropy: float | None,
+    gate_label: float | None,
+) -> Gate:
+    # The gate of a distillation whose models and weights are what they should be.
+    _check_similarity("student", student)
+    if isinstance(teachers, Similarity) or not isinstance(teachers, Sequence):
+        raise TypeError(
+            f"teachers: got {type(teachers).__name__}, wanted a sequence of Similarity; "
+            f"put a single teacher in a list"
+        )
+    if not teachers:
+        raise ValueError("teachers: got none, wanted at least one Similarity")
+    for k, teacher in enumerate(teachers):
+        _check_teacher(f"teachers[{k}]", teacher, student)
+    _check_weights(weights, gate, gate_entropy, gate_label)
+    return find_gate("uniform" if gate is None else gate)
+
+
 def _check_similarity(name: str, value: object) -> None:
     if not isinstance(value, Similarity):
         raise TypeError(
@@ -461,6 +560,15 @@ def _check_weights(
     if not isinstance(weights, Tensor) or not weights.is_floating_point():
         came = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
         raise TypeError(f"weights: got {came}, wanted a floating point tensor [N, K]")
+
+
+def _check_finite_models(
+    student: Similarity, teachers: Sequence[Similarity], weights: Tensor | None
+) -> None:
+    _check_finite_similarity("student", student)
+    for k, teacher in enumerate(teachers):
+        _check_finite_similarity(f"teachers[{k}]", teacher)
+    checks.finite(weights=weights)
 
 
 def _check_finite_similarity(name: str, s: Similarity) -> None:

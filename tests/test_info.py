@@ -116,13 +116,14 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def gpu_paragraph() -> list[str]:
-    """What is said of GPUs, which has to be of every operator and of both dtypes."""
-    text = str(mulki.info())
-    paragraph = text[text.index("  cuda, float32 and bfloat16: reference\n") :].splitlines()
-    told = [line.strip() for line in paragraph[1:] if line.startswith("    ")]
-    ops = ", ".join(told[:-1]).replace(",,", ",").split(", ")
+    """What is said of GPUs, of both dtypes and of every operator with a Triton kernel."""
+    _, *paragraphs = str(mulki.info()).split("  cuda, float32 and bfloat16: reference\n")
+    *lines, reason = paragraphs[0].splitlines()
+    ops = ", ".join(line.strip() for line in lines).replace(",,", ",").split(", ")
     assert sorted(ops) == sorted(kernels.KERNELS)
-    return paragraph[-1:]
+    (rest,) = paragraphs[1:]
+    assert "pair_kl_with_labels" in rest and "no Triton kernel for it" in rest
+    return [reason]
 
 
 def test_without_a_gpu_the_triton_kernels_are_named_with_the_reason(no_gpu, monkeypatch) -> None:

@@ -14,6 +14,7 @@ the weights of teachers.
 from mulki.ops import (
     contrastive,
     gates,
+    pair_kl,
     prototype_cross_entropy,
     siglip,
     similarity,
@@ -26,6 +27,7 @@ __all__ = [
     "contrastive",
     "fallbacks",
     "gates",
+    "pair_kl",
     "prototype_cross_entropy",
     "report",
     "siglip",

@@ -92,25 +92,31 @@ def multiplied(
     op: str, ctx: Any, grad: Tensor, leaves: Sequence[Tensor], stored: Sequence[Tensor]
 ) -> dict[int, Tensor]:
     """The stored gradients of leaves times the upstream gradient, in the leaves' dtypes."""
-    result = {}
-    give_away = _may_give_away(grad)
+    check_stored(op, ctx, leaves, stored)
+    give_away = may_give_away(grad)
+    return {
+        i: gradient.to(leaf.dtype) if give_away else times(grad, gradient, leaf)
+        for i, (leaf, gradient) in enumerate(zip(leaves, stored, strict=True))
+        if ctx.needed[i]
+    }
+
+
+def check_stored(op: str, ctx: Any, leaves: Sequence[Tensor], stored: Sequence[Tensor]) -> None:
+    """Raise a RuntimeError where the gradient of a leaf is needed and was not computed."""
     for i, (leaf, gradient) in enumerate(zip(leaves, stored, strict=True)):
-        if ctx.needed[i]:
-            if gradient.shape != leaf.shape:
-                raise RuntimeError(
-                    f"wanted[{i}]: got False for mulki::{op}, wanted True as the argument "
-                    f"requires grad"
-                )
-            result[i] = gradient.to(leaf.dtype) if give_away else times(grad, gradient, leaf)
-    return result
+        if ctx.needed[i] and gradient.shape != leaf.shape:
+            raise RuntimeError(
+                f"wanted[{i}]: got False for mulki::{op}, wanted True as the argument requires grad"
+            )
 
 
-def _may_give_away(grad: Tensor) -> bool:
+def may_give_away(grad: Tensor) -> bool:
+    """Whether stored gradients may be handed over as they are: for an upstream gradient of ones."""
     # Reading the upstream gradient would wait for a GPU.
     return (
         torch_private.is_last_plain_backward(grad)
         and grad.device.type == "cpu"
-        and grad.item() == 1
+        and bool((grad == 1).all())
     )
 
 

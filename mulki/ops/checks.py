@@ -358,7 +358,7 @@ def finite(**values: Tensor | float | None) -> None:
         if not bad.any():
             continue
         place = bad.nonzero()[0].tolist()
-        what = "NaN" if math.isnan(float(value[tuple(place)])) else "infinity"
+        what = "NaN" if math.isnan(value[tuple(place)].item()) else "infinity"
         where = f" in row {place[0]}" if place else ""
         raise ValueError(
             f"{name}: got {what}{where}, wanted finite values; look at what computed it, which may "

@@ -71,7 +71,7 @@ def check(
     checks.operands(features, prototypes, scale)
     checks.positive("temperature", temperature)
     checks.positive("gate_temperature", gate_temperature)
-    _check_teachers(features, prototypes, teacher_features, teacher_prototypes, teacher_scales)
+    check_teachers(features, prototypes, teacher_features, teacher_prototypes, teacher_scales)
     checks.class_mask(class_mask, prototypes, values)
     if weights is not None:
         checks.shape("weights", weights, (features.shape[0], len(teacher_features)))
@@ -82,20 +82,20 @@ def check(
         checks.target(target, features, prototypes, class_mask, None, values)
 
 
-def _check_teachers(
+def check_teachers(
     features: Tensor,
     prototypes: Tensor,
     teacher_features: Sequence[Tensor],
     teacher_prototypes: Sequence[Tensor],
     teacher_scales: Tensor,
+    names: tuple[str, str] = ("teacher_features", "teacher_prototypes"),
 ) -> None:
+    """Raise a TypeError or ValueError where teachers do not fit each other or the student."""
     k = len(teacher_features)
     if k == 0:
-        raise ValueError("teacher_features: got none, wanted at least one teacher")
+        raise ValueError(f"{names[0]}: got none, wanted at least one teacher")
     if len(teacher_prototypes) != k:
-        raise ValueError(
-            f"teacher_prototypes: got {len(teacher_prototypes)}, wanted {k} as teacher_features has"
-        )
+        raise ValueError(f"{names[1]}: got {len(teacher_prototypes)}, wanted {k} as {names[0]} has")
     checks.shape("teacher_scales", teacher_scales, (k,))
     checks.on_device("teacher_scales", teacher_scales, features.device)
     for i, (x, w) in enumerate(zip(teacher_features, teacher_prototypes, strict=True)):
@@ -367,7 +367,7 @@ def loss(
         TypeError, ValueError: naming the argument.
     """
     refuse_tangents(student, *teachers, (weights,))
-    models = _in_one_dtype([rounded(model) for model in (student, *teachers)])
+    models = in_one_dtype([rounded(model) for model in (student, *teachers)])
     (features, prototypes, scale), *teachers = models
     if gate.weights is not None:
         weights = gate_weights(gate, models[0], teachers, target, class_mask)
@@ -389,8 +389,9 @@ def loss(
     return reduce(rows, reduction), kl, used, entropy
 
 
-def _in_one_dtype(models: list[Operands]) -> list[Operands]:
-    # A kernel takes one dtype. Rounding a teacher to the student's would be cheaper, but wrong.
+def in_one_dtype(models: list[Operands]) -> list[Operands]:
+    """Student and teachers in the dtype that they are promoted to: a kernel takes one dtype."""
+    # Rounding a teacher to the student's would be cheaper, but wrong.
     dtype = models[0][0].dtype
     if all(features.dtype == dtype for features, _, _ in models):
         return models
@@ -413,13 +414,13 @@ def gate_weights(
         TypeError, ValueError: an argument does not fit, or what the function returns.
     """
     assert gate.weights is not None
-    (features, prototypes, _), *models = _in_one_dtype(
+    (features, prototypes, _), *models = in_one_dtype(
         [rounded(model) for model in (student, *teachers)]
     )
     teacher_features, teacher_prototypes = [x for x, _, _ in models], [w for _, w, _ in models]
     scales = scalars([scale for _, _, scale in models], features)
     # The function may compute with them, so they are checked before and not by the operator alone.
-    _check_teachers(features, prototypes, teacher_features, teacher_prototypes, scales)
+    check_teachers(features, prototypes, teacher_features, teacher_prototypes, scales)
     values = not torch.compiler.is_compiling()
     checks.class_mask(class_mask, prototypes, values)
     if gate.needs_target and target is not None:

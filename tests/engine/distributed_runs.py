@@ -72,7 +72,7 @@ def compare(
             # Attention does not depend on the bias of its keys, whose gradient is rounding alone;
             # AdamW divides it by its own size.
             atol = 1e-4 if key.endswith("in_proj_bias") else 1e-5
-            torch.testing.assert_close(value, wanted[key], rtol=0, atol=atol, msg=lambda m: f"{name} {key}: {m}")
+            torch.testing.assert_close(value, wanted[key], rtol=0, atol=atol, msg=f"{name} {key}")
         moved = load_file(logs / name / "checkpoints/task_01_colours.safetensors")
         far = max(float((v - wanted[k]).abs().max()) for k, v in moved.items())
         assert far > 1e-3, "the comparison would hold for models that did not train"

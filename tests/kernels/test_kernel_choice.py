@@ -21,8 +21,8 @@ def triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", sys)
 
 
-def test_every_operator_has_a_kernel():
-    assert set(kernels.KERNELS) == set(OPERATORS)
+def test_every_operator_but_pair_kl_has_a_kernel():
+    assert set(kernels.KERNELS) == {op for op in OPERATORS if not op.startswith("pair_kl")}
     assert all(kernels.KERNELS.count(op) == 1 for op in kernels.KERNELS)
 
 
@@ -30,7 +30,7 @@ def test_reasons_without_a_gpu(triton, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     op = "teacher_kl"
-    assert "no Triton kernel for sort" in kernels.why_not("sort", "cuda", torch.float32)
+    assert "no Triton kernel for it" in kernels.why_not("sort", "cuda", torch.float32)
     assert "not torch.float64" in kernels.why_not(op, "cuda", torch.float64)
     assert "TRITON_INTERPRET=1" in kernels.why_not(op, "cpu", torch.float32)
     assert "no GPU" in kernels.why_not(op, "cuda", torch.float32)

@@ -48,7 +48,7 @@ def make(
 ) -> Case:
     """A case by its name. With a `gap`, teachers are the student but for noise of that size."""
     generator = torch.Generator().manual_seed(seed)
-    p = n if name in ("contrastive", "siglip") else p
+    p = n if name.startswith(("contrastive", "siglip", "pair")) else p
     x, w = unit_rows(generator, n, d), unit_rows(generator, p, d)
     widths = (d, d) if gap is not None else (d, d + 3)
     teacher_x = [unit_rows(generator, n, width) for width in widths]
@@ -62,6 +62,7 @@ def make(
     kept = torch.where(target % 3 != 1, target, 0)
     ignored = torch.where(torch.arange(n) % 4 == 1, -100, kept)
     weights = torch.rand(n, 2, generator=generator, dtype=torch.float64)
+    of_sides = torch.stack([weights, weights.flip(0)]).to(wide(dtype))
 
     def number(value: float | list[float]) -> Tensor:
         return torch.tensor(value, dtype=wide(dtype))
@@ -87,6 +88,10 @@ def make(
         ),
         "kl_blend": ("teacher_kl", (*teachers, None, kept, mask, 2.0, 1.0, 0.7, 0.4, True)),
         "kl_weights": ("teacher_kl", (*teachers, given, None, mask, 2.0, 1.0, 0.0, 0.0, True)),
+        "pairs": ("pair_kl", (*teachers, None, 1.0, 1.0, 0.0, 0.0, True)),
+        "pairs_label": ("pair_kl", (*teachers, None, 2.0, 0.5, 0.0, 1.0, True)),
+        "pairs_blend": ("pair_kl", (*teachers, None, 1.5, 2.0, 0.7, 0.4, False)),
+        "pairs_weights": ("pair_kl", (*teachers, of_sides, 2.0, 1.0, 0.0, 0.0, True)),
         "contrastive": ("contrastive", ()),
         "siglip": ("siglip", (number(-3.0), 0)),
         "siglip_block": ("siglip", (number(-3.0), 2)),  # the last rows have no match
@@ -106,6 +111,10 @@ NAMES = (
     "kl_confidence",
     "kl_blend",
     "kl_weights",
+    "pairs",
+    "pairs_label",
+    "pairs_blend",
+    "pairs_weights",
     "contrastive",
     "siglip",
     "siglip_block",
@@ -117,6 +126,7 @@ SPECIFICATION: dict[str, Callable[..., Tensor]] = {
     "similarity": ops.similarity.reference,
     "prototype_cross_entropy": ops.prototype_cross_entropy.reference,
     "teacher_kl": lambda *args: ops.teacher_kl.reference(*args)[0],
+    "pair_kl": lambda *args: ops.pair_kl.reference(*args)[0],
     "contrastive": lambda *args: ops.contrastive.reference(*args)[0],
     "siglip": ops.siglip.reference,
 }
@@ -152,6 +162,9 @@ def form_arguments(case: Case, form: str, wanted: Sequence[bool], mean: bool = T
     args = case.args
     if case.op == "contrastive":
         args = (*args, *run(case)[1:])
+    if case.op == "pair_kl":
+        _, _, used, _, lse = run(case)
+        args = (*args[:6], used, lse, args[7], args[11])
     if case.op == "teacher_kl":
         used = run(case)[2]
         temperature, t2 = args[9], args[13]

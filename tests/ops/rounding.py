@@ -82,7 +82,7 @@ def magnitudes(case: Case, mean: bool | None, parts: int) -> list[float]:
         product = max(1.0, (x.double() @ w.double().T).abs().max().item())
     numbers = [4.0 * by_row * product, 4.0 * by_row]  # by the scale, and by a bias
     gradients = [largest * by_row] * 2 + numbers[: parts - 3]
-    if case.op == "contrastive":
+    if case.op in ("contrastive", "pair_kl"):
         # Softmax from logits and a log-sum-exp, both rounded at the size of the scale.
         entries = 1 + abs(scale.item()) / 100
     return [rows * loss, *(rows * entries * g for g in gradients)]

@@ -39,6 +39,11 @@ def loss_of(case: Case, reduction: str) -> torch.Tensor:
         teachers = list(zip(tx, tw, ts, strict=True))
         options = temperature, t2, weights, UNIFORM, (a, b), gate_temperature, target, mask
         return ops.teacher_kl.loss(operands, teachers, *options, reduction)[0]
+    if case.op == "pair_kl":
+        tx, tw, ts, weights, temperature, gate_temperature, a, b, t2 = rest
+        teachers = list(zip(tx, tw, ts, strict=True))
+        options = temperature, t2, weights, UNIFORM, (a, b), gate_temperature
+        return ops.pair_kl.loss(operands, teachers, *options, reduction)[0]
     if case.op == "contrastive":
         return ops.contrastive.loss(operands, None, reduction)
     bias, offset = rest
@@ -167,7 +172,7 @@ def test_double_backward_raises(name, form, backend):
             gradients[i].square().sum().backward()
 
 
-@pytest.mark.parametrize("name", ["kl", "kl_weights", "contrastive"])
+@pytest.mark.parametrize("name", ["kl", "kl_weights", "pairs", "contrastive"])
 def test_by_products_are_not_differentiable(name, backend):
     for form in ("rows", "reduced"):
         case, _ = differentiable(name, form)

@@ -24,7 +24,7 @@ def test_every_operator(name, dtype, mean, backend):
 
 
 @pytest.mark.parametrize("height", [1.0, 3.0])
-@pytest.mark.parametrize("name", ["ce", "kl", "contrastive", "siglip"])
+@pytest.mark.parametrize("name", ["ce", "kl", "pairs", "contrastive", "siglip"])
 def test_features_with_one_large_dimension(name, height, backend):
     """As CLIP's have: what scales a row by its largest element has fewer digits for the others."""
     case = make(name, n=64, p=130, d=512, dtype=torch.float32, scale=50.0, gap=0.1)

@@ -110,9 +110,9 @@ def test_no_rows(name, backend):
         assert run(form_arguments(case, "reduced", wanted, mean=True))[0].isnan()
 
 
-@pytest.mark.parametrize("name", ["ce", "kl", "kl_weights", "contrastive"])
+@pytest.mark.parametrize("name", ["ce", "kl", "kl_weights", "pairs", "contrastive"])
 def test_one_class_costs_nothing(name, backend):
-    case = make(name, n=1 if name == "contrastive" else 6, p=1, dtype=torch.float32)
+    case = make(name, n=1 if name in ("pairs", "contrastive") else 6, p=1, dtype=torch.float32)
     output = run(form_arguments(case, "reduced", [True] * 3))
     torch.testing.assert_close(output[0], torch.zeros(()), atol=1e-6, rtol=0)
     for gradient in split(case, output):

@@ -1,0 +1,388 @@
+// pair_kl: the weighted KL divergence of K teachers to a student over N pairs, in both directions.
+//
+//   loss_i = 1/2 (R_i + C_i),   R_i = sum_k w_ik KL_ik,   KL_ik = t sum_j p_ijk (log p_ijk - log q_ij)
+//   dloss/du_ij = t/2 sum_k [g_i w_ik (q_ij - p_ijk) + g_j w'_jk (q'_ij - p'_ijk)],   u = scale Y / T
+//
+// q and p_k are the softmax of u of the student and of teacher k over the columns of a row; C_i and
+// what has a dash are the same over the rows of a column. T is the temperature, t is T^2 or 1, g_i
+// the upstream gradient of loss_i. The weights are given, or come from a gate (gate.h) whose label is
+// the row's or the column's own pair. With expectations E over p_k and lse = log sum exp:
+//
+//   KL_k = t (E[u_k] - lse_k - E[u] + lse)
+//
+// With labels, the loss of contrastive is computed beside it, from the same products of the
+// student, and, if T is 1, from the same exponentials. Tiling, memory and passes are those of
+// pair_softmax.h.
+#include "checks.h"
+#include "gate.h"
+#include "pair_softmax.h"
+
+#include <ATen/ops/stack.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+namespace mulki {
+namespace {
+
+struct Arguments {
+  const Tensor &image_features, &text_features, &logit_scale;
+  at::TensorList teacher_image_features, teacher_text_features;
+  const Tensor& teacher_scales;
+  const std::optional<Tensor>& weights;
+  double temperature;
+  Gate gate;
+  bool scale_by_t2;
+
+  int64_t n() const {
+    return image_features.size(0);
+  }
+  int64_t k() const {
+    return int64_t(teacher_image_features.size());
+  }
+  double t2() const {
+    return scale_by_t2 ? temperature * temperature : 1.0;
+  }
+};
+
+void check_shapes(const Arguments& a) {
+  check_pairs(a.image_features, a.text_features, a.logit_scale);
+  const int64_t k = a.k();
+  TORCH_CHECK_VALUE(k > 0, "teacher_image_features: got no teacher, wanted at least one");
+  TORCH_CHECK_VALUE(
+      int64_t(a.teacher_text_features.size()) == k, "teacher_image_features: got ", k,
+      " teachers, wanted ", a.teacher_text_features.size(), " as teacher_text_features");
+  check_shape("teacher_scales", a.teacher_scales, {k});
+  for (int64_t i = 0; i < k; ++i) {
+    const Tensor images = a.teacher_image_features[i], texts = a.teacher_text_features[i];
+    check_matrices("teacher_image_features", images, "teacher_text_features", texts);
+    check_dtype("teacher_image_features", images, a.image_features.scalar_type());
+    check_shape("teacher_image_features", images, {a.n(), images.size(1)});
+    check_shape("teacher_text_features", texts, images.sizes());
+  }
+  if (a.weights.has_value()) {
+    check_shape("weights", *a.weights, {2, a.n(), k});
+  }
+}
+
+std::vector<PairOperands> models_of(const Arguments& a) {
+  std::vector<PairOperands> models{{a.image_features, a.text_features}};
+  for (int64_t i = 0; i < a.k(); ++i) {
+    models.push_back({a.teacher_image_features[i], a.teacher_text_features[i]});
+  }
+  return models;
+}
+
+// That of the student, and those of the teachers. If the labels need another temperature, theirs
+// is the last one.
+std::vector<PairDistribution> distributions_of(const Arguments& a, bool labels) {
+  const double scale = value_of(a.logit_scale);
+  std::vector<PairDistribution> out{{0, float(scale / a.temperature)}};
+  const Tensor scales = a.teacher_scales.to(at::kDouble).contiguous();
+  for (int64_t i = 0; i < a.k(); ++i) {
+    out.push_back({i + 1, float(scales.const_data_ptr<double>()[i] / a.temperature)});
+  }
+  if (labels && a.temperature != 1) {
+    out.push_back({0, float(scale)});
+  }
+  return out;
+}
+
+int64_t smallest_width(const Arguments& a) {
+  int64_t width = a.image_features.size(1);
+  for (const Tensor& t : a.teacher_image_features) {
+    width = std::min(width, t.size(1));
+  }
+  return width;
+}
+
+// Calls run(pairs) with a PairSoftmax of the arguments.
+template <typename F>
+auto with_softmax(const Arguments& a, bool labels, std::array<bool, 3> wanted, const F& run) {
+  return with_engine(a.image_features.scalar_type(), smallest_width(a), [&](auto engine) {
+    PairSoftmax<decltype(engine)> pairs(
+        models_of(a), distributions_of(a, labels), wanted[0], wanted[1]);
+    return run(pairs);
+  });
+}
+
+// By-products, [2, N, K]: of the rows, then of the columns.
+struct Details {
+  explicit Details(const Arguments& a)
+      : kl(empty_float({2, a.n(), a.k()})),
+        weights(empty_float(kl.sizes())),
+        entropy(empty_float(kl.sizes())) {
+    if (a.weights.has_value()) {
+      weights.copy_(*a.weights);
+    }
+  }
+  Tensor kl, weights, entropy;
+};
+
+// Fills the details of one side, the rows (0) or the columns (1), and adds half of its loss.
+void finish_side(
+    const Arguments& a,
+    int64_t side,
+    const SumsOfPairs& sums,
+    const std::vector<PairDistribution>& distributions,
+    const Details& details,
+    std::vector<double>& loss) {
+  const int64_t n = a.n(), k = a.k();
+  const std::vector<PairSums>& of = side == 0 ? sums.rows : sums.columns;
+  float* kl = details.kl.mutable_data_ptr<float>() + side * n * k;
+  float* w = details.weights.mutable_data_ptr<float>() + side * n * k;
+  float* entropy = details.entropy.mutable_data_ptr<float>() + side * n * k;
+  for (int64_t i = 0; i < n; ++i, kl += k, w += k, entropy += k) {
+    for (int64_t t = 0; t < k; ++t) {
+      const PairSums& teacher = of[t + 1];
+      const double negative_entropy = teacher.own[i] - teacher.lse[i];
+      kl[t] = float(a.t2() * (negative_entropy - (teacher.student[i] - of[0].lse[i])));
+      entropy[t] = float(-negative_entropy);
+    }
+    if (!a.weights.has_value()) {
+      const auto log_p = [&](int64_t t) {
+        const auto& [model, c] = distributions[t + 1];
+        return double(sums.match[model][i] * c) - of[t + 1].lse[i];
+      };
+      a.gate.weights(k, entropy, log_p, w);
+    }
+    for (int64_t t = 0; t < k; ++t) {
+      loss[i] += double(w[t]) * kl[t] / 2;
+    }
+  }
+}
+
+// Adds the coefficients of the divergences, in units of dloss/dz with z = scale Y.
+void add_divergences(
+    const Arguments& a,
+    const Tensor& weights,
+    const Upstream& upstream,
+    std::vector<PairCoefficients>& out) {
+  const int64_t n = a.n(), k = a.k();
+  const double factor = a.t2() / a.temperature / 2;
+  for (int64_t side = 0; side < 2; ++side) {
+    const float* w = weights.const_data_ptr<float>() + side * n * k;
+    const auto coefficients = [&](int64_t d) -> std::vector<float>& {
+      return side == 0 ? out[d].row : out[d].column;
+    };
+    for (int64_t i = 0; i < n; ++i, w += k) {
+      // Summed as floats, so that one teacher's coefficient is the student's but for the sign.
+      float of_student = 0;
+      for (int64_t t = 0; t < k; ++t) {
+        const float of_teacher = float(factor * upstream[i] * w[t]);
+        coefficients(t + 1)[i] -= of_teacher;
+        of_student += of_teacher;
+      }
+      coefficients(0)[i] += of_student;
+    }
+  }
+}
+
+std::vector<PairCoefficients> coefficients_from(SumsOfPairs& sums) {
+  std::vector<PairCoefficients> out;
+  for (size_t d = 0; d < sums.rows.size(); ++d) {
+    out.emplace_back(std::move(sums.rows[d].lse), std::move(sums.columns[d].lse));
+  }
+  return out;
+}
+
+struct Result {
+  explicit Result(const Arguments& a) : details(a), loss(a.n()), labels(a.n()) {}
+
+  Details details;
+  std::vector<double> loss, labels; // [N], the divergences and the loss of contrastive
+};
+
+void finish(const Arguments& a, bool labels, const SumsOfPairs& sums, Result& out) {
+  const std::vector<PairDistribution> distributions = distributions_of(a, labels);
+  for (int64_t side = 0; side < 2; ++side) {
+    finish_side(a, side, sums, distributions, out.details, out.loss);
+  }
+  const int64_t place = a.temperature == 1 ? 0 : a.k() + 1; // of the labels' distribution
+  for (int64_t i = 0; i < a.n() && labels; ++i) {
+    out.labels[i] = sums.loss_of_labels(distributions[place], place, i);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_kl(
+    const Tensor& image_features,
+    const Tensor& text_features,
+    const Tensor& logit_scale,
+    at::TensorList teacher_image_features,
+    at::TensorList teacher_text_features,
+    const Tensor& teacher_scales,
+    const std::optional<Tensor>& weights,
+    double temperature,
+    double gate_temperature,
+    double gate_entropy,
+    double gate_label,
+    bool scale_by_t2) {
+  const Arguments a{
+      image_features,
+      text_features,
+      logit_scale,
+      teacher_image_features,
+      teacher_text_features,
+      teacher_scales,
+      weights,
+      temperature,
+      {gate_entropy, gate_label, gate_temperature},
+      scale_by_t2};
+  check_shapes(a);
+  const int64_t n = a.n(), k = a.k();
+  Result out(a);
+  Tensor loss = empty_float({n}), lse = empty_float({2, 1 + k, n});
+  if (n > 0) {
+    const SumsOfPairs sums =
+        with_softmax(a, false, {false, false, false}, [](auto& pairs) { return pairs.sums(); });
+    finish(a, false, sums, out);
+    std::copy(out.loss.begin(), out.loss.end(), loss.mutable_data_ptr<float>());
+    float* to = lse.mutable_data_ptr<float>();
+    for (const auto* side : {&sums.rows, &sums.columns}) {
+      for (const PairSums& of : *side) {
+        to = std::copy(of.lse.begin(), of.lse.end(), to);
+      }
+    }
+  }
+  return {loss, out.details.kl, out.details.weights, out.details.entropy, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> pair_kl_backward(
+    const Tensor& grad,
+    const Tensor& image_features,
+    const Tensor& text_features,
+    const Tensor& logit_scale,
+    at::TensorList teacher_image_features,
+    at::TensorList teacher_text_features,
+    const Tensor& teacher_scales,
+    const Tensor& weights,
+    const Tensor& lse,
+    double temperature,
+    bool scale_by_t2,
+    std::array<bool, 3> wanted) {
+  const std::optional<Tensor> given = weights;
+  const Arguments a{image_features,        text_features,  logit_scale, teacher_image_features,
+                    teacher_text_features, teacher_scales, given,       temperature,
+                    {0.0, 0.0, 1.0},       scale_by_t2};
+  check_shapes(a);
+  const int64_t n = a.n(), k = a.k();
+  check_shape("grad", grad, {n});
+  check_shape("lse", lse, {2, 1 + k, n});
+  Grads grads(image_features, text_features, image_features.scalar_type(), wanted[0], wanted[1]);
+  double dscale = 0;
+  if (n > 0) {
+    const Tensor sums = lse.to(at::kDouble).contiguous();
+    std::vector<PairCoefficients> coefficients;
+    for (int64_t d = 0; d < 1 + k; ++d) {
+      const double *rows = sums.const_data_ptr<double>() + d * n, *columns = rows + (1 + k) * n;
+      coefficients.emplace_back(
+          std::vector<double>(rows, rows + n), std::vector<double>(columns, columns + n));
+    }
+    add_divergences(a, weights.to(at::kFloat).contiguous(), Upstream(grad), coefficients);
+    dscale = with_softmax(a, false, wanted, [&](auto& pairs) {
+      return pairs.gradients(coefficients, float(value_of(logit_scale)), grads);
+    });
+  }
+  return {grads.x, grads.w, scalar_if(wanted[2], dscale)};
+}
+
+struct Reduced {
+  double labels = 0, total = 0, dscale = 0;
+};
+
+// Both reduced forms: fills `out` and `grads`.
+Reduced reduced(
+    const Arguments& a,
+    bool labels,
+    bool mean,
+    std::array<bool, 3> wanted,
+    Result& out,
+    Grads& grads) {
+  const int64_t n = a.n();
+  Reduced sums;
+  if (n > 0) {
+    sums.dscale = with_softmax(a, labels, wanted, [&](auto& pairs) {
+      const bool any = wanted[0] || wanted[1] || wanted[2];
+      const std::optional<ProductCache> cache = pairs.cache_if(any);
+      SumsOfPairs of_pairs = pairs.sums(cache);
+      finish(a, labels, of_pairs, out);
+      if (!any) {
+        return 0.0;
+      }
+      std::vector<PairCoefficients> coefficients = coefficients_from(of_pairs);
+      const Upstream upstream(row_weight(mean, n));
+      add_divergences(a, out.details.weights, upstream, coefficients);
+      if (labels) {
+        coefficients[a.temperature == 1 ? 0 : a.k() + 1].add_labels(upstream);
+      }
+      return pairs.gradients(coefficients, float(value_of(a.logit_scale)), grads, cache);
+    });
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    sums.labels += out.labels[i];
+    sums.total += out.loss[i];
+  }
+  if (mean) {
+    sums.labels /= double(n);
+    sums.total /= double(n);
+  }
+  return sums;
+}
+
+using ReducedResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <bool LABELS>
+ReducedResults reduced_form(
+    const Tensor& image_features,
+    const Tensor& text_features,
+    const Tensor& logit_scale,
+    at::TensorList teacher_image_features,
+    at::TensorList teacher_text_features,
+    const Tensor& teacher_scales,
+    const std::optional<Tensor>& weights,
+    double temperature,
+    double gate_temperature,
+    double gate_entropy,
+    double gate_label,
+    bool scale_by_t2,
+    bool mean,
+    std::array<bool, 3> wanted) {
+  const Arguments a{
+      image_features,
+      text_features,
+      logit_scale,
+      teacher_image_features,
+      teacher_text_features,
+      teacher_scales,
+      weights,
+      temperature,
+      {gate_entropy, gate_label, gate_temperature},
+      scale_by_t2};
+  check_shapes(a);
+  Result out(a);
+  Grads grads(image_features, text_features, at::kFloat, wanted[0], wanted[1]);
+  const Reduced sums = reduced(a, LABELS, mean, wanted, out, grads);
+  Tensor losses = scalar(sums.total);
+  if (LABELS) {
+    losses = at::stack({scalar(sums.labels), losses});
+  }
+  return {
+      losses,
+      out.details.kl,
+      out.details.weights,
+      out.details.entropy,
+      grads.x,
+      grads.w,
+      scalar_if(wanted[2], sums.dscale)};
+}
+
+} // namespace
+
+TORCH_LIBRARY_IMPL(mulki_cpp, CPU, m) {
+  m.impl("pair_kl", &pair_kl);
+  m.impl("pair_kl_backward", &pair_kl_backward);
+  m.impl("pair_kl_reduced", &reduced_form<false>);
+  m.impl("pair_kl_with_labels", &reduced_form<true>);
+}
+
+} // namespace mulki
