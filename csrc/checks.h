@@ -8,6 +8,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 
 namespace mulki {
@@ -21,6 +22,11 @@ inline void check_shape(const char* name, const Tensor& t, at::IntArrayRef wante
 inline void check_dtype(const char* name, const Tensor& t, at::ScalarType wanted) {
   TORCH_CHECK_TYPE(
       t.scalar_type() == wanted, name, ": got dtype ", t.scalar_type(), ", wanted ", wanted);
+}
+
+inline void check_positive(const char* name, double value) {
+  TORCH_CHECK_VALUE(
+      value > 0 && std::isfinite(value), name, ": got ", value, ", wanted a positive number");
 }
 
 // x [N, D] and w [P, D] of one dtype that the kernels multiply.

@@ -47,6 +47,8 @@ struct Arguments {
 
 void check_shapes(const Arguments& a) {
   check_pairs(a.image_features, a.text_features, a.logit_scale);
+  check_positive("temperature", a.temperature);
+  check_positive("gate_temperature", a.gate.temperature);
   const int64_t k = a.k();
   TORCH_CHECK_VALUE(k > 0, "teacher_image_features: got no teacher, wanted at least one");
   TORCH_CHECK_VALUE(

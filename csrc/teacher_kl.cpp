@@ -82,6 +82,8 @@ struct Result {
 
 void check(const Arguments& a) {
   check_prototypes(a.features, a.prototypes, a.scale);
+  check_positive("temperature", a.temperature);
+  check_positive("gate_temperature", a.gate_temperature);
   const int64_t n = a.features.size(0), p = a.prototypes.size(0);
   const int64_t k = int64_t(a.teacher_features.size());
   TORCH_CHECK_VALUE(k > 0, "teacher_features: got no teacher, wanted at least one");

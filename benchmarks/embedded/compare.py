@@ -15,6 +15,7 @@ the same settings and the same start model and images, is not repeated.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -201,14 +202,19 @@ def has_settings(result: dict[str, Any], settings: Options) -> bool:
 
     A line that is older than an option was made with what is the default of the option now.
     """
-    from mulki.engine.config import RunConfig
-    from mulki.methods import get
-
-    options = (RunConfig, get(settings["method"]).Options)
-    defaults = _plain({item.name: item.default for of in options for item in fields(of)})
+    defaults = _defaults(settings["method"])
     return all(
         result["settings"].get(name, defaults[name]) == value for name, value in settings.items()
     )
+
+
+@functools.cache
+def _defaults(method: str) -> Options:
+    from mulki.engine.config import RunConfig
+    from mulki.methods import get
+
+    options = (RunConfig, get(method).Options)
+    return _plain({item.name: item.default for of in options for item in fields(of)})
 
 
 def standing(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -51,18 +51,26 @@ def scalars(values: Sequence[Tensor | float], like: Tensor) -> Tensor:
     return torch.stack([scalar(value, like) for value in values])
 
 
-def wants_gradients(reduction: str, *leaves: Tensor | None) -> bool:
-    """Whether the form that computes gradients together with a sum or a mean is to be called."""
-    # Without gradients to compute, one pass over rows is less.
-    return (
-        reduction != "none"
-        and torch.is_grad_enabled()
-        and any(leaf is not None and leaf.requires_grad for leaf in leaves)
+def takes_reduced_form(reduction: str, *leaves: Tensor | None) -> bool:
+    """Whether the form that returns a sum or a mean, with its gradients, is to be called.
+
+    Args:
+        leaves: those that may have gradients; the first one is a tensor.
+    """
+    if reduction == "none":
+        return False
+    # On the CPU it is one call where rows and their sum are several. Elsewhere rows are one pass
+    # less where there are no gradients to compute.
+    assert leaves[0] is not None
+    return leaves[0].is_cpu or (
+        torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
     )
 
 
-def requires_grad_of(*leaves: Tensor) -> list[bool]:
-    """Which of the leaves require grad."""
+def wanted_gradients(*leaves: Tensor) -> list[bool]:
+    """Which of the leaves will have gradients."""
+    if not torch.is_grad_enabled():
+        return [False] * len(leaves)
     return [leaf.requires_grad for leaf in leaves]
 
 

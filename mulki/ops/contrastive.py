@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mulki.ops import checks
+from mulki.ops import checks, direct
 from mulki.ops.arguments import (
     refuse_tangents,
-    requires_grad_of,
     rounded,
     scalar,
-    wants_gradients,
+    takes_reduced_form,
+    wanted_gradients,
 )
 from mulki.ops.autograd import register_reduced, register_rows
 from mulki.ops.logits import Operands, logit_gradients, logits, narrow, reduce, reduced_rows, wide
@@ -158,13 +158,13 @@ def loss(operands: Operands, logit_bias: Tensor | float | None, reduction: str) 
     refuse_tangents(operands)
     images, texts, scale = rounded(operands, _NAMES)
     leaves = images, texts, scalar(scale, images)
-    if wants_gradients(reduction, *leaves):
+    if takes_reduced_form(reduction, *leaves):
         mean = reduction == "mean"
-        result: Tensor = torch.ops.mulki.contrastive_reduced(
-            *leaves, mean, requires_grad_of(*leaves)
+        result: Tensor = direct.call(
+            "contrastive_reduced", *leaves, mean, wanted_gradients(*leaves)
         )[0]
     else:
-        result = reduce(torch.ops.mulki.contrastive(*leaves)[0], reduction)
+        result = reduce(direct.call("contrastive", *leaves)[0], reduction)
     if isinstance(logit_bias, Tensor) and logit_bias.requires_grad:
         result = result + 0 * scalar(logit_bias, images)
     return result

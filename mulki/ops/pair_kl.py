@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mulki.ops import checks, contrastive, teacher_kl
+from mulki.ops import checks, contrastive, direct, teacher_kl
 from mulki.ops.arguments import (
     refuse_tangents,
-    requires_grad_of,
     rounded,
     scalar,
     scalars,
-    wants_gradients,
+    takes_reduced_form,
+    wanted_gradients,
 )
 from mulki.ops.autograd import (
     asked,
@@ -422,12 +422,12 @@ def loss(
     leaves, arguments = _prepared(
         student, teachers, weights, gate, temperature, gate_temperature, *gate_numbers, scale_by_t2
     )
-    if wants_gradients(reduction, *leaves, arguments[_WEIGHTS]):
-        total, kl, used, entropy, *_ = torch.ops.mulki.pair_kl_reduced(
-            *arguments, reduction == "mean", requires_grad_of(*leaves)
+    if takes_reduced_form(reduction, *leaves, arguments[_WEIGHTS]):
+        total, kl, used, entropy, *_ = direct.call(
+            "pair_kl_reduced", *arguments, reduction == "mean", wanted_gradients(*leaves)
         )
         return total, kl, used, entropy
-    rows, kl, used, entropy, _ = torch.ops.mulki.pair_kl(*arguments)
+    rows, kl, used, entropy, _ = direct.call("pair_kl", *arguments)
     return reduce(rows, reduction), kl, used, entropy
 
 
@@ -448,7 +448,7 @@ def sums_with_labels(
         student, teachers, None, gate, temperature, gate_temperature, *gate_numbers, True
     )
     sums, _, used, entropy, *_ = torch.ops.mulki.pair_kl_with_labels(
-        *arguments, False, [torch.is_grad_enabled() and leaf.requires_grad for leaf in leaves]
+        *arguments, False, wanted_gradients(*leaves)
     )
     return *sums.unbind(), used, entropy
 

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mulki.ops import checks
+from mulki.ops import checks, direct
 from mulki.ops.arguments import (
     refuse_tangents,
-    requires_grad_of,
     rounded,
     scalar,
-    wants_gradients,
+    takes_reduced_form,
+    wanted_gradients,
 )
 from mulki.ops.autograd import register_reduced, register_rows
 from mulki.ops.logits import Operands, logit_gradients, logits, narrow, reduce, wide
@@ -195,12 +195,12 @@ def loss(
     features, prototypes, scale = rounded(operands)
     leaves = features, prototypes, scalar(scale, features)
     labels = target, class_mask, label_smoothing, ignore_index
-    if wants_gradients(reduction, *leaves):
+    if takes_reduced_form(reduction, *leaves):
         mean = reduction == "mean"
         total: Tensor
-        total, *_ = torch.ops.mulki.prototype_cross_entropy_reduced(
-            *leaves, *labels, mean, requires_grad_of(*leaves)
+        total, *_ = direct.call(
+            "prototype_cross_entropy_reduced", *leaves, *labels, mean, wanted_gradients(*leaves)
         )
         return total
-    rows = torch.ops.mulki.prototype_cross_entropy(*leaves, *labels)
+    rows = direct.call("prototype_cross_entropy", *leaves, *labels)
     return reduce(rows, reduction, (target != ignore_index).sum())

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mulki.ops import checks
+from mulki.ops import checks, direct
 from mulki.ops.arguments import (
     refuse_tangents,
-    requires_grad_of,
     rounded,
     scalar,
-    wants_gradients,
+    takes_reduced_form,
+    wanted_gradients,
 )
 from mulki.ops.autograd import register_reduced, register_rows
 from mulki.ops.logits import Operands, logit_gradients, logits, narrow, reduce, reduced_rows, wide
@@ -154,10 +154,10 @@ def loss(operands: Operands, logit_bias: Tensor | float, reduction: str, offset:
     refuse_tangents(operands, (logit_bias,))
     images, texts, scale = rounded(operands, _NAMES)
     leaves = images, texts, scalar(scale, images), scalar(logit_bias, images)
-    if wants_gradients(reduction, *leaves):
+    if takes_reduced_form(reduction, *leaves):
         mean = reduction == "mean"
-        total: Tensor = torch.ops.mulki.siglip_reduced(
-            *leaves, offset, mean, requires_grad_of(*leaves)
+        total: Tensor = direct.call(
+            "siglip_reduced", *leaves, offset, mean, wanted_gradients(*leaves)
         )[0]
         return total
-    return reduce(torch.ops.mulki.siglip(*leaves, offset), reduction)
+    return reduce(direct.call("siglip", *leaves, offset), reduction)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mulki.ops import checks
+from mulki.ops import checks, direct
 from mulki.ops.arguments import refuse_tangents, rounded, scalar
 from mulki.ops.autograd import register_rows
 from mulki.ops.logits import Operands, logit_gradients, logits, narrow, wide
@@ -111,5 +111,5 @@ def matrix(operands: Operands, normalize: bool = False) -> Tensor:
     refuse_tangents(operands)
     features, prototypes, scale = rounded(operands)
     leaves = features, prototypes, scalar(scale, features)
-    result: Tensor = torch.ops.mulki.similarity(*leaves, normalize)
+    result: Tensor = direct.call("similarity", *leaves, normalize)
     return result

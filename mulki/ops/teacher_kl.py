@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mulki.ops import checks, gates
+from mulki.ops import checks, direct, gates
 from mulki.ops.arguments import (
     refuse_tangents,
-    requires_grad_of,
     rounded,
     scalar,
     scalars,
-    wants_gradients,
+    takes_reduced_form,
+    wanted_gradients,
 )
 from mulki.ops.autograd import (
     asked,
@@ -379,13 +379,13 @@ def loss(
         *(*leaves, teacher_features, teacher_prototypes, scalars(scales, features)),
         *(weights, target, class_mask, temperature, gate_temperature, *gate_numbers, scale_by_t2),
     )
-    if wants_gradients(reduction, *leaves, weights):
+    if takes_reduced_form(reduction, *leaves, weights):
         mean = reduction == "mean"
-        total, kl, used, entropy, *_ = torch.ops.mulki.teacher_kl_reduced(
-            *arguments, mean, requires_grad_of(*leaves)
+        total, kl, used, entropy, *_ = direct.call(
+            "teacher_kl_reduced", *arguments, mean, wanted_gradients(*leaves)
         )
         return total, kl, used, entropy
-    rows, kl, used, entropy = torch.ops.mulki.teacher_kl(*arguments)
+    rows, kl, used, entropy = direct.call("teacher_kl", *arguments)
     return reduce(rows, reduction), kl, used, entropy
 
 

@@ -38,6 +38,7 @@ def _find() -> tuple[dict[str, Any], str | None]:
             "keeps_graph": torch._C._autograd._get_current_graph_task_keep_graph,
             "modes": torch._C._len_torch_dispatch_stack,
             "is_functorch": torch._C._functorch.is_functorch_wrapped_tensor,
+            "transform": torch._C._functorch.peek_interpreter_stack,
             "is_batched": torch._C._functorch.is_legacy_batchedtensor,
             # The number changes, so what is kept is the module that has it.
             "forward_level": (forward_ad._current_level, forward_ad)[1],
@@ -100,6 +101,11 @@ def is_last_plain_backward(grad: Tensor) -> bool:
         and not _private["is_functorch"](grad)
         and not _private["is_batched"](grad)
     )
+
+
+def is_watched() -> bool:
+    """Whether a mode or a transform sees calls of operators; True where torch does not say."""
+    return not _private or _private["modes"]() != 0 or _private["transform"]() is not None
 
 
 # Keeps for the backward what it needs: of ctx, the inputs and the outputs.
