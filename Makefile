@@ -1,5 +1,6 @@
 # `make demo` and `make test` need Python 3.10 or newer and nothing else: they make .venv first. With
-# a C++ compiler on PATH they also build the C++ kernels; without one all runs in plain PyTorch.
+# a C++ compiler on PATH they also build the C++ kernels, for this CPU's capability; without one all
+# runs in plain PyTorch. CI builds and tests every capability: MULKI_BUILD_CAPABILITIES=all make test
 # Another interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -30,7 +31,7 @@ lint: .venv/.installed-test
 
 .venv: .venv/.installed-test
 
-BUILT_FROM := pyproject.toml setup.py $(wildcard mulki/ops/*.py csrc/*)
+BUILT_FROM := pyproject.toml setup.py $(wildcard mulki/ops/*.py) $(shell find csrc -name '*.h' -o -name '*.cpp')
 
 # Torch comes before mulki: the package is built without isolation, against the torch it will run with.
 .venv/.installed-torch:
@@ -47,8 +48,8 @@ BUILT_FROM := pyproject.toml setup.py $(wildcard mulki/ops/*.py csrc/*)
 
 .venv/.installed-%: .venv/.installed-torch $(BUILT_FROM)
 	$(BIN)/python -m pip install --no-build-isolation -e ".[$*]"
-	@$(BIN)/python -c 'from mulki.ops.loader import capability, load; \
-	    print("C++ kernels:", load() or capability() + " build")'
+	@$(BIN)/python -c 'from mulki.ops.loader import capability_in_words, load; \
+	    print("C++ kernels:", load() or capability_in_words())'
 	@touch $@
 
 clean:
