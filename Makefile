@@ -7,15 +7,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean .venv
+.PHONY: help demo test lint sanitize clean .venv
 
 help:
-	@echo "make demo   run the bundled image tasks (mulki run embedded) and show the results"
-	@echo "make test   make lint, then pytest"
-	@echo "make lint   ruff, clang-format and mypy"
-	@echo "make .venv  only make .venv, with all that demo and test need"
-	@echo "make clean  remove .venv, built libraries and caches (run folders in logs/ stay)"
-	@echo "demo, test and lint make .venv where it is missing; PYTHON=... picks its interpreter."
+	@echo "make demo      run the bundled image tasks (mulki run embedded) and show the results"
+	@echo "make test      make lint, then pytest"
+	@echo "make lint      ruff, clang-format and mypy"
+	@echo "make sanitize  the C++ kernels under sanitizers, on Linux; SHORT=1 for fewer tests"
+	@echo "make .venv     only make .venv, with all that demo and test need"
+	@echo "make clean     remove .venv, built libraries and caches (run folders in logs/ stay)"
+	@echo "demo, test, lint and sanitize make .venv where it is missing; PYTHON=... picks its interpreter."
 
 demo: .venv/.installed-demo
 	$(BIN)/mulki run embedded
@@ -26,8 +27,11 @@ test: lint
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc tests -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
+
+sanitize: .venv/.installed-test
+	tests/csrc/sanitize $(CURDIR)/$(BIN)/python $(if $(SHORT),short)
 
 .venv: .venv/.installed-test
 

@@ -6,6 +6,7 @@ and says so. Environment variables:
 
   MULKI_BUILD_CPP           0 leaves the kernels out; 1 makes a failed build an error
   MULKI_BUILD_CAPABILITIES  which CPUs to build for, see `chosen`
+  MULKI_BUILD_FLAGS         further flags for the compiler and the linker
   MAX_JOBS                  compilers at a time
   DEBUG                     1 builds with -O0 -g
 """
@@ -139,6 +140,7 @@ def extensions() -> list[Extension]:
     openmp = "ATen parallel backend: OpenMP" in torch.__config__.parallel_info()
     check_compiler(platform, openmp)
     debug = os.environ.get("DEBUG", "0") not in ("", "0")
+    further = shlex.split(os.environ.get("MULKI_BUILD_FLAGS", ""))
     return [
         Extension(
             f"mulki.{library_name(capability)}",
@@ -147,7 +149,11 @@ def extensions() -> list[Extension]:
             include_dirs=cpp_extension.include_paths(),
             library_dirs=cpp_extension.library_paths(),
             libraries=link_libraries(platform, openmp),
-            extra_compile_args=compile_flags(capability, platform, openmp, debug),
+            extra_compile_args=[
+                *compile_flags(capability, platform, openmp, debug),
+                *further,
+            ],
+            extra_link_args=further,
             language="c++",
             optional=True,
         )

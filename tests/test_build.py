@@ -27,7 +27,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MULKI_BUILD_CPP", "MULKI_BUILD_CAPABILITIES", "MULKI_DISABLE_CPP"):
+    for name in (
+        "MULKI_BUILD_CPP",
+        "MULKI_BUILD_CAPABILITIES",
+        "MULKI_BUILD_FLAGS",
+        "MULKI_DISABLE_CPP",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -252,6 +257,12 @@ def test_a_build_in_place_keeps_other_capabilities_of_the_same_sources(
     assert built(Path("mulki").iterdir()) == {"avx2"}
 
 
+def test_further_flags_come_last(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MULKI_BUILD_FLAGS", "-O1 '-DNAME=a b'")
+    for ext in setup_py.native_build()["ext_modules"]:
+        assert ext.extra_compile_args[-2:] == ["-O1", "-DNAME=a b"] == ext.extra_link_args
+
+
 def test_the_kernels_can_be_left_out(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MULKI_BUILD_CPP", "0")
     assert setup_py.native_build() == {}
@@ -382,4 +393,6 @@ def test_the_sdist_has_the_scripts_that_the_documentation_runs(
     files = FileList()
     for line in (ROOT / "MANIFEST.in").read_text().splitlines():
         files.process_template_line(line)
-    assert {".ci/run", "benchmarks/gpu.sh", "examples/slurm.sh"} <= set(files.files)
+    assert {".ci/run", "benchmarks/gpu.sh", "examples/slurm.sh", "tests/csrc/sanitize"} <= set(
+        files.files
+    )
