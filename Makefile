@@ -1,20 +1,22 @@
 # `make demo` and `make test` need Python 3.10 or newer and nothing else: they make .venv first. With
-# a C++ compiler on PATH they also build the C++ kernels; without one all runs in plain PyTorch.
+# a C++ compiler on PATH they also build the C++ kernels, for this CPU's capability; without one all
+# runs in plain PyTorch. CI builds and tests every capability: MULKI_BUILD_CAPABILITIES=all make test
 # Another interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean .venv
+.PHONY: help demo test lint sanitize clean .venv
 
 help:
-	@echo "make demo   run the bundled image tasks (mulki run embedded) and show the results"
-	@echo "make test   make lint, then pytest"
-	@echo "make lint   ruff, clang-format and mypy"
-	@echo "make .venv  only make .venv, with all that demo and test need"
-	@echo "make clean  remove .venv, built libraries and caches (run folders in logs/ stay)"
-	@echo "demo, test and lint make .venv where it is missing; PYTHON=... picks its interpreter."
+	@echo "make demo      run the bundled image tasks (mulki run embedded) and show the results"
+	@echo "make test      make lint, then pytest"
+	@echo "make lint      ruff, clang-format and mypy"
+	@echo "make sanitize  the C++ kernels under sanitizers, on Linux; SHORT=1 for fewer tests"
+	@echo "make .venv     only make .venv, with all that demo and test need"
+	@echo "make clean     remove .venv, built libraries and caches (run folders in logs/ stay)"
+	@echo "demo, test, lint and sanitize make .venv where it is missing; PYTHON=... picks its interpreter."
 
 demo: .venv/.installed-demo
 	$(BIN)/mulki run embedded
@@ -25,12 +27,15 @@ test: lint
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc tests -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
+
+sanitize: .venv/.installed-test
+	tests/csrc/sanitize $(CURDIR)/$(BIN)/python $(if $(SHORT),short)
 
 .venv: .venv/.installed-test
 
-BUILT_FROM := pyproject.toml setup.py $(wildcard mulki/ops/*.py csrc/*)
+BUILT_FROM := pyproject.toml setup.py $(wildcard mulki/ops/*.py) $(shell find csrc -name '*.h' -o -name '*.cpp')
 
 # Torch comes before mulki: the package is built without isolation, against the torch it will run with.
 .venv/.installed-torch:
@@ -47,8 +52,8 @@ BUILT_FROM := pyproject.toml setup.py $(wildcard mulki/ops/*.py csrc/*)
 
 .venv/.installed-%: .venv/.installed-torch $(BUILT_FROM)
 	$(BIN)/python -m pip install --no-build-isolation -e ".[$*]"
-	@$(BIN)/python -c 'from mulki.ops.loader import capability, load; \
-	    print("C++ kernels:", load() or capability() + " build")'
+	@$(BIN)/python -c 'from mulki.ops.loader import capability_in_words, load; \
+	    print("C++ kernels:", load() or capability_in_words())'
 	@touch $@
 
 clean:

@@ -4,9 +4,11 @@ The kernels are built against the torch that is importable here, so pip needs --
 Without torch, without a compiler or where they do not compile, the package installs without them
 and says so. Environment variables:
 
-  MULKI_BUILD_CPP  0 leaves the kernels out; 1 makes a failed build an error
-  MAX_JOBS         compilers at a time
-  DEBUG            1 builds with -O0 -g
+  MULKI_BUILD_CPP           0 leaves the kernels out; 1 makes a failed build an error
+  MULKI_BUILD_CAPABILITIES  which CPUs to build for, see `chosen`
+  MULKI_BUILD_FLAGS         further flags for the compiler and the linker
+  MAX_JOBS                  compilers at a time
+  DEBUG                     1 builds with -O0 -g
 """
 
 from __future__ import annotations
@@ -39,8 +41,30 @@ X86_64 = ("linux-x86_64", "win-amd64")
 
 
 def capabilities(platform: str) -> list[str]:
-    """The CPU capabilities to build for; `platform` is that of `sysconfig.get_platform()`."""
+    """The CPU capabilities there are; `platform` is that of `sysconfig.get_platform()`."""
     return list(INSTRUCTIONS) if platform in X86_64 else ["DEFAULT"]
+
+
+def chosen(platform: str, in_place: bool) -> list[str]:
+    """The capabilities to build for: of this machine in place, all for a wheel.
+
+    MULKI_BUILD_CAPABILITIES goes before: `native`, `all` or names joined by commas.
+    """
+    possible = capabilities(platform)
+    wanted = os.environ.get("MULKI_BUILD_CAPABILITIES", "") or ("native" if in_place else "all")
+    if wanted == "all":
+        return possible
+    if wanted == "native":
+        from mulki.ops.loader import cpu_capabilities
+
+        return [next(name for name in cpu_capabilities() if name in possible)]
+    names = wanted.split(",")
+    if not set(names) <= set(possible):
+        raise SystemExit(
+            f"MULKI_BUILD_CAPABILITIES: got {wanted!r}, wanted native (this machine's), all, or "
+            f"names joined by commas, of {', '.join(possible)}"
+        )
+    return [name for name in possible if name in names]
 
 
 def compile_flags(capability: str, platform: str, openmp: bool, debug: bool) -> list[str]:
@@ -98,6 +122,10 @@ def check_compiler(platform: str, openmp: bool) -> None:
         )
 
 
+def sources(suffix: str) -> list[str]:
+    return sorted(glob(f"csrc/**/*{suffix}", recursive=True))
+
+
 def extensions() -> list[Extension]:
     """One plain shared library for each capability, named as `mulki.ops.loader` looks for it."""
     import torch
@@ -107,19 +135,25 @@ def extensions() -> list[Extension]:
     from mulki.ops.loader import library_name
 
     platform = sysconfig.get_platform()
+    chosen(platform, in_place=False)  # a bad value is an error before anything is compiled
     # at::parallel_for is compiled here, and is a plain loop without torch's own OpenMP flag.
     openmp = "ATen parallel backend: OpenMP" in torch.__config__.parallel_info()
     check_compiler(platform, openmp)
     debug = os.environ.get("DEBUG", "0") not in ("", "0")
+    further = shlex.split(os.environ.get("MULKI_BUILD_FLAGS", ""))
     return [
         Extension(
             f"mulki.{library_name(capability)}",
-            sources=sorted(glob("csrc/*.cpp")),
-            depends=sorted(glob("csrc/*.h")),
+            sources=sources(".cpp"),
+            depends=sources(".h"),
             include_dirs=cpp_extension.include_paths(),
             library_dirs=cpp_extension.library_paths(),
             libraries=link_libraries(platform, openmp),
-            extra_compile_args=compile_flags(capability, platform, openmp, debug),
+            extra_compile_args=[
+                *compile_flags(capability, platform, openmp, debug),
+                *further,
+            ],
+            extra_link_args=further,
             language="c++",
             optional=True,
         )
@@ -127,12 +161,23 @@ def extensions() -> list[Extension]:
     ]
 
 
+def capability_of(ext: Extension) -> str:
+    return ext.name.split("_")[2].upper()
+
+
 def commands(required: bool) -> dict[str, type]:
     from setuptools.command.bdist_wheel import bdist_wheel
     from torch.utils.cpp_extension import BuildExtension
 
     class build_ext(BuildExtension.with_options(no_python_abi_suffix=True)):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            # Only now is it known whether this is an editable install, which sets `inplace`.
+            wanted = chosen(sysconfig.get_platform(), bool(self.inplace))
+            self.extensions = [ext for ext in self.extensions if capability_of(ext) in wanted]
+
         def run(self) -> None:
+            self.wanted = self.extensions
             self.built: list[Extension] = []
             self.problems: dict[str, list[str]] = {}
             # One library after another, each with MAX_JOBS compilers: build_extension changes self.
@@ -151,7 +196,7 @@ def commands(required: bool) -> dict[str, type]:
         def build_extension(self, ext: Extension) -> None:
             # A folder of object files for each capability: the sources are the same.
             build_temp = self.build_temp
-            self.build_temp = os.path.join(build_temp, ext.name.partition("_torch")[0])
+            self.build_temp = os.path.join(build_temp, capability_of(ext))
             try:
                 super().build_extension(ext)
                 self.built.append(ext)
@@ -161,15 +206,25 @@ def commands(required: bool) -> dict[str, type]:
                 self.build_temp = build_temp
 
         def remove_others(self, in_place: bool) -> None:
-            """Remove libraries of earlier builds, which would end up in the wheel or be loaded."""
+            """Remove libraries of earlier builds, which would end up in the wheel or be loaded.
+
+            In place, those of other capabilities stay if they are newer than the sources.
+            """
             found = glob(os.path.join(self.build_lib, "mulki", "_cpu_*"))
+            extensions = self.distribution.ext_modules
+            names = {os.path.basename(self.get_ext_filename(ext.name)): ext for ext in extensions}
+            others: set[str] = set()
             if in_place:
                 # Those of another torch may belong to another environment.
-                _, _, _, major, minor, _ = self.distribution.ext_modules[0].name.split("_")
+                _, _, _, major, minor, _ = extensions[0].name.split("_")
                 found += glob(os.path.join("mulki", f"_cpu_*_{major}_{minor}_*"))
-            names = [os.path.basename(self.get_ext_filename(ext.name)) for ext in self.built]
+                others = {name for name, ext in names.items() if ext not in self.wanted}
+            kept = {name for name, ext in names.items() if ext in self.built}
+            changed = max(map(os.path.getmtime, [*extensions[0].sources, *extensions[0].depends]))
             for library in found:
-                if os.path.basename(library) not in names:
+                name = os.path.basename(library)
+                stays = name in others and os.path.getmtime(library) > changed
+                if name not in kept and not stays:
                     os.remove(library)
 
     class platform_wheel(bdist_wheel):
@@ -197,7 +252,7 @@ def native_build() -> dict[str, Any]:
     wanted = os.environ.get("MULKI_BUILD_CPP", "")
     if wanted not in ("", "0", "1"):
         raise SystemExit(f"MULKI_BUILD_CPP: got {wanted!r}, wanted 0 (leave out) or 1 (insist)")
-    if wanted == "0" or not glob("csrc/*.cpp"):
+    if wanted == "0" or not sources(".cpp"):
         return {}
     # Who calls build_ext by name wants an exit status that tells.
     required = wanted == "1" or "build_ext" in sys.argv

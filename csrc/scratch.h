@@ -42,7 +42,14 @@ class Scratch {
 
  private:
   static constexpr int64_t kAlignment = 64;
+#if defined(__SANITIZE_ADDRESS__)
+  // A longer block, such as a cached one, would hide an access beyond the end. Those of torch are
+  // aligned; one byte more makes the address of an empty block valid.
+  static constexpr int64_t kMaxCached = 0, kForAlignment = 1;
+#else
   static constexpr int64_t kMaxCached = int64_t(24) << 20; // bytes that a thread caches
+  static constexpr int64_t kForAlignment = kAlignment;
+#endif
   static constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
 
   static std::vector<Tensor>& cached() {
@@ -51,7 +58,7 @@ class Scratch {
   }
 
   static Tensor acquire(int64_t bytes) {
-    bytes += kAlignment;
+    bytes += kForAlignment;
     auto& blocks = cached();
     int64_t best = -1;
     for (int64_t i = 0; i < int64_t(blocks.size()); ++i) {

@@ -59,7 +59,7 @@ def info() -> Info:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     gpus += [torch.xpu.get_device_name(i) for i in range(torch.xpu.device_count())]
     gpus += ["MPS"] if torch.backends.mps.is_available() else []
-    kernels = "not loaded" if loader.load() else f"{loader.capability()} build"
+    kernels = "not loaded" if loader.load() else loader.capability_in_words()
     variables = {name: os.environ[name] for name in sorted(os.environ) if _decides(name)}
     return Info(
         versions={"mulki": _mulki(found), **versions},

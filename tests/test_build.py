@@ -7,10 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import zipfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from setuptools import Distribution, Extension
 from setuptools.command.egg_info import FileList
@@ -22,7 +27,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MULKI_BUILD_CPP", "MULKI_DISABLE_CPP"):
+    for name in (
+        "MULKI_BUILD_CPP",
+        "MULKI_BUILD_CAPABILITIES",
+        "MULKI_BUILD_FLAGS",
+        "MULKI_DISABLE_CPP",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -53,8 +63,8 @@ def checkout(tmp_path: Path) -> Path:
 @pytest.fixture
 def setup_py(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     """setup.py as a module, in a folder with one C++ source."""
-    (tmp_path / "csrc").mkdir()
-    (tmp_path / "csrc" / "one.cpp").touch()
+    (tmp_path / "csrc" / "part").mkdir(parents=True)
+    (tmp_path / "csrc" / "part" / "one.cpp").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path.copy())
     spec = importlib.util.spec_from_file_location("mulki_setup", ROOT / "setup.py")
@@ -111,8 +121,146 @@ def test_each_library_has_the_name_that_is_looked_for(setup_py: ModuleType) -> N
         for name in setup_py.capabilities(setup_py.sysconfig.get_platform())
     }
     for ext in built["ext_modules"]:
-        assert ext.sources == ["csrc/one.cpp"]
+        assert ext.sources == ["csrc/part/one.cpp"]
         assert "torch_python" not in ext.libraries
+
+
+def cpu_is(monkeypatch: pytest.MonkeyPatch, capability: str) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "platform", "native"),
+    [
+        ("AVX512", "linux-x86_64", "AVX512"),
+        ("AVX2", "win-amd64", "AVX2"),
+        ("DEFAULT", "linux-x86_64", "DEFAULT"),
+        ("SVE256", "linux-aarch64", "DEFAULT"),
+        ("AVX2", "macosx-10.9-x86_64", "DEFAULT"),  # built there without special flags
+    ],
+)
+def test_in_place_this_machines_capability_is_built(
+    setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, cpu: str, platform: str, native: str
+) -> None:
+    cpu_is(monkeypatch, cpu)
+    assert setup_py.chosen(platform, in_place=True) == [native]
+    assert setup_py.chosen(platform, in_place=False) == setup_py.capabilities(platform)
+    monkeypatch.setenv("MULKI_BUILD_CAPABILITIES", "native")
+    assert setup_py.chosen(platform, in_place=False) == [native]
+
+
+def test_capabilities_are_chosen_by_name(
+    setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu_is(monkeypatch, "DEFAULT")
+    every = ["DEFAULT", "AVX2", "AVX512"]
+    for wanted, names in {"all": every, "AVX512,AVX2": every[1:]}.items():
+        monkeypatch.setenv("MULKI_BUILD_CAPABILITIES", wanted)
+        for in_place in (True, False):
+            assert setup_py.chosen("linux-x86_64", in_place) == names
+
+
+@pytest.mark.parametrize("wanted", ["avx2", "AVX2,SSE4", "AVX2,", "ALL"])
+def test_an_unknown_capability_is_an_error(
+    setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, wanted: str
+) -> None:
+    monkeypatch.setenv("MULKI_BUILD_CAPABILITIES", wanted)
+    message = f"MULKI_BUILD_CAPABILITIES: got '{wanted}', wanted native .*, all, or .* DEFAULT"
+    with pytest.raises(SystemExit, match=message):
+        setup_py.native_build()
+
+
+@pytest.fixture
+def build(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Run a command of setuptools on a package, with a compiler that makes empty libraries."""
+    from torch.utils.cpp_extension import BuildExtension
+
+    def compile_nothing(self: Any, ext: Extension) -> None:
+        path = Path(self.get_ext_fullpath(ext.name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    def each(self: Any) -> None:
+        for ext in self.extensions:
+            self.build_extension(ext)
+
+    monkeypatch.setattr(BuildExtension, "build_extension", compile_nothing)
+    monkeypatch.setattr(BuildExtension, "build_extensions", each)
+    Path("mulki").mkdir()
+    Path("mulki/__init__.py").touch()
+
+    def run_command(*command: str) -> None:
+        parts = {"name": "mulki", "version": "0", "packages": ["mulki"]}
+        distribution = Distribution({**parts, **setup_py.native_build()})
+        distribution.script_name, distribution.script_args = "setup.py", list(command)
+        assert distribution.parse_command_line()
+        distribution.run_commands()
+
+    return run_command
+
+
+def built(paths: Iterable[Path]) -> set[str]:
+    return {path.name.split("_")[2] for path in paths if path.name.startswith("_cpu_")}
+
+
+x86_64 = pytest.mark.skipif(
+    sysconfig.get_platform() not in ("linux-x86_64", "win-amd64"), reason="has one capability"
+)
+
+
+@x86_64
+def test_a_build_in_place_is_for_this_machine_and_a_wheel_for_all(
+    build: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu_is(monkeypatch, "AVX2")
+    for command in (("build_ext", "--inplace"), ("editable_wheel",)):
+        build(*command)
+        assert built(Path("mulki").iterdir()) == {"avx2"}
+        for library in Path("mulki").glob("_cpu_*"):
+            library.unlink()
+    build("bdist_wheel")
+    (wheel,) = Path("dist").glob("mulki-0-py3-none-*.whl")
+    assert built(map(Path, zipfile.ZipFile(wheel).namelist())) == {"default", "avx2", "avx512"}
+    assert built(Path("mulki").iterdir()) == set()
+
+    # What the earlier build has left is not packed.
+    monkeypatch.setenv("MULKI_BUILD_CAPABILITIES", "native")
+    build("bdist_wheel", "--bdist-dir", "second")
+    assert built(map(Path, zipfile.ZipFile(wheel).namelist())) == {"avx2"}
+
+
+@x86_64
+def test_a_build_in_place_keeps_other_capabilities_of_the_same_sources(
+    build: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu_is(monkeypatch, "AVX512")
+    os.utime("csrc/part/one.cpp", (1, 1))
+    build("build_ext", "--inplace")
+    (library,) = Path("mulki").glob("_cpu_*")
+    stem = library.stem.rpartition("_")[0]
+    other_operators = library.with_stem(f"{stem}_00000000")
+    other_torch = library.with_stem("_cpu_avx512_torch1_99_00000000")
+    other_operators.touch()
+    other_torch.touch()
+    monkeypatch.setenv("MULKI_BUILD_CAPABILITIES", "DEFAULT,AVX2")
+    build("build_ext", "--inplace")
+    assert not other_operators.exists() and other_torch.exists()
+    other_torch.unlink()
+    assert built(Path("mulki").iterdir()) == {"default", "avx2", "avx512"}
+
+    # A library with another capability's old code would be loaded with ATEN_CPU_CAPABILITY.
+    os.utime("csrc/part/one.cpp")
+    for path in Path("mulki").glob("_cpu_*"):
+        os.utime(path, (2, 2))
+    monkeypatch.setenv("MULKI_BUILD_CAPABILITIES", "AVX2")
+    build("build_ext", "--inplace")
+    assert built(Path("mulki").iterdir()) == {"avx2"}
+
+
+def test_further_flags_come_last(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MULKI_BUILD_FLAGS", "-O1 '-DNAME=a b'")
+    for ext in setup_py.native_build()["ext_modules"]:
+        assert ext.extra_compile_args[-2:] == ["-O1", "-DNAME=a b"] == ext.extra_link_args
 
 
 def test_the_kernels_can_be_left_out(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,13 +308,14 @@ def test_a_failed_build_is_an_error_only_where_kernels_are_required(
         raise RuntimeError("Error compiling objects")
 
     monkeypatch.setattr(BuildExtension, "build_extension", fail)
-    names = [f"mulki._cpu_{name}_torch2_0_00000000" for name in ("default", "avx2")]
+    possible = setup_py.capabilities(sysconfig.get_platform())
+    names = [f"mulki._cpu_{name.lower()}_torch2_0_00000000" for name in possible]
     stale = [Path("build/mulki") / f"{name.removeprefix('mulki.')}.so" for name in names]
     stale[0].parent.mkdir(parents=True)
     for required in (False, True):
         for path in stale:
             path.touch()
-        extensions = [Extension(name, ["csrc/one.cpp"], optional=True) for name in names]
+        extensions = [Extension(name, ["csrc/part/one.cpp"], optional=True) for name in names]
         distribution = Distribution({"name": "mulki", "ext_modules": extensions})
         command = setup_py.commands(required)["build_ext"](distribution)
         command.build_lib = "build"
@@ -244,4 +393,6 @@ def test_the_sdist_has_the_scripts_that_the_documentation_runs(
     files = FileList()
     for line in (ROOT / "MANIFEST.in").read_text().splitlines():
         files.process_template_line(line)
-    assert {".ci/run", "benchmarks/gpu.sh", "examples/slurm.sh"} <= set(files.files)
+    assert {".ci/run", "benchmarks/gpu.sh", "examples/slurm.sh", "tests/csrc/sanitize"} <= set(
+        files.files
+    )

@@ -1,10 +1,10 @@
 """Loads the C++ kernels for the CPU, at their first use and not before.
 
-`setup.py` builds `csrc/` once for each CPU capability into plain shared libraries beside the
-package's modules. Exactly one of them is loaded: two in one process would mix code for different
-instruction sets. Their names tell what must be known before: at::vec, of which the kernels are
-made, has no stable ABI, and registering a kernel whose schema differs from the operator's ends the
-process.
+`setup.py` builds `csrc/` for this machine's CPU capability, or once for each, into plain shared
+libraries beside the package's modules. Exactly one of them is loaded: two in one process would mix
+code for different instruction sets. Their names tell what must be known before: at::vec, of which
+the kernels are made, has no stable ABI, and registering a kernel whose schema differs from the
+operator's ends the process.
 """
 
 from __future__ import annotations
@@ -48,6 +48,14 @@ def capability() -> str:
     return found[0] if found else cpu_capabilities()[0]
 
 
+def capability_in_words() -> str:
+    """What `load` takes, and how to build a better one where this CPU has more."""
+    taken, best = capability(), cpu_capabilities()[0]
+    if taken == best:
+        return f"{taken} build"
+    return f"{taken} build, none was built for {best}: {_remedy(PACKAGE, best)}"
+
+
 def library_name(capability: str) -> str:
     """The name, without suffix, of the library for this torch and these operators."""
     schemas = {name: operator.schema for name, operator in OPERATORS.items()}
@@ -66,14 +74,20 @@ def cpu_capabilities() -> tuple[str, ...]:
     return CAPABILITIES[CAPABILITIES.index(best) :] if best in CAPABILITIES else ("DEFAULT",)
 
 
+def built(package: Path) -> dict[str, Path]:
+    """The libraries for this torch and these operators by their capabilities, best first."""
+    return {
+        name: path
+        for name in CAPABILITIES
+        for suffix in (".so", ".pyd")
+        if (path := package / (library_name(name) + suffix)).is_file()
+    }
+
+
 def find(package: Path) -> tuple[str, Path] | None:
     """The library to load, and its capability."""
-    for name in cpu_capabilities():
-        for suffix in (".so", ".pyd"):
-            path = package / (library_name(name) + suffix)
-            if path.is_file():
-                return name, path
-    return None
+    found = built(package)
+    return next(((name, found[name]) for name in cpu_capabilities() if name in found), None)
 
 
 def load_from(package: Path) -> str | None:
@@ -103,17 +117,18 @@ def _why_none(package: Path) -> str:
             return f"the C++ kernels were not built: {remedy}"
         return f"the C++ kernels were not built ({compiler} is on PATH): {remedy}"
     if torch_version() not in versions:
-        built, this = ", ".join(sorted(versions)), torch_version()
-        return f"the C++ kernels were built for torch {built}, this is torch {this}: {remedy}"
-    if not any(Path(match[0]).stem in map(library_name, CAPABILITIES) for match in names):
+        found, this = ", ".join(sorted(versions)), torch_version()
+        return f"the C++ kernels were built for torch {found}, this is torch {this}: {remedy}"
+    if not (better := built(package)):
         return f"the C++ kernels were built for another version of mulki's operators: {remedy}"
-    best = cpu_capabilities()[0]
-    return f"the C++ kernels were built for CPUs with more than {best} alone: {remedy}"
+    best, more = cpu_capabilities()[0], " and ".join(better)
+    return f"the C++ kernels were built for {more} alone, here is {best}: {_remedy(package, best)}"
 
 
-def _remedy(package: Path) -> str:
+def _remedy(package: Path, capability: str = "") -> str:
     if (package.parent / "setup.py").is_file():
-        return f"run `python setup.py build_ext --inplace` in {package.parent}"
+        chosen = f"MULKI_BUILD_CAPABILITIES={capability} " if capability else ""
+        return f"run `{chosen}python setup.py build_ext --inplace` in {package.parent}"
     options = "--no-build-isolation --no-cache-dir --force-reinstall --no-deps"
     return f"reinstall from where mulki came, with `pip install {options} FOLDER_OR_URL`"
 

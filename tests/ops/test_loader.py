@@ -53,10 +53,19 @@ def test_a_library_for_a_better_cpu_is_not_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library(tmp_path, loader.library_name("AVX512"))
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    library(tmp_path, loader.library_name("AVX2"))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     assert loader.find(tmp_path) is None
     reason = loader.load_from(tmp_path)
-    assert reason is not None and "AVX2" in reason
+    assert reason is not None and "built for AVX512 and AVX2 alone, here is DEFAULT" in reason
+    assert "pip install" in reason
+    (tmp_path / "setup.py").touch()
+    package = tmp_path / "mulki"
+    package.mkdir()
+    library(package, loader.library_name("AVX512"))
+    reason = loader.load_from(package)
+    assert reason is not None
+    assert "MULKI_BUILD_CAPABILITIES=DEFAULT python setup.py build_ext --inplace" in reason
 
 
 @pytest.mark.parametrize(
@@ -69,6 +78,21 @@ def test_the_best_built_capability_is_taken(
     paths = {name: library(tmp_path, loader.library_name(name)) for name in ("DEFAULT", "AVX2")}
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
     assert loader.find(tmp_path) == (taken, paths[taken])
+
+
+def test_a_lower_capability_tells_how_to_build_the_better_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "setup.py").touch()
+    monkeypatch.setattr(loader, "PACKAGE", tmp_path / "mulki")
+    loader.PACKAGE.mkdir()
+    library(loader.PACKAGE, loader.library_name("AVX2"))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert loader.capability_in_words() == "AVX2 build"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    told = loader.capability_in_words()
+    assert told.startswith("AVX2 build, none was built for AVX512: run `")
+    assert "MULKI_BUILD_CAPABILITIES=AVX512 python setup.py build_ext --inplace" in told
 
 
 @pytest.mark.parametrize("content", [b"", b"not a library" * 1000])

@@ -31,10 +31,14 @@ def cpp():
 
 
 def run(
-    *arguments: str, products: str = "", instructions: str = ""
+    *arguments: str, products: str = "", instructions: str = "", capability: str = ""
 ) -> subprocess.CompletedProcess[str]:
     # The choice is made once per process.
-    choice = {"MULKI_CPU_PRODUCTS": products, "ONEDNN_MAX_CPU_ISA": instructions}
+    choice = {
+        "MULKI_CPU_PRODUCTS": products,
+        "ONEDNN_MAX_CPU_ISA": instructions,
+        "ATEN_CPU_CAPABILITY": capability,
+    }
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=HERE.parent.parent,
@@ -71,6 +75,24 @@ def test_brgemm_is_as_precise_where_amx_runs_otherwise():
     options = ("-q", "-p", "no:cacheprovider", "-k", tests)
     files = [str(HERE / f"test_{name}.py") for name in ("precision", "teacher_kl")]
     done = run("-m", "pytest", *files, *options, products="brgemm")
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", loader.CAPABILITIES)
+def test_every_build_is_as_precise(capability):
+    if capability not in loader.cpu_capabilities():
+        pytest.skip(f"this CPU has no {capability}")
+    if capability == loader.capability():
+        pytest.skip("all other tests run this build")
+    if capability not in loader.built(loader.PACKAGE):
+        # CI builds all.
+        assert os.environ.get("MULKI_BUILD_CAPABILITIES") != "all"
+        pytest.skip(f"not built for {capability}: MULKI_BUILD_CAPABILITIES=all builds it")
+    options = ("-q", "-p", "no:cacheprovider", "-k", "cpp and test_every_operator")
+    file = str(HERE / "test_precision.py")
+    done = run("-m", "pytest", file, *options, capability=capability.lower())
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout
 
