@@ -14,8 +14,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, ClassVar
 
-from mulki import functional, losses
-from mulki.similarity import Similarity
+from mulki import wait_policy
+
+# Before torch is imported.
+wait_policy.set_for_run()
+
+from mulki import functional, losses  # noqa: E402
+from mulki.similarity import Similarity  # noqa: E402
 
 if TYPE_CHECKING:
     from mulki.info import info

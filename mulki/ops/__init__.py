@@ -6,9 +6,9 @@ function that the public functions call. The reference is the specification; the
 (C++, for the CPU) and in kernels/ (Triton, for GPUs) may not change a result beyond rounding.
 
 Shared by all of them: `operators` (the table), `registry` (definition), `autograd` (gradients),
-`backends` (which kernel serves a call), `direct` (the short way to those in C++), `loader` (of them), `checks` (messages),
-`arguments`, `logits`, and `torch_private` (names of torch that are not public). `gates` computes
-the weights of teachers.
+`backends` (which kernel serves a call), `loader` (of the C++ kernels), `direct` (the short way to
+them), `checks` (messages), `arguments`, `logits`, and `torch_private` (names of torch that are not
+public). `gates` computes the weights of teachers.
 """
 
 from mulki.ops import (

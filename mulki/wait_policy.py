@@ -1,0 +1,49 @@
+"""How long the threads of a CPU operation wait for each other before they sleep, for `mulki run`.
+
+A training step has many short parallel parts. GCC's OpenMP, which torch brings on Linux, lets
+threads that wait spin for a millisecond and more. Where another process takes one of the cores, the
+spinning thread keeps the working one from it: benchmarks/step/neighbour.csv has what it costs.
+OpenMP reads its settings when torch is imported, and no later.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import MutableMapping, Sequence
+from itertools import pairwise
+
+#: Rounds of spinning, a few microseconds: about what waking a thread takes.
+SPIN_COUNT = "1000"
+
+# What a user may have decided with.
+_SETTINGS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
+
+
+def set_for_run(
+    command: Sequence[str] | None = None, environment: MutableMapping[str, str] | None = None
+) -> bool:
+    """Set GOMP_SPINCOUNT if this process is the command `mulki run` and the user set nothing.
+
+    Args:
+        command: of the process, the interpreter first; by default that of this one.
+        environment: by default that of this process.
+
+    Returns:
+        Whether it was set.
+    """
+    command = sys.orig_argv if command is None else command
+    environment = os.environ if environment is None else environment
+    if not _is_run(command) or any(name in environment for name in _SETTINGS):
+        return False
+    environment["GOMP_SPINCOUNT"] = SPIN_COUNT
+    return True
+
+
+def _is_run(command: Sequence[str]) -> bool:
+    # As `mulki run`, or as `python -m mulki run`; the interpreter may have options of its own.
+    words = [os.path.splitext(os.path.basename(word))[0] for word in command]
+    for first, second in pairwise(words):
+        if first == "mulki":
+            return second == "run"
+    return False
