@@ -30,6 +30,7 @@ OPERATORS = {
     "teacher_kl_1": 1,
     "dual_teacher_kl": 2,
     "teacher_kl_3": 3,
+    "pair_kl": 1,
     "prototype_cross_entropy": 0,
     "contrastive": 0,
     "siglip": 0,
@@ -37,7 +38,7 @@ OPERATORS = {
 }
 
 #: Operators on N pairs, so that P = N.
-PAIRED = ("contrastive", "siglip")
+PAIRED = ("pair_kl", "contrastive", "siglip")
 
 WIDTH = 512  # D of a shape that does not say
 

@@ -52,6 +52,15 @@ def _dual_teacher_kl(
     return (weights * torch.stack(kl, dim=1)).sum(dim=1).mean() * TEMPERATURE**2
 
 
+def _pair_kl(
+    x: Tensor, w: Tensor, scale: Tensor, teachers: tuple[Matrix], target: Tensor
+) -> Tensor:
+    u, v, s = teachers[0]
+    of_images = _kl_of(log_softmax(x, w, scale), log_softmax(u, v, s))
+    of_texts = _kl_of(log_softmax(w, x, scale), log_softmax(v, u, s))
+    return (of_images + of_texts) / 2 * TEMPERATURE**2
+
+
 def log_softmax(x: Tensor, w: Tensor, scale: Tensor) -> Tensor:
     return F.log_softmax(logits(x, w, scale) / TEMPERATURE, dim=1)
 
@@ -81,6 +90,7 @@ EAGER: dict[str, Loss] = {
     "teacher_kl_1": _teacher_kl_1,
     "dual_teacher_kl": _dual_teacher_kl,
     "teacher_kl_3": _teacher_kl_3,
+    "pair_kl": _pair_kl,
     "prototype_cross_entropy": _cross_entropy,
     "contrastive": _contrastive,
     "siglip": _siglip,
@@ -105,6 +115,13 @@ def _mulki_dual_teacher_kl(
     )
 
 
+def _mulki_pair_kl(
+    x: Tensor, w: Tensor, scale: Tensor, teachers: tuple[Matrix, ...], target: Tensor
+) -> Tensor:
+    others = [Similarity(*t) for t in teachers]
+    return functional.pair_teacher_kl(Similarity(x, w, scale), others, temperature=TEMPERATURE)
+
+
 def _mulki_cross_entropy(x: Tensor, w: Tensor, scale: Tensor, target: Tensor) -> Tensor:
     return functional.prototype_cross_entropy(Similarity(x, w, scale), target)
 
@@ -113,6 +130,7 @@ MULKI: dict[str, Loss] = {
     "teacher_kl_1": _mulki_teacher_kl,
     "dual_teacher_kl": _mulki_dual_teacher_kl,
     "teacher_kl_3": _mulki_teacher_kl,
+    "pair_kl": _mulki_pair_kl,
     "prototype_cross_entropy": _mulki_cross_entropy,
     "contrastive": functional.clip_contrastive,
     "siglip": functional.siglip,

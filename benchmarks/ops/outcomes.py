@@ -66,6 +66,17 @@ def _part_of_mean(case: Case, arguments: tuple[Any, ...], rows: slice) -> Tensor
         labels = torch.arange(rows.start, rows.stop, device=x.device)
         directions = logits(x[rows], w, scale), logits(w[rows], x, scale)
         loss = sum(F.cross_entropy(z, labels) for z in directions) / 2
+    elif case.operator == "pair_kl":
+        x, w, scale, teachers, target = arguments
+        ((u, v, s),) = teachers
+        sides = ((x, w, u, v), (w, x, v, u))
+        loss = (
+            sum(
+                EAGER["teacher_kl_1"](a[rows], b, scale, ((c[rows], d, s),), target[rows])
+                for a, b, c, d in sides
+            )
+            / 2
+        )
     elif case.operator == "siglip":
         x, w, scale, bias = arguments
         z = logits(x[rows], w, scale) + bias

@@ -119,7 +119,8 @@ def _reference(case: Case) -> Iterator[None]:
 
 
 def _served(case: Case) -> str:
-    op = "teacher_kl" if case.teachers else case.operator
+    several = case.teachers and case.operator != "pair_kl"
+    op = "teacher_kl" if several else case.operator
     setting = os.environ.get("MULKI_BACKEND", "auto")
     served = choose(op, torch.device(case.device).type, DTYPES[case.dtype], setting)
     reasons = "; ".join(f"{name}: {reason}" for name, reason in served.rejected.items())
