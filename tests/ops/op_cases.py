@@ -48,7 +48,7 @@ def make(
 ) -> Case:
     """A case by its name. With a `gap`, teachers are the student but for noise of that size."""
     generator = torch.Generator().manual_seed(seed)
-    p = n if name.startswith(("contrastive", "siglip", "pair")) else p
+    p = n if name in ("contrastive", "siglip") or name.startswith("pairs") else p
     x, w = unit_rows(generator, n, d), unit_rows(generator, p, d)
     widths = (d, d) if gap is not None else (d, d + 3)
     teacher_x = [unit_rows(generator, n, width) for width in widths]
