@@ -18,6 +18,10 @@
 
 #include <array>
 
+#if defined(MULKI_EMULATE_AMX)
+#include "amx_emulation.h"
+#endif
+
 // Only these functions use AMX instructions. The caller checks `available` first.
 #define MULKI_AMX_TARGET \
   __attribute__((target( \
@@ -34,7 +38,8 @@ inline int64_t blocks(int64_t length) {
   return (length + kEdge - 1) / kEdge;
 }
 
-// Whether this CPU has AMX and the system permits its use by this process.
+// Whether this CPU has AMX and the system permits its use by this process. Packing needs two more
+// sets of instructions, which all CPUs with AMX have.
 inline bool available() {
   static const bool answer = [] {
     unsigned a = 0, b = 0, c = 0, d = 0;
@@ -42,11 +47,16 @@ inline bool available() {
     constexpr unsigned kAmxTile = 1u << 24, kAmxBf16 = 1u << 22, kAmxInt8 = 1u << 25;
     constexpr unsigned kVbmi = 1u << 1;
     constexpr unsigned kAvx512Bf16 = 1u << 5;
-    constexpr unsigned kAll = kAmxTile | kAmxBf16 | kAmxInt8;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll || !(c & kVbmi)) {
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(c & kVbmi)) {
       return false;
     }
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvx512Bf16) && at::cpu::init_amx();
+#if !defined(MULKI_EMULATE_AMX)
+    constexpr unsigned kAll = kAmxTile | kAmxBf16 | kAmxInt8;
+    if ((d & kAll) != kAll || !at::cpu::init_amx()) {
+      return false;
+    }
+#endif
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvx512Bf16);
   }();
   return answer;
 }
