@@ -13,9 +13,9 @@
 // With labels, the loss of contrastive is computed beside it, from the same products of the
 // student, and, if T is 1, from the same exponentials. Tiling, memory and passes are those of
 // pair_softmax.h.
-#include "checks.h"
-#include "gate.h"
-#include "pair_softmax.h"
+#include "common/checks.h"
+#include "core/gate.h"
+#include "core/pair_softmax.h"
 
 #include <ATen/ops/stack.h>
 #include <torch/library.h>

@@ -6,9 +6,9 @@
 // x_i are rows of the features X [N, D], W are the prototypes [P, D], y the target, e the label
 // smoothing. j and the mean go over the active classes, of which there are `active`. Tiling, memory
 // and gradients are those of row_softmax.h.
-#include "checks.h"
-#include "results.h"
-#include "row_softmax.h"
+#include "common/checks.h"
+#include "common/results.h"
+#include "core/row_softmax.h"
 
 #include <torch/library.h>
 

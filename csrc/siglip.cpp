@@ -6,9 +6,9 @@
 // x_i are rows of the image features X [N, D], w_j rows of the text features W [P, D], scale and
 // bias are logit_scale and logit_bias. s_ij is 1 for a match, j = i + offset, and else -1. One pass
 // over the products gives the loss and the gradient, which replaces the products (pairwise.h).
-#include "checks.h"
-#include "pairwise.h"
-#include "results.h"
+#include "common/checks.h"
+#include "core/pairwise.h"
+#include "common/results.h"
 
 #include <torch/library.h>
 

@@ -5,9 +5,9 @@
 // written to the result as they are computed (logits.h). The backward pass scales the upstream
 // gradient to that of the plain product, super-block by super-block (gradients.h), and then
 // projects it.
-#include "checks.h"
-#include "logits.h"
-#include "results.h"
+#include "common/checks.h"
+#include "core/logits.h"
+#include "common/results.h"
 
 #include <torch/library.h>
 

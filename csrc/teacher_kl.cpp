@@ -9,10 +9,10 @@
 //
 // Here KL_ik = t (E[u_k] - lse_k - E[u] + lse) with expectations E over p_k and lse = log sum exp.
 // Tiling, memory and gradients are those of row_softmax.h.
-#include "checks.h"
-#include "gate.h"
-#include "results.h"
-#include "row_softmax.h"
+#include "common/checks.h"
+#include "core/gate.h"
+#include "common/results.h"
+#include "core/row_softmax.h"
 
 #include <torch/library.h>
 

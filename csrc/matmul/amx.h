@@ -6,7 +6,7 @@
 // block has two tiles, which are what one register holds: 16 rows of 64 bytes.
 #pragma once
 
-#include "product.h"
+#include "matmul/operands.h"
 
 #if defined(CPU_CAPABILITY_AVX512) && defined(__linux__) && defined(__x86_64__) && \
     defined(__GNUC__) && __has_include(<amxtileintrin.h>)
@@ -19,7 +19,7 @@
 #include <array>
 
 #if defined(MULKI_EMULATE_AMX)
-#include "amx_emulation.h"
+#include "matmul/amx_emulation.h"
 #endif
 
 // Only these functions use AMX instructions. The caller checks `available` first.

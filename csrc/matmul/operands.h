@@ -7,8 +7,8 @@
 // writes this layout.
 #pragma once
 
-#include "scratch.h"
-#include "vec_math.h"
+#include "common/scratch.h"
+#include "common/vec_math.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>

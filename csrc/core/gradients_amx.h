@@ -11,7 +11,7 @@
 // the result if that is possible, and else in `sums_`, which is stored after the last super-block.
 #pragma once
 
-#include "gradients_common.h"
+#include "core/gradients_common.h"
 
 #if defined(MULKI_AMX)
 

@@ -1,8 +1,8 @@
 // Common to the gradients of all engines: the tiling, and scaled stores to the result.
 #pragma once
 
-#include "engine.h"
-#include "tiling.h"
+#include "matmul/engine.h"
+#include "core/tiling.h"
 
 #include <vector>
 

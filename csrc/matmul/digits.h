@@ -25,7 +25,7 @@
 // blocks of depth 64, each with all first digits, then all second, then all third ones.
 #pragma once
 
-#include "amx.h"
+#include "matmul/amx.h"
 
 #if defined(MULKI_AMX)
 

@@ -16,5 +16,5 @@
 //                                  dX, and adds to dW, which the last super-block completes
 #pragma once
 
-#include "gradients_amx.h"
-#include "gradients_brgemm.h"
+#include "core/gradients_amx.h"
+#include "core/gradients_brgemm.h"

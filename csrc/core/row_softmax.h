@@ -19,7 +19,7 @@
 // digits cancel. The rule reads its numbers in double.
 #pragma once
 
-#include "logits.h"
+#include "core/logits.h"
 
 #include <algorithm>
 #include <cmath>

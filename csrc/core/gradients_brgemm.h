@@ -6,7 +6,7 @@
 // summed in float over the super-blocks, and transposed and stored with the last one.
 #pragma once
 
-#include "gradients_common.h"
+#include "core/gradients_common.h"
 
 namespace mulki {
 

@@ -13,7 +13,7 @@
 // them.
 #pragma once
 
-#include "gradients.h"
+#include "core/gradients.h"
 
 #include <vector>
 

@@ -2,7 +2,7 @@
 // matrix unit (AMX). with_engine chooses one. An engine has
 //
 //   Element                        type of the elements that it multiplies: float or bfloat16
-//   Operand                        type of the matrices X and W (product.h)
+//   Operand                        type of the matrices X and W (operands.h)
 //   kMaxRows, kMatrices, kWidth    limits for a super-block and a tile (Tiling)
 //   kUnit                          rows of a super-block and columns of a tile are multiples of it
 //   kScratch, kOneTaskPerTile      bytes of packed operands; whether tasks may pack panels (Logits)
@@ -14,8 +14,8 @@
 // and a class Gradients<Engine> for the products with G (gradients.h).
 #pragma once
 
-#include "digits.h"
-#include "product.h"
+#include "matmul/digits.h"
+#include "matmul/operands.h"
 
 #include <ATen/Context.h>
 
