@@ -6,6 +6,7 @@
 // gradient to that of the plain product, super-block by super-block (gradients.h), and then
 // projects it.
 #include "common/checks.h"
+#include "core/gradients.h"
 #include "core/logits.h"
 #include "common/results.h"
 

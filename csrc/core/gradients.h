@@ -3,18 +3,228 @@
 //   dX = f G W      dW = f G^T X      f is a number
 //
 // G is never stored as a whole: it exists for one super-block of rows at a time, in tiles of
-// columns (tiling.h). One task sums each element of dX and dW, over tiles or super-blocks in order,
-// so results do not depend on the number of threads. Gradients<Engine> has
+// columns (tiling.h, super_block.h). dX is written for each super-block. dW is summed over the
+// super-blocks and written with the last one: on the stack if there is only one super-block, in dW
+// itself if it is float and whole blocks fit there, and else in `sums_`. One task sums each element
+// of dX and dW, over tiles or super-blocks in order, so results do not depend on the number of
+// threads or on the size of a task.
 //
-//   matrices(models)               the number of float matrices that a super-block needs
-//   values(model, t, i)            the address of row i of the super-block in tile t. It holds the
-//                                  products of a model; G replaces those of model 0, the student
-//   commit(start, t, first, count) called when rows [first, first + count) of G in tile t are
-//                                  complete; the super-block starts at row `start` of X, and
-//                                  `first` is a multiple of 32
-//   accumulate(start, count, ...)  called once for each super-block, in order; writes its rows of
-//                                  dX, and adds to dW, which the last super-block completes
+// How an engine packs G, W and X, and multiplies them, is in GradientOperands<Engine>:
+//
+//   kTransposed          whether it computes the transpose of dW, X^T G, of which G is the right
+//                        operand
+//   kTaskRows            rows of dX that a task computes, at most
+//   matrices(models)     float matrices of a super-block that it needs
+//   tiles_per_run()      tiles of G that are added to a block of dX at a time: a run
+//   commit(start, t, first, count)
+//                        rows [first, first + count) of G in tile t are complete; the super-block
+//                        starts at row `start` of X, and `first` is a multiple of 32
+//   complete(first, count)
+//                        G of the super-block is complete, which has `count` rows from row `first`
+//                        of X on; what is not packed yet is packed
+//   add_to_x(begin, rows, c, columns, t, tiles, out, ld, add)
+//                        out [rows, columns] (+)= G W, for the rows of the super-block from `begin`
+//                        on, the columns of W from c on, and the sum over `tiles` tiles from t on
+//   add_to_w(t, c, columns, count, out, ld, add)
+//                        out [width, columns] (+)= G^T X, or its transpose, for the columns of G in
+//                        tile t and the columns of X from c on
+//
+// Both write whole blocks of 32 rows and columns. Their `begin` and `c` are multiples of 32.
 #pragma once
 
-#include "core/gradients_amx.h"
-#include "core/gradients_brgemm.h"
+#include "common/results.h"
+#include "core/gradient_operands_bfloat16.h"
+#include "core/gradient_operands_brgemm.h"
+#include "core/gradient_operands_digits.h"
+
+namespace mulki {
+
+// The tiling of a problem for an engine. `models` counts the student and its teachers.
+template <typename Engine>
+Tiling tiling_for(int64_t n, int64_t p, int64_t models, bool gradient) {
+  return {
+      n,
+      p,
+      GradientOperands<Engine>::matrices(models),
+      gradient,
+      Engine::kMaxRows,
+      Engine::kMatrices,
+      Engine::kUnit,
+      Engine::kWidth};
+}
+
+template <typename Engine>
+class Gradients {
+  using Operand = typename Engine::Operand;
+  using Operands = GradientOperands<Engine>;
+
+ public:
+  Gradients(
+      const Tiling& tiling,
+      const Operand& x,
+      const Operand& w,
+      bool wanted_x,
+      bool wanted_w,
+      int64_t models = 1)
+      : t_(tiling), width_(x.width), wanted_x_(wanted_x), wanted_w_(wanted_w) {
+    if (any()) {
+      block_.emplace(tiling, models, Operands::matrices(models));
+      operands_.emplace(*block_, models, tiling, x, w, wanted_x, wanted_w);
+    }
+  }
+
+  bool any() const {
+    return wanted_x_ || wanted_w_;
+  }
+
+  // Row i of the super-block in tile t: the products of a model. G replaces those of model 0, the
+  // student. Only if `any`.
+  float* values(int64_t model, int64_t t, int64_t i) {
+    return block_->values(model, t, i);
+  }
+
+  // To be called when rows [first, first + count) of G in tile t are complete; the super-block
+  // starts at row `start` of X, and `first` is a multiple of 32.
+  void commit(int64_t start, int64_t t, int64_t first, int64_t count) {
+    if (any()) {
+      operands_->commit(start, t, first, count);
+    }
+  }
+
+  // To be called once for each super-block, in order, when all of G is committed. Writes its rows
+  // of dX and adds to dW, which the last super-block completes.
+  void accumulate(int64_t first, int64_t count, float factor, Tensor& dx, Tensor& dw) {
+    if (!any()) {
+      return;
+    }
+    block_->enter(SuperBlock::Phase::kComplete);
+    operands_->complete(first, count);
+    if (wanted_x_) {
+      write_dx(first, count, factor, dx);
+    }
+    if (wanted_w_) {
+      add_to_dw(first, count, factor, dw);
+    }
+    block_->enter(SuperBlock::Phase::kValues);
+  }
+
+ private:
+  static constexpr int64_t kUnit = 32; // of the rows and columns of a task
+  static constexpr int64_t kMaxChunk = 256; // columns of dX or dW that a task computes, at most
+
+  static int64_t pieces(int64_t of, int64_t size) {
+    return (of + size - 1) / size;
+  }
+
+  void write_dx(int64_t first, int64_t count, float factor, Tensor& dx) {
+    // Large tasks read W and G less often, but each thread has to get one.
+    int64_t rows_of_task = Operands::kTaskRows, chunk = kMaxChunk;
+    while (pieces(count, rows_of_task) * pieces(width_, chunk) < threads_here() &&
+           rows_of_task * chunk > kUnit * kUnit) {
+      (rows_of_task > kUnit ? rows_of_task : chunk) /= 2;
+    }
+    const int64_t blocks = pieces(count, rows_of_task), run = operands_->tiles_per_run();
+    parallel_tasks<Engine>(blocks * pieces(width_, chunk), [&](int64_t task) {
+      alignas(64) float sums[Operands::kTaskRows * kMaxChunk];
+      // Successive tasks have the same chunk of W, so that it stays in the L2 cache of a core.
+      const int64_t begin = task % blocks * rows_of_task, c = task / blocks * chunk;
+      const int64_t rows = std::min(rows_of_task, count - begin);
+      const int64_t columns = std::min(chunk, width_ - c);
+      for (int64_t t = 0; t < t_.tiles; t += run) {
+        operands_->add_to_x(
+            begin, rows, c, columns, t, std::min(run, t_.tiles - t), sums, chunk, t > 0);
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        store_scaled(sums + i * chunk, columns, factor, dx, (first + begin + i) * width_ + c);
+      }
+    });
+  }
+
+  void add_to_dw(int64_t first, int64_t count, float factor, Tensor& dw) {
+    const bool is_first = first == 0, is_last = first + count == t_.n;
+    if (is_first && !is_last) {
+      place_sums(dw);
+    }
+    int64_t chunk = kMaxChunk;
+    while (t_.tiles * pieces(width_, chunk) < threads_here() && chunk > kUnit) {
+      chunk /= 2;
+    }
+    const int64_t chunks = pieces(width_, chunk);
+    parallel_tasks<Engine>(t_.tiles * chunks, [&](int64_t task) {
+      // A thread begins with tiles whose G it has written.
+      const int64_t t = task / chunks, c = task % chunks * chunk;
+      const int64_t columns = std::min(chunk, width_ - c);
+      alignas(64) float local[Engine::kWidth * kMaxChunk];
+      const Sums sums = is_first && is_last ? Sums{local, Operands::kTransposed ? t_.width : chunk}
+                                            : sums_of(t, c);
+      operands_->add_to_w(t, c, columns, count, sums.data, sums.ld, !is_first);
+      if (is_last) {
+        store(sums, columns, t, c, factor, dw);
+      }
+    });
+  }
+
+  // Where a task sums its part of dW: [width, columns], or its transpose.
+  struct Sums {
+    float* data;
+    int64_t ld;
+  };
+
+  void place_sums(Tensor& dw) {
+    const bool fits =
+        !Operands::kTransposed && dw.scalar_type() == at::kFloat && width_ % kUnit == 0;
+    tiles_in_place_ = fits ? t_.p / t_.width : 0; // not the last tile, if it has padding
+    in_place_ = fits ? dw.mutable_data_ptr<float>() : nullptr;
+    sums_ =
+        Scratch((t_.tiles - tiles_in_place_) * t_.width * padded_width() * int64_t(sizeof(float)));
+  }
+  Sums sums_of(int64_t t, int64_t c) const {
+    if (t < tiles_in_place_) {
+      return {in_place_ + t * t_.width * width_ + c, width_};
+    }
+    const int64_t padded = padded_width();
+    float* tile = sums_.data<float>() + (t - tiles_in_place_) * t_.width * padded;
+    return Operands::kTransposed ? Sums{tile + c * t_.width, t_.width} : Sums{tile + c, padded};
+  }
+  int64_t padded_width() const {
+    return pieces(width_, kUnit) * kUnit;
+  }
+
+  // Writes `factor` times the sums to columns [c, c + columns) of the rows of dW that belong to
+  // tile t.
+  void store(
+      const Sums& sums, int64_t columns, int64_t t, int64_t c, float factor, Tensor& dw) const {
+    const auto store_row = [&](const float* row, int64_t j) {
+      store_scaled(row, columns, factor, dw, (t * t_.width + j) * width_ + c);
+    };
+    const int64_t valid = t_.valid(t);
+    if constexpr (Operands::kTransposed) {
+      constexpr int64_t kStrip = 16;
+      alignas(64) float transposed[kStrip * kMaxChunk];
+      for (int64_t j = 0; j < valid; j += kStrip) {
+        const int64_t rows = std::min(kStrip, valid - j);
+        transpose(sums.data + j, sums.ld, transposed, columns, columns, rows);
+        for (int64_t r = 0; r < rows; ++r) {
+          store_row(transposed + r * columns, j + r);
+        }
+      }
+    } else {
+      for (int64_t j = 0; j < valid; ++j) {
+        store_row(sums.data + j * sums.ld, j);
+      }
+    }
+  }
+
+  const Tiling t_;
+  const int64_t width_; // D
+  const bool wanted_x_, wanted_w_;
+  std::optional<SuperBlock> block_;
+  std::optional<Operands> operands_;
+  // dW while it is summed: the first tiles in the result, the others [tiles][width][D padded], or
+  // the transpose of each tile.
+  int64_t tiles_in_place_ = 0;
+  float* in_place_ = nullptr;
+  Scratch sums_;
+};
+
+} // namespace mulki

@@ -13,7 +13,9 @@
 // them.
 #pragma once
 
-#include "core/gradients.h"
+#include "common/scratch.h"
+#include "core/tiling.h"
+#include "matmul/engine.h"
 
 #include <vector>
 

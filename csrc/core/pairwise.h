@@ -6,6 +6,7 @@
 // two passes over the products keeps those of the first rows in a ProductCache of bounded size.
 #pragma once
 
+#include "core/gradients.h"
 #include "core/logits.h"
 
 #include <vector>

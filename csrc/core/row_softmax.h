@@ -19,6 +19,7 @@
 // digits cancel. The rule reads its numbers in double.
 #pragma once
 
+#include "core/gradients.h"
 #include "core/logits.h"
 
 #include <algorithm>

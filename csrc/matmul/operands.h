@@ -1,18 +1,13 @@
-// Products of small blocks, the matrices that are multiplied, and the layouts of the right operand.
+// The matrices that are multiplied, as rows in memory, and changes of their layout.
 //
-//   product<E>: C [m, n] (+)= A [m, k] B [k, n], C in float32
-//
-// E is the type of the elements of A and B, float or bfloat16. A float B is row-major. A bfloat16 B
-// is read in pairs of rows, [k / 2][n][2] (the VNNI layout), so k has to be even; `interleave`
-// writes this layout.
+// The elements of an operand are float or bfloat16, and sums are float. brgemm reads a right
+// operand B [k, n] of floats row by row, and one of bfloat16 in pairs of rows, [k / 2][n][2] (the
+// VNNI layout), so k has to be even; `interleave` writes this layout.
 #pragma once
 
-#include "common/scratch.h"
 #include "common/vec_math.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/native/CPUBlas.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -26,28 +21,6 @@ using at::Tensor;
 
 template <typename E>
 constexpr bool kIsBFloat16 = std::is_same_v<E, at::BFloat16>;
-
-// For float, torch falls back to a plain gemm if oneDNN has no brgemm kernel for the CPU.
-template <typename E>
-inline void product(
-    int64_t m,
-    int64_t n,
-    int64_t k,
-    const E* a,
-    int64_t lda,
-    const E* b,
-    int64_t ldb,
-    float* c,
-    int64_t ldc,
-    bool add) {
-  if (k > 0) {
-    at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, kIsBFloat16<E>);
-    return;
-  }
-  for (int64_t i = 0; i < m && !add; ++i) {
-    std::fill(c + i * ldc, c + i * ldc + n, 0.0f);
-  }
-}
 
 // Writes out [n][2] from two rows of n elements. A null second row stands for zeros.
 template <typename E>
