@@ -37,22 +37,16 @@ inline Tensor empty_float(at::IntArrayRef sizes) {
 
 // Writes factor * in [n] to the elements of `out` from element `at` on, which may be `in` itself.
 inline void store_scaled(const float* in, int64_t n, float factor, Tensor& out, int64_t at) {
-  const auto store = [&](auto* to) {
-    for (int64_t j = 0; j < n; ++j) {
-      to[j] = in[j] * factor;
+  with_type(out.scalar_type(), [&](auto element) {
+    auto* to = out.mutable_data_ptr<decltype(element)>() + at;
+    if constexpr (std::is_same_v<decltype(element), float>) {
+      at::vec::map([factor](Vec v) { return v * Vec(factor); }, to, in, n);
+    } else {
+      for (int64_t j = 0; j < n; ++j) {
+        to[j] = in[j] * factor;
+      }
     }
-  };
-  switch (out.scalar_type()) {
-    case at::kFloat:
-      at::vec::map(
-          [factor](Vec v) { return v * Vec(factor); }, out.mutable_data_ptr<float>() + at, in, n);
-      break;
-    case at::kBFloat16:
-      store(out.mutable_data_ptr<at::BFloat16>() + at);
-      break;
-    default:
-      store(out.mutable_data_ptr<at::Half>() + at);
-  }
+  });
 }
 
 inline Tensor scalar(double value) {

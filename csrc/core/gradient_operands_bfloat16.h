@@ -3,15 +3,11 @@
 // a tile.
 #pragma once
 
-#include "core/super_block.h"
-#include "matmul/engine.h"
+#include "core/gradient_operands.h"
 
 #if defined(MULKI_AMX)
 
 namespace mulki {
-
-template <typename Engine>
-class GradientOperands;
 
 // 32 rows of G in one tile. The floats own the memory until `pack`, which replaces them by blocks:
 // those of G in the first half, those of G^T in the second.
@@ -25,7 +21,7 @@ class StripOfG {
     alignas(64) float g[amx::kEdge * kMaxWidth];
     std::memcpy(g, floats_, sizeof(float) * rows * width_);
     for (int64_t j = 0; j < width_ / amx::kEdge; ++j) {
-      amx::pack_left(g + j * amx::kEdge, width_, rows, valid - j * amx::kEdge, left(j));
+      amx::pack_left(Part<float>{g, width_, rows, valid}.from(0, j * amx::kEdge), left(j));
       if (with_transpose) {
         amx::rearrange(amx::Layout::kLeftTransposed, left(j), transposed(j));
       }
@@ -47,7 +43,6 @@ class StripOfG {
 template <>
 class GradientOperands<AmxBFloat16> {
   static constexpr int64_t kEdge = amx::kEdge;
-  using Operand = AmxBFloat16::Operand;
 
  public:
   static constexpr bool kTransposed = false;
@@ -57,22 +52,16 @@ class GradientOperands<AmxBFloat16> {
     return models;
   }
 
-  GradientOperands(
-      const SuperBlock& block,
-      int64_t /*models*/,
-      const Tiling& tiling,
-      const Operand& x,
-      const Operand& w,
-      bool wanted_x,
-      bool wanted_w)
-      : block_(block), t_(tiling), x_(x), wanted_w_(wanted_w) {
-    if (wanted_x) {
+  GradientOperands(const SuperBlock& block, const GradientProblem<AmxBFloat16>& problem)
+      : block_(block), p_(problem), t_(p_.tiling) {
+    const auto& w = p_.w;
+    if (p_.wanted_x) {
       const int64_t depth = t_.tiles * t_.width;
       right_w_ = {w.width, depth};
-      right_w_.pack(w, 0, w.count, depth);
+      right_w_.pack(w.read(0, w.count, 0, w.width), depth);
     }
-    if (wanted_w) {
-      right_x_ = {x.width, t_.rows};
+    if (p_.wanted_w) {
+      right_x_ = {p_.x.width, t_.rows};
     }
   }
 
@@ -82,64 +71,47 @@ class GradientOperands<AmxBFloat16> {
 
   void commit(int64_t /*start*/, int64_t t, int64_t first, int64_t count) {
     for (int64_t i = first; i < first + count; i += kEdge) {
-      strip(t, i / kEdge).pack(std::min(kEdge, first + count - i), t_.valid(t), wanted_w_);
+      strip(t, i).pack(std::min(kEdge, first + count - i), t_.valid(t), p_.wanted_w);
     }
   }
 
   void complete(int64_t first, int64_t count) {
-    if (wanted_w_) {
-      right_x_.pack(x_, first, count, count);
+    if (p_.wanted_w) {
+      right_x_.pack(p_.x.read(first, count, 0, p_.x.width), count);
     }
   }
 
-  void add_to_x(
-      int64_t begin,
-      int64_t rows,
-      int64_t c,
-      int64_t columns,
-      int64_t t,
-      int64_t tiles,
-      float* out,
-      int64_t ld,
-      bool add) const {
-    const int64_t of_tile = blocks_of_tile();
-    for (int64_t i = 0; i < rows; i += kEdge) {
-      for (int64_t j = 0; j < columns; j += kEdge) {
-        amx::multiply(
-            {strip(t, (begin + i) / kEdge).left(0), 2 * t_.rows * t_.width},
-            {blocks(right_w_, c + j) + t * of_tile * amx::kBlock, of_tile * amx::kBlock}, tiles,
-            of_tile, out + i * ld + j, ld, add);
-      }
-    }
+  void add_to_x(Span rows, Span columns, Span run, const Sums& out) const {
+    const int64_t of_tile = t_.width / kEdge; // blocks along a row of G
+    each_block(rows.count, columns.count, out.data, out.ld, [&](int64_t i, int64_t j, float* c) {
+      const uint16_t* right = blocks(right_w_, columns.begin + j);
+      amx::multiply(
+          {strip(run.begin, rows.begin + i).left(0), 2 * t_.rows * t_.width},
+          {right + run.begin * of_tile * amx::kBlock, of_tile * amx::kBlock}, run.count, of_tile, c,
+          out.ld, out.add);
+    });
   }
 
-  void add_to_w(
-      int64_t t, int64_t c, int64_t columns, int64_t count, float* out, int64_t ld, bool add)
-      const {
-    for (int64_t i = 0; i < t_.valid(t); i += kEdge) {
-      for (int64_t j = 0; j < columns; j += kEdge) {
-        amx::multiply(
-            {strip(t, 0).transposed(i / kEdge), 0, 2 * kEdge * t_.width}, {blocks(right_x_, c + j)},
-            1, amx::blocks(count), out + i * ld + j, ld, add);
-      }
-    }
+  void add_to_w(int64_t t, Span columns, int64_t count, const Sums& out) const {
+    each_block(t_.valid(t), columns.count, out.data, out.ld, [&](int64_t i, int64_t j, float* c) {
+      amx::multiply(
+          {strip(t, 0).transposed(i / kEdge), 0, 2 * kEdge * t_.width},
+          {blocks(right_x_, columns.begin + j)}, 1, amx::blocks(count), c, out.ld, out.add);
+    });
   }
 
  private:
-  int64_t blocks_of_tile() const { // along a row of G
-    return t_.width / kEdge;
-  }
   static const uint16_t* blocks(const ColumnStrips<AmxBFloat16>& strips, int64_t column) {
     return reinterpret_cast<const uint16_t*>(strips.at(column));
   }
+  // The strip that begins at row i.
   StripOfG strip(int64_t t, int64_t i) const {
-    return {block_.values(0, t, i * kEdge), t_.width};
+    return {block_.values(0, t, i), t_.width};
   }
 
   const SuperBlock& block_;
-  const Tiling t_;
-  const Operand& x_;
-  const bool wanted_w_;
+  const GradientProblem<AmxBFloat16> p_;
+  const Tiling& t_;
   ColumnStrips<AmxBFloat16> right_w_, right_x_;
 };
 

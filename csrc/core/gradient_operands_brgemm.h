@@ -7,18 +7,12 @@
 // second. X^T is packed for each super-block.
 #pragma once
 
-#include "core/super_block.h"
-#include "matmul/engine.h"
+#include "core/gradient_operands.h"
 
 namespace mulki {
 
-template <typename Engine>
-class GradientOperands;
-
 template <typename E>
 class GradientOperands<Brgemm<E>> {
-  using Operand = typename Brgemm<E>::Operand;
-
  public:
   static constexpr bool kTransposed = true;
   static constexpr int64_t kTaskRows = 64;
@@ -27,24 +21,17 @@ class GradientOperands<Brgemm<E>> {
     return models + (kIsBFloat16<E> ? 1 : 0);
   }
 
-  GradientOperands(
-      const SuperBlock& block,
-      int64_t models,
-      const Tiling& tiling,
-      const Operand& x,
-      const Operand& w,
-      bool wanted_x,
-      bool wanted_w)
-      : block_(block), t_(tiling), x_(x), w_(w), wanted_x_(wanted_x), wanted_w_(wanted_w) {
+  GradientOperands(const SuperBlock& block, const GradientProblem<Brgemm<E>>& problem)
+      : block_(block), p_(problem), t_(p_.tiling) {
     if constexpr (kIsBFloat16<E>) {
-      g_rows_ = block.operands<E>(models);
+      g_rows_ = block.operands<E>(p_.models);
       g_pairs_ = g_rows_ + t_.tiles * t_.rows * t_.width;
-      if (wanted_x) {
+      if (p_.wanted_x) {
         pack_w();
       }
     }
-    if (wanted_w) {
-      transposed_x_ = Scratch(x.padded * t_.rows * int64_t(sizeof(E)));
+    if (p_.wanted_w) {
+      transposed_x_ = Scratch(p_.x.padded * t_.rows * int64_t(sizeof(E)));
     }
   }
 
@@ -59,11 +46,11 @@ class GradientOperands<Brgemm<E>> {
         const bool second = i + 1 < first + count;
         for (int64_t r = 0; r < (second ? 2 : 1); ++r) {
           at::vec::convert<float, E>(block_.values(0, t, i + r), row[r], t_.width);
-          if (wanted_x_) {
+          if (p_.wanted_x) {
             std::memcpy(g_rows_ + cell(t, i + r), row[r], sizeof(E) * t_.width);
           }
         }
-        if (wanted_w_) {
+        if (p_.wanted_w) {
           interleave(row[0], second ? row[1] : nullptr, t_.width, g_pairs_ + cell(t, i));
         }
       }
@@ -71,44 +58,35 @@ class GradientOperands<Brgemm<E>> {
   }
 
   void complete(int64_t first, int64_t count) {
-    if (wanted_w_) {
+    if (p_.wanted_w) {
       pad_g(count);
       pack_x(first, count);
     }
   }
 
-  void add_to_x(
-      int64_t begin,
-      int64_t rows,
-      int64_t c,
-      int64_t columns,
-      int64_t t,
-      int64_t /*tiles*/,
-      float* out,
-      int64_t ld,
-      bool add) const {
-    const int64_t valid = t_.valid(t);
+  void add_to_x(Span rows, Span columns, Span run, const Sums& out) const {
+    const int64_t t = run.begin, valid = t_.valid(t);
     if constexpr (kIsBFloat16<E>) {
-      const E* right = w_pairs_.data<E>() + (t * t_.width / 2 * w_.width + c) * 2;
+      const int64_t width = p_.w.width;
+      const E* right = w_pairs_.data<E>() + (t * t_.width / 2 * width + columns.begin) * 2;
       product(
-          rows, columns, (valid + 1) / 2 * 2, g_rows_ + cell(t, begin), t_.width, right, w_.width,
-          out, ld, add);
+          rows.count, columns.count, (valid + 1) / 2 * 2, g_rows_ + cell(t, rows.begin), t_.width,
+          right, width, out.data, out.ld, out.add);
     } else {
       alignas(64) E buffer[Brgemm<E>::kWidth * 256];
-      TORCH_INTERNAL_ASSERT_DEBUG_ONLY(columns <= 256);
-      const MatrixView<E> right = w_.read(t * t_.width, valid, c, columns, buffer);
+      TORCH_INTERNAL_ASSERT_DEBUG_ONLY(columns.count <= 256);
+      const Part<E> right = p_.w.read(t * t_.width, valid, columns.begin, columns.count, buffer);
       product(
-          rows, columns, valid, block_.values(0, t, begin), t_.width, right.data, right.stride, out,
-          ld, add);
+          rows.count, columns.count, valid, block_.values(0, t, rows.begin), t_.width, right.data,
+          right.stride, out.data, out.ld, out.add);
     }
   }
 
-  void add_to_w(
-      int64_t t, int64_t c, int64_t columns, int64_t count, float* out, int64_t ld, bool add)
-      const {
+  void add_to_w(int64_t t, Span columns, int64_t count, const Sums& out) const {
+    const E* left = transposed_x_.data<E>() + columns.begin * t_.rows;
     product(
-        columns, t_.width, padded(count), transposed_x_.data<E>() + c * t_.rows, t_.rows,
-        right_g(t), t_.width, out, ld, add);
+        columns.count, t_.width, padded(count), left, t_.rows, right_g(t), t_.width, out.data,
+        out.ld, out.add);
   }
 
  private:
@@ -130,12 +108,13 @@ class GradientOperands<Brgemm<E>> {
   }
 
   void pack_w() {
-    const int64_t pairs = (w_.count + 1) / 2, row = w_.width * 2;
+    const auto& w = p_.w;
+    const int64_t pairs = (w.count + 1) / 2, row = w.width * 2;
     w_pairs_ = Scratch(pairs * row * int64_t(sizeof(E)));
     at::parallel_for(0, pairs, 64, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const auto w_row = [&](int64_t j) { return j < w_.count ? w_.row(j) : nullptr; };
-        interleave(w_row(2 * i), w_row(2 * i + 1), w_.width, w_pairs_.data<E>() + i * row);
+        const auto w_row = [&](int64_t j) { return j < w.count ? w.row(j) : nullptr; };
+        interleave(w_row(2 * i), w_row(2 * i + 1), w.width, w_pairs_.data<E>() + i * row);
       }
     });
   }
@@ -149,18 +128,19 @@ class GradientOperands<Brgemm<E>> {
   }
 
   void pack_x(int64_t first, int64_t count) {
+    const auto& x = p_.x;
     static_assert(Brgemm<E>::kMaxRows <= kMaxTransposeRows);
-    const int64_t strips = (x_.padded + 31) / 32;
+    const int64_t strips = (x.padded + 31) / 32;
     at::parallel_for(0, strips, 4, [&](int64_t begin, int64_t end) {
       for (int64_t s = begin; s < end; ++s) {
-        const int64_t from = s * 32, columns = std::min<int64_t>(32, x_.padded - from);
+        const int64_t from = s * 32, columns = std::min<int64_t>(32, x.padded - from);
         E* to = transposed_x_.data<E>() + from * t_.rows;
         // All rows at once, or for FloatMatrix as many as its conversion buffer holds.
         constexpr int64_t kPart = kIsBFloat16<E> ? Brgemm<E>::kMaxRows : 64;
         alignas(64) E buffer[kIsBFloat16<E> ? 1 : kPart * 32];
         for (int64_t r = 0; r < count; r += kPart) {
           const int64_t rows = std::min(kPart, count - r);
-          const MatrixView<E> part = x_.read(first + r, rows, from, columns, buffer);
+          const Part<E> part = x.read(first + r, rows, from, columns, buffer);
           transpose(part.data, part.stride, to + r, t_.rows, rows, columns);
         }
         for (int64_t i = 0; i < columns; ++i) {
@@ -171,10 +151,8 @@ class GradientOperands<Brgemm<E>> {
   }
 
   const SuperBlock& block_;
-  const Tiling t_;
-  const Operand& x_;
-  const Operand& w_;
-  const bool wanted_x_, wanted_w_;
+  const GradientProblem<Brgemm<E>> p_;
+  const Tiling& t_;
   E *g_rows_ = nullptr, *g_pairs_ = nullptr; // bfloat16: G as left operand and as right operand
   Scratch w_pairs_; // bfloat16: W as right operand
   Scratch transposed_x_; // [D, rows]

@@ -9,17 +9,13 @@
 // are multiplied by it: those of G^T by the levels of X, those of G by the levels of W.
 #pragma once
 
-#include "core/super_block.h"
-#include "matmul/engine.h"
+#include "core/gradient_operands.h"
 
 #include <limits>
 
 #if defined(MULKI_AMX)
 
 namespace mulki {
-
-template <typename Engine>
-class GradientOperands;
 
 // The level of each row of a matrix (digits.h), and its inverse. Both are empty if no levels are
 // needed.
@@ -62,7 +58,6 @@ struct Levels {
 template <>
 class GradientOperands<AmxFloat> {
   static constexpr int64_t kEdge = amx::kEdge;
-  using Operand = AmxFloat::Operand;
 
  public:
   static constexpr bool kTransposed = false;
@@ -72,27 +67,19 @@ class GradientOperands<AmxFloat> {
     return std::max<int64_t>(models, 3);
   }
 
-  GradientOperands(
-      const SuperBlock& block,
-      int64_t /*models*/,
-      const Tiling& tiling,
-      const Operand& x,
-      const Operand& w,
-      bool wanted_x,
-      bool wanted_w)
+  GradientOperands(const SuperBlock& block, const GradientProblem<AmxFloat>& problem)
       : block_(block),
-        t_(tiling),
-        x_(x),
-        wanted_x_(wanted_x),
-        wanted_w_(wanted_w),
+        p_(problem),
+        t_(p_.tiling),
         row_extents_(t_.tiles * t_.rows * int64_t(sizeof(digits::Extent))),
         column_extents_(t_.rows / kEdge * columns() * int64_t(sizeof(digits::Extent))) {
-    if (wanted_x) {
+    const auto &x = p_.x, &w = p_.w;
+    if (p_.wanted_x) {
       levels_of_w_ = Levels(w);
       right_w_ = {w.width, columns()};
-      right_w_.pack(w, 0, w.count, columns(), levels_of_w_.inverse_at(0));
+      right_w_.pack(w.read(0, w.count, 0, w.width), columns(), levels_of_w_.inverse_at(0));
     }
-    if (wanted_w) {
+    if (p_.wanted_w) {
       levels_of_x_ = Levels(x);
       right_x_ = {x.width, t_.rows};
     }
@@ -112,45 +99,31 @@ class GradientOperands<AmxFloat> {
 
   void complete(int64_t first, int64_t count) {
     pack_g(first, count);
-    if (wanted_w_) {
-      right_x_.pack(x_, first, count, count, levels_of_x_.inverse_at(first));
+    if (p_.wanted_w) {
+      const float* inverses = levels_of_x_.inverse_at(first);
+      right_x_.pack(p_.x.read(first, count, 0, p_.x.width), count, inverses);
     }
   }
 
-  void add_to_x(
-      int64_t begin,
-      int64_t rows,
-      int64_t c,
-      int64_t columns,
-      int64_t t,
-      int64_t tiles,
-      float* out,
-      int64_t ld,
-      bool add) const {
+  void add_to_x(Span rows, Span columns, Span run, const Sums& out) const {
     const int64_t of_tile = t_.width / digits::kDepth; // blocks along a row of G
-    for (int64_t i = 0; i < rows; i += kEdge) {
-      const char* left = strip_of_g(begin + i, t / tiles_per_run());
-      for (int64_t j = 0; j < columns; j += kEdge) {
-        const char* right = right_w_.at(c + j);
-        digits::multiply(
-            left, right, t * of_tile, tiles * of_tile, out + i * ld + j, ld, add,
-            digits::gradients_need_eight_products(left, right));
-      }
-    }
+    each_block(rows.count, columns.count, out.data, out.ld, [&](int64_t i, int64_t j, float* c) {
+      const char* left = strip_of_g(rows.begin + i, run.begin / tiles_per_run());
+      const char* right = right_w_.at(columns.begin + j);
+      digits::multiply(
+          left, right, run.begin * of_tile, run.count * of_tile, c, out.ld, out.add,
+          digits::gradients_need_eight_products(left, right));
+    });
   }
 
-  void add_to_w(
-      int64_t t, int64_t c, int64_t columns, int64_t count, float* out, int64_t ld, bool add)
-      const {
-    for (int64_t i = 0; i < t_.valid(t); i += kEdge) {
+  void add_to_w(int64_t t, Span columns, int64_t count, const Sums& out) const {
+    each_block(t_.valid(t), columns.count, out.data, out.ld, [&](int64_t i, int64_t j, float* c) {
       const char* left = strip_of_transposed_g(t * t_.width + i);
-      for (int64_t j = 0; j < columns; j += kEdge) {
-        const char* right = right_x_.at(c + j);
-        digits::multiply(
-            left, right, 0, digits::blocks(count), out + i * ld + j, ld, add,
-            digits::gradients_need_eight_products(left, right));
-      }
-    }
+      const char* right = right_x_.at(columns.begin + j);
+      digits::multiply(
+          left, right, 0, digits::blocks(count), c, out.ld, out.add,
+          digits::gradients_need_eight_products(left, right));
+    });
   }
 
  private:
@@ -244,17 +217,21 @@ class GradientOperands<AmxFloat> {
     }
   }
 
+  Part<float> part_of_g(int64_t t, int64_t i, int64_t rows) const {
+    return {block_.values(0, t, i), t_.width, rows, t_.valid(t)};
+  }
+
   // Packs G and G^T of a super-block.
   void pack_g(int64_t first, int64_t count) {
     const int64_t groups = digits::blocks(count), pieces = amx::blocks(count);
     parallel_each(t_.tiles * groups, [&](int64_t task) {
       const int64_t t = task / groups, group = task % groups, begin = group * digits::kDepth;
-      const int64_t rows = std::min(digits::kDepth, count - begin), valid = t_.valid(t);
+      const int64_t rows = std::min(digits::kDepth, count - begin);
       const int64_t run = t / tiles_per_run(), start = run * tiles_per_run();
       const int64_t tiles = std::min(tiles_per_run(), t_.tiles - start);
       digits::Head head;
       digits::InverseScale inverse;
-      for (int64_t i = begin; i < begin + rows && wanted_x_; i += kEdge) {
+      for (int64_t i = begin; i < begin + rows && p_.wanted_x; i += kEdge) {
         const int64_t lines = std::min(kEdge, count - i);
         char* strip = strip_of_g(i, run);
         set_lines(
@@ -265,12 +242,11 @@ class GradientOperands<AmxFloat> {
         }
         for (int64_t j = 0; j < t_.width; j += digits::kDepth) {
           digits::pack_block_of_rows(
-              block_.values(0, t, i) + j, t_.width, lines, valid - j,
-              levels_of_w_.at(t * t_.width + j), inverse,
+              part_of_g(t, i, lines).from(0, j), levels_of_w_.at(t * t_.width + j), inverse,
               digits::block(strip, ((t - start) * t_.width + j) / digits::kDepth));
         }
       }
-      for (int64_t j = 0; j < t_.width && wanted_w_; j += kEdge) {
+      for (int64_t j = 0; j < t_.width && p_.wanted_w; j += kEdge) {
         const int64_t column = t * t_.width + j;
         char* strip = strip_of_transposed_g(column);
         set_lines(column_extents() + column, pieces, columns(), kEdge, count, head, inverse);
@@ -278,16 +254,15 @@ class GradientOperands<AmxFloat> {
           std::memcpy(strip, &head, sizeof(head));
         }
         digits::pack_block_of_columns(
-            true, block_.values(0, t, begin) + j, t_.width, rows, valid - j,
-            levels_of_x_.at(first + begin), inverse, digits::block(strip, group));
+            true, part_of_g(t, begin, rows).from(0, j), levels_of_x_.at(first + begin), inverse,
+            digits::block(strip, group));
       }
     });
   }
 
   const SuperBlock& block_;
-  const Tiling t_;
-  const Operand& x_;
-  const bool wanted_x_, wanted_w_;
+  const GradientProblem<AmxFloat> p_;
+  const Tiling& t_;
   Levels levels_of_x_, levels_of_w_;
   Scratch row_extents_, column_extents_;
   ColumnStrips<AmxFloat> right_w_, right_x_;

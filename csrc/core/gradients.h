@@ -9,27 +9,7 @@
 // of dX and dW, over tiles or super-blocks in order, so results do not depend on the number of
 // threads or on the size of a task.
 //
-// How an engine packs G, W and X, and multiplies them, is in GradientOperands<Engine>:
-//
-//   kTransposed          whether it computes the transpose of dW, X^T G, of which G is the right
-//                        operand
-//   kTaskRows            rows of dX that a task computes, at most
-//   matrices(models)     float matrices of a super-block that it needs
-//   tiles_per_run()      tiles of G that are added to a block of dX at a time: a run
-//   commit(start, t, first, count)
-//                        rows [first, first + count) of G in tile t are complete; the super-block
-//                        starts at row `start` of X, and `first` is a multiple of 32
-//   complete(first, count)
-//                        G of the super-block is complete, which has `count` rows from row `first`
-//                        of X on; what is not packed yet is packed
-//   add_to_x(begin, rows, c, columns, t, tiles, out, ld, add)
-//                        out [rows, columns] (+)= G W, for the rows of the super-block from `begin`
-//                        on, the columns of W from c on, and the sum over `tiles` tiles from t on
-//   add_to_w(t, c, columns, count, out, ld, add)
-//                        out [width, columns] (+)= G^T X, or its transpose, for the columns of G in
-//                        tile t and the columns of X from c on
-//
-// Both write whole blocks of 32 rows and columns. Their `begin` and `c` are multiples of 32.
+// How an engine packs and multiplies G, W and X is in gradient_operands.h.
 #pragma once
 
 #include "common/results.h"
@@ -69,7 +49,7 @@ class Gradients {
       : t_(tiling), width_(x.width), wanted_x_(wanted_x), wanted_w_(wanted_w) {
     if (any()) {
       block_.emplace(tiling, models, Operands::matrices(models));
-      operands_.emplace(*block_, models, tiling, x, w, wanted_x, wanted_w);
+      operands_.emplace(*block_, GradientProblem<Engine>{tiling, x, w, wanted_x, wanted_w, models});
     }
   }
 
@@ -115,6 +95,9 @@ class Gradients {
   static int64_t pieces(int64_t of, int64_t size) {
     return (of + size - 1) / size;
   }
+  static Span piece(int64_t i, int64_t size, int64_t of) {
+    return {i * size, std::min(size, of - i * size)};
+  }
 
   void write_dx(int64_t first, int64_t count, float factor, Tensor& dx) {
     // Large tasks read W and G less often, but each thread has to get one.
@@ -127,15 +110,14 @@ class Gradients {
     parallel_tasks<Engine>(blocks * pieces(width_, chunk), [&](int64_t task) {
       alignas(64) float sums[Operands::kTaskRows * kMaxChunk];
       // Successive tasks have the same chunk of W, so that it stays in the L2 cache of a core.
-      const int64_t begin = task % blocks * rows_of_task, c = task / blocks * chunk;
-      const int64_t rows = std::min(rows_of_task, count - begin);
-      const int64_t columns = std::min(chunk, width_ - c);
+      const Span rows = piece(task % blocks, rows_of_task, count);
+      const Span columns = piece(task / blocks, chunk, width_);
       for (int64_t t = 0; t < t_.tiles; t += run) {
-        operands_->add_to_x(
-            begin, rows, c, columns, t, std::min(run, t_.tiles - t), sums, chunk, t > 0);
+        operands_->add_to_x(rows, columns, {t, std::min(run, t_.tiles - t)}, {sums, chunk, t > 0});
       }
-      for (int64_t i = 0; i < rows; ++i) {
-        store_scaled(sums + i * chunk, columns, factor, dx, (first + begin + i) * width_ + c);
+      for (int64_t i = 0; i < rows.count; ++i) {
+        const int64_t at = (first + rows.begin + i) * width_ + columns.begin;
+        store_scaled(sums + i * chunk, columns.count, factor, dx, at);
       }
     });
   }
@@ -152,23 +134,18 @@ class Gradients {
     const int64_t chunks = pieces(width_, chunk);
     parallel_tasks<Engine>(t_.tiles * chunks, [&](int64_t task) {
       // A thread begins with tiles whose G it has written.
-      const int64_t t = task / chunks, c = task % chunks * chunk;
-      const int64_t columns = std::min(chunk, width_ - c);
+      const int64_t t = task / chunks;
+      const Span columns = piece(task % chunks, chunk, width_);
       alignas(64) float local[Engine::kWidth * kMaxChunk];
-      const Sums sums = is_first && is_last ? Sums{local, Operands::kTransposed ? t_.width : chunk}
-                                            : sums_of(t, c);
-      operands_->add_to_w(t, c, columns, count, sums.data, sums.ld, !is_first);
+      const Sums sums = is_first && is_last
+          ? Sums{local, Operands::kTransposed ? t_.width : chunk, false}
+          : sums_of(t, columns.begin, !is_first);
+      operands_->add_to_w(t, columns, count, sums);
       if (is_last) {
-        store(sums, columns, t, c, factor, dw);
+        store(sums, t, columns, factor, dw);
       }
     });
   }
-
-  // Where a task sums its part of dW: [width, columns], or its transpose.
-  struct Sums {
-    float* data;
-    int64_t ld;
-  };
 
   void place_sums(Tensor& dw) {
     const bool fits =
@@ -178,24 +155,25 @@ class Gradients {
     sums_ =
         Scratch((t_.tiles - tiles_in_place_) * t_.width * padded_width() * int64_t(sizeof(float)));
   }
-  Sums sums_of(int64_t t, int64_t c) const {
+  // Where dW is summed in tile t from column c on: [width, columns], or its transpose.
+  Sums sums_of(int64_t t, int64_t c, bool add) const {
     if (t < tiles_in_place_) {
-      return {in_place_ + t * t_.width * width_ + c, width_};
+      return {in_place_ + t * t_.width * width_ + c, width_, add};
     }
     const int64_t padded = padded_width();
     float* tile = sums_.data<float>() + (t - tiles_in_place_) * t_.width * padded;
-    return Operands::kTransposed ? Sums{tile + c * t_.width, t_.width} : Sums{tile + c, padded};
+    return Operands::kTransposed ? Sums{tile + c * t_.width, t_.width, add}
+                                 : Sums{tile + c, padded, add};
   }
   int64_t padded_width() const {
     return pieces(width_, kUnit) * kUnit;
   }
 
-  // Writes `factor` times the sums to columns [c, c + columns) of the rows of dW that belong to
-  // tile t.
-  void store(
-      const Sums& sums, int64_t columns, int64_t t, int64_t c, float factor, Tensor& dw) const {
+  // Writes `factor` times the sums to some columns of the rows of dW that belong to tile t.
+  void store(const Sums& sums, int64_t t, const Span& columns, float factor, Tensor& dw) const {
     const auto store_row = [&](const float* row, int64_t j) {
-      store_scaled(row, columns, factor, dw, (t * t_.width + j) * width_ + c);
+      const int64_t at = (t * t_.width + j) * width_ + columns.begin;
+      store_scaled(row, columns.count, factor, dw, at);
     };
     const int64_t valid = t_.valid(t);
     if constexpr (Operands::kTransposed) {
@@ -203,9 +181,9 @@ class Gradients {
       alignas(64) float transposed[kStrip * kMaxChunk];
       for (int64_t j = 0; j < valid; j += kStrip) {
         const int64_t rows = std::min(kStrip, valid - j);
-        transpose(sums.data + j, sums.ld, transposed, columns, columns, rows);
+        transpose(sums.data + j, sums.ld, transposed, kMaxChunk, columns.count, rows);
         for (int64_t r = 0; r < rows; ++r) {
-          store_row(transposed + r * columns, j + r);
+          store_row(transposed + r * kMaxChunk, j + r);
         }
       }
     } else {

@@ -134,27 +134,26 @@ inline uint32_t lane_mask(int64_t valid, int64_t lanes) {
                        : (uint32_t(1) << valid) - 1;
 }
 
-// Packs at most 32 x 32 elements of a matrix as a block of the left operand, with zeros elsewhere.
-MULKI_AMX_TARGET inline void pack_left(
-    const at::BFloat16* in, int64_t ld, int64_t rows, int64_t columns, uint16_t* out) {
-  const __mmask32 valid = lane_mask(columns, 32);
+// Packs the first 32 x 32 elements of a part as a block of the left operand, with zeros beyond its
+// rows and columns.
+MULKI_AMX_TARGET inline void pack_left(const Part<at::BFloat16>& in, uint16_t* out) {
+  const __mmask32 valid = lane_mask(in.columns, 32);
   for (int64_t i = 0; i < kEdge; ++i) {
-    const __m512i row =
-        i < rows ? _mm512_maskz_loadu_epi16(valid, in + i * ld) : _mm512_setzero_si512();
+    const __m512i row = i < in.rows ? _mm512_maskz_loadu_epi16(valid, in.data + i * in.stride)
+                                    : _mm512_setzero_si512();
     _mm512_storeu_si512(out + i * kEdge, row);
   }
 }
 
 // The same for floats, which it rounds.
-MULKI_AMX_TARGET inline void pack_left(
-    const float* in, int64_t ld, int64_t rows, int64_t columns, uint16_t* out) {
-  const __mmask16 first = __mmask16(lane_mask(columns, 16)),
-                  second = __mmask16(lane_mask(columns - 16, 16));
+MULKI_AMX_TARGET inline void pack_left(const Part<float>& in, uint16_t* out) {
+  const __mmask16 first = __mmask16(lane_mask(in.columns, 16)),
+                  second = __mmask16(lane_mask(in.columns - 16, 16));
   for (int64_t i = 0; i < kEdge; ++i) {
     __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
-    if (i < rows) {
-      low = _mm512_maskz_loadu_ps(first, in + i * ld);
-      high = second ? _mm512_maskz_loadu_ps(second, in + i * ld + 16) : high;
+    if (i < in.rows) {
+      low = _mm512_maskz_loadu_ps(first, in.data + i * in.stride);
+      high = second ? _mm512_maskz_loadu_ps(second, in.data + i * in.stride + 16) : high;
     }
     _mm512_storeu_si512(out + i * kEdge, (__m512i)_mm512_cvtne2ps_pbh(high, low));
   }
@@ -231,16 +230,11 @@ MULKI_AMX_TARGET inline void rearrange(Layout layout, const uint16_t* in, uint16
   transpose_tile(in + kTile, out + kTile);
 }
 
-// Packs at most 32 x 32 elements of a matrix in `layout`, with zeros elsewhere.
+// Packs the first 32 x 32 elements of a part in `layout`, with zeros beyond its rows and columns.
 MULKI_AMX_TARGET inline void pack_right(
-    Layout layout,
-    const at::BFloat16* in,
-    int64_t ld,
-    int64_t rows,
-    int64_t columns,
-    uint16_t* out) {
+    Layout layout, const Part<at::BFloat16>& in, uint16_t* out) {
   alignas(64) uint16_t block[kBlock];
-  pack_left(in, ld, rows, columns, block);
+  pack_left(in, block);
   rearrange(layout, block, out);
 }
 

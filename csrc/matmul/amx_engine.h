@@ -37,29 +37,27 @@ class Prefetcher {
   const char* address_;
 };
 
-// Calls multiply(a, b, c) for each 32 x 32 block c of a tile of `width` columns. a and b are the
-// packed strips of `strip_bytes` bytes: of the left operand from row `begin` on, and of the right
-// operand.
+// Calls f(i, j, c) for each block of 32 x 32 sums, with its row, its column and its address.
 template <typename F>
-inline void each_block_of_tile(
-    const void* left,
-    int64_t begin,
-    int64_t rows,
-    const void* right,
-    int64_t width,
-    int64_t strip_bytes,
-    const void* next,
-    float* out,
-    const F& multiply) {
-  const char* a = static_cast<const char*>(left) + begin / amx::kEdge * strip_bytes;
-  Prefetcher prefetcher(next, amx::blocks(width) * strip_bytes, begin, rows, width);
-  for (int64_t i = 0; i < rows; i += amx::kEdge, a += strip_bytes) {
-    const char* b = static_cast<const char*>(right);
-    for (int64_t j = 0; j < width; j += amx::kEdge, b += strip_bytes) {
-      prefetcher.fetch_piece();
-      multiply(a, b, out + i * width + j);
+inline void each_block(int64_t rows, int64_t columns, float* out, int64_t ld, const F& f) {
+  for (int64_t i = 0; i < rows; i += amx::kEdge) {
+    for (int64_t j = 0; j < columns; j += amx::kEdge) {
+      f(i, j, out + i * ld + j);
     }
   }
+}
+
+// Calls multiply(a, b, c) for each block c of a tile, with the packed strips a of the left operand
+// and b of the right one, which have `strip_bytes` bytes.
+template <typename F>
+inline void each_block_of_tile(const TileProduct& y, int64_t strip_bytes, const F& multiply) {
+  const char* a = static_cast<const char*>(y.left) + y.begin / amx::kEdge * strip_bytes;
+  const char* b = static_cast<const char*>(y.right);
+  Prefetcher prefetcher(y.next, amx::blocks(y.width) * strip_bytes, y.begin, y.rows, y.width);
+  each_block(y.rows, y.width, y.out, y.width, [&](int64_t i, int64_t j, float* c) {
+    prefetcher.fetch_piece();
+    multiply(a + i / amx::kEdge * strip_bytes, b + j / amx::kEdge * strip_bytes, c);
+  });
 }
 
 // The columns of a matrix as right operand, in strips of 32 columns, whose elements are those of
@@ -73,19 +71,13 @@ class ColumnStrips {
       : strip_bytes_(Engine::right_bytes(amx::kEdge, depth)),
         memory_(amx::blocks(width) * strip_bytes_) {}
 
-  // Packs `count` rows from row `first` on, with zeros up to row `depth`, at most. `factors`, if
-  // not null, multiplies the rows.
+  // Packs the columns of a part. Sums go over `depth` rows; those beyond the part are zeros, or the
+  // left operand is zero there. `factors`, if not null, multiplies the rows.
   void pack(
-      const typename Engine::Operand& rows,
-      int64_t first,
-      int64_t count,
-      int64_t depth,
-      const float* factors = nullptr) {
-    parallel_each(amx::blocks(rows.width), [&](int64_t strip) {
+      const Part<typename Engine::Element>& in, int64_t depth, const float* factors = nullptr) {
+    parallel_each(amx::blocks(in.columns), [&](int64_t strip) {
       const int64_t column = strip * amx::kEdge;
-      Engine::pack_columns(
-          rows.row(first) + column, rows.padded, count, rows.width - column, depth, factors,
-          at(column));
+      Engine::pack_columns(in.from(0, column), depth, factors, at(column));
     });
   }
 

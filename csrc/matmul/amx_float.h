@@ -29,46 +29,29 @@ struct AmxFloat {
 
   // At most 32 rows.
   static void pack_left(const Operand& x, int64_t first, int64_t rows, void* out) {
-    digits::pack_strip_of_rows(false, x.row(first), x.padded, rows, x.width, out);
+    digits::pack_strip_of_rows(false, x.read(first, rows, 0, x.width), out);
   }
   static void pack_right(const Operand& w, int64_t first, int64_t width, void* out) {
     auto* to = static_cast<uint8_t*>(out);
     for (int64_t j = first; j < first + width; j += digits::kLines) {
-      digits::pack_strip_of_rows(true, w.row(j), w.padded, w.count - j, w.width, to);
+      digits::pack_strip_of_rows(true, w.read(j, w.count - j, 0, w.width), to);
       to += digits::strip_bytes(w.width);
     }
   }
 
-  // Packs at most 32 columns as right operand. Digits beyond the last block of rows meet zeros.
+  // Packs the first 32 columns of a part as right operand.
   static void pack_columns(
-      const float* in,
-      int64_t ld,
-      int64_t rows,
-      int64_t columns,
-      int64_t /*depth*/,
-      const float* factors,
-      void* out) {
-    digits::pack_strip_of_columns(in, ld, rows, columns, factors, out);
+      const Part<Element>& in, int64_t /*depth*/, const float* factors, void* out) {
+    digits::pack_strip_of_columns(in, factors, out);
   }
 
   // Writes whole blocks of 32 rows.
-  static void multiply(
-      const Operand& x,
-      int64_t /*first*/,
-      int64_t rows,
-      const void* left,
-      int64_t begin,
-      const void* right,
-      int64_t /*valid*/,
-      int64_t width,
-      const void* next,
-      float* out) {
+  static void multiply(const Operand& x, const TileProduct& y) {
     const int64_t steps = digits::blocks(x.width);
     each_block_of_tile(
-        left, begin, rows, right, width, right_bytes(amx::kEdge, x.width), next, out,
-        [&](const char* a, const char* b, float* c) {
+        y, right_bytes(amx::kEdge, x.width), [&](const char* a, const char* b, float* c) {
           digits::multiply(
-              a, b, 0, steps, c, width, false, digits::logits_need_eight_products(a, b, x.width));
+              a, b, 0, steps, c, y.width, false, digits::logits_need_eight_products(a, b, x.width));
         });
   }
 };

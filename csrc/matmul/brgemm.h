@@ -92,41 +92,30 @@ struct Brgemm {
     alignas(64) T buffer[kColumns * kWidth];
     for (int64_t c = 0; c < w.padded; c += kColumns) {
       const int64_t columns = std::min(kColumns, w.padded - c);
-      const MatrixView<T> part = w.read(first, rows, c, columns, buffer);
+      const Part<T> part = w.read(first, rows, c, columns, buffer);
       transpose(
           reinterpret_cast<const Unit*>(part.data), part.stride / kToUnit,
           static_cast<Unit*>(out) + c / kToUnit * width, width, rows, columns / kToUnit);
     }
   }
 
-  // Writes out [rows, width] for the rows of X from `first` on, which are the packed rows from
-  // `begin` on. The columns of W^T from `valid` on are padding. The result there is 0, or NaN if X
-  // is not finite. `next` is the right operand that is likely to be used next, or null.
-  static void multiply(
-      const Operand& x,
-      int64_t first,
-      int64_t rows,
-      const void* left,
-      int64_t begin,
-      const void* right,
-      int64_t valid,
-      int64_t width,
-      const void* /*next*/,
-      float* out) {
-    const T* a = in_place(x) ? x.read(first, rows, 0, x.padded, nullptr).data
-                             : static_cast<const T*>(left) + begin * x.padded;
-    const T* b = static_cast<const T*>(right);
+  // In the padding the result is 0, or NaN if X is not finite.
+  static void multiply(const Operand& x, const TileProduct& y) {
+    const T* a = in_place(x) ? x.read(y.first, y.rows, 0, x.padded, nullptr).data
+                             : static_cast<const T*>(y.left) + y.begin * x.padded;
+    const T* b = static_cast<const T*>(y.right);
+    const int64_t width = y.width;
     // One sum over a depth of 512 has twice the rounding error of two sums over 256.
     constexpr int64_t kDepth = 256;
-    const int64_t columns = (valid + 15) / 16 * 16;
+    const int64_t columns = (y.valid + 15) / 16 * 16;
     int64_t d = 0;
     do {
       const int64_t depth = kIsBFloat16<T> ? x.padded : std::min(kDepth, x.padded - d);
-      product(rows, columns, depth, a + d, x.padded, b + d * width, width, out, width, d > 0);
+      product(y.rows, columns, depth, a + d, x.padded, b + d * width, width, y.out, width, d > 0);
       d += depth;
     } while (d < x.padded);
-    for (int64_t i = 0; i < rows && columns < width; ++i) {
-      std::fill(out + i * width + columns, out + (i + 1) * width, 0.0f);
+    for (int64_t i = 0; i < y.rows && columns < width; ++i) {
+      std::fill(y.out + i * width + columns, y.out + (i + 1) * width, 0.0f);
     }
   }
 

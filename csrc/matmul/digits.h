@@ -189,33 +189,24 @@ MULKI_AMX_TARGET inline void pack_zero_row(int64_t i, uint8_t* block) {
   }
 }
 
-// Packs a block of the left operand, whose lines are at most 32 rows of a matrix, with zeros
-// elsewhere.
+// Packs a block of the left operand, whose lines are the first 32 rows of a part, with zeros beyond
+// its rows and columns.
 MULKI_AMX_TARGET inline void pack_block_of_rows(
-    const float* in,
-    int64_t ld,
-    int64_t rows,
-    int64_t columns,
-    const float* factors,
-    const InverseScale& inverse,
-    uint8_t* out) {
+    const Part<float>& in, const float* factors, const InverseScale& inverse, uint8_t* out) {
   for (int64_t i = 0; i < kLines; ++i) {
-    if (i < rows) {
-      pack_row(in + i * ld, columns, factors, inverse, i, out);
+    if (i < in.rows) {
+      pack_row(in.data + i * in.stride, in.columns, factors, inverse, i, out);
     } else {
       pack_zero_row(i, out);
     }
   }
 }
 
-// Packs a block whose lines are columns of a matrix: of the right operand or, if `transposed`, of
-// the left one. `factors`, if not null, multiplies the rows.
+// Packs a block whose lines are the first 32 columns of a part: of the right operand or, if
+// `transposed`, of the left one. `factors`, if not null, multiplies the rows.
 MULKI_AMX_TARGET inline void pack_block_of_columns(
     bool transposed,
-    const float* in,
-    int64_t ld,
-    int64_t rows,
-    int64_t columns,
+    const Part<float>& in,
     const float* factors,
     const InverseScale& inverse,
     uint8_t* out) {
@@ -224,16 +215,16 @@ MULKI_AMX_TARGET inline void pack_block_of_columns(
   constexpr __mmask32 kOdd = 0xaaaaaaaa, kEven = 0x55555555;
   for (int64_t half = 0; half < 2; ++half) {
     uint8_t* tile = out + half * kTile;
-    const __mmask16 valid = __mmask16(amx::lane_mask(columns - 16 * half, 16));
+    const __mmask16 valid = __mmask16(amx::lane_mask(in.columns - 16 * half, 16));
     const __m512 high_part = _mm512_load_ps(inverse.high + 16 * half);
     const __m512 low_part = _mm512_load_ps(inverse.low + 16 * half);
     for (int64_t r = 0; r < 16; ++r) {
       __m512i q[4];
       for (int v = 0; v < 4; ++v) {
         const int64_t i = 4 * r + v;
-        __m512 x =
-            i < rows ? _mm512_maskz_loadu_ps(valid, in + i * ld + 16 * half) : _mm512_setzero_ps();
-        if (factors != nullptr && i < rows) {
+        __m512 x = i < in.rows ? _mm512_maskz_loadu_ps(valid, in.data + i * in.stride + 16 * half)
+                               : _mm512_setzero_ps();
+        if (factors != nullptr && i < in.rows) {
           x = _mm512_mul_ps(x, _mm512_set1_ps(factors[i]));
         }
         q[v] = digits_of(x, high_part, low_part);
@@ -263,20 +254,20 @@ inline float level_of(uint32_t max_bits) {
   return std::ldexp(1.0f, std::clamp(int(max_bits >> 23) - 127, -64, 120));
 }
 
-// Packs a strip whose lines are at most 32 rows: of the left operand or, if `transposed`, of the
-// right one.
-MULKI_AMX_TARGET inline void pack_strip_of_rows(
-    bool transposed, const float* in, int64_t ld, int64_t rows, int64_t columns, void* out) {
+// Packs a strip whose lines are the first 32 rows of a part: of the left operand or, if
+// `transposed`, of the right one.
+MULKI_AMX_TARGET inline void pack_strip_of_rows(bool transposed, const Part<float>& in, void* out) {
+  const int64_t columns = in.columns;
   Head& head = *static_cast<Head*>(out);
   InverseScale inverse;
   const int64_t steps = blocks(columns);
   head.peak_to_rms = 0;
   // Row by row, so that each row is still in the L1 cache when it is packed.
   for (int64_t i = 0; i < kLines; ++i) {
-    const float* row = in + i * ld;
-    set_line(i < rows ? extent_of(row, columns) : Extent{0, 0}, columns, i, head, inverse);
+    const float* row = in.data + i * in.stride;
+    set_line(i < in.rows ? extent_of(row, columns) : Extent{0, 0}, columns, i, head, inverse);
     for (int64_t s = 0; s < steps; ++s) {
-      if (i < rows) {
+      if (i < in.rows) {
         pack_row(row + s * kDepth, columns - s * kDepth, nullptr, inverse, i, block(out, s));
       } else {
         pack_zero_row(i, block(out, s));
@@ -288,20 +279,21 @@ MULKI_AMX_TARGET inline void pack_strip_of_rows(
   }
 }
 
-// Packs a strip of the right operand, whose lines are at most 32 columns. `factors`, if not null,
-// multiplies the rows.
+// Packs a strip of the right operand, whose lines are the first 32 columns of a part. `factors`, if
+// not null, multiplies the rows.
 MULKI_AMX_TARGET inline void pack_strip_of_columns(
-    const float* in, int64_t ld, int64_t rows, int64_t columns, const float* factors, void* out) {
+    const Part<float>& in, const float* factors, void* out) {
   Head& head = *static_cast<Head*>(out);
   InverseScale inverse;
-  const __mmask16 first = __mmask16(amx::lane_mask(columns, 16));
-  const __mmask16 second = __mmask16(amx::lane_mask(columns - 16, 16));
+  const __mmask16 first = __mmask16(amx::lane_mask(in.columns, 16));
+  const __mmask16 second = __mmask16(amx::lane_mask(in.columns - 16, 16));
   __m512i low = _mm512_setzero_si512(), high = _mm512_setzero_si512();
   __m512 low_squares = _mm512_setzero_ps(), high_squares = _mm512_setzero_ps();
-  for (int64_t i = 0; i < rows; ++i) {
+  for (int64_t i = 0; i < in.rows; ++i) {
+    const float* row = in.data + i * in.stride;
     const __m512 factor = _mm512_set1_ps(factors == nullptr ? 1.0f : factors[i]);
-    const __m512 a = _mm512_mul_ps(_mm512_maskz_loadu_ps(first, in + i * ld), factor);
-    const __m512 b = _mm512_mul_ps(_mm512_maskz_loadu_ps(second, in + i * ld + 16), factor);
+    const __m512 a = _mm512_mul_ps(_mm512_maskz_loadu_ps(first, row), factor);
+    const __m512 b = _mm512_mul_ps(_mm512_maskz_loadu_ps(second, row + 16), factor);
     low = _mm512_max_epu32(low, magnitude(a));
     high = _mm512_max_epu32(high, magnitude(b));
     low_squares = _mm512_fmadd_ps(a, a, low_squares);
@@ -315,12 +307,12 @@ MULKI_AMX_TARGET inline void pack_strip_of_columns(
   _mm512_store_ps(sum_squares + 16, high_squares);
   head.peak_to_rms = 0;
   for (int64_t j = 0; j < kLines; ++j) {
-    set_line({max_bits[j], sum_squares[j]}, rows, j, head, inverse);
+    set_line({max_bits[j], sum_squares[j]}, in.rows, j, head, inverse);
   }
-  for (int64_t i = 0; i < rows; i += kDepth) {
+  for (int64_t i = 0; i < in.rows; i += kDepth) {
     pack_block_of_columns(
-        false, in + i * ld, ld, rows - i, columns, factors == nullptr ? nullptr : factors + i,
-        inverse, block(out, i / kDepth));
+        false, in.from(i, 0), factors == nullptr ? nullptr : factors + i, inverse,
+        block(out, i / kDepth));
   }
 }
 
