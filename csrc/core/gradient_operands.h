@@ -26,6 +26,9 @@
 
 namespace mulki {
 
+// Columns of dX or dW that a task computes, at most.
+constexpr int64_t kMaxChunk = 256;
+
 struct Span { // of rows, columns or tiles
   int64_t begin, count;
 };

@@ -73,8 +73,7 @@ class GradientOperands<Brgemm<E>> {
           rows.count, columns.count, (valid + 1) / 2 * 2, g_rows_ + cell(t, rows.begin), t_.width,
           right, width, out.data, out.ld, out.add);
     } else {
-      alignas(64) E buffer[Brgemm<E>::kWidth * 256];
-      TORCH_INTERNAL_ASSERT_DEBUG_ONLY(columns.count <= 256);
+      alignas(64) E buffer[Brgemm<E>::kWidth * kMaxChunk];
       const Part<E> right = p_.w.read(t * t_.width, valid, columns.begin, columns.count, buffer);
       product(
           rows.count, columns.count, valid, block_.values(0, t, rows.begin), t_.width, right.data,

@@ -90,7 +90,6 @@ class Gradients {
 
  private:
   static constexpr int64_t kUnit = 32; // of the rows and columns of a task
-  static constexpr int64_t kMaxChunk = 256; // columns of dX or dW that a task computes, at most
 
   static int64_t pieces(int64_t of, int64_t size) {
     return (of + size - 1) / size;

@@ -78,6 +78,19 @@ struct Scope {
   }
 };
 
+// The sums of a block, c [32, 32], in tiles 0 to 3: set to zero, loaded and stored. `stride` is the
+// distance of two rows in elements of four bytes.
+#define MULKI_ZERO_SUMS() \
+  _tile_zero(0); \
+  _tile_zero(1); \
+  _tile_zero(2); \
+  _tile_zero(3)
+#define MULKI_EACH_SUM(move, c, stride) \
+  move(0, c, (stride) * 4); \
+  move(1, (c) + 16, (stride) * 4); \
+  move(2, (c) + 16 * (stride), (stride) * 4); \
+  move(3, (c) + 16 * (stride) + 16, (stride) * 4)
+
 // The blocks of one operand: `runs` runs of `steps` blocks. Distances are in elements.
 struct Stream {
   const uint16_t* data;
@@ -97,15 +110,9 @@ __attribute__((noinline)) MULKI_AMX_TARGET inline void multiply(
     int64_t ldc,
     bool add) {
   if (add) {
-    _tile_loadd(0, c, ldc * 4);
-    _tile_loadd(1, c + 16, ldc * 4);
-    _tile_loadd(2, c + 16 * ldc, ldc * 4);
-    _tile_loadd(3, c + 16 * ldc + 16, ldc * 4);
+    MULKI_EACH_SUM(_tile_loadd, c, ldc);
   } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    MULKI_ZERO_SUMS();
   }
   for (int64_t run = 0; run < runs; ++run) {
     const uint16_t* left = a.data + run * a.run;
@@ -121,10 +128,7 @@ __attribute__((noinline)) MULKI_AMX_TARGET inline void multiply(
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  _tile_stored(0, c, ldc * 4);
-  _tile_stored(1, c + 16, ldc * 4);
-  _tile_stored(2, c + 16 * ldc, ldc * 4);
-  _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
+  MULKI_EACH_SUM(_tile_stored, c, ldc);
 }
 
 // The mask of the first `valid` of `lanes` lanes. `valid` may be negative or larger than `lanes`.

@@ -122,9 +122,10 @@ MULKI_AMX_TARGET inline __m512i digits_of(__m512 x, __m512 high, __m512 low) {
   return _mm512_xor_si512(_mm512_add_epi32(integer, carry), carry);
 }
 
+using ByteIndices = std::array<uint8_t, 64>;
 template <typename F>
-constexpr std::array<uint8_t, 64> byte_indices(const F& index) {
-  std::array<uint8_t, 64> out{};
+constexpr ByteIndices byte_indices(const F& index) {
+  ByteIndices out{};
   for (int i = 0; i < 64; ++i) {
     out[i] = uint8_t(index(i));
   }
@@ -143,6 +144,20 @@ alignas(64) inline constexpr auto kHighOfPair = byte_indices([](int i) {
   return i / 4 * 4 + i % 2 * 64 + 2;
 });
 
+// Moves the bytes of four vectors: bytes 0 and 1 of the first two vectors and of the last two, then
+// bytes 2 of both.
+struct SplitDigits {
+  __m512i low_a, low_b, high_a, high_b;
+};
+MULKI_AMX_TARGET inline SplitDigits split(
+    const __m512i* q, const ByteIndices& low_bytes, const ByteIndices& high_bytes) {
+  const __m512i low = _mm512_load_si512(low_bytes.data());
+  const __m512i high = _mm512_load_si512(high_bytes.data());
+  return {
+      _mm512_permutex2var_epi8(q[0], low, q[1]), _mm512_permutex2var_epi8(q[2], low, q[3]),
+      _mm512_permutex2var_epi8(q[0], high, q[1]), _mm512_permutex2var_epi8(q[2], high, q[3])};
+}
+
 // Changes a block from the layout of the left operand to that of the right one, or back.
 MULKI_AMX_TARGET inline void transpose_block(uint8_t* tiles) {
   for (int64_t i = 0; i < kBlock; i += kTile) {
@@ -160,8 +175,6 @@ MULKI_AMX_TARGET inline void pack_row(
     const InverseScale& inverse,
     int64_t i,
     uint8_t* block) {
-  const __m512i low = _mm512_load_si512(kLowOfRow.data());
-  const __m512i high = _mm512_load_si512(kHighOfRow.data());
   const __m512 high_part = _mm512_set1_ps(inverse.high[i]),
                low_part = _mm512_set1_ps(inverse.low[i]);
   __m512i q[4];
@@ -173,10 +186,7 @@ MULKI_AMX_TARGET inline void pack_row(
     }
     q[v] = digits_of(x, high_part, low_part);
   }
-  const __m512i low_a = _mm512_permutex2var_epi8(q[0], low, q[1]);
-  const __m512i low_b = _mm512_permutex2var_epi8(q[2], low, q[3]);
-  const __m512i high_a = _mm512_permutex2var_epi8(q[0], high, q[1]);
-  const __m512i high_b = _mm512_permutex2var_epi8(q[2], high, q[3]);
+  const auto [low_a, low_b, high_a, high_b] = split(q, kLowOfRow, kHighOfRow);
   uint8_t* out = block + 64 * i;
   _mm512_store_si512(out, _mm512_shuffle_i64x2(high_a, high_b, 0x44));
   _mm512_store_si512(out + kDigit, _mm512_shuffle_i64x2(low_a, low_b, 0xee));
@@ -210,8 +220,6 @@ MULKI_AMX_TARGET inline void pack_block_of_columns(
     const float* factors,
     const InverseScale& inverse,
     uint8_t* out) {
-  const __m512i low = _mm512_load_si512(kLowOfPair.data());
-  const __m512i high = _mm512_load_si512(kHighOfPair.data());
   constexpr __mmask32 kOdd = 0xaaaaaaaa, kEven = 0x55555555;
   for (int64_t half = 0; half < 2; ++half) {
     uint8_t* tile = out + half * kTile;
@@ -229,10 +237,7 @@ MULKI_AMX_TARGET inline void pack_block_of_columns(
         }
         q[v] = digits_of(x, high_part, low_part);
       }
-      const __m512i low_a = _mm512_permutex2var_epi8(q[0], low, q[1]);
-      const __m512i low_b = _mm512_permutex2var_epi8(q[2], low, q[3]);
-      const __m512i high_a = _mm512_permutex2var_epi8(q[0], high, q[1]);
-      const __m512i high_b = _mm512_permutex2var_epi8(q[2], high, q[3]);
+      const auto [low_a, low_b, high_a, high_b] = split(q, kLowOfPair, kHighOfPair);
       _mm512_store_si512(
           tile + 64 * r, _mm512_mask_mov_epi16(high_a, kOdd, _mm512_slli_epi32(high_b, 16)));
       _mm512_store_si512(
@@ -329,25 +334,16 @@ MULKI_AMX_TARGET inline void pack_strip_of_columns(
 // Adds the products of one weight over blocks [from, to) to the sums over the blocks before.
 #define MULKI_SUM(sums, products) \
   if (from == 0) { \
-    _tile_zero(0); \
-    _tile_zero(1); \
-    _tile_zero(2); \
-    _tile_zero(3); \
+    MULKI_ZERO_SUMS(); \
   } else { \
-    _tile_loadd(0, sums, 128); \
-    _tile_loadd(1, sums + 16, 128); \
-    _tile_loadd(2, sums + 512, 128); \
-    _tile_loadd(3, sums + 528, 128); \
+    MULKI_EACH_SUM(_tile_loadd, sums, kLines); \
   } \
   for (int64_t s = from; s < to; ++s) { \
     const uint8_t* left = a + s * kBlock; \
     const uint8_t* right = b + s * kBlock; \
     products; \
   } \
-  _tile_stored(0, sums, 128); \
-  _tile_stored(1, sums + 16, 128); \
-  _tile_stored(2, sums + 512, 128); \
-  _tile_stored(3, sums + 528, 128)
+  MULKI_EACH_SUM(_tile_stored, sums, kLines)
 
 // Writes one sum for each weight, the largest weight first. All products are computed for a few
 // blocks at a time, while the left operand's blocks are in the L1 cache; the right operand bypasses
