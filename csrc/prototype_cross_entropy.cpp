@@ -93,8 +93,7 @@ Result run(
     const Tiling tiling = tiling_for<Engine>(x.size(0), w.size(0), 1, wanted[0] || wanted[1]);
     std::vector<Model<typename Engine::Operand>> models;
     models.emplace_back(x, w, a.scale);
-    const ActiveColumns columns(
-        tiling, a.class_mask.has_value() ? a.class_mask->const_data_ptr<bool>() : nullptr);
+    const ActiveColumns columns(tiling, a.class_mask);
     CrossEntropy rule{a.target.const_data_ptr<int64_t>(), a.ignored, a.smoothing, a.scale, upstream,
                       loss.mutable_data_ptr<float>()};
     RowSoftmax<Engine, CrossEntropy> driver(tiling, models, columns, rule, wanted[0], wanted[1]);

@@ -1,5 +1,4 @@
-// Parallel loops over tasks. They do not change results: which thread takes a task does not matter to
-// the task.
+// Parallel loops over tasks. Results do not depend on which thread takes a task.
 #pragma once
 
 #include <ATen/Parallel.h>

@@ -1,6 +1,6 @@
 // Arithmetic on vectors of floats, which are as wide as those of the CPU capability of the build:
-// reductions, exponential and logarithm; and conversions from half precision. at::vec calls library functions for exponentials and logarithms, which
-// spill all registers of a loop.
+// reductions, exponential and logarithm; and the types of elements. at::vec calls library functions
+// for exponentials and logarithms, which spill all registers of a loop.
 #pragma once
 
 #include <ATen/core/Tensor.h>

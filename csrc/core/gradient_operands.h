@@ -1,5 +1,5 @@
-// G, W and X as operands for dX = G W and dW = G^T X (gradients.h). How an engine packs and multiplies
-// them is in GradientOperands<Engine>, which has
+// G, W and X as operands for dX = G W and dW = G^T X (gradients.h). How an engine packs and
+// multiplies them is in GradientOperands<Engine>, which has
 //
 //   kTransposed          whether it computes the transpose of dW, X^T G, of which G is the right
 //                        operand
@@ -33,13 +33,7 @@ struct Span { // of rows, columns or tiles
   int64_t begin, count;
 };
 
-// Where a product is written, or added.
-struct Sums {
-  float* data;
-  int64_t ld;
-  bool add;
-};
-
+// What the gradients of X and W are computed from, and which of them are wanted.
 template <typename Engine>
 struct GradientProblem {
   Tiling tiling;

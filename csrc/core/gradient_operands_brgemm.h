@@ -71,21 +71,19 @@ class GradientOperands<Brgemm<E>> {
       const E* right = w_pairs_.data<E>() + (t * t_.width / 2 * width + columns.begin) * 2;
       product(
           rows.count, columns.count, (valid + 1) / 2 * 2, g_rows_ + cell(t, rows.begin), t_.width,
-          right, width, out.data, out.ld, out.add);
+          right, width, out);
     } else {
       alignas(64) E buffer[Brgemm<E>::kWidth * kMaxChunk];
       const Part<E> right = p_.w.read(t * t_.width, valid, columns.begin, columns.count, buffer);
       product(
           rows.count, columns.count, valid, block_.values(0, t, rows.begin), t_.width, right.data,
-          right.stride, out.data, out.ld, out.add);
+          right.stride, out);
     }
   }
 
   void add_to_w(int64_t t, Span columns, int64_t count, const Sums& out) const {
     const E* left = transposed_x_.data<E>() + columns.begin * t_.rows;
-    product(
-        columns.count, t_.width, padded(count), left, t_.rows, right_g(t), t_.width, out.data,
-        out.ld, out.add);
+    product(columns.count, t_.width, padded(count), left, t_.rows, right_g(t), t_.width, out);
   }
 
  private:

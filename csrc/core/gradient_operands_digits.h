@@ -5,11 +5,11 @@
 // values are no longer read: those of G into matrix 1, those of G^T into matrix 2 (super_block.h).
 // W is packed once, X for each super-block.
 //
-// If the rows of X or W differ much in size, each row is divided by its level, and the elements of G
-// are multiplied by it: those of G^T by the levels of X, those of G by the levels of W.
+// If the rows of X or W differ much in size, each row is divided by its level, and the elements of
+// G are multiplied by it: those of G^T by the levels of X, those of G by the levels of W.
 #pragma once
 
-#include "core/gradient_operands.h"
+#include "core/gradient_operands_amx.h"
 
 #include <limits>
 
@@ -55,40 +55,22 @@ struct Levels {
   std::vector<float> values, inverses;
 };
 
+// Each run has its own scales: with one scale for a whole row of G, one very large element would
+// cost all others of the row their digits.
 template <>
-class GradientOperands<AmxFloat> {
-  static constexpr int64_t kEdge = amx::kEdge;
-
+class GradientOperands<AmxFloat> : public GradientOperandsAmx<AmxFloat> {
  public:
-  static constexpr bool kTransposed = false;
-  static constexpr int64_t kTaskRows = 256;
-
   static int64_t matrices(int64_t models) {
     return std::max<int64_t>(models, 3);
   }
 
   GradientOperands(const SuperBlock& block, const GradientProblem<AmxFloat>& problem)
-      : block_(block),
-        p_(problem),
-        t_(p_.tiling),
+      : GradientOperandsAmx(block, problem),
+        levels_of_x_(p_.wanted_w ? Levels(p_.x) : Levels()),
+        levels_of_w_(p_.wanted_x ? Levels(p_.w) : Levels()),
         row_extents_(t_.tiles * t_.rows * int64_t(sizeof(digits::Extent))),
         column_extents_(t_.rows / kEdge * columns() * int64_t(sizeof(digits::Extent))) {
-    const auto &x = p_.x, &w = p_.w;
-    if (p_.wanted_x) {
-      levels_of_w_ = Levels(w);
-      right_w_ = {w.width, columns()};
-      right_w_.pack(w.read(0, w.count, 0, w.width), columns(), levels_of_w_.inverse_at(0));
-    }
-    if (p_.wanted_w) {
-      levels_of_x_ = Levels(x);
-      right_x_ = {x.width, t_.rows};
-    }
-  }
-
-  // Each run has its own scales: with one scale for a whole row of G, one very large element would
-  // cost all others of the row their digits.
-  int64_t tiles_per_run() const {
-    return kRunColumns / t_.width;
+    pack_w(levels_of_w_.inverse_at(0));
   }
 
   void commit(int64_t start, int64_t t, int64_t first, int64_t count) {
@@ -99,39 +81,31 @@ class GradientOperands<AmxFloat> {
 
   void complete(int64_t first, int64_t count) {
     pack_g(first, count);
-    if (p_.wanted_w) {
-      const float* inverses = levels_of_x_.inverse_at(first);
-      right_x_.pack(p_.x.read(first, count, 0, p_.x.width), count, inverses);
-    }
+    pack_x(first, count, levels_of_x_.inverse_at(first));
   }
 
   void add_to_x(Span rows, Span columns, Span run, const Sums& out) const {
     const int64_t of_tile = t_.width / digits::kDepth; // blocks along a row of G
-    each_block(rows.count, columns.count, out.data, out.ld, [&](int64_t i, int64_t j, float* c) {
+    each_block(rows.count, columns.count, out, [&](int64_t i, int64_t j, const Sums& c) {
       const char* left = strip_of_g(rows.begin + i, run.begin / tiles_per_run());
       const char* right = right_w_.at(columns.begin + j);
       digits::multiply(
-          left, right, run.begin * of_tile, run.count * of_tile, c, out.ld, out.add,
+          left, right, run.begin * of_tile, run.count * of_tile, c,
           digits::gradients_need_eight_products(left, right));
     });
   }
 
   void add_to_w(int64_t t, Span columns, int64_t count, const Sums& out) const {
-    each_block(t_.valid(t), columns.count, out.data, out.ld, [&](int64_t i, int64_t j, float* c) {
+    each_block(t_.valid(t), columns.count, out, [&](int64_t i, int64_t j, const Sums& c) {
       const char* left = strip_of_transposed_g(t * t_.width + i);
       const char* right = right_x_.at(columns.begin + j);
       digits::multiply(
-          left, right, 0, digits::blocks(count), c, out.ld, out.add,
+          left, right, 0, digits::blocks(count), c,
           digits::gradients_need_eight_products(left, right));
     });
   }
 
  private:
-  static constexpr int64_t kRunColumns = 512;
-
-  int64_t columns() const { // of G
-    return t_.tiles * t_.width;
-  }
   digits::Extent* row_extents() const { // [tiles][rows]
     return row_extents_.data<digits::Extent>();
   }
@@ -260,12 +234,8 @@ class GradientOperands<AmxFloat> {
     });
   }
 
-  const SuperBlock& block_;
-  const GradientProblem<AmxFloat> p_;
-  const Tiling& t_;
-  Levels levels_of_x_, levels_of_w_;
+  const Levels levels_of_x_, levels_of_w_;
   Scratch row_extents_, column_extents_;
-  ColumnStrips<AmxFloat> right_w_, right_x_;
 };
 
 } // namespace mulki

@@ -13,7 +13,7 @@
 #pragma once
 
 #include "common/results.h"
-#include "core/gradient_operands_bfloat16.h"
+#include "core/gradient_operands_amx.h"
 #include "core/gradient_operands_brgemm.h"
 #include "core/gradient_operands_digits.h"
 
@@ -22,15 +22,7 @@ namespace mulki {
 // The tiling of a problem for an engine. `models` counts the student and its teachers.
 template <typename Engine>
 Tiling tiling_for(int64_t n, int64_t p, int64_t models, bool gradient) {
-  return {
-      n,
-      p,
-      GradientOperands<Engine>::matrices(models),
-      gradient,
-      Engine::kMaxRows,
-      Engine::kMatrices,
-      Engine::kUnit,
-      Engine::kWidth};
+  return {Engine(), n, p, GradientOperands<Engine>::matrices(models), gradient};
 }
 
 template <typename Engine>

@@ -59,10 +59,11 @@ struct Model {
 
 // The active columns, which are the classes that the mask includes. Padding is not active.
 struct ActiveColumns {
-  ActiveColumns(const Tiling& t, const bool* class_mask)
+  ActiveColumns(const Tiling& t, const std::optional<Tensor>& class_mask)
       : active(0), mask(t.tiles * t.width), partial(t.tiles), counts(t.tiles) {
+    const bool* included = class_mask.has_value() ? class_mask->const_data_ptr<bool>() : nullptr;
     for (int64_t j = 0; j < t.tiles * t.width; ++j) {
-      const bool is_active = j < t.p && (class_mask == nullptr || class_mask[j]);
+      const bool is_active = j < t.p && (included == nullptr || included[j]);
       mask[j] = is_active ? 1.0f : 0.0f;
       counts[j / t.width] += is_active;
       active += is_active;

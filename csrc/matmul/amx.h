@@ -102,15 +102,9 @@ struct Stream {
 // stays there. Not inlined: AMX reads the operands from memory, which the compiler does not know,
 // so all stores to them have to be complete at the call.
 __attribute__((noinline)) MULKI_AMX_TARGET inline void multiply(
-    const Stream& a,
-    const Stream& b,
-    int64_t runs,
-    int64_t steps,
-    float* c,
-    int64_t ldc,
-    bool add) {
-  if (add) {
-    MULKI_EACH_SUM(_tile_loadd, c, ldc);
+    const Stream& a, const Stream& b, int64_t runs, int64_t steps, const Sums& c) {
+  if (c.add) {
+    MULKI_EACH_SUM(_tile_loadd, c.data, c.ld);
   } else {
     MULKI_ZERO_SUMS();
   }
@@ -128,7 +122,7 @@ __attribute__((noinline)) MULKI_AMX_TARGET inline void multiply(
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  MULKI_EACH_SUM(_tile_stored, c, ldc);
+  MULKI_EACH_SUM(_tile_stored, c.data, c.ld);
 }
 
 // The mask of the first `valid` of `lanes` lanes. `valid` may be negative or larger than `lanes`.

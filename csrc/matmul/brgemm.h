@@ -27,15 +27,13 @@ inline void product(
     int64_t lda,
     const E* b,
     int64_t ldb,
-    float* c,
-    int64_t ldc,
-    bool add) {
+    const Sums& c) {
   if (k > 0) {
-    at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, kIsBFloat16<E>);
+    at::native::cpublas::brgemm(m, n, k, lda, ldb, c.ld, c.add, a, b, c.data, kIsBFloat16<E>);
     return;
   }
-  for (int64_t i = 0; i < m && !add; ++i) {
-    std::fill(c + i * ldc, c + i * ldc + n, 0.0f);
+  for (int64_t i = 0; i < m && !c.add; ++i) {
+    std::fill_n(c.data + i * c.ld, n, 0.0f);
   }
 }
 
@@ -111,7 +109,7 @@ struct Brgemm {
     int64_t d = 0;
     do {
       const int64_t depth = kIsBFloat16<T> ? x.padded : std::min(kDepth, x.padded - d);
-      product(y.rows, columns, depth, a + d, x.padded, b + d * width, width, y.out, width, d > 0);
+      product(y.rows, columns, depth, a + d, x.padded, b + d * width, width, {y.out, width, d > 0});
       d += depth;
     } while (d < x.padded);
     for (int64_t i = 0; i < y.rows && columns < width; ++i) {
@@ -147,7 +145,8 @@ inline bool brgemm_has_bfloat16() {
     }
     try {
       product(
-          kSize, kSize, kSize, left.data(), kSize, right.data(), kSize, sums.data(), kSize, false);
+          kSize, kSize, kSize, left.data(), kSize, right.data(), kSize,
+          {sums.data(), kSize, false});
       at::native::cpublas::brgemm_release(true);
     } catch (const std::exception&) {
       return false;

@@ -369,14 +369,7 @@ __attribute__((noinline)) MULKI_AMX_TARGET void sums_of(
 // C [32, 32] (+)= A B over `steps` blocks, where those of b begin at block `first`.
 // `eight_products` chooses eight products of digits, else six.
 MULKI_AMX_TARGET inline void multiply(
-    const void* a,
-    const void* b,
-    int64_t first,
-    int64_t steps,
-    float* c,
-    int64_t ldc,
-    bool add,
-    bool eight_products = false) {
+    const void* a, const void* b, int64_t first, int64_t steps, Sums c, bool eight_products) {
   // A block adds three products of 64 terms of at most 2^14. The sum has to stay below 2^31.
   constexpr int64_t kMaxBlocks = 512;
   alignas(64) int32_t sums[4][kLines * kLines];
@@ -384,10 +377,10 @@ MULKI_AMX_TARGET inline void multiply(
   const Head& columns = *static_cast<const Head*>(b);
   const __m512 inverse_base = _mm512_set1_ps(1.0f / 256.0f);
   const __m512 scale[2] = {_mm512_load_ps(columns.scale), _mm512_load_ps(columns.scale + 16)};
-  for (int64_t i = 0; i < kLines && steps == 0 && !add; ++i) {
-    std::fill(c + i * ldc, c + i * ldc + kLines, 0.0f);
+  for (int64_t i = 0; i < kLines && steps == 0 && !c.add; ++i) {
+    std::fill_n(c.data + i * c.ld, kLines, 0.0f);
   }
-  for (int64_t done = 0; done < steps; done += kMaxBlocks, add = true) {
+  for (int64_t done = 0; done < steps; done += kMaxBlocks, c.add = true) {
     const int64_t count = std::min(kMaxBlocks, steps - done);
     if (eight_products) {
       sums_of<4>(block(a, done), block(b, first + done), count, sums);
@@ -405,8 +398,8 @@ MULKI_AMX_TARGET inline void multiply(
         v = _mm512_fmadd_ps(v, inverse_base, _mm512_cvtepi32_ps(_mm512_load_si512(sums[1] + at)));
         v = _mm512_fmadd_ps(v, inverse_base, _mm512_cvtepi32_ps(_mm512_load_si512(sums[0] + at)));
         v = _mm512_mul_ps(v, _mm512_mul_ps(of_row, scale[h]));
-        float* out = c + i * ldc + h * 16;
-        _mm512_storeu_ps(out, add ? _mm512_add_ps(_mm512_loadu_ps(out), v) : v);
+        float* out = c.data + i * c.ld + h * 16;
+        _mm512_storeu_ps(out, c.add ? _mm512_add_ps(_mm512_loadu_ps(out), v) : v);
       }
     }
   }

@@ -15,8 +15,7 @@
 #pragma once
 
 #include "common/parallel.h"
-#include "matmul/amx_bfloat16.h"
-#include "matmul/amx_float.h"
+#include "matmul/amx_engines.h"
 #include "matmul/brgemm.h"
 
 #include <cstdlib>

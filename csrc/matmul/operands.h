@@ -165,6 +165,17 @@ class FloatMatrix {
   Tensor storage_;
 };
 
+// Where products are written or, with `add`, added.
+struct Sums {
+  Sums at(int64_t row, int64_t column) const {
+    return {data + row * ld + column, ld, add};
+  }
+
+  float* data;
+  int64_t ld; // distance of two rows
+  bool add;
+};
+
 // A block of Y = X W^T in one tile, which an engine multiplies.
 struct TileProduct {
   int64_t first, begin,

@@ -1,6 +1,8 @@
-// G, W and X as bfloat16 operands of the matrix unit, for dX = G W and dW = G^T X (gradients.h,
-// amx.h). W is packed once, X for each super-block, and G as soon as 32 rows of it are complete in
-// a tile.
+// G, W and X as operands of the matrix unit, for dX = G W and dW = G^T X (gradients.h, amx.h): what
+// both engines have in common, and bfloat16. Digits are in gradient_operands_digits.h.
+//
+// W is packed once, X for each super-block. bfloat16: G is packed as soon as 32 rows of it are
+// complete in a tile.
 #pragma once
 
 #include "core/gradient_operands.h"
@@ -8,6 +10,49 @@
 #if defined(MULKI_AMX)
 
 namespace mulki {
+
+template <typename Engine>
+class GradientOperandsAmx {
+ public:
+  static constexpr bool kTransposed = false;
+  static constexpr int64_t kTaskRows = 256;
+
+  int64_t tiles_per_run() const {
+    return kRunColumns / t_.width;
+  }
+
+ protected:
+  static constexpr int64_t kEdge = amx::kEdge;
+  static constexpr int64_t kRunColumns = 512;
+
+  GradientOperandsAmx(const SuperBlock& block, const GradientProblem<Engine>& problem)
+      : block_(block),
+        p_(problem),
+        t_(p_.tiling),
+        right_w_(p_.wanted_x ? p_.w.width : 0, columns()),
+        right_x_(p_.wanted_w ? p_.x.width : 0, t_.rows) {}
+
+  int64_t columns() const { // of G
+    return t_.tiles * t_.width;
+  }
+
+  // If they are wanted. `factors`, if not null, multiplies the rows.
+  void pack_w(const float* factors = nullptr) {
+    if (p_.wanted_x) {
+      right_w_.pack(p_.w.read(0, p_.w.count, 0, p_.w.width), columns(), factors);
+    }
+  }
+  void pack_x(int64_t first, int64_t count, const float* factors = nullptr) {
+    if (p_.wanted_w) {
+      right_x_.pack(p_.x.read(first, count, 0, p_.x.width), count, factors);
+    }
+  }
+
+  const SuperBlock& block_;
+  const GradientProblem<Engine> p_;
+  const Tiling& t_;
+  ColumnStrips<Engine> right_w_, right_x_;
+};
 
 // 32 rows of G in one tile. The floats own the memory until `pack`, which replaces them by blocks:
 // those of G in the first half, those of G^T in the second.
@@ -41,32 +86,15 @@ class StripOfG {
 };
 
 template <>
-class GradientOperands<AmxBFloat16> {
-  static constexpr int64_t kEdge = amx::kEdge;
-
+class GradientOperands<AmxBFloat16> : public GradientOperandsAmx<AmxBFloat16> {
  public:
-  static constexpr bool kTransposed = false;
-  static constexpr int64_t kTaskRows = 256;
-
   static int64_t matrices(int64_t models) {
     return models;
   }
 
   GradientOperands(const SuperBlock& block, const GradientProblem<AmxBFloat16>& problem)
-      : block_(block), p_(problem), t_(p_.tiling) {
-    const auto& w = p_.w;
-    if (p_.wanted_x) {
-      const int64_t depth = t_.tiles * t_.width;
-      right_w_ = {w.width, depth};
-      right_w_.pack(w.read(0, w.count, 0, w.width), depth);
-    }
-    if (p_.wanted_w) {
-      right_x_ = {p_.x.width, t_.rows};
-    }
-  }
-
-  int64_t tiles_per_run() const {
-    return 512 / t_.width;
+      : GradientOperandsAmx(block, problem) {
+    pack_w();
   }
 
   void commit(int64_t /*start*/, int64_t t, int64_t first, int64_t count) {
@@ -76,27 +104,25 @@ class GradientOperands<AmxBFloat16> {
   }
 
   void complete(int64_t first, int64_t count) {
-    if (p_.wanted_w) {
-      right_x_.pack(p_.x.read(first, count, 0, p_.x.width), count);
-    }
+    pack_x(first, count);
   }
 
   void add_to_x(Span rows, Span columns, Span run, const Sums& out) const {
     const int64_t of_tile = t_.width / kEdge; // blocks along a row of G
-    each_block(rows.count, columns.count, out.data, out.ld, [&](int64_t i, int64_t j, float* c) {
+    each_block(rows.count, columns.count, out, [&](int64_t i, int64_t j, const Sums& c) {
       const uint16_t* right = blocks(right_w_, columns.begin + j);
       amx::multiply(
           {strip(run.begin, rows.begin + i).left(0), 2 * t_.rows * t_.width},
-          {right + run.begin * of_tile * amx::kBlock, of_tile * amx::kBlock}, run.count, of_tile, c,
-          out.ld, out.add);
+          {right + run.begin * of_tile * amx::kBlock, of_tile * amx::kBlock}, run.count, of_tile,
+          c);
     });
   }
 
   void add_to_w(int64_t t, Span columns, int64_t count, const Sums& out) const {
-    each_block(t_.valid(t), columns.count, out.data, out.ld, [&](int64_t i, int64_t j, float* c) {
+    each_block(t_.valid(t), columns.count, out, [&](int64_t i, int64_t j, const Sums& c) {
       amx::multiply(
           {strip(t, 0).transposed(i / kEdge), 0, 2 * kEdge * t_.width},
-          {blocks(right_x_, columns.begin + j)}, 1, amx::blocks(count), c, out.ld, out.add);
+          {blocks(right_x_, columns.begin + j)}, 1, amx::blocks(count), c);
     });
   }
 
@@ -108,11 +134,6 @@ class GradientOperands<AmxBFloat16> {
   StripOfG strip(int64_t t, int64_t i) const {
     return {block_.values(0, t, i), t_.width};
   }
-
-  const SuperBlock& block_;
-  const GradientProblem<AmxBFloat16> p_;
-  const Tiling& t_;
-  ColumnStrips<AmxBFloat16> right_w_, right_x_;
 };
 
 } // namespace mulki
