@@ -93,6 +93,7 @@ class ColumnStrips {
   Scratch memory_;
 };
 
+// What both engines have in common.
 struct AmxEngine {
   using Scope = amx::Scope;
 
