@@ -44,13 +44,13 @@ inline bool available() {
   static const bool answer = [] {
     unsigned a = 0, b = 0, c = 0, d = 0;
     // CPUID leaf 7, subleaf 0: register d, then c; subleaf 1: register a.
-    constexpr unsigned kAmxTile = 1u << 24, kAmxBf16 = 1u << 22, kAmxInt8 = 1u << 25;
     constexpr unsigned kVbmi = 1u << 1;
     constexpr unsigned kAvx512Bf16 = 1u << 5;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(c & kVbmi)) {
       return false;
     }
 #if !defined(MULKI_EMULATE_AMX)
+    constexpr unsigned kAmxTile = 1u << 24, kAmxBf16 = 1u << 22, kAmxInt8 = 1u << 25;
     constexpr unsigned kAll = kAmxTile | kAmxBf16 | kAmxInt8;
     if ((d & kAll) != kAll || !at::cpu::init_amx()) {
       return false;
