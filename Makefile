@@ -7,11 +7,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint sanitize clean .venv
+.PHONY: help demo test test-amx lint sanitize clean .venv
 
 help:
 	@echo "make demo      run the bundled image tasks (mulki run embedded) and show the results"
 	@echo "make test      make lint, then pytest"
+	@echo "make test-amx  tests of the operators with Intel's matrix unit emulated, on a CPU with AVX-512"
 	@echo "make lint      ruff, clang-format and mypy"
 	@echo "make sanitize  the C++ kernels under sanitizers, on Linux; SHORT=1 for fewer tests"
 	@echo "make .venv     only make .venv, with all that demo and test need"
@@ -23,6 +24,11 @@ demo: .venv/.installed-demo
 
 test: lint
 	$(BIN)/python -m pytest -q
+
+test-amx: .venv/.installed-test
+	MULKI_BUILD_CAPABILITIES=AVX512 MULKI_BUILD_FLAGS=-DMULKI_EMULATE_AMX \
+	    $(BIN)/python setup.py -q build_ext --build-lib build/amx --build-temp build/amx
+	MULKI_EMULATE_AMX=1 $(BIN)/python -m pytest -q tests/ops -k cpp
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .

@@ -146,7 +146,7 @@ def extensions() -> list[Extension]:
             f"mulki.{library_name(capability)}",
             sources=sources(".cpp"),
             depends=sources(".h"),
-            include_dirs=cpp_extension.include_paths(),
+            include_dirs=[os.path.abspath("csrc"), *cpp_extension.include_paths()],
             library_dirs=cpp_extension.library_paths(),
             libraries=link_libraries(platform, openmp),
             extra_compile_args=[

@@ -6,8 +6,8 @@
 // x_i are rows of the image features X [N, D], w_j rows of the text features W [N, D], scale is
 // logit_scale and g_i the upstream gradient of loss_i. Tiling, memory and passes are those of
 // pair_softmax.h: there is one distribution, and its coefficients are the labels' factors, g_i/2.
-#include "checks.h"
-#include "pair_softmax.h"
+#include "common/checks.h"
+#include "core/pair_softmax.h"
 
 #include <torch/library.h>
 

@@ -13,9 +13,9 @@
 // With labels, the loss of contrastive is computed beside it, from the same products of the
 // student, and, if T is 1, from the same exponentials. Tiling, memory and passes are those of
 // pair_softmax.h.
-#include "checks.h"
-#include "gate.h"
-#include "pair_softmax.h"
+#include "common/checks.h"
+#include "core/gate.h"
+#include "core/pair_softmax.h"
 
 #include <ATen/ops/stack.h>
 #include <torch/library.h>
@@ -49,21 +49,11 @@ void check_shapes(const Arguments& a) {
   check_pairs(a.image_features, a.text_features, a.logit_scale);
   check_positive("temperature", a.temperature);
   check_positive("gate_temperature", a.gate.temperature);
-  const int64_t k = a.k();
-  TORCH_CHECK_VALUE(k > 0, "teacher_image_features: got no teacher, wanted at least one");
-  TORCH_CHECK_VALUE(
-      int64_t(a.teacher_text_features.size()) == k, "teacher_image_features: got ", k,
-      " teachers, wanted ", a.teacher_text_features.size(), " as teacher_text_features");
-  check_shape("teacher_scales", a.teacher_scales, {k});
-  for (int64_t i = 0; i < k; ++i) {
-    const Tensor images = a.teacher_image_features[i], texts = a.teacher_text_features[i];
-    check_matrices("teacher_image_features", images, "teacher_text_features", texts);
-    check_dtype("teacher_image_features", images, a.image_features.scalar_type());
-    check_shape("teacher_image_features", images, {a.n(), images.size(1)});
-    check_shape("teacher_text_features", texts, images.sizes());
-  }
+  check_teachers(
+      "teacher_image_features", a.teacher_image_features, "teacher_text_features",
+      a.teacher_text_features, a.teacher_scales, a.image_features, a.text_features);
   if (a.weights.has_value()) {
-    check_shape("weights", *a.weights, {2, a.n(), k});
+    check_shape("weights", *a.weights, {2, a.n(), a.k()});
   }
 }
 
@@ -90,18 +80,11 @@ std::vector<PairDistribution> distributions_of(const Arguments& a, bool labels) 
   return out;
 }
 
-int64_t smallest_width(const Arguments& a) {
-  int64_t width = a.image_features.size(1);
-  for (const Tensor& t : a.teacher_image_features) {
-    width = std::min(width, t.size(1));
-  }
-  return width;
-}
-
 // Calls run(pairs) with a PairSoftmax of the arguments.
 template <typename F>
 auto with_softmax(const Arguments& a, bool labels, std::array<bool, 3> wanted, const F& run) {
-  return with_engine(a.image_features.scalar_type(), smallest_width(a), [&](auto engine) {
+  const int64_t depth = smallest_width(a.image_features, a.teacher_image_features);
+  return with_engine(a.image_features.scalar_type(), depth, [&](auto engine) {
     PairSoftmax<decltype(engine)> pairs(
         models_of(a), distributions_of(a, labels), wanted[0], wanted[1]);
     return run(pairs);

@@ -6,9 +6,9 @@
 // x_i are rows of the features X [N, D], W are the prototypes [P, D], y the target, e the label
 // smoothing. j and the mean go over the active classes, of which there are `active`. Tiling, memory
 // and gradients are those of row_softmax.h.
-#include "checks.h"
-#include "results.h"
-#include "row_softmax.h"
+#include "common/checks.h"
+#include "common/results.h"
+#include "core/row_softmax.h"
 
 #include <torch/library.h>
 
@@ -50,23 +50,29 @@ struct CrossEntropy {
   float* loss;
 };
 
-struct Labels {
-  Tensor target;
-  std::optional<Tensor> class_mask;
-};
+struct Arguments {
+  Arguments(
+      const Tensor& features,
+      const Tensor& prototypes,
+      const Tensor& scale,
+      const Tensor& target,
+      const std::optional<Tensor>& class_mask,
+      double smoothing,
+      int64_t ignored)
+      : x(features), w(prototypes), smoothing(smoothing), ignored(ignored) {
+    check_prototypes(features, prototypes, scale);
+    const int64_t n = x.size(0), p = w.size(0);
+    this->scale = value_of(scale);
+    this->class_mask = checked_class_mask(class_mask, p);
+    this->target = checked_target(target, n, p, ignored, this->class_mask);
+  }
 
-Labels checked(
-    const Tensor& features,
-    const Tensor& prototypes,
-    const Tensor& scale,
-    const Tensor& target,
-    const std::optional<Tensor>& class_mask,
-    int64_t ignored) {
-  check_prototypes(features, prototypes, scale);
-  const int64_t n = features.size(0), p = prototypes.size(0);
-  const auto mask = checked_class_mask(class_mask, p);
-  return {checked_target(target, n, p, ignored, mask), mask};
-}
+  const Tensor &x, &w;
+  double scale, smoothing;
+  int64_t ignored;
+  std::optional<Tensor> class_mask;
+  Tensor target;
+};
 
 struct Result {
   Tensor loss, dx, dw;
@@ -74,16 +80,11 @@ struct Result {
 };
 
 Result run(
-    const Tensor& x,
-    const Tensor& w,
-    const Tensor& scale,
-    const Labels& labels,
-    double smoothing,
-    int64_t ignored,
+    const Arguments& a,
     const Upstream& upstream,
     at::ScalarType dtype,
     std::array<bool, 3> wanted) {
-  const double s = value_of(scale);
+  const Tensor &x = a.x, &w = a.w;
   Tensor loss = empty_float({x.size(0)});
   Grads grads(x, w, dtype, wanted[0], wanted[1]);
   double dscale = 0;
@@ -91,14 +92,12 @@ Result run(
     using Engine = decltype(engine);
     const Tiling tiling = tiling_for<Engine>(x.size(0), w.size(0), 1, wanted[0] || wanted[1]);
     std::vector<Model<typename Engine::Operand>> models;
-    models.emplace_back(x, w, s);
-    const ActiveColumns columns(
-        tiling,
-        labels.class_mask.has_value() ? labels.class_mask->const_data_ptr<bool>() : nullptr);
-    CrossEntropy rule{labels.target.const_data_ptr<int64_t>(), ignored, smoothing, s, upstream,
+    models.emplace_back(x, w, a.scale);
+    const ActiveColumns columns(tiling, a.class_mask);
+    CrossEntropy rule{a.target.const_data_ptr<int64_t>(), a.ignored, a.smoothing, a.scale, upstream,
                       loss.mutable_data_ptr<float>()};
     RowSoftmax<Engine, CrossEntropy> driver(tiling, models, columns, rule, wanted[0], wanted[1]);
-    dscale = driver.run(float(s), grads.x, grads.w);
+    dscale = driver.run(float(a.scale), grads.x, grads.w);
   });
   return {loss, grads.x, grads.w, dscale};
 }
@@ -111,10 +110,8 @@ Tensor prototype_cross_entropy(
     const std::optional<Tensor>& class_mask,
     double label_smoothing,
     int64_t ignore_index) {
-  const Labels labels = checked(features, prototypes, scale, target, class_mask, ignore_index);
-  return run(features, prototypes, scale, labels, label_smoothing, ignore_index, Upstream(1.0),
-             at::kFloat, {false, false, false})
-      .loss;
+  const Arguments a(features, prototypes, scale, target, class_mask, label_smoothing, ignore_index);
+  return run(a, Upstream(1.0), at::kFloat, {false, false, false}).loss;
 }
 
 std::tuple<Tensor, Tensor, Tensor> prototype_cross_entropy_backward(
@@ -127,11 +124,9 @@ std::tuple<Tensor, Tensor, Tensor> prototype_cross_entropy_backward(
     double label_smoothing,
     int64_t ignore_index,
     std::array<bool, 3> wanted) {
-  const Labels labels = checked(features, prototypes, scale, target, class_mask, ignore_index);
+  const Arguments a(features, prototypes, scale, target, class_mask, label_smoothing, ignore_index);
   check_shape("grad", grad, {features.size(0)});
-  Result r =
-      run(features, prototypes, scale, labels, label_smoothing, ignore_index, Upstream(grad),
-          features.scalar_type(), wanted);
+  Result r = run(a, Upstream(grad), features.scalar_type(), wanted);
   return {r.dx, r.dw, scalar_if(wanted[2], r.dscale)};
 }
 
@@ -145,13 +140,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_cross_entropy_reduced(
     int64_t ignore_index,
     bool mean,
     std::array<bool, 3> wanted) {
-  const Labels labels = checked(features, prototypes, scale, target, class_mask, ignore_index);
+  const Arguments a(features, prototypes, scale, target, class_mask, label_smoothing, ignore_index);
   const int64_t n = features.size(0);
-  const int64_t* y = labels.target.const_data_ptr<int64_t>();
+  const int64_t* y = a.target.const_data_ptr<int64_t>();
   const int64_t counted = n - std::count(y, y + n, ignore_index);
-  Result r =
-      run(features, prototypes, scale, labels, label_smoothing, ignore_index,
-          Upstream(row_weight(mean, counted)), at::kFloat, wanted);
+  Result r = run(a, Upstream(row_weight(mean, counted)), at::kFloat, wanted);
   const double sum = sum_of_rows(r.loss);
   return {scalar(mean ? sum / double(counted) : sum), r.dx, r.dw, scalar_if(wanted[2], r.dscale)};
 }

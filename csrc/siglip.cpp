@@ -6,9 +6,9 @@
 // x_i are rows of the image features X [N, D], w_j rows of the text features W [P, D], scale and
 // bias are logit_scale and logit_bias. s_ij is 1 for a match, j = i + offset, and else -1. One pass
 // over the products gives the loss and the gradient, which replaces the products (pairwise.h).
-#include "checks.h"
-#include "pairwise.h"
-#include "results.h"
+#include "common/checks.h"
+#include "core/pairwise.h"
+#include "common/results.h"
 
 #include <torch/library.h>
 
@@ -22,18 +22,34 @@ struct SiglipResult {
   double dscale, dbias;
 };
 
+struct Arguments {
+  Arguments(
+      const Tensor& image_features,
+      const Tensor& text_features,
+      const Tensor& logit_scale,
+      const Tensor& logit_bias,
+      int64_t offset)
+      : x(image_features), w(text_features) {
+    check_matrices("image_features", x, "text_features", w);
+    check_shape("logit_scale", logit_scale, {});
+    check_shape("logit_bias", logit_bias, {});
+    scale = float(value_of(logit_scale));
+    bias = float(value_of(logit_bias));
+    // At these limits no row has a match. Larger offsets would overflow.
+    this->offset = std::clamp(offset, -x.size(0), w.size(0));
+  }
+
+  const Tensor &x, &w;
+  float scale, bias;
+  int64_t offset;
+};
+
 // The match of each row is left out of the vectors and computed in double.
 template <typename Engine>
-SiglipResult siglip_run(
-    const Tensor& x,
-    const Tensor& w,
-    float scale,
-    float bias,
-    int64_t offset,
-    const Upstream& upstream,
-    std::array<bool, 4> wanted,
-    Grads& grads) {
-  PairwisePass<Engine> pass({{x, w}}, wanted[0], wanted[1]);
+SiglipResult loss_and_gradients(
+    const Arguments& a, const Upstream& upstream, std::array<bool, 4> wanted, Grads& grads) {
+  const float scale = a.scale, bias = a.bias;
+  PairwisePass<Engine> pass({{a.x, a.w}}, wanted[0], wanted[1]);
   const Tiling& t = pass.tiling;
   const int64_t cells = t.tiles * t.rows;
   std::vector<double> losses(cells), scales(cells), biases(cells);
@@ -51,7 +67,7 @@ SiglipResult siglip_run(
           const double g = upstream[first + i];
           const Vec grad_of_row{float(g)};
           Vec loss_sum(0.0f), sigmoid_y_sum(0.0f), sigmoid_sum(0.0f);
-          const int64_t match = first + i + offset - tile * t.width;
+          const int64_t match = first + i + a.offset - tile * t.width;
           const bool matched = match >= 0 && match < t.valid(tile);
           const double y_match = matched ? y[match] : 0.0;
           for (int64_t j = 0; j < t.width; j += Vec::size()) {
@@ -103,34 +119,14 @@ SiglipResult siglip_run(
   return {loss, dscale, dbias};
 }
 
-void check(
-    const Tensor& image_features,
-    const Tensor& text_features,
-    const Tensor& logit_scale,
-    const Tensor& logit_bias) {
-  check_matrices("image_features", image_features, "text_features", text_features);
-  check_shape("logit_scale", logit_scale, {});
-  check_shape("logit_bias", logit_bias, {});
-}
-
-SiglipResult siglip_run(
-    const Tensor& x,
-    const Tensor& w,
-    const Tensor& scale,
-    const Tensor& bias,
-    int64_t offset,
-    const Upstream& upstream,
-    std::array<bool, 4> wanted,
-    Grads& grads) {
-  const int64_t n = x.size(0), p = w.size(0);
+SiglipResult run(
+    const Arguments& a, const Upstream& upstream, std::array<bool, 4> wanted, Grads& grads) {
+  const int64_t n = a.x.size(0), p = a.w.size(0);
   if (n == 0 || p == 0) {
     return {at::zeros({n}, at::kFloat), 0, 0};
   }
-  const float s = float(value_of(scale)), b = float(value_of(bias));
-  // At these limits no row has a match. Larger offsets would overflow.
-  const int64_t clamped = std::clamp(offset, -n, p);
-  return with_engine(x.scalar_type(), x.size(1), [&](auto engine) {
-    return siglip_run<decltype(engine)>(x, w, s, b, clamped, upstream, wanted, grads);
+  return with_engine(a.x.scalar_type(), a.x.size(1), [&](auto engine) {
+    return loss_and_gradients<decltype(engine)>(a, upstream, wanted, grads);
   });
 }
 
@@ -140,12 +136,9 @@ Tensor siglip(
     const Tensor& logit_scale,
     const Tensor& logit_bias,
     int64_t offset) {
-  check(image_features, text_features, logit_scale, logit_bias);
-  Grads none(image_features, text_features, at::kFloat, false, false);
-  return siglip_run(
-             image_features, text_features, logit_scale, logit_bias, offset, Upstream(1.0),
-             {false, false, false, false}, none)
-      .loss;
+  const Arguments a(image_features, text_features, logit_scale, logit_bias, offset);
+  Grads none(a.x, a.w, at::kFloat, false, false);
+  return run(a, Upstream(1.0), {false, false, false, false}, none).loss;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_backward(
@@ -156,12 +149,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_backward(
     const Tensor& logit_bias,
     int64_t offset,
     std::array<bool, 4> wanted) {
-  check(image_features, text_features, logit_scale, logit_bias);
-  check_shape("grad", grad, {image_features.size(0)});
-  Grads grads(image_features, text_features, image_features.scalar_type(), wanted[0], wanted[1]);
-  const SiglipResult r = siglip_run(
-      image_features, text_features, logit_scale, logit_bias, offset, Upstream(grad), wanted,
-      grads);
+  const Arguments a(image_features, text_features, logit_scale, logit_bias, offset);
+  check_shape("grad", grad, {a.x.size(0)});
+  Grads grads(a.x, a.w, a.x.scalar_type(), wanted[0], wanted[1]);
+  const SiglipResult r = run(a, Upstream(grad), wanted, grads);
   return {grads.x, grads.w, scalar_if(wanted[2], r.dscale), scalar_if(wanted[3], r.dbias)};
 }
 
@@ -173,12 +164,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_reduced(
     int64_t offset,
     bool mean,
     std::array<bool, 4> wanted) {
-  check(image_features, text_features, logit_scale, logit_bias);
-  const int64_t n = image_features.size(0);
-  Grads grads(image_features, text_features, at::kFloat, wanted[0], wanted[1]);
-  const SiglipResult r = siglip_run(
-      image_features, text_features, logit_scale, logit_bias, offset, Upstream(row_weight(mean, n)),
-      wanted, grads);
+  const Arguments a(image_features, text_features, logit_scale, logit_bias, offset);
+  const int64_t n = a.x.size(0);
+  Grads grads(a.x, a.w, at::kFloat, wanted[0], wanted[1]);
+  const SiglipResult r = run(a, Upstream(row_weight(mean, n)), wanted, grads);
   const double sum = sum_of_rows(r.loss);
   return {
       scalar(mean ? sum / double(n) : sum), grads.x, grads.w, scalar_if(wanted[2], r.dscale),

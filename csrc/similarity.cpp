@@ -5,9 +5,10 @@
 // written to the result as they are computed (logits.h). The backward pass scales the upstream
 // gradient to that of the plain product, super-block by super-block (gradients.h), and then
 // projects it.
-#include "checks.h"
-#include "logits.h"
-#include "results.h"
+#include "common/checks.h"
+#include "core/gradients.h"
+#include "core/logits.h"
+#include "common/results.h"
 
 #include <torch/library.h>
 
@@ -101,14 +102,9 @@ Tensor similarity(
   Tensor out = at::empty({features.size(0), prototypes.size(0)}, features.scalar_type());
   const float s = float(value_of(scale));
   with_engine(features.scalar_type(), features.size(1), [&](auto engine) {
-    using Engine = decltype(engine);
-    if (features.scalar_type() == at::kFloat) {
-      forward<Engine, float>(features, prototypes, s, normalize, out);
-    } else if (features.scalar_type() == at::kBFloat16) {
-      forward<Engine, at::BFloat16>(features, prototypes, s, normalize, out);
-    } else {
-      forward<Engine, at::Half>(features, prototypes, s, normalize, out);
-    }
+    with_type(features.scalar_type(), [&](auto element) {
+      forward<decltype(engine), decltype(element)>(features, prototypes, s, normalize, out);
+    });
   });
   return out;
 }
@@ -228,20 +224,13 @@ std::tuple<Tensor, Tensor, Tensor> similarity_backward(
   check_shape("grad", grad, {features.size(0), prototypes.size(0)});
   Grads grads(features, prototypes, features.scalar_type(), wanted[0], wanted[1]);
   const double s = value_of(scale);
-  const Tensor upstream = grad.contiguous();
+  const bool half = at::isReducedFloatingType(grad.scalar_type());
+  const Tensor upstream = (half ? grad : grad.to(at::kFloat)).contiguous();
   const double dscale = with_engine(features.scalar_type(), features.size(1), [&](auto engine) {
-    using Engine = decltype(engine);
-    switch (upstream.scalar_type()) {
-      case at::kBFloat16:
-        return backward<Engine, at::BFloat16>(
-            upstream, features, prototypes, s, normalize, wanted, grads);
-      case at::kHalf:
-        return backward<Engine, at::Half>(
-            upstream, features, prototypes, s, normalize, wanted, grads);
-      default:
-        return backward<Engine, float>(
-            upstream.to(at::kFloat), features, prototypes, s, normalize, wanted, grads);
-    }
+    return with_type(upstream.scalar_type(), [&](auto element) {
+      return backward<decltype(engine), decltype(element)>(
+          upstream, features, prototypes, s, normalize, wanted, grads);
+    });
   });
   return {grads.x, grads.w, scalar_if(wanted[2], dscale)};
 }

@@ -9,10 +9,10 @@
 //
 // Here KL_ik = t (E[u_k] - lse_k - E[u] + lse) with expectations E over p_k and lse = log sum exp.
 // Tiling, memory and gradients are those of row_softmax.h.
-#include "checks.h"
-#include "gate.h"
-#include "results.h"
-#include "row_softmax.h"
+#include "common/checks.h"
+#include "core/gate.h"
+#include "common/results.h"
+#include "core/row_softmax.h"
 
 #include <torch/library.h>
 
@@ -84,22 +84,11 @@ void check(const Arguments& a) {
   check_prototypes(a.features, a.prototypes, a.scale);
   check_positive("temperature", a.temperature);
   check_positive("gate_temperature", a.gate_temperature);
-  const int64_t n = a.features.size(0), p = a.prototypes.size(0);
-  const int64_t k = int64_t(a.teacher_features.size());
-  TORCH_CHECK_VALUE(k > 0, "teacher_features: got no teacher, wanted at least one");
-  TORCH_CHECK_VALUE(
-      int64_t(a.teacher_prototypes.size()) == k, "teacher_features: got ", k, " teachers, wanted ",
-      a.teacher_prototypes.size(), " as teacher_prototypes");
-  check_shape("teacher_scales", a.teacher_scales, {k});
-  for (int64_t i = 0; i < k; ++i) {
-    const Tensor features = a.teacher_features[i], prototypes = a.teacher_prototypes[i];
-    check_matrices("teacher_features", features, "teacher_prototypes", prototypes);
-    check_dtype("teacher_features", features, a.features.scalar_type());
-    check_shape("teacher_features", features, {n, features.size(1)});
-    check_shape("teacher_prototypes", prototypes, {p, features.size(1)});
-  }
+  check_teachers(
+      "teacher_features", a.teacher_features, "teacher_prototypes", a.teacher_prototypes,
+      a.teacher_scales, a.features, a.prototypes);
   if (a.weights.has_value()) {
-    check_shape("weights", *a.weights, {n, k});
+    check_shape("weights", *a.weights, {a.features.size(0), int64_t(a.teacher_features.size())});
   }
 }
 
@@ -130,10 +119,7 @@ Result run(
   const double t2 = a.scale_by_t2 ? a.temperature * a.temperature : 1.0;
   Grads grads(a.features, a.prototypes, dtype, wanted[0], wanted[1]);
   double dscale = 0;
-  int64_t depth = a.features.size(1);
-  for (const Tensor& t : a.teacher_features) {
-    depth = std::min(depth, t.size(1));
-  }
+  const int64_t depth = smallest_width(a.features, a.teacher_features);
   with_engine(a.features.scalar_type(), depth, [&](auto engine) {
     using Engine = decltype(engine);
     const Tiling tiling =
@@ -144,7 +130,7 @@ Result run(
     for (int64_t i = 0; i < k; ++i) {
       models.emplace_back(a.teacher_features[i], a.teacher_prototypes[i], c[i + 1]);
     }
-    const ActiveColumns columns(tiling, mask.has_value() ? mask->const_data_ptr<bool>() : nullptr);
+    const ActiveColumns columns(tiling, mask);
     TeacherKl rule{
         k,
         c,

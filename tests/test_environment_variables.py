@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "environment-variables.md"
 FOLDERS = ("mulki", "kernels", "csrc", "benchmarks", "examples", ".ci")
-FILES = ("setup.py", "tests/kernels/gpu/conftest.py")
+FILES = ("setup.py", "tests/kernels/gpu/conftest.py", "tests/ops/conftest.py")
 METHODS = ("get", "setdefault", "pop")
 
 

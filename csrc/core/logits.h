@@ -13,7 +13,9 @@
 // them.
 #pragma once
 
-#include "gradients.h"
+#include "common/scratch.h"
+#include "core/tiling.h"
+#include "matmul/engine.h"
 
 #include <vector>
 
@@ -87,10 +89,12 @@ class Logits {
   void multiply(int64_t model, int64_t tile, int64_t begin, int64_t end, float* out) const {
     const Model& m = models_[model];
     const int64_t slot = tile - first_tile_;
+    const bool has_next = !one_task_per_tile_ && slot + 1 < group_tiles_;
     Engine::multiply(
-        *m.x, first_row_ + begin, end - begin, left_[model].template data<char>(), begin,
-        panel(model, slot), t_.valid(tile), t_.width,
-        !one_task_per_tile_ && slot + 1 < group_tiles_ ? panel(model, slot + 1) : nullptr, out);
+        *m.x,
+        {first_row_ + begin, begin, end - begin, left_[model].template data<char>(),
+         panel(model, slot), t_.valid(tile), t_.width, has_next ? panel(model, slot + 1) : nullptr,
+         out});
   }
 
  private:

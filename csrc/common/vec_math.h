@@ -1,8 +1,9 @@
 // Arithmetic on vectors of floats, which are as wide as those of the CPU capability of the build:
-// reductions, exponential and logarithm. at::vec calls library functions for the latter two, which
-// spill all registers of a loop.
+// reductions, exponential and logarithm; and the types of elements. at::vec calls library functions
+// for exponentials and logarithms, which spill all registers of a loop.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
@@ -188,6 +189,19 @@ inline Vec log1p_of(const Vec& x) {
   p = at::vec::fmadd(square, p, Vec(4.0024595230e-1f));
   p = at::vec::fmadd(square, p, Vec(6.6666321641e-1f));
   return at::vec::fmadd(z * square, p, z + z);
+}
+
+// Calls run(T()) with the type T of a tensor's elements: float or half precision.
+template <typename F>
+auto with_type(at::ScalarType dtype, const F& run) {
+  switch (dtype) {
+    case at::kBFloat16:
+      return run(at::BFloat16());
+    case at::kHalf:
+      return run(at::Half());
+    default:
+      return run(float());
+  }
 }
 
 // Converts n elements of half precision to float. at::vec::convert would convert one at a time.

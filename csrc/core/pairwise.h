@@ -6,7 +6,8 @@
 // two passes over the products keeps those of the first rows in a ProductCache of bounded size.
 #pragma once
 
-#include "logits.h"
+#include "core/gradients.h"
+#include "core/logits.h"
 
 #include <vector>
 

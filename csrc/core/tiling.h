@@ -15,26 +15,19 @@ namespace mulki {
 // for the gradient of the prototypes.
 struct Tiling {
   // `matrices` is the number of float matrices of a super-block that exist at the same time. A
-  // super-block has at most `max_rows` rows and, if it has more than 64, at most `max_bytes` in
+  // super-block has at most kMaxRows rows and, if it has more than 64, at most kMatrices bytes in
   // these matrices. Without a gradient there are none: only the sums of each block are kept. The
-  // rows of a super-block and the columns of a tile, at most `max_width`, are multiples of `unit`.
-  Tiling(
-      int64_t n,
-      int64_t p,
-      int64_t matrices,
-      bool gradient,
-      int64_t max_rows,
-      int64_t max_bytes,
-      int64_t unit,
-      int64_t max_width)
-      : n(n), p(p), bytes(0) {
-    width = p <= unit ? unit : p <= 256 ? 64 : max_width;
+  // rows of a super-block and the columns of a tile, at most kWidth, are multiples of kUnit.
+  template <typename Engine>
+  Tiling(Engine, int64_t n, int64_t p, int64_t matrices, bool gradient) : n(n), p(p), bytes(0) {
+    constexpr int64_t unit = Engine::kUnit;
+    width = p <= unit ? unit : p <= 256 ? 64 : Engine::kWidth;
     tiles = (p + width - 1) / width;
     const int64_t needed = std::max<int64_t>((n + unit - 1) / unit * unit, unit);
-    rows = std::min<int64_t>(needed, gradient ? max_rows : 1024);
+    rows = std::min<int64_t>(needed, gradient ? Engine::kMaxRows : 1024);
     if (gradient) {
       const int64_t row = matrices * tiles * width * int64_t(sizeof(float));
-      const int64_t fitting = max_bytes / row, step = fitting >= 128 ? 128 : 64;
+      const int64_t fitting = Engine::kMatrices / row, step = fitting >= 128 ? 128 : 64;
       rows = std::min(rows, std::max<int64_t>(fitting / step * step, 64));
       bytes = rows * row;
     }

@@ -19,7 +19,8 @@
 // digits cancel. The rule reads its numbers in double.
 #pragma once
 
-#include "logits.h"
+#include "core/gradients.h"
+#include "core/logits.h"
 
 #include <algorithm>
 #include <cmath>
@@ -58,10 +59,11 @@ struct Model {
 
 // The active columns, which are the classes that the mask includes. Padding is not active.
 struct ActiveColumns {
-  ActiveColumns(const Tiling& t, const bool* class_mask)
+  ActiveColumns(const Tiling& t, const std::optional<Tensor>& class_mask)
       : active(0), mask(t.tiles * t.width), partial(t.tiles), counts(t.tiles) {
+    const bool* included = class_mask.has_value() ? class_mask->const_data_ptr<bool>() : nullptr;
     for (int64_t j = 0; j < t.tiles * t.width; ++j) {
-      const bool is_active = j < t.p && (class_mask == nullptr || class_mask[j]);
+      const bool is_active = j < t.p && (included == nullptr || included[j]);
       mask[j] = is_active ? 1.0f : 0.0f;
       counts[j / t.width] += is_active;
       active += is_active;
@@ -100,56 +102,11 @@ inline Vec max_of_row(const float* y, const float* mask, int64_t width, float si
   return tile_max;
 }
 
-// The sums of some rows of a tile: of e; of e y; and for teachers of e times the student's y, for
-// the student of y. All y are centred.
+// The sums of some rows of a tile, one row to a lane: of e; of e y; and for teachers of e times the
+// student's y, for the student of y. All y are centred.
 struct RowSums {
   RowVectors sum_exp, sum_exp_y, cross_or_uniform;
 };
-
-// Adds up one row of a tile. CROSS says that it is a teacher's; `student` is then the student's y
-// in that row. If `store`, e replaces y.
-template <bool PARTIAL, bool CROSS>
-inline void exponentials(
-    float* y,
-    const float* student,
-    const float* mask,
-    int64_t width,
-    const ExpOfProduct& exp_of_centred,
-    float tile_max,
-    float student_tile_max,
-    bool store,
-    int64_t row,
-    RowSums& out) {
-  Vec sum_exp(0.0f), sum_exp_y(0.0f), cross_or_uniform(0.0f);
-  const Vec max(tile_max), student_max(student_tile_max);
-  for (int64_t j = 0; j < width; j += Vec::size()) {
-    Vec centred = Vec::loadu(y + j) - max;
-    if constexpr (PARTIAL) {
-      centred = where_active(mask + j, 0.0f, centred);
-    }
-    Vec e = exp_of_centred(centred);
-    if constexpr (PARTIAL) {
-      e = e * Vec::loadu(mask + j);
-    }
-    sum_exp = sum_exp + e;
-    sum_exp_y = at::vec::fmadd(e, centred, sum_exp_y);
-    if constexpr (CROSS) {
-      Vec student_y = Vec::loadu(student + j) - student_max;
-      if constexpr (PARTIAL) {
-        student_y = where_active(mask + j, 0.0f, student_y);
-      }
-      cross_or_uniform = at::vec::fmadd(e, student_y, cross_or_uniform);
-    } else {
-      cross_or_uniform = cross_or_uniform + centred;
-    }
-    if (store) {
-      e.store(y + j);
-    }
-  }
-  out.sum_exp.set(row, sum_exp);
-  out.sum_exp_y.set(row, sum_exp_y);
-  out.cross_or_uniform.set(row, cross_or_uniform);
-}
 
 // A rule has
 //
@@ -241,7 +198,7 @@ class RowSoftmax {
       logits_.run_stored(
           first, count, wanted, where, [&](int64_t m, int64_t tile, int64_t begin, int64_t end) {
             sums_of_model(
-                first, m, tile, begin, end, values(m, tile, begin), values(0, tile, begin));
+                {first, tile, begin, end}, m, values(m, tile, begin), values(0, tile, begin));
           });
       return;
     }
@@ -251,46 +208,39 @@ class RowSoftmax {
       float* y = local.data<float>();
       for (int64_t m = 0; m < model_count_; ++m) {
         logits_.multiply(m, tile, begin, end, y + m * size);
-        sums_of_model(first, m, tile, begin, end, y + m * size, y);
+        sums_of_model({first, tile, begin, end}, m, y + m * size, y);
       }
     });
   }
 
+  // Rows [begin, end) of the super-block that starts at row `first` of X, in one tile.
+  struct Block {
+    int64_t first, tile, begin, end;
+  };
+
   // Takes the sums of a block whose products y of model m are new. Those of the models before m are
   // there already. The student, model 0, is summed with the last model: until then the teachers'
   // sums need its products, which its exponentials replace.
-  void sums_of_model(
-      int64_t first,
-      int64_t m,
-      int64_t tile,
-      int64_t begin,
-      int64_t end,
-      float* y,
-      float* student) {
-    if (columns_.partial[tile]) {
-      sums_of_model<true>(first, m, tile, begin, end, y, student);
+  void sums_of_model(const Block& block, int64_t m, float* y, float* student) {
+    if (columns_.partial[block.tile]) {
+      sums_of_model<true>(block, m, y, student);
     } else {
-      sums_of_model<false>(first, m, tile, begin, end, y, student);
+      sums_of_model<false>(block, m, y, student);
     }
   }
 
   template <bool PARTIAL>
-  void sums_of_model(
-      int64_t first,
-      int64_t m,
-      int64_t tile,
-      int64_t begin,
-      int64_t end,
-      float* y,
-      float* student) {
+  void sums_of_model(const Block& block, int64_t m, float* y, float* student) {
+    const int64_t tile = block.tile;
     const float* mask = columns_.mask.data() + tile * t_.width;
     const float sign = models_[m].sign;
-    for (int64_t i = begin; i < end; i += Vec::size()) {
-      const int64_t rows = std::min<int64_t>(Vec::size(), end - i), from = (i - begin) * t_.width;
+    for (int64_t i = block.begin; i < block.end; i += Vec::size()) {
+      const int64_t rows = std::min<int64_t>(Vec::size(), block.end - i);
+      const int64_t from = (i - block.begin) * t_.width;
       RowVectors tile_max;
       for (int64_t r = 0; r < rows; ++r) {
         const float* row = y + from + r * t_.width;
-        const int64_t target = rule_.target(first + i + r) - tile * t_.width;
+        const int64_t target = rule_.target(block.first + i + r) - tile * t_.width;
         if (target >= 0 && target < t_.width) {
           at_target_[m * t_.rows + i + r] = row[target];
         }
@@ -307,6 +257,8 @@ class RowSoftmax {
   }
 
   // Takes the sums of `rows` rows, at most the number of lanes, from row i of the super-block on.
+  // CROSS says that they are a teacher's; `student` is then the student's y. With a gradient, e
+  // replaces y.
   template <bool PARTIAL, bool CROSS>
   void sums_of_rows(
       int64_t m, int64_t tile, int64_t i, int64_t rows, float* y, const float* student) {
@@ -314,12 +266,38 @@ class RowSoftmax {
     const float* mask = columns_.mask.data() + tile * t_.width;
     const ExpOfProduct exp_of_centred(models_[m].c);
     const bool store = gradients_.any();
+    const int64_t width = t_.width;
     RowSums sums;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t row = r * t_.width;
-      exponentials<PARTIAL, CROSS>(
-          y + row, CROSS ? student + row : nullptr, mask, t_.width, exp_of_centred, tile_max[r],
-          student_tile_max[r], store, r, sums);
+    for (int64_t r = 0; r < rows; ++r, y += width) {
+      Vec sum_exp(0.0f), sum_exp_y(0.0f), cross_or_uniform(0.0f);
+      const Vec max(tile_max[r]), student_max(student_tile_max[r]);
+      for (int64_t j = 0; j < width; j += Vec::size()) {
+        Vec centred = Vec::loadu(y + j) - max;
+        if constexpr (PARTIAL) {
+          centred = where_active(mask + j, 0.0f, centred);
+        }
+        Vec e = exp_of_centred(centred);
+        if constexpr (PARTIAL) {
+          e = e * Vec::loadu(mask + j);
+        }
+        sum_exp = sum_exp + e;
+        sum_exp_y = at::vec::fmadd(e, centred, sum_exp_y);
+        if constexpr (CROSS) {
+          Vec student_y = Vec::loadu(student + r * width + j) - student_max;
+          if constexpr (PARTIAL) {
+            student_y = where_active(mask + j, 0.0f, student_y);
+          }
+          cross_or_uniform = at::vec::fmadd(e, student_y, cross_or_uniform);
+        } else {
+          cross_or_uniform = cross_or_uniform + centred;
+        }
+        if (store) {
+          e.store(y + j);
+        }
+      }
+      sums.sum_exp.set(r, sum_exp);
+      sums.sum_exp_y.set(r, sum_exp_y);
+      sums.cross_or_uniform.set(r, cross_or_uniform);
     }
     sums.sum_exp.sums().store(stat(m, kSumExp, tile) + i, rows);
     sums.sum_exp_y.sums().store(stat(m, kSumExpY, tile) + i, rows);

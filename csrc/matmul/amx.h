@@ -6,7 +6,7 @@
 // block has two tiles, which are what one register holds: 16 rows of 64 bytes.
 #pragma once
 
-#include "product.h"
+#include "matmul/operands.h"
 
 #if defined(CPU_CAPABILITY_AVX512) && defined(__linux__) && defined(__x86_64__) && \
     defined(__GNUC__) && __has_include(<amxtileintrin.h>)
@@ -17,6 +17,10 @@
 #include <immintrin.h>
 
 #include <array>
+
+#if defined(MULKI_EMULATE_AMX)
+#include "matmul/amx_emulation.h"
+#endif
 
 // Only these functions use AMX instructions. The caller checks `available` first.
 #define MULKI_AMX_TARGET \
@@ -34,19 +38,25 @@ inline int64_t blocks(int64_t length) {
   return (length + kEdge - 1) / kEdge;
 }
 
-// Whether this CPU has AMX and the system permits its use by this process.
+// Whether this CPU has AMX and the system permits its use by this process. Packing needs two more
+// sets of instructions, which all CPUs with AMX have.
 inline bool available() {
   static const bool answer = [] {
     unsigned a = 0, b = 0, c = 0, d = 0;
     // CPUID leaf 7, subleaf 0: register d, then c; subleaf 1: register a.
-    constexpr unsigned kAmxTile = 1u << 24, kAmxBf16 = 1u << 22, kAmxInt8 = 1u << 25;
     constexpr unsigned kVbmi = 1u << 1;
     constexpr unsigned kAvx512Bf16 = 1u << 5;
-    constexpr unsigned kAll = kAmxTile | kAmxBf16 | kAmxInt8;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll || !(c & kVbmi)) {
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(c & kVbmi)) {
       return false;
     }
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvx512Bf16) && at::cpu::init_amx();
+#if !defined(MULKI_EMULATE_AMX)
+    constexpr unsigned kAmxTile = 1u << 24, kAmxBf16 = 1u << 22, kAmxInt8 = 1u << 25;
+    constexpr unsigned kAll = kAmxTile | kAmxBf16 | kAmxInt8;
+    if ((d & kAll) != kAll || !at::cpu::init_amx()) {
+      return false;
+    }
+#endif
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvx512Bf16);
   }();
   return answer;
 }
@@ -68,6 +78,19 @@ struct Scope {
   }
 };
 
+// The sums of a block, c [32, 32], in tiles 0 to 3: set to zero, loaded and stored. `stride` is the
+// distance of two rows in elements of four bytes.
+#define MULKI_ZERO_SUMS() \
+  _tile_zero(0); \
+  _tile_zero(1); \
+  _tile_zero(2); \
+  _tile_zero(3)
+#define MULKI_EACH_SUM(move, c, stride) \
+  move(0, c, (stride) * 4); \
+  move(1, (c) + 16, (stride) * 4); \
+  move(2, (c) + 16 * (stride), (stride) * 4); \
+  move(3, (c) + 16 * (stride) + 16, (stride) * 4)
+
 // The blocks of one operand: `runs` runs of `steps` blocks. Distances are in elements.
 struct Stream {
   const uint16_t* data;
@@ -79,23 +102,11 @@ struct Stream {
 // stays there. Not inlined: AMX reads the operands from memory, which the compiler does not know,
 // so all stores to them have to be complete at the call.
 __attribute__((noinline)) MULKI_AMX_TARGET inline void multiply(
-    const Stream& a,
-    const Stream& b,
-    int64_t runs,
-    int64_t steps,
-    float* c,
-    int64_t ldc,
-    bool add) {
-  if (add) {
-    _tile_loadd(0, c, ldc * 4);
-    _tile_loadd(1, c + 16, ldc * 4);
-    _tile_loadd(2, c + 16 * ldc, ldc * 4);
-    _tile_loadd(3, c + 16 * ldc + 16, ldc * 4);
+    const Stream& a, const Stream& b, int64_t runs, int64_t steps, const Sums& c) {
+  if (c.add) {
+    MULKI_EACH_SUM(_tile_loadd, c.data, c.ld);
   } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    MULKI_ZERO_SUMS();
   }
   for (int64_t run = 0; run < runs; ++run) {
     const uint16_t* left = a.data + run * a.run;
@@ -111,10 +122,7 @@ __attribute__((noinline)) MULKI_AMX_TARGET inline void multiply(
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  _tile_stored(0, c, ldc * 4);
-  _tile_stored(1, c + 16, ldc * 4);
-  _tile_stored(2, c + 16 * ldc, ldc * 4);
-  _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
+  MULKI_EACH_SUM(_tile_stored, c.data, c.ld);
 }
 
 // The mask of the first `valid` of `lanes` lanes. `valid` may be negative or larger than `lanes`.
@@ -124,27 +132,26 @@ inline uint32_t lane_mask(int64_t valid, int64_t lanes) {
                        : (uint32_t(1) << valid) - 1;
 }
 
-// Packs at most 32 x 32 elements of a matrix as a block of the left operand, with zeros elsewhere.
-MULKI_AMX_TARGET inline void pack_left(
-    const at::BFloat16* in, int64_t ld, int64_t rows, int64_t columns, uint16_t* out) {
-  const __mmask32 valid = lane_mask(columns, 32);
+// Packs the first 32 x 32 elements of a part as a block of the left operand, with zeros beyond its
+// rows and columns.
+MULKI_AMX_TARGET inline void pack_left(const Part<at::BFloat16>& in, uint16_t* out) {
+  const __mmask32 valid = lane_mask(in.columns, 32);
   for (int64_t i = 0; i < kEdge; ++i) {
-    const __m512i row =
-        i < rows ? _mm512_maskz_loadu_epi16(valid, in + i * ld) : _mm512_setzero_si512();
+    const __m512i row = i < in.rows ? _mm512_maskz_loadu_epi16(valid, in.data + i * in.stride)
+                                    : _mm512_setzero_si512();
     _mm512_storeu_si512(out + i * kEdge, row);
   }
 }
 
 // The same for floats, which it rounds.
-MULKI_AMX_TARGET inline void pack_left(
-    const float* in, int64_t ld, int64_t rows, int64_t columns, uint16_t* out) {
-  const __mmask16 first = __mmask16(lane_mask(columns, 16)),
-                  second = __mmask16(lane_mask(columns - 16, 16));
+MULKI_AMX_TARGET inline void pack_left(const Part<float>& in, uint16_t* out) {
+  const __mmask16 first = __mmask16(lane_mask(in.columns, 16)),
+                  second = __mmask16(lane_mask(in.columns - 16, 16));
   for (int64_t i = 0; i < kEdge; ++i) {
     __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
-    if (i < rows) {
-      low = _mm512_maskz_loadu_ps(first, in + i * ld);
-      high = second ? _mm512_maskz_loadu_ps(second, in + i * ld + 16) : high;
+    if (i < in.rows) {
+      low = _mm512_maskz_loadu_ps(first, in.data + i * in.stride);
+      high = second ? _mm512_maskz_loadu_ps(second, in.data + i * in.stride + 16) : high;
     }
     _mm512_storeu_si512(out + i * kEdge, (__m512i)_mm512_cvtne2ps_pbh(high, low));
   }
@@ -221,16 +228,11 @@ MULKI_AMX_TARGET inline void rearrange(Layout layout, const uint16_t* in, uint16
   transpose_tile(in + kTile, out + kTile);
 }
 
-// Packs at most 32 x 32 elements of a matrix in `layout`, with zeros elsewhere.
+// Packs the first 32 x 32 elements of a part in `layout`, with zeros beyond its rows and columns.
 MULKI_AMX_TARGET inline void pack_right(
-    Layout layout,
-    const at::BFloat16* in,
-    int64_t ld,
-    int64_t rows,
-    int64_t columns,
-    uint16_t* out) {
+    Layout layout, const Part<at::BFloat16>& in, uint16_t* out) {
   alignas(64) uint16_t block[kBlock];
-  pack_left(in, ld, rows, columns, block);
+  pack_left(in, block);
   rearrange(layout, block, out);
 }
 

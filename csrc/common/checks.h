@@ -59,6 +59,38 @@ inline void check_prototypes(
   check_shape("scale", scale, {});
 }
 
+// At least one teacher of the student's dtype: features [N, D_k], prototypes [P, D_k] and a scale.
+inline void check_teachers(
+    const char* x_name,
+    at::TensorList xs,
+    const char* w_name,
+    at::TensorList ws,
+    const Tensor& scales,
+    const Tensor& student_x,
+    const Tensor& student_w) {
+  const int64_t k = int64_t(xs.size());
+  TORCH_CHECK_VALUE(k > 0, x_name, ": got no teacher, wanted at least one");
+  TORCH_CHECK_VALUE(
+      int64_t(ws.size()) == k, x_name, ": got ", k, " teachers, wanted ", ws.size(), " as ",
+      w_name);
+  check_shape("teacher_scales", scales, {k});
+  for (int64_t i = 0; i < k; ++i) {
+    check_matrices(x_name, xs[i], w_name, ws[i]);
+    check_dtype(x_name, xs[i], student_x.scalar_type());
+    check_shape(x_name, xs[i], {student_x.size(0), xs[i].size(1)});
+    check_shape(w_name, ws[i], {student_w.size(0), xs[i].size(1)});
+  }
+}
+
+// The smallest number of features of the student and its teachers.
+inline int64_t smallest_width(const Tensor& student, at::TensorList teachers) {
+  int64_t width = student.size(1);
+  for (const Tensor& t : teachers) {
+    width = std::min(width, t.size(1));
+  }
+  return width;
+}
+
 // Returns the mask [P], contiguous. At least one class is active.
 inline std::optional<Tensor> checked_class_mask(const std::optional<Tensor>& mask, int64_t p) {
   if (!mask.has_value()) {

@@ -1,6 +1,8 @@
 // What operators return, and the upstream gradient that enters a backward pass.
 #pragma once
 
+#include "common/vec_math.h"
+
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/scalar_tensor.h>
@@ -28,6 +30,24 @@ struct Grads {
   }
   Tensor x, w;
 };
+
+inline Tensor empty_float(at::IntArrayRef sizes) {
+  return at::empty(sizes, at::kFloat);
+}
+
+// Writes factor * in [n] to the elements of `out` from element `at` on, which may be `in` itself.
+inline void store_scaled(const float* in, int64_t n, float factor, Tensor& out, int64_t at) {
+  with_type(out.scalar_type(), [&](auto element) {
+    auto* to = out.mutable_data_ptr<decltype(element)>() + at;
+    if constexpr (std::is_same_v<decltype(element), float>) {
+      at::vec::map([factor](Vec v) { return v * Vec(factor); }, to, in, n);
+    } else {
+      for (int64_t j = 0; j < n; ++j) {
+        to[j] = in[j] * factor;
+      }
+    }
+  });
+}
 
 inline Tensor scalar(double value) {
   return at::scalar_tensor(value, at::kFloat);

@@ -1,18 +1,13 @@
-// Products of small blocks, the matrices that are multiplied, and the layouts of the right operand.
+// The matrices that are multiplied, as rows in memory, and changes of their layout.
 //
-//   product<E>: C [m, n] (+)= A [m, k] B [k, n], C in float32
-//
-// E is the type of the elements of A and B, float or bfloat16. A float B is row-major. A bfloat16 B
-// is read in pairs of rows, [k / 2][n][2] (the VNNI layout), so k has to be even; `interleave`
-// writes this layout.
+// The elements of an operand are float or bfloat16, and sums are float. brgemm reads a right
+// operand B [k, n] of floats row by row, and one of bfloat16 in pairs of rows, [k / 2][n][2] (the
+// VNNI layout), so k has to be even; `interleave` writes this layout.
 #pragma once
 
-#include "scratch.h"
-#include "vec_math.h"
+#include "common/vec_math.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/native/CPUBlas.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -26,28 +21,6 @@ using at::Tensor;
 
 template <typename E>
 constexpr bool kIsBFloat16 = std::is_same_v<E, at::BFloat16>;
-
-// For float, torch falls back to a plain gemm if oneDNN has no brgemm kernel for the CPU.
-template <typename E>
-inline void product(
-    int64_t m,
-    int64_t n,
-    int64_t k,
-    const E* a,
-    int64_t lda,
-    const E* b,
-    int64_t ldb,
-    float* c,
-    int64_t ldc,
-    bool add) {
-  if (k > 0) {
-    at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, kIsBFloat16<E>);
-    return;
-  }
-  for (int64_t i = 0; i < m && !add; ++i) {
-    std::fill(c + i * ldc, c + i * ldc + n, 0.0f);
-  }
-}
 
 // Writes out [n][2] from two rows of n elements. A null second row stands for zeros.
 template <typename E>
@@ -116,11 +89,15 @@ inline void transpose(
   }
 }
 
-// Rows of a matrix, whose distance is `stride` elements.
+// A part of a matrix. Two rows are `stride` elements apart.
 template <typename E>
-struct MatrixView {
+struct Part {
+  Part from(int64_t row, int64_t column) const {
+    return {data + row * stride + column, stride, rows - row, columns - column};
+  }
+
   const E* data;
-  int64_t stride;
+  int64_t stride, rows, columns;
 };
 
 // A contiguous matrix [count, padded] with elements of type E. For bfloat16 the width is padded
@@ -142,9 +119,8 @@ struct Matrix {
   const E* row(int64_t i) const {
     return data + i * padded;
   }
-  MatrixView<E> read(
-      int64_t first, int64_t /*rows*/, int64_t column, int64_t /*columns*/, E* /*buffer*/) const {
-    return {row(first) + column, padded};
+  Part<E> read(int64_t first, int64_t rows, int64_t column, int64_t columns, E* = nullptr) const {
+    return {row(first) + column, padded, rows, columns};
   }
 
   int64_t count;
@@ -165,16 +141,20 @@ class FloatMatrix {
   bool in_place() const {
     return storage_.scalar_type() == at::kFloat;
   }
-  MatrixView<float> read(
+  Part<float> read(
       int64_t first, int64_t rows, int64_t column, int64_t columns, float* buffer) const {
-    switch (storage_.scalar_type()) {
-      case at::kBFloat16:
-        return converted<at::BFloat16>(first, rows, column, columns, buffer);
-      case at::kHalf:
-        return converted<at::Half>(first, rows, column, columns, buffer);
-      default:
-        return {address<float>(first, column), width};
-    }
+    return with_type(storage_.scalar_type(), [&](auto element) -> Part<float> {
+      using T = decltype(element);
+      const T* from = storage_.template const_data_ptr<T>() + first * width + column;
+      if constexpr (std::is_same_v<T, float>) {
+        return {from, width, rows, columns};
+      } else {
+        for (int64_t i = 0; i < rows; ++i) {
+          to_floats(from + i * width, buffer + i * columns, columns);
+        }
+        return {buffer, columns, rows, columns};
+      }
+    });
   }
 
   int64_t count;
@@ -182,20 +162,28 @@ class FloatMatrix {
   int64_t padded; // equal to the width
 
  private:
-  template <typename T>
-  const T* address(int64_t row, int64_t column) const {
-    return storage_.template const_data_ptr<T>() + row * width + column;
-  }
-  template <typename T>
-  MatrixView<float> converted(
-      int64_t first, int64_t rows, int64_t column, int64_t columns, float* buffer) const {
-    for (int64_t i = 0; i < rows; ++i) {
-      to_floats(address<T>(first + i, column), buffer + i * columns, columns);
-    }
-    return {buffer, columns};
+  Tensor storage_;
+};
+
+// Where products are written or, with `add`, added.
+struct Sums {
+  Sums at(int64_t row, int64_t column) const {
+    return {data + row * ld + column, ld, add};
   }
 
-  Tensor storage_;
+  float* data;
+  int64_t ld; // distance of two rows
+  bool add;
+};
+
+// A block of Y = X W^T in one tile, which an engine multiplies.
+struct TileProduct {
+  int64_t first, begin,
+      rows; // rows of X from `first` on, which are the packed ones from `begin` on
+  const void *left, *right; // packed rows of X, and the packed tile of W^T
+  int64_t valid, width; // columns of the tile; those from `valid` on are padding
+  const void* next; // the right operand that is likely to be used next, or null
+  float* out; // [rows, width]
 };
 
 } // namespace mulki

@@ -24,8 +24,8 @@
 // with one number m for the block: a factor for each row times a factor for each column.
 #pragma once
 
-#include "pairwise.h"
-#include "results.h"
+#include "core/pairwise.h"
+#include "common/results.h"
 
 #include <array>
 #include <limits>

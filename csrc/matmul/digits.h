@@ -25,7 +25,7 @@
 // blocks of depth 64, each with all first digits, then all second, then all third ones.
 #pragma once
 
-#include "amx.h"
+#include "matmul/amx.h"
 
 #if defined(MULKI_AMX)
 
@@ -122,9 +122,10 @@ MULKI_AMX_TARGET inline __m512i digits_of(__m512 x, __m512 high, __m512 low) {
   return _mm512_xor_si512(_mm512_add_epi32(integer, carry), carry);
 }
 
+using ByteIndices = std::array<uint8_t, 64>;
 template <typename F>
-constexpr std::array<uint8_t, 64> byte_indices(const F& index) {
-  std::array<uint8_t, 64> out{};
+constexpr ByteIndices byte_indices(const F& index) {
+  ByteIndices out{};
   for (int i = 0; i < 64; ++i) {
     out[i] = uint8_t(index(i));
   }
@@ -143,6 +144,20 @@ alignas(64) inline constexpr auto kHighOfPair = byte_indices([](int i) {
   return i / 4 * 4 + i % 2 * 64 + 2;
 });
 
+// Moves the bytes of four vectors: bytes 0 and 1 of the first two vectors and of the last two, then
+// bytes 2 of both.
+struct SplitDigits {
+  __m512i low_a, low_b, high_a, high_b;
+};
+MULKI_AMX_TARGET inline SplitDigits split(
+    const __m512i* q, const ByteIndices& low_bytes, const ByteIndices& high_bytes) {
+  const __m512i low = _mm512_load_si512(low_bytes.data());
+  const __m512i high = _mm512_load_si512(high_bytes.data());
+  return {
+      _mm512_permutex2var_epi8(q[0], low, q[1]), _mm512_permutex2var_epi8(q[2], low, q[3]),
+      _mm512_permutex2var_epi8(q[0], high, q[1]), _mm512_permutex2var_epi8(q[2], high, q[3])};
+}
+
 // Changes a block from the layout of the left operand to that of the right one, or back.
 MULKI_AMX_TARGET inline void transpose_block(uint8_t* tiles) {
   for (int64_t i = 0; i < kBlock; i += kTile) {
@@ -160,8 +175,6 @@ MULKI_AMX_TARGET inline void pack_row(
     const InverseScale& inverse,
     int64_t i,
     uint8_t* block) {
-  const __m512i low = _mm512_load_si512(kLowOfRow.data());
-  const __m512i high = _mm512_load_si512(kHighOfRow.data());
   const __m512 high_part = _mm512_set1_ps(inverse.high[i]),
                low_part = _mm512_set1_ps(inverse.low[i]);
   __m512i q[4];
@@ -173,10 +186,7 @@ MULKI_AMX_TARGET inline void pack_row(
     }
     q[v] = digits_of(x, high_part, low_part);
   }
-  const __m512i low_a = _mm512_permutex2var_epi8(q[0], low, q[1]);
-  const __m512i low_b = _mm512_permutex2var_epi8(q[2], low, q[3]);
-  const __m512i high_a = _mm512_permutex2var_epi8(q[0], high, q[1]);
-  const __m512i high_b = _mm512_permutex2var_epi8(q[2], high, q[3]);
+  const auto [low_a, low_b, high_a, high_b] = split(q, kLowOfRow, kHighOfRow);
   uint8_t* out = block + 64 * i;
   _mm512_store_si512(out, _mm512_shuffle_i64x2(high_a, high_b, 0x44));
   _mm512_store_si512(out + kDigit, _mm512_shuffle_i64x2(low_a, low_b, 0xee));
@@ -189,59 +199,45 @@ MULKI_AMX_TARGET inline void pack_zero_row(int64_t i, uint8_t* block) {
   }
 }
 
-// Packs a block of the left operand, whose lines are at most 32 rows of a matrix, with zeros
-// elsewhere.
+// Packs a block of the left operand, whose lines are the first 32 rows of a part, with zeros beyond
+// its rows and columns.
 MULKI_AMX_TARGET inline void pack_block_of_rows(
-    const float* in,
-    int64_t ld,
-    int64_t rows,
-    int64_t columns,
-    const float* factors,
-    const InverseScale& inverse,
-    uint8_t* out) {
+    const Part<float>& in, const float* factors, const InverseScale& inverse, uint8_t* out) {
   for (int64_t i = 0; i < kLines; ++i) {
-    if (i < rows) {
-      pack_row(in + i * ld, columns, factors, inverse, i, out);
+    if (i < in.rows) {
+      pack_row(in.data + i * in.stride, in.columns, factors, inverse, i, out);
     } else {
       pack_zero_row(i, out);
     }
   }
 }
 
-// Packs a block whose lines are columns of a matrix: of the right operand or, if `transposed`, of
-// the left one. `factors`, if not null, multiplies the rows.
+// Packs a block whose lines are the first 32 columns of a part: of the right operand or, if
+// `transposed`, of the left one. `factors`, if not null, multiplies the rows.
 MULKI_AMX_TARGET inline void pack_block_of_columns(
     bool transposed,
-    const float* in,
-    int64_t ld,
-    int64_t rows,
-    int64_t columns,
+    const Part<float>& in,
     const float* factors,
     const InverseScale& inverse,
     uint8_t* out) {
-  const __m512i low = _mm512_load_si512(kLowOfPair.data());
-  const __m512i high = _mm512_load_si512(kHighOfPair.data());
   constexpr __mmask32 kOdd = 0xaaaaaaaa, kEven = 0x55555555;
   for (int64_t half = 0; half < 2; ++half) {
     uint8_t* tile = out + half * kTile;
-    const __mmask16 valid = __mmask16(amx::lane_mask(columns - 16 * half, 16));
+    const __mmask16 valid = __mmask16(amx::lane_mask(in.columns - 16 * half, 16));
     const __m512 high_part = _mm512_load_ps(inverse.high + 16 * half);
     const __m512 low_part = _mm512_load_ps(inverse.low + 16 * half);
     for (int64_t r = 0; r < 16; ++r) {
       __m512i q[4];
       for (int v = 0; v < 4; ++v) {
         const int64_t i = 4 * r + v;
-        __m512 x =
-            i < rows ? _mm512_maskz_loadu_ps(valid, in + i * ld + 16 * half) : _mm512_setzero_ps();
-        if (factors != nullptr && i < rows) {
+        __m512 x = i < in.rows ? _mm512_maskz_loadu_ps(valid, in.data + i * in.stride + 16 * half)
+                               : _mm512_setzero_ps();
+        if (factors != nullptr && i < in.rows) {
           x = _mm512_mul_ps(x, _mm512_set1_ps(factors[i]));
         }
         q[v] = digits_of(x, high_part, low_part);
       }
-      const __m512i low_a = _mm512_permutex2var_epi8(q[0], low, q[1]);
-      const __m512i low_b = _mm512_permutex2var_epi8(q[2], low, q[3]);
-      const __m512i high_a = _mm512_permutex2var_epi8(q[0], high, q[1]);
-      const __m512i high_b = _mm512_permutex2var_epi8(q[2], high, q[3]);
+      const auto [low_a, low_b, high_a, high_b] = split(q, kLowOfPair, kHighOfPair);
       _mm512_store_si512(
           tile + 64 * r, _mm512_mask_mov_epi16(high_a, kOdd, _mm512_slli_epi32(high_b, 16)));
       _mm512_store_si512(
@@ -263,20 +259,20 @@ inline float level_of(uint32_t max_bits) {
   return std::ldexp(1.0f, std::clamp(int(max_bits >> 23) - 127, -64, 120));
 }
 
-// Packs a strip whose lines are at most 32 rows: of the left operand or, if `transposed`, of the
-// right one.
-MULKI_AMX_TARGET inline void pack_strip_of_rows(
-    bool transposed, const float* in, int64_t ld, int64_t rows, int64_t columns, void* out) {
+// Packs a strip whose lines are the first 32 rows of a part: of the left operand or, if
+// `transposed`, of the right one.
+MULKI_AMX_TARGET inline void pack_strip_of_rows(bool transposed, const Part<float>& in, void* out) {
+  const int64_t columns = in.columns;
   Head& head = *static_cast<Head*>(out);
   InverseScale inverse;
   const int64_t steps = blocks(columns);
   head.peak_to_rms = 0;
   // Row by row, so that each row is still in the L1 cache when it is packed.
   for (int64_t i = 0; i < kLines; ++i) {
-    const float* row = in + i * ld;
-    set_line(i < rows ? extent_of(row, columns) : Extent{0, 0}, columns, i, head, inverse);
+    const float* row = in.data + i * in.stride;
+    set_line(i < in.rows ? extent_of(row, columns) : Extent{0, 0}, columns, i, head, inverse);
     for (int64_t s = 0; s < steps; ++s) {
-      if (i < rows) {
+      if (i < in.rows) {
         pack_row(row + s * kDepth, columns - s * kDepth, nullptr, inverse, i, block(out, s));
       } else {
         pack_zero_row(i, block(out, s));
@@ -288,20 +284,21 @@ MULKI_AMX_TARGET inline void pack_strip_of_rows(
   }
 }
 
-// Packs a strip of the right operand, whose lines are at most 32 columns. `factors`, if not null,
-// multiplies the rows.
+// Packs a strip of the right operand, whose lines are the first 32 columns of a part. `factors`, if
+// not null, multiplies the rows.
 MULKI_AMX_TARGET inline void pack_strip_of_columns(
-    const float* in, int64_t ld, int64_t rows, int64_t columns, const float* factors, void* out) {
+    const Part<float>& in, const float* factors, void* out) {
   Head& head = *static_cast<Head*>(out);
   InverseScale inverse;
-  const __mmask16 first = __mmask16(amx::lane_mask(columns, 16));
-  const __mmask16 second = __mmask16(amx::lane_mask(columns - 16, 16));
+  const __mmask16 first = __mmask16(amx::lane_mask(in.columns, 16));
+  const __mmask16 second = __mmask16(amx::lane_mask(in.columns - 16, 16));
   __m512i low = _mm512_setzero_si512(), high = _mm512_setzero_si512();
   __m512 low_squares = _mm512_setzero_ps(), high_squares = _mm512_setzero_ps();
-  for (int64_t i = 0; i < rows; ++i) {
+  for (int64_t i = 0; i < in.rows; ++i) {
+    const float* row = in.data + i * in.stride;
     const __m512 factor = _mm512_set1_ps(factors == nullptr ? 1.0f : factors[i]);
-    const __m512 a = _mm512_mul_ps(_mm512_maskz_loadu_ps(first, in + i * ld), factor);
-    const __m512 b = _mm512_mul_ps(_mm512_maskz_loadu_ps(second, in + i * ld + 16), factor);
+    const __m512 a = _mm512_mul_ps(_mm512_maskz_loadu_ps(first, row), factor);
+    const __m512 b = _mm512_mul_ps(_mm512_maskz_loadu_ps(second, row + 16), factor);
     low = _mm512_max_epu32(low, magnitude(a));
     high = _mm512_max_epu32(high, magnitude(b));
     low_squares = _mm512_fmadd_ps(a, a, low_squares);
@@ -315,12 +312,12 @@ MULKI_AMX_TARGET inline void pack_strip_of_columns(
   _mm512_store_ps(sum_squares + 16, high_squares);
   head.peak_to_rms = 0;
   for (int64_t j = 0; j < kLines; ++j) {
-    set_line({max_bits[j], sum_squares[j]}, rows, j, head, inverse);
+    set_line({max_bits[j], sum_squares[j]}, in.rows, j, head, inverse);
   }
-  for (int64_t i = 0; i < rows; i += kDepth) {
+  for (int64_t i = 0; i < in.rows; i += kDepth) {
     pack_block_of_columns(
-        false, in + i * ld, ld, rows - i, columns, factors == nullptr ? nullptr : factors + i,
-        inverse, block(out, i / kDepth));
+        false, in.from(i, 0), factors == nullptr ? nullptr : factors + i, inverse,
+        block(out, i / kDepth));
   }
 }
 
@@ -337,25 +334,16 @@ MULKI_AMX_TARGET inline void pack_strip_of_columns(
 // Adds the products of one weight over blocks [from, to) to the sums over the blocks before.
 #define MULKI_SUM(sums, products) \
   if (from == 0) { \
-    _tile_zero(0); \
-    _tile_zero(1); \
-    _tile_zero(2); \
-    _tile_zero(3); \
+    MULKI_ZERO_SUMS(); \
   } else { \
-    _tile_loadd(0, sums, 128); \
-    _tile_loadd(1, sums + 16, 128); \
-    _tile_loadd(2, sums + 512, 128); \
-    _tile_loadd(3, sums + 528, 128); \
+    MULKI_EACH_SUM(_tile_loadd, sums, kLines); \
   } \
   for (int64_t s = from; s < to; ++s) { \
     const uint8_t* left = a + s * kBlock; \
     const uint8_t* right = b + s * kBlock; \
     products; \
   } \
-  _tile_stored(0, sums, 128); \
-  _tile_stored(1, sums + 16, 128); \
-  _tile_stored(2, sums + 512, 128); \
-  _tile_stored(3, sums + 528, 128)
+  MULKI_EACH_SUM(_tile_stored, sums, kLines)
 
 // Writes one sum for each weight, the largest weight first. All products are computed for a few
 // blocks at a time, while the left operand's blocks are in the L1 cache; the right operand bypasses
@@ -381,14 +369,7 @@ __attribute__((noinline)) MULKI_AMX_TARGET void sums_of(
 // C [32, 32] (+)= A B over `steps` blocks, where those of b begin at block `first`.
 // `eight_products` chooses eight products of digits, else six.
 MULKI_AMX_TARGET inline void multiply(
-    const void* a,
-    const void* b,
-    int64_t first,
-    int64_t steps,
-    float* c,
-    int64_t ldc,
-    bool add,
-    bool eight_products = false) {
+    const void* a, const void* b, int64_t first, int64_t steps, Sums c, bool eight_products) {
   // A block adds three products of 64 terms of at most 2^14. The sum has to stay below 2^31.
   constexpr int64_t kMaxBlocks = 512;
   alignas(64) int32_t sums[4][kLines * kLines];
@@ -396,10 +377,10 @@ MULKI_AMX_TARGET inline void multiply(
   const Head& columns = *static_cast<const Head*>(b);
   const __m512 inverse_base = _mm512_set1_ps(1.0f / 256.0f);
   const __m512 scale[2] = {_mm512_load_ps(columns.scale), _mm512_load_ps(columns.scale + 16)};
-  for (int64_t i = 0; i < kLines && steps == 0 && !add; ++i) {
-    std::fill(c + i * ldc, c + i * ldc + kLines, 0.0f);
+  for (int64_t i = 0; i < kLines && steps == 0 && !c.add; ++i) {
+    std::fill_n(c.data + i * c.ld, kLines, 0.0f);
   }
-  for (int64_t done = 0; done < steps; done += kMaxBlocks, add = true) {
+  for (int64_t done = 0; done < steps; done += kMaxBlocks, c.add = true) {
     const int64_t count = std::min(kMaxBlocks, steps - done);
     if (eight_products) {
       sums_of<4>(block(a, done), block(b, first + done), count, sums);
@@ -417,8 +398,8 @@ MULKI_AMX_TARGET inline void multiply(
         v = _mm512_fmadd_ps(v, inverse_base, _mm512_cvtepi32_ps(_mm512_load_si512(sums[1] + at)));
         v = _mm512_fmadd_ps(v, inverse_base, _mm512_cvtepi32_ps(_mm512_load_si512(sums[0] + at)));
         v = _mm512_mul_ps(v, _mm512_mul_ps(of_row, scale[h]));
-        float* out = c + i * ldc + h * 16;
-        _mm512_storeu_ps(out, add ? _mm512_add_ps(_mm512_loadu_ps(out), v) : v);
+        float* out = c.data + i * c.ld + h * 16;
+        _mm512_storeu_ps(out, c.add ? _mm512_add_ps(_mm512_loadu_ps(out), v) : v);
       }
     }
   }

@@ -22,10 +22,16 @@ using at::Tensor;
 class Scratch {
  public:
   Scratch() = default;
-  explicit Scratch(int64_t bytes) : block_(acquire(bytes)) {}
-  Scratch(Scratch&& other) noexcept : block_(std::move(other.block_)) {}
+  explicit Scratch(int64_t bytes) : block_(acquire(bytes)) {
+    const auto start = reinterpret_cast<uintptr_t>(block_.mutable_data_ptr());
+    data_ = reinterpret_cast<void*>((start + kAlignment - 1) / kAlignment * kAlignment);
+  }
+  Scratch(Scratch&& other) noexcept {
+    *this = std::move(other);
+  }
   Scratch& operator=(Scratch&& other) noexcept {
     std::swap(block_, other.block_);
+    std::swap(data_, other.data_);
     return *this;
   }
   ~Scratch() {
@@ -36,8 +42,7 @@ class Scratch {
 
   template <typename T>
   T* data() const {
-    const auto start = reinterpret_cast<uintptr_t>(block_.mutable_data_ptr());
-    return reinterpret_cast<T*>((start + kAlignment - 1) / kAlignment * kAlignment);
+    return static_cast<T*>(data_);
   }
 
  private:
@@ -103,6 +108,7 @@ class Scratch {
   }
 
   Tensor block_;
+  void* data_ = nullptr; // the first aligned byte of the block
 };
 
 } // namespace mulki
