@@ -185,7 +185,8 @@ def test_every_file_that_is_named_exists(page: Path) -> None:
     top = {path.name for path in ROOT.iterdir()}
     for words in quoted(page):
         path = words.split()[0]
-        if "/" in path and path.split("/")[0] in top and not set(path) & set("<>*{}"):
+        made = path.startswith("build/")  # by make
+        if "/" in path and path.split("/")[0] in top and not made and not set(path) & set("<>*{}"):
             assert (ROOT / path).exists(), path
 
 
@@ -220,7 +221,7 @@ def known_options(command: str) -> set[str]:
 def test_every_command_exists(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.run_command(["--help"])
     ours = re.findall(r"^  (\w+) ", capsys.readouterr().out, re.MULTILINE)
-    targets = re.findall(r"^([\w.]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    targets = re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for line in commands(page):
         words = line[line.index("-m") + 1 :] if "-m" in line else line
         assert words is line or importlib.util.find_spec(words[0]) is not None, words
