@@ -140,7 +140,8 @@ GRIDS: dict[str, list[Options]] = {
         for lr in _RATES
         for w in (0.1, 0.3, 1.0)
     ],
-    "mulki": [{"lr": lr, "image_anchor": w} for lr in _RATES for w in (0.25, 0.75, 2.0)],
+    # Its first grid had 2.0 in place of 0.08, and its best point at 0.25, on the edge.
+    "mulki": [{"lr": lr, "image_anchor": w} for lr in _RATES for w in (0.08, 0.25, 0.75)],
 }
 
 

@@ -62,7 +62,10 @@ def tuned(method: str, name: str) -> dict[str, list[dict[str, Any]]]:
 @pytest.mark.parametrize("method", studies.GRIDS)
 def test_preset_of_a_method_is_the_best_point_of_its_grid(method: str) -> None:
     points = tuned(method, "results.jsonl")
-    if sum(map(len, points.values())) == len(studies.tuning(method)):
+    grid = studies.tuning(method)
+    seeds = len(studies.TUNING_SEEDS)
+    # A grid that was moved on has further points.
+    if all(len(points.get(run.variant, ())) == seeds for run in grid):
         best = max(points.values(), key=criterion)
     else:
         # Not tuned yet by the present rules.
