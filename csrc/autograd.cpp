@@ -40,6 +40,9 @@ Tensor scaled(const Tensor& grad, const Tensor& stored, const Tensor& leaf) {
 }
 
 struct Reduced : torch::autograd::Function<Reduced> {
+  // Compiled autograd may trace `backward`: under its modes nothing is read on the host.
+  static constexpr bool is_traceable = true;
+
   // Calls the kernel with the arguments on the stack, and leaves its results there.
   static Tensor forward(
       AutogradContext* context,
