@@ -1,11 +1,13 @@
-// Gradients of the reduced forms of the operators, which have computed them already: their last
-// results are the gradients of their first arguments. The backward pass multiplies them by the
-// upstream gradient of the loss. If that is 1 and the graph goes with this backward pass, they are
-// handed over as they are. mulki/ops/autograd.py does the same for all devices; here a small call
-// does not pay for Python.
+// Gradients as in mulki/ops/autograd.py, which serves all devices; here a small call does not pay
+// for Python.
+//
+// The reduced forms have computed them already: their last results are the gradients of their first
+// arguments. The backward pass multiplies them by the upstream gradient of the loss. If that is 1
+// and the graph goes with this backward pass, they are handed over as they are. similarity calls
+// its backward operator.
 //
 // A gradient has no gradient of its own: with a graph of the backward pass it goes through
-// mulki::scaled, which refuses one.
+// mulki::scaled and mulki::similarity_backward, which refuse one.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/mul.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -13,6 +15,10 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
+#include <array>
+#include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 namespace mulki {
@@ -102,9 +108,92 @@ void reduced(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit
   torch::jit::peek(*stack, 0, op.schema().returns().size()) = std::move(loss);
 }
 
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+Gradients similarity_gradients(
+    const Tensor& grad,
+    const Tensor& features,
+    const Tensor& prototypes,
+    const Tensor& scale,
+    bool normalize,
+    std::array<bool, 3> wanted) {
+  static const auto find = [](const char* name) {
+    return c10::Dispatcher::singleton()
+        .findSchemaOrThrow(name, "")
+        .typed<decltype(similarity_gradients)>();
+  };
+  static const auto kernel = find("mulki_cpp::similarity_backward");
+  static const auto watched = find("mulki::similarity_backward");
+  const bool plain =
+      !at::GradMode::is_enabled() && c10::impl::TorchDispatchModeTLS::stack_len() == 0;
+  return (plain ? kernel : watched).call(grad, features, prototypes, scale, normalize, wanted);
+}
+
+struct Similarity : torch::autograd::Function<Similarity> {
+  static constexpr bool is_traceable = true;
+
+  static Tensor forward(
+      AutogradContext* context,
+      const Tensor& features,
+      const Tensor& prototypes,
+      const Tensor& scale,
+      bool normalize) {
+    context->saved_data["normalize"] = normalize;
+    // Inference tensors, as frozen prototypes may be, cannot be saved, only kept.
+    variable_list saved{features, prototypes, scale};
+    for (size_t i = 0; i < saved.size(); ++i) {
+      if (saved[i].is_inference()) {
+        context->saved_data[std::to_string(i)] = std::exchange(saved[i], Tensor());
+      }
+    }
+    context->save_for_backward(std::move(saved));
+    context->set_materialize_grads(false);
+    return below(features, prototypes, scale, normalize);
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& upstream) {
+    if (!upstream[0].defined()) {
+      return variable_list(4);
+    }
+    variable_list saved = context->get_saved_variables();
+    std::array<bool, 3> wanted;
+    for (size_t i = 0; i < saved.size(); ++i) {
+      wanted[i] = context->needs_input_grad(i);
+      if (!saved[i].defined()) {
+        saved[i] = context->saved_data[std::to_string(i)].toTensor();
+      }
+    }
+    auto [dx, dw, dscale] = similarity_gradients(
+        upstream[0], saved[0], saved[1], saved[2], context->saved_data["normalize"].toBool(),
+        wanted);
+    const auto if_wanted = [&](size_t i, Tensor gradient) {
+      return wanted[i] ? gradient : Tensor();
+    };
+    return {if_wanted(0, dx), if_wanted(1, dw), if_wanted(2, dscale), Tensor()};
+  }
+
+  static Tensor below(
+      const Tensor& features, const Tensor& prototypes, const Tensor& scale, bool normalize) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("mulki_cpp::similarity", "")
+                               .typed<decltype(below)>();
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return op.call(features, prototypes, scale, normalize);
+  }
+};
+
+Tensor similarity(
+    const Tensor& features, const Tensor& prototypes, const Tensor& scale, bool normalize) {
+  const bool differentiable = at::GradMode::is_enabled() &&
+      (features.requires_grad() || prototypes.requires_grad() || scale.requires_grad());
+  return differentiable ? Similarity::apply(features, prototypes, scale, normalize)
+                        : Similarity::below(features, prototypes, scale, normalize);
+}
+
 } // namespace
 
 TORCH_LIBRARY_IMPL(mulki_cpp, AutogradCPU, m) {
+  m.impl("similarity", &similarity);
   for (const char* op :
        {"prototype_cross_entropy_reduced", "teacher_kl_reduced", "contrastive_reduced",
         "siglip_reduced", "pair_kl_reduced"}) {

@@ -4,12 +4,13 @@
 // of the product, so normalised operands are never stored or rounded. Tiles of the product are
 // written to the result as they are computed (logits.h). The backward pass scales the upstream
 // gradient to that of the plain product, super-block by super-block (gradients.h), and then
-// projects it.
+// projects it. Where there is nothing to project, bfloat16 takes torch's products.
 #include "common/checks.h"
 #include "core/gradients.h"
 #include "core/logits.h"
 #include "common/results.h"
 
+#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include <numeric>
@@ -213,6 +214,58 @@ double backward(
   return dscale;
 }
 
+// Whether torch multiplies by the upstream gradient as it is, and faster: a super-block would be
+// packed twice for that. Without AVX-512 torch has no fast product of bfloat16.
+bool takes_plain_products(const Tensor& grad, const Tensor& features, bool normalize) {
+#ifdef CPU_CAPABILITY_AVX512
+  return !normalize && grad.scalar_type() == at::kBFloat16 &&
+      features.scalar_type() == at::kBFloat16;
+#else
+  return false;
+#endif
+}
+
+// The sum of all elements of a * b; both are contiguous.
+double inner_product(const Tensor& a, const Tensor& b) {
+  const int64_t width = a.size(1);
+  const auto *a_data = a.const_data_ptr<at::BFloat16>(), *b_data = b.const_data_ptr<at::BFloat16>();
+  std::vector<double> rows(a.size(0));
+  at::parallel_for(0, a.size(0), 64, [&](int64_t begin, int64_t end) {
+    std::vector<float> x(width), y(width);
+    for (int64_t i = begin; i < end; ++i) {
+      to_floats(a_data + i * width, x.data(), width);
+      to_floats(b_data + i * width, y.data(), width);
+      rows[i] = at::vec::map2_reduce_all<float>(
+          [](Vec u, Vec v) { return u * v; }, [](Vec u, Vec v) { return u + v; }, x.data(),
+          y.data(), width);
+    }
+  });
+  return std::accumulate(rows.begin(), rows.end(), 0.0);
+}
+
+double plain_backward(
+    const Tensor& grad,
+    const Tensor& features,
+    const Tensor& prototypes,
+    double scale,
+    std::array<bool, 3> wanted,
+    Grads& grads) {
+  double dscale = 0;
+  if (wanted[0] || wanted[2]) {
+    Tensor dx = at::mm(grad, prototypes);
+    if (wanted[2]) {
+      dscale = inner_product(features.contiguous(), dx);
+    }
+    if (wanted[0]) {
+      grads.x = dx.mul_(scale);
+    }
+  }
+  if (wanted[1]) {
+    grads.w = at::mm(grad.t(), features).mul_(scale);
+  }
+  return dscale;
+}
+
 std::tuple<Tensor, Tensor, Tensor> similarity_backward(
     const Tensor& grad,
     const Tensor& features,
@@ -222,8 +275,13 @@ std::tuple<Tensor, Tensor, Tensor> similarity_backward(
     std::array<bool, 3> wanted) {
   check_prototypes(features, prototypes, scale);
   check_shape("grad", grad, {features.size(0), prototypes.size(0)});
-  Grads grads(features, prototypes, features.scalar_type(), wanted[0], wanted[1]);
   const double s = value_of(scale);
+  if (takes_plain_products(grad, features, normalize)) {
+    Grads grads(features, prototypes, features.scalar_type(), false, false);
+    const double dscale = plain_backward(grad, features, prototypes, s, wanted, grads);
+    return {grads.x, grads.w, scalar_if(wanted[2], dscale)};
+  }
+  Grads grads(features, prototypes, features.scalar_type(), wanted[0], wanted[1]);
   const bool half = at::isReducedFloatingType(grad.scalar_type());
   const Tensor upstream = (half ? grad : grad.to(at::kFloat)).contiguous();
   const double dscale = with_engine(features.scalar_type(), features.size(1), [&](auto engine) {

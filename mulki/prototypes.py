@@ -13,7 +13,8 @@ Update = Literal["ema", "batch", "learnable", "fixed"]
 
 def class_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Per class, the sum of features [C, D] and the number of rows [C]; features are [N, D]."""
-    members = F.one_hot(target, num_classes).to(features.dtype)
+    classes = torch.arange(num_classes, device=target.device)
+    members = (target.unsqueeze(1) == classes).to(features.dtype)
     with torch.autocast(features.device.type, enabled=False):
         return members.mT @ features, members.sum(dim=0)
 

@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.tables import machine_line, markdown, write_csv
-from mulki.bench.call_cost import extra_memory, take_turns, timed_call
+from benchmarks.step.side_by_side import TIMES, side_by_side
+from benchmarks.tables import Cell, machine_line, markdown, write_csv
 from mulki.bench.cases import Inputs
 from mulki.features import Features
 from mulki.stages.anchors import TextsOf, anchor_loss
@@ -31,10 +30,7 @@ COLUMNS = {
     "images": "images",
     "anchors": "anchors",
     "width": "D",
-    "loop": "way",
-    "ms": "forward and backward, ms:.2f",
-    "speedup": "speed-up:.2f",
-    "memory_mib": "memory, MiB:.1f",
+    **TIMES,
 }
 
 
@@ -85,7 +81,7 @@ def plain(shape: Shape, teachers: Sequence[Features], weights: Tensor) -> Callab
     return loss
 
 
-def measure(shape: Shape, seconds: float, device: str) -> list[dict[str, str | int | float | None]]:
+def measure(shape: Shape, seconds: float, device: str) -> list[dict[str, Cell]]:
     """Rows of the table for one shape.
 
     Raises:
@@ -111,32 +107,13 @@ def measure(shape: Shape, seconds: float, device: str) -> list[dict[str, str | i
     leaves = dict(zip(names, (x.requires_grad_() for x in arguments), strict=False))
     relation = Inputs(arguments, leaves, torch.ones((), device=device))
     ways = {make.__name__: make(shape, teachers, weights) for make in (fused, plain)}
-
-    def step(way: str) -> tuple[Tensor, ...]:
-        output = ways[way](*relation.arguments)
-        return (output, *torch.autograd.grad(output, list(leaves.values())))
-
-    for ours, theirs in zip(step("fused"), step("plain"), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
-    calls = {way: (lambda way=way: timed_call(lambda: step(way), device)) for way in ways}
-    times = take_turns(calls, seconds)
-    rows = []
-    for way, loss in ways.items():
-        found = extra_memory("both", loss, relation, device)
-        of_pairs = [b / a for a, b in zip(times[way], times["plain"], strict=True)]
-        rows.append(
-            {
-                "texts_of": shape.texts_of,
-                "images": shape.images,
-                "anchors": shape.anchors,
-                "width": shape.width,
-                "loop": way,
-                "ms": 1e3 * median(times[way]),
-                "speedup": median(of_pairs),
-                "memory_mib": found.get("resident_memory", found["memory"]) / 2**20,
-            }
-        )
-    return rows
+    columns = {
+        "texts_of": shape.texts_of,
+        "images": shape.images,
+        "anchors": shape.anchors,
+        "width": shape.width,
+    }
+    return [columns | row for row in side_by_side(ways, relation, seconds, device)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

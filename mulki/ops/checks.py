@@ -100,8 +100,9 @@ def inputs(
     is_tensor(names[0], features)
     is_tensor(names[1], prototypes)
     assert isinstance(features, Tensor) and isinstance(prototypes, Tensor)
-    exact = torch.float64 in (features.dtype, prototypes.dtype)
-    matrices(features, prototypes, names, exact or not autocasting(features.device.type))
+    if not _are_matrices(features, prototypes):
+        exact = torch.float64 in (features.dtype, prototypes.dtype)
+        matrices(features, prototypes, names, exact or not autocasting(features.device.type))
     scalar(names[2], scale, features.device)
 
 

@@ -17,11 +17,15 @@ from torch import Tensor, nn
 from mulki.ops import backends, torch_private
 from mulki.ops.operators import OPERATORS
 
-# What csrc/autograd.cpp registers. Their last argument says which leaves have gradients.
-DIFFERENTIABLE = frozenset(
-    f"{name}_reduced"
-    for name in ("prototype_cross_entropy", "teacher_kl", "contrastive", "siglip", "pair_kl")
-)
+# The operators that csrc/autograd.cpp gives gradients, and to how many of their first arguments.
+DIFFERENTIABLE = {
+    "similarity": 3,
+    "prototype_cross_entropy_reduced": 3,
+    "teacher_kl_reduced": 3,
+    "contrastive_reduced": 3,
+    "siglip_reduced": 4,
+    "pair_kl_reduced": 3,
+}
 
 
 def call(op: str, *args: Any) -> Any:
@@ -48,11 +52,8 @@ def _cpp_kernel(op: str, dtype: torch.dtype) -> backends.Kernel | None:
 def _may_be_direct(op: str, args: Sequence[Any]) -> bool:
     if torch.compiler.is_compiling() or torch_private.is_watched():
         return False
-    leaves = len(args[-1]) if op in DIFFERENTIABLE else 0
-    constants = args[leaves:]
-    if not torch.is_grad_enabled():
-        constants, leaves = (), len(args)
-    return _are_plain(args[:leaves], True) and _are_plain(constants, False)
+    leaves = DIFFERENTIABLE.get(op, 0) if torch.is_grad_enabled() else len(args)
+    return _are_plain(args[:leaves], True) and _are_plain(args[leaves:], False)
 
 
 def _are_plain(values: Sequence[Any], may_require_grad: bool) -> bool:

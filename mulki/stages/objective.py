@@ -198,20 +198,22 @@ class MulKILoss(nn.Module):
         for name, relation in adding.RELATIONS.items():
             if self.relations[name] and name != "image_text":
                 rows = weights if name in adding.IMAGE_ROWS else per_class
-                loss = adding.relation_loss(relation, student, teachers, rows, **softmax)
-                terms[f"{name}_loss"] = self.relations[name] * loss
+                # A coefficient in the weights spares the gradients a multiplication.
+                terms[f"{name}_loss"] = adding.relation_loss(
+                    relation, student, teachers, self.relations[name] * rows, **softmax
+                )
         for name, of in anchors.ROWS.items():
             if self.anchors[name] and anchors.present(teachers):
-                loss = anchors.anchor_loss(
+                rows = weights if of == "images" else per_class
+                terms[f"{name}_loss"] = anchors.anchor_loss(
                     student,
                     teachers,
-                    weights if of == "images" else per_class,
+                    self.anchors[name] * rows,
                     rows=of,
                     anchor_texts=self.anchor_texts,
                     anchor_weights=self.anchor_weights,
                     **softmax,
                 )
-                terms[f"{name}_loss"] = self.anchors[name] * loss
         if self.feature:
             terms["feature_loss"] = self.feature * adding.feature_loss(student, teachers, weights)
         return terms

@@ -128,3 +128,41 @@ def test_the_checks_of_python_explain(backend):
         pytest.raises(ValueError, match=r"target: got \d+ in row"),
     ):
         direct.call(bad.op, *bad.args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_similarity_has_the_same_gradients(dtype, normalize, backend):
+    case = requiring_grad(make("similarity", dtype=dtype))
+    x, w, scale, _ = case.args
+    args = x, w, scale, normalize
+    assert is_direct(Case(case.op, args))
+    results = [direct.call(case.op, *args), torch.ops.mulki.similarity(*args)]
+    assert torch.equal(*results)
+    upstream = torch.randn_like(results[0])
+    gradients = [torch.autograd.grad(z, args[:3], upstream) for z in results]
+    for got, want, leaf in zip(*gradients, args[:3], strict=True):
+        assert torch.equal(got, want) and got.dtype == leaf.dtype
+
+
+def test_similarity_keeps_inference_tensors(backend):
+    case = make("similarity", dtype=torch.float32)
+    x, w, scale, normalize = case.args
+    with torch.inference_mode():
+        frozen = w.clone()
+    x.requires_grad_()
+    for prototypes in (w, frozen):
+        direct.call(case.op, x, prototypes, scale, normalize).square().sum().backward()
+    once = x.grad / 2
+    x.grad = None
+    direct.call(case.op, x, frozen, scale, normalize).square().sum().backward()
+    assert torch.equal(x.grad, once)
+    assert w.grad is None and frozen.grad is None
+
+
+def test_a_gradient_of_similarity_has_none_of_its_own(backend):
+    case = requiring_grad(make("similarity", dtype=torch.float32))
+    z = direct.call(case.op, *case.args)
+    (gradient,) = torch.autograd.grad(z.sum(), case.args[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward of mulki::similarity is not supported"):
+        gradient.sum().backward()
