@@ -54,31 +54,37 @@ def decode(source: Path | bytes, name: str) -> Image.Image:
         raise BadImage.at(name, error) from error
 
 
-def verify(path: Path) -> None:
-    """Check an image file, decoding its pixels only where nothing cheaper shows truncation.
+def verify(source: Path | bytes, name: str) -> None:
+    """Check an image, decoding its pixels only where nothing cheaper shows truncation.
+
+    Args:
+        source, name: as of `decode`.
 
     Raises:
         BadImage: missing, truncated or not an image.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             kind = image.format
             if kind == "PNG":  # checksums cover every chunk
                 image.verify()
                 return
-        if kind == "JPEG" and _ends_as_jpeg(path):
+        if kind == "JPEG" and _end_of(source) == b"\xff\xd9":
             return
     except MemoryError:
         raise
     except Exception as error:  # as in decode
-        raise BadImage.at(str(path), error) from error
-    decode(path, str(path))
+        raise BadImage.at(name, error) from error
+    decode(source, name)
 
 
-def _ends_as_jpeg(path: Path) -> bool:
-    with path.open("rb") as file:
+def _end_of(source: Path | bytes) -> bytes:
+    # The last two bytes.
+    if isinstance(source, bytes):
+        return source[-2:]
+    with source.open("rb") as file:
         file.seek(-2, os.SEEK_END)
-        return file.read() == b"\xff\xd9"
+        return file.read()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

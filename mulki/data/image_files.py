@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from PIL import Image
 
@@ -37,6 +38,9 @@ class ImageFiles:
     def load(self, index: int) -> Image.Image:
         return decode(self.root / self.files[index], self.name(index))
 
+    def verify(self, index: int) -> None:
+        verify(self.root / self.files[index], self.name(index))
+
     def name(self, index: int) -> str:
         return str(self.root / self.files[index])
 
@@ -54,7 +58,18 @@ class ImageFiles:
         )
 
 
-def find_unreadable(splits: Sequence[ImageFiles], *, skip_bad_images: bool) -> dict[str, BadImage]:
+class Checkable(Protocol):
+    """Images that can be checked one by one."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str: ...
+
+    def verify(self, index: int) -> None:
+        """Raises BadImage as `mulki.data.decoding.verify`."""
+
+
+def find_unreadable(splits: Sequence[Checkable], *, skip_bad_images: bool) -> dict[str, BadImage]:
     """Check every image as far as that is cheap, and return the errors by `name`.
 
     PNG is checked by its checksums, JPEG by its header and end, other formats by decoding. Damage
@@ -63,11 +78,12 @@ def find_unreadable(splits: Sequence[ImageFiles], *, skip_bad_images: bool) -> d
     Raises:
         BadImage: there is an error, and `skip_bad_images` is false.
     """
-    names = [images.name(i) for images in splits for i in range(len(images))]
+    places = [(images, i) for images in splits for i in range(len(images))]
 
-    def check(name: str) -> BadImage | None:
+    def check(place: tuple[Checkable, int]) -> BadImage | None:
+        images, index = place
         try:
-            verify(Path(name))
+            images.verify(index)
         except BadImage as error:
             return error
         return None
@@ -77,8 +93,8 @@ def find_unreadable(splits: Sequence[ImageFiles], *, skip_bad_images: bool) -> d
     Image.init()
     # Threads help: the work is reading files and decoding, both outside the interpreter lock.
     with ThreadPoolExecutor(max_workers=min(16, (os.cpu_count() or 1) + 4)) as pool:
-        found = zip(names, pool.map(check, names), strict=True)
-        bad = {name: error for name, error in found if error is not None}
+        found = zip(places, pool.map(check, places), strict=True)
+        bad = {images.name(i): error for (images, i), error in found if error is not None}
     if bad and not skip_bad_images:
         more = f"; {len(bad) - 1} more like it" if len(bad) > 1 else ""
         raise BadImage(f"{next(iter(bad.values()))}, or pass --skip-bad-images{more}")

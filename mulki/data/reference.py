@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mulki.data.decoding import SUFFIXES
+from mulki.data.captioned_shards import find_shards, read_captioned_shards
+from mulki.data.decoding import SUFFIXES, BadImage
 from mulki.data.image_files import ImageFiles, find_unreadable
 from mulki.data.prompts import fill
 from mulki.data.task import ImageSet, Task
@@ -21,7 +22,10 @@ from mulki.files import Row, read_table
 CAPTIONS = "captions.csv"
 # Seed of the order of words as captions.
 _WORD_ORDER = 0
-_WANTED = f"a CSV with the columns path and caption, a folder of images with {CAPTIONS}, or current"
+_WANTED = (
+    f"a CSV with the columns path and caption, a folder of images with {CAPTIONS}, tar shards, or "
+    f"current"
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,8 @@ def read_reference(
     Args:
         path: a CSV file with the columns ``path`` and ``caption``, whose paths are absolute or
             relative to the folder of the file; or a folder with such a file, ``captions.csv``, that
-            has a row for every image in the folder. Hidden files and folders are passed over.
+            has a row for every image in the folder; or tar shards, see
+            `mulki.data.captioned_shards`. Hidden files and folders are passed over.
         captions: False where no captions are needed: then a folder needs no `captions.csv`, and all
             of its images are read.
         skip_bad_images: leave unreadable images out and list them in `ReferenceSet.skipped`.
@@ -101,6 +106,8 @@ def read_reference(
     if not os.fspath(path):
         raise InputError(f"--reference: got an empty path, wanted {_WANTED}")
     path = Path(path)
+    if shards := find_shards(path):
+        return _of_shards(path, shards, captions, skip_bad_images)
     if not path.exists():
         raise InputError(f"--reference: no file or folder {path}; pass {_WANTED}")
     if not captions and path.is_dir():
@@ -121,6 +128,23 @@ def read_reference(
         )
     found: Mapping[str, str | None] = by_image if captions else dict.fromkeys(by_image)
     return _checked(file.parent, found, skip_bad_images)
+
+
+def _of_shards(
+    path: Path, shards: list[Path], captions: bool, skip_bad_images: bool
+) -> ReferenceSet:
+    if path.is_dir() and ((path / CAPTIONS).exists() or _images_below(path)):
+        raise InputError(
+            f"--reference: {path} has shards ({shards[0].name}) and images or {CAPTIONS}; move one "
+            f"of them to a folder of its own"
+        )
+    try:
+        read = read_captioned_shards(shards, captions=captions, skip_bad_images=skip_bad_images)
+    except BadImage:
+        raise
+    except InputError as error:
+        raise InputError(f"--reference: {error}") from None
+    return ReferenceSet(*read)
 
 
 def _checked(

@@ -18,20 +18,34 @@ import io
 import json
 import tarfile
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 
-from mulki.data.decoding import decode
+from mulki.data.decoding import decode, verify
 from mulki.data.task import Task, split_fingerprint
 from mulki.errors import InputError
 
 _FORMAT = 1
-_GZIP = b"\x1f\x8b"
+GZIP = b"\x1f\x8b"
 _IMAGES = frozenset({"jpeg", "jpg", "png", "webp"})
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file in a tar: its name and where its bytes lie."""
+
+    name: str
+    offset: int
+    size: int
+
+
+# The files of a shard by key, a path up to the first dot of its name, and by suffix, what follows.
+Samples = dict[str, dict[str, Member]]
 
 
 @dataclass(frozen=True)
@@ -53,11 +67,39 @@ class ShardImages:
     targets: tuple[int, ...]
     unpacked: bytes | None = field(default=None, repr=False, compare=False)
 
+    @classmethod
+    def of(
+        cls, path: Path, members: Sequence[Member], targets: Sequence[int], unpacked: bytes | None
+    ) -> ShardImages:
+        """The images that some members of a shard are."""
+        return cls(
+            path,
+            tuple(member.name for member in members),
+            tuple(member.offset for member in members),
+            tuple(member.size for member in members),
+            tuple(targets),
+            unpacked,
+        )
+
+    def subset(self, places: Sequence[int]) -> ShardImages:
+        """Some of the images."""
+        return ShardImages(
+            self.path,
+            tuple(self.members[i] for i in places),
+            tuple(self.offsets[i] for i in places),
+            tuple(self.sizes[i] for i in places),
+            tuple(self.targets[i] for i in places),
+            self.unpacked,
+        )
+
     def __len__(self) -> int:
         return len(self.members)
 
     def load(self, index: int) -> Image.Image:
         return decode(self._read(index), self.name(index))
+
+    def verify(self, index: int) -> None:
+        verify(self._read(index), self.name(index))
 
     def name(self, index: int) -> str:
         return f"{self.path}:{self.members[index]}"
@@ -76,7 +118,10 @@ class ShardImages:
                 file.seek(self.offsets[index])
                 return file.read(self.sizes[index])
         except OSError as error:
-            raise _damaged(self.path, error.strerror or "cannot be read") from error
+            reason = error.strerror or "no reason given"
+            raise InputError(
+                f"{self.path}: cannot be read any more ({reason}); put it back and start again"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -172,38 +217,62 @@ def _open_shard(
         raise _damaged(path, error.strerror or "cannot be read") from error
     if sha256 is not None and (found := hashlib.sha256(content).hexdigest()) != sha256:
         raise _damaged(path, f"checksum {found[:12]}..., wanted {sha256[:12]}...")
-    zipped = content.startswith(_GZIP)
-    if zipped:
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error) as error:
-            raise _damaged(path, f"not a gzip file to its end: {error}") from error
-    images: dict[str, tuple[str, int, int]] = {}
-    targets: dict[str, int] = {}
+    unpacked = None
     try:
-        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
-            for member in tar:
-                folder, _, base = member.name.rpartition("/")
-                key, _, suffix = base.partition(".")
-                if not member.isfile():
-                    continue
-                if suffix.lower() in _IMAGES:
-                    images[f"{folder}/{key}"] = (member.name, member.offset_data, member.size)
-                elif suffix == "cls":
-                    start = member.offset_data
-                    targets[f"{folder}/{key}"] = int(content[start : start + member.size])
+        if content.startswith(GZIP):
+            content = unpacked = unpack(content)
+        samples = read_samples(io.BytesIO(content))
+        targets = {
+            key: int(content[label.offset : label.offset + label.size])
+            for key, files in samples.items()
+            if (label := files.get("cls"))
+        }
     except (tarfile.TarError, ValueError) as error:
         raise _damaged(path, str(error)) from error
+    images = {key: image for key, files in samples.items() if (image := image_of(files))}
     if unpaired := sorted(images.keys() ^ targets.keys()):
-        raise _damaged(path, f"{unpaired[0].lstrip('/')} lacks its image or its .cls")
+        raise _damaged(path, f"{unpaired[0]} lacks its image or its .cls")
     if count is not None and len(images) != count:
         raise _damaged(path, f"{len(images)} images, wanted {count}")
     if not images:
         raise _damaged(path, "no images")
     keys = sorted(images)
-    members, offsets, sizes = zip(*(images[key] for key in keys), strict=True)
-    classes = tuple(targets[key] for key in keys)
-    return ShardImages(path, members, offsets, sizes, classes, content if zipped else None)
+    members, classes = [images[key] for key in keys], [targets[key] for key in keys]
+    return ShardImages.of(path, members, classes, unpacked)
+
+
+def unpack(content: bytes) -> bytes:
+    """The content of a gzipped file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"not a gzip file to its end: {error}") from error
+
+
+def read_samples(file: BinaryIO) -> Samples:
+    """The files of a tar, grouped as webdataset does. Their bytes are not read.
+
+    Raises:
+        tarfile.TarError: damaged.
+    """
+    samples: Samples = {}
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for entry in tar:
+            folder, slash, base = entry.name.rpartition("/")
+            key, _, suffix = base.partition(".")
+            if entry.isfile():
+                member = Member(entry.name, entry.offset_data, entry.size)
+                samples.setdefault(folder + slash + key, {})[suffix.lower()] = member
+    return samples
+
+
+def image_of(files: Mapping[str, Member]) -> Member | None:
+    """The image among the files of a sample, None if it has none."""
+    return next((member for suffix, member in files.items() if suffix in _IMAGES), None)
 
 
 def _damaged(path: Path, reason: str) -> InputError:

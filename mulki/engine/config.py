@@ -68,8 +68,8 @@ class RunConfig:
     lock_image: bool = option(False, "freeze the image tower")
     reference: str | None = option(
         None,
-        "images and captions to distil on: a folder, a CSV, or current (the task's own images, "
-        "with words of the vocabulary)",
+        "images and captions to distil on: a folder, a CSV, tar shards, or current (the task's own "
+        "images, with words of the vocabulary)",
     )
     reference_batch_size: int | None = option(
         None, "reference images per step and process; --batch-size if left out", low=1

@@ -23,13 +23,20 @@ def encoded(image: Image.Image, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def write_shard(path: Path, items: list[tuple[bytes, int]]) -> dict[str, object]:
+def write_tar(path: Path, files: dict[str, bytes]) -> None:
     with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as tar:
-        for i, (image, target) in enumerate(items):
-            for suffix, data in (("webp", image), ("cls", str(target).encode()), ("json", b"{}")):
-                member = tarfile.TarInfo(f"{i:06d}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def write_shard(path: Path, items: list[tuple[bytes, int]]) -> dict[str, object]:
+    files = {}
+    for i, (image, target) in enumerate(items):
+        files |= {f"{i:06d}.webp": image, f"{i:06d}.cls": str(target).encode()}
+        files[f"{i:06d}.json"] = b"{}"
+    write_tar(path, files)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return {"file": path.name, "count": len(items), "sha256": digest}
 

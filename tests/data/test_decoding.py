@@ -68,7 +68,7 @@ def test_bad_image_names_the_file_and_the_remedy_in_one_line(
 ) -> None:
     path = tmp_path / "x.png"
     path.write_bytes(content)
-    for check in (lambda: verify(path), lambda: decode(path, str(path))):
+    for check in (lambda: verify(path, str(path)), lambda: decode(path, str(path))):
         with pytest.raises(BadImage) as caught:
             check()
         assert str(path) in str(caught.value) and "replace the file" in str(caught.value)
@@ -77,7 +77,7 @@ def test_bad_image_names_the_file_and_the_remedy_in_one_line(
 
 def test_missing_file_is_a_bad_image(tmp_path: Path) -> None:
     with pytest.raises(BadImage, match="gone.jpg.*No such file"):
-        verify(tmp_path / "gone.jpg")
+        verify(tmp_path / "gone.jpg", "gone.jpg")
 
 
 def test_bad_image_is_an_input_error_and_survives_pickling() -> None:
@@ -91,14 +91,14 @@ def test_bad_image_is_an_input_error_and_survives_pickling() -> None:
 def test_whole_files_pass(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"x.{kind}"
     path.write_bytes(FILES[kind])
-    verify(path)
+    verify(path, str(path))
     assert decode(path, "x").size == (24, 24)
 
 
 def test_zeros_after_the_end_of_a_jpeg_do_no_harm(tmp_path: Path) -> None:
     path = tmp_path / "x.jpg"
     path.write_bytes(FILES["jpeg"] + bytes(100))
-    verify(path)
+    verify(path, str(path))
     assert np.array_equal(decode(path, "x"), decode(FILES["jpeg"], "x"))
 
 
@@ -108,7 +108,7 @@ def test_what_verify_passes_of_a_cut_file_decodes(tmp_path: Path, kind: str, sha
     path = tmp_path / "cut"
     path.write_bytes(FILES[kind][: int(share * len(FILES[kind]))])
     try:
-        verify(path)
+        verify(path, str(path))
     except BadImage:
         return
     decode(path, "cut")
@@ -120,4 +120,4 @@ def test_cut_file_is_found(tmp_path: Path, kind: str, share: float) -> None:
     path = tmp_path / "cut"
     path.write_bytes(FILES[kind][: int(share * len(FILES[kind]))])
     with pytest.raises(BadImage, match="cut"):
-        verify(path)
+        verify(path, str(path))

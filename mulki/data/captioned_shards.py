@@ -1,0 +1,145 @@
+"""Reference sets in tar shards in webdataset layout: `000000.jpg` with its caption `000000.txt`."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import tarfile
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+
+from PIL import Image
+
+from mulki.data.image_files import find_unreadable
+from mulki.data.shards import GZIP, Member, Samples, ShardImages, image_of, read_samples, unpack
+from mulki.errors import InputError
+
+SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+@dataclass(frozen=True)
+class JoinedShards:
+    """The images of several shards, one after another; an `ImageSet`."""
+
+    parts: tuple[ShardImages, ...]
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(map(len, self.parts)))
+
+    @cached_property
+    def targets(self) -> tuple[int, ...]:
+        return tuple(target for part in self.parts for target in part.targets)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def load(self, index: int) -> Image.Image:
+        part, place = self._find(index)
+        return part.load(place)
+
+    def name(self, index: int) -> str:
+        part, place = self._find(index)
+        return part.name(place)
+
+    def fingerprint(self) -> str:
+        """Hex SHA-256 that identifies the images: the same wherever the shards lie."""
+        return hashlib.sha256(" ".join(p.fingerprint() for p in self.parts).encode()).hexdigest()
+
+    def _find(self, index: int) -> tuple[ShardImages, int]:
+        number = bisect_right(self._ends, index)
+        return self.parts[number], index - (self._ends[number - 1] if number else 0)
+
+
+def find_shards(path: Path) -> list[Path]:
+    """The shards that a path names, in order; none where it names something else.
+
+    Args:
+        path: a tar file, plain or gzipped, a folder with such files in it, or a range of them as
+            ``cc3m-{00000..00331}.tar``.
+    """
+    if found := _RANGE.search(path.name):
+        first, last = found.groups()
+        before, behind = path.name[: found.start()], path.name[found.end() :]
+        numbers = range(int(first), int(last) + 1)
+        return [path.with_name(f"{before}{n:0{len(first)}d}{behind}") for n in numbers]
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if _is_shard(file))
+    return [path] if _is_shard(path) else []
+
+
+def _is_shard(path: Path) -> bool:
+    name = path.name.lower()
+    return name.endswith(SUFFIXES) and not name.startswith(".") and path.is_file()
+
+
+def read_captioned_shards(
+    paths: Sequence[Path], *, captions: bool, skip_bad_images: bool
+) -> tuple[JoinedShards, tuple[str, ...] | None, tuple[str, ...]]:
+    """Images of shards, their captions, and the names of unreadable images that were left out.
+
+    Images are checked as files are, see `mulki.data.image_files.find_unreadable`.
+
+    Args:
+        captions: whether each image needs one; if not, there are None.
+        skip_bad_images: leave unreadable images out.
+
+    Raises:
+        InputError: a shard is missing or damaged, or has an image without a caption or a caption
+            without an image.
+        BadImage: an unreadable image, unless skipped.
+    """
+    opened = [_open(path, captions) for path in paths]
+    bad = find_unreadable([images for images, _ in opened], skip_bad_images=skip_bad_images)
+    parts, kept_captions = [], []
+    for images, words in opened:
+        kept = [i for i in range(len(images)) if images.name(i) not in bad]
+        parts.append(images.subset(kept))
+        kept_captions += [words[i] for i in kept] if captions else []
+    return JoinedShards(tuple(parts)), tuple(kept_captions) if captions else None, tuple(bad)
+
+
+def _open(path: Path, captions: bool) -> tuple[ShardImages, list[str]]:
+    # The images of a shard, and their captions if they are needed.
+    try:
+        with path.open("rb") as file:
+            unpacked = None
+            if file.read(len(GZIP)) == GZIP:
+                file.seek(0)
+                unpacked = unpack(file.read())
+            file.seek(0)
+            content = file if unpacked is None else io.BytesIO(unpacked)
+            samples = read_samples(content)
+            images = {key: image for key, files in samples.items() if (image := image_of(files))}
+            words = []
+            if captions:
+                _check_pairs(path, samples, images)
+                for key in images:
+                    text = samples[key]["txt"]
+                    content.seek(text.offset)
+                    words.append(_caption(content.read(text.size), text.name))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; correct --reference") from None
+    except (tarfile.TarError, ValueError) as error:
+        raise InputError(f"{path}: damaged ({error}); get the shard again") from None
+    return ShardImages.of(path, list(images.values()), (0,) * len(images), unpacked), words
+
+
+def _check_pairs(path: Path, samples: Samples, images: dict[str, Member]) -> None:
+    for key, files in samples.items():
+        if ("txt" in files) != (key in images):
+            has = "a caption and no image" if "txt" in files else "an image and no caption (.txt)"
+            raise InputError(f"{path}: {key} has {has}; add what is missing, or remove {key}")
+
+
+def _caption(content: bytes, name: str) -> str:
+    try:
+        return content.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8: {error.reason}") from None

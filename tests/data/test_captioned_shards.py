@@ -1,0 +1,121 @@
+"""Reference sets in tar shards: what is read, and what is refused."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from mulki.data import BadImage
+from mulki.data.reference import read_reference
+from mulki.errors import InputError
+from tests.data.data_helpers import encoded, picture, write_tar
+
+
+def sample(number: int, caption: str | None = "a caption", kind: str = "jpg") -> dict[str, bytes]:
+    """The files of a sample; without a caption there is no text file."""
+    image = encoded(picture(number), {"jpg": "JPEG"}.get(kind, kind))
+    files = {f"{number:05d}.{kind}": image, f"{number:05d}.json": b"{}"}
+    return files if caption is None else files | {f"{number:05d}.txt": caption.encode()}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two shards of three and two samples."""
+    root = tmp_path / "cc"
+    root.mkdir()
+    write_tar(root / "cc-000.tar", sample(0, "grün, rot") | sample(1) | sample(2, kind="png"))
+    write_tar(root / "cc-001.tar", sample(3, " the last but one\n") | sample(4, "the last"))
+    return root
+
+
+def test_a_folder_and_a_range_of_shards_are_the_same_set(folder: Path) -> None:
+    ours, same = read_reference(folder), read_reference(folder / "cc-{000..001}.tar")
+    assert ours.captions == same.captions
+    assert ours.captions == ("grün, rot", *["a caption"] * 2, "the last but one", "the last")
+    assert ours.fingerprint() == same.fingerprint()
+    assert (
+        ours.fingerprint() == read_reference(folder.rename(folder.parent / "moved")).fingerprint()
+    )
+
+
+def test_images_are_read_by_their_place(folder: Path) -> None:
+    images = pickle.loads(pickle.dumps(read_reference(folder).images))
+    assert len(images) == len(images.targets) == 5
+    assert images.name(3) == f"{folder / 'cc-001.tar'}:00003.jpg"
+    assert images.load(2).tobytes() == picture(2).tobytes()
+    assert [images.load(i).size for i in range(5)] == [(16, 16)] * 5
+    assert images.load(3).tobytes() != images.load(4).tobytes()
+
+
+def test_one_shard_zipped_or_not_is_the_same(tmp_path: Path) -> None:
+    files = sample(0, kind="png") | sample(1, kind="webp")
+    for name in ("x.tar", "x.tar.gz"):
+        write_tar(tmp_path / name, files)
+    plain, zipped = (read_reference(tmp_path / name) for name in ("x.tar", "x.tar.gz"))
+    assert plain.captions == zipped.captions == ("a caption",) * 2
+    assert [plain.images.load(i) for i in (0, 1)] == [zipped.images.load(i) for i in (0, 1)]
+
+
+def test_captions_are_not_asked_for_in_vain(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", sample(0, None) | sample(1))
+    reference = read_reference(tmp_path / "x.tar", captions=False)
+    assert len(reference) == 2 and reference.captions is None
+    with pytest.raises(
+        InputError, match=r"--reference: .*x\.tar: 00000 has an image and no caption"
+    ):
+        read_reference(tmp_path / "x.tar")
+
+
+def test_a_caption_without_an_image(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", sample(0) | {"a/7.txt": b"seven"})
+    with pytest.raises(InputError, match=r"--reference: .*x\.tar: a/7 has a caption and no image"):
+        read_reference(tmp_path / "x.tar")
+
+
+def test_unreadable_images_are_refused_or_left_out(folder: Path) -> None:
+    write_tar(folder / "cc-002.tar", {"9.jpg": b"no image", "9.txt": b"x"} | sample(8, "eight"))
+    with pytest.raises(BadImage, match=r"cc-002\.tar:9\.jpg: .*--skip-bad-images"):
+        read_reference(folder)
+    reference = read_reference(folder, skip_bad_images=True)
+    assert reference.skipped == (f"{folder / 'cc-002.tar'}:9.jpg",)
+    assert len(reference) == 6 and reference.captions[-1] == "eight"
+    # A shard may lose all of its images.
+    write_tar(folder / "cc-001.tar", {"9.jpg": b"no image", "9.txt": b"x"})
+    rest = read_reference(folder, skip_bad_images=True)
+    assert [rest.images.name(i)[-9:] for i in (2, 3)] == ["00002.png", "00008.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda whole: whole[: len(whole) // 2], "damaged"),
+        (lambda whole: b"\x1f\x8b" + whole, "gzip"),
+        (lambda whole: b"no tar" * 200, "damaged"),
+        (lambda whole: whole.replace("grün".encode(), b"gr\xfc\xfcn"), "00000.txt is not UTF-8"),
+    ],
+)
+def test_damaged_shards(folder: Path, change: object, said: str) -> None:
+    shard = folder / "cc-000.tar"
+    shard.write_bytes(change(shard.read_bytes()))  # type: ignore[operator]
+    with pytest.raises(InputError, match=rf"^--reference: .*cc-000\.tar: .*{said}.*again"):
+        read_reference(folder)
+
+
+def test_what_is_not_there_or_not_alone(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"--reference: .*cc-002\.tar: No such file"):
+        read_reference(folder / "cc-{000..002}.tar")
+    (folder / "x.png").write_bytes(encoded(picture(0), "png"))
+    with pytest.raises(InputError, match=r"has shards \(cc-000\.tar\) and images"):
+        read_reference(folder)
+    write_tar(folder.parent / "empty.tar", {"0.json": b"{}"})
+    with pytest.raises(InputError, match="--reference: the set is empty"):
+        read_reference(folder.parent / "empty.tar")
+
+
+def test_a_shard_that_goes_away(folder: Path) -> None:
+    images = read_reference(folder).images
+    (folder / "cc-000.tar").unlink()
+    with pytest.raises(InputError, match=r"cc-000\.tar: cannot be read any more"):
+        images.load(0)
