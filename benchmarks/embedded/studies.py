@@ -69,11 +69,15 @@ FORM_ORDERS = ("III", "IV")
 
 # All but the first two have what the third has, and differ from it in what they name.
 _ANCHORED: Options = {"lr": 2e-4, "anchors": "vocabulary", "image_anchor": 0.5}
+_STRONG: Options = _ANCHORED | {"image_anchor": 1.5}
+_NO_RELATION: Options = dict.fromkeys(
+    ("image_text", "image_image", "text_image", "text_text", "feature"), 0.0
+)
 FORMS: dict[str, Options] = {
     "without anchors": {"anchors": "none"},
     "without anchors, lr 2e-4": {"anchors": "none", "lr": 2e-4},
     "vocabulary": _ANCHORED,
-    "vocabulary, coefficient 1.5": _ANCHORED | {"image_anchor": 1.5},
+    "vocabulary, coefficient 1.5": _STRONG,
     "vocabulary, student's texts": _ANCHORED | {"anchor_texts": "student"},
     "vocabulary, original model alone": _ANCHORED | {"anchor_weights": "group"},
     "seen classes": _ANCHORED | {"anchors": "seen"},
@@ -89,6 +93,13 @@ FORMS: dict[str, Options] = {
     "uniform weights": _ANCHORED | {"gate": "uniform"},
     "gate temperature 0.25": _ANCHORED | {"gate_temperature": 0.25},
     "loss gate": _ANCHORED | {"gate": "loss"},
+    # Tried when tuning had LwF-VR, at its best point, ahead of MulKI.
+    "coefficient 1.5, temperature 1": _STRONG | {"temperature": 1.0},
+    "coefficient 1.5, previous teacher alone": _STRONG | {"teachers": "previous"},
+    "coefficient 1.5, without Connecting": _STRONG | {"connecting": False},
+    "coefficient 1.5, without feature distance": _STRONG | {"feature": 0.0},
+    "coefficient 1.5, no other relation": _STRONG | _NO_RELATION,
+    "LwF-VR, for comparison": {"method": "lwf_vr", "lr": 1e-4, "distill_weight": 0.3},
 }
 MULKI_STAGES: dict[str, Options] = {
     "without Eliciting (no prototypes)": {"eliciting": False},
