@@ -21,8 +21,10 @@ MODELS: dict[str, _Options] = {
 METHODS: dict[tuple[str, str], _Options] = {
     (BUNDLED, "finetune"): {"lr": 1e-4},
     (BUNDLED, "lwf"): {"lr": 2e-4, "distill_weight": 0.3},
+    (BUNDLED, "lwf_vr"): {"lr": 1e-4, "distill_weight": 0.3},
     (BUNDLED, "mulki"): {
-        "lr": 1e-4,
+        "lr": 2e-4,
+        "image_anchor": 0.25,
         "image_text": 0.0625,
         "image_image": 0.0625,
         "text_image": 0.0625,
