@@ -1,4 +1,4 @@
-"""The command ``mulki``: run, metrics, compare, tasks, bench.
+"""The command ``mulki``: run, metrics, compare, tasks, bench, doctor.
 
 Bad input ends with one line on standard error and exit status 2, an interrupt with 130.
 """
@@ -52,6 +52,7 @@ def _dispatch(argv: list[str]) -> int:
         "compare": _compare,
         "tasks": _tasks,
         "bench": _bench,
+        "doctor": _doctor,
     }
     if argv[:1] == ["--"]:
         # In `torchrun -m mulki -- run ...` it separates our options from those of torchrun.
@@ -336,3 +337,31 @@ def _bench(argv: list[str]) -> int:
     given = vars(parser.parse_args(_with_hyphens(argv)))
     options = convert(BenchOptions, {k: v for k, v in given.items() if v is not None})
     return run(BenchOptions(**options))
+
+
+def _doctor(argv: list[str]) -> int:
+    """What this installation can do, and what mends what it cannot: mulki doctor"""
+    import textwrap
+
+    from mulki.doctor import examine
+
+    parser = _Parser(prog="mulki doctor", description=_doctor.__doc__)
+    parser.add_argument("--logs", default="logs", help="where runs are to be written")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="for the self-test; 0 leaves it out"
+    )
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    arguments = parser.parse_args(argv)
+    findings = []
+    for finding in examine(arguments.logs, arguments.seconds):
+        findings.append(finding)
+        if not arguments.json:
+            head = f"{finding.level:<8} {finding.topic:<12} "
+            line = textwrap.TextWrapper(80, head, " " * 22, break_on_hyphens=False)
+            print(line.fill(finding.text), flush=True)
+            if finding.remedy:
+                # Not wrapped: it may be a command.
+                print(f"{' ' * 22}-> {finding.remedy}", flush=True)
+    if arguments.json:
+        print(json.dumps([finding.to_dict() for finding in findings]))
+    return int(any(finding.level == "problem" for finding in findings))

@@ -56,9 +56,6 @@ def info() -> Info:
     found = environment()
     packages = ("python", "torch", "triton", "open_clip", "numpy")
     versions = {name: None if found[name] is None else str(found[name]) for name in packages}
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    gpus += [torch.xpu.get_device_name(i) for i in range(torch.xpu.device_count())]
-    gpus += ["MPS"] if torch.backends.mps.is_available() else []
     kernels = "not loaded" if loader.load() else loader.capability_in_words()
     variables = {name: os.environ[name] for name in sorted(os.environ) if _decides(name)}
     return Info(
@@ -69,12 +66,19 @@ def info() -> Info:
             "threads": str(found["threads"]),
             "C++ kernels": kernels,
             "torch internals": f"not used: {why}" if (why := torch_private.reason()) else "used",
-            "GPU": ", ".join(gpus) or "none",
+            "GPU": ", ".join(gpu_names()) or "none",
         },
         environment=variables,
         operators=_operators(),
         fallbacks=backends.fallbacks(),
     )
+
+
+def gpu_names() -> list[str]:
+    """The GPUs that torch can use."""
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    names += [torch.xpu.get_device_name(i) for i in range(torch.xpu.device_count())]
+    return names + (["MPS"] if torch.backends.mps.is_available() else [])
 
 
 def _operators() -> list[backends.Served]:

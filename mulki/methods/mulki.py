@@ -71,7 +71,8 @@ class MulKI(Method):
         text_image: float = option(0.25, "coefficient of the text-to-prototype relation", low=0)
         text_text: float = option(0.25, "coefficient of the text-to-text relation", low=0)
         anchors: Anchors = option(
-            "none", "texts beyond the task's classes: classes of earlier tasks, a vocabulary, both"
+            "vocabulary",
+            "texts beyond the task's classes: classes of earlier tasks, a vocabulary, both",
         )
         image_anchor: float = option(0.25, "coefficient of the image-to-anchor relation", low=0)
         text_anchor: float = option(0.0, "coefficient of the text-to-anchor relation", low=0)

@@ -111,11 +111,11 @@ def _why_none(package: Path) -> str:
     names = [match for path in package.iterdir() if (match := pattern.fullmatch(path.name))]
     versions = {match[1].replace("_", ".") for match in names}
     if not names:
-        compiler = _compiler()
-        if compiler is None:
+        found = compiler()
+        if found is None:
             remedy = f"install a C++ compiler (none is on PATH) and {remedy}"
             return f"the C++ kernels were not built: {remedy}"
-        return f"the C++ kernels were not built ({compiler} is on PATH): {remedy}"
+        return f"the C++ kernels were not built ({found} is on PATH): {remedy}"
     if torch_version() not in versions:
         found, this = ", ".join(sorted(versions)), torch_version()
         return f"the C++ kernels were built for torch {found}, this is torch {this}: {remedy}"
@@ -133,7 +133,8 @@ def _remedy(package: Path, capability: str = "") -> str:
     return f"reinstall from where mulki came, with `pip install {options} FOLDER_OR_URL`"
 
 
-def _compiler() -> str | None:
+def compiler() -> str | None:
+    """The C++ compiler that a build would take, None if there is none."""
     configured = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or ""
     names = (*configured.split()[:1], "c++", "g++", "clang++", "cl")
     return next((path for name in names if (path := shutil.which(name))), None)
