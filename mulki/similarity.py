@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from mulki import ops
 from mulki.ops import checks
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Similarity:
     """The matrix ``scale * features @ prototypes.T``, of shape [N, P], without its storage.
 
@@ -40,6 +41,34 @@ class Similarity:
         names = "features", "prototypes", "scale"
         checks.inputs(self.features, self.prototypes, self.scale, names)
         checks.some_rows("prototypes", self.prototypes)
+
+    def __repr__(self) -> str:
+        (n, d), p = self.features.shape, len(self.prototypes)
+        dtype = str(self.dtype).removeprefix("torch.")
+        scale = self.scale.item() if isinstance(self.scale, Tensor) else self.scale
+        return f"Similarity([{n}, {p}], width={d}, scale={scale:g}, {dtype}, {self.device})"
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *_: object) -> Any:
+        # torch calls this where a Similarity is an argument of one of its functions.
+        raise TypeError(
+            f"torch.{function.__name__}: got a Similarity, whose matrix is not computed; call "
+            f".materialize() for it"
+        )
+
+    def _refuse(self, *_: object) -> Any:
+        raise TypeError(
+            "a Similarity is no tensor: its matrix is not computed; call .materialize() for it"
+        )
+
+    __getitem__ = __matmul__ = __rmatmul__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = _refuse
+    __mul__ = __rmul__ = __truediv__ = __neg__ = _refuse
+
+    def __getattr__(self, name: str) -> Any:
+        # Asked for what is not here.
+        remedy = "; call .materialize() for the matrix" if hasattr(Tensor, name) else ""
+        raise AttributeError(f"a Similarity has no attribute {name!r}{remedy}")
 
     @property
     def shape(self) -> torch.Size:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -130,3 +133,36 @@ def test_errors_name_the_argument(operands, error, message):
 def test_is_immutable(unit):
     with pytest.raises(AttributeError):
         Similarity(unit(2, 3), unit(2, 3)).scale = 2.0
+
+
+def test_repr_is_one_line(unit):
+    s = Similarity(unit(3, 4), unit(5, 4), torch.tensor(2.5))
+    assert repr(s) == "Similarity([3, 5], width=4, scale=2.5, float64, cpu)"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda s: s @ torch.ones(5, 2),
+        lambda s: torch.ones(2, 3) @ s,
+        lambda s: s[0],
+        lambda s: s + 1,
+        lambda s: 2 * s,
+        lambda s: s / 2,
+        lambda s: -s,
+        lambda s: torch.softmax(s, dim=1),
+        lambda s: torch.nn.functional.cross_entropy(s, torch.zeros(3, dtype=torch.int64)),
+    ],
+)
+def test_used_as_a_tensor_it_names_materialize(use, unit):
+    with pytest.raises(TypeError, match=r"call \.materialize\(\)"):
+        use(Similarity(unit(3, 4), unit(5, 4)))
+
+
+def test_attributes_of_tensors_name_materialize(unit):
+    s = Similarity(unit(3, 4), unit(5, 4))
+    with pytest.raises(AttributeError, match=r"'softmax'; call \.materialize\(\)"):
+        s.softmax(dim=1)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'$"):
+        s.nonsense()
+    assert copy.deepcopy(s).shape == pickle.loads(pickle.dumps(s)).shape == (3, 5)

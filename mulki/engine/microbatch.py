@@ -58,6 +58,13 @@ class Encoder:
     split: bool = True
     micro_batch: int | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.inputs, tuple):
+            raise TypeError(
+                f"inputs: got {type(self.inputs).__name__}, wanted a tuple of tensors; write (x,) "
+                f"for one tensor x"
+            )
+
 
 def backward(
     loss: Loss,

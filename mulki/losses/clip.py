@@ -32,7 +32,6 @@ class ClipLoss(PairLoss):
         rank, world_size: those of the process group, which is asked itself; others are an error.
         use_horovod: not used.
         group: the process group whose ranks share the batch, the default one if None.
-        **legacy: keywords of other versions of open_clip; a warning says that they are not used.
     """
 
     def __init__(
@@ -45,9 +44,8 @@ class ClipLoss(PairLoss):
         use_horovod: bool | None = None,
         *,
         group: collectives.Group | None = None,
-        **legacy: Any,
     ) -> None:
-        notes = dict.fromkeys(legacy, "not used")
+        notes = {}
         if use_horovod is not None:
             notes["use_horovod"] = "not used, ranks are those of torch.distributed"
         super().__init__(rank, world_size, group, notes)

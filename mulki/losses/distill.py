@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,10 +45,9 @@ class DistillClipLoss(ClipLoss):
         *,
         temperature: float = 1.0,
         group: collectives.Group | None = None,
-        **legacy: Any,
     ) -> None:
         flags = local_loss, gather_with_grad, cache_labels
-        super().__init__(*flags, rank, world_size, use_horovod, group=group, **legacy)
+        super().__init__(*flags, rank, world_size, use_horovod, group=group)
         self.temperature = temperature
         self.gate = "uniform"
         self.gate_temperature = 1.0
@@ -182,14 +180,12 @@ class DualTeacherClipLoss(DistillClipLoss):
         gate_label: float | None = None,
         temperature: float = 2.0,
         group: collectives.Group | None = None,
-        **legacy: Any,
     ) -> None:
         ranks = rank, world_size, use_horovod
         super().__init__(
             *(local_loss, gather_with_grad, cache_labels, *ranks),
             temperature=temperature,
             group=group,
-            **legacy,
         )
         find_gate(gate).numbers(gate_entropy, gate_label)
         self.gate = gate

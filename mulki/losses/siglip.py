@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -30,8 +28,8 @@ class SigLipLoss(PairLoss):
             ring, in both directions or in one; "gather" and "reduce" gather them.
         chunk_size: not used; nothing is stored that chunks would make smaller.
         group: the process group whose ranks share the batch, the default one if None.
-        **legacy: keywords of other versions of open_clip; a warning says that they are not used.
-            Of these `bidir` chooses between "bidir" and "shift".
+        bidir, use_horovod: keywords of older versions of open_clip. `bidir` chooses between "bidir"
+            and "shift", `use_horovod` is not used; a warning says so.
     """
 
     softmax = False
@@ -45,15 +43,15 @@ class SigLipLoss(PairLoss):
         chunk_size: int | None = None,
         *,
         group: collectives.Group | None = None,
-        **legacy: Any,
+        bidir: bool | None = None,
+        use_horovod: bool | None = None,
     ) -> None:
         if isinstance(dist_impl, bool):  # where older versions have `bidir`
-            legacy["bidir"], dist_impl = dist_impl, None
-        if chunk_size is not None:
-            legacy["chunk_size"] = chunk_size
-        notes = dict.fromkeys(legacy, "not used")
-        if "bidir" in legacy and dist_impl is None:
-            dist_impl = "bidir" if legacy["bidir"] else "shift"
+            bidir, dist_impl = dist_impl, None
+        given = {"bidir": bidir, "chunk_size": chunk_size, "use_horovod": use_horovod}
+        notes = {name: "not used" for name, value in given.items() if value is not None}
+        if bidir is not None and dist_impl is None:
+            dist_impl = "bidir" if bidir else "shift"
             notes["bidir"] = f"read as dist_impl={dist_impl!r}"
         super().__init__(rank, world_size, group, notes)
         self.cache_labels = bool(cache_labels)

@@ -26,7 +26,9 @@ REDUCTIONS = ("none", "sum", "mean")
 def is_tensor(name: str, value: object, wanted: str = "a torch.Tensor") -> None:
     """A tensor. Raises TypeError."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, wanted {wanted}")
+        kind = type(value).__name__
+        remedy = "; make one with torch.as_tensor" if kind in ("list", "tuple", "ndarray") else ""
+        raise TypeError(f"{name}: got {kind}, wanted {wanted}{remedy}")
 
 
 def choice(name: str, value: object, choices: Collection[str]) -> None:

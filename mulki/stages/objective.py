@@ -159,6 +159,9 @@ class MulKILoss(nn.Module):
             TypeError, ValueError: from the functions of `mulki.functional`, or when a term that is
                 switched on lacks its teachers or prototypes.
         """
+        _check_features("student", student)
+        for k, teacher in enumerate(teachers):
+            _check_features(f"teachers[{k}]", teacher)
         if self.needs_teachers and not teachers:
             raise ValueError("teachers: got none, wanted at least one for the terms switched on")
         terms = {
@@ -217,3 +220,11 @@ class MulKILoss(nn.Module):
         if self.feature:
             terms["feature_loss"] = self.feature * adding.feature_loss(student, teachers, weights)
         return terms
+
+
+def _check_features(name: str, value: object) -> None:
+    if not isinstance(value, Features):
+        raise TypeError(
+            f"{name}: got {type(value).__name__}, wanted mulki.features.Features; build them with "
+            f"Features(images, texts, scale, prototypes)"
+        )
