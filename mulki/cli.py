@@ -22,6 +22,15 @@ if TYPE_CHECKING:
     from mulki.methods import Method
 
 
+_EXAMPLES = """examples:
+  mulki run embedded                              the bundled tasks with the bundled model
+  mulki run embedded --method finetune --seed 1
+  mulki run birds/ textures/ --model ViT-B-32 --pretrained laion2b_s34b_b79k
+  mulki run --config logs/RUN/config.yaml --lr 1e-5
+  mulki run --method zscl --help                  the options of another method
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with the status of the command."""
     sys.exit(run_command(sys.argv[1:] if argv is None else argv))
@@ -113,7 +122,13 @@ def _given(argv: list[str]) -> dict[str, Any]:
 
     argv = _with_hyphens(argv)
     config, from_file, method = _method_and_file(argv)
-    parser = _Parser(prog="mulki run", description=_run.__doc__)
+    parser = _Parser(
+        prog="mulki run",
+        usage="mulki run [TASKS ...] [--config FILE] [--method METHOD] [--OPTION VALUE ...]",
+        description=_run.__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "words",
         nargs="*",
@@ -330,6 +345,7 @@ def _bench(argv: list[str]) -> int:
         return 0
     parser = _Parser(
         prog="mulki bench",
+        usage="mulki bench [--OPTION VALUE ...]; bench table CSV; bench plot CSV FOLDER",
         description=_bench.__doc__,
         epilog="Every point is verified against float64 first; the exit status is 1 if one failed.",
     )

@@ -531,6 +531,17 @@ def test_help(capsys: pytest.CaptureFixture[str], arguments: list[str], wanted: 
     assert all(words in out for words in wanted) and error == ""
 
 
+def test_help_begins_with_a_short_usage_and_ends_with_examples(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        run_command(["run", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "" and lines[0].startswith("usage: mulki run [TASKS ...]")
+    examples = [line.split("   ")[0].strip() for line in lines[lines.index("examples:") + 1 :]]
+    assert len(examples) >= 4 and all(line.startswith("mulki run") for line in examples if line)
+
+
 def test_help_shows_the_options_of_one_method(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run_command(["run", "--help", "--method", "finetune"])

@@ -30,6 +30,7 @@ CROSS_CUTTING = {
     "test_import.py": "the whole package",
     "test_layout.py": "the tests themselves",
     "test_readme.py": "README.md and docs/",
+    "test_repository.py": "CITATION.cff and .github/",
 }
 
 
