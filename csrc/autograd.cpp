@@ -8,9 +8,9 @@
 //
 // A gradient has no gradient of its own: with a graph of the backward pass it goes through
 // mulki::scaled and mulki::similarity_backward, which refuse one.
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/mul.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
@@ -28,11 +28,16 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Whether nothing will use the graph after this backward pass, and nothing watches it.
+// Whether this backward pass has no graph of its own, and neither a mode nor a transform sees it. A
+// batch of upstream gradients is a transform.
+bool is_plain_backward(const Tensor& grad) {
+  return !at::GradMode::is_enabled() && !at::isTensorSubclassLike(grad);
+}
+
+// Whether the stored gradients are the result, and nothing will use the graph after this pass.
 bool may_give_away(const Tensor& grad) {
-  return !at::GradMode::is_enabled() && !torch::autograd::get_current_graph_task_keep_graph() &&
-      c10::impl::TorchDispatchModeTLS::stack_len() == 0 && grad.device().is_cpu() &&
-      grad.item<double>() == 1;
+  return is_plain_backward(grad) && !torch::autograd::get_current_graph_task_keep_graph() &&
+      grad.device().is_cpu() && grad.item<double>() == 1;
 }
 
 Tensor scaled(const Tensor& grad, const Tensor& stored, const Tensor& leaf) {
@@ -79,6 +84,10 @@ struct Reduced : torch::autograd::Function<Reduced> {
       for (size_t i = 0; i < count; ++i) {
         const Tensor &leaf = saved[i], &stored = saved[count + i];
         if (context->needs_input_grad(i)) {
+          // Autograd would take an empty one for the zero gradient of a number.
+          TORCH_CHECK(
+              stored.sym_sizes() == leaf.sym_sizes(), "wanted[", i,
+              "]: got False, wanted True as the argument requires grad");
           // Autograd converts it to the dtype of the leaf.
           result[i] = as_they_are ? stored : scaled(upstream[0], stored, leaf);
         }
@@ -124,9 +133,8 @@ Gradients similarity_gradients(
   };
   static const auto kernel = find("mulki_cpp::similarity_backward");
   static const auto watched = find("mulki::similarity_backward");
-  const bool plain =
-      !at::GradMode::is_enabled() && c10::impl::TorchDispatchModeTLS::stack_len() == 0;
-  return (plain ? kernel : watched).call(grad, features, prototypes, scale, normalize, wanted);
+  return (is_plain_backward(grad) ? kernel : watched)
+      .call(grad, features, prototypes, scale, normalize, wanted);
 }
 
 struct Similarity : torch::autograd::Function<Similarity> {

@@ -12,7 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mulki import ops
 from mulki.ops import direct
 from mulki.ops.operators import OPERATORS
-from tests.ops.op_cases import ALL, LOSSES, Case, form_arguments, make, requiring_grad, run
+from tests.ops.op_cases import (
+    ALL,
+    LOSSES,
+    Case,
+    first,
+    form_arguments,
+    make,
+    requiring_grad,
+    run,
+)
 
 pytestmark = pytest.mark.parametrize("backend", ["cpp"], indirect=True)
 
@@ -64,6 +73,32 @@ def test_a_kept_graph_gives_the_same_gradients_again(backend):
         torch.testing.assert_close(got, want - 1)
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         torch.autograd.grad(loss, case.args[:3])
+
+
+@pytest.mark.parametrize("name", ["similarity", *LOSSES])
+@pytest.mark.parametrize("factors", [(1.0, 2.0), (1.0, 1.0)])
+def test_a_batch_of_upstream_gradients(name, factors, backend):
+    case = requiring_grad(make(name, dtype=torch.float32))
+    leaves = case.args[: case.leaves]
+    if name in LOSSES:
+        case = form_arguments(case, "reduced", [True] * case.leaves)
+    assert is_direct(case)
+    out = first(direct.call(case.op, *case.args))
+    one = torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True)
+    batch = torch.stack([torch.full_like(out, factor) for factor in factors])
+    many = torch.autograd.grad(out, leaves, batch, is_grads_batched=True)
+    for gradient, got in zip(one, many, strict=True):
+        torch.testing.assert_close(got, torch.stack([factor * gradient for factor in factors]))
+
+
+def test_a_gradient_that_was_not_asked_for_is_an_error(backend):
+    case = requiring_grad(make("ce", dtype=torch.float32))
+    for i in range(3):
+        wanted = [j != i for j in range(3)]
+        bad = form_arguments(case, "reduced", wanted)
+        loss = direct.call(bad.op, *bad.args)[0]
+        with pytest.raises(RuntimeError, match=rf"^wanted\[{i}\]: got False"):
+            loss.backward()
 
 
 def test_a_gradient_has_none_of_its_own(backend):
