@@ -4,7 +4,8 @@
 // of the product, so normalised operands are never stored or rounded. Tiles of the product are
 // written to the result as they are computed (logits.h). The backward pass scales the upstream
 // gradient to that of the plain product, super-block by super-block (gradients.h), and then
-// projects it. Where there is nothing to project, bfloat16 takes torch's products.
+// projects it. Where there is nothing to project, bfloat16 takes torch's products, whose sums may be
+// in another order with another number of threads.
 #include "common/checks.h"
 #include "core/gradients.h"
 #include "core/logits.h"
@@ -215,14 +216,10 @@ double backward(
 }
 
 // Whether torch multiplies by the upstream gradient as it is, and faster: a super-block would be
-// packed twice for that. Without AVX-512 torch has no fast product of bfloat16.
+// packed twice for that. Where oneDNN has no bfloat16 (brgemm.h), torch took twice as long.
 bool takes_plain_products(const Tensor& grad, const Tensor& features, bool normalize) {
-#ifdef CPU_CAPABILITY_AVX512
   return !normalize && grad.scalar_type() == at::kBFloat16 &&
-      features.scalar_type() == at::kBFloat16;
-#else
-  return false;
-#endif
+      features.scalar_type() == at::kBFloat16 && brgemm_has_bfloat16();
 }
 
 // The sum of all elements of a * b; both are contiguous.
@@ -250,6 +247,8 @@ double plain_backward(
     double scale,
     std::array<bool, 3> wanted,
     Grads& grads) {
+  // A backward pass may run under autocast, which would round to another dtype.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   double dscale = 0;
   if (wanted[0] || wanted[2]) {
     Tensor dx = at::mm(grad, prototypes);

@@ -180,6 +180,18 @@ def test_similarity_has_the_same_gradients(dtype, normalize, backend):
         assert torch.equal(got, want) and got.dtype == leaf.dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rounded", [torch.bfloat16, torch.float16])
+def test_a_backward_pass_under_autocast_gives_the_same(dtype, rounded, backend):
+    case = requiring_grad(make("similarity", dtype=dtype))
+    z = direct.call(case.op, *case.args)
+    upstream = torch.randn_like(z)
+    want = torch.autograd.grad(z, case.args[:3], upstream, retain_graph=True)
+    with torch.autocast("cpu", dtype=rounded):
+        got = torch.autograd.grad(z, case.args[:3], upstream)
+    assert all(map(torch.equal, got, want))
+
+
 def test_similarity_keeps_inference_tensors(backend):
     case = make("similarity", dtype=torch.float32)
     x, w, scale, normalize = case.args

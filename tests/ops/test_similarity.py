@@ -46,3 +46,12 @@ def test_a_row_of_zeros_has_a_gradient_when_normalised():
     for a, b in zip(got, gradients, strict=True):
         assert b.isfinite().all()
         torch.testing.assert_close(a, b)
+
+
+def test_bfloat16_without_onednn(backend):
+    """torch's products would be slow, and would round what the gradient of the scale adds up."""
+    case = make("similarity", n=64, p=30, d=40, dtype=torch.bfloat16)
+    _, (*_, want) = expected(case)
+    with torch.backends.mkldnn.flags(enabled=False):
+        *_, got = run(form_arguments(case, "backward", ALL))
+    assert relative(got, want) < 1e-5
