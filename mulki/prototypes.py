@@ -8,11 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mulki.ops import checks
+
 Update = Literal["ema", "batch", "learnable", "fixed"]
 
 
 def class_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Per class, the sum of features [C, D] and the number of rows [C]; features are [N, D]."""
+    """Per class, the sum of features [C, D] and the number of rows [C]; features are [N, D].
+
+    A row whose target is no class counts for none.
+    """
     classes = torch.arange(num_classes, device=target.device)
     members = (target.unsqueeze(1) == classes).to(features.dtype)
     with torch.autocast(features.device.type, enabled=False):
@@ -31,8 +36,10 @@ def class_means(features: Tensor, target: Tensor, num_classes: int) -> Tensor:
         [C, D], unit rows.
 
     Raises:
-        ValueError: a class has no sample.
+        TypeError, ValueError: a target is no class, or a class has no sample.
     """
+    checks.dtype("target", target, torch.int64, "long")
+    checks.target_values(target, num_classes)
     sums, counts = class_sums(features, target, num_classes)
     if not counts.all():
         empty = torch.nonzero(counts == 0).flatten().tolist()

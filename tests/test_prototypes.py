@@ -37,6 +37,16 @@ def test_class_means_are_unit_rows_along_the_means(unit):
         torch.testing.assert_close(means[c], mean / mean.norm())
 
 
+def test_class_means_refuse_a_target_that_is_no_class(unit):
+    for label in (-1, 3):
+        with pytest.raises(
+            ValueError, match=r"^target: got values .* wanted class indices in \[0, 3"
+        ):
+            class_means(unit(4, 4), torch.tensor([0, 1, 2, label]), 3)
+    with pytest.raises(TypeError, match="^target: got torch.float32"):
+        class_means(unit(3, 4), torch.tensor([0.0, 1.0, 2.0]), 3)
+
+
 def test_class_means_refuse_a_class_without_samples(unit):
     with pytest.raises(ValueError, match="^target: .*class 1 .*of 3 classes"):
         class_means(unit(2, 4), torch.tensor([0, 2]), 3)

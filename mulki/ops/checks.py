@@ -318,12 +318,17 @@ def target(
     shape("target", value, features.shape[:1])
     on_device("target", value, features.device)
     if values and value.device.type == "cpu":
-        _target_values(value, prototypes.shape[0], mask, ignore_index)
+        target_values(value, prototypes.shape[0], mask, ignore_index)
 
 
-def _target_values(
-    target: Tensor, classes: int, mask: Tensor | None, ignore_index: int | None
+def target_values(
+    target: Tensor, classes: int, mask: Tensor | None = None, ignore_index: int | None = None
 ) -> None:
+    """Targets in [0, classes), of classes that take part, or `ignore_index`; on any device.
+
+    Raises:
+        ValueError: naming the target.
+    """
     if target.numel() == 0:
         return
     low, high = (int(value) for value in target.aminmax())
