@@ -11,7 +11,7 @@ from mulki import collectives
 from mulki.functional import teacher_kl
 from mulki.losses.clip import ClipLoss
 from mulki.losses.pairs import Columns, Pairs, Shard
-from mulki.ops import pair_kl
+from mulki.ops import checks, pair_kl
 from mulki.ops.gates import find_gate
 
 Losses = tuple[Tensor, Tensor] | dict[str, Tensor]
@@ -48,6 +48,7 @@ class DistillClipLoss(ClipLoss):
     ) -> None:
         flags = local_loss, gather_with_grad, cache_labels
         super().__init__(*flags, rank, world_size, use_horovod, group=group)
+        checks.positive("temperature", temperature)
         self.temperature = temperature
         self.gate = "uniform"
         self.gate_temperature = 1.0
@@ -188,6 +189,7 @@ class DualTeacherClipLoss(DistillClipLoss):
             group=group,
         )
         find_gate(gate).numbers(gate_entropy, gate_label)
+        checks.positive("gate_temperature", gate_temperature)
         self.gate = gate
         self.gate_temperature = gate_temperature
         self.gate_entropy = gate_entropy

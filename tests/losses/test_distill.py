@@ -64,6 +64,12 @@ def test_no_gradient_flows_to_a_teacher():
 def test_options_that_do_not_exist_are_refused():
     with pytest.raises(ValueError, match="gate: got 'oracle', wanted one of uniform"):
         DualTeacherClipLoss(gate="oracle")
-    _, out = outputs("distill")
-    with pytest.raises(ValueError, match="temperature: got -1"):
-        DistillClipLoss(temperature=-1)(**out)
+    for kind, name in (
+        (DistillClipLoss, "temperature"),
+        (DualTeacherClipLoss, "temperature"),
+        (DualTeacherClipLoss, "gate_temperature"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: got -1"):
+            kind(**{name: -1})
+        with pytest.raises(TypeError, match=f"^{name}: got str, wanted a number"):
+            kind(**{name: "1"})
