@@ -64,6 +64,11 @@ class Pairs:
                 f"{images}: got {self.images.shape[0]} rows, wanted {student.images.shape[0]} as "
                 f"image_features has: a teacher sees the student's batch"
             )
+        if student is not None and self._is_double() != student._is_double():
+            raise TypeError(
+                f"{images}: got dtype {self.images.dtype}, wanted {student.images.dtype} as "
+                f"image_features has; cast one to the other"
+            )
         if student is not None and self.images.device != student.images.device:
             raise ValueError(
                 f"{images}: got device {self.images.device}, wanted {student.images.device} as "
@@ -71,6 +76,9 @@ class Pairs:
             )
         if self.bias is not None:
             checks.scalar(self._name("bias"), self.bias, self.images.device)
+
+    def _is_double(self) -> bool:
+        return self.images.dtype == torch.float64
 
     def _name(self, number: str) -> str:
         return f"{self.prefix}logit_{number}"

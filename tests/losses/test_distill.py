@@ -61,6 +61,14 @@ def test_no_gradient_flows_to_a_teacher():
     assert all(out[name].grad is None for name in teachers)
 
 
+def test_float64_goes_with_float64_alone():
+    _, out = outputs("dual", dtype=torch.float32)
+    for name in ("prev_image_features", "prev_text_features"):
+        out[name] = out[name].double()
+    with pytest.raises(TypeError, match=r"^prev_image_features: got dtype torch.float64, wanted"):
+        DualTeacherClipLoss()(**out)
+
+
 def test_options_that_do_not_exist_are_refused():
     with pytest.raises(ValueError, match="gate: got 'oracle', wanted one of uniform"):
         DualTeacherClipLoss(gate="oracle")
