@@ -42,8 +42,7 @@ def set_for_run(
 
 def _is_run(command: Sequence[str]) -> bool:
     # As `mulki run`, or as `python -m mulki run`; the interpreter may have options of its own.
-    words = [os.path.splitext(os.path.basename(word))[0] for word in command]
-    for first, second in pairwise(words):
-        if first == "mulki":
+    for first, second in pairwise(command):
+        if os.path.splitext(os.path.basename(first))[0] == "mulki":
             return second == "run"
     return False

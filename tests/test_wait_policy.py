@@ -21,6 +21,7 @@ from mulki.wait_policy import SPIN_COUNT, set_for_run
         (["python", "/venv/bin/mulki", "metrics", "run"], False),
         (["python", "/venv/bin/mulki"], False),
         (["python", "train.py", "run"], False),
+        (["python", "train.py", "--data", "mulki", "run.csv"], False),
         (["python", "-c", "import mulki", "run"], False),
         (["python"], False),
     ],
