@@ -64,7 +64,7 @@ struct Reduced : torch::autograd::Function<Reduced> {
     op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
     variable_list saved;
     for (const Tensor& leaf : leaves) {
-      // Inference tensors, which cannot be saved, require no gradient.
+      // Inference tensors cannot be saved. One that requires grad is an error of torch.
       saved.push_back(leaf.requires_grad() ? leaf : Tensor());
     }
     for (const c10::IValue& gradient : torch::jit::last(*stack, leaves.size())) {
