@@ -101,6 +101,14 @@ FORMS: dict[str, Options] = {
     "coefficient 1.5, without feature distance": _STRONG | {"feature": 0.0},
     "coefficient 1.5, no other relation": _STRONG | _NO_RELATION,
     "LwF-VR, for comparison": {"method": "lwf_vr", "lr": 1e-4, "distill_weight": 0.3},
+    # The same when Select-and-Distill was ahead too: it holds features, and them alone, much closer.
+    "coefficient 1.5, feature distance 2": _STRONG | {"feature": 2.0},
+    "coefficient 1.5, feature distance 8": _STRONG | {"feature": 8.0},
+    "coefficient 1.5, feature distance 8, no other relation": _STRONG
+    | _NO_RELATION
+    | {"feature": 8.0},
+    "Select-and-Distill, for comparison": METHODS["snd"]
+    | {"method": "snd", "lr": 2e-4, "previous_weight": 9.0, "zero_shot_weight": 0.5},
 }
 MULKI_STAGES: dict[str, Options] = {
     "without Eliciting (no prototypes)": {"eliciting": False},
@@ -150,10 +158,11 @@ GRIDS: dict[str, list[Options]] = {
     "wise_ft": [{"lr": lr, "alpha": a} for lr in _RATES for a in (0.3, 0.5, 0.8)],
     # Its first grid had 3.0 in place of 0.1, and its best point at 0.3.
     "zscl": [{"lr": lr, "image_loss": w, "text_loss": w} for lr in _RATES for w in (0.1, 0.3, 1.0)],
+    # Its first grid had 0.1 in place of 3.0, and its best point at 1.0.
     "snd": [
         {"lr": lr, "previous_weight": 9 * w, "zero_shot_weight": 0.5 * w}
         for lr in _RATES
-        for w in (0.1, 0.3, 1.0)
+        for w in (0.3, 1.0, 3.0)
     ],
     # Its first grid had 2.0 in place of 0.08, and its best point at 0.25, on the edge.
     "mulki": [{"lr": lr, "image_anchor": w} for lr in _RATES for w in (0.08, 0.25, 0.75)],

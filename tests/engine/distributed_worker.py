@@ -113,7 +113,10 @@ def check_runs(runs: list[tuple[str, dict[str, Any]]], world: World) -> None:
 
     VisionLanguageModel.text_inputs = counted  # type: ignore[method-assign]
     for name, options in runs:
-        class_texts_alone = not {"reference", "anchors_per_step"} & options.keys()
+        anchors = options.get("anchors", "vocabulary" if options["method"] == "mulki" else "none")
+        class_texts_alone = (
+            anchors == "none" and not {"reference", "anchors_per_step"} & options.keys()
+        )
         folder = run(resolve({"name": name, **options}))
         assert (folder is None) == (world.rank != 0)
         # What an encoder draws is not the same in every process.

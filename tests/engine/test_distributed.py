@@ -15,7 +15,7 @@ from tests.engine.distributed_runs import ANCHORED, ON_REFERENCE, WORKER, compar
 
 # By name: options of the run, and images in a global batch.
 CASES: dict[str, tuple[dict[str, Any], int]] = {
-    "mulki": ({"method": "mulki"}, 6),
+    "mulki": ({"method": "mulki", "anchors": "none"}, 6),
     "micro": ({"method": "mulki", "micro_batch": "1", "prototype_update": "learnable"}, 6),
     # Teachers that are asked as images come up; the running mean, the anchor and clipping.
     "lwf": ({"method": "lwf", "grad_clip_norm": 0.1, "micro_batch": "auto"}, 6),

@@ -36,7 +36,9 @@ class TestMulKI:
 
     def test_is_the_objective_of_its_options(self, student, teachers, target):
         method, losses = self.losses(student, teachers, target)
-        assert method.needs == methods.Needs((ZERO_SHOT, PREVIOUS), prototypes=True)
+        assert method.needs == methods.Needs(
+            (ZERO_SHOT, PREVIOUS), prototypes=True, anchors=(VOCABULARY,)
+        )
         expected = MulKILoss()(student, teachers, target, output_dict=True)
         assert set(losses) == ALL_TERMS
         for name, value in expected.items():
