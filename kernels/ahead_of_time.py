@@ -25,7 +25,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from . import kernel
-from .launch import Launch, recording
+from .launch import Launch, Product, recording
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -93,11 +93,13 @@ def variants(architecture: str, number_format: str, full: bool = False) -> Itera
     for name, call in _calls(NUMBER_FORMATS[number_format][0]).items():
         every_plan = full or name.startswith("teacher_kl") or name == "similarity large True"
         with (
-            _precision(architecture, number_format),
+            precision(architecture, number_format),
             recording(architecture, every_plan) as launches,
         ):
             call()
         for launch in launches:
+            if isinstance(launch, Product):
+                continue
             variant = _variant(name.split()[0], launch, architecture, number_format)
             if variant.identity not in seen:
                 seen.add(variant.identity)
@@ -105,7 +107,7 @@ def variants(architecture: str, number_format: str, full: bool = False) -> Itera
 
 
 @contextmanager
-def _precision(architecture: str, number_format: str) -> Iterator[None]:
+def precision(architecture: str, number_format: str) -> Iterator[None]:
     variable = "MULKI_INPUT_PRECISION"
     before = os.environ.get(variable)
     _, on_nvidia, on_amd = NUMBER_FORMATS[number_format]

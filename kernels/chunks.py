@@ -27,7 +27,7 @@ from torch import Tensor
 from . import common, gradients, tiles
 from .common import Model, ceil_div
 from .gradients import LogitGradient, gradient_tile
-from .launch import launch
+from .launch import launch, multiply
 from .sums import range_factor_of
 
 
@@ -101,7 +101,7 @@ class Chunks:
     def compute_logits(self, first: int, last: int) -> list[Tensor]:
         """Y [last - first, P] of every model."""
         for model, logits in zip(self.models, self.logits, strict=True):
-            _multiply(model.features[first:last], model.prototypes.mT, logits[: last - first])
+            multiply(model.features[first:last], model.prototypes.mT, logits[: last - first])
         return [logits[: last - first] for logits in self.logits]
 
     def add_products(self, g: LogitGradient, first: int, last: int, of_chunk: bool) -> None:
@@ -137,26 +137,9 @@ class Chunks:
         )
         x, w = (operand.to(self.dtype) for operand in self.models[0])
         if self.products.gw is not None:
-            _multiply(self.gradient[:n], w, self.products.gw[first:last])
+            multiply(self.gradient[:n], w, self.products.gw[first:last])
         if self.products.gx is not None:
-            multiply = _multiply if first == 0 else _add_product
-            multiply(self.gradient[:n].mT, x[first:last], self.products.gx)
-
-
-def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """Write a b to `out`, in float32."""
-    if a.dtype == torch.float32 or a.device.type == "cpu":
-        torch.mm(a.float(), b.float(), out=out)
-    else:
-        torch.mm(a, b, out_dtype=torch.float32, out=out)
-
-
-def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """Add a b to `out`, in float32."""
-    if a.dtype == torch.float32 or a.device.type == "cpu":
-        out.addmm_(a.float(), b.float())
-    else:
-        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+            multiply(self.gradient[:n].mT, x[first:last], self.products.gx, add=first > 0)
 
 
 def chunk_rows(models: Sequence[Model]) -> int:

@@ -2,6 +2,7 @@
 
 python -m benchmarks.kernels                 # compiled.csv and RESULTS.md beside this file
 python -m benchmarks.kernels --output OUT --processes 8
+python -m benchmarks.kernels plan            # counts of products, launches and memory; see `plan`
 
 Takes about half an hour of one core. Variants that were compiled before come from Triton's cache
 (TRITON_CACHE_DIR), so a run that was stopped goes on where it was. Ends with status 1, and names
@@ -16,10 +17,13 @@ from pathlib import Path
 
 from benchmarks.kernels.compiled import compile_all
 from benchmarks.kernels.limits import violations
+from benchmarks.kernels.plan import main as plan
 from benchmarks.kernels.report import ARCHITECTURES, HERE, all_variants, compilers, render, write
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["plan"]:
+        return plan(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the report")

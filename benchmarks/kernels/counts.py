@@ -1,0 +1,177 @@
+"""What an operator launches, counted without a GPU: products, launches, bytes and memory.
+
+The operator runs on tensors of the device "meta". Its launches are recorded (`launch.recording`),
+and so is every other operation of PyTorch that would launch a kernel. A product is 2 N P D
+operations; bytes are those of the tensors that a launch is given, each once, and for an operation
+of PyTorch also those that it returns. Extra memory is the peak beyond inputs and results.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mulki.kernels import kernel
+from mulki.kernels.ahead_of_time import NUMBER_FORMATS, precision
+from mulki.kernels.launch import Launch, Product, recording
+
+# Operations that launch nothing, beside views.
+_FREE = (
+    *("empty", "new_empty", "empty_like", "empty_strided"),
+    *("detach", "lift_fresh", "_unsafe_view"),
+)
+TEACHERS = 2
+OPERATORS = ("dual_teacher_kl", "prototype_cross_entropy", "contrastive", "siglip", "similarity")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One launch."""
+
+    source: str  # "library" (a product of the library), "kernel" (one of ours) or "torch"
+    operations: float  # of matrix products
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """All launches of a call, forward and backward."""
+
+    work: tuple[Work, ...]
+    products: float
+    extra_bytes: int
+
+    @property
+    def launches(self) -> int:
+        return len(self.work)
+
+    @property
+    def bytes(self) -> int:
+        return sum(one.bytes for one in self.work)
+
+
+def counts(operator: str, n: int, p: int, d: int, number_format: str) -> Counts:
+    """Of our kernels: the mean of a loss with all gradients; of similarity, both passes."""
+    dtype = NUMBER_FORMATS[number_format][0]
+    x, w, scale = _meta(n, d, dtype=dtype), _meta(p, d, dtype=dtype), _meta()
+    target, three = _meta(n, dtype=torch.int64), [True] * 3
+    arguments: tuple[Any, ...]
+    if operator == "dual_teacher_kl":
+        k = TEACHERS
+        teachers = [x.clone() for _ in range(k)], [w.clone() for _ in range(k)], _meta(k)
+        gate = None, target, None, 2.0, 1.0, 0.0, 1.0, True
+        op, arguments = "teacher_kl_reduced", (x, w, scale, *teachers, *gate, True, three)
+    elif operator == "prototype_cross_entropy":
+        op, arguments = f"{operator}_reduced", (x, w, scale, target, None, 0.0, -100, True, three)
+    elif operator == "siglip":
+        op, arguments = "siglip_reduced", (x, w, scale, _meta(), 0, True, [True] * 4)
+    elif operator == "contrastive":
+        op, arguments = "contrastive_reduced", (x, w, scale, True, three)
+    else:
+        op, arguments = "similarity", (x, w, scale, False)
+    calls = [lambda: kernel(op)(*arguments)]
+    if operator == "similarity":
+        grad = _meta(n, p, dtype=dtype)
+        calls.append(lambda: kernel("similarity_backward")(grad, x, w, scale, False, three))
+    with precision("sm_90", number_format), recording("sm_90") as launches:
+        extra = 0
+        for call in calls:
+            extra = max(extra, _observed(call, launches))
+    work = tuple(
+        one if isinstance(one, Work) else _work(one, n * p, 2 * n * p * d) for one in launches
+    )
+    return Counts(work, sum(one.operations for one in work) / (2 * n * p * d), extra)
+
+
+def counts_of_torch(function: Callable[[], Sequence[Tensor]], size: int) -> Counts:
+    """Of plain PyTorch, on tensors of the device "meta"; `size` is the operations of a product."""
+    launches: list[Any] = []
+    extra = _observed(function, launches)
+    return Counts(tuple(launches), sum(one.operations for one in launches) / size, extra)
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _work(launch: Launch | Product, pairs: int, size: int) -> Work:
+    """`pairs` is N P, `size` the operations of a product."""
+    if isinstance(launch, Product):
+        (m, k), n = launch.a.shape, launch.b.shape[1]
+        read = (launch.a, launch.b, launch.out, *([launch.out] if launch.add else []))
+        return Work("library", 2 * m * n * k, sum(map(_bytes, read)))
+    tensors = [t for t in tree_leaves(launch.arguments) if isinstance(t, Tensor)]
+    once = {(t.data_ptr(), id(t)): t for t in tensors}.values()
+    return Work("kernel", size * _products(launch, pairs), sum(map(_bytes, once)))
+
+
+def _products(launch: Launch, pairs: int) -> float:
+    """The products that one of our kernels computes."""
+    a, name = launch.arguments, launch.kernel.__name__
+    if name == "row_statistics":
+        return 0 if a["STORED"] else a["MODELS"] * a["n"] * a["p"] / pairs
+    if name in ("siglip_sums", "scaled_product"):
+        return 1
+    if name in ("register_gradient", "scratch_gradient"):
+        slices = launch.grid[1] if name == "register_gradient" else 1
+        return (0 if a["LOSS"] == 3 else a["MODELS"] * slices) + 1
+    return 0
+
+
+def _bytes(t: Tensor) -> int:
+    return t.numel() * t.element_size()
+
+
+class _Observer(TorchDispatchMode):
+    """Notes what operations would launch, and the memory that they allocate."""
+
+    def __init__(self, launches: list[Any]) -> None:
+        super().__init__()
+        self.launches = launches
+        self.live = self.peak = 0
+        self.seen: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.is_view:
+            return out
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        for t in made:
+            self._allocated(t.untyped_storage())
+        name = func.overloadpacket.__name__
+        if name not in _FREE:
+            given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            operations = 0
+            if name in ("mm", "addmm"):
+                a, b = given[-2:]
+                operations = 2 * a.shape[0] * a.shape[1] * b.shape[1]
+            source = "library" if operations else "torch"
+            self.launches.append(Work(source, operations, sum(map(_bytes, [*given, *made]))))
+        return out
+
+    def _allocated(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.seen:
+            return
+        self.seen[key] = size
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._freed, key)
+
+    def _freed(self, key: int) -> None:
+        self.live -= self.seen.pop(key)
+
+
+def _observed(function: Callable[[], Any], launches: list[Any]) -> int:
+    """Call it, note what it launches, and return its peak of memory beyond its results."""
+    with _Observer(launches) as observer:
+        out = function()
+    results = {t.untyped_storage()._cdata: t for t in tree_leaves(out) if isinstance(t, Tensor)}
+    return observer.peak - sum(t.untyped_storage().nbytes() for t in results.values())

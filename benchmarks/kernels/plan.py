@@ -1,0 +1,202 @@
+"""What every operator takes by count, and in a model of time, beside plain PyTorch.
+
+python -m benchmarks.kernels plan            # a table
+python -m benchmarks.kernels plan --json     # an object per operator, shape, width and format
+python -m benchmarks.kernels plan --write    # plan.csv and PLAN.md beside this file
+
+Forward and backward: the mean of a loss with the gradients of features, prototypes and scale (and
+bias); of similarity, both passes with their matrices given and returned.
+
+No GPU is needed, and none was used: counts come from recorded launches, times from the published
+peaks of four GPUs and the assumptions in `cards.py`. "eager" is the loss as it is written in plain
+PyTorch, "graph" the same launches in a CUDA graph, "compile" the products of eager with what lies
+between them fused, in a graph too, and "library" the least number of products by the library that
+torch calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernels.cards import CARDS, GRAPH_LAUNCH, LAUNCH, seconds
+from benchmarks.kernels.counts import OPERATORS, TEACHERS, Counts, Work, counts, counts_of_torch
+from mulki.bench.losses import EAGER
+from mulki.kernels.ahead_of_time import NUMBER_FORMATS
+
+HERE = Path(__file__).parent
+SHAPES = (
+    *((64, 100), (64, 1000), (256, 1000), (4096, 1000), (32768, 1000), (65536, 1000)),
+    *((4096, 4096), (8192, 8192), (16384, 16384), (65536, 65536)),
+)
+WIDTHS = (512, 640, 768, 1024, 1280)
+WAYS = ("mulki", "mulki graph", "eager", "eager graph", "compile", "library")
+INTEGERS = ("n", "p", "d", "k", "launches", "bytes", "extra_bytes")
+COLUMNS = ("operator", "n", "p", "d", "k", "numbers", "products", *INTEGERS[4:])
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels plan", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--write", action="store_true", help="renew plan.csv and PLAN.md")
+    options = parser.parse_args(argv)
+    rows = list(all_rows())
+    if options.write:
+        write(rows)
+    if options.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        print("\n".join(table(rows)))
+    return 0
+
+
+def all_rows() -> Iterator[dict[str, Any]]:
+    for operator in OPERATORS:
+        for n, p in SHAPES:
+            if operator == "contrastive" and n != p:
+                continue
+            for d in WIDTHS:
+                for numbers in NUMBER_FORMATS:
+                    yield row(operator, n, p, d, numbers)
+
+
+def row(operator: str, n: int, p: int, d: int, numbers: str) -> dict[str, Any]:
+    """The counts of one call, and modelled seconds by GPU and way of computing it."""
+    found = counts(operator, n, p, d, numbers)
+    work = {
+        "mulki": (found.work, LAUNCH),
+        "eager": (eager(operator, n, p, d, NUMBER_FORMATS[numbers][0]).work, LAUNCH),
+        "compile": (compiled(operator, n, p, d, NUMBER_FORMATS[numbers][0]), GRAPH_LAUNCH),
+        "library": (library(operator, n, p, d, NUMBER_FORMATS[numbers][0]), GRAPH_LAUNCH),
+    }
+    for way in ("mulki", "eager"):
+        work[f"{way} graph"] = work[way][0], GRAPH_LAUNCH
+    return {
+        "operator": operator,
+        "n": n,
+        "p": p,
+        "d": d,
+        "k": TEACHERS if operator == "dual_teacher_kl" else 0,
+        "numbers": numbers,
+        "products": round(found.products, 3),
+        "launches": found.launches,
+        "bytes": found.bytes,
+        "extra_bytes": found.extra_bytes,
+        "seconds": {
+            name: {way: seconds(work[way][0], card, numbers, work[way][1]) for way in WAYS}
+            for name, card in CARDS.items()
+        },
+    }
+
+
+@cache
+def eager(operator: str, n: int, p: int, d: int, dtype: torch.dtype) -> Counts:
+    """The loss of plain PyTorch, with its backward."""
+
+    def matrix() -> tuple[Tensor, Tensor, Tensor]:
+        operands = (torch.empty(rows, d, dtype=dtype, device="meta") for rows in (n, p))
+        return *operands, torch.empty((), dtype=dtype, device="meta")
+
+    leaves = [t.requires_grad_() for t in matrix()]
+    rest: list[Any] = []
+    target = torch.empty(n, dtype=torch.int64, device="meta")
+    if operator == "dual_teacher_kl":
+        rest = [tuple(matrix() for _ in range(TEACHERS)), target]
+    elif operator == "prototype_cross_entropy":
+        rest = [target]
+    elif operator == "siglip":
+        leaves.append(torch.empty((), dtype=dtype, device="meta").requires_grad_())
+    upstream = torch.empty(n, p, dtype=dtype, device="meta") if operator == "similarity" else None
+
+    def both() -> Sequence[Tensor]:
+        out = _siglip(*leaves) if operator == "siglip" else EAGER[operator](*leaves, *rest)
+        return (out, *torch.autograd.grad(out, leaves, upstream))
+
+    return counts_of_torch(both, 2 * n * p * d)
+
+
+def _siglip(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    # The signs of N = P; here N and P may differ.
+    z = scale * x @ w.T + bias
+    signs = 2 * torch.eye(*z.shape, dtype=z.dtype, device=z.device) - 1
+    return -torch.nn.functional.logsigmoid(signs * z).sum() / x.shape[0]
+
+
+def library(operator: str, n: int, p: int, d: int, dtype: torch.dtype) -> list[Work]:
+    """The least number of products, one launch each."""
+    size, k = dtype.itemsize, TEACHERS if operator == "dual_teacher_kl" else 0
+    return [Work("library", 2 * n * p * d, size * (n * d + p * d + n * p)) for _ in range(k + 3)]
+
+
+def compiled(operator: str, n: int, p: int, d: int, dtype: torch.dtype) -> list[Work]:
+    """The products, and kernels between them that read stored logits twice and write G once."""
+    products = library(operator, n, p, d, dtype)
+    if operator == "similarity":
+        return products
+    if operator == "contrastive":
+        products = [*products, *products]  # a product per direction
+    matrix = n * p * dtype.itemsize
+    read = (len(products) - 2) * matrix
+    return [*products, Work("torch", 0, read), Work("torch", 0, read + matrix)]
+
+
+def cells(one: dict[str, Any]) -> list[str]:
+    counted = [f"{one[name]:g}" if name == "products" else str(one[name]) for name in COLUMNS]
+    return counted + [f"{one['seconds'][card][way]:.3g}" for card in CARDS for way in WAYS]
+
+
+def header() -> list[str]:
+    return [*COLUMNS, *(f"{card} {way}" for card in CARDS for way in WAYS)]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    lines = [header(), *map(cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        yield "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+
+
+def write(rows: Sequence[dict[str, Any]], folder: Path = HERE) -> None:
+    with (folder / "plan.csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([header(), *map(cells, rows)])
+    (folder / "PLAN.md").write_text(render(rows))
+
+
+def read(path: Path = HERE / "plan.csv") -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+INTRODUCTION = """\
+# What the Triton kernels take, by count
+
+Forward and backward with gradients of everything; D = 512. **Nothing here was measured**: products,
+launches and memory are counted from recorded launches, and times are a model of an H100 from its
+published peaks (`cards.py` has it, with its assumptions). `plan.csv` has five widths, five number
+formats and four GPUs. `python -m benchmarks.kernels plan --write` makes both files, and says what
+the columns are.
+"""
+
+
+def render(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [INTRODUCTION]
+    head = ("operator", "N x P", "numbers", "products", "launches", "extra MiB")
+    lines.append(f"| {' | '.join((*head, *(f'{way}, us' for way in WAYS)))} |")
+    lines.append("| --- | --- | --- |" + " ---: |" * (3 + len(WAYS)))
+    for one in rows:
+        if one["d"] != WIDTHS[0] or one["numbers"] not in ("bf16", "fp32"):
+            continue
+        counted = f"{one['products']:g}", str(one["launches"]), f"{one['extra_bytes'] / 2**20:.1f}"
+        times = (f"{one['seconds']['H100'][way] * 1e6:.0f}" for way in WAYS)
+        named = one["operator"], f"{one['n']} x {one['p']}", one["numbers"]
+        lines.append(f"| {' | '.join((*named, *counted, *times))} |")
+    return "\n".join(lines) + "\n"
