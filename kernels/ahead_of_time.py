@@ -49,10 +49,7 @@ _TYPES = {
     torch.int64: "i64",
     torch.uint8: "u8",
 }
-_TILE_ARGUMENTS = (
-    *("BLOCK_KEPT", "BLOCK_N", "BLOCK_STREAMED", "BLOCK_P", "DEPTH", "SLICE"),
-    *("SWAP", "PARTS", "STORED"),
-)
+_TILE_ARGUMENTS = ("BLOCK_N", "BLOCK_P", "DEPTH", "ROWS", "STATISTICS", "WHOLE")
 _ALIGNED = [["tt.divisibility", 16]]
 
 Path = tuple[int, ...]
@@ -83,15 +80,11 @@ class Variant:
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:10]
 
 
-def variants(architecture: str, number_format: str, full: bool = False) -> Iterator[Variant]:
-    """All variants for a key of TARGETS and a key of NUMBER_FORMATS.
-
-    teacher_kl with two teachers, which takes the most registers, with every tile of the table; the
-    other losses with the default tiles or, if `full`, every tile. D is 512 and, for slices, 1024.
-    """
+def variants(architecture: str, number_format: str) -> Iterator[Variant]:
+    """All variants for a key of TARGETS and a key of NUMBER_FORMATS."""
     seen: set[str] = set()
     for name, call in _calls(NUMBER_FORMATS[number_format][0]).items():
-        every_plan = full or name.startswith("teacher_kl") or name == "similarity large True"
+        every_plan = name == "similarity large True"
         with (
             precision(architecture, number_format),
             recording(architecture, every_plan) as launches,
@@ -99,6 +92,10 @@ def variants(architecture: str, number_format: str, full: bool = False) -> Itera
             call()
         for launch in launches:
             if isinstance(launch, Product):
+                continue
+            # Of the others, those of bf16 stand for fp16, but for the type of G.
+            of_format = "PRECISION" in launch.arguments or launch.kernel.__name__ == "scaled"
+            if number_format == "fp16" and not of_format:
                 continue
             variant = _variant(name.split()[0], launch, architecture, number_format)
             if variant.identity not in seen:
@@ -108,16 +105,19 @@ def variants(architecture: str, number_format: str, full: bool = False) -> Itera
 
 @contextmanager
 def precision(architecture: str, number_format: str) -> Iterator[None]:
-    variable = "MULKI_INPUT_PRECISION"
-    before = os.environ.get(variable)
+    """How float32 is multiplied in this number format: by our kernels, and by the library."""
+    variable, matmul = "MULKI_INPUT_PRECISION", torch.backends.cuda.matmul
+    before = os.environ.get(variable), matmul.fp32_precision
     _, on_nvidia, on_amd = NUMBER_FORMATS[number_format]
     os.environ[variable] = on_nvidia if architecture.startswith("sm_") else on_amd
+    matmul.fp32_precision = "tf32" if number_format == "tf32" else "ieee"
     try:
         yield
     finally:
         del os.environ[variable]
-        if before is not None:
-            os.environ[variable] = before
+        if before[0] is not None:
+            os.environ[variable] = before[0]
+        matmul.fp32_precision = before[1]
 
 
 def _calls(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
@@ -143,25 +143,30 @@ def _calls(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     def call(op: str, *arguments: Any) -> Callable[[], object]:
         return lambda: kernel(op)(*arguments)
 
-    # Large: no splits, no chunks. Small: split over programs. Chunked: the rows go in chunks.
-    shapes = {"large": (65536, 512), "small": (256, 1000), "chunked": (8192, 4096)}
     three, four = [True] * 3, [True] * 4
     cases: dict[str, Callable[[], object]] = {}
-    for size, (n, p) in shapes.items():
+    # Whole rows, few and many; P that a tile holds, of one warp and of many; that it does not hold;
+    # and in blocks of columns.
+    for size, (n, p) in {
+        "whole": (64, 100),
+        "wider": (64, 250),
+        "many": (16384, 60),
+        "small": (256, 1000),
+        "chunks": (4096, 4096),
+        "tiles": (1024, 20000),
+        "stream": (4096, 100000),
+    }.items():
         student = model(n, p, 512)
-        pairs = model(4000, 4000, 512) if size == "large" else model(n, n, 512)
-        losses = {
-            f"teacher_kl {size}": kl(n, p, 2, 512),
-            f"prototype_cross_entropy {size}": call(
+        cases[f"teacher_kl {size}"] = kl(n, p, 2, 512)
+        if size in ("whole", "small", "tiles"):
+            cases[f"prototype_cross_entropy {size}"] = call(
                 "prototype_cross_entropy_reduced", *student, *labels(n, p), True, three
-            ),
-            f"contrastive {size}": call("contrastive_reduced", *pairs, True, three),
-            f"siglip {size}": call("siglip_reduced", *pairs, new(), 0, True, four),
-        }
-        cases.update(losses)
-        if size == "chunked":
-            continue
-        cases[f"teacher_kl {size} wide"] = kl(n, p, 2, 1024)
+            )
+        if size in ("small", "tiles"):
+            cases[f"siglip {size}"] = call("siglip_reduced", *student, new(), 0, True, four)
+    for size, (n, p) in {"small": (256, 1000), "large": (4096, 4096)}.items():
+        student = model(n, p, 512)
+        cases[f"contrastive {size}"] = call("contrastive_reduced", *model(n, n, 512), True, three)
         for normalize in (False, True):
             cases[f"similarity {size} {normalize}"] = call("similarity", *student, normalize)
             cases[f"similarity_backward {size} {normalize}"] = call(

@@ -1,10 +1,10 @@
-"""Which plan a launch takes: the default of the tile table, or the fastest if that was asked for.
+"""Which plan is taken: that of least modelled time, or the fastest if that was asked for.
 
-With MULKI_AUTOTUNE=1 the plans of the table are timed for each kernel, card and shape (N and P
-rounded up to powers of two) at the first use. The fastest is kept in `tiles.json` in the folder
-MULKI_CACHE_DIR (default ~/.cache/mulki). Nothing is timed under
-torch.use_deterministic_algorithms, since another tile rounds differently, while a CUDA graph is
-captured, or in Triton's interpreter.
+With MULKI_AUTOTUNE=1 the plans of `schedule` are timed for each operator, card and shape (N and P
+rounded up to powers of two) at the first use: schedules against each other, and sizes of blocks and
+tiles. The fastest is kept in `tiles.json` in the folder MULKI_CACHE_DIR (default ~/.cache/mulki).
+Nothing is timed under torch.use_deterministic_algorithms, since another plan rounds differently,
+while a CUDA graph is captured, or in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -21,18 +21,30 @@ import triton
 
 from mulki.files import write_atomic
 
-from . import launch
-from .common import next_power_of_2
-from .tiles import Device, Plan, Tile
+from . import common, launch, schedule
+from .common import Model, next_power_of_2
+from .schedule import Problem
 
+Plan = TypeVar("Plan", bound=tuple[Any, ...])  # a NamedTuple
 Result = TypeVar("Result")
 
-_chosen: dict[str, tuple[str, Tile]] = {}
+_chosen: dict[str, list[Any]] = {}
+
+
+def run_plan(
+    kind: str,
+    problem: Problem,
+    models: Sequence[Model],
+    function: Callable[[schedule.Plan], Result],
+) -> Result:
+    """What `function` returns for the plan of a loss."""
+    shape = problem.n, problem.p, *problem.widths, problem.gradient
+    return run(kind, models[0], shape, schedule.plans(problem), function)
 
 
 def run(
     kind: str,
-    device: Device,
+    model: Model,
     shape: Sequence[int],  # N, P, then other sizes that tell kernels apart
     plans: Sequence[Plan],
     function: Callable[[Plan], Result],
@@ -42,32 +54,32 @@ def run(
         # Each plan is called, so that the launches of all are recorded.
         results = [function(plan) for plan in plans]
         return results[0]
-    if len(plans) == 1 or device.table_architecture == "interpreter" or not enabled():
+    device = model.features.device
+    if len(plans) == 1 or common.architecture(device) == "interpreter" or not enabled():
         return function(plans[0])
-    with launch.current_device(device.place):
-        return function(_fastest(_key(kind, device, shape), plans, function))
+    with launch.current_device(device):
+        return function(_fastest(_key(kind, model, shape), plans, function))
 
 
-def _key(kind: str, device: Device, shape: Sequence[int]) -> str:
+def _key(kind: str, model: Model, shape: Sequence[int]) -> str:
     sizes = "x".join(map(str, (*map(next_power_of_2, shape[:2]), *shape[2:])))
-    number_format = "half" if device.half else device.precision
-    on_gpu = device.place is not None and device.place.type == "cuda"
-    card = torch.cuda.get_device_name(device.place) if on_gpu else device.architecture
-    return (
-        f"{kind} {device.architecture} {number_format} {sizes} triton {triton.__version__} {card}"
-    )
+    device, dtype = model.features.device, model.features.dtype
+    architecture = common.architecture(device)
+    numbers = "half" if dtype != torch.float32 else common.precision(architecture, dtype)
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else architecture
+    numbers = f"{numbers} {common.number_family(dtype)}"
+    return f"{kind} {architecture} {numbers} {sizes} triton {triton.__version__} {card}"
 
 
 def _fastest(key: str, plans: Sequence[Plan], function: Callable[[Plan], Any]) -> Plan:
-    # The number of splits follows from the exact shape, so schedule and tile are kept without it.
-    choice = _chosen.get(key) or _read(key)
-    plan = next((plan for plan in plans if (plan.schedule, plan.tile) == choice), None)
+    choice = _chosen.get(key) or _read_all().get(key)
+    plan = next((plan for plan in plans if list(plan) == choice), None)
     if plan is None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return plans[0]
         plan = min(plans, key=lambda one: milliseconds(lambda: function(one)))
         _write(key, plan)
-    _chosen[key] = (plan.schedule, plan.tile)
+    _chosen[key] = list(plan)
     return plan
 
 
@@ -102,20 +114,12 @@ def _read_all() -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _read(key: str) -> tuple[str, Tile] | None:
-    try:
-        schedule, tile = _read_all()[key]
-        return schedule, Tile(*tile)
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-def _write(key: str, plan: Plan) -> None:
+def _write(key: str, plan: tuple[Any, ...]) -> None:
     # Two processes may write at the same time. Then a choice may be lost, but no file is broken.
     try:
         path = cache_file()
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps({**_read_all(), key: [plan.schedule, list(plan.tile)]}))
+        write_atomic(path, json.dumps({**_read_all(), key: list(plan)}))
     except (OSError, RuntimeError) as error:
         warnings.warn(
             f"MULKI_AUTOTUNE: the choice of tiles could not be kept ({error}) and holds for this "

@@ -59,6 +59,10 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def round_up(a: int, b: int) -> int:
+    return ceil_div(a, b) * b
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
@@ -132,3 +136,10 @@ def precision(architecture: str, dtype: torch.dtype) -> str:
         return "tf32"
     # tf32x3: three tf32 products give float32 accuracy on tensor cores. AMD's compiler refuses it.
     return "tf32x3" if nvidia else "ieee"
+
+
+def number_family(dtype: torch.dtype) -> str:
+    """How the library multiplies: "half" precision, "tf32", or "float" for strict float32."""
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "float"

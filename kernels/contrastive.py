@@ -3,11 +3,12 @@
 
     dL/du_ij = 1/2 (g_i exp(u_ij - row_lse_i) + g_j exp(u_ij - column_lse_j)) - g_i [i = j]
 
-The N rows of X match the N rows of W. `row_softmax` is launched twice, for X W^T and for W X^T,
-with the diagonal as the target. A program of `contrastive_rows` keeps a few rows, combines the
-splits of both statistics in registers, and writes per row the loss, both log-sum-exps and the
-contribution to dL/dscale. Nothing of N x N is stored. The largest logit is subtracted before the
-diagonal is, so large logits do not cancel.
+The N rows of X match the N rows of W. For each block of logits (`chunks`), `softmax_loss` is
+launched for the statistics of its rows and for those of its columns, with the diagonal as the
+target; both are merged over the blocks. `contrastive_rows` makes of them the loss and both
+log-sum-exps. `contrastive_gradient` reads the logits of a block once more, and writes G over them.
+A column is known when its last row is: where the logits are more than one block, they are made
+again for G, and that is one product more.
 """
 
 from __future__ import annotations
@@ -18,82 +19,193 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import chunks, common, gradients, row_results, row_softmax
-from .common import Model, ceil_div, next_power_of_2
-from .gradients import LogitGradient
+from . import autotune, common, row_results, row_softmax, schedule, softmax_loss
+from .chunks import Blocks, OperandGradients, launch_pairs
+from .common import Model, ceil_div
 from .launch import launch
 from .products import absolute_scale, jit_kernel
 from .row_results import RowResults
-from .row_softmax import merge_splits, merge_target_values
+from .sums import Factors, logit_factor
 
 
 @jit_kernel
 def contrastive_rows(
-    stats_ptr,  # [splits, 1, 5, N] of X W^T
-    column_stats_ptr,  # [splits, 1, 5, N] of W X^T
+    state_ptr,  # [5, N] statistics of rows, see `row_softmax`
+    column_state_ptr,  # [5, N] of columns
     scale_ptr,  # 0-d
     loss_ptr,  # [N]
     row_lse_ptr,  # [N]
     column_lse_ptr,  # [N]
-    scale_gradients_ptr,  # [N] contributions to dL/dscale for an upstream gradient of 1
     n,
-    splits,
-    SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < n
-    samples = tl.minimum(rows, n - 1).to(tl.int64)
-    c2, c, sign = absolute_scale(scale_ptr, 1.0)
-    top, sum, moment, _, _ = merge_splits(stats_ptr, 0, samples, None, c2, n, 1, splits, SPLITS)
-    target_value = merge_target_values(stats_ptr, 0, samples, n, 1, splits, SPLITS) - top
-    row_log = tl.log(sum)
-    tl.store(row_lse_ptr + rows, c * top + row_log, mask=inside)
-    loss = row_log - c * target_value
-    scale_gradient = moment / sum - target_value
-
-    top, sum, moment, _, _ = merge_splits(
-        column_stats_ptr, 0, samples, None, c2, n, 1, splits, SPLITS
-    )
-    target_value = merge_target_values(column_stats_ptr, 0, samples, n, 1, splits, SPLITS) - top
-    column_log = tl.log(sum)
-    tl.store(column_lse_ptr + rows, c * top + column_log, mask=inside)
-    tl.store(loss_ptr + rows, 0.5 * (loss + (column_log - c * target_value)), mask=inside)
-    tl.store(
-        scale_gradients_ptr + rows,
-        sign * (0.5 * (scale_gradient + (moment / sum - target_value))),
-        mask=inside,
-    )
+    _, c, _ = absolute_scale(scale_ptr, 1.0)
+    at = state_ptr + rows
+    top = tl.load(at, mask=inside, other=0.0)
+    log_sum = tl.log(tl.load(at + n, mask=inside, other=1.0))
+    # The largest logit is subtracted before the diagonal is: large logits do not cancel.
+    loss = log_sum - c * (tl.load(at + 4 * n, mask=inside, other=0.0) - top)
+    tl.store(row_lse_ptr + rows, c * top + log_sum, mask=inside)
+    at = column_state_ptr + rows
+    top = tl.load(at, mask=inside, other=0.0)
+    log_sum = tl.log(tl.load(at + n, mask=inside, other=1.0))
+    loss += log_sum - c * (tl.load(at + 4 * n, mask=inside, other=0.0) - top)
+    tl.store(column_lse_ptr + rows, c * top + log_sum, mask=inside)
+    tl.store(loss_ptr + rows, 0.5 * loss, mask=inside)
 
 
-def _contrastive_rows(model: Model, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss, row_lse, column_lse, scale_gradients, each [N > 0]."""
+@jit_kernel
+def contrastive_gradient(
+    y_ptr,  # [n', S] float32
+    row_stride,
+    g_ptr,  # [n', *] in the dtype of X, or None
+    g_stride,
+    upstream_ptr,  # [N], or None for 1
+    row_lse_ptr,  # [N]
+    column_lse_ptr,  # [N]
+    scale_gradients_ptr,  # [N] contributions to dL/dscale
+    factors,  # see `Factors.arguments`
+    first,  # the first row
+    offset,  # the first column
+    n,  # rows of the block
+    p,  # columns of the block
+    loaded,  # columns that may be read
+    inverse_count,
+    range_factor,
+    MASKED: tl.constexpr,
+    EVEN: tl.constexpr,
+    FOLDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < n
+    samples = first + rows.to(tl.int64)
+    scale = tl.load(factors[0]).to(tl.float32)
+    factor = logit_factor(factors, inverse_count, range_factor, FOLDED)
+    upstream = tl.full([ROWS], 1.0, tl.float32)
+    if upstream_ptr is not None:
+        upstream = tl.load(upstream_ptr + samples, mask=inside, other=0.0)
+    row_lse = tl.load(row_lse_ptr + samples, mask=inside, other=0.0)
+    moment = tl.zeros([ROWS, BLOCK_P], tl.float32)
+    row_ptrs = y_ptr + rows.to(tl.int64)[:, None] * row_stride
+    for start in tl.range(0, p, BLOCK_P, num_stages=1):
+        columns = start + tl.arange(0, BLOCK_P)
+        within = columns < p
+        if EVEN:
+            y = tl.load(row_ptrs + columns[None, :])
+        else:
+            y = tl.load(row_ptrs + columns[None, :], mask=(columns < loaded)[None, :], other=0.0)
+        u = scale * y
+        classes = offset + columns
+        column_lse = tl.load(column_lse_ptr + classes, mask=within, other=0.0)
+        of_columns = tl.full([BLOCK_P], 1.0, tl.float32)
+        if upstream_ptr is not None:
+            of_columns = tl.load(upstream_ptr + classes, mask=within, other=0.0)
+        g = (0.5 * upstream)[:, None] * tl.exp2((u - row_lse[:, None]) * 1.4426950408889634)
+        g += (0.5 * of_columns)[None, :] * tl.exp2((u - column_lse[None, :]) * 1.4426950408889634)
+        g -= tl.where(samples[:, None] == classes[None, :], upstream[:, None], 0.0)
+        of_scale = g * y
+        if MASKED:
+            g = tl.where(within[None, :], g, 0.0)
+            of_scale = tl.where(within[None, :], of_scale, 0.0)
+        moment += of_scale
+        if g_ptr is not None:
+            # G of half precision lies over logits of this tile and earlier ones.
+            tl.debug_barrier()
+            at = g_ptr + rows.to(tl.int64)[:, None] * g_stride + columns[None, :]
+            g = (factor * g).to(g_ptr.dtype.element_ty)
+            if EVEN:
+                tl.store(at, g)
+            else:
+                tl.store(at, g, mask=(columns < loaded)[None, :])
+    at = scale_gradients_ptr + samples
+    before = tl.load(at, mask=rows < tl.where(offset > 0, n, 0), other=0.0)
+    tl.store(at, before + tl.sum(moment, 1), mask=inside)
+
+
+def _compute(
+    model: Model,
+    logit_scale: Tensor,
+    wanted: Sequence[bool],
+    dtype: torch.dtype,
+    upstream: Tensor | None = None,
+    known: Sequence[Tensor] | None = None,  # row_lse and column_lse, where they are known
+    inverse_count: float = 1.0,
+) -> tuple[RowResults, Factors]:
+    """Losses of at least one row and both log-sum-exps; the wanted gradients in `dtype`."""
     n = model.features.shape[0]
-    stats, column_stats = (
-        row_softmax.statistics([one], scale, target_source=row_softmax.DIAGONAL)
-        for one in (model, model.swapped())
+    scale, half = common.as_float32(logit_scale), model.features.dtype == torch.float16
+    bound = upstream.abs().amax() if half and upstream is not None else None
+    factors = Factors(scale, not half, inverse_count=inverse_count, bound=bound)
+    loss = common.empty_float32(scale, n)
+    lse = [common.empty_float32(scale, n) for _ in range(2)] if known is None else known
+    scale_gradients = common.empty_float32(scale, n) if any(wanted) else None
+    row_values = {"upstream_ptr": upstream, "row_lse_ptr": lse[0], "column_lse_ptr": lse[1]}
+
+    def run(plan: schedule.Plan) -> list[Tensor]:
+        blocks = Blocks([model], plan)
+        found = OperandGradients(model, wanted, dtype, factors, blocks.once)
+        if known is None:
+            _statistics(blocks, model, scale, factors, loss, *lse)
+        for row_blocks in blocks if any(wanted) else ():
+            for block in row_blocks:
+                if known is not None or min(blocks.rows, blocks.columns) < n:
+                    blocks.compute_logits(block)
+                launch_pairs(
+                    contrastive_gradient,
+                    blocks,
+                    block,
+                    factors,
+                    any(wanted[:2]),
+                    scale_gradients_ptr=scale_gradients,
+                    **row_values,
+                )
+                found.add(blocks.g, block)
+        return found.finished()
+
+    problem = schedule.Problem.of([model], any(wanted), softmax=False, columns_too=known is None)
+    operand_gradients = autotune.run_plan("contrastive", problem, [model], run)
+    return RowResults(loss, (scale_gradients,), operand_gradients, lse), factors
+
+
+def _statistics(
+    blocks: Blocks,
+    model: Model,
+    scale: Tensor,
+    factors: Factors,
+    loss: Tensor,
+    row_lse: Tensor,
+    column_lse: Tensor,
+) -> None:
+    """Write the loss and both log-sum-exps."""
+    n = loss.shape[0]
+    rows = row_softmax.Rows(
+        row_softmax.NO_LOSS, [model], scale, factors, target_source=row_softmax.DIAGONAL
     )
-    outputs = (common.empty_float32(scale, n) for _ in range(4))
-    loss, row_lse, column_lse, scale_gradients = outputs
+    states = common.empty_float32(scale, 2, 1, 5, n)
+    for row_blocks in blocks:
+        for block in row_blocks:
+            blocks.compute_logits(block)
+            softmax_loss.launch_stored(rows, blocks, block, states[0])
+            softmax_loss.launch_stored(rows, blocks, block, states[1], swap=True)
     launch(
         contrastive_rows,
-        (ceil_div(n, stats.rows_per_program),),
+        (ceil_div(n, 128),),
         scale.device,
-        warps=4,
-        stages=1,
-        stats_ptr=stats.values,
-        column_stats_ptr=column_stats.values,
+        4,
+        1,
+        state_ptr=states[0],
+        column_state_ptr=states[1],
         scale_ptr=scale,
         loss_ptr=loss,
         row_lse_ptr=row_lse,
         column_lse_ptr=column_lse,
-        scale_gradients_ptr=scale_gradients,
         n=n,
-        splits=stats.splits,
-        SPLITS=next_power_of_2(stats.splits),
-        ROWS=stats.rows_per_program,
+        ROWS=128,
     )
-    return loss, row_lse, column_lse, scale_gradients
 
 
 def contrastive(
@@ -103,7 +215,8 @@ def contrastive(
     if image_features.shape[0] == 0:
         return tuple(common.empty_float32(image_features, 0) for _ in range(3))
     model = Model.of(image_features, text_features)
-    return _contrastive_rows(model, common.as_float32(logit_scale))[:3]
+    results, _ = _compute(model, logit_scale, [False] * 3, torch.float32)
+    return results.loss, *results.details
 
 
 def contrastive_backward(
@@ -118,19 +231,11 @@ def contrastive_backward(
     """The gradients of image_features, text_features, logit_scale for one upstream per row."""
     dtype = image_features.dtype
     if image_features.shape[0] == 0:
-        empty = row_results.backward_of_no_rows(image_features, text_features, wanted, dtype)
-        return tuple(empty)
-    model, scale = Model.of(image_features, text_features), common.as_float32(logit_scale)
-    grad = common.as_float32(grad)
-    row_values = torch.stack([grad / 2, common.as_float32(row_lse), common.as_float32(column_lse)])
-    scale_gradients = common.empty_float32(scale, 0)
-    if wanted[2]:
-        scale_gradients = _contrastive_rows(model, scale)[3] * grad
-    bound = gradients.pair_bound(grad, dtype)
-    g = LogitGradient(gradients.CONTRASTIVE, [model], scale, row_values, bound=bound)
-    products = chunks.products_of(g, wanted)
-    results = RowResults(grad, (scale_gradients,), g, products=products)
-    return tuple(row_results.backward_outputs(results, wanted, dtype))
+        return row_results.backward_of_no_rows(image_features, text_features, wanted, dtype)
+    model = Model.of(image_features, text_features)
+    known = common.as_float32(row_lse), common.as_float32(column_lse)
+    results, _ = _compute(model, logit_scale, wanted, dtype, common.as_float32(grad), known)
+    return row_results.backward_outputs(results, wanted)
 
 
 def contrastive_reduced(
@@ -141,14 +246,11 @@ def contrastive_reduced(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """The sum or mean over pairs; the gradients of the three tensors in float32."""
-    if image_features.shape[0] == 0:
-        return tuple(row_results.reduced_of_no_rows(image_features, text_features, mean, wanted))
-    model, scale = Model.of(image_features, text_features), common.as_float32(logit_scale)
-    loss, row_lse, column_lse, scale_gradients = _contrastive_rows(model, scale)
-    row_values = None
-    if any(wanted):
-        row_values = torch.stack([torch.full_like(loss, 0.5), row_lse, column_lse])
-    g = LogitGradient(gradients.CONTRASTIVE, [model], scale, row_values)
-    products = chunks.products_of(g, wanted)
-    results = RowResults(loss, (scale_gradients,), g, products=products)
-    return tuple(row_results.reduced_outputs(results, mean, wanted))
+    n = image_features.shape[0]
+    if n == 0:
+        return row_results.reduced_of_no_rows(image_features, text_features, mean, wanted)
+    model = Model.of(image_features, text_features)
+    results, factors = _compute(
+        model, logit_scale, wanted, torch.float32, inverse_count=1.0 / n if mean else 1.0
+    )
+    return row_results.reduced_outputs(results._replace(details=()), wanted, factors)

@@ -1,92 +1,124 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc"
 """siglip: loss_i = sum_j softplus(-y_ij u_ij), u = scale X W^T + bias, N x P pairs.
 
-    y_ij = +1 where j = i + offset, else -1
-    dL/du_ij = g_i (sigmoid(u_ij) - [j = i + offset]), g_i the upstream gradient
+    y_ij = +1 where j = i + shift, else -1
+    dL/du_ij = g_i (sigmoid(u_ij) - [j = i + shift]), g_i the upstream gradient
 
-No normaliser is needed, so `row_softmax` is not used. A program of `siglip_sums` keeps a block of
-rows, and streams over the tiles of W that belong to its split. It keeps three sums per row in
-registers, with G for an upstream gradient of 1 and Y = X W^T:
+No normaliser is needed, so one launch of `siglip_rows` for each block of logits (`chunks`) does it
+all. A program keeps ROWS rows, reads their Y = X W^T once, and writes G over it. Its lanes keep
+three sums, with G for an upstream gradient of 1:
 
     loss    sum_j softplus(-y_ij u_ij)
-    moment  sum_j G_ij Y_ij, the contribution to dL/dscale
-    total   sum_j G_ij, the contribution to dL/dbias
+    moment  sum_j G_ij Y_ij, times g_i the contribution to dL/dscale
+    total   sum_j G_ij, times g_i the contribution to dL/dbias
 
-It writes them once, [3, splits, N], and the splits are added on the host side by torch.sum.
+They are added up at the end, and to those of the blocks before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import autotune, chunks, common, gradients, row_results, tiles
-from .common import Model, ceil_div
-from .gradients import LogitGradient, sigmoid_minus_match
-from .launch import launch
-from .products import jit_kernel, row_product
+from . import autotune, common, row_results, schedule
+from .chunks import Blocks, OperandGradients, launch_pairs
+from .common import Model
+from .products import jit_kernel
 from .row_results import RowResults
+from .sums import Factors, logit_factor
 
 
 @jit_kernel
-def siglip_sums(
-    x_ptr,  # [N, D]
-    w_ptr,  # [P, D]
-    x_stride,
-    w_stride,
-    d,
-    scale_ptr,  # 0-d
+def siglip_rows(
+    y_ptr,  # [n', S] float32
+    row_stride,
+    g_ptr,  # [n', *] in the dtype of X, or None
+    g_stride,
     bias_ptr,  # 0-d
-    offset,  # sample i matches class i + offset
-    sums_ptr,  # [3, splits, N]: loss, moment, total; see above
-    n,
-    p,
-    splits,
-    tiles_per_split,
+    upstream_ptr,  # [N], or None for 1
+    factors,  # see `Factors.arguments`
+    sums_ptr,  # [3, sum_rows]: loss, moment, total
+    sum_rows,
+    shift,  # sample i matches class i + shift
+    first,  # sample of the first row
+    offset,  # class of the first column
+    n,  # rows of the block
+    p,  # columns of the block
+    loaded,  # columns that may be read
+    inverse_count,
+    range_factor,
     MASKED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr,
+    FOLDED: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    DEPTH: tl.constexpr,
-    EVEN_DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(1)
-    samples = tl.minimum(rows, n - 1).to(tl.int64)
-    scale = tl.load(scale_ptr).to(tl.float32)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < n
+    samples = first + rows.to(tl.int64)
+    scale = tl.load(factors[0]).to(tl.float32)
     bias = tl.load(bias_ptr).to(tl.float32)
-    loss = tl.zeros([BLOCK_N], tl.float32)
-    moment = tl.zeros([BLOCK_N], tl.float32)
-    total = tl.zeros([BLOCK_N], tl.float32)
-    start = split * tiles_per_split
-    for tile in range(start, tl.minimum(start + tiles_per_split, tl.cdiv(p, BLOCK_P))):
-        columns = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-        y = row_product(
-            x_ptr, w_ptr, samples, tl.minimum(columns, p - 1).to(tl.int64), x_stride, w_stride, d,
-            BLOCK_N, BLOCK_P, DEPTH, EVEN_DEPTH, False, PRECISION, UPCAST,
-        )  # fmt: skip
-        match = (rows + offset)[:, None] == columns[None, :]
+    factor = logit_factor(factors, inverse_count, range_factor, FOLDED)
+    upstream = tl.full([ROWS], 1.0, tl.float32)
+    if upstream_ptr is not None:
+        upstream = tl.load(upstream_ptr + samples, mask=inside, other=0.0)
+    loss = tl.zeros([ROWS, BLOCK_P], tl.float32)
+    moment = tl.zeros([ROWS, BLOCK_P], tl.float32)
+    total = tl.zeros([ROWS, BLOCK_P], tl.float32)
+    row_ptrs = y_ptr + rows.to(tl.int64)[:, None] * row_stride
+    for start in tl.range(0, p, BLOCK_P, num_stages=1):
+        columns = start + tl.arange(0, BLOCK_P)
+        if EVEN:
+            y = tl.load(row_ptrs + columns[None, :])
+        else:
+            y = tl.load(row_ptrs + columns[None, :], mask=(columns < loaded)[None, :], other=0.0)
+        match = (samples + shift)[:, None] == (offset + columns)[None, :]
         u = scale * y + bias
         g = sigmoid_minus_match(u, match)
         value = softplus(tl.where(match, -u, u))
+        of_scale = g * y
         if MASKED:
             active = (columns < p)[None, :]
             g = tl.where(active, g, 0.0)
             value = tl.where(active, value, 0.0)
-        loss += tl.sum(value, 1)
-        moment += tl.sum(g * y, 1)
-        total += tl.sum(g, 1)
-    inside = rows < n
-    n = tl.cast(n, tl.int64)
-    to = sums_ptr + split * n + rows
-    tl.store(to, loss, mask=inside)
-    tl.store(to + splits * n, moment, mask=inside)
-    tl.store(to + 2 * splits * n, total, mask=inside)
+            of_scale = tl.where(active, of_scale, 0.0)
+        loss += value
+        moment += of_scale
+        total += g
+        if g_ptr is not None:
+            # G of half precision lies over logits of this tile and earlier ones.
+            tl.debug_barrier()
+            at = g_ptr + rows.to(tl.int64)[:, None] * g_stride + columns[None, :]
+            g = ((factor * upstream)[:, None] * g).to(g_ptr.dtype.element_ty)
+            if EVEN:
+                tl.store(at, g)
+            else:
+                tl.store(at, g, mask=(columns < loaded)[None, :])
+    before = rows < tl.where(offset > 0, n, 0)  # whether blocks were before
+    at = sums_ptr + samples
+    sum_rows = tl.cast(sum_rows, tl.int64)
+    tl.store(at, tl.load(at, mask=before, other=0.0) + tl.sum(loss, 1), mask=inside)
+    at += sum_rows
+    moments = tl.load(at, mask=before, other=0.0) + upstream * tl.sum(moment, 1)
+    tl.store(at, moments, mask=inside)
+    at += sum_rows
+    totals = tl.load(at, mask=before, other=0.0) + upstream * tl.sum(total, 1)
+    tl.store(at, totals, mask=inside)
+
+
+@triton.jit
+def sigmoid_minus_match(u, match):
+    """sigmoid(u), minus 1 where `match`, without cancellation."""
+    e = tl.exp2(tl.abs(u) * -1.4426950408889634)
+    large = 1.0 / (1.0 + e)
+    small = e * large
+    positive = u >= 0
+    return tl.where(match, -tl.where(positive, small, large), tl.where(positive, large, small))
 
 
 @triton.jit
@@ -103,114 +135,92 @@ def softplus(u):
     return tl.maximum(u, 0.0) + log1p
 
 
-def _siglip_rows(model: Model, scale: Tensor, bias: Tensor, offset: int) -> Tensor:
-    """[3, N > 0]: loss, moment, total; for an upstream gradient of 1."""
-    n, p = model.features.shape[0], model.prototypes.shape[0]
-    device = tiles.Device.of([model])
+class _Arguments(NamedTuple):
+    image_features: Tensor  # [N, D]
+    text_features: Tensor  # [P, D]
+    logit_scale: Tensor  # 0-d
+    logit_bias: Tensor  # 0-d
+    shift: int
 
-    def run(plan: tiles.Plan) -> Tensor:
-        tile, splits = plan.tile, plan.splits
-        out = common.empty_float32(scale, 3, splits, n)
-        launch(
-            siglip_sums,
-            (ceil_div(n, tile.kept), splits),
-            out.device,
-            tile.warps,
-            tile.stages,
-            x_ptr=model.features,
-            w_ptr=model.prototypes,
-            x_stride=model.features.stride(0),
-            w_stride=model.prototypes.stride(0),
-            d=model.width,
-            scale_ptr=scale,
-            bias_ptr=bias,
-            offset=offset,
-            sums_ptr=out,
-            n=n,
-            p=p,
-            splits=splits,
-            tiles_per_split=ceil_div(ceil_div(p, tile.streamed), splits),
-            MASKED=p % tile.streamed != 0,
-            BLOCK_N=tile.kept,
-            BLOCK_P=tile.streamed,
-            DEPTH=tile.depth,
-            EVEN_DEPTH=model.width % tile.depth == 0,
-            PRECISION=device.precision,
-            UPCAST=common.upcast([model]),
-        )
-        return out[:, 0] if splits == 1 else out.sum(1)
-
-    plans = tiles.row_plans(device, n, p, "sums")
-    return autotune.run("siglip", device, (n, p, model.width), plans, run)
+    @property
+    def empty(self) -> bool:
+        return self.image_features.shape[0] == 0 or self.text_features.shape[0] == 0
 
 
-def _clamped_offset(image_features: Tensor, text_features: Tensor, offset: int) -> int:
-    # Beyond these limits no row has a match, and the kernels' 32-bit integers would overflow.
-    return max(-image_features.shape[0], min(offset, text_features.shape[0]))
-
-
-def siglip(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    offset: int,
-) -> Tensor:
-    """The loss of each row, [N] float32."""
-    if image_features.shape[0] == 0 or text_features.shape[0] == 0:
-        return image_features.new_zeros(image_features.shape[0], dtype=torch.float32)
-    offset = _clamped_offset(image_features, text_features, offset)
-    model = Model.of(image_features, text_features)
-    scale, bias = common.as_float32(logit_scale), common.as_float32(logit_bias)
-    return _siglip_rows(model, scale, bias, offset)[0].clone()
-
-
-def siglip_backward(
-    grad: Tensor,
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    offset: int,
+def _compute(
+    a: _Arguments,
+    upstream: Tensor | None,
     wanted: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    """The gradients of the four tensors for an upstream gradient per row."""
-    dtype = image_features.dtype
-    if image_features.shape[0] == 0 or text_features.shape[0] == 0:
-        empty = row_results.backward_of_no_rows(image_features, text_features, wanted, dtype)
-        return tuple(empty)
-    offset = _clamped_offset(image_features, text_features, offset)
-    model = Model.of(image_features, text_features)
-    scale, bias, grad = map(common.as_float32, (logit_scale, logit_bias, grad))
-    of_scale, of_bias = grad, grad  # not used where neither is wanted
-    if wanted[2] or wanted[3]:
-        of_scale, of_bias = _siglip_rows(model, scale, bias, offset)[1:] * grad
-    bound = gradients.pair_bound(grad, dtype)
-    g = LogitGradient(gradients.SIGLIP, [model], scale, grad, bias=bias, offset=offset, bound=bound)
-    products = chunks.products_of(g, wanted)
-    results = RowResults(grad, (of_scale, of_bias), g, products=products)
-    return tuple(row_results.backward_outputs(results, wanted, dtype))
-
-
-def siglip_reduced(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    offset: int,
-    mean: bool,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    """The sum or mean over rows; the gradients of the four tensors in float32."""
-    if image_features.shape[0] == 0 or text_features.shape[0] == 0:
-        return tuple(row_results.reduced_of_no_rows(image_features, text_features, mean, wanted))
-    offset = _clamped_offset(image_features, text_features, offset)
-    model = Model.of(image_features, text_features)
-    scale, bias = common.as_float32(logit_scale), common.as_float32(logit_bias)
-    loss, of_scale, of_bias = _siglip_rows(model, scale, bias, offset)
-    g = LogitGradient(
-        gradients.SIGLIP, [model], scale, torch.ones_like(loss), bias=bias, offset=offset
+    dtype: torch.dtype,
+    inverse_count: float = 1.0,
+) -> tuple[RowResults, Factors]:
+    """Losses of at least one row and column, and the wanted gradients in `dtype`."""
+    model = Model.of(a.image_features, a.text_features)
+    n, p = a.image_features.shape[0], a.text_features.shape[0]
+    half = a.image_features.dtype == torch.float16
+    upstream = None if upstream is None else common.as_float32(upstream)
+    bound = upstream.abs().amax() if half and upstream is not None else None
+    factors = Factors(
+        common.as_float32(a.logit_scale), not half, inverse_count=inverse_count, bound=bound
     )
-    products = chunks.products_of(g, wanted)
-    results = RowResults(loss, (of_scale, of_bias), g, products=products)
-    return tuple(row_results.reduced_outputs(results, mean, wanted))
+    bias = common.as_float32(a.logit_bias)
+    sums = common.empty_float32(bias, 3, n)
+    gradient = any(wanted[:2])
+    # Beyond these limits no row has a match, and the kernel's 32-bit integers would overflow.
+    shift = max(-n, min(a.shift, p))
+
+    def run(plan: schedule.Plan) -> list[Tensor]:
+        blocks = Blocks([model], plan)
+        found = OperandGradients(model, wanted, dtype, factors, blocks.once)
+        for row_blocks in blocks:
+            for block in row_blocks:
+                blocks.compute_logits(block)
+                launch_pairs(
+                    siglip_rows,
+                    blocks,
+                    block,
+                    factors,
+                    gradient,
+                    bias_ptr=bias,
+                    upstream_ptr=upstream,
+                    sums_ptr=sums,
+                    sum_rows=n,
+                    shift=shift,
+                )
+                if gradient:
+                    found.add(blocks.g, block)
+        return found.finished()
+
+    problem = schedule.Problem.of([model], gradient, softmax=False)
+    operand_gradients = autotune.run_plan("siglip", problem, [model], run)
+    loss, of_scale, of_bias = sums
+    return RowResults(loss, (of_scale, of_bias), operand_gradients), factors
+
+
+def siglip(*arguments: Any) -> Tensor:
+    """The loss of each row, [N] float32."""
+    a = _Arguments(*arguments)
+    if a.empty:
+        return a.image_features.new_zeros(a.image_features.shape[0], dtype=torch.float32)
+    return _compute(a, None, [False] * 4, torch.float32)[0].loss.clone()
+
+
+def siglip_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """The gradients of the four tensors for an upstream gradient per row."""
+    *forward, wanted = arguments
+    a = _Arguments(*forward)
+    operands, dtype = a[:2], a.image_features.dtype
+    if a.empty:
+        return row_results.backward_of_no_rows(*operands, wanted, dtype)
+    return row_results.backward_outputs(_compute(a, grad, wanted, dtype)[0], wanted)
+
+
+def siglip_reduced(*arguments: Any) -> tuple[Tensor, ...]:
+    """The sum or mean over rows; the gradients of the four tensors in float32."""
+    *forward, mean, wanted = arguments
+    a = _Arguments(*forward)
+    if a.empty:
+        return row_results.reduced_of_no_rows(*a[:2], mean, wanted)
+    inverse_count = 1.0 / a.image_features.shape[0] if mean else 1.0
+    results, factors = _compute(a, None, wanted, torch.float32, inverse_count)
+    return row_results.reduced_outputs(results, wanted, factors)

@@ -10,8 +10,8 @@ The backward is given G. With A = G W, or G times the normalised W, and u = a x:
     dL/dscale = sum_i <u_i, A_i>
     dx = scale A, or with normalisation dx = scale a (A - u <u, A>)
 
-`gradients` computes A (for dW likewise G^T X). A program of `project` keeps a few rows, reads A and
-X twice, and writes dx and <u, A>.
+A is a product of the library (for dW likewise G^T X). A program of `project` keeps a few rows,
+reads A and X twice, and writes dx and <u, A>.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import autotune, common, gradients, tiles
+from . import autotune, common, schedule
 from .common import Model, ceil_div
-from .gradients import LogitGradient
-from .launch import launch
+from .launch import launch, multiply
 from .products import jit_kernel, row_product
 from .row_results import backward_of_no_rows
 
@@ -85,7 +84,7 @@ def scaled_product(
     classes = tl.minimum(columns, p - 1).to(tl.int64)
     z = row_product(
         x_ptr, w_ptr, samples, classes, x_stride, w_stride, d,
-        BLOCK_N, BLOCK_P, DEPTH, EVEN_DEPTH, False, PRECISION, UPCAST,
+        BLOCK_N, BLOCK_P, DEPTH, EVEN_DEPTH, PRECISION, UPCAST,
     )  # fmt: skip
     scale = tl.load(scale_ptr).to(tl.float32)
     if row_inverse_norms_ptr is not None:
@@ -172,13 +171,12 @@ def similarity(features: Tensor, prototypes: Tensor, scale: Tensor, normalize: b
         return out
     model, scale = Model.of(features, prototypes), common.as_float32(scale)
     of_rows, of_columns = (inverse_norms(v) if normalize else None for v in model)
-    device = tiles.Device.of([model])
+    architecture = common.architecture(out.device)
 
-    def run(plan: tiles.Plan) -> Tensor:
-        tile = plan.tile
+    def run(tile: schedule.Tile) -> Tensor:
         launch(
             scaled_product,
-            (ceil_div(p, tile.streamed) * ceil_div(n, tile.kept),),
+            (ceil_div(p, tile.columns) * ceil_div(n, tile.rows),),
             out.device,
             tile.warps,
             tile.stages,
@@ -193,17 +191,17 @@ def similarity(features: Tensor, prototypes: Tensor, scale: Tensor, normalize: b
             out_ptr=out,
             n=n,
             p=p,
-            BLOCK_N=tile.kept,
-            BLOCK_P=tile.streamed,
+            BLOCK_N=tile.rows,
+            BLOCK_P=tile.columns,
             DEPTH=tile.depth,
             EVEN_DEPTH=model.width % tile.depth == 0,
-            PRECISION=device.precision,
+            PRECISION=common.precision(architecture, out.dtype),
             UPCAST=common.upcast([model]),
         )
         return out
 
-    plans = tiles.grid_plans(device, n, p)
-    return autotune.run("similarity", device, (n, p, model.width), plans, run)
+    tiles = schedule.product_tiles(architecture, out.dtype, n, p)
+    return autotune.run("similarity", model, (n, p, model.width), tiles, run)
 
 
 def similarity_backward(
@@ -217,24 +215,31 @@ def similarity_backward(
     """dX, dW, dscale for an upstream gradient [N, P]."""
     dtype = features.dtype
     if features.shape[0] == 0:
-        return tuple(backward_of_no_rows(features, prototypes, wanted, dtype))
+        return backward_of_no_rows(features, prototypes, wanted, dtype)
     model, scale = Model.of(features, prototypes), common.as_float32(scale)
     of_rows, of_columns = (inverse_norms(v) if normalize else None for v in model)
-    g = LogitGradient(gradients.GIVEN, [model], scale, given=grad.to(dtype))
+    g = grad.to(dtype)
     dx, dw = features.new_empty(0), features.new_empty(0)
     dscale = common.empty_float32(features, 0)
-    if wanted[2] or (wanted[0] and normalize):
-        a = gradients.operand_gradient(g, False, torch.float32, of_columns, scaled=False)
-        dx, projection = _project(a, model.features, of_rows, scale, dtype if wanted[0] else None)
+    if wanted[0] or wanted[2]:
+        of_x = dtype if wanted[0] else None
+        dx, projection = _project(
+            _product(g, model.prototypes, of_columns), model.features, of_rows, scale, of_x
+        )
         dscale = projection.sum() if wanted[2] else dscale
-    elif wanted[0]:
-        dx = gradients.operand_gradient(g, False, dtype)
-    if wanted[1] and normalize:
-        a = gradients.operand_gradient(g, True, torch.float32, of_rows, scaled=False)
+    if wanted[1]:
+        a = _product(g.mT, model.features, of_rows)
         dw, _ = _project(a, model.prototypes, of_columns, scale, dtype)
-    elif wanted[1]:
-        dw = gradients.operand_gradient(g, True, dtype)
     return dx, dw, dscale
+
+
+def _product(g: Tensor, operand: Tensor, inverse_norms: Tensor | None) -> Tensor:
+    """G times the operand, or its normalised rows, in float32."""
+    if inverse_norms is not None:
+        operand = (operand * inverse_norms[:, None]).to(operand.dtype)
+    out = common.empty_float32(operand, g.shape[0], operand.shape[1])
+    multiply(g, operand, out)
+    return out
 
 
 def _project(

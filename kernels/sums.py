@@ -1,18 +1,24 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc"
-"""Sums over rows, and sums over the parts of a result that was split over programs.
+"""Sums over rows, and the factors between G and the gradients.
 
-    row_totals   total = sum_i v_i, or its mean over the rows that count
-    part_sums    out = f sum_s part_s    f = scale, times the factors of `result_factor`
+    row_count      the rows of a mean, where some are ignored
+    row_totals     total = sum_i v_i, or its mean over the rows that count
+    scaled         dX and dW times the factor that their G did not have yet
 
-`row_totals` is one program. It reads N values, BLOCK at a time, keeps BLOCK float32 sums in
-registers, and writes one number per input. It also counts the rows of a mean. A program of
-`part_sums` keeps BLOCK elements of the result in registers, reads them in every part, and writes
-them once. Both add in a fixed order, so results repeat bit for bit.
+The first two are one program, which keeps BLOCK float32 sums in registers and adds in a fixed
+order, so that results repeat bit for bit.
+
+dX = f G W and dW = f G^T X, where f is the scale, and 1 / count for a mean. G is multiplied by f
+before it is rounded to the dtype of X (FOLDED). Not for float16, which has few numbers below 6e-5:
+there G is multiplied so that its largest values are near 256, and the products are multiplied by
+what is left of f in float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -23,145 +29,176 @@ from .common import ceil_div
 from .launch import launch
 from .products import jit_kernel
 
+LARGEST = 256.0  # of G in float16
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The factors between G for upstream gradients of one, and the gradients of X and W."""
+
+    scale: Tensor  # 0-d
+    folded: bool  # whether G has them when it is written
+    count: Tensor | None = None  # 0-d, rows of a mean; None where `inverse_count` says it
+    inverse_count: float = 1.0  # 1 for a sum
+    bound: Tensor | None = None  # 0-d, not below any |G|, beside `largest`
+    largest: float = 1.0  # not below any |G|
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "factors": (self.scale, self.count, self.bound),
+            "inverse_count": self.inverse_count,
+            "range_factor": LARGEST / self.largest,
+            "FOLDED": self.folded,
+        }
+
+
+@triton.jit
+def logit_factor(factors, inverse_count, range_factor, FOLDED: tl.constexpr):
+    """The factor of G before it is written."""
+    if FOLDED:
+        factor = _scale_over_count(factors, inverse_count)
+    else:
+        factor = range_factor / _bound(factors[2])
+    return factor
+
+
+@triton.jit
+def result_factor(factors, inverse_count, range_factor, FOLDED: tl.constexpr):
+    """The factor of a product with G."""
+    if FOLDED:
+        factor = 1.0
+    else:
+        factor = _scale_over_count(factors, inverse_count) * _bound(factors[2]) / range_factor
+    return factor
+
+
+@triton.jit
+def _scale_over_count(factors, inverse_count):
+    scale_ptr, count_ptr, _ = factors
+    if count_ptr is not None:
+        inverse_count = 1.0 / tl.maximum(tl.load(count_ptr), 1.0)
+    return tl.load(scale_ptr).to(tl.float32) * inverse_count
+
+
+@triton.jit
+def _bound(bound_ptr):
+    bound = 1.0
+    if bound_ptr is not None:
+        bound = tl.load(bound_ptr)
+        bound = tl.where(bound > 1e-30, bound, 1.0)  # a smaller one would give infinity
+    return bound
+
+
+@jit_kernel
+def row_count(
+    target_ptr,  # [N] int64
+    out_ptr,  # 0-d float32
+    ignore_index,
+    n,
+    BLOCK: tl.constexpr,
+):
+    counted = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        target = tl.load(target_ptr + rows, mask=rows < n, other=ignore_index)
+        counted += (target != ignore_index).to(tl.float32)
+    tl.store(out_ptr, tl.sum(counted, 0))
+
 
 @jit_kernel
 def row_totals(
     value_ptrs,  # tensors [N]; the first is the loss
     out_ptrs,  # 0-d each
-    mean_factor_ptr,  # 0-d: 1 / count for a mean, 1 for a sum
-    target_ptr,  # [N] int64, or None where every row counts
-    ignore_index,
+    count_ptr,  # 0-d, or None
+    inverse_count,
     n,
-    COUNT: tl.constexpr,
-    MEAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    zero = tl.zeros([BLOCK], tl.float32)
-    counted = zero
-    for start in range(0, n, BLOCK):
-        rows = start + tl.arange(0, BLOCK)
-        inside = rows < n
-        if target_ptr is not None:
-            target = tl.load(target_ptr + rows, mask=inside, other=0)
-            counted += (inside & (target != ignore_index)).to(tl.float32)
-        else:
-            counted += inside.to(tl.float32)
-    count = tl.sum(counted, 0)
-    # The mean over no rows is 0 / 0 = NaN; its gradient is zero.
-    mean_factor = tl.where(count > 0, 1.0 / tl.maximum(count, 1.0), 0.0) if MEAN else 1.0
-    tl.store(mean_factor_ptr, mean_factor)
-    for i in tl.static_range(COUNT):
-        summed = zero
+    for i in tl.static_range(len(value_ptrs)):
+        summed = tl.zeros([BLOCK], tl.float32)
         for start in range(0, n, BLOCK):
             rows = start + tl.arange(0, BLOCK)
             summed += tl.load(value_ptrs[i] + rows, mask=rows < n, other=0.0)
         total = tl.sum(summed, 0)
-        if i == 0 and MEAN:
-            total = total / count
+        if count_ptr is None:
+            total *= inverse_count
         else:
-            total = total * mean_factor
+            # The mean over no rows is 0 / 0 = NaN; its gradient is zero.
+            count = tl.load(count_ptr)
+            total /= count if i == 0 else tl.maximum(count, 1.0)
         tl.store(out_ptrs[i], total)
 
 
-@jit_kernel
-def part_sums(
-    parts_ptr,  # [parts, size] float32
-    out_ptr,  # [size]
-    scale_ptr,  # 0-d, or None
-    mean_factor_ptr,  # 0-d, or None
-    bound_ptr,  # 0-d, or None; the parts were multiplied by RANGE_FACTOR / bound
-    size,  # int64 where it does not fit int32
-    parts,
-    RANGE_FACTOR: tl.constexpr,
+@triton.jit
+def scaled(
+    in_ptrs,  # one tensor or two, float32
+    out_ptrs,
+    sizes,  # int64 where they do not fit int32
+    factors,
+    inverse_count,
+    range_factor,
     BLOCK: tl.constexpr,
 ):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    total = tl.zeros([BLOCK], tl.float32)
-    for part in range(parts):
-        total += tl.load(parts_ptr + tl.cast(part, tl.int64) * size + at, mask=inside, other=0.0)
-    factor = result_factor(scale_ptr, mean_factor_ptr, bound_ptr, RANGE_FACTOR)
-    tl.store(out_ptr + at, (total * factor).to(out_ptr.dtype.element_ty), mask=inside)
+    factor = result_factor(factors, inverse_count, range_factor, False)
+    block = tl.program_id(0).to(tl.int64)
+    for i in tl.static_range(len(in_ptrs)):
+        at = block * BLOCK + tl.arange(0, BLOCK)
+        inside = (at >= 0) & (at < sizes[i])
+        value = tl.load(in_ptrs[i] + at, mask=inside, other=0.0) * factor
+        tl.store(out_ptrs[i] + at, value.to(out_ptrs[i].dtype.element_ty), mask=inside)
+        block -= tl.cdiv(sizes[i], BLOCK)
 
 
-@triton.jit
-def range_factor_of(bound_ptr, RANGE_FACTOR: tl.constexpr):
-    """The factor of G before G is rounded to half precision, which keeps it in float16's range."""
-    if bound_ptr is None:
-        range_factor = RANGE_FACTOR
-    else:
-        bound = tl.load(bound_ptr)
-        range_factor = RANGE_FACTOR / tl.where(
-            bound > 1e-30, bound, 1.0
-        )  # a smaller bound would give infinity
-    return range_factor
+def _block(n: int) -> dict[str, int]:
+    # Few sizes, since each is a kernel to compile.
+    block = 1024 if n <= 8192 else 8192
+    return {"warps": block // 256, "stages": 1, "BLOCK": block}
 
 
-@triton.jit
-def result_factor(scale_ptr, mean_factor_ptr, bound_ptr, RANGE_FACTOR: tl.constexpr):
-    """The factor of a sum over G: it takes the range factor out, and puts the others in."""
-    factor = 1.0 / RANGE_FACTOR
-    if scale_ptr is not None:
-        factor *= tl.load(scale_ptr).to(tl.float32)
-    if mean_factor_ptr is not None:
-        factor *= tl.load(mean_factor_ptr)
-    if bound_ptr is not None:
-        bound = tl.load(bound_ptr)
-        factor *= tl.where(bound > 1e-30, bound, 1.0)
-    return factor
+def count_rows(target: Tensor, ignore_index: int) -> Tensor:
+    """How many rows are not ignored, 0-d float32."""
+    out = torch.empty((), dtype=torch.float32, device=target.device)
+    n = target.shape[0]
+    arguments: dict[str, Any] = {"target_ptr": target, "out_ptr": out}
+    launch(row_count, (1,), out.device, ignore_index=ignore_index, n=n, **_block(n), **arguments)
+    return out
 
 
-def totals(
-    values: Sequence[Tensor],  # [N] each: the loss, then other values to sum over rows
-    mean: bool,
-    target: Tensor | None = None,
-    ignore_index: int = 0,
-) -> tuple[list[Tensor], Tensor]:
-    """The sum or mean of each of the values, and the mean factor, all 0-d; N > 0."""
+def totals(values: Sequence[Tensor], factors: Factors) -> list[Tensor]:
+    """The sum or mean of each of the values [N > 0], 0-d; the loss is the first of them."""
     loss = values[0]
     out = [torch.empty((), dtype=torch.float32, device=loss.device) for _ in values]
-    mean_factor = torch.empty_like(out[0])
     launch(
         row_totals,
         (1,),
         loss.device,
-        warps=8,
-        stages=1,
         value_ptrs=tuple(values),
         out_ptrs=tuple(out),
-        mean_factor_ptr=mean_factor,
-        target_ptr=target,
-        ignore_index=ignore_index,
+        count_ptr=factors.count,
+        inverse_count=factors.inverse_count,
         n=loss.shape[0],
-        COUNT=len(values),
-        MEAN=mean,
-        BLOCK=1024,
+        **_block(loss.shape[0]),
     )
-    return out, mean_factor
+    return out
 
 
-def add_parts(
-    parts: Tensor,  # [parts, M, D] float32
-    out: Tensor,  # [M, D]
-    scale: Tensor | None,
-    mean_factor: Tensor | None,
-    bound: Tensor | None,
-    range_factor: float,
-) -> None:
-    """Write the sum of the parts, times the factors, to `out`."""
+def scale_results(pairs: Sequence[tuple[Tensor, Tensor]], factors: Factors) -> None:
+    """Write the first of each pair, times the factors that its G did not have, to the second."""
+    if not pairs:
+        return
+    block = 1024
+    sizes = tuple(t.numel() for t, _ in pairs)
+    arguments = {name: v for name, v in factors.arguments.items() if name != "FOLDED"}
     launch(
-        part_sums,
-        (ceil_div(out.numel(), 1024),),
-        out.device,
-        warps=4,
-        stages=1,
-        parts_ptr=parts,
-        out_ptr=out,
-        scale_ptr=scale,
-        mean_factor_ptr=mean_factor,
-        bound_ptr=bound,
-        size=out.numel(),
-        parts=parts.shape[0],
-        RANGE_FACTOR=range_factor,
-        BLOCK=1024,
+        scaled,
+        (sum(ceil_div(size, block) for size in sizes),),
+        pairs[0][0].device,
+        4,
+        1,
+        in_ptrs=tuple(t for t, _ in pairs),
+        out_ptrs=tuple(to for _, to in pairs),
+        sizes=sizes,
+        BLOCK=block,
+        **arguments,
     )

@@ -79,7 +79,7 @@ def _environment(seconds: float) -> Commands:
 def _tests(seconds: float) -> Commands:
     # Most of the time Triton compiles, on one core for each process.
     pytest = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    of_numbers = [f"{TESTS}/test_gpu_{name}.py" for name in ("values", "schedules")]
+    of_numbers = [f"{TESTS}/test_gpu_{name}.py" for name in ("schedules", "values")]
     small = [PYTHON, "-m", "benchmarks.gpu.small", "--verify", "--seconds", f"{seconds:.0f}"]
     commands = {
         **{f"tests-{numbers}": [*pytest, *of_numbers, "-k", numbers] for numbers in NUMBERS},

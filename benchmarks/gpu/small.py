@@ -15,7 +15,7 @@ from mulki.bench.losses import MULKI
 from mulki.bench.outcomes import outcome
 from mulki.bench.verify import Verifier
 
-SHAPES = ((19, 35, 20), (70, 200, 65))
+SHAPES = ((19, 35, 20), (70, 300, 65))  # whole rows, and stored logits
 DTYPES = ("float32", "bfloat16")
 
 

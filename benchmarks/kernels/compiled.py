@@ -122,10 +122,8 @@ def _amd_usage(assembly: str) -> tuple[int, int, int]:
     return registers, stack, spills
 
 
-def compile_all(
-    wanted: Iterable[Variant], full: bool = False, processes: int | None = None
-) -> list[Compiled]:
-    """Compile variants of `variants(..., full)` in several processes, equal ones once.
+def compile_all(wanted: Iterable[Variant], processes: int | None = None) -> list[Compiled]:
+    """Compile variants of `variants` in several processes, equal ones once.
 
     Raises:
         RuntimeError: some do not compile; the message has the last line of each error.
@@ -141,7 +139,7 @@ def compile_all(
     context = get_context("spawn")
     with ProcessPoolExecutor(processes or _processors(), mp_context=context) as pool:
         batches = [
-            pool.submit(_compile_batch, *group, full, identities[start : start + BATCH])
+            pool.submit(_compile_batch, *group, identities[start : start + BATCH])
             for group, identities in groups.items()
             for start in range(0, len(identities), BATCH)
         ]
@@ -165,15 +163,15 @@ def _processors() -> int:
 
 
 @lru_cache(maxsize=1)
-def _variants_by_identity(architecture: str, number_format: str, full: bool) -> dict[str, Variant]:
-    return {variant.identity: variant for variant in variants(architecture, number_format, full)}
+def _variants_by_identity(architecture: str, number_format: str) -> dict[str, Variant]:
+    return {variant.identity: variant for variant in variants(architecture, number_format)}
 
 
 def _compile_batch(
-    architecture: str, number_format: str, full: bool, identities: list[str]
+    architecture: str, number_format: str, identities: list[str]
 ) -> list[Compiled | str]:
     # A kernel cannot be pickled, so that another process gets the identity of the variant.
-    here = _variants_by_identity(architecture, number_format, full)
+    here = _variants_by_identity(architecture, number_format)
     return [try_compile(here[identity]) for identity in identities]
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.cards import CARDS, GRAPH_LAUNCH, LAUNCH, seconds
+from benchmarks.kernels.cards import CARDS, GRAPH_LAUNCH, LAUNCH, PYTHON_LAUNCH, seconds
 from benchmarks.kernels.counts import OPERATORS, TEACHERS, Counts, Work, counts, counts_of_torch
 from mulki.bench.losses import EAGER
 from mulki.kernels.ahead_of_time import NUMBER_FORMATS
@@ -73,7 +73,7 @@ def row(operator: str, n: int, p: int, d: int, numbers: str) -> dict[str, Any]:
     """The counts of one call, and modelled seconds by GPU and way of computing it."""
     found = counts(operator, n, p, d, numbers)
     work = {
-        "mulki": (found.work, LAUNCH),
+        "mulki": (found.work, PYTHON_LAUNCH),
         "eager": (eager(operator, n, p, d, NUMBER_FORMATS[numbers][0]).work, LAUNCH),
         "compile": (compiled(operator, n, p, d, NUMBER_FORMATS[numbers][0]), GRAPH_LAUNCH),
         "library": (library(operator, n, p, d, NUMBER_FORMATS[numbers][0]), GRAPH_LAUNCH),

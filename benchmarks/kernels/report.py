@@ -27,8 +27,8 @@ variant; it ends with an error where a variant breaks a limit of `limits.py`. Te
 again and compare.
 
 - A variant is a kernel as an operator launches it, with the tile and all else that is a constant of
-  the compiled code: which arguments are given, which are multiples of 16, how many parts there are.
-  teacher_kl has two teachers; D is 512 and 1024.
+  the compiled code: which arguments are given, and which are multiples of 16. teacher_kl has two
+  teachers; D is 512. In fp16 only kernels that multiply, or are for fp16, are compiled.
 - Number format: operands are bf16, fp16 or float32. float32 is multiplied as `fp32` (strict: tf32x3
   on NVIDIA, float32 on AMD), `tf32` or `ieee` (on NVIDIA without tensor cores). Accumulators are
   float32 throughout.
@@ -45,7 +45,7 @@ def all_variants() -> list[Variant]:
         variant
         for number_format in NUMBER_FORMATS
         for architecture in ARCHITECTURES
-        for variant in variants(architecture, number_format, full=True)
+        for variant in variants(architecture, number_format)
     ]
 
 

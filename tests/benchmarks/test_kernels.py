@@ -71,7 +71,7 @@ def test_compiled_kernels_keep_their_limits(compiled):
     assert broken(compiled) == {}
     seen = {(row.architecture, row.number_format, multiplies(row)) for row in compiled}
     assert seen == {(a, n, m) for a in ARCHITECTURES for n in NUMBER_FORMATS for m in (True, False)}
-    without = {row.kernel for row in compiled if not row.dots and "STORED=True" not in row.tile}
+    without = {row.kernel for row in compiled if not row.dots}
     assert without == WITHOUT_PRODUCTS
 
 
@@ -86,7 +86,7 @@ def test_large_tiles_take_the_instructions_of_their_architecture(compiled):
         if known and int(blocks[0]) >= 64:
             found += 1
             assert best[row.architecture] in row.instructions, row.name
-    assert found > 20
+    assert found >= 6
 
 
 @pytest.mark.slow
@@ -120,7 +120,7 @@ def test_the_report_has_todays_entries(report):
         + (e.options["num_warps"], e.options["num_stages"])
         for e in all_variants()
     ]
-    assert len(set(today)) == len(today) > 1000
+    assert len(set(today)) == len(today) > 500
     assert sorted(map(key_of, report)) == sorted(today), RENEW
 
 
@@ -162,7 +162,7 @@ def changed(
     [("sm_80", {"maxnreg": 40}), ("gfx942", {"waves_per_eu": 8})],
 )
 def test_spilled_registers_are_found(architecture, fewer_registers):
-    variant = one_of(architecture, "bf16", "siglip_sums")
+    variant = one_of(architecture, "bf16", "whole_rows")
     wrong = violations(compile_variant(changed(variant, fewer_registers)))
     assert re.fullmatch(r"\d+ bytes of stack, limit 8", wrong[0])
     if architecture == "gfx942":
@@ -181,7 +181,7 @@ def test_too_much_shared_memory_is_found(architecture):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_tf32_in_strict_float32_is_found(architecture):
-    variant = one_of(architecture, "ieee", "siglip_sums", "BLOCK_N=16")
+    variant = one_of(architecture, "ieee", "scaled_product", "BLOCK_N=16")
     assert violations(compile_variant(variant)) == []
     wrong = violations(compile_variant(changed(variant, PRECISION="tf32")))
     assert len(wrong) == 1 and "tf32" in wrong[0].replace("xf32", "tf32")
@@ -189,7 +189,7 @@ def test_tf32_in_strict_float32_is_found(architecture):
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 def test_a_single_tf32_product_for_tf32x3_is_found(architecture):
-    kernel = "siglip_sums"
+    kernel = "scaled_product"
     variant = one_of(architecture, "fp32", kernel, "BLOCK_N=16")
     right = compile_variant(variant)
     assert violations(right) == [] and right.products == 3 * right.dots
@@ -201,12 +201,12 @@ def test_a_single_tf32_product_for_tf32x3_is_found(architecture):
 
 
 def test_products_without_tensor_cores_are_found():
-    plain = compile_variant(one_of("sm_80", "ieee", "siglip_sums", "BLOCK_N=16"))
+    plain = compile_variant(one_of("sm_80", "ieee", "scaled_product", "BLOCK_N=16"))
     assert plain.dots == 1 and plain.instructions == ""
     assert violations(replace(plain, number_format="tf32")) == ["no matrix instruction"]
-    half = compile_variant(one_of("sm_80", "bf16", "siglip_sums", "BLOCK_N=16"))
+    half = compile_variant(one_of("sm_80", "bf16", "scaled_product", "BLOCK_N=16"))
     assert "does not multiply fp16" in violations(replace(half, number_format="fp16"))[0]
-    stored = replace(half, tile="STORED=True")
+    stored = replace(half, kernel="stored_rows")
     assert violations(stored) == ["a product where none is expected"]
 
 

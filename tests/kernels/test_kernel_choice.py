@@ -65,80 +65,8 @@ def test_asking_imports_no_kernel():
     assert done.stdout.strip() == "[]", done.stderr
 
 
-tiles = importlib.import_module("mulki.kernels.tiles")
 common = importlib.import_module("mulki.kernels.common")
-KINDS = (
-    *("rows", "rows small", "sums", "similarity", "similarity small"),
-    *("slice", "part", "part small"),
-)
-FAMILIES = {"half": (True, "ieee"), "tf32": (False, "tf32"), "float": (False, "ieee")}
-
-
-@pytest.mark.parametrize("architecture", tiles.ARCHITECTURES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_table_is_complete(architecture, family):
-    device = tiles.Device(architecture, *FAMILIES[family])
-    assert device.family == family
-    for kind in KINDS:
-        for tile in device.tiles(kind):
-            blocks = tile.kept, tile.streamed, tile.depth, *([tile.slice] if tile.slice else [])
-            assert all(block >= 16 and block & (block - 1) == 0 for block in blocks)
-        assert device.tiles(kind), kind
-    assert len({plan.tile for plan in tiles.row_plans(device, 4096, 4096)}) > 1
-
-
-@pytest.mark.parametrize(
-    ("name", "known"),
-    [
-        *(("sm_80", "sm_80"), ("sm_89", "sm_86"), ("sm_90", "sm_90"), ("sm_103", "sm_100")),
-        *(("sm_120", "sm_86"), ("gfx942", "gfx942"), ("gfx1100", "gfx942"), ("xpu", "gfx942")),
-    ],
-)
-def test_unknown_architectures_take_the_entries_of_a_known_one(name, known):
-    assert tiles.Device(name, True, "ieee").table_architecture == known
-
-
-@pytest.mark.parametrize("architecture", tiles.ARCHITECTURES)
-@pytest.mark.parametrize("half", [True, False])
-def test_plans_cover_every_shape(architecture, half):
-    device = tiles.Device(architecture, half, "ieee")
-    for kept in (1, 64, 257, 4096, 65536):
-        for streamed in (1, 100, 1000, 21841):
-            plans = [*tiles.row_plans(device, kept, streamed)]
-            for width in (1, 512, 768, 2048):
-                for swap in (False, True):
-                    plans += tiles.gradient_plans(device, kept, streamed, width, swap)
-            for plan in plans:
-                count = -(-streamed // plan.tile.streamed)
-                each = -(-count // plan.splits)
-                # None without a tile, and a merge can hold them all.
-                assert 1 <= plan.splits <= count and (plan.splits - 1) * each < count
-                assert plan.splits <= 128 or plan.schedule not in ("rows", "rows small")
-            for plan in tiles.gradient_plans(device, kept, streamed, 512):
-                scratch = plan.splits > 1 or plan.schedule.startswith("part")
-                assert not scratch or plan.splits * kept * 512 * 4 <= tiles.PART_BYTES
-
-
-def test_what_small_and_large_problems_take():
-    device = tiles.Device("sm_90", True, "ieee")
-    assert tiles.row_plans(device, 65536, 8192)[0].splits == 1
-    assert tiles.row_plans(device, 64, 100)[0].schedule == "rows small"
-    assert tiles.row_plans(device, 256, 21841)[0].splits > 30
-    assert tiles.gradient_plans(device, 65536, 1000, 512)[0].schedule == "wide"
-    assert tiles.gradient_plans(device, 65536, 1000, 768)[0].schedule == "slice"
-    assert tiles.gradient_plans(device, 64, 100, 512)[0].schedule == "part small"
-
-
-def test_chunks_stay_within_their_memory():
-    device = tiles.Device("sm_90", True, "ieee")
-    assert tiles.chunk_rows(device, 256, 1000, 3) == 0
-    for p in (1024, 8192, 30000):
-        rows = tiles.chunk_rows(device, 65536, p, 3)
-        assert rows * p * (3 * 4 + 2) <= tiles.CHUNK_BYTES < 64 << 20
-    assert tiles.chunk_rows(device, 8192, 8192, 3) == 512
-    assert tiles.chunk_rows(tiles.Device("sm_90", False, "tf32x3"), 8192, 8192, 3) == 0
-    for other in ("gfx942", "xpu", "interpreter"):
-        assert tiles.chunk_rows(tiles.Device(other, True, "ieee"), 8192, 8192, 3) == 0
+schedule = importlib.import_module("mulki.kernels.schedule")
 
 
 def test_precision(monkeypatch):
@@ -176,59 +104,100 @@ def autotune(monkeypatch, tmp_path):
     return module
 
 
-PLANS = [tiles.Plan("rows", tiles.Tile(64 * i, 64, 32, 0, 8, 2), i) for i in (1, 2, 3)]
+PLANS = [schedule.Plan("chunks", 64 * i, 100) for i in (1, 2, 3)]
 
 
-def test_the_default_is_taken_unless_asked_otherwise(autotune, monkeypatch):
-    device = tiles.Device("sm_90", True, "ieee")
+@pytest.fixture
+def on_sm_90():
+    common.assume_architecture("sm_90")
+    yield model()
+    common.assume_architecture(None)
+
+
+def model(dtype=torch.bfloat16):
+    operand = torch.empty(1, 1, dtype=dtype)
+    return common.Model(operand, operand)
+
+
+def test_the_default_is_taken_unless_asked_otherwise(autotune, on_sm_90, monkeypatch):
     monkeypatch.delenv("MULKI_AUTOTUNE", raising=False)
-    assert autotune.run("rows", device, (5, 6), PLANS, lambda plan: plan) == PLANS[0]
+    assert autotune.run("rows", on_sm_90, (5, 6), PLANS, lambda plan: plan) == PLANS[0]
     monkeypatch.setenv("MULKI_AUTOTUNE", "1")
     torch.use_deterministic_algorithms(True)
     try:
-        assert autotune.run("rows", device, (5, 6), PLANS, lambda plan: plan) == PLANS[0]
+        assert autotune.run("rows", on_sm_90, (5, 6), PLANS, lambda plan: plan) == PLANS[0]
     finally:
         torch.use_deterministic_algorithms(False)
     assert not autotune.cache_file().exists()
+    # What was timed before does not count there either.
+    monkeypatch.setattr(autotune, "milliseconds", lambda function: -function().rows)
+    assert autotune.run("rows", on_sm_90, (5, 6), PLANS, lambda plan: plan) == PLANS[2]
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert autotune.run("rows", on_sm_90, (5, 6), PLANS, lambda plan: plan) == PLANS[0]
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
-def test_the_fastest_is_kept_on_disk(autotune, monkeypatch):
+def test_the_fastest_is_kept_on_disk(autotune, on_sm_90, monkeypatch):
     monkeypatch.setenv("MULKI_AUTOTUNE", "1")
-    device = tiles.Device("sm_90", True, "ieee")
     timed = []
 
     def milliseconds(function):
         timed.append(function())
-        return {64: 3.0, 128: 1.0, 192: float("inf")}[timed[-1].tile.kept]
+        return {64: 3.0, 128: 1.0, 192: float("inf")}[timed[-1].rows]
 
     monkeypatch.setattr(autotune, "milliseconds", milliseconds)
     for _ in range(2):
-        assert autotune.run("rows", device, (500, 600), PLANS, lambda plan: plan) == PLANS[1]
+        assert autotune.run("rows", on_sm_90, (500, 600), PLANS, lambda plan: plan) == PLANS[1]
     assert timed == PLANS
-    # Another process, a shape of the same size and other splits.
+    # Another process, and a shape of the same size.
     monkeypatch.setattr(autotune, "_chosen", {})
-    other = [plan._replace(splits=7) for plan in PLANS]
-    assert autotune.run("rows", device, (400, 520), other, lambda plan: plan) == other[1]
+    assert autotune.run("rows", on_sm_90, (400, 520), PLANS, lambda plan: plan) == PLANS[1]
     assert len(timed) == 3
     (key,) = json.loads(autotune.cache_file().read_text())
-    assert key.startswith("rows sm_90 half 512x1024 triton ")
+    assert key.startswith("rows sm_90 half half 512x1024 triton ")
     # How float32 is multiplied, and how many teachers there are, make other kernels.
-    keys = {
-        autotune._key("rows", tiles.Device("sm_90", False, precision), (500, 600, 512, models))
-        for precision in ("ieee", "tf32x3")
-        for models in (3, 4)
-    }
+    keys = set()
+    for precision in ("ieee", "tf32x3"):
+        monkeypatch.setenv("MULKI_INPUT_PRECISION", precision)
+        keys |= {
+            autotune._key("rows", model(torch.float32), (500, 600, *[512] * models))
+            for models in (3, 4)
+        }
     assert len(keys) == 4
     # What is not a choice is made again, and what is no file is replaced.
     monkeypatch.setattr(autotune, "_chosen", {})
     autotune.cache_file().write_text("{")
-    assert autotune.run("rows", device, (400, 520), other, lambda plan: plan) == other[1]
+    assert autotune.run("rows", on_sm_90, (400, 520), PLANS, lambda plan: plan) == PLANS[1]
     assert len(timed) == 6
+
+
+def test_schedules_are_timed_against_each_other(autotune, on_sm_90, monkeypatch):
+    monkeypatch.setenv("MULKI_AUTOTUNE", "1")
+    monkeypatch.setattr(autotune, "milliseconds", lambda function: function().schedule != "stream")
+    problem = schedule.Problem(300, 2000, (64,), "half", True)
+    plan = autotune.run_plan("siglip", problem, [on_sm_90], lambda plan: plan)
+    assert plan.schedule == "stream" != schedule.plans(problem)[0].schedule
+
+
+def test_a_plan_that_does_not_fit_the_gpu_is_the_slowest(autotune, monkeypatch):
+    errors = importlib.import_module("triton.runtime.errors")
+    testing = importlib.import_module("triton.testing")
+    monkeypatch.setattr(testing, "do_bench", lambda function, return_mode: function())
+
+    def too_large() -> float:
+        raise errors.OutOfResources(300_000, 232_448, "shared memory")
+
+    assert autotune.milliseconds(lambda: 2.5) == 2.5
+    assert autotune.milliseconds(too_large) == float("inf")
+    with pytest.raises(ZeroDivisionError):
+        autotune.milliseconds(lambda: 1 / 0)
 
 
 @pytest.fixture
 def launches():
-    """Records what an operator would launch on an architecture."""
+    """Records the kernels that an operator would launch on an architecture."""
     pytest.importorskip("triton", reason="needs Triton, which this installation has not")
     launch = importlib.import_module("mulki.kernels.launch")
 
@@ -246,19 +215,6 @@ def meta(*shape, dtype=torch.bfloat16):
 
 def operands(n, p, d=64, dtype=torch.bfloat16):
     return meta(n, d, dtype=dtype), meta(p, d, dtype=dtype), meta(dtype=torch.float32)
-
-
-def test_tf32_of_one_product_meets_no_tf32_of_another(launches, monkeypatch):
-    monkeypatch.setenv("MULKI_INPUT_PRECISION", "tf32")
-    for dtype, chunks in ((torch.bfloat16, True), (torch.float32, False)):
-        rows = operands(8192, 8192, dtype=dtype)
-        made = launches("contrastive_reduced", *rows, True, [True] * 3)
-        assert ("chunk_gradient" in {one.kernel.__name__ for one in made}) == chunks
-        # Cross-entropy takes its statistics from the products of which it makes G.
-        target = meta(8192, dtype=torch.int64)
-        options = target, None, 0.1, -100, True, [True] * 3
-        made = launches("prototype_cross_entropy_reduced", *rows, *options)
-        assert "chunk_gradient" in {one.kernel.__name__ for one in made}
 
 
 @pytest.mark.parametrize(("n", "p"), [(20_000_000, 10), (10, 20_000_000)])
@@ -288,27 +244,27 @@ def test_other_counts_are_no_other_kernel(launches):
     assert len(found) == len({one.split(",")[0] for one in found})
 
 
-def test_a_choice_that_cannot_be_kept_is_made_all_the_same(autotune, monkeypatch, tmp_path):
+def test_a_choice_that_cannot_be_kept_is_made_all_the_same(
+    autotune, on_sm_90, monkeypatch, tmp_path
+):
     monkeypatch.setenv("MULKI_AUTOTUNE", "1")
     (tmp_path / "file").touch()
     monkeypatch.setenv("MULKI_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr(autotune, "milliseconds", lambda function: -function().tile.kept)
-    device = tiles.Device("sm_90", True, "ieee")
+    monkeypatch.setattr(autotune, "milliseconds", lambda function: -function().rows)
     with pytest.warns(UserWarning, match="could not be kept .* MULKI_CACHE_DIR"):
-        assert autotune.run("rows", device, (500, 600), PLANS, lambda plan: plan) == PLANS[2]
-    assert autotune.run("rows", device, (500, 600), PLANS, lambda plan: plan) == PLANS[2]
+        assert autotune.run("rows", on_sm_90, (500, 600), PLANS, lambda plan: plan) == PLANS[2]
+    assert autotune.run("rows", on_sm_90, (500, 600), PLANS, lambda plan: plan) == PLANS[2]
 
 
-def test_what_a_graph_captures_is_what_was_chosen_before(autotune, monkeypatch):
+def test_what_a_graph_captures_is_what_was_chosen_before(autotune, on_sm_90, monkeypatch):
     monkeypatch.setenv("MULKI_AUTOTUNE", "1")
-    monkeypatch.setattr(autotune, "milliseconds", lambda function: -function().tile.kept)
+    monkeypatch.setattr(autotune, "milliseconds", lambda function: -function().rows)
     capturing = [True]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    device = tiles.Device("sm_90", True, "ieee")
     for now, plan in ((True, PLANS[0]), (False, PLANS[2]), (True, PLANS[2])):
         capturing[0] = now
-        assert autotune.run("rows", device, (500, 600), PLANS, lambda plan: plan) == plan
+        assert autotune.run("rows", on_sm_90, (500, 600), PLANS, lambda plan: plan) == plan
 
 
 LAUNCHES = """
@@ -341,17 +297,10 @@ def test_launches_of_every_operator_can_be_recorded():
         for line in done.stdout.splitlines()
     }
     everywhere = {
-        *(
-            "contrastive_rows",
-            "prototype_cross_entropy_rows",
-            "register_gradient",
-            "scratch_gradient",
-            "part_sums",
-        ),
-        *("project", "row_inverse_norms", "row_statistics", "row_totals", "scaled_product"),
-        *("siglip_sums", "teacher_kl_rows"),
+        *("contrastive_gradient", "contrastive_rows", "project", "row_count", "row_inverse_norms"),
+        *("row_totals", "scaled_product", "siglip_rows", "stored_rows", "whole_rows"),
     }
-    for (architecture, number_format), names in kernels_of.items():
-        chunks = architecture == "sm_90" and number_format not in ("fp32", "ieee")
-        assert names == (everywhere | {"chunk_gradient"} if chunks else everywhere)
+    of_fp16 = {"scaled", "scaled_product", "whole_rows"}
+    for (_, number_format), names in kernels_of.items():
+        assert names == (of_fp16 if number_format == "fp16" else everywhere)
     assert len(kernels_of) == 10

@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mulki.kernels import tiles
-from mulki.kernels.common import Model
+from mulki.kernels import schedule
 from tests.kernels.triton_cases import Case, make
 from tests.kernels.triton_helpers import all_close, backward, call, close, reduced
 
@@ -121,42 +120,29 @@ def everything(case: Case, upstream: Tensor) -> list[Tensor]:
     return out
 
 
-def every_plan_of_statistics(
-    number_format: NumberFormat, shape: Shape, device: str, monkeypatch: pytest.MonkeyPatch
-) -> set[str]:
-    """Rows are right whichever plan of the table is taken, split or not; its schedules."""
-    tried = tiles.row_plans(_device(number_format, device), *shape[:2])
-    for plan in tried:
-        for splits in {1, plan.splits}:
-            plans = (plan._replace(splits=splits),)
-            monkeypatch.setattr(tiles, "row_plans", lambda *of, plans=plans: plans)
-            rows_and_gradients("kl_label", number_format, shape, device)
-    return {plan.schedule for plan in tried}
-
-
-def every_plan_of_gradients(
-    side: str,
+def every_plan(
+    name: str,
     number_format: NumberFormat,
     shape: Shape,
     device: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> set[str]:
-    """Gradients are right whichever plan of the table is taken for "dx" or "dw"; its schedules."""
-    n, p, d = shape
-    usual, swapped = tiles.gradient_plans, side == "dw"
-    kept, streamed = (p, n) if swapped else (n, p)
-    tried = usual(_device(number_format, device), kept, streamed, d, swapped)
-    for plan in tried:
+    """Everything is right whichever plan is taken; their schedules.
 
-        def planned(of: Any, kept: int, streamed: int, width: int, swap: bool = False, plan=plan):
-            return (plan,) if swap == swapped else usual(of, kept, streamed, width, swap)
+    Beside the plans of least modelled time, blocks that leave a part of rows and columns over.
+    """
+    n, p, _ = shape
+    usual, tried = schedule.plans, set()
+    few = schedule.Plan("chunks", max(1, n // 2 - 1), p), schedule.Plan("stream", n // 2 + 1, 32)
+    for i in range(4 + len(few)):
 
-        monkeypatch.setattr(tiles, "gradient_plans", planned)
-        totals_and_gradients("kl_label", number_format, shape, device)
-    return {plan.schedule for plan in tried}
+        def one_plan(problem: schedule.Problem, i: int = i) -> tuple[schedule.Plan, ...]:
+            plans = (*few, *usual(problem))
+            tried.add(plans[i % len(plans)].schedule)
+            return (plans[i % len(plans)],)
 
-
-def _device(number_format: NumberFormat, device: str) -> tiles.Device:
-    operand = torch.ones(1, 1, dtype=number_format.dtype, device=device)
-    with precision(number_format):
-        return tiles.Device.of([Model(operand, operand)])
+        with monkeypatch.context() as patch:
+            patch.setattr(schedule, "plans", one_plan)
+            rows_and_gradients(name, number_format, shape, device)
+            totals_and_gradients(name, number_format, shape, device)
+    return tried

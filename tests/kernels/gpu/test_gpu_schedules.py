@@ -1,47 +1,38 @@
-"""Every plan that the table has for this GPU, and the chunks of large problems."""
+"""The plans that are compared for a shape, blocks of columns, and rows that no tile holds."""
 
 from __future__ import annotations
 
 import pytest
 
-from mulki.kernels import tiles
-from tests.kernels.triton_checks import (
-    NUMBER_FORMATS,
-    every_plan_of_gradients,
-    every_plan_of_statistics,
-    totals_and_gradients,
-)
+from mulki.kernels import schedule
+from tests.kernels.triton_checks import NUMBER_FORMATS, every_plan, totals_and_gradients
 
 pytestmark = pytest.mark.gpu
 
-SHAPE = (300, 1000, 512)
-LARGE = (4096, 1100, 64)  # the least of which rows are cut into chunks, and some
-
-
-def test_every_plan_of_the_statistics(number_format, monkeypatch):
-    tried = every_plan_of_statistics(NUMBER_FORMATS[number_format], SHAPE, "cuda", monkeypatch)
-    assert tried == {"rows", "rows small"}
-
-
-@pytest.mark.parametrize("side", ["dx", "dw"])
-def test_every_plan_of_the_gradients(side, number_format, monkeypatch):
-    tried = every_plan_of_gradients(side, NUMBER_FORMATS[number_format], SHAPE, "cuda", monkeypatch)
-    assert {"slice", "part", "part small"} <= tried
-
-
-@pytest.mark.parametrize("name", ["ce_all", "kl_label", "contrastive", "siglip"])
-def test_chunks_of_rows(name, number_format, monkeypatch):
-    if number_format == "fp32":
-        pytest.skip("strict float32 takes no chunks")
-    asked = []
-    usual = tiles.chunk_rows
-    monkeypatch.setattr(
-        tiles, "chunk_rows", lambda *shape: asked.append(usual(*shape)) or min(asked[-1], 1000)
-    )
-    totals_and_gradients(name, NUMBER_FORMATS[number_format], LARGE, "cuda")
-    assert asked and all(rows > 1000 for rows in asked)
+NAMES = ("ce_all", "kl_label", "contrastive", "siglip_block")
 
 
 @pytest.fixture(params=NUMBER_FORMATS)
 def number_format(request):
-    return request.param
+    return NUMBER_FORMATS[request.param]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_plan(name, number_format, monkeypatch):
+    tried = every_plan(name, number_format, (300, 100, 64), "cuda", monkeypatch)
+    whole = name in ("ce_all", "kl_label")
+    assert tried == {"chunks", "stream"} | ({"rows"} if whole else set())
+
+
+@pytest.mark.parametrize("p", [1000, 4096, 30000])
+@pytest.mark.parametrize("name", ["ce_all", "kl_label"])
+def test_tiles_of_stored_logits(name, p, number_format):
+    """All columns in the registers of one warp, of many, and of none."""
+    held = p <= schedule.row_tile("sm_90", 3, p).columns
+    assert held == (p < 30000)
+    totals_and_gradients(name, number_format, (70, p, 64), "cuda")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_chunks_of_many_rows(name, number_format):
+    totals_and_gradients(name, number_format, (5000, 1100, 64), "cuda")

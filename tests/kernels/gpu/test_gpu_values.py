@@ -14,13 +14,13 @@ from tests.kernels.triton_checks import (
 
 pytestmark = pytest.mark.gpu
 
-# Nothing that a tile divides; then whole tiles, and P split over programs.
-SMALL, SPLIT = (19, 35, 20), (128, 1000, 512)
+# Nothing that a tile divides, in whole rows; then stored logits.
+SMALL, STORED = (19, 35, 20), (128, 1000, 512)
 RAGGED = ((1, 257, 64), (7, 100, 512), (130, 1001, 768), (300, 10, 1280), (63, 64, 65))
 
 
 @pytest.mark.parametrize("number_format", NUMBER_FORMATS)
-@pytest.mark.parametrize("shape", [SMALL, SPLIT], ids=["small", "split"])
+@pytest.mark.parametrize("shape", [SMALL, STORED], ids=["small", "stored"])
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_and_their_gradients(name, shape, number_format):
     rows_and_gradients(name, NUMBER_FORMATS[number_format], shape, "cuda")
@@ -29,7 +29,7 @@ def test_rows_and_their_gradients(name, shape, number_format):
 @pytest.mark.parametrize("number_format", NUMBER_FORMATS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_means_and_their_gradients(name, number_format):
-    totals_and_gradients(name, NUMBER_FORMATS[number_format], SPLIT, "cuda")
+    totals_and_gradients(name, NUMBER_FORMATS[number_format], STORED, "cuda")
 
 
 @pytest.mark.parametrize("number_format", ["fp32", "bf16"])
@@ -42,7 +42,7 @@ def test_ragged_shapes(name, shape, number_format):
 @pytest.mark.parametrize("number_format", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["cosines", "ce_all", "kl_label", "contrastive", "siglip"])
 def test_results_repeat_bit_for_bit_and_nothing_is_mutated(name, number_format):
-    repeats(name, NUMBER_FORMATS[number_format], SPLIT, "cuda")
+    repeats(name, NUMBER_FORMATS[number_format], STORED, "cuda")
 
 
 @pytest.mark.parametrize("name", ["cosines", "kl_label", "siglip"])

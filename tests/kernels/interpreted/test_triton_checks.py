@@ -10,8 +10,7 @@ from mulki.ops import use_backend
 from tests.kernels.triton_cases import LOSSES, NAMES, D, N, P
 from tests.kernels.triton_checks import (
     NUMBER_FORMATS,
-    every_plan_of_gradients,
-    every_plan_of_statistics,
+    every_plan,
     precision,
     repeats,
     rows_and_gradients,
@@ -47,11 +46,8 @@ def test_what_is_wrong_is_noticed(monkeypatch):
 
 
 def test_every_plan(monkeypatch):
-    with monkeypatch.context() as patch:
-        rows = every_plan_of_statistics(NUMBER_FORMATS["fp32"], SHAPE, "cpu", patch)
-    with monkeypatch.context() as patch:
-        gradients = every_plan_of_gradients("dw", NUMBER_FORMATS["fp32"], SHAPE, "cpu", patch)
-    assert rows == {"rows", "rows small"} and {"slice", "part", "part small"} <= gradients
+    tried = every_plan("ce_all", NUMBER_FORMATS["fp16"], SHAPE, "cpu", monkeypatch)
+    assert tried == {"rows", "chunks", "stream"}
 
 
 def test_the_setting_of_tf32():

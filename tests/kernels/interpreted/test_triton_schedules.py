@@ -1,104 +1,100 @@
-"""Every schedule gives the results of every other: splits, slices, parts, groups, chunks."""
+"""Every schedule gives the results of every other: whole rows, chunks, and blocks of columns."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from mulki.kernels import gradients, row_results, row_softmax, tiles
-from mulki.kernels.tiles import Plan, Tile
-from tests.kernels.triton_cases import Case, make
+from mulki.kernels import common, schedule, sums
+from mulki.kernels.schedule import Plan
+from tests.kernels.triton_cases import make
 from tests.kernels.triton_helpers import TOLERANCE, all_close, backward, call, close, error, reduced
 
 FLOAT = TOLERANCE[torch.float32]
 
-# Rows of 20 columns: one slice holds them, or two do; tiles of 16 and of 32.
-GRADIENT_PLANS = (
-    Plan("wide", Tile(16, 16, 16, 32, 1, 1), 1),
-    Plan("wide", Tile(16, 32, 32, 32, 1, 1), 2),
-    Plan("slice", Tile(32, 16, 16, 16, 1, 1), 1),
-    Plan("slice", Tile(16, 16, 32, 16, 1, 1), 2),
-    Plan("part", Tile(16, 16, 16, 16, 1, 1), 1),
-    Plan("part small", Tile(16, 16, 16, 32, 1, 1), 2),
+# Of 19 rows and 35 columns: one block, and blocks that leave some over.
+PLANS = (
+    Plan("rows", 16, 35),
+    Plan("chunks", 19, 35),
+    Plan("chunks", 8, 35),
+    Plan("stream", 19, 32),
+    Plan("stream", 7, 16),
 )
+PAIRS = ("contrastive", "siglip_block")
+# No kernel keeps whole rows of pairs.
+CASES = [(name, plan) for name in ("ce_all", "kl_label") for plan in PLANS]
+CASES += [(name, plan) for name in PAIRS for plan in PLANS[1:]]
 
 
-def plan_gradients(monkeypatch: pytest.MonkeyPatch, plan: Plan) -> None:
-    monkeypatch.setattr(tiles, "gradient_plans", lambda *shape: [plan])
+def named(value):
+    return "-".join(map(str, value)) if isinstance(value, Plan) else value
 
 
-def expected_gradients(name: str) -> tuple[Case, list[torch.Tensor]]:
+@pytest.fixture
+def take(monkeypatch):
+    def these(plan):
+        common.empty_float32(torch.ones(1), 1)  # the memory fixture wants an allocation
+        monkeypatch.setattr(schedule, "plans", lambda problem: (plan,))
+
+    return these
+
+
+@pytest.mark.parametrize(("name", "plan"), CASES, ids=named)
+def test_rows_and_gradients(name, plan, take):
     case = make(name)
-    return case, list(case.expected(case.upstream())[1])
+    rows, of_rows = case.expected(case.upstream())
+    take(plan)
+    close(call(case.op, *case.args)[0], rows, FLOAT)
+    all_close(backward(case, case.upstream()), of_rows, FLOAT)
 
 
-@pytest.mark.parametrize("plan", GRADIENT_PLANS, ids=lambda p: f"{p.schedule}-{p.splits}")
-@pytest.mark.parametrize("name", ["cosines", "ce_all", "kl_weights", "contrastive", "siglip_block"])
-def test_gradients(name, plan, monkeypatch):
-    case, want = expected_gradients(name)
-    plan_gradients(monkeypatch, plan)
-    wanted = [True, True, *[False] * (case.leaves - 2)]
-    got = backward(case, case.upstream(), wanted)
-    all_close(got[:2], want[:2], FLOAT)
-    assert all(g.shape == (0,) for g in got[2:])
+@pytest.mark.parametrize("plan", [PLANS[0], PLANS[2], PLANS[4]], ids=named)
+@pytest.mark.parametrize("name", ["ce_all", "kl_weights", *PAIRS])
+def test_totals_in_half_precision(name, plan, take):
+    """G of half precision lies over the logits of which it is made."""
+    case = make(name, torch.float16)
+    total, want = case.expected(mean=True)
+    if (name, plan) in ((one, PLANS[0]) for one in PAIRS):
+        plan = PLANS[3]
+    take(plan)
+    found, made, details = reduced(case)
+    close(found, total, FLOAT)
+    all_close(made, want, TOLERANCE[torch.float16] * 2)
+    if details:
+        all_close(details, call(case.op, *case.args)[1:], FLOAT)
 
 
-@pytest.mark.parametrize("plan", GRADIENT_PLANS[::3], ids=lambda p: p.schedule)
+@pytest.mark.parametrize("plan", [PLANS[0], PLANS[2]], ids=named)
 @pytest.mark.parametrize("size", [1e-5, 300.0])
-def test_small_and_large_float16_gradients_keep_their_precision(size, plan, monkeypatch):
+def test_small_and_large_float16_gradients_keep_their_precision(size, plan, take, monkeypatch):
     # Most of G is below the normal numbers of float16 or, after a fixed factor, above the largest.
-    plan_gradients(monkeypatch, plan)
+    take(plan)
     case = make("ce", torch.float16, scale=30.0)
     upstream = size * case.upstream()
     _, want = case.expected(upstream)
     error_of = [error(g, w) for g, w in zip(backward(case, upstream), want, strict=True)]
     assert max(error_of) < 2e-3
-    compute = row_results.compute
-    monkeypatch.setattr(gradients.LogitGradient, "range_factor", 1.0 if size < 1 else 256.0)
-    monkeypatch.setattr(row_results, "compute", lambda *args: compute(*args[:3]))  # no bound
-    assert error(backward(case, upstream)[1], want[1]) > 2e-3
+    usual = sums.Factors.arguments.fget
+
+    def without_bound(factors):
+        scale, count, _ = usual(factors)["factors"]
+        range_factor = 1.0 if size < 1 else 256.0
+        return {**usual(factors), "factors": (scale, count, None), "range_factor": range_factor}
+
+    monkeypatch.setattr(sums.Factors, "arguments", property(without_bound))
+    assert not error(backward(case, upstream)[1], want[1]) <= 2e-3
 
 
-@pytest.mark.parametrize("splits", [1, 2, 3])
-@pytest.mark.parametrize("name", ["ce_all", "kl_label", "contrastive", "siglip_block"])
-def test_splits_of_the_statistics(name, splits, monkeypatch):
-    plan = Plan("rows", Tile(16, 16, 16, 0, 1, 1), splits)
-    monkeypatch.setattr(tiles, "row_plans", lambda *shape: [plan])
-    case = make(name, n=35 if name in ("contrastive", "siglip") else 19)
-    want, of_leaves = case.expected(case.upstream())
-    close(call(case.op, *case.args)[0], want, FLOAT)
-    wanted = [False, False, *[True] * (case.leaves - 2)]
-    got = backward(case, case.upstream(), wanted)
-    all_close(got[2:], of_leaves[2:], FLOAT)
-
-
-def test_more_teachers_than_a_launch_takes(monkeypatch):
-    case = make("kl_label", k=3)
-    upstream = case.upstream()
-    want = [*call(case.op, *case.args), *backward(case, upstream)]
-    monkeypatch.setattr(row_softmax, "MAX_TEACHERS", 2)
-    got = [*call(case.op, *case.args), *backward(case, upstream)]
-    for one, other in zip(got, want, strict=True):
-        assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(
-    "name", ["ce_all", "kl_weights", "kl_label", "contrastive", "siglip_block"]
-)
-def test_chunks(name, dtype, monkeypatch):
-    monkeypatch.setattr(tiles, "chunk_rows", lambda *shape: 8)  # 8, 8 and 3 rows
-    case = make(name, dtype)
-    upstream = case.upstream()
-    _, want = case.expected(upstream)
-    got = backward(case, upstream)
-    all_close(got[:2], want[:2], max(FLOAT, TOLERANCE[dtype] * 2))
-    total, want = case.expected(mean=True)
-    found, got, details = reduced(case)
-    close(found, total, FLOAT)
-    all_close(got, want, max(FLOAT, TOLERANCE[dtype] * 2))
-    if details:
-        all_close(details, call(case.op, *case.args)[1:], FLOAT)
+def test_a_row_that_one_tile_holds_is_read_once(monkeypatch):
+    """The same results with a tile for all columns, as on a GPU, as with several."""
+    monkeypatch.setattr(schedule, "plans", lambda problem: (PLANS[2],))
+    for name in ("ce_all", "kl_label"):
+        case = make(name)
+        several = backward(case, case.upstream())
+        whole = schedule.RowTile(8, 64, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(schedule, "row_tile", lambda *of, whole=whole: whole)
+            all_close(backward(case, case.upstream()), several, FLOAT)
 
 
 def test_one_row_of_one_column():
@@ -109,6 +105,33 @@ def test_one_row_of_one_column():
         got = [call(case.op, *case.args)[0], *backward(case, upstream)]
         for one, other in zip(got, [rows, *want], strict=True):
             torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["ce_all", *PAIRS])
+def test_results_of_blocks_repeat_bit_for_bit(name, take):
+    take(PLANS[4])
+    case = make(name)
+    first, second = (backward(case, case.upstream()) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("plan", PLANS[1::2], ids=named)
+def test_a_student_that_is_its_teacher_has_exactly_zero(plan, take):
+    take(plan)
+    x, w, scale, *_ = make("kl").args
+    teacher = [x], [w], scale.expand(1), None, None, None, 3.0, 1.0, 0.0, 0.0, True
+    out = call("teacher_kl_reduced", x, w, scale, *teacher, True, [True] * 3)
+    assert out[0] == 0 and not any(g.any() for g in out[-3:])
+
+
+@pytest.mark.parametrize("plan", PLANS[2::2], ids=named)
+def test_a_nan_in_a_late_column_reaches_the_loss(plan, take):
+    take(plan)
+    case = make("ce")
+    args = list(case.args)
+    args[1] = args[1].clone()
+    args[1][33] = torch.nan
+    assert call(case.op, *args)[0].isnan().all()
 
 
 def test_the_interpreter_times_nothing(monkeypatch, tmp_path):

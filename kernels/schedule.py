@@ -1,0 +1,238 @@
+"""How a loss is computed: the schedule of least modelled time, and the tiles of kernels.
+
+    rows     P is so small that a program holds the logits of its rows, of all models: one launch
+             makes products, softmax, loss, G and dX, and dW is one product more
+    chunks   logits of some rows and all columns are stored, made by products of the library; one
+             kernel reads each once, and writes G over it; two more products
+    stream   where memory holds the logits of too few rows: blocks of rows and columns. Statistics
+             are merged over the columns of some rows; then the logits are made again, for G
+
+A call without gradients may take any of them, and leaves the second part out. Products are few in
+each: K + 1 for the logits, 2 for the gradients, and K + 1 more in `stream` alone.
+
+The times are a model, not measured: products at a share of a peak, bytes at a share of a bandwidth,
+and launches. They are those of one GPU for all, so that sums are split, and round, alike on all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from . import common
+from .common import Model, ceil_div, next_power_of_2, round_up
+
+# The most memory for the logits of a block, with G; less where other memory adds up with N and P.
+MEMORY, OF_BLOCKS = 64 << 20, 60 << 20
+# Of an H100, in operations and bytes per second: published peaks, and shares that are assumed.
+LIBRARY = {"half": 690e12, "tf32": 345e12, "float": 47e12}
+KERNEL = {"half": 250e12, "tf32": 125e12, "float": 47e12}
+BANDWIDTH = 2.7e12
+GAP, HOST = 1.5e-6, 12e-6  # seconds of the device, and of Python, for each launch
+TILE = 128  # rows and columns of a tile of the library: products of fewer take as long
+# Of a program that keeps whole rows: rows, logits in registers, columns.
+WHOLE_ROWS, WHOLE_VALUES = (16, 32, 64), 64 * 256
+WHOLE_COLUMNS = {"half": 256, "tf32": 128, "float": 128}
+PROGRAMS = 132  # that fill a GPU
+L2 = 5e12  # bytes per second
+ROW_CANDIDATES = (16, 64, 128, 192, 256, 320, 384, 512, 640, 768, 1024, 1536, 2048, 4096, 8192)
+COLUMN_CANDIDATES = (1024, 2048, 4096, 8192, 32768, 131072)
+
+
+class Problem(NamedTuple):
+    """What the choice depends on."""
+
+    n: int
+    p: int
+    widths: tuple[int, ...]  # D of every model
+    family: str  # "half", "tf32" or "float"
+    gradient: bool  # whether dX or dW is wanted
+    softmax: bool = True  # whether G needs statistics of whole rows
+    columns_too: bool = False  # and of whole columns
+    whole: bool = False  # whether there is a kernel for whole rows
+
+    @classmethod
+    def of(cls, models: Sequence[Model], gradient: bool, **kind: bool) -> Problem:
+        x, w = models[0]
+        widths = tuple(model.width for model in models)
+        return cls(x.shape[0], w.shape[0], widths, common.number_family(x.dtype), gradient, **kind)
+
+    @property
+    def size(self) -> int:
+        """Bytes of an operand's element."""
+        return 2 if self.family == "half" else 4
+
+
+class Plan(NamedTuple):
+    schedule: str
+    rows: int  # of a block; in the schedule "rows", of a program
+    columns: int
+
+
+class Tile(NamedTuple):
+    """A tile of a kernel that multiplies itself."""
+
+    rows: int
+    columns: int
+    depth: int  # columns of D of a step
+    warps: int
+    stages: int
+
+
+class RowTile(NamedTuple):
+    """What a program takes of stored logits at a time."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+@lru_cache(maxsize=1024)
+def plans(problem: Problem) -> tuple[Plan, ...]:
+    """The plan of least modelled time, three that follow, and the best of each schedule."""
+    ordered = sorted(_candidates(problem), key=lambda plan: seconds(problem, plan))
+    best = {plan.schedule: plan for plan in reversed(ordered)}
+    return tuple(dict.fromkeys([*ordered[:4], *best.values()]))
+
+
+def _candidates(problem: Problem) -> Iterator[Plan]:
+    n, p, models = problem.n, problem.p, len(problem.widths)
+    for rows in WHOLE_ROWS if problem.whole else ():
+        values = models * rows * max(16, next_power_of_2(p))
+        fits = values <= WHOLE_VALUES and p <= WHOLE_COLUMNS[problem.family]
+        if fits and problem.size * n * round_up(p, 16) <= OF_BLOCKS:
+            yield Plan("rows", rows, p)
+    yield Plan("stream", min(16, n), min(1024, p))  # where many models leave no room for more
+    for rows in {min(rows, n) for rows in (*ROW_CANDIDATES, n)}:
+        # One block saves a product where G needs statistics of columns.
+        room = MEMORY if rows == n and problem.columns_too else OF_BLOCKS
+        if 4 * models * rows * round_up(p, 32) <= room:
+            yield Plan("chunks", rows, p)
+        for columns in COLUMN_CANDIDATES:
+            if columns < p and 4 * models * rows * columns <= OF_BLOCKS:
+                yield Plan("stream", rows, columns)
+
+
+def seconds(problem: Problem, plan: Plan) -> float:
+    """The modelled time of a plan: of the device, or of the host where that takes longer."""
+    launches = list(_launches(problem, plan))
+    return max(
+        sum(count * (GAP + one) for count, one in launches),
+        sum(count * HOST for count, _ in launches),
+    )
+
+
+def _launches(problem: Problem, plan: Plan) -> Iterator[tuple[int, float]]:
+    """How many launches of a kind there are, and the seconds of each on the device."""
+    chunks, parts = ceil_div(problem.n, plan.rows), ceil_div(problem.p, plan.columns)
+    rows, columns = ceil_div(problem.n, chunks), ceil_div(problem.p, parts)  # on average
+    d, models, size, blocks = problem.widths[0], len(problem.widths), problem.size, chunks * parts
+    if plan.schedule == "rows":
+        # A program multiplies at its share of the rate, and reads all prototypes from the cache.
+        width = sum(problem.widths) + (d if problem.gradient else 0)
+        padded = max(16, next_power_of_2(problem.p))
+        operations = 2 * plan.rows * padded * width / KERNEL[problem.family]
+        read = size * (problem.p + plan.rows) * width / L2
+        yield 1, ceil_div(chunks, PROGRAMS) * PROGRAMS * max(operations, read)
+        if problem.gradient:
+            yield 1, _product(problem, problem.p, problem.n, d, 4 * problem.p * d)
+        return
+    read = 4 * models * rows * columns / BANDWIDTH
+    statistics = problem.softmax and (parts > 1 or not problem.gradient)
+    if problem.columns_too:
+        yield 2 * blocks, read
+        statistics = blocks > 1
+    elif statistics:
+        yield blocks, read
+    for width in problem.widths:
+        times = 2 if statistics and problem.gradient else 1
+        yield times * blocks, _product(problem, rows, width, columns, 4 * rows * columns)
+    if problem.gradient:
+        yield blocks, read + size * rows * columns / BANDWIDTH
+        # The first is written to, the others are added.
+        to = 4 * rows * d * (2 - 1 / parts), 4 * columns * d * (2 - 1 / chunks)
+        yield blocks, _product(problem, rows, columns, d, to[0])
+        yield blocks, _product(problem, columns, rows, d, to[1])
+
+
+def _product(problem: Problem, m: int, k: int, n: int, written: float) -> float:
+    """A product of the library, [m, k] times [k, n]."""
+    operations = 2 * round_up(m, TILE) * k * round_up(n, TILE)
+    read = problem.size * k * (m + n)
+    return max(operations / LIBRARY[problem.family], (read + written) / BANDWIDTH)
+
+
+def whole_tile(architecture: str, models: int, rows: int, p: int, dtype: torch.dtype) -> Tile:
+    """The tile of a program that keeps whole rows."""
+    columns = max(16, next_power_of_2(p))
+    if architecture == "interpreter":
+        return Tile(16, columns, 32, 1, 1)
+    half = dtype != torch.float32
+    warps = 4 if models * rows * columns <= 48 * 128 else 8
+    return Tile(rows, columns, 64 if half and columns <= 128 else 32, warps, 3 if half else 2)
+
+
+def row_tile(architecture: str, models: int, columns: int, swap: bool = False) -> RowTile:
+    """The tile of a kernel that takes stored logits of so many columns.
+
+    `swap`: its rows are the columns of the logits, whose elements lie beside each other.
+    """
+    if architecture == "interpreter":  # so small that tests have several
+        return RowTile(8, 16, 1)
+    if swap:
+        return RowTile(32, 128, 8)
+    values = models * next_power_of_2(columns)
+    if values <= 24 << 10:  # 48 for each thread of 16 warps
+        warps = next_power_of_2(ceil_div(values, 1536))
+        return RowTile(1, max(128, next_power_of_2(columns)), min(16, warps))
+    warps = 16 if models <= 3 else 8
+    return RowTile(1, 32 * warps * (8 if models == 1 else 4), warps)
+
+
+# Kind, architecture ("" is any), how numbers are multiplied: tiles, the first is the default. They
+# were chosen by compiling them (`ahead_of_time`): none spills registers in half precision, and all
+# fit the shared memory. "small" is for problems that would give too few programs otherwise.
+TABLE: dict[tuple[str, str, str], tuple[Tile, ...]] = {
+    ("similarity", "", "half"): (Tile(128, 64, 32, 4, 3), Tile(128, 128, 32, 8, 3)),
+    ("similarity", "sm_90", "half"): (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3)),
+    ("similarity", "sm_100", "half"): (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3)),
+    ("similarity", "", "tf32"): (Tile(64, 64, 32, 4, 3),),
+    ("similarity", "", "float"): (Tile(64, 32, 32, 4, 2),),
+    ("similarity small", "", "half"): (Tile(16, 32, 64, 4, 3),),
+    ("similarity small", "", "tf32"): (Tile(16, 32, 32, 4, 3),),
+    ("similarity small", "", "float"): (Tile(16, 32, 32, 4, 2),),
+}
+ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
+
+
+def tiles(kind: str, architecture: str, dtype: torch.dtype) -> tuple[Tile, ...]:
+    """The tiles of a kind of kernel, the default first."""
+    if architecture == "interpreter":  # so small that tests have several
+        return (Tile(16, 32, 32, 1, 1),)
+    precision = common.precision(architecture, dtype)
+    family = "half" if dtype != torch.float32 else "tf32" if precision == "tf32" else "float"
+    known = TABLE.get((kind, _table_architecture(architecture), family))
+    return TABLE[kind, "", family] if known is None else known
+
+
+def _table_architecture(name: str) -> str:
+    """The architecture of the table that is the most similar to this one."""
+    if name in ARCHITECTURES:
+        return name
+    if not name.startswith("sm_"):
+        return "gfx942"  # the one with the least shared memory
+    number = int(name.removeprefix("sm_"))
+    if number >= 120 or 80 < number < 90:
+        return "sm_86"
+    return "sm_100" if number >= 100 else "sm_90" if number >= 90 else "sm_80"
+
+
+def product_tiles(architecture: str, dtype: torch.dtype, n: int, p: int) -> tuple[Tile, ...]:
+    """For the matrix [N, P] of similarity: large ones first where they give enough programs."""
+    large = tiles("similarity", architecture, dtype)
+    small = tiles("similarity small", architecture, dtype)
+    programs = ceil_div(n, large[0].rows) * ceil_div(p, large[0].columns)
+    return (*large, *small) if 2 * programs >= PROGRAMS else (*small, *large)

@@ -1,0 +1,146 @@
+"""The chooser: schedules by modelled cost, blocks within their memory, and the table of tiles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mulki.kernels import schedule
+from mulki.kernels.schedule import Problem, Tile
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+FAMILIES = ("half", "tf32", "float")
+DUAL = (512,) * 3
+
+
+def problem(n, p, widths=DUAL, family="half", gradient=True, **kind):
+    return Problem(n, p, widths, family, gradient, **(kind or {"whole": True}))
+
+
+def chosen(*shape, **other):
+    return schedule.plans(problem(*shape, **other))[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("width", [64, 512, 768, 1280])
+def test_which_schedule_is_taken(family, width):
+    widths = (width,) * 3
+    assert chosen(64, 100, widths, family).schedule == "rows"
+    for n, p in ((64, 1000), (256, 1000), (65536, 1000), (4096, 4096), (16384, 16384)):
+        assert chosen(n, p, widths, family).schedule == "chunks"
+    assert chosen(256, 1000, widths, family).rows == 256
+    if width >= 512:
+        assert chosen(65536, 65536, widths, "half").schedule == "stream"
+    # There is no kernel for whole rows of pairs, which take no statistics for their G either.
+    assert chosen(64, 100, (width,), family, softmax=False).schedule == "chunks"
+
+
+def test_the_cost_and_no_threshold_decides(monkeypatch):
+    assert chosen(2048, 100).schedule == "rows"
+    monkeypatch.setattr(schedule, "KERNEL", dict.fromkeys(FAMILIES, 1e12))
+    schedule.plans.cache_clear()
+    assert chosen(2048, 100).schedule == "chunks"
+    monkeypatch.setattr(schedule, "HOST", 1e-3)
+    schedule.plans.cache_clear()
+    assert chosen(2048, 100).schedule == "rows"  # the fewest launches
+    monkeypatch.undo()
+    schedule.plans.cache_clear()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("models", [1, 3, 6, 200])
+@pytest.mark.parametrize("kind", [{"whole": True}, {"softmax": False}, {"columns_too": True}])
+def test_blocks_stay_within_their_memory(family, models, kind):
+    for n in (1, 64, 257, 4096, 65536, 20_000_000):
+        for p in (1, 100, 1000, 8192, 65536, 20_000_000):
+            plans = schedule.plans(problem(n, p, (512,) * models, family, **kind))
+            assert len(plans) == len(set(plans)) <= 7
+            for plan in plans:
+                assert plan.rows >= 1 and plan.columns <= p
+                if plan.schedule != "rows":
+                    assert plan.rows <= n
+                    block = 4 * models * plan.rows * plan.columns
+                    assert block <= schedule.MEMORY
+                    assert block <= schedule.OF_BLOCKS or plan[1:] == (n, p)
+
+
+def test_logits_are_made_again_only_where_rows_are_in_parts():
+    def products(plan, **kind):
+        made = schedule._launches(problem(8192, 8192, **kind), plan)
+        return sum(count for count, _ in made)
+
+    chunks, stream = schedule.Plan("chunks", 512, 8192), schedule.Plan("stream", 512, 4096)
+    assert products(chunks) == 16 * 6  # 3 logits, G and 2 products with it, for each chunk
+    assert products(stream) == 32 * 10  # statistics, and 3 logits again
+    assert products(stream, softmax=False) == 32 * 6
+    assert products(chunks, gradient=False) == 16 * 4
+
+
+@pytest.mark.parametrize("models", [1, 2, 3, 4, 6])
+def test_tiles_of_stored_logits_fit_the_registers(models):
+    for columns in (1, 100, 1000, 4096, 16384, 65536):
+        tile = schedule.row_tile("sm_90", models, columns)
+        assert all(size & (size - 1) == 0 for size in tile) and tile.warps <= 16
+        each = models * tile.rows * tile.columns / (32 * tile.warps)
+        # Where the row does not fit, a lane keeps four statistics for each of its columns.
+        assert each <= (48 if tile.columns >= columns else 24)
+
+
+@pytest.mark.parametrize("architecture", schedule.ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [HALF, SINGLE])
+def test_tiles_of_whole_rows_fit_the_registers(architecture, dtype):
+    family = "half" if dtype == HALF else "float"
+    for models in (1, 3, 5):
+        for p in (1, 60, 100, 250):
+            for plan in schedule.plans(problem(4096, p, (512,) * models, family)):
+                if plan.schedule != "rows":
+                    continue
+                tile = schedule.whole_tile(architecture, models, plan.rows, p, dtype)
+                assert tile.columns >= p and tile.rows == plan.rows
+                assert models * tile.rows * tile.columns <= 64 * 32 * tile.warps
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        *(("sm_80", "sm_80"), ("sm_89", "sm_86"), ("sm_90", "sm_90"), ("sm_103", "sm_100")),
+        *(("sm_120", "sm_86"), ("gfx942", "gfx942"), ("gfx1100", "gfx942"), ("xpu", "gfx942")),
+    ],
+)
+def test_unknown_architectures_take_the_entries_of_a_known_one(name, known):
+    assert schedule._table_architecture(name) == known
+
+
+def test_every_line_of_the_table_is_one_that_is_asked_for(monkeypatch):
+    asked = set()
+
+    class Table(dict):
+        def get(self, key):
+            return asked.add(key) if key not in self else (asked.add(key), self[key])[1]
+
+        def __getitem__(self, key):
+            asked.add(key)
+            return super().__getitem__(key)
+
+    monkeypatch.setattr(schedule, "TABLE", Table(schedule.TABLE))
+    for architecture in schedule.ARCHITECTURES:
+        for dtype, precision in ((HALF, ""), (SINGLE, "tf32"), (SINGLE, "ieee")):
+            monkeypatch.setenv("MULKI_INPUT_PRECISION", precision)
+            large, small = (
+                schedule.product_tiles(architecture, dtype, size, size) for size in (65536, 64)
+            )
+            assert sorted(large) == sorted(small) and large[0] != small[0]
+            assert all(isinstance(tile, Tile) for tile in large)
+    assert set(schedule.TABLE) <= asked
+
+
+def test_plans_ask_no_device(monkeypatch):
+    """The same on every card of an architecture, so that sums round alike."""
+
+    def asked(*_: object) -> None:
+        raise AssertionError("a device was asked")
+
+    for name in ("get_device_properties", "get_device_capability", "current_device"):
+        monkeypatch.setattr(torch.cuda, name, asked)
+    schedule.plans.cache_clear()
+    assert chosen(300, 700) and schedule.product_tiles("sm_90", HALF, 300, 700)
