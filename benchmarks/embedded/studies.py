@@ -101,7 +101,7 @@ FORMS: dict[str, Options] = {
     "coefficient 1.5, without feature distance": _STRONG | {"feature": 0.0},
     "coefficient 1.5, no other relation": _STRONG | _NO_RELATION,
     "LwF-VR, for comparison": {"method": "lwf_vr", "lr": 1e-4, "distill_weight": 0.3},
-    # The same when Select-and-Distill was ahead too: it holds features, and them alone, much closer.
+    # The same when Select-and-Distill was ahead too: it holds features alone, and much closer.
     "coefficient 1.5, feature distance 2": _STRONG | {"feature": 2.0},
     "coefficient 1.5, feature distance 8": _STRONG | {"feature": 8.0},
     "coefficient 1.5, feature distance 8, no other relation": _STRONG
