@@ -155,7 +155,8 @@ GRIDS: dict[str, list[Options]] = {
     # Its best point was in a corner, at 5e-5 and 0.1, so both are moved on.
     "lwf": [{"lr": lr, "distill_weight": w} for lr in _LOW_RATES for w in (0.03, 0.1, 0.3)],
     "lwf_vr": [{"lr": lr, "distill_weight": w} for lr in _RATES for w in (0.1, 0.3, 1.0)],
-    "wise_ft": [{"lr": lr, "alpha": a} for lr in _RATES for a in (0.3, 0.5, 0.8)],
+    # Its first grid had 0.3 in place of 0.9, and its best point at 0.8.
+    "wise_ft": [{"lr": lr, "alpha": a} for lr in _RATES for a in (0.5, 0.8, 0.9)],
     # Its first grid had 3.0 in place of 0.1, and its best point at 0.3.
     "zscl": [{"lr": lr, "image_loss": w, "text_loss": w} for lr in _RATES for w in (0.1, 0.3, 1.0)],
     # Its first grid had 0.1 in place of 3.0, and its best point at 1.0.

@@ -20,7 +20,7 @@ MODELS: dict[str, _Options] = {
 }
 METHODS: dict[tuple[str, str], _Options] = {
     (BUNDLED, "finetune"): {"lr": 1e-4},
-    (BUNDLED, "lwf"): {"lr": 2e-4, "distill_weight": 0.3},
+    (BUNDLED, "lwf"): {"lr": 5e-5, "distill_weight": 0.1},
     (BUNDLED, "lwf_vr"): {"lr": 1e-4, "distill_weight": 0.3},
     (BUNDLED, "mulki"): {
         "lr": 2e-4,
