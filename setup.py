@@ -275,7 +275,13 @@ if __name__ == "__main__":
     setup(
         packages=[*find_packages(include=["mulki", "mulki.*"]), *MAPPED],
         package_dir=MAPPED,
-        package_data={"mulki": ["py.typed", *(f"data/embedded/**/{file}" for file in PACK_FILES)]},
+        package_data={
+            "mulki": [
+                "py.typed",
+                "data/published/sets/*.yaml",
+                *(f"data/embedded/**/{file}" for file in PACK_FILES),
+            ]
+        },
         # MANIFEST.in names them for source distributions; a wheel holds the code alone.
         exclude_package_data={"mulki.bench": ["*.csv", "*.md"]},
         **native_build(),

@@ -291,35 +291,32 @@ def _compare(argv: list[str]) -> int:
 
 def _tasks(argv: list[str]) -> int:
     """The tasks of a sequence, with their classes: mulki tasks embedded --json"""
-    from rich.console import Console
-    from rich.table import Table
-
-    from mulki.data import load_sequence, sequence_names
+    from mulki.data import Source
     from mulki.engine.config import RunConfig
     from mulki.imports import import_modules
+    from mulki.listing import list_tasks
 
     parser = _Parser(prog="mulki tasks", description=_tasks.__doc__)
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="a sequence, or folders and CSV files"
     )
-    _add_options(parser, RunConfig, only="import_")
-    parser.add_argument("--order", default="I", help="order of a named sequence")
+    for name in ("import_", "order", "data_root", "protocol"):
+        _add_options(parser, RunConfig, only=name)
     parser.add_argument("--json", action="store_true", help="print names and classes as JSON")
-    arguments = parser.parse_args(argv)
-    import_modules(arguments.import_ or ())
-    if not arguments.names:
-        print(json.dumps(sequence_names()) if arguments.json else "\n".join(sequence_names()))
-        return 0
-    tasks = load_sequence(arguments.names, arguments.order)
-    if arguments.json:
-        print(json.dumps([{"name": t.name, "classes": list(t.classes)} for t in tasks]))
-        return 0
-    table = Table("task", "classes", "train", "test", "prompt")
-    for t in tasks:
-        numbers = (len(t.classes), len(t.train), len(t.test))
-        table.add_row(t.name, *map(str, numbers), t.templates[0])
-    Console().print(table)
-    return 0
+    parser.add_argument(
+        "--prepare",
+        action="store_true",
+        help="download published data sets to --data-root, check them and say what is missing",
+    )
+    given = parser.parse_args(_with_hyphens(argv))
+    import_modules(given.import_ or ())
+    return list_tasks(
+        given.names,
+        given.order or RunConfig.order,
+        Source(given.data_root, given.protocol),
+        as_json=given.json,
+        download=given.prepare,
+    )
 
 
 def _bench(argv: list[str]) -> int:

@@ -87,7 +87,7 @@ def check_options(options: Any) -> None:
     for item in fields(options):
         value, bounds = getattr(options, item.name), item.metadata
         choices = choices_of(item, hints[item.name])
-        if choices and value not in choices:
+        if choices and value is not None and value not in choices:
             raise InputError(
                 f"{flag(item.name)}: got {value!r}{nearest(str(value), choices)}, "
                 f"wanted one of {', '.join(choices)}"

@@ -214,7 +214,8 @@ def known_options(command: str) -> set[str]:
     if command == "run":
         every = (options(methods.get(method).Options) for method in methods.available())
         return options(RunConfig).union(*every) | {"--config", "--help"}
-    return {"--json", "--order", "--import", "--baseline", "--help"}
+    published = {"--data-root", "--protocol", "--prepare"}
+    return published | {"--json", "--order", "--import", "--baseline", "--help"}
 
 
 @pytest.mark.parametrize("page", DOCS, ids=name)

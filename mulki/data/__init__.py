@@ -5,6 +5,7 @@ from mulki.data.csv_files import csv_task
 from mulki.data.datasets import DatasetImages, dataset_task
 from mulki.data.decoding import BadImage
 from mulki.data.folders import folder_task
+from mulki.data.published import Source
 from mulki.data.sequences import load_sequence, register_sequence, sequence_names
 from mulki.data.task import ImageSet, Task
 from mulki.data.transforms import register_transform, transform_names
@@ -13,6 +14,7 @@ __all__ = [
     "BadImage",
     "DatasetImages",
     "ImageSet",
+    "Source",
     "Task",
     "class_steps",
     "csv_task",

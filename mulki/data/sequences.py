@@ -7,13 +7,16 @@ from pathlib import Path
 
 from mulki.data.csv_files import csv_task
 from mulki.data.folders import folder_task
+from mulki.data.published import Source
+from mulki.data.published.collections import COLLECTIONS, Collection, permuted
 from mulki.data.task import Task
 from mulki.errors import InputError, nearest
 from mulki.registration import place_of, register
 
 Loader = Callable[[str], list[Task]]
 
-_SEQUENCES: dict[str, Loader] = {}
+_NO_SOURCE = Source()
+_SEQUENCES: dict[str, Loader | Collection] = dict(COLLECTIONS)
 
 
 def register_sequence(name: str) -> Callable[[Loader], Loader]:
@@ -42,7 +45,11 @@ def sequence_names() -> tuple[str, ...]:
 
 
 def load_sequence(
-    spec: Sequence[str], order: str = "I", *, skip_bad_images: bool = False
+    spec: Sequence[str],
+    order: str = "I",
+    *,
+    skip_bad_images: bool = False,
+    source: Source = _NO_SOURCE,
 ) -> list[Task]:
     """Load the tasks that a user names.
 
@@ -51,12 +58,15 @@ def load_sequence(
             of folders (see `folder_task`), CSV files (see `csv_task`) and single tasks of a
             sequence, as "embedded:digits". A registered name goes before a folder of the same
             name, which "./name" reaches.
-        order: order of the registered sequence; "I" where the tasks are listed one by one.
+        order: order of the registered sequence, by name or as names of all its tasks with commas
+            between; "I" where the tasks are listed one by one.
         skip_bad_images: leave unreadable images of folders and CSV files out.
+        source: where published data sets lie, and the protocol to read them with.
 
     Raises:
         InputError: a word that names nothing, an unknown order, two tasks of one name, a sequence
-            that returns no list of tasks, or what `folder_task` and `csv_task` raise.
+            that returns no list of tasks, a protocol without published data sets, or what
+            `folder_task`, `csv_task` and `published_task` raise.
     """
     words = [spec] if isinstance(spec, str) else list(spec)
     if not words:
@@ -64,14 +74,21 @@ def load_sequence(
             f"no tasks given; name a sequence ({', '.join(sequence_names())}), "
             "task folders or CSV files"
         )
+    if source.protocol is not None and not any(
+        isinstance(_SEQUENCES.get(word.partition(":")[0]), Collection) for word in words
+    ):
+        raise InputError(
+            f"--protocol: got {source.protocol}, but none of the tasks is a published data set; "
+            "leave it out"
+        )
     if len(words) == 1 and words[0] in _SEQUENCES:
-        return _tasks_of(words[0], order)
+        return _in_order(words[0], order, source)
     if order != "I":
         raise InputError(
             f'order "{order}": orders belong to a named sequence ({", ".join(sequence_names())}); '
             "tasks listed one by one are learned as listed, so leave the order out"
         )
-    tasks = [_load_task(word, skip_bad_images) for word in words]
+    tasks = [_load_task(word, skip_bad_images, source) for word in words]
     sources: dict[str, str] = {}
     for word, task in zip(words, tasks, strict=True):
         if task.name in sources:
@@ -83,8 +100,17 @@ def load_sequence(
     return tasks
 
 
-def _tasks_of(sequence: str, order: str) -> list[Task]:
+def _in_order(sequence: str, order: str, source: Source) -> list[Task]:
     loader = _SEQUENCES[sequence]
+    if isinstance(loader, Collection):
+        return loader.tasks(order, source)
+    if "," not in order:
+        return _tasks_of(sequence, loader, order)
+    tasks = {task.name: task for task in _tasks_of(sequence, loader, "I")}
+    return [tasks[name] for name in permuted(tuple(tasks), order, sequence, ("I",))]
+
+
+def _tasks_of(sequence: str, loader: Loader, order: str) -> list[Task]:
     tasks = loader(order)
     if not isinstance(tasks, (list, tuple)) or not all(isinstance(task, Task) for task in tasks):
         came = type(tasks).__name__
@@ -100,7 +126,7 @@ def _tasks_of(sequence: str, order: str) -> list[Task]:
     )
 
 
-def _load_task(word: str, skip_bad_images: bool) -> Task:
+def _load_task(word: str, skip_bad_images: bool, source: Source) -> Task:
     if word in _SEQUENCES:
         raise InputError(
             f"{word}: a whole sequence stands alone; to combine, list its tasks one by one, "
@@ -108,7 +134,10 @@ def _load_task(word: str, skip_bad_images: bool) -> Task:
         )
     sequence, colon, name = word.partition(":")
     if colon and sequence in _SEQUENCES:
-        tasks = {task.name: task for task in _tasks_of(sequence, "I")}
+        loader = _SEQUENCES[sequence]
+        if isinstance(loader, Collection):
+            return loader.task(name, source)
+        tasks = {task.name: task for task in _tasks_of(sequence, loader, "I")}
         if name not in tasks:
             raise InputError(
                 f"{word}: {sequence} has no such task{nearest(name, tasks)}; "

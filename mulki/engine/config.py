@@ -16,6 +16,7 @@ import yaml
 
 from mulki import methods
 from mulki.data import transform_names
+from mulki.data.published import PROTOCOLS
 from mulki.engine import precision, presets, schedule
 from mulki.errors import InputError, nearest
 from mulki.imports import import_modules
@@ -35,7 +36,18 @@ class RunConfig:
         ("embedded",), "a sequence, or task folders and CSV files in their order"
     )
     method: str = option("mulki", "what is trained", choices=methods.available)
-    order: str = option("I", "order of a named sequence")
+    order: str = option(
+        "I", "order of a named sequence: its name, or all its tasks with commas between"
+    )
+    data_root: str | None = option(
+        None, "the folder that holds published data sets, as mtil has", alias="--data-location"
+    )
+    protocol: str | None = option(
+        None,
+        "splits and prompts of published data sets: zscl (torchvision's files) or coop (CoOp's "
+        "split files); that of the sequence if left out",
+        choices=PROTOCOLS,
+    )
     seed: int = option(0, "seed of shuffling, augmentation and initialisation", low=0, below=2**32)
     preset: Literal["default", "small", "quick"] = option(
         "default",

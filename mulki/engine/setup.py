@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mulki import methods, models
-from mulki.data import Task, load_sequence
+from mulki.data import Source, Task, load_sequence
 from mulki.data.reference import ReferenceSet, read_reference
 from mulki.data.subset import limited
 from mulki.data.transforms import train_transform
@@ -31,6 +31,7 @@ from mulki.world import World
 # Options that may differ between the processes of a run, for example on different machines.
 _PER_PROCESS = (
     "tasks",
+    "data_root",
     "model",
     "pretrained",
     "reference",
@@ -157,7 +158,12 @@ def load_tasks(config: RunConfig) -> list[Task]:
     Raises:
         InputError: see `mulki.data.load_sequence`.
     """
-    tasks = load_sequence(config.tasks, config.order, skip_bad_images=config.skip_bad_images)
+    tasks = load_sequence(
+        config.tasks,
+        config.order,
+        skip_bad_images=config.skip_bad_images,
+        source=Source(config.data_root, config.protocol),
+    )
     if config.limit_images is not None:
         tasks = [limited(task, config.limit_images) for task in tasks]
     return tasks

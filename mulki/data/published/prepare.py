@@ -1,0 +1,164 @@
+"""Download published data sets, check them, and say what a person has to do about the others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mulki.data.image_files import ImageFiles, find_unreadable
+from mulki.data.published import torchvision_sets
+from mulki.data.published.collections import Collection
+from mulki.data.published.entries import Entry, entry
+from mulki.data.published.source import Source
+from mulki.data.published.tasks import NotThere
+from mulki.data.task import ImageSet, Task
+from mulki.errors import InputError
+
+# Downloads lie here until they are whole; a data set appears in its place in one step.
+PARTIAL = ".preparing"
+
+_ARCHIVES = (".gz", ".tar", ".tgz", ".zip")
+
+
+@dataclass(frozen=True)
+class State:
+    """What is known of one data set after it was prepared.
+
+    Attributes:
+        name: of the data set.
+        task: as it can be read; None if it cannot.
+        problem: what to do about it, in words; empty if nothing.
+    """
+
+    name: str
+    task: Task | None
+    problem: str = ""
+
+
+def prepare(
+    collection: Collection,
+    names: tuple[str, ...],
+    source: Source,
+    says: Callable[[str], None] = lambda words: None,
+) -> Iterator[State]:
+    """Download what is missing and check every image as far as that is cheap.
+
+    What is there already is kept, so a run that was interrupted goes on where it stopped; whole
+    archives are not downloaded again.
+
+    Args:
+        collection: of the data sets.
+        names: of them, those to prepare.
+        source: the data root, which is made if it does not exist, and a protocol.
+        says: told what is being done.
+
+    Returns:
+        The state of each data set, when it is known.
+
+    Raises:
+        InputError: no data root, or one that cannot be made.
+    """
+    if source.root is not None:
+        root = Path(source.root).expanduser()
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"--data-root: {root} cannot be made ({error.strerror}); name another folder"
+            ) from None
+    root = source.folder()
+    for name in names:
+        says(f"{name}: reading")
+        try:
+            yield _checked(name, collection.task(name, source), says)
+            continue
+        except NotThere as error:
+            problem = str(error)
+        if not downloadable(entry(name)):
+            yield State(name, None, problem)
+            continue
+        says(f"{name}: downloading")
+        try:
+            _download(entry(name), root)
+        except Exception as error:  # urllib, ssl, tarfile, zipfile and torchvision have their own
+            reason = " ".join(str(error).split()) or type(error).__name__
+            yield State(
+                name,
+                None,
+                f"{name}: the download failed ({reason}); check the network and start the command "
+                f"again, which goes on from there, or get the files from {entry(name).home}",
+            )
+            continue
+        try:
+            yield _checked(name, collection.task(name, source), says)
+        except NotThere as error:
+            yield State(name, None, str(error))
+
+
+def downloadable(facts: Entry) -> bool:
+    """Whether its files can be had without a person."""
+    return facts.name in torchvision_sets.DOWNLOADS or bool(facts.archives)
+
+
+def _checked(name: str, task: Task, says: Callable[[str], None]) -> State:
+    says(f"{name}: checking {len(task.train) + len(task.test)} images")
+    files = {id(found): found for each in (task.train, task.test) for found in _files(each)}
+    bad = find_unreadable(list(files.values()), skip_bad_images=True)
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        return State(
+            name,
+            task,
+            f"{name}: unreadable: {next(iter(bad))}{more}; delete its folder and start the command "
+            "again",
+        )
+    return State(name, task)
+
+
+def _files(images: ImageSet) -> list[ImageFiles]:
+    # None for arrays, which are not read from files one by one.
+    while hasattr(images, "image_set"):
+        images = images.image_set
+    return [images] if isinstance(images, ImageFiles) else []
+
+
+def _download(facts: Entry, root: Path) -> None:
+    folder = root / PARTIAL / facts.name
+    folder.mkdir(parents=True, exist_ok=True)
+    _keep_archives(folder, () if facts.name in torchvision_sets.WITHOUT_CHECKSUM else _ARCHIVES)
+    if facts.archives:
+        from torchvision.datasets.utils import download_and_extract_archive
+
+        for archive in facts.archives:
+            download_and_extract_archive(archive.url, str(folder), md5=archive.md5)
+    else:
+        torchvision_sets.dataset(torchvision_sets.DOWNLOADS[facts.name], folder, download=True)
+    for path in list(folder.rglob("*")):
+        if path.is_file() and path.name.endswith(_ARCHIVES):
+            path.unlink()
+    for made in sorted(folder.iterdir()):
+        place = root / made.name
+        if place.exists():
+            # What is there was not complete, but may hold more than this data set.
+            place.rename(_free(place.with_name(f"{place.name}.incomplete")))
+        os.replace(made, place)
+    folder.rmdir()
+    if not any(folder.parent.iterdir()):
+        folder.parent.rmdir()
+
+
+def _free(path: Path) -> Path:
+    names = [path, *(path.with_name(f"{path.name}-{number}") for number in range(2, 1000))]
+    return next(each for each in names if not each.exists())
+
+
+def _keep_archives(folder: Path, suffixes: tuple[str, ...]) -> None:
+    # Files that were being unpacked when a download was interrupted would be taken for whole.
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif not path.name.endswith(suffixes):
+            path.unlink()

@@ -1,0 +1,40 @@
+"""Where published data sets lie on this machine, and which protocol they are read with."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from mulki.errors import InputError
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder of published data sets and a protocol.
+
+    Attributes:
+        root: torchvision's data root, one folder a data set; None if the user gave none.
+        protocol: a name in `mulki.data.published.PROTOCOLS`; None for that of the sequence.
+    """
+
+    root: str | os.PathLike[str] | None = None
+    protocol: str | None = None
+
+    def folder(self) -> Path:
+        """The data root.
+
+        Raises:
+            InputError: none was given, or it is no folder.
+        """
+        if self.root is None:
+            raise InputError(
+                "--data-root: published data sets are wanted and no folder was given; pass the one "
+                "that holds them, which mulki tasks mtil --prepare --data-root DIR fills"
+            )
+        path = Path(self.root).expanduser()
+        if not path.is_dir():
+            raise InputError(
+                f"--data-root: {path} is not a folder; pass the one that holds the data sets"
+            )
+        return path

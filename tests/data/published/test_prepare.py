@@ -1,0 +1,153 @@
+"""Downloads, with torchvision's downloaders replaced by the writers of tiny data sets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mulki.data import Source
+from mulki.data.published import torchvision_sets
+from mulki.data.published.collections import COLLECTIONS
+from mulki.data.published.prepare import PARTIAL, State, prepare
+from mulki.errors import InputError
+from tests.data.published import layouts
+from tests.data.published.conftest import any_number
+
+WRITERS = {"FGVCAircraft": layouts.aircraft, "DTD": layouts.dtd, "MNIST": layouts.mnist}
+
+
+@pytest.fixture
+def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the data sets that were downloaded, in their order."""
+    any_number(monkeypatch)
+    real = torchvision_sets.dataset
+    asked: list[str] = []
+
+    def fake(name: str, root: Path, **options: Any) -> Any:
+        if options.get("download"):
+            asked.append(name)
+            WRITERS[name](Path(root))
+            layouts.put(Path(root) / "archive.tar.gz", "packed")
+            return None
+        return real(name, root, **options)
+
+    monkeypatch.setattr(torchvision_sets, "dataset", fake)
+    return asked
+
+
+def states(root: Path, *names: str, says: Callable[[str], None] = print) -> dict[str, State]:
+    found = prepare(COLLECTIONS["mtil"], names, Source(root), says)
+    return {state.name: state for state in found}
+
+
+def test_what_is_missing_is_downloaded_and_the_rest_kept(
+    tmp_path: Path, downloads: list[str]
+) -> None:
+    layouts.mnist(tmp_path)
+    found = states(tmp_path, "mnist", "dtd", "aircraft")
+    assert downloads == ["DTD", "FGVCAircraft"]
+    assert [state.problem for state in found.values()] == ["", "", ""]
+    assert found["dtd"].task is not None and len(found["dtd"].task.train) == 47
+    # Neither archives nor half a data set are left.
+    assert sorted(os.listdir(tmp_path)) == ["MNIST", "dtd", "fgvc-aircraft-2013b"]
+    states(tmp_path, "mnist", "dtd", "aircraft")
+    assert downloads == ["DTD", "FGVCAircraft"]
+
+
+def test_the_data_root_is_made(tmp_path: Path, downloads: list[str]) -> None:
+    assert states(tmp_path / "new" / "root", "dtd")["dtd"].task is not None
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--data-root: .*file cannot be made"):
+        states(tmp_path / "file", "dtd")
+    with pytest.raises(InputError, match="--data-root: .*no folder was given"):
+        list(prepare(COLLECTIONS["mtil"], ("dtd",), Source()))
+
+
+def test_a_person_is_told_about_dead_links(tmp_path: Path, downloads: list[str]) -> None:
+    found = states(tmp_path, "stanfordcars", "sun397")
+    assert "car_devkit.tgz" in found["stanfordcars"].problem
+    assert "SUN397.tar.gz (37 GB" in found["sun397"].problem
+    assert downloads == []
+
+
+def test_a_failed_download_is_told_and_leaves_the_data_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, downloads: list[str]
+) -> None:
+    def fail(root: Path) -> None:
+        layouts.put(root / "dtd" / "dtd-r1.0.1.tar.gz", "whole")
+        layouts.put(root / "dtd" / "dtd" / "labels" / "half.txt", "half unpacked")
+        raise OSError("network is unreachable")
+
+    monkeypatch.setitem(WRITERS, "DTD", fail)
+    problem = states(tmp_path, "dtd")["dtd"].problem
+    assert "the download failed (network is unreachable)" in problem
+    assert "start the command again" in problem
+    assert os.listdir(tmp_path) == [PARTIAL]
+
+    kept: list[str] = []
+
+    def look(root: Path) -> None:
+        kept.extend(path.name for path in root.rglob("*") if path.is_file())
+        layouts.dtd(root)
+
+    monkeypatch.setitem(WRITERS, "DTD", look)
+    assert states(tmp_path, "dtd")["dtd"].problem == ""
+    assert kept == ["dtd-r1.0.1.tar.gz"]  # torchvision compares its checksum
+    assert os.listdir(tmp_path) == ["dtd"]
+
+
+def test_an_archive_without_a_checksum_is_downloaded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, downloads: list[str]
+) -> None:
+    layouts.put(tmp_path / PARTIAL / "aircraft" / "fgvc-aircraft-2013b.tar.gz", "a part")
+    seen: list[list[str]] = []
+
+    def look(root: Path) -> None:
+        seen.append(os.listdir(root))
+        layouts.aircraft(root)
+
+    monkeypatch.setitem(WRITERS, "FGVCAircraft", look)
+    assert states(tmp_path, "aircraft")["aircraft"].problem == ""
+    assert seen == [[]]
+
+
+def test_an_incomplete_folder_is_put_aside(tmp_path: Path, downloads: list[str]) -> None:
+    for _ in range(2):
+        layouts.put(tmp_path / "dtd" / "mine.txt", "mine")
+        assert states(tmp_path, "dtd")["dtd"].problem == ""
+        (tmp_path / "dtd" / "dtd" / "labels" / "train1.txt").unlink()
+    names = sorted(os.listdir(tmp_path))
+    assert names == ["dtd", "dtd.incomplete", "dtd.incomplete-2"]
+    assert (tmp_path / "dtd.incomplete" / "mine.txt").read_text() == "mine"
+
+
+def test_damaged_images_are_named(tmp_path: Path, downloads: list[str]) -> None:
+    layouts.dtd(tmp_path)
+    image = tmp_path / "dtd" / "dtd" / "images" / "banded" / "banded_0003.jpg"
+    image.write_bytes(image.read_bytes()[:-40])
+    state = states(tmp_path, "dtd")["dtd"]
+    assert state.task is not None
+    assert f"dtd: unreadable: {image}" in state.problem
+
+
+def test_archives_of_other_sets_are_checked_by_torchvision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchvision.datasets import utils
+
+    any_number(monkeypatch)
+    asked = []
+
+    def fake(url: str, root: str, md5: str) -> None:
+        asked.append((url, md5))
+        layouts.cub(Path(root))
+
+    monkeypatch.setattr(utils, "download_and_extract_archive", fake)
+    (state,) = prepare(COLLECTIONS["cil"], ("cub",), Source(tmp_path))
+    assert state.problem == "" and state.task is not None
+    ((url, md5),) = asked
+    assert url.endswith("CUB_200_2011.tgz") and md5 == "97eceeb196236b17998738112f37df78"

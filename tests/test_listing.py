@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mulki.data import Source
+from mulki.data.published.prepare import State
+from mulki.errors import InputError
+from mulki.listing import list_tasks
+from tests.data.published.conftest import data_root, written, zscl
+
+__all__ = ["data_root", "written", "zscl"]
+
+
+def test_published_classes_need_no_data(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list_tasks(["mtil"], "II", Source(), as_json=True) == 0
+    tasks = json.loads(capsys.readouterr().out)
+    assert tasks[0]["name"] == "stanfordcars"
+    assert sum(len(task["classes"]) for task in tasks) == 1201
+
+
+def test_published_facts_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list_tasks(["mtil:dtd", "mtil:mnist"], "I", Source()) == 0
+    out = capsys.readouterr().out
+    assert "1880" in out and "60000" in out and "zscl" in out and "aircraft" not in out
+    assert list_tasks(["cil"], "I", Source()) == 0
+    assert "imagenet-r" in capsys.readouterr().out
+
+
+def test_with_data_they_are_read(zscl: Source, capsys: pytest.CaptureFixture[str]) -> None:
+    assert list_tasks(["mtil:dtd"], "I", zscl) == 0
+    assert "47" in capsys.readouterr().out
+    with pytest.raises(InputError, match="mtil:dt: mtil has no such task"):
+        list_tasks(["mtil:dt"], "I", Source())
+
+
+def test_what_is_missing_is_told_and_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mulki import listing
+
+    found = [State("dtd", None, "dtd: ask somebody")]
+    monkeypatch.setattr(listing, "prepare", lambda *_: iter(found))
+    assert list_tasks(["mtil:dtd"], "I", Source(tmp_path), download=True) == 1
+    out = capsys.readouterr().out
+    assert "missing" in out and out.endswith("dtd: ask somebody\n")
+    found[:] = []
+    assert list_tasks(["mtil"], "I", Source(tmp_path), download=True) == 0
+
+
+def test_only_published_data_sets_are_downloaded(tmp_path: Path) -> None:
+    for names in (["embedded"], ["mtil:dtd", "embedded:digits"]):
+        with pytest.raises(InputError, match="--prepare: got .*, wanted published data sets"):
+            list_tasks(names, "I", Source(tmp_path), download=True)
