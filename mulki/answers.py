@@ -2,8 +2,9 @@
 
 ``answers/`` holds a file for each row of ``matrix.csv``: ``00_zero-shot.npz``, ``01_digits.npz``,
 and so on. Its boolean arrays have an entry per test image, in the order of the test set:
-``own/<data set>`` where an image was classified among the classes of its own task, and, for tasks
-learned by then, ``seen/<data set>`` where it was classified among the classes of all of them.
+``own/<data set>`` where an image was classified among the classes of its own task (or in another
+label space that the run has, `mulki.evaluate.LabelSpace`), and, for tasks learned by then,
+``seen/<data set>`` where it was classified among the classes of all of them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Answers:
     """Which test images of a data set one model got right, in the order of the set.
 
     Attributes:
-        own: among the classes of the data set, [n].
+        own: in the label space of the run, by default the classes of the data set, [n].
         seen: among the classes of all tasks learned by then, [n]; None for a data set that is not
             one of them.
     """

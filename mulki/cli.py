@@ -174,10 +174,12 @@ def _method_and_file(argv: list[str]) -> tuple[str | None, dict[str, Any], type[
     """
     from mulki import methods
     from mulki.engine.config import RunConfig, field_names, import_given, read_config
+    from mulki.engine.presets import method_of
 
     parser = _Parser(prog="mulki run", add_help=False)
     parser.add_argument("--config")
     parser.add_argument("--method")
+    parser.add_argument("--preset")
     _add_options(parser, RunConfig, only="import_")
     given, _ = parser.parse_known_args(argv)
     from_file: dict[str, Any] = read_config(given.config) if given.config is not None else {}
@@ -185,7 +187,8 @@ def _method_and_file(argv: list[str]) -> tuple[str | None, dict[str, Any], type[
         modules = import_given(from_file)
     # Modules of the file and of the command line are both imported: one does not exclude another.
     modules = import_given({"import_": (*modules, *(given.import_ or ()))})
-    method = methods.get(given.method or str(from_file.get("method", RunConfig.method)))
+    preset = given.preset or from_file.get("preset")
+    method = methods.get(given.method or str(from_file.get("method") or method_of(preset)))
     if from_file.get("method", method.name) != method.name:
         # The file of another method's run: the options that only that method has are left out.
         others = field_names(methods.get(str(from_file["method"])).Options)

@@ -1,14 +1,16 @@
 """Zero-shot evaluation: the answers of a model on a task's test set through its class texts.
 
 The classifier is the mean of all prompt templates' normalised text features, normalised again. The
-label space is the task's own (task-incremental, as the MTIL benchmark of ZSCL does); beside it,
-that of all tasks learned so far (class-incremental: one head). A prediction depends on its image
+label space is the task's own (task-incremental, as the MTIL benchmark of ZSCL does) or another one,
+see `LabelSpace`; beside it, that of all tasks learned so far (class-incremental: one head). A
+prediction depends on its image
 alone, so accuracy does not depend on batching or order; no autocast is used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,6 +27,10 @@ from mulki.world import ALONE, World
 
 # Images [B, 3, H, W], targets [B] and their indices in the set, as `mulki.data.loader.batches`.
 Loader = DataLoader[tuple[Tensor, int, int]]
+
+# Among which classes a test image is classified: those of its task; those of all tasks learned so
+# far, or of its task before that is learned (task-agnostic MTIL); those of all tasks (X-TAIL).
+LabelSpace = Literal["task", "seen", "all"]
 
 
 @torch.no_grad()
@@ -52,6 +58,7 @@ class Evaluator:
         loaders: the test batches of each task, from `mulki.data.loader.batches`; for several
             processes with ``part=world.rows``.
         world: the processes that evaluate together.
+        label_space: of `Answers.own`.
     """
 
     def __init__(
@@ -60,16 +67,19 @@ class Evaluator:
         tasks: Sequence[Task],
         loaders: Sequence[Loader],
         world: World = ALONE,
+        label_space: LabelSpace = "task",
     ):
         self.model = model
         self.tasks = tasks
         self._loaders = loaders
         self._world = world
+        self._label_space = label_space
         self._inputs: dict[str, Tensor] = {}
 
     def accuracy(self, number: int) -> tuple[float, int]:
         """Top-1 accuracy in percent on task `number` (from 0), and the number of test images."""
-        (answers,) = self.answers(number, {number: self.classifier(number)}, [0])
+        numbers = self._head(number, 0)
+        (answers,) = self.answers(number, {n: self.classifier(n) for n in numbers}, [0])
         return answers.accuracy, len(answers.own)
 
     def classifier(self, number: int) -> Tensor:
@@ -91,7 +101,8 @@ class Evaluator:
 
         Args:
             number: of the task, from 0.
-            classifiers: `classifier` of this task and of those that were learned, by number.
+            classifiers: `classifier` of this task and of those that were learned, by number; of all
+                tasks if these are the label space.
             learned: numbers of learned tasks, counted from the first one. For each of them that
                 covers this task, it is also classified among the classes of all these tasks.
 
@@ -99,8 +110,9 @@ class Evaluator:
             The answers for each entry of `learned`.
         """
         self.model.eval()
-        seen = [count for count in learned if count > number]
-        heads = [range(number, number + 1), *map(range, seen)]
+        own = [self._head(number, count) for count in learned]
+        seen = [range(count) if count > number else None for count in learned]
+        heads = list(dict.fromkeys([*own, *(head for head in seen if head is not None)]))
         same = [self._first_alike(head) for head in heads]
         # 0 in places of other processes, so that the sum over processes is the whole.
         right = torch.zeros(len(heads), sum(batch_sizes(self._loaders[number])), dtype=torch.int64)
@@ -113,12 +125,23 @@ class Evaluator:
             for row, head, first_alike in zip(right, heads, same, strict=True):
                 predicted = torch.cat([logits[i] for i in head], dim=1).argmax(dim=1).cpu()
                 before = sum(len(classifiers[i]) for i in head if i < number)
-                found = first_alike[predicted[: len(places)]]
-                row[places] = (found == first_alike[target + before]).long()
+                chosen = first_alike[predicted[: len(places)]]
+                row[places] = (chosen == first_alike[target + before]).long()
         summed = self._world.total(*right.flatten().tolist(), device=self.model.device)
-        own, *rest = np.asarray(summed, dtype=bool).reshape(right.shape)
-        by_count = dict(zip(seen, rest, strict=True))
-        return [Answers(own, by_count.get(count)) for count in learned]
+        found = np.asarray(summed, dtype=bool).reshape(right.shape)
+        by_head = dict(zip(heads, found, strict=True))
+        return [
+            Answers(by_head[mine], None if among is None else by_head[among])
+            for mine, among in zip(own, seen, strict=True)
+        ]
+
+    def _head(self, number: int, count: int) -> range:
+        # The tasks whose classes are the label space of a task after `count` of them were learned.
+        if self._label_space == "all":
+            return range(len(self.tasks))
+        if self._label_space == "seen" and count > number:
+            return range(count)
+        return range(number, number + 1)
 
     def _first_alike(self, head: range) -> Tensor:
         # By place among the classes of some tasks, the first place with the same prompts.
@@ -132,3 +155,12 @@ class Evaluator:
         for (images, target, places), count in zip(loader, batch_sizes(loader), strict=True):
             distinct = self._world.distinct(count)
             yield images, target[:distinct], places[:distinct]
+
+
+def shared_classes(tasks: Sequence[Task]) -> dict[str, list[str]]:
+    """Names of the tasks that have a class with the same prompts, by the name of the class."""
+    owners: dict[tuple[str, ...], dict[str, str]] = {}
+    for task in tasks:
+        for name, prompts in zip(task.classes, task.prompts(), strict=True):
+            owners.setdefault(tuple(prompts), {})[task.name] = name
+    return {next(iter(of.values())): list(of) for of in owners.values() if len(of) > 1}

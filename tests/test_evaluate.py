@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mulki.data import Task, folder_task
 from mulki.data.loader import batches
-from mulki.evaluate import Evaluator, zero_shot_classifier
+from mulki.evaluate import Evaluator, LabelSpace, shared_classes, zero_shot_classifier
 from mulki.models import VisionLanguageModel
 from tests import engine_helpers
 from tests.engine_helpers import Calls
@@ -164,6 +164,35 @@ def test_seen_classes_compete(load_tiny: Load, both: list[Task], way: tuple[Any,
     assert found[0][1].seen is not None and found[0][1].seen.tolist() == found[0][1].own.tolist()
     # Some image is lost to a class of the other task, or the test would show nothing.
     assert sum(int(of[2].own.sum() - of[2].seen.sum()) for of in found) > 0  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("space", ["seen", "all"])
+def test_other_label_spaces(load_tiny: Load, both: list[Task], space: LabelSpace) -> None:
+    model = load_tiny()
+    loaders = [loader(model, task, 64) for task in both]
+    evaluator = Evaluator(model, both, loaders, label_space=space)
+    heads = {number: evaluator.classifier(number) for number in (0, 1)}
+    differs = False
+    for number in (0, 1):
+        alone, together = by_hand(model, both[number : number + 1], 0), by_hand(model, both, number)
+        differs |= alone != together
+        first, second, last = evaluator.answers(number, heads, [0, 1, 2])
+        assert last.own.tolist() == together and first.seen is None
+        assert last.seen is not None and last.seen.tolist() == together
+        wanted = together if space == "all" else alone
+        assert first.own.tolist() == second.own.tolist() == wanted
+        assert evaluator.accuracy(number)[0] == first.accuracy
+    assert differs  # or the test would show nothing
+    if space == "all":
+        # After the first task its own classes are those seen, not those of the label space.
+        second = evaluator.answers(0, heads, [1])[0]
+        assert second.seen is not None and second.seen.tolist() == by_hand(model, both[:1], 0)
+
+
+def test_shared_classes_are_those_with_the_same_prompts(task: Task) -> None:
+    other = dataclasses.replace(task, name="other", classes=(task.classes[1], "x", "y"))
+    assert shared_classes([task, other]) == {task.classes[1]: [task.name, "other"]}
+    assert shared_classes([task, dataclasses.replace(other, templates=("no {}",))]) == {}
 
 
 def test_classes_of_two_tasks_with_the_same_prompts_are_one_class(

@@ -54,6 +54,36 @@ def class_steps(task: Task, counts: Sequence[int]) -> list[Task]:
     return steps
 
 
+def equal_steps(task: Task, increments: int, base_classes: int = 0) -> list[Task]:
+    """Cut a task into a first step of `base_classes`, if any, and equal ones of the other classes.
+
+    Args:
+        task: the whole.
+        increments: the number of equal steps.
+        base_classes: classes of the step before them; 0 for no such step.
+
+    Raises:
+        InputError: the other classes are not a multiple of `increments`, or a step has fewer than
+            two classes.
+    """
+    rest = len(task.classes) - base_classes
+    if rest <= 0:
+        raise InputError(
+            f"--base-classes: got {base_classes}, wanted fewer than the {len(task.classes)} "
+            f"classes of {task.name}"
+        )
+    if rest % increments or rest // increments < 2:
+        possible = [n for n in range(1, rest // 2 + 1) if rest % n == 0]
+        raise InputError(
+            f"--increments: got {increments}, but {rest} classes of {task.name} make no equal "
+            f"steps of that number with two classes or more; "
+            f"{', '.join(map(str, possible)) or 'no number'} would do"
+        )
+    base = [base_classes] if base_classes else []
+    counts = [*base, *[rest // increments] * increments]
+    return class_steps(task, counts) if len(counts) > 1 else [task]
+
+
 def _of_the_pack(sequence: str, order: str, counts: dict[str, tuple[int, ...]]) -> list[Task]:
     if order != "I":
         raise InputError(f'order "{order}": {sequence} has the order I')

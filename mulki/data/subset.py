@@ -1,4 +1,4 @@
-"""A smaller version of a task, for smoke tests and quick looks."""
+"""A smaller version of a task: for few-shot learning, smoke tests and quick looks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from itertools import chain, zip_longest
 
+import numpy as np
 from PIL import Image
 
 from mulki.data.task import ImageSet, Task
@@ -58,3 +59,30 @@ def limited(task: Task, count: int) -> Task:
         return Subset(image_set, sorted(picked[: max(count, len(by_class))]))
 
     return dataclasses.replace(task, train=limit(task.train), test=limit(task.test))
+
+
+def few_shot(task: Task, shots: int, seed: int) -> Task:
+    """The task with at most `shots` training images of each class; the test split stays whole.
+
+    They are the first ones of each class in the order of `permutation` with that seed.
+    """
+    taken: dict[int, int] = {}
+    picked = []
+    for index in permutation(len(task.train), seed):
+        target = task.train.targets[index]
+        if taken.get(target, 0) < shots:
+            taken[target] = taken.get(target, 0) + 1
+            picked.append(index)
+    return dataclasses.replace(task, train=Subset(task.train, sorted(picked)))
+
+
+def permutation(count: int, seed: int) -> list[int]:
+    """``torch.randperm(count)`` of a CPU generator with that seed."""
+    # Fisher and Yates' shuffle on the 32-bit numbers of the Mersenne Twister. NumPy keeps the
+    # stream of RandomState as it is for good.
+    drawn = np.random.RandomState(seed).randint(0, 2**32, size=count, dtype=np.uint32).tolist()
+    order = list(range(count))
+    for i in range(count - 1):
+        j = i + drawn[i] % (count - i)
+        order[i], order[j] = order[j], order[i]
+    return order

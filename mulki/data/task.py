@@ -105,6 +105,14 @@ class Task:
         parts = (self.train.fingerprint(), self.test.fingerprint())
         return _digest([*self.classes, "", *self.templates, "", *parts])
 
+    def prompts_fingerprint(self) -> str:
+        """Hex SHA-256 over class names and templates."""
+        return _digest([*self.classes, "", *self.templates])
+
+    def splits_fingerprint(self) -> str:
+        """Hex SHA-256 over both splits."""
+        return _digest([self.train.fingerprint(), self.test.fingerprint()])
+
 
 def split_fingerprint(images: Iterable[tuple[str, int, int]]) -> str:
     """Hex SHA-256 of a split, from each image's relative name, size in bytes, and target."""

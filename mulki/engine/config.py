@@ -19,6 +19,7 @@ from mulki.data import transform_names
 from mulki.data.published import PROTOCOLS
 from mulki.engine import precision, presets, schedule
 from mulki.errors import InputError, nearest
+from mulki.evaluate import LabelSpace
 from mulki.imports import import_modules
 from mulki.methods import Method
 from mulki.options import check_options, convert, field_name, flag, option, option_name
@@ -48,10 +49,24 @@ class RunConfig:
         "split files); that of the sequence if left out",
         choices=PROTOCOLS,
     )
+    shots: int | None = option(
+        None, "training images of each class, drawn with the seed; all if left out", low=1
+    )
+    scenario: Literal["tasks", "cil"] = option(
+        "tasks", "cil: class-incremental, the classes of one task in steps (--increments)"
+    )
+    increments: int | None = option(None, "equal steps of the scenario cil", low=1)
+    base_classes: int = option(0, "classes of a step before those, in the scenario cil", low=0)
+    label_space: LabelSpace = option(
+        "task",
+        "classes that a test image of a task is told apart among: the task's own, those of all "
+        "tasks seen (its own before it is learned), or those of all tasks, as in X-TAIL",
+    )
     seed: int = option(0, "seed of shuffling, augmentation and initialisation", low=0, below=2**32)
-    preset: Literal["default", "small", "quick"] = option(
+    preset: Literal["default", "small", "quick", "zscl", "mulki-mtil"] = option(
         "default",
-        "small: half a batch, for comparisons of many runs; quick: a smoke test in under a minute",
+        "small: half a batch, for comparisons of many runs; quick: a smoke test in under a minute; "
+        "zscl, mulki-mtil: the training of ZSCL on MTIL, with its method or with mulki",
     )
     model: str = option("mulki-mini", "mulki-mini, an open_clip model, hf-hub:... or local-dir:...")
     pretrained: str | None = option(None, "a tag of open_clip or a checkpoint's path")
@@ -65,6 +80,10 @@ class RunConfig:
     )
     batch_size_eval: int = option(256, "images per evaluation batch", low=1)
     lr: float = option(1e-5, "base learning rate", above=0)
+    lr_of: tuple[str, ...] = option((), "base learning rates of single tasks, as NAME=RATE")
+    opt: Literal["adamw", "muon"] = option(
+        "adamw", "optimiser; muon: for matrices, with AdamW for embeddings and what is no matrix"
+    )
     wd: float = option(0.0, "weight decay", low=0, alias="--weight-decay")
     beta1: float = option(0.9, "AdamW's beta1", low=0, below=1)
     beta2: float = option(0.999, "AdamW's beta2", low=0, below=1)
@@ -115,6 +134,31 @@ class RunConfig:
         repeat="MODULE",
     )
 
+    def lr_of_task(self, name: str) -> float:
+        """The base learning rate of a task.
+
+        Raises:
+            InputError: an entry of `lr_of` is not NAME=RATE with a positive number.
+        """
+        return self.learning_rates().get(name, self.lr)
+
+    def learning_rates(self) -> dict[str, float]:
+        """`lr_of` by task.
+
+        Raises:
+            InputError: see `lr_of_task`.
+        """
+        rates: dict[str, float] = {}
+        for entry in self.lr_of:
+            task, _, rate = entry.rpartition("=")
+            try:
+                rates[task] = float(rate)
+            except ValueError:
+                rates[task] = 0.0
+            if not task or not 0 < rates[task] < float("inf"):
+                raise InputError(f"--lr-of: got {entry!r}, wanted NAME=RATE, such as mnist=5e-5")
+        return rates
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -155,7 +199,7 @@ def resolve(given: Mapping[str, Any]) -> Settings:
     given = {field_name(key): value for key, value in given.items()}
     if modules := import_given(given):
         given["import_"] = modules
-    method = methods.get(str(given.get("method", RunConfig.method)))
+    method = methods.get(str(given.get("method") or presets.method_of(given.get("preset"))))
     of_run, of_method = field_names(RunConfig), field_names(method.Options)
     for key in given:
         if key not in of_run and key not in of_method:
@@ -164,13 +208,16 @@ def resolve(given: Mapping[str, Any]) -> Settings:
     method_options = convert(method.Options, {k: v for k, v in given.items() if k in of_method})
     if run.get("iterations") is not None and run.get("epochs") is not None:
         raise InputError("--iterations and --epochs: got both, wanted one of the two")
-    model, preset = run.get("model", RunConfig.model), run.get("preset", RunConfig.preset)
-    merged = presets.lookup(model, method.name, preset) | run | method_options
+    preset = run.get("preset", RunConfig.preset)
+    merged = presets.lookup(run.get("model"), method.name, preset) | run | method_options
+    merged["method"] = method.name
     config = RunConfig(**{k: v for k, v in merged.items() if k in of_run})
     options = method.Options(**{k: v for k, v in merged.items() if k in of_method})
     check_options(config)
     check_options(options)
+    config.learning_rates()
     _check_micro_batch(config)
+    _check_scenario(config)
     return Settings(config, options)
 
 
@@ -201,6 +248,23 @@ def _check_micro_batch(config: RunConfig) -> None:
         raise InputError(
             f"--micro-batch: got {given}, wanted at most --batch-size, {config.batch_size}"
         )
+
+
+def _check_scenario(config: RunConfig) -> None:
+    if config.scenario == "cil" and config.increments is None:
+        raise InputError(
+            "--scenario cil: got no --increments, the number of equal steps; pass one, such as 10"
+        )
+    if config.scenario != "cil":
+        for name, value in (
+            ("increments", config.increments),
+            ("base_classes", config.base_classes),
+        ):
+            if value:
+                raise InputError(
+                    f"{flag(name)}: got {value}, which belongs to the scenario cil; pass "
+                    "--scenario cil, or leave it out"
+                )
 
 
 def field_names(options: type) -> frozenset[str]:

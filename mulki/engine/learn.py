@@ -93,6 +93,7 @@ def learn_task(
         wanted = "those of the task" if method.needs.anchors else "None"
         raise ValueError(f"anchors: got {given}, wanted {wanted} for {type(method).__name__}")
     steps = steps_of(config, len(task.train), world.size)
+    base_lr = config.lr_of_task(task.name)
     prompts = [of_class[0] for of_class in task.prompts()]
     teachers = TaskTeachers.prepare(
         method.needs,
@@ -118,10 +119,10 @@ def learn_task(
         if not all(map(math.isfinite, losses.values())):
             shown = ", ".join(f"{name} {value:.3g}" for name, value in losses.items())
             raise InputError(
-                f"--lr {config.lr:g}: the loss is not finite at step {number} of task {task.name} "
+                f"--lr {base_lr:g}: the loss is not finite at step {number} of task {task.name} "
                 f"({shown}); lower it"
             )
-        lr = config.lr * schedule.factor(config.lr_scheduler, number - 1, steps, config.warmup)
+        lr = base_lr * schedule.factor(config.lr_scheduler, number - 1, steps, config.warmup)
         step.update(lr)
         method.after_step(number)
         started, ended = ended, time.perf_counter()

@@ -37,7 +37,52 @@ SMALL: _Options = {"batch_size": 32}
 QUICK: _Options = {"iterations": 5, "batch_size": 32, "limit_images": 120}
 
 
-def lookup(model: str, method: str, preset: str) -> _Options:
-    """The preset's options for a run, by option name."""
+# How ZSCL (ICCV 2023) trains on MTIL, from its scripts: ViT-B/16 of OpenAI, which has QuickGELU.
+MTIL: _Options = {
+    "tasks": ("mtil",),
+    "model": "ViT-B-16-quickgelu",
+    "pretrained": "openai",
+    "iterations": 1000,
+    "batch_size": 64,
+    "lr": 1e-5,
+    "lr_of": ("aircraft=5e-5", "mnist=5e-5"),
+    "wd": 0.0,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "warmup": 100,
+    "lr_scheduler": "cosine",
+    "augment": "crop",
+    "label_smoothing": 0.2,
+}
+# The method of a recipe, and its options besides. Those of ZSCL are the defaults of its method. Of
+# MulKI's few are published; its running mean takes as many members as ZSCL's, and the rest are
+# defaults, which were not chosen on MTIL.
+RECIPES: dict[str, tuple[str, _Options]] = {
+    "zscl": ("zscl", {}),
+    "mulki-mtil": ("mulki", {"we_every": 100}),
+}
+
+
+def method_of(preset: Any) -> str:
+    """The method of a run that names none."""
+    return RECIPES[preset][0] if isinstance(preset, str) and preset in RECIPES else "mulki"
+
+
+def lookup(model: str | None, method: str, preset: str) -> _Options:
+    """The preset's options for a run, by option name.
+
+    Args:
+        model: the start model that the user named; None for that of the preset.
+        method: of the run, whether the user or the preset named it.
+        preset: its name.
+    """
+    if preset in RECIPES:
+        own, options = RECIPES[preset]
+        options = MTIL | (options if method == own else {})
+        if model is not None:
+            # Weights of another model.
+            options = {k: v for k, v in options.items() if k not in ("model", "pretrained")}
+        return MODELS.get(model or "", {}) | options
+    model = model or BUNDLED
     options = MODELS.get(model, {}) | METHODS.get((model, method), {})
-    return options | {"default": {}, "small": SMALL, "quick": QUICK}[preset]
+    return options | {"small": SMALL, "quick": QUICK}.get(preset, {})

@@ -20,7 +20,7 @@ from mulki.engine.config import Settings
 from mulki.engine.learn import StepReport, learn_task, steps_of
 from mulki.engine.progress import RunProgress, describe
 from mulki.engine.setup import Setup, prepared
-from mulki.evaluate import Evaluator, Loader
+from mulki.evaluate import Evaluator, Loader, shared_classes
 from mulki.methods import PREVIOUS, ZERO_SHOT
 from mulki.metrics import ZERO_SHOT as ZERO_SHOT_ROW
 from mulki.models import VisionLanguageModel
@@ -114,7 +114,11 @@ class _Sequence:
         self.steps = 0
         self.text_inputs = TextInputs(setup.model, setup.world)
         self.evaluator = Evaluator(
-            setup.model, setup.tasks, [_test_loader(setup, t) for t in setup.tasks], setup.world
+            setup.model,
+            setup.tasks,
+            [_test_loader(setup, t) for t in setup.tasks],
+            setup.world,
+            setup.config.label_space,
         )
 
     def learn(self) -> None:
@@ -149,6 +153,10 @@ class _Sequence:
         for task in self.setup.tasks:
             if task.skipped:
                 _log.warning("task %s: %d unreadable images left out", task.name, len(task.skipped))
+        shared = shared_classes(self.setup.tasks) if config.label_space != "task" else {}
+        if shared:
+            each = [f"{name} ({', '.join(owners)})" for name, owners in shared.items()]
+            _log.warning("classes with the same prompts count as one: %s", "; ".join(each))
         reference = self.setup.reference
         if reference is not None and reference.skipped:
             _log.warning("reference set: %d unreadable images left out", len(reference.skipped))

@@ -14,15 +14,17 @@ import torch
 
 from mulki import methods, models
 from mulki.data import Source, Task, load_sequence
+from mulki.data.class_steps import equal_steps
+from mulki.data.published import entry_names
 from mulki.data.reference import ReferenceSet, read_reference
-from mulki.data.subset import limited
+from mulki.data.subset import few_shot, limited
 from mulki.data.transforms import train_transform
 from mulki.data.vocabulary import Vocabulary, imagenet_vocabulary, read_vocabulary
-from mulki.engine import distributed
+from mulki.engine import distributed, muon
 from mulki.engine.batches import Transform
 from mulki.engine.config import CURRENT, RunConfig, Settings
 from mulki.engine.precision import Precision
-from mulki.errors import InputError
+from mulki.errors import InputError, nearest
 from mulki.methods import VOCABULARY, Method, Needs
 from mulki.models import VisionLanguageModel
 from mulki.results import RunFolder, check_free
@@ -156,7 +158,8 @@ def load_tasks(config: RunConfig) -> list[Task]:
     """The tasks of a configuration, in their order.
 
     Raises:
-        InputError: see `mulki.data.load_sequence`.
+        InputError: see `mulki.data.load_sequence` and `mulki.data.class_steps.equal_steps`, or
+            several tasks in a class-incremental run.
     """
     tasks = load_sequence(
         config.tasks,
@@ -164,8 +167,23 @@ def load_tasks(config: RunConfig) -> list[Task]:
         skip_bad_images=config.skip_bad_images,
         source=Source(config.data_root, config.protocol),
     )
+    if config.scenario == "cil":
+        if len(tasks) != 1:
+            raise InputError(
+                f"--scenario cil: got {len(tasks)} tasks, wanted the one whose classes are learned "
+                "in steps; name one, such as cil:cifar100"
+            )
+        tasks = equal_steps(tasks[0], config.increments or 1, config.base_classes)
+    if config.shots is not None:
+        tasks = [few_shot(task, config.shots, config.seed) for task in tasks]
     if config.limit_images is not None:
         tasks = [limited(task, config.limit_images) for task in tasks]
+    names = {*(task.name for task in tasks), *entry_names()}
+    for name in config.learning_rates():
+        if name not in names:
+            raise InputError(
+                f"--lr-of: got a rate of {name}, but no task is called so{nearest(name, names)}"
+            )
     return tasks
 
 
@@ -184,6 +202,10 @@ def _device(name: str) -> torch.device:
 
 
 def _check_sharding(config: RunConfig, precision: Precision) -> None:
+    if config.opt == "muon":
+        muon.check_available()
+        if config.fsdp:
+            raise InputError("--opt muon: its steps need whole matrices; leave --fsdp out")
     if config.fsdp and not distributed.launched():
         raise InputError(
             "--fsdp: this is the only process, nothing can be sharded; start several with torchrun "
@@ -300,6 +322,9 @@ def _hashes(
     hashes: dict[str, Any] = {
         "weights": weights.hexdigest(),
         "tasks": {t.name: t.fingerprint() for t in tasks},
+        # Their parts, so that two runs can tell what differs.
+        "prompts": {t.name: t.prompts_fingerprint() for t in tasks},
+        "splits": {t.name: t.splits_fingerprint() for t in tasks},
     }
     for name, used in (("reference", reference), ("vocabulary", vocabulary)):
         if used is not None:

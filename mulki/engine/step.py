@@ -17,6 +17,7 @@ from mulki.engine.batches import Batch, ReferenceBatch
 from mulki.engine.config import AUTO, RunConfig
 from mulki.engine.distributed import processes_here
 from mulki.engine.microbatch import Encoder, backward
+from mulki.engine.muon import MuonWithAdamW, is_matrix
 from mulki.engine.precision import Precision
 from mulki.engine.teachers import TaskTeachers
 from mulki.features import Features, of_reference
@@ -225,20 +226,26 @@ def _optimizer(
 ) -> torch.optim.Optimizer:
     # As in open_clip: gains, biases and the like do not decay. Sharded parameters are in groups of
     # their own, since no fused update takes both kinds.
-    weights = [*model.trainable().values()]
+    trainable = model.trainable()
+    use_muon = config.opt == "muon"
+    matrices = [p for name, p in trainable.items() if use_muon and is_matrix(name, p)]
+    weights = [p for name, p in trainable.items() if not (use_muon and is_matrix(name, p))]
     rest = [p for p in weights if p.ndim < 2] + [*method.parameters()]
     groups: list[dict[str, Any]] = []
     for decay, parameters in ((config.wd, [p for p in weights if p.ndim >= 2]), (0.0, rest)):
         for sharded in (False, True):
             members = [p for p in parameters if isinstance(p, DTensor) == sharded]
             groups += [{"params": members, "weight_decay": decay}] if members else []
-    return torch.optim.AdamW(
-        groups,
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=model.device.type in ("cpu", "cuda"),
-    )
+    options: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+        "fused": model.device.type in ("cpu", "cuda"),
+    }
+    if use_muon:
+        whole = [{"params": matrices, "weight_decay": config.wd}] if matrices else []
+        return MuonWithAdamW(whole, groups, **options)
+    return torch.optim.AdamW(groups, **options)
 
 
 def _clip(groups: Sequence[Sequence[nn.Parameter]], largest: float) -> None:

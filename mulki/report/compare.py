@@ -330,7 +330,9 @@ def _mixed(name: str, groups: Sequence[Group]) -> Iterator[str]:
             run: [run.options.get(k) for k in ("model", "pretrained")] for run in runs
         },
         "start weights": {run: hashes[run].get("weights") for run in runs},
-        "images or prompts": {run: hashes[run].get("tasks") for run in runs},
+        **_of_tasks(hashes),
+        # Folders of before there were others have that of the task.
+        "label spaces": {run: run.options.get("label_space", "task") for run in runs},
         "sizes of test sets": {run: run.data.summary.get("test_images") for run in runs},
         # Folders of before it was written are of one process.
         "numbers of processes": {run: run.data.environment.get("processes", 1) for run in runs},
@@ -355,6 +357,13 @@ def _mixed(name: str, groups: Sequence[Group]) -> Iterator[str]:
         seeds = [run.seed for run in group.runs]
         if len(set(seeds)) < len(seeds):
             yield f"{name}: {group.label} has several runs of one seed; the first of them is paired"
+
+
+def _of_tasks(hashes: Mapping[Run, Mapping[str, Any]]) -> dict[str, dict[Run, Any]]:
+    # Folders of before prompts and splits had hashes of their own have one for both.
+    known = all("prompts" in each and "splits" in each for each in hashes.values())
+    names = {"prompts": "prompts", "images": "splits"} if known else {"images or prompts": "tasks"}
+    return {what: {run: h.get(key) for run, h in hashes.items()} for what, key in names.items()}
 
 
 def _against(name: str, group: Group, base: Group, warnings: list[str]) -> Against | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -34,6 +35,17 @@ class RunData:
     config: str
     environment: dict[str, Any]
 
+    @property
+    def fingerprint(self) -> str:
+        """Start weights, prompts and splits in a line, 12 digits each; empty if unknown.
+
+        Two results with the same line were measured on the same images with the same prompts, from
+        the same start.
+        """
+        hashes = self.environment.get("hashes", {})
+        known = {name: hashes.get(name) for name in ("weights", "prompts", "splits")}
+        return ", ".join(f"{name} {_short(value)}" for name, value in known.items() if value)
+
 
 def read_folder(folder: str | os.PathLike[str]) -> RunData:
     """Read a run folder.
@@ -60,6 +72,13 @@ def read_folder(folder: str | os.PathLike[str]) -> RunData:
         config=arguments.read_text(encoding="utf-8") if arguments.is_file() else "",
         environment=_read_json(folder / "env.json"),
     )
+
+
+def _short(value: Any) -> str:
+    # Of a hash, or of one a task in any order.
+    if isinstance(value, str):
+        return value[:12]
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _class_incremental(path: Path, summary: dict[str, Any]) -> ClassIncremental:

@@ -25,6 +25,8 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder)
     run = read_folder(folder)
     title = f"# {run.name}\n\nStatus: {run.status}\n\n"
+    if run.fingerprint:
+        title += f"Fingerprint: {run.fingerprint}\n\n"
     write_atomic(folder / "summary.md", title + summary_markdown(run.matrix, run.class_incremental))
     write_atomic(folder / "report.html", render_html(run))
     return folder / "report.html"

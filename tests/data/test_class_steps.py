@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from mulki.data import Task, class_steps, folder_task, load_sequence
+from mulki.data.class_steps import equal_steps
 from mulki.errors import InputError
+from tests.data.data_helpers import Blank
 
 COUNTS = {
     "embedded-flags": {f"flags-{i}": 29 for i in range(1, 9)},
@@ -79,3 +81,38 @@ def test_the_bundled_sequences(name: str) -> None:
 def test_an_unknown_order(name: str) -> None:
     with pytest.raises(InputError, match=f'order "II": {name} has the order I$'):
         load_sequence([name], "II")
+
+
+def of_classes(count: int) -> Task:
+    images = Blank(tuple(range(count)))
+    return Task("zoo", tuple(f"c{i}" for i in range(count)), ("{}",), images, images)
+
+
+@pytest.mark.parametrize(
+    ("increments", "base", "sizes"),
+    [(10, 0, [10] * 10), (50, 0, [2] * 50), (5, 50, [50] + [10] * 5), (1, 90, [90, 10])],
+)
+def test_equal_steps(increments: int, base: int, sizes: list[int]) -> None:
+    steps = equal_steps(of_classes(100), increments, base)
+    assert [len(step.classes) for step in steps] == sizes
+    assert [name for step in steps for name in step.classes] == list(of_classes(100).classes)
+    assert [step.name for step in steps] == [f"zoo-{n}" for n in range(1, len(sizes) + 1)]
+
+
+def test_one_step_is_the_task_itself() -> None:
+    whole = of_classes(4)
+    assert equal_steps(whole, 1) == [whole]
+
+
+@pytest.mark.parametrize(
+    ("increments", "base", "says"),
+    [
+        (3, 0, "--increments: got 3, but 10 classes of zoo .*; 1, 2, 5 would do"),
+        (10, 0, "--increments: got 10"),
+        (2, 9, "--increments: got 2, but 1 classes of zoo .*; no number would do"),
+        (2, 10, "--base-classes: got 10, wanted fewer than the 10 classes"),
+    ],
+)
+def test_unequal_steps_are_refused(increments: int, base: int, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        equal_steps(of_classes(10), increments, base)

@@ -4,10 +4,11 @@ import pickle
 from dataclasses import dataclass
 
 import pytest
+import torch
 from PIL import Image
 
 from mulki.data import Task
-from mulki.data.subset import Subset, limited
+from mulki.data.subset import Subset, few_shot, limited, permutation
 
 
 @dataclass(frozen=True)
@@ -95,3 +96,31 @@ def test_fingerprint_tells_subsets_and_sets_apart() -> None:
 def test_pickles_for_workers() -> None:
     again = pickle.loads(pickle.dumps(Subset(Grey((0, 1, 1)), [2, 0])))
     assert again.name(0) == "image 2" and again.targets == [1, 0]
+
+
+def test_few_shot_keeps_so_many_images_of_each_class() -> None:
+    whole = task((0, 0, 0, 0, 1, 1, 1, 2) * 5, (0, 1, 2, 0))
+    small = few_shot(whole, 3, seed=0)
+    assert sorted(small.train.targets) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert small.test is whole.test
+    assert isinstance(small.train, Subset)
+    assert list(small.train.indices) == sorted(set(small.train.indices))
+    # A class with fewer images keeps all.
+    assert sorted(few_shot(whole, 18, seed=0).train.targets) == [0] * 18 + [1] * 15 + [2] * 5
+
+
+def test_few_shot_repeats_with_its_seed() -> None:
+    whole = task((0, 1, 2) * 30)
+    drawn = [few_shot(whole, 2, seed).train for seed in (0, 0, 1)]
+    assert drawn[0].fingerprint() == drawn[1].fingerprint() != drawn[2].fingerprint()
+    # More shots of the same seed add to the fewer.
+    more, fewer = (few_shot(whole, shots, 0).train for shots in (5, 2))
+    assert isinstance(more, Subset) and isinstance(fewer, Subset)
+    assert set(fewer.indices) < set(more.indices)
+
+
+@pytest.mark.parametrize("count", [1, 2, 10, 8677])
+@pytest.mark.parametrize("seed", [42, 7])
+def test_permutation_is_that_of_torch(count: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    assert permutation(count, seed) == torch.randperm(count, generator=generator).tolist()

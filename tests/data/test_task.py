@@ -74,3 +74,13 @@ def test_split_fingerprints_agree_exactly_for_equal_splits(a: list[Any], b: list
 def test_split_fingerprint_takes_file_names_that_are_not_utf8() -> None:
     prints = {split_fingerprint([(os.fsdecode(name), 1, 0)]) for name in (b"\xe9", b"\xe8", b"e")}
     assert len(prints) == 3
+
+
+def test_prompts_and_splits_have_fingerprints_of_their_own() -> None:
+    one = Task("t", ("a", "b"), ("{}",), Blank((0, 1)), Blank((0, 1)))
+    renamed = replace(one, classes=("a", "c"))
+    moved = replace(one, train=Blank((0, 1), key="other"))
+    assert one.prompts_fingerprint() == moved.prompts_fingerprint()
+    assert one.prompts_fingerprint() != renamed.prompts_fingerprint()
+    assert one.splits_fingerprint() == renamed.splits_fingerprint()
+    assert one.splits_fingerprint() != moved.splits_fingerprint()

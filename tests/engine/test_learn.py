@@ -46,6 +46,11 @@ def test_reports_of_the_steps(load_tiny: Load, task: Task) -> None:
     assert all(isinstance(v, float) for v in reports[0].losses.values())
 
 
+def test_a_task_may_have_a_rate_of_its_own(load_tiny: Load, task: Task) -> None:
+    config = replace(CONFIG, lr_scheduler="const", lr_of=("other=1", f"{task.name}=3e-5"))
+    assert {r.lr for r in learn(load_tiny(), task, config=config)} == {3e-5}
+
+
 @pytest.mark.parametrize(
     ("epochs", "images", "steps"), [(1.0, 18, 3), (2.0, 19, 7), (0.5, 18, 2), (0.001, 18, 1)]
 )

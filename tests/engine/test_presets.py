@@ -14,6 +14,7 @@ from benchmarks.embedded.compare import criterion
 from mulki import methods
 from mulki.engine import presets
 from mulki.engine.config import RunConfig, resolve
+from mulki.errors import InputError
 from mulki.models import BUNDLED
 
 
@@ -44,6 +45,9 @@ def test_presets_hold_options_that_exist() -> None:
     names = {f.name for f in fields(RunConfig)}
     for options in (*presets.MODELS.values(), presets.QUICK):
         assert options.keys() <= names
+    for method, options in presets.RECIPES.values():
+        own = {f.name for f in fields(methods.get(method).Options)}
+        assert (presets.MTIL | options).keys() <= names | own
     for (model, method), options in presets.METHODS.items():
         own = {f.name for f in fields(methods.get(method).Options)}
         assert model in presets.MODELS and options.keys() <= names | own
@@ -83,3 +87,42 @@ def test_small_preset_has_as_many_steps() -> None:
     small, default = (resolve({"preset": name}).run for name in ("small", "default"))
     assert small.batch_size == default.batch_size // 2
     assert (small.iterations, small.lr) == (default.iterations, default.lr)
+
+
+def test_the_recipe_of_zscl() -> None:
+    settings = resolve({"preset": "zscl"})
+    run, zscl = settings.run, settings.method
+    assert (run.method, run.tasks, run.order) == ("zscl", ("mtil",), "I")
+    assert (run.model, run.pretrained) == ("ViT-B-16-quickgelu", "openai")
+    assert (run.iterations, run.batch_size, run.warmup, run.wd) == (1000, 64, 100, 0.0)
+    assert (run.lr_scheduler, run.augment, run.opt) == ("cosine", "crop", "adamw")
+    rates = {name: run.lr_of_task(name) for name in ("aircraft", "mnist", "dtd")}
+    assert rates == {"aircraft": 5e-5, "mnist": 5e-5, "dtd": 1e-5}
+    assert (zscl.label_smoothing, zscl.l2, zscl.we_every, zscl.temperature) == (0.2, 1, 100, 2)
+    assert not run.lock_text
+
+
+def test_the_recipe_with_mulki_and_with_other_methods() -> None:
+    settings = resolve({"preset": "mulki-mtil"})
+    assert settings.run.method == "mulki" and settings.method.we_every == 100
+    assert settings.run.warmup == 100
+    other = resolve({"preset": "zscl", "method": "lwf", "lr": 2e-5})
+    assert (other.run.method, other.run.lr, other.run.warmup) == ("lwf", 2e-5, 100)
+    assert resolve({"preset": "mulki-mtil", "method": "zscl"}).method.label_smoothing == 0.2
+
+
+def test_a_recipe_leaves_the_weights_of_another_model_alone() -> None:
+    run = resolve({"preset": "zscl", "model": "RN50"}).run
+    assert (run.model, run.pretrained, run.warmup) == ("RN50", None, 100)
+    bundled = resolve({"preset": "zscl", "model": BUNDLED}).run
+    assert bundled.lock_text and bundled.lr == 1e-5
+
+
+def test_a_resolved_recipe_is_resolved_to_itself() -> None:
+    settings = resolve({"preset": "mulki-mtil"})
+    assert resolve(settings.to_dict()) == settings
+
+
+def test_unknown_presets_are_refused() -> None:
+    with pytest.raises(InputError, match='--preset: .*did you mean "zscl"'):
+        resolve({"preset": "zsclx"})

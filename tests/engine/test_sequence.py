@@ -87,7 +87,8 @@ def test_every_method_leaves_a_complete_folder(run: Run, name: str) -> None:
     args = yaml.safe_load((path / "args.yaml").read_text())
     assert args["method"] == name and args["lr"] == 1e-3 and args["device"] == "cpu"
     hashes = json.loads((path / "env.json").read_text())["hashes"]
-    assert set(hashes["tasks"]) == {"colours", "shades"}
+    assert set(hashes["tasks"]) == set(hashes["prompts"]) == {"colours", "shades"}
+    assert set(hashes["splits"]) == {"colours", "shades"}
     assert re.fullmatch("[0-9a-f]{64}", hashes["weights"])
 
     if trains:

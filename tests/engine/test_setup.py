@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -15,12 +16,16 @@ import torch
 from mulki import methods
 from mulki.data import transforms
 from mulki.engine import sequence, setup
-from mulki.engine.config import RunConfig, Settings
+from mulki.engine.config import RunConfig, Settings, resolve
 from mulki.engine.precision import Precision
+from mulki.engine.setup import load_tasks
 from mulki.errors import InputError
 from mulki.results import read_evaluations
+from tests.data.published.conftest import data_root, written
 from tests.engine.run_helpers import Run, weights
-from tests.engine_helpers import same_state
+from tests.engine_helpers import COLOURS, same_state, write_task
+
+__all__ = ["data_root", "written"]
 
 
 @pytest.mark.parametrize("broken", ["transform", "precision"])
@@ -87,6 +92,7 @@ def test_taken_folder_is_left_alone(run: Run, tmp_path: Path, no_training: None)
         ({"model": "local-dir:nowhere"}, "nowhere"),
         ({"tasks": ("nowhere",)}, "nowhere"),
         ({"lock_text": True, "lock_image": True}, "--lock-image"),
+        ({"lr_of": ("colour=1e-3",)}, 'no task is called so (did you mean "colours"?)'),
     ],
 )
 def test_bad_input_is_found_before_the_folder_is_made(
@@ -105,6 +111,58 @@ def test_limited_images(run: Run) -> None:
         ("all-seen", 4),
         ("all-seen", 8),
     }
+
+
+def test_few_shots_of_a_task_class_by_class(start_model: dict[str, str], tmp_path: Path) -> None:
+    shades = {name: (32 * i, 32 * i, 32 * i) for i, name in enumerate("abcdef")}
+    folder = str(write_task(tmp_path / "shades", shades))
+    options = {"scenario": "cil", "increments": "2", "base_classes": "2", "shots": "2"}
+    config = resolve({"tasks": [folder], "seed": 5, **options}).run
+    tasks = load_tasks(config)
+    assert [task.name for task in tasks] == ["shades-1", "shades-2", "shades-3"]
+    for task in tasks:
+        assert sorted(task.train.targets) == [0, 0, 1, 1]
+    again = load_tasks(config)
+    assert [t.fingerprint() for t in tasks] == [t.fingerprint() for t in again]
+    with pytest.raises(InputError, match="--scenario cil: got 2 tasks, wanted the one"):
+        load_tasks(dataclasses.replace(config, tasks=(folder, "embedded:digits")))
+
+
+def test_a_class_incremental_run_counts_all_classes_seen(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shades = {name: (60 * i, 60 * i, 60 * i) for i, name in enumerate("abcd")}
+    folder = str(write_task(tmp_path / "shades", shades, train=3))
+    options = {"tasks": [folder], "scenario": "cil", "increments": "2", "label_space": "seen"}
+    done = run(method="zero_shot", **options)
+    assert done.matrix.columns == ("shades-1", "shades-2")
+    seen = done.class_incremental.after
+    assert list(seen) == ["shades-1", "shades-2"]
+    # In this label space the last row is the accuracy among all classes.
+    assert seen["shades-2"] == pytest.approx(sum(done.matrix.rows[1]) / 2)
+    assert "same prompts" not in caplog.text
+
+
+def test_classes_of_two_tasks_are_told_of_where_they_compete(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = [str(write_task(tmp_path / name, COLOURS, train=3)) for name in ("one", "two")]
+    run(method="zero_shot", tasks=names, label_space="all")
+    (line,) = [each for each in caplog.messages if "same prompts" in each]
+    assert "red (one, two)" in line
+
+
+def test_a_run_of_published_data_sets(run: Run, data_root: Path) -> None:
+    tasks = ["mtil:mnist", "mtil:eurosat"]
+    done = run(tasks=tasks, data_root=str(data_root), protocol="zscl", method="zero_shot")
+    assert done.matrix.columns == ("mnist", "eurosat")
+    hashes = json.loads((done.path / "env.json").read_text())["hashes"]
+    assert set(hashes["prompts"]) == set(hashes["splits"]) == {"mnist", "eurosat"}
+    assert "protocol: zscl" in (done.path / "args.yaml").read_text()
+    assert "prompts " in (done.path / "summary.md").read_text()
+    with pytest.raises(InputError, match="--data-root: .*no folder was given"):
+        run("second", tasks=tasks, method="zero_shot")
+    assert not (done.path.parent / "second").exists()
 
 
 def test_global_generators_are_seeded(run: Run) -> None:

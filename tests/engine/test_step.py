@@ -117,3 +117,18 @@ def test_compiled_operators_train_as_the_reference_does(
     assert any(compiled[0] != step for step in compiled[1:])
     for key, value in weights.items():
         torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-5)
+
+
+def test_muon_moves_matrices_otherwise_than_adamw(load_tiny: Load, task: Task) -> None:
+    after = {}
+    for opt in ("adamw", "muon"):
+        student = load_tiny()
+        before = state_of(student)
+        learn(student, task, frozen={}, config=replace(CONFIG, opt=opt, iterations=1))
+        after[opt] = {
+            n: v - before[n] for n, v in state_of(student).items() if v.is_floating_point()
+        }
+    differs = {n for n in after["adamw"] if not torch.equal(after["adamw"][n], after["muon"][n])}
+    assert "visual.transformer.resblocks.0.mlp.c_fc.weight" in differs
+    assert "text_projection" in differs
+    assert not {n for n in differs if after["adamw"][n].ndim != 2 or "embedding" in n}

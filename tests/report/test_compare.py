@@ -222,6 +222,7 @@ def test_runs_before_class_incremental_evaluation_leave_its_cells_empty(make: Ma
     [
         ({"hashes": {"weights": "v", "tasks": {"a": "t", "b": "t"}}}, "start weights of"),
         ({"hashes": {"weights": "w", "tasks": {"a": "t", "b": "u"}}}, "images or prompts of"),
+        ({"label_space": "all"}, "label spaces of"),
         ({"images": 150}, "sizes of test sets of"),
         ({"model": "RN50"}, "start models of"),
     ],
@@ -232,9 +233,19 @@ def test_what_should_be_the_same_is_warned_of(
     one, other = make("a", "lwf"), make("b", "mulki", **options)
     found = compare([one, other])
     assert found.warnings[0] == f"zoo, order I: {says} {other} differ from those of {one}"
-    same_images = says in ("start weights of", "start models of")
+    same_images = says in ("start weights of", "start models of", "label spaces of")
     assert found.sections[0].differences[0].over == ("images" if same_images else "nothing")
     assert any("since test images differ" in w for w in found.warnings) == (not same_images)
+
+
+@pytest.mark.parametrize(("differs", "says"), [("prompts", "prompts"), ("splits", "images")])
+def test_prompts_and_images_are_told_apart(make: Make, differs: str, says: str) -> None:
+    hashes = {"weights": "w", "tasks": {"a": "t"}, "prompts": {"a": "p"}, "splits": {"a": "s"}}
+    one = make("a", "lwf", hashes=hashes)
+    other = make("b", "mulki", hashes={**hashes, "tasks": {"a": "u"}, differs: {"a": "x"}})
+    found = compare([one, other])
+    assert found.warnings[0] == f"zoo, order I: {says} of {other} differ from those of {one}"
+    assert sum("differ from those" in warning for warning in found.warnings) == 1
 
 
 def test_vocabularies_are_compared_where_there_are_some(make: Make) -> None:

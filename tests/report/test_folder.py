@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -23,3 +24,15 @@ def test_a_folder_without_a_matrix(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no matrix\.csv in it"):
         write_report(tmp_path / "missing")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_fingerprint_does_not_depend_on_the_order_of_tasks(folder: Path) -> None:
+    prints = []
+    for tasks in ({"a": "1", "b": "2"}, {"b": "2", "a": "1"}, {"a": "1", "b": "3"}):
+        hashes = {"weights": "f" * 64, "prompts": tasks, "splits": {"a": "9"}}
+        (folder / "env.json").write_text(json.dumps({"hashes": hashes}))
+        prints.append(read_folder(folder).fingerprint)
+    assert re.fullmatch("weights f{12}, prompts [0-9a-f]{12}, splits [0-9a-f]{12}", prints[0])
+    assert prints[0] == prints[1] != prints[2]
+    (folder / "env.json").unlink()
+    assert read_folder(folder).fingerprint == ""

@@ -20,3 +20,4 @@ def test_the_summary_holds_name_status_and_matrix(folder: Path) -> None:
     text = (folder / "summary.md").read_text()
     assert text.startswith("# first\n\nStatus: complete\n\n")
     assert summary_markdown(read_folder(folder).matrix) in text
+    assert "\nFingerprint: weights 0123abcd, splits " in text

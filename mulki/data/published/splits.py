@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from mulki.data.subset import Subset
+from mulki.data.subset import Subset, permutation
 from mulki.data.task import ImageSet
 
 SEED = 42
@@ -19,15 +17,3 @@ def four_fifths(images: ImageSet) -> tuple[Subset, Subset]:
     order = permutation(len(images), SEED)
     cut = int(0.8 * len(images))
     return Subset(images, order[:cut]), Subset(images, order[cut:])
-
-
-def permutation(count: int, seed: int) -> list[int]:
-    """``torch.randperm(count)`` of a CPU generator with that seed."""
-    # Fisher and Yates' shuffle on the 32-bit numbers of the Mersenne Twister. NumPy keeps the
-    # stream of RandomState as it is for good.
-    drawn = np.random.RandomState(seed).randint(0, 2**32, size=count, dtype=np.uint32).tolist()
-    order = list(range(count))
-    for i in range(count - 1):
-        j = i + drawn[i] % (count - i)
-        order[i], order[j] = order[j], order[i]
-    return order

@@ -3,18 +3,9 @@ from __future__ import annotations
 import hashlib
 
 import pytest
-import torch
 
-from mulki.data.published.splits import four_fifths, permutation
+from mulki.data.published.splits import four_fifths
 from tests.data.data_helpers import Blank
-
-
-@pytest.mark.parametrize("count", [1, 2, 10, 8677])
-@pytest.mark.parametrize("seed", [42, 7])
-def test_permutation_is_that_of_torch(count: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    assert permutation(count, seed) == torch.randperm(count, generator=generator).tolist()
-
 
 # SHA-256 of the indices of the three random splits of MTIL: should these change, so did the split.
 PINNED = {
@@ -26,7 +17,8 @@ PINNED = {
 
 @pytest.mark.parametrize("count", PINNED)
 def test_splits_of_mtil_stay_as_they_are(count: int) -> None:
-    text = " ".join(map(str, permutation(count, 42)))
+    train, test = four_fifths(Blank((0,) * count))
+    text = " ".join(map(str, (*train.indices, *test.indices)))
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == PINNED[count]
 
 
