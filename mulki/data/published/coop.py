@@ -16,11 +16,16 @@ from mulki.data.published.found import Found, image_files
 from mulki.errors import InputError
 
 
+class NoImages(InputError):
+    """There is a split, and no folder of its images."""
+
+
 def read_split(entry: Entry, root: Path) -> Found:
     """Read a data set with the split that its user has as a file.
 
     Raises:
-        InputError: no such file or no such images, or another content.
+        NoImages: no folder of its images.
+        InputError: no such file, one with another content, or one that names a missing image.
     """
     protocol = entry.protocols["coop"]
     assert protocol.split is not None
@@ -34,7 +39,11 @@ def read_split(entry: Entry, root: Path) -> Found:
         )
     images = next((f for name in protocol.images if (f := root / name).is_dir()), None)
     if images is None:
-        raise InputError(f"{entry.name}: no folder {root / protocol.images[0]} with its images")
+        raise NoImages(
+            f"{entry.name}: no folder {root / protocol.images[0]} with its images; get them as "
+            "DATASETS.md of https://github.com/KaiyangZhou/CoOp says, or with mulki tasks "
+            f"mtil:{entry.name} --prepare --data-root {root}"
+        )
     rows = _rows(path)
     classes: dict[int, str] = {}
     for _, label, name in (*rows["train"], *rows["test"]):

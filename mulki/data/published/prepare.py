@@ -75,13 +75,14 @@ def prepare(
             yield _checked(name, collection.task(name, source), says)
             continue
         except NotThere as error:
-            problem = str(error)
-        if not downloadable(entry(name)):
-            yield State(name, None, problem)
+            missing = error
+        if not (missing.helped_by_download and downloadable(entry(name))):
+            yield State(name, None, str(missing))
             continue
         says(f"{name}: downloading")
+        partial = root / PARTIAL / name
         try:
-            _download(entry(name), root)
+            _download(entry(name), partial, root)
         except Exception as error:  # urllib, ssl, tarfile, zipfile and torchvision have their own
             reason = " ".join(str(error).split()) or type(error).__name__
             yield State(
@@ -91,6 +92,8 @@ def prepare(
                 f"again, which goes on from there, or get the files from {entry(name).home}",
             )
             continue
+        finally:
+            _remove_empty(partial)
         try:
             yield _checked(name, collection.task(name, source), says)
         except NotThere as error:
@@ -124,8 +127,7 @@ def _files(images: ImageSet) -> list[ImageFiles]:
     return [images] if isinstance(images, ImageFiles) else []
 
 
-def _download(facts: Entry, root: Path) -> None:
-    folder = root / PARTIAL / facts.name
+def _download(facts: Entry, folder: Path, root: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _keep_archives(folder, () if facts.name in torchvision_sets.WITHOUT_CHECKSUM else _ARCHIVES)
     if facts.archives:
@@ -144,9 +146,14 @@ def _download(facts: Entry, root: Path) -> None:
             # What is there was not complete, but may hold more than this data set.
             place.rename(_free(place.with_name(f"{place.name}.incomplete")))
         os.replace(made, place)
-    folder.rmdir()
-    if not any(folder.parent.iterdir()):
-        folder.parent.rmdir()
+
+
+def _remove_empty(folder: Path) -> None:
+    # The folder, those in it and that above it, as far as they hold nothing.
+    inner = sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True)
+    for path in (*inner, folder, folder.parent):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
 
 
 def _free(path: Path) -> Path:
@@ -156,9 +163,6 @@ def _free(path: Path) -> Path:
 
 def _keep_archives(folder: Path, suffixes: tuple[str, ...]) -> None:
     # Files that were being unpacked when a download was interrupted would be taken for whole.
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir():
-            if not any(path.iterdir()):
-                path.rmdir()
-        elif not path.name.endswith(suffixes):
+    for path in list(folder.rglob("*")):
+        if path.is_file() and not path.name.endswith(suffixes):
             path.unlink()

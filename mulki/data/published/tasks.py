@@ -18,7 +18,16 @@ _READERS: dict[str, Callable[[Path], Found]] = torchvision_sets.READERS | folder
 
 
 class NotThere(InputError):
-    """The files of a data set are missing, or not those that are published."""
+    """The files of a data set are missing, or not those that are published.
+
+    Attributes:
+        helped_by_download: whether downloading the data set would help; it would not where a person
+            has to bring a file.
+    """
+
+    def __init__(self, message: str, helped_by_download: bool = True):
+        super().__init__(message)
+        self.helped_by_download = helped_by_download
 
 
 def published_task(name: str, source: Source, templates: Sequence[str] | None = None) -> Task:
@@ -59,7 +68,7 @@ def _read(facts: Entry, protocol: str, root: Path) -> Found:
         try:
             return coop.read_split(facts, root)
         except InputError as error:
-            raise NotThere(str(error)) from None
+            raise NotThere(str(error), isinstance(error, coop.NoImages)) from None
     try:
         return _READERS[facts.name](root)
     except ModuleNotFoundError as error:

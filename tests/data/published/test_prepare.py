@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from mulki.data import Source
-from mulki.data.published import torchvision_sets
+from mulki.data.published import entry, torchvision_sets
 from mulki.data.published.collections import COLLECTIONS
 from mulki.data.published.prepare import PARTIAL, State, prepare
 from mulki.errors import InputError
@@ -88,6 +89,13 @@ def test_a_failed_download_is_told_and_leaves_the_data_root(
     assert "start the command again" in problem
     assert os.listdir(tmp_path) == [PARTIAL]
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(WRITERS, "MNIST", lambda root: (_ for _ in ()).throw(OSError("no network")))
+        (tmp_path / "other").mkdir()
+        assert "no network" in states(tmp_path / "other", "mnist")["mnist"].problem
+        assert os.listdir(tmp_path / "other") == []
+        (tmp_path / "other").rmdir()
+
     kept: list[str] = []
 
     def look(root: Path) -> None:
@@ -113,6 +121,22 @@ def test_an_archive_without_a_checksum_is_downloaded_again(
     monkeypatch.setitem(WRITERS, "FGVCAircraft", look)
     assert states(tmp_path, "aircraft")["aircraft"].problem == ""
     assert seen == [[]]
+
+
+def test_nothing_is_downloaded_for_a_split_that_a_person_has_to_bring(
+    tmp_path: Path, downloads: list[str]
+) -> None:
+    layouts.dtd(tmp_path)
+    source = Source(tmp_path, "coop")
+    (state,) = prepare(COLLECTIONS["mtil"], ("dtd",), source)
+    assert "no file" in state.problem and "split_zhou_DescribableTextures.json" in state.problem
+    assert downloads == [] and os.listdir(tmp_path) == ["dtd"]
+    (tmp_path / "dtd").rename(tmp_path / "away")
+    rows = [[f"{name}/{name}_0001.jpg", i, name] for i, name in enumerate(entry("dtd").classes)]
+    split = json.dumps({"train": rows, "val": [], "test": rows})
+    layouts.put(tmp_path / "split_zhou_DescribableTextures.json", split)
+    (state,) = prepare(COLLECTIONS["mtil"], ("dtd",), source)
+    assert state.problem == "" and downloads == ["DTD"]
 
 
 def test_an_incomplete_folder_is_put_aside(tmp_path: Path, downloads: list[str]) -> None:
