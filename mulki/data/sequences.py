@@ -74,13 +74,7 @@ def load_sequence(
             f"no tasks given; name a sequence ({', '.join(sequence_names())}), "
             "task folders or CSV files"
         )
-    if source.protocol is not None and not any(
-        isinstance(_SEQUENCES.get(word.partition(":")[0]), Collection) for word in words
-    ):
-        raise InputError(
-            f"--protocol: got {source.protocol}, but none of the tasks is a published data set; "
-            "leave it out"
-        )
+    _check_protocols(words, source)
     if len(words) == 1 and words[0] in _SEQUENCES:
         return _in_order(words[0], order, source)
     if order != "I":
@@ -98,6 +92,26 @@ def load_sequence(
             )
         sources[task.name] = word
     return tasks
+
+
+def _check_protocols(words: Sequence[str], source: Source) -> None:
+    loaders = [_SEQUENCES.get(word.partition(":")[0]) for word in words]
+    protocols = {
+        each.source(source).protocol: word
+        for each, word in zip(loaders, words, strict=True)
+        if isinstance(each, Collection)
+    }
+    if source.protocol is not None and not protocols:
+        raise InputError(
+            f"--protocol: got {source.protocol}, but none of the tasks is a published data set; "
+            "leave it out"
+        )
+    if len(protocols) > 1:
+        each = ", ".join(f"{word} with {protocol}" for protocol, word in protocols.items())
+        raise InputError(
+            f"--protocol: got {each}; figures of two protocols do not compare, so pass one that "
+            "all have, or run them apart"
+        )
 
 
 def _in_order(sequence: str, order: str, source: Source) -> list[Task]:

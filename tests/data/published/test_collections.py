@@ -64,6 +64,8 @@ def test_unknown_tasks_and_protocols_are_refused(tmp_path: Path) -> None:
         load_sequence(["xtail"], source=Source(tmp_path, "zscl"))
     with pytest.raises(InputError, match="--protocol: got coop, but none of the tasks"):
         load_sequence(["embedded"], source=Source(tmp_path, "coop"))
+    with pytest.raises(InputError, match="got mtil:dtd with zscl, xtail:mnist with coop; figures"):
+        load_sequence(["mtil:dtd", "xtail:mnist"], source=Source(tmp_path))
     with pytest.raises(InputError, match="--data-root: .*no folder was given"):
         load_sequence(["mtil:dtd"])
     with pytest.raises(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from mulki.data.published import PROTOCOLS, entry, entry_names
@@ -46,7 +48,9 @@ def test_facts_are_whole(name: str) -> None:
     facts = entry(name)
     assert facts.title and facts.licence and facts.names and facts.home.startswith("http")
     assert len(facts.classes) in (0, facts.num_classes)
-    assert len({c.casefold() for c in facts.classes}) == len(facts.classes)
+    # Readers tell names apart by their letters and digits.
+    keys = {re.sub("[^a-z0-9]", "", name.casefold()) for name in facts.classes}
+    assert len(keys) == len(facts.classes)
     assert set(facts.protocols) <= set(PROTOCOLS)
     for protocol in facts.protocols.values():
         assert all(template.count("{}") == 1 for template in protocol.templates)
