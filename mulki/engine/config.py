@@ -18,6 +18,7 @@ from mulki import methods
 from mulki.data import transform_names
 from mulki.data.published import PROTOCOLS
 from mulki.engine import precision, presets, schedule
+from mulki.engine.rates import learning_rates
 from mulki.errors import InputError, nearest
 from mulki.evaluate import LabelSpace
 from mulki.imports import import_modules
@@ -134,31 +135,6 @@ class RunConfig:
         repeat="MODULE",
     )
 
-    def lr_of_task(self, name: str) -> float:
-        """The base learning rate of a task.
-
-        Raises:
-            InputError: an entry of `lr_of` is not NAME=RATE with a positive number.
-        """
-        return self.learning_rates().get(name, self.lr)
-
-    def learning_rates(self) -> dict[str, float]:
-        """`lr_of` by task.
-
-        Raises:
-            InputError: see `lr_of_task`.
-        """
-        rates: dict[str, float] = {}
-        for entry in self.lr_of:
-            task, _, rate = entry.rpartition("=")
-            try:
-                rates[task] = float(rate)
-            except ValueError:
-                rates[task] = 0.0
-            if not task or not 0 < rates[task] < float("inf"):
-                raise InputError(f"--lr-of: got {entry!r}, wanted NAME=RATE, such as mnist=5e-5")
-        return rates
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -215,7 +191,7 @@ def resolve(given: Mapping[str, Any]) -> Settings:
     options = method.Options(**{k: v for k, v in merged.items() if k in of_method})
     check_options(config)
     check_options(options)
-    config.learning_rates()
+    learning_rates(config.lr_of)
     _check_micro_batch(config)
     _check_scenario(config)
     return Settings(config, options)

@@ -14,6 +14,7 @@ from mulki.engine.anchors import Anchors
 from mulki.engine.batches import Transform, kept_samples, task_batches
 from mulki.engine.config import RunConfig
 from mulki.engine.precision import Precision
+from mulki.engine.rates import learning_rates
 from mulki.engine.step import Step
 from mulki.engine.teachers import TaskTeachers
 from mulki.errors import InputError
@@ -93,7 +94,7 @@ def learn_task(
         wanted = "those of the task" if method.needs.anchors else "None"
         raise ValueError(f"anchors: got {given}, wanted {wanted} for {type(method).__name__}")
     steps = steps_of(config, len(task.train), world.size)
-    base_lr = config.lr_of_task(task.name)
+    base_lr = learning_rates(config.lr_of).get(task.name, config.lr)
     prompts = [of_class[0] for of_class in task.prompts()]
     teachers = TaskTeachers.prepare(
         method.needs,

@@ -13,18 +13,16 @@ import numpy as np
 import torch
 
 from mulki import methods, models
-from mulki.data import Source, Task, load_sequence
-from mulki.data.class_steps import equal_steps
-from mulki.data.published import entry_names
+from mulki.data import Task
 from mulki.data.reference import ReferenceSet, read_reference
-from mulki.data.subset import few_shot, limited
 from mulki.data.transforms import train_transform
 from mulki.data.vocabulary import Vocabulary, imagenet_vocabulary, read_vocabulary
 from mulki.engine import distributed, muon
 from mulki.engine.batches import Transform
 from mulki.engine.config import CURRENT, RunConfig, Settings
 from mulki.engine.precision import Precision
-from mulki.errors import InputError, nearest
+from mulki.engine.tasks import load_tasks
+from mulki.errors import InputError
 from mulki.methods import VOCABULARY, Method, Needs
 from mulki.models import VisionLanguageModel
 from mulki.results import RunFolder, check_free
@@ -152,39 +150,6 @@ def prepared(settings: Settings, tasks: Sequence[Task] | None = None) -> Iterato
             world,
             folder,
         )
-
-
-def load_tasks(config: RunConfig) -> list[Task]:
-    """The tasks of a configuration, in their order.
-
-    Raises:
-        InputError: see `mulki.data.load_sequence` and `mulki.data.class_steps.equal_steps`, or
-            several tasks in a class-incremental run.
-    """
-    tasks = load_sequence(
-        config.tasks,
-        config.order,
-        skip_bad_images=config.skip_bad_images,
-        source=Source(config.data_root, config.protocol),
-    )
-    if config.scenario == "cil":
-        if len(tasks) != 1:
-            raise InputError(
-                f"--scenario cil: got {len(tasks)} tasks, wanted the one whose classes are learned "
-                "in steps; name one, such as cil:cifar100"
-            )
-        tasks = equal_steps(tasks[0], config.increments or 1, config.base_classes)
-    if config.shots is not None:
-        tasks = [few_shot(task, config.shots, config.seed) for task in tasks]
-    if config.limit_images is not None:
-        tasks = [limited(task, config.limit_images) for task in tasks]
-    names = {*(task.name for task in tasks), *entry_names()}
-    for name in config.learning_rates():
-        if name not in names:
-            raise InputError(
-                f"--lr-of: got a rate of {name}, but no task is called so{nearest(name, names)}"
-            )
-    return tasks
 
 
 def _device(name: str) -> torch.device:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -16,9 +15,8 @@ import torch
 from mulki import methods
 from mulki.data import transforms
 from mulki.engine import sequence, setup
-from mulki.engine.config import RunConfig, Settings, resolve
+from mulki.engine.config import RunConfig, Settings
 from mulki.engine.precision import Precision
-from mulki.engine.setup import load_tasks
 from mulki.errors import InputError
 from mulki.results import read_evaluations
 from tests.data.published.conftest import data_root, written
@@ -111,21 +109,6 @@ def test_limited_images(run: Run) -> None:
         ("all-seen", 4),
         ("all-seen", 8),
     }
-
-
-def test_few_shots_of_a_task_class_by_class(start_model: dict[str, str], tmp_path: Path) -> None:
-    shades = {name: (32 * i, 32 * i, 32 * i) for i, name in enumerate("abcdef")}
-    folder = str(write_task(tmp_path / "shades", shades))
-    options = {"scenario": "cil", "increments": "2", "base_classes": "2", "shots": "2"}
-    config = resolve({"tasks": [folder], "seed": 5, **options}).run
-    tasks = load_tasks(config)
-    assert [task.name for task in tasks] == ["shades-1", "shades-2", "shades-3"]
-    for task in tasks:
-        assert sorted(task.train.targets) == [0, 0, 1, 1]
-    again = load_tasks(config)
-    assert [t.fingerprint() for t in tasks] == [t.fingerprint() for t in again]
-    with pytest.raises(InputError, match="--scenario cil: got 2 tasks, wanted the one"):
-        load_tasks(dataclasses.replace(config, tasks=(folder, "embedded:digits")))
 
 
 def test_a_class_incremental_run_counts_all_classes_seen(
