@@ -1,6 +1,7 @@
 """The command ``mulki``: run, metrics, compare, tasks, bench, doctor.
 
-Bad input ends with one line on standard error and exit status 2, an interrupt with 130.
+Bad input ends with one line on standard error and exit status 2, an error of the system with 1, and
+a signal with 128 and its number.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NoReturn, get_origin, get_type_hints
 
-from mulki.errors import InputError, ProcessLost, nearest
+from mulki.errors import InputError, ProcessLost, Stopped, nearest
 from mulki.options import choices_of, field_name, flag, option_name
 
 if TYPE_CHECKING:
@@ -45,12 +46,21 @@ def run_command(argv: Sequence[str]) -> int:
         where = f" in process {rank}" if rank != "0" else ""
         print(f"mulki: error{where}: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except Stopped as stopped:
+        on = f"; mulki run --resume {stopped.resume} goes on" if stopped.resume else ""
+        print(f"mulki: interrupted{on}", file=sys.stderr)
+        return 128 + stopped.number
     except KeyboardInterrupt:
         print("mulki: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The program that reads our output has ended, as `head` does after its lines.
         sys.stderr.close()
+        return 1
+    except OSError as error:
+        # The disk is full, or a file cannot be read; out.log of a run has the traceback.
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"mulki: error: {where}{error.strerror or error}", file=sys.stderr)
         return 1
 
 
@@ -108,7 +118,8 @@ def _run(argv: list[str]) -> int:
     handler.addFilter(lambda record: record.levelno < logging.ERROR)
     logging.basicConfig(format="mulki: %(message)s", handlers=[handler])
 
-    folder = run(resolve(_given(argv)), Console(stderr=True))
+    given, resume = _given(argv)
+    folder = run(resolve(given), Console(stderr=True), resume=resume)
     if folder is None:  # another process of the run prints
         return 0
     print_matrix(folder.matrix, console, folder.class_incremental)
@@ -116,11 +127,22 @@ def _run(argv: list[str]) -> int:
     return 0
 
 
-def _given(argv: list[str]) -> dict[str, Any]:
+def _given(argv: list[str]) -> tuple[dict[str, Any], str | None]:
+    # The options of a run, and the folder of one that goes on.
     from mulki.data import sequence_names
     from mulki.engine.config import RunConfig, resolve, unknown_option
 
     argv = _with_hyphens(argv)
+    first = _Parser(prog="mulki run", add_help=False)
+    first.add_argument("--resume")
+    resumed, others = first.parse_known_args(argv)
+    if resumed.resume is not None:
+        if others:
+            raise InputError(
+                f"--resume: got {' '.join(others)} beside it, but a run goes on with the options "
+                "it began with; leave the rest out"
+            )
+        return _of_folder(resumed.resume), resumed.resume
     config, from_file, method = _method_and_file(argv)
     parser = _Parser(
         prog="mulki run",
@@ -136,6 +158,9 @@ def _given(argv: list[str]) -> dict[str, Any]:
         help=f"same as --tasks; sequences: {', '.join(sequence_names())}",
     )
     parser.add_argument("--config", metavar="FILE", help="a YAML file of options")
+    parser.add_argument(
+        "--resume", metavar="DIR", help="go on with the run in this folder, without other options"
+    )
     _add_options(parser.add_argument_group("run"), RunConfig)
     group = parser.add_argument_group(f"method {method.name}", method.summary)
     try:
@@ -149,9 +174,8 @@ def _given(argv: list[str]) -> dict[str, Any]:
         if word.startswith("--"):
             raise unknown_option(field_name(word[2:].split("=")[0]), method.name)
         raise InputError(f"{word}: was not expected here; mulki run --help shows the usage")
-    given = {
-        k: v for k, v in vars(parsed).items() if v is not None and k not in ("config", "import_")
-    }
+    apart = ("config", "resume", "import_")
+    given = {k: v for k, v in vars(parsed).items() if v is not None and k not in apart}
     words = given.pop("words", None)
     if words and "tasks" in given:
         raise InputError(f"--tasks: given beside {' '.join(words)}; name the tasks in one place")
@@ -163,7 +187,19 @@ def _given(argv: list[str]) -> dict[str, Any]:
             from_file.pop(other, None)
     with _naming(config):
         resolve(from_file | {"method": method.name})
-    return from_file | given
+    return from_file | given, None
+
+
+def _of_folder(folder: str) -> dict[str, Any]:
+    from mulki.engine.config import read_config
+
+    path = os.path.join(folder, "args.yaml")
+    if not os.path.isfile(path):
+        raise InputError(
+            f"--resume: {folder} is not the folder of a run that has begun, it has no args.yaml; "
+            "start the run again, its name is free"
+        )
+    return read_config(path)
 
 
 def _method_and_file(argv: list[str]) -> tuple[str | None, dict[str, Any], type[Method]]:

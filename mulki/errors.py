@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -16,6 +17,22 @@ class InputError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.splitlines()))
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal has asked the run to end.
+
+    Args:
+        number: of the signal.
+
+    Attributes:
+        resume: the folder that the run can go on from, None if there is none.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+        self.resume: str | None = None
 
 
 class ProcessLost(RuntimeError):

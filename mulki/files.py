@@ -1,16 +1,39 @@
-"""Reading CSV files with clear errors, and writing files in one step."""
+"""Reading files with clear errors, and writing them in one step."""
 
 from __future__ import annotations
 
 import csv
 import io
 import os
+import re
+import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from mulki.errors import InputError
+
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Check that opening a file cannot wait for another process: it is no pipe, socket or device.
+
+    Raises:
+        InputError: it is one of these, or a link that leads nowhere.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return  # whoever opens it says what was wanted
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); check the path and its links"
+        ) from None
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise InputError(f"{path}: a pipe, socket or device, wanted a file; replace or remove it")
 
 
 def read_csv(path: Path, wanted: str) -> list[tuple[int, list[str]]]:
@@ -25,6 +48,7 @@ def read_csv(path: Path, wanted: str) -> list[tuple[int, list[str]]]:
     Raises:
         InputError: a file that is missing, unreadable, empty or not such text.
     """
+    check_regular(path)
     if path.is_dir():
         raise InputError(f"{path}: is a folder; pass {wanted}")
     try:
@@ -106,6 +130,38 @@ def read_table(
     return header, rows
 
 
+def temporary_for(path: Path) -> Path:
+    """A hidden name beside `path` for what this process will rename to it; see `sweep`."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporaries of ended processes below a folder that no other process writes to."""
+    for root, folders, files in os.walk(folder):
+        for name in files:
+            if _TEMPORARY.fullmatch(name):
+                Path(root, name).unlink(missing_ok=True)
+        for name in [name for name in folders if _TEMPORARY.fullmatch(name)]:
+            folders.remove(name)
+            shutil.rmtree(Path(root, name))
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file name is one of `temporary_for`."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def sync(path: Path) -> None:
+    """Have the disk keep a file, or the names in a folder, through a power cut."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path to write, which replaces ``path`` when the block ends.
@@ -115,13 +171,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     # Not tempfile: it makes files that only their owner can read, and a renamed file keeps that.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_for(path)
     try:
         yield temporary
-        # Without fsync, a power cut can leave an empty file under the new name.
-        with temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
+        # Without it, a power cut can leave an empty file under the new name.
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -15,19 +15,22 @@
 ``report.html``     all of the above on one page, written by the same function
 ``tensorboard/``    scalars, when the package tensorboard is installed
 ``checkpoints/``    ``task_01_name.safetensors`` ..., ``latest/``
+``recovery/``       what ``mulki run --resume`` goes on from, until the run is complete
 ==================  ==========================================================================
 
 However a run ends, the results so far can be read: whole lines are appended, files are replaced
 atomically, and ``summary.json`` says ``interrupted`` until the sequence has ended. So the folder of
-a killed run needs no repair.
+a killed run needs no repair. One process at a time writes to a folder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
+import shutil
 import time
 import unicodedata
 from collections.abc import Mapping
@@ -43,7 +46,8 @@ import yaml
 from mulki.answers import Answers, seen_accuracy, write_answers
 from mulki.environment import environment
 from mulki.errors import InputError
-from mulki.files import write_atomic
+from mulki.files import is_temporary, sweep, sync, write_atomic
+from mulki.folder_lock import FolderLock
 from mulki.metrics import (
     ACC1_SEEN,
     ALL_SEEN,
@@ -63,6 +67,12 @@ logger = logging.getLogger(__name__)
 
 Status = Literal["complete", "interrupted"]
 
+#: The folder in a run folder that a run goes on from.
+RECOVERY = "recovery"
+
+# What a run writes before its first evaluation.
+_BEFORE_ROWS = frozenset({"env.json", "args.yaml", "summary.json", "out.log"})
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -70,8 +80,7 @@ class Evaluation:
 
     ``step`` counts optimisation steps since the start of the sequence (0 for zero-shot),
     ``after_task`` is the last task learned or ``zero-shot``, ``value`` is in percent for
-    ``acc1``, ``n`` the number of test images, ``seconds`` how long the evaluation took. A run
-    that was resumed may hold the same evaluation twice; the later line counts.
+    ``acc1``, ``n`` the number of test images, ``seconds`` how long the evaluation took.
 
     With the metric ``acc1_seen`` and the data set ``all-seen``, the value is A_i of
     :class:`mulki.metrics.ClassIncremental`. It comes from the same predictions as the lines of the
@@ -150,6 +159,7 @@ class RunFolder:
         seconds: float = 0.0,
         status: Status = "interrupted",
         uses: tuple[str, ...] = (),
+        lock: FolderLock | None = None,
     ) -> None:
         self.path = path
         self.name = path.name
@@ -160,6 +170,7 @@ class RunFolder:
         self.class_incremental = ClassIncremental({})
         self.status: Status = status
         self.uses = tuple(uses)
+        self._lock = lock
         self._test_images = dict(test_images or {})
         self._started = time.monotonic() - seconds
         self._handler: logging.Handler | None = None
@@ -184,24 +195,27 @@ class RunFolder:
 
         ``columns`` are the data sets that will be evaluated, ``config`` the resolved
         configuration, ``hashes`` those for :func:`environment`, ``uses`` what the method uses
-        beyond the tasks and the start model, in words. Raises :class:`InputError` for a
-        folder that exists and is not empty, one that cannot be made, and a name that is not one
-        path component.
+        beyond the tasks and the start model, in words. A folder whose run ended before its first
+        evaluation is taken again. Raises :class:`InputError` for another folder that exists and
+        is not empty, one that cannot be made or that another process has, and a name that is not
+        one path component.
         """
         matrix = AccuracyMatrix(columns=tuple(columns))
-        path = _make_folder(Path(logs), name, default_name(method, order, seed))
-        run = cls(path, method=method, order=order, seed=seed, matrix=matrix, uses=uses)
-        write_atomic(path / "args.yaml", yaml.safe_dump(_plain(config), sort_keys=False))
+        path, lock = _make_folder(Path(logs), name, default_name(method, order, seed))
+        run = cls(path, method=method, order=order, seed=seed, matrix=matrix, uses=uses, lock=lock)
+        # First: a folder with this file is one of ours, while anyone may have an args.yaml.
         write_atomic(path / "env.json", _json(environment(hashes)))
+        write_atomic(path / "args.yaml", yaml.safe_dump(_plain(config), sort_keys=False))
         run._write_summary()
         return run
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> RunFolder:
+    def open(cls, path: str | os.PathLike[str], lock: FolderLock | None = None) -> RunFolder:
         """Open an existing run folder to go on where it stopped (see ``matrix.tasks``).
 
-        Raises :class:`InputError` for a folder without a readable ``summary.json`` or with
-        another file that cannot be read.
+        Evaluations whose row was never written are removed, and what a killed process left of
+        files that it was writing. Raises :class:`InputError` for a folder without a readable
+        ``summary.json`` or with another file that cannot be read.
         """
         path = Path(path)
         try:
@@ -217,6 +231,7 @@ class RunFolder:
                 status=summary["status"],
                 # Folders of before it was written have none.
                 uses=tuple(summary.get("uses", ())),
+                lock=lock,
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
@@ -226,20 +241,16 @@ class RunFolder:
         # The matrix is written before the summary, so it is the one to trust.
         if (path / "matrix.csv").exists():
             run.matrix = read_matrix(path / "matrix.csv")
+        sweep(path)
         results = path / "results.jsonl"
         if results.exists():
-            seen = {
-                line.after_task: round(line.value, 4)
-                for line in read_evaluations(results)
-                if line.metric == ACC1_SEEN
-            }
+            rows = {*run.matrix.tasks, *([] if run.matrix.zero_shot is None else [ZERO_SHOT])}
+            lines = [line for line in read_evaluations(results) if line.after_task in rows]
+            seen = {e.after_task: round(e.value, 4) for e in lines if e.metric == ACC1_SEEN}
             run.class_incremental = ClassIncremental(
                 {task: seen[task] for task in run.matrix.tasks if task in seen}
             )
-            text = results.read_text(encoding="utf-8")
-            # After a line that a crash cut off, the next line would be appended to its end.
-            if not text.endswith("\n"):
-                write_atomic(results, text[: text.rfind("\n") + 1])
+            write_atomic(results, "".join(f"{json.dumps(asdict(line))}\n" for line in lines))
         return run
 
     def __enter__(self) -> RunFolder:
@@ -263,18 +274,25 @@ class RunFolder:
                 )
                 # An error after the last step, such as in printing, leaves the run complete.
                 if self.status != "complete":
-                    self.finish("interrupted")
+                    # A disk that is full must not hide the error that ended the run.
+                    with contextlib.suppress(OSError):
+                        self.finish("interrupted")
         finally:
             if self._tensorboard is not None:
                 self._tensorboard.close()
                 self._tensorboard = None
             self.detach_log()
 
+    def release(self) -> None:
+        """Let other processes write to the folder."""
+        if self._lock is not None:
+            self._lock.release()
+
     def attach_log(self, level: int = logging.INFO) -> None:
         """Send what the package ``mulki`` logs from ``level`` up to ``out.log``, once."""
         if self._handler is not None:
             return
-        self._handler = logging.FileHandler(self.path / "out.log", encoding="utf-8")
+        self._handler = _LogFile(self.path / "out.log", encoding="utf-8")
         self._handler.setLevel(level)
         self._handler.setFormatter(
             logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -346,6 +364,7 @@ class RunFolder:
             ) from None
         with (self.path / "results.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
+        sync(self.path / "results.jsonl")
         if eval_dataset in self.matrix.columns:
             self._test_images[eval_dataset] = evaluation.n
         self.scalar(f"{eval_dataset}/{metric}", value, step)
@@ -416,10 +435,18 @@ class RunFolder:
         """Whether there is a row of results."""
         return bool(self.matrix.tasks) or self.matrix.zero_shot is not None
 
+    @property
+    def rows(self) -> int:
+        """The number of rows of results, the zero-shot one included."""
+        return len(self.matrix.tasks) + (self.matrix.zero_shot is not None)
+
     def finish(self, status: Status = "complete") -> Metrics:
         """Write ``summary.json`` with this status; return the metrics."""
         self.status = status
         self._write_summary()
+        if status == "complete":
+            # As large as several checkpoints, and of no more use.
+            shutil.rmtree(self.path / RECOVERY, ignore_errors=True)
         return self.matrix.metrics()
 
     def _write_summary(self) -> None:
@@ -462,11 +489,19 @@ class RunFolder:
         return folder
 
 
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Go on: a full disk would print a traceback for every line."""
+
+
 def check_free(logs: str | os.PathLike[str], name: str | None) -> None:
     """Check a name as :meth:`RunFolder.create` does, and raise the same errors; make nothing."""
     _check_name(name)
+    path = Path(logs) / (name or "")
     if name is not None:
-        _check_empty(Path(logs) / name)
+        _check_unused(path)
+        if path.is_dir():
+            FolderLock(path).release()
 
 
 def _check_name(name: str | None) -> None:
@@ -477,35 +512,47 @@ def _check_name(name: str | None) -> None:
         )
 
 
-def _check_empty(path: Path) -> None:
+def _check_unused(path: Path) -> None:
     try:
-        occupied = path.exists() and any(path.iterdir())
+        names = {each.name for each in path.iterdir()} if path.exists() else set()
     except OSError as error:
         raise InputError(
             f"{path}: the run folder cannot be made ({error.strerror}); choose another --logs"
         ) from None
-    if occupied:
+    names = {name for name in names if not is_temporary(name)}
+    if names and not ("env.json" in names and names <= _BEFORE_ROWS):
+        going_on = f", or go on with --resume {path}" if RECOVERY in names else ""
         raise InputError(
             f"{path}: the run folder exists and is not empty; give another --name, or remove it"
+            f"{going_on}"
         )
 
 
-def _make_folder(logs: Path, name: str | None, default: str) -> Path:
+def _make_folder(logs: Path, name: str | None, default: str) -> tuple[Path, FolderLock]:
     _check_name(name)
-    path = logs / (name or default)
-    # Two runs that start without a name in the same second get different folders.
     attempt = 1
-    while name is None and path.exists():
-        attempt += 1
-        path = logs / f"{default}-{attempt}"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"{path}: the run folder cannot be made ({error.strerror}); choose another --logs"
-        ) from None
-    _check_empty(path)
-    return path
+    while True:
+        # Two runs that start without a name in the same second get different folders.
+        path = logs / (name or (default if attempt == 1 else f"{default}-{attempt}"))
+        try:
+            path.mkdir(parents=True, exist_ok=name is not None)
+            break
+        except OSError as error:
+            if name is None and path.is_dir():
+                attempt += 1
+                continue
+            raise InputError(
+                f"{path}: the run folder cannot be made ({error.strerror}); choose another --logs"
+            ) from None
+    _check_unused(path)
+    lock = FolderLock(path)
+    # Again, now that no other process can be filling it.
+    _check_unused(path)
+    sweep(path)
+    # Not env.json, by which the folder is known as ours until it is replaced.
+    for old in _BEFORE_ROWS - {"env.json"}:
+        (path / old).unlink(missing_ok=True)
+    return path, lock
 
 
 def _plain(value: object) -> object:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ class FeatureCache:
         # On the CPU, so that looking up a batch does not wait for a GPU.
         self._known = torch.zeros(size or 0, dtype=torch.bool)
         self._features: Tensor | None = None
+        self._filled = False
 
     def fill(self, features: Tensor) -> None:
         """Keep the features [n, D] of the whole set, if they may be kept.
@@ -35,6 +36,7 @@ class FeatureCache:
             raise ValueError(f"features: got {len(features)} rows, wanted {self._size}")
         self._features = features
         self._known.fill_(True)
+        self._filled = True
 
     def get(self, index: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
         """Features of a batch [B, D].
@@ -55,6 +57,21 @@ class FeatureCache:
             self._known[index] = True
         assert self._features is not None
         return self._features[index.to(self._features.device)]
+
+    def state(self) -> dict[str, Tensor]:
+        """What was computed batch by batch: in other batches, features are rounded otherwise."""
+        if self._features is None or self._filled:
+            return {}
+        return {"known": self._known, "features": self._features[self._known]}
+
+    def restore(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        """Set what `state` returned."""
+        if not state:
+            return
+        self._known = state["known"]
+        known = state["features"].to(device)
+        self._features = known.new_empty(len(self._known), known.shape[1])
+        self._features[self._known] = known
 
 
 class Teacher:
@@ -89,6 +106,18 @@ class Teacher:
         self._num_anchors = num_anchors
         self._anchors = FeatureCache(num_anchors)
         self._anchored: Tensor | None = None
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """The features that were computed batch by batch."""
+        return {name: cache.state() for name, cache in self._caches().items()}
+
+    def restore(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Set what `state` returned."""
+        for name, cache in self._caches().items():
+            cache.restore(state[name], self.texts.device)
+
+    def _caches(self) -> dict[str, FeatureCache]:
+        return {"images": self._images, "reference": self._reference, "anchors": self._anchors}
 
     def remember(self, image_features: Tensor) -> None:
         """Keep the features [n, D] of the whole training set, if these are constant.

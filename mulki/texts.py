@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,16 @@ class TextInputs:
         self._world = world
         self._rows: dict[str, int] = {}
         self._inputs: Tensor | None = None
+
+    def state(self) -> dict[str, Any]:
+        """The prompts so far, with their inputs."""
+        return {"prompts": list(self._rows), "inputs": self._inputs}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Set what `state` returned."""
+        self._rows = {prompt: row for row, prompt in enumerate(state["prompts"])}
+        inputs: Tensor | None = state["inputs"]
+        self._inputs = None if inputs is None else inputs.to(self._model.device)
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """[n, ...] of n prompts, at least one."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -80,7 +81,7 @@ def resolved_by(
     """The configuration that a command line would run."""
     seen: dict[str, object] = {}
 
-    def note(settings: object, console: object) -> None:
+    def note(settings: object, console: object, resume: str | None) -> None:
         seen.update(settings.to_dict())  # type: ignore[attr-defined]
         raise InputError("noted")
 
@@ -378,11 +379,86 @@ def test_interrupted_process(
     finally:
         process.kill()
     assert process.returncode == 130
-    assert error.splitlines() == ["mulki: interrupted"]
+    assert error.splitlines() == [f"mulki: interrupted; mulki run --resume {folder} goes on"]
     assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
     matrix = read_matrix(folder / "matrix.csv")
     assert matrix.zero_shot is not None and matrix.tasks == ()
-    assert "KeyboardInterrupt" in log.read_text()
+    assert "run stopped by Stopped: SIGINT" in log.read_text()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_process_that_is_asked_to_end_goes_on_later(
+    tmp_path: Path, start_model: dict[str, str], task_folders: Sequence[str], name: str
+) -> None:
+    folder = tmp_path / "logs" / "first"
+    given = ["run", *task_folders, "--model", start_model["model"], "--device", "cpu"]
+    place = ["--logs", str(tmp_path / "logs"), "--name", "first"]
+    process = program(*given, *place, "--iterations", "100", "--log-every-n-steps", "1")
+    try:
+        deadline = time.monotonic() + 120
+        log = folder / "out.log"
+        while not (log.exists() and "colours step 3:" in log.read_text()):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.02)
+        process.send_signal(signal.Signals[name])
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.Signals[name]
+    assert error.splitlines() == [f"mulki: interrupted; mulki run --resume {folder} goes on"]
+    assert f"run stopped by Stopped: {name}" in log.read_text()
+    for page in ("summary.md", "report.html"):
+        assert "interrupted" in (folder / page).read_text()
+    steps = re.findall(r"colours step (\d+):", log.read_text())
+    assert run_command(["run", "--resume", str(folder)]) == 0
+    assert json.loads((folder / "summary.json").read_text())["status"] == "complete"
+    again = re.findall(r"colours step (\d+):", log.read_text())
+    # It goes on after the step that the signal came in.
+    assert list(map(int, again)) in (
+        list(range(1, 101)), [*range(1, len(steps) + 1), *range(len(steps) + 2, 101)]
+    )  # fmt: skip
+
+
+def test_a_full_disk_is_one_line(
+    command: Callable[..., int],
+    task: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every file-system call fails from the first save within a task on, as on a full disk."""
+    from mulki.engine import recovery
+
+    def full(*given: object, **rest: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(given[0]))
+
+    def fill_up(path: Path, state: dict[str, object]) -> None:
+        monkeypatch.setattr(os, "open", full)
+        monkeypatch.setattr(os, "fsync", full)
+        monkeypatch.setattr(Path, "write_text", full)
+        full(path)
+
+    monkeypatch.setattr(recovery, "write_state", fill_up)
+    assert command("mine", "--iterations", "3", "--save-every", "2", "--name", "first") == 1
+    monkeypatch.undo()
+    place = Path("logs") / "first" / "recovery"
+    assert one_line(capsys).startswith(f"mulki: error: {place}")
+    assert read_matrix(task.parent / "logs" / "first" / "matrix.csv").zero_shot is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--resume", "gone"], "gone is not the folder of a run that has begun"),
+        (["--resume", "gone", "--lr", "1"], "got --lr 1 beside it"),
+        (["tasks", "--resume=gone"], "got tasks beside it"),
+        (["--resume"], "expected one argument"),
+    ],
+)
+def test_bad_ways_to_go_on(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert run_command(["run", *arguments]) == 2
+    assert said in one_line(capsys)
 
 
 def test_bad_input_of_a_process_is_one_line(tmp_path: Path, task_folders: Sequence[str]) -> None:

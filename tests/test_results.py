@@ -21,7 +21,7 @@ import yaml
 from mulki.answers import Answers
 from mulki.errors import InputError
 from mulki.metrics import DEFINITIONS, ZERO_SHOT, AccuracyMatrix, read_matrix
-from mulki.results import Evaluation, RunFolder, default_name, read_evaluations
+from mulki.results import Evaluation, RunFolder, check_free, default_name, read_evaluations
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = ("letters", "digits", "flags")
@@ -117,11 +117,82 @@ def test_a_whole_run(tmp_path: Path, without_tensorboard: None) -> None:
 def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     (tmp_path / "first").mkdir()
     run = make(tmp_path)
+    run.add_row(ZERO_SHOT, row(1, 2, 3))
     before = sorted(path.read_bytes() for path in run.path.iterdir())
     with pytest.raises(InputError, match="not empty; give another --name, or remove it") as caught:
         make(tmp_path)
     assert str(tmp_path / "first") in str(caught.value)
     assert sorted(path.read_bytes() for path in run.path.iterdir()) == before
+
+
+def test_a_folder_whose_run_never_began_is_taken_again(tmp_path: Path) -> None:
+    run = make(tmp_path, config={"lr": 1})
+    run.attach_log()
+    logging.getLogger("mulki").error("hello")
+    run.detach_log()
+    (run.path / ".args.yaml.12345.tmp").write_text("half")
+    with pytest.raises(InputError, match="another run is writing"):
+        make(tmp_path)
+    with pytest.raises(InputError, match="another run is writing"):
+        check_free(tmp_path, "first")
+    del run
+    check_free(tmp_path, "first")
+    again = make(tmp_path, config={"lr": 2})
+    assert yaml.safe_load((again.path / "args.yaml").read_text()) == {"lr": 2}
+    assert sorted(os.listdir(again.path)) == ["args.yaml", "env.json", "summary.json"]
+
+
+@pytest.mark.parametrize("files", [["args.yaml"], ["env.json", "notes.txt"], ["out.log"]])
+def test_a_folder_that_may_be_the_users_is_not_taken(tmp_path: Path, files: list[str]) -> None:
+    (tmp_path / "first").mkdir()
+    for file in files:
+        (tmp_path / "first" / file).write_text("mine")
+    with pytest.raises(InputError, match="not empty"):
+        make(tmp_path)
+    assert all((tmp_path / "first" / file).read_text() == "mine" for file in files)
+
+
+PAIR = f"""
+import sys, types
+package = types.ModuleType("mulki")
+package.__path__ = [{str(ROOT / "mulki")!r}]
+sys.modules["mulki"] = package
+import mulki.results
+mulki.results.environment = lambda hashes: {{}}
+for number in range(20):
+    sys.stdin.readline()
+    try:
+        run = mulki.results.RunFolder.create(
+            sys.argv[1], str(number), method="m", order="I", seed=0, columns=("a",), config={{}}
+        )
+        print("made", flush=True)
+    except ValueError:
+        print("refused", flush=True)
+    sys.stdin.readline()  # the folder is kept until the other one has answered
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="flock")
+def test_two_processes_never_share_a_folder(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PAIR, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    pair: list[Any] = [subprocess.Popen(command, text=True, **pipes) for _ in range(2)]
+
+    def go_on() -> None:
+        for process in pair:
+            process.stdin.write("\n")
+            process.stdin.flush()
+
+    try:
+        for _ in range(20):
+            go_on()
+            said = sorted(process.stdout.readline() for process in pair)
+            assert said == ["made\n", "refused\n"]
+            go_on()
+    finally:
+        for process in pair:
+            process.kill()
+            process.communicate()
 
 
 @pytest.mark.parametrize("name", ["", " ", "a/b", "..", ".", "a\\b", "/a"])
@@ -350,9 +421,11 @@ def test_class_incremental_accuracies_outlast_a_resumed_run(tmp_path: Path) -> N
     last = read_evaluations(run.path / "results.jsonl")[-1]
     assert (last.metric, last.eval_dataset, last.n) == ("acc1_seen", "all-seen", 5)
     assert (last.value, last.seconds, last.step) == (60.0, 3.5, 2)
-    # A line whose row was never written does not count.
+    # A line whose row was never written does not count, and is removed.
+    lines = (run.path / "results.jsonl").read_text()
     evaluate(run, "c", 10, metric="acc1_seen", eval_dataset="all-seen")
     assert list(RunFolder.open(run.path).class_incremental.after) == ["a", "b"]
+    assert (run.path / "results.jsonl").read_text() == lines
 
 
 def test_seconds_add_up_over_a_resumed_run(tmp_path: Path) -> None:

@@ -103,6 +103,14 @@ class Anchors:
     def __len__(self) -> int:
         return len(self._prompts)
 
+    def state(self) -> Tensor:
+        """The state of the draws."""
+        return self._generator.get_state()
+
+    def restore(self, state: Tensor) -> None:
+        """Set what `state` returned."""
+        self._generator.set_state(state)
+
     def draw(self) -> AnchorBatch | None:
         """The anchors of the next step; None if the task has none."""
         if not self._prompts:

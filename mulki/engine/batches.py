@@ -62,6 +62,7 @@ def task_batches(
     world: World,
     *,
     index: int,
+    start: int = 0,
 ) -> Iterator[tuple[Batch, ReferenceBatch | None]]:
     """Endless shuffled batches of a task, each with one of the reference set if there is one.
 
@@ -71,14 +72,16 @@ def task_batches(
         device: of the model.
         world: the processes among which each batch is divided.
         index: the task's place in the sequence, which changes the order of its images.
+        start: batches to leave out, as if they had been taken.
     """
     seed = config.seed + _TASK_SEEDS * index
-    training = _batches(task.train, transform, config.batch_size, config, device, world, seed)
+    size = config.batch_size
+    training = _batches(task.train, transform, size, config, device, world, seed, start)
     if reference is None:
         return zip(training, itertools.repeat(None), strict=False)
     seed += _REFERENCE_SEEDS
-    size = config.reference_batch_size or config.batch_size
-    pairs = _batches(reference.images, transform, size, config, device, world, seed)
+    size = config.reference_batch_size or size
+    pairs = _batches(reference.images, transform, size, config, device, world, seed, start)
     return zip(training, (_with_captions(b, reference, world) for b in pairs), strict=False)
 
 
@@ -114,6 +117,7 @@ def _batches(
     device: torch.device,
     world: World,
     seed: int,
+    start: int,
 ) -> Iterator[Batch]:
     loader = batches(
         images,
@@ -128,7 +132,7 @@ def _batches(
         part=world.rows,
     )
     count = batch_sizes(loader)[0]
-    for part, target, places in cycle(loader):
+    for part, target, places in cycle(loader, start):
         if world.size == 1:
             yield Batch(part, target.to(device, non_blocking=True), places)
         else:

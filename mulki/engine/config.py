@@ -127,6 +127,12 @@ class RunConfig:
     logs: str = option("logs", "folder of run folders", alias="--output")
     name: str | None = option(None, "name of the run folder; made from the date if left out")
     log_every_n_steps: int = option(10, "steps between two lines of losses in out.log", low=1)
+    save_every: int | None = option(
+        None,
+        "steps between two saves for --resume, 0: at the end of a task alone; if left out as often "
+        "as they cost 2 % of the time",
+        low=0,
+    )
     save_checkpoints: bool = option(True, "keep the weights after each task")
     import_: tuple[str, ...] = option(
         (),

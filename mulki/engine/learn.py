@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from mulki.data.reference import ReferenceSet
 from mulki.data.task import Task
 from mulki.engine import schedule
 from mulki.engine.anchors import Anchors
-from mulki.engine.batches import Transform, kept_samples, task_batches
+from mulki.engine.batches import Batch, Transform, kept_samples, task_batches
 from mulki.engine.config import RunConfig
 from mulki.engine.precision import Precision
+from mulki.engine.randomness import set_random_state
 from mulki.engine.rates import learning_rates
+from mulki.engine.recovery import Saves
 from mulki.engine.step import Step
 from mulki.engine.teachers import TaskTeachers
 from mulki.errors import InputError
 from mulki.methods import Method, TaskStart
 from mulki.models import VisionLanguageModel
 from mulki.world import ALONE, World
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,8 @@ def learn_task(
     reference: ReferenceSet | None = None,
     anchors: Anchors | None = None,
     listen: Callable[[StepReport], None] = lambda report: None,
+    saves: Saves | None = None,
+    saved: Mapping[str, Any] | None = None,
 ) -> int:
     """Train the model on one task, in place, with each class's first prompt as its text.
 
@@ -77,9 +85,12 @@ def learn_task(
         reference: the images and captions that the method needs if `method.needs.reference`.
         anchors: the texts that the method needs if it has `method.needs.anchors`.
         listen: called after every step.
+        saves: of the run; none by default.
+        saved: the state within this task to go on from. The weights of the student and of the
+            frozen models are those of that moment already.
 
     Returns:
-        The number of steps taken.
+        The number of steps of the task.
 
     Raises:
         InputError: a loss is not finite (the learning rate is then too high), or a bad image.
@@ -107,27 +118,66 @@ def learn_task(
         kept=kept_samples(task, reference, transform, config, steps, world),
         num_anchors=len(anchors) if anchors is not None else 0,
     )
+    if saved is not None:
+        method.load_state_dict(saved["method"], strict=False)
     method.start_task(
         TaskStart(index, len(task.classes), steps, model.trainable(), teachers.prototypes)
     )
     method.to(model.device)
     step = Step(model, method, teachers, prompts, config, precision, world, anchors)
-    batches = task_batches(task, reference, transform, config, model.device, world, index=index)
+    done = 0
+    if saved is not None:
+        done = saved["steps"]
+        method.load_state_dict(saved["method"])
+        step.restore(saved["step"])
+        teachers.restore(saved["teachers"])
+        if anchors is not None:
+            anchors.restore(saved["anchors"])
+
+    def state() -> dict[str, Any]:
+        return {
+            "steps": done,
+            "method": method.state_dict(),
+            "step": step.state(),
+            "teachers": teachers.state(),
+            "anchors": None if anchors is None else anchors.state(),
+        }
+
+    batches = task_batches(
+        task, reference, transform, config, model.device, world, index=index, start=done
+    )
     model.train()
+    if saved is not None:
+        set_random_state(saved["random"], model.device)
     ended = time.perf_counter()
-    for number, (batch, of_reference) in zip(range(1, steps + 1), batches, strict=False):
-        losses = step.gradients(batch, of_reference)
-        if not all(map(math.isfinite, losses.values())):
-            shown = ", ".join(f"{name} {value:.3g}" for name, value in losses.items())
-            raise InputError(
-                f"--lr {base_lr:g}: the loss is not finite at step {number} of task {task.name} "
-                f"({shown}); lower it"
-            )
-        lr = base_lr * schedule.factor(config.lr_scheduler, number - 1, steps, config.warmup)
-        step.update(lr)
-        method.after_step(number)
-        started, ended = ended, time.perf_counter()
-        listen(StepReport(number, losses, lr, len(batch.target), ended - started))
+    with (saves or Saves(None, used=False)).within_task(state) as whole_step:
+        for number in range(done + 1, steps + 1):
+            batch, of_reference = next(batches)
+            with whole_step(number):
+                losses = step.gradients(batch, of_reference)
+                _check_losses(losses, batch, base_lr, task, number)
+                lr = base_lr * schedule.factor(
+                    config.lr_scheduler, number - 1, steps, config.warmup
+                )
+                step.update(lr)
+                method.after_step(number)
+                done = number
+            started, ended = ended, time.perf_counter()
+            listen(StepReport(number, losses, lr, len(batch.target), ended - started))
     method.end_task()
     model.eval()
     return steps
+
+
+def _check_losses(
+    losses: Mapping[str, float], batch: Batch, lr: float, task: Task, number: int
+) -> None:
+    if all(map(math.isfinite, losses.values())):
+        return
+    names = [task.train.name(place) for place in batch.places.tolist()]
+    _log.info("images of step %d of task %s: %s", number, task.name, ", ".join(names))
+    shown = ", ".join(f"{name} {value:.3g}" for name, value in losses.items())
+    raise InputError(
+        f"--lr {lr:g}: the loss is not finite at step {number} of task {task.name} "
+        f"({shown}); lower it"
+    )

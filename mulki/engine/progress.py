@@ -60,6 +60,10 @@ class RunProgress:
         """Show what the run is doing, left of the bar."""
         self._bar.update(self._task, description=text)
 
+    def skip(self, steps: int) -> None:
+        """Advance the bar by steps that an earlier process made."""
+        self._bar.update(self._task, advance=steps)
+
     def step(self, report: StepReport) -> None:
         """Advance the bar by one optimiser step."""
         now = report.images / report.seconds

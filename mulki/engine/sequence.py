@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 
@@ -19,7 +21,11 @@ from mulki.engine.checkpoints import publish, save_weights
 from mulki.engine.config import Settings
 from mulki.engine.learn import StepReport, learn_task, steps_of
 from mulki.engine.progress import RunProgress, describe
+from mulki.engine.recovery import Saves
+from mulki.engine.resuming import restore, run_state
 from mulki.engine.setup import Setup, prepared
+from mulki.engine.signals import Signals
+from mulki.errors import Stopped
 from mulki.evaluate import Evaluator, Loader, shared_classes
 from mulki.methods import PREVIOUS, ZERO_SHOT
 from mulki.metrics import ZERO_SHOT as ZERO_SHOT_ROW
@@ -40,13 +46,16 @@ _log = logging.getLogger(__name__)
 
 
 def run(
-    settings: Settings, console: Console | None = None, tasks: Sequence[Task] | None = None
+    settings: Settings,
+    console: Console | None = None,
+    tasks: Sequence[Task] | None = None,
+    resume: str | os.PathLike[str] | None = None,
 ) -> RunFolder | None:
     """Learn a sequence of tasks and write its run folder.
 
     Everything that can be checked is checked before the folder is made. The global generators of
-    Python, NumPy and torch are seeded. An interrupt, or an error, leaves the results so far in the
-    folder, marked as interrupted.
+    Python, NumPy and torch are seeded. A signal, or an error, leaves the results so far in the
+    folder, marked as interrupted, and a save from which `resume` goes on.
 
     Started by torchrun, the processes divide the work: each encodes `batch_size` images of a batch,
     and its part of the class texts, of the teachers' work and of the test images. The results are
@@ -56,6 +65,8 @@ def run(
         settings: from `mulki.engine.config.resolve`.
         console: where progress is drawn; none by default.
         tasks: learned instead of those that the settings name.
+        resume: the folder of a run with these settings, which has ended too early. It goes on from
+            its last save and ends as if it had not been stopped.
 
     Returns:
         The finished run folder; None in all processes but the first, which write nothing.
@@ -63,15 +74,19 @@ def run(
     Raises:
         InputError: bad tasks, model, device or options, or a folder that is taken.
         ProcessLost: another process of the run has ended.
+        Stopped: SIGINT, SIGTERM or SIGHUP came.
     """
-    with prepared(settings, tasks) as setup:
+    with Signals() as signals, prepared(settings, tasks, resume) as setup:
         if console is None or not setup.world.main:
             console = Console(quiet=True)
         bar = RunProgress(console, _total_steps(setup))
         folder = setup.folder
         try:
             with folder or contextlib.nullcontext(), bar:
-                _Sequence(setup, bar).learn()
+                _Sequence(setup, bar, signals).learn()
+        except Stopped as stopped:
+            stopped.resume = None if folder is None else str(folder.path)
+            raise
         finally:
             if folder is not None and folder.evaluated:
                 _write_report(folder)
@@ -108,10 +123,21 @@ class _Row:
 class _Sequence:
     """The state of a run between its tasks."""
 
-    def __init__(self, setup: Setup, progress: RunProgress):
+    def __init__(self, setup: Setup, progress: RunProgress, signals: Signals):
         self.setup = setup
         self.progress = progress
+        self.learned = 0
         self.steps = 0
+        self.saves = Saves(
+            None if setup.folder is None else setup.folder.path,
+            signals,
+            setup.world,
+            setup.precision.device,
+            setup.config.save_every,
+            # The weights, two moments of the optimiser and about as much of the method.
+            size=4 * sum(p.nbytes for p in setup.model.trainable().values()),
+            used=setup.method.trains and not setup.config.fsdp,
+        )
         self.text_inputs = TextInputs(setup.model, setup.world)
         self.evaluator = Evaluator(
             setup.model,
@@ -122,26 +148,50 @@ class _Sequence:
         )
 
     def learn(self) -> None:
-        method, tasks, model = self.setup.method, self.setup.tasks, self.setup.model
+        setup = self.setup
+        method, tasks, model = setup.method, setup.tasks, setup.model
         self._log_start()
         frozen = self._frozen_models()
         for each in {id(m): m for m in (model, *frozen.values())}.values():
-            if self.setup.config.fsdp:
-                sharding.shard(each, self.setup.precision.device)
-            if self.setup.config.torchcompile:
+            if setup.config.fsdp:
+                sharding.shard(each, setup.precision.device)
+            if setup.config.torchcompile:
                 each.compile()
-        # A model that does not learn is evaluated once, for all rows.
-        rows = self._evaluate([0] if method.trains else range(len(tasks) + 1))
-        self._record(ZERO_SHOT_ROW, rows[0])
-        for index, task in enumerate(tasks):
-            if method.trains:
-                self._learn_task(index, task, frozen)
-                (row,) = self._evaluate([index + 1])
-                self._record(task.name, row)
-                if self.setup.config.save_checkpoints:
-                    self._save(index + 1, task)
-            else:
-                self._record(task.name, rows[index + 1])
+        self.saves.of_run(
+            lambda in_task: run_state(
+                setup, frozen, self.text_inputs, self.learned, self.steps, in_task
+            )
+        )
+        in_task = None
+        if setup.saved is not None:
+            self.learned, self.steps = setup.saved["learned"], setup.saved["steps"]
+            in_task = restore(setup.saved, setup, frozen, self.text_inputs)
+            done = self.steps + (in_task["steps"] if in_task else 0)
+            self.progress.skip(done)
+            _log.info("goes on after %d tasks and %d steps", self.learned, done)
+        names = [ZERO_SHOT_ROW, *(task.name for task in tasks)]
+        if not method.trains:
+            # A model that does not learn is evaluated once, for all rows.
+            rows = self._evaluate(range(len(names)))
+            for number in range(setup.rows, len(names)):
+                self._record(names[number], rows[number])
+            return
+        if self.learned >= setup.rows:
+            self._evaluate_and_record(self.learned)
+        for index in range(self.learned, len(tasks)):
+            self._learn_task(index, tasks[index], frozen, in_task)
+            in_task = None
+            self.learned = index + 1
+            # Before the row that speaks of these weights, so that no row is without them.
+            if setup.config.save_checkpoints:
+                self._save(index + 1, tasks[index])
+            self.saves.save()
+            self._evaluate_and_record(index + 1)
+
+    def _evaluate_and_record(self, learned: int) -> None:
+        names = [ZERO_SHOT_ROW, *(task.name for task in self.setup.tasks)]
+        (row,) = self._evaluate([learned])
+        self._record(names[learned], row)
 
     def _log_start(self) -> None:
         config, world = self.setup.config, self.setup.world
@@ -202,13 +252,17 @@ class _Sequence:
         return frozen
 
     def _learn_task(
-        self, index: int, task: Task, frozen: Mapping[str, VisionLanguageModel]
+        self,
+        index: int,
+        task: Task,
+        frozen: Mapping[str, VisionLanguageModel],
+        saved: Mapping[str, Any] | None,
     ) -> None:
         setup, before = self.setup, self.steps
         self.progress.says(f"{index + 1}/{len(setup.tasks)} {task.name}")
         if index == 0 and ZERO_SHOT in frozen:
             frozen = dict.fromkeys(frozen, frozen[ZERO_SHOT])
-        elif index > 0 and PREVIOUS in frozen:
+        elif index > 0 and PREVIOUS in frozen and saved is None:
             frozen[PREVIOUS].copy_from(setup.model)
         self.steps += learn_task(
             setup.model,
@@ -223,6 +277,8 @@ class _Sequence:
             reference=setup.reference_of(task),
             anchors=self._anchors(index),
             listen=lambda report: self._report(task, report, before + report.step),
+            saves=self.saves,
+            saved=saved,
         )
 
     def _report(self, task: Task, report: StepReport, step: int) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ from mulki.engine import distributed, muon
 from mulki.engine.batches import Transform
 from mulki.engine.config import CURRENT, RunConfig, Settings
 from mulki.engine.precision import Precision
+from mulki.engine.recovery import State
+from mulki.engine.resuming import check_same, open_to_resume, read_save
 from mulki.engine.tasks import load_tasks
 from mulki.errors import InputError
 from mulki.methods import VOCABULARY, Method, Needs
@@ -63,6 +67,8 @@ class Setup:
         precision: how the encoders compute, and the device of this process.
         world: the processes of the run.
         folder: where the results go; None in all processes but the first.
+        saved: the state that the run goes on from; None for a run from its start.
+        rows: how many rows of results there are already.
     """
 
     config: RunConfig
@@ -75,6 +81,8 @@ class Setup:
     precision: Precision
     world: World
     folder: RunFolder | None
+    saved: State | None = None
+    rows: int = 0
 
     def reference_of(self, task: Task) -> ReferenceSet | None:
         """The reference set while a task is learned, if the method needs one."""
@@ -91,8 +99,12 @@ class Setup:
 
 
 @contextlib.contextmanager
-def prepared(settings: Settings, tasks: Sequence[Task] | None = None) -> Iterator[Setup]:
-    """Check everything that can be checked, then make the run folder.
+def prepared(
+    settings: Settings,
+    tasks: Sequence[Task] | None = None,
+    resume: str | os.PathLike[str] | None = None,
+) -> Iterator[Setup]:
+    """Check everything that can be checked, then make the run folder, or open that of `resume`.
 
     The global generators of Python, NumPy and torch are seeded. The processes that torchrun
     started are joined while the context lasts.
@@ -100,6 +112,7 @@ def prepared(settings: Settings, tasks: Sequence[Task] | None = None) -> Iterato
     Args:
         settings: from `mulki.engine.config.resolve`.
         tasks: learned instead of those that the settings name.
+        resume: the folder of a run to go on with.
 
     Raises:
         InputError: bad tasks, model, device or options, or a folder that is taken.
@@ -111,11 +124,16 @@ def prepared(settings: Settings, tasks: Sequence[Task] | None = None) -> Iterato
     _check_sharding(config, precision)
     _check_reference(config, method)
     _check_anchors(config, method)
-    with distributed.join(precision.device) as world:
+    with distributed.join(precision.device) as world, contextlib.ExitStack() as at_end:
         facts: dict[str, object] = {}
-        problem = None
+        problem = saved = folder = None
         try:
-            if world.main:
+            if resume is not None:
+                if world.main:
+                    folder = open_to_resume(Path(resume), config)
+                    at_end.callback(folder.release)
+                saved = read_save(Path(resume), world)
+            elif world.main:
                 check_free(config.logs, config.name)
             tasks = load_tasks(config) if tasks is None else tasks
             reference = _load_reference(config, method)
@@ -126,6 +144,9 @@ def prepared(settings: Settings, tasks: Sequence[Task] | None = None) -> Iterato
             precision.convert(model)
             transform = _training_transform(config, model)
             facts = _facts(settings, tasks, hashes)
+            if resume is not None:
+                check_same(Path(resume), hashes)
+                facts["tasks learned before"] = 0 if saved is None else saved["learned"]
         except InputError as error:
             problem = error
         world.agree(precision.device, problem, **facts)
@@ -134,10 +155,10 @@ def prepared(settings: Settings, tasks: Sequence[Task] | None = None) -> Iterato
         # during training differs.
         if world.rank:
             _seed_everything(config.seed + world.rank)
-        folder = None
-        if world.main:
+        if world.main and folder is None:
             uses = _beyond_tasks(config, method).uses
             folder = _make_folder(settings, tasks, hashes, uses, precision, world)
+            at_end.callback(folder.release)
         yield Setup(
             config,
             method,
@@ -149,6 +170,8 @@ def prepared(settings: Settings, tasks: Sequence[Task] | None = None) -> Iterato
             precision,
             world,
             folder,
+            saved,
+            world.total(0 if folder is None else folder.rows, device=precision.device)[0],
         )
 
 

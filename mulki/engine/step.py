@@ -66,6 +66,35 @@ class Step:
         self._optimizer = _optimizer(model, method, config)
         self._micro_batch: int | None = None
 
+    def state(self) -> dict[str, Any]:
+        """What the step keeps from one batch to the next, beside what it is made of."""
+        known = self._optimizer.state
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        return {
+            "optimizer": [dict(known[p]) if p in known else {} for p in parameters],
+            "scaler": self._precision.scaler.state_dict(),
+            "micro_batch": self._micro_batch,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Set what `state` returned."""
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        known = {}
+        for place, (parameter, of_one) in enumerate(
+            zip(parameters, state["optimizer"], strict=True)
+        ):
+            # Laid out in memory as the parameter: the fused update goes through both in one order.
+            known[place] = {
+                name: value
+                if value.shape != parameter.shape
+                else torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                for name, value in of_one.items()
+            }
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": known, "param_groups": groups})
+        self._precision.scaler.load_state_dict(state["scaler"])
+        self._micro_batch = state["micro_batch"]
+
     def gradients(self, batch: Batch, reference: ReferenceBatch | None = None) -> dict[str, float]:
         """Set the gradients of one batch, averaged over all processes.
 

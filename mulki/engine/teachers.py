@@ -95,6 +95,15 @@ class TaskTeachers:
         original = by_model[id(frozen[ZERO_SHOT])].prototypes if needs.prototypes else None
         return cls(teachers, original, precision, world, needs.captions)
 
+    def state(self) -> list[dict[str, dict[str, Tensor]]]:
+        """What the teachers keep beside what `prepare` makes."""
+        return [teacher.state() for teacher in dict(self._teachers)]
+
+    def restore(self, state: Sequence[Mapping[str, Mapping[str, Tensor]]]) -> None:
+        """Set what `state` returned."""
+        for teacher, of_teacher in zip(dict(self._teachers), state, strict=True):
+            teacher.restore(of_teacher)
+
     @torch.no_grad()
     def features(
         self,

@@ -85,7 +85,11 @@ class Method(nn.Module):
     """Base class of methods; a method's own parameters are trained beside the student's.
 
     Subclasses define `name`, an `Options` dataclass of hyper-parameters (fields made by `option`,
-    which become command line options), `needs` and `losses`.
+    which become command line options), `needs` and `losses`. What a method keeps from one step or
+    task to the next is in its state dict, so that a run that was killed can go on: parameters and
+    buffers are, anything else goes through torch's `get_extra_state` and `set_extra_state`, as
+    nested dicts and lists of tensors, numbers and texts. A method that goes on gets the state dict
+    before `start_task`, as far as it fits, and again after it.
 
     Raises:
         InputError: an option is out of bounds.

@@ -13,8 +13,9 @@ alpha is a hyper-parameter, chosen before the run.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -51,9 +52,23 @@ class WiseFT(Finetune):
         self._original: dict[str, Tensor] | None = None
         self._connections: Connections | None = None
 
+    def get_extra_state(self) -> dict[str, Any]:
+        """The original weights, for a run that is saved and goes on."""
+        return {"original": self._original}
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Set what `get_extra_state` returned."""
+        if self._original is None:
+            self._original = state["original"]
+            return
+        for name, value in state["original"].items():
+            self._original[name].copy_(value)  # in place: the connections have them already
+
     def start_task(self, task: TaskStart) -> None:
         if task.index == 0 and self.options.wise_base == "zero_shot":
             self._original = snapshot(task.weights)
+        if self._original is not None:  # those of a save are on the CPU
+            self._original = {n: v.to(task.weights[n]) for n, v in self._original.items()}
         self._connections = Connections(task.weights, alpha=self.options.alpha, base=self._original)
 
     def end_task(self) -> None:

@@ -16,9 +16,10 @@ ensembling does it, and interpolation with the previous model, as WiSE-FT does i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 Weights = Mapping[str, Tensor]
@@ -69,8 +70,10 @@ def anchor_loss(weights: Weights, anchor: Weights) -> Tensor:
     return torch.stack(whole).sum()
 
 
-class Connections:
+class Connections(nn.Module):
     """The connections of one task, from its first step to its end.
+
+    A module, so that its copies of the weights are in the state dict of the method that has it.
 
     Args:
         weights: those that train, by name; as they are when the task starts.
@@ -89,6 +92,7 @@ class Connections:
         l2: float = 0.0,
         base: Weights | None = None,
     ):
+        super().__init__()
         self._weights = weights
         self._alpha = alpha
         self._l2 = l2
@@ -96,6 +100,21 @@ class Connections:
         self._start = snapshot(weights) if l2 or (alpha < 1 and base is None) else {}
         self._base = self._start if base is None else base
         self._mean = RunningMean(weights, every) if every else None
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The weights at the start and the running mean, for a run that is saved and goes on."""
+        mean = None if self._mean is None else {"mean": self._mean.mean, "count": self._mean.count}
+        return {"start": self._start, "mean": mean}
+
+    @torch.no_grad()
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Set what `get_extra_state` returned."""
+        for name, value in state["start"].items():
+            self._start[name].copy_(value)
+        if self._mean is not None:
+            self._mean.count = state["mean"]["count"]
+            for name, value in state["mean"]["mean"].items():
+                self._mean.mean[name].copy_(value)
 
     def penalties(self) -> dict[str, Tensor]:
         """The term ``anchor_loss``, or nothing where its coefficient is 0."""

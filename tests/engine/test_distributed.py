@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from mulki.cli import run_command
 from mulki.engine import distributed
 from mulki.errors import InputError
-from tests.engine.distributed_runs import ANCHORED, ON_REFERENCE, WORKER, compare, torchrun
+from tests.engine.distributed_runs import ANCHORED, LAST, ON_REFERENCE, WORKER, compare, torchrun
+from tests.engine_helpers import same_state
 
 # By name: options of the run, and images in a global batch.
 CASES: dict[str, tuple[dict[str, Any], int]] = {
@@ -74,12 +77,15 @@ def test_three_processes_are_one(base: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_that_fails_ends_the_run(base: dict[str, Any], tmp_path: Path) -> None:
-    done = torchrun(
-        2, str(WORKER), "--", "fail", "run", "--tasks", *base["tasks"], "--model", base["model"],
-        "--logs", str(tmp_path), "--name", "broken", "--device", "cpu", "--iterations", "5",
-        "--batch-size", "3", "--precision", "fp32",
+def test_a_process_that_fails_ends_the_run_which_can_go_on(
+    base: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = (
+        "run", "--tasks", *base["tasks"], "--model", base["model"],
+        "--logs", str(tmp_path), "--device", "cpu", "--iterations", "5",
+        "--batch-size", "3", "--precision", "fp32", "--save-every", "1",
     )  # fmt: skip
+    done = torchrun(2, str(WORKER), "--", "fail", *given, "--name", "broken")
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("mulki: error")]
     assert "mulki: error in process 1: blue/0.png: cannot be read" in lines, done.stderr
@@ -87,6 +93,14 @@ def test_a_process_that_fails_ends_the_run(base: dict[str, Any], tmp_path: Path)
     assert all("another process of the run has ended" in line for line in others)
     assert json.loads((tmp_path / "broken" / "summary.json").read_text())["status"] == "interrupted"
     assert "zero-shot" in (tmp_path / "broken" / "matrix.csv").read_text()
+
+    alone = run_command(["run", "--resume", str(tmp_path / "broken")])
+    assert alone == 2 and "2 processes, these are 1" in capsys.readouterr().err
+    for words in (("run", "--resume", str(tmp_path / "broken")), (*given, "--name", "whole")):
+        done = torchrun(2, "-m", "mulki", "--", *words)
+        assert done.returncode == 0, done.stderr
+    assert "goes on after 0 tasks and 2 steps" in (tmp_path / "broken" / "out.log").read_text()
+    assert same_state(load_file(tmp_path / "broken" / LAST), load_file(tmp_path / "whole" / LAST))
 
 
 def test_only_a_launched_process_gets_a_device_by_its_number(

@@ -1,0 +1,156 @@
+"""Going on with a run: its folder and last save are checked, and its state is set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mulki import methods
+from mulki.engine.config import RunConfig
+from mulki.engine.randomness import random_state, set_random_state
+from mulki.engine.recovery import STUDENT, State, read_state
+from mulki.errors import InputError
+from mulki.folder_lock import FolderLock
+from mulki.methods import PREVIOUS
+from mulki.models import VisionLanguageModel
+from mulki.results import RunFolder
+from mulki.texts import TextInputs
+from mulki.world import World
+
+if TYPE_CHECKING:
+    from mulki.engine.setup import Setup
+
+Frozen = Mapping[str, VisionLanguageModel]
+
+
+def open_to_resume(path: Path, config: RunConfig) -> RunFolder:
+    """Open and lock the folder of a run that is to go on.
+
+    Raises:
+        InputError: it cannot go on, or another process has the folder.
+    """
+    if config.fsdp:
+        raise InputError(f"--resume: {path} is of a run with --fsdp, which makes no saves")
+    lock = FolderLock(path)
+    try:
+        folder = RunFolder.open(path, lock)
+        if folder.status == "complete":
+            raise InputError(f"--resume: {path} is complete; give the name of one that is not")
+        saved = read_state(path)
+        learned = 0 if saved is None else saved["learned"]
+        # The row of weights that were saved at a task's end may be missing. A method that does not
+        # train has no save, and any of its rows may be missing.
+        fewest = learned if saved is None or saved["in_task"] is None else learned + 1
+        if methods.get(config.method).trains and not fewest <= folder.rows <= learned + 1:
+            found = "no save" if saved is None else f"a save after {learned} tasks"
+            raise InputError(
+                f"--resume: {path} has {folder.rows} rows of results and {found}; start another run"
+            )
+        return folder
+    except BaseException:
+        lock.release()
+        raise
+
+
+def read_save(folder: Path, world: World) -> State | None:
+    """The last save of a run; None if there is none, so that it starts again.
+
+    Raises:
+        InputError: a damaged save, or one of another number of processes.
+    """
+    saved = read_state(folder)
+    if saved is not None and saved["processes"] != world.size:
+        raise InputError(
+            f"--resume: {folder} is of a run on {saved['processes']} processes, these are "
+            f"{world.size}; start as many"
+        )
+    return saved
+
+
+def check_same(folder: Path, hashes: Mapping[str, Any]) -> None:
+    """Check that tasks and start weights are those that the run began with.
+
+    Raises:
+        InputError: they are not.
+    """
+    known = json.loads((folder / "env.json").read_text(encoding="utf-8"))["hashes"]
+    for name, value in json.loads(json.dumps(hashes)).items():
+        if known.get(name) != value:
+            raise InputError(
+                f"--resume: the {name} are not those that {folder} began with; restore them, or "
+                "start another run"
+            )
+
+
+def run_state(
+    setup: Setup,
+    frozen: Frozen,
+    texts: TextInputs,
+    learned: int,
+    steps: int,
+    in_task: State | None,
+) -> State:
+    """What a save holds. All processes have to call this.
+
+    Args:
+        frozen: the teachers.
+        texts: of the student.
+        learned: number of tasks that were learned.
+        steps: optimiser steps of these.
+        in_task: the state within the task that comes next, None between two tasks.
+    """
+    model = setup.model
+    if in_task is not None:
+        previous = frozen.get(PREVIOUS)
+        weights = None if previous is None else _weights(model, previous)
+        in_task = in_task | {"previous": weights}
+    random = random_state(model.device).to(model.device).unsqueeze(0)
+    return {
+        "processes": setup.world.size,
+        "learned": learned,
+        "steps": steps,
+        STUDENT: _weights(model, model),
+        "method": setup.method.state_dict(),
+        "texts": texts.state(),
+        "random": setup.world.gather(random, setup.world.size),
+        "in_task": in_task,
+    }
+
+
+def restore(saved: State, setup: Setup, frozen: Frozen, texts: TextInputs) -> State | None:
+    """Set what `run_state` returned, into a run that is at its start.
+
+    Returns:
+        The state within a task, with that of the random generators; None between two tasks.
+    """
+    model = setup.model
+    _set_weights(model, model, saved[STUDENT])
+    setup.method.load_state_dict(saved["method"], strict=False)
+    texts.restore(saved["texts"])
+    random = saved["random"][setup.world.rank]
+    set_random_state(random, model.device)
+    in_task: State | None = saved["in_task"]
+    if in_task is None:
+        return None
+    if in_task["previous"] is not None:
+        _set_weights(model, frozen[PREVIOUS], in_task["previous"])
+    return in_task | {"random": random}
+
+
+def _weights(student: VisionLanguageModel, model: VisionLanguageModel) -> dict[str, Tensor]:
+    # Of a model, those that train in the student; the others are the start model's.
+    found = model.clip.state_dict()
+    return {name: found[name] for name in student.trainable()}
+
+
+@torch.no_grad()
+def _set_weights(
+    student: VisionLanguageModel, model: VisionLanguageModel, weights: Mapping[str, Tensor]
+) -> None:
+    for name, value in _weights(student, model).items():
+        value.copy_(weights[name])

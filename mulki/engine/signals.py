@@ -1,0 +1,71 @@
+"""Signals that end a run, and wait while a training step or a save is under way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+from mulki.errors import Stopped
+
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
+class Signals:
+    """SIGINT, SIGTERM and SIGHUP raise `Stopped`: at once, or later where they are `held`.
+
+    A second one raises it at once in any case. A signal that the process was started to ignore, as
+    nohup does with SIGHUP, stays ignored. In a thread other than the main one, signals are left as
+    they are.
+
+    Attributes:
+        pending: the number of the signal that waits, or None.
+    """
+
+    def __init__(self) -> None:
+        self.pending: int | None = None
+        self._held = 0
+        self._process = os.getpid()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (getattr(signal, name) for name in _NAMES if hasattr(signal, name)):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._received)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let signals wait for the end of the block, which does not raise: see `raise_pending`."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+
+    def raise_pending(self) -> None:
+        """Raise `Stopped` if a signal has waited."""
+        if self.pending is not None:
+            raise Stopped(self.pending)
+
+    def _received(self, number: int, frame: FrameType | None) -> None:
+        # Data loading processes inherit the handler, and have nothing to wait for.
+        if self._held and self.pending is None and os.getpid() == self._process:
+            self.pending = number
+        else:
+            raise Stopped(number)
