@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from mulki.answers import Answers
 from mulki.data.loader import batch_sizes
 from mulki.data.task import Task
+from mulki.errors import InputError
 from mulki.models import VisionLanguageModel
 from mulki.texts import text_features, text_inputs
 from mulki.world import ALONE, World
@@ -108,6 +109,9 @@ class Evaluator:
 
         Returns:
             The answers for each entry of `learned`.
+
+        Raises:
+            InputError: features that are not finite.
         """
         self.model.eval()
         own = [self._head(number, count) for count in learned]
@@ -116,8 +120,10 @@ class Evaluator:
         same = [self._first_alike(head) for head in heads]
         # 0 in places of other processes, so that the sum over processes is the whole.
         right = torch.zeros(len(heads), sum(batch_sizes(self._loaders[number])), dtype=torch.int64)
+        unsound = torch.stack([_unsound(texts) for texts in classifiers.values()]).sum()
         for images, target, places in self._batches(number):
             features = self.model.encode_images(images)
+            unsound += _unsound(features)
             # A product for each task: one over all classes would round a class by its place.
             logits = {
                 task: features @ classifiers[task].mT for task in {i for h in heads for i in h}
@@ -127,7 +133,14 @@ class Evaluator:
                 before = sum(len(classifiers[i]) for i in head if i < number)
                 chosen = first_alike[predicted[: len(places)]]
                 row[places] = (chosen == first_alike[target + before]).long()
-        summed = self._world.total(*right.flatten().tolist(), device=self.model.device)
+        *summed, count = self._world.total(
+            *right.flatten().tolist(), int(unsound), device=self.model.device
+        )
+        if count:
+            raise InputError(
+                f"task {self.tasks[number].name}: {count} features of its images and of class "
+                "texts are not finite; the model has diverged: lower --lr"
+            )
         found = np.asarray(summed, dtype=bool).reshape(right.shape)
         by_head = dict(zip(heads, found, strict=True))
         return [
@@ -164,3 +177,8 @@ def shared_classes(tasks: Sequence[Task]) -> dict[str, list[str]]:
         for name, prompts in zip(task.classes, task.prompts(), strict=True):
             owners.setdefault(tuple(prompts), {})[task.name] = name
     return {next(iter(of.values())): list(of) for of in owners.values() if len(of) > 1}
+
+
+def _unsound(features: Tensor) -> Tensor:
+    # How many rows hold a NaN or an infinity.
+    return (~torch.isfinite(features)).any(dim=1).sum()

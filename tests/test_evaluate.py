@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mulki.data import Task, folder_task
 from mulki.data.loader import batches
+from mulki.errors import InputError
 from mulki.evaluate import Evaluator, LabelSpace, shared_classes, zero_shot_classifier
 from mulki.models import VisionLanguageModel
 from tests import engine_helpers
@@ -261,3 +262,15 @@ def test_no_graph_is_built(load_tiny: Load, task: Task) -> None:
     model = load_tiny()
     inputs = model.text_inputs([p for of_class in task.prompts() for p in of_class])
     assert not zero_shot_classifier(model, inputs, 3).requires_grad
+
+
+@pytest.mark.parametrize("part", ["visual.proj", "text_projection"])
+def test_features_that_are_not_finite_have_no_accuracy(
+    load_tiny: Load, task: Task, part: str
+) -> None:
+    model = load_tiny()
+    evaluator = Evaluator(model, [task], [loader(model, task, 4)])
+    with torch.no_grad():
+        model.clip.get_parameter(part).fill_(3e38)  # finite, and its products are not
+    with pytest.raises(InputError, match="task colours: .* features .* not finite"):
+        evaluator.accuracy(0)

@@ -92,6 +92,9 @@ class RunConfig:
     warmup: int = option(0, "steps of linear warm-up per task", low=0)
     lr_scheduler: schedule.Name = option("cosine", "learning rate after warm-up")
     grad_clip_norm: float | None = option(None, "largest gradient norm", above=0)
+    spike_guard: float | None = option(
+        None, "leave out a step whose loss is more than so many times its running mean", above=1
+    )
     precision: precision.Name = option("auto", "auto: amp_bf16 where bf16 is native, else fp32")
     grad_checkpointing: bool = option(False, "recompute activations instead of keeping them")
     torchcompile: bool = option(False, "compile the encoders with torch.compile")

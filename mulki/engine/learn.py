@@ -19,6 +19,7 @@ from mulki.engine.precision import Precision
 from mulki.engine.randomness import set_random_state
 from mulki.engine.rates import learning_rates
 from mulki.engine.recovery import Saves
+from mulki.engine.spikes import SpikeGuard
 from mulki.engine.step import Step
 from mulki.engine.teachers import TaskTeachers
 from mulki.errors import InputError
@@ -125,12 +126,14 @@ def learn_task(
     )
     method.to(model.device)
     step = Step(model, method, teachers, prompts, config, precision, world, anchors)
+    guard = SpikeGuard(config.spike_guard)
     done = 0
     if saved is not None:
         done = saved["steps"]
         method.load_state_dict(saved["method"])
         step.restore(saved["step"])
         teachers.restore(saved["teachers"])
+        guard.restore(saved["spikes"])
         if anchors is not None:
             anchors.restore(saved["anchors"])
 
@@ -140,6 +143,7 @@ def learn_task(
             "method": method.state_dict(),
             "step": step.state(),
             "teachers": teachers.state(),
+            "spikes": guard.state(),
             "anchors": None if anchors is None else anchors.state(),
         }
 
@@ -159,11 +163,13 @@ def learn_task(
                 lr = base_lr * schedule.factor(
                     config.lr_scheduler, number - 1, steps, config.warmup
                 )
-                step.update(lr)
+                if guard.allows(sum(losses.values()), number):
+                    step.update(lr)
                 method.after_step(number)
                 done = number
             started, ended = ended, time.perf_counter()
             listen(StepReport(number, losses, lr, len(batch.target), ended - started))
+    guard.report(task.name)
     method.end_task()
     model.eval()
     return steps
@@ -176,8 +182,8 @@ def _check_losses(
         return
     names = [task.train.name(place) for place in batch.places.tolist()]
     _log.info("images of step %d of task %s: %s", number, task.name, ", ".join(names))
+    bad = ", ".join(name for name, value in losses.items() if not math.isfinite(value))
     shown = ", ".join(f"{name} {value:.3g}" for name, value in losses.items())
     raise InputError(
-        f"--lr {lr:g}: the loss is not finite at step {number} of task {task.name} "
-        f"({shown}); lower it"
+        f"--lr {lr:g}: {bad} is not finite at step {number} of task {task.name} ({shown}); lower it"
     )

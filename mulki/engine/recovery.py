@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mulki.engine.signals import Signals
 from mulki.errors import InputError
@@ -27,6 +28,7 @@ from mulki.world import ALONE, World
 State = dict[str, Any]
 FILE = "state.safetensors"
 STUDENT = "student"
+TOO_FAST = "lower --lr, or pass --grad-clip-norm"
 
 _log = logging.getLogger(__name__)
 
@@ -87,7 +89,7 @@ class Saves:
             started = time.monotonic()
             state = self._state(in_task)
             if self._path is not None:
-                check_finite(state.get(STUDENT, {}), "the student")
+                check_finite(state.get(STUDENT, {}), "the student", TOO_FAST)
                 self._path.parent.mkdir(exist_ok=True)
                 sync(self._path.parent.parent)
                 write_state(self._path, state)
@@ -148,17 +150,18 @@ class Saves:
         return time.monotonic() - self._saved_at >= self._seconds * (1 / _SHARE - 1)
 
 
-def check_finite(weights: Mapping[str, Tensor], what: str) -> None:
+def check_finite(weights: Mapping[str, Tensor], what: str, advice: str) -> None:
     """Raise an error that names the first of the weights that holds a NaN or an infinity.
 
     Raises:
         InputError: there is one.
     """
-    bad = not_finite(weights)
+    parts = {n: v.to_local() if isinstance(v, DTensor) else v for n, v in weights.items()}
+    bad = not_finite(parts)
     if bad:
         raise InputError(
             f"{what}: {len(bad)} of {len(weights)} weights hold a NaN or an infinity, the first is "
-            f"{bad[0]}; lower --lr, or pass --grad-clip-norm"
+            f"{bad[0]}; {advice}"
         )
 
 

@@ -21,11 +21,11 @@ from mulki.engine.checkpoints import publish, save_weights
 from mulki.engine.config import Settings
 from mulki.engine.learn import StepReport, learn_task, steps_of
 from mulki.engine.progress import RunProgress, describe
-from mulki.engine.recovery import Saves
+from mulki.engine.recovery import TOO_FAST, Saves, check_finite
 from mulki.engine.resuming import restore, run_state
 from mulki.engine.setup import Setup, prepared
 from mulki.engine.signals import Signals
-from mulki.errors import Stopped
+from mulki.errors import InputError, Stopped
 from mulki.evaluate import Evaluator, Loader, shared_classes
 from mulki.methods import PREVIOUS, ZERO_SHOT
 from mulki.metrics import ZERO_SHOT as ZERO_SHOT_ROW
@@ -177,20 +177,31 @@ class _Sequence:
                 self._record(names[number], rows[number])
             return
         if self.learned >= setup.rows:
-            self._evaluate_and_record(self.learned)
+            self._finish(self.learned)
         for index in range(self.learned, len(tasks)):
             self._learn_task(index, tasks[index], frozen, in_task)
             in_task = None
             self.learned = index + 1
-            # Before the row that speaks of these weights, so that no row is without them.
-            if setup.config.save_checkpoints:
-                self._save(index + 1, tasks[index])
+            self._check_weights(f"task {tasks[index].name}, after its last step")
             self.saves.save()
-            self._evaluate_and_record(index + 1)
+            self._finish(index + 1)
 
-    def _evaluate_and_record(self, learned: int) -> None:
+    def _check_weights(self, where: str) -> None:
+        problem = None
+        try:
+            check_finite(self.setup.model.trainable(), where, TOO_FAST)
+        except InputError as error:
+            problem = error
+        # Each process may have other parts of them.
+        self.setup.world.agree(self.setup.precision.device, problem)
+
+    def _finish(self, learned: int) -> None:
+        # The weights after so many tasks: their checkpoint is written when their features are
+        # known to be sound, and before the row that speaks of them.
         names = [ZERO_SHOT_ROW, *(task.name for task in self.setup.tasks)]
         (row,) = self._evaluate([learned])
+        if learned and self.setup.config.save_checkpoints:
+            self._save(learned, self.setup.tasks[learned - 1])
         self._record(names[learned], row)
 
     def _log_start(self) -> None:

@@ -23,7 +23,7 @@ from mulki.engine import distributed, muon
 from mulki.engine.batches import Transform
 from mulki.engine.config import CURRENT, RunConfig, Settings
 from mulki.engine.precision import Precision
-from mulki.engine.recovery import State
+from mulki.engine.recovery import State, check_finite
 from mulki.engine.resuming import check_same, open_to_resume, read_save
 from mulki.engine.tasks import load_tasks
 from mulki.errors import InputError
@@ -142,6 +142,11 @@ def prepared(
             model = _load_model(config, method, precision, world)
             hashes = _hashes(tasks, reference, vocabulary, model)
             precision.convert(model)
+            check_finite(
+                model.clip.state_dict(),
+                f"--model {config.model} --pretrained {config.pretrained}",
+                f"pass sound weights, or another --precision than {precision.name}",
+            )
             transform = _training_transform(config, model)
             facts = _facts(settings, tasks, hashes)
             if resume is not None:

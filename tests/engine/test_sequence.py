@@ -14,9 +14,11 @@ import yaml
 from mulki import methods, models
 from mulki.answers import read_answers, seen_accuracy
 from mulki.engine import sequence
+from mulki.engine.checkpoints import publish, save_weights
 from mulki.engine.config import read_config, resolve
 from mulki.engine.learn import StepReport
 from mulki.engine.progress import RunProgress
+from mulki.engine.step import Step
 from mulki.errors import InputError
 from mulki.methods import PREVIOUS, ZERO_SHOT
 from mulki.metrics import read_matrix
@@ -261,6 +263,64 @@ def test_loss_that_is_not_finite_keeps_the_zero_shot_row(run: Run, tmp_path: Pat
     path = tmp_path / "logs" / "first"
     assert json.loads((path / "summary.json").read_text())["status"] == "interrupted"
     assert read_matrix(path / "matrix.csv").zero_shot is not None
+
+
+@pytest.mark.parametrize("lr", [1e30, 1e38])
+def test_weights_that_diverge_in_the_last_step_are_not_a_result(
+    run: Run, tmp_path: Path, lr: float
+) -> None:
+    """The loss was finite before that step, and the model it leaves is not."""
+    with pytest.raises(InputError, match="not finite|NaN or an infinity"):
+        run(method="finetune", iterations=1, lr=lr)
+    path = tmp_path / "logs" / "first"
+    assert json.loads((path / "summary.json").read_text())["status"] == "interrupted"
+    assert read_matrix(path / "matrix.csv").tasks == ()
+    assert not list(path.rglob("task_*")) and not list(path.rglob("open_clip*"))
+
+
+@pytest.mark.parametrize(("options", "updates"), [({}, 8), ({"spike_guard": 5.0}, 6)])
+def test_a_loss_that_explodes_is_reported(
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    options: dict[str, Any],
+    updates: int,
+) -> None:
+    gradients, update = Step.gradients, Step.update
+    calls: list[str] = []
+
+    def exploding(self: Step, *given: Any) -> dict[str, float]:
+        calls.append("gradients")
+        losses = gradients(self, *given)
+        # The third step of each task.
+        return {k: v * (30 if calls.count("gradients") % 4 == 3 else 1) for k, v in losses.items()}
+
+    def counted(self: Step, lr: float) -> None:
+        calls.append("update")
+        update(self, lr)
+
+    monkeypatch.setattr(Step, "gradients", exploding)
+    monkeypatch.setattr(Step, "update", counted)
+    with caplog.at_level(logging.WARNING, "mulki"):
+        run(method="finetune", **options)
+    assert calls.count("gradients") == 8 and calls.count("update") == updates
+    for task in ("colours", "shades"):
+        assert f"task {task}: the loss of 1 steps, step 3 the first" in caplog.text
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+@pytest.mark.parametrize("method", ["zero_shot", "mulki"])
+def test_start_weights_that_are_not_finite_are_refused(
+    run: Run, start_model: dict[str, str], tmp_path: Path, method: str, bad: str
+) -> None:
+    model = models.load(start_model["model"])
+    with torch.no_grad():
+        model.clip.visual.proj[0, 0] = float(bad)
+    save_weights(model, tmp_path / "bad.safetensors")
+    publish(model, tmp_path / "bad.safetensors", tmp_path / "bad")
+    with pytest.raises(InputError, match="1 of .* weights hold a NaN or an infinity.*visual.proj"):
+        run(method=method, model=f"local-dir:{tmp_path / 'bad'}")
+    assert not (tmp_path / "logs").exists()
 
 
 def test_locked_model_can_be_evaluated(run: Run) -> None:
