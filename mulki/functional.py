@@ -44,7 +44,8 @@ class TeacherDetails(NamedTuple):
     """By-products of `teacher_kl`, none of them differentiable."""
 
     # [N, K], KL of each teacher, with the T^2 factor if that was asked for. A difference of
-    # logarithms: near zero rounding can make it negative by some 1e-7 in float32.
+    # logarithms: near zero rounding can make it negative by some 1e-7 in float32,
+    # times the square of the temperature where it is scaled by that.
     kl: Tensor
     weights: Tensor  # [N, K]
     entropy: Tensor  # [N, K], entropy of each teacher's distribution, in nats

@@ -24,6 +24,7 @@ import csv
 import io
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -403,11 +404,12 @@ def read_matrix(path: str | os.PathLike[str]) -> AccuracyMatrix:
     return matrix
 
 
+_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
 def _cell(text: str, where: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    # Not all that Python's float takes: 1_0 would be ten.
+    value = float(text) if _NUMBER.fullmatch(text) else math.nan
     if not 0.0 <= value <= 100.0:
         came = f'"{text}"' if text else "an empty cell"
         raise InputError(

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mulki.errors import InputError, nearest
+from mulki.files import check_regular
+from mulki.tensor_files import load_tensors
 
 BUNDLED = "mulki-mini"
 TEXT_BATCH = 256
@@ -375,11 +377,14 @@ def _load_open_clip(name: str, pretrained: str | None) -> VisionLanguageModel:
                 f"--pretrained: {name} has no tag {pretrained!r}{nearest(pretrained, tags)} and "
                 f"there is no such file; tags: {', '.join(tags) or 'none'}"
             )
+    _check_files(name, pretrained)
     try:
-        clip, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained)
+        clip, _, preprocess = open_clip.create_model_and_transforms(
+            name, pretrained=pretrained, weights_only=True
+        )
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # a damaged checkpoint or configuration raises whatever it meets
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = " ".join((str(error) or type(error).__name__).split())[:300]
         raise InputError(
             f"--model {name} --pretrained {pretrained}: could not be loaded ({reason}); check the "
             f"spelling, the network and that the checkpoint belongs to this model"
@@ -387,6 +392,18 @@ def _load_open_clip(name: str, pretrained: str | None) -> VisionLanguageModel:
     # A local folder has just been read without an error, so its configuration is valid.
     config = {"model_cfg": _architecture(name), "preprocess_cfg": clip.visual.preprocess_cfg}
     return VisionLanguageModel(clip, tokenizer, preprocess, name, config=config)
+
+
+def _check_files(name: str, pretrained: str | None) -> None:
+    # What open_clip is about to read from this machine, by its checksum if it carries one.
+    schema, _, place = name.partition(":")
+    files = [Path(pretrained)] if pretrained is not None else []
+    if schema == "local-dir":
+        files += sorted(Path(place).glob("*.safetensors"))
+    for file in files:
+        check_regular(file)
+        if file.suffix == ".safetensors" and file.is_file():
+            load_tensors(file)
 
 
 def _architecture(name: str) -> dict[str, Any]:
@@ -442,16 +459,10 @@ def _load_bundled(pretrained: str | None) -> VisionLanguageModel:
 
 def _load_trained(clip: nn.Module, path: Path, packaged: tuple[str, ...]) -> tuple[str, ...]:
     # Returns `packaged`, or nothing where the file holds these weights too.
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"--pretrained: {path} is not a readable safetensors file ({error}); pass a checkpoint "
-            f"of {BUNDLED}"
-        ) from error
+        state, _ = load_tensors(path)
+    except InputError as error:
+        raise InputError(f"--pretrained: {error}") from None
     found = {n: v.shape for n, v in state.items()}
     everything = {n: v.shape for n, v in clip.state_dict().items()}
     wanted = {n: shape for n, shape in everything.items() if not n.startswith(packaged)}

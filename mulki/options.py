@@ -128,7 +128,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if get_origin(hint) is tuple:
         parts = [value] if isinstance(value, str) else value
         if isinstance(parts, (list, tuple)) and all(isinstance(part, str) for part in parts):
-            return tuple(parts)
+            return tuple(_convert(part, str, name) for part in parts)
         raise _wrong(name, value, "a list of names or paths")
     if get_origin(hint) is Literal:
         # `check_options` checks which string it is. YAML reads on, off, yes and no as booleans, so
@@ -147,6 +147,11 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
                 raise ValueError
             return int(value)
         if not isinstance(value, (str, int, float)):
+            raise ValueError
+        # Python reads 1_0 and digits of other scripts as numbers; no file has a NUL in its name.
+        if isinstance(value, str) and (
+            "\0" in value if hint is str else "_" in value or not value.isascii()
+        ):
             raise ValueError
         converted = hint(value)
         if hint is float and not math.isfinite(converted):

@@ -229,6 +229,10 @@ def test_bad_arguments(
         ("iterations: 5\nepochs: 1\n", ["--iterations", "--epochs"]),
         ("- lr\n", ["--config"]),
         ("lr: [\n", ["--config"]),
+        ("lr: 1\nseed: 1\nlr: 2\n", ["--config", "line 3: the option lr is given twice"]),
+        ("batch_size: 1\nbatch-size: 2\n", ["line 2: the option batch-size is given twice"]),
+        ('name: "a\\0b"\n', ["--name"]),
+        ("seed: !!python/object/apply:os.system [touch made]\n", ["--config"]),
     ],
 )
 def test_bad_configuration(

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mulki.files import Row, read_table, write_atomic
+from mulki.errors import InputError
+from mulki.files import Row, check_regular, read_table, sweep, temporary_for, write_atomic
 from mulki.metrics import AccuracyMatrix, read_matrix, write_matrix
 
 
@@ -45,3 +46,41 @@ def test_written_files_are_as_readable_as_others(tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("")
     write_atomic(tmp_path / "atomic", "")
     assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes")
+def test_pipes_and_links_to_nowhere_are_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "loop.csv").symlink_to(tmp_path / "loop.csv")
+    for name in ("pipe.csv", "loop.csv"):
+        for read in (check_regular, read_matrix):
+            with pytest.raises(InputError, match=f"{name}: (a pipe|cannot be read)"):
+                read(tmp_path / name)
+    check_regular(tmp_path)
+    check_regular(tmp_path / "gone")
+
+
+def test_temporaries_are_swept_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    kept = [tmp_path / "a.tmp", tmp_path / ".b.tmp", tmp_path / "deep" / ".c.x.tmp"]
+    for path in (*kept, temporary_for(tmp_path / "a"), temporary_for(tmp_path / "deep" / "b.csv")):
+        path.write_text("")
+    folder = temporary_for(tmp_path / "deep" / "latest")
+    folder.mkdir()
+    (folder / "x").write_text("")
+    sweep(tmp_path)
+    assert {p for p in tmp_path.rglob("*") if p.is_file()} == set(kept) and not folder.exists()
+
+
+def test_a_written_file_and_its_name_are_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, seen = os.fsync, []
+
+    def fsync(descriptor: int) -> None:
+        seen.append(os.fstat(descriptor).st_ino)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_atomic(tmp_path / "x", "text")
+    assert seen == [(tmp_path / "x").stat().st_ino, tmp_path.stat().st_ino]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mulki import models
-from mulki.engine.checkpoints import publish, save_weights
+from mulki.engine.checkpoints import WEIGHTS_NAME, publish, save_weights
 from mulki.errors import InputError
 from mulki.models import BUNDLED, VisionLanguageModel
 from tests import engine_helpers
@@ -402,6 +402,30 @@ def test_bad_checkpoint(
     with pytest.raises(InputError, match="bad.safetensors") as info:
         models.load("tiny-vit", path)
     assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_a_flipped_bit_of_a_checkpoint_is_found(
+    load_tiny: Load, tmp_path: Path, published: bool
+) -> None:
+    file = tmp_path / "w.safetensors"
+    save_weights(load_tiny(), file)
+    given: tuple[str, ...] = ("tiny-vit", str(file))
+    if published:
+        publish(load_tiny(), file, tmp_path / "latest")
+        given, file = (f"local-dir:{tmp_path / 'latest'}",), tmp_path / "latest" / WEIGHTS_NAME
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=f"{file.name}: damaged, .* checksum"):
+        models.load(*given)
+
+
+def test_what_is_wrong_with_a_checkpoint_is_named(load_tiny: Load, tmp_path: Path) -> None:
+    state = load_tiny().checkpoint()
+    save_file({n: v for n, v in state.items() if n != "visual.proj"}, tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match="visual.proj"):
+        models.load("tiny-vit", str(tmp_path / "w.safetensors"))
 
 
 def test_checkpoint_of_another_width(

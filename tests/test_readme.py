@@ -24,6 +24,7 @@ DOCS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 LINKING = (
     *DOCS,
     ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
     ROOT / "examples" / "README.md",
     *sorted((ROOT / "benchmarks").glob("*.md")),
 )
@@ -213,7 +214,7 @@ def known_options(command: str) -> set[str]:
         return options(BenchOptions) | {"--help"}
     if command == "run":
         every = (options(methods.get(method).Options) for method in methods.available())
-        return options(RunConfig).union(*every) | {"--config", "--help"}
+        return options(RunConfig).union(*every) | {"--config", "--resume", "--help"}
     published = {"--data-root", "--protocol", "--prepare"}
     return published | {"--json", "--order", "--import", "--baseline", "--help"}
 

@@ -18,6 +18,7 @@ from PIL import Image
 from mulki.data.image_files import find_unreadable
 from mulki.data.shards import GZIP, Member, Samples, ShardImages, image_of, read_samples, unpack
 from mulki.errors import InputError
+from mulki.files import check_regular
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -107,6 +108,7 @@ def read_captioned_shards(
 
 def _open(path: Path, captions: bool) -> tuple[ShardImages, list[str]]:
     # The images of a shard, and their captions if they are needed.
+    check_regular(path)
     try:
         with path.open("rb") as file:
             unpacked = None

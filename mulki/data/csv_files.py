@@ -14,6 +14,7 @@ from mulki.data.image_files import (
     class_without_images,
     classes_of_one_split,
     find_unreadable,
+    size_of,
 )
 from mulki.data.task import Task
 from mulki.errors import InputError, nearest
@@ -166,6 +167,6 @@ def _images(folder: Path, rows: Sequence[_Row], targets: Mapping[str, int]) -> I
     return ImageFiles(
         folder,
         tuple(row.file for row in rows),
-        tuple((folder / row.file).stat().st_size for row in rows),
+        tuple(size_of(folder / row.file) for row in rows),
         tuple(targets[row.label] for row in rows),
     )

@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from mulki.errors import InputError
+from mulki.files import check_regular
 
 SUFFIXES = frozenset(
     ".avif .bmp .gif .jfif .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp".split()
 )
+
+
+# Pillow knows forty more, some of which start other programs (PostScript) or are hardly ever tried.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MAX_PIXELS = 89_478_485  # where Pillow begins to warn
+
+_max_pixels = MAX_PIXELS
+
+
+def limit_pixels(count: int) -> None:
+    """Refuse images of more pixels from now on, in this process.
+
+    A small file can hold a picture that fills the memory.
+    """
+    global _max_pixels
+    _max_pixels = count
+    # Pillow has a limit of its own: it warns there, and refuses twice as much.
+    Image.MAX_IMAGE_PIXELS = max(count, MAX_PIXELS)
+
+
+def pixel_limit() -> int:
+    """The number that `limit_pixels` was given last."""
+    return _max_pixels
 
 
 class BadImage(InputError):
@@ -42,10 +68,10 @@ def decode(source: Path | bytes, name: str) -> Image.Image:
         name: what an error calls the image.
 
     Raises:
-        BadImage: missing, truncated or not an image.
+        BadImage: missing, truncated, too large or not an image.
     """
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with _opened(source) as image:
             image.load()
             return to_rgb(image)
     except MemoryError:
@@ -64,7 +90,7 @@ def verify(source: Path | bytes, name: str) -> None:
         BadImage: missing, truncated or not an image.
     """
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with _opened(source) as image:
             kind = image.format
             if kind == "PNG":  # checksums cover every chunk
                 image.verify()
@@ -76,6 +102,20 @@ def verify(source: Path | bytes, name: str) -> None:
     except Exception as error:  # as in decode
         raise BadImage.at(name, error) from error
     decode(source, name)
+
+
+@contextlib.contextmanager
+def _opened(source: Path | bytes) -> Iterator[Image.Image]:
+    if isinstance(source, Path):
+        check_regular(source)
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    with Image.open(file, formats=FORMATS) as image:
+        width, height = image.size
+        if width * height > _max_pixels:
+            raise ValueError(
+                f"{width} x {height} pixels are more than {_max_pixels}, see --max-pixels"
+            )
+        yield image
 
 
 def _end_of(source: Path | bytes) -> bytes:

@@ -94,13 +94,13 @@ def _visible(folder: Path) -> list[os.DirEntry[str]]:
 def _class_folders(root: Path, split: str) -> list[str]:
     folder = root / split
     if not folder.exists():
-        found = ", ".join(e.name + "/" for e in _visible(root) if e.is_dir()) or "no folders"
+        found = ", ".join(e.name + "/" for e in _visible(root) if _is_folder(e)) or "no folders"
         raise InputError(
             f"{root}: no {split}/ (found: {found}); lay the images out as {split}/<class>/*"
         )
     if not folder.is_dir():
         raise InputError(f"{folder}: a file; wanted a folder with a folder for each class")
-    classes = [e.name for e in _visible(folder) if e.is_dir()]
+    classes = [e.name for e in _visible(folder) if _is_folder(e)]
     if not classes:
         raise InputError(f"{folder}: no class folders; lay the images out as {split}/<class>/*")
     return classes
@@ -113,7 +113,7 @@ def _list_images(folder: Path, classes: Sequence[str]) -> ImageFiles:
         for entry in entries:
             # Images in subfolders are refused: classes would be merged if the user gave a folder
             # one level too high.
-            if entry.is_dir():
+            if _is_folder(entry):
                 raise InputError(
                     f"{folder / name / entry.name}: a folder inside a class; "
                     f"images lie directly in {folder.name}/<class>/, so move them up"
@@ -129,6 +129,13 @@ def _list_images(folder: Path, classes: Sequence[str]) -> ImageFiles:
         images += [(f"{name}/{e.name}", _size(e), target) for e in chosen]
     files, sizes, targets = zip(*images, strict=True)
     return ImageFiles(folder, files, sizes, targets)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False  # such as a link to itself, which the check of the image reports
 
 
 def _size(entry: os.DirEntry[str]) -> int:

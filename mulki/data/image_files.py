@@ -92,13 +92,25 @@ def find_unreadable(splits: Sequence[Checkable], *, skip_bad_images: bool) -> di
     # at that moment can miss it and take its file for no image at all.
     Image.init()
     # Threads help: the work is reading files and decoding, both outside the interpreter lock.
-    with ThreadPoolExecutor(max_workers=min(16, (os.cpu_count() or 1) + 4)) as pool:
+    pool = ThreadPoolExecutor(max_workers=min(16, (os.cpu_count() or 1) + 4))
+    try:
         found = zip(places, pool.map(check, places), strict=True)
         bad = {images.name(i): error for (images, i), error in found if error is not None}
+    finally:
+        # An interrupt does not wait for the images to come.
+        pool.shutdown(cancel_futures=True)
     if bad and not skip_bad_images:
         more = f"; {len(bad) - 1} more like it" if len(bad) > 1 else ""
         raise BadImage(f"{next(iter(bad.values()))}, or pass --skip-bad-images{more}")
     return bad
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file; 0 if that cannot be told, which the check of the image reports."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def class_without_images(images: ImageFiles, classes: Sequence[str]) -> str | None:

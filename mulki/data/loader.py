@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -18,8 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from mulki.data.decoding import limit_pixels, pixel_limit
 from mulki.data.task import ImageSet
 from mulki.data.transforms import is_deterministic
+from mulki.errors import InputError
 
 Batch = list[Tensor]
 
@@ -125,16 +128,35 @@ def batches(
         drop_last=drop_last and len(images) >= batch_size,
         part=part or range,
     )
-    return DataLoader(
+    return _Loader(
         images,
         batch_sampler=batch_sampler,
         num_workers=workers,
         pin_memory=pin_memory,
         # Restarting workers costs more than an epoch of a small set; evaluation passes are rare.
         persistent_workers=workers > 0 and shuffle,
+        worker_init_fn=partial(_start_worker, pixel_limit()),
         # Without one, each pass would draw from the global generator and shift a run's randomness.
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+class _Loader(DataLoader[tuple[Tensor, int, int]]):
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        try:
+            yield from super().__iter__()
+        except RuntimeError as error:
+            # The one error that torch raises for a process that was killed has no type of its own.
+            if "DataLoader worker" not in str(error):
+                raise
+            raise InputError(
+                f"--workers {self.num_workers}: a data loading process has ended ({error}), as one "
+                "does that is killed for its memory; lower --workers and start again"
+            ) from None
+
+
+def _start_worker(pixels: int, number: int) -> None:
+    limit_pixels(pixels)
 
 
 def batch_sizes(loader: DataLoader[tuple[Tensor, int, int]]) -> list[int]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mulki.errors import InputError
+from mulki.files import check_regular
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
@@ -35,6 +36,7 @@ def read_templates(path: Path) -> tuple[str, ...]:
     Raises:
         InputError: not UTF-8 text, no template, or a line without exactly one `{}` (numbered).
     """
+    check_regular(path)
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

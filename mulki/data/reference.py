@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mulki.data.captioned_shards import find_shards, read_captioned_shards
 from mulki.data.decoding import SUFFIXES, BadImage
-from mulki.data.image_files import ImageFiles, find_unreadable
+from mulki.data.image_files import ImageFiles, find_unreadable, size_of
 from mulki.data.prompts import fill
 from mulki.data.task import ImageSet, Task
 from mulki.data.vocabulary import TEMPLATE, Vocabulary
@@ -152,7 +152,7 @@ def _checked(
 ) -> ReferenceSet:
     # The readable images among those of `captions`, which has None for each where none is needed.
     files = tuple(captions)
-    sizes = tuple((folder / name).stat().st_size for name in files)
+    sizes = tuple(size_of(folder / name) for name in files)
     images = ImageFiles(folder, files, sizes, targets=(0,) * len(files))
     bad = find_unreadable([images], skip_bad_images=skip_bad_images)
     kept = images.without(bad)

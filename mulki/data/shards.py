@@ -29,6 +29,7 @@ from PIL import Image
 from mulki.data.decoding import decode, verify
 from mulki.data.task import Task, split_fingerprint
 from mulki.errors import InputError
+from mulki.files import check_regular
 
 _FORMAT = 1
 GZIP = b"\x1f\x8b"
@@ -162,6 +163,7 @@ def open_pack(root: Path) -> Pack:
         InputError: missing, damaged, or of another format.
     """
     path = root / "tasks.json"
+    check_regular(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["format"] != _FORMAT:
@@ -200,6 +202,7 @@ def open_shard(path: Path, *, sha256: str | None = None, count: int | None = Non
     Raises:
         InputError: missing, damaged, or not as described.
     """
+    check_regular(path)
     try:
         stat = path.stat()
     except OSError as error:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mulki.errors import InputError
+from mulki.files import check_regular
 
 TEMPLATE = "a picture of a {}"
 
@@ -63,6 +64,7 @@ def read_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
         InputError: no such file, not UTF-8 text, or no word in it.
     """
     path = Path(path)
+    check_regular(path)
     try:
         content = path.read_bytes()
     except OSError as error:

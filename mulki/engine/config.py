@@ -15,12 +15,13 @@ from typing import Any, Literal
 import yaml
 
 from mulki import methods
-from mulki.data import transform_names
+from mulki.data import decoding, transform_names
 from mulki.data.published import PROTOCOLS
 from mulki.engine import precision, presets, schedule
 from mulki.engine.rates import learning_rates
 from mulki.errors import InputError, nearest
 from mulki.evaluate import LabelSpace
+from mulki.files import check_regular
 from mulki.imports import import_modules
 from mulki.methods import Method
 from mulki.options import check_options, convert, field_name, flag, option, option_name
@@ -125,6 +126,7 @@ class RunConfig:
     )
     limit_images: int | None = option(None, "use at most so many images of each split", low=1)
     skip_bad_images: bool = option(False, "leave unreadable images out")
+    max_pixels: int = option(decoding.MAX_PIXELS, "largest width times height of an image", low=1)
     workers: int = option(0, "data loading processes", low=0, alias="-j")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     logs: str = option("logs", "folder of run folders", alias="--output")
@@ -273,6 +275,16 @@ def unknown_option(name: str, method: str) -> InputError:
     return InputError(f"{flag(name)}: no such option{close}; mulki run --help lists them all")
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for place, key in enumerate(keys):
+            if field_name(key) in map(field_name, keys[:place]):
+                line = node.value[place][0].start_mark.line + 1
+                raise yaml.YAMLError(f"line {line}: the option {key} is given twice")
+        return super().construct_mapping(node, deep)
+
+
 def read_config(path: str | Path) -> dict[str, Any]:
     """The options in a YAML file, by the name of their field.
 
@@ -280,7 +292,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
         InputError: no such file, not YAML, or not a mapping of option names.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        check_regular(path)
+        # As safe as yaml.safe_load: the loader only refuses more.
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"--config: {path} cannot be read ({reason}); pass a YAML file") from None

@@ -16,6 +16,7 @@ import torch
 
 from mulki import methods, models
 from mulki.data import Task
+from mulki.data.decoding import limit_pixels
 from mulki.data.reference import ReferenceSet, read_reference
 from mulki.data.transforms import train_transform
 from mulki.data.vocabulary import Vocabulary, imagenet_vocabulary, read_vocabulary
@@ -135,6 +136,7 @@ def prepared(
                 saved = read_save(Path(resume), world)
             elif world.main:
                 check_free(config.logs, config.name)
+            limit_pixels(config.max_pixels)
             tasks = load_tasks(config) if tasks is None else tasks
             reference = _load_reference(config, method)
             vocabulary = _load_vocabulary(config, method)

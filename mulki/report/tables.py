@@ -7,6 +7,7 @@ piped, printed and read by people who do not see the colours.
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Iterator
 from typing import Literal
@@ -165,10 +166,10 @@ def print_matrix(
 def summary_markdown(matrix: AccuracyMatrix, seen: ClassIncremental | None = None) -> str:
     """Return the matrix and its metrics as Markdown tables; bold is just learned."""
     body = [
-        [_escape(name), *(_markdown_cell(value, kind) for value, kind in cells)]
+        [escape(name), *(_markdown_cell(value, kind) for value, kind in cells)]
         for name, cells in display_rows(matrix)
     ]
-    header = ["after", *map(_escape, display_columns(matrix))]
+    header = ["after", *map(escape, display_columns(matrix))]
     metrics = [[name, *values] for name, values in _metrics_rows(matrix)]
     legend = "Accuracy in percent; **bold**: just learned, +: learned earlier, else: not by then."
     lines = class_incremental_lines(seen or ClassIncremental({}))
@@ -180,7 +181,7 @@ def summary_markdown(matrix: AccuracyMatrix, seen: ClassIncremental | None = Non
             "",
             *_markdown_table(["", *TITLES.values()], metrics),
             "",
-            *(f"{_escape(line)}\n" for line in lines),
+            *(f"{escape(line)}\n" for line in lines),
         ]
     )
 
@@ -196,6 +197,9 @@ def _markdown_cell(value: float, kind: Cell) -> str:
     return {"learned": f"**{text}**", "kept": f"{text}+", "other": text}[kind]
 
 
-def _escape(name: str) -> str:
+def escape(name: str) -> str:
+    """A text that Markdown shows as it is, without links, tags or cells of a table in it."""
     # Underscores stay: inside a word they mean nothing, and names are full of them.
-    return re.sub(r"([\\|*<>`\[\]])", r"\\\1", name)
+    marked = re.sub(r"([\\|*`\[\]])", r"\\\1", name)
+    # Not by backslashes: what does not know Markdown would still see a tag.
+    return html.escape(marked, quote=False)

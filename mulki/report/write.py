@@ -8,7 +8,7 @@ from pathlib import Path
 from mulki.files import write_atomic
 from mulki.report.folder import read_folder
 from mulki.report.html import render_html
-from mulki.report.tables import summary_markdown
+from mulki.report.tables import escape, summary_markdown
 
 
 def write_report(folder: str | os.PathLike[str]) -> Path:
@@ -24,7 +24,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     """
     folder = Path(folder)
     run = read_folder(folder)
-    title = f"# {run.name}\n\nStatus: {run.status}\n\n"
+    title = f"# {escape(run.name)}\n\nStatus: {escape(run.status)}\n\n"
     if run.fingerprint:
         title += f"Fingerprint: {run.fingerprint}\n\n"
     write_atomic(folder / "summary.md", title + summary_markdown(run.matrix, run.class_incremental))

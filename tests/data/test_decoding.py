@@ -1,5 +1,7 @@
 import io
+import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mulki.data.decoding import BadImage, decode, verify
+from mulki.data import decoding
+from mulki.data.decoding import BadImage, decode, limit_pixels, pixel_limit, verify
 from mulki.errors import InputError
 
 
@@ -121,3 +124,53 @@ def test_cut_file_is_found(tmp_path: Path, kind: str, share: float) -> None:
     path.write_bytes(FILES[kind][: int(share * len(FILES[kind]))])
     with pytest.raises(BadImage, match="cut"):
         verify(path, str(path))
+
+
+@pytest.mark.parametrize("check", [decode, verify])
+@pytest.mark.parametrize("kind", ["EPS", "PCX", "TGA", "ICO", "PDF"])
+def test_formats_that_are_not_named_are_no_images(
+    check: Callable[[Path | bytes, str], object], kind: str
+) -> None:
+    with pytest.raises(BadImage, match="x.jpg: unreadable image"):
+        check(_bytes(NOISE, kind), "x.jpg")
+
+
+def test_postscript_starts_no_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("subprocess.Popen", lambda *a, **k: pytest.fail("started"))
+    monkeypatch.setattr("subprocess.check_call", lambda *a, **k: pytest.fail("started"))
+    with pytest.raises(BadImage):
+        decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "x.jpg")
+
+
+@pytest.mark.parametrize("check", [decode, verify])
+def test_pixels_are_limited(
+    check: Callable[[Path | bytes, str], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "_max_pixels", decoding.MAX_PIXELS)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    large = _bytes(Image.new("1", (10_001, 10_000)), "png")
+    assert len(large) < 50_000
+    with pytest.raises(BadImage, match="10001 x 10000 pixels are more than 89478485"):
+        check(large, "x")
+    limit_pixels(24 * 24 - 1)
+    with pytest.raises(BadImage, match="24 x 24 pixels are more than 575, see --max-pixels"):
+        check(FILES["png"], "x")
+    limit_pixels(24 * 24)
+    check(FILES["png"], "x")
+    assert pixel_limit() == 24 * 24
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes")
+@pytest.mark.parametrize("check", [decode, verify])
+def test_what_is_no_file_is_not_opened(
+    check: Callable[[Path | bytes, str], object], tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(BadImage, match="a pipe, socket or device"):
+        check(tmp_path / "pipe.png", "x")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    with pytest.raises(BadImage, match="a pipe, socket or device"):
+        check(tmp_path / "zero.png", "x")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    with pytest.raises(BadImage, match="cannot be read"):
+        check(tmp_path / "loop.png", "x")

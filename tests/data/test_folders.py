@@ -162,3 +162,20 @@ def test_skipping_must_leave_every_class_an_image(make_folder: Make) -> None:
     for path in (root / "test" / "crow").iterdir():
         path.write_bytes(b"")
     _refused(root, root / "test" / "crow", "class crow is unreadable", skip_bad_images=True)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes")
+@pytest.mark.parametrize("kind", ["pipe", "loop"])
+def test_what_is_no_file_is_a_bad_image(make_folder: Make, kind: str) -> None:
+    root = make_folder()
+    odd = root / "train" / "crow" / "odd.png"
+    os.mkfifo(odd) if kind == "pipe" else odd.symlink_to(odd)
+    _refused(root, odd, "--skip-bad-images")
+    assert folder_task(root, skip_bad_images=True).skipped == (str(odd),)
+
+
+def test_a_link_to_itself_among_the_classes_is_passed_over(make_folder: Make) -> None:
+    root = make_folder()
+    clean = folder_task(root)
+    (root / "train" / "self").symlink_to(root / "train" / "self")
+    assert folder_task(root).classes == clean.classes

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import random
+import signal
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
@@ -19,6 +21,7 @@ from torchvision import transforms as tv
 from mulki.data import BadImage, folder_task
 from mulki.data.loader import Images, batch_sizes, batches, cycle
 from mulki.data.shards import open_shard
+from mulki.errors import InputError
 from tests.data.data_helpers import Blank
 
 FIXED = tv.Compose([tv.Resize(8), tv.ToTensor()])
@@ -216,3 +219,24 @@ def test_processes_divide_each_batch_in_its_order(
         assert together[: len(index)] == index
         assert set(together[len(index) :]) <= {index[-1]}
         assert len(index) == sizes[step % len(sizes)]
+
+
+class Deadly:
+    """A transform that kills the process that it runs in, at one of the images."""
+
+    def __init__(self) -> None:
+        self.left = 3
+
+    def __call__(self, image: object) -> torch.Tensor:
+        self.left -= 1
+        if not self.left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.zeros(3, 2, 2)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_killed_worker_is_named(images: Any, shuffle: bool) -> None:
+    loader = batches(images, Deadly(), 2, shuffle=shuffle, seed=0, workers=1)
+    with pytest.raises(InputError, match="--workers 1: a data loading process has ended .*lower"):
+        list(loader)

@@ -99,7 +99,7 @@ def test_class_incremental_lines() -> None:
 def test_markdown() -> None:
     lines = summary_markdown(SMALL).splitlines()
     assert lines[:5] == [
-        "| after | letters | digits | a\\|b \\<i\\>\\[red\\] |",
+        "| after | letters | digits | a\\|b &lt;i&gt;\\[red\\] |",
         "| --- | ---: | ---: | ---: |",
         "| zero-shot | 7.00 | 4.00 | 5.00 |",
         "| letters | **3.00** | 1.00 | 2.00 |",

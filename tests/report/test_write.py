@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from mulki.report import read_folder, render_html, summary_markdown, write_report
+from mulki.results import RunFolder
 
 
 def test_the_page_reads_the_run_folder_and_nothing_else(folder: Path, tmp_path: Path) -> None:
@@ -13,6 +14,19 @@ def test_the_page_reads_the_run_folder_and_nothing_else(folder: Path, tmp_path: 
     assert write_report(moved) == moved / "report.html"
     assert (moved / "report.html").read_text() == render_html(read_folder(moved))
     assert "<title>first</title>" in render_html(read_folder(moved))
+
+
+def test_names_are_text_in_the_summary(tmp_path: Path) -> None:
+    odd = "<script>alert(1)</script> & [x](y)"
+    name = "a<b>b"
+    run = RunFolder.create(
+        tmp_path, name, method="m", order="I", seed=0, columns=(odd, "b"), config={}
+    )
+    run.add_row(odd, {odd: 1.0, "b": 2.0})
+    write_report(run.path)
+    text = (run.path / "summary.md").read_text()
+    assert text.startswith("# a&lt;b&gt;b\n")
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; \\[x\\](y)" in text and "<" not in text
 
 
 def test_the_summary_holds_name_status_and_matrix(folder: Path) -> None:
