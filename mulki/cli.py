@@ -28,6 +28,7 @@ _EXAMPLES = """examples:
   mulki run embedded --method finetune --seed 1
   mulki run birds/ textures/ --model ViT-B-32 --pretrained laion2b_s34b_b79k
   mulki run --config logs/RUN/config.yaml --lr 1e-5
+  mulki run --resume logs/RUN                     go on with a run that was stopped
   mulki run --method zscl --help                  the options of another method
 """
 
@@ -146,7 +147,8 @@ def _given(argv: list[str]) -> tuple[dict[str, Any], str | None]:
     config, from_file, method = _method_and_file(argv)
     parser = _Parser(
         prog="mulki run",
-        usage="mulki run [TASKS ...] [--config FILE] [--method METHOD] [--OPTION VALUE ...]",
+        usage="mulki run [TASKS ...] [--config FILE] [--method METHOD] [--OPTION VALUE ...]; "
+        "run --resume DIR",
         description=_run.__doc__,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -39,8 +39,6 @@ def open_to_resume(path: Path, config: RunConfig) -> RunFolder:
     lock = FolderLock(path)
     try:
         folder = RunFolder.open(path, lock)
-        if folder.status == "complete":
-            raise InputError(f"--resume: {path} is complete; give the name of one that is not")
         saved = read_state(path)
         learned = 0 if saved is None else saved["learned"]
         # The row of weights that were saved at a task's end may be missing. A method that does not
@@ -55,6 +53,22 @@ def open_to_resume(path: Path, config: RunConfig) -> RunFolder:
     except BaseException:
         lock.release()
         raise
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a run has learned its last task."""
+    try:
+        return json.loads((path / "summary.json").read_text())["status"] == "complete"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def finish_again(path: Path) -> RunFolder:
+    """Remove what a run that is complete may have left, if it was killed just then."""
+    folder = RunFolder.open(path, FolderLock(path))
+    folder.finish()
+    folder.release()
+    return folder
 
 
 def read_save(folder: Path, world: World) -> State | None:

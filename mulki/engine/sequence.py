@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -22,7 +23,7 @@ from mulki.engine.config import Settings
 from mulki.engine.learn import StepReport, learn_task, steps_of
 from mulki.engine.progress import RunProgress, describe
 from mulki.engine.recovery import TOO_FAST, Saves, check_finite
-from mulki.engine.resuming import restore, run_state
+from mulki.engine.resuming import finish_again, is_complete, restore, run_state
 from mulki.engine.setup import Setup, prepared
 from mulki.engine.signals import Signals
 from mulki.errors import InputError, Stopped
@@ -66,7 +67,8 @@ def run(
         console: where progress is drawn; none by default.
         tasks: learned instead of those that the settings name.
         resume: the folder of a run with these settings, which has ended too early. It goes on from
-            its last save and ends as if it had not been stopped.
+            its last save and ends as if it had not been stopped. Of one that is complete only the
+            reports are written again.
 
     Returns:
         The finished run folder; None in all processes but the first, which write nothing.
@@ -76,6 +78,12 @@ def run(
         ProcessLost: another process of the run has ended.
         Stopped: SIGINT, SIGTERM or SIGHUP came.
     """
+    if resume is not None and is_complete(Path(resume)):
+        if os.environ.get("RANK", "0") != "0":
+            return None
+        complete = finish_again(Path(resume))
+        _write_report(complete)
+        return complete
     with Signals() as signals, prepared(settings, tasks, resume) as setup:
         if console is None or not setup.world.main:
             console = Console(quiet=True)

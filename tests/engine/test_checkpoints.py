@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -121,3 +123,39 @@ def test_config_holds_architecture_and_preprocessing(load_tiny: Load, tmp_path: 
     config = json.loads((tmp_path / "latest" / CONFIG_NAME).read_text())
     assert config["model_cfg"]["vision_cfg"]["patch_size"] == 16
     assert tuple(config["preprocess_cfg"]["size"]) == (32, 32)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_publication_is_whole_wherever_it_fails(
+    load_tiny: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: bool
+) -> None:
+    old, new = load_tiny(seed=1), load_tiny(seed=2)
+    save_weights(old, tmp_path / "1.safetensors")
+    save_weights(new, tmp_path / "2.safetensors")
+    latest = tmp_path / "latest"
+    allowed = [state_of(new), *([state_of(old)] if earlier else [])]
+    at = calls = 0
+
+    def failing(real: Callable[..., None]) -> Callable[..., None]:
+        def call(*given: object) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                raise OSError("power cut")
+            real(*given)
+
+        return call
+
+    while calls >= at:  # until a publication has fewer calls than that
+        shutil.rmtree(latest, ignore_errors=True)
+        if earlier:
+            publish(old, tmp_path / "1.safetensors", latest)
+        at, calls = at + 1, 0
+        with monkeypatch.context() as patch, contextlib.suppress(OSError):
+            for name in ("link", "replace", "fsync"):
+                patch.setattr(os, name, failing(getattr(os, name)))
+            publish(new, tmp_path / "2.safetensors", latest)
+        if latest.exists() or earlier:
+            found = state_of(models.load(f"local-dir:{latest}"))
+            assert any(same_state(found, state) for state in allowed)
+    assert at > 3 and not list(tmp_path.glob(".*"))

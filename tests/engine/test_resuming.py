@@ -122,7 +122,6 @@ def test_what_a_save_does_not_hold_would_be_seen(
         ("matrix", "rows of results"),
         ("weights", "weights are not those"),
         ("processes", "3 processes, these are 1"),
-        ("complete", "is complete"),
     ],
 )
 def test_what_cannot_go_on(
@@ -146,14 +145,24 @@ def test_what_cannot_go_on(
         known = json.loads((folder / "env.json").read_text())
         known["hashes"]["weights"] = "other"
         (folder / "env.json").write_text(json.dumps(known))
-    elif damage == "processes":
+    else:
         state = recovery.read_state(folder)
         assert state is not None
         recovery.write_state(file, state | {"processes": 3})
-    else:
-        resumed(folder)
     with pytest.raises(InputError, match=said):
         resumed(folder)
+
+
+def test_a_run_that_is_complete_gets_its_reports_again(run: Run) -> None:
+    folder = run(method="zero_shot").path
+    before = results_of(folder)
+    (folder / "summary.md").unlink()
+    (folder / "recovery").mkdir()
+    (folder / ".report.html.1234.tmp").write_text("half")
+    assert resumed(folder).status == "complete"
+    assert "Status: complete" in (folder / "summary.md").read_text()
+    assert not (folder / "recovery").exists() and not list(folder.glob(".*"))
+    assert results_of(folder) == before
 
 
 def test_a_run_without_training_goes_on(
@@ -266,8 +275,7 @@ def test_killed_at_a_random_moment(
     assert killed.run(name, after=moment)[0] in (-signal.SIGKILL, 0)
     if (Path(killed.options["logs"]) / name / "matrix.csv").exists() and trial % 2:
         killed.run(name, resume=True, after=moment / 2)  # and once more
-    if not _complete(folder.parent / name):
-        killed.finish(name)
+    killed.finish(name)
     check_same(folder.parent / name, folder)
 
 
@@ -281,11 +289,5 @@ def test_killed_at_a_file_system_event(
     print(f"killed at event {number} of {events}")
     name = f"event-{trial}"
     assert killed.run(name, events=number)[0] == -signal.SIGKILL
-    if not _complete(folder.parent / name):
-        killed.finish(name)
+    killed.finish(name)
     check_same(folder.parent / name, folder)
-
-
-def _complete(folder: Path) -> bool:
-    file = folder / "summary.json"
-    return file.exists() and json.loads(file.read_text())["status"] == "complete"
