@@ -1,10 +1,11 @@
 """A process that makes tiny runs, each in a child that a test kills: `python killed_runs.py`.
 
-Each line of its input is a JSON object: the options of a run, `resume` (a folder or null) and
+The first line of its input holds the options of a run that it makes itself, as a JSON object. Each
+other line is a JSON object: the options of a run, `resume` (a folder or null) and
 `events` (after so many file-system events in the folder of the run the child is killed, or null).
 The answer is a line with its process id, and at its end one with its exit status and the number of
-events. Children are forked from one process that has imported everything, so a run takes a fraction
-of a second. One thread: those of OpenMP do not outlive a fork.
+events. Children are forked from one process that has made a run already, so one takes a fraction of
+a second. One thread: those of OpenMP do not outlive a fork.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ def child(asked: dict[str, Any], counter: int) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     counter = os.memfd_create("events")
+    sequence.run(resolve(json.loads(sys.stdin.readline())))
     for line in sys.stdin:
         os.pwrite(counter, b"%8d" % 0, 0)
         process = os.fork()

@@ -243,6 +243,8 @@ def killed(
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(options | {"name": "warm"}) + "\n")
     try:
         yield Killed(process, options)
     finally:
@@ -253,17 +255,18 @@ def killed(
 @pytest.fixture(scope="module")
 def uninterrupted(killed: Killed) -> tuple[Path, float, int]:
     """The folder of a run that nothing stopped, its seconds, and its file-system events."""
-    killed.run("warm")
+    killed.run("first")
     started = time.monotonic()
     status, events = killed.run("whole")
     assert status == 0 and events > 100
     return Path(killed.options["logs"]) / "whole", time.monotonic() - started, events
 
 
-pytestmark_fork = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux")
+needs_fork = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux")
 
 
-@pytestmark_fork
+@needs_fork
+@pytest.mark.slow
 @pytest.mark.parametrize("trial", range(12))
 def test_killed_at_a_random_moment(
     killed: Killed, uninterrupted: tuple[Path, float, int], trial: int
@@ -279,7 +282,8 @@ def test_killed_at_a_random_moment(
     check_same(folder.parent / name, folder)
 
 
-@pytestmark_fork
+@needs_fork
+@pytest.mark.slow
 @pytest.mark.parametrize("trial", range(12))
 def test_killed_at_a_file_system_event(
     killed: Killed, uninterrupted: tuple[Path, float, int], trial: int
