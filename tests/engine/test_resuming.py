@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "words": {"method": "mulki", "anchors": "vocabulary", "anchor_texts": "student",
               "anchors_per_step": 4, "lock_text": True},
     "lwf": {"method": "lwf", "warmup": 2},
+    "muon": {"method": "finetune", "opt": "muon"},
     "snd": {"method": "snd", "reference": "current", "reference_batch_size": 4},
     "zscl": {"method": "zscl", "reference": "current", "we_every": 2},
     "wise_ft": {"method": "wise_ft", "wise_base": "zero_shot"},
