@@ -157,8 +157,10 @@ GRIDS: dict[str, list[Options]] = {
     "lwf_vr": [{"lr": lr, "distill_weight": w} for lr in _RATES for w in (0.1, 0.3, 1.0)],
     # Its first grid had 0.3 in place of 0.9, and its best point at 0.8.
     "wise_ft": [{"lr": lr, "alpha": a} for lr in _RATES for a in (0.5, 0.8, 0.9)],
-    # Its first grid had 3.0 in place of 0.1, and its best point at 0.3.
-    "zscl": [{"lr": lr, "image_loss": w, "text_loss": w} for lr in _RATES for w in (0.1, 0.3, 1.0)],
+    # Its first grid had 3.0 and 1.0 in place of 0.03 and 0.1, and its best points at 0.3 and 0.1.
+    "zscl": [
+        {"lr": lr, "image_loss": w, "text_loss": w} for lr in _RATES for w in (0.03, 0.1, 0.3)
+    ],
     # Its first grid had 0.1 in place of 3.0, and its best point at 1.0.
     "snd": [
         {"lr": lr, "previous_weight": 9 * w, "zero_shot_weight": 0.5 * w}

@@ -22,6 +22,8 @@ METHODS: dict[tuple[str, str], _Options] = {
     (BUNDLED, "finetune"): {"lr": 1e-4},
     (BUNDLED, "lwf"): {"lr": 5e-5, "distill_weight": 0.1},
     (BUNDLED, "lwf_vr"): {"lr": 1e-4, "distill_weight": 0.3},
+    (BUNDLED, "snd"): {"lr": 2e-4, "previous_weight": 9.0, "zero_shot_weight": 0.5},
+    (BUNDLED, "wise_ft"): {"lr": 1e-4, "alpha": 0.8},
     (BUNDLED, "mulki"): {
         "lr": 2e-4,
         "image_anchor": 0.25,
