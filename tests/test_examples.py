@@ -176,5 +176,5 @@ def test_the_launch_script_is_sound() -> None:
     from mulki.cli import _given
 
     words = [word.strip('"') for word in command[4:]]
-    given = _given(words)
+    given, _ = _given(words)
     assert given["tasks"] == ["birds/", "textures/"] and given["batch_size"] == "64"
