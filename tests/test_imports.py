@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import sys
 import textwrap
@@ -151,10 +152,8 @@ def test_help_lists_what_was_imported(capsys: pytest.CaptureFixture[str]) -> Non
     out = " ".join(capsys.readouterr().out.split())
     assert f"{{{','.join(methods.available())}}}" in out and "half of the loss" in out
     assert "halved" in methods.available()
-    assert (
-        "noisy" in out
-        and "sequences: cil, embedded, embedded-flags, embedded-glyphs, mtil, pair" in out
-    )
+    assert "noisy" in out
+    assert {"embedded", "mtil", "pair"} <= set(re.split("[, ]+", out[out.index("sequences:") :]))
     assert "--factor FACTOR" in out and "coefficient of the loss" in out
     assert "--import MODULE" in out
 
