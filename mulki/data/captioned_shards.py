@@ -109,6 +109,7 @@ def read_captioned_shards(
 def _open(path: Path, captions: bool) -> tuple[ShardImages, list[str]]:
     # The images of a shard, and their captions if they are needed.
     check_regular(path)
+    words: list[str] = []
     try:
         with path.open("rb") as file:
             unpacked = None
@@ -119,13 +120,14 @@ def _open(path: Path, captions: bool) -> tuple[ShardImages, list[str]]:
             content = file if unpacked is None else io.BytesIO(unpacked)
             samples = read_samples(content)
             images = {key: image for key, files in samples.items() if (image := image_of(files))}
-            words = []
             if captions:
                 _check_pairs(path, samples, images)
                 for key in images:
                     text = samples[key]["txt"]
                     content.seek(text.offset)
                     words.append(_caption(content.read(text.size), text.name))
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; correct --reference") from None
     except (tarfile.TarError, ValueError) as error:

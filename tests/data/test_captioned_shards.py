@@ -63,14 +63,16 @@ def test_captions_are_not_asked_for_in_vain(tmp_path: Path) -> None:
     reference = read_reference(tmp_path / "x.tar", captions=False)
     assert len(reference) == 2 and reference.captions is None
     with pytest.raises(
-        InputError, match=r"--reference: .*x\.tar: 00000 has an image and no caption"
+        InputError, match=r"^--reference: \S+x\.tar: 00000 has an image and no caption"
     ):
         read_reference(tmp_path / "x.tar")
 
 
 def test_a_caption_without_an_image(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", sample(0) | {"a/7.txt": b"seven"})
-    with pytest.raises(InputError, match=r"--reference: .*x\.tar: a/7 has a caption and no image"):
+    with pytest.raises(
+        InputError, match=r"^--reference: \S+x\.tar: a/7 has a caption and no image"
+    ):
         read_reference(tmp_path / "x.tar")
 
 
