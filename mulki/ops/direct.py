@@ -15,17 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mulki.ops import backends, torch_private
-from mulki.ops.operators import OPERATORS
-
-# The operators that csrc/autograd.cpp gives gradients, and to how many of their first arguments.
-DIFFERENTIABLE = {
-    "similarity": 3,
-    "prototype_cross_entropy_reduced": 3,
-    "teacher_kl_reduced": 3,
-    "contrastive_reduced": 3,
-    "siglip_reduced": 4,
-    "pair_kl_reduced": 3,
-}
+from mulki.ops.operators import DIFFERENTIABLE, OPERATORS
 
 
 def call(op: str, *args: Any) -> Any:

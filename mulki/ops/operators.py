@@ -18,3 +18,13 @@ class Operator(NamedTuple):
 
 
 OPERATORS: dict[str, Operator] = {}
+
+# The operators that csrc/autograd.cpp gives gradients, and to how many of their first arguments.
+DIFFERENTIABLE = {
+    "similarity": 3,
+    "prototype_cross_entropy_reduced": 3,
+    "teacher_kl_reduced": 3,
+    "contrastive_reduced": 3,
+    "siglip_reduced": 4,
+    "pair_kl_reduced": 3,
+}

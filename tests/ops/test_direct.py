@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mulki import ops
 from mulki.ops import direct
-from mulki.ops.operators import OPERATORS
+from mulki.ops.operators import DIFFERENTIABLE, OPERATORS
 from tests.ops.op_cases import (
     ALL,
     LOSSES,
@@ -41,7 +41,7 @@ def reduced(name: str, wanted: list[bool] | None = None) -> Case:
 @pytest.mark.parametrize("name", LOSSES)
 def test_it_is_taken_by_all_reduced_forms_and_gives_the_same(name, backend):
     case = reduced(name)
-    assert case.op in direct.DIFFERENTIABLE and is_direct(case)
+    assert case.op in DIFFERENTIABLE and is_direct(case)
     leaves = case.args[: make(name).leaves]
     for factor in (1.0, 2.5):
         outputs = [direct.call(case.op, *case.args), run(case)]
