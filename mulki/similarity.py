@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -45,30 +45,35 @@ class Similarity:
     def __repr__(self) -> str:
         (n, d), p = self.features.shape, len(self.prototypes)
         dtype = str(self.dtype).removeprefix("torch.")
-        scale = self.scale.item() if isinstance(self.scale, Tensor) else self.scale
-        return f"Similarity([{n}, {p}], width={d}, scale={scale:g}, {dtype}, {self.device})"
+        # A value on another device would have to be waited for.
+        known = not isinstance(self.scale, Tensor) or self.scale.is_cpu
+        scale = f"{float(self.scale):g}" if known else "a tensor"
+        return f"Similarity([{n}, {p}], width={d}, scale={scale}, {dtype}, {self.device})"
 
-    @classmethod
-    def __torch_function__(cls, function: Any, *_: object) -> Any:
-        # torch calls this where a Similarity is an argument of one of its functions.
-        raise TypeError(
-            f"torch.{function.__name__}: got a Similarity, whose matrix is not computed; call "
-            f".materialize() for it"
-        )
+    # Type checkers shall go on to refuse all of this.
+    if not TYPE_CHECKING:
 
-    def _refuse(self, *_: object) -> Any:
-        raise TypeError(
-            "a Similarity is no tensor: its matrix is not computed; call .materialize() for it"
-        )
+        @classmethod
+        def __torch_function__(cls, function, *_):
+            # torch calls this where a Similarity is an argument of one of its functions.
+            raise TypeError(
+                f"torch.{function.__name__}: got a Similarity, whose matrix is not computed; call "
+                f".materialize() for it"
+            )
 
-    __getitem__ = __matmul__ = __rmatmul__ = _refuse
-    __add__ = __radd__ = __sub__ = __rsub__ = _refuse
-    __mul__ = __rmul__ = __truediv__ = __neg__ = _refuse
+        def _refuse(self, *_):
+            raise TypeError(
+                "a Similarity is no tensor: its matrix is not computed; call .materialize() for it"
+            )
 
-    def __getattr__(self, name: str) -> Any:
-        # Asked for what is not here.
-        remedy = "; call .materialize() for the matrix" if hasattr(Tensor, name) else ""
-        raise AttributeError(f"a Similarity has no attribute {name!r}{remedy}")
+        __getitem__ = __matmul__ = __rmatmul__ = _refuse
+        __add__ = __radd__ = __sub__ = __rsub__ = _refuse
+        __mul__ = __rmul__ = __truediv__ = __neg__ = _refuse
+
+        def __getattr__(self, name):
+            # Asked for what is not here.
+            remedy = "; call .materialize() for the matrix" if hasattr(Tensor, name) else ""
+            raise AttributeError(f"a Similarity has no attribute {name!r}{remedy}")
 
     @property
     def shape(self) -> torch.Size:

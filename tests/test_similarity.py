@@ -138,6 +138,8 @@ def test_is_immutable(unit):
 def test_repr_is_one_line(unit):
     s = Similarity(unit(3, 4), unit(5, 4), torch.tensor(2.5))
     assert repr(s) == "Similarity([3, 5], width=4, scale=2.5, float64, cpu)"
+    elsewhere = Similarity(*(torch.empty(3, 4, device="meta"),) * 2, torch.empty((), device="meta"))
+    assert repr(elsewhere) == "Similarity([3, 3], width=4, scale=a tensor, float32, meta)"
 
 
 @pytest.mark.parametrize(
