@@ -27,7 +27,7 @@ _EXAMPLES = """examples:
   mulki run embedded                              the bundled tasks with the bundled model
   mulki run embedded --method finetune --seed 1
   mulki run birds/ textures/ --model ViT-B-32 --pretrained laion2b_s34b_b79k
-  mulki run --config logs/RUN/config.yaml --lr 1e-5
+  mulki run --config logs/RUN/args.yaml --lr 1e-5
   mulki run --resume logs/RUN                     go on with a run that was stopped
   mulki run --method zscl --help                  the options of another method
 """

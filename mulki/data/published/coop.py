@@ -14,6 +14,7 @@ from typing import Any
 from mulki.data.published.entries import Entry
 from mulki.data.published.found import Found, image_files
 from mulki.errors import InputError
+from mulki.files import check_regular
 
 
 class NoImages(InputError):
@@ -63,6 +64,7 @@ def read_split(entry: Entry, root: Path) -> Found:
 
 
 def _rows(path: Path) -> dict[str, list[tuple[str, int, str]]]:
+    check_regular(path)
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
         return {

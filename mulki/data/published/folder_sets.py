@@ -12,6 +12,7 @@ from pathlib import Path
 from mulki.data.decoding import SUFFIXES
 from mulki.data.published.found import Found, image_files
 from mulki.data.published.splits import four_fifths
+from mulki.files import check_regular
 
 # Two names of CLIP's list occur twice in it; their other names in WordNet tell them apart.
 _RENAMED = {"n04008634": "projectile", "n04355933": "sunglass"}
@@ -56,14 +57,14 @@ def _imagenet_r(root: Path) -> Found:
 
 def _tinyimagenet(root: Path) -> Found:
     folder = root / "tiny-imagenet-200"
-    wnids = (folder / "wnids.txt").read_text(encoding="utf-8").split()
+    wnids = _text(folder / "wnids.txt").split()
     train = [
         (path, number)
         for number, wnid in enumerate(wnids)
         for path in _images_under(folder / "train" / wnid / "images")
     ]
     index = {wnid: number for number, wnid in enumerate(wnids)}
-    lines = (folder / "val" / "val_annotations.txt").read_text(encoding="utf-8").splitlines()
+    lines = _text(folder / "val" / "val_annotations.txt").splitlines()
     rows = [line.split("\t") for line in lines]
     test = [(folder / "val" / "images" / row[0], index[row[1]]) for row in rows]
     return Found(image_files(root, train), image_files(root, test))
@@ -74,7 +75,7 @@ def _cub(root: Path) -> Found:
 
     def column(file: str) -> list[str]:
         # Each line is a number and what has it, in the order of the numbers.
-        lines = (folder / file).read_text(encoding="utf-8").splitlines()
+        lines = _text(folder / file).splitlines()
         return [line.split(" ", 1)[1].strip() for line in lines]
 
     targets = [int(label) - 1 for label in column("image_class_labels.txt")]
@@ -97,3 +98,8 @@ READERS: dict[str, Callable[[Path], Found]] = {
     "imagenet-r": _imagenet_r,
     "cub": _cub,
 }
+
+
+def _text(path: Path) -> str:
+    check_regular(path)
+    return path.read_text(encoding="utf-8")
