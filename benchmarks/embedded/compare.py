@@ -144,7 +144,7 @@ def one_run(run: Run, pack: str, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as logs:
-        here = {"logs": logs, "name": "run", "save_checkpoints": False}
+        here = {"logs": logs, "name": "run", "save_checkpoints": False, "save_every": 0}
         settings = resolve(SHARED | run.options | here)
         tasks = load_tasks(settings.run)
         if run.study in studies.CHOICES:

@@ -117,8 +117,8 @@ def test_json_and_tables_have_the_same_numbers(make: Make) -> None:
 
 
 def test_a_label_has_what_differs_within_a_method(make: Make) -> None:
-    first = make("a", lr=0.1, gate="label", logs="x", workers=0)
-    other = make("b", lr=0.2, gate="label", logs="y", workers=3)
+    first = make("a", lr=0.1, gate="label", logs="x", workers=0, save_every=5, data_root="p")
+    other = make("b", lr=0.2, gate="label", logs="y", workers=3, save_every=0, data_root="q")
     tuned = make("c", "lwf", lr=0.3)
     groups = compare([first, other, tuned]).sections[0].groups
     assert [g.label for g in groups] == ["mulki lr=0.1", "mulki lr=0.2", "lwf"]
