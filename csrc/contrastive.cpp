@@ -27,16 +27,15 @@ PairSoftmax<Engine> softmax_of(
   return {{{image_features, text_features}}, {{0, scale}}, wanted_x, wanted_w};
 }
 
-Tensor as_floats(const std::vector<double>& values) {
-  Tensor out = empty_float({int64_t(values.size())});
-  std::copy(values.begin(), values.end(), out.mutable_data_ptr<float>());
+Tensor as_pairs(const std::vector<double>& values) {
+  Tensor out = empty_float({int64_t(values.size()), 2});
+  store_pairs(values, out.mutable_data_ptr<float>());
   return out;
 }
 
-std::vector<double> as_doubles(const Tensor& values) {
-  const Tensor wide = values.to(at::kDouble).contiguous();
-  const double* begin = wide.const_data_ptr<double>();
-  return {begin, begin + wide.size(0)};
+std::vector<double> as_doubles(const Tensor& pairs) {
+  const Tensor floats = pairs.to(at::kFloat).contiguous();
+  return sums_of_pairs(floats.const_data_ptr<float>(), floats.size(0));
 }
 
 std::tuple<Tensor, Tensor, Tensor> contrastive(
@@ -44,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor> contrastive(
   check_pairs(image_features, text_features, logit_scale);
   const int64_t n = image_features.size(0), d = image_features.size(1);
   if (n == 0) {
-    return {empty_float({0}), empty_float({0}), empty_float({0})};
+    return {empty_float({0}), empty_float({0, 2}), empty_float({0, 2})};
   }
   const float s = float(value_of(logit_scale));
   const SumsOfPairs sums = with_engine(image_features.scalar_type(), d, [&](auto engine) {
@@ -54,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor> contrastive(
   for (int64_t i = 0; i < n; ++i) {
     loss.mutable_data_ptr<float>()[i] = float(sums.loss_of_labels({0, s}, 0, i));
   }
-  return {loss, as_floats(sums.rows[0].lse), as_floats(sums.columns[0].lse)};
+  return {loss, as_pairs(sums.rows[0].lse), as_pairs(sums.columns[0].lse)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> contrastive_backward(
@@ -68,8 +67,8 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_backward(
   check_pairs(image_features, text_features, logit_scale);
   const int64_t n = image_features.size(0), d = image_features.size(1);
   check_shape("grad", grad, {n});
-  check_shape("row_lse", row_lse, {n});
-  check_shape("column_lse", column_lse, {n});
+  check_shape("row_lse", row_lse, {n, 2});
+  check_shape("column_lse", column_lse, {n, 2});
   const at::ScalarType dtype = image_features.scalar_type();
   Grads grads(image_features, text_features, dtype, wanted[0], wanted[1]);
   double dscale = 0;

@@ -216,7 +216,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_kl(
   check_shapes(a);
   const int64_t n = a.n(), k = a.k();
   Result out(a);
-  Tensor loss = empty_float({n}), lse = empty_float({2, 1 + k, n});
+  Tensor loss = empty_float({n}), lse = empty_float({2, 1 + k, n, 2});
   if (n > 0) {
     const SumsOfPairs sums =
         with_softmax(a, false, {false, false, false}, [](auto& pairs) { return pairs.sums(); });
@@ -225,7 +225,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_kl(
     float* to = lse.mutable_data_ptr<float>();
     for (const auto* side : {&sums.rows, &sums.columns}) {
       for (const PairSums& of : *side) {
-        to = std::copy(of.lse.begin(), of.lse.end(), to);
+        to = store_pairs(of.lse, to);
       }
     }
   }
@@ -252,16 +252,16 @@ std::tuple<Tensor, Tensor, Tensor> pair_kl_backward(
   check_shapes(a);
   const int64_t n = a.n(), k = a.k();
   check_shape("grad", grad, {n});
-  check_shape("lse", lse, {2, 1 + k, n});
+  check_shape("lse", lse, {2, 1 + k, n, 2});
   Grads grads(image_features, text_features, image_features.scalar_type(), wanted[0], wanted[1]);
   double dscale = 0;
   if (n > 0) {
-    const Tensor sums = lse.to(at::kDouble).contiguous();
+    const Tensor sums = lse.to(at::kFloat).contiguous();
     std::vector<PairCoefficients> coefficients;
     for (int64_t d = 0; d < 1 + k; ++d) {
-      const double *rows = sums.const_data_ptr<double>() + d * n, *columns = rows + (1 + k) * n;
-      coefficients.emplace_back(
-          std::vector<double>(rows, rows + n), std::vector<double>(columns, columns + n));
+      const float *rows = sums.const_data_ptr<float>() + 2 * d * n,
+                  *columns = rows + 2 * (1 + k) * n;
+      coefficients.emplace_back(sums_of_pairs(rows, n), sums_of_pairs(columns, n));
     }
     add_divergences(a, weights.to(at::kFloat).contiguous(), Upstream(grad), coefficients);
     dscale = with_softmax(a, false, wanted, [&](auto& pairs) {

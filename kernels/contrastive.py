@@ -34,8 +34,8 @@ def contrastive_rows(
     column_state_ptr,  # [5, N] of columns
     scale_ptr,  # 0-d
     loss_ptr,  # [N]
-    row_lse_ptr,  # [N]
-    column_lse_ptr,  # [N]
+    row_lse_ptr,  # [N, 2], the log-sum-exp as the sum of two numbers
+    column_lse_ptr,  # [N, 2]
     n,
     ROWS: tl.constexpr,
 ):
@@ -47,12 +47,14 @@ def contrastive_rows(
     log_sum = tl.log(tl.load(at + n, mask=inside, other=1.0))
     # The largest logit is subtracted before the diagonal is: large logits do not cancel.
     loss = log_sum - c * (tl.load(at + 4 * n, mask=inside, other=0.0) - top)
-    tl.store(row_lse_ptr + rows, c * top + log_sum, mask=inside)
+    tl.store(row_lse_ptr + 2 * rows, c * top, mask=inside)
+    tl.store(row_lse_ptr + 2 * rows + 1, log_sum, mask=inside)
     at = column_state_ptr + rows
     top = tl.load(at, mask=inside, other=0.0)
     log_sum = tl.log(tl.load(at + n, mask=inside, other=1.0))
     loss += log_sum - c * (tl.load(at + 4 * n, mask=inside, other=0.0) - top)
-    tl.store(column_lse_ptr + rows, c * top + log_sum, mask=inside)
+    tl.store(column_lse_ptr + 2 * rows, c * top, mask=inside)
+    tl.store(column_lse_ptr + 2 * rows + 1, log_sum, mask=inside)
     tl.store(loss_ptr + rows, 0.5 * loss, mask=inside)
 
 
@@ -63,8 +65,8 @@ def contrastive_gradient(
     g_ptr,  # [n', *] in the dtype of X, or None
     g_stride,
     upstream_ptr,  # [N], or None for 1
-    row_lse_ptr,  # [N]
-    column_lse_ptr,  # [N]
+    row_lse_ptr,  # [N, 2], see `contrastive_rows`
+    column_lse_ptr,  # [N, 2]
     scale_gradients_ptr,  # [N] contributions to dL/dscale
     factors,  # see `Factors.arguments`
     first,  # the first row
@@ -88,7 +90,8 @@ def contrastive_gradient(
     upstream = tl.full([ROWS], 1.0, tl.float32)
     if upstream_ptr is not None:
         upstream = tl.load(upstream_ptr + samples, mask=inside, other=0.0)
-    row_lse = tl.load(row_lse_ptr + samples, mask=inside, other=0.0)
+    row_top = tl.load(row_lse_ptr + 2 * samples, mask=inside, other=0.0)
+    row_rest = tl.load(row_lse_ptr + 2 * samples + 1, mask=inside, other=0.0)
     moment = tl.zeros([ROWS, BLOCK_P], tl.float32)
     row_ptrs = y_ptr + rows.to(tl.int64)[:, None] * row_stride
     for start in tl.range(0, p, BLOCK_P, num_stages=1):
@@ -100,12 +103,15 @@ def contrastive_gradient(
             y = tl.load(row_ptrs + columns[None, :], mask=(columns < loaded)[None, :], other=0.0)
         u = scale * y
         classes = offset + columns
-        column_lse = tl.load(column_lse_ptr + classes, mask=within, other=0.0)
+        top = tl.load(column_lse_ptr + 2 * classes, mask=within, other=0.0)
+        rest = tl.load(column_lse_ptr + 2 * classes + 1, mask=within, other=0.0)
         of_columns = tl.full([BLOCK_P], 1.0, tl.float32)
         if upstream_ptr is not None:
             of_columns = tl.load(upstream_ptr + classes, mask=within, other=0.0)
-        g = (0.5 * upstream)[:, None] * tl.exp2((u - row_lse[:, None]) * 1.4426950408889634)
-        g += (0.5 * of_columns)[None, :] * tl.exp2((u - column_lse[None, :]) * 1.4426950408889634)
+        log_row = u - row_top[:, None] - row_rest[:, None]
+        log_column = u - top[None, :] - rest[None, :]
+        g = (0.5 * upstream)[:, None] * tl.exp2(log_row * 1.4426950408889634)
+        g += (0.5 * of_columns)[None, :] * tl.exp2(log_column * 1.4426950408889634)
         g -= tl.where(samples[:, None] == classes[None, :], upstream[:, None], 0.0)
         of_scale = g * y
         if MASKED:
@@ -141,7 +147,7 @@ def _compute(
     bound = upstream.abs().amax() if half and upstream is not None else None
     factors = Factors(scale, not half, inverse_count=inverse_count, bound=bound)
     loss = common.empty_float32(scale, n)
-    lse = [common.empty_float32(scale, n) for _ in range(2)] if known is None else known
+    lse = [common.empty_float32(scale, n, 2) for _ in range(2)] if known is None else known
     scale_gradients = common.empty_float32(scale, n) if any(wanted) else None
     row_values = {"upstream_ptr": upstream, "row_lse_ptr": lse[0], "column_lse_ptr": lse[1]}
 
@@ -211,9 +217,10 @@ def _statistics(
 def contrastive(
     image_features: Tensor, text_features: Tensor, logit_scale: Tensor
 ) -> tuple[Tensor, ...]:
-    """loss, row_lse, column_lse, each [N] float32."""
+    """loss [N]; row_lse, column_lse [N, 2]; all float32."""
     if image_features.shape[0] == 0:
-        return tuple(common.empty_float32(image_features, 0) for _ in range(3))
+        shapes = (0,), (0, 2), (0, 2)
+        return tuple(common.empty_float32(image_features, *shape) for shape in shapes)
     model = Model.of(image_features, text_features)
     results, _ = _compute(model, logit_scale, [False] * 3, torch.float32)
     return results.loss, *results.details

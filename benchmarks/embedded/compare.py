@@ -2,6 +2,7 @@
 
     python -m benchmarks.embedded.compare tune      # learning rates and weights, first three tasks
     python -m benchmarks.embedded.compare forms     # forms of MulKI, on orders III and IV
+    python -m benchmarks.embedded.compare strength  # how strongly teachers hold, on III and IV
     python -m benchmarks.embedded.compare compare   # every method at its preset
     python -m benchmarks.embedded.compare ablate    # MulKI less one stage at a time
     python -m benchmarks.embedded.compare terms     # MulKI less one term, or with another gate
@@ -75,9 +76,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument(
-        "study", choices=("tune", "forms", "compare", "ablate", "terms", "tables", "figures")
+        "study",
+        choices=("tune", "forms", "strength", "compare", "ablate", "terms", "tables", "figures"),
     )
-    parser.add_argument("--methods", nargs="+", default=list(studies.GRIDS), help="for tune")
+    parser.add_argument(
+        "--methods", nargs="+", default=list(studies.GRIDS), help="for tune and strength"
+    )
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=list(studies.SEEDS), help="for ablate and terms"
     )
@@ -94,6 +98,9 @@ def main() -> None:
     runs = {
         "tune": lambda: [r for m in arguments.methods for r in studies.tuning(m)],
         "forms": studies.forms,
+        "strength": lambda: [
+            r for m in arguments.methods if m in studies.TUNED for r in studies.strengths(m)
+        ],
         "compare": studies.comparison,
         "ablate": lambda: studies.ablation(studies.MULKI_STAGES, tuple(arguments.seeds)),
         "terms": lambda: studies.ablation(studies.MULKI_TERMS, tuple(arguments.seeds)),
@@ -255,7 +262,7 @@ def tables(results: list[dict[str, Any]]) -> str:
     """RESULTS.md from the results of the current start model and images."""
     by_study = {
         study: [r for r in results if r["study"] == study]
-        for study in ("tune", "forms", "compare", "ablate")
+        for study in (*studies.CHOICES, "compare", "ablate")
     }
     machine = sorted(
         {f"{r['cpu']}, torch {r['torch']}, {r['settings']['precision']}" for r in results}
@@ -277,6 +284,8 @@ def tables(results: list[dict[str, Any]]) -> str:
         parts += [tuning_table(by_study["tune"])]
     if by_study["forms"]:
         parts += [forms_table(by_study["forms"])]
+    if by_study["strength"]:
+        parts += [strength_table(by_study["strength"] + by_study["forms"])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -364,6 +373,36 @@ def forms_table(results: list[dict[str, Any]]) -> str:
             *_ranked(results),
         ]
     )
+
+
+def strength_table(results: list[dict[str, Any]]) -> str:
+    """Every strength of the methods with teachers; the best one of a method is its preset.
+
+    Args:
+        results: of this study and of the forms, which have some of the same runs.
+    """
+    lines = [
+        "## Strength",
+        "",
+        f"`{COMMAND} strength`. The best point of the tuning with its weights once, twice and six "
+        "times as large. Orders, images and criterion are those of the forms; the best strength of "
+        "a method is its preset.",
+        "",
+        _header("point", "criterion", *METRICS[:4], "runs"),
+    ]
+    for method in studies.TUNED:
+        lines += _ranked(at_strengths(method, results))
+    return "\n".join(lines)
+
+
+def at_strengths(method: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those results that are runs of `studies.strengths`, named as there."""
+    return [
+        r | {"variant": run.variant}
+        for run in studies.strengths(method)
+        for r in results
+        if has_settings(r, settings_of(run))
+    ]
 
 
 def _ranked(results: list[dict[str, Any]]) -> list[str]:

@@ -1,9 +1,9 @@
 """Presets: options that suit the bundled start model, and each method on it.
 
 Other models get the defaults of `RunConfig`. The options of a method are those of the best point of
-its grid in benchmarks/embedded/results.jsonl (`python -m benchmarks.embedded.compare tune`, whose
-rules are in studies.py beside it); until a grid is complete there, in results-before.jsonl, which
-was made by simpler rules. Both saw training images of the first three tasks of order I alone.
+its grid in benchmarks/embedded/results.jsonl, and of the best strength that its teachers had there
+(`python -m benchmarks.embedded.compare tune`, and `strength`; the rules are in studies.py beside
+it). Both saw training images alone: of the first three tasks of order I, and of orders III and IV.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ METHODS: dict[tuple[str, str], _Options] = {
     (BUNDLED, "lwf_vr"): {"lr": 1e-4, "distill_weight": 0.3},
     (BUNDLED, "snd"): {"lr": 2e-4, "previous_weight": 9.0, "zero_shot_weight": 0.5},
     (BUNDLED, "wise_ft"): {"lr": 1e-4, "alpha": 0.8},
+    (BUNDLED, "zscl"): {"lr": 1e-4, "image_loss": 0.1, "text_loss": 0.1},
     (BUNDLED, "mulki"): {
         "lr": 2e-4,
         "image_anchor": 0.25,

@@ -51,8 +51,13 @@ def check_backward(
     values: bool = True,
 ) -> None:
     check(image_features, text_features, logit_scale)
-    for name, value in (("grad", grad), ("row_lse", row_lse), ("column_lse", column_lse)):
-        checks.shape(name, value, image_features.shape[:1])
+    n = image_features.shape[0]
+    for name, value, shape in (
+        ("grad", grad, (n,)),
+        ("row_lse", row_lse, (n, 2)),
+        ("column_lse", column_lse, (n, 2)),
+    ):
+        checks.shape(name, value, shape)
         checks.on_device(name, value, image_features.device)
 
 
@@ -61,20 +66,19 @@ def check_reduced(*args: Any, values: bool = True) -> None:
 
 
 def fake(image_features: Tensor, *_: object) -> tuple[Tensor, ...]:
-    shape, dtype = image_features.shape[0], wide(image_features.dtype)
-    return tuple(image_features.new_empty(shape, dtype=dtype) for _ in range(3))
+    n, dtype = image_features.shape[0], wide(image_features.dtype)
+    return tuple(image_features.new_empty(shape, dtype=dtype) for shape in (n, (n, 2), (n, 2)))
 
 
 def reference(
     image_features: Tensor,  # [N, D]
     text_features: Tensor,  # [N, D]
     logit_scale: Tensor | float,
-) -> tuple[Tensor, Tensor, Tensor]:  # loss, lse of each row, lse of each column; all [N]
+) -> tuple[Tensor, Tensor, Tensor]:  # loss [N]; log-sum-exp of rows, of columns, both [N, 2]
     """The specification, differentiable in the loss."""
     z = logits(image_features, text_features, logit_scale)
     rows, columns = F.log_softmax(z, dim=1), F.log_softmax(z, dim=0)
-    row_lse, column_lse = (z.diagonal() - log.diagonal() for log in (rows, columns))
-    return _rows(rows, columns), row_lse, column_lse
+    return _rows(rows, columns), log_sum_exp(z, 1), log_sum_exp(z, 0)
 
 
 def reference_backward(
@@ -88,7 +92,9 @@ def reference_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     leaves = image_features, text_features, logit_scale
     z = logits(*leaves)
-    dz = _dz(z - row_lse.unsqueeze(1), z - column_lse, grad)
+    (row_high, row_low), (high, low) = row_lse.unbind(1), column_lse.unbind(1)
+    log_rows = z - row_high.unsqueeze(1) - row_low.unsqueeze(1)
+    dz = _dz(log_rows, z - high - low, grad)
     return narrow(logit_gradients(dz, *leaves, wanted), image_features)
 
 
@@ -106,6 +112,17 @@ def reference_reduced(
     return total, *logit_gradients(_dz(rows, columns, upstream), *leaves, wanted)
 
 
+@torch.no_grad()
+def log_sum_exp(z: Tensor, dim: int) -> Tensor:
+    """The log-sum-exp as two numbers, the second of which is the rounding of the first.
+
+    One number has too few digits: where logits are 1e4, float32 knows it to 1e-3, and so would the
+    backward pass know its probabilities.
+    """
+    rounded_sum = z.logsumexp(dim, keepdim=True)
+    return torch.stack([rounded_sum.squeeze(dim), (z - rounded_sum).logsumexp(dim)], dim=-1)
+
+
 def _rows(log_rows: Tensor, log_columns: Tensor) -> Tensor:
     return -(log_rows.diagonal() + log_columns.diagonal()) / 2
 
@@ -121,7 +138,7 @@ def _dz(
 
 define(
     "contrastive",
-    # loss, row_lse, column_lse; all [N]
+    # loss [N]; row_lse, column_lse [N, 2], see `log_sum_exp`
     f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     check=check,
     fake=fake,

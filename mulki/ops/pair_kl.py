@@ -102,7 +102,7 @@ def check_backward(
     teachers = teacher_image_features, teacher_text_features, teacher_scales
     check(*student, *teachers, weights, temperature, 1.0)
     n, k = image_features.shape[0], len(teacher_image_features)
-    for name, value, shape in (("grad", grad, (n,)), ("lse", lse, (2, 1 + k, n))):
+    for name, value, shape in (("grad", grad, (n,)), ("lse", lse, (2, 1 + k, n, 2))):
         checks.shape(name, value, shape)
         checks.on_device(name, value, image_features.device)
 
@@ -120,7 +120,7 @@ def fake(
 ) -> tuple[Tensor, ...]:
     n, k = image_features.shape[0], len(teacher_image_features)
     loss = image_features.new_empty(n, dtype=wide(image_features.dtype))
-    return loss, *(loss.new_empty(2, n, k) for _ in range(3)), loss.new_empty(2, 1 + k, n)
+    return loss, *(loss.new_empty(2, n, k) for _ in range(3)), loss.new_empty(2, 1 + k, n, 2)
 
 
 _fake_reduced = reduced_fake(fake, leaves=3, details=3)
@@ -148,8 +148,9 @@ def reference(
     """The specification, differentiable in the loss.
 
     Returns:
-        loss [N]; kl, weights, entropy [2, N, K]; lse [2, 1 + K, N], the logarithms of the sums of
-        exponentials of z / T, of the student and the teachers.
+        loss [N]; kl, weights, entropy [2, N, K]; lse [2, 1 + K, N, 2], the logarithms of the sums
+        of exponentials of z / T, over rows and columns, of the student and the teachers, each as
+        two numbers (`contrastive.log_sum_exp`).
     """
     models = (
         *(image_features, text_features, logit_scale),
@@ -256,17 +257,17 @@ def _lse(
     teacher_text_features: Sequence[Tensor],
     teacher_scales: Tensor | Sequence[float],
     temperature: float,
-) -> Tensor:  # [2, 1 + K, N]
+) -> Tensor:  # [2, 1 + K, N, 2]
     student = image_features, text_features, logit_scale
     teachers = zip(teacher_image_features, teacher_text_features, teacher_scales, strict=True)
     z = torch.stack([logits(*model) for model in (student, *teachers)]) / temperature
-    return torch.stack([z.logsumexp(2), z.logsumexp(1)])
+    return torch.stack([contrastive.log_sum_exp(z, dim) for dim in (2, 1)])
 
 
 _RESULTS = "Tensor, Tensor, Tensor, Tensor"
 define(
     "pair_kl",
-    # loss [N]; kl, weights, entropy [2, N, K]; lse [2, 1 + K, N]
+    # loss [N]; kl, weights, entropy [2, N, K]; lse [2, 1 + K, N, 2]
     f"({_ARGUMENTS}) -> ({_RESULTS}, Tensor)",
     check=check,
     fake=fake,

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.embedded import studies
-from benchmarks.embedded.compare import criterion
+from benchmarks.embedded import compare, studies
 from mulki import methods
 from mulki.engine import presets
 from mulki.engine.config import RunConfig, resolve
@@ -54,34 +52,41 @@ def test_presets_hold_options_that_exist() -> None:
         assert model in presets.MODELS and options.keys() <= names | own
 
 
-def tuned(method: str, name: str) -> dict[str, list[dict[str, Any]]]:
-    """Runs of a method's grid by their point."""
-    lines = (Path(__file__).parents[2] / "benchmarks/embedded" / name).read_text().splitlines()
-    points: dict[str, list[dict[str, Any]]] = {}
-    for run in map(json.loads, lines):
-        if run["study"] == "tune" and run["options"]["method"] == method:
-            points.setdefault(run["variant"], []).append(run)
-    return points
-
-
 @pytest.mark.parametrize("method", studies.GRIDS)
-def test_preset_of_a_method_is_the_best_point_of_its_grid(method: str) -> None:
-    points = tuned(method, "results.jsonl")
-    grid = studies.tuning(method)
+def test_preset_of_a_method_is_the_best_point_of_its_grid_at_its_best_strength(method: str) -> None:
+    results = compare.read_results()
+    points = by_variant(
+        r for r in results if r["study"] == "tune" and r["options"]["method"] == method
+    )
     seeds = len(studies.TUNING_SEEDS)
+    assert all(len(points[run.variant]) == seeds for run in studies.tuning(method))
     # A grid that was moved on has further points.
-    if all(len(points.get(run.variant, ())) == seeds for run in grid):
-        best = max(points.values(), key=criterion)
+    best = max(points.values(), key=compare.criterion)
+    if method in studies.TUNED:
+        assert chosen_in(best).items() == studies.TUNED[method].items()
+        points = by_variant(compare.at_strengths(method, results))
+        assert len(points) == len(studies.STRENGTHS)
+        assert all(len(runs) == len(studies.FORM_ORDERS) for runs in points.values())
+        best = max(points.values(), key=compare.criterion)
+        # Some of these runs are named otherwise, as forms, so it is their settings that count.
+        chosen = {name: best[0]["settings"][name] for name in studies.TUNED[method]}
     else:
-        # Not tuned yet by the present rules.
-        points = tuned(method, "results-before.jsonl")
-        if not points:
-            assert (BUNDLED, method) not in presets.METHODS
-            return
-        best = max(points.values(), key=lambda runs: runs[0]["average"])
-    given = ("tasks", "seed", "method", *studies.METHODS[method])
-    chosen = {k: v for k, v in best[0]["options"].items() if k not in given}
+        chosen = chosen_in(best)
     assert presets.METHODS[BUNDLED, method].items() >= chosen.items()
+
+
+def by_variant(runs: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        found.setdefault(run["variant"], []).append(run)
+    return found
+
+
+def chosen_in(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The options of a point that the study chose."""
+    options = runs[0]["options"]
+    given = ("tasks", "seed", "method", *studies.METHODS[options["method"]])
+    return {name: value for name, value in options.items() if name not in given}
 
 
 def test_small_preset_has_as_many_steps() -> None:

@@ -40,6 +40,16 @@ def test_contrastive_of_pairs_that_match_well(scale, backend):
         assert relative(one, want) < 3 * relative(other.detach(), want) + 1e-5
 
 
+@pytest.mark.parametrize("scale", [100.0, 1e3, 1e4])
+def test_gradients_of_rows_at_large_logits(scale, backend):
+    """Equal pairs have the gradient zero, however large their logits are."""
+    ones = [torch.ones(2, 1, requires_grad=True) for _ in range(2)]
+    leaves = *ones, torch.tensor(scale, requires_grad=True)
+    loss = torch.ops.mulki.contrastive(*leaves)[0]
+    gradients = torch.autograd.grad(loss.sum(), leaves)
+    assert max(gradient.abs().max() for gradient in gradients) <= 1e-6 * scale
+
+
 @pytest.mark.parametrize("bad", [-math.inf, math.nan])
 def test_what_a_bad_row_of_contrastive_holds_stays_there(bad, backend):
     """It is in a sum of every column, where -infinity adds nothing."""

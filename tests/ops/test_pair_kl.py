@@ -38,7 +38,20 @@ def test_it_is_teacher_kl_over_rows_and_over_columns(name):
     for both, row, column in zip(details, rows[1:], columns[1:], strict=True):
         assert torch.equal(both, torch.stack([row, column]))
     z = scale * x @ w.T / options[0]
-    torch.testing.assert_close(lse[:, 0], torch.stack([z.logsumexp(1), z.logsumexp(0)]))
+    of_student = torch.stack([z.logsumexp(1), z.logsumexp(0)])
+    torch.testing.assert_close(lse[:, 0].sum(-1), of_student)
+
+
+@pytest.mark.parametrize("scale", [100.0, 1e3, 1e4])
+def test_gradients_of_rows_at_large_logits(scale, backend):
+    """A student whose logits all are equal, as its teacher's are, has the gradient zero."""
+    case = make("pairs", n=3, d=1, dtype=torch.float32)
+    ones, k = torch.ones(3, 1), len(case.args[3])
+    leaves = *(ones.clone().requires_grad_() for _ in range(2)), torch.tensor(scale)
+    teachers = [ones] * k, [ones] * k, torch.full((k,), scale)
+    loss = OPS.pair_kl(*leaves, *teachers, *case.args[6:])[0]
+    for gradient in torch.autograd.grad(loss.sum(), leaves[:2]):
+        assert gradient.abs().max() <= 1e-6 * scale
 
 
 @pytest.mark.parametrize("mean", [True, False])

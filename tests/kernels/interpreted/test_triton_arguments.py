@@ -124,7 +124,7 @@ def test_a_backward_with_arguments_that_do_not_fit(name):
     case = make(name)
     n, rest = case.x.shape[0], list(case.args[3:])
     if case.op == "contrastive":
-        rest = [torch.zeros(n), torch.zeros(n)]
+        rest = [torch.zeros(n, 2), torch.zeros(n, 2)]
     if case.op == "teacher_kl":
         rest = [*rest[:4], rest[5], 2.0, True]
     wanted, backward = [True] * case.leaves, getattr(torch.ops.mulki, f"{case.op}_backward")
