@@ -74,15 +74,26 @@ def wanted_gradients(*leaves: Tensor) -> list[bool]:
     return [leaf.requires_grad for leaf in leaves]
 
 
-def refuse_tangents(*groups: Sequence[Tensor | float | None]) -> None:
-    """Raise a RuntimeError under forward-mode differentiation of a leaf in one of the groups.
+def refuse_transforms(*groups: Sequence[Tensor | float | None]) -> None:
+    """Raise a RuntimeError where a leaf in one of the groups is differentiated otherwise.
 
-    Autograd would drop the tangent in silence, and the derivative would be zero.
+    In forward mode autograd would drop the tangent in silence, and the derivative would be zero.
+    The gradients of `torch.func` fail in torch, whose message does not say what to do.
     """
-    if torch.compiler.is_compiling() or torch_private.forward_mode_is_off():
+    if torch.compiler.is_compiling():
+        return
+    forward_mode = not torch_private.forward_mode_is_off()
+    if not (forward_mode or torch_private.transform_is_active()):
         return
     for leaf in itertools.chain(*groups):
-        if isinstance(leaf, Tensor) and forward_ad.unpack_dual(leaf).tangent is not None:
+        if not isinstance(leaf, Tensor):
+            continue
+        if forward_mode and forward_ad.unpack_dual(leaf).tangent is not None:
             raise RuntimeError(
                 "forward-mode differentiation of mulki is not supported; use reverse mode"
+            )
+        if torch_private.is_differentiated_by_transform(leaf):
+            raise RuntimeError(
+                "torch.func.grad, vjp and jacrev of mulki are not supported; use "
+                "torch.autograd.grad or backward()"
             )

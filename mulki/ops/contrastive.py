@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mulki.ops import checks, direct
 from mulki.ops.arguments import (
-    refuse_tangents,
+    refuse_transforms,
     rounded,
     scalar,
     takes_reduced_form,
@@ -172,7 +172,7 @@ def loss(operands: Operands, logit_bias: Tensor | float | None, reduction: str) 
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    refuse_tangents(operands)
+    refuse_transforms(operands)
     images, texts, scale = rounded(operands, _NAMES)
     leaves = images, texts, scalar(scale, images)
     if takes_reduced_form(reduction, *leaves):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mulki.ops import checks, contrastive, direct, teacher_kl
 from mulki.ops.arguments import (
-    refuse_tangents,
+    refuse_transforms,
     rounded,
     scalar,
     scalars,
@@ -462,7 +462,7 @@ def _prepared(
     *options: Any,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Any, ...]]:
     # The leaves, and the arguments of the operators.
-    refuse_tangents(student, *teachers, (weights,))
+    refuse_transforms(student, *teachers, (weights,))
     models = teacher_kl.in_one_dtype([rounded(model, _NAMES) for model in (student, *teachers)])
     (images, texts, scale), *others = models
     if gate.weights is not None:

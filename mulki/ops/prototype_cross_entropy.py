@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mulki.ops import checks, direct
 from mulki.ops.arguments import (
-    refuse_tangents,
+    refuse_transforms,
     rounded,
     scalar,
     takes_reduced_form,
@@ -191,7 +191,7 @@ def loss(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    refuse_tangents(operands)
+    refuse_transforms(operands)
     features, prototypes, scale = rounded(operands)
     leaves = features, prototypes, scalar(scale, features)
     labels = target, class_mask, label_smoothing, ignore_index

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mulki.ops import checks, direct
 from mulki.ops.arguments import (
-    refuse_tangents,
+    refuse_transforms,
     rounded,
     scalar,
     takes_reduced_form,
@@ -151,7 +151,7 @@ def loss(operands: Operands, logit_bias: Tensor | float, reduction: str, offset:
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    refuse_tangents(operands, (logit_bias,))
+    refuse_transforms(operands, (logit_bias,))
     images, texts, scale = rounded(operands, _NAMES)
     leaves = images, texts, scalar(scale, images), scalar(logit_bias, images)
     if takes_reduced_form(reduction, *leaves):

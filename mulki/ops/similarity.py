@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mulki.ops import checks, direct
-from mulki.ops.arguments import refuse_tangents, rounded, scalar
+from mulki.ops.arguments import refuse_transforms, rounded, scalar
 from mulki.ops.autograd import register_rows
 from mulki.ops.logits import Operands, logit_gradients, logits, narrow, wide
 from mulki.ops.registry import backward_fake, define
@@ -108,7 +108,7 @@ def matrix(operands: Operands, normalize: bool = False) -> Tensor:
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    refuse_tangents(operands)
+    refuse_transforms(operands)
     features, prototypes, scale = rounded(operands)
     leaves = features, prototypes, scalar(scale, features)
     result: Tensor = direct.call("similarity", *leaves, normalize)

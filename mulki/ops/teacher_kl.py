@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mulki.ops import checks, direct, gates
 from mulki.ops.arguments import (
-    refuse_tangents,
+    refuse_transforms,
     rounded,
     scalar,
     scalars,
@@ -366,7 +366,7 @@ def loss(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    refuse_tangents(student, *teachers, (weights,))
+    refuse_transforms(student, *teachers, (weights,))
     models = in_one_dtype([rounded(model) for model in (student, *teachers)])
     (features, prototypes, scale), *teachers = models
     if gate.weights is not None:

@@ -39,6 +39,7 @@ def _find() -> tuple[dict[str, Any], str | None]:
             "modes": torch._C._len_torch_dispatch_stack,
             "is_functorch": torch._C._functorch.is_functorch_wrapped_tensor,
             "transform": torch._C._functorch.peek_interpreter_stack,
+            "is_differentiated": torch._C._functorch.is_gradtrackingtensor,
             "is_batched": torch._C._functorch.is_legacy_batchedtensor,
             # The number changes, so what is kept is the module that has it.
             "forward_level": (forward_ad._current_level, forward_ad)[1],
@@ -82,6 +83,16 @@ def check(error: type[Exception], fits: bool, message: Callable[[], str]) -> Non
 def forward_mode_is_off() -> bool:
     """Whether no forward-mode differentiation is under way; False where torch does not say."""
     return "forward_level" in _private and _private["forward_level"]._current_level < 0
+
+
+def transform_is_active() -> bool:
+    """Whether a transform of `torch.func` is under way; False where torch does not say."""
+    return "transform" in _private and _private["transform"]() is not None
+
+
+def is_differentiated_by_transform(value: Tensor) -> bool:
+    """Whether a transform of `torch.func` differentiates by it; False where torch does not say."""
+    return "is_differentiated" in _private and _private["is_differentiated"](value)
 
 
 def is_last_plain_backward(grad: Tensor) -> bool:

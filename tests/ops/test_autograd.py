@@ -262,9 +262,14 @@ def test_transforms_that_differentiate_are_refused(unit):
     for loss in (
         lambda x: ops.contrastive.loss((x, w, 9.0), None, "mean"),
         lambda x: ops.contrastive.loss((x, w, 9.0), None, "none").sum(),
+        lambda x: kl_of_teacher(x, (w, w, 9.0)),
+        lambda x: ops.similarity.matrix((x, w, 9.0)).sum(),
     ):
-        with pytest.raises(RuntimeError):
-            torch.func.grad(loss)(x)
+        for transform in (torch.func.grad(loss), torch.func.jacrev(loss)):
+            with pytest.raises(RuntimeError, match=r"use torch\.autograd\.grad"):
+                transform(x)
+        with pytest.raises(RuntimeError, match=r"use torch\.autograd\.grad"):
+            torch.func.vjp(loss, x)
 
 
 def test_inference_tensors_may_stand_beside_leaves(backend):

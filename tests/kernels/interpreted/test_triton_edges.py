@@ -231,3 +231,11 @@ def _without_rows(value, n):
     if isinstance(value, list):
         return [_without_rows(v, n) for v in value]
     return value[:0] if isinstance(value, Tensor) and value.ndim and len(value) == n else value
+
+
+@pytest.mark.parametrize("scale", [100.0, 1e3, 1e4])
+def test_gradients_of_equal_pairs_at_large_logits(scale):
+    ones = torch.ones(2, 1)
+    case = Case("contrastive", (ones, ones, torch.tensor(scale)))
+    for gradient in backward(case, torch.ones(2)):
+        assert gradient.abs().max() <= 1e-6 * scale
