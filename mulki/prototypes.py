@@ -18,10 +18,10 @@ def class_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tens
 
     A row whose target is no class counts for none.
     """
-    classes = torch.arange(num_classes, device=target.device)
-    members = (target.unsqueeze(1) == classes).to(features.dtype)
+    classes = torch.arange(num_classes, device=target.device).unsqueeze(1)
+    members = (target == classes).to(features.dtype)
     with torch.autocast(features.device.type, enabled=False):
-        return members.mT @ features, members.sum(dim=0)
+        return members @ features, members.sum(dim=1)
 
 
 def class_means(features: Tensor, target: Tensor, num_classes: int) -> Tensor:

@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 
 from mulki.features import Features
-from mulki.functional import teacher_kl
-from mulki.similarity import Similarity
+from mulki.ops import teacher_kl
+from mulki.ops.gates import find_gate
+from mulki.ops.logits import Operands
 
-Relation = Callable[[Features], Similarity]
+Relation = Callable[[Features], Operands]
 
 
 def _prototypes(model: Features) -> Tensor:
@@ -38,24 +39,29 @@ def _prototypes(model: Features) -> Tensor:
     return model.prototypes
 
 
-def image_image(model: Features) -> Similarity:
+def image_text(model: Features) -> Operands:
+    """Images to class texts [B, C]."""
+    return model.images, model.texts, model.scale
+
+
+def image_image(model: Features) -> Operands:
     """Images to visual prototypes [B, C]."""
-    return Similarity(model.images, _prototypes(model), model.scale)
+    return model.images, _prototypes(model), model.scale
 
 
-def text_image(model: Features) -> Similarity:
+def text_image(model: Features) -> Operands:
     """Class texts to visual prototypes [C, C]."""
-    return Similarity(model.texts, _prototypes(model), model.scale)
+    return model.texts, _prototypes(model), model.scale
 
 
-def text_text(model: Features) -> Similarity:
+def text_text(model: Features) -> Operands:
     """Class texts to each other [C, C]."""
-    return Similarity(model.texts, model.texts, model.scale)
+    return model.texts, model.texts, model.scale
 
 
 RELATIONS: Mapping[str, Relation] = MappingProxyType(
     {
-        "image_text": Features.image_text,
+        "image_text": image_text,
         "image_image": image_image,
         "text_image": text_image,
         "text_text": text_text,
@@ -78,13 +84,20 @@ def relation_loss(
     Args:
         weights: [rows, K], a weight per row and teacher.
     """
-    return teacher_kl(
+    # A step has several relations, so they take the operator and not its checks of types.
+    return teacher_kl.loss(
         relation(student),
-        [relation(t) for t in teachers],
-        temperature=temperature,
-        scale_by_t2=scale_by_t2,
-        weights=weights,
-    )
+        [relation(teacher) for teacher in teachers],
+        temperature,
+        scale_by_t2,
+        weights,
+        find_gate("uniform"),
+        (0.0, 0.0),
+        1.0,
+        None,
+        None,
+        "mean",
+    )[0]
 
 
 def feature_loss(student: Features, teachers: Sequence[Features], weights: Tensor) -> Tensor:
@@ -99,7 +112,9 @@ def feature_loss(student: Features, teachers: Sequence[Features], weights: Tenso
                 f"teachers[{k}]: got image features {list(teacher.images.shape)}, wanted "
                 f"{list(student.images.shape)} as the student's; set the feature weight to 0"
             )
-    # Few operations: on a small batch each of them takes longer than its arithmetic.
+    # Few operations, above all few that have gradients: on a small batch each of them takes longer
+    # than its arithmetic.
+    weights = weights / len(weights)
     others = torch.stack([teacher.images.detach() for teacher in teachers], dim=1)
     gaps = student.images.to(weights.dtype).unsqueeze(1) - others.to(weights.dtype)
-    return (gaps.square() * weights.unsqueeze(2)).sum() / len(weights)
+    return (gaps.square() * weights.unsqueeze(2)).sum()

@@ -75,5 +75,5 @@ def sample_weights(
 def class_weights(weights: Tensor, target: Tensor, num_classes: int) -> Tensor:
     """[C, K]: the mean weight of each class's samples, 1/K for a class that has none."""
     sums, counts = class_sums(weights, target, num_classes)
-    means = sums / counts.clamp(min=1).unsqueeze(1)
-    return torch.where((counts > 0).unsqueeze(1), means, 1 / weights.shape[1])
+    counts = counts.unsqueeze(1)
+    return torch.where(counts > 0, sums / counts, 1 / weights.shape[1])

@@ -162,6 +162,12 @@ class MulKILoss(nn.Module):
         _check_features("student", student)
         for k, teacher in enumerate(teachers):
             _check_features(f"teachers[{k}]", teacher)
+            parts = (teacher.images, teacher.texts, teacher.prototypes, teacher.scale)
+            if any(isinstance(part, Tensor) and part.requires_grad for part in parts):
+                raise ValueError(
+                    f"teachers[{k}]: requires grad, but no gradient flows to a teacher; compute "
+                    f"its features under torch.no_grad()"
+                )
         if self.needs_teachers and not teachers:
             raise ValueError("teachers: got none, wanted at least one for the terms switched on")
         terms = {
@@ -218,7 +224,7 @@ class MulKILoss(nn.Module):
                     **softmax,
                 )
         if self.feature:
-            terms["feature_loss"] = self.feature * adding.feature_loss(student, teachers, weights)
+            terms["feature_loss"] = adding.feature_loss(student, teachers, self.feature * weights)
         return terms
 
 
@@ -228,3 +234,7 @@ def _check_features(name: str, value: object) -> None:
             f"{name}: got {type(value).__name__}, wanted mulki.features.Features; build them with "
             f"Features(images, texts, scale, prototypes)"
         )
+    for field in ("images", "texts", "prototypes"):
+        matrix = getattr(value, field)
+        if matrix is not None or field != "prototypes":
+            checks.is_tensor(f"{name}.{field}", matrix)

@@ -129,6 +129,19 @@ class TestObjective:
                 expected = expected + expected_kl(held, [t], name, weights[:, k : k + 1])
             torch.testing.assert_close(got[f"{name}_loss"], options[name] * expected)
 
+    @pytest.mark.parametrize("name", ["images", "texts", "prototypes", "scale"])
+    def test_a_teacher_that_requires_grad_is_refused(self, student, teachers, target, name):
+        part = torch.as_tensor(getattr(teachers[1], name)).detach().clone().requires_grad_()
+        models = [teachers[0], replace(teachers[1], **{name: part})]
+        with pytest.raises(ValueError, match=r"^teachers\[1\]: requires grad.*no_grad"):
+            MulKILoss()(student, models, target)
+
+    @pytest.mark.parametrize("name", ["images", "texts", "prototypes"])
+    def test_features_that_are_no_tensors_are_refused(self, student, teachers, target, name):
+        bad = replace(student, **{name: [[1.0]]})
+        with pytest.raises(TypeError, match=rf"^student\.{name}: got list"):
+            MulKILoss()(bad, teachers, target)
+
     @pytest.mark.parametrize("count", [1, 3])
     def test_takes_any_number_of_teachers(self, student, model_features, target, count):
         models = [model_features() for _ in range(count)]
