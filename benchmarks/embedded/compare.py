@@ -384,7 +384,7 @@ def strength_table(results: list[dict[str, Any]]) -> str:
     lines = [
         "## Strength",
         "",
-        f"`{COMMAND} strength`. The best point of the tuning with its weights once, twice and six "
+        f"`{COMMAND} strength`. The best point of the tuning with its weights 1, 2, 6 and 18 "
         "times as large. Orders, images and criterion are those of the forms; the best strength of "
         "a method is its preset.",
         "",
