@@ -1,4 +1,4 @@
-"""The command ``mulki``: run, metrics, compare, tasks, bench, doctor.
+"""The command ``mulki``: run, metrics, compare, tasks, bench, prove, doctor.
 
 Bad input ends with one line on standard error and exit status 2, an error of the system with 1, and
 a signal with 128 and its number.
@@ -72,6 +72,7 @@ def _dispatch(argv: list[str]) -> int:
         "compare": _compare,
         "tasks": _tasks,
         "bench": _bench,
+        "prove": _prove,
         "doctor": _doctor,
     }
     if argv[:1] == ["--"]:
@@ -391,6 +392,19 @@ def _bench(argv: list[str]) -> int:
     given = vars(parser.parse_args(_with_hyphens(argv)))
     options = convert(BenchOptions, {k: v for k, v in given.items() if v is not None})
     return run(BenchOptions(**options))
+
+
+def _prove(argv: list[str]) -> int:
+    """Show where the Triton kernels are right and faster on this GPU: mulki prove"""
+    from mulki.prove import report
+
+    parser = _Parser(prog="mulki prove", description=_prove.__doc__)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "xpu"))
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="for timing; compiling comes on top"
+    )
+    arguments = parser.parse_args(argv)
+    return report(arguments.device, arguments.seconds)
 
 
 def _doctor(argv: list[str]) -> int:

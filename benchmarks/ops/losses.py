@@ -8,6 +8,7 @@ what is commonly written where no fused loss is at hand: logits stored, `log_sof
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -99,33 +100,53 @@ EAGER: dict[str, Loss] = {
 
 
 def _mulki_teacher_kl(
-    x: Tensor, w: Tensor, scale: Tensor, teachers: tuple[Matrix, ...], target: Tensor
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    teachers: tuple[Matrix, ...],
+    target: Tensor,
+    **options: Any,
 ) -> Tensor:
     others = [Similarity(*t) for t in teachers]
-    return functional.teacher_kl(Similarity(x, w, scale), others, temperature=TEMPERATURE)
+    student = Similarity(x, w, scale)
+    return functional.teacher_kl(student, others, temperature=TEMPERATURE, **options)
 
 
 def _mulki_dual_teacher_kl(
-    x: Tensor, w: Tensor, scale: Tensor, teachers: tuple[Matrix, Matrix], target: Tensor
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    teachers: tuple[Matrix, Matrix],
+    target: Tensor,
+    **options: Any,
 ) -> Tensor:
     zero_shot, previous = (Similarity(*t) for t in teachers)
     student = Similarity(x, w, scale)
     return functional.dual_teacher_kl(
-        student, zero_shot, previous, temperature=TEMPERATURE, target=target
+        student, zero_shot, previous, temperature=TEMPERATURE, target=target, **options
     )
 
 
 def _mulki_pair_kl(
-    x: Tensor, w: Tensor, scale: Tensor, teachers: tuple[Matrix, ...], target: Tensor
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    teachers: tuple[Matrix, ...],
+    target: Tensor,
+    **options: Any,
 ) -> Tensor:
     others = [Similarity(*t) for t in teachers]
-    return functional.pair_teacher_kl(Similarity(x, w, scale), others, temperature=TEMPERATURE)
+    student = Similarity(x, w, scale)
+    return functional.pair_teacher_kl(student, others, temperature=TEMPERATURE, **options)
 
 
-def _mulki_cross_entropy(x: Tensor, w: Tensor, scale: Tensor, target: Tensor) -> Tensor:
-    return functional.prototype_cross_entropy(Similarity(x, w, scale), target)
+def _mulki_cross_entropy(
+    x: Tensor, w: Tensor, scale: Tensor, target: Tensor, **options: Any
+) -> Tensor:
+    return functional.prototype_cross_entropy(Similarity(x, w, scale), target, **options)
 
 
+#: Those of losses take options of `mulki.functional` besides.
 MULKI: dict[str, Loss] = {
     "teacher_kl_1": _mulki_teacher_kl,
     "dual_teacher_kl": _mulki_dual_teacher_kl,

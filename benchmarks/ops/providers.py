@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mulki.ops.backends import choose
+from mulki.ops.proofs import size_of
 
 from . import peers
 from .cases import DTYPES, Case
@@ -122,7 +123,8 @@ def _served(case: Case) -> str:
     several = case.teachers and case.operator != "pair_kl"
     op = "teacher_kl" if several else case.operator
     setting = os.environ.get("MULKI_BACKEND", "auto")
-    served = choose(op, torch.device(case.device).type, DTYPES[case.dtype], setting)
+    kind = torch.device(case.device).type
+    served = choose(op, kind, DTYPES[case.dtype], setting, size_of(case.n, case.p))
     reasons = "; ".join(f"{name}: {reason}" for name, reason in served.rejected.items())
     return f"served by {served.backend}" + (f" ({reasons})" if reasons else "")
 

@@ -1,8 +1,9 @@
 """Which backend serves an operator, and why the better ones do not; and the call of its kernel.
 
 CPU tensors go to the C++ kernels (`cpp`), all others, as of CUDA (also HIP) and XPU, to the Triton
-ones (`triton`), and whatever those do not serve to the reference. float64 belongs
-to the reference by design, so that is no fallback.
+ones (`triton`) where a proof says that they are right and faster there (`mulki.ops.proofs`), and
+whatever those do not serve to the reference. float64 belongs to the reference by design, so that is
+no fallback.
 
 `MULKI_BACKEND` (auto, triton, cpp, reference) and `use_backend` force one. `MULKI_STRICT=1`, or any
 other value but the empty one and 0, turns a fallback into a RuntimeError. Both variables are read
@@ -11,16 +12,18 @@ at every call.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from mulki.ops import torch_private
+from mulki.ops import proofs, torch_private
 from mulki.ops.operators import OPERATORS
 
 Kernel = Callable[..., Any]
@@ -98,10 +101,6 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-# Backends that serve only where they are forced, and why.
-UNTRIED = {
-    "triton": "has run in Triton's interpreter and on no GPU yet; MULKI_BACKEND=triton tries it"
-}
 BACKENDS: dict[str, Backend] = {"triton": Triton(), "cpp": Cpp(), "reference": Reference()}
 
 
@@ -124,7 +123,7 @@ class _Forced:
 
 _forced: tuple[_Forced, ...] = ()  # the one entered last is in force
 _forcing_lock = threading.Lock()
-_kernels: dict[tuple[str, str, torch.dtype, str, bool], Kernel] = {}
+_kernels: dict[tuple[str, str, torch.dtype, str | None, str, bool], Kernel] = {}
 _fallbacks: dict[tuple[str, str, torch.dtype, str], Served] = {}
 
 
@@ -137,9 +136,10 @@ def call(op: str, *args: Any) -> Any:
     """
     OPERATORS[op].check(*args)
     # A `_backward` form has the upstream gradient before the features.
-    features = args[1] if op.endswith("_backward") else args[0]
+    features, prototypes = args[1:3] if op.endswith("_backward") else args[:2]
     kind = features.device.type
-    found = kernel(op, kind, features.dtype)
+    size = proofs.size_of(len(features), len(prototypes))
+    found = kernel(op, kind, features.dtype, size)
     if not autocasting(kind):
         return found(*args)
     # Operands are rounded before the operator; inside, autocast would round the logits.
@@ -161,14 +161,18 @@ def autocasting(device_type: str) -> bool:
     return available and torch.is_autocast_enabled(device_type)
 
 
-def kernel(op: str, device_type: str, dtype: torch.dtype) -> Kernel:
+def kernel(op: str, device_type: str, dtype: torch.dtype, size: str | None = None) -> Kernel:
     """The kernel that serves `op` for tensors of this device type and dtype.
+
+    Args:
+        size: of the call, see `proofs.SIZES`; None where only the C++ kernels are asked for, which
+            serve all sizes.
 
     Raises:
         RuntimeError: a backend that should serve it does not, under MULKI_STRICT.
         ValueError: MULKI_BACKEND names no backend.
     """
-    key = (op, device_type, dtype, _setting(), _strict())
+    key = (op, device_type, dtype, size, _setting(), _strict())
     found = _kernels.get(key)
     if found is None:
         found = _kernels[key] = _choose_kernel(*key)
@@ -176,9 +180,9 @@ def kernel(op: str, device_type: str, dtype: torch.dtype) -> Kernel:
 
 
 def _choose_kernel(
-    op: str, device_type: str, dtype: torch.dtype, setting: str, strict: bool
+    op: str, device_type: str, dtype: torch.dtype, size: str | None, setting: str, strict: bool
 ) -> Kernel:
-    served = choose(op, device_type, dtype, setting)
+    served = choose(op, device_type, dtype, setting, size)
     if served.rejected:
         if strict:
             reasons = "; ".join(f"{name}: {why}" for name, why in served.rejected.items())
@@ -187,6 +191,8 @@ def _choose_kernel(
                 f"{served.backend} ({reasons}); unset MULKI_STRICT to allow it"
             )
         _fallbacks.setdefault((op, device_type, dtype, setting), served)
+        if proofs.REMEDY in served.rejected.get("triton", ""):
+            _say_once()
     return BACKENDS[served.backend].kernel(op)
 
 
@@ -202,16 +208,36 @@ def _setting() -> str:
     return name
 
 
-def choose(op: str, device_type: str, dtype: torch.dtype, setting: str = "auto") -> Served:
-    """The first backend that serves `op`, among the candidates or after the forced one."""
+@functools.cache
+def _say_once() -> None:
+    warnings.warn(
+        "mulki computes on the GPU in plain PyTorch, for its Triton kernels have not been tried on "
+        "this one; run `mulki prove` once (some minutes), which shows where they are right and "
+        "faster, or set MULKI_BACKEND=triton",
+        stacklevel=2,
+    )
+
+
+def forget_choices() -> None:
+    """Choose anew at the next calls: a proof was made, or the environment has changed."""
+    _kernels.clear()
+
+
+def choose(
+    op: str, device_type: str, dtype: torch.dtype, setting: str = "auto", size: str | None = None
+) -> Served:
+    """The first backend that serves `op`, among the candidates or after the forced one.
+
+    The Triton kernels serve unasked only what `mulki prove` has shown on this GPU.
+    """
     if dtype == torch.float64:
         return Served(op, device_type, dtype, "reference", {})
     names = CANDIDATES.get(device_type, ELSEWHERE) if setting == "auto" else (setting,)
     rejected: dict[str, str] = {}
     for name in names:
         reason = BACKENDS[name].why_not(op, device_type, dtype)
-        if reason is None and setting == "auto":
-            reason = UNTRIED.get(name)
+        if reason is None and name == "triton" and setting == "auto":
+            reason = proofs.why_not(op, device_type, dtype, size)
         if reason is None:
             return Served(op, device_type, dtype, name, rejected)
         rejected[name] = reason
@@ -240,7 +266,7 @@ def _forcing(name: str) -> Iterator[None]:
     with _forcing_lock:
         _forced = (*_forced, entry)
     # TRITON_INTERPRET, by which Triton serves CPU tensors or does not, may have changed.
-    _kernels.clear()
+    forget_choices()
     try:
         yield
     finally:

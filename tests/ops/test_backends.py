@@ -8,6 +8,7 @@ import sys
 import threading
 import traceback
 import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -182,7 +183,7 @@ def test_a_forced_backend_that_cannot_serve_is_a_recorded_fallback(cpp, monkeypa
 )
 def test_candidates_by_device_type(cpp, monkeypatch, device_type, wanted):
     monkeypatch.setitem(backends.BACKENDS, "triton", Stub())
-    monkeypatch.setattr(backends, "UNTRIED", {})
+    monkeypatch.setattr(backends.proofs, "why_not", lambda *_: None)
     for dtype in (FULL, HALF):
         served = backends.choose("siglip", device_type, dtype)
         assert (served.backend, served.rejected) == (wanted, {})
@@ -238,10 +239,35 @@ def test_what_triton_does_not_take(monkeypatch):
 def test_triton_serves_a_gpu_where_it_is_forced(monkeypatch):
     monkeypatch.setitem(backends.BACKENDS, "triton", Stub())
     served = backends.choose("siglip", "cuda", FULL)
-    assert served.backend == "reference" and "on no GPU yet" in served.rejected["triton"]
+    assert served.backend == "reference" and "mulki prove" in served.rejected["triton"]
     with backends.use_backend("triton"):
         served = backends.choose("siglip", "cuda", FULL, backends._setting())
     assert served.backend == "triton" and not served.rejected
+
+
+def test_triton_serves_a_gpu_at_the_sizes_where_a_proof_says_so(monkeypatch):
+    monkeypatch.setitem(backends.BACKENDS, "triton", Stub())
+    monkeypatch.setattr(
+        backends.proofs,
+        "why_not",
+        lambda op, device_type, dtype, size: "is slower" if size == "small" else None,
+    )
+    assert backends.choose("siglip", "cuda", FULL, size="small").rejected == {"triton": "is slower"}
+    assert backends.choose("siglip", "cuda", FULL, size="large").backend == "triton"
+    sizes = [backends.kernel("siglip", "cuda", FULL, size) for size in ("small", "large")]
+    assert sizes[0] is OPERATORS["siglip"].reference and sizes[1] is not sizes[0]
+
+
+def test_a_gpu_without_a_proof_is_told_so_once(monkeypatch):
+    monkeypatch.setitem(backends.BACKENDS, "triton", Stub())
+    monkeypatch.setattr(backends.proofs, "subjects", lambda device_type: [{"gpu": "none"}])
+    backends._say_once.cache_clear()
+    with pytest.warns(UserWarning, match="run `mulki prove` once"):
+        backends.kernel("siglip", "cuda", FULL, "small")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backends.kernel("siglip", "cuda", HALF, "small")
+        backends.kernel("contrastive", "cuda", FULL, "large")
 
 
 def test_report_names_who_serves_and_why_others_do_not(cpp):

@@ -1,0 +1,175 @@
+"""What was shown of the Triton kernels on this machine's GPU: where they are right, and faster.
+
+`mulki prove` makes a proof. From then on the operators take the Triton kernels exactly there. A
+proof holds for one kind of GPU, its driver, the versions of torch and Triton, and the kernels'
+source; where one of them changes, a new proof is needed. Proofs are kept in `proofs.json` in the
+folder MULKI_CACHE_DIR (default ~/.cache/mulki).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+#: Classes of calls, and the most logits, N times P, of each.
+SIZES = {"small": 1 << 17, "medium": 1 << 22, "large": math.inf}
+REMEDY = "`mulki prove` takes some minutes on a GPU"
+_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found for one operator, dtype and size.
+
+    Args:
+        operator: without the endings of its forms.
+        dtype: such as "bfloat16".
+        size: one of SIZES.
+        problems: what is wrong, in words; empty where every value and gradient is right.
+        speedup: over plain PyTorch, forward and backward; None where it was not timed.
+    """
+
+    operator: str
+    dtype: str
+    size: str
+    problems: tuple[str, ...] = ()
+    speedup: float | None = None
+
+    @property
+    def place(self) -> str:
+        return f"{self.operator} {self.dtype} {self.size}"
+
+    def why_not(self) -> str | None:
+        """Why the kernels are not taken there, in one sentence; None where they are."""
+        where = f"in {self.dtype} at {self.size} sizes"
+        if self.problems:
+            return f"was wrong on this GPU {where} ({self.problems[0]}); please report it"
+        if self.speedup is None or self.speedup < 1:
+            times = "" if self.speedup is None else f", {self.speedup:.2f} times its speed"
+            return f"is slower than plain PyTorch on this GPU {where}{times}"
+        return None
+
+
+def size_of(n: int, p: int) -> str:
+    """The size of a call with N rows and P columns of logits."""
+    return next(size for size, most in SIZES.items() if n * p <= most)
+
+
+def why_not(op: str, device_type: str, dtype: torch.dtype, size: str | None = None) -> str | None:
+    """Why the Triton kernel of `op` is not taken, in one sentence; None where it is.
+
+    Args:
+        size: one of SIZES; None asks for all of them.
+    """
+    operator = op.removesuffix("_backward").removesuffix("_reduced")
+    name = str(dtype).removeprefix("torch.")
+    proofs = [stored(subject) for subject in subjects(device_type)]
+    if not proofs or None in proofs:
+        return f"has not been tried on this GPU with these versions: {REMEDY}"
+    for found in filter(None, proofs):
+        for one in SIZES if size is None else (size,):
+            verdict = found.get(f"{operator} {name} {one}")
+            if verdict is None:
+                return f"was not tried here in {name} at {one} sizes: {REMEDY}"
+            if (reason := verdict.why_not()) is not None:
+                return reason
+    return None
+
+
+def subjects(device_type: str) -> list[dict[str, str]]:
+    """What a proof is of, for each kind of GPU that this process sees."""
+    if device_type == "cuda":
+        names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    elif device_type == "xpu":
+        names = {torch.xpu.get_device_name(i) for i in range(torch.xpu.device_count())}
+    else:
+        names = {f"Triton's interpreter on {device_type}"}
+    return [{"gpu": name, **_versions()} for name in sorted(names)]
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    folder = Path(importlib.import_module("mulki.kernels").__path__[0])
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        digest.update(path.read_bytes())
+    try:
+        driver = _DRIVER.read_text(encoding="utf-8").splitlines()[0]
+    except OSError:
+        driver = "unknown"
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = "unknown"
+    return {
+        "driver": driver,
+        "torch": torch.__version__,
+        "triton": triton,
+        "kernels": digest.hexdigest()[:12],
+    }
+
+
+def stored(subject: Mapping[str, str]) -> dict[str, Verdict] | None:
+    """The verdicts of a proof by place; None where there is no proof, or it cannot be read."""
+    try:
+        entry = _read_all()[_key(subject)]
+        verdicts = [_verdict(item) for item in entry["verdicts"]]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return {verdict.place: verdict for verdict in verdicts}
+
+
+def store(subject: Mapping[str, str], verdicts: list[Verdict]) -> Path:
+    """Keep a proof, in place of an earlier one of the same subject.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from mulki.files import write_atomic
+
+    path = proof_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entry = {"subject": dict(subject), "verdicts": [asdict(verdict) for verdict in verdicts]}
+    write_atomic(path, json.dumps({**_read_all(), _key(subject): entry}, indent=1))
+    return path
+
+
+def proof_file() -> Path:
+    """Where proofs are kept."""
+    folder = os.environ.get("MULKI_CACHE_DIR", "")
+    return (Path(folder) if folder else Path.home() / ".cache" / "mulki") / "proofs.json"
+
+
+def _verdict(item: Any) -> Verdict:
+    speedup = item["speedup"]
+    return Verdict(
+        operator=str(item["operator"]),
+        dtype=str(item["dtype"]),
+        size=str(item["size"]),
+        problems=tuple(map(str, item["problems"])),
+        speedup=None if speedup is None else float(speedup),
+    )
+
+
+def _key(subject: Mapping[str, str]) -> str:
+    return "; ".join(f"{name} {value}" for name, value in sorted(subject.items()))
+
+
+def _read_all() -> dict[str, Any]:
+    # RuntimeError: there is no home directory.
+    try:
+        found = json.loads(proof_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError):
+        return {}
+    return found if isinstance(found, dict) else {}

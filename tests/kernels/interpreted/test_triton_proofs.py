@@ -1,0 +1,80 @@
+"""`mulki prove` with the interpreter in place of a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mulki import functional, prove
+from mulki.ops import backends, proofs
+from mulki.similarity import Similarity
+
+
+@pytest.fixture(autouse=True)
+def interpreter_for_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("MULKI_CACHE_DIR", str(tmp_path))
+    for shapes in (prove.SHAPES, prove.PAIRED_SHAPES):
+        monkeypatch.setitem(shapes, "small", (8, 8, 16))
+    monkeypatch.setitem(backends.CANDIDATES, "cpu", ("triton", "reference"))
+    backends.forget_choices()
+    yield
+    backends.forget_choices()
+
+
+def verdicts(*dtypes: str) -> dict[str, proofs.Verdict]:
+    return {verdict.place: verdict for verdict in prove.prove("cpu", 0.01, dtypes, ("small",))}
+
+
+def choice(op: str, dtype: torch.dtype, size: str) -> str:
+    return backends.choose(op, "cpu", dtype, size=size).backend
+
+
+def test_every_operator_is_right_and_the_interpreter_slower():
+    found = verdicts("float32", "bfloat16")
+    assert len(found) == 2 * len(prove.CASES)
+    for verdict in found.values():
+        assert verdict.problems == () and verdict.speedup is not None
+        assert "slower" in (verdict.why_not() or "")
+    assert choice("siglip", torch.float32, "small") == "reference"
+
+
+def test_where_the_kernels_are_right_and_faster_they_are_taken():
+    (subject,) = proofs.subjects("cpu")
+    speedups = {"small": 1.5, "medium": 1.0, "large": 0.9}
+    verdicts = [proofs.Verdict("siglip", "float32", size, (), s) for size, s in speedups.items()]
+    proofs.store(subject, verdicts)
+    assert choice("siglip_reduced", torch.float32, "small") == "triton"
+    assert choice("siglip_reduced", torch.float32, "large") == "reference"
+    assert choice("siglip_reduced", torch.float16, "small") == "reference"
+    assert choice("similarity", torch.float32, "small") == "reference"
+    functional.siglip(torch.randn(4, 8), torch.randn(4, 8), 1.0, 0.0)  # allocates as a kernel does
+
+
+def test_a_kernel_that_is_wrong_in_one_form_is_found(monkeypatch):
+    triton = type(backends.BACKENDS["triton"])
+    right = triton.kernel
+
+    def kernel(self, op):
+        found = right(self, op)
+        if op != "prototype_cross_entropy_backward":
+            return found
+        return lambda *arguments: tuple(1.01 * t for t in found(*arguments))
+
+    monkeypatch.setattr(triton, "kernel", kernel)
+    found = verdicts("float32")["prototype_cross_entropy float32 small"]
+    assert any("row by row, gradient" in problem for problem in found.problems)
+    assert "was wrong" in (found.why_not() or "")
+
+
+def test_the_operator_asks_with_the_size_of_its_call(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        proofs, "why_not", lambda op, device_type, dtype, size: asked.append((op, size))
+    )
+    monkeypatch.setitem(proofs.SIZES, "small", 40)
+    x = torch.randn(8, 16, requires_grad=True)
+    for rows, size in ((5, "small"), (6, "medium")):
+        asked.clear()
+        similarity = Similarity(x, torch.randn(rows, 16), 1.0)
+        functional.prototype_cross_entropy(similarity, torch.arange(8) % 5).backward()
+        assert ("prototype_cross_entropy_reduced", size) in asked

@@ -1,0 +1,92 @@
+"""What is kept of proofs, and when the Triton kernels are taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mulki.ops import proofs
+from mulki.ops.proofs import Verdict
+
+SUBJECT = {"gpu": "a card", "torch": "1"}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MULKI_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(proofs, "subjects", lambda device_type: [SUBJECT])
+    return tmp_path / "cache"
+
+
+def everywhere(**changes: Verdict) -> list[Verdict]:
+    sizes = {size: Verdict("siglip", "float32", size, speedup=2.0) for size in proofs.SIZES}
+    return list((sizes | changes).values())
+
+
+def test_size_of_a_call() -> None:
+    assert [proofs.size_of(*shape) for shape in ((0, 5), (64, 100), (1, 1 << 17))] == ["small"] * 3
+    assert proofs.size_of(2, 1 << 17) == "medium"
+    assert proofs.size_of(1 << 11, 1 << 11) == "medium"
+    assert proofs.size_of(65536, 65536) == "large"
+
+
+def test_without_a_proof_the_remedy_is_named() -> None:
+    assert "mulki prove" in str(proofs.why_not("siglip", "cuda", torch.float32, "small"))
+
+
+def test_a_proof_is_kept_and_holds_for_all_forms_of_an_operator(folder: Path) -> None:
+    path = proofs.store(SUBJECT, everywhere())
+    assert path == folder / "proofs.json"
+    for op in ("siglip", "siglip_backward", "siglip_reduced"):
+        assert proofs.why_not(op, "cuda", torch.float32) is None
+        assert proofs.why_not(op, "cuda", torch.float32, "large") is None
+    reason = proofs.why_not("siglip", "cuda", torch.bfloat16, "small")
+    assert reason is not None and "bfloat16 at small" in reason
+    assert proofs.why_not("contrastive", "cuda", torch.float32, "small") is not None
+
+
+def test_what_is_wrong_or_slower_is_not_taken() -> None:
+    verdicts = everywhere(
+        small=Verdict("siglip", "float32", "small", speedup=0.5),
+        medium=Verdict("siglip", "float32", "medium", ("loss: relative error 3",), 2.0),
+    )
+    proofs.store(SUBJECT, verdicts)
+    slower, wrong, good = (
+        proofs.why_not("siglip", "cuda", torch.float32, size) for size in proofs.SIZES
+    )
+    assert slower is not None and "slower" in slower and "0.50" in slower
+    assert wrong is not None and "relative error 3" in wrong
+    assert good is None
+    # Asked for all sizes, the first reason is the answer.
+    assert proofs.why_not("siglip", "cuda", torch.float32) == slower
+
+
+def test_a_case_that_was_not_timed_is_not_faster() -> None:
+    assert Verdict("siglip", "float32", "small").why_not() is not None
+
+
+def test_every_kind_of_gpu_needs_its_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = SUBJECT | {"gpu": "another card"}
+    monkeypatch.setattr(proofs, "subjects", lambda device_type: [SUBJECT, other])
+    proofs.store(SUBJECT, everywhere())
+    assert proofs.why_not("siglip", "cuda", torch.float32) is not None
+    proofs.store(other, everywhere())
+    assert proofs.why_not("siglip", "cuda", torch.float32) is None
+    monkeypatch.setattr(proofs, "subjects", lambda device_type: [])
+    assert proofs.why_not("siglip", "cuda", torch.float32) is not None
+
+
+def test_another_version_needs_another_proof() -> None:
+    proofs.store(SUBJECT, everywhere())
+    assert proofs.stored(SUBJECT | {"torch": "2"}) is None
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"gpu a card; torch 1": 3}', "\xff"])
+def test_a_damaged_file_is_no_proof_and_is_written_anew(folder: Path, text: str) -> None:
+    folder.mkdir()
+    (folder / "proofs.json").write_text(text, encoding="latin-1")
+    assert proofs.stored(SUBJECT) is None
+    proofs.store(SUBJECT, everywhere())
+    assert proofs.stored(SUBJECT) is not None

@@ -1,0 +1,59 @@
+"""`mulki prove`; that it tries the kernels is tested in tests/kernels/interpreted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mulki import kernels, prove
+from mulki.cli import run_command
+from mulki.ops import proofs
+from mulki.ops.proofs import Verdict
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MULKI_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def test_where_the_kernels_do_not_run_the_reason_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(prove, "_not_served", lambda *_: "torch finds no GPU on this machine")
+    assert run_command(["prove"]) == 2
+    assert "--device: got cuda" in capsys.readouterr().err
+    assert not proofs.proof_file().exists()
+
+
+def test_the_table_and_the_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(prove, "_not_served", lambda *_: None)
+    found = [
+        Verdict("siglip", "float32", "small", speedup=1.25),
+        Verdict("similarity", "float32", "small", ("loss: relative error 3",)),
+    ]
+    monkeypatch.setattr(prove, "prove", lambda device, seconds: iter(found[:1]))
+    assert run_command(["prove", "--seconds", "1"]) == 0
+    assert "1.25  right" in capsys.readouterr().out
+    monkeypatch.setattr(prove, "prove", lambda device, seconds: iter(found))
+    assert run_command(["prove"]) == 1
+    assert "    -  loss: relative error 3" in capsys.readouterr().out
+
+
+def test_a_kernel_that_cannot_serve_is_wrong_and_not_timed() -> None:
+    """Without TRITON_INTERPRET nothing runs on the CPU, and a fallback would prove nothing."""
+    found = list(prove.prove("cpu", 0.1, ("float32",), ("small",)))
+    assert "TRITON_INTERPRET" in found[0].problems[0] and found[0].speedup is None
+    assert [one.operator for one in found] == list(prove.CASES)
+    (subject,) = proofs.subjects("cpu")
+    assert set(proofs.stored(subject) or ()) == {one.place for one in found}
+
+
+def test_every_operator_with_triton_kernels_is_tried_at_every_size() -> None:
+    assert set(prove.CASES) == set(kernels.OPERATORS)
+    for shapes in (prove.SHAPES, prove.PAIRED_SHAPES):
+        assert [proofs.size_of(n, p) for n, p, _ in shapes.values()] == list(shapes)
+        assert list(shapes) == list(proofs.SIZES)
