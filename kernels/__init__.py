@@ -16,13 +16,18 @@ import torch
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)  # the first with bfloat16 and tf32 on tensor cores
 
-OPERATORS = ("similarity", "prototype_cross_entropy", "teacher_kl", "contrastive", "siglip")
-# The operators in every form; similarity has no reduced one. pair_kl has no Triton kernels yet.
+OPERATORS = (
+    *("similarity", "prototype_cross_entropy", "teacher_kl"),
+    *("contrastive", "siglip", "pair_kl"),
+)
+_FORMS = ("_backward", "_reduced", "_with_labels")
+# The operators in every form; similarity has no reduced one, and pair_kl alone has labels.
 KERNELS = tuple(
     f"{operator}{form}"
     for operator in OPERATORS
-    for form in ("", "_backward", "_reduced")
+    for form in ("", *_FORMS)
     if (operator, form) != ("similarity", "_reduced")
+    and (form != "_with_labels" or operator == "pair_kl")
 )
 
 
@@ -57,7 +62,13 @@ def _missing(device_type: str) -> str | None:
     return None
 
 
+def operator_of(op: str) -> str:
+    """The operator of which `op` is a form."""
+    form = next((form for form in _FORMS if op.endswith(form)), "")
+    return op.removesuffix(form)
+
+
 def kernel(op: str) -> Callable[..., Any]:
     """The kernel of `op`, with the operator's signature; ask `why_not` first."""
-    operator = op.removesuffix("_backward").removesuffix("_reduced")
+    operator = operator_of(op)
     return getattr(importlib.import_module(f"{__name__}.{operator}"), op)

@@ -140,6 +140,11 @@ def _calls(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         arguments = *model(n, p, d), *teachers(n, p, k, d), *gate, True, [True] * 3
         return lambda: kernel("teacher_kl_reduced")(*arguments)
 
+    def pairs(form: str, n: int, d: int) -> Callable[[], object]:
+        gate = None, 2.0, 1.0, 0.0, 1.0, True
+        arguments = *model(n, n, d), *teachers(n, n, 1, d), *gate, True, [True] * 3
+        return lambda: kernel(f"pair_kl_{form}")(*arguments)
+
     def call(op: str, *arguments: Any) -> Callable[[], object]:
         return lambda: kernel(op)(*arguments)
 
@@ -167,6 +172,7 @@ def _calls(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     for size, (n, p) in {"small": (256, 1000), "large": (4096, 4096)}.items():
         student = model(n, p, 512)
         cases[f"contrastive {size}"] = call("contrastive_reduced", *model(n, n, 512), True, three)
+        cases[f"pair_kl {size}"] = pairs("with_labels", n, 512)
         for normalize in (False, True):
             cases[f"similarity {size} {normalize}"] = call("similarity", *student, normalize)
             cases[f"similarity_backward {size} {normalize}"] = call(

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import autotune, common, row_results, row_softmax, schedule, softmax_loss
-from .chunks import Blocks, OperandGradients, launch_pairs
+from .chunks import Block, Blocks, OperandGradients, launch_pairs
 from .common import Model, ceil_div
 from .launch import launch
 from .products import absolute_scale, jit_kernel
@@ -146,16 +146,19 @@ def _compute(
     scale, half = common.as_float32(logit_scale), model.features.dtype == torch.float16
     bound = upstream.abs().amax() if half and upstream is not None else None
     factors = Factors(scale, not half, inverse_count=inverse_count, bound=bound)
-    loss = common.empty_float32(scale, n)
-    lse = [common.empty_float32(scale, n, 2) for _ in range(2)] if known is None else known
+    sums = LabelSums(model, scale, factors, known)
     scale_gradients = common.empty_float32(scale, n) if any(wanted) else None
-    row_values = {"upstream_ptr": upstream, "row_lse_ptr": lse[0], "column_lse_ptr": lse[1]}
+    row_values = {"row_lse_ptr": sums.lse[0], "column_lse_ptr": sums.lse[1]}
 
     def run(plan: schedule.Plan) -> list[Tensor]:
         blocks = Blocks([model], plan)
         found = OperandGradients(model, wanted, dtype, factors, blocks.once)
+        for row_blocks in blocks if known is None else ():
+            for block in row_blocks:
+                blocks.compute_logits(block)
+                sums.add(blocks, block)
         if known is None:
-            _statistics(blocks, model, scale, factors, loss, *lse)
+            sums.finish()
         for row_blocks in blocks if any(wanted) else ():
             for block in row_blocks:
                 if known is not None or min(blocks.rows, blocks.columns) < n:
@@ -166,6 +169,7 @@ def _compute(
                     block,
                     factors,
                     any(wanted[:2]),
+                    upstream_ptr=upstream,
                     scale_gradients_ptr=scale_gradients,
                     **row_values,
                 )
@@ -174,44 +178,53 @@ def _compute(
 
     problem = schedule.Problem.of([model], any(wanted), softmax=False, columns_too=known is None)
     operand_gradients = autotune.run_plan("contrastive", problem, [model], run)
-    return RowResults(loss, (scale_gradients,), operand_gradients, lse), factors
+    return RowResults(sums.loss, (scale_gradients,), operand_gradients, sums.lse), factors
 
 
-def _statistics(
-    blocks: Blocks,
-    model: Model,
-    scale: Tensor,
-    factors: Factors,
-    loss: Tensor,
-    row_lse: Tensor,
-    column_lse: Tensor,
-) -> None:
-    """Write the loss and both log-sum-exps."""
-    n = loss.shape[0]
-    rows = row_softmax.Rows(
-        row_softmax.NO_LOSS, [model], scale, factors, target_source=row_softmax.DIAGONAL
-    )
-    states = common.empty_float32(scale, 2, 1, 5, n)
-    for row_blocks in blocks:
-        for block in row_blocks:
-            blocks.compute_logits(block)
-            softmax_loss.launch_stored(rows, blocks, block, states[0])
-            softmax_loss.launch_stored(rows, blocks, block, states[1], swap=True)
-    launch(
-        contrastive_rows,
-        (ceil_div(n, 128),),
-        scale.device,
-        4,
-        1,
-        state_ptr=states[0],
-        column_state_ptr=states[1],
-        scale_ptr=scale,
-        loss_ptr=loss,
-        row_lse_ptr=row_lse,
-        column_lse_ptr=column_lse,
-        n=n,
-        ROWS=128,
-    )
+class LabelSums:
+    """The loss and both log-sum-exps, from the logits of one block after the other.
+
+    Args:
+        known: both log-sum-exps [N, 2], where an earlier pass found them; there is no loss then.
+    """
+
+    def __init__(
+        self, model: Model, scale: Tensor, factors: Factors, known: Sequence[Tensor] | None = None
+    ) -> None:
+        n = model.features.shape[0]
+        self.loss = common.empty_float32(scale, n)
+        if known is not None:
+            self.lse = tuple(known)
+            return
+        self.lse = common.empty_float32(scale, n, 2), common.empty_float32(scale, n, 2)
+        self._states = common.empty_float32(scale, 2, 1, 5, n)
+        self._rows = row_softmax.Rows(
+            row_softmax.NO_LOSS, [model], scale, factors, target_source=row_softmax.DIAGONAL
+        )
+
+    def add(self, blocks: Blocks, block: Block) -> None:
+        """Take the rows and the columns of a block whose logits are stored, the student's first."""
+        softmax_loss.launch_stored(self._rows, blocks, block, self._states[0])
+        softmax_loss.launch_stored(self._rows, blocks, block, self._states[1], swap=True)
+
+    def finish(self) -> None:
+        """Write the loss and the log-sum-exps."""
+        n, scale = self.loss.shape[0], self._rows.scale
+        launch(
+            contrastive_rows,
+            (ceil_div(n, 128),),
+            scale.device,
+            4,
+            1,
+            state_ptr=self._states[0],
+            column_state_ptr=self._states[1],
+            scale_ptr=scale,
+            loss_ptr=self.loss,
+            row_lse_ptr=self.lse[0],
+            column_lse_ptr=self.lse[1],
+            n=n,
+            ROWS=128,
+        )
 
 
 def contrastive(

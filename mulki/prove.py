@@ -22,6 +22,7 @@ CASES = {
     "prototype_cross_entropy": ("prototype_cross_entropy",),
     "contrastive": ("contrastive",),
     "siglip": ("siglip",),
+    "pair_kl": ("pair_kl",),
     "similarity": ("similarity",),
 }
 #: N, P and D by size; pairs have P = N.

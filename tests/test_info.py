@@ -117,12 +117,10 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def gpu_paragraph() -> list[str]:
     """What is said of GPUs, of both dtypes and of every operator with a Triton kernel."""
-    _, *paragraphs = str(mulki.info()).split("  cuda, float32 and bfloat16: reference\n")
-    *lines, reason = paragraphs[0].splitlines()
+    _, paragraph = str(mulki.info()).split("  cuda, float32 and bfloat16: reference\n")
+    *lines, reason = paragraph.splitlines()
     ops = ", ".join(line.strip() for line in lines).replace(",,", ",").split(", ")
     assert sorted(ops) == sorted(kernels.KERNELS)
-    (rest,) = paragraphs[1:]
-    assert "pair_kl_with_labels" in rest and "no Triton kernel for it" in rest
     return [reason]
 
 

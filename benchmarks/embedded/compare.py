@@ -384,9 +384,9 @@ def strength_table(results: list[dict[str, Any]]) -> str:
     lines = [
         "## Strength",
         "",
-        f"`{COMMAND} strength`. The best point of the tuning with its weights 1, 2, 6 and 18 "
-        "times as large. Orders, images and criterion are those of the forms; the best strength of "
-        "a method is its preset.",
+        f"`{COMMAND} strength`. The best point of the tuning with its weights 1, 2, 6 times as "
+        "large, and on until the best strength is not the last. Orders, images and criterion are "
+        "those of the forms; the best strength of a method is its preset.",
         "",
         _header("point", "criterion", *METRICS[:4], "runs"),
     ]

@@ -29,8 +29,16 @@ _FREE = (
     *("empty", "new_empty", "empty_like", "empty_strided"),
     *("detach", "lift_fresh", "_unsafe_view"),
 )
-TEACHERS = 2
-OPERATORS = ("dual_teacher_kl", "prototype_cross_entropy", "contrastive", "siglip", "similarity")
+# The operators, and how many teachers each has.
+OPERATORS = {
+    "dual_teacher_kl": 2,
+    "prototype_cross_entropy": 0,
+    "contrastive": 0,
+    "pair_kl": 1,
+    "siglip": 0,
+    "similarity": 0,
+}
+PAIRED = ("contrastive", "pair_kl")  # with P = N
 
 
 @dataclass(frozen=True)
@@ -66,9 +74,9 @@ def counts(operator: str, n: int, p: int, d: int, number_format: str) -> Counts:
     x, w, scale = _meta(n, d, dtype=dtype), _meta(p, d, dtype=dtype), _meta()
     target, three = _meta(n, dtype=torch.int64), [True] * 3
     arguments: tuple[Any, ...]
+    k = OPERATORS[operator]
+    teachers = [x.clone() for _ in range(k)], [w.clone() for _ in range(k)], _meta(k)
     if operator == "dual_teacher_kl":
-        k = TEACHERS
-        teachers = [x.clone() for _ in range(k)], [w.clone() for _ in range(k)], _meta(k)
         gate = None, target, None, 2.0, 1.0, 0.0, 1.0, True
         op, arguments = "teacher_kl_reduced", (x, w, scale, *teachers, *gate, True, three)
     elif operator == "prototype_cross_entropy":
@@ -77,6 +85,9 @@ def counts(operator: str, n: int, p: int, d: int, number_format: str) -> Counts:
         op, arguments = "siglip_reduced", (x, w, scale, _meta(), 0, True, [True] * 4)
     elif operator == "contrastive":
         op, arguments = "contrastive_reduced", (x, w, scale, True, three)
+    elif operator == "pair_kl":
+        gate = None, 2.0, 1.0, 0.0, 0.0, True
+        op, arguments = "pair_kl_reduced", (x, w, scale, *teachers, *gate, True, three)
     else:
         op, arguments = "similarity", (x, w, scale, False)
     calls = [lambda: kernel(op)(*arguments)]

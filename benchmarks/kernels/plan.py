@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.cards import CARDS, GRAPH_LAUNCH, LAUNCH, PYTHON_LAUNCH, seconds
-from benchmarks.kernels.counts import OPERATORS, TEACHERS, Counts, Work, counts, counts_of_torch
+from benchmarks.kernels.counts import OPERATORS, PAIRED, Counts, Work, counts, counts_of_torch
 from mulki.bench.losses import EAGER
 from mulki.kernels.ahead_of_time import NUMBER_FORMATS
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
 def all_rows() -> Iterator[dict[str, Any]]:
     for operator in OPERATORS:
         for n, p in SHAPES:
-            if operator == "contrastive" and n != p:
+            if operator in PAIRED and n != p:
                 continue
             for d in WIDTHS:
                 for numbers in NUMBER_FORMATS:
@@ -85,7 +85,7 @@ def row(operator: str, n: int, p: int, d: int, numbers: str) -> dict[str, Any]:
         "n": n,
         "p": p,
         "d": d,
-        "k": TEACHERS if operator == "dual_teacher_kl" else 0,
+        "k": OPERATORS[operator],
         "numbers": numbers,
         "products": round(found.products, 3),
         "launches": found.launches,
@@ -109,8 +109,8 @@ def eager(operator: str, n: int, p: int, d: int, dtype: torch.dtype) -> Counts:
     leaves = [t.requires_grad_() for t in matrix()]
     rest: list[Any] = []
     target = torch.empty(n, dtype=torch.int64, device="meta")
-    if operator == "dual_teacher_kl":
-        rest = [tuple(matrix() for _ in range(TEACHERS)), target]
+    if OPERATORS[operator]:
+        rest = [tuple(matrix() for _ in range(OPERATORS[operator])), target]
     elif operator == "prototype_cross_entropy":
         rest = [target]
     elif operator == "siglip":
@@ -133,7 +133,7 @@ def _siglip(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
 
 def library(operator: str, n: int, p: int, d: int, dtype: torch.dtype) -> list[Work]:
     """The least number of products, one launch each."""
-    size, k = dtype.itemsize, TEACHERS if operator == "dual_teacher_kl" else 0
+    size, k = dtype.itemsize, OPERATORS[operator]
     return [Work("library", 2 * n * p * d, size * (n * d + p * d + n * p)) for _ in range(k + 3)]
 
 
@@ -142,7 +142,7 @@ def compiled(operator: str, n: int, p: int, d: int, dtype: torch.dtype) -> list[
     products = library(operator, n, p, d, dtype)
     if operator == "similarity":
         return products
-    if operator == "contrastive":
+    if operator in PAIRED:
         products = [*products, *products]  # a product per direction
     matrix = n * p * dtype.itemsize
     read = (len(products) - 2) * matrix

@@ -20,14 +20,14 @@ MODELS: dict[str, _Options] = {
 }
 METHODS: dict[tuple[str, str], _Options] = {
     (BUNDLED, "finetune"): {"lr": 1e-4},
-    (BUNDLED, "lwf"): {"lr": 5e-5, "distill_weight": 0.1},
-    (BUNDLED, "lwf_vr"): {"lr": 1e-4, "distill_weight": 0.3},
+    (BUNDLED, "lwf"): {"lr": 5e-5, "distill_weight": 1.8},
+    (BUNDLED, "lwf_vr"): {"lr": 1e-4, "distill_weight": 1.8},
     (BUNDLED, "snd"): {"lr": 2e-4, "previous_weight": 9.0, "zero_shot_weight": 0.5},
     (BUNDLED, "wise_ft"): {"lr": 1e-4, "alpha": 0.8},
-    (BUNDLED, "zscl"): {"lr": 1e-4, "image_loss": 0.1, "text_loss": 0.1},
+    (BUNDLED, "zscl"): {"lr": 1e-4, "image_loss": 0.6, "text_loss": 0.6},
     (BUNDLED, "mulki"): {
         "lr": 2e-4,
-        "image_anchor": 0.25,
+        "image_anchor": 1.5,
         "image_text": 0.0625,
         "image_image": 0.0625,
         "text_image": 0.0625,

@@ -72,7 +72,7 @@ def why_not(op: str, device_type: str, dtype: torch.dtype, size: str | None = No
     Args:
         size: one of SIZES; None asks for all of them.
     """
-    operator = op.removesuffix("_backward").removesuffix("_reduced")
+    operator = importlib.import_module("mulki.kernels").operator_of(op)
     name = str(dtype).removeprefix("torch.")
     proofs = [stored(subject) for subject in subjects(device_type)]
     if not proofs or None in proofs:

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.kernels import plan
 from benchmarks.kernels.cards import BANDWIDTH, CARDS, LAUNCH, RATE, seconds
-from benchmarks.kernels.counts import OPERATORS, Work, counts_of_torch
+from benchmarks.kernels.counts import OPERATORS, PAIRED, Work, counts_of_torch
 from mulki.kernels.ahead_of_time import NUMBER_FORMATS
 
 RENEW = "run python -m benchmarks.kernels plan --write"
@@ -29,7 +29,8 @@ def table():
 def test_the_table_has_every_line(table):
     lines = {tuple(row[name] for name in plan.COLUMNS[:6]) for row in table}
     assert len(lines) == len(table)
-    shapes = len(plan.SHAPES) * (len(OPERATORS) - 1) + sum(n == p for n, p in plan.SHAPES)
+    square = sum(n == p for n, p in plan.SHAPES)
+    shapes = len(plan.SHAPES) * (len(OPERATORS) - len(PAIRED)) + square * len(PAIRED)
     assert len(table) == shapes * len(plan.WIDTHS) * len(NUMBER_FORMATS)
 
 
@@ -54,6 +55,9 @@ def test_products_are_few_in_every_format_and_width(n, p, table):
         # And the normalisers of columns are known when the last row is.
         again = 4 if n > 4096 else 3
         assert most(table, "products", operator="contrastive", **shape) <= again
+        # With a teacher the logits of two models are made.
+        again = 6 if n > 2048 else 4
+        assert most(table, "products", operator="pair_kl", **shape) <= again
 
 
 def test_launches_are_few(table):
@@ -64,9 +68,9 @@ def test_launches_are_few(table):
 
 
 def test_extra_memory_has_a_limit(table):
-    for operator in OPERATORS[:-1]:  # the matrix of similarity is its result
+    for operator in OPERATORS.keys() - {"similarity"}:  # whose matrix is its result
         for n, p in ((8192, 8192), (16384, 16384), (65536, 1000)):
-            if operator == "contrastive" and n != p:
+            if operator in PAIRED and n != p:
                 continue
             assert most(table, "extra_bytes", operator=operator, n=n, p=p) <= 64 << 20
 
@@ -117,7 +121,7 @@ def test_what_is_printed(capsys, monkeypatch):
     monkeypatch.setattr(plan, "WIDTHS", (512,))
     assert plan.main(["--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert len(rows) == (len(OPERATORS) - 1) * len(NUMBER_FORMATS)
+    assert len(rows) == (len(OPERATORS) - len(PAIRED)) * len(NUMBER_FORMATS)
     assert set(rows[0]) == {*plan.COLUMNS, "seconds"} and set(rows[0]["seconds"]) == set(CARDS)
     assert plan.main([]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(rows) + 1

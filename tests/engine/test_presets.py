@@ -65,7 +65,7 @@ def test_preset_of_a_method_is_the_best_point_of_its_grid_at_its_best_strength(m
     if method in studies.TUNED:
         assert chosen_in(best).items() == studies.TUNED[method].items()
         points = by_variant(compare.at_strengths(method, results))
-        assert len(points) == len(studies.STRENGTHS)
+        assert len(points) == len(studies.STRENGTHS[method])
         assert all(len(runs) == len(studies.FORM_ORDERS) for runs in points.values())
         best = max(points.values(), key=compare.criterion)
         # Some of these runs are named otherwise, as forms, so it is their settings that count.

@@ -96,6 +96,31 @@ def contrastive(x: Tensor, w: Tensor, scale: Tensor) -> Tensor:
     return (z.logsumexp(1) + z.logsumexp(0)) / 2 - z.diagonal()
 
 
+def pair_kl(
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    teacher_x: Sequence[Tensor],
+    teacher_w: Sequence[Tensor],
+    teacher_scales: Tensor,
+    weights: Tensor | None,
+    *options: Any,
+) -> KL:
+    """teacher_kl over rows and over columns, the own pair being the target."""
+    own = torch.arange(x.shape[0])
+    of_rows, of_columns = (None, None) if weights is None else weights
+    temperature, *gate, t2 = options
+    rest = own, None, temperature, *gate, t2
+    rows = teacher_kl(x, w, scale, teacher_x, teacher_w, teacher_scales, of_rows, *rest)
+    columns = teacher_kl(w, x, scale, teacher_w, teacher_x, teacher_scales, of_columns, *rest)
+    return KL(
+        (rows.loss + columns.loss) / 2,
+        torch.stack([rows.kl, columns.kl]),
+        torch.stack([rows.weights, columns.weights]),
+        torch.stack([rows.entropy, columns.entropy]),
+    )
+
+
 def siglip(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor, offset: int) -> Tensor:
     z = logits(x, w, scale) + bias
     signs = 2 * torch.ones_like(z).tril(offset).triu(offset) - 1
@@ -107,6 +132,7 @@ FORMULAS: dict[str, Callable[..., Any]] = {
     "prototype_cross_entropy": cross_entropy,
     "teacher_kl": lambda *args: teacher_kl(*args).loss,
     "contrastive": contrastive,
+    "pair_kl": lambda *args: pair_kl(*args).loss,
     "siglip": siglip,
 }
 
@@ -172,7 +198,7 @@ def make(
     scale: float = 9.0,
 ) -> Case:
     generator = torch.Generator().manual_seed(0)
-    p = n if name in ("contrastive", "siglip") else p
+    p = n if name in ("contrastive", "siglip") or name.startswith("pairs") else p
     stretch = torch.linspace(0.5, 3, n, dtype=torch.float64)[:, None] if name == "cosines" else 1
     x = (stretch * unit(generator, n, d)).to(dtype)
     w = unit(generator, p, d).to(dtype)
@@ -187,6 +213,7 @@ def make(
     kept = torch.where(mask[target], target, p - p % 3 - 3 if p > 3 else 0)
     ignored = torch.where(torch.arange(n) % 4 == 1, -100, kept)
     weights = torch.rand(n, k, generator=generator)
+    of_pairs = torch.rand(2, n, k, generator=generator)
     rest: dict[str, tuple[str, tuple[Any, ...]]] = {
         "similarity": ("similarity", (False,)),
         "cosines": ("similarity", (True,)),
@@ -201,6 +228,9 @@ def make(
         "kl_blend": ("teacher_kl", (*teachers, None, kept, mask, 2.0, 1.0, 0.7, 0.4, True)),
         "kl_weights": ("teacher_kl", (*teachers, weights, None, mask, 2.0, 1.0, 0.0, 0.0, True)),
         "contrastive": ("contrastive", ()),
+        "pairs": ("pair_kl", (*teachers, None, 2.0, 1.0, 0.0, 0.0, True)),
+        "pairs_blend": ("pair_kl", (*teachers, None, 1.5, 0.5, 0.7, 0.4, False)),
+        "pairs_weights": ("pair_kl", (*teachers, of_pairs, 2.0, 1.0, 0.0, 0.0, True)),
         "siglip": ("siglip", (torch.tensor(-3.0), 0)),
         "siglip_block": ("siglip", (torch.tensor(-3.0), 18)),  # the last rows have no match
     }
@@ -211,6 +241,6 @@ def make(
 NAMES = (
     *("similarity", "cosines", "ce", "ce_all"),
     *("kl", "kl_label", "kl_confidence", "kl_blend", "kl_weights"),
-    *("contrastive", "siglip", "siglip_block"),
+    *("contrastive", "pairs", "pairs_blend", "pairs_weights", "siglip", "siglip_block"),
 )
 LOSSES = NAMES[2:]

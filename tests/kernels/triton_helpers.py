@@ -25,6 +25,9 @@ def backward(case: Case, upstream: Tensor, wanted: Sequence[bool] | None = None)
     args = case.args
     if case.op == "contrastive":
         args = (*args, *call(case.op, *args)[1:])
+    if case.op == "pair_kl":
+        _, _, used, _, lse = call(case.op, *args)
+        args = (*args[:6], used, lse, args[7], args[11])
     if case.op == "teacher_kl":
         used = call(case.op, *args)[2]
         args = (*args[:6], used, args[8], args[9], args[13])

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mulki.kernels import common
-from tests.kernels.triton_cases import LOSSES, NAMES, make, teacher_kl
+from tests.kernels.triton_cases import LOSSES, NAMES, Case, make, pair_kl, teacher_kl
 from tests.kernels.triton_helpers import TOLERANCE, all_close, backward, call, close, error, reduced
 
-HALVES = ("cosines", "ce_all", "kl_label", "kl_weights", "contrastive", "siglip")
+HALVES = ("cosines", "ce_all", "kl_label", "kl_weights", "contrastive", "pairs_weights", "siglip")
 FLOAT = TOLERANCE[torch.float32]
 
 
@@ -29,6 +29,20 @@ def test_means_and_their_gradients(name):
     found, made, _ = reduced(case)
     close(found, total, FLOAT)
     all_close(made, gradients, FLOAT)
+
+
+@pytest.mark.parametrize("mean", [True, False])
+@pytest.mark.parametrize("name", ["pairs", "pairs_weights"])
+def test_pairs_with_labels(name, mean):
+    case = make(name)
+    labels = Case("contrastive", case.args[:3])
+    parts = [one.expected(mean=mean) for one in (labels, case)]
+    totals, kl, used, entropy, *made = call("pair_kl_with_labels", *case.args, mean, [True] * 3)
+    close(totals, torch.stack([total for total, _ in parts]), FLOAT)
+    gradients = [a + b for a, b in zip(*(of for _, of in parts), strict=True)]
+    all_close(made, gradients, FLOAT)
+    want = pair_kl(*case.double())
+    all_close((kl, used, entropy), (want.kl, want.weights, want.entropy), FLOAT)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
