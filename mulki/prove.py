@@ -2,19 +2,28 @@
 
 Every operator is computed at a few shapes in every dtype, by the kernels and by plain PyTorch.
 Values and gradients are compared with float64 as the benchmark does (`mulki.bench.verify`), in the
-reduced form and row by row, whose backward passes are kernels of their own. Then forward and
+reduced form and row by row, whose backward passes are kernels of their own, and of pairs also with
+labels. Then forward and
 backward together are timed by turns. `mulki.ops.proofs` keeps what was found.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from mulki import ops
 from mulki.errors import InputError
 from mulki.ops import backends, proofs
+from mulki.ops.gates import find_gate
 from mulki.ops.proofs import Verdict
+
+if TYPE_CHECKING:
+    from mulki.bench.cases import Case
+    from mulki.bench.losses import Loss
 
 #: The cases of the benchmark that try an operator.
 CASES = {
@@ -103,7 +112,7 @@ def _verdict_of(operator: str, dtype: str, size: str, device: str, seconds: floa
                 problems += result.notes or (result.status,)
             elif result.provider == "mulki" and "speedup_over_eager" in result.metrics:
                 speedups.append(result.metrics["speedup_over_eager"].median)
-        problems += [reason] if reason else _problems_of_rows(case)
+        problems += [reason] if reason else _problems_of_forms(case)
     speedup = min(speedups) if len(speedups) == len(CASES[operator]) else None
     return Verdict(operator, dtype, size, tuple(problems), speedup)
 
@@ -114,22 +123,42 @@ def _not_served(operator: str, device: str, dtype: str) -> str | None:
     return backends.BACKENDS["triton"].why_not(operator, kind, getattr(torch, dtype))
 
 
-def _problems_of_rows(case: object) -> list[str]:
-    """What is wrong with the losses of single rows and their gradients; similarity has none."""
-    from mulki.bench.cases import Case
-    from mulki.bench.losses import MULKI
+def _problems_of_forms(case: Case) -> list[str]:
+    """What is wrong with the losses of single rows, and with labels beside pairs."""
+    from mulki.bench.losses import EAGER, MULKI, TEMPERATURE
     from mulki.bench.outcomes import outcome
     from mulki.bench.verify import Verifier
 
-    assert isinstance(case, Case)
     if case.operator == "similarity":
         return []
+    ours = MULKI[case.operator]
     inputs = case.inputs()
-    verifier = Verifier(case, inputs)
-    loss = MULKI[case.operator]
-    try:
-        found = outcome(lambda *arguments: loss(*arguments, reduction="none").mean(), inputs)
-    # Whatever the kernels raise is what is wrong with them.
-    except Exception as error:
-        return [f"{type(error).__name__}: {error}".splitlines()[0]]
-    return [f"row by row, {problem}" for problem in verifier.problems(verifier.errors(found))]
+    problems = []
+
+    def try_form(form: str, loss: Loss, plain: Loss | None = None) -> None:
+        verifier = Verifier(case, inputs, plain)
+        try:
+            errors = verifier.errors(outcome(loss, inputs))
+        # Whatever the kernels raise is what is wrong with them.
+        except Exception as error:
+            problems.append(f"{form}: {type(error).__name__}: {error}".splitlines()[0])
+        else:
+            problems.extend(f"{form}: {problem}" for problem in verifier.problems(errors))
+
+    try_form("row by row", lambda *operands: ours(*operands, reduction="none").mean())
+    if case.operator == "pair_kl":
+
+        def with_labels(
+            x: Tensor, w: Tensor, scale: Tensor, teachers: Any, target: Tensor
+        ) -> Tensor:
+            uniform = find_gate("uniform")
+            of_labels, of_teachers, *_ = ops.pair_kl.sums_with_labels(
+                (x, w, scale), teachers, TEMPERATURE, uniform, (0.0, 0.0), 1.0
+            )
+            return (of_labels + of_teachers) / len(x)
+
+        def plain(*operands: Any) -> Tensor:
+            return EAGER["contrastive"](*operands[:3]) + EAGER["pair_kl"](*operands)
+
+        try_form("with labels", with_labels, plain)
+    return problems

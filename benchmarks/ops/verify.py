@@ -9,12 +9,14 @@ computed in chunks of rows (`outcomes`), so that all of the result is checked at
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .cases import Case, Inputs
-from .outcomes import Outcome, in_chunks
+from .losses import Loss
+from .outcomes import Outcome, in_chunks, outcome
 from .providers import PROVIDERS
 
 #: Relative L2 error allowed on top of the unfused one's, by dtype: a few roundings of a result.
@@ -24,11 +26,17 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 5e-3, "float16": 1e-3}
 class Verifier:
     """The float64 outcome of a case and the errors of the unfused computation in its dtype."""
 
-    def __init__(self, case: Case, inputs: Inputs) -> None:
+    def __init__(self, case: Case, inputs: Inputs, loss: Loss | None = None) -> None:
+        """Compute both.
+
+        Args:
+            loss: in plain PyTorch, of all rows at once; None for that of the case.
+        """
+        compute = partial(in_chunks, case) if loss is None else partial(outcome, loss)
         self._tolerance = TOLERANCE[case.dtype]
-        self._truth = in_chunks(case, case.inputs(exact=True))
+        self._truth = compute(case.inputs(exact=True))
         with PROVIDERS["eager"].context(case):
-            self._unfused = self.errors(in_chunks(case, inputs))
+            self._unfused = self.errors(compute(inputs))
 
     def errors(self, found: Outcome) -> dict[str, float]:
         """Relative L2 error of each outcome; infinite where it is not finite."""

@@ -97,7 +97,7 @@ class DistillClipLoss(ClipLoss):
         teachers = [teacher.detached() for teacher in teachers]
         gate = f"{self.gate} {self.gate_entropy} {self.gate_label} at {self.gate_temperature}"
         shard = self.shard(student, *teachers, gate=gate, temperature=self.temperature)
-        if shard.world == 1 and student.images.device.type == "cpu":
+        if shard.world == 1:
             sums = self._sums_in_one_pass(student, teachers)
         else:
             of_student, *others = (self.columns(shard, pairs) for pairs in (student, *teachers))
@@ -109,8 +109,7 @@ class DistillClipLoss(ClipLoss):
         return losses if output_dict else (losses["contrastive_loss"], losses["distill_loss"])
 
     def _sums_in_one_pass(self, student: Pairs, teachers: Sequence[Pairs]) -> dict[str, Tensor]:
-        # Where one process holds the batch, rows and columns share their products. No Triton kernel
-        # does it yet.
+        # Where one process holds the batch, rows and columns share their products.
         gate = find_gate(self.gate)
         contrastive, kl, weights, entropy = pair_kl.sums_with_labels(
             (student.images, student.texts, student.scale),

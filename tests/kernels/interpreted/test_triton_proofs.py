@@ -62,7 +62,7 @@ def test_a_kernel_that_is_wrong_in_one_form_is_found(monkeypatch):
 
     monkeypatch.setattr(triton, "kernel", kernel)
     found = verdicts("float32")["prototype_cross_entropy float32 small"]
-    assert any("row by row, gradient" in problem for problem in found.problems)
+    assert any("row by row: gradient" in problem for problem in found.problems)
     assert "was wrong" in (found.why_not() or "")
 
 
