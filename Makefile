@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-amx lint sanitize clean .venv
+.PHONY: help demo test test-amx lint sanitize fuzz clean .venv
 
 help:
 	@echo "make demo      run the bundled image tasks (mulki run embedded) and show the results"
@@ -15,9 +15,10 @@ help:
 	@echo "make test-amx  tests of the operators with Intel's matrix unit emulated, on a CPU with AVX-512"
 	@echo "make lint      ruff, clang-format and mypy"
 	@echo "make sanitize  the C++ kernels under sanitizers, on Linux; SHORT=1 for fewer tests"
+	@echo "make fuzz      random cases for SECONDS=30 each, of a fixed seed and of a fresh one"
 	@echo "make .venv     only make .venv, with all that demo and test need"
 	@echo "make clean     remove .venv, built libraries and caches (run folders in logs/ stay)"
-	@echo "demo, test, lint and sanitize make .venv where it is missing; PYTHON=... picks its interpreter."
+	@echo "demo, test, lint, sanitize and fuzz make .venv where it is missing; PYTHON=... picks its interpreter."
 
 demo: .venv/.installed-demo
 	$(BIN)/mulki run embedded
@@ -38,6 +39,14 @@ lint: .venv/.installed-test
 
 sanitize: .venv/.installed-test
 	tests/csrc/sanitize $(CURDIR)/$(BIN)/python $(if $(SHORT),short)
+
+SECONDS ?= 30
+fuzz: .venv/.installed-test
+	for target in operators files; do \
+	    for seed in "--seed 0" ""; do \
+	        $(BIN)/python -m tests.fuzz $$target --seconds $(SECONDS) $$seed || exit 1; \
+	    done; \
+	done
 
 .venv: .venv/.installed-test
 

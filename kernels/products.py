@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 # Integer arguments that no vectorised load or store depends on. Triton compiles a kernel again for
-# an integer that is 1 or a multiple of 16; for these it must not, since N and P often change.
+# an integer that is 1 or a multiple of 16; for these it must not, since N and P often change. That
+# holds for arguments of their own alone: in a tuple each integer would be specialized.
 COUNTS = (
     *("n", "p", "first", "offset", "classes", "ignore_index"),
     *("state_rows", "sum_rows", "shift"),

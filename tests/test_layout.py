@@ -14,6 +14,7 @@ OTHER = ("benchmarks", "kernels")
 
 CROSS_CUTTING = {
     "engine/test_reference.py": "runs with a reference set, from its folder to the losses",
+    "fuzz/test_fuzz.py": "python -m tests.fuzz",
     "losses/test_losses_memory.py": "the table of losses",
     "losses/test_losses_on_ranks.py": "the table of losses",
     "losses/test_open_clip_interface.py": "the table of losses",

@@ -1,0 +1,131 @@
+"""Readers of files from elsewhere: damaged files are refused in one line, and nothing else happens.
+
+A case is a good file and edits of its bytes. A reader may take the result or raise an InputError
+whose message is one line.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save
+from torch import zeros
+
+from mulki.data.captioned_shards import read_captioned_shards
+from mulki.data.csv_files import csv_task
+from mulki.data.vocabulary import read_vocabulary
+from mulki.engine.config import read_config, resolve
+from mulki.errors import InputError
+from mulki.metrics import read_matrix
+from mulki.tensor_files import load_tensors
+
+
+class Reader(NamedTuple):
+    """A reader, and a file that is good."""
+
+    read: Callable[[Path], object]
+    good: bytes
+
+
+def _png() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), (200, 30, 60)).save(file, "PNG")
+    return file.getvalue()
+
+
+def _shard() -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for key in ("a", "b"):
+            for ending, content in (("png", _png()), ("txt", b"a red square")):
+                member = tarfile.TarInfo(f"{key}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return file.getvalue()
+
+
+def _images_beside(path: Path) -> object:
+    for name in ("a.png", "b.png"):
+        (path.parent / name).write_bytes(_png())
+    return csv_task(path)
+
+
+READERS = {
+    "args.yaml": Reader(
+        lambda path: resolve(read_config(path)),
+        b"tasks: [embedded:digits, embedded:flags]\nmethod: lwf\nlr: 1.0e-4\ndistill_weight: 0.5\n"
+        b"iterations: 5\nlock_text: true\norder: II\n",
+    ),
+    "matrix.csv": Reader(
+        read_matrix,
+        b"task,digits,flags\nzero_shot,50.0,20.5\ndigits,90.25,18\nflags,80,70.5\n",
+    ),
+    "words.txt": Reader(read_vocabulary, "a dog\na cat\n# none\nZürich\n".encode()),
+    "birds.csv": Reader(
+        _images_beside,
+        b"path,label,split\na.png,owl,train\nb.png,hawk,train\na.png,owl,test\nb.png,hawk,test\n",
+    ),
+    "pairs-0000.tar": Reader(
+        lambda path: read_captioned_shards([path], captions=True, skip_bad_images=False), _shard()
+    ),
+    "weights.safetensors": Reader(load_tensors, save({"a": zeros(2, 3), "b": zeros(4)})),
+}
+
+
+class Edit(NamedTuple):
+    """Bytes of a file that are replaced; `start` is taken modulo the length."""
+
+    start: int
+    length: int
+    put: bytes
+
+
+class Edited(NamedTuple):
+    """A file by its name in READERS, and what is changed in it, one edit after the other."""
+
+    name: str
+    edits: list[Edit]
+
+    def content(self) -> bytes:
+        content = bytearray(READERS[self.name].good)
+        for start, length, put in self.edits:
+            start %= len(content) + 1
+            content[start : start + length] = put
+        return bytes(content)
+
+
+_TOKENS = (
+    *(b"\0", b"\n", b",", b'"', b"'", b": ", b"- ", b"{", b"}", b"[", b"&a", b"*a", b"!!python/x"),
+    *(b"\xff", b"\xef\xbb\xbf", "٣".encode(), b"nan", b"inf", b"-1", b"1_0", b"1e400", b"9" * 40),
+    *(b"../", b"/dev/zero", b"<script>", b" " * 3, b"\r", b"\t", b"a" * 5000),
+)
+
+
+_EDITS = st.builds(
+    Edit,
+    start=st.integers(0, 20_000),
+    length=st.integers(0, 40) | st.just(20_000),
+    put=st.just(b"") | st.sampled_from(_TOKENS) | st.binary(max_size=20),
+)
+CASES = st.builds(Edited, name=st.sampled_from(list(READERS)), edits=st.lists(_EDITS, max_size=6))
+
+
+def is_read_or_refused(case: Edited) -> None:
+    """Whatever the bytes are, there is a result or an InputError of one line."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / case.name
+        path.write_bytes(case.content())
+        try:
+            READERS[case.name].read(path)
+        except InputError as error:
+            assert str(error) and "\n" not in str(error), f"not one line: {error!s}"
+
+
+tries = {is_read_or_refused: CASES}

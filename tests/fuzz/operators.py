@@ -1,0 +1,119 @@
+"""Operators and losses over random shapes, memory layouts, dtypes, masks, scales and threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.ops.op_cases import NAMES, Case, make
+from tests.ops.rounding import bounds, ours
+
+# Random cases find what the bounds of the tests were not made for: sums that nearly cancel.
+SLACK = 4.0
+
+
+class Drawn(NamedTuple):
+    """The arguments of `make`, and how the operator is called."""
+
+    name: str
+    n: int
+    p: int
+    d: int
+    dtype: torch.dtype
+    scale: float
+    gap: float | None
+    seed: int
+    layouts: tuple[str, str]
+    threads: int
+    mean: bool | None
+
+
+def _rows_apart(t: Tensor) -> Tensor:
+    apart = torch.full((t.shape[0], t.shape[1] + 3), torch.nan, dtype=t.dtype)
+    apart[:, 1:-2] = t
+    return apart[:, 1:-2]
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t,
+    "transposed": lambda t: t.T.contiguous().T,
+    "rows apart": _rows_apart,
+    "backwards": lambda t: t.flip(0).contiguous().flip(0),
+    "not aligned": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
+}
+_SIZES = st.integers(1, 40) | st.sampled_from([64, 65, 100, 129, 257])
+
+CASES = st.builds(
+    Drawn,
+    name=st.sampled_from(NAMES),
+    n=st.integers(0, 3) | _SIZES,
+    p=_SIZES,
+    d=_SIZES,
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    scale=st.sampled_from([0.0, 1e-3, 1.0, 14.3, 100.0, -9.0, 1e3, 1e4]),
+    gap=st.sampled_from([None, 0.0, 1e-3, 0.1]),
+    seed=st.integers(0, 2**16),
+    layouts=st.tuples(*[st.sampled_from(list(LAYOUTS))] * 2),
+    threads=st.integers(1, 3),
+    mean=st.sampled_from([None, False, True]),
+)
+
+
+def case_of(drawn: Drawn) -> Case:
+    """The operator's case with its operands in the drawn layouts."""
+    case = make(*drawn[:8])
+    x, w, *rest = case.args
+    of_x, of_w = (LAYOUTS[layout] for layout in drawn.layouts)
+    return Case(case.op, (of_x(x), of_w(w), *rest))
+
+
+def is_right(drawn: Drawn) -> None:
+    """Loss and gradients agree with float64, repeat bit for bit, and change no argument."""
+    case = case_of(drawn)
+    # A similarity has no sum.
+    mean = None if case.op == "similarity" else drawn.mean
+    before = [_copy(argument) for argument in case.args]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(drawn.threads)
+        results = ours(case, mean)
+        torch.set_num_threads(1)
+        again = ours(case, mean)
+    finally:
+        torch.set_num_threads(threads)
+    for one, other in zip(before, case.args, strict=True):
+        assert _same(one, other), "an argument has changed"
+    # torch multiplies the gradients of similarity in half precision, split over its threads.
+    if not (case.op == "similarity" and drawn.dtype != torch.float32):
+        for one, other in zip(results, again, strict=True):
+            assert _same(one, other), "another number of threads gives other bits"
+    if case.args[0].shape[0] == 0:
+        return
+    for i, (got, want, bound) in enumerate(bounds(case, mean)):
+        # float16 has no numbers beyond 65504.
+        within = want.abs() < torch.finfo(got.dtype).max / 2
+        assert got.isfinite()[within].all(), f"result {i} is not finite"
+        if within.all():
+            error = (got.double() - want).norm().item()
+            assert error <= SLACK * bound, f"result {i}: error {error:.3g}, allowed {bound:.3g}"
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_copy(v) for v in value]
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, list):
+        return all(map(_same, one, other))
+    if not isinstance(one, Tensor):
+        return bool(one == other)
+    return torch.equal(one.nan_to_num(), other.nan_to_num()) and one.shape == other.shape
+
+
+tries = {is_right: CASES}
