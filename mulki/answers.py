@@ -4,7 +4,9 @@
 and so on. Its boolean arrays have an entry per test image, in the order of the test set:
 ``own/<data set>`` where an image was classified among the classes of its own task (or in another
 label space that the run has, `mulki.evaluate.LabelSpace`), and, for tasks learned by then,
-``seen/<data set>`` where it was classified among the classes of all of them.
+``seen/<data set>`` where it was classified among the classes of all of them. The whole numbers
+``said/<data set>`` are the class that was said for ``own``, by its place among the classes of all
+data sets in their order; files of earlier versions lack them.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from mulki.files import replacing
 from mulki.metrics import ZERO_SHOT, read_matrix
 
 BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.int32]
 
 #: The folder in a run folder.
 FOLDER = "answers"
@@ -36,10 +39,13 @@ class Answers:
         own: in the label space of the run, by default the classes of the data set, [n].
         seen: among the classes of all tasks learned by then, [n]; None for a data set that is not
             one of them.
+        said: the class that was said for `own`, its place among the classes of all data sets of the
+            run in their order, [n]; None where that was not kept.
     """
 
     own: BoolArray
     seen: BoolArray | None = None
+    said: IntArray | None = None
 
     @property
     def accuracy(self) -> float:
@@ -69,10 +75,11 @@ def write_answers(
     """Write the answers of one row, by data set, in one atomic step."""
     arrays = {f"own/{name}": each.own for name, each in answers.items()}
     arrays |= {f"seen/{name}": a.seen for name, a in answers.items() if a.seen is not None}
+    said = {f"said/{name}": a.said for name, a in answers.items() if a.said is not None}
     path = answers_path(folder, index, after_task)
     path.parent.mkdir(exist_ok=True)
     with replacing(path) as temporary, temporary.open("wb") as stream:
-        np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]  # no array is a switch
+        np.savez_compressed(stream, **arrays, **said)  # type: ignore[arg-type]  # no array is a switch
 
 
 def read_answers(folder: str | os.PathLike[str]) -> dict[str, dict[str, Answers]]:
@@ -121,14 +128,22 @@ def _read(path: Path, columns: tuple[str, ...], learned: tuple[str, ...]) -> dic
         raise _damaged(path, "no such file") from None
     except Exception as error:  # numpy, zipfile and zlib each have errors of their own for damage
         raise _damaged(path, f"cannot be read: {error}") from None
+    known = {name: arrays.pop(f"said/{name}") for name in columns if f"said/{name}" in arrays}
     if arrays.keys() != wanted:
         odd = min(arrays.keys() ^ wanted)
         raise _damaged(path, f"{odd} is {'missing' if odd in wanted else 'not expected'}")
     for name, array in arrays.items():
         if array.dtype != np.bool_ or array.ndim != 1 or not len(array):
             raise _damaged(path, f"{name} is {array.dtype} {list(array.shape)}, not booleans [n]")
-    answers = {name: Answers(arrays[f"own/{name}"], arrays.get(f"seen/{name}")) for name in columns}
+    answers = {
+        name: Answers(arrays[f"own/{name}"], arrays.get(f"seen/{name}"), known.get(name))
+        for name in columns
+    }
     for name, each in answers.items():
+        if each.said is not None and (each.said.dtype != np.int32 or each.said.ndim != 1):
+            raise _damaged(path, f"said/{name} is no list of whole numbers")
+        if each.said is not None and len(each.said) != len(each.own):
+            raise _damaged(path, f"said/{name} has {len(each.said)} images of {len(each.own)}")
         if each.seen is not None and len(each.seen) != len(each.own):
             raise _damaged(path, f"seen/{name} has {len(each.seen)} images of {len(each.own)}")
     return answers

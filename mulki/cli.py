@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -48,8 +49,12 @@ def run_command(argv: Sequence[str]) -> int:
         print(f"mulki: error{where}: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except Stopped as stopped:
-        on = f"; mulki run --resume {stopped.resume} goes on" if stopped.resume else ""
-        print(f"mulki: interrupted{on}", file=sys.stderr)
+        print("mulki: interrupted", file=sys.stderr)
+        if stopped.results:
+            page = os.path.join(stopped.results, "report.html")
+            print(f"results so far: {page}", file=sys.stderr)
+        if stopped.resume:
+            print(f"to go on: mulki run --resume {shlex.quote(stopped.resume)}", file=sys.stderr)
         return 128 + stopped.number
     except KeyboardInterrupt:
         print("mulki: interrupted", file=sys.stderr)
@@ -114,7 +119,7 @@ def _run(argv: list[str]) -> int:
     console = Console()
     # The level is the handler's: out.log takes more of the package's messages than the terminal.
     # Errors are left out here, since `run_command` prints the one that ends a run.
-    handler = logging.StreamHandler()
+    handler = _Messages()
     # Of several processes only the first prints warnings.
     handler.setLevel(logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     handler.addFilter(lambda record: record.levelno < logging.ERROR)
@@ -127,6 +132,17 @@ def _run(argv: list[str]) -> int:
     print_matrix(folder.matrix, console, folder.class_incremental)
     console.print(f"run folder: {folder.path}", soft_wrap=True, highlight=False)
     return 0
+
+
+class _Messages(logging.StreamHandler):
+    @property
+    def stream(self) -> Any:
+        # Looked up anew for each message: the live display takes the place of standard error.
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: Any) -> None:
+        pass
 
 
 def _given(argv: list[str]) -> tuple[dict[str, Any], str | None]:

@@ -27,12 +27,14 @@ class Stopped(KeyboardInterrupt):
 
     Attributes:
         resume: the folder that the run can go on from, None if there is none.
+        results: the folder that holds results so far, None if there are none.
     """
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.number = number
         self.resume: str | None = None
+        self.results: str | None = None
 
 
 class ProcessLost(RuntimeError):

@@ -9,7 +9,7 @@ alone, so accuracy does not depend on batching or order; no autocast is used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -60,6 +60,7 @@ class Evaluator:
             processes with ``part=world.rows``.
         world: the processes that evaluate together.
         label_space: of `Answers.own`.
+        tested: called with the number of images after each batch of them.
     """
 
     def __init__(
@@ -69,12 +70,14 @@ class Evaluator:
         loaders: Sequence[Loader],
         world: World = ALONE,
         label_space: LabelSpace = "task",
+        tested: Callable[[int], None] = lambda images: None,
     ):
         self.model = model
         self.tasks = tasks
         self._loaders = loaders
         self._world = world
         self._label_space = label_space
+        self._tested = tested
         self._inputs: dict[str, Tensor] = {}
 
     def accuracy(self, number: int) -> tuple[float, int]:
@@ -120,6 +123,8 @@ class Evaluator:
         same = [self._first_alike(head) for head in heads]
         # 0 in places of other processes, so that the sum over processes is the whole.
         right = torch.zeros(len(heads), sum(batch_sizes(self._loaders[number])), dtype=torch.int64)
+        said = torch.zeros_like(right)
+        firsts = [sum(len(task.classes) for task in self.tasks[: head.start]) for head in heads]
         unsound = torch.stack([_unsound(texts) for texts in classifiers.values()]).sum()
         for images, target, places in self._batches(number):
             features = self.model.encode_images(images)
@@ -128,23 +133,27 @@ class Evaluator:
             logits = {
                 task: features @ classifiers[task].mT for task in {i for h in heads for i in h}
             }
-            for row, head, first_alike in zip(right, heads, same, strict=True):
+            for row, words, head, first, first_alike in zip(
+                right, said, heads, firsts, same, strict=True
+            ):
                 predicted = torch.cat([logits[i] for i in head], dim=1).argmax(dim=1).cpu()
                 before = sum(len(classifiers[i]) for i in head if i < number)
-                chosen = first_alike[predicted[: len(places)]]
-                row[places] = (chosen == first_alike[target + before]).long()
+                chosen = predicted[: len(places)]
+                row[places] = (first_alike[chosen] == first_alike[target + before]).long()
+                words[places] = chosen + first
         *summed, count = self._world.total(
-            *right.flatten().tolist(), int(unsound), device=self.model.device
+            *torch.cat([right, said]).flatten().tolist(), int(unsound), device=self.model.device
         )
         if count:
             raise InputError(
                 f"task {self.tasks[number].name}: {count} features of its images and of class "
                 "texts are not finite; the model has diverged: lower --lr"
             )
-        found = np.asarray(summed, dtype=bool).reshape(right.shape)
-        by_head = dict(zip(heads, found, strict=True))
+        found, classes = np.asarray(summed, dtype=np.int32).reshape(2, *right.shape)
+        by_head = dict(zip(heads, found.astype(bool), strict=True))
+        said_by_head = dict(zip(heads, classes, strict=True))
         return [
-            Answers(by_head[mine], None if among is None else by_head[among])
+            Answers(by_head[mine], None if among is None else by_head[among], said_by_head[mine])
             for mine, among in zip(own, seen, strict=True)
         ]
 
@@ -168,6 +177,7 @@ class Evaluator:
         for (images, target, places), count in zip(loader, batch_sizes(loader), strict=True):
             distinct = self._world.distinct(count)
             yield images, target[:distinct], places[:distinct]
+            self._tested(count)
 
 
 def shared_classes(tasks: Sequence[Task]) -> dict[str, list[str]]:

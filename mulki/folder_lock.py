@@ -50,6 +50,22 @@ class FolderLock:
             release()
 
 
+def is_locked(folder: Path) -> bool | None:
+    """Whether a process has the lock of a folder; None where there are no locks."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return False
+
+
 _descriptors: set[int] = set()
 
 

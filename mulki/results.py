@@ -8,19 +8,24 @@
 ``out.log``         what was logged
 ``results.jsonl``   one line per evaluation, see :class:`Evaluation`
 ``matrix.csv``      accuracies in percent, see :func:`mulki.metrics.read_matrix`
+``history.jsonl``   one line per logged step, see :mod:`mulki.history`
+``tasks.json``      classes and targets of the data sets, see :mod:`mulki.catalog`
+``examples.json``   images on which start model and last model disagree, see the same
 ``answers/``        which test images were right, see :mod:`mulki.answers`
 ``summary.json``    metrics with their definitions, status, tasks, seconds, and what was used
                     beyond the tasks and the start model
 ``summary.md``      the printed table, written by :func:`mulki.report.write_report`
 ``report.html``     all of the above on one page, written by the same function
-``tensorboard/``    scalars, when the package tensorboard is installed
+``tensorboard/``    curves, see :mod:`mulki.trackers`; ``wandb/`` likewise
 ``checkpoints/``    ``task_01_name.safetensors`` ..., ``latest/``
 ``recovery/``       what ``mulki run --resume`` goes on from, until the run is complete
 ==================  ==========================================================================
 
-However a run ends, the results so far can be read: whole lines are appended, files are replaced
-atomically, and ``summary.json`` says ``interrupted`` until the sequence has ended. So the folder of
-a killed run needs no repair. One process at a time writes to a folder.
+However a run ends, the results so far can be read: whole lines are appended and files are replaced
+atomically. So the folder of a killed run needs no repair. ``summary.json`` says ``running`` until
+the run has ended, then ``complete`` or ``interrupted``. Of a run that was killed it still says
+``running``; :func:`mulki.report.read_folder` tells such a run from one that goes on. One process at
+a time writes to a folder.
 """
 
 from __future__ import annotations
@@ -39,11 +44,12 @@ from datetime import datetime
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import yaml
 
 from mulki.answers import Answers, seen_accuracy, write_answers
+from mulki.catalog import TASKS
 from mulki.environment import environment
 from mulki.errors import InputError
 from mulki.files import is_temporary, sweep, sync, write_atomic
@@ -59,19 +65,19 @@ from mulki.metrics import (
     read_matrix,
     write_matrix,
 )
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from mulki.trackers import AUTO, Tracker, open_trackers
 
 logger = logging.getLogger(__name__)
 
-Status = Literal["complete", "interrupted"]
+Status = Literal["running", "complete", "interrupted"]
 
 #: The folder in a run folder that a run goes on from.
 RECOVERY = "recovery"
 
 # What a run writes before its first evaluation.
-_BEFORE_ROWS = frozenset({"env.json", "args.yaml", "summary.json", "out.log"})
+_BEFORE_ROWS = frozenset(
+    {"env.json", "args.yaml", "summary.json", "out.log", TASKS, "tensorboard", "wandb"}
+)
 
 
 @dataclass(frozen=True)
@@ -138,9 +144,9 @@ def _slug(name: str) -> str:
 class RunFolder:
     """Writer of one run folder; made by :meth:`create` or, to resume, by :meth:`open`.
 
-    Used as a context manager it attaches ``out.log`` and, where it can, ``tensorboard/``, and
-    finishes the run: ``complete`` when the block ends, ``interrupted`` when an exception (or
-    Ctrl-C) leaves it. In a distributed run only the first rank may have one.
+    Used as a context manager it attaches ``out.log``, opens the trackers of its configuration
+    (``report_to``) and finishes the run: ``complete`` when the block ends, ``interrupted`` when an
+    exception (or Ctrl-C) leaves it. In a distributed run only the first rank may have one.
 
     Attributes: ``path``, ``name``, ``method``, ``order``, ``seed``, ``status``, ``uses``; the
     results so far are ``matrix``, an :class:`AccuracyMatrix`, and ``class_incremental``, the
@@ -157,7 +163,7 @@ class RunFolder:
         matrix: AccuracyMatrix,
         test_images: Mapping[str, int] | None = None,
         seconds: float = 0.0,
-        status: Status = "interrupted",
+        status: Status = "running",
         uses: tuple[str, ...] = (),
         lock: FolderLock | None = None,
     ) -> None:
@@ -175,7 +181,7 @@ class RunFolder:
         self._started = time.monotonic() - seconds
         self._handler: logging.Handler | None = None
         self._level = logging.NOTSET
-        self._tensorboard: SummaryWriter | None = None
+        self._trackers: list[Tracker] = []
 
     @classmethod
     def create(
@@ -255,7 +261,12 @@ class RunFolder:
 
     def __enter__(self) -> RunFolder:
         self.attach_log()
-        self._open_tensorboard()
+        config = yaml.safe_load((self.path / "args.yaml").read_text(encoding="utf-8")) or {}
+        report_to = config.get("report_to", [AUTO])
+        self._trackers = open_trackers(report_to, self.path, self.name, config)
+        if self.status == "interrupted":
+            self.status = "running"
+            self._write_summary()
         return self
 
     def __exit__(
@@ -278,9 +289,9 @@ class RunFolder:
                     with contextlib.suppress(OSError):
                         self.finish("interrupted")
         finally:
-            if self._tensorboard is not None:
-                self._tensorboard.close()
-                self._tensorboard = None
+            for tracker in self._trackers:
+                tracker.close()
+            self._trackers = []
             self.detach_log()
 
     def release(self) -> None:
@@ -314,18 +325,10 @@ class RunFolder:
             self._handler.close()
             self._handler = None
 
-    def _open_tensorboard(self) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            logger.info("tensorboard/ is not written: the package tensorboard is not installed")
-            return
-        self._tensorboard = SummaryWriter(str(self.path / "tensorboard"))
-
-    def scalar(self, tag: str, value: float, step: int) -> None:
-        """Add a point to ``tensorboard/``; without effect where that is not written."""
-        if self._tensorboard is not None:
-            self._tensorboard.add_scalar(tag, value, step)
+    def scalars(self, values: Mapping[str, float], step: int, axis: str = "step") -> None:
+        """Add points to the curves of the trackers, by name; `step` counts along `axis`."""
+        for tracker in self._trackers:
+            tracker.add(values, step, axis)
 
     def record(
         self,
@@ -367,7 +370,11 @@ class RunFolder:
         sync(self.path / "results.jsonl")
         if eval_dataset in self.matrix.columns:
             self._test_images[eval_dataset] = evaluation.n
-        self.scalar(f"{eval_dataset}/{metric}", value, step)
+        curves = {f"{eval_dataset}/{metric}": value}
+        if metric == "acc1":
+            # As open_clip calls it, a fraction there.
+            curves[f"val/{eval_dataset}-zeroshot-val-top1"] = value / 100
+        self.scalars(curves, step)
         return evaluation
 
     def add_answers(
@@ -425,9 +432,9 @@ class RunFolder:
         self.matrix = matrix
         self._write_summary()
         if after_task != ZERO_SHOT:
-            for name, value in matrix.metrics().to_dict().items():
-                if value is not None:
-                    self.scalar(f"metrics/{name}", value, len(matrix.tasks))
+            found = matrix.metrics().to_dict()
+            known = {f"metrics/{name}": value for name, value in found.items() if value is not None}
+            self.scalars(known, len(matrix.tasks), "tasks")
         return matrix
 
     @property
@@ -550,8 +557,11 @@ def _make_folder(logs: Path, name: str | None, default: str) -> tuple[Path, Fold
     _check_unused(path)
     sweep(path)
     # Not env.json, by which the folder is known as ours until it is replaced.
-    for old in _BEFORE_ROWS - {"env.json"}:
-        (path / old).unlink(missing_ok=True)
+    for old in (path / name for name in _BEFORE_ROWS - {"env.json"}):
+        if old.is_dir():
+            shutil.rmtree(old)
+        else:
+            old.unlink(missing_ok=True)
     return path, lock
 
 

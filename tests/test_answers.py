@@ -52,6 +52,22 @@ def test_answers_are_read_as_written(folder: Path) -> None:
         assert set(file.files) == {"own/a/b: ü", "own/letters", "seen/a/b: ü"}
 
 
+def test_classes_that_were_said_are_kept_where_they_are_known(folder: Path) -> None:
+    assert all(a.said is None for row in read_answers(folder).values() for a in row.values())
+    kept = {
+        name: Answers(each.own, each.seen, np.arange(len(each.own), dtype=np.int32))
+        for name, each in drawn(2).items()
+    }
+    write_answers(folder, 2, "letters", kept)
+    found = read_answers(folder)["letters"]
+    assert all(found[n].said.tolist() == [*range(k)] for n, k in SIZES.items())  # type: ignore[union-attr]
+    for bad in (np.arange(3, dtype=np.int32), np.zeros(4), np.zeros((4, 1), dtype=np.int32)):
+        spoiled = {**kept, "letters": Answers(kept["letters"].own, kept["letters"].seen, bad)}
+        write_answers(folder, 2, "letters", spoiled)
+        with pytest.raises(InputError, match="said/letters"):
+            read_answers(folder)
+
+
 def test_accuracy_over_all_seen_images() -> None:
     yes, no = np.ones(3, dtype=bool), np.zeros(1, dtype=bool)
     answers = [Answers(yes, yes), Answers(no, no), Answers(no)]

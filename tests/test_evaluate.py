@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -178,6 +179,12 @@ def test_other_label_spaces(load_tiny: Load, both: list[Task], space: LabelSpace
         alone, together = by_hand(model, both[number : number + 1], 0), by_hand(model, both, number)
         differs |= alone != together
         first, second, last = evaluator.answers(number, heads, [0, 1, 2])
+        targets = np.asarray(both[number].test.targets)
+        before = len(both[0].classes) if number else 0
+        for each in (first, second, last):
+            # What was said is the class where it was right, and another where it was not.
+            assert each.said is not None
+            assert ((each.said == targets + before) == each.own).all()
         assert last.own.tolist() == together and first.seen is None
         assert last.seen is not None and last.seen.tolist() == together
         wanted = together if space == "all" else alone

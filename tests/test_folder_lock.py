@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mulki.errors import InputError
-from mulki.folder_lock import FolderLock
+from mulki.folder_lock import FolderLock, is_locked
 from tests import ROOT
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="flock")
@@ -72,6 +72,18 @@ def test_a_process_that_a_dead_one_has_forked_does_not_keep_it(tmp_path: Path) -
         FolderLock(tmp_path)
     finally:
         os.kill(int(said), signal.SIGKILL)
+
+
+def test_whether_it_is_taken_can_be_seen(tmp_path: Path) -> None:
+    assert is_locked(tmp_path) is False
+    process, _ = other(tmp_path)
+    try:
+        assert is_locked(tmp_path) is True
+    finally:
+        process.kill()
+        process.wait()
+    assert is_locked(tmp_path) is False
+    FolderLock(tmp_path).release()  # looking has left it free
 
 
 def test_it_goes_with_the_object(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import yaml
 from mulki.answers import Answers
 from mulki.errors import InputError
 from mulki.metrics import DEFINITIONS, ZERO_SHOT, AccuracyMatrix, read_matrix
+from mulki.report import read_folder
 from mulki.results import Evaluation, RunFolder, check_free, default_name, read_evaluations
 
 ROOT = Path(__file__).parent.parent
@@ -63,7 +64,7 @@ def summary_of(path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def without_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setattr("mulki.trackers._installed", lambda name: False)
 
 
 def test_a_whole_run(tmp_path: Path, without_tensorboard: None) -> None:
@@ -107,7 +108,6 @@ def test_a_whole_run(tmp_path: Path, without_tensorboard: None) -> None:
 
     log = (run.path / "out.log").read_text()
     assert "INFO mulki.engine: learning digits" in log
-    assert "tensorboard is not installed" in log
     assert json.loads((run.path / "env.json").read_text())["hashes"] == {
         "weights": "abc",
         "splits": {"digits": "def"},
@@ -376,7 +376,8 @@ with run:
 
     path = tmp_path / "first"
     assert not [name for name in os.listdir(path) if name.endswith(".tmp")]
-    assert summary_of(path)["status"] == "interrupted"
+    assert summary_of(path)["status"] == "running"  # a process that is killed cannot say so
+    assert read_folder(path).status == "interrupted"
     results = path / "results.jsonl"
     with results.open("a") as stream:
         stream.write('{"run": "fir')
@@ -468,7 +469,7 @@ def test_the_log_is_attached_once_and_detached(
     assert (package.level, package.handlers) == before
 
 
-def test_tensorboard_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_curves_go_to_the_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[tuple[str, float, int]] = []
     closed: list[str] = []
 
@@ -485,20 +486,49 @@ def test_tensorboard_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     fake = types.ModuleType("torch.utils.tensorboard")
     fake.SummaryWriter = Writer  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    monkeypatch.setattr("mulki.trackers._installed", lambda name: name == "tensorboard")
     with make(tmp_path) as run:
-        run.scalar("loss", 0.5, 1)
+        run.scalars({"loss": 0.5}, 1)
         evaluate(run, "digits", 80)
         run.add_row(ZERO_SHOT, row(1, 2, 3))
         run.add_row("digits", row(1, 80, 3))
     assert written == [
         ("loss", 0.5, 1),
         ("digits/acc1", 80.0, 5),
+        ("val/digits-zeroshot-val-top1", 0.8, 5),
         ("metrics/average", 80.0, 1),
         ("metrics/last", 80.0, 1),
     ]
     assert closed == [str(run.path / "tensorboard")]
-    run.scalar("loss", 0.5, 2)
-    assert len(written) == 4
+    run.scalars({"loss": 0.5}, 2)
+    assert len(written) == 5
+
+
+@pytest.mark.parametrize("report_to", ["none", ["none"]])
+def test_a_run_that_reports_to_none(tmp_path: Path, report_to: object) -> None:
+    with make(tmp_path, config={"report_to": report_to}) as run:
+        run.scalars({"loss": 0.5}, 1)
+    assert not (run.path / "tensorboard").exists()
+
+
+def test_a_run_that_goes_on_is_running_again(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), make(tmp_path) as run:
+        assert summary_of(run.path)["status"] == "running"
+        raise KeyboardInterrupt
+    assert summary_of(run.path)["status"] == "interrupted"
+    run.release()
+    with RunFolder.open(run.path) as again:
+        assert summary_of(run.path)["status"] == "running"
+    assert again.status == summary_of(run.path)["status"] == "complete"
+
+
+def test_curves_of_a_run_that_ended_before_its_first_row_go(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), make(tmp_path) as run:
+        (run.path / "tensorboard").mkdir()
+        (run.path / "tensorboard" / "old").touch()
+        raise KeyboardInterrupt
+    run.release()
+    assert not (make(tmp_path).path / "tensorboard").exists()
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,14 @@ class RunConfig:
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     logs: str = option("logs", "folder of run folders", alias="--output")
     name: str | None = option(None, "name of the run folder; made from the date if left out")
-    log_every_n_steps: int = option(10, "steps between two lines of losses in out.log", low=1)
+    log_every_n_steps: int = option(
+        10, "steps between two lines of losses in out.log and points of its curves", low=1
+    )
+    report_to: tuple[str, ...] = option(
+        ("auto",),
+        "where curves go: tensorboard, wandb (offline unless WANDB_MODE says otherwise), all, "
+        "none; auto: tensorboard where it is installed",
+    )
     save_every: int | None = option(
         None,
         "steps between two saves for --resume, 0: at the end of a task alone; if left out as often "

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mulki.data.reference import ReferenceSet
@@ -40,6 +40,9 @@ class StepReport:
         lr: the learning rate.
         images: images in its batch, those of all processes.
         seconds: since the step before, loading included.
+        parts: of these seconds, those that waited for images (`loading`), took the features, the
+            losses and their gradients (`gradients`), and moved the weights (`update`). A device
+            that works ahead of the host does the last under the name of what comes after it.
     """
 
     step: int
@@ -47,6 +50,7 @@ class StepReport:
     lr: float
     images: int
     seconds: float
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 def steps_of(config: RunConfig, num_images: int, processes: int = 1) -> int:
@@ -70,6 +74,7 @@ def learn_task(
     reference: ReferenceSet | None = None,
     anchors: Anchors | None = None,
     listen: Callable[[StepReport], None] = lambda report: None,
+    prepared: Callable[[int], None] = lambda images: None,
     saves: Saves | None = None,
     saved: Mapping[str, Any] | None = None,
 ) -> int:
@@ -86,6 +91,8 @@ def learn_task(
         reference: the images and captions that the method needs if `method.needs.reference`.
         anchors: the texts that the method needs if it has `method.needs.anchors`.
         listen: called after every step.
+        prepared: called with the number of training images that the teachers have just encoded,
+            where they encode them before the first step.
         saves: of the run; none by default.
         saved: the state within this task to go on from. The weights of the student and of the
             frozen models are those of that moment already.
@@ -118,6 +125,7 @@ def learn_task(
         world,
         kept=kept_samples(task, reference, transform, config, steps, world),
         num_anchors=len(anchors) if anchors is not None else 0,
+        encoded=prepared,
     )
     if saved is not None:
         method.load_state_dict(saved["method"], strict=False)
@@ -157,8 +165,10 @@ def learn_task(
     with (saves or Saves(None, used=False)).within_task(state) as whole_step:
         for number in range(done + 1, steps + 1):
             batch, of_reference = next(batches)
+            loaded = time.perf_counter()
             with whole_step(number):
                 losses = step.gradients(batch, of_reference)
+                derived = time.perf_counter()
                 _check_losses(losses, batch, base_lr, task, number)
                 lr = base_lr * schedule.factor(
                     config.lr_scheduler, number - 1, steps, config.warmup
@@ -167,8 +177,14 @@ def learn_task(
                     step.update(lr)
                 method.after_step(number)
                 done = number
+                updated = time.perf_counter()
+            parts = {
+                "loading": loaded - ended,
+                "gradients": derived - loaded,
+                "update": updated - derived,
+            }
             started, ended = ended, time.perf_counter()
-            listen(StepReport(number, losses, lr, len(batch.target), ended - started))
+            listen(StepReport(number, losses, lr, len(batch.target), ended - started, parts))
     guard.report(task.name)
     method.end_task()
     model.eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 # Of mallopt in glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -156,6 +162,22 @@ def free_memory(device: torch.device) -> int | None:
             return None
     limits = [limit for limit in (_available(), _cgroup_left()) if limit is not None]
     return min(limits, default=None)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes that were in use so far, None if that is not known.
+
+    On the CPU by this process with all that it has loaded, on another device by its tensors.
+    """
+    if device.type != "cpu":
+        try:
+            return torch.accelerator.max_memory_allocated(device)
+        except (RuntimeError, ValueError, NotImplementedError):
+            return None
+    if resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _available() -> int | None:

@@ -1,19 +1,31 @@
-"""Progress of a run on a terminal: a bar with loss terms, images per second and time left."""
+"""What a run shows while it goes on: a display on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from types import TracebackType
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.columns import Columns
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from mulki.engine.learn import StepReport
+from mulki.engine.time_left import TimeLeft, clock
+
+STEPS = "steps"
+TEACHERS = "training images"
+TEST = "test images"
+
+# Redraws a second.
+_RATE = 4
+# Seconds between two lines where there is no terminal: few for a long run, whose log is kept.
+_OFTEN, _SELDOM, _SHARE = 5.0, 60.0, 0.01
+# Steps after which the time of the run is told: the first ones are slower than the rest.
+_MEASURED = 3
 
 
 def describe(report: StepReport) -> str:
@@ -21,31 +33,49 @@ def describe(report: StepReport) -> str:
     return " ".join(f"{k.removesuffix('_loss')} {v:.3f}" for k, v in report.losses.items())
 
 
+def megabytes(count: float | None) -> str:
+    """Bytes as MiB or GiB; nothing where they are not known."""
+    if count is None:
+        return ""
+    return f"{count / 2**20:.0f} MiB" if count < 10 * 2**30 else f"{count / 2**30:.1f} GiB"
+
+
 class RunProgress:
-    """One bar for the whole run; without a terminal nothing is drawn.
+    """Shows where a run is, how fast, and how long it still takes.
+
+    On a terminal it is a display of a few lines, which is drawn from a thread of its own: a step
+    only stores its numbers. Elsewhere a line is printed every few seconds.
 
     Args:
         console: where to draw.
-        total: optimiser steps of all tasks.
+        work: what the run has to do: `STEPS`, `TEACHERS` (training images that teachers encode
+            before the first step of a task), `TEST` (test images, each as often as it is tested).
+        tasks: number of tasks.
     """
 
-    def __init__(self, console: Console, total: int):
-        self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[terms]}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=max(total, 1), rate="", terms="")
+    def __init__(self, console: Console, work: Mapping[str, int], tasks: int):
+        self._console = console
+        self._time = TimeLeft({STEPS: 0, TEACHERS: 0, TEST: 0, **work})
+        self._tasks = tasks
+        self._task = ""
+        self._stage = ""
+        self._kind = STEPS
+        self._done = self._total = self._measured = 0
+        self._report: StepReport | None = None
         self._per_second: float | None = None
+        self._memory: int | None = None
+        self._weights: Mapping[str, float] = {}
+        self._began = self._mark = self._printed = time.monotonic()
+        self._live = Live(
+            console=console,
+            get_renderable=self._drawn,
+            refresh_per_second=_RATE,
+            transient=True,
+        )
 
     def __enter__(self) -> RunProgress:
-        self._bar.start()
+        if self._draws:
+            self._live.start()
         return self
 
     def __exit__(
@@ -54,24 +84,128 @@ class RunProgress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        self._live.stop()
 
-    def says(self, text: str) -> None:
-        """Show what the run is doing, left of the bar."""
-        self._bar.update(self._task, description=text)
+    @property
+    def _draws(self) -> bool:
+        return self._console.is_terminal and not self._console.is_dumb_terminal
 
-    def skip(self, steps: int) -> None:
-        """Advance the bar by steps that an earlier process made."""
-        self._bar.update(self._task, advance=steps)
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        self._console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    def skip(self, **work: int) -> None:
+        """Leave out work that an earlier process did: `steps`, `prepared` and `tested` units."""
+        for name, kind in (("steps", STEPS), ("prepared", TEACHERS), ("tested", TEST)):
+            self._time.skip(kind, work.get(name, 0))
+
+    def stage(self, text: str, kind: str, total: int, done: int = 0) -> None:
+        """Begin a part of the run, of so many units of a kind of work."""
+        self._stage, self._kind, self._total, self._done = text, kind, total, done
+        self._report = None
+        self._mark = time.monotonic()
+        self._print_line()
+
+    def task(self, number: int, name: str) -> None:
+        """Begin a task, from 1."""
+        self._task = f"task {number}/{self._tasks} {name}"
+        self._weights = {}
+
+    def advance(self, units: int) -> None:
+        """Count units of the stage that have just been done."""
+        now = time.monotonic()
+        self._done += units
+        self._time.did(self._kind, units, now - self._mark)
+        self._per_second = units / max(now - self._mark, 1e-9)
+        self._mark = now
+        self._print_line()
 
     def step(self, report: StepReport) -> None:
-        """Advance the bar by one optimiser step."""
-        now = report.images / report.seconds
+        """Count an optimiser step."""
+        self._done = report.step
+        self._time.did(STEPS, 1, report.seconds)
+        now = report.images / max(report.seconds, 1e-9)
         # An exponential average over about ten steps: single steps are too noisy to read.
-        self._per_second = now if self._per_second is None else 0.9 * self._per_second + 0.1 * now
-        self._bar.update(
-            self._task,
-            advance=1,
-            rate=f"{self._per_second:.0f} img/s",
-            terms=describe(report),
-        )
+        old = now if self._report is None or self._per_second is None else self._per_second
+        self._per_second = 0.9 * old + 0.1 * now
+        self._report = report
+        self._measured += 1
+        if self._measured == _MEASURED:
+            expected = clock(self._time.of_run())
+            memory = f", {megabytes(self._memory)} of memory so far" if self._memory else ""
+            self.say(f"expected: {expected} for the rest of the run{memory}")
+        self._print_line()
+
+    def watch(self, memory: int | None, weights: Mapping[str, float]) -> None:
+        """Show the largest memory in use so far, and the mean weight of each teacher."""
+        self._memory, self._weights = memory, weights
+
+    def _left(self) -> tuple[str, str]:
+        # Of the task's steps, or of the stage, and of the run.
+        stage = self._time.seconds(self._kind, self._total - self._done)
+        return clock(stage), clock(self._time.of_run())
+
+    def _speed(self) -> str:
+        return "" if self._per_second is None else f"{self._per_second:.0f} img/s"
+
+    def _print_line(self) -> None:
+        if self._draws or self._console.quiet:
+            return
+        now = time.monotonic()
+        pause = min(max(_OFTEN, _SHARE * (now - self._began)), _SELDOM)
+        if now - self._printed < pause:
+            return
+        self._printed = now
+        stage, run = self._left()
+        parts = [
+            " ".join(filter(None, (self._task, self._stage))),
+            f"{self._done}/{self._total} {self._kind}",
+            f"{stage} left, run {run} left",
+            self._speed(),
+            megabytes(self._memory),
+        ]
+        if self._report is not None:
+            loss = sum(self._report.losses.values())
+            parts.append(f"loss {loss:.3f} ({describe(self._report)})")
+        if self._weights:
+            parts.append("teachers " + " ".join(_pairs(self._weights, 2)))
+        self.say(f"{time.strftime('%H:%M:%S')} {', '.join(filter(None, parts))}")
+
+    def _drawn(self) -> RenderableType:
+        report = self._report
+        stage, run = self._left()
+        head = Table.grid(expand=True)
+        head.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
+        head.add_column(no_wrap=True, justify="right")
+        what = Text.assemble((self._task, "bold"), "  " if self._task else "", self._stage)
+        head.add_row(what, f"left {stage}, run {run}")
+        bar = Table.grid(expand=True, padding=(0, 1))
+        bar.add_column(ratio=1)
+        bar.add_column(no_wrap=True)
+        total = max(self._total, 1)
+        bar.add_row(ProgressBar(total, self._done), f"{self._done}/{self._total} {self._kind}")
+        facts = [self._speed()]
+        if report is not None:
+            facts.append(f"lr {report.lr:.2e}")
+        if self._memory:
+            facts.append(f"memory {megabytes(self._memory)}")
+        rows: list[RenderableType] = [head, bar, Text("  ".join(filter(None, facts)))]
+        if report is not None:
+            terms = {name.removesuffix("_loss"): v for name, v in report.losses.items()}
+            rows.append(_labelled(f"loss {sum(terms.values()):.3f}", terms, 3))
+        if self._weights:
+            rows.append(_labelled("teachers", self._weights, 2))
+        return Group(*rows)
+
+
+def _pairs(values: Mapping[str, float], digits: int) -> list[str]:
+    return [f"{name} {value:.{digits}f}" for name, value in values.items()]
+
+
+def _labelled(label: str, values: Mapping[str, float], digits: int) -> Table:
+    row = Table.grid(padding=(0, 2, 0, 0))
+    row.add_column(no_wrap=True, min_width=11)
+    row.add_column(style="dim")
+    # In columns, so that a name stays with its number.
+    row.add_row(label, Columns([Text(pair) for pair in _pairs(values, digits)], padding=(0, 2)))
+    return row

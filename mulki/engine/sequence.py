@@ -13,16 +13,19 @@ from typing import Any
 
 from rich.console import Console
 
-from mulki.answers import Answers
+from mulki.answers import Answers, read_answers
+from mulki.catalog import write_examples, write_tasks
 from mulki.data import Task
 from mulki.data.loader import batches
 from mulki.engine import sharding
 from mulki.engine.anchors import Anchors, anchor_texts
 from mulki.engine.checkpoints import publish, save_weights
 from mulki.engine.config import Settings
-from mulki.engine.learn import StepReport, learn_task, steps_of
-from mulki.engine.progress import RunProgress, describe
+from mulki.engine.learn import learn_task, steps_of
+from mulki.engine.plan import amounts, plan
+from mulki.engine.progress import TEST, RunProgress
 from mulki.engine.recovery import TOO_FAST, Saves, check_finite
+from mulki.engine.reporter import Reporter
 from mulki.engine.resuming import finish_again, is_complete, restore, run_state
 from mulki.engine.setup import Setup, prepared
 from mulki.engine.signals import Signals
@@ -87,13 +90,15 @@ def run(
     with Signals() as signals, prepared(settings, tasks, resume) as setup:
         if console is None or not setup.world.main:
             console = Console(quiet=True)
-        bar = RunProgress(console, _total_steps(setup))
+        bar = RunProgress(console, amounts(setup), len(setup.tasks))
         folder = setup.folder
         try:
             with folder or contextlib.nullcontext(), bar:
                 _Sequence(setup, bar, signals).learn()
         except Stopped as stopped:
-            stopped.resume = None if folder is None else str(folder.path)
+            if folder is not None:
+                stopped.results = str(folder.path) if folder.evaluated else None
+                stopped.resume = None if setup.config.fsdp else str(folder.path)
             raise
         finally:
             if folder is not None and folder.evaluated:
@@ -114,12 +119,6 @@ def _write_report(folder: RunFolder) -> None:
         )
 
 
-def _total_steps(setup: Setup) -> int:
-    if not setup.method.trains:
-        return 0
-    return sum(steps_of(setup.config, len(t.train), setup.world.size) for t in setup.tasks)
-
-
 @dataclass(frozen=True)
 class _Row:
     """The answers of one model, and how long it took them, by task."""
@@ -134,6 +133,7 @@ class _Sequence:
     def __init__(self, setup: Setup, progress: RunProgress, signals: Signals):
         self.setup = setup
         self.progress = progress
+        self.reporter = Reporter(setup, progress)
         self.learned = 0
         self.steps = 0
         self.saves = Saves(
@@ -153,6 +153,7 @@ class _Sequence:
             [_test_loader(setup, t) for t in setup.tasks],
             setup.world,
             setup.config.label_space,
+            progress.advance,
         )
 
     def learn(self) -> None:
@@ -175,7 +176,7 @@ class _Sequence:
             self.learned, self.steps = setup.saved["learned"], setup.saved["steps"]
             in_task = restore(setup.saved, setup, frozen, self.text_inputs)
             done = self.steps + (in_task["steps"] if in_task else 0)
-            self.progress.skip(done)
+            self._skip(done)
             _log.info("goes on after %d tasks and %d steps", self.learned, done)
         names = [ZERO_SHOT_ROW, *(task.name for task in tasks)]
         if not method.trains:
@@ -193,6 +194,13 @@ class _Sequence:
             self._check_weights(f"task {tasks[index].name}, after its last step")
             self.saves.save()
             self._finish(index + 1)
+
+    def _skip(self, steps: int) -> None:
+        # What an earlier process did.
+        tasks, prepares = self.setup.tasks, self.setup.method.needs.prototypes
+        before = sum(len(task.train) for task in tasks[: self.learned]) if prepares else 0
+        tested = self.setup.rows * sum(len(task.test) for task in tasks)
+        self.progress.skip(steps=steps, prepared=before, tested=tested)
 
     def _check_weights(self, where: str) -> None:
         problem = None
@@ -213,7 +221,12 @@ class _Sequence:
         self._record(names[learned], row)
 
     def _log_start(self) -> None:
-        config, world = self.setup.config, self.setup.world
+        config, world, folder = self.setup.config, self.setup.world, self.setup.folder
+        for line in plan(self.setup):
+            _log.info("%s", line)
+            self.progress.say(line)
+        if folder is not None:
+            write_tasks(folder.path, self.setup.tasks)
         uses = ", ".join(self.setup.uses) or "nothing"
         _log.info("%s uses beyond the tasks and the start model: %s", config.method, uses)
         if world.size > 1:
@@ -277,8 +290,9 @@ class _Sequence:
         frozen: Mapping[str, VisionLanguageModel],
         saved: Mapping[str, Any] | None,
     ) -> None:
-        setup, before = self.setup, self.steps
-        self.progress.says(f"{index + 1}/{len(setup.tasks)} {task.name}")
+        setup = self.setup
+        steps = steps_of(setup.config, len(task.train), setup.world.size)
+        self.reporter.start_task(index, task, steps, self.steps)
         if index == 0 and ZERO_SHOT in frozen:
             frozen = dict.fromkeys(frozen, frozen[ZERO_SHOT])
         elif index > 0 and PREVIOUS in frozen and saved is None:
@@ -295,22 +309,11 @@ class _Sequence:
             world=setup.world,
             reference=setup.reference_of(task),
             anchors=self._anchors(index),
-            listen=lambda report: self._report(task, report, before + report.step),
+            listen=self.reporter.step,
+            prepared=self.progress.advance,
             saves=self.saves,
             saved=saved,
         )
-
-    def _report(self, task: Task, report: StepReport, step: int) -> None:
-        # `step` counts from the start of the sequence.
-        self.progress.step(report)
-        if report.step % self.setup.config.log_every_n_steps and report.step != 1:
-            return
-        rate = report.images / report.seconds
-        line = "%s step %d: %s, lr %.2e, %.0f img/s"
-        _log.info(line, task.name, report.step, describe(report), report.lr, rate)
-        if self.setup.folder is not None:
-            for name, value in report.losses.items():
-                self.setup.folder.scalar(f"train/{name}", value, step)
 
     def _evaluate(self, learned: Sequence[int]) -> list[_Row]:
         # A row of results for each number of learned tasks.
@@ -318,12 +321,12 @@ class _Sequence:
         rows = [_Row({}, {}) for _ in learned]
         classifiers, seconds = {}, {}
         for number, task in enumerate(tasks):
-            self.progress.says(f"class texts of {task.name}")
+            self.progress.stage(f"class texts of {task.name}", TEST, len(task.test))
             started = time.perf_counter()
             classifiers[number] = evaluator.classifier(number)
             seconds[number] = time.perf_counter() - started
         for number, task in enumerate(tasks):
-            self.progress.says(f"test {task.name}")
+            self.progress.stage(f"test of {task.name}", TEST, len(task.test))
             started = time.perf_counter()
             answers = evaluator.answers(number, classifiers, learned)
             seconds[number] += time.perf_counter() - started
@@ -338,9 +341,21 @@ class _Sequence:
         folder.add_answers(after_task, row.answers, seconds=row.seconds, step=self.steps)
         shown = ", ".join(f"{name} {each.accuracy:.1f}" for name, each in row.answers.items())
         seen = folder.class_incremental.after.get(after_task)
-        _log.info(
-            "after %s: %s%s", after_task, shown, "" if seen is None else f"; all seen {seen:.1f}"
-        )
+        line = f"after {after_task}: {shown}" + ("" if seen is None else f"; all seen {seen:.1f}")
+        _log.info("%s", line)
+        self.progress.say(line)
+        self._write_examples(after_task, row)
+
+    def _write_examples(self, after_task: str, row: _Row) -> None:
+        folder = self.setup.folder
+        if folder is None or after_task == ZERO_SHOT_ROW or not self.setup.method.trains:
+            return
+        # The results are written already, so pictures that fail do not fail the run.
+        try:
+            before = read_answers(folder.path)[ZERO_SHOT_ROW]
+            write_examples(folder.path, self.setup.tasks, before, after_task, row.answers)
+        except Exception as error:
+            _log.warning("no examples of images (%s: %s)", type(error).__name__, error)
 
     def _save(self, number: int, task: Task) -> None:
         # All processes take part where weights are sharded; one writes.

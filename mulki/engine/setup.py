@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mulki import methods, models
+from mulki import methods, models, trackers
 from mulki.data import Task
 from mulki.data.decoding import limit_pixels
 from mulki.data.reference import ReferenceSet, read_reference
@@ -46,6 +46,7 @@ _PER_PROCESS = (
     "logs",
     "name",
     "log_every_n_steps",
+    "report_to",
     "import",
 )
 
@@ -129,6 +130,8 @@ def prepared(
         facts: dict[str, object] = {}
         problem = saved = folder = None
         try:
+            if world.main:
+                trackers.chosen(config.report_to)
             if resume is not None:
                 if world.main:
                     folder = open_to_resume(Path(resume), config)

@@ -64,6 +64,7 @@ class TaskTeachers:
         *,
         kept: tuple[int | None, int | None],
         num_anchors: int = 0,
+        encoded: Callable[[int], None] = lambda images: None,
     ) -> TaskTeachers:
         """Encode what is constant in a task: class texts and, for prototypes, all images.
 
@@ -73,12 +74,15 @@ class TaskTeachers:
             frozen: the models behind `needs`, by the names in `mulki.methods`.
             kept: see `mulki.engine.batches.kept_samples`.
             num_anchors: of the task, encoded when they are first asked for.
+            encoded: called with the number of images after each batch of them.
         """
         names = [*needs.teachers, *([ZERO_SHOT] if needs.prototypes else [])]
         distinct = list({id(frozen[name]): frozen[name] for name in names}.values())
         features: list[Tensor] = []
         if needs.prototypes:
-            features, target = _encode_training_set(distinct, task, config, precision, world)
+            features, target = _encode_training_set(
+                distinct, task, config, precision, world, encoded
+            )
         by_model: dict[int, Teacher] = {}
         for place, model in enumerate(distinct):
             inputs = text_inputs(model, prompts, world)
@@ -199,6 +203,7 @@ def _encode_training_set(
     config: RunConfig,
     precision: Precision,
     world: World,
+    encoded: Callable[[int], None],
 ) -> tuple[list[Tensor], Tensor]:
     # Features [n, D] of each model, and targets [n]. One pass for all models, since decoding costs
     # as much as a small encoder; with the evaluation transform, which is the training transform
@@ -218,5 +223,6 @@ def _encode_training_set(
         for model, of_model in zip(models, features, strict=True):
             with precision.autocast():
                 of_model.append(world.gather(model.encode_images(images), count))
+        encoded(count)
     target = torch.as_tensor(list(task.train.targets), device=models[0].device)
     return [torch.cat(parts) for parts in features], target

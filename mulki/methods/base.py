@@ -134,6 +134,15 @@ class Method(nn.Module):
         """Scalar terms on the parameters, named ``..._loss``."""
         return {}
 
+    def watched(self) -> dict[str, Tensor]:
+        """What a display shows of the last step beside its losses; read at logged steps alone.
+
+        ``teacher_weights`` is [B, K], the weight of each of `needs.teachers` for each sample.
+        ``prototype_drift`` is [C], the cosine distance of each of the student's prototypes from the
+        one at the task's start. Nothing by default.
+        """
+        return {}
+
     def after_step(self, step: int) -> None:
         """Called after optimiser step `step` of the task, counted from 1."""
 

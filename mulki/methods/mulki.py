@@ -16,6 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mulki.errors import InputError
@@ -157,12 +159,15 @@ class MulKI(Method):
         # Copies of the weights are as large as the model, so they go with their task.
         self._prototypes: Prototypes | None = None
         self._connections: Connections | None = None
+        self._first: Tensor | None = None
+        self._weights: Tensor | None = None
 
     def start_task(self, task: TaskStart) -> None:
         o = self.options
         self._forget_task()
         if task.prototypes is not None:
             self._prototypes = Prototypes(task.prototypes, o.prototype_update, o.prototype_momentum)
+            self._first = task.prototypes
         if o.connecting:
             self._connections = Connections(task.weights, every=o.we_every, alpha=o.alpha, l2=o.l2)
 
@@ -175,12 +180,22 @@ class MulKI(Method):
         if self._prototypes is not None:
             moved = self._prototypes.with_batch(student.images, target)
             student = replace(student, prototypes=moved)
-        terms = self.objective(student, teachers, target, output_dict=True)
+        terms, self._weights = self.objective.terms(student, teachers, target)
         if self._prototypes is not None:
             # After the losses: but for the update "batch", a batch is compared with prototypes that
             # it has not moved itself.
             self._prototypes.observe(student.images.detach(), target)
-        return dict(terms)
+        return terms
+
+    @torch.no_grad()
+    def watched(self) -> dict[str, Tensor]:
+        found = {}
+        if self._weights is not None:
+            found["teacher_weights"] = self._weights
+        if self._prototypes is not None and self._first is not None:
+            moved = self._prototypes()
+            found["prototype_drift"] = 1 - F.cosine_similarity(moved, self._first.to(moved))
+        return found
 
     def penalties(self) -> dict[str, Tensor]:
         return {} if self._connections is None else self._connections.penalties()

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mulki.features import Features
@@ -52,6 +53,7 @@ class SnD(Method):
     def __init__(self, options: Options):
         super().__init__(options)
         self.needs = Needs(teachers=(ZERO_SHOT, PREVIOUS), reference=True, captions=False)
+        self._weight: Tensor | None = None
 
     def losses(
         self, student: Features, teachers: tuple[Features, ...], target: Tensor
@@ -60,6 +62,7 @@ class SnD(Method):
         ours, original, previous = (model.reference for model in (student, *teachers))
         assert ours is not None and original is not None and previous is not None
         w = discrepancy(original.images, previous.images).unsqueeze(1)
+        self._weight = w.detach()
         return {
             "ce_loss": prototype_cross_entropy(
                 student.image_text(), target, label_smoothing=o.label_smoothing
@@ -67,3 +70,8 @@ class SnD(Method):
             "previous_loss": o.previous_weight * feature_loss(ours, [previous], w),
             "zero_shot_loss": o.zero_shot_weight * feature_loss(ours, [original], 1 - w),
         }
+
+    def watched(self) -> dict[str, Tensor]:
+        if self._weight is None:
+            return {}
+        return {"teacher_weights": torch.cat([1 - self._weight, self._weight], dim=1)}

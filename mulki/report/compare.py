@@ -46,7 +46,7 @@ TITLES = {name: title for name, title in tables.TITLES.items() if name != "bwt"}
 NEUTRAL = frozenset(
     {"seed", "tasks", "order", "name", "logs", "workers", "device", "import", "preset"}
     | {"log_every_n_steps", "save_checkpoints", "batch_size_eval", "micro_batch"}
-    | {"grad_checkpointing", "save_every", "data_root", "max_pixels"}
+    | {"grad_checkpointing", "save_every", "data_root", "max_pixels", "report_to"}
 )
 
 

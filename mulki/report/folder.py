@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mulki.errors import InputError
+from mulki.folder_lock import is_locked
 from mulki.metrics import AccuracyMatrix, ClassIncremental, read_matrix
 
 
@@ -19,7 +20,8 @@ class RunData:
 
     Args:
         name: of the run, else of the folder.
-        status: "complete", "interrupted", or "unknown" without a summary.
+        status: "running", "complete", "interrupted", or "unknown" without a summary. A run whose
+            process has ended is interrupted, whatever its summary says.
         matrix: from ``matrix.csv``.
         summary: from ``summary.json``.
         class_incremental: from the summary; without values where it has none.
@@ -61,17 +63,24 @@ def read_folder(folder: str | os.PathLike[str]) -> RunData:
         raise InputError(
             f"{folder}: no matrix.csv in it; pass the folder of a run that was evaluated once"
         )
-    summary = _read_json(folder / "summary.json")
+    summary = read_json(folder / "summary.json")
     arguments = folder / "args.yaml"
     return RunData(
         name=summary.get("name", folder.resolve().name),
-        status=summary.get("status", "unknown"),
+        status=run_status(folder, summary),
         matrix=read_matrix(folder / "matrix.csv"),
         summary=summary,
-        class_incremental=_class_incremental(folder / "summary.json", summary),
+        class_incremental=class_incremental_of(folder / "summary.json", summary),
         config=arguments.read_text(encoding="utf-8") if arguments.is_file() else "",
-        environment=_read_json(folder / "env.json"),
+        environment=read_json(folder / "env.json"),
     )
+
+
+def run_status(folder: Path, summary: dict[str, Any]) -> str:
+    """The status of `RunData`, given the content of ``summary.json``."""
+    status = str(summary.get("status", "unknown"))
+    # A process that was killed could not say so.
+    return "interrupted" if status == "running" and is_locked(folder) is False else status
 
 
 def _short(value: Any) -> str:
@@ -81,7 +90,12 @@ def _short(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _class_incremental(path: Path, summary: dict[str, Any]) -> ClassIncremental:
+def class_incremental_of(path: Path, summary: dict[str, Any]) -> ClassIncremental:
+    """The A_i in the content of ``summary.json``, which lies at `path`.
+
+    Raises:
+        InputError: they are not what a run writes.
+    """
     try:
         return ClassIncremental(dict(summary.get("class_incremental", {}).get("after", {})))
     except (AttributeError, TypeError, ValueError) as error:
@@ -91,7 +105,12 @@ def _class_incremental(path: Path, summary: dict[str, Any]) -> ClassIncremental:
         ) from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds a JSON object; empty where it is missing.
+
+    Raises:
+        InputError: it holds something else.
+    """
     if not path.is_file():
         return {}
     try:

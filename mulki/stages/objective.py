@@ -159,6 +159,21 @@ class MulKILoss(nn.Module):
             TypeError, ValueError: from the functions of `mulki.functional`, or when a term that is
                 switched on lacks its teachers or prototypes.
         """
+        terms, _ = self.terms(student, teachers, target)
+        return terms if output_dict else torch.stack(list(terms.values())).sum()
+
+    def terms(
+        self, student: Features, teachers: Sequence[Features], target: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The weighted terms by name, as `forward` returns them, and how teachers were weighted.
+
+        Args:
+            student, teachers, target: as of `forward`, with the same errors.
+
+        Returns:
+            The terms, and the weights [B, K] of K teachers per sample, constants for autograd; None
+            where no term looks at a teacher.
+        """
         _check_features("student", student)
         for k, teacher in enumerate(teachers):
             _check_features(f"teachers[{k}]", teacher)
@@ -181,13 +196,14 @@ class MulKILoss(nn.Module):
             terms["prototype_loss"] = self.prototype * eliciting.prototype_loss(
                 student, target, self.label_smoothing
             )
-        if self.needs_teachers:
-            terms.update(self._teacher_terms(student, teachers, target))
-        return terms if output_dict else torch.stack(list(terms.values())).sum()
+        if not self.needs_teachers:
+            return terms, None
+        of_teachers, weights = self._teacher_terms(student, teachers, target)
+        return terms | of_teachers, weights
 
     def _teacher_terms(
         self, student: Features, teachers: Sequence[Features], target: Tensor
-    ) -> dict[str, Tensor]:
+    ) -> tuple[dict[str, Tensor], Tensor]:
         gate: dict[str, Any] = {
             "gate": self.gate,
             "gate_temperature": self.gate_temperature,
@@ -225,7 +241,7 @@ class MulKILoss(nn.Module):
                 )
         if self.feature:
             terms["feature_loss"] = adding.feature_loss(student, teachers, self.feature * weights)
-        return terms
+        return terms, weights
 
 
 def _check_features(name: str, value: object) -> None:

@@ -27,6 +27,12 @@ from tests.engine_helpers import (
 __all__ = ["load_tiny", "start_model", "task_folders", "tiny_models"]
 
 
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are many here, and drawing takes longer than they do; tests/report looks at figures."""
+    monkeypatch.setattr("mulki.report.html.plots", lambda contents: [])
+
+
 @pytest.fixture
 def run(tmp_path: Path, start_model: dict[str, str], task_folders: tuple[str, str]) -> Run:
     def go(name: str = "first", console: Console | None = None, **options: Any) -> RunFolder:

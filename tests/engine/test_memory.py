@@ -147,6 +147,17 @@ def test_free_memory_of_this_machine() -> None:
     assert free_memory(torch.device("meta")) is None
 
 
+def test_the_most_memory_that_was_in_use() -> None:
+    before = memory.peak_memory(torch.device("cpu"))
+    assert before is not None and before > 50 * 2**20
+    held = torch.ones(before // 4 + 2**25)
+    after = memory.peak_memory(torch.device("cpu"))
+    assert after is not None and after >= before + 2**24
+    del held
+    assert memory.peak_memory(torch.device("cpu")) == after
+    assert memory.peak_memory(torch.device("meta")) is None
+
+
 def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_available", lambda: 1000)
     monkeypatch.setattr(memory, "_cgroup_left", lambda: 300)

@@ -41,8 +41,11 @@ def test_every_method_leaves_a_complete_folder(run: Run, name: str) -> None:
     path = folder.path
     trains = methods.get(name).trains
     made = {p.name for p in path.iterdir()} - {"tensorboard"}
+    if trains:
+        assert made >= {"history.jsonl", "examples.json"}
+        made -= {"history.jsonl", "examples.json"}
     wanted = {"args.yaml", "env.json", "out.log", "results.jsonl", "matrix.csv"}
-    wanted |= {"summary.json", "summary.md", "report.html", "answers"}
+    wanted |= {"summary.json", "summary.md", "report.html", "answers", "tasks.json"}
     assert made == wanted | ({"checkpoints"} if trains else set())
 
     header, *rows = rows_of(folder)

@@ -186,6 +186,24 @@ class TestMulKI:
         method.end_task()
         assert weights["a"].tolist() == [2, 2, 2]
 
+    def test_a_display_sees_weights_of_teachers_and_drift(self, student, teachers, target, weights):
+        method = MulKI(MulKI.Options(prototype_momentum=0.5))
+        assert method.watched() == {}
+        first = student.prototypes.detach()
+        start(method, weights, first)
+        assert set(method.watched()) == {"prototype_drift"}
+        assert method.watched()["prototype_drift"].abs().max() < 1e-6
+        method.losses(student, teachers, target)
+        found = method.watched()
+        _, expected = MulKILoss().terms(replace(student, prototypes=first), teachers, target)
+        assert torch.equal(found["teacher_weights"], expected)
+        assert not any(value.requires_grad for value in found.values())
+        moved = 1 - (method.prototypes() * F.normalize(first, dim=1)).sum(dim=1)
+        torch.testing.assert_close(found["prototype_drift"], moved)
+        assert moved.max() > 1e-3
+        method.end_task()
+        assert method.watched() == {}
+
     def test_the_running_mean_becomes_the_weights(self, weights):
         method = start(MulKI(MulKI.Options(we_every=2)), weights)
         for step in range(1, 5):

@@ -42,6 +42,21 @@ def test_losses_are_those_of_the_formula(student, teachers, unit, target):
     assert_same_gradients(losses, expected, [student.images, student.texts, images])
 
 
+def test_a_display_sees_the_weights_of_the_last_batch(student, teachers, unit, target):
+    method = SnD(SnD.Options())
+    assert method.watched() == {}
+    student, zero_shot, before = (
+        replace(model, reference=of_reference(unit(7, 5), None, model.scale))
+        for model in (student, *teachers)
+    )
+    method.losses(student, (zero_shot, before), target)
+    weights = method.watched()["teacher_weights"]
+    assert weights.shape == (7, 2) and not weights.requires_grad
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(7, dtype=weights.dtype))
+    distance = (zero_shot.reference.images - before.reference.images).norm(dim=1)
+    torch.testing.assert_close(weights[:, 1], torch.sigmoid(6 * (distance - 0.2)))
+
+
 def test_defaults_are_those_of_the_source():
     options = SnD.Options()
     assert (options.previous_weight, options.zero_shot_weight) == (9.0, 0.5)

@@ -1,0 +1,92 @@
+"""What a run is going to do, in a few lines, before its first step."""
+
+from __future__ import annotations
+
+import torch
+
+from mulki.engine.learn import steps_of
+from mulki.engine.memory import free_memory
+from mulki.engine.progress import STEPS, TEACHERS, TEST, megabytes
+from mulki.engine.setup import Setup
+from mulki.ops import backends
+
+
+def amounts(setup: Setup) -> dict[str, int]:
+    """The work of a run from its start, by the kinds of `mulki.engine.progress.RunProgress`."""
+    tests = sum(len(task.test) for task in setup.tasks)
+    if not setup.method.trains:
+        return {TEST: tests}
+    prepared = sum(len(task.train) for task in setup.tasks) if setup.method.needs.prototypes else 0
+    return {
+        STEPS: sum(steps_of_tasks(setup)),
+        TEACHERS: prepared,
+        TEST: tests * (len(setup.tasks) + 1),
+    }
+
+
+def steps_of_tasks(setup: Setup) -> list[int]:
+    """Optimiser steps of each task."""
+    return [steps_of(setup.config, len(t.train), setup.world.size) for t in setup.tasks]
+
+
+def plan(setup: Setup) -> list[str]:
+    """Lines that say what is learned, with what, on what, and where the results go."""
+    config, device = setup.config, setup.precision.device
+    parameters = setup.model.clip.parameters()
+    counts = [sum(p.numel() for p in of) for of in (parameters, setup.model.trainable().values())]
+    number, images = len(setup.tasks), sum(len(task.train) for task in setup.tasks)
+    named = f" of {' '.join(config.tasks)}" if config.tasks else ""
+    lines = {
+        "run": f"{config.method} on {_count(number, 'task')}{named}, order {config.order}, "
+        f"seed {config.seed}",
+        "model": f"{config.model}, {_millions(counts[0])} parameters, {_millions(counts[1])} train",
+        "device": f"{_device(device, setup.world.size)}, precision {setup.precision.name}",
+        "kernels": _kernels(device, setup.precision.dtype or torch.float32),
+        "steps": _steps(setup, images),
+        "memory": f"{megabytes(free_memory(device)) or 'an unknown amount'} free",
+        "results": str(setup.folder.path) if setup.folder is not None else "",
+    }
+    return [f"{name:<8} {text}" for name, text in lines.items() if text]
+
+
+def _steps(setup: Setup, images: int) -> str:
+    config = setup.config
+    if not setup.method.trains:
+        return "none: the start model is tested as it is"
+    steps, batch = steps_of_tasks(setup), config.batch_size * setup.world.size
+    each = f"{len(steps)} x {steps[0]}" if len(set(steps)) == 1 else " + ".join(map(str, steps))
+    parts = f", {config.micro_batch} at a time" if config.micro_batch else ""
+    return f"{each} of {batch} images{parts}; {images} training images"
+
+
+def _device(device: torch.device, processes: int) -> str:
+    if device.type == "cuda":
+        name = f"{device} ({torch.cuda.get_device_name(device)})"
+    elif device.type == "cpu":
+        name = f"cpu, {_count(torch.get_num_threads(), 'thread')}"
+    else:
+        name = str(device)
+    return name if processes == 1 else f"{processes} processes, each on {name}"
+
+
+def _kernels(device: torch.device, dtype: torch.dtype) -> str:
+    # Operators by who serves them, and the reasons that better kernels do not.
+    served: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for one in backends.report():
+        if (one.device_type, one.dtype) == (device.type, dtype):
+            why = tuple(f"{name}: {reason}" for name, reason in one.rejected.items())
+            served.setdefault((one.backend, why), []).append(one.op)
+    every = sum(map(len, served.values()))
+    texts = []
+    for (backend, why), ops in served.items():
+        which = "all operators" if len(ops) == every else ", ".join(ops)
+        texts.append(f"{backend} for {which}" + (f" ({'; '.join(why)})" if why else ""))
+    return "; ".join(texts) or "plain PyTorch"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M" if count >= 1e5 else str(count)

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import logging
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mulki import trackers
+from mulki.errors import InputError
+from mulki.trackers import chosen, open_trackers
+
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Install:
+    def install(*names: str) -> None:
+        monkeypatch.setattr(trackers, "_installed", lambda name: name in names)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("given", "here", "wanted"),
+    [
+        (["auto"], [], ()),
+        (["auto"], ["tensorboard", "wandb"], ("tensorboard",)),
+        (["none"], ["tensorboard"], ()),
+        ([], ["tensorboard"], ()),
+        (["wandb,tensorboard"], ["tensorboard", "wandb"], ("tensorboard", "wandb")),
+        (["wandb", "tensorboard"], ["tensorboard", "wandb"], ("tensorboard", "wandb")),
+        (["wandb", "auto"], ["tensorboard", "wandb"], ("wandb", "tensorboard")),
+        (["all"], ["tensorboard", "wandb"], ("tensorboard", "wandb")),
+    ],
+)
+def test_trackers_are_chosen(
+    installed: Install, given: list[str], here: list[str], wanted: tuple[str, ...]
+) -> None:
+    installed(*here)
+    assert chosen(given) == wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["wandbb"], "--report-to: got 'wandbb' .did you mean \"wandb\""),
+        (["none", "wandb"], "--report-to: got none beside none wandb"),
+        (["all"], "the package wandb is not installed; pip install wandb"),
+        (["wandb"], "the package wandb is not installed; pip install wandb"),
+    ],
+)
+def test_what_cannot_be_chosen(installed: Install, given: list[str], says: str) -> None:
+    installed("tensorboard")
+    with pytest.raises(InputError, match=says):
+        chosen(given)
+
+
+def test_wandb_is_offline_and_writes_into_the_run_folder(
+    monkeypatch: pytest.MonkeyPatch, installed: Install, tmp_path: Path
+) -> None:
+    calls: list[tuple[str, Any]] = []
+
+    class Run:
+        def define_metric(self, name: str, step_metric: str) -> None:
+            calls.append(("axis", (name, step_metric)))
+
+        def log(self, values: dict[str, float]) -> None:
+            calls.append(("log", values))
+
+        def finish(self) -> None:
+            calls.append(("finish", None))
+
+    def init(**given: Any) -> Run:
+        calls.append(("init", given))
+        return Run()
+
+    fake = types.ModuleType("wandb")
+    fake.init = init  # type: ignore[attr-defined]
+    fake.Settings = dict  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    installed("wandb")
+    (tracker,) = open_trackers(["wandb"], tmp_path, "first", {"lr": 1})
+    tracker.add({"train/loss": 0.5}, 7, "step")
+    tracker.add({"metrics/last": 80.0}, 2, "tasks")
+    tracker.close()
+    given = calls[0][1]
+    assert (given["mode"], given["project"], given["name"]) == ("offline", "mulki", "first")
+    assert given["dir"] == str(tmp_path) and given["config"] == {"lr": 1}
+    assert calls[1:] == [
+        ("axis", ("*", "step")),
+        ("axis", ("metrics/*", "tasks")),
+        ("log", {"train/loss": 0.5, "step": 7}),
+        ("log", {"metrics/last": 80.0, "tasks": 2}),
+        ("finish", None),
+    ]
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    open_trackers(["wandb"], tmp_path, "first", {})
+    assert calls[-3][1]["mode"] == "disabled"
+
+
+def test_a_tracker_that_fails_does_not_fail_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+    installed: Install,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))  # without init
+    installed("wandb")
+    with caplog.at_level(logging.WARNING):
+        assert open_trackers(["wandb"], tmp_path, "first", {}) == []
+    assert "no curves for wandb (AttributeError" in caplog.text
