@@ -279,6 +279,7 @@ if __name__ == "__main__":
             "mulki": [
                 "py.typed",
                 "data/published/sets/*.yaml",
+                "report/page/*",
                 *(f"data/embedded/**/{file}" for file in PACK_FILES),
             ]
         },

@@ -1,4 +1,4 @@
-"""The command ``mulki``: run, metrics, compare, tasks, bench, prove, doctor.
+"""The command ``mulki``: run, metrics, compare, report, tasks, bench, prove, doctor.
 
 Bad input ends with one line on standard error and exit status 2, an error of the system with 1, and
 a signal with 128 and its number.
@@ -75,6 +75,7 @@ def _dispatch(argv: list[str]) -> int:
         "run": _run,
         "metrics": _metrics,
         "compare": _compare,
+        "report": _report,
         "tasks": _tasks,
         "bench": _bench,
         "prove": _prove,
@@ -344,6 +345,24 @@ def _compare(argv: list[str]) -> int:
         print(json.dumps(comparison.to_dict()))
     else:
         print_comparison(comparison, Console())
+    return 0
+
+
+def _report(argv: list[str]) -> int:
+    """The page of a run, also of an unfinished or damaged one: mulki report logs/RUN"""
+    from mulki.report.write import PLOTS, write_report
+
+    parser = _Parser(prog="mulki report", description=_report.__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that mulki run has written")
+    parser.add_argument(
+        "--figures",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help=f"write the figures into {PLOTS}/ too, as PNG and SVG (default: True)",
+    )
+    arguments = parser.parse_args(argv)
+    for run in arguments.runs:
+        print(write_report(run, figures=arguments.figures))
     return 0
 
 

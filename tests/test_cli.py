@@ -52,11 +52,26 @@ def command(
     return go
 
 
+# What a run says before an error: its plan, and results and progress so far.
+SAID = re.compile(
+    r"(run|model|device|kernels|steps|memory|results) +|after |expected: |\d\d:\d\d:\d\d |mulki: "
+)
+
+
+def without_progress(error: str) -> list[str]:
+    """The lines of standard error from the error or interrupt on; the others are progress."""
+    lines = error.splitlines()
+    first = next(i for i, x in enumerate(lines) if re.match("mulki: (error|interrupted)", x))
+    assert all(SAID.match(line) for line in lines[:first]), lines
+    return lines[first:]
+
+
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     out, error = capsys.readouterr()
-    assert out == "" and error.endswith("\n") and error.count("\n") == 1, (out, error)
-    assert error.startswith("mulki: error: ")
-    return error
+    assert out == "" and error.endswith("\n"), (out, error)
+    (line,) = without_progress(error)
+    assert line.startswith("mulki: error: ")
+    return line + "\n"
 
 
 # --- runs
@@ -332,6 +347,8 @@ def test_loss_that_is_not_finite(
         (["metrics", "a.csv", "b.csv"], ["b.csv"]),
         (["compare"], ["RUN"]),
         (["compare", "gone"], ["gone", "not the folder of a run"]),
+        (["report"], ["RUN"]),
+        (["report", "gone"], ["gone", "no such folder"]),
         (["tasks", "gone"], ["gone"]),
         (["tasks", "--jsn"], ["--jsn"]),
     ],
@@ -383,7 +400,11 @@ def test_interrupted_process(
     finally:
         process.kill()
     assert process.returncode == 130
-    assert error.splitlines() == [f"mulki: interrupted; mulki run --resume {folder} goes on"]
+    assert without_progress(error) == [
+        "mulki: interrupted",
+        f"results so far: {folder / 'report.html'}",
+        f"to go on: mulki run --resume {folder}",
+    ]
     assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
     matrix = read_matrix(folder / "matrix.csv")
     assert matrix.zero_shot is not None and matrix.tasks == ()
@@ -409,7 +430,11 @@ def test_a_process_that_is_asked_to_end_goes_on_later(
     finally:
         process.kill()
     assert process.returncode == 128 + signal.Signals[name]
-    assert error.splitlines() == [f"mulki: interrupted; mulki run --resume {folder} goes on"]
+    assert without_progress(error) == [
+        "mulki: interrupted",
+        f"results so far: {folder / 'report.html'}",
+        f"to go on: mulki run --resume {folder}",
+    ]
     assert f"run stopped by Stopped: {name}" in log.read_text()
     for page in ("summary.md", "report.html"):
         assert "interrupted" in (folder / page).read_text()
@@ -482,7 +507,8 @@ def test_trouble_in_a_run_is_one_line_too(
     process = program(*given, "--lr", "1e30", "--logs", str(tmp_path / "logs"))
     out, error = process.communicate(timeout=120)
     assert process.returncode == 2 and out == ""
-    assert len(error.splitlines()) == 1 and "--lr 1e+30" in error
+    (line,) = without_progress(error)
+    assert "--lr 1e+30" in line
 
 
 def test_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -546,6 +572,15 @@ def test_compare(
     assert "colours, shades" in out and "less mulki" in out and "CIL average" in out
     assert run_command(["compare", "logs/mulki", "--baseline", "lwf"]) == 2
     assert "--baseline" in one_line(capsys)
+    # A report of a run, and of one whose process was killed.
+    Path("logs/finetune/matrix.csv").unlink()
+    assert run_command(["report", "logs/mulki", "logs/finetune"]) == 0
+    pages = capsys.readouterr().out.splitlines()
+    assert pages == [str(Path("logs", name, "report.html")) for name in ("mulki", "finetune")]
+    page, damaged = (Path(each).read_text() for each in pages)
+    assert "Missing in this folder" not in page and page.count("<svg") == 10
+    assert "matrix.csv is not there" in damaged
+    assert (Path("logs/mulki/plots") / "losses.png").exists()
 
 
 def test_tasks_of_folders(task_folders: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:

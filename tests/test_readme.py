@@ -215,6 +215,8 @@ def known_options(command: str) -> set[str]:
     if command == "run":
         every = (options(methods.get(method).Options) for method in methods.available())
         return options(RunConfig).union(*every) | {"--config", "--resume", "--help"}
+    if command == "report":
+        return {"--figures", "--no-figures", "--help"}
     published = {"--data-root", "--protocol", "--prepare"}
     return published | {"--json", "--order", "--import", "--baseline", "--help"}
 
@@ -241,6 +243,7 @@ def test_every_command_exists(page: Path, capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize("page", DOCS, ids=name)
 def test_every_quoted_option_exists(page: Path) -> None:
     known = known_options("run") | known_options("bench") | known_options("compare")
+    known |= known_options("report")
     for words in quoted(page):
         option = words.split()[0].partition("=")[0]
         if option.startswith("--") and option != "--":

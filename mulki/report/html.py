@@ -2,128 +2,224 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import numpy as np
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
-from mulki.metrics import DEFINITIONS
-from mulki.report.folder import RunData
-from mulki.report.tables import (
-    TITLES,
-    class_incremental_lines,
-    display_columns,
-    display_rows,
-    format_metrics,
-)
+from mulki.catalog import DataSet, Example
+from mulki.metrics import DEFINITIONS, ZERO_SHOT
+from mulki.report.contents import RunContents
+from mulki.report.figures import plots
+from mulki.report.tables import TITLES, display_columns, display_rows
 
-# One hue that grows stronger with the accuracy: read alike with any colour vision and in grey,
-# and light enough at 100 percent for black figures.
-_TEMPLATE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ name }}</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem; max-width: 75rem;
-  color: #111; background: #fff; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; }
-th, td { padding: .25rem .6rem; text-align: left; vertical-align: top; }
-th { font-weight: 600; } tbody th { white-space: nowrap; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-td.learned { outline: 2px solid #111; outline-offset: -2px; font-weight: 700; }
-td.other { font-style: italic; }
-tr.note { color: #555; }
-pre { background: #f4f4f4; padding: .8rem; overflow-x: auto; }
-</style>
-</head>
-<body>
-<h1>{{ name }}</h1>
-<p>Status: <strong>{{ status }}</strong>{% if facts %}; {{ facts }}{% endif %}</p>
-
-<h2>Metrics</h2>
-<table>
-<thead><tr><th></th><th class="number">run</th>
-{%- if has_zero_shot %}<th class="number">zero-shot</th>{% endif %}<th>definition</th></tr></thead>
-<tbody>
-{%- for title, values, definition in metrics %}
-<tr><th>{{ title }}</th>
-{%- for value in values %}<td class="number">{{ value }}</td>{% endfor %}
-<td>{{ definition }}</td></tr>
-{%- endfor %}
-</tbody>
-</table>
-<p>In percent, over the learned tasks only.
-{%- if has_zero_shot %} The column zero-shot is a model that never changed.{% endif %}</p>
-{%- for line in class_incremental %}
-<p>{{ line }}</p>
-{%- endfor %}
-
-<h2>Accuracy after each task</h2>
-<div class="scroll"><table>
-<thead><tr><th>after</th>
-{%- for column in columns %}<th class="number">{{ column }}</th>{% endfor %}</tr></thead>
-<tbody>
-{%- for row, cells in rows %}
-<tr><th>{{ row }}</th>
-{%- for value, kind in cells %}
-<td class="number {{ kind }}" style="background: rgba(31, 119, 180, {{ '%.3f' % (value * 0.007) -}}
-)">{{ '%.1f' % value }}</td>
-{%- endfor %}</tr>
-{%- endfor %}
-{%- if test_images %}
-<tr class="note"><th>test images</th>
-{%- for column in columns %}<td class="number">{{ test_images.get(column, '') }}</td>{% endfor %}
-</tr>
-{%- endif %}
-</tbody>
-</table></div>
-<p>Top-1 accuracy in percent. Framed: just learned; upright: learned earlier; italic: not learned
-by then.</p>
-{% if config %}
-<h2>Configuration</h2>
-<pre>{{ config }}</pre>
-{% endif %}
-{%- if environment %}
-<h2>Environment</h2>
-<table><tbody>
-{%- for key, value in environment.items() %}
-<tr><th>{{ key }}</th><td>{{ value }}</td></tr>
-{%- endfor %}
-</tbody></table>
-{% endif -%}
-</body>
-</html>
-"""
+# Rows of all tables of classes together, and images: the page stays below 3 MB.
+_CLASSES, _IMAGES = 3000, 160
+_MINUS = "\N{MINUS SIGN}"
 
 
-def render_html(run: RunData) -> str:
+def render_html(contents: RunContents) -> str:
     """Return the page for a run; it needs no network and no other file."""
-    matrix, summary = run.matrix, run.summary
-    facts = [f"{key} {summary[key]}" for key in ("method", "order", "seed") if key in summary]
-    if "seconds" in summary:
-        facts.append(f"{summary['seconds']:.0f} s")
-    zero_shot = matrix.zero_shot_metrics()
-    columns = [format_metrics(values) for values in (matrix.metrics(), zero_shot) if values]
-    metrics = [
-        (title, [column[index] for column in columns], DEFINITIONS[key])
-        for index, (key, title) in enumerate(TITLES.items())
-    ]
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
-    return environment.from_string(_TEMPLATE).render(
-        name=run.name,
-        status=run.status,
-        facts=", ".join(facts),
-        has_zero_shot=zero_shot is not None,
-        metrics=metrics,
-        class_incremental=class_incremental_lines(run.class_incremental),
-        columns=display_columns(matrix),
-        rows=list(display_rows(matrix)),
-        test_images=summary.get("test_images", {}),
-        config=run.config,
-        environment=_flat(run.environment),
+    data = contents.data
+    matrix = data.matrix
+    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(
+        _page_file("page.html")
     )
+    return template.render(
+        name=data.name,
+        status=data.status,
+        facts=_facts(contents),
+        missing=contents.missing,
+        columns=display_columns(matrix),
+        rows=list(display_rows(matrix)) if contents.evaluated else [],
+        seen=data.class_incremental.after,
+        test_images=_table(data.summary.get("test_images")),
+        metrics=_metrics(contents),
+        has_zero_shot=matrix.zero_shot_metrics() is not None,
+        figures=plots(contents),
+        classes=_classes(contents),
+        examples=_examples(contents.examples),
+        times=_times(contents),
+        fingerprint=data.fingerprint,
+        config=data.config,
+        environment=_flat(data.environment),
+        style=Markup(_page_file("style.css")),
+        script=Markup(_page_file("script.js")),
+    )
+
+
+def _page_file(name: str) -> str:
+    return resources.files("mulki.report").joinpath("page", name).read_text(encoding="utf-8")
+
+
+def _facts(contents: RunContents) -> list[str]:
+    summary, options = contents.data.summary, contents.options
+    facts = [f"{key} {options[key]}" for key in ("method", "model") if key in options]
+    if "method" in summary and "method" not in options:
+        facts.append(f"method {summary['method']}")
+    facts += [f"{key} {summary[key]}" for key in ("order", "seed") if key in summary]
+    matrix = contents.data.matrix
+    facts.append(f"{len(matrix.tasks)} of {len(matrix.columns)} tasks learned")
+    seconds = summary.get("seconds")
+    if isinstance(seconds, (int, float)):
+        minutes, rest = divmod(round(seconds), 60)
+        facts.append(f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} h")
+    return facts
+
+
+def _table(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _metrics(contents: RunContents) -> list[tuple[str, str, str, str]]:
+    # Title, value, that of a model that never changed, definition.
+    matrix, seen = contents.data.matrix, contents.data.class_incremental
+    if not matrix.tasks:
+        return []
+    zero = matrix.zero_shot_metrics()
+    before = {} if zero is None else zero.to_dict()
+    found = [
+        (TITLES[key], _number(value), _number(before.get(key)), DEFINITIONS[key])
+        for key, value in matrix.metrics().to_dict().items()
+    ]
+    for key, title, value in (
+        ("cil_average", "Class-incremental average", seen.average),
+        ("cil_last", "Class-incremental last", seen.last),
+    ):
+        if value is not None:
+            found.append((title, _number(value), "", DEFINITIONS[key]))
+    return found
+
+
+def _number(value: float | None, digits: int = 2, sign: str = "") -> str:
+    return "" if value is None else f"{value:{sign}.{digits}f}".replace("-", _MINUS)
+
+
+@dataclass(frozen=True)
+class _Classes:
+    # A data set's table: headings of accuracies, then (class, images, accuracies) in each row.
+    name: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, int, list[str]]]
+    left_out: int
+
+
+def _classes(contents: RunContents) -> list[_Classes]:
+    if not contents.answers:
+        return []
+    names = [n for n in display_columns(contents.data.matrix) if n in contents.data_sets]
+    most = max(_CLASSES // max(len(names), 1), 10)
+    return [
+        table
+        for name in names
+        if (table := _of_data_set(contents, contents.data_sets[name], most)) is not None
+    ]
+
+
+def _of_data_set(contents: RunContents, each: DataSet, most: int) -> _Classes | None:
+    tasks = contents.data.matrix.tasks
+    wanted = {"zero-shot": ZERO_SHOT, "learned": each.name, "last": tasks[-1] if tasks else ""}
+    rows = {
+        title: contents.answers[row] for title, row in wanted.items() if row in contents.answers
+    }
+    targets = np.asarray(each.targets)
+    if any(len(row[each.name].own) != len(targets) for row in rows.values()):
+        return None
+    images = np.bincount(targets, minlength=len(each.classes))
+    accuracy = {
+        title: 100
+        * np.bincount(targets, weights=row[each.name].own, minlength=len(each.classes))
+        / np.maximum(images, 1)
+        for title, row in rows.items()
+    }
+    if {"zero-shot", "last"} <= accuracy.keys():
+        accuracy["change"] = accuracy["last"] - accuracy["zero-shot"]
+    order = [place for place in range(len(each.classes)) if images[place]]
+    if "change" in accuracy:
+        order.sort(key=lambda place: -abs(accuracy["change"][place]))
+    shown = sorted(order[:most])
+    return _Classes(
+        each.name,
+        tuple(accuracy),
+        [
+            (
+                each.classes[place],
+                int(images[place]),
+                [
+                    _number(float(values[place]), 1, "+" if title == "change" else "")
+                    for title, values in accuracy.items()
+                ],
+            )
+            for place in shown
+        ],
+        len(order) - len(shown),
+    )
+
+
+def _examples(examples: list[Example]) -> dict[str, list[Example]]:
+    found: dict[str, list[Example]] = {}
+    for each in examples:
+        found.setdefault(each.data_set, []).append(each)
+    most = max(_IMAGES // max(len(found), 1), 1)
+    # Half of them gained and half lost, where there are as many.
+    return {
+        name: sorted(of, key=lambda e: e.kind)[:most]
+        if len(of) <= most
+        else [e for pair in _pairs(of) for e in pair][:most]
+        for name, of in found.items()
+    }
+
+
+def _pairs(examples: list[Example]) -> list[list[Example]]:
+    gained, lost = ([e for e in examples if e.kind == kind] for kind in ("gained", "lost"))
+    longest = max(len(gained), len(lost))
+    return [[*gained[i : i + 1], *lost[i : i + 1]] for i in range(longest)]
+
+
+@dataclass(frozen=True)
+class _Times:
+    columns: tuple[str, ...]
+    rows: list[tuple[str, list[str]]]
+
+
+def _times(contents: RunContents) -> _Times | None:
+    steps: dict[str, list[Any]] = {}
+    for record in contents.history:
+        steps.setdefault(record.task, []).append(record)
+    tests: dict[str, float] = {}
+    for one in contents.evaluations:
+        if one.metric == "acc1":
+            tests[one.after_task] = tests.get(one.after_task, 0.0) + one.seconds
+    rows = []
+    for name in dict.fromkeys((*tests, *steps)):
+        records = steps.get(name, [])
+        prepared = next((r.prepared for r in records if r.prepared is not None), None)
+        each = [sum(r.seconds.values()) for r in records if r.seconds]
+        rows.append(
+            (
+                name,
+                [
+                    _number(prepared, 1),
+                    str(records[-1].step) if records else "",
+                    _number(1000 * float(np.mean(each)), 0) if each else "",
+                    _number(float(np.mean([r.images_per_second for r in records])), 0)
+                    if records
+                    else "",
+                    _number(tests.get(name), 1),
+                ],
+            )
+        )
+    columns = (
+        "before the first step, s",
+        "steps",
+        "a step, ms",
+        "images per second",
+        "tests after it, s",
+    )
+    return _Times(columns, rows) if rows else None
 
 
 def _flat(value: object, prefix: str = "") -> dict[str, str]:

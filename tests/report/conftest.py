@@ -8,7 +8,12 @@ import pytest
 
 from mulki.metrics import ZERO_SHOT
 from mulki.results import RunFolder
-from tests.report.report_helpers import SMALL
+from tests.report.report_helpers import SMALL, write_whole_run
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    return write_whole_run(tmp_path)
 
 
 @pytest.fixture

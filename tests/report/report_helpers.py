@@ -1,8 +1,17 @@
-"""A small matrix with what reports find hard."""
+"""A small matrix with what reports find hard, and a run folder with all that a run writes."""
 
 from __future__ import annotations
 
-from mulki.metrics import AccuracyMatrix
+import base64
+import json
+from pathlib import Path
+
+import numpy as np
+
+from mulki.answers import Answers
+from mulki.history import BINS, StepRecord, add_step
+from mulki.metrics import ZERO_SHOT, AccuracyMatrix
+from mulki.results import RunFolder
 
 # Columns are neither in the order learned nor all learned, and one name is hostile.
 SMALL = AccuracyMatrix(
@@ -11,3 +20,87 @@ SMALL = AccuracyMatrix(
     rows=((1.0, 2.0, 3.0), (100.0, 50.0, 6.0)),
     zero_shot=(4.0, 5.0, 7.0),
 )
+
+HOSTILE = '<script>alert(1)</script> $x^2$ & "quoted" \''
+TASKS = ("digits", HOSTILE, "flags")
+CLASSES = {
+    "digits": ("zero", "one"),
+    HOSTILE: ("<img src=x onerror=alert(2)>", "plain", "=1+1"),
+    "flags": ("left", "right"),
+}
+
+
+def write_whole_run(logs: Path, *, images: int = 12, steps: int = 6) -> Path:
+    """A complete run folder with everything that a run writes and a report reads."""
+    run = RunFolder.create(
+        logs,
+        "whole",
+        method="mulki",
+        order="I",
+        seed=1,
+        columns=TASKS,
+        config={"method": "mulki", "model": "mulki-mini", "seed": 1, "note": HOSTILE},
+        hashes={"weights": "0123abcd" * 8, "splits": dict.fromkeys(TASKS, "4567")},
+    )
+    sets = [
+        {
+            "name": name,
+            "classes": CLASSES[name],
+            "targets": [place % len(CLASSES[name]) for place in range(images)],
+            "train": 30,
+        }
+        for name in TASKS
+    ]
+    (run.path / "tasks.json").write_text(json.dumps({"tasks": sets}))
+    for index, name in enumerate(TASKS):
+        for step in range(1, steps + 1):
+            add_step(run.path, record(name, index, step, steps))
+    random = np.random.default_rng(0)
+    for learned, after in enumerate((ZERO_SHOT, *TASKS)):
+        row = {
+            name: Answers(
+                random.random(images) < 0.4 + 0.1 * learned,
+                random.random(images) < 0.5 if place < learned else None,
+                np.zeros(images, dtype=np.int32),
+            )
+            for place, name in enumerate(TASKS)
+        }
+        run.add_answers(after, row, seconds=dict.fromkeys(TASKS, 1.5), step=steps * learned)
+    image = base64.b64encode(b"RIFF").decode()
+    (run.path / "examples.json").write_text(
+        json.dumps(
+            {
+                "after_task": TASKS[-1],
+                "examples": [
+                    {"data_set": HOSTILE, "kind": kind, "target": CLASSES[HOSTILE][0],
+                     "before": "zero", "after": None, "image": image}
+                    for kind in ("gained", "lost")
+                ],
+            }
+        )
+    )  # fmt: skip
+    run.finish()
+    run.release()
+    return run.path
+
+
+def record(task: str, index: int, step: int, steps: int) -> StepRecord:
+    half = BINS // 2
+    return StepRecord(
+        task=task,
+        index=index,
+        step=step,
+        steps=steps,
+        total=steps * index + step,
+        losses={"ce_loss": 2.0 / step, "text_text_loss": 0.0},
+        lr=1e-3,
+        images_per_second=100.0 + step,
+        seconds={"loading": 0.01, "gradients": 0.2, "update": 0.02, "rest": 0.001},
+        memory_mib=500.0,
+        teacher_weights={
+            "zero_shot": [0] * half + [8] + [0] * (BINS - half - 1),
+            "previous": [0] * (half - 1) + [8] + [0] * (BINS - half),
+        },
+        prototype_drift={"mean": 0.01 * step, "max": 0.03 * step},
+        prepared=4.25 if step == 1 else None,
+    )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mulki.errors import InputError
-from mulki.report import read_folder, render_html, write_report
+from mulki.report import read_folder
 
 
 @pytest.mark.parametrize("name", ["summary.json", "env.json"])
@@ -15,14 +15,14 @@ from mulki.report import read_folder, render_html, write_report
 def test_broken_files_are_named(folder: Path, name: str, content: str) -> None:
     (folder / name).write_text(content)
     with pytest.raises(InputError, match=re.escape(name)):
-        render_html(read_folder(folder))
+        read_folder(folder)
 
 
 def test_a_folder_without_a_matrix(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no matrix\.csv in it"):
-        write_report(tmp_path)
+        read_folder(tmp_path)
     with pytest.raises(InputError, match=r"no matrix\.csv in it"):
-        write_report(tmp_path / "missing")
+        read_folder(tmp_path / "missing")
     assert not list(tmp_path.iterdir())
 
 

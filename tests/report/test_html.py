@@ -1,40 +1,61 @@
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from mulki.metrics import DEFINITIONS, ZERO_SHOT, AccuracyMatrix, write_matrix
-from mulki.report import read_folder, render_html, write_report
+from mulki.report import read_contents, render_html, write_report
+from tests.report.report_helpers import CLASSES, HOSTILE, TASKS
+
+VOID = ("meta", "img", "br")
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
 
 
 class Page(HTMLParser):
-    """The text of each table cell, the attributes seen, and whether all tags were closed."""
+    """The text of each table cell and card, the attributes seen, and whether tags were closed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.open: list[str] = []
         self.attributes: list[tuple[str, str | None]] = []
+        self.tags: list[str] = []
         self.rows: list[list[str]] = []
+        self.cards: list[str] = []
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.attributes += attrs
-        if tag != "meta":
+        self.tags.append(tag)
+        if tag not in VOID:
             self.open.append(tag)
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
             self.rows[-1].append("")
+        if tag in ("dt", "dd"):
+            self.cards.append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += attrs
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] in ("td", "th"):
+        if {"td", "th"} & {*self.open}:
             self.rows[-1][-1] += data
+        if self.open and self.open[-1] in ("dt", "dd"):
+            self.cards[-1] += data
+
+
+def page_of(folder: Path) -> str:
+    return render_html(read_contents(folder))
 
 
 def test_the_page_holds_matrix_metrics_configuration_and_environment(folder: Path) -> None:
@@ -46,41 +67,186 @@ def test_the_page_holds_matrix_metrics_configuration_and_environment(folder: Pat
     assert ["letters", "3.0", "1.0", "2.0"] in page.rows
     assert ["digits", "6.0", "100.0", "50.0"] in page.rows
     assert ["test images", "500", "300", "400"] in page.rows
-    assert ["Transfer", "1.00", "4.00", DEFINITIONS["transfer"]] in page.rows
-    assert ["BWT", "3.00", "0.00", DEFINITIONS["bwt"]] in page.rows
+    cards = "|".join(page.cards)
+    assert f"Transfer|1.00|zero-shot 4.00|{DEFINITIONS['transfer']}" in cards
+    assert f"BWT|3.00|zero-shot 0.00|{DEFINITIONS['bwt']}" in cards
     assert ["hashes: weights", "0123abcd"] in page.rows
     assert ["hashes: splits: digits", "4567"] in page.rows
     assert ["hashes: prompts", "-"] in page.rows
-    assert "<strong>complete</strong>; method mulki, order II, seed 4" in text
+    assert '<strong class="status complete">complete</strong>' in text
+    for fact in ("method mulki", "order II", "seed 4", "2 of 3 tasks learned"):
+        assert f'<span class="fact">{fact}</span>' in text
     assert "a photo of a &lt;b&gt;{}&lt;/b&gt;" in text
-    assert ("class", "number learned") in page.attributes
     assert text.count('"number learned"') == 2
     assert text.count('"number kept"') == 1
 
 
 def test_heat_follows_the_accuracy(folder: Path) -> None:
-    page = render_html(read_folder(folder))
-    cells = re.findall(r"rgba\(31, 119, 180, ([\d.]+)\)\">([\d.]+)<", page)
-    assert len(cells) == 9
-    assert {value: float(heat) for heat, value in cells} == {
-        value: pytest.approx(float(value) * 0.007, abs=5e-4) for _, value in cells
-    }
+    cells = re.findall(r'style="--heat: ([\d.]+)%">([\d.]+)<', page_of(folder))
+    assert len(cells) == 9 and all(heat == value for heat, value in cells)
 
 
-def test_the_page_needs_nothing_else(folder: Path) -> None:
-    text = render_html(read_folder(folder))
-    assert not {name for name, _ in Page(text).attributes} & {"src", "href", "data", "action"}
-    for external in ("http:", "https:", "//", "url(", "@import", "<script", "<link", "<i>"):
-        assert external not in text
+def test_the_matrix_comes_first(whole: Path) -> None:
+    headings = re.findall(r"<h2>(.*?)</h2>", page_of(whole))
+    assert headings == [
+        "Accuracy after each task",
+        "Metrics",
+        "Curves",
+        "Accuracy by class",
+        "Images gained and lost",
+        "Time",
+        "How it was made",
+    ]
+
+
+def test_the_page_needs_nothing_else(whole: Path) -> None:
+    text = page_of(whole)
+    page = Page(text)
+    links = [value or "" for name, value in page.attributes if name in ("src", "href", "data")]
+    assert links and all(link.startswith(("#", "data:image/webp;base64,")) for link in links)
+    assert "default-src 'none'" in text
+    plain = text.replace("data:image/webp", "")
+    for external in ("http:", "https:", "@import", "<link", "url(http"):
+        assert external not in plain
+    assert len(text) < 3 * 2**20
+
+
+def test_names_with_tags_in_them_stay_text(whole: Path) -> None:
+    text = page_of(whole)
+    page = Page(text)
+    assert page.open == [] and page.tags.count("script") == 1
+    assert "alert(1)" not in re.sub(r"&lt;script&gt;alert\(1\)", "", text)
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert any(row and row[0] == CLASSES[HOSTILE][0] for row in page.rows)
+    assert ["after", *TASKS, "all seen"] in page.rows
+
+
+def test_classes_have_accuracies_and_their_change(whole: Path) -> None:
+    contents = read_contents(whole)
+    rows = Page(render_html(contents)).rows
+    (row,) = (r for r in rows if r[0] == "zero" and len(r) == 6)
+    right = {name: contents.answers[name]["digits"].own[::2].mean() for name in contents.answers}
+    before, learned, last = (100 * right[name] for name in (ZERO_SHOT, "digits", TASKS[-1]))
+    change = f"{last - before:+.1f}".replace("-", "\N{MINUS SIGN}")
+    assert row == ["zero", "6", f"{before:.1f}", f"{learned:.1f}", f"{last:.1f}", change]
+
+
+def test_images_show_what_was_said(whole: Path) -> None:
+    text = page_of(whole)
+    assert text.count('src="data:image/webp;base64,UklGRg=="') == 2
+    assert text.count("start: zero") == 2 and "last: " not in text
+    assert '<figure class="gained">' in text and '<figure class="lost">' in text
+    assert text.count('alt="A test image of &lt;img src=x onerror=alert(2)&gt;"') == 2
+
+
+def test_times(whole: Path) -> None:
+    rows = Page(page_of(whole)).rows
+    assert [ZERO_SHOT, "", "", "", "", "4.5"] in rows
+    assert ["flags", "4.2", "6", "231", "104", "4.5"] in rows
+
+
+def test_figures_have_a_title_and_a_description(whole: Path) -> None:
+    text = page_of(whole)
+    assert text.count("<svg") == text.count('aria-hidden="true"') == text.count("</svg>") == 10
+    figures = re.findall(r'<figure role="group" aria-label="([^"]+)">\n<h3>(.*?)</h3>', text)
+    assert len(figures) == 10 and all(label == title for label, title in figures)
+    assert not re.search(r"<figcaption></figcaption>", text)
 
 
 def test_a_bare_matrix_has_a_page(tmp_path: Path) -> None:
     write_matrix(tmp_path / "matrix.csv", AccuracyMatrix(("a",), ("a",), ((12.5,),)))
-    page = render_html(read_folder(tmp_path))
-    rows = Page(page).rows
-    assert ["a", "12.5"] in rows
-    assert ["Average", "12.50", DEFINITIONS["average"]] in rows
-    assert f"<title>{tmp_path.name}</title>" in page
-    assert "<strong>unknown</strong>" in page
-    assert "Configuration" not in page
-    assert "Environment" not in page
+    text = page_of(tmp_path)
+    page = Page(text)
+    assert ["a", "12.5"] in page.rows
+    assert "Average|12.50" in "|".join(page.cards)
+    assert f"<title>{tmp_path.name}</title>" in text
+    assert "unknown</strong>" in text
+    assert "<li>env.json is not there: no environment and fingerprint</li>" in text
+    assert "<summary>" not in text
+
+
+def test_a_run_before_its_first_evaluation_has_a_page(tmp_path: Path) -> None:
+    (tmp_path / "args.yaml").write_text("method: mulki\n")
+    text = page_of(tmp_path)
+    assert Page(text).open == []
+    assert "No model of this run was tested yet." in text and "matrix.csv is not there" in text
+
+
+def test_long_lists_of_classes_are_cut_to_what_changed_most(whole: Path) -> None:
+    count = 12
+    content = json.loads((whole / "tasks.json").read_text())
+    for each in content["tasks"]:
+        each["classes"] = [f"class {i} {'x' * 300}" for i in range(count)]
+        each["targets"] = [*range(count)]
+    (whole / "tasks.json").write_text(json.dumps(content))
+    text = page_of(whole)
+    assert "left out" not in re.sub(r"left\s+out", "left out", text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mulki.report.html._CLASSES", 30)
+        cut = page_of(whole)
+    assert cut.count("10 classes whose accuracy has changed most; 2 more are left") == 3
+
+
+ASK = """
+<script>
+const said = {errors: errors.length};
+const tabs = [...document.querySelectorAll("[role=tab]")];
+const panels = [...document.querySelectorAll("[role=tabpanel]")];
+const shown = () => panels.map((panel) => panel.getBoundingClientRect().height > 0);
+said.tabs = tabs.map((tab) => tab.textContent);
+said.first = shown();
+tabs[1].click();
+said.second = shown();
+tabs[1].focus();
+tabs[1].dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight", bubbles: true}));
+said.third = shown();
+const table = panels[2].querySelector("table");
+const column = (n) => [...table.tBodies[0].rows].map((row) => row.cells[n].textContent);
+table.querySelectorAll("th button")[0].click();
+said.up = column(0);
+table.querySelectorAll("th button")[0].click();
+said.down = column(0);
+table.querySelectorAll("th button")[5].click();
+said.change = column(5);
+said.sort = [...table.tHead.rows[0].cells].map((head) => head.getAttribute("aria-sort"));
+said.figures = [...document.querySelectorAll("figure svg")].every(
+  (svg) => svg.getBoundingClientRect().height > 100);
+said.wide = document.documentElement.scrollWidth > innerWidth;
+const outer = document.querySelector("#matrix .scroll");
+outer.scrollLeft = 1e6;
+const cells = outer.querySelector("thead tr").cells;
+said.reach = cells[cells.length - 1].getBoundingClientRect().right <= innerWidth + 1;
+document.title = JSON.stringify(said);
+</script>
+"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+@pytest.mark.parametrize("width", [1400, 500])
+def test_in_a_browser(whole: Path, tmp_path: Path, width: int) -> None:
+    # A headless Chromium has no window narrower than 500 pixels.
+    text = page_of(whole)
+    watch = "<script>const errors = []; onerror = (m) => errors.push(m);</script>"
+    asked = text.replace("<body>", "<body>" + watch).replace("</body>", ASK + "</body>")
+    (tmp_path / "asked.html").write_text(asked)
+    command = [
+        str(BROWSER),
+        *("--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--enable-logging=stderr"),
+        f"--window-size={width},900",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        (tmp_path / "asked.html").as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert "CONSOLE" not in done.stderr
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title is not None
+    said = json.loads(title[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    assert said["errors"] == 0 and said["figures"] and not said["wide"] and said["reach"]
+    assert said["tabs"] == [*TASKS]
+    assert [said[k] for k in ("first", "second", "third")] == [
+        [place == chosen for place in range(3)] for chosen in range(3)
+    ]
+    assert said["up"] == ["left", "right"] and said["down"] == ["right", "left"]
+    numbers = [float(value.replace("\N{MINUS SIGN}", "-")) for value in said["change"]]
+    assert numbers == sorted(numbers)
+    assert said["sort"] == ["none"] * 5 + ["ascending"]

@@ -1,0 +1,137 @@
+"""All that a run folder holds, as far as it can be read, and what is missing or damaged."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from mulki.answers import FOLDER, Answers, read_answers
+from mulki.catalog import EXAMPLES, TASKS, DataSet, Example, read_examples, read_tasks
+from mulki.errors import InputError
+from mulki.history import FILE as HISTORY
+from mulki.history import StepRecord, read_history
+from mulki.metrics import AccuracyMatrix, read_matrix
+from mulki.report.folder import (
+    RunData,
+    class_incremental_of,
+    read_json,
+    run_status,
+)
+from mulki.results import Evaluation, read_evaluations
+
+T = TypeVar("T")
+
+_EMPTY = AccuracyMatrix(())
+
+#: What a report lacks without a file of the folder.
+NEEDED_FOR = {
+    "matrix.csv": "accuracies and metrics; a run writes it after its first evaluation",
+    "summary.json": "status and duration",
+    "args.yaml": "model and configuration",
+    "env.json": "environment and fingerprint",
+    HISTORY: "losses, weights of teachers, drift of prototypes, time and memory",
+    "results.jsonl": "time of tests",
+    TASKS: "accuracies by class",
+    FOLDER: "accuracies by class",
+    EXAMPLES: "images that were gained and lost; a run writes it after its first task",
+}
+
+
+@dataclass(frozen=True)
+class RunContents:
+    """What a run folder holds; what cannot be read is empty, and named in `missing`.
+
+    Args:
+        data: as `mulki.report.read_folder` returns it; the matrix may have no rows.
+        options: from ``args.yaml``.
+        evaluations: from ``results.jsonl``.
+        history: from ``history.jsonl``.
+        data_sets: from ``tasks.json``, by name.
+        answers: from ``answers/``, by row of the matrix and by data set.
+        examples: from ``examples.json``.
+        missing: a sentence for each file that is missing or damaged.
+    """
+
+    data: RunData
+    options: dict[str, Any]
+    evaluations: list[Evaluation]
+    history: list[StepRecord]
+    data_sets: dict[str, DataSet]
+    answers: dict[str, dict[str, Answers]]
+    examples: list[Example]
+    missing: tuple[str, ...]
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether the matrix has a row."""
+        return bool(self.data.matrix.tasks) or self.data.matrix.zero_shot is not None
+
+
+def read_contents(folder: str | os.PathLike[str]) -> RunContents:
+    """Read all of a run folder that can be read, of an unfinished or damaged run too.
+
+    Raises:
+        InputError: no such folder, or none of a run's files is in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; pass the folder of a run")
+    missing = [
+        f"{name} is not there: no {lacks}"
+        for name, lacks in NEEDED_FOR.items()
+        if not (folder / name).exists()
+    ]
+    if len(missing) == len(NEEDED_FOR):
+        raise InputError(f"{folder}: no file of a run in it; pass a folder that a run has written")
+
+    def read(name: str, reader: Callable[[], T], instead: T) -> T:
+        if not (folder / name).exists():
+            return instead
+        try:
+            return reader()
+        except (InputError, OSError, UnicodeDecodeError) as error:
+            text = str(error).removeprefix(f"{folder}{os.sep}")
+            missing.append(text if name in text else f"{name}: {text}")
+            return instead
+
+    summary = read("summary.json", lambda: read_json(folder / "summary.json"), {})
+    config = read("args.yaml", lambda: (folder / "args.yaml").read_text(encoding="utf-8"), "")
+    data = RunData(
+        name=str(summary.get("name", folder.resolve().name)),
+        status=run_status(folder, summary),
+        matrix=read("matrix.csv", lambda: read_matrix(folder / "matrix.csv"), _EMPTY),
+        summary=summary,
+        class_incremental=read(
+            "summary.json",
+            lambda: class_incremental_of(folder / "summary.json", summary),
+            class_incremental_of(folder, {}),
+        ),
+        config=config,
+        environment=read("env.json", lambda: read_json(folder / "env.json"), {}),
+    )
+    results = folder / "results.jsonl"
+    return RunContents(
+        data=data,
+        options=read("args.yaml", lambda: _options(config), {}),
+        evaluations=read("results.jsonl", lambda: read_evaluations(results), []),
+        history=read(HISTORY, lambda: read_history(folder), []),
+        data_sets=read(TASKS, lambda: read_tasks(folder), {}),
+        answers=read(FOLDER, lambda: read_answers(folder), {}),
+        examples=read(EXAMPLES, lambda: read_examples(folder), []),
+        missing=tuple(dict.fromkeys(missing)),
+    )
+
+
+def _options(config: str) -> dict[str, Any]:
+    try:
+        options = yaml.safe_load(config) or {}
+    except yaml.YAMLError as error:
+        raise InputError(f"args.yaml: not YAML ({error})") from None
+    if not isinstance(options, dict):
+        raise InputError("args.yaml: not the options of a run")
+    return options

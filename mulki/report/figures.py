@@ -1,0 +1,413 @@
+"""The figures of a report, each drawn once for the page and for files.
+
+They are drawn with two colours of text and lines that the page replaces by its own, so that a
+figure follows the light or dark appearance of the page around it.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mulki.files import replacing
+from mulki.history import BINS, StepRecord
+from mulki.metrics import ZERO_SHOT
+from mulki.report.contents import RunContents
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Of Okabe and Ito, told apart with any colour vision, without black and yellow: legible on a light
+# and on a dark page.
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c6bb1", "#7f7f7f")
+_DASHES = ("-", "--", ":")
+# Stand for the colour of text, and of what is less important, until they are replaced.
+_TEXT, _DIM = "#010203", "#010204"
+_SIZE, _LEGEND_ROW = (5.2, 3.2), 0.22
+# Points of a curve; more are no wider than the page.
+_POINTS = 400
+
+_STYLE = {
+    "axes.edgecolor": _DIM,
+    "axes.labelcolor": _TEXT,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 10,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "legend.labelcolor": _TEXT,
+    "lines.linewidth": 1.6,
+    "svg.fonttype": "none",
+    "text.color": _TEXT,
+    # A dollar sign in the name of a task is no formula.
+    "text.parse_math": False,
+    "xtick.color": _TEXT,
+    "ytick.color": _TEXT,
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure.
+
+    Args:
+        name: of its files.
+        title: a few words.
+        text: what it shows, for those who do not see it too.
+        draw: draws it, and returns how many entries its legend has.
+    """
+
+    name: str
+    title: str
+    text: str
+    draw: Callable[[Axes], int]
+
+    def svg(self) -> str:
+        """An ``<svg>`` element whose text has the colour of the text around it."""
+        text = self._saved("svg").decode("utf-8")
+        text = text[text.index("<svg") :]
+        opened, rest = text.split(">", 1)
+        box = re.search(r'viewBox="[^"]*"', opened)
+        rest = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", rest, flags=re.DOTALL)
+        rest = rest.replace(_TEXT, "currentColor").replace(_DIM, "var(--dim, currentColor)")
+        # Several figures are on one page, so their names have to differ.
+        rest = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{self.name}-", rest)
+        return f'<svg {box[0] if box else ""} aria-hidden="true" focusable="false">{rest.strip()}'
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write ``NAME.png`` and ``NAME.svg``, and return their paths."""
+        paths = []
+        for kind in ("png", "svg"):
+            content = self._saved(kind)
+            if kind == "svg":
+                text = content.decode("utf-8").replace(_TEXT, "#222222").replace(_DIM, "#777777")
+                content = text.encode("utf-8")
+            with replacing(folder / f"{self.name}.{kind}") as temporary:
+                temporary.write_bytes(content)
+            paths.append(folder / f"{self.name}.{kind}")
+        return paths
+
+    def _saved(self, kind: str) -> bytes:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+
+        stream = io.BytesIO()
+        with mpl.rc_context(_STYLE | {"svg.hashsalt": self.name}), warnings.catch_warnings():
+            # Of letters that its font lacks; a browser has others.
+            warnings.simplefilter("ignore")
+            figure = Figure(figsize=_SIZE, layout="constrained")
+            axes = figure.add_subplot()
+            axes.grid(axis="y", color=_DIM, alpha=0.25, linewidth=0.6)
+            axes.set_axisbelow(True)
+            entries = self.draw(axes)
+            if entries:
+                columns = 3
+                figure.set_figheight(_SIZE[1] + _LEGEND_ROW * math.ceil(entries / columns))
+                figure.legend(loc="outside lower center", ncols=columns)
+            empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+            figure.savefig(
+                stream,
+                format=kind,
+                dpi=200,
+                transparent=kind == "svg",
+                metadata=empty if kind == "svg" else None,
+            )
+        return stream.getvalue()
+
+
+def plots(contents: RunContents) -> list[Plot]:
+    """The figures of what a run folder holds."""
+    return [*_of_matrix(contents), *_of_history(thinned(contents.history))]
+
+
+def thinned(history: Sequence[StepRecord]) -> list[StepRecord]:
+    """At most about `_POINTS` of the steps, evenly, with the first and the last of each task."""
+    every = math.ceil(len(history) / _POINTS) or 1
+    last = len(history) - 1
+    return [
+        record
+        for place, record in enumerate(history)
+        if place % every == 0
+        or place == last
+        or record.prepared is not None
+        or record.index != history[place + 1].index
+    ]
+
+
+def _of_matrix(contents: RunContents) -> Iterator[Plot]:
+    matrix, seen = contents.data.matrix, contents.data.class_incremental
+    rows = [] if matrix.zero_shot is None else [(ZERO_SHOT, matrix.zero_shot)]
+    rows += list(zip(matrix.tasks, matrix.rows, strict=True))
+    names = [name for name, _ in rows]
+    shown = [name for name in (*matrix.tasks, *matrix.columns) if name in matrix.columns]
+    shown = list(dict.fromkeys(shown))
+
+    def curve(name: str) -> list[float]:
+        return [row[matrix.columns.index(name)] for _, row in rows]
+
+    if len(rows) > 1:
+
+        def accuracy(axes: Axes) -> int:
+            for number, name in enumerate(shown):
+                colour, dash = _look(number)
+                axes.plot(curve(name), color=colour, linestyle=dash, label=name)
+                if name in names:
+                    place = names.index(name)
+                    axes.plot([place], [curve(name)[place]], "o", color=colour, markersize=6)
+            axes.set_ylabel("accuracy in percent")
+            _name_rows(axes, names)
+            return len(shown)
+
+        yield Plot(
+            "accuracy",
+            "Accuracy of each data set",
+            "After each task, the accuracy in percent of each data set. A dot marks the model that "
+            "has just learned it: before the dot a curve is generalisation, after it forgetting.",
+            accuracy,
+        )
+    later = [name for name in matrix.tasks[:-1] if name in matrix.columns]
+    if later:
+
+        def change(axes: Axes) -> int:
+            axes.axhline(0, color=_DIM, linewidth=0.8)
+            for number, name in enumerate(later):
+                colour, dash = _look(number)
+                values = curve(name)[names.index(name) :]
+                since = [value - values[0] for value in values]
+                axes.plot(since, color=colour, linestyle=dash, marker=".", label=name)
+            axes.set_ylabel("change in percentage points")
+            axes.set_xlabel("tasks learned since")
+            _whole_ticks(axes)
+            return len(later)
+
+        yield Plot(
+            "forgetting",
+            "Forgetting of each task",
+            "How the accuracy of each task has changed since it was learned, in percentage points, "
+            "over the number of tasks learned since. Below zero is forgetting.",
+            change,
+        )
+    if len(seen.after) > 1:
+
+        def together(axes: Axes) -> int:
+            axes.plot(list(seen.after.values()), color=COLOURS[0], marker="o")
+            axes.set_ylabel("accuracy in percent")
+            _name_rows(axes, list(seen.after))
+            return 0
+
+        yield Plot(
+            "class_incremental",
+            "All classes seen so far",
+            "Accuracy in percent of the images of all tasks learned so far, each told apart among "
+            "the classes of all of them (class-incremental).",
+            together,
+        )
+
+
+def _of_history(history: Sequence[StepRecord]) -> Iterator[Plot]:
+    if len(history) < 2:
+        return
+    steps = [record.total for record in history]
+    terms = list(dict.fromkeys(name for record in history for name in record.losses))
+
+    def losses(axes: Axes) -> int:
+        total = [sum(record.losses.values()) for record in history]
+        axes.plot(steps, total, color=_TEXT, linewidth=1.2, label="total")
+        for number, name in enumerate(terms):
+            colour, dash = _look(number)
+            values = [record.losses.get(name, np.nan) or np.nan for record in history]
+            axes.plot(steps, values, color=colour, linestyle=dash, label=name.removesuffix("_loss"))
+        axes.set_yscale("log")
+        # Not as powers of ten, which would be formulas.
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+        axes.set_ylabel("loss (logarithmic)")
+        _mark_tasks(axes, history)
+        return 1 + len(terms)
+
+    yield Plot(
+        "losses",
+        "Loss by term",
+        "The weighted terms of the loss and their total over the steps of the run, on a "
+        "logarithmic axis. Vertical lines are the starts of tasks.",
+        losses,
+    )
+    yield from _of_teachers([record for record in history if record.teacher_weights])
+    drifting = [record for record in history if record.prototype_drift]
+    if len(drifting) > 1:
+
+        def drift(axes: Axes) -> int:
+            for number, name in enumerate(("mean", "max")):
+                values = [record.prototype_drift.get(name, np.nan) for record in drifting]
+                _broken(axes, drifting, values, COLOURS[number], label=f"{name} over classes")
+            axes.set_ylabel("cosine distance")
+            _mark_tasks(axes, drifting)
+            return 2
+
+        yield Plot(
+            "prototype_drift",
+            "Drift of the prototypes",
+            "Cosine distance of the student's prototypes from those at the start of the task, the "
+            "mean and the largest over its classes, over the steps of the run.",
+            drift,
+        )
+    yield from _of_time(history)
+
+
+def _of_teachers(history: Sequence[StepRecord]) -> Iterator[Plot]:
+    if len(history) < 2:
+        return
+    names = list(history[0].teacher_weights)
+    middles = (np.arange(BINS) + 0.5) / BINS
+
+    def over_time(axes: Axes) -> int:
+        for number, name in enumerate(names):
+            counts = np.array([record.teacher_weights.get(name, [0] * BINS) for record in history])
+            share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+            low, high = (
+                middles[np.argmax(share.cumsum(axis=1) >= q, axis=1)] for q in (0.1, 0.9 - 1e-9)
+            )
+            steps = [record.total for record in history]
+            axes.fill_between(steps, low, high, color=COLOURS[number], alpha=0.2, linewidth=0)
+            _broken(axes, history, share @ middles, COLOURS[number], label=name)
+        axes.set_ylim(0, 1)
+        axes.set_ylabel("weight")
+        _mark_tasks(axes, history)
+        return len(names)
+
+    yield Plot(
+        "teacher_weights",
+        "Weights of the teachers over time",
+        "The mean weight of each teacher over the samples of a batch, and a band that holds the "
+        "middle 80 percent of the samples, over the steps of the run.",
+        over_time,
+    )
+    tasks = list(dict.fromkeys(record.task for record in history))
+
+    def over_samples(axes: Axes) -> int:
+        edges = np.arange(BINS + 1) / BINS
+        for place, task in enumerate(reversed(tasks)):
+            counts = np.zeros(BINS)
+            for record in history:
+                if record.task == task:
+                    counts += record.teacher_weights.get(names[-1], [0] * BINS)
+            heights = 0.9 * counts / max(counts.max(), 1)
+            colour = COLOURS[len(names) - 1]
+            axes.stairs(place + heights, edges, baseline=place, fill=True, color=colour)
+        axes.set_yticks(range(len(tasks)), [_short(task) for task in reversed(tasks)])
+        axes.set_xlim(0, 1)
+        axes.set_xlabel(f"weight of the teacher {names[-1]}")
+        return 0
+
+    yield Plot(
+        "teacher_samples",
+        f"Weights of the teacher {names[-1]} over samples",
+        f"For each task, how often samples of the logged steps gave the teacher {names[-1]} a "
+        "weight from 0 to 1. The highest bar of each task has the same height.",
+        over_samples,
+    )
+
+
+def _of_time(history: Sequence[StepRecord]) -> Iterator[Plot]:
+    timed = [record for record in history if record.seconds]
+    tasks = list(dict.fromkeys(record.task for record in timed))
+    if timed:
+
+        def parts(axes: Axes) -> int:
+            names = list(timed[0].seconds)
+            left = np.zeros(len(tasks))
+            for number, name in enumerate(names):
+                of_task = [
+                    1000 * np.mean([r.seconds.get(name, 0.0) for r in timed if r.task == task])
+                    for task in tasks
+                ]
+                axes.barh(range(len(tasks)), of_task, left=left, color=COLOURS[number], label=name)
+                left += of_task
+            axes.set_yticks(range(len(tasks)), [_short(task) for task in tasks])
+            axes.invert_yaxis()
+            axes.grid(visible=False, axis="y")
+            axes.set_xlabel("milliseconds a step")
+            return len(names)
+
+        yield Plot(
+            "step_time",
+            "Time of a step by part",
+            "Mean milliseconds of a step of each task: waiting for images, features with losses "
+            "and their gradients, the update of the weights, and the rest, such as saves.",
+            parts,
+        )
+
+    def speed(axes: Axes) -> int:
+        axes.plot([r.total for r in history], [r.images_per_second for r in history], COLOURS[0])
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("images per second")
+        _mark_tasks(axes, history)
+        return 0
+
+    yield Plot("speed", "Speed", "Training images per second at the logged steps.", speed)
+    known = [record for record in history if record.memory_mib is not None]
+    if len(known) > 1:
+
+        def memory(axes: Axes) -> int:
+            axes.plot([r.total for r in known], [r.memory_mib for r in known], COLOURS[0])
+            axes.set_ylim(bottom=0)
+            axes.set_ylabel("MiB")
+            _mark_tasks(axes, known)
+            return 0
+
+        yield Plot("memory", "Memory", "The largest memory in use so far, in MiB.", memory)
+
+
+def _look(number: int) -> tuple[str, str]:
+    # Colours, then the same ones with other dashes.
+    return COLOURS[number % len(COLOURS)], _DASHES[number // len(COLOURS) % len(_DASHES)]
+
+
+def _broken(
+    axes: Axes, history: Sequence[StepRecord], values: Sequence[float], colour: str, label: str
+) -> None:
+    # A curve that starts anew with each task.
+    xs: list[float] = []
+    ys: list[float] = []
+    for place, (record, value) in enumerate(zip(history, values, strict=True)):
+        if place and record.index != history[place - 1].index:
+            xs.append(record.total)
+            ys.append(np.nan)
+        xs.append(record.total)
+        ys.append(value)
+    axes.plot(xs, ys, color=colour, label=label)
+
+
+def _mark_tasks(axes: Axes, history: Sequence[StepRecord]) -> None:
+    starts = {r.index: r.total for r in reversed(history)}
+    for index, start in sorted(starts.items()):
+        if index != history[0].index:
+            axes.axvline(start, color=_DIM, alpha=0.5, linewidth=0.8)
+    axes.set_xlabel("step")
+    axes.margins(x=0.01)
+
+
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    short = [_short(name) for name in names]
+    turned = sum(map(len, short)) > 45
+    axes.set_xticks(range(len(names)), short, rotation=35 if turned else 0,
+                    ha="right" if turned else "center", rotation_mode="anchor")  # fmt: skip
+    axes.set_xlabel("after")
+
+
+def _whole_ticks(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 14 else f"{name[:13]}\N{HORIZONTAL ELLIPSIS}"
