@@ -129,9 +129,9 @@ def read_contents(folder: str | os.PathLike[str]) -> RunContents:
 
 def _options(config: str) -> dict[str, Any]:
     try:
-        options = yaml.safe_load(config) or {}
+        options = yaml.safe_load(config)
     except yaml.YAMLError as error:
         raise InputError(f"args.yaml: not YAML ({error})") from None
-    if not isinstance(options, dict):
+    if options is not None and not isinstance(options, dict):
         raise InputError("args.yaml: not the options of a run")
-    return options
+    return options or {}

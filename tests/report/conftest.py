@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,15 @@ from mulki.results import RunFolder
 from tests.report.report_helpers import SMALL, write_whole_run
 
 
+@pytest.fixture(scope="session")
+def written_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_whole_run(tmp_path_factory.mktemp("whole"))
+
+
 @pytest.fixture
-def whole(tmp_path: Path) -> Path:
-    return write_whole_run(tmp_path)
+def whole(written_once: Path, tmp_path: Path) -> Path:
+    """A whole run, which a test may damage."""
+    return Path(shutil.copytree(written_once, tmp_path / "whole"))
 
 
 @pytest.fixture
