@@ -24,7 +24,7 @@ TEST = "test images"
 _RATE = 4
 # Seconds between two lines where there is no terminal: few for a long run, whose log is kept.
 _OFTEN, _SELDOM, _SHARE = 5.0, 60.0, 0.01
-# Steps after which the time of the run is told: the first ones are slower than the rest.
+# Steps after which the time of the run is told; the first one is not measured.
 _MEASURED = 3
 
 
@@ -58,7 +58,7 @@ class RunProgress:
         self._time = TimeLeft({STEPS: 0, TEACHERS: 0, TEST: 0, **work})
         self._tasks = tasks
         self._task = ""
-        self._stage = ""
+        self._stage = "starts"
         self._kind = STEPS
         self._done = self._total = self._measured = 0
         self._report: StepReport | None = None
@@ -123,10 +123,14 @@ class RunProgress:
     def step(self, report: StepReport) -> None:
         """Count an optimiser step."""
         self._done = report.step
-        self._time.did(STEPS, 1, report.seconds)
+        if self._measured:
+            self._time.did(STEPS, 1, report.seconds)
+        else:
+            # What a process does once, such as compiling, would count for steps to come.
+            self._time.skip(STEPS, 1)
         now = report.images / max(report.seconds, 1e-9)
         # An exponential average over about ten steps: single steps are too noisy to read.
-        old = now if self._report is None or self._per_second is None else self._per_second
+        old = now if self._report is None or self._measured == 1 else self._per_second or now
         self._per_second = 0.9 * old + 0.1 * now
         self._report = report
         self._measured += 1
@@ -142,6 +146,8 @@ class RunProgress:
 
     def _left(self) -> tuple[str, str]:
         # Of the task's steps, or of the stage, and of the run.
+        if not self._total:
+            return clock(None), clock(None)
         stage = self._time.seconds(self._kind, self._total - self._done)
         return clock(stage), clock(self._time.of_run())
 

@@ -158,7 +158,7 @@ def _of_matrix(contents: RunContents) -> Iterator[Plot]:
         def accuracy(axes: Axes) -> int:
             for number, name in enumerate(shown):
                 colour, dash = _look(number)
-                axes.plot(curve(name), color=colour, linestyle=dash, label=name)
+                axes.plot(curve(name), color=colour, linestyle=dash, label=_entry(name))
                 if name in names:
                     place = names.index(name)
                     axes.plot([place], [curve(name)[place]], "o", color=colour, markersize=6)
@@ -182,7 +182,7 @@ def _of_matrix(contents: RunContents) -> Iterator[Plot]:
                 colour, dash = _look(number)
                 values = curve(name)[names.index(name) :]
                 since = [value - values[0] for value in values]
-                axes.plot(since, color=colour, linestyle=dash, marker=".", label=name)
+                axes.plot(since, color=colour, linestyle=dash, marker=".", label=_entry(name))
             axes.set_ylabel("change in percentage points")
             axes.set_xlabel("tasks learned since")
             _whole_ticks(axes)
@@ -369,6 +369,11 @@ def _of_time(history: Sequence[StepRecord]) -> Iterator[Plot]:
 def _look(number: int) -> tuple[str, str]:
     # Colours, then the same ones with other dashes.
     return COLOURS[number % len(COLOURS)], _DASHES[number // len(COLOURS) % len(_DASHES)]
+
+
+def _entry(name: str) -> str:
+    # Matplotlib leaves names that begin with an underscore out of legends.
+    return f" {name}" if name.startswith("_") else name
 
 
 def _broken(

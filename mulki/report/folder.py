@@ -44,7 +44,8 @@ class RunData:
         Two results with the same line were measured on the same images with the same prompts, from
         the same start.
         """
-        hashes = self.environment.get("hashes", {})
+        hashes = self.environment.get("hashes")
+        hashes = hashes if isinstance(hashes, dict) else {}
         known = {name: hashes.get(name) for name in ("weights", "prompts", "splits")}
         return ", ".join(f"{name} {_short(value)}" for name, value in known.items() if value)
 

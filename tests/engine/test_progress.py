@@ -166,3 +166,13 @@ def test_describe_names_every_term() -> None:
 )
 def test_megabytes(count: int | None, shown: str) -> None:
     assert megabytes(count) == shown
+
+
+def test_what_the_first_step_takes_is_not_expected_again() -> None:
+    out = io.StringIO()
+    with RunProgress(Console(file=out), {STEPS: 103}, 1) as progress:
+        progress.stage("", STEPS, 103)
+        for step, seconds in ((1, 60.0), (2, 0.5), (3, 0.5)):
+            progress.step(report(step, seconds))
+    assert out.getvalue() == "expected: 0:00:50 for the rest of the run\n"
+    assert drawn(progress)[2].startswith("20 img/s")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mulki.errors import InputError
-from mulki.report import read_contents
+from mulki.report import read_contents, render_html
 from mulki.report.contents import NEEDED_FOR
 from tests.report.report_helpers import TASKS
 
@@ -47,6 +47,17 @@ def test_no_damage_stops_a_report(whole: Path, name: str, content: str) -> None:
     quiet |= name == "results.jsonl"  # a last line without its end is one that was cut off
     assert quiet or any(name in line or "answers" in line for line in found.missing)
     assert all(str(whole) not in line for line in found.missing if line.startswith(name))
+
+
+@pytest.mark.parametrize(
+    "content", ['{"hashes": []}', '{"test_images": 3, "class_incremental": 3, "status": []}']
+)
+def test_json_of_another_shape(whole: Path, content: str) -> None:
+    for name in ("env.json", "summary.json"):
+        (whole / name).write_text(content)
+    contents = read_contents(whole)
+    assert contents.data.fingerprint == ""
+    assert "<h2>Metrics</h2>" in render_html(contents)
 
 
 def test_damaged_answers_are_named(whole: Path) -> None:
