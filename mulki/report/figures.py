@@ -1,126 +1,24 @@
-"""The figures of a report, each drawn once for the page and for files.
-
-They are drawn with two colours of text and lines that the page replaces by its own, so that a
-figure follows the light or dark appearance of the page around it.
-"""
+"""The figures of a report: what is drawn of a run."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mulki.files import replacing
 from mulki.history import BINS, StepRecord
 from mulki.metrics import ZERO_SHOT
 from mulki.report.contents import RunContents
+from mulki.report.plot import COLOURS, DIM, TEXT, Plot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Of Okabe and Ito, told apart with any colour vision, without black and yellow: legible on a light
-# and on a dark page.
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c6bb1", "#7f7f7f")
 _DASHES = ("-", "--", ":")
-# Stand for the colour of text, and of what is less important, until they are replaced.
-_TEXT, _DIM = "#010203", "#010204"
-_SIZE, _LEGEND_ROW = (5.2, 3.2), 0.22
 # Points of a curve; more are no wider than the page.
 _POINTS = 400
-
-_STYLE = {
-    "axes.edgecolor": _DIM,
-    "axes.labelcolor": _TEXT,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "font.size": 10,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "legend.labelcolor": _TEXT,
-    "lines.linewidth": 1.6,
-    "svg.fonttype": "none",
-    "text.color": _TEXT,
-    # A dollar sign in the name of a task is no formula.
-    "text.parse_math": False,
-    "xtick.color": _TEXT,
-    "ytick.color": _TEXT,
-}
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A figure.
-
-    Args:
-        name: of its files.
-        title: a few words.
-        text: what it shows, for those who do not see it too.
-        draw: draws it, and returns how many entries its legend has.
-    """
-
-    name: str
-    title: str
-    text: str
-    draw: Callable[[Axes], int]
-
-    def svg(self) -> str:
-        """An ``<svg>`` element whose text has the colour of the text around it."""
-        text = self._saved("svg").decode("utf-8")
-        text = text[text.index("<svg") :]
-        opened, rest = text.split(">", 1)
-        box = re.search(r'viewBox="[^"]*"', opened)
-        rest = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", rest, flags=re.DOTALL)
-        rest = rest.replace(_TEXT, "currentColor").replace(_DIM, "var(--dim, currentColor)")
-        # Several figures are on one page, so their names have to differ.
-        rest = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{self.name}-", rest)
-        return f'<svg {box[0] if box else ""} aria-hidden="true" focusable="false">{rest.strip()}'
-
-    def write(self, folder: Path) -> list[Path]:
-        """Write ``NAME.png`` and ``NAME.svg``, and return their paths."""
-        paths = []
-        for kind in ("png", "svg"):
-            content = self._saved(kind)
-            if kind == "svg":
-                text = content.decode("utf-8").replace(_TEXT, "#222222").replace(_DIM, "#777777")
-                content = text.encode("utf-8")
-            with replacing(folder / f"{self.name}.{kind}") as temporary:
-                temporary.write_bytes(content)
-            paths.append(folder / f"{self.name}.{kind}")
-        return paths
-
-    def _saved(self, kind: str) -> bytes:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-
-        stream = io.BytesIO()
-        with mpl.rc_context(_STYLE | {"svg.hashsalt": self.name}), warnings.catch_warnings():
-            # Of letters that its font lacks; a browser has others.
-            warnings.simplefilter("ignore")
-            figure = Figure(figsize=_SIZE, layout="constrained")
-            axes = figure.add_subplot()
-            axes.grid(axis="y", color=_DIM, alpha=0.25, linewidth=0.6)
-            axes.set_axisbelow(True)
-            entries = self.draw(axes)
-            if entries:
-                columns = 3
-                figure.set_figheight(_SIZE[1] + _LEGEND_ROW * math.ceil(entries / columns))
-                figure.legend(loc="outside lower center", ncols=columns)
-            empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-            figure.savefig(
-                stream,
-                format=kind,
-                dpi=200,
-                transparent=kind == "svg",
-                metadata=empty if kind == "svg" else None,
-            )
-        return stream.getvalue()
 
 
 def plots(contents: RunContents) -> list[Plot]:
@@ -177,7 +75,7 @@ def _of_matrix(contents: RunContents) -> Iterator[Plot]:
     if later:
 
         def change(axes: Axes) -> int:
-            axes.axhline(0, color=_DIM, linewidth=0.8)
+            axes.axhline(0, color=DIM, linewidth=0.8)
             for number, name in enumerate(later):
                 colour, dash = _look(number)
                 values = curve(name)[names.index(name) :]
@@ -220,7 +118,7 @@ def _of_history(history: Sequence[StepRecord]) -> Iterator[Plot]:
 
     def losses(axes: Axes) -> int:
         total = [sum(record.losses.values()) for record in history]
-        axes.plot(steps, total, color=_TEXT, linewidth=1.2, label="total")
+        axes.plot(steps, total, color=TEXT, linewidth=1.2, label="total")
         for number, name in enumerate(terms):
             colour, dash = _look(number)
             values = [record.losses.get(name, np.nan) or np.nan for record in history]
@@ -395,7 +293,7 @@ def _mark_tasks(axes: Axes, history: Sequence[StepRecord]) -> None:
     starts = {r.index: r.total for r in reversed(history)}
     for index, start in sorted(starts.items()):
         if index != history[0].index:
-            axes.axvline(start, color=_DIM, alpha=0.5, linewidth=0.8)
+            axes.axvline(start, color=DIM, alpha=0.5, linewidth=0.8)
     axes.set_xlabel("step")
     axes.margins(x=0.01)
 

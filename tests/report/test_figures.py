@@ -3,14 +3,13 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 
 from mulki.metrics import AccuracyMatrix, ClassIncremental
 from mulki.report import read_contents
 from mulki.report.figures import plots, thinned
-from tests.report.report_helpers import HOSTILE, record
+from tests.report.report_helpers import record
 
 ALL = {
     "accuracy",
@@ -26,39 +25,22 @@ ALL = {
 }
 
 
-def test_figures_on_the_page(whole: Path) -> None:
-    ids: list[str] = []
+def test_figures_of_a_whole_run(whole: Path) -> None:
     found = plots(read_contents(whole))
     assert {plot.name for plot in found} == ALL
+    ids: list[str] = []
     for plot in found:
-        svg = plot.svg()
-        root = ElementTree.fromstring(svg.replace("xlink:href", "href"))
-        assert root.tag == "svg" and root.attrib["viewBox"] and "width" not in root.attrib
-        assert root.attrib["aria-hidden"] == "true" and plot.title and plot.text.endswith(".")
-        own = re.findall(r'\bid="([^"]*)"', svg)
-        assert len(own) == len(set(own))
-        for used in re.findall(r'url\(#([^)]*)\)|href="#([^"]*)"', svg):
-            assert "".join(used) in own
-        ids += own
-        assert "currentColor" in svg and "#0102" not in svg and "http" not in svg
-        assert "<script" not in svg
+        assert plot.title and plot.text.endswith(".")
+        ids += re.findall(r'\bid="([^"]*)"', plot.svg())
     assert len(ids) == len(set(ids))
 
 
-def test_names_stay_text(whole: Path) -> None:
-    (accuracy,) = (p for p in plots(read_contents(whole)) if p.name == "accuracy")
-    root = ElementTree.fromstring(accuracy.svg().replace("xlink:href", "href"))
-    texts = ["".join(each.itertext()) for each in root.iter("text")]
-    assert HOSTILE in texts  # in the legend: with its dollar signs, and no formula
-
-
-def test_files(whole: Path, tmp_path: Path) -> None:
-    (forgetting,) = (p for p in plots(read_contents(whole)) if p.name == "forgetting")
-    png, svg = forgetting.write(tmp_path)
-    assert png.read_bytes().startswith(b"\x89PNG") and png.name == "forgetting.png"
-    text = svg.read_text()
-    assert ElementTree.fromstring(text).tag == "{http://www.w3.org/2000/svg}svg"
-    assert "#222222" in text and "#0102" not in text
+def test_a_name_with_an_underscore_is_in_the_legend(whole: Path) -> None:
+    contents = read_contents(whole)
+    matrix = AccuracyMatrix(("_a", "b"), ("_a", "b"), ((1.0, 2.0), (3.0, 4.0)))
+    data = replace(contents.data, matrix=matrix)
+    for plot in plots(replace(contents, history=[], data=data))[:2]:
+        assert re.search(r">\s*_a<", plot.svg())
 
 
 def test_figures_of_what_there_is(whole: Path) -> None:

@@ -1,0 +1,114 @@
+"""A figure for a page and for files.
+
+It is drawn with two colours of text and lines that the page replaces by its own, so that a figure
+follows the light or dark appearance of the page around it.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mulki.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Of Okabe and Ito, told apart with any colour vision, without black and yellow: legible on a light
+# and on a dark page.
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c6bb1", "#7f7f7f")
+# Stand for the colours of text, and of what is less important, until they are replaced.
+TEXT, DIM = "#010203", "#010204"
+_SIZE, _LEGEND_ROW = (5.2, 3.2), 0.22
+_STYLE = {
+    "axes.edgecolor": DIM,
+    "axes.labelcolor": TEXT,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 10,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "legend.labelcolor": TEXT,
+    "lines.linewidth": 1.6,
+    "svg.fonttype": "none",
+    "text.color": TEXT,
+    # A dollar sign in the name of a task is no formula.
+    "text.parse_math": False,
+    "xtick.color": TEXT,
+    "ytick.color": TEXT,
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure.
+
+    Args:
+        name: of its files.
+        title: a few words.
+        text: what it shows, for those who do not see it too.
+        draw: draws it, and returns how many entries its legend has.
+    """
+
+    name: str
+    title: str
+    text: str
+    draw: Callable[[Axes], int]
+
+    def svg(self) -> str:
+        """An ``<svg>`` element whose text has the colour of the text around it."""
+        text = self._saved("svg").decode("utf-8")
+        text = text[text.index("<svg") :]
+        opened, rest = text.split(">", 1)
+        box = re.search(r'viewBox="[^"]*"', opened)
+        rest = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", rest, flags=re.DOTALL)
+        rest = rest.replace(TEXT, "currentColor").replace(DIM, "var(--dim, currentColor)")
+        # Several figures are on one page, so their names have to differ.
+        rest = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{self.name}-", rest)
+        return f'<svg {box[0] if box else ""} aria-hidden="true" focusable="false">{rest.strip()}'
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write ``NAME.png`` and ``NAME.svg``, and return their paths."""
+        paths = []
+        for kind in ("png", "svg"):
+            content = self._saved(kind)
+            if kind == "svg":
+                text = content.decode("utf-8").replace(TEXT, "#222222").replace(DIM, "#777777")
+                content = text.encode("utf-8")
+            with replacing(folder / f"{self.name}.{kind}") as temporary:
+                temporary.write_bytes(content)
+            paths.append(folder / f"{self.name}.{kind}")
+        return paths
+
+    def _saved(self, kind: str) -> bytes:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+
+        stream = io.BytesIO()
+        with mpl.rc_context(_STYLE | {"svg.hashsalt": self.name}), warnings.catch_warnings():
+            # Of letters that its font lacks; a browser has others.
+            warnings.simplefilter("ignore")
+            figure = Figure(figsize=_SIZE, layout="constrained")
+            axes = figure.add_subplot()
+            axes.grid(axis="y", color=DIM, alpha=0.25, linewidth=0.6)
+            axes.set_axisbelow(True)
+            entries = self.draw(axes)
+            if entries:
+                columns = 3
+                figure.set_figheight(_SIZE[1] + _LEGEND_ROW * math.ceil(entries / columns))
+                figure.legend(loc="outside lower center", ncols=columns)
+            empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+            figure.savefig(
+                stream,
+                format=kind,
+                dpi=200,
+                transparent=kind == "svg",
+                metadata=empty if kind == "svg" else None,
+            )
+        return stream.getvalue()
