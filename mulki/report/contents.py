@@ -99,7 +99,8 @@ def read_contents(folder: str | os.PathLike[str]) -> RunContents:
             missing.append(text if name in text else f"{name}: {text}")
             return instead
 
-    summary = read("summary.json", lambda: read_json(folder / "summary.json"), {})
+    nothing: dict[str, Any] = {}
+    summary = read("summary.json", lambda: read_json(folder / "summary.json"), nothing)
     config = read("args.yaml", lambda: (folder / "args.yaml").read_text(encoding="utf-8"), "")
     data = RunData(
         name=str(summary.get("name", folder.resolve().name)),
@@ -112,12 +113,12 @@ def read_contents(folder: str | os.PathLike[str]) -> RunContents:
             class_incremental_of(folder, {}),
         ),
         config=config,
-        environment=read("env.json", lambda: read_json(folder / "env.json"), {}),
+        environment=read("env.json", lambda: read_json(folder / "env.json"), nothing),
     )
     results = folder / "results.jsonl"
     return RunContents(
         data=data,
-        options=read("args.yaml", lambda: _options(config), {}),
+        options=read("args.yaml", lambda: _options(config), nothing),
         evaluations=read("results.jsonl", lambda: read_evaluations(results), []),
         history=read(HISTORY, lambda: read_history(folder), []),
         data_sets=read(TASKS, lambda: read_tasks(folder), {}),

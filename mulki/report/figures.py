@@ -255,7 +255,7 @@ def _of_time(history: Sequence[StepRecord]) -> Iterator[Plot]:
     if len(known) > 1:
 
         def memory(axes: Axes) -> int:
-            axes.plot([r.total for r in known], [r.memory_mib for r in known], COLOURS[0])
+            axes.plot([r.total for r in known], [r.memory_mib or 0.0 for r in known], COLOURS[0])
             axes.set_ylim(bottom=0)
             axes.set_ylabel("MiB")
             _mark_tasks(axes, known)

@@ -52,7 +52,7 @@ def render_html(contents: RunContents) -> str:
 
 
 def _page_file(name: str) -> str:
-    return resources.files("mulki.report").joinpath("page", name).read_text(encoding="utf-8")
+    return (resources.files("mulki.report") / "page" / name).read_text(encoding="utf-8")
 
 
 def _facts(contents: RunContents) -> list[str]:

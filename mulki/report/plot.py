@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mulki.files import replacing
 
@@ -26,7 +26,7 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8
 # Stand for the colours of text, and of what is less important, until they are replaced.
 TEXT, DIM = "#010203", "#010204"
 _SIZE, _LEGEND_ROW = (5.2, 3.2), 0.22
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "axes.edgecolor": DIM,
     "axes.labelcolor": TEXT,
     "axes.spines.right": False,
