@@ -62,7 +62,8 @@ def _facts(contents: RunContents) -> list[str]:
         facts.append(f"method {summary['method']}")
     facts += [f"{key} {summary[key]}" for key in ("order", "seed") if key in summary]
     matrix = contents.data.matrix
-    facts.append(f"{len(matrix.tasks)} of {len(matrix.columns)} tasks learned")
+    if matrix.columns:
+        facts.append(f"{len(matrix.tasks)} of {len(matrix.columns)} tasks learned")
     seconds = summary.get("seconds")
     if isinstance(seconds, (int, float)):
         minutes, rest = divmod(round(seconds), 60)
@@ -95,7 +96,11 @@ def _metrics(contents: RunContents) -> list[tuple[str, str, str, str]]:
 
 
 def _number(value: float | None, digits: int = 2, sign: str = "") -> str:
-    return "" if value is None else f"{value:{sign}.{digits}f}".replace("-", _MINUS)
+    if value is None:
+        return ""
+    if not round(value, digits):
+        value, sign = 0.0, ""
+    return f"{value:{sign}.{digits}f}".replace("-", _MINUS)
 
 
 @dataclass(frozen=True)
