@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from mulki import cli, methods
 from mulki.bench.run import BenchOptions
 from mulki.engine.config import RunConfig
+from mulki.engine.evaluation import OPTIONS as EVAL_OPTIONS
 from mulki.losses import ClipLoss
 
 ROOT = Path(__file__).parents[1]
@@ -215,6 +216,11 @@ def known_options(command: str) -> set[str]:
     if command == "run":
         every = (options(methods.get(method).Options) for method in methods.available())
         return options(RunConfig).union(*every) | {"--config", "--resume", "--help"}
+    if command == "export":
+        return {"--to", "--model", "--help"}
+    if command == "eval":
+        of_run = {f"--{name.replace('_', '-').rstrip('-')}" for name in EVAL_OPTIONS}
+        return of_run | {"--predictions", "--per-class", "--confusion", "--json", "--help"}
     published = {"--data-root", "--protocol", "--prepare"}
     return published | {"--json", "--order", "--import", "--baseline", "--help"}
 
@@ -240,7 +246,8 @@ def test_every_command_exists(page: Path, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.parametrize("page", DOCS, ids=name)
 def test_every_quoted_option_exists(page: Path) -> None:
-    known = known_options("run") | known_options("bench") | known_options("compare")
+    names = ("run", "bench", "compare", "eval", "export")
+    known = set().union(*(known_options(name) for name in names))
     for words in quoted(page):
         option = words.split()[0].partition("=")[0]
         if option.startswith("--") and option != "--":
