@@ -131,7 +131,7 @@ def _config(model: VisionLanguageModel) -> Any:
     clip = model.clip
     visual, text = clip.visual, getattr(clip, "text", clip)
     try:
-        shapes = {
+        shapes: dict[str, Any] = {
             "vision_config": {
                 **_transformer(visual.transformer),
                 "image_size": model.image_size,
@@ -196,14 +196,15 @@ def _tokenizer_of_files(
     import json
     import tempfile
 
-    from transformers import CLIPTokenizerFast
+    import transformers
 
+    fast: Any = getattr(transformers, "CLIPTokenizerFast")  # noqa: B009  # gone in transformers 5
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder, "vocab.json"), Path(folder, "merges.txt")
         files[0].write_text(json.dumps(vocabulary), encoding="utf-8")
         lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
         files[1].write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return CLIPTokenizerFast(*map(str, files), model_max_length=length)
+        return fast(*map(str, files), model_max_length=length)
 
 
 def _processor(model: VisionLanguageModel) -> Any:
