@@ -1,4 +1,4 @@
-"""The command ``mulki``: run, eval, export, metrics, compare, tasks, bench, prove, doctor.
+"""The command ``mulki``; `mulki --help` lists what it does.
 
 Bad input ends with one line on standard error and exit status 2, an error of the system with 1, and
 a signal with 128 and its number.
@@ -30,6 +30,7 @@ _EXAMPLES = """examples:
   mulki run --config logs/RUN/args.yaml --lr 1e-5
   mulki run --resume logs/RUN                     go on with a run that was stopped
   mulki run --method zscl --help                  the options of another method
+  mulki run embedded --seeds 0 1 2 --orders I II  several runs, their means and intervals
 """
 
 
@@ -72,6 +73,7 @@ def _dispatch(argv: list[str]) -> int:
         "export": _export,
         "metrics": _metrics,
         "compare": _compare,
+        "reproduce": _reproduce,
         "tasks": _tasks,
         "bench": _bench,
         "prove": _prove,
@@ -107,6 +109,7 @@ def _run(argv: list[str]) -> int:
     """Learn a sequence of tasks: mulki run embedded, or mulki run --tasks DIR1 DIR2"""
     from rich.console import Console
 
+    from mulki.commands.grid import is_grid, run_grid
     from mulki.engine.config import resolve
     from mulki.engine.memory import keep_freed_memory
     from mulki.engine.sequence import run
@@ -123,6 +126,9 @@ def _run(argv: list[str]) -> int:
     logging.basicConfig(format="mulki: %(message)s", handlers=[handler])
 
     given, resume = _given(argv)
+    if is_grid(given):
+        run_grid(given, console)
+        return 0
     folder = run(resolve(given), Console(stderr=True), resume=resume)
     if folder is None:  # another process of the run prints
         return 0
@@ -133,6 +139,7 @@ def _run(argv: list[str]) -> int:
 
 def _given(argv: list[str]) -> tuple[dict[str, Any], str | None]:
     # The options of a run, and the folder of one that goes on.
+    from mulki.commands.grid import add_grid_options, check_lists
     from mulki.data import sequence_names
     from mulki.engine.config import RunConfig, resolve, unknown_option
 
@@ -166,6 +173,7 @@ def _given(argv: list[str]) -> tuple[dict[str, Any], str | None]:
     parser.add_argument(
         "--resume", metavar="DIR", help="go on with the run in this folder, without other options"
     )
+    add_grid_options(parser)
     add_options(parser.add_argument_group("run"), RunConfig)
     group = parser.add_argument_group(f"method {method.name}", method.summary)
     try:
@@ -181,6 +189,7 @@ def _given(argv: list[str]) -> tuple[dict[str, Any], str | None]:
         raise InputError(f"{word}: was not expected here; mulki run --help shows the usage")
     apart = ("config", "resume", "import_")
     given = {k: v for k, v in vars(parsed).items() if v is not None and k not in apart}
+    check_lists(given)
     words = given.pop("words", None)
     if words and "tasks" in given:
         raise InputError(f"--tasks: given beside {' '.join(words)}; name the tasks in one place")
@@ -220,6 +229,7 @@ def _method_and_file(argv: list[str]) -> tuple[str | None, dict[str, Any], type[
     parser = Parser(prog="mulki run", add_help=False)
     parser.add_argument("--config")
     parser.add_argument("--method")
+    parser.add_argument("--methods", nargs="+")
     parser.add_argument("--preset")
     add_options(parser, RunConfig, only="import_")
     given, _ = parser.parse_known_args(argv)
@@ -229,7 +239,8 @@ def _method_and_file(argv: list[str]) -> tuple[str | None, dict[str, Any], type[
     # Modules of the file and of the command line are both imported: one does not exclude another.
     modules = import_given({"import_": (*modules, *(given.import_ or ()))})
     preset = given.preset or from_file.get("preset")
-    method = methods.get(given.method or str(from_file.get("method") or method_of(preset)))
+    named = given.method or (given.methods or [None])[0]
+    method = methods.get(named or str(from_file.get("method") or method_of(preset)))
     if from_file.get("method", method.name) != method.name:
         # The file of another method's run: the options that only that method has are left out.
         others = field_names(methods.get(str(from_file["method"])).Options)
@@ -303,6 +314,13 @@ def _compare(argv: list[str]) -> int:
     else:
         print_comparison(comparison, Console())
     return 0
+
+
+def _reproduce(argv: list[str]) -> int:
+    """Published rows, and a verdict on our runs of one: mulki reproduce --list, or a row's name"""
+    from mulki.commands.reproduce import reproduce
+
+    return reproduce(argv)
 
 
 def _tasks(argv: list[str]) -> int:
