@@ -24,9 +24,10 @@ from rich.console import Console
 
 from mulki.engine.checkpoints import ARGUMENTS
 from mulki.engine.config import Settings, read_config, resolve
-from mulki.engine.distributed import launched
+from mulki.engine.distributed import join, launched
 from mulki.engine.resuming import is_complete
 from mulki.engine.sequence import run
+from mulki.engine.setup import device_of
 from mulki.engine.signals import Signals
 from mulki.engine.tasks import load_tasks
 from mulki.errors import InputError
@@ -113,9 +114,12 @@ def run_cells(cells: Sequence[Cell], jobs: int = 1, console: Console | None = No
     if jobs > 1 and launched():
         raise InputError("--jobs: got several beside torchrun, whose processes share one run")
     if jobs == 1 or len(left) < 2:
-        for cell in left:
-            resume = cell.folder if cell.state == "stopped" else None
-            run(_settings(cell), console, resume=resume)
+        if left:
+            # Processes of torchrun meet once, for all runs.
+            with join(device_of(left[0].settings.run.device)):
+                for cell in left:
+                    resume = cell.folder if cell.state == "stopped" else None
+                    run(_settings(cell), console, resume=resume)
         return
     with tempfile.TemporaryDirectory() as configs, _children() as children, Signals():
         waiting = list(left)
