@@ -278,6 +278,7 @@ if __name__ == "__main__":
         package_data={
             "mulki": [
                 "py.typed",
+                "data/published/rows.yaml",
                 "data/published/sets/*.yaml",
                 "report/page/*",
                 *(f"data/embedded/**/{file}" for file in PACK_FILES),

@@ -1,4 +1,4 @@
-"""The command ``mulki``: run, metrics, compare, report, tasks, bench, prove, doctor.
+"""The command ``mulki``; `mulki --help` lists what it does.
 
 Bad input ends with one line on standard error and exit status 2, an error of the system with 1, and
 a signal with 128 and its number.
@@ -14,11 +14,11 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any, NoReturn, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
+from mulki.commands.parsing import Parser, add_options, with_hyphens
 from mulki.errors import InputError, ProcessLost, Stopped, nearest
-from mulki.options import choices_of, field_name, flag, option_name
+from mulki.options import field_name
 
 if TYPE_CHECKING:
     from mulki.methods import Method
@@ -31,6 +31,7 @@ _EXAMPLES = """examples:
   mulki run --config logs/RUN/args.yaml --lr 1e-5
   mulki run --resume logs/RUN                     go on with a run that was stopped
   mulki run --method zscl --help                  the options of another method
+  mulki run embedded --seeds 0 1 2 --orders I II  several runs, their means and intervals
 """
 
 
@@ -73,9 +74,12 @@ def run_command(argv: Sequence[str]) -> int:
 def _dispatch(argv: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "run": _run,
+        "eval": _eval,
+        "export": _export,
         "metrics": _metrics,
         "compare": _compare,
         "report": _report,
+        "reproduce": _reproduce,
         "tasks": _tasks,
         "bench": _bench,
         "prove": _prove,
@@ -103,7 +107,7 @@ def _dispatch(argv: list[str]) -> int:
 def _usage(commands: dict[str, Callable[[list[str]], int]]) -> str:
     lines = ["usage: mulki COMMAND ..., mulki COMMAND --help", ""]
     for name, command in commands.items():
-        lines.append(f"  {name:<8} {(command.__doc__ or '').splitlines()[0]}")
+        lines.append(f"  {name:<9} {(command.__doc__ or '').splitlines()[0]}")
     return "\n".join(lines)
 
 
@@ -111,6 +115,7 @@ def _run(argv: list[str]) -> int:
     """Learn a sequence of tasks: mulki run embedded, or mulki run --tasks DIR1 DIR2"""
     from rich.console import Console
 
+    from mulki.commands.grid import is_grid, run_grid
     from mulki.engine.config import resolve
     from mulki.engine.memory import keep_freed_memory
     from mulki.engine.sequence import run
@@ -127,6 +132,9 @@ def _run(argv: list[str]) -> int:
     logging.basicConfig(format="mulki: %(message)s", handlers=[handler])
 
     given, resume = _given(argv)
+    if is_grid(given):
+        run_grid(given, console)
+        return 0
     folder = run(resolve(given), Console(stderr=True), resume=resume)
     if folder is None:  # another process of the run prints
         return 0
@@ -148,11 +156,12 @@ class _Messages(logging.StreamHandler):
 
 def _given(argv: list[str]) -> tuple[dict[str, Any], str | None]:
     # The options of a run, and the folder of one that goes on.
+    from mulki.commands.grid import add_grid_options, check_lists
     from mulki.data import sequence_names
     from mulki.engine.config import RunConfig, resolve, unknown_option
 
-    argv = _with_hyphens(argv)
-    first = _Parser(prog="mulki run", add_help=False)
+    argv = with_hyphens(argv)
+    first = Parser(prog="mulki run", add_help=False)
     first.add_argument("--resume")
     resumed, others = first.parse_known_args(argv)
     if resumed.resume is not None:
@@ -163,7 +172,7 @@ def _given(argv: list[str]) -> tuple[dict[str, Any], str | None]:
             )
         return _of_folder(resumed.resume), resumed.resume
     config, from_file, method = _method_and_file(argv)
-    parser = _Parser(
+    parser = Parser(
         prog="mulki run",
         usage="mulki run [TASKS ...] [--config FILE] [--method METHOD] [--OPTION VALUE ...]; "
         "run --resume DIR",
@@ -181,10 +190,11 @@ def _given(argv: list[str]) -> tuple[dict[str, Any], str | None]:
     parser.add_argument(
         "--resume", metavar="DIR", help="go on with the run in this folder, without other options"
     )
-    _add_options(parser.add_argument_group("run"), RunConfig)
+    add_grid_options(parser)
+    add_options(parser.add_argument_group("run"), RunConfig)
     group = parser.add_argument_group(f"method {method.name}", method.summary)
     try:
-        _add_options(group, method.Options)
+        add_options(group, method.Options)
     except argparse.ArgumentError as error:
         raise InputError(
             f"method {method.name}: {error}; the run has an option of that name, so rename it"
@@ -196,6 +206,7 @@ def _given(argv: list[str]) -> tuple[dict[str, Any], str | None]:
         raise InputError(f"{word}: was not expected here; mulki run --help shows the usage")
     apart = ("config", "resume", "import_")
     given = {k: v for k, v in vars(parsed).items() if v is not None and k not in apart}
+    check_lists(given)
     words = given.pop("words", None)
     if words and "tasks" in given:
         raise InputError(f"--tasks: given beside {' '.join(words)}; name the tasks in one place")
@@ -232,11 +243,12 @@ def _method_and_file(argv: list[str]) -> tuple[str | None, dict[str, Any], type[
     from mulki.engine.config import RunConfig, field_names, import_given, read_config
     from mulki.engine.presets import method_of
 
-    parser = _Parser(prog="mulki run", add_help=False)
+    parser = Parser(prog="mulki run", add_help=False)
     parser.add_argument("--config")
     parser.add_argument("--method")
+    parser.add_argument("--methods", nargs="+")
     parser.add_argument("--preset")
-    _add_options(parser, RunConfig, only="import_")
+    add_options(parser, RunConfig, only="import_")
     given, _ = parser.parse_known_args(argv)
     from_file: dict[str, Any] = read_config(given.config) if given.config is not None else {}
     with _naming(given.config):
@@ -244,7 +256,8 @@ def _method_and_file(argv: list[str]) -> tuple[str | None, dict[str, Any], type[
     # Modules of the file and of the command line are both imported: one does not exclude another.
     modules = import_given({"import_": (*modules, *(given.import_ or ()))})
     preset = given.preset or from_file.get("preset")
-    method = methods.get(given.method or str(from_file.get("method") or method_of(preset)))
+    named = given.method or (given.methods or [None])[0]
+    method = methods.get(named or str(from_file.get("method") or method_of(preset)))
     if from_file.get("method", method.name) != method.name:
         # The file of another method's run: the options that only that method has are left out.
         others = field_names(methods.get(str(from_file["method"])).Options)
@@ -266,46 +279,18 @@ def _naming(config: str | None) -> Iterator[None]:
         raise InputError(f"{config}: {error}") from None
 
 
-class _Parser(argparse.ArgumentParser):
-    def __init__(self, **arguments: Any):
-        super().__init__(allow_abbrev=False, **arguments)
+def _eval(argv: list[str]) -> int:
+    """A checkpoint on its tasks or on others: mulki eval logs/RUN, or CHECKPOINT --tasks DIR"""
+    from mulki.commands.evaluate import evaluate
 
-    def error(self, message: str) -> NoReturn:
-        if "ignored explicit argument" in message:
-            message += " (a switch takes no value: --x or --no-x)"
-        raise InputError(f"{message}; {self.prog} --help shows the usage")
+    return evaluate(argv)
 
 
-def _add_options(group: argparse._ActionsContainer, options: type, only: str = "") -> None:
-    hints = get_type_hints(options)
-    for item in fields(options):
-        if only and item.name != only:
-            continue
-        flags = [flag(item.name), *filter(None, [item.metadata["alias"]])]
-        text = f"{item.metadata['help']} (default: {_shown(item.default)})".replace("%", "%%")
-        how: dict[str, Any] = {"metavar": option_name(item.name).upper()}
-        if hints[item.name] is bool:
-            how = {"action": argparse.BooleanOptionalAction, "default": None}
-        elif item.metadata["repeat"]:
-            how = {"action": "append", "metavar": item.metadata["repeat"]}
-        elif get_origin(hints[item.name]) is tuple:
-            how["nargs"] = "+"
-        elif choices := choices_of(item, hints[item.name]):
-            how["metavar"] = "{" + ",".join(choices) + "}"
-        group.add_argument(*flags, dest=item.name, help=text, **how)
+def _export(argv: list[str]) -> int:
+    """A checkpoint for other programs: mulki export CHECKPOINT --to huggingface DIR, or onnx"""
+    from mulki.commands.export import export
 
-
-def _shown(default: Any) -> str:
-    return (" ".join(default) or "none") if isinstance(default, tuple) else str(default)
-
-
-def _with_hyphens(argv: list[str]) -> list[str]:
-    # Only names of options are changed: a value keeps its underscores.
-    def hyphens(word: str) -> str:
-        name, equals, value = word.partition("=")
-        return name.replace("_", "-") + equals + value if word.startswith("--") else word
-
-    return [hyphens(word) for word in argv]
+    return export(argv)
 
 
 def _metrics(argv: list[str]) -> int:
@@ -315,7 +300,7 @@ def _metrics(argv: list[str]) -> int:
     from mulki.metrics import read_matrix
     from mulki.report.tables import print_matrix
 
-    parser = _Parser(prog="mulki metrics", description=_metrics.__doc__)
+    parser = Parser(prog="mulki metrics", description=_metrics.__doc__)
     parser.add_argument("matrix", metavar="MATRIX", help="a matrix.csv, as a run folder holds it")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
     arguments = parser.parse_args(argv)
@@ -333,7 +318,7 @@ def _compare(argv: list[str]) -> int:
 
     from mulki.report.compare import compare, print_comparison
 
-    parser = _Parser(prog="mulki compare", description=_compare.__doc__)
+    parser = Parser(prog="mulki compare", description=_compare.__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that mulki run has written")
     parser.add_argument(
         "--baseline", metavar="NAME", help="a method or a label of the table (default: the first)"
@@ -352,7 +337,7 @@ def _report(argv: list[str]) -> int:
     """The page of a run, also of an unfinished or damaged one: mulki report logs/RUN"""
     from mulki.report.write import PLOTS, write_report
 
-    parser = _Parser(prog="mulki report", description=_report.__doc__)
+    parser = Parser(prog="mulki report", description=_report.__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that mulki run has written")
     parser.add_argument(
         "--figures",
@@ -366,6 +351,13 @@ def _report(argv: list[str]) -> int:
     return 0
 
 
+def _reproduce(argv: list[str]) -> int:
+    """Published rows, and a verdict on our runs of one: mulki reproduce --list, or a row's name"""
+    from mulki.commands.reproduce import reproduce
+
+    return reproduce(argv)
+
+
 def _tasks(argv: list[str]) -> int:
     """The tasks of a sequence, with their classes: mulki tasks embedded --json"""
     from mulki.data import Source
@@ -373,19 +365,19 @@ def _tasks(argv: list[str]) -> int:
     from mulki.imports import import_modules
     from mulki.listing import list_tasks
 
-    parser = _Parser(prog="mulki tasks", description=_tasks.__doc__)
+    parser = Parser(prog="mulki tasks", description=_tasks.__doc__)
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="a sequence, or folders and CSV files"
     )
     for name in ("import_", "order", "data_root", "protocol"):
-        _add_options(parser, RunConfig, only=name)
+        add_options(parser, RunConfig, only=name)
     parser.add_argument("--json", action="store_true", help="print names and classes as JSON")
     parser.add_argument(
         "--prepare",
         action="store_true",
         help="download published data sets to --data-root, check them and say what is missing",
     )
-    given = parser.parse_args(_with_hyphens(argv))
+    given = parser.parse_args(with_hyphens(argv))
     import_modules(given.import_ or ())
     return list_tasks(
         given.names,
@@ -403,28 +395,28 @@ def _bench(argv: list[str]) -> int:
     from mulki.options import convert
 
     if argv[:1] == ["table"]:
-        parser = _Parser(prog="mulki bench table", description="Markdown tables from a CSV")
+        parser = Parser(prog="mulki bench table", description="Markdown tables from a CSV")
         parser.add_argument("file", metavar="CSV", help="as mulki bench --output writes it")
         print(markdown(read_rows(parser.parse_args(argv[1:]).file)), end="")
         return 0
     if argv[:1] == ["plot"]:
         from mulki.bench.plots import plot
 
-        parser = _Parser(prog="mulki bench plot", description="PNG figures from a CSV")
+        parser = Parser(prog="mulki bench plot", description="PNG figures from a CSV")
         parser.add_argument("file", metavar="CSV", help="as mulki bench --output writes it")
         parser.add_argument("folder", metavar="FOLDER", help="where the figures go")
         arguments = parser.parse_args(argv[1:])
         for path in plot(read_rows(arguments.file), arguments.folder):
             print(path)
         return 0
-    parser = _Parser(
+    parser = Parser(
         prog="mulki bench",
         usage="mulki bench [--OPTION VALUE ...]; bench table CSV; bench plot CSV FOLDER",
         description=_bench.__doc__,
         epilog="Every point is verified against float64 first; the exit status is 1 if one failed.",
     )
-    _add_options(parser.add_argument_group("bench"), BenchOptions)
-    given = vars(parser.parse_args(_with_hyphens(argv)))
+    add_options(parser.add_argument_group("bench"), BenchOptions)
+    given = vars(parser.parse_args(with_hyphens(argv)))
     options = convert(BenchOptions, {k: v for k, v in given.items() if v is not None})
     return run(BenchOptions(**options))
 
@@ -433,7 +425,7 @@ def _prove(argv: list[str]) -> int:
     """Show where the Triton kernels are right and faster on this GPU: mulki prove"""
     from mulki.prove import report
 
-    parser = _Parser(prog="mulki prove", description=_prove.__doc__)
+    parser = Parser(prog="mulki prove", description=_prove.__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "xpu"))
     parser.add_argument(
         "--seconds", type=float, default=60.0, help="for timing; compiling comes on top"
@@ -448,7 +440,7 @@ def _doctor(argv: list[str]) -> int:
 
     from mulki.doctor import examine
 
-    parser = _Parser(prog="mulki doctor", description=_doctor.__doc__)
+    parser = Parser(prog="mulki doctor", description=_doctor.__doc__)
     parser.add_argument("--logs", default="logs", help="where runs are to be written")
     parser.add_argument(
         "--seconds", type=float, default=10.0, help="for the self-test; 0 leaves it out"

@@ -23,6 +23,7 @@ from mulki.data.loader import batch_sizes
 from mulki.data.task import Task
 from mulki.errors import InputError
 from mulki.models import VisionLanguageModel
+from mulki.predictions import TOP, Predictions
 from mulki.texts import text_features, text_inputs
 from mulki.world import ALONE, World
 
@@ -126,29 +127,19 @@ class Evaluator:
         said = torch.zeros_like(right)
         firsts = [sum(len(task.classes) for task in self.tasks[: head.start]) for head in heads]
         unsound = torch.stack([_unsound(texts) for texts in classifiers.values()]).sum()
-        for images, target, places in self._batches(number):
-            features = self.model.encode_images(images)
-            unsound += _unsound(features)
-            # A product for each task: one over all classes would round a class by its place.
-            logits = {
-                task: features @ classifiers[task].mT for task in {i for h in heads for i in h}
-            }
-            for row, words, head, first, first_alike in zip(
-                right, said, heads, firsts, same, strict=True
+        for of_heads, target, places, unsound_images in self._logits(number, classifiers, heads):
+            unsound += unsound_images
+            for row, words, head, first, logits, first_alike in zip(
+                right, said, heads, firsts, of_heads, same, strict=True
             ):
-                predicted = torch.cat([logits[i] for i in head], dim=1).argmax(dim=1).cpu()
-                before = sum(len(classifiers[i]) for i in head if i < number)
-                chosen = predicted[: len(places)]
+                chosen = logits.argmax(dim=1).cpu()
+                before = self._before(number, head)
                 row[places] = (first_alike[chosen] == first_alike[target + before]).long()
                 words[places] = chosen + first
         *summed, count = self._world.total(
             *torch.cat([right, said]).flatten().tolist(), int(unsound), device=self.model.device
         )
-        if count:
-            raise InputError(
-                f"task {self.tasks[number].name}: {count} features of its images and of class "
-                "texts are not finite; the model has diverged: lower --lr"
-            )
+        self._check_sound(number, count)
         found, classes = np.asarray(summed, dtype=np.int32).reshape(2, *right.shape)
         by_head = dict(zip(heads, found.astype(bool), strict=True))
         said_by_head = dict(zip(heads, classes, strict=True))
@@ -156,6 +147,77 @@ class Evaluator:
             Answers(by_head[mine], None if among is None else by_head[among], said_by_head[mine])
             for mine, among in zip(own, seen, strict=True)
         ]
+
+    @torch.no_grad()
+    def predictions(
+        self, number: int, classifiers: Mapping[int, Tensor], heads: Sequence[range]
+    ) -> list[Predictions]:
+        """What the model says of the test images of a task; each image is encoded once.
+
+        The likeliest class is that of `answers`. This process has to be the only one.
+
+        Args:
+            number: of the task, from 0.
+            classifiers: `classifier` of all tasks in `heads`, by number.
+            heads: numbers of the tasks whose classes are a label space, each with this task.
+
+        Returns:
+            The predictions for each entry of `heads`.
+
+        Raises:
+            InputError: features that are not finite.
+        """
+        self.model.eval()
+        scale = float(self.model.logit_scale)
+        same = [self._first_alike(head) for head in heads]
+        unsound = torch.stack([_unsound(texts) for texts in classifiers.values()]).sum()
+        parts: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in heads]
+        order = []
+        for of_heads, labels, places, unsound_images in self._logits(number, classifiers, heads):
+            unsound += unsound_images
+            order.append(places)
+            for part, head, logits, alike in zip(parts, heads, of_heads, same, strict=True):
+                # One column for classes that are one: the best of theirs.
+                best = torch.full_like(logits.cpu(), -torch.inf)
+                best.scatter_reduce_(1, alike.expand_as(best), logits.cpu(), "amax")
+                # Stable, so that the first of two that are equal wins, as argmax has it.
+                order_of_classes = best.sort(dim=1, descending=True, stable=True).indices
+                likeliest = (scale * best).softmax(dim=1).amax(dim=1)
+                right = alike[labels + self._before(number, head)]
+                part.append((right, order_of_classes[:, :TOP], likeliest))
+        self._check_sound(number, int(unsound))
+        in_order = torch.cat(order).argsort()
+        found = []
+        for part, head, alike in zip(parts, heads, same, strict=True):
+            target, ranked, chance = (
+                torch.cat(column)[in_order].numpy() for column in zip(*part, strict=True)
+            )
+            kept = ranked[:, : len(alike.unique())]
+            classes = [(self.tasks[i].name, name) for i in head for name in self.tasks[i].classes]
+            found.append(Predictions(classes, target, kept, chance))
+        return found
+
+    def _logits(
+        self, number: int, classifiers: Mapping[int, Tensor], heads: Sequence[range]
+    ) -> Iterator[tuple[list[Tensor], Tensor, Tensor, Tensor]]:
+        # Of each batch: logits [B, C] for each head, targets, places, rows that are not finite.
+        for images, target, places in self._batches(number):
+            features = self.model.encode_images(images)
+            # A product for each task: one over all classes would round a class by its place.
+            by_task = {i: features @ classifiers[i].mT for i in {i for h in heads for i in h}}
+            of_heads = [torch.cat([by_task[i] for i in h], dim=1)[: len(places)] for h in heads]
+            yield of_heads, target, places, _unsound(features)
+
+    def _before(self, number: int, head: range) -> int:
+        # Classes of a head before those of the task.
+        return sum(len(self.tasks[i].classes) for i in head if i < number)
+
+    def _check_sound(self, number: int, count: int) -> None:
+        if count:
+            raise InputError(
+                f"task {self.tasks[number].name}: {count} features of its images and of class "
+                "texts are not finite; the model has diverged: lower --lr"
+            )
 
     def _head(self, number: int, count: int) -> range:
         # The tasks whose classes are the label space of a task after `count` of them were learned.

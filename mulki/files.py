@@ -183,6 +183,28 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder to fill, which replaces the folder `path` when the block ends.
+
+    An error or an interrupt in the block leaves the old one as it was and removes the temporary
+    one. Sub-folders are not synced.
+    """
+    new = temporary_for(path)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        for each in [*new.iterdir(), new]:
+            sync(each)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(new, path)
+        sync(path.parent)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+
+
 def write_atomic(path: str | os.PathLike[str], text: str) -> None:
     """Replace ``path`` by ``text`` (UTF-8), see `replacing`.
 

@@ -10,7 +10,7 @@ import copy
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import resources, util
@@ -441,7 +441,7 @@ def _load_bundled(pretrained: str | None) -> VisionLanguageModel:
     text_tower = _text_package(text["hf_model_name"])
     text["hf_model_name"] = text["hf_tokenizer_name"] = str(text_tower)
     preprocess_cfg = PreprocessCfg(**config["preprocess_cfg"])
-    with _quiet_transformers():
+    with quiet_transformers():
         clip = open_clip.CustomTextCLIP(**architecture)
         tokenizer = HFTokenizer(str(text_tower), context_length=text["context_length"])
     set_model_preprocess_cfg(clip, asdict(preprocess_cfg))
@@ -489,8 +489,8 @@ def _text_package(package: str) -> Path:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Any:
-    # transformers prints a long report about the pooler, which is not used and has no weights.
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from printing progress, and reports about weights that are not used."""
     from transformers.utils import logging as hf_logging
 
     level = hf_logging.get_verbosity()

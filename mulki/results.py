@@ -133,10 +133,11 @@ def read_evaluations(path: str | os.PathLike[str]) -> list[Evaluation]:
 def default_name(method: str, order: str, seed: int, now: datetime | None = None) -> str:
     """Return the name of a run that was given none: start time, method, order and seed."""
     now = now or datetime.now()
-    return f"{now:%Y_%m_%d-%H_%M_%S}-{_slug(method)}-order_{_slug(order)}-seed_{seed}"
+    return f"{now:%Y_%m_%d-%H_%M_%S}-{slug(method)}-order_{slug(order)}-seed_{seed}"
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
+    """A name with nothing but a-z, 0-9 and underscores in it."""
     plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
     return re.sub(r"[^a-z0-9]+", "_", plain.lower()).strip("_") or "unnamed"
 
@@ -483,7 +484,7 @@ class RunFolder:
         """
         if index < 1:
             raise ValueError(f"index counts tasks from 1, {index} came")
-        return self._checkpoints() / f"task_{index:02d}_{_slug(task_name)}.safetensors"
+        return self._checkpoints() / f"task_{index:02d}_{slug(task_name)}.safetensors"
 
     @property
     def latest(self) -> Path:

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from mulki.errors import InputError
-from mulki.files import Row, check_regular, read_table, sweep, temporary_for, write_atomic
+from mulki.files import (
+    Row,
+    check_regular,
+    new_folder,
+    read_table,
+    sweep,
+    temporary_for,
+    write_atomic,
+)
 from mulki.metrics import AccuracyMatrix, read_matrix, write_matrix
 
 
@@ -84,3 +92,16 @@ def test_a_written_file_and_its_name_are_on_the_disk(
     monkeypatch.setattr(os, "fsync", fsync)
     write_atomic(tmp_path / "x", "text")
     assert seen == [(tmp_path / "x").stat().st_ino, tmp_path.stat().st_ino]
+
+
+def test_a_new_folder_replaces_the_old_one_in_one_step(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    for content in ("1", "2"):
+        with new_folder(path) as new:
+            (new / "file").write_text(content)
+    assert (path / "file").read_text() == "2"
+    with pytest.raises(ZeroDivisionError), new_folder(path) as new:
+        (new / "file").write_text("3")
+        _ = 1 / 0
+    assert (path / "file").read_text() == "2"
+    assert [each.name for each in tmp_path.iterdir()] == ["folder"]

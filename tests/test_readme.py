@@ -15,7 +15,10 @@ import torch.nn.functional as F
 
 from mulki import cli, methods
 from mulki.bench.run import BenchOptions
+from mulki.commands.grid import OPTIONS as GRID_OPTIONS
+from mulki.commands.reproduce import OPTIONS as REPRODUCE_OPTIONS
 from mulki.engine.config import RunConfig
+from mulki.engine.evaluation import OPTIONS as EVAL_OPTIONS
 from mulki.losses import ClipLoss
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +37,7 @@ BLOCKS = [
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 ]
 N, P = 6, 6
+GRID = {f"--{name}" for name in GRID_OPTIONS}
 
 
 def name(page: Path) -> str:
@@ -214,9 +218,17 @@ def known_options(command: str) -> set[str]:
         return options(BenchOptions) | {"--help"}
     if command == "run":
         every = (options(methods.get(method).Options) for method in methods.available())
-        return options(RunConfig).union(*every) | {"--config", "--resume", "--help"}
+        return options(RunConfig).union(*every) | GRID | {"--config", "--resume", "--help"}
     if command == "report":
         return {"--figures", "--no-figures", "--help"}
+    if command == "reproduce":
+        of_run = {f"--{name.replace('_', '-').rstrip('-')}" for name in REPRODUCE_OPTIONS}
+        return of_run | {"--list", "--runs", "--rows", "--seeds", "--jobs", "--json", "--help"}
+    if command == "export":
+        return {"--to", "--model", "--help"}
+    if command == "eval":
+        of_run = {f"--{name.replace('_', '-').rstrip('-')}" for name in EVAL_OPTIONS}
+        return of_run | {"--predictions", "--per-class", "--confusion", "--json", "--help"}
     published = {"--data-root", "--protocol", "--prepare"}
     return published | {"--json", "--order", "--import", "--baseline", "--help"}
 
@@ -242,8 +254,8 @@ def test_every_command_exists(page: Path, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.parametrize("page", DOCS, ids=name)
 def test_every_quoted_option_exists(page: Path) -> None:
-    known = known_options("run") | known_options("bench") | known_options("compare")
-    known |= known_options("report")
+    names = ("run", "bench", "compare", "report", "eval", "export", "reproduce")
+    known = set().union(*(known_options(name) for name in names))
     for words in quoted(page):
         option = words.split()[0].partition("=")[0]
         if option.startswith("--") and option != "--":

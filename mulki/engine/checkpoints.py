@@ -1,4 +1,4 @@
-"""Checkpoints: weights as open_clip reads them, written atomically."""
+"""Checkpoints: weights as open_clip reads them, written atomically, and read again."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from mulki.files import replacing, sync, temporary_for, write_atomic
+from mulki import models
+from mulki.errors import InputError
+from mulki.files import new_folder, replacing, write_atomic
 from mulki.models import VisionLanguageModel
-from mulki.tensor_files import save_tensors
+from mulki.tensor_files import load_tensors, save_tensors
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
+# In the folder of a run.
+LATEST = Path("checkpoints", "latest")
+ARGUMENTS = "args.yaml"
 
 
 def save_weights(
@@ -65,9 +71,8 @@ def publish(
     if folder.is_dir() and _reads(folder / CONFIG_NAME) == said:
         _put_weights(model, weights, folder, whole)
         return
-    new = temporary_for(folder)
-    new.mkdir(parents=True)
-    try:
+    # What is there now is of another model, or of a run that was killed here.
+    with new_folder(folder) as new:
         _put_weights(model, weights, new, whole)
         tokenizer: Any = getattr(model.tokenizer, "tokenizer", None)
         # open_clip looks for the tokenizer of a Hugging Face text tower in this folder.
@@ -77,15 +82,6 @@ def publish(
             model.clip.text.config.save_pretrained(new)
         if said:
             write_atomic(new / CONFIG_NAME, said)
-        for file in [*new.iterdir(), new]:
-            sync(file)
-        if folder.exists():  # of another model, or of a run that was killed here
-            shutil.rmtree(folder)
-        os.replace(new, folder)
-        sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
 
 
 def _reads(path: Path) -> str:
@@ -103,3 +99,63 @@ def _put_weights(
             os.link(weights, temporary)
         except OSError:
             shutil.copyfile(weights, temporary)
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The run folder that is given, or that a checkpoint lies in; None if there is none."""
+    for folder in (checkpoint, checkpoint.absolute().parent.parent):
+        if (folder / ARGUMENTS).is_file() and (folder / LATEST.parent).is_dir():
+            return folder
+    return None
+
+
+def load_checkpoint(
+    path: Path, model: str | None = None, *, device: torch.device | str = "cpu"
+) -> VisionLanguageModel:
+    """Load what a run has saved, or another model that open_clip reads from a folder or file.
+
+    Args:
+        path: the folder of a run, of which the last model is taken; a folder with a configuration
+            of open_clip, as ``checkpoints/latest``; or a file of weights.
+        model: of a file of weights, if the file does not say it, as those of mulki do.
+        device: where it goes.
+
+    Raises:
+        InputError: no such file or folder, a file that does not say its model, weights of another
+            model, or what `mulki.models.load` raises.
+    """
+    if path.is_dir():
+        folder = path / LATEST if run_of(path) == path else path
+        if not (folder / CONFIG_NAME).is_file():
+            raise InputError(
+                f"{path}: no {CONFIG_NAME} in {folder}; pass a checkpoint, a folder with one, or "
+                "the folder of a run that has learned a task"
+            )
+        if model is not None:
+            raise InputError(f"--model: {path} brings its own configuration; leave {model} out")
+        return models.load(f"local-dir:{folder}", device=device)
+    if not path.exists():
+        raise InputError(
+            f"{path}: no such file or folder; pass a checkpoint, such as logs/NAME/checkpoints/"
+            "latest, or the folder of a run"
+        )
+    state: dict[str, Tensor] | None = None
+    if path.suffix == ".safetensors":
+        state, metadata = load_tensors(path)
+        model = model or metadata.get("model")
+    if model is None:
+        raise InputError(f"{path}: does not say of which model its weights are; pass --model")
+    if ":" not in model or state is None:
+        return models.load(model, str(path), device=device)
+    # The run began with a model that is known by its place, which may be on another machine.
+    beside = path.parent / LATEST.name
+    place = f"local-dir:{beside}" if (beside / CONFIG_NAME).is_file() else model
+    loaded = models.load(place, device=device)
+    try:
+        loaded.clip.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{path}: does not hold the weights of {place} ({reason}); pass a checkpoint of it"
+        ) from None
+    return loaded

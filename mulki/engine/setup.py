@@ -122,9 +122,9 @@ def prepared(
     """
     config = settings.run
     method = methods.get(config.method)(settings.method)
-    precision = Precision(config.precision, _device(config.device))
+    precision = Precision(config.precision, device_of(config.device))
     _check_sharding(config, precision)
-    _check_reference(config, method)
+    check_reference(config, method)
     _check_anchors(config, method)
     with distributed.join(precision.device) as world, contextlib.ExitStack() as at_end:
         facts: dict[str, object] = {}
@@ -145,7 +145,7 @@ def prepared(
             vocabulary = _load_vocabulary(config, method)
             # Last, since it can take minutes.
             model = _load_model(config, method, precision, world)
-            hashes = _hashes(tasks, reference, vocabulary, model)
+            hashes = hashes_of(tasks, model, reference, vocabulary)
             precision.convert(model)
             check_finite(
                 model.clip.state_dict(),
@@ -185,7 +185,15 @@ def prepared(
         )
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device of this process.
+
+    Args:
+        name: as the option `--device` takes it.
+
+    Raises:
+        InputError: it cannot be used.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -215,7 +223,8 @@ def _check_sharding(config: RunConfig, precision: Precision) -> None:
         )
 
 
-def _check_reference(config: RunConfig, method: Method) -> None:
+def check_reference(config: RunConfig, method: Method) -> None:
+    """Raise an InputError where a method lacks its reference set, or has no use for one."""
     if method.needs.reference and config.reference is None:
         needed, folder = "images with captions", "a folder with captions.csv"
         if not method.needs.captions:
@@ -307,16 +316,17 @@ def _training_transform(config: RunConfig, model: VisionLanguageModel) -> Transf
     )
 
 
-def _hashes(
+def hashes_of(
     tasks: Sequence[Task],
-    reference: ReferenceSet | None,
-    vocabulary: Vocabulary | None,
     model: VisionLanguageModel,
+    reference: ReferenceSet | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> dict[str, Any]:
+    """Hashes of all that a result depends on, as `env.json` of a run folder has them."""
     weights = hashlib.sha256()
     for name, value in sorted(model.checkpoint().items()):
         weights.update(name.encode())
-        weights.update(value.numpy().tobytes())
+        weights.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     hashes: dict[str, Any] = {
         "weights": weights.hexdigest(),
         "tasks": {t.name: t.fingerprint() for t in tasks},

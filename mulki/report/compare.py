@@ -31,6 +31,7 @@ from mulki.intervals import (
 )
 from mulki.report import tables
 from mulki.report.folder import RunData, read_folder
+from mulki.report.orders import OverOrders, over_orders
 
 # More characters than any table has.
 _WIDE = 10_000
@@ -187,6 +188,7 @@ class Comparison:
                 }
                 for section in self.sections
             ],
+            "orders": [each.to_dict() for each in over_orders(self.sections)],
             "warnings": list(self.warnings),
         }
 
@@ -432,10 +434,28 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
                 ]
                 table.add_row(Text(against.label), *cells, str(against.pairs), against.over)
             console.print(table, "", sep="\n")
+    _print_orders(over_orders(comparison.sections), console)
     text = "in percent: mean ± half of its 95 % interval over seeds; difference [95 % interval]"
     console.print(Text(text, style="dim"))
     for warning in comparison.warnings:
         console.print(Text(f"warning: {warning}"))
+
+
+def _print_orders(found: Sequence[OverOrders], console: Console) -> None:
+    if not found:
+        return
+    console.print(Text("over orders, each with the mean of its seeds", style="bold"))
+    table = _table("", *TITLES.values(), "orders")
+    for each in found:
+        means = [_mean(*each.means[name]) if name in each.means else "-" for name in TITLES]
+        table.add_row(Text(each.label), *means, str(each.orders))
+        if each.baseline is not None:
+            less = [
+                _difference(each.differences[name]) if name in each.differences else "-"
+                for name in TITLES
+            ]
+            table.add_row(Text(f"{each.label} less {each.baseline}"), *less, "")
+    console.print(table, "", sep="\n")
 
 
 def _table(label: str, *columns: str) -> Table:

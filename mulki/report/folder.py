@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,13 @@ class RunData:
         the same start.
         """
         hashes = self.environment.get("hashes")
-        hashes = hashes if isinstance(hashes, dict) else {}
-        known = {name: hashes.get(name) for name in ("weights", "prompts", "splits")}
-        return ", ".join(f"{name} {_short(value)}" for name, value in known.items() if value)
+        return fingerprint(hashes if isinstance(hashes, dict) else {})
+
+
+def fingerprint(hashes: Mapping[str, Any]) -> str:
+    """The line of `RunData.fingerprint`, of hashes as `env.json` has them."""
+    known = {name: hashes.get(name) for name in ("weights", "prompts", "splits")}
+    return ", ".join(f"{name} {_short(value)}" for name, value in known.items() if value)
 
 
 def read_folder(folder: str | os.PathLike[str]) -> RunData:

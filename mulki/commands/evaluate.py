@@ -1,0 +1,115 @@
+"""``mulki eval``: a checkpoint on its tasks, each alone and among the classes of all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mulki.commands.parsing import Parser, add_options, with_hyphens
+from mulki.predictions import (
+    TaskPredictions,
+    check_writable,
+    figures,
+    write_classes,
+    write_confusion,
+    write_predictions,
+)
+from mulki.report.folder import fingerprint
+
+_FILES = {
+    "predictions": (write_predictions, "a line for each image, with its likeliest five classes"),
+    "per_class": (write_classes, "a line for each class, with its accuracy"),
+    "confusion": (write_confusion, "a line for each right and predicted class, with their images"),
+}
+_TITLES = {"acc1": "top-1", "acc5": "top-5", "mean_per_class_recall": "per class"}
+
+
+def evaluate(argv: list[str]) -> int:
+    """Run the command with these arguments; return its exit status.
+
+    Raises:
+        InputError: bad arguments, checkpoint or tasks.
+    """
+    from mulki.engine.config import RunConfig
+    from mulki.engine.evaluation import OPTIONS, evaluation
+
+    parser = Parser(
+        prog="mulki eval",
+        description="Evaluate a checkpoint: each task among its own classes and those of all",
+        epilog="Options that are left out are those of the run that the checkpoint lies in.",
+    )
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="the folder of a run, a folder with an open_clip_config.json, or a file of weights",
+    )
+    for name in OPTIONS:
+        add_options(parser, RunConfig, only=name)
+    for name, (_, what) in _FILES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar="FILE.csv", type=Path, help=what)
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    given = vars(parser.parse_args(with_hyphens(argv)))
+    checkpoint, as_json = Path(given.pop("checkpoint")), given.pop("json")
+    files = {name: given.pop(name) for name in _FILES}
+    for name, path in files.items():
+        if path is not None:
+            check_writable(f"--{name.replace('_', '-')}", path)
+    chosen = evaluation(checkpoint, {k: v for k, v in given.items() if v is not None})
+    hashes = chosen.hashes
+    found = list(chosen.predictions())
+    for name, path in files.items():
+        if path is not None:
+            _FILES[name][0](path, found)
+    if as_json:
+        print(json.dumps({"checkpoint": str(checkpoint), **_numbers(found), "hashes": hashes}))
+    else:
+        _print(found, fingerprint(hashes))
+    return 0
+
+
+def _numbers(found: Sequence[TaskPredictions]) -> dict[str, Any]:
+    # `all` is among the classes of all tasks; on the top level over their images too.
+    tasks = [
+        {
+            "task": of.task,
+            "images": len(of.names),
+            "own": figures([of.own]),
+            "all": figures([of.union]),
+        }
+        for of in found
+    ]
+    return {"tasks": tasks, "all": figures([of.union for of in found])}
+
+
+def _print(found: Sequence[TaskPredictions], line: str) -> None:
+    numbers = _numbers(found)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("task", no_wrap=True)
+    heads = [*_TITLES.values(), *(f"{title}, all" for title in _TITLES.values())]
+    for head in ("images", *heads):
+        table.add_column(head, justify="right")
+
+    def cells(of: dict[str, float | None]) -> list[str]:
+        return ["-" if of[name] is None else f"{of[name]:.4f}" for name in _TITLES]
+
+    for of in numbers["tasks"]:
+        table.add_row(Text(of["task"]), str(of["images"]), *cells(of["own"]), *cells(of["all"]))
+    total = sum(of["images"] for of in numbers["tasks"])
+    mean = sum(of["own"]["acc1"] for of in numbers["tasks"]) / len(found)
+    table.add_row("mean", "", f"{mean:.4f}", *[""] * (len(heads) - 1))
+    table.add_row("all images", str(total), *[""] * len(_TITLES), *cells(numbers["all"]))
+    console = Console()
+    console.print(table)
+    console.print(
+        "in percent, among the classes of the task and, in columns with all, among those of all "
+        f"tasks here; {line}",
+        highlight=False,
+        style="dim",
+    )

@@ -1,0 +1,54 @@
+"""Parsing of a command line: options of a dataclass as flags, errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import Any, NoReturn, get_origin, get_type_hints
+
+from mulki.errors import InputError
+from mulki.options import choices_of, flag, option_name
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are an `InputError`, and that takes no abbreviated options."""
+
+    def __init__(self, **arguments: Any):
+        super().__init__(allow_abbrev=False, **arguments)
+
+    def error(self, message: str) -> NoReturn:
+        if "ignored explicit argument" in message:
+            message += " (a switch takes no value: --x or --no-x)"
+        raise InputError(f"{message}; {self.prog} --help shows the usage")
+
+
+def add_options(group: argparse._ActionsContainer, options: type, only: str = "") -> None:
+    hints = get_type_hints(options)
+    for item in fields(options):
+        if only and item.name != only:
+            continue
+        flags = [flag(item.name), *filter(None, [item.metadata["alias"]])]
+        text = f"{item.metadata['help']} (default: {_shown(item.default)})".replace("%", "%%")
+        how: dict[str, Any] = {"metavar": option_name(item.name).upper()}
+        if hints[item.name] is bool:
+            how = {"action": argparse.BooleanOptionalAction, "default": None}
+        elif item.metadata["repeat"]:
+            how = {"action": "append", "metavar": item.metadata["repeat"]}
+        elif get_origin(hints[item.name]) is tuple:
+            how["nargs"] = "+"
+        elif choices := choices_of(item, hints[item.name]):
+            how["metavar"] = "{" + ",".join(choices) + "}"
+        group.add_argument(*flags, dest=item.name, help=text, **how)
+
+
+def _shown(default: Any) -> str:
+    return (" ".join(default) or "none") if isinstance(default, tuple) else str(default)
+
+
+def with_hyphens(argv: list[str]) -> list[str]:
+    # Only names of options are changed: a value keeps its underscores.
+    def hyphens(word: str) -> str:
+        name, equals, value = word.partition("=")
+        return name.replace("_", "-") + equals + value if word.startswith("--") else word
+
+    return [hyphens(word) for word in argv]

@@ -1,0 +1,118 @@
+"""Evaluating a checkpoint as the run that saved it did, on its tasks or on others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mulki.data import Task
+from mulki.data.decoding import limit_pixels
+from mulki.data.loader import batches
+from mulki.engine.checkpoints import ARGUMENTS, load_checkpoint, run_of
+from mulki.engine.config import RunConfig, read_config, resolve
+from mulki.engine.precision import Precision
+from mulki.engine.recovery import check_finite
+from mulki.engine.setup import device_of, hashes_of
+from mulki.engine.tasks import load_tasks
+from mulki.errors import InputError
+from mulki.evaluate import Evaluator
+from mulki.models import VisionLanguageModel
+from mulki.predictions import TaskPredictions
+
+# Options of a run that say what its tasks are, by the name of their field.
+_OF_TASKS = (
+    *("tasks", "order", "protocol", "scenario", "increments", "base_classes"),
+    *("shots", "seed", "limit_images", "skip_bad_images"),
+)
+# And those that have a say in how features are computed.
+_OF_FEATURES = ("import_", "data_root", "max_pixels", "batch_size_eval", "precision")
+_LOCKS = ("lock_text", "lock_image")
+
+#: Fields of `RunConfig` that a user may give.
+OPTIONS = (*_OF_TASKS, *_OF_FEATURES, "model", "workers", "device")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A checkpoint and the tasks that it is evaluated on.
+
+    Attributes:
+        model: loaded, with its weights as the run stored them.
+        tasks: in their order.
+        config: the options.
+    """
+
+    model: VisionLanguageModel
+    tasks: Sequence[Task]
+    config: RunConfig
+
+    @property
+    def hashes(self) -> dict[str, Any]:
+        """Of weights, prompts and splits, as `env.json` of a run has them."""
+        return hashes_of(self.tasks, self.model)
+
+    def predictions(self) -> Iterator[TaskPredictions]:
+        """The predictions for each task, in turn.
+
+        Raises:
+            InputError: features that are not finite.
+            BadImage: an image cannot be decoded.
+        """
+        config, model = self.config, self.model
+        loaders = [
+            batches(
+                task.test,
+                model.preprocess,
+                config.batch_size_eval,
+                shuffle=False,
+                seed=config.seed,
+                workers=config.workers,
+                pin_memory=model.device.type == "cuda",
+            )
+            for task in self.tasks
+        ]
+        evaluator = Evaluator(model, self.tasks, loaders)
+        count = len(self.tasks)
+        classifiers = {number: evaluator.classifier(number) for number in range(count)}
+        for number, task in enumerate(self.tasks):
+            heads = [range(number, number + 1), range(count)]
+            own, union = evaluator.predictions(number, classifiers, heads)
+            yield TaskPredictions(
+                task.name, [task.test.name(i) for i in range(len(task.test))], own, union
+            )
+
+
+def evaluation(checkpoint: Path, given: Mapping[str, Any]) -> Evaluation:
+    """Load a checkpoint and the tasks to evaluate it on.
+
+    Args:
+        checkpoint: see `mulki.engine.checkpoints.load_checkpoint`.
+        given: values by the name of a field in `OPTIONS`. What is left out is as in the run that
+            the checkpoint lies in; options of its tasks only where no tasks are given.
+
+    Raises:
+        InputError: a bad checkpoint, bad options or bad tasks, or no tasks.
+    """
+    run = run_of(checkpoint)
+    known = {} if run is None else read_config(run / ARGUMENTS)
+    kept = (*_OF_FEATURES, *_LOCKS, *(() if "tasks" in given else _OF_TASKS))
+    options = {name: known[name] for name in kept if name in known} | dict(given)
+    if "tasks" not in options:
+        raise InputError(
+            f"--tasks: got none, and {checkpoint} is not in a run folder that names them; pass a "
+            "sequence, or task folders and CSV files"
+        )
+    # The preset of the bundled model is for training.
+    named = options.pop("model", None)
+    config = resolve({"lock_text": False, "precision": "fp32", **options}).run
+    device = device_of(config.device)
+    limit_pixels(config.max_pixels)
+    tasks = load_tasks(config)
+    model = load_checkpoint(checkpoint, named, device=device)
+    # As in the run, so that the same operations compute the features of texts.
+    model.lock(text=config.lock_text, image=config.lock_image)
+    Precision(config.precision, device).convert(model)
+    check_finite(model.clip.state_dict(), str(checkpoint), "pass another checkpoint")
+    return Evaluation(model, tasks, config)

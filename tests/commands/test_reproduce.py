@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import yaml
+
+from mulki.cli import run_command
+from mulki.data.published.rows import published_rows
+
+Refused = Callable[[Sequence[object]], str]
+
+
+@pytest.fixture
+def rows(start_model: dict[str, str], task_folders: tuple[str, str], tmp_path: Path) -> Path:
+    """A file of one benchmark: two easy tasks, with figures that no run can miss, and others."""
+    short = {"iterations": 2, "batch_size": 4, **start_model}
+    content = {
+        "band": 50.0,
+        "sources": {"us": "a fixture"},
+        "methods": {
+            "tuned": {"title": "Tuned", "run": {"method": "finetune", **short}},
+            "other": {"title": "Other", "protocol": "coop"},
+        },
+        "benchmarks": {
+            "two": {
+                "title": "two tasks",
+                "run": {"tasks": list(task_folders)},
+                "rows": {
+                    "tuned": {"figures": [50, 50, 50], "source": "us"},
+                    "other": {"figures": [None, 99, None], "source": "us"},
+                },
+            },
+            "hard": {
+                "title": "two tasks, beyond reach",
+                "run": {"tasks": list(task_folders)},
+                "rows": {"tuned": {"figures": [500, None, 50], "source": "us"}},
+            },
+        },
+    }
+    path = tmp_path / "rows.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_a_row_is_run_and_judged(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixed = ["--rows", str(rows), "--logs", str(tmp_path / "logs"), "--device", "cpu"]
+    assert run_command(["reproduce", "tuned-two", *fixed, "--seeds", "0", "1"]) == 0
+    out, said = capsys.readouterr()
+    assert "verdict: reproduced" in out and "a fixture" in out and "0.00 to 100.00" in out
+    assert said.count("is new") == 2
+    # The runs are there; only the verdict is made again.
+    assert run_command(["reproduce", "tuned-two", *fixed, "--seeds", "0", "1", "--json"]) == 0
+    out, said = capsys.readouterr()
+    found = json.loads(out)
+    assert said.count("is complete") == 2 and found["verdict"] == "reproduced"
+    assert [each["metric"] for each in found["figures"]] == ["transfer", "average", "last"]
+    assert all(each["half_width"] is not None for each in found["figures"])
+    # Those runs against a row whose Transfer is out of reach.
+    runs = ["--runs", *found["runs"]]
+    assert run_command(["reproduce", "tuned-hard", "--rows", str(rows), *runs]) == 1
+    out = capsys.readouterr().out
+    assert "verdict: not reproduced" in out and "below the band" in out
+    # And in the list.
+    assert run_command(["reproduce", "--list", "--rows", str(rows), *runs]) == 0
+    assert "finetune, ours" in capsys.readouterr().out
+
+
+def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["reproduce", "--list"]) == 0
+    out = capsys.readouterr().out
+    for name, row in published_rows().items():
+        (line,) = (line for line in out.splitlines() if line.split()[:1] == [name])
+        assert all(f"{value:.2f}" in line for value in row.figures.values())
+    assert "Conceptual Captions" in out and "DPW (CVPR 2026, arXiv 2604.18075)" in out
+    assert run_command(["reproduce", "--list", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == len(published_rows())
+
+
+def test_what_is_missing_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(config: dict[str, Any], **options: Any) -> str:
+        raise OSError("no route to\nhost")
+
+    monkeypatch.setattr(open_clip, "download_pretrained", offline)
+    logs = tmp_path / "logs"
+    given = ["reproduce", "zscl-mtil-order1", "--data-root", str(tmp_path), "--logs", str(logs)]
+    assert run_command(given) == 1
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if line.startswith("- ")]
+    for name in ("aircraft", "stanfordcars", "sun397", "mnist"):
+        assert sum(line.startswith(f"- {name}: ") for line in lines) == 1, name
+    assert len([line for line in lines if "--data-root" in line or "instead" in line]) >= 9
+    (weights,) = (line for line in lines if line.startswith("- --model"))
+    assert "--pretrained openai" in weights and "no route to host" in weights
+    assert any(line.startswith("- --reference: ") for line in lines)
+    assert not logs.exists()
+    # Without a data root it says that, once.
+    assert run_command(["reproduce", "mulki-mtil-order1"]) == 1
+    out = capsys.readouterr().out
+    assert out.count("- --data-root: ") == 1 and out.count("\n- ") == 2
+
+
+def test_bad_input(refused: Refused, rows: Path, tmp_path: Path) -> None:
+    assert "did you mean" in refused(["reproduce", "zscl-mtil-order3"])
+    assert "--list" in refused(["reproduce"])
+    assert "--list" in refused(["reproduce", "zscl-mtil-order1", "--list"])
+    assert "mulki has not this method" in refused(["reproduce", "dpw-mtil-order1"])
+    assert "cannot be read" in refused(["reproduce", "--list", "--rows", tmp_path])
+    assert "--seeds" in refused(["reproduce", "tuned-two", "--rows", rows, "--seeds", "-x"])
+    assert "no matrix.csv" in refused(["reproduce", "dpw-mtil-order1", "--runs", tmp_path])
+    assert "--lr" in refused(["reproduce", "zscl-mtil-order1", "--lr", "1"])

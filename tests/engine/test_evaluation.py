@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mulki import models
+from mulki.engine.checkpoints import save_weights
+from mulki.engine.evaluation import evaluation
+from mulki.errors import InputError
+from mulki.metrics import read_matrix
+from mulki.predictions import figures
+from mulki.report import read_folder
+from mulki.results import RunFolder
+from tests.engine.run_helpers import Run
+
+
+def own(path: Path, **given: object) -> list[float | None]:
+    return [figures([of.own])["acc1"] for of in evaluation(path, given).predictions()]
+
+
+@pytest.fixture
+def folder(run: Run) -> RunFolder:
+    return run(method="finetune", lr=3e-3, precision="bf16", limit_images=9)
+
+
+def test_accuracies_are_those_of_the_run_to_the_digit(folder: RunFolder) -> None:
+    matrix = read_matrix(folder.path / "matrix.csv")
+    chosen = evaluation(folder.path, {})
+    found = list(chosen.predictions())
+    assert [round(figures([of.own])["acc1"] or 0, 4) for of in found] == [
+        pytest.approx(value, abs=0) for value in matrix.rows[-1]
+    ]
+    seen = read_folder(folder.path).class_incremental
+    assert round(figures([of.union for of in found])["acc1"] or 0, 4) == seen.last
+    (first,) = (folder.path / "checkpoints").glob("task_01_*")
+    assert own(first) == [pytest.approx(value, abs=1e-4) for value in matrix.rows[0]]
+    # What the run was made of, but for the weights.
+    known = read_folder(folder.path).environment["hashes"]
+    assert {**known, "weights": chosen.hashes["weights"]} == chosen.hashes
+    assert known["weights"] != chosen.hashes["weights"]
+
+
+def test_the_union_holds_the_classes_of_all_tasks(folder: RunFolder) -> None:
+    colours, shades = evaluation(folder.path, {}).predictions()
+    assert len(colours.own.classes) == 3 and len(shades.own.classes) == 2
+    assert colours.union.classes == [*colours.own.classes, *shades.own.classes]
+    assert set(shades.union.target) == {3, 4} and set(shades.own.target) == {0, 1}
+    # The more classes, the fewer right answers.
+    for of in (colours, shades):
+        assert not (of.union.right & ~of.own.right).any()
+
+
+def test_other_tasks_have_none_of_the_runs_options(
+    folder: RunFolder, task_folders: tuple[str, str]
+) -> None:
+    (other,) = evaluation(folder.path, {"tasks": task_folders[:1]}).predictions()
+    # The run had 9 images of 15.
+    assert len(other.names) == 15
+
+
+def test_weights_of_a_model_that_is_known_by_its_place(
+    folder: RunFolder, tmp_path: Path, task_folders: tuple[str, str]
+) -> None:
+    (last,) = (folder.path / "checkpoints").glob("task_02_*")
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes(last.read_bytes())
+    given = {"tasks": task_folders, "precision": "bf16", "batch_size_eval": 256}
+    assert own(alone, **given) == own(last, tasks=task_folders)
+
+
+def test_an_own_model_needs_no_run(
+    tiny_models: tuple[str, ...], tmp_path: Path, task_folders: tuple[str, str]
+) -> None:
+    torch.manual_seed(0)
+    save_weights(models.load("tiny-biased"), tmp_path / "w.safetensors")
+    assert len(own(tmp_path / "w.safetensors", tasks=task_folders)) == 2
+    torch.save(models.load("tiny-vit").clip.state_dict(), tmp_path / "w.pt")
+    assert len(own(tmp_path / "w.pt", tasks=task_folders, model="tiny-vit")) == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "said"),
+    [
+        ("none", {}, "--tasks: got none"),
+        ("none", {"tasks": ("embedded",)}, "none: no such file or folder"),
+        (".", {"tasks": ("embedded",)}, "no open_clip_config.json"),
+        ("w.pt", {"tasks": ("embedded",)}, "does not say of which model"),
+        ("w.safetensors", {"tasks": ("embedded",)}, "not a whole safetensors file"),
+    ],
+)
+def test_bad_checkpoints(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    given: dict[str, object],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("w.pt", "w.safetensors"):
+        Path(name).write_bytes(b"nothing")
+    with pytest.raises(InputError, match=said):
+        evaluation(Path(path), given)
+
+
+def test_a_model_of_a_folder_is_not_given_twice(folder: RunFolder) -> None:
+    with pytest.raises(InputError, match="--model: .* leave tiny-vit out"):
+        evaluation(folder.path, {"model": "tiny-vit"})
+
+
+def test_weights_of_another_model(folder: RunFolder, start_model: dict[str, str]) -> None:
+    torch.manual_seed(0)
+    other = models.load("tiny-resnet")
+    other.name = start_model["model"]
+    path = folder.path / "checkpoints" / "task_09_x.safetensors"
+    save_weights(other, path)
+    with pytest.raises(InputError, match="does not hold the weights of local-dir"):
+        evaluation(path, {})
+
+
+def test_weights_that_are_not_finite(folder: RunFolder, tiny_models: tuple[str, ...]) -> None:
+    broken = models.load("tiny-vit")
+    with torch.no_grad():
+        broken.clip.visual.proj[0, 0] = torch.nan
+    path = folder.path / "checkpoints" / "task_09_x.safetensors"
+    save_weights(broken, path)
+    with pytest.raises(InputError, match="hold a NaN or an infinity"):
+        evaluation(path, {})

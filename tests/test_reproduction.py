@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mulki.data.published.collections import COLLECTIONS
+from mulki.data.published.rows import Published, published_rows
+from mulki.errors import InputError
+from mulki.report import read_folder
+from mulki.reproduction import differs, figures_of, judge, leaderboard
+from mulki.results import RunFolder
+
+ROWS = published_rows()
+ORDER = COLLECTIONS["mtil"].in_order("I")
+
+
+def made(root: Path, name: str, average: float, ends: bool = True, **options: Any) -> Path:
+    """A run of MTIL whose accuracies are all the same, so that all its figures are."""
+    tasks = options.pop("learned", ORDER)
+    config = {"tasks": ["mtil"], "order": "I", "protocol": None, "label_space": "task", **options}
+    run = RunFolder.create(
+        root, name, method="zscl", order="I", seed=0, columns=tasks, config=config
+    )
+    for task in tasks:
+        run.add_row(task, dict.fromkeys(tasks, average))
+    run.finish("complete" if ends else "interrupted")
+    return run.path
+
+
+@pytest.fixture
+def row() -> Published:
+    """Transfer 68.1, Average 75.4, Last 83.6 are published; here all three are 75."""
+    figures = dict.fromkeys(("transfer", "average", "last"), 75.0)
+    return replace(ROWS["zscl-mtil-order1"], figures=figures, band=1.0)
+
+
+@pytest.mark.parametrize(
+    ("ours", "verdict", "of_lines"),
+    [
+        (75.0, "reproduced", "within"),
+        (74.0, "reproduced", "within"),
+        (76.0, "reproduced", "within"),
+        (73.99, "not reproduced", "below"),
+        (76.01, "better", "above"),
+    ],
+)
+def test_verdicts(tmp_path: Path, row: Published, ours: float, verdict: str, of_lines: str) -> None:
+    found = judge(row, [made(tmp_path, "a", ours)])
+    assert found.verdict == verdict
+    assert [(line.low, line.high) for line in found.lines] == [(74.0, 76.0)] * 3
+    assert {line.verdict for line in found.lines} == {of_lines}
+    assert {line.half_width for line in found.lines} == {None}
+    assert found.to_dict()["verdict"] == verdict
+
+
+def test_one_figure_below_decides(tmp_path: Path, row: Published) -> None:
+    low = replace(row, figures={**row.figures, "last": 90.0, "transfer": 60.0})
+    found = judge(low, [made(tmp_path, "a", 75.0)])
+    assert [line.verdict for line in found.lines] == ["above", "within", "below"]
+    assert found.verdict == "not reproduced"
+
+
+def test_the_mean_over_seeds_is_judged(tmp_path: Path, row: Published) -> None:
+    folders = [made(tmp_path, str(i), value) for i, value in enumerate((73.0, 75.0, 77.0))]
+    (first, *_) = judge(row, folders).lines
+    assert (first.ours, first.verdict) == (75.0, "within")
+    # Student's t with two degrees of freedom, 4.303, times 2 / sqrt(3).
+    assert first.half_width == pytest.approx(4.9683, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"learned": ORDER[::-1]}, "it learned sun397"),
+        ({"label_space": "seen"}, "its label space is seen, not task"),
+        ({"shots": 5}, "its shots is 5, not None"),
+        ({"protocol": "coop"}, "its protocol is coop, not zscl"),
+    ],
+)
+def test_runs_of_another_scenario_are_refused(
+    tmp_path: Path, row: Published, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InputError, match=f"is no run of zscl-mtil-order1, {said}"):
+        judge(row, [made(tmp_path, "a", 75.0, **options)])
+
+
+def test_runs_that_cannot_be_judged(tmp_path: Path, row: Published) -> None:
+    with pytest.raises(InputError, match="no run to judge"):
+        judge(row, [])
+    with pytest.raises(InputError, match="is interrupted; go on with"):
+        judge(row, [made(tmp_path, "a", 75.0, ends=False)])
+    with pytest.raises(InputError, match=r"no matrix\.csv"):
+        judge(row, [tmp_path])
+
+
+def test_ours_stand_among_the_rows_of_their_scenario(tmp_path: Path) -> None:
+    ours = made(tmp_path, "a", 75.39)
+    table = leaderboard(ROWS, [ours])
+    names = [
+        each.name if isinstance(each, Published) else each[0] for each in table["MTIL, order I"]
+    ]
+    place = names.index(ours)
+    # 75.4 and 75.1 are published.
+    assert names[place - 1] == "zscl-mtil-order1" and names[place + 1] == "nusa-cl-mtil-order1"
+    others = [entries for name, entries in table.items() if name != "MTIL, order I"]
+    assert all(isinstance(each, Published) for entries in others for each in entries)
+    assert sum(len(entries) for entries in table.values()) == len(ROWS) + 1
+
+
+def test_figures_of_class_incremental_runs(tmp_path: Path) -> None:
+    data = read_folder(made(tmp_path, "a", 70.0))
+    assert figures_of(data) == {
+        "transfer": 70.0,
+        "average": 70.0,
+        "last": 70.0,
+        "forgetting": 0.0,
+        "bwt": 0.0,
+    }
+    row = ROWS["moe-adapters-cifar100-10steps"]
+    assert differs(row, data) == "its scenario is tasks, not cil"
