@@ -213,7 +213,8 @@ def teacher_kl(
         weights: [N, K] used instead of a gate; differentiable, need not sum to 1.
         gate: see above; not together with `weights`.
         gate_temperature: > 0, smaller is sharper; of row-wise gates.
-        gate_entropy, gate_label: a and b of the gate "blend", and of no other.
+        gate_entropy: a of the gate "blend", and of no other.
+        gate_label: b of that gate.
         target: [N] int64 in [0, P), for a gate that looks at it; not looked at otherwise.
         class_mask: [P] bool, True for the classes that take part.
         reduction: "mean" over rows, "sum", or "none" for [N].
