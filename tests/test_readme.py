@@ -23,6 +23,7 @@ DOCS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 # Their links are followed too; what they name is history, or a matter of their own folder.
 LINKING = (
     *DOCS,
+    *sorted((ROOT / "docs" / "api").glob("*.md")),
     ROOT / "CONTRIBUTING.md",
     ROOT / "SECURITY.md",
     ROOT / "examples" / "README.md",
@@ -31,6 +32,7 @@ LINKING = (
 BLOCKS = [
     pytest.param(code, id=f"{page.stem}-{number}")
     for page in DOCS
+    if page.stem != "tutorial"  # its blocks and commands belong together, see test_docs.py
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 ]
 N, P = 6, 6
@@ -73,6 +75,10 @@ def names() -> dict[str, Any]:
         "model": model,
         "images": torch.randn(100, 5),
         "texts": torch.randn(100, 6),
+        "image_tower": lambda images: F.normalize(model.image(images), dim=1),
+        "text_tower": lambda texts: F.normalize(model.text(texts), dim=1),
+        "class_texts": torch.randn(P, 6),
+        "labels": torch.arange(100) % P,
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
         "image_features": rows(N, 16).requires_grad_(),
         "text_features": rows(P, 16).requires_grad_(),
@@ -242,6 +248,6 @@ def test_every_command_exists(page: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_every_quoted_option_exists(page: Path) -> None:
     known = known_options("run") | known_options("bench") | known_options("compare")
     for words in quoted(page):
-        option = words.split()[0].partition("=")[0]
+        option = words.split()[0].partition("=")[0].rstrip(":")
         if option.startswith("--") and option != "--":
             assert option in known, words
