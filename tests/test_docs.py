@@ -68,6 +68,10 @@ def commands(page: Path) -> list[str]:
     return [code for kind, code in steps(page.read_text(encoding="utf-8")) if kind == "command"]
 
 
+RUN = [p for p in DOCS if p != TUTORIAL and not all(map(mark, commands(p)))]
+CHECKED = [p for p in DOCS if any(map(mark, commands(p)))]
+
+
 def run(line: str, model: dict[str, str], number: int, capsys: pytest.CaptureFixture[str]) -> None:
     program, *words = words_of(line)
     if (program, *words) == ("python", "-m", "mulki.info"):
@@ -113,7 +117,7 @@ def workplace(start_model: dict[str, str], tmp_path_factory: pytest.TempPathFact
     return root
 
 
-@pytest.mark.parametrize("page", [page for page in DOCS if page != TUTORIAL], ids=name)
+@pytest.mark.parametrize("page", RUN, ids=name)
 def test_the_commands_of_a_page_run(
     page: Path,
     start_model: dict[str, str],
@@ -143,13 +147,12 @@ def test_the_tutorial_works_as_written(
     assert capsys.readouterr().out.strip() in names["names"]
 
 
-@pytest.mark.parametrize("page", DOCS, ids=name)
-def test_every_indented_line_is_a_command(page: Path) -> None:
-    for line in commands(page):
-        assert words_of(line)[0] in PROGRAMS, line
+def test_every_indented_line_is_a_command() -> None:
+    found = [line for page in DOCS for line in commands(page)]
+    assert [line for line in found if words_of(line)[0] not in PROGRAMS] == []
 
 
-@pytest.mark.parametrize("page", DOCS, ids=name)
+@pytest.mark.parametrize("page", CHECKED, ids=name)
 def test_a_command_that_is_not_run_has_options_that_exist(
     page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
