@@ -7,18 +7,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-amx lint sanitize fuzz clean .venv
+.PHONY: help demo test test-amx docs lint sanitize fuzz clean .venv
 
 help:
 	@echo "make demo      run the bundled image tasks (mulki run embedded) and show the results"
 	@echo "make test      make lint, then pytest"
 	@echo "make test-amx  tests of the operators with Intel's matrix unit emulated, on a CPU with AVX-512"
+	@echo "make docs      the documentation as a site in build/docs, without warnings or a network"
 	@echo "make lint      ruff, clang-format and mypy"
 	@echo "make sanitize  the C++ kernels under sanitizers, on Linux; SHORT=1 for fewer tests"
 	@echo "make fuzz      random cases for SECONDS=30 each, of a fixed seed and of a fresh one"
 	@echo "make .venv     only make .venv, with all that demo and test need"
 	@echo "make clean     remove .venv, built libraries and caches (run folders in logs/ stay)"
-	@echo "demo, test, lint, sanitize and fuzz make .venv where it is missing; PYTHON=... picks its interpreter."
+	@echo "demo, test, docs, lint, sanitize and fuzz make .venv where it is missing; PYTHON=... picks its interpreter."
 
 demo: .venv/.installed-demo
 	$(BIN)/mulki run embedded
@@ -30,6 +31,12 @@ test-amx: .venv/.installed-test
 	MULKI_BUILD_CAPABILITIES=AVX512 MULKI_BUILD_FLAGS=-DMULKI_EMULATE_AMX \
 	    $(BIN)/python setup.py -q build_ext --build-lib build/amx --build-temp build/amx
 	MULKI_EMULATE_AMX=1 $(BIN)/python -m pytest -q tests/ops -k cpp
+
+# The theme prints a long notice of MkDocs 2 otherwise, which is not the MkDocs that is installed.
+docs: .venv/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "build/docs/index.html is the first page. The search wants a server:"
+	@echo "    python3 -m http.server --directory build/docs"
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .

@@ -45,7 +45,7 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     """Return ``' (did you mean "x"?)'`` for the choice most like ``name``, or ``''``.
 
     Upper and lower case are not told apart. The result follows the name in the message of an
-    :class:`InputError`, without a space between them.
+    `InputError`, without a space between them.
     """
     by_folded = {choice.casefold(): choice for choice in choices}
     found = difflib.get_close_matches(name.casefold(), by_folded, n=1)

@@ -41,14 +41,19 @@ PAIR_NAMES = ("image_features", "text_features", "logit_scale")
 
 
 class TeacherDetails(NamedTuple):
-    """By-products of `teacher_kl`, none of them differentiable."""
+    """By-products of `teacher_kl`, none of them differentiable.
 
-    # [N, K], KL of each teacher, with the T^2 factor if that was asked for. A difference of
-    # logarithms: near zero rounding can make it negative by some 1e-7 in float32,
-    # times the square of the temperature where it is scaled by that.
+    Attributes:
+        kl: [N, K], KL of each teacher, with the T^2 factor if that was asked for. A difference of
+            logarithms: near zero rounding can make it negative by some 1e-7 in float32, times the
+            square of the temperature where it is scaled by that.
+        weights: [N, K], of the teachers.
+        entropy: [N, K], of each teacher's distribution, in nats.
+    """
+
     kl: Tensor
-    weights: Tensor  # [N, K]
-    entropy: Tensor  # [N, K], entropy of each teacher's distribution, in nats
+    weights: Tensor
+    entropy: Tensor
 
 
 def prototype_similarity(
@@ -213,7 +218,8 @@ def teacher_kl(
         weights: [N, K] used instead of a gate; differentiable, need not sum to 1.
         gate: see above; not together with `weights`.
         gate_temperature: > 0, smaller is sharper; of row-wise gates.
-        gate_entropy, gate_label: a and b of the gate "blend", and of no other.
+        gate_entropy: a of the gate "blend", and of no other.
+        gate_label: b of that gate.
         target: [N] int64 in [0, P), for a gate that looks at it; not looked at otherwise.
         class_mask: [P] bool, True for the classes that take part.
         reduction: "mean" over rows, "sum", or "none" for [N].

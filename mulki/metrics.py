@@ -104,7 +104,7 @@ def transfer(a: npt.ArrayLike) -> float | None:
 
     ``a`` is ``[T, T]`` in percent. The first task, which no earlier model precedes, is left out;
     ``None`` for T = 1. Every later task counts alike, however many models precede it. Raises
-    :class:`InputError` for a matrix that is not square, empty or not finite.
+    `InputError` for a matrix that is not square, empty or not finite.
     """
     return _of("transfer", a)
 
@@ -112,7 +112,7 @@ def transfer(a: npt.ArrayLike) -> float | None:
 def average(a: npt.ArrayLike) -> float:
     """Mean of all T*T entries of ``a`` ``[T, T]``, in percent (ZSCL).
 
-    Raises :class:`InputError` for a matrix that is not square, empty or not finite.
+    Raises `InputError` for a matrix that is not square, empty or not finite.
     """
     return float(_average(_square(a)))
 
@@ -120,7 +120,7 @@ def average(a: npt.ArrayLike) -> float:
 def last(a: npt.ArrayLike) -> float:
     """Mean of the last row of ``a`` ``[T, T]``, in percent (ZSCL).
 
-    Raises :class:`InputError` for a matrix that is not square, empty or not finite.
+    Raises `InputError` for a matrix that is not square, empty or not finite.
     """
     return float(_last(_square(a)))
 
@@ -130,7 +130,7 @@ def forgetting(a: npt.ArrayLike) -> float | None:
 
     ``a`` is ``[T, T]``. The maximum is over the models from learning task j up to the last but
     one, so accuracy before the task was learned does not count, and a task that only improved
-    gives a negative term. ``None`` for T = 1. Raises :class:`InputError` for a matrix that is
+    gives a negative term. ``None`` for T = 1. Raises `InputError` for a matrix that is
     not square, empty or not finite.
     """
     return _of("forgetting", a)
@@ -140,15 +140,15 @@ def bwt(a: npt.ArrayLike) -> float | None:
     """Backward transfer, ``1/(T-1) sum_{j<T} (a[T,j] - a[j,j])``, in percentage points.
 
     ``a`` is ``[T, T]``; ``None`` for T = 1. From Lopez-Paz and Ranzato; GIFT's "Forget" is the
-    same number. Raises :class:`InputError` for a matrix that is not square, empty or not finite.
+    same number. Raises `InputError` for a matrix that is not square, empty or not finite.
     """
     return _of("bwt", a)
 
 
 def compute_metrics(a: npt.ArrayLike) -> Metrics:
-    """Return all :class:`Metrics` of ``a`` ``[T, T]`` (row: after task i, column: task j).
+    """Return all `Metrics` of ``a`` ``[T, T]`` (row: after task i, column: task j).
 
-    Raises :class:`InputError` for a matrix that is not square, empty or not finite.
+    Raises `InputError` for a matrix that is not square, empty or not finite.
     """
     return Metrics(**{name: float(value) for name, value in stacked_metrics(_square(a)).items()})
 
@@ -207,7 +207,7 @@ class ClassIncremental:
     """Accuracies over all classes seen so far, see the module's docstring.
 
     ``after`` maps each learned task, in the order learned, to A_i in percent. Raises
-    :class:`InputError` for a value that is no percentage.
+    `InputError` for a value that is no percentage.
     """
 
     after: Mapping[str, float]
@@ -247,7 +247,7 @@ class AccuracyMatrix:
     still planned, a data set that is only evaluated) is reported and counts in none of them. So
     a run stopped after k of T tasks has the metrics of a complete run of its first k.
 
-    Raises :class:`InputError` for names that are empty or repeated, tasks without a column, row
+    Raises `InputError` for names that are empty or repeated, tasks without a column, row
     lengths that do not fit and values outside 0..100.
     """
 
@@ -296,7 +296,7 @@ class AccuracyMatrix:
         """Return this matrix with one more row; ``accuracies`` maps each column to its percent.
 
         ``after_task`` is the task just learned, or :data:`ZERO_SHOT`, which can be set once and
-        before the first task. Raises :class:`InputError` for data sets that are missing, unknown
+        before the first task. Raises `InputError` for data sets that are missing, unknown
         or repeated, and as the class does.
         """
         for name in accuracies:
@@ -360,7 +360,7 @@ def read_matrix(path: str | os.PathLike[str]) -> AccuracyMatrix:
     learned, named as the task's column is. A byte-order mark and blank lines are accepted, so
     spreadsheets can write the file.
 
-    Raises :class:`InputError`, with file, line and column, for a file that is missing, not
+    Raises `InputError`, with file, line and column, for a file that is missing, not
     comma-separated text or empty, a first column that is not ``after_task``, rows that are
     unknown, repeated, out of place or of another length, and cells that are no number in 0..100.
     """
@@ -420,7 +420,7 @@ def _cell(text: str, where: str) -> float:
 
 
 def write_matrix(path: str | os.PathLike[str], matrix: AccuracyMatrix) -> None:
-    """Write ``matrix`` to ``path`` as :func:`read_matrix` reads it, in one atomic step.
+    """Write ``matrix`` to ``path`` as `read_matrix` reads it, in one atomic step.
 
     Four decimals distinguish all accuracies on up to half a million test images.
     """

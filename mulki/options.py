@@ -34,8 +34,10 @@ def option(
     Args:
         default: the default.
         text: the help text of its command line option.
-        low, high, above, below: bounds of a number: ``low <= value <= high``,
-            ``above < value < below``.
+        low: of a number, the least value.
+        high: the greatest.
+        above: what it has to exceed.
+        below: what it has to stay below.
         choices: the values that a text may have, or a function that returns them, which is called
             whenever they are needed: so what was registered in between is among them. Where they
             never change, the field's type can be a ``Literal`` instead.

@@ -17,7 +17,7 @@ class Similarity:
     """The matrix ``scale * features @ prototypes.T``, of shape [N, P], without its storage.
 
     Losses take a ``Similarity`` instead of logits so that they can be computed tile by tile; call
-    :meth:`materialize` to see the matrix itself.
+    `materialize` to see the matrix itself.
 
     Args:
         features: [N, D] floating point tensor, one row per sample. L2-normalise it beforehand if

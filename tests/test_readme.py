@@ -26,6 +26,7 @@ DOCS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 # Their links are followed too; what they name is history, or a matter of their own folder.
 LINKING = (
     *DOCS,
+    *sorted((ROOT / "docs" / "api").glob("*.md")),
     ROOT / "CONTRIBUTING.md",
     ROOT / "SECURITY.md",
     ROOT / "examples" / "README.md",
@@ -34,6 +35,7 @@ LINKING = (
 BLOCKS = [
     pytest.param(code, id=f"{page.stem}-{number}")
     for page in DOCS
+    if page.stem != "tutorial"  # its blocks and commands belong together, see test_docs.py
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 ]
 N, P = 6, 6
@@ -77,6 +79,10 @@ def names() -> dict[str, Any]:
         "model": model,
         "images": torch.randn(100, 5),
         "texts": torch.randn(100, 6),
+        "image_tower": lambda images: F.normalize(model.image(images), dim=1),
+        "text_tower": lambda texts: F.normalize(model.text(texts), dim=1),
+        "class_texts": torch.randn(P, 6),
+        "labels": torch.arange(100) % P,
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
         "image_features": rows(N, 16).requires_grad_(),
         "text_features": rows(P, 16).requires_grad_(),
@@ -120,14 +126,14 @@ def test_the_losses_in_place_of_open_clips_reach_the_model() -> None:
 
 def test_the_example_of_micro_batches_is_a_step_on_the_whole_batch() -> None:
     ours, whole = names(), TwoTowers()
-    exec(block("micro_batch"), ours)
+    exec(block("(model, images, texts)"), ours)
     ClipLoss()(**whole(ours["images"], ours["texts"])).backward()
     torch.optim.SGD(whole.parameters(), lr=0.1).step()
     for parameter, wanted in zip(ours["model"].parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(parameter, wanted)
 
 
-@pytest.mark.parametrize("words", ["dual_teacher_kl", "MulKILoss("])
+@pytest.mark.parametrize("words", ["dual_teacher_kl", "objective = MulKILoss("])
 def test_the_loss_examples_reach_the_student(words: str) -> None:
     found = names()
     # The function takes teachers of other widths.
@@ -166,7 +172,8 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", LINKING, ids=name)
 def test_every_relative_link_leads_somewhere(page: Path) -> None:
-    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
     for link in (link for link in links if "://" not in link):
         path, _, anchor = link.partition("#")
         to = (page.parent / path).resolve() if path else page
@@ -257,6 +264,6 @@ def test_every_quoted_option_exists(page: Path) -> None:
     names = ("run", "bench", "compare", "report", "eval", "export", "reproduce")
     known = set().union(*(known_options(name) for name in names))
     for words in quoted(page):
-        option = words.split()[0].partition("=")[0]
+        option = words.split()[0].partition("=")[0].rstrip(":")
         if option.startswith("--") and option != "--":
             assert option in known, words

@@ -156,7 +156,8 @@ def dataset_task(
 
     Args:
         name: names the task.
-        train, test: data sets, see `DatasetImages`, or image sets, which are taken as they are.
+        train: a data set, see `DatasetImages`, or an image set, which is taken as it is.
+        test: likewise.
         classes: class names, [C], by index. By default `train.classes`, with underscores read as
             spaces, and of several names for a class the first.
         templates: prompts, each with exactly one `{}`.

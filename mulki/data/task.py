@@ -45,7 +45,8 @@ class Task:
         name: names the task in tables and files.
         classes: class names, [C], at least two, no two alike.
         templates: prompts, each with exactly one `{}` for the class name.
-        train, test: the splits, with targets in 0..C-1.
+        train: the images to learn from, with targets in 0..C-1.
+        test: the images to test on, likewise.
         skipped: unreadable images that were left out, by path.
 
     Raises:

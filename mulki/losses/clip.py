@@ -29,7 +29,8 @@ class ClipLoss(PairLoss):
         gather_with_grad: not needed for right gradients; flags that make open_clip's gradients
             others than those of the batch are warned of, once.
         cache_labels: keep the labels that `get_ground_truth` makes.
-        rank, world_size: those of the process group, which is asked itself; others are an error.
+        rank: that of the process group, which is asked itself; another one is an error.
+        world_size: as `rank`.
         use_horovod: not used.
         group: the process group whose ranks share the batch, the default one if None.
     """

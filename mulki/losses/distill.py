@@ -82,7 +82,8 @@ class DistillClipLoss(ClipLoss):
             dist_image_features: [n, D'], the teacher's of the same images.
             dist_text_features: [n, D'].
             dist_logit_scale: the teacher's.
-            logit_bias, dist_logit_bias: not seen by a softmax; the gradient is zero.
+            logit_bias: not seen by a softmax; the gradient is zero.
+            dist_logit_bias: the teacher's, not seen either.
 
         Raises:
             TypeError, ValueError: naming the argument, on all ranks alike.
@@ -159,7 +160,8 @@ class DualTeacherClipLoss(DistillClipLoss):
     Args:
         gate: a name in `mulki.ops.gates.gate_names()`.
         gate_temperature: > 0, smaller is sharper.
-        gate_entropy, gate_label: the two numbers of the gate "blend".
+        gate_entropy: a of the gate "blend", see `mulki.functional.teacher_kl`.
+        gate_label: b of the gate "blend".
         temperature: T > 0 of both softmax.
 
     The other arguments are those of `ClipLoss`.

@@ -23,13 +23,15 @@ class SigLipLoss(PairLoss):
 
     Args:
         cache_labels: not needed, for there are no labels to keep.
-        rank, world_size: those of the process group, which is asked itself; others are an error.
+        rank: that of the process group, which is asked itself; another one is an error.
+        world_size: as `rank`.
         dist_impl: how texts meet all images. "bidir" (also None) and "shift" pass them round a
             ring, in both directions or in one; "gather" and "reduce" gather them.
         chunk_size: not used; nothing is stored that chunks would make smaller.
         group: the process group whose ranks share the batch, the default one if None.
-        bidir, use_horovod: keywords of older versions of open_clip. `bidir` chooses between "bidir"
-            and "shift", `use_horovod` is not used; a warning says so.
+
+    Keywords of older versions of open_clip are taken with a warning: `bidir` chooses between
+    "bidir" and "shift", `use_horovod` is not used.
     """
 
     softmax = False

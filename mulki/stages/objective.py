@@ -35,15 +35,20 @@ class MulKILoss(nn.Module):
         temperature: T of the relations' softmax and of the gate.
         gate: how the teachers are weighted per sample, see `mulki.functional.teacher_kl`.
         gate_temperature: > 0, smaller is sharper.
-        gate_entropy, gate_label: the two numbers of the gate "blend".
+        gate_entropy: a of the gate "blend", see `mulki.functional.teacher_kl`.
+        gate_label: b of the gate "blend".
         label_smoothing: of the cross-entropy, in [0, 1].
         alignment: coefficient of the prototype-text alignment (Eliciting Ideas).
         prototype: coefficient of the cross-entropy of images against prototypes (Eliciting Ideas).
-        image_text, image_image, text_image, text_text: coefficients of the relations (Adding New
-            Ideas); image_image and text_image need prototypes.
-        image_anchor, text_anchor: coefficients of the relations to text anchors (Adding New Ideas);
-            without effect while the teachers' features have none.
-        anchor_texts, anchor_weights: see `mulki.stages.anchors.anchor_loss`.
+        image_text: coefficient of the relation of images to class texts (Adding New Ideas).
+        image_image: of images to visual prototypes.
+        text_image: of class texts to visual prototypes.
+        text_text: of class texts to each other.
+        image_anchor: of images to text anchors; without effect while the teachers' features have
+            none.
+        text_anchor: of class texts to text anchors, likewise.
+        anchor_texts: whose texts, see `mulki.stages.anchors.anchor_loss`.
+        anchor_weights: by what the teachers are weighted there.
         feature: coefficient of the squared distance of image features.
         scale_by_t2: multiply each KL by T^2.
 

