@@ -62,23 +62,9 @@ def run_grid(given: Mapping[str, Any], console: Console) -> None:
     Raises:
         InputError: bad options, a folder of another run, or a run that fails.
     """
-    cells = cells_of(given)
-    jobs = whole("--jobs", given.get("jobs", 1), 1)
-    first = os.environ.get("RANK", "0") == "0"
-    run_cells(cells, jobs, Console(stderr=True, quiet=not first))
-    if first:
-        write_comparison(cells, console)
-
-
-def cells_of(given: Mapping[str, Any]) -> list[Cell]:
-    """The runs of a grid, of what `run_grid` is given.
-
-    Raises:
-        InputError: bad options.
-    """
     options = {name: value for name, value in given.items() if name not in OPTIONS}
     method = options.get("method") or method_of(options.get("preset"))
-    return plan(
+    cells = plan(
         options,
         methods=_distinct("methods", given.get("methods", [method])),
         orders=_distinct("orders", given.get("orders", [options.get("order", RunConfig.order)])),
@@ -87,6 +73,11 @@ def cells_of(given: Mapping[str, Any]) -> list[Cell]:
             for seed in _distinct("seeds", given.get("seeds", [options.get("seed", "0")]))
         ],
     )
+    jobs = whole("--jobs", given.get("jobs", 1), 1)
+    first = os.environ.get("RANK", "0") == "0"
+    run_cells(cells, jobs, Console(stderr=True, quiet=not first))
+    if first:
+        write_comparison(cells, console)
 
 
 def write_comparison(cells: Sequence[Cell], console: Console) -> None:
