@@ -77,6 +77,7 @@ _STRONG: Options = _ANCHORED | {"image_anchor": 1.5}
 _NO_RELATION: Options = dict.fromkeys(
     ("image_text", "image_image", "text_image", "text_text", "feature"), 0.0
 )
+_PREVIOUS: Options = {"teachers": "previous", "feature": 4.0}
 FORMS: dict[str, Options] = {
     "without anchors": {"anchors": "none", "lr": 1e-4},
     "without anchors, lr 2e-4": {"anchors": "none", "lr": 2e-4},
@@ -117,6 +118,18 @@ FORMS: dict[str, Options] = {
     "coefficient 4.5, lr 4e-4": _STRONG | {"image_anchor": 4.5, "lr": 4e-4},
     "coefficient 1.5, without Connecting, student's texts": _STRONG
     | {"connecting": False, "anchor_texts": "student"},
+    # Tried after the first reported runs, with one seed, had Select-and-Distill ahead: it holds the
+    # features of the previous model, and those of the original one less.
+    "coefficient 1.5, previous teacher alone, feature distance 4": _STRONG | _PREVIOUS,
+    "coefficient 0.5, previous teacher alone, feature distance 4, no other relation": _ANCHORED
+    | _NO_RELATION
+    | _PREVIOUS,
+    "coefficient 0.5, previous teacher alone, feature distance 4, no other relation, without "
+    "Connecting": _ANCHORED | _NO_RELATION | _PREVIOUS | {"connecting": False},
+    "coefficient 0.5, discrepancy gate, feature distance 8, no other relation, without "
+    "Connecting": _ANCHORED
+    | _NO_RELATION
+    | {"gate": "discrepancy", "feature": 8.0, "connecting": False},
 }
 MULKI_STAGES: dict[str, Options] = {
     "without Eliciting (no prototypes)": {"eliciting": False},
