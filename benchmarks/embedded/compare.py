@@ -397,11 +397,12 @@ def strength_table(results: list[dict[str, Any]]) -> str:
 
 def at_strengths(method: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those results that are runs of `studies.strengths`, named as there."""
+    wanted = [(run.variant, settings_of(run)) for run in studies.strengths(method)]
     return [
-        r | {"variant": run.variant}
-        for run in studies.strengths(method)
+        r | {"variant": variant}
+        for variant, settings in wanted
         for r in results
-        if has_settings(r, settings_of(run))
+        if has_settings(r, settings)
     ]
 
 

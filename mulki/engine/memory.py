@@ -170,6 +170,9 @@ def peak_memory(device: torch.device) -> int | None:
     On the CPU by this process with all that it has loaded, on another device by its tensors.
     """
     if device.type != "cpu":
+        here = torch.accelerator.current_accelerator()
+        if here is None or here.type != device.type:
+            return None
         try:
             return torch.accelerator.max_memory_allocated(device)
         except (RuntimeError, ValueError, NotImplementedError):

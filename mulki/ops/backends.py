@@ -138,7 +138,9 @@ def call(op: str, *args: Any) -> Any:
     # A `_backward` form has the upstream gradient before the features.
     features, prototypes = args[1:3] if op.endswith("_backward") else args[:2]
     kind = features.device.type
-    size = proofs.size_of(len(features), len(prototypes))
+    # Only the Triton kernels serve some sizes and not others.
+    sized = "triton" in CANDIDATES.get(kind, ELSEWHERE)
+    size = proofs.size_of(len(features), len(prototypes)) if sized else None
     found = kernel(op, kind, features.dtype, size)
     if not autocasting(kind):
         return found(*args)
@@ -165,8 +167,7 @@ def kernel(op: str, device_type: str, dtype: torch.dtype, size: str | None = Non
     """The kernel that serves `op` for tensors of this device type and dtype.
 
     Args:
-        size: of the call, see `proofs.SIZES`; None where only the C++ kernels are asked for, which
-            serve all sizes.
+        size: of the call, see `proofs.SIZES`; None where no Triton kernel may serve it.
 
     Raises:
         RuntimeError: a backend that should serve it does not, under MULKI_STRICT.

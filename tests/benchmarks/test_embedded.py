@@ -165,7 +165,8 @@ def test_studies_follow_their_rules() -> None:
         assert len(runs) == 24 and {run.options["seed"] for run in runs} == {100, 101}
     reported = {run.options["seed"] for run in studies.comparison()}
     assert reported == set(studies.SEEDS) and not reported & set(studies.TUNING_SEEDS)
-    assert {run.study for run in studies.forms()} | {runs[0].study} == set(studies.CHOICES)
+    made = (*studies.forms(), *studies.strengths("mulki"), *runs)
+    assert {run.study for run in made} == set(studies.CHOICES)
     assert not set(studies.FORM_ORDERS) & {order for _, order in studies.SCENES}
     seeds = {
         name: {r.options["seed"] for r in studies.comparison() if r.variant == name}

@@ -40,12 +40,12 @@ def test_a_result_that_is_wrong_is_found(
     monkeypatch.setattr(
         "tests.ops.rounding.ours", lambda *case: [1.01 * value for value in right(*case)]
     )
-    with pytest.raises(AssertionError, match="result 0: error"):
+    with pytest.raises(AssertionError, match=r"result \d: error"):
         main(["operators", "--seconds", "0", "--seed", "1"])
     assert "--seed 1 finds it again" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [ValueError("no number"), InputError("two\nlines")])
+@pytest.mark.parametrize("error", [ValueError("no number"), InputError("")])
 def test_a_reader_that_fails_otherwise_is_found(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
