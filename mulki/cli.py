@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import shlex
 import sys
@@ -116,21 +115,13 @@ def _run(argv: list[str]) -> int:
     from rich.console import Console
 
     from mulki.commands.grid import is_grid, run_grid
+    from mulki.commands.training import prepare_process
     from mulki.engine.config import resolve
-    from mulki.engine.memory import keep_freed_memory
     from mulki.engine.sequence import run
     from mulki.report.tables import print_matrix
 
-    keep_freed_memory()
+    prepare_process()
     console = Console()
-    # The level is the handler's: out.log takes more of the package's messages than the terminal.
-    # Errors are left out here, since `run_command` prints the one that ends a run.
-    handler = _Messages()
-    # Of several processes only the first prints warnings.
-    handler.setLevel(logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR)
-    handler.addFilter(lambda record: record.levelno < logging.ERROR)
-    logging.basicConfig(format="mulki: %(message)s", handlers=[handler])
-
     given, resume = _given(argv)
     if is_grid(given):
         run_grid(given, console)
@@ -141,17 +132,6 @@ def _run(argv: list[str]) -> int:
     print_matrix(folder.matrix, console, folder.class_incremental)
     console.print(f"run folder: {folder.path}", soft_wrap=True, highlight=False)
     return 0
-
-
-class _Messages(logging.StreamHandler):
-    @property
-    def stream(self) -> Any:
-        # Looked up anew for each message: the live display takes the place of standard error.
-        return sys.stderr
-
-    @stream.setter
-    def stream(self, value: Any) -> None:
-        pass
 
 
 def _given(argv: list[str]) -> tuple[dict[str, Any], str | None]:

@@ -190,6 +190,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     An error or an interrupt in the block leaves the old one as it was and removes the temporary
     one. Sub-folders are not synced.
     """
+    path = path.resolve()  # of ".", and of a link that stays where it is
     new = temporary_for(path)
     new.mkdir(parents=True)
     try:

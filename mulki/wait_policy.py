@@ -41,8 +41,9 @@ def set_for_run(
 
 
 def _is_run(command: Sequence[str]) -> bool:
-    # As `mulki run`, or as `python -m mulki run`; the interpreter may have options of its own.
+    # As `mulki run`, which `mulki reproduce` does too, or as `python -m mulki run`; the interpreter
+    # may have options of its own.
     for first, second in pairwise(command):
         if os.path.splitext(os.path.basename(first))[0] == "mulki":
-            return second == "run"
+            return second in ("run", "reproduce")
     return False

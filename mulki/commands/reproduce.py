@@ -15,6 +15,7 @@ from rich.text import Text
 
 from mulki.commands.grid import whole
 from mulki.commands.parsing import Parser, add_options, with_hyphens
+from mulki.commands.training import prepare_process
 from mulki.data.published.rows import Published, published_row, published_rows
 from mulki.errors import InputError
 from mulki.imports import import_modules
@@ -84,6 +85,7 @@ def _run(row: Published, given: Mapping[str, Any]) -> list[Path] | None:
     from mulki.engine.grid import plan, run_cells
     from mulki.engine.requirements import missing
 
+    prepare_process()
     if row.options is None:
         raise InputError(
             f"{row.name}: mulki has not this method; mulki reproduce --list says which rows it can "

@@ -27,11 +27,11 @@ _OF_TASKS = (
     *("shots", "seed", "limit_images", "skip_bad_images"),
 )
 # And those that have a say in how features are computed.
-_OF_FEATURES = ("import_", "data_root", "max_pixels", "batch_size_eval", "precision")
+_OF_FEATURES = ("data_root", "max_pixels", "batch_size_eval", "precision")
 _LOCKS = ("lock_text", "lock_image")
 
 #: Fields of `RunConfig` that a user may give.
-OPTIONS = (*_OF_TASKS, *_OF_FEATURES, "model", "workers", "device")
+OPTIONS = (*_OF_TASKS, *_OF_FEATURES, "import_", "model", "workers", "device")
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,22 @@ def evaluation(checkpoint: Path, given: Mapping[str, Any]) -> Evaluation:
     Args:
         checkpoint: see `mulki.engine.checkpoints.load_checkpoint`.
         given: values by the name of a field in `OPTIONS`. What is left out is as in the run that
-            the checkpoint lies in; options of its tasks only where no tasks are given.
+            the checkpoint lies in; options of its tasks only where no tasks are given. Modules that
+            the run has imported are not: they have to be given.
 
     Raises:
         InputError: a bad checkpoint, bad options or bad tasks, or no tasks.
     """
     run = run_of(checkpoint)
     known = {} if run is None else read_config(run / ARGUMENTS)
+    imports = known.get("import_")
+    if imports and "import_" not in given:
+        # The folder may be from elsewhere, and this would run its code.
+        files = " ".join(map(str, imports if isinstance(imports, list) else [imports]))
+        raise InputError(
+            f"{checkpoint}: its run has imported {files}; look at what that runs, and pass "
+            f"--import {files}"
+        )
     kept = (*_OF_FEATURES, *_LOCKS, *(() if "tasks" in given else _OF_TASKS))
     options = {name: known[name] for name in kept if name in known} | dict(given)
     if "tasks" not in options:

@@ -83,6 +83,8 @@ def plan(
         own = {**given, "method": method, "order": order, "seed": seed}
         settings = resolve(own)
         logs = Path(settings.run.logs, settings.run.name or "grid")
+        if (logs / ARGUMENTS).exists():
+            raise InputError(f"--name: {logs} is the folder of a run; give the grid another name")
         name = f"{slug(method)}-order_{_short(order)}-seed_{seed}"
         settings = resolve({**own, "logs": str(logs), "name": name})
         cells.append(Cell(settings, _state(logs / name, settings)))
@@ -214,9 +216,11 @@ def _environment(slot: int, jobs: int) -> dict[str, str]:
 
 
 def _short(order: str) -> str:
-    # Of a long list of tasks the beginning, and what tells it from others with the same one.
-    plain = order if order.isalnum() else slug(order)
-    if len(plain) <= _LONGEST_ORDER:
+    # Of a long list of tasks, or one with other letters, the beginning, and what tells it from
+    # others with the same one.
+    plain = order if order.isascii() and order.isalnum() else slug(order)
+    whole = all(letter.isascii() and (letter.isalnum() or letter in "_,") for letter in order)
+    if whole and len(plain) <= _LONGEST_ORDER:
         return plain
     return f"{plain[: _LONGEST_ORDER - 9]}_{hashlib.sha256(order.encode()).hexdigest()[:8]}"
 

@@ -127,3 +127,18 @@ def test_weights_that_are_not_finite(folder: RunFolder, tiny_models: tuple[str, 
     save_weights(broken, path)
     with pytest.raises(InputError, match="hold a NaN or an infinity"):
         evaluation(path, {})
+
+
+def test_what_a_run_has_imported_is_not_run_unasked(folder: RunFolder, tmp_path: Path) -> None:
+    """The folder may be from elsewhere; its weights alone are not a reason to run its code."""
+    module = tmp_path / "from_elsewhere.py"
+    module.write_text("raise RuntimeError\n")
+    arguments = folder.path / "args.yaml"
+    text = arguments.read_text()
+    assert "import: []" in text
+    arguments.write_text(text.replace("import: []", f"import: [{module}]"))
+    for path in (folder.path, folder.path / "checkpoints" / "latest"):
+        with pytest.raises(InputError, match=r"has imported .*from_elsewhere\.py.* pass --import"):
+            evaluation(path, {})
+    with pytest.raises(InputError, match=r"from_elsewhere\.py fails"):
+        evaluation(folder.path, {"import_": (str(module),)})

@@ -108,6 +108,17 @@ def test_long_orders_have_short_names_of_their_own() -> None:
     short = [grid._short(name) for name in names]
     assert len(set(short)) == 2 and all(len(name) <= 40 for name in short)
     assert grid._short("II") == "II"
+    assert grid._short("a_b,c") == "a_b_c"
+    assert grid._short("猫,犬") != grid._short("犬,猫")
+
+
+def test_a_run_folder_is_no_place_for_a_grid(planned: Plan, tmp_path: Path) -> None:
+    (cell, *_) = planned()
+    grid_folder = cell.folder.parent
+    grid_folder.mkdir(parents=True)
+    (grid_folder / "args.yaml").write_text("lr: 1.0\n")
+    with pytest.raises(InputError, match=r"^--name: .* is the folder of a run"):
+        planned()
 
 
 @pytest.mark.slow
