@@ -112,7 +112,9 @@ def pair_kl_gradient(
         y = tl.load(y_ptr + places + columns[None, :], mask=read, other=0.0)
         row_weight = tl.zeros([ROWS], tl.float32)
         column_weight = tl.zeros([BLOCK_P], tl.float32)
-        g = tl.zeros([ROWS, BLOCK_P], tl.float32)
+        # Apart, for a student that equals its teacher: each of the two is zero then.
+        g_rows = tl.zeros([ROWS, BLOCK_P], tl.float32)
+        g_columns = tl.zeros([ROWS, BLOCK_P], tl.float32)
         for k in tl.static_range(K):
             v = tl.load(teacher_y_ptrs[k] + places + columns[None, :], mask=read, other=0.0)
             c = tl.load(teacher_scales_ptr + k) * numbers[0]
@@ -120,18 +122,18 @@ def pair_kl_gradient(
             w = tl.load(at, mask=inside, other=0.0)
             row_weight += w
             to = lse_ptr + (k + 1) * total * 2
-            g -= (of_rows * w)[:, None] * tl.exp2(_log_row(c * v, to, samples, inside))
+            g_rows -= (of_rows * w)[:, None] * tl.exp2(_log_row(c * v, to, samples, inside))
             at = weights_ptr + (total + pairs) * K + k
             w = tl.load(at, mask=within, other=0.0)
             column_weight += w
             to += (K + 1) * total * 2
-            g -= (of_columns * w)[None, :] * tl.exp2(_log_column(c * v, to, pairs, within))
+            g_columns -= (of_columns * w)[None, :] * tl.exp2(_log_column(c * v, to, pairs, within))
         u = (scale * numbers[0]) * y
         of_row = tl.exp2(_log_row(u, lse_ptr, samples, inside))
         of_column = tl.exp2(_log_column(u, lse_ptr + (K + 1) * total * 2, pairs, within))
-        g += (of_rows * row_weight)[:, None] * of_row
-        g += (of_columns * column_weight)[None, :] * of_column
-        g *= numbers[1]
+        g_rows += (of_rows * row_weight)[:, None] * of_row
+        g_columns += (of_columns * column_weight)[None, :] * of_column
+        g = numbers[1] * (g_rows + g_columns)
         if row_ptr is not None:
             g += 0.5 * tl.exp2(_log_row(scale * y, row_ptr, samples, inside))
             g += 0.5 * tl.exp2(_log_column(scale * y, column_ptr, pairs, within))
@@ -228,7 +230,7 @@ def _compute(
         scale,
         folded=not half,
         inverse_count=inverse_count,
-        bound=_gradient_bound(weights, upstream) if half else None,
+        bound=_gradient_bound(weights, upstream, labels) if half else None,
         largest=a.t2 / a.temperature + labels,
     )
     found = _found_before(a, scale, factors, weights, lse, labels)
@@ -352,9 +354,11 @@ def _first_pass(
         found.labels.finish()
 
 
-def _gradient_bound(weights: Tensor | None, upstream: Tensor | None) -> Tensor | None:
+def _gradient_bound(weights: Tensor | None, upstream: Tensor | None, labels: bool) -> Tensor | None:
     """A bound of |G|, beside `Factors.largest`, where it is not 1."""
-    bound = None if weights is None else weights.abs().sum(2).amax().clamp(min=1)
+    bound = None if weights is None else weights.abs().sum(2).amax()
+    if bound is not None and labels:
+        bound = bound.clamp(min=1)
     if upstream is None:
         return bound
     largest = upstream.abs().amax()

@@ -66,8 +66,7 @@ def prove(
                     verdict = _verdict_of(operator, dtype, size, device, each)
                 verdicts.append(verdict)
                 yield verdict
-    for subject in proofs.subjects(device):
-        proofs.store(subject, verdicts)
+    proofs.store(proofs.subject_of(torch.device(device)), verdicts)
     backends.forget_choices()
 
 
@@ -136,8 +135,8 @@ def _problems_of_forms(case: Case) -> list[str]:
     problems = []
 
     def try_form(form: str, loss: Loss, plain: Loss | None = None) -> None:
-        verifier = Verifier(case, inputs, plain)
         try:
+            verifier = Verifier(case, inputs, plain)
             errors = verifier.errors(outcome(loss, inputs))
         # Whatever the kernels raise is what is wrong with them.
         except Exception as error:

@@ -98,23 +98,26 @@ class DistillClipLoss(ClipLoss):
         teachers = [teacher.detached() for teacher in teachers]
         gate = f"{self.gate} {self.gate_entropy} {self.gate_label} at {self.gate_temperature}"
         shard = self.shard(student, *teachers, gate=gate, temperature=self.temperature)
-        if shard.world == 1:
+        # The backward of both losses in one reads upstream gradients: a GPU would be waited for.
+        if shard.world == 1 and student.images.device.type == "cpu":
             sums = self._sums_in_one_pass(student, teachers)
         else:
             of_student, *others = (self.columns(shard, pairs) for pairs in (student, *teachers))
             sums = {
                 "contrastive_loss": self.contrastive_sum(shard, of_student),
-                "distill_loss": self._distill_sum(shard, of_student, others),
+                "distill_loss": self._sum_of_pairs(student, teachers)
+                if shard.world == 1
+                else self._distill_sum(shard, of_student, others),
             }
         losses = self.reported(shard, sums, self.local_loss)
         return losses if output_dict else (losses["contrastive_loss"], losses["distill_loss"])
 
     def _sums_in_one_pass(self, student: Pairs, teachers: Sequence[Pairs]) -> dict[str, Tensor]:
-        # Where one process holds the batch, rows and columns share their products.
+        # Where one process holds the batch, both losses share their products.
         gate = find_gate(self.gate)
         contrastive, kl, weights, entropy = pair_kl.sums_with_labels(
-            (student.images, student.texts, student.scale),
-            [(model.images, model.texts, model.scale) for model in teachers],
+            student.operands(),
+            [teacher.operands() for teacher in teachers],
             self.temperature,
             gate,
             gate.numbers(self.gate_entropy, self.gate_label),
@@ -125,6 +128,22 @@ class DistillClipLoss(ClipLoss):
             contrastive = contrastive + 0 * student.bias.to(contrastive)
         distilled = kl + self.temperature**2 * (weights * entropy).sum() / 2
         return {"contrastive_loss": contrastive, "distill_loss": distilled}
+
+    def _sum_of_pairs(self, student: Pairs, teachers: Sequence[Pairs]) -> Tensor:
+        # Rows and columns share their products.
+        gate = find_gate(self.gate)
+        kl, _, weights, entropy = pair_kl.loss(
+            student.operands(),
+            [teacher.operands() for teacher in teachers],
+            self.temperature,
+            True,
+            None,
+            gate,
+            gate.numbers(self.gate_entropy, self.gate_label),
+            self.gate_temperature,
+            "sum",
+        )
+        return kl + self.temperature**2 * (weights * entropy).sum() / 2
 
     def _distill_sum(self, shard: Shard, student: Columns, teachers: Sequence[Columns]) -> Tensor:
         looked_at = find_gate(self.gate).uses_target(self.gate_label)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mulki import collectives
 from mulki.ops import checks
+from mulki.ops.logits import Operands
 from mulki.similarity import Similarity
 
 # Half precision leaves rows that were normalised within this of norm 1.
@@ -45,6 +46,10 @@ class Pairs:
             value = getattr(self, name)
             if isinstance(value, Tensor) and value.numel() == 1:
                 object.__setattr__(self, name, value.reshape(()))
+
+    def operands(self) -> Operands:
+        """What the operators on pairs take."""
+        return self.images, self.texts, self.scale
 
     def features(self) -> dict[str, Tensor]:
         """The tensors by the names of their arguments."""

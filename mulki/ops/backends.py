@@ -185,15 +185,19 @@ def _choose_kernel(
 ) -> Kernel:
     served = choose(op, device_type, dtype, setting, size)
     if served.rejected:
-        if strict:
+        # What is slower is no failure to serve.
+        if strict and not all(why.startswith(proofs.SLOWER) for why in served.rejected.values()):
             reasons = "; ".join(f"{name}: {why}" for name, why in served.rejected.items())
             raise RuntimeError(
                 f"MULKI_STRICT: mulki::{op} for {device_type} tensors of {dtype} falls back to "
                 f"{served.backend} ({reasons}); unset MULKI_STRICT to allow it"
             )
         _fallbacks.setdefault((op, device_type, dtype, setting), served)
-        if proofs.REMEDY in served.rejected.get("triton", ""):
+        why = served.rejected.get("triton", "")
+        if proofs.REMEDY in why:
             _say_once()
+        elif proofs.WRONG in why:
+            warnings.warn(f"mulki::{op}: the Triton kernel {why}", stacklevel=2)
     return BACKENDS[served.backend].kernel(op)
 
 

@@ -25,6 +25,10 @@ import torch
 #: Classes of calls, and the most logits, N times P, of each.
 SIZES = {"small": 1 << 17, "medium": 1 << 22, "large": math.inf}
 REMEDY = "`mulki prove` takes some minutes on a GPU"
+#: How the reason begins where plain PyTorch is preferred, and nothing is amiss.
+SLOWER = "is slower than plain PyTorch"
+#: The same where a result was wrong.
+WRONG = "was wrong on this GPU"
 _DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -54,10 +58,11 @@ class Verdict:
         """Why the kernels are not taken there, in one sentence; None where they are."""
         where = f"in {self.dtype} at {self.size} sizes"
         if self.problems:
-            return f"was wrong on this GPU {where} ({self.problems[0]}); please report it"
-        if self.speedup is None or self.speedup < 1:
-            times = "" if self.speedup is None else f", {self.speedup:.2f} times its speed"
-            return f"is slower than plain PyTorch on this GPU {where}{times}"
+            return f"{WRONG} {where} ({self.problems[0]}); please report it"
+        if self.speedup is None:
+            return f"could not be timed on this GPU {where}"
+        if not self.speedup >= 1:
+            return f"{SLOWER} on this GPU {where}, {self.speedup:.2f} times its speed"
         return None
 
 
@@ -89,20 +94,40 @@ def why_not(op: str, device_type: str, dtype: torch.dtype, size: str | None = No
 
 def subjects(device_type: str) -> list[dict[str, str]]:
     """What a proof is of, for each kind of GPU that this process sees."""
-    if device_type == "cuda":
-        names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
-    elif device_type == "xpu":
-        names = {torch.xpu.get_device_name(i) for i in range(torch.xpu.device_count())}
-    else:
-        names = {f"Triton's interpreter on {device_type}"}
-    return [{"gpu": name, **_versions()} for name in sorted(names)]
+    count = {"cuda": torch.cuda, "xpu": torch.xpu}
+    places = range(count[device_type].device_count()) if device_type in count else [0]
+    names = {_gpu_name(torch.device(device_type, i)) for i in places}
+    return [_subject(name) for name in sorted(names)]
+
+
+def subject_of(device: torch.device) -> dict[str, str]:
+    """What a proof that was made on this device is of."""
+    return _subject(_gpu_name(device))
+
+
+def _gpu_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "xpu":
+        return torch.xpu.get_device_name(device)
+    return f"Triton's interpreter on {device.type}"
+
+
+def _subject(gpu: str) -> dict[str, str]:
+    # How float32 is multiplied is another kernel, and another rival.
+    variables = ("MULKI_INPUT_PRECISION", "MULKI_AUTOTUNE")
+    settings = {name: os.environ[name] for name in variables if os.environ.get(name)}
+    common = importlib.import_module("mulki.kernels.common")
+    numbers = common.number_family(torch.float32)
+    return {"gpu": gpu, "float32 numbers": numbers, **settings, **_versions()}
 
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    folder = Path(importlib.import_module("mulki.kernels").__path__[0])
+    # The operators decide what the kernels are handed.
+    folders = importlib.import_module("mulki.kernels").__path__[0], Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted(path for folder in folders for path in Path(folder).glob("*.py")):
         digest.update(path.read_bytes())
     try:
         driver = _DRIVER.read_text(encoding="utf-8").splitlines()[0]

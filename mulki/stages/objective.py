@@ -181,13 +181,7 @@ class MulKILoss(nn.Module):
         """
         _check_features("student", student)
         for k, teacher in enumerate(teachers):
-            _check_features(f"teachers[{k}]", teacher)
-            parts = (teacher.images, teacher.texts, teacher.prototypes, teacher.scale)
-            if any(isinstance(part, Tensor) and part.requires_grad for part in parts):
-                raise ValueError(
-                    f"teachers[{k}]: requires grad, but no gradient flows to a teacher; compute "
-                    f"its features under torch.no_grad()"
-                )
+            _check_teacher(f"teachers[{k}]", teacher, student)
         if self.needs_teachers and not teachers:
             raise ValueError("teachers: got none, wanted at least one for the terms switched on")
         terms = {
@@ -249,6 +243,22 @@ class MulKILoss(nn.Module):
         return terms, weights
 
 
+def _check_teacher(name: str, teacher: Features, student: Features) -> None:
+    _check_features(name, teacher)
+    parts = (teacher.images, teacher.texts, teacher.prototypes, teacher.scale)
+    if any(isinstance(part, Tensor) and part.requires_grad for part in parts):
+        raise ValueError(
+            f"{name}: requires grad, but no gradient flows to a teacher; compute its features "
+            f"under torch.no_grad()"
+        )
+    dtypes = teacher.images.dtype, student.images.dtype
+    if dtypes[0] != dtypes[1] and torch.float64 in dtypes:
+        raise TypeError(
+            f"{name}: got dtype {dtypes[0]}, wanted {dtypes[1]} as the student; cast one to the "
+            f"other"
+        )
+
+
 def _check_features(name: str, value: object) -> None:
     if not isinstance(value, Features):
         raise TypeError(
@@ -259,3 +269,4 @@ def _check_features(name: str, value: object) -> None:
         matrix = getattr(value, field)
         if matrix is not None or field != "prototypes":
             checks.is_tensor(f"{name}.{field}", matrix)
+    checks.scalar(f"{name}.scale", value.scale, value.images.device)

@@ -113,7 +113,8 @@ def _same(one: Any, other: Any) -> bool:
         return all(map(_same, one, other))
     if not isinstance(one, Tensor):
         return bool(one == other)
-    return torch.equal(one.nan_to_num(), other.nan_to_num()) and one.shape == other.shape
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return torch.equal(*(t.contiguous().view(bits[t.element_size()]) for t in (one, other)))
 
 
 tries = {is_right: CASES}

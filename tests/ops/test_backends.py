@@ -270,6 +270,20 @@ def test_a_gpu_without_a_proof_is_told_so_once(monkeypatch):
         backends.kernel("contrastive", "cuda", FULL, "large")
 
 
+def test_what_is_slower_is_no_failure_and_what_was_wrong_is_told(monkeypatch):
+    monkeypatch.setitem(backends.BACKENDS, "triton", Stub())
+    monkeypatch.setenv("MULKI_STRICT", "1")
+    reasons = iter([f"{backends.proofs.SLOWER} here", f"{backends.proofs.WRONG} (loss)"])
+    monkeypatch.setattr(backends.proofs, "why_not", lambda *_: next(reasons))
+    backends.kernel("siglip", "cuda", FULL, "small")
+    with pytest.raises(RuntimeError, match=r"MULKI_STRICT.*\(loss\)"):
+        backends.kernel("siglip", "cuda", FULL, "large")
+    monkeypatch.delenv("MULKI_STRICT")
+    monkeypatch.setattr(backends.proofs, "why_not", lambda *_: f"{backends.proofs.WRONG} (loss)")
+    with pytest.warns(UserWarning, match=r"mulki::siglip.*\(loss\)"):
+        backends.kernel("siglip", "cuda", FULL, "large")
+
+
 def test_report_names_who_serves_and_why_others_do_not(cpp):
     cpp.reason = "no compiler"
 

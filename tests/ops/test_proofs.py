@@ -78,6 +78,24 @@ def test_every_kind_of_gpu_needs_its_proof(monkeypatch: pytest.MonkeyPatch) -> N
     assert proofs.why_not("siglip", "cuda", torch.float32) is not None
 
 
+def test_a_speedup_that_is_no_number_permits_nothing() -> None:
+    assert Verdict("siglip", "float32", "small", speedup=float("nan")).why_not() is not None
+
+
+def test_how_float32_is_multiplied_is_part_of_the_subject(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    before = proofs.subject_of(cpu)
+    kept = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert proofs.subject_of(cpu) != before
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = kept
+    assert proofs.subject_of(cpu) == before
+    monkeypatch.setenv("MULKI_INPUT_PRECISION", "ieee")
+    assert proofs.subject_of(cpu) != before
+
+
 def test_another_version_needs_another_proof() -> None:
     proofs.store(SUBJECT, everywhere())
     assert proofs.stored(SUBJECT | {"torch": "2"}) is None

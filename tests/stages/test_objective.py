@@ -136,6 +136,20 @@ class TestObjective:
         with pytest.raises(ValueError, match=r"^teachers\[1\]: requires grad.*no_grad"):
             MulKILoss()(student, models, target)
 
+    def test_a_teacher_in_float32_is_refused_by_a_student_in_float64(
+        self, student, teachers, target
+    ):
+        parts = {n: getattr(teachers[0], n).float() for n in ("images", "texts", "prototypes")}
+        models = [replace(teachers[0], **parts), teachers[1]]
+        with pytest.raises(TypeError, match=r"^teachers\[0\]: got dtype torch\.float32"):
+            MulKILoss(image_text=0, gate="uniform")(student, models, target)
+
+    @pytest.mark.parametrize("scale", [None, "9", torch.ones(1)])
+    def test_a_scale_that_is_none_is_refused(self, student, teachers, target, scale):
+        models = [teachers[0], replace(teachers[1], scale=scale)]
+        with pytest.raises((TypeError, ValueError), match=r"^teachers\[1\]\.scale: got"):
+            MulKILoss()(student, models, target)
+
     @pytest.mark.parametrize("name", ["images", "texts", "prototypes"])
     def test_features_that_are_no_tensors_are_refused(self, student, teachers, target, name):
         bad = replace(student, **{name: [[1.0]]})

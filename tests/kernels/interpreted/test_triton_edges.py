@@ -98,6 +98,13 @@ def test_a_student_that_is_its_teacher_has_exactly_zero(temperature):
         Case("teacher_kl", (*one, None, None, temperature, 1.0, 0.0, 0.0, True))
     )
     assert total == 0 and not any(g.any() for g in gradients)
+    pairs = make("pairs")
+    x, w, *_ = pairs.args
+    options = None, temperature, 1.0, 0.0, 0.0, True
+    total, gradients, _ = reduced(
+        Case("pair_kl", (x, w, scale, [x], [w], scale.expand(1), *options))
+    )
+    assert total == 0 and not any(g.any() for g in gradients)
 
 
 def test_a_student_near_its_teacher_keeps_its_gradient():
@@ -187,7 +194,7 @@ def test_tiles_without_a_class_that_takes_part(half):
 
 
 def test_extreme_logits():
-    for name in ("ce", "kl", "contrastive", "siglip"):
+    for name in ("ce", "kl", "contrastive", "pairs", "siglip"):
         case = make(name, scale=1e4)
         total, want = case.expected(mean=True)
         if name == "siglip":
@@ -204,7 +211,7 @@ def test_extreme_logits():
 
 
 def test_a_nan_reaches_the_loss():
-    for name in ("ce", "kl", "contrastive", "siglip"):
+    for name in ("ce", "kl", "contrastive", "pairs", "siglip"):
         case = make(name)
         args = list(case.args)
         args[0] = args[0].clone()
