@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,18 +13,23 @@ from mulki.data.published.collections import COLLECTIONS
 from mulki.data.published.rows import Published
 from mulki.errors import InputError
 from mulki.intervals import mean_interval
+from mulki.options import flag
 from mulki.report import RunData, read_folder
+from mulki.report.compare import NEUTRAL
 
 Verdict = Literal["within", "above", "below"]
 
-# Options of a scenario that a run must have, with what it has where its options do not say.
+# Options that a run of any method must have, where a row does not say otherwise.
 _SCENARIO = {
+    "limit_images": None,
     "shots": None,
     "label_space": "task",
     "scenario": "tasks",
     "increments": None,
     "base_classes": 0,
 }
+# Compared apart, or where things are and how they are computed.
+_FREE = NEUTRAL | {"protocol", "pretrained", "reference", "precision"}
 #: What a verdict is called.
 WORDS: dict[Verdict, str] = {
     "within": "within the band",
@@ -57,11 +62,19 @@ class Line:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A row, and what our runs of it reached."""
+    """A row, and what our runs of it reached.
+
+    Attributes:
+        row: the published one.
+        lines: one for each of its figures.
+        runs: their folders.
+        notes: a sentence for each thing in which a run may differ, and does.
+    """
 
     row: Published
     lines: tuple[Line, ...]
     runs: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -78,6 +91,7 @@ class Judgement:
             "source": self.row.source,
             "protocol": self.row.protocol,
             "runs": list(self.runs),
+            "notes": list(self.notes),
             "figures": [asdict(line) for line in self.lines],
             "verdict": self.verdict,
         }
@@ -87,11 +101,11 @@ def judge(row: Published, folders: Sequence[Path]) -> Judgement:
     """Hold complete runs against a row.
 
     Raises:
-        InputError: no run, one that is not complete, or one of another scenario.
+        InputError: no run, one that is not complete, or one that differs from the row.
     """
     if not folders:
         raise InputError(f"{row.name}: no run to judge; pass run folders, or leave --runs out")
-    values = []
+    values, notes = [], []
     for folder in folders:
         data = read_folder(folder)
         if data.status != "complete":
@@ -100,10 +114,12 @@ def judge(row: Published, folders: Sequence[Path]) -> Judgement:
         if reason:
             raise InputError(f"{folder}: is no run of {row.name}, {reason}; pass another")
         values.append(figures_of(data))
+        notes += [f"{folder}: {note}" for note in _notes(row, data)]
     return Judgement(
         row,
         tuple(_line(row, name, [each[name] for each in values]) for name in row.figures),
         tuple(str(folder) for folder in folders),
+        tuple(notes),
     )
 
 
@@ -116,12 +132,21 @@ def figures_of(data: RunData) -> dict[str, float]:
 
 
 def differs(row: Published, data: RunData) -> str:
-    """What a run has not in common with the scenario of a row; empty if it has all."""
-    options = yaml.safe_load(data.config) or {}
-    for name, default in _SCENARIO.items():
-        wanted, found = row.scenario.get(name, default), options.get(name, default)
-        if wanted != found:
-            return f"its {name.replace('_', ' ')} is {found}, not {wanted}"
+    """What a run has not in common with a row; empty if it has all.
+
+    A row that mulki can run binds all options of a run but those that change no result by more than
+    rounding, or say where things are. Other rows bind the scenario and the model.
+    """
+    options = options_of(data)
+    if not options:
+        return "it has no args.yaml that says what it is"
+    wanted = _wanted(row)
+    for name in wanted:
+        if name not in _FREE and wanted[name] != options.get(name):
+            return f"its {name.replace('_', ' ')} is {options.get(name)}, not {wanted[name]}"
+    start = options.get("pretrained")
+    if wanted.get("pretrained", start) != start and _is_tag(options.get("model"), start):
+        return f"its pretrained is {start}, not {wanted['pretrained']}"
     words = list(row.scenario["tasks"])
     collection = COLLECTIONS.get(words[0])
     if collection is None:
@@ -133,23 +158,70 @@ def differs(row: Published, data: RunData) -> str:
     return "" if protocol == row.protocol else f"its protocol is {protocol}, not {row.protocol}"
 
 
+def options_of(data: RunData) -> dict[str, Any]:
+    """The options in ``args.yaml`` of a run; none where it has not the file.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        options = yaml.safe_load(data.config) or {}
+    except (yaml.YAMLError, ValueError, RecursionError):
+        options = None
+    if not isinstance(options, dict):
+        raise InputError(f"{data.name}: its args.yaml is damaged; restore it, or leave the run out")
+    return options
+
+
+def _wanted(row: Published) -> dict[str, Any]:
+    # The options of a run of the row, by their name in args.yaml.
+    if row.options is None:
+        return {**_SCENARIO, **row.scenario}
+    from mulki.engine.config import resolve
+
+    return resolve({**row.options, **row.scenario}).to_dict()
+
+
+def _is_tag(model: Any, pretrained: Any) -> bool:
+    # Other weights than those of a tag are in a file, which may be a copy of the row's.
+    import open_clip
+
+    return pretrained is None or bool(
+        open_clip.get_pretrained_cfg(str(model).replace("/", "-"), str(pretrained))
+    )
+
+
+def _notes(row: Published, data: RunData) -> list[str]:
+    # What may be given, but is no detail.
+    wanted, options = _wanted(row), options_of(data)
+    notes = [
+        f"{flag(name)} {options[name]}"
+        for name in ("pretrained", "reference")
+        if name in wanted and options.get(name) != wanted[name]
+    ]
+    processes = data.environment.get("processes", 1)
+    if row.options is not None and processes != 1:
+        notes.append(f"{processes} processes, each with a batch as large as the row's")
+    return notes
+
+
 def leaderboard(
-    rows: Mapping[str, Published], folders: Sequence[Path]
+    rows: Mapping[str, Published], runs: Sequence[tuple[Path, RunData]]
 ) -> dict[str, list[Published | tuple[Path, RunData]]]:
     """Rows by benchmark, the highest average first, with the runs of ours among them.
 
-    Raises:
-        InputError: a folder that is no run.
+    A run of any method stands in a benchmark whose scenario and model it has.
     """
-    runs = [(folder, read_folder(folder)) for folder in folders]
     by_benchmark: dict[str, list[Published]] = {}
     for row in rows.values():
         by_benchmark.setdefault(row.benchmark, []).append(row)
+
+    def fits(data: RunData, here: Sequence[Published]) -> bool:
+        return any(not differs(replace(row, options=None), data) for row in here)
+
     return {
         benchmark: sorted(
-            [*here, *(run for run in runs if any(not differs(row, run[1]) for row in here))],
-            key=_average,
-            reverse=True,
+            [*here, *(run for run in runs if fits(run[1], here))], key=_average, reverse=True
         )
         for benchmark, here in by_benchmark.items()
     }

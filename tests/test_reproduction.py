@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 
 from mulki.data.published.collections import COLLECTIONS
 from mulki.data.published.rows import Published, published_rows
+from mulki.engine.config import resolve
 from mulki.errors import InputError
 from mulki.report import read_folder
 from mulki.reproduction import differs, figures_of, judge, leaderboard
@@ -17,15 +19,23 @@ ROWS = published_rows()
 ORDER = COLLECTIONS["mtil"].in_order("I")
 
 
-def made(root: Path, name: str, average: float, ends: bool = True, **options: Any) -> Path:
-    """A run of MTIL whose accuracies are all the same, so that all its figures are."""
-    tasks = options.pop("learned", ORDER)
-    config = {"tasks": ["mtil"], "order": "I", "protocol": None, "label_space": "task", **options}
+def made(
+    root: Path,
+    name: str,
+    average: float,
+    ends: bool = True,
+    learned: tuple[str, ...] = ORDER,
+    **options: Any,
+) -> Path:
+    """A run of ZSCL on MTIL whose accuracies are all the same, so that all its figures are."""
+    row = ROWS["zscl-mtil-order1"]
+    assert row.options is not None
+    config = resolve({**row.options, **row.scenario, "reference": "cc3m/"}).to_dict() | options
     run = RunFolder.create(
-        root, name, method="zscl", order="I", seed=0, columns=tasks, config=config
+        root, name, method=config["method"], order="I", seed=0, columns=learned, config=config
     )
-    for task in tasks:
-        run.add_row(task, dict.fromkeys(tasks, average))
+    for task in learned:
+        run.add_row(task, dict.fromkeys(learned, average))
     run.finish("complete" if ends else "interrupted")
     return run.path
 
@@ -78,6 +88,13 @@ def test_the_mean_over_seeds_is_judged(tmp_path: Path, row: Published) -> None:
         ({"label_space": "seen"}, "its label space is seen, not task"),
         ({"shots": 5}, "its shots is 5, not None"),
         ({"protocol": "coop"}, "its protocol is coop, not zscl"),
+        ({"method": "mulki"}, "its method is mulki, not zscl"),
+        ({"model": "ViT-L-14"}, "its model is ViT-L-14, not ViT-B-16-quickgelu"),
+        ({"pretrained": "metaclip_400m"}, "its pretrained is metaclip_400m, not openai"),
+        ({"pretrained": None}, "its pretrained is None, not openai"),
+        ({"limit_images": 9}, "its limit images is 9, not None"),
+        ({"iterations": 5}, "its iterations is 5, not 1000"),
+        ({"vocabulary": "words.txt"}, "its vocabulary is words.txt, not None"),
     ],
 )
 def test_runs_of_another_scenario_are_refused(
@@ -85,6 +102,48 @@ def test_runs_of_another_scenario_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=f"is no run of zscl-mtil-order1, {said}"):
         judge(row, [made(tmp_path, "a", 75.0, **options)])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"limit_images": 9}, "its limit images is 9, not None"),
+        ({"model": "ViT-L-14"}, "its model is ViT-L-14, not ViT-B-16-quickgelu"),
+        ({"pretrained": "metaclip_400m"}, "its pretrained is metaclip_400m, not openai"),
+    ],
+)
+def test_rows_of_other_methods_bind_scenario_and_model(
+    tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
+    other = ROWS["lwf-mtil-order1"]
+    assert other.options is None
+    with pytest.raises(InputError, match=f"is no run of lwf-mtil-order1, {said}"):
+        judge(other, [made(tmp_path, "a", 75.0, **options)])
+    assert not judge(other, [made(tmp_path, "b", 75.0, method="mine", iterations=5)]).notes
+
+
+def test_what_may_differ_and_has_a_say_is_noted(tmp_path: Path, row: Published) -> None:
+    run = made(tmp_path, "a", 75.0, pretrained="RN50.pt", precision="fp32", seed=3, workers=2)
+    path = run / "env.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "processes": 2}))
+    assert judge(row, [run]).to_dict()["notes"] == [
+        f"{run}: --pretrained RN50.pt",
+        f"{run}: --reference cc3m/",
+        f"{run}: 2 processes, each with a batch as large as the row's",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "no args.yaml"), ("- 1", "args.yaml is damaged"), ("a: [", "args.yaml is damaged")],
+)
+def test_a_run_that_does_not_say_what_it_is(
+    tmp_path: Path, row: Published, content: str | None, said: str
+) -> None:
+    run = made(tmp_path, "a", 75.0)
+    (run / "args.yaml").unlink() if content is None else (run / "args.yaml").write_text(content)
+    with pytest.raises(InputError, match=said):
+        judge(row, [run])
 
 
 def test_runs_that_cannot_be_judged(tmp_path: Path, row: Published) -> None:
@@ -97,8 +156,9 @@ def test_runs_that_cannot_be_judged(tmp_path: Path, row: Published) -> None:
 
 
 def test_ours_stand_among_the_rows_of_their_scenario(tmp_path: Path) -> None:
-    ours = made(tmp_path, "a", 75.39)
-    table = leaderboard(ROWS, [ours])
+    ours = made(tmp_path, "a", 75.39, method="lwf", iterations=5)
+    other = made(tmp_path, "b", 75.39, model="ViT-L-14")
+    table = leaderboard(ROWS, [(path, read_folder(path)) for path in (ours, other)])
     names = [
         each.name if isinstance(each, Published) else each[0] for each in table["MTIL, order I"]
     ]

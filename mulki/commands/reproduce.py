@@ -19,12 +19,14 @@ from mulki.commands.training import prepare_process
 from mulki.data.published.rows import Published, published_row, published_rows
 from mulki.errors import InputError
 from mulki.imports import import_modules
+from mulki.report import read_folder
 from mulki.report.tables import TITLES
-from mulki.reproduction import WORDS, Judgement, figures_of, judge, leaderboard
+from mulki.reproduction import WORDS, Judgement, figures_of, judge, leaderboard, options_of
 
-#: Fields of `RunConfig` that a user may give: they change where things are, and not what is done.
+#: Fields of `RunConfig` that a user may give: they say where things are, or how they are computed.
+#: The verdict names those that have a say in the figures.
 OPTIONS = (
-    *("data_root", "reference", "vocabulary", "pretrained", "device", "precision", "workers"),
+    *("data_root", "reference", "pretrained", "device", "precision", "workers"),
     *("micro_batch", "grad_checkpointing", "batch_size_eval", "logs", "name", "import_"),
 )
 _HEADS = {**TITLES, "cil_average": "Average", "cil_last": "Last"}
@@ -127,6 +129,8 @@ def _print(found: Judgement) -> None:
     console.print(table)
     console.print(Text(f"published: {row.source}; protocol {row.protocol}"))
     console.print(Text(f"ours: {', '.join(found.runs)}"))
+    for note in found.notes:
+        console.print(Text(f"note: {note}"))
     if len(found.runs) == 1:
         console.print(Text("one run, without an interval; --seeds 0 1 2 gives one"))
     console.print(Text(f"verdict: {found.verdict}", style="bold"))
@@ -137,8 +141,10 @@ def _list(rows: Mapping[str, Published], runs: Sequence[Path], as_json: bool) ->
         print(json.dumps([asdict(row) for row in rows.values()]))
         return
     console = Console(width=_WIDE)
+    read = [(folder, read_folder(folder)) for folder in runs]
+    complete = [run for run in read if run[1].status == "complete"]
     sources = list(dict.fromkeys(row.source for row in rows.values()))
-    for benchmark, entries in leaderboard(rows, runs).items():
+    for benchmark, entries in leaderboard(rows, complete).items():
         metrics = [
             name
             for name in _HEADS
@@ -166,11 +172,11 @@ def _list(rows: Mapping[str, Published], runs: Sequence[Path], as_json: bool) ->
             else:
                 folder, data = entry
                 uses = ", ".join(data.summary.get("uses", ())) or "none"
-                method = str(data.summary.get("method", "?"))
+                model = options_of(data).get("model", "?")
                 table.add_row(
                     Text(str(folder)),
                     *shown,
-                    f"{method}, ours",
+                    f"{data.summary.get('method', '?')}, ours: {model}",
                     "",
                     uses,
                     "no",
@@ -182,6 +188,9 @@ def _list(rows: Mapping[str, Published], runs: Sequence[Path], as_json: bool) ->
                 )
         console.print(Text(benchmark, style="bold"))
         console.print(table, "", sep="\n")
+    for folder, data in read:
+        if data.status != "complete":
+            console.print(Text(f"left out: {folder} is {data.status}"))
     console.print(Text("in percent; rows of two protocols do not compare. Sources:"))
     for number, source in enumerate(sources, start=1):
         console.print(Text(f"[{number}] {source}"))

@@ -67,9 +67,13 @@ def test_a_row_is_run_and_judged(
     assert run_command(["reproduce", "tuned-hard", "--rows", str(rows), *runs]) == 1
     out = capsys.readouterr().out
     assert "verdict: not reproduced" in out and "below the band" in out
-    # And in the list.
+    # And in the list, but for one that is not complete.
+    summary = Path(found["runs"][1], "summary.json")
+    summary.write_text(summary.read_text().replace('"complete"', '"interrupted"'))
     assert run_command(["reproduce", "--list", "--rows", str(rows), *runs]) == 0
-    assert "finetune, ours" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.count("finetune, ours: local-dir:") == 2  # in both benchmarks
+    assert f"left out: {found['runs'][1]} is interrupted" in out
 
 
 def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,7 @@ class Published:
         source: who says so, in words.
         protocol: family of splits and prompts; figures of two families do not compare.
         band: how far ours may be from a figure, in percentage points.
-        scenario: options of `mulki run` that all methods on this benchmark have.
+        scenario: options of `mulki run` that all methods on this benchmark have, the model too.
         options: of `mulki run` for this method; None where this project has not the method.
         extra_data: what it learns from beyond the tasks; None where it is not known, as below.
         task_identity: whether the task of a test image chooses among stored parts.
@@ -113,7 +113,7 @@ def _row(content: Mapping[str, Any], benchmark: str, method: str) -> Published:
         source=content["sources"][given["source"]],
         protocol=of.get("protocol", own),
         band=float(given.get("band", content["band"])),
-        scenario=dict(of["run"]),
+        scenario={**content.get("run", {}), **of["run"]},
         options=options,
         **facts,
     )
