@@ -68,13 +68,10 @@ def run_grid(given: Mapping[str, Any], console: Console) -> None:
         options,
         methods=_distinct("methods", given.get("methods", [method])),
         orders=_distinct("orders", given.get("orders", [options.get("order", RunConfig.order)])),
-        seeds=[
-            whole("--seeds", seed, 0)
-            for seed in _distinct("seeds", given.get("seeds", [options.get("seed", "0")]))
-        ],
+        seeds=seeds_of(given.get("seeds", [options.get("seed", "0")])),
     )
     jobs = whole("--jobs", given.get("jobs", 1), 1)
-    first = os.environ.get("RANK", "0") == "0"
+    first = is_first()
     run_cells(cells, jobs, Console(stderr=True, quiet=not first))
     if first:
         write_comparison(cells, console)
@@ -90,6 +87,20 @@ def write_comparison(cells: Sequence[Cell], console: Console) -> None:
     write_atomic(folder / "comparison.txt", text.getvalue())
     write_atomic(folder / "comparison.json", json.dumps(found.to_dict(), indent=2) + "\n")
     console.print(f"runs: {folder}", soft_wrap=True, highlight=False)
+
+
+def is_first() -> bool:
+    """Whether this process is the one of torchrun's that writes and prints, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def seeds_of(values: Sequence[Any]) -> list[int]:
+    """The seeds of ``--seeds``.
+
+    Raises:
+        InputError: one is no whole number, or is given twice.
+    """
+    return _distinct("seeds", [whole("--seeds", value, 0) for value in values])
 
 
 def whole(option: str, value: Any, low: int) -> int:

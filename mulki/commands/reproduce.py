@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mulki.commands.grid import whole
+from mulki.commands.grid import is_first, seeds_of, whole
 from mulki.commands.parsing import Parser, add_options, with_hyphens
 from mulki.commands.training import prepare_process
 from mulki.data.published.rows import Published, published_row, published_rows
 from mulki.errors import InputError
 from mulki.imports import import_modules
+from mulki.options import flag
 from mulki.report import read_folder
 from mulki.report.tables import TITLES
 from mulki.reproduction import WORDS, Judgement, figures_of, judge, leaderboard, options_of
@@ -63,9 +64,12 @@ def reproduce(argv: list[str]) -> int:
     given = {k: v for k, v in vars(parser.parse_args(with_hyphens(argv))).items() if v is not None}
     import_modules(given.get("import_", ()))
     rows = published_rows(Path(given["rows"]) if "rows" in given else None)
-    runs = [Path(run) for run in given.get("runs", ())]
+    # By another path a run is still one run.
+    runs = list({(path := Path(run)).resolve(): path for run in given.get("runs", ())}.values())
     if given["list"] == ("row" in given):
         raise InputError("mulki reproduce: wanted the name of a row, or --list, which shows them")
+    if given["list"] or "runs" in given:
+        _refuse_options_of_runs(given)
     if given["list"]:
         _list(rows, runs, given["json"])
         return 0
@@ -73,12 +77,24 @@ def reproduce(argv: list[str]) -> int:
     folders = runs if "runs" in given else _run(row, given)
     if folders is None:
         return 1
+    if not is_first():
+        return 0  # the first process may not have written all of the last run yet
     found = judge(row, folders)
     if given["json"]:
         print(json.dumps(found.to_dict()))
     else:
         _print(found)
     return int(found.verdict == "not reproduced")
+
+
+def _refuse_options_of_runs(given: Mapping[str, Any]) -> None:
+    for name in (*OPTIONS, "seeds", "jobs"):
+        # Modules may name sequences that rows are of.
+        if name in given and name != "import_":
+            raise InputError(
+                f"{flag(name)}: no run is made with {'--list' if given['list'] else '--runs'}; "
+                "leave one of the two out"
+            )
 
 
 def _run(row: Published, given: Mapping[str, Any]) -> list[Path] | None:
@@ -95,13 +111,14 @@ def _run(row: Published, given: Mapping[str, Any]) -> list[Path] | None:
         )
     options = {k: v for k, v in given.items() if k in OPTIONS}
     options = {**row.options, **row.scenario, "name": f"reproduce-{row.name}", **options}
-    seeds = [whole("--seeds", seed, 0) for seed in given.get("seeds", ("0",))]
+    seeds = seeds_of(given.get("seeds", ("0",)))
     jobs = whole("--jobs", given.get("jobs", 1), 1)
     lacking = missing(resolve(options))
     if lacking:
-        print(f"{row.name} cannot be run, missing:")
-        for line in lacking:
-            print(f"- {line}")
+        if is_first():
+            print(f"{row.name} cannot be run, missing:")
+            for line in lacking:
+                print(f"- {line}")
         return None
     cells = plan(
         options,
@@ -109,7 +126,7 @@ def _run(row: Published, given: Mapping[str, Any]) -> list[Path] | None:
         orders=[str(row.scenario.get("order", RunConfig.order))],
         seeds=seeds,
     )
-    run_cells(cells, jobs, Console(stderr=True))
+    run_cells(cells, jobs, Console(stderr=True, quiet=not is_first()))
     return [cell.folder for cell in cells]
 
 

@@ -11,6 +11,7 @@ import yaml
 
 from mulki.cli import run_command
 from mulki.data.published.rows import published_rows
+from mulki.engine import grid
 
 Refused = Callable[[Sequence[object]], str]
 
@@ -120,4 +121,43 @@ def test_bad_input(refused: Refused, rows: Path, tmp_path: Path) -> None:
     assert "cannot be read" in refused(["reproduce", "--list", "--rows", tmp_path])
     assert "--seeds" in refused(["reproduce", "tuned-two", "--rows", rows, "--seeds", "-x"])
     assert "no matrix.csv" in refused(["reproduce", "dpw-mtil-order1", "--runs", tmp_path])
-    assert "--lr" in refused(["reproduce", "zscl-mtil-order1", "--lr", "1"])
+    for option in ("--lr", "--vocabulary"):
+        assert option in refused(["reproduce", "zscl-mtil-order1", option, "1"])
+    twice = ["reproduce", "tuned-two", "--rows", rows, "--seeds", "0", "00"]
+    assert "--seeds: got 0 twice" in refused(twice)
+    judged = ["reproduce", "tuned-two", "--rows", rows, "--runs", tmp_path]
+    for option in ("--seeds", "--jobs", "--data-root"):
+        assert f"{option}: no run is made with --runs" in refused([*judged, option, "1"])
+        assert f"{option}: no run is made with --list" in refused(
+            ["reproduce", "--list", option, "1"]
+        )
+
+
+def test_a_run_given_twice_counts_once(
+    rows: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = yaml.safe_load(rows.read_text())
+    options = yaml.safe_load((finished / "args.yaml").read_text())
+    content["methods"]["tuned"]["run"] = {k: v for k, v in options.items() if k != "tasks"}
+    content["benchmarks"]["two"]["run"] = {"tasks": options["tasks"]}
+    rows.write_text(yaml.safe_dump(content))
+    runs = [str(finished), str(finished / ".." / finished.name)]
+    given = ["reproduce", "tuned-two", "--rows", str(rows), "--json", "--runs", *runs]
+    assert run_command(given) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["runs"]) == 1
+    assert [each["half_width"] for each in found["figures"]] == [None] * 3
+
+
+def test_under_torchrun_the_first_process_judges(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The other processes may be done before the first has written the last summary.
+    def ends_early(cells: Any, jobs: int, console: Any) -> None:
+        assert console.quiet
+
+    monkeypatch.setattr(grid, "run_cells", ends_early)
+    monkeypatch.setenv("RANK", "1")
+    given = ["--rows", str(rows), "--logs", str(tmp_path / "logs"), "--device", "cpu"]
+    assert run_command(["reproduce", "tuned-two", *given]) == 0
+    assert capsys.readouterr() == ("", "")
