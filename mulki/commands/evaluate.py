@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mulki.commands.parsing import Parser, add_options, with_hyphens
+from mulki.evaluate import LabelSpace
 from mulki.predictions import (
     TaskPredictions,
     check_writable,
@@ -68,9 +69,10 @@ def evaluate(argv: list[str]) -> int:
         if path is not None:
             _FILES[name][0](path, found)
     if as_json:
-        print(json.dumps({"checkpoint": str(checkpoint), **_numbers(found), "hashes": hashes}))
+        of = {"checkpoint": str(checkpoint), "label_space": chosen.label_space}
+        print(json.dumps({**of, **_numbers(found), "hashes": hashes}))
     else:
-        _print(found, fingerprint(hashes))
+        _print(found, fingerprint(hashes), chosen.label_space)
     return 0
 
 
@@ -88,7 +90,7 @@ def _numbers(found: Sequence[TaskPredictions]) -> dict[str, Any]:
     return {"tasks": tasks, "all": figures([of.union for of in found])}
 
 
-def _print(found: Sequence[TaskPredictions], line: str) -> None:
+def _print(found: Sequence[TaskPredictions], line: str, label_space: LabelSpace | None) -> None:
     numbers = _numbers(found)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("task", no_wrap=True)
@@ -113,3 +115,7 @@ def _print(found: Sequence[TaskPredictions], line: str) -> None:
         highlight=False,
         style="dim",
     )
+    if label_space is not None:
+        console.print(
+            f"matrix.csv of the run is in label space {label_space}", highlight=False, style="dim"
+        )

@@ -14,18 +14,18 @@ from mulki.engine.checkpoints import ARGUMENTS, load_checkpoint, run_of
 from mulki.engine.config import RunConfig, read_config, resolve
 from mulki.engine.precision import Precision
 from mulki.engine.recovery import check_finite
-from mulki.engine.setup import device_of, hashes_of
+from mulki.engine.resuming import changed
+from mulki.engine.setup import device_of, hashes_of, parts_of
 from mulki.engine.tasks import load_tasks
 from mulki.errors import InputError
-from mulki.evaluate import Evaluator
+from mulki.evaluate import Evaluator, LabelSpace
 from mulki.models import VisionLanguageModel
 from mulki.predictions import TaskPredictions
 
-# Options of a run that say what its tasks are, by the name of their field.
-_OF_TASKS = (
-    *("tasks", "order", "protocol", "scenario", "increments", "base_classes"),
-    *("shots", "seed", "limit_images", "skip_bad_images"),
-)
+# Options of a run that say what its tasks are, by the name of their field, and those that choose
+# among their images.
+_CLASSES = ("tasks", "order", "protocol", "scenario", "increments", "base_classes")
+_OF_TASKS = (*_CLASSES, "shots", "seed", "limit_images", "skip_bad_images")
 # And those that have a say in how features are computed.
 _OF_FEATURES = ("data_root", "max_pixels", "batch_size_eval", "precision")
 _LOCKS = ("lock_text", "lock_image")
@@ -42,11 +42,13 @@ class Evaluation:
         model: loaded, with its weights as the run stored them.
         tasks: in their order.
         config: the options.
+        label_space: that of ``matrix.csv``, where the tasks are those of the run; else None.
     """
 
     model: VisionLanguageModel
     tasks: Sequence[Task]
     config: RunConfig
+    label_space: LabelSpace | None
 
     @property
     def hashes(self) -> dict[str, Any]:
@@ -94,7 +96,8 @@ def evaluation(checkpoint: Path, given: Mapping[str, Any]) -> Evaluation:
             the run has imported are not: they have to be given.
 
     Raises:
-        InputError: a bad checkpoint, bad options or bad tasks, or no tasks.
+        InputError: a bad checkpoint, bad options or bad tasks, no tasks, or those of the run are
+            not what it learned.
     """
     run = run_of(checkpoint)
     known = {} if run is None else read_config(run / ARGUMENTS)
@@ -119,9 +122,25 @@ def evaluation(checkpoint: Path, given: Mapping[str, Any]) -> Evaluation:
     device = device_of(config.device)
     limit_pixels(config.max_pixels)
     tasks = load_tasks(config)
+    label_space: LabelSpace | None = None
+    if run is not None and not given.keys() & {*_CLASSES}:
+        whole = not given.keys() & {*_OF_TASKS}
+        _check_same(run, tasks, ("prompts", "splits") if whole else ("prompts",))
+        label_space = known.get("label_space", "task")
     model = load_checkpoint(checkpoint, named, device=device)
     # As in the run, so that the same operations compute the features of texts.
     model.lock(text=config.lock_text, image=config.lock_image)
     Precision(config.precision, device).convert(model)
     check_finite(model.clip.state_dict(), str(checkpoint), "pass another checkpoint")
-    return Evaluation(model, tasks, config)
+    return Evaluation(model, tasks, config, label_space)
+
+
+def _check_same(run: Path, tasks: Sequence[Task], names: Sequence[str]) -> None:
+    # A run that was started from Python may have had tasks that no option names.
+    parts = parts_of(tasks)
+    name = changed(run, {name: parts[name] for name in names})
+    if name is not None:
+        raise InputError(
+            f"{run}: its args.yaml names tasks whose {name} are not those in its env.json; restore "
+            "them, or pass --tasks"
+        )

@@ -18,6 +18,7 @@ from mulki.errors import InputError
 from mulki.folder_lock import FolderLock
 from mulki.methods import PREVIOUS
 from mulki.models import VisionLanguageModel
+from mulki.report.folder import read_json
 from mulki.results import RunFolder
 from mulki.texts import TextInputs
 from mulki.world import World
@@ -92,13 +93,23 @@ def check_same(folder: Path, hashes: Mapping[str, Any]) -> None:
     Raises:
         InputError: they are not.
     """
-    known = json.loads((folder / "env.json").read_text(encoding="utf-8"))["hashes"]
-    for name, value in json.loads(json.dumps(hashes)).items():
-        if known.get(name) != value:
-            raise InputError(
-                f"--resume: the {name} are not those that {folder} began with; restore them, or "
-                "start another run"
-            )
+    name = changed(folder, hashes)
+    if name is not None:
+        raise InputError(
+            f"--resume: the {name} are not those that {folder} began with; restore them, or "
+            "start another run"
+        )
+
+
+def changed(folder: Path, hashes: Mapping[str, Any]) -> str | None:
+    """The first of these hashes that ``env.json`` of a run has not.
+
+    Raises:
+        InputError: the file is not JSON.
+    """
+    known = read_json(folder / "env.json").get("hashes")
+    known = known if isinstance(known, dict) else {}
+    return next((name for name, value in hashes.items() if known.get(name) != value), None)
 
 
 def run_state(

@@ -330,14 +330,20 @@ def hashes_of(
     hashes: dict[str, Any] = {
         "weights": weights.hexdigest(),
         "tasks": {t.name: t.fingerprint() for t in tasks},
-        # Their parts, so that two runs can tell what differs.
-        "prompts": {t.name: t.prompts_fingerprint() for t in tasks},
-        "splits": {t.name: t.splits_fingerprint() for t in tasks},
+        **parts_of(tasks),
     }
     for name, used in (("reference", reference), ("vocabulary", vocabulary)):
         if used is not None:
             hashes[name] = used.fingerprint()
     return hashes
+
+
+def parts_of(tasks: Sequence[Task]) -> dict[str, dict[str, str]]:
+    """Hashes of the parts of tasks, so that two runs can tell what differs."""
+    return {
+        "prompts": {t.name: t.prompts_fingerprint() for t in tasks},
+        "splits": {t.name: t.splits_fingerprint() for t in tasks},
+    }
 
 
 def _facts(

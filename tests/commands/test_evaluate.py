@@ -23,6 +23,7 @@ def test_a_run_is_evaluated_again(
     matrix = read_matrix(finished / "matrix.csv")
     assert [of["task"] for of in found["tasks"]] == list(matrix.columns)
     assert tuple(round(of["own"]["acc1"], 4) for of in found["tasks"]) == matrix.rows[-1]
+    assert found["label_space"] == "task"
     assert found["hashes"].keys() >= {"weights", "prompts", "splits"}
     # A line for each image and label space, and the header.
     lines = (tmp_path / "predictions.csv").read_text().splitlines()
@@ -44,6 +45,7 @@ def test_a_table_for_people(finished: Path, capsys: pytest.CaptureFixture[str]) 
     matrix = read_matrix(finished / "matrix.csv")
     for task, accuracy in zip(matrix.columns, matrix.rows[-1], strict=True):
         assert rows[task][1] == f"{accuracy:.4f}"
+    assert "matrix.csv of the run is in label space task" in out
     assert "weights" in out and "prompts" in out and "splits" in out
 
 

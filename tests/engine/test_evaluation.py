@@ -1,19 +1,24 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from mulki import models
+from mulki.data import Task
+from mulki.engine import sequence
 from mulki.engine.checkpoints import save_weights
+from mulki.engine.config import resolve
 from mulki.engine.evaluation import evaluation
 from mulki.errors import InputError
 from mulki.metrics import read_matrix
 from mulki.predictions import figures
 from mulki.report import read_folder
 from mulki.results import RunFolder
-from tests.engine.run_helpers import Run
+from tests.engine.run_helpers import SHORT, Run
+from tests.engine_helpers import write_task
 
 
 def own(path: Path, **given: object) -> list[float | None]:
@@ -40,6 +45,51 @@ def test_accuracies_are_those_of_the_run_to_the_digit(folder: RunFolder) -> None
     known = read_folder(folder.path).environment["hashes"]
     assert {**known, "weights": chosen.hashes["weights"]} == chosen.hashes
     assert known["weights"] != chosen.hashes["weights"]
+
+
+@pytest.mark.parametrize("label_space", ["seen", "all"])
+def test_label_spaces_of_several_tasks(run: Run, label_space: str) -> None:
+    path = run(method="finetune", lr=3e-3, label_space=label_space).path
+    chosen = evaluation(path, {})
+    assert chosen.label_space == label_space
+    among_all = [round(figures([of.union])["acc1"] or 0, 4) for of in chosen.predictions()]
+    assert tuple(among_all) == read_matrix(path / "matrix.csv").rows[-1]
+
+
+def test_tasks_that_are_not_the_runs_own_are_refused(
+    folder: RunFolder, run: Run, tmp_path: Path
+) -> None:
+    env = folder.path / "env.json"
+    text = env.read_text()
+    for part in ("prompts", "splits"):
+        content = json.loads(text)
+        content["hashes"][part]["colours"] = "another"
+        env.write_text(json.dumps(content))
+        with pytest.raises(InputError, match=f"{folder.path}: .* whose {part} are not those"):
+            evaluation(folder.path, {})
+    # Fewer images have other splits, and the same prompts.
+    assert evaluation(folder.path, {"limit_images": 3}).label_space == "task"
+    env.unlink()
+    with pytest.raises(InputError, match="whose prompts are not those"):
+        evaluation(folder.path, {"limit_images": 3})
+
+
+def test_an_image_that_changed_is_seen(run: Run, tmp_path: Path) -> None:
+    shades = write_task(tmp_path / "shades", {"dark": (30, 30, 30), "light": (225, 225, 225)})
+    path = run(method="finetune", tasks=(str(shades),)).path
+    image = next((shades / "test").rglob("*.png"))
+    image.write_bytes(image.read_bytes() + b"more")
+    with pytest.raises(InputError, match="whose splits are not those"):
+        evaluation(path, {})
+
+
+def test_tasks_from_python_are_not_taken_for_the_option(
+    start_model: dict[str, str], tmp_path: Path, task: Task
+) -> None:
+    given = {**SHORT, **start_model, "method": "finetune", "logs": str(tmp_path / "logs")}
+    path = sequence.run(resolve(given), tasks=[task]).path
+    with pytest.raises(InputError, match=r"its args\.yaml names tasks whose prompts"):
+        evaluation(path, {})
 
 
 def test_the_union_holds_the_classes_of_all_tasks(folder: RunFolder) -> None:
