@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,8 @@ State = Literal["complete", "stopped", "new"]
 
 # Options in which a run may differ from what is asked for now.
 _FREE = NEUTRAL - {"seed", "tasks", "order"}
+# What a command prints before the reason why it ends.
+_ERROR = "mulki: error: "
 # Longer orders are cut in the names of folders.
 _LONGEST_ORDER = 40
 
@@ -100,7 +103,7 @@ def run_cells(cells: Sequence[Cell], jobs: int = 1, console: Console | None = No
     Args:
         cells: from `plan`.
         jobs: runs at a time. One runs in this process; several have processes of their own, which
-            divide the CPU's cores and take the GPUs in turn.
+            divide the CPU's cores and take the GPUs in turn, unless `device` names one.
         console: where progress is drawn.
 
     Raises:
@@ -130,7 +133,8 @@ def run_cells(cells: Sequence[Cell], jobs: int = 1, console: Console | None = No
             while waiting and len(children) < jobs and failure is None:
                 cell = waiting.pop(0)
                 slot = min(set(range(jobs)) - set(children))
-                children[slot] = _Child(cell, Path(configs), _environment(slot, jobs))
+                environment = _environment(slot, jobs, _settings(cell).run.device)
+                children[slot] = _Child(cell, Path(configs), environment)
                 _say(console, f"{cell.folder}: started")
             slot = _first_ended(children)
             child = children.pop(slot)
@@ -177,8 +181,11 @@ class _Child:
         self._errors.close()
         if code == 0:
             return ""
-        last = lines[-1] if lines else f"exit status {code}"
-        return last.removeprefix("mulki: ").removeprefix("error: ")
+        if code < 0:
+            hint = " (out of memory?)" if -code == signal.SIGKILL else ""
+            return f"was killed by {_signal_name(-code)}{hint}"
+        said = [line.removeprefix(_ERROR) for line in lines if line.startswith(_ERROR)]
+        return said[-1] if said else ", ".join([*lines[-1:], f"exit status {code}"])
 
 
 @contextmanager
@@ -205,12 +212,20 @@ def _first_ended(children: Mapping[int, _Child]) -> int:
                 continue
 
 
-def _environment(slot: int, jobs: int) -> dict[str, str]:
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+def _environment(slot: int, jobs: int, device: str) -> dict[str, str]:
     found = {}
     if "OMP_NUM_THREADS" not in os.environ:
         found["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
     gpus = torch.cuda.device_count()
-    if gpus > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
+    # A device with a number is one of all that there are.
+    if gpus > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ and ":" not in device:
         found["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
     return found
 

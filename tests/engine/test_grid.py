@@ -147,12 +147,41 @@ def test_processes_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(grid.torch.cuda, "device_count", lambda: 2)
-    found = [grid._environment(slot, 3) for slot in range(3)]
+    found = [grid._environment(slot, 3, "auto") for slot in range(3)]
     assert [each["OMP_NUM_THREADS"] for each in found] == ["2"] * 3
     assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == ["0", "1", "0"]
+    # It would be the first of the one that is left.
+    assert "CUDA_VISIBLE_DEVICES" not in grid._environment(1, 3, "cuda:1")
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert grid._environment(0, 2) == {}
+    assert grid._environment(0, 2, "auto") == {}
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", r"was killed by SIGKILL \(out of memory\?\)"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "was killed by SIGSEGV"),
+        ("os.kill(os.getpid(), 40)", "was killed by signal 40"),
+        ("say('mulki: error: bad'); say('task 1 of 2'); sys.exit(2)", "bad"),
+        ("say('task 1 of 2'); sys.exit(3)", "task 1 of 2, exit status 3"),
+        ("sys.exit(3)", "exit status 3"),
+    ],
+)
+def test_why_a_run_ended(
+    planned: Plan, monkeypatch: pytest.MonkeyPatch, code: str, said: str
+) -> None:
+    cells = planned()
+    head = "import os, signal, sys; say = lambda text: print(text, file=sys.stderr); "
+    progress = "" if code.startswith("sys.exit") else "say('task 1 of 2, step 3'); "
+    real = subprocess.Popen
+
+    def instead(words: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+        return real([sys.executable, "-c", head + progress + code], **options)
+
+    monkeypatch.setattr(grid.subprocess, "Popen", instead)
+    with pytest.raises(InputError, match=rf"-seed_\d: {said}; mend it and give the same"):
+        run_cells(cells, jobs=2)
 
 
 def test_jobs_beside_torchrun_are_refused(planned: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
