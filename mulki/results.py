@@ -74,9 +74,10 @@ Status = Literal["running", "complete", "interrupted"]
 #: The folder in a run folder that a run goes on from.
 RECOVERY = "recovery"
 
-# What a run writes before its first evaluation.
+# What a run writes before its first evaluation, and what a report adds to it.
 _BEFORE_ROWS = frozenset(
     {"env.json", "args.yaml", "summary.json", "out.log", TASKS, "tensorboard", "wandb"}
+    | {"summary.md", "report.html", "plots"}
 )
 
 

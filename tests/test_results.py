@@ -21,7 +21,7 @@ import yaml
 from mulki.answers import Answers
 from mulki.errors import InputError
 from mulki.metrics import DEFINITIONS, ZERO_SHOT, AccuracyMatrix, read_matrix
-from mulki.report import read_folder
+from mulki.report import read_folder, write_report
 from mulki.results import Evaluation, RunFolder, check_free, default_name, read_evaluations
 
 ROOT = Path(__file__).parent.parent
@@ -520,6 +520,15 @@ def test_a_run_that_goes_on_is_running_again(tmp_path: Path) -> None:
     with RunFolder.open(run.path) as again:
         assert summary_of(run.path)["status"] == "running"
     assert again.status == summary_of(run.path)["status"] == "complete"
+
+
+def test_a_report_of_a_run_that_never_began_does_not_keep_its_name(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    run.finish("interrupted")
+    run.release()
+    write_report(run.path, figures=True)
+    make(tmp_path)
+    assert sorted(os.listdir(run.path)) == ["args.yaml", "env.json", "summary.json"]
 
 
 def test_curves_of_a_run_that_ended_before_its_first_row_go(tmp_path: Path) -> None:
