@@ -61,8 +61,14 @@ _TABLES = ("losses", "seconds", "prototype_drift")
 
 def add_step(folder: Path, record: StepRecord) -> None:
     """Append a line to the file of a run folder."""
-    with (folder / FILE).open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(asdict(record)) + "\n")
+    line = json.dumps(asdict(record)) + "\n"
+    with (folder / FILE).open("ab+") as stream:
+        # After a line that was cut off, this one would be lost with it.
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":
+                line = "\n" + line
+        stream.write(line.encode())
 
 
 def read_history(folder: str | os.PathLike[str]) -> list[StepRecord]:

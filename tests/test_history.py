@@ -57,5 +57,14 @@ def test_a_damaged_line_is_left_out(tmp_path: Path, line: str) -> None:
     assert [each.step for each in read_history(tmp_path)] == [1, 3]
 
 
+def test_a_line_after_one_that_was_cut_off_is_kept(tmp_path: Path) -> None:
+    add_step(tmp_path, record(0, 1))
+    with (tmp_path / FILE).open("a") as stream:
+        stream.write('{"task": "t0", "ind')
+    add_step(tmp_path, record(0, 3))
+    add_step(tmp_path, record(0, 5))
+    assert [each.step for each in read_history(tmp_path)] == [1, 3, 5]
+
+
 def test_a_folder_without_it_has_none(tmp_path: Path) -> None:
     assert read_history(tmp_path) == []
