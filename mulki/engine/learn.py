@@ -42,7 +42,8 @@ class StepReport:
         seconds: since the step before, loading included.
         parts: of these seconds, those that waited for images (`loading`), took the features, the
             losses and their gradients (`gradients`), and moved the weights (`update`). A device
-            that works ahead of the host does the last under the name of what comes after it.
+            that works ahead of the host does the last under the name of what comes after it. The
+            rest is saves, and `listen` after the step before.
     """
 
     step: int
@@ -161,7 +162,7 @@ def learn_task(
     model.train()
     if saved is not None:
         set_random_state(saved["random"], model.device)
-    ended = time.perf_counter()
+    ended = listened = time.perf_counter()
     with (saves or Saves(None, used=False)).within_task(state) as whole_step:
         for number in range(done + 1, steps + 1):
             batch, of_reference = next(batches)
@@ -179,12 +180,13 @@ def learn_task(
                 done = number
                 updated = time.perf_counter()
             parts = {
-                "loading": loaded - ended,
+                "loading": loaded - listened,
                 "gradients": derived - loaded,
                 "update": updated - derived,
             }
             started, ended = ended, time.perf_counter()
             listen(StepReport(number, losses, lr, len(batch.target), ended - started, parts))
+            listened = time.perf_counter()
     guard.report(task.name)
     method.end_task()
     model.eval()

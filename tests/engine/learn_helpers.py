@@ -45,11 +45,17 @@ def learn(
     index: int = 0,
     precision: str = "fp32",
     anchors: Anchors | None = None,
+    hear: Callable[[StepReport], None] = lambda report: None,
 ) -> list[StepReport]:
     if frozen is None:
         original = model.frozen_copy()
         frozen = {ZERO_SHOT: original, PREVIOUS: original}
     reports: list[StepReport] = []
+
+    def listen(report: StepReport) -> None:
+        reports.append(report)
+        hear(report)
+
     steps = learn_task(
         model,
         method_named(method) if isinstance(method, str) else method,
@@ -60,7 +66,7 @@ def learn(
         transform=transform or model.preprocess,
         precision=Precision(precision, torch.device("cpu")),  # type: ignore[arg-type]
         anchors=anchors,
-        listen=reports.append,
+        listen=listen,
     )
     assert steps == len(reports)
     return reports

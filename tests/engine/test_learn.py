@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -44,6 +45,11 @@ def test_reports_of_the_steps(load_tiny: Load, task: Task) -> None:
     names = {"ce", "alignment", "image_text", "image_image", "text_image", "text_text", "feature"}
     assert {k.removesuffix("_loss") for k in reports[0].losses} == names
     assert all(isinstance(v, float) for v in reports[0].losses.values())
+
+
+def test_time_of_reporting_is_not_that_of_loading(load_tiny: Load, task: Task) -> None:
+    reports = learn(load_tiny(), task, hear=lambda report: time.sleep(0.05))
+    assert all(r.seconds - sum(r.parts.values()) >= 0.05 for r in reports[1:])
 
 
 def test_a_task_may_have_a_rate_of_its_own(load_tiny: Load, task: Task) -> None:
