@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -82,6 +82,25 @@ def read_history(folder: str | os.PathLike[str]) -> list[StepRecord]:
         if record is not None:
             found[record.index, record.step] = record
     return [found[key] for key in sorted(found)]
+
+
+def mean_seconds(history: Sequence[StepRecord]) -> dict[str, float]:
+    """Mean seconds of a step by part over records of one task; empty where none has them.
+
+    A record counts as often as there are steps since the one before it.
+    """
+    before = [0, *(record.step for record in history)]
+    timed = [
+        (max(record.step - last, 1), record.seconds)  # at least 1 in a damaged file too
+        for last, record in zip(before, history, strict=False)
+        if record.seconds
+    ]
+    steps = sum(number for number, _ in timed)
+    names = dict.fromkeys(name for _, seconds in timed for name in seconds)
+    return {
+        name: sum(number * seconds.get(name, 0.0) for number, seconds in timed) / steps
+        for name in names
+    }
 
 
 def _record(line: str) -> StepRecord | None:

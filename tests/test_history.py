@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mulki.history import BINS, FILE, StepRecord, add_step, read_history
+from mulki.history import BINS, FILE, StepRecord, add_step, mean_seconds, read_history
 
 
 def record(index: int, step: int, **values: Any) -> StepRecord:
@@ -64,6 +64,16 @@ def test_a_line_after_one_that_was_cut_off_is_kept(tmp_path: Path) -> None:
     add_step(tmp_path, record(0, 3))
     add_step(tmp_path, record(0, 5))
     assert [each.step for each in read_history(tmp_path)] == [1, 3, 5]
+
+
+def test_a_record_counts_as_often_as_it_has_steps() -> None:
+    # The first step is slow, and lines stand for 1, 9 and 10 steps.
+    slow, *others = [{"loading": 8.0, "rest": 0.5}, {"loading": 1.0}, {"loading": 2.0}]
+    history = [record(0, 1, seconds=slow), record(0, 10, seconds=others[0]), record(0, 15)]
+    history.append(record(0, 25, seconds=others[1]))
+    assert mean_seconds(history) == {"loading": (8 + 9 + 20) / 20, "rest": 0.5 / 20}
+    assert mean_seconds([record(0, 0, seconds=slow)]) == slow
+    assert mean_seconds([record(0, 1)]) == mean_seconds([]) == {}
 
 
 def test_a_folder_without_it_has_none(tmp_path: Path) -> None:

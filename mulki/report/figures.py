@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mulki.history import BINS, StepRecord
+from mulki.history import BINS, StepRecord, mean_seconds
 from mulki.metrics import ZERO_SHOT
 from mulki.report.contents import RunContents
 from mulki.report.plot import COLOURS, DIM, TEXT, Plot
@@ -215,20 +215,20 @@ def _of_teachers(history: Sequence[StepRecord]) -> Iterator[Plot]:
 
 
 def _of_time(history: Sequence[StepRecord]) -> Iterator[Plot]:
-    timed = [record for record in history if record.seconds]
-    tasks = list(dict.fromkeys(record.task for record in timed))
+    of_task: dict[str, list[StepRecord]] = {}
+    for record in history:
+        of_task.setdefault(record.task, []).append(record)
+    timed = {task: mean for task, of in of_task.items() if (mean := mean_seconds(of))}
     if timed:
 
         def parts(axes: Axes) -> int:
-            names = list(timed[0].seconds)
+            tasks = list(timed)
+            names = list(timed[tasks[0]])
             left = np.zeros(len(tasks))
             for number, name in enumerate(names):
-                of_task = [
-                    1000 * np.mean([r.seconds.get(name, 0.0) for r in timed if r.task == task])
-                    for task in tasks
-                ]
-                axes.barh(range(len(tasks)), of_task, left=left, color=COLOURS[number], label=name)
-                left += of_task
+                took = [1000 * timed[task].get(name, 0.0) for task in tasks]
+                axes.barh(range(len(tasks)), took, left=left, color=COLOURS[number], label=name)
+                left += took
             axes.set_yticks(range(len(tasks)), [_short(task) for task in tasks])
             axes.invert_yaxis()
             axes.grid(visible=False, axis="y")

@@ -11,6 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from mulki.catalog import DataSet, Example
+from mulki.history import mean_seconds
 from mulki.metrics import DEFINITIONS, ZERO_SHOT
 from mulki.report.contents import RunContents
 from mulki.report.figures import plots
@@ -202,14 +203,14 @@ def _times(contents: RunContents) -> _Times | None:
     for name in dict.fromkeys((*tests, *steps)):
         records = steps.get(name, [])
         prepared = next((r.prepared for r in records if r.prepared is not None), None)
-        each = [sum(r.seconds.values()) for r in records if r.seconds]
+        each = mean_seconds(records)
         rows.append(
             (
                 name,
                 [
                     _number(prepared, 1),
                     str(records[-1].step) if records else "",
-                    _number(1000 * float(np.mean(each)), 0) if each else "",
+                    _number(1000 * sum(each.values()), 0) if each else "",
                     _number(float(np.mean([r.images_per_second for r in records])), 0)
                     if records
                     else "",

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from mulki.metrics import AccuracyMatrix, ClassIncremental
 from mulki.report import read_contents
@@ -33,6 +34,16 @@ def test_figures_of_a_whole_run(whole: Path) -> None:
         assert plot.title and plot.text.endswith(".")
         ids += re.findall(r'\bid="([^"]*)"', plot.svg())
     assert len(ids) == len(set(ids))
+
+
+def test_a_slow_first_step_is_one_of_the_steps(whole: Path) -> None:
+    first, last = record("digits", 0, 1, 10), record("digits", 0, 10, 10)
+    history = [replace(first, seconds={"loading": 1.01}), replace(last, seconds={"loading": 0.01})]
+    (plot,) = (p for p in plots(replace(read_contents(whole), history=history))
+               if p.name == "step_time")  # fmt: skip
+    axes = Figure().subplots()
+    plot.draw(axes)
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([110])
 
 
 def test_a_name_with_an_underscore_is_in_the_legend(whole: Path) -> None:

@@ -4,14 +4,16 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from mulki.history import add_step
 from mulki.metrics import DEFINITIONS, ZERO_SHOT, AccuracyMatrix, write_matrix
 from mulki.report import read_contents, render_html, write_report
-from tests.report.report_helpers import CLASSES, HOSTILE, TASKS
+from tests.report.report_helpers import CLASSES, HOSTILE, TASKS, record
 
 VOID = ("meta", "img", "br")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
@@ -140,9 +142,14 @@ def test_images_show_what_was_said(whole: Path) -> None:
 
 
 def test_times(whole: Path) -> None:
+    # A first step that is slow is one of 15 here.
+    slow = {"loading": 1.0, "gradients": 0.231}
+    add_step(whole, replace(record("flags", 2, 1, 15), seconds=slow))
+    add_step(whole, record("flags", 2, 15, 15))
     rows = Page(page_of(whole)).rows
     assert [ZERO_SHOT, "", "", "", "", "4.5"] in rows
-    assert ["flags", "4.2", "6", "231", "104", "4.5"] in rows
+    assert ["digits", "4.2", "6", "231", "104", "4.5"] in rows
+    assert ["flags", "4.2", "15", "298", "105", "4.5"] in rows
 
 
 def test_figures_have_a_title_and_a_description(whole: Path) -> None:
