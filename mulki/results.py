@@ -262,10 +262,14 @@ class RunFolder:
         return run
 
     def __enter__(self) -> RunFolder:
-        self.attach_log()
         config = yaml.safe_load((self.path / "args.yaml").read_text(encoding="utf-8")) or {}
         report_to = config.get("report_to", [AUTO])
-        self._trackers = open_trackers(report_to, self.path, self.name, config)
+        self.attach_log()
+        try:
+            self._trackers = open_trackers(report_to, self.path, self.name, config)
+        except BaseException:
+            self.detach_log()
+            raise
         if self.status == "interrupted":
             self.status = "running"
             self._write_summary()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -77,11 +77,34 @@ class WandB:
 _KINDS: dict[str, type[TensorBoard] | type[WandB]] = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
-def chosen(report_to: Sequence[str]) -> tuple[str, ...]:
+class _Guarded:
+    # A tracker that is logged and left out from its first error on.
+    def __init__(self, kind: str, tracker: Tracker):
+        self._kind = kind
+        self._tracker: Tracker | None = tracker
+
+    def add(self, scalars: Mapping[str, float], step: int, axis: str) -> None:
+        self._try(lambda tracker: tracker.add(scalars, step, axis))
+
+    def close(self) -> None:
+        self._try(lambda tracker: tracker.close())
+
+    def _try(self, call: Callable[[Tracker], None]) -> None:
+        if self._tracker is None:
+            return
+        try:
+            call(self._tracker)
+        except Exception as error:  # each package has errors of its own
+            self._tracker = None
+            _log.warning("no more curves for %s (%s: %s)", self._kind, type(error).__name__, error)
+
+
+def chosen(report_to: Sequence[str], *, installed: bool = True) -> tuple[str, ...]:
     """The trackers that an option names, as words or with commas between.
 
     Args:
         report_to: `auto` (TensorBoard where it is installed), `none`, `all`, or names.
+        installed: refuse a package that is not.
 
     Raises:
         InputError: an unknown name, or a package that is not installed.
@@ -97,7 +120,7 @@ def chosen(report_to: Sequence[str]) -> tuple[str, ...]:
         raise InputError(f"--report-to: got none beside {' '.join(names)}; leave one out")
     wanted = [name for name in _PACKAGES if name in names or "all" in names]
     for name in wanted:
-        if not _installed(name):
+        if installed and not _installed(name):
             raise InputError(
                 f"--report-to: the package {_PACKAGES[name]} is not installed; "
                 f"pip install {_PACKAGES[name]}, or leave {name} out"
@@ -110,11 +133,11 @@ def chosen(report_to: Sequence[str]) -> tuple[str, ...]:
 def open_trackers(
     report_to: Sequence[str], folder: Path, name: str, config: Mapping[str, object]
 ) -> list[Tracker]:
-    """Open what `chosen` names for a run; one that fails is logged and left out."""
+    """Open what `chosen` names for a run; one that fails, now or later, is logged and left out."""
     found: list[Tracker] = []
-    for kind in chosen(report_to):
+    for kind in chosen(report_to, installed=False):
         try:
-            found.append(_KINDS[kind](folder, name, config))
+            found.append(_Guarded(kind, _KINDS[kind](folder, name, config)))
         except Exception as error:  # each package has errors of its own
             _log.warning("no curves for %s (%s: %s)", kind, type(error).__name__, error)
     return found

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 
+from mulki import trackers
 from mulki.answers import Answers
 from mulki.errors import InputError
 from mulki.metrics import DEFINITIONS, ZERO_SHOT, AccuracyMatrix, read_matrix
@@ -502,6 +503,29 @@ def test_curves_go_to_the_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert closed == [str(run.path / "tensorboard")]
     run.scalars({"loss": 0.5}, 2)
     assert len(written) == 5
+
+
+def test_trackers_do_not_hide_the_error_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing:
+        def __init__(self, *given: object) -> None:
+            pass
+
+        def close(self) -> None:
+            raise OSError("no space left")
+
+    monkeypatch.setitem(trackers._KINDS, "wandb", Failing)  # type: ignore[arg-type]
+    before = list(logging.getLogger("mulki").handlers)
+    config = {"report_to": ["wandb"]}
+    with pytest.raises(ValueError, match="mine"), make(tmp_path, config=config) as run:
+        raise ValueError("mine")
+    assert logging.getLogger("mulki").handlers == before
+    assert "no more curves for wandb" in (run.path / "out.log").read_text()
+    unknown = make(tmp_path, "second", config={"report_to": ["wandbb"]})
+    with pytest.raises(InputError, match="--report-to"), unknown:
+        pass
+    assert logging.getLogger("mulki").handlers == before
 
 
 def test_a_run_that_reports_to_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

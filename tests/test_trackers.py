@@ -115,3 +115,48 @@ def test_a_tracker_that_fails_does_not_fail_the_run(
     with caplog.at_level(logging.WARNING):
         assert open_trackers(["wandb"], tmp_path, "first", {}) == []
     assert "no curves for wandb (AttributeError" in caplog.text
+
+
+@pytest.mark.parametrize("fails", ["add", "close"])
+def test_a_tracker_that_fails_later_is_left_out_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, fails: str
+) -> None:
+    calls: list[str] = []
+
+    class Failing:
+        def __init__(self, *given: object) -> None:
+            pass
+
+        def add(self, *given: object) -> None:
+            self.called("add")
+
+        def close(self) -> None:
+            self.called("close")
+
+        def called(self, name: str) -> None:
+            calls.append(name)
+            if name == fails:
+                raise OSError("no space left")
+
+    monkeypatch.setitem(trackers._KINDS, "wandb", Failing)  # type: ignore[arg-type]
+    (tracker,) = open_trackers(["wandb"], tmp_path, "first", {})
+    with caplog.at_level(logging.WARNING):
+        tracker.add({"loss": 1.0}, 1, "step")
+        tracker.add({"loss": 1.0}, 2, "step")
+        tracker.close()
+    assert calls == (["add"] if fails == "add" else ["add", "add", "close"])
+    assert [r.message for r in caplog.records] == ["no more curves for wandb (OSError: no space left)"]
+
+
+def test_a_package_that_is_gone_does_not_stop_a_run_that_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+    installed: Install,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    installed()
+    assert chosen(["wandb"], installed=False) == ("wandb",)
+    with caplog.at_level(logging.WARNING):
+        assert open_trackers(["wandb"], tmp_path, "first", {}) == []
+    assert "no curves for wandb (ModuleNotFoundError" in caplog.text

@@ -131,7 +131,8 @@ def prepared(
         problem = saved = folder = None
         try:
             if world.main:
-                trackers.chosen(config.report_to)
+                # A run that goes on does so without curves where the package is gone.
+                trackers.chosen(config.report_to, installed=resume is None)
             if resume is not None:
                 if world.main:
                     folder = open_to_resume(Path(resume), config)

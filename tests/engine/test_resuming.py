@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from mulki.answers import read_answers
 from mulki.engine import recovery, sequence
@@ -152,6 +153,21 @@ def test_what_cannot_go_on(
         recovery.write_state(file, state | {"processes": 3})
     with pytest.raises(InputError, match=said):
         resumed(folder)
+
+
+def test_a_run_goes_on_without_the_package_of_a_tracker(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
+        stop_at(patch, 3, RuntimeError("stop"))
+        run("stopped")
+    folder = tmp_path / "logs" / "stopped"
+    options = yaml.safe_load((folder / "args.yaml").read_text()) | {"report_to": ["wandb"]}
+    (folder / "args.yaml").write_text(yaml.safe_dump(options))
+    monkeypatch.setattr("mulki.trackers._installed", lambda name: False)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert resumed(folder).status == "complete"
+    assert "no curves for wandb" in (folder / "out.log").read_text()
 
 
 def test_a_run_that_is_complete_gets_its_reports_again(run: Run) -> None:
