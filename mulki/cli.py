@@ -301,7 +301,7 @@ def _compare(argv: list[str]) -> int:
     parser = Parser(prog="mulki compare", description=_compare.__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that mulki run has written")
     parser.add_argument(
-        "--baseline", metavar="NAME", help="a method or a label of the table (default: the first)"
+        "--baseline", metavar="NAME", help="a method or a label (default: that of the first run)"
     )
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     arguments = parser.parse_args(argv)

@@ -145,7 +145,9 @@ def test_a_tracker_that_fails_later_is_left_out_once(
         tracker.add({"loss": 1.0}, 2, "step")
         tracker.close()
     assert calls == (["add"] if fails == "add" else ["add", "add", "close"])
-    assert [r.message for r in caplog.records] == ["no more curves for wandb (OSError: no space left)"]
+    assert [r.message for r in caplog.records] == [
+        "no more curves for wandb (OSError: no space left)"
+    ]
 
 
 def test_a_package_that_is_gone_does_not_stop_a_run_that_goes_on(

@@ -198,8 +198,8 @@ def compare(folders: Sequence[str | os.PathLike[str]], baseline: str | None = No
 
     Args:
         folders: at least one; one that is given twice counts once.
-        baseline: label of a group, or a method with one group; by default the first group of each
-            section.
+        baseline: label of a group, or a method with one group; by default the label of the first run's
+            group. A section without that label then has its own first group.
 
     Raises:
         InputError: a folder that is no run or is damaged, no complete run, groups that have no
@@ -222,11 +222,15 @@ def compare(folders: Sequence[str | os.PathLike[str]], baseline: str | None = No
     groups_of = {tasks: _groups(here) for tasks, here in by_tasks.items()}
     if baseline is not None:
         _check_baseline(baseline, [group for groups in groups_of.values() for group in groups])
+    first = next(iter(groups_of.values()))[0].label
     sections = []
     for tasks, groups in groups_of.items():
         name = _name(groups[0].runs[0])
         warnings += _mixed(name, groups)
-        base = groups[0] if baseline is None else _base(baseline, groups)
+        if baseline is None:
+            base = next((group for group in groups if group.label == first), groups[0])
+        else:
+            base = _base(baseline, groups)
         if base is None:
             warnings.append(f"{name}: no run of the baseline {baseline}, so no differences")
         others = [g for g in groups if base is not None and g is not base]
@@ -454,7 +458,7 @@ def _print_orders(found: Sequence[OverOrders], console: Console) -> None:
                 _difference(each.differences[name]) if name in each.differences else "-"
                 for name in TITLES
             ]
-            table.add_row(Text(f"{each.label} less {each.baseline}"), *less, "")
+            table.add_row(Text(f"{each.label} less {each.baseline}"), *less, str(each.compared))
     console.print(table, "", sep="\n")
 
 

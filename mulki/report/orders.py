@@ -24,8 +24,9 @@ class OverOrders:
         label: of the group in the sections.
         orders: how many sections have it.
         means: mean and half of its interval, by metric.
-        differences: from the baseline, by metric, over the sections that have both.
+        differences: from the baseline, by metric, over the sections that compare with it.
         baseline: its label; None for the baseline itself.
+        compared: how many sections those are.
     """
 
     label: str
@@ -33,6 +34,7 @@ class OverOrders:
     means: dict[str, tuple[float, float | None]]
     differences: dict[str, Difference]
     baseline: str | None
+    compared: int
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers for JSON."""
@@ -41,6 +43,7 @@ class OverOrders:
             "orders": self.orders,
             "metrics": {n: {"mean": m, "half_width": h} for n, (m, h) in self.means.items()},
             "baseline": self.baseline,
+            "difference_orders": self.compared,
             "differences": {n: vars(each) for n, each in self.differences.items()},
         }
 
@@ -68,18 +71,21 @@ def _combined(label: str, sections: Sequence[Section]) -> OverOrders | None:
         return None
     values = [{name: mean for name, (mean, _) in group.means.items()} for group in groups]
     shared = [name for name in values[0] if all(name in each for each in values)]
-    against = [
-        {name: each.value for name, each in difference.metrics.items()}
+    differences = [
+        (section.baseline, {name: each.value for name, each in difference.metrics.items()})
         for section in sections
         for difference in section.differences
         if difference.label == label
     ]
+    # A mean over differences from several baselines would be one from none of them.
+    baseline = differences[0][0] if differences else None
+    against = [metrics for of, metrics in differences if of == baseline]
     none = [dict.fromkeys(each, 0.0) for each in against]
-    baselines = {section.baseline for section in sections} - {label, None}
     return OverOrders(
         label,
         len(groups),
         {name: mean_interval([each[name] for each in values]) for name in shared},
         seed_differences(against, none) if against else {},
-        next(iter(baselines), None) if against else None,
+        baseline,
+        len(against),
     )

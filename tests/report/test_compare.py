@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import fields
@@ -295,6 +296,20 @@ def test_sequences_are_compared_apart(make: Make) -> None:
     assert compare(runs, "mulki").warnings[-1] == (
         "zoo, order I: no run of the baseline mulki, so no differences"
     )
+
+
+def test_orders_have_one_baseline(make: Make) -> None:
+    # The second order is given the other way round, and the third lacks the first method.
+    others: list[dict[str, Any]] = [{"tasks": ("b", "a")}, {"tasks": ("c", "d")}]
+    runs = [make("a", "lwf"), make("b", share=0.9)]
+    runs += [make("c", share=0.9, **others[0]), make("d", "lwf", **others[0])]
+    runs += [make("e", share=0.9, **others[1]), make("f", "snd", **others[1])]
+    found = compare(runs)
+    assert [section.baseline for section in found.sections] == ["lwf", "lwf", "mulki"]
+    (less,) = (each for each in found.to_dict()["orders"] if each["baseline"])
+    assert (less["label"], less["baseline"], less["difference_orders"]) == ("mulki", "lwf", 2)
+    assert less["differences"]["last"]["value"] > 20
+    assert re.search(r"mulki less lwf .* 2\s*$", printed(found), re.MULTILINE)
 
 
 def no_folder(path: Path) -> str:

@@ -46,6 +46,20 @@ def test_orders_of_the_same_tasks_count_once_each() -> None:
     assert ours.to_dict()["differences"]["last"]["value"] == 6
 
 
+def test_differences_from_several_baselines_are_not_averaged() -> None:
+    other = Section(
+        "bca",
+        ("b", "c", "a"),
+        (Fixed("lwf", last=60), Fixed("mulki", last=90)),
+        "lwf",
+        (Against("mulki", 1, "nothing", {"last": Difference(30, None, None)}),),
+    )
+    _, ours = over_orders([section("abc", 70, 75), other, section("cab", 72, 79)])
+    assert (ours.label, ours.orders, ours.baseline, ours.compared) == ("mulki", 3, "finetune", 2)
+    assert ours.differences["last"].value == 6
+    assert ours.to_dict()["difference_orders"] == 2
+
+
 def test_what_one_order_alone_has_is_left_out() -> None:
     assert over_orders([section("abc", 70, 75)]) == []
     assert over_orders([section("abc", 70), section("abd", 70)]) == []
