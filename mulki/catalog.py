@@ -99,7 +99,7 @@ def read_tasks(folder: Path) -> dict[str, DataSet]:
                 tuple(map(int, given["targets"])),
                 int(given["train"]),
             )
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise _damaged(folder / TASKS) from None
         if not all(0 <= target < len(each.classes) for target in each.targets):
             raise _damaged(folder / TASKS)
@@ -152,6 +152,9 @@ def read_examples(folder: Path) -> list[Example]:
     try:
         found = [Example(**given) for given in _entries(folder / EXAMPLES, "examples")]
         for each in found:
+            texts = (each.data_set, each.kind, each.target, each.before or "", each.after or "")
+            if not all(isinstance(text, str) for text in texts):
+                raise _damaged(folder / EXAMPLES)
             base64.b64decode(each.image, validate=True)
     except (TypeError, ValueError):
         raise _damaged(folder / EXAMPLES) from None

@@ -108,7 +108,7 @@ def _record(line: str) -> StepRecord | None:
         given = json.loads(line)
         known = {item.name for item in fields(StepRecord)}
         record = StepRecord(**{k: v for k, v in given.items() if k in known})
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return None
     return record if _is_sound(record) else None
 
@@ -129,4 +129,6 @@ def _is_sound(record: StepRecord) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 2**63
+    return isinstance(value, float)

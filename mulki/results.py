@@ -33,6 +33,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -122,13 +123,22 @@ def read_evaluations(path: str | os.PathLike[str]) -> list[Evaluation]:
     for number, line in enumerate(lines, start=1):
         try:
             evaluations.append(Evaluation(**json.loads(line)))
-        except (ValueError, TypeError):
+            _check_kinds(evaluations[-1])
+        except (ValueError, TypeError, OverflowError, RecursionError):
             names = ", ".join(field.name for field in fields(Evaluation))
             raise InputError(
                 f"{path}, line {number}: not an evaluation; a JSON object with {names} was "
                 "wanted: remove the line or restore the file"
             ) from None
     return evaluations
+
+
+def _check_kinds(evaluation: Evaluation) -> None:
+    # Text where text was wanted, else a number that is finite.
+    for item in fields(Evaluation):
+        value = getattr(evaluation, item.name)
+        if not (isinstance(value, str) if item.type == "str" else math.isfinite(value)):
+            raise TypeError(item.name)
 
 
 def default_name(method: str, order: str, seed: int, now: datetime | None = None) -> str:

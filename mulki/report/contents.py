@@ -94,7 +94,7 @@ def read_contents(folder: str | os.PathLike[str]) -> RunContents:
             return instead
         try:
             return reader()
-        except (InputError, OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             text = str(error).removeprefix(f"{folder}{os.sep}")
             missing.append(text if name in text else f"{name}: {text}")
             return instead
@@ -131,7 +131,7 @@ def read_contents(folder: str | os.PathLike[str]) -> RunContents:
 def _options(config: str) -> dict[str, Any]:
     try:
         options = yaml.safe_load(config)
-    except yaml.YAMLError as error:
+    except Exception as error:  # such as the ValueError of a date that there is not
         raise InputError(f"args.yaml: not YAML ({error})") from None
     if options is not None and not isinstance(options, dict):
         raise InputError("args.yaml: not the options of a run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -66,7 +67,7 @@ def _facts(contents: RunContents) -> list[str]:
     if matrix.columns:
         facts.append(f"{len(matrix.tasks)} of {len(matrix.columns)} tasks learned")
     seconds = summary.get("seconds")
-    if isinstance(seconds, (int, float)):
+    if isinstance(seconds, (int, float)) and abs(seconds) < math.inf:
         minutes, rest = divmod(round(seconds), 60)
         facts.append(f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} h")
     return facts

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,6 +60,63 @@ def test_json_of_another_shape(whole: Path, content: str) -> None:
     contents = read_contents(whole)
     assert contents.data.fingerprint == ""
     assert "<h2>Metrics</h2>" in render_html(contents)
+
+
+DEEP = '{"a":' * 20_000 + "1" + "}" * 20_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("args.yaml", "name: 2026-13-45"),
+        ("args.yaml", "a: " + "[" * 2000 + "]" * 2000),
+        ("args.yaml", "seed: !!int ''"),
+        *((name, DEEP) for name in ("summary.json", "env.json", "tasks.json", "examples.json")),
+        ("env.json", '{"a":' * 700 + "1" + "}" * 700),
+        ("results.jsonl", DEEP + "\n"),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_what_readers_of_json_and_yaml_cannot_read_is_named(
+    whole: Path, name: str, content: str
+) -> None:
+    (whole / name).write_text(content)
+    found = read_contents(whole)
+    assert found.missing and all(line.startswith(name) for line in found.missing)
+    assert "<h2>Metrics</h2>" in render_html(found)
+
+
+@pytest.mark.parametrize("seconds", ["Infinity", "NaN", "1e400"])
+def test_a_duration_that_is_not_finite_is_left_out(whole: Path, seconds: str) -> None:
+    (whole / "summary.json").write_text(f'{{"status": "complete", "seconds": {seconds}}}')
+    assert " h</span>" not in render_html(read_contents(whole))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("examples.json", "data_set", [1]),
+        ("examples.json", "kind", 3),
+        ("examples.json", "kind", None),
+        ("examples.json", "before", {"a": 1}),
+        ("results.jsonl", "after_task", [1]),
+        ("results.jsonl", "seconds", "x"),
+        ("results.jsonl", "seconds", 10**400),
+        ("results.jsonl", "value", float("nan")),
+        ("tasks.json", "train", float("inf")),
+    ],
+)
+def test_fields_of_another_kind_are_named(whole: Path, name: str, key: str, value: Any) -> None:
+    text = (whole / name).read_text()
+    if name == "results.jsonl":
+        first, rest = text.split("\n", 1)
+        (whole / name).write_text(f"{json.dumps(json.loads(first) | {key: value})}\n{rest}")
+    else:
+        content = json.loads(text)
+        content[name.removesuffix(".json")][0][key] = value
+        (whole / name).write_text(json.dumps(content))
+    found = read_contents(whole)
+    assert len(found.missing) == 1 and found.missing[0].startswith(name)
 
 
 def test_damaged_answers_are_named(whole: Path) -> None:
