@@ -198,8 +198,8 @@ def compare(folders: Sequence[str | os.PathLike[str]], baseline: str | None = No
 
     Args:
         folders: at least one; one that is given twice counts once.
-        baseline: label of a group, or a method with one group; by default the label of the first run's
-            group. A section without that label then has its own first group.
+        baseline: label of a group, or a method with one group; by default the label of the first
+            run's group. A section without that label then has its own first group.
 
     Raises:
         InputError: a folder that is no run or is damaged, no complete run, groups that have no
@@ -227,10 +227,10 @@ def compare(folders: Sequence[str | os.PathLike[str]], baseline: str | None = No
     for tasks, groups in groups_of.items():
         name = _name(groups[0].runs[0])
         warnings += _mixed(name, groups)
-        if baseline is None:
-            base = next((group for group in groups if group.label == first), groups[0])
-        else:
+        if baseline is not None:
             base = _base(baseline, groups)
+        else:
+            base = next((group for group in groups if group.label == first), groups[0])
         if base is None:
             warnings.append(f"{name}: no run of the baseline {baseline}, so no differences")
         others = [g for g in groups if base is not None and g is not base]
