@@ -101,7 +101,8 @@ def is_right(drawn: Drawn) -> None:
         # float16 has no numbers beyond 65504.
         within = want.abs() < torch.finfo(got.dtype).max / 2
         assert got.isfinite()[within].all(), f"result {i} is not finite"
-        if within.all():
+        # Beyond, the rounding of a logit is as large as what is compared.
+        if within.all() and abs(drawn.scale) <= 100:
             error = (got.double() - want).norm().item()
             assert error <= SLACK * bound, f"result {i}: error {error:.3g}, allowed {bound:.3g}"
 
