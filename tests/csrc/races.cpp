@@ -129,7 +129,7 @@ std::map<std::string, c10::IValue> values(Shape shape, at::ScalarType dtype) {
       {"teacher_scales", at::full({2}, 15.0f)},
       {"row_lse", at::full({n, 2}, 10.0f)},
       {"column_lse", at::full({p, 2}, 10.0f)},
-      {"lse", at::full({2, 3, n}, 20.0f)},
+      {"lse", at::full({2, 3, n, 2}, 10.0f)},
       {"target", target},
       {"class_mask", at::ones({p}, at::kBool)},
       {"label_smoothing", 0.2},
