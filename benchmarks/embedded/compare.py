@@ -161,6 +161,8 @@ def one_run(run: Run, pack: str, threads: int) -> dict[str, Any]:
         environment = json.loads((folder.path / "env.json").read_text())
         summary = json.loads((folder.path / "summary.json").read_text())
     matrix = folder.matrix
+    # Choices are made by the criterion alone; intervals need to know which images were right.
+    kept = {} if run.study in studies.CHOICES else {"answers": packed(answers)}
     return {
         "pack": pack,
         "study": run.study,
@@ -174,7 +176,7 @@ def one_run(run: Run, pack: str, threads: int) -> dict[str, Any]:
         "tasks": list(matrix.tasks),
         "matrix": [list(row) for row in matrix.rows],
         "zero_shot": list(matrix.zero_shot or ()),
-        "answers": packed(answers),
+        **kept,
         "seconds": round(time.perf_counter() - started, 1),
         "threads": threads,
         "cpu": environment["cpu"],
