@@ -23,6 +23,7 @@ from . import autotune, common, row_results, row_softmax, schedule, softmax_loss
 from .chunks import Block, Blocks, OperandGradients, launch_pairs
 from .common import Model, ceil_div
 from .launch import launch
+from .pair_tiles import add_to_rows, log_of_columns, log_of_rows, store_gradient
 from .products import absolute_scale, jit_kernel
 from .row_results import RowResults
 from .sums import Factors, logit_factor
@@ -90,8 +91,6 @@ def contrastive_gradient(
     upstream = tl.full([ROWS], 1.0, tl.float32)
     if upstream_ptr is not None:
         upstream = tl.load(upstream_ptr + samples, mask=inside, other=0.0)
-    row_top = tl.load(row_lse_ptr + 2 * samples, mask=inside, other=0.0)
-    row_rest = tl.load(row_lse_ptr + 2 * samples + 1, mask=inside, other=0.0)
     moment = tl.zeros([ROWS, BLOCK_P], tl.float32)
     row_ptrs = y_ptr + rows.to(tl.int64)[:, None] * row_stride
     for start in tl.range(0, p, BLOCK_P, num_stages=1):
@@ -103,15 +102,12 @@ def contrastive_gradient(
             y = tl.load(row_ptrs + columns[None, :], mask=(columns < loaded)[None, :], other=0.0)
         u = scale * y
         classes = offset + columns
-        top = tl.load(column_lse_ptr + 2 * classes, mask=within, other=0.0)
-        rest = tl.load(column_lse_ptr + 2 * classes + 1, mask=within, other=0.0)
         of_columns = tl.full([BLOCK_P], 1.0, tl.float32)
         if upstream_ptr is not None:
             of_columns = tl.load(upstream_ptr + classes, mask=within, other=0.0)
-        log_row = u - row_top[:, None] - row_rest[:, None]
-        log_column = u - top[None, :] - rest[None, :]
-        g = (0.5 * upstream)[:, None] * tl.exp2(log_row * 1.4426950408889634)
-        g += (0.5 * of_columns)[None, :] * tl.exp2(log_column * 1.4426950408889634)
+        of_row = tl.exp2(log_of_rows(u, row_lse_ptr, samples, inside))
+        of_column = tl.exp2(log_of_columns(u, column_lse_ptr, classes, within))
+        g = (0.5 * upstream)[:, None] * of_row + (0.5 * of_columns)[None, :] * of_column
         g -= tl.where(samples[:, None] == classes[None, :], upstream[:, None], 0.0)
         of_scale = g * y
         if MASKED:
@@ -119,17 +115,9 @@ def contrastive_gradient(
             of_scale = tl.where(within[None, :], of_scale, 0.0)
         moment += of_scale
         if g_ptr is not None:
-            # G of half precision lies over logits of this tile and earlier ones.
-            tl.debug_barrier()
-            at = g_ptr + rows.to(tl.int64)[:, None] * g_stride + columns[None, :]
-            g = (factor * g).to(g_ptr.dtype.element_ty)
-            if EVEN:
-                tl.store(at, g)
-            else:
-                tl.store(at, g, mask=(columns < loaded)[None, :])
-    at = scale_gradients_ptr + samples
-    before = tl.load(at, mask=rows < tl.where(offset > 0, n, 0), other=0.0)
-    tl.store(at, before + tl.sum(moment, 1), mask=inside)
+            store_gradient(g_ptr, g_stride, rows, columns, factor * g, loaded, EVEN)
+    before = rows < tl.where(offset > 0, n, 0)
+    add_to_rows(scale_gradients_ptr, samples, inside, before, tl.sum(moment, 1))
 
 
 def _compute(

@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from .chunks import Blocks, OperandGradients, launch_pairs
 from .common import Model, ceil_div
 from .contrastive import LabelSums
 from .launch import launch
+from .pair_tiles import add_to_rows, log_of_columns, log_of_rows, store_gradient
 from .products import absolute_scale, jit_kernel
 from .row_results import RowResults
 from .sums import Factors, logit_factor
@@ -122,21 +122,23 @@ def pair_kl_gradient(
             w = tl.load(at, mask=inside, other=0.0)
             row_weight += w
             to = lse_ptr + (k + 1) * total * 2
-            g_rows -= (of_rows * w)[:, None] * tl.exp2(_log_row(c * v, to, samples, inside))
+            g_rows -= (of_rows * w)[:, None] * tl.exp2(log_of_rows(c * v, to, samples, inside))
             at = weights_ptr + (total + pairs) * K + k
             w = tl.load(at, mask=within, other=0.0)
             column_weight += w
             to += (K + 1) * total * 2
-            g_columns -= (of_columns * w)[None, :] * tl.exp2(_log_column(c * v, to, pairs, within))
+            g_columns -= (of_columns * w)[None, :] * tl.exp2(
+                log_of_columns(c * v, to, pairs, within)
+            )
         u = (scale * numbers[0]) * y
-        of_row = tl.exp2(_log_row(u, lse_ptr, samples, inside))
-        of_column = tl.exp2(_log_column(u, lse_ptr + (K + 1) * total * 2, pairs, within))
+        of_row = tl.exp2(log_of_rows(u, lse_ptr, samples, inside))
+        of_column = tl.exp2(log_of_columns(u, lse_ptr + (K + 1) * total * 2, pairs, within))
         g_rows += (of_rows * row_weight)[:, None] * of_row
         g_columns += (of_columns * column_weight)[None, :] * of_column
         g = numbers[1] * (g_rows + g_columns)
         if row_ptr is not None:
-            g += 0.5 * tl.exp2(_log_row(scale * y, row_ptr, samples, inside))
-            g += 0.5 * tl.exp2(_log_column(scale * y, column_ptr, pairs, within))
+            g += 0.5 * tl.exp2(log_of_rows(scale * y, row_ptr, samples, inside))
+            g += 0.5 * tl.exp2(log_of_columns(scale * y, column_ptr, pairs, within))
             g -= tl.where(samples[:, None] == pairs[None, :], 1.0, 0.0)
         of_scale = g * y
         if MASKED:
@@ -144,33 +146,9 @@ def pair_kl_gradient(
             of_scale = tl.where(within[None, :], of_scale, 0.0)
         moment += of_scale
         if g_ptr is not None:
-            # G of half precision lies over logits of this tile and earlier ones.
-            tl.debug_barrier()
-            at = g_ptr + rows.to(tl.int64)[:, None] * g_stride + columns[None, :]
-            g = (factor * g).to(g_ptr.dtype.element_ty)
-            if EVEN:
-                tl.store(at, g)
-            else:
-                tl.store(at, g, mask=read)
-    at = scale_gradients_ptr + samples
-    before = tl.load(at, mask=rows < tl.where(offset > 0, n, 0), other=0.0)
-    tl.store(at, before + tl.sum(moment, 1), mask=inside)
-
-
-@triton.jit
-def _log_row(u, lse_ptr, samples, inside):
-    """log2 of the softmax over rows of u [ROWS, BLOCK_P]."""
-    high = tl.load(lse_ptr + 2 * samples, mask=inside, other=0.0)
-    low = tl.load(lse_ptr + 2 * samples + 1, mask=inside, other=0.0)
-    return (u - high[:, None] - low[:, None]) * 1.4426950408889634
-
-
-@triton.jit
-def _log_column(u, lse_ptr, pairs, within):
-    """log2 of the softmax over columns."""
-    high = tl.load(lse_ptr + 2 * pairs, mask=within, other=0.0)
-    low = tl.load(lse_ptr + 2 * pairs + 1, mask=within, other=0.0)
-    return (u - high[None, :] - low[None, :]) * 1.4426950408889634
+            store_gradient(g_ptr, g_stride, rows, columns, factor * g, loaded, EVEN)
+    before = rows < tl.where(offset > 0, n, 0)
+    add_to_rows(scale_gradients_ptr, samples, inside, before, tl.sum(moment, 1))
 
 
 class _Arguments(NamedTuple):

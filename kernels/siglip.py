@@ -28,6 +28,7 @@ from torch import Tensor
 from . import autotune, common, row_results, schedule
 from .chunks import Blocks, OperandGradients, launch_pairs
 from .common import Model
+from .pair_tiles import add_to_rows, store_gradient
 from .products import jit_kernel
 from .row_results import RowResults
 from .sums import Factors, logit_factor
@@ -91,24 +92,13 @@ def siglip_rows(
         moment += of_scale
         total += g
         if g_ptr is not None:
-            # G of half precision lies over logits of this tile and earlier ones.
-            tl.debug_barrier()
-            at = g_ptr + rows.to(tl.int64)[:, None] * g_stride + columns[None, :]
-            g = ((factor * upstream)[:, None] * g).to(g_ptr.dtype.element_ty)
-            if EVEN:
-                tl.store(at, g)
-            else:
-                tl.store(at, g, mask=(columns < loaded)[None, :])
-    before = rows < tl.where(offset > 0, n, 0)  # whether blocks were before
-    at = sums_ptr + samples
+            scaled = (factor * upstream)[:, None] * g
+            store_gradient(g_ptr, g_stride, rows, columns, scaled, loaded, EVEN)
+    before = rows < tl.where(offset > 0, n, 0)
     sum_rows = tl.cast(sum_rows, tl.int64)
-    tl.store(at, tl.load(at, mask=before, other=0.0) + tl.sum(loss, 1), mask=inside)
-    at += sum_rows
-    moments = tl.load(at, mask=before, other=0.0) + upstream * tl.sum(moment, 1)
-    tl.store(at, moments, mask=inside)
-    at += sum_rows
-    totals = tl.load(at, mask=before, other=0.0) + upstream * tl.sum(total, 1)
-    tl.store(at, totals, mask=inside)
+    add_to_rows(sums_ptr, samples, inside, before, tl.sum(loss, 1))
+    add_to_rows(sums_ptr + sum_rows, samples, inside, before, upstream * tl.sum(moment, 1))
+    add_to_rows(sums_ptr + 2 * sum_rows, samples, inside, before, upstream * tl.sum(total, 1))
 
 
 @triton.jit
