@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from mulki.errors import InputError
 from mulki.info import FOREIGN, gpu_names
 from mulki.ops import backends, loader
+from mulki.ops.serving import grouped
 
 Level = Literal["ok", "note", "problem"]
 
@@ -115,16 +116,12 @@ def operators() -> Iterator[Finding]:
     except ValueError as error:
         yield Finding("operators", "problem", str(error), "unset MULKI_BACKEND")
         return
-    groups: dict[tuple[str, str, tuple[tuple[str, str], ...]], set[str]] = {}
-    for one in served:
-        key = one.device_type, one.backend, tuple(one.rejected.items())
-        groups.setdefault(key, set()).add(one.op)
-    for (device, backend, rejected), names in groups.items():
-        if device != "cpu" and not torch.accelerator.is_available():
+    for group in grouped(served):
+        if group.device_type != "cpu" and not torch.accelerator.is_available():
             continue
-        text = f"{device}: {backend} serves {len(names)} operators"
-        reasons = "; ".join(f"{name}: {why}" for name, why in rejected)
-        yield Finding("operators", "note" if rejected else "ok", text, reasons or None)
+        text = f"{group.where}: {group.backend} serves {len(group.ops)} operators"
+        level: Level = "note" if group.rejected else "ok"
+        yield Finding("operators", level, text, group.reasons or None)
 
 
 def devices() -> Iterator[Finding]:

@@ -18,6 +18,7 @@ import torch
 import mulki
 from mulki.environment import environment
 from mulki.ops import backends, loader, torch_private
+from mulki.ops.serving import grouped
 
 # Variables of other packages that decide which kernel runs, or how.
 FOREIGN = ("ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS", "TRITON_INTERPRET")
@@ -108,20 +109,13 @@ def _table(rows: Mapping[str, str]) -> list[str]:
 
 
 def _serving(served: list[backends.Served]) -> list[str]:
-    """One paragraph for all operators that share device, dtypes, backend and reasons."""
-    dtypes: dict[tuple[str, str, str, tuple[tuple[str, str], ...]], list[str]] = {}
-    for one in served:
-        key = (one.device_type, one.op, one.backend, tuple(one.rejected.items()))
-        dtypes.setdefault(key, []).append(str(one.dtype).removeprefix("torch."))
-    paragraphs: dict[tuple[str, tuple[tuple[str, str], ...]], list[str]] = {}
-    for (device, op, backend, rejected), names in dtypes.items():
-        title = f"  {device}, {' and '.join(names)}: {backend}"
-        paragraphs.setdefault((title, rejected), []).append(op)
+    """One paragraph for all operators that share device, dtypes, sizes, backend and reasons."""
     lines = []
-    for (title, rejected), ops in paragraphs.items():
-        lines += [title, textwrap.indent(textwrap.fill(", ".join(ops), 96), " " * 4)]
+    for group in grouped(served):
+        lines.append(f"  {group.where}: {group.backend}")
+        lines.append(textwrap.indent(textwrap.fill(", ".join(group.ops), 96), " " * 4))
         # A reason holds a command, which a line break would spoil.
-        lines += [f"    not {name}: {why}" for name, why in rejected]
+        lines += [f"    not {name}: {why}" for name, why in group.rejected]
     return lines
 
 

@@ -1,15 +1,17 @@
 """`mulki prove`: show on this machine's GPU where the Triton kernels are right, and faster.
 
 Every operator is computed at a few shapes in every dtype, by the kernels and by plain PyTorch.
-Values and gradients are compared with float64 as the benchmark does (`mulki.bench.verify`), in the
-reduced form and row by row, whose backward passes are kernels of their own, and of pairs also with
-labels. Then forward and
-backward together are timed by turns. `mulki.ops.proofs` keeps what was found.
+Values and gradients are compared with float64 as the benchmark does (`mulki.bench.verify`): of the
+mean, of the losses of single rows, whose backward passes are kernels of their own, and with other
+options. Then forward and backward together are timed by turns. `mulki.ops.proofs` keeps what was
+found.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +39,9 @@ CASES = {
 #: N, P and D by size; pairs have P = N.
 SHAPES = {"small": (64, 100, 512), "medium": (1024, 1000, 512), "large": (8192, 4096, 512)}
 PAIRED_SHAPES = {"small": (256, 256, 512), "medium": (1024, 1024, 512), "large": (4096, 4096, 512)}
+#: Shapes that fill no tile, of other widths; the columns of the last are streamed.
+ODD_SHAPES = {"small": (50, 37, 640), "medium": (700, 1531, 768), "large": (200, 100000, 640)}
+ODD_PAIRED_SHAPES = {"small": (75, 75, 640), "medium": (700, 700, 768), "large": (3001, 3001, 1024)}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -46,7 +51,7 @@ def prove(
     dtypes: Sequence[str] = DTYPES,
     sizes: Sequence[str] = tuple(proofs.SIZES),
 ) -> Iterator[Verdict]:
-    """The verdicts, as they are found; the whole proof is stored with the last one.
+    """The verdicts, as they are found; each is stored before the next one is sought.
 
     Args:
         device: "cuda" or "xpu"; "cpu" tries the kernels in Triton's interpreter.
@@ -57,17 +62,16 @@ def prove(
     Raises:
         OSError: the proof cannot be written.
     """
-    verdicts = []
+    subject = proofs.subject_of(torch.device(device))
     each = seconds / (sum(map(len, CASES.values())) * len(dtypes) * len(sizes)) / 2
     for size in sizes:
         for dtype in dtypes:
             for operator in CASES:
                 with backends.use_backend("triton"):
                     verdict = _verdict_of(operator, dtype, size, device, each)
-                verdicts.append(verdict)
+                proofs.store(subject, [verdict])
+                backends.forget_choices()
                 yield verdict
-    proofs.store(proofs.subject_of(torch.device(device)), verdicts)
-    backends.forget_choices()
 
 
 def report(device: str, seconds: float) -> int:
@@ -91,7 +95,7 @@ def report(device: str, seconds: float) -> int:
         place = f"{verdict.operator:<24} {verdict.dtype:<9} {verdict.size:<7}"
         print(f"{place} {speed:>5}  {words}", flush=True)
         wrong += bool(verdict.problems)
-    print(f"kept in {proofs.proof_file()}; the kernels now serve where they are right and faster")
+    print(f"kept in {proofs.folder()}; the kernels now serve where they are right and faster")
     return int(wrong > 0)
 
 
@@ -123,29 +127,61 @@ def _not_served(operator: str, device: str, dtype: str) -> str | None:
 
 
 def _problems_of_forms(case: Case) -> list[str]:
-    """What is wrong with the losses of single rows, and with labels beside pairs."""
-    from mulki.bench.losses import EAGER, MULKI, TEMPERATURE
+    """What is wrong with other forms of a loss, and at a shape that fills no tile."""
+    from mulki.bench.cases import PAIRED
+    from mulki.bench.losses import MULKI
+
+    size = proofs.size_of(case.n, case.p)
+    n, p, d = (ODD_PAIRED_SHAPES if case.operator in PAIRED else ODD_SHAPES)[size]
+    odd = replace(case, n=n, p=p, d=d)
+    problems = _problems_of(odd, f"at {odd.shape}", MULKI[case.operator])
+    for of_shape in (case, odd):
+        for form, (ours, plain) in _forms(of_shape).items():
+            problems += _problems_of(of_shape, f"{form} at {of_shape.shape}", ours, plain)
+    return problems
+
+
+def _problems_of(case: Case, form: str, ours: Loss, plain: Loss | None = None) -> list[str]:
     from mulki.bench.outcomes import outcome
     from mulki.bench.verify import Verifier
 
-    if case.operator == "similarity":
-        return []
-    ours = MULKI[case.operator]
     inputs = case.inputs()
-    problems = []
+    try:
+        verifier = Verifier(case, inputs, plain)
+        errors = verifier.errors(outcome(ours, inputs))
+    # Whatever the kernels raise is what is wrong with them.
+    except Exception as error:
+        return [f"{form}: {type(error).__name__}: {error}".splitlines()[0]]
+    return [f"{form}: {problem}" for problem in verifier.problems(errors, strict=True)]
 
-    def try_form(form: str, loss: Loss, plain: Loss | None = None) -> None:
-        try:
-            verifier = Verifier(case, inputs, plain)
-            errors = verifier.errors(outcome(loss, inputs))
-        # Whatever the kernels raise is what is wrong with them.
-        except Exception as error:
-            problems.append(f"{form}: {type(error).__name__}: {error}".splitlines()[0])
-        else:
-            problems.extend(f"{form}: {problem}" for problem in verifier.problems(errors))
 
-    try_form("row by row", lambda *operands: ours(*operands, reduction="none").mean())
-    if case.operator == "pair_kl":
+def _forms(case: Case) -> dict[str, tuple[Loss, Loss | None]]:
+    """Other forms of the loss of a case, and what each is compared with; None for the case's."""
+    from mulki.bench.losses import EAGER, MULKI, TEMPERATURE
+
+    if case.operator == "similarity":
+        return {}
+    ours = MULKI[case.operator]
+
+    def with_options(**options: Any) -> tuple[Loss, Loss]:
+        loss = partial(ours, **options)
+        return loss, loss
+
+    forms: dict[str, tuple[Loss, Loss | None]] = {
+        "row by row": (lambda *operands: ours(*operands, reduction="none").mean(), None)
+    }
+    if case.operator == "dual_teacher_kl":
+        blend = {"gate": "blend", "gate_entropy": 1.0, "gate_label": 0.5}
+        forms["blend gate and class mask"] = with_options(**blend, class_mask=_mask(case))
+        forms["loss gate"] = with_options(gate="loss")
+    elif case.operator == "prototype_cross_entropy":
+        ignored = int(_target(case)[0])
+        forms["smoothing, class mask and ignored rows"] = with_options(
+            label_smoothing=0.1, class_mask=_mask(case), ignore_index=ignored
+        )
+    elif case.operator == "pair_kl":
+        weights = torch.linspace(0.5, 1.5, 2 * case.n, device=case.device).view(2, case.n, 1)
+        forms["weights"] = with_options(weights=weights)
 
         def with_labels(
             x: Tensor, w: Tensor, scale: Tensor, teachers: Any, target: Tensor
@@ -159,5 +195,17 @@ def _problems_of_forms(case: Case) -> list[str]:
         def plain(*operands: Any) -> Tensor:
             return EAGER["contrastive"](*operands[:3]) + EAGER["pair_kl"](*operands)
 
-        try_form("with labels", with_labels, plain)
-    return problems
+        forms["with labels"] = with_labels, plain
+    return forms
+
+
+def _target(case: Case) -> Tensor:
+    target: Tensor = case.inputs().arguments[-1]
+    return target
+
+
+def _mask(case: Case) -> Tensor:
+    """[P], without every seventh class that no sample has."""
+    mask = torch.arange(case.p, device=case.device) % 7 != 0
+    mask[_target(case)] = True
+    return mask

@@ -61,7 +61,7 @@ def test_operators_that_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     monkeypatch.setattr(backends, "report", lambda: served)
     (finding,) = doctor.operators()
-    assert finding.level == "note" and finding.text == "cpu: reference serves 2 operators"
+    assert finding.level == "note" and finding.text == "cpu, float32: reference serves 2 operators"
     assert finding.remedy == "cpp: not built"
     monkeypatch.undo()
     monkeypatch.setenv("MULKI_BACKEND", "rust")

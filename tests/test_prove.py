@@ -24,7 +24,7 @@ def test_where_the_kernels_do_not_run_the_reason_is_named(
     monkeypatch.setattr(prove, "_not_served", lambda *_: "torch finds no GPU on this machine")
     assert run_command(["prove"]) == 2
     assert "--device: got cuda" in capsys.readouterr().err
-    assert not proofs.proof_file().exists()
+    assert not proofs.folder().exists()
 
 
 def test_the_table_and_the_status(
@@ -52,8 +52,19 @@ def test_a_kernel_that_cannot_serve_is_wrong_and_not_timed() -> None:
     assert set(proofs.stored(subject) or ()) == {one.place for one in found}
 
 
+def test_an_interrupted_proof_keeps_what_it_has_found() -> None:
+    first = next(prove.prove("cpu", 0.1, ("float32",), ("small",)))
+    (subject,) = proofs.subjects("cpu")
+    assert list(proofs.stored(subject) or ()) == [first.place]
+
+
 def test_every_operator_with_triton_kernels_is_tried_at_every_size() -> None:
     assert set(prove.CASES) == set(kernels.OPERATORS)
-    for shapes in (prove.SHAPES, prove.PAIRED_SHAPES):
+    for shapes in (
+        prove.SHAPES,
+        prove.PAIRED_SHAPES,
+        prove.ODD_SHAPES,
+        prove.ODD_PAIRED_SHAPES,
+    ):
         assert [proofs.size_of(n, p) for n, p, _ in shapes.values()] == list(shapes)
         assert list(shapes) == list(proofs.SIZES)

@@ -149,14 +149,15 @@ class Case:
             read += 0 if mode == "forward" else output
         return read + {"forward": output, "backward": rows, "both": output + rows}[mode]
 
-    def inputs(self, exact: bool = False) -> Inputs:
+    def inputs(self, given_in: torch.dtype | None = None) -> Inputs:
         """Draw the inputs on the device, the same ones at every call.
 
         Args:
-            exact: give the values, rounded to the dtype as ever, in float64.
+            given_in: give the values, rounded to the case's dtype as ever, in this one; None for
+                the case's own.
         """
         generator = torch.Generator(self.device).manual_seed(0)
-        wide = torch.float64 if exact else torch.float32
+        wide = given_in or torch.float32
 
         def random(rows: int, columns: int) -> Tensor:
             return torch.randn(rows, columns, generator=generator, device=self.device)
@@ -168,8 +169,7 @@ class Case:
             return F.normalize(t + gap * unit(t.shape[0]), dim=1)
 
         def rounded(t: Tensor) -> Tensor:
-            t = t.to(DTYPES[self.dtype])
-            return t.double() if exact else t
+            return t.to(DTYPES[self.dtype]).to(given_in or DTYPES[self.dtype])
 
         def number(value: float) -> Tensor:
             return torch.tensor(value, dtype=wide, device=self.device)

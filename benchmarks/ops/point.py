@@ -85,7 +85,7 @@ def _check(case: Case, name: str, inputs: Inputs, verifier: Verifier) -> _Checke
     except Exception as error:
         return _Checked("failed", (f"{type(error).__name__}: {error}".splitlines()[0],))
     else:
-        problems = verifier.problems(errors)
+        problems = verifier.problems(errors, provider.strict)
         if problems:
             return _Checked("failed", tuple(problems))
         return _Checked("timed", calls=calls, error=worst_gradient(errors))

@@ -61,6 +61,7 @@ class Provider:
     graphed: bool = False
     without: tuple[str, ...] = ()  # leaves that it has no gradient to
     peer: bool = False  # what it gets wrong is shown, and is no failure of ours
+    strict: bool = False  # verified without forgiving that logits are rounded
 
 
 def _autocast(case: Case) -> AbstractContextManager[Any]:
@@ -191,6 +192,7 @@ PROVIDERS: dict[str, Provider] = {
             lambda case: MULKI[case.operator],
             note=_served,
             early_gradients=_is_loss,
+            strict=True,
         ),
         Provider(
             "mulki-graph",
@@ -199,12 +201,14 @@ PROVIDERS: dict[str, Provider] = {
             refusal=_graph_refusal,
             note=_served,
             graphed=True,
+            strict=True,
         ),
         Provider(
             "mulki-reference",
             lambda case: MULKI[case.operator],
             context=_reference,
             early_gradients=_is_loss,
+            strict=True,
         ),
     )
 }

@@ -1,9 +1,10 @@
 """Whether a provider computes a case rightly: its loss and gradients against float64.
 
 The yardstick is plain PyTorch in float64 on the rounded inputs. A result is right if its error is
-no worse than that of the unfused computation in the same dtype, plus a tolerance: what rounding
-the logits costs is forgiven to nobody but those who would lose it anyway. Of large cases both are
-computed in chunks of rows (`outcomes`), so that all of the result is checked at any size.
+no worse than that of an unfused computation, plus a tolerance. For mulki the inputs of that one are
+widened to float32; for others it runs under autocast in their own dtype, which rounds the logits.
+Of large cases both are computed in chunks of rows (`outcomes`), so that all of the result is
+checked at any size.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from functools import partial
 
 import torch
 from torch import Tensor
+
+from mulki.ops.backends import use_backend
 
 from .cases import Case, Inputs
 from .losses import Loss
@@ -24,29 +27,35 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 5e-3, "float16": 1e-3}
 
 
 class Verifier:
-    """The float64 outcome of a case and the errors of the unfused computation in its dtype."""
+    """The float64 outcome of a case, and the errors of unfused computations.
+
+    Args:
+        loss: of all rows at once, in plain PyTorch or by our functions, which then take the
+            reference; None for that of the case.
+    """
 
     def __init__(self, case: Case, inputs: Inputs, loss: Loss | None = None) -> None:
-        """Compute both.
-
-        Args:
-            loss: in plain PyTorch, of all rows at once; None for that of the case.
-        """
         compute = partial(in_chunks, case) if loss is None else partial(outcome, loss)
         self._tolerance = TOLERANCE[case.dtype]
-        self._truth = compute(case.inputs(exact=True))
-        with PROVIDERS["eager"].context(case):
-            self._unfused = self.errors(compute(inputs))
+        with use_backend("reference"):
+            self._truth = compute(case.inputs(torch.float64))
+            self._widened = self.errors(compute(case.inputs(torch.float32)))
+            with PROVIDERS["eager"].context(case):
+                self._under_autocast = self.errors(compute(inputs))
 
     def errors(self, found: Outcome) -> dict[str, float]:
         """Relative L2 error of each outcome; infinite where it is not finite."""
         return {name: _error(value, self._truth[name]) for name, value in found.items()}
 
-    def problems(self, errors: dict[str, float]) -> list[str]:
-        """What is wrong, in words; empty if nothing is."""
+    def problems(self, errors: dict[str, float], strict: bool) -> list[str]:
+        """What is wrong, in words; empty if nothing is.
+
+        Args:
+            strict: forgive no rounding of logits.
+        """
         found = []
         for name, error in errors.items():
-            unfused = self._unfused[name]
+            unfused = (self._widened if strict else self._under_autocast)[name]
             allowed = (unfused if math.isfinite(unfused) else 0.0) + self._tolerance
             # A comparison that NaN fails, and infinity since what is allowed is finite.
             if not error <= allowed:

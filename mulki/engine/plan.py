@@ -9,6 +9,7 @@ from mulki.engine.memory import free_memory
 from mulki.engine.progress import STEPS, TEACHERS, TEST, megabytes
 from mulki.engine.setup import Setup
 from mulki.ops import backends
+from mulki.ops.serving import grouped
 
 
 def amounts(setup: Setup) -> dict[str, int]:
@@ -70,17 +71,14 @@ def _device(device: torch.device, processes: int) -> str:
 
 
 def _kernels(device: torch.device, dtype: torch.dtype) -> str:
-    # Operators by who serves them, and the reasons that better kernels do not.
-    served: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for one in backends.report():
-        if (one.device_type, one.dtype) == (device.type, dtype):
-            why = tuple(f"{name}: {reason}" for name, reason in one.rejected.items())
-            served.setdefault((one.backend, why), []).append(one.op)
-    every = sum(map(len, served.values()))
+    here = [s for s in backends.report() if (s.device_type, s.dtype) == (device.type, dtype)]
+    every = len({one.op for one in here})
     texts = []
-    for (backend, why), ops in served.items():
-        which = "all operators" if len(ops) == every else ", ".join(ops)
-        texts.append(f"{backend} for {which}" + (f" ({'; '.join(why)})" if why else ""))
+    for group in grouped(here):
+        which = "all operators" if len(group.ops) == every else ", ".join(group.ops)
+        sizes = f" at {' and '.join(group.sizes)} sizes" if group.sizes else ""
+        reasons = f" ({group.reasons})" if group.reasons else ""
+        texts.append(f"{group.backend} for {which}{sizes}{reasons}")
     return "; ".join(texts) or "plain PyTorch"
 
 

@@ -105,13 +105,14 @@ BACKENDS: dict[str, Backend] = {"triton": Triton(), "cpp": Cpp(), "reference": R
 
 
 class Served(NamedTuple):
-    """Who serves an operator for one device type and dtype."""
+    """Who serves an operator for one device type, dtype and size of calls."""
 
     op: str
     device_type: str
     dtype: torch.dtype
     backend: str
     rejected: dict[str, str]  # the better backends, and why they do not serve it
+    size: str | None = None  # one of `proofs.SIZES`; None for all
 
 
 class _Forced:
@@ -244,9 +245,9 @@ def choose(
         if reason is None and name == "triton" and setting == "auto":
             reason = proofs.why_not(op, device_type, dtype, size)
         if reason is None:
-            return Served(op, device_type, dtype, name, rejected)
+            return Served(op, device_type, dtype, name, rejected, size)
         rejected[name] = reason
-    return Served(op, device_type, dtype, "reference", rejected)
+    return Served(op, device_type, dtype, "reference", rejected, size)
 
 
 def use_backend(name: str) -> AbstractContextManager[None]:
@@ -283,16 +284,18 @@ def _forcing(name: str) -> Iterator[None]:
 def report() -> list[Served]:
     """Who serves every operator in float32 and bfloat16 on every device type that is here.
 
-    Where no GPU is, "cuda" is reported all the same: it says why the Triton kernels are not used.
+    On a GPU the sizes of calls are told apart, since proofs do. Where no GPU is, "cuda" is reported
+    all the same: it says why the Triton kernels are not used.
     """
     available = {"cuda": torch.cuda.is_available(), "xpu": torch.xpu.is_available()}
     gpus = [device_type for device_type, here in available.items() if here] or ["cuda"]
     setting = _setting()
     return [
-        _explain(choose(op, device_type, dtype, setting), setting)
+        _explain(choose(op, device_type, dtype, setting, size), setting)
         for device_type in ("cpu", *gpus)
         for op in OPERATORS
         for dtype in (torch.float32, torch.bfloat16)
+        for size in ([None] if device_type == "cpu" else proofs.SIZES)
     ]
 
 

@@ -2,8 +2,8 @@
 
 `mulki prove` makes a proof. From then on the operators take the Triton kernels exactly there. A
 proof holds for one kind of GPU, its driver, the versions of torch and Triton, and the kernels'
-source; where one of them changes, a new proof is needed. Proofs are kept in `proofs.json` in the
-folder MULKI_CACHE_DIR (default ~/.cache/mulki).
+source; where one of them changes, a new proof is needed. Each proof is a file of the folder
+`proofs` in MULKI_CACHE_DIR (default ~/.cache/mulki).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -147,33 +147,47 @@ def _versions() -> dict[str, str]:
 
 def stored(subject: Mapping[str, str]) -> dict[str, Verdict] | None:
     """The verdicts of a proof by place; None where there is no proof, or it cannot be read."""
+    # RuntimeError: there is no home directory.
     try:
-        entry = _read_all()[_key(subject)]
-        verdicts = [_verdict(item) for item in entry["verdicts"]]
-    except (KeyError, TypeError, ValueError):
+        found = json.loads(proof_file(subject).read_text(encoding="utf-8"))
+        if found["subject"] != subject:
+            return None
+        verdicts = [_verdict(item) for item in found["verdicts"]]
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError):
         return None
     return {verdict.place: verdict for verdict in verdicts}
 
 
-def store(subject: Mapping[str, str], verdicts: list[Verdict]) -> Path:
-    """Keep a proof, in place of an earlier one of the same subject.
+def store(subject: Mapping[str, str], verdicts: Iterable[Verdict]) -> Path:
+    """Keep verdicts, beside the earlier ones of the same subject on other places.
 
     Raises:
         OSError: the file cannot be written.
     """
     from mulki.files import write_atomic
 
-    path = proof_file()
+    path = proof_file(subject)
     path.parent.mkdir(parents=True, exist_ok=True)
-    entry = {"subject": dict(subject), "verdicts": [asdict(verdict) for verdict in verdicts]}
-    write_atomic(path, json.dumps({**_read_all(), _key(subject): entry}, indent=1))
+    all_of_it = (stored(subject) or {}) | {verdict.place: verdict for verdict in verdicts}
+    found = {"subject": dict(subject), "verdicts": [asdict(v) for v in all_of_it.values()]}
+    write_atomic(path, json.dumps(found, indent=1))
     return path
 
 
-def proof_file() -> Path:
-    """Where proofs are kept."""
-    folder = os.environ.get("MULKI_CACHE_DIR", "")
-    return (Path(folder) if folder else Path.home() / ".cache" / "mulki") / "proofs.json"
+def proof_file(subject: Mapping[str, str]) -> Path:
+    """Where the proof of a subject is kept."""
+    digest = hashlib.sha256(json.dumps(dict(subject), sort_keys=True).encode()).hexdigest()
+    return folder() / f"{digest[:16]}.json"
+
+
+def folder() -> Path:
+    """Where all proofs are kept.
+
+    Raises:
+        RuntimeError: MULKI_CACHE_DIR is not set, and there is no home directory.
+    """
+    cache = os.environ.get("MULKI_CACHE_DIR", "")
+    return (Path(cache) if cache else Path.home() / ".cache" / "mulki") / "proofs"
 
 
 def _verdict(item: Any) -> Verdict:
@@ -185,16 +199,3 @@ def _verdict(item: Any) -> Verdict:
         problems=tuple(map(str, item["problems"])),
         speedup=None if speedup is None else float(speedup),
     )
-
-
-def _key(subject: Mapping[str, str]) -> str:
-    return "; ".join(f"{name} {value}" for name, value in sorted(subject.items()))
-
-
-def _read_all() -> dict[str, Any]:
-    # RuntimeError: there is no home directory.
-    try:
-        found = json.loads(proof_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError):
-        return {}
-    return found if isinstance(found, dict) else {}

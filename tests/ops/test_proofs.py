@@ -38,7 +38,7 @@ def test_without_a_proof_the_remedy_is_named() -> None:
 
 def test_a_proof_is_kept_and_holds_for_all_forms_of_an_operator(folder: Path) -> None:
     path = proofs.store(SUBJECT, everywhere())
-    assert path == folder / "proofs.json"
+    assert path.parent == folder / "proofs"
     for op in ("siglip", "siglip_backward", "siglip_reduced"):
         assert proofs.why_not(op, "cuda", torch.float32) is None
         assert proofs.why_not(op, "cuda", torch.float32, "large") is None
@@ -101,10 +101,34 @@ def test_another_version_needs_another_proof() -> None:
     assert proofs.stored(SUBJECT | {"torch": "2"}) is None
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"gpu a card; torch 1": 3}', "\xff"])
-def test_a_damaged_file_is_no_proof_and_is_written_anew(folder: Path, text: str) -> None:
-    folder.mkdir()
-    (folder / "proofs.json").write_text(text, encoding="latin-1")
+def test_verdicts_are_kept_beside_earlier_ones_of_other_places() -> None:
+    proofs.store(SUBJECT, everywhere())
+    proofs.store(SUBJECT | {"gpu": "another"}, everywhere())
+    changed = Verdict("siglip", "float32", "small", speedup=0.5)
+    added = Verdict("siglip", "bfloat16", "small", speedup=3.0)
+    proofs.store(SUBJECT, [changed, added])
+    found = proofs.stored(SUBJECT)
+    assert found is not None and len(found) == len(proofs.SIZES) + 1
+    assert found[changed.place] == changed and found[added.place] == added
+    other = proofs.stored(SUBJECT | {"gpu": "another"})
+    assert other is not None and other[changed.place].speedup == 2.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{", '{"subject": 3}', "\xff", '{"subject": {"gpu": "a card", "torch": "1"}}'],
+)
+def test_a_damaged_file_is_no_proof_and_is_written_anew(text: str) -> None:
+    path = proofs.proof_file(SUBJECT)
+    path.parent.mkdir(parents=True)
+    path.write_text(text, encoding="latin-1")
     assert proofs.stored(SUBJECT) is None
     proofs.store(SUBJECT, everywhere())
     assert proofs.stored(SUBJECT) is not None
+
+
+def test_the_proof_of_another_subject_in_its_place_is_none() -> None:
+    proofs.store(SUBJECT, everywhere())
+    other = SUBJECT | {"gpu": "another"}
+    proofs.proof_file(SUBJECT).rename(proofs.proof_file(other))
+    assert proofs.stored(other) is None

@@ -64,9 +64,9 @@ def test_an_error_of_one_percent_in_one_gradient_is_noticed(operator: str, place
         changed[place] = leaf + 0.01 * (leaf - leaf.detach())
         return EAGER[operator](*changed)
 
-    problems = verifier.problems(verifier.errors(outcome(slightly_off, inputs)))
+    problems = verifier.problems(verifier.errors(outcome(slightly_off, inputs)), strict=True)
     assert len(problems) == 1 and problems[0].startswith(f"gradient of {name}: relative error 0.01")
-    assert not verifier.problems(verifier.errors(outcome(MULKI[operator], inputs)))
+    assert not verifier.problems(verifier.errors(outcome(MULKI[operator], inputs)), strict=True)
 
 
 def test_a_wrong_loss_and_one_that_is_not_finite_are_noticed() -> None:
@@ -77,11 +77,13 @@ def test_a_wrong_loss_and_one_that_is_not_finite_are_noticed() -> None:
     def wrong_without_autograd(*arguments: Tensor) -> Tensor:
         return right(*arguments) * (1.0 if torch.is_grad_enabled() else 1.01)
 
-    problems = verifier.problems(verifier.errors(outcome(wrong_without_autograd, inputs)))
+    problems = verifier.problems(
+        verifier.errors(outcome(wrong_without_autograd, inputs)), strict=True
+    )
     assert [p.partition(":")[0] for p in problems] == ["loss without autograd"]
     found = outcome(right, inputs)
     found["gradient of prototypes"][0, 0] = torch.nan
-    problems = verifier.problems(verifier.errors(found))
+    problems = verifier.problems(verifier.errors(found), strict=True)
     assert [p.partition(":")[0] for p in problems] == ["gradient of prototypes"]
 
 
@@ -98,12 +100,12 @@ def test_an_unfused_result_that_is_not_finite_excuses_nobody(
     inputs = case.inputs()
     monkeypatch.setitem(EAGER, case.operator, overflows)
     verifier = Verifier(case, inputs)
-    problems = verifier.problems(verifier.errors(outcome(overflows, inputs)))
+    problems = verifier.problems(verifier.errors(outcome(overflows, inputs)), strict=True)
     assert "loss: relative error inf, allowed 2e-05" in problems
-    assert not verifier.problems(verifier.errors(outcome(right, inputs)))
+    assert not verifier.problems(verifier.errors(outcome(right, inputs)), strict=True)
 
 
-def test_rounded_logits_are_forgiven_to_their_own_kind_alone() -> None:
+def test_rounded_logits_are_forgiven_to_others_alone() -> None:
     """What storing bf16 logits costs the eager loss is more than the tolerance by itself."""
     case = Case("dual_teacher_kl", 24, 24, 64, "bfloat16")
     inputs = case.inputs()
@@ -111,15 +113,18 @@ def test_rounded_logits_are_forgiven_to_their_own_kind_alone() -> None:
     with PROVIDERS["eager"].context(case):
         eager = verifier.errors(outcome(EAGER[case.operator], inputs))
     mulki = verifier.errors(outcome(MULKI[case.operator], inputs))
-    assert not verifier.problems(eager) and not verifier.problems(mulki)
-    assert eager["gradient of features"] > 3 * mulki["gradient of features"]
+    assert not verifier.problems(eager, strict=False)
+    assert not verifier.problems(mulki, strict=True)
+    assert any("gradient of features" in p for p in verifier.problems(eager, strict=True))
+    of_ours = {name for name, provider in PROVIDERS.items() if provider.strict}
+    assert of_ours == {"mulki", "mulki-graph", "mulki-reference"}
 
 
 @pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "similarity"])
 @pytest.mark.parametrize("rows", [1, 4, 11])
 def test_chunks_of_rows_add_up_to_the_whole(operator: str, rows: int) -> None:
     case = Case(operator, 11, 11 if operator in PAIRED else 6, 8, "float32")
-    inputs = case.inputs(exact=True)
+    inputs = case.inputs(torch.float64)
     whole = outcome(EAGER[operator], inputs)
     chunks = in_chunks(case, inputs, most=rows * case.p)
     assert chunks.keys() == whole.keys()
@@ -134,11 +139,11 @@ def test_a_large_case_is_verified_whole(monkeypatch: pytest.MonkeyPatch) -> None
     inputs = case.inputs()
     verifier = Verifier(case, inputs)
     right = EAGER[case.operator]
-    assert not verifier.problems(verifier.errors(outcome(right, inputs)))
+    assert not verifier.problems(verifier.errors(outcome(right, inputs)), strict=True)
 
     def last_row_is_off(x: Tensor, *others: Any) -> Tensor:
         off = 0.01 * (x[-1:] - x[-1:].detach())
         return right(torch.cat([x[:-1], x[-1:] + off]), *others)
 
-    problems = verifier.problems(verifier.errors(outcome(last_row_is_off, inputs)))
+    problems = verifier.problems(verifier.errors(outcome(last_row_is_off, inputs)), strict=True)
     assert [p.partition(":")[0] for p in problems] == ["gradient of features"]

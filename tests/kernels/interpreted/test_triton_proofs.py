@@ -15,6 +15,8 @@ def interpreter_for_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("MULKI_CACHE_DIR", str(tmp_path))
     for shapes in (prove.SHAPES, prove.PAIRED_SHAPES):
         monkeypatch.setitem(shapes, "small", (8, 8, 16))
+    for shapes in (prove.ODD_SHAPES, prove.ODD_PAIRED_SHAPES):
+        monkeypatch.setitem(shapes, "small", (9, 9, 24))
     monkeypatch.setitem(backends.CANDIDATES, "cpu", ("triton", "reference"))
     backends.forget_choices()
     yield
@@ -62,7 +64,7 @@ def test_a_kernel_that_is_wrong_in_one_form_is_found(monkeypatch):
 
     monkeypatch.setattr(triton, "kernel", kernel)
     found = verdicts("float32")["prototype_cross_entropy float32 small"]
-    assert any("row by row: gradient" in problem for problem in found.problems)
+    assert any("row by row at 8x8x16: gradient" in problem for problem in found.problems)
     assert "was wrong" in (found.why_not() or "")
 
 

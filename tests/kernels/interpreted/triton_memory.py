@@ -7,8 +7,18 @@ from torch import Tensor
 
 BAND = 40  # elements before and behind
 # A NaN of its own: who reads it spoils a result, who writes over it is found out.
-BITS = {torch.float32: 0x7FC0BEAF, torch.bfloat16: 0x7FCB, torch.float16: 0x7EAF}
-INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+BITS = {
+    torch.float64: 0x7FF8BEAFBEAFBEAF,
+    torch.float32: 0x7FC0BEAF,
+    torch.bfloat16: 0x7FCB,
+    torch.float16: 0x7EAF,
+}
+INTEGERS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+}
 
 
 def poisoned(size: int, dtype: torch.dtype) -> Tensor:
