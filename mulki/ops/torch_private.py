@@ -40,6 +40,7 @@ def _find() -> tuple[dict[str, Any], str | None]:
             "is_functorch": torch._C._functorch.is_functorch_wrapped_tensor,
             "transform": torch._C._functorch.peek_interpreter_stack,
             "is_differentiated": torch._C._functorch.is_gradtrackingtensor,
+            "unwrapped": torch._C._functorch.get_unwrapped,
             "is_batched": torch._C._functorch.is_legacy_batchedtensor,
             # The number changes, so what is kept is the module that has it.
             "forward_level": (forward_ad._current_level, forward_ad)[1],
@@ -92,7 +93,14 @@ def transform_is_active() -> bool:
 
 def is_differentiated_by_transform(value: Tensor) -> bool:
     """Whether a transform of `torch.func` differentiates by it; False where torch does not say."""
-    return "is_differentiated" in _private and _private["is_differentiated"](value)
+    if "is_differentiated" not in _private:
+        return False
+    # Another transform, such as vmap, may have wrapped it again.
+    while _private["is_functorch"](value):
+        if _private["is_differentiated"](value):
+            return True
+        value = _private["unwrapped"](value)
+    return False
 
 
 def is_last_plain_backward(grad: Tensor) -> bool:

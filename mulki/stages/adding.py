@@ -83,6 +83,9 @@ def relation_loss(
 
     Args:
         weights: [rows, K], a weight per row and teacher.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
     """
     # A step has several relations, so they take the operator and not its checks of types.
     return teacher_kl.loss(

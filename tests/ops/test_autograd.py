@@ -270,6 +270,10 @@ def test_transforms_that_differentiate_are_refused(unit):
                 transform(x)
         with pytest.raises(RuntimeError, match=r"use torch\.autograd\.grad"):
             torch.func.vjp(loss, x)
+        # A transform between the two hides from the loss that it is differentiated.
+        mapped = torch.func.vmap(loss)
+        with pytest.raises(RuntimeError, match=r"use torch\.autograd\.grad"):
+            torch.func.grad(lambda xs, mapped=mapped: mapped(xs).sum())(torch.stack([x, x]))
 
 
 def test_inference_tensors_may_stand_beside_leaves(backend):
