@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Tests and measures the Triton kernels on one GPU, in under eight minutes:
+# Tests and measures the Triton kernels on one GPU, in under ten minutes:
 #
-#     benchmarks/gpu.sh OUT                  # logs, CSV, figures and summary.txt go to the folder OUT
-#     benchmarks/gpu.sh OUT --seconds 900    # with more time
-#     benchmarks/gpu.sh OUT --rehearse       # throughput of tiny shapes on the CPU, by the same code
+#     benchmarks/gpu.sh OUT                  # the folder OUT gets summary.txt, ops.csv, tables.md
+#     benchmarks/gpu.sh OUT --seconds 900    # and results.tar.gz, which also has logs and figures
+#     benchmarks/gpu.sh OUT --rehearse       # every step without a GPU, tiny: nothing is measured
 #
-# Needs torch, triton, numpy and pytest; PYTHON names another interpreter. Whatever is not there is
-# skipped, and the summary says why. The exit status is 1 only where something failed.
+# Needs torch, triton, numpy, pytest, and a C compiler with Python.h for Triton; PYTHON names another
+# interpreter. Whatever else is not there is skipped, and the summary says why. The exit status is 1
+# only where something failed, and 2 where nothing could be run.
 set -euo pipefail
 if [[ $# -eq 0 || $1 == -* ]]; then
-    sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
     exit 2
 fi
 mkdir -p "$1"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 import sys
@@ -410,8 +411,11 @@ def _prove(argv: list[str]) -> int:
     parser.add_argument(
         "--seconds", type=float, default=60.0, help="for timing; compiling comes on top"
     )
+    parser.add_argument(
+        "--limit", type=float, default=math.inf, help="seconds for all; what is left is not tried"
+    )
     arguments = parser.parse_args(argv)
-    return report(arguments.device, arguments.seconds)
+    return report(arguments.device, arguments.seconds, arguments.limit)
 
 
 def _doctor(argv: list[str]) -> int:

@@ -37,7 +37,8 @@ def test_the_table_and_the_status(
     ]
     monkeypatch.setattr(prove, "prove", lambda device, seconds: iter(found[:1]))
     assert run_command(["prove", "--seconds", "1"]) == 0
-    assert "1.25  right" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1.25  right" in out and "left out" not in out
     monkeypatch.setattr(prove, "prove", lambda device, seconds: iter(found))
     assert run_command(["prove"]) == 1
     assert "    -  loss: relative error 3" in capsys.readouterr().out
@@ -68,3 +69,17 @@ def test_every_operator_with_triton_kernels_is_tried_at_every_size() -> None:
     ):
         assert [proofs.size_of(n, p) for n, p, _ in shapes.values()] == list(shapes)
         assert list(shapes) == list(proofs.SIZES)
+
+
+def test_it_ends_in_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(prove, "_not_served", lambda *_: None)
+    verdicts = len(prove.CASES) * len(prove.DTYPES) * len(proofs.SIZES)
+    found = [Verdict("siglip", "float32", "small", speedup=1.25)] * verdicts
+    monkeypatch.setattr(prove, "prove", lambda device, seconds: iter(found))
+    assert run_command(["prove", "--limit", "0"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("right\n") == 1 and f"left out: {verdicts - 1} verdicts, out of time" in out
+    assert run_command(["prove", "--limit", "100"]) == 0
+    assert "left out" not in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.gpu.probe import Machine
@@ -12,16 +13,17 @@ from benchmarks.gpu.steps import Commands, Step
 
 PYTHON = sys.executable
 TESTS = "tests/kernels/gpu"
+INTERPRETED = "tests/kernels/interpreted"
 NUMBERS = ("fp32", "tf32", "bf16", "fp16")
-TOTAL = 410.0  # seconds; what has begun then has a minute more
+TOTAL = 520.0  # seconds; what has begun then has a minute more
 
-KEPT = 0.05  # of it, for tables and figures of what was measured
+KEPT = 0.03  # of it, for tables and figures of what was measured
 
 #: By step, the options of the suite that is timed in it. A budget cuts off the last shapes.
 SUITES = {
     "throughput": ("--ops", "dual_teacher_kl", "--dtypes", "bfloat16"),
     "losses": (
-        *("--ops", "prototype_cross_entropy", "contrastive", "siglip", "similarity"),
+        *("--ops", "prototype_cross_entropy", "contrastive", "pair_kl", "siglip", "similarity"),
         *("--dtypes", "bfloat16"),
     ),
     "more": ("--ops", "dual_teacher_kl", "teacher_kl_1", "teacher_kl_3", "--dtypes", "float32"),
@@ -31,112 +33,161 @@ SEARCHED = (
     *("--ops", "dual_teacher_kl", "prototype_cross_entropy", "contrastive", "siglip"),
     *("--dtypes", "bfloat16", "--providers", "mulki", "eager", "liger", "cce", "memeff"),
 )
-
-Run = Callable[[float], Commands]
-
-
-def plan(machine: Machine, out: Path, total: float, rehearse: bool) -> list[Step]:
-    """The steps in their order, those that cannot run here with the reason."""
-    no_gpu = machine.no_gpu
-    no_sanitizer = no_gpu
-    if no_sanitizer is None and machine.sanitizer is None:
-        no_sanitizer = "compute-sanitizer is neither on PATH nor in CUDA_HOME (CUDA toolkit)"
-    no_suite = None if rehearse else no_gpu
-    no_csv = f"nothing was measured: {no_suite}" if no_suite else None
-    suite = _rehearsal(out) if rehearse else _throughput(out, "throughput")
-    steps: tuple[tuple[str, float, Run, str | None], ...] = (
-        ("environment", 0.05, _environment, None),
-        ("tests", 0.42, _tests, no_gpu),
-        ("throughput", 0.20, suite, no_suite),
-        ("losses", 0.16, _throughput(out, "losses"), no_gpu),
-        ("memcheck", 0.08, _sanitized(machine, "memcheck"), no_sanitizer),
-        ("largest", 0.08, _largest(out), no_gpu),
-        ("racecheck", 0.08, _sanitized(machine, "racecheck"), no_sanitizer),
-        ("more", 1.00, _throughput(out, "more"), no_gpu),
-        ("tables", KEPT, _tables(out), no_csv),
-        ("figures", KEPT, _figures(out), no_csv or machine.no_figures),
-    )
-    return [
-        Step(name, share * total, run, skip, 0.0 if share == KEPT else KEPT * total)
-        for name, share, run, skip in steps
-    ]
+#: A rehearsal is so small that it measures nothing.
+TINY = (
+    *("--device", "cpu", "--modes", "both", "--seconds", "0.001", "--shapes", "12x12x16"),
+    *("--providers", "eager", "graph", "compile-graph", "products", "torch_lce", "mulki"),
+)
+TINY_SEARCH = (
+    *("--device", "cpu", "--limit", "1024", "--ops", "siglip", "--dtypes", "bfloat16"),
+    *("--providers", "mulki", "eager"),
+)
+TINY_SHAPE = "9x7x16"
 
 
-def variables(machine: Machine) -> dict[str, str]:
-    """Environment of the commands: the kernels have to be asked for, and nobody stands in."""
-    return {} if machine.no_gpu else {"MULKI_BACKEND": "triton", "MULKI_STRICT": "1"}
+@dataclass(frozen=True)
+class Plan:
+    """What is run on a machine."""
+
+    machine: Machine
+    out: Path  # for logs, CSV and figures
+
+    def steps(self, total: float) -> list[Step]:
+        """The steps in their order, those that cannot run here with the reason."""
+        machine = self.machine
+        no_gpu = machine.no_gpu
+        no_sanitizer = no_gpu
+        if no_gpu is None and machine.sanitizer is None and not machine.rehearsal:
+            no_sanitizer = "compute-sanitizer is neither on PATH nor in CUDA_HOME (CUDA toolkit)"
+        no_suite = None if machine.rehearsal else no_gpu
+        no_csv = f"nothing was measured: {no_suite}" if no_suite else None
+        steps: tuple[tuple[str, float, Callable[[float], Commands], str | None], ...] = (
+            ("environment", 0.03, self._environment, None),
+            ("schedules", 0.22, self._schedules, no_gpu),
+            ("tests", 0.25, self._tests, no_gpu),
+            ("throughput", 0.18, self._timed("throughput"), no_suite),
+            ("memcheck", 0.08, self._sanitized("memcheck"), no_sanitizer),
+            ("proof", 0.15, self._proof, no_gpu),
+            ("losses", 0.12, self._timed("losses"), no_suite),
+            ("racecheck", 0.07, self._sanitized("racecheck"), no_sanitizer),
+            ("largest", 0.07, self._largest, no_suite),
+            ("more", 1.00, self._timed("more"), no_suite),
+            ("tables", KEPT, self._tables, no_csv),
+            ("figures", KEPT, self._figures, no_csv or machine.no_figures),
+        )
+        return [
+            Step(name, share * total, run, skip, 0.0 if share == KEPT else 2 * KEPT * total)
+            for name, share, run, skip in steps
+        ]
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Environment of the commands: the kernels have to be asked for, and nobody stands in."""
+        if self.machine.rehearsal:
+            # A GPU that is here all the same is not touched, and the user's proofs are kept.
+            return {"CUDA_VISIBLE_DEVICES": "", "MULKI_CACHE_DIR": str(self.out / "cache")}
+        return {} if self.machine.no_gpu else {"MULKI_BACKEND": "triton", "MULKI_STRICT": "1"}
+
+    @property
+    def csv_file(self) -> Path:
+        """What the suite writes and the figures are drawn from."""
+        return self.out / "ops.csv"
+
+    def _environment(self, seconds: float) -> Commands:
+        return {"environment": [PYTHON, "-m", "mulki.info"]}
+
+    def _schedules(self, seconds: float) -> Commands:
+        counts = ["tests/kernels/test_schedule.py", "tests/benchmarks/test_plan.py"]
+        commands = {"schedules-plan": _pytest(*counts), **self._tests_of_numbers("schedules")}
+        if self.machine.rehearsal:
+            # The table itself is compared with today's counts in the tests of the benchmark.
+            commands["schedules-plan"] += ["-k", "not todays and not printed"]
+            chosen = _pytest(f"{INTERPRETED}/test_triton_schedules.py", "-k", "half and kl_weights")
+            commands["schedules-interpreted"] = [*_interpreter(), *chosen]
+        return _sharing(commands)
+
+    def _tests(self, seconds: float) -> Commands:
+        # Most of the time Triton compiles, on one core for each process.
+        commands = {
+            **self._tests_of_numbers("values"),
+            "tests-streams": _pytest(f"{TESTS}/test_gpu_streams.py"),
+            "tests-large": _pytest(f"{TESTS}/test_gpu_large.py"),
+            # These find what is wrong, and leave compiled what is timed and sanitized later.
+            "tests-small": [*self._small(seconds), "--verify"],
+        }
+        if self.machine.rehearsal:
+            chosen = _pytest(f"{INTERPRETED}/test_triton_public.py")
+            commands["tests-interpreted"] = [*_interpreter(), *chosen]
+        else:
+            for name in ("throughput", "losses"):
+                commands[f"tests-{name}"] = self._suite(name, seconds, "1e-3")
+        return _sharing(commands)
+
+    def _tests_of_numbers(self, name: str) -> dict[str, list[str]]:
+        # Without a GPU the tests say so; a rehearsal shows that they are there.
+        numbers = NUMBERS[2:3] if self.machine.rehearsal else NUMBERS
+        return {f"{name}-{n}": _pytest(f"{TESTS}/test_gpu_{name}.py", "-k", n) for n in numbers}
+
+    def _suite(self, name: str, budget: float, seconds: str) -> list[str]:
+        words = ("--device", "cuda", "--modes", "forward", "both", "--seconds", seconds)
+        words = TINY if self.machine.rehearsal else words
+        bench = [PYTHON, "-m", "benchmarks.ops"]
+        return [*bench, *SUITES[name], *words, "--budget", f"{budget:.0f}"]
+
+    def _timed(self, name: str) -> Callable[[float], Commands]:
+        output = ("--output", str(self.csv_file))
+        return lambda seconds: {name: [*self._suite(name, seconds, "0.15"), *output]}
+
+    def _largest(self, seconds: float) -> Commands:
+        words = TINY_SEARCH if self.machine.rehearsal else ("--device", "cuda", *SEARCHED)
+        bench = [PYTHON, "-m", "benchmarks.ops", "--largest", *words]
+        output = ("--output", str(self.csv_file), "--budget", f"{seconds:.0f}")
+        return {"largest": [*bench, *output]}
+
+    def _small(self, seconds: float) -> list[str]:
+        small = [PYTHON, "-m", "benchmarks.gpu.small", "--seconds", f"{seconds:.0f}"]
+        if not self.machine.rehearsal:
+            return small
+        return [*_interpreter(), *small, "--device", "cpu", "--shapes", TINY_SHAPE]
+
+    def _sanitized(self, tool: str) -> Callable[[float], Commands]:
+        # Without torch's cache every tensor is an allocation of its own, and has edges to be
+        # noticed. Without a limit on what is printed nothing hides behind the false alarms.
+        options = ("--tool", tool, "--error-exitcode", "9", "--print-limit", "0")
+        alone = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
+        sanitizer = [str(self.machine.sanitizer)]
+        if self.machine.rehearsal:
+            sanitizer = [PYTHON, "-m", "benchmarks.gpu.rehearsal", "sanitizer"]
+        return lambda seconds: {tool: [*alone, *sanitizer, *options, *self._small(seconds)]}
+
+    def _proof(self, seconds: float) -> Commands:
+        words = [str(self.out / "proof.json"), "--limit", f"{seconds:.0f}"]
+        if self.machine.rehearsal:
+            rehearsal = [PYTHON, "-m", "benchmarks.gpu.rehearsal", "proof", *words]
+            rehearsal += ["--device", "cpu", "--seconds", "0.1"]
+            return {"proof": [*_interpreter(), *rehearsal]}
+        # The rest of the time compiles.
+        proof = [PYTHON, "-m", "benchmarks.gpu.proof", *words, "--seconds", f"{seconds / 3:.0f}"]
+        return {"proof": proof}
+
+    def _tables(self, seconds: float) -> Commands:
+        return {"tables": [PYTHON, "-m", "benchmarks.ops", "table", str(self.csv_file)]}
+
+    def _figures(self, seconds: float) -> Commands:
+        words = ("plot", str(self.csv_file), str(self.out / "figures"))
+        return {"figures": [PYTHON, "-m", "benchmarks.ops", *words]}
 
 
-def csv_file(out: Path) -> Path:
-    """What the suite writes and the figures are drawn from."""
-    return out / "ops.csv"
+def _pytest(*words: str) -> list[str]:
+    return [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", *words]
 
 
-def _environment(seconds: float) -> Commands:
-    return {"environment": [PYTHON, "-m", "mulki.info"]}
+def _interpreter() -> list[str]:
+    return ["env", "TRITON_INTERPRET=1", "MULKI_BACKEND=triton", "MULKI_STRICT=1"]
 
 
-def _tests(seconds: float) -> Commands:
-    # Most of the time Triton compiles, on one core for each process.
-    pytest = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    of_numbers = [f"{TESTS}/test_gpu_{name}.py" for name in ("schedules", "values")]
-    small = [PYTHON, "-m", "benchmarks.gpu.small", "--verify", "--seconds", f"{seconds:.0f}"]
-    commands = {
-        **{f"tests-{numbers}": [*pytest, *of_numbers, "-k", numbers] for numbers in NUMBERS},
-        "tests-streams": [*pytest, f"{TESTS}/test_gpu_streams.py"],
-        "tests-large": [*pytest, f"{TESTS}/test_gpu_large.py"],
-        # These find what is wrong, and leave compiled what is timed and sanitized later.
-        "tests-small": small,
-        **{f"tests-{name}": _suite(name, seconds, "1e-3") for name in ("throughput", "losses")},
-    }
+def _sharing(commands: dict[str, list[str]]) -> Commands:
+    """The same commands, which share the cores."""
     threads = max(1, (os.cpu_count() or 1) // len(commands))
     shared = ["env", f"OMP_NUM_THREADS={threads}"]
     return {name: [*shared, *command] for name, command in commands.items()}
-
-
-def _bench(out: Path, *words: str) -> list[str]:
-    return [PYTHON, "-m", "benchmarks.ops", "--output", str(csv_file(out)), *words]
-
-
-def _suite(name: str, budget: float, seconds: str) -> list[str]:
-    words = ("--device", "cuda", "--modes", "forward", "both", "--seconds", seconds)
-    bench = [PYTHON, "-m", "benchmarks.ops"]
-    return [*bench, *SUITES[name], *words, "--budget", f"{budget:.0f}"]
-
-
-def _throughput(out: Path, name: str) -> Run:
-    output = ("--output", str(csv_file(out)))
-    return lambda seconds: {name: [*_suite(name, seconds, "0.15"), *output]}
-
-
-def _rehearsal(out: Path) -> Run:
-    """The same on the CPU, so small that it measures nothing."""
-    words = ("--modes", "both", "--seconds", "0.001", "--shapes", "12x12x16")
-    providers = ("--providers", "eager", "mulki", "graph")
-    return lambda seconds: {
-        "throughput": _bench(
-            out, *words, *providers, "--dtypes", "bfloat16", "--budget", f"{seconds:.0f}"
-        )
-    }
-
-
-def _largest(out: Path) -> Run:
-    words = ("--device", "cuda", "--largest", *SEARCHED)
-    return lambda seconds: {"largest": _bench(out, *words, "--budget", f"{seconds:.0f}")}
-
-
-def _sanitized(machine: Machine, tool: str) -> Run:
-    # Without torch's cache every tensor is an allocation of its own, and has edges to be noticed.
-    sanitizer = [str(machine.sanitizer), "--tool", tool, "--error-exitcode", "9"]
-    small = [PYTHON, "-m", "benchmarks.gpu.small"]
-    alone = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
-    return lambda seconds: {tool: [*alone, *sanitizer, *small, "--seconds", f"{seconds:.0f}"]}
-
-
-def _tables(out: Path) -> Run:
-    return lambda seconds: {"tables": [PYTHON, "-m", "benchmarks.ops", "table", str(csv_file(out))]}
-
-
-def _figures(out: Path) -> Run:
-    words = ("plot", str(csv_file(out)), str(out / "figures"))
-    return lambda seconds: {"figures": [PYTHON, "-m", "benchmarks.ops", *words]}

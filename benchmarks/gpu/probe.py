@@ -1,6 +1,6 @@
 """What this machine has, as JSON; in a process of its own, so that no other one holds a GPU.
 
-python -m benchmarks.gpu.probe
+python -m benchmarks.gpu.probe [--rehearse]
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,15 +24,22 @@ class Machine:
     no_gpu: str | None  # why the kernels cannot run here, None if they can
     sanitizer: str | None  # the path of compute-sanitizer
     no_figures: str | None  # why no figures are drawn
+    rehearsal: bool = False  # with Triton's interpreter, and no GPU
 
 
-def probe() -> Machine:
+def probe(rehearse: bool) -> Machine:
     """Look."""
     os.environ["MULKI_BACKEND"] = "triton"
+    if rehearse:
+        os.environ["TRITON_INTERPRET"] = "1"
     import torch
 
     from mulki import kernels
 
+    no_figures = None if find_spec("matplotlib") else "matplotlib is not installed"
+    if rehearse:
+        reason = kernels.why_not("siglip", "cpu", torch.float32) or _not_interpreted()
+        return Machine("no GPU, a rehearsal", reason, None, no_figures, rehearsal=True)
     here = torch.cuda.is_available()
     return Machine(
         device=torch.cuda.get_device_name() if here else "no GPU",
@@ -39,8 +47,22 @@ def probe() -> Machine:
         if here
         else "torch finds no GPU on this machine",
         sanitizer=_sanitizer(),
-        no_figures=None if find_spec("matplotlib") else "matplotlib is not installed",
+        no_figures=no_figures,
     )
+
+
+def _not_interpreted() -> str | None:
+    import torch
+
+    from mulki.kernels import kernel
+
+    x = torch.ones(3, 4)
+    try:
+        kernel("similarity")(x, x, torch.tensor(1.0), False)
+    # Triton's interpreter and NumPy do not work together in all versions.
+    except Exception as error:
+        return f"Triton's interpreter does not run here: {error}".splitlines()[0]
+    return None
 
 
 def _sanitizer() -> str | None:
@@ -53,4 +75,4 @@ def _sanitizer() -> str | None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(probe())))
+    print(json.dumps(asdict(probe("--rehearse" in sys.argv[1:]))))

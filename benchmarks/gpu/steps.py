@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
+
+from benchmarks.gpu.races import false_alarms
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Beyond its time, in which a step ends by itself: then it hangs.
@@ -19,7 +21,8 @@ GRACE = 60.0
 LEAST = 5.0
 
 Commands = Mapping[str, Sequence[str]]  # by the name of the log
-Status = Literal["ok", "failed", "skipped"]
+Status = Literal["failed", "out of time", "warning", "ok", "skipped"]  # the worst first
+STATUSES: tuple[Status, ...] = get_args(Status)
 
 # Lines of a log that belong in the summary.
 _TOLD = (
@@ -29,7 +32,11 @@ _TOLD = (
     re.compile(r"^(=+ )?(\d+ (?:passed|failed|skipped|error).* in [\d.]+s.*?)( =+)?$"),
     re.compile(r"^.*: (failed: .*)"),
     re.compile(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: .*)"),
+    re.compile(r"^=+ ((?:Error|Warning): .*)", re.IGNORECASE),
 )
+# What a command says that ended by itself, before it had done all.
+_OUT_OF_TIME = re.compile(r"^(left out: .*(out of time|beyond --budget)|SKIPPED .*: out of time$)")
+_MOST_REMARKS = 20  # of a log; the others are in it
 
 
 @dataclass(frozen=True)
@@ -99,13 +106,13 @@ def run_step(
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     took = time.monotonic() - start
-    remarks = [line for name, code in ended.items() for line in _remarks(out, name, code, took)]
-    failed = any(code != 0 for code in ended.values())
-    return Outcome(step.name, "failed" if failed else "ok", took, tuple(remarks))
+    judged = [_judged(out / f"{name}.log", code, took) for name, code in ended.items()]
+    status = min((status for status, _ in judged), key=STATUSES.index)
+    return Outcome(step.name, status, took, tuple(line for _, lines in judged for line in lines))
 
 
-def _remarks(out: Path, name: str, code: int | None, took: float) -> list[str]:
-    path = out / f"{name}.log"
+def _judged(path: Path, code: int | None, took: float) -> tuple[Status, list[str]]:
+    """What became of a command, and what is said of it."""
     text = path.read_text(encoding="utf-8", errors="replace")
     found: dict[str, None] = {}
     for line in text.splitlines():
@@ -113,23 +120,35 @@ def _remarks(out: Path, name: str, code: int | None, took: float) -> list[str]:
             if match := pattern.match(line):
                 found[next(g for g in match.groups() if g and not g.startswith("="))] = None
                 break
+    told = list(found)[:_MOST_REMARKS]
+    if len(found) > len(told):
+        told.append(f"{len(found) - len(told)} more lines of this kind")
+    alarms = false_alarms(text) if code else 0
+    status: Status = "ok"
     if code is None:
-        found[f"did not end within {took:.0f} s and was killed"] = None
+        status = "failed"
+        told.append(f"did not end within {took:.0f} s and was killed")
+    elif alarms:
+        status = "warning"
+        told.append(f"{alarms} races of a write with itself: the known false alarm on reductions")
     elif code != 0:
-        found[f"exit status {code}"] = None
-    return [f"{path.name}: {words}" for words in found]
+        status = "failed"
+        told.append(f"exit status {code}")
+    if status != "failed" and any(map(_OUT_OF_TIME.match, text.splitlines())):
+        status = "out of time"
+    return status, [f"{path.name}: {words}" for words in told]
 
 
 def summary(outcomes: Sequence[Outcome], machine: str, seconds: float) -> str:
-    """What ran, what failed, what was skipped and why."""
-    counts = {s: sum(o.status == s for o in outcomes) for s in ("ok", "failed", "skipped")}
+    """What ran, what failed, what had too little time, what was skipped and why."""
+    counts = {status: sum(o.status == status for o in outcomes) for status in STATUSES}
+    words = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     lines = [
-        f"benchmarks/gpu.sh on {machine}: "
-        f"{', '.join(f'{count} {status}' for status, count in counts.items())} in {seconds:.0f} s",
+        f"benchmarks/gpu.sh on {machine}: {words} in {seconds:.0f} s",
         "",
     ]
     for o in outcomes:
         took = f"{o.seconds:.0f} s" if o.status != "skipped" else "-"
-        lines.append(f"{o.status:<8}  {o.name:<12}  {took:>6}")
-        lines += [f"          {remark}" for remark in o.remarks]
+        lines.append(f"{o.status:<11}  {o.name:<12}  {took:>6}")
+        lines += [f"{'':<13}{remark}" for remark in o.remarks]
     return "\n".join(lines) + "\n"

@@ -50,33 +50,32 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def timed(mode: str, loss: Loss, inputs: Inputs, device: str, ahead: bool = False) -> float:
+def timed(
+    mode: str, loss: Loss, inputs: Inputs, device: str, window: clocks.Window | None = None
+) -> float:
     """Seconds of one call: forward without autograd, backward alone, or both.
 
     Args:
-        ahead: of the device alone, see `Clock.ready`.
+        window: of the device alone, see `clocks.seconds_of`.
     """
     clock = clocks.clock_of(device)
     leaves = list(inputs.leaves.values())
+
+    def nothing() -> None:
+        return None
+
+    def forward(_: object = None) -> Tensor:
+        return loss(*inputs.arguments)
+
+    def backward(output: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(output, leaves, inputs.upstream)
+
     if mode == "forward":
         with torch.no_grad():
-            clock.ready(ahead)
-            start = clock.mark()
-            output = loss(*inputs.arguments)
-            stop = clock.mark()
-        del output
-        return clock.seconds(start, stop)
-    if mode == "both":
-        clock.ready(ahead)
-        start = clock.mark()
-    output = loss(*inputs.arguments)
+            return clocks.seconds_of(clock, nothing, forward, window)
     if mode == "backward":
-        clock.ready(ahead)
-        start = clock.mark()
-    gradients = torch.autograd.grad(output, leaves, inputs.upstream)
-    stop = clock.mark()
-    del gradients
-    return clock.seconds(start, stop)
+        return clocks.seconds_of(clock, forward, backward, window)
+    return clocks.seconds_of(clock, nothing, lambda _: backward(forward()), window)
 
 
 def outputs(mode: str, loss: Loss, inputs: Inputs) -> tuple[Tensor, ...]:
@@ -89,13 +88,12 @@ def outputs(mode: str, loss: Loss, inputs: Inputs) -> tuple[Tensor, ...]:
         return (output.detach(), *gradients)
 
 
-def timed_call(call: Callable[[], object], device: str, ahead: bool = False) -> float:
+def timed_call(
+    call: Callable[[], object], device: str, window: clocks.Window | None = None
+) -> float:
     """Seconds of a call that is complete in itself."""
     clock = clocks.clock_of(device)
-    clock.ready(ahead)
-    start = clock.mark()
-    call()
-    return clock.seconds(start, clock.mark())
+    return clocks.seconds_of(clock, lambda: None, lambda _: call(), window)
 
 
 def take_turns(

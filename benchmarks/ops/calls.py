@@ -1,4 +1,4 @@
-"""How a provider is called at a case: as a function, or as a CUDA graph of one."""
+"""How a provider is called at a case: as a function, as a CUDA graph of one, or its products."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import functools
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from . import call_cost, graphs
 from .cases import MODES, Case, Inputs
+from .clocks import Window
 from .losses import Loss
 from .outcomes import Outcome, named, outcome
 from .providers import Provider
@@ -24,7 +26,8 @@ class Calls(Protocol):
 
     def outcome(self) -> Outcome: ...
 
-    def seconds(self, mode: str, ahead: bool) -> float: ...
+    def seconds(self, mode: str, ahead: bool) -> float:
+        """Of one call; with `ahead` of the device alone, and NaN where it cannot be told."""
 
     def memory(self, mode: str) -> dict[str, int]:
         """Extra bytes by kind; empty where they cannot be told."""
@@ -38,6 +41,7 @@ class FunctionCalls:
     def __init__(self, provider: Provider, case: Case, loss: Loss, inputs: Inputs) -> None:
         self._loss, self._inputs, self._device = loss, inputs, case.device
         self._context = functools.partial(provider.context, case)
+        self._windows = {mode: Window() for mode in self.modes}
 
     def outcome(self) -> Outcome:
         with self._context():
@@ -45,7 +49,8 @@ class FunctionCalls:
 
     def seconds(self, mode: str, ahead: bool) -> float:
         with self._context():
-            return call_cost.timed(mode, self._loss, self._inputs, self._device, ahead)
+            window = self._windows[mode] if ahead else None
+            return call_cost.timed(mode, self._loss, self._inputs, self._device, window)
 
     def memory(self, mode: str) -> dict[str, int]:
         return call_cost.extra_memory(mode, self._loss, self._inputs, self._device, self._context)
@@ -57,7 +62,7 @@ class GraphCalls:
     modes = ("forward", "both")
 
     def __init__(self, provider: Provider, case: Case, loss: Loss, inputs: Inputs) -> None:
-        self._inputs, self._device = inputs, case.device
+        self._inputs, self._device, self._window = inputs, case.device, Window()
 
         def call(mode: str) -> Callable[[], tuple[Tensor, ...]]:
             def once() -> tuple[Tensor, ...]:
@@ -78,7 +83,49 @@ class GraphCalls:
         return named(alone, value, gradients, self._inputs)
 
     def seconds(self, mode: str, ahead: bool) -> float:
-        return call_cost.timed_call(self._replays[mode].replay, self._device, ahead)
+        window = self._window if ahead else None
+        return call_cost.timed_call(self._replays[mode].replay, self._device, window)
+
+    def memory(self, mode: str) -> dict[str, int]:
+        return {}
+
+
+class ProductCalls:
+    """The least number of products of a case, by torch's library, and nothing else.
+
+    No loss comes of them, so that there is nothing to verify. All logits share one matrix.
+    """
+
+    modes = MODES
+
+    def __init__(self, case: Case, inputs: Inputs) -> None:
+        x, w, *rest = (a.detach() if isinstance(a, Tensor) else a for a in inputs.arguments)
+        teachers = rest[1] if case.teachers else ()
+        self._models = [(x, w), *((u, v) for u, v, _ in teachers)]
+        self._logits = x.new_empty(case.n, case.p)
+        self._dx, self._dw = torch.empty_like(x), torch.empty_like(w)
+        self._device, self._window = case.device, Window()
+        self.forward()  # so that no gradient is formed of what memory happened to hold
+
+    def forward(self) -> None:
+        for features, prototypes in self._models:
+            torch.mm(features, prototypes.T, out=self._logits)
+
+    def backward(self) -> None:
+        x, w = self._models[0]
+        torch.mm(self._logits, w, out=self._dx)
+        torch.mm(self._logits.T, x, out=self._dw)
+
+    def both(self) -> None:
+        self.forward()
+        self.backward()
+
+    def outcome(self) -> Outcome:
+        return {}
+
+    def seconds(self, mode: str, ahead: bool) -> float:
+        call = {"forward": self.forward, "backward": self.backward, "both": self.both}[mode]
+        return call_cost.timed_call(call, self._device, self._window if ahead else None)
 
     def memory(self, mode: str) -> dict[str, int]:
         return {}
@@ -86,5 +133,7 @@ class GraphCalls:
 
 def calls_of(provider: Provider, case: Case, inputs: Inputs) -> Calls:
     """The calls of a provider, made ready."""
+    if provider.products:
+        return ProductCalls(case, inputs)
     kind: Callable[..., Calls] = GraphCalls if provider.graphed else FunctionCalls
     return kind(provider, case, provider.make(case), inputs.without(provider.without))

@@ -3,29 +3,77 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-# A GPU spins for about two milliseconds, in which the host queues a whole call.
-_SPIN_CYCLES = 4_000_000
+_CYCLES = 2e9  # a second, or more of a GPU whose clock is slower
+_LONGEST = 0.5  # seconds; no call is queued for as long, but one that waits for the device
+
+_Given = TypeVar("_Given")
+
+
+@dataclass
+class Window:
+    """How long a device is kept busy, in which the host queues a whole call.
+
+    It grows until it is longer than what the host takes.
+    """
+
+    seconds: float = 2e-3
+
+    @property
+    def in_vain(self) -> bool:
+        """Whether a call does not end before the device has begun with it: it waits for it."""
+        return self.seconds > _LONGEST
 
 
 class Clock(Protocol):
     """Marks points in time, and tells the seconds between two of them."""
 
-    def ready(self, ahead: bool) -> None:
+    def ready(self, window: Window | None) -> None:
         """Bring the device into the state that every timed call starts from.
 
         Args:
-            ahead: let the host queue the call before the device begins with it, so that the
-                device alone is timed; a host's clock cannot.
+            window: let the host queue the call before the device begins with it, so that the
+                device alone is timed; a host's clock cannot. None for an idle device.
         """
 
     def mark(self) -> Any: ...
 
+    def is_behind(self, mark: Any) -> bool:
+        """Whether the device has still to come to a mark."""
+
     def seconds(self, start: Any, stop: Any) -> float: ...
+
+
+def seconds_of(
+    clock: Clock,
+    prepare: Callable[[], _Given],
+    call: Callable[[_Given], object],
+    window: Window | None = None,
+) -> float:
+    """The time of a call, given what `prepare` returns off the clock.
+
+    With a window it is that of the device alone, and NaN where the call waits for the device.
+    """
+    while window is None or not window.in_vain:
+        given = prepare()
+        clock.ready(window)
+        start = clock.mark()
+        output = call(given)
+        stop = clock.mark()
+        behind = window is None or clock.is_behind(start)
+        del given, output
+        took = clock.seconds(start, stop)
+        if window is None or behind:
+            return took
+        window.seconds *= 2
+    return math.nan
 
 
 def now(device: str) -> float:
@@ -41,11 +89,14 @@ class HostClock:
     def __init__(self, device: str) -> None:
         self._device = device
 
-    def ready(self, ahead: bool) -> None:
-        assert not ahead
+    def ready(self, window: Window | None) -> None:
+        assert window is None
 
     def mark(self) -> float:
         return now(self._device)
+
+    def is_behind(self, mark: float) -> bool:
+        return False
 
     def seconds(self, start: float, stop: float) -> float:
         return stop - start
@@ -60,11 +111,11 @@ class EventClock:
         # Twice the cache, so that all of it is overwritten.
         self._flush = torch.empty(max(2 * cache, 1 << 20), dtype=torch.int8, device=self._device)
 
-    def ready(self, ahead: bool) -> None:
+    def ready(self, window: Window | None) -> None:
         self._flush.zero_()
-        if ahead:
+        if window is not None:
             with torch.cuda.device(self._device):
-                torch.cuda._sleep(_SPIN_CYCLES)
+                torch.cuda._sleep(int(window.seconds * _CYCLES))
         else:
             torch.cuda.synchronize(self._device)
 
@@ -72,6 +123,9 @@ class EventClock:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
+
+    def is_behind(self, mark: torch.cuda.Event) -> bool:
+        return not mark.query()
 
     def seconds(self, start: torch.cuda.Event, stop: torch.cuda.Event) -> float:
         stop.synchronize()

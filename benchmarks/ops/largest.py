@@ -39,18 +39,24 @@ def cases(operators: Sequence[str], dtypes: Sequence[str], device: str) -> list[
     ]
 
 
-def search(case: Case, providers: Sequence[str]) -> list[Result]:
-    """A result per provider."""
-    return [_search(case, PROVIDERS[name]) for name in providers]
+def search(case: Case, providers: Sequence[str], limit: int = 0) -> list[Result]:
+    """A result per provider.
+
+    Args:
+        limit: a power of two, the last N that is tried; 0 for LIMIT or PAIRED_LIMIT.
+    """
+    limit = limit or (PAIRED_LIMIT if case.operator in PAIRED else LIMIT)
+    return [_search(case, PROVIDERS[name], limit) for name in providers]
 
 
-def _search(case: Case, provider: Provider) -> Result:
+def _search(case: Case, provider: Provider, limit: int) -> Result:
     reason = provider.refusal(case)
     if reason is None and provider.graphed:
         reason = "needs what the calls it captures need"
+    if reason is None and provider.products:
+        reason = "computes no loss"
     if reason is not None:
         return Result(case, provider.name, "both", "not applicable", (reason,))
-    limit = PAIRED_LIMIT if case.operator in PAIRED else LIMIT
     try:
         found = largest(lambda n: _seconds(with_samples(case, n), provider), START, limit)
     # A provider may be anybody's code: whatever it raises is its result.

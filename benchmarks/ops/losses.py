@@ -7,7 +7,7 @@ what is commonly written where no fused loss is at hand: logits stored, `log_sof
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,10 +47,15 @@ def _dual_teacher_kl(
 ) -> Tensor:
     log_q = log_softmax(x, w, scale)
     log_p = [log_softmax(*t) for t in teachers]
-    right = [t.gather(1, target.unsqueeze(1)) for t in log_p]
-    weights = torch.cat(right, dim=1).softmax(dim=1)
+    weights = teacher_weights(log_p, target)
     kl = [F.kl_div(log_q, t, reduction="none", log_target=True).sum(dim=1) for t in log_p]
     return (weights * torch.stack(kl, dim=1)).sum(dim=1).mean() * TEMPERATURE**2
+
+
+def teacher_weights(log_p: Sequence[Tensor], target: Tensor) -> Tensor:
+    """[N, K] weights of two teachers, the larger the more probable the label is to one."""
+    right = [t.gather(1, target.unsqueeze(1)) for t in log_p]
+    return torch.cat(right, dim=1).softmax(dim=1)
 
 
 def _pair_kl(

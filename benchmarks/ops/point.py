@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ class _Checked:
     status: Status
     notes: tuple[str, ...] = ()
     calls: Calls | None = None  # if it is right
-    error: float = 0.0  # of its worst gradient
+    error: float | None = None  # of its worst gradient, if it has gradients
 
 
 def measure_case(
@@ -60,13 +61,18 @@ def measure_case(
                     results.append(Result(case, name, mode, status, notes))
                     continue
                 metrics = _metrics(case, name, mode, times)
-                if name in alone:
-                    metrics["device_time"] = Quantiles.of([1e3 * t for t in alone[name]])
+                notes = _notes(case, name, mode)
+                device = [1e3 * t for t in alone.get(name, ()) if not math.isnan(t)]
+                if device:
+                    metrics["device_time"] = Quantiles.of(device)
+                elif name in alone:
+                    notes += ("waits for the device, which cannot be timed alone",)
                 if mode != "backward":
                     memory = right[name].memory(mode)
                     metrics |= {key: Quantiles.same(size / 2**20) for key, size in memory.items()}
-                metrics["gradient_error"] = Quantiles.same(found.error)
-                notes, rounds = _notes(case, name, mode), len(times[name])
+                if found.error is not None:
+                    metrics["gradient_error"] = Quantiles.same(found.error)
+                rounds = len(times[name])
                 results.append(Result(case, name, mode, "timed", notes, rounds, metrics))
     return results
 

@@ -6,6 +6,7 @@ Those that are `graphed` replay a whole call, gradients and all, as a CUDA graph
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,8 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from mulki.ops.backends import choose
 from mulki.ops.proofs import size_of
@@ -59,6 +58,7 @@ class Provider:
     # alone says nothing.
     early_gradients: Callable[[Case], bool] = lambda case: False
     graphed: bool = False
+    products: bool = False  # is no loss, but the matrix products that one takes at the least
     without: tuple[str, ...] = ()  # leaves that it has no gradient to
     peer: bool = False  # what it gets wrong is shown, and is no failure of ours
     strict: bool = False  # verified without forgiving that logits are rounded
@@ -85,25 +85,11 @@ def _graph_refusal(case: Case) -> str | None:
     return f"captures calls of at most {GRAPH_LOGITS} logits"
 
 
+@functools.lru_cache(maxsize=1)  # a reset would also forget what the graph's rival has compiled
 def _compiled(case: Case) -> Loss:
     # Without a reset a second shape would be compiled for any shape, which is slower.
     torch.compiler.reset()
     return torch.compile(EAGER[case.operator], fullgraph=True, dynamic=False)
-
-
-def _torch_fused(case: Case) -> Loss:
-    def loss(x: Tensor, w: Tensor, scale: Tensor, target: Tensor) -> Tensor:
-        return F.linear_cross_entropy(scale * x, w, target)
-
-    return loss
-
-
-def _torch_fused_refusal(case: Case) -> str | None:
-    if case.operator != "prototype_cross_entropy":
-        return "has cross-entropy alone"
-    if not hasattr(F, "linear_cross_entropy"):
-        return f"torch {torch.__version__} has no linear_cross_entropy"
-    return None
 
 
 @contextmanager
@@ -154,9 +140,31 @@ PROVIDERS: dict[str, Provider] = {
             graphed=True,
         ),
         Provider(
+            "compile-graph",
+            _compiled,
+            context=_autocast,
+            absence=_no_graphs,
+            refusal=_graph_refusal,
+            note=_autocast_note,
+            graphed=True,
+        ),
+        Provider(
+            "products",
+            lambda case: EAGER["similarity"],
+            note=lambda case: f"{case.teachers + 3} products of torch.mm, forward and backward",
+            products=True,
+        ),
+        Provider(
             "torch_lce",
-            _torch_fused,
-            refusal=_torch_fused_refusal,
+            peers.torch_lce,
+            context=lambda case: _autocast(case) if case.teachers else nullcontext(),
+            refusal=peers.torch_lce_refusal,
+            peer=True,
+        ),
+        Provider(
+            "torch_lce-chunks",
+            peers.torch_lce_chunks,
+            refusal=peers.torch_lce_chunks_refusal,
             early_gradients=_is_loss,
             peer=True,
         ),

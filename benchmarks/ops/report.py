@@ -4,21 +4,23 @@ The CSV has a line per metric in the columns of Liger-Kernel's benchmark data (i
 is `mulki_version` here), and further columns for the machine. Times are those of the median and of
 the quantiles 0.2 and 0.8; a metric that has one value alone repeats it.
 
-=========================  ===========  ======================================================
-``speed``                  ms           of one call
-``speedup_over_eager``     times        eager's time over this one, round by round
-``speedup_over_compile``   times        the same with torch.compile
-``speedup_over_graph``     times        the same with eager as a CUDA graph
-``throughput``             GFLOP/s      least operations over time
-``memory``                 MiB          allocated at the peak, beyond inputs and outputs
-``resident_memory``        MiB          growth of the process, beyond outputs (Linux)
-``gradient_error``         relative L2  worst gradient against float64
-``share_of_torch_mm``      1            throughput over the best rate of torch.mm
-``share_of_best_product``  1            over that or mulki's rate of a product, the larger one
-``share_of_copy``          1            least bytes over time, over the rate of a copy
-``device_time``            ms           of one call on a GPU that never waits for the host
-``largest_n``              samples      the largest N found whose call fits the memory
-=========================  ===========  ======================================================
+==============================  ===========  ======================================================
+``speed``                       ms           of one call
+``speedup_over_eager``          times        eager's time over this one, round by round
+``speedup_over_compile``        times        the same with torch.compile
+``speedup_over_graph``          times        the same with eager as a CUDA graph
+``speedup_over_compile-graph``  times        the same with torch.compile as a CUDA graph
+``speedup_over_products``       times        the same with the least products alone
+``throughput``                  GFLOP/s      least operations over time
+``memory``                      MiB          allocated at the peak, beyond inputs and outputs
+``resident_memory``             MiB          growth of the process, beyond outputs (Linux)
+``gradient_error``              relative L2  worst gradient against float64
+``share_of_torch_mm``           1            throughput over the best rate of torch.mm
+``share_of_best_product``       1            over that or mulki's rate of a product, the larger one
+``share_of_copy``               1            least bytes over time, over the rate of a copy
+``device_time``                 ms           of one call on a GPU that never waits for the host
+``largest_n``                   samples      the largest N found whose call fits the memory
+==============================  ===========  ======================================================
 
 ``speed`` on a GPU is from an idle device to the end of the call, launches included. A provider
 that forms its gradients in the forward pass has neither ratios nor throughput for the backward pass
@@ -74,12 +76,14 @@ COLUMNS = (*MEASURES, *MACHINE, "status", "note")
 #: What tells two runs apart whose numbers must not stand in one table.
 _SETTING = tuple(name for name in MACHINE if name != "timestamp")
 
-REFERENCES = ("eager", "compile", "graph")
+REFERENCES = ("eager", "compile", "graph", "compile-graph", "products")
 _UNITS = {
     "speed": "ms",
     "speedup_over_eager": "times",
     "speedup_over_compile": "times",
     "speedup_over_graph": "times",
+    "speedup_over_compile-graph": "times",
+    "speedup_over_products": "times",
     "throughput": "GFLOP/s",
     "memory": "MiB",
     "resident_memory": "MiB",
@@ -216,7 +220,7 @@ def read_rows(path: str) -> list[Row]:
 
 
 LEGEND = (
-    "x eager, x compile, x graph: their time over this one's, median over rounds; of mm, of copy: "
+    "x eager and the like: their time over this one's, median over rounds; of mm, of copy: "
     "share of the rates of torch.mm and of a copy; MiB: peak beyond inputs and outputs; error: "
     "worst gradient, relative L2 against float64; device: ms of the device alone"
 )
@@ -308,7 +312,8 @@ def _table(rows: Sequence[Row]) -> Iterator[str]:
     references = [
         name
         for name in REFERENCES
-        if name != "graph" or any(row["metric_name"] == "speedup_over_graph" for row in rows)
+        if name in ("eager", "compile")
+        or any(row["metric_name"] == f"speedup_over_{name}" for row in rows)
     ]
     about = (
         *(f"over {name}" for name in references),

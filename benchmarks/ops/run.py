@@ -48,6 +48,7 @@ class BenchOptions:
         low=0,
     )
     largest: bool = option(False, "search the largest N that fits, and time nothing (GPU)")
+    limit: int = option(0, "of --largest: try no N beyond (0: 1048576, of pairs 262144)", low=0)
     output: str | None = option(None, "a CSV file to write; one that exists grows")
 
 
@@ -84,8 +85,10 @@ def _plan(options: BenchOptions) -> tuple[list[Case], BenchOptions, dict[str, st
         providers=_names("providers", providers, PROVIDERS),
         device=_device(options.device),
     )
-    if options.largest and options.device == "cpu":
-        raise InputError("--largest: given with --device cpu, wanted a GPU, whose memory ends")
+    if options.largest and options.device == "cpu" and not options.limit:
+        raise InputError(
+            "--largest: given with --device cpu, wanted a GPU, whose memory ends; or give --limit"
+        )
     reasons = {name: PROVIDERS[name].absence(options.device) for name in options.providers}
     absent = {name: reason for name, reason in reasons.items() if reason is not None}
     here = tuple(name for name in options.providers if name not in absent)
@@ -93,6 +96,10 @@ def _plan(options: BenchOptions) -> tuple[list[Case], BenchOptions, dict[str, st
         listed = "; ".join(f"{name} {reason}" for name, reason in absent.items())
         raise InputError(f"--providers: none of them can be timed on {options.device}: {listed}")
     options = replace(options, providers=here)
+    if options.limit and not options.largest:
+        raise InputError("--limit: given without --largest, which is all that it ends")
+    if 0 < options.limit < largest.START:
+        raise InputError(f"--limit: got {options.limit}, wanted {largest.START} or more")
     shapes = None
     if options.shapes != ("all",):
         if options.quick:
@@ -204,7 +211,7 @@ def _timed(
 
 
 def _searched(options: BenchOptions) -> Callable[[Case], list[Result]]:
-    return lambda case: largest.search(case, options.providers)
+    return lambda case: largest.search(case, options.providers, options.limit)
 
 
 def _with_shares(result: Result, rates: call_cost.ProductRates, copy: float) -> Result:

@@ -63,9 +63,10 @@ class Verifier:
         return found
 
 
-def worst_gradient(errors: dict[str, float]) -> float:
-    """The largest error of a gradient."""
-    return max(error for name, error in errors.items() if name.startswith("gradient"))
+def worst_gradient(errors: dict[str, float]) -> float | None:
+    """The largest error of a gradient; None where there is none."""
+    of = (error for name, error in errors.items() if name.startswith("gradient"))
+    return max(of, default=None)
 
 
 def _error(found: Tensor, truth: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -42,6 +43,7 @@ class Log:
         return SimpleNamespace(
             record=lambda stream: self.calls.append(f"record on {stream}"),
             synchronize=lambda: self.calls.append("wait"),
+            query=lambda: "busy" not in self.calls,
             elapsed_time=lambda stop: 8.0 * (stop.number - number),
             number=number,
         )
@@ -70,7 +72,7 @@ def test_events_time_a_call_from_an_idle_device(cuda: Log) -> None:
     clock = clocks.EventClock("cuda")
     assert cuda.calls == ["get_device_properties", f"empty {2 << 20}"]
     cuda.calls.clear()
-    clock.ready(ahead=False)
+    clock.ready(None)
     start = clock.mark()
     stop = clock.mark()
     assert clock.seconds(start, stop) == 0.008
@@ -81,20 +83,72 @@ def test_events_time_a_call_from_an_idle_device(cuda: Log) -> None:
 def test_the_device_alone_is_timed_while_the_host_is_ahead(cuda: Log) -> None:
     clock = clocks.EventClock("cuda")
     cuda.calls.clear()
-    clock.ready(ahead=True)
+    clock.ready(clocks.Window())
     assert cuda.calls == ["_sleep"]
+    start = clock.mark()
+    assert not clock.is_behind(start)
+    cuda.calls.append("busy")
+    assert clock.is_behind(start)
+
+
+class Device:
+    """A clock of a device that is kept busy for a window, while a call takes the host `host`."""
+
+    def __init__(self, host: float) -> None:
+        self.host, self.window = host, 0.0
+        self.windows: list[float] = []
+
+    def ready(self, window: clocks.Window | None) -> None:
+        assert window is not None
+        self.window = window.seconds
+        self.windows.append(window.seconds)
+
+    def mark(self) -> float:
+        return 0.0
+
+    def is_behind(self, mark: float) -> bool:
+        return self.window > self.host
+
+    def seconds(self, start: float, stop: float) -> float:
+        return 0.25 + max(0.0, self.host - self.window)
+
+
+def test_the_window_is_longer_than_what_the_host_takes() -> None:
+    device, window = Device(host=0.011), clocks.Window()
+    given: list[object] = []
+
+    def again(_: object = None) -> None:
+        given.append(None)
+
+    # What is measured in too short a window is thrown away, gaps of the host and all.
+    assert clocks.seconds_of(device, again, again, window) == 0.25
+    assert device.windows == [0.002, 0.004, 0.008, 0.016] and len(given) == 8
+    assert clocks.seconds_of(device, again, again, window) == 0.25
+    assert device.windows[4:] == [0.016]
+
+
+def test_a_call_that_waits_for_the_device_has_no_time_of_its_own() -> None:
+    device, window = Device(host=math.inf), clocks.Window()
+    assert math.isnan(clocks.seconds_of(device, dict, len, window)) and window.in_vain
+    assert sum(device.windows) < 2
+    tried = len(device.windows)
+    assert math.isnan(clocks.seconds_of(device, dict, len, window))
+    assert len(device.windows) == tried
 
 
 def test_the_clock_is_made_ready_right_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
 
     class Clock:
-        def ready(self, ahead: bool) -> None:
-            order.append("ahead" if ahead else "ready")
+        def ready(self, window: clocks.Window | None) -> None:
+            order.append("ready" if window is None else "ahead")
 
         def mark(self) -> int:
             order.append("mark")
             return len(order)
+
+        def is_behind(self, mark: int) -> bool:
+            return True
 
         def seconds(self, start: int, stop: int) -> float:
             return float(stop - start)
@@ -109,7 +163,8 @@ def test_the_clock_is_made_ready_right_before_it_starts(monkeypatch: pytest.Monk
     found = {}
     for mode in MODES:
         order.clear()
-        call_cost.timed(mode, loss, inputs, "cuda", ahead=mode == "both")
+        window = clocks.Window() if mode == "both" else None
+        call_cost.timed(mode, loss, inputs, "cuda", window)
         found[mode] = order.copy()
     assert found["forward"] == ["ready", "mark", "call", "mark"]
     assert found["backward"] == ["call", "ready", "mark", "mark"]
@@ -121,13 +176,18 @@ def test_the_clock_is_made_ready_right_before_it_starts(monkeypatch: pytest.Monk
 
 def test_a_gpu_has_a_time_of_its_own_in_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
+    alone = 0.001
 
-    def timed(mode: str, loss: Any, inputs: Any, device: str, ahead: bool) -> float:
-        asked.append(ahead)
-        return 0.001 if ahead else 0.002
+    def timed(mode: str, loss: Any, inputs: Any, device: str, window: Any) -> float:
+        asked.append(window)
+        return 0.002 if window is None else alone
 
     monkeypatch.setattr(call_cost, "timed", timed)
     monkeypatch.setattr(clocks, "has_events", lambda device: True)
     (result,) = measure_case(CASE, ("eager",), ("both",), seconds=1e-9)
     assert result.metrics["speed"].median == 2.0 and result.metrics["device_time"].median == 1.0
-    assert set(asked) == {True, False}
+    # The window is the provider's own, so that it grows once.
+    assert len({id(window) for window in asked}) == 2 and None in asked
+    alone = math.nan
+    (result,) = measure_case(CASE, ("eager",), ("both",), seconds=1e-9)
+    assert "device_time" not in result.metrics and "waits for the device" in str(result.notes)

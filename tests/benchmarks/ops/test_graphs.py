@@ -54,6 +54,25 @@ def test_a_graph_is_verified_and_timed_by_its_replays(monkeypatch: pytest.Monkey
     assert len(made) == 4 and all(graph.count > 5 for graph in made)
 
 
+def test_compiled_code_is_captured_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    resets = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    monkeypatch.setattr(torch, "compile", lambda loss, **options: lambda *a: loss(*a))
+    made: list[FakeGraph] = []
+
+    def capture(call: Callable[[], tuple[Tensor, ...]], device: str) -> graphs.Replay:
+        made.append(FakeGraph(call))
+        return graphs.Replay(made[-1].replay, made[-1].outputs)
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    case = Case("dual_teacher_kl", 18, 33, 64, "float32")
+    results = measure_case(case, ("eager", "compile", "compile-graph"), ("both",), seconds=1e-9)
+    assert [r.status for r in results] == ["timed"] * 3
+    assert "speedup_over_compile-graph" in results[0].metrics
+    # A reset between the two would have the first compiled again while it is timed.
+    assert len(made) == 2 and len(resets) == 1
+
+
 def test_a_graph_that_replays_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def capture(call: Callable[[], tuple[Tensor, ...]], device: str) -> graphs.Replay:
         outputs = tuple(t.clone() for t in call())

@@ -99,3 +99,17 @@ def test_the_largest_n_of_a_provider(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pairs_are_searched_along_the_diagonal() -> None:
     case = Case("siglip", 1024, 1024, 512, "bfloat16")
     assert largest.with_samples(case, 4096).p == 4096
+
+
+def test_on_a_cpu_the_search_has_a_limit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(largest, "WIDTH", 4)
+    monkeypatch.setitem(PROVIDERS, "mulki", starving(1600))
+    words = ("--largest", "--limit", "2048", "--ops", "siglip", "--dtypes", "fp32")
+    chosen = ("--providers", "mulki", "eager", "products")
+    assert run_command(["bench", *words, *chosen]) == 0
+    out = capsys.readouterr().out
+    assert "mulki: N = 1536, and 1664 does not fit" in out
+    assert "eager: N = 2048, where the search ends" in out
+    assert "products: not applicable: computes no loss" in out

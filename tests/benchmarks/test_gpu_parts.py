@@ -1,0 +1,195 @@
+"""What the steps of benchmarks/gpu.sh run, and what it looks for beforehand."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mulki.bench.losses import MULKI
+from mulki.ops import proofs
+from mulki.ops.proofs import Verdict
+from tests import ROOT
+
+
+@pytest.fixture(autouse=True)
+def from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+
+
+def module(name: str) -> Any:
+    return importlib.import_module(f"benchmarks.gpu.{name}")
+
+
+# --- what Triton needs
+
+
+def test_a_compiler_and_its_header_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "Python.h").touch()
+    for name in ("gcc", "mycc"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    missing = module("toolchain").missing
+    assert missing() == []
+    monkeypatch.setenv("CC", "mycc")
+    assert missing() == []
+    # Triton would take it, although gcc is there.
+    monkeypatch.setenv("CC", "gone")
+    assert len(missing()) == 1 and "CC is 'gone'" in missing()[0]
+
+
+def test_what_is_missing_is_said_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    compiler, header = module("toolchain").missing()
+    assert "no C compiler" in compiler and "apt-get install gcc" in compiler
+    version = "{}.{}".format(*sys.version_info)
+    assert f"no Python.h in {tmp_path}" in header and f"python{version}-dev" in header
+
+
+# --- what racecheck reports
+
+RACE = """\
+========= COMPUTE-SANITIZER
+========= Error: Race reported between Write access at stored_rows+0x1a0 in standard.py:293
+=========     and Write access at stored_rows+0x1a0 in standard.py:293 [136 hazards]
+=========
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
+
+
+def test_a_write_that_races_with_itself_is_the_known_false_alarm() -> None:
+    alarms = module("races").false_alarms
+    assert alarms(RACE) == 1 and alarms(RACE + RACE.replace("0x1a0", "0x2b0")) == 2
+    assert alarms("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)") == 0
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("and Write access at stored_rows+0x1a0", "and Write access at stored_rows+0x2b0"),
+        ("and Write access", "and Read access"),
+        ("Write access", "Read access"),
+        ("=========     and Write", "=========     or Write"),
+        ("[136 hazards]", "[136 hazards]\n=========     and Read access at stored_rows+0x3c0"),
+        ("========= RACECHECK", "========= Error: process didn't terminate\n========= RACECHECK"),
+        ("========= RACECHECK", "========= Internal Sanitizer Error: no\n========= RACECHECK"),
+        ("========= RACECHECK", "========= Program hit an illegal address\n========= RACECHECK"),
+        ("========= RACECHECK", "Traceback (most recent call last):\n========= RACECHECK"),
+    ],
+)
+def test_any_other_race_is_none(old: str, new: str) -> None:
+    assert old in RACE
+    assert module("races").false_alarms(RACE.replace(old, new)) == 0
+
+
+# --- what runs under the sanitizer
+
+
+def test_the_small_cases(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = module("small")
+    operators = {"siglip": 0, "dual_teacher_kl": 2}
+    monkeypatch.setattr(small, "OPERATORS", operators)
+    given = ["--device", "cpu", "--shapes", "5x7x8", "6x4x3"]
+    assert small.main([*given, "--verify"]) == 0
+    assert small.main(given) == 0
+    out = capsys.readouterr().out
+    assert out.count(": ran\n") == 2 * 8
+    # Shape by shape, so that what is out of time is a part of each operator.
+    assert [line.split()[1] for line in out.splitlines()[:4]] == ["5x5x8", "5x7x8"] * 2
+    assert small.main([*given, "--seconds", "-1"]) == 0
+    assert "left out: 8 cases, out of time" in capsys.readouterr().out
+    right = MULKI["siglip"]
+    monkeypatch.setitem(MULKI, "siglip", lambda *arguments: 1.1 * right(*arguments))
+    assert small.main([*given, "--verify"]) == 1
+    assert "siglip 5x5x8 float32: loss: relative error 0.1" in capsys.readouterr().out
+
+
+def test_small_shapes_take_wgmma() -> None:
+    """Of each kernel that multiplies, as the compiled kernels' report has it for Hopper."""
+    schedule = importlib.import_module("mulki.kernels.schedule")
+    with (ROOT / "benchmarks" / "kernels" / "compiled.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["architecture"] == "sm_90"]
+    wgmma = {
+        (row["kernel"], row["tile"])
+        for row in rows
+        if row["number_format"] == "bf16" and "wgmma" in row["instructions"]
+    }
+    half, taken = torch.bfloat16, set()
+    shapes = module("small").SHAPES
+    assert {"300x1000x512", "4096x1024x64"} <= set(shapes)
+    for n, p, d in (map(int, shape.split("x")) for shape in shapes):
+        tiles = {"scaled_product": schedule.product_tiles("sm_90", half, n, p)[0]}
+        problem = schedule.Problem(n, p, (d,) * 3, "half", True, whole=True)
+        plan = schedule.plans(problem)[0]
+        if plan.schedule == "rows":
+            tiles["whole_rows"] = schedule.whole_tile("sm_90", 3, plan.rows, p, half)
+        for kernel, tile in tiles.items():
+            words = f"BLOCK_N={tile.rows} BLOCK_P={tile.columns} DEPTH={tile.depth}"
+            taken |= {kernel} if (kernel, words) in wgmma else set()
+    assert taken == {"scaled_product", "whole_rows"}
+
+
+def test_the_stand_in_for_a_sanitizer() -> None:
+    def sanitized(tool: str, code: str) -> subprocess.CompletedProcess[str]:
+        options = ["sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]
+        command = [sys.executable, "-m", "benchmarks.gpu.rehearsal", *options]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    done = sanitized("memcheck", "print('ran')")
+    assert done.returncode == 0 and "ran" in done.stdout and "0 errors" in done.stdout
+    done = sanitized("racecheck", "print('ran')")
+    assert done.returncode == 9 and module("races").false_alarms(done.stdout) == 1
+    done = sanitized("racecheck", "raise SystemExit(3)")
+    assert done.returncode == 3 and module("races").false_alarms(done.stdout) == 0
+
+
+# --- the proof
+
+
+def test_the_proof_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proof = module("proof")
+    monkeypatch.setenv("MULKI_CACHE_DIR", str(tmp_path / "cache"))
+    subject = proofs.subject_of(torch.device("cpu"))
+    asked = []
+
+    def report(device: str, seconds: float, limit: float) -> int:
+        asked.append((device, seconds, limit))
+        proofs.store(subject, [Verdict("siglip", "float32", "small", speedup=1.5)])
+        if seconds == 3:
+            raise KeyboardInterrupt
+        return 1
+
+    monkeypatch.setattr(proof, "report", report)
+    file = tmp_path / "proof.json"
+    given = [str(file), "--device", "cpu", "--limit", "60", "--seconds"]
+    assert proof.main([*given, "2"]) == 1 and asked == [("cpu", 2.0, 60.0)]
+    assert json.loads(file.read_text())["verdicts"][0]["operator"] == "siglip"
+    # And what had been found before the step was stopped.
+    file.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        proof.main([*given, "3"])
+    assert file.is_file()
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(proof, "report", lambda *_: 1)
+    file.unlink()
+    assert proof.main([*given, "2"]) == 1 and not file.exists()
