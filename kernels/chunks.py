@@ -45,11 +45,14 @@ class Blocks:
         self.rows, self.columns = min(plan.rows, self.n), min(plan.columns, self.p)
         self.stride = round_up(self.columns, COLUMN_MULTIPLE)
         rows = round_up(self.rows, ROW_MULTIPLE)
-        self.logits = common.empty_float32(x, len(models), rows, self.stride)
         # The interpreter computes bfloat16 in float32.
         dtype = torch.float32 if common.upcast(models) else x.dtype
-        self.g = self.logits[0].view(dtype)
+        self.of_models = common.empty_float32(x, len(models), rows, self.stride).unbind()
+        self.g = self.of_models[0].view(dtype)
         self.architecture = common.architecture(x.device)
+        # A view takes the host a microsecond, and chunks have most of theirs in common.
+        self._prototypes: dict[tuple[int, int], list[Tensor]] = {}
+        self._logits: dict[tuple[int, int], list[Tensor]] = {}
 
     def __iter__(self) -> Iterator[list[Block]]:
         """The blocks of a chunk of rows, for one chunk after another."""
@@ -68,10 +71,16 @@ class Blocks:
         return min(round_up(columns, COLUMN_MULTIPLE), self.stride)
 
     def compute_logits(self, block: Block) -> None:
-        n, p = block.last - block.first, block.stop - block.start
-        for model, y in zip(self.models, self.logits, strict=True):
-            x, w = model.features[block.first : block.last], model.prototypes
-            multiply(x, w[block.start : block.stop].mT, y[:n, :p])
+        columns, size = block[2:], (block.last - block.first, block.stop - block.start)
+        if columns not in self._prototypes:
+            views = [w[block.start : block.stop].mT for _, w in self.models]
+            self._prototypes[columns] = views
+        if size not in self._logits:
+            self._logits[size] = [y[: size[0], : size[1]] for y in self.of_models]
+        for (x, _), w, y in zip(
+            self.models, self._prototypes[columns], self._logits[size], strict=True
+        ):
+            multiply(x[block.first : block.last], w, y)
 
 
 class OperandGradients:
@@ -137,7 +146,7 @@ def launch_pairs(
         blocks.g.device,
         tile.warps,
         1,
-        y_ptr=blocks.logits[0],
+        y_ptr=blocks.of_models[0],
         row_stride=blocks.stride,
         g_ptr=blocks.g if gradient else None,
         g_stride=blocks.g.stride(0),

@@ -230,7 +230,7 @@ def _compute(
                     block,
                     factors,
                     any(wanted[:2]),
-                    teacher_y_ptrs=tuple(blocks.logits[1:]),
+                    teacher_y_ptrs=blocks.of_models[1:],
                     inputs=_gradient_inputs(scale, teacher_scales, upstream, found),
                     scale_gradients_ptr=scale_gradients,
                     classes=n,

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import triton
@@ -307,7 +308,7 @@ class Rows:
         factors = self.entropy_factor, self.label_factor
         return 1.0 / self.temperature, *factors, self.t2, self.smoothing
 
-    @property
+    @cached_property
     def arguments(self) -> dict[str, Any]:
         """Those of both kernels."""
         return {

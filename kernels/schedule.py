@@ -175,6 +175,7 @@ def whole_tile(architecture: str, models: int, rows: int, p: int, dtype: torch.d
     return Tile(rows, columns, 64 if half and columns <= 128 else 32, warps, 3 if half else 2)
 
 
+@lru_cache(maxsize=1024)
 def row_tile(architecture: str, models: int, columns: int, swap: bool = False) -> RowTile:
     """The tile of a kernel that takes stored logits of so many columns.
 

@@ -240,7 +240,7 @@ def launch_stored(
         tile.warps,
         1,
         **rows.arguments,
-        y_ptrs=tuple(blocks.logits[: len(rows.models)]),
+        y_ptrs=blocks.of_models[: len(rows.models)],
         row_stride=strides[0],
         column_stride=strides[1],
         g_ptr=blocks.g if gradient else None,

@@ -3,6 +3,7 @@
 python -m benchmarks.kernels                 # compiled.csv and RESULTS.md beside this file
 python -m benchmarks.kernels --output OUT --processes 8
 python -m benchmarks.kernels plan            # counts of products, launches and memory; see `plan`
+python -m benchmarks.kernels host            # what a chunk of rows costs the host; see `host`
 
 Takes about ten minutes of one core. Variants that were compiled before come from Triton's cache
 (TRITON_CACHE_DIR), so a run that was stopped goes on where it was. Ends with status 1, and names
@@ -16,6 +17,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.kernels.compiled import compile_all
+from benchmarks.kernels.host import main as host
 from benchmarks.kernels.limits import violations
 from benchmarks.kernels.plan import main as plan
 from benchmarks.kernels.report import ARCHITECTURES, HERE, all_variants, compilers, render, write
@@ -24,6 +26,8 @@ from benchmarks.kernels.report import ARCHITECTURES, HERE, all_variants, compile
 def main() -> int:
     if sys.argv[1:2] == ["plan"]:
         return plan(sys.argv[2:])
+    if sys.argv[1:] == ["host"]:
+        return host()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the report")

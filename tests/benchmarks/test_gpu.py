@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import tarfile
@@ -59,11 +60,15 @@ def test_a_rehearsal_runs_every_step(tmp_path: Path) -> None:
     out.mkdir(parents=True)
     (out / "ops.csv").write_text("of another run")
     # A machine that does something else besides has the time too; an idle one takes a minute.
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = script(str(out), "--rehearse", "--seconds", "3600", PYTHONPATH=path)
     text = (out / "summary.txt").read_text()
     if "Triton's interpreter does not run here" in text:
         pytest.skip(text)
     assert done.returncode == 0, done.stdout + done.stderr
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    took = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert took < 2 * 120, "more than two minutes of two cores"
     assert done.stdout.endswith(text)
     lines = text.splitlines()
     assert lines[0].startswith("benchmarks/gpu.sh on no GPU, a rehearsal: 1 warning, 10 ok, 1 skip")
