@@ -31,6 +31,7 @@ _TOLD = (
     re.compile(r"^(SKIPPED .*)"),
     re.compile(r"^(=+ )?(\d+ (?:passed|failed|skipped|error).* in [\d.]+s.*?)( =+)?$"),
     re.compile(r"^.*: (failed: .*)"),
+    re.compile(r"^(\w+ +\w+ +(?:small|medium|large) +\S+  (?!right$).*)"),  # of a proof
     re.compile(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: .*)"),
     re.compile(r"^=+ ((?:Error|Warning): .*)", re.IGNORECASE),
 )

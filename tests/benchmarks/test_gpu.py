@@ -244,6 +244,8 @@ def test_what_a_step_says_is_in_the_summary(tmp_path: Path) -> None:
         "mulki: failed: loss: relative error 1",
         "SKIPPED [3] tests/a.py:3: out of time",
         "2 failed, 3 passed, 1 skipped in 12.3s (0:01:00)",
+        "siglip                   float32   small       -  loss: relative error 3",
+        "siglip                   bfloat16  small    1.25  right",
         "a line of no interest",
     )
     code = f"import os, sys\nprint({chr(10).join(lines)!r}, os.environ['ONE'])\nsys.exit(3)"
@@ -252,7 +254,7 @@ def test_what_a_step_says_is_in_the_summary(tmp_path: Path) -> None:
     told = [remark.removeprefix("one.log: ") for remark in found.remarks]
     assert told[:2] == list(lines[:2]) and told[2] == "ERROR SUMMARY: 3 errors"
     assert told[3] == "failed: loss: relative error 1" and told[4:6] == list(lines[4:6])
-    assert told[6:] == ["exit status 3"]
+    assert told[6:] == [lines[6], "exit status 3"]
     skipped = steps.run_step(step("", skip="no card"), tmp_path, 100.0, {})
     text = steps.summary([found, skipped], "a card", 12.0)
     assert text.startswith("benchmarks/gpu.sh on a card: 1 failed, 1 skipped in 12 s\n")
