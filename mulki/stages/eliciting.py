@@ -16,8 +16,8 @@ cross-entropy of images against prototypes, is ours.
 
 Measured on the bundled tasks (order III, `python -m benchmarks.embedded.gradients --order III
 --preset small`): the gradient of L_align has a norm of 0.14 in the text tower, where that of the
-cross-entropy has 1.34, and none in the image tower; with the update "batch" 0.05 there, beside 6.8 of
-the cross-entropy and 4.8 of the anchors. So the stage hardly moves either tower.
+cross-entropy has 1.34, and none in the image tower; with the update "batch" 0.05 there, beside 6.8
+of the cross-entropy and 4.8 of the anchors. So the stage hardly moves either tower.
 """
 
 from __future__ import annotations
