@@ -20,7 +20,7 @@ from mulki.data.published.rows import Published, published_row, published_rows
 from mulki.errors import InputError
 from mulki.imports import import_modules
 from mulki.options import flag
-from mulki.report import read_folder
+from mulki.report import RunData, read_folder
 from mulki.report.tables import TITLES
 from mulki.reproduction import WORDS, Judgement, figures_of, judge, leaderboard, options_of
 
@@ -154,14 +154,22 @@ def _print(found: Judgement) -> None:
 
 
 def _list(rows: Mapping[str, Published], runs: Sequence[Path], as_json: bool) -> None:
+    read = [(folder, read_folder(folder)) for folder in runs]
+    by_benchmark = leaderboard(rows, [run for run in read if run[1].status == "complete"])
+    left_out = {folder: data.status for folder, data in read if data.status != "complete"}
     if as_json:
-        print(json.dumps([asdict(row) for row in rows.values()]))
+        ours = [
+            _run_as_json(benchmark, *entry)
+            for benchmark, entries in by_benchmark.items()
+            for entry in entries
+            if not isinstance(entry, Published)
+        ]
+        others = [{"run": str(folder), "status": status} for folder, status in left_out.items()]
+        print(json.dumps([*map(asdict, rows.values()), *ours, *others]))
         return
     console = Console(width=_WIDE)
-    read = [(folder, read_folder(folder)) for folder in runs]
-    complete = [run for run in read if run[1].status == "complete"]
     sources = list(dict.fromkeys(row.source for row in rows.values()))
-    for benchmark, entries in leaderboard(rows, complete).items():
+    for benchmark, entries in by_benchmark.items():
         metrics = [
             name
             for name in _HEADS
@@ -205,12 +213,23 @@ def _list(rows: Mapping[str, Published], runs: Sequence[Path], as_json: bool) ->
                 )
         console.print(Text(benchmark, style="bold"))
         console.print(table, "", sep="\n")
-    for folder, data in read:
-        if data.status != "complete":
-            console.print(Text(f"left out: {folder} is {data.status}"))
+    for folder, status in left_out.items():
+        console.print(Text(f"left out: {folder} is {status}"))
     console.print(Text("in percent; rows of two protocols do not compare. Sources:"))
     for number, source in enumerate(sources, start=1):
         console.print(Text(f"[{number}] {source}"))
+
+
+def _run_as_json(benchmark: str, folder: Path, data: RunData) -> dict[str, Any]:
+    return {
+        "run": str(folder),
+        "status": data.status,
+        "benchmark": benchmark,
+        "method": data.summary.get("method"),
+        "model": options_of(data).get("model"),
+        "uses": list(data.summary.get("uses", ())),
+        "figures": figures_of(data),
+    }
 
 
 def _table(*columns: str) -> Table:

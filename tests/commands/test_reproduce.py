@@ -12,6 +12,7 @@ import yaml
 from mulki.cli import run_command
 from mulki.data.published.rows import published_rows
 from mulki.engine import grid
+from mulki.metrics import read_matrix
 
 Refused = Callable[[Sequence[object]], str]
 
@@ -75,6 +76,16 @@ def test_a_row_is_run_and_judged(
     out = capsys.readouterr().out
     assert out.count("finetune, ours: local-dir:") == 2  # in both benchmarks
     assert f"left out: {found['runs'][1]} is interrupted" in out
+    assert run_command(["reproduce", "--list", "--json", "--rows", str(rows), *runs]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [each["name"] for each in listed if "name" in each] == list(published_rows(rows))
+    ours = [each for each in listed if "run" in each]
+    assert [each["benchmark"] for each in ours[:2]] == ["two tasks", "two tasks, beyond reach"]
+    for each in ours[:2]:
+        assert (each["run"], each["method"]) == (found["runs"][0], "finetune")
+        wanted = read_matrix(Path(each["run"], "matrix.csv")).metrics().to_dict()
+        assert each["figures"].items() >= wanted.items()
+    assert ours[2:] == [{"run": found["runs"][1], "status": "interrupted"}]
 
 
 def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
