@@ -80,7 +80,7 @@ def test_a_row_is_run_and_judged(
     listed = json.loads(capsys.readouterr().out)
     assert [each["name"] for each in listed if "name" in each] == list(published_rows(rows))
     ours = [each for each in listed if "run" in each]
-    assert [each["benchmark"] for each in ours[:2]] == ["two tasks", "two tasks, beyond reach"]
+    assert {each["benchmark"] for each in ours[:2]} == {"two tasks", "two tasks, beyond reach"}
     for each in ours[:2]:
         assert (each["run"], each["method"]) == (found["runs"][0], "finetune")
         wanted = read_matrix(Path(each["run"], "matrix.csv")).metrics().to_dict()
