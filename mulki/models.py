@@ -408,6 +408,7 @@ def _check_files(name: str, pretrained: str | None) -> None:
 
 def _architecture(name: str) -> dict[str, Any]:
     import open_clip
+    from open_clip.pretrained import download_pretrained_from_hf
 
     schema, colon, place = name.partition(":")
     if not colon:
@@ -417,7 +418,7 @@ def _architecture(name: str) -> dict[str, Any]:
     path = (
         place + "/" + file
         if schema == "local-dir"
-        else open_clip.download_pretrained_from_hf(place, filename=file)
+        else download_pretrained_from_hf(place, filename=file)
     )
     return dict(json.loads(Path(path).read_text(encoding="utf-8"))["model_cfg"])
 

@@ -550,3 +550,19 @@ def test_a_frozen_transformer_under_autocast_multiplies_no_copies_of_its_weights
 
     assert products(model.clip) == 0
     assert products(raw) > 0, "open_clip's own order no longer needs this: take it away"
+
+
+def test_the_configuration_of_a_model_of_a_hub(
+    monkeypatch: pytest.MonkeyPatch, load_tiny: Load, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    model = load_tiny()
+    save_weights(model, tmp_path / "weights.safetensors")
+    publish(model, tmp_path / "weights.safetensors", folder)
+
+    def cached(place: str, filename: str) -> str:
+        assert place == "owner/name"
+        return str(folder / filename)
+
+    monkeypatch.setattr("open_clip.pretrained.download_pretrained_from_hf", cached)
+    assert models._architecture("hf-hub:owner/name") == models._architecture(f"local-dir:{folder}")
