@@ -74,6 +74,7 @@ def run_command(argv: Sequence[str]) -> int:
 def _dispatch(argv: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "run": _run,
+        "plan": _plan,
         "eval": _eval,
         "export": _export,
         "metrics": _metrics,
@@ -135,7 +136,23 @@ def _run(argv: list[str]) -> int:
     return 0
 
 
-def _given(argv: list[str]) -> tuple[dict[str, Any], str | None]:
+def _plan(argv: list[str]) -> int:
+    """What a run would do, need and take, without making it: mulki plan embedded --json"""
+    from rich.console import Console
+
+    from mulki.commands.plan import show_plan
+    from mulki.commands.training import prepare_process
+
+    prepare_process()
+    given, resume = _given(argv, "plan")
+    if resume is not None:
+        raise InputError("mulki plan: got --resume, but a plan is of a run from its start")
+    as_json = given.pop("json", False)
+    show_plan(given, Console(stderr=True), as_json=as_json)
+    return 0
+
+
+def _given(argv: list[str], command: str = "run") -> tuple[dict[str, Any], str | None]:
     # The options of a run, and the folder of one that goes on.
     from mulki.commands.grid import add_grid_options, check_lists
     from mulki.data import sequence_names
@@ -153,11 +170,12 @@ def _given(argv: list[str]) -> tuple[dict[str, Any], str | None]:
             )
         return _of_folder(resumed.resume), resumed.resume
     config, from_file, method = _method_and_file(argv)
+    goes_on = "; run --resume DIR" if command == "run" else ""
     parser = Parser(
-        prog="mulki run",
-        usage="mulki run [TASKS ...] [--config FILE] [--method METHOD] [--OPTION VALUE ...]; "
-        "run --resume DIR",
-        description=_run.__doc__,
+        prog=f"mulki {command}",
+        usage=f"mulki {command} [TASKS ...] [--config FILE] [--method METHOD] "
+        f"[--OPTION VALUE ...]{goes_on}",
+        description={"run": _run, "plan": _plan}[command].__doc__,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -171,6 +189,9 @@ def _given(argv: list[str]) -> tuple[dict[str, Any], str | None]:
     parser.add_argument(
         "--resume", metavar="DIR", help="go on with the run in this folder, without other options"
     )
+    if command == "plan":
+        text = "print the numbers as JSON"
+        parser.add_argument("--json", action="store_const", const=True, help=text)
     add_grid_options(parser)
     add_options(parser.add_argument_group("run"), RunConfig)
     group = parser.add_argument_group(f"method {method.name}", method.summary)

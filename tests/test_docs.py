@@ -79,8 +79,8 @@ def run(line: str, model: dict[str, str], number: int, capsys: pytest.CaptureFix
         assert "operators" in str(mulki.info())
         return
     assert program == "mulki", f"{line}: a test runs mulki alone; mark the command"
-    if words[0] == "run" and not {"--resume", "--help"} & set(words):
-        given = [] if "--name" in words else ["--name", f"run-{number}"]
+    if words[0] in ("run", "plan") and not {"--resume", "--help"} & set(words):
+        given = [] if {"--name", "plan"} & set(words) else ["--name", f"run-{number}"]
         words += [*given, "--model", model["model"], *SMALL.split()]
     if words == ["doctor"]:
         words += ["--seconds", "0"]
@@ -162,8 +162,9 @@ def test_a_command_that_is_not_run_has_options_that_exist(
         words = words_of(line)
         if "--" in words:
             words = ["mulki", *words[words.index("--") + 1 :]]
-        if words[:2] == ["mulki", "run"]:
-            given, _ = cli._given(words[2:])
+        if words[:2] in (["mulki", "run"], ["mulki", "plan"]):
+            given, _ = cli._given(words[2:], words[1])
+            given.pop("json", None)
             resolve({option: value for option, value in given.items() if option not in GRID})
         elif words[1:2] == ["-m"] and words[2].startswith("benchmarks."):
             folder = ROOT / words[2].replace(".", "/")

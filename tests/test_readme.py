@@ -223,9 +223,10 @@ def options(options_class: type) -> set[str]:
 def known_options(command: str) -> set[str]:
     if command == "bench":
         return options(BenchOptions) | {"--help"}
-    if command == "run":
+    if command in ("run", "plan"):
         every = (options(methods.get(method).Options) for method in methods.available())
-        return options(RunConfig).union(*every) | GRID | {"--config", "--resume", "--help"}
+        of_run = options(RunConfig).union(*every) | {"--config", "--help"}
+        return of_run | (GRID | {"--resume"} if command == "run" else {"--json"})
     if command == "report":
         return {"--figures", "--no-figures", "--help"}
     if command == "reproduce":

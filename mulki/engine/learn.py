@@ -15,6 +15,7 @@ from mulki.engine import schedule
 from mulki.engine.anchors import Anchors
 from mulki.engine.batches import Batch, Transform, kept_samples, task_batches
 from mulki.engine.config import RunConfig
+from mulki.engine.memory import Fit
 from mulki.engine.precision import Precision
 from mulki.engine.randomness import set_random_state
 from mulki.engine.rates import learning_rates
@@ -78,6 +79,7 @@ def learn_task(
     prepared: Callable[[int], None] = lambda images: None,
     saves: Saves | None = None,
     saved: Mapping[str, Any] | None = None,
+    fitted: Callable[[Fit], None] | None = None,
 ) -> int:
     """Train the model on one task, in place, with each class's first prompt as its text.
 
@@ -97,6 +99,8 @@ def learn_task(
         saves: of the run; none by default.
         saved: the state within this task to go on from. The weights of the student and of the
             frozen models are those of that moment already.
+        fitted: called at the first step with the micro-batch that fits, which is then measured
+            whatever the option says.
 
     Returns:
         The number of steps of the task.
@@ -134,7 +138,7 @@ def learn_task(
         TaskStart(index, len(task.classes), steps, model.trainable(), teachers.prototypes)
     )
     method.to(model.device)
-    step = Step(model, method, teachers, prompts, config, precision, world, anchors)
+    step = Step(model, method, teachers, prompts, config, precision, world, anchors, fitted)
     guard = SpikeGuard(config.spike_guard)
     done = 0
     if saved is not None:

@@ -35,11 +35,13 @@ class Fit:
         size: samples.
         per_sample: bytes that are saved of a sample for the backward pass.
         available: bytes that are free for them; None if that is not known.
+        largest: samples that would fit if there were as many; None if that is not known.
     """
 
     size: int
     per_sample: int
     available: int | None
+    largest: int | None = None
 
     def __str__(self) -> str:
         mib = 2**20
@@ -78,15 +80,17 @@ def fitting_micro_batch(
     with _generators_kept(devices):
         per_sample = max(_bytes_of_a_sample(encode, images), 1)
         if available is not None:
-            available = max(available - 3 * sum(_local(p).nbytes for p in parameters), 0)
+            available = max(available - 3 * sum(local(p).nbytes for p in parameters), 0)
             room = int(_USED_FRACTION * available) - beside
-            size = min(max(room // per_sample, 1), len(images))
+            largest = max(room // per_sample, 1)
+            size = min(largest, len(images))
         else:
-            size = len(images)
+            largest, size = None, len(images)
         size = smallest(size)
         while tried and size > 1 and not smallest(_passes(encode, images[:size], parameters)):
             size //= 2
-    return Fit(size, per_sample, available)
+            largest = size
+    return Fit(size, per_sample, available, largest)
 
 
 def graph_bytes(encode: Callable[[Tensor], Tensor], inputs: Tensor) -> int:
@@ -104,9 +108,9 @@ def _bytes_of_a_sample(encode: Callable[[Tensor], Tensor], inputs: Tensor) -> in
     return max(two - one, 0)
 
 
-def _local(parameter: nn.Parameter) -> Tensor:
-    # The part of a sharded parameter that is on this process.
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+def local(parameter: Tensor) -> Tensor:
+    """The part of a parameter that is on this process: all of it where it is not sharded."""
+    return parameter.tolocal() if isinstance(parameter, DTensor) else parameter
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from mulki.engine.learn import steps_of
 from mulki.engine.memory import free_memory
 from mulki.engine.progress import STEPS, TEACHERS, TEST, megabytes
 from mulki.engine.setup import Setup
+from mulki.models import VisionLanguageModel
 from mulki.ops import backends
 from mulki.ops.serving import grouped
 
@@ -30,17 +31,22 @@ def steps_of_tasks(setup: Setup) -> list[int]:
     return [steps_of(setup.config, len(t.train), setup.world.size) for t in setup.tasks]
 
 
+def parameter_counts(model: VisionLanguageModel) -> tuple[int, int]:
+    """Parameters of a model, all and those that train."""
+    every, some = model.clip.parameters(), model.trainable().values()
+    return sum(p.numel() for p in every), sum(p.numel() for p in some)
+
+
 def plan(setup: Setup) -> list[str]:
     """Lines that say what is learned, with what, on what, and where the results go."""
     config, device = setup.config, setup.precision.device
-    parameters = setup.model.clip.parameters()
-    counts = [sum(p.numel() for p in of) for of in (parameters, setup.model.trainable().values())]
+    counts = parameter_counts(setup.model)
     number, images = len(setup.tasks), sum(len(task.train) for task in setup.tasks)
     named = f" of {' '.join(config.tasks)}" if config.tasks else ""
     lines = {
         "run": f"{config.method} on {_count(number, 'task')}{named}, order {config.order}, "
         f"seed {config.seed}",
-        "model": f"{config.model}, {_millions(counts[0])} parameters, {_millions(counts[1])} train",
+        "model": f"{config.model}, {millions(counts[0])} parameters, {millions(counts[1])} train",
         "device": f"{_device(device, setup.world.size)}, precision {setup.precision.name}",
         "kernels": _kernels(device, setup.precision.dtype or torch.float32),
         "steps": _steps(setup, images),
@@ -86,5 +92,6 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _millions(count: int) -> str:
+def millions(count: int) -> str:
+    """A number of parameters."""
     return f"{count / 1e6:.1f} M" if count >= 1e5 else str(count)

@@ -17,11 +17,10 @@ from mulki.answers import Answers, read_answers
 from mulki.catalog import write_examples, write_tasks
 from mulki.data import Task
 from mulki.data.loader import batches
-from mulki.engine import sharding
-from mulki.engine.anchors import Anchors, anchor_texts
+from mulki.engine.anchors import anchor_texts
 from mulki.engine.checkpoints import publish, save_weights
 from mulki.engine.config import Settings
-from mulki.engine.learn import learn_task, steps_of
+from mulki.engine.learn import steps_of
 from mulki.engine.plan import amounts, plan
 from mulki.engine.progress import TEST, RunProgress
 from mulki.engine.recovery import TOO_FAST, Saves, check_finite
@@ -29,22 +28,15 @@ from mulki.engine.reporter import Reporter
 from mulki.engine.resuming import finish_again, is_complete, restore, run_state
 from mulki.engine.setup import Setup, prepared
 from mulki.engine.signals import Signals
+from mulki.engine.task_learner import TaskLearner
 from mulki.errors import InputError, Stopped
 from mulki.evaluate import Evaluator, Loader, shared_classes
-from mulki.methods import PREVIOUS, ZERO_SHOT
 from mulki.metrics import ZERO_SHOT as ZERO_SHOT_ROW
-from mulki.models import VisionLanguageModel
 from mulki.report import write_report
 from mulki.results import RunFolder
-from mulki.texts import TextInputs
 
 # Memory for the transformed test images of a task, which every evaluation needs again.
 _TEST_CACHE_MIB = 256
-
-# Anchors of a step where encoding them costs about as much as encoding the images does: through a
-# text tower, and through its projection alone.
-_ENCODED_ANCHORS = 256
-_PROJECTED_ANCHORS = 2**15
 
 _log = logging.getLogger(__name__)
 
@@ -146,11 +138,10 @@ class _Sequence:
             size=4 * sum(p.nbytes for p in setup.model.trainable().values()),
             used=setup.method.trains and not setup.config.fsdp,
         )
-        self.text_inputs = TextInputs(setup.model, setup.world)
         self.evaluator = Evaluator(
             setup.model,
             setup.tasks,
-            [_test_loader(setup, t) for t in setup.tasks],
+            [test_loader(setup, t) for t in setup.tasks],
             setup.world,
             setup.config.label_space,
             progress.advance,
@@ -158,23 +149,17 @@ class _Sequence:
 
     def learn(self) -> None:
         setup = self.setup
-        method, tasks, model = setup.method, setup.tasks, setup.model
+        method, tasks = setup.method, setup.tasks
         self._log_start()
-        frozen = self._frozen_models()
-        for each in {id(m): m for m in (model, *frozen.values())}.values():
-            if setup.config.fsdp:
-                sharding.shard(each, setup.precision.device)
-            if setup.config.torchcompile:
-                each.compile()
+        learner = TaskLearner(setup)
+        frozen, text_inputs = learner.frozen, learner.text_inputs
         self.saves.of_run(
-            lambda in_task: run_state(
-                setup, frozen, self.text_inputs, self.learned, self.steps, in_task
-            )
+            lambda in_task: run_state(setup, frozen, text_inputs, self.learned, self.steps, in_task)
         )
         in_task = None
         if setup.saved is not None:
             self.learned, self.steps = setup.saved["learned"], setup.saved["steps"]
-            in_task = restore(setup.saved, setup, frozen, self.text_inputs)
+            in_task = restore(setup.saved, setup, frozen, text_inputs)
             done = self.steps + (in_task["steps"] if in_task else 0)
             self._skip(done)
             _log.info("goes on after %d tasks and %d steps", self.learned, done)
@@ -188,7 +173,7 @@ class _Sequence:
         if self.learned >= setup.rows:
             self._finish(self.learned)
         for index in range(self.learned, len(tasks)):
-            self._learn_task(index, tasks[index], frozen, in_task)
+            self._learn_task(index, tasks[index], learner, in_task)
             in_task = None
             self.learned = index + 1
             self._check_weights(f"task {tasks[index].name}, after its last step")
@@ -260,55 +245,16 @@ class _Sequence:
             counts = ", ".join(f"{name} {count}" for name, count in left_out.items() if count)
             _log.info("text anchors left out for a class of the same name: %s", counts or "none")
 
-    def _anchors(self, index: int) -> Anchors | None:
-        setup = self.setup
-        if not setup.method.needs.anchors:
-            return None
-        per_step = setup.config.anchors_per_step
-        if per_step is None and setup.method.needs.student_anchors:
-            per_step = _ENCODED_ANCHORS if setup.model.trains_texts else _PROJECTED_ANCHORS
-        texts = anchor_texts(setup.method.needs.anchors, setup.tasks, index, setup.vocabulary)
-        return Anchors(texts, self.text_inputs, per_step, seed=setup.config.seed + index)
-
-    def _frozen_models(self) -> dict[str, VisionLanguageModel]:
-        # Copied once and given new weights before each task: a sharded model cannot be copied.
-        needs, model = self.setup.method.needs, self.setup.model
-        frozen = {}
-        if ZERO_SHOT in needs.teachers or needs.prototypes:
-            frozen[ZERO_SHOT] = model.frozen_copy()
-        if PREVIOUS in needs.teachers:
-            # With a single task, the previous model is always the original one.
-            single = len(self.setup.tasks) == 1
-            original = frozen.get(ZERO_SHOT) if single else None
-            frozen[PREVIOUS] = original or model.frozen_copy()
-        return frozen
-
     def _learn_task(
-        self,
-        index: int,
-        task: Task,
-        frozen: Mapping[str, VisionLanguageModel],
-        saved: Mapping[str, Any] | None,
+        self, index: int, task: Task, learner: TaskLearner, saved: Mapping[str, Any] | None
     ) -> None:
-        setup = self.setup
-        steps = steps_of(setup.config, len(task.train), setup.world.size)
+        config = self.setup.config
+        steps = steps_of(config, len(task.train), self.setup.world.size)
         self.reporter.start_task(index, task, steps, self.steps)
-        if index == 0 and ZERO_SHOT in frozen:
-            frozen = dict.fromkeys(frozen, frozen[ZERO_SHOT])
-        elif index > 0 and PREVIOUS in frozen and saved is None:
-            frozen[PREVIOUS].copy_from(setup.model)
-        self.steps += learn_task(
-            setup.model,
-            setup.method,
+        self.steps += learner.learn(
+            index,
             task,
-            frozen,
-            setup.config,
-            index=index,
-            transform=setup.transform,
-            precision=setup.precision,
-            world=setup.world,
-            reference=setup.reference_of(task),
-            anchors=self._anchors(index),
+            config,
             listen=self.reporter.step,
             prepared=self.progress.advance,
             saves=self.saves,
@@ -368,7 +314,8 @@ class _Sequence:
             publish(model, path, folder.latest, whole)
 
 
-def _test_loader(setup: Setup, task: Task) -> Loader:
+def test_loader(setup: Setup, task: Task) -> Loader:
+    """The test images of a task in batches, transformed once."""
     return batches(
         task.test,
         setup.model.preprocess,

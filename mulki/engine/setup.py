@@ -68,7 +68,8 @@ class Setup:
         transform: of the training images.
         precision: how the encoders compute, and the device of this process.
         world: the processes of the run.
-        folder: where the results go; None in all processes but the first.
+        folder: where the results go; None in all processes but the first, and where nothing is
+            written.
         saved: the state that the run goes on from; None for a run from its start.
         rows: how many rows of results there are already.
     """
@@ -105,6 +106,8 @@ def prepared(
     settings: Settings,
     tasks: Sequence[Task] | None = None,
     resume: str | os.PathLike[str] | None = None,
+    *,
+    write: bool = True,
 ) -> Iterator[Setup]:
     """Check everything that can be checked, then make the run folder, or open that of `resume`.
 
@@ -115,6 +118,7 @@ def prepared(
         settings: from `mulki.engine.config.resolve`.
         tasks: learned instead of those that the settings name.
         resume: the folder of a run to go on with.
+        write: make a run folder; without it nothing is written, after the same checks.
 
     Raises:
         InputError: bad tasks, model, device or options, or a folder that is taken.
@@ -166,7 +170,7 @@ def prepared(
         # during training differs.
         if world.rank:
             _seed_everything(config.seed + world.rank)
-        if world.main and folder is None:
+        if world.main and folder is None and write:
             uses = _beyond_tasks(config, method).uses
             folder = _make_folder(settings, tasks, hashes, uses, precision, world)
             at_end.callback(folder.release)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +41,7 @@ class Step:
         precision: how the encoders compute.
         world: the processes that train together.
         anchors: of the task, if the method needs any.
+        fitted: see `mulki.engine.learn.learn_task`.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Step:
         precision: Precision,
         world: World,
         anchors: Anchors | None = None,
+        fitted: Callable[[memory.Fit], None] | None = None,
     ):
         self._model = model
         self._method = method
@@ -65,6 +67,7 @@ class Step:
         self._parameters = [*model.trainable().values(), *method.parameters()]
         self._optimizer = _optimizer(model, method, config)
         self._micro_batch: int | None = None
+        self._fitted = fitted
 
     def state(self) -> dict[str, Any]:
         """What the step keeps from one batch to the next, beside what it is made of."""
@@ -159,10 +162,11 @@ class Step:
         captions: Tensor | None,
     ) -> int:
         config, device, world, images = self._config, self._model.device, self._world, batch.images
-        if config.micro_batch is None:
-            return len(images)
-        if config.micro_batch != AUTO:
-            return min(int(config.micro_batch), len(images))
+        given = len(images)
+        if config.micro_batch is not None and config.micro_batch != AUTO:
+            given = min(int(config.micro_batch), given)
+        if config.micro_batch != AUTO and self._fitted is None:
+            return given
 
         def encode(part: Tensor) -> Tensor:
             features = self._encode_images(part)
@@ -187,6 +191,10 @@ class Step:
             tried=device.type != "cpu" and not config.fsdp,
             smallest=lambda number: world.smallest(number, device),
         )
+        if self._fitted is not None:
+            self._fitted(fit)
+        if config.micro_batch != AUTO:
+            return given
         _log.info("--micro-batch auto: %d of %d images at a time (%s)", fit.size, len(images), fit)
         return fit.size
 

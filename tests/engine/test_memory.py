@@ -32,7 +32,7 @@ def encoder() -> nn.Module:
 
 def test_what_a_sample_keeps_is_measured() -> None:
     found = fitting_micro_batch(encoder(), torch.zeros(100, WIDTH), (), 10**9)
-    assert found == Fit(100, PER_SAMPLE, 10**9)
+    assert found == Fit(100, PER_SAMPLE, 10**9, 10**9 // 2 // PER_SAMPLE)
     assert str(found) == "0.0 MiB an image, 954 MiB free"
 
 
@@ -73,7 +73,7 @@ def test_memory_is_left_for_gradients_and_moments() -> None:
     taken = 3 * 4 * (WIDTH * WIDTH + WIDTH)
     free = taken + 2 * 8 * PER_SAMPLE
     found = fitting_micro_batch(module, torch.zeros(20, WIDTH), parameters, free)
-    assert found == Fit(8, PER_SAMPLE, free - taken)
+    assert found == Fit(8, PER_SAMPLE, free - taken, 8)
     assert fitting_micro_batch(module, torch.zeros(20, WIDTH), parameters, 100).size == 1
 
 
