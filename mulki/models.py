@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from mulki.errors import InputError, nearest
 from mulki.files import check_regular
+from mulki.huggingface.read import SCHEMA, load_huggingface
 from mulki.tensor_files import load_tensors
 
 BUNDLED = "mulki-mini"
@@ -47,6 +48,8 @@ class VisionLanguageModel:
             checkpoints leave these out.
         config: the content of its ``open_clip_config.json``, None if that is not known.
         split: how far `text_inputs` encodes; by default up to the first trainable part.
+        trunk: the ``config.json`` from which timm makes the image tower, where it has no name for
+            it; `config` then has no name either.
     """
 
     clip: Any
@@ -56,6 +59,7 @@ class VisionLanguageModel:
     packaged: tuple[str, ...] = ()
     config: dict[str, Any] | None = None
     split: TextSplit | None = None
+    trunk: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         # On CPUs convolutions are several times faster in this layout; it only changes 4-d tensors.
@@ -309,7 +313,8 @@ def load(
 
     Args:
         name: "mulki-mini" (bundled), an open_clip model name ("ViT-B-32", "ViT-B/32"), or
-            "hf-hub:org/repo", "local-dir:path" as open_clip reads them.
+            "hf-hub:org/repo", "local-dir:path" as open_clip reads them, or "hf-local:path", a CLIP
+            or SigLIP that transformers has saved.
         pretrained: a tag of that model in open_clip, or the path of a checkpoint, such as the
             task checkpoints of a run. None means the bundled weights for "mulki-mini" and random
             ones for a plain name (a warning says so).
@@ -327,7 +332,12 @@ def load(
         raise InputError(
             f"--pretrained: {name} brings its own weights; leave --pretrained {pretrained} out"
         )
-    model = _load_bundled(pretrained) if name == BUNDLED else _load_open_clip(name, pretrained)
+    if name == BUNDLED:
+        model = _load_bundled(pretrained)
+    elif name.startswith(f"{SCHEMA}:"):
+        model = load_huggingface(name.partition(":")[2])
+    else:
+        model = _load_open_clip(name, pretrained)
     model.clip.to(device)
     if model.device.type == "cpu":
         _sequence_first(model.clip)
@@ -391,7 +401,17 @@ def _load_open_clip(name: str, pretrained: str | None) -> VisionLanguageModel:
         ) from error
     # A local folder has just been read without an error, so its configuration is valid.
     config = {"model_cfg": _architecture(name), "preprocess_cfg": clip.visual.preprocess_cfg}
-    return VisionLanguageModel(clip, tokenizer, preprocess, name, config=config)
+    trunk = _trunk_of(config["model_cfg"]["vision_cfg"])
+    return VisionLanguageModel(clip, tokenizer, preprocess, name, config=config, trunk=trunk)
+
+
+def _trunk_of(vision: dict[str, Any]) -> dict[str, Any] | None:
+    # The image tower that timm has just made of a folder; its place is left out of `vision`.
+    schema, _, place = str(vision.get("timm_model_name", "")).partition(":")
+    if schema != "local-dir":
+        return None
+    del vision["timm_model_name"]
+    return dict(json.loads(Path(place, "config.json").read_text(encoding="utf-8")))
 
 
 def _check_files(name: str, pretrained: str | None) -> None:

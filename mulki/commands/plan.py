@@ -14,12 +14,13 @@ from rich.table import Table
 from mulki.commands.grid import is_grid
 from mulki.engine.config import Settings, resolve
 from mulki.engine.costs import Costs, measure
-from mulki.engine.downloads import offline, weights_to_download
+from mulki.engine.downloads import weights_to_download
 from mulki.engine.plan import millions, plan
 from mulki.engine.progress import megabytes
 from mulki.engine.setup import prepared
 from mulki.engine.time_left import clock
 from mulki.errors import InputError
+from mulki.offline import offline
 
 # Bytes of a parameter in most published weights.
 _FLOAT32 = 4

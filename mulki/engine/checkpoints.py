@@ -23,6 +23,8 @@ CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 # In the folder of a run.
 LATEST = Path("checkpoints", "latest")
+# In a published folder, where timm makes the image tower of a configuration.
+TRUNK = Path("image_tower", "config.json")
 ARGUMENTS = "args.yaml"
 
 
@@ -67,6 +69,9 @@ def publish(
         whole = model.checkpoint(whole=True) if whole is None else whole
     else:
         whole = None
+    if model.trunk is not None and config is not None:
+        place = (folder.resolve() / TRUNK).parent
+        config["model_cfg"]["vision_cfg"]["timm_model_name"] = f"local-dir:{place}"
     said = "" if config is None else json.dumps(config, indent=2) + "\n"
     if folder.is_dir() and _reads(folder / CONFIG_NAME) == said:
         _put_weights(model, weights, folder, whole)
@@ -80,6 +85,9 @@ def publish(
             tokenizer.save_pretrained(new)
         if whole is not None:
             model.clip.text.config.save_pretrained(new)
+        if model.trunk is not None:
+            (new / TRUNK).parent.mkdir()
+            write_atomic(new / TRUNK, json.dumps(model.trunk, indent=2) + "\n")
         if said:
             write_atomic(new / CONFIG_NAME, said)
 

@@ -70,7 +70,11 @@ class RunConfig:
         "small: half a batch, for comparisons of many runs; quick: a smoke test in under a minute; "
         "zscl, mulki-mtil: the training of ZSCL on MTIL, with its method or with mulki",
     )
-    model: str = option("mulki-mini", "mulki-mini, an open_clip model, hf-hub:... or local-dir:...")
+    model: str = option(
+        "mulki-mini",
+        "mulki-mini, an open_clip model, hf-hub:..., local-dir:..., or hf-local:DIR, a CLIP or "
+        "SigLIP that transformers has saved",
+    )
     pretrained: str | None = option(None, "a tag of open_clip or a checkpoint's path")
     iterations: int = option(1000, "optimiser steps per task", low=1)
     epochs: float | None = option(

@@ -1,14 +1,13 @@
-"""What a run would download before its first step, and looking at it without a network."""
+"""What a run would download before its first step."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mulki.errors import InputError
 from mulki.models import BUNDLED
+from mulki.offline import offline
 
 
 def weights_to_download(model: str, pretrained: str | None) -> str:
@@ -55,16 +54,3 @@ def _is_here(known: dict[str, Any]) -> bool:
     except Exception:  # whatever a hub raises without a network
         return False
     return True
-
-
-@contextlib.contextmanager
-def offline() -> Iterator[None]:
-    """Keep the Hugging Face hub to what is on this machine."""
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before

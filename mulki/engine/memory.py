@@ -110,7 +110,7 @@ def _bytes_of_a_sample(encode: Callable[[Tensor], Tensor], inputs: Tensor) -> in
 
 def local(parameter: Tensor) -> Tensor:
     """The part of a parameter that is on this process: all of it where it is not sharded."""
-    return parameter.tolocal() if isinstance(parameter, DTensor) else parameter
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 @contextlib.contextmanager

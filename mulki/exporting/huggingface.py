@@ -1,8 +1,7 @@
-"""CLIP of open_clip as `transformers.CLIPModel`, with its tokenizer and its image processor."""
+"""CLIP and SigLIP of open_clip as transformers has them, with tokenizer and image processor."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,44 +12,21 @@ from torch import Tensor
 
 from mulki.errors import InputError
 from mulki.exporting.checks import TEXTS, export_folder, largest_difference, need_packages
+from mulki.exporting.siglip import siglip_config, siglip_tokenizer
+from mulki.exporting.towers import transformer_config
+from mulki.huggingface.names import to_huggingface
 from mulki.models import VisionLanguageModel, quiet_transformers
 
-# Names of open_clip's parameters, within a tower, and those of transformers.
-_TEXT = {
-    "token_embedding.weight": "embeddings.token_embedding.weight",
-    "positional_embedding": "embeddings.position_embedding.weight",
-    "ln_final.weight": "final_layer_norm.weight",
-    "ln_final.bias": "final_layer_norm.bias",
-}
-_VISION = {
-    "class_embedding": "embeddings.class_embedding",
-    "positional_embedding": "embeddings.position_embedding.weight",
-    "conv1.weight": "embeddings.patch_embedding.weight",
-    # As transformers spells it.
-    "ln_pre.weight": "pre_layrnorm.weight",
-    "ln_pre.bias": "pre_layrnorm.bias",
-    "ln_post.weight": "post_layernorm.weight",
-    "ln_post.bias": "post_layernorm.bias",
-}
-_LAYER = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
-_IN_LAYER = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)")
-_ACTIVATIONS = {"GELU": "gelu", "QuickGELU": "quick_gelu"}
 # Of the vocabulary that open_clip and transformers have in common.
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
 def export_huggingface(model: VisionLanguageModel, folder: Path) -> float:
-    """Write a folder that ``transformers.CLIPModel.from_pretrained`` loads, without any network.
+    """Write a folder that ``CLIPModel`` or ``SiglipModel`` loads, without any network.
 
     Args:
-        model: a CLIP with a vision transformer and open_clip's own text tower, on the CPU, in
-            float32.
+        model: a CLIP with a vision transformer and open_clip's own text tower, or a SigLIP, on the
+            CPU, in float32.
         folder: made; it must not exist or be empty.
 
     Returns:
@@ -60,21 +36,23 @@ def export_huggingface(model: VisionLanguageModel, folder: Path) -> float:
         InputError: transformers is missing or has no such architecture, or the folder is taken.
     """
     need_packages("--to huggingface", "transformers")
-    from transformers import CLIPModel
-
-    weights = clip_weights(model.clip.state_dict(), model.name)
-    config = _config(model)
-    exported = CLIPModel(config)
+    siglip = hasattr(model.clip.visual, "trunk")
+    try:
+        weights = to_huggingface(model.clip.state_dict())
+        config = siglip_config(model) if siglip else _config(model)
+    except (AttributeError, KeyError) as error:
+        raise _no_such_model(model.name, f"it has {error.args[0]}") from None
+    exported = _class(siglip)(config)
     try:
         exported.load_state_dict(weights)
     except RuntimeError as error:
         raise _no_such_model(model.name, " ".join(str(error).split())[:200]) from None
-    tokenizer = _tokenizer(model)
+    tokenizer = siglip_tokenizer(model) if siglip else _tokenizer(model)
     with export_folder(folder) as new, quiet_transformers():
         exported.save_pretrained(new)
         tokenizer.save_pretrained(new)
         _processor(model).save_pretrained(new)
-        again = CLIPModel.from_pretrained(new, local_files_only=True).eval()
+        again = _class(siglip).from_pretrained(new, local_files_only=True).eval()
         return largest_difference(
             model,
             lambda pixels: _features(again.get_image_features(pixel_values=pixels)),
@@ -82,47 +60,10 @@ def export_huggingface(model: VisionLanguageModel, folder: Path) -> float:
         )
 
 
-def clip_weights(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The state dict of `transformers.CLIPModel` with the weights of an open_clip model.
+def _class(siglip: bool) -> Any:
+    import transformers
 
-    Args:
-        state: of `open_clip.CLIP` or `open_clip.CustomTextCLIP`.
-        name: of the model, for messages.
-
-    Raises:
-        InputError: weights that a CLIP of transformers has not.
-    """
-    found: dict[str, Tensor] = {}
-    for key, value in state.items():
-        value = value.detach().float().contiguous()
-        tower, names, own = "text_model", _TEXT, key.removeprefix("text.")
-        if key.startswith("visual."):
-            tower, names, own = "vision_model", _VISION, key.removeprefix("visual.")
-        if key == "logit_scale":
-            found[key] = value.reshape(())
-        elif key == "visual.proj":
-            found["visual_projection.weight"] = value.T.contiguous()
-        elif own == "text_projection":
-            found["text_projection.weight"] = value.T.contiguous()
-        elif own in names:
-            found[f"{tower}.{names[own]}"] = value
-        elif layer := _layer(own, value):
-            found |= {f"{tower}.encoder.layers.{name}": part for name, part in layer.items()}
-        else:
-            raise _no_such_model(name, f"it has {key}")
-    return found
-
-
-def _layer(key: str, value: Tensor) -> dict[str, Tensor]:
-    # The parts of a parameter of a transformer's layer, none if transformers has no such one.
-    match = _IN_LAYER.fullmatch(key)
-    if match is None:
-        return {}
-    number, own, kind = match[1], match[2], match[3]
-    if own == "attn.in_proj":
-        parts = zip("qkv", value.chunk(3), strict=True)
-        return {f"{number}.self_attn.{n}_proj.{kind}": part.clone() for n, part in parts}
-    return {f"{number}.{_LAYER[own]}.{kind}": value} if own in _LAYER else {}
+    return transformers.SiglipModel if siglip else transformers.CLIPModel
 
 
 def _config(model: VisionLanguageModel) -> Any:
@@ -130,38 +71,22 @@ def _config(model: VisionLanguageModel) -> Any:
 
     clip = model.clip
     visual, text = clip.visual, getattr(clip, "text", clip)
-    try:
-        shapes: dict[str, Any] = {
-            "vision_config": {
-                **_transformer(visual.transformer),
-                "image_size": model.image_size,
-                "patch_size": visual.conv1.kernel_size[0],
-            },
-            "text_config": {
-                **_transformer(text.transformer),
-                "max_position_embeddings": text.positional_embedding.shape[0],
-                "vocab_size": text.token_embedding.num_embeddings,
-                "bos_token_id": model.tokenizer.sot_token_id,  # type: ignore[attr-defined]
-                "eos_token_id": model.tokenizer.eot_token_id,  # type: ignore[attr-defined]
-                "pad_token_id": model.tokenizer.eot_token_id,  # type: ignore[attr-defined]
-            },
-        }
-        width = visual.proj.shape[1]
-    except (AttributeError, KeyError) as error:
-        raise _no_such_model(model.name, str(error)) from None
-    return CLIPConfig(**shapes, projection_dim=width)
-
-
-def _transformer(tower: Any) -> dict[str, Any]:
-    first = tower.resblocks[0]
-    return {
-        "hidden_size": first.attn.embed_dim,
-        "intermediate_size": first.mlp.c_fc.out_features,
-        "num_hidden_layers": len(tower.resblocks),
-        "num_attention_heads": first.attn.num_heads,
-        "hidden_act": _ACTIVATIONS[type(first.mlp.gelu).__name__],
-        "layer_norm_eps": first.ln_1.eps,
+    shapes: dict[str, Any] = {
+        "vision_config": {
+            **transformer_config(visual.transformer),
+            "image_size": model.image_size,
+            "patch_size": visual.conv1.kernel_size[0],
+        },
+        "text_config": {
+            **transformer_config(text.transformer),
+            "max_position_embeddings": text.positional_embedding.shape[0],
+            "vocab_size": text.token_embedding.num_embeddings,
+            "bos_token_id": model.tokenizer.sot_token_id,  # type: ignore[attr-defined]
+            "eos_token_id": model.tokenizer.eot_token_id,  # type: ignore[attr-defined]
+            "pad_token_id": model.tokenizer.eot_token_id,  # type: ignore[attr-defined]
+        },
     }
+    return CLIPConfig(**shapes, projection_dim=visual.proj.shape[1])
 
 
 def _tokenizer(model: VisionLanguageModel) -> Any:
@@ -235,6 +160,6 @@ def _features(output: Any) -> Tensor:
 def _no_such_model(name: str, reason: str) -> InputError:
     return InputError(
         f"{name}: transformers has no CLIP of this architecture ({reason}); what it has is a "
-        "vision transformer with open_clip's own text tower and tokenizer, and no logit bias. "
-        "Use the folder with open_clip, or pass --to onnx"
+        "vision transformer with open_clip's own text tower and tokenizer, and no logit bias, or "
+        "SigLIP. Use the folder with open_clip, or pass --to onnx"
     )
