@@ -20,6 +20,7 @@ from PIL import Image
 from mulki.losses import ClipLoss, DistillClipLoss, DualTeacherClipLoss, SigLipLoss
 from tests import engine_helpers
 from tests.engine_helpers import COLOURS
+from tests.ranks import run_ranks
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 tiny_models = engine_helpers.tiny_models
@@ -178,3 +179,96 @@ def test_the_launch_script_is_sound() -> None:
     words = [word.strip('"') for word in command[4:]]
     given, _ = _given(words)
     assert given["tasks"] == ["birds/", "textures/"] and given["batch_size"] == "64"
+
+
+def theirs(seed: int, kind: str = "clip_model") -> Any:
+    from tests.huggingface import folders
+
+    model = getattr(folders, kind)()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def batches_of(count: int, size: int, words: int) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {
+            "pixel_values": torch.randn(size, 3, 32, 32, generator=generator),
+            "input_ids": torch.randint(2, words, (size, 12), generator=generator),
+        }
+        for _ in range(count)
+    ]
+
+
+def weights_on_a_rank(rank: int, world: int, kind: str) -> Any:
+    """The weights after two steps, each rank with every `world`-th pair of each batch."""
+    torch.manual_seed(0)
+    example = load("transformers_training.py")
+    model = theirs(0, kind)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    batches = [
+        {name: value[rank::world] for name, value in batch.items()}
+        for batch in batches_of(2, 6, 12)
+    ]
+    loss = ClipLoss() if kind == "clip_model" else SigLipLoss()
+    # Not AdamW, which makes large steps of gradients that are nothing but rounding.
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    terms = list(example["train"](wrapped, batches, loss=loss, optimizer=optimizer))
+    assert [list(step) for step in terms] == [["contrastive_loss"]] * 2
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["clip_model", "siglip_model"])
+def test_a_loop_of_transformers_has_the_negatives_of_all_ranks(kind: str) -> None:
+    pytest.importorskip("transformers", reason="needs transformers")
+    whole = weights_on_a_rank(0, 1, kind)
+    one, other = run_ranks(2, weights_on_a_rank, kind)
+    for name, value in whole.items():
+        torch.testing.assert_close(one[name], value, atol=1e-4, rtol=1e-3)
+        assert torch.equal(one[name], other[name])
+
+
+def test_a_loss_of_the_trainer_of_transformers_has_two_teachers() -> None:
+    pytest.importorskip("transformers", reason="needs transformers")
+    trainer = load("transformers_training.py")["PairTrainer"]
+    made = object.__new__(trainer)  # its own constructor wants the package accelerate
+    made.pair_loss = DualTeacherClipLoss()
+    made.teachers = {"dist": theirs(1), "prev": theirs(2)}
+    model, (batch,) = theirs(0), batches_of(1, 6, 12)
+    total, out = made.compute_loss(model, batch, return_outputs=True, num_items_in_batch=6)
+    assert torch.equal(made.compute_loss(model, batch), total) and len(out.image_embeds) == 6
+    total.backward()
+    assert model.logit_scale.grad is not None
+    assert all(p.grad is None for each in made.teachers.values() for p in each.parameters())
+    contrastive = ClipLoss()(out.image_embeds, out.text_embeds, model.logit_scale.exp())
+    assert total.item() > contrastive.item()
+
+
+def test_the_program_for_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    from tests.huggingface import folders
+
+    processor = transformers.SiglipImageProcessor(size={"height": 32, "width": 32})
+    start = folders.saved(
+        folders.siglip_model(),
+        tmp_path / "start",
+        transformers.SiglipProcessor(processor, folders.tokenizer_of_words()),
+    )
+    with (tmp_path / "pairs.csv").open("w", newline="") as file:
+        csv.writer(file).writerow(["path", "caption"])
+        for i, (name, colour) in enumerate(2 * [*COLOURS.items()]):
+            Image.fromarray(np.full((32, 32, 3), colour, np.uint8)).save(tmp_path / f"{i}.png")
+            csv.writer(file).writerow([f"{i}.png", f"a {name} cat"])
+    out = tmp_path / "trained"
+    words = [str(start), str(tmp_path / "pairs.csv"), "--batch-size", "3", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["transformers_training.py", *words])
+    load("transformers_training.py")["main"]()
+    assert capsys.readouterr().out.count("contrastive_loss") == 2
+    model = transformers.SiglipModel.from_pretrained(out)
+    before = transformers.SiglipModel.from_pretrained(start)
+    assert not torch.equal(model.text_model.head.weight, before.text_model.head.weight)

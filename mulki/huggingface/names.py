@@ -130,8 +130,8 @@ def from_huggingface(
     left = {n: v for n, v in weights.items() if not n.endswith(".position_ids")}
     for kind in ("weight", "bias"):
         if (pool := left.pop(_POOL.format(kind), None)) is not None:
-            parts = zip("qkv", pool.chunk(3), strict=True)
-            left |= {_POOL_PART.format(name, kind): part for name, part in parts}
+            thirds = zip("qkv", pool.chunk(3), strict=True)
+            left |= {_POOL_PART.format(name, kind): third for name, third in thirds}
     found = {}
     for key, wanted in like.items():
         place = _place(key)
