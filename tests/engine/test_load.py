@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mulki.data import Task, dataset_task
-from mulki.engine import sequence
+from mulki.engine import sequence, task_learner
 from mulki.engine.config import resolve
 from mulki.metrics import read_matrix
 from mulki.results import RunFolder
@@ -60,13 +60,13 @@ def test_a_task_leaves_nothing_behind(
 ) -> None:
     """Tasks of five classes: teachers, prototypes and caches go with their task."""
     found = []
-    plain = sequence.learn_task
+    plain = task_learner.learn_task
 
     def counted(*args: Any, **options: Any) -> int:
         found.append(tensors_alive())
         return plain(*args, **options)
 
-    monkeypatch.setattr(sequence, "learn_task", counted)
+    monkeypatch.setattr(task_learner, "learn_task", counted)
     tasks = [coloured_task(f"task{i}", 5) for i in range(number)]
     reference = {"reference": "current"} if method == "zscl" else {}
     folder = learn(

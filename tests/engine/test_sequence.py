@@ -13,7 +13,7 @@ import yaml
 
 from mulki import methods, models
 from mulki.answers import read_answers, seen_accuracy
-from mulki.engine import sequence
+from mulki.engine import sequence, task_learner
 from mulki.engine.checkpoints import publish, save_weights
 from mulki.engine.config import read_config, resolve
 from mulki.engine.learn import StepReport
@@ -187,7 +187,7 @@ class Learned:
         self.teachers: list[dict[str, dict[str, torch.Tensor]]] = []
         self.before: list[dict[str, torch.Tensor]] = []
         self.after: list[dict[str, torch.Tensor]] = []
-        real = sequence.learn_task
+        real = task_learner.learn_task
 
         def spy(model: VisionLanguageModel, method: Any, task: Any, frozen: Any, *a: Any, **k: Any):
             self.frozen.append(dict(frozen))
@@ -197,7 +197,7 @@ class Learned:
             self.after.append(state_of(model))
             return steps
 
-        patch.setattr(sequence, "learn_task", spy)
+        patch.setattr(task_learner, "learn_task", spy)
 
 
 def test_teachers_are_the_original_and_the_previous_model(

@@ -14,7 +14,7 @@ import torch
 
 from mulki import methods
 from mulki.data import transforms
-from mulki.engine import sequence, setup
+from mulki.engine import sequence, setup, task_learner
 from mulki.engine.config import RunConfig, Settings
 from mulki.engine.precision import Precision
 from mulki.errors import InputError
@@ -66,7 +66,7 @@ def test_random_start_weights_come_from_the_seed(run: Run, tiny_models: tuple[st
 
 @pytest.fixture
 def no_training(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(sequence, "learn_task", lambda *a, **k: pytest.fail("trained"))
+    monkeypatch.setattr(task_learner, "learn_task", lambda *a, **k: pytest.fail("trained"))
     monkeypatch.setattr(sequence.Evaluator, "accuracy", lambda *a, **k: pytest.fail("evaluated"))
     yield
 
