@@ -14,6 +14,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mulki.commands.parsing import Parser, add_options, with_hyphens
@@ -318,7 +319,9 @@ def _compare(argv: list[str]) -> int:
     """Means over seeds and paired differences of runs: mulki compare logs/* --baseline finetune"""
     from rich.console import Console
 
-    from mulki.report.compare import compare, print_comparison
+    from mulki.report.compare import compare
+    from mulki.report.comparison_html import check_page, figures, write_comparison
+    from mulki.report.comparison_tables import print_comparison
 
     parser = Parser(prog="mulki compare", description=_compare.__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that mulki run has written")
@@ -326,12 +329,25 @@ def _compare(argv: list[str]) -> int:
         "--baseline", metavar="NAME", help="a method or a label (default: that of the first run)"
     )
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    parser.add_argument("--html", metavar="FILE", help="write one page with tables and curves")
+    parser.add_argument("--figures", metavar="DIR", help="write the curves as PNG and SVG")
     arguments = parser.parse_args(argv)
+    if arguments.html is not None:
+        check_page(arguments.html)
     comparison = compare(arguments.runs, arguments.baseline)
     if arguments.json:
         print(json.dumps(comparison.to_dict()))
     else:
         print_comparison(comparison, Console())
+    if arguments.html is not None:
+        write_comparison(comparison, arguments.html)
+        print(f"page: {arguments.html}", file=sys.stderr)
+    if arguments.figures is not None:
+        folder = Path(arguments.figures)
+        folder.mkdir(parents=True, exist_ok=True)
+        for plot in figures(comparison):
+            plot.write(folder)
+        print(f"figures: {folder}", file=sys.stderr)
     return 0
 
 

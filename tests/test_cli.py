@@ -572,6 +572,18 @@ def test_compare(
     assert "colours, shades" in out and "less mulki" in out and "CIL average" in out
     assert run_command(["compare", "logs/mulki", "--baseline", "lwf"]) == 2
     assert "--baseline" in one_line(capsys)
+    assert run_command(["compare", "--html", "logs", "logs/mulki"]) == 2
+    assert "--html: logs is a folder" in one_line(capsys)
+    # Numbers alone on standard output, with one run whose file is gone.
+    Path("logs/finetune/args.yaml").rename("kept.yaml")
+    given = ["logs/finetune", "logs/mulki", "--json", "--html", "all.html", "--figures", "drawn"]
+    assert run_command(["compare", *given]) == 0
+    out, error = capsys.readouterr()
+    assert "args.yaml is not there" in json.loads(out)["warnings"][0]
+    assert error == "page: all.html\nfigures: drawn\n"
+    assert "<h2>colours, shades</h2>" in Path("all.html").read_text()
+    assert {path.suffix for path in Path("drawn").iterdir()} == {".png", ".svg"}
+    Path("kept.yaml").rename("logs/finetune/args.yaml")
     # A report of a run, and of one whose process was killed.
     Path("logs/finetune/matrix.csv").unlink()
     assert run_command(["report", "logs/mulki", "logs/finetune"]) == 0
@@ -633,7 +645,7 @@ def test_version_and_usage(capsys: pytest.CaptureFixture[str], arguments: list[s
         (["run", "--help"], ["--batch-size", "--skip-bad-images", "--eliciting", "default: 0.2"]),
         (["run", "--help", "--method", "lwf"], ["--distill-weight"]),
         (["metrics", "--help"], ["--json", "MATRIX"]),
-        (["compare", "--help"], ["--baseline", "--json", "RUN"]),
+        (["compare", "--help"], ["--baseline", "--html", "--json", "RUN"]),
         (["tasks", "--help"], ["--order", "NAME"]),
     ],
 )

@@ -16,7 +16,9 @@ from mulki.engine.grid import Cell, plan, run_cells
 from mulki.engine.presets import method_of
 from mulki.errors import InputError
 from mulki.files import write_atomic
-from mulki.report.compare import compare, print_comparison
+from mulki.report import comparison_html
+from mulki.report.compare import compare
+from mulki.report.comparison_tables import print_comparison
 
 # Each of a grid's options, with the option of a run that it stands for.
 LISTS = {"methods": "method", "orders": "order", "seeds": "seed"}
@@ -52,8 +54,8 @@ def is_grid(given: Mapping[str, Any]) -> bool:
 def run_grid(given: Mapping[str, Any], console: Console) -> None:
     """Make the runs of a grid, print what they come to, and write it beside them.
 
-    ``comparison.json`` and ``comparison.txt`` have means, intervals and differences from the first
-    method.
+    ``comparison.html``, ``comparison.json`` and ``comparison.txt`` have means, intervals and
+    differences from the first method.
 
     Args:
         given: options of the runs and of the grid; text, as the command line has them.
@@ -86,6 +88,7 @@ def write_comparison(cells: Sequence[Cell], console: Console) -> None:
     print_comparison(found, Console(file=text))
     write_atomic(folder / "comparison.txt", text.getvalue())
     write_atomic(folder / "comparison.json", json.dumps(found.to_dict(), indent=2) + "\n")
+    comparison_html.write_comparison(found, folder / "comparison.html")
     console.print(f"runs: {folder}", soft_wrap=True, highlight=False)
 
 

@@ -14,10 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from mulki.answers import FOLDER, read_answers
 from mulki.errors import InputError, nearest
@@ -31,10 +27,7 @@ from mulki.intervals import (
 )
 from mulki.report import tables
 from mulki.report.folder import RunData, read_folder
-from mulki.report.orders import OverOrders, over_orders
-
-# More characters than any table has.
-_WIDE = 10_000
+from mulki.report.orders import over_orders
 
 #: What is compared, with titles. BWT is left out: it is nearly forgetting with its sign changed.
 TITLES = {name: title for name, title in tables.TITLES.items() if name != "bwt"} | {
@@ -49,6 +42,10 @@ NEUTRAL = frozenset(
     | {"log_every_n_steps", "save_checkpoints", "batch_size_eval", "micro_batch"}
     | {"grad_checkpointing", "save_every", "data_root", "max_pixels", "report_to"}
 )
+
+
+# What a run has written once it is complete.
+_FILES = ("args.yaml", "summary.json", "matrix.csv")
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,10 +155,18 @@ class Section:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Sections, and what a reader has to be warned of."""
+    """What a comparison found.
+
+    Args:
+        sections: one for each order of tasks.
+        warnings: all that a reader has to be warned of.
+        unlike: those of them that say what else than the method differs: the start, the images, the
+            prompts or the protocol.
+    """
 
     sections: tuple[Section, ...]
     warnings: tuple[str, ...]
+    unlike: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers for JSON; an interval that is undefined is null."""
@@ -194,7 +199,7 @@ class Comparison:
 
 
 def compare(folders: Sequence[str | os.PathLike[str]], baseline: str | None = None) -> Comparison:
-    """Compare run folders.
+    """Compare run folders; runs that are damaged or not complete are left out, with a warning.
 
     Args:
         folders: at least one; one that is given twice counts once.
@@ -202,13 +207,17 @@ def compare(folders: Sequence[str | os.PathLike[str]], baseline: str | None = No
             run's group. A section without that label then has its own first group.
 
     Raises:
-        InputError: a folder that is no run or is damaged, no complete run, groups that have no
-            sequence and order in common, or an unknown baseline.
+        InputError: a folder that is no run, no complete run, groups that have no sequence and order
+            in common, or an unknown baseline.
     """
     warnings: list[str] = []
+    unlike: list[str] = []
     runs = list(_complete(dict.fromkeys(Path(folder) for folder in folders), warnings))
     if not runs:
-        raise InputError("no complete run to compare; pass folders of runs that have ended")
+        raise InputError(
+            "; ".join(["no complete run to compare", *warnings])
+            + "; pass folders of runs that have ended"
+        )
     by_tasks: dict[tuple[str, ...], dict[str, list[Run]]] = {}
     for run in runs:
         here = by_tasks.setdefault(run.data.matrix.tasks, {})
@@ -226,7 +235,8 @@ def compare(folders: Sequence[str | os.PathLike[str]], baseline: str | None = No
     sections = []
     for tasks, groups in groups_of.items():
         name = _name(groups[0].runs[0])
-        warnings += _mixed(name, groups)
+        unlike += (mixed := list(_mixed(name, groups)))
+        warnings += [*mixed, *_repeated(name, groups)]
         if baseline is not None:
             base = _base(baseline, groups)
         else:
@@ -244,12 +254,22 @@ def compare(folders: Sequence[str | os.PathLike[str]], baseline: str | None = No
                 tuple(each for each in differences if each is not None),
             )
         )
-    return Comparison(tuple(sections), tuple(warnings))
+    return Comparison(tuple(sections), tuple(warnings), tuple(unlike))
 
 
 def _complete(folders: Iterable[Path], warnings: list[str]) -> Iterator[Run]:
     for folder in folders:
-        run = _read(folder)
+        if not any((folder / name).is_file() for name in _FILES):
+            raise InputError(
+                f"{folder}: not the folder of a run, it has none of {', '.join(_FILES)}; pass "
+                "folders that mulki run has written"
+            )
+        try:
+            run = _read(folder)
+        except (InputError, OSError) as error:
+            reason = str(error).removeprefix(f"{folder}{os.sep}").removeprefix(f"{folder}: ")
+            warnings.append(f"{folder}: left out, {reason}")
+            continue
         matrix = run.data.matrix
         if run.data.status == "complete" and matrix.tasks:
             yield run
@@ -259,23 +279,28 @@ def _complete(folders: Iterable[Path], warnings: list[str]) -> Iterator[Run]:
 
 
 def _read(folder: Path) -> Run:
-    if not (folder / "summary.json").is_file() or not (folder / "args.yaml").is_file():
-        raise InputError(
-            f"{folder}: not the folder of a run, it lacks summary.json or args.yaml; pass folders "
-            "that mulki run has written"
-        )
+    missing = next((name for name in _FILES if not (folder / name).is_file()), None)
+    if missing is not None:
+        raise InputError(f"{missing} is not there; restore the file, or run it again")
     data = read_folder(folder)
     try:
         options = yaml.safe_load(data.config)
         _ = int(options["seed"]), options["method"], options["tasks"], options["order"]
-    except (yaml.YAMLError, TypeError, KeyError, ValueError):
+    except Exception:  # YAML has errors of many kinds, such as that of a date that there is not
         raise InputError(
             f"{folder / 'args.yaml'}: not the options of a run; restore the file, or leave the "
             "folder out"
         ) from None
+    _check(folder / "env.json", "hashes", data.environment.get("hashes", {}), dict)
+    _check(folder / "summary.json", "uses", data.summary.get("uses") or [], list)
     kept = data.status == "complete" and (folder / FOLDER).is_dir()
     answers = RunAnswers.of_rows(read_answers(folder)) if kept else None
     return Run(folder, data, options, answers)
+
+
+def _check(path: Path, key: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind) or not all(isinstance(item, str) for item in value):
+        raise InputError(f'{path}: "{key}" is not what a run writes; restore the file')
 
 
 def _groups(by_configuration: Mapping[str, Sequence[Run]]) -> tuple[Group, ...]:
@@ -338,6 +363,7 @@ def _mixed(name: str, groups: Sequence[Group]) -> Iterator[str]:
         "start weights": {run: hashes[run].get("weights") for run in runs},
         **_of_tasks(hashes),
         # Folders of before there were others have that of the task.
+        "protocols": {run: run.options.get("protocol") for run in runs},
         "label spaces": {run: run.options.get("label_space", "task") for run in runs},
         "sizes of test sets": {run: run.data.summary.get("test_images") for run in runs},
         # Folders of before it was written are of one process.
@@ -359,6 +385,9 @@ def _mixed(name: str, groups: Sequence[Group]) -> Iterator[str]:
         others = [str(run.path) for run in of_run if of_run[run] != of_run[first]]
         if others:
             yield f"{name}: {what} of {', '.join(others)} differ from those of {first.path}"
+
+
+def _repeated(name: str, groups: Sequence[Group]) -> Iterator[str]:
     for group in groups:
         seeds = [run.seed for run in group.runs]
         if len(set(seeds)) < len(seeds):
@@ -415,66 +444,3 @@ def _pairs(group: Group, base: Group) -> Iterator[tuple[Run, Run]]:
         ours = dict.fromkeys(others, group.runs[0]) | ours
     for seed in sorted(ours.keys() & others.keys()):
         yield ours[seed], others[seed]
-
-
-def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Print the tables, as wide as they are: a shortened number would be a wrong one."""
-    console = Console(file=console.file, width=_WIDE)
-    for section in comparison.sections:
-        console.print(Text(section.name, style="bold"))
-        table = _table("", *TITLES.values(), "runs", "uses")
-        for group in section.groups:
-            means = group.means
-            cells = [_mean(*means[name]) if name in means else "-" for name in TITLES]
-            table.add_row(Text(group.label), *cells, str(len(group.runs)), group.uses)
-        console.print(table, "", sep="\n")
-        if section.differences:
-            console.print(Text(f"less {section.baseline}", style="bold"))
-            table = _table("", *TITLES.values(), "pairs", "interval over")
-            for against in section.differences:
-                cells = [
-                    _difference(against.metrics[name]) if name in against.metrics else "-"
-                    for name in TITLES
-                ]
-                table.add_row(Text(against.label), *cells, str(against.pairs), against.over)
-            console.print(table, "", sep="\n")
-    _print_orders(over_orders(comparison.sections), console)
-    text = "in percent: mean ± half of its 95 % interval over seeds; difference [95 % interval]"
-    console.print(Text(text, style="dim"))
-    for warning in comparison.warnings:
-        console.print(Text(f"warning: {warning}"))
-
-
-def _print_orders(found: Sequence[OverOrders], console: Console) -> None:
-    if not found:
-        return
-    console.print(Text("over orders, each with the mean of its seeds", style="bold"))
-    table = _table("", *TITLES.values(), "orders")
-    for each in found:
-        means = [_mean(*each.means[name]) if name in each.means else "-" for name in TITLES]
-        table.add_row(Text(each.label), *means, str(each.orders))
-        if each.baseline is not None:
-            less = [
-                _difference(each.differences[name]) if name in each.differences else "-"
-                for name in TITLES
-            ]
-            table.add_row(Text(f"{each.label} less {each.baseline}"), *less, str(each.compared))
-    console.print(table, "", sep="\n")
-
-
-def _table(label: str, *columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(label, no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
-def _mean(middle: float, half: float | None) -> str:
-    return f"{middle:.2f}" if half is None else f"{middle:.2f} ± {half:.2f}"
-
-
-def _difference(of: Difference) -> str:
-    if of.low is None or of.high is None:
-        return f"{of.value:+.2f}"
-    return f"{of.value:+.2f} [{of.low:+.2f}, {of.high:+.2f}]"

@@ -11,12 +11,11 @@ import numpy as np
 from mulki.history import BINS, StepRecord, mean_seconds
 from mulki.metrics import ZERO_SHOT
 from mulki.report.contents import RunContents
-from mulki.report.plot import COLOURS, DIM, TEXT, Plot
+from mulki.report.plot import COLOURS, DIM, TEXT, Plot, entry, look, plain_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_DASHES = ("-", "--", ":")
 # Points of a curve; more are no wider than the page.
 _POINTS = 400
 
@@ -26,9 +25,9 @@ def plots(contents: RunContents) -> list[Plot]:
     return [*_of_matrix(contents), *_of_history(thinned(contents.history))]
 
 
-def thinned(history: Sequence[StepRecord]) -> list[StepRecord]:
-    """At most about `_POINTS` of the steps, evenly, with the first and the last of each task."""
-    every = math.ceil(len(history) / _POINTS) or 1
+def thinned(history: Sequence[StepRecord], points: int = _POINTS) -> list[StepRecord]:
+    """At most about `points` of the steps, evenly, with the first and the last of each task."""
+    every = math.ceil(len(history) / points) or 1
     last = len(history) - 1
     return [
         record
@@ -55,13 +54,13 @@ def _of_matrix(contents: RunContents) -> Iterator[Plot]:
 
         def accuracy(axes: Axes) -> int:
             for number, name in enumerate(shown):
-                colour, dash = _look(number)
-                axes.plot(curve(name), color=colour, linestyle=dash, label=_entry(name))
+                colour, dash = look(number)
+                axes.plot(curve(name), color=colour, linestyle=dash, label=entry(name))
                 if name in names:
                     place = names.index(name)
                     axes.plot([place], [curve(name)[place]], "o", color=colour, markersize=6)
             axes.set_ylabel("accuracy in percent")
-            _name_rows(axes, names)
+            name_rows(axes, names)
             return len(shown)
 
         yield Plot(
@@ -77,10 +76,10 @@ def _of_matrix(contents: RunContents) -> Iterator[Plot]:
         def change(axes: Axes) -> int:
             axes.axhline(0, color=DIM, linewidth=0.8)
             for number, name in enumerate(later):
-                colour, dash = _look(number)
+                colour, dash = look(number)
                 values = curve(name)[names.index(name) :]
                 since = [value - values[0] for value in values]
-                axes.plot(since, color=colour, linestyle=dash, marker=".", label=_entry(name))
+                axes.plot(since, color=colour, linestyle=dash, marker=".", label=entry(name))
             axes.set_ylabel("change in percentage points")
             axes.set_xlabel("tasks learned since")
             _whole_ticks(axes)
@@ -98,7 +97,7 @@ def _of_matrix(contents: RunContents) -> Iterator[Plot]:
         def together(axes: Axes) -> int:
             axes.plot(list(seen.after.values()), color=COLOURS[0], marker="o")
             axes.set_ylabel("accuracy in percent")
-            _name_rows(axes, list(seen.after))
+            name_rows(axes, list(seen.after))
             return 0
 
         yield Plot(
@@ -120,15 +119,14 @@ def _of_history(history: Sequence[StepRecord]) -> Iterator[Plot]:
         total = [sum(record.losses.values()) for record in history]
         axes.plot(steps, total, color=TEXT, linewidth=1.2, label="total")
         for number, name in enumerate(terms):
-            colour, dash = _look(number)
+            colour, dash = look(number)
             values = [record.losses.get(name, np.nan) or np.nan for record in history]
-            axes.plot(steps, values, color=colour, linestyle=dash, label=name.removesuffix("_loss"))
+            label = entry(name.removesuffix("_loss"))
+            axes.plot(steps, values, color=colour, linestyle=dash, label=label)
         axes.set_yscale("log")
-        # Not as powers of ten, which would be formulas.
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("")
+        plain_log(axes.yaxis)
         axes.set_ylabel("loss (logarithmic)")
-        _mark_tasks(axes, history)
+        mark_tasks(axes, history)
         return 1 + len(terms)
 
     yield Plot(
@@ -147,7 +145,7 @@ def _of_history(history: Sequence[StepRecord]) -> Iterator[Plot]:
                 values = [record.prototype_drift.get(name, np.nan) for record in drifting]
                 _broken(axes, drifting, values, COLOURS[number], label=f"{name} over classes")
             axes.set_ylabel("cosine distance")
-            _mark_tasks(axes, drifting)
+            mark_tasks(axes, drifting)
             return 2
 
         yield Plot(
@@ -178,7 +176,7 @@ def _of_teachers(history: Sequence[StepRecord]) -> Iterator[Plot]:
             _broken(axes, history, share @ middles, COLOURS[number], label=name)
         axes.set_ylim(0, 1)
         axes.set_ylabel("weight")
-        _mark_tasks(axes, history)
+        mark_tasks(axes, history)
         return len(names)
 
     yield Plot(
@@ -200,7 +198,7 @@ def _of_teachers(history: Sequence[StepRecord]) -> Iterator[Plot]:
             heights = 0.9 * counts / max(counts.max(), 1)
             colour = COLOURS[len(names) - 1]
             axes.stairs(place + heights, edges, baseline=place, fill=True, color=colour)
-        axes.set_yticks(range(len(tasks)), [_short(task) for task in reversed(tasks)])
+        axes.set_yticks(range(len(tasks)), [short(task) for task in reversed(tasks)])
         axes.set_xlim(0, 1)
         axes.set_xlabel(f"weight of the teacher {names[-1]}")
         return 0
@@ -229,7 +227,7 @@ def _of_time(history: Sequence[StepRecord]) -> Iterator[Plot]:
                 took = [1000 * timed[task].get(name, 0.0) for task in tasks]
                 axes.barh(range(len(tasks)), took, left=left, color=COLOURS[number], label=name)
                 left += took
-            axes.set_yticks(range(len(tasks)), [_short(task) for task in tasks])
+            axes.set_yticks(range(len(tasks)), [short(task) for task in tasks])
             axes.invert_yaxis()
             axes.grid(visible=False, axis="y")
             axes.set_xlabel("milliseconds a step")
@@ -247,7 +245,7 @@ def _of_time(history: Sequence[StepRecord]) -> Iterator[Plot]:
         axes.plot([r.total for r in history], [r.images_per_second for r in history], COLOURS[0])
         axes.set_ylim(bottom=0)
         axes.set_ylabel("images per second")
-        _mark_tasks(axes, history)
+        mark_tasks(axes, history)
         return 0
 
     yield Plot("speed", "Speed", "Training images per second at the logged steps.", speed)
@@ -258,20 +256,10 @@ def _of_time(history: Sequence[StepRecord]) -> Iterator[Plot]:
             axes.plot([r.total for r in known], [r.memory_mib or 0.0 for r in known], COLOURS[0])
             axes.set_ylim(bottom=0)
             axes.set_ylabel("MiB")
-            _mark_tasks(axes, known)
+            mark_tasks(axes, known)
             return 0
 
         yield Plot("memory", "Memory", "The largest memory in use so far, in MiB.", memory)
-
-
-def _look(number: int) -> tuple[str, str]:
-    # Colours, then the same ones with other dashes.
-    return COLOURS[number % len(COLOURS)], _DASHES[number // len(COLOURS) % len(_DASHES)]
-
-
-def _entry(name: str) -> str:
-    # Matplotlib leaves names that begin with an underscore out of legends.
-    return f" {name}" if name.startswith("_") else name
 
 
 def _broken(
@@ -289,7 +277,8 @@ def _broken(
     axes.plot(xs, ys, color=colour, label=label)
 
 
-def _mark_tasks(axes: Axes, history: Sequence[StepRecord]) -> None:
+def mark_tasks(axes: Axes, history: Sequence[StepRecord]) -> None:
+    """Label the axis of x as steps, with a line where a task starts."""
     starts = {r.index: r.total for r in reversed(history)}
     for index, start in sorted(starts.items()):
         if index != history[0].index:
@@ -298,10 +287,11 @@ def _mark_tasks(axes: Axes, history: Sequence[StepRecord]) -> None:
     axes.margins(x=0.01)
 
 
-def _name_rows(axes: Axes, names: Sequence[str]) -> None:
-    short = [_short(name) for name in names]
-    turned = sum(map(len, short)) > 45
-    axes.set_xticks(range(len(names)), short, rotation=35 if turned else 0,
+def name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Name the rows of a matrix along the axis of x."""
+    shown = [short(name) for name in names]
+    turned = sum(map(len, shown)) > 45
+    axes.set_xticks(range(len(names)), shown, rotation=35 if turned else 0,
                     ha="right" if turned else "center", rotation_mode="anchor")  # fmt: skip
     axes.set_xlabel("after")
 
@@ -312,5 +302,6 @@ def _whole_ticks(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
+    """A name that fits an axis."""
     return name if len(name) <= 14 else f"{name[:13]}\N{HORIZONTAL ELLIPSIS}"

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from mulki.catalog import DataSet, Example
 from mulki.history import mean_seconds
 from mulki.metrics import DEFINITIONS, ZERO_SHOT
 from mulki.report.contents import RunContents
 from mulki.report.figures import plots
+from mulki.report.pages import page_file, render
 from mulki.report.tables import TITLES, display_columns, display_rows
 
 # Rows of all tables of classes together, and images: the page stays below 3 MB.
@@ -27,11 +25,9 @@ def render_html(contents: RunContents) -> str:
     """Return the page for a run; it needs no network and no other file."""
     data = contents.data
     matrix = data.matrix
-    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(
-        _page_file("page.html")
-    )
-    return template.render(
-        name=data.name,
+    return render(
+        page_file("page.html"),
+        title=data.name,
         status=data.status,
         facts=_facts(contents),
         missing=contents.missing,
@@ -48,13 +44,7 @@ def render_html(contents: RunContents) -> str:
         fingerprint=data.fingerprint,
         config=data.config,
         environment=_flat(data.environment),
-        style=Markup(_page_file("style.css")),
-        script=Markup(_page_file("script.js")),
     )
-
-
-def _page_file(name: str) -> str:
-    return (resources.files("mulki.report") / "page" / name).read_text(encoding="utf-8")
 
 
 def _facts(contents: RunContents) -> list[str]:

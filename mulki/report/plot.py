@@ -19,6 +19,7 @@ from mulki.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 # Of Okabe and Ito, told apart with any colour vision, without black and yellow: legible on a light
 # and on a dark page.
@@ -43,6 +44,38 @@ _STYLE: dict[Any, Any] = {
     "xtick.color": TEXT,
     "ytick.color": TEXT,
 }
+
+
+_DASHES = ("-", "--", ":")
+# Characters that one, two and three columns of a legend have room for.
+_ROOM = (62, 26, 15)
+
+
+def look(number: int) -> tuple[str, str]:
+    """Colour and dashes of a curve: colours first, then the same ones with other dashes."""
+    return COLOURS[number % len(COLOURS)], _DASHES[number // len(COLOURS) % len(_DASHES)]
+
+
+def entry(name: str, room: int = _ROOM[0]) -> str:
+    """A name as a legend shows it; a long one loses its middle, since its end may tell it apart."""
+    half = room // 2
+    if len(name) > room:
+        name = f"{name[: half - 1]}\N{HORIZONTAL ELLIPSIS}{name[-half:]}"
+    # Matplotlib leaves names that begin with an underscore out of legends.
+    return f" {name}" if name.startswith("_") else name
+
+
+def plain_log(axis: Axis) -> None:
+    """Label a logarithmic axis at 1, 2 and 5, and not as powers of ten, which are formulas."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _columns(longest: int) -> int:
+    return max((n for n, room in enumerate(_ROOM, 1) if longest <= room), default=1)
 
 
 @dataclass(frozen=True)
@@ -100,7 +133,8 @@ class Plot:
             axes.set_axisbelow(True)
             entries = self.draw(axes)
             if entries:
-                columns = 3
+                _, labels = axes.get_legend_handles_labels()
+                columns = _columns(max(map(len, labels)))
                 figure.set_figheight(_SIZE[1] + _LEGEND_ROW * math.ceil(entries / columns))
                 figure.legend(loc="outside lower center", ncols=columns)
             empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))

@@ -39,6 +39,7 @@ def test_seeds_and_methods_make_a_grid_that_is_compared(
     assert {path.name for path in folder.iterdir()} == {
         *(f"{m}-order_I-seed_{s}" for m in ("finetune", "zero_shot") for s in (0, 1)),
         "comparison.json",
+        "comparison.html",
         "comparison.txt",
     }
     found = json.loads((folder / "comparison.json").read_text())

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from mulki.answers import Answers
 from mulki.metrics import ZERO_SHOT
 from mulki.results import RunFolder
-from tests.report.report_helpers import SMALL, write_whole_run
+from tests.report.report_helpers import PAIR, SMALL, Make, write_whole_run
 
 
 @pytest.fixture(scope="session")
@@ -44,3 +47,48 @@ def folder(tmp_path: Path) -> Path:
         run.add_row(after, dict(zip(SMALL.columns, row, strict=True)))
     run.finish()
     return run.path
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """A run folder with drawn answers; `share` of them are right."""
+
+    def make(
+        name: str,
+        method: str = "mulki",
+        seed: int = 0,
+        share: float = 0.5,
+        tasks: tuple[str, ...] = PAIR,
+        ends: bool = True,
+        learns: bool = True,
+        hashes: dict[str, Any] | None = None,
+        images: int = 200,
+        uses: tuple[str, ...] = (),
+        **options: Any,
+    ) -> Path:
+        config = {"tasks": ["zoo"], "order": "I", "seed": seed, "method": method, "name": name}
+        run = RunFolder.create(
+            tmp_path,
+            name,
+            method=method,
+            order="I",
+            seed=seed,
+            columns=tasks,
+            config=config | options,
+            hashes=hashes or {"weights": "w", "tasks": dict.fromkeys(tasks, "t")},
+            uses=uses,
+        )
+        random = np.random.default_rng([seed, len(method)])
+        own = {}
+        for learned, after in enumerate((ZERO_SHOT, *tasks) if ends else (ZERO_SHOT, tasks[0])):
+            if learns or not own:
+                own = {task: random.random(images) < share for task in tasks}
+            row = {
+                task: Answers(own[task], own[task] if i < learned else None)
+                for i, task in enumerate(tasks)
+            }
+            run.add_answers(after, row, seconds=dict.fromkeys(tasks, 1.0), step=learned)
+        run.finish("complete" if ends else "interrupted")
+        return run.path
+
+    return make

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +18,11 @@ from mulki.answers import Answers
 from mulki.history import BINS, StepRecord, add_step
 from mulki.metrics import ZERO_SHOT, AccuracyMatrix
 from mulki.results import RunFolder
+
+#: Makes a run folder, see `tests.report.conftest.make`.
+Make = Callable[..., Path]
+#: Its tasks.
+PAIR = ("a", "b")
 
 # Columns are neither in the order learned nor all learned, and one name is hostile.
 SMALL = AccuracyMatrix(
@@ -30,16 +41,90 @@ CLASSES = {
 }
 
 
-def write_whole_run(logs: Path, *, images: int = 12, steps: int = 6) -> Path:
+VOID = ("meta", "img", "br")
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+
+
+class Page(HTMLParser):
+    """The text of each table cell and card, the attributes seen, and whether tags were closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.tags: list[str] = []
+        self.rows: list[list[str]] = []
+        self.cards: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += attrs
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag in ("dt", "dd"):
+            self.cards.append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if {"td", "th"} & {*self.open}:
+            self.rows[-1][-1] += data
+        if self.open and self.open[-1] in ("dt", "dd"):
+            self.cards[-1] += data
+
+
+def said_in_browser(page: str, ask: str, folder: Path, width: int) -> dict[str, Any]:
+    """What a script in the page has put into `said`, with `errors`, how many there were."""
+    watch = "<script>const errors = []; onerror = (m) => errors.push(m);</script>"
+    asked = (
+        f"<script>const said = {{}};{ask}said.errors = errors.length;"
+        "document.title = JSON.stringify(said);</script>"
+    )
+    page = page.replace("<body>", "<body>" + watch).replace("</body>", asked + "</body>")
+    (folder / "asked.html").write_text(page)
+    command = [
+        str(BROWSER),
+        *("--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--enable-logging=stderr"),
+        f"--window-size={width},900",
+        f"--user-data-dir={folder / 'profile'}",
+        (folder / "asked.html").as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert "CONSOLE" not in done.stderr
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title is not None
+    return json.loads(title[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+
+
+def write_whole_run(
+    logs: Path,
+    *,
+    images: int = 12,
+    steps: int = 6,
+    name: str = "whole",
+    seed: int = 1,
+    method: str = "mulki",
+    note: str = HOSTILE,
+) -> Path:
     """A complete run folder with everything that a run writes and a report reads."""
+    config = {"method": method, "model": "mulki-mini", "seed": seed, "note": note}
     run = RunFolder.create(
         logs,
-        "whole",
-        method="mulki",
+        name,
+        method=method,
         order="I",
-        seed=1,
+        seed=seed,
         columns=TASKS,
-        config={"method": "mulki", "model": "mulki-mini", "seed": 1, "note": HOSTILE},
+        config=config | {"tasks": ["zoo"], "order": "I"},
         hashes={"weights": "0123abcd" * 8, "splits": dict.fromkeys(TASKS, "4567")},
     )
     sets = [
@@ -55,7 +140,7 @@ def write_whole_run(logs: Path, *, images: int = 12, steps: int = 6) -> Path:
     for index, name in enumerate(TASKS):
         for step in range(1, steps + 1):
             add_step(run.path, record(name, index, step, steps))
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed - 1)
     for learned, after in enumerate((ZERO_SHOT, *TASKS)):
         row = {
             name: Answers(

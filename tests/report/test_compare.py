@@ -13,60 +13,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mulki.answers import Answers
 from mulki.engine.config import RunConfig
 from mulki.errors import InputError
-from mulki.metrics import ZERO_SHOT
-from mulki.report.compare import NEUTRAL, TITLES, Comparison, compare, print_comparison
-from mulki.results import RunFolder
-
-TASKS = ("a", "b")
-Make = Callable[..., Path]
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Make:
-    """A run folder with drawn answers; `share` of them are right."""
-
-    def make(
-        name: str,
-        method: str = "mulki",
-        seed: int = 0,
-        share: float = 0.5,
-        tasks: tuple[str, ...] = TASKS,
-        ends: bool = True,
-        learns: bool = True,
-        hashes: dict[str, Any] | None = None,
-        images: int = 200,
-        uses: tuple[str, ...] = (),
-        **options: Any,
-    ) -> Path:
-        config = {"tasks": ["zoo"], "order": "I", "seed": seed, "method": method, "name": name}
-        run = RunFolder.create(
-            tmp_path,
-            name,
-            method=method,
-            order="I",
-            seed=seed,
-            columns=tasks,
-            config=config | options,
-            hashes=hashes or {"weights": "w", "tasks": dict.fromkeys(tasks, "t")},
-            uses=uses,
-        )
-        random = np.random.default_rng([seed, len(method)])
-        own = {}
-        for learned, after in enumerate((ZERO_SHOT, *tasks) if ends else (ZERO_SHOT, tasks[0])):
-            if learns or not own:
-                own = {task: random.random(images) < share for task in tasks}
-            row = {
-                task: Answers(own[task], own[task] if i < learned else None)
-                for i, task in enumerate(tasks)
-            }
-            run.add_answers(after, row, seconds=dict.fromkeys(tasks, 1.0), step=learned)
-        run.finish("complete" if ends else "interrupted")
-        return run.path
-
-    return make
+from mulki.report.compare import NEUTRAL, TITLES, Comparison, compare
+from mulki.report.comparison_tables import print_comparison
+from tests.report.report_helpers import PAIR as TASKS
+from tests.report.report_helpers import Make
 
 
 def printed(comparison: Comparison) -> str:
@@ -312,44 +264,67 @@ def test_orders_have_one_baseline(make: Make) -> None:
     assert re.search(r"mulki less lwf .* 2\s*$", printed(found), re.MULTILINE)
 
 
-def no_folder(path: Path) -> str:
-    shutil.rmtree(path)
-    return "not the folder of a run"
-
-
 def no_options(path: Path) -> str:
     (path / "args.yaml").unlink()
-    return "not the folder of a run"
+    return "args.yaml is not there"
 
 
 def other_options(path: Path) -> str:
     (path / "args.yaml").write_text("- 1\n")
-    return r"args\.yaml: not the options of a run"
+    return "args.yaml: not the options of a run"
 
 
 def no_matrix(path: Path) -> str:
     (path / "matrix.csv").unlink()
-    return r"no matrix\.csv in it"
+    return "matrix.csv is not there"
 
 
 def damaged_answers(path: Path) -> str:
     (path / "answers" / "01_a.npz").write_bytes(b"")
-    return r"01_a\.npz: cannot be read"
+    return "01_a.npz: cannot be read"
 
 
 def damaged_summary(path: Path) -> str:
     summary = json.loads((path / "summary.json").read_text())
     summary["class_incremental"] = ["not what a run writes"]
     (path / "summary.json").write_text(json.dumps(summary))
-    return r'summary\.json: "class_incremental" is not what a run writes'
+    return 'summary.json: "class_incremental" is not what a run writes'
+
+
+def damaged_environment(path: Path) -> str:
+    (path / "env.json").write_text('{"hashes": [1]}')
+    return 'env.json: "hashes" is not what a run writes'
 
 
 @pytest.mark.parametrize(
-    "damage", [damaged_summary, no_folder, no_options, other_options, no_matrix, damaged_answers]
+    "damage",
+    [
+        *(damaged_summary, no_options, other_options, no_matrix, damaged_answers),
+        damaged_environment,
+    ],
 )
-def test_what_is_no_run_is_refused(make: Make, damage: Callable[[Path], str]) -> None:
+def test_damaged_runs_are_named_and_left_out(make: Make, damage: Callable[[Path], str]) -> None:
     good, bad = make("a", "lwf"), make("b")
     says = damage(bad)
-    with pytest.raises(InputError, match=says) as caught:
-        compare([good, bad])
-    assert str(bad) in str(caught.value)
+    found = compare([good, bad])
+    assert [g.runs[0].path for g in found.sections[0].groups] == [good]
+    (warning,) = found.warnings
+    assert warning.startswith(f"{bad}: left out, ") and says in warning
+    with pytest.raises(InputError, match="no complete run to compare") as caught:
+        compare([bad])
+    assert warning in str(caught.value)
+
+
+def test_what_is_no_run_is_refused(make: Make, tmp_path: Path) -> None:
+    good = make("a", "lwf")
+    (tmp_path / "empty").mkdir()
+    for bad in (tmp_path / "gone", tmp_path / "empty"):
+        with pytest.raises(InputError, match=f"{bad}: not the folder of a run"):
+            compare([good, bad])
+
+
+def test_what_makes_runs_unlike_is_told_from_other_warnings(make: Make) -> None:
+    runs = [make("a", "lwf"), make("b", "mulki", protocol="zscl"), make("c", "mulki", seed=1)]
+    found = compare(runs)
+    assert found.unlike == (f"zoo, order I: protocols of {runs[1]} differ from those of {runs[0]}",)
+    assert {*found.unlike} < {*found.warnings}

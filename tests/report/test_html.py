@@ -2,10 +2,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -13,47 +10,15 @@ import pytest
 from mulki.history import add_step
 from mulki.metrics import DEFINITIONS, ZERO_SHOT, AccuracyMatrix, write_matrix
 from mulki.report import read_contents, render_html, write_report
-from tests.report.report_helpers import CLASSES, HOSTILE, TASKS, record
-
-VOID = ("meta", "img", "br")
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
-
-
-class Page(HTMLParser):
-    """The text of each table cell and card, the attributes seen, and whether tags were closed."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.tags: list[str] = []
-        self.rows: list[list[str]] = []
-        self.cards: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes += attrs
-        self.tags.append(tag)
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-        if tag in ("dt", "dd"):
-            self.cards.append("")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes += attrs
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if {"td", "th"} & {*self.open}:
-            self.rows[-1][-1] += data
-        if self.open and self.open[-1] in ("dt", "dd"):
-            self.cards[-1] += data
+from tests.report.report_helpers import (
+    BROWSER,
+    CLASSES,
+    HOSTILE,
+    TASKS,
+    Page,
+    record,
+    said_in_browser,
+)
 
 
 def page_of(folder: Path) -> str:
@@ -199,8 +164,6 @@ def test_long_lists_of_classes_are_cut_to_what_changed_most(whole: Path) -> None
 
 
 ASK = """
-<script>
-const said = {errors: errors.length};
 const tabs = [...document.querySelectorAll("[role=tab]")];
 const panels = [...document.querySelectorAll("[role=tabpanel]")];
 const shown = () => panels.map((panel) => panel.getBoundingClientRect().height > 0);
@@ -227,8 +190,6 @@ const outer = document.querySelector("#matrix .scroll");
 outer.scrollLeft = 1e6;
 const cells = outer.querySelector("thead tr").cells;
 said.reach = cells[cells.length - 1].getBoundingClientRect().right <= innerWidth + 1;
-document.title = JSON.stringify(said);
-</script>
 """
 
 
@@ -237,21 +198,7 @@ document.title = JSON.stringify(said);
 def test_in_a_browser(whole: Path, tmp_path: Path, width: int) -> None:
     # A headless Chromium has no window narrower than 500 pixels.
     text = page_of(whole)
-    watch = "<script>const errors = []; onerror = (m) => errors.push(m);</script>"
-    asked = text.replace("<body>", "<body>" + watch).replace("</body>", ASK + "</body>")
-    (tmp_path / "asked.html").write_text(asked)
-    command = [
-        str(BROWSER),
-        *("--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--enable-logging=stderr"),
-        f"--window-size={width},900",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        (tmp_path / "asked.html").as_uri(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert "CONSOLE" not in done.stderr
-    title = re.search(r"<title>(.*?)</title>", done.stdout)
-    assert title is not None
-    said = json.loads(title[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    said = said_in_browser(text, ASK, tmp_path, width)
     assert said["errors"] == 0 and said["figures"] and not said["wide"] and said["reach"]
     assert said["tabs"] == [*TASKS]
     assert [said[k] for k in ("first", "second", "third")] == [

@@ -6,7 +6,7 @@ for (const [group, tabs] of [...document.querySelectorAll(".tabs")].entries()) {
   list.setAttribute("role", "tablist");
   list.setAttribute("aria-label", tabs.getAttribute("aria-label"));
   const buttons = panels.map((panel, place) => {
-    const heading = panel.querySelector("h3");
+    const heading = panel.querySelector("h3, h4");
     const button = document.createElement("button");
     button.type = "button";
     button.id = `tab-${group}-${place}`;
@@ -55,7 +55,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       const up = head.getAttribute("aria-sort") !== "ascending";
       heads.forEach((other) => other.setAttribute("aria-sort", "none"));
       head.setAttribute("aria-sort", up ? "ascending" : "descending");
-      const value = (row) => row.cells[place].textContent.replace("\u2212", "-");
+      const value = (row) => row.cells[place].textContent.replaceAll("\u2212", "-");
       const compare = (a, b) => place === 0
         ? value(a).localeCompare(value(b), undefined, { numeric: true })
         : (parseFloat(value(a)) || 0) - (parseFloat(value(b)) || 0);

@@ -1,0 +1,29 @@
+"""Pages of one file, from the templates in ``page/``: one style, one script, no network."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill a template that extends ``base.html``; text is escaped.
+
+    Args:
+        template: its text.
+        values: of its variables; ``title`` is one of them.
+    """
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, loader=FunctionLoader(page_file)
+    )
+    return environment.from_string(template).render(
+        style=Markup(page_file("style.css")), script=Markup(page_file("script.js")), **values
+    )
+
+
+def page_file(name: str) -> str:
+    """The text of a file in ``page/``."""
+    return (resources.files("mulki.report") / "page" / name).read_text(encoding="utf-8")
