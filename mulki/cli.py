@@ -35,6 +35,17 @@ _EXAMPLES = """examples:
   mulki run embedded --seeds 0 1 2 --orders I II  several runs, their means and intervals
 """
 
+_BENCH_EXAMPLES = """Every point is verified against float64 first; status 1 if one failed.
+
+examples:
+  mulki bench --quick                             a few small shapes in a minute
+  mulki bench --ops dual_teacher_kl --shapes 2048x345x768 512x1000
+                                                  shapes of your own
+  mulki bench --output ops.csv                    all shapes, kept
+  mulki bench table ops.csv                       as Markdown
+  mulki bench plot ops.csv figures                as figures and a page
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with the status of the command."""
@@ -407,7 +418,8 @@ def _tasks(argv: list[str]) -> int:
 
 
 def _bench(argv: list[str]) -> int:
-    """Time and memory of the operators: mulki bench --quick, or mulki bench table FILE.csv"""
+    """Time and memory of the operators: mulki bench --quick, or bench plot FILE.csv FOLDER"""
+    from mulki.bench.cases import MODES
     from mulki.bench.report import markdown, read_rows
     from mulki.bench.run import BenchOptions, run
     from mulki.options import convert
@@ -420,18 +432,25 @@ def _bench(argv: list[str]) -> int:
     if argv[:1] == ["plot"]:
         from mulki.bench.plots import plot
 
-        parser = Parser(prog="mulki bench plot", description="PNG figures from a CSV")
+        parser = Parser(
+            prog="mulki bench plot",
+            description="Figures from a CSV as PNG and SVG, on one page, and their numbers",
+        )
         parser.add_argument("file", metavar="CSV", help="as mulki bench --output writes it")
         parser.add_argument("folder", metavar="FOLDER", help="where the figures go")
+        parser.add_argument(
+            "--mode", default="both", choices=MODES, help="what is drawn (default: both)"
+        )
         arguments = parser.parse_args(argv[1:])
-        for path in plot(read_rows(arguments.file), arguments.folder):
-            print(path)
+        made = plot(read_rows(arguments.file), arguments.folder, arguments.mode)
+        print(f"{made[0]}, with {len(made) - 1} files beside it")
         return 0
     parser = Parser(
         prog="mulki bench",
         usage="mulki bench [--OPTION VALUE ...]; bench table CSV; bench plot CSV FOLDER",
         description=_bench.__doc__,
-        epilog="Every point is verified against float64 first; the exit status is 1 if one failed.",
+        epilog=_BENCH_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_options(parser.add_argument_group("bench"), BenchOptions)
     given = vars(parser.parse_args(with_hyphens(argv)))

@@ -35,8 +35,10 @@ def probe(rehearse: bool) -> Machine:
     import torch
 
     from mulki import kernels
+    from mulki.bench.plots import NEEDED
 
-    no_figures = None if find_spec("matplotlib") else "matplotlib is not installed"
+    absent = next((name for name in NEEDED if find_spec(name) is None), None)
+    no_figures = f"{absent} is not installed" if absent else None
     if rehearse:
         reason = kernels.why_not("siglip", "cpu", torch.float32) or _not_interpreted()
         return Machine("no GPU, a rehearsal", reason, None, no_figures, rehearsal=True)

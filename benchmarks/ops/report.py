@@ -220,41 +220,63 @@ def read_rows(path: str) -> list[Row]:
 
 
 LEGEND = (
-    "x eager and the like: their time over this one's, median over rounds; of mm, of copy: "
-    "share of the rates of torch.mm and of a copy; MiB: peak beyond inputs and outputs; error: "
-    "worst gradient, relative L2 against float64; device: ms of the device alone"
+    "\N{PLUS-MINUS SIGN}: half of what lies between the quantiles 0.2 and 0.8, of the median; "
+    "eager and the like: their time over this one's, median over rounds; mm, copy: share of the "
+    "rates of torch.mm and of a copy; MiB: peak beyond inputs and outputs; error: worst gradient, "
+    "relative L2 against float64; device: ms of the device alone"
 )
+
+#: What a line of the terminal holds.
+WIDTH = 80
 
 
 def terminal_table(results: Sequence[Result]) -> list[str]:
-    """The timed results of one case, in lines; columns that would be empty are left out."""
-    head = ("mode", "provider", "ms", "20-80 %", *(f"x {name}" for name in REFERENCES))
-    lines = [[*head, "GFLOP/s", "of mm", "of copy", "MiB", "error", "device"]]
+    """The timed results of one case, in lines of at most 80 characters.
+
+    Columns that would be empty are left out. Those that do not fit follow in a table of their own.
+    """
+    head = ("ms", "\N{PLUS-MINUS SIGN}", *REFERENCES)
+    lines = [["", *head, "GFLOP/s", "mm", "copy", "MiB", "error", "device"]]
     last = ""
     for r in results:
-        if r.status == "timed":
-            speed = r.metrics["speed"]
-            cells = [
-                r.mode if r.mode != last else "",
-                r.provider,
-                _digits(speed.median),
-                f"{_digits(speed.low)}-{_digits(speed.high)}",
-                *(_shown(r.metrics, f"speedup_over_{name}", ".2f") for name in REFERENCES),
-                _shown(r.metrics, "throughput", ".0f"),
-                _shown(r.metrics, "share_of_torch_mm", ".0%"),
-                _shown(r.metrics, "share_of_copy", ".0%"),
-                _shown(r.metrics, "memory", ".1f"),
-                _shown(r.metrics, "gradient_error", ".1e"),
-                _shown(r.metrics, "device_time", ".3g"),
-            ]
-            lines.append(cells)
+        if r.status != "timed":
+            continue
+        if r.mode != last:
+            lines.append([r.mode, *[""] * (len(lines[0]) - 1)])
             last = r.mode
-    columns = [c for c in zip(*lines, strict=True) if any(cell != "-" for cell in c[1:])]
-    aligned = []
-    for i, column in enumerate(columns):
-        width = max(map(len, column))
-        aligned.append([cell.ljust(width) if i < 2 else cell.rjust(width) for cell in column])
-    return ["  ".join(cells).rstrip() for cells in zip(*aligned, strict=True)]
+        speed = r.metrics["speed"]
+        spread = (speed.high - speed.low) / 2 / speed.median if speed.median else 0.0
+        cells = [
+            f"  {r.provider}",
+            _digits(speed.median),
+            f"{spread:.0%}",
+            *(_shown(r.metrics, f"speedup_over_{name}", ".2f") for name in REFERENCES),
+            _shown(r.metrics, "throughput", ".0f"),
+            _shown(r.metrics, "share_of_torch_mm", ".0%"),
+            _shown(r.metrics, "share_of_copy", ".0%"),
+            _shown(r.metrics, "memory", ".1f"),
+            _shown(r.metrics, "gradient_error", ".0e"),
+            _shown(r.metrics, "device_time", ".3g"),
+        ]
+        lines.append(cells)
+    columns = [c for c in zip(*lines, strict=True) if any(cell not in ("-", "") for cell in c[1:])]
+    if not columns:
+        return []
+    first, *others = [_aligned(column, left=not i) for i, column in enumerate(columns)]
+    blocks: list[list[list[str]]] = []
+    room = 0
+    for column in others:
+        room -= 2 + len(column[0])
+        if room < 0:
+            blocks.append([first])
+            room = WIDTH - len(first[0]) - 2 - len(column[0])
+        blocks[-1].append(column)
+    return ["  ".join(cells).rstrip() for block in blocks for cells in zip(*block, strict=True)]
+
+
+def _aligned(column: Sequence[str], left: bool) -> list[str]:
+    width = max(map(len, column))
+    return [cell.ljust(width) if left else cell.rjust(width) for cell in column]
 
 
 def remarks(results: Sequence[Result]) -> list[str]:
@@ -282,8 +304,8 @@ def markdown(rows: Sequence[Row]) -> str:
     the backward pass of a provider that had formed its gradients before.
     """
     parts = []
-    for setting in dict.fromkeys(tuple(row[name] for name in _SETTING) for row in rows):
-        of = [row for row in rows if tuple(row[name] for name in _SETTING) == setting]
+    for setting in dict.fromkeys(map(setting_of, rows)):
+        of = [row for row in rows if setting_of(row) == setting]
         timed = [row for row in of if row["metric_name"] != "largest_n"]
         table = list(_table(timed)) if timed else []
         parts += [setting_line(dict(zip(_SETTING, setting, strict=True))), "", *table, ""]
@@ -295,8 +317,16 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(parts)
 
 
-def _table(rows: Sequence[Row]) -> Iterator[str]:
-    # By point and provider, the rows of the last run that had both, by metric.
+def setting_of(row: Row) -> tuple[str, ...]:
+    """Machine and versions of a line."""
+    return tuple(row[name] for name in _SETTING)
+
+
+def by_point(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, dict[str, Row]]]:
+    """Lines by operator, shape, dtype and mode, then by provider, then by metric.
+
+    Those of the last run that had a point and provider stand for all.
+    """
     points: dict[tuple[str, ...], dict[str, dict[str, Row]]] = {}
     for row in rows:
         config = json.loads(row["extra_benchmark_config_str"])
@@ -307,6 +337,11 @@ def _table(rows: Sequence[Row]) -> Iterator[str]:
         if any(other["timestamp"] != row["timestamp"] for other in metrics.values()):
             metrics = {}
         of[row["kernel_provider"]] = metrics | {row["metric_name"]: row}
+    return points
+
+
+def _table(rows: Sequence[Row]) -> Iterator[str]:
+    points = by_point(rows)
     providers = list(dict.fromkeys(row["kernel_provider"] for row in rows))
     header = ["operator", "N x P x D", "dtype", "mode", *(f"{p}, ms" for p in providers)]
     references = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,7 @@ from mulki.options import check_options, option
 from . import call_cost, clocks, largest, report
 from .cases import DTYPES, MODES, OPERATORS, PAIRED, Case, make_cases, parse_shape
 from .machine import describe_machine, setting_line
-from .pace import Pace
+from .pace import Pace, in_words
 from .point import measure_case
 from .providers import PROVIDERS
 from .report import CsvFile, Quantiles, Result
@@ -21,6 +22,10 @@ from .report import CsvFile, Quantiles, Result
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 Say = Callable[[str], None]
+
+#: Of `--quick`, without the time to start: seconds, and providers that take too long to be made.
+QUICK_BUDGET = 45.0
+_SLOW = ("compile", "mulki-reference")
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,9 @@ class BenchOptions:
     providers: tuple[str, ...] = option(
         ("all",), f"what computes the operators: all that are there, or of {', '.join(PROVIDERS)}"
     )
-    quick: bool = option(False, "a few small shapes")
+    quick: bool = option(
+        False, f"a few small shapes in a minute; all providers are all but {' and '.join(_SLOW)}"
+    )
     threads: int = option(0, "CPU threads; 0 for those torch takes", low=0)
     seconds: float = option(1.0, "how long a provider is timed per case and mode", above=0)
     device: str = option("cpu", "cpu, cuda, cuda:1, xpu, ...")
@@ -52,7 +59,17 @@ class BenchOptions:
     output: str | None = option(None, "a CSV file to write; one that exists grows")
 
 
-def run(options: BenchOptions, say: Say = print) -> int:
+def print_wrapped(text: str) -> None:
+    """Print a line that may be longer than a terminal is wide."""
+    line = text.lstrip("\n")
+    lines = [line]
+    if len(line) > report.WIDTH:
+        how = {"break_long_words": False, "break_on_hyphens": False}
+        lines = textwrap.wrap(line, report.WIDTH, subsequent_indent="  ", **how)
+    print(text[: len(text) - len(line)] + "\n".join(lines), flush=True)
+
+
+def run(options: BenchOptions, say: Say = print_wrapped) -> int:
     """Measure, print and store.
 
     Returns:
@@ -62,6 +79,8 @@ def run(options: BenchOptions, say: Say = print) -> int:
     Raises:
         InputError: naming the option that cannot be used.
     """
+    if options.quick and not options.budget:
+        options = replace(options, budget=QUICK_BUDGET)
     pace: Pace[Case] = Pace(options.budget)
     cases, options, absent = _plan(options)
     output = CsvFile(options.output) if options.output else None
@@ -76,7 +95,9 @@ def run(options: BenchOptions, say: Say = print) -> int:
 def _plan(options: BenchOptions) -> tuple[list[Case], BenchOptions, dict[str, str]]:
     """The cases, the options with short names spelt out, and why providers are not here."""
     check_options(options)
-    providers = tuple(PROVIDERS) if options.providers == ("all",) else options.providers
+    providers = options.providers
+    if providers == ("all",):
+        providers = tuple(n for n in PROVIDERS if not (options.quick and n in _SLOW))
     options = replace(
         options,
         ops=_names("ops", options.ops, OPERATORS),
@@ -120,7 +141,15 @@ def _plan(options: BenchOptions) -> tuple[list[Case], BenchOptions, dict[str, st
             f"--shapes: got {' '.join(options.shapes)}, wanted one with N = P: "
             f"{' and '.join(options.ops)} take pairs"
         )
+    if options.quick:
+        # Half of the time for timing: the other half goes to checks, inputs and memory.
+        fits = options.budget / 2 / (len(cases) * _timings(options))
+        options = replace(options, seconds=min(options.seconds, fits))
     return cases, options, absent
+
+
+def _timings(options: BenchOptions) -> int:
+    return len(options.modes) * len(options.providers)
 
 
 def _device(name: str) -> str:
@@ -162,8 +191,13 @@ def _run(
         say(f"left out: {', '.join(n for n in absent if absent[n] == reason)}: {reason}")
     measured = _searched(options) if options.largest else _timed(cases, options, say)
     results: list[Result] = []
-    for case in pace.take(cases):
-        say(f"\n{case.operator}, {case.shape}, {case.dtype}")
+    for number, case in enumerate(pace.take(cases)):
+        left = len(cases) - number
+        takes = in_words(pace.left(left, options.seconds * _timings(options)))
+        say(
+            f"\n{case.operator}, {case.shape}, {case.dtype} "
+            f"({number + 1} of {len(cases)}, about {takes} left)"
+        )
         try:
             found = measured(case)
         except torch.OutOfMemoryError as error:

@@ -263,7 +263,7 @@ def _loss(
             steps = [each.total for each in history]
             axes.plot(steps, values, color=colour, linestyle=dash, lw=1.2, label=entry(group.label))
         axes.set_yscale("log")
-        plain_log(axes.yaxis)
+        plain_log(axes)
         axes.set_ylabel("loss (logarithmic)")
         mark_tasks(axes, max((of for *_, of in histories), key=len))
         return len(histories)

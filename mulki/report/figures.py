@@ -124,7 +124,7 @@ def _of_history(history: Sequence[StepRecord]) -> Iterator[Plot]:
             label = entry(name.removesuffix("_loss"))
             axes.plot(steps, values, color=colour, linestyle=dash, label=label)
         axes.set_yscale("log")
-        plain_log(axes.yaxis)
+        plain_log(axes)
         axes.set_ylabel("loss (logarithmic)")
         mark_tasks(axes, history)
         return 1 + len(terms)

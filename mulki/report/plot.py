@@ -19,7 +19,6 @@ from mulki.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
 
 # Of Okabe and Ito, told apart with any colour vision, without black and yellow: legible on a light
 # and on a dark page.
@@ -65,13 +64,18 @@ def entry(name: str, room: int = _ROOM[0]) -> str:
     return f" {name}" if name.startswith("_") else name
 
 
-def plain_log(axis: Axis) -> None:
-    """Label a logarithmic axis at 1, 2 and 5, and not as powers of ten, which are formulas."""
-    from matplotlib.ticker import LogLocator, NullFormatter
+def plain_log(axes: Axes) -> None:
+    """Label a logarithmic y axis with plain numbers, and not with powers of ten.
 
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
+    Call it when all is drawn: a short axis has other ticks than a long one.
+    """
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+    low, high = axes.get_ylim()
+    narrow = high < 5 * low
+    axes.yaxis.set_major_locator(MaxNLocator(6) if narrow else LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _columns(longest: int) -> int:

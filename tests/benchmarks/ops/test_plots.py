@@ -1,44 +1,79 @@
 from __future__ import annotations
 
+import csv
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
-from mulki.bench.cases import (
-    Case,
-)
+from mulki.bench.cases import Case
 from mulki.bench.report import Quantiles, Result, rows_of
+from mulki.errors import InputError
 from tests.benchmarks.ops.bench_helpers import MACHINE
 
+TIMES = "\N{MULTIPLICATION SIGN}"
 
-def timed_rows() -> list[dict[str, str]]:
+
+def timed_rows(**machine: str) -> list[dict[str, str]]:
     rows = []
-    for n in (4, 8):
+    for n in (8, 4):
         case = Case("siglip", n, n, 16, "float32")
         for name in ("eager", "mulki"):
             metrics = {
                 "speed": Quantiles(2.0 * n, 1.5 * n, 3.0 * n),
-                "throughput": Quantiles.same(100.0),
+                "throughput": Quantiles.same(1500.0),
+                "share_of_best_product": Quantiles.same(0.5),
                 "memory": Quantiles.same(0.0),
             }
-            rows += rows_of(Result(case, name, "both", "timed", metrics=metrics), MACHINE)
-        rows += rows_of(Result(case, "compile", "both", "failed"), MACHINE)
+            if name == "mulki":
+                metrics["speedup_over_eager"] = Quantiles(1.2, 1.1, 1.3)
+            result = Result(case, name, "both", "timed", metrics=metrics)
+            rows += rows_of(result, MACHINE | machine)
+        rows += rows_of(Result(case, "compile", "both", "failed"), MACHINE | machine)
     return rows
 
 
-def test_figures(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="needs matplotlib")
+def test_figures_a_page_and_their_numbers(tmp_path: Path) -> None:
     from mulki.bench.plots import plot
 
-    (path,) = plot(timed_rows(), str(tmp_path / "figures"))
-    assert path.name == "siglip_float32_both.png"
-    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 10_000
+    older = timed_rows(torch_version="1.0")
+    page, points, *drawn = plot([*older, *timed_rows()], str(tmp_path / "figures"))
+    kinds = ("speed", "throughput", "share_of_best_product", "speedup_over_eager", "memory")
+    assert [path.name for path in drawn] == [
+        f"siglip_float32_both_{kind}.{form}" for kind in kinds for form in ("png", "svg")
+    ]
+    assert drawn[0].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    text = page.read_text()
+    assert text.count("<svg") == 5 and "10 lines" not in text and "18 lines of the CSV are" in text
+    # Shapes from the smallest on, and ticks that are numbers.
+    svg = drawn[1].read_text()
+    places = [svg.index(f"{n}{TIMES}{n}{TIMES}16") for n in (4, 8)]
+    assert places == sorted(places) and "10^" not in svg and "\\times" not in svg
+    assert re.search(r">20</text>", svg)
+    with points.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4 and rows[0]["throughput (GFLOP/s)"] == "1500"
+    assert [row["speedup_over_eager (times)"] for row in rows] == ["", "1.2", "", "1.2"]
+
+
+def test_a_gpu_has_larger_units(tmp_path: Path) -> None:
+    from mulki.bench.plots import plot
+
+    _, points, *_ = plot(timed_rows(gpu_name="a card"), str(tmp_path))
+    assert "throughput (TFLOP/s)" in points.read_text() and ",1.5," in points.read_text()
+
+
+def test_a_mode_that_was_not_timed(tmp_path: Path) -> None:
+    from mulki.bench.plots import plot
+
+    with pytest.raises(InputError, match="--mode forward: nothing was timed"):
+        plot(timed_rows(), str(tmp_path / "figures"), "forward")
+    assert not (tmp_path / "figures").exists()
 
 
 def test_figures_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mulki.bench.plots import plot
-    from mulki.errors import InputError
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)

@@ -7,6 +7,7 @@ import json
 import runpy
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,11 @@ from mulki.bench import call_cost
 from mulki.bench.cases import (
     MODES,
     OPERATORS,
+    Case,
 )
 from mulki.bench.providers import PROVIDERS
 from mulki.bench.report import Result, read_rows, rows_of
-from mulki.bench.run import BenchOptions, run
+from mulki.bench.run import BenchOptions, print_wrapped, run
 from mulki.cli import run_command
 from tests import ROOT
 from tests.benchmarks.ops.bench_helpers import CASE, HEADER, LIGER_COLUMNS, wrong_provider
@@ -48,7 +50,8 @@ def test_a_run_prints_tables_and_writes_a_csv(
     assert bench(*arguments, "--output", str(path)) == 0
     assert torch.get_num_threads() == before
     out = capsys.readouterr().out
-    assert "torch " in out and "dual_teacher_kl, 5x5x8, bfloat16" in out
+    assert "torch\n" in out and "dual_teacher_kl, 5x5x8, bfloat16 (4 of 16, about " in out
+    assert max(map(len, out.splitlines())) <= 80
     assert "torch_lce-chunks: not applicable: has cross-entropy to labels alone" in out
 
     assert path.read_text().splitlines()[0].startswith(LIGER_COLUMNS)
@@ -210,6 +213,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert leave.value.code == 0
     assert all(word in out for word in ("--shapes", "--providers", "dual_teacher_kl", "--output"))
+    assert "mulki bench plot ops.csv figures" in out and "--shapes 2048x345x768" in out
 
 
 def test_the_benchmark_is_loaded_when_asked_for_and_never_training() -> None:
@@ -265,6 +269,44 @@ def test_a_run_says_which_points_it_left_out(monkeypatch: pytest.MonkeyPatch) ->
         "left out: 3 points, beyond --budget 1e-09: "
         "similarity 3x3x4 float32; siglip 2x2x4 float32; similarity 2x2x4 float32"
     )
+
+
+def test_quick_takes_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that measuring moves; checks and memory take nearly as long as timing."""
+    clock: list[float] = [0.0]
+    cases: list[Case] = []
+    monkeypatch.setattr("mulki.bench.pace.time.perf_counter", lambda: clock[0])
+
+    more = [0.0]
+
+    def measured(
+        case: Case, providers: Sequence[str], modes: Sequence[str], seconds: float
+    ) -> list[Result]:
+        assert "compile" not in providers and "mulki" in providers
+        clock[0] += 1.9 * len(providers) * len(modes) * seconds + more[0]
+        cases.append(case)
+        return []
+
+    monkeypatch.setattr("mulki.bench.run.measure_case", measured)
+    said: list[str] = []
+    assert run(BenchOptions(quick=True), said.append) == 0
+    assert 40 < clock[0] < 60 and len(cases) == 26 and not any("left out: 2" in s for s in said)
+    # Every operator comes before a second shape of one.
+    assert {case.operator for case in cases[:16]} == {*OPERATORS}
+    # On a machine that is much slower, what does not fit is left out and named.
+    clock[0] = 0.0
+    cases.clear()
+    more[0] = 8.0
+    assert run(BenchOptions(quick=True), said.append) == 0
+    assert clock[0] < 60 and "points, beyond --budget 45: " in said[-1]
+
+
+def test_long_lines_are_wrapped(capsys: pytest.CaptureFixture[str]) -> None:
+    print_wrapped("\nshort")
+    print_wrapped("word " * 40)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["", "short"] and max(map(len, lines)) <= 80
+    assert len(lines) > 4 and all(line.startswith("  word") for line in lines[3:])
 
 
 def test_the_benchmark_needs_torch_and_numpy_alone(tmp_path: Path) -> None:
