@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mulki.commands.parsing import Parser, add_options, with_hyphens
+from mulki.commands import completion
+from mulki.commands.parsing import Parser, add_options, complete_by, with_hyphens
 from mulki.errors import InputError, ProcessLost, Stopped, nearest
 from mulki.options import field_name
 
@@ -44,6 +45,12 @@ examples:
   mulki bench --output ops.csv                    all shapes, kept
   mulki bench table ops.csv                       as Markdown
   mulki bench plot ops.csv figures                as figures and a page
+"""
+
+_COMPLETION_EXAMPLES = """run once, or put it into the shell's start file:
+  bash, ~/.bashrc                    eval "$(mulki completion bash)"
+  zsh, ~/.zshrc after compinit       eval "$(mulki completion zsh)"
+  fish, ~/.config/fish/config.fish   mulki completion fish | source
 """
 
 
@@ -97,7 +104,10 @@ def _dispatch(argv: list[str]) -> int:
         "bench": _bench,
         "prove": _prove,
         "doctor": _doctor,
+        "completion": _completion,
     }
+    if completion.is_asked():
+        return completion.complete(commands)
     if argv[:1] == ["--"]:
         # In `torchrun -m mulki -- run ...` it separates our options from those of torchrun.
         argv = argv[1:]
@@ -120,7 +130,7 @@ def _dispatch(argv: list[str]) -> int:
 def _usage(commands: dict[str, Callable[[list[str]], int]]) -> str:
     lines = ["usage: mulki COMMAND ..., mulki COMMAND --help", ""]
     for name, command in commands.items():
-        lines.append(f"  {name:<9} {(command.__doc__ or '').splitlines()[0]}")
+        lines.append(f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}")
     return "\n".join(lines)
 
 
@@ -191,12 +201,14 @@ def _given(argv: list[str], command: str = "run") -> tuple[dict[str, Any], str |
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
+    names = sequence_names()
+    words = parser.add_argument(
         "words",
         nargs="*",
         metavar="TASKS",
-        help=f"same as --tasks; sequences: {', '.join(sequence_names())}",
+        help=f"same as --tasks; sequences: {', '.join(names)}",
     )
+    complete_by(words, names)
     parser.add_argument("--config", metavar="FILE", help="a YAML file of options")
     parser.add_argument(
         "--resume", metavar="DIR", help="go on with the run in this folder, without other options"
@@ -221,11 +233,11 @@ def _given(argv: list[str], command: str = "run") -> tuple[dict[str, Any], str |
     apart = ("config", "resume", "import_")
     given = {k: v for k, v in vars(parsed).items() if v is not None and k not in apart}
     check_lists(given)
-    words = given.pop("words", None)
-    if words and "tasks" in given:
-        raise InputError(f"--tasks: given beside {' '.join(words)}; name the tasks in one place")
-    if words:
-        given["tasks"] = words
+    tasks = given.pop("words", None)
+    if tasks and "tasks" in given:
+        raise InputError(f"--tasks: given beside {' '.join(tasks)}; name the tasks in one place")
+    if tasks:
+        given["tasks"] = tasks
     # The command line wins over the file, also where the two exclude each other.
     for one, other in (("iterations", "epochs"), ("epochs", "iterations")):
         if one in given and other not in given:
@@ -453,9 +465,23 @@ def _bench(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_options(parser.add_argument_group("bench"), BenchOptions)
+    if completion.is_asked():
+        parser.add_argument("words", nargs="?", choices=("table", "plot"))
     given = vars(parser.parse_args(with_hyphens(argv)))
     options = convert(BenchOptions, {k: v for k, v in given.items() if v is not None})
     return run(BenchOptions(**options))
+
+
+def _completion(argv: list[str]) -> int:
+    """Completion of commands and options by a shell: eval "$(mulki completion bash)\""""
+    parser = Parser(
+        prog="mulki completion",
+        description="Print what makes a shell complete commands and options of mulki",
+        epilog=_COMPLETION_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("shell", choices=completion.SHELLS)
+    return completion.print_code(parser.parse_args(argv).shell)
 
 
 def _prove(argv: list[str]) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, NoReturn, get_origin, get_type_hints
 
+from mulki.commands import completion
 from mulki.errors import InputError
 from mulki.options import choices_of, flag, option_name
 
@@ -15,6 +17,21 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **arguments: Any):
         super().__init__(allow_abbrev=False, **arguments)
+        # Parsers without help look for a few options before the others are known.
+        self._answers = self.add_help and completion.is_asked()
+
+    def parse_known_args(self, *given: Any, **named: Any) -> Any:
+        self._answer()
+        return super().parse_known_args(*given, **named)
+
+    def parse_known_intermixed_args(self, *given: Any, **named: Any) -> Any:
+        self._answer()
+        return super().parse_known_intermixed_args(*given, **named)
+
+    def _answer(self) -> None:
+        if self._answers:
+            self._answers = False  # argcomplete parses by the same methods
+            completion.answer(self)
 
     def error(self, message: str) -> NoReturn:
         if "ignored explicit argument" in message:
@@ -38,7 +55,14 @@ def add_options(group: argparse._ActionsContainer, options: type, only: str = ""
             how["nargs"] = "+"
         elif choices := choices_of(item, hints[item.name]):
             how["metavar"] = "{" + ",".join(choices) + "}"
-        group.add_argument(*flags, dest=item.name, help=text, **how)
+        added = group.add_argument(*flags, dest=item.name, help=text, **how)
+        complete_by(added, choices_of(item, hints[item.name]))
+
+
+def complete_by(added: argparse.Action, choices: Sequence[str]) -> None:
+    """Let a shell complete the values of an argument by these; by files where there are none."""
+    if choices:
+        added.completer = lambda **_: choices  # type: ignore[attr-defined]
 
 
 def _shown(default: Any) -> str:
