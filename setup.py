@@ -272,9 +272,12 @@ def native_build() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    # Mapped folders would need a hook of imports, which type checkers do not follow. In a checkout
+    # mulki/__init__.py finds them itself.
+    mapped = {} if "editable_wheel" in sys.argv else MAPPED
     setup(
-        packages=[*find_packages(include=["mulki", "mulki.*"]), *MAPPED],
-        package_dir=MAPPED,
+        packages=[*find_packages(include=["mulki", "mulki.*"]), *mapped],
+        package_dir={"": "."} | mapped,
         package_data={
             "mulki": [
                 "py.typed",

@@ -237,6 +237,7 @@ def _given(argv: list[str], command: str = "run") -> tuple[dict[str, Any], str |
     if tasks and "tasks" in given:
         raise InputError(f"--tasks: given beside {' '.join(tasks)}; name the tasks in one place")
     if tasks:
+        _check_words(tasks, given)
         given["tasks"] = tasks
     # The command line wins over the file, also where the two exclude each other.
     for one, other in (("iterations", "epochs"), ("epochs", "iterations")):
@@ -245,6 +246,16 @@ def _given(argv: list[str], command: str = "run") -> tuple[dict[str, Any], str |
     with _naming(config):
         resolve(from_file | {"method": method.name})
     return from_file | given, None
+
+
+def _check_words(words: list[str], given: dict[str, Any]) -> None:
+    # `--seed 0 1 2` leaves two numbers behind, which are no tasks.
+    numbers = [word for word in words if word.isdecimal() and not os.path.exists(word)]
+    if numbers and "seed" in given:
+        raise InputError(
+            f"--seed: got {' '.join([given['seed'], *numbers])}, wanted one; several runs are "
+            f"--seeds {' '.join([given['seed'], *numbers])}"
+        )
 
 
 def _of_folder(folder: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mulki.errors import InputError, nearest
-from mulki.files import check_regular
+from mulki.files import check_regular, write_atomic
 from mulki.huggingface.read import SCHEMA, load_huggingface
 from mulki.tensor_files import load_tensors
 
@@ -372,11 +372,12 @@ def _load_open_clip(name: str, pretrained: str | None) -> VisionLanguageModel:
     import open_clip
 
     if ":" not in name:
-        name = name.replace("/", "-")
+        given, name = name, name.replace("/", "-")
         known = open_clip.list_models()
         if name not in known:
+            hub = f"; of the Hugging Face hub it is hf-hub:{given}" if "/" in given else ""
             raise InputError(
-                f"--model: no model {name!r}{nearest(name, [*known, BUNDLED])}; python -c "
+                f"--model: no model {given!r}{nearest(name, [*known, BUNDLED])}{hub}; python -c "
                 f'"import open_clip; print(open_clip.list_models())" lists them, beside {BUNDLED}'
             )
         tags = open_clip.list_pretrained_tags_by_model(name)
@@ -388,6 +389,7 @@ def _load_open_clip(name: str, pretrained: str | None) -> VisionLanguageModel:
                 f"there is no such file; tags: {', '.join(tags) or 'none'}"
             )
     _check_files(name, pretrained)
+    _mend_moved(name)
     try:
         clip, _, preprocess = open_clip.create_model_and_transforms(
             name, pretrained=pretrained, weights_only=True
@@ -424,6 +426,32 @@ def _check_files(name: str, pretrained: str | None) -> None:
         check_regular(file)
         if file.suffix == ".safetensors" and file.is_file():
             load_tensors(file)
+
+
+def _mend_moved(name: str) -> None:
+    # open_clip finds a text tower that lies in the folder by its absolute path alone, so a folder
+    # that was moved or copied names its old place.
+    schema, _, place = name.partition(":")
+    path = Path(place) / "open_clip_config.json"
+    if schema != "local-dir" or not (Path(place) / "config.json").is_file() or not path.is_file():
+        return
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        text = config["model_cfg"]["text_cfg"]
+        old = text["hf_model_name"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return  # open_clip says what is wrong with it
+    if not isinstance(old, str) or not Path(old).is_absolute() or Path(old).is_dir():
+        return
+    text["hf_model_name"] = text["hf_tokenizer_name"] = str(Path(place).resolve())
+    try:
+        write_atomic(path, json.dumps(config, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(
+            f"--model {name}: its {path.name} names the place it was moved from, {old}, and cannot "
+            f"be mended ({error.strerror}); make the folder writable, or a copy of it"
+        ) from None
+    _log.info("%s was moved from %s and names its new place now", place, old)
 
 
 def _architecture(name: str) -> dict[str, Any]:

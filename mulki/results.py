@@ -92,7 +92,7 @@ class Evaluation:
 
     With the metric ``acc1_seen`` and the data set ``all-seen``, the value is A_i of
     :class:`mulki.metrics.ClassIncremental`. It comes from the same predictions as the lines of the
-    learned tasks, whose seconds it sums.
+    learned tasks, whose seconds it sums. Lines of earlier versions lack ``method`` and ``model``.
     """
 
     run: str
@@ -105,6 +105,8 @@ class Evaluation:
     value: float
     n: int
     seconds: float
+    method: str = ""
+    model: str = ""
 
 
 def read_evaluations(path: str | os.PathLike[str]) -> list[Evaluation]:
@@ -141,10 +143,22 @@ def _check_kinds(evaluation: Evaluation) -> None:
             raise TypeError(item.name)
 
 
-def default_name(method: str, order: str, seed: int, now: datetime | None = None) -> str:
-    """Return the name of a run that was given none: start time, method, order and seed."""
+def default_name(
+    method: str,
+    order: str,
+    seed: int,
+    config: Mapping[str, object],
+    now: datetime | None = None,
+) -> str:
+    """The name of a run that was given none: start time, tasks, model, method, order, seed."""
     now = now or datetime.now()
-    return f"{now:%Y_%m_%d-%H_%M_%S}-{slug(method)}-order_{slug(order)}-seed_{seed}"
+    tasks = config.get("tasks")
+    words = [tasks] if isinstance(tasks, str) else tasks if isinstance(tasks, (list, tuple)) else []
+    # Of folders their own names, and of many tasks the first ones.
+    named = slug(" ".join(Path(str(word)).name for word in words))[:30].strip("_")
+    model = slug(str(config.get("model", "")))[-30:].strip("_")
+    about = [named] * bool(words) + [model] * ("model" in config) + [slug(method)]
+    return f"{now:%Y_%m_%d-%H_%M_%S}-{'-'.join(about)}-order_{slug(order)}-seed_{seed}"
 
 
 def slug(name: str) -> str:
@@ -160,9 +174,9 @@ class RunFolder:
     (``report_to``) and finishes the run: ``complete`` when the block ends, ``interrupted`` when an
     exception (or Ctrl-C) leaves it. In a distributed run only the first rank may have one.
 
-    Attributes: ``path``, ``name``, ``method``, ``order``, ``seed``, ``status``, ``uses``; the
-    results so far are ``matrix``, an :class:`AccuracyMatrix`, and ``class_incremental``, the
-    :class:`ClassIncremental` of the rows that came with answers.
+    Attributes: ``path``, ``name``, ``method``, ``model``, ``order``, ``seed``, ``status``,
+    ``uses``; the results so far are ``matrix``, an :class:`AccuracyMatrix`, and
+    ``class_incremental``, the :class:`ClassIncremental` of the rows that came with answers.
     """
 
     def __init__(
@@ -184,6 +198,7 @@ class RunFolder:
         self.method = method
         self.order = order
         self.seed = seed
+        self.model = ""
         self.matrix = matrix
         self.class_incremental = ClassIncremental({})
         self.status: Status = status
@@ -219,8 +234,9 @@ class RunFolder:
         one path component.
         """
         matrix = AccuracyMatrix(columns=tuple(columns))
-        path, lock = _make_folder(Path(logs), name, default_name(method, order, seed))
+        path, lock = _make_folder(Path(logs), name, default_name(method, order, seed, config))
         run = cls(path, method=method, order=order, seed=seed, matrix=matrix, uses=uses, lock=lock)
+        run.model = str(config.get("model", ""))
         # First: a folder with this file is one of ours, while anyone may have an args.yaml.
         write_atomic(path / "env.json", _json(environment(hashes)))
         write_atomic(path / "args.yaml", yaml.safe_dump(_plain(config), sort_keys=False))
@@ -251,6 +267,7 @@ class RunFolder:
                 uses=tuple(summary.get("uses", ())),
                 lock=lock,
             )
+            run.model = str(summary.get("model", ""))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path}: not the folder of a run, its summary.json cannot be read "
@@ -373,6 +390,8 @@ class RunFolder:
             value=float(value),
             n=int(n),
             seconds=round(float(seconds), 3),
+            method=self.method,
+            model=self.model,
         )
         try:
             line = json.dumps(asdict(evaluation), allow_nan=False)
@@ -478,6 +497,7 @@ class RunFolder:
             "status": self.status,
             "name": self.name,
             "method": self.method,
+            "model": self.model,
             "order": self.order,
             "seed": self.seed,
             "uses": list(self.uses),

@@ -33,6 +33,7 @@ CROSS_CUTTING = {
     "test_examples.py": "examples/",
     "test_import.py": "the whole package",
     "test_layout.py": "the tests themselves",
+    "test_packaging.py": "setup.py and pyproject.toml",
     "test_readme.py": "README.md and docs/",
     "test_repository.py": "CITATION.cff and .github/",
 }

@@ -502,6 +502,20 @@ def test_checkpoint_of_the_bundled_model(bundled: Path, tmp_path: Path, lock_tex
     assert same_state(dict(again.checkpoint()), saved)
 
 
+def test_a_checkpoint_of_the_bundled_model_that_was_moved(bundled: Path, tmp_path: Path) -> None:
+    """open_clip knows its text tower by an absolute path."""
+    model = models.load(BUNDLED)
+    save_weights(model, tmp_path / "w.safetensors")
+    publish(model, tmp_path / "w.safetensors", tmp_path / "old")
+    moved = tmp_path / "new"
+    shutil.move(tmp_path / "old", moved)
+    again = models.load(f"local-dir:{moved}")
+    assert same_state(state_of(again), state_of(model))
+    assert again.tokenizer(PROMPTS).shape == model.tokenizer(PROMPTS).shape
+    text = json.loads((moved / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
+    assert text["hf_model_name"] == text["hf_tokenizer_name"] == str(moved.resolve())
+
+
 @pytest.mark.parametrize("content", [b"not weights", {"a": torch.ones(2)}])
 def test_bad_checkpoint_of_the_bundled_model(
     bundled: Path, tmp_path: Path, content: bytes | dict[str, torch.Tensor]

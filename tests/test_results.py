@@ -217,8 +217,12 @@ def test_wrong_columns_leave_no_folder(tmp_path: Path) -> None:
 
 def test_default_names(tmp_path: Path) -> None:
     now = datetime(2026, 11, 25, 13, 4, 5)
-    assert default_name("mulki", "II", 7, now) == "2026_11_25-13_04_05-mulki-order_ii-seed_7"
-    assert default_name("a/b", "I", 0, now).endswith("-a_b-order_i-seed_0")
+    config: dict[str, object] = {"tasks": ["data/birds/", "embedded:flags"], "model": "ViT-B/32"}
+    name = default_name("mulki", "II", 7, config, now)
+    assert name == "2026_11_25-13_04_05-birds_embedded_flags-vit_b_32-mulki-order_ii-seed_7"
+    assert default_name("a/b", "I", 0, {}, now) == "2026_11_25-13_04_05-a_b-order_i-seed_0"
+    many = default_name("a", "I", 0, {"tasks": ["x" * 200] * 3}, now)
+    assert len(many) < 80
 
 
 def test_unnamed_runs_of_one_second_get_folders_of_their_own(

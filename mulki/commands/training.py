@@ -19,7 +19,16 @@ def prepare_process() -> None:
     # Of several processes only the first prints warnings.
     handler.setLevel(logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     handler.addFilter(lambda record: record.levelno < logging.ERROR)
+    handler.addFilter(lambda record: not _printed_already(record.name))
     logging.basicConfig(format="mulki: %(message)s", handlers=[handler])
+
+
+def _printed_already(logger: str) -> bool:
+    # huggingface_hub has a handler of its own, and passes its messages on besides.
+    package = logging.getLogger(logger.partition(".")[0])
+    return package.name != "mulki" and any(
+        type(handler) is logging.StreamHandler for handler in package.handlers
+    )
 
 
 class _Messages(logging.StreamHandler):

@@ -128,7 +128,9 @@ class RunConfig:
     augment: str = option(
         "none", "training transform; none caches teachers", choices=transform_names
     )
-    limit_images: int | None = option(None, "use at most so many images of each split", low=1)
+    limit_images: int | None = option(
+        None, "use at most so many images of each split, one of each class at least", low=1
+    )
     skip_bad_images: bool = option(False, "leave unreadable images out")
     max_pixels: int = option(decoding.MAX_PIXELS, "largest width times height of an image", low=1)
     workers: int = option(0, "data loading processes", low=0, alias="-j")
@@ -282,7 +284,9 @@ def unknown_option(name: str, method: str) -> InputError:
             f"{', '.join(owners)}; leave it out or change --method"
         )
     known = field_names(RunConfig) | field_names(methods.get(method).Options)
-    close = nearest(flag(name)[2:], [flag(k)[2:] for k in known])
+    # "lora" is no misspelt "lr": a slip makes no name twice as long.
+    likely = [word for k in known if 2 * len(word := flag(k)[2:]) > len(flag(name)[2:])]
+    close = nearest(flag(name)[2:], likely)
     return InputError(f"{flag(name)}: no such option{close}; mulki run --help lists them all")
 
 

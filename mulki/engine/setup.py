@@ -26,7 +26,7 @@ from mulki.engine.config import CURRENT, RunConfig, Settings
 from mulki.engine.precision import Precision
 from mulki.engine.recovery import State, check_finite
 from mulki.engine.resuming import check_same, open_to_resume, read_save
-from mulki.engine.tasks import load_tasks
+from mulki.engine.tasks import load_tasks, warn_of_twins
 from mulki.errors import InputError
 from mulki.methods import VOCABULARY, Method, Needs
 from mulki.models import VisionLanguageModel
@@ -150,6 +150,7 @@ def prepared(
             vocabulary = _load_vocabulary(config, method)
             # Last, since it can take minutes.
             model = _load_model(config, method, precision, world)
+            warn_of_twins(tasks, model.tokenizer)
             hashes = hashes_of(tasks, model, reference, vocabulary)
             precision.convert(model)
             check_finite(

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
 from mulki.data import Source, Task, load_sequence
 from mulki.data.class_steps import equal_steps
+from mulki.data.prompts import fill
 from mulki.data.published import entry_names
 from mulki.data.subset import few_shot, limited
 from mulki.engine.config import RunConfig
 from mulki.engine.rates import learning_rates
 from mulki.errors import InputError, nearest
+
+_log = logging.getLogger(__name__)
 
 
 def load_tasks(config: RunConfig) -> list[Task]:
@@ -34,6 +42,14 @@ def load_tasks(config: RunConfig) -> list[Task]:
     if config.shots is not None:
         tasks = [few_shot(task, config.shots, config.seed) for task in tasks]
     if config.limit_images is not None:
+        for task in tasks:
+            if len(task.classes) > config.limit_images:
+                _log.warning(
+                    "--limit-images %d: task %s keeps an image of each of its %d classes",
+                    config.limit_images,
+                    task.name,
+                    len(task.classes),
+                )
         tasks = [limited(task, config.limit_images) for task in tasks]
     names = {*(task.name for task in tasks), *entry_names()}
     for name in learning_rates(config.lr_of):
@@ -42,3 +58,27 @@ def load_tasks(config: RunConfig) -> list[Task]:
                 f"--lr-of: got a rate of {name}, but no task is called so{nearest(name, names)}"
             )
     return tasks
+
+
+def warn_of_twins(tasks: Sequence[Task], tokens: Callable[[list[str]], Tensor]) -> None:
+    """Warn of classes of a task whose names differ in capitals alone, which the model cannot see.
+
+    Args:
+        tasks: of a run.
+        tokens: [n, length] of n texts.
+    """
+    for task in tasks:
+        by_folded: dict[str, list[str]] = {}
+        for name in task.classes:
+            by_folded.setdefault(name.casefold(), []).append(name)
+        for one, *others in by_folded.values():
+            for other in others:
+                first, second = tokens([fill(task.templates[0], name) for name in (one, other)])
+                if first.equal(second):
+                    _log.warning(
+                        'task %s: the classes "%s" and "%s" are the same to the tokenizer, so '
+                        "nothing can tell them apart; rename one or merge the two",
+                        task.name,
+                        one,
+                        other,
+                    )

@@ -95,6 +95,13 @@ class DistillClipLoss(ClipLoss):
         return self._distilled(student, [teacher], output_dict)
 
     def _distilled(self, student: Pairs, teachers: Sequence[Pairs], output_dict: bool) -> Losses:
+        named = [item for teacher in teachers for item in teacher.features().items()]
+        for name in [name for name, t in named if isinstance(t, Tensor) and t.requires_grad][:1]:
+            self.say_once(
+                "teacher",
+                f"{name}: requires grad, but no gradient flows to a teacher, other than in "
+                f"open_clip; compute it under torch.no_grad()",
+            )
         teachers = [teacher.detached() for teacher in teachers]
         gate = f"{self.gate} {self.gate_entropy} {self.gate_label} at {self.gate_temperature}"
         shard = self.shard(student, *teachers, gate=gate, temperature=self.temperature)

@@ -38,3 +38,16 @@ def test_the_first_process_prints_warnings(
 def test_freed_memory_is_kept(memory_left_alone: list[bool]) -> None:
     prepare_process()
     assert memory_left_alone == [True]
+
+
+def test_messages_of_packages_that_print_themselves_are_not_repeated(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    prepare_process()
+    hub = logging.getLogger("huggingface_hub")
+    monkeypatch.setattr(hub, "handlers", [logging.StreamHandler()])
+    logging.getLogger("huggingface_hub.utils").warning("Retrying in 1s")
+    monkeypatch.setattr(hub, "handlers", [])
+    logging.getLogger("huggingface_hub.utils").warning("alone")
+    assert capsys.readouterr().err == "Retrying in 1s\nmulki: alone\n"

@@ -4,9 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from mulki.engine.config import resolve
-from mulki.engine.tasks import load_tasks
+from mulki.engine.tasks import load_tasks, warn_of_twins
 from mulki.errors import InputError
 from tests.engine_helpers import write_task
 
@@ -31,3 +32,28 @@ def test_rates_belong_to_tasks_or_published_data_sets(task_folders: tuple[str, s
     assert len(load_tasks(config)) == 2
     with pytest.raises(InputError, match='--lr-of: got a rate of shade, .*did you mean "shades"'):
         load_tasks(replace(config, lr_of=("shade=1",)))
+
+
+def test_a_limit_below_the_number_of_classes_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_task(tmp_path / "shades", dict.fromkeys("abc", (32, 32, 32)))
+    config = resolve({"tasks": [str(folder)], "limit_images": "2"}).run
+    (task,) = load_tasks(config)
+    assert len(task.train) == 3
+    assert "--limit-images 2: task shades keeps an image of each of its 3" in caplog.text
+
+
+def test_classes_that_a_tokenizer_cannot_tell_apart_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_task(tmp_path / "pets", dict.fromkeys(("Cat", "cat", "dog"), (32, 32, 32)))
+    (task,) = load_tasks(resolve({"tasks": [str(folder)]}).run)
+
+    def tokens(texts: list[str], lower: bool = True) -> torch.Tensor:
+        return torch.tensor([[*(text.lower() if lower else text).encode()] for text in texts])
+
+    warn_of_twins([task], lambda texts: tokens(texts, lower=False))
+    assert not caplog.text
+    warn_of_twins([task], tokens)
+    assert 'task pets: the classes "Cat" and "cat" are the same' in caplog.text

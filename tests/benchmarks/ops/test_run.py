@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from mulki.bench.cases import (
     OPERATORS,
     Case,
 )
+from mulki.bench.pace import Pace
 from mulki.bench.providers import PROVIDERS
 from mulki.bench.report import Result, read_rows, rows_of
 from mulki.bench.run import BenchOptions, print_wrapped, run
@@ -275,7 +277,7 @@ def test_quick_takes_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that measuring moves; checks and memory take nearly as long as timing."""
     clock: list[float] = [0.0]
     cases: list[Case] = []
-    monkeypatch.setattr("mulki.bench.pace.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("mulki.bench.run.Pace", partial(Pace, now=lambda: clock[0]))
 
     more = [0.0]
 
