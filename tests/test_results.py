@@ -259,7 +259,7 @@ def test_the_configuration_can_be_read_back_without_this_package(tmp_path: Path)
 
 
 def test_evaluations_are_on_disk_at_once_and_read_back(tmp_path: Path) -> None:
-    run = make(tmp_path)
+    run = make(tmp_path, config={"model": "RN50"})
     path = run.path / "results.jsonl"
     first = evaluate(run, ZERO_SHOT, 100 / 3, step=0)
     assert read_evaluations(path) == [first]
@@ -276,6 +276,8 @@ def test_evaluations_are_on_disk_at_once_and_read_back(tmp_path: Path) -> None:
         "value": 100 / 3,
         "n": 600,
         "seconds": 1.5,
+        "method": "mulki",
+        "model": "RN50",
     }
 
 

@@ -46,7 +46,7 @@ _TEMPLATE = """{% extends "base.html" %}
 <section class="panel"><h3>{{ name }}</h3>
 <div class="figures">{% for figure in figures %}{% include "figure.html" %}{% endfor %}</div>
 <div class="scroll" tabindex="0" role="region" aria-label="{{ name }}">
-<table class="sortable"><thead><tr><th scope="col">shape</th><th scope="col">provider</th>
+<table class="sortable compared"><thead><tr><th scope="col">shape</th><th scope="col">provider</th>
 {%- for title in columns %}<th scope="col" class="number">{{ title }}</th>{% endfor %}</tr></thead>
 <tbody>
 {%- for shape, provider, cells in rows %}
