@@ -64,8 +64,10 @@ def print_wrapped(text: str) -> None:
     line = text.lstrip("\n")
     lines = [line]
     if len(line) > report.WIDTH:
-        how = {"break_long_words": False, "break_on_hyphens": False}
-        lines = textwrap.wrap(line, report.WIDTH, subsequent_indent="  ", **how)
+        wrapper = textwrap.TextWrapper(
+            report.WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
+        lines = wrapper.wrap(line)
     print(text[: len(text) - len(line)] + "\n".join(lines), flush=True)
 
 

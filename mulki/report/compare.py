@@ -298,7 +298,7 @@ def _read(folder: Path) -> Run:
     return Run(folder, data, options, answers)
 
 
-def _check(path: Path, key: str, value: object, kind: type) -> None:
+def _check(path: Path, key: str, value: Any, kind: type) -> None:
     if not isinstance(value, kind) or not all(isinstance(item, str) for item in value):
         raise InputError(f'{path}: "{key}" is not what a run writes; restore the file')
 
