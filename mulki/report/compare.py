@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -298,7 +298,7 @@ def _read(folder: Path) -> Run:
     return Run(folder, data, options, answers)
 
 
-def _check(path: Path, key: str, value: Any, kind: type) -> None:
+def _check(path: Path, key: str, value: Any, kind: type[Collection[Any]]) -> None:
     if not isinstance(value, kind) or not all(isinstance(item, str) for item in value):
         raise InputError(f'{path}: "{key}" is not what a run writes; restore the file')
 
