@@ -222,13 +222,15 @@ def options(options_class: type) -> set[str]:
 
 def known_options(command: str) -> set[str]:
     if command == "bench":
-        return options(BenchOptions) | {"--help"}
+        return options(BenchOptions) | {"--mode", "--help"}
     if command in ("run", "plan"):
         every = (options(methods.get(method).Options) for method in methods.available())
         of_run = options(RunConfig).union(*every) | {"--config", "--help"}
         return of_run | (GRID | {"--resume"} if command == "run" else {"--json"})
     if command == "report":
         return {"--figures", "--no-figures", "--help"}
+    if command == "compare":
+        return {"--baseline", "--html", "--figures", "--json", "--help"}
     if command == "reproduce":
         of_run = {f"--{name.replace('_', '-').rstrip('-')}" for name in REPRODUCE_OPTIONS}
         return of_run | {"--list", "--runs", "--rows", "--seeds", "--jobs", "--json", "--help"}
@@ -238,7 +240,7 @@ def known_options(command: str) -> set[str]:
         of_run = {f"--{name.replace('_', '-').rstrip('-')}" for name in EVAL_OPTIONS}
         return of_run | {"--predictions", "--per-class", "--confusion", "--json", "--help"}
     published = {"--data-root", "--protocol", "--prepare"}
-    return published | {"--json", "--order", "--import", "--baseline", "--help"}
+    return published | {"--json", "--order", "--import", "--help"}
 
 
 @pytest.mark.parametrize("page", DOCS, ids=name)
