@@ -92,7 +92,7 @@ def main() -> None:
         print(TABLES.read_text())
         return
     if arguments.study == "figures":
-        for path in figures.draw(main_runs(standing(read_results())), FOLDER):
+        for path in figures.draw(drawn_runs(standing(read_results())), FOLDER):
             print(path)
         return
     runs = {
@@ -430,10 +430,10 @@ def criterion(results: list[dict[str, Any]]) -> float:
     return mean(r[metric] for r in results for metric in METRICS[:3])
 
 
-def main_runs(
+def drawn_runs(
     results: list[dict[str, Any]],
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """The runs of the main rows, by scene and row."""
+    """The runs of the rows that the figure shows, by scene and row."""
     return {
         f"{sequence}, order {order}": {
             name: [
@@ -442,7 +442,7 @@ def main_runs(
                 if (r["study"], r["variant"]) == ("compare", name)
                 and scene_of(r) == (sequence, order)
             ]
-            for name in studies.MAIN_ROWS
+            for name in studies.DRAWN_ROWS
         }
         for sequence, order in studies.SCENES
         if sequence == "embedded"

@@ -22,8 +22,8 @@ from mulki.intervals import mean_interval
 # Of Okabe and Ito's colours, which people with any colour vision can tell apart.
 _COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2")
 _PANELS = (
-    ("tasks learned so far: accuracy, %", "learned"),
-    ("tasks not learned yet: accuracy less zero-shot, points", "later"),
+    ("tasks learned so far:\naccuracy, %", "learned"),
+    ("tasks not learned yet:\naccuracy less zero-shot, points", "later"),
 )
 
 
@@ -82,6 +82,9 @@ def draw(
             if curve == "later":
                 ax.axhline(0, color="grey", linewidth=0.8)
             ax.set_xlabel("tasks learned")
+            ax.set_xticks(
+                range(1, 1 + max(map(len, (line.get_xdata() for line in ax.get_lines()))))
+            )
             ax.grid(alpha=0.3)
     axes[0][0].legend()
     paths = [folder / f"learning-curves.{suffix}" for suffix in ("svg", "png")]

@@ -51,6 +51,7 @@ ROWS: dict[str, Options] = {
     "mulki, previous teacher alone": {"method": "mulki", "teachers": "previous"},
 }
 MAIN_ROWS = ("finetune", "lwf", "lwf_vr", "zscl", "mulki")
+DRAWN_ROWS = ("finetune", "lwf", "lwf_vr", "zscl", "snd", "mulki")
 SEEDS = (0, 1, 2, 3, 4)
 FEWER_SEEDS = SEEDS[:3]
 

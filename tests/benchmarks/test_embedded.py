@@ -202,7 +202,7 @@ def test_figures_are_drawn_and_the_same_each_time(tmp_path: Path) -> None:
         for order in ("I", "II")
         for seed in (0, 1)
     ]
-    scenes = compare.main_runs(results)
+    scenes = compare.drawn_runs(results)
     assert [len(runs["lwf"]) for runs in scenes.values()] == [2, 2]
     svg, png = figures.draw(scenes, tmp_path)
     first = svg.read_bytes()
@@ -214,5 +214,5 @@ def test_figures_are_drawn_and_the_same_each_time(tmp_path: Path) -> None:
 
 def test_without_runs_there_is_no_figure(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="^figures: no runs of the comparison"):
-        figures.draw(compare.main_runs([]), tmp_path)
+        figures.draw(compare.drawn_runs([]), tmp_path)
     assert not list(tmp_path.iterdir())
