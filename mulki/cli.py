@@ -63,18 +63,17 @@ def run_command(argv: Sequence[str]) -> int:
     """Run one command and return its exit status."""
     try:
         return _dispatch(list(argv))
-    except (InputError, ProcessLost) as error:
-        rank = os.environ.get("RANK", "0")
-        where = f" in process {rank}" if rank != "0" else ""
-        print(f"mulki: error{where}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
+    except InputError as error:
+        _print_error(str(error))
+        return 2
+    except ProcessLost as lost:
+        if not lost.quiet:
+            print(f"mulki: error: {lost}", file=sys.stderr)
+        _print_way_on(lost)
+        return 1
     except Stopped as stopped:
         print("mulki: interrupted", file=sys.stderr)
-        if stopped.results:
-            page = os.path.join(stopped.results, "report.html")
-            print(f"results so far: {page}", file=sys.stderr)
-        if stopped.resume:
-            print(f"to go on: mulki run --resume {shlex.quote(stopped.resume)}", file=sys.stderr)
+        _print_way_on(stopped)
         return 128 + stopped.number
     except KeyboardInterrupt:
         print("mulki: interrupted", file=sys.stderr)
@@ -86,8 +85,29 @@ def run_command(argv: Sequence[str]) -> int:
     except OSError as error:
         # The disk is full, or a file cannot be read; out.log of a run has the traceback.
         where = f"{error.filename}: " if error.filename else ""
-        print(f"mulki: error: {where}{error.strerror or error}", file=sys.stderr)
+        _print_error(f"{where}{error.strerror or error}")
         return 1
+    except Exception as error:
+        if _is_one_of_several():
+            # The traceback that follows does not say whose it is.
+            _print_error(f"{type(error).__name__}: {error}")
+        raise
+
+
+def _print_error(message: str) -> None:
+    where = f" in process {os.environ.get('RANK', '0')}" if _is_one_of_several() else ""
+    print(f"mulki: error{where}: {message}", file=sys.stderr)
+
+
+def _is_one_of_several() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _print_way_on(ended: Stopped | ProcessLost) -> None:
+    if ended.results:
+        print(f"results so far: {os.path.join(ended.results, 'report.html')}", file=sys.stderr)
+    if ended.resume:
+        print(f"to go on: mulki run --resume {shlex.quote(ended.resume)}", file=sys.stderr)
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -141,6 +161,7 @@ def _run(argv: list[str]) -> int:
     from mulki.commands.grid import is_grid, run_grid
     from mulki.commands.training import prepare_process
     from mulki.engine.config import resolve
+    from mulki.engine.resuming import folder_of_restart
     from mulki.engine.sequence import run
     from mulki.report.tables import print_matrix
 
@@ -150,7 +171,10 @@ def _run(argv: list[str]) -> int:
     if is_grid(given):
         run_grid(given, console)
         return 0
-    folder = run(resolve(given), Console(stderr=True), resume=resume)
+    settings = resolve(given)
+    if resume is None and (restarted := folder_of_restart(settings)) is not None:
+        settings, resume = resolve(_of_folder(str(restarted))), str(restarted)
+    folder = run(settings, Console(stderr=True), resume=resume)
     if folder is None:  # another process of the run prints
         return 0
     print_matrix(folder.matrix, console, folder.class_incremental)

@@ -38,7 +38,21 @@ class Stopped(KeyboardInterrupt):
 
 
 class ProcessLost(RuntimeError):
-    """Another process of the same run has ended, so this one cannot go on."""
+    """Another process of the same run has ended, so this one cannot go on.
+
+    Args:
+        message: which one, and how it was noticed.
+        quiet: whether another process prints it.
+
+    Attributes:
+        resume, results: as of `Stopped`.
+    """
+
+    def __init__(self, message: str, quiet: bool = False) -> None:
+        super().__init__(message)
+        self.quiet = quiet
+        self.resume: str | None = None
+        self.results: str | None = None
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -15,7 +15,8 @@ only encoders use.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from mulki.collectives import agree, gather_rows
 from mulki.errors import InputError, ProcessLost
+from mulki.roll_call import RollCall
 
 # Elements in one reduction of gradients: large enough for the network, small beside a model.
 _BUCKET = 2**25
@@ -38,19 +40,29 @@ _RELEASE_S = 0.2
 class World:
     """The processes of a run, and what they exchange.
 
-    As a context manager it raises `ProcessLost` in place of the error of a collective that failed
-    because another process has ended. At its end it leaves the process group if `joined`.
+    As a context manager it is `watched`, and at its end it leaves the process group if `joined`.
 
     Args:
         rank: number of this process, from 0.
         size: number of processes. If it is more than one, they are in the default process group.
         joined: whether the process group was made for this run and ends with it.
+        roll: what the processes say before they end, of a process group that mulki has made.
+        hold: called before this process waits for what the others say; lets signals wait.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, joined: bool = False):
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        joined: bool = False,
+        roll: RollCall | None = None,
+        hold: Callable[[], None] = lambda: None,
+    ):
         self.rank = rank
         self.size = size
         self._joined = joined
+        self._roll = roll
+        self._hold = hold
 
     def __enter__(self) -> World:
         return self
@@ -61,24 +73,62 @@ class World:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        lost = None if error is None else self._told(error)
         if self._joined:
             try:
-                if error is not None and dist.group.WORLD is not None:
-                    # Leaving waits for collectives that this process has started and that the
-                    # others may never join.
-                    dist.group.WORLD.abort()
-                dist.destroy_process_group()
+                self._leave(aborted=error is not None)
             finally:
                 # The caches of FSDP2 keep the group and its gloo threads alive. A thread releases
                 # the tensors of the last collective after the call has returned, and it needs the
                 # interpreter for that: if the interpreter is shutting down by then, the process is
                 # aborted. torch has no call that waits for these threads or ends them.
                 time.sleep(_RELEASE_S)
-        if self.size > 1 and isinstance(error, RuntimeError) and _is_lost(error):
-            reason = (str(error).splitlines() or [""])[0]
-            raise ProcessLost(
-                f"another process of the run has ended, its message says why ({reason})"
-            ) from error
+        if lost is not None:
+            raise lost from error
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Tell the other processes at once of an error in the block, before anything is cleaned up.
+
+        Raises:
+            ProcessLost: in place of the error of a collective that failed because another process
+                has ended, and of a signal that came for that reason.
+        """
+        try:
+            yield
+        except BaseException as error:
+            lost = self._told(error)
+            if lost is not None:
+                raise lost from error
+            raise
+
+    def _told(self, error: BaseException) -> ProcessLost | None:
+        # What to raise in place of an error, which the others are told of.
+        if self.size == 1 or isinstance(error, ProcessLost):
+            return None
+        lost = isinstance(error, RuntimeError) and _is_lost(error)
+        stopped = isinstance(error, KeyboardInterrupt)
+        reason = (str(error).splitlines() or [""])[0]
+        if not (lost or stopped or isinstance(error, InputError)):
+            reason = f"{type(error).__name__}: {reason}"
+        if self._roll is None:
+            generic = f"another process of the run has ended, its message says why ({reason})"
+            return ProcessLost(generic) if lost else None
+        # What starts the processes sends a signal to those that are left when one has ended.
+        self._hold()
+        self._roll.say("lost" if lost else "stopped" if stopped else "failed", reason)
+        # Those that wait for this process notice when its connections close.
+        self._leave(aborted=True)
+        return self._roll.call(reason, stopped) if lost or stopped else None
+
+    def _leave(self, aborted: bool) -> None:
+        if dist.group.WORLD is None:
+            return  # left already
+        if aborted:
+            # Leaving waits for collectives that this process has started and that the others may
+            # never join.
+            dist.group.WORLD.abort()
+        dist.destroy_process_group()
 
     def agree(self, device: torch.device, problem: InputError | None, **facts: object) -> None:
         """Check that all processes can go on; if one cannot, all raise an error.

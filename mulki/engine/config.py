@@ -135,6 +135,9 @@ class RunConfig:
     max_pixels: int = option(decoding.MAX_PIXELS, "largest width times height of an image", low=1)
     workers: int = option(0, "data loading processes", low=0, alias="-j")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
+    process_timeout: float = option(
+        600.0, "seconds that the processes of torchrun wait for one that says nothing", above=0
+    )
     logs: str = option("logs", "folder of run folders", alias="--output")
     name: str | None = option(None, "name of the run folder; made from the date if left out")
     log_every_n_steps: int = option(

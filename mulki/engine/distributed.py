@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from mulki.errors import InputError
+from mulki.roll_call import RollCall
 from mulki.world import World
+
+# Of the process group that `join` has made.
+_roll: RollCall | None = None
 
 
 def launched() -> bool:
@@ -53,19 +59,24 @@ def device_of_process(device: torch.device) -> torch.device:
     return torch.device(device.type, index)
 
 
-def join(device: torch.device) -> World:
+def join(
+    device: torch.device, timeout: float = 600.0, hold: Callable[[], None] = lambda: None
+) -> World:
     """Join the other processes of the run, if there are any.
 
     An existing default process group is used.
 
     Args:
         device: of this process; decides between gloo and the backend of its kind of device (NCCL).
+        timeout: seconds that a process waits for the others before it takes one for lost.
+        hold: see `mulki.world.World`.
 
     Raises:
         InputError: the environment does not say where the processes meet.
     """
+    global _roll
     if dist.is_initialized():
-        return World(dist.get_rank(), dist.get_world_size())
+        return World(dist.get_rank(), dist.get_world_size(), roll=_roll, hold=hold)
     if not launched():
         return World()
     missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
@@ -80,5 +91,18 @@ def join(device: torch.device) -> World:
         torch.cuda.set_device(device)
         # Tensors on the CPU go through gloo, as in torchrun's default.
         backend, bound = f"cpu:gloo,cuda:{backend}", device
-    dist.init_process_group(backend, device_id=bound)
-    return World(dist.get_rank(), dist.get_world_size(), joined=True)
+    # With torch's own timeout: machines may start minutes apart.
+    store, rank, size = next(dist.rendezvous("env://"))
+    # torchrun's store outlives a restart, with the addresses of processes that have ended.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt {attempt}", store)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout),
+        device_id=bound,
+    )
+    _roll = RollCall(store, rank, size)
+    return World(rank, size, joined=True, roll=_roll, hold=hold)

@@ -26,20 +26,16 @@ from rich.console import Console
 from mulki.engine.checkpoints import ARGUMENTS
 from mulki.engine.config import Settings, read_config, resolve
 from mulki.engine.distributed import join, launched
-from mulki.engine.resuming import is_complete
+from mulki.engine.resuming import check_same_options, has_begun, is_complete
 from mulki.engine.sequence import run
 from mulki.engine.setup import device_of
 from mulki.engine.signals import Signals
 from mulki.engine.tasks import load_tasks
 from mulki.errors import InputError
-from mulki.options import flag, option_name
-from mulki.report.compare import NEUTRAL
-from mulki.results import RECOVERY, check_free, slug
+from mulki.results import check_free, slug
 
 State = Literal["complete", "stopped", "new"]
 
-# Options in which a run may differ from what is asked for now.
-_FREE = NEUTRAL - {"seed", "tasks", "order"}
 # What a command prints before the reason why it ends.
 _ERROR = "mulki: error: "
 # Longer orders are cut in the names of folders.
@@ -121,7 +117,8 @@ def run_cells(cells: Sequence[Cell], jobs: int = 1, console: Console | None = No
     if jobs == 1 or len(left) < 2:
         if left:
             # Processes of torchrun meet once, for all runs.
-            with join(device_of(left[0].settings.run.device)):
+            config = left[0].settings.run
+            with join(device_of(config.device), config.process_timeout):
                 for cell in left:
                     resume = cell.folder if cell.state == "stopped" else None
                     run(_settings(cell), console, resume=resume)
@@ -248,24 +245,8 @@ def _settings(cell: Cell) -> Settings:
 
 
 def _state(folder: Path, settings: Settings) -> State:
-    begun = (folder / ARGUMENTS).is_file()
-    rows = any((folder / name).exists() for name in (RECOVERY, "matrix.csv"))
-    if not begun or not rows:
+    if not has_begun(folder):
         check_free(folder.parent, folder.name)
         return "new"
-    _check_same_options(folder, settings)
+    check_same_options(folder, settings)
     return "complete" if is_complete(folder) else "stopped"
-
-
-def _check_same_options(folder: Path, settings: Settings) -> None:
-    known = {option_name(k): v for k, v in read_config(folder / ARGUMENTS).items()}
-    wanted = settings.to_dict()
-    if wanted["precision"] == "auto":
-        # The run folder has what it came to.
-        wanted["precision"] = known.get("precision")
-    for name in sorted({*known, *wanted} - _FREE):
-        if known.get(name) != wanted.get(name):
-            raise InputError(
-                f"{flag(name)}: {folder} is of a run with {known.get(name)}, this one has "
-                f"{wanted.get(name)}; give another --name, or remove the folder"
-            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,15 +12,18 @@ import torch
 from torch import Tensor
 
 from mulki import methods
-from mulki.engine.config import RunConfig
+from mulki.engine.checkpoints import ARGUMENTS
+from mulki.engine.config import RunConfig, Settings, read_config
 from mulki.engine.randomness import random_state, set_random_state
 from mulki.engine.recovery import STUDENT, State, read_state
 from mulki.errors import InputError
 from mulki.folder_lock import FolderLock
 from mulki.methods import PREVIOUS
 from mulki.models import VisionLanguageModel
+from mulki.options import flag, option_name
+from mulki.report.compare import NEUTRAL
 from mulki.report.folder import read_json
-from mulki.results import RunFolder
+from mulki.results import RECOVERY, RunFolder
 from mulki.texts import TextInputs
 from mulki.world import World
 
@@ -27,6 +31,9 @@ if TYPE_CHECKING:
     from mulki.engine.setup import Setup
 
 Frozen = Mapping[str, VisionLanguageModel]
+
+# Options in which a run may differ from what is asked for now.
+_FREE = NEUTRAL - {"seed", "tasks", "order"}
 
 
 def open_to_resume(path: Path, config: RunConfig) -> RunFolder:
@@ -54,6 +61,53 @@ def open_to_resume(path: Path, config: RunConfig) -> RunFolder:
     except BaseException:
         lock.release()
         raise
+
+
+def folder_of_restart(settings: Settings) -> Path | None:
+    """The folder to go on from where torchrun has started the processes of a run again.
+
+    Raises:
+        InputError: a run that torchrun may start again has no name, by which to find its folder;
+            or the folder is that of a run with other options.
+    """
+    config = settings.run
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and config.name is None:
+        raise InputError(
+            "--name: got none beside --max-restarts of torchrun, but a run that is started again "
+            "is found by its name; pass one"
+        )
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or config.name is None:
+        return None
+    folder = Path(config.logs, config.name)
+    if not has_begun(folder):
+        return None
+    check_same_options(folder, settings)
+    return folder
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether the run of a folder has got as far as results or a save."""
+    rows = any((folder / name).exists() for name in (RECOVERY, "matrix.csv"))
+    return rows and (folder / ARGUMENTS).is_file()
+
+
+def check_same_options(folder: Path, settings: Settings) -> None:
+    """Check that a run folder is of a run with these settings, but for what changes no result.
+
+    Raises:
+        InputError: an option differs.
+    """
+    known = {option_name(k): v for k, v in read_config(folder / ARGUMENTS).items()}
+    wanted = settings.to_dict()
+    if wanted["precision"] == "auto":
+        # The run folder has what it came to.
+        wanted["precision"] = known.get("precision")
+    for name in sorted({*known, *wanted} - _FREE):
+        if known.get(name) != wanted.get(name):
+            raise InputError(
+                f"{flag(name)}: {folder} is of a run with {known.get(name)}, this one has "
+                f"{wanted.get(name)}; give another --name, or remove the folder"
+            )
 
 
 def is_complete(path: Path) -> bool:

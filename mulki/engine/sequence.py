@@ -29,7 +29,7 @@ from mulki.engine.resuming import finish_again, is_complete, restore, run_state
 from mulki.engine.setup import Setup, prepared
 from mulki.engine.signals import Signals
 from mulki.engine.task_learner import TaskLearner
-from mulki.errors import InputError, Stopped
+from mulki.errors import InputError, ProcessLost, Stopped
 from mulki.evaluate import Evaluator, Loader, shared_classes
 from mulki.metrics import ZERO_SHOT as ZERO_SHOT_ROW
 from mulki.report import write_report
@@ -79,15 +79,15 @@ def run(
         complete = finish_again(Path(resume))
         _write_report(complete)
         return complete
-    with Signals() as signals, prepared(settings, tasks, resume) as setup:
+    with Signals() as signals, prepared(settings, tasks, resume, hold=signals.hold) as setup:
         if console is None or not setup.world.main:
             console = Console(quiet=True)
         bar = RunProgress(console, amounts(setup), len(setup.tasks))
         folder = setup.folder
         try:
-            with folder or contextlib.nullcontext(), bar:
+            with folder or contextlib.nullcontext(), bar, setup.world.watched():
                 _Sequence(setup, bar, signals).learn()
-        except Stopped as stopped:
+        except (Stopped, ProcessLost) as stopped:
             if folder is not None:
                 stopped.results = str(folder.path) if folder.evaluated else None
                 stopped.resume = None if setup.config.fsdp else str(folder.path)

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,7 @@ def prepared(
     resume: str | os.PathLike[str] | None = None,
     *,
     write: bool = True,
+    hold: Callable[[], None] = lambda: None,
 ) -> Iterator[Setup]:
     """Check everything that can be checked, then make the run folder, or open that of `resume`.
 
@@ -119,6 +120,7 @@ def prepared(
         tasks: learned instead of those that the settings name.
         resume: the folder of a run to go on with.
         write: make a run folder; without it nothing is written, after the same checks.
+        hold: lets signals wait, once another process has ended.
 
     Raises:
         InputError: bad tasks, model, device or options, or a folder that is taken.
@@ -130,7 +132,8 @@ def prepared(
     _check_sharding(config, precision)
     check_reference(config, method)
     _check_anchors(config, method)
-    with distributed.join(precision.device) as world, contextlib.ExitStack() as at_end:
+    joined = distributed.join(precision.device, config.process_timeout, hold)
+    with joined as world, contextlib.ExitStack() as at_end:
         facts: dict[str, object] = {}
         problem = saved = folder = None
         try:

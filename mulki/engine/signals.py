@@ -58,6 +58,10 @@ class Signals:
         finally:
             self._held -= 1
 
+    def hold(self) -> None:
+        """Let signals wait from now on: the process is about to end anyway."""
+        self._held += 1
+
     def raise_pending(self) -> None:
         """Raise `Stopped` if a signal has waited."""
         if self.pending is not None:

@@ -1,15 +1,17 @@
 """What one process of the tests of distribution does; torchrun starts several of it.
 
 Reads a JSON list of [name of the run, options], each a run of `mulki.engine.sequence.run`; or,
-after the word fail, takes the arguments of the command line.
+after the name of a fault, takes the arguments of the command line.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from mulki import cli
+from mulki import cli, roll_call
 from mulki.engine.config import resolve
 from mulki.engine.microbatch import backward
 from mulki.engine.sequence import run
@@ -127,15 +129,33 @@ def check_runs(runs: list[tuple[str, dict[str, Any]]], world: World) -> None:
         run(resolve({"name": name, **options}))
 
 
-def fail(arguments: list[str]) -> None:
-    """`mulki` with these arguments, where the second process fails in its third step."""
+def bad_image() -> None:
+    raise InputError("blue/0.png: cannot be read")
+
+
+# What a process does to the others. One that hangs comes back long after they have ended.
+FAULTS: dict[str, Callable[[], object]] = {
+    "raise": bad_image,
+    "crash": lambda: 1 // 0,
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "hang": lambda: time.sleep(16),
+}
+
+
+def fail(fault: Callable[[], object], arguments: list[str]) -> None:
+    """`mulki` with these arguments, where the second process has a fault in its third step.
+
+    It has none when torchrun starts it again.
+    """
+    roll_call.GRACE_S = 2
     real, calls = Step.update, 0
 
     def update(*given: Any) -> None:
         nonlocal calls
         calls += 1
-        if calls == 3 and os.environ["RANK"] == "1":
-            raise InputError("blue/0.png: cannot be read")
+        again = os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
+        if calls == 3 and os.environ["RANK"] == "1" and not again:
+            fault()
         real(*given)
 
     Step.update = update
@@ -144,7 +164,7 @@ def fail(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     words = [word for word in sys.argv[1:] if word != "--"]
-    if words[0] == "fail":
-        fail(words[1:])
+    if words[0] in FAULTS:
+        fail(FAULTS[words[0]], words[1:])
     else:
         main(json.loads(Path(words[0]).read_text()))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 
 from mulki.cli import run_command
 from mulki.engine import distributed
+from mulki.engine.recovery import read_state
 from mulki.errors import InputError
 from tests.engine.distributed_runs import ANCHORED, LAST, ON_REFERENCE, WORKER, compare, torchrun
 from tests.engine_helpers import same_state
@@ -76,31 +79,82 @@ def test_three_processes_are_one(base: dict[str, Any], tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.slow
-def test_a_process_that_fails_ends_the_run_which_can_go_on(
-    base: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    given = (
-        "run", "--tasks", *base["tasks"], "--model", base["model"],
-        "--logs", str(tmp_path), "--device", "cpu", "--iterations", "5",
+def command(base: dict[str, Any], logs: Path, name: str) -> list[str]:
+    return [
+        "run", "--tasks", *base["tasks"], "--model", base["model"], "--name", name,
+        "--logs", str(logs), "--device", "cpu", "--iterations", "5",
         "--batch-size", "3", "--precision", "fp32", "--save-every", "1",
-    )  # fmt: skip
-    done = torchrun(2, str(WORKER), "--", "fail", *given, "--name", "broken")
-    assert done.returncode != 0
-    lines = [line for line in done.stderr.splitlines() if line.startswith("mulki: error")]
-    assert "mulki: error in process 1: blue/0.png: cannot be read" in lines, done.stderr
-    others = [line for line in lines if "process 1" not in line]
-    assert all("another process of the run has ended" in line for line in others)
-    assert json.loads((tmp_path / "broken" / "summary.json").read_text())["status"] == "interrupted"
-    assert "zero-shot" in (tmp_path / "broken" / "matrix.csv").read_text()
+    ]  # fmt: skip
 
-    alone = run_command(["run", "--resume", str(tmp_path / "broken")])
-    assert alone == 2 and "2 processes, these are 1" in capsys.readouterr().err
-    for words in (("run", "--resume", str(tmp_path / "broken")), (*given, "--name", "whole")):
-        done = torchrun(2, "-m", "mulki", "--", *words)
-        assert done.returncode == 0, done.stderr
-    assert "goes on after 0 tasks and 2 steps" in (tmp_path / "broken" / "out.log").read_text()
-    assert same_state(load_file(tmp_path / "broken" / LAST), load_file(tmp_path / "whole" / LAST))
+
+@pytest.fixture(scope="module")
+def whole(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run on two processes, both of which reach its end."""
+    logs = tmp_path_factory.mktemp("whole")
+    done = torchrun(2, "-m", "mulki", "--", *command(base, logs, "whole"))
+    assert done.returncode == 0, done.stderr
+    return logs / "whole"
+
+
+def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith("mulki: error")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [("raise", "blue/0.png: cannot be read"), ("crash", "ZeroDivisionError: ")],
+)
+def test_a_process_that_fails_ends_the_run_which_can_go_on(
+    base: dict[str, Any],
+    whole: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    fault: str,
+    said: str,
+) -> None:
+    done = torchrun(2, str(WORKER), "--", fault, *command(base, tmp_path, "broken"))
+    assert done.returncode != 0
+    (line,) = errors(done)
+    assert line.startswith(f"mulki: error in process 1: {said}")
+    folder = tmp_path / "broken"
+    assert f"to go on: mulki run --resume {folder}" in done.stderr
+    assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
+    assert "zero-shot" in (folder / "matrix.csv").read_text()
+    assert "has failed: " + said in (folder / "out.log").read_text()
+    if fault == "crash":
+        return
+    assert run_command(["run", "--resume", str(folder)]) == 2
+    assert "2 processes, these are 1" in capsys.readouterr().err
+    done = torchrun(2, "-m", "mulki", "--", "run", "--resume", str(folder))
+    assert done.returncode == 0, done.stderr
+    assert "goes on after 0 tasks and 2 steps" in (folder / "out.log").read_text()
+    assert same_state(load_file(folder / LAST), load_file(whole / LAST))
+
+
+@pytest.mark.slow
+def test_torchrun_goes_on_when_a_process_was_killed(
+    base: dict[str, Any], whole: Path, tmp_path: Path
+) -> None:
+    given = command(base, tmp_path, "killed")
+    done = torchrun(2, "--max-restarts=1", str(WORKER), "--", "kill", *given)
+    assert done.returncode == 0, done.stderr
+    (line,) = errors(done)
+    assert re.match(r"mulki: error: process 1 \(pid \d+ on \S+\) was killed or hangs: no", line)
+    folder = tmp_path / "killed"
+    assert "goes on after 0 tasks and 2 steps" in (folder / "out.log").read_text()
+    assert same_state(load_file(folder / LAST), load_file(whole / LAST))
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_run(base: dict[str, Any], tmp_path: Path) -> None:
+    given = [*command(base, tmp_path, "hangs"), "--process-timeout", "6"]
+    done = torchrun(2, str(WORKER), "--", "hang", *given)
+    assert done.returncode != 0
+    (line,) = errors(done)
+    assert line.startswith("mulki: error: process 1 (pid ") and "Timed out waiting 6000ms" in line
+    saved = read_state(tmp_path / "hangs")
+    assert saved is not None and saved["learned"] == 0 and saved["in_task"]["steps"] == 2
 
 
 def test_only_a_launched_process_gets_a_device_by_its_number(

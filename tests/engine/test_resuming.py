@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from mulki.answers import read_answers
 from mulki.engine import recovery, sequence
 from mulki.engine.config import read_config, resolve
 from mulki.engine.progress import RunProgress
+from mulki.engine.resuming import folder_of_restart
 from mulki.errors import InputError
 from mulki.results import RunFolder, read_evaluations
 from tests import ROOT
@@ -168,6 +169,24 @@ def test_a_run_goes_on_without_the_package_of_a_tracker(
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert resumed(folder).status == "complete"
     assert "no curves for wandb" in (folder / "out.log").read_text()
+
+
+def test_what_torchrun_starts_again_finds_its_folder(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = resolve(read_config(run("first", method="zero_shot").path / "args.yaml"))
+    assert folder_of_restart(settings) is None
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert folder_of_restart(settings) is None
+    with pytest.raises(InputError, match="--name: got none beside --max-restarts"):
+        folder_of_restart(replace(settings, run=replace(settings.run, name=None)))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert folder_of_restart(settings) == tmp_path / "logs" / "first"
+    with pytest.raises(InputError, match="--lr: .*first is of a run with 0.001, this one has 1"):
+        folder_of_restart(replace(settings, run=replace(settings.run, lr=1.0)))
+    # What had not got as far as a result starts again.
+    assert folder_of_restart(replace(settings, run=replace(settings.run, name="new"))) is None
 
 
 def test_a_run_that_is_complete_gets_its_reports_again(run: Run) -> None:
