@@ -101,6 +101,9 @@ class RunConfig:
         None, "leave out a step whose loss is more than so many times its running mean", above=1
     )
     precision: precision.Name = option("auto", "auto: amp_bf16 where bf16 is native, else fp32")
+    deterministic: bool = option(
+        False, "only algorithms that give the same bits every time, as the CPU's do anyway"
+    )
     grad_checkpointing: bool = option(False, "recompute activations instead of keeping them")
     torchcompile: bool = option(False, "compile the encoders with torch.compile")
     fsdp: bool = option(False, "shard the models over the processes of torchrun (FSDP2)")
@@ -243,6 +246,11 @@ def import_given(given: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _check_micro_batch(config: RunConfig) -> None:
     given = config.micro_batch
+    if given == AUTO and config.deterministic:
+        raise InputError(
+            f"--micro-batch {AUTO}: depends on the memory that is free, and so do the last bits; "
+            "pass a number beside --deterministic"
+        )
     if given is None or given == AUTO:
         return
     if not given.isdecimal() or int(given) < 1:

@@ -1,12 +1,51 @@
-"""The states of all global random generators of a process, as one tensor."""
+"""What decides on the bits of a run: random generators, and algorithms that repeat."""
 
 from __future__ import annotations
 
+import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from mulki.errors import InputError
+
+
+@contextmanager
+def deterministic(used: bool) -> Iterator[None]:
+    """In the block torch computes with such algorithms alone as give the same bits every time.
+
+    Raises:
+        InputError: an operation has no such algorithm.
+    """
+    if not used:
+        yield
+        return
+    # cuBLAS reads it at its first product.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    cudnn = torch.backends.cudnn
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        cudnn.benchmark,
+    )
+    torch.use_deterministic_algorithms(True)
+    cudnn.benchmark = False  # it chooses by time
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        reason = str(error).split(", but you set")[0].splitlines()[0]
+        raise InputError(
+            f"--deterministic: {reason}; leave the option out, or pass --device cpu"
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        cudnn.benchmark = before[2]
 
 
 def random_state(device: torch.device) -> Tensor:

@@ -130,13 +130,16 @@ def read_save(folder: Path, world: World) -> State | None:
     """The last save of a run; None if there is none, so that it starts again.
 
     Raises:
-        InputError: a damaged save, or one of another number of processes.
+        InputError: a damaged save, or a run on another number of processes.
     """
     saved = read_state(folder)
-    if saved is not None and saved["processes"] != world.size:
+    # A run without a save starts again, but its batches were those of as many processes too.
+    known = read_json(folder / "env.json").get("processes", 1)
+    processes = known if saved is None else saved["processes"]
+    if processes != world.size:
         raise InputError(
-            f"--resume: {folder} is of a run on {saved['processes']} processes, these are "
-            f"{world.size}; start as many"
+            f"--resume: {folder} is of a run on {processes} processes, these are {world.size}; "
+            "start as many"
         )
     return saved
 

@@ -24,6 +24,7 @@ from mulki.engine import distributed, muon
 from mulki.engine.batches import Transform
 from mulki.engine.config import CURRENT, RunConfig, Settings
 from mulki.engine.precision import Precision
+from mulki.engine.randomness import deterministic
 from mulki.engine.recovery import State, check_finite
 from mulki.engine.resuming import check_same, open_to_resume, read_save
 from mulki.engine.tasks import load_tasks, warn_of_twins
@@ -132,8 +133,11 @@ def prepared(
     _check_sharding(config, precision)
     check_reference(config, method)
     _check_anchors(config, method)
-    joined = distributed.join(precision.device, config.process_timeout, hold)
-    with joined as world, contextlib.ExitStack() as at_end:
+    with (
+        deterministic(config.deterministic),
+        distributed.join(precision.device, config.process_timeout, hold) as world,
+        contextlib.ExitStack() as at_end,
+    ):
         facts: dict[str, object] = {}
         problem = saved = folder = None
         try:

@@ -41,7 +41,7 @@ NEUTRAL = frozenset(
     {"seed", "tasks", "order", "name", "logs", "workers", "device", "import", "preset"}
     | {"log_every_n_steps", "save_checkpoints", "batch_size_eval", "micro_batch"}
     | {"grad_checkpointing", "save_every", "data_root", "max_pixels", "report_to"}
-    | {"process_timeout"}
+    | {"process_timeout", "deterministic"}
 )
 
 

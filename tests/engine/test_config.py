@@ -92,6 +92,7 @@ def test_no_option_of_a_method_hides_one_of_the_run() -> None:
         ({"beta2": 1.5}, "--beta2: got 1.5"),
         ({"eps": 0}, "--eps: got 0"),
         ({"workers": -1}, "--workers: got -1"),
+        ({"deterministic": True, "micro_batch": "auto"}, "--micro-batch auto: .*pass a number"),
         ({"process_timeout": 0}, "--process-timeout: got 0"),
         ({"precision": "fp8"}, "--precision: got 'fp8'.*wanted one of.*amp_bf16"),
         ({"lr_scheduler": "cosin"}, '--lr-scheduler: .*did you mean "cosine"'),

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import os
 import random
 
 import numpy as np
 import pytest
 import torch
 
-from mulki.engine.randomness import random_state, set_random_state
+from mulki.engine.randomness import deterministic, random_state, set_random_state
+from mulki.errors import InputError
 
 CPU = torch.device("cpu")
 
@@ -42,3 +44,24 @@ def test_draws_on_a_gpu_repeat() -> None:
     wanted = torch.rand(5, device=device)
     set_random_state(state, device)
     assert torch.equal(torch.rand(5, device=device), wanted)
+
+
+def test_deterministic_algorithms_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    with deterministic(False):
+        assert not torch.are_deterministic_algorithms_enabled()
+    with deterministic(True):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert not torch.backends.cudnn.benchmark
+    assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.benchmark
+
+
+def test_an_operation_without_such_an_algorithm_is_named() -> None:
+    named = "--deterministic: put_ .*not have a deterministic.*leave"
+    with pytest.raises(InputError, match=named), deterministic(True):
+        torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+    with pytest.raises(RuntimeError, match="size"), deterministic(True):
+        torch.ones(2) + torch.ones(3)
+    assert not torch.are_deterministic_algorithms_enabled()

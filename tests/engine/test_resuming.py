@@ -125,6 +125,7 @@ def test_what_a_save_does_not_hold_would_be_seen(
         ("matrix", "rows of results"),
         ("weights", "weights are not those"),
         ("processes", "3 processes, these are 1"),
+        ("processes, no save", "3 processes, these are 1"),
     ],
 )
 def test_what_cannot_go_on(
@@ -148,10 +149,16 @@ def test_what_cannot_go_on(
         known = json.loads((folder / "env.json").read_text())
         known["hashes"]["weights"] = "other"
         (folder / "env.json").write_text(json.dumps(known))
-    else:
+    elif damage == "processes":
         state = recovery.read_state(folder)
         assert state is not None
         recovery.write_state(file, state | {"processes": 3})
+    else:
+        file.unlink()
+        rows = (folder / "matrix.csv").read_text().splitlines(keepends=True)
+        (folder / "matrix.csv").write_text("".join(rows[:2]))
+        known = json.loads((folder / "env.json").read_text())
+        (folder / "env.json").write_text(json.dumps(known | {"processes": 3}))
     with pytest.raises(InputError, match=said):
         resumed(folder)
 

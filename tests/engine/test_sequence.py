@@ -3,7 +3,10 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,8 @@ from mulki.methods import PREVIOUS, ZERO_SHOT
 from mulki.metrics import read_matrix
 from mulki.models import VisionLanguageModel
 from mulki.results import RunFolder, read_evaluations
-from tests.engine.run_helpers import Run, options_of, weights
+from tests import ROOT
+from tests.engine.run_helpers import SHORT, Run, options_of, weights
 from tests.engine_helpers import COLOURS, Calls, same_state, state_of, write_task
 
 METHODS = tuple(methods.available())
@@ -167,6 +171,29 @@ def test_same_seed_same_bits_other_seed_other_weights(run: Run, augment: str) ->
     assert rows_of(one) == rows_of(two)
     assert same_state(weights(one), weights(two))
     assert not same_state(weights(one), weights(other))
+
+
+def test_a_process_of_its_own_gives_the_same_bits(
+    run: Run, tmp_path: Path, start_model: dict[str, str], task_folders: tuple[str, str]
+) -> None:
+    options = {"method": "mulki", "anchors": "both", "anchors_per_step": 3, "deterministic": True}
+    here = run("here", **options)
+    given = {**SHORT, **start_model, **options, "tasks": task_folders, "logs": str(tmp_path)}
+    (tmp_path / "there.yaml").write_text(
+        yaml.safe_dump(resolve({**given, "name": "there"}).to_dict())
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "mulki", "run", "--config", str(tmp_path / "there.yaml")],
+        cwd=ROOT,
+        # Sets have another order there.
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    there = RunFolder.open(tmp_path / "there")
+    assert rows_of(here) == rows_of(there)
+    assert same_state(weights(here), weights(there))
 
 
 @pytest.mark.parametrize("augment", ["none", "crop"])
