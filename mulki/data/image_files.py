@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -58,6 +60,19 @@ class ImageFiles:
         )
 
 
+_told: ContextVar[Callable[[int, int], None]] = ContextVar("told", default=lambda done, total: None)
+
+
+@contextmanager
+def told_of_checks(listener: Callable[[int, int], None]) -> Iterator[None]:
+    """In the block, `find_unreadable` tells how many images it has checked, and of how many."""
+    token = _told.set(listener)
+    try:
+        yield
+    finally:
+        _told.reset(token)
+
+
 class Checkable(Protocol):
     """Images that can be checked one by one."""
 
@@ -94,8 +109,12 @@ def find_unreadable(splits: Sequence[Checkable], *, skip_bad_images: bool) -> di
     # Threads help: the work is reading files and decoding, both outside the interpreter lock.
     pool = ThreadPoolExecutor(max_workers=min(16, (os.cpu_count() or 1) + 4))
     try:
-        found = zip(places, pool.map(check, places), strict=True)
-        bad = {images.name(i): error for (images, i), error in found if error is not None}
+        bad, tell = {}, _told.get()
+        results = zip(places, pool.map(check, places), strict=True)
+        for done, ((images, i), error) in enumerate(results, start=1):
+            if error is not None:
+                bad[images.name(i)] = error
+            tell(done, len(places))
     finally:
         # An interrupt does not wait for the images to come.
         pool.shutdown(cancel_futures=True)

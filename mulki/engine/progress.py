@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -24,6 +26,8 @@ TEST = "test images"
 _RATE = 4
 # Seconds between two lines where there is no terminal: few for a long run, whose log is kept.
 _OFTEN, _SELDOM, _SHARE = 5.0, 60.0, 0.01
+# Seconds of checking images before it is shown; few images need less.
+_PATIENCE = 1.0
 # Steps after which the time of the run is told; the first one is not measured.
 _MEASURED = 3
 
@@ -38,6 +42,40 @@ def megabytes(count: float | None) -> str:
     if count is None:
         return ""
     return f"{count / 2**20:.0f} MiB" if count < 10 * 2**30 else f"{count / 2**30:.1f} GiB"
+
+
+def _draws_on(console: Console) -> bool:
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+@contextmanager
+def checking(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """Yield what shows how many images were checked, of how many, before a run begins.
+
+    A bar on a terminal, and lines elsewhere.
+    """
+    columns = "checking images", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    bar = Progress(*columns, console=console, transient=True, refresh_per_second=_RATE)
+    row = bar.add_task("", total=None)
+    began = printed = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal printed
+        now = time.monotonic()
+        if now - began < _PATIENCE:
+            return
+        if _draws_on(console):
+            bar.start()
+            bar.update(row, completed=done, total=total)
+        elif now - printed >= _OFTEN:
+            printed = now
+            console.print(f"checking images: {done}/{total}", highlight=False)
+
+    try:
+        yield show
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 class RunProgress:
@@ -88,7 +126,7 @@ class RunProgress:
 
     @property
     def _draws(self) -> bool:
-        return self._console.is_terminal and not self._console.is_dumb_terminal
+        return _draws_on(self._console)
 
     def say(self, text: str) -> None:
         """Print a line that stays."""

@@ -22,7 +22,7 @@ from mulki.engine.checkpoints import publish, save_weights
 from mulki.engine.config import Settings
 from mulki.engine.learn import steps_of
 from mulki.engine.plan import amounts, plan
-from mulki.engine.progress import TEST, RunProgress
+from mulki.engine.progress import TEST, RunProgress, checking
 from mulki.engine.recovery import TOO_FAST, Saves, check_finite
 from mulki.engine.reporter import Reporter
 from mulki.engine.resuming import finish_again, is_complete, restore, run_state
@@ -79,8 +79,14 @@ def run(
         complete = finish_again(Path(resume))
         _write_report(complete)
         return complete
-    with Signals() as signals, prepared(settings, tasks, resume, hold=signals.hold) as setup:
-        if console is None or not setup.world.main:
+    console = console or Console(quiet=True)
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(Signals())
+        with checking(console) as checked:
+            setup = stack.enter_context(
+                prepared(settings, tasks, resume, hold=signals.hold, checked=checked)
+            )
+        if not setup.world.main:
             console = Console(quiet=True)
         bar = RunProgress(console, amounts(setup), len(setup.tasks))
         folder = setup.folder

@@ -17,6 +17,7 @@ import torch
 from mulki import methods, models, trackers
 from mulki.data import Task
 from mulki.data.decoding import limit_pixels
+from mulki.data.image_files import told_of_checks
 from mulki.data.reference import ReferenceSet, read_reference
 from mulki.data.transforms import train_transform
 from mulki.data.vocabulary import Vocabulary, imagenet_vocabulary, read_vocabulary
@@ -110,6 +111,7 @@ def prepared(
     *,
     write: bool = True,
     hold: Callable[[], None] = lambda: None,
+    checked: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Setup]:
     """Check everything that can be checked, then make the run folder, or open that of `resume`.
 
@@ -122,6 +124,7 @@ def prepared(
         resume: the folder of a run to go on with.
         write: make a run folder; without it nothing is written, after the same checks.
         hold: lets signals wait, once another process has ended.
+        checked: told how many images were checked so far, and of how many.
 
     Raises:
         InputError: bad tasks, model, device or options, or a folder that is taken.
@@ -152,8 +155,9 @@ def prepared(
             elif world.main:
                 check_free(config.logs, config.name)
             limit_pixels(config.max_pixels)
-            tasks = load_tasks(config) if tasks is None else tasks
-            reference = _load_reference(config, method)
+            with told_of_checks(checked if world.main else lambda done, total: None):
+                tasks = load_tasks(config) if tasks is None else tasks
+                reference = _load_reference(config, method)
             vocabulary = _load_vocabulary(config, method)
             # Last, since it can take minutes.
             model = _load_model(config, method, precision, world)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import builtins
+import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from mulki.data import BadImage, folder_task
+from mulki.data.image_files import told_of_checks
+from tests.data.data_helpers import encoded, picture
 
 Make = Callable[..., Path]
 
@@ -54,3 +60,49 @@ def test_damage_that_appears_later_is_named_on_loading(make_folder: Make) -> Non
     (root / "train" / "crow" / "0.png").write_bytes(b"")
     with pytest.raises(BadImage, match=r"crow.0\.png"):
         task.train.load(3)
+
+
+def test_many_images_are_listed_once_and_opened_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls are counted and not timed: on a slow or busy disk they are what takes the time.
+
+    They are the same for each image, so 10^4 images show what 10^5 need.
+    """
+    count = 2500
+    content = encoded(picture(1), "PNG")
+    for split in ("train", "test"):
+        for name in ("crow", "owl"):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                (folder / f"{number}.png").write_bytes(content)
+    calls: Counter[tuple[str, str]] = Counter()
+
+    def counted(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def call(path: Any, *args: Any, **options: Any) -> Any:
+            if isinstance(path, (str, os.PathLike)) and str(path).startswith(str(tmp_path)):
+                calls[name, os.fspath(path)] += 1
+            return real(path, *args, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    for module, name in ((os, "scandir"), (os, "listdir"), (os, "stat"), (builtins, "open")):
+        counted(module, name)
+    told: list[tuple[int, int]] = []
+    with told_of_checks(lambda done, total: told.append((done, total))):
+        task = folder_task(tmp_path)
+    monkeypatch.undo()
+    assert len(task.train) == len(task.test) == 2 * count
+    assert told == [(done, 4 * count) for done in range(1, 4 * count + 1)]
+    assert "listdir" not in {name for name, _ in calls}
+    listed = {path for name, path in calls if name == "scandir"}
+    assert len(listed) == 6 and all(calls["scandir", path] == 1 for path in listed)
+    # The stat of an image shows that it is no pipe before it is opened.
+    for name in ("open", "stat"):
+        of_images = [n for (what, path), n in calls.items() if what == name and path[-3:] == "png"]
+        assert of_images == [1] * 4 * count, name
+    monkeypatch.setattr(builtins, "open", lambda *given: pytest.fail("opened again"))
+    assert len(task.fingerprint()) == 64

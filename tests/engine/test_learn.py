@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from mulki.data import Task
+from mulki.data.image_files import ImageFiles
 from mulki.engine.learn import steps_of
 from mulki.errors import InputError
 from tests.engine.learn_helpers import BOTH, CONFIG, Load, learn, method_named, two_teachers
@@ -50,6 +51,16 @@ def test_reports_of_the_steps(load_tiny: Load, task: Task) -> None:
 def test_time_of_reporting_is_not_that_of_loading(load_tiny: Load, task: Task) -> None:
     reports = learn(load_tiny(), task, hear=lambda report: time.sleep(0.05))
     assert all(r.seconds - sum(r.parts.values()) >= 0.05 for r in reports[1:])
+
+
+def test_a_slow_disk_shows_in_the_time_of_loading(
+    load_tiny: Load, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = ImageFiles.load
+    monkeypatch.setattr(ImageFiles, "load", lambda *given: (time.sleep(0.02), real(*given))[1])
+    reports = learn(load_tiny(), task, frozen={})
+    # The first pass over 18 images, in batches of 6.
+    assert all(r.parts["loading"] >= 6 * 0.02 for r in reports[:3])
 
 
 def test_a_task_may_have_a_rate_of_its_own(load_tiny: Load, task: Task) -> None:

@@ -8,7 +8,15 @@ from rich.console import Console
 
 from mulki.engine import progress as module
 from mulki.engine.learn import StepReport
-from mulki.engine.progress import STEPS, TEACHERS, TEST, RunProgress, describe, megabytes
+from mulki.engine.progress import (
+    STEPS,
+    TEACHERS,
+    TEST,
+    RunProgress,
+    checking,
+    describe,
+    megabytes,
+)
 from tests.engine.run_helpers import Run
 
 TERMS = {
@@ -176,3 +184,31 @@ def test_what_the_first_step_takes_is_not_expected_again() -> None:
             progress.step(report(step, seconds))
     assert out.getvalue() == "expected: 0:00:50 for the rest of the run\n"
     assert drawn(progress)[2].startswith("20 img/s")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_checking_many_images_is_shown(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    out, now = io.StringIO(), [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    console = Console(file=out, force_terminal=terminal, width=100, color_system=None)
+    with checking(console) as show:
+        for done in range(1, 101):
+            show(done, 100)
+            # Few images are checked before anything could be read.
+            assert now[0] >= 1 or not out.getvalue()
+            now[0] += 0.25
+    shown = out.getvalue()
+    if terminal:
+        assert "checking images" in shown and "/100" in shown
+    else:
+        lines = ["checking images: 21/100", "checking images: 41/100", "checking images: 61/100"]
+        assert shown.splitlines() == [*lines, "checking images: 81/100"]
+
+
+def test_a_run_shows_the_check_of_its_images(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PATIENCE", 0.0)
+    monkeypatch.setattr(module, "_OFTEN", 0.0)
+    out = io.StringIO()
+    run(method="zero_shot", console=Console(file=out, width=200))
+    # The first task has 18 training and 15 test images.
+    assert "checking images: 33/33\n" in out.getvalue()
