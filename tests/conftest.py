@@ -13,6 +13,14 @@ from torch import Tensor
 from mulki.features import Features
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-kill-points",
+        action="store_true",
+        help="kill a run at each of its file-system events, not at a sample of them",
+    )
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a GPU")

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -325,6 +326,14 @@ def test_killed_at_a_random_moment(
     check_same(folder.parent / name, folder)
 
 
+def check_killed_at(killed: Killed, whole: Path, event: int) -> None:
+    name = f"event-{event}"
+    assert killed.run(name, events=event)[0] == -signal.SIGKILL
+    killed.finish(name)
+    check_same(whole.parent / name, whole)
+    shutil.rmtree(whole.parent / name)
+
+
 @needs_fork
 @pytest.mark.slow
 @pytest.mark.parametrize("trial", range(12))
@@ -334,7 +343,17 @@ def test_killed_at_a_file_system_event(
     folder, _, events = uninterrupted
     number = random.Random().randint(trial * events // 12 + 1, (trial + 1) * events // 12)
     print(f"killed at event {number} of {events}")
-    name = f"event-{trial}"
-    assert killed.run(name, events=number)[0] == -signal.SIGKILL
-    killed.finish(name)
-    check_same(folder.parent / name, folder)
+    check_killed_at(killed, folder, number)
+
+
+@needs_fork
+@pytest.mark.slow
+def test_killed_at_every_file_system_event(
+    killed: Killed, uninterrupted: tuple[Path, float, int], request: pytest.FixtureRequest
+) -> None:
+    if not request.config.getoption("--all-kill-points"):
+        pytest.skip("takes minutes: make kill-points")
+    folder, _, events = uninterrupted
+    for number in range(1, events + 1):
+        print(f"killed at event {number} of {events}")
+        check_killed_at(killed, folder, number)
