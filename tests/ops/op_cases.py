@@ -185,7 +185,7 @@ def count(case: Case) -> Tensor | int:
 
 def expected(case: Case, mean: bool | None = None) -> tuple[Tensor, list[Tensor]]:
     """The reference's rows (mean: None), sum or mean in float64, and its gradients by autograd."""
-    double = requiring_grad(Case(case.op, tuple(_double(a) for a in case.args)))
+    double = requiring_grad(Case(case.op, tuple(doubled(a) for a in case.args)))
     out = SPECIFICATION[case.op](*double.args)
     if mean is not None:
         out = out.sum() / (count(case) if mean else 1)
@@ -194,9 +194,9 @@ def expected(case: Case, mean: bool | None = None) -> tuple[Tensor, list[Tensor]
     return out.detach(), list(torch.autograd.grad(out, leaves, grad))
 
 
-def _double(value: Any) -> Any:
+def doubled(value: Any) -> Any:
     if isinstance(value, list):
-        return [_double(v) for v in value]
+        return [doubled(v) for v in value]
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 

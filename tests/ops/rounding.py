@@ -19,6 +19,7 @@ from tests.ops.op_cases import (
     SPECIFICATION,
     Case,
     count,
+    doubled,
     expected,
     first,
     form_arguments,
@@ -100,6 +101,29 @@ def terms(case: Case, mean: bool | None) -> tuple[Tensor, Tensor]:
     return dx, dw
 
 
+def rounded_products(case: Case, mean: bool | None) -> list[float]:
+    """What rounding G = dL/dz to the dtype of the inputs does to the gradients, as L2 norms.
+
+    A kernel may round G with a factor in it, so the worst of several factors counts. Entries of one
+    size are rounded alike, which no bound by independent errors covers.
+    """
+    x, w, scale, *rest = (doubled(a) for a in case.args)
+    cosine = x @ w.T
+    # The logits in place of the features: G is the gradient.
+    z = (scale * cosine).requires_grad_()
+    out = SPECIFICATION[case.op](z, torch.eye(len(w), dtype=z.dtype), z.new_tensor(1.0), *rest)
+    if mean is not None:
+        out = out.sum() / (count(case) if mean else 1)
+    grad = upstream(case).double() if mean is None else None
+    (g,) = torch.autograd.grad(out, z, grad)
+    worst = [0.0] * case.leaves
+    for factor in (1.0, 1.13, 1.37, 1.61, 1.87):
+        off = (factor * g).to(case.args[0].dtype).double() / factor - g
+        products = (scale * off @ w, scale * off.T @ x, (off * cosine).sum(), off.sum())
+        worst = [max(a, p.norm().item()) for a, p in zip(worst, products, strict=False)]
+    return worst
+
+
 def cosines(case: Case) -> Tensor:
     x, w, _, normalize = case.args
     return SPECIFICATION[case.op](x.double(), w.double(), 1.0, normalize)
@@ -107,12 +131,12 @@ def cosines(case: Case) -> Tensor:
 
 def bounds(case: Case, mean: bool | None) -> Iterator[tuple[Tensor, Tensor, float]]:
     """Loss and gradients: what the operator gives, the truth, and how far they may be apart."""
-    for got, _, want, bound in _compared(case, mean):
+    for got, _, want, bound in compared(case, mean):
         yield got, want, bound
 
 
-def _compared(case: Case, mean: bool | None) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
-    # What the operator gives, what plain PyTorch does in float32, the truth, and the bound.
+def compared(case: Case, mean: bool | None) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
+    """What the operator gives, what plain PyTorch does in float32, the truth, and the bound."""
     value, gradients = expected(case, mean)
     truth = [value, *gradients]
     sizes = magnitudes(case, mean, len(truth))
@@ -135,7 +159,7 @@ def _compared(case: Case, mean: bool | None) -> Iterator[tuple[Tensor, Tensor, T
 def check(case: Case, mean: bool | None) -> None:
     """Loss and gradients, by relative L2, cosine and signed bias."""
     inputs = torch.finfo(case.args[0].dtype).eps
-    for i, (got, wide, want, bound) in enumerate(_compared(case, mean)):
+    for i, (got, wide, want, bound) in enumerate(compared(case, mean)):
         assert got.isfinite().all(), i
         assert error(got, want) <= bound, (i, error(got, want), bound)
         if i in (1, 2) and want.norm() > 8 * bound:
