@@ -94,7 +94,9 @@ def main():
     own = transformers.AutoModel.from_pretrained(given.model, local_files_only=True).to(device)
     processor = transformers.AutoProcessor.from_pretrained(given.model, local_files_only=True)
     with given.pairs.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))[rank :: world or 1]
+        rows = list(csv.DictReader(file))
+    if world:  # as many for each process: one without a batch would let the others wait
+        rows = rows[: len(rows) // world * world][rank::world]
 
     def batches():
         for start in range(0, len(rows) - given.batch_size + 1, given.batch_size):

@@ -37,11 +37,18 @@ def environment(hashes: Mapping[str, object] | None = None) -> dict[str, object]
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "processes": _processes(),
+        "started_by": launcher(),
         "cuda": torch.version.cuda,
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         **git_state(Path(__file__).resolve().parent.parent),
         "hashes": dict(hashes or {}),
     }
+
+
+def launcher() -> str | None:
+    """The torchrun of this machine that started this process, the same after a restart."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if run is None else f"torchrun {run} {os.getppid()} on {platform.node()}"
 
 
 def _processes() -> int:

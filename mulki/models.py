@@ -28,6 +28,8 @@ from mulki.huggingface.read import SCHEMA, load_huggingface
 from mulki.tensor_files import load_tensors
 
 BUNDLED = "mulki-mini"
+#: In a published folder, the configuration by which timm makes the image tower.
+TRUNK = Path("image_tower", "config.json")
 TEXT_BATCH = 256
 
 TextSplit = Literal["tokens", "pooled", "features"]
@@ -429,29 +431,50 @@ def _check_files(name: str, pretrained: str | None) -> None:
 
 
 def _mend_moved(name: str) -> None:
-    # open_clip finds a text tower that lies in the folder by its absolute path alone, so a folder
-    # that was moved or copied names its old place.
-    schema, _, place = name.partition(":")
-    path = Path(place) / "open_clip_config.json"
-    if schema != "local-dir" or not (Path(place) / "config.json").is_file() or not path.is_file():
+    """Write the present place of a published checkpoint into its configuration.
+
+    open_clip finds towers that lie in the folder by an absolute path alone, so a folder that was
+    moved or copied names its old place.
+
+    Raises:
+        InputError: the configuration cannot be written.
+    """
+    schema, _, given = name.partition(":")
+    place = Path(given).resolve()
+    path = place / "open_clip_config.json"
+    if schema != "local-dir" or not path.is_file():
         return
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        text = config["model_cfg"]["text_cfg"]
-        old = text["hf_model_name"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        text, vision = config["model_cfg"]["text_cfg"], config["model_cfg"]["vision_cfg"]
+        # As `mulki.engine.checkpoints.publish` writes them.
+        own_text = (
+            text.get("hf_model_pretrained") is False
+            and text["hf_model_name"] == text["hf_tokenizer_name"]
+            and Path(text["hf_model_name"]).is_absolute()
+            and (place / "config.json").is_file()
+        )
+        own_images = (
+            str(vision.get("timm_model_name", "")).startswith("local-dir:")
+            and (place / TRUNK).is_file()
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return  # open_clip says what is wrong with it
-    if not isinstance(old, str) or not Path(old).is_absolute() or Path(old).is_dir():
+    before = copy.deepcopy(config)
+    if own_text:
+        text["hf_model_name"] = text["hf_tokenizer_name"] = str(place)
+    if own_images:
+        vision["timm_model_name"] = f"local-dir:{(place / TRUNK).parent}"
+    if config == before:
         return
-    text["hf_model_name"] = text["hf_tokenizer_name"] = str(Path(place).resolve())
     try:
         write_atomic(path, json.dumps(config, indent=2) + "\n")
     except OSError as error:
         raise InputError(
-            f"--model {name}: its {path.name} names the place it was moved from, {old}, and cannot "
-            f"be mended ({error.strerror}); make the folder writable, or a copy of it"
+            f"--model {name}: its {path.name} names the place it was moved or copied from, and "
+            f"cannot be mended ({error.strerror}); make the folder writable, or a copy of it"
         ) from None
-    _log.info("%s was moved from %s and names its new place now", place, old)
+    _log.info("%s was moved or copied, and names its new place now", place)
 
 
 def _architecture(name: str) -> dict[str, Any]:

@@ -10,20 +10,23 @@ found.
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mulki import ops
+from mulki import functional, ops
 from mulki.errors import InputError
 from mulki.ops import backends, proofs
 from mulki.ops.gates import find_gate
 from mulki.ops.proofs import Verdict
+from mulki.similarity import Similarity
 
 if TYPE_CHECKING:
     from mulki.bench.cases import Case
@@ -42,8 +45,8 @@ CASES = {
 SHAPES = {"small": (64, 100, 512), "medium": (1024, 1000, 512), "large": (8192, 4096, 512)}
 PAIRED_SHAPES = {"small": (256, 256, 512), "medium": (1024, 1024, 512), "large": (4096, 4096, 512)}
 #: Shapes that fill no tile, of other widths; the columns of the last are streamed.
-ODD_SHAPES = {"small": (50, 37, 640), "medium": (700, 1531, 768), "large": (200, 100000, 640)}
-ODD_PAIRED_SHAPES = {"small": (75, 75, 640), "medium": (700, 700, 768), "large": (3001, 3001, 1024)}
+ODD_SHAPES = {"small": (50, 37, 650), "medium": (700, 1531, 770), "large": (200, 100000, 640)}
+ODD_PAIRED_SHAPES = {"small": (75, 75, 650), "medium": (700, 700, 770), "large": (3001, 3001, 1024)}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -63,6 +66,7 @@ def prove(
 
     Raises:
         OSError: the proof cannot be written.
+        RuntimeError: a kernel has broken the GPU's context, so that this process can try no other.
     """
     subject = proofs.subject_of(torch.device(device))
     each = seconds / (sum(map(len, CASES.values())) * len(dtypes) * len(sizes)) / 2
@@ -74,14 +78,19 @@ def prove(
                 proofs.store(subject, [verdict])
                 backends.forget_choices()
                 yield verdict
+                if verdict.problems:
+                    _check_context(device)
 
 
-def report(device: str, seconds: float, limit: float = math.inf) -> int:
+def report(
+    device: str, seconds: float, limit: float = math.inf, copy_to: Path | None = None
+) -> int:
     """Print the verdicts as they are found; the exit status, 1 where something is wrong.
 
     Args:
         device, seconds: as of `prove`.
         limit: seconds after which no other verdict is sought.
+        copy_to: another file for the proof, written after each verdict.
 
     Raises:
         InputError: there is no such device, or the kernels do not load.
@@ -97,9 +106,12 @@ def report(device: str, seconds: float, limit: float = math.inf) -> int:
     wrong, stop = 0, time.monotonic() + limit
     for found, verdict in enumerate(prove(device, seconds), start=1):
         speed = "-" if verdict.speedup is None else f"{verdict.speedup:.2f}"
-        words = "; ".join(verdict.problems) or "right"
+        untried = "no memory to try it" if verdict.speedup is None else "right"
+        words = "; ".join(verdict.problems) or untried
         place = f"{verdict.operator:<24} {verdict.dtype:<9} {verdict.size:<7}"
         print(f"{place} {speed:>5}  {words}", flush=True)
+        if copy_to is not None:
+            shutil.copyfile(proofs.proof_file(proofs.subject_of(torch.device(device))), copy_to)
         wrong += bool(verdict.problems)
         left = len(CASES) * len(DTYPES) * len(proofs.SIZES) - found
         if left and time.monotonic() > stop:
@@ -109,7 +121,27 @@ def report(device: str, seconds: float, limit: float = math.inf) -> int:
     return int(wrong > 0)
 
 
+def _check_context(device: str) -> None:
+    # After an illegal access every later call would fail, and look like a wrong kernel.
+    if torch.device(device).type == "cpu":
+        return
+    try:
+        torch.accelerator.synchronize(torch.device(device))
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"mulki prove: the kernel above has broken the GPU's context ({error}); what was not "
+            f"tried yet stays in plain PyTorch; please report it"
+        ) from None
+
+
 def _verdict_of(operator: str, dtype: str, size: str, device: str, seconds: float) -> Verdict:
+    try:
+        return _tried(operator, dtype, size, device, seconds)
+    except torch.OutOfMemoryError:
+        return Verdict(operator, dtype, size)  # plain PyTorch needs more than the GPU has
+
+
+def _tried(operator: str, dtype: str, size: str, device: str, seconds: float) -> Verdict:
     from mulki.bench.cases import PAIRED, Case
     from mulki.bench.point import measure_case
 
@@ -121,7 +153,7 @@ def _verdict_of(operator: str, dtype: str, size: str, device: str, seconds: floa
         reason = _not_served(operator, device, dtype)
         results = [] if reason else measure_case(case, ("eager", "mulki"), ("both",), seconds)
         for result in results:
-            if result.provider == "mulki" and result.status != "timed":
+            if result.provider == "mulki" and result.status == "failed":
                 problems += result.notes or (result.status,)
             elif result.provider == "mulki" and "speedup_over_eager" in result.metrics:
                 speedups.append(result.metrics["speedup_over_eager"].median)
@@ -145,6 +177,9 @@ def _problems_of_forms(case: Case) -> list[str]:
     n, p, d = (ODD_PAIRED_SHAPES if case.operator in PAIRED else ODD_SHAPES)[size]
     odd = replace(case, n=n, p=p, d=d)
     problems = _problems_of(odd, f"at {odd.shape}", MULKI[case.operator])
+    if case.operator == "dual_teacher_kl":
+        three = replace(odd, operator="teacher_kl_3")
+        problems += _problems_of(three, f"three teachers at {odd.shape}", MULKI["teacher_kl_3"])
     for of_shape in (case, odd):
         for form, (ours, plain) in _forms(of_shape).items():
             problems += _problems_of(of_shape, f"{form} at {of_shape.shape}", ours, plain)
@@ -156,10 +191,12 @@ def _problems_of(case: Case, form: str, ours: Loss, plain: Loss | None = None) -
     from mulki.bench.verify import Verifier
 
     inputs = case.inputs()
+    verifier = Verifier(case, inputs, plain)
     try:
-        verifier = Verifier(case, inputs, plain)
         errors = verifier.errors(outcome(ours, inputs))
-    # Whatever the kernels raise is what is wrong with them.
+    except torch.OutOfMemoryError:
+        raise
+    # Whatever else the kernels raise is what is wrong with them.
     except Exception as error:
         return [f"{form}: {type(error).__name__}: {error}".splitlines()[0]]
     return [f"{form}: {problem}" for problem in verifier.problems(errors, strict=True)]
@@ -180,8 +217,8 @@ def _forms(case: Case) -> dict[str, tuple[Loss, Loss | None]]:
     forms: dict[str, tuple[Loss, Loss | None]] = {
         "row by row": (lambda *operands: ours(*operands, reduction="none").mean(), None)
     }
+    blend: dict[str, Any] = {"gate": "blend", "gate_entropy": 1.0, "gate_label": 0.5}
     if case.operator == "dual_teacher_kl":
-        blend = {"gate": "blend", "gate_entropy": 1.0, "gate_label": 0.5}
         forms["blend gate and class mask"] = with_options(**blend, class_mask=_mask(case))
         forms["loss gate"] = with_options(gate="loss")
     elif case.operator == "prototype_cross_entropy":
@@ -206,6 +243,17 @@ def _forms(case: Case) -> dict[str, tuple[Loss, Loss | None]]:
             return EAGER["contrastive"](*operands[:3]) + EAGER["pair_kl"](*operands)
 
         forms["with labels"] = with_labels, plain
+
+        def two_teachers(
+            x: Tensor, w: Tensor, scale: Tensor, teachers: Any, target: Tensor
+        ) -> Tensor:
+            ((u, v, s),) = teachers
+            others = [Similarity(u, v, s), Similarity(v, u, s)]
+            return functional.pair_teacher_kl(
+                Similarity(x, w, scale), others, temperature=TEMPERATURE, **blend
+            )
+
+        forms["two teachers and a blend gate"] = two_teachers, two_teachers
     return forms
 
 

@@ -19,7 +19,7 @@ from mulki.errors import ProcessLost
 Word = Literal["lost", "stopped", "failed"]
 
 #: Seconds that a process which is alive has to say so, once another has met a closed connection.
-GRACE_S = 5.0
+GRACE_S = 10.0
 
 _POLL_S = 0.05
 

@@ -516,6 +516,36 @@ def test_a_checkpoint_of_the_bundled_model_that_was_moved(bundled: Path, tmp_pat
     assert text["hf_model_name"] == text["hf_tokenizer_name"] == str(moved.resolve())
 
 
+def test_only_places_that_were_published_are_mended(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "image_tower").mkdir()
+    (tmp_path / "image_tower" / "config.json").write_text("{}")
+    path = tmp_path / "open_clip_config.json"
+
+    def mended(text: dict[str, object], vision: dict[str, object]) -> object:
+        written = {"model_cfg": {"text_cfg": text, "vision_cfg": vision}, "preprocess_cfg": {}}
+        path.write_text(json.dumps(written))
+        models._mend_moved(f"local-dir:{tmp_path}")
+        return json.loads(path.read_text())["model_cfg"]
+
+    old = {"hf_model_name": "/old", "hf_tokenizer_name": "/old", "hf_model_pretrained": False}
+    here = str(tmp_path.resolve())
+    ours = old | {"hf_model_name": here, "hf_tokenizer_name": here}
+    tower = {"timm_model_name": "local-dir:/old/image_tower"}
+    assert mended(old, tower) == {
+        "text_cfg": ours,
+        "vision_cfg": {"timm_model_name": f"local-dir:{here}/image_tower"},
+    }
+    for text in (old | {"hf_tokenizer_name": "roberta-base"}, {"hf_model_name": "/old"}):
+        assert mended(text, {"timm_model_name": "vit"}) == {
+            "text_cfg": text,
+            "vision_cfg": {"timm_model_name": "vit"},
+        }
+    path.write_text("[]")
+    models._mend_moved(f"local-dir:{tmp_path}")
+    assert path.read_text() == "[]"
+
+
 @pytest.mark.parametrize("content", [b"not weights", {"a": torch.ones(2)}])
 def test_bad_checkpoint_of_the_bundled_model(
     bundled: Path, tmp_path: Path, content: bytes | dict[str, torch.Tensor]

@@ -213,7 +213,10 @@ def read_rows(path: str) -> list[Row]:
             config = json.loads(row["extra_benchmark_config_str"])
             if not {"P", "D", "dtype"} <= config.keys() or None in row.values():
                 raise ValueError
-            float(row["y_value_50"] or 0)
+            numbers = [row[f"y_value_{part}"] for part in (20, 50, 80)]
+            if row["status"] == "timed" or any(numbers):
+                _ = [float(number) for number in numbers], int(row["x_value"])
+                _ = int(config["P"]), int(config["D"])
         except (ValueError, TypeError, AttributeError):
             raise InputError(f"{path}, line {number}: damaged; remove the line") from None
     return rows

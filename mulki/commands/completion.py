@@ -57,7 +57,7 @@ def complete(commands: Mapping[str, Callable[[list[str]], int]]) -> int:
         parser.add_argument("--version", action="store_true")
         answer(parser)
     elif words[1] in commands:
-        given = words[2:] if words[1] != "run" else _method(words)
+        given = _method(words) if words[1] in ("run", "plan") else words[2:]
         # There is nothing to offer for a line that is wrong by now.
         with suppress(InputError):
             commands[words[1]](given)

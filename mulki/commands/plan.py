@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from mulki.engine.costs import Costs, measure
 from mulki.engine.downloads import weights_to_download
 from mulki.engine.plan import millions, plan
 from mulki.engine.progress import megabytes
-from mulki.engine.setup import prepared
+from mulki.engine.setup import Setup, prepared
 from mulki.engine.time_left import clock
 from mulki.errors import InputError
 from mulki.offline import offline
@@ -44,7 +45,7 @@ def show_plan(given: Mapping[str, Any], console: Console, *, as_json: bool) -> N
         )
     settings = resolve(given)
     source = weights_to_download(settings.run.model, settings.run.pretrained)
-    with offline(), prepared(_with_random_weights(settings, source), write=False) as setup:
+    with offline(), _prepared(settings, source) as setup:
         lines = plan(setup)
         if not setup.world.main:
             console = Console(quiet=True)
@@ -67,8 +68,21 @@ def show_plan(given: Mapping[str, Any], console: Console, *, as_json: bool) -> N
     out.print(_table(costs))
 
 
-def _with_random_weights(settings: Settings, source: str) -> Settings:
-    return replace(settings, run=replace(settings.run, pretrained=None)) if source else settings
+@contextmanager
+def _prepared(settings: Settings, source: str) -> Iterator[Setup]:
+    if source:
+        settings = replace(settings, run=replace(settings.run, pretrained=None))
+    with ExitStack() as stack:
+        try:
+            setup = stack.enter_context(prepared(settings, write=False))
+        except InputError as error:
+            if not source:
+                raise
+            raise InputError(
+                f"{error} (for a plan nothing is downloaded, and of this model more than the "
+                f"weights may be missing here)"
+            ) from None
+        yield setup
 
 
 def _lines(costs: Costs, settings: Settings) -> list[str]:
@@ -106,7 +120,7 @@ def _table(costs: Costs) -> Table:
     table.add_column("task")
     for name in ("classes", "train", "test", "steps", "before", "step", "learn", "test all"):
         table.add_column(name, justify="right", no_wrap=True)
-    tested = sum(each.testing for each in costs.tasks)
+    tested = sum(each.testing_again for each in costs.tasks)
     for each in costs.tasks:
         step = "-" if each.later_step is None else f"{each.later_step:.3g} s"
         table.add_row(

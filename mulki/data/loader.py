@@ -56,7 +56,8 @@ class Images(Dataset[tuple[Tensor, int, int]]):
         self._filled = [False] * len(image_set)
         if cached and self.deterministic:
             first = self._transformed(0)
-            if len(image_set) * first.numel() * first.element_size() <= cache_mb * 2**20:
+            count = getattr(image_set, "sample_of", len(image_set))
+            if count * first.numel() * first.element_size() <= cache_mb * 2**20:
                 self._cache = torch.empty((len(image_set), *first.shape), dtype=first.dtype)
 
     @property

@@ -27,6 +27,9 @@ class Subset:
         self.indices = tuple(indices)
         self.first_class = first_class
         self.targets = [image_set.targets[i] - first_class for i in self.indices]
+        #: Images of the set that this one is a sample of, where costs are measured: a cache that
+        #: would not hold all of them does not hold these.
+        self.sample_of = len(self.indices)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -59,6 +62,15 @@ def limited(task: Task, count: int) -> Task:
         return Subset(image_set, sorted(picked[: max(count, len(by_class))]))
 
     return dataclasses.replace(task, train=limit(task.train), test=limit(task.test))
+
+
+def sampled(task: Task, count: int) -> Task:
+    """`limited`, to measure what the whole task costs."""
+    small = limited(task, count)
+    for part, whole in ((small.train, task.train), (small.test, task.test)):
+        assert isinstance(part, Subset)
+        part.sample_of = len(whole)
+    return small
 
 
 def few_shot(task: Task, shots: int, seed: int) -> Task:

@@ -16,15 +16,13 @@ from torch import Tensor
 from mulki import models
 from mulki.errors import InputError
 from mulki.files import new_folder, replacing, write_atomic
-from mulki.models import VisionLanguageModel
+from mulki.models import TRUNK, VisionLanguageModel
 from mulki.tensor_files import load_tensors, save_tensors
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 # In the folder of a run.
 LATEST = Path("checkpoints", "latest")
-# In a published folder, where timm makes the image tower of a configuration.
-TRUNK = Path("image_tower", "config.json")
 ARGUMENTS = "args.yaml"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mulki.data import Task
-from mulki.data.subset import limited
+from mulki.data.subset import sampled
 from mulki.data.transforms import is_deterministic
 from mulki.engine.batches import kept_samples
 from mulki.engine.config import AUTO
@@ -41,9 +41,11 @@ class TaskCosts:
         steps: optimiser steps.
         prepare: before the first step, teachers that encode all training images included.
         first_step: of a step whose images come up for the first time; None without training.
-        later_step: of one whose images were read, and encoded by the teachers, before.
+        later_step: of one whose images came up before: the teachers have encoded them, and a cache
+            may hold them.
         learning: of all its steps and what is before them.
-        testing: of testing it once, which is done at the start and after every task.
+        testing: of testing it at the start.
+        testing_again: of testing it after a task, which is done after every task.
     """
 
     name: str
@@ -56,6 +58,7 @@ class TaskCosts:
     later_step: float | None
     learning: float
     testing: float
+    testing_again: float
 
 
 @dataclass(frozen=True)
@@ -129,10 +132,12 @@ def measure(setup: Setup, says: Callable[[str], None] = lambda words: None) -> C
     for index, task in enumerate(setup.tasks):
         says(f"measuring task {index + 1} of {len(setup.tasks)}, {task.name}")
         costs = _learning(setup, learner, index, task, fits.append)
-        testing, width = _testing(setup, task)
-        tasks.append(replace(costs, testing=testing))
+        testing, again, width = _testing(setup, task)
+        tasks.append(replace(costs, testing=testing, testing_again=again))
         kept = max(kept, _kept(setup, task, costs.steps))
-    tested = sum(each.testing for each in tasks) * (len(tasks) + 1 if trains else 1)
+    tested = sum(each.testing for each in tasks)
+    if trains:
+        tested += len(tasks) * sum(each.testing_again for each in tasks)
     known = [fit.largest for fit in fits if fit.largest is not None]
     teachers = {id(each) for each in frozen.values()}
     return Costs(
@@ -160,12 +165,22 @@ def _learning(
 ) -> TaskCosts:
     config, world = setup.config, setup.world
     costs = TaskCosts(
-        task.name, len(task.train), len(task.test), len(task.classes), 0, 0.0, None, None, 0.0, 0.0
+        task.name,
+        len(task.train),
+        len(task.test),
+        len(task.classes),
+        0,
+        0.0,
+        None,
+        None,
+        0.0,
+        0.0,
+        0.0,
     )
     if learner is None:
         return costs
     batch = config.batch_size * world.size
-    small = limited(task, _STEPS * batch)
+    small = sampled(task, _STEPS * batch)
     once = max(len(small.train) // batch, 1)
     reports: list[StepReport] = []
     began: list[float] = []
@@ -209,8 +224,8 @@ def _learning(
 
 
 @torch.no_grad()
-def _testing(setup: Setup, task: Task) -> tuple[float, int]:
-    # Seconds of testing a task once, and the width of the features.
+def _testing(setup: Setup, task: Task) -> tuple[float, float, int]:
+    # Seconds of testing a task at first and later, and the width of the features.
     model, world = setup.model, setup.world
     model.eval()
     prompts = [prompt for of_class in task.prompts() for prompt in of_class]
@@ -220,12 +235,19 @@ def _testing(setup: Setup, task: Task) -> tuple[float, int]:
     features = text_features(model, inputs, world)
     float(features.sum())  # so that a device has done its work
     texts = (time.perf_counter() - started) * len(prompts) / len(some)
-    small = limited(task, setup.config.batch_size_eval * world.size)
-    started = time.perf_counter()
-    for images, *_ in test_loader(setup, small):
-        float(model.encode_images(images).sum())
-    seconds = time.perf_counter() - started
-    return texts + seconds * len(task.test) / len(small.test), features.shape[1]
+    small = sampled(task, setup.config.batch_size_eval * world.size)
+    loader = test_loader(setup, small)
+
+    def seconds() -> float:
+        started = time.perf_counter()
+        for images, *_ in loader:
+            float(model.encode_images(images).sum())
+        return texts + (time.perf_counter() - started) * len(task.test) / len(small.test)
+
+    first = seconds()
+    # Later the images are read again, unless a cache holds them.
+    again = seconds() if getattr(loader.dataset, "cached", False) else first
+    return first, again, features.shape[1]
 
 
 def _kept(setup: Setup, task: Task, steps: int) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,8 +15,10 @@ from mulki.errors import InputError
 from mulki.roll_call import RollCall
 from mulki.world import World
 
-# Of the process group that `join` has made.
-_roll: RollCall | None = None
+# The process group that `join` has made last, and its roll call.
+_made: tuple[Any, RollCall] | None = None
+# Groups of one process after another share torchrun's store.
+_groups = itertools.count()
 
 
 def launched() -> bool:
@@ -74,9 +78,11 @@ def join(
     Raises:
         InputError: the environment does not say where the processes meet.
     """
-    global _roll
+    global _made
     if dist.is_initialized():
-        return World(dist.get_rank(), dist.get_world_size(), roll=_roll, hold=hold)
+        ours = _made is not None and _made[0] is dist.group.WORLD
+        roll = _made[1] if ours and _made is not None else None
+        return World(dist.get_rank(), dist.get_world_size(), roll=roll, hold=hold)
     if not launched():
         return World()
     missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
@@ -95,7 +101,7 @@ def join(
     store, rank, size = next(dist.rendezvous("env://"))
     # torchrun's store outlives a restart, with the addresses of processes that have ended.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"attempt {attempt}", store)
+    store = dist.PrefixStore(f"attempt {attempt}, group {next(_groups)}", store)
     dist.init_process_group(
         backend,
         store=store,
@@ -104,5 +110,6 @@ def join(
         timeout=timedelta(seconds=timeout),
         device_id=bound,
     )
-    _roll = RollCall(store, rank, size)
-    return World(rank, size, joined=True, roll=_roll, hold=hold)
+    roll = RollCall(store, rank, size)
+    _made = dist.group.WORLD, roll
+    return World(rank, size, joined=True, roll=roll, hold=hold)

@@ -11,12 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mulki.errors import InputError
+from mulki.errors import InputError, ProcessLost
 
 
 @contextmanager
 def deterministic(used: bool) -> Iterator[None]:
     """In the block torch computes with such algorithms alone as give the same bits every time.
+
+    CUBLAS_WORKSPACE_CONFIG, where it is not set, is set for the rest of the process, since cuBLAS
+    reads it once.
 
     Raises:
         InputError: an operation has no such algorithm.
@@ -24,7 +27,6 @@ def deterministic(used: bool) -> Iterator[None]:
     if not used:
         yield
         return
-    # cuBLAS reads it at its first product.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     cudnn = torch.backends.cudnn
     before = (
@@ -36,8 +38,10 @@ def deterministic(used: bool) -> Iterator[None]:
     cudnn.benchmark = False  # it chooses by time
     try:
         yield
+    except ProcessLost:
+        raise  # it may speak of what another process has met
     except RuntimeError as error:
-        if "deterministic" not in str(error):
+        if "does not have a deterministic implementation" not in str(error):
             raise
         reason = str(error).split(", but you set")[0].splitlines()[0]
         raise InputError(

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from mulki import methods
+from mulki.answers import FOLDER as ANSWERS
 from mulki.engine.checkpoints import ARGUMENTS
 from mulki.engine.config import RunConfig, Settings, read_config
 from mulki.engine.randomness import random_state, set_random_state
 from mulki.engine.recovery import STUDENT, State, read_state
+from mulki.environment import launcher
 from mulki.errors import InputError
 from mulki.folder_lock import FolderLock
 from mulki.methods import PREVIOUS
@@ -66,20 +68,30 @@ def open_to_resume(path: Path, config: RunConfig) -> RunFolder:
 def folder_of_restart(settings: Settings) -> Path | None:
     """The folder to go on from where torchrun has started the processes of a run again.
 
+    A folder that this torchrun has not begun is not taken.
+
     Raises:
         InputError: a run that torchrun may start again has no name, by which to find its folder;
-            or the folder is that of a run with other options.
+            it is on several machines, which do not count restarts alike; or the folder is that of a
+            run with other options.
     """
     config = settings.run
-    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and config.name is None:
-        raise InputError(
-            "--name: got none beside --max-restarts of torchrun, but a run that is started again "
-            "is found by its name; pass one"
-        )
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        if config.name is None:
+            raise InputError(
+                "--name: got none beside --max-restarts of torchrun, but a run that is started "
+                "again is found by its name; pass one"
+            )
+        machines = os.environ.get("GROUP_WORLD_SIZE", "1")
+        if machines != "1":
+            raise InputError(
+                f"torchrun --max-restarts: works on one machine, and this run is on {machines}; "
+                f"pass --max-restarts 0, and go on with mulki run --resume"
+            )
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or config.name is None:
         return None
     folder = Path(config.logs, config.name)
-    if not has_begun(folder):
+    if not has_begun(folder) or read_json(folder / "env.json").get("started_by") != launcher():
         return None
     check_same_options(folder, settings)
     return folder
@@ -87,7 +99,9 @@ def folder_of_restart(settings: Settings) -> Path | None:
 
 def has_begun(folder: Path) -> bool:
     """Whether the run of a folder has got as far as results or a save."""
-    rows = any((folder / name).exists() for name in (RECOVERY, "matrix.csv"))
+    rows = any(
+        (folder / name).exists() for name in (RECOVERY, "matrix.csv", "results.jsonl", ANSWERS)
+    )
     return rows and (folder / ARGUMENTS).is_file()
 
 

@@ -48,7 +48,7 @@ def siglip_tokenizer(model: VisionLanguageModel) -> Any:
     # A copy, since the model keeps its own.
     with tempfile.TemporaryDirectory() as folder:
         made.save_pretrained(folder)
-        made = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        made = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     made.model_max_length = length
     if own.clean_fn.__name__.endswith("canonicalize"):
         _canonicalize(made)

@@ -152,7 +152,7 @@ def _tokenizer(path: Path, found: Architecture) -> tuple[Any, dict[str, Any]]:
         _log.warning("%s has no tokenizer; that of OpenAI's CLIP is taken, of the same size", path)
         return own, {}
     try:
-        read = HFTokenizer(str(path), context_length=length)
+        read = HFTokenizer(str(path), context_length=length, trust_remote_code=False)
         largest = max(len(read.tokenizer), 1) - 1
         cut = read(list(_TEXTS))
     except Exception as error:  # whatever damaged files lead to
@@ -167,7 +167,7 @@ def _tokenizer(path: Path, found: Architecture) -> tuple[Any, dict[str, Any]]:
     ):
         return own, {}
     # open_clip takes the files that lie beside a configuration with any such name.
-    return read, {"hf_tokenizer_name": path.name}
+    return read, {"hf_tokenizer_name": "local"}
 
 
 def _until(tokens: list[int], end: int) -> list[int]:

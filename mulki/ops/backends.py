@@ -124,7 +124,7 @@ class _Forced:
 
 _forced: tuple[_Forced, ...] = ()  # the one entered last is in force
 _forcing_lock = threading.Lock()
-_kernels: dict[tuple[str, str, torch.dtype, str | None, str, bool], Kernel] = {}
+_kernels: dict[tuple[Any, ...], Kernel] = {}
 _fallbacks: dict[tuple[str, str, torch.dtype, str], Served] = {}
 
 
@@ -174,10 +174,12 @@ def kernel(op: str, device_type: str, dtype: torch.dtype, size: str | None = Non
         RuntimeError: a backend that should serve it does not, under MULKI_STRICT.
         ValueError: MULKI_BACKEND names no backend.
     """
-    key = (op, device_type, dtype, size, _setting(), _strict())
+    choice = (op, device_type, dtype, size, _setting(), _strict())
+    # A proof is of how float32 is multiplied, too.
+    key = choice, None if size is None else proofs.numbers()
     found = _kernels.get(key)
     if found is None:
-        found = _kernels[key] = _choose_kernel(*key)
+        found = _kernels[key] = _choose_kernel(*choice)
     return found
 
 

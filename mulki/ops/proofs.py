@@ -30,6 +30,7 @@ SLOWER = "is slower than plain PyTorch"
 #: The same where a result was wrong.
 WRONG = "was wrong on this GPU"
 _DRIVER = Path("/proc/driver/nvidia/version")
+_VARIABLES = ("MULKI_INPUT_PRECISION", "MULKI_AUTOTUNE")
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,14 @@ def _gpu_name(device: torch.device) -> str:
     return f"Triton's interpreter on {device.type}"
 
 
+def numbers() -> tuple[str | None, ...]:
+    """What a process can change of a subject: how float32 is multiplied, and what is autotuned."""
+    return (torch.backends.cuda.matmul.fp32_precision, *map(os.environ.get, _VARIABLES))
+
+
 def _subject(gpu: str) -> dict[str, str]:
     # How float32 is multiplied is another kernel, and another rival.
-    variables = ("MULKI_INPUT_PRECISION", "MULKI_AUTOTUNE")
-    settings = {name: os.environ[name] for name in variables if os.environ.get(name)}
+    settings = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
     common = importlib.import_module("mulki.kernels.common")
     numbers = common.number_family(torch.float32)
     return {"gpu": gpu, "float32 numbers": numbers, **settings, **_versions()}

@@ -11,6 +11,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import yaml
@@ -112,10 +113,19 @@ class Group:
 
     @property
     def means(self) -> dict[str, tuple[float, float | None]]:
-        """Mean and half-width of the interval over seeds, of metrics that all runs have."""
+        """Mean and half-width of the interval over seeds, of metrics that all runs have.
+
+        Runs with the same seed count as one, their mean.
+        """
         values = [run.metrics for run in self.runs]
         shared = [name for name in TITLES if all(name in each for each in values)]
-        return {name: mean_interval([each[name] for each in values]) for name in shared}
+        of_seed: dict[int, list[dict[str, float]]] = {}
+        for run, found in zip(self.runs, values, strict=True):
+            of_seed.setdefault(run.seed, []).append(found)
+        return {
+            name: mean_interval([mean(each[name] for each in same) for same in of_seed.values()])
+            for name in shared
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +223,8 @@ def compare(folders: Sequence[str | os.PathLike[str]], baseline: str | None = No
     """
     warnings: list[str] = []
     unlike: list[str] = []
-    runs = list(_complete(dict.fromkeys(Path(folder) for folder in folders), warnings))
+    distinct = {Path(folder).resolve(): Path(folder) for folder in folders}
+    runs = list(_complete(distinct.values(), warnings))
     if not runs:
         raise InputError(
             "; ".join(["no complete run to compare", *warnings])

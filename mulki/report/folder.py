@@ -62,7 +62,7 @@ def read_folder(folder: str | os.PathLike[str]) -> RunData:
     read too.
 
     Raises:
-        InputError: a matrix that is missing or wrong, or JSON that cannot be read.
+        InputError: a matrix that is missing or wrong, or JSON or options that cannot be read.
     """
     folder = Path(folder)
     if not (folder / "matrix.csv").is_file():
@@ -71,13 +71,17 @@ def read_folder(folder: str | os.PathLike[str]) -> RunData:
         )
     summary = read_json(folder / "summary.json")
     arguments = folder / "args.yaml"
+    try:
+        config = arguments.read_text(encoding="utf-8") if arguments.is_file() else ""
+    except UnicodeDecodeError:
+        raise InputError(f"{arguments}: not UTF-8; restore the file") from None
     return RunData(
         name=summary.get("name", folder.resolve().name),
         status=run_status(folder, summary),
         matrix=read_matrix(folder / "matrix.csv"),
         summary=summary,
         class_incremental=class_incremental_of(folder / "summary.json", summary),
-        config=arguments.read_text(encoding="utf-8") if arguments.is_file() else "",
+        config=config,
         environment=read_json(folder / "env.json"),
     )
 

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import Compose, ToTensor
 
 from mulki.data import Task
-from mulki.data.subset import Subset, few_shot, limited, permutation
+from mulki.data.loader import Images
+from mulki.data.subset import Subset, few_shot, limited, permutation, sampled
 
 
 @dataclass(frozen=True)
@@ -124,3 +126,14 @@ def test_few_shot_repeats_with_its_seed() -> None:
 def test_permutation_is_that_of_torch(count: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     assert permutation(count, seed) == torch.randperm(count, generator=generator).tolist()
+
+
+def test_a_sample_is_cached_where_the_whole_would_be() -> None:
+    whole = task((0, 1) * 8, (0, 1) * 8)
+    to_tensor = Compose([ToTensor()])
+    size = to_tensor(whole.train.load(0)).nbytes / 2**20  # MiB of an image
+    for of, count in ((limited(whole, 4), 4), (sampled(whole, 4), 16)):
+        assert len(of.train) == 4
+        for room, cached in ((count, True), (count - 1, False)):
+            images = Images(of.train, to_tensor, cached=True, cache_mb=room * size)
+            assert images.cached == cached

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mulki.engine.randomness import deterministic, random_state, set_random_state
-from mulki.errors import InputError
+from mulki.errors import InputError, ProcessLost
 
 CPU = torch.device("cpu")
 
@@ -47,7 +47,9 @@ def test_draws_on_a_gpu_repeat() -> None:
 
 
 def test_deterministic_algorithms_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    # What was not there would not be put back.
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     with deterministic(False):
         assert not torch.are_deterministic_algorithms_enabled()
@@ -65,3 +67,13 @@ def test_an_operation_without_such_an_algorithm_is_named() -> None:
     with pytest.raises(RuntimeError, match="size"), deterministic(True):
         torch.ones(2) + torch.ones(3)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_what_another_process_has_met_is_not_laid_to_the_option() -> None:
+    said = "process 1 has failed: x does not have a deterministic implementation"
+    with pytest.raises(ProcessLost, match="process 1 has failed"), deterministic(True):
+        raise ProcessLost(said, quiet=True)
+    with pytest.raises(RuntimeError, match="Deterministic behavior"), deterministic(True):
+        raise RuntimeError(
+            "Deterministic behavior was enabled, set CUBLAS_WORKSPACE_CONFIG=:4096:8"
+        )

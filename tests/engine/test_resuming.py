@@ -182,6 +182,7 @@ def test_a_run_goes_on_without_the_package_of_a_tracker(
 def test_what_torchrun_starts_again_finds_its_folder(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "abc")
     settings = resolve(read_config(run("first", method="zero_shot").path / "args.yaml"))
     assert folder_of_restart(settings) is None
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
@@ -195,6 +196,15 @@ def test_what_torchrun_starts_again_finds_its_folder(
         folder_of_restart(replace(settings, run=replace(settings.run, lr=1.0)))
     # What had not got as far as a result starts again.
     assert folder_of_restart(replace(settings, run=replace(settings.run, name="new"))) is None
+    # A first result is on disk before the matrix is.
+    (tmp_path / "logs" / "first" / "matrix.csv").unlink()
+    assert folder_of_restart(settings) == tmp_path / "logs" / "first"
+    # A folder of another torchrun is nobody's to take.
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "def")
+    assert folder_of_restart(settings) is None
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="works on one machine, and this run is on 2"):
+        folder_of_restart(settings)
 
 
 def test_a_run_that_is_complete_gets_its_reports_again(run: Run) -> None:

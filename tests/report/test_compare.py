@@ -231,8 +231,15 @@ def test_incomplete_runs_are_left_out(make: Make) -> None:
 def test_a_seed_or_folder_that_comes_twice(make: Make) -> None:
     one, again = make("a"), make("b")
     assert compare([one, one]).warnings == ()
-    assert len(compare([one, one]).sections[0].groups[0].runs) == 1
-    assert "mulki has several runs of one seed" in compare([one, again]).warnings[0]
+    for same in (one, one.parent / ".." / one.parent.name / one.name):
+        assert len(compare([one, same]).sections[0].groups[0].runs) == 1
+    found = compare([one, again, make("c", seed=1, share=0.7)])
+    assert "mulki has several runs of one seed" in found.warnings[0]
+    # An interval is over seeds, and there are two of them.
+    (group,) = found.sections[0].groups
+    _, half = group.means["last"]
+    lasts = [run.metrics["last"] for run in group.runs]
+    assert half == pytest.approx(12.7062 * abs(np.mean(lasts[:2]) - lasts[2]) / 2, rel=1e-4)
 
 
 def test_sequences_are_compared_apart(make: Make) -> None:
@@ -291,6 +298,11 @@ def damaged_summary(path: Path) -> str:
     return 'summary.json: "class_incremental" is not what a run writes'
 
 
+def other_bytes(path: Path) -> str:
+    (path / "args.yaml").write_bytes(b"seed: \xff")
+    return "args.yaml: not UTF-8"
+
+
 def damaged_environment(path: Path) -> str:
     (path / "env.json").write_text('{"hashes": [1]}')
     return 'env.json: "hashes" is not what a run writes'
@@ -300,7 +312,7 @@ def damaged_environment(path: Path) -> str:
     "damage",
     [
         *(damaged_summary, no_options, other_options, no_matrix, damaged_answers),
-        damaged_environment,
+        *(damaged_environment, other_bytes),
     ],
 )
 def test_damaged_runs_are_named_and_left_out(make: Make, damage: Callable[[Path], str]) -> None:

@@ -56,10 +56,18 @@ for (const table of document.querySelectorAll("table.sortable")) {
       heads.forEach((other) => other.setAttribute("aria-sort", "none"));
       head.setAttribute("aria-sort", up ? "ascending" : "descending");
       const value = (row) => row.cells[place].textContent.replaceAll("\u2212", "-");
-      const compare = (a, b) => place === 0
-        ? value(a).localeCompare(value(b), undefined, { numeric: true })
-        : (parseFloat(value(a)) || 0) - (parseFloat(value(b)) || 0);
-      const rows = [...table.tBodies[0].rows].sort((a, b) => (up ? compare(a, b) : compare(b, a)));
+      const isNumber = head.classList.contains("number");
+      const compare = (a, b) => {
+        if (!isNumber) {
+          const order = value(a).localeCompare(value(b), undefined, { numeric: true });
+          return up ? order : -order;
+        }
+        const [x, y] = [parseFloat(value(a)), parseFloat(value(b))];
+        // Cells without a number are the last, whichever way.
+        if (isNaN(x) || isNaN(y)) return isNaN(x) - isNaN(y);
+        return up ? x - y : y - x;
+      };
+      const rows = [...table.tBodies[0].rows].sort(compare);
       table.tBodies[0].append(...rows);
     });
   });
