@@ -111,8 +111,9 @@ class Saves:
         @contextlib.contextmanager
         def step(number: int) -> Iterator[None]:
             nonlocal whole
-            whole = False
             with self._signals.held():
+                # A signal before this line ends the block between two steps.
+                whole = False
                 yield
                 stop, due = self._agree(number)
                 whole = not due

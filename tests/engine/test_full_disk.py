@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from mulki.engine.config import resolve
@@ -73,7 +75,9 @@ def test_a_disk_that_fills_up(
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(resolve({**given, "name": "full"}).to_dict()))
     command = [SCRIPT, "sh", str(int(size * save)), str(disk), str(config), str(tmp_path)]
-    subprocess.run(alone(*command, sys.executable, "-c", MULKI, "run"), check=True)
+    # Other threads round in another way.
+    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    subprocess.run(alone(*command, sys.executable, "-c", MULKI, "run"), check=True, env=threads)
 
     assert (tmp_path / "status").read_text().split() == ["1"]
     *progress, line = (tmp_path / "errors").read_text().splitlines()
