@@ -7,20 +7,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-amx docs lint sanitize fuzz kill-points clean .venv
+.PHONY: help demo test test-amx docs lint sanitize fuzz test-long clean .venv
 
 help:
 	@echo "make demo      run the bundled image tasks (mulki run embedded) and show the results"
 	@echo "make test      make lint, then pytest"
+	@echo "make test-long the tests that take minutes: packages, fifty tasks, every point to kill a run at"
 	@echo "make test-amx  tests of the operators with Intel's matrix unit emulated, on a CPU with AVX-512"
 	@echo "make docs      the documentation as a site in build/docs, without warnings or a network"
 	@echo "make lint      ruff, clang-format and mypy"
 	@echo "make sanitize  the C++ kernels under sanitizers, on Linux; SHORT=1 for fewer tests"
 	@echo "make fuzz      random cases for SECONDS=30 each, of a fixed seed and, without FIXED=1, of a fresh one"
-	@echo "make kill-points  kill a run at each of its file-system events, and go on with it"
 	@echo "make .venv     only make .venv, with all that demo and test need"
 	@echo "make clean     remove .venv, built libraries and caches (run folders in logs/ stay)"
-	@echo "demo, test, docs, lint, sanitize, fuzz and kill-points make .venv where it is missing; PYTHON=... picks its interpreter."
+	@echo "demo, test, docs, lint, sanitize, fuzz and test-long make .venv where it is missing; PYTHON=... picks its interpreter."
 
 demo: .venv/.installed-demo
 	$(BIN)/mulki run embedded
@@ -55,9 +55,8 @@ fuzz: .venv/.installed-test
 	    $(if $(FIXED),,$(BIN)/python -m tests.fuzz $$target --seconds $(SECONDS) || exit 1;) \
 	done
 
-# make test has a sample of these.
-kill-points: .venv/.installed-test
-	$(BIN)/python -m pytest -q tests/engine/test_resuming.py --all-kill-points -k every_file_system_event
+test-long: .venv/.installed-test
+	$(BIN)/python -m pytest -q --long
 
 .venv: .venv/.installed-test
 

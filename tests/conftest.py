@@ -15,10 +15,15 @@ from mulki.features import Features
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--all-kill-points",
-        action="store_true",
-        help="kill a run at each of its file-system events, not at a sample of them",
+        "--long", action="store_true", help="run what is marked long, and nothing else"
     )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    long = [item for item in items if item.get_closest_marker("long")]
+    short = [item for item in items if not item.get_closest_marker("long")]
+    items[:], left_out = (long, short) if config.getoption("--long") else (short, long)
+    config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

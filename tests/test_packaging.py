@@ -19,7 +19,7 @@ from mulki import __version__
 from tests import ROOT
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(os.name == "nt", reason="paths of an environment are those of Unix"),
 ]
 COMPILER = shutil.which("g++")

@@ -47,7 +47,7 @@ def script(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str
 # --- the script
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_rehearsal_runs_every_step(tmp_path: Path) -> None:
     """With torch, triton, numpy and pytest alone: the other packages cannot be imported here."""
     pytest.importorskip("triton", reason="needs Triton, which this installation has not")

@@ -50,7 +50,10 @@ def tensors_alive() -> tuple[int, int]:
     return count, sum(memory.values())
 
 
-@pytest.mark.parametrize(("method", "number"), [("mulki", 50), ("zscl", 12)])
+@pytest.mark.parametrize(
+    ("method", "number"),
+    [("mulki", 12), pytest.param("mulki", 50, marks=pytest.mark.long), ("zscl", 12)],
+)
 def test_a_task_leaves_nothing_behind(
     method: str,
     number: int,

@@ -357,12 +357,10 @@ def test_killed_at_a_file_system_event(
 
 
 @needs_fork
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_every_file_system_event(
-    killed: Killed, uninterrupted: tuple[Path, float, int], request: pytest.FixtureRequest
+    killed: Killed, uninterrupted: tuple[Path, float, int]
 ) -> None:
-    if not request.config.getoption("--all-kill-points"):
-        pytest.skip("takes minutes: make kill-points")
     folder, _, events = uninterrupted
     for number in range(1, events + 1):
         print(f"killed at event {number} of {events}")
