@@ -9,8 +9,8 @@
     python -m benchmarks.embedded.compare tables    # RESULTS.md from the runs so far
     python -m benchmarks.embedded.compare figures   # learning curves from the runs so far
 
-Every finished run is a line of `results.jsonl` beside this file; a run that is there already, with
-the same settings and the same start model and images, is not repeated.
+Every finished run is a line of `results/STUDY.jsonl` beside this file; a run that is there already,
+with the same settings and the same start model and images, is not repeated.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from mulki.intervals import (
 from mulki.report.compare import NEUTRAL
 
 FOLDER = Path(__file__).parent
-RESULTS = FOLDER / "results.jsonl"
+RESULTS = FOLDER / "results"  # a file for each study
 TABLES = FOLDER / "RESULTS.md"
 METRICS = ("transfer", "average", "last", "forgetting", "cil_average", "cil_last")
 # Options that change no result.
@@ -132,7 +132,7 @@ def carry_out(runs: list[Run], jobs: int) -> None:
         futures = [pool.submit(one_run, r, pack, threads) for r in pending]
         for future in as_completed(futures):
             result = future.result()
-            with RESULTS.open("a") as lines:
+            with (RESULTS / f"{result['study']}.jsonl").open("a") as lines:
                 lines.write(json.dumps(result) + "\n")
             figures = " ".join(f"{k} {result[k]:.2f}" for k in METRICS if result[k] is not None)
             print(f"{result['variant']} {result['options']}: {figures}", flush=True)
@@ -254,10 +254,9 @@ def _plain(values: Options) -> Options:
 
 
 def read_results() -> list[dict[str, Any]]:
-    """Every finished run of the results file."""
-    return (
-        [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    )
+    """Every finished run."""
+    files = sorted(RESULTS.glob("*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
 def tables(results: list[dict[str, Any]]) -> str:

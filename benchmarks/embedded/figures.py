@@ -1,4 +1,4 @@
-"""Learning curves of the comparison as SVG and PNG, from the lines of results.jsonl.
+"""Learning curves of the comparison as SVG and PNG, from the lines of its results.
 
     python -m benchmarks.embedded.compare figures
 
@@ -31,7 +31,7 @@ def curves(result: Mapping[str, Any]) -> dict[str, list[float]]:
     """The two curves of a run.
 
     Args:
-        result: a line of results.jsonl; its matrix [T, T] is in percent.
+        result: a line of the results; its matrix [T, T] is in percent.
 
     Returns:
         "learned" [T]: after task i the mean accuracy over tasks 1..i. "later" [T - 1]: after task i

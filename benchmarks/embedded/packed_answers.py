@@ -1,4 +1,7 @@
-"""Answers of a run as a short text for a line of `results.jsonl`: packed bits, zlib, base64."""
+"""Answers of a run as a short text for a line of the results: packed bits, zlib, base64.
+
+The bits are what changes from one evaluation to the next, which is little.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,9 @@ from mulki.intervals import RunAnswers
 
 def pack(answers: RunAnswers) -> dict[str, Any]:
     """Test images of each task in the order learned, and the bits of all arrays."""
-    arrays = [kind[task].ravel() for kind in (answers.own, answers.seen) for task in answers.sizes]
-    bits = zlib.compress(np.packbits(np.concatenate(arrays)).tobytes(), 9)
+    arrays = [kind[task] for kind in (answers.own, answers.seen) for task in answers.sizes]
+    changes = [np.diff(array, axis=0, prepend=False).ravel() for array in arrays]
+    bits = zlib.compress(np.packbits(np.concatenate(changes)).tobytes(), 9)
     return {"images": answers.sizes, "bits": base64.b64encode(bits).decode("ascii")}
 
 
@@ -30,7 +34,7 @@ def unpack(packed: dict[str, Any]) -> RunAnswers:
         parts = np.split(half, np.cumsum([tasks * n for n in sizes.values()])[:-1])
         halves.append(
             {
-                task: part.reshape(tasks, n)
+                task: np.logical_xor.accumulate(part.reshape(tasks, n), axis=0)
                 for (task, n), part in zip(sizes.items(), parts, strict=True)
             }
         )
