@@ -10,7 +10,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -116,6 +116,14 @@ def _served(case: Case) -> str:
     return f"served by {served.backend}" + (f" ({reasons})" if reasons else "")
 
 
+def _eager(case: Case) -> Loss:
+    return EAGER[case.operator]
+
+
+def _as_graph(provider: Provider) -> Provider:
+    return replace(provider, absence=_no_graphs, refusal=_graph_refusal, graphed=True)
+
+
 def _is_loss(case: Case) -> bool:
     return case.operator != "similarity"
 
@@ -123,31 +131,10 @@ def _is_loss(case: Case) -> bool:
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
-        Provider(
-            "eager",
-            lambda case: EAGER[case.operator],
-            context=_autocast,
-            note=_autocast_note,
-        ),
+        Provider("eager", _eager, context=_autocast, note=_autocast_note),
         Provider("compile", _compiled, context=_autocast, note=_autocast_note),
-        Provider(
-            "graph",
-            lambda case: EAGER[case.operator],
-            context=_autocast,
-            absence=_no_graphs,
-            refusal=_graph_refusal,
-            note=_autocast_note,
-            graphed=True,
-        ),
-        Provider(
-            "compile-graph",
-            _compiled,
-            context=_autocast,
-            absence=_no_graphs,
-            refusal=_graph_refusal,
-            note=_autocast_note,
-            graphed=True,
-        ),
+        _as_graph(Provider("graph", _eager, context=_autocast, note=_autocast_note)),
+        _as_graph(Provider("compile-graph", _compiled, context=_autocast, note=_autocast_note)),
         Provider(
             "products",
             lambda case: EAGER["similarity"],
@@ -202,14 +189,8 @@ PROVIDERS: dict[str, Provider] = {
             early_gradients=_is_loss,
             strict=True,
         ),
-        Provider(
-            "mulki-graph",
-            lambda case: MULKI[case.operator],
-            absence=_no_graphs,
-            refusal=_graph_refusal,
-            note=_served,
-            graphed=True,
-            strict=True,
+        _as_graph(
+            Provider("mulki-graph", lambda case: MULKI[case.operator], note=_served, strict=True)
         ),
         Provider(
             "mulki-reference",

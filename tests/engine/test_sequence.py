@@ -257,8 +257,15 @@ def test_frozen_models_are_encoded_once_per_task(run: Run, monkeypatch: pytest.M
 
 
 def test_methods_without_teachers_copy_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(VisionLanguageModel, "frozen_copy", lambda self: pytest.fail("copied"))
+    copied: list[VisionLanguageModel] = []
+    real = VisionLanguageModel.frozen_copy
+    monkeypatch.setattr(
+        VisionLanguageModel, "frozen_copy", lambda self: copied.append(self) or real(self)
+    )
     run(method="finetune")
+    assert not copied
+    run(name="other", method="lwf")
+    assert copied
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of luck")])
