@@ -283,6 +283,7 @@ if __name__ == "__main__":
                 "py.typed",
                 "data/published/rows.yaml",
                 "data/published/sets/*.yaml",
+                "data/published/manifests/*.tsv",
                 "report/page/*",
                 *(f"data/embedded/**/{file}" for file in PACK_FILES),
             ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mulki.data.image_files import ImageFiles, find_unreadable
-from mulki.data.published import torchvision_sets
+from mulki.data.published import manifests, torchvision_sets
 from mulki.data.published.collections import Collection
 from mulki.data.published.entries import Entry, entry
 from mulki.data.published.source import Source
@@ -43,7 +43,7 @@ def prepare(
     source: Source,
     says: Callable[[str], None] = lambda words: None,
 ) -> Iterator[State]:
-    """Download what is missing and check every image as far as that is cheap.
+    """Download what is missing, check every image as far as that is cheap, and write manifests.
 
     What is there already is kept, so a run that was interrupted goes on where it stopped; whole
     archives are not downloaded again.
@@ -72,7 +72,7 @@ def prepare(
     for name in names:
         says(f"{name}: reading")
         try:
-            yield _checked(name, collection.task(name, source), says)
+            yield _checked(collection, name, source, says)
             continue
         except NotThere as error:
             missing = error
@@ -95,7 +95,7 @@ def prepare(
         finally:
             _remove_empty(partial)
         try:
-            yield _checked(name, collection.task(name, source), says)
+            yield _checked(collection, name, source, says)
         except NotThere as error:
             yield State(name, None, str(error))
 
@@ -105,7 +105,10 @@ def downloadable(facts: Entry) -> bool:
     return facts.name in torchvision_sets.DOWNLOADS or bool(facts.archives)
 
 
-def _checked(name: str, task: Task, says: Callable[[str], None]) -> State:
+def _checked(
+    collection: Collection, name: str, source: Source, says: Callable[[str], None]
+) -> State:
+    task = collection.task(name, source)
     says(f"{name}: checking {len(task.train) + len(task.test)} images")
     files = {id(found): found for each in (task.train, task.test) for found in _files(each)}
     bad = find_unreadable(list(files.values()), skip_bad_images=True)
@@ -117,6 +120,13 @@ def _checked(name: str, task: Task, says: Callable[[str], None]) -> State:
             f"{name}: unreadable: {next(iter(bad))}{more}; delete its folder and start the command "
             "again",
         )
+    protocol = collection.source(source).protocol
+    assert protocol is not None
+    try:
+        manifests.write(task, protocol, source.folder())
+    except InputError as error:
+        # Data that others prepared may lie where this user cannot write.
+        says(f"{name}: no manifest: {error}")
     return State(name, task)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mulki.data.class_order import reordered
-from mulki.data.published import coop, folder_sets, torchvision_sets
+from mulki.data.published import coop, folder_sets, manifests, torchvision_sets
 from mulki.data.published.entries import Entry, Protocol, entry
 from mulki.data.published.found import Found
 from mulki.data.published.source import Source
@@ -42,7 +42,7 @@ def published_task(name: str, source: Source, templates: Sequence[str] | None = 
         templates: used instead of those of the protocol.
 
     Raises:
-        NotThere: its files are missing, incomplete or of another version.
+        NotThere: its files are missing, incomplete, of another version, or differ from a manifest.
         InputError: no such data set or protocol, or no data root.
     """
     facts = entry(name)
@@ -60,6 +60,8 @@ def published_task(name: str, source: Source, templates: Sequence[str] | None = 
                 facts, root, f"it has {len(images)} {split} images, {published} are published"
             )
     task = Task(name, classes, tuple(templates or protocol.templates), found.train, found.test)
+    if differs := manifests.difference(task, chosen, root):
+        raise NotThere(f"{name}: {differs}", helped_by_download=False)
     return reordered(task, facts.class_order) if chosen == "cil" and facts.class_order else task
 
 

@@ -54,7 +54,9 @@ def test_what_is_missing_is_downloaded_and_the_rest_kept(
     assert [state.problem for state in found.values()] == ["", "", ""]
     assert found["dtd"].task is not None and len(found["dtd"].task.train) == 47
     # Neither archives nor half a data set are left.
-    assert sorted(os.listdir(tmp_path)) == ["MNIST", "dtd", "fgvc-aircraft-2013b"]
+    assert sorted(os.listdir(tmp_path)) == ["MNIST", "dtd", "fgvc-aircraft-2013b", "manifests"]
+    # MNIST has no image files; its archives have checksums.
+    assert sorted(os.listdir(tmp_path / "manifests")) == ["aircraft.zscl.tsv", "dtd.zscl.tsv"]
     states(tmp_path, "mnist", "dtd", "aircraft")
     assert downloads == ["DTD", "FGVCAircraft"]
 
@@ -105,7 +107,7 @@ def test_a_failed_download_is_told_and_leaves_the_data_root(
     monkeypatch.setitem(WRITERS, "DTD", look)
     assert states(tmp_path, "dtd")["dtd"].problem == ""
     assert kept == ["dtd-r1.0.1.tar.gz"]  # torchvision compares its checksum
-    assert os.listdir(tmp_path) == ["dtd"]
+    assert sorted(os.listdir(tmp_path)) == ["dtd", "manifests"]
 
 
 def test_an_archive_without_a_checksum_is_downloaded_again(
@@ -145,7 +147,7 @@ def test_an_incomplete_folder_is_put_aside(tmp_path: Path, downloads: list[str])
         assert states(tmp_path, "dtd")["dtd"].problem == ""
         (tmp_path / "dtd" / "dtd" / "labels" / "train1.txt").unlink()
     names = sorted(os.listdir(tmp_path))
-    assert names == ["dtd", "dtd.incomplete", "dtd.incomplete-2"]
+    assert names == ["dtd", "dtd.incomplete", "dtd.incomplete-2", "manifests"]
     assert (tmp_path / "dtd.incomplete" / "mine.txt").read_text() == "mine"
 
 
@@ -156,6 +158,20 @@ def test_damaged_images_are_named(tmp_path: Path, downloads: list[str]) -> None:
     state = states(tmp_path, "dtd")["dtd"]
     assert state.task is not None
     assert f"dtd: unreadable: {image}" in state.problem
+    assert not (tmp_path / "manifests").exists()
+
+
+def test_files_that_changed_since_are_told_and_not_downloaded(
+    tmp_path: Path, downloads: list[str]
+) -> None:
+    layouts.dtd(tmp_path)
+    assert states(tmp_path, "dtd")["dtd"].problem == ""
+    image = tmp_path / "dtd" / "dtd" / "images" / "banded" / "banded_0003.jpg"
+    image.write_bytes(image.read_bytes() + b"more")
+    found = states(tmp_path, "dtd")["dtd"]
+    assert found.task is None and "dtd: its images differ from" in found.problem
+    (tmp_path / "manifests" / "dtd.zscl.tsv").unlink()
+    assert states(tmp_path, "dtd")["dtd"].problem == "" and downloads == []
 
 
 def test_archives_of_other_sets_are_checked_by_torchvision(
