@@ -143,6 +143,12 @@ FORMS: dict[str, Options] = {
     | {"we_every": 0, "alpha": 0.9},
     "coefficient 1.5, anchor of weights 0.1 in place of the mean": _STRONG
     | {"we_every": 0, "l2": 0.1},
+    # The best of these; so its strength was chosen, without the gate, which gave nothing.
+    **{
+        f"coefficient 1.5, anchor of weights {l2:g} in place of the mean, uniform weights": _STRONG
+        | {"we_every": 0, "l2": l2, "distinguishing": False}
+        for l2 in (0.03, 0.1, 0.3, 1.0)
+    },
     "coefficient 1.5, uniform weights": _STRONG | {"distinguishing": False},
     "coefficient 1.5, without Connecting, uniform weights": _STRONG
     | {"connecting": False, "distinguishing": False},
