@@ -330,15 +330,15 @@ def ablation_table(whole: list[dict[str, Any]], changed: list[dict[str, Any]]) -
     lines = [
         "## Ablation of MulKI",
         "",
-        f"`{COMMAND} ablate` and `{COMMAND} terms`. Difference from the MulKI of the comparison, "
-        "paired by seed, with its 95 % interval as above.",
+        f"`{COMMAND} ablate` and `{COMMAND} terms`. Difference from the row `{studies.ABLATED}` of "
+        "the comparison, which has all four stages, paired by seed, with its 95 % interval as above.",
         "",
         _header("variant", "sequence", "order", *METRICS, "interval over", "pairs"),
     ]
     for name in studies.MULKI_STAGES | studies.MULKI_TERMS:
         for scene in studies.SCENES:
             ours = [r for r in changed if r["variant"] == name and scene_of(r) == scene]
-            others = [r for r in whole if r["variant"] == "mulki" and scene_of(r) == scene]
+            others = [r for r in whole if r["variant"] == studies.ABLATED and scene_of(r) == scene]
             if cells := _differences(ours, others):
                 lines.append(_row(name, *scene, *cells))
     return "\n".join(lines)

@@ -43,16 +43,25 @@ METHODS: dict[str, Options] = {
     "mulki": {"anchors": "vocabulary"},
 }
 
+# What MulKI was until its gate and its running mean were seen to give nothing: the form that was
+# tuned, and from which the ablation takes one stage away.
+WHOLE: Options = {"gate": "label", "we_every": 10, "l2": 0.0}
+_TUNED_WITH: dict[str, Options] = {"mulki": WHOLE}
+ABLATED = "mulki, gate and mean"
+
 # Rows of the comparison: a method, and what differs from its preset.
+_GATED: Options = {"method": "mulki"} | WHOLE
 ROWS: dict[str, Options] = {
     **{name: {"method": name} for name in METHODS},
-    "mulki, without anchors": {"method": "mulki", "anchors": "none"},
+    "mulki, without Connecting": {"method": "mulki", "connecting": False},
+    ABLATED: _GATED,
+    "mulki, gate and mean, without anchors": _GATED | {"anchors": "none"},
     # The better rate of the two that were tried without anchors, among the forms.
-    "mulki, without anchors, lr 1e-4": {"method": "mulki", "anchors": "none", "lr": 1e-4},
-    "mulki, original teacher alone": {"method": "mulki", "teachers": "zero_shot"},
-    "mulki, previous teacher alone": {"method": "mulki", "teachers": "previous"},
+    "mulki, gate and mean, without anchors, lr 1e-4": _GATED | {"anchors": "none", "lr": 1e-4},
+    "mulki, mean, original teacher alone": _GATED | {"teachers": "zero_shot"},
+    "mulki, mean, previous teacher alone": _GATED | {"teachers": "previous"},
 }
-MAIN_ROWS = ("finetune", "lwf", "lwf_vr", "zscl", "mulki")
+MAIN_ROWS = ("finetune", "lwf", "lwf_vr", "zscl", "mulki", "mulki, without Connecting", ABLATED)
 DRAWN_ROWS = ("finetune", "lwf", "lwf_vr", "zscl", "snd", "mulki")
 SEEDS = (0, 1, 2, 3, 4)
 FEWER_SEEDS = SEEDS[:3]
@@ -64,9 +73,8 @@ SCENES: dict[tuple[str, str], Options] = {
     ("embedded-flags", "I"): {"tasks": ("embedded-flags",), "iterations": 16},
     ("embedded-glyphs", "I"): {"tasks": ("embedded-glyphs",), "iterations": 32},
 }
-# Methods with a running mean of weights, and steps between its members in short tasks: about as
-# many members as in the long ones.
-_WITH_MEAN = ("zscl", "mulki")
+# Steps between the members of a running mean of weights in short tasks: about as many members as in
+# the long ones.
 _MEAN_EVERY = {"embedded-flags": 2, "embedded-glyphs": 5}
 
 # Studies by which something is chosen: no test image has a say in them.
@@ -237,7 +245,7 @@ def tuning(method: str) -> list[Run]:
         Run(
             "tune",
             f"{method} {_shown(point)}",
-            {"tasks": TUNING_TASKS, "seed": seed, "method": method} | METHODS[method] | point,
+            {"tasks": TUNING_TASKS, "seed": seed} | _as_tuned(method) | point,
         )
         for point, seed in product(GRIDS[method], TUNING_SEEDS)
     ]
@@ -246,7 +254,12 @@ def tuning(method: str) -> list[Run]:
 def forms() -> list[Run]:
     """MulKI's forms, over the orders that are kept apart for them."""
     return [
-        Run("forms", name, {"method": "mulki", "order": order, "seed": TUNING_SEEDS[0]} | form)
+        Run(
+            "forms",
+            name,
+            {"order": order, "seed": TUNING_SEEDS[0]}
+            | (form if "method" in form else _GATED | form),
+        )
         for order, (name, form) in product(FORM_ORDERS, FORMS.items())
     ]
 
@@ -258,7 +271,7 @@ def strengths(method: str) -> list[Run]:
         Run(
             "strength",
             f"{method} {_shown(point)}",
-            {"order": order, "seed": TUNING_SEEDS[0], "method": method} | METHODS[method] | point,
+            {"order": order, "seed": TUNING_SEEDS[0]} | _as_tuned(method) | point,
         )
         for point, order in product(points, FORM_ORDERS)
     ]
@@ -279,25 +292,27 @@ def comparison() -> list[Run]:
         seeds = SEEDS if name in MAIN_ROWS else FEWER_SEEDS
         # Without training there is nothing random.
         if seed in (seeds if name != "zero_shot" else SEEDS[:1]):
-            method = row["method"]
-            options = METHODS[method] | row | _in_scene(scene, method) | {"seed": seed}
-            runs.append(Run("compare", name, options))
+            options = METHODS[row["method"]] | row | {"seed": seed}
+            runs.append(Run("compare", name, _in_scene(scene, options)))
     return runs
 
 
 def ablation(changes: dict[str, Options], seeds: tuple[int, ...] = SEEDS) -> list[Run]:
-    """MulKI with one change at a time, over scenes and seeds; `comparison` has it unchanged."""
-    whole = {"method": "mulki"} | METHODS["mulki"]
+    """The row `ABLATED` with one change at a time, over scenes and seeds."""
     return [
-        Run("ablate", name, whole | _in_scene(scene, "mulki") | change | {"seed": seed})
+        Run("ablate", name, _in_scene(scene, _as_tuned("mulki") | change | {"seed": seed}))
         for seed, (name, change), scene in product(seeds, changes.items(), SCENES.values())
     ]
 
 
-def _in_scene(scene: Options, method: str) -> Options:
+def _as_tuned(method: str) -> Options:
+    return {"method": method} | METHODS[method] | _TUNED_WITH.get(method, {})
+
+
+def _in_scene(scene: Options, options: Options) -> Options:
     (sequence,) = scene.get("tasks", ("embedded",))
-    short = sequence in _MEAN_EVERY and method in _WITH_MEAN
-    return scene | ({"we_every": _MEAN_EVERY[sequence]} if short else {})
+    short = sequence in _MEAN_EVERY and options.get("we_every")
+    return scene | options | ({"we_every": _MEAN_EVERY[sequence]} if short else {})
 
 
 def _shown(options: Options) -> str:

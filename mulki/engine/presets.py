@@ -33,6 +33,7 @@ METHODS: dict[tuple[str, str], _Options] = {
         "text_image": 0.0625,
         "text_text": 0.0625,
         "feature": 0.25,
+        "l2": 0.1,
     },
 }
 # As many steps, so that averages over steps and learning rates mean the same.
@@ -58,11 +59,11 @@ MTIL: _Options = {
     "label_smoothing": 0.2,
 }
 # The method of a recipe, and its options besides. Those of ZSCL are the defaults of its method. Of
-# MulKI's few are published; its running mean takes as many members as ZSCL's, and the rest are
-# defaults, which were not chosen on MTIL.
+# MulKI's few are published; it has all four stages, its running mean takes as many members as
+# ZSCL's, and the rest are defaults, which were not chosen on MTIL.
 RECIPES: dict[str, tuple[str, _Options]] = {
     "zscl": ("zscl", {}),
-    "mulki-mtil": ("mulki", {"we_every": 100}),
+    "mulki-mtil": ("mulki", {"gate": "label", "we_every": 100}),
 }
 
 

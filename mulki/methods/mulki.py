@@ -89,7 +89,7 @@ class MulKI(Method):
         feature: float = option(1.0, "coefficient of the distance of image features", low=0)
         teachers: Teachers = option("both", "the original model, the previous one, or both")
         gate: str = option(
-            "label", "how the two teachers are weighted per sample", choices=gate_names
+            "uniform", "how the two teachers are weighted per sample", choices=gate_names
         )
         gate_temperature: float = option(
             1.0, "temperature of the gate, smaller is sharper", above=0
@@ -97,7 +97,7 @@ class MulKI(Method):
         gate_entropy: float | None = option(None, "weight of the entropy in the gate blend")
         gate_label: float | None = option(None, "weight of the label in the gate blend")
         we_every: int = option(
-            10, "steps between two members of the running mean; 0: none", low=0, alias="--avg-freq"
+            0, "steps between two members of the running mean; 0: none", low=0, alias="--avg-freq"
         )
         alpha: float = option(
             1.0,
