@@ -59,7 +59,7 @@ class Workload:
         self.texts = texts
         self._width = width
         self._constants = [self._unit(CLASSES) for _ in range(5)]
-        self.loss = MulKILoss()
+        self.loss = MulKILoss(gate="label")
         self.weights = [*self.model.trainable().values()]
         # A step must not move the weights far: sizes are compared at the same ones.
         self.optimizer = torch.optim.AdamW(self.weights, lr=1e-7, fused=device.type != "mps")

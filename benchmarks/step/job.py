@@ -120,6 +120,8 @@ def prepare(*, task: str, captions: int, rounds: int, lock_text: bool | None, **
     """
     # Plain loops of this family have no anchors; benchmarks.step.anchors has them.
     given |= {"method": "mulki", "lr_scheduler": "const", "anchors": "none"}
+    # They have a gate and a running mean, in place of which MulKI's presets have an anchor.
+    given |= {"gate": "label", "we_every": 10, "l2": 0.0}
     if lock_text is not None:
         given["lock_text"] = lock_text
     settings = resolve(given)

@@ -3,9 +3,9 @@
     python -m benchmarks.step.objective
     python -m benchmarks.step.objective --output benchmarks/step/objective.csv
 
-The objective is MulKI's at its defaults without anchors: cross-entropy, alignment, four relations
-to two teachers with the gate "label", and the distance of features. `benchmarks.step.anchors` has
-the relation to anchors. Both ways are checked against each other first, then timed by turns.
+The objective is MulKI's without anchors: cross-entropy, alignment, four relations to two teachers
+with the gate "label", and the distance of features. `benchmarks.step.anchors` has the relation to
+anchors. Both ways are checked against each other first, then timed by turns.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def measure(
     ]
     prototypes = unit(classes)
     target = torch.randint(classes, (images,), generator=generator, device=device)
-    options = MulKI.Options(image_anchor=0.0)
-    fused = MulKILoss(image_anchor=0.0)
+    options = MulKI.Options(image_anchor=0.0, gate="label")
+    fused = MulKILoss(image_anchor=0.0, gate="label")
 
     def student(u: Tensor, w: Tensor) -> Features:
         return Features(u, w, scale, prototypes=prototypes)

@@ -9,6 +9,10 @@ alone:
     adding          off: no distillation, neither of relations nor of anchors nor of features
     distinguishing  off: both teachers count equally for every sample
     connecting      off: the last weights are the result, and there is no anchor
+
+By default the gate is "uniform", and there is no running mean, interpolation or anchor: what was
+measured of them is in `mulki.stages.distinguishing` and `mulki.stages.connecting`. The preset of
+the bundled model has the anchor; the preset mulki-mtil has a gate and the running mean.
 """
 
 from __future__ import annotations

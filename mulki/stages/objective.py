@@ -60,7 +60,7 @@ class MulKILoss(nn.Module):
         self,
         *,
         temperature: float = 2.0,
-        gate: str = "label",
+        gate: str = "uniform",
         gate_temperature: float = 1.0,
         gate_entropy: float | None = None,
         gate_label: float | None = None,

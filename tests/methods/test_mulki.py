@@ -139,8 +139,9 @@ class TestMulKI:
     def test_without_distinguishing_both_teachers_count_equally(self, student, teachers, target):
         _, losses = self.losses(student, teachers, target, distinguishing=False)
         _, uniform = self.losses(student, teachers, target, gate="uniform")
-        _, gated = self.losses(student, teachers, target)
-        assert losses == uniform
+        _, gated = self.losses(student, teachers, target, gate="label")
+        _, off = self.losses(student, teachers, target, gate="label", distinguishing=False)
+        assert losses == uniform == off
         assert losses["image_text_loss"] != gated["image_text_loss"]
 
     def test_with_every_stage_off_it_is_finetune(self, student, teachers, target, weights):
@@ -269,7 +270,7 @@ def test_the_method_has_the_defaults_of_its_objective() -> None:
             '^--gate-entropy: got NoneType, wanted a number for gate="blend"; pass it$',
         ),
         ({"gate": "blend", "gate_entropy": 1.0}, "^--gate-label: got NoneType"),
-        ({"gate_label": 0.5}, '^--gate-label: got 0.5 with gate="label", which does not take it'),
+        ({"gate_label": 0.5}, '^--gate-label: got 0.5 with gate="uniform", which does not take it'),
     ],
 )
 def test_numbers_of_a_gate_that_do_not_fit_it(options, said):

@@ -30,7 +30,7 @@ OTHERS = ("prototype", "image_anchor", "text_anchor")
 
 class TestObjective:
     def expected_terms(self, student, teachers, target):
-        """Unweighted terms at the default options."""
+        """Terms with the gate "label" and coefficients of 1."""
         w = expected_label_weights(teachers, target)
         per_class = expected_class_weights(w, target, 4)
         return {
@@ -49,7 +49,7 @@ class TestObjective:
         coefficients = {name: 0.3 + 0.1 * i for i, name in enumerate(COEFFICIENTS)}
         terms = self.expected_terms(student, teachers, target)
         expected = terms["ce"] + sum(c * terms[name] for name, c in coefficients.items())
-        got = MulKILoss(**coefficients)(student, teachers, target)
+        got = MulKILoss(gate="label", **coefficients)(student, teachers, target)
         torch.testing.assert_close(got, expected)
         inputs = (student.images, student.texts, student.prototypes)
         for a, b in zip(
@@ -99,6 +99,7 @@ class TestObjective:
 
     def test_options_reach_their_terms(self, student, teachers, target):
         options = {"temperature": 3.0, "gate_temperature": 0.5, "scale_by_t2": False}
+        options |= {"gate": "label"}
         got = MulKILoss(**options)(student, teachers, target, output_dict=True)
         w = distinguishing.sample_weights(
             student, teachers, target, gate="label", temperature=3.0, gate_temperature=0.5
@@ -113,7 +114,7 @@ class TestObjective:
 
     def test_terms_that_are_off_by_default(self, student, teachers, target, with_anchors):
         student, *teachers = (with_anchors(model) for model in (student, *teachers))
-        options = {"prototype": 0.3, "image_anchor": 0.5, "text_anchor": 0.7}
+        options = {"gate": "label", "prototype": 0.3, "image_anchor": 0.5, "text_anchor": 0.7}
         got = MulKILoss(**options)(student, teachers, target, output_dict=True)
         logits = expected_relation(student, "image_image")
         expected = 0.3 * F.cross_entropy(logits, target, label_smoothing=0.2)
@@ -227,7 +228,7 @@ class OperatorCalls(TorchDispatchMode):
         ({}, {"prototype_cross_entropy": 1, "contrastive": 1, "teacher_kl": 4}),
         ({"gate": "uniform", "image_text": 0}, {"teacher_kl": 3}),
         # Without the relation that the gate looks at, its pass is run for the weights alone.
-        ({"image_text": 0}, {"teacher_kl": 4}),
+        ({"gate": "label", "image_text": 0}, {"teacher_kl": 4}),
         ({"image_image": 0, "text_image": 0, "text_text": 0, "feature": 0}, {"teacher_kl": 1}),
         # Held against each teacher's own anchors.
         ({"anchors": True}, {"teacher_kl": 6}),
