@@ -331,7 +331,8 @@ def ablation_table(whole: list[dict[str, Any]], changed: list[dict[str, Any]]) -
         "## Ablation of MulKI",
         "",
         f"`{COMMAND} ablate` and `{COMMAND} terms`. Difference from the row `{studies.ABLATED}` of "
-        "the comparison, which has all four stages, paired by seed, with its 95 % interval as above.",
+        "the comparison, which has all four stages, paired by seed, with its 95 % interval as "
+        "above.",
         "",
         _header("variant", "sequence", "order", *METRICS, "interval over", "pairs"),
     ]
