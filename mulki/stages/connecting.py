@@ -12,8 +12,8 @@ ensembling does it, and interpolation with the previous model, as WiSE-FT does i
 
 Measured on the bundled tasks (benchmarks/embedded/RESULTS.md): the running mean takes 1.1 [0.4,
 1.7] and 1.0 [0.1, 1.9] points of Last (orders I and II, five seeds) and gives nothing that is clear
-of zero on four sequences. On orders III and IV an interpolation with alpha 0.9 and the anchor with a
-lambda of 0.03 to 1 were tried in its place. By the mean of Transfer, Average and Last the anchor
+of zero on four sequences. On orders III and IV an interpolation with alpha 0.9 and the anchor with
+a lambda of 0.03 to 1 were tried in its place. By the mean of Transfer, Average and Last the anchor
 with 0.1 was best (79.99; the running mean 79.67; neither 79.74, all with equal weights of the
 teachers), so it is in the preset of the bundled model, and the method `mulki` has neither mean nor
 interpolation unless asked. lambda depends on the size of the model and on the learning rate; for
