@@ -1,7 +1,8 @@
 """What a reader of a run needs of its data sets: classes, targets, and some of their images.
 
 ``tasks.json`` names the classes of each data set and gives the target of each test image, in the
-order of the set, so that the answers of `mulki.answers` can be told apart by class.
+order of the set, so that the answers of `mulki.answers` can be told apart by class. A data set of
+captions has neither.
 ``examples.json`` holds small copies of test images on which the start model and the last row of
 ``matrix.csv`` disagree.
 """
@@ -56,9 +57,9 @@ class Example:
     Args:
         data_set: its name.
         kind: "gained" where the start model was wrong and the later one is right, else "lost".
-        target: the name of its class.
-        before: the class that the start model says, None where that was not kept.
-        after: the class that the later model says.
+        target: the name of its class, or its first caption.
+        before: the class or caption that the start model says, None where that was not kept.
+        after: what the later model says.
         image: WebP in base64, at most 96 pixels wide and high.
     """
 
@@ -76,7 +77,7 @@ def write_tasks(folder: Path, tasks: Sequence[Task]) -> None:
         {
             "name": task.name,
             "classes": list(task.classes),
-            "targets": [int(target) for target in task.test.targets],
+            "targets": [int(target) for target in task.test.targets] if task.classes else [],
             "train": len(task.train),
         }
         for task in tasks
@@ -123,17 +124,26 @@ def write_examples(
         after_task: the name of the later row.
         after: its answers.
     """
-    every = [name for task in tasks for name in task.classes]
+    # Here, since reports, which read these files, do without torch.
+    from mulki.data.caption_task import CaptionedImages
+
+    classes = [name for task in tasks for name in task.classes]
     examples = []
     for task in tasks:
         old, new = before[task.name], after[task.name]
+        if isinstance(task.test, CaptionedImages):
+            targets: Sequence[int] = range(len(task.test))  # no two images alike
+            names: Sequence[str] = [captions[0] for captions in task.test.captions]
+            every: Sequence[str] = task.test.texts()
+        else:
+            targets, names, every = task.test.targets, task.classes, classes
         for kind, which in (("gained", ~old.own & new.own), ("lost", old.own & ~new.own)):
-            for place in _spread(np.flatnonzero(which).tolist(), task.test.targets):
+            for place in _spread(np.flatnonzero(which).tolist(), targets):
                 examples.append(
                     Example(
                         task.name,
                         kind,
-                        task.classes[task.test.targets[place]],
+                        names[targets[place]],
                         None if old.said is None else every[old.said[place]],
                         None if new.said is None else every[new.said[place]],
                         _copy(task, place),

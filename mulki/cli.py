@@ -164,6 +164,7 @@ def _run(argv: list[str]) -> int:
     from mulki.engine.resuming import folder_of_restart
     from mulki.engine.sequence import run
     from mulki.report.tables import print_matrix
+    from mulki.results import read_evaluations
 
     prepare_process()
     console = Console()
@@ -177,7 +178,8 @@ def _run(argv: list[str]) -> int:
     folder = run(settings, Console(stderr=True), resume=resume)
     if folder is None:  # another process of the run prints
         return 0
-    print_matrix(folder.matrix, console, folder.class_incremental)
+    lines = read_evaluations(folder.path / "results.jsonl")
+    print_matrix(folder.matrix, console, folder.class_incremental, lines)
     console.print(f"run folder: {folder.path}", soft_wrap=True, highlight=False)
     return 0
 
@@ -443,7 +445,10 @@ def _tasks(argv: list[str]) -> int:
 
     parser = Parser(prog="mulki tasks", description=_tasks.__doc__)
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="a sequence, or folders and CSV files"
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="a sequence, or folders, CSV files and captions:PATH",
     )
     for name in ("import_", "order", "data_root", "protocol"):
         add_options(parser, RunConfig, only=name)

@@ -5,6 +5,9 @@ label space is the task's own (task-incremental, as the MTIL benchmark of ZSCL d
 see `LabelSpace`; beside it, that of all tasks learned so far (class-incremental: one head). A
 prediction depends on its image
 alone, so accuracy does not depend on batching or order; no autocast is used.
+
+A task of captions is evaluated by retrieval, see `mulki.retrieval`; its classifier holds the
+features of its captions, and it is no part of any label space.
 """
 
 from __future__ import annotations
@@ -18,12 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mulki.answers import Answers
+from mulki.answers import Answers, Ranks
+from mulki.data.caption_task import CaptionedImages, CaptionTask
 from mulki.data.loader import batch_sizes
 from mulki.data.task import Task
 from mulki.errors import InputError
 from mulki.models import VisionLanguageModel
 from mulki.predictions import TOP, Predictions
+from mulki.retrieval import ranks, right_captions, turned
 from mulki.texts import text_features, text_inputs
 from mulki.world import ALONE, World
 
@@ -88,13 +93,17 @@ class Evaluator:
         return answers.accuracy, len(answers.own)
 
     def classifier(self, number: int) -> Tensor:
-        """Class weights of task `number`, [C, D], see `zero_shot_classifier`."""
+        """Class weights of task `number`, [C, D], see `zero_shot_classifier`.
+
+        Of a task of captions the features of its distinct ones.
+        """
         task, model, world = self.tasks[number], self.model, self._world
         model.eval()
+        texts = tested_texts(task)
         if task.name not in self._inputs:
-            prompts = [prompt for of_class in task.prompts() for prompt in of_class]
+            prompts = [prompt for of_class in texts for prompt in of_class]
             self._inputs[task.name] = text_inputs(model, prompts, world)
-        return zero_shot_classifier(model, self._inputs[task.name], len(task.classes), world)
+        return zero_shot_classifier(model, self._inputs[task.name], len(texts), world)
 
     @torch.no_grad()
     def answers(
@@ -118,6 +127,9 @@ class Evaluator:
             InputError: features that are not finite.
         """
         self.model.eval()
+        task = self.tasks[number]
+        if isinstance(task, CaptionTask):
+            return [self._retrieved(number, task.test, classifiers[number])] * len(learned)
         own = [self._head(number, count) for count in learned]
         seen = [range(count) if count > number else None for count in learned]
         heads = list(dict.fromkeys([*own, *(head for head in seen if head is not None)]))
@@ -147,6 +159,22 @@ class Evaluator:
             Answers(by_head[mine], None if among is None else by_head[among], said_by_head[mine])
             for mine, among in zip(own, seen, strict=True)
         ]
+
+    def _retrieved(self, number: int, test: CaptionedImages, texts: Tensor) -> Answers:
+        world, loader = self._world, self._loaders[number]
+        parts, order = [], []
+        for (images, _, places), count in zip(loader, batch_sizes(loader), strict=True):
+            features = self.model.encode_images(images)
+            parts.append(world.gather(features, count))
+            order.append(world.gather(places.to(features.device), count))
+            self._tested(count)
+        images = torch.cat(parts)[torch.cat(order).argsort()]
+        self._check_sound(number, int(_unsound(images) + _unsound(texts)))
+        right = right_captions(test)
+        of_images, said = ranks(images, texts, right)
+        of_texts, _ = ranks(texts, images, turned(right, len(texts)))
+        found = [each.numpy().astype(np.int32) for each in (of_images, of_texts, said)]
+        return Answers(found[0] == 0, None, found[2], Ranks(found[0], found[1]))
 
     @torch.no_grad()
     def predictions(
@@ -204,8 +232,12 @@ class Evaluator:
         for images, target, places in self._batches(number):
             features = self.model.encode_images(images)
             # A product for each task: one over all classes would round a class by its place.
-            by_task = {i: features @ classifiers[i].mT for i in {i for h in heads for i in h}}
-            of_heads = [torch.cat([by_task[i] for i in h], dim=1)[: len(places)] for h in heads]
+            asked = {i for h in heads for i in h if self.tasks[i].classes}
+            by_task = {i: features @ classifiers[i].mT for i in asked}
+            of_heads = [
+                torch.cat([by_task[i] for i in h if i in asked], dim=1)[: len(places)]
+                for h in heads
+            ]
             yield of_heads, target, places, _unsound(features)
 
     def _before(self, number: int, head: range) -> int:
@@ -240,6 +272,13 @@ class Evaluator:
             distinct = self._world.distinct(count)
             yield images, target[:distinct], places[:distinct]
             self._tested(count)
+
+
+def tested_texts(task: Task) -> list[list[str]]:
+    """The prompts of each class of a task, or its distinct test captions, each alone."""
+    if isinstance(task, CaptionTask):
+        return [[text] for text in task.test.texts()]
+    return task.prompts()
 
 
 def shared_classes(tasks: Sequence[Task]) -> dict[str, list[str]]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from mulki.data import Source, Task, load_sequence, sequence_names
+from mulki.data import CaptionTask, Source, Task, load_sequence, sequence_names
 from mulki.data.published import Entry, entry
 from mulki.data.published.collections import COLLECTIONS, Collection
 from mulki.data.published.prepare import prepare
@@ -60,8 +60,10 @@ def list_tasks(
         return 0
     table = Table("task", "classes", "train", "test", "prompt")
     for task in tasks:
-        numbers = (len(task.classes), len(task.train), len(task.test))
-        table.add_row(task.name, *map(str, numbers), task.templates[0])
+        classes, prompt = "-", "the captions"
+        if not isinstance(task, CaptionTask):
+            classes, prompt = str(len(task.classes)), task.templates[0]
+        table.add_row(task.name, classes, str(len(task.train)), str(len(task.test)), prompt)
     Console().print(table)
     return 0
 

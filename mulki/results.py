@@ -49,7 +49,7 @@ from typing import Literal
 
 import yaml
 
-from mulki.answers import Answers, seen_accuracy, write_answers
+from mulki.answers import ACC1, RECALL1, Answers, seen_accuracy, write_answers
 from mulki.catalog import TASKS
 from mulki.environment import environment
 from mulki.errors import InputError
@@ -89,6 +89,10 @@ class Evaluation:
     ``step`` counts optimisation steps since the start of the sequence (0 for zero-shot),
     ``after_task`` is the last task learned or ``zero-shot``, ``value`` is in percent for
     ``acc1``, ``n`` the number of test images, ``seconds`` how long the evaluation took.
+
+    A data set of captions has four lines in place of ``acc1``, see :class:`mulki.answers.Ranks`, of
+    which ``image_to_text_R@1`` stands in the matrix; each has the seconds of all. For
+    ``text_to_image_R@1`` and ``_R@5``, ``n`` is the number of distinct captions.
 
     With the metric ``acc1_seen`` and the data set ``all-seen``, the value is A_i of
     :class:`mulki.metrics.ClassIncremental`. It comes from the same predictions as the lines of the
@@ -372,7 +376,7 @@ class RunFolder:
         n: int,
         seconds: float,
         step: int,
-        metric: str = "acc1",
+        metric: str = ACC1,
     ) -> Evaluation:
         """Append one :class:`Evaluation` to ``results.jsonl`` and return it.
 
@@ -403,10 +407,10 @@ class RunFolder:
         with (self.path / "results.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
         sync(self.path / "results.jsonl")
-        if eval_dataset in self.matrix.columns:
+        if eval_dataset in self.matrix.columns and metric in (ACC1, RECALL1):
             self._test_images[eval_dataset] = evaluation.n
         curves = {f"{eval_dataset}/{metric}": value}
-        if metric == "acc1":
+        if metric == ACC1:
             # As open_clip calls it, a fraction there.
             curves[f"val/{eval_dataset}-zeroshot-val-top1"] = value / 100
         self.scalars(curves, step)
@@ -426,14 +430,16 @@ class RunFolder:
         as in :class:`Evaluation`. Accuracies go to ``results.jsonl``, the answers to ``answers/``.
         """
         for name, each in answers.items():
-            self.record(
-                after_task=after_task,
-                eval_dataset=name,
-                value=each.accuracy,
-                n=len(each.own),
-                seconds=seconds[name],
-                step=step,
-            )
+            for metric, (value, n) in each.metrics().items():
+                self.record(
+                    after_task=after_task,
+                    eval_dataset=name,
+                    value=value,
+                    n=n,
+                    seconds=seconds[name],
+                    step=step,
+                    metric=metric,
+                )
         seen = {name: each for name, each in answers.items() if each.seen is not None}
         if seen:
             percent, images = seen_accuracy(seen.values())

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from mulki import models
+from mulki.data import load_sequence
 from mulki.models import VisionLanguageModel
 
 _TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
@@ -33,6 +34,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "text_cfg": _TEXT,
     },
 }
+# What is said of the first picture of a kind, of the second, and so on.
+TRAIN_TEXTS = ("a picture of", "a drawing of", "a picture of")
+TEST_TEXTS = ("a picture of",)
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220)}
 SHADES = {"dark": (30, 30, 30), "light": (225, 225, 225)}
 
@@ -62,6 +66,23 @@ def write_reference(root: Path, count: int = 4) -> Path:
     lines = [f"{c}/{i}.png,picture {i} of something {c}" for c in COLOURS for i in range(count)]
     (root / "captions.csv").write_text("path,caption\n" + "\n".join(lines) + "\n")
     return root
+
+
+def write_pairs(root: Path, name: str = "flags", kinds: int = 6) -> Path:
+    """`root/name.csv` of pictures of the bundled pack, half of whose captions are of two."""
+    (task,) = load_sequence([f"embedded:{name}"])
+    (root / name).mkdir(parents=True)
+    lines = ["path,caption,split"]
+    for split, texts in (("train", TRAIN_TEXTS), ("test", TEST_TEXTS)):
+        images = getattr(task, split)
+        for kind in range(kinds):
+            places = [place for place, target in enumerate(images.targets) if target == kind]
+            for place, text in zip(places, texts, strict=False):
+                file = f"{name}/{split}-{kind}-{place}.png"
+                images.load(place).save(root / file)
+                lines.append(f'{file},"{text} {task.classes[kind]}",{split}')
+    (root / f"{name}.csv").write_text("\n".join(lines) + "\n")
+    return root / f"{name}.csv"
 
 
 def state_of(model: VisionLanguageModel) -> dict[str, torch.Tensor]:

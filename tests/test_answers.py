@@ -3,14 +3,22 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from mulki.answers import Answers, answers_path, read_answers, seen_accuracy, write_answers
+from mulki.answers import (
+    Answers,
+    Ranks,
+    answers_path,
+    read_answers,
+    seen_accuracy,
+    write_answers,
+)
 from mulki.errors import InputError
 from mulki.metrics import ZERO_SHOT
-from mulki.results import RunFolder
+from mulki.results import RunFolder, read_evaluations
 
 SIZES = {"a/b: ü": 7, "letters": 4}
 
@@ -154,3 +162,77 @@ def test_a_run_without_answers(folder: Path, tmp_path: Path) -> None:
         read_answers(folder)
     with pytest.raises(InputError, match=r"matrix\.csv: no such file"):
         read_answers(tmp_path / "gone")
+
+
+RANKS = Ranks(np.array([0, 4, 7, 0], dtype=np.int32), np.array([1, 0, 5], dtype=np.int32))
+
+
+def of_captions(ranks: Ranks = RANKS) -> dict[str, Answers]:
+    """As `drawn`, with a second data set that has captions."""
+    said = np.array([2, 0, 1, 1], dtype=np.int32)
+    return {**drawn(2), "letters": Answers(ranks.images == 0, None, said, ranks)}
+
+
+def test_recalls_go_by_open_clips_names() -> None:
+    assert RANKS.recalls() == {
+        "image_to_text_R@1": (50.0, 4),
+        "image_to_text_R@5": (75.0, 4),
+        "text_to_image_R@1": (pytest.approx(100 / 3), 3),
+        "text_to_image_R@5": (pytest.approx(200 / 3), 3),
+    }
+    captions, classes = of_captions()["letters"], drawn(0)["letters"]
+    assert captions.metrics() == RANKS.recalls()
+    assert captions.accuracy == 50.0
+    assert classes.metrics() == {"acc1": (classes.accuracy, 4)}
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """A run whose first data set has classes, and whose second one captions."""
+    run = RunFolder.create(
+        tmp_path, "mixed", method="mulki", order="I", seed=0, columns=tuple(SIZES), config={}
+    )
+    for learned, name in enumerate((ZERO_SHOT, *SIZES)):
+        answers = {**of_captions(), "a/b: ü": drawn(learned)["a/b: ü"]}
+        run.add_answers(name, answers, seconds=dict.fromkeys(SIZES, 1.0), step=learned)
+    return run.path
+
+
+def test_ranks_are_read_as_written(mixed: Path) -> None:
+    for row in read_answers(mixed).values():
+        letters = row["letters"]
+        assert row["a/b: ü"].ranks is None
+        assert letters.ranks is not None and letters.seen is None and letters.said is not None
+        assert letters.ranks.images.tolist() == RANKS.images.tolist()
+        assert letters.ranks.texts.tolist() == RANKS.texts.tolist()
+    lines = [e for e in read_evaluations(mixed / "results.jsonl") if e.after_task == "letters"]
+    assert [e.metric for e in lines] == ["acc1", *RANKS.recalls(), "acc1_seen"]
+    assert [e.n for e in lines[1:5]] == [4, 4, 3, 3]
+    # All classes seen are those of the first data set.
+    assert lines[-1].n == 7
+
+
+@pytest.mark.parametrize(
+    ("images", "texts", "said"),
+    [
+        (np.array([0, 4, 7, 1], dtype=np.int32), RANKS.texts, "are not those of own/letters"),
+        (RANKS.images, RANKS.texts.astype(np.float64), "text_ranks/letters is no list of whole"),
+        (RANKS.images, RANKS.texts[:0], "text_ranks/letters is no list of whole"),
+        (RANKS.images.reshape(2, 2), RANKS.texts, "image_ranks/letters is no list of whole"),
+    ],
+)
+def test_damaged_ranks(mixed: Path, images: Any, texts: Any, said: str) -> None:
+    own = RANKS.images == 0
+    spoiled = {**of_captions(), "letters": Answers(own, None, None, Ranks(images, texts))}
+    write_answers(mixed, 2, "letters", spoiled)
+    with pytest.raises(InputError, match=said):
+        read_answers(mixed)
+
+
+def test_one_direction_alone_is_damage(mixed: Path) -> None:
+    path = answers_path(mixed, 2, "letters")
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files if name != "text_ranks/letters"}
+    np.savez(path, **arrays)
+    with pytest.raises(InputError, match="one of image_ranks/letters and text_ranks/letters"):
+        read_answers(mixed)

@@ -105,6 +105,8 @@ def workplace(start_model: dict[str, str], tmp_path_factory: pytest.TempPathFact
         for p in (root / "birds").rglob("*.png")
     ]
     (root / "birds.csv").write_text("path,label,split\n" + "\n".join(rows) + "\n")
+    for kind in ("flags", "animals"):
+        engine_helpers.write_pairs(root, kind, 8)
     measured = (ROOT / "benchmarks" / "ops" / "cpu.csv").read_text(encoding="utf-8")
     head, *rows = measured.splitlines(keepends=True)
     both = [row for row in rows if ",both," in row]

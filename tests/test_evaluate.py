@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mulki.data import Task, folder_task
+from mulki.data import Task, caption_task, folder_task
 from mulki.data.loader import batches
 from mulki.errors import InputError
 from mulki.evaluate import Evaluator, LabelSpace, shared_classes, zero_shot_classifier
@@ -280,4 +282,44 @@ def test_features_that_are_not_finite_have_no_accuracy(
     with torch.no_grad():
         model.clip.get_parameter(part).fill_(3e38)  # finite, and its products are not
     with pytest.raises(InputError, match="task colours: .* features .* not finite"):
+        evaluator.accuracy(0)
+
+
+def test_captions_by_images_and_images_by_captions(load_tiny: Load, tmp_path: Path) -> None:
+    file = engine_helpers.write_pairs(tmp_path / "flags")
+    # A second picture of the first flag, and a second caption of its first picture.
+    lines = file.read_text().splitlines()
+    first = next(line for line in lines if line.endswith(",test"))
+    name, text, _ = first.split(",")
+    learned = next(line for line in lines if line.endswith(",train"))
+    shutil.copy(file.parent / learned.split(",")[0], file.parent / "again.png")
+    file.write_text("\n".join([*lines, f"again.png,{text},test", f'{name},"a flag",test', ""]))
+    task, model = caption_task(file), load_tiny()
+    assert (len(task.test), len(task.test.texts())) == (7, 7)
+    (row,) = Evaluator(model, [task], [loader(model, task, 3, shuffle=True, seed=1)]).answers(
+        0, {0: Evaluator(model, [task], []).classifier(0)}, [1]
+    )
+    texts = model.encode_texts(model.text_inputs(task.test.texts()))
+    images = model.encode_images(
+        torch.stack([model.preprocess(task.test.load(i)) for i in range(7)])
+    )
+    similar = images @ texts.T
+    right = torch.tensor([[t in of for t in task.test.texts()] for of in task.test.captions])
+    assert row.ranks is not None and right.sum() == 8
+    for found, scores, wanted in (
+        (row.ranks.images, similar, right),
+        (row.ranks.texts, similar.T, right.T),
+    ):
+        best = torch.where(wanted, scores, -torch.inf).amax(dim=1, keepdim=True)
+        assert found.tolist() == (scores > best).sum(dim=1).tolist()
+    assert row.said is not None and row.said.tolist() == similar.argmax(dim=1).tolist()
+    assert row.own.tolist() == (row.ranks.images == 0).tolist()
+
+
+def test_captions_with_features_that_are_not_finite(load_tiny: Load, tmp_path: Path) -> None:
+    task, model = caption_task(engine_helpers.write_pairs(tmp_path / "flags")), load_tiny()
+    with torch.no_grad():
+        model.clip.visual.proj.fill_(float("nan"))
+    evaluator = Evaluator(model, [task], [loader(model, task, 3)])
+    with pytest.raises(InputError, match="task flags: 6 features .* are not finite"):
         evaluator.accuracy(0)

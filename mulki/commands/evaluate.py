@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mulki.commands.parsing import Parser, add_options, with_hyphens
+from mulki.data import Task
+from mulki.errors import InputError
 from mulki.evaluate import LabelSpace
 from mulki.predictions import (
     TaskPredictions,
@@ -64,16 +66,34 @@ def evaluate(argv: list[str]) -> int:
             check_writable(f"--{name.replace('_', '-')}", path)
     chosen = evaluation(checkpoint, {k: v for k, v in given.items() if v is not None})
     hashes = chosen.hashes
-    found = list(chosen.predictions())
+    _check_files(files, chosen.tasks)
+    found, recalls = list(chosen.predictions()), chosen.recalls()
     for name, path in files.items():
         if path is not None:
             _FILES[name][0](path, found)
     if as_json:
         of = {"checkpoint": str(checkpoint), "label_space": chosen.label_space}
-        print(json.dumps({**of, **_numbers(found), "hashes": hashes}))
-    else:
-        _print(found, fingerprint(hashes), chosen.label_space)
+        captions = [
+            {"task": task} | {name: value for name, (value, _) in each.items()}
+            for task, each in recalls.items()
+        ]
+        print(json.dumps({**of, **_numbers(found), "captions": captions, "hashes": hashes}))
+        return 0
+    if recalls:
+        _print_recalls(recalls)
+    if found:
+        _print(found, chosen.label_space)
+    Console().print(fingerprint(hashes), highlight=False, style="dim")
     return 0
+
+
+def _check_files(files: Mapping[str, Path | None], tasks: Sequence[Task]) -> None:
+    given = [name for name, path in files.items() if path is not None]
+    if given and not any(task.classes for task in tasks):
+        raise InputError(
+            f"--{given[0].replace('_', '-')}: is about classes, and the tasks have captions; leave "
+            "it out"
+        )
 
 
 def _numbers(found: Sequence[TaskPredictions]) -> dict[str, Any]:
@@ -87,10 +107,20 @@ def _numbers(found: Sequence[TaskPredictions]) -> dict[str, Any]:
         }
         for of in found
     ]
-    return {"tasks": tasks, "all": figures([of.union for of in found])}
+    return {"tasks": tasks, "all": figures([of.union for of in found]) if found else None}
 
 
-def _print(found: Sequence[TaskPredictions], line: str, label_space: LabelSpace | None) -> None:
+def _print_recalls(recalls: Mapping[str, Mapping[str, tuple[float, int]]]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("captions", no_wrap=True)
+    for name in next(iter(recalls.values())):
+        table.add_column(name.replace("_", " "), justify="right")
+    for task, each in recalls.items():
+        table.add_row(Text(task), *(f"{value:.4f}" for value, _ in each.values()))
+    Console().print(table)
+
+
+def _print(found: Sequence[TaskPredictions], label_space: LabelSpace | None) -> None:
     numbers = _numbers(found)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("task", no_wrap=True)
@@ -111,7 +141,7 @@ def _print(found: Sequence[TaskPredictions], line: str, label_space: LabelSpace 
     console.print(table)
     console.print(
         "in percent, among the classes of the task and, in columns with all, among those of all "
-        f"tasks here; {line}",
+        "tasks here",
         highlight=False,
         style="dim",
     )

@@ -1,5 +1,7 @@
 """Tasks and where they come from. Loading images in batches is in `mulki.data.loader`."""
 
+from mulki.data.caption_files import caption_task
+from mulki.data.caption_task import CaptionedImages, CaptionTask
 from mulki.data.class_steps import class_steps
 from mulki.data.csv_files import csv_task
 from mulki.data.datasets import DatasetImages, dataset_task
@@ -12,10 +14,13 @@ from mulki.data.transforms import register_transform, transform_names
 
 __all__ = [
     "BadImage",
+    "CaptionTask",
+    "CaptionedImages",
     "DatasetImages",
     "ImageSet",
     "Source",
     "Task",
+    "caption_task",
     "class_steps",
     "csv_task",
     "dataset_task",

@@ -1,4 +1,4 @@
-"""Reference sets in tar shards in webdataset layout: `000000.jpg` with its caption `000000.txt`."""
+"""Tar shards of images in webdataset layout: `000000.jpg` with its caption `000000.txt`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
+from typing import Literal, overload
 
 from PIL import Image
 
@@ -80,8 +81,20 @@ def _is_shard(path: Path) -> bool:
     return name.endswith(SUFFIXES) and not name.startswith(".") and path.is_file()
 
 
+@overload
+def read_captioned_shards(
+    paths: Sequence[Path], *, captions: Literal[True] = ..., skip_bad_images: bool
+) -> tuple[JoinedShards, tuple[str, ...], tuple[str, ...]]: ...
+
+
+@overload
 def read_captioned_shards(
     paths: Sequence[Path], *, captions: bool, skip_bad_images: bool
+) -> tuple[JoinedShards, tuple[str, ...] | None, tuple[str, ...]]: ...
+
+
+def read_captioned_shards(
+    paths: Sequence[Path], *, captions: bool = True, skip_bad_images: bool
 ) -> tuple[JoinedShards, tuple[str, ...] | None, tuple[str, ...]]:
     """Images of shards, their captions, and the names of unreadable images that were left out.
 
@@ -92,8 +105,8 @@ def read_captioned_shards(
         skip_bad_images: leave unreadable images out.
 
     Raises:
-        InputError: a shard is missing or damaged, or has an image without a caption or a caption
-            without an image.
+        InputError: a shard is missing or damaged, or has an image without a caption, a caption
+            without an image or an empty one.
         BadImage: an unreadable image, unless skipped.
     """
     opened = [_open(path, captions) for path in paths]
@@ -125,11 +138,11 @@ def _open(path: Path, captions: bool) -> tuple[ShardImages, list[str]]:
                 for key in images:
                     text = samples[key]["txt"]
                     content.seek(text.offset)
-                    words.append(_caption(content.read(text.size), text.name))
+                    words.append(_caption(path, content.read(text.size), text.name))
     except InputError:
         raise
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; correct --reference") from None
+        raise InputError(f"{path}: {error.strerror}; correct the path") from None
     except (tarfile.TarError, ValueError) as error:
         raise InputError(f"{path}: damaged ({error}); get the shard again") from None
     return ShardImages.of(path, list(images.values()), (0,) * len(images), unpacked), words
@@ -142,8 +155,11 @@ def _check_pairs(path: Path, samples: Samples, images: dict[str, Member]) -> Non
             raise InputError(f"{path}: {key} has {has}; add what is missing, or remove {key}")
 
 
-def _caption(content: bytes, name: str) -> str:
+def _caption(path: Path, content: bytes, name: str) -> str:
     try:
-        return content.decode("utf-8-sig").strip()
+        caption = content.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8: {error.reason}") from None
+    if not caption:
+        raise InputError(f"{path}: the caption {name} is empty; fill it in, or remove its image")
+    return caption

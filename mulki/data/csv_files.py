@@ -1,4 +1,4 @@
-"""A task from a CSV file of image paths and labels."""
+"""CSV files of images with a text each, and a task from one of image paths and labels."""
 
 from __future__ import annotations
 
@@ -20,17 +20,26 @@ from mulki.data.task import Task
 from mulki.errors import InputError, nearest
 from mulki.files import read_table
 
-_SPLITS = ("train", "test")
+SPLITS = ("train", "test")
 # The end of the name of a file that holds one split, with what separates it from the task's name.
 _TRAIN = re.compile(r"[-_. ]?train$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class _Row:
-    file: str  # relative to the folder of its CSV file, or absolute; with /
-    label: str
+class SplitRow:
+    """A row of a CSV file that a task is read from.
+
+    Attributes:
+        file: the image, relative to the folder of its CSV file, or absolute; with `/`.
+        text: what is said of it, such as its label.
+        split: train or test.
+        where: file and line, for messages.
+    """
+
+    file: str
+    text: str
     split: str
-    where: str  # file and line, for messages
+    where: str
 
 
 def csv_task(
@@ -64,11 +73,9 @@ def csv_task(
         BadImage: an unreadable image, unless skipped.
     """
     path = Path(path)
-    name, rows = path.stem, _read(path, split=None)
-    if rows is None:
-        name, rows = _read_pair(path)
+    name, rows = split_rows(path, "label")
     _check_rows(path.parent, rows)
-    labels = {split: sorted({row.label for row in rows if row.split == split}) for split in _SPLITS}
+    labels = {split: sorted({row.text for row in rows if row.split == split}) for split in SPLITS}
     classes = labels["train"]
     if differing := classes_of_one_split(classes, labels["test"]):
         raise InputError(
@@ -80,11 +87,11 @@ def csv_task(
     targets = {label: target for target, label in enumerate(classes)}
     splits = [
         _images(path.parent, [row for row in rows if row.split == split], targets)
-        for split in _SPLITS
+        for split in SPLITS
     ]
     bad = find_unreadable(splits, skip_bad_images=skip_bad_images)
     train, test = (images.without(bad) for images in splits)
-    for split, images in zip(_SPLITS, (train, test), strict=True):
+    for split, images in zip(SPLITS, (train, test), strict=True):
         if (emptied := class_without_images(images, classes)) is not None:
             raise InputError(
                 f"{path}: every {split} image of {emptied} is unreadable; add readable ones or "
@@ -94,7 +101,21 @@ def csv_task(
     return Task(name, tuple(classes), chosen, train, test, tuple(bad))
 
 
-def _read_pair(path: Path) -> tuple[str, list[_Row]]:
+def split_rows(path: Path, column: str) -> tuple[str, list[SplitRow]]:
+    """The rows of a CSV file, or of one for each split, and the name of their task.
+
+    The files are as `csv_task` has them, with another column in place of `label`. Whether images
+    exist is not looked at.
+
+    Raises:
+        InputError: with file and line: a file that is missing or not such a CSV file, a missing
+            column, an empty cell, or another split than train and test.
+    """
+    rows = _read(path, column, split=None)
+    return (path.stem, rows) if rows is not None else _read_pair(path, column)
+
+
+def _read_pair(path: Path, column: str) -> tuple[str, list[SplitRow]]:
     """Name of the task, and the rows of `...train.csv` and of `...test.csv` beside it."""
     end = _TRAIN.search(path.stem)
     if end is None:
@@ -110,43 +131,45 @@ def _read_pair(path: Path) -> tuple[str, list[_Row]]:
             f"{path}: has no column split, and there is no {beside.name} beside it; add one of them"
         )
     name = path.stem[: end.start()] or Path(os.path.abspath(path)).parent.name
-    rows: list[_Row] = []
+    rows: list[SplitRow] = []
     for file, split in ((path, "train"), (beside, "test")):
-        found = _read(file, split=split)
+        found = _read(file, column, split=split)
         if found is None:
             raise InputError(f"{file}: has a column split, and {path.name} has none; remove it")
         rows += found
     return name, rows
 
 
-def _read(path: Path, split: str | None) -> list[_Row] | None:
+def _read(path: Path, column: str, split: str | None) -> list[SplitRow] | None:
     """The rows of a file.
 
     Args:
+        column: of their text.
         split: the split of all rows, in a file that has no column for it. Where it is None and the
             file has no such column, or it is given and the file has one, the result is None.
     """
-    wanted = "a CSV file with the columns path, label and split"
-    header, body = read_table(path, wanted, ("path", "label"), optional=("split",))
+    wanted = f"a CSV file with the columns path, {column} and split"
+    header, body = read_table(path, wanted, ("path", column), optional=("split",))
     if ("split" in header) != (split is None):
         return None
     if not body:
         raise InputError(f"{path}: has a header and no rows; add a row for each image")
-    return [_row(row.cells, row.where, split) for row in body]
+    return [_row(row.cells, row.where, column, split) for row in body]
 
 
-def _row(cells: Mapping[str, str], where: str, split: str | None) -> _Row:
+def _row(cells: Mapping[str, str], where: str, column: str, split: str | None) -> SplitRow:
     split = split or cells["split"]
-    if split not in _SPLITS:
+    if split not in SPLITS:
         raise InputError(
-            f'{where}: split "{split}"{nearest(split, _SPLITS)} came, train or test was wanted; '
+            f'{where}: split "{split}"{nearest(split, SPLITS)} came, train or test was wanted; '
             "correct it or remove the row"
         )
-    return _Row(os.path.normpath(cells["path"]).replace(os.sep, "/"), cells["label"], split, where)
+    file = os.path.normpath(cells["path"]).replace(os.sep, "/")
+    return SplitRow(file, cells[column], split, where)
 
 
-def _check_rows(folder: Path, rows: Sequence[_Row]) -> None:
-    first: dict[str, _Row] = {}
+def _check_rows(folder: Path, rows: Sequence[SplitRow]) -> None:
+    first: dict[str, SplitRow] = {}
     for row in rows:
         if row.file in first:
             raise InputError(
@@ -154,6 +177,11 @@ def _check_rows(folder: Path, rows: Sequence[_Row]) -> None:
                 "has one label and one split, so remove one of the two rows"
             )
         first[row.file] = row
+    check_images_exist(folder, rows)
+
+
+def check_images_exist(folder: Path, rows: Sequence[SplitRow]) -> None:
+    """Raise an InputError for the first row whose image does not exist."""
     missing = [row for row in rows if not os.path.isfile(folder / row.file)]
     if missing:
         more = f"; {len(missing) - 1} more like it" if len(missing) > 1 else ""
@@ -163,10 +191,10 @@ def _check_rows(folder: Path, rows: Sequence[_Row]) -> None:
         )
 
 
-def _images(folder: Path, rows: Sequence[_Row], targets: Mapping[str, int]) -> ImageFiles:
+def _images(folder: Path, rows: Sequence[SplitRow], targets: Mapping[str, int]) -> ImageFiles:
     return ImageFiles(
         folder,
         tuple(row.file for row in rows),
         tuple(size_of(folder / row.file) for row in rows),
-        tuple(targets[row.label] for row in rows),
+        tuple(targets[row.text] for row in rows),
     )

@@ -111,15 +111,15 @@ def read_reference(
     if not path.exists():
         raise InputError(f"--reference: no file or folder {path}; pass {_WANTED}")
     if not captions and path.is_dir():
-        return _checked(path, dict.fromkeys(sorted(_images_below(path))), skip_bad_images)
+        return _checked(path, dict.fromkeys(sorted(images_below(path))), skip_bad_images)
     file = path / CAPTIONS if path.is_dir() else path
     if path.is_dir() and not file.is_file():
         raise InputError(
-            f"--reference: {path} has {len(_images_below(path))} images and no captions; add "
+            f"--reference: {path} has {len(images_below(path))} images and no captions; add "
             f"{CAPTIONS} with the columns path and caption"
         )
     by_image = _read_captions(file)
-    missing = sorted(_images_below(path) - by_image.keys()) if path.is_dir() else []
+    missing = sorted(images_below(path) - by_image.keys()) if path.is_dir() else []
     if missing:
         more = f" and {len(missing) - 1} more images" if len(missing) > 1 else ""
         raise InputError(
@@ -133,7 +133,7 @@ def read_reference(
 def _of_shards(
     path: Path, shards: list[Path], captions: bool, skip_bad_images: bool
 ) -> ReferenceSet:
-    if path.is_dir() and ((path / CAPTIONS).exists() or _images_below(path)):
+    if path.is_dir() and ((path / CAPTIONS).exists() or images_below(path)):
         raise InputError(
             f"--reference: {path} has shards ({shards[0].name}) and images or {CAPTIONS}; move one "
             f"of them to a folder of its own"
@@ -160,7 +160,8 @@ def _checked(
     return ReferenceSet(kept, words or None, tuple(bad))
 
 
-def _images_below(folder: Path) -> set[str]:
+def images_below(folder: Path) -> set[str]:
+    """The images in a folder and its folders, relative to it with `/`; hidden ones left out."""
     found = set()
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]

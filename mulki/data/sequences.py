@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mulki.data.caption_files import caption_task
 from mulki.data.csv_files import csv_task
 from mulki.data.folders import folder_task
 from mulki.data.published import Source
@@ -14,6 +15,9 @@ from mulki.errors import InputError, nearest
 from mulki.registration import place_of, register
 
 Loader = Callable[[str], list[Task]]
+
+# Before the path of a task whose examples are images with captions.
+_CAPTIONS = "captions"
 
 _NO_SOURCE = Source()
 _SEQUENCES: dict[str, Loader | Collection] = dict(COLLECTIONS)
@@ -25,8 +29,13 @@ def register_sequence(name: str) -> Callable[[Loader], Loader]:
     The function raises InputError, with the orders it knows, for one it does not.
 
     Raises:
-        InputError: the name is empty, taken or holds a colon.
+        InputError: the name is empty, taken, "captions" or holds a colon.
     """
+    if name == _CAPTIONS:
+        raise InputError(
+            f'task sequence "{name}": {name}:PATH is a task of images with captions; take another '
+            "name"
+        )
     if ":" in name:
         raise InputError(
             f'task sequence "{name}": a colon separates a sequence from a task; leave it out'
@@ -55,18 +64,19 @@ def load_sequence(
 
     Args:
         spec: one registered sequence; or, in the order in which they are to be learned, any number
-            of folders (see `folder_task`), CSV files (see `csv_task`) and single tasks of a
-            sequence, as "embedded:digits". A registered name goes before a folder of the same
+            of folders (see `folder_task`), CSV files (see `csv_task`), images with captions, as
+            "captions:PATH" (see `caption_task`), and single tasks of a sequence, as
+            "embedded:digits". A registered name goes before a folder of the same
             name, which "./name" reaches.
         order: order of the registered sequence, by name or as names of all its tasks with commas
             between; "I" where the tasks are listed one by one.
-        skip_bad_images: leave unreadable images of folders and CSV files out.
+        skip_bad_images: leave unreadable images of folders, CSV files and shards out.
         source: where published data sets lie, and the protocol to read them with.
 
     Raises:
         InputError: a word that names nothing, an unknown order, two tasks of one name, a sequence
             that returns no list of tasks, a protocol without published data sets, or what
-            `folder_task`, `csv_task` and `published_task` raise.
+            `folder_task`, `csv_task`, `caption_task` and `published_task` raise.
     """
     words = [spec] if isinstance(spec, str) else list(spec)
     if not words:
@@ -147,6 +157,8 @@ def _load_task(word: str, skip_bad_images: bool, source: Source) -> Task:
             f"as {word}:NAME (a folder of that name is ./{word})"
         )
     sequence, colon, name = word.partition(":")
+    if colon and sequence == _CAPTIONS:
+        return caption_task(name, skip_bad_images=skip_bad_images)
     if colon and sequence in _SEQUENCES:
         loader = _SEQUENCES[sequence]
         if isinstance(loader, Collection):

@@ -10,6 +10,7 @@ from itertools import chain, zip_longest
 import numpy as np
 from PIL import Image
 
+from mulki.data.caption_task import CaptionedImages
 from mulki.data.task import ImageSet, Task
 
 
@@ -50,10 +51,14 @@ class Subset:
 def limited(task: Task, count: int) -> Task:
     """The task with at most `count` images in each split, but at least one of every class.
 
-    Classes are kept balanced: the first image of every class, then the second, and so on.
+    Classes are kept balanced: the first image of every class, then the second, and so on. A task of
+    captions keeps its first images.
     """
 
     def limit(image_set: ImageSet) -> ImageSet:
+        if isinstance(image_set, CaptionedImages):
+            kept = range(min(count, len(image_set)))
+            return CaptionedImages(Subset(image_set.images, kept), image_set.captions[: len(kept)])
         by_class: dict[int, list[int]] = {}
         for index, target in enumerate(image_set.targets):
             by_class.setdefault(target, []).append(index)
@@ -68,6 +73,7 @@ def sampled(task: Task, count: int) -> Task:
     """`limited`, to measure what the whole task costs."""
     small = limited(task, count)
     for part, whole in ((small.train, task.train), (small.test, task.test)):
+        part = part.images if isinstance(part, CaptionedImages) else part
         assert isinstance(part, Subset)
         part.sample_of = len(whole)
     return small

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mulki.data.caption_task import CaptionedImages, CaptionTask
 from mulki.data.loader import batch_sizes, batches, cycle
 from mulki.data.reference import ReferenceSet
 from mulki.data.task import ImageSet, Task
@@ -39,18 +40,21 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class ReferenceBatch:
+class PairBatch:
     """A batch of R images with captions.
 
     Args:
         images: [r, 3, H, W], this process's part; in the host's memory when it is loaded.
         captions: [r], this process's part; none where the set has none.
         places: [R] int64 places of the whole batch in its set, on the CPU.
+        distinct: of a task of captions, the rows of the whole batch whose image and caption have
+            not come before in it, on the CPU; None if all are such.
     """
 
     images: Tensor
     captions: tuple[str, ...]
     places: Tensor
+    distinct: Tensor | None = None
 
 
 def task_batches(
@@ -63,8 +67,10 @@ def task_batches(
     *,
     index: int,
     start: int = 0,
-) -> Iterator[tuple[Batch, ReferenceBatch | None]]:
+) -> Iterator[tuple[Batch | PairBatch, PairBatch | None]]:
     """Endless shuffled batches of a task, each with one of the reference set if there is one.
+
+    Those of a task of captions are pairs.
 
     Args:
         transform: of the images of both.
@@ -77,12 +83,15 @@ def task_batches(
     seed = config.seed + _TASK_SEEDS * index
     size = config.batch_size
     training = _batches(task.train, transform, size, config, device, world, seed, start)
+    if isinstance(task, CaptionTask):
+        pairs = (_pairs(batch, task.train, world) for batch in training)
+        return zip(pairs, itertools.repeat(None), strict=False)
     if reference is None:
         return zip(training, itertools.repeat(None), strict=False)
     seed += _REFERENCE_SEEDS
     size = config.reference_batch_size or size
-    pairs = _batches(reference.images, transform, size, config, device, world, seed, start)
-    return zip(training, (_with_captions(b, reference, world) for b in pairs), strict=False)
+    others = _batches(reference.images, transform, size, config, device, world, seed, start)
+    return zip(training, (_with_captions(b, reference, world) for b in others), strict=False)
 
 
 def kept_samples(
@@ -93,16 +102,19 @@ def kept_samples(
     steps: int,
     world: World,
 ) -> tuple[int | None, int | None]:
-    """How many training images and reference samples to keep teacher features of.
+    """How many training images and pairs of image and caption to keep teacher features of.
 
     A random transform changes the features each time, so none can be kept. Those of the reference
     set are kept if its samples come up more than once in the steps of the task.
 
     Returns:
-        The size of the training set or None, and the size of the reference set or None.
+        The number of training images or None, and that of the pairs, which are those of the
+        reference set or of a task of captions, or None.
     """
     if not is_deterministic(transform):
         return None, None
+    if isinstance(task, CaptionTask):
+        return None, len(task.train)
     size = (config.reference_batch_size or config.batch_size) * world.size
     if reference is None or steps * size <= len(reference):
         return len(task.train), None
@@ -140,9 +152,25 @@ def _batches(
             yield Batch(part, both[:, 0].contiguous(), both[:, 1].cpu())
 
 
-def _with_captions(batch: Batch, reference: ReferenceSet, world: World) -> ReferenceBatch:
+def _pairs(batch: Batch, pairs: CaptionedImages, world: World) -> PairBatch:
+    # A caption that comes again would be a wrong caption of the first image that has it, and so
+    # would the second caption of an image.
+    captions = [pairs.captions[place][0] for place in batch.places.tolist()]
+    seen: set[tuple[str, str]] = set()
+    rows = []
+    for row, (place, caption) in enumerate(zip(batch.places.tolist(), captions, strict=True)):
+        both = {("image", pairs.name(place)), ("caption", caption)}
+        if not both & seen:
+            rows.append(row)
+        seen |= both
+    distinct = None if len(rows) == len(captions) else torch.tensor(rows)
+    here = tuple(captions[row] for row in world.rows(len(captions)))
+    return PairBatch(batch.images, here, batch.places, distinct)
+
+
+def _with_captions(batch: Batch, reference: ReferenceSet, world: World) -> PairBatch:
     captions: tuple[str, ...] = ()
     if reference.captions is not None:
         places = batch.places.tolist()
         captions = tuple(reference.captions[places[row]] for row in world.rows(len(places)))
-    return ReferenceBatch(batch.images, captions, batch.places)
+    return PairBatch(batch.images, captions, batch.places)

@@ -36,7 +36,9 @@ class RunConfig:
     """Everything about a run but the method's own options."""
 
     tasks: tuple[str, ...] = option(
-        ("embedded",), "a sequence, or task folders and CSV files in their order"
+        ("embedded",),
+        "a sequence, or task folders, CSV files and captions:PATH (images with captions) in their "
+        "order",
     )
     method: str = option("mulki", "what is trained", choices=methods.available)
     order: str = option(

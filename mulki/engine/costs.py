@@ -21,6 +21,7 @@ from mulki.engine.plan import parameter_counts
 from mulki.engine.sequence import test_loader
 from mulki.engine.setup import Setup
 from mulki.engine.task_learner import TaskLearner
+from mulki.evaluate import tested_texts
 from mulki.models import TEXT_BATCH, VisionLanguageModel
 from mulki.texts import text_features, text_inputs
 
@@ -228,7 +229,7 @@ def _testing(setup: Setup, task: Task) -> tuple[float, float, int]:
     # Seconds of testing a task at first and later, and the width of the features.
     model, world = setup.model, setup.world
     model.eval()
-    prompts = [prompt for of_class in task.prompts() for prompt in of_class]
+    prompts = [prompt for of_class in tested_texts(task) for prompt in of_class]
     some = prompts[: TEXT_BATCH * world.size]
     inputs = text_inputs(model, some, world)
     started = time.perf_counter()

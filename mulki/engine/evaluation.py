@@ -56,12 +56,37 @@ class Evaluation:
         return hashes_of(self.tasks, self.model)
 
     def predictions(self) -> Iterator[TaskPredictions]:
-        """The predictions for each task, in turn.
+        """The predictions for each task with classes, in turn.
 
         Raises:
             InputError: features that are not finite.
             BadImage: an image cannot be decoded.
         """
+        evaluator, count = self._evaluator(), len(self.tasks)
+        classes = [number for number in range(count) if self.tasks[number].classes]
+        classifiers = {number: evaluator.classifier(number) for number in classes}
+        for number in classes:
+            task = self.tasks[number]
+            heads = [range(number, number + 1), range(count)]
+            own, union = evaluator.predictions(number, classifiers, heads)
+            yield TaskPredictions(
+                task.name, [task.test.name(i) for i in range(len(task.test))], own, union
+            )
+
+    def recalls(self) -> dict[str, dict[str, tuple[float, int]]]:
+        """By each task of captions, and by metric: percent, and the number of queries.
+
+        Raises:
+            InputError, BadImage: as `predictions`.
+        """
+        evaluator, found = self._evaluator(), {}
+        for number, task in enumerate(self.tasks):
+            if not task.classes:
+                (answers,) = evaluator.answers(number, {number: evaluator.classifier(number)}, [0])
+                found[task.name] = answers.metrics()
+        return found
+
+    def _evaluator(self) -> Evaluator:
         config, model = self.config, self.model
         loaders = [
             batches(
@@ -75,15 +100,7 @@ class Evaluation:
             )
             for task in self.tasks
         ]
-        evaluator = Evaluator(model, self.tasks, loaders)
-        count = len(self.tasks)
-        classifiers = {number: evaluator.classifier(number) for number in range(count)}
-        for number, task in enumerate(self.tasks):
-            heads = [range(number, number + 1), range(count)]
-            own, union = evaluator.predictions(number, classifiers, heads)
-            yield TaskPredictions(
-                task.name, [task.test.name(i) for i in range(len(task.test))], own, union
-            )
+        return Evaluator(model, self.tasks, loaders)
 
 
 def evaluation(checkpoint: Path, given: Mapping[str, Any]) -> Evaluation:

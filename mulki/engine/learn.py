@@ -9,19 +9,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mulki.data.caption_task import CaptionTask
 from mulki.data.reference import ReferenceSet
 from mulki.data.task import Task
 from mulki.engine import schedule
 from mulki.engine.anchors import Anchors
-from mulki.engine.batches import Batch, Transform, kept_samples, task_batches
+from mulki.engine.batches import Batch, PairBatch, Transform, kept_samples, task_batches
 from mulki.engine.config import RunConfig
 from mulki.engine.memory import Fit
+from mulki.engine.pair_step import PairStep
 from mulki.engine.precision import Precision
 from mulki.engine.randomness import set_random_state
 from mulki.engine.rates import learning_rates
 from mulki.engine.recovery import Saves
 from mulki.engine.spikes import SpikeGuard
-from mulki.engine.step import Step
+from mulki.engine.step import ClassStep, Means, Step
+from mulki.engine.tasks import needs_of
 from mulki.engine.teachers import TaskTeachers
 from mulki.errors import InputError
 from mulki.methods import Method, TaskStart
@@ -83,6 +86,8 @@ def learn_task(
 ) -> int:
     """Train the model on one task, in place, with each class's first prompt as its text.
 
+    A task of captions has the captions themselves.
+
     Args:
         model: the student; its trainable parameters move.
         frozen: the models behind `method.needs.teachers` (and the original one for prototypes), by
@@ -109,19 +114,20 @@ def learn_task(
         InputError: a loss is not finite (the learning rate is then too high), or a bad image.
         ValueError: a reference set or anchors without need, or the reverse.
     """
-    if (reference is None) == method.needs.reference:
+    needs = needs_of(method, task)
+    if (reference is None) == needs.reference:
         given = "None" if reference is None else "a reference set"
-        wanted = "one" if method.needs.reference else "None"
+        wanted = "one" if needs.reference else "None"
         raise ValueError(f"reference: got {given}, wanted {wanted} for {type(method).__name__}")
-    if (anchors is None) == bool(method.needs.anchors):
+    if (anchors is None) == bool(needs.anchors):
         given = "None" if anchors is None else f"{len(anchors)} texts"
-        wanted = "those of the task" if method.needs.anchors else "None"
+        wanted = "those of the task" if needs.anchors else "None"
         raise ValueError(f"anchors: got {given}, wanted {wanted} for {type(method).__name__}")
     steps = steps_of(config, len(task.train), world.size)
     base_lr = learning_rates(config.lr_of).get(task.name, config.lr)
     prompts = [of_class[0] for of_class in task.prompts()]
     teachers = TaskTeachers.prepare(
-        method.needs,
+        needs,
         task,
         prompts,
         frozen,
@@ -138,7 +144,12 @@ def learn_task(
         TaskStart(index, len(task.classes), steps, model.trainable(), teachers.prototypes)
     )
     method.to(model.device)
-    step = Step(model, method, teachers, prompts, config, precision, world, anchors, fitted)
+    means = Means(model, method, teachers, config, precision, world, fitted)
+    step: Step
+    if isinstance(task, CaptionTask):
+        step = PairStep(means, task.train)
+    else:
+        step = ClassStep(means, prompts, anchors)
     guard = SpikeGuard(config.spike_guard)
     done = 0
     if saved is not None:
@@ -189,7 +200,7 @@ def learn_task(
                 "update": updated - derived,
             }
             started, ended = ended, time.perf_counter()
-            listen(StepReport(number, losses, lr, len(batch.target), ended - started, parts))
+            listen(StepReport(number, losses, lr, len(batch.places), ended - started, parts))
             listened = time.perf_counter()
     guard.report(task.name)
     method.end_task()
@@ -198,7 +209,7 @@ def learn_task(
 
 
 def _check_losses(
-    losses: Mapping[str, float], batch: Batch, lr: float, task: Task, number: int
+    losses: Mapping[str, float], batch: Batch | PairBatch, lr: float, task: Task, number: int
 ) -> None:
     if all(map(math.isfinite, losses.values())):
         return

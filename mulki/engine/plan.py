@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from mulki.data import Task
 from mulki.engine.learn import steps_of
 from mulki.engine.memory import free_memory
 from mulki.engine.progress import STEPS, TEACHERS, TEST, megabytes
 from mulki.engine.setup import Setup
+from mulki.engine.tasks import needs_of
 from mulki.models import VisionLanguageModel
 from mulki.ops import backends
 from mulki.ops.serving import grouped
@@ -18,12 +22,17 @@ def amounts(setup: Setup) -> dict[str, int]:
     tests = sum(len(task.test) for task in setup.tasks)
     if not setup.method.trains:
         return {TEST: tests}
-    prepared = sum(len(task.train) for task in setup.tasks) if setup.method.needs.prototypes else 0
     return {
         STEPS: sum(steps_of_tasks(setup)),
-        TEACHERS: prepared,
+        TEACHERS: prepared_images(setup, setup.tasks),
         TEST: tests * (len(setup.tasks) + 1),
     }
+
+
+def prepared_images(setup: Setup, tasks: Sequence[Task]) -> int:
+    """Images that the teachers encode before the first step of these tasks."""
+    prepared = [t for t in tasks if needs_of(setup.method, t).prototypes]
+    return sum(len(task.train) for task in prepared)
 
 
 def steps_of_tasks(setup: Setup) -> list[int]:

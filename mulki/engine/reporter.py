@@ -14,6 +14,7 @@ from mulki.engine.learn import StepReport
 from mulki.engine.memory import peak_memory
 from mulki.engine.progress import STEPS, TEACHERS, RunProgress, describe
 from mulki.engine.setup import Setup
+from mulki.engine.tasks import needs_of
 from mulki.history import BINS, StepRecord, add_step
 
 _log = logging.getLogger(__name__)
@@ -42,8 +43,7 @@ class Reporter:
         self._started: float | None = time.perf_counter()
         self._forget()
         self._progress.task(index + 1, task.name)
-        prepares = self._setup.method.needs.prototypes
-        if prepares:
+        if needs_of(self._setup.method, task).prototypes:
             self._progress.stage("teachers", TEACHERS, len(task.train))
         else:
             self._progress.stage("", STEPS, steps)

@@ -21,7 +21,7 @@ from mulki.engine.anchors import anchor_texts
 from mulki.engine.checkpoints import publish, save_weights
 from mulki.engine.config import Settings
 from mulki.engine.learn import steps_of
-from mulki.engine.plan import amounts, plan
+from mulki.engine.plan import amounts, plan, prepared_images
 from mulki.engine.progress import TEST, RunProgress, checking
 from mulki.engine.recovery import TOO_FAST, Saves, check_finite
 from mulki.engine.reporter import Reporter
@@ -29,6 +29,7 @@ from mulki.engine.resuming import finish_again, is_complete, restore, run_state
 from mulki.engine.setup import Setup, prepared
 from mulki.engine.signals import Signals
 from mulki.engine.task_learner import TaskLearner
+from mulki.engine.tasks import needs_of
 from mulki.errors import InputError, ProcessLost, Stopped
 from mulki.evaluate import Evaluator, Loader, shared_classes
 from mulki.metrics import ZERO_SHOT as ZERO_SHOT_ROW
@@ -188,8 +189,8 @@ class _Sequence:
 
     def _skip(self, steps: int) -> None:
         # What an earlier process did.
-        tasks, prepares = self.setup.tasks, self.setup.method.needs.prototypes
-        before = sum(len(task.train) for task in tasks[: self.learned]) if prepares else 0
+        tasks = self.setup.tasks
+        before = prepared_images(self.setup, tasks[: self.learned])
         tested = self.setup.rows * sum(len(task.test) for task in tasks)
         self.progress.skip(steps=steps, prepared=before, tested=tested)
 
@@ -236,17 +237,18 @@ class _Sequence:
         self._log_anchors()
 
     def _log_anchors(self) -> None:
-        setup, groups = self.setup, self.setup.method.needs.anchors
+        setup = self.setup
+        groups = [needs_of(setup.method, task).anchors for task in setup.tasks]
         if setup.vocabulary is not None:
             _log.info(
                 "vocabulary: %d words; repeated and left out: %d",
                 len(setup.vocabulary.words),
                 setup.vocabulary.repeated,
             )
-        if groups:
+        if any(groups):
             left_out = {
-                task.name: anchor_texts(groups, setup.tasks, index, setup.vocabulary).left_out
-                for index, task in enumerate(setup.tasks)
+                task.name: anchor_texts(of, setup.tasks, index, setup.vocabulary).left_out
+                for index, (task, of) in enumerate(zip(setup.tasks, groups, strict=True))
             }
             counts = ", ".join(f"{name} {count}" for name, count in left_out.items() if count)
             _log.info("text anchors left out for a class of the same name: %s", counts or "none")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from mulki import methods, models, trackers
-from mulki.data import Task
+from mulki.data import CaptionTask, Task
 from mulki.data.decoding import limit_pixels
 from mulki.data.image_files import told_of_checks
 from mulki.data.reference import ReferenceSet, read_reference
@@ -28,7 +28,7 @@ from mulki.engine.precision import Precision
 from mulki.engine.randomness import deterministic
 from mulki.engine.recovery import State, check_finite
 from mulki.engine.resuming import check_same, open_to_resume, read_save
-from mulki.engine.tasks import load_tasks, warn_of_twins
+from mulki.engine.tasks import check_captions, load_tasks, warn_of_twins
 from mulki.errors import InputError
 from mulki.methods import VOCABULARY, Method, Needs
 from mulki.models import VisionLanguageModel
@@ -100,7 +100,7 @@ class Setup:
     @property
     def uses(self) -> tuple[str, ...]:
         """What the run uses beyond its tasks and the start model, in words."""
-        return _beyond_tasks(self.config, self.method).uses
+        return _beyond_tasks(self.config, self.method, self.tasks).uses
 
 
 @contextlib.contextmanager
@@ -158,7 +158,8 @@ def prepared(
             with told_of_checks(checked if world.main else lambda done, total: None):
                 tasks = load_tasks(config) if tasks is None else tasks
                 reference = _load_reference(config, method)
-            vocabulary = _load_vocabulary(config, method)
+            check_captions(tasks, type(method), config.batch_size, world.size)
+            vocabulary = _load_vocabulary(config, method, tasks)
             # Last, since it can take minutes.
             model = _load_model(config, method, precision, world)
             warn_of_twins(tasks, model.tokenizer)
@@ -183,7 +184,7 @@ def prepared(
         if world.rank:
             _seed_everything(config.seed + world.rank)
         if world.main and folder is None and write:
-            uses = _beyond_tasks(config, method).uses
+            uses = _beyond_tasks(config, method, tasks).uses
             folder = _make_folder(settings, tasks, hashes, uses, precision, world)
             at_end.callback(folder.release)
         yield Setup(
@@ -262,10 +263,12 @@ def check_reference(config: RunConfig, method: Method) -> None:
                 )
 
 
-def _beyond_tasks(config: RunConfig, method: Method) -> Needs:
+def _beyond_tasks(config: RunConfig, method: Method, tasks: Sequence[Task] = ()) -> Needs:
     # The needs of a method. The task's own images are no reference set, but their captions are
-    # words of the vocabulary.
+    # words of the vocabulary. Some needs are those of tasks with classes alone.
     needs = method.needs
+    if tasks and all(isinstance(task, CaptionTask) for task in tasks):
+        needs = needs.without_classes()
     if not (needs.reference and config.reference == CURRENT):
         return needs
     words = {VOCABULARY} if needs.captions else set()
@@ -285,8 +288,8 @@ def _check_anchors(config: RunConfig, method: Method) -> None:
             )
 
 
-def _load_vocabulary(config: RunConfig, method: Method) -> Vocabulary | None:
-    if VOCABULARY not in _beyond_tasks(config, method).anchors:
+def _load_vocabulary(config: RunConfig, method: Method, tasks: Sequence[Task]) -> Vocabulary | None:
+    if VOCABULARY not in _beyond_tasks(config, method, tasks).anchors:
         return None
     if config.vocabulary is None:
         return imagenet_vocabulary()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from mulki.engine import memory
 from mulki.engine.anchors import AnchorBatch, Anchors
-from mulki.engine.batches import Batch, ReferenceBatch
+from mulki.engine.batches import Batch, PairBatch
 from mulki.engine.config import AUTO, RunConfig
 from mulki.engine.distributed import processes_here
 from mulki.engine.microbatch import Encoder, backward
@@ -29,45 +30,55 @@ from mulki.world import World
 _log = logging.getLogger(__name__)
 
 
-class Step:
-    """Trains a model batch by batch on one task.
+@dataclass(frozen=True)
+class Means:
+    """What the steps of a task are made with.
 
     Args:
         model: the student.
         method: its losses, and parameters of its own.
         teachers: of the task.
-        prompts: [C], one per class.
         config: options of the optimiser and of micro-batches.
         precision: how the encoders compute.
         world: the processes that train together.
-        anchors: of the task, if the method needs any.
         fitted: see `mulki.engine.learn.learn_task`.
     """
 
-    def __init__(
-        self,
-        model: VisionLanguageModel,
-        method: Method,
-        teachers: TaskTeachers,
-        prompts: Sequence[str],
-        config: RunConfig,
-        precision: Precision,
-        world: World,
-        anchors: Anchors | None = None,
-        fitted: Callable[[memory.Fit], None] | None = None,
-    ):
-        self._model = model
-        self._method = method
-        self._teachers = teachers
-        self._class_texts = text_inputs(model, prompts, world)
-        self._anchors = anchors
-        self._config = config
-        self._precision = precision
-        self._world = world
-        self._parameters = [*model.trainable().values(), *method.parameters()]
-        self._optimizer = _optimizer(model, method, config)
+    model: VisionLanguageModel
+    method: Method
+    teachers: TaskTeachers
+    config: RunConfig
+    precision: Precision
+    world: World
+    fitted: Callable[[memory.Fit], None] | None = None
+
+
+class Step(ABC):
+    """Trains a model batch by batch on one task; what a batch is, a kind of task has to say."""
+
+    def __init__(self, means: Means):
+        self._model = means.model
+        self._method = means.method
+        self._teachers = means.teachers
+        self._config = means.config
+        self._precision = means.precision
+        self._world = means.world
+        self._fitted = means.fitted
+        self._parameters = [*self._model.trainable().values(), *self._method.parameters()]
+        self._optimizer = _optimizer(self._model, self._method, self._config)
         self._micro_batch: int | None = None
-        self._fitted = fitted
+
+    @abstractmethod
+    def gradients(self, batch: Any, reference: PairBatch | None = None) -> dict[str, float]:
+        """Set the gradients of one batch, averaged over all processes.
+
+        Args:
+            batch: from `mulki.engine.batches.task_batches`.
+            reference: the reference batch of this step, if the method needs one.
+
+        Returns:
+            The terms of the loss.
+        """
 
     def state(self) -> dict[str, Any]:
         """What the step keeps from one batch to the next, beside what it is made of."""
@@ -98,36 +109,6 @@ class Step:
         self._precision.scaler.load_state_dict(state["scaler"])
         self._micro_batch = state["micro_batch"]
 
-    def gradients(self, batch: Batch, reference: ReferenceBatch | None = None) -> dict[str, float]:
-        """Set the gradients of one batch, averaged over all processes.
-
-        Args:
-            reference: the reference batch of this step, if the method needs one.
-
-        Returns:
-            The terms of the loss.
-        """
-        captions = None
-        needs = self._method.needs
-        if reference is not None and needs.captions and needs.student_captions:
-            captions = self._model.text_inputs(reference.captions)
-        anchors = self._anchors.draw() if self._anchors is not None else None
-        texts = self._class_texts
-        if anchors is not None and needs.student_anchors:
-            texts = torch.cat([texts, anchors.inputs])
-        if self._micro_batch is None:
-            self._micro_batch = self._choose_micro_batch(batch, texts, reference, captions)
-        if self._micro_batch == len(batch.images):
-            images = batch.images.to(self._model.device, non_blocking=True)
-            batch = replace(batch, images=images)
-        # Otherwise the images stay on the host and each micro-batch is moved when it is encoded, so
-        # that the device memory of a step does not grow with its batch.
-        teachers = self._teachers.features(batch, self._micro_batch, reference, anchors)
-        terms = self._backward(batch, texts, reference, captions, anchors, teachers)
-        # One read from the device for all terms of a step.
-        values = torch.stack([term.reshape(()) for term in terms.values()])
-        return dict(zip(terms, values.tolist(), strict=True))
-
     def update(self, lr: float) -> None:
         """Move the parameters along their gradients.
 
@@ -154,29 +135,22 @@ class Step:
     def _encode_pairs(self, images: Tensor, *captions: Tensor) -> tuple[Tensor, ...]:
         return self._encode_images(images), *map(self._encode_texts, captions)
 
-    def _choose_micro_batch(
-        self,
-        batch: Batch,
-        texts: Tensor,
-        reference: ReferenceBatch | None,
-        captions: Tensor | None,
+    def _chosen_micro_batch(
+        self, images: Tensor, encode: Callable[[Tensor], Tensor], texts: Tensor | None = None
     ) -> int:
-        config, device, world, images = self._config, self._model.device, self._world, batch.images
+        """Images to encode at a time.
+
+        Args:
+            images: this process's part of a batch.
+            encode: from images to features, with gradients; their graph is that of a micro-batch.
+            texts: inputs that are all encoded at a time, and whose graph stays for all images.
+        """
+        config, device, world = self._config, self._model.device, self._world
         given = len(images)
         if config.micro_batch is not None and config.micro_batch != AUTO:
             given = min(int(config.micro_batch), given)
         if config.micro_batch != AUTO and self._fitted is None:
             return given
-
-        def encode(part: Tensor) -> Tensor:
-            features = self._encode_images(part)
-            if reference is None:
-                return features
-            # A step may hold the graphs of as many images and of as many reference pairs.
-            n = len(part)
-            pairs = _pairs(reference, captions)
-            return torch.cat([features, *self._encode_pairs(*(x[:n] for x in pairs))])
-
         free = memory.free_memory(device)
         if free is not None and device.type == "cpu":
             free //= processes_here()
@@ -185,8 +159,7 @@ class Step:
             images,
             self._parameters,
             free,
-            # All texts of a step are encoded at a time, and their graph stays for all its images.
-            beside=memory.graph_bytes(self._encode_texts, world.part(texts)),
+            beside=0 if texts is None else memory.graph_bytes(self._encode_texts, texts),
             # A process without memory left would leave the others waiting in a sharded encoder.
             tried=device.type != "cpu" and not config.fsdp,
             smallest=lambda number: world.smallest(number, device),
@@ -198,15 +171,84 @@ class Step:
         _log.info("--micro-batch auto: %d of %d images at a time (%s)", fit.size, len(images), fit)
         return fit.size
 
+    def _derive(
+        self, losses: Callable[..., Mapping[str, Tensor]], encoders: Sequence[Encoder]
+    ) -> dict[str, float]:
+        # The terms, and their gradients.
+        for parameter in self._parameters:
+            parameter.grad = None
+        terms = backward(
+            losses,
+            *encoders,
+            micro_batch=self._micro_batch,
+            scaler=self._precision.scaler,
+        )
+        assert isinstance(terms, Mapping)
+        self._world.average(self._parameters)
+        # One read from the device for all terms of a step.
+        values = torch.stack([term.reshape(()) for term in terms.values()])
+        return dict(zip(terms, values.tolist(), strict=True))
+
+
+class ClassStep(Step):
+    """Steps on a task with classes.
+
+    Args:
+        prompts: [C], one per class.
+        anchors: of the task, if the method needs any.
+    """
+
+    def __init__(self, means: Means, prompts: Sequence[str], anchors: Anchors | None):
+        super().__init__(means)
+        self._class_texts = text_inputs(self._model, prompts, self._world)
+        self._anchors = anchors
+
+    def gradients(self, batch: Batch, reference: PairBatch | None = None) -> dict[str, float]:
+        captions = None
+        needs = self._method.needs
+        if reference is not None and needs.captions and needs.student_captions:
+            captions = self._model.text_inputs(reference.captions)
+        anchors = self._anchors.draw() if self._anchors is not None else None
+        texts = self._class_texts
+        if anchors is not None and needs.student_anchors:
+            texts = torch.cat([texts, anchors.inputs])
+        if self._micro_batch is None:
+            self._micro_batch = self._fitting(batch, texts, reference, captions)
+        if self._micro_batch == len(batch.images):
+            images = batch.images.to(self._model.device, non_blocking=True)
+            batch = replace(batch, images=images)
+        # Otherwise the images stay on the host and each micro-batch is moved when it is encoded, so
+        # that the device memory of a step does not grow with its batch.
+        teachers = self._teachers.features(batch, self._micro_batch, reference, anchors)
+        return self._backward(batch, texts, reference, captions, anchors, teachers)
+
+    def _fitting(
+        self,
+        batch: Batch,
+        texts: Tensor,
+        reference: PairBatch | None,
+        captions: Tensor | None,
+    ) -> int:
+        def encode(part: Tensor) -> Tensor:
+            features = self._encode_images(part)
+            if reference is None:
+                return features
+            # A step may hold the graphs of as many images and of as many reference pairs.
+            n = len(part)
+            pairs = _pairs(reference, captions)
+            return torch.cat([features, *self._encode_pairs(*(x[:n] for x in pairs))])
+
+        return self._chosen_micro_batch(batch.images, encode, self._world.part(texts))
+
     def _backward(
         self,
         batch: Batch,
         texts: Tensor,
-        reference: ReferenceBatch | None,
+        reference: PairBatch | None,
         captions: Tensor | None,
         anchors: AnchorBatch | None,
         teachers: tuple[Features, ...],
-    ) -> Mapping[str, Tensor]:
+    ) -> dict[str, float]:
         method, world, scale = self._method, self._world, self._model.logit_scale
         num_texts, num_classes = len(texts), len(self._class_texts)
         encoders = [
@@ -240,20 +282,10 @@ class Step:
                 student = replace(student, anchored=texts, num_seen=anchors.seen)
             return {**method.losses(student, teachers, batch.target), **method.penalties()}
 
-        for parameter in self._parameters:
-            parameter.grad = None
-        terms = backward(
-            losses,
-            *encoders,
-            micro_batch=self._micro_batch,
-            scaler=self._precision.scaler,
-        )
-        assert isinstance(terms, Mapping)
-        world.average(self._parameters)
-        return terms
+        return self._derive(losses, encoders)
 
 
-def _pairs(reference: ReferenceBatch, captions: Tensor | None) -> tuple[Tensor, ...]:
+def _pairs(reference: PairBatch, captions: Tensor | None) -> tuple[Tensor, ...]:
     # What the student encodes of a reference batch.
     return (reference.images,) if captions is None else (reference.images, captions)
 

@@ -13,7 +13,8 @@ from mulki.engine.learn import StepReport, learn_task
 from mulki.engine.memory import Fit
 from mulki.engine.recovery import Saves
 from mulki.engine.setup import Setup
-from mulki.methods import PREVIOUS, ZERO_SHOT
+from mulki.engine.tasks import needs_of
+from mulki.methods import PREVIOUS, ZERO_SHOT, Needs
 from mulki.models import VisionLanguageModel
 from mulki.texts import TextInputs
 
@@ -64,6 +65,7 @@ class TaskLearner:
             config: the run's, or another one of how many steps there are and of what size.
         """
         setup, frozen = self._setup, self.frozen
+        needs = needs_of(setup.method, task)
         if index == 0 and ZERO_SHOT in frozen:
             frozen = dict.fromkeys(frozen, frozen[ZERO_SHOT])
         elif index > 0 and PREVIOUS in frozen and saved is None:
@@ -78,8 +80,8 @@ class TaskLearner:
             transform=setup.transform,
             precision=setup.precision,
             world=setup.world,
-            reference=setup.reference_of(task),
-            anchors=self._anchors(index),
+            reference=setup.reference_of(task) if needs.reference else None,
+            anchors=self._anchors(index, needs),
             listen=listen,
             prepared=prepared,
             saves=saves,
@@ -87,14 +89,14 @@ class TaskLearner:
             fitted=fitted,
         )
 
-    def _anchors(self, index: int) -> Anchors | None:
+    def _anchors(self, index: int, needs: Needs) -> Anchors | None:
         setup = self._setup
-        if not setup.method.needs.anchors:
+        if not needs.anchors:
             return None
         per_step = setup.config.anchors_per_step
-        if per_step is None and setup.method.needs.student_anchors:
+        if per_step is None and needs.student_anchors:
             per_step = _ENCODED_ANCHORS if setup.model.trains_texts else _PROJECTED_ANCHORS
-        texts = anchor_texts(setup.method.needs.anchors, setup.tasks, index, setup.vocabulary)
+        texts = anchor_texts(needs.anchors, setup.tasks, index, setup.vocabulary)
         return Anchors(texts, self.text_inputs, per_step, seed=setup.config.seed + index)
 
 

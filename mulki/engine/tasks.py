@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from mulki.data import Source, Task, load_sequence
+from mulki import methods
+from mulki.data import CaptionTask, Source, Task, load_sequence
 from mulki.data.class_steps import equal_steps
 from mulki.data.prompts import fill
 from mulki.data.published import entry_names
@@ -15,6 +16,7 @@ from mulki.data.subset import few_shot, limited
 from mulki.engine.config import RunConfig
 from mulki.engine.rates import learning_rates
 from mulki.errors import InputError, nearest
+from mulki.methods import Method, Needs
 
 _log = logging.getLogger(__name__)
 
@@ -23,8 +25,8 @@ def load_tasks(config: RunConfig) -> list[Task]:
     """The tasks of a configuration, in their order.
 
     Raises:
-        InputError: see `mulki.data.load_sequence` and `mulki.data.class_steps.equal_steps`, or
-            several tasks in a class-incremental run.
+        InputError: see `mulki.data.load_sequence` and `mulki.data.class_steps.equal_steps`; several
+            tasks in a class-incremental run; or options of classes beside a task of captions.
     """
     tasks = load_sequence(
         config.tasks,
@@ -32,6 +34,13 @@ def load_tasks(config: RunConfig) -> list[Task]:
         skip_bad_images=config.skip_bad_images,
         source=Source(config.data_root, config.protocol),
     )
+    captions = [task.name for task in tasks if isinstance(task, CaptionTask)]
+    of_classes = {"--scenario cil": config.scenario == "cil", "--shots": config.shots is not None}
+    for option, given in of_classes.items():
+        if given and captions:
+            raise InputError(
+                f"{option}: task {captions[0]} has captions and no classes; leave one of them out"
+            )
     if config.scenario == "cil":
         if len(tasks) != 1:
             raise InputError(
@@ -58,6 +67,39 @@ def load_tasks(config: RunConfig) -> list[Task]:
                 f"--lr-of: got a rate of {name}, but no task is called so{nearest(name, names)}"
             )
     return tasks
+
+
+def needs_of(method: Method, task: Task) -> Needs:
+    """What a method needs while it learns a task."""
+    return method.needs.without_classes() if isinstance(task, CaptionTask) else method.needs
+
+
+def check_captions(
+    tasks: Sequence[Task], method: type[Method], batch_size: int, processes: int
+) -> None:
+    """Check that tasks of captions, if there are any, can be learned.
+
+    Args:
+        batch_size: of each process.
+
+    Raises:
+        InputError: the method learns none, or a batch is no part of a task's pairs.
+    """
+    for task in tasks:
+        if not isinstance(task, CaptionTask):
+            continue
+        if not method.takes_captions():
+            able = [name for name, each in methods.available().items() if each.takes_captions()]
+            raise InputError(
+                f"--method: task {task.name} has captions and no classes, from which {method.name} "
+                f"does not learn; choose from {', '.join(able)}"
+            )
+        batch, pairs = batch_size * processes, len(task.train)
+        if method.trains and not 2 <= batch <= pairs:
+            raise InputError(
+                f"--batch-size: got {batch} pairs a step to tell apart, but task {task.name} has "
+                f"{pairs}; wanted 2 to {pairs}"
+            )
 
 
 def warn_of_twins(tasks: Sequence[Task], tokens: Callable[[list[str]], Tensor]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mulki.data.loader import batch_sizes, batches
 from mulki.data.task import Task
 from mulki.engine.anchors import AnchorBatch
-from mulki.engine.batches import Batch, ReferenceBatch
+from mulki.engine.batches import Batch, PairBatch
 from mulki.engine.config import RunConfig
 from mulki.engine.precision import Precision
 from mulki.features import Features
@@ -70,7 +70,7 @@ class TaskTeachers:
 
         Args:
             needs: of the method.
-            prompts: one per class.
+            prompts: one per class; none where the task has no classes.
             frozen: the models behind `needs`, by the names in `mulki.methods`.
             kept: see `mulki.engine.batches.kept_samples`.
             num_anchors: of the task, encoded when they are first asked for.
@@ -85,9 +85,11 @@ class TaskTeachers:
             )
         by_model: dict[int, Teacher] = {}
         for place, model in enumerate(distinct):
-            inputs = text_inputs(model, prompts, world)
-            with precision.autocast():
-                texts = text_features(model, inputs, world)
+            texts = torch.empty(0, 0, device=model.device)
+            if prompts:
+                inputs = text_inputs(model, prompts, world)
+                with precision.autocast():
+                    texts = text_features(model, inputs, world)
             prototypes = None
             if needs.prototypes:
                 prototypes = class_means(features[place], target, len(task.classes))
@@ -113,7 +115,7 @@ class TaskTeachers:
         self,
         batch: Batch,
         micro_batch: int,
-        reference: ReferenceBatch | None = None,
+        reference: PairBatch | None = None,
         anchors: AnchorBatch | None = None,
     ) -> tuple[Features, ...]:
         """The features of each teacher for a batch, in the order of the teachers.
@@ -135,6 +137,18 @@ class TaskTeachers:
             by_teacher[teacher] = features
         return tuple(by_teacher[teacher] for teacher, _ in self._teachers)
 
+    @torch.no_grad()
+    def of_pairs(self, batch: PairBatch, micro_batch: int) -> tuple[Features, ...]:
+        """The features of each teacher for a batch of a task of captions, whose texts are they.
+
+        Arguments as of `features`.
+        """
+        found = {
+            teacher: self._of_reference(teacher, model, batch, micro_batch)
+            for teacher, model in dict(self._teachers).items()
+        }
+        return tuple(found[teacher] for teacher, _ in self._teachers)
+
     def _of_images(
         self, teacher: Teacher, model: VisionLanguageModel, batch: Batch, micro_batch: int
     ) -> Features:
@@ -151,7 +165,7 @@ class TaskTeachers:
         self,
         teacher: Teacher,
         model: VisionLanguageModel,
-        batch: ReferenceBatch,
+        batch: PairBatch,
         micro_batch: int,
     ) -> Features:
         def encode(rows: Tensor) -> Tensor:

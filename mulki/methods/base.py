@@ -9,7 +9,7 @@ a task, add terms on parameters, act after each step and after each task.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -50,6 +50,10 @@ class Needs:
     anchors: tuple[str, ...] = ()
     student_anchors: bool = False
 
+    def without_classes(self) -> Needs:
+        """What is left of them in a task of captions: the teachers."""
+        return replace(self, prototypes=False, reference=False, anchors=(), student_anchors=False)
+
     @property
     def uses(self) -> tuple[str, ...]:
         """What goes beyond the images and class names of a task and the start model, in words."""
@@ -68,7 +72,7 @@ class TaskStart:
 
     Args:
         index: 0 for the first task.
-        num_classes: C.
+        num_classes: C; 0 in a task of captions.
         steps: optimiser steps the task will take.
         weights: the student's trainable parameters by name; not copies.
         prototypes: [C, D] class means of the original model if `Needs.prototypes`, else None.
@@ -130,6 +134,24 @@ class Method(nn.Module):
         """
         raise TypeError(f"method {self.name} does not train")
 
+    def pair_losses(
+        self, student: Features, teachers: tuple[Features, ...], distinct: Tensor | None
+    ) -> dict[str, Tensor]:
+        """As `losses`, of a task of captions. A method that learns no such task has none.
+
+        Args:
+            student: features of a batch of B images and, as its texts, of their B captions.
+            teachers: those of `needs.teachers`, in that order.
+            distinct: rows whose image and caption have not come before in the batch, [n] int64 on
+                the CPU; None for all. To all others a pair of the batch is a wrong negative.
+        """
+        raise TypeError(f"method {self.name} does not learn from captions")
+
+    @classmethod
+    def takes_captions(cls) -> bool:
+        """Whether a run with it may have tasks of captions."""
+        return not cls.trains or cls.pair_losses is not Method.pair_losses
+
     def penalties(self) -> dict[str, Tensor]:
         """Scalar terms on the parameters, named ``..._loss``."""
         return {}
@@ -137,7 +159,7 @@ class Method(nn.Module):
     def watched(self) -> dict[str, Tensor]:
         """What a display shows of the last step beside its losses; read at logged steps alone.
 
-        ``teacher_weights`` is [B, K], the weight of each of `needs.teachers` for each sample.
+        ``teacher_weights`` is [B, K], the weight of each of `needs.teachers` for each image.
         ``prototype_drift`` is [C], the cosine distance of each of the student's prototypes from the
         one at the task's start. Nothing by default.
         """

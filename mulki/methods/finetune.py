@@ -1,6 +1,7 @@
-"""finetune: cross-entropy on each task in turn, without any term against forgetting.
+"""finetune: the loss of each task in turn, without any term against forgetting.
 
-    L = CE_ls(s u w^T, y)
+    L = CE_ls(s u w^T, y)                                       on images with classes
+    L = 1/2 [CE(s u w^T, diagonal) + CE(s w u^T, diagonal)]     on images with captions
 
 The logit scale s is fixed, as for every method (`VisionLanguageModel.lock`). Fine-tuning with a
 fixed temperature is a strong baseline in LfI (CVPR 2026).
@@ -16,6 +17,7 @@ from mulki.features import Features
 from mulki.functional import prototype_cross_entropy
 from mulki.methods.base import Method
 from mulki.options import option
+from mulki.stages.pairs import contrastive_loss
 
 
 class Finetune(Method):
@@ -39,3 +41,8 @@ class Finetune(Method):
                 student.image_text(), target, label_smoothing=self.options.label_smoothing
             )
         }
+
+    def pair_losses(
+        self, student: Features, teachers: tuple[Features, ...], distinct: Tensor | None
+    ) -> dict[str, Tensor]:
+        return {"contrastive_loss": contrastive_loss(student, distinct)}

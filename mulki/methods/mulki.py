@@ -13,6 +13,8 @@ alone:
 By default the gate is "uniform", and there is no running mean, interpolation or anchor: what was
 measured of them is in `mulki.stages.distinguishing` and `mulki.stages.connecting`. The preset of
 the bundled model has the anchor; the preset mulki-mtil has a gate and the running mean.
+
+Of a task of captions `mulki.stages.pairs` is the objective, without prototypes and text anchors.
 """
 
 from __future__ import annotations
@@ -189,6 +191,12 @@ class MulKI(Method):
             # After the losses: but for the update "batch", a batch is compared with prototypes that
             # it has not moved itself.
             self._prototypes.observe(student.images.detach(), target)
+        return terms
+
+    def pair_losses(
+        self, student: Features, teachers: tuple[Features, ...], distinct: Tensor | None
+    ) -> dict[str, Tensor]:
+        terms, self._weights = self.objective.pair_terms(student, teachers, distinct)
         return terms
 
     @torch.no_grad()

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from mulki.answers import ACC1, RECALL1
 from mulki.catalog import DataSet, Example
 from mulki.history import mean_seconds
 from mulki.metrics import DEFINITIONS, ZERO_SHOT
 from mulki.report.contents import RunContents
 from mulki.report.figures import plots
 from mulki.report.pages import page_file, render
-from mulki.report.tables import TITLES, display_columns, display_rows
+from mulki.report.tables import TITLES, display_columns, display_rows, recalls_of
 
 # Rows of all tables of classes together, and images: the page stays below 3 MB.
 _CLASSES, _IMAGES = 3000, 160
@@ -39,6 +40,7 @@ def render_html(contents: RunContents) -> str:
         has_zero_shot=matrix.zero_shot_metrics() is not None,
         figures=plots(contents),
         classes=_classes(contents),
+        recalls=_recalls(contents),
         examples=_examples(contents.examples),
         times=_times(contents),
         fingerprint=data.fingerprint,
@@ -107,7 +109,8 @@ class _Classes:
 def _classes(contents: RunContents) -> list[_Classes]:
     if not contents.answers:
         return []
-    names = [n for n in display_columns(contents.data.matrix) if n in contents.data_sets]
+    sets = contents.data_sets
+    names = [n for n in display_columns(contents.data.matrix) if n in sets and sets[n].classes]
     most = max(_CLASSES // max(len(names), 1), 10)
     return [
         table
@@ -156,6 +159,28 @@ def _of_data_set(contents: RunContents, each: DataSet, most: int) -> _Classes | 
     )
 
 
+@dataclass(frozen=True)
+class _Recalls:
+    # Headings, then (data set, model, recalls) in each row.
+    columns: tuple[str, ...]
+    rows: list[tuple[str, str, list[str]]]
+
+
+def _recalls(contents: RunContents) -> _Recalls | None:
+    found = recalls_of(contents.evaluations)
+    matrix = contents.data.matrix
+    rows = []
+    for name in (name for name in display_columns(matrix) if name in found):
+        wanted = {"zero-shot": ZERO_SHOT, "learned": name, "last": (*matrix.tasks, "")[-1]}
+        rows += [
+            (name, title, [_number(value, 1) for value in found[name][row].values()])
+            for title, row in wanted.items()
+            if row in found[name]
+        ]
+    columns = next((tuple(each) for of in found.values() for each in of.values()), ())
+    return _Recalls(tuple(name.replace("_", " ") for name in columns), rows) if rows else None
+
+
 def _examples(examples: list[Example]) -> dict[str, list[Example]]:
     found: dict[str, list[Example]] = {}
     for each in examples:
@@ -188,7 +213,7 @@ def _times(contents: RunContents) -> _Times | None:
         steps.setdefault(record.task, []).append(record)
     tests: dict[str, float] = {}
     for one in contents.evaluations:
-        if one.metric == "acc1":
+        if one.metric in (ACC1, RECALL1):
             tests[one.after_task] = tests.get(one.after_task, 0.0) + one.seconds
     rows = []
     for name in dict.fromkeys((*tests, *steps)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from rich import box
@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mulki.metrics import ZERO_SHOT, AccuracyMatrix, ClassIncremental, Metrics
+from mulki.results import Evaluation
 
 #: What a cell says: just learned, learned earlier, not learned (yet).
 Cell = Literal["learned", "kept", "other"]
@@ -151,19 +152,53 @@ def class_incremental_lines(seen: ClassIncremental) -> list[str]:
     ]
 
 
+def recalls_of(
+    evaluations: Sequence[Evaluation],
+) -> dict[str, dict[str, dict[str, float]]]:
+    """The recalls among these, by data set of captions, row of the matrix and metric."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for one in evaluations:
+        if "_R@" in one.metric:
+            rows = found.setdefault(one.eval_dataset, {})
+            rows.setdefault(one.after_task, {})[one.metric] = one.value
+    return found
+
+
+def recall_lines(evaluations: Sequence[Evaluation]) -> list[str]:
+    """What the columns of captions are, and their recalls in the last row; nothing without one."""
+    found = recalls_of(evaluations)
+    if not found:
+        return []
+    lines = [f"recall@1 of captions by images in place of accuracy: {', '.join(found)}"]
+    for name, rows in found.items():
+        after, recalls = list(rows.items())[-1]
+        each = ", ".join(f"{m.replace('_', ' ')} {value:.2f}" for m, value in recalls.items())
+        lines.append(f"{name}, after {after}: {each}")
+    return lines
+
+
+def _lines_below(seen: ClassIncremental | None, evaluations: Sequence[Evaluation]) -> list[str]:
+    return class_incremental_lines(seen or ClassIncremental({})) + recall_lines(evaluations)
+
+
 def print_matrix(
     matrix: AccuracyMatrix,
     console: Console | None = None,
     seen: ClassIncremental | None = None,
+    evaluations: Sequence[Evaluation] = (),
 ) -> None:
     """Print the matrix and its metrics, as wide as the console is."""
     console = console or Console()
     console.print(matrix_table(matrix, width=console.width), "", metrics_table(matrix), sep="\n")
-    for line in class_incremental_lines(seen or ClassIncremental({})):
+    for line in _lines_below(seen, evaluations):
         console.print(Text(line))
 
 
-def summary_markdown(matrix: AccuracyMatrix, seen: ClassIncremental | None = None) -> str:
+def summary_markdown(
+    matrix: AccuracyMatrix,
+    seen: ClassIncremental | None = None,
+    evaluations: Sequence[Evaluation] = (),
+) -> str:
     """Return the matrix and its metrics as Markdown tables; bold is just learned."""
     body = [
         [escape(name), *(_markdown_cell(value, kind) for value, kind in cells)]
@@ -172,7 +207,7 @@ def summary_markdown(matrix: AccuracyMatrix, seen: ClassIncremental | None = Non
     header = ["after", *map(escape, display_columns(matrix))]
     metrics = [[name, *values] for name, values in _metrics_rows(matrix)]
     legend = "Accuracy in percent; **bold**: just learned, +: learned earlier, else: not by then."
-    lines = class_incremental_lines(seen or ClassIncremental({}))
+    lines = _lines_below(seen, evaluations)
     return "\n".join(
         [
             *_markdown_table(header, body),

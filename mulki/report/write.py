@@ -38,7 +38,9 @@ def write_report(folder: str | os.PathLike[str], *, figures: bool = False) -> Pa
         title += f"Fingerprint: {run.fingerprint}\n\n"
     if contents.missing:
         title += "\n".join(f"- {escape(line)}" for line in contents.missing) + "\n\n"
-    table = summary_markdown(run.matrix, run.class_incremental) if contents.evaluated else ""
+    table = ""
+    if contents.evaluated:
+        table = summary_markdown(run.matrix, run.class_incremental, contents.evaluations)
     write_atomic(folder / "summary.md", title + table)
     write_atomic(folder / "report.html", render_html(contents))
     if figures:

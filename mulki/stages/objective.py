@@ -22,7 +22,7 @@ from mulki.features import Features
 from mulki.functional import prototype_cross_entropy
 from mulki.ops import checks
 from mulki.ops.gates import find_gate
-from mulki.stages import adding, anchors, distinguishing, eliciting
+from mulki.stages import adding, anchors, distinguishing, eliciting, pairs
 
 
 class MulKILoss(nn.Module):
@@ -200,16 +200,48 @@ class MulKILoss(nn.Module):
         of_teachers, weights = self._teacher_terms(student, teachers, target)
         return terms | of_teachers, weights
 
-    def _teacher_terms(
-        self, student: Features, teachers: Sequence[Features], target: Tensor
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        gate: dict[str, Any] = {
+    def pair_terms(
+        self, student: Features, teachers: Sequence[Features], distinct: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """`terms` of a batch of images with captions, see `mulki.stages.pairs`.
+
+        `image_text` is the coefficient of the relation, in both directions, and `feature` that of
+        the distance of image features; the other coefficients have no say.
+
+        Args:
+            student: features of B images and, as its texts, of their B captions.
+            teachers: the same of K teachers.
+            distinct: see `mulki.stages.pairs.contrastive_loss`.
+        """
+        terms = {"contrastive_loss": pairs.contrastive_loss(student, distinct)}
+        coefficient = self.relations["image_text"]
+        if not (coefficient or self.feature):
+            return terms, None
+        options = self._gate() | self._softmax()
+        if coefficient:
+            loss, weights = pairs.gated_relation(student, teachers, **options)
+            terms["image_text_loss"] = coefficient * loss
+        else:
+            weights = pairs.image_weights(student, teachers, **options)
+        if self.feature:
+            terms["feature_loss"] = adding.feature_loss(student, teachers, self.feature * weights)
+        return terms, weights
+
+    def _gate(self) -> dict[str, Any]:
+        return {
             "gate": self.gate,
             "gate_temperature": self.gate_temperature,
             "gate_entropy": self.gate_entropy,
             "gate_label": self.gate_label,
         }
-        softmax: dict[str, Any] = {"temperature": self.temperature, "scale_by_t2": self.scale_by_t2}
+
+    def _softmax(self) -> dict[str, Any]:
+        return {"temperature": self.temperature, "scale_by_t2": self.scale_by_t2}
+
+    def _teacher_terms(
+        self, student: Features, teachers: Sequence[Features], target: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        gate, softmax = self._gate(), self._softmax()
         terms = {}
         if self.relations["image_text"]:
             loss, weights = distinguishing.gated_relation(

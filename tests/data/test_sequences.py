@@ -143,3 +143,8 @@ def test_importing_the_data_layer_imports_neither_torch_nor_torchvision() -> Non
         [sys.executable, "-c", code, package], capture_output=True, text=True, check=True
     )
     assert ran.stdout.strip() == "[]"
+
+
+def test_captions_are_no_name_of_a_sequence() -> None:
+    with pytest.raises(InputError, match="captions:PATH is a task of images with captions"):
+        register_sequence("captions")

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import Compose, ToTensor
 
-from mulki.data import Task
+from mulki.data import CaptionedImages, CaptionTask, Task
 from mulki.data.loader import Images
 from mulki.data.subset import Subset, few_shot, limited, permutation, sampled
 
@@ -137,3 +137,18 @@ def test_a_sample_is_cached_where_the_whole_would_be() -> None:
         for room, cached in ((count, True), (count - 1, False)):
             images = Images(of.train, to_tensor, cached=True, cache_mb=room * size)
             assert images.cached == cached
+
+
+def test_a_task_of_captions_keeps_its_first_images() -> None:
+    def captioned(count: int) -> CaptionedImages:
+        return CaptionedImages(Grey((0,) * count), tuple((f"grey {i}",) for i in range(count)))
+
+    whole = CaptionTask("greys", captioned(9), captioned(4))
+    small = limited(whole, 3)
+    assert isinstance(small, CaptionTask)
+    assert small.train.captions == (("grey 0",), ("grey 1",), ("grey 2",))
+    assert (len(small.train), len(small.test), small.test.sample_of) == (3, 3, 3)
+    assert len(limited(whole, 7).test) == 4
+    # A cache that would not hold all of the images does not hold a sample of them.
+    few = sampled(whole, 3)
+    assert (few.train.sample_of, few.test.sample_of) == (9, 4)  # type: ignore[attr-defined]

@@ -1,8 +1,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 
-from mulki.data import Task
+import torch
+from torchvision.transforms import ToTensor
+
+from mulki.data import CaptionedImages, CaptionTask, Task
+from mulki.engine.batches import PairBatch, kept_samples, task_batches
+from mulki.world import ALONE
+from tests.data.data_helpers import Blank
 from tests.engine.learn_helpers import CONFIG, Load, learn
 
 
@@ -17,3 +24,45 @@ def test_another_task_index_draws_another_order(load_tiny: Load, task: Task) -> 
     ]
     assert losses[0] == losses[1]
     assert losses[0] != losses[2]
+
+
+def blank(image: object) -> torch.Tensor:
+    return torch.zeros(3, 2, 2)
+
+
+def pairs(names: str, captions: str) -> CaptionTask:
+    class Named(Blank):
+        def name(self, index: int) -> str:
+            return names[index]
+
+    train = CaptionedImages(Named((0,) * len(names)), tuple((text,) for text in captions))
+    return CaptionTask("pairs", train, train)
+
+
+def test_an_image_and_a_caption_count_once_in_a_batch() -> None:
+    task = pairs("ABCDEF", "uvwxyz")
+    config = replace(CONFIG, batch_size=4)
+    given = (task, None, blank, config, torch.device("cpu"), ALONE)
+    (batch, other), *_ = islice(task_batches(*given, index=0), 3)
+    assert isinstance(batch, PairBatch) and other is None
+    assert batch.distinct is None and len(batch.images) == 4
+    assert batch.captions == tuple("uvwxyz"[place] for place in batch.places)
+
+    # One image has two captions, and one caption is of three images.
+    repeated = pairs("AABCDE", "uvwxxx")
+    for batch, _ in islice(task_batches(repeated, *given[1:], index=0), 20):
+        assert isinstance(batch, PairBatch)
+        names = ["AABCDE"[place] for place in batch.places]
+        first = [
+            row
+            for row in range(4)
+            if names[row] not in names[:row] and batch.captions[row] not in batch.captions[:row]
+        ]
+        kept = range(4) if batch.distinct is None else batch.distinct.tolist()
+        assert list(kept) == first
+
+
+def test_features_of_pairs_are_kept_where_images_do_not_change() -> None:
+    task = pairs("ABCDEF", "uvwxyz")
+    assert kept_samples(task, None, ToTensor(), CONFIG, 1, ALONE) == (None, 6)
+    assert kept_samples(task, None, blank, CONFIG, 1, ALONE) == (None, None)

@@ -17,7 +17,7 @@ from mulki.engine import distributed
 from mulki.engine.recovery import read_state
 from mulki.errors import InputError
 from tests.engine.distributed_runs import ANCHORED, LAST, ON_REFERENCE, WORKER, compare, torchrun
-from tests.engine_helpers import same_state
+from tests.engine_helpers import same_state, write_pairs
 
 # By name: options of the run, and images in a global batch.
 CASES: dict[str, tuple[dict[str, Any], int]] = {
@@ -77,6 +77,18 @@ def test_three_processes_are_one(base: dict[str, Any], tmp_path: Path) -> None:
     compare(
         base, {name: CASES[name] for name in ("mulki", "whole", "whole-reference")}, 3, tmp_path
     )
+
+
+@pytest.mark.slow
+def test_two_processes_learn_captions_as_one(base: dict[str, Any], tmp_path: Path) -> None:
+    # Seven test images: parts that are not equal.
+    file = write_pairs(tmp_path, "flags", 7).rename(tmp_path / "colours.csv")
+    options = {
+        "method": "mulki",
+        "anchors": "none",
+        "tasks": [f"captions:{file}", base["tasks"][1]],
+    }
+    compare(base, {"captions": (options | ANCHORED | {"micro_batch": "2"}, 6)}, 2, tmp_path)
 
 
 def command(base: dict[str, Any], logs: Path, name: str) -> list[str]:

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from mulki import methods
+from mulki.data import caption_task, folder_task
 from mulki.engine.config import resolve
-from mulki.engine.tasks import load_tasks, warn_of_twins
+from mulki.engine.tasks import check_captions, load_tasks, needs_of, warn_of_twins
 from mulki.errors import InputError
-from tests.engine_helpers import write_task
+from tests.engine_helpers import write_pairs, write_task
 
 
 def test_few_shots_of_a_task_class_by_class(tmp_path: Path) -> None:
@@ -57,3 +59,42 @@ def test_classes_that_a_tokenizer_cannot_tell_apart_are_warned_of(
     assert not caplog.text
     warn_of_twins([task], tokens)
     assert 'task pets: the classes "Cat" and "cat" are the same' in caplog.text
+
+
+def test_options_of_classes_are_refused_beside_captions(tmp_path: Path) -> None:
+    word = f"captions:{write_pairs(tmp_path / 'flags')}"
+    for options in ({"shots": "2"}, {"scenario": "cil", "increments": "2"}):
+        with pytest.raises(InputError, match="^--s.*: task flags has captions and no classes"):
+            load_tasks(resolve({"tasks": [word], **options}).run)
+    (task,) = load_tasks(resolve({"tasks": [word], "limit_images": "4"}).run)
+    assert (len(task.train), len(task.test)) == (4, 4)
+
+
+def test_what_cannot_be_learned_from_captions(tmp_path: Path) -> None:
+    task = caption_task(write_pairs(tmp_path / "flags"))
+    pairs = len(task.train)
+    for name in ("finetune", "mulki", "wise_ft"):
+        check_captions([task], methods.get(name), pairs, 1)
+        for batch, processes in ((pairs + 1, 1), (pairs // 2 + 1, 2), (1, 1)):
+            with pytest.raises(
+                InputError, match=f"--batch-size: got .*flags has {pairs}; wanted 2"
+            ):
+                check_captions([task], methods.get(name), batch, processes)
+    check_captions([task], methods.get("zero_shot"), pairs + 1, 1)
+    with pytest.raises(InputError) as info:
+        check_captions([task], methods.get("lwf"), 4, 1)
+    assert str(info.value) == (
+        "--method: task flags has captions and no classes, from which lwf does not learn; choose "
+        "from finetune, mulki, wise_ft, zero_shot"
+    )
+
+
+def test_a_task_of_captions_needs_the_teachers_alone(
+    tmp_path: Path, task_folders: tuple[str, str]
+) -> None:
+    cls = methods.get("mulki")
+    method = cls(cls.Options())
+    needs = needs_of(method, caption_task(write_pairs(tmp_path / "flags")))
+    assert needs.teachers == method.needs.teachers == ("zero_shot", "previous")
+    assert (needs.prototypes, needs.anchors, needs.uses) == (False, (), ())
+    assert needs_of(method, folder_task(task_folders[0])) == method.needs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mulki import methods
 from mulki.methods import PREVIOUS, SEEN, VOCABULARY, ZERO_SHOT, Needs
 from mulki.methods.finetune import Finetune
 from mulki.methods.lwf import LwF
@@ -41,3 +42,12 @@ def test_baselines_have_no_state_and_leave_weights_alone(method, weights):
 )
 def test_what_a_method_uses_beyond_the_task(needs, uses):
     assert needs.uses == uses
+
+
+def test_a_method_takes_captions_if_it_has_their_losses() -> None:
+    taken = {name for name, method in methods.available().items() if method.takes_captions()}
+    assert {"finetune", "mulki", "wise_ft", "zero_shot"} <= taken
+    assert not taken & {"lwf", "lwf_vr", "snd", "zscl"}
+    lwf = methods.get("lwf")
+    with pytest.raises(TypeError, match="method lwf does not learn from captions"):
+        lwf(lwf.Options()).pair_losses(None, (), None)  # type: ignore[arg-type]

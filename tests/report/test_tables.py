@@ -10,7 +10,8 @@ from rich.console import Console
 
 from mulki.metrics import ZERO_SHOT, AccuracyMatrix, ClassIncremental
 from mulki.report import print_matrix, summary_markdown
-from mulki.report.tables import class_incremental_lines
+from mulki.report.tables import class_incremental_lines, recall_lines
+from mulki.results import Evaluation
 from tests import FIXTURES
 from tests.report.report_helpers import SMALL
 
@@ -108,3 +109,26 @@ def test_markdown() -> None:
     assert "|  | Transfer | Average | Last | Forgetting | BWT |" in lines
     assert "| 2 tasks | 1.00 | 27.50 | 53.00 | -3.00 | 3.00 |" in lines
     assert "| zero-shot | 4.00 | 5.50 | 5.50 | 0.00 | 0.00 |" in lines
+
+
+def recall(after: str, data_set: str, metric: str, value: float) -> Evaluation:
+    return Evaluation("run", "I", 0, 0, after, data_set, metric, value, n=4, seconds=1.0)
+
+
+def test_recalls_of_captions_stand_below_the_matrix() -> None:
+    lines = [
+        recall("zero-shot", "letters", "image_to_text_R@1", 7.0),
+        recall("zero-shot", "digits", "acc1", 4.0),
+        recall("digits", "letters", "image_to_text_R@1", 6.0),
+        recall("digits", "letters", "text_to_image_R@5", 12.5),
+    ]
+    said = [
+        "recall@1 of captions by images in place of accuracy: letters",
+        "letters, after digits: image to text R@1 6.00, text to image R@5 12.50",
+    ]
+    assert recall_lines(lines) == said
+    stream = StringIO()
+    print_matrix(SMALL, Console(file=stream, width=120), evaluations=lines)
+    assert stream.getvalue().splitlines()[-2:] == said
+    assert summary_markdown(SMALL, evaluations=lines).rstrip().endswith(said[1])
+    assert recall_lines(lines[1:2]) == []

@@ -1,0 +1,72 @@
+"""Images with captions: what the stages come to where there are no classes.
+
+    L = L_con + c sum_b sum_m 1/2 [w_bm KL_bm(images) + w'_bm KL_bm(captions)] / B
+              + f sum_b sum_m w_bm |u_b - u_b^m|^2 / B
+    L_con = 1/2 [CE(s u w^T, diagonal) + CE(s w u^T, diagonal)]
+
+with u and w the features of the B images of a batch and of their captions, row by row. KL_bm is
+that of a teacher's softmax over the captions of the batch, given image b, from the student's; for
+captions, over its images. The weights are those of the gate, whose label is a row's own pair
+(Distinguishing Ideas). Prototypes are means over classes, so what is built on them is left out
+(Eliciting Ideas, and their part of Adding New Ideas); the weights of the model are connected as
+they are for classes.
+
+The paper's experiments are on classes, as far as is public; so all of this is our choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mulki.features import Features
+from mulki.functional import clip_contrastive, pair_teacher_kl
+
+
+def contrastive_loss(student: Features, distinct: Tensor | None) -> Tensor:
+    """The symmetric contrastive loss of CLIP on a batch of pairs.
+
+    Args:
+        student: features of B images and of their B captions.
+        distinct: the rows that take part, [n] int64 on the CPU; None for all. Where an image or a
+            caption comes twice in a batch, one of its pairs would be a wrong negative of the other.
+    """
+    images, texts = student.images, student.texts
+    if distinct is not None:
+        rows = distinct.to(images.device)
+        images, texts = images[rows], texts[rows]
+    return clip_contrastive(images, texts, student.scale)
+
+
+def gated_relation(
+    student: Features, teachers: Sequence[Features], **options: Any
+) -> tuple[Tensor, Tensor]:
+    """The loss of the relation between images and captions, in both directions under the gate.
+
+    Args:
+        student: features of B images and of their B captions; gradients flow to them.
+        teachers: the same of K teachers.
+        options: gate, temperature and the like, see `mulki.functional.pair_teacher_kl`.
+
+    Returns:
+        The mean loss over the pairs, and the weights of the images [B, K], whose rows sum to 1.
+    """
+    loss, details = pair_teacher_kl(
+        student.image_text(),
+        [teacher.image_text() for teacher in teachers],
+        return_details=True,
+        **options,
+    )
+    return loss, details.weights[0]
+
+
+@torch.no_grad()
+def image_weights(student: Features, teachers: Sequence[Features], **options: Any) -> Tensor:
+    """[B, K] weights of the gate alone, where the relation is switched off.
+
+    Arguments as of `gated_relation`.
+    """
+    return gated_relation(student, teachers, **options)[1]

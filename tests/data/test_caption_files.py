@@ -1,0 +1,196 @@
+"""Tasks of images with captions: what is read, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mulki.data import BadImage, caption_task, load_sequence
+from mulki.data.caption_task import CaptionTask
+from mulki.errors import InputError
+from tests.data.data_helpers import encoded, picture, write_tar
+
+ROWS = [
+    ("0.png", "a red flag", "train"),
+    ("1.png", "a cat, sitting", "train"),
+    ("0.png", "a flag", "train"),
+    ("2.png", "a dog", "train"),
+    ("3.png", "a cow", "test"),
+    ("4.png", "a hen", "test"),
+    ("3.png", "a brown cow", "test"),
+    ("5.png", "a hen", "test"),
+]
+
+
+def write_csv(path: Path, rows: list[tuple[str, str, str]], split: bool = True) -> Path:
+    lines = ["caption,path,split,more" if split else "caption,path"]
+    lines += [f'"{c}",{p},{s},x' if split else f'"{c}",{p}' for p, c, s in rows]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Six pictures with captions."""
+    root = tmp_path / "pets"
+    root.mkdir()
+    for i in range(6):
+        picture(i).save(root / f"{i}.png")
+    write_csv(root / "captions.csv", ROWS)
+    return root
+
+
+def content(task: CaptionTask) -> list[object]:
+    return [
+        (Path(split.name(i)).name, split.captions[i])
+        for split in (task.train, task.test)
+        for i in range(len(split))
+    ]
+
+
+CONTENT = [
+    ("0.png", ("a red flag",)),
+    ("0.png", ("a flag",)),
+    ("1.png", ("a cat, sitting",)),
+    ("2.png", ("a dog",)),
+    ("3.png", ("a cow", "a brown cow")),
+    ("4.png", ("a hen",)),
+    ("5.png", ("a hen",)),
+]
+
+
+def test_pairs_to_learn_and_images_to_test(folder: Path) -> None:
+    task = caption_task(folder)
+    assert task.name == "pets" and content(task) == CONTENT
+    assert task.train.load(3).tobytes() == picture(2).tobytes()
+    moved = caption_task(folder.rename(folder.with_name("moved")))
+    assert moved.fingerprint() == task.fingerprint()
+
+
+def test_one_file_or_one_for_each_split(folder: Path) -> None:
+    whole = caption_task((folder / "captions.csv").rename(folder / "zoo.csv"))
+    assert whole.name == "zoo" and content(whole) == CONTENT
+    for split in ("train", "test"):
+        rows = [row for row in ROWS if row[2] == split]
+        write_csv(folder / f"zoo_{split}.csv", rows, split=False)
+    pair = caption_task(folder / "zoo_train.csv")
+    assert pair.name == "zoo" and content(pair) == CONTENT
+
+
+def test_a_word_of_a_sequence(folder: Path) -> None:
+    (task,) = load_sequence([f"captions:{folder}"])
+    assert isinstance(task, CaptionTask) and content(task) == CONTENT
+    with pytest.raises(InputError, match='a second task called "pets"'):
+        load_sequence([f"captions:{folder}", f"captions:{folder}/../pets"])
+
+
+def test_shards_of_each_split(tmp_path: Path) -> None:
+    root = tmp_path / "cc"
+    for split, numbers in (("train", (0, 1, 2, 3)), ("test", (4, 5))):
+        (root / split).mkdir(parents=True)
+        for shard in (0, 1):
+            files = {}
+            for n in numbers[shard::2]:
+                files[f"{n}.webp"] = encoded(picture(n), "webp")
+                files[f"{n}.txt"] = f"picture {n}\n".encode()
+            write_tar(root / split / f"{shard}.tar", files)
+    task = caption_task(root)
+    assert task.name == "cc"
+    assert [c for (c,) in task.train.captions] == [f"picture {n}" for n in (0, 2, 1, 3)]
+    assert [c for (c,) in task.test.captions] == ["picture 4", "picture 5"]
+    assert task.train.name(1) == f"{root}/train/0.tar:2.webp"
+    shard = root / "train" / "1.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:700])
+    with pytest.raises(InputError, match=r"^\S+train/1\.tar: damaged"):
+        caption_task(root)
+    write_tar(shard, {"7.webp": encoded(picture(7), "webp")})
+    with pytest.raises(InputError, match=r"1\.tar: 7 has an image and no caption"):
+        caption_task(root)
+    write_tar(shard, {"7.txt": b"seven"})
+    with pytest.raises(InputError, match=r"1\.tar: 7 has a caption and no image"):
+        caption_task(root)
+    write_tar(shard, {"7.webp": encoded(picture(7), "webp"), "7.txt": b" \n"})
+    with pytest.raises(InputError, match=r"1\.tar: the caption 7\.txt is empty"):
+        caption_task(root)
+    shutil.rmtree(root / "test")
+    with pytest.raises(InputError, match=r"neither a captions\.csv nor tar shards in test/"):
+        caption_task(root)
+
+
+def changed(change: Callable[[list[tuple[str, str, str]]], object]) -> Callable[[Path], object]:
+    def go(folder: Path) -> None:
+        rows = list(ROWS)
+        change(rows)
+        write_csv(folder / "captions.csv", rows)
+
+    return go
+
+
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty": (
+        changed(lambda rows: rows.append(("2.png", " ", "train"))),
+        r"captions\.csv, line 10: the caption is empty",
+    ),
+    "column": (
+        lambda folder: (folder / "captions.csv").write_text("path,label\n0.png,x\n"),
+        r"captions\.csv, line 1: no column caption \(found: path, label\)",
+    ),
+    "no split": (
+        lambda folder: write_csv(folder / "captions.csv", ROWS, split=False),
+        r"captions\.csv: has no column split",
+    ),
+    "split": (
+        changed(lambda rows: rows.append(("2.png", "x", "val"))),
+        r'line 10: split "val" came, train or test was wanted',
+    ),
+    "no image": (
+        changed(lambda rows: rows.append(("9.png", "nine", "train"))),
+        r"line 10: no file \S+9\.png; correct the path",
+    ),
+    "no caption": (
+        lambda folder: (picture(9).save(folder / "9.png"), picture(8).save(folder / "8.png")),
+        r"no row for 8\.png and 1 more images; add a row",
+    ),
+    "twice": (
+        changed(lambda rows: rows.append(("2.png", "a dog", "train"))),
+        r"line 10: 2\.png is listed with this caption already \(\S+ line 5\)",
+    ),
+    "both splits": (
+        changed(lambda rows: rows.append(("2.png", "a dog", "test"))),
+        r"line 10: 2\.png is in the train split already \(\S+ line 5\)",
+    ),
+    "one split": (changed(lambda rows: rows.__delitem__(slice(0, 4))), "no row for 0.png and 2"),
+    "unreadable": (lambda folder: (folder / "1.png").write_text("no"), r"1\.png: .*--skip-bad"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(folder: Path, case: str) -> None:
+    spoil, said = BAD[case]
+    spoil(folder)
+    with pytest.raises(InputError, match=said) as info:
+        caption_task(folder)
+    assert "\n" not in str(info.value)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="none: no such file or folder; pass a CSV file"):
+        caption_task(tmp_path / "none")
+    with pytest.raises(InputError, match="^captions: got an empty path"):
+        load_sequence(["captions:"])
+    with pytest.raises(InputError, match="in train/; lay the images out"):
+        caption_task(tmp_path)
+
+
+def test_unreadable_images_are_left_out_with_their_captions(folder: Path) -> None:
+    for name in ("0.png", "4.png"):
+        (folder / name).write_text("no image")
+    with pytest.raises(BadImage, match="1 more like it"):
+        caption_task(folder)
+    task = caption_task(folder, skip_bad_images=True)
+    assert task.skipped == (str(folder / "0.png"), str(folder / "4.png"))
+    assert content(task) == [CONTENT[place] for place in (2, 3, 4, 6)]
