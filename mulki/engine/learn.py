@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,11 +145,7 @@ def learn_task(
     )
     method.to(model.device)
     means = Means(model, method, teachers, config, precision, world, fitted)
-    step: Step
-    if isinstance(task, CaptionTask):
-        step = PairStep(means, task.train)
-    else:
-        step = ClassStep(means, prompts, anchors)
+    step = _step_on(task, means, prompts, anchors)
     guard = SpikeGuard(config.spike_guard)
     done = 0
     if saved is not None:
@@ -206,6 +202,12 @@ def learn_task(
     method.end_task()
     model.eval()
     return steps
+
+
+def _step_on(task: Task, means: Means, prompts: Sequence[str], anchors: Anchors | None) -> Step:
+    if isinstance(task, CaptionTask):
+        return PairStep(means, task.train)
+    return ClassStep(means, prompts, anchors)
 
 
 def _check_losses(
