@@ -116,8 +116,9 @@ def check_runs(runs: list[tuple[str, dict[str, Any]]], world: World) -> None:
     VisionLanguageModel.text_inputs = counted  # type: ignore[method-assign]
     for name, options in runs:
         anchors = options.get("anchors", "vocabulary" if options["method"] == "mulki" else "none")
-        class_texts_alone = (
-            anchors == "none" and not {"reference", "anchors_per_step"} & options.keys()
+        captions = any(task.startswith("captions:") for task in options["tasks"])
+        class_texts_alone = not (
+            captions or anchors != "none" or {"reference", "anchors_per_step"} & options.keys()
         )
         folder = run(resolve({"name": name, **options}))
         assert (folder is None) == (world.rank != 0)

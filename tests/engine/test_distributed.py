@@ -88,7 +88,8 @@ def test_two_processes_learn_captions_as_one(base: dict[str, Any], tmp_path: Pat
         "anchors": "none",
         "tasks": [f"captions:{file}", base["tasks"][1]],
     }
-    compare(base, {"captions": (options | ANCHORED | {"micro_batch": "2"}, 6)}, 2, tmp_path)
+    captions = options | ANCHORED | {"micro_batch": "2"}
+    compare(base, {"lwf": CASES["lwf"], "captions": (captions, 6)}, 2, tmp_path)
 
 
 def command(base: dict[str, Any], logs: Path, name: str) -> list[str]:
