@@ -19,7 +19,7 @@ from mulki.catalog import (
     write_examples,
     write_tasks,
 )
-from mulki.data import Task
+from mulki.data import CaptionedImages, CaptionTask, Task
 from mulki.errors import InputError
 
 
@@ -91,6 +91,23 @@ def test_answers_without_the_classes_said(tmp_path: Path) -> None:
     write_examples(tmp_path, BOTH, before, "a", {**before, "a": answers("1000")})
     (example,) = read_examples(tmp_path)
     assert (example.before, example.after, example.target) == (None, None, "cat")
+
+
+def test_a_data_set_of_captions_says_captions(tmp_path: Path) -> None:
+    test = CaptionedImages(Pictures([0, 0, 0]), (("a red flag",), ("a cat", "a tabby"), ("a dog",)))
+    train = CaptionedImages(Pictures([0, 0]), (("one",), ("two",)))
+    tasks = [*BOTH, CaptionTask("pets", train, test)]
+    write_tasks(tmp_path, tasks)
+    assert read_tasks(tmp_path)["pets"] == DataSet("pets", (), (), 2)
+    of_classes = {"a": answers("1111", "0011"), "b": answers("1" * 8, "4" * 8)}
+    before = {**of_classes, "pets": answers("011", "323")}
+    after = {**of_classes, "pets": answers("110", "012")}
+    write_examples(tmp_path, tasks, before, "pets", after)
+    found = [(e.kind, e.target, e.before, e.after) for e in read_examples(tmp_path)]
+    assert found == [
+        ("gained", "a red flag", "a dog", "a red flag"),
+        ("lost", "a dog", "a dog", "a tabby"),
+    ]
 
 
 def test_a_folder_without_them_has_none(tmp_path: Path) -> None:
