@@ -126,8 +126,13 @@ def times(grad: Tensor, stored: Tensor, leaf: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         product: Tensor = _OPS.scaled(grad, stored, leaf)
         return product
-    product = stored * grad
-    return product if product.dtype == leaf.dtype else product.to(leaf.dtype)
+    if stored.dtype == leaf.dtype:
+        return stored * grad
+    # One launch without a float32 copy. A transform cannot write to a given tensor, and a compiler
+    # makes one launch of both operations itself.
+    if torch_private.is_plain(grad):
+        return _scaled(grad, stored, leaf)
+    return (stored * grad).to(leaf.dtype)
 
 
 def refuse_double_backward(op: str) -> None:

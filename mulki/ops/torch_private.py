@@ -103,6 +103,18 @@ def is_differentiated_by_transform(value: Tensor) -> bool:
     return False
 
 
+def is_plain(value: Tensor) -> bool:
+    """Whether no subclass, transform or compiler stands for it; False where torch does not say."""
+    return (
+        bool(_private)
+        # Compiled autograd makes one graph of the backward, where what follows would break it.
+        and not torch.compiler.is_compiling()
+        and type(value) is Tensor
+        and not _private["is_functorch"](value)
+        and not _private["is_batched"](value)
+    )
+
+
 def is_last_plain_backward(grad: Tensor) -> bool:
     """Whether nothing will use the graph after this backward pass, and nothing watches it.
 
@@ -110,15 +122,10 @@ def is_last_plain_backward(grad: Tensor) -> bool:
     known, and False.
     """
     return (
-        bool(_private)
-        # Compiled autograd makes one graph of this function, where what follows would break it.
-        and not torch.compiler.is_compiling()
-        and type(grad) is Tensor
+        is_plain(grad)
         and not torch.is_grad_enabled()
         and not _private["keeps_graph"]()
         and not _private["modes"]()
-        and not _private["is_functorch"](grad)
-        and not _private["is_batched"](grad)
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mulki import ops
 from mulki.ops.logits import wide
@@ -30,6 +31,19 @@ class Case(NamedTuple):
     def leaves(self) -> int:
         """Features, prototypes, scale and, of siglip, bias."""
         return 4 if self.op == "siglip" else 3
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations that are called, but for views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def unit_rows(generator: torch.Generator, n: int, d: int) -> Tensor:

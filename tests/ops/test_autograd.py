@@ -14,6 +14,7 @@ from tests.ops.op_cases import (
     NAMES,
     SPECIFICATION,
     Case,
+    Operations,
     count,
     expected,
     first,
@@ -104,14 +105,30 @@ def test_backward_again_and_again(name, backend):
             torch.testing.assert_close(leaf.grad, times * g)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_batch_of_upstream_gradients(name, backend):
-    case, leaves = differentiable(name, "reduced", torch.float32)
+def test_a_batch_of_upstream_gradients(name, dtype, backend):
+    case, leaves = differentiable(name, "reduced", dtype)
     out = first(run(case))
     one = torch.autograd.grad(out, leaves, retain_graph=True)
     many = torch.autograd.grad(out, leaves, torch.tensor([1.0, 2.0]), is_grads_batched=True)
     for g, batch in zip(one, many, strict=True):
         torch.testing.assert_close(batch, torch.stack([g, 2 * g]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["ce_all", "kl_label", "pairs", "contrastive", "siglip"])
+def test_an_upstream_gradient_is_one_multiplication_for_each_leaf(name, dtype):
+    """Into the dtype of the leaf: without a copy in that of the stored gradient."""
+    case, leaves = differentiable(name, "reduced", dtype)
+    out = first(run(case))
+    grad = torch.tensor(3.0, dtype=out.dtype)
+    with Operations() as operations:
+        gradients = torch.autograd.grad(out, leaves, grad)
+    assert [g.dtype for g in gradients] == [leaf.dtype for leaf in leaves]
+    assert [name for name in operations.names if name not in ("empty_like", "detach")] == (
+        ["mul"] * len(leaves)
+    )
 
 
 @pytest.mark.parametrize(("name", "form"), FORMS)

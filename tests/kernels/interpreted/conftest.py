@@ -35,8 +35,8 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Memory]:
     def empty(*size: Any, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:
         return made.empty(_shape(size), dtype)
 
-    def empty_like(like: Tensor) -> Tensor:
-        return made.empty(tuple(like.shape), like.dtype)
+    def empty_like(like: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+        return made.empty(tuple(like.shape), dtype or like.dtype)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
     monkeypatch.setattr(torch, "empty", empty)
