@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import common, schedule
 from .common import Model, ceil_div, round_up
-from .launch import launch, multiply
+from .launch import Repeated, multiply
 from .sums import Factors, scale_results
 
 ROW_MULTIPLE = 8  # a program of a kernel may take so many rows at a time
@@ -133,32 +133,61 @@ class OperandGradients:
         return out
 
 
-def launch_pairs(
-    kernel: Any, blocks: Blocks, block: Block, factors: Factors, gradient: bool, **arguments: Any
-) -> None:
-    """Launch a kernel that makes G of the pairs of a block, given logits and what is known."""
-    n, p = block.last - block.first, block.stop - block.start
-    tile = schedule.row_tile(blocks.architecture, 3, p)
-    loaded = blocks.loaded(p)
-    launch(
-        kernel,
-        (ceil_div(n, tile.rows),),
-        blocks.g.device,
-        tile.warps,
-        1,
-        y_ptr=blocks.of_models[0],
-        row_stride=blocks.stride,
-        g_ptr=blocks.g if gradient else None,
-        g_stride=blocks.g.stride(0),
-        **factors.arguments,
-        first=block.first,
-        offset=block.start,
-        n=n,
-        p=p,
-        loaded=loaded,
-        MASKED=p % tile.columns != 0,
-        EVEN=loaded % tile.columns == 0,
-        ROWS=tile.rows,
-        BLOCK_P=tile.columns,
-        **arguments,
-    )
+class BlockKernel:
+    """Launches a kernel for one block after another.
+
+    Args:
+        swap: whether the kernel's rows are the columns of a block.
+    """
+
+    def __init__(self, swap: bool = False) -> None:
+        self._swap = swap
+        self._of_size: dict[tuple[int, int], Repeated] = {}
+
+    def __call__(self, block: Block) -> None:
+        size = block.last - block.first, block.stop - block.start
+        if size not in self._of_size:
+            self._of_size[size] = self._for_size(*size)
+        first, _, offset, _ = block
+        if self._swap:
+            first, offset = offset, first
+        self._of_size[size](first=first, offset=offset)
+
+    def _for_size(self, n: int, p: int) -> Repeated:
+        """The launch for blocks of n rows and p columns, but for `first` and `offset`."""
+        raise NotImplementedError
+
+
+class PairKernel(BlockKernel):
+    """A kernel that makes G of pairs, given logits and what is known of rows and columns."""
+
+    def __init__(
+        self, kernel: Any, blocks: Blocks, factors: Factors, gradient: bool, **arguments: Any
+    ) -> None:
+        super().__init__()
+        self._kernel, self._blocks, self._gradient = kernel, blocks, gradient
+        self._arguments = {**factors.arguments, **arguments}
+
+    def _for_size(self, n: int, p: int) -> Repeated:
+        blocks = self._blocks
+        tile = schedule.row_tile(blocks.architecture, 3, p)
+        loaded = blocks.loaded(p)
+        return Repeated(
+            self._kernel,
+            (ceil_div(n, tile.rows),),
+            blocks.g.device,
+            tile.warps,
+            1,
+            y_ptr=blocks.of_models[0],
+            row_stride=blocks.stride,
+            g_ptr=blocks.g if self._gradient else None,
+            g_stride=blocks.g.stride(0),
+            n=n,
+            p=p,
+            loaded=loaded,
+            MASKED=p % tile.columns != 0,
+            EVEN=loaded % tile.columns == 0,
+            ROWS=tile.rows,
+            BLOCK_P=tile.columns,
+            **self._arguments,
+        )

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import autotune, common, row_results, row_softmax, schedule, softmax_loss
-from .chunks import Block, Blocks, OperandGradients, launch_pairs
+from .chunks import BlockKernel, Blocks, OperandGradients, PairKernel
 from .common import Model, ceil_div
 from .launch import launch
 from .pair_tiles import add_to_rows, log_of_columns, log_of_rows, store_gradient
@@ -136,31 +136,33 @@ def _compute(
     factors = Factors(scale, not half, inverse_count=inverse_count, bound=bound)
     sums = LabelSums(model, scale, factors, known)
     scale_gradients = common.empty_float32(scale, n) if any(wanted) else None
-    row_values = {"row_lse_ptr": sums.lse[0], "column_lse_ptr": sums.lse[1]}
 
     def run(plan: schedule.Plan) -> list[Tensor]:
         blocks = Blocks([model], plan)
         found = OperandGradients(model, wanted, dtype, factors, blocks.once)
-        for row_blocks in blocks if known is None else ():
-            for block in row_blocks:
-                blocks.compute_logits(block)
-                sums.add(blocks, block)
+        launch_gradient = PairKernel(
+            contrastive_gradient,
+            blocks,
+            factors,
+            any(wanted[:2]),
+            upstream_ptr=upstream,
+            row_lse_ptr=sums.lse[0],
+            column_lse_ptr=sums.lse[1],
+            scale_gradients_ptr=scale_gradients,
+        )
         if known is None:
+            launch_sums = sums.kernels(blocks)
+            for row_blocks in blocks:
+                for block in row_blocks:
+                    blocks.compute_logits(block)
+                    for launch_sum in launch_sums:
+                        launch_sum(block)
             sums.finish()
         for row_blocks in blocks if any(wanted) else ():
             for block in row_blocks:
                 if known is not None or min(blocks.rows, blocks.columns) < n:
                     blocks.compute_logits(block)
-                launch_pairs(
-                    contrastive_gradient,
-                    blocks,
-                    block,
-                    factors,
-                    any(wanted[:2]),
-                    upstream_ptr=upstream,
-                    scale_gradients_ptr=scale_gradients,
-                    **row_values,
-                )
+                launch_gradient(block)
                 found.add(blocks.g, block)
         return found.finished()
 
@@ -190,10 +192,12 @@ class LabelSums:
             row_softmax.NO_LOSS, [model], scale, factors, target_source=row_softmax.DIAGONAL
         )
 
-    def add(self, blocks: Blocks, block: Block) -> None:
-        """Take the rows and the columns of a block whose logits are stored, the student's first."""
-        softmax_loss.launch_stored(self._rows, blocks, block, self._states[0])
-        softmax_loss.launch_stored(self._rows, blocks, block, self._states[1], swap=True)
+    def kernels(self, blocks: Blocks) -> tuple[BlockKernel, BlockKernel]:
+        """What takes the rows and the columns of a block, the logits of the student lying first."""
+        return (
+            softmax_loss.StoredRows(self._rows, blocks, self._states[0]),
+            softmax_loss.StoredRows(self._rows, blocks, self._states[1], swap=True),
+        )
 
     def finish(self) -> None:
         """Write the loss and the log-sum-exps."""

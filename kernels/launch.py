@@ -1,24 +1,28 @@
 """Launches a kernel on the device of its tensors, on the current stream. All launches go here.
 
-`multiply` launches a matrix product of the library that torch calls (cuBLAS, hipBLAS). `recording`
-collects what operators launch instead of launching it. The operators then run on tensors of the
+`Repeated` launches a kernel again and again, where arguments differ in counts alone. `multiply`
+launches a matrix product of the library that torch calls (cuBLAS, hipBLAS). `recording` collects
+what operators launch instead of launching it. The operators then run on tensors of the
 device "meta": `ahead_of_time` compiles what a GPU would have been given, and
 `python -m benchmarks.kernels plan` counts it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from . import common
 
 # No fused multiply-add: then a student that equals its teacher has a KL of exactly zero.
 FP_FUSION = False
+INT32 = 2**31 - 1
 
 
 class Launch(NamedTuple):
@@ -50,14 +54,56 @@ def launch(
     warps: int,
     stages: int,
     **arguments: Any,
-) -> None:
-    """Launch `kernel` over `grid`, unless launches are being recorded."""
+) -> Any:
+    """Launch `kernel` over `grid`, unless launches are being recorded.
+
+    Returns:
+        What was compiled; None where nothing was.
+    """
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": FP_FUSION}
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, options))
-        return
+        return None
     with current_device(device):
-        kernel[grid](**arguments, **options)
+        return kernel[grid](**arguments, **options)
+
+
+class Repeated:
+    """A kernel and its arguments, all but the counts that differ from launch to launch.
+
+    Triton looks through all arguments of a launch for the kernel that was compiled for their types,
+    alignment, and integers that are 1 or multiples of 16. None of that differs here: `counts` are
+    of `products.COUNTS`, which are not specialised. So the first launch finds the kernel, and the
+    others take it.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        device: torch.device,
+        warps: int,
+        stages: int,
+        **arguments: Any,
+    ) -> None:
+        self._launch = partial(launch, kernel, grid, device, warps, stages)
+        self._kernel, self._grid, self._device = kernel, grid, device
+        self._arguments = arguments
+        self._run: Callable[..., None] | None = None
+
+    def __call__(self, **counts: int) -> None:
+        """Launch with these counts, which are not negative."""
+        self._arguments.update(counts)
+        fits = max(counts.values()) <= INT32  # beyond, a count is of another type
+        if fits and self._run is not None:
+            with current_device(self._device):
+                self._run(*self._arguments.values())
+            return
+        compiled = self._launch(**self._arguments)
+        if fits and isinstance(compiled, CompiledKernel):
+            names = (parameter.name for parameter in self._kernel.params)
+            self._arguments = {name: self._arguments[name] for name in names}
+            self._run = compiled[(*self._grid, 1, 1)[:3]]
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:

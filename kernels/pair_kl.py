@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import autotune, common, row_results, row_softmax, schedule, softmax_loss, sums
-from .chunks import Blocks, OperandGradients, launch_pairs
+from .chunks import Blocks, OperandGradients, PairKernel
 from .common import Model, ceil_div
 from .contrastive import LabelSums
 from .launch import launch
@@ -220,22 +220,22 @@ def _compute(
         gradients = OperandGradients(models[0], wanted, dtype, factors, blocks.once)
         if lse is None:
             _first_pass(a, blocks, scale, teacher_scales, weights, factors, found)
+        launch_gradient = PairKernel(
+            pair_kl_gradient,
+            blocks,
+            factors,
+            any(wanted[:2]),
+            teacher_y_ptrs=blocks.of_models[1:],
+            inputs=_gradient_inputs(scale, teacher_scales, upstream, found),
+            scale_gradients_ptr=scale_gradients,
+            classes=n,
+            numbers=(1.0 / a.temperature, a.t2 / a.temperature),
+        )
         for row_blocks in blocks if any(wanted) else ():
             for block in row_blocks:
                 if lse is not None or min(blocks.rows, blocks.columns) < n:
                     blocks.compute_logits(block)
-                launch_pairs(
-                    pair_kl_gradient,
-                    blocks,
-                    block,
-                    factors,
-                    any(wanted[:2]),
-                    teacher_y_ptrs=blocks.of_models[1:],
-                    inputs=_gradient_inputs(scale, teacher_scales, upstream, found),
-                    scale_gradients_ptr=scale_gradients,
-                    classes=n,
-                    numbers=(1.0 / a.temperature, a.t2 / a.temperature),
-                )
+                launch_gradient(block)
                 gradients.add(blocks.g, block)
         return gradients.finished()
 
@@ -304,13 +304,16 @@ def _first_pass(
         )
         for side in range(2)
     ]
+    kernels = [
+        softmax_loss.StoredRows(both[0], blocks, states[0]),
+        softmax_loss.StoredRows(both[1], blocks, states[1], swap=True),
+        *(() if found.labels is None else found.labels.kernels(blocks)),
+    ]
     for row_blocks in blocks:
         for block in row_blocks:
             blocks.compute_logits(block)
-            softmax_loss.launch_stored(both[0], blocks, block, states[0])
-            softmax_loss.launch_stored(both[1], blocks, block, states[1], swap=True)
-            if found.labels is not None:
-                found.labels.add(blocks, block)
+            for launch_kernel in kernels:
+                launch_kernel(block)
     launch(
         pair_kl_rows,
         (ceil_div(n, 128),),

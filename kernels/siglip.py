@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import autotune, common, row_results, schedule
-from .chunks import Blocks, OperandGradients, launch_pairs
+from .chunks import Blocks, OperandGradients, PairKernel
 from .common import Model
 from .pair_tiles import add_to_rows, store_gradient
 from .products import jit_kernel
@@ -162,21 +162,21 @@ def _compute(
     def run(plan: schedule.Plan) -> list[Tensor]:
         blocks = Blocks([model], plan)
         found = OperandGradients(model, wanted, dtype, factors, blocks.once)
+        launch_rows = PairKernel(
+            siglip_rows,
+            blocks,
+            factors,
+            gradient,
+            bias_ptr=bias,
+            upstream_ptr=upstream,
+            sums_ptr=sums,
+            sum_rows=n,
+            shift=shift,
+        )
         for row_blocks in blocks:
             for block in row_blocks:
                 blocks.compute_logits(block)
-                launch_pairs(
-                    siglip_rows,
-                    blocks,
-                    block,
-                    factors,
-                    gradient,
-                    bias_ptr=bias,
-                    upstream_ptr=upstream,
-                    sums_ptr=sums,
-                    sum_rows=n,
-                    shift=shift,
-                )
+                launch_rows(block)
                 if gradient:
                     found.add(blocks.g, block)
         return found.finished()

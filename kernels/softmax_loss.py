@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import autotune, common, schedule, whole_rows
-from .chunks import Block, Blocks, OperandGradients
+from .chunks import BlockKernel, Blocks, OperandGradients
 from .common import ceil_div
-from .launch import launch
+from .launch import Repeated
 from .products import jit_kernel
 from .row_results import RowResults
 from .row_softmax import (
@@ -218,47 +218,52 @@ def _store(g_row_ptrs, columns, g, loaded, EVEN: tl.constexpr):
         tl.store(at, g, mask=(columns < loaded)[None, :])
 
 
-def launch_stored(
-    rows: Rows,
-    blocks: Blocks,
-    block: Block,
-    state: Tensor | None = None,  # [models, 5, N]
-    statistics: bool = True,
-    gradient: bool = False,
-    swap: bool = False,  # whether the columns of the block are the rows of the softmax
-) -> None:
-    """Launch `stored_rows` for a block whose logits are stored."""
-    n, p = block.last - block.first, block.stop - block.start
-    first, offset, strides, loaded = block.first, block.start, (blocks.stride, 1), blocks.loaded(p)
-    if swap:
-        n, p, first, offset, strides, loaded = p, n, offset, first, (1, blocks.stride), n
-    tile = schedule.row_tile(blocks.architecture, len(rows.models), p, swap)
-    launch(
-        stored_rows,
-        (ceil_div(n, tile.rows),),
-        rows.scale.device,
-        tile.warps,
-        1,
-        **rows.arguments,
-        y_ptrs=blocks.of_models[: len(rows.models)],
-        row_stride=strides[0],
-        column_stride=strides[1],
-        g_ptr=blocks.g if gradient else None,
-        g_stride=blocks.g.stride(0),
-        state_ptr=state,
-        state_rows=0 if state is None else state.shape[2],
-        first=first,
-        offset=offset,
-        n=n,
-        p=p,
-        loaded=loaded,
-        STATISTICS=statistics,
-        WHOLE=statistics and p <= tile.columns,
-        MASKED=rows.class_mask is not None or p % tile.columns != 0,
-        EVEN=loaded % tile.columns == 0,
-        ROWS=tile.rows,
-        BLOCK_P=tile.columns,
-    )
+class StoredRows(BlockKernel):
+    """`stored_rows`, for blocks whose logits are stored."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        blocks: Blocks,
+        state: Tensor | None = None,  # [models, 5, N]
+        statistics: bool = True,
+        gradient: bool = False,
+        swap: bool = False,  # whether the columns of a block are the rows of the softmax
+    ) -> None:
+        super().__init__(swap)
+        self._rows, self._blocks, self._state = rows, blocks, state
+        self._statistics, self._gradient = statistics, gradient
+
+    def _for_size(self, n: int, p: int) -> Repeated:
+        rows, blocks, state = self._rows, self._blocks, self._state
+        strides, loaded = (blocks.stride, 1), blocks.loaded(p)
+        if self._swap:
+            n, p, strides, loaded = p, n, (1, blocks.stride), n
+        tile = schedule.row_tile(blocks.architecture, len(rows.models), p, self._swap)
+        return Repeated(
+            stored_rows,
+            (ceil_div(n, tile.rows),),
+            rows.scale.device,
+            tile.warps,
+            1,
+            **rows.arguments,
+            y_ptrs=blocks.of_models[: len(rows.models)],
+            row_stride=strides[0],
+            column_stride=strides[1],
+            g_ptr=blocks.g if self._gradient else None,
+            g_stride=blocks.g.stride(0),
+            state_ptr=state,
+            state_rows=0 if state is None else state.shape[2],
+            n=n,
+            p=p,
+            loaded=loaded,
+            STATISTICS=self._statistics,
+            WHOLE=self._statistics and p <= tile.columns,
+            MASKED=rows.class_mask is not None or p % tile.columns != 0,
+            EVEN=loaded % tile.columns == 0,
+            ROWS=tile.rows,
+            BLOCK_P=tile.columns,
+        )
 
 
 def compute(rows: Rows, wanted: Sequence[bool], dtype: torch.dtype) -> RowResults:
@@ -273,15 +278,17 @@ def compute(rows: Rows, wanted: Sequence[bool], dtype: torch.dtype) -> RowResult
         state = None
         if blocks.columns < blocks.p:
             state = common.empty_float32(rows.scale, len(rows.models), 5, blocks.n)
+        first_pass = StoredRows(rows, blocks, state, gradient=gradient and state is None)
+        second_pass = StoredRows(rows, blocks, state, statistics=False, gradient=True)
         for row_blocks in blocks:
             for block in row_blocks:
                 blocks.compute_logits(block)
-                launch_stored(rows, blocks, block, state, gradient=gradient and state is None)
+                first_pass(block)
                 if gradient and state is None:
                     found.add(blocks.g, block)
             for block in row_blocks if gradient and state is not None else ():
                 blocks.compute_logits(block)
-                launch_stored(rows, blocks, block, state, statistics=False, gradient=True)
+                second_pass(block)
                 found.add(blocks.g, block)
         return found.finished()
 

@@ -70,6 +70,19 @@ class Counts:
 
 def counts(operator: str, n: int, p: int, d: int, number_format: str) -> Counts:
     """Of our kernels: the mean of a loss with all gradients; of similarity, both passes."""
+    calls = calls_of(operator, n, p, d, number_format)
+    with precision("sm_90", number_format), recording("sm_90") as launches:
+        extra = 0
+        for call in calls:
+            extra = max(extra, _observed(call, launches))
+    work = tuple(one if isinstance(one, Work) else _work(one, 2 * n * p * d) for one in launches)
+    return Counts(work, sum(one.operations for one in work) / (2 * n * p * d), extra)
+
+
+def calls_of(
+    operator: str, n: int, p: int, d: int, number_format: str
+) -> list[Callable[[], object]]:
+    """The calls that are counted, one after the other, on tensors of the device "meta"."""
     dtype = NUMBER_FORMATS[number_format][0]
     x, w, scale = _meta(n, d, dtype=dtype), _meta(p, d, dtype=dtype), _meta()
     target, three = _meta(n, dtype=torch.int64), [True] * 3
@@ -94,12 +107,7 @@ def counts(operator: str, n: int, p: int, d: int, number_format: str) -> Counts:
     if operator == "similarity":
         grad = _meta(n, p, dtype=dtype)
         calls.append(lambda: kernel("similarity_backward")(grad, x, w, scale, False, three))
-    with precision("sm_90", number_format), recording("sm_90") as launches:
-        extra = 0
-        for call in calls:
-            extra = max(extra, _observed(call, launches))
-    work = tuple(one if isinstance(one, Work) else _work(one, 2 * n * p * d) for one in launches)
-    return Counts(work, sum(one.operations for one in work) / (2 * n * p * d), extra)
+    return calls
 
 
 def counts_of_torch(function: Callable[[], Sequence[Tensor]], size: int) -> Counts:

@@ -1,10 +1,11 @@
-"""What a chunk of rows costs the host, without a GPU: microseconds of Python, and calls.
+"""What calls and chunks of rows cost the host, without a GPU: microseconds of Python, and calls.
 
 python -m benchmarks.kernels host
 
 dual_teacher_kl's mean with gradients runs on tensors of the device "meta", in few chunks and in
-many; the difference is that of a chunk. Triton launches by its own code, up to a driver that does
-nothing. The library's products, five a chunk, are left out: they take no Python.
+many; the difference is that of a chunk. Triton launches by its own code, but nothing is compiled,
+and its driver does nothing. The library's products do nothing either, five a chunk: torch calls
+them without Python.
 """
 
 from __future__ import annotations
@@ -14,32 +15,27 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import FrameType
 from typing import Any
 from unittest import mock
 
 import torch
+import triton.compiler
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from mulki.kernels import common, kernel, schedule
+from benchmarks.kernels.counts import calls_of
+from mulki.kernels import common, schedule
+from mulki.kernels.ahead_of_time import precision
 
+ARCHITECTURE, TARGET = "sm_90", GPUTarget("cuda", 90, 32)
 ROWS, P, D = 64, 1000, 512  # of a chunk, and of all
 FEW, MANY = 4, 24  # chunks
-ROUNDS = 30
+ROUNDS, LEAST_ROUNDS, SECONDS = 30, 3, 0.2  # of a measurement
 
 
 class IdleDriver:
-    """What Triton asks of a driver; nothing is loaded or launched."""
-
-    utils = SimpleNamespace(
-        load_binary=lambda *_: (None, 0, 32, 0, 1024),
-        unload_module=lambda *_: None,
-        get_device_properties=lambda *_: {"max_shared_mem": 227 << 10},
-    )
-
-    def launcher_cls(self, *_: object) -> Callable[..., None]:
-        return lambda *arguments: None
+    """What Triton asks of a driver; nothing is launched."""
 
     def get_current_device(self) -> int:
         return -1  # no number of a device that is here, for which kernels are kept
@@ -48,38 +44,64 @@ class IdleDriver:
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return TARGET
+
+
+class IdleKernel(triton.compiler.CompiledKernel):
+    """What stands for a compiled kernel, and is launched as one."""
+
+    def __init__(self, src: Any) -> None:
+        self.src, self.name = src, src.name
+        self.module, self.function, self.packed_metadata = object(), 0, ()
+
+    def __del__(self) -> None:
+        pass  # nothing was loaded
+
+    @property
+    def run(self) -> Callable[..., None]:
+        return nothing
+
+
+def nothing(*arguments: object, **options: object) -> None:
+    pass
 
 
 @contextmanager
-def idle() -> Iterator[None]:
-    """Launches and products do nothing, and all is in chunks of ROWS."""
-    nothing = {torch: ("mm", "addmm"), torch.Tensor: ("addmm_",)}
-    plan = schedule.Plan("chunks", ROWS, P)
+def idle(plan: schedule.Plan | None = None) -> Iterator[None]:
+    """Launches and products do nothing; with a plan, all losses take that one."""
+    products = (torch, "mm"), (torch, "addmm"), (torch.Tensor, "addmm_")
+    compile_kernel = triton.compiler.compile
+
+    def compile_nothing(src: Any, **options: Any) -> Any:
+        # Triton may ask after the end, too.
+        idles = isinstance(driver._active, IdleDriver)
+        return IdleKernel(src) if idles else compile_kernel(src, **options)
+
     with ExitStack() as stack:
-        for where, names in nothing.items():
-            for name in names:
-                stack.enter_context(mock.patch.object(where, name, lambda *_, **options: None))
+        for where, name in products:
+            stack.enter_context(mock.patch.object(where, name, nothing))
+        stack.enter_context(mock.patch.object(triton.compiler, "compile", compile_nothing))
         stack.enter_context(mock.patch.object(driver, "_active", IdleDriver()))
-        stack.enter_context(mock.patch.object(schedule, "plans", lambda problem: (plan,)))
-        common.assume_architecture("sm_90")
+        if plan is not None:
+            stack.enter_context(mock.patch.object(schedule, "plans", lambda problem: (plan,)))
+        common.assume_architecture(ARCHITECTURE)
         try:
             yield
         finally:
             common.assume_architecture(None)
 
 
+def microseconds_of(operator: str, n: int, p: int, d: int, number_format: str) -> float:
+    """Of this process, for the calls that `counts.counts` counts."""
+    calls = calls_of(operator, n, p, d, number_format)
+    with idle(), precision(ARCHITECTURE, number_format):
+        return microseconds(lambda: [call() for call in calls])
+
+
 def call_of(chunks: int) -> Callable[[], object]:
     """A call that takes so many chunks."""
-
-    def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    n = chunks * ROWS
-    x, w = new(n, D, dtype=torch.bfloat16), new(P, D, dtype=torch.bfloat16)
-    gate = None, new(n, dtype=torch.int64), None, 2.0, 1.0, 0.0, 1.0, True
-    arguments = x, w, new(), [x, x], [w, w], new(2), *gate, True, [True] * 3
-    return lambda: kernel("teacher_kl_reduced")(*arguments)
+    (call,) = calls_of("dual_teacher_kl", chunks * ROWS, P, D, "bf16")
+    return call
 
 
 def python_calls(call: Callable[[], object]) -> int:
@@ -101,17 +123,18 @@ def python_calls(call: Callable[[], object]) -> int:
 
 def of_a_chunk(measure: Callable[[Callable[[], object]], float]) -> float:
     """What a chunk adds to what is measured of a call."""
-    with idle():
+    with idle(schedule.Plan("chunks", ROWS, P)):
         few, many = call_of(FEW), call_of(MANY)
         for call in (few, many):
-            call()  # compiles
+            call()
         return (measure(many) - measure(few)) / (MANY - FEW)
 
 
 def microseconds(call: Callable[[], object]) -> float:
-    """Of this process, the least of some rounds."""
-    took = []
-    for _ in range(ROUNDS):
+    """Of this process, the least of some rounds; not of the first, in which Triton looks around."""
+    call()
+    took: list[float] = []
+    while len(took) < LEAST_ROUNDS or (len(took) < ROUNDS and sum(took) < SECONDS):
         start = time.process_time()
         call()
         took.append(time.process_time() - start)

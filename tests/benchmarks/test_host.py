@@ -1,4 +1,4 @@
-"""What a chunk costs the host, by count."""
+"""What calls and chunks cost the host, by count."""
 
 from __future__ import annotations
 
@@ -12,19 +12,77 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton launches nothing where it interprets", allow_module_level=True)
 
 import torch
+import triton.compiler
 from triton.runtime import driver
 
 from benchmarks.kernels import host
-from mulki.kernels import chunks, common, schedule
+from benchmarks.kernels.counts import OPERATORS, calls_of
+from mulki.kernels import chunks, common, launch, schedule
+from tests.ops.op_cases import Operations
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+BLOCKS = schedule.Plan("stream", 64, 128)
+LOSSES = [operator for operator in OPERATORS if operator != "similarity"]
 
 
 def test_a_chunk_takes_few_calls():
-    assert 5 < host.of_a_chunk(host.python_calls) <= 16
+    assert 5 < host.of_a_chunk(host.python_calls) <= 12
+
+
+@pytest.mark.parametrize("operator", LOSSES)
+def test_memory_is_taken_once_for_all_chunks(operator):
+    """Nothing but our kernels and the library's products, which are left out, is for a chunk."""
+    noted = []
+    for n in (256, 640):
+        (call,) = calls_of(operator, n, n, 64, "bf16")
+        with host.idle(BLOCKS), Operations() as operations:
+            call()
+        noted.append(operations.names)
+    assert noted[0] == noted[1] and len(noted[0]) > 3
+
+
+def launched(operator, n, plan, monkeypatch):
+    """What Triton is asked to launch for blocks, and all that is: kernels, and their arguments."""
+    asked, ran = [], []
+    ask = launch.launch
+    monkeypatch.setattr(
+        launch, "launch", lambda *of, **given: (asked.append(of[0]), ask(*of, **given))[1]
+    )
+    # Of nine arguments before the kernel's own, three are the grid.
+    run = property(lambda kernel: lambda *given: ran.append((kernel, given[:3], seen(given[9:]))))
+    monkeypatch.setattr(host.IdleKernel, "run", run)
+    (call,) = calls_of(operator, n, n, 64, "bf16")
+    with host.idle(plan):
+        call()
+    return asked, ran
+
+
+def seen(given):
+    if isinstance(given, (tuple, list)):
+        return tuple(map(seen, given))
+    return (given.shape, given.stride(), given.dtype) if isinstance(given, torch.Tensor) else given
+
+
+@pytest.mark.parametrize(("n", "rows", "columns"), [(320, 40, 136), (7, 1, 3)])
+@pytest.mark.parametrize("operator", LOSSES)
+def test_a_kept_kernel_is_that_which_triton_finds(operator, n, rows, columns, monkeypatch):
+    """It is handed what Triton would hand it, in each block. Triton is asked once for each size."""
+    plan = schedule.Plan("stream", rows, columns)
+    with monkeypatch.context() as patch:
+        asked, ran = launched(operator, n, plan, patch)
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "INT32", -1)  # nothing fits, so nothing is kept
+        always_asked, wanted = launched(operator, n, plan, patch)
+    assert ran == wanted
+    assert len(asked) <= 10 < len(always_asked)
+
+
+def test_a_count_of_64_bits_is_for_triton(monkeypatch):
+    asked = []
+    monkeypatch.setattr(launch, "launch", lambda *of, **given: asked.append(given))
+    repeated = launch.Repeated(None, (1,), torch.device("meta"), 1, 1)
+    monkeypatch.setattr(repeated, "_run", lambda *given: pytest.fail("launched another type"))
+    repeated(first=2**31, offset=0)
+    assert asked == [{"first": 2**31, "offset": 0}]
 
 
 def test_a_view_more_in_a_chunk_would_be_seen(monkeypatch):
@@ -34,7 +92,7 @@ def test_a_view_more_in_a_chunk_would_be_seen(monkeypatch):
     monkeypatch.setattr(
         chunks, "multiply", lambda *given, **add: (views.append(given), right(*given, **add))
     )
-    with host.idle():
+    with host.idle(schedule.Plan("chunks", host.ROWS, host.P)):
         host.call_of(3)()
     logits = [given for given in views if given[2].shape == (host.ROWS, host.P)]
     assert len(logits) == 9
@@ -42,10 +100,11 @@ def test_a_view_more_in_a_chunk_would_be_seen(monkeypatch):
 
 
 def test_nothing_is_left_of_the_idle_driver(capsys):
-    before = torch.mm, torch.addmm, schedule.plans, driver._active
+    before = torch.mm, torch.addmm, schedule.plans, driver._active, triton.compiler.compile
     assert host.main() == 0
     assert re.match(
         r"a chunk of dual_teacher_kl: \d+ us of Python, \d+ calls", capsys.readouterr().out
     )
-    assert (torch.mm, torch.addmm, schedule.plans, driver._active) == before
+    after = torch.mm, torch.addmm, schedule.plans, driver._active, triton.compiler.compile
+    assert after == before
     assert common._assumed is None
