@@ -12,6 +12,11 @@ peaks of four GPUs and the assumptions in `cards.py`. "eager" is the loss as it 
 PyTorch, "graph" the same launches in a CUDA graph, "compile" the products of eager with what lies
 between them fused, in a graph too, and "library" the least number of products by the library that
 torch calls.
+
+`host_us` alone is measured: microseconds of this process that a call takes on tensors of the device
+"meta", by Triton's own code for launches up to a driver that does nothing (`host.py`). Products of
+the library do nothing, too, so what torch takes to call them is not in it. Calls of an operator
+with as many launches differ by the host's work hardly at all, so one of them is measured.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -29,7 +35,9 @@ from torch import Tensor
 
 from benchmarks.kernels.cards import CARDS, GRAPH_LAUNCH, LAUNCH, PYTHON_LAUNCH, seconds
 from benchmarks.kernels.counts import OPERATORS, PAIRED, Counts, Work, counts, counts_of_torch
+from benchmarks.kernels.host import microseconds_of
 from mulki.bench.losses import EAGER
+from mulki.environment import environment
 from mulki.kernels.ahead_of_time import NUMBER_FORMATS
 
 HERE = Path(__file__).parent
@@ -39,7 +47,7 @@ SHAPES = (
 )
 WIDTHS = (512, 640, 768, 1024, 1280)
 WAYS = ("mulki", "mulki graph", "eager", "eager graph", "compile", "library")
-INTEGERS = ("n", "p", "d", "k", "launches", "bytes", "extra_bytes")
+INTEGERS = ("n", "p", "d", "k", "launches", "bytes", "extra_bytes", "host_us")
 COLUMNS = ("operator", "n", "p", "d", "k", "numbers", "products", *INTEGERS[4:])
 
 
@@ -60,17 +68,22 @@ def main(argv: Sequence[str]) -> int:
 
 
 def all_rows() -> Iterator[dict[str, Any]]:
+    measured: dict[tuple[str, int], int] = {}
     for operator in OPERATORS:
         for n, p in SHAPES:
             if operator in PAIRED and n != p:
                 continue
             for d in WIDTHS:
                 for numbers in NUMBER_FORMATS:
-                    yield row(operator, n, p, d, numbers)
+                    one = row(operator, n, p, d, numbers)
+                    kind = operator, one["launches"]
+                    if kind not in measured:
+                        measured[kind] = round(microseconds_of(operator, n, p, d, numbers))
+                    yield one | {"host_us": measured[kind]}
 
 
 def row(operator: str, n: int, p: int, d: int, numbers: str) -> dict[str, Any]:
-    """The counts of one call, and modelled seconds by GPU and way of computing it."""
+    """What is counted of one call, and modelled seconds by GPU and way of computing it."""
     found = counts(operator, n, p, d, numbers)
     work = {
         "mulki": (found.work, PYTHON_LAUNCH),
@@ -179,23 +192,36 @@ def read(path: Path = HERE / "plan.csv") -> list[dict[str, str]]:
 INTRODUCTION = """\
 # What the Triton kernels take, by count
 
-Forward and backward with gradients of everything; D = 512. **Nothing here was measured**: products,
-launches and memory are counted from recorded launches, and times are a model of an H100 from its
-published peaks (`cards.py` has it, with its assumptions). `plan.csv` has five widths, five number
-formats and four GPUs. `python -m benchmarks.kernels plan --write` makes both files, and says what
-the columns are.
+Forward and backward with gradients of everything; D = 512. **Nothing here was measured on a GPU**:
+products, launches and memory are counted from recorded launches, and times are a model of an H100
+from its published peaks (`cards.py` has it, with its assumptions). "host us" is Python's time for a
+call, measured up to a driver that does nothing, without torch's time for products of the library.
+`plan.csv` has five widths, five number formats and four GPUs.
+`python -m benchmarks.kernels plan --write` makes both files, and says what the columns are.
+
+Host: {host}.
 """
 
 
+def host() -> str:
+    """The machine on which `host_us` is measured, how busy it is, and versions."""
+    found, load = environment(), os.getloadavg()[0]
+    versions = ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "triton"))
+    return f"{found['cpu']}, {found['cpu_count']} cores with a load of {load:.1f}; {versions}"
+
+
 def render(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [INTRODUCTION]
-    head = ("operator", "N x P", "numbers", "products", "launches", "extra MiB")
+    lines = [INTRODUCTION.format(host=host())]
+    head = ("operator", "N x P", "numbers", "products", "launches", "extra MiB", "host us")
     lines.append(f"| {' | '.join((*head, *(f'{way}, us' for way in WAYS)))} |")
-    lines.append("| --- | --- | --- |" + " ---: |" * (3 + len(WAYS)))
+    lines.append("| --- | --- | --- |" + " ---: |" * (4 + len(WAYS)))
     for one in rows:
         if one["d"] != WIDTHS[0] or one["numbers"] not in ("bf16", "fp32"):
             continue
-        counted = f"{one['products']:g}", str(one["launches"]), f"{one['extra_bytes'] / 2**20:.1f}"
+        counted = (
+            *(f"{one['products']:g}", str(one["launches"])),
+            *(f"{one['extra_bytes'] / 2**20:.1f}", str(one["host_us"])),
+        )
         times = (f"{one['seconds']['H100'][way] * 1e6:.0f}" for way in WAYS)
         named = one["operator"], f"{one['n']} x {one['p']}", one["numbers"]
         lines.append(f"| {' | '.join((*named, *counted, *times))} |")

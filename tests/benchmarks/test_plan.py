@@ -94,7 +94,19 @@ def test_the_table_has_todays_counts(operator, table):
     for row in chosen:
         shape = (int(row[name]) for name in ("n", "p", "d"))
         today = plan.row(operator, *shape, row["numbers"])
-        assert plan.cells(today) == list(row.values()), RENEW
+        assert plan.cells(today | {"host_us": row["host_us"]}) == list(row.values()), RENEW
+
+
+def test_the_host_is_measured_for_each_kind_of_call(table):
+    """Host times are of a machine and a moment: only what holds on any is asked of them."""
+    kinds = {}
+    for row in table:
+        kinds.setdefault((row["operator"], int(row["launches"])), set()).add(int(row["host_us"]))
+    assert all(len(measured) == 1 for measured in kinds.values())
+    for (operator, launches), (host_us,) in kinds.items():
+        assert launches < host_us, RENEW
+        if operator == "dual_teacher_kl" and launches > 40:  # chunks of six launches
+            assert host_us / launches <= 60 / 6
 
 
 def test_an_operation_of_torch_counts_once_with_its_bytes_and_its_memory():
@@ -117,11 +129,18 @@ def test_a_launch_takes_the_longest_of_products_bytes_and_host():
 
 
 def test_what_is_printed(capsys, monkeypatch):
+    measured = []
+    monkeypatch.setattr(
+        plan, "microseconds_of", lambda *of: (measured.append(of), 10.6 * len(measured))[1]
+    )
     monkeypatch.setattr(plan, "SHAPES", ((64, 100),))
     monkeypatch.setattr(plan, "WIDTHS", (512,))
     assert plan.main(["--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert len(rows) == (len(OPERATORS) - len(PAIRED)) * len(NUMBER_FORMATS)
     assert set(rows[0]) == {*plan.COLUMNS, "seconds"} and set(rows[0]["seconds"]) == set(CARDS)
+    kinds = {(row["operator"], row["launches"]): row["host_us"] for row in rows}
+    assert len(measured) == len(kinds) < len(rows)
+    assert list(kinds.values()) == [round(10.6 * (i + 1)) for i in range(len(kinds))]
     assert plan.main([]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(rows) + 1
