@@ -3,8 +3,8 @@
 Every operator is computed at a few shapes in every dtype, by the kernels and by plain PyTorch.
 Values and gradients are compared with float64 as the benchmark does (`mulki.bench.verify`): of the
 mean, of the losses of single rows, whose backward passes are kernels of their own, and with other
-options. Then forward and backward together are timed by turns. `mulki.ops.proofs` keeps what was
-found.
+options; and so are the by-products, such as the divergence and the weight of each teacher. Then
+forward and backward together are timed by turns. `mulki.ops.proofs` keeps what was found.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,8 +29,10 @@ from mulki.ops.proofs import Verdict
 from mulki.similarity import Similarity
 
 if TYPE_CHECKING:
-    from mulki.bench.cases import Case
+    from mulki.bench.cases import Case, Inputs
     from mulki.bench.losses import Loss
+    from mulki.bench.outcomes import Outcome
+    from mulki.bench.verify import Compute
 
 #: The cases of the benchmark that try an operator.
 CASES = {
@@ -172,28 +174,29 @@ def _problems_of_forms(case: Case) -> list[str]:
     """What is wrong with other forms of a loss, and at a shape that fills no tile."""
     from mulki.bench.cases import PAIRED
     from mulki.bench.losses import MULKI
+    from mulki.bench.outcomes import outcome
 
     size = proofs.size_of(case.n, case.p)
     n, p, d = (ODD_PAIRED_SHAPES if case.operator in PAIRED else ODD_SHAPES)[size]
     odd = replace(case, n=n, p=p, d=d)
-    problems = _problems_of(odd, f"at {odd.shape}", MULKI[case.operator])
+    problems = _problems_of(odd, f"at {odd.shape}", partial(outcome, MULKI[case.operator]))
     if case.operator == "dual_teacher_kl":
         three = replace(odd, operator="teacher_kl_3")
-        problems += _problems_of(three, f"three teachers at {odd.shape}", MULKI["teacher_kl_3"])
+        loss = partial(outcome, MULKI["teacher_kl_3"])
+        problems += _problems_of(three, f"three teachers at {odd.shape}", loss)
     for of_shape in (case, odd):
         for form, (ours, plain) in _forms(of_shape).items():
             problems += _problems_of(of_shape, f"{form} at {of_shape.shape}", ours, plain)
     return problems
 
 
-def _problems_of(case: Case, form: str, ours: Loss, plain: Loss | None = None) -> list[str]:
-    from mulki.bench.outcomes import outcome
+def _problems_of(case: Case, form: str, ours: Compute, plain: Compute | None = None) -> list[str]:
     from mulki.bench.verify import Verifier
 
     inputs = case.inputs()
     verifier = Verifier(case, inputs, plain)
     try:
-        errors = verifier.errors(outcome(ours, inputs))
+        errors = verifier.errors(ours(inputs))
     except torch.OutOfMemoryError:
         raise
     # Whatever else the kernels raise is what is wrong with them.
@@ -202,59 +205,97 @@ def _problems_of(case: Case, form: str, ours: Loss, plain: Loss | None = None) -
     return [f"{form}: {problem}" for problem in verifier.problems(errors, strict=True)]
 
 
-def _forms(case: Case) -> dict[str, tuple[Loss, Loss | None]]:
+def _forms(case: Case) -> dict[str, tuple[Compute, Compute | None]]:
     """Other forms of the loss of a case, and what each is compared with; None for the case's."""
     from mulki.bench.losses import EAGER, MULKI, TEMPERATURE
+    from mulki.bench.outcomes import outcome
 
     if case.operator == "similarity":
         return {}
     ours = MULKI[case.operator]
 
-    def with_options(**options: Any) -> tuple[Loss, Loss]:
-        loss = partial(ours, **options)
-        return loss, loss
+    def of_rows(*operands: Any) -> Tensor:
+        return ours(*operands, reduction="none").mean()
 
-    forms: dict[str, tuple[Loss, Loss | None]] = {
-        "row by row": (lambda *operands: ours(*operands, reduction="none").mean(), None)
+    forms: dict[str, tuple[Compute, Compute | None]] = {
+        "row by row": (partial(outcome, of_rows), None)
     }
-    blend: dict[str, Any] = {"gate": "blend", "gate_entropy": 1.0, "gate_label": 0.5}
-    if case.operator == "dual_teacher_kl":
-        forms["blend gate and class mask"] = with_options(**blend, class_mask=_mask(case))
-        forms["loss gate"] = with_options(gate="loss")
-    elif case.operator == "prototype_cross_entropy":
-        ignored = int(_target(case)[0])
-        forms["smoothing, class mask and ignored rows"] = with_options(
-            label_smoothing=0.1, class_mask=_mask(case), ignore_index=ignored
-        )
-    elif case.operator == "pair_kl":
-        weights = torch.linspace(0.5, 1.5, 2 * case.n, device=case.device).view(2, case.n, 1)
-        forms["weights"] = with_options(weights=weights)
+    for name, loss in _with_options(case).items():
+        compute = partial(outcome, loss)
+        forms[name] = compute, compute
+    for name, loss in {"": ours, **_with_options(case)}.items():
+        compute = partial(_by_products, case, loss)
+        forms[f"by-products, {name}" if name else "by-products"] = compute, compute
+    if case.operator == "pair_kl":
 
-        def with_labels(
-            x: Tensor, w: Tensor, scale: Tensor, teachers: Any, target: Tensor
-        ) -> Tensor:
+        def sums(x: Tensor, w: Tensor, scale: Tensor, teachers: Any, target: Tensor) -> Any:
             uniform = find_gate("uniform")
-            of_labels, of_teachers, *_ = ops.pair_kl.sums_with_labels(
-                (x, w, scale), teachers, TEMPERATURE, uniform, (0.0, 0.0), 1.0
-            )
-            return (of_labels + of_teachers) / len(x)
+            options = TEMPERATURE, uniform, (0.0, 0.0), 1.0
+            return ops.pair_kl.sums_with_labels((x, w, scale), teachers, *options)
+
+        def with_labels(*operands: Any) -> Tensor:
+            of_labels, of_teachers, *_ = sums(*operands)
+            total: Tensor = (of_labels + of_teachers) / len(operands[0])
+            return total
+
+        def beside_labels(inputs: Inputs) -> Outcome:
+            _, _, weights, entropy = sums(*inputs.arguments)
+            return {"weights": weights, "entropy": entropy}
 
         def plain(*operands: Any) -> Tensor:
             return EAGER["contrastive"](*operands[:3]) + EAGER["pair_kl"](*operands)
 
-        forms["with labels"] = with_labels, plain
+        forms["with labels"] = partial(outcome, with_labels), partial(outcome, plain)
+        forms["by-products, with labels"] = beside_labels, beside_labels
+    return forms
+
+
+def _by_products(case: Case, loss: Callable[..., Any], inputs: Inputs) -> Outcome:
+    """The losses of rows and, of teachers, what is returned beside them and beside a mean."""
+    if not case.teachers:
+        return {"losses": loss(*inputs.arguments, reduction="none").detach()}
+    found: Outcome = {}
+    for reduction, beside in (("none", "the losses"), ("mean", "the mean")):
+        losses, details = loss(*inputs.arguments, reduction=reduction, return_details=True)
+        found |= {f"{name} beside {beside}": v.detach() for name, v in details._asdict().items()}
+        if reduction == "none":
+            found["losses"] = losses.detach()
+    return found
+
+
+def _with_options(case: Case) -> dict[str, Loss]:
+    """Our loss with options beside those of the case; further ones may be given."""
+    from mulki.bench.losses import MULKI, TEMPERATURE
+
+    ours = MULKI[case.operator]
+    blend: dict[str, Any] = {"gate": "blend", "gate_entropy": 1.0, "gate_label": 0.5}
+    if case.operator == "dual_teacher_kl":
+        return {
+            "blend gate and class mask": partial(ours, **blend, class_mask=_mask(case)),
+            "loss gate": partial(ours, gate="loss"),
+        }
+    if case.operator == "prototype_cross_entropy":
+        ignored = int(_target(case)[0])
+        options: dict[str, Any] = {"label_smoothing": 0.1, "class_mask": _mask(case)}
+        loss = partial(ours, **options, ignore_index=ignored)
+        return {"smoothing, class mask and ignored rows": loss}
+    if case.operator == "pair_kl":
+        weights = torch.linspace(0.5, 1.5, 2 * case.n, device=case.device).view(2, case.n, 1)
 
         def two_teachers(
-            x: Tensor, w: Tensor, scale: Tensor, teachers: Any, target: Tensor
-        ) -> Tensor:
+            x: Tensor, w: Tensor, scale: Tensor, teachers: Any, target: Tensor, **options: Any
+        ) -> Any:
             ((u, v, s),) = teachers
             others = [Similarity(u, v, s), Similarity(v, u, s)]
             return functional.pair_teacher_kl(
-                Similarity(x, w, scale), others, temperature=TEMPERATURE, **blend
+                Similarity(x, w, scale), others, temperature=TEMPERATURE, **blend, **options
             )
 
-        forms["two teachers and a blend gate"] = two_teachers, two_teachers
-    return forms
+        return {
+            "weights": partial(ours, weights=weights),
+            "two teachers and a blend gate": two_teachers,
+        }
+    return {}
 
 
 def _target(case: Case) -> Tensor:

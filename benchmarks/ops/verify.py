@@ -10,6 +10,7 @@ checked at any size.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -18,24 +19,25 @@ from torch import Tensor
 from mulki.ops.backends import use_backend
 
 from .cases import Case, Inputs
-from .losses import Loss
-from .outcomes import Outcome, in_chunks, outcome
+from .outcomes import Outcome, in_chunks
 from .providers import PROVIDERS
 
 #: Relative L2 error allowed on top of the unfused one's, by dtype: a few roundings of a result.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 5e-3, "float16": 1e-3}
+
+Compute = Callable[[Inputs], Outcome]
 
 
 class Verifier:
     """The float64 outcome of a case, and the errors of unfused computations.
 
     Args:
-        loss: of all rows at once, in plain PyTorch or by our functions, which then take the
+        compute: the outcome of inputs, in plain PyTorch or by our functions, which then take the
             reference; None for that of the case.
     """
 
-    def __init__(self, case: Case, inputs: Inputs, loss: Loss | None = None) -> None:
-        compute = partial(in_chunks, case) if loss is None else partial(outcome, loss)
+    def __init__(self, case: Case, inputs: Inputs, compute: Compute | None = None) -> None:
+        compute = compute or partial(in_chunks, case)
         self._tolerance = TOLERANCE[case.dtype]
         with use_backend("reference"):
             self._truth = compute(case.inputs(torch.float64))

@@ -52,20 +52,48 @@ def test_where_the_kernels_are_right_and_faster_they_are_taken():
     functional.siglip(torch.randn(4, 8), torch.randn(4, 8), 1.0, 0.0)  # allocates as a kernel does
 
 
-def test_a_kernel_that_is_wrong_in_one_form_is_found(monkeypatch):
+def wrong(monkeypatch, op: str, *results: int) -> None:
+    """Make some results of a kernel one per cent too large."""
     triton = type(backends.BACKENDS["triton"])
     right = triton.kernel
 
-    def kernel(self, op):
-        found = right(self, op)
-        if op != "prototype_cross_entropy_backward":
+    def kernel(self, asked):
+        found = right(self, asked)
+        if asked != op:
             return found
-        return lambda *arguments: tuple(1.01 * t for t in found(*arguments))
+        return lambda *arguments: tuple(
+            1.01 * t if i in results else t for i, t in enumerate(found(*arguments))
+        )
 
     monkeypatch.setattr(triton, "kernel", kernel)
+
+
+def test_a_kernel_that_is_wrong_in_one_form_is_found(monkeypatch):
+    monkeypatch.setattr(prove, "CASES", {"prototype_cross_entropy": ("prototype_cross_entropy",)})
+    wrong(monkeypatch, "prototype_cross_entropy_backward", 0, 1, 2)
     found = verdicts("float32")["prototype_cross_entropy float32 small"]
     assert any("row by row at 8x8x16: gradient" in problem for problem in found.problems)
     assert "was wrong" in (found.why_not() or "")
+
+
+@pytest.mark.parametrize(
+    ("op", "result", "name"),
+    [
+        ("teacher_kl", 3, "entropy beside the losses"),
+        ("teacher_kl_reduced", 1, "kl beside the mean"),
+        ("teacher_kl_reduced", 2, "weights beside the mean"),
+        ("pair_kl", 1, "kl beside the losses"),
+    ],
+)
+def test_a_by_product_that_is_wrong_is_found(op, result, name, monkeypatch):
+    """Neither the loss nor its gradients show it."""
+    operator = op.removesuffix("_reduced")
+    cases = prove.CASES[operator][:1]
+    monkeypatch.setattr(prove, "CASES", {operator: cases})
+    wrong(monkeypatch, op, result)
+    found = verdicts("float32")[f"{operator} float32 small"]
+    assert found.problems and all(f": {name}: " in problem for problem in found.problems)
+    assert any(problem.startswith("by-products at 8x8x16") for problem in found.problems)
 
 
 def test_the_operator_asks_with_the_size_of_its_call(monkeypatch):
