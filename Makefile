@@ -7,13 +7,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-amx docs lint sanitize fuzz test-long clean .venv
+.PHONY: help demo test test-amx test-oldest docs lint sanitize fuzz test-long clean .venv
 
 help:
 	@echo "make demo      run the bundled image tasks (mulki run embedded) and show the results"
 	@echo "make test      make lint, then pytest"
 	@echo "make test-long the tests that take minutes: packages, fifty tasks, every point to kill a run at"
 	@echo "make test-amx  tests of the operators with Intel's matrix unit emulated, on a CPU with AVX-512"
+	@echo "make test-oldest  some tests of the Triton kernels with torch 2.11 and Triton 3.6, the oldest supported"
 	@echo "make docs      the documentation as a site in build/docs, without warnings or a network"
 	@echo "make lint      ruff, clang-format and mypy"
 	@echo "make sanitize  the C++ kernels under sanitizers, on Linux; SHORT=1 for fewer tests"
@@ -32,6 +33,28 @@ test-amx: .venv/.installed-test
 	MULKI_BUILD_CAPABILITIES=AVX512 MULKI_BUILD_FLAGS=-DMULKI_EMULATE_AMX \
 	    $(BIN)/python setup.py -q build_ext --build-lib build/amx --build-temp build/amx
 	MULKI_EMULATE_AMX=1 $(BIN)/python -m pytest -q tests/ops -k cpp
+
+# In an environment of its own, without the C++ kernels. NumPy 2.4 does not go with the interpreter
+# of Triton 3.6.
+OLDEST := build/oldest
+OLDEST_PACKAGES := "torch==2.11.*" "triton==3.6.*" "numpy<2.4" "pytest>=8.2"
+# Compiled, counted, launched up to a driver that does nothing, interpreted, traced.
+OLDEST_TESTS := tests/benchmarks/test_host.py tests/benchmarks/test_plan.py \
+    tests/benchmarks/test_kernels.py tests/kernels/test_kernel_choice.py \
+    tests/kernels/test_schedule.py tests/ops/test_torch_private.py tests/ops/test_compile.py
+OLDEST_INTERPRETED := tests/kernels/interpreted/test_triton_schedules.py
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -q -m "not slow" $(OLDEST_TESTS)
+	TRITON_INTERPRET=1 $(OLDEST)/bin/python -m pytest -q $(OLDEST_INTERPRETED)
+
+# PyPI's torch brings CUDA's libraries.
+$(OLDEST)/.installed:
+	@$(PYTHON) -c 'import shutil, sys; sys.exit(shutil.disk_usage(".").free < 1e10)' || { \
+	    echo "make test-oldest: the disk has less than 10 GB left for torch 2.11 and CUDA's libraries" >&2; exit 1; }
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q $(OLDEST_PACKAGES)
+	@touch $@
 
 # The theme prints a long notice of MkDocs 2 otherwise, which is not the MkDocs that is installed.
 docs: .venv/.installed-docs
