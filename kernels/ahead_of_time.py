@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -49,7 +50,11 @@ _TYPES = {
     torch.int64: "i64",
     torch.uint8: "u8",
 }
-_TILE_ARGUMENTS = ("BLOCK_N", "BLOCK_P", "DEPTH", "ROWS", "STATISTICS", "WHOLE")
+# Of arguments, or fields of the argument TILE.
+_TILE_NAMES = (
+    *("BLOCK_N", "BLOCK_P", "DEPTH", "ROWS"),
+    *("rows", "columns", "depth", "statistics", "whole"),
+)
 _ALIGNED = [["tt.divisibility", 16]]
 
 Path = tuple[int, ...]
@@ -60,7 +65,7 @@ class Variant:
     """What `triton.compile` takes."""
 
     operator: str
-    tile: str  # the values of _TILE_ARGUMENTS, as in "BLOCK_N=64 BLOCK_P=64"
+    tile: str  # the values of _TILE_NAMES, as in "BLOCK_N=64 BLOCK_P=64"
     kernel: Any
     signature: dict[str, Any]
     constants: dict[Path, Any]
@@ -94,7 +99,7 @@ def variants(architecture: str, number_format: str) -> Iterator[Variant]:
             if isinstance(launch, Product):
                 continue
             # Of the others, those of bf16 stand for fp16, but for the type of G.
-            of_format = "PRECISION" in launch.arguments or launch.kernel.__name__ == "scaled"
+            of_format = launch.kernel.__name__ in ("whole_rows", "scaled_product", "scaled")
             if number_format == "fp16" and not of_format:
                 continue
             variant = _variant(name.split()[0], launch, architecture, number_format)
@@ -192,10 +197,10 @@ def _variant(operator: str, launch: Launch, architecture: str, number_format: st
         else:
             specialized = not parameter.do_not_specialize
             signature[parameter.name] = _type(value, (i,), constants, attributes, specialized)
-    given = [name for name in _TILE_ARGUMENTS if name in launch.arguments]
+    given = launch.arguments | vars(launch.arguments.get("TILE", SimpleNamespace()))
     return Variant(
         operator,
-        " ".join(f"{name}={launch.arguments[name]}" for name in given),
+        " ".join(f"{name}={given[name]}" for name in _TILE_NAMES if name in given),
         launch.kernel,
         signature,
         constants,

@@ -166,7 +166,7 @@ class PairKernel(BlockKernel):
     ) -> None:
         super().__init__()
         self._kernel, self._blocks, self._gradient = kernel, blocks, gradient
-        self._arguments = {**factors.arguments, **arguments}
+        self._arguments = {"factors": factors.values, "FOLDED": factors.folded, **arguments}
 
     def _for_size(self, n: int, p: int) -> Repeated:
         blocks = self._blocks

@@ -69,14 +69,12 @@ def contrastive_gradient(
     row_lse_ptr,  # [N, 2], see `contrastive_rows`
     column_lse_ptr,  # [N, 2]
     scale_gradients_ptr,  # [N] contributions to dL/dscale
-    factors,  # see `Factors.arguments`
+    factors,  # see `Factors.values`
     first,  # the first row
     offset,  # the first column
     n,  # rows of the block
     p,  # columns of the block
     loaded,  # columns that may be read
-    inverse_count,
-    range_factor,
     MASKED: tl.constexpr,
     EVEN: tl.constexpr,
     FOLDED: tl.constexpr,
@@ -87,7 +85,7 @@ def contrastive_gradient(
     inside = rows < n
     samples = first + rows.to(tl.int64)
     scale = tl.load(factors[0]).to(tl.float32)
-    factor = logit_factor(factors, inverse_count, range_factor, FOLDED)
+    factor = logit_factor(factors, FOLDED)
     upstream = tl.full([ROWS], 1.0, tl.float32)
     if upstream_ptr is not None:
         upstream = tl.load(upstream_ptr + samples, mask=inside, other=0.0)

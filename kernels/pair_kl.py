@@ -72,7 +72,7 @@ def pair_kl_gradient(
     teacher_y_ptrs,  # K of [n', S]
     inputs,  # see `_gradient`
     scale_gradients_ptr,  # [N] contributions to dL/dscale
-    factors,  # see `Factors.arguments`
+    factors,  # see `Factors.values`
     first,  # the first row
     offset,  # the first column
     n,  # rows of the block
@@ -80,8 +80,6 @@ def pair_kl_gradient(
     loaded,  # columns that may be read
     classes,  # N
     numbers,  # 1 / temperature, t / temperature
-    inverse_count,
-    range_factor,
     MASKED: tl.constexpr,
     EVEN: tl.constexpr,
     FOLDED: tl.constexpr,
@@ -95,7 +93,7 @@ def pair_kl_gradient(
     samples = first + rows.to(tl.int64)
     total = tl.cast(classes, tl.int64)
     scale = tl.load(scale_ptr).to(tl.float32)
-    factor = logit_factor(factors, inverse_count, range_factor, FOLDED)
+    factor = logit_factor(factors, FOLDED)
     of_rows = tl.full([ROWS], 0.5, tl.float32)
     if upstream_ptr is not None:
         of_rows *= tl.load(upstream_ptr + samples, mask=inside, other=0.0)

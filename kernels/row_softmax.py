@@ -269,6 +269,16 @@ def logit_gradient(
 
 
 @dataclass(frozen=True)
+class Form:
+    """What kernels are compiled for, of a loss."""
+
+    loss: int
+    target_source: int
+    smoothed: bool
+    folded: bool  # whether G has its factors
+
+
+@dataclass(frozen=True)
 class Rows:
     """A loss over the softmax of rows, with its arguments and the tensors that it writes."""
 
@@ -317,8 +327,6 @@ class Rows:
             "numbers": self.numbers,
             "ignore_index": self.ignore_index,
             "classes": self.models[0].prototypes.shape[0],
-            **self.factors.arguments,
-            "LOSS": self.loss,
-            "TARGET_SOURCE": self.target_source,
-            "SMOOTHED": self.smoothing != 0,
+            "factors": self.factors.values,
+            "FORM": Form(self.loss, self.target_source, self.smoothing != 0, self.factors.folded),
         }

@@ -42,7 +42,7 @@ def siglip_rows(
     g_stride,
     bias_ptr,  # 0-d
     upstream_ptr,  # [N], or None for 1
-    factors,  # see `Factors.arguments`
+    factors,  # see `Factors.values`
     sums_ptr,  # [3, sum_rows]: loss, moment, total
     sum_rows,
     shift,  # sample i matches class i + shift
@@ -51,8 +51,6 @@ def siglip_rows(
     n,  # rows of the block
     p,  # columns of the block
     loaded,  # columns that may be read
-    inverse_count,
-    range_factor,
     MASKED: tl.constexpr,
     EVEN: tl.constexpr,
     FOLDED: tl.constexpr,
@@ -64,7 +62,7 @@ def siglip_rows(
     samples = first + rows.to(tl.int64)
     scale = tl.load(factors[0]).to(tl.float32)
     bias = tl.load(bias_ptr).to(tl.float32)
-    factor = logit_factor(factors, inverse_count, range_factor, FOLDED)
+    factor = logit_factor(factors, FOLDED)
     upstream = tl.full([ROWS], 1.0, tl.float32)
     if upstream_ptr is not None:
         upstream = tl.load(upstream_ptr + samples, mask=inside, other=0.0)

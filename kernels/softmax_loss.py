@@ -2,15 +2,16 @@
 """The kernels of the losses over the softmax of rows (`row_softmax`), and what launches them.
 
 `stored_rows` takes the logits Y of a block from memory, where products of the library wrote them.
-Where a tile holds all columns (WHOLE) it reads Y once, and writes G over the student's Y; else it
+Where a tile holds all columns (`whole`) it reads Y once, and writes G over the student's Y; else it
 reads the tiles twice, first for the statistics. Where the columns come in several blocks, the
 statistics of the blocks so far lie in `state` [models, 5, N], and a block is merged with those
-before it. A second launch, without STATISTICS, then takes them from there, and makes G.
+before it. A second launch, without `statistics`, then takes them from there, and makes G.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -34,6 +35,18 @@ from .row_softmax import (
     row_loss,
 )
 from .sums import logit_factor
+
+
+@dataclass(frozen=True)
+class StoredTile:
+    """What `stored_rows` takes at a time, and what it does with it."""
+
+    rows: int
+    columns: int
+    statistics: bool
+    whole: bool  # a tile has all columns
+    masked: bool  # some column of a tile may not take part
+    even: bool  # what may be read ends with a tile
 
 
 @triton.jit
@@ -93,7 +106,7 @@ def stored_rows(
     g_stride,
     inputs,  # see `Rows.inputs`
     outputs,  # see `Rows.outputs`
-    factors,  # see `Factors.tensors`
+    factors,  # see `Factors.values`
     state_ptr,  # [models, 5, state_rows], or None
     state_rows,
     first,  # sample of the first row
@@ -104,20 +117,16 @@ def stored_rows(
     classes,  # P
     numbers,  # see `Rows.numbers`
     ignore_index,
-    inverse_count,
-    range_factor,
-    LOSS: tl.constexpr,
-    TARGET_SOURCE: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-    STATISTICS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    MASKED: tl.constexpr,
-    EVEN: tl.constexpr,
-    FOLDED: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    FORM: tl.constexpr,  # see `Form`
+    TILE: tl.constexpr,  # see `StoredTile`
 ):
     MODELS: tl.constexpr = len(y_ptrs)
+    LOSS: tl.constexpr = FORM.loss
+    SMOOTHED: tl.constexpr = FORM.smoothed
+    MASKED: tl.constexpr = TILE.masked
+    EVEN: tl.constexpr = TILE.even
+    ROWS: tl.constexpr = TILE.rows
+    BLOCK_P: tl.constexpr = TILE.columns
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < n
     samples = first + rows.to(tl.int64)
@@ -129,14 +138,14 @@ def stored_rows(
         row_ptrs = row_ptrs + (y_ptrs[m] + rows.to(tl.int64) * row_stride,)
     state_rows = tl.cast(state_rows, tl.int64)
     target = samples - offset
-    if TARGET_SOURCE == 1:
+    if FORM.target_source == 1:
         target = tl.load(inputs[3] + samples, mask=inside, other=0) - offset
 
-    if STATISTICS:
+    if TILE.statistics:
         vs = _tiles(row_ptrs, signs, lanes, column_stride, loaded, EVEN)
         active = active_columns(lanes, offset, p, mask_ptr, MASKED)
         tops, sums, moments, cross_moments = first_lanes(vs, active, SMOOTHED)
-        if not WHOLE:
+        if not TILE.whole:
             for start in range(BLOCK_P, p, BLOCK_P):
                 columns = start + lanes
                 more = _tiles(row_ptrs, signs, columns, column_stride, loaded, EVEN)
@@ -150,7 +159,7 @@ def stored_rows(
         target_values = ()
         has_target = inside & (target >= 0) & (target < p)
         for m in tl.static_range(MODELS):
-            if TARGET_SOURCE == 0:
+            if FORM.target_source == 0:
                 target_values = target_values + (tl.zeros_like(tops[m]),)
             else:
                 at = row_ptrs[m] + tl.where(has_target, target, 0) * column_stride
@@ -185,11 +194,11 @@ def stored_rows(
         inside, classes, numbers, ignore_index, LOSS,
     )  # fmt: skip
     if g_ptr is not None:
-        factor = logit_factor(factors, inverse_count, range_factor, FOLDED)
+        factor = logit_factor(factors, FORM.folded)
         g_row_ptrs = g_ptr + rows.to(tl.int64) * g_stride
         # G of half precision lies over logits that other threads of the program read: a barrier
         # before it is written. What it lies over was read with this tile or an earlier one.
-        if WHOLE:
+        if TILE.whole:
             tl.debug_barrier()
             g = logit_gradient(
                 vs, active, lanes, target, c2s, tops, weights, uniform, at_target, factor, LOSS
@@ -257,12 +266,14 @@ class StoredRows(BlockKernel):
             n=n,
             p=p,
             loaded=loaded,
-            STATISTICS=self._statistics,
-            WHOLE=self._statistics and p <= tile.columns,
-            MASKED=rows.class_mask is not None or p % tile.columns != 0,
-            EVEN=loaded % tile.columns == 0,
-            ROWS=tile.rows,
-            BLOCK_P=tile.columns,
+            TILE=StoredTile(
+                tile.rows,
+                tile.columns,
+                self._statistics,
+                whole=self._statistics and p <= tile.columns,
+                masked=rows.class_mask is not None or p % tile.columns != 0,
+                even=loaded % tile.columns == 0,
+            ),
         )
 
 

@@ -44,41 +44,37 @@ class Factors:
     largest: float = 1.0  # not below any |G|
 
     @property
-    def arguments(self) -> dict[str, Any]:
-        return {
-            "factors": (self.scale, self.count, self.bound),
-            "inverse_count": self.inverse_count,
-            "range_factor": LARGEST / self.largest,
-            "FOLDED": self.folded,
-        }
+    def values(self) -> tuple[Any, ...]:
+        """What kernels are given, beside `folded`."""
+        return self.scale, self.count, self.bound, self.inverse_count, LARGEST / self.largest
 
 
 @triton.jit
-def logit_factor(factors, inverse_count, range_factor, FOLDED: tl.constexpr):
+def logit_factor(factors, FOLDED: tl.constexpr):
     """The factor of G before it is written."""
     if FOLDED:
-        factor = _scale_over_count(factors, inverse_count)
+        factor = _scale_over_count(factors)
     else:
-        factor = range_factor / _bound(factors[2])
+        factor = factors[4] / _bound(factors[2])
     return factor
 
 
 @triton.jit
-def result_factor(factors, inverse_count, range_factor, FOLDED: tl.constexpr):
+def result_factor(factors, FOLDED: tl.constexpr):
     """The factor of a product with G."""
     if FOLDED:
         factor = 1.0
     else:
-        factor = _scale_over_count(factors, inverse_count) * _bound(factors[2]) / range_factor
+        factor = _scale_over_count(factors) * _bound(factors[2]) / factors[4]
     return factor
 
 
 @triton.jit
-def _scale_over_count(factors, inverse_count):
-    scale_ptr, count_ptr, _ = factors
-    if count_ptr is not None:
-        inverse_count = 1.0 / tl.maximum(tl.load(count_ptr), 1.0)
-    return tl.load(scale_ptr).to(tl.float32) * inverse_count
+def _scale_over_count(factors):
+    inverse_count = factors[3]
+    if factors[1] is not None:
+        inverse_count = 1.0 / tl.maximum(tl.load(factors[1]), 1.0)
+    return tl.load(factors[0]).to(tl.float32) * inverse_count
 
 
 @triton.jit
@@ -135,12 +131,10 @@ def scaled(
     in_ptrs,  # one tensor or two, float32
     out_ptrs,
     sizes,  # int64 where they do not fit int32
-    factors,
-    inverse_count,
-    range_factor,
+    factors,  # see `Factors.values`
     BLOCK: tl.constexpr,
 ):
-    factor = result_factor(factors, inverse_count, range_factor, False)
+    factor = result_factor(factors, False)
     block = tl.program_id(0).to(tl.int64)
     for i in tl.static_range(len(in_ptrs)):
         at = block * BLOCK + tl.arange(0, BLOCK)
@@ -189,7 +183,6 @@ def scale_results(pairs: Sequence[tuple[Tensor, Tensor]], factors: Factors) -> N
         return
     block = 1024
     sizes = tuple(t.numel() for t, _ in pairs)
-    arguments = {name: v for name, v in factors.arguments.items() if name != "FOLDED"}
     launch(
         scaled,
         (sum(ceil_div(size, block) for size in sizes),),
@@ -199,6 +192,6 @@ def scale_results(pairs: Sequence[tuple[Tensor, Tensor]], factors: Factors) -> N
         in_ptrs=tuple(t for t, _ in pairs),
         out_ptrs=tuple(to for _, to in pairs),
         sizes=sizes,
+        factors=factors.values,
         BLOCK=block,
-        **arguments,
     )

@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc"
 """The schedule of small P: products, softmax, loss, G and dX in one launch.
 
-A program keeps BLOCK_N rows, with the logits of all their columns and all models in registers. It
+A program keeps some rows, with the logits of all their columns and all models in registers. It
 makes G in registers, writes it for the second launch, and multiplies it by W for dX, a slice of
 the columns at a time. dW = G^T X is a product of the library, and sums over rows in its order.
 """
@@ -9,6 +9,7 @@ the columns at a time. dW = G^T X is a product of the library, and sums over row
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton.language as tl
@@ -31,6 +32,20 @@ from .row_softmax import (
 from .sums import logit_factor, result_factor
 
 
+@dataclass(frozen=True)
+class WholeTile:
+    """What `whole_rows` takes at a time, and what it does with it."""
+
+    rows: int
+    columns: int
+    depth: int  # of D, for the logits
+    even_depth: bool  # every D is a multiple of it
+    masked: bool  # some column may not take part
+    gradient: bool
+    precision: str  # of tl.dot
+    upcast: bool
+
+
 @jit_kernel
 def whole_rows(
     x_ptrs,  # models of [N, D_m]
@@ -43,28 +58,24 @@ def whole_rows(
     dx_ptr,  # [N, D], or None
     inputs,  # see `Rows.inputs`
     outputs,  # see `Rows.outputs`
-    factors,  # see `Factors.arguments`
+    factors,  # see `Factors.values`
     n,
     classes,  # P
     numbers,  # see `Rows.numbers`
     ignore_index,
-    inverse_count,
-    range_factor,
-    LOSS: tl.constexpr,
-    TARGET_SOURCE: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-    MASKED: tl.constexpr,
-    FOLDED: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    DEPTH: tl.constexpr,
-    SLICE: tl.constexpr,
-    EVEN_DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    FORM: tl.constexpr,  # see `Form`
+    TILE: tl.constexpr,  # see `WholeTile`
 ):
     MODELS: tl.constexpr = len(x_ptrs)
+    LOSS: tl.constexpr = FORM.loss
+    SMOOTHED: tl.constexpr = FORM.smoothed
+    BLOCK_N: tl.constexpr = TILE.rows
+    BLOCK_P: tl.constexpr = TILE.columns
+    DEPTH: tl.constexpr = TILE.depth
+    EVEN_DEPTH: tl.constexpr = TILE.even_depth
+    PRECISION: tl.constexpr = TILE.precision
+    UPCAST: tl.constexpr = TILE.upcast
+    SLICE: tl.constexpr = 64  # of D, for dX
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < n
     samples = rows.to(tl.int64)
@@ -79,17 +90,17 @@ def whole_rows(
             BLOCK_N, BLOCK_P, DEPTH, EVEN_DEPTH, PRECISION, UPCAST,
         )  # fmt: skip
         vs = vs + (signs[m] * y,)
-    active = active_columns(columns, 0, classes, inputs[2], MASKED)
+    active = active_columns(columns, 0, classes, inputs[2], TILE.masked)
     tops, sums, moments, cross_moments = first_lanes(vs, active, SMOOTHED)
     tops, sums, moments, cross_moments = combine_lanes(
         c2s, tops, sums, moments, cross_moments, SMOOTHED
     )
     target = tl.full([BLOCK_N], -1, tl.int64)
-    if TARGET_SOURCE == 1:
+    if FORM.target_source == 1:
         target = tl.load(inputs[3] + samples, mask=inside, other=-1)
     target_values = ()
     for m in tl.static_range(MODELS):
-        if TARGET_SOURCE == 1:
+        if FORM.target_source == 1:
             at_target = tl.where(columns[None, :] == target[:, None], vs[m], 0.0)
             target_values = target_values + (tl.sum(at_target, 1),)
         else:
@@ -98,8 +109,8 @@ def whole_rows(
         inputs, outputs, cs, signs, tops, sums, moments, cross_moments, target_values, samples,
         inside, classes, numbers, ignore_index, LOSS,
     )  # fmt: skip
-    if GRADIENT:
-        factor = logit_factor(factors, inverse_count, range_factor, FOLDED)
+    if TILE.gradient:
+        factor = logit_factor(factors, FORM.folded)
         g = logit_gradient(
             vs, active, columns, target, c2s, tops, weights, uniform, at_target, factor, LOSS
         )
@@ -111,7 +122,7 @@ def whole_rows(
             tl.store(at, g.to(g_ptr.dtype.element_ty), mask=g_inside)
         if dx_ptr is not None:
             d = widths[0]
-            factor = result_factor(factors, inverse_count, range_factor, FOLDED)
+            factor = result_factor(factors, FORM.folded)
             for k in range(0, d, SLICE):
                 depth = k + tl.arange(0, SLICE)
                 w = tl.load(
@@ -156,15 +167,14 @@ def compute(
         g_stride=0 if g is None else g.shape[1],
         dx_ptr=dx if wanted[0] else None,
         n=n,
-        MASKED=rows.class_mask is not None or p != tile.columns,
-        GRADIENT=any(wanted[:2]),
-        BLOCK_N=tile.rows,
-        BLOCK_P=tile.columns,
-        DEPTH=tile.depth,
-        SLICE=64,
-        EVEN_DEPTH=all(model.width % tile.depth == 0 for model in models),
-        PRECISION=common.precision(architecture, x.dtype),
-        UPCAST=upcast,
+        TILE=WholeTile(
+            *(tile.rows, tile.columns, tile.depth),
+            even_depth=all(model.width % tile.depth == 0 for model in models),
+            masked=rows.class_mask is not None or p != tile.columns,
+            gradient=any(wanted[:2]),
+            precision=common.precision(architecture, x.dtype),
+            upcast=upcast,
+        ),
     )
     found = OperandGradients(models[0], (False, wanted[1]), dtype, rows.factors, (True, True))
     if g is not None:

@@ -145,7 +145,9 @@ def test_small_shapes_take_wgmma() -> None:
         if plan.schedule == "rows":
             tiles["whole_rows"] = schedule.whole_tile("sm_90", 3, plan.rows, p, half)
         for kernel, tile in tiles.items():
-            words = f"BLOCK_N={tile.rows} BLOCK_P={tile.columns} DEPTH={tile.depth}"
+            words = f"rows={tile.rows} columns={tile.columns} depth={tile.depth}"
+            if kernel == "scaled_product":
+                words = f"BLOCK_N={tile.rows} BLOCK_P={tile.columns} DEPTH={tile.depth}"
             taken |= {kernel} if (kernel, words) in wgmma else set()
     assert taken == {"scaled_product", "whole_rows"}
 
