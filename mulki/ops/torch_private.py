@@ -106,9 +106,10 @@ def is_differentiated_by_transform(value: Tensor) -> bool:
 def is_plain(value: Tensor) -> bool:
     """Whether no subclass, transform or compiler stands for it; False where torch does not say."""
     return (
-        bool(_private)
-        # Compiled autograd makes one graph of the backward, where what follows would break it.
-        and not torch.compiler.is_compiling()
+        # Compiled autograd makes one graph of the backward, where what follows would break it; that
+        # of torch 2.11 does not even know whether a dict is empty.
+        not torch.compiler.is_compiling()
+        and bool(_private)
         and type(value) is Tensor
         and not _private["is_functorch"](value)
         and not _private["is_batched"](value)
