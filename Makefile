@@ -5,13 +5,15 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Processes that `make test` divides the files of tests over; make test JOBS=1 takes one alone.
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-amx test-oldest docs lint sanitize fuzz test-long clean .venv
 
 help:
 	@echo "make demo      run the bundled image tasks (mulki run embedded) and show the results"
-	@echo "make test      make lint, then pytest"
+	@echo "make test      make lint, then pytest in JOBS=2 processes"
 	@echo "make test-long the tests that take minutes: packages, fifty tasks, every point to kill a run at"
 	@echo "make test-amx  tests of the operators with Intel's matrix unit emulated, on a CPU with AVX-512"
 	@echo "make test-oldest  some tests of the Triton kernels with torch 2.11 and Triton 3.6, the oldest supported"
@@ -27,7 +29,7 @@ demo: .venv/.installed-demo
 	$(BIN)/mulki run embedded
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile --no-loadscope-reorder)
 
 test-amx: .venv/.installed-test
 	MULKI_BUILD_CAPABILITIES=AVX512 MULKI_BUILD_FLAGS=-DMULKI_EMULATE_AMX \

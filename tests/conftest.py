@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -17,6 +18,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--long", action="store_true", help="run what is marked long, and nothing else"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Processes of pytest-xdist, and those that their tests start, share the cores: threads of OpenMP
+    # that wait for a core of their own would take most of the time.
+    processes = getattr(config.option, "numprocesses", None)
+    if processes:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

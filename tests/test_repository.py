@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
 from typing import Any
 
 import pytest
@@ -41,3 +44,22 @@ def test_the_citation_names_the_paper() -> None:
     assert citation["cff-version"] == "1.2.0" and citation["authors"]
     (paper,) = citation["references"]
     assert paper["identifiers"][0]["value"] == "arXiv:2411.06764" and len(paper["authors"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("given", "processes"), [((), "2"), (("JOBS=1",), None), (("JOBS=4",), "4")]
+)
+def test_make_test_takes_as_many_processes_as_asked(
+    given: tuple[str, ...], processes: str | None
+) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    command = ["make", "--dry-run", "test", *given]
+    # A make that runs these tests hands its own arguments on.
+    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKEOVERRIDES")}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    (line,) = re.findall(r"^\S+ -m pytest.*$", done.stdout, re.MULTILINE)
+    found = re.search(r" -n (\d+) --dist loadfile", line)
+    assert (found[1] if found else None) == processes
