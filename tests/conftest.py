@@ -21,8 +21,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Processes of pytest-xdist, and those that their tests start, share the cores: threads of OpenMP
-    # that wait for a core of their own would take most of the time.
+    # Processes of pytest-xdist, and those that their tests start, share the cores. Or else
+    # threads of OpenMP, which spin while they wait for others, would take most of the time.
     processes = getattr(config.option, "numprocesses", None)
     if processes:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
