@@ -1,7 +1,8 @@
 """Which process of a run has ended, found out by those that are left.
 
 A process that is killed or hangs says nothing. So each of the others says that it has lost one, in
-the store that the processes met in, and those that stay silent are the ones to name.
+the store that the processes met in, and those that stay silent are the ones to name. On one machine
+the system tells which of them have ended; one that still runs may only be busy.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import os
 import socket
 import time
+from pathlib import Path
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -22,6 +24,38 @@ Word = Literal["lost", "stopped", "failed"]
 GRACE_S = 10.0
 
 _POLL_S = 0.05
+
+
+def identity(pid: int) -> str | None:
+    """What tells a process of this machine from all others; None where the system does not say."""
+    started, machine = _started(pid), _machine()
+    return f"{pid} {started} {machine}" if started and machine else None
+
+
+def lives(who: str) -> bool | None:
+    """Whether the process of an `identity` still runs; None if it is not of this machine."""
+    pid, started, machine = who.split(maxsplit=2)
+    return _started(int(pid)) == started if machine == _machine() else None
+
+
+def _machine() -> str | None:
+    # Processes of one boot and one namespace see each other under the same numbers. The name of the
+    # machine does not tell: containers may share one.
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def _started(pid: int) -> str | None:
+    # When a process has started, None if it has ended: the number alone may be that of a later one.
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    # What has ended is kept until its parent asks for its exit status.
+    return None if fields[0] in (b"Z", b"X") else fields[19].decode()
 
 
 class RollCall:
@@ -39,6 +73,9 @@ class RollCall:
         self._others = [other for other in range(size) if other != rank]
         self._said = False
         self._store.set(f"place {rank}", f"pid {os.getpid()} on {socket.gethostname()}")
+        who = identity(os.getpid())
+        if who is not None:
+            self._store.set(f"identity {rank}", who)
 
     def say(self, word: Word, text: str = "") -> None:
         """Tell the others why this process ends; the first word counts."""
@@ -57,19 +94,28 @@ class RollCall:
                 None then.
         """
         try:
-            said = self._answers()
-            silent = [rank for rank in self._others if rank not in said]
+            said, ended = self._answers()
+            silent = [rank for rank in self._others if rank not in said and rank not in ended]
             failed = [rank for rank, answer in said.items() if answer.startswith("failed")]
             if failed:
                 # It prints the error itself.
                 text = said[failed[0]].removeprefix("failed ")
                 return ProcessLost(f"{self._names(failed[:1])} has failed: {text}", quiet=True)
-            if silent:
-                verb = "was killed or hangs" if len(silent) == 1 else "were killed or hang"
+            quiet = self._rank > min(said, default=self._rank)
+            if ended:
                 return ProcessLost(
-                    f"{self._names(silent)} {verb}: no answer within {GRACE_S:g} s ({reason}); "
+                    f"{self._names(ended)} ended without a word, as when killed ({reason}); "
                     "the system's log says whether memory ran out",
-                    quiet=self._rank > min(said, default=self._rank),
+                    quiet,
+                )
+            if silent:
+                runs = all(self._lives(rank) for rank in silent)
+                state = "still running, so busy or hanging" if runs else "killed, busy or hanging"
+                names = self._names(silent)
+                return ProcessLost(
+                    f"{names} did not answer within {GRACE_S:g} s: {state} ({reason}); "
+                    "--process-timeout says how long a process waits for the others",
+                    quiet,
                 )
             if stopped:
                 return None
@@ -79,7 +125,7 @@ class RollCall:
             return ProcessLost(
                 f"a connection between the processes was lost, all of which still answer "
                 f"({reason}); check the network",
-                quiet=self._rank > min(said),
+                quiet,
             )
         except RuntimeError:
             return ProcessLost(
@@ -87,18 +133,26 @@ class RollCall:
                 f"({reason})"
             )
 
-    def _answers(self) -> dict[int, str]:
-        # Those of the other processes that say something in time.
+    def _answers(self) -> tuple[dict[int, str], list[int]]:
+        # What the other processes say in time, and which of them have ended without a word.
         end = time.monotonic() + GRACE_S
         said: dict[int, str] = {}
         while True:
+            # Before the words are read, for a process that has ended says nothing afterwards.
+            gone = [rank for rank in self._others if self._lives(rank) is False]
             for rank in self._others:
                 if rank not in said and self._store.check([f"said {rank}"]):
                     said[rank] = self._store.get(f"said {rank}").decode()
+            ended = [rank for rank in gone if rank not in said]
             failed = any(answer.startswith("failed") for answer in said.values())
-            if failed or len(said) == len(self._others) or time.monotonic() > end:
-                return said
+            all_known = len(said) + len(ended) == len(self._others)
+            if failed or all_known or time.monotonic() > end:
+                return said, ended
             time.sleep(_POLL_S)
+
+    def _lives(self, rank: int) -> bool | None:
+        key = f"identity {rank}"
+        return lives(self._store.get(key).decode()) if self._store.check([key]) else None
 
     def _names(self, ranks: list[int]) -> str:
         named = []

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from mulki import roll_call
 from mulki.errors import ProcessLost
-from mulki.roll_call import RollCall
+from mulki.roll_call import RollCall, identity, lives
+
+SILENT = r"did not answer within 0\.1 s: "
+RUNS = "still running, so busy or hanging" if Path("/proc/self/stat").exists() else "killed, busy"
 
 
 @pytest.fixture(autouse=True)
@@ -18,10 +25,20 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roll_call, "GRACE_S", 0.1)
 
 
-def called(said: Mapping[int, str], rank: int = 0, stopped: bool = False) -> ProcessLost | None:
-    """What a process of four says when those of `said` have said a word each."""
+def called(
+    said: Mapping[int, str],
+    rank: int = 0,
+    stopped: bool = False,
+    places: Mapping[int, str] | None = None,
+) -> ProcessLost | None:
+    """What a process of four says when those of `said` have said a word each.
+
+    All are this process, but for those that `places` gives an identity.
+    """
     store = dist.HashStore()
     rolls = [RollCall(store, each, 4) for each in range(4)]
+    for other, who in (places or {}).items():
+        dist.PrefixStore("mulki", store).set(f"identity {other}", who)
     rolls[rank].say("stopped" if stopped else "lost")
     for other, word in said.items():
         rolls[other].say(word, "why")  # type: ignore[arg-type]
@@ -31,8 +48,8 @@ def called(said: Mapping[int, str], rank: int = 0, stopped: bool = False) -> Pro
 @pytest.mark.parametrize(
     ("said", "wanted"),
     [
-        ({1: "lost", 2: "lost"}, r"^process 3 \(pid \d+ on .+\) was killed or hangs: .*\(closed\)"),
-        ({2: "stopped"}, r"^process 1 \(.*\), process 3 \(.*\) were killed or hang: "),
+        ({1: "lost", 2: "lost"}, rf"^process 3 \(pid \d+ on .+\) {SILENT}{RUNS} \(closed\)"),
+        ({2: "stopped"}, rf"^process 1 \(.*\), process 3 \(.*\) {SILENT}{RUNS}"),
         ({1: "lost", 3: "failed"}, r"^process 3 \(.*\) has failed: why$"),
         ({1: "lost", 2: "stopped", 3: "lost"}, r"^process 2 \(.*\) got a signal to stop"),
         ({1: "lost", 2: "lost", 3: "lost"}, r"^a connection between the processes was lost"),
@@ -41,6 +58,53 @@ def called(said: Mapping[int, str], rank: int = 0, stopped: bool = False) -> Pro
 def test_who_is_to_blame(said: dict[int, str], wanted: str) -> None:
     found = called(said)
     assert found is not None and re.search(wanted, str(found)), found
+
+
+on_linux = pytest.mark.skipif(identity(os.getpid()) is None, reason="the system says nothing")
+
+
+@pytest.fixture
+def ended() -> Iterator[str]:
+    """The identity of a process that was killed, and whose exit status nobody has asked for."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        who = identity(child.pid)
+        assert who is not None and lives(who) is True
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        yield who
+
+
+@on_linux
+def test_a_process_that_has_ended_is_told_from_a_busy_one(
+    ended: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without waiting, where all others have answered or have ended.
+    monkeypatch.setattr(roll_call, "GRACE_S", 600)
+    found = called({1: "lost", 2: "lost"}, places={3: ended})
+    assert found is not None and not found.quiet
+    assert re.search(r"^process 3 \(.*\) ended without a word, as when killed \(clos", str(found))
+    # One that is silent but runs may have been busy.
+    monkeypatch.setattr(roll_call, "GRACE_S", 0.1)
+    found = called({1: "lost"}, places={3: ended})
+    assert found is not None and "process 3" in str(found) and "process 2" not in str(found)
+    # It may have said why before it ended.
+    found = called({3: "failed"}, places={3: ended})
+    assert found is not None and "process 3" in str(found) and "has failed: why" in str(found)
+
+
+@on_linux
+def test_of_a_process_elsewhere_nothing_is_known(ended: str) -> None:
+    pid, started, _ = ended.split(maxsplit=2)
+    elsewhere = f"{pid} {started} another boot, another namespace"
+    assert lives(elsewhere) is None
+    found = called({1: "lost", 2: "lost"}, places={3: elsewhere})
+    assert found is not None and "0.1 s: killed, busy or hanging (closed)" in str(found)
+
+
+@on_linux
+def test_the_number_of_a_process_that_has_ended_may_be_that_of_another(ended: str) -> None:
+    _, started, machine = ended.split(maxsplit=2)
+    assert lives(f"{os.getpid()} {started}0 {machine}") is False
 
 
 def test_one_process_prints_it() -> None:

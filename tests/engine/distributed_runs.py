@@ -22,6 +22,9 @@ from tests import ROOT
 WORKER = Path(__file__).parent / "distributed_worker.py"
 LAST = "checkpoints/task_02_shades.safetensors"
 ON_REFERENCE = {"method": "on_reference", "reference": "current"}
+# Seconds that a process waits for one that is going to hang. On a busy machine one may start much
+# later than another, so the second number holds from the third step on, where the one hangs.
+WAITS_S, THEN_WAITS_S = 300, 3
 ANCHORED = {"eps": 1e-2, "lr": 5e-3}
 
 

@@ -6,6 +6,7 @@ after the name of a fault, takes the arguments of the command line.
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import signal
@@ -35,6 +36,7 @@ from mulki.losses import ClipLoss
 from mulki.models import VisionLanguageModel
 from mulki.report import html
 from mulki.world import World
+from tests.engine.distributed_runs import THEN_WAITS_S, WAITS_S
 from tests.engine.reference_method import OnReference
 
 OnReference.name = "on_reference"
@@ -137,13 +139,26 @@ def bad_image() -> None:
     raise InputError("blue/0.png: cannot be read")
 
 
-# What a process does to the others. One that hangs comes back long after they have ended.
+def hang() -> None:
+    # In code that does not come back to the interpreter, but that torchrun can end at once.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(600)
+
+
+# What a process does to the others.
 FAULTS: dict[str, Callable[[], object]] = {
     "raise": bad_image,
     "crash": lambda: 1 // 0,
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "hang": lambda: time.sleep(16),
+    "hang": hang,
 }
+
+
+def shorten_waits() -> None:
+    """Let this process wait for the others as long as a process that hangs is given."""
+    of_cpu = dist.group.WORLD._get_backend(torch.device("cpu"))
+    assert of_cpu.options._timeout == datetime.timedelta(seconds=WAITS_S), "--process-timeout"
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=THEN_WAITS_S))
 
 
 def fail(fault: Callable[[], object], arguments: list[str]) -> None:
@@ -157,6 +172,8 @@ def fail(fault: Callable[[], object], arguments: list[str]) -> None:
     def update(*given: Any) -> None:
         nonlocal calls
         calls += 1
+        if calls == 3 and fault is hang:
+            shorten_waits()
         again = os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
         if calls == 3 and os.environ["RANK"] == "1" and not again:
             fault()

@@ -16,7 +16,16 @@ from mulki.cli import run_command
 from mulki.engine import distributed
 from mulki.engine.recovery import read_state
 from mulki.errors import InputError
-from tests.engine.distributed_runs import ANCHORED, LAST, ON_REFERENCE, WORKER, compare, torchrun
+from tests.engine.distributed_runs import (
+    ANCHORED,
+    LAST,
+    ON_REFERENCE,
+    THEN_WAITS_S,
+    WAITS_S,
+    WORKER,
+    compare,
+    torchrun,
+)
 from tests.engine_helpers import same_state, write_pairs
 
 # By name: options of the run, and images in a global batch.
@@ -153,7 +162,7 @@ def test_torchrun_goes_on_when_a_process_was_killed(
     done = torchrun(2, "--max-restarts=1", str(WORKER), "--", "kill", *given)
     assert done.returncode == 0, done.stderr
     (line,) = errors(done)
-    assert re.match(r"mulki: error: process 1 \(pid \d+ on \S+\) was killed or hangs: no", line)
+    assert re.match(r"mulki: error: process 1 \(pid \d+ on \S+\) ended without a word", line)
     folder = tmp_path / "killed"
     assert "goes on after 0 tasks and 2 steps" in (folder / "out.log").read_text()
     assert same_state(load_file(folder / LAST), load_file(whole / LAST))
@@ -161,11 +170,12 @@ def test_torchrun_goes_on_when_a_process_was_killed(
 
 @pytest.mark.slow
 def test_a_process_that_hangs_ends_the_run(base: dict[str, Any], tmp_path: Path) -> None:
-    given = [*command(base, tmp_path, "hangs"), "--process-timeout", "6"]
+    given = [*command(base, tmp_path, "hangs"), "--process-timeout", str(WAITS_S)]
     done = torchrun(2, str(WORKER), "--", "hang", *given)
     assert done.returncode != 0
     (line,) = errors(done)
-    assert line.startswith("mulki: error: process 1 (pid ") and "Timed out waiting 6000ms" in line
+    named = r"mulki: error: process 1 \(pid \d+ on \S+\) did not answer .*: still running, so"
+    assert re.match(named, line) and f"Timed out waiting {THEN_WAITS_S}000ms" in line
     saved = read_state(tmp_path / "hangs")
     assert saved is not None and saved["learned"] == 0 and saved["in_task"]["steps"] == 2
 
