@@ -44,8 +44,6 @@ def open_to_resume(path: Path, config: RunConfig) -> RunFolder:
     Raises:
         InputError: it cannot go on, or another process has the folder.
     """
-    if config.fsdp:
-        raise InputError(f"--resume: {path} is of a run with --fsdp, which makes no saves")
     lock = FolderLock(path)
     try:
         folder = RunFolder.open(path, lock)
@@ -72,8 +70,8 @@ def folder_of_restart(settings: Settings) -> Path | None:
 
     Raises:
         InputError: a run that torchrun may start again has no name, by which to find its folder;
-            it is on several machines, which do not count restarts alike; or the folder is that of a
-            run with other options.
+            it is on several machines, which do not count restarts alike; it makes no saves; or the
+            folder is that of a run with other options.
     """
     config = settings.run
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
@@ -81,6 +79,11 @@ def folder_of_restart(settings: Settings) -> Path | None:
             raise InputError(
                 "--name: got none beside --max-restarts of torchrun, but a run that is started "
                 "again is found by its name; pass one"
+            )
+        if config.fsdp:
+            raise InputError(
+                "torchrun --max-restarts: a run with --fsdp makes no saves to go on from; pass "
+                "--max-restarts 0, or leave --fsdp out"
             )
         machines = os.environ.get("GROUP_WORLD_SIZE", "1")
         if machines != "1":

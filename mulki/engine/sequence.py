@@ -224,6 +224,8 @@ class _Sequence:
         if world.size > 1:
             images = world.size * config.batch_size
             _log.info("%d processes, %d images in a batch", world.size, images)
+        if config.fsdp:
+            _log.warning("with --fsdp no saves are made: a run that is stopped cannot go on")
         for task in self.setup.tasks:
             if task.skipped:
                 _log.warning("task %s: %d unreadable images left out", task.name, len(task.skipped))

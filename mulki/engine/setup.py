@@ -133,7 +133,7 @@ def prepared(
     config = settings.run
     method = methods.get(config.method)(settings.method)
     precision = Precision(config.precision, device_of(config.device))
-    _check_sharding(config, precision)
+    _check_sharding(config, precision, resume)
     check_reference(config, method)
     _check_anchors(config, method)
     with (
@@ -225,7 +225,18 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def _check_sharding(config: RunConfig, precision: Precision) -> None:
+def _check_sharding(
+    config: RunConfig, precision: Precision, resume: str | os.PathLike[str] | None
+) -> None:
+    if config.fsdp and resume is not None:
+        raise InputError(
+            f"--resume: {resume} is of a run with --fsdp, which makes no saves; start another run"
+        )
+    if config.fsdp and config.save_every is not None:
+        raise InputError(
+            f"--save-every: got {config.save_every} beside --fsdp, with which no saves are made; "
+            "leave one of them out"
+        )
     if config.opt == "muon":
         muon.check_available()
         if config.fsdp:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from torch import nn
 
-from mulki.engine import sharding
-from mulki.engine.config import resolve
-from mulki.engine.sequence import run
+from mulki.engine import sequence, sharding
+from mulki.engine.config import read_config, resolve
+from mulki.engine.resuming import folder_of_restart
 from mulki.errors import InputError
 from mulki.models import VisionLanguageModel
 from tests.engine.distributed_runs import ANCHORED, ON_REFERENCE, compare
+from tests.engine.run_helpers import Run
+from tests.engine.test_resuming import stop_at
 
 SHARDED: dict[str, tuple[dict[str, Any], int]] = {
     "fsdp": (
@@ -58,9 +62,31 @@ def test_a_block_without_parameters_is_no_unit() -> None:
 @pytest.mark.slow
 def test_sharded_models_learn_as_whole_ones(base: dict[str, Any], tmp_path: Path) -> None:
     compare(base, SHARDED, 2, tmp_path, fsdp=True)
+    log = (Path(base["logs"]) / "fsdp-2" / "out.log").read_text()
+    assert "no saves are made: a run that is stopped cannot go on" in log
 
 
 def test_sharding_needs_several_processes(base: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="--fsdp: this is the only process"):
-        run(resolve(base | {"fsdp": True, "name": "alone"}))
+        sequence.run(resolve(base | {"fsdp": True, "name": "alone"}))
     assert not (Path(base["logs"]) / "alone").exists()
+
+
+def test_a_sharded_run_makes_no_saves_and_is_refused_where_it_would_need_one(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
+        stop_at(patch, 3, RuntimeError("stop"))
+        run("stopped", method="finetune")
+    arguments = tmp_path / "logs" / "stopped" / "args.yaml"
+    arguments.write_text(yaml.safe_dump(yaml.safe_load(arguments.read_text()) | {"fsdp": True}))
+    settings = resolve(read_config(arguments))
+    before = arguments.with_name("out.log").read_text()
+    with pytest.raises(InputError, match="--resume: .*with --fsdp, which makes no saves"):
+        sequence.run(settings, resume=arguments.parent)
+    assert arguments.with_name("out.log").read_text() == before
+    with pytest.raises(InputError, match="--save-every: got 2 beside --fsdp"):
+        sequence.run(replace(settings, run=replace(settings.run, name="new", save_every=2)))
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(InputError, match="--max-restarts: a run with --fsdp makes no saves"):
+        folder_of_restart(settings)
