@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import open_clip
@@ -93,6 +95,11 @@ def state_of(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
 def same_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     """Whether two state dicts agree bit for bit."""
     return one.keys() == other.keys() and all(torch.equal(v, other[n]) for n, v in one.items())
+
+
+def without_figures() -> AbstractContextManager[object]:
+    """In the block runs draw nothing, which takes longer than they do; tests/report draws."""
+    return mock.patch("mulki.report.html.plots", lambda contents: [])
 
 
 class Calls:

@@ -22,7 +22,7 @@ from mulki.engine import sequence
 from mulki.errors import InputError
 from mulki.metrics import read_matrix
 from tests import engine_helpers
-from tests.engine_helpers import COLOURS, SHADES, write_task
+from tests.engine_helpers import COLOURS, SHADES, without_figures, write_task
 
 tiny_models = engine_helpers.tiny_models
 start_model = engine_helpers.start_model
@@ -47,7 +47,8 @@ def command(
     def go(*arguments: str, model: bool = True) -> int:
         chosen = ["--model", start_model["model"]] if model else []
         fixed = ["--device", "cpu", "--precision", "fp32", "--batch-size", "4"]
-        return run_command(["run", *chosen, *fixed, *arguments])
+        with without_figures():
+            return run_command(["run", *chosen, *fixed, *arguments])
 
     return go
 

@@ -7,6 +7,7 @@ a tiny model and few images. A command whose comment begins with one of MARKS is
 from __future__ import annotations
 
 import ast
+import contextlib
 import glob
 import json
 import re
@@ -84,8 +85,10 @@ def run(line: str, model: dict[str, str], number: int, capsys: pytest.CaptureFix
         words += [*given, "--model", model["model"], *SMALL.split()]
     if words == ["doctor"]:
         words += ["--seconds", "0"]
+    runs = words[0] == "run"
     try:
-        status = run_command(words)
+        with engine_helpers.without_figures() if runs else contextlib.nullcontext():
+            status = run_command(words)
     except SystemExit as ended:  # --help
         status = ended.code
     printed = capsys.readouterr()

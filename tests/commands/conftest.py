@@ -11,7 +11,13 @@ from mulki.cli import run_command
 from mulki.engine import sequence
 from mulki.engine.config import resolve
 from tests.engine.run_helpers import SHORT
-from tests.engine_helpers import load_tiny, start_model, task_folders, tiny_models
+from tests.engine_helpers import (
+    load_tiny,
+    start_model,
+    task_folders,
+    tiny_models,
+    without_figures,
+)
 
 __all__ = ["load_tiny", "start_model", "task_folders", "tiny_models"]
 
@@ -25,7 +31,8 @@ def finished(
     """The folder of a run on colours and shades that nothing may change."""
     logs = tmp_path_factory.mktemp("logs")
     given = {"tasks": task_folders, "logs": str(logs), "name": "first", "method": "finetune"}
-    folder = sequence.run(resolve({**SHORT, **start_model, **given}))
+    with without_figures():
+        folder = sequence.run(resolve({**SHORT, **start_model, **given}))
     assert folder is not None
     return folder.path
 

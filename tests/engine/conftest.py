@@ -21,6 +21,7 @@ from tests.engine_helpers import (
     start_model,
     task_folders,
     tiny_models,
+    without_figures,
     write_task,
 )
 
@@ -28,9 +29,9 @@ __all__ = ["load_tiny", "start_model", "task_folders", "tiny_models"]
 
 
 @pytest.fixture(autouse=True)
-def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs are many here, and drawing takes longer than they do; tests/report looks at figures."""
-    monkeypatch.setattr("mulki.report.html.plots", lambda contents: [])
+def no_figures() -> Iterator[None]:
+    with without_figures():
+        yield
 
 
 @pytest.fixture

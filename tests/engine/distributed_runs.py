@@ -37,7 +37,7 @@ def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,  # of a busy machine; seconds otherwise
         check=False,
     )
 
