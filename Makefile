@@ -20,7 +20,7 @@ help:
 	@echo "make docs      the documentation as a site in build/docs, without warnings or a network"
 	@echo "make lint      ruff, clang-format and mypy"
 	@echo "make sanitize  the C++ kernels under sanitizers, on Linux; SHORT=1 for fewer tests"
-	@echo "make fuzz      random cases for SECONDS=30 each, of a fixed seed and, without FIXED=1, of a fresh one"
+	@echo "make fuzz      random cases for SECONDS=20 each, of a fixed seed and, without FIXED=1, of a fresh one"
 	@echo "make .venv     only make .venv, with all that demo and test need"
 	@echo "make clean     remove .venv, built libraries and caches (run folders in logs/ stay)"
 	@echo "demo, test, docs, lint, sanitize, fuzz and test-long make .venv where it is missing; PYTHON=... picks its interpreter."
@@ -73,9 +73,9 @@ lint: .venv/.installed-test
 sanitize: .venv/.installed-test
 	tests/csrc/sanitize $(CURDIR)/$(BIN)/python $(if $(SHORT),short)
 
-SECONDS ?= 30
+SECONDS ?= 20
 fuzz: .venv/.installed-test
-	for target in operators files; do \
+	for target in operators files kernels; do \
 	    $(BIN)/python -m tests.fuzz $$target --seconds $(SECONDS) --seed 0 || exit 1; \
 	    $(if $(FIXED),,$(BIN)/python -m tests.fuzz $$target --seconds $(SECONDS) || exit 1;) \
 	done

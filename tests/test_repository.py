@@ -46,20 +46,32 @@ def test_the_citation_names_the_paper() -> None:
     assert paper["identifiers"][0]["value"] == "arXiv:2411.06764" and len(paper["authors"]) == 5
 
 
-@pytest.mark.parametrize(
-    ("given", "processes"), [((), "2"), (("JOBS=1",), None), (("JOBS=4",), "4")]
-)
-def test_make_test_takes_as_many_processes_as_asked(
-    given: tuple[str, ...], processes: str | None
-) -> None:
+def recipe(*given: str) -> str:
+    """What make would run for these arguments."""
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
-    command = ["make", "--dry-run", "test", *given]
     # A make that runs these tests hands its own arguments on.
     environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKEOVERRIDES")}
-    done = subprocess.run(
+    command = ["make", "--dry-run", *given]
+    return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    )
-    (line,) = re.findall(r"^\S+ -m pytest.*$", done.stdout, re.MULTILINE)
+    ).stdout
+
+
+@pytest.mark.parametrize(
+    ("jobs", "processes"), [((), "2"), (("JOBS=1",), None), (("JOBS=4",), "4")]
+)
+def test_make_test_takes_as_many_processes_as_asked(
+    jobs: tuple[str, ...], processes: str | None
+) -> None:
+    (line,) = re.findall(r"^\S+ -m pytest.*$", recipe("test", *jobs), re.MULTILINE)
     found = re.search(r" -n (\d+) --dist loadfile", line)
     assert (found[1] if found else None) == processes
+
+
+def test_ci_tries_random_cases_of_a_fixed_seed_and_of_a_fresh_one() -> None:
+    assert 'make fuzz PYTHON="$python"' in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    tries = re.findall(r"tests\.fuzz \$target --seconds \d+( --seed 0)? \|\|", recipe("fuzz"))
+    assert tries == [" --seed 0", ""]
+    assert "--seed 0" in recipe("fuzz", "FIXED=1")
+    assert not re.search(r"--seconds \d+ \|\|", recipe("fuzz", "FIXED=1"))

@@ -1,4 +1,6 @@
-"""Random cases for a given time: `python -m tests.fuzz operators` and `python -m tests.fuzz files`.
+"""Random cases of operators, readers of files and Triton kernels for a given time.
+
+`python -m tests.fuzz operators`, and so on; see `__main__.py`.
 
 Hypothesis draws the cases and shrinks the one that fails.
 """

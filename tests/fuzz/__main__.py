@@ -2,22 +2,25 @@
 
     python -m tests.fuzz operators                          # values and gradients against float64
     python -m tests.fuzz files                              # every reader of files from elsewhere
+    python -m tests.fuzz kernels                            # Triton kernels, in its interpreter
     python -m tests.fuzz operators --seconds 600 --seed 7   # a seed always gives the same cases
 
-The last line says how many cases were tried, and the seed. The exit status is 1 where one failed.
+The last line says how many cases were tried, and the seed. Where one failed, the command that tries
+the same cases again is printed, and the exit status is 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import random
 import sys
 from collections.abc import Sequence
 
-from tests.fuzz import files, operators
-from tests.fuzz.batches import try_for
+from tests.fuzz.batches import BATCH, try_for
 
-TARGETS = {"operators": operators.tries, "files": files.tries}
+TARGETS = ("operators", "files", "kernels")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,11 +35,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, help="of the cases; a fresh one by default")
     given = parser.parse_args(argv)
     seed = random.SystemRandom().randrange(2**32) if given.seed is None else given.seed
-    print(f"{given.target}: seed {seed}", flush=True)
+    again = f"python -m tests.fuzz {given.target} --seconds {given.seconds:g} --seed {seed}"
+    print(again, flush=True)
+    if given.target == "kernels":
+        # Before Triton is imported; it holds for the whole process.
+        os.environ["TRITON_INTERPRET"] = "1"
+        if importlib.util.find_spec("triton") is None:
+            print("kernels: left out, for Triton is not installed")
+            return 0
+    tried = importlib.import_module(f"tests.fuzz.{given.target}")
     try:
-        count = try_for(TARGETS[given.target], given.seconds, seed)
+        count = try_for(tried.tries, given.seconds, seed, getattr(tried, "BATCH", BATCH))
     except Exception as error:
-        print(f"{given.target}: a case fails; --seed {seed} finds it again", file=sys.stderr)
+        print(
+            f"{given.target}: a case fails; the same cases again, on a slower machine with more "
+            f"seconds:\n{again}",
+            file=sys.stderr,
+        )
         raise error
     print(f"{given.target}: {count} cases passed, seed {seed}")
     return 0

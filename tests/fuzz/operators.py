@@ -1,14 +1,19 @@
-"""Operators and losses over random shapes, memory layouts, dtypes, masks, scales and threads."""
+"""Operators and losses over random shapes, memory layouts, dtypes, masks, scales and threads.
+
+By the C++ kernels, or what else serves CPU tensors here, and by the reference.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mulki.ops import backends, use_backend
 from tests.ops.op_cases import NAMES, Case, make
 from tests.ops.rounding import EPS, compared, error, magnitudes, ours, rounded_products
 
@@ -29,6 +34,7 @@ class Drawn(NamedTuple):
     layouts: tuple[str, str]
     threads: int
     mean: bool | None
+    backend: str | None  # None: the one that serves it
 
 
 def _rows_apart(t: Tensor) -> Tensor:
@@ -46,20 +52,28 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 _SIZES = st.integers(1, 40) | st.sampled_from([64, 65, 100, 129, 257])
 
-CASES = st.builds(
-    Drawn,
-    name=st.sampled_from(NAMES),
-    n=st.integers(0, 3) | _SIZES,
-    p=_SIZES,
-    d=_SIZES,
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    scale=st.sampled_from([0.0, 1e-3, 1.0, 14.3, 100.0, -9.0, 1e3, 1e4]),
-    gap=st.sampled_from([None, 0.0, 1e-3, 0.1]),
-    seed=st.integers(0, 2**16),
-    layouts=st.tuples(*[st.sampled_from(list(LAYOUTS))] * 2),
-    threads=st.integers(1, 3),
-    mean=st.sampled_from([None, False, True]),
-)
+
+def cases(
+    sizes: st.SearchStrategy[int] = _SIZES,
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16),
+    served_by: Sequence[str | None] = (None, None, "reference"),
+) -> st.SearchStrategy[Drawn]:
+    """Cases of all operators, with rows that are empty now and then."""
+    return st.builds(
+        Drawn,
+        name=st.sampled_from(NAMES),
+        n=st.integers(0, 3) | sizes,
+        p=sizes,
+        d=sizes,
+        dtype=st.sampled_from(dtypes),
+        scale=st.sampled_from([0.0, 1e-3, 1.0, 14.3, 100.0, -9.0, 1e3, 1e4]),
+        gap=st.sampled_from([None, 0.0, 1e-3, 0.1]),
+        seed=st.integers(0, 2**16),
+        layouts=st.tuples(*[st.sampled_from(list(LAYOUTS))] * 2),
+        threads=st.integers(1, 3),
+        mean=st.sampled_from([None, False, True]),
+        backend=st.sampled_from(served_by),
+    )
 
 
 def case_of(drawn: Drawn) -> Case:
@@ -72,24 +86,31 @@ def case_of(drawn: Drawn) -> Case:
 
 def is_right(drawn: Drawn) -> None:
     """Loss and gradients agree with float64, repeat bit for bit, and change no argument."""
-    case = case_of(drawn)
+    forced = use_backend(drawn.backend) if drawn.backend else contextlib.nullcontext()
+    with forced:
+        _check(drawn, case_of(drawn))
+
+
+def _check(drawn: Drawn, case: Case) -> None:
     # A similarity has no sum.
     mean = None if case.op == "similarity" else drawn.mean
     before = [_copy(argument) for argument in case.args]
     threads = torch.get_num_threads()
+    served = drawn.backend or backends.choose(case.op, "cpu", drawn.dtype).backend
+    # torch splits sums over its threads: the products of the reference, and of the gradients of a
+    # similarity in half precision.
+    by_torch = served == "reference" or (case.op == "similarity" and drawn.dtype != torch.float32)
     try:
         torch.set_num_threads(drawn.threads)
         results = ours(case, mean)
-        torch.set_num_threads(1)
+        torch.set_num_threads(drawn.threads if by_torch else 1)
         again = ours(case, mean)
     finally:
         torch.set_num_threads(threads)
     for one, other in zip(before, case.args, strict=True):
         assert _same(one, other), "an argument has changed"
-    # torch multiplies the gradients of similarity in half precision, split over its threads.
-    if not (case.op == "similarity" and drawn.dtype != torch.float32):
-        for one, other in zip(results, again, strict=True):
-            assert _same(one, other), "another number of threads gives other bits"
+    for one, other in zip(results, again, strict=True):
+        assert _same(one, other), "a repetition, or another number of threads, gives other bits"
     if case.args[0].shape[0] == 0:
         return
     for i, (got, want, bound) in enumerate(allowed(case, mean)):
@@ -138,4 +159,4 @@ def _same(one: Any, other: Any) -> bool:
     return torch.equal(*(t.contiguous().view(bits[t.element_size()]) for t in (one, other)))
 
 
-tries = {is_right: CASES}
+tries = {is_right: cases()}
