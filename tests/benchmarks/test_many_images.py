@@ -1,0 +1,43 @@
+"""The start of a task of many images: what is measured, and that nothing is left."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from benchmarks.step import many_images
+from mulki.engine import progress
+
+
+def test_all_images_are_checked_and_the_bar_moves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A bar for a start that is shorter than a second is not drawn otherwise.
+    monkeypatch.setattr(progress, "_PATIENCE", 0.0)
+    (tmp_path / "place").mkdir()
+    given = ["--images", "400", "--folder", str(tmp_path / "place")]
+    many_images.main([*given, "--output", str(tmp_path / "out.csv")])
+    assert list((tmp_path / "place").iterdir()) == []
+    with (tmp_path / "out.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["images"] == "400" and 900 < int(row["bytes"]) < 1200
+    # The first position and the last one at least; how many between depends on the time.
+    assert int(row["positions"]) >= 2
+    assert 0 < float(row["listing"]) < float(row["start"])
+    assert 0 < float(row["longest"]) < float(row["start"])
+    assert "| 400 | " in capsys.readouterr().out
+
+
+def test_images_that_are_not_found_are_no_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = many_images.write_images
+
+    def one_more(root: Path, count: int) -> int:
+        return real(root, count + 1)
+
+    monkeypatch.setattr(many_images, "write_images", one_more)
+    with pytest.raises(RuntimeError, match="300 images were written, 301 found, 301 checked"):
+        many_images.measure(300, tmp_path)
