@@ -73,6 +73,11 @@ def told_of_checks(listener: Callable[[int, int], None]) -> Iterator[None]:
         _told.reset(token)
 
 
+# Images that are handed out to the threads at a time. Nobody is told of any before all of them are
+# handed out, which for all images at once takes longer than most of the checks.
+_AHEAD = 1000
+
+
 class Checkable(Protocol):
     """Images that can be checked one by one."""
 
@@ -109,12 +114,14 @@ def find_unreadable(splits: Sequence[Checkable], *, skip_bad_images: bool) -> di
     # Threads help: the work is reading files and decoding, both outside the interpreter lock.
     pool = ThreadPoolExecutor(max_workers=min(16, (os.cpu_count() or 1) + 4))
     try:
-        bad, tell = {}, _told.get()
-        results = zip(places, pool.map(check, places), strict=True)
-        for done, ((images, i), error) in enumerate(results, start=1):
-            if error is not None:
-                bad[images.name(i)] = error
-            tell(done, len(places))
+        bad, tell, done = {}, _told.get(), 0
+        for start in range(0, len(places), _AHEAD):
+            part = places[start : start + _AHEAD]
+            for (images, i), error in zip(part, pool.map(check, part), strict=True):
+                if error is not None:
+                    bad[images.name(i)] = error
+                done += 1
+                tell(done, len(places))
     finally:
         # An interrupt does not wait for the images to come.
         pool.shutdown(cancel_futures=True)

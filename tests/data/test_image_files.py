@@ -92,11 +92,19 @@ def test_many_images_are_listed_once_and_opened_once(
     for module, name in ((os, "scandir"), (os, "listdir"), (os, "stat"), (builtins, "open")):
         counted(module, name)
     told: list[tuple[int, int]] = []
-    with told_of_checks(lambda done, total: told.append((done, total))):
+    called: list[int] = []
+
+    def tell(done: int, total: int) -> None:
+        told.append((done, total))
+        called.append(len(calls))
+
+    with told_of_checks(tell):
         task = folder_task(tmp_path)
     monkeypatch.undo()
     assert len(task.train) == len(task.test) == 2 * count
     assert told == [(done, 4 * count) for done in range(1, 4 * count + 1)]
+    # The first is told of when a part of the images is checked, not when most of them are.
+    assert called[0] < called[-1] / 4
     assert "listdir" not in {name for name, _ in calls}
     listed = {path for name, path in calls if name == "scandir"}
     assert len(listed) == 6 and all(calls["scandir", path] == 1 for path in listed)
