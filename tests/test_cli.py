@@ -367,11 +367,14 @@ def test_bad_commands(
 
 # --- processes
 
+WAIT_S = 600  # of a busy machine; seconds otherwise
+
 
 def program(*arguments: str) -> subprocess.Popen[str]:
-    # The handler is set because a process started in the background of a shell ignores SIGINT.
+    # A process that a shell or nohup has started in the background ignores some signals.
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "hasattr(signal, 'SIGHUP') and signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "from mulki.cli import main; main()"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -394,13 +397,13 @@ def test_interrupted_process(
     endless = ["--iterations", "1000000", "--log-every-n-steps", "1"]
     process = program(*given, *place, *endless)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + WAIT_S
         log = folder / "out.log"
         while not (log.exists() and "colours step 3:" in log.read_text()):
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=WAIT_S)
     finally:
         process.kill()
     assert process.returncode == 130
@@ -424,13 +427,13 @@ def test_a_process_that_is_asked_to_end_goes_on_later(
     place = ["--logs", str(tmp_path / "logs"), "--name", "first"]
     process = program(*given, *place, "--iterations", "100", "--log-every-n-steps", "1")
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + WAIT_S
         log = folder / "out.log"
         while not (log.exists() and "colours step 3:" in log.read_text()):
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()
             time.sleep(0.02)
         process.send_signal(signal.Signals[name])
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=WAIT_S)
     finally:
         process.kill()
     assert process.returncode == 128 + signal.Signals[name]
@@ -499,7 +502,7 @@ def test_bad_input_of_a_process_is_one_line(tmp_path: Path, task_folders: Sequen
     (tmp_path / "logs" / "taken" / "x").touch()
     place = ["--logs", str(tmp_path / "logs"), "--name", "taken"]
     process = program("run", *task_folders, "--model", "RN50", *place)
-    out, error = process.communicate(timeout=120)
+    out, error = process.communicate(timeout=WAIT_S)
     assert process.returncode == 2 and out == ""
     assert len(error.splitlines()) == 1 and str(tmp_path / "logs" / "taken") in error
 
@@ -509,7 +512,7 @@ def test_trouble_in_a_run_is_one_line_too(
 ) -> None:
     given = ["run", *task_folders, "--model", start_model["model"], "--device", "cpu"]
     process = program(*given, "--lr", "1e30", "--logs", str(tmp_path / "logs"))
-    out, error = process.communicate(timeout=120)
+    out, error = process.communicate(timeout=WAIT_S)
     assert process.returncode == 2 and out == ""
     (line,) = without_progress(error)
     assert "--lr 1e+30" in line

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -11,6 +12,17 @@ from mulki.errors import Stopped
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
 NAMES = ["SIGINT", "SIGTERM", "SIGHUP"]
+
+
+@pytest.fixture(autouse=True)
+def heeded() -> Iterator[None]:
+    """A process that a shell or nohup has started in the background ignores some of them."""
+    before = {name: signal.getsignal(signal.Signals[name]) for name in NAMES}
+    for name in NAMES:
+        signal.signal(signal.Signals[name], signal.default_int_handler)
+    yield
+    for name, handler in before.items():
+        signal.signal(signal.Signals[name], handler)
 
 
 @pytest.mark.parametrize("name", NAMES)
