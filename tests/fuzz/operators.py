@@ -97,9 +97,9 @@ def _check(drawn: Drawn, case: Case) -> None:
     before = [_copy(argument) for argument in case.args]
     threads = torch.get_num_threads()
     served = drawn.backend or backends.choose(case.op, "cpu", drawn.dtype).backend
-    # torch splits sums over its threads: the products of the reference, and of the gradients of a
-    # similarity in half precision.
-    by_torch = served == "reference" or (case.op == "similarity" and drawn.dtype != torch.float32)
+    # torch splits sums over its threads, and multiplies for all backends but the C++ kernels; for
+    # these the gradients of a similarity in half precision.
+    by_torch = served != "cpp" or (case.op == "similarity" and drawn.dtype != torch.float32)
     try:
         torch.set_num_threads(drawn.threads)
         results = ours(case, mean)
