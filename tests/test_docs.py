@@ -22,9 +22,10 @@ import pytest
 import yaml
 
 import mulki
-from mulki import cli, methods
+from mulki import methods
 from mulki.cli import run_command
 from mulki.commands.grid import OPTIONS as GRID
+from mulki.commands.run_options import run_options
 from mulki.engine.config import resolve
 from tests import ROOT, engine_helpers, import_helpers
 from tests.test_readme import DOCS, name
@@ -170,7 +171,7 @@ def test_a_command_that_is_not_run_has_options_that_exist(
         if "--" in words:
             words = ["mulki", *words[words.index("--") + 1 :]]
         if words[:2] in (["mulki", "run"], ["mulki", "plan"]):
-            given, _ = cli._given(words[2:], words[1])
+            given, _ = run_options(words[2:], words[1])
             given.pop("json", None)
             resolve({option: value for option, value in given.items() if option not in GRID})
         elif words[1:2] == ["-m"] and words[2].startswith("benchmarks."):

@@ -174,10 +174,10 @@ def test_the_launch_script_is_sound() -> None:
     text = (EXAMPLES / "slurm.sh").read_text()
     command = text[text.index("-m mulki -- ") :].replace("\\\n", " ").split()
     assert command[2] == "--"
-    from mulki.cli import _given
+    from mulki.commands.run_options import run_options
 
     words = [word.strip('"') for word in command[4:]]
-    given, _ = _given(words)
+    given, _ = run_options(words)
     assert given["tasks"] == ["birds/", "textures/"] and given["batch_size"] == "64"
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mulki import cli, methods
+from mulki import methods
 from mulki.cli import run_command
+from mulki.commands.run_options import run_options
 from mulki.data import transforms
 from mulki.engine.config import read_config, resolve
 from mulki.errors import InputError
@@ -206,9 +207,9 @@ def test_an_option_named_as_a_keyword_of_python() -> None:
     Path("c.yaml").write_text("method: halved\nlambda: 0.75\n")
     settings = resolve({"import": mine} | read_config("c.yaml"))
     assert settings.method.lambda_ == 0.75 and settings.to_dict()["lambda"] == 0.75
-    given, _ = cli._given(["--config", "c.yaml", "--import", mine, "--method", "lwf"])
+    given, _ = run_options(["--config", "c.yaml", "--import", mine, "--method", "lwf"])
     assert resolve(given).to_dict().keys() & {"lambda", "lambda_"} == set()
-    given, _ = cli._given(["--config", "c.yaml", "--import", mine, "--lambda", "0.2"])
+    given, _ = run_options(["--config", "c.yaml", "--import", mine, "--lambda", "0.2"])
     assert resolve(given).method.lambda_ == 0.2
 
 

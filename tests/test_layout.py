@@ -36,6 +36,7 @@ CROSS_CUTTING = {
     "test_import.py": "the whole package",
     "test_layout.py": "the tests themselves",
     "test_packaging.py": "setup.py and pyproject.toml",
+    "test_program.py": "mulki as a process",
     "test_readme.py": "README.md and docs/",
     "test_repository.py": "CITATION.cff and .github/",
 }

@@ -1,0 +1,117 @@
+"""`mulki` as a process: signals, exit status, and no more than one line for bad input."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from mulki.cli import main, run_command
+from mulki.metrics import read_matrix
+from tests import engine_helpers
+from tests.cli_helpers import WAIT_S, program, without_progress
+
+tiny_models = engine_helpers.tiny_models
+start_model = engine_helpers.start_model
+task_folders = engine_helpers.task_folders
+
+
+def test_interrupted_process(
+    tmp_path: Path, start_model: dict[str, str], task_folders: Sequence[str]
+) -> None:
+    folder = tmp_path / "logs" / "first"
+    given = ["run", *task_folders, "--model", start_model["model"], "--device", "cpu"]
+    place = ["--logs", str(tmp_path / "logs"), "--name", "first"]
+    endless = ["--iterations", "1000000", "--log-every-n-steps", "1"]
+    process = program(*given, *place, *endless)
+    try:
+        deadline = time.monotonic() + WAIT_S
+        log = folder / "out.log"
+        while not (log.exists() and "colours step 3:" in log.read_text()):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=WAIT_S)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert without_progress(error) == [
+        "mulki: interrupted",
+        f"results so far: {folder / 'report.html'}",
+        f"to go on: mulki run --resume {folder}",
+    ]
+    assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
+    matrix = read_matrix(folder / "matrix.csv")
+    assert matrix.zero_shot is not None and matrix.tasks == ()
+    assert "run stopped by Stopped: SIGINT" in log.read_text()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_process_that_is_asked_to_end_goes_on_later(
+    tmp_path: Path, start_model: dict[str, str], task_folders: Sequence[str], name: str
+) -> None:
+    folder = tmp_path / "logs" / "first"
+    given = ["run", *task_folders, "--model", start_model["model"], "--device", "cpu"]
+    place = ["--logs", str(tmp_path / "logs"), "--name", "first"]
+    process = program(*given, *place, "--iterations", "100", "--log-every-n-steps", "1")
+    try:
+        deadline = time.monotonic() + WAIT_S
+        log = folder / "out.log"
+        while not (log.exists() and "colours step 3:" in log.read_text()):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.02)
+        process.send_signal(signal.Signals[name])
+        _, error = process.communicate(timeout=WAIT_S)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.Signals[name]
+    assert without_progress(error) == [
+        "mulki: interrupted",
+        f"results so far: {folder / 'report.html'}",
+        f"to go on: mulki run --resume {folder}",
+    ]
+    assert f"run stopped by Stopped: {name}" in log.read_text()
+    for page in ("summary.md", "report.html"):
+        assert "interrupted" in (folder / page).read_text()
+    steps = re.findall(r"colours step (\d+):", log.read_text())
+    assert run_command(["run", "--resume", str(folder)]) == 0
+    assert json.loads((folder / "summary.json").read_text())["status"] == "complete"
+    again = re.findall(r"colours step (\d+):", log.read_text())
+    # It goes on after the step that the signal came in.
+    assert list(map(int, again)) in (
+        list(range(1, 101)), [*range(1, len(steps) + 1), *range(len(steps) + 2, 101)]
+    )  # fmt: skip
+
+
+def test_bad_input_of_a_process_is_one_line(tmp_path: Path, task_folders: Sequence[str]) -> None:
+    (tmp_path / "logs" / "taken").mkdir(parents=True)
+    (tmp_path / "logs" / "taken" / "x").touch()
+    place = ["--logs", str(tmp_path / "logs"), "--name", "taken"]
+    process = program("run", *task_folders, "--model", "RN50", *place)
+    out, error = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 2 and out == ""
+    assert len(error.splitlines()) == 1 and str(tmp_path / "logs" / "taken") in error
+
+
+def test_trouble_in_a_run_is_one_line_too(
+    tmp_path: Path, start_model: dict[str, str], task_folders: Sequence[str]
+) -> None:
+    given = ["run", *task_folders, "--model", start_model["model"], "--device", "cpu"]
+    process = program(*given, "--lr", "1e30", "--logs", str(tmp_path / "logs"))
+    out, error = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 2 and out == ""
+    (line,) = without_progress(error)
+    assert "--lr 1e+30" in line
+
+
+def test_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["mulki", "metrics", "gone.csv"])
+    with pytest.raises(SystemExit) as info:
+        main()
+    assert info.value.code == 2
