@@ -6,7 +6,7 @@
 ``args.yaml``       the resolved configuration
 ``env.json``        versions, machine, commit, hashes of weights, splits and prompts
 ``out.log``         what was logged
-``results.jsonl``   one line per evaluation, see :class:`Evaluation`
+``results.jsonl``   one line per evaluation, see :mod:`mulki.evaluations`
 ``matrix.csv``      accuracies in percent, see :func:`mulki.metrics.read_matrix`
 ``history.jsonl``   one line per logged step, see :mod:`mulki.history`
 ``tasks.json``      classes and targets of the data sets, see :mod:`mulki.catalog`
@@ -33,15 +33,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
-import re
 import shutil
 import time
-import unicodedata
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from datetime import datetime
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
@@ -50,10 +46,10 @@ from typing import Literal
 import yaml
 
 from mulki.answers import ACC1, RECALL1, Answers, seen_accuracy, write_answers
-from mulki.catalog import TASKS
 from mulki.environment import environment
 from mulki.errors import InputError
-from mulki.files import is_temporary, sweep, sync, write_atomic
+from mulki.evaluations import Evaluation, read_evaluations
+from mulki.files import sweep, sync, write_atomic
 from mulki.folder_lock import FolderLock
 from mulki.metrics import (
     ACC1_SEEN,
@@ -66,109 +62,13 @@ from mulki.metrics import (
     read_matrix,
     write_matrix,
 )
+from mulki.new_folder import RECOVERY, default_name, make_folder, slug
+from mulki.run_log import RunLog
 from mulki.trackers import AUTO, Tracker, open_trackers
 
 logger = logging.getLogger(__name__)
 
 Status = Literal["running", "complete", "interrupted"]
-
-#: The folder in a run folder that a run goes on from.
-RECOVERY = "recovery"
-
-# What a run writes before its first evaluation, and what a report adds to it.
-_BEFORE_ROWS = frozenset(
-    {"env.json", "args.yaml", "summary.json", "out.log", TASKS, "tensorboard", "wandb"}
-    | {"summary.md", "report.html", "plots"}
-)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One line of ``results.jsonl``: one model evaluated on one data set.
-
-    ``step`` counts optimisation steps since the start of the sequence (0 for zero-shot),
-    ``after_task`` is the last task learned or ``zero-shot``, ``value`` is in percent for
-    ``acc1``, ``n`` the number of test images, ``seconds`` how long the evaluation took.
-
-    A data set of captions has four lines in place of ``acc1``, see :class:`mulki.answers.Ranks`, of
-    which ``image_to_text_R@1`` stands in the matrix; each has the seconds of all. For
-    ``text_to_image_R@1`` and ``_R@5``, ``n`` is the number of distinct captions.
-
-    With the metric ``acc1_seen`` and the data set ``all-seen``, the value is A_i of
-    :class:`mulki.metrics.ClassIncremental`. It comes from the same predictions as the lines of the
-    learned tasks, whose seconds it sums. Lines of earlier versions lack ``method`` and ``model``.
-    """
-
-    run: str
-    order: str
-    seed: int
-    step: int
-    after_task: str
-    eval_dataset: str
-    metric: str
-    value: float
-    n: int
-    seconds: float
-    method: str = ""
-    model: str = ""
-
-
-def read_evaluations(path: str | os.PathLike[str]) -> list[Evaluation]:
-    """Read a ``results.jsonl``; a last line that was cut off by a crash is left out.
-
-    Raises :class:`InputError` for a missing file and for any other line that is not an
-    :class:`Evaluation`, with its number.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; pass the results.jsonl of a run") from None
-    *lines, _cut_off = text.split("\n")
-    evaluations = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            evaluations.append(Evaluation(**json.loads(line)))
-            _check_kinds(evaluations[-1])
-        except (ValueError, TypeError, OverflowError, RecursionError):
-            names = ", ".join(field.name for field in fields(Evaluation))
-            raise InputError(
-                f"{path}, line {number}: not an evaluation; a JSON object with {names} was "
-                "wanted: remove the line or restore the file"
-            ) from None
-    return evaluations
-
-
-def _check_kinds(evaluation: Evaluation) -> None:
-    # Text where text was wanted, else a number that is finite.
-    for item in fields(Evaluation):
-        value = getattr(evaluation, item.name)
-        if not (isinstance(value, str) if item.type == "str" else math.isfinite(value)):
-            raise TypeError(item.name)
-
-
-def default_name(
-    method: str,
-    order: str,
-    seed: int,
-    config: Mapping[str, object],
-    now: datetime | None = None,
-) -> str:
-    """The name of a run that was given none: start time, tasks, model, method, order, seed."""
-    now = now or datetime.now()
-    tasks = config.get("tasks")
-    words = [tasks] if isinstance(tasks, str) else tasks if isinstance(tasks, (list, tuple)) else []
-    # Of folders their own names, and of many tasks the first ones.
-    named = slug(" ".join(Path(str(word)).name for word in words))[:30].strip("_")
-    model = slug(str(config.get("model", "")))[-30:].strip("_")
-    about = [named] * bool(words) + [model] * ("model" in config) + [slug(method)]
-    return f"{now:%Y_%m_%d-%H_%M_%S}-{'-'.join(about)}-order_{slug(order)}-seed_{seed}"
-
-
-def slug(name: str) -> str:
-    """A name with nothing but a-z, 0-9 and underscores in it."""
-    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
-    return re.sub(r"[^a-z0-9]+", "_", plain.lower()).strip("_") or "unnamed"
 
 
 class RunFolder:
@@ -210,8 +110,7 @@ class RunFolder:
         self._lock = lock
         self._test_images = dict(test_images or {})
         self._started = time.monotonic() - seconds
-        self._handler: logging.Handler | None = None
-        self._level = logging.NOTSET
+        self._log = RunLog(path / "out.log")
         self._trackers: list[Tracker] = []
 
     @classmethod
@@ -238,7 +137,7 @@ class RunFolder:
         one path component.
         """
         matrix = AccuracyMatrix(columns=tuple(columns))
-        path, lock = _make_folder(Path(logs), name, default_name(method, order, seed, config))
+        path, lock = make_folder(Path(logs), name, default_name(method, order, seed, config))
         run = cls(path, method=method, order=order, seed=seed, matrix=matrix, uses=uses, lock=lock)
         run.model = str(config.get("model", ""))
         # First: a folder with this file is one of ours, while anyone may have an args.yaml.
@@ -295,11 +194,11 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         config = yaml.safe_load((self.path / "args.yaml").read_text(encoding="utf-8")) or {}
         report_to = config.get("report_to", [AUTO])
-        self.attach_log()
+        self._log.open()
         try:
             self._trackers = open_trackers(report_to, self.path, self.name, config)
         except BaseException:
-            self.detach_log()
+            self._log.close()
             raise
         if self.status == "interrupted":
             self.status = "running"
@@ -329,38 +228,12 @@ class RunFolder:
             for tracker in self._trackers:
                 tracker.close()
             self._trackers = []
-            self.detach_log()
+            self._log.close()
 
     def release(self) -> None:
         """Let other processes write to the folder."""
         if self._lock is not None:
             self._lock.release()
-
-    def attach_log(self, level: int = logging.INFO) -> None:
-        """Send what the package ``mulki`` logs from ``level`` up to ``out.log``, once."""
-        if self._handler is not None:
-            return
-        self._handler = _LogFile(self.path / "out.log", encoding="utf-8")
-        self._handler.setLevel(level)
-        self._handler.setFormatter(
-            logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-        )
-        package = logging.getLogger("mulki")
-        package.addHandler(self._handler)
-        # Without a level of its own, the package has that of the root logger, WARNING, and the
-        # progress would not reach the file.
-        self._level = package.level
-        if package.level == logging.NOTSET or package.level > level:
-            package.setLevel(level)
-
-    def detach_log(self) -> None:
-        """Close ``out.log``; without effect when it is not attached."""
-        if self._handler is not None:
-            package = logging.getLogger("mulki")
-            package.removeHandler(self._handler)
-            package.setLevel(self._level)
-            self._handler.close()
-            self._handler = None
 
     def scalars(self, values: Mapping[str, float], step: int, axis: str = "step") -> None:
         """Add points to the curves of the trackers, by name; `step` counts along `axis`."""
@@ -536,75 +409,6 @@ class RunFolder:
         folder = self.path / "checkpoints"
         folder.mkdir(exist_ok=True)
         return folder
-
-
-class _LogFile(logging.FileHandler):
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Go on: a full disk would print a traceback for every line."""
-
-
-def check_free(logs: str | os.PathLike[str], name: str | None) -> None:
-    """Check a name as :meth:`RunFolder.create` does, and raise the same errors; make nothing."""
-    _check_name(name)
-    path = Path(logs) / (name or "")
-    if name is not None:
-        _check_unused(path)
-        if path.is_dir():
-            FolderLock(path).release()
-
-
-def _check_name(name: str | None) -> None:
-    if name is not None and (not name.strip() or name in (".", "..") or re.search(r"[/\\]", name)):
-        raise InputError(
-            f'--name: "{name}" came, the name of one folder was wanted; '
-            "put the folders above it into --logs"
-        )
-
-
-def _check_unused(path: Path) -> None:
-    try:
-        names = {each.name for each in path.iterdir()} if path.exists() else set()
-    except OSError as error:
-        raise InputError(
-            f"{path}: the run folder cannot be made ({error.strerror}); choose another --logs"
-        ) from None
-    names = {name for name in names if not is_temporary(name)}
-    if names and not ("env.json" in names and names <= _BEFORE_ROWS):
-        going_on = f", or go on with --resume {path}" if RECOVERY in names else ""
-        raise InputError(
-            f"{path}: the run folder exists and is not empty; give another --name, or remove it"
-            f"{going_on}"
-        )
-
-
-def _make_folder(logs: Path, name: str | None, default: str) -> tuple[Path, FolderLock]:
-    _check_name(name)
-    attempt = 1
-    while True:
-        # Two runs that start without a name in the same second get different folders.
-        path = logs / (name or (default if attempt == 1 else f"{default}-{attempt}"))
-        try:
-            path.mkdir(parents=True, exist_ok=name is not None)
-            break
-        except OSError as error:
-            if name is None and path.is_dir():
-                attempt += 1
-                continue
-            raise InputError(
-                f"{path}: the run folder cannot be made ({error.strerror}); choose another --logs"
-            ) from None
-    _check_unused(path)
-    lock = FolderLock(path)
-    # Again, now that no other process can be filling it.
-    _check_unused(path)
-    sweep(path)
-    # Not env.json, by which the folder is known as ours until it is replaced.
-    for old in (path / name for name in _BEFORE_ROWS - {"env.json"}):
-        if old.is_dir():
-            shutil.rmtree(old)
-        else:
-            old.unlink(missing_ok=True)
-    return path, lock
 
 
 def _plain(value: object) -> object:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import types
-from datetime import datetime
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -21,46 +20,12 @@ import yaml
 from mulki import trackers
 from mulki.answers import Answers
 from mulki.errors import InputError
+from mulki.evaluations import read_evaluations
 from mulki.metrics import DEFINITIONS, ZERO_SHOT, AccuracyMatrix, read_matrix
-from mulki.report import read_folder, write_report
-from mulki.results import Evaluation, RunFolder, check_free, default_name, read_evaluations
-
-ROOT = Path(__file__).parent.parent
-COLUMNS = ("letters", "digits", "flags")
-
-
-def make(logs: Path, name: str | None = "first", **changes: Any) -> RunFolder:
-    arguments: dict[str, Any] = {
-        "method": "mulki",
-        "order": "I",
-        "seed": 3,
-        "columns": COLUMNS,
-        "config": {"lr": 1e-5},
-        **changes,
-    }
-    return RunFolder.create(logs, name, **arguments)
-
-
-def row(*values: float) -> dict[str, float]:
-    return dict(zip(COLUMNS, values, strict=True))
-
-
-def evaluate(run: RunFolder, after: str, value: float = 50.0, **changes: Any) -> Evaluation:
-    arguments: dict[str, Any] = {
-        "after_task": after,
-        "eval_dataset": "digits",
-        "value": value,
-        "n": 600,
-        "seconds": 1.5,
-        "step": 5,
-        **changes,
-    }
-    return run.record(**arguments)
-
-
-def summary_of(path: Path) -> dict[str, Any]:
-    summary: dict[str, Any] = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-    return summary
+from mulki.report import read_folder
+from mulki.results import RunFolder
+from tests import ROOT
+from tests.results_helpers import COLUMNS, evaluate, make, row, summary_of
 
 
 @pytest.fixture
@@ -113,123 +78,6 @@ def test_a_whole_run(tmp_path: Path, without_tensorboard: None) -> None:
         "weights": "abc",
         "splits": {"digits": "def"},
     }
-
-
-def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "first").mkdir()
-    run = make(tmp_path)
-    run.add_row(ZERO_SHOT, row(1, 2, 3))
-    before = sorted(path.read_bytes() for path in run.path.iterdir())
-    with pytest.raises(InputError, match="not empty; give another --name, or remove it") as caught:
-        make(tmp_path)
-    assert str(tmp_path / "first") in str(caught.value)
-    assert sorted(path.read_bytes() for path in run.path.iterdir()) == before
-
-
-def test_a_folder_whose_run_never_began_is_taken_again(tmp_path: Path) -> None:
-    run = make(tmp_path, config={"lr": 1})
-    run.attach_log()
-    logging.getLogger("mulki").error("hello")
-    run.detach_log()
-    (run.path / ".args.yaml.12345.tmp").write_text("half")
-    with pytest.raises(InputError, match="another run is writing"):
-        make(tmp_path)
-    with pytest.raises(InputError, match="another run is writing"):
-        check_free(tmp_path, "first")
-    del run
-    check_free(tmp_path, "first")
-    again = make(tmp_path, config={"lr": 2})
-    assert yaml.safe_load((again.path / "args.yaml").read_text()) == {"lr": 2}
-    assert sorted(os.listdir(again.path)) == ["args.yaml", "env.json", "summary.json"]
-
-
-@pytest.mark.parametrize("files", [["args.yaml"], ["env.json", "notes.txt"], ["out.log"]])
-def test_a_folder_that_may_be_the_users_is_not_taken(tmp_path: Path, files: list[str]) -> None:
-    (tmp_path / "first").mkdir()
-    for file in files:
-        (tmp_path / "first" / file).write_text("mine")
-    with pytest.raises(InputError, match="not empty"):
-        make(tmp_path)
-    assert all((tmp_path / "first" / file).read_text() == "mine" for file in files)
-
-
-PAIR = f"""
-import sys, types
-package = types.ModuleType("mulki")
-package.__path__ = [{str(ROOT / "mulki")!r}]
-sys.modules["mulki"] = package
-import mulki.results
-mulki.results.environment = lambda hashes: {{}}
-for number in range(20):
-    sys.stdin.readline()
-    try:
-        run = mulki.results.RunFolder.create(
-            sys.argv[1], str(number), method="m", order="I", seed=0, columns=("a",), config={{}}
-        )
-        print("made", flush=True)
-    except ValueError:
-        print("refused", flush=True)
-    sys.stdin.readline()  # the folder is kept until the other one has answered
-"""
-
-
-@pytest.mark.skipif(os.name != "posix", reason="flock")
-def test_two_processes_never_share_a_folder(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", PAIR, str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    pair: list[Any] = [subprocess.Popen(command, text=True, **pipes) for _ in range(2)]
-
-    def go_on() -> None:
-        for process in pair:
-            process.stdin.write("\n")
-            process.stdin.flush()
-
-    try:
-        for _ in range(20):
-            go_on()
-            said = sorted(process.stdout.readline() for process in pair)
-            assert said == ["made\n", "refused\n"]
-            go_on()
-    finally:
-        for process in pair:
-            process.kill()
-            process.communicate()
-
-
-@pytest.mark.parametrize("name", ["", " ", "a/b", "..", ".", "a\\b", "/a"])
-def test_a_name_is_one_folder(tmp_path: Path, name: str) -> None:
-    with pytest.raises(InputError, match="--name"):
-        make(tmp_path / "logs", name)
-    assert not (tmp_path / "logs").exists()
-
-
-def test_logs_that_are_a_file(tmp_path: Path) -> None:
-    (tmp_path / "logs").write_text("")
-    with pytest.raises(InputError, match="choose another --logs"):
-        make(tmp_path / "logs")
-
-
-def test_wrong_columns_leave_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="came twice"):
-        make(tmp_path, columns=("a", "a"))
-    assert not list(tmp_path.iterdir())
-
-
-def test_default_names(tmp_path: Path) -> None:
-    now = datetime(2026, 11, 25, 13, 4, 5)
-    config: dict[str, object] = {"tasks": ["data/birds/", "embedded:flags"], "model": "ViT-B/32"}
-    name = default_name("mulki", "II", 7, config, now)
-    assert name == "2026_11_25-13_04_05-birds_embedded_flags-vit_b_32-mulki-order_ii-seed_7"
-    assert default_name("a/b", "I", 0, {}, now) == "2026_11_25-13_04_05-a_b-order_i-seed_0"
-    many = default_name("a", "I", 0, {"tasks": ["x" * 200] * 3}, now)
-    assert len(many) < 80
-
-
-def test_unnamed_runs_of_one_second_get_folders_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mulki.results.default_name", lambda *_: "now")
-    assert [make(tmp_path, None).name for _ in range(3)] == ["now", "now-2", "now-3"]
 
 
 class Precision(Enum):
@@ -296,21 +144,6 @@ def test_numbers_of_torch_and_numpy_are_accepted(tmp_path: Path) -> None:
     run.add_row("digits", {name: number(12.5) for name in COLUMNS})
     assert read_evaluations(run.path / "results.jsonl")[0].value == 50.0
     assert read_matrix(run.path / "matrix.csv").rows == ((12.5,) * 3,)
-
-
-def test_a_line_cut_off_by_a_crash_is_left_out_and_others_are_errors(tmp_path: Path) -> None:
-    run = make(tmp_path)
-    path = run.path / "results.jsonl"
-    whole = evaluate(run, "digits")
-    with path.open("a") as stream:
-        stream.write('{"run": "first", "or')
-    assert read_evaluations(path) == [whole]
-    for bad in ("{", "[]", '{"run": "first"}', "3"):
-        path.write_text(f"{json.dumps(whole.__dict__)}\n{bad}\n")
-        with pytest.raises(InputError, match="line 2: not an evaluation"):
-            read_evaluations(path)
-    with pytest.raises(InputError, match="no such file"):
-        read_evaluations(tmp_path / "results.jsonl")
 
 
 def test_a_refused_row_changes_nothing(tmp_path: Path) -> None:
@@ -452,30 +285,6 @@ def test_opening_what_is_no_run(tmp_path: Path, content: str | None) -> None:
         RunFolder.open(tmp_path)
 
 
-@pytest.mark.parametrize("level", [logging.NOTSET, logging.WARNING])
-def test_the_log_is_attached_once_and_detached(
-    tmp_path: Path, request: pytest.FixtureRequest, level: int
-) -> None:
-    run = make(tmp_path)
-    package, other = logging.getLogger("mulki"), logging.getLogger("other")
-    request.addfinalizer(lambda old=package.level: package.setLevel(old))  # type: ignore[misc]
-    package.setLevel(level)
-    before = package.level, list(package.handlers)
-    package.info("before")
-    run.attach_log()
-    run.attach_log()
-    package.info("during ü")
-    package.debug("detail")
-    other.warning("elsewhere")
-    run.detach_log()
-    run.detach_log()
-    package.info("after")
-    lines = (run.path / "out.log").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 1
-    assert lines[0].endswith("INFO mulki: during ü")
-    assert (package.level, package.handlers) == before
-
-
 def test_curves_go_to_the_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[tuple[str, float, int]] = []
     closed: list[str] = []
@@ -550,24 +359,6 @@ def test_a_run_that_goes_on_is_running_again(tmp_path: Path) -> None:
     with RunFolder.open(run.path) as again:
         assert summary_of(run.path)["status"] == "running"
     assert again.status == summary_of(run.path)["status"] == "complete"
-
-
-def test_a_report_of_a_run_that_never_began_does_not_keep_its_name(tmp_path: Path) -> None:
-    run = make(tmp_path)
-    run.finish("interrupted")
-    run.release()
-    write_report(run.path, figures=True)
-    make(tmp_path)
-    assert sorted(os.listdir(run.path)) == ["args.yaml", "env.json", "summary.json"]
-
-
-def test_curves_of_a_run_that_ended_before_its_first_row_go(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), make(tmp_path) as run:
-        (run.path / "tensorboard").mkdir()
-        (run.path / "tensorboard" / "old").touch()
-        raise KeyboardInterrupt
-    run.release()
-    assert not (make(tmp_path).path / "tensorboard").exists()
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from mulki.engine.setup import device_of
 from mulki.engine.signals import Signals
 from mulki.engine.tasks import load_tasks
 from mulki.errors import InputError
-from mulki.results import check_free, slug
+from mulki.new_folder import check_free, slug
 
 State = Literal["complete", "stopped", "new"]
 

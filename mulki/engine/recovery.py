@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from mulki.engine.signals import Signals
 from mulki.errors import InputError
 from mulki.files import sync
-from mulki.results import RECOVERY
+from mulki.new_folder import RECOVERY
 from mulki.tensor_files import load_tensors, not_finite, save_tensors
 from mulki.world import ALONE, World
 

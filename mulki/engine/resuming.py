@@ -22,10 +22,11 @@ from mulki.errors import InputError
 from mulki.folder_lock import FolderLock
 from mulki.methods import PREVIOUS
 from mulki.models import VisionLanguageModel
+from mulki.new_folder import RECOVERY
 from mulki.options import flag, option_name
 from mulki.report.compare import NEUTRAL
 from mulki.report.folder import read_json
-from mulki.results import RECOVERY, RunFolder
+from mulki.results import RunFolder
 from mulki.texts import TextInputs
 from mulki.world import World
 

@@ -32,7 +32,8 @@ from mulki.engine.tasks import check_captions, load_tasks, warn_of_twins
 from mulki.errors import InputError
 from mulki.methods import VOCABULARY, Method, Needs
 from mulki.models import VisionLanguageModel
-from mulki.results import RunFolder, check_free
+from mulki.new_folder import check_free
+from mulki.results import RunFolder
 from mulki.world import World
 
 # Options that may differ between the processes of a run, for example on different machines.

@@ -13,6 +13,7 @@ import yaml
 from mulki.answers import FOLDER, Answers, read_answers
 from mulki.catalog import EXAMPLES, TASKS, DataSet, Example, read_examples, read_tasks
 from mulki.errors import InputError
+from mulki.evaluations import Evaluation, read_evaluations
 from mulki.history import FILE as HISTORY
 from mulki.history import StepRecord, read_history
 from mulki.metrics import AccuracyMatrix, read_matrix
@@ -22,7 +23,6 @@ from mulki.report.folder import (
     read_json,
     run_status,
 )
-from mulki.results import Evaluation, read_evaluations
 
 T = TypeVar("T")
 

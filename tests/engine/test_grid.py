@@ -15,7 +15,7 @@ from rich.console import Console
 from mulki.engine import grid
 from mulki.engine.grid import Cell, plan, run_cells
 from mulki.errors import InputError
-from mulki.results import RECOVERY
+from mulki.new_folder import RECOVERY
 from tests.engine.run_helpers import SHORT, weights
 
 Plan = Callable[..., list[Cell]]

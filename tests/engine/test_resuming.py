@@ -25,7 +25,8 @@ from mulki.engine.config import read_config, resolve
 from mulki.engine.progress import RunProgress
 from mulki.engine.resuming import folder_of_restart
 from mulki.errors import InputError
-from mulki.results import RunFolder, read_evaluations
+from mulki.evaluations import read_evaluations
+from mulki.results import RunFolder
 from tests import ROOT
 from tests.engine.run_helpers import SHORT, Run, weights
 from tests.engine_helpers import same_state

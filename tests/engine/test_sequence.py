@@ -23,10 +23,11 @@ from mulki.engine.learn import StepReport
 from mulki.engine.progress import RunProgress
 from mulki.engine.step import Step
 from mulki.errors import InputError
+from mulki.evaluations import read_evaluations
 from mulki.methods import PREVIOUS, ZERO_SHOT
 from mulki.metrics import read_matrix
 from mulki.models import VisionLanguageModel
-from mulki.results import RunFolder, read_evaluations
+from mulki.results import RunFolder
 from tests import ROOT
 from tests.engine.run_helpers import SHORT, Run, options_of, weights
 from tests.engine_helpers import COLOURS, Calls, same_state, state_of, write_task

@@ -18,7 +18,7 @@ from mulki.engine import sequence, setup, task_learner
 from mulki.engine.config import RunConfig, Settings
 from mulki.engine.precision import Precision
 from mulki.errors import InputError
-from mulki.results import read_evaluations
+from mulki.evaluations import read_evaluations
 from tests.data.published.conftest import data_root, written
 from tests.engine.run_helpers import Run, weights
 from tests.engine_helpers import COLOURS, same_state, write_task
