@@ -15,7 +15,7 @@ from mulki.errors import InputError
 from mulki.intervals import mean_interval
 from mulki.options import flag
 from mulki.report import RunData, read_folder
-from mulki.report.compare import NEUTRAL
+from mulki.report.comparison import NEUTRAL
 
 Verdict = Literal["within", "above", "below"]
 

@@ -44,7 +44,7 @@ from mulki.intervals import (
     paired_differences,
     seed_differences,
 )
-from mulki.report.compare import NEUTRAL
+from mulki.report.comparison import NEUTRAL
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"  # a file for each study

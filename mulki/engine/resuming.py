@@ -24,7 +24,7 @@ from mulki.methods import PREVIOUS
 from mulki.models import VisionLanguageModel
 from mulki.new_folder import RECOVERY
 from mulki.options import flag, option_name
-from mulki.report.compare import NEUTRAL
+from mulki.report.comparison import NEUTRAL
 from mulki.report.folder import read_json
 from mulki.results import RunFolder
 from mulki.texts import TextInputs

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from mulki.history import StepRecord, read_history
 from mulki.metrics import ZERO_SHOT
-from mulki.report.compare import TITLES, Group, Run, Section
+from mulki.report.comparison import TITLES, Group, Run, Section
 from mulki.report.figures import mark_tasks, name_rows, thinned
 from mulki.report.plot import COLOURS, DIM, Plot, entry, look, plain_log
 

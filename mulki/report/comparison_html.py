@@ -11,7 +11,7 @@ from mulki.errors import InputError
 from mulki.files import write_atomic
 from mulki.intervals import Difference
 from mulki.metrics import DEFINITIONS
-from mulki.report.compare import TITLES, Comparison, Section
+from mulki.report.comparison import TITLES, Comparison, Section
 from mulki.report.comparison_figures import SectionPlots, section_plots
 from mulki.report.comparison_tables import LEGEND, difference_text, mean_text
 from mulki.report.orders import OverOrders, over_orders

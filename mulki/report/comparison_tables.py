@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mulki.intervals import Difference
-from mulki.report.compare import TITLES, Comparison
+from mulki.report.comparison import TITLES, Comparison
 from mulki.report.orders import OverOrders, over_orders
 
 # More characters than any table has.

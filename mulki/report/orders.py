@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mulki.intervals import Difference, mean_interval, seed_differences
 
 if TYPE_CHECKING:
-    from mulki.report.compare import Section
+    from mulki.report.comparison import Section
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 import shutil
@@ -13,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from mulki.answers import Answers
 from mulki.history import BINS, StepRecord, add_step
 from mulki.metrics import ZERO_SHOT, AccuracyMatrix
+from mulki.report.comparison import Comparison
+from mulki.report.comparison_tables import print_comparison
 from mulki.results import RunFolder
 
 #: Makes a run folder, see `tests.report.conftest.make`.
@@ -189,3 +193,9 @@ def record(task: str, index: int, step: int, steps: int) -> StepRecord:
         prototype_drift={"mean": 0.01 * step, "max": 0.03 * step},
         prepared=4.25 if step == 1 else None,
     )
+
+
+def printed(comparison: Comparison) -> str:
+    stream = io.StringIO()
+    print_comparison(comparison, Console(file=stream, width=40))
+    return stream.getvalue()

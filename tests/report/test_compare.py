@@ -1,30 +1,20 @@
 from __future__ import annotations
 
-import io
 import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
 
-from mulki.engine.config import RunConfig
 from mulki.errors import InputError
-from mulki.report.compare import NEUTRAL, TITLES, Comparison, compare
-from mulki.report.comparison_tables import print_comparison
+from mulki.report.compare import compare
+from mulki.report.comparison import TITLES
 from tests.report.report_helpers import PAIR as TASKS
-from tests.report.report_helpers import Make
-
-
-def printed(comparison: Comparison) -> str:
-    stream = io.StringIO()
-    print_comparison(comparison, Console(file=stream, width=40))
-    return stream.getvalue()
+from tests.report.report_helpers import Make, printed
 
 
 def test_seeds_are_a_group_and_methods_are_compared(make: Make) -> None:
@@ -50,25 +40,6 @@ def test_seeds_are_a_group_and_methods_are_compared(make: Make) -> None:
         assert of.low is not None and of.high is not None and 0 < of.low < of.value < of.high < 60
 
 
-def test_json_and_tables_have_the_same_numbers(make: Make) -> None:
-    runs = [make("a", "lwf"), make("b", "mulki", share=0.7), make("c", "mulki", 1, share=0.7)]
-    found = compare(runs, "mulki")
-    numbers = json.loads(json.dumps(found.to_dict()))
-    (section,) = numbers["sections"]
-    assert section["baseline"] == "mulki" and [g["label"] for g in section["groups"]] == [
-        "lwf", "mulki"
-    ]  # fmt: skip
-    assert section["groups"][1]["seeds"] == [0, 1]
-    assert section["groups"][0]["metrics"]["last"]["half_width"] is None
-    text = printed(found)
-    last = section["groups"][1]["metrics"]["last"]
-    assert f"{last['mean']:.2f} ± {last['half_width']:.2f}" in text
-    of = section["differences"][0]["metrics"]["cil_last"]
-    assert f"{of['value']:+.2f} [{of['low']:+.2f}, {of['high']:+.2f}]" in text
-    assert f"warning: {numbers['warnings'][0]}" in text.splitlines()
-    assert "zoo, order I: lwf and mulki make 1 pairs of runs" in numbers["warnings"]
-
-
 def test_a_label_has_what_differs_within_a_method(make: Make) -> None:
     first = make("a", lr=0.1, gate="label", logs="x", workers=0, save_every=5, data_root="p")
     other = make("b", lr=0.2, gate="label", logs="y", workers=3, save_every=0, data_root="q")
@@ -90,30 +61,6 @@ def test_a_baseline_may_have_other_options_in_each_sequence(make: Make) -> None:
     found = compare(runs, "mulki")
     assert [section.baseline for section in found.sections] == ["mulki", "mulki"]
     assert [[d.label for d in s.differences] for s in found.sections] == [["lwf"], ["lwf"]]
-
-
-def test_options_that_change_no_result_exist() -> None:
-    known = {field.name.rstrip("_") for field in fields(RunConfig)}
-    assert known >= NEUTRAL
-
-
-def test_what_is_used_beside_the_tasks_is_told(make: Make) -> None:
-    paths = [
-        make("a"),
-        make("b", anchors="both", uses=("class names of earlier tasks", "a vocabulary of words")),
-        make("c", reference="x", uses=("reference images",)),
-        make("d", reference="y"),
-    ]
-    summary = json.loads((paths[-1] / "summary.json").read_text())
-    # A folder that was written before runs kept this.
-    del summary["uses"]
-    (paths[-1] / "summary.json").write_text(json.dumps(summary))
-    assert [group.uses for group in compare(paths).sections[0].groups] == [
-        "-",
-        "class names of earlier tasks, a vocabulary of words",
-        "reference images",
-        "unknown",
-    ]
 
 
 def test_a_model_that_does_not_learn_is_paired_with_every_seed(make: Make) -> None:
@@ -155,19 +102,6 @@ def test_runs_without_answers_are_compared_by_seeds_alone(make: Make) -> None:
     low = np.mean(gains) - 12.7062 * np.std(gains, ddof=1) / np.sqrt(2)
     assert difference.metrics["last"].low == pytest.approx(low, rel=1e-4)
     assert any("intervals over seeds alone, since answers are missing" in w for w in found.warnings)
-
-
-def test_runs_before_class_incremental_evaluation_leave_its_cells_empty(make: Make) -> None:
-    run = make("a")
-    shutil.rmtree(run / "answers")
-    summary = json.loads((run / "summary.json").read_text())
-    del summary["class_incremental"]
-    (run / "summary.json").write_text(json.dumps(summary))
-    found = compare([run])
-    assert list(found.sections[0].groups[0].means) == [
-        "transfer", "average", "last", "forgetting"
-    ]  # fmt: skip
-    assert printed(found).splitlines()[3].split()[-4:] == ["-", "-", "1", "-"]
 
 
 @pytest.mark.parametrize(

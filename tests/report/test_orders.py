@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from mulki.intervals import Difference
-from mulki.report.compare import Against, Group, Section
+from mulki.report.comparison import Against, Group, Section
 from mulki.report.orders import over_orders
 
 

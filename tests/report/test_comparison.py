@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import fields
+
+from mulki.engine.config import RunConfig
+from mulki.report.compare import compare
+from mulki.report.comparison import NEUTRAL
+from tests.report.report_helpers import Make, printed
+
+
+def test_options_that_change_no_result_exist() -> None:
+    known = {field.name.rstrip("_") for field in fields(RunConfig)}
+    assert known >= NEUTRAL
+
+
+def test_json_and_tables_have_the_same_numbers(make: Make) -> None:
+    runs = [make("a", "lwf"), make("b", "mulki", share=0.7), make("c", "mulki", 1, share=0.7)]
+    found = compare(runs, "mulki")
+    numbers = json.loads(json.dumps(found.to_dict()))
+    (section,) = numbers["sections"]
+    assert section["baseline"] == "mulki" and [g["label"] for g in section["groups"]] == [
+        "lwf", "mulki"
+    ]  # fmt: skip
+    assert section["groups"][1]["seeds"] == [0, 1]
+    assert section["groups"][0]["metrics"]["last"]["half_width"] is None
+    text = printed(found)
+    last = section["groups"][1]["metrics"]["last"]
+    assert f"{last['mean']:.2f} ± {last['half_width']:.2f}" in text
+    of = section["differences"][0]["metrics"]["cil_last"]
+    assert f"{of['value']:+.2f} [{of['low']:+.2f}, {of['high']:+.2f}]" in text
+    assert f"warning: {numbers['warnings'][0]}" in text.splitlines()
+    assert "zoo, order I: lwf and mulki make 1 pairs of runs" in numbers["warnings"]
+
+
+def test_what_is_used_beside_the_tasks_is_told(make: Make) -> None:
+    paths = [
+        make("a"),
+        make("b", anchors="both", uses=("class names of earlier tasks", "a vocabulary of words")),
+        make("c", reference="x", uses=("reference images",)),
+        make("d", reference="y"),
+    ]
+    summary = json.loads((paths[-1] / "summary.json").read_text())
+    # A folder that was written before runs kept this.
+    del summary["uses"]
+    (paths[-1] / "summary.json").write_text(json.dumps(summary))
+    assert [group.uses for group in compare(paths).sections[0].groups] == [
+        "-",
+        "class names of earlier tasks, a vocabulary of words",
+        "reference images",
+        "unknown",
+    ]
+
+
+def test_runs_before_class_incremental_evaluation_leave_its_cells_empty(make: Make) -> None:
+    run = make("a")
+    shutil.rmtree(run / "answers")
+    summary = json.loads((run / "summary.json").read_text())
+    del summary["class_incremental"]
+    (run / "summary.json").write_text(json.dumps(summary))
+    found = compare([run])
+    assert list(found.sections[0].groups[0].means) == [
+        "transfer", "average", "last", "forgetting"
+    ]  # fmt: skip
+    assert printed(found).splitlines()[3].split()[-4:] == ["-", "-", "1", "-"]
