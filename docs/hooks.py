@@ -21,6 +21,8 @@ LINK = re.compile(r"\]\(([^)\s#]+)")
 LOADED = re.compile(
     r'<(?:script|img|iframe|source)\b[^>]*\bsrc="((?:https?:)?//[^"]+)|<link\b[^>]*'
 )
+# A name or an option, short enough for a line of a phone.
+SHORT = re.compile(r"<code>([^<\s]{2,28})</code>")
 HREF = re.compile(r'\bhref="((?:https?:)?//[^"]+)')
 
 
@@ -57,6 +59,15 @@ def from_elsewhere(html: str) -> list[str]:
     """What a browser would fetch from another host to show this page."""
     found = [match[1] or "".join(HREF.findall(match[0])) for match in LOADED.finditer(html)]
     return [address for address in found if address]
+
+
+def unbroken(html: str) -> str:
+    """With a class on names and options that no line should break, as after their hyphens."""
+    return SHORT.sub(r'<code class="whole">\1</code>', html)
+
+
+def on_page_content(html: str, page: object, config: MkDocsConfig, files: Files) -> str:
+    return unbroken(html)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -1,4 +1,4 @@
-"""The exceptions of the package, and the search for a similar name that their messages use."""
+"""The exceptions of the package, and what their messages and others are worded with."""
 
 from __future__ import annotations
 
@@ -64,3 +64,8 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     by_folded = {choice.casefold(): choice for choice in choices}
     found = difflib.get_close_matches(name.casefold(), by_folded, n=1)
     return f' (did you mean "{by_folded[found[0]]}"?)' if found else ""
+
+
+def counted(number: int, noun: str) -> str:
+    """Such as "1 task" and "2 tasks"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

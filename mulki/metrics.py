@@ -47,7 +47,9 @@ ALL_SEEN = "all-seen"
 #: Header of the first column of ``matrix.csv``.
 AFTER_TASK = "after_task"
 
-#: One line per metric, stored beside every result. ``a[i,j]``: after task i, test set of task j.
+#: What the letters in the definitions stand for.
+NOTATION = "a[i,j] is the accuracy of task j after task i was learned, and T is the number of tasks"
+#: One line per metric, stored beside every result.
 DEFINITIONS: dict[str, str] = {
     "transfer": "mean over j >= 2 of the mean over i < j of a[i,j]: tasks not learned yet (ZSCL)",
     "average": "mean of all T*T entries a[i,j] (ZSCL)",

@@ -92,7 +92,7 @@ def test_bad_task_folders(
 def test_skipping_bad_images_goes_on(command: Callable[..., int], task: Path) -> None:
     with_a_damaged_image(task)
     assert command("mine", "--skip-bad-images", "--iterations", "1", "--name", "skipped") == 0
-    assert "1 unreadable images left out" in Path("logs/skipped/out.log").read_text()
+    assert "unreadable images left out: 1" in Path("logs/skipped/out.log").read_text()
 
 
 def test_taken_run_folder(

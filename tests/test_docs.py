@@ -291,6 +291,17 @@ def test_ci_builds_the_site_and_takes_no_warning() -> None:
     assert "make docs" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
+def test_options_are_not_broken_at_their_hyphens() -> None:
+    pytest.importorskip("mkdocs")
+    unbroken = runpy.run_path(str(ROOT / "docs" / "hooks.py"))["unbroken"]
+    assert unbroken("<code>--name</code>, <code>a b</code>") == (
+        '<code class="whole">--name</code>, <code>a b</code>'
+    )
+    assert "code.whole" in (ROOT / "docs" / "extra.css").read_text(encoding="utf-8")
+    long = f"<code>{'x' * 40}</code>"
+    assert unbroken(long) == long
+
+
 def test_what_a_page_would_fetch_from_elsewhere_is_seen() -> None:
     pytest.importorskip("mkdocs")
     seen = runpy.run_path(str(ROOT / "docs" / "hooks.py"))["from_elsewhere"]

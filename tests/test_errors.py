@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mulki.errors import InputError, nearest
+from mulki.errors import InputError, counted, nearest
 
 
 def test_input_errors_are_one_line_and_value_errors() -> None:
@@ -15,3 +15,7 @@ def test_nearest() -> None:
     assert nearest("eurosta", ["EuroSAT", "DTD"]) == ' (did you mean "EuroSAT"?)'
     assert nearest("mnist", ["DTD", "SUN397"]) == ""
     assert nearest("mnist", []) == ""
+
+
+def test_one_thing_has_no_plural() -> None:
+    assert [counted(n, "task") for n in (0, 1, 2)] == ["0 tasks", "1 task", "2 tasks"]

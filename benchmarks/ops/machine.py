@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Mapping
 from datetime import datetime
@@ -41,10 +42,11 @@ def describe_machine(device: str) -> dict[str, str]:
 
 def setting_line(setting: Mapping[str, str]) -> str:
     """Versions and hardware, from the machine's columns of a line."""
+    commit = re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28}\b", r"\1", setting["git_commit"])
     triton = f", triton {setting['triton_version']}" if setting["triton_version"] else ""
     gpu = f"{setting['gpu_name']}, " if setting["gpu_name"] else ""
     return (
-        f"mulki {setting['mulki_version']} ({setting['git_commit'] or 'no checkout'}), "
+        f"mulki {setting['mulki_version']} ({commit or 'no checkout'}), "
         f"torch {setting['torch_version']}{triton}; {gpu}{setting['cpu_name']}, "
         f"{setting['capability']}, threads: {setting['threads']}"
     )

@@ -38,13 +38,16 @@ _TEMPLATE = """{% extends "base.html" %}
 {% block body %}
 <header><h1>{{ title }}</h1><p>{{ setting }}</p>
 {%- if left_out %}
-<p>{{ left_out }} lines of the CSV are of another machine or version and are left out.</p>
+<p>Lines of the CSV that are left out, of another machine or version: {{ left_out }}.</p>
 {%- endif %}</header>
-<main><p>Points are medians over rounds, bars go from the quantile 0.2 to 0.8.</p>
+<main><h2>Operators</h2>
+<p>Points are medians over rounds, bars go from the quantile 0.2 to 0.8.</p>
 <div class="tabs" aria-label="Operators">
 {%- for name, figures, rows in panels %}
 <section class="panel"><h3>{{ name }}</h3>
-<div class="figures">{% for figure in figures %}{% include "figure.html" %}{% endfor %}</div>
+<div class="figures">
+{%- for figure in figures %}{% with heading = "h3" %}{% include "figure.html" %}{% endwith %}
+{%- endfor %}</div>
 <div class="scroll" tabindex="0" role="region" aria-label="{{ name }}">
 <table class="sortable compared"><thead><tr><th scope="col">shape</th><th scope="col">provider</th>
 {%- for title in columns %}<th scope="col" class="number">{{ title }}</th>{% endfor %}</tr></thead>

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mulki.errors import InputError, nearest
+from mulki.errors import InputError, counted, nearest
 from mulki.options import check_options, option
 
 from . import call_cost, clocks, largest, report
@@ -216,7 +216,8 @@ def _run(
         results += found
     if pace.left_out:
         points = "; ".join(f"{c.operator} {c.shape} {c.dtype}" for c in pace.left_out)
-        say(f"left out: {len(pace.left_out)} points, beyond --budget {options.budget:g}: {points}")
+        count = counted(len(pace.left_out), "point")
+        say(f"left out: {count}, beyond --budget {options.budget:g}: {points}")
     failed = {r.provider for r in results if r.status == "failed"}
     return 1 if any(not PROVIDERS[name].peer for name in failed) else 0
 

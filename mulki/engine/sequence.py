@@ -228,14 +228,16 @@ class _Sequence:
             _log.warning("with --fsdp no saves are made: a run that is stopped cannot go on")
         for task in self.setup.tasks:
             if task.skipped:
-                _log.warning("task %s: %d unreadable images left out", task.name, len(task.skipped))
+                _log.warning(
+                    "task %s: unreadable images left out: %d", task.name, len(task.skipped)
+                )
         shared = shared_classes(self.setup.tasks) if config.label_space != "task" else {}
         if shared:
             each = [f"{name} ({', '.join(owners)})" for name, owners in shared.items()]
             _log.warning("classes with the same prompts count as one: %s", "; ".join(each))
         reference = self.setup.reference
         if reference is not None and reference.skipped:
-            _log.warning("reference set: %d unreadable images left out", len(reference.skipped))
+            _log.warning("reference set: unreadable images left out: %d", len(reference.skipped))
         self._log_anchors()
 
     def _log_anchors(self) -> None:

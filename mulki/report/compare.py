@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from mulki.answers import FOLDER, read_answers
-from mulki.errors import InputError, nearest
+from mulki.errors import InputError, counted, nearest
 from mulki.intervals import RunAnswers, interval_over, paired_differences, seed_differences
 from mulki.report.comparison import NEUTRAL, TITLES, Against, Comparison, Group, Run, Section
 from mulki.report.folder import read_folder
@@ -199,6 +199,7 @@ def _mixed(name: str, groups: Sequence[Group]) -> Iterator[str]:
     used = {
         "vocabularies": {run: hashes[run].get("vocabulary") for run in runs},
         "reference sets": {run: hashes[run].get("reference") for run in runs},
+        "original models": {run: hashes[run].get("original") for run in runs},
     }
     facts |= {
         what: {run: value for run, value in of_run.items() if value is not None}
@@ -233,7 +234,8 @@ def _against(name: str, group: Group, base: Group, warnings: list[str]) -> Again
         warnings.append(f"{name}: {group.label} and {base.label} have no seed in common")
         return None
     if len(pairs) < max(len(group.runs), len(base.runs)):
-        warnings.append(f"{name}: {group.label} and {base.label} make {len(pairs)} pairs of runs")
+        count = counted(len(pairs), "pair")
+        warnings.append(f"{name}: {group.label} and {base.label} make {count} of runs")
     ours, others = zip(*pairs, strict=True)
     with_answers = [run.answers for run in ours if run.answers is not None]
     other_answers = [run.answers for run in others if run.answers is not None]

@@ -56,7 +56,8 @@ class Run:
 
     @property
     def configuration(self) -> str:
-        kept = {k: v for k, v in self.options.items() if k not in NEUTRAL}
+        # An option that is off is as one that mulki had not yet.
+        kept = {k: v for k, v in self.options.items() if k not in NEUTRAL and v is not None}
         return json.dumps(kept, sort_keys=True, default=str)
 
     @property

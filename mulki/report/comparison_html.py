@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mulki.errors import InputError
+from mulki.errors import InputError, counted
 from mulki.files import write_atomic
 from mulki.intervals import Difference
-from mulki.metrics import DEFINITIONS
+from mulki.metrics import DEFINITIONS, NOTATION
 from mulki.report.comparison import TITLES, Comparison, Section
 from mulki.report.comparison_figures import SectionPlots, section_plots
 from mulki.report.comparison_tables import LEGEND, difference_text, mean_text
@@ -56,14 +56,15 @@ def render_comparison(comparison: Comparison) -> str:
         page_file("comparison.html"),
         title="Comparison of runs",
         facts=[
-            _count(len(runs), "run"),
-            _count(len(labels), "group"),
-            _count(len(sections), "order"),
+            counted(len(runs), "run"),
+            counted(len(labels), "group"),
+            counted(len(sections), "order"),
         ],
         unlike=comparison.unlike,
         notes=[line for line in comparison.warnings if line not in comparison.unlike],
         legend=LEGEND,
         metrics=list(TITLES.values()),
+        notation=NOTATION,
         definitions={title: DEFINITIONS[name] for name, title in TITLES.items()},
         orders=[row for each in over_orders(sections) for row in _over(each)],
         sections=[_shown(section, number) for number, section in enumerate(sections, 1)],
@@ -74,10 +75,6 @@ def render_comparison(comparison: Comparison) -> str:
             for run in group.runs
         ],
     )
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Points of a curve; more are no wider than the page.
 _POINTS = 400
+# Of the highest loss: a term begins near zero, and would leave the others no room.
+_LOWEST = 1e-4
 
 
 def plots(contents: RunContents) -> list[Plot]:
@@ -124,6 +126,8 @@ def _of_history(history: Sequence[StepRecord]) -> Iterator[Plot]:
             label = entry(name.removesuffix("_loss"))
             axes.plot(steps, values, color=colour, linestyle=dash, label=label)
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, _LOWEST * max(total)) if max(total) > 0 else low, high)
         plain_log(axes)
         axes.set_ylabel("loss (logarithmic)")
         mark_tasks(axes, history)
@@ -133,7 +137,7 @@ def _of_history(history: Sequence[StepRecord]) -> Iterator[Plot]:
         "losses",
         "Loss by term",
         "The weighted terms of the loss and their total over the steps of the run, on a "
-        "logarithmic axis. Vertical lines are the starts of tasks.",
+        "logarithmic axis of four decades at most. Vertical lines are the starts of tasks.",
         losses,
     )
     yield from _of_teachers([record for record in history if record.teacher_weights])
@@ -165,15 +169,19 @@ def _of_teachers(history: Sequence[StepRecord]) -> Iterator[Plot]:
     middles = (np.arange(BINS) + 0.5) / BINS
 
     def over_time(axes: Axes) -> int:
-        for number, name in enumerate(names):
+        shares = []
+        for name in names:
             counts = np.array([record.teacher_weights.get(name, [0] * BINS) for record in history])
-            share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+            shares.append(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1))
+        # The weights of a sample add up to 1, and those of the middles of their bins nearly so.
+        together = np.maximum(sum(share @ middles for share in shares), 1e-9)
+        for number, (name, share) in enumerate(zip(names, shares, strict=True)):
             low, high = (
                 middles[np.argmax(share.cumsum(axis=1) >= q, axis=1)] for q in (0.1, 0.9 - 1e-9)
             )
             steps = [record.total for record in history]
             axes.fill_between(steps, low, high, color=COLOURS[number], alpha=0.2, linewidth=0)
-            _broken(axes, history, share @ middles, COLOURS[number], label=name)
+            _broken(axes, history, share @ middles / together, COLOURS[number], label=name)
         axes.set_ylim(0, 1)
         axes.set_ylabel("weight")
         mark_tasks(axes, history)

@@ -11,7 +11,7 @@ import numpy as np
 from mulki.answers import ACC1, RECALL1
 from mulki.catalog import DataSet, Example
 from mulki.history import mean_seconds
-from mulki.metrics import DEFINITIONS, ZERO_SHOT
+from mulki.metrics import DEFINITIONS, NOTATION, ZERO_SHOT
 from mulki.report.contents import RunContents
 from mulki.report.figures import plots
 from mulki.report.pages import page_file, render
@@ -37,6 +37,7 @@ def render_html(contents: RunContents) -> str:
         seen=data.class_incremental.after,
         test_images=_table(data.summary.get("test_images")),
         metrics=_metrics(contents),
+        notation=NOTATION,
         has_zero_shot=matrix.zero_shot_metrics() is not None,
         figures=plots(contents),
         classes=_classes(contents),
@@ -61,7 +62,7 @@ def _facts(contents: RunContents) -> list[str]:
     seconds = summary.get("seconds")
     if isinstance(seconds, (int, float)) and abs(seconds) < math.inf:
         minutes, rest = divmod(round(seconds), 60)
-        facts.append(f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} h")
+        facts.append(f"took {minutes // 60}:{minutes % 60:02d}:{rest:02d}")
     return facts
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 
 def render(template: str, **values: Any) -> str:
@@ -19,9 +20,15 @@ def render(template: str, **values: Any) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, loader=FunctionLoader(page_file)
     )
+    environment.filters["breakable"] = _breakable
     return environment.from_string(template).render(
         style=Markup(page_file("style.css")), script=Markup(page_file("script.js")), **values
     )
+
+
+def _breakable(text: str) -> Markup:
+    # Where a line may end within a long word, such as an option's name and value.
+    return Markup(re.sub(r"([_=/,])", r"\1<wbr>", str(escape(text))))
 
 
 def page_file(name: str) -> str:

@@ -73,7 +73,8 @@ def plain_log(axes: Axes) -> None:
 
     low, high = axes.get_ylim()
     narrow = high < 5 * low
-    axes.yaxis.set_major_locator(MaxNLocator(6) if narrow else LogLocator(subs=(1.0, 2.0, 5.0)))
+    subs = (1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)
+    axes.yaxis.set_major_locator(MaxNLocator(6) if narrow else LogLocator(subs=subs))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
 

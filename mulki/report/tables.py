@@ -18,13 +18,14 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from mulki.errors import counted
 from mulki.metrics import ZERO_SHOT, AccuracyMatrix, ClassIncremental, Metrics
 from mulki.results import Evaluation
 
 #: What a cell says: just learned, learned earlier, not learned (yet).
 Cell = Literal["learned", "kept", "other"]
 
-LEGEND = "accuracy in percent; * just learned, + learned earlier, no mark: not learned by then"
+LEGEND = "in percent; * just learned, + learned earlier, no mark: not learned yet"
 
 TITLES: dict[str, str] = {
     "transfer": "Transfer",
@@ -128,8 +129,7 @@ def metrics_table(matrix: AccuracyMatrix) -> Table:
 
 
 def _metrics_rows(matrix: AccuracyMatrix) -> Iterator[tuple[str, list[str]]]:
-    count = len(matrix.tasks)
-    yield f"{count} task{'' if count == 1 else 's'}", format_metrics(matrix.metrics())
+    yield counted(len(matrix.tasks), "task"), format_metrics(matrix.metrics())
     zero_shot = matrix.zero_shot_metrics()
     if zero_shot is not None:
         yield ZERO_SHOT, format_metrics(zero_shot)

@@ -296,7 +296,7 @@ def test_unreadable_images_are_left_out_and_logged(options: dict[str, Any], fold
         run(resolve(given))
     done = run(resolve(given | {"skip_bad_images": True}))
     assert done is not None
-    assert "reference set: 1 unreadable images left out" in (done.path / "out.log").read_text()
+    assert "reference set: unreadable images left out: 1" in (done.path / "out.log").read_text()
 
 
 def test_a_run_on_the_current_images(options: dict[str, Any], tmp_path: Path) -> None:

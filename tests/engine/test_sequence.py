@@ -378,8 +378,8 @@ def test_skipped_images_are_counted(
         run(tasks=(str(task),))
     with caplog.at_level(logging.WARNING, "mulki"):
         folder = run(tasks=(str(task),), skip_bad_images=True)
-    assert "task damaged: 2 unreadable images left out" in caplog.text
-    assert "task damaged: 2 unreadable images left out" in (folder.path / "out.log").read_text()
+    assert "task damaged: unreadable images left out: 2" in caplog.text
+    assert "task damaged: unreadable images left out: 2" in (folder.path / "out.log").read_text()
     assert {e.n for e in read_evaluations(folder.path / "results.jsonl")} == {5}
     assert len(read_answers(folder.path)["damaged"]["damaged"].own) == 5
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ CLASSES = {
 }
 
 
-VOID = ("meta", "img", "br")
+VOID = ("meta", "img", "br", "wbr")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
 
 
@@ -84,6 +85,15 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data
         if self.open and self.open[-1] in ("dt", "dd"):
             self.cards[-1] += data
+
+
+def check_headings(text: str) -> None:
+    """One h1, no level left out, and each table in a region of its own name that keys reach."""
+    levels = [int(level) for level in re.findall(r"<h([1-6])[ >]", text)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(b <= a + 1 for a, b in pairwise(levels)), levels
+    regions = re.findall(r'tabindex="0" role="region" aria-label="[^"]+">\s*<table', text)
+    assert len(regions) == text.count("<table")
 
 
 def said_in_browser(page: str, ask: str, folder: Path, width: int) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def test_json_and_tables_have_the_same_numbers(make: Make) -> None:
     of = section["differences"][0]["metrics"]["cil_last"]
     assert f"{of['value']:+.2f} [{of['low']:+.2f}, {of['high']:+.2f}]" in text
     assert f"warning: {numbers['warnings'][0]}" in text.splitlines()
-    assert "zoo, order I: lwf and mulki make 1 pairs of runs" in numbers["warnings"]
+    assert "zoo, order I: lwf and mulki make 1 pair of runs" in numbers["warnings"]
 
 
 def test_what_is_used_beside_the_tasks_is_told(make: Make) -> None:
@@ -64,3 +64,11 @@ def test_runs_before_class_incremental_evaluation_leave_its_cells_empty(make: Ma
         "transfer", "average", "last", "forgetting"
     ]  # fmt: skip
     assert printed(found).splitlines()[3].split()[-4:] == ["-", "-", "1", "-"]
+
+
+def test_an_option_that_is_off_is_as_one_that_was_not_there_yet(make: Make) -> None:
+    older, newer = make("a", seed=0), make("b", seed=1, original=None)
+    (group,) = compare([older, newer]).sections[0].groups
+    assert [run.path for run in group.runs] == [older, newer]
+    others = compare([older, make("c", seed=1, original="x")]).sections[0].groups
+    assert [group.label for group in others] == ["mulki original unset", "mulki original=x"]

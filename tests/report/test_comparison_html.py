@@ -13,6 +13,7 @@ from tests.report.report_helpers import (
     TASKS,
     Make,
     Page,
+    check_headings,
     said_in_browser,
     write_whole_run,
 )
@@ -52,6 +53,7 @@ def test_the_page_has_the_numbers_of_the_comparison(runs: list[Path], text: str)
 
 
 def test_it_needs_nothing_else_and_names_stay_text(text: str) -> None:
+    check_headings(text)
     page = Page(text)
     links = [value or "" for name, value in page.attributes if name in ("src", "href", "data")]
     assert links and all(link.startswith("#") for link in links)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
+from mulki.history import BINS
 from mulki.metrics import AccuracyMatrix, ClassIncremental
 from mulki.report import read_contents
 from mulki.report.figures import plots, thinned
@@ -44,6 +45,32 @@ def test_a_slow_first_step_is_one_of_the_steps(whole: Path) -> None:
     axes = Figure().subplots()
     plot.draw(axes)
     assert [bar.get_width() for bar in axes.patches] == pytest.approx([110])
+
+
+def test_a_term_that_begins_near_zero_leaves_room_for_the_others(whole: Path) -> None:
+    history = [replace(record("digits", 0, step, 9), losses={"ce_loss": 2.0, "x_loss": 10.0**-step})
+               for step in range(1, 10)]  # fmt: skip
+    (plot,) = (p for p in plots(replace(read_contents(whole), history=history))
+               if p.name == "losses")  # fmt: skip
+    axes = Figure().subplots()
+    plot.draw(axes)
+    low, high = axes.get_ylim()
+    assert 1e-4 < low < 1e-3 and high < 10
+    shown = [tick for tick in axes.get_yticks() if low <= tick <= high]
+    assert shown == pytest.approx([0.001, 0.01, 0.1, 1.0])
+
+
+def test_weights_of_the_teachers_add_up_to_one(whole: Path) -> None:
+    # All samples weigh both alike, and 0.5 is at the edge of a bin.
+    half = [0] * (BINS // 2) + [8] + [0] * (BINS - BINS // 2 - 1)
+    alike = {"zero_shot": half, "previous": half}
+    history = [replace(record("digits", 0, step, 3), teacher_weights=alike) for step in (1, 2, 3)]
+    (plot,) = (p for p in plots(replace(read_contents(whole), history=history))
+               if p.name == "teacher_weights")  # fmt: skip
+    axes = Figure().subplots()
+    plot.draw(axes)
+    for line in axes.lines:
+        assert list(line.get_ydata()) == pytest.approx([0.5, 0.5, 0.5])
 
 
 def test_a_name_with_an_underscore_is_in_the_legend(whole: Path) -> None:

@@ -16,6 +16,7 @@ from tests.report.report_helpers import (
     HOSTILE,
     TASKS,
     Page,
+    check_headings,
     record,
     said_in_browser,
 )
@@ -55,6 +56,7 @@ def test_heat_follows_the_accuracy(folder: Path) -> None:
 
 def test_the_matrix_comes_first(whole: Path) -> None:
     headings = re.findall(r"<h2>(.*?)</h2>", page_of(whole))
+    check_headings(page_of(whole))
     assert headings == [
         "Accuracy after each task",
         "Metrics",
@@ -160,7 +162,7 @@ def test_long_lists_of_classes_are_cut_to_what_changed_most(whole: Path) -> None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mulki.report.html._CLASSES", 30)
         cut = page_of(whole)
-    assert cut.count("10 classes whose accuracy has changed most; 2 more are left") == 3
+    assert cut.count("10 classes whose accuracy has changed most; left out: 2.") == 3
 
 
 ASK = """
