@@ -78,6 +78,14 @@ class RunConfig:
         "SigLIP that transformers has saved",
     )
     pretrained: str | None = option(None, "a tag of open_clip or a checkpoint's path")
+    original: str | None = option(
+        None,
+        "the original model as a teacher, as --model takes it, where --model has learned since; "
+        "--model itself if left out",
+    )
+    original_pretrained: str | None = option(
+        None, "a tag of open_clip or a checkpoint's path for --original"
+    )
     iterations: int = option(1000, "optimiser steps per task", low=1)
     epochs: float | None = option(
         None, "passes over a task's images, instead of iterations", above=0

@@ -12,6 +12,7 @@ from mulki.engine.memory import free_memory
 from mulki.engine.progress import STEPS, TEACHERS, TEST, megabytes
 from mulki.engine.setup import Setup
 from mulki.engine.tasks import needs_of
+from mulki.errors import counted
 from mulki.models import VisionLanguageModel
 from mulki.ops import backends
 from mulki.ops.serving import grouped
@@ -53,9 +54,10 @@ def plan(setup: Setup) -> list[str]:
     number, images = len(setup.tasks), sum(len(task.train) for task in setup.tasks)
     named = f" of {' '.join(config.tasks)}" if config.tasks else ""
     lines = {
-        "run": f"{config.method} on {_count(number, 'task')}{named}, order {config.order}, "
+        "run": f"{config.method} on {counted(number, 'task')}{named}, order {config.order}, "
         f"seed {config.seed}",
         "model": f"{config.model}, {millions(counts[0])} parameters, {millions(counts[1])} train",
+        "original": config.original or "",
         "device": f"{_device(device, setup.world.size)}, precision {setup.precision.name}",
         "kernels": _kernels(device, setup.precision.dtype or torch.float32),
         "steps": _steps(setup, images),
@@ -79,7 +81,7 @@ def _device(device: torch.device, processes: int) -> str:
     if device.type == "cuda":
         name = f"{device} ({torch.cuda.get_device_name(device)})"
     elif device.type == "cpu":
-        name = f"cpu, {_count(torch.get_num_threads(), 'thread')}"
+        name = f"cpu, {counted(torch.get_num_threads(), 'thread')}"
     else:
         name = str(device)
     return name if processes == 1 else f"{processes} processes, each on {name}"
@@ -95,10 +97,6 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> str:
         reasons = f" ({group.reasons})" if group.reasons else ""
         texts.append(f"{group.backend} for {which}{sizes}{reasons}")
     return "; ".join(texts) or "plain PyTorch"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def millions(count: int) -> str:

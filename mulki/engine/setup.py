@@ -24,6 +24,7 @@ from mulki.data.vocabulary import Vocabulary, imagenet_vocabulary, read_vocabula
 from mulki.engine import distributed, muon
 from mulki.engine.batches import Transform
 from mulki.engine.config import CURRENT, RunConfig, Settings
+from mulki.engine.original import check_original, load_original
 from mulki.engine.precision import Precision
 from mulki.engine.randomness import deterministic
 from mulki.engine.recovery import State, check_finite
@@ -42,6 +43,8 @@ _PER_PROCESS = (
     "data_root",
     "model",
     "pretrained",
+    "original",
+    "original_pretrained",
     "reference",
     "vocabulary",
     "workers",
@@ -68,6 +71,7 @@ class Setup:
             None without need.
         model: the student with the start weights, stored as `precision` wants them. A model that
             will be sharded is still whole and on the CPU.
+        original: the original model, where it is not the start model; stored likewise.
         transform: of the training images.
         precision: how the encoders compute, and the device of this process.
         world: the processes of the run.
@@ -83,6 +87,7 @@ class Setup:
     reference: ReferenceSet | None
     vocabulary: Vocabulary | None
     model: VisionLanguageModel
+    original: VisionLanguageModel | None
     transform: Transform
     precision: Precision
     world: World
@@ -137,6 +142,7 @@ def prepared(
     _check_sharding(config, precision, resume)
     check_reference(config, method)
     _check_anchors(config, method)
+    check_original(config, method)
     with (
         deterministic(config.deterministic),
         distributed.join(precision.device, config.process_timeout, hold) as world,
@@ -163,14 +169,17 @@ def prepared(
             vocabulary = _load_vocabulary(config, method, tasks)
             # Last, since it can take minutes.
             model = _load_model(config, method, precision, world)
+            original = load_original(config, model, model.device)
             warn_of_twins(tasks, model.tokenizer)
-            hashes = hashes_of(tasks, model, reference, vocabulary)
-            precision.convert(model)
-            check_finite(
-                model.clip.state_dict(),
-                f"--model {config.model} --pretrained {config.pretrained}",
-                f"pass sound weights, or another --precision than {precision.name}",
-            )
+            hashes = hashes_of(tasks, model, reference, vocabulary, original)
+            for each, named in (
+                (model, f"--model {config.model} --pretrained {config.pretrained}"),
+                (original, f"--original {config.original}"),
+            ):
+                if each is not None:
+                    precision.convert(each)
+                    advice = f"pass sound weights, or another --precision than {precision.name}"
+                    check_finite(each.clip.state_dict(), named, advice)
             transform = _training_transform(config, model)
             facts = _facts(settings, tasks, hashes)
             if resume is not None:
@@ -195,6 +204,7 @@ def prepared(
             reference,
             vocabulary,
             model,
+            original,
             transform,
             precision,
             world,
@@ -353,21 +363,28 @@ def hashes_of(
     model: VisionLanguageModel,
     reference: ReferenceSet | None = None,
     vocabulary: Vocabulary | None = None,
+    original: VisionLanguageModel | None = None,
 ) -> dict[str, Any]:
     """Hashes of all that a result depends on, as `env.json` of a run folder has them."""
-    weights = hashlib.sha256()
-    for name, value in sorted(model.checkpoint().items()):
-        weights.update(name.encode())
-        weights.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     hashes: dict[str, Any] = {
-        "weights": weights.hexdigest(),
+        "weights": _hash_of_weights(model),
         "tasks": {t.name: t.fingerprint() for t in tasks},
         **parts_of(tasks),
     }
     for name, used in (("reference", reference), ("vocabulary", vocabulary)):
         if used is not None:
             hashes[name] = used.fingerprint()
+    if original is not None:
+        hashes["original"] = _hash_of_weights(original)
     return hashes
+
+
+def _hash_of_weights(model: VisionLanguageModel) -> str:
+    weights = hashlib.sha256()
+    for name, value in sorted(model.checkpoint().items()):
+        weights.update(name.encode())
+        weights.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return weights.hexdigest()
 
 
 def parts_of(tasks: Sequence[Task]) -> dict[str, dict[str, str]]:
@@ -392,6 +409,7 @@ def _facts(
         "reference set (hash)": hashes.get("reference", settings.run.reference or "none")[:12],
         "vocabulary (hash)": hashes.get("vocabulary", "none")[:12],
         "start weights (hash)": hashes["weights"][:12],
+        "original weights (hash)": hashes.get("original", "none")[:12],
     }
 
 

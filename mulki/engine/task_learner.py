@@ -66,9 +66,10 @@ class TaskLearner:
         """
         setup, frozen = self._setup, self.frozen
         needs = needs_of(setup.method, task)
-        if index == 0 and ZERO_SHOT in frozen:
+        first = index == 0 and setup.original is None
+        if first and ZERO_SHOT in frozen:
             frozen = dict.fromkeys(frozen, frozen[ZERO_SHOT])
-        elif index > 0 and PREVIOUS in frozen and saved is None:
+        elif not first and PREVIOUS in frozen and saved is None:
             frozen[PREVIOUS].copy_from(setup.model)
         return learn_task(
             setup.model,
@@ -105,10 +106,10 @@ def _frozen_models(setup: Setup) -> dict[str, VisionLanguageModel]:
     needs, model = setup.method.needs, setup.model
     frozen = {}
     if ZERO_SHOT in needs.teachers or needs.prototypes:
-        frozen[ZERO_SHOT] = model.frozen_copy()
+        frozen[ZERO_SHOT] = setup.original or model.frozen_copy()
     if PREVIOUS in needs.teachers:
-        # With a single task, the previous model is always the original one.
-        single = len(setup.tasks) == 1
+        # With a single task, the previous model is always the start model.
+        single = len(setup.tasks) == 1 and setup.original is None
         original = frozen.get(ZERO_SHOT) if single else None
         frozen[PREVIOUS] = original or model.frozen_copy()
     return frozen

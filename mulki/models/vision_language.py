@@ -218,6 +218,27 @@ class VisionLanguageModel:
         clip.eval()
         return replace(self, clip=clip, split=self._text_split())
 
+    def frozen_beside(self, student: VisionLanguageModel) -> VisionLanguageModel:
+        """This model as a teacher of a student: in evaluation mode, not training, with its `split`.
+
+        Both must have the same weights in `frozen_text` of the student.
+        """
+        self.clip.requires_grad_(False)
+        self.eval()
+        return replace(self, split=student._text_split())
+
+    @property
+    def frozen_text(self) -> list[str]:
+        """Names of the weights that `text_inputs` computes with, none of which trains."""
+        if self._text_split() == "tokens":
+            return []
+        trains = self.trainable()
+        return [
+            name
+            for name in self.clip.state_dict()
+            if name not in trains and not name.startswith(("visual.", "logit_"))
+        ]
+
     @torch.no_grad()
     def copy_from(self, other: VisionLanguageModel) -> None:
         """Copy the weights of a model of the same architecture, sharded in the same way."""

@@ -43,6 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
     "snd": {"method": "snd", "reference": "current", "reference_batch_size": 4},
     "zscl": {"method": "zscl", "reference": "current", "we_every": 2},
     "wise_ft": {"method": "wise_ft", "wise_base": "zero_shot"},
+    "original": {"method": "mulki", "original": "tiny-vit"},
 }  # fmt: skip
 
 
