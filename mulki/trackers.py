@@ -52,6 +52,10 @@ class WandB:
     """``wandb/`` in the run folder; offline unless ``WANDB_MODE`` says otherwise."""
 
     def __init__(self, folder: Path, name: str, config: Mapping[str, object]):
+        mode = os.environ.get("WANDB_MODE", "offline")
+        if mode != "online":
+            # What it reports of itself would be sent in any mode.
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         self._run: Any = wandb.init(
@@ -59,7 +63,7 @@ class WandB:
             name=name,
             dir=str(folder),
             config=dict(config),
-            mode=os.environ.get("WANDB_MODE", "offline"),
+            mode=mode,
             # Its files are for the run alone, and its own lines would tear the display apart.
             settings=wandb.Settings(silent=True, console="off"),
         )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import types
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 from mulki import trackers
 from mulki.errors import InputError
 from mulki.trackers import chosen, open_trackers
+from tests.tracker_files import tensorboard_curves, wandb_curves, wandb_records
 
 Install = Callable[..., None]
 
@@ -59,8 +61,19 @@ def test_what_cannot_be_chosen(installed: Install, given: list[str], says: str) 
         chosen(given)
 
 
+@pytest.fixture
+def without_settings_of_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_ERROR_REPORTING"):
+        # What a tracker sets goes again, too.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
 def test_wandb_is_offline_and_writes_into_the_run_folder(
-    monkeypatch: pytest.MonkeyPatch, installed: Install, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
+    installed: Install,
+    tmp_path: Path,
+    without_settings_of_wandb: None,
 ) -> None:
     calls: list[tuple[str, Any]] = []
 
@@ -82,8 +95,6 @@ def test_wandb_is_offline_and_writes_into_the_run_folder(
     fake.init = init  # type: ignore[attr-defined]
     fake.Settings = dict  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.delenv("WANDB_PROJECT", raising=False)
     installed("wandb")
     (tracker,) = open_trackers(["wandb"], tmp_path, "first", {"lr": 1})
     tracker.add({"train/loss": 0.5}, 7, "step")
@@ -99,9 +110,14 @@ def test_wandb_is_offline_and_writes_into_the_run_folder(
         ("log", {"metrics/last": 80.0, "tasks": 2}),
         ("finish", None),
     ]
+    assert os.environ["WANDB_ERROR_REPORTING"] == "false"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     open_trackers(["wandb"], tmp_path, "first", {})
     assert calls[-3][1]["mode"] == "disabled"
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.delenv("WANDB_ERROR_REPORTING")
+    open_trackers(["wandb"], tmp_path, "first", {})
+    assert calls[-3][1]["mode"] == "online" and "WANDB_ERROR_REPORTING" not in os.environ
 
 
 def test_a_tracker_that_fails_does_not_fail_the_run(
@@ -162,3 +178,34 @@ def test_a_package_that_is_gone_does_not_stop_a_run_that_goes_on(
     with caplog.at_level(logging.WARNING):
         assert open_trackers(["wandb"], tmp_path, "first", {}) == []
     assert "no curves for wandb (ModuleNotFoundError" in caplog.text
+
+
+def test_tensorboard_finds_the_curves(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    (tracker,) = open_trackers(["tensorboard"], tmp_path, "first", {})
+    tracker.add({"train/loss": 0.5, "val/x-zeroshot-val-top1": 0.75}, 7, "step")
+    tracker.add({"metrics/last": 80.0}, 2, "tasks")
+    tracker.close()
+    assert tensorboard_curves(tmp_path / "tensorboard") == {
+        "train/loss": [(7, 0.5)],
+        "val/x-zeroshot-val-top1": [(7, 0.75)],
+        "metrics/last": [(2, 80.0)],
+    }
+
+
+def test_wandb_finds_the_curves_of_an_offline_run(
+    tmp_path: Path, without_settings_of_wandb: None
+) -> None:
+    pytest.importorskip("wandb")
+    (tracker,) = open_trackers(["wandb"], tmp_path, "first", {"lr": 1})
+    tracker.add({"train/loss": 0.5}, 7, "step")
+    tracker.add({"metrics/last": 80.0}, 2, "tasks")
+    tracker.close()
+    first, second = wandb_curves(tmp_path / "wandb")
+    assert first.items() >= {"train/loss": 0.5, "step": 7}.items()
+    assert second.items() >= {"metrics/last": 80.0, "tasks": 2}.items()
+    records = wandb_records(tmp_path / "wandb")
+    axes = {r.metric.glob_name: r.metric.step_metric for r in records if r.HasField("metric")}
+    assert axes["*"] == "step" and axes["metrics/*"] == "tasks"
+    (run,) = {(r.run.display_name, r.run.project) for r in records if r.HasField("run")}
+    assert run == ("first", "mulki")

@@ -11,6 +11,7 @@ from mulki.history import BINS, read_history
 from mulki.methods.mulki import MulKI
 from mulki.results import RunFolder
 from tests.engine.run_helpers import Run
+from tests.tracker_files import tensorboard_curves, wandb_curves
 
 
 def test_a_run_records_its_logged_steps(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,3 +75,28 @@ def test_a_method_without_teachers_has_none_of_their_numbers(run: Run) -> None:
     for record in read_history(folder.path):
         assert record.teacher_weights == {} and record.prototype_drift == {}
     assert re.search(r"colours step 4: ce \d+\.\d{3}, lr", (folder.path / "out.log").read_text())
+
+
+def test_tensorboard_and_wandb_find_the_curves_of_a_run(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("tensorboard", "wandb"):
+        pytest.importorskip(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder = run(method="mulki", report_to=["tensorboard", "wandb"])
+    curves = tensorboard_curves(folder.path / "tensorboard")
+    of_open_clip = {"loss", "lr", "samples_per_second", "data_time", "batch_time"}
+    assert {f"train/{name}" for name in of_open_clip} <= {*curves}
+    assert {"val/colours-zeroshot-val-top1", "colours/acc1", "metrics/last"} <= {*curves}
+    assert {"teachers/previous", "prototype_drift/mean"} <= {*curves}
+    assert [step for step, _ in curves["train/loss"]] == [1, 2, 4, 5, 6, 8]
+    assert [step for step, _ in curves["colours/acc1"]] == [0, 4, 8]
+    assert curves["metrics/last"] == [
+        (1, pytest.approx(folder.matrix.rows[0][0], rel=1e-6)),
+        (2, pytest.approx(folder.matrix.metrics().last, rel=1e-6)),
+    ]
+    rows = wandb_curves(folder.path / "wandb")
+    for name, points in curves.items():
+        axis = "tasks" if name.startswith("metrics/") else "step"
+        found = [(row[axis], row[name]) for row in rows if name in row]
+        assert found == [(step, pytest.approx(value, rel=1e-6)) for step, value in points], name
