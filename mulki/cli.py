@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 from mulki.commands import completion
 from mulki.commands.parsing import Parser, add_options, with_hyphens
-from mulki.errors import InputError, ProcessLost, Stopped, nearest
+from mulki.errors import InputError, ProcessLost, Stopped, counted, nearest
 
 _COMPLETION_EXAMPLES = """run once, or put it into the shell's start file:
   bash, ~/.bashrc                    eval "$(mulki completion bash)"
@@ -329,6 +329,9 @@ def _doctor(argv: list[str]) -> int:
             if finding.remedy:
                 # Not wrapped: it may be a command.
                 print(f"{' ' * 22}-> {finding.remedy}", flush=True)
+    problems = sum(finding.level == "problem" for finding in findings)
     if arguments.json:
         print(json.dumps([finding.to_dict() for finding in findings]))
-    return int(any(finding.level == "problem" for finding in findings))
+    else:
+        print(counted(problems, "problem") if problems else "no problems")
+    return int(problems > 0)

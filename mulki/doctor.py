@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from packaging.requirements import Requirement
 
-from mulki.errors import InputError
+from mulki.errors import InputError, counted
 from mulki.info import FOREIGN, gpu_names
 from mulki.ops import backends, loader
 from mulki.ops.serving import grouped
@@ -119,7 +119,7 @@ def operators() -> Iterator[Finding]:
     for group in grouped(served):
         if group.device_type != "cpu" and not torch.accelerator.is_available():
             continue
-        text = f"{group.where}: {group.backend} serves {len(group.ops)} operators"
+        text = f"{group.where}: {group.backend} serves {counted(len(group.ops), 'operator')}"
         level: Level = "note" if group.rejected else "ok"
         yield Finding("operators", level, text, group.reasons or None)
 
@@ -149,7 +149,7 @@ def threads() -> Finding:
     """Whether torch takes as many threads as there are cores for this process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     taken = torch.get_num_threads()
-    text = f"{taken} threads on {cores} cores"
+    text = f"{counted(taken, 'thread')} on {counted(cores or 1, 'core')}"
     if cores is not None and taken > cores:
         return Finding("threads", "problem", text, f"export OMP_NUM_THREADS={cores}")
     return Finding("threads", "ok", text)

@@ -123,8 +123,11 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     monkeypatch.setattr(doctor, "examine", lambda folder, seconds: iter(findings))
     assert run_command(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 80 and lines[-1].strip() == "-> do `this`"
+    assert max(map(len, lines)) <= 80 and lines[-2].strip() == "-> do `this`"
+    assert lines[-1] == "no problems"
     findings[1] = Finding("b", "problem", "bad", "do `this`")
+    assert run_command(["doctor"]) == 1
+    assert capsys.readouterr().out.endswith("-> do `this`\n1 problem\n")
     assert run_command(["doctor", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)[1]["remedy"] == "do `this`"
 

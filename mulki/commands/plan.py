@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from textwrap import TextWrapper
 from typing import Any
 
 from rich import box
@@ -25,6 +26,9 @@ from mulki.offline import offline
 
 # Bytes of a parameter in most published weights.
 _FLOAT32 = 4
+# Below the first word of a line.
+_INDENT = " " * 9
+_COLUMNS = "before: until its first step; learn: the whole task; test all: after it"
 
 
 def show_plan(given: Mapping[str, Any], console: Console, *, as_json: bool) -> None:
@@ -64,8 +68,13 @@ def show_plan(given: Mapping[str, Any], console: Console, *, as_json: bool) -> N
         lines.append("         random weights stand in for it here, which cost the same")
     lines += _lines(costs, settings)
     out = Console()
-    out.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
+    wrapper = TextWrapper(
+        out.width, subsequent_indent=_INDENT, break_long_words=False, break_on_hyphens=False
+    )
+    wrapped = "\n".join(map(wrapper.fill, lines))
+    out.print(wrapped, soft_wrap=True, markup=False, highlight=False)
     out.print(_table(costs))
+    out.print(_COLUMNS, style="dim", highlight=False)
 
 
 @contextmanager

@@ -38,9 +38,11 @@ def describe(report: StepReport) -> str:
 
 
 def megabytes(count: float | None) -> str:
-    """Bytes as MiB or GiB; nothing where they are not known."""
+    """Bytes as KiB, MiB or GiB; nothing where they are not known."""
     if count is None:
         return ""
+    if count < 2**20:
+        return f"{count / 2**10:.0f} KiB"
     return f"{count / 2**20:.0f} MiB" if count < 10 * 2**30 else f"{count / 2**30:.1f} GiB"
 
 
@@ -96,7 +98,7 @@ class RunProgress:
         self._time = TimeLeft({STEPS: 0, TEACHERS: 0, TEST: 0, **work})
         self._tasks = tasks
         self._task = ""
-        self._stage = "starts"
+        self._stage = "starting"
         self._kind = STEPS
         self._done = self._total = self._measured = 0
         self._report: StepReport | None = None
@@ -140,7 +142,7 @@ class RunProgress:
     def stage(self, text: str, kind: str, total: int, done: int = 0) -> None:
         """Begin a part of the run, of so many units of a kind of work."""
         self._stage, self._kind, self._total, self._done = text, kind, total, done
-        self._report = None
+        self._report = self._per_second = None
         self._mark = time.monotonic()
         self._print_line()
 
@@ -172,10 +174,10 @@ class RunProgress:
         self._per_second = 0.9 * old + 0.1 * now
         self._report = report
         self._measured += 1
-        if self._measured == _MEASURED:
-            expected = clock(self._time.of_run())
+        left = self._time.of_run()
+        if self._measured == _MEASURED and left is not None:
             memory = f", {megabytes(self._memory)} of memory so far" if self._memory else ""
-            self.say(f"expected: {expected} for the rest of the run{memory}")
+            self.say(f"expected: {clock(left)} for the rest of the run{memory}")
         self._print_line()
 
     def watch(self, memory: int | None, weights: Mapping[str, float]) -> None:
@@ -183,11 +185,12 @@ class RunProgress:
         self._memory, self._weights = memory, weights
 
     def _left(self) -> tuple[str, str]:
-        # Of the task's steps, or of the stage, and of the run.
+        # Of the task's steps, or of the stage, and of the run; empty where it is not known yet.
         if not self._total:
-            return clock(None), clock(None)
+            return "", ""
         stage = self._time.seconds(self._kind, self._total - self._done)
-        return clock(stage), clock(self._time.of_run())
+        run = self._time.of_run()
+        return "" if stage is None else clock(stage), "" if run is None else clock(run)
 
     def _speed(self) -> str:
         return "" if self._per_second is None else f"{self._per_second:.0f} img/s"
@@ -202,16 +205,17 @@ class RunProgress:
         self._printed = now
         stage, run = self._left()
         parts = [
-            " ".join(filter(None, (self._task, self._stage))),
+            ": ".join(filter(None, (self._task, self._stage))),
             f"{self._done}/{self._total} {self._kind}",
-            f"{stage} left, run {run} left",
+            stage and f"{stage} left",
+            run and f"run {run} left",
             self._speed(),
             megabytes(self._memory),
         ]
         if self._report is not None:
             loss = sum(self._report.losses.values())
             parts.append(f"loss {loss:.3f} ({describe(self._report)})")
-        if self._weights:
+        if self._weights and self._kind == STEPS:
             parts.append("teachers " + " ".join(_pairs(self._weights, 2)))
         self.say(f"{time.strftime('%H:%M:%S')} {', '.join(filter(None, parts))}")
 
@@ -222,22 +226,26 @@ class RunProgress:
         head.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
         head.add_column(no_wrap=True, justify="right")
         what = Text.assemble((self._task, "bold"), "  " if self._task else "", self._stage)
-        head.add_row(what, f"left {stage}, run {run}")
-        bar = Table.grid(expand=True, padding=(0, 1))
-        bar.add_column(ratio=1)
-        bar.add_column(no_wrap=True)
-        total = max(self._total, 1)
-        bar.add_row(ProgressBar(total, self._done), f"{self._done}/{self._total} {self._kind}")
+        left = filter(None, (stage and f"left {stage}", run and f"run {run}"))
+        head.add_row(what, ", ".join(left))
+        rows: list[RenderableType] = [head]
+        if self._total:
+            bar = Table.grid(expand=True, padding=(0, 1))
+            bar.add_column(ratio=1)
+            bar.add_column(no_wrap=True)
+            count = f"{self._done}/{self._total} {self._kind}"
+            bar.add_row(ProgressBar(self._total, self._done), count)
+            rows.append(bar)
         facts = [self._speed()]
         if report is not None:
             facts.append(f"lr {report.lr:.2e}")
         if self._memory:
             facts.append(f"memory {megabytes(self._memory)}")
-        rows: list[RenderableType] = [head, bar, Text("  ".join(filter(None, facts)))]
+        rows.append(Text("  ".join(filter(None, facts))))
         if report is not None:
             terms = {name.removesuffix("_loss"): v for name, v in report.losses.items()}
             rows.append(_labelled(f"loss {sum(terms.values()):.3f}", terms, 3))
-        if self._weights:
+        if self._weights and self._kind == STEPS:
             rows.append(_labelled("teachers", self._weights, 2))
         return Group(*rows)
 

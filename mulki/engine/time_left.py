@@ -42,9 +42,7 @@ class TimeLeft:
         return None if None in each else sum(filter(None, each))
 
 
-def clock(seconds: float | None) -> str:
-    """Such as 1:02:03; a question mark if it is not known."""
-    if seconds is None:
-        return "?"
+def clock(seconds: float) -> str:
+    """Such as 1:02:03."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

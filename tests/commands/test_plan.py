@@ -34,6 +34,8 @@ def test_a_plan_is_printed_and_nothing_is_written(
     for head in ("run", "model", "device", "kernels", "steps", "memory", "stored", "needs", "fits"):
         assert heads.count(head) == 1, head
     assert any(line.startswith("time") and "whole run" in line for line in lines)
+    assert all(len(line) <= 80 for line in lines if line.startswith(("needs", "fits")))
+    assert lines[-1].startswith("before: until its first step") and len(lines[-1]) <= 80
     rows = {
         line.split()[0]: line.split()[1:5] for line in lines if line[:7] in ("colours", "shades ")
     }

@@ -97,6 +97,28 @@ def test_a_line_every_few_seconds_without_a_terminal(monkeypatch: pytest.MonkeyP
     assert len(rest) == 99
 
 
+def test_what_is_not_known_and_what_is_over_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_OFTEN", 0.0)
+    out = io.StringIO()
+    progress = RunProgress(Console(file=out, width=200), {STEPS: 4, TEST: 20}, 1)
+    assert [line.strip() for line in drawn(progress)] == ["starting", ""]
+    progress.stage("test of x", TEST, 10)
+    assert "left" not in drawn(progress)[0]
+    progress.advance(10)
+    progress.task(1, "x")
+    progress.stage("", STEPS, 4)
+    for step in range(1, 5):
+        progress.watch(None, {"previous": 1.0})
+        progress.step(report(step))
+    assert "teachers" in drawn(progress)[-1]
+    progress.stage("test of x", TEST, 10)
+    assert not any("teachers" in line or "img/s" in line for line in drawn(progress))
+    lines = [line.partition(" ")[2] for line in out.getvalue().splitlines()]
+    assert lines[0] == "test of x, 0/10 test images"
+    assert lines[1].startswith("test of x, 10/10 test images, 0:00:00 left, ")
+    assert lines[-1] == "task 1/1 x: test of x, 0/10 test images, 0:00:00 left, run 0:00:00 left"
+
+
 def test_lines_of_a_long_run_become_rare(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(module.time, "monotonic", lambda: now)
@@ -170,7 +192,8 @@ def test_describe_names_every_term() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "shown"), [(None, ""), (5 * 2**20, "5 MiB"), (12 * 2**30, "12.0 GiB")]
+    ("count", "shown"),
+    [(None, ""), (320 * 2**10, "320 KiB"), (5 * 2**20, "5 MiB"), (12 * 2**30, "12.0 GiB")],
 )
 def test_megabytes(count: int | None, shown: str) -> None:
     assert megabytes(count) == shown
