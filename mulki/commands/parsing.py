@@ -45,7 +45,10 @@ def add_options(group: argparse._ActionsContainer, options: type, only: str = ""
         if only and item.name != only:
             continue
         flags = [flag(item.name), *filter(None, [item.metadata["alias"]])]
-        text = f"{item.metadata['help']} (default: {_shown(item.default)})".replace("%", "%%")
+        text = item.metadata["help"]
+        if item.default is not None:
+            text += f" (default: {_shown(item.default)})"
+        text = text.replace("%", "%%")
         how: dict[str, Any] = {"metavar": option_name(item.name).upper()}
         if hints[item.name] is bool:
             how = {"action": argparse.BooleanOptionalAction, "default": None}

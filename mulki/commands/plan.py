@@ -21,7 +21,7 @@ from mulki.engine.plan import millions, plan
 from mulki.engine.progress import megabytes
 from mulki.engine.setup import Setup, prepared
 from mulki.engine.time_left import clock
-from mulki.errors import InputError
+from mulki.errors import InputError, counted
 from mulki.offline import offline
 
 # Bytes of a parameter in most published weights.
@@ -118,7 +118,7 @@ def _lines(costs: Costs, settings: Settings) -> list[str]:
 def _fits(costs: Costs, micro_batch: str | None) -> str:
     if costs.largest is None:
         return "an unknown number of images at a time"
-    said = f"{costs.largest} images at a time in half of the free memory"
+    said = f"{counted(costs.largest, 'image')} at a time in half of the free memory"
     if costs.largest >= costs.batch or micro_batch is not None:
         return f"{said}; a step has {costs.batch}"
     return f"{said}, but a step has {costs.batch}: pass --micro-batch auto"

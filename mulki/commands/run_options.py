@@ -58,8 +58,7 @@ def run_options(
     goes_on = "; run --resume DIR" if command == "run" else ""
     parser = Parser(
         prog=f"mulki {command}",
-        usage=f"mulki {command} [TASKS ...] [--config FILE] [--method METHOD] "
-        f"[--OPTION VALUE ...]{goes_on}",
+        usage=f"mulki {command} [TASKS ...] [--OPTION VALUE ...]{goes_on}",
         description=description,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

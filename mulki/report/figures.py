@@ -82,6 +82,9 @@ def _of_matrix(contents: RunContents) -> Iterator[Plot]:
                 values = curve(name)[names.index(name) :]
                 since = [value - values[0] for value in values]
                 axes.plot(since, color=colour, linestyle=dash, marker=".", label=entry(name))
+            # Not a range of hundredths where nothing has changed.
+            low, high = axes.get_ylim()
+            axes.set_ylim(min(low, -1), max(high, 1))
             axes.set_ylabel("change in percentage points")
             axes.set_xlabel("tasks learned since")
             _whole_ticks(axes)

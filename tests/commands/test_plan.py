@@ -80,8 +80,9 @@ def test_a_batch_that_does_not_fit_is_told(
     monkeypatch.setattr("mulki.engine.memory.free_memory", lambda device: 0)
     words += ["--method", "finetune"]
     assert run_command(words) == 0
-    (fits,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("fits"))
-    assert fits.split(maxsplit=1)[1].startswith("1 images") and "pass --micro-batch auto" in fits
+    out = " ".join(capsys.readouterr().out.split())
+    said = "fits 1 image at a time in half of the free memory, but a step has 4: pass --micro-batch"
+    assert f"{said} auto" in out
     assert run_command([*words, "--micro-batch", "1"]) == 0
     (fits,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("fits"))
     assert "--micro-batch" not in fits

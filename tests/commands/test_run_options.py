@@ -216,6 +216,7 @@ def test_help_begins_with_a_short_usage_and_ends_with_examples(
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "" and lines[0].startswith("usage: mulki run [TASKS ...]")
     examples = [line.split("   ")[0].strip() for line in lines[lines.index("examples:") + 1 :]]
+    assert len(lines[0]) <= 80 and not any("None" in line for line in lines)
     assert len(examples) >= 4 and all(line.startswith("mulki run") for line in examples if line)
 
 
