@@ -135,8 +135,8 @@ def _run(argv: list[str]) -> int:
     from mulki.engine.config import resolve
     from mulki.engine.resuming import folder_of_restart
     from mulki.engine.sequence import run
+    from mulki.evaluations import read_evaluations
     from mulki.report.tables import print_matrix
-    from mulki.results import read_evaluations
 
     prepare_process()
     console = Console()

@@ -17,8 +17,9 @@ from mulki.answers import (
     write_answers,
 )
 from mulki.errors import InputError
+from mulki.evaluations import read_evaluations
 from mulki.metrics import ZERO_SHOT
-from mulki.results import RunFolder, read_evaluations
+from mulki.results import RunFolder
 
 SIZES = {"a/b: ü": 7, "letters": 4}
 

@@ -12,9 +12,10 @@ from mulki.answers import read_answers
 from mulki.cli import run_command
 from mulki.engine.config import read_config, resolve
 from mulki.errors import InputError
+from mulki.evaluations import read_evaluations
 from mulki.metrics import read_matrix
 from mulki.report.compare import compare
-from mulki.results import RunFolder, read_evaluations
+from mulki.results import RunFolder
 from tests.engine.run_helpers import Run, weights
 from tests.engine.test_resuming import check_same, resumed, stop_at
 from tests.engine_helpers import same_state, write_pairs
