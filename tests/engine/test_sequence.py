@@ -21,7 +21,7 @@ from mulki.engine.checkpoints import publish, save_weights
 from mulki.engine.config import read_config, resolve
 from mulki.engine.learn import StepReport
 from mulki.engine.progress import RunProgress
-from mulki.engine.step import Step
+from mulki.engine.step import ClassStep
 from mulki.errors import InputError
 from mulki.evaluations import read_evaluations
 from mulki.methods import PREVIOUS, ZERO_SHOT
@@ -327,21 +327,21 @@ def test_a_loss_that_explodes_is_reported(
     options: dict[str, Any],
     updates: int,
 ) -> None:
-    gradients, update = Step.gradients, Step.update
+    gradients, update = ClassStep.gradients, ClassStep.update
     calls: list[str] = []
 
-    def exploding(self: Step, *given: Any) -> dict[str, float]:
+    def exploding(self: ClassStep, *given: Any) -> dict[str, float]:
         calls.append("gradients")
         losses = gradients(self, *given)
         # The third step of each task.
         return {k: v * (30 if calls.count("gradients") % 4 == 3 else 1) for k, v in losses.items()}
 
-    def counted(self: Step, lr: float) -> None:
+    def counted(self: ClassStep, lr: float) -> None:
         calls.append("update")
         update(self, lr)
 
-    monkeypatch.setattr(Step, "gradients", exploding)
-    monkeypatch.setattr(Step, "update", counted)
+    monkeypatch.setattr(ClassStep, "gradients", exploding)
+    monkeypatch.setattr(ClassStep, "update", counted)
     with caplog.at_level(logging.WARNING, "mulki"):
         run(method="finetune", **options)
     assert calls.count("gradients") == 8 and calls.count("update") == updates
