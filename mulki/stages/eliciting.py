@@ -20,10 +20,10 @@ cross-entropy has 1.34, and none in the image tower; with the update "batch" 0.0
 of the cross-entropy and 4.8 of the anchors. So the stage hardly moves either tower.
 
 What it gives there (benchmarks/embedded/RESULTS.md, five seeds): without it Transfer, Average and
-Last change by 0.2 points at most on four sequences, and nothing is clear of zero. Accuracy among
-all classes learned so far is lower without it on all four, clear of zero on three: the mean by 0.3,
-the last by 0.4 to 0.8 points. Learnable prototypes, the update "batch" and L_proto were no better
-on orders III and IV.
+Last change by 0.2 points at most on four sequences, and nothing is clear of zero. The last accuracy
+among all classes is lower without it on all four, by 0.4 to 0.8 points, clear of zero on two; the
+mean over the steps by 0.3 on three, clear of zero on two. Learnable prototypes, the update "batch"
+and L_proto were no better on orders III and IV.
 """
 
 from __future__ import annotations
