@@ -62,7 +62,7 @@ NOTES = (
     "of order I; what form MulKI has was chosen on orders III and IV (below). The relations, the "
     "gate and its temperature descend from an earlier pilot on all six tasks in order I with "
     "another start model, so order II is the cleaner evidence.",
-    f"- `{studies.ABLATED}` is the form of MulKI that was tuned. Gate and mean were looked at again "
+    f"- `{studies.ABLATED}` is the form of MulKI that was tuned. Both were looked at again "
     "because of the ablation below, which is of the reported sequences; what took their place was "
     "chosen on orders III and IV.",
     "- Uses: what a method takes beside its tasks; the words are ImageNet's class names, without "
