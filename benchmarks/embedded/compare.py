@@ -59,12 +59,14 @@ NOTES = (
     "- Seeds set in what order the images come: one start model, one pack. Intervals over seeds "
     "alone leave out that a task's test set has a standard error of 1 to 2.5 points.",
     "- Learning rate and weight of each method are tuned alike (below), on the first three tasks "
-    "of order I; what form MulKI has was chosen on orders III and IV (below). The relations, the "
-    "gate and its temperature descend from an earlier pilot on all six tasks in order I with "
-    "another start model, so order II is the cleaner evidence.",
-    f"- `{studies.ABLATED}` is the form of MulKI that was tuned. Both were looked at again "
-    "because of the ablation below, which is of the reported sequences; what took their place was "
-    "chosen on orders III and IV.",
+    "of order I; what form MulKI has was chosen on orders III and IV (below). The relations and "
+    "the gate descend from an earlier pilot on all six tasks in order I with another start model, "
+    "so order II is the cleaner evidence.",
+    f"- `{studies.ABLATED}` is the form of MulKI that was tuned. Its gate and its mean of weights "
+    "were looked at again because of the ablation below, which is of the reported sequences; what "
+    "took their place was chosen on orders III and IV.",
+    "- In the files of results `settings` is the record of a run; `options` leave out what a "
+    "preset had then.",
     "- Uses: what a method takes beside its tasks; the words are ImageNet's class names, without "
     "any image of theirs. zscl and snd distil on the task's own images here; with reference images "
     "of their own they are other methods. The text projection trains in every method, in snd "
@@ -333,7 +335,7 @@ def ablation_table(whole: list[dict[str, Any]], changed: list[dict[str, Any]]) -
     lines = [
         "## Ablation of MulKI",
         "",
-        f"`{COMMAND} ablate` and `{COMMAND} terms`. Difference from the row `{studies.ABLATED}` of "
+        f"`{COMMAND} ablate`. Difference from the row `{studies.ABLATED}` of "
         "the comparison, which has all four stages, paired by seed, with its 95 % interval as "
         "above.",
         "",

@@ -1,9 +1,11 @@
 """Presets: options that suit the bundled start model, and each method on it.
 
 Other models get the defaults of `RunConfig`. The options of a method are those of the best point of
-its grid in benchmarks/embedded/results.jsonl, and of the best strength that its teachers had there
+its grid in benchmarks/embedded/results, and of the best strength that its teachers had there
 (`python -m benchmarks.embedded.compare tune`, and `strength`; the rules are in studies.py beside
 it). Both saw training images alone: of the first three tasks of order I, and of orders III and IV.
+The coefficient l2 of MulKI is that of its best form on orders III and IV (`forms`); what was tried
+there was prompted by the ablation, which is of test images.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """mulki: the four stages together (arXiv 2411.06764, reimplemented from its description).
 
 The objective is `mulki.stages.objective`; this file connects it to the tasks: prototypes are made
-at a task's start and move with the student (Eliciting Ideas), the running mean of the weights and
-the interpolation with the previous model make the connections. Each stage can be switched off
+at a task's start and move with the student (Eliciting Ideas); a running mean of the weights, an
+interpolation with the previous model or an anchor at it make the connections. Each stage can be switched off
 alone:
 
     eliciting       off: no prototypes, so neither the alignment nor the relations built on them
@@ -57,8 +57,8 @@ class MulKI(Method):
     class Options(Method.Options):
         eliciting: bool = option(True, "stage 1: prototypes and their alignment with the texts")
         adding: bool = option(True, "stage 2: relations and features kept near the teachers")
-        distinguishing: bool = option(True, "stage 3: teachers weighted per sample")
-        connecting: bool = option(True, "stage 4: running mean, interpolation and anchor")
+        distinguishing: bool = option(True, "stage 3: teachers weighted by --gate")
+        connecting: bool = option(True, "stage 4: --we-every, --alpha and --l2")
         label_smoothing: float = option(
             0.2, "label smoothing of the cross-entropy, in [0, 1]", low=0, high=1, alias="--ls"
         )
@@ -93,7 +93,9 @@ class MulKI(Method):
             "one for the vocabulary",
         )
         feature: float = option(1.0, "coefficient of the distance of image features", low=0)
-        teachers: Teachers = option("both", "the original model, the previous one, or both")
+        teachers: Teachers = option(
+            "both", "the original model, the previous one, or both; a gate needs both"
+        )
         gate: str = option(
             "uniform", "how the two teachers are weighted per sample", choices=gate_names
         )
@@ -124,6 +126,11 @@ class MulKI(Method):
         except (TypeError, ValueError) as error:
             argument, _, said = str(error).partition(":")
             raise InputError(f"--{argument.replace('_', '-')}:{said}") from None
+        if o.gate == "uniform" and o.gate_temperature != 1:
+            raise InputError(
+                f"--gate-temperature: got {o.gate_temperature:g} with --gate uniform, which has none; "
+                "name another gate, or leave it out"
+            )
         if o.anchor_weights == "group" and o.teachers != "both":
             raise InputError(
                 f"--anchor-weights: got group beside --teachers {o.teachers}, but a teacher for "

@@ -5,8 +5,8 @@
         + f sum_m w_m |u - u^m|^2
 
 See `eliciting`, `adding`, `anchors` and `distinguishing` for the terms. The paper's coefficients
-are not public: the defaults are those of a pilot on six small tasks, and benchmarks/embedded holds
-the grids.
+are not public: the defaults are those of a pilot on six small tasks, but for the gate, and
+benchmarks/embedded holds the grids.
 """
 
 from __future__ import annotations

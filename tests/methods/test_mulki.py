@@ -271,6 +271,7 @@ def test_the_method_has_the_defaults_of_its_objective() -> None:
         ),
         ({"gate": "blend", "gate_entropy": 1.0}, "^--gate-label: got NoneType"),
         ({"gate_label": 0.5}, '^--gate-label: got 0.5 with gate="uniform", which does not take it'),
+        ({"gate_temperature": 0.5}, "^--gate-temperature: got 0.5 with --gate uniform, which has"),
     ],
 )
 def test_numbers_of_a_gate_that_do_not_fit_it(options, said):
