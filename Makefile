@@ -54,6 +54,7 @@ test-oldest: $(OLDEST)/.installed
 $(OLDEST)/.installed:
 	@$(PYTHON) -c 'import shutil, sys; sys.exit(shutil.disk_usage(".").free < 1e10)' || { \
 	    echo "make test-oldest: the disk has less than 10 GB left for torch 2.11 and CUDA's libraries" >&2; exit 1; }
+	rm -rf $(OLDEST)
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install -q $(OLDEST_PACKAGES)
 	@touch $@

@@ -2,8 +2,8 @@
 
 The candidates are all test images of a task, or all its distinct captions. A caption of several
 images is right for each of them, and an image may have several captions: a query is answered when
-the first candidate is any right one. Of equal candidates the one that comes first in the set is
-first, so that a model which tells nothing apart is right by chance alone.
+the first candidate is any right one. Of candidates with equal scores the one that comes first in
+the set is first, so that a model which tells nothing apart is right by chance alone.
 """
 
 from __future__ import annotations

@@ -36,11 +36,13 @@ class TextInputs:
         self._model = model
         self._world = world
         self._rows: dict[str, int] = {}
+        # Of all prompts so far, and room for as many more.
         self._inputs: Tensor | None = None
 
     def state(self) -> dict[str, Any]:
         """The prompts so far, with their inputs."""
-        return {"prompts": list(self._rows), "inputs": self._inputs}
+        inputs = None if self._inputs is None else self._inputs[: len(self._rows)].clone()
+        return {"prompts": list(self._rows), "inputs": inputs}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Set what `state` returned."""
@@ -53,9 +55,13 @@ class TextInputs:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
         if new:
             inputs = text_inputs(self._model, new, self._world)
-            self._rows.update(
-                zip(new, range(len(self._rows), len(self._rows) + len(new)), strict=True)
-            )
-            self._inputs = inputs if self._inputs is None else torch.cat([self._inputs, inputs])
+            known, count = len(self._rows), len(self._rows) + len(new)
+            self._rows.update(zip(new, range(known, count), strict=True))
+            if self._inputs is None:
+                self._inputs = inputs
+            elif count > len(self._inputs):
+                more = inputs.new_empty(2 * count - known, *inputs.shape[1:])
+                self._inputs = torch.cat([self._inputs[:known], more])
+            self._inputs[known:count] = inputs
         assert self._inputs is not None
         return self._inputs[[self._rows[prompt] for prompt in prompts]]

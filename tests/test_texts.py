@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mulki.texts import text_features, text_inputs
+from mulki.texts import TextInputs, text_features, text_inputs
 from mulki.world import World
 from tests.ranks import run_ranks
 
@@ -18,6 +18,8 @@ PROMPTS = ["a", "bb", "ccc", "dddd", "eeeee"]
 
 class Lengths:
     """A model whose features of a text are twice its length; it counts what it is asked."""
+
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
         self.prepared: list[int] = []
@@ -38,6 +40,21 @@ def test_texts_are_encoded_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     features = text_features(model, text_inputs(model, PROMPTS))
     assert features.flatten().tolist() == [2, 4, 6, 8, 10]
     assert model.prepared == [5] and model.encoded == [2, 2, 1]
+
+
+def test_inputs_that_are_known_are_not_made_again() -> None:
+    model: Any = Lengths()
+    inputs = TextInputs(model)
+    assert inputs(["a", "bb", "a"]).flatten().tolist() == [1, 2, 1]
+    assert inputs(["dddd", "bb"]).flatten().tolist() == [4, 2]
+    assert inputs(PROMPTS).flatten().tolist() == [1, 2, 3, 4, 5]
+    assert model.prepared == [2, 1, 2]
+    state = inputs.state()
+    assert state["inputs"].flatten().tolist() == [1, 2, 4, 3, 5]
+    again = TextInputs(model)
+    again.restore(state)
+    assert again([*PROMPTS, "ffffff"]).flatten().tolist() == [1, 2, 3, 4, 5, 6]
+    assert model.prepared == [2, 1, 2, 1]
 
 
 def on_a_rank(rank: int, size: int) -> tuple[list[int], list[float], list[int], list[int]]:

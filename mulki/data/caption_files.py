@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,6 +57,7 @@ def caption_task(path: str | os.PathLike[str], *, skip_bad_images: bool = False)
             )
         return _of_rows(name, path, rows, skip_bad_images)
     shards = {split: _shards(path, split) for split in SPLITS}
+    _check_shards(*shards.values())
     read = {s: read_captioned_shards(shards[s], skip_bad_images=skip_bad_images) for s in SPLITS}
     train, test = (
         CaptionedImages(images, tuple((text,) for text in captions))
@@ -73,6 +75,16 @@ def _shards(folder: Path, split: str) -> list[Path]:
             f"one of the two"
         )
     return found
+
+
+def _check_shards(train: Sequence[Path], test: Sequence[Path]) -> None:
+    for one in test:
+        for other in train:
+            if size_of(one) == size_of(other) and filecmp.cmp(one, other, shallow=False):
+                raise InputError(
+                    f"{one}: has the content of {other}; a model is tested on images that it has "
+                    "not learned, so leave it in one"
+                )
 
 
 def _of_rows(

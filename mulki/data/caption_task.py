@@ -49,6 +49,17 @@ class CaptionedImages:
         content = json.dumps([self.images.fingerprint(), self.captions])
         return hashlib.sha256(content.encode()).hexdigest()
 
+    def captions_of(self, name: str) -> frozenset[str]:
+        """All captions of the image of that name, which may come several times."""
+        return self._by_image[name]
+
+    @cached_property
+    def _by_image(self) -> dict[str, frozenset[str]]:
+        found: dict[str, set[str]] = {}
+        for index, each in enumerate(self.captions):
+            found.setdefault(self.name(index), set()).update(each)
+        return {name: frozenset(each) for name, each in found.items()}
+
     def texts(self) -> tuple[str, ...]:
         """The distinct captions, in the order in which they first come."""
         return tuple(dict.fromkeys(text for each in self.captions for text in each))
@@ -90,6 +101,11 @@ class CaptionTask(Task):
             if not all(text.strip() for text in texts):
                 raise InputError(
                     f"{where}: a caption in its {split} split is empty; fill it in or remove it"
+                )
+            if len({pairs.name(index) for index in range(len(pairs))}) < 2:
+                raise InputError(
+                    f"{where}: its {split} split has one image; add others, or there is nothing to "
+                    "tell apart"
                 )
             if len(texts) < 2:
                 raise InputError(

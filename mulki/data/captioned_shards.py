@@ -153,6 +153,12 @@ def _check_pairs(path: Path, samples: Samples, images: dict[str, Member]) -> Non
         if ("txt" in files) != (key in images):
             has = "a caption and no image" if "txt" in files else "an image and no caption (.txt)"
             raise InputError(f"{path}: {key} has {has}; add what is missing, or remove {key}")
+        dotted = [m.name for suffix, m in files.items() if suffix.rpartition(".")[2] == "txt"]
+        if dotted and "txt" not in files:
+            raise InputError(
+                f"{path}: {dotted[0]}: what follows the first dot of a name says the kind of file "
+                "in a shard; name it without further dots"
+            )
 
 
 def _caption(path: Path, content: bytes, name: str) -> str:

@@ -154,18 +154,26 @@ def _read(path: Path, column: str, split: str | None) -> list[SplitRow] | None:
         return None
     if not body:
         raise InputError(f"{path}: has a header and no rows; add a row for each image")
-    return [_row(row.cells, row.where, column, split) for row in body]
+    return [_row(row.cells, row.where, path.parent, column, split) for row in body]
 
 
-def _row(cells: Mapping[str, str], where: str, column: str, split: str | None) -> SplitRow:
+def _row(
+    cells: Mapping[str, str], where: str, folder: Path, column: str, split: str | None
+) -> SplitRow:
     split = split or cells["split"]
     if split not in SPLITS:
         raise InputError(
             f'{where}: split "{split}"{nearest(split, SPLITS)} came, train or test was wanted; '
             "correct it or remove the row"
         )
-    file = os.path.normpath(cells["path"]).replace(os.sep, "/")
-    return SplitRow(file, cells[column], split, where)
+    return SplitRow(name_in(folder, cells["path"]), cells[column], split, where)
+
+
+def name_in(folder: Path, path: str) -> str:
+    """One name for a file however its path is written: a relative one if it is in the folder."""
+    root, whole = os.path.abspath(folder), os.path.abspath(folder / path)
+    inside = Path(whole).is_relative_to(root)
+    return Path(os.path.relpath(whole, root) if inside else os.path.normpath(path)).as_posix()
 
 
 def _check_rows(folder: Path, rows: Sequence[SplitRow]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mulki.data.captioned_shards import find_shards, read_captioned_shards
+from mulki.data.csv_files import name_in
 from mulki.data.decoding import SUFFIXES, BadImage
 from mulki.data.image_files import ImageFiles, find_unreadable, size_of
 from mulki.data.prompts import fill
@@ -184,7 +185,7 @@ def _read_captions(file: Path) -> dict[str, str]:
 
 
 def _add_caption(captions: dict[str, str], row: Row, folder: Path) -> None:
-    name = _name_of(row.cells["path"], folder)
+    name = name_in(folder, row.cells["path"])
     if not os.path.isfile(folder / name):
         raise InputError(
             f"{row.where}: no image {name!r} for its caption; correct the path (relative to "
@@ -193,10 +194,3 @@ def _add_caption(captions: dict[str, str], row: Row, folder: Path) -> None:
     if name in captions:
         raise InputError(f"{row.where}: {name} has a caption already; remove one of them")
     captions[name] = row.cells["caption"]
-
-
-def _name_of(path: str, folder: Path) -> str:
-    # One name for an image however its path is written; inside the folder it is a relative one.
-    root, whole = os.path.abspath(folder), os.path.abspath(folder / path)
-    inside = Path(whole).is_relative_to(root)
-    return Path(os.path.relpath(whole, root) if inside else os.path.normpath(path)).as_posix()

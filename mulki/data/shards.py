@@ -260,7 +260,7 @@ def read_samples(file: BinaryIO) -> Samples:
     """The files of a tar, grouped as webdataset does. Their bytes are not read.
 
     Raises:
-        tarfile.TarError: damaged.
+        tarfile.TarError: damaged, cut short, or with a file that comes twice.
     """
     samples: Samples = {}
     with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -268,8 +268,14 @@ def read_samples(file: BinaryIO) -> Samples:
             folder, slash, base = entry.name.rpartition("/")
             key, _, suffix = base.partition(".")
             if entry.isfile():
-                member = Member(entry.name, entry.offset_data, entry.size)
-                samples.setdefault(folder + slash + key, {})[suffix.lower()] = member
+                sample = samples.setdefault(folder + slash + key, {})
+                if suffix.lower() in sample:
+                    raise tarfile.ReadError(f"{entry.name} comes twice")
+                sample[suffix.lower()] = Member(entry.name, entry.offset_data, entry.size)
+        # tarfile takes a damaged header for the end.
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"no end of the archive at byte {tar.offset}")
     return samples
 
 

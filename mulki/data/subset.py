@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import chain, zip_longest
 
 import numpy as np
@@ -52,21 +52,27 @@ def limited(task: Task, count: int) -> Task:
     """The task with at most `count` images in each split, but at least one of every class.
 
     Classes are kept balanced: the first image of every class, then the second, and so on. A task of
-    captions keeps its first images.
+    captions keeps at least two images, as many captions as it can.
     """
 
     def limit(image_set: ImageSet) -> ImageSet:
         if isinstance(image_set, CaptionedImages):
-            kept = range(min(count, len(image_set)))
-            return CaptionedImages(Subset(image_set.images, kept), image_set.captions[: len(kept)])
-        by_class: dict[int, list[int]] = {}
-        for index, target in enumerate(image_set.targets):
-            by_class.setdefault(target, []).append(index)
-        turns = chain.from_iterable(zip_longest(*by_class.values()))
-        picked = [index for index in turns if index is not None]
-        return Subset(image_set, sorted(picked[: max(count, len(by_class))]))
+            kept = sorted(_in_turns([each[0] for each in image_set.captions])[: max(count, 2)])
+            captions = tuple(image_set.captions[index] for index in kept)
+            return CaptionedImages(Subset(image_set.images, kept), captions)
+        picked = _in_turns(image_set.targets)
+        return Subset(image_set, sorted(picked[: max(count, len(set(image_set.targets)))]))
 
     return dataclasses.replace(task, train=limit(task.train), test=limit(task.test))
+
+
+def _in_turns(kinds: Sequence[Hashable]) -> list[int]:
+    # Places: the first of every kind, then the second, and so on.
+    by_kind: dict[Hashable, list[int]] = {}
+    for index, kind in enumerate(kinds):
+        by_kind.setdefault(kind, []).append(index)
+    turns = chain.from_iterable(zip_longest(*by_kind.values()))
+    return [index for index in turns if index is not None]
 
 
 def sampled(task: Task, count: int) -> Task:

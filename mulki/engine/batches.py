@@ -153,16 +153,17 @@ def _batches(
 
 
 def _pairs(batch: Batch, pairs: CaptionedImages, world: World) -> PairBatch:
-    # A caption that comes again would be a wrong caption of the first image that has it, and so
-    # would the second caption of an image.
+    # A caption of one image in the batch is no wrong caption of another image that has it too.
     captions = [pairs.captions[place][0] for place in batch.places.tolist()]
-    seen: set[tuple[str, str]] = set()
+    kept: set[str] = set()
+    right: set[str] = set()
     rows = []
     for row, (place, caption) in enumerate(zip(batch.places.tolist(), captions, strict=True)):
-        both = {("image", pairs.name(place)), ("caption", caption)}
-        if not both & seen:
+        own = pairs.captions_of(pairs.name(place))
+        if caption not in right and not own & kept:
             rows.append(row)
-        seen |= both
+            kept.add(caption)
+            right |= own
     distinct = None if len(rows) == len(captions) else torch.tensor(rows)
     here = tuple(captions[row] for row in world.rows(len(captions)))
     return PairBatch(batch.images, here, batch.places, distinct)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from open_clip import list_pretrained_tags_by_model
 
 from mulki import models
 from mulki.engine.config import RunConfig
@@ -20,6 +21,12 @@ def check_original(config: RunConfig, method: Method) -> None:
                 "--original too, as --model takes it"
             )
         return
+    tags = list_pretrained_tags_by_model(config.original.replace("/", "-"))
+    if tags and config.original_pretrained is None:
+        raise InputError(
+            f"--original: got {config.original} without weights, and random ones teach nothing; "
+            f"pass --original-pretrained too, such as {tags[0]}"
+        )
     if not (ZERO_SHOT in method.needs.teachers or method.needs.prototypes):
         raise InputError(
             f"--original: got {config.original}, but method {method.name} with these options has "

@@ -2,8 +2,8 @@
 
 The objective is `mulki.stages.objective`; this file connects it to the tasks: prototypes are made
 at a task's start and move with the student (Eliciting Ideas); a running mean of the weights, an
-interpolation with the previous model or an anchor at it make the connections. Each stage can be switched off
-alone:
+interpolation with the previous model or an anchor at it make the connections. Each stage can be
+switched off alone:
 
     eliciting       off: no prototypes, so neither the alignment nor the relations built on them
     adding          off: no distillation, neither of relations nor of anchors nor of features
@@ -128,8 +128,8 @@ class MulKI(Method):
             raise InputError(f"--{argument.replace('_', '-')}:{said}") from None
         if o.gate == "uniform" and o.gate_temperature != 1:
             raise InputError(
-                f"--gate-temperature: got {o.gate_temperature:g} with --gate uniform, which has none; "
-                "name another gate, or leave it out"
+                f"--gate-temperature: got {o.gate_temperature:g} with --gate uniform, which has "
+                "none; name another gate, or leave it out"
             )
         if o.anchor_weights == "group" and o.teachers != "both":
             raise InputError(

@@ -116,6 +116,10 @@ def test_shards_of_each_split(tmp_path: Path) -> None:
     write_tar(shard, {"7.webp": encoded(picture(7), "webp"), "7.txt": b" \n"})
     with pytest.raises(InputError, match=r"1\.tar: the caption 7\.txt is empty"):
         caption_task(root)
+    shutil.copy(root / "train" / "0.tar", root / "test" / "9.tar")
+    write_tar(shard, {"7.webp": encoded(picture(7), "webp"), "7.txt": b"seven"})
+    with pytest.raises(InputError, match=r"test/9\.tar: has the content of \S+train/0\.tar"):
+        caption_task(root)
     shutil.rmtree(root / "test")
     with pytest.raises(InputError, match=r"neither a captions\.csv nor tar shards in test/"):
         caption_task(root)
@@ -162,6 +166,24 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "both splits": (
         changed(lambda rows: rows.append(("2.png", "a dog", "test"))),
         r"line 10: 2\.png is in the train split already \(\S+ line 5\)",
+    ),
+    "both splits, written otherwise": (
+        lambda folder: write_csv(
+            folder / "captions.csv", [*ROWS, (str(folder / "2.png"), "a dog", "test")]
+        ),
+        r"line 10: 2\.png is in the train split already",
+    ),
+    "one image": (
+        changed(
+            lambda rows: rows.__setitem__(
+                slice(None),
+                [
+                    *(("0.png", text, "train") for text in ("one", "two")),
+                    *((f"{i}.png", str(i), "test") for i in range(1, 6)),
+                ],
+            )
+        ),
+        "its train split has one image",
     ),
     "one split": (changed(lambda rows: rows.__delitem__(slice(0, 4))), "no row for 0.png and 2"),
     "unreadable": (lambda folder: (folder / "1.png").write_text("no"), r"1\.png: .*--skip-bad"),

@@ -55,6 +55,7 @@ def test_a_task_has_no_classes() -> None:
         (TRAIN, replace(TRAIN, captions=(("one",),)), "has 2 images and 1 of them"),
         (images(("one",), (" ",)), TRAIN, "a caption in its train split is empty"),
         (images(("one",), ("one",)), TRAIN, 'its train split have the caption "one"'),
+        (images(("one",)), TRAIN, "its train split has one image"),
         (images(*TEXTS), TRAIN, "an image of its train split has several captions"),
     ],
 )

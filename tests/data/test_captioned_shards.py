@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,31 @@ def folder(tmp_path: Path) -> Path:
     write_tar(root / "cc-000.tar", sample(0, "grün, rot") | sample(1) | sample(2, kind="png"))
     write_tar(root / "cc-001.tar", sample(3, " the last but one\n") | sample(4, "the last"))
     return root
+
+
+def headers(whole: bytes) -> list[int]:
+    with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
+        return [member.offset for member in tar]
+
+
+def spoiled(whole: bytes, number: int) -> bytes:
+    """With a wrong checksum in the header of that file."""
+    at = headers(whole)[number] + 148
+    return whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
+
+
+def test_files_that_would_be_lost_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, content in [*sample(0).items(), *sample(0).items()]:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    with pytest.raises(InputError, match=r"x\.tar: damaged \(00000\.\w+ comes twice\)"):
+        read_reference(path)
+    write_tar(path, sample(1) | {"a.001.jpg": encoded(picture(0), "jpeg"), "a.001.txt": b"one"})
+    with pytest.raises(InputError, match=r"x\.tar: a\.001\.txt: what follows the first dot"):
+        read_reference(path)
 
 
 def test_a_folder_and_a_range_of_shards_are_the_same_set(folder: Path) -> None:
@@ -93,6 +120,10 @@ def test_unreadable_images_are_refused_or_left_out(folder: Path) -> None:
     ("change", "said"),
     [
         (lambda whole: whole[: len(whole) // 2], "damaged"),
+        # The header of the second file, a cut before it, and one after it.
+        (lambda whole: spoiled(whole, 1), "no end of the archive"),
+        (lambda whole: whole[: headers(whole)[2]], "no end of the archive"),
+        (lambda whole: whole[: headers(whole)[2] + 100], "no end of the archive"),
         (lambda whole: b"\x1f\x8b" + whole, "gzip"),
         (lambda whole: b"no tar" * 200, "damaged"),
         (lambda whole: whole.replace("grün".encode(), b"gr\xfc\xfcn"), "00000.txt is not UTF-8"),

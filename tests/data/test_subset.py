@@ -139,6 +139,15 @@ def test_a_sample_is_cached_where_the_whole_would_be() -> None:
             assert images.cached == cached
 
 
+def test_a_task_of_captions_keeps_different_captions() -> None:
+    captions = (("a dog",),) * 8 + (("a cat",), ("a cow",))
+    images = CaptionedImages(Grey((0,) * 10), captions)
+    small = limited(CaptionTask("pets", images, images), 3)
+    assert isinstance(small, CaptionTask)
+    assert small.train.captions == (("a dog",), ("a cat",), ("a cow",))
+    assert len(limited(CaptionTask("pets", images, images), 1).test) == 2
+
+
 def test_a_task_of_captions_keeps_its_first_images() -> None:
     def captioned(count: int) -> CaptionedImages:
         return CaptionedImages(Grey((0,) * count), tuple((f"grey {i}",) for i in range(count)))

@@ -62,6 +62,20 @@ def test_an_image_and_a_caption_count_once_in_a_batch() -> None:
         assert list(kept) == first
 
 
+def test_no_caption_of_an_image_in_the_batch_is_a_wrong_one_for_it() -> None:
+    # The caption y is one of A, though A stands in the batch with x.
+    task = pairs("AABC", "xyyz")
+    given = (task, None, blank, replace(CONFIG, batch_size=2), torch.device("cpu"), ALONE)
+    seen = set()
+    for batch, _ in islice(task_batches(*given, index=0), 40):
+        assert isinstance(batch, PairBatch)
+        two = frozenset(batch.places.tolist())
+        seen.add(two)
+        assert (batch.distinct is None) == (3 in two)
+        assert batch.distinct is None or batch.distinct.tolist() == [0]
+    assert {frozenset((0, 2)), frozenset((0, 1)), frozenset((1, 2))} <= seen
+
+
 def test_features_of_pairs_are_kept_where_images_do_not_change() -> None:
     task = pairs("ABCDEF", "uvwxyz")
     assert kept_samples(task, None, ToTensor(), CONFIG, 1, ALONE) == (None, 6)

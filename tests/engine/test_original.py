@@ -78,6 +78,7 @@ def test_an_original_that_is_the_start_model_changes_nothing(
         ({"original": "tiny-vit", "method": "finetune"},
          "--original: got tiny-vit, but method finetune with these options has no original model"),
         ({"original": "tiny-vit", "lock_text": True}, "leave --lock-text out"),
+        ({"original": "ViT-B-32"}, "--original: got ViT-B-32 without weights, and random ones"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_an_original_is_refused_in_one_line(

@@ -34,11 +34,14 @@ def write(task: Task, protocol: str, root: Path) -> Path | None:
         say what they are.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: the file cannot be written, or a file name does not go into a line.
     """
-    lines = _lines(task, root)
+    lines = _lines(task)
     if not lines:
         return None
+    odd = next((line for line in lines if line.count("\t") != 3 or "\n" in line), None)
+    if odd is not None:
+        raise InputError(f"{odd!r}: a tab or a line break in a name; rename the file")
     path = root / FOLDER / _name(task, protocol)
     if not path.exists():
         try:
@@ -60,7 +63,7 @@ def difference(task: Task, protocol: str, root: Path) -> str:
     for path in (COMMITTED / _name(task, protocol), root / FOLDER / _name(task, protocol)):
         if not path.exists():
             continue
-        wanted, there = set(_read(path)), set(_lines(task, root))
+        wanted, there = set(_read(path)), set(_lines(task))
         if wanted == there:
             continue
         gone, new = sorted(wanted - there), sorted(there - wanted)
@@ -78,10 +81,10 @@ def _name(task: Task, protocol: str) -> str:
     return f"{task.name}.{protocol}.tsv"
 
 
-def _lines(task: Task, root: Path) -> list[str]:
+def _lines(task: Task) -> list[str]:
     lines = []
     for split, images in (("train", task.train), ("test", task.test)):
-        if files := _files(images, root):
+        if files := _files(images):
             lines += [
                 "\t".join((split, task.classes[target], str(size), file))
                 for target, (file, size) in zip(images.targets, files, strict=True)
@@ -89,24 +92,23 @@ def _lines(task: Task, root: Path) -> list[str]:
     return lines
 
 
-def _files(images: ImageSet, root: Path) -> list[tuple[str, int]]:
-    # Path and size of each image; empty where they are no files.
+def _files(images: ImageSet) -> list[tuple[str, int]]:
+    # Path below the data root and size of each image; empty where they are no files.
     if isinstance(images, ImageFiles):
-        names = [Path(images.name(i)).relative_to(root).as_posix() for i in range(len(images))]
-        return list(zip(names, images.sizes, strict=True))
+        return list(zip(images.files, images.sizes, strict=True))
     if not hasattr(images, "image_set"):
         return []
-    whole = _files(images.image_set, root)
+    whole = _files(images.image_set)
     return [whole[i] for i in images.indices] if whole and isinstance(images, Subset) else whole
 
 
 def _read(path: Path) -> list[str]:
     check_regular(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); restore or remove it") from None
-    if not lines or any(line.count("\t") != 3 for line in lines):
+    if any(line.count("\t") != 3 for line in lines):
         raise InputError(
             f"{path}: no manifest; wanted lines of split, class, size and path with tabs between: "
             "restore or remove it"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
 import pytest
 
+from mulki.data.image_files import ImageFiles
 from mulki.data.published import Source, manifests, published_task
 from mulki.data.published.tasks import NotThere
 from mulki.errors import InputError
@@ -20,7 +22,7 @@ def test_a_manifest_names_every_image_with_its_class(
     data_root: Path, name: str, protocol: str
 ) -> None:
     task = published_task(name, Source(data_root, protocol))
-    lines = manifests._lines(task, data_root)
+    lines = manifests._lines(task)
     assert len(lines) == len(set(lines)) == len(task.train) + len(task.test)
     split, label, size, file = lines[0].split("\t")
     assert split == "train" and label == task.classes[task.train.targets[0]]
@@ -89,7 +91,7 @@ def test_one_beside_the_code_holds_everywhere(
     data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = Source(data_root, "zscl")
-    lines = manifests._lines(published_task("dtd", source), data_root)
+    lines = manifests._lines(published_task("dtd", source))
     (tmp_path / "dtd.zscl.tsv").write_text("\n".join(lines[1:]))
     monkeypatch.setattr(manifests, "COMMITTED", tmp_path)
     with pytest.raises(NotThere, match="0 of it are not there like that, 1 others are"):
@@ -102,3 +104,14 @@ def test_a_data_root_that_cannot_be_written(pets: Source) -> None:
     (pets.folder() / "manifests").write_text("in the way")
     with pytest.raises(InputError, match="cannot be written .*make the data root writable"):
         manifests.write(task, "zscl", pets.folder())
+
+
+@pytest.mark.parametrize("odd", ["a\tb.jpg", "a\nb.jpg"])
+def test_names_that_do_not_go_into_a_line_are_refused(pets: Source, odd: str) -> None:
+    task = published_task("oxfordpet", pets)
+    assert isinstance(task.train, ImageFiles)
+    train = dataclasses.replace(task.train, files=(odd, *task.train.files[1:]))
+    shutil.rmtree(pets.folder() / "manifests")
+    with pytest.raises(InputError, match="a tab or a line break in a name"):
+        manifests.write(dataclasses.replace(task, train=train), "zscl", pets.folder())
+    assert not (pets.folder() / "manifests").exists()
