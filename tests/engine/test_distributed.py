@@ -98,6 +98,7 @@ def test_two_processes_learn_captions_as_one(base: dict[str, Any], tmp_path: Pat
         "tasks": [f"captions:{file}", base["tasks"][1]],
     }
     captions = options | ANCHORED | {"micro_batch": "2"}
+    base = base | {"logs": str(tmp_path / "logs")}
     compare(base, {"lwf": CASES["lwf"], "captions": (captions, 6)}, 2, tmp_path)
 
 
