@@ -82,7 +82,7 @@ class TestRegistry:
         (MulKI, "text_text", (-0.1,), (0.0,)),
         (MulKI, "feature", (-0.1,), (0.0,)),
         (MulKI, "gate", ("lable",), ("uniform", "label", "discrepancy", "loss")),
-        (MulKI, "gate_temperature", (0.0,), (0.1,)),
+        (MulKI, "gate_temperature", (0.0,), (1.0,)),
         (MulKI, "we_every", (-1,), (0, 1)),
         (MulKI, "alpha", (0.0, 1.1, float("nan")), (0.1, 1.0)),
         (MulKI, "l2", (-0.1,), (0.0,)),
