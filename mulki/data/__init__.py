@@ -9,6 +9,7 @@ from mulki.data.decoding import BadImage
 from mulki.data.folders import folder_task
 from mulki.data.published import Source
 from mulki.data.sequences import load_sequence, register_sequence, sequence_names
+from mulki.data.shard_tasks import shard_task
 from mulki.data.task import ImageSet, Task
 from mulki.data.transforms import register_transform, transform_names
 
@@ -29,5 +30,6 @@ __all__ = [
     "register_sequence",
     "register_transform",
     "sequence_names",
+    "shard_task",
     "transform_names",
 ]

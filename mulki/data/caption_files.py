@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import filecmp
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mulki.data.caption_task import CaptionedImages, CaptionTask
-from mulki.data.captioned_shards import find_shards, read_captioned_shards
+from mulki.data.captioned_shards import read_captioned_shards, shards_of_splits
 from mulki.data.csv_files import SPLITS, SplitRow, check_images_exist, split_rows
 from mulki.data.image_files import ImageFiles, find_unreadable, size_of
 from mulki.data.reference import CAPTIONS, images_below
@@ -56,35 +55,16 @@ def caption_task(path: str | os.PathLike[str], *, skip_bad_images: bool = False)
                 "the images"
             )
         return _of_rows(name, path, rows, skip_bad_images)
-    shards = {split: _shards(path, split) for split in SPLITS}
-    _check_shards(*shards.values())
-    read = {s: read_captioned_shards(shards[s], skip_bad_images=skip_bad_images) for s in SPLITS}
+    missing = f"neither a {CAPTIONS} nor tar shards in {{}}/; lay the images out as one of the two"
+    read = [
+        read_captioned_shards(shards, skip_bad_images=skip_bad_images)
+        for shards in shards_of_splits(path, missing)
+    ]
     train, test = (
-        CaptionedImages(images, tuple((text,) for text in captions))
-        for images, captions, _ in read.values()
+        CaptionedImages(images, tuple((text,) for text in captions)) for images, captions, _ in read
     )
-    skipped = tuple(name for *_, names in read.values() for name in names)
+    skipped = tuple(name for *_, names in read for name in names)
     return CaptionTask(name, train, test, skipped)
-
-
-def _shards(folder: Path, split: str) -> list[Path]:
-    found = find_shards(folder / split) if (folder / split).is_dir() else []
-    if not found:
-        raise InputError(
-            f"{folder}: neither a {CAPTIONS} nor tar shards in {split}/; lay the images out as "
-            f"one of the two"
-        )
-    return found
-
-
-def _check_shards(train: Sequence[Path], test: Sequence[Path]) -> None:
-    for one in test:
-        for other in train:
-            if size_of(one) == size_of(other) and filecmp.cmp(one, other, shallow=False):
-                raise InputError(
-                    f"{one}: has the content of {other}; a model is tested on images that it has "
-                    "not learned, so leave it in one"
-                )
 
 
 def _of_rows(

@@ -1,16 +1,17 @@
-"""Tar shards of images in webdataset layout: `000000.jpg` with its caption `000000.txt`."""
+"""Tar shards in webdataset layout: `000000.jpg`, its caption `000000.txt` or class `000000.cls`."""
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import io
 import re
 import tarfile
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Literal, overload
 
@@ -22,6 +23,8 @@ from mulki.errors import InputError
 from mulki.files import check_regular
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
+# What stands beside an image, by the suffix of its file.
+_KINDS = {"txt": "caption", "cls": "class"}
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -76,6 +79,32 @@ def find_shards(path: Path) -> list[Path]:
     return [path] if _is_shard(path) else []
 
 
+def shards_of_splits(folder: Path, missing: str) -> list[list[Path]]:
+    """The shards in `folder/train` and in `folder/test`.
+
+    Args:
+        missing: what is said of a split without shards, with a {} for its name.
+
+    Raises:
+        InputError: a split without shards, or a shard that is in both.
+    """
+    splits = [folder / "train", folder / "test"]
+    found = [find_shards(split) if split.is_dir() else [] for split in splits]
+    for split, shards in zip(splits, found, strict=True):
+        if not shards:
+            raise InputError(f"{folder}: {missing.format(split.name)}")
+    train, test = found
+    for one in test:
+        for other in train:
+            same_size = one.stat().st_size == other.stat().st_size
+            if same_size and filecmp.cmp(one, other, shallow=False):
+                raise InputError(
+                    f"{one}: has the content of {other}; a model is tested on images that it has "
+                    "not learned, so leave it in one"
+                )
+    return found
+
+
 def _is_shard(path: Path) -> bool:
     name = path.name.lower()
     return name.endswith(SUFFIXES) and not name.startswith(".") and path.is_file()
@@ -109,18 +138,53 @@ def read_captioned_shards(
             without an image or an empty one.
         BadImage: an unreadable image, unless skipped.
     """
-    opened = [_open(path, captions) for path in paths]
+    parts, words, bad = _read(paths, "txt" if captions else None, skip_bad_images)
+    return JoinedShards(tuple(parts)), tuple(chain(*words)) if captions else None, bad
+
+
+def read_classed_shards(
+    paths: Sequence[Path], count: int, *, skip_bad_images: bool
+) -> tuple[JoinedShards, tuple[str, ...]]:
+    """Images of shards with their class indices, `000000.cls` beside `000000.jpg`.
+
+    Args:
+        count: of the classes, C.
+        skip_bad_images: leave unreadable images out.
+
+    Returns:
+        The images, and the names of those that were left out.
+
+    Raises:
+        InputError, BadImage: as `read_captioned_shards`, or no index in 0..C-1.
+    """
+    parts, words, bad = _read(paths, "cls", skip_bad_images)
+    for number, (part, indices) in enumerate(zip(parts, words, strict=True)):
+        for place, index in enumerate(indices):
+            if not index.isdecimal() or int(index) >= count:
+                raise InputError(
+                    f"{part.name(place)}: class {index[:20]!r}, wanted a number from 0 to "
+                    f"{count - 1}; correct its .cls, or add the class"
+                )
+        parts[number] = replace(part, targets=tuple(map(int, indices)))
+    return JoinedShards(tuple(parts)), bad
+
+
+def _read(
+    paths: Sequence[Path], suffix: str | None, skip_bad_images: bool
+) -> tuple[list[ShardImages], list[list[str]], tuple[str, ...]]:
+    # The images of each shard, the words of that suffix beside them, and what was left out.
+    opened = [_open(path, suffix) for path in paths]
     bad = find_unreadable([images for images, _ in opened], skip_bad_images=skip_bad_images)
-    parts, kept_captions = [], []
+    parts, kept_words = [], []
     for images, words in opened:
         kept = [i for i in range(len(images)) if images.name(i) not in bad]
         parts.append(images.subset(kept))
-        kept_captions += [words[i] for i in kept] if captions else []
-    return JoinedShards(tuple(parts)), tuple(kept_captions) if captions else None, tuple(bad)
+        kept_words.append([words[i] for i in kept] if suffix else [])
+    return parts, kept_words, tuple(bad)
 
 
-def _open(path: Path, captions: bool) -> tuple[ShardImages, list[str]]:
-    # The images of a shard, and their captions if they are needed.
+def _open(path: Path, suffix: str | None) -> tuple[ShardImages, list[str]]:
+    # The images of a shard, and the words beside them if they are needed.
     check_regular(path)
     words: list[str] = []
     try:
@@ -133,12 +197,12 @@ def _open(path: Path, captions: bool) -> tuple[ShardImages, list[str]]:
             content = file if unpacked is None else io.BytesIO(unpacked)
             samples = read_samples(content)
             images = {key: image for key, files in samples.items() if (image := image_of(files))}
-            if captions:
-                _check_pairs(path, samples, images)
+            if suffix is not None:
+                _check_pairs(path, samples, images, suffix)
                 for key in images:
-                    text = samples[key]["txt"]
+                    text = samples[key][suffix]
                     content.seek(text.offset)
-                    words.append(_caption(path, content.read(text.size), text.name))
+                    words.append(_words(path, content.read(text.size), text.name, suffix))
     except InputError:
         raise
     except OSError as error:
@@ -148,24 +212,29 @@ def _open(path: Path, captions: bool) -> tuple[ShardImages, list[str]]:
     return ShardImages.of(path, list(images.values()), (0,) * len(images), unpacked), words
 
 
-def _check_pairs(path: Path, samples: Samples, images: dict[str, Member]) -> None:
+def _check_pairs(path: Path, samples: Samples, images: dict[str, Member], suffix: str) -> None:
+    kind = _KINDS[suffix]
     for key, files in samples.items():
-        if ("txt" in files) != (key in images):
-            has = "a caption and no image" if "txt" in files else "an image and no caption (.txt)"
+        if (suffix in files) != (key in images):
+            has = f"an image and no {kind} (.{suffix})"
+            if suffix in files:
+                has = f"a {kind} and no image"
             raise InputError(f"{path}: {key} has {has}; add what is missing, or remove {key}")
-        dotted = [m.name for suffix, m in files.items() if suffix.rpartition(".")[2] == "txt"]
-        if dotted and "txt" not in files:
+        dotted = [m.name for end, m in files.items() if end.rpartition(".")[2] == suffix]
+        if dotted and suffix not in files:
             raise InputError(
                 f"{path}: {dotted[0]}: what follows the first dot of a name says the kind of file "
                 "in a shard; name it without further dots"
             )
 
 
-def _caption(path: Path, content: bytes, name: str) -> str:
+def _words(path: Path, content: bytes, name: str, suffix: str) -> str:
     try:
-        caption = content.decode("utf-8-sig").strip()
+        words = content.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8: {error.reason}") from None
-    if not caption:
-        raise InputError(f"{path}: the caption {name} is empty; fill it in, or remove its image")
-    return caption
+    if not words:
+        raise InputError(
+            f"{path}: the {_KINDS[suffix]} {name} is empty; fill it in, or remove its image"
+        )
+    return words

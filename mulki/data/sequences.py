@@ -10,6 +10,7 @@ from mulki.data.csv_files import csv_task
 from mulki.data.folders import folder_task
 from mulki.data.published import Source
 from mulki.data.published.collections import COLLECTIONS, Collection, permuted
+from mulki.data.shard_tasks import holds_shards, shard_task
 from mulki.data.task import Task
 from mulki.errors import InputError, nearest
 from mulki.registration import place_of, register
@@ -64,10 +65,10 @@ def load_sequence(
 
     Args:
         spec: one registered sequence; or, in the order in which they are to be learned, any number
-            of folders (see `folder_task`), CSV files (see `csv_task`), images with captions, as
-            "captions:PATH" (see `caption_task`), and single tasks of a sequence, as
-            "embedded:digits". A registered name goes before a folder of the same
-            name, which "./name" reaches.
+            of folders (see `folder_task`, and `shard_task` for those with tar shards), CSV files
+            (see `csv_task`), images with captions, as "captions:PATH" (see `caption_task`), and
+            single tasks of a sequence, as "embedded:digits". A registered name goes before a folder
+            of the same name, which "./name" reaches.
         order: order of the registered sequence, by name or as names of all its tasks with commas
             between; "I" where the tasks are listed one by one.
         skip_bad_images: leave unreadable images of folders, CSV files and shards out.
@@ -177,6 +178,8 @@ def _load_task(word: str, skip_bad_images: bool, source: Source) -> Task:
         )
     if Path(word).suffix.lower() == ".csv" and not Path(word).is_dir():
         return csv_task(word, skip_bad_images=skip_bad_images)
+    if holds_shards(Path(word)):
+        return shard_task(word, skip_bad_images=skip_bad_images)
     return folder_task(word, skip_bad_images=skip_bad_images)
 
 

@@ -1,0 +1,90 @@
+"""Tasks from tar shards with classes: what is read, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mulki.data import BadImage, load_sequence, shard_task
+from mulki.errors import InputError
+from tests.data.data_helpers import encoded, picture, write_tar
+
+CLASSES = {0: 1, 1: 0, 2: 1, 3: 0, 4: 0, 5: 1}
+
+
+def files(*numbers: int) -> dict[str, bytes]:
+    found = {}
+    for n in numbers:
+        found |= {f"{n}.png": encoded(picture(n), "png"), f"{n}.cls": f"{CLASSES[n]}\n".encode()}
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Four training images in two shards, and two test images."""
+    root = tmp_path / "pets"
+    for split in ("train", "test"):
+        (root / split).mkdir(parents=True)
+    write_tar(root / "train" / "0.tar", files(0, 1))
+    write_tar(root / "train" / "1.tar.gz", files(2, 3))
+    write_tar(root / "test" / "0.tar", files(4, 5))
+    (root / "classes.txt").write_text("cat\nbig dog\n")
+    return root
+
+
+def test_a_folder_of_shards_is_a_task(folder: Path) -> None:
+    task = shard_task(folder)
+    assert (task.name, task.classes) == ("pets", ("cat", "big dog"))
+    assert task.templates == ("a photo of a {}.",) and task.skipped == ()
+    assert list(task.train.targets) == [1, 0, 1, 0] and list(task.test.targets) == [0, 1]
+    assert task.test.name(1) == f"{folder}/test/0.tar:5.png"
+    assert task.train.load(2).tobytes() == picture(2).convert("RGB").tobytes()
+    (same,) = load_sequence([str(folder)])
+    assert same.fingerprint() == task.fingerprint()
+    # Another class is another task.
+    write_tar(folder / "test" / "0.tar", files(4, 5) | {"5.cls": b"0"})
+    assert shard_task(folder).fingerprint() != task.fingerprint()
+
+
+def test_prompts_and_unreadable_images(folder: Path) -> None:
+    (folder / "prompts.txt").write_text("a drawing of a {}.\n")
+    write_tar(folder / "train" / "2.tar", {"9.png": b"no", "9.cls": b"1"})
+    with pytest.raises(BadImage, match=r"2\.tar:9\.png: .*--skip-bad-images"):
+        shard_task(folder)
+    task = shard_task(folder, skip_bad_images=True)
+    assert task.templates == ("a drawing of a {}.",)
+    assert task.skipped == (f"{folder}/train/2.tar:9.png",) and len(task.train) == 4
+
+
+def spoiled(content: dict[str, bytes]) -> Callable[[Path], object]:
+    return lambda folder: write_tar(folder / "test" / "0.tar", files(4) | content)
+
+
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no names": (lambda f: (f / "classes.txt").unlink(), r"classes\.txt: no such file; name the"),
+    "no text": (lambda f: (f / "classes.txt").write_bytes(b"\xff"), r"classes\.txt: cannot be r"),
+    "one name": (lambda f: (f / "classes.txt").write_text("cat"), "class '1', wanted a number fro"),
+    "number": (spoiled({"4.cls": b"2"}), r"0\.tar:4\.png: class '2', wanted a number from 0 to 1"),
+    "below zero": (spoiled({"4.cls": b"-1"}), "class '-1', wanted a number"),
+    "a word": (spoiled({"4.cls": b"cat"}), "class 'cat', wanted a number"),
+    "no class": (spoiled({"5.png": b"x"}), r"5 has an image and no class \(\.cls\)"),
+    "no image": (spoiled({"5.cls": b"1"}), "5 has a class and no image"),
+    "empty": (spoiled({"4.cls": b""}), r"the class 4\.cls is empty"),
+    "no test": (lambda f: shutil.rmtree(f / "test"), r"no tar shards in test/"),
+    "in both": (
+        lambda f: shutil.copy(f / "train" / "0.tar", f / "test" / "1.tar"),
+        r"test/1\.tar: has the content of \S+train/0\.tar",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(folder: Path, case: str) -> None:
+    spoil, said = BAD[case]
+    spoil(folder)
+    with pytest.raises(InputError, match=said) as info:
+        load_sequence([str(folder)])
+    assert "\n" not in str(info.value)
