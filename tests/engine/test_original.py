@@ -105,4 +105,6 @@ def test_a_model_of_other_images_is_refused(
 def test_a_locked_text_tower_that_is_the_same_may_be_shared(
     run: Run, start_model: dict[str, str]
 ) -> None:
-    run("named", method="mulki", lock_text=True, original=start_model["model"])
+    named = run("named", method="mulki", lock_text=True, original=start_model["model"])
+    hashes = hashes_of(named.path)
+    assert hashes["original"] == hashes["weights"] and len(named.matrix.tasks) == 2
