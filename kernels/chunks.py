@@ -11,6 +11,7 @@ of the blocks, so they repeat bit for bit.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -133,7 +134,7 @@ class OperandGradients:
         return out
 
 
-class BlockKernel:
+class BlockKernel(ABC):
     """Launches a kernel for one block after another.
 
     Args:
@@ -153,9 +154,9 @@ class BlockKernel:
             first, offset = offset, first
         self._of_size[size](first=first, offset=offset)
 
+    @abstractmethod
     def _for_size(self, n: int, p: int) -> Repeated:
         """The launch for blocks of n rows and p columns, but for `first` and `offset`."""
-        raise NotImplementedError
 
 
 class PairKernel(BlockKernel):
