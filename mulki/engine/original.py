@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from open_clip import list_pretrained_tags_by_model
 
 from mulki import models
 from mulki.engine.config import RunConfig
@@ -21,6 +20,9 @@ def check_original(config: RunConfig, method: Method) -> None:
                 "--original too, as --model takes it"
             )
         return
+    # Imported here, since a command line with a wrong option is answered without open_clip.
+    from open_clip import list_pretrained_tags_by_model
+
     tags = list_pretrained_tags_by_model(config.original.replace("/", "-"))
     if tags and config.original_pretrained is None:
         raise InputError(
