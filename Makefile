@@ -107,6 +107,11 @@ BUILT_FROM := pyproject.toml setup.py $(wildcard mulki/ops/*.py) $(shell find cs
 	    print("C++ kernels:", load() or capability_in_words())'
 	@touch $@
 
+# The C++ kernels are built by then.
+.venv/.installed-docs: .venv/.installed-test
+	MULKI_BUILD_CPP=0 $(BIN)/python -m pip install --no-build-isolation -e ".[docs]"
+	@touch $@
+
 clean:
 	rm -rf .venv build dist *.egg-info mulki/_cpu_*
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

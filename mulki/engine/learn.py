@@ -27,7 +27,7 @@ from mulki.engine.step import ClassStep, Means, Step
 from mulki.engine.tasks import needs_of
 from mulki.engine.teachers import TaskTeachers
 from mulki.errors import InputError
-from mulki.methods import Method, TaskStart
+from mulki.methods import Method, Needs, TaskStart
 from mulki.models import VisionLanguageModel
 from mulki.world import ALONE, World
 
@@ -115,16 +115,8 @@ def learn_task(
         ValueError: a reference set or anchors without need, or the reverse.
     """
     needs = needs_of(method, task)
-    if (reference is None) == needs.reference:
-        given = "None" if reference is None else "a reference set"
-        wanted = "one" if needs.reference else "None"
-        raise ValueError(f"reference: got {given}, wanted {wanted} for {type(method).__name__}")
-    if (anchors is None) == bool(needs.anchors):
-        given = "None" if anchors is None else f"{len(anchors)} texts"
-        wanted = "those of the task" if needs.anchors else "None"
-        raise ValueError(f"anchors: got {given}, wanted {wanted} for {type(method).__name__}")
+    _check_given(method, needs, reference, anchors)
     steps = steps_of(config, len(task.train), world.size)
-    base_lr = learning_rates(config.lr_of).get(task.name, config.lr)
     prompts = [of_class[0] for of_class in task.prompts()]
     teachers = TaskTeachers.prepare(
         needs,
@@ -146,49 +138,27 @@ def learn_task(
     method.to(model.device)
     means = Means(model, method, teachers, config, precision, world, fitted)
     step = _step_on(task, means, prompts, anchors)
-    guard = SpikeGuard(config.spike_guard)
-    done = 0
+    learning = _Learning(method, step, teachers, SpikeGuard(config.spike_guard), anchors)
     if saved is not None:
-        done = saved["steps"]
-        method.load_state_dict(saved["method"])
-        step.restore(saved["step"])
-        teachers.restore(saved["teachers"])
-        guard.restore(saved["spikes"])
-        if anchors is not None:
-            anchors.restore(saved["anchors"])
-
-    def state() -> dict[str, Any]:
-        return {
-            "steps": done,
-            "method": method.state_dict(),
-            "step": step.state(),
-            "teachers": teachers.state(),
-            "spikes": guard.state(),
-            "anchors": None if anchors is None else anchors.state(),
-        }
-
+        learning.restore(saved)
     batches = task_batches(
-        task, reference, transform, config, model.device, world, index=index, start=done
+        task, reference, transform, config, model.device, world, index=index, start=learning.steps
     )
     model.train()
     if saved is not None:
         set_random_state(saved["random"], model.device)
+    lr = learning_rates(config.lr_of).get(task.name, config.lr)
     ended = listened = time.perf_counter()
-    with (saves or Saves(None, used=False)).within_task(state) as whole_step:
-        for number in range(done + 1, steps + 1):
+    with (saves or Saves(None, used=False)).within_task(learning.state) as whole_step:
+        for number in range(learning.steps + 1, steps + 1):
             batch, of_reference = next(batches)
             loaded = time.perf_counter()
             with whole_step(number):
                 losses = step.gradients(batch, of_reference)
                 derived = time.perf_counter()
-                _check_losses(losses, batch, base_lr, task, number)
-                lr = base_lr * schedule.factor(
-                    config.lr_scheduler, number - 1, steps, config.warmup
-                )
-                if guard.allows(sum(losses.values()), number):
-                    step.update(lr)
-                method.after_step(number)
-                done = number
+                _check_losses(losses, batch, lr, task, number)
+                factor = schedule.factor(config.lr_scheduler, number - 1, steps, config.warmup)
+                learning.update(number, losses, lr * factor)
                 updated = time.perf_counter()
             parts = {
                 "loading": loaded - listened,
@@ -196,12 +166,64 @@ def learn_task(
                 "update": updated - derived,
             }
             started, ended = ended, time.perf_counter()
-            listen(StepReport(number, losses, lr, len(batch.places), ended - started, parts))
+            size = len(batch.places)
+            listen(StepReport(number, losses, lr * factor, size, ended - started, parts))
             listened = time.perf_counter()
-    guard.report(task.name)
+    learning.guard.report(task.name)
     method.end_task()
     model.eval()
     return steps
+
+
+@dataclass
+class _Learning:
+    """What changes from step to step, and so belongs to a save within the task."""
+
+    method: Method
+    step: Step
+    teachers: TaskTeachers
+    guard: SpikeGuard
+    anchors: Anchors | None
+    steps: int = 0  # that were taken
+
+    def update(self, number: int, losses: Mapping[str, float], lr: float) -> None:
+        """Move the weights, unless the losses are a spike."""
+        if self.guard.allows(sum(losses.values()), number):
+            self.step.update(lr)
+            self.method.after_step(number)
+        self.steps = number
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "steps": self.steps,
+            "method": self.method.state_dict(),
+            "step": self.step.state(),
+            "teachers": self.teachers.state(),
+            "spikes": self.guard.state(),
+            "anchors": None if self.anchors is None else self.anchors.state(),
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        self.steps = saved["steps"]
+        self.method.load_state_dict(saved["method"])
+        self.step.restore(saved["step"])
+        self.teachers.restore(saved["teachers"])
+        self.guard.restore(saved["spikes"])
+        if self.anchors is not None:
+            self.anchors.restore(saved["anchors"])
+
+
+def _check_given(
+    method: Method, needs: Needs, reference: ReferenceSet | None, anchors: Anchors | None
+) -> None:
+    if (reference is None) == needs.reference:
+        given = "None" if reference is None else "a reference set"
+        wanted = "one" if needs.reference else "None"
+        raise ValueError(f"reference: got {given}, wanted {wanted} for {type(method).__name__}")
+    if (anchors is None) == bool(needs.anchors):
+        given = "None" if anchors is None else f"{len(anchors)} texts"
+        wanted = "those of the task" if needs.anchors else "None"
+        raise ValueError(f"anchors: got {given}, wanted {wanted} for {type(method).__name__}")
 
 
 def _step_on(task: Task, means: Means, prompts: Sequence[str], anchors: Anchors | None) -> Step:
