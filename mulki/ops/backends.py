@@ -124,7 +124,8 @@ class _Forced:
 
 _forced: tuple[_Forced, ...] = ()  # the one entered last is in force
 _forcing_lock = threading.Lock()
-_kernels: dict[tuple[Any, ...], Kernel] = {}
+# Kernels, and why those that should serve in their place fail to.
+_kernels: dict[tuple[Any, ...], tuple[Kernel, str | None]] = {}
 _fallbacks: dict[tuple[str, str, torch.dtype, str], Served] = {}
 
 
@@ -174,38 +175,44 @@ def kernel(op: str, device_type: str, dtype: torch.dtype, size: str | None = Non
         RuntimeError: a backend that should serve it does not, under MULKI_STRICT.
         ValueError: MULKI_BACKEND names no backend.
     """
-    choice = (op, device_type, dtype, size, _setting(), _strict())
+    choice = (op, device_type, dtype, size, _setting())
     # A proof is of how float32 is multiplied, too.
     key = choice, None if size is None else proofs.numbers()
     found = _kernels.get(key)
     if found is None:
         found = _kernels[key] = _choose_kernel(*choice)
-    return found
+    serving, fallback = found
+    if fallback is not None:
+        _refuse_if_strict(fallback)
+    return serving
 
 
 def _choose_kernel(
-    op: str, device_type: str, dtype: torch.dtype, size: str | None, setting: str, strict: bool
-) -> Kernel:
+    op: str, device_type: str, dtype: torch.dtype, size: str | None, setting: str
+) -> tuple[Kernel, str | None]:
     served = choose(op, device_type, dtype, setting, size)
+    fallback = None
     if served.rejected:
         # What is slower is no failure to serve.
-        if strict and not all(why.startswith(proofs.SLOWER) for why in served.rejected.values()):
+        if not all(why.startswith(proofs.SLOWER) for why in served.rejected.values()):
             reasons = "; ".join(f"{name}: {why}" for name, why in served.rejected.items())
-            raise RuntimeError(
-                f"MULKI_STRICT: mulki::{op} for {device_type} tensors of {dtype} falls back to "
-                f"{served.backend} ({reasons}); unset MULKI_STRICT to allow it"
+            fallback = (
+                f"mulki::{op} for {device_type} tensors of {dtype} falls back to "
+                f"{served.backend} ({reasons})"
             )
+            _refuse_if_strict(fallback)
         _fallbacks.setdefault((op, device_type, dtype, setting), served)
         why = served.rejected.get("triton", "")
         if proofs.REMEDY in why:
             _say_once()
         elif proofs.WRONG in why:
             warnings.warn(f"mulki::{op}: the Triton kernel {why}", stacklevel=2)
-    return BACKENDS[served.backend].kernel(op)
+    return BACKENDS[served.backend].kernel(op), fallback
 
 
-def _strict() -> bool:
-    return os.environ.get("MULKI_STRICT", "") not in ("", "0")
+def _refuse_if_strict(fallback: str) -> None:
+    if os.environ.get("MULKI_STRICT", "") not in ("", "0"):
+        raise RuntimeError(f"MULKI_STRICT: {fallback}; unset MULKI_STRICT to allow it")
 
 
 def _setting() -> str:

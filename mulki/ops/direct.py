@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from mulki.ops import backends, torch_private
 from mulki.ops.operators import DIFFERENTIABLE, OPERATORS
 
+# Types of arguments that are neither tensors nor lists.
+_NUMBERS = frozenset({bool, float, int, type(None)})
+
 
 def call(op: str, *args: Any) -> Any:
     """`torch.ops.mulki.<op>` of these arguments.
@@ -53,6 +56,8 @@ def _are_plain(values: Sequence[Any], may_require_grad: bool) -> bool:
         if kind is Tensor or kind is nn.Parameter:
             if not value.is_cpu or (value.requires_grad and not may_require_grad):
                 return False
+        elif kind in _NUMBERS:
+            continue
         elif kind is list:
             if not _are_plain(value, may_require_grad):
                 return False
