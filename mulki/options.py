@@ -25,6 +25,7 @@ def option(
     choices: Choices | None = None,
     alias: str = "",
     repeat: str = "",
+    of_classes: bool = False,
 ) -> Any:
     """A field of an options dataclass.
 
@@ -44,10 +45,11 @@ def option(
         alias: another spelling of its flag, as other tools of the field have it.
         repeat: of a tuple, that the flag takes one value and may be given several times; the text
             is what help calls that value. Otherwise it takes all values at once.
+        of_classes: that it has no effect where no task has classes, and is then refused.
     """
     bounds = {"low": low, "high": high, "above": above, "below": below}
-    words = {"help": text, "alias": alias, "repeat": repeat, "choices": choices}
-    return field(default=default, metadata=words | bounds)
+    about = {"help": text, "alias": alias, "repeat": repeat, "choices": choices}
+    return field(default=default, metadata=about | bounds | {"of_classes": of_classes})
 
 
 def option_name(name: str) -> str:

@@ -1,9 +1,10 @@
 """Retrieval: of captions by images, and of images by captions, by cosine.
 
-The candidates are all test images of a task, or all its distinct captions. A caption of several
-images is right for each of them, and an image may have several captions: a query is answered when
-the first candidate is any right one. Of candidates with equal scores the one that comes first in
-the set is first, so that a model which tells nothing apart is right by chance alone.
+The candidates are all test images of a task, or all its distinct captions, as
+`mulki.data.caption_task.same_text` tells them apart. A caption of several images is right for each
+of them, and an image may have several captions: a query is answered when the first candidate is any
+right one. Of candidates with equal scores the one that comes first in the set is first, so that a
+model which tells nothing apart is right by chance alone.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mulki.data.caption_task import CaptionedImages
+from mulki.data.caption_task import CaptionedImages, same_text
 
 # Queries that are compared at a time.
 _AT_ONCE = 1024
 
 
 def right_captions(images: CaptionedImages) -> list[list[int]]:
-    """Of each image the places of its captions among `images.texts()`."""
-    places = {text: place for place, text in enumerate(images.texts())}
-    return [[places[text] for text in each] for each in images.captions]
+    """Of each image the places of its captions among `images.texts()`, each once."""
+    places = {same_text(text): place for place, text in enumerate(images.texts())}
+    return [list(dict.fromkeys(places[same_text(t)] for t in each)) for each in images.captions]
 
 
 def turned(right: Sequence[Sequence[int]], count: int) -> list[list[int]]:

@@ -18,7 +18,7 @@ from mulki.errors import InputError
 from mulki.files import write_atomic
 from mulki.report import comparison_html
 from mulki.report.compare import compare
-from mulki.report.comparison_tables import print_comparison
+from mulki.report.comparison_tables import WIDTH, print_comparison
 
 # Each of a grid's options, with the option of a run that it stands for.
 LISTS = {"methods": "method", "orders": "order", "seeds": "seed"}
@@ -85,7 +85,7 @@ def write_comparison(cells: Sequence[Cell], console: Console) -> None:
     found = compare([cell.folder for cell in cells], cells[0].settings.run.method)
     print_comparison(found, console)
     text = io.StringIO()
-    print_comparison(found, Console(file=text))
+    print_comparison(found, Console(file=text), WIDTH)
     write_atomic(folder / "comparison.txt", text.getvalue())
     write_atomic(folder / "comparison.json", json.dumps(found.to_dict(), indent=2) + "\n")
     comparison_html.write_comparison(found, folder / "comparison.html")

@@ -7,7 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mulki.data.caption_task import CaptionedImages, CaptionTask
-from mulki.data.captioned_shards import read_captioned_shards, shards_of_splits
+from mulki.data.captioned_shards import (
+    JoinedShards,
+    read_captioned_shards,
+    shards_of_splits,
+)
 from mulki.data.csv_files import SPLITS, SplitRow, check_images_exist, split_rows
 from mulki.data.image_files import ImageFiles, find_unreadable, size_of
 from mulki.data.reference import CAPTIONS, images_below
@@ -22,7 +26,8 @@ def caption_task(path: str | os.PathLike[str], *, skip_bad_images: bool = False)
     come several times, each time with another caption. A folder holds either such a file,
     ``captions.csv``, which has a row for every image in the folder; or ``train/`` and ``test/``
     with tar shards in webdataset layout, each image beside a text file of the same name,
-    ``000000.jpg`` and ``000000.txt``. The task is named after the file, as that of `csv_task`, or
+    ``000000.jpg`` and ``000000.txt``; images with the same bytes are one image with the captions of
+    all of them. The task is named after the file, as that of `csv_task`, or
     after the folder. Images are checked, see `mulki.data.image_files.find_unreadable`.
 
     Args:
@@ -60,11 +65,19 @@ def caption_task(path: str | os.PathLike[str], *, skip_bad_images: bool = False)
         read_captioned_shards(shards, skip_bad_images=skip_bad_images)
         for shards in shards_of_splits(path, missing)
     ]
-    train, test = (
-        CaptionedImages(images, tuple((text,) for text in captions)) for images, captions, _ in read
-    )
+    train, test = (_of_shards(images, captions) for images, captions, _ in read)
     skipped = tuple(name for *_, names in read for name in names)
-    return CaptionTask(name, train, test, skipped)
+    return CaptionTask(name, _pairs(train), test, skipped)
+
+
+def _of_shards(images: JoinedShards, captions: Sequence[str]) -> CaptionedImages:
+    by_image: dict[int, list[str]] = {}
+    for first, text in zip(images.firsts(), captions, strict=True):
+        by_image.setdefault(first, []).append(text)
+    each = tuple(tuple(dict.fromkeys(texts)) for texts in by_image.values())
+    if len(each) == len(images):
+        return CaptionedImages(images, each)
+    return CaptionedImages(Subset(images, tuple(by_image)), each)
 
 
 def _of_rows(

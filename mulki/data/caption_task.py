@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +13,16 @@ from PIL import Image
 
 from mulki.data.task import ImageSet, Task
 from mulki.errors import InputError
+
+
+def same_text(caption: str) -> str:
+    """What two captions share that are one text: they differ in capitals and white space alone.
+
+    So CLIP's tokenizer sees them. A tokenizer that sees more is given the one that comes first, and
+    one that sees less, or cuts long captions off, makes no more captions equal: what a model cannot
+    tell apart, it is tested on all the same.
+    """
+    return " ".join(unicodedata.normalize("NFC", caption).casefold().split())
 
 
 @dataclass(frozen=True)
@@ -50,19 +61,22 @@ class CaptionedImages:
         return hashlib.sha256(content.encode()).hexdigest()
 
     def captions_of(self, name: str) -> frozenset[str]:
-        """All captions of the image of that name, which may come several times."""
+        """All captions of the image of that name, which may come several times, as `same_text`."""
         return self._by_image[name]
 
     @cached_property
     def _by_image(self) -> dict[str, frozenset[str]]:
         found: dict[str, set[str]] = {}
         for index, each in enumerate(self.captions):
-            found.setdefault(self.name(index), set()).update(each)
+            found.setdefault(self.name(index), set()).update(map(same_text, each))
         return {name: frozenset(each) for name, each in found.items()}
 
     def texts(self) -> tuple[str, ...]:
-        """The distinct captions, in the order in which they first come."""
-        return tuple(dict.fromkeys(text for each in self.captions for text in each))
+        """The distinct captions (see `same_text`), as written and in the order they first come."""
+        found: dict[str, str] = {}
+        for text in (text for each in self.captions for text in each):
+            found.setdefault(same_text(text), text)
+        return tuple(found.values())
 
 
 @dataclass(frozen=True)

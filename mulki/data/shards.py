@@ -97,10 +97,10 @@ class ShardImages:
         return len(self.members)
 
     def load(self, index: int) -> Image.Image:
-        return decode(self._read(index), self.name(index))
+        return decode(self.read(index), self.name(index))
 
     def verify(self, index: int) -> None:
-        verify(self._read(index), self.name(index))
+        verify(self.read(index), self.name(index))
 
     def name(self, index: int) -> str:
         return f"{self.path}:{self.members[index]}"
@@ -108,16 +108,19 @@ class ShardImages:
     def fingerprint(self) -> str:
         return split_fingerprint(zip(self.members, self.sizes, self.targets, strict=True))
 
-    def _read(self, index: int) -> bytes:
+    def read(self, index: int, start: int = 0, count: int | None = None) -> bytes:
+        """The bytes of an image from byte `start` on, at most `count` of them."""
+        size = self.sizes[index]
+        end = self.offsets[index] + (size if count is None else min(start + count, size))
+        start += self.offsets[index]
         if self.unpacked is not None:
-            start = self.offsets[index]
-            return self.unpacked[start : start + self.sizes[index]]
+            return self.unpacked[start:end]
         # Opened for each read: a kept handle would share its position with forked workers and
         # threads and could not be pickled, and opening costs far less than decoding.
         try:
             with self.path.open("rb") as file:
-                file.seek(self.offsets[index])
-                return file.read(self.sizes[index])
+                file.seek(start)
+                return file.read(end - start)
         except OSError as error:
             reason = error.strerror or "no reason given"
             raise InputError(

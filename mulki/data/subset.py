@@ -10,7 +10,7 @@ from itertools import chain, zip_longest
 import numpy as np
 from PIL import Image
 
-from mulki.data.caption_task import CaptionedImages
+from mulki.data.caption_task import CaptionedImages, same_text
 from mulki.data.task import ImageSet, Task
 
 
@@ -57,7 +57,8 @@ def limited(task: Task, count: int) -> Task:
 
     def limit(image_set: ImageSet) -> ImageSet:
         if isinstance(image_set, CaptionedImages):
-            kept = sorted(_in_turns([each[0] for each in image_set.captions])[: max(count, 2)])
+            texts = [same_text(each[0]) for each in image_set.captions]
+            kept = sorted(_in_turns(texts)[: max(count, 2)])
             captions = tuple(image_set.captions[index] for index in kept)
             return CaptionedImages(Subset(image_set.images, kept), captions)
         picked = _in_turns(image_set.targets)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mulki.data.caption_task import CaptionedImages, CaptionTask
+from mulki.data.caption_task import CaptionedImages, CaptionTask, same_text
 from mulki.data.loader import batch_sizes, batches, cycle
 from mulki.data.reference import ReferenceSet
 from mulki.data.task import ImageSet, Task
@@ -159,10 +159,10 @@ def _pairs(batch: Batch, pairs: CaptionedImages, world: World) -> PairBatch:
     right: set[str] = set()
     rows = []
     for row, (place, caption) in enumerate(zip(batch.places.tolist(), captions, strict=True)):
-        own = pairs.captions_of(pairs.name(place))
-        if caption not in right and not own & kept:
+        own, text = pairs.captions_of(pairs.name(place)), same_text(caption)
+        if text not in right and not own & kept:
             rows.append(row)
-            kept.add(caption)
+            kept.add(text)
             right |= own
     distinct = None if len(rows) == len(captions) else torch.tensor(rows)
     here = tuple(captions[row] for row in world.rows(len(captions)))

@@ -65,6 +65,7 @@ class RunConfig:
         "task",
         "classes that a test image of a task is told apart among: the task's own, those of all "
         "tasks seen (its own before it is learned), or those of all tasks, as in X-TAIL",
+        of_classes=True,
     )
     seed: int = option(0, "seed of shuffling, augmentation and initialisation", low=0, below=2**32)
     preset: Literal["default", "small", "quick", "zscl", "mulki-mtil"] = option(
@@ -131,12 +132,14 @@ class RunConfig:
         None,
         "a text file of words, one a line, as text anchors or as captions of --reference current; "
         "ImageNet's names if left out",
+        of_classes=True,
     )
     anchors_per_step: int | None = option(
         None,
         "text anchors drawn for each step; if left out all, or where the student encodes them at "
         "most 32768, 256 if its text tower trains",
         low=1,
+        of_classes=True,
     )
     augment: str = option(
         "none", "training transform; none caches teachers", choices=transform_names

@@ -29,7 +29,12 @@ from mulki.engine.precision import Precision
 from mulki.engine.randomness import deterministic
 from mulki.engine.recovery import State, check_finite
 from mulki.engine.resuming import check_same, open_to_resume, read_save
-from mulki.engine.tasks import check_captions, load_tasks, warn_of_twins
+from mulki.engine.tasks import (
+    check_captions,
+    check_options_of_classes,
+    load_tasks,
+    warn_of_twins,
+)
 from mulki.errors import InputError
 from mulki.methods import VOCABULARY, Method, Needs
 from mulki.models import VisionLanguageModel
@@ -166,6 +171,7 @@ def prepared(
                 tasks = load_tasks(config) if tasks is None else tasks
                 reference = _load_reference(config, method)
             check_captions(tasks, type(method), config.batch_size, world.size)
+            check_options_of_classes(settings, tasks)
             vocabulary = _load_vocabulary(config, method, tasks)
             # Last, since it can take minutes.
             model = _load_model(config, method, precision, world)

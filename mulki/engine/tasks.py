@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
 
 from torch import Tensor
 
@@ -13,10 +15,12 @@ from mulki.data.class_steps import equal_steps
 from mulki.data.prompts import fill
 from mulki.data.published import entry_names
 from mulki.data.subset import few_shot, limited
-from mulki.engine.config import RunConfig
+from mulki.engine import presets
+from mulki.engine.config import RunConfig, Settings
 from mulki.engine.rates import learning_rates
 from mulki.errors import InputError, nearest
 from mulki.methods import Method, Needs
+from mulki.options import flag
 
 _log = logging.getLogger(__name__)
 
@@ -100,6 +104,39 @@ def check_captions(
                 f"--batch-size: got {batch} pairs a step to tell apart, but task {task.name} has "
                 f"{pairs}; wanted 2 to {pairs}"
             )
+
+
+def check_options_of_classes(settings: Settings, tasks: Sequence[Task]) -> None:
+    """Check that no option is about classes where no task has any.
+
+    One that is as its default or the preset has it is none that a user has chosen: configuration
+    files name all options.
+
+    Raises:
+        InputError: naming the options that have no effect.
+    """
+    if any(task.classes for task in tasks):
+        return
+    run = settings.run
+    usual = presets.lookup(run.model, run.method, run.preset)
+    idle = [
+        _as_given(item.name, value)
+        for options in (run, settings.method)
+        for item in fields(options)
+        if item.metadata["of_classes"]
+        and (value := getattr(options, item.name)) != usual.get(item.name, item.default)
+    ]
+    if idle:
+        raise InputError(
+            f"{', '.join(idle)}: about classes, but the tasks have captions and no classes, so "
+            "nothing would change; leave out what has no effect"
+        )
+
+
+def _as_given(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return flag(name) if value else flag(f"no_{name}")
+    return f"{flag(name)} {value}"
 
 
 def warn_of_twins(tasks: Sequence[Task], tokens: Callable[[list[str]], Tensor]) -> None:

@@ -30,7 +30,12 @@ class Finetune(Method):
     @dataclass(frozen=True)
     class Options(Method.Options):
         label_smoothing: float = option(
-            0.2, "label smoothing of the cross-entropy, in [0, 1]", low=0, high=1, alias="--ls"
+            0.2,
+            "label smoothing of the cross-entropy, in [0, 1]",
+            low=0,
+            high=1,
+            alias="--ls",
+            of_classes=True,
         )
 
     def losses(

@@ -55,42 +55,70 @@ class MulKI(Method):
 
     @dataclass(frozen=True)
     class Options(Method.Options):
-        eliciting: bool = option(True, "stage 1: prototypes and their alignment with the texts")
+        eliciting: bool = option(
+            True, "stage 1: prototypes and their alignment with the texts", of_classes=True
+        )
         adding: bool = option(True, "stage 2: relations and features kept near the teachers")
         distinguishing: bool = option(True, "stage 3: teachers weighted by --gate")
         connecting: bool = option(True, "stage 4: --we-every, --alpha and --l2")
         label_smoothing: float = option(
-            0.2, "label smoothing of the cross-entropy, in [0, 1]", low=0, high=1, alias="--ls"
+            0.2,
+            "label smoothing of the cross-entropy, in [0, 1]",
+            low=0,
+            high=1,
+            alias="--ls",
+            of_classes=True,
         )
         temperature: float = option(
             2.0, "softmax temperature of relations and gate", above=0, alias="--T"
         )
         scale_by_t2: bool = option(True, "multiply each divergence by the temperature squared")
-        prototype_update: Update = option("ema", "how the student's prototypes move")
-        prototype_momentum: float = option(
-            0.9, "momentum of the prototypes' average, in [0, 1]", low=0, high=1
+        prototype_update: Update = option(
+            "ema", "how the student's prototypes move", of_classes=True
         )
-        alignment: float = option(0.25, "coefficient of the prototype-text alignment", low=0)
+        prototype_momentum: float = option(
+            0.9, "momentum of the prototypes' average, in [0, 1]", low=0, high=1, of_classes=True
+        )
+        alignment: float = option(
+            0.25, "coefficient of the prototype-text alignment", low=0, of_classes=True
+        )
         prototype: float = option(
-            0.0, "coefficient of the cross-entropy of images against prototypes", low=0
+            0.0,
+            "coefficient of the cross-entropy of images against prototypes",
+            low=0,
+            of_classes=True,
         )
         image_text: float = option(0.25, "coefficient of the image-to-text relation", low=0)
-        image_image: float = option(0.25, "coefficient of the image-to-prototype relation", low=0)
-        text_image: float = option(0.25, "coefficient of the text-to-prototype relation", low=0)
-        text_text: float = option(0.25, "coefficient of the text-to-text relation", low=0)
+        image_image: float = option(
+            0.25, "coefficient of the image-to-prototype relation", low=0, of_classes=True
+        )
+        text_image: float = option(
+            0.25, "coefficient of the text-to-prototype relation", low=0, of_classes=True
+        )
+        text_text: float = option(
+            0.25, "coefficient of the text-to-text relation", low=0, of_classes=True
+        )
         anchors: Anchors = option(
             "vocabulary",
             "texts beyond the task's classes: classes of earlier tasks, a vocabulary, both",
+            of_classes=True,
         )
-        image_anchor: float = option(0.25, "coefficient of the image-to-anchor relation", low=0)
-        text_anchor: float = option(0.0, "coefficient of the text-to-anchor relation", low=0)
+        image_anchor: float = option(
+            0.25, "coefficient of the image-to-anchor relation", low=0, of_classes=True
+        )
+        text_anchor: float = option(
+            0.0, "coefficient of the text-to-anchor relation", low=0, of_classes=True
+        )
         anchor_texts: TextsOf = option(
-            "teacher", "whose texts the student's images are held against in these relations"
+            "teacher",
+            "whose texts the student's images are held against in these relations",
+            of_classes=True,
         )
         anchor_weights: WeightsBy = option(
             "gate",
             "gate: as all relations; group: the previous model for earlier classes, the original "
             "one for the vocabulary",
+            of_classes=True,
         )
         feature: float = option(1.0, "coefficient of the distance of image features", low=0)
         teachers: Teachers = option(

@@ -120,8 +120,10 @@ def _read(folder: Path) -> Run:
     _check(folder / "env.json", "hashes", data.environment.get("hashes", {}), dict)
     _check(folder / "summary.json", "uses", data.summary.get("uses") or [], list)
     kept = data.status == "complete" and (folder / FOLDER).is_dir()
-    answers = RunAnswers.of_rows(read_answers(folder)) if kept else None
-    return Run(folder, data, options, answers)
+    rows = read_answers(folder) if kept else {}
+    captions = {name for row in rows.values() for name, each in row.items() if each.ranks}
+    answers = RunAnswers.of_rows(rows) if kept else None
+    return Run(folder, data, options, answers, frozenset(captions))
 
 
 def _check(path: Path, key: str, value: Any, kind: type[Collection[Any]]) -> None:

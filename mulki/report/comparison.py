@@ -39,12 +39,14 @@ class Run:
         data: the content of the folder.
         options: from ``args.yaml``.
         answers: None where the run kept none.
+        captions: tasks that have captions and no classes, as far as the answers say.
     """
 
     path: Path
     data: RunData
     options: Mapping[str, Any]
     answers: RunAnswers | None
+    captions: frozenset[str]
 
     @property
     def seed(self) -> int:
@@ -143,6 +145,12 @@ class Section:
     groups: tuple[Group, ...]
     baseline: str | None
     differences: tuple[Against, ...]
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """The tasks of captions, of which all figures are of recall@1 in place of accuracy."""
+        found = {name for group in self.groups for run in group.runs for name in run.captions}
+        return tuple(task for task in self.tasks if task in found)
 
 
 @dataclass(frozen=True, eq=False)

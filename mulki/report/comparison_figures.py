@@ -33,11 +33,13 @@ class SectionPlots:
         overall: over all tasks.
         tasks: one for each task, at most 20.
         losses: the total, and terms that groups share.
+        measure: what the figures of tasks are of: accuracy, or recall@1 of captions by images.
     """
 
     overall: tuple[Plot, ...]
     tasks: tuple[Plot, ...]
     losses: tuple[Plot, ...]
+    measure: str
 
     @property
     def all(self) -> tuple[Plot, ...]:
@@ -57,6 +59,7 @@ def section_plots(section: Section, number: int) -> SectionPlots:
         (*curves.overall(), *_differences(section, f"order_{number}")),
         tuple(curves.task(place) for place in range(min(len(section.tasks), _TASKS))),
         tuple(losses),
+        curves.measure,
     )
 
 
@@ -65,6 +68,8 @@ class _Curves:
 
     def __init__(self, section: Section, prefix: str) -> None:
         self.tasks, self.groups, self.prefix = section.tasks, section.groups, prefix
+        self.captions = section.captions
+        self.measure = self._measure(self.tasks)
         runs = [run for group in section.groups for run in group.runs]
         self.start = int(all(run.data.matrix.zero_shot is not None for run in runs))
         self.rows = [*[ZERO_SHOT] * self.start, *self.tasks]
@@ -76,13 +81,17 @@ class _Curves:
         rows = [*([matrix.zero_shot or ()] if self.start else []), *matrix.rows]
         return [[row[place] for place in places] for row in rows]
 
+    def _measure(self, tasks: Sequence[str]) -> str:
+        kinds = dict.fromkeys("recall@1" if t in self.captions else "accuracy" for t in tasks)
+        return " or ".join(sorted(kinds))
+
     def overall(self) -> Iterator[Plot]:
         count, start, of = len(self.tasks), self.start, self.values
         yield self._plot(
             "learned",
             "Tasks learned so far",
-            "After each task, the mean accuracy in percent of all tasks learned by then.",
-            "accuracy in percent",
+            f"After each task, the mean {self.measure} in percent of all tasks learned by then.",
+            f"{self.measure} in percent",
             self.tasks,
             lambda n: [of[n][:, start + i, : i + 1].mean(axis=1) for i in range(count)],
         )
@@ -91,9 +100,9 @@ class _Curves:
             yield self._plot(
                 "later",
                 "Tasks not learned yet",
-                "After each task, the mean accuracy in percent of all tasks that come later: "
-                "generalisation. From one point to the next there is one task less.",
-                "accuracy in percent",
+                f"After each task, the mean {self.measure} in percent of all tasks that come "
+                "later: generalisation. From one point to the next there is one task less.",
+                f"{self.measure} in percent",
                 self.rows[:-1],
                 lambda n: [of[n][:, i, i - start + 1 :].mean(axis=1) for i in rows],
             )
@@ -101,8 +110,8 @@ class _Curves:
             yield self._plot(
                 "forgetting",
                 "Change since learned",
-                "After each task, the mean change of the accuracy of earlier tasks since each was "
-                "learned, in percentage points. Below zero is forgetting.",
+                f"After each task, the mean change of the {self.measure} of earlier tasks since "
+                "each was learned, in percentage points. Below zero is forgetting.",
                 "change in percentage points",
                 self.tasks[1:],
                 lambda n: [self._change(of[n], i) for i in range(1, count)],
@@ -125,12 +134,13 @@ class _Curves:
 
     def task(self, place: int) -> Plot:
         name = self.tasks[place]
+        measure = self._measure([name])
         plot = self._plot(
             f"task_{place + 1:02d}",
             name,
-            f"Accuracy in percent of {name} after each task. At the vertical line it was learned: "
-            "before it a curve is generalisation, after it forgetting.",
-            "accuracy in percent",
+            f"{measure.capitalize()} in percent of {name} after each task. At the vertical line it "
+            "was learned: before it a curve is generalisation, after it forgetting.",
+            f"{measure} in percent",
             self.rows,
             lambda n: list(self.values[n][:, :, place].T),
         )

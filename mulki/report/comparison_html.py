@@ -17,6 +17,7 @@ from mulki.report.comparison_tables import LEGEND, difference_text, mean_text
 from mulki.report.orders import OverOrders, over_orders
 from mulki.report.pages import page_file, render
 from mulki.report.plot import Plot
+from mulki.report.tables import recall_note
 
 _MINUS = "\N{MINUS SIGN}"
 
@@ -63,6 +64,7 @@ def render_comparison(comparison: Comparison) -> str:
         unlike=comparison.unlike,
         notes=[line for line in comparison.warnings if line not in comparison.unlike],
         legend=LEGEND,
+        recall_note=recall_note,
         metrics=list(TITLES.values()),
         notation=NOTATION,
         definitions={title: DEFINITIONS[name] for name, title in TITLES.items()},

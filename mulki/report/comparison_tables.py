@@ -2,74 +2,108 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from mulki.intervals import Difference
 from mulki.report.comparison import TITLES, Comparison
-from mulki.report.orders import OverOrders, over_orders
+from mulki.report.orders import over_orders
+from mulki.report.tables import column_blocks, recall_note
 
-# More characters than any table has.
-_WIDE = 10_000
+#: Characters in a line where the output is no terminal.
+WIDTH = 80
 
 #: What the numbers are.
 LEGEND = "in percent: mean ± half of its 95 % interval over seeds; difference [95 % interval]"
 
+# More characters than any table has.
+_WIDE = 10_000
+# Names of rows are cut into lines of at least so many, and the last column into lines of so many.
+_LEAST_LABEL, _LEAST_WORDS = 20, 12
 
-def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Print the tables, as wide as they are: a shortened number would be a wrong one."""
-    console = Console(file=console.file, width=_WIDE)
+# The name of a row and its cells.
+_Row = tuple[str, Sequence[str]]
+
+
+def print_comparison(comparison: Comparison, console: Console, width: int | None = None) -> None:
+    """Print the tables. Columns that do not fit follow below, beside the names of their rows again.
+
+    Args:
+        comparison: of runs.
+        console: where to.
+        width: characters in a line; by default those of the terminal, and `WIDTH` where there is
+            none. A number is never cut, so a line of one number may be wider.
+    """
+    if width is None:
+        width = console.width if console.is_terminal else WIDTH
+    lines = Console(file=console.file, width=width)
+    # A table that is too wide for its console would be squeezed into it.
+    tables = Console(file=console.file, width=_WIDE)
+
+    def show(title: str, head: Sequence[str], rows: Sequence[_Row]) -> None:
+        lines.print(Text(title, style="bold"))
+        for table in _tables(width, head, rows):
+            tables.print(table, "", sep="\n")
+
     for section in comparison.sections:
-        console.print(Text(section.name, style="bold"))
-        table = _table("", *TITLES.values(), "runs", "uses")
-        for group in section.groups:
-            means = group.means
-            cells = [mean_text(*means[name]) if name in means else "-" for name in TITLES]
-            table.add_row(Text(group.label), *cells, str(len(group.runs)), group.uses)
-        console.print(table, "", sep="\n")
+        means = [
+            (group.label, (*_means(group.means), str(len(group.runs)), group.uses))
+            for group in section.groups
+        ]
+        show(section.name, ("runs", "uses"), means)
         if section.differences:
-            console.print(Text(f"less {section.baseline}", style="bold"))
-            table = _table("", *TITLES.values(), "pairs", "interval over")
-            for against in section.differences:
-                cells = [
-                    difference_text(against.metrics[name]) if name in against.metrics else "-"
-                    for name in TITLES
-                ]
-                table.add_row(Text(against.label), *cells, str(against.pairs), against.over)
-            console.print(table, "", sep="\n")
-    _print_orders(over_orders(comparison.sections), console)
-    console.print(Text(LEGEND, style="dim"))
-    for warning in comparison.warnings:
-        console.print(Text(f"warning: {warning}"))
-
-
-def _print_orders(found: Sequence[OverOrders], console: Console) -> None:
-    if not found:
-        return
-    console.print(Text("over orders, each with the mean of its seeds", style="bold"))
-    table = _table("", *TITLES.values(), "orders")
-    for each in found:
-        means = [mean_text(*each.means[name]) if name in each.means else "-" for name in TITLES]
-        table.add_row(Text(each.label), *means, str(each.orders))
-        if each.baseline is not None:
             less = [
-                difference_text(each.differences[name]) if name in each.differences else "-"
-                for name in TITLES
+                (each.label, (*_differences(each.metrics), str(each.pairs), each.over))
+                for each in section.differences
             ]
-            table.add_row(Text(f"{each.label} less {each.baseline}"), *less, str(each.compared))
-    console.print(table, "", sep="\n")
+            show(f"less {section.baseline}", ("pairs", "interval over"), less)
+        if section.captions:
+            lines.print(Text(recall_note(section.captions)), "", sep="\n")
+    rows = []
+    for each in over_orders(comparison.sections):
+        rows.append((each.label, (*_means(each.means), str(each.orders))))
+        if each.baseline is not None:
+            label = f"{each.label} less {each.baseline}"
+            rows.append((label, (*_differences(each.differences), str(each.compared))))
+    if rows:
+        show("over orders, each with the mean of its seeds", ("orders",), rows)
+    lines.print(Text(LEGEND, style="dim"))
+    for warning in comparison.warnings:
+        # In one line, for it may name a path.
+        lines.print(Text(f"warning: {warning}"), soft_wrap=True)
 
 
-def _table(label: str, *columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(label, no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
+def _means(of: Mapping[str, tuple[float, float | None]]) -> list[str]:
+    return [mean_text(*of[name]) if name in of else "-" for name in TITLES]
+
+
+def _differences(of: Mapping[str, Difference]) -> list[str]:
+    return [difference_text(of[name]) if name in of else "-" for name in TITLES]
+
+
+def _tables(width: int, about: Sequence[str], rows: Sequence[_Row]) -> Iterator[Table]:
+    # Each with all rows and some of the columns; the last column alone holds words.
+    head = (*TITLES.values(), *about)
+    labels, cells = zip(*rows, strict=True)
+    columns = list(zip(head, *cells, strict=True))
+    label = min(max(map(cell_len, labels)), max(_LEAST_LABEL, width // 3))
+    # Behind a column there are a space and, but for the last one, the table's own.
+    room = width - label - 1
+    widths = [max(map(cell_len, column)) for column in columns]
+    widths[-1] = min(widths[-1], max(room - 2, _LEAST_WORDS))
+    for block in column_blocks([each + 1 for each in widths], room):
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+        table.add_column(width=label)
+        for (title, *_), each in zip(columns[block], widths[block], strict=True):
+            table.add_column(title, width=each, justify="right")
+        for name, *shown in zip(labels, *(column[1:] for column in columns[block]), strict=True):
+            table.add_row(Text(name, overflow="fold"), *shown)
+        yield table
 
 
 def mean_text(middle: float, half: float | None) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 from rich import box
@@ -78,7 +78,7 @@ def matrix_table(matrix: AccuracyMatrix, width: int = 100) -> Group:
     label_width = min(_MAX_LABEL, max(cell_len(name) for name in ("after", *(r[0] for r in rows))))
     headers = [_header(column) for column in columns]
     tables = []
-    for block in _blocks([cell_width for _, cell_width in headers], width - label_width - 1):
+    for block in column_blocks([cell_width for _, cell_width in headers], width - label_width - 1):
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
         table.add_column("after", width=label_width)
         for header, cell_width in headers[block]:
@@ -106,7 +106,7 @@ def _header(name: str) -> tuple[str, int]:
     return "\n".join(line.rstrip() for line in lines), max(_MIN_CELL, min(widest, _MAX_CELL))
 
 
-def _blocks(widths: list[int], room: int) -> Iterator[slice]:
+def column_blocks(widths: Sequence[int], room: int) -> Iterator[slice]:
     """Yield slices of the columns that fit ``room``, each column followed by one space."""
     start = used = 0
     for index, column_width in enumerate(widths):
@@ -169,12 +169,17 @@ def recall_lines(evaluations: Sequence[Evaluation]) -> list[str]:
     found = recalls_of(evaluations)
     if not found:
         return []
-    lines = [f"recall@1 of captions by images in place of accuracy: {', '.join(found)}"]
+    lines = [recall_note(found)]
     for name, rows in found.items():
         after, recalls = list(rows.items())[-1]
         each = ", ".join(f"{m.replace('_', ' ')} {value:.2f}" for m, value in recalls.items())
         lines.append(f"{name}, after {after}: {each}")
     return lines
+
+
+def recall_note(names: Iterable[str]) -> str:
+    """What the figures of these data sets of captions are, in words."""
+    return f"recall@1 of captions by images in place of accuracy: {', '.join(names)}"
 
 
 def _lines_below(seen: ClassIncremental | None, evaluations: Sequence[Evaluation]) -> list[str]:
