@@ -316,6 +316,43 @@ def test_captions_by_images_and_images_by_captions(load_tiny: Load, tmp_path: Pa
     assert row.own.tolist() == (row.ranks.images == 0).tolist()
 
 
+def test_each_image_and_each_caption_is_encoded_once(
+    load_tiny: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = engine_helpers.write_pairs(tmp_path / "flags", kinds=2)
+    name = file.read_text().splitlines()[-1].split(",")[0]
+    more = ["a flag", "A  FLAG", "some flag", "a flag on a pole"]
+    with file.open("a") as stream:
+        stream.writelines(f'{name},"{text}",test\n' for text in more)
+    task, model = caption_task(file), load_tiny()
+    calls = engine_helpers.Calls(monkeypatch)
+    evaluator = Evaluator(model, [task], [loader(model, task, 64)])
+    (row,) = evaluator.answers(0, {0: evaluator.classifier(0)}, [1])
+    assert calls.of(model, "images") == [2] and calls.of(model, "texts") == [5]
+    assert row.ranks is not None and len(row.ranks.texts) == 5
+
+
+def test_a_caption_in_other_capitals_takes_no_place(load_tiny: Load, tmp_path: Path) -> None:
+    file = engine_helpers.write_pairs(tmp_path / "flags", kinds=5)
+    recalls = []
+    for _ in range(2):
+        task, model = caption_task(file), load_tiny()
+        evaluator = Evaluator(model, [task], [loader(model, task, 64)])
+        (row,) = evaluator.answers(0, {0: evaluator.classifier(0)}, [1])
+        recalls.append(row.metrics())
+        # The same pictures under other names, with their captions in capitals.
+        lines = [line for line in file.read_text().splitlines() if line.endswith(",test")]
+        with file.open("a") as stream:
+            for line in lines:
+                name, text, _ = line.split(",")
+                shutil.copy(file.parent / name, file.parent / f"{name}.png")
+                stream.write(f"{name}.png,{text.upper()},test\n")
+    once, twice = recalls
+    for metric in ("image_to_text_R@1", "image_to_text_R@5", "text_to_image_R@1"):
+        assert once[metric][0] == twice[metric][0]
+    assert twice["text_to_image_R@1"][1] == 5 and twice["image_to_text_R@1"][1] == 10
+
+
 def test_captions_with_features_that_are_not_finite(load_tiny: Load, tmp_path: Path) -> None:
     task, model = caption_task(engine_helpers.write_pairs(tmp_path / "flags")), load_tiny()
     with torch.no_grad():

@@ -16,6 +16,12 @@ def test_a_caption_of_several_images_is_right_for_each() -> None:
     assert turned(right, 4) == [[0, 2], [1], [1], [2]]
 
 
+def test_a_caption_in_other_capitals_is_no_other_candidate() -> None:
+    texts = (("A red flag", "a red flag"), ("a cat",), ("a RED  flag",))
+    right = right_captions(CaptionedImages(Blank((0, 0, 0)), texts))
+    assert right == [[0], [1], [0]]
+
+
 def test_ranks_by_hand() -> None:
     candidates = torch.eye(3)
     queries = torch.tensor([[0.9, 0.5, 0.1], [0.2, 0.5, 0.8], [0.9, 0.5, 0.1]])

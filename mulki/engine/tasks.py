@@ -128,8 +128,8 @@ def check_options_of_classes(settings: Settings, tasks: Sequence[Task]) -> None:
     ]
     if idle:
         raise InputError(
-            f"{', '.join(idle)}: about classes, but the tasks have captions and no classes, so "
-            "nothing would change; leave out what has no effect"
+            f"{', '.join(idle)}: about classes, but the tasks have captions alone, so this changes "
+            "nothing; leave it out"
         )
 
 

@@ -125,6 +125,30 @@ def test_shards_of_each_split(tmp_path: Path) -> None:
         caption_task(root)
 
 
+def test_images_of_shards_with_the_same_bytes_are_one(tmp_path: Path) -> None:
+    root = tmp_path / "cc"
+    of_train = [(0, "zero"), (1, "one"), (0, "naught"), (2, "two"), (0, "zero")]
+    of_test = [(3, "three"), (4, "four"), (3, "3"), (3, "Three"), (4, "four")]
+    for split, pairs in (("train", of_train), ("test", of_test)):
+        (root / split).mkdir(parents=True)
+        for shard in (0, 1):
+            files = {}
+            for n, (number, text) in list(enumerate(pairs))[shard * 3 : shard * 3 + 3]:
+                files[f"{n}.webp"] = encoded(picture(number), "webp")
+                files[f"{n}.txt"] = text.encode()
+            write_tar(root / split / f"{shard}.tar", files)
+    task = caption_task(root)
+    assert [c for (c,) in task.train.captions] == ["zero", "naught", "one", "two"]
+    assert [task.train.name(i)[-12:] for i in range(4)] == [
+        "0.tar:0.webp", "0.tar:0.webp", "0.tar:1.webp", "1.tar:3.webp"
+    ]  # fmt: skip
+    assert task.train.captions_of(task.train.name(0)) == {"zero", "naught"}
+    # Each image is tested once, with the captions of all its copies.
+    assert task.test.captions == (("three", "3", "Three"), ("four",))
+    assert task.test.texts() == ("three", "3", "four")
+    assert task.test.load(1).tobytes() == picture(4).tobytes()
+
+
 def changed(change: Callable[[list[tuple[str, str, str]]], object]) -> Callable[[Path], object]:
     def go(folder: Path) -> None:
         rows = list(ROWS)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from mulki.data.caption_task import CaptionedImages, CaptionTask
+from mulki.data.caption_task import CaptionedImages, CaptionTask, same_text
 from mulki.errors import InputError
 from tests.data.data_helpers import Blank
 
@@ -24,6 +24,17 @@ def test_captions_are_counted_once() -> None:
     assert test.texts() == ("a red flag", "a cat", "a tabby", "a dog")
     assert (len(test), test.sample_of, list(test.targets)) == (3, 3, [0, 0, 0])
     assert pickle.loads(pickle.dumps(test)).captions == TEXTS
+
+
+def test_capitals_and_white_space_make_no_other_text() -> None:
+    assert same_text(" A  caf\u00e9\n") == same_text("a Cafe\u0301") != same_text("a cafe")
+    test = images(("A red flag", "a dog"), ("a  red FLAG",), ("a dog.",))
+    assert test.texts() == ("A red flag", "a dog", "a dog.")
+    assert test.captions_of("1") == {"a red flag"}
+    with pytest.raises(InputError, match='its test split have the caption "One"'):
+        CaptionTask("pets", TRAIN, images(("One",), ("one ",)))
+    # What was written stays what identifies the split.
+    assert images(("One",), ("two",)).fingerprint() != TRAIN.fingerprint()
 
 
 def test_a_fingerprint_knows_images_and_captions() -> None:

@@ -8,8 +8,10 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mulki.data import BadImage
+from mulki.data.captioned_shards import find_shards, read_captioned_shards
 from mulki.data.reference import read_reference
 from mulki.errors import InputError
 from tests.data.data_helpers import encoded, picture, write_tar
@@ -145,6 +147,24 @@ def test_what_is_not_there_or_not_alone(folder: Path) -> None:
     write_tar(folder.parent / "empty.tar", {"0.json": b"{}"})
     with pytest.raises(InputError, match="--reference: the set is empty"):
         read_reference(folder.parent / "empty.tar")
+
+
+@pytest.mark.parametrize("name", ["{}.tar", "{}.tar.gz"])
+def test_images_with_the_same_bytes_are_found(tmp_path: Path, name: str) -> None:
+    def flat(grey: int) -> bytes:
+        return encoded(Image.new("RGB", (64, 64), (grey,) * 3), "ppm")
+
+    one = flat(1)
+    # As long as it, and with the same middle.
+    like = one[:-1] + b"\x02"
+    contents = [one, like, flat(3), one, encoded(picture(0), "png"), like, one]
+    for shard, numbers in (("0", range(3)), ("1", range(3, 7))):
+        files = {}
+        for n in numbers:
+            files |= {f"{n}.png": contents[n], f"{n}.txt": b"x"}
+        write_tar(tmp_path / name.format(shard), files)
+    images, _, _ = read_captioned_shards(find_shards(tmp_path), skip_bad_images=False)
+    assert images.firsts() == [0, 1, 2, 0, 4, 1, 0]
 
 
 def test_a_shard_that_goes_away(folder: Path) -> None:

@@ -140,7 +140,7 @@ def test_a_sample_is_cached_where_the_whole_would_be() -> None:
 
 
 def test_a_task_of_captions_keeps_different_captions() -> None:
-    captions = (("a dog",),) * 8 + (("a cat",), ("a cow",))
+    captions = (("a dog",), *[("A dog",)] * 7, ("a cat",), ("a cow",))
     images = CaptionedImages(Grey((0,) * 10), captions)
     small = limited(CaptionTask("pets", images, images), 3)
     assert isinstance(small, CaptionTask)

@@ -76,6 +76,18 @@ def test_no_caption_of_an_image_in_the_batch_is_a_wrong_one_for_it() -> None:
     assert {frozenset((0, 2)), frozenset((0, 1)), frozenset((1, 2))} <= seen
 
 
+def test_a_caption_in_other_capitals_is_no_other_caption() -> None:
+    task = pairs("ABC", "xXz")
+    given = (task, None, blank, replace(CONFIG, batch_size=3), torch.device("cpu"), ALONE)
+    for batch, _ in islice(task_batches(*given, index=0), 10):
+        assert isinstance(batch, PairBatch) and batch.distinct is not None
+        assert sorted(batch.distinct.tolist()) == [
+            row
+            for row in range(3)
+            if batch.captions[row].lower() not in [text.lower() for text in batch.captions[:row]]
+        ]
+
+
 def test_features_of_pairs_are_kept_where_images_do_not_change() -> None:
     task = pairs("ABCDEF", "uvwxyz")
     assert kept_samples(task, None, ToTensor(), CONFIG, 1, ALONE) == (None, 6)

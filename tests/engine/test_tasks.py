@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,13 @@ import torch
 from mulki import methods
 from mulki.data import caption_task, folder_task
 from mulki.engine.config import resolve
-from mulki.engine.tasks import check_captions, load_tasks, needs_of, warn_of_twins
+from mulki.engine.tasks import (
+    check_captions,
+    check_options_of_classes,
+    load_tasks,
+    needs_of,
+    warn_of_twins,
+)
 from mulki.errors import InputError
 from tests.engine_helpers import write_pairs, write_task
 
@@ -68,6 +76,39 @@ def test_options_of_classes_are_refused_beside_captions(tmp_path: Path) -> None:
             load_tasks(resolve({"tasks": [word], **options}).run)
     (task,) = load_tasks(resolve({"tasks": [word], "limit_images": "4"}).run)
     assert (len(task.train), len(task.test)) == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        ("mulki", {"label_space": "all"}, "--label-space all: about"),
+        ("mulki", {"vocabulary": "words.txt"}, "--vocabulary words.txt: about"),
+        ("mulki", {"anchors_per_step": 7, "eliciting": False, "image_anchor": 0.5},
+         "--anchors-per-step 7, --no-eliciting, --image-anchor 0.5: about"),
+        ("finetune", {"label_smoothing": 0}, "--label-smoothing 0.0: about"),
+        ("wise_ft", {"label_smoothing": 0.1}, "--label-smoothing 0.1: about"),
+        ("zero_shot", {"label_space": "seen"}, "--label-space seen: about"),
+        # As the default, or the preset of the bundled model, has it.
+        ("mulki", {"image_anchor": 1.5, "label_smoothing": 0.2, "label_space": "task"}, ""),
+        ("mulki", {"model": "ViT-B-32", "image_anchor": 1.5}, "--image-anchor 1.5: about"),
+        ("mulki", {"preset": "mulki-mtil"}, ""),
+        ("mulki", {"image_text": 0.7, "gate": "label", "temperature": 3, "l2": 0}, ""),
+    ],
+)  # fmt: skip
+def test_options_of_classes_have_no_effect_on_captions(
+    tmp_path: Path, method: str, options: dict[str, Any], said: str
+) -> None:
+    task = caption_task(write_pairs(tmp_path / "flags"))
+    settings = resolve({"method": method, **options})
+    with pytest.raises(InputError) if said else contextlib.nullcontext() as info:
+        check_options_of_classes(settings, [task])
+    assert info is None or said in str(info.value)
+    # What was saved of a run is given whole to the next one.
+    again = resolve(settings.to_dict())
+    with pytest.raises(InputError) if said else contextlib.nullcontext():
+        check_options_of_classes(again, [task, task])
+    (classes,) = load_tasks(resolve({"tasks": ["embedded:flags"]}).run)
+    check_options_of_classes(settings, [task, classes])
 
 
 def test_what_cannot_be_learned_from_captions(tmp_path: Path) -> None:

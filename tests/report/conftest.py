@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mulki.answers import Answers
+from mulki.answers import Answers, BoolArray, Ranks
 from mulki.metrics import ZERO_SHOT
 from mulki.results import RunFolder
 from tests.report.report_helpers import PAIR, SMALL, Make, write_whole_run
@@ -53,6 +53,9 @@ def folder(tmp_path: Path) -> Path:
 def make(tmp_path: Path) -> Make:
     """A run folder with drawn answers; `share` of them are right."""
 
+    def ranks(own: BoolArray) -> Ranks:
+        return Ranks((~own).astype(np.int32), (~own).astype(np.int32))
+
     def make(
         name: str,
         method: str = "mulki",
@@ -64,6 +67,7 @@ def make(tmp_path: Path) -> Make:
         hashes: dict[str, Any] | None = None,
         images: int = 200,
         uses: tuple[str, ...] = (),
+        captions: tuple[str, ...] = (),
         **options: Any,
     ) -> Path:
         config = {"tasks": ["zoo"], "order": "I", "seed": seed, "method": method, "name": name}
@@ -84,7 +88,11 @@ def make(tmp_path: Path) -> Make:
             if learns or not own:
                 own = {task: random.random(images) < share for task in tasks}
             row = {
-                task: Answers(own[task], own[task] if i < learned else None)
+                task: Answers(
+                    own[task],
+                    own[task] if i < learned and task not in captions else None,
+                    ranks=ranks(own[task]) if task in captions else None,
+                )
                 for i, task in enumerate(tasks)
             }
             run.add_answers(after, row, seconds=dict.fromkeys(tasks, 1.0), step=learned)

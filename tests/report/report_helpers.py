@@ -207,5 +207,5 @@ def record(task: str, index: int, step: int, steps: int) -> StepRecord:
 
 def printed(comparison: Comparison) -> str:
     stream = io.StringIO()
-    print_comparison(comparison, Console(file=stream, width=40))
+    print_comparison(comparison, Console(file=stream), width=200)
     return stream.getvalue()

@@ -43,6 +43,19 @@ def test_curves_are_means_over_seeds(make: Make) -> None:
     ]
 
 
+def test_figures_of_captions_are_of_recall(make: Make) -> None:
+    (section,) = compare([make("a", captions=("a",))]).sections
+    found = section_plots(section, 1)
+    assert found.measure == "accuracy or recall@1"
+    units = {plot.name: drawn(plot).get_ylabel() for plot in (*found.overall, *found.tasks)}
+    assert units["order_1_learned"] == "accuracy or recall@1 in percent"
+    assert units["order_1_task_01"] == "recall@1 in percent"
+    assert units["order_1_task_02"] == "accuracy in percent"
+    assert found.tasks[0].text.startswith("Recall@1 in percent of a after")
+    (section,) = compare([make("b", captions=("a", "b"))]).sections
+    assert section_plots(section, 1).measure == "recall@1"
+
+
 def test_losses_are_means_of_the_steps_that_all_seeds_have(tmp_path: Path) -> None:
     runs = [write_whole_run(tmp_path, name=f"r{seed}", seed=seed) for seed in (1, 2)]
     runs.append(write_whole_run(tmp_path, name="other", method="lwf"))

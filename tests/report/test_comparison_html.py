@@ -81,6 +81,14 @@ def test_a_difference_beyond_doubt_is_marked_by_its_direction(make: Make) -> Non
     assert page.count('class="number better"') == page.count('class="number worse"') == 5
 
 
+def test_columns_of_captions_are_named(make: Make) -> None:
+    text = render_comparison(compare([make("x", captions=("a",), tasks=("a", "B<b>"))]))
+    assert "Recall@1 of captions by images in place of accuracy: a.</p>" in text
+    assert "<h3>Accuracy or recall@1 of each task</h3>" in text
+    plain = render_comparison(compare([make("y")]))
+    assert "ecall@1" not in plain and "<h3>Accuracy of each task</h3>" in plain
+
+
 def test_orders_have_a_table_of_their_own(make: Make) -> None:
     turned = {"tasks": ("b", "a")}
     runs = [make("a", "lwf"), make("b"), make("c", "lwf", **turned), make("d", **turned)]
