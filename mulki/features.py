@@ -28,6 +28,13 @@ class Features:
             none or there are none. In one tensor, since losses take classes and anchors together
             and a copy of many anchors would cost as much as their logits.
         num_seen: S.
+
+    Examples:
+        >>> import torch
+        >>> from torch.nn.functional import normalize
+        >>> images, texts = normalize(torch.randn(8, 512)), normalize(torch.randn(5, 512))
+        >>> Features(images, texts, scale=100.0).image_text()
+        Similarity([8, 5], width=512, scale=100, float32, cpu)
     """
 
     images: Tensor

@@ -38,6 +38,7 @@ def class_means(features: Tensor, target: Tensor, num_classes: int) -> Tensor:
     Raises:
         TypeError, ValueError: a target is no class, or a class has no sample.
     """
+    checks.is_tensor("target", target, "an int64 tensor of class indices")
     checks.dtype("target", target, torch.int64, "long")
     checks.target_values(target, num_classes)
     sums, counts = class_sums(features, target, num_classes)
@@ -62,6 +63,14 @@ class Prototypes(nn.Module):
 
     Raises:
         ValueError: an unknown `update`, or a momentum out of bounds.
+
+    Examples:
+        >>> features = F.normalize(torch.randn(8, 512), dim=1)
+        >>> target = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
+        >>> prototypes = Prototypes(class_means(features, target, num_classes=4))
+        >>> prototypes.observe(features[:2], target[:2])  # after each step
+        >>> prototypes().shape
+        torch.Size([4, 512])
     """
 
     def __init__(self, initial: Tensor, update: Update = "ema", momentum: float = 0.9):

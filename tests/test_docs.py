@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import doctest
 import glob
 import json
 import re
@@ -27,6 +28,9 @@ from mulki.cli import run_command
 from mulki.commands.grid import OPTIONS as GRID
 from mulki.commands.run_options import run_options
 from mulki.engine.config import resolve
+from mulki.features import Features
+from mulki.losses import MulKILoss
+from mulki.prototypes import Prototypes
 from tests import ROOT, engine_helpers, import_helpers
 from tests.test_readme import DOCS, name
 
@@ -240,6 +244,13 @@ def test_the_messages_of_the_troubleshooting_page_are_ours() -> None:
     for message in messages:
         fixed = [re.escape(part.strip()) for part in message.split("…") if part.strip(" .;:()")]
         assert any(re.search(".*".join(fixed), text, re.DOTALL) for text in texts), message
+
+
+@pytest.mark.parametrize("documented", [Features, Prototypes, MulKILoss])
+def test_the_example_of_a_docstring_runs(documented: type) -> None:
+    (example,) = doctest.DocTestFinder(recurse=False).find(documented)
+    assert example.examples
+    assert not doctest.DocTestRunner().run(example).failed
 
 
 def test_the_notebooks_have_no_results_in_them() -> None:

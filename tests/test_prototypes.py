@@ -45,6 +45,8 @@ def test_class_means_refuse_a_target_that_is_no_class(unit):
             class_means(unit(4, 4), torch.tensor([0, 1, 2, label]), 3)
     with pytest.raises(TypeError, match="^target: got torch.float32"):
         class_means(unit(3, 4), torch.tensor([0.0, 1.0, 2.0]), 3)
+    with pytest.raises(TypeError, match="^target: got list"):
+        class_means(unit(3, 4), [0, 1, 2], 3)
 
 
 def test_class_means_refuse_a_class_without_samples(unit):

@@ -17,7 +17,7 @@ from typing import Literal, overload
 
 from PIL import Image
 
-from mulki.data.image_files import find_unreadable
+from mulki.data.image_files import find_unreadable, split_folder
 from mulki.data.shards import GZIP, Member, Samples, ShardImages, image_of, read_samples, unpack
 from mulki.errors import InputError
 from mulki.files import check_regular
@@ -113,7 +113,7 @@ def find_shards(path: Path) -> list[Path]:
 
 
 def shards_of_splits(folder: Path, missing: str) -> list[list[Path]]:
-    """The shards in `folder/train` and in `folder/test`.
+    """The shards in `folder/train` and in `folder/test`, or what stands for it (`split_folder`).
 
     Args:
         missing: what is said of a split without shards, with a {} for its name.
@@ -121,11 +121,11 @@ def shards_of_splits(folder: Path, missing: str) -> list[list[Path]]:
     Raises:
         InputError: a split without shards, or a shard that is in both.
     """
-    splits = [folder / "train", folder / "test"]
-    found = [find_shards(split) if split.is_dir() else [] for split in splits]
+    splits = {split: split_folder(folder, split) for split in ("train", "test")}
+    found = [find_shards(path) if path.is_dir() else [] for path in splits.values()]
     for split, shards in zip(splits, found, strict=True):
         if not shards:
-            raise InputError(f"{folder}: {missing.format(split.name)}")
+            raise InputError(f"{folder}: {missing.format(split)}")
     train, test = found
     for one in test:
         for other in train:

@@ -1,4 +1,4 @@
-"""A task from folders: `DIR/train/<class>/*` and `DIR/test/<class>/*`."""
+"""A task from folders: `DIR/train/<class>/*` and `DIR/test/<class>/*`, or `DIR/val/<class>/*`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mulki.data.image_files import (
     class_without_images,
     classes_of_one_split,
     find_unreadable,
+    split_folder,
 )
 from mulki.data.task import Task
 from mulki.errors import InputError
@@ -25,6 +26,8 @@ def folder_task(
     skip_bad_images: bool = False,
 ) -> Task:
     """Read a task from `path/train/<class>/*` and `path/test/<class>/*`.
+
+    Other names of the two folders are those of `mulki.data.image_files.split_folder`.
 
     The task is named after the folder, classes after theirs with underscores read as spaces, both
     sorted by folder name. Hidden entries and files without an image suffix are passed over.
@@ -51,17 +54,18 @@ def folder_task(
             f"{root}: a file; wanted a folder that holds train/ and test/, or a .csv file"
         )
     templates = choose_templates(templates, root, f"templates for {root}")
-    classes = _class_folders(root, "train")
-    if differing := classes_of_one_split(classes, _class_folders(root, "test")):
+    folders = [_split_of(root, split) for split in ("train", "test")]
+    classes = _classes_in(folders[0])
+    if differing := classes_of_one_split(classes, _classes_in(folders[1])):
         raise InputError(
             f"{root}: train/ and test/ must hold the same classes ({differing}); "
             "rename, add or remove these folders"
         )
     if len(classes) < 2:
         raise InputError(
-            f"{root / 'train'}: only one class, {classes[0]}; at least two class folders are needed"
+            f"{folders[0]}: only one class, {classes[0]}; at least two class folders are needed"
         )
-    splits = [_list_images(root / split, classes) for split in ("train", "test")]
+    splits = [_list_images(folder, classes) for folder in folders]
     bad = find_unreadable(splits, skip_bad_images=skip_bad_images)
     train, test = (images.without(bad) for images in splits)
     for images in (train, test):
@@ -91,8 +95,8 @@ def _visible(folder: Path) -> list[os.DirEntry[str]]:
     return sorted(found, key=lambda e: e.name)
 
 
-def _class_folders(root: Path, split: str) -> list[str]:
-    folder = root / split
+def _split_of(root: Path, split: str) -> Path:
+    folder = split_folder(root, split)
     if not folder.exists():
         found = ", ".join(e.name + "/" for e in _visible(root) if _is_folder(e)) or "no folders"
         raise InputError(
@@ -100,9 +104,15 @@ def _class_folders(root: Path, split: str) -> list[str]:
         )
     if not folder.is_dir():
         raise InputError(f"{folder}: a file; wanted a folder with a folder for each class")
+    return folder
+
+
+def _classes_in(folder: Path) -> list[str]:
     classes = [e.name for e in _visible(folder) if _is_folder(e)]
     if not classes:
-        raise InputError(f"{folder}: no class folders; lay the images out as {split}/<class>/*")
+        raise InputError(
+            f"{folder}: no class folders; lay the images out as {folder.name}/<class>/*"
+        )
     return classes
 
 

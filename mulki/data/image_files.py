@@ -60,6 +60,8 @@ class ImageFiles:
         )
 
 
+_SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
+
 _told: ContextVar[Callable[[int, int], None]] = ContextVar("told", default=lambda done, total: None)
 
 
@@ -129,6 +131,23 @@ def find_unreadable(splits: Sequence[Checkable], *, skip_bad_images: bool) -> di
         more = f"; {len(bad) - 1} more like it" if len(bad) > 1 else ""
         raise BadImage(f"{next(iter(bad.values()))}, or pass --skip-bad-images{more}")
     return bad
+
+
+def split_folder(root: Path, split: str) -> Path:
+    """The folder of a split, "train" or "test", which need not be there.
+
+    Without one of exactly that name, it is the one whose name differs in capitals alone, and for
+    the images to test on, one called ``val``, ``valid`` or ``validation``.
+    """
+    exact = root / split
+    if exact.exists() or not root.is_dir():
+        return exact
+    folders = [path for path in root.iterdir() if path.is_dir()]
+    for name in _SPLIT_NAMES[split]:
+        found = [path for path in folders if path.name.lower() == name]
+        if found:
+            return found[0] if len(found) == 1 else exact
+    return exact
 
 
 def size_of(path: Path) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mulki.data.captioned_shards import find_shards, read_classed_shards, shards_of_splits
-from mulki.data.image_files import choose_templates
+from mulki.data.image_files import choose_templates, split_folder
 from mulki.data.task import Task
 from mulki.errors import InputError
 from mulki.files import check_regular
@@ -17,7 +17,8 @@ CLASSES = "classes.txt"
 
 def holds_shards(folder: Path) -> bool:
     """Whether `shard_task` is to read the folder."""
-    return (folder / "train").is_dir() and bool(find_shards(folder / "train"))
+    train = split_folder(folder, "train")
+    return train.is_dir() and bool(find_shards(train))
 
 
 def shard_task(

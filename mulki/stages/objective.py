@@ -54,6 +54,19 @@ class MulKILoss(nn.Module):
 
     Raises:
         ValueError: a coefficient is negative or not finite, or an argument is out of range.
+
+    Examples:
+        >>> from torch.nn.functional import normalize
+        >>> def features(width):
+        ...     images, texts = normalize(torch.randn(8, width)), normalize(torch.randn(5, width))
+        ...     return Features(images, texts, scale=100.0)
+        >>> objective = MulKILoss(alignment=0, image_image=0, text_image=0)  # no prototypes here
+        >>> target = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
+        >>> terms = objective(
+        ...     features(512), [features(512), features(512)], target, output_dict=True
+        ... )
+        >>> list(terms)
+        ['ce_loss', 'image_text_loss', 'text_text_loss', 'feature_loss']
     """
 
     def __init__(
@@ -180,6 +193,11 @@ class MulKILoss(nn.Module):
             where no term looks at a teacher.
         """
         _check_features("student", student)
+        if not isinstance(teachers, Sequence):
+            raise TypeError(
+                f"teachers: got {type(teachers).__name__}, wanted a sequence of Features; put a "
+                "single teacher in a list"
+            )
         for k, teacher in enumerate(teachers):
             _check_teacher(f"teachers[{k}]", teacher, student)
         if self.needs_teachers and not teachers:

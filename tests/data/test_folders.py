@@ -105,8 +105,28 @@ def test_file_instead_of_a_folder(make_folder: Make, tmp_path: Path) -> None:
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_missing_split_tells_what_is_there(make_folder: Make, split: str) -> None:
     root = make_folder()
-    (root / split).rename(root / "val")
-    _refused(root, root, f"no {split}/", "val/", f"{split}/<class>/*")
+    (root / split).rename(root / "more")
+    _refused(root, root, f"no {split}/", "more/", f"{split}/<class>/*")
+    (root / "more").rename(root / split.upper())
+    (root / split.title()).mkdir(exist_ok=True)
+    if len(list(root.iterdir())) == 3:  # capitals make two names on this file system
+        _refused(root, root, f"no {split}/", f"{split.upper()}/", f"{split.title()}/")
+
+
+def test_other_names_of_the_splits(make_folder: Make) -> None:
+    root = make_folder()
+    clean = folder_task(root).fingerprint()
+    (root / "train").rename(root / "Train")
+    for name in ("val", "Valid", "validation", "TEST"):
+        (root / "test").rename(root / name)
+        task = folder_task(root)
+        assert task.fingerprint() == clean and f"{name}/" in task.test.name(0)
+        (root / name).rename(root / "test")
+    # What is called test goes before what is called val.
+    (root / "val").mkdir()
+    assert folder_task(root).fingerprint() == clean
+    (root / "test").rename(root / "val" / "test")
+    _refused(root, root / "val", "same classes")
 
 
 def test_images_without_class_folders(make_folder: Make) -> None:

@@ -44,6 +44,9 @@ def test_a_folder_of_shards_is_a_task(folder: Path) -> None:
     assert task.train.load(2).tobytes() == picture(2).convert("RGB").tobytes()
     (same,) = load_sequence([str(folder)])
     assert same.fingerprint() == task.fingerprint()
+    (folder / "test").rename(folder / "val")
+    assert load_sequence([str(folder)])[0].fingerprint() == task.fingerprint()
+    (folder / "val").rename(folder / "test")
     # Another class is another task.
     write_tar(folder / "test" / "0.tar", files(4, 5) | {"5.cls": b"0"})
     assert shard_task(folder).fingerprint() != task.fingerprint()

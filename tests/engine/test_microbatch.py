@@ -434,6 +434,8 @@ def test_bad_arguments() -> None:
          lambda: backward(contrastive, (images, texts), micro_batch=2)),
         (TypeError, r"encoders\[0\]: wanted inputs that are tensors",
          lambda: backward(contrastive, (module, [1, 2]), micro_batch=2)),
+        (TypeError, r"^inputs: got Tensor, wanted a tuple of tensors; write \(x,\)",
+         lambda: Encoder(module.encode_text, texts, split=False)),  # type: ignore[arg-type]
         (TypeError, r"encoders\[0\]: got Sequential, wanted an Encoder or \(function",
          lambda: backward(contrastive, module.visual, micro_batch=2)),
         (TypeError, r"encoders\[0\]: got tuple, wanted an Encoder",

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -151,7 +152,8 @@ class TestPrototypeCrossEntropy:
     ("arguments", "error", "message"),
     [
         ({"similarity": X}, TypeError, "^similarity: got Tensor, wanted a Similarity"),
-        ({"target": [0] * N}, TypeError, "^target: got list"),
+        ({"target": [0] * N}, TypeError, r"^target: got list.*torch\.as_tensor"),
+        ({"target": np.zeros(N, int)}, TypeError, r"^target: got ndarray.*torch\.as_tensor"),
         ({"target": TARGET.float()}, TypeError, "^target: got torch.float32"),
         ({"target": TARGET[:2]}, ValueError, r"^target: got shape \[2\], wanted \[6\]"),
         ({"target": TARGET.to(META)}, ValueError, "^target: got device meta"),

@@ -151,6 +151,14 @@ class TestObjective:
         with pytest.raises((TypeError, ValueError), match=r"^teachers\[1\]\.scale: got"):
             MulKILoss()(student, models, target)
 
+    def test_what_are_no_features_is_named(self, student, teachers, target):
+        with pytest.raises(TypeError, match=r"^student: got Tensor, wanted mulki\.features"):
+            MulKILoss()(student.images, teachers, target)
+        with pytest.raises(TypeError, match=r"^teachers\[1\]: got Tensor, wanted mulki"):
+            MulKILoss()(student, [teachers[0], student.images], target)
+        with pytest.raises(TypeError, match="^teachers: got Features, wanted a sequence"):
+            MulKILoss()(student, teachers[0], target)
+
     @pytest.mark.parametrize("name", ["images", "texts", "prototypes"])
     def test_features_that_are_no_tensors_are_refused(self, student, teachers, target, name):
         bad = replace(student, **{name: [[1.0]]})
