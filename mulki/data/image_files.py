@@ -142,7 +142,10 @@ def split_folder(root: Path, split: str) -> Path:
     exact = root / split
     if exact.exists() or not root.is_dir():
         return exact
-    folders = [path for path in root.iterdir() if path.is_dir()]
+    try:
+        folders = [path for path in root.iterdir() if path.is_dir()]
+    except OSError:
+        return exact
     for name in _SPLIT_NAMES[split]:
         found = [path for path in folders if path.name.lower() == name]
         if found:

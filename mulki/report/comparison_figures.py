@@ -15,6 +15,7 @@ from mulki.metrics import ZERO_SHOT
 from mulki.report.comparison import TITLES, Group, Run, Section
 from mulki.report.figures import mark_tasks, name_rows, thinned
 from mulki.report.plot import COLOURS, DIM, Plot, entry, look, plain_log
+from mulki.report.tables import measure_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +70,7 @@ class _Curves:
     def __init__(self, section: Section, prefix: str) -> None:
         self.tasks, self.groups, self.prefix = section.tasks, section.groups, prefix
         self.captions = section.captions
-        self.measure = self._measure(self.tasks)
+        self.measure = measure_of(self.tasks, self.captions)
         runs = [run for group in section.groups for run in group.runs]
         self.start = int(all(run.data.matrix.zero_shot is not None for run in runs))
         self.rows = [*[ZERO_SHOT] * self.start, *self.tasks]
@@ -80,10 +81,6 @@ class _Curves:
         places = [matrix.columns.index(task) for task in self.tasks]
         rows = [*([matrix.zero_shot or ()] if self.start else []), *matrix.rows]
         return [[row[place] for place in places] for row in rows]
-
-    def _measure(self, tasks: Sequence[str]) -> str:
-        kinds = dict.fromkeys("recall@1" if t in self.captions else "accuracy" for t in tasks)
-        return " or ".join(sorted(kinds))
 
     def overall(self) -> Iterator[Plot]:
         count, start, of = len(self.tasks), self.start, self.values
@@ -134,7 +131,7 @@ class _Curves:
 
     def task(self, place: int) -> Plot:
         name = self.tasks[place]
-        measure = self._measure([name])
+        measure = measure_of([name], self.captions)
         plot = self._plot(
             f"task_{place + 1:02d}",
             name,

@@ -12,6 +12,7 @@ from mulki.history import BINS, StepRecord, mean_seconds
 from mulki.metrics import ZERO_SHOT
 from mulki.report.contents import RunContents
 from mulki.report.plot import COLOURS, DIM, TEXT, Plot, entry, look, plain_log
+from mulki.report.tables import measure_of, recalls_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,6 +49,7 @@ def _of_matrix(contents: RunContents) -> Iterator[Plot]:
     names = [name for name, _ in rows]
     shown = [name for name in (*matrix.tasks, *matrix.columns) if name in matrix.columns]
     shown = list(dict.fromkeys(shown))
+    measure = measure_of(shown, recalls_of(contents.evaluations))
 
     def curve(name: str) -> list[float]:
         return [row[matrix.columns.index(name)] for _, row in rows]
@@ -61,15 +63,16 @@ def _of_matrix(contents: RunContents) -> Iterator[Plot]:
                 if name in names:
                     place = names.index(name)
                     axes.plot([place], [curve(name)[place]], "o", color=colour, markersize=6)
-            axes.set_ylabel("accuracy in percent")
+            axes.set_ylabel(f"{measure} in percent")
             name_rows(axes, names)
             return len(shown)
 
         yield Plot(
             "accuracy",
-            "Accuracy of each data set",
-            "After each task, the accuracy in percent of each data set. A dot marks the model that "
-            "has just learned it: before the dot a curve is generalisation, after it forgetting.",
+            f"{measure.capitalize()} of each data set",
+            f"After each task, the {measure} in percent of each data set. A dot marks the model "
+            "that has just learned it: before the dot a curve is generalisation, after it "
+            "forgetting.",
             accuracy,
         )
     later = [name for name in matrix.tasks[:-1] if name in matrix.columns]
@@ -93,8 +96,8 @@ def _of_matrix(contents: RunContents) -> Iterator[Plot]:
         yield Plot(
             "forgetting",
             "Forgetting of each task",
-            "How the accuracy of each task has changed since it was learned, in percentage points, "
-            "over the number of tasks learned since. Below zero is forgetting.",
+            f"How the {measure} of each task has changed since it was learned, in percentage "
+            "points, over the number of tasks learned since. Below zero is forgetting.",
             change,
         )
     if len(seen.after) > 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Literal
 
 from rich import box
@@ -175,6 +175,12 @@ def recall_lines(evaluations: Sequence[Evaluation]) -> list[str]:
         each = ", ".join(f"{m.replace('_', ' ')} {value:.2f}" for m, value in recalls.items())
         lines.append(f"{name}, after {after}: {each}")
     return lines
+
+
+def measure_of(names: Iterable[str], captions: Container[str]) -> str:
+    """What figures of these data sets are of, some of which have captions."""
+    kinds = {"recall@1" if name in captions else "accuracy" for name in names}
+    return " or ".join(sorted(kinds))
 
 
 def recall_note(names: Iterable[str]) -> str:

@@ -15,6 +15,8 @@ from mulki.errors import InputError
 from mulki.evaluations import read_evaluations
 from mulki.metrics import read_matrix
 from mulki.report.compare import compare
+from mulki.report.contents import read_contents
+from mulki.report.figures import plots
 from mulki.results import RunFolder
 from tests.engine.run_helpers import Run, weights
 from tests.engine.test_resuming import check_same, resumed, stop_at
@@ -57,6 +59,7 @@ def test_a_stream_of_captions(run: Run, stream: tuple[str, str]) -> None:
     assert "flags, after animals: image to text R@1 " in said
     assert run_command(["report", str(path)]) == 0
     assert len(list((path / "plots").glob("*.png"))) >= 3
+    assert {plot.title for plot in plots(read_contents(path))} >= {"Recall@1 of each data set"}
     page = (path / "report.html").read_text()
     assert "Images and captions" in page and "Accuracy by class" not in page
     assert "not there" not in page
