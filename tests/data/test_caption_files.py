@@ -134,13 +134,13 @@ def test_images_of_shards_with_the_same_bytes_are_one(tmp_path: Path) -> None:
         for shard in (0, 1):
             files = {}
             for n, (number, text) in list(enumerate(pairs))[shard * 3 : shard * 3 + 3]:
-                files[f"{n}.webp"] = encoded(picture(number), "webp")
+                files[f"{n}.png"] = encoded(picture(number), "png")
                 files[f"{n}.txt"] = text.encode()
             write_tar(root / split / f"{shard}.tar", files)
     task = caption_task(root)
     assert [c for (c,) in task.train.captions] == ["zero", "naught", "one", "two"]
-    assert [task.train.name(i)[-12:] for i in range(4)] == [
-        "0.tar:0.webp", "0.tar:0.webp", "0.tar:1.webp", "1.tar:3.webp"
+    assert [task.train.name(i)[-11:] for i in range(4)] == [
+        "0.tar:0.png", "0.tar:0.png", "0.tar:1.png", "1.tar:3.png"
     ]  # fmt: skip
     assert task.train.captions_of(task.train.name(0)) == {"zero", "naught"}
     # Each image is tested once, with the captions of all its copies.

@@ -126,7 +126,7 @@ def test_other_names_of_the_splits(make_folder: Make) -> None:
     (root / "val").mkdir()
     assert folder_task(root).fingerprint() == clean
     (root / "test").rename(root / "val" / "test")
-    _refused(root, root / "val", "same classes")
+    _refused(root, root, "same classes")
 
 
 def test_images_without_class_folders(make_folder: Make) -> None:
