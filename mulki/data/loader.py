@@ -144,16 +144,34 @@ def batches(
 
 class _Loader(DataLoader[tuple[Tensor, int, int]]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        try:
+        # Twice, for the signal of the process may come while the first error is being named.
+        with dead_workers_named(self.num_workers), dead_workers_named(self.num_workers):
             yield from super().__iter__()
-        except RuntimeError as error:
-            # The one error that torch raises for a process that was killed has no type of its own.
-            if "DataLoader worker" not in str(error):
-                raise
-            raise InputError(
-                f"--workers {self.num_workers}: a data loading process has ended ({error}), as one "
-                "does that is killed for its memory; lower --workers and start again"
-            ) from None
+
+
+@contextmanager
+def dead_workers_named(workers: int) -> Iterator[None]:
+    """Turn torch's error about a loading process that has ended into one that says what to do.
+
+    torch raises it where a batch is waited for, or wherever the main thread is when the signal of
+    the process comes: so this belongs around all that may happen while batches are loaded.
+
+    Args:
+        workers: loading processes.
+
+    Raises:
+        InputError: a loading process has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # It has no type of its own.
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError(
+            f"--workers {workers}: a data loading process has ended ({error}), as one does that "
+            "is killed for its memory; lower --workers and start again"
+        ) from None
 
 
 def _start_worker(pixels: int, number: int) -> None:

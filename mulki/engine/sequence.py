@@ -16,7 +16,7 @@ from rich.console import Console
 from mulki.answers import Answers, read_answers
 from mulki.catalog import write_examples, write_tasks
 from mulki.data import Task
-from mulki.data.loader import batches
+from mulki.data.loader import batches, dead_workers_named
 from mulki.engine.anchors import anchor_texts
 from mulki.engine.checkpoints import publish, save_weights
 from mulki.engine.config import Settings
@@ -92,7 +92,12 @@ def run(
         bar = RunProgress(console, amounts(setup), len(setup.tasks))
         folder = setup.folder
         try:
-            with folder or contextlib.nullcontext(), bar, setup.world.watched():
+            with (
+                folder or contextlib.nullcontext(),
+                bar,
+                setup.world.watched(),
+                dead_workers_named(setup.config.workers),
+            ):
                 _Sequence(setup, bar, signals).learn()
         except (Stopped, ProcessLost) as stopped:
             if folder is not None:

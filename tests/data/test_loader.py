@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
@@ -19,7 +21,7 @@ from torch._utils import ExceptionWrapper
 from torchvision import transforms as tv
 
 from mulki.data import BadImage, folder_task
-from mulki.data.loader import Images, batch_sizes, batches, cycle
+from mulki.data.loader import Images, batch_sizes, batches, cycle, dead_workers_named
 from mulki.data.shards import open_shard
 from mulki.errors import InputError
 from tests.data.data_helpers import Blank
@@ -240,3 +242,19 @@ def test_a_killed_worker_is_named(images: Any, shuffle: bool) -> None:
     loader = batches(images, Deadly(), 2, shuffle=shuffle, seed=0, workers=1)
     with pytest.raises(InputError, match="--workers 1: a data loading process has ended .*lower"):
         list(loader)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+def test_a_worker_that_is_killed_while_no_batch_is_waited_for_is_named(images: Any) -> None:
+    loaded = iter(batches(images, FIXED, 2, shuffle=True, seed=0, workers=1))
+    next(loaded)
+    (worker,) = multiprocessing.active_children()
+    with pytest.raises(InputError, match="--workers 1: .*signal: Killed.*"), dead_workers_named(1):
+        os.kill(worker.pid, signal.SIGKILL)
+        for _ in range(1000):
+            time.sleep(0.01)
+
+
+def test_another_error_stays_what_it_is() -> None:
+    with pytest.raises(RuntimeError, match="matrix"), dead_workers_named(1):
+        raise RuntimeError("matrix")
