@@ -250,7 +250,8 @@ def _tasks(argv: list[str]) -> int:
         "names",
         nargs="*",
         metavar="NAME",
-        help="a sequence, or folders, CSV files and captions:PATH",
+        help="a sequence, or folders (class folders, tar shards, data sets of Hugging Face), CSV "
+        "files and captions:PATH",
     )
     for name in ("import_", "order", "data_root", "protocol"):
         add_options(parser, RunConfig, only=name)

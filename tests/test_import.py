@@ -55,7 +55,7 @@ def test_the_command_line_answers_without_open_clip() -> None:
         "import sys\nfrom mulki.cli import run_command\n"
         "for words in ([], ['--help'], ['--version'], ['tasks'], ['run', '--bogus']):\n"
         "    run_command(words)\n"
-        "heavy = 'open_clip triton torchvision transformers'.split()\n"
+        "heavy = 'open_clip triton torchvision transformers datasets'.split()\n"
         "assert not [m for m in heavy if m in sys.modules]"
     )
     python(code)

@@ -7,6 +7,7 @@ from mulki.data.csv_files import csv_task
 from mulki.data.datasets import DatasetImages, dataset_task
 from mulki.data.decoding import BadImage
 from mulki.data.folders import folder_task
+from mulki.data.huggingface_tasks import huggingface_task
 from mulki.data.published import Source
 from mulki.data.sequences import load_sequence, register_sequence, sequence_names
 from mulki.data.shard_tasks import shard_task
@@ -26,6 +27,7 @@ __all__ = [
     "csv_task",
     "dataset_task",
     "folder_task",
+    "huggingface_task",
     "load_sequence",
     "register_sequence",
     "register_transform",

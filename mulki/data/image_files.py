@@ -15,7 +15,7 @@ from PIL import Image
 
 from mulki.data.decoding import BadImage, decode, verify
 from mulki.data.prompts import DEFAULT_TEMPLATES, check_templates, read_templates
-from mulki.data.task import split_fingerprint
+from mulki.data.task import ImageSet, split_fingerprint
 
 
 @dataclass(frozen=True)
@@ -157,11 +157,11 @@ def size_of(path: Path) -> int:
     """Bytes of a file; 0 if that cannot be told, which the check of the image reports."""
     try:
         return path.stat().st_size
-    except OSError:
+    except (OSError, ValueError):  # the second for a name that no file can have
         return 0
 
 
-def class_without_images(images: ImageFiles, classes: Sequence[str]) -> str | None:
+def class_without_images(images: ImageSet, classes: Sequence[str]) -> str | None:
     """The first class that no image has."""
     present = set(images.targets)
     return next((name for i, name in enumerate(classes) if i not in present), None)

@@ -8,6 +8,7 @@ from pathlib import Path
 from mulki.data.caption_files import caption_task
 from mulki.data.csv_files import csv_task
 from mulki.data.folders import folder_task
+from mulki.data.huggingface_tasks import holds_dataset, huggingface_task
 from mulki.data.published import Source
 from mulki.data.published.collections import COLLECTIONS, Collection, permuted
 from mulki.data.shard_tasks import holds_shards, shard_task
@@ -65,19 +66,20 @@ def load_sequence(
 
     Args:
         spec: one registered sequence; or, in the order in which they are to be learned, any number
-            of folders (see `folder_task`, and `shard_task` for those with tar shards), CSV files
-            (see `csv_task`), images with captions, as "captions:PATH" (see `caption_task`), and
-            single tasks of a sequence, as "embedded:digits". A registered name goes before a folder
-            of the same name, which "./name" reaches.
+            of folders (see `folder_task`, `shard_task` for those with tar shards, and
+            `huggingface_task` for data sets of Hugging Face), CSV files (see `csv_task`), images
+            with captions, as "captions:PATH" (see `caption_task`), and single tasks of a sequence,
+            as "embedded:digits". A registered name goes before a folder of the same name, which
+            "./name" reaches.
         order: order of the registered sequence, by name or as names of all its tasks with commas
             between; "I" where the tasks are listed one by one.
-        skip_bad_images: leave unreadable images of folders, CSV files and shards out.
+        skip_bad_images: leave unreadable images of folders and files out.
         source: where published data sets lie, and the protocol to read them with.
 
     Raises:
         InputError: a word that names nothing, an unknown order, two tasks of one name, a sequence
-            that returns no list of tasks, a protocol without published data sets, or what
-            `folder_task`, `csv_task`, `caption_task` and `published_task` raise.
+            that returns no list of tasks, a protocol without published data sets, or what the
+            functions above and `published_task` raise.
     """
     words = [spec] if isinstance(spec, str) else list(spec)
     if not words:
@@ -178,6 +180,8 @@ def _load_task(word: str, skip_bad_images: bool, source: Source) -> Task:
         )
     if Path(word).suffix.lower() == ".csv" and not Path(word).is_dir():
         return csv_task(word, skip_bad_images=skip_bad_images)
+    if holds_dataset(Path(word)):
+        return huggingface_task(word, skip_bad_images=skip_bad_images)
     if holds_shards(Path(word)):
         return shard_task(word, skip_bad_images=skip_bad_images)
     return folder_task(word, skip_bad_images=skip_bad_images)

@@ -37,8 +37,8 @@ class RunConfig:
 
     tasks: tuple[str, ...] = option(
         ("embedded",),
-        "a sequence, or task folders, CSV files and captions:PATH (images with captions) in their "
-        "order",
+        "a sequence, or task folders (class folders, tar shards, data sets of Hugging Face), CSV "
+        "files and captions:PATH (images with captions) in their order",
     )
     method: str = option("mulki", "what is trained", choices=methods.available)
     order: str = option(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mulki import methods
-from mulki.data import caption_task, folder_task
+from mulki.data import ImageSet, caption_task, folder_task
 from mulki.engine.config import resolve
 from mulki.engine.tasks import (
     check_captions,
@@ -19,7 +19,8 @@ from mulki.engine.tasks import (
     warn_of_twins,
 )
 from mulki.errors import InputError
-from tests.engine_helpers import write_pairs, write_task
+from tests.engine.run_helpers import Run, weights
+from tests.engine_helpers import same_state, write_pairs, write_task
 
 
 def test_few_shots_of_a_task_class_by_class(tmp_path: Path) -> None:
@@ -139,3 +140,25 @@ def test_a_task_of_captions_needs_the_teachers_alone(
     assert needs.teachers == method.needs.teachers == ("zero_shot", "previous")
     assert (needs.prototypes, needs.anchors, needs.uses) == (False, (), ())
     assert needs_of(method, folder_task(task_folders[0])) == method.needs
+
+
+def test_a_data_set_of_hugging_face_is_learned_as_the_folder_of_its_images_is(
+    run: Run, task_folders: tuple[str, str], tmp_path: Path
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    task = folder_task(task_folders[0])
+    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(task.classes))}
+
+    def split(images: ImageSet) -> Any:
+        files = [Path(images.name(i)).read_bytes() for i in range(len(images))]
+        cells = [{"bytes": content, "path": None} for content in files]
+        rows = {"image": cells, "label": list(images.targets)}
+        return datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
+
+    copied = tmp_path / "colours"
+    datasets.DatasetDict(train=split(task.train), test=split(task.test)).save_to_disk(copied)
+    folder = run("folder", method="mulki")
+    same = run("same", method="mulki", tasks=(str(copied), task_folders[1]), workers=2)
+    for name in ("matrix.csv", "tasks.json"):
+        assert (same.path / name).read_text() == (folder.path / name).read_text()
+    assert same_state(weights(same), weights(folder))

@@ -10,8 +10,10 @@ import io
 import tarfile
 import tempfile
 from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,6 +22,7 @@ from torch import zeros
 
 from mulki.data.captioned_shards import read_captioned_shards
 from mulki.data.csv_files import csv_task
+from mulki.data.huggingface_tasks import huggingface_task
 from mulki.data.vocabulary import read_vocabulary
 from mulki.engine.config import read_config, resolve
 from mulki.errors import InputError
@@ -51,6 +54,41 @@ def _shard() -> bytes:
     return file.getvalue()
 
 
+def _rows(count: int) -> Any:
+    import datasets
+
+    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["owl", "hawk"])}
+    cells = {"image": [{"bytes": _png(), "path": None}] * count, "label": [0, 1] * (count // 2)}
+    return datasets.Dataset.from_dict(cells, features=datasets.Features(kinds))
+
+
+@cache
+def _saved() -> dict[str, bytes]:
+    """The files of a data set of Hugging Face by their paths."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as folder:
+        datasets.DatasetDict(train=_rows(4), test=_rows(2)).save_to_disk(folder)
+        files = [path for path in Path(folder).rglob("*") if path.is_file()]
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def _dataset_around(path: Path) -> object:
+    for name, content in _saved().items():
+        file = path.parent / "pets" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(path.read_bytes() if name == f"train/{path.name}" else content)
+    return huggingface_task(path.parent / "pets")
+
+
+def _of_datasets() -> dict[str, Reader]:
+    if find_spec("datasets") is None:
+        return {}
+    names = ("data-00000-of-00001.arrow", "state.json", "dataset_info.json")
+    return {name: Reader(_dataset_around, _saved()[f"train/{name}"]) for name in names}
+
+
 def _images_beside(path: Path) -> object:
     for name in ("a.png", "b.png"):
         (path.parent / name).write_bytes(_png())
@@ -76,6 +114,7 @@ READERS = {
         lambda path: read_captioned_shards([path], captions=True, skip_bad_images=False), _shard()
     ),
     "weights.safetensors": Reader(load_tensors, save({"a": zeros(2, 3), "b": zeros(4)})),
+    **_of_datasets(),
 }
 
 

@@ -1,0 +1,318 @@
+"""A task from a folder that `save_to_disk` of Hugging Face's package `datasets` has written.
+
+A `DatasetDict` has a folder for each split beside `dataset_dict.json`. In the folder of a split
+lie `state.json`, which names the Arrow files, and `dataset_info.json`, which has the types of the
+columns. `datasets` is imported when such a task is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mulki.data.decoding import BadImage, decode, verify
+from mulki.data.image_files import (
+    choose_templates,
+    class_without_images,
+    classes_of_one_split,
+    find_unreadable,
+    size_of,
+    split_folder,
+)
+from mulki.data.task import Task, split_fingerprint
+from mulki.errors import InputError
+from mulki.files import check_regular
+
+_DICT, _STATE, _INFO = "dataset_dict.json", "state.json", "dataset_info.json"
+_IMAGES, _LABELS = ("image", "img"), ("label", "fine_label")
+# Ends an Arrow stream. Without it, one that is cut between two batches would pass for a whole one.
+_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+
+
+@dataclass(frozen=True)
+class ArrowImages:
+    """Images in rows of a Hugging Face data set; an `ImageSet`. They stay on disk until loaded.
+
+    Attributes:
+        folder: of the split.
+        rows: the data set, whose items are ``{column: {"bytes": ..., "path": ...}}``. It pickles
+            as the names of its files.
+        column: that of the images.
+        places: row of each image, [n].
+        sizes: bytes of each encoded image, [n].
+        targets: class indices, [n].
+    """
+
+    folder: Path
+    rows: Any
+    column: str
+    places: tuple[int, ...]
+    sizes: tuple[int, ...]
+    targets: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def load(self, index: int) -> Image.Image:
+        return decode(self._source(index), self.name(index))
+
+    def verify(self, index: int) -> None:
+        verify(self._source(index), self.name(index))
+
+    def name(self, index: int) -> str:
+        return f"{self.folder}[{self.places[index]}]"
+
+    def fingerprint(self) -> str:
+        return split_fingerprint(zip(map(str, self.places), self.sizes, self.targets, strict=True))
+
+    def without(self, names: Mapping[str, BadImage]) -> ArrowImages:
+        """The images whose `name` is not among these."""
+        kept = [i for i in range(len(self)) if self.name(i) not in names]
+        return replace(
+            self,
+            places=tuple(self.places[i] for i in kept),
+            sizes=tuple(self.sizes[i] for i in kept),
+            targets=tuple(self.targets[i] for i in kept),
+        )
+
+    def _source(self, index: int) -> Path | bytes:
+        try:
+            cell = self.rows[self.places[index]][self.column] or {}
+            content, path = cell.get("bytes"), cell.get("path")
+        except MemoryError:
+            raise
+        except Exception as error:  # pyarrow's, of a file that has changed since it was checked
+            raise BadImage.at(self.name(index), error) from error
+        if content is not None:
+            return bytes(content)
+        if path:
+            return Path(path)
+        raise BadImage.at(self.name(index), "the row has neither bytes nor a path")
+
+
+def holds_dataset(folder: Path) -> bool:
+    """Whether `huggingface_task` is to read the folder."""
+    if any((folder / name).is_file() for name in (_DICT, _STATE)):
+        return True
+    return (folder / _INFO).is_file() and not split_folder(folder, "train").is_dir()
+
+
+def huggingface_task(
+    path: str | os.PathLike[str],
+    *,
+    image: str | None = None,
+    label: str | None = None,
+    templates: Sequence[str] | None = None,
+    skip_bad_images: bool = False,
+) -> Task:
+    """Read a task from a folder that `datasets.DatasetDict.save_to_disk` has written.
+
+    Its splits are `train` and `test`; other names of the two are those of
+    `mulki.data.image_files.split_folder`. The class names are those of the
+    column of labels, with underscores read as spaces. The task is named after the folder.
+
+    The Arrow files are memory-mapped. Labels are read without the images, and images are decoded
+    here and not by `datasets`, from the bytes in the file or from the path of a regular file.
+    Nothing is downloaded and no code of the data set is run. Images are checked as those of
+    folders are: see `mulki.data.image_files.find_unreadable`.
+
+    Args:
+        path: the folder.
+        image: the column of images, of the type `Image`. By default the only one, or of several
+            the one called image or img.
+        label: the column of labels, of the type `ClassLabel`. By default the only one, or of
+            several the one called label or fine_label.
+        templates: prompts; by default as of `mulki.data.folder_task`.
+        skip_bad_images: leave unreadable images out and list them in `Task.skipped`.
+
+    Raises:
+        InputError: `datasets` is missing; no such folder, a missing split, a damaged file; no
+            column of the type, or several; a label that is no class; classes that differ between
+            the splits, or one without training images; or what `Task` refuses.
+        BadImage: an unreadable image or an empty row, unless skipped.
+    """
+    root = Path(path)
+    templates = choose_templates(templates, root, f"templates for {root}")
+    folders = _splits(root)
+    (train, classes), (test, others) = (_read(folder, image, label) for folder in folders)
+    if classes != others:
+        differing = classes_of_one_split(classes, others) or "the same ones in another order"
+        raise InputError(
+            f"{root}: {folders[0].name} and {folders[1].name} have different classes "
+            f"({differing}); cast both to one ClassLabel and save them again"
+        )
+    bad = find_unreadable((train, test), skip_bad_images=skip_bad_images)
+    train, test = train.without(bad), test.without(bad)
+    if (emptied := class_without_images(train, classes)) is not None:
+        raise InputError(
+            f"{folders[0]}: no readable image of class {emptied}; add some, or take the name out "
+            "of the ClassLabel"
+        )
+    names = tuple(name.replace("_", " ").strip() for name in classes)
+    return Task(Path(os.path.abspath(root)).name, names, templates, train, test, tuple(bad))
+
+
+def _splits(root: Path) -> tuple[Path, Path]:
+    # The folders of the split to train on and of that to test on.
+    if not (root / _DICT).is_file():
+        if not holds_dataset(root):
+            raise InputError(
+                f"{root}: no {_DICT} in it; give a folder that save_to_disk of datasets has written"
+            )
+        raise InputError(
+            f"{root}: one split, wanted train and test in a DatasetDict; divide it with "
+            "dataset.train_test_split and save the result with save_to_disk"
+        )
+    train, test = (split_folder(root, split) for split in ("train", "test"))
+    if not (train.is_dir() and test.is_dir()):
+        found = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir()))
+        raise InputError(
+            f"{root}: wanted the splits train and test (found: {found or 'none'}); rename them, or "
+            "divide train with train_test_split, and save again"
+        )
+    return train, test
+
+
+def _read(
+    folder: Path, image: str | None, label: str | None
+) -> tuple[ArrowImages, tuple[str, ...]]:
+    # The images of a split, and the class names as they are written there.
+    try:
+        import datasets
+        import pyarrow
+        from datasets import ClassLabel, load_from_disk
+    except ImportError as error:
+        raise InputError(
+            f"{folder}: a data set of Hugging Face is read with the package datasets, which cannot "
+            f"be imported ({error}); pip install 'mulki[datasets]'"
+        ) from None
+    for file in _files(folder):
+        _check_stream(file, pyarrow)
+    try:
+        rows: Any = load_from_disk(str(folder), keep_in_memory=False).with_format(None)
+        features = rows.features
+        image = _column(features, datasets.Image, image, _IMAGES, "image", folder)
+        label = _column(features, ClassLabel, label, _LABELS, "label", folder)
+        labels = rows.data.column(label).to_pylist()
+        rows = rows.select_columns([image])
+        rows = rows.cast_column(image, datasets.Image(decode=False))
+        sizes = _sizes(rows.data.column(image))
+        classes = tuple(map(str, features[label].names))
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # datasets and pyarrow raise whatever they meet
+        raise _damaged(folder, error) from None
+    for place, target in enumerate(labels):
+        if target is None or not 0 <= target < len(classes):
+            came = "no label" if target is None else f"label {target}"
+            unknown = ", which stands for one that is not known" if target == -1 else ""
+            raise InputError(
+                f"{folder}[{place}]: {came}{unknown}; wanted an index from 0 to "
+                f"{len(classes) - 1}; correct it, or leave such rows out with dataset.filter"
+            )
+    places = tuple(range(len(labels)))
+    return ArrowImages(folder, rows, image, places, sizes, tuple(labels)), classes
+
+
+def _files(folder: Path) -> list[Path]:
+    # The Arrow files of a split.
+    check_regular(folder / _INFO)
+    state = _json(folder / _STATE)
+    try:
+        names = [each["filename"] for each in state["_data_files"]]
+        if not names or any(name != Path(name).name for name in names):
+            raise ValueError("no files, or some outside the folder")
+    except (TypeError, KeyError, ValueError) as error:
+        raise _damaged(folder / _STATE, error) from None
+    return [folder / name for name in names]
+
+
+def _check_stream(file: Path, pyarrow: Any) -> None:
+    # Offsets that point outside the file would end the process when they are read. Encoded images
+    # are not looked at here.
+    check_regular(file)
+    try:
+        with file.open("rb") as stream:
+            stream.seek(-len(_END), os.SEEK_END)
+            if stream.read() != _END:
+                raise ValueError("it is cut short")
+        with pyarrow.memory_map(str(file)) as mapped:
+            pyarrow.ipc.open_stream(mapped).read_all().validate(full=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # pyarrow's and the system's
+        raise _damaged(file, error) from None
+
+
+def _column(
+    features: Mapping[str, Any],
+    kind: type,
+    given: str | None,
+    preferred: Sequence[str],
+    argument: str,
+    folder: Path,
+) -> str:
+    # The column of a type.
+    found = [name for name, feature in features.items() if isinstance(feature, kind)]
+    for name in preferred if given is None else (given,):
+        if name in found:
+            return name
+    if given is None and len(found) == 1:
+        return found[0]
+    if given is None and found:
+        raise InputError(
+            f"{folder}: several columns of type {kind.__name__} ({', '.join(found)}), none of them "
+            f"called {' or '.join(preferred)}; leave the others out (dataset.remove_columns) and "
+            f"save again, or pass {argument}=NAME to mulki.data.huggingface_task"
+        )
+    there = ", ".join(
+        f"{name}: {of.dtype if type(of).__name__ == 'Value' else type(of).__name__}"
+        for name, of in features.items()
+    )
+    make = "class_encode_column(NAME)"
+    if argument == "image":
+        make = "cast_column(NAME, datasets.Image())"
+    named = "" if given is None else f"{given} "
+    raise InputError(
+        f"{folder}: no column {named}of type {kind.__name__} (found: {there or 'nothing'}); make "
+        f"one with dataset.{make} and save again"
+    )
+
+
+def _sizes(cells: Any) -> tuple[int, ...]:
+    # From the offsets of the bytes, which are not read themselves.
+    import pyarrow.compute as compute
+
+    lengths = compute.binary_length(compute.struct_field(cells, "bytes")).to_pylist()
+    paths = compute.struct_field(cells, "path")
+    sizes = []
+    for place, length in enumerate(lengths):
+        if length is None:
+            path = paths[place].as_py()
+            length = size_of(Path(path)) if path else 0
+        sizes.append(length)
+    return tuple(sizes)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    check_regular(path)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, getattr(error, "strerror", None) or error) from None
+    return found
+
+
+def _damaged(path: Path, reason: object) -> InputError:
+    said = " ".join(str(reason).split())[:200] or type(reason).__name__
+    return InputError(
+        f"{path}: cannot be read ({said}); save the data set again with its save_to_disk"
+    )
