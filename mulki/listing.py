@@ -12,6 +12,7 @@ from mulki.data import CaptionTask, Source, Task, load_sequence, sequence_names
 from mulki.data.published import Entry, entry
 from mulki.data.published.collections import COLLECTIONS, Collection
 from mulki.data.published.prepare import prepare
+from mulki.engine.progress import megabytes
 from mulki.errors import InputError
 
 
@@ -94,11 +95,15 @@ def _print_facts(
         return
     protocol = collection.source(source).protocol
     assert protocol is not None
-    table = Table("task", "data set", "classes", "train", "test", "licence", title=protocol)
+    headers = ("task", "data set", "classes", "train", "test", "download", "licence")
+    table = Table(*headers, title=protocol)
+    table.columns[0].no_wrap = True
     for each in facts:
         of = each.protocol(protocol)
         train = "?" if of.train is None else str(of.train)
-        table.add_row(each.name, each.title, str(of.num_classes), train, str(of.test), each.licence)
+        size = megabytes(each.download.bytes) if each.download is not None else "?"
+        numbers = (str(of.num_classes), train, str(of.test), size)
+        table.add_row(each.name, each.title, *numbers, each.licence)
     console = Console()
     console.print(table)
     console.print(

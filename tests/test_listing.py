@@ -25,6 +25,7 @@ def test_published_facts_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert list_tasks(["mtil:dtd", "mtil:mnist"], "I", Source()) == 0
     out = capsys.readouterr().out
     assert "1880" in out and "60000" in out and "zscl" in out and "aircraft" not in out
+    assert "596 MiB" in out and "11 MiB" in out
     assert list_tasks(["cil"], "I", Source()) == 0
     assert "imagenet-r" in capsys.readouterr().out
 

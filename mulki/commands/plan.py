@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+import os
+from collections.abc import Mapping, Sequence
 from textwrap import TextWrapper
 from typing import Any
 
@@ -13,19 +12,20 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mulki.commands.grid import is_grid
-from mulki.engine.config import Settings, resolve
+from mulki import methods
+from mulki.commands.grid import is_first, is_grid
+from mulki.data.published.collections import COLLECTIONS
+from mulki.engine.config import RunConfig, Settings, resolve
 from mulki.engine.costs import Costs, measure
-from mulki.engine.downloads import weights_to_download
-from mulki.engine.plan import millions, plan
+from mulki.engine.downloads import Absent, Download, not_here
+from mulki.engine.plan import in_lines, millions, of_tasks, plan, steps_of_tasks
 from mulki.engine.progress import megabytes
-from mulki.engine.setup import Setup, prepared
+from mulki.engine.setup import check_reference, prepared
+from mulki.engine.tasks import check_captions, check_options_of_classes, load_tasks
 from mulki.engine.time_left import clock
 from mulki.errors import InputError, counted
 from mulki.offline import offline
 
-# Bytes of a parameter in most published weights.
-_FLOAT32 = 4
 # Below the first word of a line.
 _INDENT = " " * 9
 _COLUMNS = "before: until its first step; learn: the whole task; test all: after it"
@@ -34,13 +34,16 @@ _COLUMNS = "before: until its first step; learn: the whole task; test all: after
 def show_plan(given: Mapping[str, Any], console: Console, *, as_json: bool) -> None:
     """Print what a run with these options would do, what it takes, and what it would download.
 
+    Blank images and random weights stand in for data sets and models that are not on this machine.
+    Of a model that only a hub knows, its tasks and their steps are all that can be planned.
+
     Args:
         given: options of a run, text as the command line has them.
         console: where the progress of the measurement is shown.
         as_json: print one JSON object instead of a table.
 
     Raises:
-        InputError: what `mulki run` would refuse, or options of a grid.
+        InputError: what `mulki run` would refuse beside what is not here, or options of a grid.
     """
     if is_grid(given):
         raise InputError(
@@ -48,8 +51,12 @@ def show_plan(given: Mapping[str, Any], console: Console, *, as_json: bool) -> N
             "seconds are those of each of them"
         )
     settings = resolve(given)
-    source = weights_to_download(settings.run.model, settings.run.pretrained)
-    with offline(), _prepared(settings, source) as setup:
+    config = settings.run
+    absent = Absent()
+    if not_here(config.model, config.pretrained)[0] is None:
+        _outline(settings, absent, as_json)
+        return
+    with offline(), prepared(settings, write=False, absent=absent) as setup:
         lines = plan(setup)
         if not setup.world.main:
             console = Console(quiet=True)
@@ -57,41 +64,106 @@ def show_plan(given: Mapping[str, Any], console: Console, *, as_json: bool) -> N
         main = setup.world.main
     if not main:
         return
-    size = _FLOAT32 * costs.parameters
     if as_json:
-        found = [{"from": source, "bytes": size, "estimated": True}] if source else []
-        about = {"method": settings.run.method, "model": settings.run.model}
-        print(json.dumps({**about, **costs.to_dict(), "downloads": found}))
+        _print_json(config, costs.to_dict(), absent.downloads)
         return
-    if source:
-        lines.append(f"download {source}, about {megabytes(size)} (its parameters in float32)")
-        lines.append("         random weights stand in for it here, which cost the same")
-    lines += _lines(costs, settings)
+    lines += [*_of_downloads(absent.downloads, config, measured=True), *_lines(costs, settings)]
+    out = _print_lines(lines)
+    out.print(_table(costs))
+    out.print(_COLUMNS, style="dim", highlight=False)
+
+
+def _outline(settings: Settings, absent: Absent, as_json: bool) -> None:
+    # What can be said of a run without its model.
+    config = settings.run
+    method = methods.get(config.method)(settings.method)
+    check_reference(config, method)
+    tasks = load_tasks(config, absent.data_set)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    check_captions(tasks, type(method), config.batch_size, processes)
+    check_options_of_classes(settings, tasks)
+    for name, pretrained in (
+        (config.model, config.pretrained),
+        (config.original, config.original_pretrained),
+    ):
+        if name is not None:
+            absent.downloads += not_here(name, pretrained)[1]
+    # The processes of torchrun have nothing to tell each other here.
+    if not is_first():
+        return
+    steps = steps_of_tasks(config, tasks, processes) if method.trains else [0] * len(tasks)
+    rows = [
+        {
+            "name": task.name,
+            "classes": len(task.classes),
+            "train": len(task.train),
+            "test": len(task.test),
+            "steps": count,
+        }
+        for task, count in zip(tasks, steps, strict=True)
+    ]
+    if as_json:
+        unknown = {"parameters": None, "trainable": None, "seconds": None}
+        _print_json(config, {**unknown, "tasks": rows}, absent.downloads)
+        return
+    what = of_tasks(config, method, tasks, processes)
+    model = f"{config.model}, whose memory and time are known once its configuration is here"
+    lines = in_lines({"run": what["run"], "model": model, "steps": what["steps"]})
+    out = _print_lines([*lines, *_of_downloads(absent.downloads, config, measured=False)])
+    table = _columns("task", "classes", "train", "test", "steps")
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    out.print(table)
+
+
+def _print_json(config: RunConfig, found: Mapping[str, Any], downloads: Sequence[Download]) -> None:
+    about = {"method": config.method, "model": config.model}
+    print(json.dumps({**about, **found, "downloads": [each.to_dict() for each in downloads]}))
+
+
+def _print_lines(lines: Sequence[str]) -> Console:
     out = Console()
     wrapper = TextWrapper(
         out.width, subsequent_indent=_INDENT, break_long_words=False, break_on_hyphens=False
     )
     wrapped = "\n".join(map(wrapper.fill, lines))
     out.print(wrapped, soft_wrap=True, markup=False, highlight=False)
-    out.print(_table(costs))
-    out.print(_COLUMNS, style="dim", highlight=False)
+    return out
 
 
-@contextmanager
-def _prepared(settings: Settings, source: str) -> Iterator[Setup]:
-    if source:
-        settings = replace(settings, run=replace(settings.run, pretrained=None))
-    with ExitStack() as stack:
-        try:
-            setup = stack.enter_context(prepared(settings, write=False))
-        except InputError as error:
-            if not source:
-                raise
-            raise InputError(
-                f"{error} (for a plan nothing is downloaded, and of this model more than the "
-                f"weights may be missing here)"
-            ) from None
-        yield setup
+def _of_downloads(downloads: Sequence[Download], config: RunConfig, *, measured: bool) -> list[str]:
+    lines = [_of_download(each) for each in downloads]
+    known = [each.bytes for each in downloads if each.bytes is not None]
+    if len(downloads) > 1 and known:
+        others = "" if len(known) == len(downloads) else ", without those of unknown size"
+        lines.append(f"{_INDENT}{megabytes(sum(known))} in all{others}")
+    kinds = {each.what for each in downloads}
+    if measured and kinds - {"data set"}:
+        tokenizer = " and a tokenizer of the same length" if "tokenizer" in kinds else ""
+        lines.append(f"{_INDENT}random weights{tokenizer} stand in here; they cost the same")
+    if "data set" in kinds:
+        words = [word for word in config.tasks if word.partition(":")[0] in COLLECTIONS]
+        protocol = f" --protocol {config.protocol}" if config.protocol else ""
+        if measured:
+            lines.append(
+                f"{_INDENT}blank images stand in for the data sets, so the time to read and decode "
+                "theirs comes on top"
+            )
+        lines.append(
+            f"{_INDENT}mulki tasks {' '.join(words)} --prepare --data-root {config.data_root}"
+            f"{protocol} gets the data sets"
+        )
+    return lines
+
+
+def _of_download(each: Download) -> str:
+    size = "of unknown size"
+    if each.bytes is not None:
+        size = megabytes(each.bytes)
+    if each.estimated:
+        size = f"about {size} (its parameters in float32)"
+    by_hand = ", by hand" if each.by_hand else ""
+    return f"download {each.what} {each.source}, {size}{by_hand}"
 
 
 def _lines(costs: Costs, settings: Settings) -> list[str]:
@@ -124,11 +196,18 @@ def _fits(costs: Costs, micro_batch: str | None) -> str:
     return f"{said}, but a step has {costs.batch}: pass --micro-batch auto"
 
 
-def _table(costs: Costs) -> Table:
+def _columns(first: str, *others: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("task")
-    for name in ("classes", "train", "test", "steps", "before", "step", "learn", "test all"):
+    table.add_column(first)
+    for name in others:
         table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _table(costs: Costs) -> Table:
+    table = _columns(
+        "task", "classes", "train", "test", "steps", "before", "step", "learn", "test all"
+    )
     tested = sum(each.testing_again for each in costs.tasks)
     for each in costs.tasks:
         step = "-" if each.later_step is None else f"{each.later_step:.3g} s"

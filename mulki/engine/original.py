@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from mulki import models
@@ -37,7 +39,10 @@ def check_original(config: RunConfig, method: Method) -> None:
 
 
 def load_original(
-    config: RunConfig, student: VisionLanguageModel, device: torch.device | str
+    config: RunConfig,
+    student: VisionLanguageModel,
+    device: torch.device | str,
+    load: Callable[..., VisionLanguageModel] = models.load,
 ) -> VisionLanguageModel | None:
     """The model that ``--original`` names, frozen; None where it names none.
 
@@ -45,6 +50,7 @@ def load_original(
         config: options of the run.
         student: with the start weights, locked as the run wants it.
         device: where it goes.
+        load: takes what `mulki.models.load` takes.
 
     Raises:
         InputError: it cannot be loaded, is another architecture or takes other images, or differs
@@ -53,7 +59,7 @@ def load_original(
     if config.original is None:
         return None
     try:
-        original = models.load(config.original, config.original_pretrained, device=device)
+        original = load(config.original, config.original_pretrained, device=device)
     except InputError as error:
         text = str(error).replace("--pretrained", "--original-pretrained")
         raise InputError(text.replace("--model", "--original")) from None

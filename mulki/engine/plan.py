@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from mulki.data import Task
+from mulki.engine.config import RunConfig
 from mulki.engine.learn import steps_of
 from mulki.engine.memory import free_memory
 from mulki.engine.progress import STEPS, TEACHERS, TEST, megabytes
 from mulki.engine.setup import Setup
 from mulki.engine.tasks import needs_of
 from mulki.errors import counted
+from mulki.methods import Method
 from mulki.models import VisionLanguageModel
 from mulki.ops import backends
 from mulki.ops.serving import grouped
@@ -24,7 +26,7 @@ def amounts(setup: Setup) -> dict[str, int]:
     if not setup.method.trains:
         return {TEST: tests}
     return {
-        STEPS: sum(steps_of_tasks(setup)),
+        STEPS: sum(steps_of_tasks(setup.config, setup.tasks, setup.world.size)),
         TEACHERS: prepared_images(setup, setup.tasks),
         TEST: tests * (len(setup.tasks) + 1),
     }
@@ -36,9 +38,9 @@ def prepared_images(setup: Setup, tasks: Sequence[Task]) -> int:
     return sum(len(task.train) for task in prepared)
 
 
-def steps_of_tasks(setup: Setup) -> list[int]:
+def steps_of_tasks(config: RunConfig, tasks: Sequence[Task], processes: int) -> list[int]:
     """Optimiser steps of each task."""
-    return [steps_of(setup.config, len(t.train), setup.world.size) for t in setup.tasks]
+    return [steps_of(config, len(task.train), processes) for task in tasks]
 
 
 def parameter_counts(model: VisionLanguageModel) -> tuple[int, int]:
@@ -47,34 +49,51 @@ def parameter_counts(model: VisionLanguageModel) -> tuple[int, int]:
     return sum(p.numel() for p in every), sum(p.numel() for p in some)
 
 
+def of_tasks(
+    config: RunConfig, method: Method, tasks: Sequence[Task], processes: int
+) -> dict[str, str]:
+    """What is learned and in how many steps, by the first word of a line."""
+    number, images = len(tasks), sum(len(task.train) for task in tasks)
+    named = f" of {' '.join(config.tasks)}" if config.tasks else ""
+    steps = "none: the start model is tested as it is"
+    if method.trains:
+        counts = steps_of_tasks(config, tasks, processes)
+        steps = f"{_counts(counts)} of {config.batch_size * processes} images"
+        steps += f", {config.micro_batch} at a time" if config.micro_batch else ""
+        steps += f"; {images} training images"
+    return {
+        "run": f"{config.method} on {counted(number, 'task')}{named}, order {config.order}, "
+        f"seed {config.seed}",
+        "steps": steps,
+    }
+
+
 def plan(setup: Setup) -> list[str]:
     """Lines that say what is learned, with what, on what, and where the results go."""
     config, device = setup.config, setup.precision.device
     counts = parameter_counts(setup.model)
-    number, images = len(setup.tasks), sum(len(task.train) for task in setup.tasks)
-    named = f" of {' '.join(config.tasks)}" if config.tasks else ""
+    tasks = of_tasks(config, setup.method, setup.tasks, setup.world.size)
     lines = {
-        "run": f"{config.method} on {counted(number, 'task')}{named}, order {config.order}, "
-        f"seed {config.seed}",
+        "run": tasks["run"],
         "model": f"{config.model}, {millions(counts[0])} parameters, {millions(counts[1])} train",
         "original": config.original or "",
         "device": f"{_device(device, setup.world.size)}, precision {setup.precision.name}",
         "kernels": _kernels(device, setup.precision.dtype or torch.float32),
-        "steps": _steps(setup, images),
+        "steps": tasks["steps"],
         "memory": f"{megabytes(free_memory(device)) or 'an unknown amount'} free",
         "results": str(setup.folder.path) if setup.folder is not None else "",
     }
-    return [f"{name:<8} {text}" for name, text in lines.items() if text]
+    return in_lines(lines)
 
 
-def _steps(setup: Setup, images: int) -> str:
-    config = setup.config
-    if not setup.method.trains:
-        return "none: the start model is tested as it is"
-    steps, batch = steps_of_tasks(setup), config.batch_size * setup.world.size
-    each = f"{len(steps)} x {steps[0]}" if len(set(steps)) == 1 else " + ".join(map(str, steps))
-    parts = f", {config.micro_batch} at a time" if config.micro_batch else ""
-    return f"{each} of {batch} images{parts}; {images} training images"
+def in_lines(texts: Mapping[str, str]) -> list[str]:
+    """A line for each text that is not empty, behind its word."""
+    return [f"{word:<8} {text}" for word, text in texts.items() if text]
+
+
+def _counts(steps: Sequence[int]) -> str:
+    same = len(set(steps)) == 1
+    return f"{len(steps)} x {steps[0]}" if same else " + ".join(map(str, steps))
 
 
 def _device(device: torch.device, processes: int) -> str:

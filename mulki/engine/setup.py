@@ -24,6 +24,7 @@ from mulki.data.vocabulary import Vocabulary, imagenet_vocabulary, read_vocabula
 from mulki.engine import distributed, muon
 from mulki.engine.batches import Transform
 from mulki.engine.config import CURRENT, RunConfig, Settings
+from mulki.engine.downloads import Absent
 from mulki.engine.original import check_original, load_original
 from mulki.engine.precision import Precision
 from mulki.engine.randomness import deterministic
@@ -121,6 +122,7 @@ def prepared(
     resume: str | os.PathLike[str] | None = None,
     *,
     write: bool = True,
+    absent: Absent | None = None,
     hold: Callable[[], None] = lambda: None,
     checked: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Setup]:
@@ -134,6 +136,8 @@ def prepared(
         tasks: learned instead of those that the settings name.
         resume: the folder of a run to go on with.
         write: make a run folder; without it nothing is written, after the same checks.
+        absent: makes what stands in for data sets and models that are not on this machine. Without
+            it these are errors, or downloaded.
         hold: lets signals wait, once another process has ended.
         checked: told how many images were checked so far, and of how many.
 
@@ -168,14 +172,16 @@ def prepared(
                 check_free(config.logs, config.name)
             limit_pixels(config.max_pixels)
             with told_of_checks(checked if world.main else lambda done, total: None):
-                tasks = load_tasks(config) if tasks is None else tasks
+                if tasks is None:
+                    tasks = load_tasks(config, None if absent is None else absent.data_set)
                 reference = _load_reference(config, method)
             check_captions(tasks, type(method), config.batch_size, world.size)
             check_options_of_classes(settings, tasks)
             vocabulary = _load_vocabulary(config, method, tasks)
             # Last, since it can take minutes.
-            model = _load_model(config, method, precision, world)
-            original = load_original(config, model, model.device)
+            load = models.load if absent is None else absent.model
+            model = _load_model(config, method, precision, world, load)
+            original = load_original(config, model, model.device, load)
             warn_of_twins(tasks, model.tokenizer)
             hashes = hashes_of(tasks, model, reference, vocabulary, original)
             for each, named in (
@@ -335,12 +341,16 @@ def _load_reference(config: RunConfig, method: Method) -> ReferenceSet | None:
 
 
 def _load_model(
-    config: RunConfig, method: Method, precision: Precision, world: World
+    config: RunConfig,
+    method: Method,
+    precision: Precision,
+    world: World,
+    load: Callable[..., VisionLanguageModel],
 ) -> VisionLanguageModel:
     _seed_everything(config.seed)
     # A model that will be sharded may not fit on one device.
     device = "cpu" if config.fsdp and world.size > 1 else precision.device
-    model = models.load(config.model, config.pretrained, device=device)
+    model = load(config.model, config.pretrained, device=device)
     model.lock(text=config.lock_text, image=config.lock_image)
     if method.trains and not model.trainable():
         raise InputError(

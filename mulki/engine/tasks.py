@@ -13,7 +13,7 @@ from mulki import methods
 from mulki.data import CaptionTask, Source, Task, load_sequence
 from mulki.data.class_steps import equal_steps
 from mulki.data.prompts import fill
-from mulki.data.published import entry_names
+from mulki.data.published import Entry, entry_names
 from mulki.data.subset import few_shot, limited
 from mulki.engine import presets
 from mulki.engine.config import RunConfig, Settings
@@ -25,8 +25,12 @@ from mulki.options import flag
 _log = logging.getLogger(__name__)
 
 
-def load_tasks(config: RunConfig) -> list[Task]:
+def load_tasks(config: RunConfig, absent: Callable[[Entry], None] | None = None) -> list[Task]:
     """The tasks of a configuration, in their order.
+
+    Args:
+        config: options of the run.
+        absent: see `mulki.data.Source`.
 
     Raises:
         InputError: see `mulki.data.load_sequence` and `mulki.data.class_steps.equal_steps`; several
@@ -36,7 +40,7 @@ def load_tasks(config: RunConfig) -> list[Task]:
         config.tasks,
         config.order,
         skip_bad_images=config.skip_bad_images,
-        source=Source(config.data_root, config.protocol),
+        source=Source(config.data_root, config.protocol, absent),
     )
     captions = [task.name for task in tasks if isinstance(task, CaptionTask)]
     of_classes = {"--scenario cil": config.scenario == "cil", "--shots": config.shots is not None}

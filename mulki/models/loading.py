@@ -17,7 +17,11 @@ from mulki.models.vision_language import VisionLanguageModel
 
 
 def load(
-    name: str, pretrained: str | None = None, *, device: torch.device | str = "cpu"
+    name: str,
+    pretrained: str | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    stand_in: bool = False,
 ) -> VisionLanguageModel:
     """The start model.
 
@@ -29,6 +33,8 @@ def load(
             task checkpoints of a run. None means the bundled weights for "mulki-mini" and random
             ones for a plain name (a warning says so).
         device: where it goes.
+        stand_in: make a model of open_clip with random weights, and with another tokenizer where
+            its own is not on this machine. It costs the same to compute with.
 
     Raises:
         InputError: unknown name or tag, a checkpoint that is missing or of another model, or a
@@ -47,7 +53,7 @@ def load(
     elif name.startswith(f"{SCHEMA}:"):
         model = load_huggingface(name.partition(":")[2])
     else:
-        model = load_open_clip(name, pretrained)
+        model = load_open_clip(name, pretrained, stand_in=stand_in)
     model.clip.to(device)
     if model.device.type == "cpu":
         _sequence_first(model.clip)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from mulki.errors import InputError, nearest
 from mulki.files import check_regular, write_atomic
@@ -19,8 +22,13 @@ TRUNK = Path("image_tower", "config.json")
 _log = logging.getLogger(__name__)
 
 
-def load_open_clip(name: str, pretrained: str | None) -> VisionLanguageModel:
+def load_open_clip(
+    name: str, pretrained: str | None, *, stand_in: bool = False
+) -> VisionLanguageModel:
     """A model that open_clip knows by its name, or reads from a folder or a hub.
+
+    Args:
+        name, pretrained, stand_in: as of `mulki.models.load`.
 
     Raises:
         InputError: as `mulki.models.load` does.
@@ -37,7 +45,9 @@ def load_open_clip(name: str, pretrained: str | None) -> VisionLanguageModel:
                 f'"import open_clip; print(open_clip.list_models())" lists them, beside {BUNDLED}'
             )
         tags = open_clip.list_pretrained_tags_by_model(name)
-        if pretrained is None:
+        if stand_in:
+            pretrained = None
+        elif pretrained is None:
             _log.warning("%s starts from random weights; --pretrained gives it trained ones", name)
         elif pretrained not in tags and not Path(pretrained).is_file():
             raise InputError(
@@ -46,11 +56,13 @@ def load_open_clip(name: str, pretrained: str | None) -> VisionLanguageModel:
             )
     _check_files(name, pretrained)
     _mend_moved(name)
+    # What is loaded by default is read from a hub, for towers that are models of one.
+    how = {"load_weights": False, "pretrained_text": False} if stand_in else {}
     try:
         clip, _, preprocess = open_clip.create_model_and_transforms(
-            name, pretrained=pretrained, weights_only=True
+            name, pretrained=pretrained, weights_only=True, **how
         )
-        tokenizer = open_clip.get_tokenizer(name)
+        tokenizer = _tokenizer_like(name, clip) if stand_in else open_clip.get_tokenizer(name)
     except Exception as error:  # a damaged checkpoint or configuration raises whatever it meets
         reason = " ".join((str(error) or type(error).__name__).split())[:300]
         raise InputError(
@@ -61,6 +73,20 @@ def load_open_clip(name: str, pretrained: str | None) -> VisionLanguageModel:
     config = {"model_cfg": _architecture(name), "preprocess_cfg": clip.visual.preprocess_cfg}
     trunk = _trunk_of(config["model_cfg"]["vision_cfg"])
     return VisionLanguageModel(clip, tokenizer, preprocess, name, config=config, trunk=trunk)
+
+
+def _tokenizer_like(name: str, clip: Any) -> Callable[[Sequence[str]], Tensor]:
+    # That of the model, or another one whose results have its length and range.
+    import open_clip
+
+    try:
+        return open_clip.get_tokenizer(name)
+    except Exception:  # whatever a hub raises without a network
+        text = _architecture(name)["text_cfg"]
+        tower = getattr(clip, "text", clip)
+        length = text.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
+        other = open_clip.SimpleTokenizer(context_length=length)
+        return lambda texts: other(texts).clamp(max=tower.vocab_size - 1)
 
 
 def _trunk_of(vision: dict[str, Any]) -> dict[str, Any] | None:

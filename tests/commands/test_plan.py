@@ -8,6 +8,8 @@ import pytest
 
 from mulki.cli import run_command
 from mulki.commands import plan as command
+from mulki.engine import downloads
+from mulki.engine.downloads import Download
 
 Refused = Callable[[Sequence[object]], str]
 
@@ -52,26 +54,94 @@ def test_a_plan_as_json(words: list[str], capsys: pytest.CaptureFixture[str]) ->
     assert [each["name"] for each in found["tasks"]] == ["colours", "shades"]
 
 
+Missing = dict[str, tuple[str | None, list[Download]]]
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> Missing:
+    """What is missing of models by name; nothing of others."""
+    found: Missing = {}
+    for module in (command, downloads):
+        monkeypatch.setattr(module, "not_here", lambda name, tag: found.get(name, (name, [])))
+    return found
+
+
 def test_weights_that_would_be_downloaded_are_named_and_not_loaded(
-    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    words: list[str], capsys: pytest.CaptureFixture[str], known: Missing
 ) -> None:
-    asked = []
-
-    def far(model: str, pretrained: str | None) -> str:
-        asked.append((model, pretrained))
-        return "owner/weights"
-
-    monkeypatch.setattr(command, "weights_to_download", far)
+    known["tiny-vit"] = ("tiny-vit", [Download("weights", "owner/weights")])
     words[words.index("--model") + 1] = "tiny-vit"
     words += ["--pretrained", "best", "--method", "zero_shot"]
     assert run_command(words) == 0
     out = capsys.readouterr().out
-    assert "download owner/weights, about" in out and asked == [("tiny-vit", "best")]
+    assert "download weights owner/weights, about" in out and "random weights" in out
+    assert "in all" not in out
     assert run_command([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     (download,) = found["downloads"]
-    wanted = {"from": "owner/weights", "bytes": 4 * found["parameters"], "estimated": True}
-    assert download == wanted
+    size = {"bytes": 4 * found["parameters"], "estimated": True, "by_hand": False}
+    assert download == {"what": "weights", "from": "owner/weights", **size}
+
+
+def test_an_original_that_is_not_here_costs_what_the_start_model_costs(
+    words: list[str], capsys: pytest.CaptureFixture[str], known: Missing
+) -> None:
+    words += ["--method", "mulki", "--lock-text", "--original", "tiny-vit"]
+    words += ["--original-pretrained", "best", "--json"]
+    for architecture in ("tiny-vit", None):
+        missing = [Download("weights", "owner/original"), Download("tokenizer", "owner/words")]
+        known["tiny-vit"] = (architecture, missing)
+        assert run_command(words) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert [(each["from"], each["bytes"]) for each in found["downloads"]] == [
+            ("owner/original", 4 * found["parameters"]),
+            ("owner/words", None),
+        ]
+        assert found["seconds"] > 0
+    known["tiny-vit"] = ("tiny-resnet", missing)
+    assert run_command(words) == 2
+    assert "has another architecture than --model" in capsys.readouterr().err
+
+
+def test_of_a_model_that_only_a_hub_knows_the_tasks_are_planned(
+    words: list[str], capsys: pytest.CaptureFixture[str], known: Missing
+) -> None:
+    known["hf-hub:a/b"] = (None, [Download("weights", "a/b")])
+    words[words.index("--model") + 1] = "hf-hub:a/b"
+    assert run_command(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    heads = [line[:8].strip() for line in lines if line[:1].isalpha() and line[8:9] == " "]
+    assert heads[:4] == ["run", "model", "steps", "download"]
+    assert not any("stand in" in line for line in lines)
+    assert any(line.startswith("model    hf-hub:a/b, whose memory") for line in lines)
+    assert any(line.startswith("steps    2 x 9 of 4 images;") for line in lines)
+    assert "download weights a/b, of unknown size" in lines
+    rows = [line.split() for line in lines if line[:7] in ("colours", "shades ")]
+    assert rows == [["colours", "3", "18", "15", "9"], ["shades", "2", "12", "10", "9"]]
+    assert run_command([*words, "--method", "zero_shot", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["parameters"], found["seconds"]) == (None, None)
+    assert [each["steps"] for each in found["tasks"]] == [0, 0]
+    assert found["downloads"][0]["bytes"] is None
+    assert run_command([*words, "--method", "snd"]) == 2
+    assert "--reference" in capsys.readouterr().err
+
+
+def test_data_sets_that_would_be_downloaded_are_named_with_their_size(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words[1:3] = ["mtil:dtd", words[1], "mtil:stanfordcars"]
+    words += ["--data-root", str(tmp_path / "data"), "--batch-size-eval", "8"]
+    words += ["--method", "finetune"]
+    assert run_command(words) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "download data set dtd, 596 MiB" in out
+    assert "download data set stanfordcars, 1866 MiB, by hand" in out
+    assert "2463 MiB in all" in out
+    assert "mulki tasks mtil:dtd mtil:stanfordcars --prepare --data-root" in out
+    for row in ("dtd 47 1880 1880 9", "colours 3 18 15 9", " 196 8144 8041 9"):
+        assert row in out
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_batch_that_does_not_fit_is_told(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -11,7 +12,7 @@ from mulki import models
 from mulki.engine.checkpoints import WEIGHTS_NAME, publish, save_weights
 from mulki.errors import InputError
 from mulki.models import open_clip_models
-from tests.engine_helpers import same_state, state_of
+from tests.engine_helpers import ARCHITECTURES, same_state, state_of
 from tests.models.model_helpers import Load, bad_checkpoint
 
 
@@ -122,3 +123,24 @@ def test_the_configuration_of_a_model_of_a_hub(
     monkeypatch.setattr("open_clip.pretrained.download_pretrained_from_hf", cached)
     of_hub = open_clip_models._architecture("hf-hub:owner/name")
     assert of_hub == open_clip_models._architecture(f"local-dir:{folder}")
+
+
+def test_a_stand_in_needs_neither_weights_nor_a_tokenizer(
+    tiny_models: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def far(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    few = ARCHITECTURES["tiny-vit"] | {
+        "text_cfg": ARCHITECTURES["tiny-vit"]["text_cfg"] | {"vocab_size": 300}
+    }
+    (tmp_path / "tiny-words.json").write_text(json.dumps(few))
+    open_clip.add_model_config(tmp_path)
+    assert models.load("tiny-words", "any", stand_in=True).tokenizer(["a"]).shape == (1, 16)
+    monkeypatch.setattr(open_clip, "get_tokenizer", far)
+    model = models.load("tiny-words", stand_in=True)
+    tokens = model.tokenizer(["a photo of a cat", "two dogs"])
+    assert tokens.shape == (2, 16) and 0 <= int(tokens.min()) < int(tokens.max()) < 300
+    assert model.encode_texts(model.text_inputs(["a cat"])).shape == (1, 32)
+    with pytest.raises(InputError, match="no model 'no-such'"):
+        models.load("no-such", stand_in=True)

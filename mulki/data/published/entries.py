@@ -45,6 +45,19 @@ class Archive:
 
 
 @dataclass(frozen=True)
+class Size:
+    """How much there is to download.
+
+    Attributes:
+        bytes: of all archives together.
+        source: who says so.
+    """
+
+    bytes: int
+    source: str
+
+
+@dataclass(frozen=True)
 class Entry:
     """A published data set.
 
@@ -59,6 +72,7 @@ class Entry:
             without a published one.
         manual: what a person has to do where nothing can be downloaded; empty otherwise.
         archives: to download where torchvision has no data set of it.
+        download: the size of what torchvision, or a person, has to download; None if not known.
     """
 
     name: str
@@ -72,6 +86,7 @@ class Entry:
     class_order: tuple[int, ...] = ()
     manual: str = ""
     archives: tuple[Archive, ...] = ()
+    download: Size | None = None
 
     def protocol(self, name: str) -> Protocol:
         """Its facts under a protocol.
@@ -123,6 +138,7 @@ def entry(name: str) -> Entry:
     facts["classes"] = tuple(facts.get("classes", ()))
     facts["class_order"] = _order(facts.get("class_order", ()), count)
     facts["archives"] = tuple(Archive(**each) for each in facts.get("archives", ()))
+    facts["download"] = Size(**facts["download"]) if "download" in facts else None
     return Entry(name=name, **facts)
 
 

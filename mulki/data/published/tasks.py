@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mulki.data.class_order import reordered
 from mulki.data.published import coop, folder_sets, manifests, torchvision_sets
+from mulki.data.published.blank import blank_task
 from mulki.data.published.entries import Entry, Protocol, entry
 from mulki.data.published.found import Found
 from mulki.data.published.source import Source
@@ -38,7 +39,8 @@ def published_task(name: str, source: Source, templates: Sequence[str] | None = 
 
     Args:
         name: of the data set.
-        source: where it lies, and a protocol that it has (`zscl` by default).
+        source: where it lies, a protocol that it has (`zscl` by default), and whether blank images
+            stand in for it where it is not there and its number of training images is published.
         templates: used instead of those of the protocol.
 
     Raises:
@@ -49,6 +51,20 @@ def published_task(name: str, source: Source, templates: Sequence[str] | None = 
     chosen = source.protocol or "zscl"
     protocol = facts.protocol(chosen)
     root = source.folder()
+    try:
+        task = _task(facts, chosen, root, templates)
+    except NotThere:
+        if source.absent is None or protocol.train is None:
+            raise
+        source.absent(facts)
+        return blank_task(name, facts.classes, templates or protocol.templates, protocol)
+    if differs := manifests.difference(task, chosen, root):
+        raise NotThere(f"{name}: {differs}", helped_by_download=False)
+    return reordered(task, facts.class_order) if chosen == "cil" and facts.class_order else task
+
+
+def _task(facts: Entry, chosen: str, root: Path, templates: Sequence[str] | None) -> Task:
+    protocol = facts.protocol(chosen)
     found = _read(facts, chosen, root)
     classes = _classes(facts, protocol, found, chosen)
     for split, images, published in (
@@ -59,10 +75,8 @@ def published_task(name: str, source: Source, templates: Sequence[str] | None = 
             raise _not_there(
                 facts, root, f"it has {len(images)} {split} images, {published} are published"
             )
-    task = Task(name, classes, tuple(templates or protocol.templates), found.train, found.test)
-    if differs := manifests.difference(task, chosen, root):
-        raise NotThere(f"{name}: {differs}", helped_by_download=False)
-    return reordered(task, facts.class_order) if chosen == "cil" and facts.class_order else task
+    chosen_templates = tuple(templates or protocol.templates)
+    return Task(facts.name, classes, chosen_templates, found.train, found.test)
 
 
 def _read(facts: Entry, protocol: str, root: Path) -> Found:

@@ -57,6 +57,7 @@ def test_facts_are_whole(name: str) -> None:
         assert bool(protocol.split) == bool(protocol.images)
     assert sorted(facts.class_order) in ([], list(range(facts.num_classes)))
     assert all(len(archive.md5) == 32 for archive in facts.archives)
+    assert facts.download is not None and facts.download.bytes > 10**7 and facts.download.source
 
 
 def test_class_orders_of_class_incremental_work() -> None:

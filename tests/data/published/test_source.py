@@ -14,3 +14,13 @@ def test_the_folder_is_checked(tmp_path: Path) -> None:
         Source().folder()
     with pytest.raises(InputError, match="--data-root: .*gone is not a folder"):
         Source(tmp_path / "gone").folder()
+
+
+def test_for_a_plan_there_may_be_no_folder_yet(tmp_path: Path) -> None:
+    def told(facts: object) -> None: ...
+
+    assert Source(tmp_path / "gone", absent=told).folder() == tmp_path / "gone"
+    (tmp_path / "file").touch()
+    for root in (None, tmp_path / "file"):
+        with pytest.raises(InputError, match="--data-root: "):
+            Source(root, absent=told).folder()
