@@ -197,8 +197,8 @@ def _choose_kernel(
         if not all(why.startswith(proofs.SLOWER) for why in served.rejected.values()):
             reasons = "; ".join(f"{name}: {why}" for name, why in served.rejected.items())
             fallback = (
-                f"mulki::{op} for {device_type} tensors of {dtype} falls back to "
-                f"{served.backend} ({reasons})"
+                f"MULKI_STRICT: mulki::{op} for {device_type} tensors of {dtype} falls back to "
+                f"{served.backend} ({reasons}); unset MULKI_STRICT to allow it"
             )
             _refuse_if_strict(fallback)
         _fallbacks.setdefault((op, device_type, dtype, setting), served)
@@ -212,7 +212,7 @@ def _choose_kernel(
 
 def _refuse_if_strict(fallback: str) -> None:
     if os.environ.get("MULKI_STRICT", "") not in ("", "0"):
-        raise RuntimeError(f"MULKI_STRICT: {fallback}; unset MULKI_STRICT to allow it")
+        raise RuntimeError(fallback)
 
 
 def _setting() -> str:
