@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mulki.data.captioned_shards import find_shards, read_classed_shards, shards_of_splits
-from mulki.data.image_files import choose_templates, split_folder
+from mulki.data.image_files import choose_templates, class_without_images, split_folder
 from mulki.data.task import Task
 from mulki.errors import InputError
 from mulki.files import check_regular
@@ -40,7 +40,7 @@ def shard_task(
 
     Raises:
         InputError: no shards for a split, no class names, a damaged shard, an image without a class
-            or with one that has no name, or what `Task` refuses.
+            or with one that has no name, a class without training images, or what `Task` refuses.
         BadImage: an unreadable image, unless skipped.
     """
     root = Path(path)
@@ -50,6 +50,11 @@ def shard_task(
         read_classed_shards(shards, len(classes), skip_bad_images=skip_bad_images)
         for shards in shards_of_splits(root, "no tar shards in {}/; add those of its images")
     )
+    if (emptied := class_without_images(train, classes)) is not None:
+        raise InputError(
+            f"{root}: no readable image of class {emptied} in train/; add some, or take the name "
+            f"out of {CLASSES} and give the classes behind it other indices"
+        )
     name = Path(os.path.abspath(root)).name
     return Task(name, classes, templates, train, test, (*skipped, *also))
 

@@ -76,6 +76,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no class": (spoiled({"5.png": b"x"}), r"5 has an image and no class \(\.cls\)"),
     "no image": (spoiled({"5.cls": b"1"}), "5 has a class and no image"),
     "empty": (spoiled({"4.cls": b""}), r"the class 4\.cls is empty"),
+    "no training image": (
+        lambda f: (f / "classes.txt").write_text("cat\nbig dog\nowl\n"),
+        "no readable image of class owl in train/; add some",
+    ),
     "no test": (lambda f: shutil.rmtree(f / "test"), r"no tar shards in test/"),
     "in both": (
         lambda f: shutil.copy(f / "train" / "0.tar", f / "test" / "1.tar"),
