@@ -296,9 +296,13 @@ def _prove(argv: list[str]) -> int:
     from mulki.prove import report
 
     parser = Parser(prog="mulki prove", description=_prove.__doc__)
-    parser.add_argument("--device", default="cuda", choices=("cuda", "xpu"))
+    kinds = ("cuda", "xpu")
+    parser.add_argument("--device", default="cuda", choices=kinds, help="the GPU (default: cuda)")
     parser.add_argument(
-        "--seconds", type=float, default=60.0, help="for timing; compiling comes on top"
+        "--seconds",
+        type=float,
+        default=60.0,
+        help="of timing, beside the time of compiling (default: 60)",
     )
     parser.add_argument(
         "--limit", type=float, default=math.inf, help="seconds for all; what is left is not tried"
@@ -314,9 +318,11 @@ def _doctor(argv: list[str]) -> int:
     from mulki.doctor import examine
 
     parser = Parser(prog="mulki doctor", description=_doctor.__doc__)
-    parser.add_argument("--logs", default="logs", help="where runs are to be written")
     parser.add_argument(
-        "--seconds", type=float, default=10.0, help="for the self-test; 0 leaves it out"
+        "--logs", default="logs", help="where runs are to be written (default: logs)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="of the self-test; 0: none (default: 10)"
     )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     arguments = parser.parse_args(argv)

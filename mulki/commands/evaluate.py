@@ -31,6 +31,8 @@ _FILES = {
     "per_class": (write_classes, "a line for each class, with its accuracy"),
     "confusion": (write_confusion, "a line for each right and predicted class, with their images"),
 }
+# Options that have their default whatever the run had.
+_NOT_OF_A_RUN = ("workers", "device")
 _TITLES = {"acc1": "top-1", "acc5": "top-5", "mean_per_class_recall": "per class"}
 
 
@@ -46,15 +48,18 @@ def evaluate(argv: list[str]) -> int:
     parser = Parser(
         prog="mulki eval",
         description="Evaluate a checkpoint: each task among its own classes and those of all",
-        epilog="Options that are left out are those of the run that the checkpoint lies in.",
+        epilog="Options that are left out are those of the run that the checkpoint lies in. "
+        "With --tasks, those of its own tasks are left aside. Without a run they are those of "
+        "mulki run, with --precision fp32.",
     )
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
-        help="the folder of a run, a folder with an open_clip_config.json, or a file of weights",
+        help="the folder of a run, a folder with an open_clip_config.json, or a file of weights; "
+        "--model names the model of a file that mulki has not written",
     )
     for name in OPTIONS:
-        add_options(parser, RunConfig, only=name)
+        add_options(parser, RunConfig, only=name, defaults=name in _NOT_OF_A_RUN)
     for name, (_, what) in _FILES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", metavar="FILE.csv", type=Path, help=what)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")

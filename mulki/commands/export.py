@@ -26,7 +26,7 @@ def export(argv: list[str]) -> int:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="as mulki eval takes it")
     parser.add_argument("folder", metavar="DIR", help="where it goes; it must be new or empty")
     parser.add_argument("--to", metavar="{" + ",".join(FORMATS) + "}", required=True)
-    add_options(parser, RunConfig, only="model")
+    add_options(parser, RunConfig, only="model", defaults=False)
     given = parser.parse_args(with_hyphens(argv))
     if given.to not in FORMATS:
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -31,12 +32,19 @@ _HELP = {
 }
 
 
-def add_grid_options(parser: Parser) -> None:
-    """Add the options of a grid to those of ``mulki run``."""
+def add_grid_options(parser: Parser, *, hidden: bool = False) -> None:
+    """Add the options of a grid to those of ``mulki run``.
+
+    Args:
+        parser: that of the command.
+        hidden: the help leaves them out, for a command that only says why it does not take them.
+    """
     group = parser.add_argument_group("several runs, in <logs>/<name>/; what is there is kept")
     for name, text in _HELP.items():
+        text = argparse.SUPPRESS if hidden else text
         group.add_argument(f"--{name}", nargs="+", metavar=name.upper(), help=text)
-    group.add_argument("--jobs", metavar="N", help="runs at a time (default: 1)")
+    text = argparse.SUPPRESS if hidden else "runs at a time (default: 1)"
+    group.add_argument("--jobs", metavar="N", help=text)
 
 
 def check_lists(given: Mapping[str, Any]) -> None:

@@ -39,14 +39,25 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; {self.prog} --help shows the usage")
 
 
-def add_options(group: argparse._ActionsContainer, options: type, only: str = "") -> None:
+def add_options(
+    group: argparse._ActionsContainer, options: type, only: str = "", defaults: bool = True
+) -> None:
+    """Add the fields of an options dataclass as flags.
+
+    Args:
+        group: a parser, or a group of one.
+        options: the dataclass.
+        only: the one field to add.
+        defaults: whether the help tells them. A command that takes another value for what is left
+            out does not.
+    """
     hints = get_type_hints(options)
     for item in fields(options):
         if only and item.name != only:
             continue
         flags = [flag(item.name), *filter(None, [item.metadata["alias"]])]
         text = item.metadata["help"]
-        if item.default is not None:
+        if defaults and item.default is not None:
             text += f" (default: {_shown(item.default)})"
         text = text.replace("%", "%%")
         how: dict[str, Any] = {"metavar": option_name(item.name).upper()}

@@ -58,9 +58,11 @@ def reproduce(argv: list[str]) -> int:
     parser.add_argument("--rows", metavar="FILE", help="a YAML file of other rows")
     parser.add_argument("--seeds", nargs="+", metavar="SEED", help="of the runs (default: 0)")
     parser.add_argument("--jobs", metavar="N", help="runs at a time (default: 1)")
+    parser.add_argument("--name", help="folder of the runs in --logs (default: reproduce-ROW)")
     parser.add_argument("--json", action="store_true", help="print as JSON")
     for name in OPTIONS:
-        add_options(parser, RunConfig, only=name)
+        if name != "name":
+            add_options(parser, RunConfig, only=name)
     given = {k: v for k, v in vars(parser.parse_args(with_hyphens(argv))).items() if v is not None}
     import_modules(given.get("import_", ()))
     rows = published_rows(Path(given["rows"]) if "rows" in given else None)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 import os
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mulki.commands.parsing import Parser, add_options, complete_by, with_hyphens
 from mulki.errors import InputError
-from mulki.options import field_name
+from mulki.options import field_name, flag
 
 if TYPE_CHECKING:
     from mulki.methods import Method
 
-_EXAMPLES = """examples:
+_EXAMPLES = {
+    "run": """examples:
   mulki run embedded                              the bundled tasks with the bundled model
   mulki run embedded --method finetune --seed 1
   mulki run birds/ textures/ --model ViT-B-32 --pretrained laion2b_s34b_b79k
@@ -23,7 +25,14 @@ _EXAMPLES = """examples:
   mulki run --resume logs/RUN                     go on with a run that was stopped
   mulki run --method zscl --help                  the options of another method
   mulki run embedded --seeds 0 1 2 --orders I II  several runs, their means and intervals
-"""
+""",
+    "plan": """examples:
+  mulki plan embedded                             the bundled tasks with the bundled model
+  mulki plan birds/ textures/ --model ViT-B-32 --pretrained laion2b_s34b_b79k
+  mulki plan --config logs/RUN/args.yaml --batch-size 8
+  mulki plan --method zscl --help                 the options of another method
+""",
+}
 
 
 def run_options(
@@ -60,7 +69,7 @@ def run_options(
         prog=f"mulki {command}",
         usage=f"mulki {command} [TASKS ...] [--OPTION VALUE ...]{goes_on}",
         description=description,
-        epilog=_EXAMPLES,
+        epilog=f"{_with_bundled_model(method.name)}\n\n{_EXAMPLES[command]}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = sequence_names()
@@ -72,13 +81,13 @@ def run_options(
     )
     complete_by(words, names)
     parser.add_argument("--config", metavar="FILE", help="a YAML file of options")
-    parser.add_argument(
-        "--resume", metavar="DIR", help="go on with the run in this folder, without other options"
-    )
-    if command == "plan":
+    if command == "run":
+        text = "go on with the run in this folder, without other options"
+        parser.add_argument("--resume", metavar="DIR", help=text)
+    else:
         text = "print the numbers as JSON"
         parser.add_argument("--json", action="store_const", const=True, help=text)
-    add_grid_options(parser)
+    add_grid_options(parser, hidden=command != "run")
     add_options(parser.add_argument_group("run"), RunConfig)
     group = parser.add_argument_group(f"method {method.name}", method.summary)
     try:
@@ -108,6 +117,23 @@ def run_options(
     with _naming(config):
         resolve(from_file | {"method": method.name})
     return from_file | given, None
+
+
+def _with_bundled_model(method: str) -> str:
+    # Beside its option the help has the default for all other models.
+    from mulki.engine.presets import lookup
+
+    given = lookup(None, method, "default")
+    # A space within an option is none to break a line at.
+    words = [flag(k) if v is True else f"{flag(k)}\xa0{v}" for k, v in given.items()]
+    lines = textwrap.wrap(" ".join(words), 78, break_on_hyphens=False)
+    return "\n".join(
+        [
+            "with the bundled model, mulki-mini, the defaults are",
+            *(f"  {line}".replace("\xa0", " ") for line in lines),
+            "A preset has values of its own. args.yaml in a run's folder has all that it used.",
+        ]
+    )
 
 
 def _check_words(words: list[str], given: dict[str, Any]) -> None:

@@ -49,8 +49,8 @@ class RunConfig:
     )
     protocol: str | None = option(
         None,
-        "splits and prompts of published data sets: zscl (torchvision's files) or coop (CoOp's "
-        "split files); that of the sequence if left out",
+        "splits and prompts of published data sets: zscl (torchvision's files), coop (CoOp's split "
+        "files) or cil (class-incremental work); that of the sequence if left out",
         choices=PROTOCOLS,
     )
     shots: int | None = option(
@@ -63,8 +63,8 @@ class RunConfig:
     base_classes: int = option(0, "classes of a step before those, in the scenario cil", low=0)
     label_space: LabelSpace = option(
         "task",
-        "classes that a test image of a task is told apart among: the task's own, those of all "
-        "tasks seen (its own before it is learned), or those of all tasks, as in X-TAIL",
+        "classes among which a test image is told apart: those of its task, of all tasks seen (its "
+        "own before it is learned), or of all tasks, as in X-TAIL",
         of_classes=True,
     )
     seed: int = option(0, "seed of shuffling, augmentation and initialisation", low=0, below=2**32)
@@ -166,8 +166,8 @@ class RunConfig:
     )
     save_every: int | None = option(
         None,
-        "steps between two saves for --resume, 0: at the end of a task alone; if left out as often "
-        "as they cost 2 % of the time",
+        "steps between two saves for --resume; 0: only at the end of a task; if left out, as often "
+        "as they cost at most 2 % of the time",
         low=0,
     )
     save_checkpoints: bool = option(True, "keep the weights after each task")

@@ -53,7 +53,8 @@ class MulKILoss(nn.Module):
         scale_by_t2: multiply each KL by T^2.
 
     Raises:
-        ValueError: a coefficient is negative or not finite, or an argument is out of range.
+        TypeError, ValueError: a coefficient is negative or not finite, or an argument is out of
+            range or of the wrong type.
 
     Examples:
         >>> from torch.nn.functional import normalize

@@ -55,3 +55,11 @@ def test_bad_input(refused: Refused, finished: Path, tmp_path: Path) -> None:
     assert "is a folder" in refused(["eval", finished, "--predictions", tmp_path])
     assert "neither a sequence" in refused(["eval", finished, "--tasks", "no_such"])
     assert "--lr" in refused(["eval", finished, "--lr", "1"])
+
+
+def test_help_tells_no_default_where_the_run_has_a_say(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_command(["eval", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("(default: ") == 2  # of --workers and --device
+    assert "are those of the run that the checkpoint lies in" in out

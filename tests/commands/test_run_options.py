@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 
 from mulki.cli import run_command
 from mulki.engine import sequence
+from mulki.engine.config import resolve
 from mulki.errors import InputError
 from tests import cli_helpers
 from tests.cli_helpers import one_line
@@ -218,6 +220,30 @@ def test_help_begins_with_a_short_usage_and_ends_with_examples(
     examples = [line.split("   ")[0].strip() for line in lines[lines.index("examples:") + 1 :]]
     assert len(lines[0]) <= 80 and not any("None" in line for line in lines)
     assert len(examples) >= 4 and all(line.startswith("mulki run") for line in examples if line)
+
+
+def test_help_has_the_defaults_with_the_bundled_model(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_command(["run", "--help", "--method", "mulki"])
+    out = capsys.readouterr().out
+    told = out[out.index("with the bundled model") : out.index("A preset has")].split()
+    settings = resolve({"method": "mulki"})
+    values = vars(settings.run) | vars(settings.method)
+    found = dict(pairwise(told))
+    for name in ("iterations", "lr", "precision", "image_anchor", "image_text", "l2"):
+        assert found[f"--{name.replace('_', '-')}"] == str(values[name])
+    assert "--lock-text" in told and values["lock_text"] is True
+
+
+def test_help_of_a_plan_has_no_option_that_a_plan_refuses(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        run_command(["plan", "--help"])
+    out = capsys.readouterr().out
+    assert "--json" in out and "mulki run" not in out
+    for refused in ("--resume", "--seeds", "--orders", "--methods", "--jobs"):
+        assert f"  {refused} " not in out
 
 
 def test_help_shows_the_options_of_one_method(capsys: pytest.CaptureFixture[str]) -> None:
