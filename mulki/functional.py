@@ -215,6 +215,7 @@ def teacher_kl(
         teachers: K >= 1 of [N, P], each with its own width and scale; none may require grad.
             Their dtypes may differ, but float64 goes with float64 alone.
         temperature: T > 0.
+        scale_by_t2: multiply each divergence by T^2.
         weights: [N, K] used instead of a gate; differentiable, need not sum to 1.
         gate: see above; not together with `weights`.
         gate_temperature: > 0, smaller is sharper; of row-wise gates.

@@ -105,6 +105,7 @@ class MulKILoss(nn.Module):
         self.feature = feature
         others = {"alignment": alignment, "prototype": prototype, "feature": feature}
         for name, value in (self.relations | self.anchors | others).items():
+            checks.real(name, value)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name}: got {value}, wanted a coefficient of 0 or more")
         checks.positive("temperature", temperature)
