@@ -213,6 +213,11 @@ class TestObjective:
             with pytest.raises(ValueError, match=f"^{name}: got {value!r}"):
                 MulKILoss(**{name: value})
 
+    @pytest.mark.parametrize("name", ["image_text", "feature", "temperature"])
+    def test_what_is_no_number_is_named(self, name):
+        with pytest.raises(TypeError, match=f"^{name}: got str, wanted a number"):
+            MulKILoss(**{name: "1"})
+
     def test_has_no_state(self):
         assert not MulKILoss().state_dict()
 
