@@ -196,6 +196,9 @@ Forward and backward with gradients of everything; D = 512. **Nothing here was m
 products, launches and memory are counted from recorded launches, and times are a model of an H100
 from its published peaks (`cards.py` has it, with its assumptions). "host us" is Python's time for a
 call, measured up to a driver that does nothing, without torch's time for products of the library.
+Where it is more than "mulki, us", a call takes at least that long without a graph: the model counts
+12 us of the host for each launch, and not the 100 us or so that a call takes besides. For eager it
+counts 6 us for each launch, which was not measured.
 `plan.csv` has five widths, five number formats and four GPUs.
 `python -m benchmarks.kernels plan --write` makes both files, and says what the columns are.
 
