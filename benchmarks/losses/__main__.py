@@ -1,6 +1,6 @@
 """The losses beside open_clip's: what they keep for backward, what they take at the peak, and time.
 
-    python -m benchmarks.losses                                  # all of RESULTS.md
+    python -m benchmarks.losses                                  # RESULTS.md has its commands
     python -m benchmarks.losses --batch-sizes 256 --train-batch-size 0
     python -m benchmarks.losses --batch-sizes --train-batch-size 16384
 
