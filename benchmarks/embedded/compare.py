@@ -5,7 +5,6 @@
     python -m benchmarks.embedded.compare strength  # how strongly teachers hold, on III and IV
     python -m benchmarks.embedded.compare compare   # every method at its preset
     python -m benchmarks.embedded.compare ablate    # MulKI less one stage at a time
-    python -m benchmarks.embedded.compare terms     # MulKI less one term, or with another gate
     python -m benchmarks.embedded.compare tables    # RESULTS.md from the runs so far
     python -m benchmarks.embedded.compare figures   # learning curves from the runs so far
 
@@ -82,13 +81,13 @@ def main() -> None:
     )
     parser.add_argument(
         "study",
-        choices=("tune", "forms", "strength", "compare", "ablate", "terms", "tables", "figures"),
+        choices=("tune", "forms", "strength", "compare", "ablate", "tables", "figures"),
     )
     parser.add_argument(
         "--methods", nargs="+", default=list(studies.GRIDS), help="for tune and strength"
     )
     parser.add_argument(
-        "--seeds", nargs="+", type=int, default=list(studies.SEEDS), help="for ablate and terms"
+        "--seeds", nargs="+", type=int, default=list(studies.SEEDS), help="for ablate"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
     arguments = parser.parse_args()
@@ -107,8 +106,7 @@ def main() -> None:
             r for m in arguments.methods if m in studies.TUNED for r in studies.strengths(m)
         ],
         "compare": studies.comparison,
-        "ablate": lambda: studies.ablation(studies.MULKI_STAGES, tuple(arguments.seeds)),
-        "terms": lambda: studies.ablation(studies.MULKI_TERMS, tuple(arguments.seeds)),
+        "ablate": lambda: studies.ablation(tuple(arguments.seeds)),
     }[arguments.study]()
     carry_out(runs, arguments.jobs)
 
@@ -237,10 +235,9 @@ def standing(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     Studies by which a preset was chosen began from the preset before it; their results stay.
     """
     pack = fingerprint()
-    changes = studies.MULKI_STAGES | studies.MULKI_TERMS
     reported = {
         (run.study, run.variant, scene_of({"options": run.options}), run.options["seed"]): run
-        for run in (*studies.comparison(), *studies.ablation(changes))
+        for run in (*studies.comparison(), *studies.ablation())
     }
 
     def holds(result: dict[str, Any]) -> bool:
@@ -341,7 +338,7 @@ def ablation_table(whole: list[dict[str, Any]], changed: list[dict[str, Any]]) -
         "",
         _header("variant", "sequence", "order", *METRICS, "interval over", "pairs"),
     ]
-    for name in studies.MULKI_STAGES | studies.MULKI_TERMS:
+    for name in studies.MULKI_STAGES:
         for scene in studies.SCENES:
             ours = [r for r in changed if r["variant"] == name and scene_of(r) == scene]
             others = [r for r in whole if r["variant"] == studies.ABLATED and scene_of(r) == scene]

@@ -173,17 +173,6 @@ MULKI_STAGES: dict[str, Options] = {
     "without Distinguishing (uniform weights)": {"distinguishing": False},
     "without Connecting (last weights)": {"connecting": False},
 }
-MULKI_TERMS: dict[str, Options] = {
-    "without image-text": {"image_text": 0.0},
-    "without image-image": {"image_image": 0.0},
-    "without text-image": {"text_image": 0.0},
-    "without text-text": {"text_text": 0.0},
-    "without feature distance": {"feature": 0.0},
-    "gate confidence": {"gate": "confidence"},
-    "gate discrepancy": {"gate": "discrepancy"},
-    "interpolation with the previous model, alpha 0.8": {"alpha": 0.8},
-    "anchor to the previous model, l2 0.1": {"l2": 0.1},
-}
 
 
 @dataclass(frozen=True)
@@ -299,11 +288,11 @@ def comparison() -> list[Run]:
     return runs
 
 
-def ablation(changes: dict[str, Options], seeds: tuple[int, ...] = SEEDS) -> list[Run]:
-    """The row `ABLATED` with one change at a time, over scenes and seeds."""
+def ablation(seeds: tuple[int, ...] = SEEDS) -> list[Run]:
+    """The row `ABLATED` less one stage at a time, over scenes and seeds."""
     return [
         Run("ablate", name, _in_scene(scene, _as_tuned("mulki") | change | {"seed": seed}))
-        for seed, (name, change), scene in product(seeds, changes.items(), SCENES.values())
+        for seed, (name, change), scene in product(seeds, MULKI_STAGES.items(), SCENES.values())
     ]
 
 
