@@ -23,7 +23,7 @@ _SETTINGS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 def set_for_run(
     command: Sequence[str] | None = None, environment: MutableMapping[str, str] | None = None
 ) -> bool:
-    """Set GOMP_SPINCOUNT if this process is the command `mulki run` and the user set nothing.
+    """Set GOMP_SPINCOUNT if this process trains by a command of ours and the user set nothing.
 
     Args:
         command: of the process, the interpreter first; by default that of this one.
@@ -34,16 +34,16 @@ def set_for_run(
     """
     command = sys.orig_argv if command is None else command
     environment = os.environ if environment is None else environment
-    if not _is_run(command) or any(name in environment for name in _SETTINGS):
+    if not _trains(command) or any(name in environment for name in _SETTINGS):
         return False
     environment["GOMP_SPINCOUNT"] = SPIN_COUNT
     return True
 
 
-def _is_run(command: Sequence[str]) -> bool:
-    # As `mulki run`, which `mulki reproduce` does too, or as `python -m mulki run`; the interpreter
-    # may have options of its own.
+def _trains(command: Sequence[str]) -> bool:
+    # As `mulki run`, or as `python -m mulki run`; the interpreter may have options of its own. A
+    # plan measures the steps of a run.
     for first, second in pairwise(command):
         if os.path.splitext(os.path.basename(first))[0] == "mulki":
-            return second in ("run", "reproduce")
+            return second in ("run", "plan", "reproduce")
     return False

@@ -18,6 +18,7 @@ from mulki.wait_policy import SPIN_COUNT, set_for_run
         (["python", "/venv/bin/mulki", "run", "embedded"], True),
         (["C:/python.exe", "C:/venv/Scripts/mulki.exe", "run"], True),
         (["python", "-u", "-m", "mulki", "run", "--lr", "1"], True),
+        (["python", "-m", "mulki", "plan"], True),
         (["python", "/venv/bin/mulki", "metrics", "run"], False),
         (["python", "/venv/bin/mulki"], False),
         (["python", "train.py", "run"], False),
@@ -26,7 +27,7 @@ from mulki.wait_policy import SPIN_COUNT, set_for_run
         (["python"], False),
     ],
 )
-def test_it_is_for_the_command_run_alone(command: list[str], is_set: bool) -> None:
+def test_it_is_for_the_commands_that_train(command: list[str], is_set: bool) -> None:
     environment = {"HOME": "here"}
     assert set_for_run(command, environment) == is_set
     wanted = {"HOME": "here"} | ({"GOMP_SPINCOUNT": SPIN_COUNT} if is_set else {})
