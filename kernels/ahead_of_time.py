@@ -26,7 +26,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from . import kernel
-from .launch import Launch, Product, recording
+from .launch import INT32, Launch, Product, recording
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -196,7 +196,9 @@ def _variant(operator: str, launch: Launch, architecture: str, number_format: st
             signature[parameter.name], constants[(i,)] = "constexpr", value
         else:
             specialized = not parameter.do_not_specialize
-            signature[parameter.name] = _type(value, (i,), constants, attributes, specialized)
+            signature[parameter.name] = _type(
+                value, (i,), constants, attributes, architecture, specialized
+            )
     given = launch.arguments | vars(launch.arguments.get("TILE", SimpleNamespace()))
     return Variant(
         operator,
@@ -216,16 +218,22 @@ def _type(
     path: Path,
     constants: dict[Path, Any],
     attributes: dict[Path, Any],
+    architecture: str,
     specialized: bool = True,
 ) -> Any:
     """The type that a launch would infer from a value; notes constants and divisibility by 16."""
     if isinstance(value, tuple):
-        return tuple(_type(v, (*path, i), constants, attributes) for i, v in enumerate(value))
+        return tuple(
+            _type(v, (*path, i), constants, attributes, architecture) for i, v in enumerate(value)
+        )
     if value is None or (specialized and isinstance(value, int) and value == 1):
         constants[path] = value
         return "constexpr"
     if isinstance(value, Tensor):
         attributes[path] = _ALIGNED
+        # Below 2 GiB, AMD's compiler loads and stores by a buffer and an offset of 32 bits.
+        if architecture.startswith("gfx") and value.untyped_storage().nbytes() <= INT32:
+            attributes[path] = [*_ALIGNED, ["tt.pointer_range", 32]]
         return f"*{_TYPES[value.dtype]}"
     if isinstance(value, float):
         return "fp32"

@@ -12,7 +12,8 @@ of the blocks, so they repeat bit for bit.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -82,6 +83,28 @@ class Blocks:
             self.models, self._prototypes[columns], self._logits[size], strict=True
         ):
             multiply(x[block.first : block.last], w, y)
+
+    def visit(
+        self,
+        kernels: Sequence[BlockKernel],
+        gradients: OperandGradients | None = None,
+        blocks: Iterable[Block] | None = None,
+        stored: bool = False,
+    ) -> None:
+        """Launch kernels for the logits of one block after another, and add the products with G.
+
+        Args:
+            gradients: to which they are added; None where the kernels make no G.
+            blocks: None for all.
+            stored: whether the logits of the only block are in memory already.
+        """
+        for block in chain.from_iterable(self) if blocks is None else blocks:
+            if not stored:
+                self.compute_logits(block)
+            for launch_kernel in kernels:
+                launch_kernel(block)
+            if gradients is not None:
+                gradients.add(self.g, block)
 
 
 class OperandGradients:

@@ -30,9 +30,6 @@ class Model(NamedTuple):
     def width(self) -> int:
         return self.features.shape[1]
 
-    def swapped(self) -> Model:
-        return Model(self.prototypes, self.features)
-
 
 def contiguous_rows(operand: Tensor) -> Tensor:
     """The operand, copied unless the elements of a row are contiguous. The row stride is free."""

@@ -149,19 +149,10 @@ def _compute(
             scale_gradients_ptr=scale_gradients,
         )
         if known is None:
-            launch_sums = sums.kernels(blocks)
-            for row_blocks in blocks:
-                for block in row_blocks:
-                    blocks.compute_logits(block)
-                    for launch_sum in launch_sums:
-                        launch_sum(block)
+            blocks.visit(sums.kernels(blocks))
             sums.finish()
-        for row_blocks in blocks if any(wanted) else ():
-            for block in row_blocks:
-                if known is not None or min(blocks.rows, blocks.columns) < n:
-                    blocks.compute_logits(block)
-                launch_gradient(block)
-                found.add(blocks.g, block)
+        if any(wanted):
+            blocks.visit([launch_gradient], found, stored=known is None and all(blocks.once))
         return found.finished()
 
     problem = schedule.Problem.of([model], any(wanted), softmax=False, columns_too=known is None)

@@ -229,12 +229,8 @@ def _compute(
             classes=n,
             numbers=(1.0 / a.temperature, a.t2 / a.temperature),
         )
-        for row_blocks in blocks if any(wanted) else ():
-            for block in row_blocks:
-                if lse is not None or min(blocks.rows, blocks.columns) < n:
-                    blocks.compute_logits(block)
-                launch_gradient(block)
-                gradients.add(blocks.g, block)
+        if any(wanted):
+            blocks.visit([launch_gradient], gradients, stored=lse is None and all(blocks.once))
         return gradients.finished()
 
     kind = {"softmax": False, "columns_too": lse is None}
@@ -307,11 +303,7 @@ def _first_pass(
         softmax_loss.StoredRows(both[1], blocks, states[1], swap=True),
         *(() if found.labels is None else found.labels.kernels(blocks)),
     ]
-    for row_blocks in blocks:
-        for block in row_blocks:
-            blocks.compute_logits(block)
-            for launch_kernel in kernels:
-                launch_kernel(block)
+    blocks.visit(kernels)
     launch(
         pair_kl_rows,
         (ceil_div(n, 128),),
@@ -353,27 +345,13 @@ def pair_kl(*arguments: Any) -> tuple[Tensor, ...]:
     return found.loss, found.kl, found.weights, found.entropy, found.lse
 
 
-def pair_kl_backward(
-    grad: Tensor,
-    image_features: Tensor,
-    text_features: Tensor,
-    scale: Tensor,
-    teacher_image_features: Sequence[Tensor],
-    teacher_text_features: Sequence[Tensor],
-    teacher_scales: Tensor,
-    weights: Tensor,
-    lse: Tensor,
-    temperature: float,
-    scale_by_t2: bool,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, ...]:
+def pair_kl_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """The gradients of image features, text features and scale for one upstream per pair."""
-    student = image_features, text_features, scale
-    teachers = teacher_image_features, teacher_text_features, teacher_scales
-    a = _Arguments(*student, *teachers, weights, temperature, 1.0, 0.0, 0.0, scale_by_t2)
-    dtype = image_features.dtype
+    *models_and_weights, lse, temperature, scale_by_t2, wanted = arguments
+    a = _Arguments(*models_and_weights, temperature, 1.0, 0.0, 0.0, scale_by_t2)
+    student, dtype = (a.image_features, a.text_features), a.image_features.dtype
     if a.n == 0:
-        return row_results.backward_of_no_rows(image_features, text_features, wanted, dtype)
+        return row_results.backward_of_no_rows(*student, wanted, dtype)
     known = common.as_float32(lse)
     _, results, _ = _compute(a, wanted, dtype, common.as_float32(grad), known)
     return row_results.backward_outputs(results, wanted)

@@ -150,11 +150,7 @@ def row_loss(
     outputs,  # of `Rows.outputs`
     cs,
     signs,
-    tops,
-    sums,
-    moments,
-    cross_moments,
-    target_values,
+    statistics,  # five of every model, see above
     samples,  # [ROWS]
     inside,  # [ROWS] samples < N
     classes,  # P
@@ -165,6 +161,7 @@ def row_loss(
     """Write the loss of rows, and return the weights of the models, uniform and at_target of G."""
     _, _, mask_ptr, target_ptr, given_weights_ptr, class_count_ptr, upstream_ptr = inputs
     loss_ptr, kl_ptr, weights_ptr, entropy_ptr, scale_gradients_ptr = outputs
+    tops, sums, moments, cross_moments, target_values = statistics
     inverse_temperature, entropy_factor, label_factor, t2, smoothing = numbers
     K: tl.constexpr = len(tops) - 1
     g = tl.full(samples.shape, 1.0, tl.float32)

@@ -171,12 +171,7 @@ def _compute(
             sum_rows=n,
             shift=shift,
         )
-        for row_blocks in blocks:
-            for block in row_blocks:
-                blocks.compute_logits(block)
-                launch_rows(block)
-                if gradient:
-                    found.add(blocks.g, block)
+        blocks.visit([launch_rows], found if gradient else None)
         return found.finished()
 
     problem = schedule.Problem.of([model], gradient, softmax=False)

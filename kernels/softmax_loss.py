@@ -64,37 +64,72 @@ def _tiles(row_ptrs, signs, columns, column_stride, loaded, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _merge(
-    state_ptr, state_rows, samples, inside, c2s, tops, sums, moments, cross_moments, target_values
+def _target_values(
+    row_ptrs, signs, target, inside, p, column_stride, TARGET_SOURCE: tl.constexpr
 ):  # fmt: skip
-    """Merge the statistics of a block with those of the blocks before, and keep them."""
-    all_tops, all_sums, all_moments, all_cross, all_targets = (), (), (), (), ()
-    for m in tl.static_range(len(tops)):
-        at = state_ptr + m * 5 * state_rows + samples
-        old = tl.load(at, mask=inside, other=float("-inf"))
-        old_sum = tl.load(at + state_rows, mask=inside, other=0.0)
-        old_moment = tl.load(at + 2 * state_rows, mask=inside, other=0.0)
-        cross = tl.load(at + 3 * state_rows, mask=inside, other=0.0)
-        target_value = target_values[m] + tl.load(at + 4 * state_rows, mask=inside, other=0.0)
-        top = tl.maximum(old, tops[m])
-        below = tl.where(old == float("-inf"), 0.0, old - top)
-        new_below = tl.where(tops[m] == float("-inf"), 0.0, tops[m] - top)
-        rescale = tl.exp2(c2s[m] * below)
-        new_rescale = tl.exp2(c2s[m] * new_below)
-        if m == 0:
-            student_below = below
-            student_new_below = new_below
-            cross += cross_moments[m]
+    """v of every model at the target of each row; 0 where it is not in the block."""
+    values = ()
+    here = inside & (target >= 0) & (target < p)
+    for m in tl.static_range(len(row_ptrs)):
+        if TARGET_SOURCE == 0:
+            value = tl.zeros(inside.shape, tl.float32)
         else:
-            cross = rescale * (cross + old_sum * student_below)
-            cross += new_rescale * (cross_moments[m] + sums[m] * student_new_below)
-        all_tops = all_tops + (top,)
-        all_sums = all_sums + (rescale * old_sum + new_rescale * sums[m],)
-        moment = rescale * (old_moment + old_sum * below)
-        all_moments = all_moments + (moment + new_rescale * (moments[m] + sums[m] * new_below),)
-        all_cross = all_cross + (cross,)
-        all_targets = all_targets + (target_value,)
-    return all_tops, all_sums, all_moments, all_cross, all_targets
+            at = row_ptrs[m] + tl.where(here, target, 0) * column_stride
+            value = signs[m] * tl.load(at, mask=here, other=0.0)
+        values = values + (value,)
+    return values
+
+
+@triton.jit
+def _load_state(state_ptr, state_rows, samples, kept, MODELS: tl.constexpr):
+    """The five statistics of rows that lie in `state`; those of no columns where not `kept`."""
+    statistics = ()
+    for i in tl.static_range(5):
+        of_models = ()
+        for m in tl.static_range(MODELS):
+            at = state_ptr + (5 * m + i) * state_rows + samples
+            of_none = float("-inf") if i == 0 else 0.0
+            of_models = of_models + (tl.load(at, mask=kept, other=of_none),)
+        statistics = statistics + (of_models,)
+    return statistics
+
+
+@triton.jit
+def _store_state(state_ptr, state_rows, samples, inside, statistics):
+    for i in tl.static_range(5):
+        for m in tl.static_range(len(statistics[i])):
+            at = state_ptr + (5 * m + i) * state_rows + samples
+            tl.store(at, statistics[i][m], mask=inside)
+
+
+@triton.jit
+def _merge(c2s, old, new):
+    """The statistics of all columns from those of blocks before and of this one."""
+    old_tops, old_sums, old_moments, old_cross_moments, old_target_values = old
+    new_tops, new_sums, new_moments, new_cross_moments, new_target_values = new
+    tops, sums, moments, cross_moments, target_values = (), (), (), (), ()
+    for m in tl.static_range(len(new_tops)):
+        top = tl.maximum(old_tops[m], new_tops[m])
+        old_below = tl.where(old_tops[m] == float("-inf"), 0.0, old_tops[m] - top)
+        new_below = tl.where(new_tops[m] == float("-inf"), 0.0, new_tops[m] - top)
+        old_rescale = tl.exp2(c2s[m] * old_below)
+        new_rescale = tl.exp2(c2s[m] * new_below)
+        old_moment = old_moments[m] + old_sums[m] * old_below
+        new_moment = new_moments[m] + new_sums[m] * new_below
+        old_cross_moment, new_cross_moment = old_cross_moments[m], new_cross_moments[m]
+        if m == 0:
+            student_old_below, student_new_below = old_below, new_below
+        else:
+            old_cross_moment += old_sums[m] * student_old_below
+            new_cross_moment += new_sums[m] * student_new_below
+            old_cross_moment *= old_rescale
+            new_cross_moment *= new_rescale
+        tops = tops + (top,)
+        sums = sums + (old_rescale * old_sums[m] + new_rescale * new_sums[m],)
+        moments = moments + (old_rescale * old_moment + new_rescale * new_moment,)
+        cross_moments = cross_moments + (old_cross_moment + new_cross_moment,)
+        target_values = target_values + (old_target_values[m] + new_target_values[m],)
+    return tops, sums, moments, cross_moments, target_values
 
 
 @jit_kernel
@@ -156,42 +191,22 @@ def stored_rows(
         tops, sums, moments, cross_moments = combine_lanes(
             c2s, tops, sums, moments, cross_moments, SMOOTHED
         )
-        target_values = ()
-        has_target = inside & (target >= 0) & (target < p)
-        for m in tl.static_range(MODELS):
-            if FORM.target_source == 0:
-                target_values = target_values + (tl.zeros_like(tops[m]),)
-            else:
-                at = row_ptrs[m] + tl.where(has_target, target, 0) * column_stride
-                target_values = target_values + (
-                    signs[m] * tl.load(at, mask=has_target, other=0.0),
-                )
+        target_values = _target_values(
+            row_ptrs, signs, target, inside, p, column_stride, FORM.target_source
+        )
+        statistics = (tops, sums, moments, cross_moments, target_values)
         if state_ptr is not None:
             before = rows < tl.where(offset > 0, n, 0)  # whether blocks were before
-            tops, sums, moments, cross_moments, target_values = _merge(
-                state_ptr, state_rows, samples, before, c2s, tops, sums, moments, cross_moments,
-                target_values,
-            )  # fmt: skip
-            for m in tl.static_range(MODELS):
-                at = state_ptr + m * 5 * state_rows + samples
-                tl.store(at, tops[m], mask=inside)
-                tl.store(at + state_rows, sums[m], mask=inside)
-                tl.store(at + 2 * state_rows, moments[m], mask=inside)
-                tl.store(at + 3 * state_rows, cross_moments[m], mask=inside)
-                tl.store(at + 4 * state_rows, target_values[m], mask=inside)
+            old = _load_state(state_ptr, state_rows, samples, before, MODELS)
+            statistics = _merge(c2s, old, statistics)
+            _store_state(state_ptr, state_rows, samples, inside, statistics)
     else:
-        tops, sums, moments, cross_moments, target_values = (), (), (), (), ()
-        for m in tl.static_range(MODELS):
-            at = state_ptr + m * 5 * state_rows + samples
-            tops = tops + (tl.load(at, mask=inside, other=0.0),)
-            sums = sums + (tl.load(at + state_rows, mask=inside, other=1.0),)
-            moments = moments + (tl.load(at + 2 * state_rows, mask=inside, other=0.0),)
-            cross_moments = cross_moments + (tl.load(at + 3 * state_rows, mask=inside, other=0.0),)
-            target_values = target_values + (tl.load(at + 4 * state_rows, mask=inside, other=0.0),)
+        statistics = _load_state(state_ptr, state_rows, samples, inside, MODELS)
 
+    tops = statistics[0]
     weights, uniform, at_target = row_loss(
-        inputs, outputs, cs, signs, tops, sums, moments, cross_moments, target_values, samples,
-        inside, classes, numbers, ignore_index, LOSS,
+        inputs, outputs, cs, signs, statistics, samples, inside, classes, numbers, ignore_index,
+        LOSS,
     )  # fmt: skip
     if g_ptr is not None:
         factor = logit_factor(factors, FORM.folded)
@@ -292,15 +307,9 @@ def compute(rows: Rows, wanted: Sequence[bool], dtype: torch.dtype) -> RowResult
         first_pass = StoredRows(rows, blocks, state, gradient=gradient and state is None)
         second_pass = StoredRows(rows, blocks, state, statistics=False, gradient=True)
         for row_blocks in blocks:
-            for block in row_blocks:
-                blocks.compute_logits(block)
-                first_pass(block)
-                if gradient and state is None:
-                    found.add(blocks.g, block)
-            for block in row_blocks if gradient and state is not None else ():
-                blocks.compute_logits(block)
-                second_pass(block)
-                found.add(blocks.g, block)
+            blocks.visit([first_pass], found if gradient and state is None else None, row_blocks)
+            if gradient and state is not None:
+                blocks.visit([second_pass], found, row_blocks)
         return found.finished()
 
     problem = schedule.Problem.of(rows.models, gradient, whole=True)

@@ -113,40 +113,14 @@ def teacher_kl(*arguments: Any) -> tuple[Tensor, ...]:
     return results.loss, *results.details
 
 
-def teacher_kl_backward(
-    grad: Tensor,
-    features: Tensor,
-    prototypes: Tensor,
-    scale: Tensor,
-    teacher_features: Sequence[Tensor],
-    teacher_prototypes: Sequence[Tensor],
-    teacher_scales: Tensor,
-    weights: Tensor,
-    class_mask: Tensor | None,
-    temperature: float,
-    scale_by_t2: bool,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, ...]:
+def teacher_kl_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """dX, dW, dscale for an upstream gradient per row; `weights` as the forward returned them."""
-    a = _Arguments(
-        features,
-        prototypes,
-        scale,
-        teacher_features,
-        teacher_prototypes,
-        teacher_scales,
-        weights,
-        target=None,
-        class_mask=class_mask,
-        temperature=temperature,
-        gate_temperature=1.0,
-        gate_entropy=0.0,
-        gate_label=0.0,
-        scale_by_t2=scale_by_t2,
-    )
-    dtype = features.dtype
-    if features.shape[0] == 0:
-        return row_results.backward_of_no_rows(features, prototypes, wanted, dtype)
+    *models_and_weights, class_mask, temperature, scale_by_t2, wanted = arguments
+    gate = 1.0, 0.0, 0.0
+    a = _Arguments(*models_and_weights, None, class_mask, temperature, *gate, scale_by_t2)
+    dtype = a.features.dtype
+    if a.features.shape[0] == 0:
+        return row_results.backward_of_no_rows(a.features, a.prototypes, wanted, dtype)
     results, _ = _compute(a, grad, wanted, dtype, with_details=False)
     return row_results.backward_outputs(results, wanted)
 

@@ -105,9 +105,10 @@ def whole_rows(
             target_values = target_values + (tl.sum(at_target, 1),)
         else:
             target_values = target_values + (tl.zeros_like(tops[m]),)
+    statistics = (tops, sums, moments, cross_moments, target_values)
     weights, uniform, at_target = row_loss(
-        inputs, outputs, cs, signs, tops, sums, moments, cross_moments, target_values, samples,
-        inside, classes, numbers, ignore_index, LOSS,
+        inputs, outputs, cs, signs, statistics, samples, inside, classes, numbers, ignore_index,
+        LOSS,
     )  # fmt: skip
     if TILE.gradient:
         factor = logit_factor(factors, FORM.folded)

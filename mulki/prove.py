@@ -46,9 +46,12 @@ CASES = {
 #: N, P and D by size; pairs have P = N.
 SHAPES = {"small": (64, 100, 512), "medium": (1024, 1000, 512), "large": (8192, 4096, 512)}
 PAIRED_SHAPES = {"small": (256, 256, 512), "medium": (1024, 1024, 512), "large": (4096, 4096, 512)}
-#: Shapes that fill no tile, of other widths; the columns of the last are streamed.
+#: Shapes that fill no tile, of other widths; the columns of the last are streamed, and the logits
+#: of so many pairs are made twice.
 ODD_SHAPES = {"small": (50, 37, 650), "medium": (700, 1531, 770), "large": (200, 100000, 640)}
-ODD_PAIRED_SHAPES = {"small": (75, 75, 650), "medium": (700, 700, 770), "large": (3001, 3001, 1024)}
+ODD_PAIRED_SHAPES = {"small": (75, 75, 650), "medium": (700, 700, 770), "large": (4700, 4700, 640)}
+#: Shapes for which the kernels take another schedule than for those above.
+OTHER_SHAPES = {"small": (60, 1100, 512), "medium": (16000, 60, 512), "large": (50000, 90, 512)}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -179,11 +182,16 @@ def _problems_of_forms(case: Case) -> list[str]:
     size = proofs.size_of(case.n, case.p)
     n, p, d = (ODD_PAIRED_SHAPES if case.operator in PAIRED else ODD_SHAPES)[size]
     odd = replace(case, n=n, p=p, d=d)
-    problems = _problems_of(odd, f"at {odd.shape}", partial(outcome, MULKI[case.operator]))
+    loss = partial(outcome, MULKI[case.operator])
+    problems = _problems_of(odd, f"at {odd.shape}", loss)
+    if case.operator not in PAIRED:
+        n, p, d = OTHER_SHAPES[size]
+        other = replace(case, n=n, p=p, d=d)
+        problems += _problems_of(other, f"at {other.shape}", loss)
     if case.operator == "dual_teacher_kl":
         three = replace(odd, operator="teacher_kl_3")
-        loss = partial(outcome, MULKI["teacher_kl_3"])
-        problems += _problems_of(three, f"three teachers at {odd.shape}", loss)
+        of_three = partial(outcome, MULKI["teacher_kl_3"])
+        problems += _problems_of(three, f"three teachers at {odd.shape}", of_three)
     for of_shape in (case, odd):
         for form, (ours, plain) in _forms(of_shape).items():
             problems += _problems_of(of_shape, f"{form} at {of_shape.shape}", ours, plain)

@@ -8,6 +8,7 @@ import pytest
 
 from mulki import kernels, prove
 from mulki.cli import run_command
+from mulki.kernels import schedule
 from mulki.ops import proofs
 from mulki.ops.proofs import Verdict
 
@@ -66,9 +67,31 @@ def test_every_operator_with_triton_kernels_is_tried_at_every_size() -> None:
         prove.PAIRED_SHAPES,
         prove.ODD_SHAPES,
         prove.ODD_PAIRED_SHAPES,
+        prove.OTHER_SHAPES,
     ):
         assert [proofs.size_of(n, p) for n, p, _ in shapes.values()] == list(shapes)
         assert list(shapes) == list(proofs.SIZES)
+
+
+@pytest.mark.parametrize("family", ["half", "tf32", "float"])
+@pytest.mark.parametrize("models", [1, 3])
+def test_every_schedule_that_serves_a_size_is_tried_there(family: str, models: int) -> None:
+    """A proof at one schedule would say nothing of the kernels of another."""
+    found = {}
+    for size in proofs.SIZES:
+        shapes = (prove.SHAPES[size], prove.ODD_SHAPES[size], prove.OTHER_SHAPES[size])
+        problems = [
+            schedule.Problem(n, p, (d,) * models, family, True, whole=True) for n, p, d in shapes
+        ]
+        found[size] = {schedule.plans(problem)[0].schedule for problem in problems}
+    both = {"rows", "chunks"}
+    assert found == {"small": both, "medium": both, "large": both | {"stream"}}
+
+
+def test_pairs_whose_logits_are_made_twice_are_tried() -> None:
+    n, _, d = prove.ODD_PAIRED_SHAPES["large"]
+    problem = schedule.Problem(n, n, (d,), "half", True, softmax=False, columns_too=True)
+    assert schedule.plans(problem)[0].rows < n
 
 
 def test_it_ends_in_time(

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 
 from benchmarks.kernels.compiled import Compiled
+from mulki.kernels.ahead_of_time import TARGETS
 
 # Bytes of shared memory (LDS) of a program: "Technical Specifications per Compute Capability" in
 # NVIDIA's CUDA C++ Programming Guide, and the MI300 ISA guide. The compilers check none of them.
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+# Threads of a program: a launch of more fails. AMD's warps have 64 threads.
+THREADS = 1024
 TENSOR_MEMORY = {"sm_80": 0, "sm_90": 0, "sm_100": 512, "gfx942": 0}
 # Bytes of a thread's stack, where spilled registers go. In half precision none spills with Triton
 # 3.9; with 3.7 one kernel without products spills two registers. In float32 a few tiles spill two
@@ -51,6 +54,7 @@ def _of_memory(one: Compiled) -> list[str]:
         "bytes of stack": (one.stack, STACK[one.number_format]),
         "registers spilled": (one.spills or 0, 0),
         "bytes of shared memory": (one.shared, SHARED[one.architecture]),
+        "threads": (one.warps * TARGETS[one.architecture].warp_size, THREADS),
         "columns of tensor memory": (one.tensor_memory, TENSOR_MEMORY[one.architecture]),
     }
     return [

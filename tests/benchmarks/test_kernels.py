@@ -16,7 +16,9 @@ pytest.importorskip("triton", reason="needs Triton, which this installation has 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 takes the place of the compilers", allow_module_level=True)
 
+import torch
 import triton
+from triton.compiler import make_backend
 
 from benchmarks.kernels.compiled import (
     Compiled,
@@ -27,7 +29,8 @@ from benchmarks.kernels.compiled import (
 )
 from benchmarks.kernels.limits import SHARED, WITHOUT_PRODUCTS, multiplies, violations
 from benchmarks.kernels.report import ARCHITECTURES, HERE, all_variants, read, render
-from mulki.kernels.ahead_of_time import NUMBER_FORMATS, Variant, variants
+from mulki.kernels import ahead_of_time
+from mulki.kernels.ahead_of_time import NUMBER_FORMATS, TARGETS, Variant, variants
 
 RENEW = "run python -m benchmarks.kernels"
 
@@ -62,6 +65,10 @@ def report() -> list[Compiled]:
     return read(HERE / "compiled.csv")
 
 
+def version_of_the_report() -> str:
+    return re.search(r"^Triton (\S+) ", (HERE / "RESULTS.md").read_text(), re.MULTILINE)[1]
+
+
 def broken(rows: list[Compiled]) -> dict[str, list[str]]:
     return {row.name: violations(row) for row in rows if violations(row)}
 
@@ -84,6 +91,14 @@ def test_a_variant_of_each_kernel_compiles():
     assert len(first) >= 12
 
 
+@pytest.mark.long
+def test_every_variant_is_as_the_report_says(report):
+    made_with = version_of_the_report()
+    if triton.__version__ != made_with:
+        pytest.skip(f"the report was made with Triton {made_with}, this is {triton.__version__}")
+    assert compile_all(all_variants()) == report, RENEW
+
+
 @pytest.mark.slow
 def test_large_tiles_take_the_instructions_of_their_architecture(compiled):
     """Not those of Ampere, which Hopper and Blackwell run at a fraction of their rate."""
@@ -100,7 +115,7 @@ def test_large_tiles_take_the_instructions_of_their_architecture(compiled):
 
 @pytest.mark.slow
 def test_the_report_has_todays_figures(compiled, report):
-    made_with = re.search(r"^Triton (\S+) ", (HERE / "RESULTS.md").read_text(), re.MULTILINE)[1]
+    made_with = version_of_the_report()
     if triton.__version__ != made_with:
         pytest.skip(f"the report was made with Triton {made_with}, this is {triton.__version__}")
     known = {(row.architecture, row.number_format, row.identity): row for row in report}
@@ -177,6 +192,21 @@ def test_spilled_registers_are_found(architecture, fewer_registers):
     if architecture == "gfx942":
         assert re.fullmatch(r"\d+ registers spilled, limit 0", wrong.pop())
     assert len(wrong) == 1
+
+
+def test_a_program_of_more_threads_than_a_gpu_takes_is_found(report):
+    row = next(row for row in report if row.architecture == "gfx942" and row.kernel == "row_totals")
+    assert violations(replace(row, warps=32)) == ["2048 threads, limit 1024"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_tensor_has_the_attributes_that_a_launch_gives_it(architecture):
+    backend = make_backend(TARGETS[architecture])
+    for size in (64, 2**31):
+        tensor, attributes = torch.empty(size, dtype=torch.float16, device="meta"), {}
+        ahead_of_time._type(tensor, (0,), {}, attributes, architecture)
+        found = backend.get_tensor_specialization(tensor, align=True)
+        assert attributes[0,] == backend.parse_attr(found)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
