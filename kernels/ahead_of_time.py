@@ -155,11 +155,12 @@ def _calls(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
 
     three, four = [True] * 3, [True] * 4
     cases: dict[str, Callable[[], object]] = {}
-    # Whole rows, few and many; P that a tile holds, of one warp and of many; that it does not hold;
-    # and in blocks of columns.
+    # Whole rows, few and many, and the largest tiles; P that a tile holds, of one warp and of many;
+    # that it does not hold; and in blocks of columns.
     for size, (n, p) in {
         "whole": (64, 100),
-        "wider": (64, 250),
+        "wider": (4096, 250),
+        "more": (8192, 128),
         "many": (16384, 60),
         "small": (256, 1000),
         "chunks": (4096, 4096),
@@ -168,7 +169,7 @@ def _calls(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     }.items():
         student = model(n, p, 512)
         cases[f"teacher_kl {size}"] = kl(n, p, 2, 512)
-        if size in ("whole", "small", "tiles"):
+        if size in ("whole", "wider", "more", "small", "tiles"):
             cases[f"prototype_cross_entropy {size}"] = call(
                 "prototype_cross_entropy_reduced", *student, *labels(n, p), True, three
             )

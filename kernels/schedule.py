@@ -33,8 +33,8 @@ KERNEL = {"half": 250e12, "tf32": 125e12, "float": 47e12}
 BANDWIDTH = 2.7e12
 GAP, HOST = 1.5e-6, 12e-6  # seconds of the device, and of Python, for each launch
 TILE = 128  # rows and columns of a tile of the library: products of fewer take as long
-# Of a program that keeps whole rows: rows, logits in registers, columns.
-WHOLE_ROWS, WHOLE_VALUES = (16, 32, 64), 64 * 256
+# Of a program that keeps whole rows: rows, logits (48 for each of 256 threads), columns.
+WHOLE_ROWS, WHOLE_VALUES = (16, 32, 64), 48 * 256
 WHOLE_COLUMNS = {"half": 256, "tf32": 128, "float": 128}
 PROGRAMS = 132  # that fill a GPU
 L2 = 5e12  # bytes per second
@@ -171,8 +171,10 @@ def whole_tile(architecture: str, models: int, rows: int, p: int, dtype: torch.d
     if architecture == "interpreter":
         return Tile(16, columns, 32, 1, 1)
     half = dtype != torch.float32
-    warps = 4 if models * rows * columns <= 48 * 128 else 8
-    return Tile(rows, columns, 64 if half and columns <= 128 else 32, warps, 3 if half else 2)
+    # Of 64 threads each on AMD's, where more of them would share a tile of the matrix cores.
+    few = architecture.startswith("gfx9") or models * rows * columns <= 48 * 128
+    depth = 64 if half and columns <= 128 else 32
+    return Tile(rows, columns, depth, 4 if few else 8, 3 if half else 2)
 
 
 @lru_cache(maxsize=1024)

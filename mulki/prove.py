@@ -51,7 +51,7 @@ PAIRED_SHAPES = {"small": (256, 256, 512), "medium": (1024, 1024, 512), "large":
 ODD_SHAPES = {"small": (50, 37, 650), "medium": (700, 1531, 770), "large": (200, 100000, 640)}
 ODD_PAIRED_SHAPES = {"small": (75, 75, 650), "medium": (700, 700, 770), "large": (4700, 4700, 640)}
 #: Shapes for which the kernels take another schedule than for those above.
-OTHER_SHAPES = {"small": (60, 1100, 512), "medium": (16000, 60, 512), "large": (50000, 90, 512)}
+OTHER_SHAPES = {"small": (60, 1100, 512), "medium": (16000, 60, 512), "large": (80000, 60, 512)}
 DTYPES = ("float32", "bfloat16", "float16")
 
 

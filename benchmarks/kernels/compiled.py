@@ -68,10 +68,8 @@ def compile_variant(variant: Variant) -> Compiled:
     Raises:
         Exception: whatever the compilers raise.
     """
-    source = ASTSource(variant.kernel, variant.signature, variant.constants, variant.attributes)
-    compiled = triton.compile(source, target=TARGETS[variant.architecture], options=variant.options)
-    cubin = compiled.asm.get("cubin")
-    text = compiled.asm["amdgcn"] if cubin is None else compiled.asm["ptx"]
+    compiled = _compile(variant)
+    cubin, text = compiled.asm.get("cubin"), _text(compiled)
     registers, stack, spills = _amd_usage(text) if cubin is None else _nvidia_usage(cubin)
     instructions = Counter(_COMMON_MODIFIERS.sub("", x) for x in _MATRIX_INSTRUCTION.findall(text))
     ttir = compiled.asm["ttir"]
@@ -94,6 +92,21 @@ def compile_variant(variant: Variant) -> Compiled:
         products=len(_DOT.findall(compiled.asm["ttgir"])),
         instructions="; ".join(f"{count} {name}" for name, count in sorted(instructions.items())),
     )
+
+
+def assembly(variant: Variant) -> str:
+    """PTX, or AMD's assembly."""
+    return _text(_compile(variant))
+
+
+def _text(compiled: triton.compiler.CompiledKernel) -> str:
+    text: str = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
+    return text
+
+
+def _compile(variant: Variant) -> triton.compiler.CompiledKernel:
+    source = ASTSource(variant.kernel, variant.signature, variant.constants, variant.attributes)
+    return triton.compile(source, target=TARGETS[variant.architecture], options=variant.options)
 
 
 def _nvidia_usage(cubin: bytes) -> tuple[int, int, None]:

@@ -3,8 +3,10 @@
 The operator runs on tensors of the device "meta". Its launches are recorded (`launch.recording`),
 and so is every other operation of PyTorch that would launch a kernel. A product is 2 N P D
 operations; bytes are those of the tensors that a launch is given, each once, and for an operation
-of PyTorch also those that it returns. Extra memory is the peak beyond inputs and results; recorded
-launches keep their tensors, so that nothing of ours counts as freed on the way.
+of PyTorch also those that it returns. Through L2 they come as often as programs take them: a
+product of the library is assumed to have tiles of 128 x 128. Extra memory is the peak beyond inputs
+and results; recorded launches keep their tensors, so that nothing of ours counts as freed on the
+way.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from torch.utils._pytree import tree_leaves
 
 from mulki.kernels import kernel
 from mulki.kernels.ahead_of_time import NUMBER_FORMATS, precision
+from mulki.kernels.common import ceil_div
 from mulki.kernels.launch import Launch, Product, recording
+from mulki.kernels.schedule import TILE
 
 # Operations that launch nothing, beside views.
 _FREE = (
@@ -49,6 +53,7 @@ class Work:
     operations: float  # of matrix products
     bytes: int
     programs: int = 1 << 30  # that share the operations
+    again: int = 0  # bytes that programs take from L2 once more
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,10 @@ class Counts:
     @property
     def bytes(self) -> int:
         return sum(one.bytes for one in self.work)
+
+    @property
+    def l2_bytes(self) -> int:
+        return self.bytes + sum(one.again for one in self.work)
 
 
 def counts(operator: str, n: int, p: int, d: int, number_format: str) -> Counts:
@@ -126,14 +135,25 @@ def _work(launch: Launch | Product, size: int) -> Work:
     if isinstance(launch, Product):
         (m, k), n = launch.a.shape, launch.b.shape[1]
         read = (launch.a, launch.b, launch.out, *([launch.out] if launch.add else []))
-        return Work("library", 2 * m * n * k, sum(map(_bytes, read)))
+        again = _bytes(launch.a) * (ceil_div(n, TILE) - 1)
+        again += _bytes(launch.b) * (ceil_div(m, TILE) - 1)
+        return Work("library", 2 * m * n * k, sum(map(_bytes, read)), again=again)
     tensors = [t for t in tree_leaves(launch.arguments) if isinstance(t, Tensor)]
     once = {id(t): t for t in tensors}.values()
-    name = launch.kernel.__name__
-    products = 1 if name == "scaled_product" else 0
+    name, given, programs = launch.kernel.__name__, launch.arguments, math.prod(launch.grid)
+    products, again = 0, 0
+    if name == "scaled_product":
+        products, columns = 1, ceil_div(given["p"], given["BLOCK_P"])
+        again = _bytes(given["x_ptr"]) * (columns - 1)
+        again += _bytes(given["w_ptr"]) * (programs // columns - 1)
     if name == "whole_rows":
-        products = len(launch.arguments["x_ptrs"]) + (launch.arguments["dx_ptr"] is not None)
-    return Work("kernel", size * products, sum(map(_bytes, once)), math.prod(launch.grid))
+        products = len(given["x_ptrs"])
+        again = sum(map(_bytes, given["w_ptrs"])) * (programs - 1)
+        if given["dx_ptr"] is not None:
+            products, again = products + 1, again + _bytes(given["w_ptrs"][0]) * programs
+    if name == "stored_rows" and given["g_ptr"] is not None and not given["TILE"].whole:
+        again = sum(map(_bytes, given["y_ptrs"])) * given["TILE"].statistics
+    return Work("kernel", size * products, sum(map(_bytes, once)), programs, again)
 
 
 def _bytes(t: Tensor) -> int:

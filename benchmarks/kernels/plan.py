@@ -47,7 +47,7 @@ SHAPES = (
 )
 WIDTHS = (512, 640, 768, 1024, 1280)
 WAYS = ("mulki", "mulki graph", "eager", "eager graph", "compile", "library")
-INTEGERS = ("n", "p", "d", "k", "launches", "bytes", "extra_bytes", "host_us")
+INTEGERS = ("n", "p", "d", "k", "launches", "bytes", "l2_bytes", "extra_bytes", "host_us")
 COLUMNS = ("operator", "n", "p", "d", "k", "numbers", "products", *INTEGERS[4:])
 
 
@@ -103,6 +103,7 @@ def row(operator: str, n: int, p: int, d: int, numbers: str) -> dict[str, Any]:
         "products": round(found.products, 3),
         "launches": found.launches,
         "bytes": found.bytes,
+        "l2_bytes": found.l2_bytes,
         "extra_bytes": found.extra_bytes,
         "seconds": {
             name: {way: seconds(work[way][0], card, numbers, work[way][1]) for way in WAYS}

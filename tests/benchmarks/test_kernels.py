@@ -23,6 +23,7 @@ from triton.compiler import make_backend
 from benchmarks.kernels.compiled import (
     Compiled,
     all_compiled,
+    assembly,
     compile_all,
     compile_variant,
     try_compile,
@@ -31,6 +32,7 @@ from benchmarks.kernels.limits import SHARED, WITHOUT_PRODUCTS, multiplies, viol
 from benchmarks.kernels.report import ARCHITECTURES, HERE, all_variants, read, render
 from mulki.kernels import ahead_of_time
 from mulki.kernels.ahead_of_time import NUMBER_FORMATS, TARGETS, Variant, variants
+from mulki.kernels.softmax_loss import StoredTile
 
 RENEW = "run python -m benchmarks.kernels"
 
@@ -111,6 +113,38 @@ def test_large_tiles_take_the_instructions_of_their_architecture(compiled):
             found += 1
             assert best[row.architecture] in row.instructions, row.name
     assert found >= 6
+
+
+def loops(ptx: str) -> list[str]:
+    """What lies between a label and a branch back to it."""
+    found = []
+    for label in re.finditer(r"^(\$L\w+):", ptx, re.MULTILINE):
+        branch = re.compile(rf"\bbra(?:\.uni)?\s+{re.escape(label[1])};")
+        if end := branch.search(ptx, label.end()):
+            found.append(ptx[label.end() : end.start()])
+    return found
+
+
+@pytest.mark.slow
+def test_stored_logits_are_read_sixteen_bytes_at_a_time_with_few_barriers():
+    """Whether masked or not; and a tile takes no barrier for its statistics, one for its G."""
+    tried = 0
+    for variant in variants("sm_90", "bf16"):
+        if variant.kernel.__name__ != "stored_rows":
+            continue
+        (tile,) = (v for v in variant.constants.values() if isinstance(v, StoredTile))
+        ptx, models = assembly(variant), len(variant.signature["y_ptrs"])
+        gradient = variant.signature["g_ptr"] != "constexpr"
+        reads = tile.statistics * (1 if tile.whole else 2) + (gradient and not tile.whole)
+        each = models * tile.rows * tile.columns // (32 * variant.options["num_warps"])
+        assert ptx.count("ld.global.v4.b32") * 4 == reads * each, variant.name
+        barriers = [loop.count("bar.sync") for loop in loops(ptx)]
+        if "u8" not in str(variant.signature["inputs"]):  # no class mask, which takes more
+            in_loops = [0] * tile.statistics + [1] * gradient
+            assert barriers == ([] if tile.whole else in_loops), variant.name
+            assert tile.rows > 1 or ptx.count("bar.sync") <= 8 * models, variant.name
+        tried += 1
+    assert tried >= 10
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.kernels import plan
 from benchmarks.kernels.cards import BANDWIDTH, CARDS, LAUNCH, RATE, seconds
-from benchmarks.kernels.counts import OPERATORS, PAIRED, Work, counts_of_torch
+from benchmarks.kernels.counts import OPERATORS, PAIRED, Work, counts, counts_of_torch
 from mulki.kernels.ahead_of_time import NUMBER_FORMATS
 
 RENEW = "run python -m benchmarks.kernels plan --write"
@@ -115,6 +115,17 @@ def test_an_operation_of_torch_counts_once_with_its_bytes_and_its_memory():
     assert [one.source for one in found.work] == ["library", "torch", "torch"]
     assert found.products == 1 and found.bytes == 256 * (3 + 2 + 2)
     assert found.extra_bytes == 256  # two of the three results at a time, one of them the last
+
+
+def test_programs_take_from_l2_what_they_share():
+    """Of 128 rows or columns a product; a program of whole rows takes all prototypes."""
+    found, operand = counts("siglip", 256, 256, 64, "fp32"), 4 * 256 * 64
+    # Both for the logits, one for dX, and one for dW.
+    assert found.l2_bytes - found.bytes == 4 * operand
+    found = counts("dual_teacher_kl", 64, 100, 512, "bf16")
+    prototypes, g, programs = 2 * 100 * 512, 2 * 64 * 100, found.work[0].programs
+    for_logits, for_dx = 3 * (programs - 1) * prototypes, programs * prototypes
+    assert programs == 4 and found.l2_bytes - found.bytes == for_logits + for_dx + 3 * g
 
 
 def test_a_launch_takes_the_longest_of_products_bytes_and_host():
