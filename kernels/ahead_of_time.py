@@ -160,8 +160,10 @@ def _calls(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     for size, (n, p) in {
         "whole": (64, 100),
         "wider": (4096, 250),
-        "more": (8192, 128),
+        "more": (4096, 128),
+        "most": (8192, 128),
         "many": (16384, 60),
+        "fewer": (16384, 30),
         "small": (256, 1000),
         "chunks": (4096, 4096),
         "tiles": (1024, 20000),
@@ -169,7 +171,7 @@ def _calls(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     }.items():
         student = model(n, p, 512)
         cases[f"teacher_kl {size}"] = kl(n, p, 2, 512)
-        if size in ("whole", "wider", "more", "small", "tiles"):
+        if size in ("whole", "wider", "most", "small", "tiles"):
             cases[f"prototype_cross_entropy {size}"] = call(
                 "prototype_cross_entropy_reduced", *student, *labels(n, p), True, three
             )

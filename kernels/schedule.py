@@ -171,8 +171,10 @@ def whole_tile(architecture: str, models: int, rows: int, p: int, dtype: torch.d
     if architecture == "interpreter":
         return Tile(16, columns, 32, 1, 1)
     half = dtype != torch.float32
-    # Of 64 threads each on AMD's, where more of them would share a tile of the matrix cores.
-    few = architecture.startswith("gfx9") or models * rows * columns <= 48 * 128
+    # AMD's have 64 threads, and more of them would share a tile of the matrix cores. In float32 the
+    # operands take more registers too.
+    most = 48 * 128 if half or rows == 16 else 24 * 128
+    few = architecture.startswith("gfx9") or models * rows * columns <= most
     depth = 64 if half and columns <= 128 else 32
     return Tile(rows, columns, depth, 4 if few else 8, 3 if half else 2)
 

@@ -304,11 +304,15 @@ def compute(rows: Rows, wanted: Sequence[bool], dtype: torch.dtype) -> RowResult
         state = None
         if blocks.columns < blocks.p:
             state = common.empty_float32(rows.scale, len(rows.models), 5, blocks.n)
-        first_pass = StoredRows(rows, blocks, state, gradient=gradient and state is None)
+        if state is None:
+            once = StoredRows(rows, blocks, gradient=gradient)
+            blocks.visit([once], found if gradient else None)
+            return found.finished()
+        first_pass = StoredRows(rows, blocks, state)
         second_pass = StoredRows(rows, blocks, state, statistics=False, gradient=True)
         for row_blocks in blocks:
-            blocks.visit([first_pass], found if gradient and state is None else None, row_blocks)
-            if gradient and state is not None:
+            blocks.visit([first_pass], blocks=row_blocks)
+            if gradient:
                 blocks.visit([second_pass], found, row_blocks)
         return found.finished()
 

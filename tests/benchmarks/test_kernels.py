@@ -1,7 +1,7 @@
 """Kernels compiled ahead of time for GPUs that are not here: memory, registers, instructions.
 
-In bf16 every kernel and tile is compiled, in the other number formats every kernel. The committed
-report has all variants, and must be the report of today's variants.
+A sample is compiled, and with --long all of it. The committed report has all variants, and must be
+the report of today's variants.
 """
 
 from __future__ import annotations
@@ -32,18 +32,21 @@ from benchmarks.kernels.limits import SHARED, WITHOUT_PRODUCTS, multiplies, viol
 from benchmarks.kernels.report import ARCHITECTURES, HERE, all_variants, read, render
 from mulki.kernels import ahead_of_time
 from mulki.kernels.ahead_of_time import NUMBER_FORMATS, TARGETS, Variant, variants
+from mulki.kernels.common import next_power_of_2
+from mulki.kernels.schedule import Problem, plans
 from mulki.kernels.softmax_loss import StoredTile
 
 RENEW = "run python -m benchmarks.kernels"
 
 
 def sample() -> list[Variant]:
-    """What is compiled here: a variant of each kernel, and in bf16 of each of its tiles."""
+    """What is compiled here: a variant of each kernel; in bf16, but for sm_80, of each tile."""
     chosen = {}
     for number_format in NUMBER_FORMATS:
         for architecture in ARCHITECTURES:
             for variant in variants(architecture, number_format):
-                tile = (variant.tile, str(variant.options)) if number_format == "bf16" else ()
+                of_tiles = number_format == "bf16" and architecture != "sm_80"
+                tile = (variant.tile, str(variant.options)) if of_tiles else ()
                 key = architecture, number_format, variant.kernel.__name__, *tile
                 chosen.setdefault(key, variant)
     return list(chosen.values())
@@ -186,6 +189,25 @@ def test_the_report_keeps_the_limits(report):
     assert broken(report) == {}
 
 
+@pytest.mark.parametrize("number_format", ["bf16", "fp32", "tf32"])
+def test_the_largest_tiles_of_whole_rows_are_in_the_report(number_format, report):
+    """Those that calls take, by their rows: a larger one may not fit, or spill."""
+    compiled = {}
+    for row in report:
+        if row.kernel == "whole_rows" and row.number_format == number_format:
+            rows, columns = map(int, re.match(r"rows=(\d+) columns=(\d+)", row.tile).groups())
+            logits = columns * (3 if row.operator == "teacher_kl" else 1)
+            compiled[rows] = max(compiled.get(rows, 0), logits)
+    family = {"bf16": "half", "fp32": "float"}.get(number_format, number_format)
+    for models in (1, 3):
+        for n in (64, 2048, 4096, 8192, 16384, 40000, 65536, 200000):
+            for p in (10, 30, 60, 100, 128, 200, 256):
+                problem = Problem(n, p, (512,) * models, family, True, whole=True)
+                plan = plans(problem)[0]
+                if plan.schedule == "rows":
+                    assert models * next_power_of_2(p) <= compiled[plan.rows], (n, plan)
+
+
 def test_the_report_is_what_its_lines_say(report):
     text = (HERE / "RESULTS.md").read_text()
     versions = re.search(r"^(Triton .*; ptxas \S+ and \S+)\.$", text, re.MULTILINE)[1]
@@ -233,6 +255,7 @@ def test_a_program_of_more_threads_than_a_gpu_takes_is_found(report):
     assert violations(replace(row, warps=32)) == ["2048 threads, limit 1024"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_tensor_has_the_attributes_that_a_launch_gives_it(architecture):
     backend = make_backend(TARGETS[architecture])
