@@ -348,7 +348,7 @@ def pair_kl(*arguments: Any) -> tuple[Tensor, ...]:
 def pair_kl_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """The gradients of image features, text features and scale for one upstream per pair."""
     *models_and_weights, lse, temperature, scale_by_t2, wanted = arguments
-    a = _Arguments(*models_and_weights, temperature, 1.0, 0.0, 0.0, scale_by_t2)
+    a = _Arguments._make((*models_and_weights, temperature, 1.0, 0.0, 0.0, scale_by_t2))
     student, dtype = (a.image_features, a.text_features), a.image_features.dtype
     if a.n == 0:
         return row_results.backward_of_no_rows(*student, wanted, dtype)

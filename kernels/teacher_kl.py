@@ -117,7 +117,8 @@ def teacher_kl_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """dX, dW, dscale for an upstream gradient per row; `weights` as the forward returned them."""
     *models_and_weights, class_mask, temperature, scale_by_t2, wanted = arguments
     gate = 1.0, 0.0, 0.0
-    a = _Arguments(*models_and_weights, None, class_mask, temperature, *gate, scale_by_t2)
+    rest = None, class_mask, temperature, *gate, scale_by_t2
+    a = _Arguments._make((*models_and_weights, *rest))
     dtype = a.features.dtype
     if a.features.shape[0] == 0:
         return row_results.backward_of_no_rows(a.features, a.prototypes, wanted, dtype)
