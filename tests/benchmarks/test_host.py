@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 
@@ -17,7 +18,7 @@ from triton.runtime import driver
 
 from benchmarks.kernels import host
 from benchmarks.kernels.counts import OPERATORS, calls_of
-from mulki.kernels import chunks, common, launch, schedule
+from mulki.kernels import ahead_of_time, chunks, common, launch, schedule
 from tests.ops.op_cases import Operations
 
 BLOCKS = schedule.Plan("stream", 64, 128)
@@ -74,6 +75,51 @@ def test_a_kept_kernel_is_that_which_triton_finds(operator, n, rows, columns, mo
         always_asked, wanted = launched(operator, n, plan, patch)
     assert ran == wanted
     assert len(asked) <= 10 < len(always_asked)
+
+
+@pytest.mark.parametrize(
+    ("operator", "n", "p"),
+    [*((operator, 200, 200) for operator in OPERATORS), ("similarity", 3_000_000, 100)],
+)
+@pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
+def test_what_triton_would_compile_is_what_is_compiled_ahead_of_time(
+    architecture, operator, n, p, monkeypatch
+):
+    """The same types, constants and attributes, also of tensors beyond 2 GiB."""
+    found = []
+
+    class Noted(host.IdleKernel):
+        def __init__(self, src):
+            super().__init__(src)
+            found.append((src.name, src.signature, src.constants, nonempty(src.attrs)))
+
+    monkeypatch.setattr(host, "IdleKernel", Noted)
+    monkeypatch.setattr(host, "ARCHITECTURE", architecture)
+    monkeypatch.setattr(host, "TARGET", ahead_of_time.TARGETS[architecture])
+    device = -2 - next(_devices)  # for which no kernel is kept
+    monkeypatch.setattr(host.IdleDriver, "get_current_device", lambda _: device)
+    calls = calls_of(operator, n, p, 512, "bf16")
+    with ahead_of_time.precision(architecture, "bf16"):
+        with host.idle():
+            for call in calls:
+                call()
+        with launch.recording(architecture) as launches:
+            for call in calls:
+                call()
+    wanted = [
+        (one.kernel.__name__, one.signature, one.constants, one.attributes)
+        for each in launches
+        if isinstance(each, launch.Launch)
+        for one in [ahead_of_time._variant(operator, each, architecture, "bf16")]
+    ]
+    assert {repr(one) for one in found} == {repr(one) for one in wanted} and found
+
+
+_devices = itertools.count()
+
+
+def nonempty(attributes):
+    return {path: value for path, value in attributes.items() if value}
 
 
 def test_a_count_of_64_bits_is_for_triton(monkeypatch):
