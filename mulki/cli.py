@@ -244,6 +244,7 @@ def _tasks(argv: list[str]) -> int:
     from mulki.engine.config import RunConfig
     from mulki.imports import import_modules
     from mulki.listing import list_tasks
+    from mulki.options import check_options, convert
 
     parser = Parser(prog="mulki tasks", description=_tasks.__doc__)
     parser.add_argument(
@@ -253,7 +254,7 @@ def _tasks(argv: list[str]) -> int:
         help="a sequence, or folders (class folders, tar shards, data sets of Hugging Face), CSV "
         "files and captions:PATH",
     )
-    for name in ("import_", "order", "data_root", "protocol"):
+    for name in ("import_", "order", "data_root", "protocol", "test_fraction"):
         add_options(parser, RunConfig, only=name)
     parser.add_argument("--json", action="store_true", help="print names and classes as JSON")
     parser.add_argument(
@@ -263,10 +264,13 @@ def _tasks(argv: list[str]) -> int:
     )
     given = parser.parse_args(with_hyphens(argv))
     import_modules(given.import_ or ())
+    divided = RunConfig(**convert(RunConfig, {"test_fraction": given.test_fraction}))
+    check_options(divided)
     return list_tasks(
         given.names,
         given.order or RunConfig.order,
         Source(given.data_root, given.protocol),
+        test_fraction=divided.test_fraction,
         as_json=given.json,
         download=given.prepare,
     )

@@ -12,6 +12,7 @@ from mulki.data import CaptionTask, Source, Task, load_sequence, sequence_names
 from mulki.data.published import Entry, entry
 from mulki.data.published.collections import COLLECTIONS, Collection
 from mulki.data.published.prepare import prepare
+from mulki.data.sequences import without_effect
 from mulki.engine.progress import megabytes
 from mulki.errors import InputError
 
@@ -21,6 +22,7 @@ def list_tasks(
     order: str,
     source: Source,
     *,
+    test_fraction: float | None = None,
     as_json: bool = False,
     download: bool = False,
 ) -> int:
@@ -32,6 +34,7 @@ def list_tasks(
         names: as of `mulki.data.load_sequence`; none for all sequences.
         order: of a named sequence.
         source: where published data sets lie.
+        test_fraction: as of `mulki.data.load_sequence`.
         as_json: print names and classes as JSON.
         download: download what is missing of published data sets, and check them.
 
@@ -45,6 +48,8 @@ def list_tasks(
         print(json.dumps(sequence_names()) if as_json else "\n".join(sequence_names()))
         return 0
     published = _published(names, order)
+    if published is not None and test_fraction is not None:
+        raise without_effect(test_fraction)
     if download:
         if published is None:
             raise InputError(
@@ -55,7 +60,7 @@ def list_tasks(
     if published is not None and source.root is None:
         _print_facts(*published, source, as_json)
         return 0
-    tasks = load_sequence(names, order, source=source)
+    tasks = load_sequence(names, order, test_fraction=test_fraction, source=source)
     if as_json:
         _print_json([(task.name, task.classes) for task in tasks])
         return 0

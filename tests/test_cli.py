@@ -17,7 +17,7 @@ from mulki.errors import InputError
 from mulki.metrics import read_matrix
 from tests import cli_helpers, engine_helpers
 from tests.cli_helpers import one_line
-from tests.engine_helpers import COLOURS, SHADES
+from tests.engine_helpers import COLOURS, SHADES, write_split
 
 command = cli_helpers.command
 task = cli_helpers.task
@@ -264,3 +264,18 @@ def test_help(capsys: pytest.CaptureFixture[str], arguments: list[str], wanted: 
         assert leave.code == 0
     out, error = capsys.readouterr()
     assert all(words in out for words in wanted) and error == ""
+
+
+def test_tasks_without_a_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_split(tmp_path / "whole", COLOURS, 5)
+    given = ["tasks", str(tmp_path / "whole")]
+    assert run_command([*given, "--test-fraction", "0.4"]) == 0
+    out = capsys.readouterr().out
+    assert any({"whole", "3", "9", "6"} <= {*line.split()} for line in out.splitlines())
+    for more, said in (
+        ([], "no train/ (found: blue/, green/, red/); lay the images out as"),
+        (["--test-fraction", "1"], "--test-fraction: got 1.0, wanted a number below 1"),
+        (["--test-fraction", "half"], "--test-fraction: got 'half', wanted a number"),
+    ):
+        assert run_command([*given, *more]) == 2
+        assert said in one_line(capsys)

@@ -10,6 +10,7 @@ from mulki.data.published.prepare import State
 from mulki.errors import InputError
 from mulki.listing import list_tasks
 from tests.data.published.conftest import data_root, written, zscl
+from tests.engine_helpers import COLOURS, write_split
 
 __all__ = ["data_root", "written", "zscl"]
 
@@ -55,3 +56,16 @@ def test_only_published_data_sets_are_downloaded(tmp_path: Path) -> None:
     for names in (["embedded"], ["mtil:dtd", "embedded:digits"]):
         with pytest.raises(InputError, match="--prepare: got .*, wanted published data sets"):
             list_tasks(names, "I", Source(tmp_path), download=True)
+
+
+def test_a_share_is_of_tasks_without_a_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_split(tmp_path / "colours", COLOURS, 10)
+    assert list_tasks([str(tmp_path / "colours")], "I", Source(), test_fraction=0.3) == 0
+    assert ["colours", "3", "21", "9"] in [
+        line.replace("│", " ").split()[:4] for line in capsys.readouterr().out.splitlines()
+    ]
+    for names in (["embedded"], ["mtil"]):
+        with pytest.raises(InputError, match=r"^--test-fraction 0\.3: .* all tasks here have one"):
+            list_tasks(names, "I", Source(), test_fraction=0.3)

@@ -3,36 +3,45 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
+from itertools import compress
 from pathlib import Path
 
 from mulki.data.caption_task import CaptionedImages, CaptionTask
 from mulki.data.captioned_shards import (
     JoinedShards,
     read_captioned_shards,
-    shards_of_splits,
+    shards_of_task,
 )
-from mulki.data.csv_files import SPLITS, SplitRow, check_images_exist, split_rows
+from mulki.data.csv_files import SplitRow, check_images_exist, split_rows, splits_of
+from mulki.data.held_out import divided, held_out
 from mulki.data.image_files import ImageFiles, find_unreadable, size_of
 from mulki.data.reference import CAPTIONS, images_below
 from mulki.data.subset import Subset
 from mulki.errors import InputError
 
 
-def caption_task(path: str | os.PathLike[str], *, skip_bad_images: bool = False) -> CaptionTask:
+def caption_task(
+    path: str | os.PathLike[str],
+    *,
+    skip_bad_images: bool = False,
+    test_fraction: float | None = None,
+) -> CaptionTask:
     """Read a task of images with captions.
 
     A CSV file is as that of `csv_task`, with the column `caption` in place of `label`. An image may
-    come several times, each time with another caption. A folder holds either such a file,
-    ``captions.csv``, which has a row for every image in the folder; or ``train/`` and ``test/``
-    with tar shards in webdataset layout, each image beside a text file of the same name,
-    ``000000.jpg`` and ``000000.txt``; images with the same bytes are one image with the captions of
-    all of them. The task is named after the file, as that of `csv_task`, or
-    after the folder. Images are checked, see `mulki.data.image_files.find_unreadable`.
+    come several times, each time with another caption, all of them in one split. A folder holds
+    either such a file, ``captions.csv``, which has a row for every image in the folder; or
+    ``train/`` and ``test/`` with tar shards in webdataset layout, each image beside a text file of
+    the same name, ``000000.jpg`` and ``000000.txt``; images with the same bytes are one image with
+    the captions of all of them. The task is named after the file, as that of `csv_task`, or after
+    the folder. Images are checked, see `mulki.data.image_files.find_unreadable`.
 
     Args:
         path: the CSV file or the folder.
         skip_bad_images: leave unreadable images out and list them in `Task.skipped`.
+        test_fraction: the share of the images to test on, in (0, 1), of a CSV file that says no
+            splits, or of shards in the folder itself: see `mulki.data.held_out.held_out`.
 
     Raises:
         InputError: what is wrong, with file and line: a missing file, a missing column, an empty
@@ -47,11 +56,11 @@ def caption_task(path: str | os.PathLike[str], *, skip_bad_images: bool = False)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; pass {wanted}")
     if not path.is_dir():
-        name, rows = split_rows(path, "caption")
-        return _of_rows(name, path.parent, rows, skip_bad_images)
+        name, rows = split_rows(path, "caption", test_fraction)
+        return _of_rows(name, path, rows, skip_bad_images, test_fraction)
     name = Path(os.path.abspath(path)).name
     if (path / CAPTIONS).is_file():
-        _, rows = split_rows(path / CAPTIONS, "caption")
+        _, rows = split_rows(path / CAPTIONS, "caption", test_fraction)
         without = sorted(images_below(path) - {row.file for row in rows})
         if without:
             more = f" and {len(without) - 1} more images" if len(without) > 1 else ""
@@ -59,15 +68,30 @@ def caption_task(path: str | os.PathLike[str], *, skip_bad_images: bool = False)
                 f"{path / CAPTIONS}: no row for {without[0]}{more}; add a row for each, or remove "
                 "the images"
             )
-        return _of_rows(name, path, rows, skip_bad_images)
+        return _of_rows(name, path / CAPTIONS, rows, skip_bad_images, test_fraction)
     missing = f"neither a {CAPTIONS} nor tar shards in {{}}/; lay the images out as one of the two"
-    read = [
-        read_captioned_shards(shards, skip_bad_images=skip_bad_images)
-        for shards in shards_of_splits(path, missing)
-    ]
-    train, test = (_of_shards(images, captions) for images, captions, _ in read)
+    found, test_fraction = shards_of_task(path, missing, test_fraction)
+    read = [read_captioned_shards(shards, skip_bad_images=skip_bad_images) for shards in found]
     skipped = tuple(name for *_, names in read for name in names)
-    return CaptionTask(name, _pairs(train), test, skipped)
+    splits = [(images, captions) for images, captions, _ in read]
+    if test_fraction is not None:
+        splits = _divided(*splits[0], test_fraction, str(path))
+    train, test = (_of_shards(images, captions) for images, captions in splits)
+    return CaptionTask(name, _pairs(train), test, skipped, test_fraction)
+
+
+def _divided(
+    images: JoinedShards, captions: Sequence[str], test_fraction: float, where: str
+) -> list[tuple[JoinedShards, tuple[str, ...]]]:
+    # Those to train on and those to test on. Images with the same bytes stay together.
+    firsts = images.firsts()
+    places = sorted({*firsts})
+    names = [images.files[place] for place in places]
+    tested = dict(
+        zip(places, held_out(names, [0] * len(names), test_fraction, where=where), strict=True)
+    )
+    sides = ([tested[first] is side for first in firsts] for side in (False, True))
+    return [(images.chosen(side), tuple(compress(captions, side))) for side in sides]
 
 
 def _of_shards(images: JoinedShards, captions: Sequence[str]) -> CaptionedImages:
@@ -81,21 +105,30 @@ def _of_shards(images: JoinedShards, captions: Sequence[str]) -> CaptionedImages
 
 
 def _of_rows(
-    name: str, folder: Path, rows: Sequence[SplitRow], skip_bad_images: bool
+    name: str,
+    file: Path,
+    rows: Sequence[SplitRow],
+    skip_bad_images: bool,
+    test_fraction: float | None,
 ) -> CaptionTask:
     _check_rows(rows)
-    check_images_exist(folder, rows)
-    captions: dict[str, dict[str, list[str]]] = {split: {} for split in SPLITS}
+    check_images_exist(file.parent, rows)
+    names = splits_of(rows)
+    test_fraction = test_fraction if len(names) == 1 else None
+    captions: dict[str, list[str]] = {}
     for row in rows:
-        captions[row.split].setdefault(row.file, []).append(row.text)
-    splits = [_files(folder, captions[split]) for split in SPLITS]
+        captions.setdefault(row.file, []).append(row.text)
+    splits = [
+        _files(file.parent, dict.fromkeys(row.file for row in rows if row.split == split))
+        for split in names
+    ]
     bad = find_unreadable(splits, skip_bad_images=skip_bad_images)
+    kept = [images.without(bad) for images in splits]
     train, test = (
-        CaptionedImages(kept, tuple(tuple(captions[split][file]) for file in kept.files))
-        for split, images in zip(SPLITS, splits, strict=True)
-        for kept in [images.without(bad)]
+        CaptionedImages(images, tuple(tuple(captions[file]) for file in images.files))
+        for images in divided(kept, test_fraction, where=str(file))
     )
-    return CaptionTask(name, _pairs(train), test, tuple(bad))
+    return CaptionTask(name, _pairs(train), test, tuple(bad), test_fraction)
 
 
 def _pairs(images: CaptionedImages) -> CaptionedImages:
@@ -107,9 +140,9 @@ def _pairs(images: CaptionedImages) -> CaptionedImages:
     return CaptionedImages(Subset(images.images, places), captions)
 
 
-def _files(folder: Path, captions: Mapping[str, Sequence[str]]) -> ImageFiles:
-    sizes = tuple(size_of(folder / file) for file in captions)
-    return ImageFiles(folder, tuple(captions), sizes, targets=(0,) * len(captions))
+def _files(folder: Path, files: Collection[str]) -> ImageFiles:
+    sizes = tuple(size_of(folder / file) for file in files)
+    return ImageFiles(folder, tuple(files), sizes, targets=(0,) * len(files))
 
 
 def _check_rows(rows: Sequence[SplitRow]) -> None:

@@ -17,7 +17,7 @@ from typing import Literal, overload
 
 from PIL import Image
 
-from mulki.data.image_files import find_unreadable, split_folder
+from mulki.data.image_files import find_unreadable, holds_split, split_folder
 from mulki.data.shards import GZIP, Member, Samples, ShardImages, image_of, read_samples, unpack
 from mulki.errors import InputError
 from mulki.files import check_regular
@@ -43,6 +43,21 @@ class JoinedShards:
     @cached_property
     def targets(self) -> tuple[int, ...]:
         return tuple(target for part in self.parts for target in part.targets)
+
+    @cached_property
+    def files(self) -> tuple[str, ...]:
+        """Names of shard and member, such as ``0.tar:000000.jpg``, [n]."""
+        return tuple(f"{part.path.name}:{name}" for part in self.parts for name in part.members)
+
+    def chosen(self, chosen: Sequence[bool]) -> JoinedShards:
+        """The images whose place in `chosen`, [n], is true."""
+        starts = [0, *self._ends]
+        return JoinedShards(
+            tuple(
+                part.subset([i for i in range(len(part)) if chosen[start + i]])
+                for part, start in zip(self.parts, starts, strict=False)
+            )
+        )
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -112,15 +127,25 @@ def find_shards(path: Path) -> list[Path]:
     return [path] if _is_shard(path) else []
 
 
-def shards_of_splits(folder: Path, missing: str) -> list[list[Path]]:
+def shards_of_task(
+    folder: Path, missing: str, test_fraction: float | None
+) -> tuple[list[list[Path]], float | None]:
     """The shards in `folder/train` and in `folder/test`, or what stands for it (`split_folder`).
 
     Args:
+        folder: of the task.
         missing: what is said of a split without shards, with a {} for its name.
+        test_fraction: None where there have to be two splits. Otherwise the shards in `folder`
+            itself are taken if there is neither.
+
+    Returns:
+        The shards of each split, or all of them, and the share that is still to be held out.
 
     Raises:
         InputError: a split without shards, or a shard that is in both.
     """
+    if test_fraction is not None and not holds_split(folder) and (whole := find_shards(folder)):
+        return [whole], test_fraction
     splits = {split: split_folder(folder, split) for split in ("train", "test")}
     found = [find_shards(path) if path.is_dir() else [] for path in splits.values()]
     for split, shards in zip(splits, found, strict=True):
@@ -135,7 +160,7 @@ def shards_of_splits(folder: Path, missing: str) -> list[list[Path]]:
                     f"{one}: has the content of {other}; a model is tested on images that it has "
                     "not learned, so leave it in one"
                 )
-    return found
+    return found, None
 
 
 def _is_shard(path: Path) -> bool:

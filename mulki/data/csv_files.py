@@ -6,8 +6,10 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from mulki.data.held_out import OPTION, divided
 from mulki.data.image_files import (
     ImageFiles,
     choose_templates,
@@ -32,7 +34,7 @@ class SplitRow:
     Attributes:
         file: the image, relative to the folder of its CSV file, or absolute; with `/`.
         text: what is said of it, such as its label.
-        split: train or test.
+        split: train or test; empty where the file has no column for it.
         where: file and line, for messages.
     """
 
@@ -47,6 +49,7 @@ def csv_task(
     *,
     templates: Sequence[str] | None = None,
     skip_bad_images: bool = False,
+    test_fraction: float | None = None,
 ) -> Task:
     """Read a task from one CSV file, or from one for each split.
 
@@ -54,7 +57,9 @@ def csv_task(
     (relative paths start at the CSV file's folder), `label` (the class name as prompts show it)
     and `split` (train or test); other columns are ignored. Without a column `split` there are two
     files side by side: one whose name ends in `train.csv`, which is the one to give, and one that
-    ends in `test.csv` and is named alike otherwise.
+    ends in `test.csv` and is named alike otherwise. Where there is one file alone, a part of each
+    class is held out to test on, if `test_fraction` says how much: see
+    `mulki.data.held_out.held_out`.
 
     The task is named after the file: `birds.csv` and `birds_train.csv` make "birds", `train.csv`
     is named after its folder. Classes are the labels, sorted. Images are checked as those of
@@ -65,19 +70,23 @@ def csv_task(
         templates: prompts; by default those of `prompts.txt` beside the CSV file (one a line,
             # comments), and without that file "a photo of a {}.".
         skip_bad_images: leave unreadable images out and list them in `Task.skipped`.
+        test_fraction: the share of the images to test on, in (0, 1), where there is no split yet.
 
     Raises:
         InputError: with file and line: a file that is missing or not such a CSV file, a missing
             column, an empty cell, another split than train and test, an image that does not exist
-            or is listed twice, fewer than two classes, or classes that differ between the splits.
+            or is listed twice, fewer than two classes, classes that differ between the splits, or a
+            class with one image where a part is held out.
         BadImage: an unreadable image, unless skipped.
     """
     path = Path(path)
-    name, rows = split_rows(path, "label")
+    name, rows = split_rows(path, "label", test_fraction)
     _check_rows(path.parent, rows)
-    labels = {split: sorted({row.text for row in rows if row.split == split}) for split in SPLITS}
-    classes = labels["train"]
-    if differing := classes_of_one_split(classes, labels["test"]):
+    names = splits_of(rows)
+    test_fraction = test_fraction if len(names) == 1 else None
+    parts = [[row for row in rows if row.split == split] for split in names]
+    classes, others = (sorted({row.text for row in part}) for part in (parts[0], parts[-1]))
+    if differing := classes_of_one_split(classes, others):
         raise InputError(
             f"{path}: the train and the test images must have the same labels ({differing}); "
             "correct the labels or add rows"
@@ -85,54 +94,61 @@ def csv_task(
     if len(classes) < 2:
         raise InputError(f"{path}: only one label, {classes[0]}; at least two are needed")
     targets = {label: target for target, label in enumerate(classes)}
-    splits = [
-        _images(path.parent, [row for row in rows if row.split == split], targets)
-        for split in SPLITS
-    ]
+    splits = [_images(path.parent, part, targets) for part in parts]
+    divide = partial(divided, test_fraction=test_fraction, where=str(path), classes=classes)
+    divide(splits)  # its errors come before all images are checked, which can take minutes
     bad = find_unreadable(splits, skip_bad_images=skip_bad_images)
-    train, test = (images.without(bad) for images in splits)
-    for split, images in zip(SPLITS, (train, test), strict=True):
+    splits = [images.without(bad) for images in splits]
+    for split, images in zip(names, splits, strict=True):
         if (emptied := class_without_images(images, classes)) is not None:
+            every = f"every {split} image" if split else "every image"
             raise InputError(
-                f"{path}: every {split} image of {emptied} is unreadable; add readable ones or "
-                "remove the rows of this label"
+                f"{path}: {every} of {emptied} is unreadable; add readable ones or remove the rows "
+                "of this label"
             )
+    train, test = divide(splits)
     chosen = choose_templates(templates, path.parent, f"templates for {path}")
-    return Task(name, tuple(classes), chosen, train, test, tuple(bad))
+    return Task(name, tuple(classes), chosen, train, test, tuple(bad), test_fraction)
 
 
-def split_rows(path: Path, column: str) -> tuple[str, list[SplitRow]]:
+def split_rows(path: Path, column: str, test_fraction: float | None) -> tuple[str, list[SplitRow]]:
     """The rows of a CSV file, or of one for each split, and the name of their task.
 
     The files are as `csv_task` has them, with another column in place of `label`. Whether images
     exist is not looked at.
+
+    Args:
+        path: of the file.
+        column: of the text.
+        test_fraction: None where the rows, or a second file, have to say the split.
 
     Raises:
         InputError: with file and line: a file that is missing or not such a CSV file, a missing
             column, an empty cell, or another split than train and test.
     """
     rows = _read(path, column, split=None)
-    return (path.stem, rows) if rows is not None else _read_pair(path, column)
-
-
-def _read_pair(path: Path, column: str) -> tuple[str, list[SplitRow]]:
-    """Name of the task, and the rows of `...train.csv` and of `...test.csv` beside it."""
-    end = _TRAIN.search(path.stem)
-    if end is None:
+    if rows is not None:
+        return path.stem, rows
+    files = {path: ""}
+    name, beside = path.stem, None
+    if (end := _TRAIN.search(path.stem)) is not None:
+        name = path.stem[: end.start()] or Path(os.path.abspath(path)).parent.name
+        same_case = {"train": "test", "TRAIN": "TEST"}.get(path.stem[-len("train") :], "Test")
+        beside = path.with_name(path.stem[: -len("train")] + same_case + path.suffix)
+        if beside.exists():
+            files = {path: "train", beside: "test"}
+    if len(files) == 1 and test_fraction is None:
+        if beside is not None:
+            raise InputError(
+                f"{path}: has no column split, and there is no {beside.name} beside it; add one of "
+                f"them, or pass {OPTION}"
+            )
         raise InputError(
             f"{path}: has no column split; add one that says train or test, or make two files, "
-            f"{path.stem}_train.csv and {path.stem}_test.csv, and give the first"
+            f"{path.stem}_train.csv and {path.stem}_test.csv, and give the first, or pass {OPTION}"
         )
-    word = path.stem[-len("train") :]
-    same_case = {"train": "test", "TRAIN": "TEST"}.get(word, "Test")
-    beside = path.with_name(path.stem[: -len("train")] + same_case + path.suffix)
-    if not beside.exists():
-        raise InputError(
-            f"{path}: has no column split, and there is no {beside.name} beside it; add one of them"
-        )
-    name = path.stem[: end.start()] or Path(os.path.abspath(path)).parent.name
-    rows: list[SplitRow] = []
-    for file, split in ((path, "train"), (beside, "test")):
+    rows = []
+    for file, split in files.items():
         found = _read(file, column, split=split)
         if found is None:
             raise InputError(f"{file}: has a column split, and {path.name} has none; remove it")
@@ -140,13 +156,19 @@ def _read_pair(path: Path, column: str) -> tuple[str, list[SplitRow]]:
     return name, rows
 
 
+def splits_of(rows: Sequence[SplitRow]) -> tuple[str, ...]:
+    """Train and test; or the empty name alone where the file says no splits."""
+    return SPLITS if rows[0].split else ("",)
+
+
 def _read(path: Path, column: str, split: str | None) -> list[SplitRow] | None:
     """The rows of a file.
 
     Args:
         column: of their text.
-        split: the split of all rows, in a file that has no column for it. Where it is None and the
-            file has no such column, or it is given and the file has one, the result is None.
+        split: the split of all rows, in a file that has no column for it; it may be empty. Where
+            it is None and the file has no such column, or it is given and the file has one, the
+            result is None.
     """
     wanted = f"a CSV file with the columns path, {column} and split"
     header, body = read_table(path, wanted, ("path", column), optional=("split",))
@@ -160,12 +182,13 @@ def _read(path: Path, column: str, split: str | None) -> list[SplitRow] | None:
 def _row(
     cells: Mapping[str, str], where: str, folder: Path, column: str, split: str | None
 ) -> SplitRow:
-    split = split or cells["split"]
-    if split not in SPLITS:
-        raise InputError(
-            f'{where}: split "{split}"{nearest(split, SPLITS)} came, train or test was wanted; '
-            "correct it or remove the row"
-        )
+    if split is None:
+        split = cells["split"]
+        if split not in SPLITS:
+            raise InputError(
+                f'{where}: split "{split}"{nearest(split, SPLITS)} came, train or test was wanted; '
+                "correct it or remove the row"
+            )
     return SplitRow(name_in(folder, cells["path"]), cells[column], split, where)
 
 

@@ -1,18 +1,21 @@
-"""A task from folders: `DIR/train/<class>/*` and `DIR/test/<class>/*`, or `DIR/val/<class>/*`."""
+"""A task from folders: `DIR/train/<class>/*` and `DIR/test/<class>/*`, or `DIR/<class>/*`."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from mulki.data.decoding import SUFFIXES
+from mulki.data.held_out import OPTION, divided
 from mulki.data.image_files import (
     ImageFiles,
     choose_templates,
     class_without_images,
     classes_of_one_split,
     find_unreadable,
+    holds_split,
     split_folder,
 )
 from mulki.data.task import Task
@@ -24,10 +27,13 @@ def folder_task(
     *,
     templates: Sequence[str] | None = None,
     skip_bad_images: bool = False,
+    test_fraction: float | None = None,
 ) -> Task:
-    """Read a task from `path/train/<class>/*` and `path/test/<class>/*`.
+    """Read a task from `path/train/<class>/*` and `path/test/<class>/*`, or `path/<class>/*`.
 
-    Other names of the two folders are those of `mulki.data.image_files.split_folder`.
+    Other names of train and test are those of `mulki.data.image_files.split_folder`. Without any of
+    them the class folders lie in `path` itself, and a part of each class is held out to test on, if
+    `test_fraction` says how much: see `mulki.data.held_out.held_out`.
 
     The task is named after the folder, classes after theirs with underscores read as spaces, both
     sorted by folder name. Hidden entries and files without an image suffix are passed over.
@@ -40,10 +46,12 @@ def folder_task(
         templates: prompts; by default those of `path/prompts.txt` (one a line, # comments), and
             without that file "a photo of a {}.".
         skip_bad_images: leave unreadable images out and list them in `Task.skipped`.
+        test_fraction: the share of the images to test on, in (0, 1), where there is no split yet.
 
     Raises:
         InputError: a missing folder, fewer than two classes, an empty class, classes that differ
-            between train and test, or a template without exactly one `{}`.
+            between train and test, a class with one image where a part is held out, or a template
+            without exactly one `{}`.
         BadImage: an unreadable image, unless skipped.
     """
     root = Path(path)
@@ -54,9 +62,13 @@ def folder_task(
             f"{root}: a file; wanted a folder that holds train/ and test/, or a .csv file"
         )
     templates = choose_templates(templates, root, f"templates for {root}")
-    folders = [_split_of(root, split) for split in ("train", "test")]
+    if test_fraction is not None and holds_split(root):
+        test_fraction = None
+    folders = [root]
+    if test_fraction is None:
+        folders = [_split_of(root, split) for split in ("train", "test")]
     classes = _classes_in(folders[0])
-    if differing := classes_of_one_split(classes, _classes_in(folders[1])):
+    if differing := classes_of_one_split(classes, _classes_in(folders[-1])):
         raise InputError(
             f"{root}: train/ and test/ must hold the same classes ({differing}); "
             "rename, add or remove these folders"
@@ -66,14 +78,17 @@ def folder_task(
             f"{folders[0]}: only one class, {classes[0]}; at least two class folders are needed"
         )
     splits = [_list_images(folder, classes) for folder in folders]
+    divide = partial(divided, test_fraction=test_fraction, where=str(root), classes=classes)
+    divide(splits)  # its errors come before all images are checked, which can take minutes
     bad = find_unreadable(splits, skip_bad_images=skip_bad_images)
-    train, test = (images.without(bad) for images in splits)
-    for images in (train, test):
+    splits = [images.without(bad) for images in splits]
+    for images in splits:
         if (emptied := class_without_images(images, classes)) is not None:
             raise InputError(
                 f"{images.root / emptied}: every image of class {emptied} is unreadable; "
-                "add readable ones or remove the class from train/ and test/"
+                "add readable ones or remove the class"
             )
+    train, test = divide(splits)
     return Task(
         name=Path(os.path.abspath(root)).name,  # "." and "birds/.." have names too
         classes=tuple(c.replace("_", " ").strip() for c in classes),
@@ -81,6 +96,7 @@ def folder_task(
         train=train,
         test=test,
         skipped=tuple(bad),
+        test_fraction=test_fraction,
     )
 
 
@@ -98,9 +114,15 @@ def _visible(folder: Path) -> list[os.DirEntry[str]]:
 def _split_of(root: Path, split: str) -> Path:
     folder = split_folder(root, split)
     if not folder.exists():
-        found = ", ".join(e.name + "/" for e in _visible(root) if _is_folder(e)) or "no folders"
+        found = ", ".join(e.name + "/" for e in _visible(root) if _is_folder(e))
+        more = ""
+        if split == "test":
+            more = f", or move what is in train/ up to {root} and pass {OPTION}"
+        elif found and not holds_split(root):
+            more = f" and test/<class>/*, or pass {OPTION} if these are classes"
         raise InputError(
-            f"{root}: no {split}/ (found: {found}); lay the images out as {split}/<class>/*"
+            f"{root}: no {split}/ (found: {found or 'no folders'}); lay the images out as "
+            f"{split}/<class>/*{more}"
         )
     if not folder.is_dir():
         raise InputError(f"{folder}: a file; wanted a folder with a folder for each class")
@@ -134,7 +156,7 @@ def _list_images(folder: Path, classes: Sequence[str]) -> ImageFiles:
             other = f" among {len(entries)} files" if entries else ""
             raise InputError(
                 f"{folder / name}: class {name} has no image{other}; add images "
-                f"({' '.join(sorted(SUFFIXES))}) or remove the class from train/ and test/"
+                f"({' '.join(sorted(SUFFIXES))}) or remove the class"
             )
         images += [(f"{name}/{e.name}", _size(e), target) for e in chosen]
     files, sizes, targets = zip(*images, strict=True)

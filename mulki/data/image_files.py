@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Protocol
 
@@ -51,12 +52,15 @@ class ImageFiles:
 
     def without(self, names: Mapping[str, BadImage]) -> ImageFiles:
         """The images whose `name` is not among these."""
-        kept = [i for i in range(len(self)) if self.name(i) not in names]
+        return self.chosen([self.name(i) not in names for i in range(len(self))])
+
+    def chosen(self, chosen: Sequence[bool]) -> ImageFiles:
+        """The images whose place in `chosen`, [n], is true."""
         return ImageFiles(
             self.root,
-            tuple(self.files[i] for i in kept),
-            tuple(self.sizes[i] for i in kept),
-            tuple(self.targets[i] for i in kept),
+            tuple(compress(self.files, chosen)),
+            tuple(compress(self.sizes, chosen)),
+            tuple(compress(self.targets, chosen)),
         )
 
 
@@ -151,6 +155,15 @@ def split_folder(root: Path, split: str) -> Path:
         if found:
             return found[0] if len(found) == 1 else exact
     return exact
+
+
+def holds_split(root: Path) -> bool:
+    """Whether a folder has one that is called as a split is, see `split_folder`."""
+    names = {name for each in _SPLIT_NAMES.values() for name in each}
+    try:
+        return any(path.name.lower() in names and path.is_dir() for path in root.iterdir())
+    except OSError:
+        return False
 
 
 def size_of(path: Path) -> int:

@@ -60,6 +60,7 @@ def load_sequence(
     order: str = "I",
     *,
     skip_bad_images: bool = False,
+    test_fraction: float | None = None,
     source: Source = _NO_SOURCE,
 ) -> list[Task]:
     """Load the tasks that a user names.
@@ -74,12 +75,14 @@ def load_sequence(
         order: order of the registered sequence, by name or as names of all its tasks with commas
             between; "I" where the tasks are listed one by one.
         skip_bad_images: leave unreadable images of folders and files out.
+        test_fraction: the share of the images to test on, of folders and files without a split of
+            their own.
         source: where published data sets lie, and the protocol to read them with.
 
     Raises:
         InputError: a word that names nothing, an unknown order, two tasks of one name, a sequence
-            that returns no list of tasks, a protocol without published data sets, or what the
-            functions above and `published_task` raise.
+            that returns no list of tasks, a protocol without published data sets, a test fraction
+            where all tasks have a split, or what the functions above and `published_task` raise.
     """
     words = [spec] if isinstance(spec, str) else list(spec)
     if not words:
@@ -88,6 +91,8 @@ def load_sequence(
             "task folders or CSV files"
         )
     _check_protocols(words, source)
+    if test_fraction is not None and all(word.partition(":")[0] in _SEQUENCES for word in words):
+        raise without_effect(test_fraction)  # before data sets of many images are read
     if len(words) == 1 and words[0] in _SEQUENCES:
         return _in_order(words[0], order, source)
     if order != "I":
@@ -95,7 +100,9 @@ def load_sequence(
             f'order "{order}": orders belong to a named sequence ({", ".join(sequence_names())}); '
             "tasks listed one by one are learned as listed, so leave the order out"
         )
-    tasks = [_load_task(word, skip_bad_images, source) for word in words]
+    tasks = [_load_task(word, skip_bad_images, test_fraction, source) for word in words]
+    if test_fraction is not None and all(task.test_fraction is None for task in tasks):
+        raise without_effect(test_fraction)
     sources: dict[str, str] = {}
     for word, task in zip(words, tasks, strict=True):
         if task.name in sources:
@@ -127,6 +134,14 @@ def _check_protocols(words: Sequence[str], source: Source) -> None:
         )
 
 
+def without_effect(test_fraction: float) -> InputError:
+    """The error for a test fraction where all tasks have a split of their own."""
+    return InputError(
+        f"--test-fraction {test_fraction:g}: about tasks without a split, but all tasks here have "
+        "one, so this changes nothing; leave it out"
+    )
+
+
 def _in_order(sequence: str, order: str, source: Source) -> list[Task]:
     loader = _SEQUENCES[sequence]
     if isinstance(loader, Collection):
@@ -153,7 +168,9 @@ def _tasks_of(sequence: str, loader: Loader, order: str) -> list[Task]:
     )
 
 
-def _load_task(word: str, skip_bad_images: bool, source: Source) -> Task:
+def _load_task(
+    word: str, skip_bad_images: bool, test_fraction: float | None, source: Source
+) -> Task:
     if word in _SEQUENCES:
         raise InputError(
             f"{word}: a whole sequence stands alone; to combine, list its tasks one by one, "
@@ -161,7 +178,7 @@ def _load_task(word: str, skip_bad_images: bool, source: Source) -> Task:
         )
     sequence, colon, name = word.partition(":")
     if colon and sequence == _CAPTIONS:
-        return caption_task(name, skip_bad_images=skip_bad_images)
+        return caption_task(name, skip_bad_images=skip_bad_images, test_fraction=test_fraction)
     if colon and sequence in _SEQUENCES:
         loader = _SEQUENCES[sequence]
         if isinstance(loader, Collection):
@@ -179,12 +196,12 @@ def _load_task(word: str, skip_bad_images: bool, source: Source) -> Task:
             f"file; sequences are {', '.join(sequence_names())}"
         )
     if Path(word).suffix.lower() == ".csv" and not Path(word).is_dir():
-        return csv_task(word, skip_bad_images=skip_bad_images)
+        return csv_task(word, skip_bad_images=skip_bad_images, test_fraction=test_fraction)
     if holds_dataset(Path(word)):
         return huggingface_task(word, skip_bad_images=skip_bad_images)
     if holds_shards(Path(word)):
-        return shard_task(word, skip_bad_images=skip_bad_images)
-    return folder_task(word, skip_bad_images=skip_bad_images)
+        return shard_task(word, skip_bad_images=skip_bad_images, test_fraction=test_fraction)
+    return folder_task(word, skip_bad_images=skip_bad_images, test_fraction=test_fraction)
 
 
 @register_sequence("embedded")

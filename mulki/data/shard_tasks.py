@@ -1,4 +1,4 @@
-"""A task from tar shards in webdataset layout: `DIR/train/*.tar`, `DIR/test/*.tar`."""
+"""A task from tar shards in webdataset layout: `DIR/{train,test}/*.tar`, or `DIR/*.tar`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from mulki.data.captioned_shards import find_shards, read_classed_shards, shards_of_splits
-from mulki.data.image_files import choose_templates, class_without_images, split_folder
+from mulki.data.captioned_shards import find_shards, read_classed_shards, shards_of_task
+from mulki.data.held_out import OPTION, divided
+from mulki.data.image_files import (
+    choose_templates,
+    class_without_images,
+    holds_split,
+    split_folder,
+)
 from mulki.data.task import Task
 from mulki.errors import InputError
 from mulki.files import check_regular
@@ -18,7 +24,10 @@ CLASSES = "classes.txt"
 def holds_shards(folder: Path) -> bool:
     """Whether `shard_task` is to read the folder."""
     train = split_folder(folder, "train")
-    return train.is_dir() and bool(find_shards(train))
+    if train.is_dir():
+        return bool(find_shards(train))
+    # Beside class folders, tar files without names of classes are something else.
+    return (folder / CLASSES).is_file() and not holds_split(folder) and bool(find_shards(folder))
 
 
 def shard_task(
@@ -26,37 +35,51 @@ def shard_task(
     *,
     templates: Sequence[str] | None = None,
     skip_bad_images: bool = False,
+    test_fraction: float | None = None,
 ) -> Task:
-    """Read a task from the shards in `path/train/` and `path/test/`.
+    """Read a task from the shards in `path/train/` and `path/test/`, or in `path` itself.
 
     Each image stands beside its class index, ``000000.jpg`` and ``000000.cls``; `path/classes.txt`
     has the class names, one a line, the first one that of index 0. The task is named after the
-    folder. Images are checked, see `mulki.data.image_files.find_unreadable`.
+    folder. Images are checked, see `mulki.data.image_files.find_unreadable`. Of shards in `path` a
+    part of each class is held out to test on, by the names of shards and images, if `test_fraction`
+    says how much: see `mulki.data.held_out.held_out`.
 
     Args:
         path: the folder.
         templates: prompts; by default as of `mulki.data.folder_task`.
         skip_bad_images: leave unreadable images out and list them in `Task.skipped`.
+        test_fraction: the share of the images to test on, in (0, 1), where there is no split yet.
 
     Raises:
         InputError: no shards for a split, no class names, a damaged shard, an image without a class
-            or with one that has no name, a class without training images, or what `Task` refuses.
+            or with one that has no name, a class without training images or with one image where a
+            part is held out, or what `Task` refuses.
         BadImage: an unreadable image, unless skipped.
     """
     root = Path(path)
     templates = choose_templates(templates, root, f"templates for {root}")
     classes = _class_names(root / CLASSES)
-    (train, skipped), (test, also) = (
-        read_classed_shards(shards, len(classes), skip_bad_images=skip_bad_images)
-        for shards in shards_of_splits(root, "no tar shards in {}/; add those of its images")
+    missing = (
+        "no tar shards in {}/; add those of its images, or put the shards of all images into the "
+        f"folder of the task and pass {OPTION}"
     )
-    if (emptied := class_without_images(train, classes)) is not None:
+    found, test_fraction = shards_of_task(root, missing, test_fraction)
+    read = [
+        read_classed_shards(shards, len(classes), skip_bad_images=skip_bad_images)
+        for shards in found
+    ]
+    splits = [images for images, _ in read]
+    if (emptied := class_without_images(splits[0], classes)) is not None:
+        place = " in train/" if test_fraction is None else ""
         raise InputError(
-            f"{root}: no readable image of class {emptied} in train/; add some, or take the name "
-            f"out of {CLASSES} and give the classes behind it other indices"
+            f"{root}: no readable image of class {emptied}{place}; add some, or take the name out "
+            f"of {CLASSES} and give the classes behind it other indices"
         )
+    train, test = divided(splits, test_fraction, where=str(root), classes=classes)
+    skipped = tuple(name for _, names in read for name in names)
     name = Path(os.path.abspath(root)).name
-    return Task(name, classes, templates, train, test, (*skipped, *also))
+    return Task(name, classes, templates, train, test, skipped, test_fraction)
 
 
 def _class_names(path: Path) -> tuple[str, ...]:

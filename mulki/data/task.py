@@ -48,6 +48,8 @@ class Task:
         train: the images to learn from, with targets in 0..C-1.
         test: the images to test on, likewise.
         skipped: unreadable images that were left out, by path.
+        test_fraction: the share of the images that was held out to test on, see
+            `mulki.data.held_out`; None where the data have a split of their own.
 
     Raises:
         InputError: any of the above does not hold.
@@ -59,6 +61,7 @@ class Task:
     train: ImageSet
     test: ImageSet
     skipped: tuple[str, ...] = ()
+    test_fraction: float | None = None
 
     def __post_init__(self) -> None:
         where = f'task "{self.name}"'

@@ -53,6 +53,12 @@ class RunConfig:
         "files) or cil (class-incremental work); that of the sequence if left out",
         choices=PROTOCOLS,
     )
+    test_fraction: float | None = option(
+        None,
+        "the share of each class to test on, of folders and files without a split of their own",
+        above=0,
+        below=1,
+    )
     shots: int | None = option(
         None, "training images of each class, drawn with the seed; all if left out", low=1
     )

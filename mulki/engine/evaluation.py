@@ -25,7 +25,7 @@ from mulki.predictions import TaskPredictions
 # Options of a run that say what its tasks are, by the name of their field, and those that choose
 # among their images.
 _CLASSES = ("tasks", "order", "protocol", "scenario", "increments", "base_classes")
-_OF_TASKS = (*_CLASSES, "shots", "seed", "limit_images", "skip_bad_images")
+_OF_TASKS = (*_CLASSES, "test_fraction", "shots", "seed", "limit_images", "skip_bad_images")
 # And those that have a say in how features are computed.
 _OF_FEATURES = ("data_root", "max_pixels", "batch_size_eval", "precision")
 _LOCKS = ("lock_text", "lock_image")
@@ -113,8 +113,8 @@ def evaluation(checkpoint: Path, given: Mapping[str, Any]) -> Evaluation:
             the run has imported are not: they have to be given.
 
     Raises:
-        InputError: a bad checkpoint, bad options or bad tasks, no tasks, or those of the run are
-            not what it learned.
+        InputError: a bad checkpoint, bad options or bad tasks, no tasks, those of the run are
+            not what it learned, or a test fraction for them.
     """
     run = run_of(checkpoint)
     known = {} if run is None else read_config(run / ARGUMENTS)
@@ -132,6 +132,11 @@ def evaluation(checkpoint: Path, given: Mapping[str, Any]) -> Evaluation:
         raise InputError(
             f"--tasks: got none, and {checkpoint} is not in a run folder that names them; pass a "
             "sequence, or task folders and CSV files"
+        )
+    if "test_fraction" in given and "tasks" not in given:
+        raise InputError(
+            f"--test-fraction: got {given['test_fraction']} for the tasks of the run, which tests "
+            "the images that it has not learned; leave it out, or pass --tasks"
         )
     # The preset of the bundled model is for training.
     named = options.pop("model", None)

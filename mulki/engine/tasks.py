@@ -40,6 +40,7 @@ def load_tasks(config: RunConfig, absent: Callable[[Entry], None] | None = None)
         config.tasks,
         config.order,
         skip_bad_images=config.skip_bad_images,
+        test_fraction=config.test_fraction,
         source=Source(config.data_root, config.protocol, absent),
     )
     captions = [task.name for task in tasks if isinstance(task, CaptionTask)]

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mulki.cli import run_command
 from mulki.commands.grid import whole
 from mulki.engine import grid
 from mulki.errors import InputError
+from tests.engine_helpers import COLOURS, write_split
 
 Refused = Callable[[Sequence[object]], str]
 
@@ -98,3 +100,16 @@ def test_numbers_that_are_not_whole(value: str) -> None:
     with pytest.raises(InputError, match="wanted a whole number from 0"):
         whole("--x", value, 0)
     assert whole("--x", "12", 0) == 12
+
+
+def test_every_seed_tests_the_same_images_of_a_task_without_a_split(
+    words: list[str], tmp_path: Path
+) -> None:
+    write_split(tmp_path / "whole", COLOURS, 5)
+    given = [*words[:2], str(tmp_path / "whole"), *words[4:], "--test-fraction", "0.4"]
+    given += ["--method", "finetune", "--seeds", "0", "1", "--name", "g"]
+    assert run_command(given) == 0
+    one, other = (tmp_path / "logs" / "g" / f"finetune-order_I-seed_{seed}" for seed in (0, 1))
+    hashes = [json.loads((each / "env.json").read_text())["hashes"] for each in (one, other)]
+    assert hashes[0]["splits"] == hashes[1]["splits"] and [*hashes[0]["splits"]] == ["whole"]
+    assert yaml.safe_load((one / "args.yaml").read_text())["test_fraction"] == 0.4

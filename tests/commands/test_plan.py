@@ -10,6 +10,7 @@ from mulki.cli import run_command
 from mulki.commands import plan as command
 from mulki.engine import downloads
 from mulki.engine.downloads import Download
+from tests.engine_helpers import COLOURS, write_split
 
 Refused = Callable[[Sequence[object]], str]
 
@@ -168,3 +169,15 @@ def test_what_a_run_refuses_a_plan_refuses(
     assert "no such option" in refused([*words, "--no-such-option", "1"])
     words[1] = str(tmp_path / "nothing")
     assert "nothing" in refused(words)
+
+
+def test_a_plan_of_a_task_without_a_split(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_split(tmp_path / "whole", COLOURS, 5)
+    given = ["plan", str(tmp_path / "whole"), *words[3:]]
+    assert run_command(given) == 2
+    assert "or pass --test-fraction 0.2 if these are classes" in capsys.readouterr().err
+    assert run_command([*given, "--test-fraction", "0.4"]) == 0
+    rows = [line.split()[:5] for line in capsys.readouterr().out.splitlines()]
+    assert ["whole", "3", "9", "6", "9"] in rows

@@ -240,3 +240,58 @@ def test_unreadable_images_are_left_out_with_their_captions(folder: Path) -> Non
     task = caption_task(folder, skip_bad_images=True)
     assert task.skipped == (str(folder / "0.png"), str(folder / "4.png"))
     assert content(task) == [CONTENT[place] for place in (2, 3, 4, 6)]
+
+
+def test_a_part_of_the_images_is_held_out_with_all_their_captions(folder: Path) -> None:
+    write_csv(folder / "captions.csv", ROWS, split=False)
+    task = caption_task(folder, test_fraction=0.4)
+    assert task.name == "pets" and task.test_fraction == 0.4 and len(task.test) == 2
+    train, test = ({split.name(i) for i in range(len(split))} for split in (task.train, task.test))
+    assert train | test == {str(folder / f"{i}.png") for i in range(6)} and not train & test
+    pairs = {
+        (split.name(i), text)
+        for split in (task.train, task.test)
+        for i in range(len(split))
+        for text in split.captions[i]
+    }
+    assert pairs == {(str(folder / path), text) for path, text, _ in ROWS}
+    # In another order, and as a file of its own.
+    write_csv(folder / "zoo.csv", ROWS[::-1], split=False)
+    zoo = caption_task(folder / "zoo.csv", test_fraction=0.4)
+    assert zoo.name == "zoo" and {zoo.test.name(i) for i in range(2)} == test
+
+
+def test_a_share_changes_nothing_where_rows_say_the_split(folder: Path) -> None:
+    task = caption_task(folder, test_fraction=0.4)
+    assert task.test_fraction is None and content(task) == CONTENT
+
+
+def test_images_that_cannot_be_divided(folder: Path) -> None:
+    write_csv(folder / "zoo.csv", ROWS[:3:2], split=False)
+    with pytest.raises(InputError, match=r"zoo\.csv: the task has one image, 0\.png, wanted"):
+        caption_task(folder / "zoo.csv", test_fraction=0.4)
+    write_csv(folder / "zoo.csv", ROWS[:2], split=False)
+    with pytest.raises(InputError, match="its train split has one image"):
+        caption_task(folder / "zoo.csv", test_fraction=0.4)
+
+
+def test_shards_without_a_split_are_divided_image_by_image(tmp_path: Path) -> None:
+    root = tmp_path / "cc"
+    root.mkdir()
+    # Each of six pictures comes twice, with two captions.
+    for shard in (0, 1):
+        files = {}
+        for n in range(6):
+            files[f"{n}.png"] = encoded(picture(n), "png")
+            files[f"{n}.txt"] = f"{n}, said {'once' if shard else 'again'}".encode()
+        write_tar(root / f"{shard}.tar", files)
+    with pytest.raises(InputError, match="nor tar shards in train/"):
+        caption_task(root)
+    task = caption_task(root, test_fraction=0.4)
+    assert task.test_fraction == 0.4 and (len(task.train), len(task.test)) == (8, 2)
+    train, test = (
+        {text[0] for each in split.captions for text in each} for split in (task.train, task.test)
+    )
+    assert train | test == set("012345") and not train & test
+    assert all(len(each) == 2 for each in task.test.captions)
+    assert task.test.load(1).tobytes() == picture(int(task.test.captions[1][0][0])).tobytes()

@@ -43,7 +43,7 @@ def write(folder: Path) -> Callable[..., Path]:
     return go
 
 
-def refused(path: Path, *words: object, **options: bool) -> None:
+def refused(path: Path, *words: object, **options: object) -> None:
     with pytest.raises(InputError) as caught:
         csv_task(path, **options)  # type: ignore[arg-type]
     message = str(caught.value)
@@ -136,7 +136,10 @@ def test_the_fingerprint_is_the_same_elsewhere(
         ("", ["line 1", "no column path", "begin the file with a line such as path,label,split"]),
         ("path,label,label,split\n", ["line 1", '"label" occurs twice']),
         ("path,label,split,note\n", ["line 2", "3 cells came, 4 were wanted", "quotes"]),
-        ("path,label,group\n", ["no column split", "small_train.csv and small_test.csv"]),
+        (
+            "path,label,group\n",
+            ["no column split", "small_train.csv and small_test.csv", "--test-fraction 0.2"],
+        ),
     ],
 )
 def test_bad_headers(write: Callable[..., Path], header: str, words: list[str]) -> None:
@@ -182,7 +185,7 @@ def test_bad_files(write: Callable[..., Path], folder: Path) -> None:
 def test_bad_pairs(write: Callable[..., Path]) -> None:
     rows = [row.rpartition(",")[0] for row in ROWS]
     train = write(rows, "path,label\n", "small_train.csv")
-    refused(train, "no column split", "no small_test.csv beside it")
+    refused(train, "no column split", "no small_test.csv beside it", "pass --test-fraction 0.2")
     write(name="small_test.csv")
     refused(train, "small_test.csv: has a column split, and small_train.csv has none")
     write(rows, "path,label\n", "small_test.csv")
@@ -199,3 +202,59 @@ def test_unreadable_images(write: Callable[..., Path], folder: Path) -> None:
     assert task.skipped == (str(bad),) and task.train.targets == (1, 0)
     (folder / "images" / "c.png").write_bytes(b"x")
     refused(path, "every test image of crow is unreadable", skip_bad_images=True)
+
+
+WHOLE = [f"images/{name}.png,{'crow' if name < 'e' else 'blue jay'}" for name in "abcdefgh"]
+
+
+def test_a_part_of_each_label_is_held_out(
+    write: Callable[..., Path], folder: Path, tmp_path: Path
+) -> None:
+    path = write(WHOLE, "path,label\n")
+    task = csv_task(path, test_fraction=0.25)
+    assert (task.name, task.classes, task.test_fraction) == ("small", ("blue jay", "crow"), 0.25)
+    assert sorted(task.train.targets) == [0] * 3 + [1] * 3 and sorted(task.test.targets) == [0, 1]
+    names = [images.name(i) for images in (task.train, task.test) for i in range(len(images))]
+    assert sorted(names) == [str(folder / "images" / f"{name}.png") for name in "abcdefgh"]
+    # However paths are written, in whatever order, and wherever the folder lies.
+    other = [row.replace("images/", f"{folder}/./images//") for row in reversed(WHOLE)]
+    same = csv_task(write(other, "path,label\n", "other.csv"), test_fraction=0.25)
+    assert {same.test.name(i) for i in range(2)} == {task.test.name(i) for i in range(2)}
+    shutil.copytree(folder, tmp_path / "copy")
+    copied = csv_task(tmp_path / "copy" / path.name, test_fraction=0.25)
+    assert copied.fingerprint() == task.fingerprint()
+
+
+def test_names_of_files_without_a_split(write: Callable[..., Path]) -> None:
+    for file, name in (("small_train.csv", "small"), ("Train.csv", "birds")):
+        task = csv_task(write(WHOLE, "path,label\n", file), test_fraction=0.25)
+        assert task.name == name and task.test_fraction == 0.25
+
+
+def test_a_share_changes_nothing_where_files_say_the_split(
+    write: Callable[..., Path], folder: Path
+) -> None:
+    one = csv_task(write(), test_fraction=0.5)
+    for split in ("train", "test"):
+        rows = [row.rpartition(",")[0] for row in ROWS if row.endswith(split)]
+        write(rows, "path,label\n", f"small_{split}.csv")
+    two = csv_task(folder / "small_train.csv", test_fraction=0.5)
+    assert one.test_fraction is two.test_fraction is None
+    assert one.fingerprint() == two.fingerprint() == csv_task(write()).fingerprint()
+    # An empty cell is a mistake, and no file without splits.
+    refused(write([*ROWS, "images/e.png,crow,"]), 'split "" came', test_fraction=0.5)
+
+
+def test_rows_that_cannot_be_divided(write: Callable[..., Path], folder: Path) -> None:
+    header = "path,label\n"
+    refused(write([], header), "a header and no rows", test_fraction=0.2)
+    refused(write([*WHOLE, "images/a.png,crow"], header), "listed already", test_fraction=0.2)
+    refused(write(WHOLE[:5], header), "class blue jay has one image, images/e.png",
+            test_fraction=0.2)  # fmt: skip
+    refused(write(WHOLE[:4], header), "only one label, crow", test_fraction=0.2)
+    path = write(WHOLE, header)
+    for name in "bcd":
+        (folder / "images" / f"{name}.png").write_bytes(b"x")
+    refused(path, "class crow has one image", test_fraction=0.2, skip_bad_images=True)
+    (folder / "images" / "a.png").write_bytes(b"x")
+    refused(path, "small.csv: every image of crow is", test_fraction=0.2, skip_bad_images=True)

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mulki.data import folder_task
+from mulki.data import ImageSet, folder_task
 from mulki.errors import InputError
 
 Make = Callable[..., Path]
 
 
-def _refused(path: Path, *words: object, **options: bool) -> None:
+def _refused(path: Path, *words: object, **options: object) -> None:
     with pytest.raises(InputError) as caught:
         folder_task(path, **options)  # type: ignore[arg-type]
     message = str(caught.value)
@@ -199,3 +199,103 @@ def test_a_link_to_itself_among_the_classes_is_passed_over(make_folder: Make) ->
     clean = folder_task(root)
     (root / "train" / "self").symlink_to(root / "train" / "self")
     assert folder_task(root).classes == clean.classes
+
+
+@pytest.fixture
+def whole(make_folder: Make) -> Path:
+    """Class folders without a split, with ten images each, two of them of other suffixes."""
+    root = make_folder("birds", count=10)
+    for folder in (root / "train").iterdir():
+        folder.rename(root / folder.name)
+        (root / folder.name / "3.png").rename(root / folder.name / "3.PNG")
+    shutil.rmtree(root / "train")
+    shutil.rmtree(root / "test")
+    return root
+
+
+def _names(images: ImageSet) -> list[str]:
+    return [os.sep.join(Path(images.name(i)).parts[-2:]) for i in range(len(images))]
+
+
+def test_a_part_of_each_class_is_held_out(whole: Path, tmp_path: Path) -> None:
+    (whole / "crow" / "notes.txt").write_text("x")
+    (whole / ".cache").mkdir()
+    task = folder_task(whole, test_fraction=0.3)
+    assert (task.name, task.classes) == ("birds", ("blue jay", "crow"))
+    assert task.test_fraction == 0.3
+    assert list(task.train.targets) == [0] * 7 + [1] * 7
+    assert list(task.test.targets) == [0] * 3 + [1] * 3
+    assert {*_names(task.train)}.isdisjoint(_names(task.test))
+    assert len({*_names(task.train), *_names(task.test)}) == 20
+    # By the names below the folder, wherever that is and whatever the images.
+    shutil.copytree(whole, tmp_path / "deep" / "copy")
+    copied = folder_task(tmp_path / "deep" / "copy", test_fraction=0.3)
+    assert copied.fingerprint() == task.fingerprint()
+    assert folder_task(whole, test_fraction=0.5).fingerprint() != task.fingerprint()
+
+
+def test_the_held_out_images_are_those_of_the_same_split_by_hand(whole: Path) -> None:
+    task = folder_task(whole, test_fraction=0.3)
+    for split in ("train", "test"):
+        for name in _names(getattr(task, split)):
+            (whole.parent / "hand" / split / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(whole / name, whole.parent / "hand" / split / name)
+    assert folder_task(whole.parent / "hand").fingerprint() == task.fingerprint()
+
+
+def test_a_share_changes_nothing_where_there_is_a_split(make_folder: Make) -> None:
+    root = make_folder()
+    task = folder_task(root, test_fraction=0.5)
+    assert task.test_fraction is None
+    assert task.fingerprint() == folder_task(root).fingerprint()
+    # A split that is half there is no split to make.
+    (root / "train").rename(root / "more")
+    _refused(root, "no train/ (found: more/, test/)", test_fraction=0.5)
+    (root / "more").rename(root / "Train")
+    shutil.rmtree(root / "test")
+    remedy = f"or move what is in train/ up to {root} and pass --test-fraction 0.2"
+    _refused(root, "no test/ (found: Train/)", remedy, test_fraction=0.5)
+
+
+def test_class_folders_without_a_split_are_refused_without_a_share(whole: Path) -> None:
+    _refused(
+        whole,
+        "no train/ (found: blue_jay/, crow/)",
+        "train/<class>/* and test/<class>/*, or pass --test-fraction 0.2 if these are classes",
+    )
+    _refused(whole / "crow", "no train/ (found: no folders); lay the images out as train/<class>/*")
+
+
+def test_class_folders_that_cannot_be_divided(whole: Path, make_folder: Make) -> None:
+    _refused(whole / "crow", "no class folders", "crow/<class>/*", test_fraction=0.2)
+    (whole / "crow" / "young").mkdir()
+    _refused(whole, "inside a class; images lie directly in birds/<class>/", test_fraction=0.2)
+    (whole / "crow" / "young").rmdir()
+    _refused(whole, "test_fraction: got 1.0", test_fraction=1.0)
+    bad = sorted((whole / "crow").iterdir())[1:]
+    for path in bad:
+        path.write_bytes(b"")
+    _refused(whole, bad[0], "--skip-bad-images", "8 more like it", test_fraction=0.2)
+    _refused(whole, "class crow has one image, crow", test_fraction=0.2, skip_bad_images=True)
+    min((whole / "crow").iterdir()).write_bytes(b"")
+    _refused(
+        whole,
+        f"{whole / 'crow'}: every image of class crow is unreadable",
+        test_fraction=0.2,
+        skip_bad_images=True,
+    )
+    # What needs no reading of images is told first.
+    for path in bad:
+        path.unlink()
+    _refused(whole, "class crow has one image, crow", test_fraction=0.2)
+    shutil.rmtree(whole / "crow")
+    _refused(whole, "only one class, blue_jay", test_fraction=0.2)
+
+
+def test_unreadable_images_are_left_out_before_the_rest_is_divided(whole: Path) -> None:
+    bad = whole / "crow" / "5.png"
+    bad.write_bytes(b"")
+    task = folder_task(whole, test_fraction=0.5, skip_bad_images=True)
+    assert task.skipped == (str(bad),)
+    bad.unlink()
+    assert folder_task(whole, test_fraction=0.5).fingerprint() == task.fingerprint()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -148,3 +149,35 @@ def test_importing_the_data_layer_imports_neither_torch_nor_torchvision() -> Non
 def test_captions_are_no_name_of_a_sequence() -> None:
     with pytest.raises(InputError, match="captions:PATH is a task of images with captions"):
         register_sequence("captions")
+
+
+def test_a_share_reaches_the_tasks_that_lack_a_split(make_folder: Make) -> None:
+    root, other = make_folder("birds"), make_folder("apes")
+    for name in ("crow", "blue_jay"):
+        (root / "train" / name).rename(root / name)
+    shutil.rmtree(root / "train")
+    shutil.rmtree(root / "test")
+    lines = [f"{path.relative_to(root)},{path.parent.name}" for path in root.rglob("*.png")]
+    (root / "rows.csv").write_text("path,label\n" + "\n".join(lines) + "\n")
+    lines = [f"{path.relative_to(root)},no {place}" for place, path in enumerate(root.rglob("*"))]
+    lines = [line for line in lines if ".png" in line]
+    (root / "texts.csv").write_text("path,caption\n" + "\n".join(lines) + "\n")
+    words = [str(root), str(root / "rows.csv"), f"captions:{root}/texts.csv", str(other)]
+    tasks = load_sequence([*words, "zoo:digits"], test_fraction=0.4)
+    assert [task.test_fraction for task in tasks] == [0.4, 0.4, 0.4, None, None]
+    assert [len(task.test) for task in tasks] == [2, 2, 2, 6, 3]
+    for word in words[:3]:
+        _refused([word], "pass --test-fraction 0.2")
+
+
+@pytest.mark.parametrize("words", [["apes"], ["zoo"], ["zoo:digits", "apes"], ["mtil:dtd"]])
+def test_a_share_has_no_effect_where_all_have_a_split(
+    make_folder: Make, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.chdir(make_folder("apes").parent)
+    with pytest.raises(InputError) as caught:
+        load_sequence(words, test_fraction=0.25)
+    assert str(caught.value) == (
+        "--test-fraction 0.25: about tasks without a split, but all tasks here have one, so this "
+        "changes nothing; leave it out"
+    )

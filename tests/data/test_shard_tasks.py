@@ -95,3 +95,47 @@ def test_bad_input_is_one_line(folder: Path, case: str) -> None:
     with pytest.raises(InputError, match=said) as info:
         load_sequence([str(folder)])
     assert "\n" not in str(info.value)
+
+
+def test_a_part_of_shards_without_a_split_is_held_out(folder: Path) -> None:
+    (folder / "test" / "0.tar").rename(folder / "2.tar")
+    for shard in ("0.tar", "1.tar.gz"):
+        (folder / "train" / shard).rename(folder / shard)
+    for split in ("train", "test"):
+        (folder / split).rmdir()
+    with pytest.raises(InputError, match=r"no tar shards in train/; .* and pass --test-fraction 0"):
+        load_sequence([str(folder)])
+    (task,) = load_sequence([str(folder)], test_fraction=0.3)
+    assert task.test_fraction == 0.3
+    assert sorted(task.train.targets) == [0, 0, 1, 1] and sorted(task.test.targets) == [0, 1]
+    names = [images.name(i) for images in (task.train, task.test) for i in range(len(images))]
+    assert sorted(names) == [
+        f"{folder}/{name}"
+        for name in ("0.tar:0.png", "0.tar:1.png", "1.tar.gz:2.png", "1.tar.gz:3.png",
+                     "2.tar:4.png", "2.tar:5.png")
+    ]  # fmt: skip
+    number = int(task.test.name(1)[-5])
+    assert task.test.load(1).tobytes() == picture(number).convert("RGB").tobytes()
+    assert task.test.targets[1] == CLASSES[number]
+    moved = shard_task(folder.rename(folder.with_name("moved")), test_fraction=0.3)
+    assert moved.fingerprint() == task.fingerprint()
+    write_tar(folder.with_name("moved") / "3.tar", {"9.png": b"no", "9.cls": b"1"})
+    left = shard_task(folder.with_name("moved"), test_fraction=0.3, skip_bad_images=True)
+    assert len(left.skipped) == 1 and len(left.train) + len(left.test) == 6
+
+
+def test_a_share_changes_nothing_where_shards_have_a_split(folder: Path) -> None:
+    task = shard_task(folder, test_fraction=0.3)
+    assert task.test_fraction is None and task.fingerprint() == shard_task(folder).fingerprint()
+
+
+def test_tar_files_beside_class_folders_are_no_shards(folder: Path) -> None:
+    write_tar(folder / "all.tar", files(0, 1))
+    (folder / "classes.txt").unlink()
+    for split in ("train", "test"):
+        shutil.rmtree(folder / split)
+    for number, target in CLASSES.items():
+        (folder / "ab"[target]).mkdir(exist_ok=True)
+        picture(number).save(folder / "ab"[target] / f"{number}.png")
+    (task,) = load_sequence([str(folder)], test_fraction=0.3)
+    assert task.classes == ("a", "b") and len(task.train) == 4

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from mulki.predictions import figures
 from mulki.report import read_folder
 from mulki.results import RunFolder
 from tests.engine.run_helpers import SHORT, Run
-from tests.engine_helpers import write_task
+from tests.engine_helpers import COLOURS, write_split, write_task
 
 
 def own(path: Path, **given: object) -> list[float | None]:
@@ -192,3 +193,28 @@ def test_what_a_run_has_imported_is_not_run_unasked(folder: RunFolder, tmp_path:
             evaluation(path, {})
     with pytest.raises(InputError, match=r"from_elsewhere\.py fails"):
         evaluation(folder.path, {"import_": (str(module),)})
+
+
+def test_the_images_that_a_run_has_held_out_are_tested(run: Run, tmp_path: Path) -> None:
+    write_split(tmp_path / "whole", COLOURS, 5)
+    tasks = (str(tmp_path / "whole"),)
+    path = run(method="finetune", lr=3e-3, tasks=tasks, test_fraction=0.4).path
+    (found,) = evaluation(path, {}).predictions()
+    assert len(found.names) == 6
+    assert (
+        round(figures([found.own])["acc1"] or 0, 4) == read_matrix(path / "matrix.csv").rows[-1][0]
+    )
+    for fraction in ("0.4", "0.6"):
+        with pytest.raises(
+            InputError, match=r"^--test-fraction: got 0\.. for the tasks of the run"
+        ):
+            evaluation(path, {"test_fraction": fraction})
+    # Options of the run's tasks are not those of others.
+    with pytest.raises(InputError, match="pass --test-fraction 0.2"):
+        evaluation(path, {"tasks": tasks})
+    (found,) = evaluation(path, {"tasks": tasks, "test_fraction": "0.6"}).predictions()
+    assert len(found.names) == 9
+    # An image more is another split.
+    shutil.copy(tmp_path / "whole" / "red" / "0.png", tmp_path / "whole" / "red" / "5.png")
+    with pytest.raises(InputError, match="whose splits are not those"):
+        evaluation(path, {})

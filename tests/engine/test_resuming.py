@@ -29,7 +29,7 @@ from mulki.evaluations import read_evaluations
 from mulki.results import RunFolder
 from tests import ROOT
 from tests.engine.run_helpers import SHORT, Run, weights
-from tests.engine_helpers import same_state
+from tests.engine_helpers import COLOURS, SHADES, same_state, write_split
 
 # Options under which every kind of state matters.
 CASES: dict[str, dict[str, Any]] = {
@@ -367,3 +367,22 @@ def test_killed_at_every_file_system_event(
     for number in range(1, events + 1):
         print(f"killed at event {number} of {events}")
         check_killed_at(killed, folder, number)
+
+
+def test_a_run_goes_on_with_the_images_that_it_has_held_out(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write_split(tmp_path / "whole", COLOURS, 5)
+    write_split(tmp_path / "more", SHADES, 4)
+    tasks = (str(tmp_path / "whole"), str(tmp_path / "more"))
+    options = {"method": "finetune", "tasks": tasks, "test_fraction": 0.4}
+    whole = run("all", **options)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
+        stop_at(patch, 5, RuntimeError("stop"))
+        run("stopped", **options)
+    added = tmp_path / "whole" / "red" / "5.png"
+    shutil.copy(added.with_name("0.png"), added)
+    with pytest.raises(InputError, match="the tasks are not those that .* began with"):
+        resumed(tmp_path / "logs" / "stopped")
+    added.unlink()
+    check_same(resumed(tmp_path / "logs" / "stopped").path, whole.path)

@@ -20,7 +20,7 @@ from mulki.engine.tasks import (
 )
 from mulki.errors import InputError
 from tests.engine.run_helpers import Run, weights
-from tests.engine_helpers import same_state, write_pairs, write_task
+from tests.engine_helpers import COLOURS, same_state, write_pairs, write_split, write_task
 
 
 def test_few_shots_of_a_task_class_by_class(tmp_path: Path) -> None:
@@ -162,3 +162,19 @@ def test_a_data_set_of_hugging_face_is_learned_as_the_folder_of_its_images_is(
     for name in ("matrix.csv", "tasks.json"):
         assert (same.path / name).read_text() == (folder.path / name).read_text()
     assert same_state(weights(same), weights(folder))
+
+
+def test_a_share_of_tasks_without_a_split_has_nothing_to_do_with_the_seed(tmp_path: Path) -> None:
+    write_split(tmp_path / "colours", COLOURS, 5)
+    config = resolve({"tasks": [str(tmp_path / "colours")], "test_fraction": "0.4"}).run
+    (task,) = load_tasks(config)
+    assert (len(task.train), len(task.test)) == (9, 6)
+    (other,) = load_tasks(replace(config, seed=7))
+    assert other.fingerprint() == task.fingerprint()
+    (few,) = load_tasks(replace(config, shots=1))
+    assert len(few.train) == 3 and few.test.fingerprint() == task.test.fingerprint()
+    with pytest.raises(InputError, match="^--test-fraction 0.4: about tasks without a split"):
+        load_tasks(replace(config, tasks=("embedded",)))
+    for wrong in ("0", "1", "1.5", "-1", "nan", "half"):
+        with pytest.raises(InputError, match="^--test-fraction: got .*, wanted a number"):
+            resolve({"test_fraction": wrong})
