@@ -11,12 +11,15 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from mulki.data.decoding import BadImage, decode, verify
+from mulki.data.held_out import OPTION, divided
 from mulki.data.image_files import (
     choose_templates,
     class_without_images,
@@ -69,16 +72,24 @@ class ArrowImages:
         return f"{self.folder}[{self.places[index]}]"
 
     def fingerprint(self) -> str:
-        return split_fingerprint(zip(map(str, self.places), self.sizes, self.targets, strict=True))
+        return split_fingerprint(zip(self.files, self.sizes, self.targets, strict=True))
 
     def without(self, names: Mapping[str, BadImage]) -> ArrowImages:
         """The images whose `name` is not among these."""
-        kept = [i for i in range(len(self)) if self.name(i) not in names]
+        return self.chosen([self.name(i) not in names for i in range(len(self))])
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Numbers of rows, by which the images are divided, [n]."""
+        return tuple(map(str, self.places))
+
+    def chosen(self, chosen: Sequence[bool]) -> ArrowImages:
+        """The images whose place in `chosen`, [n], is true."""
         return replace(
             self,
-            places=tuple(self.places[i] for i in kept),
-            sizes=tuple(self.sizes[i] for i in kept),
-            targets=tuple(self.targets[i] for i in kept),
+            places=tuple(compress(self.places, chosen)),
+            sizes=tuple(compress(self.sizes, chosen)),
+            targets=tuple(compress(self.targets, chosen)),
         )
 
     def _source(self, index: int) -> Path | bytes:
@@ -110,12 +121,15 @@ def huggingface_task(
     label: str | None = None,
     templates: Sequence[str] | None = None,
     skip_bad_images: bool = False,
+    test_fraction: float | None = None,
 ) -> Task:
     """Read a task from a folder that `datasets.DatasetDict.save_to_disk` has written.
 
     Its splits are `train` and `test`; other names of the two are those of
-    `mulki.data.image_files.split_folder`. The class names are those of the
-    column of labels, with underscores read as spaces. The task is named after the folder.
+    `mulki.data.image_files.split_folder`. Where there is `train` alone, or a `Dataset` without
+    splits, a part of each class is held out to test on by the numbers of the rows, if
+    `test_fraction` says how much: see `mulki.data.held_out.held_out`. The class names are those of
+    the column of labels, with underscores read as spaces. The task is named after the folder.
 
     The Arrow files are memory-mapped. Labels are read without the images, and images are decoded
     here and not by `datasets`, from the bytes in the file or from the path of a regular file.
@@ -130,53 +144,69 @@ def huggingface_task(
             several the one called label or fine_label.
         templates: prompts; by default as of `mulki.data.folder_task`.
         skip_bad_images: leave unreadable images out and list them in `Task.skipped`.
+        test_fraction: the share of the images to test on, in (0, 1), where there is no split yet.
 
     Raises:
         InputError: `datasets` is missing; no such folder, a missing split, a damaged file; no
             column of the type, or several; a label that is no class; classes that differ between
-            the splits, or one without training images; or what `Task` refuses.
+            the splits, one without training images, or one with one image where a part is held
+            out; or what `Task` refuses.
         BadImage: an unreadable image or an empty row, unless skipped.
     """
     root = Path(path)
     templates = choose_templates(templates, root, f"templates for {root}")
-    folders = _splits(root)
-    (train, classes), (test, others) = (_read(folder, image, label) for folder in folders)
+    folders = _splits(root, test_fraction is not None)
+    test_fraction = test_fraction if len(folders) == 1 else None
+    read = [_read(folder, image, label) for folder in folders]
+    splits, (classes, others) = [images for images, _ in read], (read[0][1], read[-1][1])
     if classes != others:
         differing = classes_of_one_split(classes, others) or "the same ones in another order"
         raise InputError(
             f"{root}: {folders[0].name} and {folders[1].name} have different classes "
             f"({differing}); cast both to one ClassLabel and save them again"
         )
-    bad = find_unreadable((train, test), skip_bad_images=skip_bad_images)
-    train, test = train.without(bad), test.without(bad)
-    if (emptied := class_without_images(train, classes)) is not None:
+    divide = partial(divided, test_fraction=test_fraction, where=str(root), classes=classes)
+    divide(splits)  # its errors come before all images are checked, which can take minutes
+    bad = find_unreadable(splits, skip_bad_images=skip_bad_images)
+    splits = [images.without(bad) for images in splits]
+    if (emptied := class_without_images(splits[0], classes)) is not None:
         raise InputError(
             f"{folders[0]}: no readable image of class {emptied}; add some, or take the name out "
             "of the ClassLabel"
         )
+    train, test = divide(splits)
+    name = Path(os.path.abspath(root)).name
     names = tuple(name.replace("_", " ").strip() for name in classes)
-    return Task(Path(os.path.abspath(root)).name, names, templates, train, test, tuple(bad))
+    return Task(name, names, templates, train, test, tuple(bad), test_fraction)
 
 
-def _splits(root: Path) -> tuple[Path, Path]:
-    # The folders of the split to train on and of that to test on.
+def _splits(root: Path, undivided: bool) -> list[Path]:
+    # The folders of the split to train on and of that to test on, or that of all images.
     if not (root / _DICT).is_file():
         if not holds_dataset(root):
             raise InputError(
                 f"{root}: no {_DICT} in it; give a folder that save_to_disk of datasets has written"
             )
+        if undivided:
+            return [root]
         raise InputError(
             f"{root}: one split, wanted train and test in a DatasetDict; divide it with "
-            "dataset.train_test_split and save the result with save_to_disk"
+            "dataset.train_test_split and save the result with save_to_disk, or pass "
+            f"{OPTION}"
         )
     train, test = (split_folder(root, split) for split in ("train", "test"))
     if not (train.is_dir() and test.is_dir()):
-        found = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir()))
+        there = [path for path in root.iterdir() if path.is_dir()]
+        alone = there == [train]
+        if alone and undivided:
+            return [train]
+        found = ", ".join(sorted(path.name for path in there))
         raise InputError(
             f"{root}: wanted the splits train and test (found: {found or 'none'}); rename them, or "
             "divide train with train_test_split, and save again"
+            + (f", or pass {OPTION}" if alone else "")
         )
-    return train, test
+    return [train, test]
 
 
 def _read(

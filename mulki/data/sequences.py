@@ -198,7 +198,7 @@ def _load_task(
     if Path(word).suffix.lower() == ".csv" and not Path(word).is_dir():
         return csv_task(word, skip_bad_images=skip_bad_images, test_fraction=test_fraction)
     if holds_dataset(Path(word)):
-        return huggingface_task(word, skip_bad_images=skip_bad_images)
+        return huggingface_task(word, skip_bad_images=skip_bad_images, test_fraction=test_fraction)
     if holds_shards(Path(word)):
         return shard_task(word, skip_bad_images=skip_bad_images, test_fraction=test_fraction)
     return folder_task(word, skip_bad_images=skip_bad_images, test_fraction=test_fraction)

@@ -388,3 +388,37 @@ def test_without_the_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r"the package datasets.*pip install 'mulki\[datasets\]'"):
         load_sequence([str(folder)])
+
+
+def test_a_part_of_one_split_is_held_out(tmp_path: Path) -> None:
+    rows = table({name: cells * 2 for name, cells in columns("train").items()})
+    rows.save_to_disk(tmp_path / "pets")
+    write(tmp_path / "dict" / "pets", train=rows)
+    (task,) = load_sequence([str(tmp_path / "pets")], test_fraction=0.3)
+    assert (task.name, task.test_fraction) == ("pets", 0.3)
+    # Of four cats and six dogs.
+    assert (
+        sorted(task.test.targets) == [0, 1, 1] and sorted(task.train.targets) == [0] * 3 + [1] * 4
+    )
+    names = [images.name(i) for images in (task.train, task.test) for i in range(len(images))]
+    assert sorted(names) == [f"{tmp_path}/pets[{row}]" for row in range(10)]
+    place = int(task.test.name(2).partition("[")[2][:-1])
+    assert task.test.load(2).tobytes() == rows[place]["image"].tobytes()
+    same = huggingface_task(tmp_path / "dict" / "pets", test_fraction=0.3)
+    assert same.fingerprint() == task.fingerprint()
+    for path in (tmp_path / "pets", tmp_path / "dict" / "pets"):
+        with pytest.raises(InputError, match="or pass --test-fraction 0.2$"):
+            huggingface_task(path)
+    # What else there is might be there to test on.
+    more = write(tmp_path / "more", train=rows, unseen=table(columns("test")))
+    with pytest.raises(InputError, match=r"\(found: train, unseen\).*and save again$"):
+        huggingface_task(more, test_fraction=0.3)
+    rows.select([0, 1, 2, 4]).save_to_disk(tmp_path / "few")
+    with pytest.raises(InputError, match="few: class tabby_cat has one image, 1, wanted"):
+        huggingface_task(tmp_path / "few", test_fraction=0.3)
+
+
+def test_a_share_changes_nothing_where_there_are_two_splits(folder: Path) -> None:
+    task = huggingface_task(folder, test_fraction=0.3)
+    assert task.test_fraction is None
+    assert task.fingerprint() == huggingface_task(folder).fingerprint()
