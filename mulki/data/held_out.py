@@ -91,16 +91,17 @@ def held_out(
     by_class: dict[int, list[int]] = {}
     for place, target in enumerate(targets):
         by_class.setdefault(target, []).append(place)
+    if lonely := [target for target, places in by_class.items() if len(places) == 1]:
+        of, remedy = "the task", ""
+        if classes:
+            of, remedy = f"class {classes[lonely[0]]}", " or remove the class"
+        more = f"; {len(lonely) - 1} more like it" if len(lonely) > 1 else ""
+        raise InputError(
+            f"{where}: {of} has one image, {names[by_class[lonely[0]][0]]}, wanted at least one to "
+            f"train on and one to test on; add images{remedy}{more}"
+        )
     chosen = [False] * len(names)
-    for target, places in by_class.items():
-        if len(places) == 1:
-            of, remedy = "the task", ""
-            if classes:
-                of, remedy = f"class {classes[target]}", " or remove the class"
-            raise InputError(
-                f"{where}: {of} has one image, {names[places[0]]}, wanted at least one to train on "
-                f"and one to test on; add images{remedy}"
-            )
+    for places in by_class.values():
         places.sort(key=lambda place: _digest(names[place]))
         count = min(max(round(fraction * len(places)), 1), len(places) - 1)
         for place in places[:count]:

@@ -92,6 +92,8 @@ def test_a_class_of_one_image_is_named() -> None:
         "birds: class jay has one image, c, wanted at least one to train on and one to test on; "
         "add images or remove the class"
     )
+    with pytest.raises(InputError, match="class jay has one image.*remove the class; 2 more like"):
+        held_out(["a", "b", "c", "d", "e"], [0, 0, 1, 2, 3], 0.2, where="x", classes=["", "jay"])
     with pytest.raises(InputError, match="birds: the task has one image, a, .*; add images$"):
         held_out(["a"], [0], 0.2, where="birds")
 
