@@ -108,7 +108,7 @@ def seen_accuracy(answers: Iterable[Answers]) -> tuple[float, int]:
 def answers_path(folder: Path, index: int, after_task: str) -> Path:
     """The file of row `index` (0: zero-shot) in a run folder."""
     # Short and free of separators, whatever a task is called; the number tells rows apart.
-    name = re.sub(r"[^\w-]+", "_", after_task)[:60]
+    name = re.sub(r"[^\w-]+", "_", after_task)[:60].encode()[:180].decode(errors="ignore")
     return folder / FOLDER / f"{index:02d}_{name}.npz"
 
 

@@ -130,10 +130,10 @@ def _run(argv: list[str]) -> int:
     from rich.console import Console
 
     from mulki.commands.grid import is_grid, run_grid
-    from mulki.commands.run_options import options_of_folder, run_options
+    from mulki.commands.run_options import run_options
     from mulki.commands.training import prepare_process
     from mulki.engine.config import resolve
-    from mulki.engine.resuming import folder_of_restart
+    from mulki.engine.resuming import restart_of
     from mulki.engine.sequence import run
     from mulki.evaluations import read_evaluations
     from mulki.report.tables import print_matrix
@@ -145,8 +145,8 @@ def _run(argv: list[str]) -> int:
         run_grid(given, console)
         return 0
     settings = resolve(given)
-    if resume is None and (restarted := folder_of_restart(settings)) is not None:
-        settings, resume = resolve(options_of_folder(str(restarted))), str(restarted)
+    if resume is None and (again := restart_of(settings)) is not None:
+        settings, resume = again[0], str(again[1])
     folder = run(settings, Console(stderr=True), resume=resume)
     if folder is None:  # another process of the run prints
         return 0

@@ -98,7 +98,7 @@ class RunFolder:
         lock: FolderLock | None = None,
     ) -> None:
         self.path = path
-        self.name = path.name
+        self.name = Path(os.path.abspath(path)).name  # "." has a name too
         self.method = method
         self.order = order
         self.seed = seed
@@ -398,7 +398,7 @@ class RunFolder:
         """
         if index < 1:
             raise ValueError(f"index counts tasks from 1, {index} came")
-        return self._checkpoints() / f"task_{index:02d}_{slug(task_name)}.safetensors"
+        return self._checkpoints() / f"task_{index:02d}_{slug(task_name)[:100]}.safetensors"
 
     @property
     def latest(self) -> Path:

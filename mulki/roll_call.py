@@ -28,14 +28,23 @@ _POLL_S = 0.05
 
 def identity(pid: int) -> str | None:
     """What tells a process of this machine from all others; None where the system does not say."""
-    started, machine = _started(pid), _machine()
+    try:
+        started, machine = _started(pid), _machine()
+    except OSError:
+        return None
     return f"{pid} {started} {machine}" if started and machine else None
 
 
 def lives(who: str) -> bool | None:
-    """Whether the process of an `identity` still runs; None if it is not of this machine."""
+    """Whether the process of an `identity` still runs; None if that cannot be told here and now.
+
+    It cannot of a process of another machine, or while this one can open no more files.
+    """
     pid, started, machine = who.split(maxsplit=2)
-    return _started(int(pid)) == started if machine == _machine() else None
+    try:
+        return _started(int(pid)) == started if machine == _machine() else None
+    except OSError:
+        return None
 
 
 def _machine() -> str | None:
@@ -44,7 +53,7 @@ def _machine() -> str | None:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
+    except FileNotFoundError:
         return None
 
 
@@ -52,7 +61,7 @@ def _started(pid: int) -> str | None:
     # When a process has started, None if it has ended: the number alone may be that of a later one.
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return None
     # What has ended is kept until its parent asks for its exit status.
     return None if fields[0] in (b"Z", b"X") else fields[19].decode()

@@ -74,6 +74,14 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     return tensors, metadata
 
 
+def checksum_of(path: str | os.PathLike[str]) -> str | None:
+    """The checksum that a safetensors file carries; its content is not read."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get(CHECKSUM)
+
+
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """The names of those that hold a NaN or an infinity."""
     return [

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from mulki.answers import (
 )
 from mulki.errors import InputError
 from mulki.evaluations import read_evaluations
+from mulki.files import temporary_for
 from mulki.metrics import ZERO_SHOT
 from mulki.results import RunFolder
 
@@ -82,6 +84,14 @@ def test_accuracy_over_all_seen_images() -> None:
     answers = [Answers(yes, yes), Answers(no, no), Answers(no)]
     assert seen_accuracy(answers) == (75.0, 4)
     assert [a.accuracy for a in answers] == [100.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", [255 * "a", 85 * "花", 63 * "\U00020000"])
+def test_a_file_of_a_task_with_a_long_name(tmp_path: Path, name: str) -> None:
+    path = answers_path(tmp_path, 100, name)
+    # A folder's name may be that long, and the temporary file's is longer than the file's.
+    assert len(os.fsencode(temporary_for(path).name)) < 230
+    assert path == answers_path(tmp_path, 100, name) != answers_path(tmp_path, 101, name)
 
 
 def test_a_file_without_a_row_is_not_read(folder: Path) -> None:

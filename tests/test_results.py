@@ -243,6 +243,16 @@ def test_resuming_before_the_first_row_and_after_a_stale_summary(tmp_path: Path)
     assert RunFolder.open(run.path).matrix == run.matrix
 
 
+def test_a_run_that_is_opened_from_inside_its_folder_keeps_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make(tmp_path)
+    monkeypatch.chdir(run.path)
+    again = RunFolder.open(".")
+    again.finish()
+    assert again.name == run.name == summary_of(run.path)["name"]
+
+
 def test_class_incremental_accuracies_outlast_a_resumed_run(tmp_path: Path) -> None:
     run = make(tmp_path, columns=("a", "b"))
     half, none = np.array([True, False, False]), np.zeros(2, dtype=bool)
@@ -369,6 +379,7 @@ def test_a_run_that_goes_on_is_running_again(tmp_path: Path) -> None:
         (12, "clip art/by category", "task_12_clip_art_by_category.safetensors"),
         (2, "../Vögel", "task_02_vogel.safetensors"),
         (2, "花", "task_02_unnamed.safetensors"),
+        (2, 255 * "a", f"task_02_{100 * 'a'}.safetensors"),
     ],
 )
 def test_checkpoint_paths(tmp_path: Path, index: int, task: str, name: str) -> None:

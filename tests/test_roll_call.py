@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import subprocess
@@ -99,6 +100,37 @@ def test_of_a_process_elsewhere_nothing_is_known(ended: str) -> None:
     assert lives(elsewhere) is None
     found = called({1: "lost", 2: "lost"}, places={3: elsewhere})
     assert found is not None and "0.1 s: killed, busy or hanging (closed)" in str(found)
+
+
+@on_linux
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EACCES, errno.EIO])
+def test_a_process_that_cannot_be_looked_up_has_not_ended(
+    code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = identity(os.getpid())
+    assert here is not None
+    real = Path.read_bytes
+
+    def refused(path: Path) -> bytes:
+        if path.name == "stat":
+            raise OSError(code, os.strerror(code), str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    assert lives(here) is None and identity(os.getpid()) is None
+    found = called({1: "lost", 2: "lost"}, places={3: here})
+    assert found is not None and "0.1 s: killed, busy or hanging (closed)" in str(found)
+
+
+@on_linux
+def test_one_that_ends_while_it_is_looked_up_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = identity(os.getpid())
+
+    def gone(path: Path) -> bytes:
+        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", gone)
+    assert here is not None and lives(here) is False
 
 
 @on_linux

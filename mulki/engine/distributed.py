@@ -1,8 +1,10 @@
-"""How this process takes part in a run that torchrun started: its device and its `World`."""
+"""How this process takes part in a run that torchrun started: its device, its `World`, restarts."""
 
 from __future__ import annotations
 
+import functools
 import itertools
+import json
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,13 +13,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mulki.engine.meeting import Meeting, meet
+from mulki.environment import launcher
 from mulki.errors import InputError
 from mulki.roll_call import RollCall
 from mulki.world import World
 
 # The process group that `join` has made last, and its roll call.
 _made: tuple[Any, RollCall] | None = None
-# Groups of one process after another share torchrun's store.
+# Groups of one process after another share a store.
 _groups = itertools.count()
 
 
@@ -63,6 +67,30 @@ def device_of_process(device: torch.device) -> torch.device:
     return torch.device(device.type, index)
 
 
+@functools.cache
+def meeting() -> Meeting:
+    """Meet the other processes of the run, once.
+
+    Raises:
+        InputError: the environment does not say where the processes meet.
+        ProcessLost: some have not come in time.
+    """
+    missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
+    if missing:
+        raise InputError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: {', '.join(missing)} not set; start the "
+            f"processes with torchrun --nproc-per-node N -m mulki run ..., or unset WORLD_SIZE"
+        )
+    # With torch's own timeout: machines may start minutes apart.
+    store, rank, size = next(dist.rendezvous("env://"))
+    return meet(store, rank, size, json.dumps([restarts_here(), launcher()]))
+
+
+def restarts_here() -> int:
+    """How often this machine's torchrun has started its processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def join(
     device: torch.device, timeout: float = 600.0, hold: Callable[[], None] = lambda: None
 ) -> World:
@@ -76,7 +104,7 @@ def join(
         hold: see `mulki.world.World`.
 
     Raises:
-        InputError: the environment does not say where the processes meet.
+        InputError, ProcessLost: as `meeting` does.
     """
     global _made
     if dist.is_initialized():
@@ -85,23 +113,15 @@ def join(
         return World(dist.get_rank(), dist.get_world_size(), roll=roll, hold=hold)
     if not launched():
         return World()
-    missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
-    if missing:
-        raise InputError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: {', '.join(missing)} not set; start the "
-            f"processes with torchrun --nproc-per-node N -m mulki run ..., or unset WORLD_SIZE"
-        )
+    met = meeting()
     backend = dist.get_default_backend_for_device(device)
     bound = None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # Tensors on the CPU go through gloo, as in torchrun's default.
         backend, bound = f"cpu:gloo,cuda:{backend}", device
-    # With torch's own timeout: machines may start minutes apart.
-    store, rank, size = next(dist.rendezvous("env://"))
-    # torchrun's store outlives a restart, with the addresses of processes that have ended.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"attempt {attempt}, group {next(_groups)}", store)
+    rank, size = met.rank, met.size
+    store = dist.PrefixStore(f"group {next(_groups)}", met.store)
     dist.init_process_group(
         backend,
         store=store,

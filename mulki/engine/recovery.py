@@ -22,7 +22,8 @@ from mulki.engine.signals import Signals
 from mulki.errors import InputError
 from mulki.files import sync
 from mulki.new_folder import RECOVERY
-from mulki.tensor_files import load_tensors, not_finite, save_tensors
+from mulki.sharded import gathered
+from mulki.tensor_files import checksum_of, load_tensors, not_finite, save_tensors
 from mulki.world import ALONE, World
 
 State = dict[str, Any]
@@ -87,7 +88,7 @@ class Saves:
             return
         with self._signals.held():
             started = time.monotonic()
-            state = self._state(in_task)
+            state = gathered(self._state(in_task), kept=self._path is not None)
             if self._path is not None:
                 check_finite(state.get(STUDENT, {}), "the student", TOO_FAST)
                 self._path.parent.mkdir(exist_ok=True)
@@ -188,6 +189,12 @@ def read_state(folder: Path) -> State | None:
         return state
     except (KeyError, ValueError) as error:
         raise InputError(f"{path}: not a save of this version ({error}); run again") from None
+
+
+def hash_of_save(folder: Path) -> str:
+    """What tells the last save of a run folder from others; "none" if there is none."""
+    path = folder / RECOVERY / FILE
+    return str(checksum_of(path)) if path.exists() else "none"
 
 
 def _without_tensors(value: Any, tensors: dict[str, Tensor], known: set[int]) -> Any:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from mulki import methods
 from mulki.answers import FOLDER as ANSWERS
+from mulki.engine import distributed
 from mulki.engine.checkpoints import ARGUMENTS
 from mulki.engine.config import RunConfig, Settings, read_config
+from mulki.engine.meeting import Meeting
 from mulki.engine.randomness import random_state, set_random_state
 from mulki.engine.recovery import STUDENT, State, read_state
 from mulki.environment import launcher
@@ -27,6 +30,7 @@ from mulki.options import flag, option_name
 from mulki.report.comparison import NEUTRAL
 from mulki.report.folder import read_json
 from mulki.results import RunFolder
+from mulki.sharded import set_whole
 from mulki.texts import TextInputs
 from mulki.world import World
 
@@ -64,41 +68,63 @@ def open_to_resume(path: Path, config: RunConfig) -> RunFolder:
         raise
 
 
-def folder_of_restart(settings: Settings) -> Path | None:
-    """The folder to go on from where torchrun has started the processes of a run again.
+def restart_of(settings: Settings) -> tuple[Settings, Path] | None:
+    """What to go on with where torchrun has started the processes of a run again.
 
-    A folder that this torchrun has not begun is not taken.
+    The first process looks for the folder, and tells the others; each takes it from where its own
+    options say. A folder that none of these torchruns has begun is not taken.
+
+    Returns:
+        The settings, with the precision that the run began with, and the folder; None for a run
+        from its start.
 
     Raises:
         InputError: a run that torchrun may start again has no name, by which to find its folder;
-            it is on several machines, which do not count restarts alike; it makes no saves; or the
-            folder is that of a run with other options.
+            or, in all processes, the folder is that of a run with other options.
     """
     config = settings.run
-    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-        if config.name is None:
-            raise InputError(
-                "--name: got none beside --max-restarts of torchrun, but a run that is started "
-                "again is found by its name; pass one"
-            )
-        if config.fsdp:
-            raise InputError(
-                "torchrun --max-restarts: a run with --fsdp makes no saves to go on from; pass "
-                "--max-restarts 0, or leave --fsdp out"
-            )
-        machines = os.environ.get("GROUP_WORLD_SIZE", "1")
-        if machines != "1":
-            raise InputError(
-                f"torchrun --max-restarts: works on one machine, and this run is on {machines}; "
-                f"pass --max-restarts 0, and go on with mulki run --resume"
-            )
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or config.name is None:
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
         return None
+    if config.name is None:
+        raise InputError(
+            "--name: got none beside --max-restarts of torchrun, but a run that is started "
+            "again is found by its name; pass one"
+        )
     folder = Path(config.logs, config.name)
-    if not has_begun(folder) or read_json(folder / "env.json").get("started_by") != launcher():
+    if not distributed.launched():
+        begun = distributed.restarts_here() > 0
+        precision = _precision_of(folder, settings, [launcher()]) if begun else None
+    else:
+        precision = _told_by_the_first(distributed.meeting(), folder, settings)
+    if precision is None:
+        return None
+    return replace(settings, run=replace(config, precision=precision)), folder
+
+
+def _told_by_the_first(met: Meeting, folder: Path, settings: Settings) -> str | None:
+    # One torchrun may have seen no failure, but another machine's.
+    restarts, launchers = zip(*map(json.loads, met.words), strict=True)
+    if not any(restarts):
+        return None
+    if met.rank == 0:
+        told: dict[str, str | None] = {}
+        try:
+            told["precision"] = _precision_of(folder, settings, launchers)
+        except InputError as error:
+            told["problem"] = str(error)
+        met.store.set("restart", json.dumps(told))
+    told = json.loads(met.store.get("restart"))
+    if "problem" in told:
+        raise InputError(str(told["problem"]))
+    return told["precision"]
+
+
+def _precision_of(folder: Path, settings: Settings, launchers: Sequence[str | None]) -> str | None:
+    # That of the run which one of these torchruns has begun; None if there is no such run.
+    if not has_begun(folder) or read_json(folder / "env.json").get("started_by") not in launchers:
         return None
     check_same_options(folder, settings)
-    return folder
+    return str(read_config(folder / ARGUMENTS)["precision"])
 
 
 def has_begun(folder: Path) -> bool:
@@ -148,8 +174,13 @@ def read_save(folder: Path, world: World) -> State | None:
     """The last save of a run; None if there is none, so that it starts again.
 
     Raises:
-        InputError: a damaged save, or a run on another number of processes.
+        InputError: no such folder here, a damaged save, or a run on another number of processes.
     """
+    if not (folder / ARGUMENTS).is_file():
+        raise InputError(
+            f"--resume: {folder} is not to be seen on {platform.node()}, but every process reads "
+            "the save; put the run folder where all machines see it, under the same --logs"
+        )
     saved = read_state(folder)
     # A run without a save starts again, but its batches were those of as many processes too.
     known = read_json(folder / "env.json").get("processes", 1)
@@ -248,9 +279,8 @@ def _weights(student: VisionLanguageModel, model: VisionLanguageModel) -> dict[s
     return {name: found[name] for name in student.trainable()}
 
 
-@torch.no_grad()
 def _set_weights(
     student: VisionLanguageModel, model: VisionLanguageModel, weights: Mapping[str, Tensor]
 ) -> None:
     for name, value in _weights(student, model).items():
-        value.copy_(weights[name])
+        set_whole(value, weights[name])

@@ -92,21 +92,23 @@ def run(
         bar = RunProgress(console, amounts(setup), len(setup.tasks))
         folder = setup.folder
         try:
-            with (
-                folder or contextlib.nullcontext(),
-                bar,
-                setup.world.watched(),
-                dead_workers_named(setup.config.workers),
-            ):
-                _Sequence(setup, bar, signals).learn()
+            try:
+                with (
+                    folder or contextlib.nullcontext(),
+                    bar,
+                    setup.world.watched(),
+                    dead_workers_named(setup.config.workers),
+                ):
+                    _Sequence(setup, bar, signals).learn()
+            finally:
+                # A second signal ends this, too.
+                if folder is not None and folder.evaluated:
+                    _write_report(folder)
         except (Stopped, ProcessLost) as stopped:
             if folder is not None:
                 stopped.results = str(folder.path) if folder.evaluated else None
-                stopped.resume = None if setup.config.fsdp else str(folder.path)
+                stopped.resume = str(folder.path)
             raise
-        finally:
-            if folder is not None and folder.evaluated:
-                _write_report(folder)
     return folder
 
 
@@ -148,7 +150,7 @@ class _Sequence:
             setup.config.save_every,
             # The weights, two moments of the optimiser and about as much of the method.
             size=4 * sum(p.nbytes for p in setup.model.trainable().values()),
-            used=setup.method.trains and not setup.config.fsdp,
+            used=setup.method.trains,
         )
         self.evaluator = Evaluator(
             setup.model,
@@ -229,8 +231,6 @@ class _Sequence:
         if world.size > 1:
             images = world.size * config.batch_size
             _log.info("%d processes, %d images in a batch", world.size, images)
-        if config.fsdp:
-            _log.warning("with --fsdp no saves are made: a run that is stopped cannot go on")
         for task in self.setup.tasks:
             if task.skipped:
                 _log.warning(

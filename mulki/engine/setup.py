@@ -28,7 +28,7 @@ from mulki.engine.downloads import Absent
 from mulki.engine.original import check_original, load_original
 from mulki.engine.precision import Precision
 from mulki.engine.randomness import deterministic
-from mulki.engine.recovery import State, check_finite
+from mulki.engine.recovery import State, check_finite, hash_of_save
 from mulki.engine.resuming import check_same, open_to_resume, read_save
 from mulki.engine.tasks import (
     check_captions,
@@ -148,7 +148,7 @@ def prepared(
     config = settings.run
     method = methods.get(config.method)(settings.method)
     precision = Precision(config.precision, device_of(config.device))
-    _check_sharding(config, precision, resume)
+    _check_sharding(config, precision)
     check_reference(config, method)
     _check_anchors(config, method)
     check_original(config, method)
@@ -193,10 +193,10 @@ def prepared(
                     advice = f"pass sound weights, or another --precision than {precision.name}"
                     check_finite(each.clip.state_dict(), named, advice)
             transform = _training_transform(config, model)
-            facts = _facts(settings, tasks, hashes)
+            facts = {**_facts(settings, tasks, hashes), "precision": precision.name}
             if resume is not None:
                 check_same(Path(resume), hashes)
-                facts["tasks learned before"] = 0 if saved is None else saved["learned"]
+                facts["save (hash)"] = hash_of_save(Path(resume))
         except InputError as error:
             problem = error
         world.agree(precision.device, problem, **facts)
@@ -248,18 +248,7 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def _check_sharding(
-    config: RunConfig, precision: Precision, resume: str | os.PathLike[str] | None
-) -> None:
-    if config.fsdp and resume is not None:
-        raise InputError(
-            f"--resume: {resume} is of a run with --fsdp, which makes no saves; start another run"
-        )
-    if config.fsdp and config.save_every is not None:
-        raise InputError(
-            f"--save-every: got {config.save_every} beside --fsdp, with which no saves are made; "
-            "leave one of them out"
-        )
+def _check_sharding(config: RunConfig, precision: Precision) -> None:
     if config.opt == "muon":
         muon.check_available()
         if config.fsdp:

@@ -24,6 +24,7 @@ from mulki.engine.teachers import TaskTeachers
 from mulki.features import Features, of_reference
 from mulki.methods import Method
 from mulki.models import VisionLanguageModel
+from mulki.sharded import set_whole
 from mulki.texts import text_inputs
 from mulki.world import World
 
@@ -97,13 +98,13 @@ class Step(ABC):
         for place, (parameter, of_one) in enumerate(
             zip(parameters, state["optimizer"], strict=True)
         ):
-            # Laid out in memory as the parameter: the fused update goes through both in one order.
-            known[place] = {
-                name: value
-                if value.shape != parameter.shape
-                else torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-                for name, value in of_one.items()
-            }
+            known[place] = dict(of_one)
+            for name, value in of_one.items():
+                if value.shape == parameter.shape:
+                    # Sharded, and laid out in memory, as the parameter: the fused update goes
+                    # through both in one order.
+                    known[place][name] = torch.empty_like(parameter, dtype=value.dtype)
+                    set_whole(known[place][name], value)
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": known, "param_groups": groups})
         self._precision.scaler.load_state_dict(state["scaler"])

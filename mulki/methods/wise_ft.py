@@ -17,11 +17,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from mulki.methods.base import TaskStart
 from mulki.methods.finetune import Finetune
 from mulki.options import option
+from mulki.sharded import set_whole
 from mulki.stages.connecting import Connections, snapshot
 
 Base = Literal["previous", "zero_shot"]
@@ -62,13 +64,16 @@ class WiseFT(Finetune):
             self._original = state["original"]
             return
         for name, value in state["original"].items():
-            self._original[name].copy_(value)  # in place: the connections have them already
+            set_whole(self._original[name], value)  # in place: the connections have them already
 
     def start_task(self, task: TaskStart) -> None:
         if task.index == 0 and self.options.wise_base == "zero_shot":
             self._original = snapshot(task.weights)
-        if self._original is not None:  # those of a save are on the CPU
-            self._original = {n: v.to(task.weights[n]) for n, v in self._original.items()}
+        if self._original is not None:  # those of a save are whole, and on the CPU
+            saved, self._original = self._original, {}
+            for name, value in saved.items():
+                self._original[name] = torch.empty_like(task.weights[name])
+                set_whole(self._original[name], value)
         self._connections = Connections(task.weights, alpha=self.options.alpha, base=self._original)
 
     def end_task(self) -> None:

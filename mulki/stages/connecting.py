@@ -34,6 +34,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mulki.sharded import set_whole
+
 Weights = Mapping[str, Tensor]
 
 
@@ -118,15 +120,14 @@ class Connections(nn.Module):
         mean = None if self._mean is None else {"mean": self._mean.mean, "count": self._mean.count}
         return {"start": self._start, "mean": mean}
 
-    @torch.no_grad()
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Set what `get_extra_state` returned."""
         for name, value in state["start"].items():
-            self._start[name].copy_(value)
+            set_whole(self._start[name], value)
         if self._mean is not None:
             self._mean.count = state["mean"]["count"]
             for name, value in state["mean"]["mean"].items():
-                self._mean.mean[name].copy_(value)
+                set_whole(self._mean.mean[name], value)
 
     def penalties(self) -> dict[str, Tensor]:
         """The term ``anchor_loss``, or nothing where its coefficient is 0."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +31,39 @@ WAITS_S, THEN_WAITS_S = 300, 3
 ANCHORED = {"eps": 1e-2, "lr": 5e-3}
 
 
-def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    processes: int, *arguments: str, meeting: Sequence[str] = ("--rdzv-endpoint=localhost:0",)
+) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-        + ["--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-        + list(arguments),
+        + ["--master-port=0", "--rdzv-backend=c10d", *meeting, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=900,  # of a busy machine; seconds otherwise
         check=False,
     )
+
+
+def torchruns(machines: int, *arguments: str) -> list[subprocess.CompletedProcess[str]]:
+    """One torchrun with one process for each of several machines, all of which are this one."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    meeting = [f"--nnodes={machines}", "--rdzv-id=together", "--local-addr=127.0.0.1"]
+    meeting.append(f"--rdzv-endpoint=127.0.0.1:{port}")
+    with ThreadPoolExecutor(machines) as pool:
+        started = [pool.submit(torchrun, 1, *arguments, meeting=meeting) for _ in range(machines)]
+        return [each.result() for each in started]
+
+
+def command(base: dict[str, Any], logs: Path, name: str) -> list[str]:
+    """The arguments of a run of two tasks of five steps, with a save after each step."""
+    return [
+        "run", "--tasks", *base["tasks"], "--model", base["model"], "--name", name,
+        "--logs", str(logs), "--device", "cpu", "--iterations", "5",
+        "--batch-size", "3", "--precision", "fp32", "--save-every", "1",
+    ]  # fmt: skip
 
 
 def compare(

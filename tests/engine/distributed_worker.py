@@ -1,12 +1,14 @@
 """What one process of the tests of distribution does; torchrun starts several of it.
 
 Reads a JSON list of [name of the run, options], each a run of `mulki.engine.sequence.run`; or,
-after the name of a fault, takes the arguments of the command line.
+after the name of a fault and the step it comes in, as in kill@8 (3 by default), takes the arguments
+of the command line.
 """
 
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import os
 import signal
@@ -27,6 +29,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from mulki import cli, roll_call
+from mulki.engine import recovery
 from mulki.engine.config import resolve
 from mulki.engine.microbatch import backward
 from mulki.engine.sequence import run
@@ -139,18 +142,26 @@ def bad_image() -> None:
     raise InputError("blue/0.png: cannot be read")
 
 
+def fill() -> None:
+    def full(path: Path, state: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    recovery.write_state = full  # type: ignore[assignment]
+
+
 def hang() -> None:
     # In code that does not come back to the interpreter, but that torchrun can end at once.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(600)
 
 
-# What a process does to the others.
+# What a process does to the others; the first process, which saves, may have a full disk.
 FAULTS: dict[str, Callable[[], object]] = {
     "raise": bad_image,
     "crash": lambda: 1 // 0,
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "hang": hang,
+    "fill": fill,
 }
 
 
@@ -161,21 +172,22 @@ def shorten_waits() -> None:
     dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=THEN_WAITS_S))
 
 
-def fail(fault: Callable[[], object], arguments: list[str]) -> None:
-    """`mulki` with these arguments, where the second process has a fault in its third step.
+def fail(fault: Callable[[], object], step: int, arguments: list[str]) -> None:
+    """`mulki` with these arguments, where a process has a fault in one of its steps.
 
     It has none when torchrun starts it again.
     """
+    faulty = "0" if fault is fill else "1"
     roll_call.GRACE_S = 2
     real, calls = Step.update, 0
 
     def update(*given: Any) -> None:
         nonlocal calls
         calls += 1
-        if calls == 3 and fault is hang:
+        if calls == step and fault is hang:
             shorten_waits()
         again = os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
-        if calls == 3 and os.environ["RANK"] == "1" and not again:
+        if calls == step and os.environ["RANK"] == faulty and not again:
             fault()
         real(*given)
 
@@ -185,7 +197,8 @@ def fail(fault: Callable[[], object], arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     words = [word for word in sys.argv[1:] if word != "--"]
-    if words[0] in FAULTS:
-        fail(FAULTS[words[0]], words[1:])
+    name, _, step = words[0].partition("@")
+    if name in FAULTS:
+        fail(FAULTS[name], int(step or 3), words[1:])
     else:
         main(json.loads(Path(words[0]).read_text()))

@@ -23,8 +23,10 @@ from tests.engine.distributed_runs import (
     THEN_WAITS_S,
     WAITS_S,
     WORKER,
+    command,
     compare,
     torchrun,
+    torchruns,
 )
 from tests.engine_helpers import same_state, write_pairs
 
@@ -102,14 +104,6 @@ def test_two_processes_learn_captions_as_one(base: dict[str, Any], tmp_path: Pat
     compare(base, {"lwf": CASES["lwf"], "captions": (captions, 6)}, 2, tmp_path)
 
 
-def command(base: dict[str, Any], logs: Path, name: str) -> list[str]:
-    return [
-        "run", "--tasks", *base["tasks"], "--model", base["model"], "--name", name,
-        "--logs", str(logs), "--device", "cpu", "--iterations", "5",
-        "--batch-size", "3", "--precision", "fp32", "--save-every", "1",
-    ]  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def whole(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run on two processes, both of which reach its end."""
@@ -167,6 +161,28 @@ def test_torchrun_goes_on_when_a_process_was_killed(
     folder = tmp_path / "killed"
     assert "goes on after 0 tasks and 2 steps" in (folder / "out.log").read_text()
     assert same_state(load_file(folder / LAST), load_file(whole / LAST))
+
+
+@pytest.mark.slow
+def test_several_machines_go_on_when_a_process_was_killed(
+    base: dict[str, Any], whole: Path, tmp_path: Path
+) -> None:
+    given = command(base, tmp_path, "killed")
+    done = torchruns(2, "--max-restarts=2", str(WORKER), "--", "kill", *given)
+    assert [each.returncode for each in done] == [0, 0], [each.stderr for each in done]
+    folder = tmp_path / "killed"
+    assert "goes on after 0 tasks and 2 steps" in (folder / "out.log").read_text()
+    assert same_state(load_file(folder / LAST), load_file(whole / LAST))
+
+
+@pytest.mark.slow
+def test_a_process_whose_disk_is_full_ends_the_run(base: dict[str, Any], tmp_path: Path) -> None:
+    done = torchrun(2, str(WORKER), "--", "fill", *command(base, tmp_path, "full"))
+    assert done.returncode != 0
+    (line,) = errors(done)
+    assert line.startswith("mulki: error in process 0: ") and "No space left" in line
+    saved = read_state(tmp_path / "full")
+    assert saved is not None and saved["learned"] == 0 and saved["in_task"]["steps"] == 2
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import random
@@ -17,16 +18,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 
 from mulki.answers import read_answers
 from mulki.engine import recovery, sequence
 from mulki.engine.config import read_config, resolve
+from mulki.engine.meeting import Meeting
 from mulki.engine.progress import RunProgress
-from mulki.engine.resuming import folder_of_restart
+from mulki.engine.resuming import read_save, restart_of
+from mulki.environment import launcher
 from mulki.errors import InputError
 from mulki.evaluations import read_evaluations
 from mulki.results import RunFolder
+from mulki.world import World
 from tests import ROOT
 from tests.engine.run_helpers import SHORT, Run, weights
 from tests.engine_helpers import COLOURS, SHADES, same_state, write_split
@@ -186,27 +191,76 @@ def test_what_torchrun_starts_again_finds_its_folder(
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "abc")
     settings = resolve(read_config(run("first", method="zero_shot").path / "args.yaml"))
-    assert folder_of_restart(settings) is None
+    assert restart_of(settings) is None
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert folder_of_restart(settings) is None
+    assert restart_of(settings) is None
     with pytest.raises(InputError, match="--name: got none beside --max-restarts"):
-        folder_of_restart(replace(settings, run=replace(settings.run, name=None)))
+        restart_of(replace(settings, run=replace(settings.run, name=None)))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert folder_of_restart(settings) == tmp_path / "logs" / "first"
+    assert restart_of(settings) == (settings, tmp_path / "logs" / "first")
+    # It goes on with the precision that it began with.
+    automatic = replace(settings, run=replace(settings.run, precision="auto"))
+    assert restart_of(automatic) == (settings, tmp_path / "logs" / "first")
     with pytest.raises(InputError, match="--lr: .*first is of a run with 0.001, this one has 1"):
-        folder_of_restart(replace(settings, run=replace(settings.run, lr=1.0)))
+        restart_of(replace(settings, run=replace(settings.run, lr=1.0)))
     # What had not got as far as a result starts again.
-    assert folder_of_restart(replace(settings, run=replace(settings.run, name="new"))) is None
+    assert restart_of(replace(settings, run=replace(settings.run, name="new"))) is None
     # A first result is on disk before the matrix is.
     (tmp_path / "logs" / "first" / "matrix.csv").unlink()
-    assert folder_of_restart(settings) == tmp_path / "logs" / "first"
+    assert restart_of(settings) == (settings, tmp_path / "logs" / "first")
     # A folder of another torchrun is nobody's to take.
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "def")
-    assert folder_of_restart(settings) is None
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="works on one machine, and this run is on 2"):
-        folder_of_restart(settings)
+    assert restart_of(settings) is None
+
+
+def test_several_machines_agree_on_the_folder_to_go_on_with(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "abc")
+    settings = resolve(read_config(run("first", method="zero_shot").path / "args.yaml"))
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setattr("mulki.engine.distributed.launched", lambda: True)
+    ours, other = launcher(), "torchrun abc 1 on another"
+
+    def found(words: list[tuple[int, str | None]], **options: Any) -> list[Any]:
+        store, results = dist.HashStore(), []
+        store.set_timeout(datetime.timedelta(seconds=10))
+        for rank, logs in enumerate([settings.run.logs, "/elsewhere"]):
+            met = Meeting(store, rank, 2, tuple(map(json.dumps, words)))
+            monkeypatch.setattr("mulki.engine.distributed.meeting", lambda met=met: met)
+            config = replace(settings.run, logs=logs, **options)
+            try:
+                results.append(restart_of(replace(settings, run=config)))
+            except InputError as error:
+                results.append(str(error))
+        return results
+
+    assert found([(0, ours), (0, other)]) == [None, None]
+    # The first machine's torchrun has seen no failure; or another machine has the first process.
+    for words in ([(0, ours), (1, other)], [(1, other), (0, ours)]):
+        (_, here), (_, there) = found(words)
+        assert (here, there) == (tmp_path / "logs" / "first", Path("/elsewhere/first"))
+    assert found([(1, "torchrun def 2 on one"), (1, other)]) == [None, None]
+    problems = found([(1, ours), (0, other)], lr=1.0)
+    assert "--lr: " in problems[0] and problems[0] == problems[1]
+
+
+def test_every_process_has_to_see_the_same_save(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="gone is not to be seen on .*all machines see it"):
+        read_save(tmp_path / "gone", World(1, 2))
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
+        stop_at(patch, 3, RuntimeError("stop"))
+        run("stopped")
+    folder = tmp_path / "logs" / "stopped"
+    seen: list[dict[str, object]] = []
+    monkeypatch.setattr(World, "agree", lambda *given, **facts: seen.append(facts))
+    saved = recovery.hash_of_save(folder)
+    resumed(folder)
+    assert len(saved) == 64 and seen[0]["save (hash)"] == saved
+    assert recovery.hash_of_save(folder) == "none"
 
 
 def test_a_run_that_is_complete_gets_its_reports_again(run: Run) -> None:

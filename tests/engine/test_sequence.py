@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from mulki.engine.config import read_config, resolve
 from mulki.engine.learn import StepReport
 from mulki.engine.progress import RunProgress
 from mulki.engine.step import ClassStep
-from mulki.errors import InputError
+from mulki.errors import InputError, Stopped
 from mulki.evaluations import read_evaluations
 from mulki.methods import PREVIOUS, ZERO_SHOT
 from mulki.metrics import read_matrix
@@ -30,6 +31,7 @@ from mulki.models import VisionLanguageModel
 from mulki.results import RunFolder
 from tests import ROOT
 from tests.engine.run_helpers import SHORT, Run, options_of, weights
+from tests.engine.test_resuming import stop_at
 from tests.engine_helpers import COLOURS, Calls, same_state, state_of, write_task
 
 METHODS = tuple(methods.available())
@@ -296,6 +298,21 @@ def test_what_ends_a_run_leaves_its_results(
     assert type(error).__name__ in (path / "out.log").read_text()
     model = models.load(f"local-dir:{path / 'checkpoints' / 'latest'}")
     assert same_state(model.checkpoint(), weights(path, "task_01*"))
+
+
+def test_a_second_signal_while_the_report_is_written_ends_it_too(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stop_at(monkeypatch, 2, Stopped(signal.SIGINT))
+
+    def interrupted(path: Path) -> None:
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(sequence, "write_report", interrupted)
+    with pytest.raises(Stopped, match="SIGTERM") as caught:
+        run()
+    folder = str(tmp_path / "logs" / "first")
+    assert (caught.value.resume, caught.value.results) == (folder, folder)
 
 
 def test_loss_that_is_not_finite_keeps_the_zero_shot_row(run: Run, tmp_path: Path) -> None:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from safetensors.torch import load_file
 from torch import nn
 
 from mulki.engine import sequence, sharding
-from mulki.engine.config import read_config, resolve
-from mulki.engine.resuming import folder_of_restart
+from mulki.engine.config import resolve
 from mulki.errors import InputError
 from mulki.models import VisionLanguageModel
-from tests.engine.distributed_runs import ANCHORED, ON_REFERENCE, compare
-from tests.engine.run_helpers import Run
-from tests.engine.test_resuming import stop_at
+from tests.engine.distributed_runs import (
+    ANCHORED,
+    LAST,
+    ON_REFERENCE,
+    WORKER,
+    command,
+    compare,
+    torchrun,
+)
+from tests.engine_helpers import same_state
 
 SHARDED: dict[str, tuple[dict[str, Any], int]] = {
     "fsdp": (
@@ -62,8 +67,6 @@ def test_a_block_without_parameters_is_no_unit() -> None:
 @pytest.mark.slow
 def test_sharded_models_learn_as_whole_ones(base: dict[str, Any], tmp_path: Path) -> None:
     compare(base, SHARDED, 2, tmp_path, fsdp=True)
-    log = (Path(base["logs"]) / "fsdp-2" / "out.log").read_text()
-    assert "no saves are made: a run that is stopped cannot go on" in log
 
 
 def test_sharding_needs_several_processes(base: dict[str, Any]) -> None:
@@ -72,21 +75,15 @@ def test_sharding_needs_several_processes(base: dict[str, Any]) -> None:
     assert not (Path(base["logs"]) / "alone").exists()
 
 
-def test_a_sharded_run_makes_no_saves_and_is_refused_where_it_would_need_one(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
-        stop_at(patch, 3, RuntimeError("stop"))
-        run("stopped", method="finetune")
-    arguments = tmp_path / "logs" / "stopped" / "args.yaml"
-    arguments.write_text(yaml.safe_dump(yaml.safe_load(arguments.read_text()) | {"fsdp": True}))
-    settings = resolve(read_config(arguments))
-    before = arguments.with_name("out.log").read_text()
-    with pytest.raises(InputError, match="--resume: .*with --fsdp, which makes no saves"):
-        sequence.run(settings, resume=arguments.parent)
-    assert arguments.with_name("out.log").read_text() == before
-    with pytest.raises(InputError, match="--save-every: got 2 beside --fsdp"):
-        sequence.run(replace(settings, run=replace(settings.run, name="new", save_every=2)))
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    with pytest.raises(InputError, match="--max-restarts: a run with --fsdp makes no saves"):
-        folder_of_restart(settings)
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_with_the_same_bits(base: dict[str, Any], tmp_path: Path) -> None:
+    # Killed in the second task, whose previous model, anchor and running mean are sharded too.
+    options = ["--fsdp", "--method", "mulki", "--we-every", "2", "--alpha", "0.8", "--l2", "5"]
+    for name, fault, restarts in (("whole", [], 0), ("killed", [str(WORKER), "--", "kill@8"], 1)):
+        given = [*command(base, tmp_path, name), *options]
+        start = fault or ["-m", "mulki", "--"]
+        done = torchrun(2, f"--max-restarts={restarts}", *start, *given)
+        assert done.returncode == 0, done.stderr
+    assert "goes on after 1 tasks and 7 steps" in (tmp_path / "killed" / "out.log").read_text()
+    weights = [load_file(tmp_path / name / LAST) for name in ("killed", "whole")]
+    assert same_state(*weights)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from mulki.methods.finetune import Finetune
 from mulki.methods.wise_ft import WiseFT
+from mulki.sharded import gathered
 from tests.methods.method_helpers import add, start
+from tests.ranks import run_ranks
 
 
 def learn(method, weights, index, amount):
@@ -53,3 +58,27 @@ def test_with_an_alpha_of_one_it_is_finetune(weights):
 def test_the_base_is_the_previous_model_by_default_as_in_the_benchmark():
     options = WiseFT.Options()
     assert (options.alpha, options.wise_base) == (0.8, "previous")
+
+
+def go_on_sharded(rank, world):
+    mesh = init_device_mesh("cpu", (world,))
+
+    def sharded(value):
+        return {"a": distribute_tensor(torch.full((3,), value), mesh, [Shard(0)])}
+
+    options = WiseFT.Options(alpha=0.75, wise_base="zero_shot")
+    method, again = WiseFT(options), WiseFT(options)
+    start(method, sharded(1.0), index=0)
+    saved = gathered(method.state_dict(), kept=True)
+    # As a run that goes on: before the task is started, and after it.
+    again.load_state_dict(saved)
+    weights = sharded(8.0)
+    start(again, weights, index=1)
+    again.load_state_dict(saved)
+    again.end_task()
+    return weights["a"].full_tensor()
+
+
+def test_the_original_model_of_a_sharded_run_that_goes_on():
+    for found in run_ranks(2, go_on_sharded):
+        assert found.tolist() == [0.25 * 1 + 0.75 * 8] * 3
