@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mulki.errors import InputError
-from mulki.files import replacing
+from mulki.files import check_regular, replacing
 from mulki.metrics import ZERO_SHOT, read_matrix
 
 BoolArray = npt.NDArray[np.bool_]
@@ -167,6 +167,7 @@ def read_answers(folder: str | os.PathLike[str]) -> dict[str, dict[str, Answers]
 
 
 def _read(path: Path, columns: tuple[str, ...], learned: tuple[str, ...]) -> dict[str, Answers]:
+    check_regular(path)
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}

@@ -133,7 +133,7 @@ def _run(argv: list[str]) -> int:
     from mulki.commands.run_options import run_options
     from mulki.commands.training import prepare_process
     from mulki.engine.config import resolve
-    from mulki.engine.resuming import restart_of
+    from mulki.engine.restarts import restart_of
     from mulki.engine.sequence import run
     from mulki.evaluations import read_evaluations
     from mulki.report.tables import print_matrix

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from mulki.errors import InputError
+from mulki.files import check_regular
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def read_evaluations(path: str | os.PathLike[str]) -> list[Evaluation]:
     :class:`Evaluation`, with its number.
     """
     path = Path(path)
+    check_regular(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -49,7 +49,7 @@ from mulki.answers import ACC1, RECALL1, Answers, seen_accuracy, write_answers
 from mulki.environment import environment
 from mulki.errors import InputError
 from mulki.evaluations import Evaluation, read_evaluations
-from mulki.files import sweep, sync, write_atomic
+from mulki.files import check_regular, sweep, sync, write_atomic
 from mulki.folder_lock import FolderLock
 from mulki.metrics import (
     ACC1_SEEN,
@@ -155,6 +155,8 @@ class RunFolder:
         ``summary.json`` or with another file that cannot be read.
         """
         path = Path(path)
+        for each in path.iterdir() if path.is_dir() else ():
+            check_regular(each)
         try:
             summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
             run = cls(

@@ -119,6 +119,13 @@ class Calls:
 
         patch.setattr(VisionLanguageModel, f"encode_{kind}", counted)
 
+    def total(self) -> tuple[int, int]:
+        """How many images and how many texts all models were asked for so far."""
+        images, texts = (
+            sum(n for _, k, n in self._log if k == kind) for kind in ("images", "texts")
+        )
+        return images, texts
+
     def of(self, model: VisionLanguageModel, kind: str) -> list[int]:
         """Batch sizes of the calls of one model; kind is "images" or "texts"."""
         return [n for clip, k, n in self._log if clip == id(model.clip) and k == kind]

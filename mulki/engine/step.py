@@ -87,7 +87,6 @@ class Step(ABC):
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         return {
             "optimizer": [dict(known[p]) if p in known else {} for p in parameters],
-            "scaler": self._precision.scaler.state_dict(),
             "micro_batch": self._micro_batch,
         }
 
@@ -107,7 +106,6 @@ class Step(ABC):
                     set_whole(known[place][name], value)
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": known, "param_groups": groups})
-        self._precision.scaler.load_state_dict(state["scaler"])
         self._micro_batch = state["micro_batch"]
 
     def update(self, lr: float) -> None:

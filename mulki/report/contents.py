@@ -14,6 +14,7 @@ from mulki.answers import FOLDER, Answers, read_answers
 from mulki.catalog import EXAMPLES, TASKS, DataSet, Example, read_examples, read_tasks
 from mulki.errors import InputError
 from mulki.evaluations import Evaluation, read_evaluations
+from mulki.files import check_regular
 from mulki.history import FILE as HISTORY
 from mulki.history import StepRecord, read_history
 from mulki.metrics import AccuracyMatrix, read_matrix
@@ -93,6 +94,7 @@ def read_contents(folder: str | os.PathLike[str]) -> RunContents:
         if not (folder / name).exists():
             return instead
         try:
+            check_regular(folder / name)
             return reader()
         except (OSError, ValueError, RecursionError) as error:
             text = str(error).removeprefix(f"{folder}{os.sep}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mulki.engine.config import resolve
 from mulki.metrics import read_matrix
 from mulki.results import RunFolder
 from tests.engine.run_helpers import SHORT, Run
+from tests.engine_helpers import Calls
 
 pytestmark = pytest.mark.slow
 
@@ -62,11 +64,13 @@ def test_a_task_leaves_nothing_behind(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Tasks of five classes: teachers, prototypes and caches go with their task."""
-    found = []
+    found, work = [], []
     plain = task_learner.learn_task
+    calls = Calls(monkeypatch)
 
     def counted(*args: Any, **options: Any) -> int:
         found.append(tensors_alive())
+        work.append(calls.total())
         return plain(*args, **options)
 
     monkeypatch.setattr(task_learner, "learn_task", counted)
@@ -87,6 +91,12 @@ def test_a_task_leaves_nothing_behind(
     # The second task is the first with a previous model of its own.
     assert max(counts[2:]) <= counts[2] + 10, counts
     assert max(memory[2:]) <= memory[2] * 1.01, memory
+    # Nor does a later task take longer: as many images and texts are encoded for each.
+    per_task = [
+        [after - before for before, after in zip(*pair, strict=True)]
+        for pair in itertools.pairwise(work[1:])
+    ]
+    assert all(each == per_task[0] for each in per_task) and min(per_task[0]) > 0, per_task
 
 
 def test_four_thousand_classes_in_a_task(tmp_path: Path, start_model: dict[str, str]) -> None:

@@ -1,39 +1,35 @@
 from __future__ import annotations
 
-import contextlib
-import datetime
 import json
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import yaml
+from PIL import Image
 
 from mulki.answers import read_answers
+from mulki.data.decoding import BadImage
+from mulki.data.image_files import ImageFiles
 from mulki.engine import recovery, sequence
 from mulki.engine.config import read_config, resolve
-from mulki.engine.meeting import Meeting
+from mulki.engine.precision import Precision
 from mulki.engine.progress import RunProgress
-from mulki.engine.resuming import read_save, restart_of
-from mulki.environment import launcher
-from mulki.errors import InputError
+from mulki.engine.resuming import read_save
+from mulki.errors import InputError, Stopped
+from mulki.evaluate import Evaluator
 from mulki.evaluations import read_evaluations
+from mulki.folder_lock import FolderLock
 from mulki.results import RunFolder
 from mulki.world import World
-from tests import ROOT
-from tests.engine.run_helpers import SHORT, Run, weights
+from tests.engine.run_helpers import Run, weights
 from tests.engine_helpers import COLOURS, SHADES, same_state, write_split
 
 # Options under which every kind of state matters.
@@ -106,6 +102,121 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(
     # What a new process starts from is not what this one ends with.
     random.random(), np.random.rand(), torch.rand(3)
     check_same(resumed(tmp_path / "logs" / "stopped").path, whole.path)
+
+
+@pytest.mark.parametrize("between_tasks", [False, True])
+def test_the_gradient_scaler_goes_on(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, between_tasks: bool
+) -> None:
+    scalers: list[Any] = []
+    real = Precision.__init__
+
+    def scaling(self: Precision, *given: Any) -> None:
+        real(self, *given)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=1)
+        scalers.append(self.scaler)
+
+    monkeypatch.setattr(Precision, "__init__", scaling)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
+        if between_tasks:
+            patch.setattr(sequence._Sequence, "_save", fails)
+        else:
+            stop_at(patch, 3, RuntimeError("stop"))
+        run("stopped", method="finetune")
+    resumed(tmp_path / "logs" / "stopped")
+    # Twice as much after each of the eight steps.
+    assert scalers[-1].get_scale() == 2.0 * 2**8
+
+
+def fails(*given: object) -> None:
+    raise RuntimeError("stop")
+
+
+def test_an_error_in_a_data_loading_process(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = {"method": "finetune", "augment": "crop", "workers": 1, "save_every": 0}
+    whole = run("whole", **options)
+    broken = tmp_path / "broken"
+    broken.touch()
+    real = ImageFiles.load
+
+    def load(self: ImageFiles, index: int) -> Any:
+        if index == 3 and self.root.name == "train" and broken.exists():
+            raise BadImage("3.png: cannot be read")
+        return real(self, index)
+
+    monkeypatch.setattr(ImageFiles, "load", load)
+    with pytest.raises(BadImage, match="3.png"):
+        run("stopped", **options)
+    broken.unlink()
+    check_same(resumed(tmp_path / "logs" / "stopped").path, whole.path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_signal_during_an_evaluation(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = run("whole", method="finetune")
+    real, asked = Evaluator.answers, []
+
+    def answers(self: Evaluator, *given: Any) -> Any:
+        asked.append(given)
+        if len(asked) == 4:  # the second data set after the first task
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *given)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="SIGTERM"):
+        patch.setattr(Evaluator, "answers", answers)
+        run("stopped", method="finetune")
+    check_same(resumed(tmp_path / "logs" / "stopped").path, whole.path)
+
+
+def test_one_process_goes_on_with_a_run(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
+        stop_at(patch, 3, RuntimeError("stop"))
+        run("stopped", method="finetune")
+    folder = tmp_path / "logs" / "stopped"
+    lock = FolderLock(folder)
+    with pytest.raises(InputError, match="another run is writing to this folder"):
+        resumed(folder)
+    lock.release()
+    assert resumed(folder).status == "complete"
+
+
+def test_tasks_that_have_changed_since(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, task_folders: tuple[str, str]
+) -> None:
+    tasks = tuple(str(shutil.copytree(each, tmp_path / Path(each).name)) for each in task_folders)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
+        stop_at(patch, 3, RuntimeError("stop"))
+        run("stopped", method="finetune", tasks=tasks)
+    folder = tmp_path / "logs" / "stopped"
+    image = Path(tasks[1], "train", "dark", "0.png")
+    kept = image.read_bytes()
+    Image.new("RGB", (32, 32)).save(image)
+    with pytest.raises(InputError, match="the tasks are not those that .*stopped began with"):
+        resumed(folder)
+    image.write_bytes(kept)
+    assert resumed(folder).status == "complete"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes")
+@pytest.mark.parametrize("name", ["summary.json", "results.jsonl", "out.log", "recovery"])
+def test_a_pipe_in_a_run_folder_is_not_opened(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
+        stop_at(patch, 3, RuntimeError("stop"))
+        run("stopped", method="finetune")
+    pipe = tmp_path / "logs" / "stopped" / name
+    pipe = pipe / recovery.FILE if pipe.is_dir() else pipe
+    pipe.unlink()
+    os.mkfifo(pipe)
+    with pytest.raises(InputError, match=f"{pipe.name}: a pipe, socket or device"):
+        resumed(tmp_path / "logs" / "stopped")
 
 
 def test_what_a_save_does_not_hold_would_be_seen(
@@ -186,66 +297,6 @@ def test_a_run_goes_on_without_the_package_of_a_tracker(
     assert "no curves for wandb" in (folder / "out.log").read_text()
 
 
-def test_what_torchrun_starts_again_finds_its_folder(
-    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "abc")
-    settings = resolve(read_config(run("first", method="zero_shot").path / "args.yaml"))
-    assert restart_of(settings) is None
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert restart_of(settings) is None
-    with pytest.raises(InputError, match="--name: got none beside --max-restarts"):
-        restart_of(replace(settings, run=replace(settings.run, name=None)))
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert restart_of(settings) == (settings, tmp_path / "logs" / "first")
-    # It goes on with the precision that it began with.
-    automatic = replace(settings, run=replace(settings.run, precision="auto"))
-    assert restart_of(automatic) == (settings, tmp_path / "logs" / "first")
-    with pytest.raises(InputError, match="--lr: .*first is of a run with 0.001, this one has 1"):
-        restart_of(replace(settings, run=replace(settings.run, lr=1.0)))
-    # What had not got as far as a result starts again.
-    assert restart_of(replace(settings, run=replace(settings.run, name="new"))) is None
-    # A first result is on disk before the matrix is.
-    (tmp_path / "logs" / "first" / "matrix.csv").unlink()
-    assert restart_of(settings) == (settings, tmp_path / "logs" / "first")
-    # A folder of another torchrun is nobody's to take.
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "def")
-    assert restart_of(settings) is None
-
-
-def test_several_machines_agree_on_the_folder_to_go_on_with(
-    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "abc")
-    settings = resolve(read_config(run("first", method="zero_shot").path / "args.yaml"))
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    monkeypatch.setattr("mulki.engine.distributed.launched", lambda: True)
-    ours, other = launcher(), "torchrun abc 1 on another"
-
-    def found(words: list[tuple[int, str | None]], **options: Any) -> list[Any]:
-        store, results = dist.HashStore(), []
-        store.set_timeout(datetime.timedelta(seconds=10))
-        for rank, logs in enumerate([settings.run.logs, "/elsewhere"]):
-            met = Meeting(store, rank, 2, tuple(map(json.dumps, words)))
-            monkeypatch.setattr("mulki.engine.distributed.meeting", lambda met=met: met)
-            config = replace(settings.run, logs=logs, **options)
-            try:
-                results.append(restart_of(replace(settings, run=config)))
-            except InputError as error:
-                results.append(str(error))
-        return results
-
-    assert found([(0, ours), (0, other)]) == [None, None]
-    # The first machine's torchrun has seen no failure; or another machine has the first process.
-    for words in ([(0, ours), (1, other)], [(1, other), (0, ours)]):
-        (_, here), (_, there) = found(words)
-        assert (here, there) == (tmp_path / "logs" / "first", Path("/elsewhere/first"))
-    assert found([(1, "torchrun def 2 on one"), (1, other)]) == [None, None]
-    problems = found([(1, ours), (0, other)], lr=1.0)
-    assert "--lr: " in problems[0] and problems[0] == problems[1]
-
-
 def test_every_process_has_to_see_the_same_save(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -291,136 +342,6 @@ def test_a_run_without_training_goes_on(
         patch.setattr(RunFolder, "add_row", add_row)
         run("stopped", method="zero_shot")
     assert results_of(resumed(tmp_path / "logs" / "stopped").path) == results_of(whole.path)
-
-
-# --- killed processes
-
-
-@dataclass
-class Killed:
-    """The process of `killed_runs.py`."""
-
-    process: subprocess.Popen[str]
-    options: dict[str, Any]
-
-    def run(
-        self,
-        name: str,
-        *,
-        resume: bool = False,
-        events: int | None = None,
-        after: float | None = None,
-        sent: int = signal.SIGKILL,
-    ) -> tuple[int, int]:
-        """Exit status and number of events; the run gets the signal `sent` after some seconds."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        options = self.options | {"name": name}
-        folder = str(Path(options["logs"]) / name) if resume else None
-        asked = {"options": options, "resume": folder, "events": events}
-        self.process.stdin.write(json.dumps(asked) + "\n")
-        self.process.stdin.flush()
-        child = int(self.process.stdout.readline())
-        if after is not None:
-            time.sleep(after)
-            with contextlib.suppress(ProcessLookupError):  # it has ended by then
-                os.kill(child, sent)
-        status, seen = map(int, self.process.stdout.readline().split())
-        return status, seen
-
-    def finish(self, name: str) -> Path:
-        """Go on with a run, or start it again if it had not begun; returns its folder."""
-        folder = Path(self.options["logs"]) / name
-        begun = (folder / "summary.json").is_file() and (folder / "args.yaml").is_file()
-        assert self.run(name, resume=begun)[0] == 0
-        return folder
-
-
-@pytest.fixture(scope="module")
-def killed(
-    start_model: dict[str, str],
-    task_folders: tuple[str, str],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Killed]:
-    logs = str(tmp_path_factory.mktemp("killed"))
-    options = {**SHORT, **start_model, "tasks": list(task_folders), "logs": logs}
-    # A locked text tower makes saves of kilobytes.
-    options |= {"method": "mulki", "we_every": 2, "save_every": 1, "lock_text": True}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.engine.killed_runs"],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert process.stdin is not None
-    process.stdin.write(json.dumps(options | {"name": "warm"}) + "\n")
-    try:
-        yield Killed(process, options)
-    finally:
-        process.kill()
-        process.wait()
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(killed: Killed) -> tuple[Path, float, int]:
-    """The folder of a run that nothing stopped, its seconds, and its file-system events."""
-    killed.run("first")
-    started = time.monotonic()
-    status, events = killed.run("whole")
-    assert status == 0 and events > 100
-    return Path(killed.options["logs"]) / "whole", time.monotonic() - started, events
-
-
-needs_fork = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux")
-
-
-@needs_fork
-@pytest.mark.slow
-@pytest.mark.parametrize("trial", range(12))
-def test_killed_at_a_random_moment(
-    killed: Killed, uninterrupted: tuple[Path, float, int], trial: int
-) -> None:
-    folder, seconds, _ = uninterrupted
-    moment = random.Random().uniform(0, 1.1 * seconds)
-    print(f"killed after {moment:.4f} s")
-    name = f"time-{trial}"
-    assert killed.run(name, after=moment)[0] in (-signal.SIGKILL, 0)
-    if (Path(killed.options["logs"]) / name / "matrix.csv").exists() and trial % 2:
-        killed.run(name, resume=True, after=moment / 2)  # and once more
-    killed.finish(name)
-    check_same(folder.parent / name, folder)
-
-
-def check_killed_at(killed: Killed, whole: Path, event: int) -> None:
-    name = f"event-{event}"
-    assert killed.run(name, events=event)[0] == -signal.SIGKILL
-    killed.finish(name)
-    check_same(whole.parent / name, whole)
-    shutil.rmtree(whole.parent / name)
-
-
-@needs_fork
-@pytest.mark.slow
-@pytest.mark.parametrize("trial", range(12))
-def test_killed_at_a_file_system_event(
-    killed: Killed, uninterrupted: tuple[Path, float, int], trial: int
-) -> None:
-    folder, _, events = uninterrupted
-    number = random.Random().randint(trial * events // 12 + 1, (trial + 1) * events // 12)
-    print(f"killed at event {number} of {events}")
-    check_killed_at(killed, folder, number)
-
-
-@needs_fork
-@pytest.mark.long
-def test_killed_at_every_file_system_event(
-    killed: Killed, uninterrupted: tuple[Path, float, int]
-) -> None:
-    folder, _, events = uninterrupted
-    for number in range(1, events + 1):
-        print(f"killed at event {number} of {events}")
-        check_killed_at(killed, folder, number)
 
 
 def test_a_run_goes_on_with_the_images_that_it_has_held_out(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +45,27 @@ def test_an_upstream_gradient_that_is_not_finite_stays_with_its_row(bad, place, 
     others = torch.arange(6) != place
     assert not spoilt[place].isfinite().any() and not dw.isfinite().all()
     torch.testing.assert_close(spoilt[others], dx[others], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say")
+@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+@pytest.mark.parametrize(
+    "name", ["cosines", "ce_all", "kl_blend", "pairs_label", "contrastive", "siglip"]
+)
+def test_ten_thousand_calls_leave_nothing_behind(name, backend):
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    case = make(name, n=6, p=8, d=5, dtype=torch.float32)
+    backward = form_arguments(case, "backward", ALL)
+    for number in range(11_000):
+        if number == 1000:
+            before = resident()
+        run(case)
+        run(backward)
+    # A tensor that stays of each call would be some 5 MB.
+    assert resident() - before < 2**20
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,77 @@
+"""Going on by itself with a run whose processes torchrun has started again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mulki.engine import distributed
+from mulki.engine.checkpoints import ARGUMENTS
+from mulki.engine.config import Settings, read_config
+from mulki.engine.meeting import Meeting
+from mulki.engine.resuming import check_same_options, has_begun
+from mulki.environment import launcher
+from mulki.errors import InputError
+from mulki.report.folder import read_json
+
+
+def restart_of(settings: Settings) -> tuple[Settings, Path] | None:
+    """What to go on with where torchrun has started the processes of a run again.
+
+    The first process looks for the folder, and tells the others; each takes it from where its own
+    options say. A folder that none of these torchruns has begun is not taken.
+
+    Returns:
+        The settings, with the precision that the run began with, and the folder; None for a run
+        from its start.
+
+    Raises:
+        InputError: a run that torchrun may start again has no name, by which to find its folder;
+            or, in all processes, the folder is that of a run with other options.
+    """
+    config = settings.run
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        return None
+    if config.name is None:
+        raise InputError(
+            "--name: got none beside --max-restarts of torchrun, but a run that is started "
+            "again is found by its name; pass one"
+        )
+    folder = Path(config.logs, config.name)
+    if not distributed.launched():
+        begun = distributed.restarts_here() > 0
+        precision = _precision_of(folder, settings, [launcher()]) if begun else None
+    else:
+        precision = _told_by_the_first(distributed.meeting(), folder, settings)
+    if precision is None:
+        return None
+    return replace(settings, run=replace(config, precision=precision)), folder
+
+
+def _told_by_the_first(met: Meeting, folder: Path, settings: Settings) -> str | None:
+    # One torchrun may have seen no failure, but another machine's.
+    restarts, launchers = zip(*map(json.loads, met.words), strict=True)
+    if not any(restarts):
+        return None
+    if met.rank == 0:
+        told: dict[str, str | None] = {}
+        try:
+            told["precision"] = _precision_of(folder, settings, launchers)
+        except InputError as error:
+            told["problem"] = str(error)
+        met.store.set("restart", json.dumps(told))
+    told = json.loads(met.store.get("restart"))
+    if "problem" in told:
+        raise InputError(str(told["problem"]))
+    return told["precision"]
+
+
+def _precision_of(folder: Path, settings: Settings, launchers: Sequence[str | None]) -> str | None:
+    # That of the run which one of these torchruns has begun; None if there is no such run.
+    if not has_begun(folder) or read_json(folder / "env.json").get("started_by") not in launchers:
+        return None
+    check_same_options(folder, settings)
+    return str(read_config(folder / ARGUMENTS)["precision"])
