@@ -7,6 +7,7 @@ a signal with 128 and its number.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
@@ -27,6 +28,9 @@ _COMPLETION_EXAMPLES = """run once, or put it into the shell's start file:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with the status of the command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name that the terminal's encoding lacks is no reason to fail, least of all after a run.
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(run_command(sys.argv[1:] if argv is None else argv))
 
 

@@ -65,6 +65,10 @@ def _check_name(name: str | None) -> None:
             f'--name: "{name}" came, the name of one folder was wanted; '
             "put the folders above it into --logs"
         )
+    if name is not None and any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
+        raise InputError(
+            f"--name: got {name!a}, which holds a line break or what is no text; choose another"
+        )
 
 
 def _check_unused(path: Path) -> None:

@@ -97,7 +97,9 @@ def test_two_processes_never_share_a_folder(tmp_path: Path) -> None:
             process.communicate()
 
 
-@pytest.mark.parametrize("name", ["", " ", "a/b", "..", ".", "a\\b", "/a"])
+@pytest.mark.parametrize(
+    "name", ["", " ", "a/b", "..", ".", "a\\b", "/a", "a\nb", "a\0", "caf\udce9", "\x1b[2J"]
+)
 def test_a_name_is_one_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match="--name"):
         make(tmp_path / "logs", name)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ import pytest
 
 from mulki.cli import main, run_command
 from mulki.metrics import read_matrix
-from tests import engine_helpers
+from tests import ROOT, engine_helpers
 from tests.cli_helpers import WAIT_S, program, without_progress
 
 tiny_models = engine_helpers.tiny_models
@@ -108,6 +110,19 @@ def test_trouble_in_a_run_is_one_line_too(
     assert process.returncode == 2 and out == ""
     (line,) = without_progress(error)
     assert "--lr 1e+30" in line
+
+
+def test_a_name_that_the_terminal_cannot_show(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("after_task,花\nzero-shot,10\n花,20\n", encoding="utf-8")
+    code = "from mulki.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "metrics", str(tmp_path / "m.csv")],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert rb"\u82b1" in done.stdout
 
 
 def test_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
