@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from mulki.data.caption_task import CaptionTask
 from mulki.data.reference import ReferenceSet
@@ -19,7 +22,7 @@ from mulki.engine.config import RunConfig
 from mulki.engine.memory import Fit
 from mulki.engine.pair_step import PairStep
 from mulki.engine.precision import Precision
-from mulki.engine.randomness import set_random_state
+from mulki.engine.randomness import random_state, set_random_state
 from mulki.engine.rates import learning_rates
 from mulki.engine.recovery import Saves
 from mulki.engine.spikes import SpikeGuard
@@ -149,14 +152,23 @@ def learn_task(
         set_random_state(saved["random"], model.device)
     lr = learning_rates(config.lr_of).get(task.name, config.lr)
     ended = listened = time.perf_counter()
-    with (saves or Saves(None, used=False)).within_task(learning.state) as whole_step:
+    saves = saves or Saves(None, used=False)
+    with saves.within_task(learning.state) as whole_step:
         for number in range(learning.steps + 1, steps + 1):
             batch, of_reference = next(batches)
             loaded = time.perf_counter()
+            before = learning.drawn(model.device)
             with whole_step(number):
                 losses = step.gradients(batch, of_reference)
                 derived = time.perf_counter()
-                _check_losses(losses, batch, lr, task, number)
+                problem = _problem_of(losses, batch, lr, task, number)
+                if problem is not None:
+                    # The weights are still those of the step before. All processes have the losses
+                    # of the whole batch, so all of them come here.
+                    learning.undo(before, model.device)
+                    with contextlib.suppress(OSError, InputError):
+                        saves.save(learning.state())
+                    raise problem
                 factor = schedule.factor(config.lr_scheduler, number - 1, steps, config.warmup)
                 learning.update(number, losses, lr * factor)
                 updated = time.perf_counter()
@@ -192,6 +204,22 @@ class _Learning:
             self.step.update(lr)
             self.method.after_step(number)
         self.steps = number
+
+    def drawn(self, device: torch.device) -> dict[str, Any]:
+        """What the losses of a batch change; not copied where they replace it."""
+        anchors = None if self.anchors is None else self.anchors.state()
+        return {
+            "random": random_state(device),
+            "method": self.method.state_dict(),
+            "anchors": anchors,
+        }
+
+    def undo(self, drawn: Mapping[str, Any], device: torch.device) -> None:
+        """Set what `drawn` returned."""
+        set_random_state(drawn["random"], device)
+        self.method.load_state_dict(drawn["method"])
+        if self.anchors is not None:
+            self.anchors.restore(drawn["anchors"])
 
     def state(self) -> dict[str, Any]:
         return {
@@ -232,15 +260,15 @@ def _step_on(task: Task, means: Means, prompts: Sequence[str], anchors: Anchors 
     return ClassStep(means, prompts, anchors)
 
 
-def _check_losses(
+def _problem_of(
     losses: Mapping[str, float], batch: Batch | PairBatch, lr: float, task: Task, number: int
-) -> None:
+) -> InputError | None:
     if all(map(math.isfinite, losses.values())):
-        return
+        return None
     names = [task.train.name(place) for place in batch.places.tolist()]
     _log.info("images of step %d of task %s: %s", number, task.name, ", ".join(names))
     bad = ", ".join(name for name, value in losses.items() if not math.isfinite(value))
     shown = ", ".join(f"{name} {value:.3g}" for name, value in losses.items())
-    raise InputError(
+    return InputError(
         f"--lr {lr:g}: {bad} is not finite at step {number} of task {task.name} ({shown}); lower it"
     )

@@ -16,8 +16,10 @@ from mulki.engine.config import RunConfig, Settings, read_config
 from mulki.engine.randomness import random_state, set_random_state
 from mulki.engine.recovery import STUDENT, State, read_state
 from mulki.errors import InputError
+from mulki.evaluations import read_evaluations
 from mulki.folder_lock import FolderLock
 from mulki.methods import PREVIOUS
+from mulki.metrics import ZERO_SHOT
 from mulki.models import VisionLanguageModel
 from mulki.new_folder import RECOVERY
 from mulki.options import flag, option_name
@@ -56,10 +58,24 @@ def open_to_resume(path: Path, config: RunConfig) -> RunFolder:
             raise InputError(
                 f"--resume: {path} has {folder.rows} rows of results and {found}; start another run"
             )
+        _check_lines(folder)
         return folder
     except BaseException:
         lock.release()
         raise
+
+
+def _check_lines(folder: RunFolder) -> None:
+    # Lines are on disk before the row that they make, but a copy may have been made in between.
+    names = [*([] if folder.matrix.zero_shot is None else [ZERO_SHOT]), *folder.matrix.tasks]
+    results = folder.path / "results.jsonl"
+    found = {line.after_task for line in read_evaluations(results)} if results.exists() else set()
+    for name in names:
+        if name not in found:
+            raise InputError(
+                f"--resume: {results} has no line of the row {name} of matrix.csv, as in a copy "
+                "that was made while the run went on; copy the folder again"
+            )
 
 
 def has_begun(folder: Path) -> bool:

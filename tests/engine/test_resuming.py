@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -23,6 +24,7 @@ from mulki.engine.config import read_config, resolve
 from mulki.engine.precision import Precision
 from mulki.engine.progress import RunProgress
 from mulki.engine.resuming import read_save
+from mulki.engine.step import ClassStep
 from mulki.errors import InputError, Stopped
 from mulki.evaluate import Evaluator
 from mulki.evaluations import read_evaluations
@@ -130,6 +132,29 @@ def test_the_gradient_scaler_goes_on(
 
 def fails(*given: object) -> None:
     raise RuntimeError("stop")
+
+
+@pytest.mark.parametrize("number", [3, 7])
+def test_a_loss_that_is_not_finite_is_raised_after_a_save(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int
+) -> None:
+    """What made it NaN is gone when the run goes on: the state was that of the step before."""
+    options = CASES["mulki"] | {"save_every": 0}
+    whole = run("whole", **options)
+    real, steps = ClassStep.gradients, []
+
+    def gradients(self: ClassStep, *given: Any) -> dict[str, float]:
+        losses = real(self, *given)
+        steps.append(losses)
+        return losses | ({"ce_loss": math.nan} if len(steps) == number else {})
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="ce_loss is not finite"):
+        patch.setattr(ClassStep, "gradients", gradients)
+        run("stopped", **options)
+    folder = tmp_path / "logs" / "stopped"
+    saved = recovery.read_state(folder)
+    assert saved is not None and saved["steps"] + saved["in_task"]["steps"] == number - 1
+    check_same(resumed(folder).path, whole.path)
 
 
 def test_an_error_in_a_data_loading_process(
@@ -242,6 +267,7 @@ def test_what_a_save_does_not_hold_would_be_seen(
         ("flip", "recovery.*checksum"),
         ("cut", "not a whole safetensors file"),
         ("matrix", "rows of results"),
+        ("lines", "no line of the row zero-shot of matrix.csv"),
         ("weights", "weights are not those"),
         ("processes", "3 processes, these are 1"),
         ("processes, no save", "3 processes, these are 1"),
@@ -264,6 +290,10 @@ def test_what_cannot_go_on(
     elif damage == "matrix":
         rows = (folder / "matrix.csv").read_text().splitlines(keepends=True)
         (folder / "matrix.csv").write_text("".join(rows[:-1]))
+    elif damage == "lines":
+        lines = (folder / "results.jsonl").read_text().splitlines(keepends=True)
+        kept = [line for line in lines if "zero-shot" not in line]
+        (folder / "results.jsonl").write_text("".join(kept))
     elif damage == "weights":
         known = json.loads((folder / "env.json").read_text())
         known["hashes"]["weights"] = "other"
