@@ -91,12 +91,13 @@ def test_a_task_leaves_nothing_behind(
     # The second task is the first with a previous model of its own.
     assert max(counts[2:]) <= counts[2] + 10, counts
     assert max(memory[2:]) <= memory[2] * 1.01, memory
-    # Nor does a later task take longer: as many images and texts are encoded for each.
+    # Nor does a later task take longer: about as many images and texts are encoded for each.
     per_task = [
         [after - before for before, after in zip(*pair, strict=True)]
         for pair in itertools.pairwise(work[1:])
     ]
-    assert all(each == per_task[0] for each in per_task) and min(per_task[0]) > 0, per_task
+    images, texts = zip(*per_task, strict=True)
+    assert max(images) <= 1.1 * images[0] and 0 < max(texts) <= 1.1 * texts[0], per_task
 
 
 def test_four_thousand_classes_in_a_task(tmp_path: Path, start_model: dict[str, str]) -> None:
