@@ -132,6 +132,7 @@ def _usage(commands: dict[str, Callable[[list[str]], int]]) -> str:
 def _run(argv: list[str]) -> int:
     """Learn a sequence of tasks: mulki run embedded, or mulki run --tasks DIR1 DIR2"""
     from rich.console import Console
+    from rich.text import Text
 
     from mulki.commands.grid import is_grid, run_grid
     from mulki.commands.run_options import run_options
@@ -156,7 +157,7 @@ def _run(argv: list[str]) -> int:
         return 0
     lines = read_evaluations(folder.path / "results.jsonl")
     print_matrix(folder.matrix, console, folder.class_incremental, lines)
-    console.print(f"run folder: {folder.path}", soft_wrap=True, highlight=False)
+    console.print(Text(f"run folder: {folder.path}"), soft_wrap=True)
     return 0
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mulki.data import CaptionTask, Source, Task, load_sequence, sequence_names
 from mulki.data.published import Entry, entry
@@ -69,7 +70,8 @@ def list_tasks(
         classes, prompt = "-", "the captions"
         if not isinstance(task, CaptionTask):
             classes, prompt = str(len(task.classes)), task.templates[0]
-        table.add_row(task.name, classes, str(len(task.train)), str(len(task.test)), prompt)
+        counts = classes, str(len(task.train)), str(len(task.test))
+        table.add_row(Text(task.name), *counts, Text(prompt))
     Console().print(table)
     return 0
 
@@ -124,7 +126,7 @@ def _prepare(collection: Collection, members: tuple[str, ...], source: Source) -
     problems = []
 
     def says(words: str) -> None:
-        console.print(words, highlight=False, soft_wrap=True)
+        console.print(Text(words), soft_wrap=True)
 
     for state in prepare(collection, members, source, says):
         facts: Entry = entry(state.name)

@@ -46,6 +46,25 @@ def test_run_of_own_folders(
 # --- bad input
 
 
+def test_names_are_shown_as_they_are(
+    command: Callable[..., int],
+    task: Path,
+    start_model: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Not as the marks and the emoji codes of what draws the tables."""
+    name = "[red]birds"
+    shutil.move(task, name)
+    place = ["--logs", "[b]runs[/a]", "--name", "of:cat:"]
+    assert command(name, "--iterations", "1", *place) == 0
+    out = capsys.readouterr().out
+    assert name in out and out.splitlines()[-1] == "run folder: [b]runs[/a]/of:cat:"
+    model = ["--model", start_model["model"], "--device", "cpu"]
+    for words in (["tasks"], ["plan", "--iterations", "1", *model]):
+        assert run_command([words[0], name, *words[1:]]) == 0
+        assert name in " ".join(capsys.readouterr().out.split()), words
+
+
 def without_a_class(task: Path) -> str:
     for image in (task / "train" / "red").iterdir():
         image.unlink()

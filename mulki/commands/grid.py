@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from mulki.commands.parsing import Parser
 from mulki.engine.config import RunConfig
@@ -97,7 +98,7 @@ def write_comparison(cells: Sequence[Cell], console: Console) -> None:
     write_atomic(folder / "comparison.txt", text.getvalue())
     write_atomic(folder / "comparison.json", json.dumps(found.to_dict(), indent=2) + "\n")
     comparison_html.write_comparison(found, folder / "comparison.html")
-    console.print(f"runs: {folder}", soft_wrap=True, highlight=False)
+    console.print(Text(f"runs: {folder}"), soft_wrap=True)
 
 
 def is_first() -> bool:

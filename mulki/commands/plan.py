@@ -11,6 +11,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mulki import methods
 from mulki.commands.grid import is_first, is_grid
@@ -212,7 +213,7 @@ def _table(costs: Costs) -> Table:
     for each in costs.tasks:
         step = "-" if each.later_step is None else f"{each.later_step:.3g} s"
         table.add_row(
-            each.name,
+            Text(each.name),
             *map(str, (each.classes, each.train, each.test, each.steps)),
             clock(each.prepare),
             step,

@@ -11,7 +11,7 @@ from functools import cached_property
 
 from PIL import Image
 
-from mulki.data.task import ImageSet, Task, check_name
+from mulki.data.task import ImageSet, Task
 from mulki.errors import InputError
 
 
@@ -101,7 +101,8 @@ class CaptionTask(Task):
 
     def __post_init__(self) -> None:
         where = f'task "{self.name}"'
-        check_name(self.name)
+        if not self.name:
+            raise InputError("a task has an empty name; give it one")
         for split, pairs in (("train", self.train), ("test", self.test)):
             if len(pairs) == 0:
                 raise InputError(f"{where}: its {split} split is empty; add images with captions")

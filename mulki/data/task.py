@@ -65,9 +65,11 @@ class Task:
 
     def __post_init__(self) -> None:
         where = f'task "{self.name}"'
-        check_name(self.name)
+        if not self.name:
+            raise InputError("a task has an empty name; give it one")
         for name in self.classes:
-            if not is_text(name):
+            # As that of a folder may be in another encoding. Tokenizers take no such text.
+            if any("\ud800" <= letter <= "\udfff" for letter in name):
                 raise InputError(f"{where}: class {name!a} is not UTF-8 text; rename it")
         if len(self.classes) < 2:
             raise InputError(f"{where}: {len(self.classes)} class(es); at least two are needed")
@@ -118,23 +120,6 @@ class Task:
     def splits_fingerprint(self) -> str:
         """Hex SHA-256 over both splits."""
         return _digest([self.train.fingerprint(), self.test.fingerprint()])
-
-
-def check_name(name: str) -> None:
-    """Check the name of a task.
-
-    Raises:
-        InputError: it is empty, or not UTF-8, as the name of a folder may be.
-    """
-    if not name:
-        raise InputError("a task has an empty name; give it one")
-    if not is_text(name):
-        raise InputError(f"task {name!a}: its name is not UTF-8 text; rename it")
-
-
-def is_text(name: str) -> bool:
-    """Whether tokenizers and files can take a name, which a file's in another encoding is not."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def split_fingerprint(images: Iterable[tuple[str, int, int]]) -> str:

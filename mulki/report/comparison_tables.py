@@ -102,7 +102,7 @@ def _tables(width: int, about: Sequence[str], rows: Sequence[_Row]) -> Iterator[
         for (title, *_), each in zip(columns[block], widths[block], strict=True):
             table.add_column(title, width=each, justify="right")
         for name, *shown in zip(labels, *(column[1:] for column in columns[block]), strict=True):
-            table.add_row(Text(name, overflow="fold"), *shown)
+            table.add_row(Text(name, overflow="fold"), *map(Text, shown))
         yield table
 
 
