@@ -160,13 +160,20 @@ def dead_workers_named(workers: int) -> Iterator[None]:
         workers: loading processes.
 
     Raises:
-        InputError: a loading process has ended.
+        InputError: a loading process has ended, or has no shared memory left.
     """
     try:
         yield
     except RuntimeError as error:
-        # It has no type of its own.
-        if "DataLoader worker" not in str(error):
+        # It has no type of its own. Of an error that a loading process has met in its own code,
+        # torch says "Caught ... in DataLoader worker".
+        if "unable to allocate shared memory" in str(error):
+            raise InputError(
+                f"--workers {workers}: shared memory is full, by which a data loading process "
+                "hands over images; lower --workers, or make /dev/shm larger (docker run "
+                "--shm-size)"
+            ) from None
+        if not str(error).startswith("DataLoader worker"):
             raise
         raise InputError(
             f"--workers {workers}: a data loading process has ended ({error}), as one does that "

@@ -7,6 +7,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -258,3 +259,27 @@ def test_a_worker_that_is_killed_while_no_batch_is_waited_for_is_named(images: A
 def test_another_error_stays_what_it_is() -> None:
     with pytest.raises(RuntimeError, match="matrix"), dead_workers_named(1):
         raise RuntimeError("matrix")
+
+
+def failing(said: str, image: object) -> torch.Tensor:
+    raise RuntimeError(said)
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "wanted"),
+    [
+        (
+            "unable to allocate shared memory(shm) for file </torch_1>: No space left (28)",
+            InputError,
+            r"^--workers 1: shared memory is full.*--shm-size\)$",
+        ),
+        ("bad pixels", RuntimeError, "bad pixels"),
+    ],
+    ids=["memory", "other"],
+)
+def test_an_error_in_a_worker_is_not_taken_for_its_end(
+    images: Any, said: str, kind: type[Exception], wanted: str
+) -> None:
+    loader = batches(images, partial(failing, said), 2, shuffle=False, seed=0, workers=1)
+    with pytest.raises(kind, match=wanted):
+        list(loader)
