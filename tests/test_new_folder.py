@@ -106,6 +106,11 @@ def test_a_name_is_one_folder(tmp_path: Path, name: str) -> None:
     assert not (tmp_path / "logs").exists()
 
 
+def test_logs_that_are_no_text(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--logs: got '.*caf\\udce9', which is not UTF-8"):
+        check_free(tmp_path / "caf\udce9", None)
+
+
 def test_logs_that_are_a_file(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("")
     with pytest.raises(InputError, match="choose another --logs"):

@@ -48,6 +48,8 @@ SHARDED: dict[str, tuple[dict[str, Any], int]] = {
     # Captions that no model, or the teacher alone, encodes.
     "fsdp-snd": ({"method": "snd", "reference": "current", "eps": 1e-2}, 6),
     "fsdp-zscl": ({"method": "zscl", "reference": "current", "we_every": "2", "eps": 1e-2}, 6),
+    # A text tower that student and teachers share before they are sharded.
+    "fsdp-locked": ({"method": "mulki", "lock_text": True, "grad_clip_norm": 0.1}, 6),
     "fsdp-wise": ({"method": "wise_ft", "wise_base": "zero_shot"}, 6),
 }
 
