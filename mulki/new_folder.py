@@ -54,9 +54,7 @@ def check_free(logs: str | os.PathLike[str], name: str | None) -> None:
     _check_name(name)
     if any("\ud800" <= letter <= "\udfff" for letter in os.fspath(logs)):
         # safetensors opens no such path.
-        raise InputError(
-            f"--logs: got {ascii(os.fspath(logs))}, which is not UTF-8; choose another"
-        )
+        raise InputError(f"--logs: got {os.fspath(logs)!a}, not UTF-8; choose another")
     path = Path(logs) / (name or "")
     if name is not None:
         _check_unused(path)

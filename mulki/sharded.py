@@ -30,7 +30,7 @@ def gathered(state: Any, kept: bool) -> Any:
         kept: whether this process needs the whole tensors; else None is in their place.
     """
     if isinstance(state, DTensor):
-        whole = state.detach().full_tensor()
+        whole = state.full_tensor().detach()
         return whole.cpu() if kept else None
     if isinstance(state, dict):
         return {name: gathered(each, kept) for name, each in state.items()}

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mulki.engine import distributed
 from mulki.engine.checkpoints import ARGUMENTS
@@ -41,6 +42,7 @@ def restart_of(settings: Settings) -> tuple[Settings, Path] | None:
             "again is found by its name; pass one"
         )
     folder = Path(config.logs, config.name)
+    precision: Any
     if not distributed.launched():
         begun = distributed.restarts_here() > 0
         precision = _precision_of(folder, settings, [launcher()]) if begun else None
@@ -60,7 +62,7 @@ def _told_by_the_first(met: Meeting, folder: Path, settings: Settings) -> str | 
         told: dict[str, str | None] = {}
         try:
             told["precision"] = _precision_of(folder, settings, launchers)
-        except InputError as error:
+        except (OSError, InputError) as error:
             told["problem"] = str(error)
         met.store.set("restart", json.dumps(told))
     told = json.loads(met.store.get("restart"))

@@ -130,7 +130,7 @@ def read_save(folder: Path, world: World) -> State | None:
     if not (folder / ARGUMENTS).is_file():
         raise InputError(
             f"--resume: {folder} is not to be seen on {platform.node()}, but every process reads "
-            "the save; put the run folder where all machines see it, under the same --logs"
+            "the save; put the run folder where all machines see it"
         )
     saved = read_state(folder)
     # A run without a save starts again, but its batches were those of as many processes too.
