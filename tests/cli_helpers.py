@@ -77,4 +77,5 @@ def program(*arguments: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,  # so that a signal can be sent to all of its processes
     )

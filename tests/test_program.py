@@ -61,14 +61,16 @@ def test_a_process_that_is_asked_to_end_goes_on_later(
     folder = tmp_path / "logs" / "first"
     given = ["run", *task_folders, "--model", start_model["model"], "--device", "cpu"]
     place = ["--logs", str(tmp_path / "logs"), "--name", "first"]
-    process = program(*given, *place, "--iterations", "100", "--log-every-n-steps", "1")
+    workers = ["--workers", "1", "--augment", "crop"]
+    process = program(*given, *place, *workers, "--iterations", "100", "--log-every-n-steps", "1")
     try:
         deadline = time.monotonic() + WAIT_S
         log = folder / "out.log"
         while not (log.exists() and "colours step 3:" in log.read_text()):
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()
             time.sleep(0.02)
-        process.send_signal(signal.Signals[name])
+        # To all processes, as a job's manager does.
+        os.killpg(process.pid, signal.Signals[name])
         _, error = process.communicate(timeout=WAIT_S)
     finally:
         process.kill()

@@ -7,7 +7,11 @@ of the global generators has a say, and a run can go on from any step.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -183,6 +187,21 @@ def dead_workers_named(workers: int) -> Iterator[None]:
 
 def _start_worker(pixels: int, number: int) -> None:
     limit_pixels(pixels)
+    # A terminal and those that manage jobs send a signal to all processes of a run. The run itself
+    # needs this one until it has ended the step and made a save.
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None and hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told_by, args=(parent.pid,), daemon=True).start()
+
+
+def _end_when_told_by(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def batch_sizes(loader: DataLoader[tuple[Tensor, int, int]]) -> list[int]:

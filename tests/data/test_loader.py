@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -254,6 +255,25 @@ def test_a_worker_that_is_killed_while_no_batch_is_waited_for_is_named(images: A
         os.kill(worker.pid, signal.SIGKILL)
         for _ in range(1000):
             time.sleep(0.01)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the sender is not told")
+@pytest.mark.parametrize("sent", ["INT", "HUP", "TERM"])
+def test_a_worker_goes_on_until_its_own_process_ends_it(images: Any, sent: str) -> None:
+    loader = batches(images, FIXED, 2, shuffle=False, seed=0, workers=1)
+    wanted = [index.tolist() for _, _, index in loader]
+    loaded = iter(loader)
+    found = [next(loaded)[2].tolist()]
+    (worker,) = multiprocessing.active_children()
+    subprocess.run(["kill", f"-{sent}", str(worker.pid)], check=True)
+    found += [index.tolist() for _, _, index in loaded]
+    assert found == wanted
+    loaded = iter(loader)
+    next(loaded)
+    (worker,) = multiprocessing.active_children()
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0
 
 
 def test_another_error_stays_what_it_is() -> None:
