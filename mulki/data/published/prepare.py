@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mulki.data.image_files import ImageFiles, find_unreadable
 from mulki.data.published import manifests, torchvision_sets
@@ -82,7 +85,8 @@ def prepare(
         says(f"{name}: downloading")
         partial = root / PARTIAL / name
         try:
-            _download(entry(name), partial, root)
+            with _paths_checked():
+                _download(entry(name), partial, root)
         except Exception as error:  # urllib, ssl, tarfile, zipfile and torchvision have their own
             reason = " ".join(str(error).split()) or type(error).__name__
             yield State(
@@ -156,6 +160,22 @@ def _download(facts: Entry, folder: Path, root: Path) -> None:
             # What is there was not complete, but may hold more than this data set.
             place.rename(_free(place.with_name(f"{place.name}.incomplete")))
         os.replace(made, place)
+
+
+@contextmanager
+def _paths_checked() -> Iterator[None]:
+    # torchvision unpacks by tarfile's default, which writes to any path before Python 3.14. Without
+    # this filter Python is older than 3.10.12 or 3.11.4.
+    opened: Any = tarfile.TarFile
+    if not hasattr(tarfile, "data_filter"):
+        yield
+        return
+    before = opened.extraction_filter
+    opened.extraction_filter = staticmethod(tarfile.data_filter)
+    try:
+        yield
+    finally:
+        opened.extraction_filter = before
 
 
 def _remove_empty(folder: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,3 +193,25 @@ def test_archives_of_other_sets_are_checked_by_torchvision(
     assert state.problem == "" and state.task is not None
     ((url, md5),) = asked
     assert url.endswith("CUB_200_2011.tgz") and md5 == "97eceeb196236b17998738112f37df78"
+
+
+@pytest.mark.skipif(not hasattr(tarfile, "data_filter"), reason="an old Python")
+def test_an_archive_writes_nothing_outside_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchvision.datasets import utils
+
+    with tarfile.open(tmp_path / "evil.tgz", "w:gz") as tar:
+        member = tarfile.TarInfo("../../../outside")
+        member.size = 4
+        tar.addfile(member, io.BytesIO(b"evil"))
+
+    def fake(url: str, root: str, md5: str) -> None:
+        utils.extract_archive(str(tmp_path / "evil.tgz"), root)
+
+    monkeypatch.setattr(utils, "download_and_extract_archive", fake)
+    before = tarfile.TarFile.extraction_filter
+    (state,) = prepare(COLLECTIONS["cil"], ("cub",), Source(tmp_path / "root"))
+    assert "the download failed" in state.problem and "outside" in state.problem
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["evil.tgz"]
+    assert tarfile.TarFile.extraction_filter is before
