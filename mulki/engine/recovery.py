@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mulki.engine.signals import Signals
-from mulki.errors import InputError
+from mulki.errors import InputError, Stopped
 from mulki.files import sync
 from mulki.new_folder import RECOVERY
 from mulki.sharded import gathered
@@ -33,6 +34,8 @@ TOO_FAST = "lower --lr, or pass --grad-clip-norm"
 
 _log = logging.getLogger(__name__)
 
+# Of what a save holds: another number after each change of that, wherever its states are made.
+_FORMAT = "1"
 # A save costs at most this part of the time, by default.
 _SHARE = 0.02
 # What a first save is taken to cost, before one was measured: bytes written in a second.
@@ -123,7 +126,7 @@ class Saves:
                     whole = True
             if stop:
                 self._signals.raise_pending()
-                raise KeyboardInterrupt  # another process got the signal
+                raise Stopped(signal.SIGINT)  # another process got the signal
 
         # Several processes end at the same step, so none is left waiting for the others.
         waiting = self._signals.held() if self._world.size > 1 else contextlib.nullcontext()
@@ -171,19 +174,24 @@ def write_state(path: Path, state: State) -> None:
     """Write a state of nested dicts and lists, with tensors, numbers and texts in them."""
     tensors: dict[str, Tensor] = {}
     layout = json.dumps(_without_tensors(state, tensors, set()))
-    save_tensors(path, tensors, {"layout": layout})
+    save_tensors(path, tensors, {"layout": layout, "format": _FORMAT})
 
 
 def read_state(folder: Path) -> State | None:
     """The last save of a run folder; None if there is none.
 
     Raises:
-        InputError: it is damaged.
+        InputError: it is damaged, or of another version of mulki.
     """
     path = folder / RECOVERY / FILE
     if not path.exists():
         return None
     tensors, metadata = load_tensors(path)
+    if metadata.get("format") != _FORMAT:
+        raise InputError(
+            f"{path}: a save of another version of mulki; go on with that version, or start "
+            "another run"
+        )
     try:
         state: State = _with_tensors(json.loads(metadata["layout"]), tensors)
         return state

@@ -160,6 +160,7 @@ FAULTS: dict[str, Callable[[], object]] = {
     "raise": bad_image,
     "crash": lambda: 1 // 0,
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "hang": hang,
     "fill": fill,
 }

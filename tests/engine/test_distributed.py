@@ -186,6 +186,19 @@ def test_a_process_whose_disk_is_full_ends_the_run(base: dict[str, Any], tmp_pat
 
 
 @pytest.mark.slow
+def test_a_signal_to_one_process_ends_all_after_a_save(
+    base: dict[str, Any], tmp_path: Path
+) -> None:
+    given = [*command(base, tmp_path, "stopped"), "--save-every", "0"]
+    done = torchrun(2, str(WORKER), "--", "stop", *given)
+    assert done.returncode != 0 and not errors(done)
+    folder = tmp_path / "stopped"
+    assert f"to go on: mulki run --resume {folder}" in done.stderr
+    saved = read_state(folder)
+    assert saved is not None and saved["learned"] == 0 and saved["in_task"]["steps"] == 3
+
+
+@pytest.mark.slow
 def test_a_process_that_hangs_ends_the_run(base: dict[str, Any], tmp_path: Path) -> None:
     given = [*command(base, tmp_path, "hangs"), "--process-timeout", str(WAITS_S)]
     done = torchrun(2, str(WORKER), "--", "hang", *given)

@@ -30,6 +30,7 @@ from mulki.evaluate import Evaluator
 from mulki.evaluations import read_evaluations
 from mulki.folder_lock import FolderLock
 from mulki.results import RunFolder
+from mulki.tensor_files import load_tensors, save_tensors
 from mulki.world import World
 from tests.engine.run_helpers import Run, weights
 from tests.engine_helpers import COLOURS, SHADES, same_state, write_split
@@ -266,6 +267,7 @@ def test_what_a_save_does_not_hold_would_be_seen(
     [
         ("flip", "recovery.*checksum"),
         ("cut", "not a whole safetensors file"),
+        ("version", "a save of another version of mulki; go on with that version"),
         ("matrix", "rows of results"),
         ("lines", "no line of the row zero-shot of matrix.csv"),
         ("weights", "weights are not those"),
@@ -287,6 +289,9 @@ def test_what_cannot_go_on(
         file.write_bytes(content)
     elif damage == "cut":
         file.write_bytes(content[:-100])
+    elif damage == "version":
+        tensors, known = load_tensors(file)
+        save_tensors(file, tensors, known | {"format": "0"})
     elif damage == "matrix":
         rows = (folder / "matrix.csv").read_text().splitlines(keepends=True)
         (folder / "matrix.csv").write_text("".join(rows[:-1]))
