@@ -30,6 +30,9 @@ from mulki.errors import InputError
 
 Batch = list[Tensor]
 
+# A loading process whose run was killed ends within so many seconds.
+_ORPHANS_END_S = 5
+
 
 class Images(Dataset[tuple[Tensor, int, int]]):
     """Transformed images of a set: `(image, target, index)` each.
@@ -192,15 +195,20 @@ def _start_worker(pixels: int, number: int) -> None:
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None and hasattr(signal, "sigwaitinfo"):
+    run = multiprocessing.parent_process()
+    if run is not None and hasattr(signal, "sigtimedwait"):
+        # In a process that was not forked, threads that are there already go on to take it.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_told_by, args=(parent.pid,), daemon=True).start()
+        told_by = run.pid, os.getppid()
+        threading.Thread(target=_end_when_told_by, args=told_by, daemon=True).start()
 
 
-def _end_when_told_by(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
+def _end_when_told_by(run: int, parent: int) -> None:
+    # Or when the parent has ended: one that is killed tells nobody.
+    while os.getppid() == parent:
+        got = signal.sigtimedwait({signal.SIGTERM}, _ORPHANS_END_S)
+        if got is not None and got.si_pid == run:
+            break
     os._exit(0)
 
 

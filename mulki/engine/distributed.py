@@ -83,12 +83,18 @@ def meeting() -> Meeting:
         )
     # With torch's own timeout: machines may start minutes apart.
     store, rank, size = next(dist.rendezvous("env://"))
-    return meet(store, rank, size, json.dumps([restarts_here(), launcher()]))
+    word = json.dumps([restarts_here(), most_restarts(), launcher()])
+    return meet(store, rank, size, word)
 
 
 def restarts_here() -> int:
     """How often this machine's torchrun has started its processes again."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def most_restarts() -> str:
+    """How often it may at most."""
+    return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
 
 
 def join(

@@ -202,11 +202,11 @@ class _Learning:
         """Move the weights, unless the losses are a spike."""
         if self.guard.allows(sum(losses.values()), number):
             self.step.update(lr)
-            self.method.after_step(number)
+        self.method.after_step(number)
         self.steps = number
 
     def drawn(self, device: torch.device) -> dict[str, Any]:
-        """What the losses of a batch change; not copied where they replace it."""
+        """What the losses of a batch change: the methods replace their state, so none is copied."""
         anchors = None if self.anchors is None else self.anchors.state()
         return {
             "random": random_state(device),
@@ -217,7 +217,8 @@ class _Learning:
     def undo(self, drawn: Mapping[str, Any], device: torch.device) -> None:
         """Set what `drawn` returned."""
         set_random_state(drawn["random"], device)
-        self.method.load_state_dict(drawn["method"])
+        # Its first losses may have made a part of the state.
+        self.method.load_state_dict(drawn["method"], strict=False)
         if self.anchors is not None:
             self.anchors.restore(drawn["anchors"])
 
@@ -270,5 +271,6 @@ def _problem_of(
     bad = ", ".join(name for name, value in losses.items() if not math.isfinite(value))
     shown = ", ".join(f"{name} {value:.3g}" for name, value in losses.items())
     return InputError(
-        f"--lr {lr:g}: {bad} is not finite at step {number} of task {task.name} ({shown}); lower it"
+        f"--lr {lr:g}: {bad} is not finite at step {number} of task {task.name} ({shown}); "
+        "start another run with a lower one"
     )

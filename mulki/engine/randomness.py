@@ -61,7 +61,7 @@ def random_state(device: torch.device) -> Tensor:
     version, words, gauss = random.getstate()
     _, keys, place, has_gauss, cached = np.random.get_state(legacy=True)
     parts = [
-        torch.tensor([version, *words]),
+        torch.from_numpy(np.array([version, *words], dtype=np.int64)),
         _floats(gauss is not None, gauss or 0.0),
         torch.from_numpy(np.asarray(keys, dtype=np.int64)),
         torch.tensor([int(place)]),

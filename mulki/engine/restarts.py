@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +33,8 @@ def restart_of(settings: Settings) -> tuple[Settings, Path] | None:
             or, in all processes, the folder is that of a run with other options.
     """
     config = settings.run
-    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+    met = distributed.meeting() if distributed.launched() else None
+    if not _may_restart(met):
         return None
     if config.name is None:
         raise InputError(
@@ -43,29 +43,41 @@ def restart_of(settings: Settings) -> tuple[Settings, Path] | None:
         )
     folder = Path(config.logs, config.name)
     precision: Any
-    if not distributed.launched():
+    if met is None:
         begun = distributed.restarts_here() > 0
         precision = _precision_of(folder, settings, [launcher()]) if begun else None
     else:
-        precision = _told_by_the_first(distributed.meeting(), folder, settings)
+        precision = _told_by_the_first(met, folder, settings)
     if precision is None:
         return None
     return replace(settings, run=replace(config, precision=precision)), folder
 
 
+def _may_restart(met: Meeting | None) -> bool:
+    # Whether torchrun starts processes again that have failed, on all machines or on none.
+    if met is None:
+        return distributed.most_restarts() != "0"
+    allowed = sorted({most for _, most, _ in map(json.loads, met.words)})
+    if len(allowed) > 1:
+        raise InputError(
+            f"--max-restarts: torchrun has {' and '.join(allowed)} on the machines of this run; "
+            "pass the same number to all"
+        )
+    return bool(allowed != ["0"])
+
+
 def _told_by_the_first(met: Meeting, folder: Path, settings: Settings) -> str | None:
     # One torchrun may have seen no failure, but another machine's.
-    restarts, launchers = zip(*map(json.loads, met.words), strict=True)
+    restarts, _, launchers = zip(*map(json.loads, met.words), strict=True)
     if not any(restarts):
         return None
+    found: dict[str, str | None] = {}
     if met.rank == 0:
-        told: dict[str, str | None] = {}
         try:
-            told["precision"] = _precision_of(folder, settings, launchers)
+            found["precision"] = _precision_of(folder, settings, launchers)
         except (OSError, InputError) as error:
-            told["problem"] = str(error)
-        met.store.set("restart", json.dumps(told))
-    told = json.loads(met.store.get("restart"))
+            found["problem"] = str(error)
+    told: dict[str, str | None] = met.told_by_first("restart", found)
     if "problem" in told:
         raise InputError(str(told["problem"]))
     return told["precision"]

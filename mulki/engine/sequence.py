@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from rich.console import Console
 
 from mulki.answers import Answers, read_answers
 from mulki.catalog import write_examples, write_tasks
 from mulki.data import Task
 from mulki.data.loader import batches, dead_workers_named
+from mulki.engine import distributed
 from mulki.engine.anchors import anchor_texts
 from mulki.engine.checkpoints import publish, save_weights
 from mulki.engine.config import Settings
@@ -74,7 +76,7 @@ def run(
         ProcessLost: another process of the run has ended.
         Stopped: SIGINT, SIGTERM or SIGHUP came.
     """
-    if resume is not None and is_complete(Path(resume)):
+    if resume is not None and _all_find_complete(Path(resume)):
         if os.environ.get("RANK", "0") != "0":
             return None
         complete = finish_again(Path(resume))
@@ -112,6 +114,14 @@ def run(
     return folder
 
 
+def _all_find_complete(folder: Path) -> bool:
+    # The first process decides for all: another one may see the folder late, or not at all.
+    complete = is_complete(folder)
+    if distributed.launched() and not dist.is_initialized():
+        complete = bool(distributed.meeting().told_by_first("complete", complete))
+    return complete
+
+
 def _write_report(folder: RunFolder) -> None:
     # The results are written already, so a report that fails does not fail the run.
     try:
@@ -139,6 +149,7 @@ class _Sequence:
     def __init__(self, setup: Setup, progress: RunProgress, signals: Signals):
         self.setup = setup
         self.progress = progress
+        self.signals = signals
         self.reporter = Reporter(setup, progress)
         self.learned = 0
         self.steps = 0
@@ -192,6 +203,7 @@ class _Sequence:
             self.learned = index + 1
             self._check_weights(f"task {tasks[index].name}, after its last step")
             self.saves.save()
+            self.signals.raise_pending()
             self._finish(index + 1)
 
     def _skip(self, steps: int) -> None:

@@ -127,6 +127,9 @@ class Method(nn.Module):
     ) -> dict[str, Tensor]:
         """Weighted scalar terms of the objective, each named ``..._loss``; their sum is minimised.
 
+        What it keeps from step to step it replaces and does not change in place, so that a step
+        whose loss is not finite can be undone.
+
         Args:
             student: features of a batch of B images and the task's C class texts.
             teachers: those of `needs.teachers`, in that order.
@@ -166,7 +169,10 @@ class Method(nn.Module):
         return {}
 
     def after_step(self, step: int) -> None:
-        """Called after optimiser step `step` of the task, counted from 1."""
+        """Called after optimiser step `step` of the task, counted from 1.
+
+        Also after one whose update the guard against spikes has left out.
+        """
 
     def end_task(self) -> None:
         """Called after the last step; may change the weights in place before evaluation."""

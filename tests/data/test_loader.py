@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -274,6 +275,38 @@ def test_a_worker_goes_on_until_its_own_process_ends_it(images: Any, sent: str) 
     worker.terminate()
     worker.join(60)
     assert worker.exitcode == 0
+
+
+ORPHAN = """
+import os, signal, sys, time
+from mulki.data import loader
+from tests.data.data_helpers import Blank
+
+def stuck(image):
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+loader._ORPHANS_END_S = 0.1
+for _ in loader.batches(Blank((0,) * 4), stuck, 2, shuffle=False, seed=0, workers=1):
+    pass
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="another system has no such wait")
+def test_a_worker_ends_with_a_run_that_was_killed() -> None:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", ORPHAN]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        worker = int(run.stdout.readline())
+        run.kill()
+        run.wait()
+        # Who reads the pipe to its end has waited for both.
+        assert run.stdout.read() == ""
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.kill(worker, 0)
+            time.sleep(0.1)
 
 
 def test_another_error_stays_what_it_is() -> None:

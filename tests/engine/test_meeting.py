@@ -20,12 +20,17 @@ def met(store: dist.Store, size: int, ranks: list[int]) -> list[Meeting]:
         return [each.result() for each in coming]
 
 
+def _rank(meeting: Meeting) -> int:
+    return meeting.rank
+
+
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0]])
 def test_all_get_one_store_and_the_words_of_all(order: list[int]) -> None:
     store = dist.HashStore()
     first = met(store, 3, order)
     assert [each.rank for each in first] == order
     assert {each.words for each in first} == {("I am 0", "I am 1", "I am 2")}
+    assert [each.told_by_first("who", each.rank) for each in sorted(first, key=_rank)] == [0, 0, 0]
     first[0].store.set("key", "of the first meeting")
     assert first[2].store.get("key") == b"of the first meeting"
     # Those that are started again find another one, whoever comes first.

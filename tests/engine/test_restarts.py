@@ -56,11 +56,14 @@ def test_several_machines_agree_on_the_folder_to_go_on_with(
     monkeypatch.setattr("mulki.engine.distributed.launched", lambda: True)
     ours, other = launcher(), "torchrun abc 1 on another"
 
-    def found(words: list[tuple[int, str | None]], **options: Any) -> list[Any]:
+    def found(
+        words: list[tuple[int, str | None]], most: tuple[str, str] = ("3", "3"), **options: Any
+    ) -> list[Any]:
         store, results = dist.HashStore(), []
         store.set_timeout(datetime.timedelta(seconds=10))
         for rank, logs in enumerate([settings.run.logs, "/elsewhere"]):
-            met = Meeting(store, rank, 2, tuple(map(json.dumps, words)))
+            said = [json.dumps([n, m, who]) for (n, who), m in zip(words, most, strict=True)]
+            met = Meeting(store, rank, 2, tuple(said))
             monkeypatch.setattr("mulki.engine.distributed.meeting", lambda met=met: met)
             config = replace(settings.run, logs=logs, **options)
             try:
@@ -75,5 +78,8 @@ def test_several_machines_agree_on_the_folder_to_go_on_with(
         (_, here), (_, there) = found(words)
         assert (here, there) == (tmp_path / "logs" / "first", Path("/elsewhere/first"))
     assert found([(1, "torchrun def 2 on one"), (1, other)]) == [None, None]
+    assert found([(1, ours), (0, other)], ("0", "0")) == [None, None]
+    for problem in found([(0, ours), (1, other)], ("0", "3")):
+        assert "--max-restarts: torchrun has 0 and 3 on the machines of this run" in problem
     problems = found([(1, ours), (0, other)], lr=1.0)
     assert "--lr: " in problems[0] and problems[0] == problems[1]

@@ -26,6 +26,7 @@ from mulki.engine.step import ClassStep
 from mulki.errors import InputError, Stopped
 from mulki.evaluations import read_evaluations
 from mulki.methods import PREVIOUS, ZERO_SHOT
+from mulki.methods.finetune import Finetune
 from mulki.metrics import read_matrix
 from mulki.models import VisionLanguageModel
 from mulki.results import RunFolder
@@ -357,11 +358,15 @@ def test_a_loss_that_explodes_is_reported(
         calls.append("update")
         update(self, lr)
 
+    # What counts steps, such as a running mean, counts those that are left out too.
+    monkeypatch.setattr(Finetune, "after_step", lambda self, step: calls.append(f"after {step}"))
+
     monkeypatch.setattr(ClassStep, "gradients", exploding)
     monkeypatch.setattr(ClassStep, "update", counted)
     with caplog.at_level(logging.WARNING, "mulki"):
         run(method="finetune", **options)
     assert calls.count("gradients") == 8 and calls.count("update") == updates
+    assert [c for c in calls if c.startswith("after")] == [f"after {n}" for n in (1, 2, 3, 4)] * 2
     for task in ("colours", "shades"):
         assert f"task {task}: the loss of 1 steps, step 3 the first" in caplog.text
 
