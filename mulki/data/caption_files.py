@@ -11,6 +11,7 @@ from mulki.data.caption_task import CaptionedImages, CaptionTask
 from mulki.data.captioned_shards import (
     JoinedShards,
     read_captioned_shards,
+    readable,
     shards_of_task,
 )
 from mulki.data.csv_files import SplitRow, check_images_exist, split_rows, splits_of
@@ -76,8 +77,21 @@ def caption_task(
     splits = [(images, captions) for images, captions, _ in read]
     if test_fraction is not None:
         splits = _divided(*splits[0], test_fraction, str(path))
-    train, test = (_of_shards(images, captions) for images, captions in splits)
+    else:
+        _check_shared(path, [images for images, _ in splits])
+    train, test = (_of_shards(*readable(*split, {*skipped})) for split in splits)
     return CaptionTask(name, _pairs(train), test, skipped, test_fraction)
+
+
+def _check_shared(path: Path, splits: Sequence[JoinedShards]) -> None:
+    train, test = splits
+    both = JoinedShards((*train.parts, *test.parts))
+    for place, first in enumerate(both.firsts()):
+        if first < len(train) <= place:
+            raise InputError(
+                f"{path}: {both.name(place)} has the content of {both.name(first)}; a model is "
+                "tested on images that it has not learned, so leave it in one"
+            )
 
 
 def _divided(
@@ -122,11 +136,12 @@ def _of_rows(
         _files(file.parent, dict.fromkeys(row.file for row in rows if row.split == split))
         for split in names
     ]
-    bad = find_unreadable(splits, skip_bad_images=skip_bad_images)
-    kept = [images.without(bad) for images in splits]
+    # Before unreadable images are left out, which would change the division.
+    parts = divided(splits, test_fraction, where=str(file))
+    bad = find_unreadable(parts, skip_bad_images=skip_bad_images)
     train, test = (
-        CaptionedImages(images, tuple(tuple(captions[file]) for file in images.files))
-        for images in divided(kept, test_fraction, where=str(file))
+        CaptionedImages(images, tuple(tuple(captions[name]) for name in images.files))
+        for images in (part.without(bad) for part in parts)
     )
     return CaptionTask(name, _pairs(train), test, tuple(bad), test_fraction)
 

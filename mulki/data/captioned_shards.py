@@ -8,21 +8,20 @@ import io
 import re
 import tarfile
 from bisect import bisect_right
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, chain
+from itertools import accumulate, chain, compress
 from pathlib import Path
 from typing import Literal, overload
 
 from PIL import Image
 
-from mulki.data.image_files import find_unreadable, holds_split, split_folder
+from mulki.data.image_files import SHARD_SUFFIXES, find_unreadable, holds_split, split_folder
 from mulki.data.shards import GZIP, Member, Samples, ShardImages, image_of, read_samples, unpack
 from mulki.errors import InputError
 from mulki.files import check_regular
 
-SUFFIXES = (".tar", ".tar.gz", ".tgz")
 # What stands beside an image, by the suffix of its file.
 _KINDS = {"txt": "caption", "cls": "class"}
 # Bytes in the middle of an image that are read before all of it is.
@@ -165,7 +164,7 @@ def shards_of_task(
 
 def _is_shard(path: Path) -> bool:
     name = path.name.lower()
-    return name.endswith(SUFFIXES) and not name.startswith(".") and path.is_file()
+    return name.endswith(SHARD_SUFFIXES) and not name.startswith(".") and path.is_file()
 
 
 @overload
@@ -183,13 +182,13 @@ def read_captioned_shards(
 def read_captioned_shards(
     paths: Sequence[Path], *, captions: bool = True, skip_bad_images: bool
 ) -> tuple[JoinedShards, tuple[str, ...] | None, tuple[str, ...]]:
-    """Images of shards, their captions, and the names of unreadable images that were left out.
+    """Images of shards, their captions, and the names of those that are unreadable: see `readable`.
 
     Images are checked as files are, see `mulki.data.image_files.find_unreadable`.
 
     Args:
         captions: whether each image needs one; if not, there are None.
-        skip_bad_images: leave unreadable images out.
+        skip_bad_images: whether there may be unreadable images.
 
     Raises:
         InputError: a shard is missing or damaged, or has an image without a caption, a caption
@@ -207,10 +206,10 @@ def read_classed_shards(
 
     Args:
         count: of the classes, C.
-        skip_bad_images: leave unreadable images out.
+        skip_bad_images: whether there may be unreadable images.
 
     Returns:
-        The images, and the names of those that were left out.
+        The images, and the names of those that are unreadable.
 
     Raises:
         InputError, BadImage: as `read_captioned_shards`, or no index in 0..C-1.
@@ -227,18 +226,22 @@ def read_classed_shards(
     return JoinedShards(tuple(parts)), bad
 
 
+def readable(
+    images: JoinedShards, words: Sequence[str], bad: Collection[str]
+) -> tuple[JoinedShards, tuple[str, ...]]:
+    """The images whose names are not among those of unreadable ones, and their words."""
+    kept = [images.name(i) not in bad for i in range(len(images))]
+    return images.chosen(kept), tuple(compress(words, kept))
+
+
 def _read(
     paths: Sequence[Path], suffix: str | None, skip_bad_images: bool
 ) -> tuple[list[ShardImages], list[list[str]], tuple[str, ...]]:
-    # The images of each shard, the words of that suffix beside them, and what was left out.
+    # The images of each shard, the words of that suffix beside them, and what is unreadable.
     opened = [_open(path, suffix) for path in paths]
     bad = find_unreadable([images for images, _ in opened], skip_bad_images=skip_bad_images)
-    parts, kept_words = [], []
-    for images, words in opened:
-        kept = [i for i in range(len(images)) if images.name(i) not in bad]
-        parts.append(images.subset(kept))
-        kept_words.append([words[i] for i in kept] if suffix else [])
-    return parts, kept_words, tuple(bad)
+    parts, words = map(list, zip(*opened, strict=True))
+    return parts, words, tuple(bad)
 
 
 def _open(path: Path, suffix: str | None) -> tuple[ShardImages, list[str]]:

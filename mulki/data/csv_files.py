@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from mulki.data.held_out import OPTION, divided
@@ -95,18 +94,16 @@ def csv_task(
         raise InputError(f"{path}: only one label, {classes[0]}; at least two are needed")
     targets = {label: target for target, label in enumerate(classes)}
     splits = [_images(path.parent, part, targets) for part in parts]
-    divide = partial(divided, test_fraction=test_fraction, where=str(path), classes=classes)
-    divide(splits)  # its errors come before all images are checked, which can take minutes
-    bad = find_unreadable(splits, skip_bad_images=skip_bad_images)
-    splits = [images.without(bad) for images in splits]
-    for split, images in zip(names, splits, strict=True):
+    # Before unreadable images are left out, which would change the division.
+    whole = divided(splits, test_fraction, where=str(path), classes=classes)
+    bad = find_unreadable(whole, skip_bad_images=skip_bad_images)
+    train, test = (images.without(bad) for images in whole)
+    for split, images in zip(SPLITS, (train, test), strict=True):
         if (emptied := class_without_images(images, classes)) is not None:
-            every = f"every {split} image" if split else "every image"
             raise InputError(
-                f"{path}: {every} of {emptied} is unreadable; add readable ones or remove the rows "
-                "of this label"
+                f"{path}: every {split} image of {emptied} is unreadable; add readable ones or "
+                "remove the rows of this label"
             )
-    train, test = divide(splits)
     chosen = choose_templates(templates, path.parent, f"templates for {path}")
     return Task(name, tuple(classes), chosen, train, test, tuple(bad), test_fraction)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from mulki.data.decoding import SUFFIXES
@@ -78,17 +77,16 @@ def folder_task(
             f"{folders[0]}: only one class, {classes[0]}; at least two class folders are needed"
         )
     splits = [_list_images(folder, classes) for folder in folders]
-    divide = partial(divided, test_fraction=test_fraction, where=str(root), classes=classes)
-    divide(splits)  # its errors come before all images are checked, which can take minutes
-    bad = find_unreadable(splits, skip_bad_images=skip_bad_images)
-    splits = [images.without(bad) for images in splits]
-    for images in splits:
+    # Before unreadable images are left out, which would change the division.
+    whole = divided(splits, test_fraction, where=str(root), classes=classes)
+    bad = find_unreadable(whole, skip_bad_images=skip_bad_images)
+    train, test = (images.without(bad) for images in whole)
+    for split, images in (("train", train), ("test", test)):
         if (emptied := class_without_images(images, classes)) is not None:
             raise InputError(
-                f"{images.root / emptied}: every image of class {emptied} is unreadable; "
+                f"{images.root / emptied}: every {split} image of class {emptied} is unreadable; "
                 "add readable ones or remove the class"
             )
-    train, test = divide(splits)
     return Task(
         name=Path(os.path.abspath(root)).name,  # "." and "birds/.." have names too
         classes=tuple(c.replace("_", " ").strip() for c in classes),
@@ -115,11 +113,11 @@ def _split_of(root: Path, split: str) -> Path:
     folder = split_folder(root, split)
     if not folder.exists():
         found = ", ".join(e.name + "/" for e in _visible(root) if _is_folder(e))
-        more = ""
-        if split == "test":
+        more = " and test/<class>/*" if split == "train" else ""
+        if found and not holds_split(root):
+            more += f", or pass {OPTION} if these are classes"
+        elif split == "test":
             more = f", or move what is in train/ up to {root} and pass {OPTION}"
-        elif found and not holds_split(root):
-            more = f" and test/<class>/*, or pass {OPTION} if these are classes"
         raise InputError(
             f"{root}: no {split}/ (found: {found or 'no folders'}); lay the images out as "
             f"{split}/<class>/*{more}"

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from mulki.data.image_files import (
     find_unreadable,
     size_of,
     split_folder,
+    split_name,
 )
 from mulki.data.task import Task, split_fingerprint
 from mulki.errors import InputError
@@ -34,6 +35,7 @@ from mulki.files import check_regular
 
 _DICT, _STATE, _INFO = "dataset_dict.json", "state.json", "dataset_info.json"
 _IMAGES, _LABELS = ("image", "img"), ("label", "fine_label")
+_MARKED = 64  # bytes
 # Ends an Arrow stream. Without it, one that is cut between two batches would pass for a whole one.
 _END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
@@ -49,6 +51,7 @@ class ArrowImages:
         column: that of the images.
         places: row of each image, [n].
         sizes: bytes of each encoded image, [n].
+        marks: checksums of its last bytes, which tell images of one size apart, [n].
         targets: class indices, [n].
     """
 
@@ -57,6 +60,7 @@ class ArrowImages:
     column: str
     places: tuple[int, ...]
     sizes: tuple[int, ...]
+    marks: tuple[int, ...]
     targets: tuple[int, ...]
 
     def __len__(self) -> int:
@@ -72,7 +76,9 @@ class ArrowImages:
         return f"{self.folder}[{self.places[index]}]"
 
     def fingerprint(self) -> str:
-        return split_fingerprint(zip(self.files, self.sizes, self.targets, strict=True))
+        # The number of a row stays where rows change places.
+        names = (f"{row} {mark:08x}" for row, mark in zip(self.places, self.marks, strict=True))
+        return split_fingerprint(zip(names, self.sizes, self.targets, strict=True))
 
     def without(self, names: Mapping[str, BadImage]) -> ArrowImages:
         """The images whose `name` is not among these."""
@@ -89,6 +95,7 @@ class ArrowImages:
             self,
             places=tuple(compress(self.places, chosen)),
             sizes=tuple(compress(self.sizes, chosen)),
+            marks=tuple(compress(self.marks, chosen)),
             targets=tuple(compress(self.targets, chosen)),
         )
 
@@ -165,16 +172,15 @@ def huggingface_task(
             f"{root}: {folders[0].name} and {folders[1].name} have different classes "
             f"({differing}); cast both to one ClassLabel and save them again"
         )
-    divide = partial(divided, test_fraction=test_fraction, where=str(root), classes=classes)
-    divide(splits)  # its errors come before all images are checked, which can take minutes
-    bad = find_unreadable(splits, skip_bad_images=skip_bad_images)
-    splits = [images.without(bad) for images in splits]
-    if (emptied := class_without_images(splits[0], classes)) is not None:
+    # Before unreadable images are left out, which would change the division.
+    whole = divided(splits, test_fraction, where=str(root), classes=classes)
+    bad = find_unreadable(whole, skip_bad_images=skip_bad_images)
+    train, test = (images.without(bad) for images in whole)
+    if (emptied := class_without_images(train, classes)) is not None:
         raise InputError(
-            f"{folders[0]}: no readable image of class {emptied}; add some, or take the name out "
-            "of the ClassLabel"
+            f"{folders[0]}: no readable train image of class {emptied}; add some, or take the name "
+            "out of the ClassLabel"
         )
-    train, test = divide(splits)
     name = Path(os.path.abspath(root)).name
     names = tuple(name.replace("_", " ").strip() for name in classes)
     return Task(name, names, templates, train, test, tuple(bad), test_fraction)
@@ -194,19 +200,33 @@ def _splits(root: Path, undivided: bool) -> list[Path]:
             "dataset.train_test_split and save the result with save_to_disk, or pass "
             f"{OPTION}"
         )
-    train, test = (split_folder(root, split) for split in ("train", "test"))
-    if not (train.is_dir() and test.is_dir()):
-        there = [path for path in root.iterdir() if path.is_dir()]
-        alone = there == [train]
-        if alone and undivided:
-            return [train]
-        found = ", ".join(sorted(path.name for path in there))
+    if (root / _STATE).exists():
         raise InputError(
-            f"{root}: wanted the splits train and test (found: {found or 'none'}); rename them, or "
-            "divide train with train_test_split, and save again"
-            + (f", or pass {OPTION}" if alone else "")
+            f"{root}: has {_DICT} and {_STATE}, of two data sets that were saved to one folder; "
+            "save the one that is meant to a new folder"
         )
-    return [train, test]
+    # Folders of other splits may be left of a data set that was saved here before.
+    names = _split_names(root / _DICT)
+    train, test = (split_name(names, split) for split in ("train", "test"))
+    if train is not None and test is not None:
+        return [root / train, root / test]
+    alone = train is not None and names == [train]
+    if alone and undivided:
+        return [root / names[0]]
+    raise InputError(
+        f"{root}: wanted the splits train and test (found: {', '.join(names) or 'none'}); rename "
+        "them, or divide train with train_test_split, and save again"
+        + (f", or pass {OPTION}" if alone else "")
+    )
+
+
+def _split_names(path: Path) -> list[str]:
+    names = _json(path).get("splits")
+    if not isinstance(names, list) or any(
+        not isinstance(name, str) or name != Path(name).name for name in names
+    ):
+        raise _damaged(path, "no list of splits")
+    return names
 
 
 def _read(
@@ -232,11 +252,17 @@ def _read(
         labels = rows.data.column(label).to_pylist()
         rows = rows.select_columns([image])
         rows = rows.cast_column(image, datasets.Image(decode=False))
-        sizes = _sizes(rows.data.column(image))
+        sizes, marks = _sizes_and_marks(rows.data.column(image))
         classes = tuple(map(str, features[label].names))
     except (InputError, MemoryError):
         raise
     except Exception as error:  # datasets and pyarrow raise whatever they meet
+        saved_as = _json(folder / _STATE).get("_format_type")
+        if saved_as is not None:
+            raise InputError(
+                f"{folder}: saved with the format {saved_as}, which cannot be loaded here "
+                f"({_in_one_line(error)}); call dataset.reset_format() and save it again"
+            ) from None
         raise _damaged(folder, error) from None
     for place, target in enumerate(labels):
         if target is None or not 0 <= target < len(classes):
@@ -247,7 +273,7 @@ def _read(
                 f"{len(classes) - 1}; correct it, or leave such rows out with dataset.filter"
             )
     places = tuple(range(len(labels)))
-    return ArrowImages(folder, rows, image, places, sizes, tuple(labels)), classes
+    return ArrowImages(folder, rows, image, places, sizes, marks, tuple(labels)), classes
 
 
 def _files(folder: Path) -> list[Path]:
@@ -256,10 +282,12 @@ def _files(folder: Path) -> list[Path]:
     state = _json(folder / _STATE)
     try:
         names = [each["filename"] for each in state["_data_files"]]
-        if not names or any(name != Path(name).name for name in names):
-            raise ValueError("no files, or some outside the folder")
+        if any(name != Path(name).name for name in names):
+            raise ValueError("some files are outside the folder")
     except (TypeError, KeyError, ValueError) as error:
         raise _damaged(folder / _STATE, error) from None
+    if not names:
+        raise InputError(f"{folder}: the split has no rows; add some and save it again")
     return [folder / name for name in names]
 
 
@@ -315,19 +343,21 @@ def _column(
     )
 
 
-def _sizes(cells: Any) -> tuple[int, ...]:
-    # From the offsets of the bytes, which are not read themselves.
+def _sizes_and_marks(cells: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     import pyarrow.compute as compute
 
-    lengths = compute.binary_length(compute.struct_field(cells, "bytes")).to_pylist()
-    paths = compute.struct_field(cells, "path")
-    sizes = []
-    for place, length in enumerate(lengths):
+    content, paths = (compute.struct_field(cells, name) for name in ("bytes", "path"))
+    lengths = compute.binary_length(content).to_pylist()
+    ends = compute.binary_slice(content, -_MARKED, None).to_pylist()
+    sizes, marks = [], []
+    for place, (length, end) in enumerate(zip(lengths, ends, strict=True)):
         if length is None:
-            path = paths[place].as_py()
-            length = size_of(Path(path)) if path else 0
+            path = paths[place].as_py() or ""
+            # Of a file its name, which is the same wherever the folder lies.
+            length, end = size_of(Path(path)) if path else 0, os.fsencode(Path(path).name)
         sizes.append(length)
-    return tuple(sizes)
+        marks.append(zlib.crc32(end))
+    return tuple(sizes), tuple(marks)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -342,7 +372,11 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _damaged(path: Path, reason: object) -> InputError:
-    said = " ".join(str(reason).split())[:200] or type(reason).__name__
     return InputError(
-        f"{path}: cannot be read ({said}); save the data set again with its save_to_disk"
+        f"{path}: cannot be read ({_in_one_line(reason)}); save the data set again with its "
+        "save_to_disk"
     )
+
+
+def _in_one_line(reason: object) -> str:
+    return " ".join(str(reason).split())[:200] or type(reason).__name__

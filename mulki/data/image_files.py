@@ -64,6 +64,7 @@ class ImageFiles:
         )
 
 
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
 
 _told: ContextVar[Callable[[int, int], None]] = ContextVar("told", default=lambda done, total: None)
@@ -147,21 +148,36 @@ def split_folder(root: Path, split: str) -> Path:
     if exact.exists() or not root.is_dir():
         return exact
     try:
-        folders = [path for path in root.iterdir() if path.is_dir()]
+        folders = [path.name for path in root.iterdir() if path.is_dir()]
     except OSError:
         return exact
+    return root / (split_name(folders, split) or split)
+
+
+def split_name(names: Sequence[str], split: str) -> str | None:
+    """The one of some names that stands for a split, as in `split_folder`; None if none does."""
+    if split in names:
+        return split
     for name in _SPLIT_NAMES[split]:
-        found = [path for path in folders if path.name.lower() == name]
+        found = [each for each in names if each.lower() == name]
         if found:
-            return found[0] if len(found) == 1 else exact
-    return exact
+            return found[0] if len(found) == 1 else None
+    return None
 
 
 def holds_split(root: Path) -> bool:
-    """Whether a folder has one that is called as a split is, see `split_folder`."""
+    """Whether a folder has one that is called as a split is, and holds folders or shards.
+
+    One with images alone is that of a class of this name.
+    """
     names = {name for each in _SPLIT_NAMES.values() for name in each}
     try:
-        return any(path.name.lower() in names and path.is_dir() for path in root.iterdir())
+        return any(
+            each.is_dir() or each.name.lower().endswith(SHARD_SUFFIXES)
+            for path in root.iterdir()
+            if path.name.lower() in names and path.is_dir()
+            for each in path.iterdir()
+        )
     except OSError:
         return False
 

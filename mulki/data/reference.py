@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mulki.data.captioned_shards import find_shards, read_captioned_shards
+from mulki.data.captioned_shards import find_shards, read_captioned_shards, readable
 from mulki.data.csv_files import name_in
 from mulki.data.decoding import SUFFIXES, BadImage
 from mulki.data.image_files import ImageFiles, find_unreadable, size_of
@@ -140,12 +140,15 @@ def _of_shards(
             f"of them to a folder of its own"
         )
     try:
-        read = read_captioned_shards(shards, captions=captions, skip_bad_images=skip_bad_images)
+        images, words, bad = read_captioned_shards(
+            shards, captions=captions, skip_bad_images=skip_bad_images
+        )
     except BadImage:
         raise
     except InputError as error:
         raise InputError(f"--reference: {error}") from None
-    return ReferenceSet(*read)
+    kept, of_kept = readable(images, words or (), {*bad})
+    return ReferenceSet(kept, of_kept if captions else None, bad)
 
 
 def _checked(

@@ -6,7 +6,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from mulki.data.captioned_shards import find_shards, read_classed_shards, shards_of_task
+from mulki.data.captioned_shards import (
+    find_shards,
+    read_classed_shards,
+    readable,
+    shards_of_task,
+)
 from mulki.data.held_out import OPTION, divided
 from mulki.data.image_files import (
     choose_templates,
@@ -26,8 +31,11 @@ def holds_shards(folder: Path) -> bool:
     train = split_folder(folder, "train")
     if train.is_dir():
         return bool(find_shards(train))
+    if holds_split(folder) or not find_shards(folder):
+        return False
     # Beside class folders, tar files without names of classes are something else.
-    return (folder / CLASSES).is_file() and not holds_split(folder) and bool(find_shards(folder))
+    inner = (path for path in folder.iterdir() if not path.name.startswith("."))
+    return (folder / CLASSES).is_file() or not any(path.is_dir() for path in inner)
 
 
 def shard_task(
@@ -69,15 +77,15 @@ def shard_task(
         read_classed_shards(shards, len(classes), skip_bad_images=skip_bad_images)
         for shards in found
     ]
-    splits = [images for images, _ in read]
-    if (emptied := class_without_images(splits[0], classes)) is not None:
-        place = " in train/" if test_fraction is None else ""
+    skipped = tuple(name for _, names in read for name in names)
+    # Before unreadable images are left out, which would change the division.
+    whole = divided([images for images, _ in read], test_fraction, where=str(root), classes=classes)
+    train, test = (readable(images, (), {*skipped})[0] for images in whole)
+    if (emptied := class_without_images(train, classes)) is not None:
         raise InputError(
-            f"{root}: no readable image of class {emptied}{place}; add some, or take the name out "
+            f"{root}: no readable train image of class {emptied}; add some, or take the name out "
             f"of {CLASSES} and give the classes behind it other indices"
         )
-    train, test = divided(splits, test_fraction, where=str(root), classes=classes)
-    skipped = tuple(name for _, names in read for name in names)
     name = Path(os.path.abspath(root)).name
     return Task(name, classes, templates, train, test, skipped, test_fraction)
 

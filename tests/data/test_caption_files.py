@@ -275,6 +275,16 @@ def test_images_that_cannot_be_divided(folder: Path) -> None:
         caption_task(folder / "zoo.csv", test_fraction=0.4)
 
 
+def test_an_image_of_both_splits_of_shards_is_refused(tmp_path: Path) -> None:
+    for split, numbers in (("train", (0, 1, 2)), ("test", (3, 1))):
+        (tmp_path / split).mkdir()
+        files = {f"{n}.png": encoded(picture(n), "png") for n in numbers}
+        files |= {f"{n}.txt": f"{n} in {split}".encode() for n in numbers}
+        write_tar(tmp_path / split / f"{split}.tar", files)
+    with pytest.raises(InputError, match=r"test\.tar:1\.png has the content of .*train\.tar:1"):
+        caption_task(tmp_path)
+
+
 def test_shards_without_a_split_are_divided_image_by_image(tmp_path: Path) -> None:
     root = tmp_path / "cc"
     root.mkdir()

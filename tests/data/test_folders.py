@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mulki.data import ImageSet, folder_task
+from mulki.data import ImageSet, Task, folder_task
+from mulki.data.image_files import ImageFiles
 from mulki.errors import InputError
 
 Make = Callable[..., Path]
@@ -275,15 +276,9 @@ def test_class_folders_that_cannot_be_divided(whole: Path, make_folder: Make) ->
     bad = sorted((whole / "crow").iterdir())[1:]
     for path in bad:
         path.write_bytes(b"")
-    _refused(whole, bad[0], "--skip-bad-images", "8 more like it", test_fraction=0.2)
-    _refused(whole, "class crow has one image, crow", test_fraction=0.2, skip_bad_images=True)
-    min((whole / "crow").iterdir()).write_bytes(b"")
-    _refused(
-        whole,
-        f"{whole / 'crow'}: every image of class crow is unreadable",
-        test_fraction=0.2,
-        skip_bad_images=True,
-    )
+    _refused(whole, "crow/", "--skip-bad-images", "8 more like it", test_fraction=0.2)
+    of_class = f"{whole / 'crow'}: every ", " image of class crow is unreadable"
+    _refused(whole, *of_class, test_fraction=0.2, skip_bad_images=True)
     # What needs no reading of images is told first.
     for path in bad:
         path.unlink()
@@ -292,10 +287,23 @@ def test_class_folders_that_cannot_be_divided(whole: Path, make_folder: Make) ->
     _refused(whole, "only one class, blue_jay", test_fraction=0.2)
 
 
-def test_unreadable_images_are_left_out_before_the_rest_is_divided(whole: Path) -> None:
-    bad = whole / "crow" / "5.png"
-    bad.write_bytes(b"")
-    task = folder_task(whole, test_fraction=0.5, skip_bad_images=True)
-    assert task.skipped == (str(bad),)
-    bad.unlink()
-    assert folder_task(whole, test_fraction=0.5).fingerprint() == task.fingerprint()
+def test_a_class_may_be_called_as_a_split_is(whole: Path) -> None:
+    (whole / "crow").rename(whole / "train")
+    task = folder_task(whole, test_fraction=0.2)
+    assert task.classes == ("blue jay", "train") and task.test_fraction == 0.2
+    _refused(whole, "no test/ (found: blue_jay/, train/)", "pass --test-fraction 0.2 if these are")
+
+
+def test_an_unreadable_image_changes_the_side_of_no_other(whole: Path) -> None:
+    sides = [{*images.files} for images in _sides(folder_task(whole, test_fraction=0.5))]
+    for name in ("0.png", "5.png"):
+        bad = whole / "crow" / name
+        bad.write_bytes(b"")
+        task = folder_task(whole, test_fraction=0.5, skip_bad_images=True)
+        assert str(bad) in task.skipped
+        for images, before in zip(_sides(task), sides, strict=True):
+            assert {*images.files} <= before
+
+
+def _sides(task: Task) -> list[ImageFiles]:
+    return [images for images in (task.train, task.test) if isinstance(images, ImageFiles)]

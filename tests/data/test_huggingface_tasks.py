@@ -178,7 +178,7 @@ def test_images_may_be_paths_of_files(folder: Path, tmp_path: Path) -> None:
     rewrite(folder, to_path)
     task = huggingface_task(folder)
     assert task.train.load(2).tobytes() == embedded.train.load(2).tobytes()
-    assert task.fingerprint() == embedded.fingerprint()
+    assert task.train.sizes == embedded.train.sizes  # type: ignore[attr-defined]
     os.remove(tmp_path / "train-2.png")
     os.mkfifo(tmp_path / "train-2.png")
     with pytest.raises(BadImage, match=r"train\[2\]: unreadable image \(.*a pipe, socket or"):
@@ -225,7 +225,7 @@ def test_unreadable_images(folder: Path, cell: Any) -> None:
     assert task.train.targets == (1, 0, 0, 1) and task.train.name(2) == f"{folder}/train[3]"
     both = ((0, "train"), (2, "train"), (4, "train"))
     rewrite(folder, lambda old, split, row: None if (row, split) in both else old)
-    with pytest.raises(InputError, match="no readable image of class dog"):
+    with pytest.raises(InputError, match="no readable train image of class dog"):
         huggingface_task(folder, skip_bad_images=True)
 
 
@@ -241,6 +241,29 @@ def test_images_are_decoded_by_our_rules(folder: Path) -> None:
     rewrite(folder, lambda old, split, row: {"bytes": eps, "path": None})
     with pytest.raises(BadImage, match="cannot identify image file"):
         huggingface_task(folder)
+
+
+def listed(folder: Path, *splits: str) -> None:
+    """Let the data set say that these are its splits."""
+    (folder / "dataset_dict.json").write_text(json.dumps({"splits": splits}))
+
+
+def test_a_split_that_the_data_set_no_longer_has_is_not_read(folder: Path) -> None:
+    listed(folder, "train")
+    (folder / ".cache").mkdir()
+    with pytest.raises(InputError, match=r"\(found: train\); .* or pass --test-fraction 0.2"):
+        huggingface_task(folder)
+    task = huggingface_task(folder, test_fraction=0.4)
+    names = {images.name(i) for images in (task.train, task.test) for i in range(len(images))}
+    assert names == {f"{folder}/train[{row}]" for row in range(len(LABELS["train"]))}
+
+
+def test_rows_that_change_places_are_other_images(folder: Path) -> None:
+    before = huggingface_task(folder).fingerprint()
+    cells = columns("train")["image"]
+    turned = [cells[2], cells[1], cells[0], *cells[3:]]
+    rewrite(folder, lambda old, split, row: turned[row] if split == "train" else old)
+    assert huggingface_task(folder).fingerprint() != before
 
 
 def relabel(labels: list[Any]) -> Callable[[Path], object]:
@@ -321,7 +344,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
                 for split in LABELS
             },
         ),
-        "train: no readable image of class owl",
+        "train: no readable train image of class owl",
     ),
     "cut": (lambda f: cut(f, lambda c: c[: len(c) // 2]), r"arrow: cannot be read \(it is cut sh"),
     "cut at its end": (lambda f: cut(f, lambda c: c[:-8]), r"arrow: cannot be read \(it is cut sh"),
@@ -347,10 +370,27 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         r"pets: one split, wanted train and test",
     ),
     "no test": (
-        lambda f: (f / "test").rename(f / "unseen"),
+        lambda f: listed(f, "train", "unseen"),
         r"pets: wanted the splits train and test \(found: train, unseen\)",
     ),
-    "no splits": (lambda f: [shutil.rmtree(f / s) for s in LABELS], r"\(found: none\); rename"),
+    "no splits": (lambda f: listed(f), r"\(found: none\); rename"),
+    "a split that is gone": (lambda f: shutil.rmtree(f / "test"), r"test/state\.json: cannot be r"),
+    "a split outside": (
+        lambda f: listed(f, "train", "../test"),
+        r"dict\.json: cannot .*no list of",
+    ),
+    "two data sets": (
+        lambda f: shutil.copy(f / "train" / "state.json", f),
+        "dataset_dict.json and state.json, of two data sets .* save .* to a new folder",
+    ),
+    "no rows": (
+        lambda f: state(f, _data_files=[]),
+        r"test: the split has no rows; add some and save it again",
+    ),
+    "a format that is not here": (
+        lambda f: state(f, _format_type="jax"),
+        r"test: saved with the format jax, which cannot be loaded here .*reset_format\(\)",
+    ),
 }
 
 

@@ -78,7 +78,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (spoiled({"4.cls": b""}), r"the class 4\.cls is empty"),
     "no training image": (
         lambda f: (f / "classes.txt").write_text("cat\nbig dog\nowl\n"),
-        "no readable image of class owl in train/; add some",
+        "no readable train image of class owl; add some",
     ),
     "no test": (lambda f: shutil.rmtree(f / "test"), r"no tar shards in test/"),
     "in both": (
@@ -122,6 +122,16 @@ def test_a_part_of_shards_without_a_split_is_held_out(folder: Path) -> None:
     write_tar(folder.with_name("moved") / "3.tar", {"9.png": b"no", "9.cls": b"1"})
     left = shard_task(folder.with_name("moved"), test_fraction=0.3, skip_bad_images=True)
     assert len(left.skipped) == 1 and len(left.train) + len(left.test) == 6
+
+
+def test_shards_without_names_of_classes_are_shards_too(folder: Path) -> None:
+    for shard in ("0.tar", "1.tar.gz"):
+        (folder / "train" / shard).rename(folder / shard)
+    for split in ("train", "test"):
+        shutil.rmtree(folder / split)
+    (folder / "classes.txt").unlink()
+    with pytest.raises(InputError, match=r"classes\.txt: no such file; name the classes"):
+        load_sequence([str(folder)], test_fraction=0.3)
 
 
 def test_a_share_changes_nothing_where_shards_have_a_split(folder: Path) -> None:

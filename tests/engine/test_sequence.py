@@ -13,14 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 
 from mulki import methods, models
 from mulki.answers import read_answers, seen_accuracy
-from mulki.engine import sequence, task_learner
+from mulki.engine import recovery, sequence, task_learner
 from mulki.engine.checkpoints import publish, save_weights
 from mulki.engine.config import read_config, resolve
 from mulki.engine.learn import StepReport
+from mulki.engine.meeting import Meeting
 from mulki.engine.progress import RunProgress
 from mulki.engine.step import ClassStep
 from mulki.errors import InputError, Stopped
@@ -451,3 +453,36 @@ def test_student_and_teachers_are_compiled_once(run: Run, monkeypatch: pytest.Mo
 
 def test_without_checkpoints(run: Run) -> None:
     assert not (run(save_checkpoints=False).path / "checkpoints").exists()
+
+
+def test_a_signal_during_a_save_between_two_tasks_ends_the_run_there(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write = recovery.write_state
+
+    def interrupted(path: Path, state: recovery.State) -> None:
+        write(path, state)
+        if state["in_task"] is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(recovery, "write_state", interrupted)
+    with pytest.raises(Stopped):
+        run(method="finetune")
+    folder = tmp_path / "logs" / "first"
+    assert read_matrix(folder / "matrix.csv").tasks == ()
+    monkeypatch.setattr(recovery, "write_state", write)
+    again = sequence.run(resolve(read_config(folder / "args.yaml")), resume=folder)
+    assert again is not None and again.matrix.tasks == ("colours", "shades")
+
+
+def test_the_first_process_says_whether_a_run_is_complete(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Another one may not see the folder, and would wait for processes that have ended."""
+    store = dist.HashStore()
+    first, second = (Meeting(store, rank, 2, ("", "")) for rank in (0, 1))
+    first.told_by_first("complete", True)
+    monkeypatch.setattr("mulki.engine.distributed.launched", lambda: True)
+    monkeypatch.setattr("mulki.engine.distributed.meeting", lambda: second)
+    monkeypatch.setenv("RANK", "1")
+    assert sequence.run(resolve({}), resume=tmp_path / "elsewhere") is None
