@@ -54,8 +54,8 @@ def list_tasks(
     if download:
         if published is None:
             raise InputError(
-                f"--prepare: got {' '.join(names)}, wanted published data sets, such as mtil or "
-                "mtil:dtd; name these alone"
+                f"--prepare: got {' '.join(names)}, wanted published data sets of one "
+                "sequence, such as mtil or mtil:dtd; name these alone"
             )
         return _prepare(*published, source)
     if published is not None and source.root is None:

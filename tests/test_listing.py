@@ -53,8 +53,8 @@ def test_what_is_missing_is_told_and_fails(
 
 
 def test_only_published_data_sets_are_downloaded(tmp_path: Path) -> None:
-    for names in (["embedded"], ["mtil:dtd", "embedded:digits"]):
-        with pytest.raises(InputError, match="--prepare: got .*, wanted published data sets"):
+    for names in (["embedded"], ["mtil:dtd", "embedded:digits"], ["mtil:dtd", "xtail:food"]):
+        with pytest.raises(InputError, match="--prepare: got .* data sets of one sequence"):
             list_tasks(names, "I", Source(tmp_path), download=True)
 
 

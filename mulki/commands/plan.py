@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import shlex
 from collections.abc import Mapping, Sequence
 from textwrap import TextWrapper
 from typing import Any
@@ -13,23 +13,29 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mulki import methods
+from mulki import methods, trackers
 from mulki.commands.grid import is_first, is_grid
 from mulki.data.published.collections import COLLECTIONS
+from mulki.engine import distributed
 from mulki.engine.config import RunConfig, Settings, resolve
 from mulki.engine.costs import Costs, measure
 from mulki.engine.downloads import Absent, Download, not_here
 from mulki.engine.plan import in_lines, millions, of_tasks, plan, steps_of_tasks
 from mulki.engine.progress import megabytes
-from mulki.engine.setup import check_reference, prepared
-from mulki.engine.tasks import check_captions, check_options_of_classes, load_tasks
+from mulki.engine.setup import check_options, load_data, prepared
 from mulki.engine.time_left import clock
 from mulki.errors import InputError, counted
+from mulki.new_folder import check_free
 from mulki.offline import offline
 
 # Below the first word of a line.
 _INDENT = " " * 9
 _COLUMNS = "before: until its first step; learn: the whole task; test all: after it"
+
+
+class _Command(str):
+    # A line to be copied into a shell: it is never broken.
+    pass
 
 
 def show_plan(given: Mapping[str, Any], console: Console, *, as_json: bool) -> None:
@@ -78,11 +84,13 @@ def _outline(settings: Settings, absent: Absent, as_json: bool) -> None:
     # What can be said of a run without its model.
     config = settings.run
     method = methods.get(config.method)(settings.method)
-    check_reference(config, method)
-    tasks = load_tasks(config, absent.data_set)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    check_captions(tasks, type(method), config.batch_size, processes)
-    check_options_of_classes(settings, tasks)
+    check_options(config, method)
+    processes = distributed.processes()
+    if is_first():
+        trackers.chosen(config.report_to)
+        check_free(config.logs, config.name)
+    with offline():
+        tasks, _, _ = load_data(settings, method, processes, absent=absent)
     for name, pretrained in (
         (config.model, config.pretrained),
         (config.original, config.original_pretrained),
@@ -113,7 +121,7 @@ def _outline(settings: Settings, absent: Absent, as_json: bool) -> None:
     out = _print_lines([*lines, *_of_downloads(absent.downloads, config, measured=False)])
     table = _columns("task", "classes", "train", "test", "steps")
     for row in rows:
-        table.add_row(*map(str, row.values()))
+        table.add_row(*(Text(str(value)) for value in row.values()))
     out.print(table)
 
 
@@ -127,8 +135,10 @@ def _print_lines(lines: Sequence[str]) -> Console:
     wrapper = TextWrapper(
         out.width, subsequent_indent=_INDENT, break_long_words=False, break_on_hyphens=False
     )
-    wrapped = "\n".join(map(wrapper.fill, lines))
-    out.print(wrapped, soft_wrap=True, markup=False, highlight=False)
+    wrapped = "\n".join(
+        line if isinstance(line, _Command) else wrapper.fill(line) for line in lines
+    )
+    out.print(Text(wrapped), soft_wrap=True)
     return out
 
 
@@ -143,18 +153,27 @@ def _of_downloads(downloads: Sequence[Download], config: RunConfig, *, measured:
         tokenizer = " and a tokenizer of the same length" if "tokenizer" in kinds else ""
         lines.append(f"{_INDENT}random weights{tokenizer} stand in here; they cost the same")
     if "data set" in kinds:
-        words = [word for word in config.tasks if word.partition(":")[0] in COLLECTIONS]
-        protocol = f" --protocol {config.protocol}" if config.protocol else ""
         if measured:
             lines.append(
                 f"{_INDENT}blank images stand in for the data sets, so the time to read and decode "
                 "theirs comes on top"
             )
-        lines.append(
-            f"{_INDENT}mulki tasks {' '.join(words)} --prepare --data-root {config.data_root}"
-            f"{protocol} gets the data sets"
-        )
+        lines += [f"{_INDENT}get the data sets with", *_commands(config)]
     return lines
+
+
+def _commands(config: RunConfig) -> list[_Command]:
+    # `mulki tasks --prepare` takes one sequence.
+    words: dict[str, list[str]] = {}
+    for word in config.tasks:
+        if (sequence := word.partition(":")[0]) in COLLECTIONS:
+            words.setdefault(sequence, []).append(word)
+    options = ["--prepare", "--data-root", str(config.data_root)]
+    options += ["--protocol", config.protocol] if config.protocol else []
+    return [
+        _Command(_INDENT + shlex.join(["mulki", "tasks", *of_one, *options]))
+        for of_one in words.values()
+    ]
 
 
 def _of_download(each: Download) -> str:

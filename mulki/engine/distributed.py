@@ -24,17 +24,36 @@ _made: tuple[Any, RollCall] | None = None
 # Groups of one process after another share a store.
 _groups = itertools.count()
 
+_REMEDY = "start the processes with torchrun --nproc-per-node N -m mulki run ..., or unset"
+
+
+def processes() -> int:
+    """How many processes the run has, by the default group or by torchrun's environment.
+
+    Raises:
+        InputError: the environment names no such number.
+    """
+    return dist.get_world_size() if dist.is_initialized() else _number("WORLD_SIZE", 1)
+
+
+def _number(name: str, least: int) -> int:
+    # Torchrun sets it; without torchrun it is the least.
+    value = os.environ.get(name, str(least))
+    if not (value.isascii() and value.isdecimal()) or int(value) < least:
+        raise InputError(
+            f"{name}: got {value!r}, wanted a whole number from {least}; {_REMEDY} {name}"
+        )
+    return int(value)
+
 
 def launched() -> bool:
     """Whether this process is one of several, started by torchrun or in a default group."""
-    if dist.is_initialized():
-        return dist.get_world_size() > 1
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return processes() > 1
 
 
 def processes_here() -> int:
     """How many processes of the run are on this machine, from torchrun's environment."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() else 1
+    return _number("LOCAL_WORLD_SIZE", 1) if launched() else 1
 
 
 def device_of_process(device: torch.device) -> torch.device:
@@ -56,7 +75,7 @@ def device_of_process(device: torch.device) -> torch.device:
                 f"processes of the run; pass --device {device.type}"
             )
         return device
-    index = int(os.environ.get("LOCAL_RANK", "0"))
+    index = _number("LOCAL_RANK", 0)
     if device.type == "cuda":
         here = torch.cuda.device_count()
         if index >= here:
@@ -78,8 +97,8 @@ def meeting() -> Meeting:
     missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
     if missing:
         raise InputError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: {', '.join(missing)} not set; start the "
-            f"processes with torchrun --nproc-per-node N -m mulki run ..., or unset WORLD_SIZE"
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: {', '.join(missing)} not set; "
+            f"{_REMEDY} WORLD_SIZE"
         )
     # With torch's own timeout: machines may start minutes apart.
     store, rank, size = next(dist.rendezvous("env://"))
@@ -89,7 +108,7 @@ def meeting() -> Meeting:
 
 def restarts_here() -> int:
     """How often this machine's torchrun has started its processes again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return _number("TORCHELASTIC_RESTART_COUNT", 0)
 
 
 def most_restarts() -> str:

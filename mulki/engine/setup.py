@@ -147,11 +147,7 @@ def prepared(
     """
     config = settings.run
     method = methods.get(config.method)(settings.method)
-    precision = Precision(config.precision, device_of(config.device))
-    _check_sharding(config, precision)
-    check_reference(config, method)
-    _check_anchors(config, method)
-    check_original(config, method)
+    precision = check_options(config, method)
     with (
         deterministic(config.deterministic),
         distributed.join(precision.device, config.process_timeout, hold) as world,
@@ -170,14 +166,10 @@ def prepared(
                 saved = read_save(Path(resume), world)
             elif world.main:
                 check_free(config.logs, config.name)
-            limit_pixels(config.max_pixels)
             with told_of_checks(checked if world.main else lambda done, total: None):
-                if tasks is None:
-                    tasks = load_tasks(config, None if absent is None else absent.data_set)
-                reference = _load_reference(config, method)
-            check_captions(tasks, type(method), config.batch_size, world.size)
-            check_options_of_classes(settings, tasks)
-            vocabulary = _load_vocabulary(config, method, tasks)
+                tasks, reference, vocabulary = load_data(
+                    settings, method, world.size, tasks, absent
+                )
             # Last, since it can take minutes.
             load = models.load if absent is None else absent.model
             model = _load_model(config, method, precision, world, load)
@@ -224,6 +216,56 @@ def prepared(
             saved,
             world.total(0 if folder is None else folder.rows, device=precision.device)[0],
         )
+
+
+def check_options(config: RunConfig, method: Method) -> Precision:
+    """Check what can be checked without data and model, and limit the pixels of images.
+
+    Args:
+        config: options of the run.
+        method: what is trained.
+
+    Returns:
+        How the encoders compute, and the device of this process.
+
+    Raises:
+        InputError: options that cannot be used, or not together.
+    """
+    precision = Precision(config.precision, device_of(config.device))
+    _check_sharding(config, precision)
+    check_reference(config, method)
+    _check_anchors(config, method)
+    check_original(config, method)
+    limit_pixels(config.max_pixels)
+    return precision
+
+
+def load_data(
+    settings: Settings,
+    method: Method,
+    processes: int,
+    tasks: Sequence[Task] | None = None,
+    absent: Absent | None = None,
+) -> tuple[Sequence[Task], ReferenceSet | None, Vocabulary | None]:
+    """The tasks, the reference set and the vocabulary of a run, checked.
+
+    Args:
+        settings: from `mulki.engine.config.resolve`.
+        method: what is trained.
+        processes: of the run.
+        tasks: learned instead of those that the settings name.
+        absent: as of `prepared`.
+
+    Raises:
+        InputError: they cannot be read, or do not fit the options.
+    """
+    config = settings.run
+    if tasks is None:
+        tasks = load_tasks(config, None if absent is None else absent.data_set)
+    reference = _load_reference(config, method)
+    check_captions(tasks, type(method), config.batch_size, processes)
+    check_options_of_classes(settings, tasks)
+    return tasks, reference, _load_vocabulary(config, method, tasks)
 
 
 def device_of(name: str) -> torch.device:

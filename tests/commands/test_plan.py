@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
+from mulki import listing
 from mulki.cli import run_command
 from mulki.commands import plan as command
+from mulki.data.decoding import limit_pixels, pixel_limit
 from mulki.engine import downloads
 from mulki.engine.downloads import Download
 from tests.engine_helpers import COLOURS, write_split
@@ -126,6 +129,63 @@ def test_of_a_model_that_only_a_hub_knows_the_tasks_are_planned(
     assert found["downloads"][0]["bytes"] is None
     assert run_command([*words, "--method", "snd"]) == 2
     assert "--reference" in capsys.readouterr().err
+
+
+@pytest.fixture
+def of_hub(words: list[str], known: Missing) -> list[str]:
+    """A plan with a model that only a hub knows."""
+    known["hf-hub:a/b"] = (None, [Download("weights", "a/b")])
+    words[words.index("--model") + 1] = "hf-hub:a/b"
+    return words
+
+
+def test_without_its_model_a_plan_refuses_what_a_run_does(
+    of_hub: list[str], refused: Refused, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = pixel_limit()
+    try:
+        assert "more than 10" in refused([*of_hub, "--max-pixels", "10"])
+    finally:
+        limit_pixels(before)
+    assert "--device: cuda:77" in refused([*of_hub, "--device", "cuda:77"])
+    assert "--opt muon" in refused([*of_hub, "--fsdp", "--opt", "muon"])
+    assert "--fsdp: this is the only process" in refused([*of_hub, "--fsdp"])
+    finetune = [*of_hub, "--method", "finetune"]
+    assert "--original: got ViT-B-32" in refused([*finetune, "--original", "ViT-B-32"])
+    assert "--anchors-per-step: got 5" in refused([*finetune, "--anchors-per-step", "5"])
+    assert "--report-to: got 'paper'" in refused([*of_hub, "--report-to", "paper"])
+    assert "nowhere" in refused([*of_hub, "--method", "snd", "--reference", "nowhere"])
+    taken = ["--logs", finished.parent, "--name", finished.name]
+    assert "exists and is not empty" in refused([*of_hub, *taken])
+    monkeypatch.setenv("WORLD_SIZE", "x")
+    assert "WORLD_SIZE: got 'x'" in refused(of_hub)
+
+
+def test_names_in_brackets_are_printed_as_they_are(
+    of_hub: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_split(tmp_path / "old[red]", COLOURS, 5)
+    assert run_command([*of_hub, str(tmp_path / "old[red]"), "--test-fraction", "0.4"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["old[red]", "3", "9", "6", "9"] in rows
+
+
+def test_each_printed_command_gets_the_data_sets_of_one_sequence(
+    of_hub: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_hub[1:3] = ["mtil:eurosat", "xtail:food", "mtil:dtd"]
+    of_hub += ["--protocol", "coop", "--data-root", "my [bold] :food: data"]
+    monkeypatch.setenv("COLUMNS", "40")
+    assert run_command(of_hub) == 0
+    lines = [shlex.split(x) for x in capsys.readouterr().out.splitlines() if "mulki tasks" in x]
+    options = ["--prepare", "--data-root", "my [bold] :food: data", "--protocol", "coop"]
+    assert lines == [
+        ["mulki", "tasks", "mtil:eurosat", "mtil:dtd", *options],
+        ["mulki", "tasks", "xtail:food", *options],
+    ]
+    monkeypatch.setattr(listing, "prepare", lambda *_: iter(()))
+    for line in lines:
+        assert run_command(line[1:]) == 0
 
 
 def test_data_sets_that_would_be_downloaded_are_named_with_their_size(

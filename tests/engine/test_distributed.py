@@ -239,3 +239,17 @@ def test_an_environment_that_is_not_torchruns(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InputError, match="RANK, MASTER_ADDR, MASTER_PORT not set.*torchrun"):
         distributed.join(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("value", ["x", "", "-1", "1.5"])
+def test_an_environment_without_numbers(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    for name, asks in (
+        ("LOCAL_RANK", lambda: distributed.device_of_process(torch.device("cuda"))),
+        ("LOCAL_WORLD_SIZE", distributed.processes_here),
+        ("WORLD_SIZE", distributed.launched),
+    ):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv(name, value)
+        with pytest.raises(InputError, match=f"^{name}: got '{value}', wanted.*or unset {name}$"):
+            asks()
+        monkeypatch.delenv(name)
