@@ -33,12 +33,12 @@ def processes() -> int:
     Raises:
         InputError: the environment names no such number.
     """
-    return dist.get_world_size() if dist.is_initialized() else _number("WORLD_SIZE", 1)
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return _number("WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"), least=1)
 
 
-def _number(name: str, least: int) -> int:
-    # Torchrun sets it; without torchrun it is the least.
-    value = os.environ.get(name, str(least))
+def _number(name: str, value: str, least: int) -> int:
     if not (value.isascii() and value.isdecimal()) or int(value) < least:
         raise InputError(
             f"{name}: got {value!r}, wanted a whole number from {least}; {_REMEDY} {name}"
@@ -53,7 +53,8 @@ def launched() -> bool:
 
 def processes_here() -> int:
     """How many processes of the run are on this machine, from torchrun's environment."""
-    return _number("LOCAL_WORLD_SIZE", 1) if launched() else 1
+    here = os.environ.get("LOCAL_WORLD_SIZE", "1") if launched() else "1"
+    return _number("LOCAL_WORLD_SIZE", here, least=1)
 
 
 def device_of_process(device: torch.device) -> torch.device:
@@ -75,7 +76,7 @@ def device_of_process(device: torch.device) -> torch.device:
                 f"processes of the run; pass --device {device.type}"
             )
         return device
-    index = _number("LOCAL_RANK", 0)
+    index = _number("LOCAL_RANK", os.environ.get("LOCAL_RANK", "0"), least=0)
     if device.type == "cuda":
         here = torch.cuda.device_count()
         if index >= here:
@@ -108,7 +109,8 @@ def meeting() -> Meeting:
 
 def restarts_here() -> int:
     """How often this machine's torchrun has started its processes again."""
-    return _number("TORCHELASTIC_RESTART_COUNT", 0)
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return _number("TORCHELASTIC_RESTART_COUNT", restarts, least=0)
 
 
 def most_restarts() -> str:
