@@ -10,17 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from mulki.features import Features
-from mulki.options import check_options
+from mulki.options import check_options, option
 
 ZERO_SHOT = "zero_shot"
 PREVIOUS = "previous"
 SEEN = "seen"
 VOCABULARY = "vocabulary"
+
+
+def label_smoothing_option(default: float = 0.2) -> Any:
+    """The field of a method's options for the label smoothing of its cross-entropy."""
+    text = "label smoothing of the cross-entropy, in [0, 1]"
+    return option(default, text, low=0, high=1, alias="--ls", of_classes=True)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from mulki.features import Features
 from mulki.functional import prototype_cross_entropy
-from mulki.methods.base import Method
-from mulki.options import option
+from mulki.methods.base import Method, label_smoothing_option
 from mulki.stages.pairs import contrastive_loss
 
 
@@ -29,14 +28,7 @@ class Finetune(Method):
 
     @dataclass(frozen=True)
     class Options(Method.Options):
-        label_smoothing: float = option(
-            0.2,
-            "label smoothing of the cross-entropy, in [0, 1]",
-            low=0,
-            high=1,
-            alias="--ls",
-            of_classes=True,
-        )
+        label_smoothing: float = label_smoothing_option()
 
     def losses(
         self, student: Features, teachers: tuple[Features, ...], target: Tensor

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mulki.features import Features
 from mulki.functional import prototype_cross_entropy, teacher_kl
-from mulki.methods.base import PREVIOUS, Method, Needs
+from mulki.methods.base import PREVIOUS, Method, Needs, label_smoothing_option
 from mulki.options import option
 
 
@@ -29,9 +29,7 @@ class LwF(Method):
 
     @dataclass(frozen=True)
     class Options(Method.Options):
-        label_smoothing: float = option(
-            0.2, "label smoothing of the cross-entropy, in [0, 1]", low=0, high=1, alias="--ls"
-        )
+        label_smoothing: float = label_smoothing_option()
         distill_weight: float = option(1.0, "coefficient of the distillation term", low=0)
         temperature: float = option(
             2.0, "softmax temperature of the distillation term", above=0, alias="--T"

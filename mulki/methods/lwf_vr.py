@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mulki.features import Features
 from mulki.functional import prototype_cross_entropy, teacher_kl
-from mulki.methods.base import PREVIOUS, VOCABULARY, Method, Needs
+from mulki.methods.base import PREVIOUS, VOCABULARY, Method, Needs, label_smoothing_option
 from mulki.options import option
 from mulki.similarity import Similarity
 
@@ -38,9 +38,7 @@ class LwFVR(Method):
 
     @dataclass(frozen=True)
     class Options(Method.Options):
-        label_smoothing: float = option(
-            0.2, "label smoothing of the cross-entropy, in [0, 1]", low=0, high=1, alias="--ls"
-        )
+        label_smoothing: float = label_smoothing_option()
         distill_weight: float = option(0.5, "coefficient of the distillation term", low=0)
         temperature: float = option(
             1.0, "softmax temperature of the distillation term", above=0, alias="--T"

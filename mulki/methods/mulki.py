@@ -28,7 +28,16 @@ from torch import Tensor
 
 from mulki.errors import InputError
 from mulki.features import Features
-from mulki.methods.base import PREVIOUS, SEEN, VOCABULARY, ZERO_SHOT, Method, Needs, TaskStart
+from mulki.methods.base import (
+    PREVIOUS,
+    SEEN,
+    VOCABULARY,
+    ZERO_SHOT,
+    Method,
+    Needs,
+    TaskStart,
+    label_smoothing_option,
+)
 from mulki.ops.gates import find_gate, gate_names
 from mulki.options import option
 from mulki.prototypes import Prototypes, Update
@@ -61,14 +70,7 @@ class MulKI(Method):
         adding: bool = option(True, "stage 2: relations and features kept near the teachers")
         distinguishing: bool = option(True, "stage 3: teachers weighted by --gate")
         connecting: bool = option(True, "stage 4: --we-every, --alpha and --l2")
-        label_smoothing: float = option(
-            0.2,
-            "label smoothing of the cross-entropy, in [0, 1]",
-            low=0,
-            high=1,
-            alias="--ls",
-            of_classes=True,
-        )
+        label_smoothing: float = label_smoothing_option()
         temperature: float = option(
             2.0, "softmax temperature of relations and gate", above=0, alias="--T"
         )

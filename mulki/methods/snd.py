@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mulki.features import Features
 from mulki.functional import prototype_cross_entropy
-from mulki.methods.base import PREVIOUS, ZERO_SHOT, Method, Needs
+from mulki.methods.base import PREVIOUS, ZERO_SHOT, Method, Needs, label_smoothing_option
 from mulki.ops.gates import discrepancy
 from mulki.options import option
 from mulki.stages.adding import feature_loss
@@ -40,9 +40,7 @@ class SnD(Method):
 
     @dataclass(frozen=True)
     class Options(Method.Options):
-        label_smoothing: float = option(
-            0.0, "label smoothing of the cross-entropy, in [0, 1]", low=0, high=1, alias="--ls"
-        )
+        label_smoothing: float = label_smoothing_option(0.0)
         previous_weight: float = option(
             9.0, "coefficient of the distance from the previous model", low=0
         )

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from mulki.features import Features
 from mulki.functional import prototype_cross_entropy, teacher_kl
-from mulki.methods.base import Method, Needs, TaskStart
+from mulki.methods.base import Method, Needs, TaskStart, label_smoothing_option
 from mulki.options import option
 from mulki.similarity import Similarity
 from mulki.stages.connecting import Connections
@@ -48,9 +48,7 @@ class ZSCL(Method):
 
     @dataclass(frozen=True)
     class Options(Method.Options):
-        label_smoothing: float = option(
-            0.2, "label smoothing of the cross-entropy, in [0, 1]", low=0, high=1, alias="--ls"
-        )
+        label_smoothing: float = label_smoothing_option()
         image_loss: float = option(
             1.0, "coefficient of the divergence over captions, per reference image", low=0
         )
