@@ -21,6 +21,8 @@ from mulki.data.reference import CAPTIONS, images_below
 from mulki.data.subset import Subset
 from mulki.errors import InputError
 
+_Said = tuple[int, str]
+
 
 def caption_task(
     path: str | os.PathLike[str],
@@ -74,48 +76,49 @@ def caption_task(
     found, test_fraction = shards_of_task(path, missing, test_fraction)
     read = [read_captioned_shards(shards, skip_bad_images=skip_bad_images) for shards in found]
     skipped = tuple(name for *_, names in read for name in names)
-    splits = [(images, captions) for images, captions, _ in read]
+    parts = [part for images, _, _ in read for part in images.parts]
+    # Each caption with the place of the first image that has the bytes of its own.
+    firsts = JoinedShards(tuple(parts)).firsts()
+    said = list(zip(firsts, (text for _, each, _ in read for text in each), strict=True))
     if test_fraction is not None:
-        splits = _divided(*splits[0], test_fraction, str(path))
+        splits = _divided(read[0][0], said, test_fraction, str(path))
     else:
-        _check_shared(path, [images for images, _ in splits])
+        (train_images, _, _), (test_images, _, _) = read
+        count = len(train_images)
+        for place, (first, _) in enumerate(said[count:]):
+            if first < count:
+                raise InputError(
+                    f"{path}: {test_images.name(place)} has the content of "
+                    f"{train_images.name(first)}; a model is tested on images that it has not "
+                    "learned, so leave it in one"
+                )
+        splits = [(train_images, said[:count]), (test_images, said[count:])]
     train, test = (_of_shards(*readable(*split, {*skipped})) for split in splits)
     return CaptionTask(name, _pairs(train), test, skipped, test_fraction)
 
 
-def _check_shared(path: Path, splits: Sequence[JoinedShards]) -> None:
-    train, test = splits
-    both = JoinedShards((*train.parts, *test.parts))
-    for place, first in enumerate(both.firsts()):
-        if first < len(train) <= place:
-            raise InputError(
-                f"{path}: {both.name(place)} has the content of {both.name(first)}; a model is "
-                "tested on images that it has not learned, so leave it in one"
-            )
-
-
 def _divided(
-    images: JoinedShards, captions: Sequence[str], test_fraction: float, where: str
-) -> list[tuple[JoinedShards, tuple[str, ...]]]:
+    images: JoinedShards, said: Sequence[_Said], test_fraction: float, where: str
+) -> list[tuple[JoinedShards, list[_Said]]]:
     # Those to train on and those to test on. Images with the same bytes stay together.
-    firsts = images.firsts()
-    places = sorted({*firsts})
+    places = sorted({first for first, _ in said})
     names = [images.files[place] for place in places]
-    tested = dict(
-        zip(places, held_out(names, [0] * len(names), test_fraction, where=where), strict=True)
-    )
-    sides = ([tested[first] is side for first in firsts] for side in (False, True))
-    return [(images.chosen(side), tuple(compress(captions, side))) for side in sides]
+    chosen = held_out(names, [0] * len(names), test_fraction, where=where)
+    tested = dict(zip(places, chosen, strict=True))
+    sides = ([tested[first] is side for first, _ in said] for side in (False, True))
+    return [(images.chosen(side), list(compress(said, side))) for side in sides]
 
 
-def _of_shards(images: JoinedShards, captions: Sequence[str]) -> CaptionedImages:
-    by_image: dict[int, list[str]] = {}
-    for first, text in zip(images.firsts(), captions, strict=True):
-        by_image.setdefault(first, []).append(text)
-    each = tuple(tuple(dict.fromkeys(texts)) for texts in by_image.values())
+def _of_shards(images: JoinedShards, said: Sequence[_Said]) -> CaptionedImages:
+    places: dict[int, int] = {}
+    texts: dict[int, dict[str, None]] = {}
+    for place, (first, text) in enumerate(said):
+        places.setdefault(first, place)
+        texts.setdefault(first, {})[text] = None
+    each = tuple(map(tuple, texts.values()))
     if len(each) == len(images):
         return CaptionedImages(images, each)
-    return CaptionedImages(Subset(images, tuple(by_image)), each)
+    return CaptionedImages(Subset(images, tuple(places.values())), each)
 
 
 def _of_rows(

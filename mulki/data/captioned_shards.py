@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, chain, compress
 from pathlib import Path
-from typing import Literal, overload
+from typing import Literal, TypeVar, overload
 
 from PIL import Image
 
@@ -26,6 +26,7 @@ from mulki.files import check_regular
 _KINDS = {"txt": "caption", "cls": "class"}
 # Bytes in the middle of an image that are read before all of it is.
 _GLANCE = 256
+_Words = TypeVar("_Words")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -227,8 +228,8 @@ def read_classed_shards(
 
 
 def readable(
-    images: JoinedShards, words: Sequence[str], bad: Collection[str]
-) -> tuple[JoinedShards, tuple[str, ...]]:
+    images: JoinedShards, words: Sequence[_Words], bad: Collection[str]
+) -> tuple[JoinedShards, tuple[_Words, ...]]:
     """The images whose names are not among those of unreadable ones, and their words."""
     kept = [images.name(i) not in bad for i in range(len(images))]
     return images.chosen(kept), tuple(compress(words, kept))
