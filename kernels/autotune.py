@@ -38,7 +38,7 @@ def run_plan(
     function: Callable[[schedule.Plan], Result],
 ) -> Result:
     """What `function` returns for the plan of a loss."""
-    shape = problem.n, problem.p, *problem.widths, problem.gradient
+    shape = problem.n, problem.p, *problem.widths, problem.gradient, problem.streamed
     return run(kind, models[0], shape, schedule.plans(problem), function)
 
 

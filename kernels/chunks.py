@@ -182,6 +182,14 @@ class BlockKernel(ABC):
         """The launch for blocks of n rows and p columns, but for `first` and `offset`."""
 
 
+def row_programs(blocks: int, warps: int, device: torch.device) -> int:
+    """Of a kernel whose programs take one block of rows after another: no more than run at a time.
+
+    A multiprocessor holds at most 64 warps, and 32 programs.
+    """
+    return min(blocks, common.resident_programs(device, min(32, 64 // warps)))
+
+
 class PairKernel(BlockKernel):
     """A kernel that makes G of pairs, given logits and what is known of rows and columns."""
 
@@ -198,7 +206,7 @@ class PairKernel(BlockKernel):
         loaded = blocks.loaded(p)
         return Repeated(
             self._kernel,
-            (ceil_div(n, tile.rows),),
+            (row_programs(ceil_div(n, tile.rows), tile.warps, blocks.g.device),),
             blocks.g.device,
             tile.warps,
             1,

@@ -93,7 +93,24 @@ def architecture(device: torch.device) -> str:
         return "interpreter"
     if device.type != "cuda":
         return device.type
-    return _cuda_architecture(torch.cuda.current_device() if device.index is None else device.index)
+    return _cuda_architecture(_index(device))
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def resident_programs(device: torch.device, of_each: int) -> int:
+    """How many programs run at a time, where a multiprocessor holds so many of them."""
+    if device.type == "cpu":
+        return 3  # of the interpreter: so few that each has several blocks
+    multiprocessors = _cuda_multiprocessors(_index(device)) if device.type == "cuda" else 132
+    return of_each * multiprocessors
+
+
+@cache
+def _cuda_multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 @cache

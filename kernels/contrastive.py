@@ -81,41 +81,44 @@ def contrastive_gradient(
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = rows < n
-    samples = first + rows.to(tl.int64)
     scale = tl.load(factors[0]).to(tl.float32)
     factor = logit_factor(factors, FOLDED)
-    upstream = tl.full([ROWS], 1.0, tl.float32)
-    if upstream_ptr is not None:
-        upstream = tl.load(upstream_ptr + samples, mask=inside, other=0.0)
-    moment = tl.zeros([ROWS, BLOCK_P], tl.float32)
-    row_ptrs = y_ptr + rows.to(tl.int64)[:, None] * row_stride
-    for start in tl.range(0, p, BLOCK_P, num_stages=1):
-        columns = start + tl.arange(0, BLOCK_P)
-        within = columns < p
-        if EVEN:
-            y = tl.load(row_ptrs + columns[None, :])
-        else:
-            y = tl.load(row_ptrs + columns[None, :], mask=(columns < loaded)[None, :], other=0.0)
-        u = scale * y
-        classes = offset + columns
-        of_columns = tl.full([BLOCK_P], 1.0, tl.float32)
+    for i in tl.range(tl.program_id(0), tl.cdiv(n, ROWS), tl.num_programs(0), disable_licm=True):
+        rows = i * ROWS + tl.arange(0, ROWS)
+        inside = rows < n
+        samples = first + rows.to(tl.int64)
+        upstream = tl.full([ROWS], 1.0, tl.float32)
         if upstream_ptr is not None:
-            of_columns = tl.load(upstream_ptr + classes, mask=within, other=0.0)
-        of_row = tl.exp2(log_of_rows(u, row_lse_ptr, samples, inside))
-        of_column = tl.exp2(log_of_columns(u, column_lse_ptr, classes, within))
-        g = (0.5 * upstream)[:, None] * of_row + (0.5 * of_columns)[None, :] * of_column
-        g -= tl.where(samples[:, None] == classes[None, :], upstream[:, None], 0.0)
-        of_scale = g * y
-        if MASKED:
-            g = tl.where(within[None, :], g, 0.0)
-            of_scale = tl.where(within[None, :], of_scale, 0.0)
-        moment += of_scale
-        if g_ptr is not None:
-            store_gradient(g_ptr, g_stride, rows, columns, factor * g, loaded, EVEN)
-    before = rows < tl.where(offset > 0, n, 0)
-    add_to_rows(scale_gradients_ptr, samples, inside, before, tl.sum(moment, 1))
+            upstream = tl.load(upstream_ptr + samples, mask=inside, other=0.0)
+        moment = tl.zeros([ROWS, BLOCK_P], tl.float32)
+        row_ptrs = y_ptr + rows.to(tl.int64)[:, None] * row_stride
+        for start in tl.range(0, p, BLOCK_P, num_stages=1):
+            columns = start + tl.arange(0, BLOCK_P)
+            within = columns < p
+            if EVEN:
+                y = tl.load(row_ptrs + columns[None, :])
+            else:
+                y = tl.load(
+                    row_ptrs + columns[None, :], mask=(columns < loaded)[None, :], other=0.0
+                )
+            u = scale * y
+            classes = offset + columns
+            of_columns = tl.full([BLOCK_P], 1.0, tl.float32)
+            if upstream_ptr is not None:
+                of_columns = tl.load(upstream_ptr + classes, mask=within, other=0.0)
+            of_row = tl.exp2(log_of_rows(u, row_lse_ptr, samples, inside))
+            of_column = tl.exp2(log_of_columns(u, column_lse_ptr, classes, within))
+            g = (0.5 * upstream)[:, None] * of_row + (0.5 * of_columns)[None, :] * of_column
+            g -= tl.where(samples[:, None] == classes[None, :], upstream[:, None], 0.0)
+            of_scale = g * y
+            if MASKED:
+                g = tl.where(within[None, :], g, 0.0)
+                of_scale = tl.where(within[None, :], of_scale, 0.0)
+            moment += of_scale
+            if g_ptr is not None:
+                store_gradient(g_ptr, g_stride, rows, columns, factor * g, loaded, EVEN)
+        before = rows < tl.where(offset > 0, n, 0)
+        add_to_rows(scale_gradients_ptr, samples, inside, before, tl.sum(moment, 1))
 
 
 def _compute(

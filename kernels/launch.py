@@ -3,7 +3,7 @@
 `Repeated` launches a kernel again and again, where arguments differ in counts alone. `multiply`
 launches a matrix product of the library that torch calls (cuBLAS, hipBLAS). `recording` collects
 what operators launch instead of launching it. The operators then run on tensors of the
-device "meta": `ahead_of_time` compiles what a GPU would have been given, and
+device "meta": `benchmarks/kernels/ahead_of_time.py` compiles what a GPU would have been given, and
 `python -m benchmarks.kernels plan` counts it.
 """
 
@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import copy_context
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
@@ -66,6 +68,27 @@ def launch(
         return None
     with current_device(device):
         return kernel[grid](**arguments, **options)
+
+
+def launch_with_descriptors(
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
+    warps: int,
+    stages: int,
+    **arguments: Any,
+) -> Any:
+    """As `launch`, for a kernel that makes tensor descriptors: Triton asks for memory for them."""
+
+    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+        return torch.empty(size, dtype=torch.int8, device=device)
+
+    def run() -> Any:
+        triton.set_allocator(allocate)
+        return launch(kernel, grid, device, warps, stages, **arguments)
+
+    # In a context of its own, so that an allocator that the user has set stays.
+    return copy_context().run(run)
 
 
 class Repeated:

@@ -88,65 +88,66 @@ def pair_kl_gradient(
 ):
     scale_ptr, teacher_scales_ptr, upstream_ptr, weights_ptr, lse_ptr, row_ptr, column_ptr = inputs
     K: tl.constexpr = len(teacher_y_ptrs)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = rows < n
-    samples = first + rows.to(tl.int64)
     total = tl.cast(classes, tl.int64)
     scale = tl.load(scale_ptr).to(tl.float32)
     factor = logit_factor(factors, FOLDED)
-    of_rows = tl.full([ROWS], 0.5, tl.float32)
-    if upstream_ptr is not None:
-        of_rows *= tl.load(upstream_ptr + samples, mask=inside, other=0.0)
-    moment = tl.zeros([ROWS, BLOCK_P], tl.float32)
-    places = rows.to(tl.int64)[:, None] * row_stride
-    for start in tl.range(0, p, BLOCK_P, num_stages=1):
-        columns = start + tl.arange(0, BLOCK_P)
-        within = columns < p
-        read = (columns < loaded)[None, :]
-        pairs = offset + columns.to(tl.int64)
-        of_columns = tl.full([BLOCK_P], 0.5, tl.float32)
+    for i in tl.range(tl.program_id(0), tl.cdiv(n, ROWS), tl.num_programs(0), disable_licm=True):
+        rows = i * ROWS + tl.arange(0, ROWS)
+        inside = rows < n
+        samples = first + rows.to(tl.int64)
+        of_rows = tl.full([ROWS], 0.5, tl.float32)
         if upstream_ptr is not None:
-            of_columns *= tl.load(upstream_ptr + pairs, mask=within, other=0.0)
-        y = tl.load(y_ptr + places + columns[None, :], mask=read, other=0.0)
-        row_weight = tl.zeros([ROWS], tl.float32)
-        column_weight = tl.zeros([BLOCK_P], tl.float32)
-        # Apart, for a student that equals its teacher: each of the two is zero then.
-        g_rows = tl.zeros([ROWS, BLOCK_P], tl.float32)
-        g_columns = tl.zeros([ROWS, BLOCK_P], tl.float32)
-        for k in tl.static_range(K):
-            v = tl.load(teacher_y_ptrs[k] + places + columns[None, :], mask=read, other=0.0)
-            c = tl.load(teacher_scales_ptr + k) * numbers[0]
-            at = weights_ptr + samples * K + k
-            w = tl.load(at, mask=inside, other=0.0)
-            row_weight += w
-            to = lse_ptr + (k + 1) * total * 2
-            g_rows -= (of_rows * w)[:, None] * tl.exp2(log_of_rows(c * v, to, samples, inside))
-            at = weights_ptr + (total + pairs) * K + k
-            w = tl.load(at, mask=within, other=0.0)
-            column_weight += w
-            to += (K + 1) * total * 2
-            g_columns -= (of_columns * w)[None, :] * tl.exp2(
-                log_of_columns(c * v, to, pairs, within)
-            )
-        u = (scale * numbers[0]) * y
-        of_row = tl.exp2(log_of_rows(u, lse_ptr, samples, inside))
-        of_column = tl.exp2(log_of_columns(u, lse_ptr + (K + 1) * total * 2, pairs, within))
-        g_rows += (of_rows * row_weight)[:, None] * of_row
-        g_columns += (of_columns * column_weight)[None, :] * of_column
-        g = numbers[1] * (g_rows + g_columns)
-        if row_ptr is not None:
-            g += 0.5 * tl.exp2(log_of_rows(scale * y, row_ptr, samples, inside))
-            g += 0.5 * tl.exp2(log_of_columns(scale * y, column_ptr, pairs, within))
-            g -= tl.where(samples[:, None] == pairs[None, :], 1.0, 0.0)
-        of_scale = g * y
-        if MASKED:
-            g = tl.where(within[None, :], g, 0.0)
-            of_scale = tl.where(within[None, :], of_scale, 0.0)
-        moment += of_scale
-        if g_ptr is not None:
-            store_gradient(g_ptr, g_stride, rows, columns, factor * g, loaded, EVEN)
-    before = rows < tl.where(offset > 0, n, 0)
-    add_to_rows(scale_gradients_ptr, samples, inside, before, tl.sum(moment, 1))
+            of_rows *= tl.load(upstream_ptr + samples, mask=inside, other=0.0)
+        moment = tl.zeros([ROWS, BLOCK_P], tl.float32)
+        places = rows.to(tl.int64)[:, None] * row_stride
+        for start in tl.range(0, p, BLOCK_P, num_stages=1):
+            columns = start + tl.arange(0, BLOCK_P)
+            within = columns < p
+            read = (columns < loaded)[None, :]
+            pairs = offset + columns.to(tl.int64)
+            of_columns = tl.full([BLOCK_P], 0.5, tl.float32)
+            if upstream_ptr is not None:
+                of_columns *= tl.load(upstream_ptr + pairs, mask=within, other=0.0)
+            y = tl.load(y_ptr + places + columns[None, :], mask=read, other=0.0)
+            row_weight = tl.zeros([ROWS], tl.float32)
+            column_weight = tl.zeros([BLOCK_P], tl.float32)
+            # Apart, for a student that equals its teacher: each of the two is zero then.
+            g_rows = tl.zeros([ROWS, BLOCK_P], tl.float32)
+            g_columns = tl.zeros([ROWS, BLOCK_P], tl.float32)
+            for k in tl.static_range(K):
+                v = tl.load(teacher_y_ptrs[k] + places + columns[None, :], mask=read, other=0.0)
+                c = tl.load(teacher_scales_ptr + k) * numbers[0]
+                at = weights_ptr + samples * K + k
+                w = tl.load(at, mask=inside, other=0.0)
+                row_weight += w
+                to = lse_ptr + (k + 1) * total * 2
+                g_rows -= (of_rows * w)[:, None] * tl.exp2(log_of_rows(c * v, to, samples, inside))
+                at = weights_ptr + (total + pairs) * K + k
+                w = tl.load(at, mask=within, other=0.0)
+                column_weight += w
+                to += (K + 1) * total * 2
+                g_columns -= (of_columns * w)[None, :] * tl.exp2(
+                    log_of_columns(c * v, to, pairs, within)
+                )
+            u = (scale * numbers[0]) * y
+            of_row = tl.exp2(log_of_rows(u, lse_ptr, samples, inside))
+            of_column = tl.exp2(log_of_columns(u, lse_ptr + (K + 1) * total * 2, pairs, within))
+            g_rows += (of_rows * row_weight)[:, None] * of_row
+            g_columns += (of_columns * column_weight)[None, :] * of_column
+            g = numbers[1] * (g_rows + g_columns)
+            if row_ptr is not None:
+                g += 0.5 * tl.exp2(log_of_rows(scale * y, row_ptr, samples, inside))
+                g += 0.5 * tl.exp2(log_of_columns(scale * y, column_ptr, pairs, within))
+                g -= tl.where(samples[:, None] == pairs[None, :], 1.0, 0.0)
+            of_scale = g * y
+            if MASKED:
+                g = tl.where(within[None, :], g, 0.0)
+                of_scale = tl.where(within[None, :], of_scale, 0.0)
+            moment += of_scale
+            if g_ptr is not None:
+                store_gradient(g_ptr, g_stride, rows, columns, factor * g, loaded, EVEN)
+        before = rows < tl.where(offset > 0, n, 0)
+        add_to_rows(scale_gradients_ptr, samples, inside, before, tl.sum(moment, 1))
 
 
 class _Arguments(NamedTuple):

@@ -317,13 +317,17 @@ class Rows:
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
-        """Those of both kernels."""
+        """Those of kernels that write G."""
+        return {**self.loss_arguments, "factors": self.factors.values}
+
+    @cached_property
+    def loss_arguments(self) -> dict[str, Any]:
+        """Those of kernels that write the loss."""
         return {
             "inputs": self.inputs,
             "outputs": self.outputs,
             "numbers": self.numbers,
             "ignore_index": self.ignore_index,
             "classes": self.models[0].prototypes.shape[0],
-            "factors": self.factors.values,
             "FORM": Form(self.loss, self.target_source, self.smoothing != 0, self.factors.folded),
         }

@@ -57,46 +57,49 @@ def siglip_rows(
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = rows < n
-    samples = first + rows.to(tl.int64)
     scale = tl.load(factors[0]).to(tl.float32)
     bias = tl.load(bias_ptr).to(tl.float32)
     factor = logit_factor(factors, FOLDED)
-    upstream = tl.full([ROWS], 1.0, tl.float32)
-    if upstream_ptr is not None:
-        upstream = tl.load(upstream_ptr + samples, mask=inside, other=0.0)
-    loss = tl.zeros([ROWS, BLOCK_P], tl.float32)
-    moment = tl.zeros([ROWS, BLOCK_P], tl.float32)
-    total = tl.zeros([ROWS, BLOCK_P], tl.float32)
-    row_ptrs = y_ptr + rows.to(tl.int64)[:, None] * row_stride
-    for start in tl.range(0, p, BLOCK_P, num_stages=1):
-        columns = start + tl.arange(0, BLOCK_P)
-        if EVEN:
-            y = tl.load(row_ptrs + columns[None, :])
-        else:
-            y = tl.load(row_ptrs + columns[None, :], mask=(columns < loaded)[None, :], other=0.0)
-        match = (samples + shift)[:, None] == (offset + columns)[None, :]
-        u = scale * y + bias
-        g = sigmoid_minus_match(u, match)
-        value = softplus(tl.where(match, -u, u))
-        of_scale = g * y
-        if MASKED:
-            active = (columns < p)[None, :]
-            g = tl.where(active, g, 0.0)
-            value = tl.where(active, value, 0.0)
-            of_scale = tl.where(active, of_scale, 0.0)
-        loss += value
-        moment += of_scale
-        total += g
-        if g_ptr is not None:
-            scaled = (factor * upstream)[:, None] * g
-            store_gradient(g_ptr, g_stride, rows, columns, scaled, loaded, EVEN)
-    before = rows < tl.where(offset > 0, n, 0)
     sum_rows = tl.cast(sum_rows, tl.int64)
-    add_to_rows(sums_ptr, samples, inside, before, tl.sum(loss, 1))
-    add_to_rows(sums_ptr + sum_rows, samples, inside, before, upstream * tl.sum(moment, 1))
-    add_to_rows(sums_ptr + 2 * sum_rows, samples, inside, before, upstream * tl.sum(total, 1))
+    for i in tl.range(tl.program_id(0), tl.cdiv(n, ROWS), tl.num_programs(0), disable_licm=True):
+        rows = i * ROWS + tl.arange(0, ROWS)
+        inside = rows < n
+        samples = first + rows.to(tl.int64)
+        upstream = tl.full([ROWS], 1.0, tl.float32)
+        if upstream_ptr is not None:
+            upstream = tl.load(upstream_ptr + samples, mask=inside, other=0.0)
+        loss = tl.zeros([ROWS, BLOCK_P], tl.float32)
+        moment = tl.zeros([ROWS, BLOCK_P], tl.float32)
+        total = tl.zeros([ROWS, BLOCK_P], tl.float32)
+        row_ptrs = y_ptr + rows.to(tl.int64)[:, None] * row_stride
+        for start in tl.range(0, p, BLOCK_P, num_stages=1):
+            columns = start + tl.arange(0, BLOCK_P)
+            if EVEN:
+                y = tl.load(row_ptrs + columns[None, :])
+            else:
+                y = tl.load(
+                    row_ptrs + columns[None, :], mask=(columns < loaded)[None, :], other=0.0
+                )
+            match = (samples + shift)[:, None] == (offset + columns)[None, :]
+            u = scale * y + bias
+            g = sigmoid_minus_match(u, match)
+            value = softplus(tl.where(match, -u, u))
+            of_scale = g * y
+            if MASKED:
+                active = (columns < p)[None, :]
+                g = tl.where(active, g, 0.0)
+                value = tl.where(active, value, 0.0)
+                of_scale = tl.where(active, of_scale, 0.0)
+            loss += value
+            moment += of_scale
+            total += g
+            if g_ptr is not None:
+                scaled = (factor * upstream)[:, None] * g
+                store_gradient(g_ptr, g_stride, rows, columns, scaled, loaded, EVEN)
+        before = rows < tl.where(offset > 0, n, 0)
+        add_to_rows(sums_ptr, samples, inside, before, tl.sum(loss, 1))
+        add_to_rows(sums_ptr + sum_rows, samples, inside, before, upstream * tl.sum(moment, 1))
+        add_to_rows(sums_ptr + 2 * sum_rows, samples, inside, before, upstream * tl.sum(total, 1))
 
 
 @triton.jit

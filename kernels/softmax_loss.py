@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import autotune, common, schedule, whole_rows
-from .chunks import BlockKernel, Blocks, OperandGradients
+from . import autotune, common, schedule, streamed_rows, whole_rows
+from .chunks import BlockKernel, Blocks, OperandGradients, row_programs
 from .common import ceil_div
 from .launch import Repeated
 from .products import jit_kernel
@@ -34,6 +34,7 @@ from .row_softmax import (
     model_scales,
     row_loss,
 )
+from .row_states import load_state, merge, store_state
 from .sums import logit_factor
 
 
@@ -81,55 +82,47 @@ def _target_values(
 
 
 @triton.jit
-def _load_state(state_ptr, state_rows, samples, kept, MODELS: tl.constexpr):
-    """The five statistics of rows that lie in `state`; those of no columns where not `kept`."""
-    statistics = ()
-    for i in tl.static_range(5):
-        of_models = ()
-        for m in tl.static_range(MODELS):
-            at = state_ptr + (5 * m + i) * state_rows + samples
-            of_none = float("-inf") if i == 0 else 0.0
-            of_models = of_models + (tl.load(at, mask=kept, other=of_none),)
-        statistics = statistics + (of_models,)
-    return statistics
+def _row_statistics(
+    row_ptrs, signs, c2s, target, inside, offset, p, loaded, column_stride, mask_ptr,
+    FORM: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The five statistics of rows; the first tile of every model, and its active columns."""
+    lanes = tl.arange(0, TILE.columns)
+    vs = _tiles(row_ptrs, signs, lanes, column_stride, loaded, TILE.even)
+    active = active_columns(lanes, offset, p, mask_ptr, TILE.masked)
+    tops, sums, moments, cross_moments = first_lanes(vs, active, FORM.smoothed)
+    if not TILE.whole:
+        for start in range(TILE.columns, p, TILE.columns):
+            columns = start + lanes
+            more = _tiles(row_ptrs, signs, columns, column_stride, loaded, TILE.even)
+            more_active = active_columns(columns, offset, p, mask_ptr, TILE.masked)
+            tops, sums, moments, cross_moments = add_lanes(
+                more, more_active, c2s, tops, sums, moments, cross_moments, FORM.smoothed
+            )
+    tops, sums, moments, cross_moments = combine_lanes(
+        c2s, tops, sums, moments, cross_moments, FORM.smoothed
+    )
+    target_values = _target_values(
+        row_ptrs, signs, target, inside, p, column_stride, FORM.target_source
+    )
+    return (tops, sums, moments, cross_moments, target_values), vs, active
 
 
 @triton.jit
-def _store_state(state_ptr, state_rows, samples, inside, statistics):
-    for i in tl.static_range(5):
-        for m in tl.static_range(len(statistics[i])):
-            at = state_ptr + (5 * m + i) * state_rows + samples
-            tl.store(at, statistics[i][m], mask=inside)
-
-
-@triton.jit
-def _merge(c2s, old, new):
-    """The statistics of all columns from those of blocks before and of this one."""
-    old_tops, old_sums, old_moments, old_cross_moments, old_target_values = old
-    new_tops, new_sums, new_moments, new_cross_moments, new_target_values = new
-    tops, sums, moments, cross_moments, target_values = (), (), (), (), ()
-    for m in tl.static_range(len(new_tops)):
-        top = tl.maximum(old_tops[m], new_tops[m])
-        old_below = tl.where(old_tops[m] == float("-inf"), 0.0, old_tops[m] - top)
-        new_below = tl.where(new_tops[m] == float("-inf"), 0.0, new_tops[m] - top)
-        old_rescale = tl.exp2(c2s[m] * old_below)
-        new_rescale = tl.exp2(c2s[m] * new_below)
-        old_moment = old_moments[m] + old_sums[m] * old_below
-        new_moment = new_moments[m] + new_sums[m] * new_below
-        old_cross_moment, new_cross_moment = old_cross_moments[m], new_cross_moments[m]
-        if m == 0:
-            student_old_below, student_new_below = old_below, new_below
-        else:
-            old_cross_moment += old_sums[m] * student_old_below
-            new_cross_moment += new_sums[m] * student_new_below
-            old_cross_moment *= old_rescale
-            new_cross_moment *= new_rescale
-        tops = tops + (top,)
-        sums = sums + (old_rescale * old_sums[m] + new_rescale * new_sums[m],)
-        moments = moments + (old_rescale * old_moment + new_rescale * new_moment,)
-        cross_moments = cross_moments + (old_cross_moment + new_cross_moment,)
-        target_values = target_values + (old_target_values[m] + new_target_values[m],)
-    return tops, sums, moments, cross_moments, target_values
+def _store_gradient(
+    g_row_ptrs, vs, active, columns, target, c2s, tops, of_g, factor, loaded,
+    FORM: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Write a tile of G; `of_g` is what `row_loss` returned."""
+    weights, uniform, at_target = of_g
+    g = logit_gradient(
+        vs, active, columns, target, c2s, tops, weights, uniform, at_target, factor, FORM.loss
+    ).to(g_row_ptrs.dtype.element_ty)
+    at = g_row_ptrs[:, None] + columns[None, :]
+    if TILE.even:
+        tl.store(at, g)
+    else:
+        tl.store(at, g, mask=(columns < loaded)[None, :])
 
 
 @jit_kernel
@@ -156,90 +149,60 @@ def stored_rows(
     TILE: tl.constexpr,  # see `StoredTile`
 ):
     MODELS: tl.constexpr = len(y_ptrs)
-    LOSS: tl.constexpr = FORM.loss
-    SMOOTHED: tl.constexpr = FORM.smoothed
-    MASKED: tl.constexpr = TILE.masked
-    EVEN: tl.constexpr = TILE.even
     ROWS: tl.constexpr = TILE.rows
-    BLOCK_P: tl.constexpr = TILE.columns
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = rows < n
-    samples = first + rows.to(tl.int64)
-    lanes = tl.arange(0, BLOCK_P)
-    mask_ptr = inputs[2]
+    lanes = tl.arange(0, TILE.columns)
     c2s, cs, signs = model_scales(inputs[0], inputs[1], numbers[0], MODELS)
-    row_ptrs = ()
-    for m in tl.static_range(MODELS):
-        row_ptrs = row_ptrs + (y_ptrs[m] + rows.to(tl.int64) * row_stride,)
     state_rows = tl.cast(state_rows, tl.int64)
-    target = samples - offset
-    if FORM.target_source == 1:
-        target = tl.load(inputs[3] + samples, mask=inside, other=0) - offset
-
-    if TILE.statistics:
-        vs = _tiles(row_ptrs, signs, lanes, column_stride, loaded, EVEN)
-        active = active_columns(lanes, offset, p, mask_ptr, MASKED)
-        tops, sums, moments, cross_moments = first_lanes(vs, active, SMOOTHED)
-        if not TILE.whole:
-            for start in range(BLOCK_P, p, BLOCK_P):
-                columns = start + lanes
-                more = _tiles(row_ptrs, signs, columns, column_stride, loaded, EVEN)
-                active = active_columns(columns, offset, p, mask_ptr, MASKED)
-                tops, sums, moments, cross_moments = add_lanes(
-                    more, active, c2s, tops, sums, moments, cross_moments, SMOOTHED
-                )
-        tops, sums, moments, cross_moments = combine_lanes(
-            c2s, tops, sums, moments, cross_moments, SMOOTHED
-        )
-        target_values = _target_values(
-            row_ptrs, signs, target, inside, p, column_stride, FORM.target_source
-        )
-        statistics = (tops, sums, moments, cross_moments, target_values)
-        if state_ptr is not None:
-            before = rows < tl.where(offset > 0, n, 0)  # whether blocks were before
-            old = _load_state(state_ptr, state_rows, samples, before, MODELS)
-            statistics = _merge(c2s, old, statistics)
-            _store_state(state_ptr, state_rows, samples, inside, statistics)
-    else:
-        statistics = _load_state(state_ptr, state_rows, samples, inside, MODELS)
-
-    tops = statistics[0]
-    weights, uniform, at_target = row_loss(
-        inputs, outputs, cs, signs, statistics, samples, inside, classes, numbers, ignore_index,
-        LOSS,
-    )  # fmt: skip
-    if g_ptr is not None:
-        factor = logit_factor(factors, FORM.folded)
-        g_row_ptrs = g_ptr + rows.to(tl.int64) * g_stride
-        # G of half precision lies over logits that other threads of the program read: a barrier
-        # before it is written. What it lies over was read with this tile or an earlier one.
-        if TILE.whole:
-            tl.debug_barrier()
-            g = logit_gradient(
-                vs, active, lanes, target, c2s, tops, weights, uniform, at_target, factor, LOSS
-            )
-            _store(g_row_ptrs, lanes, g, loaded, EVEN)
+    for i in tl.range(tl.program_id(0), tl.cdiv(n, ROWS), tl.num_programs(0), disable_licm=True):
+        rows = i * ROWS + tl.arange(0, ROWS)
+        inside = rows < n
+        samples = first + rows.to(tl.int64)
+        row_ptrs = ()
+        for m in tl.static_range(MODELS):
+            row_ptrs = row_ptrs + (y_ptrs[m] + rows.to(tl.int64) * row_stride,)
+        target = samples - offset
+        if FORM.target_source == 1:
+            target = tl.load(inputs[3] + samples, mask=inside, other=0) - offset
+        if TILE.statistics:
+            statistics, vs, active = _row_statistics(
+                row_ptrs, signs, c2s, target, inside, offset, p, loaded, column_stride, inputs[2],
+                FORM, TILE,
+            )  # fmt: skip
+            if state_ptr is not None:
+                before = rows < tl.where(offset > 0, n, 0)  # whether blocks were before
+                old = load_state(state_ptr, state_rows, samples, before, MODELS)
+                target_values = ()
+                for m in tl.static_range(MODELS):
+                    target_values = target_values + (old[4][m] + statistics[4][m],)
+                statistics = merge(c2s, old, statistics) + (target_values,)
+                store_state(state_ptr, state_rows, samples, inside, statistics)
         else:
-            for start in tl.range(0, p, BLOCK_P, num_stages=1):
-                columns = start + lanes
-                tiles = _tiles(row_ptrs, signs, columns, column_stride, loaded, EVEN)
+            statistics = load_state(state_ptr, state_rows, samples, inside, MODELS)
+        of_g = row_loss(
+            inputs, outputs, cs, signs, statistics, samples, inside, classes, numbers, ignore_index,
+            FORM.loss,
+        )  # fmt: skip
+        if g_ptr is not None:
+            factor = logit_factor(factors, FORM.folded)
+            g_row_ptrs = g_ptr + rows.to(tl.int64) * g_stride
+            # G of half precision lies over logits that other threads of the program read: a barrier
+            # before it is written. What it lies over was read with this tile or an earlier one.
+            if TILE.whole:
                 tl.debug_barrier()
-                active = active_columns(columns, offset, p, mask_ptr, MASKED)
-                g = logit_gradient(
-                    tiles, active, columns, target, c2s, tops, weights, uniform, at_target, factor,
-                    LOSS,
+                _store_gradient(
+                    g_row_ptrs, vs, active, lanes, target, c2s, statistics[0], of_g, factor, loaded,
+                    FORM, TILE,
                 )  # fmt: skip
-                _store(g_row_ptrs, columns, g, loaded, EVEN)
-
-
-@triton.jit
-def _store(g_row_ptrs, columns, g, loaded, EVEN: tl.constexpr):
-    at = g_row_ptrs[:, None] + columns[None, :]
-    g = g.to(g_row_ptrs.dtype.element_ty)
-    if EVEN:
-        tl.store(at, g)
-    else:
-        tl.store(at, g, mask=(columns < loaded)[None, :])
+            else:
+                for start in tl.range(0, p, TILE.columns, num_stages=1):
+                    columns = start + lanes
+                    tiles = _tiles(row_ptrs, signs, columns, column_stride, loaded, TILE.even)
+                    tl.debug_barrier()
+                    active = active_columns(columns, offset, p, inputs[2], TILE.masked)
+                    _store_gradient(
+                        g_row_ptrs, tiles, active, columns, target, c2s, statistics[0], of_g,
+                        factor, loaded, FORM, TILE,
+                    )  # fmt: skip
 
 
 class StoredRows(BlockKernel):
@@ -266,7 +229,7 @@ class StoredRows(BlockKernel):
         tile = schedule.row_tile(blocks.architecture, len(rows.models), p, self._swap)
         return Repeated(
             stored_rows,
-            (ceil_div(n, tile.rows),),
+            (row_programs(ceil_div(n, tile.rows), tile.warps, rows.scale.device),),
             rows.scale.device,
             tile.warps,
             1,
@@ -299,24 +262,29 @@ def compute(rows: Rows, wanted: Sequence[bool], dtype: torch.dtype) -> RowResult
     def run(plan: schedule.Plan) -> list[Tensor]:
         if plan.schedule == "rows":
             return whole_rows.compute(rows, wanted, dtype, plan)
+        streamed = plan.schedule == "stream"
+        state = streamed_rows.compute(rows) if streamed else None
+        if streamed and not gradient:
+            return [rows.scale.new_empty(0, dtype=dtype) for _ in range(2)]
         blocks = Blocks(rows.models, plan)
         found = OperandGradients(rows.models[0], wanted, dtype, rows.factors, blocks.once)
-        state = None
-        if blocks.columns < blocks.p:
+        if state is None and blocks.columns < blocks.p:
             state = common.empty_float32(rows.scale, len(rows.models), 5, blocks.n)
         if state is None:
             once = StoredRows(rows, blocks, gradient=gradient)
             blocks.visit([once], found if gradient else None)
             return found.finished()
-        first_pass = StoredRows(rows, blocks, state)
+        first_pass = None if streamed else StoredRows(rows, blocks, state)
         second_pass = StoredRows(rows, blocks, state, statistics=False, gradient=True)
         for row_blocks in blocks:
-            blocks.visit([first_pass], blocks=row_blocks)
+            if first_pass is not None:
+                blocks.visit([first_pass], blocks=row_blocks)
             if gradient:
                 blocks.visit([second_pass], found, row_blocks)
         return found.finished()
 
-    problem = schedule.Problem.of(rows.models, gradient, whole=True)
+    streamed = streamed_rows.takes(rows.models)
+    problem = schedule.Problem.of(rows.models, gradient, whole=True, streamed=streamed)
     operand_gradients = autotune.run_plan(f"softmax {rows.loss}", problem, rows.models, run)
     loss, *details, scale_gradients = rows.outputs
     assert loss is not None

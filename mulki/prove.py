@@ -4,7 +4,8 @@ Every operator is computed at a few shapes in every dtype, by the kernels and by
 Values and gradients are compared with float64 as the benchmark does (`mulki.bench.verify`): of the
 mean, of the losses of single rows, whose backward passes are kernels of their own, and with other
 options; and so are the by-products, such as the divergence and the weight of each teacher. Then
-forward and backward together are timed by turns. `mulki.ops.proofs` keeps what was found.
+forward and backward together are timed by turns, and forward alone, which may be another kernel.
+`mulki.ops.proofs` keeps what was found, and of the times the one that is worst for the kernels.
 """
 
 from __future__ import annotations
@@ -43,15 +44,23 @@ CASES = {
     "pair_kl": ("pair_kl",),
     "similarity": ("similarity",),
 }
-#: N, P and D by size; pairs have P = N.
+#: N, P and D by size, which are timed; pairs have P = N.
 SHAPES = {"small": (64, 100, 512), "medium": (1024, 1000, 512), "large": (8192, 4096, 512)}
 PAIRED_SHAPES = {"small": (256, 256, 512), "medium": (1024, 1024, 512), "large": (4096, 4096, 512)}
-#: Shapes that fill no tile, of other widths; the columns of the last are streamed, and the logits
-#: of so many pairs are made twice.
-ODD_SHAPES = {"small": (50, 37, 650), "medium": (700, 1531, 770), "large": (200, 100000, 640)}
-ODD_PAIRED_SHAPES = {"small": (75, 75, 650), "medium": (700, 700, 770), "large": (4700, 4700, 640)}
-#: Shapes for which the kernels take another schedule than for those above.
-OTHER_SHAPES = {"small": (60, 1100, 512), "medium": (16000, 60, 512), "large": (80000, 60, 512)}
+MODES = ("both", "forward")
+#: Shapes that are tried besides. They fill no tile, and the kernels take other schedules for them:
+#: whole rows, stored logits and streams, of operands that tensor descriptors can have and cannot.
+OTHER_SHAPES = {
+    "small": ((50, 37, 650), (60, 1100, 512), (60, 1100, 650)),
+    "medium": ((700, 1531, 770), (16000, 60, 256)),
+    "large": ((200, 150000, 640), (200, 150000, 644), (160000, 30, 256)),
+}
+#: Of the last the logits are made twice.
+OTHER_PAIRED_SHAPES = {
+    "small": ((75, 75, 650),),
+    "medium": ((700, 700, 770),),
+    "large": ((4700, 4700, 640),),
+}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -74,7 +83,8 @@ def prove(
         RuntimeError: a kernel has broken the GPU's context, so that this process can try no other.
     """
     subject = proofs.subject_of(torch.device(device))
-    each = seconds / (sum(map(len, CASES.values())) * len(dtypes) * len(sizes)) / 2
+    cases = sum(map(len, CASES.values())) * len(MODES)
+    each = seconds / (cases * len(dtypes) * len(sizes)) / 2
     for size in sizes:
         for dtype in dtypes:
             for operator in CASES:
@@ -156,14 +166,14 @@ def _tried(operator: str, dtype: str, size: str, device: str, seconds: float) ->
         shape = (PAIRED_SHAPES if name in PAIRED else SHAPES)[size]
         case = Case(name, *shape, dtype, device)
         reason = _not_served(operator, device, dtype)
-        results = [] if reason else measure_case(case, ("eager", "mulki"), ("both",), seconds)
+        results = [] if reason else measure_case(case, ("eager", "mulki"), MODES, seconds)
         for result in results:
             if result.provider == "mulki" and result.status == "failed":
                 problems += result.notes or (result.status,)
             elif result.provider == "mulki" and "speedup_over_eager" in result.metrics:
                 speedups.append(result.metrics["speedup_over_eager"].median)
         problems += [reason] if reason else _problems_of_forms(case)
-    speedup = min(speedups) if len(speedups) == len(CASES[operator]) else None
+    speedup = min(speedups) if len(speedups) == len(CASES[operator]) * len(MODES) else None
     return Verdict(operator, dtype, size, tuple(problems), speedup)
 
 
@@ -174,27 +184,26 @@ def _not_served(operator: str, device: str, dtype: str) -> str | None:
 
 
 def _problems_of_forms(case: Case) -> list[str]:
-    """What is wrong with other forms of a loss, and at a shape that fills no tile."""
+    """What is wrong with other forms of a loss, with three teachers, and at other shapes."""
     from mulki.bench.cases import PAIRED
     from mulki.bench.losses import MULKI
     from mulki.bench.outcomes import outcome
 
     size = proofs.size_of(case.n, case.p)
-    n, p, d = (ODD_PAIRED_SHAPES if case.operator in PAIRED else ODD_SHAPES)[size]
-    odd = replace(case, n=n, p=p, d=d)
-    loss = partial(outcome, MULKI[case.operator])
-    problems = _problems_of(odd, f"at {odd.shape}", loss)
-    if case.operator not in PAIRED:
-        n, p, d = OTHER_SHAPES[size]
-        other = replace(case, n=n, p=p, d=d)
-        problems += _problems_of(other, f"at {other.shape}", loss)
-    if case.operator == "dual_teacher_kl":
-        three = replace(odd, operator="teacher_kl_3")
-        of_three = partial(outcome, MULKI["teacher_kl_3"])
-        problems += _problems_of(three, f"three teachers at {odd.shape}", of_three)
-    for of_shape in (case, odd):
-        for form, (ours, plain) in _forms(of_shape).items():
-            problems += _problems_of(of_shape, f"{form} at {of_shape.shape}", ours, plain)
+    others = (OTHER_PAIRED_SHAPES if case.operator in PAIRED else OTHER_SHAPES)[size]
+    problems = []
+    for n, p, d in ((case.n, case.p, case.d), *others):
+        of_shape = [replace(case, n=n, p=p, d=d)]
+        if case.operator == "dual_teacher_kl":
+            of_shape.append(replace(of_shape[0], operator="teacher_kl_3"))
+        for one in of_shape:
+            where = f"at {one.shape}"
+            if one.operator != case.operator:
+                where = f"of three teachers {where}"
+            if one != case:
+                problems += _problems_of(one, where, partial(outcome, MULKI[one.operator]))
+            for form, (ours, plain) in _forms(one).items():
+                problems += _problems_of(one, f"{form} {where}", ours, plain)
     return problems
 
 

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from mulki import kernels, prove
+from mulki.bench import point
+from mulki.bench.cases import Case
+from mulki.bench.report import Quantiles, Result
 from mulki.cli import run_command
 from mulki.kernels import schedule
 from mulki.ops import proofs
@@ -54,6 +57,31 @@ def test_a_kernel_that_cannot_serve_is_wrong_and_not_timed() -> None:
     assert set(proofs.stored(subject) or ()) == {one.place for one in found}
 
 
+def test_the_worse_of_both_passes_and_the_forward_pass_decides(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without gradients other kernels may serve."""
+    asked = []
+
+    def measured(case: Case, providers: object, modes: tuple[str, ...], seconds: float) -> object:
+        asked.append(modes)
+        speedups = {"both": 2.0, "forward": 0.5}
+        return [
+            Result(
+                *(case, "mulki", mode, "timed", (), 9),
+                metrics={"speedup_over_eager": Quantiles.same(speedups[mode])},
+            )
+            for mode in modes
+        ]
+
+    monkeypatch.setattr(point, "measure_case", measured)
+    monkeypatch.setattr(prove, "_not_served", lambda *_: None)
+    monkeypatch.setattr(prove, "_problems_of_forms", lambda case: [])
+    first = next(prove.prove("cpu", 0.1, ("float32",), ("small",)))
+    assert first.speedup == 0.5 and first.problems == ()
+    assert asked == [("both", "forward")] * 2
+
+
 def test_an_interrupted_proof_keeps_what_it_has_found() -> None:
     first = next(prove.prove("cpu", 0.1, ("float32",), ("small",)))
     (subject,) = proofs.subjects("cpu")
@@ -62,41 +90,50 @@ def test_an_interrupted_proof_keeps_what_it_has_found() -> None:
 
 def test_every_operator_with_triton_kernels_is_tried_at_every_size() -> None:
     assert set(prove.CASES) == set(kernels.OPERATORS)
-    for shapes in (
-        prove.SHAPES,
-        prove.PAIRED_SHAPES,
-        prove.ODD_SHAPES,
-        prove.ODD_PAIRED_SHAPES,
-        prove.OTHER_SHAPES,
-    ):
+    for shapes in (prove.SHAPES, prove.PAIRED_SHAPES):
         assert [proofs.size_of(n, p) for n, p, _ in shapes.values()] == list(shapes)
         assert list(shapes) == list(proofs.SIZES)
+    for others in (prove.OTHER_SHAPES, prove.OTHER_PAIRED_SHAPES):
+        assert list(others) == list(proofs.SIZES)
+        for size, of_size in others.items():
+            assert {proofs.size_of(n, p) for n, p, _ in of_size} == {size}
 
 
 @pytest.mark.parametrize("family", ["half", "tf32", "float"])
-@pytest.mark.parametrize("models", [1, 3])
+@pytest.mark.parametrize("models", [1, 3, 4])
 def test_every_schedule_that_serves_a_size_is_tried_there(family: str, models: int) -> None:
     """A proof at one schedule would say nothing of the kernels of another."""
 
-    def schedules(*shapes: tuple[int, int, int]) -> set[str]:
+    def schedules(*shapes: tuple[int, int, int]) -> set[tuple[str, bool]]:
         problems = [
-            schedule.Problem(n, p, (d,) * models, family, True, whole=True) for n, p, d in shapes
+            schedule.Problem(
+                *(n, p, (d,) * models, family, gradient),
+                whole=True,
+                streamed=family == "half" and d % 8 == 0,
+            )
+            for n, p, d in shapes
+            for gradient in (True, False)
         ]
-        return {schedule.plans(problem)[0].schedule for problem in problems}
+        return {(schedule.plans(one)[0].schedule, one.gradient) for one in problems}
 
     served = {
-        "small": schedules((64, 100, 512), (128, 1000, 512)),
-        "medium": schedules((8192, 30, 512), (1024, 1000, 512), (2048, 2048, 768)),
-        "large": schedules((100000, 50, 512), (16384, 16384, 512), (65536, 65536, 512)),
+        "small": schedules((64, 100, 512), (128, 1000, 512), (64, 100, 700), (128, 1000, 700)),
+        "medium": schedules(
+            (8192, 30, 512), (1024, 1000, 512), (2048, 2048, 768), (2048, 2048, 700)
+        ),
+        "large": schedules(
+            *((100000, 50, 512), (16384, 16384, 512), (65536, 65536, 512)),
+            *((100000, 50, 700), (16384, 16384, 700), (65536, 65536, 700)),
+        ),
     }
-    assert set.union(*served.values()) >= {"rows", "chunks"}
+    assert set.union(*served.values()) >= {("rows", True), ("chunks", True)}
+    assert (family == "half") == all(("stream", False) in taken for taken in served.values())
     for size, taken in served.items():
-        shapes = prove.SHAPES[size], prove.ODD_SHAPES[size], prove.OTHER_SHAPES[size]
-        assert taken <= schedules(*shapes)
+        assert taken <= schedules(prove.SHAPES[size], *prove.OTHER_SHAPES[size])
 
 
 def test_pairs_whose_logits_are_made_twice_are_tried() -> None:
-    n, _, d = prove.ODD_PAIRED_SHAPES["large"]
+    n, _, d = prove.OTHER_PAIRED_SHAPES["large"][-1]
     problem = schedule.Problem(n, n, (d,), "half", True, softmax=False, columns_too=True)
     assert schedule.plans(problem)[0].rows < n
 

@@ -40,8 +40,8 @@ def proof(argv: list[str]) -> int:
 
     for shapes in (prove.SHAPES, prove.PAIRED_SHAPES):
         shapes["small"] = (8, 8, 16)
-    for shapes in (prove.ODD_SHAPES, prove.ODD_PAIRED_SHAPES, prove.OTHER_SHAPES):
-        shapes["small"] = (9, 9, 24)
+    for others in (prove.OTHER_SHAPES, prove.OTHER_PAIRED_SHAPES):
+        others["small"] = ((9, 9, 24),)
     prove.prove = partial(prove.prove, dtypes=("float32",), sizes=("small",))
     return proof.main(argv)
 

@@ -21,7 +21,7 @@ import triton
 from triton import knobs
 from triton.compiler import ASTSource
 
-from mulki.kernels.ahead_of_time import TARGETS, Variant, variants
+from benchmarks.kernels.ahead_of_time import TARGETS, Variant, variants
 
 _MATRIX_INSTRUCTION = re.compile(
     r"(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.[\w.:]*|\bv_s?mfmac?_\w+"

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.kernels.ahead_of_time import NUMBER_FORMATS, precision
 from mulki.kernels import kernel
-from mulki.kernels.ahead_of_time import NUMBER_FORMATS, precision
 from mulki.kernels.common import ceil_div
 from mulki.kernels.launch import Launch, Product, recording
 from mulki.kernels.schedule import TILE
@@ -151,6 +151,10 @@ def _work(launch: Launch | Product, size: int) -> Work:
         again = sum(map(_bytes, given["w_ptrs"])) * (programs - 1)
         if given["dx_ptr"] is not None:
             products, again = products + 1, again + _bytes(given["w_ptrs"][0]) * programs
+    if name == "streamed_rows":
+        products, tile = len(given["x_ptrs"]), given["TILE"]
+        again = sum(map(_bytes, given["x_ptrs"])) * (ceil_div(given["classes"], tile.columns) - 1)
+        again += sum(map(_bytes, given["w_ptrs"])) * (ceil_div(given["n"], tile.rows) - 1)
     if name == "stored_rows" and given["g_ptr"] is not None and not given["TILE"].whole:
         again = sum(map(_bytes, given["y_ptrs"])) * given["TILE"].statistics
     return Work("kernel", size * products, sum(map(_bytes, once)), programs, again)

@@ -24,9 +24,9 @@ import triton.compiler
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from benchmarks.kernels.ahead_of_time import precision
 from benchmarks.kernels.counts import calls_of
 from mulki.kernels import common, schedule
-from mulki.kernels.ahead_of_time import precision
 
 ARCHITECTURE, TARGET = "sm_90", GPUTarget("cuda", 90, 32)
 ROWS, P, D = 64, 1000, 512  # of a chunk, and of all

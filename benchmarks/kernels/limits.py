@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+from benchmarks.kernels.ahead_of_time import TARGETS
 from benchmarks.kernels.compiled import Compiled
-from mulki.kernels.ahead_of_time import TARGETS
 
 # Bytes of shared memory (LDS) of a program: "Technical Specifications per Compute Capability" in
 # NVIDIA's CUDA C++ Programming Guide, and the MI300 ISA guide. The compilers check none of them.
@@ -20,7 +20,8 @@ TENSOR_MEMORY = {"sm_80": 0, "sm_90": 0, "sm_100": 512, "gfx942": 0}
 STACK = {"bf16": 8, "fp16": 8, "fp32": 16, "tf32": 16, "ieee": 40}
 # Kernels that compute no matrix product. All other kernels do.
 WITHOUT_PRODUCTS = {
-    *("contrastive_gradient", "contrastive_rows", "project", "row_count", "row_inverse_norms"),
+    *("contrastive_gradient", "contrastive_rows", "finish_rows", "project", "row_count"),
+    *("row_inverse_norms",),
     *("row_totals", "scaled", "siglip_rows", "stored_rows", "pair_kl_gradient", "pair_kl_rows"),
 }
 # Instructions of tensor cores with float32 accumulators, by the number format of the operands.

@@ -33,12 +33,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.kernels.ahead_of_time import NUMBER_FORMATS
 from benchmarks.kernels.cards import CARDS, GRAPH_LAUNCH, LAUNCH, PYTHON_LAUNCH, seconds
 from benchmarks.kernels.counts import OPERATORS, PAIRED, Counts, Work, counts, counts_of_torch
 from benchmarks.kernels.host import microseconds_of
 from mulki.bench.losses import EAGER
 from mulki.environment import environment
-from mulki.kernels.ahead_of_time import NUMBER_FORMATS
 
 HERE = Path(__file__).parent
 SHAPES = (

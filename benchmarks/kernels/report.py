@@ -11,9 +11,9 @@ from pathlib import Path
 import triton
 from triton import knobs
 
+from benchmarks.kernels.ahead_of_time import NUMBER_FORMATS, Variant, variants
 from benchmarks.kernels.compiled import Compiled
 from benchmarks.kernels.limits import SHARED, multiplies
-from mulki.kernels.ahead_of_time import NUMBER_FORMATS, Variant, variants
 
 HERE = Path(__file__).parent
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")

@@ -13,15 +13,17 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton launches nothing where it interprets", allow_module_level=True)
 
 import torch
+import triton
 import triton.compiler
-from triton.runtime import driver
+from triton.runtime import _allocation, driver
 
-from benchmarks.kernels import host
+from benchmarks.kernels import ahead_of_time, host
 from benchmarks.kernels.counts import OPERATORS, calls_of
-from mulki.kernels import ahead_of_time, chunks, common, launch, schedule
+from mulki.kernels import chunks, common, kernel, launch, schedule
 from tests.ops.op_cases import Operations
 
-BLOCKS = schedule.Plan("stream", 64, 128)
+BLOCKS = schedule.Plan("blocks", 64, 128)
+
 LOSSES = [operator for operator in OPERATORS if operator != "similarity"]
 
 
@@ -67,7 +69,7 @@ def seen(given):
 @pytest.mark.parametrize("operator", LOSSES)
 def test_a_kept_kernel_is_that_which_triton_finds(operator, n, rows, columns, monkeypatch):
     """It is handed what Triton would hand it, in each block. Triton is asked once for each size."""
-    plan = schedule.Plan("stream", rows, columns)
+    plan = schedule.Plan("blocks", rows, columns)
     with monkeypatch.context() as patch:
         asked, ran = launched(operator, n, plan, patch)
     with monkeypatch.context() as patch:
@@ -154,3 +156,33 @@ def test_nothing_is_left_of_the_idle_driver(capsys):
     after = torch.mm, torch.addmm, schedule.plans, driver._active, triton.compiler.compile
     assert after == before
     assert common._assumed is None
+
+
+def test_tensor_descriptors_have_memory_and_the_users_allocator_stays(monkeypatch):
+    """Of `streamed_rows`, which is launched once for all rows."""
+
+    def users(size, alignment, stream):
+        raise AssertionError("not for kernels of the package")
+
+    allocator, found, names = _allocation._allocator, [], []
+
+    def run(kernel):
+        names.append(kernel.name)
+        if kernel.name == "streamed_rows":
+            found.append(allocator.get()(256, 128, None))
+        return host.nothing
+
+    monkeypatch.setattr(host.IdleKernel, "run", property(run))
+    x, w = (torch.empty(n, 64, dtype=torch.bfloat16, device="meta") for n in (512, 2048))
+    target = torch.empty(512, dtype=torch.int64, device="meta")
+    before = allocator.get()
+    triton.set_allocator(users)
+    try:
+        with host.idle():
+            scale = torch.empty((), device="meta")
+            kernel("prototype_cross_entropy")(x, w, scale, target, None, 0.0, -100)
+        assert allocator.get() is users
+    finally:
+        allocator.set(before)
+    assert names == ["streamed_rows", "finish_rows"]
+    assert [(t.nbytes, t.device.type) for t in found] == [(256, "meta")]

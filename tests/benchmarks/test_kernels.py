@@ -18,6 +18,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton
 
+from benchmarks.kernels.ahead_of_time import NUMBER_FORMATS, Variant, variants
 from benchmarks.kernels.compiled import (
     Compiled,
     all_compiled,
@@ -28,10 +29,10 @@ from benchmarks.kernels.compiled import (
 )
 from benchmarks.kernels.limits import SHARED, WITHOUT_PRODUCTS, multiplies, violations
 from benchmarks.kernels.report import ARCHITECTURES, HERE, all_variants, read, render
-from mulki.kernels.ahead_of_time import NUMBER_FORMATS, Variant, variants
 from mulki.kernels.common import next_power_of_2
-from mulki.kernels.schedule import Problem, plans
+from mulki.kernels.schedule import Problem, plans, streams_beside
 from mulki.kernels.softmax_loss import StoredTile
+from mulki.kernels.streamed_rows import StreamTile
 
 RENEW = "run python -m benchmarks.kernels"
 
@@ -140,11 +141,42 @@ def test_stored_logits_are_read_sixteen_bytes_at_a_time_with_few_barriers():
         assert ptx.count("ld.global.v4.b32") * 4 == reads * each, variant.name
         barriers = [loop.count("bar.sync") for loop in loops(ptx)]
         if "u8" not in str(variant.signature["inputs"]):  # no class mask, which takes more
+            # Within the loop over rows.
             in_loops = [0] * tile.statistics + [1] * gradient
-            assert barriers == ([] if tile.whole else in_loops), variant.name
+            assert barriers[1:] == ([] if tile.whole else in_loops), variant.name
             assert tile.rows > 1 or ptx.count("bar.sync") <= 12 * models, variant.name
         tried += 1
     assert tried >= 10
+
+
+@pytest.mark.slow
+def test_streamed_tiles_are_copied_by_descriptors_and_multiplied_by_groups_of_warps():
+    """Nothing of an operand passes through a thread, and as many programs fit as are launched."""
+    tried = 0
+    for variant in variants("sm_90", "bf16"):
+        if variant.kernel.__name__ != "streamed_rows":
+            continue
+        ptx, one, models = (
+            assembly(variant),
+            compile_variant(variant),
+            len(variant.signature["x_ptrs"]),
+        )
+        (tile,) = (v for v in variant.constants.values() if isinstance(v, StreamTile))
+        assert tile.rows >= 128 and tile.columns >= 128
+        columns = re.findall(r"wgmma\.mma_async\S*\.m64n(\d+)k16", ptx)
+        assert columns and set(columns) == {"128"}, variant.name
+        of_products = [loop for loop in loops(ptx) if "wgmma" in loop and "ex2" not in loop]
+        assert len(of_products) == models
+        for loop in of_products:
+            assert loop.count("cp.async.bulk.tensor.2d") == 2 and "ld.global" not in loop
+            assert loop.count("bar.sync") <= 4
+        assert one.stack == 0
+        # A multiprocessor has 227 KiB and 65,536 registers.
+        beside = streams_beside(models)
+        assert one.shared <= min((64 << 10) * one.warps // 4, (227 << 10) // beside)
+        assert 32 * one.warps * one.registers * beside <= 65536
+        tried += 1
+    assert tried >= 3
 
 
 @pytest.mark.slow

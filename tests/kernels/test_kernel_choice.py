@@ -175,10 +175,10 @@ def test_the_fastest_is_kept_on_disk(autotune, on_sm_90, monkeypatch):
 
 def test_schedules_are_timed_against_each_other(autotune, on_sm_90, monkeypatch):
     monkeypatch.setenv("MULKI_AUTOTUNE", "1")
-    monkeypatch.setattr(autotune, "milliseconds", lambda function: function().schedule != "stream")
+    monkeypatch.setattr(autotune, "milliseconds", lambda function: function().schedule != "blocks")
     problem = schedule.Problem(300, 2000, (64,), "half", True)
     plan = autotune.run_plan("siglip", problem, [on_sm_90], lambda plan: plan)
-    assert plan.schedule == "stream" != schedule.plans(problem)[0].schedule
+    assert plan.schedule == "blocks" != schedule.plans(problem)[0].schedule
 
 
 def test_a_plan_that_does_not_fit_the_gpu_is_the_slowest(autotune, monkeypatch):
@@ -230,7 +230,7 @@ def test_grids_stay_within_their_limits(launches, n, p):
 
 def test_other_counts_are_no_other_kernel(launches):
     """What a kernel is compiled for, apart from tiles, does not follow N and P about."""
-    ahead_of_time = importlib.import_module("mulki.kernels.ahead_of_time")
+    ahead_of_time = importlib.import_module("benchmarks.kernels.ahead_of_time")
     found = set()
     for n, p in ((64, 4000), (65, 4016), (64, 4027), (63, 4039)):
         k = 2
@@ -269,7 +269,7 @@ def test_what_a_graph_captures_is_what_was_chosen_before(autotune, on_sm_90, mon
 
 LAUNCHES = """
 import sys
-from mulki.kernels import ahead_of_time
+from benchmarks.kernels import ahead_of_time
 for architecture in ("sm_90", "gfx942"):
     for number_format in ahead_of_time.NUMBER_FORMATS:
         names = set()
@@ -301,7 +301,10 @@ def test_launches_of_every_operator_can_be_recorded():
         *("row_totals", "scaled_product", "siglip_rows", "stored_rows", "whole_rows"),
         *("pair_kl_gradient", "pair_kl_rows"),
     }
-    of_fp16 = {"scaled", "scaled_product", "whole_rows"}
+    wanted = {
+        "bf16": everywhere | {"streamed_rows", "finish_rows"},
+        "fp16": {"scaled", "scaled_product", "streamed_rows", "whole_rows"},
+    }
     for (_, number_format), names in kernels_of.items():
-        assert names == (of_fp16 if number_format == "fp16" else everywhere)
+        assert names == wanted.get(number_format, everywhere)
     assert len(kernels_of) == 10

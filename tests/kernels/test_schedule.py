@@ -8,6 +8,15 @@ import torch
 from mulki.kernels import schedule
 from mulki.kernels.schedule import Problem, Tile
 
+
+@pytest.fixture(autouse=True)
+def plans_of_todays_constants():
+    """What a test changes is undone before this ends."""
+    yield
+    schedule.plans.cache_clear()
+    schedule.stream_parts.cache_clear()
+
+
 HALF, SINGLE = torch.bfloat16, torch.float32
 FAMILIES = ("half", "tf32", "float")
 DUAL = (512,) * 3
@@ -30,7 +39,7 @@ def test_which_schedule_is_taken(family, width):
         assert chosen(n, p, widths, family).schedule == "chunks"
     assert chosen(256, 1000, widths, family).rows == 256
     if width >= 512:
-        assert chosen(65536, 65536, widths, "half").schedule == "stream"
+        assert chosen(65536, 65536, widths, "half").schedule == "blocks"
     # There is no kernel for whole rows of pairs, which take no statistics for their G either.
     assert chosen(64, 100, (width,), family, softmax=False).schedule == "chunks"
 
@@ -43,8 +52,6 @@ def test_the_cost_and_no_threshold_decides(monkeypatch):
     monkeypatch.setattr(schedule, "HOST", 1e-3)
     schedule.plans.cache_clear()
     assert chosen(2048, 100).schedule == "rows"  # the fewest launches
-    monkeypatch.undo()
-    schedule.plans.cache_clear()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -54,7 +61,7 @@ def test_blocks_stay_within_their_memory(family, models, kind):
     for n in (1, 64, 257, 4096, 65536, 20_000_000):
         for p in (1, 100, 1000, 8192, 65536, 20_000_000):
             plans = schedule.plans(problem(n, p, (512,) * models, family, **kind))
-            assert len(plans) == len(set(plans)) <= 7
+            assert len(plans) == len(set(plans)) <= 8
             for plan in plans:
                 assert plan.rows >= 1 and plan.columns <= p
                 if plan.schedule != "rows":
@@ -64,15 +71,78 @@ def test_blocks_stay_within_their_memory(family, models, kind):
                     assert block <= schedule.OF_BLOCKS or plan[1:] == (n, p)
 
 
+def test_without_gradients_half_precision_is_streamed_where_the_model_has_it_faster():
+    forward = {"gradient": False, "whole": True, "streamed": True}
+    assert chosen(64, 100, **forward).schedule == "rows"
+    for n, p in ((64, 1000), (256, 1000), (4096, 1000), (16384, 16384), (65536, 65536)):
+        assert chosen(n, p, **forward) == ("stream", 16, min(p, 1024))
+    # The library multiplies faster; beside wide products the bytes of logits are few.
+    assert chosen(4096, 4096, (1280,) * 3, **forward).schedule == "chunks"
+    assert chosen(65536, 65536, (1024,), **forward).schedule == "blocks"
+    with_gradients = chosen(65536, 65536, streamed=True, whole=True)
+    assert with_gradients.schedule == "stream" and with_gradients.columns < 65536
+    made = schedule._launches(
+        problem(8192, 8192, streamed=True), schedule.Plan("stream", 512, 4096)
+    )
+    assert sum(count for count, _ in made) == 2 + 32 * 6
+
+
+@pytest.mark.parametrize("n", [1, 128, 1000, 4096, 16896, 17000, 65536])
+@pytest.mark.parametrize("p", [1, 128, 1000, 50000])
+def test_parts_of_the_columns_are_for_all_programs(n, p):
+    tile = Tile(128, 128, 64, 8, 3)
+    parts, span = schedule.stream_parts(n, p, tile, models=3)
+    assert span % 128 == 0 and (parts - 1) * span < p <= parts * span
+    rows, columns = -(-n // 128), -(-p // 128)
+
+    def rounds(parts):
+        return -(-rows * parts // 132) * -(-columns // parts)
+
+    assert parts * rows <= max(rows, 8 * 132)
+    assert rounds(parts) <= 1.05 * min(map(rounds, range(1, max(2, 8 * 132 // rows))))
+    assert parts == 1 or rounds(parts) < rounds(parts - 1)
+    # Of one model a multiprocessor has two programs, which overlap.
+    assert schedule.stream_parts(4096, 50000, tile, models=1)[0] == 8
+
+
+def test_logits_that_fit_the_cache_are_read_faster(monkeypatch):
+    contrastive = problem(16384, 16384, (512,), columns_too=True)
+    assert schedule.plans(contrastive)[0].columns == 4096
+    fits, does_not = schedule.Plan("blocks", 2048, 4096), schedule.Plan("blocks", 2048, 8192)
+
+    def seconds_of_a_logit(plan):
+        return schedule.seconds(contrastive, plan)
+
+    faster = seconds_of_a_logit(does_not) / seconds_of_a_logit(fits)
+    monkeypatch.setattr(schedule, "CACHE", 0)
+    schedule.plans.cache_clear()
+    assert schedule.plans(contrastive)[0].columns > 4096
+    assert seconds_of_a_logit(does_not) / seconds_of_a_logit(fits) < faster
+
+
+def test_of_plans_that_take_about_as_long_the_one_of_fewest_launches_is_taken(monkeypatch):
+    strict = problem(16384, 16384, (512,), "float")
+
+    def launches(plan):
+        return sum(count for count, _ in schedule._launches(strict, plan))
+
+    plan = chosen(16384, 16384, (512,), "float")
+    monkeypatch.setattr(schedule, "NEAR", 1.0)
+    schedule.plans.cache_clear()
+    fastest = chosen(16384, 16384, (512,), "float")
+    assert launches(plan) < launches(fastest)
+    assert schedule.seconds(strict, plan) <= 1.05 * schedule.seconds(strict, fastest)
+
+
 def test_logits_are_made_again_only_where_rows_are_in_parts():
     def products(plan, **kind):
         made = schedule._launches(problem(8192, 8192, **kind), plan)
         return sum(count for count, _ in made)
 
-    chunks, stream = schedule.Plan("chunks", 512, 8192), schedule.Plan("stream", 512, 4096)
+    chunks, blocks = schedule.Plan("chunks", 512, 8192), schedule.Plan("blocks", 512, 4096)
     assert products(chunks) == 16 * 6  # 3 logits, G and 2 products with it, for each chunk
-    assert products(stream) == 32 * 10  # statistics, and 3 logits again
-    assert products(stream, softmax=False) == 32 * 6
+    assert products(blocks) == 32 * 10  # statistics, and 3 logits again
+    assert products(blocks, softmax=False) == 32 * 6
     assert products(chunks, gradient=False) == 16 * 4
 
 
@@ -132,6 +202,8 @@ def test_every_line_of_the_table_is_one_that_is_asked_for(monkeypatch):
             )
             assert sorted(large) == sorted(small) and large[0] != small[0]
             assert all(isinstance(tile, Tile) for tile in large)
+            if dtype == HALF:
+                schedule.tiles("stream", architecture, dtype)
     assert set(schedule.TABLE) <= asked
 
 

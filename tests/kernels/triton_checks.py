@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mulki.kernels import schedule
-from tests.kernels.triton_cases import Case, make
+from tests.kernels.triton_cases import Case, described, make
 from tests.kernels.triton_helpers import all_close, backward, call, close, reduced
 
 Shape = tuple[int, int, int]  # N, P, D
@@ -61,12 +61,22 @@ def moved(value: Any, device: str) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def rows_and_gradients(name: str, number_format: NumberFormat, shape: Shape, device: str) -> None:
-    """The loss of each row, or the similarity, and gradients for an upstream gradient per row."""
-    case = make(name, number_format.dtype, *shape)
+def rows_and_gradients(
+    name: str,
+    number_format: NumberFormat,
+    shape: Shape,
+    device: str,
+    descriptors: bool = False,
+) -> None:
+    """The loss of each row, or the similarity, and gradients for an upstream gradient per row.
+
+    With `descriptors`, of operands that tensor descriptors can have.
+    """
+    case = make(name, number_format.dtype, *shape, step=8 if descriptors else 3)
     upstream = case.upstream()
     rows, gradients = case.expected(upstream)
     here = moved(case, device)
+    here = described(here) if descriptors else here
     with precision(number_format):
         found = call(here.op, *here.args)[0]
         made = backward(here, upstream.to(device))
@@ -133,7 +143,7 @@ def every_plan(
     """
     n, p, _ = shape
     usual, tried = schedule.plans, set()
-    few = schedule.Plan("chunks", max(1, n // 2 - 1), p), schedule.Plan("stream", n // 2 + 1, 32)
+    few = schedule.Plan("chunks", max(1, n // 2 - 1), p), schedule.Plan("blocks", n // 2 + 1, 32)
     for i in range(4 + len(few)):
 
         def one_plan(problem: schedule.Problem, i: int = i) -> tuple[schedule.Plan, ...]:

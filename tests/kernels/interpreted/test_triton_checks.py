@@ -47,7 +47,7 @@ def test_what_is_wrong_is_noticed(monkeypatch):
 
 def test_every_plan(monkeypatch):
     tried = every_plan("ce_all", NUMBER_FORMATS["fp16"], SHAPE, "cpu", monkeypatch)
-    assert tried == {"rows", "chunks", "stream"}
+    assert tried == {"rows", "chunks", "blocks"}
 
 
 def test_the_setting_of_tf32():

@@ -15,8 +15,8 @@ def interpreter_for_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("MULKI_CACHE_DIR", str(tmp_path))
     for shapes in (prove.SHAPES, prove.PAIRED_SHAPES):
         monkeypatch.setitem(shapes, "small", (8, 8, 16))
-    for shapes in (prove.ODD_SHAPES, prove.ODD_PAIRED_SHAPES, prove.OTHER_SHAPES):
-        monkeypatch.setitem(shapes, "small", (9, 9, 24))
+    for others in (prove.OTHER_SHAPES, prove.OTHER_PAIRED_SHAPES):
+        monkeypatch.setitem(others, "small", ((9, 9, 24),))
     monkeypatch.setitem(backends.CANDIDATES, "cpu", ("triton", "reference"))
     backends.forget_choices()
     yield

@@ -17,8 +17,8 @@ PLANS = (
     Plan("rows", 16, 35),
     Plan("chunks", 19, 35),
     Plan("chunks", 8, 35),
-    Plan("stream", 19, 32),
-    Plan("stream", 7, 16),
+    Plan("blocks", 19, 32),
+    Plan("blocks", 7, 16),
 )
 PAIRS = ("contrastive", "pairs_blend", "pairs_weights", "siglip_block")
 # No kernel keeps whole rows of pairs.

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from . import kernel
-from .launch import INT32, Launch, Product, recording
+from mulki.kernels import kernel
+from mulki.kernels.launch import INT32, Launch, Product, recording
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -99,7 +99,12 @@ def variants(architecture: str, number_format: str) -> Iterator[Variant]:
             if isinstance(launch, Product):
                 continue
             # Of the others, those of bf16 stand for fp16, but for the type of G.
-            of_format = launch.kernel.__name__ in ("whole_rows", "scaled_product", "scaled")
+            of_format = launch.kernel.__name__ in {
+                "whole_rows",
+                "streamed_rows",
+                "scaled_product",
+                "scaled",
+            }
             if number_format == "fp16" and not of_format:
                 continue
             variant = _variant(name.split()[0], launch, architecture, number_format)
@@ -140,9 +145,9 @@ def _calls(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     def teachers(n: int, p: int, k: int, d: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
         return [new(n, d, of=dtype)] * k, [new(p, d, of=dtype)] * k, new(k)
 
-    def kl(n: int, p: int, k: int, d: int) -> Callable[[], object]:
+    def kl(n: int, p: int, k: int, d: int, gradients: bool = True) -> Callable[[], object]:
         gate = None, new(n, of=torch.int64), None, 2.0, 1.0, 0.0, 1.0, True
-        arguments = *model(n, p, d), *teachers(n, p, k, d), *gate, True, [True] * 3
+        arguments = *model(n, p, d), *teachers(n, p, k, d), *gate, True, [gradients] * 3
         return lambda: kernel("teacher_kl_reduced")(*arguments)
 
     def pairs(form: str, n: int, d: int) -> Callable[[], object]:
@@ -171,12 +176,13 @@ def _calls(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     }.items():
         student = model(n, p, 512)
         cases[f"teacher_kl {size}"] = kl(n, p, 2, 512)
-        if size in ("whole", "wider", "most", "small", "tiles"):
+        if size in ("whole", "wider", "most", "small", "tiles", "stream"):
             cases[f"prototype_cross_entropy {size}"] = call(
                 "prototype_cross_entropy_reduced", *student, *labels(n, p), True, three
             )
         if size in ("small", "tiles"):
             cases[f"siglip {size}"] = call("siglip_reduced", *student, new(), 0, True, four)
+    cases["teacher_kl forward"] = kl(4096, 8192, 3, 512, gradients=False)
     for size, (n, p) in {"small": (256, 1000), "large": (4096, 4096)}.items():
         student = model(n, p, 512)
         cases[f"contrastive {size}"] = call("contrastive_reduced", *model(n, n, 512), True, three)
