@@ -92,13 +92,20 @@ def meeting() -> Meeting:
     """Meet the other processes of the run, once.
 
     Raises:
-        InputError: the environment does not say where the processes meet.
+        InputError: the environment does not say where the processes meet, or which one this is.
         ProcessLost: some have not come in time.
     """
     missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
     if missing:
         raise InputError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}: {', '.join(missing)} not set; "
+            f"{_REMEDY} WORLD_SIZE"
+        )
+    number = _number("RANK", os.environ.get("RANK", ""), least=0)
+    _number("MASTER_PORT", os.environ.get("MASTER_PORT", ""), least=1)
+    if number >= processes():
+        raise InputError(
+            f"RANK: got {number} where WORLD_SIZE is {processes()}, wanted a smaller number; "
             f"{_REMEDY} WORLD_SIZE"
         )
     # With torch's own timeout: machines may start minutes apart.

@@ -239,11 +239,20 @@ def test_an_environment_that_is_not_torchruns(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InputError, match="RANK, MASTER_ADDR, MASTER_PORT not set.*torchrun"):
         distributed.join(torch.device("cpu"))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(InputError, match="^RANK: got 2 where WORLD_SIZE is 2, wanted a smaller"):
+        distributed.join(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("value", ["x", "", "-1", "1.5"])
 def test_an_environment_without_numbers(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
+        monkeypatch.setenv(name, "1")
     for name, asks in (
+        ("RANK", distributed.meeting),
+        ("MASTER_PORT", distributed.meeting),
         ("LOCAL_RANK", lambda: distributed.device_of_process(torch.device("cuda"))),
         ("LOCAL_WORLD_SIZE", distributed.processes_here),
         ("WORLD_SIZE", distributed.launched),
@@ -252,4 +261,4 @@ def test_an_environment_without_numbers(monkeypatch: pytest.MonkeyPatch, value: 
         monkeypatch.setenv(name, value)
         with pytest.raises(InputError, match=f"^{name}: got '{value}', wanted.*or unset {name}$"):
             asks()
-        monkeypatch.delenv(name)
+        monkeypatch.setenv(name, "1")
