@@ -38,8 +38,14 @@ def run_plan(
     function: Callable[[schedule.Plan], Result],
 ) -> Result:
     """What `function` returns for the plan of a loss."""
-    shape = problem.n, problem.p, *problem.widths, problem.gradient, problem.streamed
-    return run(kind, models[0], shape, schedule.plans(problem), function)
+
+    def kept(plan: schedule.Plan) -> list[Any]:
+        """The plan without the sizes of this call, for calls whose sizes are like these."""
+        rows = "all" if plan.rows == problem.n else plan.rows
+        return [plan.schedule, rows, "all" if plan.columns == problem.p else plan.columns]
+
+    shape = problem.n, problem.p, *problem.widths, *problem[3:]
+    return run(kind, models[0], shape, schedule.plans(problem), function, kept)
 
 
 def run(
@@ -48,8 +54,9 @@ def run(
     shape: Sequence[int],  # N, P, then other sizes that tell kernels apart
     plans: Sequence[Plan],
     function: Callable[[Plan], Result],
+    kept: Callable[[Plan], list[Any]] = list,
 ) -> Result:
-    """What `function` returns for the chosen plan."""
+    """What `function` returns for the chosen plan, which is stored as `kept` has it."""
     if launch.is_recording(every_plan=True):
         # Each plan is called, so that the launches of all are recorded.
         results = [function(plan) for plan in plans]
@@ -58,7 +65,7 @@ def run(
     if len(plans) == 1 or common.architecture(device) == "interpreter" or not enabled():
         return function(plans[0])
     with launch.current_device(device):
-        return function(_fastest(_key(kind, model, shape), plans, function))
+        return function(_fastest(_key(kind, model, shape), plans, function, kept))
 
 
 def _key(kind: str, model: Model, shape: Sequence[int]) -> str:
@@ -71,15 +78,20 @@ def _key(kind: str, model: Model, shape: Sequence[int]) -> str:
     return f"{kind} {architecture} {numbers} {sizes} triton {triton.__version__} {card}"
 
 
-def _fastest(key: str, plans: Sequence[Plan], function: Callable[[Plan], Any]) -> Plan:
+def _fastest(
+    key: str,
+    plans: Sequence[Plan],
+    function: Callable[[Plan], Any],
+    kept: Callable[[Plan], list[Any]],
+) -> Plan:
     choice = _chosen.get(key) or _read_all().get(key)
-    plan = next((plan for plan in plans if list(plan) == choice), None)
+    plan = next((plan for plan in plans if kept(plan) == choice), None)
     if plan is None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return plans[0]
         plan = min(plans, key=lambda one: milliseconds(lambda: function(one)))
-        _write(key, plan)
-    _chosen[key] = list(plan)
+        _write(key, kept(plan))
+    _chosen[key] = kept(plan)
     return plan
 
 
@@ -114,12 +126,12 @@ def _read_all() -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _write(key: str, plan: tuple[Any, ...]) -> None:
+def _write(key: str, plan: list[Any]) -> None:
     # Two processes may write at the same time. Then a choice may be lost, but no file is broken.
     try:
         path = cache_file()
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps({**_read_all(), key: list(plan)}))
+        write_atomic(path, json.dumps({**_read_all(), key: plan}))
     except (OSError, RuntimeError) as error:
         warnings.warn(
             f"MULKI_AUTOTUNE: the choice of tiles could not be kept ({error}) and holds for this "

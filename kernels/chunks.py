@@ -183,9 +183,10 @@ class BlockKernel(ABC):
 
 
 def row_programs(blocks: int, warps: int, device: torch.device) -> int:
-    """Of a kernel whose programs take one block of rows after another: no more than run at a time.
+    """Of a kernel whose programs take one block of rows after another.
 
-    A multiprocessor holds at most 64 warps, and 32 programs.
+    No more than may run at a time, if their registers let them: a multiprocessor holds at most 64
+    warps, and 32 programs.
     """
     return min(blocks, common.resident_programs(device, min(32, 64 // warps)))
 

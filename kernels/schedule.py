@@ -123,7 +123,8 @@ def _candidates(problem: Problem) -> Iterator[Plan]:
         if fits and problem.size * n * round_up(p, 16) <= OF_BLOCKS:
             yield Plan("rows", rows, p)
     smallest = min(16, n), min(1024, p)
-    yield Plan("blocks", *smallest)  # where many models leave no room for more
+    # Where many models leave no room for more.
+    yield Plan("blocks" if smallest[1] < p else "chunks", *smallest)
     if problem.streamed and not problem.gradient:
         yield Plan("stream", *smallest)  # which stores no block
     for rows in {min(rows, n) for rows in (*ROW_CANDIDATES, n)}:
@@ -210,7 +211,7 @@ def _product(problem: Problem, m: int, k: int, n: int, moved: float) -> float:
 
 
 def streams_beside(models: int) -> int:
-    """Programs that a multiprocessor holds: of one model they take half of its registers."""
+    """Programs that a multiprocessor of an H100 holds: one model takes half of its registers."""
     return 2 if models == 1 else 1
 
 

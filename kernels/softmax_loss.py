@@ -175,6 +175,7 @@ def stored_rows(
                 for m in tl.static_range(MODELS):
                     target_values = target_values + (old[4][m] + statistics[4][m],)
                 statistics = merge(c2s, old, statistics) + (target_values,)
+                tl.debug_barrier()  # other threads read what is written over
                 store_state(state_ptr, state_rows, samples, inside, statistics)
         else:
             statistics = load_state(state_ptr, state_rows, samples, inside, MODELS)

@@ -11,8 +11,8 @@ Where blocks of rows are few, columns are divided in parts, and different progra
 `finish_rows` merges the parts in their order, and writes the loss. It multiplies the row of X and
 the prototype of the target, so that tiles need not look for a target.
 
-For half precision alone: its products are exact in float32. So both kernels have the same logits,
-but for the order of sums.
+For half precision alone: its products are exact in float32, so that both kernels have the same
+logits but for the rounding of sums.
 """
 
 from __future__ import annotations

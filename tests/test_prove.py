@@ -36,16 +36,16 @@ def test_the_table_and_the_status(
 ) -> None:
     monkeypatch.setattr(prove, "_not_served", lambda *_: None)
     found = [
-        Verdict("siglip", "float32", "small", speedup=1.25),
+        Verdict("siglip", "float32", "small", (), 1.25, 0.9),
         Verdict("similarity", "float32", "small", ("loss: relative error 3",)),
     ]
     monkeypatch.setattr(prove, "prove", lambda device, seconds: iter(found[:1]))
     assert run_command(["prove", "--seconds", "1"]) == 0
     out = capsys.readouterr().out
-    assert "1.25  right" in out and "left out" not in out
+    assert " 1.25  0.90  right" in out and "left out" not in out
     monkeypatch.setattr(prove, "prove", lambda device, seconds: iter(found))
     assert run_command(["prove"]) == 1
-    assert "    -  loss: relative error 3" in capsys.readouterr().out
+    assert "    -     -  loss: relative error 3" in capsys.readouterr().out
 
 
 def test_a_kernel_that_cannot_serve_is_wrong_and_not_timed() -> None:
@@ -57,7 +57,7 @@ def test_a_kernel_that_cannot_serve_is_wrong_and_not_timed() -> None:
     assert set(proofs.stored(subject) or ()) == {one.place for one in found}
 
 
-def test_the_worse_of_both_passes_and_the_forward_pass_decides(
+def test_calls_with_gradients_and_without_are_timed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without gradients other kernels may serve."""
@@ -78,7 +78,7 @@ def test_the_worse_of_both_passes_and_the_forward_pass_decides(
     monkeypatch.setattr(prove, "_not_served", lambda *_: None)
     monkeypatch.setattr(prove, "_problems_of_forms", lambda case: [])
     first = next(prove.prove("cpu", 0.1, ("float32",), ("small",)))
-    assert first.speedup == 0.5 and first.problems == ()
+    assert (first.speedup, first.forward_speedup, first.problems) == (2.0, 0.5, ())
     assert asked == [("both", "forward")] * 2
 
 
@@ -100,11 +100,25 @@ def test_every_operator_with_triton_kernels_is_tried_at_every_size() -> None:
 
 
 @pytest.mark.parametrize("family", ["half", "tf32", "float"])
-@pytest.mark.parametrize("models", [1, 3, 4])
+@pytest.mark.parametrize("models", [1, 2, 3, 4])
 def test_every_schedule_that_serves_a_size_is_tried_there(family: str, models: int) -> None:
     """A proof at one schedule would say nothing of the kernels of another."""
 
-    def schedules(*shapes: tuple[int, int, int]) -> set[tuple[str, bool]]:
+    def stored(columns: int, *kind: bool) -> tuple[object, ...]:
+        """A kernel of stored logits; whether a tile holds all columns decides, too."""
+        return (columns <= schedule.row_tile("sm_90", models, columns).columns, *kind)
+
+    def launched(problem: schedule.Problem) -> set[tuple[object, ...]]:
+        """What is launched: of stored logits with a state or not, and with G or not."""
+        plan, gradient = schedule.plans(problem)[0], problem.gradient
+        if plan.schedule == "rows":
+            return {("rows", gradient)}
+        if plan.schedule == "chunks":
+            return {stored(problem.p, False, gradient)}
+        first = ("stream",) if plan.schedule == "stream" else stored(plan.columns, True, False)
+        return {first, ("G of a state",)} if gradient else {first}
+
+    def kernels_of(*shapes: tuple[int, int, int]) -> set[tuple[object, ...]]:
         problems = [
             schedule.Problem(
                 *(n, p, (d,) * models, family, gradient),
@@ -114,22 +128,27 @@ def test_every_schedule_that_serves_a_size_is_tried_there(family: str, models: i
             for n, p, d in shapes
             for gradient in (True, False)
         ]
-        return {(schedule.plans(one)[0].schedule, one.gradient) for one in problems}
+        return set.union(*map(launched, problems))
 
     served = {
-        "small": schedules((64, 100, 512), (128, 1000, 512), (64, 100, 700), (128, 1000, 700)),
-        "medium": schedules(
-            (8192, 30, 512), (1024, 1000, 512), (2048, 2048, 768), (2048, 2048, 700)
+        "small": kernels_of((64, 100, 512), (128, 1000, 512), (64, 100, 700), (128, 1000, 700)),
+        "medium": kernels_of(
+            *((64, 65536, 512), (64, 65536, 700), (512, 8000, 512)),
+            (8192, 30, 512),
+            (1024, 1000, 512),
+            (2048, 2048, 768),
+            (2048, 2048, 700),
         ),
-        "large": schedules(
+        "large": kernels_of(
             *((100000, 50, 512), (16384, 16384, 512), (65536, 65536, 512)),
             *((100000, 50, 700), (16384, 16384, 700), (65536, 65536, 700)),
+            *((512, 20000, 512), (512, 20000, 700), (8192, 1000, 512), (8192, 1000, 700)),
         ),
     }
-    assert set.union(*served.values()) >= {("rows", True), ("chunks", True)}
-    assert (family == "half") == all(("stream", False) in taken for taken in served.values())
+    assert set.union(*served.values()) >= {("rows", True), (True, False, True)}
+    assert (family == "half") == all(("stream",) in taken for taken in served.values())
     for size, taken in served.items():
-        assert taken <= schedules(prove.SHAPES[size], *prove.OTHER_SHAPES[size])
+        assert taken <= kernels_of(prove.SHAPES[size], *prove.OTHER_SHAPES[size]), size
 
 
 def test_pairs_whose_logits_are_made_twice_are_tried() -> None:
@@ -143,7 +162,7 @@ def test_it_ends_in_time(
 ) -> None:
     monkeypatch.setattr(prove, "_not_served", lambda *_: None)
     verdicts = len(prove.CASES) * len(prove.DTYPES) * len(proofs.SIZES)
-    found = [Verdict("siglip", "float32", "small", speedup=1.25)] * verdicts
+    found = [Verdict("siglip", "float32", "small", (), 1.25, 0.9)] * verdicts
     monkeypatch.setattr(prove, "prove", lambda device, seconds: iter(found))
     assert run_command(["prove", "--limit", "0"]) == 0
     out = capsys.readouterr().out

@@ -17,7 +17,7 @@ import importlib
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -143,12 +143,19 @@ def call(op: str, *args: Any) -> Any:
     # Only the Triton kernels serve some sizes and not others.
     sized = "triton" in CANDIDATES.get(kind, ELSEWHERE)
     size = proofs.size_of(len(features), len(prototypes)) if sized else None
-    found = kernel(op, kind, features.dtype, size)
+    found = kernel(op, kind, features.dtype, size, _gradients(op, args))
     if not autocasting(kind):
         return found(*args)
     # Operands are rounded before the operator; inside, autocast would round the logits.
     with torch.autocast(kind, enabled=False):
         return found(*args)
+
+
+def _gradients(op: str, args: Sequence[Any]) -> bool | None:
+    """Whether a call makes gradients; None where that is not known."""
+    if op.endswith("_reduced"):
+        return any(args[-1])  # those that are wanted
+    return True if op.endswith("_backward") else None
 
 
 # Asked once: the compiler of torch 2.11 does not know the function.
@@ -165,17 +172,24 @@ def autocasting(device_type: str) -> bool:
     return available and torch.is_autocast_enabled(device_type)
 
 
-def kernel(op: str, device_type: str, dtype: torch.dtype, size: str | None = None) -> Kernel:
+def kernel(
+    op: str,
+    device_type: str,
+    dtype: torch.dtype,
+    size: str | None = None,
+    gradients: bool | None = None,
+) -> Kernel:
     """The kernel that serves `op` for tensors of this device type and dtype.
 
     Args:
         size: of the call, see `proofs.SIZES`; None where no Triton kernel may serve it.
+        gradients: whether the call makes them; None where that is not known.
 
     Raises:
         RuntimeError: a backend that should serve it does not, under MULKI_STRICT.
         ValueError: MULKI_BACKEND names no backend.
     """
-    choice = (op, device_type, dtype, size, _setting())
+    choice = (op, device_type, dtype, size, gradients, _setting())
     # A proof is of how float32 is multiplied, too.
     key = choice, None if size is None else proofs.numbers()
     found = _kernels.get(key)
@@ -188,9 +202,14 @@ def kernel(op: str, device_type: str, dtype: torch.dtype, size: str | None = Non
 
 
 def _choose_kernel(
-    op: str, device_type: str, dtype: torch.dtype, size: str | None, setting: str
+    op: str,
+    device_type: str,
+    dtype: torch.dtype,
+    size: str | None,
+    gradients: bool | None,
+    setting: str,
 ) -> tuple[Kernel, str | None]:
-    served = choose(op, device_type, dtype, setting, size)
+    served = choose(op, device_type, dtype, setting, size, gradients)
     fallback = None
     if served.rejected:
         # What is slower is no failure to serve.
@@ -239,7 +258,12 @@ def forget_choices() -> None:
 
 
 def choose(
-    op: str, device_type: str, dtype: torch.dtype, setting: str = "auto", size: str | None = None
+    op: str,
+    device_type: str,
+    dtype: torch.dtype,
+    setting: str = "auto",
+    size: str | None = None,
+    gradients: bool | None = None,
 ) -> Served:
     """The first backend that serves `op`, among the candidates or after the forced one.
 
@@ -252,7 +276,7 @@ def choose(
     for name in names:
         reason = BACKENDS[name].why_not(op, device_type, dtype)
         if reason is None and name == "triton" and setting == "auto":
-            reason = proofs.why_not(op, device_type, dtype, size)
+            reason = proofs.why_not(op, device_type, dtype, size, gradients)
         if reason is None:
             return Served(op, device_type, dtype, name, rejected, size)
         rejected[name] = reason

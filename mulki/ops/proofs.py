@@ -43,6 +43,7 @@ class Verdict:
         size: one of SIZES.
         problems: what is wrong, in words; empty where every value and gradient is right.
         speedup: over plain PyTorch, forward and backward; None where it was not timed.
+        forward_speedup: the same of a call without gradients, which may be another kernel.
     """
 
     operator: str
@@ -50,20 +51,28 @@ class Verdict:
     size: str
     problems: tuple[str, ...] = ()
     speedup: float | None = None
+    forward_speedup: float | None = None
 
     @property
     def place(self) -> str:
         return f"{self.operator} {self.dtype} {self.size}"
 
-    def why_not(self) -> str | None:
-        """Why the kernels are not taken there, in one sentence; None where they are."""
+    def why_not(self, gradients: bool | None = None) -> str | None:
+        """Why the kernels are not taken there, in one sentence; None where they are.
+
+        Args:
+            gradients: whether the call makes them; None asks for both kinds of calls.
+        """
         where = f"in {self.dtype} at {self.size} sizes"
         if self.problems:
             return f"{WRONG} {where} ({self.problems[0]}); please report it"
-        if self.speedup is None:
-            return f"could not be timed on this GPU {where}"
-        if not self.speedup >= 1:
-            return f"{SLOWER} on this GPU {where}, {self.speedup:.2f} times its speed"
+        for with_gradients, speedup in ((True, self.speedup), (False, self.forward_speedup)):
+            if gradients in (with_gradients, None):
+                of = where if with_gradients else f"{where} without gradients"
+                if speedup is None:
+                    return f"could not be timed on this GPU {of}"
+                if not speedup >= 1:
+                    return f"{SLOWER} on this GPU {of}, {speedup:.2f} times its speed"
         return None
 
 
@@ -72,11 +81,18 @@ def size_of(n: int, p: int) -> str:
     return next(size for size, most in SIZES.items() if n * p <= most)
 
 
-def why_not(op: str, device_type: str, dtype: torch.dtype, size: str | None = None) -> str | None:
+def why_not(
+    op: str,
+    device_type: str,
+    dtype: torch.dtype,
+    size: str | None = None,
+    gradients: bool | None = None,
+) -> str | None:
     """Why the Triton kernel of `op` is not taken, in one sentence; None where it is.
 
     Args:
         size: one of SIZES; None asks for all of them.
+        gradients: whether the call makes them; None asks for both kinds of calls.
     """
     operator = importlib.import_module("mulki.kernels").operator_of(op)
     name = str(dtype).removeprefix("torch.")
@@ -88,7 +104,7 @@ def why_not(op: str, device_type: str, dtype: torch.dtype, size: str | None = No
             verdict = found.get(f"{operator} {name} {one}")
             if verdict is None:
                 return f"was not tried here in {name} at {one} sizes: {REMEDY}"
-            if (reason := verdict.why_not()) is not None:
+            if (reason := verdict.why_not(gradients)) is not None:
                 return reason
     return None
 
@@ -196,11 +212,11 @@ def folder() -> Path:
 
 
 def _verdict(item: Any) -> Verdict:
-    speedup = item["speedup"]
+    speedups = item["speedup"], item["forward_speedup"]
     return Verdict(
-        operator=str(item["operator"]),
-        dtype=str(item["dtype"]),
-        size=str(item["size"]),
-        problems=tuple(map(str, item["problems"])),
-        speedup=None if speedup is None else float(speedup),
+        str(item["operator"]),
+        str(item["dtype"]),
+        str(item["size"]),
+        tuple(map(str, item["problems"])),
+        *(None if speedup is None else float(speedup) for speedup in speedups),
     )

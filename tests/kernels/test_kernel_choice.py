@@ -181,6 +181,31 @@ def test_schedules_are_timed_against_each_other(autotune, on_sm_90, monkeypatch)
     assert plan.schedule == "blocks" != schedule.plans(problem)[0].schedule
 
 
+def test_a_choice_holds_for_calls_whose_sizes_are_alike(autotune, on_sm_90, monkeypatch):
+    """A last batch is smaller; another form of a loss has a choice of its own."""
+    monkeypatch.setenv("MULKI_AUTOTUNE", "1")
+    timed = []
+
+    def milliseconds(function):
+        timed.append(function())
+        return timed[-1].schedule != "chunks" or -timed[-1].rows
+
+    monkeypatch.setattr(autotune, "milliseconds", milliseconds)
+
+    def plan(n, **kind):
+        problem = schedule.Problem(n, 1000, (64,), "half", True, **kind)
+        return autotune.run_plan("contrastive", problem, [on_sm_90], lambda plan: plan)
+
+    assert plan(1000) == ("chunks", 1000, 1000)
+    first = len(timed)
+    assert plan(900) == ("chunks", 900, 1000) and plan(1000).rows == 1000
+    assert first == len(timed) > 1
+    for kind in ({"columns_too": True}, {"softmax": False}, {"streamed": True}):
+        before = len(timed)
+        plan(1000, **kind)
+        assert len(timed) > before
+
+
 def test_a_plan_that_does_not_fit_the_gpu_is_the_slowest(autotune, monkeypatch):
     errors = importlib.import_module("triton.runtime.errors")
     testing = importlib.import_module("triton.testing")

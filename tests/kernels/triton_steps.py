@@ -11,7 +11,7 @@ SIZES = {"small": (64, 100, 512), "chunked": (4096, 1024, 64)}
 
 
 class Step:
-    """A forward and a backward pass of a public function, on leaves of its own."""
+    """Passes of a public function, on leaves of its own."""
 
     def __init__(self, name, size="small", device="cuda"):
         n, p, d = SIZES[size]
@@ -53,8 +53,11 @@ class Step:
         return functional.siglip(*pair, self.bias)
 
     def __call__(self):
+        """The loss, the loss without gradients (which may be another kernel), the gradients."""
         loss = self.loss()
-        return (loss.detach(), *torch.autograd.grad(loss, self.leaves))
+        with torch.no_grad():
+            alone = self.loss()
+        return (loss.detach(), alone, *torch.autograd.grad(loss, self.leaves))
 
     def draw_again(self):
         with torch.no_grad():

@@ -250,7 +250,7 @@ def test_triton_serves_a_gpu_at_the_sizes_where_a_proof_says_so(monkeypatch):
     monkeypatch.setattr(
         backends.proofs,
         "why_not",
-        lambda op, device_type, dtype, size: "is slower" if size == "small" else None,
+        lambda op, device_type, dtype, size, gradients: "is slower" if size == "small" else None,
     )
     assert backends.choose("siglip", "cuda", FULL, size="small").rejected == {"triton": "is slower"}
     assert backends.choose("siglip", "cuda", FULL, size="large").backend == "triton"

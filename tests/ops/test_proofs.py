@@ -21,7 +21,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def everywhere(**changes: Verdict) -> list[Verdict]:
-    sizes = {size: Verdict("siglip", "float32", size, speedup=2.0) for size in proofs.SIZES}
+    sizes = {size: Verdict("siglip", "float32", size, (), 2.0, 2.0) for size in proofs.SIZES}
     return list((sizes | changes).values())
 
 
@@ -64,7 +64,27 @@ def test_what_is_wrong_or_slower_is_not_taken() -> None:
 
 
 def test_a_case_that_was_not_timed_is_not_faster() -> None:
-    assert Verdict("siglip", "float32", "small").why_not() is not None
+    for gradients in (True, False, None):
+        assert Verdict("siglip", "float32", "small").why_not(gradients) is not None
+    assert "without gradients" in str(Verdict("siglip", "float32", "small", (), 2.0).why_not())
+
+
+def test_calls_without_gradients_are_served_where_these_are_faster() -> None:
+    verdicts = everywhere(
+        small=Verdict("siglip", "float32", "small", (), 2.0, 0.5),
+        medium=Verdict("siglip", "float32", "medium", (), 0.5, 2.0),
+    )
+    proofs.store(SUBJECT, verdicts)
+
+    def served(gradients: bool | None) -> list[bool]:
+        of_sizes = (
+            ("siglip_reduced", "cuda", torch.float32, size, gradients) for size in proofs.SIZES
+        )
+        return [proofs.why_not(*one) is None for one in of_sizes]
+
+    assert served(True) == [True, False, True]
+    assert served(False) == [False, True, True]
+    assert served(None) == [False, False, True]
 
 
 def test_every_kind_of_gpu_needs_its_proof(monkeypatch: pytest.MonkeyPatch) -> None:

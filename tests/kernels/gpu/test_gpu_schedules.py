@@ -30,7 +30,10 @@ def number_format(request):
 def test_every_plan(name, number_format, monkeypatch):
     tried = every_plan(name, number_format, (300, 100, 64), "cuda", monkeypatch)
     whole = name in ("ce_all", "kl_label")
-    assert tried == {"chunks", "blocks"} | ({"rows"} if whole else set())
+    # Those of 64 columns are streamed, of teachers that are wider are not.
+    streamed = name == "ce_all" and number_format.dtype.itemsize == 2
+    others = ({"rows"} if whole else set()) | ({"stream"} if streamed else set())
+    assert tried == {"chunks", "blocks"} | others
 
 
 @pytest.mark.parametrize("p", [1000, 4096, 30000])
@@ -60,4 +63,4 @@ def test_statistics_without_stored_logits(name, shape, half, monkeypatch):
     rows_and_gradients(name, NUMBER_FORMATS[half], shape, "cuda", descriptors=True)
     case = described(moved(make(name, NUMBER_FORMATS[half].dtype, *shape, step=8), "cuda"))
     first, second = (call(case.op, *case.args) for _ in range(2))
-    assert all(map(torch.equal, first, second)) and len(taken) == 4
+    assert all(map(torch.equal, first, second)) and len(taken) >= 4

@@ -43,7 +43,9 @@ def test_every_operator_is_right_and_the_interpreter_slower():
 def test_where_the_kernels_are_right_and_faster_they_are_taken():
     (subject,) = proofs.subjects("cpu")
     speedups = {"small": 1.5, "medium": 1.0, "large": 0.9}
-    verdicts = [proofs.Verdict("siglip", "float32", size, (), s) for size, s in speedups.items()]
+    verdicts = [
+        proofs.Verdict("siglip", "float32", size, (), s, 2.0) for size, s in speedups.items()
+    ]
     proofs.store(subject, verdicts)
     assert choice("siglip_reduced", torch.float32, "small") == "triton"
     assert choice("siglip_reduced", torch.float32, "large") == "reference"
@@ -99,7 +101,9 @@ def test_a_by_product_that_is_wrong_is_found(op, result, name, monkeypatch):
 def test_the_operator_asks_with_the_size_of_its_call(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        proofs, "why_not", lambda op, device_type, dtype, size: asked.append((op, size))
+        proofs,
+        "why_not",
+        lambda op, device_type, dtype, size, gradients: asked.append((op, size, gradients)),
     )
     monkeypatch.setitem(proofs.SIZES, "small", 40)
     x = torch.randn(8, 16, requires_grad=True)
@@ -107,4 +111,10 @@ def test_the_operator_asks_with_the_size_of_its_call(monkeypatch):
         asked.clear()
         similarity = Similarity(x, torch.randn(rows, 16), 1.0)
         functional.prototype_cross_entropy(similarity, torch.arange(8) % 5).backward()
-        assert ("prototype_cross_entropy_reduced", size) in asked
+        assert ("prototype_cross_entropy_reduced", size, True) in asked
+        asked.clear()
+        backends.forget_choices()
+        functional.prototype_cross_entropy(similarity.detach(), torch.arange(8) % 5)
+        functional.siglip(x.detach(), x.detach(), 1.0, 0.0, reduction="none")
+        wanted = ("prototype_cross_entropy_reduced", size, False), ("siglip", "medium", None)
+        assert set(asked) >= set(wanted)
