@@ -51,7 +51,7 @@ def run_plan(
 def run(
     kind: str,
     model: Model,
-    shape: Sequence[int],  # N, P, then other sizes that tell kernels apart
+    shape: Sequence[Any],  # N, P, then what else tells kernels apart
     plans: Sequence[Plan],
     function: Callable[[Plan], Result],
     kept: Callable[[Plan], list[Any]] = list,
@@ -68,7 +68,7 @@ def run(
         return function(_fastest(_key(kind, model, shape), plans, function, kept))
 
 
-def _key(kind: str, model: Model, shape: Sequence[int]) -> str:
+def _key(kind: str, model: Model, shape: Sequence[Any]) -> str:
     sizes = "x".join(map(str, (*map(next_power_of_2, shape[:2]), *shape[2:])))
     device, dtype = model.features.device, model.features.dtype
     architecture = common.architecture(device)
