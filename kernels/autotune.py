@@ -28,7 +28,7 @@ from .schedule import Problem
 Plan = TypeVar("Plan", bound=tuple[Any, ...])  # a NamedTuple
 Result = TypeVar("Result")
 
-_chosen: dict[str, list[Any]] = {}
+_chosen: dict[tuple[str, tuple[Any, ...]], int] = {}
 
 
 def run_plan(
@@ -41,7 +41,8 @@ def run_plan(
 
     def kept(plan: schedule.Plan) -> list[Any]:
         """The plan without the sizes of this call, for calls whose sizes are like these."""
-        rows = "all" if plan.rows == problem.n else plan.rows
+        of_program = plan.schedule == "rows"
+        rows = "all" if plan.rows == problem.n and not of_program else plan.rows
         return [plan.schedule, rows, "all" if plan.columns == problem.p else plan.columns]
 
     shape = problem.n, problem.p, *problem.widths, *problem[3:]
@@ -84,14 +85,19 @@ def _fastest(
     function: Callable[[Plan], Any],
     kept: Callable[[Plan], list[Any]],
 ) -> Plan:
-    choice = _chosen.get(key) or _read_all().get(key)
-    plan = next((plan for plan in plans if kept(plan) == choice), None)
+    # Sizes of the same key may have other plans: each list is timed once in a process.
+    exact = key, tuple(plans)
+    if exact in _chosen:
+        return plans[_chosen[exact]]
+    stored = _read_all().get(key)
+    plan = next((plan for plan in plans if kept(plan) == stored), None)
     if plan is None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return plans[0]
         plan = min(plans, key=lambda one: milliseconds(lambda: function(one)))
-        _write(key, kept(plan))
-    _chosen[key] = kept(plan)
+        if stored is None:
+            _write(key, kept(plan))
+    _chosen[exact] = plans.index(plan)
     return plan
 
 

@@ -38,10 +38,11 @@ def processes() -> int:
     return _number("WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"), least=1)
 
 
-def _number(name: str, value: str, least: int) -> int:
+def _number(name: str, value: str, least: int, unset: str = "") -> int:
+    """Of an environment variable; `unset` is the one without which it is not needed."""
     if not (value.isascii() and value.isdecimal()) or int(value) < least:
         raise InputError(
-            f"{name}: got {value!r}, wanted a whole number from {least}; {_REMEDY} {name}"
+            f"{name}: got {value!r}, wanted a whole number from {least}; {_REMEDY} {unset or name}"
         )
     return int(value)
 
@@ -101,8 +102,8 @@ def meeting() -> Meeting:
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}: {', '.join(missing)} not set; "
             f"{_REMEDY} WORLD_SIZE"
         )
-    number = _number("RANK", os.environ.get("RANK", ""), least=0)
-    _number("MASTER_PORT", os.environ.get("MASTER_PORT", ""), least=1)
+    number = _number("RANK", os.environ.get("RANK", ""), least=0, unset="WORLD_SIZE")
+    _number("MASTER_PORT", os.environ.get("MASTER_PORT", ""), least=1, unset="WORLD_SIZE")
     if number >= processes():
         raise InputError(
             f"RANK: got {number} where WORLD_SIZE is {processes()}, wanted a smaller number; "

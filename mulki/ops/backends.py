@@ -17,7 +17,7 @@ import importlib
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -124,6 +124,9 @@ class _Forced:
 
 _forced: tuple[_Forced, ...] = ()  # the one entered last is in force
 _forcing_lock = threading.Lock()
+# Forms that make the gradients that their last argument wants. Others have a backward form, which
+# is served as they are, for it is handed what they have found.
+_WITH_GRADIENTS = ("_reduced", "_with_labels")
 # Kernels, and why those that should serve in their place fail to.
 _kernels: dict[tuple[Any, ...], tuple[Kernel, str | None]] = {}
 _fallbacks: dict[tuple[str, str, torch.dtype, str], Served] = {}
@@ -143,19 +146,13 @@ def call(op: str, *args: Any) -> Any:
     # Only the Triton kernels serve some sizes and not others.
     sized = "triton" in CANDIDATES.get(kind, ELSEWHERE)
     size = proofs.size_of(len(features), len(prototypes)) if sized else None
-    found = kernel(op, kind, features.dtype, size, _gradients(op, args))
+    wanted = any(args[-1]) if op.endswith(_WITH_GRADIENTS) else None
+    found = kernel(op, kind, features.dtype, size, wanted)
     if not autocasting(kind):
         return found(*args)
     # Operands are rounded before the operator; inside, autocast would round the logits.
     with torch.autocast(kind, enabled=False):
         return found(*args)
-
-
-def _gradients(op: str, args: Sequence[Any]) -> bool | None:
-    """Whether a call makes gradients; None where that is not known."""
-    if op.endswith("_reduced"):
-        return any(args[-1])  # those that are wanted
-    return True if op.endswith("_backward") else None
 
 
 # Asked once: the compiler of torch 2.11 does not know the function.
@@ -183,7 +180,7 @@ def kernel(
 
     Args:
         size: of the call, see `proofs.SIZES`; None where no Triton kernel may serve it.
-        gradients: whether the call makes them; None where that is not known.
+        gradients: whether the call makes them; None for forms that serve calls of both kinds.
 
     Raises:
         RuntimeError: a backend that should serve it does not, under MULKI_STRICT.
@@ -317,14 +314,19 @@ def _forcing(name: str) -> Iterator[None]:
 def report() -> list[Served]:
     """Who serves every operator in float32 and bfloat16 on every device type that is here.
 
-    On a GPU the sizes of calls are told apart, since proofs do. Where no GPU is, "cuda" is reported
-    all the same: it says why the Triton kernels are not used.
+    On a GPU the sizes of calls are told apart, since proofs do, and forms that may make gradients
+    are reported as in training. Where no GPU is, "cuda" is reported all the same: it says why the
+    Triton kernels are not used.
     """
     available = {"cuda": torch.cuda.is_available(), "xpu": torch.xpu.is_available()}
     gpus = [device_type for device_type, here in available.items() if here] or ["cuda"]
     setting = _setting()
+
+    def training(op: str) -> bool | None:
+        return True if op.endswith(_WITH_GRADIENTS) else None
+
     return [
-        _explain(choose(op, device_type, dtype, setting, size), setting)
+        _explain(choose(op, device_type, dtype, setting, size, training(op)), setting)
         for device_type in ("cpu", *gpus)
         for op in OPERATORS
         for dtype in (torch.float32, torch.bfloat16)

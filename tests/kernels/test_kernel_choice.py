@@ -181,6 +181,23 @@ def test_schedules_are_timed_against_each_other(autotune, on_sm_90, monkeypatch)
     assert plan.schedule == "blocks" != schedule.plans(problem)[0].schedule
 
 
+def test_where_the_choice_is_no_plan_one_is_chosen_once(autotune, on_sm_90, monkeypatch):
+    """Sizes that round alike may have other plans; neither undoes the choice of the other."""
+    monkeypatch.setenv("MULKI_AUTOTUNE", "1")
+    timed = []
+    monkeypatch.setattr(
+        autotune, "milliseconds", lambda function: (timed.append(function()), -timed[-1].rows)[1]
+    )
+
+    def plan(n, plans):
+        return autotune.run("rows", on_sm_90, (n, 600), plans, lambda plan: plan)
+
+    for _ in range(2):
+        assert plan(500, PLANS) == PLANS[2] and plan(400, PLANS[:2]) == PLANS[1]
+    assert timed == [*PLANS, *PLANS[:2]]
+    assert list(json.loads(autotune.cache_file().read_text()).values()) == [list(PLANS[2])]
+
+
 def test_a_choice_holds_for_calls_whose_sizes_are_alike(autotune, on_sm_90, monkeypatch):
     """A last batch is smaller; another form of a loss has a choice of its own."""
     monkeypatch.setenv("MULKI_AUTOTUNE", "1")
