@@ -143,10 +143,10 @@ def call(op: str, *args: Any) -> Any:
     # A `_backward` form has the upstream gradient before the features.
     features, prototypes = args[1:3] if op.endswith("_backward") else args[:2]
     kind = features.device.type
-    # Only the Triton kernels serve some sizes and not others.
+    # Only the Triton kernels serve some sizes and not others, and calls with gradients or without.
     sized = "triton" in CANDIDATES.get(kind, ELSEWHERE)
     size = proofs.size_of(len(features), len(prototypes)) if sized else None
-    wanted = any(args[-1]) if op.endswith(_WITH_GRADIENTS) else None
+    wanted = any(args[-1]) if sized and op.endswith(_WITH_GRADIENTS) else None
     found = kernel(op, kind, features.dtype, size, wanted)
     if not autocasting(kind):
         return found(*args)
