@@ -105,7 +105,8 @@ def rounded_products(case: Case, mean: bool | None) -> list[float]:
     """What rounding G = dL/dz to the dtype of the inputs does to the gradients, as L2 norms.
 
     A kernel may round G with a factor in it, so the worst of several factors counts. Entries of one
-    size are rounded alike, which no bound by independent errors covers.
+    size are rounded alike, which no bound by independent errors covers. Few numbers may be lucky
+    with all of the factors: rows get some standard deviations of independent errors.
     """
     x, w, scale, *rest = (doubled(a) for a in case.args)
     cosine = x @ w.T
@@ -121,6 +122,13 @@ def rounded_products(case: Case, mean: bool | None) -> list[float]:
         off = (factor * g).to(case.args[0].dtype).double() / factor - g
         products = (scale * off @ w, scale * off.T @ x, (off * cosine).sum(), off.sum())
         worst = [max(a, p.norm().item()) for a, p in zip(worst, products, strict=False)]
+    variance = (torch.finfo(case.args[0].dtype).eps / 2 * g).square() / 3
+    variances = (
+        scale.square() * (variance @ w.square()),
+        scale.square() * (variance.T @ x.square()),
+    )
+    for i, v in enumerate(variances):
+        worst[i] = max(worst[i], (1 + 3 / v.numel() ** 0.5) * v.sum().sqrt().item())
     return worst
 
 
