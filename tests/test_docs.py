@@ -31,7 +31,7 @@ from mulki.engine.config import resolve
 from mulki.features import Features
 from mulki.losses import MulKILoss
 from mulki.prototypes import Prototypes
-from tests import ROOT, engine_helpers, import_helpers
+from tests import ROOT, engine_helpers, import_helpers, project_files
 from tests.test_readme import DOCS, name
 
 registries = import_helpers.registries
@@ -40,7 +40,7 @@ start_model = engine_helpers.start_model
 
 MARKS = ("network", "GPU", "long", "machines", "sources")
 TUTORIAL = ROOT / "docs" / "tutorial.md"
-NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = project_files("docs/notebooks/*.ipynb")
 PROGRAMS = ("mulki", "make", "python", "pip", "pytest", "torchrun", "benchmarks/gpu.sh")
 # Of a run: a tiny model, few images and one step.
 SMALL = "--device cpu --limit-images 20 --iterations 1 --batch-size-eval 64 --workers 0"
@@ -227,7 +227,7 @@ def test_the_needs_of_the_methods_are_those_of_the_page() -> None:
 
 def literals() -> Iterator[str]:
     """Every text of the package, with … for what is computed."""
-    for file in [*(ROOT / "mulki").rglob("*.py")]:
+    for file in project_files("mulki/**/*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 parts = (v.value if isinstance(v, ast.Constant) else "…" for v in node.values)
@@ -292,7 +292,7 @@ def test_the_site_has_every_page() -> None:
     Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
     site = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader)
     found = pages_in(site["nav"])
-    docs = [*(ROOT / "docs").rglob("*.md"), *(book.with_suffix(".md") for book in NOTEBOOKS)]
+    docs = [*project_files("docs/**/*.md"), *(book.with_suffix(".md") for book in NOTEBOOKS)]
     assert sorted(found) == sorted({"README.md", "CONTRIBUTING.md", *(map(name, docs))})
 
 

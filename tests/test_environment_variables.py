@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests import ROOT, project_files
+
 PAGE = ROOT / "docs" / "environment-variables.md"
 FOLDERS = ("mulki", "kernels", "csrc", "benchmarks", "examples", ".ci")
 FILES = ("setup.py", "tests/kernels/gpu/conftest.py", "tests/ops/conftest.py")
@@ -18,7 +19,7 @@ METHODS = ("get", "setdefault", "pop")
 
 def sources(*suffixes: str) -> Iterator[Path]:
     for folder in FOLDERS:
-        yield from (p for p in sorted((ROOT / folder).rglob("*")) if p.suffix in suffixes)
+        yield from (p for p in project_files(f"{folder}/**") if p.suffix in suffixes)
     yield from (ROOT / f for f in FILES if Path(f).suffix in suffixes)
 
 
@@ -74,7 +75,7 @@ def test_the_table_has_every_variable_that_the_sources_read_and_no_other() -> No
 
 def test_variables_of_other_software_are_named_somewhere_in_the_project() -> None:
     text = "\n".join(p.read_text(encoding="utf-8") for p in sources(".py", ".h"))
-    text += "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "tests").rglob("*.py"))
+    text += "\n".join(p.read_text(encoding="utf-8") for p in project_files("tests/**/*.py"))
     assert [name for name in table() if not re.search(rf"\b{name}\b", text)] == []
 
 

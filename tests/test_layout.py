@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterable
 from pathlib import Path
 
-from tests import ROOT
+from tests import ROOT, project_files
 
 PACKAGE, TESTS = ROOT / "mulki", ROOT / "tests"
 
@@ -48,38 +49,45 @@ def has_logic(module: Path) -> bool:
     return any(isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) for n in body)
 
 
-def untested(package: Path, tests: Path) -> list[str]:
+def untested(package: Path, tests: Path, files: Iterable[Path]) -> list[str]:
     """Modules with functions or classes that have neither a test file nor a folder of tests."""
+    files = set(files)
     missing = []
-    for module in sorted(package.rglob("*.py")):
+    for module in sorted(files):
+        if not module.is_relative_to(package) or module.suffix != ".py":
+            continue
         if module.name.startswith("__") or not has_logic(module):
             continue
         folder = tests / module.relative_to(package).parent
         file, many = folder / f"test_{module.name}", folder / module.stem
-        if not file.is_file() and not any(many.glob("test_*.py")):
+        in_folder = any(each.parent == many and each.match("test_*.py") for each in files)
+        if file not in files and not in_folder:
             missing.append(module.relative_to(package).as_posix())
     return missing
 
 
-def named_after_no_module(package: Path, tests: Path) -> set[str]:
+def named_after_no_module(package: Path, tests: Path, files: Iterable[Path]) -> set[str]:
     """Test files that no module or package of their name stands behind."""
+    files = set(files)
     found = set()
-    for file in tests.rglob("test_*.py"):
+    for file in files:
+        if not file.is_relative_to(tests) or not file.match("test_*.py"):
+            continue
         path = file.relative_to(tests)
         module = package / path.parent / path.name.removeprefix("test_")
         # A module may have a folder of tests, as functional.py has.
-        behind = (module, module.with_suffix("") / "__init__.py", module.parent.with_suffix(".py"))
-        if path.parts[0] not in OTHER and not any(each.is_file() for each in behind):
+        behind = {module, module.with_suffix("") / "__init__.py", module.parent.with_suffix(".py")}
+        if path.parts[0] not in OTHER and not behind & files:
             found.add(path.as_posix())
     return found
 
 
 def test_every_module_has_its_tests() -> None:
-    assert untested(PACKAGE, TESTS) == []
+    assert untested(PACKAGE, TESTS, project_files()) == []
 
 
 def test_other_files_are_the_cross_cutting_ones() -> None:
-    assert named_after_no_module(PACKAGE, TESTS) == set(CROSS_CUTTING)
+    assert named_after_no_module(PACKAGE, TESTS, project_files()) == set(CROSS_CUTTING)
 
 
 def test_what_is_missing_is_seen(tmp_path: Path) -> None:
@@ -97,5 +105,6 @@ def test_what_is_missing_is_seen(tmp_path: Path) -> None:
     for name in ("test_one.py", "two/test_c.py", "deep/test_two.py", "deep/test_all.py"):
         (tests / name).parent.mkdir(parents=True, exist_ok=True)
         (tests / name).touch()
-    assert untested(package, tests) == ["deep/one.py"]
-    assert named_after_no_module(package, tests) == {"deep/test_all.py"}
+    files = list(tmp_path.rglob("*.py"))
+    assert untested(package, tests, files) == ["deep/one.py"]
+    assert named_after_no_module(package, tests, files) == {"deep/test_all.py"}

@@ -20,17 +20,17 @@ from mulki.commands.reproduce import OPTIONS as REPRODUCE_OPTIONS
 from mulki.engine.config import RunConfig
 from mulki.engine.evaluation import OPTIONS as EVAL_OPTIONS
 from mulki.losses import ClipLoss
+from tests import ROOT, project_files
 
-ROOT = Path(__file__).parents[1]
-DOCS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+DOCS = (ROOT / "README.md", *project_files("docs/*.md"))
 # Their links are followed too; what they name is history, or a matter of their own folder.
 LINKING = (
     *DOCS,
-    *sorted((ROOT / "docs" / "api").glob("*.md")),
+    *project_files("docs/api/*.md"),
     ROOT / "CONTRIBUTING.md",
     ROOT / "SECURITY.md",
     ROOT / "examples" / "README.md",
-    *sorted((ROOT / "benchmarks").glob("*.md")),
+    *project_files("benchmarks/*.md"),
 )
 BLOCKS = [
     pytest.param(code, id=f"{page.stem}-{number}")
@@ -194,7 +194,7 @@ def quoted(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", DOCS, ids=name)
 def test_every_file_that_is_named_exists(page: Path) -> None:
-    top = {path.name for path in ROOT.iterdir()}
+    top = {path.relative_to(ROOT).parts[0] for path in project_files()}
     for words in quoted(page):
         path = words.split()[0]
         made = path.startswith("build/")  # by make

@@ -6,14 +6,14 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests import ROOT
-
-GITHUB = ROOT / ".github"
+from tests import ROOT, project_files
 
 
 def read(path: str) -> Any:
@@ -31,7 +31,9 @@ def test_the_workflow_runs_what_ci_runs() -> None:
         assert all(("uses" in step) != ("run" in step) for step in job["steps"])
 
 
-@pytest.mark.parametrize("form", sorted(GITHUB.glob("ISSUE_TEMPLATE/*.yml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "form", project_files(".github/ISSUE_TEMPLATE/*.yml"), ids=lambda p: p.stem
+)
 def test_issue_forms_ask_for_the_doctor(form: Any) -> None:
     content = read(str(form.relative_to(ROOT)))
     assert content["name"] and content["description"]
@@ -75,3 +77,47 @@ def test_ci_tries_random_cases_of_a_fixed_seed_and_of_a_fresh_one() -> None:
     assert tries == [" --seed 0", ""]
     assert "--seed 0" in recipe("fuzz", "FIXED=1")
     assert not re.search(r"--seconds \d+ \|\|", recipe("fuzz", "FIXED=1"))
+
+
+def test_ci_runs_the_commands_of_the_readme_in_its_order_in_one_checkout() -> None:
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    targets = re.findall(r'^ +make (\S+).* PYTHON="\$python"$', ci, re.MULTILINE)
+    assert targets[:2] == ["demo", "test"]
+
+
+@pytest.mark.long
+def test_what_runs_and_builds_leave_is_not_taken_for_the_project(tmp_path: Path) -> None:
+    for file in project_files():
+        copy = tmp_path / file.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, copy)
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    for made in ("logs", "build", "site", ".venv"):
+        for name, text in {
+            "README.md": "[gone](gone.md) `mulki gone --gone` `docs/gone.md`",
+            "gone.py": 'import os\nos.environ["GONE"]\ndef f(): ...',
+            "gone.yml": "gone: [",
+            "test_gone.py": "raise RuntimeError",
+        }.items():
+            for folder in (".", "docs", "mulki", "tests", "kernels", "csrc", "benchmarks"):
+                path = tmp_path / made / folder / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+    looking = [
+        "git",
+        "grep",
+        "--untracked",
+        "-l",
+        "project_files(",
+        "--",
+        ":(glob)tests/**/test_*.py",
+    ]
+    files = subprocess.run(looking, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert "tests/test_readme.py" in files
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *files.split()],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout

@@ -20,7 +20,7 @@ import torch
 from mulki.bench.report import read_rows
 from mulki.cli import run_command
 from mulki.prove import CASES
-from tests import ROOT
+from tests import ROOT, project_files
 
 NEEDLESS = "rich yaml open_clip safetensors hypothesis jinja2 torchvision PIL matplotlib"
 
@@ -204,7 +204,7 @@ def test_the_commands_ask_for_what_there_is(
     commands = (*tests.values(), *schedules.values())
     files = {word for command in commands for word in command if word.endswith(".py")}
     assert all((ROOT / file).is_file() for file in files)
-    here = {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/kernels/gpu/test_*.py")}
+    here = {str(path.relative_to(ROOT)) for path in project_files("tests/kernels/gpu/test_*.py")}
     assert files == here | {"tests/kernels/test_schedule.py", "tests/benchmarks/test_plan.py"}
     (sanitized,) = steps["racecheck"].commands(30.0).values()
     assert sanitized[:5] == ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "/bin/cs", "--tool"] + [

@@ -6,11 +6,11 @@ import ast
 
 import pytest
 
-from tests import ROOT
+from tests import project_files
 
 KERNELS = [
     (path.stem, function)
-    for path in sorted((ROOT / "kernels").glob("*.py"))
+    for path in project_files("kernels/*.py")
     for function in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
     if isinstance(function, ast.FunctionDef)
     and any("jit" in ast.unparse(decorator) for decorator in function.decorator_list)
