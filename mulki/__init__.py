@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, ClassVar
 
-from mulki import wait_policy
+from mulki.distributed import wait_policy
 
 # Before torch is imported.
 wait_policy.set_for_run()

@@ -10,7 +10,7 @@ from datetime import datetime
 import torch
 
 from mulki import __version__
-from mulki.environment import environment
+from mulki.runs.environment import environment
 
 
 def describe_machine(device: str) -> dict[str, str]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from mulki.choices.options import check_options, option
 from mulki.errors import InputError, counted, nearest
-from mulki.options import check_options, option
 
 from . import call_cost, clocks, largest, report
 from .cases import DTYPES, MODES, OPERATORS, PAIRED, Case, make_cases, parse_shape

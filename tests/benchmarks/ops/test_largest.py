@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mulki.app.cli import run_command
 from mulki.bench import call_cost, largest, point
 from mulki.bench.cases import (
     Case,
@@ -17,7 +18,6 @@ from mulki.bench.losses import EAGER
 from mulki.bench.point import measure_case
 from mulki.bench.providers import PROVIDERS, Provider
 from mulki.bench.report import markdown, rows_of
-from mulki.cli import run_command
 from tests.benchmarks.ops.bench_helpers import CASE, MACHINE
 
 

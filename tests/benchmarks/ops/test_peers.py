@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mulki.app.cli import run_command
 from mulki.bench import call_cost
 from mulki.bench.cases import (
     Case,
 )
 from mulki.bench.point import measure_case
 from mulki.bench.providers import PROVIDERS, Provider
-from mulki.cli import run_command
 
 LIGER = """
 import torch

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mulki.app.cli import run_command
 from mulki.bench import call_cost
 from mulki.bench.cases import (
     MODES,
@@ -24,7 +25,6 @@ from mulki.bench.pace import Pace
 from mulki.bench.providers import PROVIDERS
 from mulki.bench.report import Result, read_rows
 from mulki.bench.run import BenchOptions, print_wrapped, run
-from mulki.cli import run_command
 from tests import ROOT
 from tests.benchmarks.ops.bench_helpers import LIGER_COLUMNS, wrong_provider
 
@@ -164,7 +164,7 @@ def test_the_benchmark_is_loaded_when_asked_for_and_never_training() -> None:
         "assert not [m for m in sys.modules if m.startswith('mulki.bench')]\n"
         "before = set(sys.modules)\n"
         "import mulki.bench.run\n"
-        "above = 'mulki.cli mulki.engine mulki.methods mulki.data open_clip benchmarks'\n"
+        "above = 'mulki.app.cli mulki.train mulki.methods mulki.data open_clip benchmarks'\n"
         "print([m for m in above.split() if m in set(sys.modules) - before])"
     )
     done = subprocess.run(
@@ -259,7 +259,7 @@ def test_the_benchmark_needs_torch_and_numpy_alone(tmp_path: Path) -> None:
         "import sys\n"
         "gone = 'rich yaml open_clip safetensors hypothesis jinja2 torchvision PIL matplotlib'\n"
         "sys.modules.update(dict.fromkeys(gone.split()))\n"
-        "from mulki.cli import run_command\n"
+        "from mulki.app.cli import run_command\n"
         "import mulki.info\n"
         "assert 'torch' in str(mulki.info())\n"
         "given = '--shapes 4x4x8 --ops siglip --dtypes fp32 --modes both --seconds 0.001'\n"
