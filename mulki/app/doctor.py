@@ -72,7 +72,7 @@ def packages() -> Iterator[Finding]:
     try:
         wanted = [Requirement(line) for line in metadata.requires("mulki") or ()]
     except metadata.PackageNotFoundError:
-        here = Path(__file__).parent.parent
+        here = Path(__file__).parents[2]
         yield Finding("packages", "note", f"mulki is not installed, only imported from {here}")
         return
     found = [f"python {sys.version.split()[0]}"]

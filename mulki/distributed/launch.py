@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import os
+import platform
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -17,7 +18,6 @@ from mulki.distributed.meeting import Meeting, meet
 from mulki.distributed.roll_call import RollCall
 from mulki.distributed.world import World
 from mulki.errors import InputError
-from mulki.runs.environment import launcher
 
 # The process group that `join` has made last, and its roll call.
 _made: tuple[Any, RollCall] | None = None
@@ -25,6 +25,12 @@ _made: tuple[Any, RollCall] | None = None
 _groups = itertools.count()
 
 _REMEDY = "start the processes with torchrun --nproc-per-node N -m mulki run ..., or unset"
+
+
+def launcher() -> str | None:
+    """The torchrun of this machine that started this process, the same after a restart."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if run is None else f"torchrun {run} {os.getppid()} on {platform.node()}"
 
 
 def processes() -> int:

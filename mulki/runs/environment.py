@@ -10,6 +10,8 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+from mulki.distributed.launch import launcher
+
 # The package names under which each is published; Triton has one per backend.
 _PACKAGES: dict[str, tuple[str, ...]] = {
     "open_clip": ("open_clip_torch",),
@@ -40,15 +42,9 @@ def environment(hashes: Mapping[str, object] | None = None) -> dict[str, object]
         "started_by": launcher(),
         "cuda": torch.version.cuda,
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        **git_state(Path(__file__).resolve().parent.parent),
+        **git_state(Path(__file__).resolve().parents[2]),
         "hashes": dict(hashes or {}),
     }
-
-
-def launcher() -> str | None:
-    """The torchrun of this machine that started this process, the same after a restart."""
-    run = os.environ.get("TORCHELASTIC_RUN_ID")
-    return None if run is None else f"torchrun {run} {os.getppid()} on {platform.node()}"
 
 
 def _processes() -> int:

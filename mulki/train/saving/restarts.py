@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mulki.distributed import launch
+from mulki.distributed.launch import launcher
 from mulki.distributed.meeting import Meeting
 from mulki.errors import InputError
-from mulki.runs.environment import launcher
 from mulki.runs.reading import read_json
 from mulki.train.config.run_config import Settings, read_config
 from mulki.train.saving.checkpoints import ARGUMENTS

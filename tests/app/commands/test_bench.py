@@ -6,7 +6,7 @@ import pytest
 
 from mulki.app.cli import run_command
 from mulki.bench.report import Result, rows_of
-from tests.benchmarks.ops.bench_helpers import CASE, HEADER
+from tests.bench.bench_helpers import CASE, HEADER
 
 
 def bench(*arguments: str) -> int:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from mulki.distributed.launch import launcher
 from mulki.distributed.meeting import Meeting
 from mulki.errors import InputError
-from mulki.runs.environment import launcher
 from mulki.train.config.run_config import read_config, resolve
 from mulki.train.saving.restarts import restart_of
 from tests.train.run_helpers import Run

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from . import call_cost, clocks
-from .calls import Calls, calls_of
-from .cases import Case, Inputs
-from .providers import PROVIDERS
-from .report import REFERENCES, Quantiles, Result, Status
-from .verify import Verifier, worst_gradient
+from mulki.bench import call_cost, clocks
+from mulki.bench.calls import Calls, calls_of
+from mulki.bench.cases import Case, Inputs
+from mulki.bench.providers import PROVIDERS
+from mulki.bench.report import REFERENCES, Quantiles, Result, Status
+from mulki.bench.verify import Verifier, worst_gradient
 
 
 @dataclass(frozen=True)

@@ -38,10 +38,9 @@ from typing import Literal
 
 import numpy as np
 
+from mulki.bench.cases import PAIRED, Case
+from mulki.bench.machine import setting_line
 from mulki.errors import InputError
-
-from .cases import PAIRED, Case
-from .machine import setting_line
 
 Row = dict[str, str]
 Status = Literal["timed", "searched", "failed", "out of memory", "not applicable"]

@@ -8,16 +8,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from mulki.bench import call_cost, clocks, largest, report
+from mulki.bench.cases import DTYPES, MODES, OPERATORS, PAIRED, Case, make_cases, parse_shape
+from mulki.bench.machine import describe_machine, setting_line
+from mulki.bench.pace import Pace, in_words
+from mulki.bench.point import measure_case
+from mulki.bench.providers import PROVIDERS
+from mulki.bench.report import CsvFile, Quantiles, Result
 from mulki.choices.options import check_options, option
 from mulki.errors import InputError, counted, nearest
-
-from . import call_cost, clocks, largest, report
-from .cases import DTYPES, MODES, OPERATORS, PAIRED, Case, make_cases, parse_shape
-from .machine import describe_machine, setting_line
-from .pace import Pace, in_words
-from .point import measure_case
-from .providers import PROVIDERS
-from .report import CsvFile, Quantiles, Result
 
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 

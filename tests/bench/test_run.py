@@ -26,7 +26,7 @@ from mulki.bench.providers import PROVIDERS
 from mulki.bench.report import Result, read_rows
 from mulki.bench.run import BenchOptions, print_wrapped, run
 from tests import ROOT
-from tests.benchmarks.ops.bench_helpers import LIGER_COLUMNS, wrong_provider
+from tests.bench.bench_helpers import LIGER_COLUMNS, wrong_provider
 
 TINY = ["--shapes", "5x5x8", "--seconds", "0.001"]
 

@@ -20,7 +20,7 @@ from mulki.bench.outcomes import in_chunks, outcome
 from mulki.bench.point import measure_case
 from mulki.bench.providers import PROVIDERS, Provider
 from mulki.bench.verify import Verifier
-from tests.benchmarks.ops.bench_helpers import CASE, wrong_provider
+from tests.bench.bench_helpers import CASE, wrong_provider
 
 
 def raising_provider() -> Provider:

@@ -12,7 +12,7 @@ from mulki.bench.cases import (
 )
 from mulki.bench.point import measure_case
 from mulki.bench.providers import PROVIDERS
-from tests.benchmarks.ops.bench_helpers import CASE
+from tests.bench.bench_helpers import CASE
 
 
 def test_the_reference_is_asked_for_by_its_variable_and_only_then(

@@ -13,7 +13,7 @@ from mulki.bench.cases import (
     make_cases,
     parse_shape,
 )
-from tests.benchmarks.ops.bench_helpers import CASE
+from tests.bench.bench_helpers import CASE
 
 
 def test_shapes() -> None:

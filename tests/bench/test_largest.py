@@ -18,7 +18,7 @@ from mulki.bench.losses import EAGER
 from mulki.bench.point import measure_case
 from mulki.bench.providers import PROVIDERS, Provider
 from mulki.bench.report import markdown, rows_of
-from tests.benchmarks.ops.bench_helpers import CASE, MACHINE
+from tests.bench.bench_helpers import CASE, MACHINE
 
 
 def starving(beyond: int) -> Provider:

@@ -17,11 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mulki.bench.machine import setting_line
+from mulki.bench.report import Row, by_point, setting_of
 from mulki.errors import InputError
 from mulki.files import write_atomic
-
-from .machine import setting_line
-from .report import Row, by_point, setting_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

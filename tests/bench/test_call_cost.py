@@ -18,7 +18,7 @@ from mulki.bench.cases import (
 from mulki.bench.losses import EAGER
 from mulki.bench.point import measure_case
 from mulki.bench.report import Quantiles
-from tests.benchmarks.ops.bench_helpers import VERIFIED
+from tests.bench.bench_helpers import VERIFIED
 
 
 def test_providers_take_turns() -> None:

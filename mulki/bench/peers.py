@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cases import SCALE, Case
-from .losses import TEMPERATURE, Loss, Matrix, log_softmax, logits, teacher_weights
+from mulki.bench.cases import SCALE, Case
+from mulki.bench.losses import TEMPERATURE, Loss, Matrix, log_softmax, logits, teacher_weights
 
 #: The distribution of a package, by the name it is imported by.
 DISTRIBUTIONS = {

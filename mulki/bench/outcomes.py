@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cases import Case, Inputs
-from .losses import EAGER, Loss, logits
+from mulki.bench.cases import Case, Inputs
+from mulki.bench.losses import EAGER, Loss, logits
 
 #: The outcomes by name: the loss, again without autograd, and the gradient of each leaf.
 Outcome = dict[str, Tensor]

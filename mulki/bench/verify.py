@@ -16,11 +16,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mulki.bench.cases import Case, Inputs
+from mulki.bench.outcomes import Outcome, in_chunks
+from mulki.bench.providers import PROVIDERS
 from mulki.ops.backends import use_backend
-
-from .cases import Case, Inputs
-from .outcomes import Outcome, in_chunks
-from .providers import PROVIDERS
 
 #: Relative L2 error allowed on top of the unfused one's, by dtype: a few roundings of a result.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 5e-3, "float16": 1e-3}

@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 
+from mulki.bench import peers
+from mulki.bench.cases import DTYPES, Case
+from mulki.bench.losses import EAGER, MULKI, Loss
 from mulki.ops.backends import choose
 from mulki.ops.proofs import size_of
-
-from . import peers
-from .cases import DTYPES, Case
-from .losses import EAGER, MULKI, Loss
 
 #: The most logits of a call that is captured: beyond, its memory would be missed elsewhere, and
 #: launches take no share of its time.

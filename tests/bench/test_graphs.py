@@ -18,7 +18,7 @@ from mulki.bench.cases import (
 )
 from mulki.bench.point import measure_case
 from mulki.bench.providers import GRAPH_LOGITS, PROVIDERS
-from tests.benchmarks.ops.bench_helpers import CASE, VERIFIED
+from tests.bench.bench_helpers import CASE, VERIFIED
 
 
 class FakeGraph:

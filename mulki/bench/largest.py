@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import torch
 
-from . import call_cost
-from .cases import PAIRED, WIDTH, Case
-from .point import free_memory
-from .providers import PROVIDERS, Provider
-from .report import Quantiles, Result
+from mulki.bench import call_cost
+from mulki.bench.cases import PAIRED, WIDTH, Case
+from mulki.bench.point import free_memory
+from mulki.bench.providers import PROVIDERS, Provider
+from mulki.bench.report import Quantiles, Result
 
 PROTOTYPES = 8192  # P of an operator that is not on pairs
 START = 1024

@@ -9,12 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import call_cost, graphs
-from .cases import MODES, Case, Inputs
-from .clocks import Window
-from .losses import Loss
-from .outcomes import Outcome, named, outcome
-from .providers import Provider
+from mulki.bench import call_cost, graphs
+from mulki.bench.cases import MODES, Case, Inputs
+from mulki.bench.clocks import Window
+from mulki.bench.losses import Loss
+from mulki.bench.outcomes import Outcome, named, outcome
+from mulki.bench.providers import Provider
 
 
 class Calls(Protocol):

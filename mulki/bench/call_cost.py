@@ -26,10 +26,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from mulki import functional
-
-from . import clocks
-from .cases import Inputs
-from .losses import Loss
+from mulki.bench import clocks
+from mulki.bench.cases import Inputs
+from mulki.bench.losses import Loss
 
 _WARM_UP_ROUNDS = 1  # what is compiled or cached was so when it was verified
 _LEAST_ROUNDS = 5

@@ -19,7 +19,7 @@ from mulki.bench.cases import (
 )
 from mulki.bench.losses import EAGER
 from mulki.bench.point import measure_case
-from tests.benchmarks.ops.bench_helpers import CASE
+from tests.bench.bench_helpers import CASE
 
 
 class Log:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from mulki.bench.report import REFERENCES, Quantiles, Result, markdown, rows_of, terminal_table
-from tests.benchmarks.ops.bench_helpers import CASE, HEADER
+from tests.bench.bench_helpers import CASE, HEADER
 
 
 def test_markdown_keeps_machines_apart() -> None:

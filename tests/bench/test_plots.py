@@ -10,7 +10,7 @@ import pytest
 from mulki.bench.cases import Case
 from mulki.bench.report import Quantiles, Result, rows_of
 from mulki.errors import InputError
-from tests.benchmarks.ops.bench_helpers import MACHINE
+from tests.bench.bench_helpers import MACHINE
 from tests.report.report_helpers import check_headings
 
 TIMES = "\N{MULTIPLICATION SIGN}"
