@@ -15,7 +15,7 @@ from types import ModuleType
 
 import torch
 
-import mulki
+from mulki import __version__
 from mulki.ops import backends, loader, torch_private
 from mulki.ops.serving import grouped
 from mulki.runs.environment import environment
@@ -94,9 +94,9 @@ def _operators() -> list[backends.Served]:
 
 def _mulki(found: Mapping[str, object]) -> str:
     if found["git_commit"] is None:
-        return mulki.__version__
+        return __version__
     modified = ", modified" if found["git_modified"] else ""
-    return f"{mulki.__version__}, commit {str(found['git_commit'])[:12]}{modified}"
+    return f"{__version__}, commit {str(found['git_commit'])[:12]}{modified}"
 
 
 def _decides(variable: str) -> bool:

@@ -182,7 +182,7 @@ def test_the_launch_script_is_sound() -> None:
 
 
 def theirs(seed: int, kind: str = "clip_model") -> Any:
-    from tests.clip.huggingface import folders
+    from tests.clip.models.huggingface import folders
 
     model = getattr(folders, kind)()
     torch.manual_seed(seed)
@@ -251,7 +251,7 @@ def test_the_program_for_transformers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     transformers = pytest.importorskip("transformers", reason="needs transformers")
-    from tests.clip.huggingface import folders
+    from tests.clip.models.huggingface import folders
 
     processor = transformers.SiglipImageProcessor(size={"height": 32, "width": 32})
     start = folders.saved(

@@ -1,10 +1,14 @@
-"""Each module of `mulki/` has its tests in the file of its name, and other files are listed."""
+"""Rooms depend downwards only, and each module of `mulki/` has a test file of its name."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 from tests import ROOT, project_files
 
@@ -80,6 +84,144 @@ def named_after_no_module(package: Path, tests: Path, files: Iterable[Path]) -> 
         if path.parts[0] not in OTHER and not behind & files:
             found.add(path.as_posix())
     return found
+
+
+def modules(package: Path, *others: Path) -> dict[str, Path]:
+    """The modules of a package by name; `others` are packages that it has in folders beside it."""
+    found = {}
+    for folder in (package, *others):
+        name = package.name if folder == package else f"{package.name}.{folder.name}"
+        for file in sorted(folder.rglob("*.py")):
+            parts = file.relative_to(folder).with_suffix("").parts
+            found[".".join((name, *parts)).removesuffix(".__init__")] = file
+    return found
+
+
+def imports(module: str, known: Mapping[str, Path]) -> Iterator[str]:
+    """The modules that a module imports, on every level and for type checkers alone too."""
+    package = module.partition(".")[0]
+    for node in ast.walk(ast.parse(known[module].read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            # The version is all that modules take of the package that they are in.
+            if name.partition(".")[0] != package or name == f"{package}.__version__":
+                continue
+            while name not in known:
+                name = name.rpartition(".")[0]
+            while name and name != module:
+                yield name
+                # Packages on the way are imported too; those around the module have been.
+                name = name.rpartition(".")[0]
+                if f"{module}.".startswith(f"{name}."):
+                    break
+
+
+def circle(known: Mapping[str, Path]) -> list[str]:
+    """Modules that import each other in this order; empty if there are none."""
+    try:
+        TopologicalSorter({name: set(imports(name, known)) for name in known}).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def rooms(page: str) -> list[tuple[str, ...]]:
+    """What each row of the table of rooms names, from the top."""
+    table = page.partition("\n| room |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| (`[^|]+) \|", table, re.MULTILINE)
+    return [tuple(re.findall(r"`([^`]+)`", row)) for row in rows]
+
+
+def row_of(file: str, rows: Sequence[Sequence[str]]) -> int:
+    """The row of a file, which is that of the longest name that fits."""
+    fits = {
+        len(name): number
+        for number, names in enumerate(rows)
+        for name in names
+        if file == name or (name.endswith("/") and file.startswith(name))
+    }
+    assert fits, f"{file} is in no room of CONTRIBUTING.md"
+    return fits[max(fits)]
+
+
+def upwards(
+    known: Mapping[str, Path], roots: Sequence[Path], rows: Sequence[Sequence[str]]
+) -> list[str]:
+    """The imports that lead to a room above, as "file -> file"."""
+
+    def inside(path: Path) -> str:
+        root = next(root for root in roots if path.is_relative_to(root))
+        return path.relative_to(root).as_posix()
+
+    found = []
+    for name, path in known.items():
+        for other in dict.fromkeys(imports(name, known)):
+            pair = inside(path), inside(known[other])
+            if row_of(pair[1], rows) < row_of(pair[0], rows):
+                found.append(" -> ".join(pair))
+    return found
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert circle(modules(PACKAGE, ROOT / "kernels")) == []
+
+
+def test_rooms_depend_downwards_only() -> None:
+    rows = rooms((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    known = modules(PACKAGE, ROOT / "kernels")
+    assert upwards(known, (PACKAGE, ROOT), rows) == []
+    files = [path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")]
+    named = [name for names in rows for name in names if name != "kernels/"]
+    assert [name for name in named if not any(file.startswith(name) for file in files)] == []
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("from p.high import top", True),
+        ("def f():\n    import p.high.top", True),
+        ("if TYPE_CHECKING:\n    from p.high.top import f", True),
+        ("from p.low import other", False),
+        ("from p import __version__", False),
+        ("from p import name", True),
+        ("import json", False),
+    ],
+)
+def test_a_wrong_import_is_seen(tmp_path: Path, code: str, found: bool) -> None:
+    package = tmp_path / "p"
+    for name, text in {
+        "__init__.py": "from p.high import top",
+        "high/__init__.py": "",
+        "high/top.py": "from p.low import leaf",
+        "low/__init__.py": "",
+        "low/leaf.py": code,
+        "low/other.py": "",
+    }.items():
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text(text)
+    known = modules(package)
+    rows = rooms("\n| room | what |\n|---|---|\n| `high/`, `__init__.py` | |\n| `low/` | |\n\n")
+    assert bool(circle(known)) == found
+    assert bool(upwards(known, [package], rows)) == found
+
+
+def test_packages_on_the_way_are_imported_too(tmp_path: Path) -> None:
+    package = tmp_path / "p"
+    for name, text in {
+        "__init__.py": "",
+        "models/__init__.py": "from p.models import load",
+        "models/load.py": "from p.reading import read",
+        "models/base.py": "",
+        "reading/__init__.py": "",
+        "reading/read.py": "from p.models import base",
+    }.items():
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text(text)
+    assert set(circle(modules(package))) == {"p.models", "p.models.load", "p.reading.read"}
 
 
 def test_every_module_has_its_tests() -> None:

@@ -1,4 +1,4 @@
-"""Tiny models and tasks for the tests of the engine, the models, evaluation and the command line.
+"""Tiny models and tasks for the tests of training, the models, evaluation and the command line.
 
 The models are real open_clip architectures, small enough that a run takes a fraction of a second.
 """

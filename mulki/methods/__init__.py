@@ -10,6 +10,7 @@ import importlib
 import pkgutil
 from dataclasses import fields
 
+from mulki.choices.options import option
 from mulki.choices.registration import place_of, register
 from mulki.errors import InputError, nearest
 from mulki.methods.base import (
@@ -32,6 +33,7 @@ __all__ = [
     "TaskStart",
     "available",
     "get",
+    "option",
 ]
 
 
@@ -40,7 +42,7 @@ def available() -> dict[str, type[Method]]:
 
     Raises:
         InputError: two methods of one name, or one that lacks its summary or has an option that is
-            not made by `mulki.choices.options.option`.
+            not made by `mulki.methods.option`.
     """
     for module in pkgutil.iter_modules(__path__, f"{__name__}."):
         importlib.import_module(module.name)
@@ -79,6 +81,6 @@ def _check(cls: type[Method]) -> None:
     for name in [*hints, *names]:
         if name not in names or "help" not in names[name].metadata:
             raise InputError(
-                f"{where}: option {name} is no field made by mulki.choices.options.option; write "
+                f"{where}: option {name} is no field made by mulki.methods.option; write "
                 f'{name}: float = option(1.0, "what it does") in a dataclass'
             )

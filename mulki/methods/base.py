@@ -1,7 +1,7 @@
-"""The interface between the engine and a method, which says what is trained.
+"""The interface between training and a method, which says what is trained.
 
 A method never calls an encoder. It declares which features it needs, and its losses are a function
-of those features, the targets and its own state. Only the engine encodes, so caching of frozen
+of those features, the targets and its own state. Only `mulki.train` encodes, so caching of frozen
 teachers, precision, micro-batches and several processes are written once. A method may also prepare
 a task, add terms on parameters, act after each step and after each task.
 """

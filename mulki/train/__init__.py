@@ -1,1 +1,1 @@
-"""The engine: runs a sequence of tasks. Encoders are called here and in evaluation only."""
+"""Training on a sequence of tasks. Encoders are called here and in evaluation only."""

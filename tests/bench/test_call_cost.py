@@ -16,9 +16,6 @@ from mulki.bench.cases import (
     Case,
 )
 from mulki.bench.losses import EAGER
-from mulki.bench.point import measure_case
-from mulki.bench.report import Quantiles
-from tests.bench.bench_helpers import VERIFIED
 
 
 def test_providers_take_turns() -> None:
@@ -43,25 +40,6 @@ def test_providers_take_turns() -> None:
     order.clear()
     call_cost.take_turns({name: call(name) for name in "abc"}, seconds=0.0)
     assert order == before
-
-
-def test_ratios_are_those_of_the_same_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both slow down together from round to round; the ratio does not."""
-
-    def turns(
-        calls: dict[str, object], seconds: float, least_rounds: int = 4
-    ) -> dict[str, list[float]]:
-        return {"eager": [1.0, 2.0, 4.0, 8.0], "mulki": [0.5, 1.0, 2.0, 4.0]}
-
-    monkeypatch.setattr(call_cost, "take_turns", turns)
-    results = measure_case(VERIFIED, ("eager", "mulki"), ("both",), seconds=0.01)
-    ratio = results[1].metrics["speedup_over_eager"]
-    assert (ratio.low, ratio.median, ratio.high) == (2.0, 2.0, 2.0)
-    assert results[1].metrics["speed"].median == 1500.0
-    rate = VERIFIED.operations("both") / 1e9
-    assert results[1].metrics["throughput"].high == pytest.approx(
-        Quantiles.of([rate / t for t in (0.5, 1.0, 2.0, 4.0)]).high
-    )
 
 
 def test_the_clock_runs_for_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,10 @@ from torch import Tensor
 from mulki.bench.cases import (
     MODES,
     OPERATORS,
-    PAIRED,
     Case,
 )
 from mulki.bench.losses import EAGER, MULKI
-from mulki.bench.outcomes import in_chunks, outcome
+from mulki.bench.outcomes import outcome
 from mulki.bench.point import measure_case
 from mulki.bench.providers import PROVIDERS, Provider
 from mulki.bench.verify import Verifier
@@ -118,18 +117,6 @@ def test_rounded_logits_are_forgiven_to_others_alone() -> None:
     assert any("gradient of features" in p for p in verifier.problems(eager, strict=True))
     of_ours = {name for name, provider in PROVIDERS.items() if provider.strict}
     assert of_ours == {"mulki", "mulki-graph", "mulki-reference"}
-
-
-@pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "similarity"])
-@pytest.mark.parametrize("rows", [1, 4, 11])
-def test_chunks_of_rows_add_up_to_the_whole(operator: str, rows: int) -> None:
-    case = Case(operator, 11, 11 if operator in PAIRED else 6, 8, "float32")
-    inputs = case.inputs(torch.float64)
-    whole = outcome(EAGER[operator], inputs)
-    chunks = in_chunks(case, inputs, most=rows * case.p)
-    assert chunks.keys() == whole.keys()
-    for name, value in whole.items():
-        torch.testing.assert_close(chunks[name], value, rtol=1e-12, atol=1e-13)
 
 
 def test_a_large_case_is_verified_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from mulki.report.comparison.groups import Comparison
+from mulki.report.comparison.compare import Comparison
 from mulki.report.comparison.tables import print_comparison
 from mulki.runs.answers import Answers
 from mulki.runs.folder import RunFolder

@@ -13,8 +13,8 @@ from torch import Tensor
 from mulki.clip.exporting.checks import TEXTS, export_folder, largest_difference, need_packages
 from mulki.clip.exporting.siglip import siglip_config, siglip_tokenizer
 from mulki.clip.exporting.towers import transformer_config
-from mulki.clip.huggingface.names import to_huggingface
 from mulki.clip.models import VisionLanguageModel, quiet_transformers
+from mulki.clip.models.huggingface.names import to_huggingface
 from mulki.errors import InputError
 
 # Of the vocabulary that open_clip and transformers have in common.

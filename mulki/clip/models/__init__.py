@@ -1,4 +1,4 @@
-"""Models: any open_clip model as the student, behind the methods that the engine calls.
+"""Models: any open_clip model as the student, behind the methods that training calls.
 
 open_clip is imported when a model is loaded, not before.
 """

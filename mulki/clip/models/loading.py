@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mulki.clip.huggingface.reading import SCHEMA, load_huggingface
 from mulki.clip.models.bundled import BUNDLED, load_bundled
+from mulki.clip.models.huggingface.reading import SCHEMA, load_huggingface
 from mulki.clip.models.open_clip_models import load_open_clip
 from mulki.clip.models.vision_language import VisionLanguageModel
 from mulki.errors import InputError

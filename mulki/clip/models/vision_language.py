@@ -1,4 +1,4 @@
-"""A model as the engine uses it: any open_clip model behind a few methods."""
+"""A model as training uses it: any open_clip model behind a few methods."""
 
 from __future__ import annotations
 

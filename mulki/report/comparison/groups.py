@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from mulki.report import tables
-from mulki.report.comparison.orders import over_orders
 from mulki.runs.intervals import Difference, RunAnswers, mean_interval
 from mulki.runs.reading import RunData
 
@@ -151,48 +150,3 @@ class Section:
         """The tasks of captions, of which all figures are of recall@1 in place of accuracy."""
         found = {name for group in self.groups for run in group.runs for name in run.captions}
         return tuple(task for task in self.tasks if task in found)
-
-
-@dataclass(frozen=True, eq=False)
-class Comparison:
-    """What a comparison found.
-
-    Args:
-        sections: one for each order of tasks.
-        warnings: all that a reader has to be warned of.
-        unlike: those of them that say what else than the method differs: the start, the images, the
-            prompts or the protocol.
-    """
-
-    sections: tuple[Section, ...]
-    warnings: tuple[str, ...]
-    unlike: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The numbers for JSON; an interval that is undefined is null."""
-        return {
-            "sections": [
-                {
-                    "name": section.name,
-                    "tasks": list(section.tasks),
-                    "groups": [
-                        {
-                            "label": group.label,
-                            "runs": [str(run.path) for run in group.runs],
-                            "seeds": [run.seed for run in group.runs],
-                            "uses": group.uses,
-                            "metrics": {
-                                name: {"mean": middle, "half_width": half}
-                                for name, (middle, half) in group.means.items()
-                            },
-                        }
-                        for group in section.groups
-                    ],
-                    "baseline": section.baseline,
-                    "differences": [asdict(against) for against in section.differences],
-                }
-                for section in self.sections
-            ],
-            "orders": [each.to_dict() for each in over_orders(self.sections)],
-            "warnings": list(self.warnings),
-        }

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from mulki.errors import InputError, counted
 from mulki.files import write_atomic
+from mulki.report.comparison.compare import Comparison
 from mulki.report.comparison.figures import SectionPlots, section_plots
-from mulki.report.comparison.groups import TITLES, Comparison, Section
+from mulki.report.comparison.groups import TITLES, Section
 from mulki.report.comparison.orders import OverOrders, over_orders
 from mulki.report.comparison.tables import LEGEND, difference_text, mean_text
 from mulki.report.pages import page_file, render

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mulki.report.comparison.groups import Section
 from mulki.runs.intervals import Difference, mean_interval, seed_differences
-
-if TYPE_CHECKING:
-    from mulki.report.comparison.groups import Section
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mulki.report.comparison.groups import TITLES, Comparison
+from mulki.report.comparison.compare import Comparison
+from mulki.report.comparison.groups import TITLES
 from mulki.report.comparison.orders import over_orders
 from mulki.report.tables import column_blocks, recall_note
 from mulki.runs.intervals import Difference

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from mulki.clip.exporting.huggingface import export_huggingface
-from mulki.clip.huggingface.names import to_huggingface
-from mulki.clip.huggingface.reading import load_huggingface
 from mulki.clip.models import VisionLanguageModel
+from mulki.clip.models.huggingface.names import to_huggingface
+from mulki.clip.models.huggingface.reading import load_huggingface
 from mulki.errors import InputError
-from tests.clip.huggingface import folders
+from tests.clip.models.huggingface import folders
 
 Load = Callable[..., VisionLanguageModel]
 transformers = pytest.importorskip("transformers", reason="needs transformers")

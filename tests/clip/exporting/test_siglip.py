@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from mulki.clip.exporting.siglip import siglip_config, siglip_tokenizer
-from mulki.clip.huggingface.reading import load_huggingface
+from mulki.clip.models.huggingface.reading import load_huggingface
 from mulki.errors import InputError
-from tests.clip.huggingface.folders import saved, siglip_model, tokenizer_of_words
+from tests.clip.models.huggingface.folders import saved, siglip_model, tokenizer_of_words
 
 
 def test_the_configuration_and_the_words_are_those_that_came_in(tmp_path: Path) -> None:

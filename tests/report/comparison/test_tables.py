@@ -7,8 +7,8 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from mulki.report.comparison.compare import compare
-from mulki.report.comparison.groups import TITLES, Comparison
+from mulki.report.comparison.compare import Comparison, compare
+from mulki.report.comparison.groups import TITLES
 from mulki.report.comparison.tables import WIDTH, difference_text, mean_text, print_comparison
 from mulki.runs.intervals import Difference
 from tests.report.report_helpers import Make

@@ -31,9 +31,8 @@ task_folders = train_helpers.task_folders
 
 METHOD = """
     from dataclasses import dataclass
-    from mulki.methods import Method
+    from mulki.methods import Method, option
     from mulki.methods.finetune import Finetune
-    from mulki.choices.options import option
 
     class Halved(Finetune):
         name = "halved"

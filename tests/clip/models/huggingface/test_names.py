@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mulki.clip.huggingface.names import from_huggingface, to_huggingface
 from mulki.clip.models import VisionLanguageModel
+from mulki.clip.models.huggingface.names import from_huggingface, to_huggingface
 from mulki.errors import InputError
 from tests.train_helpers import load_tiny, same_state, state_of, tiny_models
 

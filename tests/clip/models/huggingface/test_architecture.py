@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from mulki.clip.huggingface.architecture import architecture_of
+from mulki.clip.models.huggingface.architecture import architecture_of
 from mulki.errors import InputError
-from tests.clip.huggingface.folders import clip_model, siglip_model
+from tests.clip.models.huggingface.folders import clip_model, siglip_model
 
 
 def config(model: Any, **changes: Any) -> dict[str, Any]:

@@ -11,10 +11,10 @@ import torch
 
 from mulki.clip import models
 from mulki.clip.exporting.huggingface import export_huggingface
-from mulki.clip.huggingface.reading import load_huggingface
+from mulki.clip.models.huggingface.reading import load_huggingface
 from mulki.errors import InputError
 from mulki.train.saving.checkpoints import load_checkpoint, publish, save_weights
-from tests.clip.huggingface.folders import (
+from tests.clip.models.huggingface.folders import (
     clip_model,
     of_transformers,
     saved,

@@ -7,19 +7,17 @@ import logging
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from mulki.clip.huggingface.architecture import Architecture, architecture_of
-from mulki.clip.huggingface.names import from_huggingface
+from mulki.clip.models.huggingface.architecture import Architecture, architecture_of
+from mulki.clip.models.huggingface.names import from_huggingface
+from mulki.clip.models.vision_language import VisionLanguageModel
 from mulki.clip.offline import offline
 from mulki.clip.tensor_files import load_tensors
 from mulki.errors import InputError
 from mulki.files import check_regular
-
-if TYPE_CHECKING:
-    from mulki.clip.models import VisionLanguageModel
 
 #: How `--model` names such a folder.
 SCHEMA = "hf-local"
@@ -64,8 +62,6 @@ def load_huggingface(folder: str) -> VisionLanguageModel:
 
 def _load(path: Path) -> VisionLanguageModel:
     from open_clip.transform import PreprocessCfg, image_transform_v2
-
-    from mulki.clip.models import VisionLanguageModel
 
     if not path.is_dir():
         raise InputError("no such folder")
