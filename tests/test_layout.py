@@ -100,12 +100,15 @@ def modules(package: Path, *others: Path) -> dict[str, Path]:
 def imports(module: str, known: Mapping[str, Path]) -> Iterator[str]:
     """The modules that a module imports, on every level and for type checkers alone too."""
     package = module.partition(".")[0]
+    inside = module if known[module].name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(known[module].read_text(encoding="utf-8"))):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module is not None:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = inside.split(".")[: inside.count(".") + 2 - node.level] if node.level else []
+            origin = ".".join((*above, node.module) if node.module else above)
+            names = [f"{origin}.{alias.name}" for alias in node.names]
         for name in names:
             # The version is all that modules take of the package that they are in.
             if name.partition(".")[0] != package or name == f"{package}.__version__":
@@ -185,7 +188,9 @@ def test_rooms_depend_downwards_only() -> None:
         ("from p.high import top", True),
         ("def f():\n    import p.high.top", True),
         ("if TYPE_CHECKING:\n    from p.high.top import f", True),
+        ("from ..high import top", True),
         ("from p.low import other", False),
+        ("from . import other", False),
         ("from p import __version__", False),
         ("from p import name", True),
         ("import json", False),
