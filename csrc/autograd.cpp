@@ -1,13 +1,13 @@
 // Gradients as in mulki/ops/autograd.py, which serves all devices; here a small call does not pay
 // for Python.
 //
-// The reduced forms have computed them already: their last results are the gradients of their first
-// arguments. The backward pass multiplies them by the upstream gradient of the loss. If that is 1
-// and the graph goes with this backward pass, they are handed over as they are. similarity calls
-// its backward operator.
+// Beside a sum or a mean an operator returns the gradients of its first arguments. The backward pass
+// multiplies them by the upstream gradient of the loss. If that is 1 and nothing needs the graph
+// after this backward pass, they are handed over as they are. For a loss per row, and for the two
+// losses of pair_kl where their upstream gradients differ, the operator is called again.
 //
 // A gradient has no gradient of its own: with a graph of the backward pass it goes through
-// mulki::scaled and mulki::similarity_backward, which refuse one.
+// mulki::scaled and the operators of mulki, which refuse one.
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/mul.h>
@@ -15,9 +15,7 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
-#include <array>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -25,8 +23,12 @@ namespace mulki {
 namespace {
 
 using at::Tensor;
+using c10::IValue;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
+using torch::jit::Stack;
+
+constexpr size_t kAsked = 3; // the last arguments: grad, reduction, wanted
 
 // Whether this backward pass has no graph of its own, and neither a mode nor a transform sees it. A
 // batch of upstream gradients is a transform.
@@ -50,7 +52,67 @@ Tensor scaled(const Tensor& grad, const Tensor& stored, const Tensor& leaf) {
   return op.call(grad, stored, leaf);
 }
 
-struct Reduced : torch::autograd::Function<Reduced> {
+// The arguments of a call, kept until its backward pass: tensors as autograd saves them, so that
+// one that is overwritten meanwhile is noticed.
+class Arguments {
+ public:
+  explicit Arguments(AutogradContext* context) : context_(context) {}
+
+  void keep(at::ArrayRef<IValue> values, variable_list& saved) {
+    c10::impl::GenericList rest(c10::AnyType::get());
+    const auto keep_tensor = [&](const Tensor& t) {
+      // Inference tensors, as frozen prototypes may be, cannot be saved, only kept.
+      if (t.is_inference()) {
+        context_->saved_data["tensor " + std::to_string(saved.size())] = t;
+      }
+      saved.push_back(t.is_inference() ? Tensor() : t);
+    };
+    for (const IValue& value : values) {
+      if (value.isTensor()) {
+        keep_tensor(value.toTensor());
+        rest.push_back(true);
+      } else if (value.isTensorList()) {
+        for (const Tensor& t : value.toTensorVector()) {
+          keep_tensor(t);
+        }
+        rest.push_back(int64_t(value.toListRef().size()));
+      } else {
+        rest.push_back(value);
+      }
+    }
+    context_->saved_data["arguments"] = rest;
+  }
+
+  // Pushes the arguments; their tensors begin at place `at` of what was saved.
+  void push(const c10::FunctionSchema& schema, const variable_list& saved, size_t at, Stack& to) {
+    const auto next = [&] {
+      const Tensor& t = saved[at];
+      return t.defined() ? (++at, t)
+                         : context_->saved_data["tensor " + std::to_string(at++)].toTensor();
+    };
+    const c10::List<IValue> rest = context_->saved_data["arguments"].toList();
+    for (size_t i = 0; i < rest.size(); ++i) {
+      const IValue value = rest.get(i);
+      const c10::TypePtr& type = schema.arguments()[i].type();
+      if (type->isSubtypeOf(*c10::ListType::ofTensors())) {
+        std::vector<Tensor> tensors;
+        for (int64_t k = 0; k < value.toInt(); ++k) {
+          tensors.push_back(next());
+        }
+        to.emplace_back(std::move(tensors));
+      } else if (c10::TensorType::get()->isSubtypeOf(*type) && !value.isNone()) {
+        to.emplace_back(next());
+      } else {
+        to.push_back(value);
+      }
+    }
+  }
+
+ private:
+  AutogradContext* context_;
+};
+
+struct Rule : torch::autograd::Function<Rule> {
   // Compiled autograd may trace `backward`: under its modes nothing is read on the host.
   static constexpr bool is_traceable = true;
 
@@ -60,45 +122,97 @@ struct Reduced : torch::autograd::Function<Reduced> {
       at::TensorList leaves,
       const c10::OperatorHandle& op,
       c10::DispatchKeySet keys,
-      torch::jit::Stack* stack) {
+      Stack* stack) {
+    const auto& schema = op.schema();
+    const std::string reduction = torch::jit::peek(*stack, 1, kAsked).toStringRef();
+    const size_t count = schema.arguments().size() - kAsked;
+    const auto all = torch::jit::last(*stack, count + kAsked);
+    const std::vector<IValue> arguments(all.begin(), all.begin() + count);
     op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+    Tensor loss = torch::jit::peek(*stack, 0, schema.returns().size()).toTensor();
+
+    const bool two_losses = reduction != "none" && loss.dim() == 1;
     variable_list saved;
     for (const Tensor& leaf : leaves) {
-      // Inference tensors cannot be saved. One that requires grad is an error of torch.
+      // An inference tensor that requires grad is an error of torch.
       saved.push_back(leaf.requires_grad() ? leaf : Tensor());
     }
-    for (const c10::IValue& gradient : torch::jit::last(*stack, leaves.size())) {
+    for (const IValue& gradient : torch::jit::last(*stack, leaves.size())) {
       saved.push_back(gradient.toTensor());
     }
+    if (reduction == "none" || two_losses) {
+      Arguments(context).keep(arguments, saved);
+    }
+    context->saved_data["op"] = schema.name().substr(schema.name().find("::"));
+    context->saved_data["reduction"] = reduction;
+    context->saved_data["leaves"] = int64_t(leaves.size());
     context->save_for_backward(std::move(saved));
     context->set_materialize_grads(false);
-    return torch::jit::peek(*stack, 0, op.schema().returns().size()).toTensor();
+    return loss;
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& upstream) {
     const variable_list saved = context->get_saved_variables();
-    const size_t count = saved.size() / 2;
+    const size_t count = context->saved_data["leaves"].toInt();
     variable_list result(count + 3); // the other arguments of forward have none
-    if (upstream[0].defined()) {
-      const bool as_they_are = may_give_away(upstream[0]);
-      for (size_t i = 0; i < count; ++i) {
+    const Tensor& grad = upstream[0];
+    if (!grad.defined()) {
+      return result;
+    }
+    const bool rows = context->saved_data["reduction"].toStringRef() == "none";
+    if (rows || (grad.dim() == 1 && !(is_plain_backward(grad) && are_equal(grad)))) {
+      call_again(context, saved, grad, result);
+      return result;
+    }
+    const Tensor factor = grad.dim() == 1 ? grad[0] : grad;
+    const bool as_they_are = may_give_away(factor);
+    for (size_t i = 0; i < count; ++i) {
+      if (context->needs_input_grad(i)) {
         const Tensor &leaf = saved[i], &stored = saved[count + i];
-        if (context->needs_input_grad(i)) {
-          // Autograd would take an empty one for the zero gradient of a number.
-          TORCH_CHECK(
-              stored.sym_sizes() == leaf.sym_sizes(), "wanted[", i,
-              "]: got False, wanted True as the argument requires grad");
-          // Autograd converts it to the dtype of the leaf.
-          result[i] = as_they_are ? stored : scaled(upstream[0], stored, leaf);
-        }
+        // Autograd would take an empty one for the zero gradient of a number.
+        TORCH_CHECK(
+            stored.sym_sizes() == leaf.sym_sizes(), "wanted[", i,
+            "]: got False, wanted True as the argument requires grad");
+        // Autograd converts it to the dtype of the leaf.
+        result[i] = as_they_are ? stored : scaled(factor, stored, leaf);
       }
     }
     return result;
   }
+
+ private:
+  static bool are_equal(const Tensor& grad) {
+    return grad[0].item<double>() == grad[1].item<double>();
+  }
+
+  static void call_again(
+      AutogradContext* context,
+      const variable_list& saved,
+      const Tensor& grad,
+      variable_list& result) {
+    const size_t count = result.size() - 3;
+    const char* space = is_plain_backward(grad) ? "mulki_cpp" : "mulki";
+    const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(
+        (space + context->saved_data["op"].toStringRef()).c_str(), "");
+    Stack stack;
+    Arguments(context).push(op.schema(), saved, 2 * count, stack);
+    c10::List<bool> wanted;
+    for (size_t i = 0; i < count; ++i) {
+      wanted.push_back(context->needs_input_grad(i));
+    }
+    stack.insert(stack.end(), {grad, context->saved_data["reduction"], wanted});
+    op.callBoxed(stack);
+    for (size_t i = 0; i < count; ++i) {
+      if (wanted[i]) {
+        result[i] = stack[stack.size() - count + i].toTensor();
+      }
+    }
+  }
 };
 
-// The last argument of a reduced form says of each leaf whether its gradient is wanted.
-void reduced(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+// The last argument of an operator says of each leaf whether its gradient is wanted.
+void differentiable(
+    const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const size_t arguments = op.schema().arguments().size();
   const size_t count = stack->back().toBoolList().size();
   std::vector<Tensor> leaves;
@@ -113,99 +227,17 @@ void reduced(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit
     return;
   }
   // A list of another kind would not be searched for leaves.
-  Tensor loss = Reduced::apply(at::TensorList(leaves), op, keys, stack);
+  Tensor loss = Rule::apply(at::TensorList(leaves), op, keys, stack);
   torch::jit::peek(*stack, 0, op.schema().returns().size()) = std::move(loss);
-}
-
-using Gradients = std::tuple<Tensor, Tensor, Tensor>;
-
-Gradients similarity_gradients(
-    const Tensor& grad,
-    const Tensor& features,
-    const Tensor& prototypes,
-    const Tensor& scale,
-    bool normalize,
-    std::array<bool, 3> wanted) {
-  static const auto find = [](const char* name) {
-    return c10::Dispatcher::singleton()
-        .findSchemaOrThrow(name, "")
-        .typed<decltype(similarity_gradients)>();
-  };
-  static const auto kernel = find("mulki_cpp::similarity_backward");
-  static const auto watched = find("mulki::similarity_backward");
-  return (is_plain_backward(grad) ? kernel : watched)
-      .call(grad, features, prototypes, scale, normalize, wanted);
-}
-
-struct Similarity : torch::autograd::Function<Similarity> {
-  static constexpr bool is_traceable = true;
-
-  static Tensor forward(
-      AutogradContext* context,
-      const Tensor& features,
-      const Tensor& prototypes,
-      const Tensor& scale,
-      bool normalize) {
-    context->saved_data["normalize"] = normalize;
-    // Inference tensors, as frozen prototypes may be, cannot be saved, only kept.
-    variable_list saved{features, prototypes, scale};
-    for (size_t i = 0; i < saved.size(); ++i) {
-      if (saved[i].is_inference()) {
-        context->saved_data[std::to_string(i)] = std::exchange(saved[i], Tensor());
-      }
-    }
-    context->save_for_backward(std::move(saved));
-    context->set_materialize_grads(false);
-    return below(features, prototypes, scale, normalize);
-  }
-
-  static variable_list backward(AutogradContext* context, const variable_list& upstream) {
-    if (!upstream[0].defined()) {
-      return variable_list(4);
-    }
-    variable_list saved = context->get_saved_variables();
-    std::array<bool, 3> wanted;
-    for (size_t i = 0; i < saved.size(); ++i) {
-      wanted[i] = context->needs_input_grad(i);
-      if (!saved[i].defined()) {
-        saved[i] = context->saved_data[std::to_string(i)].toTensor();
-      }
-    }
-    auto [dx, dw, dscale] = similarity_gradients(
-        upstream[0], saved[0], saved[1], saved[2], context->saved_data["normalize"].toBool(),
-        wanted);
-    const auto if_wanted = [&](size_t i, Tensor gradient) {
-      return wanted[i] ? gradient : Tensor();
-    };
-    return {if_wanted(0, dx), if_wanted(1, dw), if_wanted(2, dscale), Tensor()};
-  }
-
-  static Tensor below(
-      const Tensor& features, const Tensor& prototypes, const Tensor& scale, bool normalize) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("mulki_cpp::similarity", "")
-                               .typed<decltype(below)>();
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return op.call(features, prototypes, scale, normalize);
-  }
-};
-
-Tensor similarity(
-    const Tensor& features, const Tensor& prototypes, const Tensor& scale, bool normalize) {
-  const bool differentiable = at::GradMode::is_enabled() &&
-      (features.requires_grad() || prototypes.requires_grad() || scale.requires_grad());
-  return differentiable ? Similarity::apply(features, prototypes, scale, normalize)
-                        : Similarity::below(features, prototypes, scale, normalize);
 }
 
 } // namespace
 
 TORCH_LIBRARY_IMPL(mulki_cpp, AutogradCPU, m) {
-  m.impl("similarity", &similarity);
   for (const char* op :
-       {"prototype_cross_entropy_reduced", "teacher_kl_reduced", "contrastive_reduced",
-        "siglip_reduced", "pair_kl_reduced"}) {
-    m.impl(op, torch::CppFunction::makeFromBoxedFunction<&reduced>());
+       {"similarity", "prototype_cross_entropy", "teacher_kl", "contrastive", "siglip",
+        "pair_kl"}) {
+    m.impl(op, torch::CppFunction::makeFromBoxedFunction<&differentiable>());
   }
 }
 

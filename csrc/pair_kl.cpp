@@ -32,7 +32,7 @@ struct Arguments {
   const std::optional<Tensor>& weights;
   double temperature;
   Gate gate;
-  bool scale_by_t2;
+  bool scale_by_t2, labels;
 
   int64_t n() const {
     return image_features.size(0);
@@ -42,6 +42,10 @@ struct Arguments {
   }
   double t2() const {
     return scale_by_t2 ? temperature * temperature : 1.0;
+  }
+  // The place of the labels' distribution.
+  int64_t place_of_labels() const {
+    return temperature == 1 ? 0 : k() + 1;
   }
 };
 
@@ -67,28 +71,17 @@ std::vector<PairOperands> models_of(const Arguments& a) {
 
 // That of the student, and those of the teachers. If the labels need another temperature, theirs
 // is the last one.
-std::vector<PairDistribution> distributions_of(const Arguments& a, bool labels) {
+std::vector<PairDistribution> distributions_of(const Arguments& a) {
   const double scale = value_of(a.logit_scale);
   std::vector<PairDistribution> out{{0, float(scale / a.temperature)}};
   const Tensor scales = a.teacher_scales.to(at::kDouble).contiguous();
   for (int64_t i = 0; i < a.k(); ++i) {
     out.push_back({i + 1, float(scales.const_data_ptr<double>()[i] / a.temperature)});
   }
-  if (labels && a.temperature != 1) {
+  if (a.labels && a.temperature != 1) {
     out.push_back({0, float(scale)});
   }
   return out;
-}
-
-// Calls run(pairs) with a PairSoftmax of the arguments.
-template <typename F>
-auto with_softmax(const Arguments& a, bool labels, std::array<bool, 3> wanted, const F& run) {
-  const int64_t depth = smallest_width(a.image_features, a.teacher_image_features);
-  return with_engine(a.image_features.scalar_type(), depth, [&](auto engine) {
-    PairSoftmax<decltype(engine)> pairs(
-        models_of(a), distributions_of(a, labels), wanted[0], wanted[1]);
-    return run(pairs);
-  });
 }
 
 // By-products, [2, N, K]: of the rows, then of the columns.
@@ -163,33 +156,45 @@ void add_divergences(
   }
 }
 
-std::vector<PairCoefficients> coefficients_from(SumsOfPairs& sums) {
-  std::vector<PairCoefficients> out;
-  for (size_t d = 0; d < sums.rows.size(); ++d) {
-    out.emplace_back(std::move(sums.rows[d].lse), std::move(sums.columns[d].lse));
-  }
-  return out;
-}
-
-struct Result {
-  explicit Result(const Arguments& a) : details(a), loss(a.n()), labels(a.n()) {}
-
-  Details details;
-  std::vector<double> loss, labels; // [N], the divergences and the loss of contrastive
-};
-
-void finish(const Arguments& a, bool labels, const SumsOfPairs& sums, Result& out) {
-  const std::vector<PairDistribution> distributions = distributions_of(a, labels);
+// Both passes: fills `details`, adds the losses of the divergences and, if asked for, of the labels,
+// and returns the gradient of the scale.
+template <typename Engine>
+double compute(
+    const Arguments& a,
+    const Upstream& of_divergences,
+    const Upstream& of_labels,
+    std::array<bool, 3> wanted,
+    const Details& details,
+    std::vector<double>& loss,
+    std::vector<double>& labels,
+    Grads& grads) {
+  const bool any = wanted[0] || wanted[1] || wanted[2];
+  const std::vector<PairDistribution> distributions = distributions_of(a);
+  PairSoftmax<Engine> pairs(models_of(a), distributions, wanted[0], wanted[1]);
+  const std::optional<ProductCache> cache = pairs.cache_if(any);
+  SumsOfPairs sums = pairs.sums(cache);
   for (int64_t side = 0; side < 2; ++side) {
-    finish_side(a, side, sums, distributions, out.details, out.loss);
+    finish_side(a, side, sums, distributions, details, loss);
   }
-  const int64_t place = a.temperature == 1 ? 0 : a.k() + 1; // of the labels' distribution
-  for (int64_t i = 0; i < a.n() && labels; ++i) {
-    out.labels[i] = sums.loss_of_labels(distributions[place], place, i);
+  const int64_t place = a.place_of_labels();
+  for (int64_t i = 0; i < a.n() && a.labels; ++i) {
+    labels[i] = sums.loss_of_labels(distributions[place], place, i);
   }
+  if (!any) {
+    return 0.0;
+  }
+  std::vector<PairCoefficients> coefficients;
+  for (size_t d = 0; d < sums.rows.size(); ++d) {
+    coefficients.emplace_back(std::move(sums.rows[d].lse), std::move(sums.columns[d].lse));
+  }
+  add_divergences(a, details.weights, of_divergences, coefficients);
+  if (a.labels) {
+    coefficients[place].add_labels(of_labels);
+  }
+  return pairs.gradients(coefficients, float(value_of(a.logit_scale)), grads, cache);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_kl(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pair_kl(
     const Tensor& image_features,
     const Tensor& text_features,
     const Tensor& logit_scale,
@@ -201,7 +206,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_kl(
     double gate_temperature,
     double gate_entropy,
     double gate_label,
-    bool scale_by_t2) {
+    bool scale_by_t2,
+    bool with_labels,
+    const std::optional<Tensor>& grad,
+    c10::string_view reduction,
+    std::array<bool, 3> wanted) {
   const Arguments a{
       image_features,
       text_features,
@@ -212,162 +221,51 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_kl(
       weights,
       temperature,
       {gate_entropy, gate_label, gate_temperature},
-      scale_by_t2};
+      scale_by_t2,
+      with_labels};
   check_shapes(a);
-  const int64_t n = a.n(), k = a.k();
-  Result out(a);
-  Tensor loss = empty_float({n}), lse = empty_float({2, 1 + k, n, 2});
-  if (n > 0) {
-    const SumsOfPairs sums =
-        with_softmax(a, false, {false, false, false}, [](auto& pairs) { return pairs.sums(); });
-    finish(a, false, sums, out);
-    std::copy(out.loss.begin(), out.loss.end(), loss.mutable_data_ptr<float>());
-    float* to = lse.mutable_data_ptr<float>();
-    for (const auto* side : {&sums.rows, &sums.columns}) {
-      for (const PairSums& of : *side) {
-        to = store_pairs(of.lse, to);
-      }
-    }
+  const int64_t n = a.n();
+  if (with_labels && grad.has_value()) {
+    TORCH_CHECK_VALUE(
+        grad->dim() > 0 && grad->size(0) == 2, "grad: got shape ", grad->sizes(),
+        ", wanted one for each of the two losses");
   }
-  return {loss, out.details.kl, out.details.weights, out.details.entropy, lse};
-}
-
-std::tuple<Tensor, Tensor, Tensor> pair_kl_backward(
-    const Tensor& grad,
-    const Tensor& image_features,
-    const Tensor& text_features,
-    const Tensor& logit_scale,
-    at::TensorList teacher_image_features,
-    at::TensorList teacher_text_features,
-    const Tensor& teacher_scales,
-    const Tensor& weights,
-    const Tensor& lse,
-    double temperature,
-    bool scale_by_t2,
-    std::array<bool, 3> wanted) {
-  const std::optional<Tensor> given = weights;
-  const Arguments a{image_features,        text_features,  logit_scale, teacher_image_features,
-                    teacher_text_features, teacher_scales, given,       temperature,
-                    {0.0, 0.0, 1.0},       scale_by_t2};
-  check_shapes(a);
-  const int64_t n = a.n(), k = a.k();
-  check_shape("grad", grad, {n});
-  check_shape("lse", lse, {2, 1 + k, n, 2});
-  Grads grads(image_features, text_features, image_features.scalar_type(), wanted[0], wanted[1]);
+  // The labels' loss is the first of the two.
+  const auto grad_of = [&](int64_t loss) -> std::optional<Tensor> {
+    return with_labels && grad.has_value() ? grad->select(0, loss) : grad;
+  };
+  const std::optional<Tensor> grad_of_labels = grad_of(0), grad_of_divergences = grad_of(1);
+  const Request of_labels(grad_of_labels, reduction), request(grad_of_divergences, reduction);
+  const Details details(a);
+  Grads grads(image_features, text_features, request.dtype(image_features), wanted[0], wanted[1]);
+  std::vector<double> loss(n), labels(n);
   double dscale = 0;
   if (n > 0) {
-    const Tensor sums = lse.to(at::kFloat).contiguous();
-    std::vector<PairCoefficients> coefficients;
-    for (int64_t d = 0; d < 1 + k; ++d) {
-      const float *rows = sums.const_data_ptr<float>() + 2 * d * n,
-                  *columns = rows + 2 * (1 + k) * n;
-      coefficients.emplace_back(sums_of_pairs(rows, n), sums_of_pairs(columns, n));
-    }
-    add_divergences(a, weights.to(at::kFloat).contiguous(), Upstream(grad), coefficients);
-    dscale = with_softmax(a, false, wanted, [&](auto& pairs) {
-      return pairs.gradients(coefficients, float(value_of(logit_scale)), grads);
+    const int64_t depth = smallest_width(image_features, teacher_image_features);
+    dscale = with_engine(image_features.scalar_type(), depth, [&](auto engine) {
+      return compute<decltype(engine)>(
+          a, request.upstream(n, n), of_labels.upstream(n, n), wanted, details, loss, labels,
+          grads);
     });
   }
-  return {grads.x, grads.w, scalar_if(wanted[2], dscale)};
-}
-
-struct Reduced {
-  double labels = 0, total = 0, dscale = 0;
-};
-
-// Both reduced forms: fills `out` and `grads`.
-Reduced reduced(
-    const Arguments& a,
-    bool labels,
-    bool mean,
-    std::array<bool, 3> wanted,
-    Result& out,
-    Grads& grads) {
-  const int64_t n = a.n();
-  Reduced sums;
-  if (n > 0) {
-    sums.dscale = with_softmax(a, labels, wanted, [&](auto& pairs) {
-      const bool any = wanted[0] || wanted[1] || wanted[2];
-      const std::optional<ProductCache> cache = pairs.cache_if(any);
-      SumsOfPairs of_pairs = pairs.sums(cache);
-      finish(a, labels, of_pairs, out);
-      if (!any) {
-        return 0.0;
-      }
-      std::vector<PairCoefficients> coefficients = coefficients_from(of_pairs);
-      const Upstream upstream(row_weight(mean, n));
-      add_divergences(a, out.details.weights, upstream, coefficients);
-      if (labels) {
-        coefficients[a.temperature == 1 ? 0 : a.k() + 1].add_labels(upstream);
-      }
-      return pairs.gradients(coefficients, float(value_of(a.logit_scale)), grads, cache);
-    });
-  }
-  for (int64_t i = 0; i < n; ++i) {
-    sums.labels += out.labels[i];
-    sums.total += out.loss[i];
-  }
-  if (mean) {
-    sums.labels /= double(n);
-    sums.total /= double(n);
-  }
-  return sums;
-}
-
-using ReducedResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-template <bool LABELS>
-ReducedResults reduced_form(
-    const Tensor& image_features,
-    const Tensor& text_features,
-    const Tensor& logit_scale,
-    at::TensorList teacher_image_features,
-    at::TensorList teacher_text_features,
-    const Tensor& teacher_scales,
-    const std::optional<Tensor>& weights,
-    double temperature,
-    double gate_temperature,
-    double gate_entropy,
-    double gate_label,
-    bool scale_by_t2,
-    bool mean,
-    std::array<bool, 3> wanted) {
-  const Arguments a{
-      image_features,
-      text_features,
-      logit_scale,
-      teacher_image_features,
-      teacher_text_features,
-      teacher_scales,
-      weights,
-      temperature,
-      {gate_entropy, gate_label, gate_temperature},
-      scale_by_t2};
-  check_shapes(a);
-  Result out(a);
-  Grads grads(image_features, text_features, at::kFloat, wanted[0], wanted[1]);
-  const Reduced sums = reduced(a, LABELS, mean, wanted, out, grads);
-  Tensor losses = scalar(sums.total);
-  if (LABELS) {
-    losses = at::stack({scalar(sums.labels), losses});
+  Tensor found = request.loss(loss);
+  if (with_labels && !grad.has_value()) {
+    found = at::stack({of_labels.loss(labels), found});
   }
   return {
-      losses,
-      out.details.kl,
-      out.details.weights,
-      out.details.entropy,
+      found,
+      request.detail(details.kl),
+      request.detail(details.weights),
+      request.detail(details.entropy),
       grads.x,
       grads.w,
-      scalar_if(wanted[2], sums.dscale)};
+      scalar_if(wanted[2], dscale)};
 }
 
 } // namespace
 
 TORCH_LIBRARY_IMPL(mulki_cpp, CPU, m) {
   m.impl("pair_kl", &pair_kl);
-  m.impl("pair_kl_backward", &pair_kl_backward);
-  m.impl("pair_kl_reduced", &reduced_form<false>);
-  m.impl("pair_kl_with_labels", &reduced_form<true>);
 }
 
 } // namespace mulki

@@ -50,72 +50,7 @@ struct CrossEntropy {
   float* loss;
 };
 
-struct Arguments {
-  Arguments(
-      const Tensor& features,
-      const Tensor& prototypes,
-      const Tensor& scale,
-      const Tensor& target,
-      const std::optional<Tensor>& class_mask,
-      double smoothing,
-      int64_t ignored)
-      : x(features), w(prototypes), smoothing(smoothing), ignored(ignored) {
-    check_prototypes(features, prototypes, scale);
-    const int64_t n = x.size(0), p = w.size(0);
-    this->scale = value_of(scale);
-    this->class_mask = checked_class_mask(class_mask, p);
-    this->target = checked_target(target, n, p, ignored, this->class_mask);
-  }
-
-  const Tensor &x, &w;
-  double scale, smoothing;
-  int64_t ignored;
-  std::optional<Tensor> class_mask;
-  Tensor target;
-};
-
-struct Result {
-  Tensor loss, dx, dw;
-  double dscale;
-};
-
-Result run(
-    const Arguments& a,
-    const Upstream& upstream,
-    at::ScalarType dtype,
-    std::array<bool, 3> wanted) {
-  const Tensor &x = a.x, &w = a.w;
-  Tensor loss = empty_float({x.size(0)});
-  Grads grads(x, w, dtype, wanted[0], wanted[1]);
-  double dscale = 0;
-  with_engine(x.scalar_type(), x.size(1), [&](auto engine) {
-    using Engine = decltype(engine);
-    const Tiling tiling = tiling_for<Engine>(x.size(0), w.size(0), 1, wanted[0] || wanted[1]);
-    std::vector<Model<typename Engine::Operand>> models;
-    models.emplace_back(x, w, a.scale);
-    const ActiveColumns columns(tiling, a.class_mask);
-    CrossEntropy rule{a.target.const_data_ptr<int64_t>(), a.ignored, a.smoothing, a.scale, upstream,
-                      loss.mutable_data_ptr<float>()};
-    RowSoftmax<Engine, CrossEntropy> driver(tiling, models, columns, rule, wanted[0], wanted[1]);
-    dscale = driver.run(float(a.scale), grads.x, grads.w);
-  });
-  return {loss, grads.x, grads.w, dscale};
-}
-
-Tensor prototype_cross_entropy(
-    const Tensor& features,
-    const Tensor& prototypes,
-    const Tensor& scale,
-    const Tensor& target,
-    const std::optional<Tensor>& class_mask,
-    double label_smoothing,
-    int64_t ignore_index) {
-  const Arguments a(features, prototypes, scale, target, class_mask, label_smoothing, ignore_index);
-  return run(a, Upstream(1.0), at::kFloat, {false, false, false}).loss;
-}
-
-std::tuple<Tensor, Tensor, Tensor> prototype_cross_entropy_backward(
-    const Tensor& grad,
+std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_cross_entropy(
     const Tensor& features,
     const Tensor& prototypes,
     const Tensor& scale,
@@ -123,38 +58,39 @@ std::tuple<Tensor, Tensor, Tensor> prototype_cross_entropy_backward(
     const std::optional<Tensor>& class_mask,
     double label_smoothing,
     int64_t ignore_index,
+    const std::optional<Tensor>& grad,
+    c10::string_view reduction,
     std::array<bool, 3> wanted) {
-  const Arguments a(features, prototypes, scale, target, class_mask, label_smoothing, ignore_index);
-  check_shape("grad", grad, {features.size(0)});
-  Result r = run(a, Upstream(grad), features.scalar_type(), wanted);
-  return {r.dx, r.dw, scalar_if(wanted[2], r.dscale)};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_cross_entropy_reduced(
-    const Tensor& features,
-    const Tensor& prototypes,
-    const Tensor& scale,
-    const Tensor& target,
-    const std::optional<Tensor>& class_mask,
-    double label_smoothing,
-    int64_t ignore_index,
-    bool mean,
-    std::array<bool, 3> wanted) {
-  const Arguments a(features, prototypes, scale, target, class_mask, label_smoothing, ignore_index);
-  const int64_t n = features.size(0);
-  const int64_t* y = a.target.const_data_ptr<int64_t>();
+  check_prototypes(features, prototypes, scale);
+  const int64_t n = features.size(0), p = prototypes.size(0);
+  const double c = value_of(scale);
+  const std::optional<Tensor> mask = checked_class_mask(class_mask, p);
+  const Tensor targets = checked_target(target, n, p, ignore_index, mask);
+  const int64_t* y = targets.const_data_ptr<int64_t>();
   const int64_t counted = n - std::count(y, y + n, ignore_index);
-  Result r = run(a, Upstream(row_weight(mean, counted)), at::kFloat, wanted);
-  const double sum = sum_of_rows(r.loss);
-  return {scalar(mean ? sum / double(counted) : sum), r.dx, r.dw, scalar_if(wanted[2], r.dscale)};
+  const Request request(grad, reduction);
+  const Upstream upstream = request.upstream(n, counted);
+  Tensor loss = empty_float({n});
+  Grads grads(features, prototypes, request.dtype(features), wanted[0], wanted[1]);
+  double dscale = 0;
+  with_engine(features.scalar_type(), features.size(1), [&](auto engine) {
+    using Engine = decltype(engine);
+    const Tiling tiling = tiling_for<Engine>(n, p, 1, wanted[0] || wanted[1]);
+    std::vector<Model<typename Engine::Operand>> models;
+    models.emplace_back(features, prototypes, c);
+    const ActiveColumns columns(tiling, mask);
+    CrossEntropy rule{y, ignore_index, label_smoothing,
+                      c, upstream,     loss.mutable_data_ptr<float>()};
+    RowSoftmax<Engine, CrossEntropy> driver(tiling, models, columns, rule, wanted[0], wanted[1]);
+    dscale = driver.run(float(c), grads.x, grads.w);
+  });
+  return {request.loss(loss, counted), grads.x, grads.w, scalar_if(wanted[2], dscale)};
 }
 
 } // namespace
 
 TORCH_LIBRARY_IMPL(mulki_cpp, CPU, m) {
   m.impl("prototype_cross_entropy", &prototype_cross_entropy);
-  m.impl("prototype_cross_entropy_backward", &prototype_cross_entropy_backward);
-  m.impl("prototype_cross_entropy_reduced", &prototype_cross_entropy_reduced);
 }
 
 } // namespace mulki

@@ -130,47 +130,22 @@ SiglipResult run(
   });
 }
 
-Tensor siglip(
-    const Tensor& image_features,
-    const Tensor& text_features,
-    const Tensor& logit_scale,
-    const Tensor& logit_bias,
-    int64_t offset) {
-  const Arguments a(image_features, text_features, logit_scale, logit_bias, offset);
-  Grads none(a.x, a.w, at::kFloat, false, false);
-  return run(a, Upstream(1.0), {false, false, false, false}, none).loss;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_backward(
-    const Tensor& grad,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip(
     const Tensor& image_features,
     const Tensor& text_features,
     const Tensor& logit_scale,
     const Tensor& logit_bias,
     int64_t offset,
+    const std::optional<Tensor>& grad,
+    c10::string_view reduction,
     std::array<bool, 4> wanted) {
   const Arguments a(image_features, text_features, logit_scale, logit_bias, offset);
-  check_shape("grad", grad, {a.x.size(0)});
-  Grads grads(a.x, a.w, a.x.scalar_type(), wanted[0], wanted[1]);
-  const SiglipResult r = run(a, Upstream(grad), wanted, grads);
-  return {grads.x, grads.w, scalar_if(wanted[2], r.dscale), scalar_if(wanted[3], r.dbias)};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_reduced(
-    const Tensor& image_features,
-    const Tensor& text_features,
-    const Tensor& logit_scale,
-    const Tensor& logit_bias,
-    int64_t offset,
-    bool mean,
-    std::array<bool, 4> wanted) {
-  const Arguments a(image_features, text_features, logit_scale, logit_bias, offset);
+  const Request request(grad, reduction);
   const int64_t n = a.x.size(0);
-  Grads grads(a.x, a.w, at::kFloat, wanted[0], wanted[1]);
-  const SiglipResult r = run(a, Upstream(row_weight(mean, n)), wanted, grads);
-  const double sum = sum_of_rows(r.loss);
+  Grads grads(a.x, a.w, request.dtype(a.x), wanted[0], wanted[1]);
+  const SiglipResult r = run(a, request.upstream(n, n), wanted, grads);
   return {
-      scalar(mean ? sum / double(n) : sum), grads.x, grads.w, scalar_if(wanted[2], r.dscale),
+      request.loss(r.loss, n), grads.x, grads.w, scalar_if(wanted[2], r.dscale),
       scalar_if(wanted[3], r.dbias)};
 }
 
@@ -178,8 +153,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_reduced(
 
 TORCH_LIBRARY_IMPL(mulki_cpp, CPU, m) {
   m.impl("siglip", &siglip);
-  m.impl("siglip_backward", &siglip_backward);
-  m.impl("siglip_reduced", &siglip_reduced);
 }
 
 } // namespace mulki

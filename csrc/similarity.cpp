@@ -98,19 +98,6 @@ void forward(
   }
 }
 
-Tensor similarity(
-    const Tensor& features, const Tensor& prototypes, const Tensor& scale, bool normalize) {
-  check_prototypes(features, prototypes, scale);
-  Tensor out = at::empty({features.size(0), prototypes.size(0)}, features.scalar_type());
-  const float s = float(value_of(scale));
-  with_engine(features.scalar_type(), features.size(1), [&](auto engine) {
-    with_type(features.scalar_type(), [&](auto element) {
-      forward<decltype(engine), decltype(element)>(features, prototypes, s, normalize, out);
-    });
-  });
-  return out;
-}
-
 // Writes dx_i = f (a_i - n_i (n_i . a_i)), where n_i is the normalised row of x and a_i the
 // gradient of that row in the scaled product; without normalisation dx_i = f a_i.
 template <typename Engine>
@@ -265,38 +252,65 @@ double plain_backward(
   return dscale;
 }
 
-std::tuple<Tensor, Tensor, Tensor> similarity_backward(
+// Fills `grads`, and returns that of the scale.
+double gradients_of(
     const Tensor& grad,
+    const Tensor& features,
+    const Tensor& prototypes,
+    double scale,
+    bool normalize,
+    std::array<bool, 3> wanted,
+    Grads& grads) {
+  check_shape("grad", grad, {features.size(0), prototypes.size(0)});
+  if (takes_plain_products(grad, features, normalize)) {
+    return plain_backward(grad, features, prototypes, scale, wanted, grads);
+  }
+  const at::ScalarType dtype = features.scalar_type();
+  grads = Grads(features, prototypes, dtype, wanted[0], wanted[1]);
+  const bool half = at::isReducedFloatingType(grad.scalar_type());
+  const Tensor upstream = (half ? grad : grad.to(at::kFloat)).contiguous();
+  return with_engine(dtype, features.size(1), [&](auto engine) {
+    return with_type(upstream.scalar_type(), [&](auto element) {
+      return backward<decltype(engine), decltype(element)>(
+          upstream, features, prototypes, scale, normalize, wanted, grads);
+    });
+  });
+}
+
+// The matrix, or its gradients for an upstream gradient.
+std::tuple<Tensor, Tensor, Tensor, Tensor> similarity(
     const Tensor& features,
     const Tensor& prototypes,
     const Tensor& scale,
     bool normalize,
+    const std::optional<Tensor>& grad,
+    c10::string_view reduction,
     std::array<bool, 3> wanted) {
   check_prototypes(features, prototypes, scale);
-  check_shape("grad", grad, {features.size(0), prototypes.size(0)});
+  TORCH_CHECK_VALUE(reduction == "none", "reduction: got '", reduction, "', wanted none");
+  const bool any = wanted[0] || wanted[1] || wanted[2];
+  TORCH_CHECK_VALUE(
+      grad.has_value() || !any, "wanted: got True without grad, wanted an upstream gradient");
   const double s = value_of(scale);
-  if (takes_plain_products(grad, features, normalize)) {
-    Grads grads(features, prototypes, features.scalar_type(), false, false);
-    const double dscale = plain_backward(grad, features, prototypes, s, wanted, grads);
-    return {grads.x, grads.w, scalar_if(wanted[2], dscale)};
+  const at::ScalarType dtype = features.scalar_type();
+  Grads grads(features, prototypes, grad.has_value() ? dtype : at::kFloat, false, false);
+  if (grad.has_value()) {
+    const double dscale = gradients_of(*grad, features, prototypes, s, normalize, wanted, grads);
+    return {at::empty({0}, dtype), grads.x, grads.w, scalar_if(wanted[2], dscale)};
   }
-  Grads grads(features, prototypes, features.scalar_type(), wanted[0], wanted[1]);
-  const bool half = at::isReducedFloatingType(grad.scalar_type());
-  const Tensor upstream = (half ? grad : grad.to(at::kFloat)).contiguous();
-  const double dscale = with_engine(features.scalar_type(), features.size(1), [&](auto engine) {
-    return with_type(upstream.scalar_type(), [&](auto element) {
-      return backward<decltype(engine), decltype(element)>(
-          upstream, features, prototypes, s, normalize, wanted, grads);
+  Tensor out = at::empty({features.size(0), prototypes.size(0)}, dtype);
+  with_engine(dtype, features.size(1), [&](auto engine) {
+    with_type(dtype, [&](auto element) {
+      forward<decltype(engine), decltype(element)>(features, prototypes, float(s), normalize, out);
     });
   });
-  return {grads.x, grads.w, scalar_if(wanted[2], dscale)};
+  return {out, grads.x, grads.w, scalar_if(false, 0)};
 }
 
 } // namespace
 
 TORCH_LIBRARY_IMPL(mulki_cpp, CPU, m) {
   m.impl("similarity", &similarity);
-  m.impl("similarity_backward", &similarity_backward);
 }
 
 } // namespace mulki

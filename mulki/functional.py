@@ -24,15 +24,18 @@ is not.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from mulki import ops
 from mulki.ops import checks
-from mulki.ops.gates import Gate, find_gate
+from mulki.ops.gates import Weighting
 from mulki.similarity import Similarity
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # which torch needs
 
 Reduction = Literal["none", "sum", "mean"]
 
@@ -54,6 +57,27 @@ class TeacherDetails(NamedTuple):
     kl: Tensor
     weights: Tensor
     entropy: Tensor
+
+
+class PairOptions(TypedDict, total=False):
+    """Options of `pair_teacher_kl` that do not change the type of its result."""
+
+    temperature: float
+    scale_by_t2: bool
+    weights: Tensor | None
+    gate: str | None
+    gate_temperature: float
+    gate_entropy: float | None
+    gate_label: float | None
+    reduction: Reduction
+    check_finite: bool
+
+
+class TeacherOptions(PairOptions, total=False):
+    """The same of `teacher_kl` and `dual_teacher_kl`."""
+
+    target: Tensor | None
+    class_mask: Tensor | None
 
 
 def prototype_similarity(
@@ -83,7 +107,7 @@ def prototype_similarity(
     s = Similarity(features, prototypes, scale)
     if check_finite:
         checks.finite(features=features, prototypes=prototypes, scale=scale)
-    return ops.similarity.matrix((s.features, s.prototypes, s.scale), normalize)
+    return ops.similarity.matrix(s.operands, normalize)
 
 
 def prototype_cross_entropy(
@@ -124,29 +148,14 @@ def prototype_cross_entropy(
         checks.is_tensor("class_mask", class_mask, "a bool tensor")
     if check_finite:
         _check_finite_similarity("similarity", similarity)
-    operands = similarity.features, similarity.prototypes, similarity.scale
     return ops.prototype_cross_entropy.loss(
-        operands, target, class_mask, float(label_smoothing), ignore_index, reduction
+        similarity.operands, target, class_mask, float(label_smoothing), ignore_index, reduction
     )
 
 
 @overload
 def teacher_kl(
-    student: Similarity,
-    teachers: Sequence[Similarity],
-    *,
-    temperature: float = ...,
-    scale_by_t2: bool = ...,
-    weights: Tensor | None = ...,
-    gate: str | None = ...,
-    gate_temperature: float = ...,
-    gate_entropy: float | None = ...,
-    gate_label: float | None = ...,
-    target: Tensor | None = ...,
-    class_mask: Tensor | None = ...,
-    reduction: Reduction = ...,
-    return_details: Literal[False] = ...,
-    check_finite: bool = ...,
+    student: Similarity, teachers: Sequence[Similarity], **options: Unpack[TeacherOptions]
 ) -> Tensor: ...
 
 
@@ -155,18 +164,8 @@ def teacher_kl(
     student: Similarity,
     teachers: Sequence[Similarity],
     *,
-    temperature: float = ...,
-    scale_by_t2: bool = ...,
-    weights: Tensor | None = ...,
-    gate: str | None = ...,
-    gate_temperature: float = ...,
-    gate_entropy: float | None = ...,
-    gate_label: float | None = ...,
-    target: Tensor | None = ...,
-    class_mask: Tensor | None = ...,
-    reduction: Reduction = ...,
     return_details: Literal[True],
-    check_finite: bool = ...,
+    **options: Unpack[TeacherOptions],
 ) -> tuple[Tensor, TeacherDetails]: ...
 
 
@@ -230,13 +229,14 @@ def teacher_kl(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    chosen = _checked_gate(student, teachers, weights, gate, gate_entropy, gate_label)
+    weighting = _checked_weighting(
+        student, teachers, weights, gate, gate_temperature, gate_entropy, gate_label
+    )
     checks.choice("reduction", reduction, REDUCTIONS)
     checks.real("temperature", temperature)
-    checks.real("gate_temperature", gate_temperature)
     if class_mask is not None:
         checks.is_tensor("class_mask", class_mask, "a bool tensor")
-    if not chosen.uses_target(gate_label):
+    if not weighting.uses_target:
         target = None
     elif target is None:
         raise ValueError(f'target: got None, wanted [N] class indices for gate="{gate}"')
@@ -245,14 +245,12 @@ def teacher_kl(
     if check_finite:
         _check_finite_models(student, teachers, weights)
     loss, kl, used, entropy = ops.teacher_kl.loss(
-        (student.features, student.prototypes, student.scale),
-        [(teacher.features, teacher.prototypes, teacher.scale) for teacher in teachers],
+        student.operands,
+        [teacher.operands for teacher in teachers],
         float(temperature),
         scale_by_t2,
         weights,
-        chosen,
-        chosen.numbers(gate_entropy, gate_label),
-        float(gate_temperature),
+        weighting,
         target,
         class_mask,
         reduction,
@@ -267,19 +265,7 @@ def dual_teacher_kl(
     student: Similarity,
     zero_shot: Similarity,
     previous: Similarity,
-    *,
-    temperature: float = ...,
-    scale_by_t2: bool = ...,
-    weights: Tensor | None = ...,
-    gate: str | None = ...,
-    gate_temperature: float = ...,
-    gate_entropy: float | None = ...,
-    gate_label: float | None = ...,
-    target: Tensor | None = ...,
-    class_mask: Tensor | None = ...,
-    reduction: Reduction = ...,
-    return_details: Literal[False] = ...,
-    check_finite: bool = ...,
+    **options: Unpack[TeacherOptions],
 ) -> Tensor: ...
 
 
@@ -289,18 +275,8 @@ def dual_teacher_kl(
     zero_shot: Similarity,
     previous: Similarity,
     *,
-    temperature: float = ...,
-    scale_by_t2: bool = ...,
-    weights: Tensor | None = ...,
-    gate: str | None = ...,
-    gate_temperature: float = ...,
-    gate_entropy: float | None = ...,
-    gate_label: float | None = ...,
-    target: Tensor | None = ...,
-    class_mask: Tensor | None = ...,
-    reduction: Reduction = ...,
     return_details: Literal[True],
-    check_finite: bool = ...,
+    **options: Unpack[TeacherOptions],
 ) -> tuple[Tensor, TeacherDetails]: ...
 
 
@@ -347,19 +323,7 @@ def dual_teacher_kl(
 
 @overload
 def pair_teacher_kl(
-    student: Similarity,
-    teachers: Sequence[Similarity],
-    *,
-    temperature: float = ...,
-    scale_by_t2: bool = ...,
-    weights: Tensor | None = ...,
-    gate: str | None = ...,
-    gate_temperature: float = ...,
-    gate_entropy: float | None = ...,
-    gate_label: float | None = ...,
-    reduction: Reduction = ...,
-    return_details: Literal[False] = ...,
-    check_finite: bool = ...,
+    student: Similarity, teachers: Sequence[Similarity], **options: Unpack[PairOptions]
 ) -> Tensor: ...
 
 
@@ -368,16 +332,8 @@ def pair_teacher_kl(
     student: Similarity,
     teachers: Sequence[Similarity],
     *,
-    temperature: float = ...,
-    scale_by_t2: bool = ...,
-    weights: Tensor | None = ...,
-    gate: str | None = ...,
-    gate_temperature: float = ...,
-    gate_entropy: float | None = ...,
-    gate_label: float | None = ...,
-    reduction: Reduction = ...,
     return_details: Literal[True],
-    check_finite: bool = ...,
+    **options: Unpack[PairOptions],
 ) -> tuple[Tensor, TeacherDetails]: ...
 
 
@@ -411,24 +367,23 @@ def pair_teacher_kl(
 
     The other arguments, and errors, are those of `teacher_kl`.
     """
-    chosen = _checked_gate(student, teachers, weights, gate, gate_entropy, gate_label)
+    weighting = _checked_weighting(
+        student, teachers, weights, gate, gate_temperature, gate_entropy, gate_label
+    )
     n, p = student.shape
     if n != p:
         raise ValueError(f"student: got shape [{n}, {p}], wanted as many images as texts")
     checks.choice("reduction", reduction, REDUCTIONS)
     checks.real("temperature", temperature)
-    checks.real("gate_temperature", gate_temperature)
     if check_finite:
         _check_finite_models(student, teachers, weights)
     loss, kl, used, entropy = ops.pair_kl.loss(
-        (student.features, student.prototypes, student.scale),
-        [(teacher.features, teacher.prototypes, teacher.scale) for teacher in teachers],
+        student.operands,
+        [teacher.operands for teacher in teachers],
         float(temperature),
         scale_by_t2,
         weights,
-        chosen,
-        chosen.numbers(gate_entropy, gate_label),
-        float(gate_temperature),
+        weighting,
         reduction,
     )
     if return_details:
@@ -511,15 +466,16 @@ def _check_pairs(
         )
 
 
-def _checked_gate(
+def _checked_weighting(
     student: Similarity,
     teachers: Sequence[Similarity],
     weights: Tensor | None,
     gate: str | None,
+    gate_temperature: float,
     gate_entropy: float | None,
     gate_label: float | None,
-) -> Gate:
-    # The gate of a distillation whose models and weights are what they should be.
+) -> Weighting:
+    # That of a distillation whose models and weights are what they should be.
     _check_similarity("student", student)
     if isinstance(teachers, Similarity) or not isinstance(teachers, Sequence):
         raise TypeError(
@@ -531,7 +487,9 @@ def _checked_gate(
     for k, teacher in enumerate(teachers):
         _check_teacher(f"teachers[{k}]", teacher, student)
     _check_weights(weights, gate, gate_entropy, gate_label)
-    return find_gate("uniform" if gate is None else gate)
+    return Weighting.of(
+        "uniform" if gate is None else gate, gate_temperature, gate_entropy, gate_label
+    )
 
 
 def _check_similarity(name: str, value: object) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mulki import ops
 from mulki.ops import checks
+from mulki.ops.logits import Operands
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -76,6 +77,11 @@ class Similarity:
             raise AttributeError(f"a Similarity has no attribute {name!r}{remedy}")
 
     @property
+    def operands(self) -> Operands:
+        """Features, prototypes and scale."""
+        return self.features, self.prototypes, self.scale
+
+    @property
     def shape(self) -> torch.Size:
         """[N, P]."""
         return torch.Size((self.features.shape[0], self.prototypes.shape[0]))
@@ -110,4 +116,4 @@ class Similarity:
         Raises:
             TypeError: the dtypes differ, as they may under autocast, and this is outside it.
         """
-        return ops.similarity.matrix((self.features, self.prototypes, self.scale))
+        return ops.similarity.matrix(self.operands)

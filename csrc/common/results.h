@@ -1,6 +1,7 @@
 // What operators return, and the upstream gradient that enters a backward pass.
 #pragma once
 
+#include "common/checks.h"
 #include "common/vec_math.h"
 
 #include <ATen/core/Tensor.h>
@@ -9,6 +10,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
+#include <vector>
 
 namespace mulki {
 
@@ -16,8 +19,6 @@ using at::Tensor;
 
 // The gradients of x and w. One that is not wanted is empty.
 struct Grads {
-  // `dtype` is that of x in a backward operator, and float in an operator that returns the loss
-  // too.
   Grads(const Tensor& x, const Tensor& w, at::ScalarType dtype, bool wanted_x, bool wanted_w)
       : x(wanted_x ? at::empty(x.sizes(), dtype) : at::empty({0}, dtype)),
         w(wanted_w ? at::empty(w.sizes(), dtype) : at::empty({0}, dtype)) {
@@ -84,10 +85,68 @@ struct Upstream {
 inline double sum_of_rows(const Tensor& loss) {
   const float* values = loss.const_data_ptr<float>();
   double sum = 0;
-  for (int64_t i = 0; i < loss.size(0); ++i) {
+  for (int64_t i = 0; i < loss.numel(); ++i) {
     sum += values[i];
   }
   return sum;
 }
+
+// What is asked of an operator by its last arguments. With an upstream gradient of the loss there are
+// gradients alone, in the dtype of x; without one they are those of the sum of the loss, in float.
+class Request {
+ public:
+  Request(const std::optional<Tensor>& grad, c10::string_view reduction)
+      : grad_(grad), rows_(reduction == "none"), mean_(reduction == "mean") {
+    TORCH_CHECK_VALUE(
+        rows_ || mean_ || reduction == "sum", "reduction: got '", reduction,
+        "', wanted none, sum or mean");
+  }
+
+  at::ScalarType dtype(const Tensor& x) const {
+    return grad_.has_value() ? x.scalar_type() : at::kFloat;
+  }
+  // The gradient with respect to the loss of each of n rows; a mean is over `count` of them.
+  Upstream upstream(int64_t n, int64_t count) const {
+    if (grad_.has_value()) {
+      check_shape("grad", *grad_, rows_ ? at::IntArrayRef(n) : at::IntArrayRef());
+    }
+    if (rows_ && grad_.has_value()) {
+      return Upstream(*grad_);
+    }
+    return Upstream((grad_.has_value() ? value_of(*grad_) : 1.0) * row_weight(mean_, count));
+  }
+  // The loss, of that of each row.
+  Tensor loss(const Tensor& rows, int64_t count) const {
+    if (grad_.has_value()) {
+      return empty_float({0});
+    }
+    if (rows_) {
+      return rows;
+    }
+    const double sum = sum_of_rows(rows);
+    return scalar(mean_ ? sum / double(count) : sum);
+  }
+  // The same of losses in double.
+  Tensor loss(const std::vector<double>& rows) const {
+    if (grad_.has_value()) {
+      return empty_float({0});
+    }
+    const auto n = int64_t(rows.size());
+    if (rows_) {
+      Tensor out = empty_float({n});
+      std::copy(rows.begin(), rows.end(), out.mutable_data_ptr<float>());
+      return out;
+    }
+    const double sum = std::accumulate(rows.begin(), rows.end(), 0.0);
+    return scalar(mean_ ? sum / double(n) : sum);
+  }
+  Tensor detail(const Tensor& found) const {
+    return grad_.has_value() ? empty_float({0}) : found;
+  }
+
+ private:
+  const std::optional<Tensor>& grad_;
+  const bool rows_, mean_;
+};
 
 } // namespace mulki

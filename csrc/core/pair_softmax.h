@@ -238,24 +238,6 @@ struct Split {
   float high, low;
 };
 
-// Doubles as pairs of floats [n, 2], as operators hand them to their backward pass.
-inline float* store_pairs(const std::vector<double>& values, float* to) {
-  for (const double value : values) {
-    const Split split(value);
-    *to++ = split.high;
-    *to++ = split.low;
-  }
-  return to;
-}
-
-inline std::vector<double> sums_of_pairs(const float* pairs, int64_t n) {
-  std::vector<double> values(n);
-  for (int64_t i = 0; i < n; ++i) {
-    values[i] = double(pairs[2 * i]) + pairs[2 * i + 1];
-  }
-  return values;
-}
-
 // What one distribution adds to G, block by block. On the diagonal the labels' part is the small
 // difference of numbers near 1, so the diagonal is left to `at_match`, which computes in double.
 class GradientOfDistribution {

@@ -25,7 +25,7 @@ from torch import Tensor
 from mulki import functional, ops
 from mulki.errors import InputError
 from mulki.ops import backends, proofs
-from mulki.ops.gates import find_gate
+from mulki.ops.gates import Weighting
 from mulki.ops.proofs import Verdict
 from mulki.similarity import Similarity
 
@@ -255,12 +255,11 @@ def _forms(case: Case) -> dict[str, tuple[Compute, Compute | None]]:
     if case.operator == "pair_kl":
 
         def sums(x: Tensor, w: Tensor, scale: Tensor, teachers: Any, target: Tensor) -> Any:
-            uniform = find_gate("uniform")
-            options = TEMPERATURE, uniform, (0.0, 0.0), 1.0
-            return ops.pair_kl.sums_with_labels((x, w, scale), teachers, *options)
+            options = TEMPERATURE, True, None, Weighting.of("uniform"), "sum", True
+            return ops.pair_kl.loss((x, w, scale), teachers, *options)
 
         def with_labels(*operands: Any) -> Tensor:
-            of_labels, of_teachers, *_ = sums(*operands)
+            (of_labels, of_teachers), *_ = sums(*operands)
             total: Tensor = (of_labels + of_teachers) / len(operands[0])
             return total
 

@@ -8,11 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mulki.distributed import collectives
-from mulki.functional import teacher_kl
 from mulki.losses.clip import ClipLoss
 from mulki.losses.pairs import Columns, Pairs, Shard
-from mulki.ops import checks, pair_kl
-from mulki.ops.gates import find_gate
+from mulki.ops import checks, pair_kl, teacher_kl
+from mulki.ops.gates import Weighting
 
 Losses = tuple[Tensor, Tensor] | dict[str, Tensor]
 Number = Tensor | float
@@ -50,10 +49,7 @@ class DistillClipLoss(ClipLoss):
         super().__init__(*flags, rank, world_size, use_horovod, group=group)
         checks.positive("temperature", temperature)
         self.temperature = temperature
-        self.gate = "uniform"
-        self.gate_temperature = 1.0
-        self.gate_entropy: float | None = None
-        self.gate_label: float | None = None
+        self.weighting = Weighting.of("uniform")
 
     def dist_loss(self, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
         """The cross-entropy of logits [n, N] against a teacher's, the mean over rows."""
@@ -103,7 +99,8 @@ class DistillClipLoss(ClipLoss):
                 f"open_clip; compute it under torch.no_grad()",
             )
         teachers = [teacher.detached() for teacher in teachers]
-        gate = f"{self.gate} {self.gate_entropy} {self.gate_label} at {self.gate_temperature}"
+        numbers = " ".join(map(str, self.weighting.numbers))
+        gate = f"{self.weighting.gate.name} {numbers}"
         shard = self.shard(student, *teachers, gate=gate, temperature=self.temperature)
         # The backward of both losses in one reads upstream gradients: a GPU would be waited for.
         if shard.world == 1 and student.images.device.type == "cpu":
@@ -121,15 +118,8 @@ class DistillClipLoss(ClipLoss):
 
     def _sums_in_one_pass(self, student: Pairs, teachers: Sequence[Pairs]) -> dict[str, Tensor]:
         # Where one process holds the batch, both losses share their products.
-        gate = find_gate(self.gate)
-        contrastive, kl, weights, entropy = pair_kl.sums_with_labels(
-            student.operands(),
-            [teacher.operands() for teacher in teachers],
-            self.temperature,
-            gate,
-            gate.numbers(self.gate_entropy, self.gate_label),
-            self.gate_temperature,
-        )
+        sums, weights, entropy = self._of_pairs(student, teachers, labels=True)
+        contrastive, kl = sums.unbind()
         if isinstance(student.bias, Tensor) and student.bias.requires_grad:
             # A parameter without a gradient would keep DDP waiting.
             contrastive = contrastive + 0 * student.bias.to(contrastive)
@@ -138,38 +128,41 @@ class DistillClipLoss(ClipLoss):
 
     def _sum_of_pairs(self, student: Pairs, teachers: Sequence[Pairs]) -> Tensor:
         # Rows and columns share their products.
-        gate = find_gate(self.gate)
-        kl, _, weights, entropy = pair_kl.loss(
+        kl, weights, entropy = self._of_pairs(student, teachers, labels=False)
+        return kl + self.temperature**2 * (weights * entropy).sum() / 2
+
+    def _of_pairs(
+        self, student: Pairs, teachers: Sequence[Pairs], labels: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        loss, _, weights, entropy = pair_kl.loss(
             student.operands(),
             [teacher.operands() for teacher in teachers],
             self.temperature,
             True,
             None,
-            gate,
-            gate.numbers(self.gate_entropy, self.gate_label),
-            self.gate_temperature,
+            self.weighting,
             "sum",
+            labels,
         )
-        return kl + self.temperature**2 * (weights * entropy).sum() / 2
+        return loss, weights, entropy
 
     def _distill_sum(self, shard: Shard, student: Columns, teachers: Sequence[Columns]) -> Tensor:
-        looked_at = find_gate(self.gate).uses_target(self.gate_label)
+        looked_at = self.weighting.uses_target
         target = self.targets(shard, student.images.device) if looked_at else None
         total: Tensor | float = 0.0
         for side in (Columns.of_images, Columns.of_texts):
-            kl, details = teacher_kl(
-                side(student),
-                [side(teacher) for teacher in teachers],
-                temperature=self.temperature,
-                gate=self.gate,
-                gate_temperature=self.gate_temperature,
-                gate_entropy=self.gate_entropy,
-                gate_label=self.gate_label,
-                target=target,
-                reduction="sum",
-                return_details=True,
+            kl, _, weights, entropies = teacher_kl.loss(
+                side(student).operands,
+                [side(teacher).operands for teacher in teachers],
+                self.temperature,
+                True,
+                None,
+                self.weighting,
+                target,
+                None,
+                "sum",
             )
-            entropy = (details.weights * details.entropy).sum()
+            entropy = (weights * entropies).sum()
             total = total + (kl + self.temperature**2 * entropy) / 2
         assert isinstance(total, Tensor)
         return total
@@ -215,12 +208,8 @@ class DualTeacherClipLoss(DistillClipLoss):
             temperature=temperature,
             group=group,
         )
-        find_gate(gate).numbers(gate_entropy, gate_label)
+        self.weighting = Weighting.of(gate, gate_temperature, gate_entropy, gate_label)
         checks.positive("gate_temperature", gate_temperature)
-        self.gate = gate
-        self.gate_temperature = gate_temperature
-        self.gate_entropy = gate_entropy
-        self.gate_label = gate_label
 
     def forward(  # type: ignore[override]
         self,

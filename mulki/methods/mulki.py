@@ -40,7 +40,7 @@ from mulki.methods.base import (
     TaskStart,
     label_smoothing_option,
 )
-from mulki.ops.gates import find_gate, gate_names
+from mulki.ops.gates import Weighting, gate_names
 from mulki.stages.anchors import TextsOf, WeightsBy
 from mulki.stages.connecting import Connections
 from mulki.stages.objective import MulKILoss
@@ -152,7 +152,7 @@ class MulKI(Method):
         super().__init__(options)
         o = options
         try:
-            find_gate(o.gate).numbers(o.gate_entropy, o.gate_label)
+            Weighting.of(o.gate, o.gate_temperature, o.gate_entropy, o.gate_label)
         except (TypeError, ValueError) as error:
             argument, _, said = str(error).partition(":")
             raise InputError(f"--{argument.replace('_', '-')}:{said}") from None

@@ -1,14 +1,15 @@
 """Operators: what the public functions compute.
 
 One file for each operator holds all that is known of it in Python, from top to bottom: formula,
-schema, the check of its arguments, fake kernel, reference in plain PyTorch, gradients, and the
-function that the public functions call. The reference is the specification; the kernels in csrc/
-(C++, for the CPU) and in kernels/ (Triton, for GPUs) may not change a result beyond rounding.
+arguments, their check, reference in plain PyTorch, and the function that the public functions call.
+The reference is the specification, and its gradient is autograd's; the kernels in csrc/ (C++, for
+the CPU) and in kernels/ (Triton, for GPUs) may not change a result beyond rounding.
 
 Shared by all of them: `operators` (the table), `registry` (definition), `autograd` (gradients),
-`backends` (which kernel serves a call), `loader` (of the C++ kernels), `direct` (the short way to
-them), `checks` (messages), `arguments`, `logits`, and `torch_private` (names of torch that are not
-public). `gates` computes the weights of teachers.
+`backends` (which kernel serves a call), `reference` (the kernel that always does), `loader` (of the
+C++ kernels), `direct` (the short way to them), `checks` (messages), `arguments`, `logits`,
+`namespaces`, and `torch_private` (names of torch that are not public). `gates` computes the weights
+of teachers.
 """
 
 from mulki.ops import (

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mulki.ops import checks, torch_private
-from mulki.ops.backends import autocasting
-from mulki.ops.logits import Operands, wide
+from mulki.ops.logits import Operands, autocasting, wide
 
 
 def rounded(operands: Operands, names: Sequence[str] = ("features", "prototypes")) -> Operands:
@@ -49,29 +48,6 @@ def scalars(values: Sequence[Tensor | float], like: Tensor) -> Tensor:
         value = float(numbers.pop())
         return torch.full((len(values),), value, dtype=wide(like.dtype), device=like.device)
     return torch.stack([scalar(value, like) for value in values])
-
-
-def takes_reduced_form(reduction: str, *leaves: Tensor | None) -> bool:
-    """Whether the form that returns a sum or a mean, with its gradients, is to be called.
-
-    Args:
-        leaves: those that may have gradients; the first one is a tensor.
-    """
-    if reduction == "none":
-        return False
-    # On the CPU it is one call where rows and their sum are several. Elsewhere rows are one pass
-    # less where there are no gradients to compute.
-    assert leaves[0] is not None
-    return leaves[0].is_cpu or (
-        torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
-    )
-
-
-def wanted_gradients(*leaves: Tensor) -> list[bool]:
-    """Which of the leaves will have gradients."""
-    if not torch.is_grad_enabled():
-        return [False] * len(leaves)
-    return [leaf.requires_grad for leaf in leaves]
 
 
 def refuse_transforms(*groups: Sequence[Tensor | float | None]) -> None:

@@ -1,118 +1,139 @@
-"""Gradients of the operators.
+"""Gradients of the operators, by one rule; csrc/autograd.cpp has it in C++ for small calls.
 
-A row operator keeps its arguments and calls its `_backward` operator, which computes the logits
-again. A `_reduced` operator has its gradients already; its backward multiplies them, out of place,
-by an upstream gradient, which on a GPU is not read on the host. On the CPU, where it is 1 and the
-graph goes with this backward pass, the gradients are handed over as they are. The first result is
-differentiable, the by-products behind it are not. A gradient has no gradient of its own: asking for
-one raises.
+Beside a sum or a mean an operator returns its gradients; the backward pass multiplies them, out of
+place, by an upstream gradient, which on a GPU is not read on the host. On the CPU, where it is 1
+and nothing needs the graph after this backward pass, the gradients are handed over as they are. For
+a loss per row the operator is called again, with the upstream gradient. The loss is differentiable,
+the details behind it are not. A gradient has no gradient of its own: asking for one raises.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mulki.ops import backends, torch_private
-from mulki.ops.registry import TAGS, library
-from mulki.ops.torch_private import Gradients, Keep
+from mulki.ops import torch_private
+from mulki.ops.namespaces import PUBLIC, TAGS
+from mulki.ops.operators import Operator
 
 _OPS = torch.ops.mulki
 
 
-def register(op: str, leaves: Sequence[int], keep: Keep, gradients: Gradients) -> None:
+def register(operator: Operator, factor_of_weights: float | None) -> None:
     """Give an operator its gradients.
 
     Args:
-        leaves: positions of the arguments that have gradients.
-        keep: saves for the backward what it needs of inputs and outputs; see `save`.
-        gradients: from the upstream gradient of the first output to gradients by position.
+        factor_of_weights: the gradient of the argument `weights` as a multiple of the first detail;
+            None where there are no weights.
     """
-    kernel = partial(backends.call, op)
-    torch_private.register_autograd(library, op, kernel, leaves, keep, gradients)
+    fields, leaves = operator.arguments._fields, operator.leaves
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, request = operator.split(inputs)
+        ctx.set_materialize_grads(False)
+        ctx.lists = {i: len(value) for i, value in enumerate(x) if isinstance(value, (list, tuple))}
+        ctx.is_gradient = request.grad is not None
+        if ctx.is_gradient:
+            return
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.reduction = request.reduction
+        ctx.labels = getattr(x, "labels", False)
+        ctx.rows = x[0].shape[0] if request.reduction == "mean" else 1
+        ctx.weighted = factor_of_weights is not None and x.weights is not None
+        kept = x if request.reduction == "none" or ctx.labels else x[:leaves]
+        of_weights = (x.weights, output[1]) if ctx.weighted else (None, None)
+        _save(ctx, [*output[-leaves:], *of_weights, *kept])
+
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if ctx.is_gradient:
+            raise RuntimeError(_refusal(f"mulki::{operator.name}"))
+        result: list[Any] = [None] * (len(fields) + 3)
+        for i, length in ctx.lists.items():
+            result[i] = [None] * length
+        if grad is None:
+            return tuple(result)
+        stored, (weights, divergence), x = _parts(_saved(ctx), leaves, leaves + 2)
+        needed = list(ctx.needs_input_grad[:leaves])
+        if not any(needed):
+            found: Any = [None] * leaves
+        elif ctx.reduction == "none":
+            found = getattr(_OPS, operator.name)(*x, grad, "none", needed)[-leaves:]
+        elif ctx.labels:
+            _check_stored(operator.name, x, stored, needed)
+            found = _OPS.pair_kl_gradients(stored, *x, grad, ctx.reduction, needed)
+        else:
+            _check_stored(operator.name, x, stored, needed)
+            found = _multiplied(grad, x, stored, needed)
+        result[:leaves] = [one if want else None for one, want in zip(found, needed, strict=True)]
+        if (
+            factor_of_weights is not None
+            and ctx.weighted
+            and ctx.needs_input_grad[fields.index("weights")]
+        ):
+            of_rows = factor_of_weights * (grad[-1] if ctx.labels else grad)
+            of_rows = of_rows.unsqueeze(-1) if ctx.reduction == "none" else of_rows / ctx.rows
+            result[fields.index("weights")] = _times(of_rows, divergence, weights)
+        return tuple(result)
+
+    torch.library.register_autograd(
+        f"mulki::{operator.name}", backward, setup_context=setup_context, lib=PUBLIC
+    )
 
 
-def register_rows(op: str, leaves: int) -> None:
-    """Gradients of an operator with a loss per row, whose first arguments are the leaves."""
-    backward = getattr(_OPS, f"{op}_backward").default
-
-    def keep(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-        save(ctx, (*inputs, *outputs[1:]))
-
-    def gradients(ctx: Any, grad: Tensor) -> dict[int, Tensor]:
-        wanted = list(ctx.needed[:leaves])
-        return asked(wanted, backward(grad, *saved(ctx), wanted))
-
-    register(op, range(leaves), keep, gradients)
-    refuse_double_backward(f"{op}_backward")
-
-
-def register_reduced(op: str, leaves: int) -> None:
-    """Gradients of an operator that returns them with its sum or mean, as its last results."""
-
-    def keep(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-        save(ctx, (*inputs[:leaves], *outputs[-leaves:]))
-
-    def gradients(ctx: Any, grad: Tensor) -> dict[int, Tensor]:
-        values = saved(ctx)
-        return multiplied(op, ctx, grad, values[:leaves], values[leaves:])
-
-    register(op, range(leaves), keep, gradients)
+def _save(ctx: Any, values: Sequence[Any]) -> None:
+    # Tensors as autograd keeps them, also those in lists. Inference tensors, as frozen prototypes
+    # and teachers may be, cannot be saved, only kept.
+    ctx.plain = [list(value) if isinstance(value, (list, tuple)) else [value] for value in values]
+    ctx.is_list = [isinstance(value, (list, tuple)) for value in values]
+    ctx.at = []
+    tensors = []
+    for i, of_value in enumerate(ctx.plain):
+        for j, value in enumerate(of_value):
+            if isinstance(value, Tensor) and not value.is_inference():
+                ctx.at.append((i, j))
+                tensors.append(value)
+                of_value[j] = None
+    ctx.save_for_backward(*tensors)
 
 
-def save(ctx: Any, values: Sequence[Any]) -> None:
-    """Keep values for the backward, tensors among them as autograd saves them."""
-    # Inference tensors, as frozen prototypes and teachers may be, cannot be saved, only kept.
-    at = [i for i, v in enumerate(values) if isinstance(v, Tensor) and not v.is_inference()]
-    ctx.save_for_backward(*(values[i] for i in at))
-    ctx.tensors_at = at
-    ctx.plain = list(values)
-    for i in at:
-        ctx.plain[i] = None
+def _saved(ctx: Any) -> list[Any]:
+    values = [list(of_value) for of_value in ctx.plain]
+    for (i, j), tensor in zip(ctx.at, ctx.saved_tensors, strict=True):
+        values[i][j] = tensor
+    return [v if is_list else v[0] for v, is_list in zip(values, ctx.is_list, strict=True)]
 
 
-def saved(ctx: Any) -> list[Any]:
-    """What `save` was given."""
-    values = list(ctx.plain)
-    for i, tensor in zip(ctx.tensors_at, ctx.saved_tensors, strict=True):
-        values[i] = tensor
-    return values
+def _parts(values: list[Any], *ends: int) -> list[list[Any]]:
+    return [values[i:j] for i, j in zip((0, *ends), (*ends, len(values)), strict=True)]
 
 
-def asked(wanted: Sequence[bool], gradients: Sequence[Tensor]) -> dict[int, Tensor]:
-    """The gradients that are wanted, by position."""
-    return {i: g for i, (want, g) in enumerate(zip(wanted, gradients, strict=True)) if want}
-
-
-def multiplied(
-    op: str, ctx: Any, grad: Tensor, leaves: Sequence[Tensor], stored: Sequence[Tensor]
-) -> dict[int, Tensor]:
-    """The stored gradients of leaves times the upstream gradient, in the leaves' dtypes."""
-    check_stored(op, ctx, leaves, stored)
-    give_away = may_give_away(grad)
-    return {
-        i: gradient.to(leaf.dtype) if give_away else times(grad, gradient, leaf)
-        for i, (leaf, gradient) in enumerate(zip(leaves, stored, strict=True))
-        if ctx.needed[i]
-    }
-
-
-def check_stored(op: str, ctx: Any, leaves: Sequence[Tensor], stored: Sequence[Tensor]) -> None:
-    """Raise a RuntimeError where the gradient of a leaf is needed and was not computed."""
-    for i, (leaf, gradient) in enumerate(zip(leaves, stored, strict=True)):
-        if ctx.needed[i] and gradient.shape != leaf.shape:
+def _check_stored(op: str, leaves: list[Tensor], stored: list[Tensor], needed: list[bool]) -> None:
+    for i, (leaf, gradient, want) in enumerate(zip(leaves, stored, needed, strict=False)):
+        if want and gradient.shape != leaf.shape:
             raise RuntimeError(
                 f"wanted[{i}]: got False for mulki::{op}, wanted True as the argument requires grad"
             )
 
 
-def may_give_away(grad: Tensor) -> bool:
-    """Whether stored gradients may be handed over as they are: for an upstream gradient of ones."""
-    # Reading the upstream gradient would wait for a GPU.
+def _multiplied(
+    grad: Tensor, leaves: list[Tensor], stored: list[Tensor], needed: list[bool]
+) -> list[Tensor | None]:
+    # The stored gradients of leaves times the upstream gradient, in the leaves' dtypes.
+    give_away = _may_give_away(grad)
+
+    def product(leaf: Tensor, gradient: Tensor) -> Tensor:
+        return gradient.to(leaf.dtype) if give_away else _times(grad, gradient, leaf)
+
+    found = zip(leaves, stored, needed, strict=True)
+    return [product(leaf, gradient) if want else None for leaf, gradient, want in found]
+
+
+def _may_give_away(grad: Tensor) -> bool:
+    # Whether stored gradients may be handed over as they are: for an upstream gradient of 1.
+    # Reading it would wait for a GPU.
     return (
         torch_private.is_last_plain_backward(grad)
         and grad.device.type == "cpu"
@@ -120,8 +141,8 @@ def may_give_away(grad: Tensor) -> bool:
     )
 
 
-def times(grad: Tensor, stored: Tensor, leaf: Tensor) -> Tensor:
-    """grad * stored in the dtype of the leaf."""
+def _times(grad: Tensor, stored: Tensor, leaf: Tensor) -> Tensor:
+    # grad * stored in the dtype of the leaf.
     # Plain multiplication would go into a graph as if what is stored were a constant.
     if torch.is_grad_enabled():
         product: Tensor = _OPS.scaled(grad, stored, leaf)
@@ -135,17 +156,20 @@ def times(grad: Tensor, stored: Tensor, leaf: Tensor) -> Tensor:
     return (stored * grad).to(leaf.dtype)
 
 
-def refuse_double_backward(op: str) -> None:
-    """Make the gradient of `op`, itself a gradient, an error."""
-    what = "a loss of mulki" if op == "scaled" else f"mulki::{op.removesuffix('_backward')}"
+def refuse_double_backward(op: str, what: str) -> None:
+    """Make the gradient of `op`, which is itself a gradient of `what`, an error."""
 
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            f"double backward of {what} is not supported; use the operator's `reference` in "
-            f"mulki.ops, which is plain PyTorch"
-        )
+        raise RuntimeError(_refusal(what))
 
-    torch.library.register_autograd(f"mulki::{op}", backward, lib=library)
+    torch.library.register_autograd(f"mulki::{op}", backward, lib=PUBLIC)
+
+
+def _refusal(what: str) -> str:
+    return (
+        f"double backward of {what} is not supported; use the operator's `reference` in mulki.ops, "
+        f"which is plain PyTorch"
+    )
 
 
 def _scaled(grad: Tensor, stored: Tensor, like: Tensor) -> Tensor:
@@ -157,7 +181,7 @@ def _scaled_fake(grad: Tensor, stored: Tensor, like: Tensor) -> Tensor:
 
 
 # grad * stored in the dtype of `like`: the backward of an operator that stored its gradients.
-library.define("scaled(Tensor grad, Tensor stored, Tensor like) -> Tensor", tags=TAGS)
-library.impl("scaled", _scaled, "CompositeExplicitAutograd")
-torch.library.register_fake("mulki::scaled", _scaled_fake, lib=library)
-refuse_double_backward("scaled")
+PUBLIC.define("scaled(Tensor grad, Tensor stored, Tensor like) -> Tensor", tags=TAGS)
+PUBLIC.impl("scaled", _scaled, "CompositeExplicitAutograd")
+torch.library.register_fake("mulki::scaled", _scaled_fake, lib=PUBLIC)
+refuse_double_backward("scaled", "a loss of mulki")

@@ -19,14 +19,18 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
-from mulki.ops import proofs, torch_private
-from mulki.ops.operators import OPERATORS
+from mulki.ops import checks, proofs, reference, torch_private
+from mulki.ops.logits import autocasting
+from mulki.ops.operators import OPERATORS, Arguments, Operator, Request
 
-Kernel = Callable[..., Any]
+# From the arguments and what is asked to the results.
+Kernel = Callable[[Arguments, Request], tuple[Tensor, ...]]
 
 NAMES = ("auto", "triton", "cpp", "reference")
 CANDIDATES = {"cpu": ("cpp", "reference")}
@@ -40,7 +44,7 @@ class Backend(Protocol):
         """Why it cannot serve `op`, in one sentence, or None when it can."""
 
     def kernel(self, op: str) -> Kernel:
-        """The kernel of `op`, with the operator's signature; ask `why_not` first."""
+        """The kernel of `op`; ask `why_not` first."""
 
 
 class Reference:
@@ -50,7 +54,17 @@ class Reference:
         return None
 
     def kernel(self, op: str) -> Kernel:
-        return OPERATORS[op].reference
+        return functools.partial(reference.run, OPERATORS[op])
+
+
+@dataclass(frozen=True)
+class CppKernel:
+    """A kernel of csrc/."""
+
+    overload: Callable[..., tuple[Tensor, ...]]  # torch.ops.mulki_cpp.<op>, with gradients
+
+    def __call__(self, x: Arguments, request: Request) -> tuple[Tensor, ...]:
+        return self.overload(*x, *request)
 
 
 class Cpp:
@@ -70,8 +84,7 @@ class Cpp:
         return reason
 
     def kernel(self, op: str) -> Kernel:
-        overload: Kernel = getattr(torch.ops.mulki_cpp, op).default
-        return overload
+        return CppKernel(getattr(torch.ops.mulki_cpp, op).default)
 
 
 class Triton:
@@ -124,49 +137,47 @@ class _Forced:
 
 _forced: tuple[_Forced, ...] = ()  # the one entered last is in force
 _forcing_lock = threading.Lock()
-# Forms that make the gradients that their last argument wants. Others have a backward form, which
-# is served as they are, for it is handed what they have found.
-_WITH_GRADIENTS = ("_reduced", "_with_labels")
 # Kernels, and why those that should serve in their place fail to.
 _kernels: dict[tuple[Any, ...], tuple[Kernel, str | None]] = {}
 _fallbacks: dict[tuple[str, str, torch.dtype, str], Served] = {}
 
 
-def call(op: str, *args: Any) -> Any:
+def call(operator: Operator, *args: Any) -> tuple[Tensor, ...]:
     """Check the arguments of an operator and call the kernel that serves them.
 
     Raises:
         TypeError, ValueError: an argument does not fit.
         RuntimeError, ValueError: see `kernel`.
     """
-    OPERATORS[op].check(*args)
-    # A `_backward` form has the upstream gradient before the features.
-    features, prototypes = args[1:3] if op.endswith("_backward") else args[:2]
+    x, request = operator.split(args)
+    # Before its gradients are asked for, the values were read in the forward pass.
+    check(operator, x, request, values=request.grad is None)
+    features, prototypes = x[:2]
     kind = features.device.type
     # Only the Triton kernels serve some sizes and not others, and calls with gradients or without.
     sized = "triton" in CANDIDATES.get(kind, ELSEWHERE)
     size = proofs.size_of(len(features), len(prototypes)) if sized else None
-    wanted = any(args[-1]) if sized and op.endswith(_WITH_GRADIENTS) else None
-    found = kernel(op, kind, features.dtype, size, wanted)
+    gradients = any(request.wanted) if sized else None
+    found = kernel(operator.name, kind, features.dtype, size, gradients)
     if not autocasting(kind):
-        return found(*args)
+        return found(x, request)
     # Operands are rounded before the operator; inside, autocast would round the logits.
     with torch.autocast(kind, enabled=False):
-        return found(*args)
+        return found(x, request)
 
 
-# Asked once: the compiler of torch 2.11 does not know the function.
-_HAS_AUTOCAST = {
-    kind: torch.amp.is_autocast_available(kind) for kind in ("cpu", "cuda", "xpu", "mps", "meta")
-}
+def check(operator: Operator, x: Arguments, request: Request, values: bool) -> None:
+    """Raise where arguments, or what is asked, do not fit.
 
-
-def autocasting(device_type: str) -> bool:
-    """Whether autocast is on for tensors of this device type; some have none, such as meta."""
-    available = _HAS_AUTOCAST.get(device_type)
-    if available is None:
-        available = torch.amp.is_autocast_available(device_type)
-    return available and torch.is_autocast_enabled(device_type)
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    operator.check(x, values=values)
+    checks.choice("reduction", request.reduction, operator.reductions)
+    if request.grad is not None:
+        rows = operator.rows(x)
+        checks.shape("grad", request.grad, rows if request.reduction == "none" else rows[:-1])
+        checks.on_device("grad", request.grad, x[0].device)
 
 
 def kernel(
@@ -314,19 +325,16 @@ def _forcing(name: str) -> Iterator[None]:
 def report() -> list[Served]:
     """Who serves every operator in float32 and bfloat16 on every device type that is here.
 
-    On a GPU the sizes of calls are told apart, since proofs do, and forms that may make gradients
-    are reported as in training. Where no GPU is, "cuda" is reported all the same: it says why the
+    On a GPU the sizes of calls are told apart, since proofs do, and calls are
+    reported as in training. Where no GPU is, "cuda" is reported all the same: it says why the
     Triton kernels are not used.
     """
     available = {"cuda": torch.cuda.is_available(), "xpu": torch.xpu.is_available()}
     gpus = [device_type for device_type, here in available.items() if here] or ["cuda"]
     setting = _setting()
 
-    def training(op: str) -> bool | None:
-        return True if op.endswith(_WITH_GRADIENTS) else None
-
     return [
-        _explain(choose(op, device_type, dtype, setting, size, training(op)), setting)
+        _explain(choose(op, device_type, dtype, setting, size, True), setting)
         for device_type in ("cpu", *gpus)
         for op in OPERATORS
         for dtype in (torch.float32, torch.bfloat16)

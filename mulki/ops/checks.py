@@ -17,7 +17,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from mulki.ops.backends import autocasting
+from mulki.ops.logits import autocasting
 from mulki.ops.torch_private import check as _check
 
 REDUCTIONS = ("none", "sum", "mean")

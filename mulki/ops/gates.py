@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,10 +64,6 @@ class Gate:
                 f"weights: got a function together with entropy {self.entropy} and label "
                 f"{self.label}, wanted one of the two rules; leave the others out"
             )
-
-    def uses_target(self, gate_label: float | None = None) -> bool:
-        """Whether the gate looks at the target, where the user gave `gate_label` or nothing."""
-        return self.needs_target or bool(gate_label if self.label is None else self.label)
 
     def numbers(
         self, gate_entropy: float | None = None, gate_label: float | None = None
@@ -124,6 +121,42 @@ def find_gate(name: str) -> Gate:
 def gate_names() -> tuple[str, ...]:
     """The names of all gates, in the order in which they were registered."""
     return tuple(GATES)
+
+
+class Weighting(NamedTuple):
+    """A gate, found by its name, with the numbers of its user."""
+
+    gate: Gate
+    temperature: float = 1.0
+    entropy: float = 0.0  # a of a row-wise gate
+    label: float = 0.0  # b
+
+    @classmethod
+    def of(
+        cls,
+        gate: str,
+        temperature: float = 1.0,
+        entropy: float | None = None,
+        label: float | None = None,
+    ) -> Weighting:
+        """The gate of that name; errors name `gate_temperature` and so on.
+
+        Raises:
+            TypeError, ValueError: there is none, or a number is missing, out of range or not its.
+        """
+        found = find_gate(gate)
+        checks.real("gate_temperature", temperature)
+        return cls(found, float(temperature), *found.numbers(entropy, label))
+
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        """As the operators take them."""
+        return self[1:]
+
+    @property
+    def uses_target(self) -> bool:
+        """Whether the gate looks at the target."""
+        return self.gate.needs_target or self.label != 0
 
 
 def row_weights(
@@ -200,7 +233,9 @@ def loss_weights(
             f'teachers: got {len(teachers)}, wanted two for gate="loss"; use another gate'
         )
     first, second = (
-        torch.ops.mulki.prototype_cross_entropy(*teacher, target, class_mask, 0.0, _IGNORE_NONE)
+        torch.ops.mulki.prototype_cross_entropy(
+            *(*teacher, target, class_mask, 0.0, _IGNORE_NONE), None, "none", [False] * 3
+        )[0]
         for teacher in teachers
     )
     w = torch.sigmoid(3 * (second - first) / (first + second + 1e-8))

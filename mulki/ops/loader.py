@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from mulki.ops.operators import DIFFERENTIABLE, OPERATORS
+from mulki.ops.operators import OPERATORS
 
 CAPABILITIES = ("AVX512", "AVX2", "DEFAULT")  # best first
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -59,8 +59,7 @@ def capability_in_words() -> str:
 def library_name(capability: str) -> str:
     """The name, without suffix, of the library for this torch and these operators."""
     schemas = {name: operator.schema for name, operator in OPERATORS.items()}
-    # A library without the gradients that are asked of it would drop them in silence.
-    digest = sha256(repr((schemas, DIFFERENTIABLE)).encode()).hexdigest()[:8]
+    digest = sha256(repr(schemas).encode()).hexdigest()[:8]
     return f"_cpu_{capability.lower()}_torch{torch_version().replace('.', '_')}_{digest}"
 
 

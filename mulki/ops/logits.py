@@ -1,4 +1,4 @@
-"""z = s X W^T and the way back, in plain PyTorch: what all references share.
+"""z = s X W^T in plain PyTorch: what all references share.
 
 Notation: X [N, D] features, W [P, D] prototypes, s scale, z [N, P] logits, m [P] boolean class mask
 (True takes part; a masked class has probability zero and no gradient), G = dL/dz. Half-precision
@@ -7,8 +7,6 @@ is near its teacher.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -36,41 +34,15 @@ def logits(
     return z if class_mask is None else z.masked_fill(~class_mask, -torch.inf)
 
 
-def logit_gradients(
-    dz: Tensor,  # [N, P], dL/dz
-    features: Tensor,  # [N, D]
-    prototypes: Tensor,  # [P, D]
-    scale: Tensor,  # 0-d
-    wanted: Sequence[bool],  # of dX, dW, ds
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dX = s G W, dW = s G^T X, ds = <X, G W>, wide; those not wanted as empty [0]."""
-    x, w = features.to(dz.dtype), prototypes.to(dz.dtype)
-    gw = dz @ w if wanted[0] or wanted[2] else None
-    dx = dz.new_empty(0) if gw is None or not wanted[0] else scale * gw
-    dw = scale * (dz.mT @ x) if wanted[1] else dz.new_empty(0)
-    ds = dz.new_empty(0) if gw is None or not wanted[2] else (x * gw).sum()
-    return dx, dw, ds
+# Asked once: the compiler of torch 2.11 does not know the function.
+_HAS_AUTOCAST = {
+    kind: torch.amp.is_autocast_available(kind) for kind in ("cpu", "cuda", "xpu", "mps", "meta")
+}
 
 
-def narrow(
-    gradients: tuple[Tensor, Tensor, Tensor], features: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of X and W in the dtype of X, that of s as it is."""
-    dx, dw, dscale = gradients
-    return dx.to(features.dtype), dw.to(features.dtype), dscale
-
-
-def reduce(loss: Tensor, reduction: str, count: Tensor | int | None = None) -> Tensor:
-    """Sum, mean over `count` rows (all, where it is not given), or the rows as they are."""
-    if reduction == "none":
-        return loss
-    total = loss.sum()
-    if reduction == "sum":
-        return total
-    return total / (loss.shape[0] if count is None else count)
-
-
-def reduced_rows(loss: Tensor, mean: bool) -> tuple[Tensor, Tensor]:
-    """The sum or the mean of a loss per row, and its gradient with respect to each row."""
-    count = loss.shape[0] if mean else 1
-    return loss.sum() / count, torch.full_like(loss, 1 / max(count, 1))
+def autocasting(device_type: str) -> bool:
+    """Whether autocast is on for tensors of this device type; some have none, such as meta."""
+    available = _HAS_AUTOCAST.get(device_type)
+    if available is None:
+        available = torch.amp.is_autocast_available(device_type)
+    return available and torch.is_autocast_enabled(device_type)

@@ -1,30 +1,55 @@
-"""What is known of every operator: its schema, the check of its arguments, and its reference.
+"""What is known of every operator: its arguments, their check, and its reference.
 
-`mulki.ops.registry` fills the table; `backends` and `loader` read it.
+An operator takes the fields of its arguments, and what is asked of it (`Request`). It returns a
+loss, by-products that are not differentiable ("details"), and the gradients of its leaves, which
+are its first arguments. `mulki.ops.registry` fills the table; `backends` and `loader` read it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+#: The values of the arguments of an operator: a NamedTuple of its own.
+Arguments = Any
+Shape = tuple[int, ...]
+
+
+class Request(NamedTuple):
+    """What is asked of an operator: its last arguments, the same for all."""
+
+    # The upstream gradient, of the shape of the loss. With it there are gradients alone, in the
+    # dtypes of the leaves; loss and details come back empty, [0]. Without it they are those of the
+    # sum of the loss, and wide (`mulki.ops.logits`): a loss scaler must act before a gradient is
+    # rounded to half precision.
+    grad: Tensor | None
+    reduction: str  # over the rows: "none", "sum" or "mean"
+    wanted: Sequence[bool]  # of which leaves there are gradients; others come back empty, [0]
 
 
 class Operator(NamedTuple):
-    """One form of an operator."""
+    """One operator."""
 
+    name: str
     schema: str  # arguments and results; the C++ kernels are built for it
+    arguments: type[Any]  # the NamedTuple
+    leaves: int  # how many of its first fields have gradients
     check: Callable[..., None]  # of the arguments; raises where they do not fit
-    reference: Callable[..., Any]  # the operator in plain PyTorch, on any device
+    # From the arguments to the loss of each row and the details: plain PyTorch on any device,
+    # differentiable in the loss.
+    reference: Callable[[Arguments], tuple[Tensor, ...]]
+    rows: Callable[[Arguments], Shape]  # shape of the loss without a reduction
+    details: Callable[[Arguments], Sequence[Shape]]  # shapes, all wide
+    averaged: Callable[[Arguments], Tensor | int]  # the rows of a mean
+    dtype: Callable[[torch.dtype], torch.dtype]  # from that of the features to that of the loss
+    reductions: tuple[str, ...]
+
+    def split(self, args: Sequence[Any]) -> tuple[Arguments, Request]:
+        """The arguments of a call, and what it asks for."""
+        return self.arguments._make(args[:-3]), Request._make(args[-3:])
 
 
 OPERATORS: dict[str, Operator] = {}
-
-# The operators that csrc/autograd.cpp gives gradients, and to how many of their first arguments.
-DIFFERENTIABLE = {
-    "similarity": 3,
-    "prototype_cross_entropy_reduced": 3,
-    "teacher_kl_reduced": 3,
-    "contrastive_reduced": 3,
-    "siglip_reduced": 4,
-    "pair_kl_reduced": 3,
-}

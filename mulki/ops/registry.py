@@ -1,105 +1,96 @@
-"""Defines operators: schema, fake kernel, and the kernels of every device, by one call each.
+"""Defines an operator by one call: schema, fake kernel, kernels of every device, and gradients.
 
 An operator is defined in two namespaces: `torch.ops.mulki`, which chooses a backend for a call
-(`mulki.ops.backends`), and `torch.ops.mulki_cpp`, whose CPU kernels are in csrc/.
+(`mulki.ops.backends`), and `torch.ops.mulki_cpp`, whose CPU kernels and gradients are in csrc/.
 
-It comes in up to three forms:
-
-    name            one loss per row, and by-products, which are not differentiable
-    name_backward   from an upstream gradient per row to those of features and prototypes (in their
-                    dtype), scale and bias (0-d, wide)
-    name_reduced    the sum, or the mean, and its gradients, all of them wide: a loss scaler must
-                    act before a gradient is rounded to half precision
-
-"Wide" is float64 for float64 inputs and float32 otherwise. `wanted` says which gradients are
-computed; one that is not wanted comes back empty, of shape [0]. Nothing is mutated and no result
-shares memory with an argument. Arguments may have any strides. The gradients that a `name_reduced`
-returns may become the `.grad` of a leaf without a copy (`mulki.ops.autograd`): clone them to keep
-them after the backward pass.
+Nothing is mutated and no result shares memory with an argument. Arguments may have any strides. The
+gradients beside a sum or a mean may become the `.grad` of a leaf without a copy
+(`mulki.ops.autograd`): clone them to keep them after the backward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
-from torch.library import Library
 
-from mulki.ops import backends
+from mulki.ops import autograd, backends, checks, namespaces
 from mulki.ops.logits import wide
-from mulki.ops.operators import OPERATORS, Operator
+from mulki.ops.operators import OPERATORS, Operator, Shape
 
-Fake = Callable[..., Any]
-
-TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 KEYS = ("CPU", "CUDA", "XPU", "MPS")
-
-library = Library("mulki", "DEF")
-_cpp = Library("mulki_cpp", "DEF")
+_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    Sequence[Tensor]: "Tensor[]",
+    bool: "bool",
+    int: "int",
+    float: "float",
+}
 
 
 def define(
-    name: str, schema: str, *, check: Callable[..., None], fake: Fake, reference: Callable[..., Any]
+    name: str,
+    arguments: type[Any],
+    *,
+    check: Callable[..., None],
+    reference: Callable[[Any], tuple[Tensor, ...]],
+    leaves: int = 3,
+    rows: Callable[[Any], Shape] = lambda x: x[0].shape[:1],
+    details: Callable[[Any], Sequence[Shape]] = lambda x: (),
+    results: int = 0,
+    averaged: Callable[[Any], Tensor | int] = lambda x: x[0].shape[0],
+    dtype: Callable[[torch.dtype], torch.dtype] = wide,
+    reductions: tuple[str, ...] = checks.REDUCTIONS,
+    factor_of_weights: float | None = None,
 ) -> None:
-    """Define one form of an operator.
+    """Define an operator.
 
     Args:
-        schema: arguments and results, as `torch.library.Library.define` takes them.
+        arguments: a NamedTuple, of whose annotations the schema is made.
         check: called with the arguments before every kernel; raises where they do not fit. With
             ``values=False`` it reads no values, for the fake kernel.
-        fake: from the arguments, checked, to empty results: shapes and dtypes for tracing.
-        reference: the operator in plain PyTorch, on any device.
+        reference, leaves, rows, details, averaged, dtype, reductions: see `Operator`.
+        results: how many details there are.
+        factor_of_weights: the gradient of the field `weights` as a multiple of the first detail.
     """
-    OPERATORS[name] = Operator(schema, check, reference)
-    library.define(name + schema, tags=TAGS)
-    _cpp.define(name + schema, tags=TAGS)
+    hints = get_type_hints(arguments)
+    fields = ", ".join(f"{_TYPES[hints[field]]} {field}" for field in arguments._fields)
+    schema = (
+        f"({fields}, Tensor? grad, str reduction, bool[{leaves}] wanted) -> "
+        f"({', '.join(['Tensor'] * (1 + results + leaves))})"
+    )
+    functions = check, reference, rows, details, averaged, dtype, reductions
+    operator = OPERATORS[name] = Operator(name, schema, arguments, leaves, *functions)
+    namespaces.PUBLIC.define(name + schema, tags=namespaces.TAGS)
+    namespaces.CPP.define(name + schema, tags=namespaces.TAGS)
     for key in KEYS:
-        library.impl(name, partial(backends.call, name), key)
-
-    def checked_fake(*args: Any) -> Any:
-        check(*args, values=False)
-        return fake(*args)
-
-    torch.library.register_fake(f"mulki::{name}", checked_fake, lib=library)
+        namespaces.PUBLIC.impl(name, partial(backends.call, operator), key)
+    torch.library.register_fake(f"mulki::{name}", partial(_fake, operator), lib=namespaces.PUBLIC)
+    autograd.register(operator, factor_of_weights)
 
 
-def backward_fake(leaves: int) -> Fake:
-    """The fake kernel of a `_backward` form whose first arguments after `grad` are the leaves."""
-
-    def fake(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        return tuple(_empty_gradients(args[:leaves], args[-1], in_dtype_of_leaves=True))
-
-    return fake
-
-
-def reduced_fake(rows: Fake, leaves: int, details: int = 0) -> Fake:
-    """The fake kernel of a `_reduced` form, from that of the row form.
-
-    Args:
-        details: by-products of the row form that the reduced form returns too.
-    """
-
-    def fake(*args: Any) -> tuple[Tensor, ...]:
-        output = rows(*args[:-2])
-        loss, *rest = output if isinstance(output, tuple) else (output,)
-        gradients = _empty_gradients(args[:leaves], args[-1], in_dtype_of_leaves=False)
-        return loss.new_empty(()), *rest[:details], *gradients
-
-    return fake
-
-
-def _empty_gradients(
-    leaves: Sequence[Tensor], wanted: Sequence[bool], in_dtype_of_leaves: bool
-) -> list[Tensor]:
-    # Leaves are features, prototypes and numbers; the gradients of numbers are always wide.
-    like = leaves[0]
-    return [
-        like.new_empty(
+def _fake(operator: Operator, *args: Any) -> tuple[Tensor, ...]:
+    x, request = operator.split(args)
+    backends.check(operator, x, request, values=False)
+    like = x[0]
+    rows, details = operator.rows(x), operator.details(x)
+    if request.reduction != "none":
+        rows = rows[:-1]
+    if request.grad is not None:
+        rows, details = (0,), [(0,)] * len(details)
+    gradients = (
+        leaf.new_empty(
             leaf.shape if asked else (0,),
-            dtype=like.dtype if in_dtype_of_leaves and leaf.ndim else wide(like.dtype),
+            dtype=wide(leaf.dtype) if request.grad is None else leaf.dtype,
         )
-        for leaf, asked in zip(leaves, wanted, strict=True)
-    ]
+        for leaf, asked in zip(x[: operator.leaves], request.wanted, strict=True)
+    )
+    return (
+        like.new_empty(rows, dtype=operator.dtype(like.dtype)),
+        *(like.new_empty(shape, dtype=wide(like.dtype)) for shape in details),
+        *gradients,
+    )

@@ -9,7 +9,8 @@ MULKI_TORCH_PRIVATE=0, the public way is taken: the results are the same, small 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -30,11 +31,6 @@ def _find() -> tuple[dict[str, Any], str | None]:
         return {}, f"torch {torch.__version__} is newer than {newest}, the newest that was tested"
     try:
         return {
-            "after_autograd": torch._C._after_autograd_keyset,
-            "highest_key": torch._C.DispatchKeySet.highestPriorityTypeId,
-            "redispatch": torch._ops.OpOverload.redispatch,
-            "below_autograd": torch._C._AutoDispatchBelowAutograd,
-            "cpu_key": torch._C.DispatchKey.CPU,
             "keeps_graph": torch._C._autograd._get_current_graph_task_keep_graph,
             "modes": torch._C._len_torch_dispatch_stack,
             "is_functorch": torch._C._functorch.is_functorch_wrapped_tensor,
@@ -45,6 +41,11 @@ def _find() -> tuple[dict[str, Any], str | None]:
             # The number changes, so what is kept is the module that has it.
             "forward_level": (forward_ad._current_level, forward_ad)[1],
             "check": torch._check_with,
+            "excluded": torch._C._SetExcludeDispatchKeyGuard,
+            "autograd_keys": (
+                torch._C.DispatchKey.AutogradFunctionality,
+                torch._C.DispatchKey.ADInplaceOrView,
+            ),
         }, None
     except AttributeError as error:
         return {}, f"torch {torch.__version__} has no such name: {error}"
@@ -135,97 +136,28 @@ def is_watched() -> bool:
     return not _private or _private["modes"]() != 0 or _private["transform"]() is not None
 
 
-# Keeps for the backward what it needs: of ctx, the inputs and the outputs.
-Keep = Callable[[Any, tuple[Any, ...], tuple[Tensor, ...]], None]
-# From ctx and the gradient of the first output to gradients by the position of their input.
-Gradients = Callable[[Any, Tensor], dict[int, Tensor]]
+Tensors = tuple[Tensor, ...]
 
 
-def register_autograd(
-    library: torch.library.Library,
-    name: str,
-    kernel: Callable[..., Any],
-    leaves: Sequence[int],
-    keep: Keep,
-    gradients: Gradients,
-) -> None:
-    """Give the operator `mulki::name` its gradients, those of the inputs `leaves`.
+def vjp(
+    function: Callable[..., tuple[Tensor, Tensors]], *leaves: Tensor
+) -> tuple[Tensor, Callable[[Tensor], Tensors], Tensors]:
+    """`torch.func.vjp` with `has_aux`, inside an operator, where torch has turned autograd off.
 
-    `torch.library.register_autograd` is the public way. It walks through schema and arguments at
-    every call, which for the fifteen arguments and the lists of teacher_kl takes longer than the
-    kernel on a small batch. The private way calls `kernel`, the operator below autograd, itself.
+    The public way fails where a dispatch mode is active.
     """
     if not _private:
-        _register_publicly(library, name, keep, gradients)
-        return
-    overload = getattr(torch.ops.mulki, name).default
+        found: Any = torch.func.vjp(function, *leaves, has_aux=True)
+        return found  # type: ignore[no-any-return]
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for key in _private["autograd_keys"]:
+            stack.enter_context(_private["excluded"](key, False))
+        given = [leaf.detach().requires_grad_() for leaf in leaves]
+        value, by_products = function(*given)
 
-    def below(keyset: Any, args: tuple[Any, ...]) -> Any:
-        rest = keyset & _private["after_autograd"]
-        with _private["below_autograd"]():
-            # Nothing is between here and the kernel, a mode or a transform for example: the
-            # dispatcher would do the same, and takes longer for it.
-            if _private["highest_key"](rest) == _private["cpu_key"]:
-                return kernel(*args)
-            return _private["redispatch"](overload, rest, *args)
+    def pull(grad: Tensor) -> Any:
+        return torch.autograd.grad(value, given, grad)
 
-    def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
-        output = below(keyset, args)
-        _set_up(ctx, args, output, keep)
-        ctx.needed = ctx.needs_input_grad[1:]
-        return output
-
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
-        return None, *_by_position(ctx, grad, gradients)
-
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function: Any = type(f"mulki_{name}", (torch.autograd.Function,), methods)
-
-    def differentiable(keyset: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any(
-            args[i] is not None and args[i].requires_grad for i in leaves
-        ):
-            return function.apply(keyset, *args)
-        return below(keyset, args)
-
-    library.impl(name, differentiable, "Autograd", with_keyset=True)
-
-
-def _register_publicly(
-    library: torch.library.Library, name: str, keep: Keep, gradients: Gradients
-) -> None:
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _set_up(ctx, inputs, output, keep)
-        ctx.lists = {i: len(value) for i, value in enumerate(inputs) if _is_tensors(value)}
-
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        ctx.needed = ctx.needs_input_grad
-        result: list[Any] = _by_position(ctx, grad, gradients)
-        for position, length in ctx.lists.items():
-            result[position] = [None] * length
-        return tuple(result)
-
-    torch.library.register_autograd(
-        f"mulki::{name}", backward, setup_context=setup_context, lib=library
-    )
-
-
-def _is_tensors(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value)
-
-
-def _set_up(ctx: Any, inputs: tuple[Any, ...], output: Any, keep: Keep) -> None:
-    outputs = output if isinstance(output, tuple) else (output,)
-    ctx.mark_non_differentiable(*outputs[1:])
-    # Autograd would otherwise make zeros of the shapes of those.
-    ctx.set_materialize_grads(False)
-    ctx.count = len(inputs)
-    keep(ctx, inputs, outputs)
-
-
-def _by_position(ctx: Any, grad: Tensor | None, gradients: Gradients) -> list[Tensor | None]:
-    result: list[Tensor | None] = [None] * ctx.count
-    if grad is not None:
-        for position, gradient in gradients(ctx, grad).items():
-            result[position] = gradient
-    return result
+    return value.detach(), pull, tuple(one.detach() for one in by_products)

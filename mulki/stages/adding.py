@@ -27,8 +27,10 @@ from torch import Tensor
 
 from mulki.clip.features import Features
 from mulki.ops import teacher_kl
-from mulki.ops.gates import find_gate
+from mulki.ops.gates import Weighting
 from mulki.ops.logits import Operands
+
+UNIFORM = Weighting.of("uniform")  # where weights are given
 
 Relation = Callable[[Features], Operands]
 
@@ -94,9 +96,7 @@ def relation_loss(
         temperature,
         scale_by_t2,
         weights,
-        find_gate("uniform"),
-        (0.0, 0.0),
-        1.0,
+        UNIFORM,
         None,
         None,
         "mean",

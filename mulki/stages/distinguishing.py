@@ -24,20 +24,24 @@ divergence gives the weights too.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mulki.clip.features import Features
 from mulki.clip.prototypes import class_sums
-from mulki.functional import teacher_kl
-from mulki.ops.gates import find_gate
-from mulki.ops.teacher_kl import gate_weights
+from mulki.ops import teacher_kl
+from mulki.ops.gates import Weighting
+from mulki.stages.adding import image_text
 
 
 def gated_relation(
-    student: Features, teachers: Sequence[Features], target: Tensor, **options: Any
+    student: Features,
+    teachers: Sequence[Features],
+    target: Tensor,
+    weighting: Weighting,
+    temperature: float,
+    scale_by_t2: bool,
 ) -> tuple[Tensor, Tensor]:
     """The image-to-text relation's loss under the gate, and the weights of the gate.
 
@@ -45,39 +49,47 @@ def gated_relation(
         student: features of a batch of B images and C classes; gradients flow to them.
         teachers: the same of K teachers.
         target: [B] int64.
-        options: gate, temperature and the like, see `mulki.functional.teacher_kl`.
+        weighting: the gate.
+        temperature, scale_by_t2: of the relation, see `mulki.functional.teacher_kl`.
 
     Returns:
         The mean loss over the batch, and the weights [B, K], whose rows sum to 1.
     """
-    loss, details = teacher_kl(
-        student.image_text(),
-        [teacher.image_text() for teacher in teachers],
-        target=target,
-        return_details=True,
-        **options,
+    loss, _, weights, _ = teacher_kl.loss(
+        image_text(student),
+        [image_text(teacher) for teacher in teachers],
+        temperature,
+        scale_by_t2,
+        None,
+        weighting,
+        target,
+        None,
+        "mean",
     )
-    return loss, details.weights
+    return loss, weights
 
 
 @torch.no_grad()
 def sample_weights(
-    student: Features, teachers: Sequence[Features], target: Tensor, *, gate: str, **options: Any
+    student: Features,
+    teachers: Sequence[Features],
+    target: Tensor,
+    weighting: Weighting,
+    temperature: float,
 ) -> Tensor:
     """[B, K] weights of the gate alone, where the image-to-text relation is switched off.
 
     Arguments as `gated_relation`. The gate "uniform" costs nothing, a gate that is a function what
     that takes, any other one forward pass of the relation.
     """
-    found = find_gate(gate)
-    if found.weights is not None:
-        models = [(model.images, model.texts, model.scale) for model in (student, *teachers)]
-        return gate_weights(found, models[0], models[1:], target, None)
-    if gate == "uniform":
+    if weighting.gate.weights is not None:
+        models = [image_text(model) for model in (student, *teachers)]
+        return teacher_kl.gate_weights(weighting.gate, models[0], models[1:], target, None)
+    if weighting.entropy == weighting.label == 0:
         k, images = len(teachers), student.images
         dtype = torch.promote_types(images.dtype, torch.float32)
         return images.new_full((len(images), k), 1 / k, dtype=dtype)
-    return gated_relation(student, teachers, target, gate=gate, **options)[1]
+    return gated_relation(student, teachers, target, weighting, temperature, True)[1]
 
 
 def class_weights(weights: Tensor, target: Tensor, num_classes: int) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args, overload
+from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mulki.clip.features import Features
 from mulki.functional import prototype_cross_entropy
 from mulki.ops import checks
-from mulki.ops.gates import find_gate
+from mulki.ops.gates import Weighting
 from mulki.stages import adding, anchors, distinguishing, eliciting, pairs
 
 
@@ -113,12 +113,8 @@ class MulKILoss(nn.Module):
         checks.fraction("label_smoothing", label_smoothing)
         checks.choice("anchor_texts", anchor_texts, get_args(anchors.TextsOf))
         checks.choice("anchor_weights", anchor_weights, get_args(anchors.WeightsBy))
-        find_gate(gate).numbers(gate_entropy, gate_label)
+        self.weighting = Weighting.of(gate, gate_temperature, gate_entropy, gate_label)
         self.temperature = temperature
-        self.gate = gate
-        self.gate_temperature = gate_temperature
-        self.gate_entropy = gate_entropy
-        self.gate_label = gate_label
         self.label_smoothing = label_smoothing
         self.scale_by_t2 = scale_by_t2
         self.anchor_texts = anchor_texts
@@ -237,46 +233,34 @@ class MulKILoss(nn.Module):
         coefficient = self.relations["image_text"]
         if not (coefficient or self.feature):
             return terms, None
-        options = self._gate() | self._softmax()
+        gate = self.weighting, self.temperature
         if coefficient:
-            loss, weights = pairs.gated_relation(student, teachers, **options)
+            loss, weights = pairs.gated_relation(student, teachers, *gate, self.scale_by_t2)
             terms["image_text_loss"] = coefficient * loss
         else:
-            weights = pairs.image_weights(student, teachers, **options)
+            weights = pairs.image_weights(student, teachers, *gate)
         if self.feature:
             terms["feature_loss"] = adding.feature_loss(student, teachers, self.feature * weights)
         return terms, weights
 
-    def _gate(self) -> dict[str, Any]:
-        return {
-            "gate": self.gate,
-            "gate_temperature": self.gate_temperature,
-            "gate_entropy": self.gate_entropy,
-            "gate_label": self.gate_label,
-        }
-
-    def _softmax(self) -> dict[str, Any]:
-        return {"temperature": self.temperature, "scale_by_t2": self.scale_by_t2}
-
     def _teacher_terms(
         self, student: Features, teachers: Sequence[Features], target: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
-        gate, softmax = self._gate(), self._softmax()
+        softmax = self.temperature, self.scale_by_t2
+        batch = student, teachers, target
         terms = {}
         if self.relations["image_text"]:
-            loss, weights = distinguishing.gated_relation(
-                student, teachers, target, **gate, **softmax
-            )
+            loss, weights = distinguishing.gated_relation(*batch, self.weighting, *softmax)
             terms["image_text_loss"] = self.relations["image_text"] * loss
         else:
-            weights = distinguishing.sample_weights(student, teachers, target, **gate, **softmax)
+            weights = distinguishing.sample_weights(*batch, self.weighting, self.temperature)
         per_class = distinguishing.class_weights(weights, target, student.texts.shape[0])
         for name, relation in adding.RELATIONS.items():
             if self.relations[name] and name != "image_text":
                 rows = weights if name in adding.IMAGE_ROWS else per_class
                 # A coefficient in the weights spares the gradients a multiplication.
                 terms[f"{name}_loss"] = adding.relation_loss(
-                    relation, student, teachers, self.relations[name] * rows, **softmax
+                    relation, student, teachers, self.relations[name] * rows, *softmax
                 )
         for name, of in anchors.ROWS.items():
             if self.anchors[name] and anchors.present(teachers):
@@ -288,7 +272,8 @@ class MulKILoss(nn.Module):
                     rows=of,
                     anchor_texts=self.anchor_texts,
                     anchor_weights=self.anchor_weights,
-                    **softmax,
+                    temperature=self.temperature,
+                    scale_by_t2=self.scale_by_t2,
                 )
         if self.feature:
             terms["feature_loss"] = adding.feature_loss(student, teachers, self.feature * weights)

@@ -17,13 +17,15 @@ The paper's experiments are on classes, as far as is public; so all of this is o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mulki.clip.features import Features
-from mulki.functional import clip_contrastive, pair_teacher_kl
+from mulki.functional import clip_contrastive
+from mulki.ops import pair_kl
+from mulki.ops.gates import Weighting
+from mulki.stages.adding import image_text
 
 
 def contrastive_loss(student: Features, distinct: Tensor | None) -> Tensor:
@@ -42,31 +44,41 @@ def contrastive_loss(student: Features, distinct: Tensor | None) -> Tensor:
 
 
 def gated_relation(
-    student: Features, teachers: Sequence[Features], **options: Any
+    student: Features,
+    teachers: Sequence[Features],
+    weighting: Weighting,
+    temperature: float,
+    scale_by_t2: bool,
 ) -> tuple[Tensor, Tensor]:
     """The loss of the relation between images and captions, in both directions under the gate.
 
     Args:
         student: features of B images and of their B captions; gradients flow to them.
         teachers: the same of K teachers.
-        options: gate, temperature and the like, see `mulki.functional.pair_teacher_kl`.
+        weighting: the gate.
+        temperature, scale_by_t2: see `mulki.functional.pair_teacher_kl`.
 
     Returns:
         The mean loss over the pairs, and the weights of the images [B, K], whose rows sum to 1.
     """
-    loss, details = pair_teacher_kl(
-        student.image_text(),
-        [teacher.image_text() for teacher in teachers],
-        return_details=True,
-        **options,
+    loss, _, weights, _ = pair_kl.loss(
+        image_text(student),
+        [image_text(teacher) for teacher in teachers],
+        temperature,
+        scale_by_t2,
+        None,
+        weighting,
+        "mean",
     )
-    return loss, details.weights[0]
+    return loss, weights[0]
 
 
 @torch.no_grad()
-def image_weights(student: Features, teachers: Sequence[Features], **options: Any) -> Tensor:
+def image_weights(
+    student: Features, teachers: Sequence[Features], weighting: Weighting, temperature: float
+) -> Tensor:
     """[B, K] weights of the gate alone, where the relation is switched off.
 
     Arguments as of `gated_relation`.
     """
-    return gated_relation(student, teachers, **options)[1]
+    return gated_relation(student, teachers, weighting, temperature, True)[1]

@@ -127,9 +127,6 @@ std::map<std::string, c10::IValue> values(Shape shape, at::ScalarType dtype) {
       {"teacher_prototypes", teacher_w},
       {"teacher_text_features", teacher_w},
       {"teacher_scales", at::full({2}, 15.0f)},
-      {"row_lse", at::full({n, 2}, 10.0f)},
-      {"column_lse", at::full({p, 2}, 10.0f)},
-      {"lse", at::full({2, 3, n, 2}, 10.0f)},
       {"target", target},
       {"class_mask", at::ones({p}, at::kBool)},
       {"label_smoothing", 0.2},
@@ -141,30 +138,34 @@ std::map<std::string, c10::IValue> values(Shape shape, at::ScalarType dtype) {
       {"gate_label", 0.5},
       {"normalize", true},
       {"scale_by_t2", true},
-      {"mean", true},
+      {"labels", true},
   };
 }
 
+// Calls for the loss, its mean and the gradients of that, or for gradients from those of rows.
 std::vector<at::Tensor> call(
-    const c10::OperatorHandle& op, std::map<std::string, c10::IValue> given, Shape shape) {
+    const c10::OperatorHandle& op,
+    std::map<std::string, c10::IValue> given,
+    Shape shape,
+    bool gradients_alone) {
   const std::string name = op.schema().name();
-  given["grad"] = name == "mulki_cpp::similarity_backward"
-      ? at::ones({shape.n, shape.p}, given["features"].toTensor().scalar_type())
-      : at::ones({shape.n});
-  const bool pairs = name.rfind("mulki_cpp::pair_kl", 0) == 0;
-  given["weights"] =
-      at::full(pairs ? at::DimVector{2, shape.n, 2} : at::DimVector{shape.n, 2}, 0.5f);
+  const bool matrix = name == "mulki_cpp::similarity", pairs = name == "mulki_cpp::pair_kl";
+  given["weights"] = c10::IValue(); // so that the gate computes them
+  given["reduction"] = gradients_alone || matrix ? "none" : "mean";
+  given["grad"] = c10::IValue();
+  if (gradients_alone) {
+    given["grad"] = matrix
+        ? at::ones({shape.n, shape.p}, given["features"].toTensor().scalar_type())
+        : at::ones(pairs ? at::DimVector{2, shape.n} : at::DimVector{shape.n});
+  }
   torch::jit::Stack stack;
   for (const c10::Argument& argument : op.schema().arguments()) {
     if (argument.name() == "wanted") {
       c10::List<bool> wanted;
       for (int32_t i = 0; i < argument.N().value(); ++i) {
-        wanted.push_back(true);
+        wanted.push_back(gradients_alone || !matrix);
       }
       stack.emplace_back(wanted);
-    } else if (
-        argument.name() == "weights" && argument.type()->kind() == c10::TypeKind::OptionalType) {
-      stack.emplace_back(); // so that the gate computes them
     } else {
       TORCH_CHECK(given.count(argument.name()), name, ": no value for ", argument.name());
       stack.push_back(given[argument.name()]);
@@ -181,14 +182,16 @@ std::vector<at::Tensor> call(
 void check_operator(const char* name, Shape shape, at::ScalarType dtype) {
   const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
   const auto given = values(shape, dtype);
-  at::set_num_threads(1);
-  const std::vector<at::Tensor> alone = call(op, given, shape);
-  at::set_num_threads(kThreads);
-  const std::vector<at::Tensor> together = call(op, given, shape);
-  for (size_t i = 0; i < alone.size(); ++i) {
-    TORCH_CHECK(
-        at::equal(alone[i], together[i]), name, " ", dtype, ": result ", i, " of ", kThreads,
-        " threads differs from that of one");
+  for (const bool gradients_alone : {false, true}) {
+    at::set_num_threads(1);
+    const std::vector<at::Tensor> alone = call(op, given, shape, gradients_alone);
+    at::set_num_threads(kThreads);
+    const std::vector<at::Tensor> together = call(op, given, shape, gradients_alone);
+    for (size_t i = 0; i < alone.size(); ++i) {
+      TORCH_CHECK(
+          at::equal(alone[i], together[i]), name, " ", dtype, ": result ", i, " of ", kThreads,
+          " threads differs from that of one");
+    }
   }
 }
 

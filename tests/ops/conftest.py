@@ -30,13 +30,13 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The operators that were called and their arguments."""
+    """The operators that were called, each with its arguments."""
     made = []
 
     class Spy(backends.Reference):
         def kernel(self, op):
             kernel = super().kernel(op)
-            return lambda *args: (made.append((op, args)), kernel(*args))[1]
+            return lambda x, request: (made.append((op, x)), kernel(x, request))[1]
 
     monkeypatch.setitem(backends.BACKENDS, "reference", Spy())
     with use_backend("reference"):

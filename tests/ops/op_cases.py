@@ -1,12 +1,11 @@
 """Arguments for every operator, and what they should give: the reference under autograd.
 
-A case is a row operator with arguments of the kind its name says. `form_arguments` makes those of
-the `_backward` and `_reduced` operators from them.
+A case is an operator with arguments of the kind its name says. `asking` adds what is asked of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mulki import ops
 from mulki.ops.logits import wide
+from mulki.ops.operators import OPERATORS
 
 OPS = torch.ops.mulki
 
@@ -102,10 +101,10 @@ def make(
         ),
         "kl_blend": ("teacher_kl", (*teachers, None, kept, mask, 2.0, 1.0, 0.7, 0.4, True)),
         "kl_weights": ("teacher_kl", (*teachers, given, None, mask, 2.0, 1.0, 0.0, 0.0, True)),
-        "pairs": ("pair_kl", (*teachers, None, 1.0, 1.0, 0.0, 0.0, True)),
-        "pairs_label": ("pair_kl", (*teachers, None, 2.0, 0.5, 0.0, 1.0, True)),
-        "pairs_blend": ("pair_kl", (*teachers, None, 1.5, 2.0, 0.7, 0.4, False)),
-        "pairs_weights": ("pair_kl", (*teachers, of_sides, 2.0, 1.0, 0.0, 0.0, True)),
+        "pairs": ("pair_kl", (*teachers, None, 1.0, 1.0, 0.0, 0.0, True, False)),
+        "pairs_label": ("pair_kl", (*teachers, None, 2.0, 0.5, 0.0, 1.0, True, False)),
+        "pairs_blend": ("pair_kl", (*teachers, None, 1.5, 2.0, 0.7, 0.4, False, False)),
+        "pairs_weights": ("pair_kl", (*teachers, of_sides, 2.0, 1.0, 0.0, 0.0, True, False)),
         "contrastive": ("contrastive", ()),
         "siglip": ("siglip", (number(-3.0), 0)),
         "siglip_block": ("siglip", (number(-3.0), 2)),  # the last rows have no match
@@ -136,14 +135,15 @@ NAMES = (
 LOSSES = NAMES[2:]
 
 
-SPECIFICATION: dict[str, Callable[..., Tensor]] = {
-    "similarity": ops.similarity.reference,
-    "prototype_cross_entropy": ops.prototype_cross_entropy.reference,
-    "teacher_kl": lambda *args: ops.teacher_kl.reference(*args)[0],
-    "pair_kl": lambda *args: ops.pair_kl.reference(*args)[0],
-    "contrastive": lambda *args: ops.contrastive.reference(*args)[0],
-    "siglip": ops.siglip.reference,
-}
+def arguments(case: Case) -> Any:
+    """The arguments of a case as the reference takes them."""
+    operator = OPERATORS[case.op]
+    return operator.arguments._make(case.args[: len(operator.arguments._fields)])
+
+
+def specification(case: Case) -> Tensor:
+    """The losses of rows by the reference, or the matrix."""
+    return OPERATORS[case.op].reference(arguments(case))[0]
 
 
 def requiring_grad(case: Case, wanted: Sequence[bool] | None = None) -> Case:
@@ -165,29 +165,25 @@ def upstream(case: Case) -> Tensor:
     return torch.linspace(-1.5, 2, x.shape[0], dtype=wide(x.dtype))
 
 
-def first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+FORMS = ("rows", "backward", "reduced")
 
 
-def form_arguments(case: Case, form: str, wanted: Sequence[bool], mean: bool = True) -> Case:
-    """The case for another form of its operator, "backward" or "reduced"."""
+def asking(case: Case, form: str, wanted: Sequence[bool] | None = None, mean: bool = True) -> Case:
+    """The whole call: "rows", their gradients ("backward"), or "reduced" with its gradients."""
+    wanted = [True] * case.leaves if wanted is None else list(wanted)
+    asked: tuple[Any, ...] = (None, "none", [False] * case.leaves)
     if form == "reduced":
-        return Case(f"{case.op}_reduced", (*case.args, mean, list(wanted)))
-    args = case.args
-    if case.op == "contrastive":
-        args = (*args, *run(case)[1:])
-    if case.op == "pair_kl":
-        _, _, used, _, lse = run(case)
-        args = (*args[:6], used, lse, args[7], args[11])
-    if case.op == "teacher_kl":
-        used = run(case)[2]
-        temperature, t2 = args[9], args[13]
-        args = (*args[:6], used, args[8], temperature, t2)
-    return Case(f"{case.op}_backward", (upstream(case), *args, list(wanted)))
+        asked = None, "mean" if mean else "sum", wanted
+    elif form == "backward":
+        asked = upstream(case), "none", wanted
+    return Case(case.op, (*case.args, *asked))
 
 
-def run(case: Case) -> Any:
-    return getattr(OPS, case.op)(*case.args)
+def run(case: Case) -> tuple[Tensor, ...]:
+    """The results of a call; of rows, where nothing was asked."""
+    fields = len(OPERATORS[case.op].arguments._fields)
+    whole = asking(case, "rows") if len(case.args) == fields else case
+    return getattr(OPS, case.op)(*whole.args)
 
 
 def count(case: Case) -> Tensor | int:
@@ -200,7 +196,7 @@ def count(case: Case) -> Tensor | int:
 def expected(case: Case, mean: bool | None = None) -> tuple[Tensor, list[Tensor]]:
     """The reference's rows (mean: None), sum or mean in float64, and its gradients by autograd."""
     double = requiring_grad(Case(case.op, tuple(doubled(a) for a in case.args)))
-    out = SPECIFICATION[case.op](*double.args)
+    out = specification(double)
     if mean is not None:
         out = out.sum() / (count(case) if mean else 1)
     grad = upstream(case).double() if mean is None else None

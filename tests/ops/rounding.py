@@ -14,17 +14,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mulki.ops.logits import logit_gradients
 from tests.ops.op_cases import (
-    SPECIFICATION,
     Case,
+    asking,
     count,
     doubled,
     expected,
-    first,
-    form_arguments,
     requiring_grad,
     run,
+    specification,
     upstream,
 )
 
@@ -37,7 +35,7 @@ SLACK = 3  # one order of summation against another
 def widened(case: Case, mean: bool | None) -> list[Tensor]:
     """Rows (mean: None) or total, and gradients: the reference under autograd in float32."""
     wide = requiring_grad(Case(case.op, tuple(_float(a) for a in case.args)))
-    out = SPECIFICATION[case.op](*wide.args)
+    out = specification(wide)
     grad = upstream(case).float() if mean is None else None
     if mean is not None:
         out = out.sum() / (count(case) if mean else 1)
@@ -54,8 +52,8 @@ def ours(case: Case, mean: bool | None) -> list[Tensor]:
     """The same by the operator."""
     wanted = [True] * case.leaves
     if mean is None:
-        return [first(run(case)), *run(form_arguments(case, "backward", wanted))]
-    output = run(form_arguments(case, "reduced", wanted, mean))
+        return [run(case)[0], *run(asking(case, "backward", wanted))[-case.leaves :]]
+    output = run(asking(case, "reduced", wanted, mean))
     return [output[0], *output[-case.leaves :]]
 
 
@@ -97,8 +95,7 @@ def terms(case: Case, mean: bool | None) -> tuple[Tensor, Tensor]:
     z = scale * x @ w.T + bias
     signs = 2 * torch.ones_like(z).tril(offset).triu(offset) - 1
     size = grad.double().abs().unsqueeze(1) * torch.sigmoid(-signs * z)  # of dL/dz
-    dx, dw, _ = logit_gradients(size, x.abs(), w.abs(), scale.abs(), [True] * 3)
-    return dx, dw
+    return scale.abs() * size @ w.abs(), scale.abs() * size.T @ x.abs()
 
 
 def rounded_products(case: Case, mean: bool | None) -> list[float]:
@@ -112,7 +109,8 @@ def rounded_products(case: Case, mean: bool | None) -> list[float]:
     cosine = x @ w.T
     # The logits in place of the features: G is the gradient.
     z = (scale * cosine).requires_grad_()
-    out = SPECIFICATION[case.op](z, torch.eye(len(w), dtype=z.dtype), z.new_tensor(1.0), *rest)
+    identity = torch.eye(len(w), dtype=z.dtype)
+    out = specification(Case(case.op, (z, identity, z.new_tensor(1.0), *rest)))
     if mean is not None:
         out = out.sum() / (count(case) if mean else 1)
     grad = upstream(case).double() if mean is None else None
@@ -134,7 +132,7 @@ def rounded_products(case: Case, mean: bool | None) -> list[float]:
 
 def cosines(case: Case) -> Tensor:
     x, w, _, normalize = case.args
-    return SPECIFICATION[case.op](x.double(), w.double(), 1.0, normalize)
+    return specification(Case(case.op, (x.double(), w.double(), 1.0, normalize)))
 
 
 def bounds(case: Case, mean: bool | None) -> Iterator[tuple[Tensor, Tensor, float]]:

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mulki import ops
-from mulki.ops.gates import find_gate
+from mulki.ops.gates import Weighting
 from mulki.ops.logits import wide
 
-UNIFORM = find_gate("uniform")
+UNIFORM = Weighting.of("uniform")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -26,7 +26,7 @@ def test_scales_become_wide_tensors(unit, calls, dtype, scale):
 def test_scales_of_teachers_are_stacked(unit, calls, scales):
     x, w = unit(6, 4).float(), unit(5, 4).float()
     teachers = [(x, w, scale) for scale in scales]
-    options = 2.0, True, None, UNIFORM, (0.0, 0.0), 1.0, None, None, "mean"
+    options = 2.0, True, None, UNIFORM, None, None, "mean"
     ops.teacher_kl.loss((x, w, 5.0), teachers, *options)
     stacked = calls[0][1][5]
     assert stacked.dtype == torch.float32

@@ -9,19 +9,19 @@ import torch
 
 from mulki import ops
 from mulki.ops import backends, torch_private
+from mulki.ops.gates import Weighting
 from tests.ops.op_cases import (
     LOSSES,
     NAMES,
-    SPECIFICATION,
     Case,
     Operations,
+    asking,
     count,
     expected,
-    first,
-    form_arguments,
     make,
     requiring_grad,
     run,
+    specification,
     upstream,
 )
 
@@ -38,12 +38,13 @@ def loss_of(case: Case, reduction: str) -> torch.Tensor:
     if case.op == "teacher_kl":
         tx, tw, ts, weights, target, mask, temperature, gate_temperature, a, b, t2 = rest
         teachers = list(zip(tx, tw, ts, strict=True))
-        options = temperature, t2, weights, UNIFORM, (a, b), gate_temperature, target, mask
+        weighting = Weighting(UNIFORM, gate_temperature, a, b)
+        options = temperature, t2, weights, weighting, target, mask
         return ops.teacher_kl.loss(operands, teachers, *options, reduction)[0]
     if case.op == "pair_kl":
-        tx, tw, ts, weights, temperature, gate_temperature, a, b, t2 = rest
+        tx, tw, ts, weights, temperature, gate_temperature, a, b, t2, _ = rest
         teachers = list(zip(tx, tw, ts, strict=True))
-        options = temperature, t2, weights, UNIFORM, (a, b), gate_temperature
+        options = temperature, t2, weights, Weighting(UNIFORM, gate_temperature, a, b)
         return ops.pair_kl.loss(operands, teachers, *options, reduction)[0]
     if case.op == "contrastive":
         return ops.contrastive.loss(operands, None, reduction)
@@ -57,7 +58,7 @@ def differentiable(name: str, form: str, dtype=torch.float32, wanted=None) -> tu
     leaves = [leaf for leaf in case.args[: case.leaves] if leaf.requires_grad]
     if form == "reduced":
         wanted = [leaf.requires_grad for leaf in case.args[: case.leaves]]
-        case = form_arguments(case, "reduced", wanted)
+        case = asking(case, "reduced", wanted)
     return case, leaves
 
 
@@ -69,7 +70,7 @@ def test_any_upstream_gradient_reaches_the_operands(name, reduction):
     # Not 1 for a loss among others, under a gradient scaler or for rows with weights of their own.
     grad = upstream(case) if reduction == "none" else torch.tensor(-3.7, dtype=torch.float64)
     twin = requiring_grad(case)
-    rows = SPECIFICATION[case.op](*twin.args)
+    rows = specification(twin)
     want = rows if reduction == "none" else rows.sum() / (count(case) if reduction == "mean" else 1)
     torch.testing.assert_close(loss, want)
     got = torch.autograd.grad(loss, case.args[: case.leaves], grad)
@@ -80,7 +81,7 @@ def test_any_upstream_gradient_reaches_the_operands(name, reduction):
 @pytest.mark.parametrize(("name", "form"), FORMS)
 def test_a_second_backward_gives_the_same_bits(name, form, backend):
     case, leaves = differentiable(name, form, torch.bfloat16)
-    out = first(run(case))
+    out = run(case)[0]
     grad = torch.full_like(out, 0.3)
     kept = grad.clone()
     one = torch.autograd.grad(out, leaves, grad, retain_graph=True)
@@ -97,7 +98,7 @@ def test_a_second_backward_gives_the_same_bits(name, form, backend):
 def test_backward_again_and_again(name, backend):
     """Gradients that a leaf accumulates in place are not those that the graph keeps."""
     case, leaves = differentiable(name, "reduced", torch.float32)
-    out = first(run(case))
+    out = run(case)[0]
     one = [g.clone() for g in torch.autograd.grad(out, leaves, retain_graph=True)]
     for times in (1, 2, 3):
         out.backward(retain_graph=times < 3)
@@ -109,7 +110,7 @@ def test_backward_again_and_again(name, backend):
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_batch_of_upstream_gradients(name, dtype, backend):
     case, leaves = differentiable(name, "reduced", dtype)
-    out = first(run(case))
+    out = run(case)[0]
     one = torch.autograd.grad(out, leaves, retain_graph=True)
     many = torch.autograd.grad(out, leaves, torch.tensor([1.0, 2.0]), is_grads_batched=True)
     for g, batch in zip(one, many, strict=True):
@@ -122,7 +123,7 @@ def test_a_batch_of_upstream_gradients(name, dtype, backend):
 def test_an_upstream_gradient_is_one_multiplication_for_each_leaf(name, dtype):
     """Into the dtype of the leaf: without a copy in that of the stored gradient."""
     case, leaves = differentiable(name, "reduced", dtype)
-    out = first(run(case))
+    out = run(case)[0]
     grad = torch.tensor(3.0, dtype=out.dtype)
     with Operations() as operations:
         gradients = torch.autograd.grad(out, leaves, grad)
@@ -139,10 +140,10 @@ def test_frozen_operands_have_no_gradient_and_cost_none(name, form, monkeypatch)
 
     class Spy(backends.Reference):
         def kernel(self, op):
-            def recording(*args):
-                if op.endswith(("_backward", "_reduced")):
-                    asked.append(tuple(args[-1]))
-                return super(Spy, self).kernel(op)(*args)
+            def recording(x, request):
+                if form == "reduced" or request.grad is not None:
+                    asked.append(tuple(request.wanted))
+                return super(Spy, self).kernel(op)(x, request)
 
             return recording
 
@@ -154,7 +155,7 @@ def test_frozen_operands_have_no_gradient_and_cost_none(name, form, monkeypatch)
                 continue
             asked.clear()
             case, leaves = differentiable(name, form, torch.float64, wanted)
-            out = first(run(case))
+            out = run(case)[0]
             gradients = torch.autograd.grad(out, leaves, upstream(case) if form == "rows" else None)
             assert asked == [wanted]
             everything = expected(make(name), None if form == "rows" else True)[1]
@@ -175,7 +176,7 @@ def test_a_frozen_leaf_keeps_no_gradient(backend):
 
 def test_a_gradient_that_was_not_asked_for_is_an_error(backend):
     case = requiring_grad(make("ce", dtype=torch.float32))
-    loss = run(form_arguments(case, "reduced", [True, False, True]))[0]
+    loss = run(asking(case, "reduced", [True, False, True]))[0]
     with pytest.raises(RuntimeError, match=r"^wanted\[1\]: got False"):
         loss.backward()
 
@@ -183,7 +184,7 @@ def test_a_gradient_that_was_not_asked_for_is_an_error(backend):
 @pytest.mark.parametrize(("name", "form"), FORMS)
 def test_double_backward_raises(name, form, backend):
     case, leaves = differentiable(name, form)
-    out = first(run(case))
+    out = run(case)[0]
     for i in range(len(leaves)):
         gradients = torch.autograd.grad(out.sum(), leaves, create_graph=True)
         with pytest.raises(RuntimeError, match="double backward of .* is not supported"):
@@ -199,7 +200,7 @@ def test_by_products_are_not_differentiable(name, backend):
         assert not any(out.requires_grad for out in rest)
 
 
-def test_on_the_cpu_a_sum_or_a_mean_is_one_call(monkeypatch):
+def test_a_loss_is_one_call_whatever_its_reduction(monkeypatch):
     called = []
 
     class Spy(backends.Reference):
@@ -208,22 +209,16 @@ def test_on_the_cpu_a_sum_or_a_mean_is_one_call(monkeypatch):
             return super().kernel(op)
 
     monkeypatch.setitem(backends.BACKENDS, "reference", Spy())
-    for grad, reduction, form in (
-        (True, "none", ""),
-        (False, "none", ""),
-        (False, "mean", "_reduced"),
-        (True, "mean", "_reduced"),
-        (True, "sum", "_reduced"),
-    ):
+    for grad, reduction in itertools.product([True, False], REDUCTIONS):
         for name in LOSSES:
             with ops.use_backend("reference"), torch.set_grad_enabled(grad):
                 called.clear()
                 case = requiring_grad(make(name))
                 loss_of(case, reduction)
-                assert called == [case.op + form]
+                assert called == [case.op]
 
 
-def test_the_two_forms_agree(backend):
+def test_losses_agree(backend):
     """With and without gradients a mean is the same number but for rounding."""
     for name in LOSSES:
         case = requiring_grad(make(name, dtype=torch.float32))
@@ -271,7 +266,7 @@ def test_forward_mode_is_refused(unit):
 
 
 def kl_of_teacher(x: torch.Tensor, teacher: tuple) -> torch.Tensor:
-    options = 1.0, True, None, UNIFORM, (0.0, 0.0), 1.0, None, None, "mean"
+    options = 1.0, True, None, Weighting(UNIFORM), None, None, "mean"
     return ops.teacher_kl.loss((x, x, 9.0), [teacher], *options)[0]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.op_cases import LABELS, cross_entropy, first, make, run, with_argument
+from tests.ops.op_cases import LABELS, cross_entropy, make, run, with_argument
 
 
 def test_a_class_mask_without_a_class_is_refused(backend):
@@ -18,7 +18,7 @@ def test_a_class_mask_without_a_class_is_refused(backend):
 def test_targets_are_checked_in_compiled_code_too(backend):
     case = make("ce", dtype=torch.float32)
     compiled = torch.compile(
-        lambda target: first(run(with_argument(case, 3, target))), backend="eager", fullgraph=True
+        lambda target: run(with_argument(case, 3, target))[0], backend="eager", fullgraph=True
     )
     compiled(LABELS)
     with pytest.raises(ValueError, match="target"):

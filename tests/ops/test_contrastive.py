@@ -13,8 +13,8 @@ from mulki.ops.checks import REDUCTIONS
 from tests.ops.op_cases import (
     ALL,
     Case,
+    asking,
     expected,
-    form_arguments,
     make,
     relative,
     requiring_grad,
@@ -35,7 +35,7 @@ def test_contrastive_of_pairs_that_match_well(scale, backend):
         y = torch.arange(200)
         loss = (F.cross_entropy(z, y) + F.cross_entropy(z.T, y)) / 2
     unfused = [loss, *torch.autograd.grad(loss, plain.args)]
-    got = run(form_arguments(case, "reduced", ALL))
+    got = run(asking(case, "reduced", ALL))
     for one, other, want in zip(got, unfused, (value, *gradients), strict=True):
         assert relative(one, want) < 3 * relative(other.detach(), want) + 1e-5
 
@@ -45,7 +45,7 @@ def test_gradients_of_rows_at_large_logits(scale, backend):
     """Equal pairs have the gradient zero, however large their logits are."""
     ones = [torch.ones(2, 1, requires_grad=True) for _ in range(2)]
     leaves = *ones, torch.tensor(scale, requires_grad=True)
-    loss = torch.ops.mulki.contrastive(*leaves)[0]
+    loss = run(Case("contrastive", leaves))[0]
     gradients = torch.autograd.grad(loss.sum(), leaves)
     assert max(gradient.abs().max() for gradient in gradients) <= 1e-6 * scale
 

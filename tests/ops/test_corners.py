@@ -14,12 +14,13 @@ from tests.ops.op_cases import (
     ALL,
     NAMES,
     Case,
+    asking,
     expected,
-    first,
-    form_arguments,
     make,
     relative,
     run,
+    upstream,
+    with_argument,
 )
 
 
@@ -27,21 +28,21 @@ from tests.ops.op_cases import (
 def test_what_an_excluded_class_holds_does_not_matter(bad, backend):
     for name in ("ce_all", "kl_label", "kl_weights"):
         case = make(name, n=6, p=8, d=5, dtype=torch.float32)
-        want = first(run(case))
+        want = run(case)[0]
         for w in (case.args[1], *(case.args[4] if case.op == "teacher_kl" else ())):
             w[1] = bad  # class 1 is masked
-        assert torch.equal(first(run(case)), want)
+        assert torch.equal(run(case)[0], want)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("place", [0, 2, 5])
 def test_an_upstream_gradient_that_is_not_finite_stays_with_its_row(bad, place, backend):
     case = make("ce", n=6, p=7, d=5, dtype=torch.float32)
-    backward = form_arguments(case, "backward", ALL)
-    (dx, _, _) = run(backward)
-    grad = backward.args[0].clone()
+    backward = asking(case, "backward", ALL)
+    _, dx, _, _ = run(backward)
+    grad = upstream(case)
     grad[place] = bad
-    spoilt, dw, _ = run(Case(backward.op, (grad, *backward.args[1:])))
+    _, spoilt, dw, _ = run(with_argument(backward, 7, grad))
     others = torch.arange(6) != place
     assert not spoilt[place].isfinite().any() and not dw.isfinite().all()
     torch.testing.assert_close(spoilt[others], dx[others], rtol=1e-5, atol=1e-6)
@@ -58,7 +59,7 @@ def test_ten_thousand_calls_leave_nothing_behind(name, backend):
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     case = make(name, n=6, p=8, d=5, dtype=torch.float32)
-    backward = form_arguments(case, "backward", [True] * case.leaves)
+    backward = asking(case, "backward", [True] * case.leaves)
     for number in range(11_000):
         if number == 1000:
             before = resident()
@@ -75,15 +76,15 @@ def test_features_without_a_dimension(name, backend):
     if case.op in ("teacher_kl", "pair_kl"):
         rest[:2] = [[u[:, :0] for u in rest[0]], [v[:, :0] for v in rest[1]]]
     case = Case(case.op, (x[:, :0], w[:, :0], scale, *rest))
-    torch.testing.assert_close(first(run(case)), expected(case)[0].float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(run(case)[0], expected(case)[0].float(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_onednn(dtype, backend):
     case = make("kl_label", n=20, p=33, d=24, dtype=dtype, scale=20.0)
-    with_it = run(form_arguments(case, "reduced", ALL))
+    with_it = run(asking(case, "reduced", ALL))
     with torch.backends.mkldnn.flags(enabled=False):
-        without = run(form_arguments(case, "reduced", ALL))
+        without = run(asking(case, "reduced", ALL))
     for one, other in zip(with_it, without, strict=True):
         assert relative(other, one.double()) < 1e-2 if one.norm() else other.eq(0).all()
     assert run(case)[0].isfinite().all()
@@ -104,7 +105,7 @@ def test_the_classes_of_one_task_alone(name, classes, backend):
     args[place - 1 : place + 1] = torch.where(target < 0, target, low + target % (high - low)), mask
     case = Case(case.op, tuple(args))
     value, gradients = expected(case, True)
-    total, *rest = run(form_arguments(case, "reduced", ALL))
+    total, *rest = run(asking(case, "reduced", ALL))
     for one, want in zip((total, *rest[-3:]), (value, *gradients), strict=True):
         assert relative(one, want) < 1e-5
     assert rest[-2][~mask].eq(0).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from unittest.mock import patch
 
 import pytest
@@ -10,62 +11,69 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mulki import ops
-from mulki.ops import direct
-from mulki.ops.operators import DIFFERENTIABLE, OPERATORS
+from mulki.ops import backends, direct
+from mulki.ops.operators import OPERATORS
 from tests.ops.op_cases import (
-    ALL,
     LOSSES,
     Case,
-    first,
-    form_arguments,
+    arguments,
+    asking,
     make,
     requiring_grad,
     run,
+    with_argument,
 )
 
 pytestmark = pytest.mark.parametrize("backend", ["cpp"], indirect=True)
 
 
+def call(case: Case, reduction: str = "mean") -> tuple[Tensor, ...]:
+    """The case by `direct.call`."""
+    return direct.call(case.op, arguments(case), reduction)
+
+
 def is_direct(case: Case) -> bool:
     """Whether `direct.call` takes the short way for a case."""
-    kernel = direct._cpp_kernel(case.op, case.args[0].dtype)
-    return direct._may_be_direct(case.op, case.args) and kernel is not None
+    x = arguments(case)
+    kernel = backends.kernel(case.op, "cpu", x[0].dtype)
+    return direct._may_be_direct(x, case.leaves) and isinstance(kernel, backends.CppKernel)
 
 
-def reduced(name: str, wanted: list[bool] | None = None) -> Case:
-    case = make(name, dtype=torch.float32)
-    wanted = [True] * case.leaves if wanted is None else wanted
-    return form_arguments(requiring_grad(case, wanted), "reduced", wanted)
+def differentiable(
+    name: str, wanted: Sequence[bool] | None = None, dtype: torch.dtype = torch.float32
+) -> Case:
+    return requiring_grad(make(name, dtype=dtype), wanted)
 
 
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_it_is_taken_by_all_reduced_forms_and_gives_the_same(name, backend):
-    case = reduced(name)
-    assert case.op in DIFFERENTIABLE and is_direct(case)
-    leaves = case.args[: make(name).leaves]
+def test_it_is_taken_by_all_losses_and_gives_the_same(name, reduction, backend):
+    case = differentiable(name)
+    assert is_direct(case)
+    leaves = case.args[: case.leaves]
+    whole = asking(case, "rows" if reduction == "none" else "reduced", mean=reduction == "mean")
     for factor in (1.0, 2.5):
-        outputs = [direct.call(case.op, *case.args), run(case)]
+        outputs = [call(case, reduction), run(whole)]
         for got, want in zip(*outputs, strict=True):
             assert torch.equal(got, want)
         assert not any(out.requires_grad for out in outputs[0][1:])
-        gradients = [torch.autograd.grad(factor * out[0], leaves) for out in outputs]
+        gradients = [torch.autograd.grad(factor * out[0].sum(), leaves) for out in outputs]
         for got, want in zip(*gradients, strict=True):
             assert torch.equal(got, want) and got.dtype == want.dtype
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gradients_have_the_dtype_of_their_leaves(dtype, backend):
-    case = requiring_grad(make("kl", dtype=dtype))
-    case = form_arguments(case, "reduced", ALL)
-    leaves = case.args[:3]
-    for out in (direct.call(case.op, *case.args), run(case)):
-        gradients = torch.autograd.grad(3 * out[0], leaves)
-        assert [g.dtype for g in gradients] == [dtype, dtype, torch.float32]
+def test_gradients_have_the_dtype_of_their_leaves(dtype, reduction, backend):
+    case = differentiable("kl", dtype=dtype)
+    gradients = torch.autograd.grad(3 * call(case, reduction)[0].sum(), case.args[:3])
+    assert [g.dtype for g in gradients] == [dtype, dtype, torch.float32]
 
 
-def test_a_kept_graph_gives_the_same_gradients_again(backend):
-    case = reduced("ce")
-    loss = direct.call(case.op, *case.args)[0]
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_kept_graph_gives_the_same_gradients_again(reduction, backend):
+    case = differentiable("kl_label")
+    loss = call(case, reduction)[0].sum()
     first = torch.autograd.grad(loss, case.args[:3], retain_graph=True)
     for gradient in first:
         gradient.add_(1)
@@ -75,15 +83,21 @@ def test_a_kept_graph_gives_the_same_gradients_again(backend):
         torch.autograd.grad(loss, case.args[:3])
 
 
+def test_what_is_overwritten_before_the_backward_pass_is_noticed(backend):
+    case = differentiable("kl_label")
+    loss = call(case, "none")[0].sum()
+    case.args[3][1].add_(1)  # a teacher's features
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("name", ["similarity", *LOSSES])
 @pytest.mark.parametrize("factors", [(1.0, 2.0), (1.0, 1.0)])
 def test_a_batch_of_upstream_gradients(name, factors, backend):
-    case = requiring_grad(make(name, dtype=torch.float32))
+    case = differentiable(name)
     leaves = case.args[: case.leaves]
-    if name in LOSSES:
-        case = form_arguments(case, "reduced", [True] * case.leaves)
     assert is_direct(case)
-    out = first(direct.call(case.op, *case.args))
+    out = call(case, "mean" if name in LOSSES else "none")[0]
     one = torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True)
     batch = torch.stack([torch.full_like(out, factor) for factor in factors])
     many = torch.autograd.grad(out, leaves, batch, is_grads_batched=True)
@@ -91,29 +105,21 @@ def test_a_batch_of_upstream_gradients(name, factors, backend):
         torch.testing.assert_close(got, torch.stack([factor * gradient for factor in factors]))
 
 
-def test_a_gradient_that_was_not_asked_for_is_an_error(backend):
-    case = requiring_grad(make("ce", dtype=torch.float32))
-    for i in range(3):
-        wanted = [j != i for j in range(3)]
-        bad = form_arguments(case, "reduced", wanted)
-        loss = direct.call(bad.op, *bad.args)[0]
-        with pytest.raises(RuntimeError, match=rf"^wanted\[{i}\]: got False"):
-            loss.backward()
-
-
-def test_a_gradient_has_none_of_its_own(backend):
-    case = reduced("ce")
-    loss = direct.call(case.op, *case.args)[0]
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_gradient_has_none_of_its_own(reduction, backend):
+    case = differentiable("ce")
+    loss = call(case, reduction)[0].sum()
     gradients = torch.autograd.grad(loss, case.args[:3], create_graph=True)
     with pytest.raises(RuntimeError, match="double backward of .* is not supported"):
         gradients[0].sum().backward()
 
 
 def test_only_wanted_gradients_are_set(backend):
-    case = reduced("contrastive", [True, False, False])
-    direct.call(case.op, *case.args)[0].backward()
-    image, text, scale = case.args[:3]
-    assert image.grad is not None and text.grad is None and scale.grad is None
+    for reduction in ("none", "mean"):
+        case = differentiable("contrastive", [True, False, False])
+        call(case, reduction)[0].sum().backward()
+        image, text, scale = case.args[:3]
+        assert image.grad is not None and text.grad is None and scale.grad is None
 
 
 class Modes(TorchDispatchMode):
@@ -126,7 +132,7 @@ class Subclass(Tensor):
 
 
 def test_what_it_is_not_taken_for(backend):
-    case = reduced("ce")
+    case = differentiable("ce")
     with Modes():
         assert not is_direct(case)
     seen = []
@@ -135,19 +141,17 @@ def test_what_it_is_not_taken_for(backend):
     x, *rest = case.args
     assert not is_direct(Case(case.op, (x.as_subclass(Subclass), *rest)))
     assert not is_direct(Case(case.op, (x.to("meta"), *rest)))
-    # Rows have their gradients in Python, and so have given weights.
-    rows = requiring_grad(make("ce", dtype=torch.float32))
-    assert not is_direct(rows)
-    with torch.no_grad():
-        assert is_direct(rows)
-    weighted = reduced("kl_weights")
+    # Given weights have their gradient in Python.
+    weighted = differentiable("kl_weights")
     assert is_direct(weighted)
     weighted.args[6].requires_grad_()
     assert not is_direct(weighted)
+    with torch.no_grad():
+        assert is_direct(weighted)
 
 
 def test_another_backend_is_asked_where_it_is_forced(backend):
-    case = reduced("ce")
+    case = differentiable("ce")
     assert is_direct(case)
     with ops.use_backend("reference"):
         assert not is_direct(case)
@@ -155,36 +159,34 @@ def test_another_backend_is_asked_where_it_is_forced(backend):
 
 def test_the_checks_of_python_explain(backend):
     case = make("kl_label", dtype=torch.float32)
-    bad = Case(case.op, (*case.args[:7], case.args[7] + 9, *case.args[8:]))
+    bad = with_argument(case, 7, case.args[7] + 9)
     with pytest.raises(ValueError, match="^target: got"):
-        direct.call(bad.op, *bad.args)
+        call(bad)
     with (
         patch.dict(OPERATORS, {bad.op: OPERATORS[bad.op]._replace(check=lambda *args: None)}),
         pytest.raises(ValueError, match=r"target: got \d+ in row"),
     ):
-        direct.call(bad.op, *bad.args)
+        call(bad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_similarity_has_the_same_gradients(dtype, normalize, backend):
-    case = requiring_grad(make("similarity", dtype=dtype))
-    x, w, scale, _ = case.args
-    args = x, w, scale, normalize
-    assert is_direct(Case(case.op, args))
-    results = [direct.call(case.op, *args), torch.ops.mulki.similarity(*args)]
+    case = with_argument(differentiable("similarity", dtype=dtype), 3, normalize)
+    assert is_direct(case)
+    results = [call(case, "none")[0], run(case)[0]]
     assert torch.equal(*results)
     upstream = torch.randn_like(results[0])
-    gradients = [torch.autograd.grad(z, args[:3], upstream) for z in results]
-    for got, want, leaf in zip(*gradients, args[:3], strict=True):
+    gradients = [torch.autograd.grad(z, case.args[:3], upstream) for z in results]
+    for got, want, leaf in zip(*gradients, case.args[:3], strict=True):
         assert torch.equal(got, want) and got.dtype == leaf.dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rounded", [torch.bfloat16, torch.float16])
 def test_a_backward_pass_under_autocast_gives_the_same(dtype, rounded, backend):
-    case = requiring_grad(make("similarity", dtype=dtype))
-    z = direct.call(case.op, *case.args)
+    case = differentiable("similarity", dtype=dtype)
+    z = call(case, "none")[0]
     upstream = torch.randn_like(z)
     want = torch.autograd.grad(z, case.args[:3], upstream, retain_graph=True)
     with torch.autocast("cpu", dtype=rounded):
@@ -192,24 +194,14 @@ def test_a_backward_pass_under_autocast_gives_the_same(dtype, rounded, backend):
     assert all(map(torch.equal, got, want))
 
 
-def test_similarity_keeps_inference_tensors(backend):
+def test_inference_tensors_are_kept(backend):
     case = make("similarity", dtype=torch.float32)
-    x, w, scale, normalize = case.args
+    x, w, *rest = case.args
     with torch.inference_mode():
         frozen = w.clone()
     x.requires_grad_()
+    gradients = []
     for prototypes in (w, frozen):
-        direct.call(case.op, x, prototypes, scale, normalize).square().sum().backward()
-    once = x.grad / 2
-    x.grad = None
-    direct.call(case.op, x, frozen, scale, normalize).square().sum().backward()
-    assert torch.equal(x.grad, once)
-    assert w.grad is None and frozen.grad is None
-
-
-def test_a_gradient_of_similarity_has_none_of_its_own(backend):
-    case = requiring_grad(make("similarity", dtype=torch.float32))
-    z = direct.call(case.op, *case.args)
-    (gradient,) = torch.autograd.grad(z.sum(), case.args[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward of mulki::similarity is not supported"):
-        gradient.sum().backward()
+        matrix = call(Case(case.op, (x, prototypes, *rest)), "none")[0]
+        gradients += torch.autograd.grad(matrix.square().sum(), x)
+    assert torch.equal(*gradients)

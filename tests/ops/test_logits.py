@@ -1,11 +1,11 @@
-"""What the references share: logits without rounding, and reductions of rows."""
+"""What the references share: logits without rounding."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from mulki.ops.logits import logits, reduce, reduced_rows
+from mulki.ops.logits import logits
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -23,19 +23,3 @@ def test_masked_classes_have_probability_zero(unit):
     z = logits(x, w, 9.0, mask)
     assert z.softmax(1)[:, ~mask].eq(0).all()
     assert z[:, mask].equal(logits(x, w, 9.0)[:, mask])
-
-
-def test_reductions_of_rows():
-    rows = torch.tensor([1.0, 2.0, 6.0])
-    assert reduce(rows, "none") is rows
-    assert reduce(rows, "sum") == 9 and reduce(rows, "mean") == 3
-    assert reduce(rows, "mean", count=2) == 4.5
-
-
-@pytest.mark.parametrize("mean", [False, True])
-def test_the_gradient_of_a_reduction_is_that_of_autograd(mean):
-    rows = torch.tensor([1.0, 2.0, 6.0], requires_grad=True)
-    total, gradient = reduced_rows(rows, mean)
-    assert gradient.equal(torch.autograd.grad(total, rows)[0])
-    total, gradient = reduced_rows(torch.empty(0), mean)
-    assert (total.isnan() if mean else total == 0) and gradient.shape == (0,)

@@ -11,35 +11,48 @@ from torch import Tensor
 from torch.library import opcheck
 
 from mulki import ops
-from mulki.ops.gates import find_gate
-from tests.ops.op_cases import ALL, OPS, Case, expected, form_arguments, make, relative, run
+from mulki.ops import direct
+from mulki.ops.gates import Weighting
+from tests.ops.op_cases import (
+    ALL,
+    OPS,
+    Case,
+    arguments,
+    asking,
+    doubled,
+    expected,
+    make,
+    relative,
+    requiring_grad,
+    run,
+    specification,
+    with_argument,
+)
 from tests.ops.rounding import DTYPES, check, ours
 
 PAIRS = ("pairs", "pairs_label", "pairs_blend", "pairs_weights")
 
 
-def with_labels(case: Case, mean: bool) -> list[Tensor]:
-    """The sums of both losses, and the gradients of their sum."""
-    losses, _, _, _, *gradients = OPS.pair_kl_with_labels(*case.args, mean, ALL)
-    return [*losses, *gradients]
+def with_labels(case: Case) -> Case:
+    """The same case with the labels' loss beside it."""
+    return with_argument(case, 12, True)
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_it_is_teacher_kl_over_rows_and_over_columns(name):
     case = make(name)
-    x, w, scale, teacher_x, teacher_w, scales, weights, *options = case.args
-    loss, *details, lse = run(case)
+    x, w, scale, teacher_x, teacher_w, scales, weights, *options, _ = case.args
+    loss, *details = run(case)[:4]
     own = torch.arange(6)
     of_rows, of_columns = (None, None) if weights is None else weights
-    rows = OPS.teacher_kl(x, w, scale, teacher_x, teacher_w, scales, of_rows, own, None, *options)
-    turned = w, x, scale, teacher_w, teacher_x, scales, of_columns, own, None
-    columns = OPS.teacher_kl(*turned, *options)
+    of_both = (
+        (x, w, scale, teacher_x, teacher_w, scales, of_rows, own, None, *options),
+        (w, x, scale, teacher_w, teacher_x, scales, of_columns, own, None, *options),
+    )
+    rows, columns = (run(Case("teacher_kl", args)) for args in of_both)
     assert torch.equal(loss, (rows[0] + columns[0]) / 2)
-    for both, row, column in zip(details, rows[1:], columns[1:], strict=True):
+    for both, row, column in zip(details, rows[1:4], columns[1:4], strict=True):
         assert torch.equal(both, torch.stack([row, column]))
-    z = scale * x @ w.T / options[0]
-    of_student = torch.stack([z.logsumexp(1), z.logsumexp(0)])
-    torch.testing.assert_close(lse[:, 0].sum(-1), of_student)
 
 
 @pytest.mark.parametrize("scale", [100.0, 1e3, 1e4])
@@ -49,7 +62,7 @@ def test_gradients_of_rows_at_large_logits(scale, backend):
     ones, k = torch.ones(3, 1), len(case.args[3])
     leaves = *(ones.clone().requires_grad_() for _ in range(2)), torch.tensor(scale)
     teachers = [ones] * k, [ones] * k, torch.full((k,), scale)
-    loss = OPS.pair_kl(*leaves, *teachers, *case.args[6:])[0]
+    loss = run(Case("pair_kl", (*leaves, *teachers, *case.args[6:])))[0]
     for gradient in torch.autograd.grad(loss.sum(), leaves[:2]):
         assert gradient.abs().max() <= 1e-6 * scale
 
@@ -66,42 +79,52 @@ def test_with_labels_it_is_the_sum_of_two_operators(name, dtype, mean, backend):
     wanted = first, second, *(a + b for a, b in zip(of_labels, of_teachers, strict=True))
     # Half precision may round G before it is multiplied.
     rounding = torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 0
-    for got, want in zip(with_labels(case, mean), wanted, strict=True):
+    losses, _, _, _, *gradients = run(asking(with_labels(case), "reduced", mean=mean))
+    for got, want in zip((*losses, *gradients), wanted, strict=True):
         assert relative(got, want) < rounding + 2e-5
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("upstream", [(1.0, 1.0), (3.0, 3.0), (0.5, 2.0), (1.0, 0.0)])
 def test_both_losses_may_have_any_upstream_gradient(upstream, temperature, backend):
-    case = make("pairs", n=9, dtype=torch.float32)
-    leaves = [leaf.clone().requires_grad_() for leaf in case.args[:3]]
-    rest = (*case.args[3:7], temperature, *case.args[8:])
-    for leaf in leaves:
-        leaf.grad = None
-    losses, *_ = OPS.pair_kl_with_labels(*leaves, *rest, True, ALL)
-    (upstream[0] * losses[0] + upstream[1] * losses[1]).backward()
-    double = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    models = [[t.double() for t in rest[i]] for i in (0, 1)]
-    options = rest[2].double(), None, *rest[4:]
-    of_labels = ops.contrastive.reference(*double)[0].mean()
-    of_teachers = ops.pair_kl.reference(*double, *models, *options)[0].mean()
-    total = upstream[0] * of_labels + upstream[1] * of_teachers
-    for leaf, want in zip(leaves, torch.autograd.grad(total, double), strict=True):
-        torch.testing.assert_close(leaf.grad, want.float(), rtol=1e-4, atol=1e-6)
+    case = with_argument(make("pairs", n=9, dtype=torch.float32), 7, temperature)
+    double = requiring_grad(Case(case.op, tuple(map(doubled, case.args))))
+    of_labels = specification(Case("contrastive", double.args[:3]))
+    losses = torch.stack([of_labels.mean(), specification(double).mean()])
+    total = upstream[0] * losses[0] + upstream[1] * losses[1]
+    wanted = torch.autograd.grad(total, double.args[:3])
+    case = requiring_grad(case)
+    both = asking(with_labels(case), "reduced")
+    for call in (lambda: run(both), lambda: direct.call("pair_kl", arguments(both), "mean")):
+        first, second = call()[0]
+        got = torch.autograd.grad(upstream[0] * first + upstream[1] * second, case.args[:3])
+        for one, want in zip(got, wanted, strict=True):
+            torch.testing.assert_close(one, want.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_rows_of_both_losses(backend):
+    case = requiring_grad(make("pairs_blend", dtype=torch.float32))
+    both = asking(with_labels(case), "rows")
+    upstream = torch.rand(2, 6)
+    alone = [run(Case("contrastive", case.args[:3]))[0], run(case)[0]]
+    got = torch.autograd.grad((upstream * run(both)[0]).sum(), case.args[:3])
+    want = torch.autograd.grad((upstream * torch.stack(alone)).sum(), case.args[:3])
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_a_gradient_that_was_not_computed_is_refused():
     case = make("pairs")
     leaves = [leaf.clone().requires_grad_() for leaf in case.args[:3]]
-    losses, *_ = OPS.pair_kl_with_labels(*leaves, *case.args[3:], True, [True, False, True])
+    case = with_labels(Case(case.op, (*leaves, *case.args[3:])))
+    losses, *_ = run(asking(case, "reduced", [True, False, True]))
     with pytest.raises(RuntimeError, match=r"wanted\[1\]: got False"):
         losses.sum().backward()
 
 
 def test_opcheck_with_labels(backend):
     case = make("pairs_label", dtype=torch.float64 if backend == "reference" else torch.float32)
-    leaves = [leaf.clone().requires_grad_() for leaf in case.args[:3]]
-    opcheck(OPS.pair_kl_with_labels.default, (*leaves, *case.args[3:], True, ALL))
+    opcheck(OPS.pair_kl.default, asking(with_labels(requiring_grad(case)), "reduced").args)
 
 
 def test_compiled_losses_have_any_upstream_gradient():
@@ -109,7 +132,7 @@ def test_compiled_losses_have_any_upstream_gradient():
     leaves = [leaf.clone().requires_grad_() for leaf in case.args[:3]]
 
     def loss(*leaves: Tensor) -> Tensor:
-        losses, *_ = OPS.pair_kl_with_labels(*leaves, *case.args[3:], True, ALL)
+        losses, *_ = run(asking(with_labels(Case(case.op, (*leaves, *case.args[3:]))), "reduced"))
         return losses[0] + 2 * losses[1]
 
     plain = torch.autograd.grad(loss(*leaves), leaves)
@@ -123,8 +146,8 @@ def test_compiled_losses_have_any_upstream_gradient():
 def test_a_teacher_that_is_the_student_leaves_no_gradient(n, temperature, backend):
     x, w, scale, *_ = make("pairs", n=n, d=24, dtype=torch.float32, scale=50.0).args
     gate = 1.0, 0.0, 0.0
-    args = (x, w, scale, [x], [w], scale.reshape(1), None, temperature, *gate, True)
-    total, kl, *_, dx, dw, ds = run(Case("pair_kl_reduced", (*args, True, ALL)))
+    args = x, w, scale, [x], [w], scale.reshape(1), None, temperature, *gate, True, False
+    total, kl, *_, dx, dw, ds = run(asking(Case("pair_kl", args), "reduced"))
     assert abs(total) < 1e-5 and kl.abs().max() < 1e-4
     assert dx.eq(0).all() and dw.eq(0).all() and ds == 0
 
@@ -145,7 +168,7 @@ def test_logits_far_from_zero_or_from_one_another(spread, level, dtype, backend)
     scale = torch.tensor(spread)
     teachers = [features() for _ in range(2)]
     of_teachers = [[teacher[i] for teacher in teachers] for i in (0, 1)]
-    options = None, 1.0, 1.0, 0.0, 0.0, True
+    options = None, 1.0, 1.0, 0.0, 0.0, True, False
     case = Case("pair_kl", (*features(), scale, *of_teachers, scale.repeat(2), *options))
     # Halves of G times large numbers that it cancels are as imprecise without fusing.
     if dtype == torch.float32:
@@ -160,25 +183,23 @@ def test_more_pairs_than_products_are_kept_of(dtype, n, backend):
     check(make("pairs_label", n=n, d=16, dtype=dtype, scale=20.0), True)
 
 
-def test_rows_have_the_loss_of_their_reduced_forms(backend):
+def test_rows_have_the_loss_of_their_sum_and_mean(backend):
     case = make("pairs_blend", n=40, d=24, dtype=torch.float32)
     rows = run(case)[0]
     for mean, want in ((True, rows.mean()), (False, rows.sum())):
-        torch.testing.assert_close(run(form_arguments(case, "reduced", ALL, mean))[0], want)
+        torch.testing.assert_close(run(asking(case, "reduced", ALL, mean))[0], want)
 
 
 @pytest.mark.parametrize("name", ["uniform", "label", "confidence", "loss"])
 def test_gates_look_at_the_own_pair(name, unit):
-    gate = find_gate(name)
+    weighting = Weighting.of(name)
     student = unit(7, 4), unit(7, 4), 9.0
     teachers = [(unit(7, 4), unit(7, 4), 9.0), (unit(7, 6), unit(7, 6), 5.0)]
-    options = 2.0, gate, gate.numbers(), 1.0
-    _, total, weights, _ = ops.pair_kl.sums_with_labels(student, teachers, *options)
+    options = 2.0, True, None, weighting
+    (_, total), _, weights, _ = ops.pair_kl.loss(student, teachers, *options, "sum", labels=True)
     own, want = torch.arange(7), []
     for models in ([student, *teachers], [(w, x, s) for x, w, s in (student, *teachers)]):
-        loss, _, used, _ = ops.teacher_kl.loss(
-            models[0], models[1:], 2.0, True, None, gate, gate.numbers(), 1.0, own, None, "sum"
-        )
+        loss, _, used, _ = ops.teacher_kl.loss(models[0], models[1:], *options, own, None, "sum")
         want.append((loss, used))
     torch.testing.assert_close(total, (want[0][0] + want[1][0]) / 2)
     torch.testing.assert_close(weights, torch.stack([used for _, used in want]))

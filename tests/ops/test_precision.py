@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.ops.op_cases import LOSSES, NAMES, Case, form_arguments, make, run
+from tests.ops.op_cases import LOSSES, NAMES, Case, asking, make, run
 from tests.ops.rounding import DTYPES, check, ours
 
 
@@ -112,7 +112,7 @@ def test_strides_do_not_matter(name, layout, backend):
                 continue
             strided, plain = case, dense
             if form != "rows":
-                strided, plain = (form_arguments(c, form, wanted) for c in (case, dense))
+                strided, plain = (asking(c, form, wanted) for c in (case, dense))
             if form == "backward":
                 grad = laid_out(strided.args[0], "sliced")
                 strided = Case(strided.op, (grad, *strided.args[1:]))
@@ -142,9 +142,9 @@ def _dense(value: object) -> object:
 def test_results_repeat_bit_for_bit_whatever_the_number_of_threads(name, n, d, dtype, backend):
     case = make(name, n=n, p=67, d=d, dtype=dtype)
     wanted = [True] * case.leaves
-    cases = [case, form_arguments(case, "backward", wanted)]
+    cases = [case, asking(case, "backward", wanted)]
     if name in LOSSES:
-        cases.append(form_arguments(case, "reduced", wanted))
+        cases.append(asking(case, "reduced", wanted))
     threads = torch.get_num_threads()
     results = []
     try:

@@ -9,25 +9,21 @@ from torch.library import opcheck
 
 from mulki.ops.operators import OPERATORS
 from tests.ops.op_cases import (
+    FORMS,
     LABELS,
     LOSSES,
     NAMES,
     OPS,
     Case,
-    form_arguments,
+    asking,
     make,
     requiring_grad,
     run,
     with_argument,
 )
 
-FORMS = [(name, form) for name in NAMES for form in ("rows", "backward", "reduced")]
+FORMS = [(name, form) for name in NAMES for form in FORMS]
 FORMS = [(n, f) for n, f in FORMS if n in LOSSES or f != "reduced"]
-
-
-def of_form(case: Case, form: str, wanted=None, mean: bool = True) -> Case:
-    wanted = [True] * case.leaves if wanted is None else wanted
-    return case if form == "rows" else form_arguments(case, form, wanted, mean)
 
 
 @pytest.mark.parametrize(("name", "form"), FORMS)
@@ -35,15 +31,15 @@ def test_opcheck(name, form, backend):
     case = make(name, dtype=torch.float64 if backend == "reference" else torch.bfloat16)
     if form != "backward":
         case = requiring_grad(case)
-    case = of_form(case, form)
+    case = asking(case, form)
     opcheck(getattr(OPS, case.op).default, case.args)
 
 
 def test_opcheck_of_given_weights_and_of_scaled(unit):
     case = requiring_grad(make("kl_weights"), [True, False, True])
-    args = (*case.args[:6], case.args[6].requires_grad_(), *case.args[7:])
-    opcheck(OPS.teacher_kl.default, args)
-    opcheck(OPS.teacher_kl_reduced.default, (*args, True, [True, False, True]))
+    case = with_argument(case, 6, case.args[6].requires_grad_())
+    for form in ("rows", "reduced"):
+        opcheck(OPS.teacher_kl.default, asking(case, form, [True, False, True]).args)
     opcheck(OPS.scaled.default, (unit(1, 1)[0, 0], unit(3, 4), unit(3, 4).bfloat16()))
 
 
@@ -54,7 +50,7 @@ def test_fake_kernels_give_the_same_shapes_dtypes_and_strides(name, form, backen
         # Transposed rows: the layout of the result must not follow.
         columns = [t.T.contiguous().T for t in case.args[:2]]
         case = Case(case.op, (*columns, *case.args[2:]))
-        case = of_form(case, form, wanted[: case.leaves])
+        case = asking(case, form, wanted[: case.leaves])
         real = run(case)
         with FakeTensorMode() as mode:
             fake = run(Case(case.op, tuple(_fake(mode, a) for a in case.args)))
@@ -82,7 +78,7 @@ def _namespaces():
 
 @pytest.mark.parametrize(("name", "form"), FORMS)
 def test_no_argument_is_mutated_and_none_comes_back(name, form, backend):
-    case = of_form(make(name, dtype=torch.float32), form)
+    case = asking(make(name, dtype=torch.float32), form)
     tensors = [t for a in case.args for t in (a if isinstance(a, list) else [a])]
     tensors = [t for t in tensors if isinstance(t, torch.Tensor)]
     before = [(t.clone(), t._version) for t in tensors]
@@ -146,4 +142,4 @@ def test_direct_calls_refuse_what_does_not_fit(
         run(bad)
     if name in LOSSES:
         with pytest.raises(error, match=f"^{argument}: "):
-            run(form_arguments(bad, "reduced", [True] * case.leaves))
+            run(asking(bad, "reduced", [True] * case.leaves))

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tests.ops.op_cases import Case, expected, form_arguments, make, relative, run
+from tests.ops.op_cases import Case, asking, expected, make, relative, run
 
 
 @pytest.mark.parametrize(("scale", "bias"), [(100.0, -60.0), (60.0, -40.0), (720.0, 0.0)])
@@ -16,7 +16,7 @@ def test_siglip_of_pairs_that_match_well_or_badly(scale, bias, backend):
     for w in (x, -x):
         case = Case("siglip", (x, w, torch.tensor(scale), torch.tensor(bias), 0))
         value, gradients = expected(case, True)
-        got = run(form_arguments(case, "reduced", [True] * 4))
+        got = run(asking(case, "reduced", [True] * 4))
         for one, want in zip(got, (value, *gradients), strict=True):
             assert relative(one, want) < 2e-5
 
@@ -26,7 +26,7 @@ def test_siglip_of_a_match_beyond_any_number(backend):
     x, w = torch.zeros(9, 8), torch.zeros(9, 8)
     x[5, 0] = w[5, 0] = 1e10
     total, *_ = run(
-        form_arguments(
+        asking(
             Case("siglip", (x, w, torch.tensor(1e30), torch.tensor(-3.0), 0)),
             "reduced",
             [False] * 4,
@@ -50,7 +50,7 @@ def test_a_block_of_siglip_at_any_offset(offset, dtype, backend):
             signs[i, i + offset] = 1
     z = scale * (x.double() @ w.double().T) + bias
     torch.testing.assert_close(value, torch.log1p(torch.exp(-signs * z)).sum())
-    got = run(form_arguments(case, "reduced", [True] * 4, mean=False))
+    got = run(asking(case, "reduced", [True] * 4, mean=False))
     tolerance = 2e-5 if dtype == torch.float32 else 5e-3
     for one, want in zip(got, (value, *gradients), strict=True):
         assert relative(one, want) < tolerance
@@ -60,8 +60,8 @@ def test_a_block_of_siglip_at_any_offset(offset, dtype, backend):
 def test_a_block_of_siglip_without_rows_or_columns(n, p, backend):
     x, w = torch.ones(n, 4), torch.ones(p, 4)
     case = Case("siglip", (x, w, torch.tensor(2.0), torch.tensor(-1.0), 0))
-    assert run(case).tolist() == [0.0] * n
-    got = run(form_arguments(case, "backward", [True] * 4))
+    assert run(case)[0].tolist() == [0.0] * n
+    _, *got = run(asking(case, "backward"))
     assert [g.shape for g in got] == [x.shape, w.shape, (), ()]
-    total, *reduced = run(form_arguments(case, "reduced", [True] * 4, mean=False))
+    total, *reduced = run(asking(case, "reduced", [True] * 4, mean=False))
     assert total == 0 and all(g.eq(0).all() for g in (*got, *reduced))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.ops.op_cases import ALL, Case, expected, first, form_arguments, make, relative, run
+from tests.ops.op_cases import ALL, Case, asking, expected, make, relative, run
 
 
 def test_rows_of_very_different_sizes(backend):
@@ -16,7 +16,7 @@ def test_rows_of_very_different_sizes(backend):
     # What is multiplied by a large row has a small gradient, so that all rows of it count alike.
     grad = torch.rand(70, 130) / sizes.repeat(14)[:, None] / sizes.repeat(26)
     case = Case(case.op, (x, w, *rest))
-    _, dx, dw = first(run(case)), *run(Case(case.op + "_backward", (grad, *case.args, ALL)))[:2]
+    _, dx, dw, _ = run(Case(case.op, (*case.args, grad, "none", ALL)))
     for got, g, rows in ((dx, grad, w), (dw, grad.T, x)):
         want = rest[0].double() * g.double() @ rows.double()
         errors = (got.double() - want).norm(dim=1) / want.norm(dim=1)
@@ -28,21 +28,21 @@ def test_features_of_many_dimensions(backend):
     d = 50_000
     x, w = torch.full((2, d), 0.25), torch.full((3, d), -0.5)
     case = Case("similarity", (x, w, torch.tensor(1.0), False))
-    torch.testing.assert_close(first(run(case)), torch.full((2, 3), -0.125 * d))
+    torch.testing.assert_close(run(case)[0], torch.full((2, 3), -0.125 * d))
 
 
 def test_rows_of_tiny_numbers(backend):
     x = make("ce", n=8, p=8, d=64, dtype=torch.float32).args[0]
     for size in (1e-20, 1e-29):
         case = Case("similarity", (x * size, x, torch.tensor(1.0), False))
-        assert relative(first(run(case)), (x * size).double() @ x.double().T) < 1e-6
+        assert relative(run(case)[0], (x * size).double() @ x.double().T) < 1e-6
 
 
 def test_a_row_of_zeros_has_a_gradient_when_normalised():
     case = make("cosines")
     case.args[0][1] = 0
     _, gradients = expected(case)
-    got = run(form_arguments(case, "backward", [True] * 3))
+    _, *got = run(asking(case, "backward"))
     for a, b in zip(got, gradients, strict=True):
         assert b.isfinite().all()
         torch.testing.assert_close(a, b)
@@ -53,5 +53,5 @@ def test_bfloat16_without_onednn(backend):
     case = make("similarity", n=64, p=30, d=40, dtype=torch.bfloat16)
     _, (*_, want) = expected(case)
     with torch.backends.mkldnn.flags(enabled=False):
-        *_, got = run(form_arguments(case, "backward", ALL))
+        *_, got = run(asking(case, "backward", ALL))
     assert relative(got, want) < 1e-5

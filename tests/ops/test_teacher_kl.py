@@ -9,14 +9,13 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from mulki import ops
-from mulki.ops.gates import discrepancy_weights, find_gate
+from mulki.ops.gates import Weighting, discrepancy_weights
 from mulki.ops.logits import wide
 from tests.ops.op_cases import (
     ALL,
     Case,
+    asking,
     expected,
-    first,
-    form_arguments,
     make,
     relative,
     run,
@@ -24,7 +23,7 @@ from tests.ops.op_cases import (
 )
 from tests.ops.rounding import DTYPES, EPS, HALVES, check, error, ours, widened
 
-UNIFORM = find_gate("uniform")
+UNIFORM = Weighting.of("uniform")
 
 
 @pytest.mark.parametrize("gap", [1e-1, 1e-2, 1e-3, 1e-4])
@@ -37,7 +36,7 @@ def test_a_student_near_its_teacher_keeps_its_gradient(dtype, gap, backend):
     if dtype in HALVES:
         _, (truth, *_) = expected(case, True)
         wanted = [True, False, False]
-        fused = run(form_arguments(case, "reduced", wanted))[4]
+        fused = run(asking(case, "reduced", wanted))[4]
         assert error(fused, truth) < error(unfused(case), truth) / 4
 
 
@@ -69,7 +68,7 @@ def unfused(case: Case) -> Tensor:
 def test_a_student_that_is_its_teacher(dtype, backend):
     case = make("kl", n=9, p=33, d=20, dtype=dtype, scale=50.0, gap=0.0)
     case = Case(case.op, (*case.args[:3], [case.args[0]] * 2, [case.args[1]] * 2, *case.args[5:]))
-    total, kl, _, _, *gradients = run(form_arguments(case, "reduced", [True] * 3))
+    total, kl, _, _, *gradients = run(asking(case, "reduced", [True] * 3))
     # Every logit is rounded alike, so nothing is left but the difference of two logarithms.
     assert total.abs() < 50 * EPS and kl.abs().max() < 200 * EPS
     for gradient, size in zip(gradients, (50, 50, 1), strict=True):
@@ -81,7 +80,7 @@ def test_a_student_that_is_its_only_teacher_has_a_gradient_of_zero(dtype, backen
     case = make("kl", n=9, p=300, d=20, dtype=dtype, scale=50.0)
     x, w, scale, *_ = case.args
     case = Case(case.op, (x, w, scale, [x], [w], scale.reshape(1), *case.args[6:]))
-    total, kl, _, _, dx, dw, dscale = run(form_arguments(case, "reduced", ALL))
+    total, kl, _, _, dx, dw, dscale = run(asking(case, "reduced", ALL))
     for value in (total, kl, dx, dw, dscale):
         assert value.eq(0).all()
 
@@ -89,7 +88,7 @@ def test_a_student_that_is_its_only_teacher_has_a_gradient_of_zero(dtype, backen
 def test_more_classes_than_a_super_block_was_made_for(backend):
     case = make("kl", n=70, p=25_000, d=3, dtype=torch.float32)
     value, gradients = expected(case, True)
-    total, _, _, _, *got = run(form_arguments(case, "reduced", ALL))
+    total, _, _, _, *got = run(asking(case, "reduced", ALL))
     for one, want in zip((total, *got), (value, *gradients), strict=True):
         assert relative(one, want) < 1e-4
 
@@ -101,7 +100,7 @@ def test_more_teachers_than_two(backend):
     scales = torch.linspace(3, 9, k)
     case = Case(case.op, (x, w, scale, [u] * k, [v] * k, scales, *rest))
     value, gradients = expected(case, True)
-    total, _, _, _, *got = run(form_arguments(case, "reduced", ALL))
+    total, _, _, _, *got = run(asking(case, "reduced", ALL))
     for one, want in zip((total, *got), (value, *gradients), strict=True):
         assert relative(one, want) < 1e-4
 
@@ -111,8 +110,8 @@ def test_double_backward_through_weights_raises(form):
     case = make("kl_weights")
     weights = case.args[6].requires_grad_()
     if form == "reduced":
-        case = form_arguments(case, "reduced", [False] * 3)
-    (gradient,) = torch.autograd.grad(first(run(case)).sum(), weights, create_graph=True)
+        case = asking(case, "reduced", [False] * 3)
+    (gradient,) = torch.autograd.grad(run(case)[0].sum(), weights, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward of .* is not supported"):
         gradient.square().sum().backward()
 
@@ -125,8 +124,8 @@ def test_gradcheck_of_given_weights(reduced):
     def loss(weights):
         given = Case(case.op, (*case.args[:6], weights, *case.args[7:]))
         if reduced:
-            given = form_arguments(given, "reduced", [False] * 3)
-        return first(run(given))
+            given = asking(given, "reduced", [False] * 3)
+        return run(given)[0]
 
     assert gradcheck(loss, [weights])
 
@@ -154,7 +153,7 @@ def test_mixed_dtypes_are_promoted_and_results_stay_the_students(
     x, w, weights = unit(6, 4).to(student).requires_grad_(), unit(5, 4).to(student), unit(6, 2)
     u, v = unit(6, 3).to(teacher), unit(5, 3).to(teacher)
     teachers = [(u, v, 7.0), (x.detach(), w, 8.0)]
-    options = 2.0, True, weights, UNIFORM, (0.0, 0.0), 1.0, None, None, "mean"
+    options = 2.0, True, weights, UNIFORM, None, None, "mean"
     out = ops.teacher_kl.loss((x, w, 5.0), teachers, *options)
     args = calls[0][1]
     assert {t.dtype for t in (*args[:2], *args[3], *args[4])} == {kernel}
@@ -169,9 +168,9 @@ def test_the_discrepancy_gate_becomes_weights_that_are_constants(unit, calls):
     x, w = unit(6, 4).float().requires_grad_(), unit(5, 4).float()
     u, v = unit(6, 4).float(), unit(6, 4).float()
     teachers = [(u, w, 7.0), (v, w, 8.0)]
-    gate = find_gate("discrepancy"), (0.0, 0.0)
+    weighting = Weighting.of("discrepancy")
     loss, kl, used, _ = ops.teacher_kl.loss(
-        (x, w, 5.0), teachers, 2.0, True, None, *gate, 1.0, None, None, "mean"
+        (x, w, 5.0), teachers, 2.0, True, None, weighting, None, None, "mean"
     )
     given = calls[0][1][6]
     assert given.equal(discrepancy_weights(teachers)) and not given.requires_grad
@@ -185,7 +184,7 @@ def test_weights_are_differentiable_in_any_floating_dtype(unit):
     for dtype in (torch.float64, torch.float16):
         weights = torch.rand(6, 1).to(dtype).requires_grad_()
         for reduction in ("none", "sum", "mean"):
-            options = 2.0, True, weights, UNIFORM, (0.0, 0.0), 1.0, None, None, reduction
+            options = 2.0, True, weights, UNIFORM, None, None, reduction
             loss, kl, *_ = ops.teacher_kl.loss((x, w, 5.0), teachers, *options)
             (grad,) = torch.autograd.grad(loss.sum(), weights)
             assert grad.dtype == dtype

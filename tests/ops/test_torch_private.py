@@ -62,14 +62,9 @@ class Without:
     "path",
     [
         "torch._check_with",
-        "torch._C._after_autograd_keyset",
-        "torch._C._AutoDispatchBelowAutograd",
-        "torch._C.DispatchKey",
         "torch._C._autograd",
         "torch._C._len_torch_dispatch_stack",
         "torch._C._functorch",
-        "torch._C.DispatchKeySet",
-        "torch._ops",
         "forward_ad._current_level",
     ],
 )

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mulki.ops.gates import Weighting
 from mulki.stages import distinguishing
 from tests.stages.formulas import expected_class_weights, expected_label_weights
 
@@ -10,23 +11,24 @@ from tests.stages.formulas import expected_class_weights, expected_label_weights
 class TestDistinguishing:
     def test_sample_weights_of_the_label_gate(self, student, teachers, target):
         got = distinguishing.sample_weights(
-            student, teachers, target, gate="label", temperature=2.0
+            student, teachers, target, Weighting.of("label"), temperature=2.0
         )
         torch.testing.assert_close(got, expected_label_weights(teachers, target))
 
     def test_temperatures_reach_the_gate(self, student, teachers, target):
-        options = {"gate": "label", "temperature": 3.0, "gate_temperature": 0.5}
-        got = distinguishing.sample_weights(student, teachers, target, **options)
+        got = distinguishing.sample_weights(
+            student, teachers, target, Weighting.of("label", 0.5), temperature=3.0
+        )
         expected = (expected_label_weights(teachers, target, 3.0).log() / 0.5).softmax(dim=1)
         torch.testing.assert_close(got, expected)
 
     @pytest.mark.parametrize("gate", ["uniform", "confidence", "label", "discrepancy", "loss"])
     def test_weights_sum_to_one_and_are_constants(self, student, teachers, target, gate):
-        options = {"gate": gate, "temperature": 2.0}
-        got = distinguishing.sample_weights(student, teachers, target, **options)
+        gated = student, teachers, target, Weighting.of(gate), 2.0
+        got = distinguishing.sample_weights(*gated)
         torch.testing.assert_close(got.sum(dim=1), torch.ones(6).double())
         assert not got.requires_grad
-        loss, same = distinguishing.gated_relation(student, teachers, target, **options)
+        loss, same = distinguishing.gated_relation(*gated, scale_by_t2=True)
         torch.testing.assert_close(same, got)
         assert loss.requires_grad and not same.requires_grad
 

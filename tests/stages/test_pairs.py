@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from mulki.clip.features import Features
 from mulki.losses import ClipLoss, DualTeacherClipLoss, MulKILoss
+from mulki.ops.gates import Weighting
 from mulki.stages import pairs
 from tests.stages.formulas import expected_feature
 
@@ -67,7 +68,7 @@ def test_the_relation_is_the_distillation_of_the_public_loss(gate: str) -> None:
 
 def test_the_label_of_the_gate_is_the_own_pair() -> None:
     student, teachers = model(0), [model(1), model(2)]
-    _, weights = pairs.gated_relation(student, teachers, gate="label", temperature=2.0)
+    _, weights = pairs.gated_relation(student, teachers, Weighting.of("label"), 2.0, True)
     log_p = [F.log_softmax(t.scale * t.images @ t.texts.T / 2.0, dim=1).diag() for t in teachers]
     torch.testing.assert_close(weights, torch.stack(log_p, dim=1).softmax(dim=1))
 

@@ -1,0 +1,57 @@
+"""Serves any operator by its reference: the formula in plain PyTorch, and autograd's gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mulki.ops import torch_private
+from mulki.ops.logits import wide
+from mulki.ops.operators import Arguments, Operator, Request
+
+
+def run(operator: Operator, x: Arguments, request: Request) -> tuple[Tensor, ...]:
+    """The results of an operator."""
+    grad, reduction, wanted = request
+    leaves, rest = x[: operator.leaves], x[operator.leaves :]
+    count = torch.as_tensor(operator.averaged(x)) if reduction == "mean" else None
+
+    def loss_of(*leaves: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        rows, *details = operator.reference(operator.arguments(*leaves, *rest))
+        total = rows if reduction == "none" else rows.sum(dim=-1)
+        # The mean over no rows has a gradient, zero.
+        return total if count is None else total / torch.clamp(count, min=1), tuple(details)
+
+    if not any(wanted):
+        loss, details = loss_of(*leaves)
+        gradients = [_nothing(leaf, grad) for leaf in leaves]
+    else:
+        if grad is None:
+            leaves = tuple(leaf.to(wide(leaf.dtype)) for leaf in leaves)
+        # Inference tensors cannot be kept for a backward pass.
+        with torch.inference_mode(False):
+            leaves = tuple(leaf.clone() if leaf.is_inference() else leaf for leaf in leaves)
+        asked = [i for i, want in enumerate(wanted) if want]
+
+        def of_asked(*given: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+            values = list(leaves)
+            for i, leaf in zip(asked, given, strict=True):
+                values[i] = leaf
+            return loss_of(*values)
+
+        loss, pull, details = torch_private.vjp(of_asked, *(leaves[i] for i in asked))
+        found = iter(pull(torch.ones_like(loss) if grad is None else grad.to(loss.dtype)))
+        gradients = [
+            next(found).contiguous() if want else _nothing(leaf, grad)
+            for leaf, want in zip(leaves, wanted, strict=True)
+        ]
+    if count is not None:
+        loss = loss / torch.clamp(count, max=1)
+    if grad is not None:
+        # Gradients alone.
+        loss, details = loss.new_empty(0), tuple(one.new_empty(0) for one in details)
+    return loss, *details, *gradients
+
+
+def _nothing(leaf: Tensor, grad: Tensor | None) -> Tensor:
+    return leaf.new_empty(0, dtype=wide(leaf.dtype) if grad is None else leaf.dtype)
