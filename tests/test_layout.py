@@ -33,7 +33,6 @@ CROSS_CUTTING = {
     "ops/test_corners.py": "the table of operators",
     "ops/test_precision.py": "the table of operators",
     "ops/test_products.py": "the C++ kernels of csrc/",
-    "ops/test_reference.py": "the table of operators",
     "test_build.py": "setup.py",
     "test_contributing.py": "CONTRIBUTING.md",
     "test_docs.py": "README.md and docs/",
