@@ -131,7 +131,7 @@ def _gpu_name(device: torch.device) -> str:
 
 
 def numbers() -> tuple[str | None, ...]:
-    """What a process can change of a subject: how float32 is multiplied, and what is autotuned."""
+    """Settings of this process that a proof depends on: float32 products and autotuning."""
     return (torch.backends.cuda.matmul.fp32_precision, *map(os.environ.get, _VARIABLES))
 
 
