@@ -6,7 +6,6 @@ import functools
 import itertools
 import json
 import os
-import platform
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -16,6 +15,7 @@ import torch.distributed as dist
 
 from mulki.distributed.meeting import Meeting, meet
 from mulki.distributed.roll_call import RollCall
+from mulki.distributed.torchrun import launcher
 from mulki.distributed.world import World
 from mulki.errors import InputError
 
@@ -25,12 +25,6 @@ _made: tuple[Any, RollCall] | None = None
 _groups = itertools.count()
 
 _REMEDY = "start the processes with torchrun --nproc-per-node N -m mulki run ..., or unset"
-
-
-def launcher() -> str | None:
-    """The torchrun of this machine that started this process, the same after a restart."""
-    run = os.environ.get("TORCHELASTIC_RUN_ID")
-    return None if run is None else f"torchrun {run} {os.getppid()} on {platform.node()}"
 
 
 def processes() -> int:

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from mulki.distributed.launch import launcher
+from mulki.distributed.torchrun import launcher
 
 # The package names under which each is published; Triton has one per backend.
 _PACKAGES: dict[str, tuple[str, ...]] = {

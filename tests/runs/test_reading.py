@@ -8,6 +8,9 @@ import pytest
 
 from mulki.errors import InputError
 from mulki.runs.reading import read_folder
+from tests.report import conftest
+
+folder = conftest.folder
 
 
 @pytest.mark.parametrize("name", ["summary.json", "env.json"])

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mulki.distributed import launch
-from mulki.distributed.launch import launcher
 from mulki.distributed.meeting import Meeting
+from mulki.distributed.torchrun import launcher
 from mulki.errors import InputError
 from mulki.runs.reading import read_json
 from mulki.train.config.run_config import Settings, read_config

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from mulki.distributed.launch import launcher
 from mulki.distributed.meeting import Meeting
+from mulki.distributed.torchrun import launcher
 from mulki.errors import InputError
 from mulki.train.config.run_config import read_config, resolve
 from mulki.train.saving.restarts import restart_of
