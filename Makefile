@@ -9,13 +9,12 @@ BIN := .venv/bin
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-amx test-oldest docs lint sanitize fuzz test-long clean .venv
+.PHONY: help demo test test-oldest docs lint sanitize fuzz test-long clean .venv
 
 help:
 	@echo "make demo      run the bundled image tasks (mulki run embedded) and show the results"
 	@echo "make test      make lint, then pytest in JOBS=2 processes"
 	@echo "make test-long the tests that take minutes: packages, fifty tasks, every point to kill a run at"
-	@echo "make test-amx  tests of the operators with Intel's matrix unit emulated, on a CPU with AVX-512"
 	@echo "make test-oldest  some tests of the Triton kernels with torch 2.11 and Triton 3.6, the oldest supported"
 	@echo "make docs      the documentation as a site in build/docs, without warnings or a network"
 	@echo "make lint      ruff, clang-format and mypy"
@@ -30,11 +29,6 @@ demo: .venv/.installed-demo
 
 test: lint
 	$(BIN)/python -m pytest -q $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile --no-loadscope-reorder)
-
-test-amx: .venv/.installed-test
-	MULKI_BUILD_CAPABILITIES=AVX512 MULKI_BUILD_FLAGS=-DMULKI_EMULATE_AMX \
-	    $(BIN)/python setup.py -q build_ext --build-lib build/amx --build-temp build/amx
-	MULKI_EMULATE_AMX=1 $(BIN)/python -m pytest -q tests/ops -k cpp
 
 # In an environment of its own, without the C++ kernels. NumPy 2.4 does not go with the interpreter
 # of Triton 3.6.

@@ -1,48 +1,156 @@
-// G, W and X as operands for dX = G W and dW = G^T X (gradients.h). How an engine packs and
-// multiplies them is in GradientOperands<Engine>, which has
+// G, W and X as operands of brgemm, for dX = G W and dW^T = X^T G (gradients.h). The transpose of
+// dW is computed, so that G need not be transposed.
 //
-//   kTransposed          whether it computes the transpose of dW, X^T G, of which G is the right
-//                        operand
-//   kTaskRows            rows of dX that a task computes, at most
-//   matrices(models)     float matrices of a super-block that it needs (super_block.h)
-//   tiles_per_run()      tiles of G that are added to a block of dX at a time: a run
-//   commit(start, t, first, count)
-//                        rows [first, first + count) of G in tile t are complete; the super-block
-//                        starts at row `start` of X, and `first` is a multiple of 32
-//   complete(first, count)
-//                        G of the super-block is complete, which has `count` rows from row `first`
-//                        of X on; what is not packed yet is packed
-//   add_to_x(rows, columns, run, out)
-//                        G W for rows of the super-block, columns of W and the tiles of a run
-//   add_to_w(t, columns, count, out)
-//                        G^T X, or its transpose, for the columns of G in tile t, columns of X and
-//                        the `count` rows of the super-block
-//
-// The last two may write whole blocks of 32 rows and columns, and begin with whole blocks.
+// float: G is multiplied where it is, in tiles [rows][width], and W too, or block by block where it
+// is converted from half precision. bfloat16: each task rounds the part of G that it multiplies; W
+// is packed once. X^T is packed for each super-block.
 #pragma once
 
-#include "core/super_block.h"
-#include "matmul/engine.h"
+#include "common/parallel.h"
+#include "common/scratch.h"
+#include "core/tiling.h"
+#include "matmul/brgemm.h"
 
 namespace mulki {
 
-// Columns of dX or dW that a task computes, at most.
-constexpr int64_t kMaxChunk = 256;
+constexpr int64_t kTaskRows = 64; // of dX that a task computes, at most
+constexpr int64_t kMaxChunk = 512; // columns of dX or dW that a task computes, at most
 
-struct Span { // of rows, columns or tiles
+struct Span { // of rows or columns
   int64_t begin, count;
 };
 
-// What the gradients of X and W are computed from, and which of them are wanted.
 template <typename Engine>
-struct GradientProblem {
-  Tiling tiling;
-  const typename Engine::Operand &x, &w;
-  bool wanted_x, wanted_w;
-  int64_t models; // the student and its teachers
-};
+class GradientOperands {
+  using E = typename Engine::Element;
+  using Operand = typename Engine::Operand;
 
-template <typename Engine>
-class GradientOperands;
+ public:
+  // `g` are the tiles of G of a super-block, [tiles][rows][width].
+  GradientOperands(
+      const Tiling& tiling,
+      const Operand& x,
+      const Operand& w,
+      bool wanted_x,
+      bool wanted_w,
+      float* g)
+      : t_(tiling), x_(x), w_(w), wanted_w_(wanted_w), g_(g) {
+    if (kIsBFloat16<E> && wanted_x) {
+      pack_w();
+    }
+    if (wanted_w) {
+      transposed_x_ = Scratch(x.padded * t_.rows * int64_t(sizeof(E)));
+    }
+  }
+
+  // G of the super-block is complete, which has `count` rows from row `first` of X on.
+  void complete(int64_t first, int64_t count) {
+    if (!wanted_w_) {
+      return;
+    }
+    pack_x(first, count);
+    for (int64_t t = 0; t < t_.tiles && !kIsBFloat16<E>; ++t) {
+      std::fill(g(t, count), g(t, padded(count)), 0.0f);
+    }
+  }
+
+  // Writes or adds G W of tile t, for rows of the super-block and columns of W.
+  void add_to_x(Span rows, Span columns, int64_t t, const Sums& out) const {
+    const int64_t valid = t_.valid(t);
+    if constexpr (kIsBFloat16<E>) {
+      alignas(64) E left[kTaskRows * kTileWidth];
+      at::vec::convert<float, E>(g(t, rows.begin), left, rows.count * t_.width);
+      const E* right = w_pairs_.data<E>() + (t * t_.width / 2 * w_.width + columns.begin) * 2;
+      product(rows.count, columns.count, (valid + 1) / 2 * 2, left, t_.width, right, w_.width, out);
+    } else {
+      const Scratch buffer(w_.in_place() ? 0 : valid * columns.count * int64_t(sizeof(E)));
+      const Part<E> right =
+          w_.read(t * t_.width, valid, columns.begin, columns.count, buffer.data<E>());
+      product(
+          rows.count, columns.count, valid, g(t, rows.begin), t_.width, right.data, right.stride,
+          out);
+    }
+  }
+
+  // Writes or adds the transpose of G^T X, for the columns of G in tile t, columns of X and the
+  // `count` rows of the super-block.
+  void add_to_w(int64_t t, Span columns, int64_t count, const Sums& out) const {
+    const int64_t depth = padded(count);
+    const E* left = transposed_x_.data<E>() + columns.begin * t_.rows;
+    const auto multiply = [&](const E* right) {
+      product(columns.count, t_.width, depth, left, t_.rows, right, t_.width, out);
+    };
+    if constexpr (kIsBFloat16<E>) {
+      const Scratch pairs(depth * t_.width * int64_t(sizeof(E)));
+      E row[2][kTileWidth] = {};
+      for (int64_t i = 0; i < depth; ++i) {
+        if (i < count) {
+          at::vec::convert<float, E>(g(t, i), row[i % 2], t_.width);
+        } else {
+          std::fill_n(row[i % 2], t_.width, E(0));
+        }
+        if (i % 2 == 1) {
+          interleave(row[0], row[1], t_.width, pairs.data<E>() + (i - 1) * t_.width);
+        }
+      }
+      multiply(pairs.data<E>());
+    } else {
+      multiply(g(t, 0));
+    }
+  }
+
+ private:
+  // The rows of G and of X that are multiplied for dW. torch caches a compiled product for each
+  // depth. To keep them few, the last super-block is padded with zeros.
+  static int64_t padded(int64_t count) {
+    return (count + 15) / 16 * 16;
+  }
+  float* g(int64_t t, int64_t i) const {
+    return g_ + (t * t_.rows + i) * t_.width;
+  }
+
+  void pack_w() {
+    const int64_t pairs = (w_.count + 1) / 2, row = w_.width * 2;
+    w_pairs_ = Scratch(pairs * row * int64_t(sizeof(E)));
+    at::parallel_for(0, pairs, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const auto w_row = [&](int64_t j) -> const E* {
+          return j < w_.count ? w_.read(j, 1, 0, w_.width, nullptr).data : nullptr;
+        };
+        interleave(w_row(2 * i), w_row(2 * i + 1), w_.width, w_pairs_.data<E>() + i * row);
+      }
+    });
+  }
+
+  void pack_x(int64_t first, int64_t count) {
+    constexpr int64_t kStrip = 32; // columns of X
+    static_assert(kMaxRows <= kMaxTransposeRows);
+    at::parallel_for(0, (x_.padded + kStrip - 1) / kStrip, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t from = begin * kStrip; from < std::min(end * kStrip, x_.padded);
+           from += kStrip) {
+        const int64_t columns = std::min(kStrip, x_.padded - from);
+        E* to = transposed_x_.data<E>() + from * t_.rows;
+        // All rows at once, or for FloatMatrix as many as its conversion buffer holds.
+        constexpr int64_t kPart = kIsBFloat16<E> ? kMaxRows : 64;
+        alignas(64) E buffer[kIsBFloat16<E> ? 1 : kPart * kStrip];
+        for (int64_t r = 0; r < count; r += kPart) {
+          const int64_t rows = std::min(kPart, count - r);
+          const Part<E> part = x_.read(first + r, rows, from, columns, buffer);
+          transpose(part.data, part.stride, to + r, t_.rows, rows, columns);
+        }
+        for (int64_t i = 0; i < columns; ++i) {
+          std::fill(to + i * t_.rows + count, to + i * t_.rows + padded(count), E(0));
+        }
+      }
+    });
+  }
+
+  const Tiling& t_;
+  const Operand &x_, &w_;
+  const bool wanted_w_;
+  float* const g_;
+  Scratch w_pairs_; // bfloat16: W as right operand
+  Scratch transposed_x_; // [D, rows]
+};
 
 } // namespace mulki

@@ -2,10 +2,10 @@
 // tile.
 //
 // The columns of W^T in one tile, packed in the order in which an engine reads them, are a panel.
-// If all panels fit into the engine's kScratch bytes, together with the matrices and the packed
-// rows of a super-block, they are packed once. Otherwise each super-block packs them again, one
-// group of tiles after the other. Every second super-block takes the groups in reverse order: its
-// first group is the last one of the super-block before, which is still packed.
+// If all panels fit into kScratch bytes, together with the matrices and the packed rows of a
+// super-block, they are packed once. Otherwise each super-block packs them again, one group of
+// tiles after the other. Every second super-block takes the groups in reverse order: its first
+// group is the last one of the super-block before, which is still packed.
 //
 // With a single super-block each panel is used only once. Then one task computes all rows of a tile
 // and packs the panels of the tile just before, if two conditions hold: all threads get equal work,
@@ -13,9 +13,10 @@
 // them.
 #pragma once
 
+#include "common/parallel.h"
 #include "common/scratch.h"
 #include "core/tiling.h"
-#include "matmul/engine.h"
+#include "matmul/brgemm.h"
 
 #include <vector>
 
@@ -38,10 +39,10 @@ class Logits {
       tile_bytes += Engine::right_bytes(t_.width, m.x->padded);
       row_bytes += Engine::left_bytes(*m.x, t_.rows);
     }
-    const int64_t available = Engine::kScratch - t_.bytes - row_bytes;
+    const int64_t available = kScratch - t_.bytes - row_bytes;
     group_tiles_ = std::clamp<int64_t>(available / std::max<int64_t>(tile_bytes, 1), 1, t_.tiles);
-    one_task_per_tile_ = Engine::kOneTaskPerTile && t_.n <= t_.rows && tile_bytes <= kHalfL2 &&
-        is_balanced(wanted, threads_here());
+    one_task_per_tile_ =
+        t_.n <= t_.rows && tile_bytes <= kHalfL2 && is_balanced(wanted, threads_here());
     panels_.resize(models_.size() * t_.tiles);
     for (int64_t m = 0; m < int64_t(models_.size()); ++m) {
       const int64_t bytes = Engine::right_bytes(t_.width, models_[m].x->padded);
@@ -85,20 +86,20 @@ class Logits {
     });
   }
 
-  // Writes out [end - begin, width]. Engines may write up to the next multiple of 32 rows.
+  // Writes out [end - begin, width].
   void multiply(int64_t model, int64_t tile, int64_t begin, int64_t end, float* out) const {
     const Model& m = models_[model];
-    const int64_t slot = tile - first_tile_;
-    const bool has_next = !one_task_per_tile_ && slot + 1 < group_tiles_;
     Engine::multiply(
         *m.x,
         {first_row_ + begin, begin, end - begin, left_[model].template data<char>(),
-         panel(model, slot), t_.valid(tile), t_.width, has_next ? panel(model, slot + 1) : nullptr,
-         out});
+         panel(model, tile - first_tile_), t_.valid(tile), t_.width, out});
   }
 
  private:
   static constexpr int64_t kHalfL2 = int64_t(1) << 20; // bytes
+  // Enough for the prototypes of two teachers at 4096 x 4096 x 512, with half precision read as
+  // float.
+  static constexpr int64_t kScratch = int64_t(38656) << 10;
 
   // Bytes of the rows of a super-block and of the panels of one tile.
   int64_t operand_bytes() const {

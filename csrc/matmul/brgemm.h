@@ -1,12 +1,15 @@
-// Products by at::native::cpublas::brgemm, which runs on any CPU:
+// Products by at::native::cpublas::brgemm, which runs on any CPU and uses a matrix unit for bfloat16
+// by itself:
 //
 //   product<E>: C [m, n] (+)= A [m, k] B [k, n], C in float32
 //
-// E is the type of the elements of A and B, float or bfloat16. `Brgemm` is the engine made of it
-// (engine.h). Floats are multiplied where they are, or as blocks converted from half precision; W^T
-// is packed as right operand (operands.h), one tile of columns at a time.
+// E is the type of the elements of A and B, float or bfloat16. `Brgemm` is the engine made of it,
+// which computes Y = X W^T; with_engine chooses E. An operand is multiplied where it is, or as
+// blocks converted from half precision; W^T is packed as right operand (operands.h), one tile of
+// columns at a time. The products with G are in core/gradient_operands.h.
 #pragma once
 
+#include "core/tiling.h"
 #include "matmul/operands.h"
 
 #include <ATen/Context.h>
@@ -43,21 +46,6 @@ struct Brgemm {
   using Element = T;
   using Operand = std::conditional_t<kIsBFloat16<T>, Matrix<T>, FloatMatrix>;
 
-  static constexpr int64_t kUnit = 32;
-#if defined(CPU_CAPABILITY_AVX2)
-  // Most CPUs without AVX-512 have 256 or 512 KiB of L2 cache per core. A wider tile of W^T would
-  // leave too little of it for X.
-  static constexpr int64_t kWidth = 64;
-#else
-  static constexpr int64_t kWidth = 128;
-#endif
-  static constexpr int64_t kMaxRows = 512;
-  static constexpr bool kOneTaskPerTile = true;
-  static constexpr int64_t kMatrices = int64_t(16) << 20;
-  // Enough for the prototypes of two teachers at 4096 x 4096 x 512, with half precision read as
-  // float.
-  static constexpr int64_t kScratch = int64_t(38656) << 10;
-
   // Releases the state of the matrix unit when a thread leaves a parallel region.
   struct Scope {
     ~Scope() {
@@ -67,14 +55,15 @@ struct Brgemm {
     }
   };
 
-  // Floats need no packing.
+  // Bytes of packed rows of X, the left operand. Floats need no packing.
   static int64_t left_bytes(const Operand& x, int64_t rows) {
-    return in_place(x) ? 0 : right_bytes(rows, x.padded);
+    return x.in_place() ? 0 : right_bytes(rows, x.padded);
   }
   static void pack_left(const Operand& x, int64_t first, int64_t rows, void* out) {
     x.read(first, rows, 0, x.padded, static_cast<T*>(out));
   }
 
+  // Bytes of W^T in one tile, the right operand.
   static int64_t right_bytes(int64_t width, int64_t depth) {
     return width * depth * int64_t(sizeof(T));
   }
@@ -87,7 +76,7 @@ struct Brgemm {
     // Two neighbours in a row of W are a VNNI pair of W^T, so pairs are transposed as four bytes.
     using Unit = std::conditional_t<kIsBFloat16<T>, uint32_t, float>;
     constexpr int64_t kColumns = 64, kToUnit = int64_t(sizeof(Unit) / sizeof(T));
-    alignas(64) T buffer[kColumns * kWidth];
+    alignas(64) T buffer[kColumns * kTileWidth];
     for (int64_t c = 0; c < w.padded; c += kColumns) {
       const int64_t columns = std::min(kColumns, w.padded - c);
       const Part<T> part = w.read(first, rows, c, columns, buffer);
@@ -97,10 +86,10 @@ struct Brgemm {
     }
   }
 
-  // In the padding the result is 0, or NaN if X is not finite.
+  // Writes a block of Y in one tile. In the padding the result is 0, or NaN if X is not finite.
   static void multiply(const Operand& x, const TileProduct& y) {
-    const T* a = in_place(x) ? x.read(y.first, y.rows, 0, x.padded, nullptr).data
-                             : static_cast<const T*>(y.left) + y.begin * x.padded;
+    const T* a = x.in_place() ? x.read(y.first, y.rows, 0, x.padded, nullptr).data
+                              : static_cast<const T*>(y.left) + y.begin * x.padded;
     const T* b = static_cast<const T*>(y.right);
     const int64_t width = y.width;
     // One sum over a depth of 512 has twice the rounding error of two sums over 256.
@@ -114,15 +103,6 @@ struct Brgemm {
     } while (d < x.padded);
     for (int64_t i = 0; i < y.rows && columns < width; ++i) {
       std::fill(y.out + i * width + columns, y.out + (i + 1) * width, 0.0f);
-    }
-  }
-
- private:
-  static bool in_place(const Operand& x) {
-    if constexpr (kIsBFloat16<T>) {
-      return true;
-    } else {
-      return x.in_place();
     }
   }
 };
@@ -161,6 +141,16 @@ inline bool brgemm_has_bfloat16() {
     return true;
   }();
   return answer;
+}
+
+// Calls run(engine) with the engine for matrices of `dtype`. bfloat16 is multiplied as such if the
+// CPU can, else as float, to which it converts without loss. float16 is always multiplied as float.
+template <typename F>
+auto with_engine(at::ScalarType dtype, int64_t /*depth*/, const F& run) {
+  if (dtype == at::kBFloat16 && brgemm_has_bfloat16()) {
+    return run(Brgemm<at::BFloat16>{});
+  }
+  return run(Brgemm<float>{});
 }
 
 } // namespace mulki

@@ -92,12 +92,8 @@ inline void transpose(
 // A part of a matrix. Two rows are `stride` elements apart.
 template <typename E>
 struct Part {
-  Part from(int64_t row, int64_t column) const {
-    return {data + row * stride + column, stride, rows - row, columns - column};
-  }
-
   const E* data;
-  int64_t stride, rows, columns;
+  int64_t stride;
 };
 
 // A contiguous matrix [count, padded] with elements of type E. For bfloat16 the width is padded
@@ -119,8 +115,12 @@ struct Matrix {
   const E* row(int64_t i) const {
     return data + i * padded;
   }
-  Part<E> read(int64_t first, int64_t rows, int64_t column, int64_t columns, E* = nullptr) const {
-    return {row(first) + column, padded, rows, columns};
+  // Whether `read` returns the stored elements without a buffer.
+  bool in_place() const {
+    return true;
+  }
+  Part<E> read(int64_t first, int64_t /*rows*/, int64_t column, int64_t /*columns*/, E*) const {
+    return {row(first) + column, padded};
   }
 
   int64_t count;
@@ -137,7 +137,6 @@ class FloatMatrix {
   explicit FloatMatrix(const Tensor& t)
       : count(t.size(0)), width(t.size(1)), padded(width), storage_(t.contiguous()) {}
 
-  // Whether `read` returns the stored elements without a buffer.
   bool in_place() const {
     return storage_.scalar_type() == at::kFloat;
   }
@@ -147,12 +146,12 @@ class FloatMatrix {
       using T = decltype(element);
       const T* from = storage_.template const_data_ptr<T>() + first * width + column;
       if constexpr (std::is_same_v<T, float>) {
-        return {from, width, rows, columns};
+        return {from, width};
       } else {
         for (int64_t i = 0; i < rows; ++i) {
           to_floats(from + i * width, buffer + i * columns, columns);
         }
-        return {buffer, columns, rows, columns};
+        return {buffer, columns};
       }
     });
   }
@@ -167,22 +166,17 @@ class FloatMatrix {
 
 // Where products are written or, with `add`, added.
 struct Sums {
-  Sums at(int64_t row, int64_t column) const {
-    return {data + row * ld + column, ld, add};
-  }
-
   float* data;
   int64_t ld; // distance of two rows
   bool add;
 };
 
-// A block of Y = X W^T in one tile, which an engine multiplies.
+// A block of Y = X W^T in one tile.
 struct TileProduct {
   int64_t first, begin,
       rows; // rows of X from `first` on, which are the packed ones from `begin` on
   const void *left, *right; // packed rows of X, and the packed tile of W^T
   int64_t valid, width; // columns of the tile; those from `valid` on are padding
-  const void* next; // the right operand that is likely to be used next, or null
   float* out; // [rows, width]
 };
 

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 
 from mulki.ops import backends, loader, use_backend
-from tests import ROOT
-
-if os.environ.get("MULKI_EMULATE_AMX", "0") not in ("", "0"):
-    # The library of `make test-amx`. Without it the tests would skip what they are run for.
-    loader.PACKAGE = ROOT / "build" / "amx" / "mulki"
-    if (reason := loader.load()) is not None:
-        raise pytest.UsageError(reason)
 
 
 @pytest.fixture(params=["reference", "cpp"])
