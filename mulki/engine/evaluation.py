@@ -13,8 +13,7 @@ from mulki.data.loader import batches
 from mulki.engine.checkpoints import ARGUMENTS, load_checkpoint, run_of
 from mulki.engine.config import RunConfig, read_config, resolve
 from mulki.engine.precision import Precision
-from mulki.engine.recovery import check_finite
-from mulki.engine.resuming import changed
+from mulki.engine.recovery import changed, check_finite
 from mulki.engine.setup import device_of, hashes_of, parts_of
 from mulki.engine.tasks import load_tasks
 from mulki.errors import InputError

@@ -26,7 +26,7 @@ from rich.console import Console
 from mulki.engine.checkpoints import ARGUMENTS
 from mulki.engine.config import Settings, read_config, resolve
 from mulki.engine.distributed import join, launched
-from mulki.engine.resuming import check_same_options, has_begun, is_complete
+from mulki.engine.recovery import check_same_options, has_begun, is_complete
 from mulki.engine.sequence import run
 from mulki.engine.setup import device_of
 from mulki.engine.signals import Signals

@@ -12,7 +12,7 @@ from mulki.engine import distributed
 from mulki.engine.checkpoints import ARGUMENTS
 from mulki.engine.config import Settings, read_config
 from mulki.engine.meeting import Meeting
-from mulki.engine.resuming import check_same_options, has_begun
+from mulki.engine.recovery import check_same_options, has_begun
 from mulki.environment import launcher
 from mulki.errors import InputError
 from mulki.report.folder import read_json

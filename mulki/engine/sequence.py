@@ -25,9 +25,16 @@ from mulki.engine.config import Settings
 from mulki.engine.learn import steps_of
 from mulki.engine.plan import amounts, plan, prepared_images
 from mulki.engine.progress import TEST, RunProgress, checking
-from mulki.engine.recovery import TOO_FAST, Saves, check_finite
+from mulki.engine.recovery import (
+    TOO_FAST,
+    Saves,
+    check_finite,
+    finish_again,
+    is_complete,
+    restore,
+    run_state,
+)
 from mulki.engine.reporter import Reporter
-from mulki.engine.resuming import finish_again, is_complete, restore, run_state
 from mulki.engine.setup import Setup, prepared
 from mulki.engine.signals import Signals
 from mulki.engine.task_learner import TaskLearner

@@ -28,8 +28,14 @@ from mulki.engine.downloads import Absent
 from mulki.engine.original import check_original, load_original
 from mulki.engine.precision import Precision
 from mulki.engine.randomness import deterministic
-from mulki.engine.recovery import State, check_finite, hash_of_save
-from mulki.engine.resuming import check_same, open_to_resume, read_save
+from mulki.engine.recovery import (
+    State,
+    check_finite,
+    check_same,
+    hash_of_save,
+    open_to_resume,
+    read_save,
+)
 from mulki.engine.tasks import (
     check_captions,
     check_options_of_classes,

@@ -23,7 +23,7 @@ from mulki.engine import recovery, sequence
 from mulki.engine.config import read_config, resolve
 from mulki.engine.precision import Precision
 from mulki.engine.progress import RunProgress
-from mulki.engine.resuming import read_save
+from mulki.engine.recovery import read_save
 from mulki.engine.step import ClassStep
 from mulki.errors import InputError, Stopped
 from mulki.evaluate import Evaluator
@@ -291,7 +291,7 @@ def test_what_cannot_go_on(
         file.write_bytes(content[:-100])
     elif damage == "version":
         tensors, known = load_tensors(file)
-        save_tensors(file, tensors, known | {"format": "0"})
+        save_tensors(file, tensors, known | {"format": "1"})
     elif damage == "matrix":
         rows = (folder / "matrix.csv").read_text().splitlines(keepends=True)
         (folder / "matrix.csv").write_text("".join(rows[:-1]))
