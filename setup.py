@@ -23,8 +23,8 @@ from typing import Any
 
 from setuptools import Extension, find_packages, setup
 
-# Packages whose folders lie outside mulki/; mulki/__init__.py maps the same ones in a checkout.
-MAPPED = {"mulki.kernels": "kernels", "mulki.bench": "benchmarks/ops"}
+# The package whose folder lies outside mulki/; in a checkout mulki/__init__.py says where.
+MAPPED = {"mulki.kernels": "kernels"}
 PACK_FILES = ("*.tar.gz", "*.json", "*.safetensors", "*.md")
 
 # The names and flags of PyTorch's own builds of its kernels (cmake/Codegen.cmake), and F16C, which
@@ -272,8 +272,8 @@ def native_build() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    # Mapped folders would need a hook of imports, which type checkers do not follow. In a checkout
-    # mulki/__init__.py finds them itself.
+    # A mapped folder would need a hook of imports, which type checkers do not follow. In a checkout
+    # mulki/__init__.py finds it itself.
     mapped = {} if "editable_wheel" in sys.argv else MAPPED
     setup(
         packages=[*find_packages(include=["mulki", "mulki.*"]), *mapped],
@@ -288,7 +288,5 @@ if __name__ == "__main__":
                 *(f"data/embedded/**/{file}" for file in PACK_FILES),
             ]
         },
-        # MANIFEST.in names them for source distributions; a wheel holds the code alone.
-        exclude_package_data={"mulki.bench": ["*.csv", "*.md"]},
         **native_build(),
     )

@@ -9,8 +9,8 @@ import itertools
 
 import torch
 
-from mulki.engine.microbatch import backward
 from mulki.losses import DualTeacherClipLoss
+from mulki.train.microbatch import backward
 
 
 def said(prefix, teacher, images, texts, micro_batch):
@@ -48,7 +48,7 @@ def train(clip, original, previous, batches, *, micro_batch, lr=1e-5):
 
 
 def main():
-    from mulki import models
+    from mulki.clip import models
     from mulki.data import load_sequence
     from mulki.data.loader import batches
 

@@ -50,7 +50,7 @@ class PairTrainer(transformers.Trainer):
     """transformers' Trainer with a loss of `mulki.losses`, and frozen teachers if it has any.
 
     Keep gradient_accumulation_steps at 1, since a batch in parts has other negatives;
-    `mulki.engine.microbatch.backward` takes a batch in parts with its own gradients.
+    `mulki.train.microbatch.backward` takes a batch in parts with its own gradients.
     """
 
     def __init__(self, *args, loss, teachers=None, **options):

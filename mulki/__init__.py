@@ -6,15 +6,16 @@ MulKI (arXiv 2411.06764), reimplemented from its published description. Losses a
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
+import importlib
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from mulki import wait_policy
+from mulki.distributed import wait_policy
+
+# The kernels lie inside an installed package, and beside this folder in a checkout.
+if not (Path(__file__).parent / "kernels" / "__init__.py").is_file():
+    __path__.append(str(Path(__file__).resolve().parents[1]))
 
 # Before torch is imported.
 wait_policy.set_for_run()
@@ -35,32 +36,3 @@ def __getattr__(name: str) -> ModuleType:
     if name == "info":
         return importlib.import_module("mulki.info")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-class _CheckoutFinder:
-    """Finds the packages that a checkout keeps in folders beside this one.
-
-    An installed package has them inside. It goes before all other finders: that of an editable
-    install may know none of these folders, or those of another checkout.
-    """
-
-    _HERE = Path(__file__).resolve().parent
-    _FOLDERS: ClassVar = {
-        f"{__name__}.kernels": _HERE.parent / "kernels",
-        f"{__name__}.bench": _HERE.parent / "benchmarks" / "ops",
-    }
-
-    @classmethod
-    def find_spec(
-        cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if name not in cls._FOLDERS:
-            return None
-        inside = cls._HERE / name.rpartition(".")[2] / "__init__.py"
-        beside = cls._FOLDERS[name] / "__init__.py"
-        if inside.is_file() or not beside.is_file():
-            return None
-        return importlib.util.spec_from_file_location(name, beside)
-
-
-sys.meta_path.insert(0, _CheckoutFinder)

@@ -1,5 +1,5 @@
 """``python -m mulki`` is the command ``mulki``."""
 
-from mulki.cli import main
+from mulki.app.cli import main
 
 main()

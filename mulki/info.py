@@ -16,9 +16,9 @@ from types import ModuleType
 import torch
 
 import mulki
-from mulki.environment import environment
 from mulki.ops import backends, loader, torch_private
 from mulki.ops.serving import grouped
+from mulki.runs.environment import environment
 
 # Variables of other packages that decide which kernel runs, or how.
 FOREIGN = ("ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS", "TRITON_INTERPRET")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from mulki.cli import run_command
+from mulki.app.cli import run_command
 from tests import ROOT
-from tests.engine_helpers import COLOURS, without_figures, write_task
+from tests.train_helpers import COLOURS, without_figures, write_task
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def program(*arguments: str) -> subprocess.Popen[str]:
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "hasattr(signal, 'SIGHUP') and signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
-        "from mulki.cli import main; main()"
+        "from mulki.app.cli import main; main()"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(

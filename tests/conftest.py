@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mulki.features import Features
+from mulki.clip.features import Features
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

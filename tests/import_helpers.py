@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from mulki import imports, methods
+from mulki import methods
 from mulki.data import sequences, transforms
 from mulki.ops import gates
+from mulki.train.config import imports
 
 BUILT_IN = set(methods.available())
 

@@ -53,7 +53,7 @@ def run(*arguments: str, cwd: Path = ROOT, **variables: str) -> str:
 def checkout(tmp_path: Path) -> Path:
     """A checkout in which nothing is built or installed, without the bundled data."""
     ignore = shutil.ignore_patterns("embedded", "__pycache__", "_cpu_*")
-    for folder in ("mulki", "kernels", "benchmarks/ops"):
+    for folder in ("mulki", "kernels"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
     for file in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, tmp_path)
@@ -331,10 +331,10 @@ def test_a_failed_build_is_an_error_only_where_kernels_are_required(
         assert not any(path.exists() for path in stale)
 
 
-def test_a_checkout_finds_its_own_kernels_and_benchmark(checkout: Path) -> None:
+def test_a_checkout_finds_its_own_kernels(checkout: Path) -> None:
     (checkout / "kernels" / "extra.py").write_text("here = True\n")
-    # A folder that git left behind when its files moved away.
-    (checkout / "mulki" / "bench" / "__pycache__").mkdir(parents=True)
+    # A folder that a build in place may leave behind.
+    (checkout / "mulki" / "kernels" / "__pycache__").mkdir(parents=True)
     code = (
         "import sys\n"
         "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
@@ -343,16 +343,41 @@ def test_a_checkout_finds_its_own_kernels_and_benchmark(checkout: Path) -> None:
         "assert kernels is mulki.kernels and kernels.extra.here\n"
         "assert 'kernels' not in sys.modules and 'triton' not in sys.modules\n"
         "assert 'mulki.bench' not in sys.modules\n"
-        "from mulki.bench import machine\n"
-        "print(mulki.__file__, kernels.__file__, machine.__file__, sep='\\n')\n"
+        "print(mulki.__file__, kernels.__file__, sep='\\n')\n"
         "from mulki.ops import loader\n"
         "print(loader.load())"
     )
     files = run("-c", code, cwd=checkout).splitlines()
     assert files[0] == str(checkout / "mulki" / "__init__.py")
     assert files[1] == str(checkout / "kernels" / "__init__.py")
-    assert files[2] == str(checkout / "benchmarks" / "ops" / "machine.py")
-    assert "not built" in files[3] and str(checkout) in files[3]
+    assert "not built" in files[2] and str(checkout) in files[2]
+
+
+def test_a_checkout_is_the_one_that_is_run_and_not_the_one_that_is_installed(
+    checkout: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = tmp_path_factory.mktemp("other")
+    for folder in ("mulki", "kernels"):
+        shutil.copytree(checkout / folder, other / folder)
+    # It is found by a path, as installations in place are, and by a hook, as older ones were.
+    places = {
+        "mulki": str(other / "mulki" / "__init__.py"),
+        "mulki.kernels": str(other / "kernels" / "__init__.py"),
+    }
+    hook = (
+        "import importlib.util, sys\n"
+        f"places = {places!r}\n"
+        "class Hook:\n"
+        "    @staticmethod\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        file = places.get(name)\n"
+        "        return file and importlib.util.spec_from_file_location(name, file)\n"
+        "sys.meta_path.append(Hook)\n"
+    )
+    code = f"{hook}import mulki.kernels\nprint(mulki.__file__, mulki.kernels.__file__, sep='\\n')"
+    for cwd, path in ((checkout, str(other)), (checkout, ""), (other, str(checkout))):
+        files = run("-c", code, cwd=cwd, PYTHONPATH=path).splitlines()
+        assert files == [str(cwd / folder / "__init__.py") for folder in ("mulki", "kernels")]
 
 
 def test_an_installed_package_has_kernels_and_benchmark_inside(checkout: Path) -> None:
@@ -362,8 +387,10 @@ def test_an_installed_package_has_kernels_and_benchmark_inside(checkout: Path) -
     for package in ("kernels", "bench"):
         code = f"import mulki.{package}; print(mulki.{package}.__file__)"
         assert run("-c", code, cwd=out).strip() == str(out / "mulki" / package / "__init__.py")
-    # Results that were measured stay in the repository.
-    assert {path.suffix for path in (out / "mulki" / "bench").glob("*.*")} == {".py"}
+    # What lies beside it is no part of it.
+    (out / "stranger.py").touch()
+    code = "import importlib.util; print(importlib.util.find_spec('mulki.stranger'))"
+    assert run("-c", code, cwd=out).strip() == "None"
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mulki.cli import run_command
-from mulki.metrics import read_matrix
-from tests import ROOT, engine_helpers, import_helpers
+from mulki.app.cli import run_command
+from mulki.runs.metrics import read_matrix
+from tests import ROOT, import_helpers, train_helpers
 
 registries = import_helpers.registries
-tiny_models = engine_helpers.tiny_models
-start_model = engine_helpers.start_model
+tiny_models = train_helpers.tiny_models
+start_model = train_helpers.start_model
 
 
 def recipe(title: str) -> tuple[str, str, list[list[str]]]:
@@ -52,7 +52,7 @@ def test_a_recipe_works_as_written(
     fixed += ["--limit-images", "20", "--iterations", "1"]
     for command in commands:
         assert f"./{name}" in command
-        with engine_helpers.without_figures():
+        with train_helpers.without_figures():
             assert run_command([*command, *(fixed if command[0] == "run" else [])]) == 0
     saved = yaml.safe_load(Path("logs/first/args.yaml").read_text())
     assert saved[option] == value and saved["import"] == [str(Path(name).resolve())]

@@ -24,19 +24,19 @@ import yaml
 
 import mulki
 from mulki import methods
-from mulki.cli import run_command
-from mulki.commands.grid import OPTIONS as GRID
-from mulki.commands.run_options import run_options
-from mulki.engine.config import resolve
-from mulki.features import Features
+from mulki.app.cli import run_command
+from mulki.app.commands.grid import OPTIONS as GRID
+from mulki.app.commands.run_options import run_options
+from mulki.clip.features import Features
+from mulki.clip.prototypes import Prototypes
 from mulki.losses import MulKILoss
-from mulki.prototypes import Prototypes
-from tests import ROOT, engine_helpers, import_helpers, project_files
+from mulki.train.config.run_config import resolve
+from tests import ROOT, import_helpers, project_files, train_helpers
 from tests.test_readme import DOCS, name
 
 registries = import_helpers.registries
-tiny_models = engine_helpers.tiny_models
-start_model = engine_helpers.start_model
+tiny_models = train_helpers.tiny_models
+start_model = train_helpers.start_model
 
 MARKS = ("network", "GPU", "long", "machines", "sources")
 TUTORIAL = ROOT / "docs" / "tutorial.md"
@@ -92,7 +92,7 @@ def run(line: str, model: dict[str, str], number: int, capsys: pytest.CaptureFix
         words += ["--seconds", "0"]
     runs = words[0] == "run"
     try:
-        with engine_helpers.without_figures() if runs else contextlib.nullcontext():
+        with train_helpers.without_figures() if runs else contextlib.nullcontext():
             status = run_command(words)
     except SystemExit as ended:  # --help
         status = ended.code
@@ -107,14 +107,14 @@ def workplace(start_model: dict[str, str], tmp_path_factory: pytest.TempPathFact
     """What the pages take to be there: images, a CSV file, two runs, a configuration."""
     root = tmp_path_factory.mktemp("workplace")
     for task in ("birds", "textures"):
-        engine_helpers.write_task(root / task, engine_helpers.COLOURS)
+        train_helpers.write_task(root / task, train_helpers.COLOURS)
     rows = [
         f"{p.relative_to(root)},{p.parent.name},{p.parts[-3]}"
         for p in (root / "birds").rglob("*.png")
     ]
     (root / "birds.csv").write_text("path,label,split\n" + "\n".join(rows) + "\n")
     for kind in ("flags", "animals"):
-        engine_helpers.write_pairs(root, kind, 8)
+        train_helpers.write_pairs(root, kind, 8)
     measured = (ROOT / "benchmarks" / "ops" / "cpu.csv").read_text(encoding="utf-8")
     head, *rows = measured.splitlines(keepends=True)
     both = [row for row in rows if ",both," in row]

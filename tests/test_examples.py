@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 
 from mulki.losses import ClipLoss, DistillClipLoss, DualTeacherClipLoss, SigLipLoss
-from tests import engine_helpers
-from tests.engine_helpers import COLOURS
+from tests import train_helpers
 from tests.ranks import run_ranks
+from tests.train_helpers import COLOURS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-tiny_models = engine_helpers.tiny_models
+tiny_models = train_helpers.tiny_models
 
 
 def load(name: str) -> dict[str, Any]:
@@ -101,7 +101,7 @@ print("the same weights")
 def test_the_training_script_of_open_clip(tmp_path: Path) -> None:
     pytest.importorskip("pandas", reason="open_clip's extra [training] is not installed")
     pytest.importorskip("webdataset", reason="open_clip's extra [training] is not installed")
-    architecture = json.dumps(engine_helpers.ARCHITECTURES["tiny-vit"])
+    architecture = json.dumps(train_helpers.ARCHITECTURES["tiny-vit"])
     (tmp_path / "tiny-vit.json").write_text(architecture)
     with (tmp_path / "pairs.csv").open("w", newline="") as file:
         writer = csv.writer(file, delimiter="\t")
@@ -174,7 +174,7 @@ def test_the_launch_script_is_sound() -> None:
     text = (EXAMPLES / "slurm.sh").read_text()
     command = text[text.index("-m mulki -- ") :].replace("\\\n", " ").split()
     assert command[2] == "--"
-    from mulki.commands.run_options import run_options
+    from mulki.app.commands.run_options import run_options
 
     words = [word.strip('"') for word in command[4:]]
     given, _ = run_options(words)
@@ -182,7 +182,7 @@ def test_the_launch_script_is_sound() -> None:
 
 
 def theirs(seed: int, kind: str = "clip_model") -> Any:
-    from tests.huggingface import folders
+    from tests.clip.huggingface import folders
 
     model = getattr(folders, kind)()
     torch.manual_seed(seed)
@@ -251,7 +251,7 @@ def test_the_program_for_transformers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     transformers = pytest.importorskip("transformers", reason="needs transformers")
-    from tests.huggingface import folders
+    from tests.clip.huggingface import folders
 
     processor = transformers.SiglipImageProcessor(size={"height": 32, "width": 32})
     start = folders.saved(

@@ -20,7 +20,7 @@ from mulki.files import (
     temporary_for,
     write_atomic,
 )
-from mulki.metrics import AccuracyMatrix, read_matrix, write_matrix
+from mulki.runs.metrics import AccuracyMatrix, read_matrix, write_matrix
 
 
 def test_a_table_names_its_lines_and_leaves_out_other_columns(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_no_compiler_is_started() -> None:
 
 def test_the_command_line_answers_without_open_clip() -> None:
     code = (
-        "import sys\nfrom mulki.cli import run_command\n"
+        "import sys\nfrom mulki.app.cli import run_command\n"
         "for words in ([], ['--help'], ['--version'], ['tasks'], ['run', '--bogus']):\n"
         "    run_command(words)\n"
         "heavy = 'open_clip triton torchvision transformers datasets'.split()\n"

@@ -14,11 +14,12 @@ PACKAGE, TESTS = ROOT / "mulki", ROOT / "tests"
 OTHER = ("benchmarks", "kernels")
 
 CROSS_CUTTING = {
-    "engine/test_captions.py": "runs of tasks of captions, from their files to the report",
-    "engine/test_full_disk.py": "a whole run on a small file system",
-    "engine/test_killed.py": "whole runs in processes that are killed",
-    "engine/test_load.py": "runs of many tasks, and of a task with many classes",
-    "engine/test_reference.py": "runs with a reference set, from its folder to the losses",
+    "train/test_captions.py": "runs of tasks of captions, from their files to the report",
+    "train/test_full_disk.py": "a whole run on a small file system",
+    "train/test_killed.py": "whole runs in processes that are killed",
+    "train/test_load.py": "runs of many tasks, and of a task with many classes",
+    "train/test_reference.py": "runs with a reference set, from its folder to the losses",
+    "train/saving/test_resuming.py": "whole runs that are stopped, and go on",
     "fuzz/test_fuzz.py": "python -m tests.fuzz",
     "losses/test_losses_memory.py": "the table of losses",
     "losses/test_losses_on_ranks.py": "the table of losses",

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from mulki.cli import main, run_command
-from mulki.metrics import read_matrix
-from tests import ROOT, engine_helpers
+from mulki.app.cli import main, run_command
+from mulki.runs.metrics import read_matrix
+from tests import ROOT, train_helpers
 from tests.cli_helpers import WAIT_S, program, without_progress
 
-tiny_models = engine_helpers.tiny_models
-start_model = engine_helpers.start_model
-task_folders = engine_helpers.task_folders
+tiny_models = train_helpers.tiny_models
+start_model = train_helpers.start_model
+task_folders = train_helpers.task_folders
 
 
 def test_interrupted_process(
@@ -116,7 +116,7 @@ def test_trouble_in_a_run_is_one_line_too(
 
 def test_a_name_that_the_terminal_cannot_show(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("after_task,花\nzero-shot,10\n花,20\n", encoding="utf-8")
-    code = "from mulki.cli import main; main()"
+    code = "from mulki.app.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "metrics", str(tmp_path / "m.csv")],
         cwd=ROOT,

@@ -13,13 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mulki import cli, methods
+from mulki import methods
+from mulki.app import cli
+from mulki.app.commands.grid import OPTIONS as GRID_OPTIONS
+from mulki.app.commands.reproduce import OPTIONS as REPRODUCE_OPTIONS
 from mulki.bench.run import BenchOptions
-from mulki.commands.grid import OPTIONS as GRID_OPTIONS
-from mulki.commands.reproduce import OPTIONS as REPRODUCE_OPTIONS
-from mulki.engine.config import RunConfig
-from mulki.engine.evaluation import OPTIONS as EVAL_OPTIONS
 from mulki.losses import ClipLoss
+from mulki.train.config.run_config import RunConfig
+from mulki.train.retest import OPTIONS as EVAL_OPTIONS
 from tests import ROOT, project_files
 
 DOCS = (ROOT / "README.md", *project_files("docs/*.md"))
@@ -108,7 +109,7 @@ def block(words: str) -> str:
 def test_a_block_of_python_runs(code: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import open_clip
 
-    # A run folder is made by the tests of tests/engine, which load its model by this very call.
+    # A run folder is made by the tests of tests/train, which load its model by this very call.
     loaded: list[str] = []
     monkeypatch.setattr(open_clip, "create_model", loaded.append)
     exec(code, names() | {"run_folder": tmp_path})

@@ -34,8 +34,9 @@ from benchmarks.embedded.holdout import held_out
 from benchmarks.embedded.packed_answers import pack as packed
 from benchmarks.embedded.packed_answers import unpack
 from benchmarks.embedded.studies import Options, Run
-from mulki.answers import read_answers
-from mulki.intervals import (
+from mulki.report.comparison.groups import NEUTRAL
+from mulki.runs.answers import read_answers
+from mulki.runs.intervals import (
     Difference,
     RunAnswers,
     interval_over,
@@ -43,7 +44,6 @@ from mulki.intervals import (
     paired_differences,
     seed_differences,
 )
-from mulki.report.comparison import NEUTRAL
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"  # a file for each study
@@ -145,10 +145,10 @@ def one_run(run: Run, pack: str, threads: int) -> dict[str, Any]:
     """Carry out a run in this process and return its line of the results file."""
     import torch
 
-    from mulki.engine.config import resolve
-    from mulki.engine.memory import keep_freed_memory
-    from mulki.engine.sequence import run as learn
-    from mulki.engine.setup import load_tasks
+    from mulki.train.config.run_config import resolve
+    from mulki.train.learning.memory import keep_freed_memory
+    from mulki.train.sequence import run as learn
+    from mulki.train.start.setup import load_tasks
 
     keep_freed_memory()
     torch.set_num_threads(threads)
@@ -202,7 +202,7 @@ def fingerprint() -> str:
 
 def settings_of(run: Run) -> Options:
     """All options of a run that have a say in its result, as JSON gives them back."""
-    from mulki.engine.config import resolve
+    from mulki.train.config.run_config import resolve
 
     settings = resolve(SHARED | run.options)
     values = asdict(settings.run) | asdict(settings.method)
@@ -222,8 +222,8 @@ def has_settings(result: dict[str, Any], settings: Options) -> bool:
 
 @functools.cache
 def _defaults(method: str) -> Options:
-    from mulki.engine.config import RunConfig
     from mulki.methods import get
+    from mulki.train.config.run_config import RunConfig
 
     options = (RunConfig, get(method).Options)
     return _plain({item.name: item.default for of in options for item in fields(of)})
@@ -312,7 +312,7 @@ def comparison_table(results: list[dict[str, Any]]) -> str:
     lines += [
         "",
         "MulKI less the other method, paired by seed, with the 95 % interval over seeds (Student's "
-        "t) and test images (paired bootstrap); see `mulki.intervals`:",
+        "t) and test images (paired bootstrap); see `mulki.runs.intervals`:",
         "",
         _header("against", "sequence", "order", *METRICS, "interval over", "pairs"),
     ]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mulki.errors import InputError
-from mulki.intervals import mean_interval
+from mulki.runs.intervals import mean_interval
 
 # Of Okabe and Ito's colours, which people with any colour vision can tell apart.
 _COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2")

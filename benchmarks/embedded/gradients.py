@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mulki.engine.config import resolve
-from mulki.engine.sequence import run
-from mulki.features import Features
+from mulki.clip.features import Features
 from mulki.methods import TaskStart
 from mulki.methods.mulki import MulKI
+from mulki.train.config.run_config import resolve
+from mulki.train.sequence import run
 
 # Measured steps of a task: the first, where the student is its previous model, and some later ones.
 MEASURED = 4

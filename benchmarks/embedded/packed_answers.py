@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mulki.intervals import RunAnswers
+from mulki.runs.intervals import RunAnswers
 
 
 def pack(answers: RunAnswers) -> dict[str, Any]:

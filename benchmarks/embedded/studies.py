@@ -1,6 +1,7 @@
 """What is run on the bundled tasks: tuning, forms of MulKI, the comparison, the ablation.
 
-A run is a dict of options for `mulki.engine.config.resolve`, without the ones every run shares.
+A run is a dict of options for `mulki.train.config.run_config.resolve`, without the ones every run
+shares.
 
 The rules, which were written down before any of the runs:
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from mulki import models
+from mulki.clip import models
+from mulki.clip.evaluation import Evaluator
 from mulki.data import load_sequence
 from mulki.data.loader import batches
-from mulki.evaluate import Evaluator
 
 
 def main() -> None:

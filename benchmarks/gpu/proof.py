@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mulki.prove import report
+from mulki.app.prove import report
 
 
 def main(argv: list[str]) -> int:

@@ -36,7 +36,7 @@ def sanitizer(options: Sequence[str]) -> int:
 def proof(argv: list[str]) -> int:
     """`benchmarks.gpu.proof` of float32 at one tiny shape."""
     from benchmarks.gpu import proof
-    from mulki import prove
+    from mulki.app import prove
 
     for shapes in (prove.SHAPES, prove.PAIRED_SHAPES):
         shapes["small"] = (8, 8, 16)

@@ -38,7 +38,7 @@ from benchmarks.kernels.cards import CARDS, GRAPH_LAUNCH, LAUNCH, PYTHON_LAUNCH,
 from benchmarks.kernels.counts import OPERATORS, PAIRED, Counts, Work, counts, counts_of_torch
 from benchmarks.kernels.host import microseconds_of
 from mulki.bench.losses import EAGER
-from mulki.environment import environment
+from mulki.runs.environment import environment
 
 HERE = Path(__file__).parent
 SHAPES = (

@@ -16,8 +16,8 @@ from benchmarks.microbatch.saved import SavedBytes
 from benchmarks.microbatch.workload import Setting, Workload
 from benchmarks.tables import Cell, Row
 from mulki.bench.call_cost import PeakMemory, no_garbage_collection, take_turns
-from mulki.engine.memory import free_memory
 from mulki.errors import InputError
+from mulki.train.learning.memory import free_memory
 
 MIB = 2**20
 # Relative L2 distance of a gradient from the whole batch's that rounding explains: matrix products

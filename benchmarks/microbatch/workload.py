@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mulki import models
-from mulki.engine.microbatch import Encoder, backward
-from mulki.engine.precision import Name, Precision
-from mulki.features import Features
+from mulki.clip import models
+from mulki.clip.features import Features
 from mulki.losses import MulKILoss
+from mulki.train.config.precision import Name, Precision
+from mulki.train.microbatch import Encoder, backward
 
 CLASSES = 32
 

@@ -8,6 +8,6 @@ python -m benchmarks.ops table ops.csv
 
 import sys
 
-from mulki.cli import main
+from mulki.app.cli import main
 
 main(["bench", *sys.argv[1:]])

@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.step.side_by_side import TIMES, side_by_side
 from benchmarks.tables import Cell, machine_line, markdown, write_csv
 from mulki.bench.cases import Inputs
-from mulki.features import Features
+from mulki.clip.features import Features
 from mulki.stages.anchors import TextsOf, anchor_loss
 
 TEMPERATURE = 2.0

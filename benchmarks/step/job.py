@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from benchmarks.tables import Cell
-from mulki import models
+from mulki.clip import models
+from mulki.clip.features import Features
+from mulki.clip.models import VisionLanguageModel
 from mulki.data import load_sequence
 from mulki.data.subset import limited
 from mulki.data.task import Task
 from mulki.data.transforms import train_transform
-from mulki.engine.config import RunConfig, resolve
-from mulki.engine.precision import Precision
 from mulki.errors import InputError, nearest
-from mulki.features import Features
 from mulki.functional import teacher_kl
 from mulki.methods.mulki import MulKI
-from mulki.models import VisionLanguageModel
 from mulki.similarity import Similarity
+from mulki.train.config.precision import Precision
+from mulki.train.config.run_config import RunConfig, resolve
 
 CAPTION_TEMPERATURE = 2.0
 

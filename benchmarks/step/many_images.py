@@ -26,7 +26,7 @@ from rich.console import Console
 from benchmarks.tables import Row, machine_line, markdown, write_csv
 from mulki.data import folder_task
 from mulki.data.image_files import told_of_checks
-from mulki.engine.progress import checking
+from mulki.train.display.progress import checking
 
 CLASSES, SIDE = 100, 18
 COLUMNS = {

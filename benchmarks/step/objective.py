@@ -21,7 +21,7 @@ from benchmarks.step import plain
 from benchmarks.step.side_by_side import TIMES, side_by_side
 from benchmarks.tables import Cell, machine_line, markdown, write_csv
 from mulki.bench.cases import Inputs
-from mulki.features import Features
+from mulki.clip.features import Features
 from mulki.methods.mulki import MulKI
 from mulki.stages.objective import MulKILoss
 

@@ -1,4 +1,4 @@
-"""Our loop: `mulki.engine.learn.learn_task` as it is, watched from outside."""
+"""Our loop: `mulki.train.learning.learn.learn_task` as it is, watched from outside."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch.optim.optimizer import (
 
 from benchmarks.step.job import Job, WithCaptions
 from benchmarks.step.stopwatch import Stopwatch
-from mulki.engine.learn import StepReport, learn_task
-from mulki.engine.teachers import TaskTeachers
+from mulki.clip.models import VisionLanguageModel
+from mulki.clip.texts import text_features
 from mulki.methods import PREVIOUS, ZERO_SHOT
-from mulki.models import VisionLanguageModel
-from mulki.texts import text_features
+from mulki.train.learning.learn import StepReport, learn_task
+from mulki.train.learning.task_teachers import TaskTeachers
 
 
 def learn(job: Job, watch: Stopwatch, listen: Callable[[StepReport, float], None]) -> None:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from benchmarks.step.job import CAPTION_TEMPERATURE, Job
 from benchmarks.step.stopwatch import Stopwatch
+from mulki.clip.features import Features
+from mulki.clip.models import VisionLanguageModel
+from mulki.clip.prototypes import Prototypes, class_means
 from mulki.data.loader import batches, cycle
-from mulki.features import Features
 from mulki.methods.mulki import MulKI
-from mulki.models import VisionLanguageModel
-from mulki.prototypes import Prototypes, class_means
 from mulki.stages.connecting import RunningMean
 from mulki.stages.distinguishing import class_weights
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mulki.choices.registration import place_of, register
 from mulki.data.caption_files import caption_task
 from mulki.data.csv_files import csv_task
 from mulki.data.folders import folder_task
@@ -14,7 +15,6 @@ from mulki.data.published.collections import COLLECTIONS, Collection, permuted
 from mulki.data.shard_tasks import holds_shards, shard_task
 from mulki.data.task import Task
 from mulki.errors import InputError, nearest
-from mulki.registration import place_of, register
 
 Loader = Callable[[str], list[Task]]
 

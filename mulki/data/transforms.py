@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mulki.choices.registration import place_of, register
 from mulki.errors import InputError, nearest
-from mulki.registration import place_of, register
 
 #: From an RGB PIL image to a tensor [3, H, W].
 Transform = Callable[[Any], Any]

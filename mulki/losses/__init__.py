@@ -6,7 +6,7 @@ the second teacher. `MulKILoss` is composed in `mulki.stages.objective` and has 
 here.
 """
 
-from mulki.features import Features
+from mulki.clip.features import Features
 from mulki.losses.clip import ClipLoss
 from mulki.losses.distill import DistillClipLoss, DualTeacherClipLoss
 from mulki.losses.siglip import SigLipLoss

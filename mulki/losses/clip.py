@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mulki import collectives
+from mulki.distributed import collectives
 from mulki.functional import clip_contrastive, prototype_cross_entropy
 from mulki.losses.pairs import Columns, PairLoss, Pairs, Shard
 

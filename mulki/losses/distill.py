@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from mulki import collectives
+from mulki.distributed import collectives
 from mulki.functional import teacher_kl
 from mulki.losses.clip import ClipLoss
 from mulki.losses.pairs import Columns, Pairs, Shard

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mulki import collectives
+from mulki.distributed import collectives
 from mulki.ops import checks
 from mulki.ops.logits import Operands
 from mulki.similarity import Similarity

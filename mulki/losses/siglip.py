@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mulki import collectives, ops
+from mulki import ops
+from mulki.distributed import collectives
 from mulki.losses.pairs import PairLoss, Pairs, Shard
 
 RING = ("bidir", "shift")

@@ -10,6 +10,7 @@ import importlib
 import pkgutil
 from dataclasses import fields
 
+from mulki.choices.registration import place_of, register
 from mulki.errors import InputError, nearest
 from mulki.methods.base import (
     PREVIOUS,
@@ -20,7 +21,6 @@ from mulki.methods.base import (
     Needs,
     TaskStart,
 )
-from mulki.registration import place_of, register
 
 __all__ = [
     "PREVIOUS",
@@ -40,7 +40,7 @@ def available() -> dict[str, type[Method]]:
 
     Raises:
         InputError: two methods of one name, or one that lacks its summary or has an option that is
-            not made by `mulki.options.option`.
+            not made by `mulki.choices.options.option`.
     """
     for module in pkgutil.iter_modules(__path__, f"{__name__}."):
         importlib.import_module(module.name)
@@ -79,6 +79,6 @@ def _check(cls: type[Method]) -> None:
     for name in [*hints, *names]:
         if name not in names or "help" not in names[name].metadata:
             raise InputError(
-                f"{where}: option {name} is no field made by mulki.options.option; write "
+                f"{where}: option {name} is no field made by mulki.choices.options.option; write "
                 f'{name}: float = option(1.0, "what it does") in a dataclass'
             )

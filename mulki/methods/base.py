@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from mulki.features import Features
-from mulki.options import check_options, option
+from mulki.choices.options import check_options, option
+from mulki.clip.features import Features
 
 ZERO_SHOT = "zero_shot"
 PREVIOUS = "previous"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mulki.features import Features
+from mulki.clip.features import Features
 from mulki.functional import prototype_cross_entropy
 from mulki.methods.base import Method, label_smoothing_option
 from mulki.stages.pairs import contrastive_loss

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mulki.features import Features
+from mulki.choices.options import option
+from mulki.clip.features import Features
 from mulki.functional import prototype_cross_entropy, teacher_kl
 from mulki.methods.base import PREVIOUS, Method, Needs, label_smoothing_option
-from mulki.options import option
 
 
 class LwF(Method):

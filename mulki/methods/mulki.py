@@ -26,8 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mulki.choices.options import option
+from mulki.clip.features import Features
+from mulki.clip.prototypes import Prototypes, Update
 from mulki.errors import InputError
-from mulki.features import Features
 from mulki.methods.base import (
     PREVIOUS,
     SEEN,
@@ -39,8 +41,6 @@ from mulki.methods.base import (
     label_smoothing_option,
 )
 from mulki.ops.gates import find_gate, gate_names
-from mulki.options import option
-from mulki.prototypes import Prototypes, Update
 from mulki.stages.anchors import TextsOf, WeightsBy
 from mulki.stages.connecting import Connections
 from mulki.stages.objective import MulKILoss

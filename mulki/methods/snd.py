@@ -23,11 +23,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mulki.features import Features
+from mulki.choices.options import option
+from mulki.clip.features import Features
 from mulki.functional import prototype_cross_entropy
 from mulki.methods.base import PREVIOUS, ZERO_SHOT, Method, Needs, label_smoothing_option
 from mulki.ops.gates import discrepancy
-from mulki.options import option
 from mulki.stages.adding import feature_loss
 
 

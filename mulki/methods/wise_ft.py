@@ -20,10 +20,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mulki.choices.options import option
+from mulki.distributed.parts import set_whole
 from mulki.methods.base import TaskStart
 from mulki.methods.finetune import Finetune
-from mulki.options import option
-from mulki.sharded import set_whole
 from mulki.stages.connecting import Connections, snapshot
 
 Base = Literal["previous", "zero_shot"]

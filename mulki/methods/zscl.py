@@ -29,10 +29,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from mulki.features import Features
+from mulki.choices.options import option
+from mulki.clip.features import Features
 from mulki.functional import prototype_cross_entropy, teacher_kl
 from mulki.methods.base import Method, Needs, TaskStart, label_smoothing_option
-from mulki.options import option
 from mulki.similarity import Similarity
 from mulki.stages.connecting import Connections
 

@@ -10,20 +10,15 @@ from typing import Any, TypeVar
 
 import yaml
 
-from mulki.answers import FOLDER, Answers, read_answers
-from mulki.catalog import EXAMPLES, TASKS, DataSet, Example, read_examples, read_tasks
 from mulki.errors import InputError
-from mulki.evaluations import Evaluation, read_evaluations
 from mulki.files import check_regular
-from mulki.history import FILE as HISTORY
-from mulki.history import StepRecord, read_history
-from mulki.metrics import AccuracyMatrix, read_matrix
-from mulki.report.folder import (
-    RunData,
-    class_incremental_of,
-    read_json,
-    run_status,
-)
+from mulki.runs.answers import FOLDER, Answers, read_answers
+from mulki.runs.catalog import EXAMPLES, TASKS, DataSet, Example, read_examples, read_tasks
+from mulki.runs.history import FILE as HISTORY
+from mulki.runs.history import StepRecord, read_history
+from mulki.runs.metrics import AccuracyMatrix, read_matrix
+from mulki.runs.reading import RunData, class_incremental_of, read_json, run_status
+from mulki.runs.results import Evaluation, read_evaluations
 
 T = TypeVar("T")
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mulki.history import BINS, StepRecord, mean_seconds
-from mulki.metrics import ZERO_SHOT
 from mulki.report.contents import RunContents
 from mulki.report.plot import COLOURS, DIM, TEXT, Plot, entry, look, plain_log
 from mulki.report.tables import measure_of, recalls_of
+from mulki.runs.history import BINS, StepRecord, mean_seconds
+from mulki.runs.metrics import ZERO_SHOT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

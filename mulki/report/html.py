@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from mulki.answers import ACC1, RECALL1
-from mulki.catalog import DataSet, Example
-from mulki.history import mean_seconds
-from mulki.metrics import DEFINITIONS, NOTATION, ZERO_SHOT
 from mulki.report.contents import RunContents
 from mulki.report.figures import plots
 from mulki.report.pages import page_file, render
 from mulki.report.tables import TITLES, display_columns, display_rows, recalls_of
+from mulki.runs.answers import ACC1, RECALL1
+from mulki.runs.catalog import DataSet, Example
+from mulki.runs.history import mean_seconds
+from mulki.runs.metrics import DEFINITIONS, NOTATION, ZERO_SHOT
 
 # Rows of all tables of classes together, and images: the page stays below 3 MB.
 _CLASSES, _IMAGES = 3000, 160

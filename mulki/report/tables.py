@@ -19,8 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mulki.errors import counted
-from mulki.evaluations import Evaluation
-from mulki.metrics import ZERO_SHOT, AccuracyMatrix, ClassIncremental, Metrics
+from mulki.runs.metrics import ZERO_SHOT, AccuracyMatrix, ClassIncremental, Metrics
+from mulki.runs.results import Evaluation
 
 #: What a cell says: just learned, learned earlier, not learned (yet).
 Cell = Literal["learned", "kept", "other"]

@@ -25,7 +25,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from mulki.features import Features
+from mulki.clip.features import Features
 from mulki.ops import teacher_kl
 from mulki.ops.gates import find_gate
 from mulki.ops.logits import Operands

@@ -29,7 +29,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mulki.features import Features
+from mulki.clip.features import Features
 from mulki.functional import teacher_kl
 from mulki.similarity import Similarity
 

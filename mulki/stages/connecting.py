@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mulki.sharded import set_whole
+from mulki.distributed.parts import set_whole
 
 Weights = Mapping[str, Tensor]
 

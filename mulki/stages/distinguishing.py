@@ -29,11 +29,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mulki.features import Features
+from mulki.clip.features import Features
+from mulki.clip.prototypes import class_sums
 from mulki.functional import teacher_kl
 from mulki.ops.gates import find_gate
 from mulki.ops.teacher_kl import gate_weights
-from mulki.prototypes import class_sums
 
 
 def gated_relation(

@@ -9,7 +9,7 @@ batch with classes y, s the logit scale.
 Stated by the source (arXiv 2411.06764 and its published summaries): before each task the original
 model encodes the training images, class means are the initial prototypes, they are updated while
 the task is learned, and a symmetric contrastive loss raises the similarity of prototypes and texts.
-Our choice: the form of that loss (CLIP's), and the update (`mulki.prototypes.Prototypes`). With an
+Our choice: the form of that loss (CLIP's), and the update (`mulki.clip.Prototypes`). With an
 exponential average of batch class means the gradient of L_align reaches the texts alone; with the
 update "batch" it reaches the images too, and with learnable prototypes the prototypes. L_proto, the
 cross-entropy of images against prototypes, is ours.
@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mulki.features import Features
+from mulki.clip.features import Features
 from mulki.functional import clip_contrastive, prototype_cross_entropy
 from mulki.similarity import Similarity
 
@@ -61,5 +61,5 @@ def prototype_loss(student: Features, target: Tensor, label_smoothing: float = 0
 
 def _prototypes(student: Features) -> Tensor:
     if student.prototypes is None:
-        raise ValueError("student: has no prototypes, wanted [C, D]; see mulki.prototypes")
+        raise ValueError("student: has no prototypes, wanted [C, D]; see mulki.clip.prototypes")
     return student.prototypes

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args, overload
 import torch
 from torch import Tensor, nn
 
-from mulki.features import Features
+from mulki.clip.features import Features
 from mulki.functional import prototype_cross_entropy
 from mulki.ops import checks
 from mulki.ops.gates import find_gate
@@ -314,7 +314,7 @@ def _check_teacher(name: str, teacher: Features, student: Features) -> None:
 def _check_features(name: str, value: object) -> None:
     if not isinstance(value, Features):
         raise TypeError(
-            f"{name}: got {type(value).__name__}, wanted mulki.features.Features; build them with "
+            f"{name}: got {type(value).__name__}, wanted mulki.clip.Features; build them with "
             f"Features(images, texts, scale, prototypes)"
         )
     for field in ("images", "texts", "prototypes"):

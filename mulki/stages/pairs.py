@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mulki.features import Features
+from mulki.clip.features import Features
 from mulki.functional import clip_contrastive, pair_teacher_kl
 
 

@@ -11,15 +11,15 @@ import pytest
 
 from benchmarks.embedded import compare, figures, studies
 from benchmarks.embedded.packed_answers import pack, unpack
-from mulki.engine import presets
+from mulki.clip.models import BUNDLED
 from mulki.errors import InputError
-from mulki.intervals import RunAnswers
-from mulki.metrics import compute_metrics
-from mulki.models import BUNDLED
-from tests import engine_helpers
+from mulki.runs.intervals import RunAnswers
+from mulki.runs.metrics import compute_metrics
+from mulki.train.config import presets
+from tests import train_helpers
 
-tiny_models = engine_helpers.tiny_models
-start_model = engine_helpers.start_model
+tiny_models = train_helpers.tiny_models
+start_model = train_helpers.start_model
 SIZES = {"a": 50, "b": 31, "c": 7}
 
 

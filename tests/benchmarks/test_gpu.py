@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 
+from mulki.app.cli import run_command
+from mulki.app.prove import CASES
 from mulki.bench.report import read_rows
-from mulki.cli import run_command
-from mulki.prove import CASES
 from tests import ROOT, project_files
 
 NEEDLESS = "rich yaml open_clip safetensors hypothesis jinja2 torchvision PIL matplotlib"

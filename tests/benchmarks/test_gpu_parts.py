@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from mulki import prove
+from mulki.app import prove
 from mulki.bench.losses import MULKI
 from mulki.ops import proofs
 from mulki.ops.proofs import Verdict

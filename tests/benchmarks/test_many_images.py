@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.step import many_images
 from mulki.data.image_files import ImageFiles
-from mulki.engine import progress
+from mulki.train.display import progress
 
 
 def test_all_images_are_checked_and_the_bar_moves(

@@ -15,10 +15,10 @@ from benchmarks.microbatch import step_cost
 from benchmarks.microbatch.saved import SavedBytes
 from benchmarks.microbatch.workload import Batch, Setting, Workload
 from mulki.errors import InputError
-from tests import engine_helpers
+from tests import train_helpers
 
-tiny_models = engine_helpers.tiny_models
-start_model = engine_helpers.start_model
+tiny_models = train_helpers.tiny_models
+start_model = train_helpers.start_model
 
 
 @pytest.fixture

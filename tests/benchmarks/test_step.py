@@ -16,14 +16,14 @@ from benchmarks.step.job import Job, WithCaptions, prepare
 from benchmarks.step.loop_cost import compare
 from benchmarks.step.stopwatch import PARTS, Stopwatch
 from benchmarks.tables import markdown, write_csv
+from mulki.clip.features import Features
 from mulki.errors import InputError
-from mulki.features import Features
 from mulki.methods import TaskStart
 from mulki.methods.mulki import MulKI
-from tests import engine_helpers
+from tests import train_helpers
 
-tiny_models = engine_helpers.tiny_models
-start_model = engine_helpers.start_model
+tiny_models = train_helpers.tiny_models
+start_model = train_helpers.start_model
 
 
 @pytest.fixture

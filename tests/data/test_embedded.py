@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks.embedded.pack import check_pack
-from mulki import models
+from mulki.clip import models
+from mulki.clip.evaluation import Evaluator
 from mulki.data import load_sequence
 from mulki.data.embedded import embedded_root
 from mulki.data.loader import batches
 from mulki.data.shards import open_pack
-from mulki.evaluate import Evaluator
-from mulki.metrics import read_matrix
+from mulki.runs.metrics import read_matrix
 
 TASKS = {"digits": 10, "animals": 10, "letters": 26, "clipart": 10, "emoji": 7, "flags": 200}
 

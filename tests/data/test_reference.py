@@ -14,7 +14,7 @@ from mulki.data import BadImage, Task, folder_task
 from mulki.data.reference import ReferenceSet, read_reference
 from mulki.data.vocabulary import Vocabulary
 from mulki.errors import InputError
-from tests.engine_helpers import COLOURS, write_reference, write_task
+from tests.train_helpers import COLOURS, write_reference, write_task
 
 
 @pytest.fixture

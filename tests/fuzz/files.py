@@ -20,14 +20,14 @@ from PIL import Image
 from safetensors.torch import save
 from torch import zeros
 
+from mulki.clip.tensor_files import load_tensors
 from mulki.data.captioned_shards import read_captioned_shards
 from mulki.data.csv_files import csv_task
 from mulki.data.huggingface_tasks import huggingface_task
 from mulki.data.vocabulary import read_vocabulary
-from mulki.engine.config import read_config, resolve
 from mulki.errors import InputError
-from mulki.metrics import read_matrix
-from mulki.tensor_files import load_tensors
+from mulki.runs.metrics import read_matrix
+from mulki.train.config.run_config import read_config, resolve
 
 
 class Reader(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from mulki import methods
-from mulki.features import of_reference
+from mulki.clip.features import of_reference
 from mulki.methods import PREVIOUS, ZERO_SHOT
 from mulki.methods.snd import SnD
 from tests.methods.method_helpers import assert_same_gradients

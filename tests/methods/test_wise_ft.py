@@ -7,9 +7,9 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from mulki.distributed.parts import gathered
 from mulki.methods.finetune import Finetune
 from mulki.methods.wise_ft import WiseFT
-from mulki.sharded import gathered
 from tests.methods.method_helpers import add, start
 from tests.ranks import run_ranks
 

@@ -8,7 +8,7 @@ import pytest
 import torch.nn.functional as F
 
 from mulki import methods
-from mulki.features import of_reference
+from mulki.clip.features import of_reference
 from mulki.methods import PREVIOUS, ZERO_SHOT
 from mulki.methods.zscl import ZSCL
 from tests.methods.method_helpers import add, assert_same_gradients, start

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mulki.answers import Answers, BoolArray, Ranks
-from mulki.metrics import ZERO_SHOT
-from mulki.results import RunFolder
+from mulki.runs.answers import Answers, BoolArray, Ranks
+from mulki.runs.folder import RunFolder
+from mulki.runs.metrics import ZERO_SHOT
 from tests.report.report_helpers import PAIR, SMALL, Make, write_whole_run
 
 

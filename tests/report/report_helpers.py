@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from mulki.answers import Answers
-from mulki.history import BINS, StepRecord, add_step
-from mulki.metrics import ZERO_SHOT, AccuracyMatrix
-from mulki.report.comparison import Comparison
-from mulki.report.comparison_tables import print_comparison
-from mulki.results import RunFolder
+from mulki.report.comparison.groups import Comparison
+from mulki.report.comparison.tables import print_comparison
+from mulki.runs.answers import Answers
+from mulki.runs.folder import RunFolder
+from mulki.runs.history import BINS, StepRecord, add_step
+from mulki.runs.metrics import ZERO_SHOT, AccuracyMatrix
 
 #: Makes a run folder, see `tests.report.conftest.make`.
 Make = Callable[..., Path]

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from mulki.history import BINS
-from mulki.metrics import AccuracyMatrix, ClassIncremental
 from mulki.report import read_contents
 from mulki.report.figures import plots, thinned
+from mulki.runs.history import BINS
+from mulki.runs.metrics import AccuracyMatrix, ClassIncremental
 from tests.report.report_helpers import record
 
 ALL = {

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mulki.history import add_step
-from mulki.metrics import DEFINITIONS, ZERO_SHOT, AccuracyMatrix, write_matrix
 from mulki.report import read_contents, render_html, write_report
+from mulki.runs.history import add_step
+from mulki.runs.metrics import DEFINITIONS, ZERO_SHOT, AccuracyMatrix, write_matrix
 from tests.report.report_helpers import (
     BROWSER,
     CLASSES,

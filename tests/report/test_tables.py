@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from mulki.evaluations import Evaluation
-from mulki.metrics import ZERO_SHOT, AccuracyMatrix, ClassIncremental
 from mulki.report import print_matrix, summary_markdown
 from mulki.report.tables import class_incremental_lines, recall_lines
+from mulki.runs.metrics import ZERO_SHOT, AccuracyMatrix, ClassIncremental
+from mulki.runs.results import Evaluation
 from tests import FIXTURES
 from tests.report.report_helpers import SMALL
 

@@ -3,9 +3,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from mulki.folder_lock import FolderLock
-from mulki.report import read_contents, read_folder, render_html, summary_markdown, write_report
-from mulki.results import RunFolder
+from mulki.report import read_contents, render_html, summary_markdown, write_report
+from mulki.runs.folder import RunFolder
+from mulki.runs.lock import FolderLock
+from mulki.runs.reading import read_folder
 
 
 def test_the_page_reads_the_run_folder_and_nothing_else(folder: Path, tmp_path: Path) -> None:

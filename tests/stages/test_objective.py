@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mulki.features import Features
+from mulki.clip.features import Features
 from mulki.functional import clip_contrastive
 from mulki.losses import MulKILoss
 from mulki.stages import adding, distinguishing

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mulki.features import Features
+from mulki.clip.features import Features
 from mulki.losses import ClipLoss, DualTeacherClipLoss, MulKILoss
 from mulki.stages import pairs
 from tests.stages.formulas import expected_feature

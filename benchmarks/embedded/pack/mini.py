@@ -1,7 +1,8 @@
 """The start model ``mulki-mini``: its open_clip configuration, its first weights and its file.
 
 ``hf_model_name`` names the Python package that holds the text transformer; whoever builds the model
-replaces it by the folder of that package's files (``build`` below, ``mulki.models`` at run time).
+replaces it by the folder of that package's files (``build`` below, ``mulki.clip.models`` at run
+time).
 """
 
 from __future__ import annotations

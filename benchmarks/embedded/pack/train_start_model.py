@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from benchmarks.embedded.pack import mini
 from benchmarks.embedded.pack.augment import Views
 from benchmarks.embedded.pack.sources import Cache
+from mulki.clip.evaluation import Evaluator
+from mulki.clip.models import BUNDLED, VisionLanguageModel
 from mulki.data.loader import batches
 from mulki.data.shards import open_pack
 from mulki.data.subset import Subset
-from mulki.evaluate import Evaluator
-from mulki.models import BUNDLED, VisionLanguageModel
 
 # Share of a batch by the beginning of the source's name. Within a share pictures are equally
 # likely, animals excepted: each of the ten has an equal part, and heads have a fifth of it.

@@ -34,7 +34,7 @@ def test_every_row_can_be_understood() -> None:
 
 
 def test_what_can_be_run_resolves_to_the_protocol_of_its_row() -> None:
-    from mulki.engine.config import resolve
+    from mulki.train.config.run_config import resolve
 
     rows = [row for row in published_rows().values() if row.options is not None]
     assert {row.name for row in rows} >= KNOWN.keys() - {"moe-adapters-cifar100-10steps"}

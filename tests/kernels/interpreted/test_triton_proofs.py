@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mulki import functional, prove
+from mulki import functional
+from mulki.app import prove
 from mulki.ops import backends, proofs
 from mulki.similarity import Similarity
 

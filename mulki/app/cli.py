@@ -1,0 +1,353 @@
+"""The command ``mulki``; `mulki --help` lists what it does.
+
+Bad input ends with one line on standard error and exit status 2, an error of the system with 1, and
+a signal with 128 and its number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+
+from mulki.app.commands import completion
+from mulki.app.commands.parsing import Parser, add_options, with_hyphens
+from mulki.errors import InputError, ProcessLost, Stopped, counted, nearest
+
+_COMPLETION_EXAMPLES = """run once, or put it into the shell's start file:
+  bash, ~/.bashrc                    eval "$(mulki completion bash)"
+  zsh, ~/.zshrc after compinit       eval "$(mulki completion zsh)"
+  fish, ~/.config/fish/config.fish   mulki completion fish | source
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; exits with the status of the command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name that the terminal's encoding lacks is no reason to fail, least of all after a run.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    sys.exit(run_command(sys.argv[1:] if argv is None else argv))
+
+
+def run_command(argv: Sequence[str]) -> int:
+    """Run one command and return its exit status."""
+    try:
+        return _dispatch(list(argv))
+    except InputError as error:
+        _print_error(str(error))
+        return 2
+    except ProcessLost as lost:
+        if not lost.quiet:
+            print(f"mulki: error: {lost}", file=sys.stderr)
+        _print_way_on(lost)
+        return 1
+    except Stopped as stopped:
+        print("mulki: interrupted", file=sys.stderr)
+        _print_way_on(stopped)
+        return 128 + stopped.number
+    except KeyboardInterrupt:
+        print("mulki: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The program that reads our output has ended, as `head` does after its lines.
+        sys.stderr.close()
+        return 1
+    except OSError as error:
+        # The disk is full, or a file cannot be read; out.log of a run has the traceback.
+        where = f"{error.filename}: " if error.filename else ""
+        _print_error(f"{where}{error.strerror or error}")
+        return 1
+    except Exception as error:
+        if _is_one_of_several():
+            # The traceback that follows does not say whose it is.
+            _print_error(f"{type(error).__name__}: {error}")
+        raise
+
+
+def _print_error(message: str) -> None:
+    where = f" in process {os.environ.get('RANK', '0')}" if _is_one_of_several() else ""
+    print(f"mulki: error{where}: {message}", file=sys.stderr)
+
+
+def _is_one_of_several() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _print_way_on(ended: Stopped | ProcessLost) -> None:
+    if ended.results:
+        print(f"results so far: {os.path.join(ended.results, 'report.html')}", file=sys.stderr)
+    if ended.resume:
+        print(f"to go on: mulki run --resume {shlex.quote(ended.resume)}", file=sys.stderr)
+
+
+def _dispatch(argv: list[str]) -> int:
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "run": _run,
+        "plan": _plan,
+        "eval": _eval,
+        "export": _export,
+        "metrics": _metrics,
+        "compare": _compare,
+        "report": _report,
+        "reproduce": _reproduce,
+        "tasks": _tasks,
+        "bench": _bench,
+        "prove": _prove,
+        "doctor": _doctor,
+        "completion": _completion,
+    }
+    if completion.is_asked():
+        return completion.complete(commands)
+    if argv[:1] == ["--"]:
+        # In `torchrun -m mulki -- run ...` it separates our options from those of torchrun.
+        argv = argv[1:]
+    name = argv[0] if argv else "--help"
+    if name in ("-h", "--help"):
+        print(_usage(commands))
+        return 0
+    if name == "--version":
+        from mulki import __version__
+
+        print(f"mulki {__version__}")
+        return 0
+    if name not in commands:
+        raise InputError(
+            f"command {name}: does not exist{nearest(name, commands)}; mulki --help lists them"
+        )
+    return commands[name](argv[1:])
+
+
+def _usage(commands: dict[str, Callable[[list[str]], int]]) -> str:
+    lines = ["usage: mulki COMMAND ..., mulki COMMAND --help", ""]
+    for name, command in commands.items():
+        lines.append(f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}")
+    return "\n".join(lines)
+
+
+def _run(argv: list[str]) -> int:
+    """Learn a sequence of tasks: mulki run embedded, or mulki run --tasks DIR1 DIR2"""
+    from rich.console import Console
+    from rich.text import Text
+
+    from mulki.app.commands.grid import is_grid, run_grid
+    from mulki.app.commands.run_options import run_options
+    from mulki.app.commands.training import prepare_process
+    from mulki.report.tables import print_matrix
+    from mulki.runs.results import read_evaluations
+    from mulki.train.config.run_config import resolve
+    from mulki.train.saving.restarts import restart_of
+    from mulki.train.sequence import run
+
+    prepare_process()
+    console = Console()
+    given, resume = run_options(argv, description=_run.__doc__)
+    if is_grid(given):
+        run_grid(given, console)
+        return 0
+    settings = resolve(given)
+    if resume is None and (again := restart_of(settings)) is not None:
+        settings, resume = again[0], str(again[1])
+    folder = run(settings, Console(stderr=True), resume=resume)
+    if folder is None:  # another process of the run prints
+        return 0
+    lines = read_evaluations(folder.path / "results.jsonl")
+    print_matrix(folder.matrix, console, folder.class_incremental, lines)
+    console.print(Text(f"run folder: {folder.path}"), soft_wrap=True)
+    return 0
+
+
+def _plan(argv: list[str]) -> int:
+    """What a run would do, need and take, without making it: mulki plan embedded --json"""
+    from rich.console import Console
+
+    from mulki.app.commands.plan import show_plan
+    from mulki.app.commands.run_options import run_options
+    from mulki.app.commands.training import prepare_process
+
+    prepare_process()
+    given, resume = run_options(argv, "plan", _plan.__doc__)
+    if resume is not None:
+        raise InputError("mulki plan: got --resume, but a plan is of a run from its start")
+    as_json = given.pop("json", False)
+    show_plan(given, Console(stderr=True), as_json=as_json)
+    return 0
+
+
+def _eval(argv: list[str]) -> int:
+    """A checkpoint on its tasks or on others: mulki eval logs/RUN, or CHECKPOINT --tasks DIR"""
+    from mulki.app.commands.eval import evaluate
+
+    return evaluate(argv)
+
+
+def _export(argv: list[str]) -> int:
+    """A checkpoint for other programs: mulki export CHECKPOINT --to huggingface DIR, or onnx"""
+    from mulki.app.commands.export import export
+
+    return export(argv)
+
+
+def _metrics(argv: list[str]) -> int:
+    """Transfer, Average, Last, forgetting and BWT of a matrix: mulki metrics matrix.csv"""
+    from rich.console import Console
+
+    from mulki.report.tables import print_matrix
+    from mulki.runs.metrics import read_matrix
+
+    parser = Parser(prog="mulki metrics", description=_metrics.__doc__)
+    parser.add_argument("matrix", metavar="MATRIX", help="a matrix.csv, as a run folder holds it")
+    parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
+    arguments = parser.parse_args(argv)
+    matrix = read_matrix(arguments.matrix)
+    if arguments.json:
+        print(json.dumps(matrix.metrics().to_dict()))
+    else:
+        print_matrix(matrix, Console())
+    return 0
+
+
+def _compare(argv: list[str]) -> int:
+    """Means over seeds and paired differences of runs: mulki compare logs/* --baseline finetune"""
+    from mulki.app.commands.compare import compare_runs
+
+    return compare_runs(argv)
+
+
+def _report(argv: list[str]) -> int:
+    """The page of a run, also of an unfinished or damaged one: mulki report logs/RUN"""
+    from mulki.report.write import PLOTS, write_report
+
+    parser = Parser(prog="mulki report", description=_report.__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that mulki run has written")
+    parser.add_argument(
+        "--figures",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help=f"write the figures into {PLOTS}/ too, as PNG and SVG (default: True)",
+    )
+    arguments = parser.parse_args(argv)
+    for run in arguments.runs:
+        print(write_report(run, figures=arguments.figures))
+    return 0
+
+
+def _reproduce(argv: list[str]) -> int:
+    """Published rows, and a verdict on our runs of one: mulki reproduce --list, or a row's name"""
+    from mulki.app.commands.reproduce import reproduce
+
+    return reproduce(argv)
+
+
+def _tasks(argv: list[str]) -> int:
+    """The tasks of a sequence, with their classes: mulki tasks embedded --json"""
+    from mulki.app.listing import list_tasks
+    from mulki.choices.options import check_options, convert
+    from mulki.data import Source
+    from mulki.train.config.imports import import_modules
+    from mulki.train.config.run_config import RunConfig
+
+    parser = Parser(prog="mulki tasks", description=_tasks.__doc__)
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="a sequence, or folders (class folders, tar shards, data sets of Hugging Face), CSV "
+        "files and captions:PATH",
+    )
+    for name in ("import_", "order", "data_root", "protocol", "test_fraction"):
+        add_options(parser, RunConfig, only=name)
+    parser.add_argument("--json", action="store_true", help="print names and classes as JSON")
+    parser.add_argument(
+        "--prepare",
+        action="store_true",
+        help="download published data sets to --data-root, check them and say what is missing",
+    )
+    given = parser.parse_args(with_hyphens(argv))
+    import_modules(given.import_ or ())
+    divided = RunConfig(**convert(RunConfig, {"test_fraction": given.test_fraction}))
+    check_options(divided)
+    return list_tasks(
+        given.names,
+        given.order or RunConfig.order,
+        Source(given.data_root, given.protocol),
+        test_fraction=divided.test_fraction,
+        as_json=given.json,
+        download=given.prepare,
+    )
+
+
+def _bench(argv: list[str]) -> int:
+    """Time and memory of the operators: mulki bench --quick, or bench plot FILE.csv FOLDER"""
+    from mulki.app.commands.bench import bench
+
+    return bench(argv)
+
+
+def _completion(argv: list[str]) -> int:
+    """Completion of commands and options by a shell: eval "$(mulki completion bash)\""""
+    parser = Parser(
+        prog="mulki completion",
+        description="Print what makes a shell complete commands and options of mulki",
+        epilog=_COMPLETION_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("shell", choices=completion.SHELLS)
+    return completion.print_code(parser.parse_args(argv).shell)
+
+
+def _prove(argv: list[str]) -> int:
+    """Show where the Triton kernels are right and faster on this GPU: mulki prove"""
+    from mulki.app.prove import report
+
+    parser = Parser(prog="mulki prove", description=_prove.__doc__)
+    kinds = ("cuda", "xpu")
+    parser.add_argument("--device", default="cuda", choices=kinds, help="the GPU (default: cuda)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=60.0,
+        help="of timing, beside the time of compiling (default: 60)",
+    )
+    parser.add_argument(
+        "--limit", type=float, default=math.inf, help="seconds for all; what is left is not tried"
+    )
+    arguments = parser.parse_args(argv)
+    return report(arguments.device, arguments.seconds, arguments.limit)
+
+
+def _doctor(argv: list[str]) -> int:
+    """What this installation can do, and what mends what it cannot: mulki doctor"""
+    import textwrap
+
+    from mulki.app.doctor import examine
+
+    parser = Parser(prog="mulki doctor", description=_doctor.__doc__)
+    parser.add_argument(
+        "--logs", default="logs", help="where runs are to be written (default: logs)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="of the self-test; 0: none (default: 10)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    arguments = parser.parse_args(argv)
+    findings = []
+    for finding in examine(arguments.logs, arguments.seconds):
+        findings.append(finding)
+        if not arguments.json:
+            head = f"{finding.level:<8} {finding.topic:<12} "
+            line = textwrap.TextWrapper(80, head, " " * 22, break_on_hyphens=False)
+            print(line.fill(finding.text), flush=True)
+            if finding.remedy:
+                # Not wrapped: it may be a command.
+                print(f"{' ' * 22}-> {finding.remedy}", flush=True)
+    problems = sum(finding.level == "problem" for finding in findings)
+    if arguments.json:
+        print(json.dumps([finding.to_dict() for finding in findings]))
+    else:
+        print(counted(problems, "problem") if problems else "no problems")
+    return int(problems > 0)

@@ -1,0 +1,156 @@
+"""``mulki eval``: a checkpoint on its tasks, each alone and among the classes of all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mulki.app.commands.parsing import Parser, add_options, with_hyphens
+from mulki.clip.evaluation import LabelSpace
+from mulki.data import Task
+from mulki.errors import InputError
+from mulki.runs.predictions import (
+    TaskPredictions,
+    check_writable,
+    figures,
+    write_classes,
+    write_confusion,
+    write_predictions,
+)
+from mulki.runs.reading import fingerprint
+
+_FILES = {
+    "predictions": (write_predictions, "a line for each image, with its likeliest five classes"),
+    "per_class": (write_classes, "a line for each class, with its accuracy"),
+    "confusion": (write_confusion, "a line for each right and predicted class, with their images"),
+}
+# Options that have their default whatever the run had.
+_NOT_OF_A_RUN = ("workers", "device")
+_TITLES = {"acc1": "top-1", "acc5": "top-5", "mean_per_class_recall": "per class"}
+
+
+def evaluate(argv: list[str]) -> int:
+    """Run the command with these arguments; return its exit status.
+
+    Raises:
+        InputError: bad arguments, checkpoint or tasks.
+    """
+    from mulki.train.config.run_config import RunConfig
+    from mulki.train.retest import OPTIONS, evaluation
+
+    parser = Parser(
+        prog="mulki eval",
+        description="Evaluate a checkpoint: each task among its own classes and those of all",
+        epilog="Options that are left out are those of the run that the checkpoint lies in. "
+        "With --tasks, those of its own tasks are left aside. Without a run they are those of "
+        "mulki run, with --precision fp32.",
+    )
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="the folder of a run, a folder with an open_clip_config.json, or a file of weights; "
+        "--model names the model of a file that mulki has not written",
+    )
+    for name in OPTIONS:
+        add_options(parser, RunConfig, only=name, defaults=name in _NOT_OF_A_RUN)
+    for name, (_, what) in _FILES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar="FILE.csv", type=Path, help=what)
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    given = vars(parser.parse_args(with_hyphens(argv)))
+    checkpoint, as_json = Path(given.pop("checkpoint")), given.pop("json")
+    files = {name: given.pop(name) for name in _FILES}
+    for name, path in files.items():
+        if path is not None:
+            check_writable(f"--{name.replace('_', '-')}", path)
+    chosen = evaluation(checkpoint, {k: v for k, v in given.items() if v is not None})
+    hashes = chosen.hashes
+    _check_files(files, chosen.tasks)
+    found, recalls = list(chosen.predictions()), chosen.recalls()
+    for name, path in files.items():
+        if path is not None:
+            _FILES[name][0](path, found)
+    if as_json:
+        of = {"checkpoint": str(checkpoint), "label_space": chosen.label_space}
+        captions = [
+            {"task": task} | {name: value for name, (value, _) in each.items()}
+            for task, each in recalls.items()
+        ]
+        print(json.dumps({**of, **_numbers(found), "captions": captions, "hashes": hashes}))
+        return 0
+    if recalls:
+        _print_recalls(recalls)
+    if found:
+        _print(found, chosen.label_space)
+    Console().print(fingerprint(hashes), highlight=False, style="dim")
+    return 0
+
+
+def _check_files(files: Mapping[str, Path | None], tasks: Sequence[Task]) -> None:
+    given = [name for name, path in files.items() if path is not None]
+    if given and not any(task.classes for task in tasks):
+        raise InputError(
+            f"--{given[0].replace('_', '-')}: is about classes, and the tasks have captions; leave "
+            "it out"
+        )
+
+
+def _numbers(found: Sequence[TaskPredictions]) -> dict[str, Any]:
+    # `all` is among the classes of all tasks; on the top level over their images too.
+    tasks = [
+        {
+            "task": of.task,
+            "images": len(of.names),
+            "own": figures([of.own]),
+            "all": figures([of.union]),
+        }
+        for of in found
+    ]
+    return {"tasks": tasks, "all": figures([of.union for of in found]) if found else None}
+
+
+def _print_recalls(recalls: Mapping[str, Mapping[str, tuple[float, int]]]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("captions", no_wrap=True)
+    for name in next(iter(recalls.values())):
+        table.add_column(name.replace("_", " "), justify="right")
+    for task, each in recalls.items():
+        table.add_row(Text(task), *(f"{value:.4f}" for value, _ in each.values()))
+    Console().print(table)
+
+
+def _print(found: Sequence[TaskPredictions], label_space: LabelSpace | None) -> None:
+    numbers = _numbers(found)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("task", no_wrap=True)
+    heads = [*_TITLES.values(), *(f"{title}, all" for title in _TITLES.values())]
+    for head in ("images", *heads):
+        table.add_column(head, justify="right")
+
+    def cells(of: dict[str, float | None]) -> list[str]:
+        return ["-" if of[name] is None else f"{of[name]:.4f}" for name in _TITLES]
+
+    for of in numbers["tasks"]:
+        table.add_row(Text(of["task"]), str(of["images"]), *cells(of["own"]), *cells(of["all"]))
+    total = sum(of["images"] for of in numbers["tasks"])
+    mean = sum(of["own"]["acc1"] for of in numbers["tasks"]) / len(found)
+    table.add_row("mean", "", f"{mean:.4f}", *[""] * (len(heads) - 1))
+    table.add_row("all images", str(total), *[""] * len(_TITLES), *cells(numbers["all"]))
+    console = Console()
+    console.print(table)
+    console.print(
+        "in percent, among the classes of the task and, in columns with all, among those of all "
+        "tasks here",
+        highlight=False,
+        style="dim",
+    )
+    if label_space is not None:
+        console.print(
+            f"matrix.csv of the run is in label space {label_space}", highlight=False, style="dim"
+        )

@@ -1,0 +1,92 @@
+"""Parsing of a command line: options of a dataclass as flags, errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, NoReturn, get_origin, get_type_hints
+
+from mulki.app.commands import completion
+from mulki.choices.options import choices_of, flag, option_name
+from mulki.errors import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are an `InputError`, and that takes no abbreviated options."""
+
+    def __init__(self, **arguments: Any):
+        super().__init__(allow_abbrev=False, **arguments)
+        # Parsers without help look for a few options before the others are known.
+        self._answers = self.add_help and completion.is_asked()
+
+    def parse_known_args(self, *given: Any, **named: Any) -> Any:
+        self._answer()
+        return super().parse_known_args(*given, **named)
+
+    def parse_known_intermixed_args(self, *given: Any, **named: Any) -> Any:
+        self._answer()
+        return super().parse_known_intermixed_args(*given, **named)
+
+    def _answer(self) -> None:
+        if self._answers:
+            self._answers = False  # argcomplete parses by the same methods
+            completion.answer(self)
+
+    def error(self, message: str) -> NoReturn:
+        if "ignored explicit argument" in message:
+            message += " (a switch takes no value: --x or --no-x)"
+        raise InputError(f"{message}; {self.prog} --help shows the usage")
+
+
+def add_options(
+    group: argparse._ActionsContainer, options: type, only: str = "", defaults: bool = True
+) -> None:
+    """Add the fields of an options dataclass as flags.
+
+    Args:
+        group: a parser, or a group of one.
+        options: the dataclass.
+        only: the one field to add.
+        defaults: whether the help tells them. A command that takes another value for what is left
+            out does not.
+    """
+    hints = get_type_hints(options)
+    for item in fields(options):
+        if only and item.name != only:
+            continue
+        flags = [flag(item.name), *filter(None, [item.metadata["alias"]])]
+        text = item.metadata["help"]
+        if defaults and item.default is not None:
+            text += f" (default: {_shown(item.default)})"
+        text = text.replace("%", "%%")
+        how: dict[str, Any] = {"metavar": option_name(item.name).upper()}
+        if hints[item.name] is bool:
+            how = {"action": argparse.BooleanOptionalAction, "default": None}
+        elif item.metadata["repeat"]:
+            how = {"action": "append", "metavar": item.metadata["repeat"]}
+        elif get_origin(hints[item.name]) is tuple:
+            how["nargs"] = "+"
+        elif choices := choices_of(item, hints[item.name]):
+            how["metavar"] = "{" + ",".join(choices) + "}"
+        added = group.add_argument(*flags, dest=item.name, help=text, **how)
+        complete_by(added, choices_of(item, hints[item.name]))
+
+
+def complete_by(added: argparse.Action, choices: Sequence[str]) -> None:
+    """Let a shell complete the values of an argument by these; by files where there are none."""
+    if choices:
+        added.completer = lambda **_: choices  # type: ignore[attr-defined]
+
+
+def _shown(default: Any) -> str:
+    return (" ".join(default) or "none") if isinstance(default, tuple) else str(default)
+
+
+def with_hyphens(argv: list[str]) -> list[str]:
+    # Only names of options are changed: a value keeps its underscores.
+    def hyphens(word: str) -> str:
+        name, equals, value = word.partition("=")
+        return name.replace("_", "-") + equals + value if word.startswith("--") else word
+
+    return [hyphens(word) for word in argv]

@@ -1,0 +1,209 @@
+"""The options of ``mulki run`` and ``mulki plan``: of the command line, of a file, of a folder."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from mulki.app.commands.parsing import Parser, add_options, complete_by, with_hyphens
+from mulki.choices.options import field_name, flag
+from mulki.errors import InputError
+
+if TYPE_CHECKING:
+    from mulki.methods import Method
+
+_EXAMPLES = {
+    "run": """examples:
+  mulki run embedded                              the bundled tasks with the bundled model
+  mulki run embedded --method finetune --seed 1
+  mulki run birds/ textures/ --model ViT-B-32 --pretrained laion2b_s34b_b79k
+  mulki run --config logs/RUN/args.yaml --lr 1e-5
+  mulki run --resume logs/RUN                     go on with a run that was stopped
+  mulki run --method zscl --help                  the options of another method
+  mulki run embedded --seeds 0 1 2 --orders I II  several runs, their means and intervals
+""",
+    "plan": """examples:
+  mulki plan embedded                             the bundled tasks with the bundled model
+  mulki plan birds/ textures/ --model ViT-B-32 --pretrained laion2b_s34b_b79k
+  mulki plan --config logs/RUN/args.yaml --batch-size 8
+  mulki plan --method zscl --help                 the options of another method
+""",
+}
+
+
+def run_options(
+    argv: list[str], command: str = "run", description: str | None = None
+) -> tuple[dict[str, Any], str | None]:
+    """The options of a run, and the folder of one that goes on.
+
+    Args:
+        argv: what comes after the command.
+        command: run or plan.
+        description: of the command, for its help.
+
+    Raises:
+        InputError: bad arguments, a file or folder that cannot be read.
+    """
+    from mulki.app.commands.grid import add_grid_options, check_lists
+    from mulki.data import sequence_names
+    from mulki.train.config.run_config import RunConfig, resolve, unknown_option
+
+    argv = with_hyphens(argv)
+    first = Parser(prog="mulki run", add_help=False)
+    first.add_argument("--resume")
+    resumed, others = first.parse_known_args(argv)
+    if resumed.resume is not None:
+        if others:
+            raise InputError(
+                f"--resume: got {' '.join(others)} beside it, but a run goes on with the options "
+                "it began with; leave the rest out"
+            )
+        return options_of_folder(resumed.resume), resumed.resume
+    config, from_file, method = _method_and_file(argv)
+    goes_on = "; run --resume DIR" if command == "run" else ""
+    parser = Parser(
+        prog=f"mulki {command}",
+        usage=f"mulki {command} [TASKS ...] [--OPTION VALUE ...]{goes_on}",
+        description=description,
+        epilog=f"{_with_bundled_model(method.name)}\n\n{_EXAMPLES[command]}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = sequence_names()
+    words = parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="TASKS",
+        help=f"same as --tasks; sequences: {', '.join(names)}",
+    )
+    complete_by(words, names)
+    parser.add_argument("--config", metavar="FILE", help="a YAML file of options")
+    if command == "run":
+        text = "go on with the run in this folder, without other options"
+        parser.add_argument("--resume", metavar="DIR", help=text)
+    else:
+        text = "print the numbers as JSON"
+        parser.add_argument("--json", action="store_const", const=True, help=text)
+    add_grid_options(parser, hidden=command != "run")
+    add_options(parser.add_argument_group("run"), RunConfig)
+    group = parser.add_argument_group(f"method {method.name}", method.summary)
+    try:
+        add_options(group, method.Options)
+    except argparse.ArgumentError as error:
+        raise InputError(
+            f"method {method.name}: {error}; the run has an option of that name, so rename it"
+        ) from None
+    parsed, unknown = parser.parse_known_intermixed_args(argv)
+    for word in unknown:
+        if word.startswith("--"):
+            raise unknown_option(field_name(word[2:].split("=")[0]), method.name)
+        raise InputError(f"{word}: was not expected here; mulki run --help shows the usage")
+    apart = ("config", "resume", "import_")
+    given = {k: v for k, v in vars(parsed).items() if v is not None and k not in apart}
+    check_lists(given)
+    tasks = given.pop("words", None)
+    if tasks and "tasks" in given:
+        raise InputError(f"--tasks: given beside {' '.join(tasks)}; name the tasks in one place")
+    if tasks:
+        _check_words(tasks, given)
+        given["tasks"] = tasks
+    # The command line wins over the file, also where the two exclude each other.
+    for one, other in (("iterations", "epochs"), ("epochs", "iterations")):
+        if one in given and other not in given:
+            from_file.pop(other, None)
+    with _naming(config):
+        resolve(from_file | {"method": method.name})
+    return from_file | given, None
+
+
+def _with_bundled_model(method: str) -> str:
+    # Beside its option the help has the default for all other models.
+    from mulki.train.config.presets import lookup
+
+    given = lookup(None, method, "default")
+    # A space within an option is none to break a line at.
+    words = [flag(k) if v is True else f"{flag(k)}\xa0{v}" for k, v in given.items()]
+    lines = textwrap.wrap(" ".join(words), 78, break_on_hyphens=False)
+    return "\n".join(
+        [
+            "with the bundled model, mulki-mini, the defaults are",
+            *(f"  {line}".replace("\xa0", " ") for line in lines),
+            "A preset has values of its own. args.yaml in a run's folder has all that it used.",
+        ]
+    )
+
+
+def _check_words(words: list[str], given: dict[str, Any]) -> None:
+    # `--seed 0 1 2` leaves two numbers behind, which are no tasks.
+    numbers = [word for word in words if word.isdecimal() and not os.path.exists(word)]
+    if numbers and "seed" in given:
+        raise InputError(
+            f"--seed: got {' '.join([given['seed'], *numbers])}, wanted one; several runs are "
+            f"--seeds {' '.join([given['seed'], *numbers])}"
+        )
+
+
+def options_of_folder(folder: str) -> dict[str, Any]:
+    """The options that the run in this folder began with.
+
+    Raises:
+        InputError: it has none.
+    """
+    from mulki.train.config.run_config import read_config
+
+    path = os.path.join(folder, "args.yaml")
+    if not os.path.isfile(path):
+        raise InputError(
+            f"--resume: {folder} is not the folder of a run that has begun, it has no args.yaml; "
+            "start the run again, its name is free"
+        )
+    return read_config(path)
+
+
+def _method_and_file(argv: list[str]) -> tuple[str | None, dict[str, Any], type[Method]]:
+    """The configuration file, its options with all modules to import, and the method of a run.
+
+    The method decides which options exist, and a module of the user's may define the method, so
+    these are looked for before the rest is parsed.
+    """
+    from mulki import methods
+    from mulki.train.config.presets import method_of
+    from mulki.train.config.run_config import RunConfig, field_names, import_given, read_config
+
+    parser = Parser(prog="mulki run", add_help=False)
+    parser.add_argument("--config")
+    parser.add_argument("--method")
+    parser.add_argument("--methods", nargs="+")
+    parser.add_argument("--preset")
+    add_options(parser, RunConfig, only="import_")
+    given, _ = parser.parse_known_args(argv)
+    from_file: dict[str, Any] = read_config(given.config) if given.config is not None else {}
+    with _naming(given.config):
+        modules = import_given(from_file)
+    # Modules of the file and of the command line are both imported: one does not exclude another.
+    modules = import_given({"import_": (*modules, *(given.import_ or ()))})
+    preset = given.preset or from_file.get("preset")
+    named = given.method or (given.methods or [None])[0]
+    method = methods.get(named or str(from_file.get("method") or method_of(preset)))
+    if from_file.get("method", method.name) != method.name:
+        # The file of another method's run: the options that only that method has are left out.
+        others = field_names(methods.get(str(from_file["method"])).Options)
+        known = field_names(RunConfig) | field_names(method.Options)
+        from_file = {k: v for k, v in from_file.items() if k in known or k not in others}
+    if modules:
+        from_file["import_"] = modules
+    return given.config, from_file, method
+
+
+@contextmanager
+def _naming(config: str | None) -> Iterator[None]:
+    # Errors in the options of a configuration file begin with its name.
+    try:
+        yield
+    except InputError as error:
+        if config is None:
+            raise
+        raise InputError(f"{config}: {error}") from None

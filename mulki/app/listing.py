@@ -1,0 +1,142 @@
+"""What `mulki tasks` prints: sequences, their tasks, and published data sets with their state."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mulki.data import CaptionTask, Source, Task, load_sequence, sequence_names
+from mulki.data.published import Entry, entry
+from mulki.data.published.collections import COLLECTIONS, Collection
+from mulki.data.published.prepare import prepare
+from mulki.data.sequences import without_effect
+from mulki.errors import InputError
+from mulki.train.display.progress import megabytes
+
+
+def list_tasks(
+    names: Sequence[str],
+    order: str,
+    source: Source,
+    *,
+    test_fraction: float | None = None,
+    as_json: bool = False,
+    download: bool = False,
+) -> int:
+    """Print the tasks that a user names, or all sequences.
+
+    Published data sets are listed from their facts where no data root is given.
+
+    Args:
+        names: as of `mulki.data.load_sequence`; none for all sequences.
+        order: of a named sequence.
+        source: where published data sets lie.
+        test_fraction: as of `mulki.data.load_sequence`.
+        as_json: print names and classes as JSON.
+        download: download what is missing of published data sets, and check them.
+
+    Returns:
+        The exit status of the command: 1 if a data set is missing after a download.
+
+    Raises:
+        InputError: what `load_sequence` refuses, or a download of other tasks than published ones.
+    """
+    if not names:
+        print(json.dumps(sequence_names()) if as_json else "\n".join(sequence_names()))
+        return 0
+    published = _published(names, order)
+    if published is not None and test_fraction is not None:
+        raise without_effect(test_fraction)
+    if download:
+        if published is None:
+            raise InputError(
+                f"--prepare: got {' '.join(names)}, wanted published data sets of one "
+                "sequence, such as mtil or mtil:dtd; name these alone"
+            )
+        return _prepare(*published, source)
+    if published is not None and source.root is None:
+        _print_facts(*published, source, as_json)
+        return 0
+    tasks = load_sequence(names, order, test_fraction=test_fraction, source=source)
+    if as_json:
+        _print_json([(task.name, task.classes) for task in tasks])
+        return 0
+    table = Table("task", "classes", "train", "test", "prompt")
+    for task in tasks:
+        classes, prompt = "-", "the captions"
+        if not isinstance(task, CaptionTask):
+            classes, prompt = str(len(task.classes)), task.templates[0]
+        counts = classes, str(len(task.train)), str(len(task.test))
+        table.add_row(Text(task.name), *counts, Text(prompt))
+    Console().print(table)
+    return 0
+
+
+def _published(names: Sequence[str], order: str) -> tuple[Collection, tuple[str, ...]] | None:
+    # The collection that all these words belong to, and the data sets of it that they name.
+    words = [name.partition(":") for name in names]
+    collection = COLLECTIONS.get(words[0][0])
+    if collection is None or any(word[0] != collection.name for word in words):
+        return None
+    if len(words) == 1 and not words[0][1]:
+        return collection, collection.in_order(order) if collection.orders else collection.members
+    for _, _, member in words:
+        collection.check_member(member)
+    return collection, tuple(member for _, _, member in words)
+
+
+def _print_json(tasks: Sequence[tuple[str, Sequence[str]]]) -> None:
+    print(json.dumps([{"name": name, "classes": list(classes)} for name, classes in tasks]))
+
+
+def _print_facts(
+    collection: Collection, members: tuple[str, ...], source: Source, as_json: bool
+) -> None:
+    facts = [entry(name) for name in members]
+    if as_json:
+        _print_json([(each.name, each.classes) for each in facts])
+        return
+    protocol = collection.source(source).protocol
+    assert protocol is not None
+    headers = ("task", "data set", "classes", "train", "test", "download", "licence")
+    table = Table(*headers, title=protocol)
+    table.columns[0].no_wrap = True
+    for each in facts:
+        of = each.protocol(protocol)
+        train = "?" if of.train is None else str(of.train)
+        size = megabytes(each.download.bytes) if each.download is not None else "?"
+        numbers = (str(of.num_classes), train, str(of.test), size)
+        table.add_row(each.name, each.title, *numbers, each.licence)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"As published. Read them with --data-root DIR, or mulki tasks {collection.name} --prepare "
+        "--data-root DIR to download them.",
+        highlight=False,
+    )
+
+
+def _prepare(collection: Collection, members: tuple[str, ...], source: Source) -> int:
+    console = Console(stderr=True)
+    table = Table("task", "data set", "train", "test", "state")
+    problems = []
+
+    def says(words: str) -> None:
+        console.print(Text(words), soft_wrap=True)
+
+    for state in prepare(collection, members, source, says):
+        facts: Entry = entry(state.name)
+        task: Task | None = state.task
+        numbers = ("", "") if task is None else (str(len(task.train)), str(len(task.test)))
+        words = "ready" if not state.problem else "missing" if task is None else "damaged"
+        table.add_row(state.name, facts.title, *numbers, words)
+        if state.problem:
+            problems.append(state.problem)
+    Console().print(table)
+    for problem in problems:
+        print(problem)
+    return 1 if problems else 0

@@ -1,0 +1,243 @@
+"""Our runs beside a published row: what is missing for them, and a verdict on what they reached."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from mulki.choices.options import flag
+from mulki.data.published.collections import COLLECTIONS
+from mulki.data.published.rows import Published
+from mulki.errors import InputError
+from mulki.report.comparison.groups import NEUTRAL
+from mulki.runs.intervals import mean_interval
+from mulki.runs.reading import RunData, read_folder
+
+Verdict = Literal["within", "above", "below"]
+
+# Options that a run of any method must have, where a row does not say otherwise.
+_SCENARIO = {
+    "limit_images": None,
+    "shots": None,
+    "label_space": "task",
+    "scenario": "tasks",
+    "increments": None,
+    "base_classes": 0,
+}
+# Compared apart, or where things are and how they are computed.
+_FREE = NEUTRAL | {"protocol", "pretrained", "reference", "precision"}
+#: What a verdict is called.
+WORDS: dict[Verdict, str] = {
+    "within": "within the band",
+    "above": "above the band",
+    "below": "below the band",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One figure of a row.
+
+    Attributes:
+        metric: its name.
+        published: in percent.
+        ours: the mean over runs.
+        half_width: of its 95 % interval over runs; None for a single run.
+        low, high: the acceptance band.
+        verdict: where ours lies.
+    """
+
+    metric: str
+    published: float
+    ours: float
+    half_width: float | None
+    low: float
+    high: float
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A row, and what our runs of it reached.
+
+    Attributes:
+        row: the published one.
+        lines: one for each of its figures.
+        runs: their folders.
+        notes: a sentence for each thing in which a run may differ, and does.
+    """
+
+    row: Published
+    lines: tuple[Line, ...]
+    runs: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> str:
+        """`reproduced`, `better` or `not reproduced`."""
+        found = {line.verdict for line in self.lines}
+        if "below" in found:
+            return "not reproduced"
+        return "better" if "above" in found else "reproduced"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers for JSON."""
+        return {
+            "row": self.row.name,
+            "source": self.row.source,
+            "protocol": self.row.protocol,
+            "runs": list(self.runs),
+            "notes": list(self.notes),
+            "figures": [asdict(line) for line in self.lines],
+            "verdict": self.verdict,
+        }
+
+
+def judge(row: Published, folders: Sequence[Path]) -> Judgement:
+    """Hold complete runs against a row.
+
+    Raises:
+        InputError: no run, one that is not complete, or one that differs from the row.
+    """
+    if not folders:
+        raise InputError(f"{row.name}: no run to judge; pass run folders, or leave --runs out")
+    values, notes = [], []
+    for folder in folders:
+        data = read_folder(folder)
+        if data.status != "complete":
+            raise InputError(f"{folder}: is {data.status}; go on with mulki run --resume {folder}")
+        reason = differs(row, data)
+        if reason:
+            raise InputError(f"{folder}: is no run of {row.name}, {reason}; pass another")
+        values.append(figures_of(data))
+        notes += [f"{folder}: {note}" for note in _notes(row, data)]
+    return Judgement(
+        row,
+        tuple(_line(row, name, [each[name] for each in values]) for name in row.figures),
+        tuple(str(folder) for folder in folders),
+        tuple(notes),
+    )
+
+
+def figures_of(data: RunData) -> dict[str, float]:
+    """The figures of a run in percent, by metric."""
+    seen = data.class_incremental
+    found = data.matrix.metrics().to_dict()
+    found |= {"cil_average": seen.average, "cil_last": seen.last}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def differs(row: Published, data: RunData) -> str:
+    """What a run has not in common with a row; empty if it has all.
+
+    A row that mulki can run binds all options of a run but those that change no result by more than
+    rounding, or say where things are. Other rows bind the scenario and the model.
+    """
+    options = options_of(data)
+    if not options:
+        return "it has no args.yaml that says what it is"
+    wanted = _wanted(row)
+    for name in wanted:
+        if name not in _FREE and wanted[name] != options.get(name):
+            return f"its {name.replace('_', ' ')} is {options.get(name)}, not {wanted[name]}"
+    start = options.get("pretrained")
+    if wanted.get("pretrained", start) != start and _is_tag(options.get("model"), start):
+        return f"its pretrained is {start}, not {wanted['pretrained']}"
+    words = list(row.scenario["tasks"])
+    collection = COLLECTIONS.get(words[0])
+    if collection is None:
+        return "" if options.get("tasks") == words else f"it learned {options.get('tasks')}"
+    tasks = collection.in_order(str(row.scenario.get("order", "I")))
+    if data.matrix.tasks != tasks:
+        return f"it learned {', '.join(data.matrix.tasks) or 'nothing'}"
+    protocol = options.get("protocol") or collection.protocols[0]
+    return "" if protocol == row.protocol else f"its protocol is {protocol}, not {row.protocol}"
+
+
+def options_of(data: RunData) -> dict[str, Any]:
+    """The options in ``args.yaml`` of a run; none where it has not the file.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        options = yaml.safe_load(data.config) or {}
+    except (yaml.YAMLError, ValueError):
+        options = None
+    if not isinstance(options, dict):
+        raise InputError(f"{data.name}: its args.yaml is damaged; restore it, or leave the run out")
+    return options
+
+
+def _wanted(row: Published) -> dict[str, Any]:
+    # The options of a run of the row, by their name in args.yaml.
+    if row.options is None:
+        return {**_SCENARIO, **row.scenario}
+    from mulki.train.config.run_config import resolve
+
+    return resolve({**row.options, **row.scenario}).to_dict()
+
+
+def _is_tag(model: Any, pretrained: Any) -> bool:
+    # Other weights than those of a tag are in a file, which may be a copy of the row's.
+    import open_clip
+
+    return pretrained is None or bool(
+        open_clip.get_pretrained_cfg(str(model).replace("/", "-"), str(pretrained))
+    )
+
+
+def _notes(row: Published, data: RunData) -> list[str]:
+    # What may be given, but is no detail.
+    wanted, options = _wanted(row), options_of(data)
+    notes = [
+        f"{flag(name)} {options[name]}"
+        for name in ("pretrained", "reference")
+        if name in wanted and options.get(name) != wanted[name]
+    ]
+    processes = data.environment.get("processes", 1)
+    if row.options is not None and processes != 1:
+        notes.append(f"{processes} processes, each with a batch as large as the row's")
+    return notes
+
+
+def leaderboard(
+    rows: Mapping[str, Published], runs: Sequence[tuple[Path, RunData]]
+) -> dict[str, list[Published | tuple[Path, RunData]]]:
+    """Rows by benchmark, the highest average first, with the runs of ours among them.
+
+    A run of any method stands in a benchmark whose scenario and model it has.
+    """
+    by_benchmark: dict[str, list[Published]] = {}
+    for row in rows.values():
+        by_benchmark.setdefault(row.benchmark, []).append(row)
+
+    def fits(data: RunData, here: Sequence[Published]) -> bool:
+        return any(not differs(replace(row, options=None), data) for row in here)
+
+    return {
+        benchmark: sorted(
+            [*here, *(run for run in runs if fits(run[1], here))], key=_average, reverse=True
+        )
+        for benchmark, here in by_benchmark.items()
+    }
+
+
+def _average(entry: Published | tuple[Path, RunData]) -> float:
+    figures: Mapping[str, float]
+    figures = entry.figures if isinstance(entry, Published) else figures_of(entry[1])
+    # Rows without one come last: another figure of theirs would not compare.
+    return figures.get("average", figures.get("cil_average", 0.0))
+
+
+def _line(row: Published, metric: str, values: Sequence[float]) -> Line:
+    published = row.figures[metric]
+    ours, half = mean_interval(values)
+    low, high = published - row.band, published + row.band
+    # Both have their decimals; a difference of rounding decides nothing.
+    verdict: Verdict = "below" if ours < low - 1e-9 else "above" if ours > high + 1e-9 else "within"
+    return Line(metric, published, ours, half, low, high, verdict)

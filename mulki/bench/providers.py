@@ -1,0 +1,202 @@
+"""Who computes a case: plain PyTorch, `torch.compile`, PyTorch's own fused loss, peers, and mulki.
+
+Another provider is one more entry of `PROVIDERS`. All are called with the arguments of `Inputs`.
+Those that are `graphed` replay a whole call, gradients and all, as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from mulki.bench import peers
+from mulki.bench.cases import DTYPES, Case
+from mulki.bench.losses import EAGER, MULKI, Loss
+from mulki.ops.backends import choose
+from mulki.ops.proofs import size_of
+
+#: The most logits of a call that is captured: beyond, its memory would be missed elsewhere, and
+#: launches take no share of its time.
+GRAPH_LOGITS = 1 << 26
+
+
+def _no_context(case: Case) -> AbstractContextManager[Any]:
+    return nullcontext()
+
+
+def _everywhere(device: str) -> str | None:
+    return None
+
+
+def _takes_all(case: Case) -> str | None:
+    return None
+
+
+def _no_note(case: Case) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute the cases."""
+
+    name: str
+    make: Callable[[Case], Loss]  # the function that is timed
+    context: Callable[[Case], AbstractContextManager[Any]] = _no_context  # entered off the clock
+    absence: Callable[[str], str | None] = _everywhere  # why it is not on a device at all
+    refusal: Callable[[Case], str | None] = _takes_all  # why it does not apply, None if it does
+    note: Callable[[Case], str] = _no_note
+    # Gradients are formed in the forward pass of training, so that the time of the backward pass
+    # alone says nothing.
+    early_gradients: Callable[[Case], bool] = lambda case: False
+    graphed: bool = False
+    products: bool = False  # is no loss, but the matrix products that one takes at the least
+    without: tuple[str, ...] = ()  # leaves that it has no gradient to
+    peer: bool = False  # what it gets wrong is shown, and is no failure of ours
+    strict: bool = False  # verified without forgiving that logits are rounded
+
+
+def _autocast(case: Case) -> AbstractContextManager[Any]:
+    # Stays on in the backward pass: it changes nothing there, and leaving it would be timed.
+    if case.dtype == "float32":
+        return nullcontext()
+    return torch.autocast(torch.device(case.device).type, DTYPES[case.dtype])
+
+
+def _autocast_note(case: Case) -> str:
+    return "" if case.dtype == "float32" else "under autocast"
+
+
+def _no_graphs(device: str) -> str | None:
+    return None if torch.device(device).type == "cuda" else "wants a CUDA GPU"
+
+
+def _graph_refusal(case: Case) -> str | None:
+    if case.n * case.p <= GRAPH_LOGITS:
+        return None
+    return f"captures calls of at most {GRAPH_LOGITS} logits"
+
+
+@functools.lru_cache(maxsize=1)  # a reset would also forget what the graph's rival has compiled
+def _compiled(case: Case) -> Loss:
+    # Without a reset a second shape would be compiled for any shape, which is slower.
+    torch.compiler.reset()
+    return torch.compile(EAGER[case.operator], fullgraph=True, dynamic=False)
+
+
+@contextmanager
+def _reference(case: Case) -> Iterator[None]:
+    # `use_backend` would forget which kernel serves what, and asking for it anew would be timed.
+    before = os.environ.get("MULKI_BACKEND")
+    os.environ["MULKI_BACKEND"] = "reference"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MULKI_BACKEND"]
+        else:
+            os.environ["MULKI_BACKEND"] = before
+
+
+def _served(case: Case) -> str:
+    several = case.teachers and case.operator != "pair_kl"
+    op = "teacher_kl" if several else case.operator
+    setting = os.environ.get("MULKI_BACKEND", "auto")
+    kind = torch.device(case.device).type
+    served = choose(op, kind, DTYPES[case.dtype], setting, size_of(case.n, case.p))
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in served.rejected.items())
+    return f"served by {served.backend}" + (f" ({reasons})" if reasons else "")
+
+
+def _eager(case: Case) -> Loss:
+    return EAGER[case.operator]
+
+
+def _as_graph(provider: Provider) -> Provider:
+    return replace(provider, absence=_no_graphs, refusal=_graph_refusal, graphed=True)
+
+
+def _is_loss(case: Case) -> bool:
+    return case.operator != "similarity"
+
+
+PROVIDERS: dict[str, Provider] = {
+    provider.name: provider
+    for provider in (
+        Provider("eager", _eager, context=_autocast, note=_autocast_note),
+        Provider("compile", _compiled, context=_autocast, note=_autocast_note),
+        _as_graph(Provider("graph", _eager, context=_autocast, note=_autocast_note)),
+        _as_graph(Provider("compile-graph", _compiled, context=_autocast, note=_autocast_note)),
+        Provider(
+            "products",
+            lambda case: EAGER["similarity"],
+            note=lambda case: f"{case.teachers + 3} products of torch.mm, forward and backward",
+            products=True,
+        ),
+        Provider(
+            "torch_lce",
+            peers.torch_lce,
+            context=lambda case: _autocast(case) if case.teachers else nullcontext(),
+            refusal=peers.torch_lce_refusal,
+            peer=True,
+        ),
+        Provider(
+            "torch_lce-chunks",
+            peers.torch_lce_chunks,
+            refusal=peers.torch_lce_chunks_refusal,
+            early_gradients=_is_loss,
+            peer=True,
+        ),
+        Provider(
+            "liger",
+            peers.liger,
+            context=_autocast,
+            absence=partial(peers.absent, "liger_kernel"),
+            refusal=peers.liger_refusal,
+            note=lambda case: peers.version("liger_kernel"),
+            early_gradients=_is_loss,
+            peer=True,
+        ),
+        Provider(
+            "cce",
+            peers.cut_cross_entropy,
+            absence=partial(peers.absent, "cut_cross_entropy"),
+            refusal=peers.cut_cross_entropy_refusal,
+            note=lambda case: peers.version("cut_cross_entropy"),
+            peer=True,
+        ),
+        Provider(
+            "memeff",
+            peers.memeff,
+            absence=partial(peers.absent, "memeff"),
+            refusal=peers.memeff_refusal,
+            note=lambda case: f"{peers.version('memeff')}, without a gradient to the scale",
+            without=("scale",),
+            peer=True,
+        ),
+        Provider(
+            "mulki",
+            lambda case: MULKI[case.operator],
+            note=_served,
+            early_gradients=_is_loss,
+            strict=True,
+        ),
+        _as_graph(
+            Provider("mulki-graph", lambda case: MULKI[case.operator], note=_served, strict=True)
+        ),
+        Provider(
+            "mulki-reference",
+            lambda case: MULKI[case.operator],
+            context=_reference,
+            early_gradients=_is_loss,
+            strict=True,
+        ),
+    )
+}

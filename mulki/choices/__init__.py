@@ -1,0 +1,1 @@
+"""What a user chooses by name: options, and tables that a user may add to."""

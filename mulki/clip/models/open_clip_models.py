@@ -1,0 +1,151 @@
+"""Models of open_clip, and checkpoints of ours as its folders."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mulki.clip.models.bundled import BUNDLED
+from mulki.clip.models.vision_language import VisionLanguageModel
+from mulki.clip.tensor_files import load_tensors
+from mulki.errors import InputError, nearest
+from mulki.files import check_regular
+
+#: In a published folder, the configuration by which timm makes the image tower.
+TRUNK = Path("image_tower", "config.json")
+_log = logging.getLogger(__name__)
+
+
+def load_open_clip(
+    name: str, pretrained: str | None, *, stand_in: bool = False
+) -> VisionLanguageModel:
+    """A model that open_clip knows by its name, or reads from a folder or a hub.
+
+    Args:
+        name, pretrained, stand_in: as of `mulki.clip.models.load`.
+
+    Raises:
+        InputError: as `mulki.clip.models.load` does.
+    """
+    import open_clip
+
+    if ":" not in name:
+        given, name = name, name.replace("/", "-")
+        known = open_clip.list_models()
+        if name not in known:
+            hub = f"; of the Hugging Face hub it is hf-hub:{given}" if "/" in given else ""
+            raise InputError(
+                f"--model: no model {given!r}{nearest(name, [*known, BUNDLED])}{hub}; python -c "
+                f'"import open_clip; print(open_clip.list_models())" lists them, beside {BUNDLED}'
+            )
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        if stand_in:
+            pretrained = None
+        elif pretrained is None:
+            _log.warning("%s starts from random weights; --pretrained gives it trained ones", name)
+        elif pretrained not in tags and not Path(pretrained).is_file():
+            raise InputError(
+                f"--pretrained: {name} has no tag {pretrained!r}{nearest(pretrained, tags)} and "
+                f"there is no such file; tags: {', '.join(tags) or 'none'}"
+            )
+    _check_files(name, pretrained)
+    # What is loaded by default is read from a hub, for towers that are models of one.
+    how = {"load_weights": False, "pretrained_text": False} if stand_in else {}
+    try:
+        towers = _towers_here(name)
+        clip, _, preprocess = open_clip.create_model_and_transforms(
+            name, pretrained=pretrained, weights_only=True, **how, **towers
+        )
+        tokenizer = _tokenizer_like(name, clip) if stand_in else open_clip.get_tokenizer(name)
+    except Exception as error:  # a damaged checkpoint or configuration raises whatever it meets
+        reason = " ".join((str(error) or type(error).__name__).split())[:300]
+        raise InputError(
+            f"--model {name} --pretrained {pretrained}: could not be loaded ({reason}); check the "
+            f"spelling, the network and that the checkpoint belongs to this model"
+        ) from error
+    # A local folder has just been read without an error, so its configuration is valid.
+    config = {
+        "model_cfg": _architecture(name) | towers,
+        "preprocess_cfg": clip.visual.preprocess_cfg,
+    }
+    trunk = _trunk_of(config["model_cfg"]["vision_cfg"])
+    return VisionLanguageModel(clip, tokenizer, preprocess, name, config=config, trunk=trunk)
+
+
+def _tokenizer_like(name: str, clip: Any) -> Callable[[Sequence[str]], Tensor]:
+    # That of the model, or another one whose results have its length and range.
+    import open_clip
+
+    try:
+        return open_clip.get_tokenizer(name)
+    except Exception:  # whatever a hub raises without a network
+        text = _architecture(name)["text_cfg"]
+        tower = getattr(clip, "text", clip)
+        length = text.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
+        other = open_clip.SimpleTokenizer(context_length=length)
+        return lambda texts: other(texts).clamp(max=tower.vocab_size - 1)
+
+
+def _trunk_of(vision: dict[str, Any]) -> dict[str, Any] | None:
+    # The image tower that timm has just made of a folder; its place is left out of `vision`.
+    schema, _, place = str(vision.get("timm_model_name", "")).partition(":")
+    if schema != "local-dir":
+        return None
+    del vision["timm_model_name"]
+    return dict(json.loads(Path(place, "config.json").read_text(encoding="utf-8")))
+
+
+def _check_files(name: str, pretrained: str | None) -> None:
+    # What open_clip is about to read from this machine, by its checksum if it carries one.
+    schema, _, place = name.partition(":")
+    files = [Path(pretrained)] if pretrained is not None else []
+    if schema == "local-dir":
+        files += sorted(Path(place).glob("*.safetensors"))
+    for file in files:
+        check_regular(file)
+        if file.suffix == ".safetensors" and file.is_file():
+            load_tensors(file)
+
+
+def _towers_here(name: str) -> dict[str, Any]:
+    """The towers of a published checkpoint, as its configuration would name them where it lies now.
+
+    `mulki.train.saving.checkpoints.publish` writes their absolute path, as open_clip wants it; that
+    of a folder that was moved or copied is the old one.
+    """
+    schema, _, given = name.partition(":")
+    place = Path(given).resolve()
+    path = place / "open_clip_config.json"
+    if schema != "local-dir" or not path.is_file():
+        return {}  # open_clip says what is missing
+    config = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
+    text, vision, found = config["text_cfg"], config["vision_cfg"], {}
+    absolute = Path(text.get("hf_model_name", "")).is_absolute()
+    if absolute and text.get("hf_model_pretrained") is False and (place / "config.json").is_file():
+        found["text_cfg"] = {**text, "hf_model_name": str(place), "hf_tokenizer_name": str(place)}
+    if vision.get("timm_model_name", "").startswith("local-dir:") and (place / TRUNK).is_file():
+        tower = f"local-dir:{(place / TRUNK).parent}"
+        found["vision_cfg"] = {**vision, "timm_model_name": tower, "timm_model_pretrained": False}
+    return found
+
+
+def _architecture(name: str) -> dict[str, Any]:
+    import open_clip
+    from open_clip.pretrained import download_pretrained_from_hf
+
+    schema, colon, place = name.partition(":")
+    if not colon:
+        return dict(open_clip.get_model_config(name))
+    file = "open_clip_config.json"
+    # A hub model has just been loaded, so this finds the file in the cache.
+    path = (
+        place + "/" + file
+        if schema == "local-dir"
+        else download_pretrained_from_hf(place, filename=file)
+    )
+    return dict(json.loads(Path(path).read_text(encoding="utf-8"))["model_cfg"])

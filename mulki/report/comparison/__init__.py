@@ -1,0 +1,1 @@
+"""Runs side by side, as tables, figures and one page."""

@@ -1,0 +1,276 @@
+"""Comparing run folders: means over seeds, and differences from a baseline, with 95 % intervals.
+
+Runs that differ in nothing but the seed are a group. Groups are compared where they learned the
+same tasks in the same order. See `mulki.runs.intervals` for what the intervals hold.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mulki.errors import InputError, counted, nearest
+from mulki.report.comparison.groups import NEUTRAL, TITLES, Against, Comparison, Group, Run, Section
+from mulki.runs.answers import FOLDER, read_answers
+from mulki.runs.intervals import RunAnswers, interval_over, paired_differences, seed_differences
+from mulki.runs.reading import read_folder
+
+# What a run has written once it is complete.
+_FILES = ("args.yaml", "summary.json", "matrix.csv")
+
+
+def compare(folders: Sequence[str | os.PathLike[str]], baseline: str | None = None) -> Comparison:
+    """Compare run folders; runs that are damaged or not complete are left out, with a warning.
+
+    Args:
+        folders: at least one; one that is given twice counts once.
+        baseline: label of a group, or a method with one group; by default the label of the first
+            run's group. A section without that label then has its own first group.
+
+    Raises:
+        InputError: a folder that is no run, no complete run, groups that have no sequence and order
+            in common, or an unknown baseline.
+    """
+    warnings: list[str] = []
+    unlike: list[str] = []
+    distinct = {Path(folder).resolve(): Path(folder) for folder in folders}
+    runs = list(_complete(distinct.values(), warnings))
+    if not runs:
+        raise InputError(
+            "; ".join(["no complete run to compare", *warnings])
+            + "; pass folders of runs that have ended"
+        )
+    by_tasks: dict[tuple[str, ...], dict[str, list[Run]]] = {}
+    for run in runs:
+        here = by_tasks.setdefault(run.data.matrix.tasks, {})
+        here.setdefault(run.configuration, []).append(run)
+    configurations = {run.configuration for run in runs}
+    if len(configurations) > 1 and all(len(here) == 1 for here in by_tasks.values()):
+        raise InputError(
+            f"{runs[0].path} and the others: no two configurations learned the same tasks in the "
+            "same order; pass runs of one sequence and order"
+        )
+    groups_of = {tasks: _groups(here) for tasks, here in by_tasks.items()}
+    if baseline is not None:
+        _check_baseline(baseline, [group for groups in groups_of.values() for group in groups])
+    first = next(iter(groups_of.values()))[0].label
+    sections = []
+    for tasks, groups in groups_of.items():
+        name = _name(groups[0].runs[0])
+        unlike += (mixed := list(_mixed(name, groups)))
+        warnings += [*mixed, *_repeated(name, groups)]
+        if baseline is not None:
+            base = _base(baseline, groups)
+        else:
+            base = next((group for group in groups if group.label == first), groups[0])
+        if base is None:
+            warnings.append(f"{name}: no run of the baseline {baseline}, so no differences")
+        others = [g for g in groups if base is not None and g is not base]
+        differences = [_against(name, g, base, warnings) for g in others if base is not None]
+        sections.append(
+            Section(
+                name,
+                tasks,
+                groups,
+                base.label if base else None,
+                tuple(each for each in differences if each is not None),
+            )
+        )
+    return Comparison(tuple(sections), tuple(warnings), tuple(unlike))
+
+
+def _complete(folders: Iterable[Path], warnings: list[str]) -> Iterator[Run]:
+    for folder in folders:
+        if not any((folder / name).is_file() for name in _FILES):
+            raise InputError(
+                f"{folder}: not the folder of a run, it has none of {', '.join(_FILES)}; pass "
+                "folders that mulki run has written"
+            )
+        try:
+            run = _read(folder)
+        except (InputError, OSError) as error:
+            reason = str(error).removeprefix(f"{folder}{os.sep}").removeprefix(f"{folder}: ")
+            warnings.append(f"{folder}: left out, {reason}")
+            continue
+        matrix = run.data.matrix
+        if run.data.status == "complete" and matrix.tasks:
+            yield run
+        else:
+            learned = f"{len(matrix.tasks)} of {len(matrix.columns)} tasks"
+            warnings.append(f"{folder}: left out, {run.data.status} after {learned}")
+
+
+def _read(folder: Path) -> Run:
+    missing = next((name for name in _FILES if not (folder / name).is_file()), None)
+    if missing is not None:
+        raise InputError(f"{missing} is not there; restore the file, or run it again")
+    data = read_folder(folder)
+    try:
+        options = yaml.safe_load(data.config)
+        _ = int(options["seed"]), options["method"], options["tasks"], options["order"]
+    except Exception:  # YAML has errors of many kinds, such as that of a date that there is not
+        raise InputError(
+            f"{folder / 'args.yaml'}: not the options of a run; restore the file, or leave the "
+            "folder out"
+        ) from None
+    _check(folder / "env.json", "hashes", data.environment.get("hashes", {}), dict)
+    _check(folder / "summary.json", "uses", data.summary.get("uses") or [], list)
+    kept = data.status == "complete" and (folder / FOLDER).is_dir()
+    rows = read_answers(folder) if kept else {}
+    captions = {name for row in rows.values() for name, each in row.items() if each.ranks}
+    answers = RunAnswers.of_rows(rows) if kept else None
+    return Run(folder, data, options, answers, frozenset(captions))
+
+
+def _check(path: Path, key: str, value: Any, kind: type[Collection[Any]]) -> None:
+    if not isinstance(value, kind) or not all(isinstance(item, str) for item in value):
+        raise InputError(f'{path}: "{key}" is not what a run writes; restore the file')
+
+
+def _groups(by_configuration: Mapping[str, Sequence[Run]]) -> tuple[Group, ...]:
+    # Presets give other methods other options, which the name of the method stands for, so a label
+    # has the options in which the groups of one method differ.
+    by_method: dict[str, list[Mapping[str, Any]]] = {}
+    for runs in by_configuration.values():
+        by_method.setdefault(runs[0].method, []).append(runs[0].options)
+    groups = []
+    for runs in by_configuration.values():
+        same_method = by_method[runs[0].method]
+        names = sorted({name for options in same_method for name in options} - NEUTRAL)
+        shown = [
+            {name: f"{name}={o[name]}" if name in o else f"{name} unset" for name in names}
+            for o in same_method
+        ]
+        own = shown[next(i for i, o in enumerate(same_method) if o is runs[0].options)]
+        differ = [own[name] for name in names if len({each[name] for each in shown}) > 1]
+        groups.append(Group(" ".join([runs[0].method, *differ]), tuple(runs)))
+    return tuple(groups)
+
+
+def _base(given: str, groups: Sequence[Group]) -> Group | None:
+    # The group with this label, or the only one of this method.
+    by_label = {group.label: group for group in groups}
+    of_method = [group for group in groups if group.runs[0].method == given]
+    if given not in by_label and len(of_method) > 1:
+        raise InputError(
+            f"--baseline: {given} has {len(of_method)} configurations; pass one of "
+            f"{', '.join(repr(group.label) for group in of_method)}"
+        )
+    return by_label.get(given, next(iter(of_method), None))
+
+
+def _check_baseline(given: str, groups: Sequence[Group]) -> None:
+    known = sorted({group.label for group in groups} | {g.runs[0].method for g in groups})
+    if given not in known:
+        raise InputError(
+            f"--baseline: no runs of {given}{nearest(given, known)}; pass one of "
+            f"{', '.join(map(repr, known))}"
+        )
+
+
+def _name(run: Run) -> str:
+    words = run.options["tasks"]
+    words = [words] if isinstance(words, str) else words
+    if len(words) == 1:
+        return f"{words[0]}, order {run.options['order']}"
+    return ", ".join(run.data.matrix.tasks)
+
+
+def _mixed(name: str, groups: Sequence[Group]) -> Iterator[str]:
+    # What should be the same in all runs of a section.
+    runs = [run for group in groups for run in group.runs]
+    hashes = {run: run.data.environment.get("hashes", {}) for run in runs}
+    facts = {
+        "start models": {
+            run: [run.options.get(k) for k in ("model", "pretrained")] for run in runs
+        },
+        "start weights": {run: hashes[run].get("weights") for run in runs},
+        **_of_tasks(hashes),
+        # Folders of before there were others have that of the task.
+        "protocols": {run: run.options.get("protocol") for run in runs},
+        "label spaces": {run: run.options.get("label_space", "task") for run in runs},
+        "sizes of test sets": {run: run.data.summary.get("test_images") for run in runs},
+        # Folders of before it was written are of one process.
+        "numbers of processes": {run: run.data.environment.get("processes", 1) for run in runs},
+    }
+    # Not every method uses these.
+    used = {
+        "vocabularies": {run: hashes[run].get("vocabulary") for run in runs},
+        "reference sets": {run: hashes[run].get("reference") for run in runs},
+        "original models": {run: hashes[run].get("original") for run in runs},
+    }
+    facts |= {
+        what: {run: value for run, value in of_run.items() if value is not None}
+        for what, of_run in used.items()
+    }
+    for what, of_run in facts.items():
+        if not of_run:
+            continue
+        first = next(iter(of_run))
+        others = [str(run.path) for run in of_run if of_run[run] != of_run[first]]
+        if others:
+            yield f"{name}: {what} of {', '.join(others)} differ from those of {first.path}"
+
+
+def _repeated(name: str, groups: Sequence[Group]) -> Iterator[str]:
+    for group in groups:
+        seeds = [run.seed for run in group.runs]
+        if len(set(seeds)) < len(seeds):
+            yield f"{name}: {group.label} has several runs of one seed; the first of them is paired"
+
+
+def _of_tasks(hashes: Mapping[Run, Mapping[str, Any]]) -> dict[str, dict[Run, Any]]:
+    # Folders of before prompts and splits had hashes of their own have one for both.
+    known = all("prompts" in each and "splits" in each for each in hashes.values())
+    names = {"prompts": "prompts", "images": "splits"} if known else {"images or prompts": "tasks"}
+    return {what: {run: h.get(key) for run, h in hashes.items()} for what, key in names.items()}
+
+
+def _against(name: str, group: Group, base: Group, warnings: list[str]) -> Against | None:
+    pairs = list(_pairs(group, base))
+    if not pairs:
+        warnings.append(f"{name}: {group.label} and {base.label} have no seed in common")
+        return None
+    if len(pairs) < max(len(group.runs), len(base.runs)):
+        count = counted(len(pairs), "pair")
+        warnings.append(f"{name}: {group.label} and {base.label} make {count} of runs")
+    ours, others = zip(*pairs, strict=True)
+    with_answers = [run.answers for run in ours if run.answers is not None]
+    other_answers = [run.answers for run in others if run.answers is not None]
+    hashes = [run.data.environment.get("hashes", {}).get("tasks") for run in (*ours, *others)]
+    sizes = [each.sizes for each in (*with_answers, *other_answers)]
+    images = (
+        len(sizes) == 2 * len(pairs)
+        and all(each == sizes[0] for each in sizes)
+        and all(each == hashes[0] for each in hashes)
+    )
+    if images:
+        metrics = paired_differences(with_answers, other_answers)
+        if len(pairs) == 1:
+            warnings.append(
+                f"{name}: {group.label} less {base.label} has intervals over images alone, since "
+                "there is one pair of runs"
+            )
+    else:
+        metrics = seed_differences([r.metrics for r in ours], [r.metrics for r in others])
+        why = "answers are missing" if len(sizes) < 2 * len(pairs) else "test images differ"
+        warnings.append(
+            f"{name}: {group.label} less {base.label} has intervals over seeds alone, since {why}"
+        )
+    over = interval_over(len(pairs), images=images)
+    return Against(group.label, len(pairs), over, {k: metrics[k] for k in TITLES if k in metrics})
+
+
+def _pairs(group: Group, base: Group) -> Iterator[tuple[Run, Run]]:
+    ours, others = ({run.seed: run for run in reversed(g.runs)} for g in (group, base))
+    # A model that does not learn is the same for every seed, so any run of it stands for all.
+    if all(run.never_changed for run in base.runs):
+        others = dict.fromkeys(ours, base.runs[0]) | others
+    elif all(run.never_changed for run in group.runs):
+        ours = dict.fromkeys(others, group.runs[0]) | ours
+    for seed in sorted(ours.keys() & others.keys()):
+        yield ours[seed], others[seed]

@@ -1,0 +1,198 @@
+"""What a comparison of runs consists of: runs, groups of them, and differences between groups."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from mulki.report import tables
+from mulki.report.comparison.orders import over_orders
+from mulki.runs.intervals import Difference, RunAnswers, mean_interval
+from mulki.runs.reading import RunData
+
+#: What is compared, with titles. BWT is left out: it is nearly forgetting with its sign changed.
+TITLES = {name: title for name, title in tables.TITLES.items() if name != "bwt"} | {
+    "cil_average": "CIL average",
+    "cil_last": "CIL last",
+}
+
+# Options that change no result but by rounding, or only where it goes. The tasks and their order
+# are compared by what was learned, and the seed tells the runs of a group apart.
+NEUTRAL = frozenset(
+    {"seed", "tasks", "order", "name", "logs", "workers", "device", "import", "preset"}
+    | {"log_every_n_steps", "save_checkpoints", "batch_size_eval", "micro_batch"}
+    | {"grad_checkpointing", "save_every", "data_root", "max_pixels", "report_to"}
+    | {"process_timeout", "deterministic"}
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A complete run, and what a comparison needs of it.
+
+    Args:
+        path: of its folder.
+        data: the content of the folder.
+        options: from ``args.yaml``.
+        answers: None where the run kept none.
+        captions: tasks that have captions and no classes, as far as the answers say.
+    """
+
+    path: Path
+    data: RunData
+    options: Mapping[str, Any]
+    answers: RunAnswers | None
+    captions: frozenset[str]
+
+    @property
+    def seed(self) -> int:
+        return int(self.options["seed"])
+
+    @property
+    def method(self) -> str:
+        return str(self.options["method"])
+
+    @property
+    def configuration(self) -> str:
+        # An option that is off is as one that mulki had not yet.
+        kept = {k: v for k, v in self.options.items() if k not in NEUTRAL and v is not None}
+        return json.dumps(kept, sort_keys=True, default=str)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        seen = self.data.class_incremental
+        found = self.data.matrix.metrics().to_dict()
+        found |= {"cil_average": seen.average, "cil_last": seen.last}
+        return {name: value for name in TITLES if (value := found[name]) is not None}
+
+    @property
+    def never_changed(self) -> bool:
+        """Whether its model did not learn, so that the seed has no say."""
+        matrix = self.data.matrix
+        return {matrix.zero_shot} == set(matrix.rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Runs that differ in nothing but the seed.
+
+    Args:
+        label: the method, with the options in which groups of this method differ.
+        runs: at least one.
+    """
+
+    label: str
+    runs: tuple[Run, ...]
+
+    @property
+    def uses(self) -> str:
+        """What it learns from beside the images and class names of the tasks."""
+        uses = self.runs[0].data.summary.get("uses")
+        return "unknown" if uses is None else ", ".join(uses) or "-"
+
+    @property
+    def means(self) -> dict[str, tuple[float, float | None]]:
+        """Mean and half-width of the interval over seeds, of metrics that all runs have.
+
+        Runs with the same seed count as one, their mean.
+        """
+        values = [run.metrics for run in self.runs]
+        shared = [name for name in TITLES if all(name in each for each in values)]
+        of_seed: dict[int, list[dict[str, float]]] = {}
+        for run, found in zip(self.runs, values, strict=True):
+            of_seed.setdefault(run.seed, []).append(found)
+        return {
+            name: mean_interval([mean(each[name] for each in same) for same in of_seed.values()])
+            for name in shared
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Against:
+    """What a group has more than the baseline.
+
+    Args:
+        label: of the group.
+        pairs: pairs of runs with the same seed.
+        over: what the intervals hold, see `mulki.runs.intervals.interval_over`.
+        metrics: differences in percentage points.
+    """
+
+    label: str
+    pairs: int
+    over: str
+    metrics: Mapping[str, Difference]
+
+
+@dataclass(frozen=True, eq=False)
+class Section:
+    """All groups that learned the same tasks in the same order.
+
+    Args:
+        name: of the sequence and order.
+        tasks: in the order learned.
+        groups: in the order in which their runs were given.
+        baseline: label of the group that the others are compared with, if it is here.
+        differences: of the other groups.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    groups: tuple[Group, ...]
+    baseline: str | None
+    differences: tuple[Against, ...]
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """The tasks of captions, of which all figures are of recall@1 in place of accuracy."""
+        found = {name for group in self.groups for run in group.runs for name in run.captions}
+        return tuple(task for task in self.tasks if task in found)
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What a comparison found.
+
+    Args:
+        sections: one for each order of tasks.
+        warnings: all that a reader has to be warned of.
+        unlike: those of them that say what else than the method differs: the start, the images, the
+            prompts or the protocol.
+    """
+
+    sections: tuple[Section, ...]
+    warnings: tuple[str, ...]
+    unlike: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers for JSON; an interval that is undefined is null."""
+        return {
+            "sections": [
+                {
+                    "name": section.name,
+                    "tasks": list(section.tasks),
+                    "groups": [
+                        {
+                            "label": group.label,
+                            "runs": [str(run.path) for run in group.runs],
+                            "seeds": [run.seed for run in group.runs],
+                            "uses": group.uses,
+                            "metrics": {
+                                name: {"mean": middle, "half_width": half}
+                                for name, (middle, half) in group.means.items()
+                            },
+                        }
+                        for group in section.groups
+                    ],
+                    "baseline": section.baseline,
+                    "differences": [asdict(against) for against in section.differences],
+                }
+                for section in self.sections
+            ],
+            "orders": [each.to_dict() for each in over_orders(self.sections)],
+            "warnings": list(self.warnings),
+        }

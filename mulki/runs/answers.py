@@ -1,0 +1,217 @@
+"""Which test images each model of a run got right, and the files of a run folder that say so.
+
+``answers/`` holds a file for each row of ``matrix.csv``: ``00_zero-shot.npz``, ``01_digits.npz``,
+and so on. Its boolean arrays have an entry per test image, in the order of the test set:
+``own/<data set>`` where an image was classified among the classes of its own task (or in another
+label space that the run has, `mulki.clip.evaluation.LabelSpace`), and, for tasks learned by then,
+``seen/<data set>`` where it was classified among the classes of all of them. The whole numbers
+``said/<data set>`` are the class that was said for ``own``, by its place among the classes of all
+data sets in their order; files of earlier versions lack them.
+
+Of a data set of captions, ``own`` says whether the caption that an image is nearest to is one of
+its own, ``said`` is the place of that caption among the distinct ones of the test set, and there is
+no ``seen``. The whole numbers ``image_ranks/<data set>`` and ``text_ranks/<data set>`` are those of
+`Ranks`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from mulki.errors import InputError
+from mulki.files import check_regular, replacing
+from mulki.runs.metrics import ZERO_SHOT, read_matrix
+
+BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.int32]
+
+#: The folder in a run folder.
+FOLDER = "answers"
+
+
+#: The metric in ``matrix.csv`` of a data set of classes, and that of one of captions.
+ACC1, RECALL1 = "acc1", "image_to_text_R@1"
+
+# Of the recalls that are reported.
+_DEPTHS = (1, 5)
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """How many wrong candidates are nearer to a query than its nearest right one.
+
+    Attributes:
+        images: of each test image among all captions, [n].
+        texts: of each distinct caption among all test images, [m].
+    """
+
+    images: IntArray
+    texts: IntArray
+
+    def recalls(self) -> dict[str, tuple[float, int]]:
+        """By open_clip's names: percent of the queries with a right one among so many, and n."""
+        return {
+            f"{name}_R@{depth}": (100 * int((of < depth).sum()) / len(of), len(of))
+            for name, of in (("image_to_text", self.images), ("text_to_image", self.texts))
+            for depth in _DEPTHS
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """Which test images of a data set one model got right, in the order of the set.
+
+    Attributes:
+        own: in the label space of the run, by default the classes of the data set, [n]. Of a data
+            set of captions: whether the nearest caption is one of the image's.
+        seen: among the classes of all tasks learned by then, [n]; None for a data set that is not
+            one of them.
+        said: the class that was said for `own`, its place among the classes of all data sets of the
+            run in their order, [n]; None where that was not kept. Of a data set of captions: the
+            nearest one, its place among the distinct captions of the test set.
+        ranks: of a data set of captions; None of one of classes.
+    """
+
+    own: BoolArray
+    seen: BoolArray | None = None
+    said: IntArray | None = None
+    ranks: Ranks | None = None
+
+    def metrics(self) -> dict[str, tuple[float, int]]:
+        """What ``results.jsonl`` has of them: value in percent and number of tests, by metric."""
+        if self.ranks is None:
+            return {ACC1: (self.accuracy, len(self.own))}
+        return self.ranks.recalls()
+
+    @property
+    def accuracy(self) -> float:
+        """Of `own`, in percent."""
+        return 100 * int(self.own.sum()) / len(self.own)
+
+
+def seen_accuracy(answers: Iterable[Answers]) -> tuple[float, int]:
+    """A_i in percent, the mean over all test images of tasks learned so far, and their number.
+
+    See `mulki.runs.metrics.ClassIncremental`. Data sets without `seen` do not count; one has it.
+    """
+    seen = np.concatenate([each.seen for each in answers if each.seen is not None])
+    return 100 * int(seen.sum()) / len(seen), len(seen)
+
+
+def answers_path(folder: Path, index: int, after_task: str) -> Path:
+    """The file of row `index` (0: zero-shot) in a run folder."""
+    # Short and free of separators, whatever a task is called; the number tells rows apart.
+    name = re.sub(r"[^\w-]+", "_", after_task)[:60].encode()[:180].decode(errors="ignore")
+    return folder / FOLDER / f"{index:02d}_{name}.npz"
+
+
+def write_answers(
+    folder: Path, index: int, after_task: str, answers: Mapping[str, Answers]
+) -> None:
+    """Write the answers of one row, by data set, in one atomic step."""
+    arrays = {f"own/{name}": each.own for name, each in answers.items()}
+    arrays |= {f"seen/{name}": a.seen for name, a in answers.items() if a.seen is not None}
+    numbers = {f"said/{name}": a.said for name, a in answers.items() if a.said is not None}
+    for name, each in answers.items():
+        if each.ranks is not None:
+            numbers[f"image_ranks/{name}"] = each.ranks.images
+            numbers[f"text_ranks/{name}"] = each.ranks.texts
+    path = answers_path(folder, index, after_task)
+    path.parent.mkdir(exist_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as stream:
+        np.savez_compressed(stream, **arrays, **numbers)  # type: ignore[arg-type]  # no array is a switch
+
+
+def read_answers(folder: str | os.PathLike[str]) -> dict[str, dict[str, Answers]]:
+    """Read the answers of a run folder, by row of ``matrix.csv`` and then by data set.
+
+    A file without a row, which a run that was killed between the two can leave, is not read.
+
+    Raises:
+        InputError: no matrix or no answers, which runs of earlier versions lack; a file that is
+            missing or damaged; other data sets, or other accuracies, than the matrix has.
+    """
+    folder = Path(folder)
+    matrix = read_matrix(folder / "matrix.csv")
+    if not (folder / FOLDER).is_dir():
+        raise InputError(
+            f"{folder / FOLDER}: no such folder; pass a run folder with answers, or run it again"
+        )
+    rows = list(enumerate(zip(matrix.tasks, matrix.rows, strict=True), start=1))
+    if matrix.zero_shot is not None:
+        rows.insert(0, (0, (ZERO_SHOT, matrix.zero_shot)))
+    found: dict[str, dict[str, Answers]] = {}
+    sizes: dict[str, int] = {}
+    for index, (name, accuracies) in rows:
+        path = answers_path(folder, index, name)
+        found[name] = _read(path, matrix.columns, matrix.tasks[:index])
+        for column, accuracy in zip(matrix.columns, accuracies, strict=True):
+            answers = found[name][column]
+            images = sizes.setdefault(column, len(answers.own))
+            if len(answers.own) != images:
+                raise _damaged(path, f"{len(answers.own)} images of {column}, {images} before")
+            # Cells have four decimals.
+            if abs(answers.accuracy - accuracy) > 1e-4:
+                raise _damaged(
+                    path,
+                    f"{answers.accuracy:.4f} % of {column} right, {accuracy:.4f} in matrix.csv",
+                )
+    return found
+
+
+def _read(path: Path, columns: tuple[str, ...], learned: tuple[str, ...]) -> dict[str, Answers]:
+    check_regular(path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise _damaged(path, "no such file") from None
+    except Exception as error:  # numpy, zipfile and zlib each have errors of their own for damage
+        raise _damaged(path, f"cannot be read: {error}") from None
+    said, of_images, of_texts = (
+        {name: arrays.pop(f"{kind}/{name}") for name in columns if f"{kind}/{name}" in arrays}
+        for kind in ("said", "image_ranks", "text_ranks")
+    )
+    classes = [name for name in learned if name not in of_images]
+    wanted = {f"own/{name}" for name in columns} | {f"seen/{name}" for name in classes}
+    if arrays.keys() != wanted:
+        odd = min(arrays.keys() ^ wanted)
+        raise _damaged(path, f"{odd} is {'missing' if odd in wanted else 'not expected'}")
+    for name, array in arrays.items():
+        if array.dtype != np.bool_ or array.ndim != 1 or not len(array):
+            raise _damaged(path, f"{name} is {array.dtype} {list(array.shape)}, not booleans [n]")
+    for kind, numbers in (("said", said), ("image_ranks", of_images), ("text_ranks", of_texts)):
+        for name, array in numbers.items():
+            if array.dtype != np.int32 or array.ndim != 1 or not len(array):
+                raise _damaged(path, f"{kind}/{name} is no list of whole numbers")
+    if of_images.keys() != of_texts.keys():
+        odd = min(of_images.keys() ^ of_texts.keys())
+        raise _damaged(path, f"one of image_ranks/{odd} and text_ranks/{odd} is missing")
+    answers = {
+        name: Answers(
+            arrays[f"own/{name}"],
+            arrays.get(f"seen/{name}"),
+            said.get(name),
+            Ranks(of_images[name], of_texts[name]) if name in of_images else None,
+        )
+        for name in columns
+    }
+    for name, each in answers.items():
+        if each.ranks is not None and not np.array_equal(each.ranks.images == 0, each.own):
+            raise _damaged(path, f"image_ranks/{name} are not those of own/{name}")
+        if each.said is not None and len(each.said) != len(each.own):
+            raise _damaged(path, f"said/{name} has {len(each.said)} images of {len(each.own)}")
+        if each.seen is not None and len(each.seen) != len(each.own):
+            raise _damaged(path, f"seen/{name} has {len(each.seen)} images of {len(each.own)}")
+    return answers
+
+
+def _damaged(path: Path, reason: str) -> InputError:
+    return InputError(f"{path}: {reason}; restore the file, or run the sequence again")

@@ -1,0 +1,1 @@
+"""What a run is told: its options and where they come from, and its tasks."""

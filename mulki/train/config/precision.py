@@ -1,0 +1,67 @@
+"""Precision: the names of open_clip's --precision, as contexts."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Literal, get_args
+
+import torch
+
+from mulki.clip.models import VisionLanguageModel
+from mulki.errors import InputError, nearest
+
+Name = Literal[
+    "auto", "fp32", "amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16"
+]
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 in hardware; elsewhere it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, check, bool)() for check in checks)
+    return False
+
+
+class Precision:
+    """How encoders compute, in the names of open_clip. Features and losses are float32 throughout.
+
+    Args:
+        name: "fp32"; "amp_bf16" (also "amp_bfloat16") for autocast to bfloat16; "amp" for autocast
+            to float16 with gradient scaling on a GPU (bfloat16 on a CPU); "auto" for "amp_bf16"
+            where bf16 is native and "fp32" elsewhere. With these the weights are float32. "bf16"
+            and "fp16" store the weights in that dtype but for those of normalisations, "pure_bf16"
+            and "pure_fp16" those too; small learning rates then round away.
+        device: where the model is.
+
+    Raises:
+        InputError: an unknown name.
+    """
+
+    def __init__(self, name: Name, device: torch.device):
+        if name not in get_args(Name):
+            raise InputError(
+                f"--precision: got {name!r}{nearest(name, get_args(Name))}, wanted one of "
+                f"{', '.join(get_args(Name))}"
+            )
+        if name == "auto":
+            name = "amp_bf16" if native_bf16(device) else "fp32"
+        self.name = name
+        self.device = device
+        half = name == "amp" and device.type == "cuda"
+        self.dtype = torch.float16 if half or name.endswith("fp16") else torch.bfloat16
+        self._stored = name in ("bf16", "fp16", "pure_bf16", "pure_fp16")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=half)
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """The context in which encoders run."""
+        if self.name == "fp32" or self._stored:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def convert(self, model: VisionLanguageModel) -> None:
+        """Give the weights of a model, loaded as float32, the dtype they are stored in."""
+        if self._stored:
+            model.store(self.dtype, norms=self.name.startswith("pure_"))

@@ -1,0 +1,94 @@
+"""Presets: options that suit the bundled start model, and each method on it.
+
+Other models get the defaults of `RunConfig`. The options of a method are those of the best point of
+its grid in benchmarks/embedded/results, and of the best strength that its teachers had there
+(`python -m benchmarks.embedded.compare tune`, and `strength`; the rules are in studies.py beside
+it). Both saw training images alone: of the first three tasks of order I, and of orders III and IV.
+The coefficient l2 of MulKI is that of its best form on orders III and IV (`forms`); what was tried
+there was prompted by the ablation, which is of test images.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mulki.clip.models import BUNDLED
+
+_Options = dict[str, Any]
+
+MODELS: dict[str, _Options] = {
+    # float32: on CPUs the backward pass of depthwise convolutions is slower in bf16.
+    BUNDLED: {"iterations": 64, "lr": 1e-4, "lock_text": True, "precision": "fp32"},
+}
+METHODS: dict[tuple[str, str], _Options] = {
+    (BUNDLED, "finetune"): {"lr": 1e-4},
+    (BUNDLED, "lwf"): {"lr": 5e-5, "distill_weight": 1.8},
+    (BUNDLED, "lwf_vr"): {"lr": 1e-4, "distill_weight": 1.8},
+    (BUNDLED, "snd"): {"lr": 2e-4, "previous_weight": 9.0, "zero_shot_weight": 0.5},
+    (BUNDLED, "wise_ft"): {"lr": 1e-4, "alpha": 0.8},
+    (BUNDLED, "zscl"): {"lr": 1e-4, "image_loss": 0.6, "text_loss": 0.6},
+    (BUNDLED, "mulki"): {
+        "lr": 2e-4,
+        "image_anchor": 1.5,
+        "image_text": 0.0625,
+        "image_image": 0.0625,
+        "text_image": 0.0625,
+        "text_text": 0.0625,
+        "feature": 0.25,
+        "l2": 0.1,
+    },
+}
+# As many steps, so that averages over steps and learning rates mean the same.
+SMALL: _Options = {"batch_size": 32}
+QUICK: _Options = {"iterations": 5, "batch_size": 32, "limit_images": 120}
+
+
+# How ZSCL (ICCV 2023) trains on MTIL, from its scripts: ViT-B/16 of OpenAI, which has QuickGELU.
+MTIL: _Options = {
+    "tasks": ("mtil",),
+    "model": "ViT-B-16-quickgelu",
+    "pretrained": "openai",
+    "iterations": 1000,
+    "batch_size": 64,
+    "lr": 1e-5,
+    "lr_of": ("aircraft=5e-5", "mnist=5e-5"),
+    "wd": 0.0,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "warmup": 100,
+    "lr_scheduler": "cosine",
+    "augment": "crop",
+    "label_smoothing": 0.2,
+}
+# The method of a recipe, and its options besides. Those of ZSCL are the defaults of its method. Of
+# MulKI's few are published; it has all four stages, its running mean takes as many members as
+# ZSCL's, and the rest are defaults, which were not chosen on MTIL.
+RECIPES: dict[str, tuple[str, _Options]] = {
+    "zscl": ("zscl", {}),
+    "mulki-mtil": ("mulki", {"gate": "label", "we_every": 100}),
+}
+
+
+def method_of(preset: Any) -> str:
+    """The method of a run that names none."""
+    return RECIPES[preset][0] if isinstance(preset, str) and preset in RECIPES else "mulki"
+
+
+def lookup(model: str | None, method: str, preset: str) -> _Options:
+    """The preset's options for a run, by option name.
+
+    Args:
+        model: the start model that the user named; None for that of the preset.
+        method: of the run, whether the user or the preset named it.
+        preset: its name.
+    """
+    if preset in RECIPES:
+        own, options = RECIPES[preset]
+        options = MTIL | (options if method == own else {})
+        if model is not None:
+            # Weights of another model.
+            options = {k: v for k, v in options.items() if k not in ("model", "pretrained")}
+        return MODELS.get(model or "", {}) | options
+    model = model or BUNDLED
+    options = MODELS.get(model, {}) | METHODS.get((model, method), {})
+    return options | {"small": SMALL, "quick": QUICK}.get(preset, {})

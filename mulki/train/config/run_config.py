@@ -1,0 +1,350 @@
+"""The configuration of a run: its options, their defaults, and how they are combined.
+
+Each source overrides those before it: the defaults here, the preset of the start model, the preset
+of the method on that model, a YAML file, the command line. The run folder keeps the resolved
+configuration as a YAML file that `--config` reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from mulki import methods
+from mulki.choices.options import check_options, convert, field_name, flag, option, option_name
+from mulki.clip.evaluation import LabelSpace
+from mulki.data import decoding, transform_names
+from mulki.data.published import PROTOCOLS
+from mulki.errors import InputError, nearest
+from mulki.files import check_regular
+from mulki.methods import Method
+from mulki.train.config import precision, presets, schedule
+from mulki.train.config.imports import import_modules
+from mulki.train.config.rates import learning_rates
+
+AUTO = "auto"
+# As --reference: the training images of the current task, with class prompts as captions.
+CURRENT = "current"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything about a run but the method's own options."""
+
+    tasks: tuple[str, ...] = option(
+        ("embedded",),
+        "a sequence, or task folders (class folders, tar shards, data sets of Hugging Face), CSV "
+        "files and captions:PATH (images with captions) in their order",
+    )
+    method: str = option("mulki", "what is trained", choices=methods.available)
+    order: str = option(
+        "I", "order of a named sequence: its name, or all its tasks with commas between"
+    )
+    data_root: str | None = option(
+        None, "the folder that holds published data sets, as mtil has", alias="--data-location"
+    )
+    protocol: str | None = option(
+        None,
+        "splits and prompts of published data sets: zscl (torchvision's files), coop (CoOp's split "
+        "files) or cil (class-incremental work); that of the sequence if left out",
+        choices=PROTOCOLS,
+    )
+    test_fraction: float | None = option(
+        None,
+        "the share of each class to test on, of folders and files without a split of their own",
+        above=0,
+        below=1,
+    )
+    shots: int | None = option(
+        None, "training images of each class, drawn with the seed; all if left out", low=1
+    )
+    scenario: Literal["tasks", "cil"] = option(
+        "tasks", "cil: class-incremental, the classes of one task in steps (--increments)"
+    )
+    increments: int | None = option(None, "equal steps of the scenario cil", low=1)
+    base_classes: int = option(0, "classes of a step before those, in the scenario cil", low=0)
+    label_space: LabelSpace = option(
+        "task",
+        "classes among which a test image is told apart: those of its task, of all tasks seen (its "
+        "own before it is learned), or of all tasks, as in X-TAIL",
+        of_classes=True,
+    )
+    seed: int = option(0, "seed of shuffling, augmentation and initialisation", low=0, below=2**32)
+    preset: Literal["default", "small", "quick", "zscl", "mulki-mtil"] = option(
+        "default",
+        "small: half a batch, for comparisons of many runs; quick: a smoke test in under a minute; "
+        "zscl, mulki-mtil: the training of ZSCL on MTIL, with its method or with mulki",
+    )
+    model: str = option(
+        "mulki-mini",
+        "mulki-mini, an open_clip model, hf-hub:..., local-dir:..., or hf-local:DIR, a CLIP or "
+        "SigLIP that transformers has saved",
+    )
+    pretrained: str | None = option(None, "a tag of open_clip or a checkpoint's path")
+    original: str | None = option(
+        None,
+        "the original model as a teacher, as --model takes it, where --model has learned since; "
+        "--model itself if left out",
+    )
+    original_pretrained: str | None = option(
+        None, "a tag of open_clip or a checkpoint's path for --original"
+    )
+    iterations: int = option(1000, "optimiser steps per task", low=1)
+    epochs: float | None = option(
+        None, "passes over a task's images, instead of iterations", above=0
+    )
+    batch_size: int = option(64, "images per step and process", low=1, alias="-b")
+    micro_batch: str | None = option(
+        None, "images encoded at a time, with the same gradients; auto: as many as fit"
+    )
+    batch_size_eval: int = option(256, "images per evaluation batch", low=1)
+    lr: float = option(1e-5, "base learning rate", above=0)
+    lr_of: tuple[str, ...] = option((), "base learning rates of single tasks, as NAME=RATE")
+    opt: Literal["adamw", "muon"] = option(
+        "adamw", "optimiser; muon: for matrices, with AdamW for embeddings and what is no matrix"
+    )
+    wd: float = option(0.0, "weight decay", low=0, alias="--weight-decay")
+    beta1: float = option(0.9, "AdamW's beta1", low=0, below=1)
+    beta2: float = option(0.999, "AdamW's beta2", low=0, below=1)
+    eps: float = option(1e-8, "AdamW's epsilon", above=0)
+    warmup: int = option(0, "steps of linear warm-up per task", low=0)
+    lr_scheduler: schedule.Name = option("cosine", "learning rate after warm-up")
+    grad_clip_norm: float | None = option(None, "largest gradient norm", above=0)
+    spike_guard: float | None = option(
+        None, "leave out a step whose loss is more than so many times its running mean", above=1
+    )
+    precision: precision.Name = option("auto", "auto: amp_bf16 where bf16 is native, else fp32")
+    deterministic: bool = option(
+        False, "only algorithms that give the same bits every time, as the CPU's do anyway"
+    )
+    grad_checkpointing: bool = option(False, "recompute activations instead of keeping them")
+    torchcompile: bool = option(False, "compile the encoders with torch.compile")
+    fsdp: bool = option(False, "shard the models over the processes of torchrun (FSDP2)")
+    lock_text: bool = option(False, "freeze the text transformer")
+    lock_image: bool = option(False, "freeze the image tower")
+    reference: str | None = option(
+        None,
+        "images and captions to distil on: a folder, a CSV, tar shards, or current (the task's own "
+        "images, with words of the vocabulary)",
+    )
+    reference_batch_size: int | None = option(
+        None, "reference images per step and process; --batch-size if left out", low=1
+    )
+    vocabulary: str | None = option(
+        None,
+        "a text file of words, one a line, as text anchors or as captions of --reference current; "
+        "ImageNet's names if left out",
+        of_classes=True,
+    )
+    anchors_per_step: int | None = option(
+        None,
+        "text anchors drawn for each step; if left out all, or where the student encodes them at "
+        "most 32768, 256 if its text tower trains",
+        low=1,
+        of_classes=True,
+    )
+    augment: str = option(
+        "none", "training transform; none caches teachers", choices=transform_names
+    )
+    limit_images: int | None = option(
+        None, "use at most so many images of each split, one of each class at least", low=1
+    )
+    skip_bad_images: bool = option(False, "leave unreadable images out")
+    max_pixels: int = option(decoding.MAX_PIXELS, "largest width times height of an image", low=1)
+    workers: int = option(0, "data loading processes", low=0, alias="-j")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
+    process_timeout: float = option(
+        600.0, "seconds that the processes of torchrun wait for one that says nothing", above=0
+    )
+    logs: str = option("logs", "folder of run folders", alias="--output")
+    name: str | None = option(None, "name of the run folder; made from the date if left out")
+    log_every_n_steps: int = option(
+        10, "steps between two lines of losses in out.log and points of its curves", low=1
+    )
+    report_to: tuple[str, ...] = option(
+        ("auto",),
+        "where curves go: tensorboard, wandb (offline unless WANDB_MODE says otherwise), all, "
+        "none; auto: tensorboard where it is installed",
+    )
+    save_every: int | None = option(
+        None,
+        "steps between two saves for --resume; 0: only at the end of a task; if left out, as often "
+        "as they cost at most 2 % of the time",
+        low=0,
+    )
+    save_checkpoints: bool = option(True, "keep the weights after each task")
+    import_: tuple[str, ...] = option(
+        (),
+        "a Python file or module with methods, sequences, transforms or gates of your own; may be "
+        "given several times",
+        repeat="MODULE",
+    )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A resolved configuration.
+
+    Args:
+        run: options of the run.
+        method: options of its method.
+    """
+
+    run: RunConfig
+    method: Method.Options
+
+    def to_dict(self) -> dict[str, Any]:
+        """One flat dict, as `--config` reads it."""
+        given = asdict(self.run) | asdict(self.method)
+        if self.run.epochs is not None:
+            del given["iterations"]  # it has no effect, and `resolve` refuses it beside epochs
+        return {
+            option_name(name): list(value) if isinstance(value, tuple) else value
+            for name, value in given.items()
+        }
+
+
+def resolve(given: Mapping[str, Any]) -> Settings:
+    """Combine what was given (config file and command line) with presets and defaults.
+
+    The modules of the option ``import`` are imported first.
+
+    Args:
+        given: values by option name with underscores, of the run and of its method; strings are
+            converted to an option's type.
+
+    Raises:
+        InputError: an unknown method or option, a value of the wrong type or out of bounds, a
+            module that cannot be imported, or iterations together with epochs.
+    """
+    given = {field_name(key): value for key, value in given.items()}
+    if modules := import_given(given):
+        given["import_"] = modules
+    method = methods.get(str(given.get("method") or presets.method_of(given.get("preset"))))
+    of_run, of_method = field_names(RunConfig), field_names(method.Options)
+    for key in given:
+        if key not in of_run and key not in of_method:
+            raise unknown_option(key, method.name)
+    run = convert(RunConfig, {k: v for k, v in given.items() if k in of_run})
+    method_options = convert(method.Options, {k: v for k, v in given.items() if k in of_method})
+    if run.get("iterations") is not None and run.get("epochs") is not None:
+        raise InputError("--iterations and --epochs: got both, wanted one of the two")
+    preset = run.get("preset", RunConfig.preset)
+    merged = presets.lookup(run.get("model"), method.name, preset) | run | method_options
+    merged["method"] = method.name
+    config = RunConfig(**{k: v for k, v in merged.items() if k in of_run})
+    options = method.Options(**{k: v for k, v in merged.items() if k in of_method})
+    check_options(config)
+    check_options(options)
+    learning_rates(config.lr_of)
+    _check_micro_batch(config)
+    _check_scenario(config)
+    return Settings(config, options)
+
+
+def import_given(given: Mapping[str, Any]) -> tuple[str, ...]:
+    """Import the modules that options name.
+
+    Args:
+        given: values by field name; only `import_` is looked at.
+
+    Returns:
+        What `mulki.train.config.imports.import_modules` returns.
+
+    Raises:
+        InputError: `mulki.train.config.imports.import_modules` refuses one.
+    """
+    named = {name: value for name, value in given.items() if name == "import_"}
+    modules: tuple[str, ...] = convert(RunConfig, named).get("import_", ())
+    return import_modules(modules)
+
+
+def _check_micro_batch(config: RunConfig) -> None:
+    given = config.micro_batch
+    if given == AUTO and config.deterministic:
+        raise InputError(
+            f"--micro-batch {AUTO}: depends on the memory that is free, and so do the last bits; "
+            "pass a number beside --deterministic"
+        )
+    if given is None or given == AUTO:
+        return
+    if not given.isdecimal() or int(given) < 1:
+        raise InputError(f"--micro-batch: got {given!r}, wanted a whole number from 1, or {AUTO}")
+    if int(given) > config.batch_size:
+        raise InputError(
+            f"--micro-batch: got {given}, wanted at most --batch-size, {config.batch_size}"
+        )
+
+
+def _check_scenario(config: RunConfig) -> None:
+    if config.scenario == "cil" and config.increments is None:
+        raise InputError(
+            "--scenario cil: got no --increments, the number of equal steps; pass one, such as 10"
+        )
+    if config.scenario != "cil":
+        for name, value in (
+            ("increments", config.increments),
+            ("base_classes", config.base_classes),
+        ):
+            if value:
+                raise InputError(
+                    f"{flag(name)}: got {value}, which belongs to the scenario cil; pass "
+                    "--scenario cil, or leave it out"
+                )
+
+
+def field_names(options: type) -> frozenset[str]:
+    """Names of the fields of an options dataclass."""
+    return frozenset(f.name for f in fields(options))
+
+
+def unknown_option(name: str, method: str) -> InputError:
+    """The error for an option that neither the run nor the method has.
+
+    It names the methods that have the option, or else the option with the most similar name.
+    """
+    owners = [n for n, m in methods.available().items() if name in field_names(m.Options)]
+    if owners:
+        return InputError(
+            f"{flag(name)}: method {method} has no such option, it belongs to "
+            f"{', '.join(owners)}; leave it out or change --method"
+        )
+    known = field_names(RunConfig) | field_names(methods.get(method).Options)
+    # "lora" is no misspelt "lr": a slip makes no name twice as long.
+    likely = [word for k in known if 2 * len(word := flag(k)[2:]) > len(flag(name)[2:])]
+    close = nearest(flag(name)[2:], likely)
+    return InputError(f"{flag(name)}: no such option{close}; mulki run --help lists them all")
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for place, key in enumerate(keys):
+            if field_name(key) in map(field_name, keys[:place]):
+                line = node.value[place][0].start_mark.line + 1
+                raise yaml.YAMLError(f"line {line}: the option {key} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The options in a YAML file, by the name of their field.
+
+    Raises:
+        InputError: no such file, not YAML, or not a mapping of option names.
+    """
+    try:
+        check_regular(path)
+        # As safe as yaml.safe_load: the loader only refuses more.
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"--config: {path} cannot be read ({reason}); pass a YAML file") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise InputError(f"--config: {path} holds no mapping; write lines such as 'lr: 1.0e-4'")
+    return {field_name(key): value for key, value in data.items()}

@@ -1,0 +1,168 @@
+"""The tasks of a run: loaded, cut into steps of classes, reduced."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+from torch import Tensor
+
+from mulki import methods
+from mulki.choices.options import flag
+from mulki.data import CaptionTask, Source, Task, load_sequence
+from mulki.data.class_steps import equal_steps
+from mulki.data.prompts import fill
+from mulki.data.published import Entry, entry_names
+from mulki.data.subset import few_shot, limited
+from mulki.errors import InputError, nearest
+from mulki.methods import Method, Needs
+from mulki.train.config import presets
+from mulki.train.config.rates import learning_rates
+from mulki.train.config.run_config import RunConfig, Settings
+
+_log = logging.getLogger(__name__)
+
+
+def load_tasks(config: RunConfig, absent: Callable[[Entry], None] | None = None) -> list[Task]:
+    """The tasks of a configuration, in their order.
+
+    Args:
+        config: options of the run.
+        absent: see `mulki.data.Source`.
+
+    Raises:
+        InputError: see `mulki.data.load_sequence` and `mulki.data.class_steps.equal_steps`; several
+            tasks in a class-incremental run; or options of classes beside a task of captions.
+    """
+    tasks = load_sequence(
+        config.tasks,
+        config.order,
+        skip_bad_images=config.skip_bad_images,
+        test_fraction=config.test_fraction,
+        source=Source(config.data_root, config.protocol, absent),
+    )
+    captions = [task.name for task in tasks if isinstance(task, CaptionTask)]
+    of_classes = {"--scenario cil": config.scenario == "cil", "--shots": config.shots is not None}
+    for option, given in of_classes.items():
+        if given and captions:
+            raise InputError(
+                f"{option}: task {captions[0]} has captions and no classes; leave one of them out"
+            )
+    if config.scenario == "cil":
+        if len(tasks) != 1:
+            raise InputError(
+                f"--scenario cil: got {len(tasks)} tasks, wanted the one whose classes are learned "
+                "in steps; name one, such as cil:cifar100"
+            )
+        tasks = equal_steps(tasks[0], config.increments or 1, config.base_classes)
+    if config.shots is not None:
+        tasks = [few_shot(task, config.shots, config.seed) for task in tasks]
+    if config.limit_images is not None:
+        for task in tasks:
+            if len(task.classes) > config.limit_images:
+                _log.warning(
+                    "--limit-images %d: task %s keeps an image of each of its %d classes",
+                    config.limit_images,
+                    task.name,
+                    len(task.classes),
+                )
+        tasks = [limited(task, config.limit_images) for task in tasks]
+    names = {*(task.name for task in tasks), *entry_names()}
+    for name in learning_rates(config.lr_of):
+        if name not in names:
+            raise InputError(
+                f"--lr-of: got a rate of {name}, but no task is called so{nearest(name, names)}"
+            )
+    return tasks
+
+
+def needs_of(method: Method, task: Task) -> Needs:
+    """What a method needs while it learns a task."""
+    return method.needs.without_classes() if isinstance(task, CaptionTask) else method.needs
+
+
+def check_captions(
+    tasks: Sequence[Task], method: type[Method], batch_size: int, processes: int
+) -> None:
+    """Check that tasks of captions, if there are any, can be learned.
+
+    Args:
+        batch_size: of each process.
+
+    Raises:
+        InputError: the method learns none, or a batch is no part of a task's pairs.
+    """
+    for task in tasks:
+        if not isinstance(task, CaptionTask):
+            continue
+        if not method.takes_captions():
+            able = [name for name, each in methods.available().items() if each.takes_captions()]
+            raise InputError(
+                f"--method: task {task.name} has captions and no classes, from which {method.name} "
+                f"does not learn; choose from {', '.join(able)}"
+            )
+        batch, pairs = batch_size * processes, len(task.train)
+        if method.trains and not 2 <= batch <= pairs:
+            raise InputError(
+                f"--batch-size: got {batch} pairs a step to tell apart, but task {task.name} has "
+                f"{pairs}; wanted 2 to {pairs}"
+            )
+
+
+def check_options_of_classes(settings: Settings, tasks: Sequence[Task]) -> None:
+    """Check that no option is about classes where no task has any.
+
+    One that is as its default or the preset has it is none that a user has chosen: configuration
+    files name all options.
+
+    Raises:
+        InputError: naming the options that have no effect.
+    """
+    if any(task.classes for task in tasks):
+        return
+    run = settings.run
+    usual = presets.lookup(run.model, run.method, run.preset)
+    idle = [
+        _as_given(item.name, value)
+        for options in (run, settings.method)
+        for item in fields(options)
+        if item.metadata["of_classes"]
+        and (value := getattr(options, item.name)) != usual.get(item.name, item.default)
+    ]
+    if idle:
+        raise InputError(
+            f"{', '.join(idle)}: about classes, but the tasks have captions alone, so this changes "
+            "nothing; leave it out"
+        )
+
+
+def _as_given(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return flag(name) if value else flag(f"no_{name}")
+    return f"{flag(name)} {value}"
+
+
+def warn_of_twins(tasks: Sequence[Task], tokens: Callable[[list[str]], Tensor]) -> None:
+    """Warn of classes of a task whose names differ in capitals alone, which the model cannot see.
+
+    Args:
+        tasks: of a run.
+        tokens: [n, length] of n texts.
+    """
+    for task in tasks:
+        by_folded: dict[str, list[str]] = {}
+        for name in task.classes:
+            by_folded.setdefault(name.casefold(), []).append(name)
+        for one, *others in by_folded.values():
+            for other in others:
+                first, second = tokens([fill(task.templates[0], name) for name in (one, other)])
+                if first.equal(second):
+                    _log.warning(
+                        'task %s: the classes "%s" and "%s" are the same to the tokenizer, so '
+                        "nothing can tell them apart; rename one or merge the two",
+                        task.name,
+                        one,
+                        other,
+                    )

@@ -1,0 +1,272 @@
+"""What a run is going to cost, measured on a few steps of each task. Nothing is written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+
+from mulki.clip.evaluation import tested_texts
+from mulki.clip.models import TEXT_BATCH, VisionLanguageModel
+from mulki.clip.texts import text_features, text_inputs
+from mulki.data import Task
+from mulki.data.subset import sampled
+from mulki.data.transforms import is_deterministic
+from mulki.train.config.run_config import AUTO
+from mulki.train.display.outline import parameter_counts
+from mulki.train.learning.batches import kept_samples
+from mulki.train.learning.learn import StepReport, steps_of
+from mulki.train.learning.memory import Fit, free_memory, local, peak_memory
+from mulki.train.sequence import test_loader
+from mulki.train.start.setup import Setup
+from mulki.train.task_learner import TaskLearner
+
+# Steps that a time is the median of.
+_STEPS = 3
+# A gradient and the two moments of AdamW.
+_OF_A_PARAMETER = 3
+
+
+@dataclass(frozen=True)
+class TaskCosts:
+    """What one task takes, in seconds.
+
+    Args:
+        name: of the task.
+        train, test: its images.
+        classes: C.
+        steps: optimiser steps.
+        prepare: before the first step, teachers that encode all training images included.
+        first_step: of a step whose images come up for the first time; None without training.
+        later_step: of one whose images came up before: the teachers have encoded them, and a cache
+            may hold them.
+        learning: of all its steps and what is before them.
+        testing: of testing it at the start.
+        testing_again: of testing it after a task, which is done after every task.
+    """
+
+    name: str
+    train: int
+    test: int
+    classes: int
+    steps: int
+    prepare: float
+    first_step: float | None
+    later_step: float | None
+    learning: float
+    testing: float
+    testing_again: float
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a run takes. Sizes are in bytes, times in seconds.
+
+    Args:
+        parameters: of the model.
+        trainable: those that train.
+        stored: parameters that the checkpoint of a task holds; 0 without checkpoints.
+        stored_bytes: their size.
+        models: memory of student and teachers.
+        training: memory of gradients and of the optimiser.
+        teacher_features: memory of what the teachers keep of the largest task.
+        image: memory that the graph of an image takes; None without training, as below.
+        free: memory that is free before the run; None if that is not known.
+        peak: the most that was in use so far; None if that is not known.
+        batch: images of a step in each process.
+        largest: images that fit at a time; None if that is not known.
+        tasks: of each task.
+        seconds: of the whole run.
+    """
+
+    parameters: int
+    trainable: int
+    stored: int
+    stored_bytes: int
+    models: int
+    training: int
+    teacher_features: int
+    image: int | None
+    free: int | None
+    peak: int | None
+    batch: int
+    largest: int | None
+    tasks: tuple[TaskCosts, ...]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+def measure(setup: Setup, says: Callable[[str], None] = lambda words: None) -> Costs:
+    """Learn a few steps of each task of a run, and test some of its images.
+
+    The model of `setup` is another one afterwards. All processes of a run have to call it.
+
+    Args:
+        setup: without a run folder, see `mulki.train.start.setup.prepared`.
+        says: told what is being measured.
+
+    Raises:
+        InputError: what the run itself would raise in these steps.
+    """
+    model, trains = setup.model, setup.method.trains
+    free = free_memory(setup.precision.device)
+    stored = model.checkpoint() if trains and setup.config.save_checkpoints else {}
+    stored_sizes = (
+        sum(value.numel() for value in stored.values()),
+        sum(value.nbytes for value in stored.values()),
+    )
+    counts = parameter_counts(model)
+    learner = TaskLearner(setup) if trains else None
+    trainable = model.trainable().values()  # those that are left where the model was sharded
+    frozen = {} if learner is None else learner.frozen
+    used = _bytes([model, *frozen.values()])
+    fits: list[Fit] = []
+    tasks = []
+    width = kept = 0
+    for index, task in enumerate(setup.tasks):
+        says(f"measuring task {index + 1} of {len(setup.tasks)}, {task.name}")
+        costs = _learning(setup, learner, index, task, fits.append)
+        testing, again, width = _testing(setup, task)
+        tasks.append(replace(costs, testing=testing, testing_again=again))
+        kept = max(kept, _kept(setup, task, costs.steps))
+    tested = sum(each.testing for each in tasks)
+    if trains:
+        tested += len(tasks) * sum(each.testing_again for each in tasks)
+    known = [fit.largest for fit in fits if fit.largest is not None]
+    teachers = {id(each) for each in frozen.values()}
+    return Costs(
+        *counts,
+        *stored_sizes,
+        models=used,
+        training=_OF_A_PARAMETER * sum(local(p).nbytes for p in trainable) if trains else 0,
+        teacher_features=len(teachers) * kept * width * torch.float32.itemsize,
+        image=max((fit.per_sample for fit in fits), default=None),
+        free=free,
+        peak=peak_memory(setup.precision.device),
+        batch=setup.config.batch_size,
+        largest=min(known, default=None),
+        tasks=tuple(tasks),
+        seconds=sum(each.learning for each in tasks) + tested,
+    )
+
+
+def _learning(
+    setup: Setup,
+    learner: TaskLearner | None,
+    index: int,
+    task: Task,
+    fitted: Callable[[Fit], None],
+) -> TaskCosts:
+    config, world = setup.config, setup.world
+    costs = TaskCosts(
+        task.name,
+        len(task.train),
+        len(task.test),
+        len(task.classes),
+        0,
+        0.0,
+        None,
+        None,
+        0.0,
+        0.0,
+        0.0,
+    )
+    if learner is None:
+        return costs
+    batch = config.batch_size * world.size
+    small = sampled(task, _STEPS * batch)
+    once = max(len(small.train) // batch, 1)
+    reports: list[StepReport] = []
+    began: list[float] = []
+    encoded: list[float] = []
+
+    def listen(report: StepReport) -> None:
+        if not reports:
+            began.append(time.perf_counter() - report.seconds)
+        reports.append(report)
+
+    started = time.perf_counter()
+    learner.learn(
+        index,
+        small,
+        replace(
+            config,
+            iterations=once + _STEPS,
+            epochs=None,
+            micro_batch=config.micro_batch or AUTO,
+        ),
+        listen=listen,
+        prepared=lambda images: encoded.append(time.perf_counter()),
+        fitted=fitted,
+    )
+    of_images = encoded[-1] - started if encoded else 0.0
+    others = began[0] - started - of_images
+    prepare = max(others, 0.0) + of_images * len(task.train) / len(small.train)
+    seconds = [report.seconds for report in reports]
+    first, later = median(seconds[:once]), median(seconds[once:])
+    steps = steps_of(config, len(task.train), world.size)
+    new = min(steps, -(-len(task.train) // batch)) if is_deterministic(setup.transform) else 0
+    learning = prepare + new * first + (steps - new) * later
+    return replace(
+        costs,
+        steps=steps,
+        prepare=prepare,
+        first_step=first,
+        later_step=later,
+        learning=learning,
+    )
+
+
+@torch.no_grad()
+def _testing(setup: Setup, task: Task) -> tuple[float, float, int]:
+    # Seconds of testing a task at first and later, and the width of the features.
+    model, world = setup.model, setup.world
+    model.eval()
+    prompts = [prompt for of_class in tested_texts(task) for prompt in of_class]
+    some = prompts[: TEXT_BATCH * world.size]
+    inputs = text_inputs(model, some, world)
+    started = time.perf_counter()
+    features = text_features(model, inputs, world)
+    float(features.sum())  # so that a device has done its work
+    texts = (time.perf_counter() - started) * len(prompts) / len(some)
+    small = sampled(task, setup.config.batch_size_eval * world.size)
+    loader = test_loader(setup, small)
+
+    def seconds() -> float:
+        started = time.perf_counter()
+        for images, *_ in loader:
+            float(model.encode_images(images).sum())
+        return texts + (time.perf_counter() - started) * len(task.test) / len(small.test)
+
+    first = seconds()
+    # Later the images are read again, unless a cache holds them.
+    again = seconds() if getattr(loader.dataset, "cached", False) else first
+    return first, again, features.shape[1]
+
+
+def _kept(setup: Setup, task: Task, steps: int) -> int:
+    # Rows of features that each teacher keeps.
+    needs = setup.method.needs
+    if not (setup.method.trains and needs.teachers):
+        return 0
+    images, pairs = kept_samples(
+        task, setup.reference_of(task), setup.transform, setup.config, steps, setup.world
+    )
+    return (images or 0) + (2 if needs.captions else 1) * (pairs or 0)
+
+
+def _bytes(models: Iterable[VisionLanguageModel]) -> int:
+    # Student and teachers share what is frozen.
+    distinct = {
+        id(tensor): local(tensor).nbytes
+        for model in models
+        for tensor in (*model.clip.parameters(), *model.clip.buffers())
+    }
+    return sum(distinct.values())

@@ -1,0 +1,123 @@
+"""What a run is going to do, in a few lines, before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from mulki.clip.models import VisionLanguageModel
+from mulki.data import Task
+from mulki.errors import counted
+from mulki.methods import Method
+from mulki.ops import backends
+from mulki.ops.serving import grouped
+from mulki.train.config.run_config import RunConfig
+from mulki.train.config.tasks import needs_of
+from mulki.train.display.progress import STEPS, TEACHERS, TEST, megabytes
+from mulki.train.learning.learn import steps_of
+from mulki.train.learning.memory import free_memory
+from mulki.train.start.setup import Setup
+
+
+def amounts(setup: Setup) -> dict[str, int]:
+    """The work of a run from its start, by the kinds of `RunProgress`."""
+    tests = sum(len(task.test) for task in setup.tasks)
+    if not setup.method.trains:
+        return {TEST: tests}
+    return {
+        STEPS: sum(steps_of_tasks(setup.config, setup.tasks, setup.world.size)),
+        TEACHERS: prepared_images(setup, setup.tasks),
+        TEST: tests * (len(setup.tasks) + 1),
+    }
+
+
+def prepared_images(setup: Setup, tasks: Sequence[Task]) -> int:
+    """Images that the teachers encode before the first step of these tasks."""
+    prepared = [t for t in tasks if needs_of(setup.method, t).prototypes]
+    return sum(len(task.train) for task in prepared)
+
+
+def steps_of_tasks(config: RunConfig, tasks: Sequence[Task], processes: int) -> list[int]:
+    """Optimiser steps of each task."""
+    return [steps_of(config, len(task.train), processes) for task in tasks]
+
+
+def parameter_counts(model: VisionLanguageModel) -> tuple[int, int]:
+    """Parameters of a model, all and those that train."""
+    every, some = model.clip.parameters(), model.trainable().values()
+    return sum(p.numel() for p in every), sum(p.numel() for p in some)
+
+
+def of_tasks(
+    config: RunConfig, method: Method, tasks: Sequence[Task], processes: int
+) -> dict[str, str]:
+    """What is learned and in how many steps, by the first word of a line."""
+    number, images = len(tasks), sum(len(task.train) for task in tasks)
+    named = f" of {' '.join(config.tasks)}" if config.tasks else ""
+    steps = "none: the start model is tested as it is"
+    if method.trains:
+        counts = steps_of_tasks(config, tasks, processes)
+        steps = f"{_counts(counts)} of {config.batch_size * processes} images"
+        steps += f", {config.micro_batch} at a time" if config.micro_batch else ""
+        steps += f"; {images} training images"
+    return {
+        "run": f"{config.method} on {counted(number, 'task')}{named}, order {config.order}, "
+        f"seed {config.seed}",
+        "steps": steps,
+    }
+
+
+def plan(setup: Setup) -> list[str]:
+    """Lines that say what is learned, with what, on what, and where the results go."""
+    config, device = setup.config, setup.precision.device
+    counts = parameter_counts(setup.model)
+    tasks = of_tasks(config, setup.method, setup.tasks, setup.world.size)
+    lines = {
+        "run": tasks["run"],
+        "model": f"{config.model}, {millions(counts[0])} parameters, {millions(counts[1])} train",
+        "original": config.original or "",
+        "device": f"{_device(device, setup.world.size)}, precision {setup.precision.name}",
+        "kernels": _kernels(device, setup.precision.dtype or torch.float32),
+        "steps": tasks["steps"],
+        "memory": f"{megabytes(free_memory(device)) or 'an unknown amount'} free",
+        "results": str(setup.folder.path) if setup.folder is not None else "",
+    }
+    return in_lines(lines)
+
+
+def in_lines(texts: Mapping[str, str]) -> list[str]:
+    """A line for each text that is not empty, behind its word."""
+    return [f"{word:<8} {text}" for word, text in texts.items() if text]
+
+
+def _counts(steps: Sequence[int]) -> str:
+    same = len(set(steps)) == 1
+    return f"{len(steps)} x {steps[0]}" if same else " + ".join(map(str, steps))
+
+
+def _device(device: torch.device, processes: int) -> str:
+    if device.type == "cuda":
+        name = f"{device} ({torch.cuda.get_device_name(device)})"
+    elif device.type == "cpu":
+        name = f"cpu, {counted(torch.get_num_threads(), 'thread')}"
+    else:
+        name = str(device)
+    return name if processes == 1 else f"{processes} processes, each on {name}"
+
+
+def _kernels(device: torch.device, dtype: torch.dtype) -> str:
+    here = [s for s in backends.report() if (s.device_type, s.dtype) == (device.type, dtype)]
+    every = len({one.op for one in here})
+    texts = []
+    for group in grouped(here):
+        which = "all operators" if len(group.ops) == every else ", ".join(group.ops)
+        sizes = f" at {' and '.join(group.sizes)} sizes" if group.sizes else ""
+        reasons = f" ({group.reasons})" if group.reasons else ""
+        texts.append(f"{group.backend} for {which}{sizes}{reasons}")
+    return "; ".join(texts) or "plain PyTorch"
+
+
+def millions(count: int) -> str:
+    """A number of parameters."""
+    return f"{count / 1e6:.1f} M" if count >= 1e5 else str(count)

@@ -1,0 +1,1 @@
+"""One task: its batches, its teachers, its steps."""

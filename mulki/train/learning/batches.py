@@ -1,0 +1,177 @@
+"""Batches of a task and of a reference set, each divided among the processes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mulki.data.caption_task import CaptionedImages, CaptionTask, same_text
+from mulki.data.loader import batch_sizes, batches, cycle
+from mulki.data.reference import ReferenceSet
+from mulki.data.task import ImageSet, Task
+from mulki.data.transforms import is_deterministic
+from mulki.distributed.world import World
+from mulki.train.config.run_config import RunConfig
+
+Transform = Callable[..., Tensor]
+
+# Differences of the seeds of two tasks, and of a task and its reference set.
+_TASK_SEEDS = 7919
+_REFERENCE_SEEDS = 104729
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of B images.
+
+    Args:
+        images: [b, 3, H, W], this process's part; in the host's memory when it is loaded.
+        target: [B] int64 classes of the whole batch, on the device.
+        places: [B] int64 places of the whole batch in its set, on the CPU.
+    """
+
+    images: Tensor
+    target: Tensor
+    places: Tensor
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """A batch of R images with captions.
+
+    Args:
+        images: [r, 3, H, W], this process's part; in the host's memory when it is loaded.
+        captions: [r], this process's part; none where the set has none.
+        places: [R] int64 places of the whole batch in its set, on the CPU.
+        distinct: of a task of captions, the rows of the whole batch whose image and caption have
+            not come before in it, on the CPU; None if all are such.
+    """
+
+    images: Tensor
+    captions: tuple[str, ...]
+    places: Tensor
+    distinct: Tensor | None = None
+
+
+def task_batches(
+    task: Task,
+    reference: ReferenceSet | None,
+    transform: Transform,
+    config: RunConfig,
+    device: torch.device,
+    world: World,
+    *,
+    index: int,
+    start: int = 0,
+) -> Iterator[tuple[Batch | PairBatch, PairBatch | None]]:
+    """Endless shuffled batches of a task, each with one of the reference set if there is one.
+
+    Those of a task of captions are pairs.
+
+    Args:
+        transform: of the images of both.
+        config: how many images of each are in a batch in each process, and how they are loaded.
+        device: of the model.
+        world: the processes among which each batch is divided.
+        index: the task's place in the sequence, which changes the order of its images.
+        start: batches to leave out, as if they had been taken.
+    """
+    seed = config.seed + _TASK_SEEDS * index
+    size = config.batch_size
+    training = _batches(task.train, transform, size, config, device, world, seed, start)
+    if isinstance(task, CaptionTask):
+        pairs = (_pairs(batch, task.train, world) for batch in training)
+        return zip(pairs, itertools.repeat(None), strict=False)
+    if reference is None:
+        return zip(training, itertools.repeat(None), strict=False)
+    seed += _REFERENCE_SEEDS
+    size = config.reference_batch_size or size
+    others = _batches(reference.images, transform, size, config, device, world, seed, start)
+    return zip(training, (_with_captions(b, reference, world) for b in others), strict=False)
+
+
+def kept_samples(
+    task: Task,
+    reference: ReferenceSet | None,
+    transform: Transform,
+    config: RunConfig,
+    steps: int,
+    world: World,
+) -> tuple[int | None, int | None]:
+    """How many training images and pairs of image and caption to keep teacher features of.
+
+    A random transform changes the features each time, so none can be kept. Those of the reference
+    set are kept if its samples come up more than once in the steps of the task.
+
+    Returns:
+        The number of training images or None, and that of the pairs, which are those of the
+        reference set or of a task of captions, or None.
+    """
+    if not is_deterministic(transform):
+        return None, None
+    if isinstance(task, CaptionTask):
+        return None, len(task.train)
+    size = (config.reference_batch_size or config.batch_size) * world.size
+    if reference is None or steps * size <= len(reference):
+        return len(task.train), None
+    return len(task.train), len(reference)
+
+
+def _batches(
+    images: ImageSet,
+    transform: Transform,
+    batch_size: int,
+    config: RunConfig,
+    device: torch.device,
+    world: World,
+    seed: int,
+    start: int,
+) -> Iterator[Batch]:
+    loader = batches(
+        images,
+        transform,
+        batch_size * world.size,
+        shuffle=True,
+        seed=seed,
+        workers=config.workers,
+        drop_last=True,
+        cached=is_deterministic(transform),
+        pin_memory=device.type == "cuda",
+        part=world.rows,
+    )
+    count = batch_sizes(loader)[0]
+    for part, target, places in cycle(loader, start):
+        if world.size == 1:
+            yield Batch(part, target.to(device, non_blocking=True), places)
+        else:
+            both = world.gather(torch.stack([target, places], dim=1).to(device), count)
+            yield Batch(part, both[:, 0].contiguous(), both[:, 1].cpu())
+
+
+def _pairs(batch: Batch, pairs: CaptionedImages, world: World) -> PairBatch:
+    # A caption of one image in the batch is no wrong caption of another image that has it too.
+    captions = [pairs.captions[place][0] for place in batch.places.tolist()]
+    kept: set[str] = set()
+    right: set[str] = set()
+    rows = []
+    for row, (place, caption) in enumerate(zip(batch.places.tolist(), captions, strict=True)):
+        own, text = pairs.captions_of(pairs.name(place)), same_text(caption)
+        if text not in right and not own & kept:
+            rows.append(row)
+            kept.add(text)
+            right |= own
+    distinct = None if len(rows) == len(captions) else torch.tensor(rows)
+    here = tuple(captions[row] for row in world.rows(len(captions)))
+    return PairBatch(batch.images, here, batch.places, distinct)
+
+
+def _with_captions(batch: Batch, reference: ReferenceSet, world: World) -> PairBatch:
+    captions: tuple[str, ...] = ()
+    if reference.captions is not None:
+        places = batch.places.tolist()
+        captions = tuple(reference.captions[places[row]] for row in world.rows(len(places)))
+    return PairBatch(batch.images, captions, batch.places)

@@ -1,0 +1,327 @@
+"""One training step: features of student and teachers, the losses, gradients, the update."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from mulki.clip.features import Features, of_reference
+from mulki.clip.models import VisionLanguageModel
+from mulki.clip.texts import text_inputs
+from mulki.distributed.launch import processes_here
+from mulki.distributed.parts import set_whole
+from mulki.distributed.world import World
+from mulki.methods import Method
+from mulki.train.config.precision import Precision
+from mulki.train.config.run_config import AUTO, RunConfig
+from mulki.train.learning import memory
+from mulki.train.learning.anchor_texts import AnchorBatch, Anchors
+from mulki.train.learning.batches import Batch, PairBatch
+from mulki.train.learning.muon import MuonWithAdamW, is_matrix
+from mulki.train.learning.task_teachers import TaskTeachers
+from mulki.train.microbatch import Encoder, backward
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Means:
+    """What the steps of a task are made with.
+
+    Args:
+        model: the student.
+        method: its losses, and parameters of its own.
+        teachers: of the task.
+        config: options of the optimiser and of micro-batches.
+        precision: how the encoders compute.
+        world: the processes that train together.
+        fitted: see `mulki.train.learning.learn.learn_task`.
+    """
+
+    model: VisionLanguageModel
+    method: Method
+    teachers: TaskTeachers
+    config: RunConfig
+    precision: Precision
+    world: World
+    fitted: Callable[[memory.Fit], None] | None = None
+
+
+class Step(ABC):
+    """Trains a model batch by batch on one task; what a batch is, a kind of task has to say."""
+
+    def __init__(self, means: Means):
+        self._model = means.model
+        self._method = means.method
+        self._teachers = means.teachers
+        self._config = means.config
+        self._precision = means.precision
+        self._world = means.world
+        self._fitted = means.fitted
+        self._parameters = [*self._model.trainable().values(), *self._method.parameters()]
+        self._optimizer = _optimizer(self._model, self._method, self._config)
+        self._micro_batch: int | None = None
+
+    @abstractmethod
+    def gradients(self, batch: Any, reference: PairBatch | None = None) -> dict[str, float]:
+        """Set the gradients of one batch, averaged over all processes.
+
+        Args:
+            batch: from `mulki.train.learning.batches.task_batches`.
+            reference: the reference batch of this step, if the method needs one.
+
+        Returns:
+            The terms of the loss.
+        """
+
+    def state(self) -> dict[str, Any]:
+        """What the step keeps from one batch to the next, beside what it is made of."""
+        known = self._optimizer.state
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        return {
+            "optimizer": [dict(known[p]) if p in known else {} for p in parameters],
+            "micro_batch": self._micro_batch,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Set what `state` returned."""
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        known = {}
+        for place, (parameter, of_one) in enumerate(
+            zip(parameters, state["optimizer"], strict=True)
+        ):
+            known[place] = dict(of_one)
+            for name, value in of_one.items():
+                if value.shape == parameter.shape:
+                    # Sharded, and laid out in memory, as the parameter: the fused update goes
+                    # through both in one order.
+                    known[place][name] = torch.empty_like(parameter, dtype=value.dtype)
+                    set_whole(known[place][name], value)
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": known, "param_groups": groups})
+        self._micro_batch = state["micro_batch"]
+
+    def update(self, lr: float) -> None:
+        """Move the parameters along their gradients.
+
+        Args:
+            lr: the learning rate of this step.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        scaler, largest = self._precision.scaler, self._config.grad_clip_norm
+        if largest is not None:
+            scaler.unscale_(self._optimizer)
+            _clip([group["params"] for group in self._optimizer.param_groups], largest)
+        scaler.step(self._optimizer)
+        scaler.update()
+
+    def _encode_images(self, images: Tensor) -> Tensor:
+        with self._precision.autocast():
+            return self._model.encode_images(images)
+
+    def _encode_texts(self, inputs: Tensor) -> Tensor:
+        with self._precision.autocast():
+            return self._model.encode_texts(inputs)
+
+    def _encode_pairs(self, images: Tensor, *captions: Tensor) -> tuple[Tensor, ...]:
+        return self._encode_images(images), *map(self._encode_texts, captions)
+
+    def _chosen_micro_batch(
+        self, images: Tensor, encode: Callable[[Tensor], Tensor], texts: Tensor | None = None
+    ) -> int:
+        """Images to encode at a time.
+
+        Args:
+            images: this process's part of a batch.
+            encode: from images to features, with gradients; their graph is that of a micro-batch.
+            texts: inputs that are all encoded at a time, and whose graph stays for all images.
+        """
+        config, device, world = self._config, self._model.device, self._world
+        given = len(images)
+        if config.micro_batch is not None and config.micro_batch != AUTO:
+            given = min(int(config.micro_batch), given)
+        if config.micro_batch != AUTO and self._fitted is None:
+            return given
+        free = memory.free_memory(device)
+        if free is not None and device.type == "cpu":
+            free //= processes_here()
+        fit = memory.fitting_micro_batch(
+            encode,
+            images,
+            self._parameters,
+            free,
+            beside=0 if texts is None else memory.graph_bytes(self._encode_texts, texts),
+            # A process without memory left would leave the others waiting in a sharded encoder.
+            tried=device.type != "cpu" and not config.fsdp,
+            smallest=lambda number: world.smallest(number, device),
+        )
+        if self._fitted is not None:
+            self._fitted(fit)
+        if config.micro_batch != AUTO:
+            return given
+        _log.info("--micro-batch auto: %d of %d images at a time (%s)", fit.size, len(images), fit)
+        return fit.size
+
+    def _derive(
+        self, losses: Callable[..., Mapping[str, Tensor]], encoders: Sequence[Encoder]
+    ) -> dict[str, float]:
+        # The terms, and their gradients.
+        for parameter in self._parameters:
+            parameter.grad = None
+        terms = backward(
+            losses,
+            *encoders,
+            micro_batch=self._micro_batch,
+            scaler=self._precision.scaler,
+        )
+        assert isinstance(terms, Mapping)
+        self._world.average(self._parameters)
+        # One read from the device for all terms of a step.
+        values = torch.stack([term.reshape(()) for term in terms.values()])
+        return dict(zip(terms, values.tolist(), strict=True))
+
+
+class ClassStep(Step):
+    """Steps on a task with classes.
+
+    Args:
+        prompts: [C], one per class.
+        anchors: of the task, if the method needs any.
+    """
+
+    def __init__(self, means: Means, prompts: Sequence[str], anchors: Anchors | None):
+        super().__init__(means)
+        self._class_texts = text_inputs(self._model, prompts, self._world)
+        self._anchors = anchors
+
+    def gradients(self, batch: Batch, reference: PairBatch | None = None) -> dict[str, float]:
+        captions = None
+        needs = self._method.needs
+        if reference is not None and needs.captions and needs.student_captions:
+            captions = self._model.text_inputs(reference.captions)
+        anchors = self._anchors.draw() if self._anchors is not None else None
+        texts = self._class_texts
+        if anchors is not None and needs.student_anchors:
+            texts = torch.cat([texts, anchors.inputs])
+        if self._micro_batch is None:
+            self._micro_batch = self._fitting(batch, texts, reference, captions)
+        if self._micro_batch == len(batch.images):
+            images = batch.images.to(self._model.device, non_blocking=True)
+            batch = replace(batch, images=images)
+        # Otherwise the images stay on the host and each micro-batch is moved when it is encoded, so
+        # that the device memory of a step does not grow with its batch.
+        teachers = self._teachers.features(batch, self._micro_batch, reference, anchors)
+        return self._backward(batch, texts, reference, captions, anchors, teachers)
+
+    def _fitting(
+        self,
+        batch: Batch,
+        texts: Tensor,
+        reference: PairBatch | None,
+        captions: Tensor | None,
+    ) -> int:
+        def encode(part: Tensor) -> Tensor:
+            features = self._encode_images(part)
+            if reference is None:
+                return features
+            # A step may hold the graphs of as many images and of as many reference pairs.
+            n = len(part)
+            pairs = _pairs(reference, captions)
+            return torch.cat([features, *self._encode_pairs(*(x[:n] for x in pairs))])
+
+        return self._chosen_micro_batch(batch.images, encode, self._world.part(texts))
+
+    def _backward(
+        self,
+        batch: Batch,
+        texts: Tensor,
+        reference: PairBatch | None,
+        captions: Tensor | None,
+        anchors: AnchorBatch | None,
+        teachers: tuple[Features, ...],
+    ) -> dict[str, float]:
+        method, world, scale = self._method, self._world, self._model.logit_scale
+        num_texts, num_classes = len(texts), len(self._class_texts)
+        encoders = [
+            Encoder(self._encode_images, (batch.images,)),
+            Encoder(self._encode_texts, (world.part(texts),), split=False),
+        ]
+        if reference is not None:
+            size = len(reference.images)
+            if self._config.micro_batch is not None:
+                size = min(size, self._micro_batch or size)
+            pairs = _pairs(reference, captions)
+            encoders.append(Encoder(self._encode_pairs, pairs, micro_batch=size))
+
+        def losses(
+            images: Tensor, texts: Tensor, pairs: tuple[Tensor, ...] = ()
+        ) -> Mapping[str, Tensor]:
+            of_pairs = None
+            if reference is not None:
+                count = len(reference.places)
+                of_images, *of_captions = (world.gather(x, count) for x in pairs)
+                of_pairs = of_reference(of_images, next(iter(of_captions), None), scale)
+            texts = world.gather(texts, num_texts)
+            student = Features(
+                world.gather(images, len(batch.places)),
+                texts[:num_classes],
+                scale,
+                method.prototypes(),
+                of_pairs,
+            )
+            if anchors is not None and method.needs.student_anchors:
+                student = replace(student, anchored=texts, num_seen=anchors.seen)
+            return {**method.losses(student, teachers, batch.target), **method.penalties()}
+
+        return self._derive(losses, encoders)
+
+
+def _pairs(reference: PairBatch, captions: Tensor | None) -> tuple[Tensor, ...]:
+    # What the student encodes of a reference batch.
+    return (reference.images,) if captions is None else (reference.images, captions)
+
+
+def _optimizer(
+    model: VisionLanguageModel, method: Method, config: RunConfig
+) -> torch.optim.Optimizer:
+    # As in open_clip: gains, biases and the like do not decay. Sharded parameters are in groups of
+    # their own, since no fused update takes both kinds.
+    trainable = model.trainable()
+    use_muon = config.opt == "muon"
+    matrices = [p for name, p in trainable.items() if use_muon and is_matrix(name, p)]
+    weights = [p for name, p in trainable.items() if not (use_muon and is_matrix(name, p))]
+    rest = [p for p in weights if p.ndim < 2] + [*method.parameters()]
+    groups: list[dict[str, Any]] = []
+    for decay, parameters in ((config.wd, [p for p in weights if p.ndim >= 2]), (0.0, rest)):
+        for sharded in (False, True):
+            members = [p for p in parameters if isinstance(p, DTensor) == sharded]
+            groups += [{"params": members, "weight_decay": decay}] if members else []
+    options: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+        "fused": model.device.type in ("cpu", "cuda"),
+    }
+    if use_muon:
+        whole = [{"params": matrices, "weight_decay": config.wd}] if matrices else []
+        return MuonWithAdamW(whole, groups, **options)
+    return torch.optim.AdamW(groups, **options)
+
+
+def _clip(groups: Sequence[Sequence[nn.Parameter]], largest: float) -> None:
+    # Norms of sharded and of whole parameters are computed apart: no operation takes both.
+    norms = []
+    for group in groups:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    for group in groups:
+        torch.nn.utils.clip_grads_with_norm_(group, largest, total)

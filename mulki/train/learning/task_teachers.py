@@ -1,0 +1,242 @@
+"""The teachers of a task: prepared before its first step, asked at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mulki.clip.features import Features
+from mulki.clip.models import VisionLanguageModel
+from mulki.clip.prototypes import class_means
+from mulki.clip.teachers import Teacher
+from mulki.clip.texts import text_features, text_inputs
+from mulki.data.loader import batch_sizes, batches
+from mulki.data.task import Task
+from mulki.distributed.world import World
+from mulki.methods import ZERO_SHOT, Needs
+from mulki.train.config.precision import Precision
+from mulki.train.config.run_config import RunConfig
+from mulki.train.learning.anchor_texts import AnchorBatch
+from mulki.train.learning.batches import Batch, PairBatch
+
+
+class TaskTeachers:
+    """The teachers of one task, one `Teacher` for each distinct model.
+
+    At the first task all names mean the original model, which is then encoded once.
+
+    Args:
+        teachers: each with its model, in the order in which the losses get them.
+        prototypes: [C, D] class means of the original model if the method needs them.
+        precision: how the encoders compute.
+        world: the processes among which the images are divided.
+        captions: whether they encode the captions of a reference set.
+    """
+
+    def __init__(
+        self,
+        teachers: Sequence[tuple[Teacher, VisionLanguageModel]],
+        prototypes: Tensor | None,
+        precision: Precision,
+        world: World,
+        captions: bool = True,
+    ):
+        self._teachers = list(teachers)
+        self.prototypes = prototypes
+        self._precision = precision
+        self._world = world
+        self._captions = captions
+
+    @classmethod
+    @torch.no_grad()
+    def prepare(
+        cls,
+        needs: Needs,
+        task: Task,
+        prompts: Sequence[str],
+        frozen: Mapping[str, VisionLanguageModel],
+        config: RunConfig,
+        precision: Precision,
+        world: World,
+        *,
+        kept: tuple[int | None, int | None],
+        num_anchors: int = 0,
+        encoded: Callable[[int], None] = lambda images: None,
+    ) -> TaskTeachers:
+        """Encode what is constant in a task: class texts and, for prototypes, all images.
+
+        Args:
+            needs: of the method.
+            prompts: one per class; none where the task has no classes.
+            frozen: the models behind `needs`, by the names in `mulki.methods`.
+            kept: see `mulki.train.learning.batches.kept_samples`.
+            num_anchors: of the task, encoded when they are first asked for.
+            encoded: called with the number of images after each batch of them.
+        """
+        names = [*needs.teachers, *([ZERO_SHOT] if needs.prototypes else [])]
+        distinct = list({id(frozen[name]): frozen[name] for name in names}.values())
+        features: list[Tensor] = []
+        if needs.prototypes:
+            features, target = _encode_training_set(
+                distinct, task, config, precision, world, encoded
+            )
+        by_model: dict[int, Teacher] = {}
+        for place, model in enumerate(distinct):
+            texts = torch.empty(0, 0, device=model.device)
+            if prompts:
+                inputs = text_inputs(model, prompts, world)
+                with precision.autocast():
+                    texts = text_features(model, inputs, world)
+            prototypes = None
+            if needs.prototypes:
+                prototypes = class_means(features[place], target, len(task.classes))
+            teacher = Teacher(texts, model.logit_scale, prototypes, *kept, num_anchors)
+            if needs.prototypes:
+                teacher.remember(features[place])
+            by_model[id(model)] = teacher
+        teachers = [(by_model[id(frozen[name])], frozen[name]) for name in needs.teachers]
+        original = by_model[id(frozen[ZERO_SHOT])].prototypes if needs.prototypes else None
+        return cls(teachers, original, precision, world, needs.captions)
+
+    def state(self) -> list[dict[str, dict[str, Tensor]]]:
+        """What the teachers keep beside what `prepare` makes."""
+        return [teacher.state() for teacher in dict(self._teachers)]
+
+    def restore(self, state: Sequence[Mapping[str, Mapping[str, Tensor]]]) -> None:
+        """Set what `state` returned."""
+        for teacher, of_teacher in zip(dict(self._teachers), state, strict=True):
+            teacher.restore(of_teacher)
+
+    @torch.no_grad()
+    def features(
+        self,
+        batch: Batch,
+        micro_batch: int,
+        reference: PairBatch | None = None,
+        anchors: AnchorBatch | None = None,
+    ) -> tuple[Features, ...]:
+        """The features of each teacher for a batch, in the order of the teachers.
+
+        Args:
+            micro_batch: images encoded at a time.
+            reference: encoded as well, if the method needs it.
+            anchors: likewise.
+        """
+        by_teacher = {}
+        for teacher, model in dict(self._teachers).items():
+            features = self._of_images(teacher, model, batch, micro_batch)
+            if reference is not None:
+                pairs = self._of_reference(teacher, model, reference, micro_batch)
+                features = replace(features, reference=pairs)
+            if anchors is not None:
+                anchored = self._of_anchors(teacher, model, anchors)
+                features = replace(features, anchored=anchored, num_seen=anchors.seen)
+            by_teacher[teacher] = features
+        return tuple(by_teacher[teacher] for teacher, _ in self._teachers)
+
+    @torch.no_grad()
+    def of_pairs(self, batch: PairBatch, micro_batch: int) -> tuple[Features, ...]:
+        """The features of each teacher for a batch of a task of captions, whose texts are they.
+
+        Arguments as of `features`.
+        """
+        found = {
+            teacher: self._of_reference(teacher, model, batch, micro_batch)
+            for teacher, model in dict(self._teachers).items()
+        }
+        return tuple(found[teacher] for teacher, _ in self._teachers)
+
+    def _of_images(
+        self, teacher: Teacher, model: VisionLanguageModel, batch: Batch, micro_batch: int
+    ) -> Features:
+        def encode(rows: Tensor) -> Tensor:
+            with self._precision.autocast():
+                return model.encode_images(batch.images[rows.to(batch.images.device)])
+
+        count = len(batch.places)
+        return teacher.features(
+            batch.places, lambda new: self._encode(encode, new, count, micro_batch)
+        )
+
+    def _of_reference(
+        self,
+        teacher: Teacher,
+        model: VisionLanguageModel,
+        batch: PairBatch,
+        micro_batch: int,
+    ) -> Features:
+        def encode(rows: Tensor) -> Tensor:
+            with self._precision.autocast():
+                images = model.encode_images(batch.images[rows.to(batch.images.device)])
+            if not self._captions:
+                return images
+            texts = model.text_inputs([batch.captions[row] for row in rows.tolist()])
+            with self._precision.autocast():
+                return torch.cat([images, model.encode_texts(texts)], dim=1)
+
+        count = len(batch.places)
+        return teacher.reference_features(
+            batch.places,
+            lambda new: self._encode(encode, new, count, micro_batch),
+            captions=self._captions,
+        )
+
+    def _of_anchors(
+        self, teacher: Teacher, model: VisionLanguageModel, batch: AnchorBatch
+    ) -> Tensor:
+        def encode(rows: Tensor) -> Tensor:
+            with self._precision.autocast():
+                return text_features(model, batch.inputs[rows.to(batch.inputs.device)], self._world)
+
+        return teacher.anchored(batch.places, encode)
+
+    def _encode(
+        self, encode: Callable[[Tensor], Tensor], new: Tensor, count: int, micro_batch: int
+    ) -> Tensor:
+        # Features of the places `new` in a batch of `count`, each encoded by the process that has
+        # it in its part. Every process encodes equally many, since all have to take part in the
+        # collectives of a sharded encoder; all know from `new` how many that is.
+        world = self._world
+        length = -(-count // world.size)
+        of_process = torch.bincount(new // length, minlength=world.size).tolist()
+        here = new[new // length == world.rank] - length * world.rank
+        most = max(of_process)
+        padded = torch.cat([here, here.new_zeros(most - len(here))])
+        features = torch.cat([encode(part) for part in padded.split(micro_batch)])
+        gathered = world.gather(features, most * world.size)
+        wanted = [place * most + i for place, n in enumerate(of_process) for i in range(n)]
+        return gathered if len(wanted) == len(gathered) else gathered[wanted]
+
+
+def _encode_training_set(
+    models: Sequence[VisionLanguageModel],
+    task: Task,
+    config: RunConfig,
+    precision: Precision,
+    world: World,
+    encoded: Callable[[int], None],
+) -> tuple[list[Tensor], Tensor]:
+    # Features [n, D] of each model, and targets [n]. One pass for all models, since decoding costs
+    # as much as a small encoder; with the evaluation transform, which is the training transform
+    # where that is deterministic.
+    loader = batches(
+        task.train,
+        models[0].preprocess,
+        config.batch_size_eval * world.size,
+        shuffle=False,
+        seed=config.seed,
+        workers=config.workers,
+        pin_memory=precision.device.type == "cuda",
+        part=world.rows,
+    )
+    features: list[list[Tensor]] = [[] for _ in models]
+    for (images, *_), count in zip(loader, batch_sizes(loader), strict=True):
+        for model, of_model in zip(models, features, strict=True):
+            with precision.autocast():
+                of_model.append(world.gather(model.encode_images(images), count))
+        encoded(count)
+    target = torch.as_tensor(list(task.train.targets), device=models[0].device)
+    return [torch.cat(parts) for parts in features], target

@@ -1,0 +1,167 @@
+"""Evaluating a checkpoint as the run that saved it did, on its tasks or on others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mulki.clip.evaluation import Evaluator, LabelSpace
+from mulki.clip.models import VisionLanguageModel
+from mulki.data import Task
+from mulki.data.decoding import limit_pixels
+from mulki.data.loader import batches
+from mulki.errors import InputError
+from mulki.runs.predictions import TaskPredictions
+from mulki.train.config.precision import Precision
+from mulki.train.config.run_config import RunConfig, read_config, resolve
+from mulki.train.config.tasks import load_tasks
+from mulki.train.saving.checkpoints import ARGUMENTS, load_checkpoint, run_of
+from mulki.train.saving.recovery import changed, check_finite
+from mulki.train.start.setup import device_of, hashes_of, parts_of
+
+# Options of a run that say what its tasks are, by the name of their field, and those that choose
+# among their images.
+_CLASSES = ("tasks", "order", "protocol", "scenario", "increments", "base_classes")
+_OF_TASKS = (*_CLASSES, "test_fraction", "shots", "seed", "limit_images", "skip_bad_images")
+# And those that have a say in how features are computed.
+_OF_FEATURES = ("data_root", "max_pixels", "batch_size_eval", "precision")
+_LOCKS = ("lock_text", "lock_image")
+
+#: Fields of `RunConfig` that a user may give.
+OPTIONS = (*_OF_TASKS, *_OF_FEATURES, "import_", "model", "workers", "device")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A checkpoint and the tasks that it is evaluated on.
+
+    Attributes:
+        model: loaded, with its weights as the run stored them.
+        tasks: in their order.
+        config: the options.
+        label_space: that of ``matrix.csv``, where the tasks are those of the run; else None.
+    """
+
+    model: VisionLanguageModel
+    tasks: Sequence[Task]
+    config: RunConfig
+    label_space: LabelSpace | None
+
+    @property
+    def hashes(self) -> dict[str, Any]:
+        """Of weights, prompts and splits, as `env.json` of a run has them."""
+        return hashes_of(self.tasks, self.model)
+
+    def predictions(self) -> Iterator[TaskPredictions]:
+        """The predictions for each task with classes, in turn.
+
+        Raises:
+            InputError: features that are not finite.
+            BadImage: an image cannot be decoded.
+        """
+        evaluator, count = self._evaluator(), len(self.tasks)
+        classes = [number for number in range(count) if self.tasks[number].classes]
+        classifiers = {number: evaluator.classifier(number) for number in classes}
+        for number in classes:
+            task = self.tasks[number]
+            heads = [range(number, number + 1), range(count)]
+            own, union = evaluator.predictions(number, classifiers, heads)
+            yield TaskPredictions(
+                task.name, [task.test.name(i) for i in range(len(task.test))], own, union
+            )
+
+    def recalls(self) -> dict[str, dict[str, tuple[float, int]]]:
+        """By each task of captions, and by metric: percent, and the number of queries.
+
+        Raises:
+            InputError, BadImage: as `predictions`.
+        """
+        evaluator, found = self._evaluator(), {}
+        for number, task in enumerate(self.tasks):
+            if not task.classes:
+                (answers,) = evaluator.answers(number, {number: evaluator.classifier(number)}, [0])
+                found[task.name] = answers.metrics()
+        return found
+
+    def _evaluator(self) -> Evaluator:
+        config, model = self.config, self.model
+        loaders = [
+            batches(
+                task.test,
+                model.preprocess,
+                config.batch_size_eval,
+                shuffle=False,
+                seed=config.seed,
+                workers=config.workers,
+                pin_memory=model.device.type == "cuda",
+            )
+            for task in self.tasks
+        ]
+        return Evaluator(model, self.tasks, loaders)
+
+
+def evaluation(checkpoint: Path, given: Mapping[str, Any]) -> Evaluation:
+    """Load a checkpoint and the tasks to evaluate it on.
+
+    Args:
+        checkpoint: see `mulki.train.saving.checkpoints.load_checkpoint`.
+        given: values by the name of a field in `OPTIONS`. What is left out is as in the run that
+            the checkpoint lies in; options of its tasks only where no tasks are given. Modules that
+            the run has imported are not: they have to be given.
+
+    Raises:
+        InputError: a bad checkpoint, bad options or bad tasks, no tasks, those of the run are
+            not what it learned, or a test fraction for them.
+    """
+    run = run_of(checkpoint)
+    known = {} if run is None else read_config(run / ARGUMENTS)
+    imports = known.get("import_")
+    if imports and "import_" not in given:
+        # The folder may be from elsewhere, and this would run its code.
+        files = " ".join(map(str, imports if isinstance(imports, list) else [imports]))
+        raise InputError(
+            f"{checkpoint}: its run has imported {files}; look at what that runs, and pass "
+            f"--import {files}"
+        )
+    kept = (*_OF_FEATURES, *_LOCKS, *(() if "tasks" in given else _OF_TASKS))
+    options = {name: known[name] for name in kept if name in known} | dict(given)
+    if "tasks" not in options:
+        raise InputError(
+            f"--tasks: got none, and {checkpoint} is not in a run folder that names them; pass a "
+            "sequence, or task folders and CSV files"
+        )
+    if "test_fraction" in given and "tasks" not in given:
+        raise InputError(
+            f"--test-fraction: got {given['test_fraction']} for the tasks of the run, which tests "
+            "the images that it has not learned; leave it out, or pass --tasks"
+        )
+    # The preset of the bundled model is for training.
+    named = options.pop("model", None)
+    config = resolve({"lock_text": False, "precision": "fp32", **options}).run
+    device = device_of(config.device)
+    limit_pixels(config.max_pixels)
+    tasks = load_tasks(config)
+    label_space: LabelSpace | None = None
+    if run is not None and not given.keys() & {*_CLASSES}:
+        whole = not given.keys() & {*_OF_TASKS}
+        _check_same(run, tasks, ("prompts", "splits") if whole else ("prompts",))
+        label_space = known.get("label_space", "task")
+    model = load_checkpoint(checkpoint, named, device=device)
+    # As in the run, so that the same operations compute the features of texts.
+    model.lock(text=config.lock_text, image=config.lock_image)
+    Precision(config.precision, device).convert(model)
+    check_finite(model.clip.state_dict(), str(checkpoint), "pass another checkpoint")
+    return Evaluation(model, tasks, config, label_space)
+
+
+def _check_same(run: Path, tasks: Sequence[Task], names: Sequence[str]) -> None:
+    # A run that was started from Python may have had tasks that no option names.
+    parts = parts_of(tasks)
+    name = changed(run, {name: parts[name] for name in names})
+    if name is not None:
+        raise InputError(
+            f"{run}: its args.yaml names tasks whose {name} are not those in its env.json; restore "
+            "them, or pass --tasks"
+        )

@@ -1,0 +1,167 @@
+"""Checkpoints: weights as open_clip reads them, written atomically, and read again."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mulki.clip import models
+from mulki.clip.models import TRUNK, VisionLanguageModel
+from mulki.clip.tensor_files import load_tensors, save_tensors
+from mulki.errors import InputError
+from mulki.files import new_folder, replacing, write_atomic
+
+CONFIG_NAME = "open_clip_config.json"
+WEIGHTS_NAME = "open_clip_model.safetensors"
+# In the folder of a run.
+LATEST = Path("checkpoints", "latest")
+ARGUMENTS = "args.yaml"
+
+
+def save_weights(
+    model: VisionLanguageModel, path: Path, state: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write the model's state dict to a safetensors file.
+
+    Args:
+        state: from `VisionLanguageModel.checkpoint`, which is called if it is None.
+    """
+    metadata = {"format": "pt", "model": model.name}
+    save_tensors(path, model.checkpoint() if state is None else state, metadata)
+
+
+def publish(
+    model: VisionLanguageModel,
+    weights: Path,
+    folder: Path,
+    whole: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Make `folder` hold the model so that ``open_clip.create_model("local-dir:...")`` loads it.
+
+    The folder appears whole. Where it holds a model of the same configuration, the weights alone
+    are replaced, in one step.
+
+    Args:
+        weights: the file that `save_weights` made. It is linked if the file system can do that,
+            else copied. For a model that takes weights from a package, another file with all
+            weights is written, and the configuration of its text tower beside it.
+        folder: made if it does not exist. The configuration of a model with a packaged text tower
+            holds the absolute path of this folder, since open_clip finds such a text tower offline
+            in no other way.
+        whole: all weights for that file, from `VisionLanguageModel.checkpoint(whole=True)`, which
+            is called if it is None.
+    """
+    config = copy.deepcopy(model.config)
+    if model.packaged and config is not None:
+        text = config["model_cfg"]["text_cfg"]
+        text["hf_model_name"] = text["hf_tokenizer_name"] = str(folder.resolve())
+        text["hf_model_pretrained"] = False
+        whole = model.checkpoint(whole=True) if whole is None else whole
+    else:
+        whole = None
+    if model.trunk is not None and config is not None:
+        place = (folder.resolve() / TRUNK).parent
+        config["model_cfg"]["vision_cfg"]["timm_model_name"] = f"local-dir:{place}"
+    said = "" if config is None else json.dumps(config, indent=2) + "\n"
+    if folder.is_dir() and _reads(folder / CONFIG_NAME) == said:
+        _put_weights(model, weights, folder, whole)
+        return
+    # What is there now is of another model, or of a run that was killed here.
+    with new_folder(folder) as new:
+        _put_weights(model, weights, new, whole)
+        tokenizer: Any = getattr(model.tokenizer, "tokenizer", None)
+        # open_clip looks for the tokenizer of a Hugging Face text tower in this folder.
+        if hasattr(tokenizer, "save_pretrained"):
+            tokenizer.save_pretrained(new)
+        if whole is not None:
+            model.clip.text.config.save_pretrained(new)
+        if model.trunk is not None:
+            (new / TRUNK).parent.mkdir()
+            write_atomic(new / TRUNK, json.dumps(model.trunk, indent=2) + "\n")
+        if said:
+            write_atomic(new / CONFIG_NAME, said)
+
+
+def _reads(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _put_weights(
+    model: VisionLanguageModel, weights: Path, folder: Path, whole: Mapping[str, Tensor] | None
+) -> None:
+    if whole is not None:
+        save_weights(model, folder / WEIGHTS_NAME, whole)
+        return
+    with replacing(folder / WEIGHTS_NAME) as temporary:
+        try:
+            os.link(weights, temporary)
+        except OSError:
+            shutil.copyfile(weights, temporary)
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The run folder that is given, or that a checkpoint lies in; None if there is none."""
+    for folder in (checkpoint, checkpoint.absolute().parent.parent):
+        if (folder / ARGUMENTS).is_file() and (folder / LATEST.parent).is_dir():
+            return folder
+    return None
+
+
+def load_checkpoint(
+    path: Path, model: str | None = None, *, device: torch.device | str = "cpu"
+) -> VisionLanguageModel:
+    """Load what a run has saved, or another model that open_clip reads from a folder or file.
+
+    Args:
+        path: the folder of a run, of which the last model is taken; a folder with a configuration
+            of open_clip, as ``checkpoints/latest``; or a file of weights.
+        model: of a file of weights, if the file does not say it, as those of mulki do.
+        device: where it goes.
+
+    Raises:
+        InputError: no such file or folder, a file that does not say its model, weights of another
+            model, or what `mulki.clip.models.load` raises.
+    """
+    if path.is_dir():
+        folder = path / LATEST if run_of(path) == path else path
+        if not (folder / CONFIG_NAME).is_file():
+            raise InputError(
+                f"{path}: no {CONFIG_NAME} in {folder}; pass a checkpoint, a folder with one, or "
+                "the folder of a run that has learned a task"
+            )
+        if model is not None:
+            raise InputError(f"--model: {path} brings its own configuration; leave {model} out")
+        return models.load(f"local-dir:{folder}", device=device)
+    if not path.exists():
+        raise InputError(
+            f"{path}: no such file or folder; pass a checkpoint, such as logs/NAME/checkpoints/"
+            "latest, or the folder of a run"
+        )
+    state: dict[str, Tensor] | None = None
+    if path.suffix == ".safetensors":
+        state, metadata = load_tensors(path)
+        model = model or metadata.get("model")
+    if model is None:
+        raise InputError(f"{path}: does not say of which model its weights are; pass --model")
+    if ":" not in model or state is None:
+        return models.load(model, str(path), device=device)
+    # The run began with a model that is known by its place, which may be on another machine.
+    beside = path.parent / LATEST.name
+    place = f"local-dir:{beside}" if (beside / CONFIG_NAME).is_file() else model
+    loaded = models.load(place, device=device)
+    try:
+        loaded.clip.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{path}: does not hold the weights of {place} ({reason}); pass a checkpoint of it"
+        ) from None
+    return loaded

@@ -1,0 +1,433 @@
+"""Saves of a run that is not finished: when they are made, what they hold, and how a run goes on.
+
+A save is one dict with everything that the rest of the run depends on and that the run has changed.
+What is made from the configuration alone (tasks, the start model, the order of images) is made
+again. Its file holds tensors, and the rest as JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from mulki import methods
+from mulki.choices.options import flag, option_name
+from mulki.clip.models import VisionLanguageModel
+from mulki.clip.tensor_files import checksum_of, load_tensors, not_finite, save_tensors
+from mulki.clip.texts import TextInputs
+from mulki.distributed.parts import gathered, set_whole
+from mulki.distributed.world import ALONE, World
+from mulki.errors import InputError, Stopped
+from mulki.files import sync
+from mulki.methods import PREVIOUS
+from mulki.report.comparison.groups import NEUTRAL
+from mulki.runs.answers import FOLDER as ANSWERS
+from mulki.runs.folder import RunFolder
+from mulki.runs.lock import FolderLock
+from mulki.runs.metrics import ZERO_SHOT
+from mulki.runs.new_folder import RECOVERY
+from mulki.runs.reading import read_json
+from mulki.runs.results import read_evaluations
+from mulki.train.config.run_config import RunConfig, Settings, read_config
+from mulki.train.saving.checkpoints import ARGUMENTS
+from mulki.train.saving.randomness import random_state, set_random_state
+from mulki.train.saving.signals import Signals
+
+if TYPE_CHECKING:
+    from mulki.train.start.setup import Setup
+
+State = dict[str, Any]
+Frozen = Mapping[str, VisionLanguageModel]
+FILE = "state.safetensors"
+STUDENT = "student"
+TOO_FAST = "lower --lr, or pass --grad-clip-norm"
+
+# Of what a save holds: another number after each change of that, wherever its states are made.
+_FORMAT = "2"
+# In JSON, a tensor is {_TENSOR: its name}.
+_TENSOR = "__tensor__"
+# A save costs at most this part of the time, by default.
+_SHARE = 0.02
+# What a first save is taken to cost, before one was measured: bytes written in a second.
+_SPEED = 2e8
+# Options in which a run may differ from what is asked for now.
+_FREE = NEUTRAL - {"seed", "tasks", "order"}
+
+
+class Saves:
+    """Makes the saves of a run.
+
+    Args:
+        folder: of the run; None where nothing is saved, as in all processes but the first.
+        signals: which end the run between two steps, after a save.
+        world: the processes that learn together; they agree on when to save.
+        device: of this process.
+        every: steps between two saves within a task, 0: none; None: as often as they cost 2 % of
+            the time.
+        size: bytes of a save, roughly.
+        used: whether there are saves at all.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        signals: Signals | None = None,
+        world: World = ALONE,
+        device: torch.device | None = None,
+        every: int | None = None,
+        size: int = 0,
+        used: bool = True,
+    ):
+        self._path = None if folder is None else folder / RECOVERY / FILE
+        self._signals = signals or Signals()
+        self._world = world
+        self._device = device or torch.device("cpu")
+        self._every = every
+        self._used = used
+        self._seconds = size / _SPEED
+        self._saved_at = time.monotonic()
+        self._state: Callable[[State | None], State] = lambda in_task: {}
+
+    def of_run(self, state: Callable[[State | None], State]) -> None:
+        """Set what a save holds, given the state within a task, or None between two tasks."""
+        self._state = state
+
+    def save(self, in_task: State | None = None) -> None:
+        """Make a save. All processes have to call this.
+
+        Raises:
+            InputError: the student's weights are not finite; the older save stays.
+            OSError: it cannot be written; the older save stays.
+        """
+        if not self._used:
+            return
+        with self._signals.held():
+            started = time.monotonic()
+            state = gathered(self._state(in_task), kept=self._path is not None)
+            if self._path is not None:
+                check_finite(state.get(STUDENT, {}), "the student", TOO_FAST)
+                self._path.parent.mkdir(exist_ok=True)
+                sync(self._path.parent.parent)
+                write_state(self._path, state)
+            self._saved_at = time.monotonic()
+            self._seconds = self._saved_at - started
+
+    @contextlib.contextmanager
+    def within_task(self, state: Callable[[], State]) -> Iterator[Callable[[int], Any]]:
+        """Yield a context manager for each step of a task, by number, which saves after some.
+
+        Signals wait for the end of a step. What ends the block between two steps is raised after
+        one more save.
+
+        Args:
+            state: within the task, after the last step.
+        """
+        whole = True
+
+        @contextlib.contextmanager
+        def step(number: int) -> Iterator[None]:
+            nonlocal whole
+            with self._signals.held():
+                # A signal before this line ends the block between two steps.
+                whole = False
+                yield
+                stop, due = self._agree(number)
+                whole = not due
+                if due:
+                    self.save(state())
+                    whole = True
+            if stop:
+                self._signals.raise_pending()
+                raise Stopped(signal.SIGINT)  # another process got the signal
+
+        # Several processes end at the same step, so none is left waiting for the others.
+        waiting = self._signals.held() if self._world.size > 1 else contextlib.nullcontext()
+        try:
+            with waiting:
+                yield step
+        except BaseException as error:
+            if whole and self._world.size == 1:
+                # The error that ends the run counts, not one more.
+                with contextlib.suppress(OSError, InputError):
+                    self.save(state())
+            raise error
+
+    def _agree(self, number: int) -> tuple[bool, bool]:
+        # Whether the run stops after this step, and whether it is saved.
+        stop, due = self._signals.pending is not None, self._due(number)
+        if self._world.size > 1:
+            due = due and self._world.main
+            totals = self._world.total(int(stop), int(due), device=self._device)
+            stop, due = totals[0] > 0, totals[1] > 0
+        return stop, due or (stop and self._world.size > 1)
+
+    def _due(self, number: int) -> bool:
+        if self._every is not None:
+            return self._every > 0 and number % self._every == 0
+        return time.monotonic() - self._saved_at >= self._seconds * (1 / _SHARE - 1)
+
+
+def check_finite(weights: Mapping[str, Tensor], what: str, advice: str) -> None:
+    """Raise an error that names the first of the weights that holds a NaN or an infinity.
+
+    Raises:
+        InputError: there is one.
+    """
+    parts = {n: v.to_local() if isinstance(v, DTensor) else v for n, v in weights.items()}
+    bad = not_finite(parts)
+    if bad:
+        raise InputError(
+            f"{what}: {len(bad)} of {len(weights)} weights hold a NaN or an infinity, the first is "
+            f"{bad[0]}; {advice}"
+        )
+
+
+def write_state(path: Path, state: State) -> None:
+    """Write a state of nested dicts and lists, with tensors, numbers and texts in them."""
+    tensors: dict[str, Tensor] = {}
+
+    def take_out(value: Any) -> dict[str, str]:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{type(value).__name__}: a save holds tensors, numbers and texts")
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu()
+        return {_TENSOR: name}
+
+    layout = json.dumps(state, default=take_out)
+    save_tensors(path, tensors, {"layout": layout, "format": _FORMAT})
+
+
+def read_state(folder: Path) -> State | None:
+    """The last save of a run folder; None if there is none.
+
+    Raises:
+        InputError: it is damaged, or of another version of mulki.
+    """
+    path = folder / RECOVERY / FILE
+    if not path.exists():
+        return None
+    tensors, metadata = load_tensors(path)
+    if metadata.get("format") != _FORMAT:
+        raise InputError(
+            f"{path}: a save of another version of mulki; go on with that version, or start "
+            "another run"
+        )
+    state: State = json.loads(
+        metadata["layout"], object_hook=lambda d: tensors[d[_TENSOR]] if _TENSOR in d else d
+    )
+    return state
+
+
+def hash_of_save(folder: Path) -> str:
+    """What tells the last save of a run folder from others; "none" if there is none."""
+    path = folder / RECOVERY / FILE
+    return str(checksum_of(path)) if path.exists() else "none"
+
+
+def open_to_resume(path: Path, config: RunConfig) -> RunFolder:
+    """Open and lock the folder of a run that is to go on.
+
+    Raises:
+        InputError: it cannot go on, or another process has the folder.
+    """
+    lock = FolderLock(path)
+    try:
+        folder = RunFolder.open(path, lock)
+        saved = read_state(path)
+        learned = 0 if saved is None else saved["learned"]
+        # The row of weights that were saved at a task's end may be missing. A method that does not
+        # train has no save, and any of its rows may be missing.
+        fewest = learned if saved is None or saved["in_task"] is None else learned + 1
+        if methods.get(config.method).trains and not fewest <= folder.rows <= learned + 1:
+            found = "no save" if saved is None else f"a save after {learned} tasks"
+            raise InputError(
+                f"--resume: {path} has {folder.rows} rows of results and {found}; start another run"
+            )
+        _check_lines(folder)
+        return folder
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _check_lines(folder: RunFolder) -> None:
+    # Lines are on disk before the row that they make, but a copy may have been made in between.
+    names = [*([] if folder.matrix.zero_shot is None else [ZERO_SHOT]), *folder.matrix.tasks]
+    results = folder.path / "results.jsonl"
+    found = {line.after_task for line in read_evaluations(results)} if results.exists() else set()
+    for name in names:
+        if name not in found:
+            raise InputError(
+                f"--resume: {results} has no line of the row {name} of matrix.csv, as in a copy "
+                "that was made while the run went on; copy the folder again"
+            )
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether the run of a folder has got as far as results or a save."""
+    rows = any(
+        (folder / name).exists() for name in (RECOVERY, "matrix.csv", "results.jsonl", ANSWERS)
+    )
+    return rows and (folder / ARGUMENTS).is_file()
+
+
+def check_same_options(folder: Path, settings: Settings) -> None:
+    """Check that a run folder is of a run with these settings, but for what changes no result.
+
+    Raises:
+        InputError: an option differs.
+    """
+    known = {option_name(k): v for k, v in read_config(folder / ARGUMENTS).items()}
+    wanted = settings.to_dict()
+    if wanted["precision"] == "auto":
+        # The run folder has what it came to.
+        wanted["precision"] = known.get("precision")
+    for name in sorted({*known, *wanted} - _FREE):
+        if known.get(name) != wanted.get(name):
+            raise InputError(
+                f"{flag(name)}: {folder} is of a run with {known.get(name)}, this one has "
+                f"{wanted.get(name)}; give another --name, or remove the folder"
+            )
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a run has learned its last task."""
+    try:
+        return read_json(path / "summary.json").get("status") == "complete"
+    except (OSError, InputError):
+        return False
+
+
+def finish_again(path: Path) -> RunFolder:
+    """Remove what a run that is complete may have left, if it was killed just then."""
+    folder = RunFolder.open(path, FolderLock(path))
+    folder.finish()
+    folder.release()
+    return folder
+
+
+def read_save(folder: Path, world: World) -> State | None:
+    """The last save of a run; None if there is none, so that it starts again.
+
+    Raises:
+        InputError: no such folder here, a damaged save, or a run on another number of processes.
+    """
+    if not (folder / ARGUMENTS).is_file():
+        raise InputError(
+            f"--resume: {folder} is not to be seen on {platform.node()}, but every process reads "
+            "the save; put the run folder where all machines see it"
+        )
+    saved = read_state(folder)
+    # A run without a save starts again, but its batches were those of as many processes too.
+    known = read_json(folder / "env.json").get("processes", 1)
+    processes = known if saved is None else saved["processes"]
+    if processes != world.size:
+        raise InputError(
+            f"--resume: {folder} is of a run on {processes} processes, these are {world.size}; "
+            "start as many"
+        )
+    return saved
+
+
+def check_same(folder: Path, hashes: Mapping[str, Any]) -> None:
+    """Check that tasks and start weights are those that the run began with.
+
+    Raises:
+        InputError: they are not.
+    """
+    name = changed(folder, hashes)
+    if name is not None:
+        raise InputError(
+            f"--resume: the {name} are not those that {folder} began with; restore them, or "
+            "start another run"
+        )
+
+
+def changed(folder: Path, hashes: Mapping[str, Any]) -> str | None:
+    """The first of these hashes that ``env.json`` of a run has not.
+
+    Raises:
+        InputError: the file is not JSON.
+    """
+    known = read_json(folder / "env.json").get("hashes")
+    known = known if isinstance(known, dict) else {}
+    return next((name for name, value in hashes.items() if known.get(name) != value), None)
+
+
+def run_state(
+    setup: Setup,
+    frozen: Frozen,
+    texts: TextInputs,
+    learned: int,
+    steps: int,
+    in_task: State | None,
+) -> State:
+    """What a save holds. All processes have to call this.
+
+    Args:
+        frozen: the teachers.
+        texts: of the student.
+        learned: number of tasks that were learned.
+        steps: optimiser steps of these.
+        in_task: the state within the task that comes next, None between two tasks.
+    """
+    model = setup.model
+    if in_task is not None:
+        previous = frozen.get(PREVIOUS)
+        weights = None if previous is None else _weights(model, previous)
+        in_task = in_task | {"previous": weights}
+    return {
+        "processes": setup.world.size,
+        "learned": learned,
+        "steps": steps,
+        STUDENT: _weights(model, model),
+        "method": setup.method.state_dict(),
+        "texts": texts.state(),
+        "scaler": setup.precision.scaler.state_dict(),
+        "random": setup.world.each(random_state(model.device)),
+        "in_task": in_task,
+    }
+
+
+def restore(saved: State, setup: Setup, frozen: Frozen, texts: TextInputs) -> State | None:
+    """Set what `run_state` returned, into a run that is at its start.
+
+    Returns:
+        The state within a task, with that of the random generators; None between two tasks.
+    """
+    model = setup.model
+    _set_weights(model, model, saved[STUDENT])
+    setup.method.load_state_dict(saved["method"], strict=False)
+    texts.restore(saved["texts"])
+    setup.precision.scaler.load_state_dict(saved["scaler"])
+    random = saved["random"][setup.world.rank]
+    set_random_state(random, model.device)
+    in_task: State | None = saved["in_task"]
+    if in_task is None:
+        return None
+    if in_task["previous"] is not None:
+        _set_weights(model, frozen[PREVIOUS], in_task["previous"])
+    return in_task | {"random": random}
+
+
+def _weights(student: VisionLanguageModel, model: VisionLanguageModel) -> dict[str, Tensor]:
+    # Of a model, those that train in the student; the others are the start model's.
+    found = model.clip.state_dict()
+    return {name: found[name] for name in student.trainable()}
+
+
+def _set_weights(
+    student: VisionLanguageModel, model: VisionLanguageModel, weights: Mapping[str, Tensor]
+) -> None:
+    for name, value in _weights(student, model).items():
+        set_whole(value, weights[name])

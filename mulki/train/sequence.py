@@ -1,0 +1,366 @@
+"""The tasks in order: evaluation before the first and after each, and the saving of weights."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from rich.console import Console
+
+from mulki.clip.evaluation import Evaluator, Loader, shared_classes
+from mulki.data import Task
+from mulki.data.loader import batches, dead_workers_named
+from mulki.distributed import launch
+from mulki.errors import InputError, ProcessLost, Stopped
+from mulki.report import write_report
+from mulki.runs.answers import Answers, read_answers
+from mulki.runs.catalog import write_examples, write_tasks
+from mulki.runs.folder import RunFolder
+from mulki.runs.metrics import ZERO_SHOT as ZERO_SHOT_ROW
+from mulki.train.config.run_config import Settings
+from mulki.train.config.tasks import needs_of
+from mulki.train.display.outline import amounts, plan, prepared_images
+from mulki.train.display.progress import TEST, RunProgress, checking
+from mulki.train.display.reporter import Reporter
+from mulki.train.learning.anchor_texts import anchor_texts
+from mulki.train.learning.learn import steps_of
+from mulki.train.saving.checkpoints import publish, save_weights
+from mulki.train.saving.recovery import (
+    TOO_FAST,
+    Saves,
+    check_finite,
+    finish_again,
+    is_complete,
+    restore,
+    run_state,
+)
+from mulki.train.saving.signals import Signals
+from mulki.train.start.setup import Setup, prepared
+from mulki.train.task_learner import TaskLearner
+
+# Memory for the transformed test images of a task, which every evaluation needs again.
+_TEST_CACHE_MIB = 256
+
+_log = logging.getLogger(__name__)
+
+
+def run(
+    settings: Settings,
+    console: Console | None = None,
+    tasks: Sequence[Task] | None = None,
+    resume: str | os.PathLike[str] | None = None,
+) -> RunFolder | None:
+    """Learn a sequence of tasks and write its run folder.
+
+    Everything that can be checked is checked before the folder is made. The global generators of
+    Python, NumPy and torch are seeded. A signal, or an error, leaves the results so far in the
+    folder, marked as interrupted, and a save from which `resume` goes on.
+
+    Started by torchrun, the processes divide the work: each encodes `batch_size` images of a batch,
+    and its part of the class texts, of the teachers' work and of the test images. The results are
+    those of one process with the same number of images in a batch, to rounding.
+
+    Args:
+        settings: from `mulki.train.config.run_config.resolve`.
+        console: where progress is drawn; none by default.
+        tasks: learned instead of those that the settings name.
+        resume: the folder of a run with these settings, which has ended too early. It goes on from
+            its last save and ends as if it had not been stopped. Of one that is complete only the
+            reports are written again.
+
+    Returns:
+        The finished run folder; None in all processes but the first, which write nothing.
+
+    Raises:
+        InputError: bad tasks, model, device or options, or a folder that is taken.
+        ProcessLost: another process of the run has ended.
+        Stopped: SIGINT, SIGTERM or SIGHUP came.
+    """
+    if resume is not None and _all_find_complete(Path(resume)):
+        if os.environ.get("RANK", "0") != "0":
+            return None
+        complete = finish_again(Path(resume))
+        _write_report(complete)
+        return complete
+    console = console or Console(quiet=True)
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(Signals())
+        with checking(console) as checked:
+            setup = stack.enter_context(
+                prepared(settings, tasks, resume, hold=signals.hold, checked=checked)
+            )
+        if not setup.world.main:
+            console = Console(quiet=True)
+        bar = RunProgress(console, amounts(setup), len(setup.tasks))
+        folder = setup.folder
+        try:
+            try:
+                with (
+                    folder or contextlib.nullcontext(),
+                    bar,
+                    setup.world.watched(),
+                    dead_workers_named(setup.config.workers),
+                ):
+                    _Sequence(setup, bar, signals).learn()
+            finally:
+                # A second signal ends this, too.
+                if folder is not None and folder.evaluated:
+                    _write_report(folder)
+        except (Stopped, ProcessLost) as stopped:
+            if folder is not None:
+                stopped.results = str(folder.path) if folder.evaluated else None
+                stopped.resume = str(folder.path)
+            raise
+    return folder
+
+
+def _all_find_complete(folder: Path) -> bool:
+    # The first process decides for all: another one may see the folder late, or not at all.
+    complete = is_complete(folder)
+    if launch.launched() and not dist.is_initialized():
+        complete = bool(launch.meeting().told_by_first("complete", complete))
+    return complete
+
+
+def _write_report(folder: RunFolder) -> None:
+    # The results are written already, so a report that fails does not fail the run.
+    try:
+        write_report(folder.path)
+    except Exception as error:
+        _log.warning(
+            "no report in %s (%s: %s); the results are written",
+            folder.path,
+            type(error).__name__,
+            error,
+        )
+
+
+@dataclass(frozen=True)
+class _Row:
+    """The answers of one model, and how long it took them, by task."""
+
+    answers: dict[str, Answers]
+    seconds: dict[str, float]
+
+
+class _Sequence:
+    """The state of a run between its tasks."""
+
+    def __init__(self, setup: Setup, progress: RunProgress, signals: Signals):
+        self.setup = setup
+        self.progress = progress
+        self.signals = signals
+        self.reporter = Reporter(setup, progress)
+        self.learned = 0
+        self.steps = 0
+        self.saves = Saves(
+            None if setup.folder is None else setup.folder.path,
+            signals,
+            setup.world,
+            setup.precision.device,
+            setup.config.save_every,
+            # The weights, two moments of the optimiser and about as much of the method.
+            size=4 * sum(p.nbytes for p in setup.model.trainable().values()),
+            used=setup.method.trains,
+        )
+        self.evaluator = Evaluator(
+            setup.model,
+            setup.tasks,
+            [test_loader(setup, t) for t in setup.tasks],
+            setup.world,
+            setup.config.label_space,
+            progress.advance,
+        )
+
+    def learn(self) -> None:
+        setup = self.setup
+        method, tasks = setup.method, setup.tasks
+        self._log_start()
+        learner = TaskLearner(setup)
+        frozen, text_inputs = learner.frozen, learner.text_inputs
+        self.saves.of_run(
+            lambda in_task: run_state(setup, frozen, text_inputs, self.learned, self.steps, in_task)
+        )
+        in_task = None
+        if setup.saved is not None:
+            self.learned, self.steps = setup.saved["learned"], setup.saved["steps"]
+            in_task = restore(setup.saved, setup, frozen, text_inputs)
+            done = self.steps + (in_task["steps"] if in_task else 0)
+            self._skip(done)
+            _log.info("goes on after %d tasks and %d steps", self.learned, done)
+        names = [ZERO_SHOT_ROW, *(task.name for task in tasks)]
+        if not method.trains:
+            # A model that does not learn is evaluated once, for all rows.
+            rows = self._evaluate(range(len(names)))
+            for number in range(setup.rows, len(names)):
+                self._record(names[number], rows[number])
+            return
+        if self.learned >= setup.rows:
+            self._finish(self.learned)
+        for index in range(self.learned, len(tasks)):
+            self._learn_task(index, tasks[index], learner, in_task)
+            in_task = None
+            self.learned = index + 1
+            self._check_weights(f"task {tasks[index].name}, after its last step")
+            self.saves.save()
+            self.signals.raise_pending()
+            self._finish(index + 1)
+
+    def _skip(self, steps: int) -> None:
+        # What an earlier process did.
+        tasks = self.setup.tasks
+        before = prepared_images(self.setup, tasks[: self.learned])
+        tested = self.setup.rows * sum(len(task.test) for task in tasks)
+        self.progress.skip(steps=steps, prepared=before, tested=tested)
+
+    def _check_weights(self, where: str) -> None:
+        problem = None
+        try:
+            check_finite(self.setup.model.trainable(), where, TOO_FAST)
+        except InputError as error:
+            problem = error
+        # Each process may have other parts of them.
+        self.setup.world.agree(self.setup.precision.device, problem)
+
+    def _finish(self, learned: int) -> None:
+        # The weights after so many tasks: their checkpoint is written when their features are
+        # known to be sound, and before the row that speaks of them.
+        names = [ZERO_SHOT_ROW, *(task.name for task in self.setup.tasks)]
+        (row,) = self._evaluate([learned])
+        if learned and self.setup.config.save_checkpoints:
+            self._save(learned, self.setup.tasks[learned - 1])
+        self._record(names[learned], row)
+
+    def _log_start(self) -> None:
+        config, world, folder = self.setup.config, self.setup.world, self.setup.folder
+        for line in plan(self.setup):
+            _log.info("%s", line)
+            self.progress.say(line)
+        if folder is not None:
+            write_tasks(folder.path, self.setup.tasks)
+        uses = ", ".join(self.setup.uses) or "nothing"
+        _log.info("%s uses beyond the tasks and the start model: %s", config.method, uses)
+        if world.size > 1:
+            images = world.size * config.batch_size
+            _log.info("%d processes, %d images in a batch", world.size, images)
+        for task in self.setup.tasks:
+            if task.skipped:
+                _log.warning(
+                    "task %s: unreadable images left out: %d", task.name, len(task.skipped)
+                )
+        shared = shared_classes(self.setup.tasks) if config.label_space != "task" else {}
+        if shared:
+            each = [f"{name} ({', '.join(owners)})" for name, owners in shared.items()]
+            _log.warning("classes with the same prompts count as one: %s", "; ".join(each))
+        reference = self.setup.reference
+        if reference is not None and reference.skipped:
+            _log.warning("reference set: unreadable images left out: %d", len(reference.skipped))
+        self._log_anchors()
+
+    def _log_anchors(self) -> None:
+        setup = self.setup
+        groups = [needs_of(setup.method, task).anchors for task in setup.tasks]
+        if setup.vocabulary is not None:
+            _log.info(
+                "vocabulary: %d words; repeated and left out: %d",
+                len(setup.vocabulary.words),
+                setup.vocabulary.repeated,
+            )
+        if any(groups):
+            left_out = {
+                task.name: anchor_texts(of, setup.tasks, index, setup.vocabulary).left_out
+                for index, (task, of) in enumerate(zip(setup.tasks, groups, strict=True))
+            }
+            counts = ", ".join(f"{name} {count}" for name, count in left_out.items() if count)
+            _log.info("text anchors left out for a class of the same name: %s", counts or "none")
+
+    def _learn_task(
+        self, index: int, task: Task, learner: TaskLearner, saved: Mapping[str, Any] | None
+    ) -> None:
+        config = self.setup.config
+        steps = steps_of(config, len(task.train), self.setup.world.size)
+        self.reporter.start_task(index, task, steps, self.steps)
+        self.steps += learner.learn(
+            index,
+            task,
+            config,
+            listen=self.reporter.step,
+            prepared=self.progress.advance,
+            saves=self.saves,
+            saved=saved,
+        )
+
+    def _evaluate(self, learned: Sequence[int]) -> list[_Row]:
+        # A row of results for each number of learned tasks.
+        tasks, evaluator = self.setup.tasks, self.evaluator
+        rows = [_Row({}, {}) for _ in learned]
+        classifiers, seconds = {}, {}
+        for number, task in enumerate(tasks):
+            self.progress.stage(f"class texts of {task.name}", TEST, len(task.test))
+            started = time.perf_counter()
+            classifiers[number] = evaluator.classifier(number)
+            seconds[number] = time.perf_counter() - started
+        for number, task in enumerate(tasks):
+            self.progress.stage(f"test of {task.name}", TEST, len(task.test))
+            started = time.perf_counter()
+            answers = evaluator.answers(number, classifiers, learned)
+            seconds[number] += time.perf_counter() - started
+            for row, each in zip(rows, answers, strict=True):
+                row.answers[task.name], row.seconds[task.name] = each, seconds[number]
+        return rows
+
+    def _record(self, after_task: str, row: _Row) -> None:
+        folder = self.setup.folder
+        if folder is None:
+            return
+        folder.add_answers(after_task, row.answers, seconds=row.seconds, step=self.steps)
+        shown = ", ".join(f"{name} {each.accuracy:.1f}" for name, each in row.answers.items())
+        seen = folder.class_incremental.after.get(after_task)
+        line = f"after {after_task}: {shown}" + ("" if seen is None else f"; all seen {seen:.1f}")
+        _log.info("%s", line)
+        self.progress.say(line)
+        self._write_examples(after_task, row)
+
+    def _write_examples(self, after_task: str, row: _Row) -> None:
+        folder = self.setup.folder
+        if folder is None or after_task == ZERO_SHOT_ROW or not self.setup.method.trains:
+            return
+        # The results are written already, so pictures that fail do not fail the run.
+        try:
+            before = read_answers(folder.path)[ZERO_SHOT_ROW]
+            write_examples(folder.path, self.setup.tasks, before, after_task, row.answers)
+        except Exception as error:
+            _log.warning("no examples of images (%s: %s)", type(error).__name__, error)
+
+    def _save(self, number: int, task: Task) -> None:
+        # All processes take part where weights are sharded; one writes.
+        model, folder = self.setup.model, self.setup.folder
+        state = model.checkpoint()
+        whole = model.checkpoint(whole=True) if model.packaged else None
+        if folder is not None:
+            path = folder.checkpoint_path(number, task.name)
+            save_weights(model, path, state)
+            publish(model, path, folder.latest, whole)
+
+
+def test_loader(setup: Setup, task: Task) -> Loader:
+    """The test images of a task in batches, transformed once."""
+    return batches(
+        task.test,
+        setup.model.preprocess,
+        setup.config.batch_size_eval * setup.world.size,
+        shuffle=False,
+        seed=setup.config.seed,
+        workers=setup.config.workers,
+        cached=True,
+        cache_mb=_TEST_CACHE_MIB,
+        pin_memory=setup.precision.device.type == "cuda",
+        part=setup.world.rows,
+    )

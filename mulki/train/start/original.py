@@ -1,0 +1,91 @@
+"""The original model of a run whose start model has learned before: a teacher from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from mulki.clip import models
+from mulki.clip.models import VisionLanguageModel
+from mulki.errors import InputError
+from mulki.methods import ZERO_SHOT, Method
+from mulki.train.config.run_config import RunConfig
+
+
+def check_original(config: RunConfig, method: Method) -> None:
+    """Raise an InputError where options name an original model that the run has no use for."""
+    if config.original is None:
+        if config.original_pretrained is not None:
+            raise InputError(
+                f"--original-pretrained: got {config.original_pretrained} without a model; pass "
+                "--original too, as --model takes it"
+            )
+        return
+    # Imported here, since a command line with a wrong option is answered without open_clip.
+    from open_clip import list_pretrained_tags_by_model
+
+    tags = list_pretrained_tags_by_model(config.original.replace("/", "-"))
+    if tags and config.original_pretrained is None:
+        raise InputError(
+            f"--original: got {config.original} without weights, and random ones teach nothing; "
+            f"pass --original-pretrained too, such as {tags[0]}"
+        )
+    if not (ZERO_SHOT in method.needs.teachers or method.needs.prototypes):
+        raise InputError(
+            f"--original: got {config.original}, but method {method.name} with these options has "
+            "no original model as a teacher; leave it out, or change --method"
+        )
+
+
+def load_original(
+    config: RunConfig,
+    student: VisionLanguageModel,
+    device: torch.device | str,
+    load: Callable[..., VisionLanguageModel] = models.load,
+) -> VisionLanguageModel | None:
+    """The model that ``--original`` names, frozen; None where it names none.
+
+    Args:
+        config: options of the run.
+        student: with the start weights, locked as the run wants it.
+        device: where it goes.
+        load: takes what `mulki.clip.models.load` takes.
+
+    Raises:
+        InputError: it cannot be loaded, is another architecture or takes other images, or differs
+            from the student in a part of the text tower that the run freezes.
+    """
+    if config.original is None:
+        return None
+    try:
+        original = load(config.original, config.original_pretrained, device=device)
+    except InputError as error:
+        text = str(error).replace("--pretrained", "--original-pretrained")
+        raise InputError(text.replace("--model", "--original")) from None
+    _check_alike(config, original, student)
+    return original.frozen_beside(student)
+
+
+def _check_alike(
+    config: RunConfig, original: VisionLanguageModel, student: VisionLanguageModel
+) -> None:
+    ours, theirs = student.clip.state_dict(), original.clip.state_dict()
+    shapes = [{name: value.shape for name, value in each.items()} for each in (ours, theirs)]
+    seen = [
+        (m.image_size, tuple(m.clip.visual.image_mean), tuple(m.clip.visual.image_std))
+        for m in (student, original)
+    ]
+    if shapes[0] != shapes[1] or seen[0] != seen[1]:
+        what = "architecture" if shapes[0] != shapes[1] else "image size or normalisation"
+        raise InputError(
+            f"--original: {config.original} has another {what} than --model {config.model}; pass "
+            "the model that this one was trained from"
+        )
+    # Texts go through what is frozen once, for student and teachers alike.
+    different = [n for n in student.frozen_text if not torch.equal(ours[n], theirs[n])]
+    if different:
+        raise InputError(
+            f"--original: {config.original} differs from --model {config.model} in "
+            f"{different[0]}, which the run freezes for both; leave --lock-text out"
+        )

@@ -1,0 +1,115 @@
+"""The models and texts that the tasks of a run share, and the learning of one task with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mulki.clip.models import VisionLanguageModel
+from mulki.clip.texts import TextInputs
+from mulki.data import Task
+from mulki.methods import PREVIOUS, ZERO_SHOT, Needs
+from mulki.train import sharding
+from mulki.train.config.run_config import RunConfig
+from mulki.train.config.tasks import needs_of
+from mulki.train.learning.anchor_texts import Anchors, anchor_texts
+from mulki.train.learning.learn import StepReport, learn_task
+from mulki.train.learning.memory import Fit
+from mulki.train.saving.recovery import Saves
+from mulki.train.start.setup import Setup
+
+# Anchors of a step where encoding them costs about as much as encoding the images does: through a
+# text tower, and through its projection alone.
+_ENCODED_ANCHORS = 256
+_PROJECTED_ANCHORS = 2**15
+
+
+class TaskLearner:
+    """Learns the tasks of a run; shards and compiles its models when it is made.
+
+    Args:
+        setup: of the run.
+
+    Attributes:
+        frozen: the models behind the method's needs, by the names in `mulki.methods`.
+        text_inputs: of texts beyond the classes of a task.
+    """
+
+    def __init__(self, setup: Setup):
+        self._setup = setup
+        self.text_inputs = TextInputs(setup.model, setup.world)
+        self.frozen = _frozen_models(setup)
+        for each in {id(m): m for m in (setup.model, *self.frozen.values())}.values():
+            if setup.config.fsdp:
+                sharding.shard(each, setup.precision.device)
+            if setup.config.torchcompile:
+                each.compile()
+
+    def learn(
+        self,
+        index: int,
+        task: Task,
+        config: RunConfig,
+        *,
+        listen: Callable[[StepReport], None],
+        prepared: Callable[[int], None],
+        saves: Saves | None = None,
+        saved: Mapping[str, Any] | None = None,
+        fitted: Callable[[Fit], None] | None = None,
+    ) -> int:
+        """Learn one task, see `mulki.train.learning.learn.learn_task`.
+
+        Args:
+            index: its place in the sequence, from 0.
+            task: it, or a smaller one with its classes.
+            config: the run's, or another one of how many steps there are and of what size.
+        """
+        setup, frozen = self._setup, self.frozen
+        needs = needs_of(setup.method, task)
+        first = index == 0 and setup.original is None
+        if first and ZERO_SHOT in frozen:
+            frozen = dict.fromkeys(frozen, frozen[ZERO_SHOT])
+        elif not first and PREVIOUS in frozen and saved is None:
+            frozen[PREVIOUS].copy_from(setup.model)
+        return learn_task(
+            setup.model,
+            setup.method,
+            task,
+            frozen,
+            config,
+            index=index,
+            transform=setup.transform,
+            precision=setup.precision,
+            world=setup.world,
+            reference=setup.reference_of(task) if needs.reference else None,
+            anchors=self._anchors(index, needs),
+            listen=listen,
+            prepared=prepared,
+            saves=saves,
+            saved=saved,
+            fitted=fitted,
+        )
+
+    def _anchors(self, index: int, needs: Needs) -> Anchors | None:
+        setup = self._setup
+        if not needs.anchors:
+            return None
+        per_step = setup.config.anchors_per_step
+        if per_step is None and needs.student_anchors:
+            per_step = _ENCODED_ANCHORS if setup.model.trains_texts else _PROJECTED_ANCHORS
+        texts = anchor_texts(needs.anchors, setup.tasks, index, setup.vocabulary)
+        return Anchors(texts, self.text_inputs, per_step, seed=setup.config.seed + index)
+
+
+def _frozen_models(setup: Setup) -> dict[str, VisionLanguageModel]:
+    # Copied once and given new weights before each task: a sharded model cannot be copied.
+    needs, model = setup.method.needs, setup.model
+    frozen = {}
+    if ZERO_SHOT in needs.teachers or needs.prototypes:
+        frozen[ZERO_SHOT] = setup.original or model.frozen_copy()
+    if PREVIOUS in needs.teachers:
+        # With a single task, the previous model is always the start model.
+        single = len(setup.tasks) == 1 and setup.original is None
+        original = frozen.get(ZERO_SHOT) if single else None
+        frozen[PREVIOUS] = original or model.frozen_copy()
+    return frozen

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from mulki.app.cli import run_command
+from mulki.runs.metrics import read_matrix
+
+Refused = Callable[[Sequence[object]], str]
+
+
+def test_a_run_is_evaluated_again(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [
+        f"--{kind}={tmp_path / kind}.csv" for kind in ("predictions", "per_class", "confusion")
+    ]
+    assert run_command(["eval", str(finished), "--json", *files]) == 0
+    found = json.loads(capsys.readouterr().out)
+    matrix = read_matrix(finished / "matrix.csv")
+    assert [of["task"] for of in found["tasks"]] == list(matrix.columns)
+    assert tuple(round(of["own"]["acc1"], 4) for of in found["tasks"]) == matrix.rows[-1]
+    assert found["label_space"] == "task"
+    assert found["hashes"].keys() >= {"weights", "prompts", "splits"}
+    # A line for each image and label space, and the header.
+    lines = (tmp_path / "predictions.csv").read_text().splitlines()
+    assert len(lines) == 1 + 2 * sum(of["images"] for of in found["tasks"])
+    assert len((tmp_path / "per_class.csv").read_text().splitlines()) == 1 + 2 * 5
+    images = [
+        int(line.split(",")[-1])
+        for line in (tmp_path / "confusion.csv").open()
+        if "images" not in line
+    ]
+    assert sum(images) == len(lines) - 1
+
+
+def test_a_table_for_people(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    latest = finished / "checkpoints" / "latest"
+    assert run_command(["eval", str(latest)]) == 0
+    out = capsys.readouterr().out
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
+    matrix = read_matrix(finished / "matrix.csv")
+    for task, accuracy in zip(matrix.columns, matrix.rows[-1], strict=True):
+        assert rows[task][1] == f"{accuracy:.4f}"
+    assert "matrix.csv of the run is in label space task" in out
+    assert "weights" in out and "prompts" in out and "splits" in out
+
+
+def test_bad_input(refused: Refused, finished: Path, tmp_path: Path) -> None:
+    assert "CHECKPOINT" in refused(["eval"])
+    assert "--tasks: got none" in refused(["eval", tmp_path / "none"])
+    assert "is a folder" in refused(["eval", finished, "--predictions", tmp_path])
+    assert "neither a sequence" in refused(["eval", finished, "--tasks", "no_such"])
+    assert "--lr" in refused(["eval", finished, "--lr", "1"])
+
+
+def test_help_tells_no_default_where_the_run_has_a_say(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_command(["eval", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("(default: ") == 2  # of --workers and --device
+    assert "are those of the run that the checkpoint lies in" in out

@@ -1,0 +1,55 @@
+"""What a command that trains does to its process."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from mulki.app.commands.training import prepare_process
+
+
+@pytest.fixture(autouse=True)
+def memory_left_alone(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """What is noted in place of keeping freed memory."""
+    called: list[bool] = []
+    monkeypatch.setattr(
+        "mulki.train.learning.memory.keep_freed_memory", lambda: called.append(True)
+    )
+    return called
+
+
+@pytest.mark.parametrize(("rank", "printed"), [("0", "mulki: careful\n"), ("1", "")])
+def test_the_first_process_prints_warnings(
+    rank: str,
+    printed: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    # As a process begins.
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    prepare_process()
+    log = logging.getLogger("mulki.something")
+    log.info("a step")
+    log.warning("careful")
+    log.error("the line that ends a run is printed elsewhere")
+    assert capsys.readouterr().err == printed
+
+
+def test_freed_memory_is_kept(memory_left_alone: list[bool]) -> None:
+    prepare_process()
+    assert memory_left_alone == [True]
+
+
+def test_messages_of_packages_that_print_themselves_are_not_repeated(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    prepare_process()
+    hub = logging.getLogger("huggingface_hub")
+    monkeypatch.setattr(hub, "handlers", [logging.StreamHandler()])
+    logging.getLogger("huggingface_hub.utils").warning("Retrying in 1s")
+    monkeypatch.setattr(hub, "handlers", [])
+    logging.getLogger("huggingface_hub.utils").warning("alone")
+    assert capsys.readouterr().err == "Retrying in 1s\nmulki: alone\n"

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mulki.clip import models
+from mulki.clip.models import open_clip_models
+from mulki.errors import InputError
+from mulki.train.saving.checkpoints import WEIGHTS_NAME, publish, save_weights
+from tests.clip.models.model_helpers import Load, bad_checkpoint
+from tests.train_helpers import ARCHITECTURES, same_state, state_of
+
+
+def test_random_weights_are_announced(
+    tiny_models: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = models.load("tiny-vit")
+    assert "tiny-vit starts from random weights; --pretrained" in caplog.text
+    caplog.clear()
+    save_weights(model, tmp_path / "w.safetensors")
+    again = models.load("tiny-vit", str(tmp_path / "w.safetensors"))
+    assert same_state(state_of(again), state_of(model))
+    assert "random weights" not in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"not weights", {"a": torch.ones(2)}])
+def test_bad_checkpoint(
+    tiny_models: tuple[str, ...], tmp_path: Path, content: bytes | dict[str, torch.Tensor]
+) -> None:
+    path = bad_checkpoint(tmp_path, content)
+    with pytest.raises(InputError, match="bad.safetensors") as info:
+        models.load("tiny-vit", path)
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_a_flipped_bit_of_a_checkpoint_is_found(
+    load_tiny: Load, tmp_path: Path, published: bool
+) -> None:
+    file = tmp_path / "w.safetensors"
+    save_weights(load_tiny(), file)
+    given: tuple[str, ...] = ("tiny-vit", str(file))
+    if published:
+        publish(load_tiny(), file, tmp_path / "latest")
+        given, file = (f"local-dir:{tmp_path / 'latest'}",), tmp_path / "latest" / WEIGHTS_NAME
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=f"{file.name}: damaged, .* checksum"):
+        models.load(*given)
+
+
+def test_what_is_wrong_with_a_checkpoint_is_named(load_tiny: Load, tmp_path: Path) -> None:
+    state = load_tiny().checkpoint()
+    save_file({n: v for n, v in state.items() if n != "visual.proj"}, tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match="visual.proj"):
+        models.load("tiny-vit", str(tmp_path / "w.safetensors"))
+
+
+def test_checkpoint_of_another_width(
+    load_tiny: Load, tmp_path: Path, tiny_models: tuple[str, ...]
+) -> None:
+    save_weights(load_tiny("tiny-resnet"), tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match="w.safetensors"):
+        models.load("tiny-vit", str(tmp_path / "w.safetensors"))
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"model_cfg": 3}'])
+def test_damaged_model_folder(tmp_path: Path, content: str) -> None:
+    (tmp_path / "open_clip_config.json").write_text(content)
+    with pytest.raises(InputError, match="--model local-dir:") as info:
+        models.load(f"local-dir:{tmp_path}")
+    assert "\n" not in str(info.value)
+
+
+def test_towers_that_were_published_are_found_where_they_lie(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "image_tower").mkdir()
+    (tmp_path / "image_tower" / "config.json").write_text("{}")
+    path = tmp_path / "open_clip_config.json"
+
+    def found(text: dict[str, object], vision: dict[str, object]) -> object:
+        written = {"model_cfg": {"text_cfg": text, "vision_cfg": vision}, "preprocess_cfg": {}}
+        path.write_text(json.dumps(written))
+        return open_clip_models._towers_here(f"local-dir:{tmp_path}")
+
+    old = {"hf_model_name": "/old", "hf_tokenizer_name": "/old", "hf_model_pretrained": False}
+    here = str(tmp_path.resolve())
+    tower = {"timm_model_name": "local-dir:/old/image_tower", "timm_model_pretrained": False}
+    assert found(old, tower) == {
+        "text_cfg": old | {"hf_model_name": here, "hf_tokenizer_name": here},
+        "vision_cfg": tower | {"timm_model_name": f"local-dir:{here}/image_tower"},
+    }
+    assert found(old | {"hf_model_name": "roberta-base"}, {"timm_model_name": "vit"}) == {}
+    assert found(old | {"hf_model_pretrained": True}, {}) == {}
+
+
+def test_the_configuration_of_a_model_of_a_hub(
+    monkeypatch: pytest.MonkeyPatch, load_tiny: Load, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    model = load_tiny()
+    save_weights(model, tmp_path / "weights.safetensors")
+    publish(model, tmp_path / "weights.safetensors", folder)
+
+    def cached(place: str, filename: str) -> str:
+        assert place == "owner/name"
+        return str(folder / filename)
+
+    monkeypatch.setattr("open_clip.pretrained.download_pretrained_from_hf", cached)
+    of_hub = open_clip_models._architecture("hf-hub:owner/name")
+    assert of_hub == open_clip_models._architecture(f"local-dir:{folder}")
+
+
+def test_a_stand_in_needs_neither_weights_nor_a_tokenizer(
+    tiny_models: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def far(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    few = ARCHITECTURES["tiny-vit"] | {
+        "text_cfg": ARCHITECTURES["tiny-vit"]["text_cfg"] | {"vocab_size": 300}
+    }
+    (tmp_path / "tiny-words.json").write_text(json.dumps(few))
+    open_clip.add_model_config(tmp_path)
+    assert models.load("tiny-words", "any", stand_in=True).tokenizer(["a"]).shape == (1, 16)
+    monkeypatch.setattr(open_clip, "get_tokenizer", far)
+    model = models.load("tiny-words", stand_in=True)
+    tokens = model.tokenizer(["a photo of a cat", "two dogs"])
+    assert tokens.shape == (2, 16) and 0 <= int(tokens.min()) < int(tokens.max()) < 300
+    assert model.encode_texts(model.text_inputs(["a cat"])).shape == (1, 32)
+    with pytest.raises(InputError, match="no model 'no-such'"):
+        models.load("no-such", stand_in=True)

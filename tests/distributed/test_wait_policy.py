@@ -1,0 +1,61 @@
+"""When `mulki run` tells OpenMP how long its threads spin."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mulki.distributed.wait_policy import SPIN_COUNT, set_for_run
+
+
+@pytest.mark.parametrize(
+    ("command", "is_set"),
+    [
+        (["python", "/venv/bin/mulki", "run", "embedded"], True),
+        (["C:/python.exe", "C:/venv/Scripts/mulki.exe", "run"], True),
+        (["python", "-u", "-m", "mulki", "run", "--lr", "1"], True),
+        (["python", "-m", "mulki", "plan"], True),
+        (["python", "/venv/bin/mulki", "metrics", "run"], False),
+        (["python", "/venv/bin/mulki"], False),
+        (["python", "train.py", "run"], False),
+        (["python", "train.py", "--data", "mulki", "run.csv"], False),
+        (["python", "-c", "import mulki", "run"], False),
+        (["python"], False),
+    ],
+)
+def test_it_is_for_the_commands_that_train(command: list[str], is_set: bool) -> None:
+    environment = {"HOME": "here"}
+    assert set_for_run(command, environment) == is_set
+    wanted = {"HOME": "here"} | ({"GOMP_SPINCOUNT": SPIN_COUNT} if is_set else {})
+    assert environment == wanted
+
+
+@pytest.mark.parametrize("name", ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"])
+def test_what_a_user_has_set_stays(name: str) -> None:
+    environment = {name: "7"}
+    assert not set_for_run(["python", "mulki", "run"], environment)
+    assert environment == {name: "7"}
+
+
+def test_it_is_set_before_torch_starts(tmp_path: Path) -> None:
+    """OpenMP shows what it has read."""
+    settings = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    shown = {}
+    for words in (["run", "--help"], ["metrics", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "mulki", *words],
+            env=settings | {"OMP_DISPLAY_ENV": "verbose"},
+            cwd=Path(__file__).parent.parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        shown[words[0]] = done.stderr
+    if "GOMP_SPINCOUNT" not in shown["metrics"]:
+        pytest.skip("torch has another OpenMP here, or none")
+    assert f"GOMP_SPINCOUNT = '{SPIN_COUNT}'" in shown["run"]
+    assert f"GOMP_SPINCOUNT = '{SPIN_COUNT}'" not in shown["metrics"]

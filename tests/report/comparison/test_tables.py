@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from mulki.report.comparison.compare import compare
+from mulki.report.comparison.groups import TITLES, Comparison
+from mulki.report.comparison.tables import WIDTH, difference_text, mean_text, print_comparison
+from mulki.runs.intervals import Difference
+from tests.report.report_helpers import Make
+
+
+def test_numbers_have_their_intervals_where_there_are_some() -> None:
+    assert mean_text(70.125, None) == "70.12" and mean_text(70.0, 1.5) == "70.00 ± 1.50"
+    assert difference_text(Difference(-1.0, None, None)) == "-1.00"
+    assert difference_text(Difference(2.0, -0.5, 4.5)) == "+2.00 [-0.50, +4.50]"
+
+
+def shown(comparison: Comparison, width: int | None, **console: Any) -> list[str]:
+    stream = io.StringIO()
+    print_comparison(comparison, Console(file=stream, **console), width)
+    return [line.rstrip() for line in stream.getvalue().splitlines()]
+
+
+@pytest.fixture
+def several(make: Make) -> Comparison:
+    """Two methods in two forms and two orders, one with a long name and what it uses."""
+    uses = ("class names of earlier tasks", "a vocabulary of words")
+    forms: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
+        ("lwf", (), {}),
+        ("mulki", (), {"gate": "label"}),
+        ("mulki", uses, {"gate": "confidence", "learning_rate": 0.00125}),
+    ]
+    return compare(
+        [
+            make(f"{form}-{order}-{seed}", name, seed, tasks=tasks, uses=uses, **options)
+            for order, tasks in enumerate((("a", "b"), ("b", "a")))
+            for seed in (0, 1)
+            for form, (name, uses, options) in enumerate(forms)
+        ]
+    )
+
+
+def numbers(comparison: Comparison) -> set[str]:
+    section = comparison.sections[0]
+    means = [mean_text(*each) for group in section.groups for each in group.means.values()]
+    less = [difference_text(d) for each in section.differences for d in each.metrics.values()]
+    return {*means, *less}
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_columns_that_do_not_fit_follow_below(several: Comparison, width: int) -> None:
+    lines = shown(several, width)
+    assert max(map(cell_len, lines)) <= width and "…" not in "".join(lines)
+    text = "\n".join(lines)
+    assert all(number in text for number in numbers(several))
+    # Each part has the names of its rows, and each column is there once.
+    (first, last) = (lines.index(line) for line in ("zoo, order I", "less lwf"))
+    part = lines[first:last]
+    heads = [line for line in part if any(title in line for title in TITLES.values())]
+    assert len(heads) > 1 or width == 120
+    assert sum(line.startswith("lwf") for line in part) == len(heads) + ("uses" not in heads[-1])
+    for title in TITLES.values():
+        assert sum(title in line for line in heads) == 1
+    assert " ".join("".join(part).split()).count("vocabulary of words") == 1
+
+
+def test_a_wide_terminal_has_all_columns_beside_each_other(several: Comparison) -> None:
+    lines = shown(several, 250)
+    (head,) = [line for line in lines[: lines.index("less lwf")] if "Transfer" in line]
+    assert head.split()[-2:] == ["runs", "uses"] and "CIL last" in head
+
+
+def test_the_width_is_that_of_the_terminal_and_one_of_its_own_without(
+    several: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setenv("TERM", "xterm")
+    assert shown(several, None) == shown(several, WIDTH)
+    assert shown(several, None, force_terminal=True) == shown(several, 250)
+
+
+def test_no_number_is_cut_in_a_narrow_terminal(several: Comparison) -> None:
+    text = "\n".join(shown(several, 20))
+    assert "…" not in text and all(number in text for number in numbers(several))
+
+
+def test_columns_of_captions_are_named(make: Make) -> None:
+    mixed = compare([make("x", "lwf", captions=("a",)), make("y", captions=("a",))])
+    assert mixed.sections[0].captions == ("a",)
+    note = "recall@1 of captions by images in place of accuracy: a"
+    assert shown(mixed, 80).count(note) == 1
+    assert not any("recall@1" in line for line in shown(compare([make("z")]), 80))

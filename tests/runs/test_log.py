@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from mulki.runs.log import RunLog
+
+
+@pytest.mark.parametrize("level", [logging.NOTSET, logging.WARNING])
+def test_the_log_is_opened_once_and_closed(
+    tmp_path: Path, request: pytest.FixtureRequest, level: int
+) -> None:
+    log = RunLog(tmp_path / "out.log")
+    package, other = logging.getLogger("mulki"), logging.getLogger("other")
+    request.addfinalizer(lambda old=package.level: package.setLevel(old))  # type: ignore[misc]
+    package.setLevel(level)
+    before = package.level, list(package.handlers)
+    package.info("before")
+    log.open()
+    log.open()
+    package.info("during ü")
+    package.debug("detail")
+    other.warning("elsewhere")
+    log.close()
+    log.close()
+    package.info("after")
+    lines = (tmp_path / "out.log").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 1
+    assert lines[0].endswith("INFO mulki: during ü")
+    assert (package.level, package.handlers) == before

@@ -1,0 +1,83 @@
+"""Learning one task with tiny models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from mulki import methods
+from mulki.clip.models import VisionLanguageModel
+from mulki.data import Task
+from mulki.data.transforms import train_transform
+from mulki.methods import PREVIOUS, ZERO_SHOT, Method
+from mulki.train.config.precision import Precision
+from mulki.train.config.run_config import RunConfig
+from mulki.train.learning.anchor_texts import Anchors
+from mulki.train.learning.learn import StepReport, learn_task
+
+Load = Callable[..., VisionLanguageModel]
+
+
+# An epsilon well above rounding noise, so that AdamW does not blow it up to whole steps.
+CONFIG = RunConfig(iterations=6, batch_size=6, batch_size_eval=7, lr=1e-3, eps=1e-4)
+
+
+BOTH = "mulki"
+
+
+def method_named(name: str, **options: Any) -> Method:
+    """A method with these options; without text anchors, which a test would have to bring."""
+    cls = methods.get(name)
+    without = {"anchors": "none"} if name == "mulki" else {}
+    return cls(cls.Options(**without | options))
+
+
+def learn(
+    model: VisionLanguageModel,
+    task: Task,
+    method: str | Method = "finetune",
+    frozen: Mapping[str, VisionLanguageModel] | None = None,
+    *,
+    config: RunConfig = CONFIG,
+    transform: Callable[..., Any] | None = None,
+    index: int = 0,
+    precision: str = "fp32",
+    anchors: Anchors | None = None,
+    hear: Callable[[StepReport], None] = lambda report: None,
+) -> list[StepReport]:
+    if frozen is None:
+        original = model.frozen_copy()
+        frozen = {ZERO_SHOT: original, PREVIOUS: original}
+    reports: list[StepReport] = []
+
+    def listen(report: StepReport) -> None:
+        reports.append(report)
+        hear(report)
+
+    steps = learn_task(
+        model,
+        method_named(method) if isinstance(method, str) else method,
+        task,
+        frozen,
+        config,
+        index=index,
+        transform=transform or model.preprocess,
+        precision=Precision(precision, torch.device("cpu")),  # type: ignore[arg-type]
+        anchors=anchors,
+        listen=listen,
+    )
+    assert steps == len(reports)
+    return reports
+
+
+def two_teachers(load: Load) -> dict[str, VisionLanguageModel]:
+    return {ZERO_SHOT: load(seed=1).frozen_copy(), PREVIOUS: load(seed=2).frozen_copy()}
+
+
+def crop(model: VisionLanguageModel) -> Callable[..., Any]:
+    visual = model.clip.visual
+    return train_transform(
+        model.preprocess, "crop", model.image_size, visual.image_mean, visual.image_std
+    )

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mulki.data import Task
+from mulki.ops import loader, use_backend
+from tests.train.learn_helpers import CONFIG, Load, crop, learn, method_named, two_teachers
+from tests.train_helpers import state_of
+
+
+@pytest.mark.parametrize("transform", ["none", "crop"])
+def test_batch_statistics_stay_while_their_weights_train(
+    load_tiny: Load, task: Task, transform: str
+) -> None:
+    student = load_tiny("tiny-resnet")
+    before = state_of(student)
+    learn(student, task, transform=crop(student) if transform == "crop" else None)
+    after = state_of(student)
+    buffers = {n for n, _ in student.clip.named_buffers() if "running" in n or "num_batches" in n}
+    assert len(buffers) > 10
+    assert all(torch.equal(after[n], before[n]) for n in buffers)
+    norms = [n for n, m in student.clip.visual.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all(
+        not torch.equal(after[f"visual.{n}.bias"], before[f"visual.{n}.bias"]) for n in norms
+    )
+
+
+@pytest.mark.parametrize("name", ["finetune", "mulki"])
+def test_logit_scale_and_bias_stay(load_tiny: Load, task: Task, name: str) -> None:
+    student = load_tiny("tiny-biased")
+    before = state_of(student)
+    learn(student, task, name)
+    for key in ("logit_scale", "logit_bias"):
+        assert torch.equal(state_of(student)[key], before[key])
+
+
+def test_locked_text_tower_stays_and_is_encoded_before_the_steps(
+    load_tiny: Load, task: Task
+) -> None:
+    student = load_tiny()
+    student.lock(text=True)
+    before = state_of(student)
+    asked: list[int] = []
+    real = student.clip.encode_text
+    student.clip.encode_text = lambda tokens: asked.append(len(tokens)) or real(tokens)
+    learn(student, task, frozen={})
+    after = state_of(student)
+    assert asked == [3]
+    moved = {n for n in before if not torch.equal(after[n], before[n])}
+    assert moved and all(n.startswith("visual.") for n in moved)
+
+
+def test_locked_image_tower_stays(load_tiny: Load, task: Task) -> None:
+    student = load_tiny("tiny-resnet")
+    student.lock(image=True)
+    before = state_of(student)
+    learn(student, task)
+    moved = {n for n, v in state_of(student).items() if not torch.equal(v, before[n])}
+    assert moved and not any(n.startswith("visual.") for n in moved)
+
+
+def test_parameters_of_the_method_train_too(load_tiny: Load, task: Task) -> None:
+    method = method_named("mulki", prototype_update="learnable")
+    seen: list[torch.Tensor] = []
+    real = method.after_step
+
+    def after_step(step: int) -> None:
+        real(step)
+        seen.append(method.prototypes().detach().clone())  # type: ignore[union-attr]
+
+    method.after_step = after_step  # type: ignore[method-assign]
+    learn(load_tiny(), task, method)
+    assert not torch.equal(seen[0], seen[-1])
+
+
+def test_gradient_clipping_bounds_the_step(load_tiny: Load, task: Task) -> None:
+    def moved(**changes: Any) -> float:
+        student = load_tiny()
+        before = state_of(student)
+        # With a large epsilon the update is proportional to the gradient.
+        learn(student, task, config=replace(CONFIG, eps=1.0, **changes))
+        return max(float((v - before[n]).abs().max()) for n, v in state_of(student).items())
+
+    assert moved(grad_clip_norm=1e-3) < 1e-2 * moved()
+
+
+def test_weight_decay_shrinks_weights(load_tiny: Load, task: Task) -> None:
+    plain, decayed = load_tiny(), load_tiny()
+    learn(plain, task)
+    learn(decayed, task, config=replace(CONFIG, wd=50.0))
+    unused = "token_embedding.weight"  # most tokens get no gradient, only the decay
+    assert decayed.clip.state_dict()[unused].norm() < 0.9 * plain.clip.state_dict()[unused].norm()
+
+
+@pytest.mark.skipif(loader.load() is not None, reason=f"{loader.load()}")
+@pytest.mark.parametrize("name", ["finetune", "lwf", "mulki"])
+def test_compiled_operators_train_as_the_reference_does(
+    load_tiny: Load, task: Task, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MULKI_STRICT", "1")
+
+    def curve(backend: str) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+        model = load_tiny()
+        with use_backend(backend):
+            torch.manual_seed(3)
+            reports = learn(model, task, name, two_teachers(load_tiny))
+        return [dict(r.losses) for r in reports], state_of(model)
+
+    (compiled, weights), (reference, expected) = curve("cpp"), curve("reference")
+    for ours, theirs in zip(compiled, reference, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    assert any(compiled[0] != step for step in compiled[1:])
+    for key, value in weights.items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-5)
+
+
+def test_muon_moves_matrices_otherwise_than_adamw(load_tiny: Load, task: Task) -> None:
+    after = {}
+    for opt in ("adamw", "muon"):
+        student = load_tiny()
+        before = state_of(student)
+        learn(student, task, frozen={}, config=replace(CONFIG, opt=opt, iterations=1))
+        after[opt] = {
+            n: v - before[n] for n, v in state_of(student).items() if v.is_floating_point()
+        }
+    differs = {n for n in after["adamw"] if not torch.equal(after["adamw"][n], after["muon"][n])}
+    assert "visual.transformer.resblocks.0.mlp.c_fc.weight" in differs
+    assert "text_projection" in differs
+    assert not {n for n in differs if after["adamw"][n].ndim != 2 or "embedding" in n}

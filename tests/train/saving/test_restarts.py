@@ -1,0 +1,85 @@
+"""What torchrun starts again goes on with its own run, on all machines alike."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from mulki.distributed.launch import launcher
+from mulki.distributed.meeting import Meeting
+from mulki.errors import InputError
+from mulki.train.config.run_config import read_config, resolve
+from mulki.train.saving.restarts import restart_of
+from tests.train.run_helpers import Run
+
+
+def test_what_torchrun_starts_again_finds_its_folder(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "abc")
+    settings = resolve(read_config(run("first", method="zero_shot").path / "args.yaml"))
+    assert restart_of(settings) is None
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert restart_of(settings) is None
+    with pytest.raises(InputError, match="--name: got none beside --max-restarts"):
+        restart_of(replace(settings, run=replace(settings.run, name=None)))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert restart_of(settings) == (settings, tmp_path / "logs" / "first")
+    # It goes on with the precision that it began with.
+    automatic = replace(settings, run=replace(settings.run, precision="auto"))
+    assert restart_of(automatic) == (settings, tmp_path / "logs" / "first")
+    with pytest.raises(InputError, match="--lr: .*first is of a run with 0.001, this one has 1"):
+        restart_of(replace(settings, run=replace(settings.run, lr=1.0)))
+    # What had not got as far as a result starts again.
+    assert restart_of(replace(settings, run=replace(settings.run, name="new"))) is None
+    # A first result is on disk before the matrix is.
+    (tmp_path / "logs" / "first" / "matrix.csv").unlink()
+    assert restart_of(settings) == (settings, tmp_path / "logs" / "first")
+    # A folder of another torchrun is nobody's to take.
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "def")
+    assert restart_of(settings) is None
+
+
+def test_several_machines_agree_on_the_folder_to_go_on_with(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "abc")
+    settings = resolve(read_config(run("first", method="zero_shot").path / "args.yaml"))
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setattr("mulki.distributed.launch.launched", lambda: True)
+    ours, other = launcher(), "torchrun abc 1 on another"
+
+    def found(
+        words: list[tuple[int, str | None]], most: tuple[str, str] = ("3", "3"), **options: Any
+    ) -> list[Any]:
+        store, results = dist.HashStore(), []
+        store.set_timeout(datetime.timedelta(seconds=10))
+        for rank, logs in enumerate([settings.run.logs, "/elsewhere"]):
+            said = [json.dumps([n, m, who]) for (n, who), m in zip(words, most, strict=True)]
+            met = Meeting(store, rank, 2, tuple(said))
+            monkeypatch.setattr("mulki.distributed.launch.meeting", lambda met=met: met)
+            config = replace(settings.run, logs=logs, **options)
+            try:
+                results.append(restart_of(replace(settings, run=config)))
+            except InputError as error:
+                results.append(str(error))
+        return results
+
+    assert found([(0, ours), (0, other)]) == [None, None]
+    # The first machine's torchrun has seen no failure; or another machine has the first process.
+    for words in ([(0, ours), (1, other)], [(1, other), (0, ours)]):
+        (_, here), (_, there) = found(words)
+        assert (here, there) == (tmp_path / "logs" / "first", Path("/elsewhere/first"))
+    assert found([(1, "torchrun def 2 on one"), (1, other)]) == [None, None]
+    assert found([(1, ours), (0, other)], ("0", "0")) == [None, None]
+    for problem in found([(0, ours), (1, other)], ("0", "3")):
+        assert "--max-restarts: torchrun has 0 and 3 on the machines of this run" in problem
+    problems = found([(1, ours), (0, other)], lr=1.0)
+    assert "--lr: " in problems[0] and problems[0] == problems[1]

@@ -1,0 +1,399 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from mulki.clip.evaluation import Evaluator
+from mulki.clip.tensor_files import load_tensors, save_tensors
+from mulki.data.decoding import BadImage
+from mulki.data.image_files import ImageFiles
+from mulki.distributed.world import World
+from mulki.errors import InputError, Stopped
+from mulki.runs.answers import read_answers
+from mulki.runs.folder import RunFolder
+from mulki.runs.lock import FolderLock
+from mulki.runs.results import read_evaluations
+from mulki.train import sequence
+from mulki.train.config.precision import Precision
+from mulki.train.config.run_config import read_config, resolve
+from mulki.train.display.progress import RunProgress
+from mulki.train.learning.class_step import ClassStep
+from mulki.train.saving import recovery
+from mulki.train.saving.recovery import read_save
+from tests.train.run_helpers import Run, weights
+from tests.train_helpers import COLOURS, SHADES, same_state, write_split
+
+# Options under which every kind of state matters.
+CASES: dict[str, dict[str, Any]] = {
+    "mulki": {"method": "mulki", "we_every": 2, "alpha": 0.8, "l2": 0.1, "anchors": "both",
+              "anchors_per_step": 3, "augment": "crop"},
+    "learnable": {"method": "mulki", "prototype_update": "learnable", "grad_clip_norm": 1.0},
+    "words": {"method": "mulki", "anchors": "vocabulary", "anchor_texts": "student",
+              "anchors_per_step": 4, "lock_text": True},
+    "lwf": {"method": "lwf", "warmup": 2},
+    "muon": {"method": "finetune", "opt": "muon"},
+    "snd": {"method": "snd", "reference": "current", "reference_batch_size": 4},
+    "zscl": {"method": "zscl", "reference": "current", "we_every": 2},
+    "wise_ft": {"method": "wise_ft", "wise_base": "zero_shot"},
+    "original": {"method": "mulki", "original": "tiny-vit"},
+}  # fmt: skip
+
+
+def resumed(folder: Path) -> RunFolder:
+    done = sequence.run(resolve(read_config(folder / "args.yaml")), resume=folder)
+    assert done is not None
+    return done
+
+
+def results_of(folder: Path) -> Any:
+    lines = [
+        (e.step, e.after_task, e.eval_dataset, e.metric, e.value, e.n)
+        for e in read_evaluations(folder / "results.jsonl")
+    ]
+    answers = {
+        (row, name): each.own.tolist()
+        for row, by_name in read_answers(folder).items()
+        for name, each in by_name.items()
+    }
+    summary = json.loads((folder / "summary.json").read_text())
+    del summary["seconds"], summary["name"]
+    return lines, answers, summary, (folder / "matrix.csv").read_text()
+
+
+def check_same(one: Path, other: Path) -> None:
+    assert results_of(one) == results_of(other)
+    for task in ("task_01*", "task_02*"):
+        assert same_state(weights(one, task), weights(other, task))
+    assert not (one / "recovery").exists() and not list(one.rglob("*.tmp"))
+
+
+def stop_at(patch: pytest.MonkeyPatch, number: int, error: BaseException) -> None:
+    """Raise an error after so many steps of a run."""
+    real, seen = RunProgress.step, []
+
+    def step(self: RunProgress, report: Any) -> None:
+        real(self, report)
+        seen.append(report)
+        if len(seen) == number:
+            raise error
+
+    patch.setattr(RunProgress, "step", step)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("stopped", [3, 7])
+def test_a_stopped_run_ends_as_if_it_had_not_been(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: str, stopped: int
+) -> None:
+    options = CASES[case]
+    whole = run("whole", **options)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
+        stop_at(patch, stopped, RuntimeError("stop"))
+        run("stopped", **options)
+    # What a new process starts from is not what this one ends with.
+    random.random(), np.random.rand(), torch.rand(3)
+    check_same(resumed(tmp_path / "logs" / "stopped").path, whole.path)
+
+
+@pytest.mark.parametrize("between_tasks", [False, True])
+def test_the_gradient_scaler_goes_on(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, between_tasks: bool
+) -> None:
+    scalers: list[Any] = []
+    real = Precision.__init__
+
+    def scaling(self: Precision, *given: Any) -> None:
+        real(self, *given)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=1)
+        scalers.append(self.scaler)
+
+    monkeypatch.setattr(Precision, "__init__", scaling)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
+        if between_tasks:
+            patch.setattr(sequence._Sequence, "_save", fails)
+        else:
+            stop_at(patch, 3, RuntimeError("stop"))
+        run("stopped", method="finetune")
+    resumed(tmp_path / "logs" / "stopped")
+    # Twice as much after each of the eight steps.
+    assert scalers[-1].get_scale() == 2.0 * 2**8
+
+
+def fails(*given: object) -> None:
+    raise RuntimeError("stop")
+
+
+@pytest.mark.parametrize("number", [3, 7])
+def test_a_loss_that_is_not_finite_is_raised_after_a_save(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int
+) -> None:
+    """What made it NaN is gone when the run goes on: the state was that of the step before."""
+    options = CASES["mulki"] | {"save_every": 0}
+    whole = run("whole", **options)
+    real, steps = ClassStep.gradients, []
+
+    def gradients(self: ClassStep, *given: Any) -> dict[str, float]:
+        losses = real(self, *given)
+        steps.append(losses)
+        return losses | ({"ce_loss": math.nan} if len(steps) == number else {})
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="ce_loss is not finite"):
+        patch.setattr(ClassStep, "gradients", gradients)
+        run("stopped", **options)
+    folder = tmp_path / "logs" / "stopped"
+    saved = recovery.read_state(folder)
+    assert saved is not None and saved["steps"] + saved["in_task"]["steps"] == number - 1
+    check_same(resumed(folder).path, whole.path)
+
+
+def test_an_error_in_a_data_loading_process(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = {"method": "finetune", "augment": "crop", "workers": 1, "save_every": 0}
+    whole = run("whole", **options)
+    broken = tmp_path / "broken"
+    broken.touch()
+    real = ImageFiles.load
+
+    def load(self: ImageFiles, index: int) -> Any:
+        if index == 3 and self.root.name == "train" and broken.exists():
+            raise BadImage("3.png: cannot be read")
+        return real(self, index)
+
+    monkeypatch.setattr(ImageFiles, "load", load)
+    with pytest.raises(BadImage, match="3.png"):
+        run("stopped", **options)
+    broken.unlink()
+    check_same(resumed(tmp_path / "logs" / "stopped").path, whole.path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_signal_during_an_evaluation(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = run("whole", method="finetune")
+    real, asked = Evaluator.answers, []
+
+    def answers(self: Evaluator, *given: Any) -> Any:
+        asked.append(given)
+        if len(asked) == 4:  # the second data set after the first task
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *given)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="SIGTERM"):
+        patch.setattr(Evaluator, "answers", answers)
+        run("stopped", method="finetune")
+    check_same(resumed(tmp_path / "logs" / "stopped").path, whole.path)
+
+
+def test_one_process_goes_on_with_a_run(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
+        stop_at(patch, 3, RuntimeError("stop"))
+        run("stopped", method="finetune")
+    folder = tmp_path / "logs" / "stopped"
+    lock = FolderLock(folder)
+    with pytest.raises(InputError, match="another run is writing to this folder"):
+        resumed(folder)
+    lock.release()
+    assert resumed(folder).status == "complete"
+
+
+def test_tasks_that_have_changed_since(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, task_folders: tuple[str, str]
+) -> None:
+    tasks = tuple(str(shutil.copytree(each, tmp_path / Path(each).name)) for each in task_folders)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
+        stop_at(patch, 3, RuntimeError("stop"))
+        run("stopped", method="finetune", tasks=tasks)
+    folder = tmp_path / "logs" / "stopped"
+    image = Path(tasks[1], "train", "dark", "0.png")
+    kept = image.read_bytes()
+    Image.new("RGB", (32, 32)).save(image)
+    with pytest.raises(InputError, match="the tasks are not those that .*stopped began with"):
+        resumed(folder)
+    image.write_bytes(kept)
+    assert resumed(folder).status == "complete"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes")
+@pytest.mark.parametrize("name", ["summary.json", "results.jsonl", "out.log", "recovery"])
+def test_a_pipe_in_a_run_folder_is_not_opened(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
+        stop_at(patch, 3, RuntimeError("stop"))
+        run("stopped", method="finetune")
+    pipe = tmp_path / "logs" / "stopped" / name
+    pipe = pipe / recovery.FILE if pipe.is_dir() else pipe
+    pipe.unlink()
+    os.mkfifo(pipe)
+    with pytest.raises(InputError, match=f"{pipe.name}: a pipe, socket or device"):
+        resumed(tmp_path / "logs" / "stopped")
+
+
+def test_what_a_save_does_not_hold_would_be_seen(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The case above is sharp: without the optimiser's moments the weights are others."""
+    whole = run("whole", method="lwf")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        stop_at(patch, 3, RuntimeError("stop"))
+        run("stopped", method="lwf")
+    file = tmp_path / "logs" / "stopped" / "recovery" / recovery.FILE
+    state = recovery.read_state(tmp_path / "logs" / "stopped")
+    assert state is not None
+    for of_one in state["in_task"]["step"]["optimizer"]:
+        of_one["exp_avg"].zero_()
+    recovery.write_state(file, state)
+    assert not same_state(weights(resumed(tmp_path / "logs" / "stopped")), weights(whole))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("flip", "recovery.*checksum"),
+        ("cut", "not a whole safetensors file"),
+        ("version", "a save of another version of mulki; go on with that version"),
+        ("matrix", "rows of results"),
+        ("lines", "no line of the row zero-shot of matrix.csv"),
+        ("weights", "weights are not those"),
+        ("processes", "3 processes, these are 1"),
+        ("processes, no save", "3 processes, these are 1"),
+    ],
+)
+def test_what_cannot_go_on(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: str, said: str
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        stop_at(patch, 5, RuntimeError("stop"))
+        run("first", method="finetune")
+    folder = tmp_path / "logs" / "first"
+    file = folder / "recovery" / recovery.FILE
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        content[-5] ^= 1
+        file.write_bytes(content)
+    elif damage == "cut":
+        file.write_bytes(content[:-100])
+    elif damage == "version":
+        tensors, known = load_tensors(file)
+        save_tensors(file, tensors, known | {"format": "1"})
+    elif damage == "matrix":
+        rows = (folder / "matrix.csv").read_text().splitlines(keepends=True)
+        (folder / "matrix.csv").write_text("".join(rows[:-1]))
+    elif damage == "lines":
+        lines = (folder / "results.jsonl").read_text().splitlines(keepends=True)
+        kept = [line for line in lines if "zero-shot" not in line]
+        (folder / "results.jsonl").write_text("".join(kept))
+    elif damage == "weights":
+        known = json.loads((folder / "env.json").read_text())
+        known["hashes"]["weights"] = "other"
+        (folder / "env.json").write_text(json.dumps(known))
+    elif damage == "processes":
+        state = recovery.read_state(folder)
+        assert state is not None
+        recovery.write_state(file, state | {"processes": 3})
+    else:
+        file.unlink()
+        rows = (folder / "matrix.csv").read_text().splitlines(keepends=True)
+        (folder / "matrix.csv").write_text("".join(rows[:2]))
+        known = json.loads((folder / "env.json").read_text())
+        (folder / "env.json").write_text(json.dumps(known | {"processes": 3}))
+    with pytest.raises(InputError, match=said):
+        resumed(folder)
+
+
+def test_a_run_goes_on_without_the_package_of_a_tracker(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
+        stop_at(patch, 3, RuntimeError("stop"))
+        run("stopped")
+    folder = tmp_path / "logs" / "stopped"
+    options = yaml.safe_load((folder / "args.yaml").read_text()) | {"report_to": ["wandb"]}
+    (folder / "args.yaml").write_text(yaml.safe_dump(options))
+    monkeypatch.setattr("mulki.runs.trackers._installed", lambda name: False)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert resumed(folder).status == "complete"
+    assert "no curves for wandb" in (folder / "out.log").read_text()
+
+
+def test_every_process_has_to_see_the_same_save(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="gone is not to be seen on .*all machines see it"):
+        read_save(tmp_path / "gone", World(1, 2))
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
+        stop_at(patch, 3, RuntimeError("stop"))
+        run("stopped")
+    folder = tmp_path / "logs" / "stopped"
+    seen: list[dict[str, object]] = []
+    monkeypatch.setattr(World, "agree", lambda *given, **facts: seen.append(facts))
+    saved = recovery.hash_of_save(folder)
+    resumed(folder)
+    assert len(saved) == 64 and seen[0]["save (hash)"] == saved
+    assert recovery.hash_of_save(folder) == "none"
+
+
+def test_a_run_that_is_complete_gets_its_reports_again(run: Run) -> None:
+    folder = run(method="zero_shot").path
+    before = results_of(folder)
+    (folder / "summary.md").unlink()
+    (folder / "recovery").mkdir()
+    (folder / ".report.html.1234.tmp").write_text("half")
+    assert resumed(folder).status == "complete"
+    assert "Status: complete" in (folder / "summary.md").read_text()
+    assert not (folder / "recovery").exists() and not list(folder.glob(".*"))
+    assert results_of(folder) == before
+
+
+def test_a_run_without_training_goes_on(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = run("whole", method="zero_shot")
+    real, rows = RunFolder.add_row, []
+
+    def add_row(self: RunFolder, *given: Any) -> Any:
+        rows.append(given)
+        if len(rows) == 3:
+            raise RuntimeError("stop")
+        return real(self, *given)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(RunFolder, "add_row", add_row)
+        run("stopped", method="zero_shot")
+    assert results_of(resumed(tmp_path / "logs" / "stopped").path) == results_of(whole.path)
+
+
+def test_a_run_goes_on_with_the_images_that_it_has_held_out(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write_split(tmp_path / "whole", COLOURS, 5)
+    write_split(tmp_path / "more", SHADES, 4)
+    tasks = (str(tmp_path / "whole"), str(tmp_path / "more"))
+    options = {"method": "finetune", "tasks": tasks, "test_fraction": 0.4}
+    whole = run("all", **options)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
+        stop_at(patch, 5, RuntimeError("stop"))
+        run("stopped", **options)
+    added = tmp_path / "whole" / "red" / "5.png"
+    shutil.copy(added.with_name("0.png"), added)
+    with pytest.raises(InputError, match="the tasks are not those that .* began with"):
+        resumed(tmp_path / "logs" / "stopped")
+    added.unlink()
+    check_same(resumed(tmp_path / "logs" / "stopped").path, whole.path)

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mulki import methods
+from mulki.train import costs
+from mulki.train.config.run_config import resolve
+from mulki.train.costs import Costs, measure
+from mulki.train.learning import memory
+from mulki.train.learning.learn import StepReport
+from mulki.train.learning.memory import Fit
+from mulki.train.start.setup import prepared
+from mulki.train.task_learner import TaskLearner
+from tests.train.run_helpers import SHORT, Run, options_of, weights
+
+
+@pytest.fixture
+def measured(start_model: dict[str, str], task_folders: tuple[str, str], tmp_path: Path) -> Any:
+    def go(**options: Any) -> Costs:
+        given = {"tasks": task_folders, "logs": str(tmp_path / "plans")}
+        merged = {**SHORT, **start_model, **given, **options}
+        with prepared(resolve(merged), write=False) as setup:
+            found = measure(setup)
+        assert not (tmp_path / "plans").exists()
+        return found
+
+    return go
+
+
+@pytest.mark.parametrize("method", list(methods.available()))
+def test_every_method_is_measured(measured: Any, method: str) -> None:
+    found = measured(method=method, **options_of(method))
+    trains = methods.get(method).trains
+    cls = methods.get(method)
+    teachers = cls(cls.Options()).needs.teachers
+    assert [each.name for each in found.tasks] == ["colours", "shades"]
+    assert [each.steps for each in found.tasks] == ([4, 4] if trains else [0, 0])
+    assert (found.tasks[0].train, found.tasks[0].test, found.tasks[0].classes) == (18, 15, 3)
+    learning = sum(each.learning for each in found.tasks)
+    testing = sum(each.testing for each in found.tasks)
+    again = sum(each.testing_again for each in found.tasks)
+    assert found.seconds == pytest.approx(learning + testing + (2 * again if trains else 0))
+    assert all(each.testing > 0 for each in found.tasks) and (learning > 0) == trains
+    # Whatever is copied or trained is counted in the model's own size.
+    own = 4 * found.parameters
+    assert found.models >= own * (1 + len(teachers)) * 0.9 and (found.training > 0) == trains
+    assert (found.teacher_features > 0) == bool(teachers)
+    assert (found.image is not None) == trains
+
+
+def test_what_is_stored_is_what_a_run_stores(run: Run, measured: Any) -> None:
+    file = weights(run(method="finetune"))
+    found = measured(method="finetune")
+    assert found.stored == sum(value.numel() for value in file.values())
+    assert found.stored_bytes == sum(value.nbytes for value in file.values())
+    assert measured(method="finetune", save_checkpoints=False).stored == 0
+
+
+def test_seconds_are_those_of_as_many_steps(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps on new images of 2, 3 and 9 s, then three of 0.5 s: medians are 3 and 0.5."""
+
+    def learn(self: TaskLearner, index: int, task: Any, config: Any, **hooks: Any) -> int:
+        once = max(len(task.train) // 6, 1)
+        assert config.iterations == once + 3 and config.micro_batch == "auto"
+        for number, seconds in enumerate([2.0, 3.0, 9.0][:once] + [0.5, 0.5, 0.7], start=1):
+            hooks["listen"](StepReport(number, {}, 0.1, 6, seconds))
+        hooks["fitted"](Fit(6, 7, 1000, 70 + index))
+        return config.iterations
+
+    monkeypatch.setattr(TaskLearner, "learn", learn)
+    found = measured(method="finetune", iterations=100)
+    one, two = found.tasks  # 18 and 12 training images, in batches of 6
+    assert (one.first_step, one.later_step) == (3.0, 0.5)
+    assert one.learning == pytest.approx(3 * 3.0 + 97 * 0.5, abs=0.1)
+    assert two.learning == pytest.approx(2 * 2.5 + 98 * 0.5, abs=0.1)
+    assert (found.largest, found.image, found.batch) == (70, 7, 6)
+    # Images that are another view each time are new each time.
+    random = measured(method="finetune", iterations=100, augment="crop")
+    assert random.tasks[0].learning == pytest.approx(100 * 0.5, abs=0.1)
+
+
+def test_the_largest_micro_batch_is_of_the_free_memory(
+    measured: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plenty = measured(method="finetune")
+    assert plenty.largest is not None and plenty.largest > 6
+    assert plenty.image is not None
+    free = plenty.training + 2 * 3 * plenty.image
+    for module in (memory, costs):
+        monkeypatch.setattr(module, "free_memory", lambda device: free)
+    little = measured(method="finetune")
+    assert little.free == free and little.largest is not None and little.largest <= 3

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from mulki.errors import InputError
+from mulki.runs.new_folder import RECOVERY
+from mulki.train import grid
+from mulki.train.grid import Cell, plan, run_cells
+from tests.train.run_helpers import SHORT, weights
+
+Plan = Callable[..., list[Cell]]
+
+
+@pytest.fixture
+def planned(tmp_path: Path, start_model: dict[str, str], task_folders: tuple[str, str]) -> Plan:
+    def go(seeds: Sequence[int] = (0, 1), methods: Sequence[str] = ("finetune",), **options: Any):
+        given = {**SHORT, **start_model, "tasks": task_folders, "logs": str(tmp_path / "logs")}
+        return plan({**given, **options}, methods=methods, orders=("I",), seeds=seeds)
+
+    return go
+
+
+def states(cells: Sequence[Cell]) -> list[str]:
+    return [cell.state for cell in cells]
+
+
+def test_what_is_complete_is_kept(planned: Plan, tmp_path: Path) -> None:
+    cells = planned()
+    assert states(cells) == ["new", "new"] and not (tmp_path / "logs").exists()
+    run_cells(cells[:1])
+    folder = tmp_path / "logs" / "grid" / "finetune-order_I-seed_0"
+    before = (folder / "results.jsonl").read_bytes()
+    again = planned(methods=("finetune", "lwf"), log_every_n_steps=1)
+    assert states(again) == ["complete", "new", "new", "new"]
+    assert again[0].folder == folder
+    run_cells(again[:2])
+    assert states(planned()) == ["complete", "complete"]
+    assert (folder / "results.jsonl").read_bytes() == before
+
+
+def test_what_was_stopped_goes_on(
+    planned: Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run_cells(planned(seeds=(0,), name="whole"))
+    real = grid.run
+
+    def stopped(settings: Any, console: Any, resume: Any = None) -> None:
+        from mulki.train.sequence import _Sequence
+
+        def fails(self: Any, number: int, task: Any) -> None:
+            if number == 2:
+                raise InputError("no more")
+            save(self, number, task)
+
+        save = _Sequence._save
+        with monkeypatch.context() as patch:
+            patch.setattr(_Sequence, "_save", fails)
+            real(settings, console, resume=resume)
+
+    monkeypatch.setattr(grid, "run", stopped)
+    with pytest.raises(InputError, match="no more"):
+        run_cells(planned(seeds=(0,)))
+    monkeypatch.setattr(grid, "run", real)
+    (cell,) = planned(seeds=(0,))
+    assert cell.state == "stopped" and (cell.folder / RECOVERY).is_dir()
+    run_cells([cell])
+    assert states(planned(seeds=(0,))) == ["complete"]
+    one = weights(cell.folder)
+    other = weights(tmp_path / "logs" / "whole" / cell.folder.name)
+    assert all((one[name] == other[name]).all() for name in other)
+
+
+def test_a_folder_of_other_options_is_refused(planned: Plan) -> None:
+    run_cells(planned(seeds=(0,)))
+    with pytest.raises(InputError, match=r"--lr: .* is of a run with 0.001, this one has 0.01; "):
+        planned(lr=1e-2)
+    with pytest.raises(InputError, match="--augment: "):
+        planned(augment="crop")
+
+
+def test_a_folder_of_something_else_is_refused(planned: Plan, tmp_path: Path) -> None:
+    mine = tmp_path / "logs" / "grid" / "finetune-order_I-seed_1"
+    mine.mkdir(parents=True)
+    (mine / "mine").touch()
+    with pytest.raises(InputError, match="exists and is not empty"):
+        planned()
+
+
+def test_tasks_of_all_orders_are_looked_at_before_the_first_run(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match='order "nine"'):
+        plan({"logs": str(tmp_path)}, methods=("finetune",), orders=("I", "nine"), seeds=(0,))
+
+
+def test_long_orders_have_short_names_of_their_own() -> None:
+    names = [
+        ",".join(["aircraft", "caltech101", "cifar100", "dtd", "eurosat", last]) for last in "ab"
+    ]
+    short = [grid._short(name) for name in names]
+    assert len(set(short)) == 2 and all(len(name) <= 40 for name in short)
+    assert grid._short("II") == "II"
+    assert grid._short("a_b,c") == "a_b_c"
+    assert grid._short("猫,犬") != grid._short("犬,猫")
+
+
+def test_a_run_folder_is_no_place_for_a_grid(planned: Plan, tmp_path: Path) -> None:
+    (cell, *_) = planned()
+    grid_folder = cell.folder.parent
+    grid_folder.mkdir(parents=True)
+    (grid_folder / "args.yaml").write_text("lr: 1.0\n")
+    with pytest.raises(InputError, match=r"^--name: .* is the folder of a run"):
+        planned()
+
+
+@pytest.mark.slow
+def test_several_at_a_time(planned: Plan, tmp_path: Path) -> None:
+    run_cells(planned(), jobs=2)
+    assert states(planned()) == ["complete", "complete"]
+    # As in this process.
+    (alone,) = planned(seeds=(1,), name="alone")
+    run_cells([alone])
+    matrix = (tmp_path / "logs" / "grid" / alone.folder.name / "matrix.csv").read_bytes()
+    assert matrix == (alone.folder / "matrix.csv").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_stops_the_grid(planned: Plan, tmp_path: Path) -> None:
+    cells = planned(seeds=(0, 1, 2))
+    (Path(cells[0].settings.run.logs) / cells[0].folder.name).mkdir(parents=True)
+    (cells[0].folder / "mine").touch()
+    with pytest.raises(InputError, match=r"seed_0: .*is not empty.*; mend it and give the same"):
+        run_cells(cells, jobs=2)
+    assert not cells[2].folder.exists()
+
+
+def test_processes_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(grid.torch.cuda, "device_count", lambda: 2)
+    found = [grid._environment(slot, 3, "auto") for slot in range(3)]
+    assert [each["OMP_NUM_THREADS"] for each in found] == ["2"] * 3
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == ["0", "1", "0"]
+    # It would be the first of the one that is left.
+    assert "CUDA_VISIBLE_DEVICES" not in grid._environment(1, 3, "cuda:1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert grid._environment(0, 2, "auto") == {}
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", r"was killed by SIGKILL \(out of memory\?\)"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "was killed by SIGSEGV"),
+        ("os.kill(os.getpid(), 40)", "was killed by signal 40"),
+        ("say('mulki: error: bad'); say('task 1 of 2'); sys.exit(2)", "bad"),
+        ("say('task 1 of 2'); sys.exit(3)", "task 1 of 2, exit status 3"),
+        ("sys.exit(3)", "exit status 3"),
+    ],
+)
+def test_why_a_run_ended(
+    planned: Plan, monkeypatch: pytest.MonkeyPatch, code: str, said: str
+) -> None:
+    cells = planned()
+    head = "import os, signal, sys; say = lambda text: print(text, file=sys.stderr); "
+    progress = "" if code.startswith("sys.exit") else "say('task 1 of 2, step 3'); "
+    real = subprocess.Popen
+
+    def instead(words: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+        return real([sys.executable, "-c", head + progress + code], **options)
+
+    monkeypatch.setattr(grid.subprocess, "Popen", instead)
+    with pytest.raises(InputError, match=rf"-seed_\d: {said}; mend it and give the same"):
+        run_cells(cells, jobs=2)
+
+
+def test_jobs_beside_torchrun_are_refused(planned: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = planned()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="--jobs: got several beside torchrun"):
+        run_cells(cells, jobs=2, console=Console(quiet=True))
+
+
+def test_children_end_with_the_grid(planned: Plan, tmp_path: Path) -> None:
+    (cell, _) = planned()
+    with pytest.raises(InputError, match="enough"), grid._children() as children:
+        children[0] = child = grid._Child(cell, tmp_path, {})
+        child.process.terminate()
+        child.process.wait()
+        child.process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        started = time.monotonic()
+        raise InputError("enough")
+    assert child.process.returncode == -signal.SIGTERM
+    assert time.monotonic() - started < 30

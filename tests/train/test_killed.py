@@ -1,0 +1,168 @@
+"""Runs that are killed, or asked to end, at any moment, and go on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import ROOT
+from tests.train.run_helpers import SHORT
+from tests.train.saving.test_resuming import check_same
+
+
+@dataclass
+class Killed:
+    """The process of `killed_runs.py`."""
+
+    process: subprocess.Popen[str]
+    options: dict[str, Any]
+
+    def run(
+        self,
+        name: str,
+        *,
+        resume: bool = False,
+        events: int | None = None,
+        after: float | None = None,
+        sent: Sequence[int] = (signal.SIGKILL,),
+    ) -> tuple[int, int]:
+        """Exit status and number of events; the run gets the signals `sent` after some seconds."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        options = self.options | {"name": name}
+        folder = str(Path(options["logs"]) / name) if resume else None
+        asked = {"options": options, "resume": folder, "events": events}
+        self.process.stdin.write(json.dumps(asked) + "\n")
+        self.process.stdin.flush()
+        child = int(self.process.stdout.readline())
+        if after is not None:
+            for number in sent:
+                time.sleep(after)
+                with contextlib.suppress(ProcessLookupError):  # it has ended by then
+                    os.kill(child, number)
+                after = 0.01
+        status, seen = map(int, self.process.stdout.readline().split())
+        return status, seen
+
+    def finish(self, name: str) -> Path:
+        """Go on with a run, or start it again if it had not begun; returns its folder."""
+        folder = Path(self.options["logs"]) / name
+        begun = (folder / "summary.json").is_file() and (folder / "args.yaml").is_file()
+        assert self.run(name, resume=begun)[0] == 0
+        return folder
+
+
+@pytest.fixture(scope="module")
+def killed(
+    start_model: dict[str, str],
+    task_folders: tuple[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Killed]:
+    logs = str(tmp_path_factory.mktemp("killed"))
+    options = {**SHORT, **start_model, "tasks": list(task_folders), "logs": logs}
+    # A locked text tower makes saves of kilobytes.
+    options |= {"method": "mulki", "we_every": 2, "save_every": 1, "lock_text": True}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.train.killed_runs"],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(options | {"name": "warm"}) + "\n")
+    try:
+        yield Killed(process, options)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(killed: Killed) -> tuple[Path, float, int]:
+    """The folder of a run that nothing stopped, its seconds, and its file-system events."""
+    killed.run("first")
+    started = time.monotonic()
+    status, events = killed.run("whole")
+    assert status == 0 and events > 100
+    return Path(killed.options["logs"]) / "whole", time.monotonic() - started, events
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux")
+
+
+@needs_fork
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(12))
+def test_killed_at_a_random_moment(
+    killed: Killed, uninterrupted: tuple[Path, float, int], trial: int
+) -> None:
+    folder, seconds, _ = uninterrupted
+    moment = random.Random().uniform(0, 1.1 * seconds)
+    print(f"killed after {moment:.4f} s")
+    name = f"time-{trial}"
+    assert killed.run(name, after=moment)[0] in (-signal.SIGKILL, 0)
+    if (Path(killed.options["logs"]) / name / "matrix.csv").exists() and trial % 2:
+        killed.run(name, resume=True, after=moment / 2)  # and once more
+    killed.finish(name)
+    check_same(folder.parent / name, folder)
+
+
+@needs_fork
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(4))
+@pytest.mark.parametrize("sent", [(signal.SIGTERM,), (signal.SIGINT, signal.SIGINT)])
+def test_asked_to_end_at_a_random_moment(
+    killed: Killed, uninterrupted: tuple[Path, float, int], sent: Sequence[int], trial: int
+) -> None:
+    folder, seconds, _ = uninterrupted
+    moment = random.Random().uniform(trial / 4 * seconds, (trial + 1) / 4 * seconds)
+    print(f"{sent} after {moment:.4f} s")
+    name = f"asked-{len(sent)}-{trial}"
+    killed.run(name, after=moment, sent=sent)
+    killed.finish(name)
+    check_same(folder.parent / name, folder)
+
+
+def check_killed_at(killed: Killed, whole: Path, event: int) -> None:
+    name = f"event-{event}"
+    assert killed.run(name, events=event)[0] == -signal.SIGKILL
+    killed.finish(name)
+    check_same(whole.parent / name, whole)
+    shutil.rmtree(whole.parent / name)
+
+
+@needs_fork
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(12))
+def test_killed_at_a_file_system_event(
+    killed: Killed, uninterrupted: tuple[Path, float, int], trial: int
+) -> None:
+    folder, _, events = uninterrupted
+    number = random.Random().randint(trial * events // 12 + 1, (trial + 1) * events // 12)
+    print(f"killed at event {number} of {events}")
+    check_killed_at(killed, folder, number)
+
+
+@needs_fork
+@pytest.mark.long
+def test_killed_at_every_file_system_event(
+    killed: Killed, uninterrupted: tuple[Path, float, int]
+) -> None:
+    folder, _, events = uninterrupted
+    for number in range(1, events + 1):
+        print(f"killed at event {number} of {events}")
+        check_killed_at(killed, folder, number)

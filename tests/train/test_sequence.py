@@ -1,0 +1,490 @@
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+
+from mulki import methods
+from mulki.clip import models
+from mulki.clip.models import VisionLanguageModel
+from mulki.distributed.meeting import Meeting
+from mulki.errors import InputError, Stopped
+from mulki.methods import PREVIOUS, ZERO_SHOT
+from mulki.methods.finetune import Finetune
+from mulki.runs.answers import read_answers, seen_accuracy
+from mulki.runs.folder import RunFolder
+from mulki.runs.metrics import read_matrix
+from mulki.runs.results import read_evaluations
+from mulki.train import sequence, task_learner
+from mulki.train.config.run_config import read_config, resolve
+from mulki.train.display.progress import RunProgress
+from mulki.train.learning.class_step import ClassStep
+from mulki.train.learning.learn import StepReport
+from mulki.train.saving import recovery
+from mulki.train.saving.checkpoints import publish, save_weights
+from tests import ROOT
+from tests.train.run_helpers import SHORT, Run, options_of, weights
+from tests.train.saving.test_resuming import stop_at
+from tests.train_helpers import COLOURS, Calls, same_state, state_of, write_task
+
+METHODS = tuple(methods.available())
+
+
+def rows_of(folder: RunFolder) -> list[list[str]]:
+    with (folder.path / "matrix.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_leaves_a_complete_folder(run: Run, name: str) -> None:
+    folder = run(method=name, **options_of(name))
+    path = folder.path
+    trains = methods.get(name).trains
+    made = {p.name for p in path.iterdir()} - {"tensorboard"}
+    if trains:
+        assert made >= {"history.jsonl", "examples.json"}
+        made -= {"history.jsonl", "examples.json"}
+    wanted = {"args.yaml", "env.json", "out.log", "results.jsonl", "matrix.csv"}
+    wanted |= {"summary.json", "summary.md", "report.html", "answers", "tasks.json"}
+    assert made == wanted | ({"checkpoints"} if trains else set())
+
+    header, *rows = rows_of(folder)
+    assert header == ["after_task", "colours", "shades"]
+    assert [row[0] for row in rows] == ["zero-shot", "colours", "shades"]
+    every = read_evaluations(path / "results.jsonl")
+    evaluations = [e for e in every if e.metric == "acc1"]
+    assert [(e.after_task, e.eval_dataset) for e in evaluations] == [
+        (after, data) for after in ("zero-shot", "colours", "shades") for data in header[1:]
+    ]
+    assert [f"{e.value:.4f}" for e in evaluations] == [v for row in rows for v in row[1:]]
+    assert [e.n for e in evaluations] == [15, 10] * 3
+    steps = [0, 0, 4, 4, 8, 8] if trains else [0] * 6
+    assert [e.step for e in evaluations] == steps
+
+    seen = [e for e in every if e.metric == "acc1_seen"]
+    assert len(seen) + len(evaluations) == len(every)
+    assert [(e.after_task, e.eval_dataset, e.n) for e in seen] == [
+        ("colours", "all-seen", 15), ("shades", "all-seen", 25)
+    ]  # fmt: skip
+    answers = read_answers(path)
+    assert list(answers) == ["zero-shot", "colours", "shades"]
+    assert [e.value for e in seen] == [
+        seen_accuracy(answers[e.after_task].values())[0] for e in seen
+    ]
+    # With one task learned, one head is the head of that task.
+    assert seen[0].value == evaluations[2].value
+
+    summary = json.loads((path / "summary.json").read_text())
+    after = {e.after_task: round(e.value, 4) for e in seen}
+    assert summary["class_incremental"] == {
+        "after": after, "average": sum(after.values()) / 2, "last": after["shades"]
+    }  # fmt: skip
+    assert summary["status"] == "complete" and summary["tasks"] == ["colours", "shades"]
+    assert summary["method"] == name and summary["seed"] == 0
+    words = name in ("lwf_vr", "mulki", "zscl")
+    assert summary["uses"] == (["a vocabulary of words"] if words else [])
+    assert summary["metrics"] == read_matrix(path / "matrix.csv").metrics().to_dict()
+    assert "colours" in (path / "summary.md").read_text()
+    assert "colours" in (path / "report.html").read_text()
+    average, last = f"{sum(after.values()) / 2:.2f}", f"{after['shades']:.2f}"
+    assert f"average {average}, last {last}" in (path / "summary.md").read_text()
+    page = (path / "report.html").read_text()
+    for title, value in (("average", average), ("last", last)):
+        assert f'<dt>Class-incremental {title}</dt><dd class="value">{value}</dd>' in page
+
+    args = yaml.safe_load((path / "args.yaml").read_text())
+    assert args["method"] == name and args["lr"] == 1e-3 and args["device"] == "cpu"
+    hashes = json.loads((path / "env.json").read_text())["hashes"]
+    assert set(hashes["tasks"]) == set(hashes["prompts"]) == {"colours", "shades"}
+    assert set(hashes["splits"]) == {"colours", "shades"}
+    assert re.fullmatch("[0-9a-f]{64}", hashes["weights"])
+
+    if trains:
+        names = {p.name for p in (path / "checkpoints").iterdir()}
+        tasks = {f"task_{i:02d}_{t}.safetensors" for i, t in ((1, "colours"), (2, "shades"))}
+        assert names == tasks | {"latest"}
+        log = (path / "out.log").read_text()
+        for task in ("colours", "shades"):
+            for step in (1, 2, 4):
+                line = rf"{task} step {step}: ce \d+\.\d{{3}}.*, lr [\d.e-]+, \d+ img/s"
+                assert re.search(line, log)
+            assert f"{task} step 3:" not in log
+
+
+def test_training_is_seen_in_the_matrix(run: Run) -> None:
+    folder = run(method="finetune", iterations=30, lr=5e-3)
+    assert folder.matrix.rows[0][0] > max(60.0, folder.matrix.zero_shot[0])  # type: ignore[index]
+
+
+def test_rows_of_zero_shot_are_the_same_and_evaluated_once(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    real = VisionLanguageModel.encode_images
+
+    def counted(model: VisionLanguageModel, images: torch.Tensor) -> torch.Tensor:
+        seen.append(len(images))
+        return real(model, images)
+
+    monkeypatch.setattr(VisionLanguageModel, "encode_images", counted)
+    _, *rows = rows_of(run(method="zero_shot"))
+    assert len({tuple(row[1:]) for row in rows}) == 1
+    assert sum(seen) == 25
+
+
+def test_zero_shot_row_of_every_method_is_that_of_the_start_model(run: Run) -> None:
+    rows = [run(name, method=name, **options_of(name)).matrix.zero_shot for name in METHODS]
+    assert len(set(rows)) == 1
+
+
+@pytest.mark.parametrize("options", [{"iterations": 3}, {"epochs": 0.5}])
+def test_saved_configuration_repeats_the_run(run: Run, options: dict[str, Any]) -> None:
+    given = {"method": "mulki", "gate": "uniform", "seed": 5, **options}
+    first = run(**given)
+    settings = resolve(read_config(first.path / "args.yaml") | {"name": "again"})
+    again = sequence.run(settings)
+    assert same_state(weights(first), weights(again))
+    assert rows_of(first) == rows_of(again)
+
+
+def test_a_report_that_fails_does_not_fail_the_run(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(path: Path) -> None:
+        raise RuntimeError("no space")
+
+    monkeypatch.setattr(sequence, "write_report", fails)
+    folder = run(method="zero_shot")
+    assert folder.status == "complete" and (folder.path / "matrix.csv").exists()
+    assert "no report in " in caplog.text and "RuntimeError: no space" in caplog.text
+
+
+@pytest.mark.parametrize("augment", ["none", "crop"])
+def test_same_seed_same_bits_other_seed_other_weights(run: Run, augment: str) -> None:
+    one, two, other = (
+        run(f"{i}", method="mulki", augment=augment, seed=seed) for i, seed in enumerate((0, 0, 1))
+    )
+    assert rows_of(one) == rows_of(two)
+    assert same_state(weights(one), weights(two))
+    assert not same_state(weights(one), weights(other))
+
+
+def test_a_process_of_its_own_gives_the_same_bits(
+    run: Run, tmp_path: Path, start_model: dict[str, str], task_folders: tuple[str, str]
+) -> None:
+    options = {"method": "mulki", "anchors": "both", "anchors_per_step": 3, "deterministic": True}
+    here = run("here", **options)
+    given = {**SHORT, **start_model, **options, "tasks": task_folders, "logs": str(tmp_path)}
+    (tmp_path / "there.yaml").write_text(
+        yaml.safe_dump(resolve({**given, "name": "there"}).to_dict())
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "mulki", "run", "--config", str(tmp_path / "there.yaml")],
+        cwd=ROOT,
+        # Sets have another order there.
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    there = RunFolder.open(tmp_path / "there")
+    assert rows_of(here) == rows_of(there)
+    assert same_state(weights(here), weights(there))
+
+
+@pytest.mark.parametrize("augment", ["none", "crop"])
+def test_workers_change_nothing(run: Run, augment: str) -> None:
+    alone, helped = (
+        run(f"{workers}", method="mulki", workers=workers, augment=augment, iterations=2)
+        for workers in (0, 2)
+    )
+    assert rows_of(alone) == rows_of(helped)
+    assert same_state(weights(alone), weights(helped))
+
+
+class Learned:
+    """Copies of what `learn_task` got and left behind, task by task."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.frozen: list[dict[str, VisionLanguageModel]] = []
+        self.teachers: list[dict[str, dict[str, torch.Tensor]]] = []
+        self.before: list[dict[str, torch.Tensor]] = []
+        self.after: list[dict[str, torch.Tensor]] = []
+        real = task_learner.learn_task
+
+        def spy(model: VisionLanguageModel, method: Any, task: Any, frozen: Any, *a: Any, **k: Any):
+            self.frozen.append(dict(frozen))
+            self.teachers.append({name: state_of(m) for name, m in frozen.items()})
+            self.before.append(state_of(model))
+            steps = real(model, method, task, frozen, *a, **k)
+            self.after.append(state_of(model))
+            return steps
+
+        patch.setattr(task_learner, "learn_task", spy)
+
+
+def test_teachers_are_the_original_and_the_previous_model(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, task_folders: tuple[str, str]
+) -> None:
+    third = write_task(tmp_path / "third", COLOURS, train=2, test=1)
+    seen = Learned(monkeypatch)
+    run(method="mulki", tasks=(*task_folders, str(third)))
+    original = seen.before[0]
+    assert seen.frozen[0][ZERO_SHOT] is seen.frozen[0][PREVIOUS]
+    for i in range(3):
+        assert same_state(seen.teachers[i][ZERO_SHOT], original)
+        assert not same_state(seen.after[i], seen.before[i])
+    for i in (1, 2):
+        assert same_state(seen.teachers[i][PREVIOUS], seen.after[i - 1])
+        assert same_state(seen.before[i], seen.after[i - 1])
+        assert seen.frozen[i][PREVIOUS] is not seen.frozen[i][ZERO_SHOT]
+
+
+def test_frozen_models_are_encoded_once_per_task(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(monkeypatch)
+    seen = Learned(monkeypatch)
+    run(method="mulki", anchors="none")
+    original, previous = seen.frozen[1][ZERO_SHOT], seen.frozen[1][PREVIOUS]
+    # colours: 3 texts, 18 images; shades: 2 texts, 12 images.
+    assert calls.of(original, "texts") == [3, 2]
+    assert sum(calls.of(original, "images")) == 18 + 12
+    assert calls.of(previous, "texts") == [2]
+    assert sum(calls.of(previous, "images")) == 12
+
+
+def test_methods_without_teachers_copy_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[VisionLanguageModel] = []
+    real = VisionLanguageModel.frozen_copy
+    monkeypatch.setattr(
+        VisionLanguageModel, "frozen_copy", lambda self: copied.append(self) or real(self)
+    )
+    run(method="finetune")
+    assert not copied
+    run(name="other", method="lwf")
+    assert copied
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of luck")])
+def test_what_ends_a_run_leaves_its_results(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: BaseException
+) -> None:
+    steps: list[StepReport] = []
+    real = RunProgress.step
+
+    def step(self: RunProgress, report: StepReport) -> None:
+        steps.append(report)
+        if len(steps) == 6:  # the second step of the second task
+            raise error
+        real(self, report)
+
+    monkeypatch.setattr(RunProgress, "step", step)
+    with pytest.raises(type(error)):
+        run(method="mulki")
+    path = tmp_path / "logs" / "first"
+    matrix = read_matrix(path / "matrix.csv")
+    assert matrix.tasks == ("colours",) and matrix.zero_shot is not None
+    summary = json.loads((path / "summary.json").read_text())
+    assert summary["status"] == "interrupted" and summary["tasks"] == ["colours"]
+    assert len(read_evaluations(path / "results.jsonl")) == 5
+    assert list(read_answers(path)) == ["zero-shot", "colours"]
+    assert "interrupted" in (path / "summary.md").read_text()
+    assert type(error).__name__ in (path / "out.log").read_text()
+    model = models.load(f"local-dir:{path / 'checkpoints' / 'latest'}")
+    assert same_state(model.checkpoint(), weights(path, "task_01*"))
+
+
+def test_a_second_signal_while_the_report_is_written_ends_it_too(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stop_at(monkeypatch, 2, Stopped(signal.SIGINT))
+
+    def interrupted(path: Path) -> None:
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(sequence, "write_report", interrupted)
+    with pytest.raises(Stopped, match="SIGTERM") as caught:
+        run()
+    folder = str(tmp_path / "logs" / "first")
+    assert (caught.value.resume, caught.value.results) == (folder, folder)
+
+
+def test_loss_that_is_not_finite_keeps_the_zero_shot_row(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not finite"):
+        run(method="finetune", lr=1e30)
+    path = tmp_path / "logs" / "first"
+    assert json.loads((path / "summary.json").read_text())["status"] == "interrupted"
+    assert read_matrix(path / "matrix.csv").zero_shot is not None
+
+
+@pytest.mark.parametrize("lr", [1e30, 1e38])
+def test_weights_that_diverge_in_the_last_step_are_not_a_result(
+    run: Run, tmp_path: Path, lr: float
+) -> None:
+    """The loss was finite before that step, and the model it leaves is not."""
+    with pytest.raises(InputError, match="not finite|NaN or an infinity"):
+        run(method="finetune", iterations=1, lr=lr)
+    path = tmp_path / "logs" / "first"
+    assert json.loads((path / "summary.json").read_text())["status"] == "interrupted"
+    assert read_matrix(path / "matrix.csv").tasks == ()
+    assert not list(path.rglob("task_*")) and not list(path.rglob("open_clip*"))
+
+
+@pytest.mark.parametrize(("options", "updates"), [({}, 8), ({"spike_guard": 5.0}, 6)])
+def test_a_loss_that_explodes_is_reported(
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    options: dict[str, Any],
+    updates: int,
+) -> None:
+    gradients, update = ClassStep.gradients, ClassStep.update
+    calls: list[str] = []
+
+    def exploding(self: ClassStep, *given: Any) -> dict[str, float]:
+        calls.append("gradients")
+        losses = gradients(self, *given)
+        # The third step of each task.
+        return {k: v * (30 if calls.count("gradients") % 4 == 3 else 1) for k, v in losses.items()}
+
+    def counted(self: ClassStep, lr: float) -> None:
+        calls.append("update")
+        update(self, lr)
+
+    # What counts steps, such as a running mean, counts those that are left out too.
+    monkeypatch.setattr(Finetune, "after_step", lambda self, step: calls.append(f"after {step}"))
+
+    monkeypatch.setattr(ClassStep, "gradients", exploding)
+    monkeypatch.setattr(ClassStep, "update", counted)
+    with caplog.at_level(logging.WARNING, "mulki"):
+        run(method="finetune", **options)
+    assert calls.count("gradients") == 8 and calls.count("update") == updates
+    assert [c for c in calls if c.startswith("after")] == [f"after {n}" for n in (1, 2, 3, 4)] * 2
+    for task in ("colours", "shades"):
+        assert f"task {task}: the loss of 1 steps, step 3 the first" in caplog.text
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+@pytest.mark.parametrize("method", ["zero_shot", "mulki"])
+def test_start_weights_that_are_not_finite_are_refused(
+    run: Run, start_model: dict[str, str], tmp_path: Path, method: str, bad: str
+) -> None:
+    model = models.load(start_model["model"])
+    with torch.no_grad():
+        model.clip.visual.proj[0, 0] = float(bad)
+    save_weights(model, tmp_path / "bad.safetensors")
+    publish(model, tmp_path / "bad.safetensors", tmp_path / "bad")
+    with pytest.raises(InputError, match="1 of .* weights hold a NaN or an infinity.*visual.proj"):
+        run(method=method, model=f"local-dir:{tmp_path / 'bad'}")
+    assert not (tmp_path / "logs").exists()
+
+
+def test_locked_model_can_be_evaluated(run: Run) -> None:
+    assert run(method="zero_shot", lock_text=True, lock_image=True).status == "complete"
+
+
+def test_skipped_images_are_counted(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = write_task(tmp_path / "damaged", COLOURS, train=3, test=2)
+    (task / "train" / "red" / "0.png").write_bytes(b"no image")
+    (task / "test" / "blue" / "1.png").write_bytes(b"")
+    with pytest.raises(InputError, match="unreadable.*--skip-bad-images"):
+        run(tasks=(str(task),))
+    with caplog.at_level(logging.WARNING, "mulki"):
+        folder = run(tasks=(str(task),), skip_bad_images=True)
+    assert "task damaged: unreadable images left out: 2" in caplog.text
+    assert "task damaged: unreadable images left out: 2" in (folder.path / "out.log").read_text()
+    assert {e.n for e in read_evaluations(folder.path / "results.jsonl")} == {5}
+    assert len(read_answers(folder.path)["damaged"]["damaged"].own) == 5
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if methods.get(name).trains])
+@pytest.mark.parametrize(
+    "options", [{"micro_batch": "1"}, {"micro_batch": "4"}, {"grad_checkpointing": True}]
+)
+def test_memory_is_saved_without_another_result(
+    run: Run, method: str, options: dict[str, Any]
+) -> None:
+    options = options_of(method) | options
+    plain = run("plain", method=method, eps=1e-4, **options_of(method))
+    ours = run("ours", method=method, eps=1e-4, **options)
+    assert ours.matrix == plain.matrix
+    wanted, start = weights(plain), weights(plain, "task_01*")
+    for key, value in weights(ours).items():
+        torch.testing.assert_close(value, wanted[key], rtol=0, atol=2e-5)
+    assert max(float((v - start[k]).abs().max()) for k, v in wanted.items()) > 1e-3
+
+
+def test_the_micro_batch_that_fits_is_told(run: Run) -> None:
+    folder = run(micro_batch="auto")
+    log = (folder.path / "out.log").read_text()
+    assert re.search(
+        r"--micro-batch auto: 6 of 6 images at a time \(\d+\.\d MiB an image, \d+ MiB free\)", log
+    )
+
+
+@pytest.mark.parametrize("precision", ["bf16", "pure_bf16", "amp_bfloat16", "amp"])
+def test_half_precision_learns(run: Run, precision: str) -> None:
+    folder = run(precision=precision, method="finetune", lr=3e-3, iterations=30)
+    stored = {v.dtype for n, v in weights(folder).items() if n.endswith("weight")}
+    half = {"bf16": {torch.bfloat16, torch.float32}, "pure_bf16": {torch.bfloat16}}
+    assert stored == half.get(precision, {torch.float32})
+    assert folder.matrix.metrics().last > folder.matrix.zero_shot_metrics().last + 10
+
+
+def test_student_and_teachers_are_compiled_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[VisionLanguageModel] = []
+    monkeypatch.setattr(VisionLanguageModel, "compile", lambda model: compiled.append(model))
+    run("plain")
+    assert compiled == []
+    run("ours", torchcompile=True)
+    assert len(compiled) == len({id(model.clip) for model in compiled}) == 3
+
+
+def test_without_checkpoints(run: Run) -> None:
+    assert not (run(save_checkpoints=False).path / "checkpoints").exists()
+
+
+def test_a_signal_during_a_save_between_two_tasks_ends_the_run_there(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write = recovery.write_state
+
+    def interrupted(path: Path, state: recovery.State) -> None:
+        write(path, state)
+        if state["in_task"] is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(recovery, "write_state", interrupted)
+    with pytest.raises(Stopped):
+        run(method="finetune")
+    folder = tmp_path / "logs" / "first"
+    assert read_matrix(folder / "matrix.csv").tasks == ()
+    monkeypatch.setattr(recovery, "write_state", write)
+    again = sequence.run(resolve(read_config(folder / "args.yaml")), resume=folder)
+    assert again is not None and again.matrix.tasks == ("colours", "shades")
+
+
+def test_the_first_process_says_whether_a_run_is_complete(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Another one may not see the folder, and would wait for processes that have ended."""
+    store = dist.HashStore()
+    first, second = (Meeting(store, rank, 2, ("", "")) for rank in (0, 1))
+    first.told_by_first("complete", True)
+    monkeypatch.setattr("mulki.distributed.launch.launched", lambda: True)
+    monkeypatch.setattr("mulki.distributed.launch.meeting", lambda: second)
+    monkeypatch.setenv("RANK", "1")
+    assert sequence.run(resolve({}), resume=tmp_path / "elsewhere") is None
