@@ -62,7 +62,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file; the metadata without the checksum.
+    """The tensors and the metadata of a safetensors file; its checksum is among the latter.
 
     A file without a checksum, which another program has written, is taken as it is.
 
@@ -81,33 +81,16 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         raise InputError(
             f"{path}: not a whole safetensors file ({reason}); restore it or pass another"
         ) from None
-    checksum = metadata.pop(CHECKSUM, None)
-    if checksum is not None and checksum != _digest(tensors, metadata):
+    if CHECKSUM in metadata and metadata[CHECKSUM] != _digest(tensors, metadata):
         raise InputError(
             f"{path}: damaged, its content does not have its checksum; restore it or pass another"
         )
     return tensors, metadata
 
 
-def checksum_of(path: str | os.PathLike[str]) -> str | None:
-    """The checksum that a safetensors file carries; its content is not read."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return (file.metadata() or {}).get(CHECKSUM)
-
-
-def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of those that hold a NaN or an infinity."""
-    return [
-        name
-        for name, value in tensors.items()
-        if value.is_floating_point() and not torch.isfinite(value).all()
-    ]
-
-
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
+    known = sorted(item for item in metadata.items() if item[0] != CHECKSUM)
+    digest = hashlib.sha256(repr(known).encode())
     for name, value in sorted(tensors.items()):
         digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
         digest.update(_bytes(value))

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mulki.clip import tensor_files
-from mulki.clip.tensor_files import load_tensors, not_finite, save_tensors
+from mulki.clip.tensor_files import load_tensors, save_tensors
 from mulki.errors import InputError
 
 TENSORS = {
@@ -30,7 +30,7 @@ def same(found: dict[str, torch.Tensor]) -> bool:
 def test_what_was_written_is_read(tmp_path: Path) -> None:
     save_tensors(tmp_path / "x.safetensors", TENSORS, {"model": "m"})
     tensors, metadata = load_tensors(tmp_path / "x.safetensors")
-    assert same(tensors) and metadata == {"model": "m"}
+    assert same(tensors) and metadata.keys() == {"model", "sha256"} and metadata["model"] == "m"
     assert os.listdir(tmp_path) == ["x.safetensors"]
 
 
@@ -60,7 +60,7 @@ def test_the_same_content_has_the_same_bytes(tmp_path: Path) -> None:
     backwards = dict(reversed(TENSORS.items())), dict(reversed(metadata.items()))
     save_tensors(second, *backwards)
     assert first.read_bytes() == second.read_bytes()
-    assert same(load_file(second)) and load_tensors(second)[1] == metadata
+    assert same(load_file(second)) and load_tensors(second)[1].items() > metadata.items()
 
 
 def test_views_of_one_tensor(tmp_path: Path) -> None:
@@ -97,12 +97,6 @@ def test_what_is_no_such_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.safetensors")
     with pytest.raises(InputError, match="a pipe"):
         load_tensors(tmp_path / "pipe.safetensors")
-
-
-def test_not_finite() -> None:
-    tensors = {"a": torch.tensor([1.0, float("nan")]), "b": torch.tensor(float("inf"))}
-    assert not_finite(TENSORS | {"z": tensors["a"], "y": tensors["b"]}) == ["z", "y"]
-    assert not_finite(TENSORS) == []
 
 
 @pytest.fixture

@@ -23,9 +23,9 @@ from torch.distributed.tensor import DTensor
 from mulki import methods
 from mulki.choices.options import flag, option_name
 from mulki.clip.models import VisionLanguageModel
-from mulki.clip.tensor_files import checksum_of, load_tensors, not_finite, save_tensors
+from mulki.clip.tensor_files import CHECKSUM, load_tensors, save_tensors
 from mulki.clip.texts import TextInputs
-from mulki.distributed.parts import gathered, set_whole
+from mulki.distributed.parts import set_whole
 from mulki.distributed.world import ALONE, World
 from mulki.errors import InputError, Stopped
 from mulki.files import sync
@@ -113,12 +113,12 @@ class Saves:
             return
         with self._signals.held():
             started = time.monotonic()
-            state = gathered(self._state(in_task), kept=self._path is not None)
+            state = self._state(in_task)
+            check_finite(state.get(STUDENT, {}), "the student", TOO_FAST)
             if self._path is not None:
-                check_finite(state.get(STUDENT, {}), "the student", TOO_FAST)
                 self._path.parent.mkdir(exist_ok=True)
                 sync(self._path.parent.parent)
-                write_state(self._path, state)
+            write_state(self._path, state)
             self._saved_at = time.monotonic()
             self._seconds = self._saved_at - started
 
@@ -184,7 +184,7 @@ def check_finite(weights: Mapping[str, Tensor], what: str, advice: str) -> None:
         InputError: there is one.
     """
     parts = {n: v.to_local() if isinstance(v, DTensor) else v for n, v in weights.items()}
-    bad = not_finite(parts)
+    bad = [n for n, v in parts.items() if v.is_floating_point() and not v.isfinite().all()]
     if bad:
         raise InputError(
             f"{what}: {len(bad)} of {len(weights)} weights hold a NaN or an infinity, the first is "
@@ -192,23 +192,31 @@ def check_finite(weights: Mapping[str, Tensor], what: str, advice: str) -> None:
         )
 
 
-def write_state(path: Path, state: State) -> None:
-    """Write a state of nested dicts and lists, with tensors, numbers and texts in them."""
+def write_state(path: Path | None, state: State) -> None:
+    """Write a state of nested dicts and lists, with tensors, numbers and texts in them.
+
+    Args:
+        path: None in all processes but the one that writes. They take part since each may have a
+            part of a tensor; one tensor at a time is whole on the device.
+    """
     tensors: dict[str, Tensor] = {}
 
     def take_out(value: Any) -> dict[str, str]:
         if not isinstance(value, Tensor):
             raise TypeError(f"{type(value).__name__}: a save holds tensors, numbers and texts")
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
         name = str(len(tensors))
-        tensors[name] = value.detach().cpu()
+        if path is not None:
+            tensors[name] = whole.detach().cpu()
         return {_TENSOR: name}
 
     layout = json.dumps(state, default=take_out)
-    save_tensors(path, tensors, {"layout": layout, "format": _FORMAT})
+    if path is not None:
+        save_tensors(path, tensors, {"layout": layout, "format": _FORMAT})
 
 
 def read_state(folder: Path) -> State | None:
-    """The last save of a run folder; None if there is none.
+    """The last save of a run folder, with its checksum as `CHECKSUM`; None if there is none.
 
     Raises:
         InputError: it is damaged, or of another version of mulki.
@@ -225,13 +233,7 @@ def read_state(folder: Path) -> State | None:
     state: State = json.loads(
         metadata["layout"], object_hook=lambda d: tensors[d[_TENSOR]] if _TENSOR in d else d
     )
-    return state
-
-
-def hash_of_save(folder: Path) -> str:
-    """What tells the last save of a run folder from others; "none" if there is none."""
-    path = folder / RECOVERY / FILE
-    return str(checksum_of(path)) if path.exists() else "none"
+    return state | {CHECKSUM: metadata[CHECKSUM]}
 
 
 def open_to_resume(path: Path, config: RunConfig) -> RunFolder:

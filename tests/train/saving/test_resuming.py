@@ -344,10 +344,10 @@ def test_every_process_has_to_see_the_same_save(
     folder = tmp_path / "logs" / "stopped"
     seen: list[dict[str, object]] = []
     monkeypatch.setattr(World, "agree", lambda *given, **facts: seen.append(facts))
-    saved = recovery.hash_of_save(folder)
+    saved = recovery.read_state(folder)
     resumed(folder)
-    assert len(saved) == 64 and seen[0]["save (hash)"] == saved
-    assert recovery.hash_of_save(folder) == "none"
+    assert saved is not None and len(saved["sha256"]) == 64
+    assert seen[0]["save (hash)"] == saved["sha256"]
 
 
 def test_a_run_that_is_complete_gets_its_reports_again(run: Run) -> None:
