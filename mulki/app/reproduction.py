@@ -166,7 +166,7 @@ def options_of(data: RunData) -> dict[str, Any]:
     """
     try:
         options = yaml.safe_load(data.config) or {}
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except (yaml.YAMLError, ValueError):
         options = None
     if not isinstance(options, dict):
         raise InputError(f"{data.name}: its args.yaml is damaged; restore it, or leave the run out")

@@ -1,13 +1,14 @@
-"""Safetensors files that carry a checksum of their content."""
+"""Safetensors files that carry a checksum of their content, and whose bytes repeat."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,37 +18,51 @@ from mulki.files import check_regular, replacing
 
 CHECKSUM = "sha256"
 
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file; an older one stays until the new one has been read back.
 
+    safetensors' own writer orders metadata by chance, and lets the owner alone read the file.
+
     Args:
-        tensors: contiguous, on the CPU; no two share memory.
+        tensors: on the CPU.
         metadata: kept beside them, with a checksum of all.
 
     Raises:
         OSError: it cannot be written, or reads otherwise than it was written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    checksum = _digest(tensors, metadata)
+    known = {**metadata, CHECKSUM: _digest(tensors, metadata)}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(known.items()))}
+    # Large elements first, so that each lies at a multiple of its size.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    end = 0
+    for name, value in ordered:
+        begin, end = end, end + value.nbytes
+        header[name] = {"dtype": _NAMES[value.dtype], "shape": list(value.shape)}
+        header[name]["data_offsets"] = [begin, end]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
     with replacing(path) as temporary:
         try:
-            save_file(dict(tensors), temporary, metadata={**metadata, CHECKSUM: checksum})
-        except SafetensorError as error:
-            code = re.search(r"os error (\d+)", str(error))
-            if code is None:
-                raise
-            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
-        try:
+            with temporary.open("wb") as file:
+                file.write(len(text).to_bytes(8, "little") + text)
+                for _, value in ordered:
+                    file.write(_bytes(value))
             load_tensors(temporary)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
         except InputError:
             raise OSError(errno.EIO, "what was written reads differently", str(path)) from None
 
 
 def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file; the metadata without the checksum.
+    """The tensors and the metadata of a safetensors file; its checksum is among the latter.
 
     A file without a checksum, which another program has written, is taken as it is.
 
@@ -66,34 +81,21 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         raise InputError(
             f"{path}: not a whole safetensors file ({reason}); restore it or pass another"
         ) from None
-    checksum = metadata.pop(CHECKSUM, None)
-    if checksum is not None and checksum != _digest(tensors, metadata):
+    if CHECKSUM in metadata and metadata[CHECKSUM] != _digest(tensors, metadata):
         raise InputError(
             f"{path}: damaged, its content does not have its checksum; restore it or pass another"
         )
     return tensors, metadata
 
 
-def checksum_of(path: str | os.PathLike[str]) -> str | None:
-    """The checksum that a safetensors file carries; its content is not read."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return (file.metadata() or {}).get(CHECKSUM)
-
-
-def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of those that hold a NaN or an infinity."""
-    return [
-        name
-        for name, value in tensors.items()
-        if value.is_floating_point() and not torch.isfinite(value).all()
-    ]
-
-
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
+    known = sorted(item for item in metadata.items() if item[0] != CHECKSUM)
+    digest = hashlib.sha256(repr(known).encode())
     for name, value in sorted(tensors.items()):
         digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
-        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(_bytes(value))
     return digest.hexdigest()
+
+
+def _bytes(value: Tensor) -> Any:
+    return value.contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Hashable, Sequence
 from itertools import chain, zip_longest
 
-import numpy as np
+import torch
 from PIL import Image
 
 from mulki.data.caption_task import CaptionedImages, same_text
@@ -102,12 +102,6 @@ def few_shot(task: Task, shots: int, seed: int) -> Task:
 
 
 def permutation(count: int, seed: int) -> list[int]:
-    """``torch.randperm(count)`` of a CPU generator with that seed."""
-    # Fisher and Yates' shuffle on the 32-bit numbers of the Mersenne Twister. NumPy keeps the
-    # stream of RandomState as it is for good.
-    drawn = np.random.RandomState(seed).randint(0, 2**32, size=count, dtype=np.uint32).tolist()
-    order = list(range(count))
-    for i in range(count - 1):
-        j = i + drawn[i] % (count - i)
-        order[i], order[j] = order[j], order[i]
-    return order
+    """The numbers below `count` in an order of chance, the same for the same seed."""
+    # A test holds the orders that published splits are drawn with.
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import os
+import platform
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -13,8 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mulki.distributed.meeting import Meeting, meet
-from mulki.distributed.roll_call import RollCall
+from mulki.distributed.roll_call import Meeting, RollCall, meet
 from mulki.distributed.torchrun import launcher
 from mulki.distributed.world import World
 from mulki.errors import InputError
@@ -111,19 +110,21 @@ def meeting() -> Meeting:
         )
     # With torch's own timeout: machines may start minutes apart.
     store, rank, size = next(dist.rendezvous("env://"))
-    word = json.dumps([restarts_here(), most_restarts(), launcher()])
-    return meet(store, rank, size, word)
+    return meet(store, rank, size, _word())
 
 
-def restarts_here() -> int:
-    """How often this machine's torchrun has started its processes again."""
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return _number("TORCHELASTIC_RESTART_COUNT", restarts, least=0)
+def met() -> Meeting:
+    """The `meeting`, or one of this process alone.
+
+    The words of it are lists: how often this machine's torchrun may start its processes again,
+    which torchrun that is, and of the process its number and machine.
+    """
+    return meeting() if launched() else Meeting(dist.HashStore(), 0, 1, (_word(),))
 
 
-def most_restarts() -> str:
-    """How often it may at most."""
-    return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+def _word() -> list[Any]:
+    most = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    return [most, launcher(), f"pid {os.getpid()} on {platform.node()}"]
 
 
 def join(
@@ -148,15 +149,15 @@ def join(
         return World(dist.get_rank(), dist.get_world_size(), roll=roll, hold=hold)
     if not launched():
         return World()
-    met = meeting()
+    found = meeting()
     backend = dist.get_default_backend_for_device(device)
     bound = None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # Tensors on the CPU go through gloo, as in torchrun's default.
         backend, bound = f"cpu:gloo,cuda:{backend}", device
-    rank, size = met.rank, met.size
-    store = dist.PrefixStore(f"group {next(_groups)}", met.store)
+    rank, size = found.rank, found.size
+    store = dist.PrefixStore(f"group {next(_groups)}", found.store)
     dist.init_process_group(
         backend,
         store=store,
@@ -165,6 +166,6 @@ def join(
         timeout=timedelta(seconds=timeout),
         device_id=bound,
     )
-    roll = RollCall(store, rank, size)
+    roll = RollCall(store, rank, [place for *_, place in found.words])
     _made = dist.group.WORLD, roll
     return World(rank, size, joined=True, roll=roll, hold=hold)

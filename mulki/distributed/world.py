@@ -185,6 +185,13 @@ class World:
         gathered: Tensor = _Gather.apply(rows, self, count)
         return gathered
 
+    def each(self, value: Any) -> list[Any]:
+        """What each process has as `value`, by number. All processes have to call this."""
+        found = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value)
+        return found
+
     def average(self, parameters: Iterable[nn.Parameter]) -> None:
         """Average the gradients of parameters over all processes, in few reductions.
 

@@ -91,7 +91,7 @@ def read_contents(folder: str | os.PathLike[str]) -> RunContents:
         try:
             check_regular(folder / name)
             return reader()
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # whatever a damaged file raises
             text = str(error).removeprefix(f"{folder}{os.sep}")
             missing.append(text if name in text else f"{name}: {text}")
             return instead

@@ -7,8 +7,9 @@ that was cut off by a crash is left out.
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -104,31 +105,19 @@ def mean_seconds(history: Sequence[StepRecord]) -> dict[str, float]:
 
 
 def _record(line: str) -> StepRecord | None:
+    # None for a line that was cut off, or changed by hand or by a disk.
     try:
         given = json.loads(line)
         known = {item.name for item in fields(StepRecord)}
         record = StepRecord(**{k: v for k, v in given.items() if k in known})
-    except (ValueError, TypeError, AttributeError, RecursionError):
+        tables = [getattr(record, name) for name in _TABLES]
+        numbers = [getattr(record, name) for name in _NUMBERS]
+        numbers += [value for table in tables for value in table.values()]
+        numbers += [count for of in record.teacher_weights.values() for count in of]
+        numbers += [x for x in (record.memory_mib, record.prepared) if x is not None]
+        for number in numbers:
+            math.isnan(number)  # raises where it is no number
+        whole = all(len(of) == BINS for of in record.teacher_weights.values())
+    except (ValueError, TypeError, AttributeError, OverflowError):
         return None
-    return record if _is_sound(record) else None
-
-
-def _is_sound(record: StepRecord) -> bool:
-    # Of a file that was changed by hand, or by a disk.
-    tables = [getattr(record, name) for name in _TABLES]
-    if not all(isinstance(table, Mapping) for table in (*tables, record.teacher_weights)):
-        return False
-    numbers = [getattr(record, name) for name in _NUMBERS]
-    numbers += [value for table in tables for value in table.values()]
-    numbers += [x for x in (record.memory_mib, record.prepared) if x is not None]
-    histograms = [*record.teacher_weights.values()]
-    if not all(isinstance(of, list) and len(of) == BINS for of in histograms):
-        return False
-    counts = [count for of in histograms for count in of]
-    return isinstance(record.task, str) and all(map(_is_number, numbers + counts))
-
-
-def _is_number(value: object) -> bool:
-    if isinstance(value, int):
-        return not isinstance(value, bool) and abs(value) < 2**63
-    return isinstance(value, float)
+    return record if whole else None

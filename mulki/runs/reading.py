@@ -125,23 +125,8 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(f"{path}: not JSON ({error}); restore or remove the file") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: a JSON object was wanted; restore or remove the file")
-    if _is_deep(value):
-        raise InputError(f"{path}: nested deeper than what a run writes; restore or remove it")
     return value
-
-
-def _is_deep(value: Any) -> bool:
-    # So deep that to print it would exceed Python's stack.
-    level = [value]
-    for _ in range(50):
-        level = [
-            item
-            for each in level
-            if isinstance(each, (dict, list))
-            for item in (each.values() if isinstance(each, dict) else each)
-        ]
-    return bool(level)

@@ -63,7 +63,7 @@ def read_evaluations(path: str | os.PathLike[str]) -> list[Evaluation]:
         try:
             evaluations.append(Evaluation(**json.loads(line)))
             _check_kinds(evaluations[-1])
-        except (ValueError, TypeError, OverflowError, RecursionError):
+        except (ValueError, TypeError, OverflowError):
             names = ", ".join(field.name for field in fields(Evaluation))
             raise InputError(
                 f"{path}, line {number}: not an evaluation; a JSON object with {names} was "

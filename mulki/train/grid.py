@@ -29,7 +29,7 @@ from mulki.runs.new_folder import check_free, slug
 from mulki.train.config.run_config import Settings, read_config, resolve
 from mulki.train.config.tasks import load_tasks
 from mulki.train.saving.checkpoints import ARGUMENTS
-from mulki.train.saving.resuming import check_same_options, has_begun, is_complete
+from mulki.train.saving.recovery import check_same_options, has_begun, is_complete
 from mulki.train.saving.signals import Signals
 from mulki.train.sequence import run
 from mulki.train.start.setup import device_of

@@ -18,8 +18,7 @@ from mulki.train.config.precision import Precision
 from mulki.train.config.run_config import RunConfig, read_config, resolve
 from mulki.train.config.tasks import load_tasks
 from mulki.train.saving.checkpoints import ARGUMENTS, load_checkpoint, run_of
-from mulki.train.saving.recovery import check_finite
-from mulki.train.saving.resuming import changed
+from mulki.train.saving.recovery import changed, check_finite
 from mulki.train.start.setup import device_of, hashes_of, parts_of
 
 # Options of a run that say what its tasks are, by the name of their field, and those that choose

@@ -32,8 +32,15 @@ from mulki.train.display.reporter import Reporter
 from mulki.train.learning.anchor_texts import anchor_texts
 from mulki.train.learning.learn import steps_of
 from mulki.train.saving.checkpoints import publish, save_weights
-from mulki.train.saving.recovery import TOO_FAST, Saves, check_finite
-from mulki.train.saving.resuming import finish_again, is_complete, restore, run_state
+from mulki.train.saving.recovery import (
+    TOO_FAST,
+    Saves,
+    check_finite,
+    finish_again,
+    is_complete,
+    restore,
+    run_state,
+)
 from mulki.train.saving.signals import Signals
 from mulki.train.start.setup import Setup, prepared
 from mulki.train.task_learner import TaskLearner

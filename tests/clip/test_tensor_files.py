@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from mulki.clip.tensor_files import load_tensors, not_finite, save_tensors
+from mulki.clip import tensor_files
+from mulki.clip.tensor_files import load_tensors, save_tensors
 from mulki.errors import InputError
 
 TENSORS = {
@@ -29,7 +30,7 @@ def same(found: dict[str, torch.Tensor]) -> bool:
 def test_what_was_written_is_read(tmp_path: Path) -> None:
     save_tensors(tmp_path / "x.safetensors", TENSORS, {"model": "m"})
     tensors, metadata = load_tensors(tmp_path / "x.safetensors")
-    assert same(tensors) and metadata == {"model": "m"}
+    assert same(tensors) and metadata.keys() == {"model", "sha256"} and metadata["model"] == "m"
     assert os.listdir(tmp_path) == ["x.safetensors"]
 
 
@@ -52,6 +53,34 @@ def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path) -> None:
     assert found > 0.9 * len(content)
 
 
+def test_the_same_content_has_the_same_bytes(tmp_path: Path) -> None:
+    first, second = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
+    metadata = {"format": "pt", "model": "m", "a": "1", "b": "ü"}
+    save_tensors(first, TENSORS, metadata)
+    backwards = dict(reversed(TENSORS.items())), dict(reversed(metadata.items()))
+    save_tensors(second, *backwards)
+    assert first.read_bytes() == second.read_bytes()
+    assert same(load_file(second)) and load_tensors(second)[1].items() > metadata.items()
+
+
+def test_views_of_one_tensor(tmp_path: Path) -> None:
+    one = torch.arange(6.0).reshape(2, 3)
+    save_tensors(tmp_path / "x.safetensors", {"whole": one, "part": one[1:], "turned": one.T}, {})
+    found, _ = load_tensors(tmp_path / "x.safetensors")
+    assert torch.equal(found["part"], one[1:]) and torch.equal(found["turned"], one.T)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of files")
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_others_may_read_it_as_any_other_file(tmp_path: Path, mask: int, mode: int) -> None:
+    before = os.umask(mask)
+    try:
+        save_tensors(tmp_path / "x.safetensors", TENSORS, {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == mode
+
+
 def test_a_file_of_another_program_has_no_checksum(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "x.safetensors")
     assert same(load_tensors(tmp_path / "x.safetensors")[0])
@@ -68,12 +97,6 @@ def test_what_is_no_such_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.safetensors")
     with pytest.raises(InputError, match="a pipe"):
         load_tensors(tmp_path / "pipe.safetensors")
-
-
-def test_not_finite() -> None:
-    tensors = {"a": torch.tensor([1.0, float("nan")]), "b": torch.tensor(float("inf"))}
-    assert not_finite(TENSORS | {"z": tensors["a"], "y": tensors["b"]}) == ["z", "y"]
-    assert not_finite(TENSORS) == []
 
 
 @pytest.fixture
@@ -107,15 +130,15 @@ def test_what_reads_differently_does_not_replace_the_older_file(
 ) -> None:
     path = tmp_path / "x.safetensors"
     save_tensors(path, TENSORS, {})
-    real = save_file
+    real = tensor_files._bytes
+    calls = []
 
-    def bad_disk(tensors: object, name: Path, **rest: object) -> None:
-        real(tensors, name, **rest)
-        content = bytearray(name.read_bytes())
-        content[-1] ^= 1
-        name.write_bytes(content)
+    def bad_disk(value: torch.Tensor) -> bytes:
+        calls.append(value)
+        # After the checksum, which is taken of what was to be written.
+        return bytes(real(value + 1 if len(calls) == 2 else value))
 
-    monkeypatch.setattr("safetensors.torch.save_file", bad_disk)
+    monkeypatch.setattr(tensor_files, "_bytes", bad_disk)
     with pytest.raises(OSError, match="reads differently"):
         save_tensors(path, {"a": torch.ones(3)}, {})
     assert same(load_tensors(path)[0])

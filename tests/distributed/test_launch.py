@@ -157,7 +157,7 @@ def test_torchrun_goes_on_when_a_process_was_killed(
     done = torchrun(2, "--max-restarts=1", str(WORKER), "--", "kill", *given)
     assert done.returncode == 0, done.stderr
     (line,) = errors(done)
-    assert re.match(r"mulki: error: process 1 \(pid \d+ on \S+\) ended without a word", line)
+    assert re.match(r"mulki: error: process 1 \(pid \d+ on \S+\) did not answer .*: killed", line)
     folder = tmp_path / "killed"
     assert "goes on after 0 tasks and 2 steps" in (folder / "out.log").read_text()
     assert same_state(load_file(folder / LAST), load_file(whole / LAST))
@@ -204,7 +204,7 @@ def test_a_process_that_hangs_ends_the_run(base: dict[str, Any], tmp_path: Path)
     done = torchrun(2, str(WORKER), "--", "hang", *given)
     assert done.returncode != 0
     (line,) = errors(done)
-    named = r"mulki: error: process 1 \(pid \d+ on \S+\) did not answer .*: still running, so"
+    named = r"mulki: error: process 1 \(pid \d+ on \S+\) did not answer .*: killed, busy or"
     assert re.match(named, line) and f"Timed out waiting {THEN_WAITS_S}000ms" in line
     saved = read_state(tmp_path / "hangs")
     assert saved is not None and saved["learned"] == 0 and saved["in_task"]["steps"] == 2

@@ -8,32 +8,28 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from mulki.distributed.parts import gathered, set_whole
+from mulki.distributed.parts import set_whole
 from tests.ranks import run_ranks
 
 
-def there_and_back(rank: int, world: int) -> tuple[Any, Any, Any]:
+def there_and_back(rank: int, world: int) -> tuple[Any, Any]:
     whole = torch.arange(15.0).view(5, 3)
     mesh = init_device_mesh("cpu", (world,))
     sharded = distribute_tensor(torch.zeros(5, 3), mesh, [Shard(0)])
     set_whole(sharded, whole)
     part = sharded.to_local().clone()
     set_whole(sharded, distribute_tensor(2 * whole, mesh, [Shard(0)]))
-    state = {"a": [{"b": sharded}, torch.ones(2)], "c": (1, None, "text")}
-    return part, gathered(state, kept=rank == 0), sharded.full_tensor()
+    return part, sharded.full_tensor()
 
 
-def test_each_process_has_its_part_and_one_gets_all() -> None:
+def test_each_process_has_its_part() -> None:
     whole = torch.arange(15.0).view(5, 3)
-    (first, state, doubled), (second, nothing, _) = run_ranks(2, there_and_back)
+    (first, doubled), (second, _) = run_ranks(2, there_and_back)
     assert torch.equal(torch.cat([first, second]), whole) and len(first) == 3
-    assert torch.equal(state["a"][0]["b"], 2 * whole) and torch.equal(doubled, 2 * whole)
-    assert torch.equal(state["a"][1], torch.ones(2)) and state["c"] == [1, None, "text"]
-    assert nothing["a"][0]["b"] is None and torch.equal(nothing["a"][1], torch.ones(2))
+    assert torch.equal(doubled, 2 * whole)
 
 
 def test_what_is_whole_stays_so() -> None:
-    state = {"a": torch.ones(2)}
-    assert gathered(state, kept=False)["a"] is state["a"]
-    set_whole(state["a"], torch.zeros(2, dtype=torch.float64))
-    assert torch.equal(state["a"], torch.zeros(2))
+    whole = torch.ones(2)
+    set_whole(whole, torch.zeros(2, dtype=torch.float64))
+    assert torch.equal(whole, torch.zeros(2))

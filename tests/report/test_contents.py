@@ -72,7 +72,6 @@ DEEP = '{"a":' * 20_000 + "1" + "}" * 20_000
         ("args.yaml", "a: " + "[" * 2000 + "]" * 2000),
         ("args.yaml", "seed: !!int ''"),
         *((name, DEEP) for name in ("summary.json", "env.json", "tasks.json", "examples.json")),
-        ("env.json", '{"a":' * 700 + "1" + "}" * 700),
         ("results.jsonl", DEEP + "\n"),
     ],
     ids=lambda text: text[:30],

@@ -43,7 +43,6 @@ def test_of_a_step_that_was_made_twice_the_later_counts(tmp_path: Path) -> None:
         "7",
         "{}",
         json.dumps({**record(0, 2).__dict__, "losses": [1]}),
-        "[" * 20_000,
         json.dumps({**record(0, 2).__dict__, "lr": "fast"}),
         json.dumps({**record(0, 2).__dict__, "total": 10**400}),
         json.dumps({**record(0, 2).__dict__, "losses": {"ce_loss": None}}),

@@ -19,7 +19,7 @@ import yaml
 from mulki import methods
 from mulki.clip import models
 from mulki.clip.models import VisionLanguageModel
-from mulki.distributed.meeting import Meeting
+from mulki.distributed.roll_call import Meeting
 from mulki.errors import InputError, Stopped
 from mulki.methods import PREVIOUS, ZERO_SHOT
 from mulki.methods.finetune import Finetune

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from mulki.clip.models.bundled import BUNDLED
 from mulki.clip.models.vision_language import VisionLanguageModel
 from mulki.clip.tensor_files import load_tensors
 from mulki.errors import InputError, nearest
-from mulki.files import check_regular, write_atomic
+from mulki.files import check_regular
 
 #: In a published folder, the configuration by which timm makes the image tower.
 TRUNK = Path("image_tower", "config.json")
@@ -55,12 +54,12 @@ def load_open_clip(
                 f"there is no such file; tags: {', '.join(tags) or 'none'}"
             )
     _check_files(name, pretrained)
-    _mend_moved(name)
     # What is loaded by default is read from a hub, for towers that are models of one.
     how = {"load_weights": False, "pretrained_text": False} if stand_in else {}
     try:
+        towers = _towers_here(name)
         clip, _, preprocess = open_clip.create_model_and_transforms(
-            name, pretrained=pretrained, weights_only=True, **how
+            name, pretrained=pretrained, weights_only=True, **how, **towers
         )
         tokenizer = _tokenizer_like(name, clip) if stand_in else open_clip.get_tokenizer(name)
     except Exception as error:  # a damaged checkpoint or configuration raises whatever it meets
@@ -70,7 +69,10 @@ def load_open_clip(
             f"spelling, the network and that the checkpoint belongs to this model"
         ) from error
     # A local folder has just been read without an error, so its configuration is valid.
-    config = {"model_cfg": _architecture(name), "preprocess_cfg": clip.visual.preprocess_cfg}
+    config = {
+        "model_cfg": _architecture(name) | towers,
+        "preprocess_cfg": clip.visual.preprocess_cfg,
+    }
     trunk = _trunk_of(config["model_cfg"]["vision_cfg"])
     return VisionLanguageModel(clip, tokenizer, preprocess, name, config=config, trunk=trunk)
 
@@ -110,51 +112,26 @@ def _check_files(name: str, pretrained: str | None) -> None:
             load_tensors(file)
 
 
-def _mend_moved(name: str) -> None:
-    """Write the present place of a published checkpoint into its configuration.
+def _towers_here(name: str) -> dict[str, Any]:
+    """The towers of a published checkpoint, as its configuration would name them where it lies now.
 
-    open_clip finds towers that lie in the folder by an absolute path alone, so a folder that was
-    moved or copied names its old place.
-
-    Raises:
-        InputError: the configuration cannot be written.
+    `mulki.train.saving.checkpoints.publish` writes their absolute path, as open_clip wants it; that
+    of a folder that was moved or copied is the old one.
     """
     schema, _, given = name.partition(":")
     place = Path(given).resolve()
     path = place / "open_clip_config.json"
     if schema != "local-dir" or not path.is_file():
-        return
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        text, vision = config["model_cfg"]["text_cfg"], config["model_cfg"]["vision_cfg"]
-        # As `mulki.train.saving.checkpoints.publish` writes them.
-        own_text = (
-            text.get("hf_model_pretrained") is False
-            and text["hf_model_name"] == text["hf_tokenizer_name"]
-            and Path(text["hf_model_name"]).is_absolute()
-            and (place / "config.json").is_file()
-        )
-        own_images = (
-            str(vision.get("timm_model_name", "")).startswith("local-dir:")
-            and (place / TRUNK).is_file()
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return  # open_clip says what is wrong with it
-    before = copy.deepcopy(config)
-    if own_text:
-        text["hf_model_name"] = text["hf_tokenizer_name"] = str(place)
-    if own_images:
-        vision["timm_model_name"] = f"local-dir:{(place / TRUNK).parent}"
-    if config == before:
-        return
-    try:
-        write_atomic(path, json.dumps(config, indent=2) + "\n")
-    except OSError as error:
-        raise InputError(
-            f"--model {name}: its {path.name} names the place it was moved or copied from, and "
-            f"cannot be mended ({error.strerror}); make the folder writable, or a copy of it"
-        ) from None
-    _log.info("%s was moved or copied, and names its new place now", place)
+        return {}  # open_clip says what is missing
+    config = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
+    text, vision, found = config["text_cfg"], config["vision_cfg"], {}
+    absolute = Path(text.get("hf_model_name", "")).is_absolute()
+    if absolute and text.get("hf_model_pretrained") is False and (place / "config.json").is_file():
+        found["text_cfg"] = {**text, "hf_model_name": str(place), "hf_tokenizer_name": str(place)}
+    if vision.get("timm_model_name", "").startswith("local-dir:") and (place / TRUNK).is_file():
+        tower = f"local-dir:{(place / TRUNK).parent}"
+        found["vision_cfg"] = {**vision, "timm_model_name": tower, "timm_model_pretrained": False}
+    return found
 
 
 def _architecture(name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Random splits that stay the same, whatever libraries are installed."""
+"""Random splits, the same as those of the code that published them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ SEED = 42
 def four_fifths(images: ImageSet) -> tuple[Subset, Subset]:
     """80 % of a set to train on and the rest to test on, as ZSCL's code draws them with seed 42.
 
-    ZSCL takes them from ``torch.utils.data.random_split``, whose generator may change; the indices
-    are computed here, so they cannot.
+    ZSCL takes them from ``torch.utils.data.random_split``, which draws them as `permutation` does.
     """
     order = permutation(len(images), SEED)
     cut = int(0.8 * len(images))

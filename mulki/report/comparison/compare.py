@@ -8,66 +8,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mulki.errors import InputError, counted, nearest
-from mulki.report.comparison.groups import NEUTRAL, TITLES, Against, Group, Run, Section
-from mulki.report.comparison.orders import over_orders
+from mulki.report.comparison.groups import NEUTRAL, TITLES, Against, Comparison, Group, Run, Section
 from mulki.runs.answers import FOLDER, read_answers
 from mulki.runs.intervals import RunAnswers, interval_over, paired_differences, seed_differences
 from mulki.runs.reading import read_folder
 
 # What a run has written once it is complete.
 _FILES = ("args.yaml", "summary.json", "matrix.csv")
-
-
-@dataclass(frozen=True, eq=False)
-class Comparison:
-    """What a comparison found.
-
-    Args:
-        sections: one for each order of tasks.
-        warnings: all that a reader has to be warned of.
-        unlike: those of them that say what else than the method differs: the start, the images, the
-            prompts or the protocol.
-    """
-
-    sections: tuple[Section, ...]
-    warnings: tuple[str, ...]
-    unlike: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The numbers for JSON; an interval that is undefined is null."""
-        return {
-            "sections": [
-                {
-                    "name": section.name,
-                    "tasks": list(section.tasks),
-                    "groups": [
-                        {
-                            "label": group.label,
-                            "runs": [str(run.path) for run in group.runs],
-                            "seeds": [run.seed for run in group.runs],
-                            "uses": group.uses,
-                            "metrics": {
-                                name: {"mean": middle, "half_width": half}
-                                for name, (middle, half) in group.means.items()
-                            },
-                        }
-                        for group in section.groups
-                    ],
-                    "baseline": section.baseline,
-                    "differences": [asdict(against) for against in section.differences],
-                }
-                for section in self.sections
-            ],
-            "orders": [each.to_dict() for each in over_orders(self.sections)],
-            "warnings": list(self.warnings),
-        }
 
 
 def compare(folders: Sequence[str | os.PathLike[str]], baseline: str | None = None) -> Comparison:

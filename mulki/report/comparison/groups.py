@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from mulki.report import tables
-from mulki.runs.intervals import Difference, RunAnswers, mean_interval
+from mulki.runs.intervals import Difference, RunAnswers, mean_interval, seed_differences
 from mulki.runs.reading import RunData
 
 #: What is compared, with titles. BWT is left out: it is nearly forgetting with its sign changed.
@@ -150,3 +150,126 @@ class Section:
         """The tasks of captions, of which all figures are of recall@1 in place of accuracy."""
         found = {name for group in self.groups for run in group.runs for name in run.captions}
         return tuple(task for task in self.tasks if task in found)
+
+
+@dataclass(frozen=True)
+class OverOrders:
+    """What a group of runs comes to over several orders.
+
+    Args:
+        label: of the group in the sections.
+        orders: how many sections have it.
+        means: mean and half of its interval, by metric.
+        differences: from the baseline, by metric, over the sections that compare with it.
+        baseline: its label; None for the baseline itself.
+        compared: how many sections those are.
+    """
+
+    label: str
+    orders: int
+    means: dict[str, tuple[float, float | None]]
+    differences: dict[str, Difference]
+    baseline: str | None
+    compared: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers for JSON."""
+        return {
+            "label": self.label,
+            "orders": self.orders,
+            "metrics": {n: {"mean": m, "half_width": h} for n, (m, h) in self.means.items()},
+            "baseline": self.baseline,
+            "difference_orders": self.compared,
+            "differences": {n: vars(each) for n, each in self.differences.items()},
+        }
+
+
+def over_orders(sections: Sequence[Section]) -> list[OverOrders]:
+    """Combine the sections that learned the same tasks in different orders.
+
+    The order is chance too, and a larger one than the seed. It counts once, with the mean over its
+    seeds; intervals are those of Student's t over orders.
+
+    Returns:
+        One for each group that two of them or more have, in the order of the first section.
+    """
+    by_tasks: dict[frozenset[str], list[Section]] = {}
+    for section in sections:
+        by_tasks.setdefault(frozenset(section.tasks), []).append(section)
+    return [
+        each
+        for of_tasks in by_tasks.values()
+        for label in dict.fromkeys(g.label for section in of_tasks for g in section.groups)
+        if (each := _combined(label, of_tasks)) is not None
+    ]
+
+
+def _combined(label: str, sections: Sequence[Section]) -> OverOrders | None:
+    groups = [group for section in sections for group in section.groups if group.label == label]
+    if len(groups) < 2:
+        return None
+    values = [{name: mean for name, (mean, _) in group.means.items()} for group in groups]
+    shared = [name for name in values[0] if all(name in each for each in values)]
+    differences = [
+        (section.baseline, {name: each.value for name, each in difference.metrics.items()})
+        for section in sections
+        for difference in section.differences
+        if difference.label == label
+    ]
+    # A mean over differences from several baselines would be one from none of them.
+    baseline = differences[0][0] if differences else None
+    against = [metrics for of, metrics in differences if of == baseline]
+    none = [dict.fromkeys(each, 0.0) for each in against]
+    return OverOrders(
+        label,
+        len(groups),
+        {name: mean_interval([each[name] for each in values]) for name in shared},
+        seed_differences(against, none) if against else {},
+        baseline,
+        len(against),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What a comparison found.
+
+    Args:
+        sections: one for each order of tasks.
+        warnings: all that a reader has to be warned of.
+        unlike: those of them that say what else than the method differs: the start, the images, the
+            prompts or the protocol.
+    """
+
+    sections: tuple[Section, ...]
+    warnings: tuple[str, ...]
+    unlike: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers for JSON; an interval that is undefined is null."""
+        return {
+            "sections": [
+                {
+                    "name": section.name,
+                    "tasks": list(section.tasks),
+                    "groups": [
+                        {
+                            "label": group.label,
+                            "runs": [str(run.path) for run in group.runs],
+                            "seeds": [run.seed for run in group.runs],
+                            "uses": group.uses,
+                            "metrics": {
+                                name: {"mean": middle, "half_width": half}
+                                for name, (middle, half) in group.means.items()
+                            },
+                        }
+                        for group in section.groups
+                    ],
+                    "baseline": section.baseline,
+                    "differences": [asdict(against) for against in section.differences],
+                }
+                for section in self.sections
+            ],
+            "orders": [each.to_dict() for each in over_orders(self.sections)],
+            "warnings": list(self.warnings),
+        }

@@ -1,8 +1,9 @@
-"""A comparison of runs as tables for a terminal."""
+"""A comparison of runs as tables: their rows, and how a terminal shows them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from rich import box
 from rich.cells import cell_len
@@ -10,9 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mulki.report.comparison.compare import Comparison
-from mulki.report.comparison.groups import TITLES
-from mulki.report.comparison.orders import over_orders
+from mulki.report.comparison.groups import TITLES, Comparison, Section, over_orders
 from mulki.report.tables import column_blocks, recall_note
 from mulki.runs.intervals import Difference
 
@@ -27,8 +26,50 @@ _WIDE = 10_000
 # Names of rows are cut into lines of at least so many, and the last column into lines of so many.
 _LEAST_LABEL, _LEAST_WORDS = 20, 12
 
-# The name of a row and its cells.
-_Row = tuple[str, Sequence[str]]
+
+@dataclass(frozen=True)
+class Cell:
+    """A number, its interval, and "better" or "worse" where that leaves no doubt."""
+
+    text: str = "-"
+    interval: str = ""
+    kind: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.text} {self.interval}".rstrip()
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a row is of, a cell for each of `TITLES`, and what stands behind them."""
+
+    label: str
+    cells: tuple[Cell, ...]
+    about: tuple[str, ...]
+
+
+def mean_rows(section: Section) -> list[Row]:
+    """The groups of a section, with their numbers of runs and what they use."""
+    return [Row(g.label, _means(g.means), (str(len(g.runs)), g.uses)) for g in section.groups]
+
+
+def difference_rows(section: Section) -> list[Row]:
+    """What groups have more than the baseline, with pairs of runs and what intervals hold."""
+    return [
+        Row(each.label, _differences(each.metrics), (str(each.pairs), each.over))
+        for each in section.differences
+    ]
+
+
+def order_rows(sections: Sequence[Section]) -> list[Row]:
+    """Groups over several orders, and their differences, with the numbers of orders."""
+    rows = []
+    for each in over_orders(sections):
+        rows.append(Row(each.label, _means(each.means), (str(each.orders),)))
+        if each.baseline is not None:
+            label = f"{each.label} less {each.baseline}"
+            rows.append(Row(label, _differences(each.differences), (str(each.compared),)))
+    return rows
 
 
 def print_comparison(comparison: Comparison, console: Console, width: int | None = None) -> None:
@@ -46,32 +87,19 @@ def print_comparison(comparison: Comparison, console: Console, width: int | None
     # A table that is too wide for its console would be squeezed into it.
     tables = Console(file=console.file, width=_WIDE)
 
-    def show(title: str, head: Sequence[str], rows: Sequence[_Row]) -> None:
+    def show(title: str, head: Sequence[str], rows: Sequence[Row]) -> None:
         lines.print(Text(title, style="bold"))
         for table in _tables(width, head, rows):
             tables.print(table, "", sep="\n")
 
     for section in comparison.sections:
-        means = [
-            (group.label, (*_means(group.means), str(len(group.runs)), group.uses))
-            for group in section.groups
-        ]
-        show(section.name, ("runs", "uses"), means)
+        show(section.name, ("runs", "uses"), mean_rows(section))
         if section.differences:
-            less = [
-                (each.label, (*_differences(each.metrics), str(each.pairs), each.over))
-                for each in section.differences
-            ]
-            show(f"less {section.baseline}", ("pairs", "interval over"), less)
+            rows = difference_rows(section)
+            show(f"less {section.baseline}", ("pairs", "interval over"), rows)
         if section.captions:
             lines.print(Text(recall_note(section.captions)), "", sep="\n")
-    rows = []
-    for each in over_orders(comparison.sections):
-        rows.append((each.label, (*_means(each.means), str(each.orders))))
-        if each.baseline is not None:
-            label = f"{each.label} less {each.baseline}"
-            rows.append((label, (*_differences(each.differences), str(each.compared))))
-    if rows:
+    if rows := order_rows(comparison.sections):
         show("over orders, each with the mean of its seeds", ("orders",), rows)
     lines.print(Text(LEGEND, style="dim"))
     for warning in comparison.warnings:
@@ -79,18 +107,28 @@ def print_comparison(comparison: Comparison, console: Console, width: int | None
         lines.print(Text(f"warning: {warning}"), soft_wrap=True)
 
 
-def _means(of: Mapping[str, tuple[float, float | None]]) -> list[str]:
-    return [mean_text(*of[name]) if name in of else "-" for name in TITLES]
+def _means(of: Mapping[str, tuple[float, float | None]]) -> tuple[Cell, ...]:
+    return tuple(Cell(_mean_text(*of[name])) if name in of else Cell() for name in TITLES)
 
 
-def _differences(of: Mapping[str, Difference]) -> list[str]:
-    return [difference_text(of[name]) if name in of else "-" for name in TITLES]
+def _differences(of: Mapping[str, Difference]) -> tuple[Cell, ...]:
+    return tuple(_difference(name, of[name]) if name in of else Cell() for name in TITLES)
 
 
-def _tables(width: int, about: Sequence[str], rows: Sequence[_Row]) -> Iterator[Table]:
+def _difference(name: str, of: Difference) -> Cell:
+    if of.low is None or of.high is None:
+        return Cell(f"{of.value:+.2f}")
+    # Of forgetting, less is better.
+    kind = "better" if (of.value > 0) != (name == "forgetting") else "worse"
+    interval = f"[{of.low:+.2f}, {of.high:+.2f}]"
+    return Cell(f"{of.value:+.2f}", interval, "" if of.low <= 0 <= of.high else kind)
+
+
+def _tables(width: int, about: Sequence[str], rows: Sequence[Row]) -> Iterator[Table]:
     # Each with all rows and some of the columns; the last column alone holds words.
     head = (*TITLES.values(), *about)
-    labels, cells = zip(*rows, strict=True)
+    labels = [row.label for row in rows]
+    cells = [(*map(str, row.cells), *row.about) for row in rows]
     columns = list(zip(head, *cells, strict=True))
     label = min(max(map(cell_len, labels)), max(_LEAST_LABEL, width // 3))
     # Behind a column there are a space and, but for the last one, the table's own.
@@ -107,13 +145,5 @@ def _tables(width: int, about: Sequence[str], rows: Sequence[_Row]) -> Iterator[
         yield table
 
 
-def mean_text(middle: float, half: float | None) -> str:
-    """A mean, and half of its interval where it has one."""
+def _mean_text(middle: float, half: float | None) -> str:
     return f"{middle:.2f}" if half is None else f"{middle:.2f} ± {half:.2f}"
-
-
-def difference_text(of: Difference) -> str:
-    """A difference with its sign, and its interval where it has one."""
-    if of.low is None or of.high is None:
-        return f"{of.value:+.2f}"
-    return f"{of.value:+.2f} [{of.low:+.2f}, {of.high:+.2f}]"

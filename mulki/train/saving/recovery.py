@@ -1,45 +1,67 @@
-"""Saves of a run that is not finished: when they are made, their file, and who goes on from it.
+"""Saves of a run that is not finished: when they are made, what they hold, and how a run goes on.
 
-A save holds everything that the rest of the run depends on and that the run has changed. What is
-made from the configuration alone (tasks, the start model, the order of images) is made again.
+A save is one dict with everything that the rest of the run depends on and that the run has changed.
+What is made from the configuration alone (tasks, the start model, the order of images) is made
+again. Its file holds tensors, and the rest as JSON.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import logging
+import platform
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mulki.clip.tensor_files import checksum_of, load_tensors, not_finite, save_tensors
-from mulki.distributed.parts import gathered
+from mulki import methods
+from mulki.choices.options import flag, option_name
+from mulki.clip.models import VisionLanguageModel
+from mulki.clip.tensor_files import CHECKSUM, load_tensors, save_tensors
+from mulki.clip.texts import TextInputs
+from mulki.distributed.parts import set_whole
 from mulki.distributed.world import ALONE, World
 from mulki.errors import InputError, Stopped
 from mulki.files import sync
+from mulki.methods import PREVIOUS
+from mulki.report.comparison.groups import NEUTRAL
+from mulki.runs.answers import FOLDER as ANSWERS
+from mulki.runs.folder import RunFolder
+from mulki.runs.lock import FolderLock
+from mulki.runs.metrics import ZERO_SHOT
 from mulki.runs.new_folder import RECOVERY
+from mulki.runs.reading import read_json
+from mulki.runs.results import read_evaluations
+from mulki.train.config.run_config import RunConfig, Settings, read_config
+from mulki.train.saving.checkpoints import ARGUMENTS
+from mulki.train.saving.randomness import random_state, set_random_state
 from mulki.train.saving.signals import Signals
 
+if TYPE_CHECKING:
+    from mulki.train.start.setup import Setup
+
 State = dict[str, Any]
+Frozen = Mapping[str, VisionLanguageModel]
 FILE = "state.safetensors"
 STUDENT = "student"
 TOO_FAST = "lower --lr, or pass --grad-clip-norm"
 
-_log = logging.getLogger(__name__)
-
 # Of what a save holds: another number after each change of that, wherever its states are made.
-_FORMAT = "1"
+_FORMAT = "2"
+# In JSON, a tensor is {_TENSOR: its name}.
+_TENSOR = "__tensor__"
 # A save costs at most this part of the time, by default.
 _SHARE = 0.02
 # What a first save is taken to cost, before one was measured: bytes written in a second.
 _SPEED = 2e8
+# Options in which a run may differ from what is asked for now.
+_FREE = NEUTRAL - {"seed", "tasks", "order"}
 
 
 class Saves:
@@ -91,12 +113,12 @@ class Saves:
             return
         with self._signals.held():
             started = time.monotonic()
-            state = gathered(self._state(in_task), kept=self._path is not None)
+            state = self._state(in_task)
+            check_finite(state.get(STUDENT, {}), "the student", TOO_FAST)
             if self._path is not None:
-                check_finite(state.get(STUDENT, {}), "the student", TOO_FAST)
                 self._path.parent.mkdir(exist_ok=True)
                 sync(self._path.parent.parent)
-                write_state(self._path, state)
+            write_state(self._path, state)
             self._saved_at = time.monotonic()
             self._seconds = self._saved_at - started
 
@@ -162,7 +184,7 @@ def check_finite(weights: Mapping[str, Tensor], what: str, advice: str) -> None:
         InputError: there is one.
     """
     parts = {n: v.to_local() if isinstance(v, DTensor) else v for n, v in weights.items()}
-    bad = not_finite(parts)
+    bad = [n for n, v in parts.items() if v.is_floating_point() and not v.isfinite().all()]
     if bad:
         raise InputError(
             f"{what}: {len(bad)} of {len(weights)} weights hold a NaN or an infinity, the first is "
@@ -170,15 +192,31 @@ def check_finite(weights: Mapping[str, Tensor], what: str, advice: str) -> None:
         )
 
 
-def write_state(path: Path, state: State) -> None:
-    """Write a state of nested dicts and lists, with tensors, numbers and texts in them."""
+def write_state(path: Path | None, state: State) -> None:
+    """Write a state of nested dicts and lists, with tensors, numbers and texts in them.
+
+    Args:
+        path: None in all processes but the one that writes. They take part since each may have a
+            part of a tensor; one tensor at a time is whole on the device.
+    """
     tensors: dict[str, Tensor] = {}
-    layout = json.dumps(_without_tensors(state, tensors, set()))
-    save_tensors(path, tensors, {"layout": layout, "format": _FORMAT})
+
+    def take_out(value: Any) -> dict[str, str]:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{type(value).__name__}: a save holds tensors, numbers and texts")
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        name = str(len(tensors))
+        if path is not None:
+            tensors[name] = whole.detach().cpu()
+        return {_TENSOR: name}
+
+    layout = json.dumps(state, default=take_out)
+    if path is not None:
+        save_tensors(path, tensors, {"layout": layout, "format": _FORMAT})
 
 
 def read_state(folder: Path) -> State | None:
-    """The last save of a run folder; None if there is none.
+    """The last save of a run folder, with its checksum as `CHECKSUM`; None if there is none.
 
     Raises:
         InputError: it is damaged, or of another version of mulki.
@@ -192,41 +230,206 @@ def read_state(folder: Path) -> State | None:
             f"{path}: a save of another version of mulki; go on with that version, or start "
             "another run"
         )
+    state: State = json.loads(
+        metadata["layout"], object_hook=lambda d: tensors[d[_TENSOR]] if _TENSOR in d else d
+    )
+    return state | {CHECKSUM: metadata[CHECKSUM]}
+
+
+def open_to_resume(path: Path, config: RunConfig) -> RunFolder:
+    """Open and lock the folder of a run that is to go on.
+
+    Raises:
+        InputError: it cannot go on, or another process has the folder.
+    """
+    lock = FolderLock(path)
     try:
-        state: State = _with_tensors(json.loads(metadata["layout"]), tensors)
-        return state
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{path}: not a save of this version ({error}); run again") from None
+        folder = RunFolder.open(path, lock)
+        saved = read_state(path)
+        learned = 0 if saved is None else saved["learned"]
+        # The row of weights that were saved at a task's end may be missing. A method that does not
+        # train has no save, and any of its rows may be missing.
+        fewest = learned if saved is None or saved["in_task"] is None else learned + 1
+        if methods.get(config.method).trains and not fewest <= folder.rows <= learned + 1:
+            found = "no save" if saved is None else f"a save after {learned} tasks"
+            raise InputError(
+                f"--resume: {path} has {folder.rows} rows of results and {found}; start another run"
+            )
+        _check_lines(folder)
+        return folder
+    except BaseException:
+        lock.release()
+        raise
 
 
-def hash_of_save(folder: Path) -> str:
-    """What tells the last save of a run folder from others; "none" if there is none."""
-    path = folder / RECOVERY / FILE
-    return str(checksum_of(path)) if path.exists() else "none"
+def _check_lines(folder: RunFolder) -> None:
+    # Lines are on disk before the row that they make, but a copy may have been made in between.
+    names = [*([] if folder.matrix.zero_shot is None else [ZERO_SHOT]), *folder.matrix.tasks]
+    results = folder.path / "results.jsonl"
+    found = {line.after_task for line in read_evaluations(results)} if results.exists() else set()
+    for name in names:
+        if name not in found:
+            raise InputError(
+                f"--resume: {results} has no line of the row {name} of matrix.csv, as in a copy "
+                "that was made while the run went on; copy the folder again"
+            )
 
 
-def _without_tensors(value: Any, tensors: dict[str, Tensor], known: set[int]) -> Any:
-    # A tensor becomes {"tensor": its name}, a dict {"dict": ...}.
-    if isinstance(value, Tensor):
-        name = str(len(tensors))
-        plain = value.detach().cpu().contiguous()
-        # A file holds no two tensors that share memory.
-        shared = plain.untyped_storage().data_ptr() in known
-        tensors[name] = plain.clone() if shared else plain
-        known.add(plain.untyped_storage().data_ptr())
-        return {"tensor": name}
-    if isinstance(value, Mapping):
-        return {"dict": {k: _without_tensors(v, tensors, known) for k, v in value.items()}}
-    if isinstance(value, (list, tuple)):
-        return [_without_tensors(each, tensors, known) for each in value]
-    return value
+def has_begun(folder: Path) -> bool:
+    """Whether the run of a folder has got as far as results or a save."""
+    rows = any(
+        (folder / name).exists() for name in (RECOVERY, "matrix.csv", "results.jsonl", ANSWERS)
+    )
+    return rows and (folder / ARGUMENTS).is_file()
 
 
-def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_with_tensors(each, tensors) for each in value]
-    if isinstance(value, dict):
-        if "tensor" in value:
-            return tensors[value["tensor"]]
-        return {k: _with_tensors(v, tensors) for k, v in value["dict"].items()}
-    return value
+def check_same_options(folder: Path, settings: Settings) -> None:
+    """Check that a run folder is of a run with these settings, but for what changes no result.
+
+    Raises:
+        InputError: an option differs.
+    """
+    known = {option_name(k): v for k, v in read_config(folder / ARGUMENTS).items()}
+    wanted = settings.to_dict()
+    if wanted["precision"] == "auto":
+        # The run folder has what it came to.
+        wanted["precision"] = known.get("precision")
+    for name in sorted({*known, *wanted} - _FREE):
+        if known.get(name) != wanted.get(name):
+            raise InputError(
+                f"{flag(name)}: {folder} is of a run with {known.get(name)}, this one has "
+                f"{wanted.get(name)}; give another --name, or remove the folder"
+            )
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a run has learned its last task."""
+    try:
+        return read_json(path / "summary.json").get("status") == "complete"
+    except (OSError, InputError):
+        return False
+
+
+def finish_again(path: Path) -> RunFolder:
+    """Remove what a run that is complete may have left, if it was killed just then."""
+    folder = RunFolder.open(path, FolderLock(path))
+    folder.finish()
+    folder.release()
+    return folder
+
+
+def read_save(folder: Path, world: World) -> State | None:
+    """The last save of a run; None if there is none, so that it starts again.
+
+    Raises:
+        InputError: no such folder here, a damaged save, or a run on another number of processes.
+    """
+    if not (folder / ARGUMENTS).is_file():
+        raise InputError(
+            f"--resume: {folder} is not to be seen on {platform.node()}, but every process reads "
+            "the save; put the run folder where all machines see it"
+        )
+    saved = read_state(folder)
+    # A run without a save starts again, but its batches were those of as many processes too.
+    known = read_json(folder / "env.json").get("processes", 1)
+    processes = known if saved is None else saved["processes"]
+    if processes != world.size:
+        raise InputError(
+            f"--resume: {folder} is of a run on {processes} processes, these are {world.size}; "
+            "start as many"
+        )
+    return saved
+
+
+def check_same(folder: Path, hashes: Mapping[str, Any]) -> None:
+    """Check that tasks and start weights are those that the run began with.
+
+    Raises:
+        InputError: they are not.
+    """
+    name = changed(folder, hashes)
+    if name is not None:
+        raise InputError(
+            f"--resume: the {name} are not those that {folder} began with; restore them, or "
+            "start another run"
+        )
+
+
+def changed(folder: Path, hashes: Mapping[str, Any]) -> str | None:
+    """The first of these hashes that ``env.json`` of a run has not.
+
+    Raises:
+        InputError: the file is not JSON.
+    """
+    known = read_json(folder / "env.json").get("hashes")
+    known = known if isinstance(known, dict) else {}
+    return next((name for name, value in hashes.items() if known.get(name) != value), None)
+
+
+def run_state(
+    setup: Setup,
+    frozen: Frozen,
+    texts: TextInputs,
+    learned: int,
+    steps: int,
+    in_task: State | None,
+) -> State:
+    """What a save holds. All processes have to call this.
+
+    Args:
+        frozen: the teachers.
+        texts: of the student.
+        learned: number of tasks that were learned.
+        steps: optimiser steps of these.
+        in_task: the state within the task that comes next, None between two tasks.
+    """
+    model = setup.model
+    if in_task is not None:
+        previous = frozen.get(PREVIOUS)
+        weights = None if previous is None else _weights(model, previous)
+        in_task = in_task | {"previous": weights}
+    return {
+        "processes": setup.world.size,
+        "learned": learned,
+        "steps": steps,
+        STUDENT: _weights(model, model),
+        "method": setup.method.state_dict(),
+        "texts": texts.state(),
+        "scaler": setup.precision.scaler.state_dict(),
+        "random": setup.world.each(random_state(model.device)),
+        "in_task": in_task,
+    }
+
+
+def restore(saved: State, setup: Setup, frozen: Frozen, texts: TextInputs) -> State | None:
+    """Set what `run_state` returned, into a run that is at its start.
+
+    Returns:
+        The state within a task, with that of the random generators; None between two tasks.
+    """
+    model = setup.model
+    _set_weights(model, model, saved[STUDENT])
+    setup.method.load_state_dict(saved["method"], strict=False)
+    texts.restore(saved["texts"])
+    setup.precision.scaler.load_state_dict(saved["scaler"])
+    random = saved["random"][setup.world.rank]
+    set_random_state(random, model.device)
+    in_task: State | None = saved["in_task"]
+    if in_task is None:
+        return None
+    if in_task["previous"] is not None:
+        _set_weights(model, frozen[PREVIOUS], in_task["previous"])
+    return in_task | {"random": random}
+
+
+def _weights(student: VisionLanguageModel, model: VisionLanguageModel) -> dict[str, Tensor]:
+    # Of a model, those that train in the student; the others are the start model's.
+    found = model.clip.state_dict()
+    return {name: found[name] for name in student.trainable()}
+
+
+def _set_weights(
+    student: VisionLanguageModel, model: VisionLanguageModel, weights: Mapping[str, Tensor]
+) -> None:
+    for name, value in _weights(student, model).items():
+        set_whole(value, weights[name])

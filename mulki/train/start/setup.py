@@ -17,6 +17,7 @@ import torch
 from mulki import methods
 from mulki.clip import models
 from mulki.clip.models import VisionLanguageModel
+from mulki.clip.tensor_files import CHECKSUM
 from mulki.data import CaptionTask, Task
 from mulki.data.decoding import limit_pixels
 from mulki.data.image_files import told_of_checks
@@ -41,8 +42,13 @@ from mulki.train.config.tasks import (
 from mulki.train.learning import muon
 from mulki.train.learning.batches import Transform
 from mulki.train.saving.randomness import deterministic
-from mulki.train.saving.recovery import State, check_finite, hash_of_save
-from mulki.train.saving.resuming import check_same, open_to_resume, read_save
+from mulki.train.saving.recovery import (
+    State,
+    check_finite,
+    check_same,
+    open_to_resume,
+    read_save,
+)
 from mulki.train.start.downloads import Absent
 from mulki.train.start.original import check_original, load_original
 
@@ -191,7 +197,7 @@ def prepared(
             facts = {**_facts(settings, tasks, hashes), "precision": precision.name}
             if resume is not None:
                 check_same(Path(resume), hashes)
-                facts["save (hash)"] = hash_of_save(Path(resume))
+                facts["save (hash)"] = saved[CHECKSUM] if saved else "none"
         except InputError as error:
             problem = error
         world.agree(precision.device, problem, **facts)

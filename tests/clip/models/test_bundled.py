@@ -78,16 +78,19 @@ def test_checkpoint_of_the_bundled_model(bundled: Path, tmp_path: Path, lock_tex
 
 
 def test_a_checkpoint_of_the_bundled_model_that_was_moved(bundled: Path, tmp_path: Path) -> None:
-    """open_clip knows its text tower by an absolute path."""
+    """open_clip knows its text tower by an absolute path, and no file of it is written over."""
     model = models.load(BUNDLED)
     save_weights(model, tmp_path / "w.safetensors")
     publish(model, tmp_path / "w.safetensors", tmp_path / "old")
     moved = tmp_path / "new"
     shutil.move(tmp_path / "old", moved)
+    before = (moved / "open_clip_config.json").read_bytes()
     again = models.load(f"local-dir:{moved}")
     assert same_state(state_of(again), state_of(model))
     assert again.tokenizer(PROMPTS).shape == model.tokenizer(PROMPTS).shape
-    text = json.loads((moved / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
+    assert (moved / "open_clip_config.json").read_bytes() == before
+    assert again.config is not None
+    text = again.config["model_cfg"]["text_cfg"]
     assert text["hf_model_name"] == text["hf_tokenizer_name"] == str(moved.resolve())
 
 

@@ -78,34 +78,26 @@ def test_damaged_model_folder(tmp_path: Path, content: str) -> None:
     assert "\n" not in str(info.value)
 
 
-def test_only_places_that_were_published_are_mended(tmp_path: Path) -> None:
+def test_towers_that_were_published_are_found_where_they_lie(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "image_tower").mkdir()
     (tmp_path / "image_tower" / "config.json").write_text("{}")
     path = tmp_path / "open_clip_config.json"
 
-    def mended(text: dict[str, object], vision: dict[str, object]) -> object:
+    def found(text: dict[str, object], vision: dict[str, object]) -> object:
         written = {"model_cfg": {"text_cfg": text, "vision_cfg": vision}, "preprocess_cfg": {}}
         path.write_text(json.dumps(written))
-        open_clip_models._mend_moved(f"local-dir:{tmp_path}")
-        return json.loads(path.read_text())["model_cfg"]
+        return open_clip_models._towers_here(f"local-dir:{tmp_path}")
 
     old = {"hf_model_name": "/old", "hf_tokenizer_name": "/old", "hf_model_pretrained": False}
     here = str(tmp_path.resolve())
-    ours = old | {"hf_model_name": here, "hf_tokenizer_name": here}
-    tower = {"timm_model_name": "local-dir:/old/image_tower"}
-    assert mended(old, tower) == {
-        "text_cfg": ours,
-        "vision_cfg": {"timm_model_name": f"local-dir:{here}/image_tower"},
+    tower = {"timm_model_name": "local-dir:/old/image_tower", "timm_model_pretrained": False}
+    assert found(old, tower) == {
+        "text_cfg": old | {"hf_model_name": here, "hf_tokenizer_name": here},
+        "vision_cfg": tower | {"timm_model_name": f"local-dir:{here}/image_tower"},
     }
-    for text in (old | {"hf_tokenizer_name": "roberta-base"}, {"hf_model_name": "/old"}):
-        assert mended(text, {"timm_model_name": "vit"}) == {
-            "text_cfg": text,
-            "vision_cfg": {"timm_model_name": "vit"},
-        }
-    path.write_text("[]")
-    open_clip_models._mend_moved(f"local-dir:{tmp_path}")
-    assert path.read_text() == "[]"
+    assert found(old | {"hf_model_name": "roberta-base"}, {"timm_model_name": "vit"}) == {}
+    assert found(old | {"hf_model_pretrained": True}, {}) == {}
 
 
 def test_the_configuration_of_a_model_of_a_hub(

@@ -7,17 +7,33 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from mulki.report.comparison.compare import Comparison, compare
-from mulki.report.comparison.groups import TITLES
-from mulki.report.comparison.tables import WIDTH, difference_text, mean_text, print_comparison
+from mulki.report.comparison.compare import compare
+from mulki.report.comparison.groups import TITLES, Against, Comparison, Section
+from mulki.report.comparison.tables import (
+    WIDTH,
+    Cell,
+    difference_rows,
+    mean_rows,
+    print_comparison,
+)
 from mulki.runs.intervals import Difference
 from tests.report.report_helpers import Make
 
 
-def test_numbers_have_their_intervals_where_there_are_some() -> None:
-    assert mean_text(70.125, None) == "70.12" and mean_text(70.0, 1.5) == "70.00 ± 1.50"
-    assert difference_text(Difference(-1.0, None, None)) == "-1.00"
-    assert difference_text(Difference(2.0, -0.5, 4.5)) == "+2.00 [-0.50, +4.50]"
+def difference(of: Difference, name: str = "last") -> Cell:
+    section = Section("one", ("a",), (), "base", (Against("ours", 1, "seeds", {name: of}),))
+    (row,) = difference_rows(section)
+    assert sum(str(cell) != "-" for cell in row.cells) == 1
+    return row.cells[list(TITLES).index(name)]
+
+
+def test_differences_have_their_intervals_where_there_are_some() -> None:
+    assert str(difference(Difference(-1.0, None, None))) == "-1.00"
+    cell = difference(Difference(2.0, -0.5, 4.5))
+    assert str(cell) == "+2.00 [-0.50, +4.50]" and cell.kind == ""
+    assert difference(Difference(2.0, 0.5, 4.5)).kind == "better"
+    assert difference(Difference(2.0, 0.5, 4.5), "forgetting").kind == "worse"
+    assert difference(Difference(-2.0, -4.5, -0.5)).kind == "worse"
 
 
 def shown(comparison: Comparison, width: int | None, **console: Any) -> list[str]:
@@ -47,9 +63,8 @@ def several(make: Make) -> Comparison:
 
 def numbers(comparison: Comparison) -> set[str]:
     section = comparison.sections[0]
-    means = [mean_text(*each) for group in section.groups for each in group.means.values()]
-    less = [difference_text(d) for each in section.differences for d in each.metrics.values()]
-    return {*means, *less}
+    rows = [*mean_rows(section), *difference_rows(section)]
+    return {str(cell) for row in rows for cell in row.cells}
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -99,14 +100,14 @@ def test_failed_write_keeps_the_older_file(
     save_weights(load_tiny(), path)
     before = path.read_bytes()
 
-    def full(state: object, name: Path, **rest: object) -> None:
-        Path(name).write_bytes(b"half")
-        raise OSError("disk full")
+    def full(path: Path) -> None:
+        assert path.read_bytes()  # what was written so far
+        raise OSError(errno.ENOSPC, "disk full")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr("mulki.clip.tensor_files.load_tensors", full)
     with pytest.raises(OSError, match="disk full"):
         save_weights(load_tiny(seed=1), path)
-    assert path.read_bytes() == before
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["w.safetensors"]
 
 
 def test_checkpoint_says_what_it_is(load_tiny: Load, tmp_path: Path) -> None:

@@ -9,16 +9,26 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from mulki.errors import InputError, Stopped
 from mulki.train.saving.recovery import FILE, Saves, read_state, write_state
 from mulki.train.saving.signals import Signals
+from tests.ranks import run_ranks
 
 STATE: dict[str, Any] = {
     "numbers": [1, 2.5, 1e-300, None, True, "text ü"],
     "weights": {"a.b": torch.randn(3, 2), "flags": torch.tensor([True])},
     "deep": [{"tensor": torch.tensor(1.5), "dict": {"x": []}}],
 }
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The save in a folder, without its checksum."""
+    state = read_state(folder)
+    assert state is not None and len(state.pop("sha256")) == 64
+    return state
 
 
 def same(one: Any, other: Any) -> bool:
@@ -38,8 +48,7 @@ def path_in(folder: Path) -> Path:
 
 def test_a_state_is_read_as_it_was_written(tmp_path: Path) -> None:
     write_state(path_in(tmp_path), STATE)
-    found = read_state(tmp_path)
-    assert same(STATE, found)
+    assert same(STATE, read(tmp_path))
     assert read_state(tmp_path / "other") is None
 
 
@@ -48,6 +57,24 @@ def test_tensors_that_share_memory(tmp_path: Path) -> None:
     write_state(path_in(tmp_path), {"whole": one, "again": one, "part": one[1:3]})
     found = read_state(tmp_path)
     assert found is not None and same(found["again"], one) and same(found["part"], one[1:3])
+
+
+def written_by_two(rank: int, world: int, path: str) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    sharded = distribute_tensor(torch.arange(15.0).view(5, 3), mesh, [Shard(0)])
+    state = {"a": [{"b": sharded}, torch.ones(2)], "c": (1, None, "text")}
+    write_state(Path(path) if rank == 0 else None, state)
+
+
+def test_tensors_of_which_each_process_has_a_part(tmp_path: Path) -> None:
+    run_ranks(2, written_by_two, str(path_in(tmp_path)))
+    whole = {"a": [{"b": torch.arange(15.0).view(5, 3)}, torch.ones(2)], "c": [1, None, "text"]}
+    assert same(read(tmp_path), whole)
+
+
+def test_what_json_does_not_hold_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="Path: a save holds tensors, numbers and texts"):
+        write_state(path_in(tmp_path), {"place": tmp_path})
 
 
 def saves(folder: Path, **options: Any) -> Saves:
@@ -152,7 +179,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, bad: str) -> 
     made.of_run(lambda in_task: {"student": {"a": torch.ones(2), "b": torch.tensor(float(bad))}})
     with pytest.raises(InputError, match=r"student: 1 of 2 weights .* the first is b; lower --lr"):
         made.save()
-    assert same(read_state(tmp_path), {"student": {}, "in_task": None})
+    assert same(read(tmp_path), {"student": {}, "in_task": None})
 
 
 @pytest.mark.parametrize("broken", ["fsync", "replace"])
@@ -168,5 +195,5 @@ def test_a_save_that_fails_leaves_the_older_one(
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
         patch.setattr(os, broken, full)
         made.save({"steps": 3})
-    assert same(read_state(tmp_path), {"student": {}, "in_task": None})
+    assert same(read(tmp_path), {"student": {}, "in_task": None})
     assert os.listdir(tmp_path / "recovery") == [FILE]

@@ -32,7 +32,7 @@ from mulki.train.config.run_config import read_config, resolve
 from mulki.train.display.progress import RunProgress
 from mulki.train.learning.class_step import ClassStep
 from mulki.train.saving import recovery
-from mulki.train.saving.resuming import read_save
+from mulki.train.saving.recovery import read_save
 from tests.train.run_helpers import Run, weights
 from tests.train_helpers import COLOURS, SHADES, same_state, write_split
 
@@ -292,7 +292,7 @@ def test_what_cannot_go_on(
         file.write_bytes(content[:-100])
     elif damage == "version":
         tensors, known = load_tensors(file)
-        save_tensors(file, tensors, known | {"format": "0"})
+        save_tensors(file, tensors, known | {"format": "1"})
     elif damage == "matrix":
         rows = (folder / "matrix.csv").read_text().splitlines(keepends=True)
         (folder / "matrix.csv").write_text("".join(rows[:-1]))
@@ -344,10 +344,10 @@ def test_every_process_has_to_see_the_same_save(
     folder = tmp_path / "logs" / "stopped"
     seen: list[dict[str, object]] = []
     monkeypatch.setattr(World, "agree", lambda *given, **facts: seen.append(facts))
-    saved = recovery.hash_of_save(folder)
+    saved = recovery.read_state(folder)
     resumed(folder)
-    assert len(saved) == 64 and seen[0]["save (hash)"] == saved
-    assert recovery.hash_of_save(folder) == "none"
+    assert saved is not None and len(saved["sha256"]) == 64
+    assert seen[0]["save (hash)"] == saved["sha256"]
 
 
 def test_a_run_that_is_complete_gets_its_reports_again(run: Run) -> None:

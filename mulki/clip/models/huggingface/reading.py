@@ -109,7 +109,7 @@ def _json(path: Path) -> dict[str, Any]:
             raise ValueError("no object")
     except FileNotFoundError:
         raise InputError(f"it has no {path.name}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path.name} cannot be read ({error})") from None
     return found
 
