@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from mulki.distributed.parts import set_whole
 from mulki.distributed.world import ALONE, World
 from mulki.errors import InputError, Stopped
 from mulki.files import sync
-from mulki.methods import PREVIOUS
+from mulki.methods import PREVIOUS, Method
 from mulki.report.comparison.groups import NEUTRAL
 from mulki.runs.answers import FOLDER as ANSWERS
 from mulki.runs.folder import RunFolder
@@ -38,16 +38,32 @@ from mulki.runs.metrics import ZERO_SHOT
 from mulki.runs.new_folder import RECOVERY
 from mulki.runs.reading import read_json
 from mulki.runs.results import read_evaluations
+from mulki.train.config.precision import Precision
 from mulki.train.config.run_config import RunConfig, Settings, read_config
 from mulki.train.saving.checkpoints import ARGUMENTS
 from mulki.train.saving.randomness import random_state, set_random_state
 from mulki.train.saving.signals import Signals
 
-if TYPE_CHECKING:
-    from mulki.train.start.setup import Setup
-
 State = dict[str, Any]
 Frozen = Mapping[str, VisionLanguageModel]
+
+
+class Running(Protocol):
+    """What a save is made of: the part of a `Setup` that changes while the run goes on."""
+
+    @property
+    def model(self) -> VisionLanguageModel: ...
+
+    @property
+    def method(self) -> Method: ...
+
+    @property
+    def precision(self) -> Precision: ...
+
+    @property
+    def world(self) -> World: ...
+
+
 FILE = "state.safetensors"
 STUDENT = "student"
 TOO_FAST = "lower --lr, or pass --grad-clip-norm"
@@ -367,7 +383,7 @@ def changed(folder: Path, hashes: Mapping[str, Any]) -> str | None:
 
 
 def run_state(
-    setup: Setup,
+    setup: Running,
     frozen: Frozen,
     texts: TextInputs,
     learned: int,
@@ -401,7 +417,7 @@ def run_state(
     }
 
 
-def restore(saved: State, setup: Setup, frozen: Frozen, texts: TextInputs) -> State | None:
+def restore(saved: State, setup: Running, frozen: Frozen, texts: TextInputs) -> State | None:
     """Set what `run_state` returned, into a run that is at its start.
 
     Returns:
