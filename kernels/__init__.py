@@ -1,7 +1,7 @@
 """Triton kernels, imported as `mulki.kernels`. Importing this package does not import Triton.
 
-A module per operator has the kernels of its forms, as functions of the operator's name and
-signature. They check no argument: `mulki.ops` does, before it calls them.
+A module per operator has a function of its name, from the operator's arguments and what is asked of
+it (`mulki.ops.operators.Request`) to its results. Arguments are not checked: `mulki.ops` does that.
 """
 
 from __future__ import annotations
@@ -20,20 +20,11 @@ OPERATORS = (
     *("similarity", "prototype_cross_entropy", "teacher_kl"),
     *("contrastive", "siglip", "pair_kl"),
 )
-_FORMS = ("_backward", "_reduced", "_with_labels")
-# The operators in every form; similarity has no reduced one, and pair_kl alone has labels.
-KERNELS = tuple(
-    f"{operator}{form}"
-    for operator in OPERATORS
-    for form in ("", *_FORMS)
-    if (operator, form) != ("similarity", "_reduced")
-    and (form != "_with_labels" or operator == "pair_kl")
-)
 
 
 def why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why no kernel here serves `op`, in one sentence, or None when one does."""
-    if op not in KERNELS:
+    if op not in OPERATORS:
         return "mulki.kernels has no Triton kernel for it"
     if dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, not {dtype}"
@@ -62,13 +53,6 @@ def _missing(device_type: str) -> str | None:
     return None
 
 
-def operator_of(op: str) -> str:
-    """The operator of which `op` is a form."""
-    form = next((form for form in _FORMS if op.endswith(form)), "")
-    return op.removesuffix(form)
-
-
 def kernel(op: str) -> Callable[..., Any]:
-    """The kernel of `op`, with the operator's signature; ask `why_not` first."""
-    operator = operator_of(op)
-    return getattr(importlib.import_module(f"{__name__}.{operator}"), op)
+    """The function of `op`; ask `why_not` first."""
+    return getattr(importlib.import_module(f"{__name__}.{op}"), op)

@@ -121,7 +121,7 @@ class OperandGradients:
         self.model, self.dtype, self.factors = model, dtype, factors
         # What is one product, and has its factors, may be rounded at once.
         self.sums = [
-            t.new_empty(t.shape, dtype=dtype if one and factors.folded else torch.float32)
+            t.new_empty(t.shape, dtype=dtype if one and factors.largest is None else torch.float32)
             if want
             else None
             for t, want, one in zip(model, wanted, once, strict=False)
@@ -148,7 +148,7 @@ class OperandGradients:
             for t in self.sums
         ]
         pairs = [(t, to) for t, to in zip(self.sums, out, strict=True) if t is not None]
-        if not self.factors.folded:
+        if self.factors.largest is not None:
             scale_results(pairs, self.factors)
         else:
             for t, to in pairs:
@@ -172,14 +172,14 @@ class BlockKernel(ABC):
         size = block.last - block.first, block.stop - block.start
         if size not in self._of_size:
             self._of_size[size] = self._for_size(*size)
-        first, _, offset, _ = block
+        row, _, column, _ = block
         if self._swap:
-            first, offset = offset, first
-        self._of_size[size](first=first, offset=offset)
+            row, column = column, row
+        self._of_size[size](first_row=row, first_column=column)
 
     @abstractmethod
     def _for_size(self, n: int, p: int) -> Repeated:
-        """The launch for blocks of n rows and p columns, but for `first` and `offset`."""
+        """The launch for blocks of n rows and p columns, but for where they begin."""
 
 
 def row_programs(blocks: int, warps: int, device: torch.device) -> int:
@@ -194,12 +194,10 @@ def row_programs(blocks: int, warps: int, device: torch.device) -> int:
 class PairKernel(BlockKernel):
     """A kernel that makes G of pairs, given logits and what is known of rows and columns."""
 
-    def __init__(
-        self, kernel: Any, blocks: Blocks, factors: Factors, gradient: bool, **arguments: Any
-    ) -> None:
+    def __init__(self, kernel: Any, blocks: Blocks, gradient: bool, **arguments: Any) -> None:
         super().__init__()
         self._kernel, self._blocks, self._gradient = kernel, blocks, gradient
-        self._arguments = {"factors": factors.values, "FOLDED": factors.folded, **arguments}
+        self._arguments = arguments
 
     def _for_size(self, n: int, p: int) -> Repeated:
         blocks = self._blocks

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc"
-"""Device functions that several kernels call: one tile of Y = A B^T, and the scale.
+"""Device functions that several kernels call: tiles of Y = A B^T and of G, and the scale.
 
 `row_product` computes a tile [BLOCK_A, BLOCK_B] of Y. It takes DEPTH columns of A and B per step,
 one tl.dot each, and sums them in a float32 accumulator in registers. The tile is not rounded, and
@@ -13,8 +13,8 @@ import triton.language as tl
 # an integer that is 1 or a multiple of 16; for these it must not, since N and P often change. That
 # holds for arguments of their own alone: in a tuple each integer would be specialized.
 COUNTS = (
-    *("n", "p", "first", "offset", "classes", "ignore_index"),
-    *("state_rows", "sum_rows", "shift", "parts", "span"),
+    *("n", "p", "first_row", "first_column", "classes", "ignore_index"),
+    *("state_rows", "sum_rows", "offset", "parts", "span"),
 )
 jit_kernel = triton.jit(do_not_specialize=COUNTS)  # decorates the functions that are launched
 
@@ -55,6 +55,35 @@ def row_product(
         a_ptrs += DEPTH
         b_ptrs += DEPTH
     return y
+
+
+@triton.jit
+def load_logits(row_ptrs, columns, column_stride, loaded, EVEN: tl.constexpr):
+    """A tile of stored logits; `loaded` columns may be read."""
+    at = row_ptrs[:, None] + columns[None, :] * column_stride
+    if EVEN:
+        y = tl.load(at)
+    else:
+        y = tl.load(at, mask=(columns < loaded)[None, :], other=0.0)
+    return y
+
+
+@triton.jit
+def store_gradient(row_ptrs, columns, g, loaded, EVEN: tl.constexpr):
+    """Write a tile of G; in half precision it lies over logits of this tile and earlier ones."""
+    at = row_ptrs[:, None] + columns[None, :]
+    g = g.to(row_ptrs.dtype.element_ty)
+    if EVEN:
+        tl.store(at, g)
+    else:
+        tl.store(at, g, mask=(columns < loaded)[None, :])
+
+
+@triton.jit
+def add_to_rows(row_ptr, samples, inside, before, values):
+    """Write a number per row [N], or add it where `before`: where blocks of columns were before."""
+    found = tl.load(row_ptr + samples, mask=before, other=0.0)
+    tl.store(row_ptr + samples, found + values, mask=inside)
 
 
 @triton.jit

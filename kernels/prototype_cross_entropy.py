@@ -9,94 +9,42 @@ outside [0, P) or a class that the mask excludes; no memory is read at such a ta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import common, row_results, row_softmax, softmax_loss, sums
+from . import common, results, softmax_loss, sums
 from .common import Model
-from .row_results import RowResults
+from .row_softmax import Inputs, Numbers, Outputs, Rows
 from .sums import Factors
 
-
-class _Arguments(NamedTuple):
-    features: Tensor  # [N, D]
-    prototypes: Tensor  # [P, D]
-    scale: Tensor  # 0-d
-    target: Tensor  # [N] int64
-    class_mask: Tensor | None  # [P] bool
-    label_smoothing: float
-    ignore_index: int
+if TYPE_CHECKING:
+    from mulki.ops.operators import Request
+    from mulki.ops.prototype_cross_entropy import PrototypeCrossEntropy
 
 
-def _compute(
-    a: _Arguments,
-    upstream: Tensor | None,
-    wanted: Sequence[bool],
-    dtype: torch.dtype,
-    mean: bool = False,
-) -> tuple[RowResults, Factors]:
-    """Losses of at least one row, and the wanted gradients in `dtype`."""
-    n = a.features.shape[0]
-    scale, target = common.as_float32(a.scale), a.target.contiguous()
-    mask = common.as_bytes(a.class_mask)
-    counted = a.label_smoothing != 0 and mask is not None
-    upstream = None if upstream is None else common.as_float32(upstream)
-    bound, half = None, a.features.dtype == torch.float16
-    if upstream is not None and half:
-        bound = upstream.masked_fill(target == a.ignore_index, 0).abs().amax()
-    factors = Factors(
-        scale,
-        folded=not half,
-        count=sums.count_rows(target, a.ignore_index) if mean else None,
-        bound=bound,
-    )
-    with_scale = common.empty_float32(scale, n) if any(wanted) else None
-    rows = row_softmax.Rows(
-        row_softmax.CROSS_ENTROPY,
-        [Model.of(a.features, a.prototypes)],
-        scale,
+def prototype_cross_entropy(x: PrototypeCrossEntropy, request: Request) -> tuple[Tensor, ...]:
+    leaves, n = x[:3], len(x.features)
+    if n == 0:
+        return results.of_nothing(request, leaves, (0,))
+    scale, target = common.as_float32(x.scale), x.target.contiguous()
+    mask, upstream = common.as_bytes(x.class_mask), results.upstream(request, n)
+    mean, of_kept = request.reduction == "mean", upstream
+    if upstream is not None and x.features.dtype == torch.float16:
+        # The upstream gradient of an ignored row may be anything.
+        of_kept = upstream.masked_fill(target == x.ignore_index, 0)
+    count = sums.count_rows(target, x.ignore_index) if mean else None
+    factors = Factors.of(x.features, scale, count=count, upstream=of_kept)
+    active = mask.sum(dtype=torch.float32) if x.label_smoothing and mask is not None else None
+    of_scale = common.empty_float32(scale, n) if any(request.wanted) else None
+    rows = Rows(
+        "cross_entropy",
+        [Model.of(x.features, x.prototypes)],
         factors,
-        target=target,
-        class_mask=mask,
-        class_count=mask.sum(dtype=torch.float32) if counted and mask is not None else None,
-        upstream=upstream,
-        outputs=(common.empty_float32(scale, n), None, None, None, with_scale),
-        smoothing=a.label_smoothing,
-        ignore_index=a.ignore_index,
-        target_source=row_softmax.TARGET,
+        Inputs(scale, None, mask, target, class_count=active, upstream=upstream),
+        Outputs(common.empty_float32(scale, n), scale_gradients=of_scale),
+        Numbers(smoothing=x.label_smoothing),
+        x.ignore_index,
     )
-    return softmax_loss.compute(rows, wanted, dtype), factors
-
-
-NO_GRADIENTS = (False, False, False)
-
-
-def prototype_cross_entropy(*arguments: Any) -> Tensor:
-    """The loss of each row, [N] float32; 0 where the target is ignored."""
-    a = _Arguments(*arguments)
-    if a.features.shape[0] == 0:
-        return a.features.new_empty(0, dtype=torch.float32)
-    return _compute(a, None, NO_GRADIENTS, torch.float32)[0].loss
-
-
-def prototype_cross_entropy_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """dX, dW, dscale for an upstream gradient per row."""
-    *forward, wanted = arguments
-    a = _Arguments(*forward)
-    dtype = a.features.dtype
-    if a.features.shape[0] == 0:
-        return row_results.backward_of_no_rows(a.features, a.prototypes, wanted, dtype)
-    return row_results.backward_outputs(_compute(a, grad, wanted, dtype)[0], wanted)
-
-
-def prototype_cross_entropy_reduced(*arguments: Any) -> tuple[Tensor, ...]:
-    """The sum or mean over the rows that are not ignored; dX, dW, dscale in float32."""
-    *forward, mean, wanted = arguments
-    a = _Arguments(*forward)
-    if a.features.shape[0] == 0:
-        return row_results.reduced_of_no_rows(a.features, a.prototypes, mean, wanted)
-    results, factors = _compute(a, None, wanted, torch.float32, mean)
-    return row_results.reduced_outputs(results, wanted, factors)
+    return softmax_loss.compute(rows, request, leaves)

@@ -23,17 +23,12 @@ bit. From these numbers a loss makes its value, and the numbers of the row in
                              E[log p_k] + label_factor log p_k at the target)
 
 Both terms of a KL are the same number where a teacher equals the student: KL is exactly zero then.
-
-A tile has ROWS rows. Each of its lanes keeps statistics of its own columns, and lanes are combined
-once, at the end, so that a tile takes no barrier for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -43,25 +38,113 @@ from .common import Model
 from .products import absolute_scale
 from .sums import Factors
 
-NO_LOSS, CROSS_ENTROPY, TEACHER_KL = 0, 1, 2
-NO_TARGET, TARGET, DIAGONAL = 0, 1, 2
+if TYPE_CHECKING:
+    from mulki.ops.pair_kl import PairKl
+    from mulki.ops.teacher_kl import TeacherKl
+
+
+class Inputs(NamedTuple):
+    """What a loss reads beside the logits; None is what it does without."""
+
+    scale: Tensor  # 0-d
+    teacher_scales: Tensor | None = None  # [K] float32
+    class_mask: Tensor | None = None  # [P] uint8, nonzero takes part
+    target: Tensor | None = None  # [N] int64
+    weights: Tensor | None = None  # [N, K] float32, or None for those of the gate
+    class_count: Tensor | None = None  # 0-d, number of active classes; None for P
+    upstream: Tensor | None = None  # [N] float32, or None for 1
+
+
+class Outputs(NamedTuple):
+    """What a loss writes, float32."""
+
+    loss: Tensor | None = None  # [N]
+    kl: Tensor | None = None  # [N, K], as the next two
+    weights: Tensor | None = None
+    entropy: Tensor | None = None
+    scale_gradients: Tensor | None = None  # [N] contributions to dL/dscale
+
+
+class Numbers(NamedTuple):
+    inverse_temperature: float = 1.0
+    entropy_factor: float = 0.0  # gate_entropy / gate_temperature
+    label_factor: float = 0.0  # gate_label / gate_temperature
+    t2: float = 1.0  # T^2 or 1
+    smoothing: float = 0.0
+
+    @classmethod
+    def of_kl(cls, x: TeacherKl | PairKl) -> Numbers:
+        factors = x.gate_entropy / x.gate_temperature, x.gate_label / x.gate_temperature
+        return cls(1.0 / x.temperature, *factors, x.temperature**2 if x.scale_by_t2 else 1.0)
+
+
+class Operands(NamedTuple):
+    """X and W of every model, for kernels that multiply them; the elements of a row contiguous."""
+
+    x: tuple[Tensor, ...]  # [N, D_m]
+    w: tuple[Tensor, ...]  # [P, D_m]
+    x_strides: tuple[int, ...]
+    w_strides: tuple[int, ...]
+    widths: tuple[int, ...]  # D_m
+
+
+class Rows(NamedTuple):
+    """A loss over the softmax of rows, with its arguments and the tensors that it writes."""
+
+    loss: str  # "cross_entropy", "teacher_kl", or "diagonal": statistics with its own target
+    models: Sequence[Model]  # the student, then the teachers
+    factors: Factors
+    inputs: Inputs
+    outputs: Outputs = Outputs()
+    numbers: Numbers = Numbers()
+    ignore_index: int = 0
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of kernels that write the loss."""
+        return {
+            "inputs": self.inputs,
+            "outputs": self.outputs,
+            "numbers": self.numbers,
+            "ignore_index": self.ignore_index,
+            "classes": self.models[0].prototypes.shape[0],
+            "LOSS": self.loss,
+            "SMOOTHED": self.numbers.smoothing != 0,
+        }
+
+    def operands(self) -> Operands:
+        return Operands(
+            x=tuple(model.features for model in self.models),
+            w=tuple(model.prototypes for model in self.models),
+            x_strides=tuple(model.features.stride(0) for model in self.models),
+            w_strides=tuple(model.prototypes.stride(0) for model in self.models),
+            widths=tuple(model.width for model in self.models),
+        )
+
+
+class Scales(NamedTuple):
+    """Of every model c = scale / temperature, as |c| log2 e, |c| and its sign."""
+
+    c2: Any
+    c: Any
+    sign: Any
 
 
 @triton.jit
-def model_scales(scale_ptr, teacher_scales_ptr, inverse_temperature, MODELS: tl.constexpr):
-    """|c| log2 e, |c| and the sign of c, of every model."""
-    c2, c, sign = absolute_scale(scale_ptr, inverse_temperature)
+def model_scales(inputs, numbers, MODELS: tl.constexpr):
+    """The `Scales` of a loss."""
+    c2, c, sign = absolute_scale(inputs.scale, numbers.inverse_temperature)
     c2s, cs, signs = (c2,), (c,), (sign,)
     for m in tl.static_range(1, MODELS):
-        c2, c, sign = absolute_scale(teacher_scales_ptr + (m - 1), inverse_temperature)
+        teacher_scale = inputs.teacher_scales + (m - 1)
+        c2, c, sign = absolute_scale(teacher_scale, numbers.inverse_temperature)
         c2s, cs, signs = c2s + (c2,), cs + (c,), signs + (sign,)
-    return c2s, cs, signs
+    return Scales(c2s, cs, signs)
 
 
 @triton.jit
 def active_columns(
     columns,  # [BLOCK] of the block
-    offset,  # column of P at which the block starts
+    first_column,  # column of P at which the block starts
     p,  # columns of the block
     mask_ptr,  # [P] uint8, nonzero takes part; or None
     MASKED: tl.constexpr,  # whether some column of a tile is not active
@@ -71,154 +154,92 @@ def active_columns(
     if MASKED:
         inside = columns < p
         if mask_ptr is not None:
-            inside = inside & (tl.load(mask_ptr + offset + columns, mask=inside, other=0) != 0)
+            mask = tl.load(mask_ptr + first_column + columns, mask=inside, other=0)
+            inside = inside & (mask != 0)
         active = inside[None, :]
     return active
 
 
-@triton.jit
-def first_lanes(vs, active, SMOOTHED: tl.constexpr):
-    """The statistics of lanes with one column each; one that is not active has no top (-inf)."""
-    tops, sums, moments, cross_moments = (), (), (), ()
-    for m in tl.static_range(len(vs)):
-        zero = tl.zeros_like(vs[m])
-        tops = tops + (tl.where(active, vs[m], float("-inf")),)
-        sums = sums + (tl.where(active, 1.0, zero),)
-        moments = moments + (zero,)
-        if SMOOTHED and m == 0:
-            cross_moments = cross_moments + (tl.where(active, vs[m], 0.0),)
-        else:
-            cross_moments = cross_moments + (zero,)
-    return tops, sums, moments, cross_moments
+class RowGradient(NamedTuple):
+    """The numbers of rows in G, see above."""
 
-
-@triton.jit
-def add_lanes(vs, active, c2s, tops, sums, moments, cross_moments, SMOOTHED: tl.constexpr):
-    """Add a column to each lane. One of exp(old - new) and exp(v - new) is 1: it takes one exp."""
-    all_tops, all_sums, all_moments, all_cross_moments = (), (), (), ()
-    for m in tl.static_range(len(vs)):
-        v, old = vs[m], tops[m]
-        fresh = old == float("-inf")
-        grows = active & ((v <= old) == 0)  # NaN grows, too
-        e = tl.exp2(c2s[m] * tl.where(fresh, 0.0, -tl.abs(v - old)))
-        top = tl.where(grows, v, old)
-        rescale = tl.where(grows, e, 1.0)
-        e = tl.where(active, tl.where(grows, 1.0, e), 0.0)
-        change = tl.where(fresh, 0.0, old - top)
-        below = tl.where(active, v - top, 0.0)
-        cross_moment = cross_moments[m]
-        if m == 0:
-            student_change = change
-            student_below = below
-            if SMOOTHED:
-                cross_moment += tl.where(active, v, 0.0)
-        else:
-            cross_moment = rescale * (cross_moment + sums[m] * student_change) + e * student_below
-        all_tops = all_tops + (top,)
-        all_sums = all_sums + (rescale * sums[m] + e,)
-        all_moments = all_moments + (rescale * (moments[m] + sums[m] * change) + e * below,)
-        all_cross_moments = all_cross_moments + (cross_moment,)
-    return all_tops, all_sums, all_moments, all_cross_moments
-
-
-@triton.jit
-def combine_lanes(c2s, tops, sums, moments, cross_moments, SMOOTHED: tl.constexpr):
-    """The statistics of rows from those of their lanes, along the last axis."""
-    all_tops, all_sums, all_moments, all_cross_moments = (), (), (), ()
-    for m in tl.static_range(len(tops)):
-        top = tl.max(tops[m], 1)
-        none = tops[m] == float("-inf")
-        below = tl.where(none, 0.0, tops[m] - top[:, None])
-        rescale = tl.where(none, 0.0, tl.exp2(c2s[m] * below))
-        cross_moment = cross_moments[m]
-        if m == 0:
-            student_below = below
-            if not SMOOTHED:
-                cross_moment = tl.zeros_like(below)
-        else:
-            cross_moment = rescale * (cross_moment + sums[m] * student_below)
-        all_tops = all_tops + (top,)
-        all_sums = all_sums + (tl.sum(rescale * sums[m], 1),)
-        all_moments = all_moments + (tl.sum(rescale * (moments[m] + sums[m] * below), 1),)
-        all_cross_moments = all_cross_moments + (tl.sum(cross_moment, 1),)
-    return all_tops, all_sums, all_moments, all_cross_moments
+    weights: Any  # of every model
+    uniform: Any
+    at_target: Any
 
 
 @triton.jit
 def row_loss(
-    inputs,  # of `Rows.inputs`
-    outputs,  # of `Rows.outputs`
-    cs,
-    signs,
-    statistics,  # five of every model, see above
+    inputs, outputs, numbers,  # of `Rows`
+    scales,
+    statistics,
+    target_values,  # v of every model at the target
     samples,  # [ROWS]
     inside,  # [ROWS] samples < N
     classes,  # P
-    numbers,  # of `Rows.numbers`
     ignore_index,
     LOSS: tl.constexpr,
-):
-    """Write the loss of rows, and return the weights of the models, uniform and at_target of G."""
-    _, _, mask_ptr, target_ptr, given_weights_ptr, class_count_ptr, upstream_ptr = inputs
-    loss_ptr, kl_ptr, weights_ptr, entropy_ptr, scale_gradients_ptr = outputs
-    tops, sums, moments, cross_moments, target_values = statistics
-    inverse_temperature, entropy_factor, label_factor, t2, smoothing = numbers
+):  # fmt: skip
+    """Write the loss of rows, and return their numbers in G."""
+    tops, sums, moments, cross_moments = statistics
     K: tl.constexpr = len(tops) - 1
     g = tl.full(samples.shape, 1.0, tl.float32)
-    if upstream_ptr is not None:
-        g = tl.load(upstream_ptr + samples, mask=inside, other=0.0)
-    if target_ptr is not None:
-        target = tl.load(target_ptr + samples, mask=inside, other=0)
+    if inputs.upstream is not None:
+        g = tl.load(inputs.upstream + samples, mask=inside, other=0.0)
+    if inputs.target is not None:
+        target = tl.load(inputs.target + samples, mask=inside, other=0)
         valid = (target >= 0) & (target < classes)
-        if mask_ptr is not None:
-            valid = valid & (tl.load(mask_ptr + target, mask=inside & valid, other=0) != 0)
+        if inputs.class_mask is not None:
+            mask = tl.load(inputs.class_mask + target, mask=inside & valid, other=0)
+            valid = valid & (mask != 0)
         known = tl.where(valid, 1.0, float("nan"))
     log_sum = tl.log(sums[0])
     mean = moments[0] / sums[0]
     uniform = tl.zeros_like(g)
     at_target = tl.zeros_like(g)
     weights = ()
-    if LOSS == 1:
+    if LOSS == "cross_entropy":
+        smoothing = numbers.smoothing
         ignored = target == ignore_index
         to_target = target_values[0] - tops[0]
-        loss = -(1.0 - smoothing) * (cs[0] * to_target - log_sum)
+        loss = -(1.0 - smoothing) * (scales.c[0] * to_target - log_sum)
         g = tl.where(ignored, 0.0, known * g)
         at_target = g * (1.0 - smoothing)
         scale_gradient = mean - (1.0 - smoothing) * to_target
-        if class_count_ptr is not None:
-            class_count = tl.load(class_count_ptr)
+        if inputs.class_count is not None:
+            class_count = tl.load(inputs.class_count)
         else:
             class_count = tl.cast(classes, tl.float32)
         # Without smoothing the sum over v is zero, and all of these terms are.
         to_mean = cross_moments[0] / class_count - tops[0]
-        loss -= smoothing * (cs[0] * to_mean - log_sum)
+        loss -= smoothing * (scales.c[0] * to_mean - log_sum)
         scale_gradient -= smoothing * to_mean
         uniform = g * smoothing / class_count
         loss = tl.where(ignored, 0.0, loss * known)
         scale_gradient = tl.where(ignored, 0.0, g * scale_gradient)
         weights = (g / sums[0],)
-    if LOSS == 2:
+    if LOSS == "teacher_kl":
         scores, kls, student_means = (), (), ()
         for k in tl.static_range(K):
             log_sum_k = tl.log(sums[k + 1])
             student_mean = cross_moments[k + 1] / sums[k + 1]
-            negative_entropy = cs[k + 1] * (moments[k + 1] / sums[k + 1]) - log_sum_k
-            kl = t2 * (negative_entropy - (cs[0] * student_mean - log_sum))
+            negative_entropy = scales.c[k + 1] * (moments[k + 1] / sums[k + 1]) - log_sum_k
+            kl = numbers.t2 * (negative_entropy - (scales.c[0] * student_mean - log_sum))
             kls = kls + (kl,)
             student_means = student_means + (student_mean,)
-            if given_weights_ptr is not None:
-                score = tl.load(given_weights_ptr + samples * K + k, mask=inside, other=0.0)
+            if inputs.weights is not None:
+                score = tl.load(inputs.weights + samples * K + k, mask=inside, other=0.0)
             else:
-                score = entropy_factor * negative_entropy
-                if target_ptr is not None:
-                    to_target = target_values[k + 1] - tops[k + 1]
-                    score += label_factor * known * (cs[k + 1] * to_target - log_sum_k)
+                score = numbers.entropy_factor * negative_entropy
+                if inputs.target is not None:
+                    to_target = scales.c[k + 1] * (target_values[k + 1] - tops[k + 1])
+                    score += numbers.label_factor * known * (to_target - log_sum_k)
             scores = scores + (score,)
-            if kl_ptr is not None:
-                tl.store(kl_ptr + samples * K + k, kl, mask=inside)
-                tl.store(entropy_ptr + samples * K + k, -negative_entropy, mask=inside)
+            if outputs.kl is not None:
+                tl.store(outputs.kl + samples * K + k, kl, mask=inside)
+                tl.store(outputs.entropy + samples * K + k, -negative_entropy, mask=inside)
         normalizer = tl.full(samples.shape, 1.0, tl.float32)
-        if given_weights_ptr is None:
+        if inputs.weights is None:
             top_score = scores[0]
             for k in tl.static_range(1, K):
                 top_score = tl.maximum(top_score, scores[k])
@@ -229,7 +250,7 @@ def row_loss(
                 normalizer += share
                 shares = shares + (share,)
             scores = shares
-        g *= t2 * inverse_temperature
+        g *= numbers.t2 * numbers.inverse_temperature
         loss = tl.zeros_like(g)
         total = tl.zeros_like(g)
         student_mean = tl.zeros_like(g)
@@ -240,94 +261,28 @@ def row_loss(
             total += weight
             student_mean += weight * student_means[k]
             of_teachers = of_teachers + (-(g * weight) / sums[k + 1],)
-            if kl_ptr is not None:
-                tl.store(weights_ptr + samples * K + k, weight, mask=inside)
+            if outputs.weights is not None:
+                tl.store(outputs.weights + samples * K + k, weight, mask=inside)
         scale_gradient = g * (total * mean - student_mean)
         weights = ((g * total) / sums[0],) + of_teachers
-    if LOSS != 0:
-        tl.store(loss_ptr + samples, loss, mask=inside)
-    if LOSS != 0 and scale_gradients_ptr is not None:
-        tl.store(scale_gradients_ptr + samples, signs[0] * scale_gradient, mask=inside)
-    return weights, uniform, at_target
+    if LOSS != "diagonal":
+        tl.store(outputs.loss + samples, loss, mask=inside)
+        if outputs.scale_gradients is not None:
+            scale_gradient *= scales.sign[0]
+            tl.store(outputs.scale_gradients + samples, scale_gradient, mask=inside)
+    return RowGradient(weights, uniform, at_target)
 
 
 @triton.jit
-def logit_gradient(
-    vs, active, columns, target, c2s, tops, weights, uniform, at_target, factor, LOSS: tl.constexpr
-):
-    """The tile of G times the factor."""
-    g = (factor * weights[0])[:, None] * tl.exp2(c2s[0] * (vs[0] - tops[0][:, None]))
+def logit_gradient(vs, active, columns, target, scales, tops, of_g, factor, LOSS: tl.constexpr):
+    """The tile of G times the factor; `of_g` is a `RowGradient`."""
+    weights, uniform, at_target = of_g
+    e = tl.exp2(scales.c2[0] * (vs[0] - tops[0][:, None]))
+    g = (factor * weights[0])[:, None] * e
     for m in tl.static_range(1, len(vs)):
-        g += (factor * weights[m])[:, None] * tl.exp2(c2s[m] * (vs[m] - tops[m][:, None]))
-    if LOSS == 1:
+        e = tl.exp2(scales.c2[m] * (vs[m] - tops[m][:, None]))
+        g += (factor * weights[m])[:, None] * e
+    if LOSS == "cross_entropy":
         is_target = columns[None, :] == target[:, None]
         g -= (factor * uniform)[:, None] + tl.where(is_target, (factor * at_target)[:, None], 0.0)
     return tl.where(active, g, 0.0)
-
-
-@dataclass(frozen=True)
-class Form:
-    """What kernels are compiled for, of a loss."""
-
-    loss: int
-    target_source: int
-    smoothed: bool
-    folded: bool  # whether G has its factors
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A loss over the softmax of rows, with its arguments and the tensors that it writes."""
-
-    loss: int  # NO_LOSS, CROSS_ENTROPY or TEACHER_KL
-    models: Sequence[Model]  # the student, then the teachers
-    scale: Tensor  # 0-d
-    factors: Factors
-    teacher_scales: Tensor | None = None  # [K] float32
-    given_weights: Tensor | None = None  # [N, K] float32, or None for the weights of the gate
-    target: Tensor | None = None  # [N] int64
-    class_mask: Tensor | None = None  # [P] uint8
-    class_count: Tensor | None = None  # 0-d, number of active classes; None for P
-    upstream: Tensor | None = None  # [N], or None for 1
-    outputs: tuple[Tensor | None, ...] = (None,) * 5  # loss, kl, weights, entropy, scale gradients
-    temperature: float = 1.0
-    entropy_factor: float = 0.0  # gate_entropy / gate_temperature
-    label_factor: float = 0.0  # gate_label / gate_temperature
-    t2: float = 1.0  # T^2 or 1
-    smoothing: float = 0.0
-    ignore_index: int = 0
-    target_source: int = NO_TARGET
-
-    @property
-    def inputs(self) -> tuple[Tensor | None, ...]:
-        return (
-            self.scale,
-            self.teacher_scales,
-            self.class_mask,
-            self.target,
-            self.given_weights,
-            self.class_count,
-            self.upstream,
-        )
-
-    @property
-    def numbers(self) -> tuple[float, ...]:
-        factors = self.entropy_factor, self.label_factor
-        return 1.0 / self.temperature, *factors, self.t2, self.smoothing
-
-    @cached_property
-    def arguments(self) -> dict[str, Any]:
-        """Those of kernels that write G."""
-        return {**self.loss_arguments, "factors": self.factors.values}
-
-    @cached_property
-    def loss_arguments(self) -> dict[str, Any]:
-        """Those of kernels that write the loss."""
-        return {
-            "inputs": self.inputs,
-            "outputs": self.outputs,
-            "numbers": self.numbers,
-            "ignore_index": self.ignore_index,
-            "classes": self.models[0].prototypes.shape[0],
-            "FORM": Form(self.loss, self.target_source, self.smoothing != 0, self.factors.folded),
-        }

@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc"
 """siglip: loss_i = sum_j softplus(-y_ij u_ij), u = scale X W^T + bias, N x P pairs.
 
-    y_ij = +1 where j = i + shift, else -1
-    dL/du_ij = g_i (sigmoid(u_ij) - [j = i + shift]), g_i the upstream gradient
+    y_ij = +1 where j = i + offset, else -1
+    dL/du_ij = g_i (sigmoid(u_ij) - [j = i + offset]), g_i the upstream gradient
 
 No normaliser is needed, so one launch of `siglip_rows` for each block of logits (`chunks`) does it
 all. A program keeps ROWS rows, reads their Y = X W^T once, and writes G over it. Its lanes keep
@@ -17,21 +17,21 @@ They are added up at the end, and to those of the blocks before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import autotune, common, row_results, schedule
+from . import autotune, common, results, schedule
 from .chunks import Blocks, OperandGradients, PairKernel
 from .common import Model
-from .pair_tiles import add_to_rows, store_gradient
-from .products import jit_kernel
-from .row_results import RowResults
+from .products import add_to_rows, jit_kernel, load_logits, store_gradient
 from .sums import Factors, logit_factor
+
+if TYPE_CHECKING:
+    from mulki.ops.operators import Request
+    from mulki.ops.siglip import Siglip
 
 
 @jit_kernel
@@ -42,45 +42,39 @@ def siglip_rows(
     g_stride,
     bias_ptr,  # 0-d
     upstream_ptr,  # [N], or None for 1
-    factors,  # see `Factors.values`
+    factors,  # see `Factors`
     sums_ptr,  # [3, sum_rows]: loss, moment, total
     sum_rows,
-    shift,  # sample i matches class i + shift
-    first,  # sample of the first row
-    offset,  # class of the first column
+    offset,  # sample i matches class i + offset
+    first_row,  # sample of the first row
+    first_column,  # class of the first column
     n,  # rows of the block
     p,  # columns of the block
     loaded,  # columns that may be read
     MASKED: tl.constexpr,
     EVEN: tl.constexpr,
-    FOLDED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    scale = tl.load(factors[0]).to(tl.float32)
+    scale = tl.load(factors.scale).to(tl.float32)
     bias = tl.load(bias_ptr).to(tl.float32)
-    factor = logit_factor(factors, FOLDED)
+    factor = logit_factor(factors)
     sum_rows = tl.cast(sum_rows, tl.int64)
     for i in tl.range(tl.program_id(0), tl.cdiv(n, ROWS), tl.num_programs(0), disable_licm=True):
         rows = i * ROWS + tl.arange(0, ROWS)
         inside = rows < n
-        samples = first + rows.to(tl.int64)
+        samples = first_row + rows.to(tl.int64)
         upstream = tl.full([ROWS], 1.0, tl.float32)
         if upstream_ptr is not None:
             upstream = tl.load(upstream_ptr + samples, mask=inside, other=0.0)
         loss = tl.zeros([ROWS, BLOCK_P], tl.float32)
         moment = tl.zeros([ROWS, BLOCK_P], tl.float32)
         total = tl.zeros([ROWS, BLOCK_P], tl.float32)
-        row_ptrs = y_ptr + rows.to(tl.int64)[:, None] * row_stride
+        row_ptrs = y_ptr + rows.to(tl.int64) * row_stride
         for start in tl.range(0, p, BLOCK_P, num_stages=1):
             columns = start + tl.arange(0, BLOCK_P)
-            if EVEN:
-                y = tl.load(row_ptrs + columns[None, :])
-            else:
-                y = tl.load(
-                    row_ptrs + columns[None, :], mask=(columns < loaded)[None, :], other=0.0
-                )
-            match = (samples + shift)[:, None] == (offset + columns)[None, :]
+            y = load_logits(row_ptrs, columns, 1, loaded, EVEN)
+            match = (samples + offset)[:, None] == (first_column + columns)[None, :]
             u = scale * y + bias
             g = sigmoid_minus_match(u, match)
             value = softplus(tl.where(match, -u, u))
@@ -94,9 +88,10 @@ def siglip_rows(
             moment += of_scale
             total += g
             if g_ptr is not None:
-                scaled = (factor * upstream)[:, None] * g
-                store_gradient(g_ptr, g_stride, rows, columns, scaled, loaded, EVEN)
-        before = rows < tl.where(offset > 0, n, 0)
+                tl.debug_barrier()  # in half precision it lies over logits that others read
+                to = g_ptr + rows.to(tl.int64) * g_stride
+                store_gradient(to, columns, (factor * upstream)[:, None] * g, loaded, EVEN)
+        before = rows < tl.where(first_column > 0, n, 0)
         add_to_rows(sums_ptr, samples, inside, before, tl.sum(loss, 1))
         add_to_rows(sums_ptr + sum_rows, samples, inside, before, upstream * tl.sum(moment, 1))
         add_to_rows(sums_ptr + 2 * sum_rows, samples, inside, before, upstream * tl.sum(total, 1))
@@ -126,87 +121,41 @@ def softplus(u):
     return tl.maximum(u, 0.0) + log1p
 
 
-class _Arguments(NamedTuple):
-    image_features: Tensor  # [N, D]
-    text_features: Tensor  # [P, D]
-    logit_scale: Tensor  # 0-d
-    logit_bias: Tensor  # 0-d
-    shift: int
-
-    @property
-    def empty(self) -> bool:
-        return self.image_features.shape[0] == 0 or self.text_features.shape[0] == 0
-
-
-def _compute(
-    a: _Arguments,
-    upstream: Tensor | None,
-    wanted: Sequence[bool],
-    dtype: torch.dtype,
-    inverse_count: float = 1.0,
-) -> tuple[RowResults, Factors]:
-    """Losses of at least one row and column, and the wanted gradients in `dtype`."""
-    model = Model.of(a.image_features, a.text_features)
-    n, p = a.image_features.shape[0], a.text_features.shape[0]
-    half = a.image_features.dtype == torch.float16
-    upstream = None if upstream is None else common.as_float32(upstream)
-    bound = upstream.abs().amax() if half and upstream is not None else None
-    factors = Factors(
-        common.as_float32(a.logit_scale), not half, inverse_count=inverse_count, bound=bound
-    )
-    bias = common.as_float32(a.logit_bias)
+def siglip(x: Siglip, request: Request) -> tuple[Tensor, ...]:
+    n, p, wanted = len(x.image_features), len(x.text_features), request.wanted
+    leaves = x[:4]
+    if n == 0 or p == 0:
+        return results.of_nothing(request, leaves, (n,))
+    model = Model.of(x.image_features, x.text_features)
+    scale, bias = common.as_float32(x.logit_scale), common.as_float32(x.logit_bias)
+    upstream = results.upstream(request, n)
+    count = results.inverse_count(request, n)
+    factors = Factors.of(x.image_features, scale, count, upstream=upstream)
     sums = common.empty_float32(bias, 3, n)
-    gradient = any(wanted[:2])
     # Beyond these limits no row has a match, and the kernel's 32-bit integers would overflow.
-    shift = max(-n, min(a.shift, p))
+    offset = max(-n, min(x.offset, p))
 
     def run(plan: schedule.Plan) -> list[Tensor]:
         blocks = Blocks([model], plan)
+        dtype = results.dtype(request, x.image_features)
         found = OperandGradients(model, wanted, dtype, factors, blocks.once)
         launch_rows = PairKernel(
             siglip_rows,
             blocks,
-            factors,
-            gradient,
+            any(wanted[:2]),
             bias_ptr=bias,
             upstream_ptr=upstream,
+            factors=factors,
             sums_ptr=sums,
             sum_rows=n,
-            shift=shift,
+            offset=offset,
         )
-        blocks.visit([launch_rows], found if gradient else None)
+        blocks.visit([launch_rows], found if any(wanted[:2]) else None)
         return found.finished()
 
-    problem = schedule.Problem.of([model], gradient, softmax=False)
-    operand_gradients = autotune.run_plan("siglip", problem, [model], run)
-    loss, of_scale, of_bias = sums
-    return RowResults(loss, (of_scale, of_bias), operand_gradients), factors
-
-
-def siglip(*arguments: Any) -> Tensor:
-    """The loss of each row, [N] float32."""
-    a = _Arguments(*arguments)
-    if a.empty:
-        return a.image_features.new_zeros(a.image_features.shape[0], dtype=torch.float32)
-    return _compute(a, None, [False] * 4, torch.float32)[0].loss.clone()
-
-
-def siglip_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """The gradients of the four tensors for an upstream gradient per row."""
-    *forward, wanted = arguments
-    a = _Arguments(*forward)
-    operands, dtype = a[:2], a.image_features.dtype
-    if a.empty:
-        return row_results.backward_of_no_rows(*operands, wanted, dtype)
-    return row_results.backward_outputs(_compute(a, grad, wanted, dtype)[0], wanted)
-
-
-def siglip_reduced(*arguments: Any) -> tuple[Tensor, ...]:
-    """The sum or mean over rows; the gradients of the four tensors in float32."""
-    *forward, mean, wanted = arguments
-    a = _Arguments(*forward)
-    if a.empty:
-        return row_results.reduced_of_no_rows(*a[:2], mean, wanted)
-    inverse_count = 1.0 / a.image_features.shape[0] if mean else 1.0
-    results, factors = _compute(a, None, wanted, torch.float32, inverse_count)
-    return row_results.reduced_outputs(results, wanted, factors)
+    problem = schedule.Problem.of([model], any(wanted[:2]), softmax=False)
+    of_operands = autotune.run_plan("siglip", problem, [model], run)
+    loss, *of_scalars = sums
+    if request.reduction == "none":
+        loss = loss.clone()  # which keeps no memory of the others
+    return results.returned(request, factors, leaves, loss, (), of_operands, of_scalars)

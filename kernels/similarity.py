@@ -16,18 +16,21 @@ reads A and X twice, and writes dx and <u, A>.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import autotune, common, schedule
+from . import autotune, common, results, schedule
 from .common import Model, ceil_div
 from .launch import launch, multiply
 from .products import jit_kernel, row_product
-from .row_results import backward_of_no_rows
+
+if TYPE_CHECKING:
+    from mulki.ops.operators import Request
+    from mulki.ops.similarity import SimilarityMatrix
 
 ROWS, COLUMNS = 8, 128  # block sizes of `row_inverse_norms` and `project`
 
@@ -163,14 +166,39 @@ def inverse_norms(operand: Tensor) -> Tensor:
     return out
 
 
-def similarity(features: Tensor, prototypes: Tensor, scale: Tensor, normalize: bool) -> Tensor:
-    """[N, P] in the dtype of the features."""
-    n, p = features.shape[0], prototypes.shape[0]
-    out = features.new_empty((n, p))
-    if n == 0:
-        return out
-    model, scale = Model.of(features, prototypes), common.as_float32(scale)
-    of_rows, of_columns = (inverse_norms(v) if normalize else None for v in model)
+def similarity(x: SimilarityMatrix, request: Request) -> tuple[Tensor, ...]:
+    """The matrix in the dtype of the features."""
+    leaves, shape = x[:3], (len(x.features), len(x.prototypes))
+    if shape[0] == 0:
+        none, *gradients = results.of_nothing(request, leaves, shape)
+        return none.to(x.features.dtype), *gradients
+    model, scale = Model.of(x.features, x.prototypes), common.as_float32(x.scale)
+    of_rows, of_columns = (inverse_norms(v) if x.normalize else None for v in model)
+    z = x.features.new_empty(0)
+    if request.grad is None:
+        z = _matrix(model, scale, of_rows, of_columns)
+    gradients = [leaf.new_empty(0, dtype=results.dtype(request, leaf)) for leaf in leaves]
+    if any(request.wanted):
+        g = x.features.new_ones(()).expand(shape) if request.grad is None else request.grad
+        g = g.to(x.features.dtype)
+        if request.wanted[0] or request.wanted[2]:
+            of_x = gradients[0].dtype if request.wanted[0] else None
+            a = _product(g, model.prototypes, of_columns)
+            gradients[0], projection = _project(a, model.features, of_rows, scale, of_x)
+            if request.wanted[2]:
+                gradients[2] = projection.sum().to(gradients[2].dtype)
+        if request.wanted[1]:
+            a = _product(g.mT, model.features, of_rows)
+            gradients[1], _ = _project(a, model.prototypes, of_columns, scale, gradients[1].dtype)
+    return z, *gradients
+
+
+def _matrix(
+    model: Model, scale: Tensor, of_rows: Tensor | None, of_columns: Tensor | None
+) -> Tensor:
+    """z, from the operands and their inverse norms."""
+    n, p = len(model.features), len(model.prototypes)
+    out = model.features.new_empty((n, p))
     architecture = common.architecture(out.device)
 
     def run(tile: schedule.Tile) -> Tensor:
@@ -202,35 +230,6 @@ def similarity(features: Tensor, prototypes: Tensor, scale: Tensor, normalize: b
 
     tiles = schedule.product_tiles(architecture, out.dtype, n, p)
     return autotune.run("similarity", model, (n, p, model.width), tiles, run)
-
-
-def similarity_backward(
-    grad: Tensor,
-    features: Tensor,
-    prototypes: Tensor,
-    scale: Tensor,
-    normalize: bool,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    """dX, dW, dscale for an upstream gradient [N, P]."""
-    dtype = features.dtype
-    if features.shape[0] == 0:
-        return backward_of_no_rows(features, prototypes, wanted, dtype)
-    model, scale = Model.of(features, prototypes), common.as_float32(scale)
-    of_rows, of_columns = (inverse_norms(v) if normalize else None for v in model)
-    g = grad.to(dtype)
-    dx, dw = features.new_empty(0), features.new_empty(0)
-    dscale = common.empty_float32(features, 0)
-    if wanted[0] or wanted[2]:
-        of_x = dtype if wanted[0] else None
-        dx, projection = _project(
-            _product(g, model.prototypes, of_columns), model.features, of_rows, scale, of_x
-        )
-        dscale = projection.sum() if wanted[2] else dscale
-    if wanted[1]:
-        a = _product(g.mT, model.features, of_rows)
-        dw, _ = _project(a, model.prototypes, of_columns, scale, dtype)
-    return dx, dw, dscale
 
 
 def _product(g: Tensor, operand: Tensor, inverse_norms: Tensor | None) -> Tensor:

@@ -11,35 +11,34 @@ before it. A second launch, without `statistics`, then takes them from there, an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import autotune, common, schedule, streamed_rows, whole_rows
+from . import autotune, common, results, schedule, streamed_rows, whole_rows
 from .chunks import BlockKernel, Blocks, OperandGradients, row_programs
 from .common import ceil_div
 from .launch import Repeated
-from .products import jit_kernel
-from .row_results import RowResults
-from .row_softmax import (
-    Rows,
-    active_columns,
+from .products import jit_kernel, load_logits, store_gradient
+from .row_softmax import Rows, active_columns, logit_gradient, model_scales, row_loss
+from .row_statistics import (
     add_lanes,
     combine_lanes,
     first_lanes,
-    logit_gradient,
-    model_scales,
-    row_loss,
+    load_state,
+    merge,
+    store_state,
+    store_targets,
 )
-from .row_states import load_state, merge, store_state
 from .sums import logit_factor
 
+if TYPE_CHECKING:
+    from mulki.ops.operators import Request
 
-@dataclass(frozen=True)
-class StoredTile:
+
+class StoredTile(NamedTuple):
     """What `stored_rows` takes at a time, and what it does with it."""
 
     rows: int
@@ -55,26 +54,21 @@ def _tiles(row_ptrs, signs, columns, column_stride, loaded, EVEN: tl.constexpr):
     """v of every model, from stored logits."""
     vs = ()
     for m in tl.static_range(len(row_ptrs)):
-        at = row_ptrs[m][:, None] + columns[None, :] * column_stride
-        if EVEN:
-            v = tl.load(at)
-        else:
-            v = tl.load(at, mask=(columns < loaded)[None, :], other=0.0)
-        vs = vs + (signs[m] * v,)
+        y = load_logits(row_ptrs[m], columns, column_stride, loaded, EVEN)
+        vs = vs + (signs[m] * y,)
     return vs
 
 
 @triton.jit
 def _target_values(
-    row_ptrs, signs, target, inside, p, column_stride, TARGET_SOURCE: tl.constexpr
+    row_ptrs, signs, target, inside, p, column_stride, WITH_TARGET: tl.constexpr
 ):  # fmt: skip
     """v of every model at the target of each row; 0 where it is not in the block."""
     values = ()
     here = inside & (target >= 0) & (target < p)
     for m in tl.static_range(len(row_ptrs)):
-        if TARGET_SOURCE == 0:
-            value = tl.zeros(inside.shape, tl.float32)
-        else:
+        value = tl.zeros(inside.shape, tl.float32)
+        if WITH_TARGET:
             at = row_ptrs[m] + tl.where(here, target, 0) * column_stride
             value = signs[m] * tl.load(at, mask=here, other=0.0)
         values = values + (value,)
@@ -83,46 +77,21 @@ def _target_values(
 
 @triton.jit
 def _row_statistics(
-    row_ptrs, signs, c2s, target, inside, offset, p, loaded, column_stride, mask_ptr,
-    FORM: tl.constexpr, TILE: tl.constexpr,
+    row_ptrs, scales, first_column, p, loaded, column_stride, mask_ptr,
+    SMOOTHED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The five statistics of rows; the first tile of every model, and its active columns."""
-    lanes = tl.arange(0, TILE.columns)
-    vs = _tiles(row_ptrs, signs, lanes, column_stride, loaded, TILE.even)
-    active = active_columns(lanes, offset, p, mask_ptr, TILE.masked)
-    tops, sums, moments, cross_moments = first_lanes(vs, active, FORM.smoothed)
+    """The statistics of rows; the first tile of every model, and its active columns."""
+    columns = tl.arange(0, TILE.columns)
+    vs = _tiles(row_ptrs, scales.sign, columns, column_stride, loaded, TILE.even)
+    active = active_columns(columns, first_column, p, mask_ptr, TILE.masked)
+    lanes = first_lanes(vs, active, SMOOTHED)
     if not TILE.whole:
         for start in range(TILE.columns, p, TILE.columns):
-            columns = start + lanes
-            more = _tiles(row_ptrs, signs, columns, column_stride, loaded, TILE.even)
-            more_active = active_columns(columns, offset, p, mask_ptr, TILE.masked)
-            tops, sums, moments, cross_moments = add_lanes(
-                more, more_active, c2s, tops, sums, moments, cross_moments, FORM.smoothed
-            )
-    tops, sums, moments, cross_moments = combine_lanes(
-        c2s, tops, sums, moments, cross_moments, FORM.smoothed
-    )
-    target_values = _target_values(
-        row_ptrs, signs, target, inside, p, column_stride, FORM.target_source
-    )
-    return (tops, sums, moments, cross_moments, target_values), vs, active
-
-
-@triton.jit
-def _store_gradient(
-    g_row_ptrs, vs, active, columns, target, c2s, tops, of_g, factor, loaded,
-    FORM: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Write a tile of G; `of_g` is what `row_loss` returned."""
-    weights, uniform, at_target = of_g
-    g = logit_gradient(
-        vs, active, columns, target, c2s, tops, weights, uniform, at_target, factor, FORM.loss
-    ).to(g_row_ptrs.dtype.element_ty)
-    at = g_row_ptrs[:, None] + columns[None, :]
-    if TILE.even:
-        tl.store(at, g)
-    else:
-        tl.store(at, g, mask=(columns < loaded)[None, :])
+            more_columns = start + columns
+            more = _tiles(row_ptrs, scales.sign, more_columns, column_stride, loaded, TILE.even)
+            more_active = active_columns(more_columns, first_column, p, mask_ptr, TILE.masked)
+            lanes = add_lanes(more, more_active, scales.c2, lanes, SMOOTHED)
+    return combine_lanes(scales.c2, lanes, SMOOTHED), vs, active
 
 
 @jit_kernel
@@ -132,78 +101,90 @@ def stored_rows(
     column_stride,
     g_ptr,  # [n', *] in the dtype of X, or None
     g_stride,
-    inputs,  # see `Rows.inputs`
-    outputs,  # see `Rows.outputs`
-    factors,  # see `Factors.values`
+    inputs,  # of `Rows`, as the next two
+    outputs,
+    numbers,
+    factors,  # see `Factors`
     state_ptr,  # [models, 5, state_rows], or None
     state_rows,
-    first,  # sample of the first row
-    offset,  # class of the first column
+    first_row,  # sample of the first row
+    first_column,  # class of the first column
     n,  # rows of the block
     p,  # columns of the block
     loaded,  # columns that may be read
     classes,  # P
-    numbers,  # see `Rows.numbers`
     ignore_index,
-    FORM: tl.constexpr,  # see `Form`
+    LOSS: tl.constexpr,
+    SMOOTHED: tl.constexpr,
     TILE: tl.constexpr,  # see `StoredTile`
 ):
     MODELS: tl.constexpr = len(y_ptrs)
     ROWS: tl.constexpr = TILE.rows
+    WITH_TARGET: tl.constexpr = inputs.target is not None or LOSS == "diagonal"
     lanes = tl.arange(0, TILE.columns)
-    c2s, cs, signs = model_scales(inputs[0], inputs[1], numbers[0], MODELS)
+    scales = model_scales(inputs, numbers, MODELS)
     state_rows = tl.cast(state_rows, tl.int64)
     for i in tl.range(tl.program_id(0), tl.cdiv(n, ROWS), tl.num_programs(0), disable_licm=True):
         rows = i * ROWS + tl.arange(0, ROWS)
         inside = rows < n
-        samples = first + rows.to(tl.int64)
+        samples = first_row + rows.to(tl.int64)
         row_ptrs = ()
         for m in tl.static_range(MODELS):
             row_ptrs = row_ptrs + (y_ptrs[m] + rows.to(tl.int64) * row_stride,)
-        target = samples - offset
-        if FORM.target_source == 1:
-            target = tl.load(inputs[3] + samples, mask=inside, other=0) - offset
+        target = samples - first_column
+        if inputs.target is not None:
+            target = tl.load(inputs.target + samples, mask=inside, other=0) - first_column
         if TILE.statistics:
             statistics, vs, active = _row_statistics(
-                row_ptrs, signs, c2s, target, inside, offset, p, loaded, column_stride, inputs[2],
-                FORM, TILE,
+                row_ptrs, scales, first_column, p, loaded, column_stride, inputs.class_mask,
+                SMOOTHED, TILE,
             )  # fmt: skip
+            target_values = _target_values(
+                row_ptrs, scales.sign, target, inside, p, column_stride, WITH_TARGET
+            )
             if state_ptr is not None:
-                before = rows < tl.where(offset > 0, n, 0)  # whether blocks were before
-                old = load_state(state_ptr, state_rows, samples, before, MODELS)
-                target_values = ()
+                before = rows < tl.where(first_column > 0, n, 0)  # whether blocks were before
+                old, old_values = load_state(state_ptr, state_rows, samples, before, MODELS)
+                statistics = merge(scales.c2, old, statistics)
+                values = ()
                 for m in tl.static_range(MODELS):
-                    target_values = target_values + (old[4][m] + statistics[4][m],)
-                statistics = merge(c2s, old, statistics) + (target_values,)
+                    values = values + (old_values[m] + target_values[m],)
+                target_values = values
                 tl.debug_barrier()  # other threads read what is written over
                 store_state(state_ptr, state_rows, samples, inside, statistics)
+                store_targets(state_ptr, state_rows, samples, inside, target_values)
         else:
-            statistics = load_state(state_ptr, state_rows, samples, inside, MODELS)
+            statistics, target_values = load_state(state_ptr, state_rows, samples, inside, MODELS)
         of_g = row_loss(
-            inputs, outputs, cs, signs, statistics, samples, inside, classes, numbers, ignore_index,
-            FORM.loss,
+            inputs, outputs, numbers, scales, statistics, target_values, samples, inside, classes,
+            ignore_index, LOSS,
         )  # fmt: skip
         if g_ptr is not None:
-            factor = logit_factor(factors, FORM.folded)
+            factor = logit_factor(factors)
             g_row_ptrs = g_ptr + rows.to(tl.int64) * g_stride
             # G of half precision lies over logits that other threads of the program read: a barrier
             # before it is written. What it lies over was read with this tile or an earlier one.
             if TILE.whole:
+                g = logit_gradient(
+                    vs, active, lanes, target, scales, statistics.tops, of_g, factor, LOSS
+                )
                 tl.debug_barrier()
-                _store_gradient(
-                    g_row_ptrs, vs, active, lanes, target, c2s, statistics[0], of_g, factor, loaded,
-                    FORM, TILE,
-                )  # fmt: skip
+                store_gradient(g_row_ptrs, lanes, g, loaded, TILE.even)
             else:
                 for start in tl.range(0, p, TILE.columns, num_stages=1):
                     columns = start + lanes
-                    tiles = _tiles(row_ptrs, signs, columns, column_stride, loaded, TILE.even)
+                    vs_of_g = _tiles(
+                        row_ptrs, scales.sign, columns, column_stride, loaded, TILE.even
+                    )
                     tl.debug_barrier()
-                    active = active_columns(columns, offset, p, inputs[2], TILE.masked)
-                    _store_gradient(
-                        g_row_ptrs, tiles, active, columns, target, c2s, statistics[0], of_g,
-                        factor, loaded, FORM, TILE,
+                    active_of_g = active_columns(
+                        columns, first_column, p, inputs.class_mask, TILE.masked
+                    )
+                    g = logit_gradient(
+                        vs_of_g, active_of_g, columns, target, scales, statistics.tops, of_g,
+                        factor, LOSS,
                     )  # fmt: skip
+                    store_gradient(g_row_ptrs, columns, g, loaded, TILE.even)
 
 
 class StoredRows(BlockKernel):
@@ -230,11 +211,12 @@ class StoredRows(BlockKernel):
         tile = schedule.row_tile(blocks.architecture, len(rows.models), p, self._swap)
         return Repeated(
             stored_rows,
-            (row_programs(ceil_div(n, tile.rows), tile.warps, rows.scale.device),),
-            rows.scale.device,
+            (row_programs(ceil_div(n, tile.rows), tile.warps, rows.inputs.scale.device),),
+            rows.inputs.scale.device,
             tile.warps,
             1,
-            **rows.arguments,
+            **rows.arguments(),
+            factors=rows.factors,
             y_ptrs=blocks.of_models[: len(rows.models)],
             row_stride=strides[0],
             column_stride=strides[1],
@@ -250,15 +232,18 @@ class StoredRows(BlockKernel):
                 tile.columns,
                 self._statistics,
                 whole=self._statistics and p <= tile.columns,
-                masked=rows.class_mask is not None or p % tile.columns != 0,
+                masked=rows.inputs.class_mask is not None or p % tile.columns != 0,
                 even=loaded % tile.columns == 0,
             ),
         )
 
 
-def compute(rows: Rows, wanted: Sequence[bool], dtype: torch.dtype) -> RowResults:
-    """The loss of at least one row, and the wanted gradients of X and W in `dtype`."""
-    gradient = any(wanted[:2])
+def compute(
+    rows: Rows, request: Request, leaves: Sequence[Tensor], details: Sequence[Tensor] = ()
+) -> tuple[Tensor, ...]:
+    """The results of an operator, of at least one row."""
+    wanted, dtype = request.wanted, results.dtype(request, leaves[0])
+    gradient, scale = any(wanted[:2]), rows.inputs.scale
 
     def run(plan: schedule.Plan) -> list[Tensor]:
         if plan.schedule == "rows":
@@ -266,11 +251,11 @@ def compute(rows: Rows, wanted: Sequence[bool], dtype: torch.dtype) -> RowResult
         streamed = plan.schedule == "stream"
         state = streamed_rows.compute(rows) if streamed else None
         if streamed and not gradient:
-            return [rows.scale.new_empty(0, dtype=dtype) for _ in range(2)]
+            return [scale.new_empty(0, dtype=dtype) for _ in range(2)]
         blocks = Blocks(rows.models, plan)
         found = OperandGradients(rows.models[0], wanted, dtype, rows.factors, blocks.once)
         if state is None and blocks.columns < blocks.p:
-            state = common.empty_float32(rows.scale, len(rows.models), 5, blocks.n)
+            state = common.empty_float32(scale, len(rows.models), 5, blocks.n)
         if state is None:
             once = StoredRows(rows, blocks, gradient=gradient)
             blocks.visit([once], found if gradient else None)
@@ -286,8 +271,9 @@ def compute(rows: Rows, wanted: Sequence[bool], dtype: torch.dtype) -> RowResult
 
     streamed = streamed_rows.takes(rows.models)
     problem = schedule.Problem.of(rows.models, gradient, whole=True, streamed=streamed)
-    operand_gradients = autotune.run_plan(f"softmax {rows.loss}", problem, rows.models, run)
-    loss, *details, scale_gradients = rows.outputs
-    assert loss is not None
-    kept = [t for t in details if t is not None]
-    return RowResults(loss, (scale_gradients,), operand_gradients, kept)
+    of_operands = autotune.run_plan(f"softmax {rows.loss}", problem, rows.models, run)
+    assert rows.outputs.loss is not None
+    of_scalars = [rows.outputs.scale_gradients]
+    return results.returned(
+        request, rows.factors, leaves, rows.outputs.loss, details, of_operands, of_scalars
+    )

@@ -18,7 +18,7 @@ logits but for the rounding of sums.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,7 +30,14 @@ from .common import Model, ceil_div
 from .launch import launch, launch_with_descriptors
 from .products import jit_kernel
 from .row_softmax import Rows, active_columns, model_scales, row_loss
-from .row_states import load_state, merge, store_state
+from .row_statistics import (
+    Statistics,
+    load_state,
+    merge,
+    store_state,
+    store_targets,
+    with_model,
+)
 
 # v of a column that takes no part: so low that its exponential is zero, and no product of it is
 # infinite. For that |c| has a least value, which changes no exponential of a v that is smaller.
@@ -39,8 +46,7 @@ LEAST_SCALE = tl.constexpr(1e-24)
 FINISHED_ROWS, FINISHED_DEPTH = 8, 128  # of a tile of `finish_rows`
 
 
-@dataclass(frozen=True)
-class StreamTile:
+class StreamTile(NamedTuple):
     """What `streamed_rows` takes at a time."""
 
     rows: int
@@ -83,52 +89,51 @@ def _tile_statistics(v, c2, student_v, student_top):
 
 @triton.jit
 def _no_statistics(zero, MODELS: tl.constexpr):
-    tops, zeros = (), ()
+    found = Statistics((), (), (), ())
     for _ in tl.static_range(MODELS):
-        tops, zeros = tops + (zero + float("-inf"),), zeros + (zero,)
-    return tops, zeros, zeros, zeros
+        found = with_model(found, zero + float("-inf"), zero, zero, zero)
+    return found
 
 
 @triton.jit
-def _appended(statistics, found, none):
+def _with_tile(statistics, found, none):
     """`statistics` with those of one more model, whose tile has no columns where `none`."""
-    tops, sums, moments, cross_moments = statistics
     top, total, moment, cross_moment = found
-    return (
-        tops + (tl.where(none, float("-inf"), top),),
-        sums + (tl.where(none, 0.0, total),),
-        moments + (tl.where(none, 0.0, moment),),
-        cross_moments + (tl.where(none, 0.0, cross_moment),),
+    return with_model(
+        statistics,
+        tl.where(none, float("-inf"), top),
+        tl.where(none, 0.0, total),
+        tl.where(none, 0.0, moment),
+        tl.where(none, 0.0, cross_moment),
     )
 
 
 @jit_kernel
 def streamed_rows(
-    x_ptrs,  # models of [N, D_m]
-    w_ptrs,  # models of [P, D_m]
-    x_strides,
-    w_strides,
-    widths,  # D_m
-    inputs,  # see `Rows.inputs`
+    operands,  # see `Operands`
+    inputs,  # of `Rows`, as the next one
+    numbers,
     state_ptr,  # [parts, models, 5, N]
     n,
     classes,  # P
     parts,  # of the columns
     span,  # columns of a part
-    numbers,  # see `Rows.numbers`
-    FORM: tl.constexpr,  # see `Form`
+    SMOOTHED: tl.constexpr,
     TILE: tl.constexpr,  # see `StreamTile`
 ):
-    MODELS: tl.constexpr = len(x_ptrs)
+    MODELS: tl.constexpr = len(operands.x)
     ROWS: tl.constexpr = TILE.rows
     COLUMNS: tl.constexpr = TILE.columns
     DEPTH: tl.constexpr = TILE.depth
-    c2s, _, signs = model_scales(inputs[0], inputs[1], numbers[0], MODELS)
+    scales = model_scales(inputs, numbers, MODELS)
     xs, ws = (), ()
     for m in tl.static_range(MODELS):
-        x = tl.make_tensor_descriptor(x_ptrs[m], [n, widths[m]], [x_strides[m], 1], [ROWS, DEPTH])
+        d = operands.widths[m]
+        x = tl.make_tensor_descriptor(
+            operands.x[m], [n, d], [operands.x_strides[m], 1], [ROWS, DEPTH]
+        )
         w = tl.make_tensor_descriptor(
-            w_ptrs[m], [classes, widths[m]], [w_strides[m], 1], [COLUMNS, DEPTH]
+            operands.w[m], [classes, d], [operands.w_strides[m], 1], [COLUMNS, DEPTH]
         )
         xs, ws = xs + (x,), ws + (w,)
     lanes = tl.arange(0, COLUMNS)
@@ -137,98 +142,89 @@ def streamed_rows(
     # What lies before a loop stays in registers, of which there are few: nothing is moved there.
     for i in tl.range(tl.program_id(0), blocks * parts, tl.num_programs(0), disable_licm=True):
         part = i // blocks  # programs side by side have columns in common
-        first = (i - part * blocks) * ROWS
+        first_row = (i - part * blocks) * ROWS
         zero = tl.zeros([ROWS], tl.float32)
-        tops, sums, moments, cross_moments = _no_statistics(zero, MODELS)
+        statistics = _no_statistics(zero, MODELS)
         stop = tl.minimum((part + 1) * span, classes)
         for start in tl.range(part * span, stop, COLUMNS, disable_licm=True):
-            active = active_columns(start + lanes, 0, classes, inputs[2], TILE.masked)
-            student_v = _logits(xs[0], ws[0], first, start, widths[0], signs[0], active, TILE)
+            active = active_columns(start + lanes, 0, classes, inputs.class_mask, TILE.masked)
+            student_v = _logits(
+                xs[0], ws[0], first_row, start, operands.widths[0], scales.sign[0], active, TILE
+            )
             student_top, total, moment, cross_moment = _tile_statistics(
-                student_v, c2s[0], student_v, zero
+                student_v, scales.c2[0], student_v, zero
             )
             cross_moment = zero
-            if FORM.smoothed:
+            if SMOOTHED:
                 cross_moment = tl.sum(tl.where(student_v == INACTIVE, 0.0, student_v), 1)
             # Where all that take part are NaN the largest is INACTIVE too, but the sum is NaN.
             none = (student_top == INACTIVE) & (total == total)
             found = (student_top, total, moment, cross_moment)
-            new = _appended(((), (), (), ()), found, none)
+            new = _with_tile(Statistics((), (), (), ()), found, none)
             for m in tl.static_range(1, MODELS):
-                v = _logits(xs[m], ws[m], first, start, widths[m], signs[m], active, TILE)
-                found = _tile_statistics(v, c2s[m], student_v, student_top)
-                new = _appended(new, found, none)
-            tops, sums, moments, cross_moments = merge(
-                c2s, (tops, sums, moments, cross_moments), new
-            )
-        rows = first + tl.arange(0, ROWS)
-        store_state(
-            state_ptr + state_rows * part * (5 * MODELS),
-            state_rows,
-            rows,
-            rows < n,
-            (tops, sums, moments, cross_moments),
-        )
+                v = _logits(
+                    xs[m], ws[m], first_row, start, operands.widths[m], scales.sign[m], active, TILE
+                )
+                found = _tile_statistics(v, scales.c2[m], student_v, student_top)
+                new = _with_tile(new, found, none)
+            statistics = merge(scales.c2, statistics, new)
+        rows = first_row + tl.arange(0, ROWS)
+        of_part = state_ptr + state_rows * part * (5 * MODELS)
+        store_state(of_part, state_rows, rows, rows < n, statistics)
 
 
 @jit_kernel
 def finish_rows(
-    x_ptrs,  # models of [N, D_m]
-    w_ptrs,  # models of [P, D_m]
-    x_strides,
-    w_strides,
-    widths,  # D_m
-    inputs,  # see `Rows.inputs`
-    outputs,  # see `Rows.outputs`
+    operands,  # see `Operands`
+    inputs,  # of `Rows`, as the next two
+    outputs,
+    numbers,
     state_ptr,  # [parts, models, 5, N]
     n,
     classes,  # P
     parts,
-    numbers,  # see `Rows.numbers`
     ignore_index,
-    FORM: tl.constexpr,  # see `Form`
+    LOSS: tl.constexpr,
+    SMOOTHED: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
     """Write the loss of rows, and over the first part the statistics of all columns."""
-    MODELS: tl.constexpr = len(x_ptrs)
+    MODELS: tl.constexpr = len(operands.x)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < n
     samples = rows.to(tl.int64)
-    c2s, cs, signs = model_scales(inputs[0], inputs[1], numbers[0], MODELS)
+    scales = model_scales(inputs, numbers, MODELS)
     state_rows = tl.cast(n, tl.int64)
-    tops, sums, moments, cross_moments, _ = load_state(
-        state_ptr, state_rows, samples, inside, MODELS
-    )
+    statistics, _ = load_state(state_ptr, state_rows, samples, inside, MODELS)
     for part in range(1, parts):
-        new = load_state(
-            state_ptr + state_rows * part * (5 * MODELS),
-            state_rows, samples, inside, MODELS,
-        )  # fmt: skip
-        tops, sums, moments, cross_moments = merge(c2s, (tops, sums, moments, cross_moments), new)
+        of_part = state_ptr + state_rows * part * (5 * MODELS)
+        new, _ = load_state(of_part, state_rows, samples, inside, MODELS)
+        statistics = merge(scales.c2, statistics, new)
     target_values = ()
     for m in tl.static_range(MODELS):
         target_value = tl.zeros([ROWS], tl.float32)
-        if FORM.target_source == 1:
-            target = tl.load(inputs[3] + samples, mask=inside, other=-1)
+        if inputs.target is not None:
+            d = operands.widths[m]
+            target = tl.load(inputs.target + samples, mask=inside, other=-1)
             known = ((target >= 0) & (target < classes))[:, None]
-            x_row_ptrs = x_ptrs[m] + samples[:, None] * x_strides[m]
-            w_row_ptrs = w_ptrs[m] + target[:, None] * w_strides[m]
+            x_row_ptrs = operands.x[m] + samples[:, None] * operands.x_strides[m]
+            w_row_ptrs = operands.w[m] + target[:, None] * operands.w_strides[m]
             products = tl.zeros([ROWS, DEPTH], tl.float32)
-            for k in range(0, widths[m], DEPTH):
+            for k in range(0, d, DEPTH):
                 depth = k + tl.arange(0, DEPTH)[None, :]
-                read = known & (depth < widths[m])
+                read = known & (depth < d)
                 x = tl.load(x_row_ptrs + depth, mask=read, other=0.0).to(tl.float32)
                 products += x * tl.load(w_row_ptrs + depth, mask=read, other=0.0).to(tl.float32)
             # No value is above the largest, also where its sum has another order.
-            target_value = tl.minimum(signs[m] * tl.sum(products, 1), tops[m])
+            target_value = tl.minimum(scales.sign[m] * tl.sum(products, 1), statistics.tops[m])
         target_values = target_values + (target_value,)
-    statistics = (tops, sums, moments, cross_moments, target_values)
     tl.debug_barrier()  # other threads read what is written over
     store_state(state_ptr, state_rows, samples, inside, statistics)
+    store_targets(state_ptr, state_rows, samples, inside, target_values)
     row_loss(
-        inputs, outputs, cs, signs, statistics, samples, inside, classes, numbers, ignore_index,
-        FORM.loss,
+        inputs, outputs, numbers, scales, statistics, target_values, samples, inside, classes,
+        ignore_index, LOSS,
     )  # fmt: skip
 
 
@@ -260,14 +256,8 @@ def compute(rows: Rows) -> Tensor:
     tile = schedule.tiles("stream", architecture, x.dtype)[0]
     parts, span = schedule.stream_parts(n, p, tile, len(models))
     state = common.empty_float32(x, parts, len(models), 5, n)
-    operands = {
-        "x_ptrs": tuple(model.features for model in models),
-        "w_ptrs": tuple(model.prototypes for model in models),
-        "x_strides": tuple(model.features.stride(0) for model in models),
-        "w_strides": tuple(model.prototypes.stride(0) for model in models),
-        "widths": tuple(model.width for model in models),
-    }
-    loss = rows.loss_arguments
+    operands, arguments = rows.operands(), rows.arguments()
+    of_first = ("inputs", "numbers", "classes", "SMOOTHED")
     residents = common.resident_programs(x.device, schedule.streams_beside(len(models)))
     launch_with_descriptors(
         streamed_rows,
@@ -275,15 +265,15 @@ def compute(rows: Rows) -> Tensor:
         x.device,
         tile.warps,
         tile.stages,
-        **operands,
-        **{name: loss[name] for name in ("inputs", "classes", "numbers", "FORM")},
+        **{name: arguments[name] for name in of_first},
+        operands=operands,
         state_ptr=state,
         n=n,
         parts=parts,
         span=span,
         TILE=StreamTile(
             *(tile.rows, tile.columns, tile.depth),
-            masked=rows.class_mask is not None or p % tile.columns != 0,
+            masked=rows.inputs.class_mask is not None or p % tile.columns != 0,
             precision=common.precision(architecture, x.dtype),
             upcast=common.upcast(models),
         ),
@@ -294,8 +284,8 @@ def compute(rows: Rows) -> Tensor:
         x.device,
         4,
         1,
-        **operands,
-        **loss,
+        **arguments,
+        operands=operands,
         state_ptr=state,
         n=n,
         parts=parts,

@@ -9,16 +9,15 @@ The first two are one program, which keeps BLOCK float32 sums in registers and a
 order, so that results repeat bit for bit.
 
 dX = f G W and dW = f G^T X, where f is the scale, and 1 / count for a mean. G is multiplied by f
-before it is rounded to the dtype of X (FOLDED). Not for float16, which has few numbers below 6e-5:
-there G is multiplied so that its largest values are near 256, and the products are multiplied by
-what is left of f in float32.
+before it is rounded to the dtype of X. Not for float16, which has few numbers below 6e-5: there G
+is multiplied so that its largest values are near 256, and the products are multiplied by what is
+left of f in float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,59 +28,77 @@ from .common import ceil_div
 from .launch import launch
 from .products import jit_kernel
 
-LARGEST = 256.0  # of G in float16
+LARGEST = tl.constexpr(256.0)  # of G in float16
 
 
-@dataclass(frozen=True)
-class Factors:
+class Factors(NamedTuple):
     """The factors between G for upstream gradients of one, and the gradients of X and W."""
 
     scale: Tensor  # 0-d
-    folded: bool  # whether G has them when it is written
-    count: Tensor | None = None  # 0-d, rows of a mean; None where `inverse_count` says it
-    inverse_count: float = 1.0  # 1 for a sum
-    bound: Tensor | None = None  # 0-d, not below any |G|, beside `largest`
-    largest: float = 1.0  # not below any |G|
+    inverse_count: float  # of the rows of a mean; 1 for a sum
+    largest: float | None  # of float16: not below any |G|; None: G has its factors when written
+    bound: Tensor | None = None  # 0-d, by which `largest` is multiplied; None for 1
+    count: Tensor | None = None  # 0-d, the rows of a mean in place of `inverse_count`
 
-    @property
-    def values(self) -> tuple[Any, ...]:
-        """What kernels are given, beside `folded`."""
-        return self.scale, self.count, self.bound, self.inverse_count, LARGEST / self.largest
+    @classmethod
+    def of(
+        cls,
+        features: Tensor,
+        scale: Tensor,
+        inverse_count: float = 1.0,
+        count: Tensor | None = None,
+        largest: float = 1.0,
+        upstream: Tensor | None = None,
+        weights: Tensor | None = None,  # [..., K] of teachers
+        least: float = 0.0,
+    ) -> Factors:
+        """Those of a loss.
+
+        |G| is at most `largest` times |upstream|, times the sum of |weights| of a row or `least` if
+        that is more; upstream and weights are 1 where they are None.
+        """
+        if features.dtype != torch.float16:
+            return cls(scale, inverse_count, None, None, count)
+        bound = None if upstream is None else upstream.abs().amax()
+        if weights is not None:
+            of_weights = weights.abs().sum(-1).amax().clamp(min=least)
+            bound = of_weights if bound is None else bound * of_weights
+        return cls(scale, inverse_count, largest, bound, count)
 
 
 @triton.jit
-def logit_factor(factors, FOLDED: tl.constexpr):
+def logit_factor(factors):
     """The factor of G before it is written."""
-    if FOLDED:
+    if factors.largest is None:
         factor = _scale_over_count(factors)
     else:
-        factor = factors[4] / _bound(factors[2])
+        factor = LARGEST / (factors.largest * _bound(factors))
     return factor
 
 
 @triton.jit
-def result_factor(factors, FOLDED: tl.constexpr):
+def result_factor(factors):
     """The factor of a product with G."""
-    if FOLDED:
+    if factors.largest is None:
         factor = 1.0
     else:
-        factor = _scale_over_count(factors) * _bound(factors[2]) / factors[4]
+        factor = _scale_over_count(factors) * (factors.largest * _bound(factors)) / LARGEST
     return factor
 
 
 @triton.jit
 def _scale_over_count(factors):
-    inverse_count = factors[3]
-    if factors[1] is not None:
-        inverse_count = 1.0 / tl.maximum(tl.load(factors[1]), 1.0)
-    return tl.load(factors[0]).to(tl.float32) * inverse_count
+    inverse_count = factors.inverse_count
+    if factors.count is not None:
+        inverse_count = 1.0 / tl.maximum(tl.load(factors.count), 1.0)
+    return tl.load(factors.scale).to(tl.float32) * inverse_count
 
 
 @triton.jit
-def _bound(bound_ptr):
+def _bound(factors):
     bound = 1.0
-    if bound_ptr is not None:
-        bound = tl.load(bound_ptr)
+    if factors.bound is not None:
+        bound = tl.load(factors.bound)
         bound = tl.where(bound > 1e-30, bound, 1.0)  # a smaller one would give infinity
     return bound
 
@@ -131,10 +148,10 @@ def scaled(
     in_ptrs,  # one tensor or two, float32
     out_ptrs,
     sizes,  # int64 where they do not fit int32
-    factors,  # see `Factors.values`
+    factors,  # see `Factors`
     BLOCK: tl.constexpr,
 ):
-    factor = result_factor(factors, False)
+    factor = result_factor(factors)
     block = tl.program_id(0).to(tl.int64)
     for i in tl.static_range(len(in_ptrs)):
         at = block * BLOCK + tl.arange(0, BLOCK)
@@ -192,6 +209,6 @@ def scale_results(pairs: Sequence[tuple[Tensor, Tensor]], factors: Factors) -> N
         in_ptrs=tuple(t for t, _ in pairs),
         out_ptrs=tuple(to for _, to in pairs),
         sizes=sizes,
-        factors=factors.values,
+        factors=factors,
         BLOCK=block,
     )

@@ -9,7 +9,7 @@ the columns at a time. dW = G^T X is a product of the library, and sums over row
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -20,20 +20,12 @@ from .chunks import Block, OperandGradients
 from .common import ceil_div, round_up
 from .launch import launch
 from .products import jit_kernel, row_product
-from .row_softmax import (
-    Rows,
-    active_columns,
-    combine_lanes,
-    first_lanes,
-    logit_gradient,
-    model_scales,
-    row_loss,
-)
+from .row_softmax import Rows, active_columns, logit_gradient, model_scales, row_loss
+from .row_statistics import combine_lanes, first_lanes
 from .sums import logit_factor, result_factor
 
 
-@dataclass(frozen=True)
-class WholeTile:
+class WholeTile(NamedTuple):
     """What `whole_rows` takes at a time, and what it does with it."""
 
     rows: int
@@ -48,33 +40,25 @@ class WholeTile:
 
 @jit_kernel
 def whole_rows(
-    x_ptrs,  # models of [N, D_m]
-    w_ptrs,  # models of [P, D_m]
-    x_strides,
-    w_strides,
-    widths,  # D_m
+    operands,  # see `Operands`
     g_ptr,  # [N, g_stride] in the dtype of X, or None
     g_stride,
     dx_ptr,  # [N, D], or None
-    inputs,  # see `Rows.inputs`
-    outputs,  # see `Rows.outputs`
-    factors,  # see `Factors.values`
+    inputs,  # of `Rows`, as the next two
+    outputs,
+    numbers,
+    factors,  # see `Factors`
     n,
     classes,  # P
-    numbers,  # see `Rows.numbers`
     ignore_index,
-    FORM: tl.constexpr,  # see `Form`
+    LOSS: tl.constexpr,
+    SMOOTHED: tl.constexpr,
     TILE: tl.constexpr,  # see `WholeTile`
 ):
-    MODELS: tl.constexpr = len(x_ptrs)
-    LOSS: tl.constexpr = FORM.loss
-    SMOOTHED: tl.constexpr = FORM.smoothed
+    MODELS: tl.constexpr = len(operands.x)
     BLOCK_N: tl.constexpr = TILE.rows
     BLOCK_P: tl.constexpr = TILE.columns
-    DEPTH: tl.constexpr = TILE.depth
-    EVEN_DEPTH: tl.constexpr = TILE.even_depth
-    PRECISION: tl.constexpr = TILE.precision
-    UPCAST: tl.constexpr = TILE.upcast
+    PRECISION: tl.constexpr = TILE.precision  # Triton 3.6 hands on no string that has no name
     SLICE: tl.constexpr = 64  # of D, for dX
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < n
@@ -82,61 +66,52 @@ def whole_rows(
     columns = tl.arange(0, BLOCK_P)
     read_rows = tl.minimum(samples, n - 1)
     read_columns = tl.minimum(columns, classes - 1).to(tl.int64)
-    c2s, cs, signs = model_scales(inputs[0], inputs[1], numbers[0], MODELS)
+    scales = model_scales(inputs, numbers, MODELS)
     vs = ()
     for m in tl.static_range(MODELS):
         y = row_product(
-            x_ptrs[m], w_ptrs[m], read_rows, read_columns, x_strides[m], w_strides[m], widths[m],
-            BLOCK_N, BLOCK_P, DEPTH, EVEN_DEPTH, PRECISION, UPCAST,
+            operands.x[m], operands.w[m], read_rows, read_columns, operands.x_strides[m],
+            operands.w_strides[m], operands.widths[m], BLOCK_N, BLOCK_P, TILE.depth,
+            TILE.even_depth, PRECISION, TILE.upcast,
         )  # fmt: skip
-        vs = vs + (signs[m] * y,)
-    active = active_columns(columns, 0, classes, inputs[2], TILE.masked)
-    tops, sums, moments, cross_moments = first_lanes(vs, active, SMOOTHED)
-    tops, sums, moments, cross_moments = combine_lanes(
-        c2s, tops, sums, moments, cross_moments, SMOOTHED
-    )
+        vs = vs + (scales.sign[m] * y,)
+    active = active_columns(columns, 0, classes, inputs.class_mask, TILE.masked)
+    statistics = combine_lanes(scales.c2, first_lanes(vs, active, SMOOTHED), SMOOTHED)
     target = tl.full([BLOCK_N], -1, tl.int64)
-    if FORM.target_source == 1:
-        target = tl.load(inputs[3] + samples, mask=inside, other=-1)
+    if inputs.target is not None:
+        target = tl.load(inputs.target + samples, mask=inside, other=-1)
     target_values = ()
     for m in tl.static_range(MODELS):
-        if FORM.target_source == 1:
-            at_target = tl.where(columns[None, :] == target[:, None], vs[m], 0.0)
-            target_values = target_values + (tl.sum(at_target, 1),)
-        else:
-            target_values = target_values + (tl.zeros_like(tops[m]),)
-    statistics = (tops, sums, moments, cross_moments, target_values)
-    weights, uniform, at_target = row_loss(
-        inputs, outputs, cs, signs, statistics, samples, inside, classes, numbers, ignore_index,
-        LOSS,
+        target_value = tl.zeros([BLOCK_N], tl.float32)
+        if inputs.target is not None:
+            target_value = tl.sum(tl.where(columns[None, :] == target[:, None], vs[m], 0.0), 1)
+        target_values = target_values + (target_value,)
+    of_g = row_loss(
+        inputs, outputs, numbers, scales, statistics, target_values, samples, inside, classes,
+        ignore_index, LOSS,
     )  # fmt: skip
     if TILE.gradient:
-        factor = logit_factor(factors, FORM.folded)
         g = logit_gradient(
-            vs, active, columns, target, c2s, tops, weights, uniform, at_target, factor, LOSS
+            vs, active, columns, target, scales, statistics.tops, of_g, logit_factor(factors), LOSS
         )
-        if not UPCAST:
-            g = g.to(w_ptrs[0].dtype.element_ty)
+        if not TILE.upcast:
+            g = g.to(operands.w[0].dtype.element_ty)
         if g_ptr is not None:
             at = g_ptr + samples[:, None] * g_stride + columns[None, :]
             g_inside = inside[:, None] & (columns < g_stride)[None, :]
             tl.store(at, g.to(g_ptr.dtype.element_ty), mask=g_inside)
         if dx_ptr is not None:
-            d = widths[0]
-            factor = result_factor(factors, FORM.folded)
+            d = operands.widths[0]
+            w_row_ptrs = operands.w[0] + read_columns[:, None] * operands.w_strides[0]
+            factor = result_factor(factors)
             for k in range(0, d, SLICE):
-                depth = k + tl.arange(0, SLICE)
-                w = tl.load(
-                    w_ptrs[0] + (read_columns[:, None] * w_strides[0] + depth[None, :]),
-                    mask=(depth < d)[None, :],
-                    other=0.0,
-                )
-                if UPCAST:
+                depth = k + tl.arange(0, SLICE)[None, :]
+                w = tl.load(w_row_ptrs + depth, mask=depth < d, other=0.0)
+                if TILE.upcast:
                     w = w.to(tl.float32)
                 dx = factor * tl.dot(g, w, input_precision=PRECISION)
-                to = dx_ptr + samples[:, None] * d + depth[None, :]
-                dx_inside = inside[:, None] & (depth < d)[None, :]
-                tl.store(to, dx.to(dx_ptr.dtype.element_ty), mask=dx_inside)
+                to = dx_ptr + samples[:, None] * d + depth
+                tl.store(to, dx.to(dx_ptr.dtype.element_ty), mask=inside[:, None] & (depth < d))
 
 
 def compute(
@@ -158,12 +133,9 @@ def compute(
         x.device,
         tile.warps,
         tile.stages,
-        **rows.arguments,
-        x_ptrs=tuple(model.features for model in models),
-        w_ptrs=tuple(model.prototypes for model in models),
-        x_strides=tuple(model.features.stride(0) for model in models),
-        w_strides=tuple(model.prototypes.stride(0) for model in models),
-        widths=tuple(model.width for model in models),
+        **rows.arguments(),
+        operands=rows.operands(),
+        factors=rows.factors,
         g_ptr=g,
         g_stride=0 if g is None else g.shape[1],
         dx_ptr=dx if wanted[0] else None,
@@ -171,7 +143,7 @@ def compute(
         TILE=WholeTile(
             *(tile.rows, tile.columns, tile.depth),
             even_depth=all(model.width % tile.depth == 0 for model in models),
-            masked=rows.class_mask is not None or p != tile.columns,
+            masked=rows.inputs.class_mask is not None or p != tile.columns,
             gradient=any(wanted[:2]),
             precision=common.precision(architecture, x.dtype),
             upcast=upcast,

@@ -120,7 +120,7 @@ def gpu_paragraph() -> list[str]:
     _, paragraph = str(mulki.info()).split("  cuda, float32 and bfloat16: reference\n")
     *lines, reason = paragraph.splitlines()
     ops = ", ".join(line.strip() for line in lines).replace(",,", ",").split(", ")
-    assert sorted(ops) == sorted(kernels.KERNELS)
+    assert sorted(ops) == sorted(kernels.OPERATORS)
     return [reason]
 
 

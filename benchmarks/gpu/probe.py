@@ -57,10 +57,12 @@ def _not_interpreted() -> str | None:
     import torch
 
     from mulki.kernels import kernel
+    from mulki.ops.operators import OPERATORS, Request
 
-    x = torch.ones(3, 4)
+    operands = torch.ones(3, 4), torch.ones(3, 4), torch.tensor(1.0)
+    x, request = OPERATORS["similarity"].arguments(*operands), Request(None, "none", [False] * 3)
     try:
-        kernel("similarity")(x, x, torch.tensor(1.0), False)
+        kernel("similarity")(x, request)
     # Triton's interpreter and NumPy do not work together in all versions.
     except Exception as error:
         return f"Triton's interpreter does not run here: {error}".splitlines()[0]

@@ -18,7 +18,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 
 from mulki.kernels import kernel
 from mulki.kernels.launch import INT32, Launch, Product, recording
+from mulki.ops.operators import OPERATORS, Request
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -130,6 +130,19 @@ def precision(architecture: str, number_format: str) -> Iterator[None]:
         matmul.fp32_precision = before[1]
 
 
+def asking(
+    op: str,
+    *arguments: Any,
+    grad: Tensor | None = None,
+    reduction: str = "mean",
+    gradients: bool = True,
+) -> Callable[[], object]:
+    """A call of a kernel, for the mean of a loss with all gradients if nothing else is asked."""
+    x = OPERATORS[op].arguments(*arguments)
+    request = Request(grad, reduction, [gradients] * OPERATORS[op].leaves)
+    return lambda: kernel(op)(x, request)
+
+
 def _calls(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """Calls of operators, by name, that together launch every kernel."""
 
@@ -146,19 +159,10 @@ def _calls(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         return [new(n, d, of=dtype)] * k, [new(p, d, of=dtype)] * k, new(k)
 
     def kl(n: int, p: int, k: int, d: int, gradients: bool = True) -> Callable[[], object]:
-        gate = None, new(n, of=torch.int64), None, 2.0, 1.0, 0.0, 1.0, True
-        arguments = *model(n, p, d), *teachers(n, p, k, d), *gate, True, [gradients] * 3
-        return lambda: kernel("teacher_kl_reduced")(*arguments)
+        gate = None, new(n, of=torch.int64), None, 2.0, 1.0, 0.0, 1.0
+        arguments = *model(n, p, d), *teachers(n, p, k, d), *gate
+        return asking("teacher_kl", *arguments, gradients=gradients)
 
-    def pairs(form: str, n: int, d: int) -> Callable[[], object]:
-        gate = None, 2.0, 1.0, 0.0, 1.0, True
-        arguments = *model(n, n, d), *teachers(n, n, 1, d), *gate, True, [True] * 3
-        return lambda: kernel(f"pair_kl_{form}")(*arguments)
-
-    def call(op: str, *arguments: Any) -> Callable[[], object]:
-        return lambda: kernel(op)(*arguments)
-
-    three, four = [True] * 3, [True] * 4
     cases: dict[str, Callable[[], object]] = {}
     # Whole rows, few and many, and the largest tiles; P that a tile holds, of one warp and of many;
     # that it does not hold; and in blocks of columns.
@@ -177,20 +181,23 @@ def _calls(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         student = model(n, p, 512)
         cases[f"teacher_kl {size}"] = kl(n, p, 2, 512)
         if size in ("whole", "wider", "most", "small", "tiles", "stream"):
-            cases[f"prototype_cross_entropy {size}"] = call(
-                "prototype_cross_entropy_reduced", *student, *labels(n, p), True, three
-            )
+            arguments = *student, *labels(n, p)
+            cases[f"prototype_cross_entropy {size}"] = asking("prototype_cross_entropy", *arguments)
         if size in ("small", "tiles"):
-            cases[f"siglip {size}"] = call("siglip_reduced", *student, new(), 0, True, four)
+            cases[f"siglip {size}"] = asking("siglip", *student, new())
     cases["teacher_kl forward"] = kl(4096, 8192, 3, 512, gradients=False)
     for size, (n, p) in {"small": (256, 1000), "large": (4096, 4096)}.items():
-        student = model(n, p, 512)
-        cases[f"contrastive {size}"] = call("contrastive_reduced", *model(n, n, 512), True, three)
-        cases[f"pair_kl {size}"] = pairs("with_labels", n, 512)
+        student, pairs = model(n, p, 512), model(n, n, 512)
+        cases[f"contrastive {size}"] = asking("contrastive", *pairs)
+        gate = None, 2.0, 1.0, 0.0, 1.0, True, True
+        cases[f"pair_kl {size}"] = asking("pair_kl", *pairs, *teachers(n, n, 1, 512), *gate)
         for normalize in (False, True):
-            cases[f"similarity {size} {normalize}"] = call("similarity", *student, normalize)
-            cases[f"similarity_backward {size} {normalize}"] = call(
-                "similarity_backward", new(n, p, of=dtype), *student, normalize, three
+            of_matrix: dict[str, Any] = {"reduction": "none", "gradients": False}
+            operands = *student, normalize
+            cases[f"similarity {size} {normalize}"] = asking("similarity", *operands, **of_matrix)
+            grad = new(n, p, of=dtype)
+            cases[f"similarity {size} {normalize} backward"] = asking(
+                "similarity", *operands, grad=grad, reduction="none"
             )
     return cases
 
@@ -208,7 +215,8 @@ def _variant(operator: str, launch: Launch, architecture: str, number_format: st
             signature[parameter.name] = _type(
                 value, (i,), constants, attributes, architecture, specialized
             )
-    given = launch.arguments | vars(launch.arguments.get("TILE", SimpleNamespace()))
+    tile = launch.arguments.get("TILE")
+    given = launch.arguments | ({} if tile is None else tile._asdict())
     return Variant(
         operator,
         " ".join(f"{name}={given[name]}" for name in _TILE_NAMES if name in given),
@@ -232,9 +240,10 @@ def _type(
 ) -> Any:
     """The type that a launch would infer from a value; notes constants and divisibility by 16."""
     if isinstance(value, tuple):
-        return tuple(
+        members = [
             _type(v, (*path, i), constants, attributes, architecture) for i, v in enumerate(value)
-        )
+        ]
+        return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
     if value is None or (specialized and isinstance(value, int) and value == 1):
         constants[path] = value
         return "constexpr"

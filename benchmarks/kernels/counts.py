@@ -22,8 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.kernels.ahead_of_time import NUMBER_FORMATS, precision
-from mulki.kernels import kernel
+from benchmarks.kernels.ahead_of_time import NUMBER_FORMATS, asking, precision
 from mulki.kernels.common import ceil_div
 from mulki.kernels.launch import Launch, Product, recording
 from mulki.kernels.schedule import TILE
@@ -94,29 +93,23 @@ def calls_of(
     """The calls that are counted, one after the other, on tensors of the device "meta"."""
     dtype = NUMBER_FORMATS[number_format][0]
     x, w, scale = _meta(n, d, dtype=dtype), _meta(p, d, dtype=dtype), _meta()
-    target, three = _meta(n, dtype=torch.int64), [True] * 3
-    arguments: tuple[Any, ...]
-    k = OPERATORS[operator]
+    target, k = _meta(n, dtype=torch.int64), OPERATORS[operator]
     teachers = [x.clone() for _ in range(k)], [w.clone() for _ in range(k)], _meta(k)
     if operator == "dual_teacher_kl":
-        gate = None, target, None, 2.0, 1.0, 0.0, 1.0, True
-        op, arguments = "teacher_kl_reduced", (x, w, scale, *teachers, *gate, True, three)
-    elif operator == "prototype_cross_entropy":
-        op, arguments = f"{operator}_reduced", (x, w, scale, target, None, 0.0, -100, True, three)
-    elif operator == "siglip":
-        op, arguments = "siglip_reduced", (x, w, scale, _meta(), 0, True, [True] * 4)
-    elif operator == "contrastive":
-        op, arguments = "contrastive_reduced", (x, w, scale, True, three)
-    elif operator == "pair_kl":
-        gate = None, 2.0, 1.0, 0.0, 0.0, True
-        op, arguments = "pair_kl_reduced", (x, w, scale, *teachers, *gate, True, three)
-    else:
-        op, arguments = "similarity", (x, w, scale, False)
-    calls = [lambda: kernel(op)(*arguments)]
+        gate = None, target, None, 2.0, 1.0, 0.0, 1.0
+        return [asking("teacher_kl", x, w, scale, *teachers, *gate)]
+    if operator == "pair_kl":
+        return [asking("pair_kl", x, w, scale, *teachers, None, 2.0, 1.0, 0.0, 0.0)]
     if operator == "similarity":
+        forward = asking(operator, x, w, scale, reduction="none", gradients=False)
         grad = _meta(n, p, dtype=dtype)
-        calls.append(lambda: kernel("similarity_backward")(grad, x, w, scale, False, three))
-    return calls
+        return [forward, asking(operator, x, w, scale, grad=grad, reduction="none")]
+    rest: dict[str, tuple[Any, ...]] = {
+        "prototype_cross_entropy": (target, None, 0.0, -100),
+        "siglip": (_meta(),),
+        "contrastive": (),
+    }
+    return [asking(operator, x, w, scale, *rest[operator])]
 
 
 def counts_of_torch(function: Callable[[], Sequence[Tensor]], size: int) -> Counts:
@@ -147,14 +140,15 @@ def _work(launch: Launch | Product, size: int) -> Work:
         again = _bytes(given["x_ptr"]) * (columns - 1)
         again += _bytes(given["w_ptr"]) * (programs // columns - 1)
     if name == "whole_rows":
-        products = len(given["x_ptrs"])
-        again = sum(map(_bytes, given["w_ptrs"])) * (programs - 1)
+        xs, ws = given["operands"][:2]
+        products, again = len(xs), sum(map(_bytes, ws)) * (programs - 1)
         if given["dx_ptr"] is not None:
-            products, again = products + 1, again + _bytes(given["w_ptrs"][0]) * programs
+            products, again = products + 1, again + _bytes(ws[0]) * programs
     if name == "streamed_rows":
-        products, tile = len(given["x_ptrs"]), given["TILE"]
-        again = sum(map(_bytes, given["x_ptrs"])) * (ceil_div(given["classes"], tile.columns) - 1)
-        again += sum(map(_bytes, given["w_ptrs"])) * (ceil_div(given["n"], tile.rows) - 1)
+        (xs, ws), tile = given["operands"][:2], given["TILE"]
+        products = len(xs)
+        again = sum(map(_bytes, xs)) * (ceil_div(given["classes"], tile.columns) - 1)
+        again += sum(map(_bytes, ws)) * (ceil_div(given["n"], tile.rows) - 1)
     if name == "stored_rows" and given["g_ptr"] is not None and not given["TILE"].whole:
         again = sum(map(_bytes, given["y_ptrs"])) * given["TILE"].statistics
     return Work("kernel", size * products, sum(map(_bytes, once)), programs, again)

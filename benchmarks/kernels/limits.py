@@ -20,9 +20,8 @@ TENSOR_MEMORY = {"sm_80": 0, "sm_90": 0, "sm_100": 512, "gfx942": 0}
 STACK = {"bf16": 8, "fp16": 8, "fp32": 16, "tf32": 16, "ieee": 40}
 # Kernels that compute no matrix product. All other kernels do.
 WITHOUT_PRODUCTS = {
-    *("contrastive_gradient", "contrastive_rows", "finish_rows", "project", "row_count"),
-    *("row_inverse_norms",),
-    *("row_totals", "scaled", "siglip_rows", "stored_rows", "pair_kl_gradient", "pair_kl_rows"),
+    *("finish_rows", "pair_gradient", "pair_rows", "project", "row_count", "row_inverse_norms"),
+    *("row_totals", "scaled", "siglip_rows", "stored_rows"),
 }
 # Instructions of tensor cores with float32 accumulators, by the number format of the operands.
 # tcgen05 has one name for bf16 and fp16. NVIDIA's tensor cores do not multiply float32.

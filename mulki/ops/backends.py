@@ -191,7 +191,7 @@ def kernel(
 
     Args:
         size: of the call, see `proofs.SIZES`; None where no Triton kernel may serve it.
-        gradients: whether the call makes them; None for forms that serve calls of both kinds.
+        gradients: whether the call makes them; None asks for a kernel of both kinds of calls.
 
     Raises:
         RuntimeError: a backend that should serve it does not, under MULKI_STRICT.

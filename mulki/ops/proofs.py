@@ -38,7 +38,7 @@ class Verdict:
     """What was found for one operator, dtype and size.
 
     Args:
-        operator: without the endings of its forms.
+        operator: its name.
         dtype: such as "bfloat16".
         size: one of SIZES.
         problems: what is wrong, in words; empty where every value and gradient is right.
@@ -94,14 +94,13 @@ def why_not(
         size: one of SIZES; None asks for all of them.
         gradients: whether the call makes them; None asks for both kinds of calls.
     """
-    operator = importlib.import_module("mulki.kernels").operator_of(op)
     name = str(dtype).removeprefix("torch.")
     proofs = [stored(subject) for subject in subjects(device_type)]
     if not proofs or None in proofs:
         return f"has not been tried on this GPU with these versions: {REMEDY}"
     for found in filter(None, proofs):
         for one in SIZES if size is None else (size,):
-            verdict = found.get(f"{operator} {name} {one}")
+            verdict = found.get(f"{op} {name} {one}")
             if verdict is None:
                 return f"was not tried here in {name} at {one} sizes: {REMEDY}"
             if (reason := verdict.why_not(gradients)) is not None:

@@ -19,7 +19,7 @@ from triton.runtime import _allocation, driver
 
 from benchmarks.kernels import ahead_of_time, host
 from benchmarks.kernels.counts import OPERATORS, calls_of
-from mulki.kernels import chunks, common, kernel, launch, schedule
+from mulki.kernels import chunks, common, launch, schedule
 from tests.ops.op_cases import Operations
 
 BLOCKS = schedule.Plan("blocks", 64, 128)
@@ -129,8 +129,8 @@ def test_a_count_of_64_bits_is_for_triton(monkeypatch):
     monkeypatch.setattr(launch, "launch", lambda *of, **given: asked.append(given))
     repeated = launch.Repeated(None, (1,), torch.device("meta"), 1, 1)
     monkeypatch.setattr(repeated, "_run", lambda *given: pytest.fail("launched another type"))
-    repeated(first=2**31, offset=0)
-    assert asked == [{"first": 2**31, "offset": 0}]
+    repeated(first_row=2**31, first_column=0)
+    assert asked == [{"first_row": 2**31, "first_column": 0}]
 
 
 def test_a_view_more_in_a_chunk_would_be_seen(monkeypatch):
@@ -180,7 +180,9 @@ def test_tensor_descriptors_have_memory_and_the_users_allocator_stays(monkeypatc
     try:
         with host.idle():
             scale = torch.empty((), device="meta")
-            kernel("prototype_cross_entropy")(x, w, scale, target, None, 0.0, -100)
+            asked = {"reduction": "none", "gradients": False}
+            arguments = x, w, scale, target, None, 0.0, -100
+            ahead_of_time.asking("prototype_cross_entropy", *arguments, **asked)()
         assert allocator.get() is users
     finally:
         allocator.set(before)

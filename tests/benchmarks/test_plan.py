@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import torch
 
 from benchmarks.kernels import plan
-from benchmarks.kernels.ahead_of_time import NUMBER_FORMATS
+from benchmarks.kernels.ahead_of_time import NUMBER_FORMATS, asking
 from benchmarks.kernels.cards import BANDWIDTH, CARDS, LAUNCH, RATE, seconds
 from benchmarks.kernels.counts import (
     OPERATORS,
@@ -25,7 +25,6 @@ from benchmarks.kernels.counts import (
     counts,
     counts_of_torch,
 )
-from mulki.kernels import kernel
 from mulki.kernels.launch import recording
 
 RENEW = "run python -m benchmarks.kernels plan --write"
@@ -86,10 +85,9 @@ def test_a_loss_without_gradients_stores_no_logits(n, p):
 
     x, w, scale = of(n, 512), of(p, 512), of(dtype=torch.float32)
     teachers = [of(n, 512)] * 2, [of(p, 512)] * 2, of(2, dtype=torch.float32)
-    gate = None, None, None, 2.0, 1.0, 0.0, 0.0, True
-    arguments = x, w, scale, *teachers, *gate, True, [False] * 3
+    call = asking("teacher_kl", x, w, scale, *teachers, gradients=False)
     with recording("sm_90") as launches:
-        extra = _observed(lambda: kernel("teacher_kl_reduced")(*arguments), [])
+        extra = _observed(call, [])
     names = [one.kernel.__name__ for one in launches]
     assert names == ["streamed_rows", "finish_rows", "row_totals"]
     assert launches[0].grid == (min(132, math.prod(tiles(launches[0]))),)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mulki.kernels import kernel
+from mulki.ops.operators import OPERATORS, Request
 from tests.kernels.triton_cases import Case
 
 # Relative L2 of a result: float32 sums of tens of terms, or one rounding to half precision (the
@@ -16,27 +17,35 @@ from tests.kernels.triton_cases import Case
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 4e-3, torch.float16: 4e-4}
 
 
+def ask(
+    case: Case, grad: Tensor | None, reduction: str, wanted: Sequence[bool] | None = None
+) -> tuple[Tensor, ...]:
+    """All results of a kernel; None asks for all gradients."""
+    wanted = [True] * case.leaves if wanted is None else wanted
+    x = OPERATORS[case.op].arguments(*case.args)
+    return kernel(case.op)(x, Request(grad, reduction, wanted))
+
+
 def call(op: str, *args: Any) -> tuple[Tensor, ...]:
-    out = kernel(op)(*args)
-    return out if isinstance(out, tuple) else (out,)
+    """The losses of rows, or the matrix, and the details."""
+    case = Case(op, args)
+    out = ask(case, None, "none", [False] * case.leaves)
+    assert all(gradient.shape == (0,) for gradient in out[-case.leaves :])
+    return out[: -case.leaves]
 
 
-def backward(case: Case, upstream: Tensor, wanted: Sequence[bool] | None = None) -> Any:
-    args = case.args
-    if case.op == "contrastive":
-        args = (*args, *call(case.op, *args)[1:])
-    if case.op == "pair_kl":
-        _, _, used, _, lse = call(case.op, *args)
-        args = (*args[:6], used, lse, args[7], args[11])
-    if case.op == "teacher_kl":
-        used = call(case.op, *args)[2]
-        args = (*args[:6], used, args[8], args[9], args[13])
-    return call(f"{case.op}_backward", upstream, *args, wanted or [True] * case.leaves)
+def backward(
+    case: Case, grad: Tensor, wanted: Sequence[bool] | None = None, reduction: str = "none"
+) -> Any:
+    """The gradients for an upstream gradient, and nothing beside."""
+    out = ask(case, grad, reduction, wanted)
+    assert all(one.shape == (0,) for one in out[: -case.leaves])
+    return out[-case.leaves :]
 
 
 def reduced(case: Case, mean: bool = True, wanted: Sequence[bool] | None = None) -> Any:
     """The total, the gradients, and what is between them."""
-    out = call(f"{case.op}_reduced", *case.args, mean, wanted or [True] * case.leaves)
+    out = ask(case, None, "mean" if mean else "sum", wanted)
     return out[0], out[-case.leaves :], out[1 : -case.leaves]
 
 

@@ -36,12 +36,11 @@ def test_without_a_proof_the_remedy_is_named() -> None:
     assert "mulki prove" in str(proofs.why_not("siglip", "cuda", torch.float32, "small"))
 
 
-def test_a_proof_is_kept_and_holds_for_all_forms_of_an_operator(folder: Path) -> None:
+def test_a_proof_is_kept(folder: Path) -> None:
     path = proofs.store(SUBJECT, everywhere())
     assert path.parent == folder / "proofs"
-    for op in ("siglip", "siglip_backward", "siglip_reduced"):
-        assert proofs.why_not(op, "cuda", torch.float32) is None
-        assert proofs.why_not(op, "cuda", torch.float32, "large") is None
+    assert proofs.why_not("siglip", "cuda", torch.float32) is None
+    assert proofs.why_not("siglip", "cuda", torch.float32, "large") is None
     reason = proofs.why_not("siglip", "cuda", torch.bfloat16, "small")
     assert reason is not None and "bfloat16 at small" in reason
     assert proofs.why_not("contrastive", "cuda", torch.float32, "small") is not None
@@ -77,9 +76,7 @@ def test_calls_without_gradients_are_served_where_these_are_faster() -> None:
     proofs.store(SUBJECT, verdicts)
 
     def served(gradients: bool | None) -> list[bool]:
-        of_sizes = (
-            ("siglip_reduced", "cuda", torch.float32, size, gradients) for size in proofs.SIZES
-        )
+        of_sizes = (("siglip", "cuda", torch.float32, size, gradients) for size in proofs.SIZES)
         return [proofs.why_not(*one) is None for one in of_sizes]
 
     assert served(True) == [True, False, True]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.triton_helpers import call, close
+from tests.kernels.triton_cases import Case
+from tests.kernels.triton_helpers import backward, call, close
 
 pytestmark = pytest.mark.gpu
 
@@ -32,12 +33,10 @@ def unit(rows, width=D):
 
 def cross_entropy(x, w, scale, target):
     """Rows, dx and dw for an upstream gradient of one."""
-    rest = target, None, 0.0, -100
-    rows = call("prototype_cross_entropy", x, w, scale, *rest)[0]
+    case = Case("prototype_cross_entropy", (x, w, scale, target, None, 0.0, -100))
+    rows = call(case.op, *case.args)[0]
     grad = torch.ones(x.shape[0], device="cuda")
-    dx, dw, _ = call(
-        "prototype_cross_entropy_backward", grad, x, w, scale, *rest, [True, True, False]
-    )
+    dx, dw, _ = backward(case, grad, [True, True, False])
     return rows, dx, dw
 
 

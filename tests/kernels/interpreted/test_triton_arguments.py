@@ -100,10 +100,11 @@ def changed(case: Case, argument: str, change: Any) -> list[Any]:
     return args
 
 
-def calls(case: Case, args: list[Any]) -> list[tuple[str, list[Any]]]:
-    """The row form and, of a loss, the reduced form."""
-    reduced = [(f"{case.op}_reduced", [*args, True, [True] * case.leaves])]
-    return [(case.op, args), *(reduced if case.op != "similarity" else [])]
+def calls(case: Case, args: list[Any]) -> list[tuple[Any, ...]]:
+    """For the losses of rows and, of a loss, for the mean with its gradients."""
+    rows = *args, None, "none", [False] * case.leaves
+    mean = *args, None, "mean", [True] * case.leaves
+    return [rows] if case.op == "similarity" else [rows, mean]
 
 
 @pytest.mark.parametrize(
@@ -114,37 +115,31 @@ def test_arguments_that_do_not_fit(name, argument, change, error):
     case = make(name)
     # A teacher is named by its place, whether its features or its prototypes do not fit.
     named = rf"teachers\[1\]|{argument}" if argument.startswith("teacher_") else argument
-    for op, args in calls(case, changed(case, argument, change)):
+    for args in calls(case, changed(case, argument, change)):
         with pytest.raises(error, match=rf"^({named})(?!\w)"):
-            getattr(torch.ops.mulki, op)(*args)
+            getattr(torch.ops.mulki, case.op)(*args)
 
 
 @pytest.mark.parametrize("name", ["similarity", "ce_all", "kl_weights", "contrastive", "siglip"])
-def test_a_backward_with_arguments_that_do_not_fit(name):
+def test_a_gradient_of_arguments_that_do_not_fit(name):
     case = make(name)
-    n, rest = case.x.shape[0], list(case.args[3:])
-    if case.op == "contrastive":
-        rest = [torch.zeros(n, 2), torch.zeros(n, 2)]
-    if case.op == "teacher_kl":
-        rest = [*rest[:4], rest[5], 2.0, True]
-    wanted, backward = [True] * case.leaves, getattr(torch.ops.mulki, f"{case.op}_backward")
+    n, op = case.x.shape[0], getattr(torch.ops.mulki, case.op)
+    wanted = [True] * case.leaves
     grad = torch.ones(n, case.args[1].shape[0]) if case.op == "similarity" else torch.ones(n)
-    operands = list(case.args[:3])
-    assert len(backward(grad, *operands, *rest, wanted)) == case.leaves
+    assert op(*case.args, grad, "none", wanted)[0].shape == (0,)
     with pytest.raises(ValueError, match=r"\bgrad\b"):
-        backward(grad[:3], *operands, *rest, wanted)
+        op(*case.args, grad[:3], "none", wanted)
     second = POSITIONS[case.op][1]
     with pytest.raises(ValueError, match=rf"\b{second}\b"):
-        backward(grad, operands[0], narrow(operands[1]), operands[2], *rest, wanted)
-    if case.op == "contrastive":
-        with pytest.raises(ValueError, match=r"\bcolumn_lse\b"):
-            backward(grad, *operands, rest[0], rest[1][:3], wanted)
+        op(*changed(case, second, narrow), grad, "none", wanted)
+    if case.op != "similarity":
+        with pytest.raises(ValueError, match=r"\bgrad\b"):
+            op(*case.args, grad, "mean", wanted)
 
 
 def test_arguments_that_fit():
     """The calls above fail by their bad argument, not by how they are made."""
     for name in ("similarity", "ce_all", "kl_label", "kl_weights", "contrastive", "siglip"):
         case = make(name)
-        for op, args in calls(case, list(case.args)):
-            out = getattr(torch.ops.mulki, op)(*args)
-            assert (out[0] if isinstance(out, tuple) else out).isfinite().all()
+        for args in calls(case, list(case.args)):
+            assert getattr(torch.ops.mulki, case.op)(*args)[0].isfinite().all()

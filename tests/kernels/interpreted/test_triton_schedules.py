@@ -7,7 +7,7 @@ import torch
 
 from mulki.kernels import common, schedule, sums
 from mulki.kernels.schedule import Plan
-from tests.kernels.triton_cases import make
+from tests.kernels.triton_cases import Case, make
 from tests.kernels.triton_helpers import TOLERANCE, all_close, backward, call, close, error, reduced
 
 FLOAT = TOLERANCE[torch.float32]
@@ -74,13 +74,13 @@ def test_small_and_large_float16_gradients_keep_their_precision(size, plan, take
     _, want = case.expected(upstream)
     error_of = [error(g, w) for g, w in zip(backward(case, upstream), want, strict=True)]
     assert max(error_of) < 2e-3
-    usual = sums.Factors.values.fget
+    usual = sums.Factors.of
 
-    def without_bound(factors):
-        scale, count, _, inverse_count, _ = usual(factors)
-        return scale, count, None, inverse_count, 1.0 if size < 1 else 256.0
+    def without_bound(*of, **options):
+        factors = usual(*of, **options)
+        return factors._replace(bound=None, largest=256.0 if size < 1 else 1.0)
 
-    monkeypatch.setattr(sums.Factors, "values", property(without_bound))
+    monkeypatch.setattr(sums.Factors, "of", without_bound)
     assert not error(backward(case, upstream)[1], want[1]) <= 2e-3
 
 
@@ -119,8 +119,8 @@ def test_a_student_that_is_its_teacher_has_exactly_zero(plan, take):
     take(plan)
     x, w, scale, *_ = make("kl").args
     teacher = [x], [w], scale.expand(1), None, None, None, 3.0, 1.0, 0.0, 0.0, True
-    out = call("teacher_kl_reduced", x, w, scale, *teacher, True, [True] * 3)
-    assert out[0] == 0 and not any(g.any() for g in out[-3:])
+    total, gradients, _ = reduced(Case("teacher_kl", (x, w, scale, *teacher)))
+    assert total == 0 and not any(g.any() for g in gradients)
 
 
 @pytest.mark.parametrize("plan", PLANS[2::2], ids=named)

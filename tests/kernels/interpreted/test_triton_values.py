@@ -7,7 +7,16 @@ import torch
 
 from mulki.kernels import common
 from tests.kernels.triton_cases import LOSSES, NAMES, Case, make, pair_kl, teacher_kl
-from tests.kernels.triton_helpers import TOLERANCE, all_close, backward, call, close, error, reduced
+from tests.kernels.triton_helpers import (
+    TOLERANCE,
+    all_close,
+    ask,
+    backward,
+    call,
+    close,
+    error,
+    reduced,
+)
 
 HALVES = ("cosines", "ce_all", "kl_label", "kl_weights", "contrastive", "pairs_weights", "siglip")
 FLOAT = TOLERANCE[torch.float32]
@@ -31,18 +40,63 @@ def test_means_and_their_gradients(name):
     all_close(made, gradients, FLOAT)
 
 
+def with_labels(case):
+    return Case(case.op, (*case.args, True))
+
+
 @pytest.mark.parametrize("mean", [True, False])
 @pytest.mark.parametrize("name", ["pairs", "pairs_weights"])
 def test_pairs_with_labels(name, mean):
     case = make(name)
     labels = Case("contrastive", case.args[:3])
     parts = [one.expected(mean=mean) for one in (labels, case)]
-    totals, kl, used, entropy, *made = call("pair_kl_with_labels", *case.args, mean, [True] * 3)
+    totals, made, (kl, used, entropy) = reduced(with_labels(case), mean)
     close(totals, torch.stack([total for total, _ in parts]), FLOAT)
     gradients = [a + b for a, b in zip(*(of for _, of in parts), strict=True)]
     all_close(made, gradients, FLOAT)
     want = pair_kl(*case.double())
     all_close((kl, used, entropy), (want.kl, want.weights, want.entropy), FLOAT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", ["pairs", "pairs_weights"])
+def test_pairs_with_labels_have_an_upstream_gradient_for_each_loss(name, dtype):
+    case = make(name, dtype)
+    labels = Case("contrastive", case.args[:3])
+    upstreams = case.upstream(), 0.5 - case.upstream().flip(0)
+    parts = [one.expected(grad) for one, grad in zip((labels, case), upstreams, strict=True)]
+    close(call("pair_kl", *case.args, True)[0], torch.stack([rows for rows, _ in parts]), FLOAT)
+    gradients = [a + b for a, b in zip(*(of for _, of in parts), strict=True)]
+    all_close(backward(with_labels(case), torch.stack(upstreams)), gradients, TOLERANCE[dtype])
+    # The same of one number for all rows of each.
+    grad = torch.tensor([0.7, -1.3])
+    parts = [one.expected(mean=True)[1] for one in (labels, case)]
+    gradients = [0.7 * a - 1.3 * b for a, b in zip(*parts, strict=True)]
+    found = backward(with_labels(case), grad, reduction="mean")
+    all_close(found, gradients, 2 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_for_an_upstream_gradient_of_a_total(name, reduction):
+    case = make(name)
+    _, gradients = case.expected(mean=reduction == "mean")
+    found = backward(case, torch.tensor(-0.7), reduction=reduction)
+    all_close(found, [-0.7 * gradient for gradient in gradients], FLOAT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["cosines", "ce_all", "kl_label", "pairs_blend", "siglip"])
+def test_gradients_of_the_sum_beside_rows(name, dtype):
+    case = make(name, dtype)
+    rows, *rest = ask(case, None, "none")
+    made, details = rest[-case.leaves :], rest[: -case.leaves]
+    for one, other in zip((rows, *details), call(case.op, *case.args), strict=True):
+        assert torch.equal(one, other)
+    _, gradients = case.expected()
+    of_norms = TOLERANCE[dtype] if name == "cosines" and dtype != torch.float32 else 0.0
+    all_close(made[:2], gradients[:2], TOLERANCE[dtype] + of_norms)
+    assert all(gradient.dtype == torch.float32 for gradient in made)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
