@@ -2,8 +2,8 @@
 
 Every operator is computed at a few shapes in every dtype, by the kernels and by plain PyTorch.
 Values and gradients are compared with float64 as the benchmark does (`mulki.bench.verify`): of the
-mean, of the losses of single rows, whose backward passes are kernels of their own, and with other
-options; and so are the by-products, such as the divergence and the weight of each teacher. Then
+mean, of the losses of single rows, whose gradients are computed apart, and with other options; and
+so are the by-products, such as the divergence and the weight of each teacher. Then
 forward and backward together are timed by turns, and forward alone, which may be another kernel.
 `mulki.ops.proofs` keeps what was found.
 """
@@ -258,19 +258,23 @@ def _forms(case: Case) -> dict[str, tuple[Compute, Compute | None]]:
             options = TEMPERATURE, True, None, Weighting.of("uniform"), "sum", True
             return ops.pair_kl.loss((x, w, scale), teachers, *options)
 
-        def with_labels(*operands: Any) -> Tensor:
+        def with_labels(share: float, *operands: Any) -> Tensor:
             (of_labels, of_teachers), *_ = sums(*operands)
-            total: Tensor = (of_labels + of_teachers) / len(operands[0])
+            total: Tensor = (share * of_labels + of_teachers) / len(operands[0])
             return total
 
         def beside_labels(inputs: Inputs) -> Outcome:
             _, _, weights, entropy = sums(*inputs.arguments)
             return {"weights": weights, "entropy": entropy}
 
-        def plain(*operands: Any) -> Tensor:
-            return EAGER["contrastive"](*operands[:3]) + EAGER["pair_kl"](*operands)
+        def plain(share: float, *operands: Any) -> Tensor:
+            of_labels: Tensor = EAGER["contrastive"](*operands[:3])
+            return share * of_labels + EAGER["pair_kl"](*operands)
 
-        forms["with labels"] = partial(outcome, with_labels), partial(outcome, plain)
+        # Of different upstream gradients both losses are computed again.
+        for share, form in ((1.0, "with labels"), (0.5, "with labels of half the weight")):
+            found, wanted = partial(with_labels, share), partial(plain, share)
+            forms[form] = partial(outcome, found), partial(outcome, wanted)
         forms["by-products, with labels"] = beside_labels, beside_labels
     return forms
 
