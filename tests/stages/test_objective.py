@@ -153,7 +153,7 @@ class TestObjective:
             MulKILoss()(student, models, target)
 
     def test_what_are_no_features_is_named(self, student, teachers, target):
-        with pytest.raises(TypeError, match=r"^student: got Tensor, wanted mulki\.features"):
+        with pytest.raises(TypeError, match=r"^student: got Tensor, wanted mulki\.clip\.Features"):
             MulKILoss()(student.images, teachers, target)
         with pytest.raises(TypeError, match=r"^teachers\[1\]: got Tensor, wanted mulki"):
             MulKILoss()(student, [teachers[0], student.images], target)
