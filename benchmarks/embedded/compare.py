@@ -148,7 +148,7 @@ def one_run(run: Run, pack: str, threads: int) -> dict[str, Any]:
     from mulki.train.config.run_config import resolve
     from mulki.train.learning.memory import keep_freed_memory
     from mulki.train.sequence import run as learn
-    from mulki.train.start.setup import load_tasks
+    from mulki.train.config.tasks import load_tasks
 
     keep_freed_memory()
     torch.set_num_threads(threads)

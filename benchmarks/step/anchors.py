@@ -22,7 +22,7 @@ from benchmarks.step.side_by_side import TIMES, side_by_side
 from benchmarks.tables import Cell, machine_line, markdown, write_csv
 from mulki.bench.cases import Inputs
 from mulki.clip.features import Features
-from mulki.stages.anchors import TextsOf, anchor_loss
+from mulki.stages.anchors import TextsOf, text_anchor_kl
 
 TEMPERATURE = 2.0
 COLUMNS = {
@@ -54,11 +54,11 @@ class Shape:
 
 
 def fused(shape: Shape, teachers: Sequence[Features], weights: Tensor) -> Callable[..., Tensor]:
-    """`mulki.stages.anchors.anchor_loss`."""
+    """`mulki.stages.anchors.text_anchor_kl`."""
 
     def loss(images: Tensor, anchored: Tensor) -> Tensor:
         student = Features(images, anchored[: shape.classes], 100.0, anchored=anchored)
-        return anchor_loss(student, teachers, weights, anchor_texts=shape.texts_of)
+        return text_anchor_kl(student, teachers, weights, anchor_texts=shape.texts_of)
 
     return loss
 

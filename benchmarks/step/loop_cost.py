@@ -14,7 +14,7 @@ from benchmarks.step.stopwatch import PARTS, Stopwatch
 from benchmarks.tables import Cell
 from mulki.bench.call_cost import PeakMemory, no_garbage_collection
 from mulki.errors import InputError
-from mulki.train.learning.learn import StepReport
+from mulki.train.learning.inputs import StepReport
 
 MIB = 2**20
 # Relative difference of the losses of the first step: they differ in the order of sums in fp32, and

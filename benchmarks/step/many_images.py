@@ -25,7 +25,7 @@ from rich.console import Console
 
 from benchmarks.tables import Row, machine_line, markdown, write_csv
 from mulki.data import folder_task
-from mulki.data.image_files import told_of_checks
+from mulki.data.image_files import checks_reported
 from mulki.train.display.progress import checking
 
 CLASSES, SIDE = 100, 18
@@ -74,7 +74,7 @@ def measure(count: int, root: Path) -> Row:
             checked.append(perf_counter())
             show(done, total)
 
-        with told_of_checks(told):
+        with checks_reported(told):
             task = folder_task(root)
     task.fingerprint()
     ended = perf_counter()

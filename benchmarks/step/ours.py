@@ -19,7 +19,8 @@ from benchmarks.step.stopwatch import Stopwatch
 from mulki.clip.models import VisionLanguageModel
 from mulki.clip.texts import text_features
 from mulki.methods import PREVIOUS, ZERO_SHOT
-from mulki.train.learning.learn import StepReport, learn_task
+from mulki.train.learning.inputs import Listeners, StepReport, TaskInputs, Training
+from mulki.train.learning.learn import learn_task
 from mulki.train.learning.task_teachers import TaskTeachers
 
 
@@ -48,17 +49,15 @@ def learn(job: Job, watch: Stopwatch, listen: Callable[[StepReport, float], None
         watch.start()
 
     with _watched(model, method, watch):
-        learn_task(
-            model,
-            method,
-            job.task,
-            {ZERO_SHOT: original, PREVIOUS: previous},
-            job.config,
-            index=1,
+        training = Training(
+            config=job.config,
+            method=method,
+            model=model,
             transform=job.transform,
             precision=precision,
-            listen=stepped,
         )
+        frozen = {ZERO_SHOT: original, PREVIOUS: previous}
+        learn_task(training, TaskInputs(1, job.task, frozen), Listeners(stepped))
 
 
 @contextlib.contextmanager

@@ -71,7 +71,7 @@ _told: ContextVar[Callable[[int, int], None]] = ContextVar("told", default=lambd
 
 
 @contextmanager
-def told_of_checks(listener: Callable[[int, int], None]) -> Iterator[None]:
+def checks_reported(listener: Callable[[int, int], None]) -> Iterator[None]:
     """In the block, `find_unreadable` tells how many images it has checked, and of how many."""
     token = _told.set(listener)
     try:

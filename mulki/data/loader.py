@@ -199,12 +199,12 @@ def _start_worker(pixels: int, number: int) -> None:
     if run is not None and hasattr(signal, "sigtimedwait"):
         # In a process that was not forked, threads that are there already go on to take it.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        told_by = run.pid, os.getppid()
-        threading.Thread(target=_end_when_told_by, args=told_by, daemon=True).start()
+        ids = run.pid, os.getppid()
+        threading.Thread(target=_end_with_the_run, args=ids, daemon=True).start()
 
 
-def _end_when_told_by(run: int, parent: int) -> None:
-    # Or when the parent has ended: one that is killed tells nobody.
+def _end_with_the_run(run: int, parent: int) -> None:
+    # Ends this process when the run sends SIGTERM, or when its parent has been killed.
     while os.getppid() == parent:
         got = signal.sigtimedwait({signal.SIGTERM}, _ORPHANS_END_S)
         if got is not None and got.si_pid == run:

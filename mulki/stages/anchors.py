@@ -45,7 +45,7 @@ def present(teachers: Sequence[Features]) -> bool:
     return teachers[0].anchored is not None
 
 
-def anchor_loss(
+def text_anchor_kl(
     student: Features,
     teachers: Sequence[Features],
     weights: Tensor,

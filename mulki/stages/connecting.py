@@ -76,7 +76,7 @@ def interpolate(previous: Weights, current: Weights, alpha: float) -> dict[str, 
     return {name: torch.lerp(previous[name], value, alpha) for name, value in current.items()}
 
 
-def anchor_loss(weights: Weights, anchor: Weights) -> Tensor:
+def distance_from_anchor(weights: Weights, anchor: Weights) -> Tensor:
     """Sum of squared differences from the anchor; differentiable in `weights`."""
     parts = [(value - anchor[name]).square().sum() for name, value in weights.items()]
     # A sharded weight has its sum in pieces, one in each process.
@@ -133,7 +133,7 @@ class Connections(nn.Module):
         """The term ``anchor_loss``, or nothing where its coefficient is 0."""
         if not self._l2:
             return {}
-        return {"anchor_loss": self._l2 * anchor_loss(self._weights, self._start)}
+        return {"anchor_loss": self._l2 * distance_from_anchor(self._weights, self._start)}
 
     def after_step(self, step: int) -> None:
         """Take in the weights after optimiser step `step` (counted from 1)."""

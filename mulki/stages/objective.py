@@ -47,7 +47,7 @@ class MulKILoss(nn.Module):
         image_anchor: of images to text anchors; without effect while the teachers' features have
             none.
         text_anchor: of class texts to text anchors, likewise.
-        anchor_texts: whose texts, see `mulki.stages.anchors.anchor_loss`.
+        anchor_texts: whose texts, see `mulki.stages.anchors.text_anchor_kl`.
         anchor_weights: by what the teachers are weighted there.
         feature: coefficient of the squared distance of image features.
         scale_by_t2: multiply each KL by T^2.
@@ -265,7 +265,7 @@ class MulKILoss(nn.Module):
         for name, of in anchors.ROWS.items():
             if self.anchors[name] and anchors.present(teachers):
                 rows = weights if of == "images" else per_class
-                terms[f"{name}_loss"] = anchors.anchor_loss(
+                terms[f"{name}_loss"] = anchors.text_anchor_kl(
                     student,
                     teachers,
                     self.anchors[name] * rows,

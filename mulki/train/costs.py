@@ -19,8 +19,9 @@ from mulki.data.transforms import is_deterministic
 from mulki.train.config.run_config import AUTO
 from mulki.train.display.outline import parameter_counts
 from mulki.train.learning.batches import kept_samples
-from mulki.train.learning.learn import StepReport, steps_of
-from mulki.train.learning.memory import Fit, free_memory, local, peak_memory
+from mulki.train.learning.inputs import Listeners, StepReport
+from mulki.train.learning.learn import steps_of
+from mulki.train.learning.memory import MicroBatch, free_memory, local, peak_memory
 from mulki.train.sequence import test_loader
 from mulki.train.start.setup import Setup
 from mulki.train.task_learner import TaskLearner
@@ -127,7 +128,7 @@ def measure(setup: Setup, says: Callable[[str], None] = lambda words: None) -> C
     trainable = model.trainable().values()  # those that are left where the model was sharded
     frozen = {} if learner is None else learner.frozen
     used = _bytes([model, *frozen.values()])
-    fits: list[Fit] = []
+    fits: list[MicroBatch] = []
     tasks = []
     width = kept = 0
     for index, task in enumerate(setup.tasks):
@@ -162,7 +163,7 @@ def _learning(
     learner: TaskLearner | None,
     index: int,
     task: Task,
-    fitted: Callable[[Fit], None],
+    measured: Callable[[MicroBatch], None],
 ) -> TaskCosts:
     config, world = setup.config, setup.world
     costs = TaskCosts(
@@ -196,15 +197,13 @@ def _learning(
     learner.learn(
         index,
         small,
-        replace(
+        Listeners(listen, lambda images: encoded.append(time.perf_counter()), measured),
+        config=replace(
             config,
             iterations=once + _STEPS,
             epochs=None,
             micro_batch=config.micro_batch or AUTO,
         ),
-        listen=listen,
-        prepared=lambda images: encoded.append(time.perf_counter()),
-        fitted=fitted,
     )
     of_images = encoded[-1] - started if encoded else 0.0
     others = began[0] - started - of_images

@@ -26,13 +26,13 @@ from rich.console import Console
 from mulki.distributed.launch import join, launched
 from mulki.errors import InputError
 from mulki.runs.new_folder import check_free, slug
+from mulki.train.config.precision import device_of
 from mulki.train.config.run_config import Settings, read_config, resolve
 from mulki.train.config.tasks import load_tasks
 from mulki.train.saving.checkpoints import ARGUMENTS
 from mulki.train.saving.recovery import check_same_options, has_begun, is_complete
 from mulki.train.saving.signals import Signals
 from mulki.train.sequence import run
-from mulki.train.start.setup import device_of
 
 State = Literal["complete", "stopped", "new"]
 

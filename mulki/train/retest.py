@@ -14,12 +14,13 @@ from mulki.data.decoding import limit_pixels
 from mulki.data.loader import batches
 from mulki.errors import InputError
 from mulki.runs.predictions import TaskPredictions
-from mulki.train.config.precision import Precision
+from mulki.train.config.precision import Precision, device_of
 from mulki.train.config.run_config import RunConfig, read_config, resolve
 from mulki.train.config.tasks import load_tasks
 from mulki.train.saving.checkpoints import ARGUMENTS, load_checkpoint, run_of
 from mulki.train.saving.recovery import changed, check_finite
-from mulki.train.start.setup import device_of, hashes_of, parts_of
+from mulki.train.start.data import Data
+from mulki.train.start.hashes import hashes_of, parts_of
 
 # Options of a run that say what its tasks are, by the name of their field, and those that choose
 # among their images.
@@ -52,7 +53,7 @@ class Evaluation:
     @property
     def hashes(self) -> dict[str, Any]:
         """Of weights, prompts and splits, as `env.json` of a run has them."""
-        return hashes_of(self.tasks, self.model)
+        return hashes_of(Data(self.tasks), self.model)
 
     def predictions(self) -> Iterator[TaskPredictions]:
         """The predictions for each task with classes, in turn.

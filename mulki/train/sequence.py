@@ -30,6 +30,7 @@ from mulki.train.display.outline import amounts, plan, prepared_images
 from mulki.train.display.progress import TEST, RunProgress, checking
 from mulki.train.display.reporter import Reporter
 from mulki.train.learning.anchor_texts import anchor_texts
+from mulki.train.learning.inputs import Listeners
 from mulki.train.learning.learn import steps_of
 from mulki.train.saving.checkpoints import publish, save_weights
 from mulki.train.saving.recovery import (
@@ -284,15 +285,12 @@ class _Sequence:
     def _learn_task(
         self, index: int, task: Task, learner: TaskLearner, saved: Mapping[str, Any] | None
     ) -> None:
-        config = self.setup.config
-        steps = steps_of(config, len(task.train), self.setup.world.size)
+        steps = steps_of(self.setup.config, len(task.train), self.setup.world.size)
         self.reporter.start_task(index, task, steps, self.steps)
         self.steps += learner.learn(
             index,
             task,
-            config,
-            listen=self.reporter.step,
-            prepared=self.progress.advance,
+            Listeners(self.reporter.step, self.progress.advance),
             saves=self.saves,
             saved=saved,
         )

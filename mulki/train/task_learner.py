@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from mulki.clip.models import VisionLanguageModel
@@ -13,8 +14,8 @@ from mulki.train import sharding
 from mulki.train.config.run_config import RunConfig
 from mulki.train.config.tasks import needs_of
 from mulki.train.learning.anchor_texts import Anchors, anchor_texts
-from mulki.train.learning.learn import StepReport, learn_task
-from mulki.train.learning.memory import Fit
+from mulki.train.learning.inputs import Listeners, TaskInputs
+from mulki.train.learning.learn import learn_task
 from mulki.train.saving.recovery import Saves
 from mulki.train.start.setup import Setup
 
@@ -49,20 +50,18 @@ class TaskLearner:
         self,
         index: int,
         task: Task,
-        config: RunConfig,
+        listeners: Listeners,
         *,
-        listen: Callable[[StepReport], None],
-        prepared: Callable[[int], None],
+        config: RunConfig | None = None,
         saves: Saves | None = None,
         saved: Mapping[str, Any] | None = None,
-        fitted: Callable[[Fit], None] | None = None,
     ) -> int:
         """Learn one task, see `mulki.train.learning.learn.learn_task`.
 
         Args:
             index: its place in the sequence, from 0.
             task: it, or a smaller one with its classes.
-            config: the run's, or another one of how many steps there are and of what size.
+            config: another one than the run's, of how many steps there are and of what size.
         """
         setup, frozen = self._setup, self.frozen
         needs = needs_of(setup.method, task)
@@ -71,24 +70,10 @@ class TaskLearner:
             frozen = dict.fromkeys(frozen, frozen[ZERO_SHOT])
         elif not first and PREVIOUS in frozen and saved is None:
             frozen[PREVIOUS].copy_from(setup.model)
-        return learn_task(
-            setup.model,
-            setup.method,
-            task,
-            frozen,
-            config,
-            index=index,
-            transform=setup.transform,
-            precision=setup.precision,
-            world=setup.world,
-            reference=setup.reference_of(task) if needs.reference else None,
-            anchors=self._anchors(index, needs),
-            listen=listen,
-            prepared=prepared,
-            saves=saves,
-            saved=saved,
-            fitted=fitted,
-        )
+        reference = setup.reference_of(task) if needs.reference else None
+        inputs = TaskInputs(index, task, frozen, reference, self._anchors(index, needs))
+        training = setup if config is None else replace(setup, config=config)
+        return learn_task(training, inputs, listeners, saves, saved)
 
     def _anchors(self, index: int, needs: Needs) -> Anchors | None:
         setup = self._setup

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from mulki.data import BadImage, folder_task
-from mulki.data.image_files import told_of_checks
+from mulki.data.image_files import checks_reported
 from tests.data.data_helpers import encoded, picture
 
 Make = Callable[..., Path]
@@ -98,7 +98,7 @@ def test_many_images_are_listed_once_and_opened_once(
         told.append((done, total))
         called.append(len(calls))
 
-    with told_of_checks(tell):
+    with checks_reported(tell):
         task = folder_task(tmp_path)
     monkeypatch.undo()
     assert len(task.train) == len(task.test) == 2 * count

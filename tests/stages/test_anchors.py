@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from mulki.stages.anchors import anchor_loss, present
+from mulki.stages.anchors import present, text_anchor_kl
 from tests.stages.formulas import expected_kl, expected_label_weights
 
 
@@ -35,7 +35,7 @@ def test_images_against_each_teachers_own_texts(models, target):
         expected_kl(held_against(student, t), [t], "image_anchor", w[:, k : k + 1])
         for k, t in enumerate(teachers)
     )
-    got = anchor_loss(student, teachers, w)
+    got = text_anchor_kl(student, teachers, w)
     torch.testing.assert_close(got, expected)
     # The student's texts have no part in it.
     grads = torch.autograd.grad(got, (student.images, student.texts), allow_unused=True)
@@ -45,9 +45,9 @@ def test_images_against_each_teachers_own_texts(models, target):
 def test_images_against_the_students_texts(models, target):
     student, teachers = models
     w = expected_label_weights(teachers, target)
-    got = anchor_loss(student, teachers, w, anchor_texts="student", temperature=3.0)
+    got = text_anchor_kl(student, teachers, w, anchor_texts="student", temperature=3.0)
     torch.testing.assert_close(got, expected_kl(student, teachers, "image_anchor", w, 3.0))
-    unscaled = anchor_loss(
+    unscaled = text_anchor_kl(
         student, teachers, w, anchor_texts="student", temperature=3.0, scale_by_t2=False
     )
     torch.testing.assert_close(unscaled, got / 9)
@@ -56,7 +56,7 @@ def test_images_against_the_students_texts(models, target):
 def test_texts_against_anchors(models):
     student, teachers = models
     w = torch.rand(4, 2, dtype=torch.float64)
-    got = anchor_loss(student, teachers, w, rows="texts", anchor_texts="student")
+    got = text_anchor_kl(student, teachers, w, rows="texts", anchor_texts="student")
     torch.testing.assert_close(got, expected_kl(student, teachers, "text_anchor", w))
 
 
@@ -64,7 +64,7 @@ def test_texts_against_anchors(models):
 def test_a_group_has_the_teacher_that_knows_it(models, target, anchor_texts):
     student, (original, previous) = models
     w = expected_label_weights([original, previous], target)
-    got = anchor_loss(
+    got = text_anchor_kl(
         student,
         [original, previous],
         w,
@@ -90,7 +90,9 @@ def test_one_group_alone(models, target, group, anchor_weights):
     if anchor_weights == "group":
         w = torch.zeros_like(w)
         w[:, 1 if group == "seen" else 0] = 1
-    got = anchor_loss(student, teachers, w, anchor_weights=anchor_weights, anchor_texts="student")
+    got = text_anchor_kl(
+        student, teachers, w, anchor_weights=anchor_weights, anchor_texts="student"
+    )
     torch.testing.assert_close(got, expected_kl(student, teachers, "image_anchor", w))
 
 
@@ -101,7 +103,7 @@ def test_groups_are_as_strong_as_a_gate(models):
     for group in ("seen", "vocabulary"):
         s, t = only(group, student), only(group, teacher)
         gate, groups = (
-            anchor_loss(s, [t, t], w, anchor_weights=by, anchor_texts="student")
+            text_anchor_kl(s, [t, t], w, anchor_weights=by, anchor_texts="student")
             for by in ("gate", "group")
         )
         torch.testing.assert_close(gate, groups)
@@ -113,7 +115,7 @@ def test_gradcheck(models, target):
 
     def loss(images, anchored):
         of = replace(student, images=images, texts=anchored[:4], anchored=anchored)
-        return anchor_loss(of, teachers, w, anchor_texts="student")
+        return text_anchor_kl(of, teachers, w, anchor_texts="student")
 
     anchored = student.anchored.detach().requires_grad_()
     assert gradcheck(loss, (student.images, anchored))
@@ -127,9 +129,9 @@ def test_errors(models, student, model_features, with_anchors):
     _, teachers = models
     w = torch.ones(6, 2, dtype=torch.float64) / 2
     with pytest.raises(ValueError, match="^student, teachers: one has no anchors"):
-        anchor_loss(student, teachers, w, anchor_texts="student")
+        text_anchor_kl(student, teachers, w, anchor_texts="student")
     wider = [with_anchors(model_features(width=7)) for _ in range(2)]
     with pytest.raises(ValueError, match="^teachers: got texts of width 7, wanted the student's"):
-        anchor_loss(with_anchors(student), wider, w)
-    loss = anchor_loss(with_anchors(student), wider, w, anchor_texts="student")
+        text_anchor_kl(with_anchors(student), wider, w)
+    loss = text_anchor_kl(with_anchors(student), wider, w, anchor_texts="student")
     assert loss.isfinite()

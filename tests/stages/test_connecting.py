@@ -53,7 +53,7 @@ class TestConnecting:
             "a": torch.tensor([1.0, 2.0], requires_grad=True),
             "b": torch.tensor(5.0, requires_grad=True),
         }
-        loss = connecting.anchor_loss(
+        loss = connecting.distance_from_anchor(
             weights, {"a": torch.tensor([0.0, 4.0]), "b": torch.zeros(())}
         )
         assert loss == 1 + 4 + 25

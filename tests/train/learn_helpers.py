@@ -15,7 +15,8 @@ from mulki.methods import PREVIOUS, ZERO_SHOT, Method
 from mulki.train.config.precision import Precision
 from mulki.train.config.run_config import RunConfig
 from mulki.train.learning.anchor_texts import Anchors
-from mulki.train.learning.learn import StepReport, learn_task
+from mulki.train.learning.inputs import Listeners, StepReport, TaskInputs, Training
+from mulki.train.learning.learn import learn_task
 
 Load = Callable[..., VisionLanguageModel]
 
@@ -56,18 +57,15 @@ def learn(
         reports.append(report)
         hear(report)
 
-    steps = learn_task(
-        model,
-        method_named(method) if isinstance(method, str) else method,
-        task,
-        frozen,
-        config,
-        index=index,
+    training = Training(
+        config=config,
+        method=method_named(method) if isinstance(method, str) else method,
+        model=model,
         transform=transform or model.preprocess,
         precision=Precision(precision, torch.device("cpu")),  # type: ignore[arg-type]
-        anchors=anchors,
-        listen=listen,
     )
+    inputs = TaskInputs(index, task, frozen, anchors=anchors)
+    steps = learn_task(training, inputs, Listeners(listen))
     assert steps == len(reports)
     return reports
 

@@ -10,8 +10,8 @@ from mulki.train import costs
 from mulki.train.config.run_config import resolve
 from mulki.train.costs import Costs, measure
 from mulki.train.learning import memory
-from mulki.train.learning.learn import StepReport
-from mulki.train.learning.memory import Fit
+from mulki.train.learning.inputs import Listeners, StepReport
+from mulki.train.learning.memory import MicroBatch
 from mulki.train.start.setup import prepared
 from mulki.train.task_learner import TaskLearner
 from tests.train.run_helpers import SHORT, Run, options_of, weights
@@ -62,12 +62,13 @@ def test_what_is_stored_is_what_a_run_stores(run: Run, measured: Any) -> None:
 def test_seconds_are_those_of_as_many_steps(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three steps on new images of 2, 3 and 9 s, then three of 0.5 s: medians are 3 and 0.5."""
 
-    def learn(self: TaskLearner, index: int, task: Any, config: Any, **hooks: Any) -> int:
+    def learn(self: TaskLearner, index: int, task: Any, listeners: Listeners, config: Any) -> int:
         once = max(len(task.train) // 6, 1)
         assert config.iterations == once + 3 and config.micro_batch == "auto"
         for number, seconds in enumerate([2.0, 3.0, 9.0][:once] + [0.5, 0.5, 0.7], start=1):
-            hooks["listen"](StepReport(number, {}, 0.1, 6, seconds))
-        hooks["fitted"](Fit(6, 7, 1000, 70 + index))
+            listeners.step(StepReport(number, {}, 0.1, 6, seconds))
+        assert listeners.micro_batch is not None
+        listeners.micro_batch(MicroBatch(6, 7, 1000, 70 + index))
         return config.iterations
 
     monkeypatch.setattr(TaskLearner, "learn", learn)

@@ -25,6 +25,7 @@ from mulki.train.config.precision import Precision
 from mulki.train.config.run_config import RunConfig, resolve
 from mulki.train.learning.batches import kept_samples
 from mulki.train.learning.class_step import Step
+from mulki.train.learning.inputs import TaskInputs, Training
 from mulki.train.learning.learn import learn_task
 from mulki.train.sequence import run
 from tests.train.reference_method import OnReference
@@ -59,17 +60,14 @@ def learn(
     student = load()
     student.lock(text=locked)
     teachers = {ZERO_SHOT: load(seed=1).frozen_copy(), PREVIOUS: load(seed=2).frozen_copy()}
-    learn_task(
-        student,
-        method or OnReference(Method.Options()),
-        task,
-        teachers,
-        replace(CONFIG, **changes),
-        index=0,
+    training = Training(
+        config=replace(CONFIG, **changes),
+        method=method or OnReference(Method.Options()),
+        model=student,
         transform=(lambda image: student.preprocess(image)) if opaque else student.preprocess,
         precision=Precision(precision, CPU),  # type: ignore[arg-type]
-        reference=reference,
     )
+    learn_task(training, TaskInputs(0, task, teachers, reference))
     return student
 
 

@@ -31,7 +31,7 @@ from mulki.train import sequence, task_learner
 from mulki.train.config.run_config import read_config, resolve
 from mulki.train.display.progress import RunProgress
 from mulki.train.learning.class_step import ClassStep
-from mulki.train.learning.learn import StepReport
+from mulki.train.learning.inputs import StepReport, TaskInputs, Training
 from mulki.train.saving import recovery
 from mulki.train.saving.checkpoints import publish, save_weights
 from tests import ROOT
@@ -224,12 +224,12 @@ class Learned:
         self.after: list[dict[str, torch.Tensor]] = []
         real = task_learner.learn_task
 
-        def spy(model: VisionLanguageModel, method: Any, task: Any, frozen: Any, *a: Any, **k: Any):
-            self.frozen.append(dict(frozen))
-            self.teachers.append({name: state_of(m) for name, m in frozen.items()})
-            self.before.append(state_of(model))
-            steps = real(model, method, task, frozen, *a, **k)
-            self.after.append(state_of(model))
+        def spy(training: Training, inputs: TaskInputs, *others: Any) -> int:
+            self.frozen.append(dict(inputs.frozen))
+            self.teachers.append({name: state_of(m) for name, m in inputs.frozen.items()})
+            self.before.append(state_of(training.model))
+            steps = real(training, inputs, *others)
+            self.after.append(state_of(training.model))
             return steps
 
         patch.setattr(task_learner, "learn_task", spy)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from mulki.methods import PREVIOUS, ZERO_SHOT
 from mulki.train.config.run_config import resolve
-from mulki.train.learning.memory import Fit
+from mulki.train.learning.inputs import Listeners
+from mulki.train.learning.memory import MicroBatch
 from mulki.train.start.setup import prepared
 from mulki.train.task_learner import TaskLearner
 from tests.train.run_helpers import SHORT
@@ -19,17 +20,14 @@ def test_the_previous_model_is_the_student_before_the_task(
         assert setup.folder is None
         learner, start = TaskLearner(setup), state_of(setup.model)
         assert set(learner.frozen) == {ZERO_SHOT, PREVIOUS}
-        fits: list[Fit] = []
+        fits: list[MicroBatch] = []
         seen: list[int] = []
         for index, task in enumerate(setup.tasks):
             before = state_of(setup.model)
             steps = learner.learn(
                 index,
                 task,
-                setup.config,
-                listen=lambda report: seen.append(report.step),
-                prepared=lambda images: None,
-                fitted=fits.append,
+                Listeners(lambda report: seen.append(report.step), micro_batch=fits.append),
             )
             assert steps == 2 and not same_state(before, state_of(setup.model))
         assert seen == [1, 2, 1, 2]

@@ -26,8 +26,9 @@ from mulki.train.costs import Costs, measure
 from mulki.train.display.outline import in_lines, millions, of_tasks, plan, steps_of_tasks
 from mulki.train.display.progress import megabytes
 from mulki.train.display.time_left import clock
-from mulki.train.start.downloads import Absent, Download, not_here
-from mulki.train.start.setup import check_options, load_data, prepared
+from mulki.train.start.data import load_data
+from mulki.train.start.downloads import Download, StandIns, not_here
+from mulki.train.start.setup import check_options, prepared
 
 # Below the first word of a line.
 _INDENT = " " * 9
@@ -60,11 +61,11 @@ def show_plan(given: Mapping[str, Any], console: Console, *, as_json: bool) -> N
         )
     settings = resolve(given)
     config = settings.run
-    absent = Absent()
+    stand_ins = StandIns()
     if not_here(config.model, config.pretrained)[0] is None:
-        _outline(settings, absent, as_json)
+        _outline(settings, stand_ins, as_json)
         return
-    with offline(), prepared(settings, write=False, absent=absent) as setup:
+    with offline(), prepared(settings, write=False, stand_ins=stand_ins) as setup:
         lines = plan(setup)
         if not setup.world.main:
             console = Console(quiet=True)
@@ -73,15 +74,15 @@ def show_plan(given: Mapping[str, Any], console: Console, *, as_json: bool) -> N
     if not main:
         return
     if as_json:
-        _print_json(config, costs.to_dict(), absent.downloads)
+        _print_json(config, costs.to_dict(), stand_ins.downloads)
         return
-    lines += [*_of_downloads(absent.downloads, config, measured=True), *_lines(costs, settings)]
+    lines += [*_of_downloads(stand_ins.downloads, config, measured=True), *_lines(costs, settings)]
     out = _print_lines(lines)
     out.print(_table(costs))
     out.print(_COLUMNS, style="dim", highlight=False)
 
 
-def _outline(settings: Settings, absent: Absent, as_json: bool) -> None:
+def _outline(settings: Settings, stand_ins: StandIns, as_json: bool) -> None:
     # What can be said of a run without its model.
     config = settings.run
     method = methods.get(config.method)(settings.method)
@@ -91,13 +92,13 @@ def _outline(settings: Settings, absent: Absent, as_json: bool) -> None:
         trackers.chosen(config.report_to)
         check_free(config.logs, config.name)
     with offline():
-        tasks, _, _ = load_data(settings, method, processes, absent=absent)
+        tasks = load_data(settings, method, processes, stand_ins=stand_ins).tasks
     for name, pretrained in (
         (config.model, config.pretrained),
         (config.original, config.original_pretrained),
     ):
         if name is not None:
-            absent.downloads += not_here(name, pretrained)[1]
+            stand_ins.downloads += not_here(name, pretrained)[1]
     # The processes of torchrun have nothing to tell each other here.
     if not is_first():
         return
@@ -114,12 +115,12 @@ def _outline(settings: Settings, absent: Absent, as_json: bool) -> None:
     ]
     if as_json:
         unknown = {"parameters": None, "trainable": None, "seconds": None}
-        _print_json(config, {**unknown, "tasks": rows}, absent.downloads)
+        _print_json(config, {**unknown, "tasks": rows}, stand_ins.downloads)
         return
     what = of_tasks(config, method, tasks, processes)
     model = f"{config.model}, whose memory and time are known once its configuration is here"
     lines = in_lines({"run": what["run"], "model": model, "steps": what["steps"]})
-    out = _print_lines([*lines, *_of_downloads(absent.downloads, config, measured=False)])
+    out = _print_lines([*lines, *_of_downloads(stand_ins.downloads, config, measured=False)])
     table = _columns("task", "classes", "train", "test", "steps")
     for row in rows:
         table.add_row(*(Text(str(value)) for value in row.values()))

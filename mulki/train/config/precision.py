@@ -1,4 +1,4 @@
-"""Precision: the names of open_clip's --precision, as contexts."""
+"""Device and precision of a run; precisions have the names of open_clip's --precision."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 
 from mulki.clip.models import VisionLanguageModel
+from mulki.distributed import launch
 from mulki.errors import InputError, nearest
 
 Name = Literal[
@@ -23,6 +24,28 @@ def native_bf16(device: torch.device) -> bool:
         checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return any(getattr(torch.cpu, check, bool)() for check in checks)
     return False
+
+
+def device_of(name: str) -> torch.device:
+    """The device of this process.
+
+    Args:
+        name: as the option `--device` takes it.
+
+    Raises:
+        InputError: it cannot be used.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        # Only this process's own GPU is tried: a context on the first GPU for each process would
+        # fill the memory of that one.
+        device = launch.device_of_process(torch.device(name))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise InputError(f"--device: {name} cannot be used ({reason}); try auto or cpu") from None
+    return device
 
 
 class Precision:

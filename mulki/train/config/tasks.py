@@ -144,7 +144,7 @@ def _as_given(name: str, value: Any) -> str:
     return f"{flag(name)} {value}"
 
 
-def warn_of_twins(tasks: Sequence[Task], tokens: Callable[[list[str]], Tensor]) -> None:
+def warn_of_equal_names(tasks: Sequence[Task], tokens: Callable[[list[str]], Tensor]) -> None:
     """Warn of classes of a task whose names differ in capitals alone, which the model cannot see.
 
     Args:

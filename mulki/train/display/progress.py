@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mulki.train.display.time_left import TimeLeft, clock
-from mulki.train.learning.learn import StepReport
+from mulki.train.learning.inputs import StepReport
 
 STEPS = "steps"
 TEACHERS = "training images"

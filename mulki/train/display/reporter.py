@@ -13,7 +13,7 @@ from mulki.data import Task
 from mulki.runs.history import BINS, StepRecord, add_step
 from mulki.train.config.tasks import needs_of
 from mulki.train.display.progress import STEPS, TEACHERS, RunProgress, describe
-from mulki.train.learning.learn import StepReport
+from mulki.train.learning.inputs import StepReport
 from mulki.train.learning.memory import peak_memory
 from mulki.train.start.setup import Setup
 

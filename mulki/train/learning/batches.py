@@ -153,7 +153,8 @@ def _batches(
 
 
 def _pairs(batch: Batch, pairs: CaptionedImages, world: World) -> PairBatch:
-    # A caption of one image in the batch is no wrong caption of another image that has it too.
+    # Two images of a batch may have the same caption. It is right for both, so no image may be
+    # trained away from it: only the first of such pairs counts.
     captions = [pairs.captions[place][0] for place in batch.places.tolist()]
     kept: set[str] = set()
     right: set[str] = set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,13 +17,12 @@ from mulki.clip.models import VisionLanguageModel
 from mulki.clip.texts import text_inputs
 from mulki.distributed.launch import processes_here
 from mulki.distributed.parts import set_whole
-from mulki.distributed.world import World
 from mulki.methods import Method
-from mulki.train.config.precision import Precision
 from mulki.train.config.run_config import AUTO, RunConfig
 from mulki.train.learning import memory
-from mulki.train.learning.anchor_texts import AnchorBatch, Anchors
+from mulki.train.learning.anchor_texts import AnchorBatch
 from mulki.train.learning.batches import Batch, PairBatch
+from mulki.train.learning.inputs import TaskInputs, Training
 from mulki.train.learning.muon import MuonWithAdamW, is_matrix
 from mulki.train.learning.task_teachers import TaskTeachers
 from mulki.train.microbatch import Encoder, backward
@@ -31,40 +30,28 @@ from mulki.train.microbatch import Encoder, backward
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Means:
-    """What the steps of a task are made with.
+class Step(ABC):
+    """Trains a model batch by batch on one task; a subclass for each kind of batch.
 
     Args:
-        model: the student.
-        method: its losses, and parameters of its own.
+        training: the student and how it is trained.
         teachers: of the task.
-        config: options of the optimiser and of micro-batches.
-        precision: how the encoders compute.
-        world: the processes that train together.
-        fitted: see `mulki.train.learning.learn.learn_task`.
+        listen: as `Listeners.micro_batch`.
     """
 
-    model: VisionLanguageModel
-    method: Method
-    teachers: TaskTeachers
-    config: RunConfig
-    precision: Precision
-    world: World
-    fitted: Callable[[memory.Fit], None] | None = None
-
-
-class Step(ABC):
-    """Trains a model batch by batch on one task; what a batch is, a kind of task has to say."""
-
-    def __init__(self, means: Means):
-        self._model = means.model
-        self._method = means.method
-        self._teachers = means.teachers
-        self._config = means.config
-        self._precision = means.precision
-        self._world = means.world
-        self._fitted = means.fitted
+    def __init__(
+        self,
+        training: Training,
+        teachers: TaskTeachers,
+        listen: Callable[[memory.MicroBatch], None] | None,
+    ):
+        self._model = training.model
+        self._method = training.method
+        self._teachers = teachers
+        self._config = training.config
+        self._precision = training.precision
+        self._world = training.world
+        self._listen = listen
         self._parameters = [*self._model.trainable().values(), *self._method.parameters()]
         self._optimizer = _optimizer(self._model, self._method, self._config)
         self._micro_batch: int | None = None
@@ -148,7 +135,7 @@ class Step(ABC):
         given = len(images)
         if config.micro_batch is not None and config.micro_batch != AUTO:
             given = min(int(config.micro_batch), given)
-        if config.micro_batch != AUTO and self._fitted is None:
+        if config.micro_batch != AUTO and self._listen is None:
             return given
         free = memory.free_memory(device)
         if free is not None and device.type == "cpu":
@@ -163,8 +150,8 @@ class Step(ABC):
             tried=device.type != "cpu" and not config.fsdp,
             smallest=lambda number: world.smallest(number, device),
         )
-        if self._fitted is not None:
-            self._fitted(fit)
+        if self._listen is not None:
+            self._listen(fit)
         if config.micro_batch != AUTO:
             return given
         _log.info("--micro-batch auto: %d of %d images at a time (%s)", fit.size, len(images), fit)
@@ -193,14 +180,20 @@ class ClassStep(Step):
     """Steps on a task with classes.
 
     Args:
-        prompts: [C], one per class.
-        anchors: of the task, if the method needs any.
+        training, teachers, listen: as of `Step`.
+        inputs: the task, with its anchors if the method needs any.
     """
 
-    def __init__(self, means: Means, prompts: Sequence[str], anchors: Anchors | None):
-        super().__init__(means)
-        self._class_texts = text_inputs(self._model, prompts, self._world)
-        self._anchors = anchors
+    def __init__(
+        self,
+        training: Training,
+        teachers: TaskTeachers,
+        listen: Callable[[memory.MicroBatch], None] | None,
+        inputs: TaskInputs,
+    ):
+        super().__init__(training, teachers, listen)
+        self._class_texts = text_inputs(self._model, inputs.prompts, self._world)
+        self._anchors = inputs.anchors
 
     def gradients(self, batch: Batch, reference: PairBatch | None = None) -> dict[str, float]:
         captions = None

@@ -28,7 +28,7 @@ _USED_FRACTION = 0.5
 
 
 @dataclass(frozen=True)
-class Fit:
+class MicroBatch:
     """A micro-batch that fits.
 
     Args:
@@ -58,7 +58,7 @@ def fitting_micro_batch(
     beside: int = 0,
     tried: bool = False,
     smallest: Callable[[int], int] = lambda number: number,
-) -> Fit:
+) -> MicroBatch:
     """The largest micro-batch of `images` whose graph takes at most half of the free memory.
 
     The memory of a sample is measured with a forward pass of one sample and of two. The state of
@@ -90,7 +90,7 @@ def fitting_micro_batch(
         while tried and size > 1 and not smallest(_passes(encode, images[:size], parameters)):
             size //= 2
             largest = size
-    return Fit(size, per_sample, available, largest)
+    return MicroBatch(size, per_sample, available, largest)
 
 
 def graph_bytes(encode: Callable[[Tensor], Tensor], inputs: Tensor) -> int:

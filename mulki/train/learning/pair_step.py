@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,10 @@ from mulki.clip.features import of_reference
 from mulki.clip.texts import TextInputs
 from mulki.data.caption_task import CaptionedImages
 from mulki.train.learning.batches import PairBatch
-from mulki.train.learning.class_step import Means, Step
+from mulki.train.learning.class_step import Step
+from mulki.train.learning.inputs import Training
+from mulki.train.learning.memory import MicroBatch
+from mulki.train.learning.task_teachers import TaskTeachers
 from mulki.train.microbatch import Encoder
 
 
@@ -21,11 +24,18 @@ class PairStep(Step):
     """Steps on a task of captions.
 
     Args:
+        training, teachers, listen: as of `Step`.
         pairs: the training images, each with one caption.
     """
 
-    def __init__(self, means: Means, pairs: CaptionedImages):
-        super().__init__(means)
+    def __init__(
+        self,
+        training: Training,
+        teachers: TaskTeachers,
+        listen: Callable[[MicroBatch], None] | None,
+        pairs: CaptionedImages,
+    ):
+        super().__init__(training, teachers, listen)
         self._pairs = pairs
         self._texts = TextInputs(self._model, self._world)
 

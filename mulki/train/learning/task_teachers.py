@@ -16,11 +16,12 @@ from mulki.clip.texts import text_features, text_inputs
 from mulki.data.loader import batch_sizes, batches
 from mulki.data.task import Task
 from mulki.distributed.world import World
-from mulki.methods import ZERO_SHOT, Needs
+from mulki.methods import ZERO_SHOT
 from mulki.train.config.precision import Precision
-from mulki.train.config.run_config import RunConfig
+from mulki.train.config.tasks import needs_of
 from mulki.train.learning.anchor_texts import AnchorBatch
-from mulki.train.learning.batches import Batch, PairBatch
+from mulki.train.learning.batches import Batch, PairBatch, kept_samples
+from mulki.train.learning.inputs import TaskInputs, Training
 
 
 class TaskTeachers:
@@ -54,42 +55,37 @@ class TaskTeachers:
     @torch.no_grad()
     def prepare(
         cls,
-        needs: Needs,
-        task: Task,
-        prompts: Sequence[str],
-        frozen: Mapping[str, VisionLanguageModel],
-        config: RunConfig,
-        precision: Precision,
-        world: World,
-        *,
-        kept: tuple[int | None, int | None],
-        num_anchors: int = 0,
+        training: Training,
+        inputs: TaskInputs,
+        steps: int,
         encoded: Callable[[int], None] = lambda images: None,
     ) -> TaskTeachers:
         """Encode what is constant in a task: class texts and, for prototypes, all images.
 
+        The anchors are encoded when they are first asked for.
+
         Args:
-            needs: of the method.
-            prompts: one per class; none where the task has no classes.
-            frozen: the models behind `needs`, by the names in `mulki.methods`.
-            kept: see `mulki.train.learning.batches.kept_samples`.
-            num_anchors: of the task, encoded when they are first asked for.
-            encoded: called with the number of images after each batch of them.
+            steps: of the task.
+            encoded: as `Listeners.encoded`.
         """
+        task, frozen, world = inputs.task, inputs.frozen, training.world
+        needs, prompts = needs_of(training.method, task), inputs.prompts
+        kept = kept_samples(
+            task, inputs.reference, training.transform, training.config, steps, world
+        )
+        num_anchors = len(inputs.anchors) if inputs.anchors is not None else 0
         names = [*needs.teachers, *([ZERO_SHOT] if needs.prototypes else [])]
         distinct = list({id(frozen[name]): frozen[name] for name in names}.values())
         features: list[Tensor] = []
         if needs.prototypes:
-            features, target = _encode_training_set(
-                distinct, task, config, precision, world, encoded
-            )
+            features, target = _encode_training_set(distinct, task, training, encoded)
         by_model: dict[int, Teacher] = {}
         for place, model in enumerate(distinct):
             texts = torch.empty(0, 0, device=model.device)
             if prompts:
-                inputs = text_inputs(model, prompts, world)
-                with precision.autocast():
-                    texts = text_features(model, inputs, world)
+                class_texts = text_inputs(model, prompts, world)
+                with training.precision.autocast():
+                    texts = text_features(model, class_texts, world)
             prototypes = None
             if needs.prototypes:
                 prototypes = class_means(features[place], target, len(task.classes))
@@ -99,7 +95,7 @@ class TaskTeachers:
             by_model[id(model)] = teacher
         teachers = [(by_model[id(frozen[name])], frozen[name]) for name in needs.teachers]
         original = by_model[id(frozen[ZERO_SHOT])].prototypes if needs.prototypes else None
-        return cls(teachers, original, precision, world, needs.captions)
+        return cls(teachers, original, training.precision, world, needs.captions)
 
     def state(self) -> list[dict[str, dict[str, Tensor]]]:
         """What the teachers keep beside what `prepare` makes."""
@@ -214,14 +210,13 @@ class TaskTeachers:
 def _encode_training_set(
     models: Sequence[VisionLanguageModel],
     task: Task,
-    config: RunConfig,
-    precision: Precision,
-    world: World,
+    training: Training,
     encoded: Callable[[int], None],
 ) -> tuple[list[Tensor], Tensor]:
     # Features [n, D] of each model, and targets [n]. One pass for all models, since decoding costs
     # as much as a small encoder; with the evaluation transform, which is the training transform
     # where that is deterministic.
+    config, precision, world = training.config, training.precision, training.world
     loader = batches(
         task.train,
         models[0].preprocess,

@@ -46,11 +46,11 @@ class Download:
         return {"what": self.what, "from": self.source, **size, "by_hand": self.by_hand}
 
 
-class Absent:
-    """What a plan does without: it takes note of it, and puts something else in its place.
+class StandIns:
+    """What a plan uses in place of data sets and models that are not on this machine.
 
     Attributes:
-        downloads: what was not on this machine.
+        downloads: what was missing.
     """
 
     def __init__(self) -> None:
@@ -122,8 +122,8 @@ def not_here(name: str, pretrained: str | None) -> tuple[str | None, list[Downlo
         missing: list[Download] = []
         architecture: str | None = name
         if schema == "hf-hub" and place:
-            config = _found(lambda: download_pretrained_from_hf(place, filename=_CONFIG))
-            if config is None or _found(lambda: download_pretrained_from_hf(place)) is None:
+            config = _or_none(lambda: download_pretrained_from_hf(place, filename=_CONFIG))
+            if config is None or _or_none(lambda: download_pretrained_from_hf(place)) is None:
                 missing.append(Download("weights", place))
             if config is None:
                 architecture = _registered(place)
@@ -153,10 +153,10 @@ def _with_texts(architecture: str, missing: list[Download]) -> tuple[str | None,
             return architecture, missing  # which `load` then says
         from transformers import AutoConfig
 
-        if _found(lambda: AutoConfig.from_pretrained(tower)) is None:
+        if _or_none(lambda: AutoConfig.from_pretrained(tower)) is None:
             known = None
             missing.append(Download("text tower", tower))
-    if _found(lambda: open_clip.get_tokenizer(architecture)) is None:
+    if _or_none(lambda: open_clip.get_tokenizer(architecture)) is None:
         named = text.get("hf_tokenizer_name") or architecture.partition(":")[2]
         missing.append(Download("tokenizer", named))
     return known, missing
@@ -179,10 +179,10 @@ def _is_here(known: dict[str, Any]) -> bool:
     if not known.get("hf_hub"):
         # As open_clip looks for it, which would go on with the download.
         return (Path.home() / ".cache" / "clip" / Path(known["url"]).name).is_file()
-    return _found(lambda: open_clip.download_pretrained(known)) is not None
+    return _or_none(lambda: open_clip.download_pretrained(known)) is not None
 
 
-def _found(look: Callable[[], Any]) -> Any:
+def _or_none(look: Callable[[], Any]) -> Any:
     try:
         return look()
     except Exception:  # whatever a hub raises without a network

@@ -13,7 +13,7 @@ from mulki.data.published.collections import COLLECTIONS
 from mulki.errors import InputError
 from mulki.train.config.run_config import RunConfig, Settings
 from mulki.train.config.tasks import load_tasks
-from mulki.train.start.setup import check_reference
+from mulki.train.start.data import check_reference
 
 
 def missing(settings: Settings) -> list[str]:

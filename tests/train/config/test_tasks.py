@@ -17,7 +17,7 @@ from mulki.train.config.tasks import (
     check_options_of_classes,
     load_tasks,
     needs_of,
-    warn_of_twins,
+    warn_of_equal_names,
 )
 from tests.train.run_helpers import Run, weights
 from tests.train_helpers import COLOURS, same_state, write_pairs, write_split, write_task
@@ -64,9 +64,9 @@ def test_classes_that_a_tokenizer_cannot_tell_apart_are_warned_of(
     def tokens(texts: list[str], lower: bool = True) -> torch.Tensor:
         return torch.tensor([[*(text.lower() if lower else text).encode()] for text in texts])
 
-    warn_of_twins([task], lambda texts: tokens(texts, lower=False))
+    warn_of_equal_names([task], lambda texts: tokens(texts, lower=False))
     assert not caplog.text
-    warn_of_twins([task], tokens)
+    warn_of_equal_names([task], tokens)
     assert 'task pets: the classes "Cat" and "cat" are the same' in caplog.text
 
 

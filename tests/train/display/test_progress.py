@@ -16,7 +16,7 @@ from mulki.train.display.progress import (
     describe,
     megabytes,
 )
-from mulki.train.learning.learn import StepReport
+from mulki.train.learning.inputs import StepReport
 from tests.train.run_helpers import Run
 
 TERMS = {

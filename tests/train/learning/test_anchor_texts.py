@@ -169,19 +169,6 @@ def test_a_run_with_a_vocabulary_of_ones_own(run: Run, tmp_path: Path) -> None:
     assert "vocabulary" in (folder.path / "env.json").read_text()
 
 
-@pytest.mark.parametrize(
-    ("options", "flag"),
-    [
-        ({"method": "finetune", "vocabulary": "words.txt"}, "--vocabulary"),
-        ({"method": "mulki", "anchors": "seen", "vocabulary": "words.txt"}, "--vocabulary"),
-        ({"method": "mulki", "anchors": "none", "anchors_per_step": 5}, "--anchors-per-step"),
-    ],
-)
-def test_options_of_anchors_that_are_not_used(run: Run, options: dict[str, Any], flag: str) -> None:
-    with pytest.raises(InputError, match=f"^{flag}: got .* uses no such text anchors"):
-        run(**options)
-
-
 def test_a_bad_vocabulary_leaves_no_folder(run: Run, tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("\n")
     with pytest.raises(InputError, match="^--vocabulary: .* holds no word"):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mulki.train.learning import memory
 from mulki.train.learning.memory import (
-    Fit,
+    MicroBatch,
     fitting_micro_batch,
     free_memory,
     graph_bytes,
@@ -32,7 +32,7 @@ def encoder() -> nn.Module:
 
 def test_what_a_sample_keeps_is_measured() -> None:
     found = fitting_micro_batch(encoder(), torch.zeros(100, WIDTH), (), 10**9)
-    assert found == Fit(100, PER_SAMPLE, 10**9, 10**9 // 2 // PER_SAMPLE)
+    assert found == MicroBatch(100, PER_SAMPLE, 10**9, 10**9 // 2 // PER_SAMPLE)
     assert str(found) == "0.0 MiB an image, 954 MiB free"
 
 
@@ -73,7 +73,7 @@ def test_memory_is_left_for_gradients_and_moments() -> None:
     taken = 3 * 4 * (WIDTH * WIDTH + WIDTH)
     free = taken + 2 * 8 * PER_SAMPLE
     found = fitting_micro_batch(module, torch.zeros(20, WIDTH), parameters, free)
-    assert found == Fit(8, PER_SAMPLE, free - taken, 8)
+    assert found == MicroBatch(8, PER_SAMPLE, free - taken, 8)
     assert fitting_micro_batch(module, torch.zeros(20, WIDTH), parameters, 100).size == 1
 
 
@@ -104,7 +104,7 @@ def test_a_size_that_runs_out_of_memory_is_halved(
     found = fitting_micro_batch(small, torch.zeros(30, WIDTH), (), available, tried=True)
     assert found.size == 7 and found.available == available
     assert small.tried == [1, 2, 30, 15, 7] and len(emptied) == 2
-    assert "unknown memory free" in str(Fit(7, 1, None))
+    assert "unknown memory free" in str(MicroBatch(7, 1, None))
 
 
 def test_processes_try_the_same_sizes(monkeypatch: pytest.MonkeyPatch) -> None:

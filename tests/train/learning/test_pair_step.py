@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mulki.data import CaptionTask, caption_task
-from mulki.train.learning.learn import StepReport
+from mulki.train.learning.inputs import StepReport
 from tests.train.learn_helpers import BOTH, CONFIG, Load, crop, learn, method_named, two_teachers
 from tests.train_helpers import Calls, state_of, write_pairs
 

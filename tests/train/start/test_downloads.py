@@ -11,7 +11,7 @@ from mulki.clip.models import VisionLanguageModel
 from mulki.data.published import entry
 from mulki.errors import InputError
 from mulki.train.start import downloads
-from mulki.train.start.downloads import Absent, Download, not_here
+from mulki.train.start.downloads import Download, StandIns, not_here
 from tests.train_helpers import same_state, state_of
 
 
@@ -100,33 +100,33 @@ def test_random_weights_stand_in(
 ) -> None:
     missing = [Download("weights", "hub"), Download("tokenizer", "hub")]
     known |= {"far": ("tiny-vit", missing), "farther": (None, [Download("weights", "other")])}
-    absent = Absent()
-    model = absent.model("far", "tag")
+    stand_ins = StandIns()
+    model = stand_ins.model("far", "tag")
     size = 4 * sum(p.numel() for p in load_tiny().clip.parameters())
-    assert absent.downloads == [Download("weights", "hub", size, True), missing[1]]
+    assert stand_ins.downloads == [Download("weights", "hub", size, True), missing[1]]
     for name in ("far", "farther", "tiny-vit"):
-        other = absent.model(name)
+        other = stand_ins.model(name)
         assert other.clip is not model.clip and same_state(state_of(other), state_of(model))
-    assert absent.downloads[2:] == [Download("weights", "other", size, True)]
+    assert stand_ins.downloads[2:] == [Download("weights", "other", size, True)]
     # Of another architecture: the run says so.
-    assert state_of(absent.model("tiny-resnet")).keys() != state_of(model).keys()
+    assert state_of(stand_ins.model("tiny-resnet")).keys() != state_of(model).keys()
 
 
 def test_what_is_here_is_loaded(known: dict[str, Any], tiny_models: tuple[str, ...]) -> None:
-    absent = Absent()
-    first, second = absent.model("tiny-vit"), absent.model("tiny-vit", device="cpu")
-    assert not same_state(state_of(first), state_of(second)) and absent.downloads == []
+    stand_ins = StandIns()
+    first, second = stand_ins.model("tiny-vit"), stand_ins.model("tiny-vit", device="cpu")
+    assert not same_state(state_of(first), state_of(second)) and stand_ins.downloads == []
     known["far"] = (None, [Download("weights", "hub")])
-    assert same_state(state_of(absent.model("far")), state_of(first))
+    assert same_state(state_of(stand_ins.model("far")), state_of(first))
     with pytest.raises(InputError, match="--model far: not on this machine"):
-        Absent().model("far")
+        StandIns().model("far")
 
 
 def test_data_sets_are_noted() -> None:
-    absent = Absent()
+    stand_ins = StandIns()
     for name in ("dtd", "sun397"):
-        absent.data_set(entry(name))
-    first, second = (each.to_dict() for each in absent.downloads)
+        stand_ins.data_set(entry(name))
+    first, second = (each.to_dict() for each in stand_ins.downloads)
     assert first == {
         "what": "data set",
         "from": "dtd",

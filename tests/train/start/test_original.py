@@ -15,6 +15,7 @@ from mulki.train import sequence
 from mulki.train.config.run_config import resolve
 from mulki.train.display.outline import plan
 from mulki.train.saving.checkpoints import CONFIG_NAME
+from mulki.train.learning.inputs import Listeners
 from mulki.train.start.setup import prepared
 from mulki.train.task_learner import TaskLearner
 from tests.train.run_helpers import SHORT, Run, weights
@@ -41,9 +42,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_has_the_first_runs_original(
     with prepared(resolve(given), write=False) as setup:
         assert any(line == f"original {start_model['model']}" for line in plan(setup))
         learner, start = TaskLearner(setup), state_of(setup.model)
-        learner.learn(
-            0, setup.tasks[0], setup.config, listen=lambda _: None, prepared=lambda _: None
-        )
+        learner.learn(0, setup.tasks[0], Listeners())
         original, previous = learner.frozen[ZERO_SHOT], learner.frozen[PREVIOUS]
         assert not any(p.requires_grad for p in original.clip.parameters())
         # The previous model of its first task is the one that it goes on from.

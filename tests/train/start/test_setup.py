@@ -5,21 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mulki import methods
 from mulki.data import transforms
 from mulki.errors import InputError
 from mulki.runs.results import read_evaluations
 from mulki.train import sequence, task_learner
 from mulki.train.config.precision import Precision
-from mulki.train.config.run_config import RunConfig, Settings
-from mulki.train.start import setup
 from tests.data.published.conftest import data_root, written
 from tests.train.run_helpers import Run, weights
 from tests.train_helpers import COLOURS, same_state, write_task
@@ -42,16 +38,6 @@ def test_what_fails_before_training_leaves_no_folder(
         run(augment="crop")
     assert (broken == "transform") == isinstance(caught.value, InputError)
     assert not (tmp_path / "logs").exists()
-
-
-def test_an_import_may_lie_elsewhere_on_another_machine() -> None:
-    hashes = {"tasks": {}, "weights": ""}
-    settings = [
-        Settings(replace(RunConfig(), import_=(place,)), methods.get("lwf").Options())
-        for place in ("/a/mine.py", "/b/mine.py")
-    ]
-    one, other = (setup._facts(each, [], hashes) for each in settings)
-    assert one == other
 
 
 def test_random_start_weights_come_from_the_seed(run: Run, tiny_models: tuple[str, ...]) -> None:

@@ -1,0 +1,111 @@
+"""The data of a run: its tasks, and beyond them its reference set and its vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from mulki.choices.options import flag
+from mulki.data import CaptionTask, Task
+from mulki.data.reference import ReferenceSet, read_reference
+from mulki.data.vocabulary import Vocabulary, imagenet_vocabulary, read_vocabulary
+from mulki.errors import InputError
+from mulki.methods import VOCABULARY, Method, Needs
+from mulki.train.config.run_config import CURRENT, RunConfig, Settings
+from mulki.train.config.tasks import check_captions, check_options_of_classes, load_tasks
+from mulki.train.start.downloads import StandIns
+
+
+class Data(NamedTuple):
+    """What a run learns from.
+
+    Args:
+        tasks: in the order in which they are learned.
+        reference: images and captions for the method; None without need, or where each task's own
+            images are the reference.
+        vocabulary: words for the method, as text anchors or as captions of each task's own images;
+            None without need.
+    """
+
+    tasks: Sequence[Task]
+    reference: ReferenceSet | None = None
+    vocabulary: Vocabulary | None = None
+
+
+def load_data(
+    settings: Settings,
+    method: Method,
+    processes: int,
+    tasks: Sequence[Task] | None = None,
+    stand_ins: StandIns | None = None,
+) -> Data:
+    """Load the data of a run, and check it.
+
+    Args:
+        processes: of the run.
+        tasks, stand_ins: as of `mulki.train.start.setup.prepared`.
+
+    Raises:
+        InputError: they cannot be read, or do not fit the options.
+    """
+    config, reference, vocabulary = settings.run, None, None
+    if tasks is None:
+        tasks = load_tasks(config, None if stand_ins is None else stand_ins.data_set)
+    if config.reference is not None and config.reference != CURRENT:
+        reference = read_reference(
+            config.reference,
+            captions=method.needs.captions,
+            skip_bad_images=config.skip_bad_images,
+        )
+    check_captions(tasks, type(method), config.batch_size, processes)
+    check_options_of_classes(settings, tasks)
+    if VOCABULARY in needs_beyond_tasks(config, method, tasks).anchors:
+        words = config.vocabulary
+        vocabulary = imagenet_vocabulary() if words is None else read_vocabulary(words)
+    return Data(tasks, reference, vocabulary)
+
+
+def needs_beyond_tasks(config: RunConfig, method: Method, tasks: Sequence[Task] = ()) -> Needs:
+    """What a method needs beside the tasks.
+
+    The task's own images are no reference set, but their captions are words of the vocabulary. Some
+    needs are those of tasks with classes alone.
+    """
+    needs = method.needs
+    if tasks and all(isinstance(task, CaptionTask) for task in tasks):
+        needs = needs.without_classes()
+    if not (needs.reference and config.reference == CURRENT):
+        return needs
+    words = {VOCABULARY} if needs.captions else set()
+    return replace(needs, reference=False, anchors=tuple({*needs.anchors, *words}))
+
+
+def check_reference(config: RunConfig, method: Method) -> None:
+    """Raise an InputError where a method lacks its reference set."""
+    if method.needs.reference and config.reference is None:
+        needed, folder = "images with captions", "a folder with captions.csv"
+        if not method.needs.captions:
+            needed, folder = "reference images", "a folder of images"
+        raise InputError(
+            f"--reference: method {method.name} distils on {needed} and got none; pass {folder}, a "
+            f"CSV with the columns path and caption, or {CURRENT}"
+        )
+
+
+def check_unused(config: RunConfig, method: Method) -> None:
+    """Raise an InputError where options name data that a method has no use for."""
+    needs, named = method.needs, f"method {method.name}"
+    words = VOCABULARY in needs_beyond_tasks(config, method).anchors
+    for name, used, what, change in (
+        ("reference", needs.reference, "reference set", "--method"),
+        ("reference_batch_size", needs.reference, "reference set", "--method"),
+        ("vocabulary", words, "vocabulary", "--anchors or --method"),
+        ("anchors_per_step", bool(needs.anchors), "text anchors", "--anchors or --method"),
+    ):
+        value = getattr(config, name)
+        if value is not None and not used:
+            raise InputError(
+                f"{flag(name)}: got {value}, but {named} with these options uses no {what}; leave "
+                f"it out, or change {change}"
+            )
