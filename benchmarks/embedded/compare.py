@@ -146,9 +146,9 @@ def one_run(run: Run, pack: str, threads: int) -> dict[str, Any]:
     import torch
 
     from mulki.train.config.run_config import resolve
+    from mulki.train.config.tasks import load_tasks
     from mulki.train.learning.memory import keep_freed_memory
     from mulki.train.sequence import run as learn
-    from mulki.train.config.tasks import load_tasks
 
     keep_freed_memory()
     torch.set_num_threads(threads)

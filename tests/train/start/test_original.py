@@ -14,8 +14,8 @@ from mulki.methods import PREVIOUS, ZERO_SHOT
 from mulki.train import sequence
 from mulki.train.config.run_config import resolve
 from mulki.train.display.outline import plan
-from mulki.train.saving.checkpoints import CONFIG_NAME
 from mulki.train.learning.inputs import Listeners
+from mulki.train.saving.checkpoints import CONFIG_NAME
 from mulki.train.start.setup import prepared
 from mulki.train.task_learner import TaskLearner
 from tests.train.run_helpers import SHORT, Run, weights
