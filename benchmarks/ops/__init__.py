@@ -1,1 +1,1 @@
-"""What the operator benchmark measured; its code is the package `mulki.bench`."""
+"""What the operator benchmark measured; `packages` adds other packages' losses to `mulki.bench`."""

@@ -1,4 +1,4 @@
-"""The operator benchmark from a checkout; `mulki bench` is the same.
+"""The operator benchmark with losses of other packages; `mulki bench` is the same without them.
 
 python -m benchmarks.ops --help
 python -m benchmarks.ops --quick
@@ -8,6 +8,7 @@ python -m benchmarks.ops table ops.csv
 
 import sys
 
+import benchmarks.ops.packages  # noqa: F401
 from mulki.app.cli import main
 
 main(["bench", *sys.argv[1:]])

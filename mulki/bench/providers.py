@@ -1,7 +1,8 @@
-"""Who computes a case: plain PyTorch, `torch.compile`, PyTorch's own fused loss, peers, and mulki.
+"""Who computes a case: plain PyTorch, `torch.compile`, PyTorch's own fused loss, and mulki.
 
-Another provider is one more entry of `PROVIDERS`. All are called with the arguments of `Inputs`.
-Those that are `graphed` replay a whole call, gradients and all, as a CUDA graph.
+Another provider is one more entry of `PROVIDERS`; benchmarks/ops adds losses of other packages.
+All are called with the arguments of `Inputs`. Those that are `graphed` replay a whole call,
+gradients and all, as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +63,8 @@ class Provider:
     strict: bool = False  # verified without forgiving that logits are rounded
 
 
-def _autocast(case: Case) -> AbstractContextManager[Any]:
+def autocast(case: Case) -> AbstractContextManager[Any]:
+    """That of the half precision of a case."""
     # Stays on in the backward pass: it changes nothing there, and leaving it would be timed.
     if case.dtype == "float32":
         return nullcontext()
@@ -123,17 +124,18 @@ def _as_graph(provider: Provider) -> Provider:
     return replace(provider, absence=_no_graphs, refusal=_graph_refusal, graphed=True)
 
 
-def _is_loss(case: Case) -> bool:
+def is_loss(case: Case) -> bool:
+    """Whether it computes a loss, and no matrix."""
     return case.operator != "similarity"
 
 
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
-        Provider("eager", _eager, context=_autocast, note=_autocast_note),
-        Provider("compile", _compiled, context=_autocast, note=_autocast_note),
-        _as_graph(Provider("graph", _eager, context=_autocast, note=_autocast_note)),
-        _as_graph(Provider("compile-graph", _compiled, context=_autocast, note=_autocast_note)),
+        Provider("eager", _eager, context=autocast, note=_autocast_note),
+        Provider("compile", _compiled, context=autocast, note=_autocast_note),
+        _as_graph(Provider("graph", _eager, context=autocast, note=_autocast_note)),
+        _as_graph(Provider("compile-graph", _compiled, context=autocast, note=_autocast_note)),
         Provider(
             "products",
             lambda case: EAGER["similarity"],
@@ -143,7 +145,7 @@ PROVIDERS: dict[str, Provider] = {
         Provider(
             "torch_lce",
             peers.torch_lce,
-            context=lambda case: _autocast(case) if case.teachers else nullcontext(),
+            context=lambda case: autocast(case) if case.teachers else nullcontext(),
             refusal=peers.torch_lce_refusal,
             peer=True,
         ),
@@ -151,41 +153,14 @@ PROVIDERS: dict[str, Provider] = {
             "torch_lce-chunks",
             peers.torch_lce_chunks,
             refusal=peers.torch_lce_chunks_refusal,
-            early_gradients=_is_loss,
-            peer=True,
-        ),
-        Provider(
-            "liger",
-            peers.liger,
-            context=_autocast,
-            absence=partial(peers.absent, "liger_kernel"),
-            refusal=peers.liger_refusal,
-            note=lambda case: peers.version("liger_kernel"),
-            early_gradients=_is_loss,
-            peer=True,
-        ),
-        Provider(
-            "cce",
-            peers.cut_cross_entropy,
-            absence=partial(peers.absent, "cut_cross_entropy"),
-            refusal=peers.cut_cross_entropy_refusal,
-            note=lambda case: peers.version("cut_cross_entropy"),
-            peer=True,
-        ),
-        Provider(
-            "memeff",
-            peers.memeff,
-            absence=partial(peers.absent, "memeff"),
-            refusal=peers.memeff_refusal,
-            note=lambda case: f"{peers.version('memeff')}, without a gradient to the scale",
-            without=("scale",),
+            early_gradients=is_loss,
             peer=True,
         ),
         Provider(
             "mulki",
             lambda case: MULKI[case.operator],
             note=_served,
-            early_gradients=_is_loss,
+            early_gradients=is_loss,
             strict=True,
         ),
         _as_graph(
@@ -195,7 +170,7 @@ PROVIDERS: dict[str, Provider] = {
             "mulki-reference",
             lambda case: MULKI[case.operator],
             context=_reference,
-            early_gradients=_is_loss,
+            early_gradients=is_loss,
             strict=True,
         ),
     )

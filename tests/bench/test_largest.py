@@ -84,13 +84,15 @@ def test_the_largest_n_of_a_provider(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PROVIDERS, "mulki", starving(20))
     monkeypatch.setitem(PROVIDERS, "wrong", Provider("wrong", lambda case: 1 / 0))
     (case,) = largest.cases(["prototype_cross_entropy"], ["float32"], "cpu")
-    mulki, eager, graph, wrong, memeff = largest.search(
-        case, ["mulki", "eager", "graph", "wrong", "memeff"]
+    other = Provider("other", lambda case: 1 / 0, refusal=lambda case: "has another loss")
+    monkeypatch.setitem(PROVIDERS, "other", other)
+    mulki, eager, graph, wrong, refused = largest.search(
+        case, ["mulki", "eager", "graph", "wrong", "other"]
     )
     assert (mulki.status, mulki.case.n, mulki.case.p) == ("searched", 20, 4)
     assert mulki.notes == ("N = 20, and 22 does not fit",)
     assert eager.case.n == 64 and eager.metrics["largest_n"].median == 64
-    assert graph.status == memeff.status == "not applicable" and wrong.status == "failed"
+    assert graph.status == refused.status == "not applicable" and wrong.status == "failed"
     text = markdown([row for r in (mulki, eager) for row in rows_of(r, MACHINE)])
     assert "Largest N" in text and "| mulki | eager |" in text
     assert "| prototype_cross_entropy | N x 4 x 512 | float32 | 20 | 64 |" in text
