@@ -29,7 +29,7 @@ _COMPLETION_EXAMPLES = """run once, or put it into the shell's start file:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with the status of the command."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A name that the terminal's encoding lacks is no reason to fail, least of all after a run.
+        # A terminal may be unable to show a name; a run must not fail at its end for that.
         sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(run_command(sys.argv[1:] if argv is None else argv))
 
@@ -297,7 +297,10 @@ def _completion(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("shell", choices=completion.SHELLS)
-    return completion.print_code(parser.parse_args(argv).shell)
+    import argcomplete
+
+    print(argcomplete.shellcode(["mulki"], shell=parser.parse_args(argv).shell))
+    return 0
 
 
 def _prove(argv: list[str]) -> int:

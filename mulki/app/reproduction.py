@@ -192,7 +192,7 @@ def _is_tag(model: Any, pretrained: Any) -> bool:
 
 
 def _notes(row: Published, data: RunData) -> list[str]:
-    # What may be given, but is no detail.
+    # Options that may be given, but have a say in the figures.
     wanted, options = _wanted(row), options_of(data)
     notes = [
         f"{flag(name)} {options[name]}"
@@ -210,7 +210,7 @@ def leaderboard(
 ) -> dict[str, list[Published | tuple[Path, RunData]]]:
     """Rows by benchmark, the highest average first, with the runs of ours among them.
 
-    A run of any method stands in a benchmark whose scenario and model it has.
+    A run belongs to the benchmarks with its scenario and model, whatever its method.
     """
     by_benchmark: dict[str, list[Published]] = {}
     for row in rows.values():

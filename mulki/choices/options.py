@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keyword
 import math
+import operator
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, field, fields
@@ -12,6 +13,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from mulki.errors import InputError, nearest
 
 Choices = Iterable[str] | Callable[[], Iterable[str]]
+_BOUNDS = {
+    "low": (operator.ge, "at least"),
+    "high": (operator.le, "at most"),
+    "above": (operator.gt, "above"),
+    "below": (operator.lt, "below"),
+}
 
 
 def option(
@@ -96,13 +103,8 @@ def check_options(options: Any) -> None:
                 f"{flag(item.name)}: got {value!r}{nearest(str(value), choices)}, "
                 f"wanted one of {', '.join(choices)}"
             )
-        for bound, holds, words in (
-            ("low", lambda v, b: v >= b, "at least"),
-            ("high", lambda v, b: v <= b, "at most"),
-            ("above", lambda v, b: v > b, "above"),
-            ("below", lambda v, b: v < b, "below"),
-        ):
-            limit = bounds.get(bound)
+        for bound, (holds, words) in _BOUNDS.items():
+            limit = bounds[bound]
             # A NaN fails every comparison, so it is refused wherever a bound is set.
             if limit is not None and value is not None and not holds(value, limit):
                 raise InputError(

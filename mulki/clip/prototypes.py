@@ -16,7 +16,7 @@ Update = Literal["ema", "batch", "learnable", "fixed"]
 def class_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Per class, the sum of features [C, D] and the number of rows [C]; features are [N, D].
 
-    A row whose target is no class counts for none.
+    A row whose target is not a class is left out.
     """
     classes = torch.arange(num_classes, device=target.device).unsqueeze(1)
     members = (target == classes).to(features.dtype)

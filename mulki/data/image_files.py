@@ -72,7 +72,7 @@ _told: ContextVar[Callable[[int, int], None]] = ContextVar("told", default=lambd
 
 @contextmanager
 def checks_reported(listener: Callable[[int, int], None]) -> Iterator[None]:
-    """In the block, `find_unreadable` tells how many images it has checked, and of how many."""
+    """In the block, `find_unreadable` calls this with the images checked so far, and with all."""
     token = _told.set(listener)
     try:
         yield
@@ -80,8 +80,8 @@ def checks_reported(listener: Callable[[int, int], None]) -> Iterator[None]:
         _told.reset(token)
 
 
-# Images that are handed out to the threads at a time. Nobody is told of any before all of them are
-# handed out, which for all images at once takes longer than most of the checks.
+# Images that are given to the threads at a time. Progress is reported only once all of these are
+# given out, which for all images at once takes longer than most of the checks.
 _AHEAD = 1000
 
 
@@ -183,7 +183,7 @@ def holds_split(root: Path) -> bool:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file; 0 if that cannot be told, which the check of the image reports."""
+    """Bytes of a file; 0 if that is not known, which the check of the image reports."""
     try:
         return path.stat().st_size
     except (OSError, ValueError):  # the second for a name that no file can have

@@ -225,8 +225,8 @@ class MulKI(Method):
             student = replace(student, prototypes=moved)
         terms, self._weights = self.objective.terms(student, teachers, target)
         if self._prototypes is not None:
-            # After the losses: but for the update "batch", a batch is compared with prototypes that
-            # it has not moved itself.
+            # After the losses, so that a batch is compared with prototypes that it has not moved
+            # itself. The update "batch" is the exception.
             self._prototypes.observe(student.images.detach(), target)
         return terms
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Points of a curve; more are no wider than the page.
 _POINTS = 400
-# Of the highest loss: a term begins near zero, and would leave the others no room.
+# The axis begins at this part of the highest loss: else a term near zero would take all room.
 _LOWEST = 1e-4
 
 

@@ -20,7 +20,7 @@ from mulki.files import replacing
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Of Okabe and Ito, told apart with any colour vision, without black and yellow: legible on a light
+# Of Okabe and Ito, which differ for any colour vision, without black and yellow: legible on a light
 # and on a dark page.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c6bb1", "#7f7f7f")
 # Stand for the colours of text, and of what is less important, until they are replaced.

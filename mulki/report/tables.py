@@ -95,6 +95,21 @@ def matrix_table(matrix: AccuracyMatrix, width: int = 100) -> Group:
     return Group(*tables, Text(LEGEND, style="dim"))
 
 
+def plain_table(first: str, *others: str, numbers: bool = True) -> Table:
+    """A table without lines but for the one under its titles.
+
+    Args:
+        first: title of the first column.
+        others: of the columns behind it.
+        numbers: those hold numbers, and stand at the right.
+    """
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(first, no_wrap=True)
+    for title in others:
+        table.add_column(title, no_wrap=True, justify="right" if numbers else "left")
+    return table
+
+
 def _header(name: str) -> tuple[str, int]:
     """Return ``name`` in lines of about eight characters, and the width of its column."""
     lines = [""]

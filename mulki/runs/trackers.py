@@ -67,7 +67,7 @@ class WandB:
             # Its files are for the run alone, and its own lines would tear the display apart.
             settings=wandb.Settings(silent=True, console="off"),
         )
-        # Its own counter of calls is no axis: a run that goes on begins another one.
+        # Not its own counter of calls as an axis: that starts anew where a run goes on.
         self._run.define_metric("*", step_metric="step")
         self._run.define_metric("metrics/*", step_metric="tasks")
 

@@ -1,4 +1,4 @@
-"""Images with captions: what the stages come to where there are no classes.
+"""The stages for images with captions, where there are no classes.
 
     L = L_con + c sum_b sum_m 1/2 [w_bm KL_bm(images) + w'_bm KL_bm(captions)] / B
               + f sum_b sum_m w_bm |u_b - u_b^m|^2 / B

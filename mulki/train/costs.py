@@ -111,7 +111,7 @@ def measure(setup: Setup, says: Callable[[str], None] = lambda words: None) -> C
 
     Args:
         setup: without a run folder, see `mulki.train.start.setup.prepared`.
-        says: told what is being measured.
+        says: called with a line on what is measured next.
 
     Raises:
         InputError: what the run itself would raise in these steps.

@@ -21,14 +21,6 @@ def is_asked() -> bool:
     return "_ARGCOMPLETE" in os.environ
 
 
-def print_code(shell: str) -> int:
-    """Print what a shell has to run once to complete lines that begin with ``mulki``."""
-    import argcomplete
-
-    print(argcomplete.shellcode(["mulki"], shell=shell))
-    return 0
-
-
 def answer(parser: argparse.ArgumentParser) -> None:
     """Complete the line by the options of a parser, and end the process.
 

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from mulki.app.commands.parsing import Parser, add_options, with_hyphens
+from mulki.choices.options import flag
 from mulki.clip.evaluation import LabelSpace
 from mulki.data import Task
 from mulki.errors import InputError
+from mulki.report.tables import plain_table
 from mulki.runs.predictions import (
     TaskPredictions,
     check_writable,
@@ -61,14 +61,14 @@ def evaluate(argv: list[str]) -> int:
     for name in OPTIONS:
         add_options(parser, RunConfig, only=name, defaults=name in _NOT_OF_A_RUN)
     for name, (_, what) in _FILES.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", metavar="FILE.csv", type=Path, help=what)
+        parser.add_argument(flag(name), metavar="FILE.csv", type=Path, help=what)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     given = vars(parser.parse_args(with_hyphens(argv)))
     checkpoint, as_json = Path(given.pop("checkpoint")), given.pop("json")
     files = {name: given.pop(name) for name in _FILES}
     for name, path in files.items():
         if path is not None:
-            check_writable(f"--{name.replace('_', '-')}", path)
+            check_writable(flag(name), path)
     chosen = evaluation(checkpoint, {k: v for k, v in given.items() if v is not None})
     hashes = chosen.hashes
     _check_files(files, chosen.tasks)
@@ -96,8 +96,7 @@ def _check_files(files: Mapping[str, Path | None], tasks: Sequence[Task]) -> Non
     given = [name for name, path in files.items() if path is not None]
     if given and not any(task.classes for task in tasks):
         raise InputError(
-            f"--{given[0].replace('_', '-')}: is about classes, and the tasks have captions; leave "
-            "it out"
+            f"{flag(given[0])}: is about classes, and the tasks have captions; leave it out"
         )
 
 
@@ -116,10 +115,8 @@ def _numbers(found: Sequence[TaskPredictions]) -> dict[str, Any]:
 
 
 def _print_recalls(recalls: Mapping[str, Mapping[str, tuple[float, int]]]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("captions", no_wrap=True)
-    for name in next(iter(recalls.values())):
-        table.add_column(name.replace("_", " "), justify="right")
+    figures_of_each = next(iter(recalls.values()))
+    table = plain_table("captions", *(name.replace("_", " ") for name in figures_of_each))
     for task, each in recalls.items():
         table.add_row(Text(task), *(f"{value:.4f}" for value, _ in each.values()))
     Console().print(table)
@@ -127,11 +124,8 @@ def _print_recalls(recalls: Mapping[str, Mapping[str, tuple[float, int]]]) -> No
 
 def _print(found: Sequence[TaskPredictions], label_space: LabelSpace | None) -> None:
     numbers = _numbers(found)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("task", no_wrap=True)
     heads = [*_TITLES.values(), *(f"{title}, all" for title in _TITLES.values())]
-    for head in ("images", *heads):
-        table.add_column(head, justify="right")
+    table = plain_table("task", "images", *heads)
 
     def cells(of: dict[str, float | None]) -> list[str]:
         return ["-" if of[name] is None else f"{of[name]:.4f}" for name in _TITLES]

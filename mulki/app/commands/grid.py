@@ -22,15 +22,14 @@ from mulki.train.config.presets import method_of
 from mulki.train.config.run_config import RunConfig
 from mulki.train.grid import Cell, plan, run_cells
 
-# Each of a grid's options, with the option of a run that it stands for.
-LISTS = {"methods": "method", "orders": "order", "seeds": "seed"}
+# Each list of a grid, with the option of a run that it stands for and its help.
+LISTS = {
+    "methods": ("method", "several methods, each at its preset"),
+    "orders": ("order", "several orders"),
+    "seeds": ("seed", "several seeds"),
+}
 #: The options of a grid.
 OPTIONS = (*LISTS, "jobs")
-_HELP = {
-    "methods": "several methods, each at its preset",
-    "orders": "several orders",
-    "seeds": "several seeds",
-}
 
 
 def add_grid_options(parser: Parser, *, hidden: bool = False) -> None:
@@ -41,7 +40,7 @@ def add_grid_options(parser: Parser, *, hidden: bool = False) -> None:
         hidden: the help leaves them out, for a command that only says why it does not take them.
     """
     group = parser.add_argument_group("several runs, in <logs>/<name>/; what is there is kept")
-    for name, text in _HELP.items():
+    for name, (_, text) in LISTS.items():
         text = argparse.SUPPRESS if hidden else text
         group.add_argument(f"--{name}", nargs="+", metavar=name.upper(), help=text)
     text = argparse.SUPPRESS if hidden else "runs at a time (default: 1)"
@@ -50,7 +49,7 @@ def add_grid_options(parser: Parser, *, hidden: bool = False) -> None:
 
 def check_lists(given: Mapping[str, Any]) -> None:
     """Raise an InputError for an option that is given both once and as a list."""
-    for several, one in LISTS.items():
+    for several, (one, _) in LISTS.items():
         if several in given and one in given:
             raise InputError(f"--{one}: got it beside --{several}; pass one of the two")
 
@@ -110,16 +109,16 @@ def seeds_of(values: Sequence[Any]) -> list[int]:
     """The seeds of ``--seeds``.
 
     Raises:
-        InputError: one is no whole number, or is given twice.
+        InputError: one is not a whole number, or is given twice.
     """
     return _distinct("seeds", [whole("--seeds", value, 0) for value in values])
 
 
 def whole(option: str, value: Any, low: int) -> int:
-    """A whole number from `low` on, of a text.
+    """A whole number from `low` on, read from text.
 
     Raises:
-        InputError: it is none.
+        InputError: the text is no such number.
     """
     text = str(value)
     if not (text.isascii() and text.isdecimal()) or int(text) < low:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from textwrap import TextWrapper
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +18,7 @@ from mulki.clip.offline import offline
 from mulki.data.published.collections import COLLECTIONS
 from mulki.distributed import launch
 from mulki.errors import InputError, counted
+from mulki.report.tables import plain_table
 from mulki.runs import trackers
 from mulki.runs.new_folder import check_free
 from mulki.train.config.run_config import RunConfig, Settings, resolve
@@ -121,7 +121,7 @@ def _outline(settings: Settings, stand_ins: StandIns, as_json: bool) -> None:
     model = f"{config.model}, whose memory and time are known once its configuration is here"
     lines = in_lines({"run": what["run"], "model": model, "steps": what["steps"]})
     out = _print_lines([*lines, *_of_downloads(stand_ins.downloads, config, measured=False)])
-    table = _columns("task", "classes", "train", "test", "steps")
+    table = plain_table("task", "classes", "train", "test", "steps")
     for row in rows:
         table.add_row(*(Text(str(value)) for value in row.values()))
     out.print(table)
@@ -218,16 +218,8 @@ def _fits(costs: Costs, micro_batch: str | None) -> str:
     return f"{said}, but a step has {costs.batch}: pass --micro-batch auto"
 
 
-def _columns(first: str, *others: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(first)
-    for name in others:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
 def _table(costs: Costs) -> Table:
-    table = _columns(
+    table = plain_table(
         "task", "classes", "train", "test", "steps", "before", "step", "learn", "test all"
     )
     tested = sum(each.testing_again for each in costs.tasks)

@@ -8,9 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from mulki.app.commands.grid import is_first, seeds_of, whole
@@ -20,7 +18,7 @@ from mulki.app.reproduction import WORDS, Judgement, figures_of, judge, leaderbo
 from mulki.choices.options import flag
 from mulki.data.published.rows import Published, published_row, published_rows
 from mulki.errors import InputError
-from mulki.report.tables import TITLES
+from mulki.report.tables import TITLES, plain_table
 from mulki.runs.reading import RunData, read_folder
 from mulki.train.config.imports import import_modules
 
@@ -134,7 +132,7 @@ def _run(row: Published, given: Mapping[str, Any]) -> list[Path] | None:
 
 def _print(found: Judgement) -> None:
     row, console = found.row, Console(width=_WIDE)
-    table = _table("", "published", "ours", "band", "verdict")
+    table = plain_table("", "published", "ours", "band", "verdict", numbers=False)
     for line in found.lines:
         half = "" if line.half_width is None else f" ± {line.half_width:.2f}"
         table.add_row(
@@ -177,11 +175,12 @@ def _list(rows: Mapping[str, Published], runs: Sequence[Path], as_json: bool) ->
             for name in _HEADS
             if any(isinstance(each, Published) and name in each.figures for each in entries)
         ]
-        table = _table(
+        table = plain_table(
             "row",
             *(_HEADS[name] for name in metrics),
             *("method", "protocol", "extra data", "task identity", "stored", "models"),
             *("runs here", "source"),
+            numbers=False,
         )
         for entry in entries:
             figures = entry.figures if isinstance(entry, Published) else figures_of(entry[1])
@@ -204,13 +203,7 @@ def _list(rows: Mapping[str, Published], runs: Sequence[Path], as_json: bool) ->
                     Text(str(folder)),
                     *shown,
                     f"{data.summary.get('method', '?')}, ours: {model}",
-                    "",
-                    uses,
-                    "no",
-                    "nothing",
-                    "one",
-                    "",
-                    "",
+                    *("", uses, "no", "nothing", "one", "", ""),
                     style="bold",
                 )
         console.print(Text(benchmark, style="bold"))
@@ -232,10 +225,3 @@ def _run_as_json(benchmark: str, folder: Path, data: RunData) -> dict[str, Any]:
         "uses": list(data.summary.get("uses", ())),
         "figures": figures_of(data),
     }
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for column in columns:
-        table.add_column(column, no_wrap=True)
-    return table

@@ -124,7 +124,7 @@ def _with_bundled_model(method: str) -> str:
     from mulki.train.config.presets import lookup
 
     given = lookup(None, method, "default")
-    # A space within an option is none to break a line at.
+    # Lines are not broken between an option and its value.
     words = [flag(k) if v is True else f"{flag(k)}\xa0{v}" for k, v in given.items()]
     lines = textwrap.wrap(" ".join(words), 78, break_on_hyphens=False)
     return "\n".join(
@@ -137,7 +137,7 @@ def _with_bundled_model(method: str) -> str:
 
 
 def _check_words(words: list[str], given: dict[str, Any]) -> None:
-    # `--seed 0 1 2` leaves two numbers behind, which are no tasks.
+    # `--seed 0 1 2` leaves two numbers behind, which are not tasks.
     numbers = [word for word in words if word.isdecimal() and not os.path.exists(word)]
     if numbers and "seed" in given:
         raise InputError(

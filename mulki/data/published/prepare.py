@@ -192,7 +192,7 @@ def _free(path: Path) -> Path:
 
 
 def _keep_archives(folder: Path, suffixes: tuple[str, ...]) -> None:
-    # Files that were being unpacked when a download was interrupted would be taken for whole.
+    # Files that were only half unpacked when a download was interrupted would go unnoticed.
     for path in list(folder.rglob("*")):
         if path.is_file() and not path.name.endswith(suffixes):
             path.unlink()

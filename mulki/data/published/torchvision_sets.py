@@ -113,5 +113,5 @@ DOWNLOADS = {
     "mnist": "MNIST",
     "oxfordpet": "OxfordIIITPet",
 }
-# torchvision knows no checksum of its archive, so a part of one would be taken for the whole.
+# torchvision knows no checksum of its archive, so half an archive would go unnoticed.
 WITHOUT_CHECKSUM = frozenset(["aircraft"])

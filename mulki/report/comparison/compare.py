@@ -32,7 +32,7 @@ def compare(folders: Sequence[str | os.PathLike[str]], baseline: str | None = No
             run's group. A section without that label then has its own first group.
 
     Raises:
-        InputError: a folder that is no run, no complete run, groups that have no sequence and order
+        InputError: a folder without a run, no complete run, groups that have no sequence and order
             in common, or an unknown baseline.
     """
     warnings: list[str] = []

@@ -131,7 +131,7 @@ def _tables(width: int, about: Sequence[str], rows: Sequence[Row]) -> Iterator[T
     cells = [(*map(str, row.cells), *row.about) for row in rows]
     columns = list(zip(head, *cells, strict=True))
     label = min(max(map(cell_len, labels)), max(_LEAST_LABEL, width // 3))
-    # Behind a column there are a space and, but for the last one, the table's own.
+    # Each column takes one space more; the table adds another between two columns.
     room = width - label - 1
     widths = [max(map(cell_len, column)) for column in columns]
     widths[-1] = min(widths[-1], max(room - 2, _LEAST_WORDS))

@@ -1,1 +1,1 @@
-"""What a run is told: its options and where they come from, and its tasks."""
+"""The options of a run, where they come from, and its tasks."""

@@ -105,7 +105,8 @@ class RunConfig:
     lr: float = option(1e-5, "base learning rate", above=0)
     lr_of: tuple[str, ...] = option((), "base learning rates of single tasks, as NAME=RATE")
     opt: Literal["adamw", "muon"] = option(
-        "adamw", "optimiser; muon: for matrices, with AdamW for embeddings and what is no matrix"
+        "adamw",
+        "optimiser; muon: for matrices, with AdamW for embeddings and all that is not a matrix",
     )
     wd: float = option(0.0, "weight decay", low=0, alias="--weight-decay")
     beta1: float = option(0.9, "AdamW's beta1", low=0, below=1)
@@ -247,20 +248,9 @@ def resolve(given: Mapping[str, Any]) -> Settings:
 
 
 def import_given(given: Mapping[str, Any]) -> tuple[str, ...]:
-    """Import the modules that options name.
-
-    Args:
-        given: values by field name; only `import_` is looked at.
-
-    Returns:
-        What `mulki.train.config.imports.import_modules` returns.
-
-    Raises:
-        InputError: `mulki.train.config.imports.import_modules` refuses one.
-    """
-    named = {name: value for name, value in given.items() if name == "import_"}
-    modules: tuple[str, ...] = convert(RunConfig, named).get("import_", ())
-    return import_modules(modules)
+    """Import the modules of the field `import_`, as `import_modules` does."""
+    named = {"import_": given.get("import_", ())}
+    return import_modules(convert(RunConfig, named)["import_"])
 
 
 def _check_micro_batch(config: RunConfig) -> None:
@@ -286,11 +276,8 @@ def _check_scenario(config: RunConfig) -> None:
             "--scenario cil: got no --increments, the number of equal steps; pass one, such as 10"
         )
     if config.scenario != "cil":
-        for name, value in (
-            ("increments", config.increments),
-            ("base_classes", config.base_classes),
-        ):
-            if value:
+        for name in ("increments", "base_classes"):
+            if value := getattr(config, name):
                 raise InputError(
                     f"{flag(name)}: got {value}, which belongs to the scenario cil; pass "
                     "--scenario cil, or leave it out"
@@ -314,7 +301,7 @@ def unknown_option(name: str, method: str) -> InputError:
             f"{', '.join(owners)}; leave it out or change --method"
         )
     known = field_names(RunConfig) | field_names(methods.get(method).Options)
-    # "lora" is no misspelt "lr": a slip makes no name twice as long.
+    # "lora" is not a misspelt "lr": a slip does not make a name twice as long.
     likely = [word for k in known if 2 * len(word := flag(k)[2:]) > len(flag(name)[2:])]
     close = nearest(flag(name)[2:], likely)
     return InputError(f"{flag(name)}: no such option{close}; mulki run --help lists them all")

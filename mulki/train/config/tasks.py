@@ -92,7 +92,7 @@ def check_captions(
         batch_size: of each process.
 
     Raises:
-        InputError: the method learns none, or a batch is no part of a task's pairs.
+        InputError: the method learns none, or a batch has one pair or more pairs than a task.
     """
     for task in tasks:
         if not isinstance(task, CaptionTask):
@@ -114,8 +114,8 @@ def check_captions(
 def check_options_of_classes(settings: Settings, tasks: Sequence[Task]) -> None:
     """Check that no option is about classes where no task has any.
 
-    One that is as its default or the preset has it is none that a user has chosen: configuration
-    files name all options.
+    A value that is the default or the preset's counts as not chosen by the user, since
+    configuration files name all options.
 
     Raises:
         InputError: naming the options that have no effect.

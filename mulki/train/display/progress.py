@@ -28,7 +28,7 @@ _RATE = 4
 _OFTEN, _SELDOM, _SHARE = 5.0, 60.0, 0.01
 # Seconds of checking images before it is shown; few images need less.
 _PATIENCE = 1.0
-# Steps after which the time of the run is told; the first one is not measured.
+# Steps after which the time left is shown; the first one is not measured.
 _MEASURED = 3
 
 

@@ -89,7 +89,7 @@ class StepReport:
         parts: of these seconds, those that waited for images (`loading`), took the features, the
             losses and their gradients (`gradients`), and moved the weights (`update`). A device
             that works ahead of the host does the last under the name of what comes after it. The
-            rest is saves, and what was told of the step before.
+            rest is saves, and the listener of the step before.
     """
 
     step: int
@@ -102,13 +102,13 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Listeners:
-    """Functions that are told what happens while a task is learned.
+    """Functions that are called while a task is learned.
 
     Args:
-        step: told of every step.
-        encoded: told how many training images the teachers have just encoded, where they encode
-            them before the first step.
-        micro_batch: told at the first step which micro-batch fits; with it this is measured
+        step: called after every step.
+        encoded: called with the number of training images that the teachers have just encoded,
+            where they encode them before the first step.
+        micro_batch: called at the first step with the micro-batch that fits, which is then measured
             whatever the option says.
     """
 

@@ -50,7 +50,7 @@ def learn_task(
     Args:
         training: the student and how it is trained.
         inputs: the task and what the method needs to learn it.
-        listeners: told what happens.
+        listeners: called while the task is learned.
         saves: of the run; none by default.
         saved: the state within this task to go on from. The weights of the student and of the
             frozen models are those of that moment already.

@@ -111,7 +111,7 @@ def prepared(
         stand_ins: take the place of data sets and models that are not on this machine. Without
             them these are errors, or downloaded.
         hold: lets signals wait, once another process has ended.
-        checked: told how many images were checked so far, and of how many.
+        checked: called with the number of images checked so far, and of all.
 
     Raises:
         InputError: bad tasks, model, device or options, or a folder that is taken.
