@@ -5,8 +5,9 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Processes that `make test` divides the files of tests over; make test JOBS=1 takes one alone.
+# Processes that `make test` and `make test-long` divide the files of tests over; JOBS=1 takes one alone.
 JOBS ?= 2
+SPREAD = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile --no-loadscope-reorder)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-oldest docs lint sanitize fuzz test-long clean .venv
@@ -28,7 +29,7 @@ demo: .venv/.installed-demo
 	$(BIN)/mulki run embedded
 
 test: lint
-	$(BIN)/python -m pytest -q $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile --no-loadscope-reorder)
+	$(BIN)/python -m pytest -q $(SPREAD)
 
 # In an environment of its own, without the C++ kernels. NumPy 2.4 does not go with the interpreter
 # of Triton 3.6.
@@ -76,7 +77,7 @@ fuzz: .venv/.installed-test
 	done
 
 test-long: .venv/.installed-test
-	$(BIN)/python -m pytest -q --long
+	$(BIN)/python -m pytest -q --long $(SPREAD)
 
 .venv: .venv/.installed-test
 
@@ -95,15 +96,17 @@ BUILT_FROM := pyproject.toml setup.py $(wildcard mulki/ops/*.py) $(shell find cs
 	$(BIN)/python -m pip install "setuptools>=77" wheel ninja "torch>=2.11" torchvision
 	@touch $@
 
-.venv/.installed-%: .venv/.installed-torch $(BUILT_FROM)
-	$(BIN)/python -m pip install --no-build-isolation -e ".[$*]"
+.venv/.installed-demo: .venv/.installed-torch $(BUILT_FROM)
+	$(BIN)/python -m pip install --no-build-isolation -e ".[demo]"
 	@$(BIN)/python -c 'from mulki.ops.loader import capability_in_words, load; \
 	    print("C++ kernels:", load() or capability_in_words())'
 	@touch $@
 
-# The C++ kernels are built by then.
+# The C++ kernels are built by then; an installation in place would compile all of them again.
 .venv/.installed-docs: .venv/.installed-test
-	MULKI_BUILD_CPP=0 $(BIN)/python -m pip install --no-build-isolation -e ".[docs]"
+.venv/.installed-test: .venv/.installed-demo
+.venv/.installed-test .venv/.installed-docs: .venv/.installed-%:
+	MULKI_BUILD_CPP=0 $(BIN)/python -m pip install --no-build-isolation -e ".[$*]"
 	@touch $@
 
 clean:

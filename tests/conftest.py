@@ -31,6 +31,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     long = [item for item in items if item.get_closest_marker("long")]
     short = [item for item in items if not item.get_closest_marker("long")]
+    # What takes longest goes first, so that the processes of `make test` end together: files with
+    # slow tests, and of the long ones the last, of whole runs.
+    slow = {item.path for item in short if item.get_closest_marker("slow")}
+    short.sort(key=lambda item: item.path not in slow)
+    long.sort(key=lambda item: item.path, reverse=True)
     items[:], left_out = (long, short) if config.getoption("--long") else (short, long)
     config.hook.pytest_deselected(items=left_out)
 
