@@ -149,6 +149,7 @@ def test_frozen_operands_have_no_gradient_and_cost_none(name, form, monkeypatch)
 
     monkeypatch.setitem(backends.BACKENDS, "reference", Spy())
     count = make(name).leaves
+    everything = expected(make(name), None if form == "rows" else True)[1]
     with ops.use_backend("reference"):
         for wanted in itertools.product([False, True], repeat=count):
             if not any(wanted):
@@ -158,7 +159,6 @@ def test_frozen_operands_have_no_gradient_and_cost_none(name, form, monkeypatch)
             out = run(case)[0]
             gradients = torch.autograd.grad(out, leaves, upstream(case) if form == "rows" else None)
             assert asked == [wanted]
-            everything = expected(make(name), None if form == "rows" else True)[1]
             kept = [g for g, w in zip(everything, wanted, strict=True) if w]
             for a, b in zip(gradients, kept, strict=True):
                 torch.testing.assert_close(a, b)
@@ -187,7 +187,7 @@ def test_double_backward_raises(name, form, backend):
     out = run(case)[0]
     for i in range(len(leaves)):
         gradients = torch.autograd.grad(out.sum(), leaves, create_graph=True)
-        with pytest.raises(RuntimeError, match="double backward of .* is not supported"):
+        with pytest.raises(RuntimeError, match="double backward"):
             gradients[i].square().sum().backward()
 
 

@@ -82,10 +82,11 @@ def test_contrastive_of_logits_far_from_zero_or_from_one_another(spread, level, 
         assert out.isfinite().all()
 
 
-@pytest.mark.parametrize("n", [1900, 2600])
+@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_contrastive_of_more_pairs_than_products_are_kept_of(dtype, n, backend):
-    check(make("contrastive", n=n, d=16, dtype=dtype, scale=20.0), True)
+def test_contrastive_of_more_pairs_than_products_are_kept_of(dtype, backend):
+    """24 MiB are kept: of 2508 pairs. The reference keeps none."""
+    check(make("contrastive", n=2600, d=16, dtype=dtype, scale=20.0), True)
 
 
 def test_a_logit_bias_under_a_softmax_has_a_gradient_of_zero(unit):

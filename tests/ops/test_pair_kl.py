@@ -177,10 +177,11 @@ def test_logits_far_from_zero_or_from_one_another(spread, level, dtype, backend)
         assert out.isfinite().all()
 
 
-@pytest.mark.parametrize("n", [1100, 1900])
+@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_more_pairs_than_products_are_kept_of(dtype, n, backend):
-    check(make("pairs_label", n=n, d=16, dtype=dtype, scale=20.0), True)
+def test_more_pairs_than_products_are_kept_of(dtype, backend):
+    """24 MiB of three models are kept: of 1448 pairs. The reference keeps none."""
+    check(make("pairs_label", n=1700, d=16, dtype=dtype, scale=20.0), True)
 
 
 def test_rows_have_the_loss_of_their_sum_and_mean(backend):

@@ -24,9 +24,20 @@ from tests.ops.op_cases import (
 
 FORMS = [(name, form) for name in NAMES for form in FORMS]
 FORMS = [(n, f) for n, f in FORMS if n in LOSSES or f != "reduced"]
+# Each operator, with and without the tensors that may be left out.
+OPCHECKED = (
+    "similarity",
+    "ce",
+    "ce_all",
+    "kl",
+    "kl_blend",
+    "pairs_weights",
+    "contrastive",
+    "siglip",
+)
 
 
-@pytest.mark.parametrize(("name", "form"), FORMS)
+@pytest.mark.parametrize(("name", "form"), [(n, f) for n, f in FORMS if n in OPCHECKED])
 def test_opcheck(name, form, backend):
     case = make(name, dtype=torch.float64 if backend == "reference" else torch.bfloat16)
     if form != "backward":
