@@ -83,7 +83,7 @@ def test_one_file_or_one_for_each_split(folder: Path) -> None:
 def test_a_word_of_a_sequence(folder: Path) -> None:
     (task,) = load_sequence([f"captions:{folder}"])
     assert isinstance(task, CaptionTask) and content(task) == CONTENT
-    with pytest.raises(InputError, match='a second task called "pets"'):
+    with pytest.raises(InputError, match='"pets"'):
         load_sequence([f"captions:{folder}", f"captions:{folder}/../pets"])
 
 
@@ -108,20 +108,20 @@ def test_shards_of_each_split(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^\S+train/1\.tar: damaged"):
         caption_task(root)
     write_tar(shard, {"7.webp": encoded(picture(7), "webp")})
-    with pytest.raises(InputError, match=r"1\.tar: 7 has an image and no caption"):
+    with pytest.raises(InputError, match=r"1\.tar: 7 has an image"):
         caption_task(root)
     write_tar(shard, {"7.txt": b"seven"})
-    with pytest.raises(InputError, match=r"1\.tar: 7 has a caption and no image"):
+    with pytest.raises(InputError, match=r"1\.tar: 7 has a caption"):
         caption_task(root)
     write_tar(shard, {"7.webp": encoded(picture(7), "webp"), "7.txt": b" \n"})
-    with pytest.raises(InputError, match=r"1\.tar: the caption 7\.txt is empty"):
+    with pytest.raises(InputError, match=r"1\.tar: .*7\.txt"):
         caption_task(root)
     shutil.copy(root / "train" / "0.tar", root / "test" / "9.tar")
     write_tar(shard, {"7.webp": encoded(picture(7), "webp"), "7.txt": b"seven"})
-    with pytest.raises(InputError, match=r"test/9\.tar: has the content of \S+train/0\.tar"):
+    with pytest.raises(InputError, match=r"test/9\.tar: .*train/0\.tar"):
         caption_task(root)
     shutil.rmtree(root / "test")
-    with pytest.raises(InputError, match=r"neither a captions\.csv nor tar shards in test/"):
+    with pytest.raises(InputError, match=r"captions\.csv .*test/"):
         caption_task(root)
 
 
@@ -224,11 +224,11 @@ def test_bad_input_is_one_line(folder: Path, case: str) -> None:
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="none: no such file or folder; pass a CSV file"):
+    with pytest.raises(InputError, match="none: "):
         caption_task(tmp_path / "none")
-    with pytest.raises(InputError, match="^captions: got an empty path"):
+    with pytest.raises(InputError, match="^captions: "):
         load_sequence(["captions:"])
-    with pytest.raises(InputError, match="in train/; lay the images out"):
+    with pytest.raises(InputError, match="train/"):
         caption_task(tmp_path)
 
 
@@ -268,7 +268,7 @@ def test_a_share_changes_nothing_where_rows_say_the_split(folder: Path) -> None:
 
 def test_images_that_cannot_be_divided(folder: Path) -> None:
     write_csv(folder / "zoo.csv", ROWS[:3:2], split=False)
-    with pytest.raises(InputError, match=r"zoo\.csv: the task has one image, 0\.png, wanted"):
+    with pytest.raises(InputError, match=r"zoo\.csv: .*0\.png"):
         caption_task(folder / "zoo.csv", test_fraction=0.4)
     write_csv(folder / "zoo.csv", ROWS[:2], split=False)
     with pytest.raises(InputError, match="its train split has one image"):
@@ -281,7 +281,7 @@ def test_an_image_of_both_splits_of_shards_is_refused(tmp_path: Path) -> None:
         files = {f"{n}.png": encoded(picture(n), "png") for n in numbers}
         files |= {f"{n}.txt": f"{n} in {split}".encode() for n in numbers}
         write_tar(tmp_path / split / f"{split}.tar", files)
-    with pytest.raises(InputError, match=r"test\.tar:1\.png has the content of .*train\.tar:1"):
+    with pytest.raises(InputError, match=r"test\.tar:1\.png .*train\.tar:1"):
         caption_task(tmp_path)
 
 
@@ -295,7 +295,7 @@ def test_shards_without_a_split_are_divided_image_by_image(tmp_path: Path) -> No
             files[f"{n}.png"] = encoded(picture(n), "png")
             files[f"{n}.txt"] = f"{n}, said {'once' if shard else 'again'}".encode()
         write_tar(root / f"{shard}.tar", files)
-    with pytest.raises(InputError, match="nor tar shards in train/"):
+    with pytest.raises(InputError, match="train/"):
         caption_task(root)
     task = caption_task(root, test_fraction=0.4)
     assert task.test_fraction == 0.4 and (len(task.train), len(task.test)) == (8, 2)

@@ -31,7 +31,7 @@ def test_capitals_and_white_space_make_no_other_text() -> None:
     test = images(("A red flag", "a dog"), ("a  red FLAG",), ("a dog.",))
     assert test.texts() == ("A red flag", "a dog", "a dog.")
     assert test.captions_of("1") == {"a red flag"}
-    with pytest.raises(InputError, match='its test split have the caption "One"'):
+    with pytest.raises(InputError, match='test split .*"One"'):
         CaptionTask("pets", TRAIN, images(("One",), ("one ",)))
     # What was written stays what identifies the split.
     assert images(("One",), ("two",)).fingerprint() != TRAIN.fingerprint()
@@ -60,10 +60,10 @@ def test_a_task_has_no_classes() -> None:
 @pytest.mark.parametrize(
     ("train", "test", "said"),
     [
-        (images(), TRAIN, '"pets": its train split is empty'),
-        (TRAIN, images(), '"pets": its test split is empty'),
-        (TRAIN, images(("one",), ()), "its test split has 2 images and 1 of them have captions"),
-        (TRAIN, replace(TRAIN, captions=(("one",),)), "has 2 images and 1 of them"),
+        (images(), TRAIN, "train split"),
+        (TRAIN, images(), "test split"),
+        (TRAIN, images(("one",), ()), "test split has 2 images and 1 of"),
+        (TRAIN, replace(TRAIN, captions=(("one",),)), "has 2 images and 1 of"),
         (images(("one",), (" ",)), TRAIN, "a caption in its train split is empty"),
         (images(("one",), ("one",)), TRAIN, 'its train split have the caption "one"'),
         (images(("one",)), TRAIN, "its train split has one image"),

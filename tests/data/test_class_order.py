@@ -31,5 +31,5 @@ def test_the_order_is_in_the_fingerprint() -> None:
 
 @pytest.mark.parametrize("order", [(0, 1), (0, 1, 1), (0, 1, 3)])
 def test_other_orders_are_refused(order: tuple[int, ...]) -> None:
-    with pytest.raises(InputError, match="wanted one of its 3 in which each occurs once"):
+    with pytest.raises(InputError, match="wanted one of its 3 "):
         reordered(task(), order)

@@ -161,7 +161,7 @@ def test_an_item_that_cannot_be_loaded_is_named() -> None:
             return super().__getitem__(index)
 
     images = DatasetImages(Broken(targets=[0, 1, 1, 0]))
-    with pytest.raises(BadImage, match=r"Broken\[1\]: unreadable image \(truncated\)"):
+    with pytest.raises(BadImage, match=r"Broken\[1\]: .*truncated"):
         images.load(1)
 
 

@@ -243,7 +243,7 @@ class Deadly:
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_a_killed_worker_is_named(images: Any, shuffle: bool) -> None:
     loader = batches(images, Deadly(), 2, shuffle=shuffle, seed=0, workers=1)
-    with pytest.raises(InputError, match="--workers 1: a data loading process has ended .*lower"):
+    with pytest.raises(InputError, match="^--workers 1: .*ended"):
         list(loader)
 
 
@@ -252,7 +252,7 @@ def test_a_worker_that_is_killed_while_no_batch_is_waited_for_is_named(images: A
     loaded = iter(batches(images, FIXED, 2, shuffle=True, seed=0, workers=1))
     next(loaded)
     (worker,) = multiprocessing.active_children()
-    with pytest.raises(InputError, match="--workers 1: .*signal: Killed.*"), dead_workers_named(1):
+    with pytest.raises(InputError, match="^--workers 1: "), dead_workers_named(1):
         os.kill(worker.pid, signal.SIGKILL)
         for _ in range(1000):
             time.sleep(0.01)

@@ -58,7 +58,7 @@ def test_names_are_taken_once_and_hold_no_colon() -> None:
     assert '"zoo"' in str(caught.value) and "rename" in str(caught.value)
     with pytest.raises(InputError, match="colon"):
         register_sequence("a:b")
-    with pytest.raises(InputError, match="got the name '', wanted text"):
+    with pytest.raises(InputError, match="got the name ''"):
         register_sequence("")(again)
 
 
@@ -147,7 +147,7 @@ def test_importing_the_data_layer_imports_neither_torch_nor_torchvision() -> Non
 
 
 def test_captions_are_no_name_of_a_sequence() -> None:
-    with pytest.raises(InputError, match="captions:PATH is a task of images with captions"):
+    with pytest.raises(InputError, match="captions:PATH"):
         register_sequence("captions")
 
 

@@ -55,7 +55,7 @@ def test_a_folder_of_shards_is_a_task(folder: Path) -> None:
 def test_prompts_and_unreadable_images(folder: Path) -> None:
     (folder / "prompts.txt").write_text("a drawing of a {}.\n")
     write_tar(folder / "train" / "2.tar", {"9.png": b"no", "9.cls": b"1"})
-    with pytest.raises(BadImage, match=r"2\.tar:9\.png: .*--skip-bad-images"):
+    with pytest.raises(BadImage, match=r"2\.tar:9\.png: "):
         shard_task(folder)
     task = shard_task(folder, skip_bad_images=True)
     assert task.templates == ("a drawing of a {}.",)
@@ -69,10 +69,10 @@ def spoiled(content: dict[str, bytes]) -> Callable[[Path], object]:
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no names": (lambda f: (f / "classes.txt").unlink(), r"classes\.txt: no such file; name the"),
     "no text": (lambda f: (f / "classes.txt").write_bytes(b"\xff"), r"classes\.txt: cannot be r"),
-    "one name": (lambda f: (f / "classes.txt").write_text("cat"), "class '1', wanted a number fro"),
+    "one name": (lambda f: (f / "classes.txt").write_text("cat"), "class '1'"),
     "number": (spoiled({"4.cls": b"2"}), r"0\.tar:4\.png: class '2', wanted a number from 0 to 1"),
-    "below zero": (spoiled({"4.cls": b"-1"}), "class '-1', wanted a number"),
-    "a word": (spoiled({"4.cls": b"cat"}), "class 'cat', wanted a number"),
+    "below zero": (spoiled({"4.cls": b"-1"}), "class '-1'"),
+    "a word": (spoiled({"4.cls": b"cat"}), "class 'cat'"),
     "no class": (spoiled({"5.png": b"x"}), r"5 has an image and no class \(\.cls\)"),
     "no image": (spoiled({"5.cls": b"1"}), "5 has a class and no image"),
     "empty": (spoiled({"4.cls": b""}), r"the class 4\.cls is empty"),
@@ -103,7 +103,7 @@ def test_a_part_of_shards_without_a_split_is_held_out(folder: Path) -> None:
         (folder / "train" / shard).rename(folder / shard)
     for split in ("train", "test"):
         (folder / split).rmdir()
-    with pytest.raises(InputError, match=r"no tar shards in train/; .* and pass --test-fraction 0"):
+    with pytest.raises(InputError, match="train/.*--test-fraction"):
         load_sequence([str(folder)])
     (task,) = load_sequence([str(folder)], test_fraction=0.3)
     assert task.test_fraction == 0.3
@@ -130,7 +130,7 @@ def test_shards_without_names_of_classes_are_shards_too(folder: Path) -> None:
     for split in ("train", "test"):
         shutil.rmtree(folder / split)
     (folder / "classes.txt").unlink()
-    with pytest.raises(InputError, match=r"classes\.txt: no such file; name the classes"):
+    with pytest.raises(InputError, match=r"classes\.txt: "):
         load_sequence([str(folder)], test_fraction=0.3)
 
 

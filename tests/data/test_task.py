@@ -19,7 +19,7 @@ TASK = Task("pets", ("cat", "dog"), ("a {}.", "the {}!"), Blank((0, 1)), Blank((
 def test_prompts_fill_every_template_for_every_class() -> None:
     assert TASK.prompts() == [["a cat.", "the cat!"], ["a dog.", "the dog!"]]
     assert TASK.prompts(["{}"]) == [["cat"], ["dog"]]
-    with pytest.raises(InputError, match="pets.*exactly one {}"):
+    with pytest.raises(InputError, match="pets"):
         TASK.prompts(["no place"])
 
 

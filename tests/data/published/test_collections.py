@@ -39,9 +39,9 @@ def test_single_tasks_mix_with_others(zscl: Source) -> None:
     ("order", "said"),
     [
         ("III", 'order "III": mtil has the orders I, II; another order is all its tasks'),
-        ("dtd,aircraft", "caltech101 is missing"),
-        ("dtd,cars", "mtil has no task cars"),
-        (",".join([*MTIL.members, "dtd"]), "a name occurs twice"),
+        ("dtd,aircraft", "caltech101"),
+        ("dtd,cars", "task cars"),
+        (",".join([*MTIL.members, "dtd"]), "twice"),
     ],
 )
 def test_other_orders_are_refused(order: str, said: str, tmp_path: Path) -> None:
@@ -51,24 +51,18 @@ def test_other_orders_are_refused(order: str, said: str, tmp_path: Path) -> None
 
 def test_what_is_missing_is_named_at_once(data_root: Path, tmp_path: Path) -> None:
     layouts.mnist(tmp_path)
-    with pytest.raises(
-        InputError, match=r"mtil: 10 data sets cannot be read \(aircraft, calt.*--prepare"
-    ):
+    with pytest.raises(InputError, match=r"^mtil: 10 .*aircraft, calt.*--prepare"):
         load_sequence(["mtil"], source=Source(tmp_path))
 
 
 def test_unknown_tasks_and_protocols_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r'mtil:Aircraft: .*did you mean "aircraft"'):
-        load_sequence(["mtil:Aircraft"], source=Source(tmp_path))
-    with pytest.raises(InputError, match="--protocol zscl: xtail has no such splits.*it has coop"):
-        load_sequence(["xtail"], source=Source(tmp_path, "zscl"))
-    with pytest.raises(InputError, match="--protocol: got coop, but none of the tasks"):
-        load_sequence(["embedded"], source=Source(tmp_path, "coop"))
-    with pytest.raises(InputError, match="got mtil:dtd with zscl, xtail:mnist with coop; figures"):
-        load_sequence(["mtil:dtd", "xtail:mnist"], source=Source(tmp_path))
-    with pytest.raises(InputError, match="--data-root: .*no folder was given"):
-        load_sequence(["mtil:dtd"])
-    with pytest.raises(
-        InputError, match="cil: its data sets are run one by one; name one of cil:c"
+    for words, given, said in (
+        (["mtil:Aircraft"], Source(tmp_path), '"aircraft"'),
+        (["xtail"], Source(tmp_path, "zscl"), "^--protocol zscl: xtail .*coop"),
+        (["embedded"], Source(tmp_path, "coop"), "^--protocol: got coop"),
+        (["mtil:dtd", "xtail:mnist"], Source(tmp_path), "got mtil:dtd with zscl, xtail:mnist with"),
+        (["mtil:dtd"], Source(), "^--data-root: "),
+        (["cil"], Source(tmp_path), "^cil: .*cil:c"),
     ):
-        load_sequence(["cil"], source=Source(tmp_path))
+        with pytest.raises(InputError, match=said):
+            load_sequence(words, source=given)

@@ -83,7 +83,7 @@ def test_names_that_are_easily_wrong() -> None:
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(InputError, match=r'aircrafts: no such .*did you mean "aircraft"'):
+    with pytest.raises(InputError, match='^aircrafts: .*"aircraft"'):
         entry("aircrafts")
-    with pytest.raises(InputError, match="--protocol cil: dtd has no split.*it has zscl, coop"):
+    with pytest.raises(InputError, match="^--protocol cil: dtd .*zscl, coop"):
         entry("dtd").protocol("cil")

@@ -66,9 +66,9 @@ def test_what_is_missing_is_downloaded_and_the_rest_kept(
 def test_the_data_root_is_made(tmp_path: Path, downloads: list[str]) -> None:
     assert states(tmp_path / "new" / "root", "dtd")["dtd"].task is not None
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="--data-root: .*file cannot be made"):
+    with pytest.raises(InputError, match="^--data-root: .*file"):
         states(tmp_path / "file", "dtd")
-    with pytest.raises(InputError, match="--data-root: .*no folder was given"):
+    with pytest.raises(InputError, match="^--data-root: "):
         list(prepare(COLLECTIONS["mtil"], ("dtd",), Source()))
 
 

@@ -23,7 +23,7 @@ def test_templates_are_those_of_the_protocol(zscl: Source) -> None:
 
 def test_fewer_images_than_published_are_refused(tmp_path: Path) -> None:
     layouts.aircraft(tmp_path)
-    with pytest.raises(NotThere, match="it has 100 training images, 3334 are published"):
+    with pytest.raises(NotThere, match="100 .*3334"):
         published_task("aircraft", Source(tmp_path))
 
 
@@ -34,7 +34,7 @@ def test_missing_files_tell_what_to_do(tmp_path: Path) -> None:
         f"aircraft: cannot be read from {tmp_path} (Dataset not found); mulki tasks mtil:aircraft "
         f"--prepare --data-root {tmp_path} downloads it"
     )
-    with pytest.raises(NotThere, match=r"its links are dead.*vision/issues/7545; unpack"):
+    with pytest.raises(NotThere, match="vision/issues/7545"):
         published_task("stanfordcars", Source(tmp_path))
     with pytest.raises(NotThere, match=r"mulki tasks cil:cub --prepare"):
         published_task("cub", Source(tmp_path, "cil"))
@@ -43,7 +43,7 @@ def test_missing_files_tell_what_to_do(tmp_path: Path) -> None:
 def test_an_image_that_is_listed_but_missing_is_named(data_root: Path, tmp_path: Path) -> None:
     shutil.copytree(data_root / "oxford-iiit-pet", tmp_path / "oxford-iiit-pet")
     (tmp_path / "oxford-iiit-pet" / "images" / "Abyssinian_1.jpg").unlink()
-    with pytest.raises(NotThere, match=r"Abyssinian_1\.jpg: cannot be read"):
+    with pytest.raises(NotThere, match=r"Abyssinian_1\.jpg"):
         published_task("oxfordpet", Source(tmp_path))
 
 
@@ -52,11 +52,11 @@ def test_classes_of_another_version_are_refused(data_root: Path, tmp_path: Path)
     data = tmp_path / "fgvc-aircraft-2013b" / "data"
     for file in data.glob("*.txt"):
         file.write_text(file.read_text().replace("A380", "A390"))
-    with pytest.raises(NotThere, match='a class "A390", which the published data set has not'):
+    with pytest.raises(NotThere, match='"A390"'):
         published_task("aircraft", Source(tmp_path))
     lines = (data / "variants.txt").read_text().splitlines()
     (data / "variants.txt").write_text("\n".join([*lines, "Concorde"]))
-    with pytest.raises(NotThere, match="its files have 101 classes, 100 are published"):
+    with pytest.raises(NotThere, match="101 classes, 100 "):
         published_task("aircraft", Source(tmp_path))
 
 
@@ -77,7 +77,7 @@ def test_a_module_that_is_missing_is_named(
     import sys
 
     monkeypatch.setitem(sys.modules, "scipy.io", None)
-    with pytest.raises(InputError, match=r"flowers: .*pip install scipy"):
+    with pytest.raises(InputError, match="^flowers: .*scipy"):
         published_task("flowers", Source(data_root))
 
 
