@@ -165,8 +165,7 @@ def test_an_unknown_capability_is_an_error(
     setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, wanted: str
 ) -> None:
     monkeypatch.setenv("MULKI_BUILD_CAPABILITIES", wanted)
-    message = f"MULKI_BUILD_CAPABILITIES: got '{wanted}', wanted native .*, all, or .* DEFAULT"
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit, match=f"MULKI_BUILD_CAPABILITIES: got '{wanted}', .*DEFAULT"):
         setup_py.native_build()
 
 

@@ -96,7 +96,7 @@ def test_autocast_takes_mixed_dtypes_but_float64():
             with pytest.raises(TypeError, match="^prototypes: got dtype"):
                 Similarity(*operands)
     for use in (mixed.materialize, mixed.detach):
-        with pytest.raises(TypeError, match="^prototypes: got dtype .*float32, wanted .*bfloat16"):
+        with pytest.raises(TypeError, match="^prototypes: got dtype .*float32, .*bfloat16"):
             use()
 
 
@@ -113,11 +113,11 @@ def test_on_a_device_without_autocast():
         ((X, W.bool()), TypeError, "^prototypes: got dtype torch.bool"),
         ((X[0], W), ValueError, r"^features: got shape \[3\]"),
         ((X, W[None]), ValueError, r"^prototypes: got shape \[1, 4, 3\]"),
-        ((X, W[:, :2]), ValueError, r"^prototypes: got shape \[4, 2\], wanted \[rows, 3\]"),
-        ((X, W[:0]), ValueError, r"^prototypes: got shape \[0, 3\], wanted at least one row"),
+        ((X, W[:, :2]), ValueError, r"^prototypes: got shape \[4, 2\]"),
+        ((X, W[:0]), ValueError, r"^prototypes: got shape \[0, 3\]"),
         ((X, W.double()), TypeError, "^prototypes: got dtype torch.float64"),
         ((X, W.to("meta")), ValueError, "^prototypes: got device meta"),
-        ((X, W, torch.ones(1)), ValueError, r"^scale: got shape \[1\].*reshape"),
+        ((X, W, torch.ones(1)), ValueError, r"^scale: got shape \[1\]"),
         ((X, W, torch.tensor(1)), TypeError, "^scale: got dtype torch.int64"),
         ((X, W, torch.ones((), device="meta")), ValueError, "^scale: got device meta"),
         ((X, W, "100"), TypeError, "^scale: got str"),
@@ -163,8 +163,8 @@ def test_used_as_a_tensor_it_names_materialize(use, unit):
 
 def test_attributes_of_tensors_name_materialize(unit):
     s = Similarity(unit(3, 4), unit(5, 4))
-    with pytest.raises(AttributeError, match=r"'softmax'; call \.materialize\(\)"):
+    with pytest.raises(AttributeError, match="'softmax'.*materialize"):
         s.softmax(dim=1)
-    with pytest.raises(AttributeError, match="no attribute 'nonsense'$"):
+    with pytest.raises(AttributeError, match="'nonsense'$"):
         s.nonsense()
     assert copy.deepcopy(s).shape == pickle.loads(pickle.dumps(s)).shape == (3, 5)

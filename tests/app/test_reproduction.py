@@ -100,7 +100,7 @@ def test_the_mean_over_seeds_is_judged(tmp_path: Path, row: Published) -> None:
 def test_runs_of_another_scenario_are_refused(
     tmp_path: Path, row: Published, options: dict[str, Any], said: str
 ) -> None:
-    with pytest.raises(InputError, match=f"is no run of zscl-mtil-order1, {said}"):
+    with pytest.raises(InputError, match=said):
         judge(row, [made(tmp_path, "a", 75.0, **options)])
 
 
@@ -117,7 +117,7 @@ def test_rows_of_other_methods_bind_scenario_and_model(
 ) -> None:
     other = ROWS["lwf-mtil-order1"]
     assert other.options is None
-    with pytest.raises(InputError, match=f"is no run of lwf-mtil-order1, {said}"):
+    with pytest.raises(InputError, match=said):
         judge(other, [made(tmp_path, "a", 75.0, **options)])
     assert not judge(other, [made(tmp_path, "b", 75.0, method="mine", iterations=5)]).notes
 
@@ -149,7 +149,7 @@ def test_a_run_that_does_not_say_what_it_is(
 def test_runs_that_cannot_be_judged(tmp_path: Path, row: Published) -> None:
     with pytest.raises(InputError, match="no run to judge"):
         judge(row, [])
-    with pytest.raises(InputError, match="is interrupted; go on with"):
+    with pytest.raises(InputError, match="interrupted"):
         judge(row, [made(tmp_path, "a", 75.0, ends=False)])
     with pytest.raises(InputError, match=r"no matrix\.csv"):
         judge(row, [tmp_path])

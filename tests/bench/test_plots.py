@@ -69,7 +69,7 @@ def test_a_gpu_has_larger_units(tmp_path: Path) -> None:
 def test_a_mode_that_was_not_timed(tmp_path: Path) -> None:
     from mulki.bench.plots import plot
 
-    with pytest.raises(InputError, match="--mode forward: nothing was timed"):
+    with pytest.raises(InputError, match="^--mode forward: "):
         plot(timed_rows(), str(tmp_path / "figures"), "forward")
     assert not (tmp_path / "figures").exists()
 
@@ -79,6 +79,6 @@ def test_figures_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
-    with pytest.raises(InputError, match="matplotlib is not installed"):
+    with pytest.raises(InputError, match="matplotlib"):
         plot(timed_rows(), str(tmp_path / "figures"))
     assert not (tmp_path / "figures").exists()

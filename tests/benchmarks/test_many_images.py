@@ -42,5 +42,5 @@ def test_images_that_are_not_found_are_no_measurement(
         return real(root, count + 1)
 
     monkeypatch.setattr(many_images, "write_images", one_more)
-    with pytest.raises(RuntimeError, match="300 images were written, 301 found, 301 checked"):
+    with pytest.raises(RuntimeError, match="300 .* 301 .* 301 "):
         many_images.measure(300, tmp_path)

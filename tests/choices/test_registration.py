@@ -33,7 +33,7 @@ def test_a_name_is_taken_once_and_both_places_are_named() -> None:
 @pytest.mark.parametrize("name", ["", "  ", None, 3])
 def test_a_name_is_a_text(name: object) -> None:
     table: dict[str, object] = {}
-    with pytest.raises(InputError, match=f"^gate: got the name {name!r}, wanted text"):
+    with pytest.raises(InputError, match=f"^gate: got the name {name!r}"):
         register(table, "gate", name, first)  # type: ignore[arg-type]
     assert table == {}
 

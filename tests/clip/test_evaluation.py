@@ -358,5 +358,5 @@ def test_captions_with_features_that_are_not_finite(load_tiny: Load, tmp_path: P
     with torch.no_grad():
         model.clip.visual.proj.fill_(float("nan"))
     evaluator = Evaluator(model, [task], [loader(model, task, 3)])
-    with pytest.raises(InputError, match="task flags: 6 features .* are not finite"):
+    with pytest.raises(InputError, match="^task flags: 6 features"):
         evaluator.accuracy(0)

@@ -131,5 +131,5 @@ def test_check_finite_of_contrastive_losses(loss, name):
     given = {"image_features": PAIRS, "text_features": PAIRS, "logit_scale": 1.0, "logit_bias": 0.0}
     assert loss(**given, check_finite=True).isfinite()
     bad = PAIRS * torch.tensor(math.nan) if name.endswith("features") else torch.tensor(math.nan)
-    with pytest.raises(ValueError, match=rf"^{name}: got NaN.*, wanted finite"):
+    with pytest.raises(ValueError, match=f"^{name}: got NaN"):
         loss(**{**given, name: bad}, check_finite=True)

@@ -75,11 +75,11 @@ def test_bad_options(models, options, error, message):
 
 def test_bad_models(models, unit):
     student, teachers = models
-    with pytest.raises(TypeError, match="teachers: got Similarity, wanted a sequence"):
+    with pytest.raises(TypeError, match="^teachers: got Similarity"):
         pair_teacher_kl(student, teachers[0])
     with pytest.raises(ValueError, match="teachers: got none"):
         pair_teacher_kl(student, [])
-    with pytest.raises(ValueError, match=r"student: got shape \[6, 5\], wanted as many images"):
+    with pytest.raises(ValueError, match=r"^student: got shape \[6, 5\]"):
         pair_teacher_kl(Similarity(unit(6, 4), unit(5, 4), 1.0), teachers)
     with pytest.raises(ValueError, match=r"teachers\[0\]: got shape \[5, 5\]"):
         pair_teacher_kl(student, [Similarity(unit(5, 4), unit(5, 4), 1.0)])

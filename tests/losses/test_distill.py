@@ -58,7 +58,7 @@ def test_no_gradient_flows_to_a_teacher():
     for name in teachers:
         out[name] = out[name].detach().requires_grad_()
     loss = DualTeacherClipLoss()
-    with pytest.warns(UserWarning, match="dist_image_features: requires grad, but no gradient"):
+    with pytest.warns(UserWarning, match="dist_image_features: requires grad"):
         sum(loss(**out)).backward()
     assert all(out[name].grad is None for name in teachers)
 
@@ -67,12 +67,12 @@ def test_float64_goes_with_float64_alone():
     _, out = outputs("dual", dtype=torch.float32)
     for name in ("prev_image_features", "prev_text_features"):
         out[name] = out[name].double()
-    with pytest.raises(TypeError, match=r"^prev_image_features: got dtype torch.float64, wanted"):
+    with pytest.raises(TypeError, match="^prev_image_features: got dtype torch.float64"):
         DualTeacherClipLoss()(**out)
 
 
 def test_options_that_do_not_exist_are_refused():
-    with pytest.raises(ValueError, match="gate: got 'oracle', wanted one of uniform"):
+    with pytest.raises(ValueError, match="^gate: got 'oracle'"):
         DualTeacherClipLoss(gate="oracle")
     for kind, name in (
         (DistillClipLoss, "temperature"),
@@ -81,5 +81,5 @@ def test_options_that_do_not_exist_are_refused():
     ):
         with pytest.raises(ValueError, match=f"^{name}: got -1"):
             kind(**{name: -1})
-        with pytest.raises(TypeError, match=f"^{name}: got str, wanted a number"):
+        with pytest.raises(TypeError, match=f"^{name}: got str"):
             kind(**{name: "1"})

@@ -67,7 +67,7 @@ def test_no_pairs_are_refused(kind):
 @pytest.mark.parametrize(("name", "value"), [("rank", 1), ("world_size", 2)])
 def test_ranks_without_a_process_group_are_refused(name, value):
     _, out = outputs("clip")
-    with pytest.raises(ValueError, match=f"{name}: got {value}, but there is no process group"):
+    with pytest.raises(ValueError, match=f"^{name}: got {value}"):
         ClipLoss(**{name: value})(**out)
 
 

@@ -36,5 +36,5 @@ def test_helpers_are_those_of_open_clip(bias):
 
 
 def test_options_that_do_not_exist_are_refused():
-    with pytest.raises(ValueError, match="dist_impl: got 'ring', wanted one of bidir"):
+    with pytest.raises(ValueError, match="^dist_impl: got 'ring'"):
         SigLipLoss(dist_impl="ring")

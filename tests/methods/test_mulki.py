@@ -265,13 +265,10 @@ def test_the_method_has_the_defaults_of_its_objective() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (
-            {"gate": "blend"},
-            '^--gate-entropy: got NoneType, wanted a number for gate="blend"; pass it$',
-        ),
+        ({"gate": "blend"}, "^--gate-entropy: got NoneType"),
         ({"gate": "blend", "gate_entropy": 1.0}, "^--gate-label: got NoneType"),
-        ({"gate_label": 0.5}, '^--gate-label: got 0.5 with gate="uniform", which does not take it'),
-        ({"gate_temperature": 0.5}, "^--gate-temperature: got 0.5 with --gate uniform, which has"),
+        ({"gate_label": 0.5}, '^--gate-label: got 0.5 with gate="uniform"'),
+        ({"gate_temperature": 0.5}, "^--gate-temperature: got 0.5 with --gate uniform"),
     ],
 )
 def test_numbers_of_a_gate_that_do_not_fit_it(options, said):

@@ -33,11 +33,9 @@ class TestRegistry:
         assert methods.get("lwf") is LwF
 
     def test_an_unknown_name_gets_the_nearest(self):
-        with pytest.raises(
-            InputError, match=r"'MULKY' \(did you mean \"mulki\"\?\).*finetune, lwf"
-        ):
+        with pytest.raises(InputError, match="'MULKY' .*\"mulki\".*finetune, lwf"):
             methods.get("MULKY")
-        with pytest.raises(InputError, match="^--method: no method 'xyz'; choose from finetune"):
+        with pytest.raises(InputError, match="^--method: .*'xyz'"):
             methods.get("xyz")
 
     @pytest.mark.parametrize("name", methods.available())

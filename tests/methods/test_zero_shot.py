@@ -10,5 +10,5 @@ from mulki.methods.zero_shot import ZeroShot
 def test_zero_shot_does_not_train(student, target):
     method = ZeroShot(ZeroShot.Options())
     assert not ZeroShot.trains
-    with pytest.raises(TypeError, match="zero_shot does not train"):
+    with pytest.raises(TypeError, match="zero_shot"):
         method.losses(student, (), target)

@@ -160,10 +160,10 @@ def test_the_variable_is_read_at_every_call_and_use_backend_precedes_it(cpp, mon
 
 
 def test_unknown_names_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match="^name: got 'cuda', wanted one of auto, triton, cpp, ref"):
+    with pytest.raises(ValueError, match="^name: got 'cuda'"):
         use_backend("cuda")
     monkeypatch.setenv("MULKI_BACKEND", "eager")
-    with pytest.raises(ValueError, match="^MULKI_BACKEND: got 'eager', wanted one of auto"):
+    with pytest.raises(ValueError, match="^MULKI_BACKEND: got 'eager'"):
         similarity()
 
 
@@ -263,7 +263,7 @@ def test_a_gpu_without_a_proof_is_told_so_once(monkeypatch):
     monkeypatch.setitem(backends.BACKENDS, "triton", Stub())
     monkeypatch.setattr(backends.proofs, "subjects", lambda device_type: [{"gpu": "none"}])
     backends._say_once.cache_clear()
-    with pytest.warns(UserWarning, match="run `mulki prove` once"):
+    with pytest.warns(UserWarning, match="mulki prove"):
         backends.kernel("siglip", "cuda", FULL, "small")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

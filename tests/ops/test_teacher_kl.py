@@ -112,7 +112,7 @@ def test_double_backward_through_weights_raises(form):
     if form == "reduced":
         case = asking(case, "reduced", [False] * 3)
     (gradient,) = torch.autograd.grad(run(case)[0].sum(), weights, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward of .* is not supported"):
+    with pytest.raises(RuntimeError, match="double backward"):
         gradient.square().sum().backward()
 
 

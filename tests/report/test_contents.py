@@ -135,7 +135,7 @@ def test_a_run_before_its_first_evaluation(whole: Path) -> None:
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such folder; pass the folder of a run"):
+    with pytest.raises(InputError, match="missing"):
         read_contents(tmp_path / "missing")
     (tmp_path / "notes.txt").touch()
     with pytest.raises(InputError, match="no file of a run in it"):

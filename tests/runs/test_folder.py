@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -291,7 +290,7 @@ def test_seconds_add_up_over_a_resumed_run(tmp_path: Path) -> None:
 def test_opening_what_is_no_run(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "summary.json").write_text(content)
-    with pytest.raises(InputError, match=re.escape(str(tmp_path)) + ": not the folder of a run"):
+    with pytest.raises(InputError, match="not the folder of a run"):
         RunFolder.open(tmp_path)
 
 
@@ -391,7 +390,7 @@ def test_checkpoint_paths(tmp_path: Path, index: int, task: str, name: str) -> N
 
 
 def test_checkpoints_count_from_one(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="from 1, 0 came"):
+    with pytest.raises(ValueError, match="0 came"):
         make(tmp_path).checkpoint_path(0, "digits")
 
 

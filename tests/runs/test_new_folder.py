@@ -33,9 +33,9 @@ def test_a_folder_whose_run_never_began_is_taken_again(tmp_path: Path) -> None:
     run = make(tmp_path, config={"lr": 1})
     (run.path / "out.log").write_text("hello\n")
     (run.path / ".args.yaml.12345.tmp").write_text("half")
-    with pytest.raises(InputError, match="another run is writing"):
+    with pytest.raises(InputError, match="first"):
         make(tmp_path)
-    with pytest.raises(InputError, match="another run is writing"):
+    with pytest.raises(InputError, match="first"):
         check_free(tmp_path, "first")
     del run
     check_free(tmp_path, "first")
@@ -49,7 +49,7 @@ def test_a_folder_that_may_be_the_users_is_not_taken(tmp_path: Path, files: list
     (tmp_path / "first").mkdir()
     for file in files:
         (tmp_path / "first" / file).write_text("mine")
-    with pytest.raises(InputError, match="not empty"):
+    with pytest.raises(InputError, match="first"):
         make(tmp_path)
     assert all((tmp_path / "first" / file).read_text() == "mine" for file in files)
 
@@ -113,12 +113,12 @@ def test_logs_that_are_no_text(tmp_path: Path) -> None:
 
 def test_logs_that_are_a_file(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("")
-    with pytest.raises(InputError, match="choose another --logs"):
+    with pytest.raises(InputError, match="--logs"):
         make(tmp_path / "logs")
 
 
 def test_wrong_columns_leave_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="came twice"):
+    with pytest.raises(InputError, match='"a"'):
         make(tmp_path, columns=("a", "a"))
     assert not list(tmp_path.iterdir())
 

@@ -96,9 +96,9 @@ def test_files(found: Predictions, tmp_path: Path) -> None:
 
 
 def test_where_nothing_can_be_written_is_said_first(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--predictions: got .*is a folder"):
+    with pytest.raises(InputError, match="^--predictions: got "):
         check_writable("--predictions", tmp_path)
-    with pytest.raises(InputError, match="none is no folder"):
+    with pytest.raises(InputError, match="^--predictions: .*none"):
         check_writable("--predictions", tmp_path / "none" / "p.csv")
     check_writable("--predictions", tmp_path / "p.csv")
     assert not list(tmp_path.iterdir())

@@ -22,10 +22,9 @@ def test_broken_files_are_named(folder: Path, name: str, content: str) -> None:
 
 
 def test_a_folder_without_a_matrix(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no matrix\.csv in it"):
-        read_folder(tmp_path)
-    with pytest.raises(InputError, match=r"no matrix\.csv in it"):
-        read_folder(tmp_path / "missing")
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(InputError, match=r"no matrix\.csv in it"):
+            read_folder(path)
     assert not list(tmp_path.iterdir())
 
 

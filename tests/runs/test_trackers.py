@@ -52,7 +52,7 @@ def test_trackers_are_chosen(
         (["wandbb"], "--report-to: got 'wandbb' .did you mean \"wandb\""),
         (["none", "wandb"], "--report-to: got none beside none wandb"),
         (["all"], "the package wandb is not installed; pip install wandb"),
-        (["wandb"], "the package wandb is not installed; pip install wandb"),
+        (["wandb"], "pip install wandb"),
     ],
 )
 def test_what_cannot_be_chosen(installed: Install, given: list[str], says: str) -> None:

@@ -22,5 +22,5 @@ class TestEliciting:
             assert grad.abs().max() > 1e-3
 
     def test_wants_prototypes(self, student):
-        with pytest.raises(ValueError, match="^student: has no prototypes"):
+        with pytest.raises(ValueError, match="^student: "):
             eliciting.alignment_loss(replace(student, prototypes=None))

@@ -135,7 +135,7 @@ class TestObjective:
     def test_a_teacher_that_requires_grad_is_refused(self, student, teachers, target, name):
         part = torch.as_tensor(getattr(teachers[1], name)).detach().clone().requires_grad_()
         models = [teachers[0], replace(teachers[1], **{name: part})]
-        with pytest.raises(ValueError, match=r"^teachers\[1\]: requires grad.*no_grad"):
+        with pytest.raises(ValueError, match=r"^teachers\[1\]: requires grad"):
             MulKILoss()(student, models, target)
 
     def test_a_teacher_in_float32_is_refused_by_a_student_in_float64(
@@ -155,9 +155,9 @@ class TestObjective:
     def test_what_are_no_features_is_named(self, student, teachers, target):
         with pytest.raises(TypeError, match=r"^student: got Tensor, wanted mulki\.clip\.Features"):
             MulKILoss()(student.images, teachers, target)
-        with pytest.raises(TypeError, match=r"^teachers\[1\]: got Tensor, wanted mulki"):
+        with pytest.raises(TypeError, match=r"^teachers\[1\]: got Tensor"):
             MulKILoss()(student, [teachers[0], student.images], target)
-        with pytest.raises(TypeError, match="^teachers: got Features, wanted a sequence"):
+        with pytest.raises(TypeError, match="^teachers: got Features"):
             MulKILoss()(student, teachers[0], target)
 
     @pytest.mark.parametrize("name", ["images", "texts", "prototypes"])
@@ -216,7 +216,7 @@ class TestObjective:
 
     @pytest.mark.parametrize("name", ["image_text", "feature", "temperature"])
     def test_what_is_no_number_is_named(self, name):
-        with pytest.raises(TypeError, match=f"^{name}: got str, wanted a number"):
+        with pytest.raises(TypeError, match=f"^{name}: got str"):
             MulKILoss(**{name: "1"})
 
     def test_has_no_state(self):

@@ -82,7 +82,7 @@ def test_what_was_stopped_goes_on(
 
 def test_a_folder_of_other_options_is_refused(planned: Plan) -> None:
     run_cells(planned(seeds=(0,)))
-    with pytest.raises(InputError, match=r"--lr: .* is of a run with 0.001, this one has 0.01; "):
+    with pytest.raises(InputError, match="--lr: .* 0.001, .*0.01"):
         planned(lr=1e-2)
     with pytest.raises(InputError, match="--augment: "):
         planned(augment="crop")
@@ -92,7 +92,7 @@ def test_a_folder_of_something_else_is_refused(planned: Plan, tmp_path: Path) ->
     mine = tmp_path / "logs" / "grid" / "finetune-order_I-seed_1"
     mine.mkdir(parents=True)
     (mine / "mine").touch()
-    with pytest.raises(InputError, match="exists and is not empty"):
+    with pytest.raises(InputError, match="finetune-order_I-seed_1"):
         planned()
 
 
@@ -117,7 +117,7 @@ def test_a_run_folder_is_no_place_for_a_grid(planned: Plan, tmp_path: Path) -> N
     grid_folder = cell.folder.parent
     grid_folder.mkdir(parents=True)
     (grid_folder / "args.yaml").write_text("lr: 1.0\n")
-    with pytest.raises(InputError, match=r"^--name: .* is the folder of a run"):
+    with pytest.raises(InputError, match="^--name: "):
         planned()
 
 
@@ -137,7 +137,7 @@ def test_a_run_that_fails_stops_the_grid(planned: Plan, tmp_path: Path) -> None:
     cells = planned(seeds=(0, 1, 2))
     (Path(cells[0].settings.run.logs) / cells[0].folder.name).mkdir(parents=True)
     (cells[0].folder / "mine").touch()
-    with pytest.raises(InputError, match=r"seed_0: .*is not empty.*; mend it and give the same"):
+    with pytest.raises(InputError, match="seed_0: "):
         run_cells(cells, jobs=2)
     assert not cells[2].folder.exists()
 
@@ -180,14 +180,14 @@ def test_why_a_run_ended(
         return real([sys.executable, "-c", head + progress + code], **options)
 
     monkeypatch.setattr(grid.subprocess, "Popen", instead)
-    with pytest.raises(InputError, match=rf"-seed_\d: {said}; mend it and give the same"):
+    with pytest.raises(InputError, match=rf"-seed_\d: {said}"):
         run_cells(cells, jobs=2)
 
 
 def test_jobs_beside_torchrun_are_refused(planned: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     cells = planned()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="--jobs: got several beside torchrun"):
+    with pytest.raises(InputError, match="^--jobs: "):
         run_cells(cells, jobs=2, console=Console(quiet=True))
 
 

@@ -244,12 +244,10 @@ def test_teachers_keep_nothing_of_a_set_that_is_not_seen_twice(
 
 def test_the_set_has_to_fit_the_method(load_tiny: Load, task: Task, folder: Path) -> None:
     method = OnReference(Method.Options())
-    with pytest.raises(ValueError, match="reference: got None, wanted one for OnReference"):
+    with pytest.raises(ValueError, match="^reference: got None"):
         learn(load_tiny, task, None, method)
     finetune = methods.get("finetune")
-    with pytest.raises(
-        ValueError, match="reference: got a reference set, wanted None for Finetune"
-    ):
+    with pytest.raises(ValueError, match="^reference: got a reference set"):
         learn(load_tiny, task, read_reference(folder), finetune(finetune.Options()))
 
 
@@ -290,7 +288,7 @@ def test_a_run_with_a_folder(options: dict[str, Any], folder: Path) -> None:
 def test_unreadable_images_are_left_out_and_logged(options: dict[str, Any], folder: Path) -> None:
     (folder / "red" / "0.png").write_bytes(b"x")
     given = options | {"reference": str(folder)}
-    with pytest.raises(InputError, match=r"0\.png.*--skip-bad-images"):
+    with pytest.raises(InputError, match=r"0\.png"):
         run(resolve(given))
     done = run(resolve(given | {"skip_bad_images": True}))
     assert done is not None

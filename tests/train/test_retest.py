@@ -71,7 +71,7 @@ def test_tasks_that_are_not_the_runs_own_are_refused(
     # Fewer images have other splits, and the same prompts.
     assert evaluation(folder.path, {"limit_images": 3}).label_space == "task"
     env.unlink()
-    with pytest.raises(InputError, match="whose prompts are not those"):
+    with pytest.raises(InputError, match="prompts"):
         evaluation(folder.path, {"limit_images": 3})
 
 
@@ -80,7 +80,7 @@ def test_an_image_that_changed_is_seen(run: Run, tmp_path: Path) -> None:
     path = run(method="finetune", tasks=(str(shades),)).path
     image = next((shades / "test").rglob("*.png"))
     image.write_bytes(image.read_bytes() + b"more")
-    with pytest.raises(InputError, match="whose splits are not those"):
+    with pytest.raises(InputError, match="splits"):
         evaluation(path, {})
 
 
@@ -89,7 +89,7 @@ def test_tasks_from_python_are_not_taken_for_the_option(
 ) -> None:
     given = {**SHORT, **start_model, "method": "finetune", "logs": str(tmp_path / "logs")}
     path = sequence.run(resolve(given), tasks=[task]).path
-    with pytest.raises(InputError, match=r"its args\.yaml names tasks whose prompts"):
+    with pytest.raises(InputError, match=r"args\.yaml .*prompts"):
         evaluation(path, {})
 
 
@@ -156,7 +156,7 @@ def test_bad_checkpoints(
 
 
 def test_a_model_of_a_folder_is_not_given_twice(folder: RunFolder) -> None:
-    with pytest.raises(InputError, match="--model: .* leave tiny-vit out"):
+    with pytest.raises(InputError, match="^--model: .*tiny-vit"):
         evaluation(folder.path, {"model": "tiny-vit"})
 
 
@@ -166,7 +166,7 @@ def test_weights_of_another_model(folder: RunFolder, start_model: dict[str, str]
     other.name = start_model["model"]
     path = folder.path / "checkpoints" / "task_09_x.safetensors"
     save_weights(other, path)
-    with pytest.raises(InputError, match="does not hold the weights of local-dir"):
+    with pytest.raises(InputError, match="local-dir"):
         evaluation(path, {})
 
 
@@ -176,7 +176,7 @@ def test_weights_that_are_not_finite(folder: RunFolder, tiny_models: tuple[str, 
         broken.clip.visual.proj[0, 0] = torch.nan
     path = folder.path / "checkpoints" / "task_09_x.safetensors"
     save_weights(broken, path)
-    with pytest.raises(InputError, match="hold a NaN or an infinity"):
+    with pytest.raises(InputError, match="NaN"):
         evaluation(path, {})
 
 
@@ -189,9 +189,9 @@ def test_what_a_run_has_imported_is_not_run_unasked(folder: RunFolder, tmp_path:
     assert "import: []" in text
     arguments.write_text(text.replace("import: []", f"import: [{module}]"))
     for path in (folder.path, folder.path / "checkpoints" / "latest"):
-        with pytest.raises(InputError, match=r"has imported .*from_elsewhere\.py.* pass --import"):
+        with pytest.raises(InputError, match=r"from_elsewhere\.py.*--import"):
             evaluation(path, {})
-    with pytest.raises(InputError, match=r"from_elsewhere\.py fails"):
+    with pytest.raises(InputError, match=r"from_elsewhere\.py"):
         evaluation(folder.path, {"import_": (str(module),)})
 
 
@@ -205,16 +205,14 @@ def test_the_images_that_a_run_has_held_out_are_tested(run: Run, tmp_path: Path)
         round(figures([found.own])["acc1"] or 0, 4) == read_matrix(path / "matrix.csv").rows[-1][0]
     )
     for fraction in ("0.4", "0.6"):
-        with pytest.raises(
-            InputError, match=r"^--test-fraction: got 0\.. for the tasks of the run"
-        ):
+        with pytest.raises(InputError, match=r"^--test-fraction: got 0\.."):
             evaluation(path, {"test_fraction": fraction})
     # Options of the run's tasks are not those of others.
-    with pytest.raises(InputError, match="pass --test-fraction 0.2"):
+    with pytest.raises(InputError, match="--test-fraction 0.2"):
         evaluation(path, {"tasks": tasks})
     (found,) = evaluation(path, {"tasks": tasks, "test_fraction": "0.6"}).predictions()
     assert len(found.names) == 9
     # An image more is another split.
     shutil.copy(tmp_path / "whole" / "red" / "0.png", tmp_path / "whole" / "red" / "5.png")
-    with pytest.raises(InputError, match="whose splits are not those"):
+    with pytest.raises(InputError, match="splits"):
         evaluation(path, {})

@@ -321,7 +321,7 @@ def test_a_second_signal_while_the_report_is_written_ends_it_too(
 
 
 def test_loss_that_is_not_finite_keeps_the_zero_shot_row(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="not finite"):
+    with pytest.raises(InputError, match="--lr 1e"):
         run(method="finetune", lr=1e30)
     path = tmp_path / "logs" / "first"
     assert json.loads((path / "summary.json").read_text())["status"] == "interrupted"
@@ -333,7 +333,7 @@ def test_weights_that_diverge_in_the_last_step_are_not_a_result(
     run: Run, tmp_path: Path, lr: float
 ) -> None:
     """The loss was finite before that step, and the model it leaves is not."""
-    with pytest.raises(InputError, match="not finite|NaN or an infinity"):
+    with pytest.raises(InputError, match="finite|NaN"):
         run(method="finetune", iterations=1, lr=lr)
     path = tmp_path / "logs" / "first"
     assert json.loads((path / "summary.json").read_text())["status"] == "interrupted"
@@ -400,7 +400,7 @@ def test_skipped_images_are_counted(
     task = write_task(tmp_path / "damaged", COLOURS, train=3, test=2)
     (task / "train" / "red" / "0.png").write_bytes(b"no image")
     (task / "test" / "blue" / "1.png").write_bytes(b"")
-    with pytest.raises(InputError, match="unreadable.*--skip-bad-images"):
+    with pytest.raises(InputError, match=r"\.png"):
         run(tasks=(str(task),))
     with caplog.at_level(logging.WARNING, "mulki"):
         folder = run(tasks=(str(task),), skip_bad_images=True)

@@ -97,7 +97,7 @@ def test_a_file_of_options_gives_way_to_lists(
 
 @pytest.mark.parametrize("value", ["", "-1", "1.5", "²", "1_0", "two"])
 def test_numbers_that_are_not_whole(value: str) -> None:
-    with pytest.raises(InputError, match="wanted a whole number from 0"):
+    with pytest.raises(InputError, match=f"--x: got {value!r}"):
         whole("--x", value, 0)
     assert whole("--x", "12", 0) == 12
 

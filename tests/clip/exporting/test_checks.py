@@ -28,7 +28,7 @@ def test_a_folder_appears_whole_or_not(tmp_path: Path) -> None:
         _ = 1 / 0
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     for taken in (tmp_path / "a", tmp_path / "a" / "file"):
-        with pytest.raises(InputError, match="is not empty"), export_folder(taken):
+        with pytest.raises(InputError, match=taken.name), export_folder(taken):
             pass
 
 
@@ -45,7 +45,7 @@ def test_features_that_differ_are_refused(
     def texts(tokens: Tensor) -> Tensor:
         return model.encode_texts(tokens) + (torch.nan if wrong == "texts" else 0)
 
-    with pytest.raises(InputError, match=f"features of {wrong} differ"):
+    with pytest.raises(InputError, match=f"features of {wrong} "):
         largest_difference(model, images, texts)
     wrong = ""
     assert largest_difference(model, images, texts) == pytest.approx(2e-5, rel=0.1)

@@ -59,7 +59,7 @@ def test_transformers_says_what_the_original_says(
 def test_other_architectures_are_refused(
     load_tiny: Load, tmp_path: Path, name: str, reason: str
 ) -> None:
-    with pytest.raises(InputError, match=f"no CLIP of this architecture .*{reason}"):
+    with pytest.raises(InputError, match=reason):
         export_huggingface(load_tiny(name), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -74,7 +74,7 @@ def test_the_check_notices_weights_in_the_wrong_place(
         return found
 
     monkeypatch.setattr("mulki.clip.exporting.huggingface.to_huggingface", swapped)
-    with pytest.raises(InputError, match="features of images differ"):
+    with pytest.raises(InputError, match="features of images"):
         export_huggingface(load_tiny(), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -112,6 +112,6 @@ def test_a_siglip_without_a_tokenizer_of_transformers_is_refused(
     siglip: VisionLanguageModel, tmp_path: Path
 ) -> None:
     siglip.tokenizer = open_clip.SimpleTokenizer(context_length=12)
-    with pytest.raises(InputError, match="none of transformers' fast ones.*--to onnx"):
+    with pytest.raises(InputError, match="--to onnx"):
         export_huggingface(siglip, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -45,7 +45,7 @@ def test_packages_that_are_missing(
     load_tiny: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mulki.clip.exporting.checks.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="--to onnx: needs onnx, onnxscript, onnxruntime"):
+    with pytest.raises(InputError, match="^--to onnx: .*onnxruntime"):
         export_onnx(load_tiny(), tmp_path / "out")
 
 
@@ -57,6 +57,6 @@ def test_a_model_that_torch_cannot_export(
 
     monkeypatch.setattr("mulki.clip.exporting.onnx.need_packages", lambda *names: None)
     monkeypatch.setattr(torch.onnx, "export", fails)
-    with pytest.raises(InputError, match="cannot write its image tower .*no such operator"):
+    with pytest.raises(InputError, match="image tower .*no such operator"):
         export_onnx(load_tiny(), tmp_path / "out")
     assert not list(tmp_path.iterdir())

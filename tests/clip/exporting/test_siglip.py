@@ -27,7 +27,7 @@ def test_the_configuration_and_the_words_are_those_that_came_in(tmp_path: Path) 
 def test_other_tokens_are_refused(tmp_path: Path) -> None:
     model: Any = load_huggingface(str(saved(siglip_model(), tmp_path, tokenizer_of_words())))
     model.tokenizer.clean_fn = lambda text: f"two {text}"
-    with pytest.raises(InputError, match="makes other tokens of.*--to onnx"):
+    with pytest.raises(InputError, match="tokens.*--to onnx"):
         siglip_tokenizer(model)
 
 

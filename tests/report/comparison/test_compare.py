@@ -51,7 +51,7 @@ def test_a_label_has_what_differs_within_a_method(make: Make) -> None:
     assert compare([first, other], "mulki lr=0.2").sections[0].baseline == "mulki lr=0.2"
     unset = compare([first, make("d", gate="label")]).sections[0].groups
     assert [g.label for g in unset] == ["mulki lr=0.1", "mulki lr unset"]
-    with pytest.raises(InputError, match='no runs of lwff .did you mean "lwf".*pass one of'):
+    with pytest.raises(InputError, match='lwff .*"lwf"'):
         compare([first, tuned], "lwff")
 
 
@@ -182,7 +182,7 @@ def test_sequences_are_compared_apart(make: Make) -> None:
     found = compare([*runs, make("d", "mulki", **others)])
     assert [section.tasks for section in found.sections] == [("a", "b"), ("b", "a")]
     assert all(len(section.differences) == 1 for section in found.sections)
-    with pytest.raises(InputError, match="no two configurations learned the same tasks"):
+    with pytest.raises(InputError, match="configurations"):
         compare([runs[1], runs[2]])
     # One method in two orders is no comparison, but two tables.
     assert len(compare([runs[0], runs[2]]).sections) == 2
@@ -256,16 +256,15 @@ def test_damaged_runs_are_named_and_left_out(make: Make, damage: Callable[[Path]
     assert [g.runs[0].path for g in found.sections[0].groups] == [good]
     (warning,) = found.warnings
     assert warning.startswith(f"{bad}: left out, ") and says in warning
-    with pytest.raises(InputError, match="no complete run to compare") as caught:
+    with pytest.raises(InputError, match=re.escape(warning)):
         compare([bad])
-    assert warning in str(caught.value)
 
 
 def test_what_is_no_run_is_refused(make: Make, tmp_path: Path) -> None:
     good = make("a", "lwf")
     (tmp_path / "empty").mkdir()
     for bad in (tmp_path / "gone", tmp_path / "empty"):
-        with pytest.raises(InputError, match=f"{bad}: not the folder of a run"):
+        with pytest.raises(InputError, match=f"^{bad}: "):
             compare([good, bad])
 
 

@@ -101,9 +101,9 @@ def test_orders_have_a_table_of_their_own(make: Make) -> None:
 
 
 def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path, make: Make) -> None:
-    with pytest.raises(InputError, match="--html: .* is a folder; name a file"):
+    with pytest.raises(InputError, match="^--html: "):
         check_page(tmp_path)
-    with pytest.raises(InputError, match="--html: .*gone is no folder"):
+    with pytest.raises(InputError, match="^--html: .*gone"):
         check_page(tmp_path / "gone" / "page.html")
     check_page(tmp_path / "page.html")
     write_comparison(compare([make("a")]), tmp_path / "page.html")

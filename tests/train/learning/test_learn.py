@@ -78,7 +78,7 @@ def test_steps_of_epochs(epochs: float, images: int, steps: int) -> None:
 
 @pytest.mark.parametrize("name", ["finetune", "mulki"])
 def test_loss_that_is_not_finite_ends_with_one_line(load_tiny: Load, task: Task, name: str) -> None:
-    with pytest.raises(InputError, match=r"^--lr 1e\+30: .*not finite.* step \d") as info:
+    with pytest.raises(InputError, match=r"^--lr 1e\+30: .* step \d") as info:
         learn(load_tiny(), task, name, config=replace(CONFIG, lr=1e30))
     assert "task colours" in str(info.value) and "ce_loss nan" in str(info.value)
     assert "\n" not in str(info.value)

@@ -87,7 +87,7 @@ def test_embeddings_are_no_matrices() -> None:
 
 def test_a_torch_without_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(InputError, match=r"--opt muon: torch .* has no Muon; install torch 2\.9"):
+    with pytest.raises(InputError, match=r"^--opt muon: .*2\.9"):
         both(weights())
 
 

@@ -177,7 +177,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, bad: str) -> 
     made = saves(tmp_path)
     made.save()
     made.of_run(lambda in_task: {"student": {"a": torch.ones(2), "b": torch.tensor(float(bad))}})
-    with pytest.raises(InputError, match=r"student: 1 of 2 weights .* the first is b; lower --lr"):
+    with pytest.raises(InputError, match=r"student: 1 of 2 .* b; "):
         made.save()
     assert same(read(tmp_path), {"student": {}, "in_task": None})
 

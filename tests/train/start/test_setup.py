@@ -130,7 +130,7 @@ def test_a_run_of_published_data_sets(run: Run, data_root: Path) -> None:
     assert set(hashes["prompts"]) == set(hashes["splits"]) == {"mnist", "eurosat"}
     assert "protocol: zscl" in (done.path / "args.yaml").read_text()
     assert "prompts " in (done.path / "summary.md").read_text()
-    with pytest.raises(InputError, match="--data-root: .*no folder was given"):
+    with pytest.raises(InputError, match="^--data-root: "):
         run("second", tasks=tasks, method="zero_shot")
     assert not (done.path.parent / "second").exists()
 

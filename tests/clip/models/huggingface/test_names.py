@@ -34,11 +34,11 @@ def test_what_does_not_fit_is_named(load_tiny: Load) -> None:
     state = state_of(load_tiny())
     there = to_huggingface(state)
     name = "text_model.encoder.layers.0.mlp.fc1.weight"
-    with pytest.raises(InputError, match=f"have no {name}"):
+    with pytest.raises(InputError, match=f" {name}"):
         from_huggingface({n: v for n, v in there.items() if n != name}, state)
-    with pytest.raises(InputError, match=f"{name} has the shape \\[2, 3\\]"):
+    with pytest.raises(InputError, match=f"{name} .*\\[2, 3\\]"):
         from_huggingface(there | {name: torch.zeros(2, 3)}, state)
-    with pytest.raises(InputError, match="have classifier.weight, which is of another"):
+    with pytest.raises(InputError, match="classifier.weight"):
         from_huggingface(there | {"classifier.weight": torch.zeros(2)}, state)
 
 
