@@ -48,55 +48,15 @@ def run_options(
     Raises:
         InputError: bad arguments, a file or folder that cannot be read.
     """
-    from mulki.app.commands.grid import add_grid_options, check_lists
-    from mulki.data import sequence_names
-    from mulki.train.config.run_config import RunConfig, resolve, unknown_option
+    from mulki.app.commands.grid import check_lists
+    from mulki.train.config.run_config import resolve, unknown_option
 
     argv = with_hyphens(argv)
-    first = Parser(prog="mulki run", add_help=False)
-    first.add_argument("--resume")
-    resumed, others = first.parse_known_args(argv)
-    if resumed.resume is not None:
-        if others:
-            raise InputError(
-                f"--resume: got {' '.join(others)} beside it, but a run goes on with the options "
-                "it began with; leave the rest out"
-            )
-        return options_of_folder(resumed.resume), resumed.resume
+    resume = _resume(argv)
+    if resume is not None:
+        return options_of_folder(resume), resume
     config, from_file, method = _method_and_file(argv)
-    goes_on = "; run --resume DIR" if command == "run" else ""
-    parser = Parser(
-        prog=f"mulki {command}",
-        usage=f"mulki {command} [TASKS ...] [--OPTION VALUE ...]{goes_on}",
-        description=description,
-        epilog=f"{_with_bundled_model(method.name)}\n\n{_EXAMPLES[command]}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    names = sequence_names()
-    words = parser.add_argument(
-        "words",
-        nargs="*",
-        metavar="TASKS",
-        help=f"same as --tasks; sequences: {', '.join(names)}",
-    )
-    complete_by(words, names)
-    parser.add_argument("--config", metavar="FILE", help="a YAML file of options")
-    if command == "run":
-        text = "go on with the run in this folder, without other options"
-        parser.add_argument("--resume", metavar="DIR", help=text)
-    else:
-        text = "print the numbers as JSON"
-        parser.add_argument("--json", action="store_const", const=True, help=text)
-    add_grid_options(parser, hidden=command != "run")
-    add_options(parser.add_argument_group("run"), RunConfig)
-    group = parser.add_argument_group(f"method {method.name}", method.summary)
-    try:
-        add_options(group, method.Options)
-    except argparse.ArgumentError as error:
-        raise InputError(
-            f"method {method.name}: {error}; the run has an option of that name, so rename it"
-        ) from None
-    parsed, unknown = parser.parse_known_intermixed_args(argv)
+    parsed, unknown = _parser(command, description, method).parse_known_intermixed_args(argv)
     for word in unknown:
         if word.startswith("--"):
             raise unknown_option(field_name(word[2:].split("=")[0]), method.name)
@@ -117,6 +77,54 @@ def run_options(
     with _naming(config):
         resolve(from_file | {"method": method.name})
     return from_file | given, None
+
+
+def _resume(argv: list[str]) -> str | None:
+    # The folder of a run that goes on.
+    parser = Parser(prog="mulki run", add_help=False)
+    parser.add_argument("--resume")
+    given, others = parser.parse_known_args(argv)
+    if given.resume is not None and others:
+        raise InputError(
+            f"--resume: got {' '.join(others)} beside it, but a run goes on with the options "
+            "it began with; leave the rest out"
+        )
+    return given.resume
+
+
+def _parser(command: str, description: str | None, method: type[Method]) -> Parser:
+    from mulki.app.commands.grid import add_grid_options
+    from mulki.data import sequence_names
+    from mulki.train.config.run_config import RunConfig
+
+    goes_on = "; run --resume DIR" if command == "run" else ""
+    parser = Parser(
+        prog=f"mulki {command}",
+        usage=f"mulki {command} [TASKS ...] [--OPTION VALUE ...]{goes_on}",
+        description=description,
+        epilog=f"{_with_bundled_model(method.name)}\n\n{_EXAMPLES[command]}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = sequence_names()
+    text = f"same as --tasks; sequences: {', '.join(names)}"
+    complete_by(parser.add_argument("words", nargs="*", metavar="TASKS", help=text), names)
+    parser.add_argument("--config", metavar="FILE", help="a YAML file of options")
+    if command == "run":
+        text = "go on with the run in this folder, without other options"
+        parser.add_argument("--resume", metavar="DIR", help=text)
+    else:
+        text = "print the numbers as JSON"
+        parser.add_argument("--json", action="store_const", const=True, help=text)
+    add_grid_options(parser, hidden=command != "run")
+    add_options(parser.add_argument_group("run"), RunConfig)
+    group = parser.add_argument_group(f"method {method.name}", method.summary)
+    try:
+        add_options(group, method.Options)
+    except argparse.ArgumentError as error:
+        raise InputError(
+            f"method {method.name}: {error}; the run has an option of that name, so rename it"
+        ) from None
+    return parser
 
 
 def _with_bundled_model(method: str) -> str:
