@@ -95,18 +95,20 @@ def matrix_table(matrix: AccuracyMatrix, width: int = 100) -> Group:
     return Group(*tables, Text(LEGEND, style="dim"))
 
 
-def plain_table(first: str, *others: str, numbers: bool = True) -> Table:
-    """A table without lines but for the one under its titles.
+def plain_table(first: str, *others: str, numbers: bool = True, names_wrap: bool = False) -> Table:
+    """A table with a line under its titles and no other line.
 
     Args:
         first: title of the first column.
         others: of the columns behind it.
         numbers: those hold numbers, and stand at the right.
+        names_wrap: in a narrow terminal the first column is broken into lines; else the titles of
+            the other columns are, so that no number is cut.
     """
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(first, no_wrap=True)
+    table.add_column(first, no_wrap=not names_wrap)
     for title in others:
-        table.add_column(title, no_wrap=True, justify="right" if numbers else "left")
+        table.add_column(title, no_wrap=names_wrap, justify="right" if numbers else "left")
     return table
 
 

@@ -121,7 +121,7 @@ def _outline(settings: Settings, stand_ins: StandIns, as_json: bool) -> None:
     model = f"{config.model}, whose memory and time are known once its configuration is here"
     lines = in_lines({"run": what["run"], "model": model, "steps": what["steps"]})
     out = _print_lines([*lines, *_of_downloads(stand_ins.downloads, config, measured=False)])
-    table = plain_table("task", "classes", "train", "test", "steps")
+    table = plain_table("task", "classes", "train", "test", "steps", names_wrap=True)
     for row in rows:
         table.add_row(*(Text(str(value)) for value in row.values()))
     out.print(table)
@@ -219,9 +219,8 @@ def _fits(costs: Costs, micro_batch: str | None) -> str:
 
 
 def _table(costs: Costs) -> Table:
-    table = plain_table(
-        "task", "classes", "train", "test", "steps", "before", "step", "learn", "test all"
-    )
+    titles = ("classes", "train", "test", "steps", "before", "step", "learn", "test all")
+    table = plain_table("task", *titles, names_wrap=True)
     tested = sum(each.testing_again for each in costs.tasks)
     for each in costs.tasks:
         step = "-" if each.later_step is None else f"{each.later_step:.3g} s"
