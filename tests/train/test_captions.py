@@ -66,7 +66,6 @@ def test_a_stream_of_captions(run: Run, stream: tuple[str, str]) -> None:
     assert not same_state(weights(path, "task_01*"), weights(path, "task_02*"))
 
 
-@pytest.mark.parametrize("stopped", [3, 6])
 @pytest.mark.parametrize(
     "options",
     [
@@ -81,13 +80,13 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     options: dict[str, Any],
-    stopped: int,
 ) -> None:
     whole = run("whole", tasks=stream, **options)
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
-        stop_at(patch, stopped, RuntimeError("stop"))
-        run("stopped", tasks=stream, **options)
-    check_same(resumed(tmp_path / "logs" / "stopped").path, whole.path)
+    for step in (3, 6):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
+            stop_at(patch, step, RuntimeError("stop"))
+            run(f"stopped-{step}", tasks=stream, **options)
+        check_same(resumed(tmp_path / "logs" / f"stopped-{step}").path, whole.path)
 
 
 def test_captions_and_classes_mix(

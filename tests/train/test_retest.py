@@ -19,16 +19,29 @@ from mulki.train.config.run_config import resolve
 from mulki.train.retest import evaluation
 from mulki.train.saving.checkpoints import save_weights
 from tests.train.run_helpers import SHORT, Run
-from tests.train_helpers import COLOURS, write_split, write_task
+from tests.train_helpers import COLOURS, without_figures, write_split, write_task
 
 
 def own(path: Path, **given: object) -> list[float | None]:
     return [figures([of.own])["acc1"] for of in evaluation(path, given).predictions()]
 
 
+@pytest.fixture(scope="module")
+def made(
+    start_model: dict[str, str],
+    task_folders: tuple[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    given = {"tasks": task_folders, "logs": str(tmp_path_factory.mktemp("made")), "name": "first"}
+    options = {"method": "finetune", "lr": 3e-3, "precision": "bf16", "limit_images": 9}
+    with without_figures():
+        return sequence.run(resolve({**SHORT, **start_model, **given, **options})).path
+
+
 @pytest.fixture
-def folder(run: Run) -> RunFolder:
-    return run(method="finetune", lr=3e-3, precision="bf16", limit_images=9)
+def folder(made: Path, tmp_path: Path) -> RunFolder:
+    """A copy of one run."""
+    return RunFolder.open(shutil.copytree(made, tmp_path / "logs" / "first"))
 
 
 def test_accuracies_are_those_of_the_run_to_the_digit(folder: RunFolder) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import logging
 import os
@@ -8,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +49,28 @@ def rows_of(folder: RunFolder) -> list[list[str]]:
         return list(csv.reader(file))
 
 
+@pytest.fixture(scope="module")
+def made(
+    start_model: dict[str, str],
+    task_folders: tuple[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], RunFolder]:
+    """A run of each method, made once and only read."""
+    logs = str(tmp_path_factory.mktemp("methods"))
+
+    @functools.cache
+    def of(name: str) -> RunFolder:
+        given = {"tasks": task_folders, "logs": logs, "name": name, "method": name}
+        folder = sequence.run(resolve({**SHORT, **start_model, **given, **options_of(name)}))
+        assert folder is not None
+        return folder
+
+    return of
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_leaves_a_complete_folder(run: Run, name: str) -> None:
-    folder = run(method=name, **options_of(name))
-    path = folder.path
+def test_every_method_leaves_a_complete_folder(made: Callable[[str], RunFolder], name: str) -> None:
+    path = made(name).path
     trains = methods.get(name).trains
     made = {p.name for p in path.iterdir()} - {"tensorboard"}
     if trains:
@@ -60,7 +80,7 @@ def test_every_method_leaves_a_complete_folder(run: Run, name: str) -> None:
     wanted |= {"summary.json", "summary.md", "report.html", "answers", "tasks.json"}
     assert made == wanted | ({"checkpoints"} if trains else set())
 
-    header, *rows = rows_of(folder)
+    header, *rows = rows_of(made(name))
     assert header == ["after_task", "colours", "shades"]
     assert [row[0] for row in rows] == ["zero-shot", "colours", "shades"]
     every = read_evaluations(path / "results.jsonl")
@@ -144,9 +164,10 @@ def test_rows_of_zero_shot_are_the_same_and_evaluated_once(
     assert sum(seen) == 25
 
 
-def test_zero_shot_row_of_every_method_is_that_of_the_start_model(run: Run) -> None:
-    rows = [run(name, method=name, **options_of(name)).matrix.zero_shot for name in METHODS]
-    assert len(set(rows)) == 1
+def test_zero_shot_row_of_every_method_is_that_of_the_start_model(
+    made: Callable[[str], RunFolder],
+) -> None:
+    assert len({made(name).matrix.zero_shot for name in METHODS}) == 1
 
 
 @pytest.mark.parametrize("options", [{"iterations": 3}, {"epochs": 0.5}])
