@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -149,17 +150,16 @@ def test_empty_class(make_folder: Make, leftover: str | None) -> None:
     _refused(root, root / "test" / "crow", "class crow", "no image", ".jpg", *words)
 
 
-def test_differing_classes_are_named(make_folder: Make) -> None:
-    root = make_folder(train=("crow", "jay", "owl"), test=("crow", "gull"))
-    _refused(root, root, "only in train: jay, owl", "only in test: gull", "rename")
-
-
-def test_one_class(make_folder: Make) -> None:
-    _refused(make_folder(train=("crow",)), "only one class", "crow", "at least two")
-
-
-def test_two_folders_for_one_class_name(make_folder: Make) -> None:
-    _refused(make_folder(train=("blue jay", "blue_jay")), '"blue jay" occurs twice', "rename")
+@pytest.mark.parametrize(
+    ("train", "test", "words"),
+    [
+        (("crow", "jay", "owl"), ("crow", "gull"), ("in train: jay, owl", "in test: gull")),
+        (("crow",), None, ("only one class", "crow")),
+        (("blue jay", "blue_jay"), None, ('"blue jay" occurs twice',)),
+    ],
+)
+def test_classes_that_make_no_task(make_folder: Make, train: Any, test: Any, words: Any) -> None:
+    _refused(make_folder(train=train, test=test), *words)
 
 
 def test_folder_inside_a_class(make_folder: Make) -> None:

@@ -83,22 +83,22 @@ def test_single_tasks_of_a_sequence_mix_with_folders(make_folder: Make) -> None:
     assert _names(load_sequence(["zoo:letters"])) == ["letters"]
 
 
-def test_unknown_task_of_a_sequence() -> None:
-    _refused(["zoo:leters"], "zoo:leters", 'did you mean "letters"', "digits, letters")
-
-
-def test_unknown_word_suggests_the_nearest_name() -> None:
-    _refused(["embeded"], "embeded", 'did you mean "embedded"', "nor an existing folder", "zoo")
-    _refused(["some/where"], "some/where", "nor an existing folder")
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (["zoo:leters"], ["zoo:leters", 'did you mean "letters"', "digits, letters"]),
+        (["embeded"], ["embeded", 'did you mean "embedded"', "nor an existing folder", "zoo"]),
+        (["some/where"], ["some/where"]),
+        ([], ["no tasks given", "embedded"]),
+    ],
+)
+def test_words_that_name_no_task(spec: list[str], words: list[str]) -> None:
+    _refused(spec, *words)
 
 
 def test_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.zip").write_text("")
     _refused([str(tmp_path / "x.zip")], tmp_path / "x.zip", "a file", "train/")
-
-
-def test_no_words() -> None:
-    _refused([], "no tasks given", "embedded")
 
 
 def test_orders_belong_to_sequences(make_folder: Make) -> None:

@@ -173,24 +173,18 @@ def test_a_model_of_a_folder_is_not_given_twice(folder: RunFolder) -> None:
         evaluation(folder.path, {"model": "tiny-vit"})
 
 
-def test_weights_of_another_model(folder: RunFolder, start_model: dict[str, str]) -> None:
-    torch.manual_seed(0)
-    other = models.load("tiny-resnet")
+def test_weights_of_another_model_or_not_finite(
+    folder: RunFolder, start_model: dict[str, str]
+) -> None:
+    other, broken = models.load("tiny-resnet"), models.load("tiny-vit")
     other.name = start_model["model"]
-    path = folder.path / "checkpoints" / "task_09_x.safetensors"
-    save_weights(other, path)
-    with pytest.raises(InputError, match="local-dir"):
-        evaluation(path, {})
-
-
-def test_weights_that_are_not_finite(folder: RunFolder, tiny_models: tuple[str, ...]) -> None:
-    broken = models.load("tiny-vit")
     with torch.no_grad():
         broken.clip.visual.proj[0, 0] = torch.nan
     path = folder.path / "checkpoints" / "task_09_x.safetensors"
-    save_weights(broken, path)
-    with pytest.raises(InputError, match="NaN"):
-        evaluation(path, {})
+    for model, said in ((other, "local-dir"), (broken, "NaN")):
+        save_weights(model, path)
+        with pytest.raises(InputError, match=said):
+            evaluation(path, {})
 
 
 def test_what_a_run_has_imported_is_not_run_unasked(folder: RunFolder, tmp_path: Path) -> None:

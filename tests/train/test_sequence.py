@@ -50,7 +50,7 @@ def rows_of(folder: RunFolder) -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def made(
+def run_of(
     start_model: dict[str, str],
     task_folders: tuple[str, str],
     tmp_path_factory: pytest.TempPathFactory,
@@ -69,8 +69,10 @@ def made(
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_leaves_a_complete_folder(made: Callable[[str], RunFolder], name: str) -> None:
-    path = made(name).path
+def test_every_method_leaves_a_complete_folder(
+    run_of: Callable[[str], RunFolder], name: str
+) -> None:
+    path = run_of(name).path
     trains = methods.get(name).trains
     made = {p.name for p in path.iterdir()} - {"tensorboard"}
     if trains:
@@ -80,7 +82,7 @@ def test_every_method_leaves_a_complete_folder(made: Callable[[str], RunFolder],
     wanted |= {"summary.json", "summary.md", "report.html", "answers", "tasks.json"}
     assert made == wanted | ({"checkpoints"} if trains else set())
 
-    header, *rows = rows_of(made(name))
+    header, *rows = rows_of(run_of(name))
     assert header == ["after_task", "colours", "shades"]
     assert [row[0] for row in rows] == ["zero-shot", "colours", "shades"]
     every = read_evaluations(path / "results.jsonl")
@@ -165,9 +167,9 @@ def test_rows_of_zero_shot_are_the_same_and_evaluated_once(
 
 
 def test_zero_shot_row_of_every_method_is_that_of_the_start_model(
-    made: Callable[[str], RunFolder],
+    run_of: Callable[[str], RunFolder],
 ) -> None:
-    assert len({made(name).matrix.zero_shot for name in METHODS}) == 1
+    assert len({run_of(name).matrix.zero_shot for name in METHODS}) == 1
 
 
 @pytest.mark.parametrize("options", [{"iterations": 3}, {"epochs": 0.5}])

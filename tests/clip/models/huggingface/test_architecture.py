@@ -60,29 +60,19 @@ def test_an_inner_width_that_is_no_multiple_stays_exact() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("make", "text", "vision", "words"),
     [
-        ({"vision_config": {"hidden_act": "gelu"}}, "quick_gelu"),
-        ({"vision_config": {"num_channels": 1}}, "1 channels"),
-        ({"text_config": {"hidden_act": "relu"}, "vision_config": {"hidden_act": "relu"}}, "relu"),
+        (clip_model, {}, {"hidden_act": "gelu"}, "quick_gelu"),
+        (clip_model, {}, {"num_channels": 1}, "1 channels"),
+        (clip_model, {"hidden_act": "relu"}, {"hidden_act": "relu"}, "relu"),
+        (siglip_model, {}, {"vision_use_head": False}, "vision_use_head"),
+        (siglip_model, {}, {"layer_norm_eps": 1e-3}, "layer_norm_eps 0.001"),
+        (siglip_model, {"projection_size": 8}, {}, "8 features .* 24"),
     ],
 )
-def test_a_clip_that_open_clip_has_not(changes: dict[str, Any], words: str) -> None:
+def test_what_open_clip_has_not(make: Any, text: Any, vision: Any, words: str) -> None:
     with pytest.raises(InputError, match=words):
-        architecture_of(config(clip_model(), **changes))
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"vision_config": {"vision_use_head": False}}, "vision_use_head"),
-        ({"vision_config": {"layer_norm_eps": 1e-3}}, "layer_norm_eps 0.001"),
-        ({"text_config": {"projection_size": 8}}, "8 features .* 24"),
-    ],
-)
-def test_a_siglip_that_open_clip_has_not(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(InputError, match=words):
-        architecture_of(config(siglip_model(), **changes))
+        architecture_of(config(make(), text_config=text, vision_config=vision))
 
 
 def test_other_models_and_damage() -> None:
