@@ -33,8 +33,8 @@ from mulki.train.display.progress import RunProgress
 from mulki.train.learning.class_step import ClassStep
 from mulki.train.saving import recovery
 from mulki.train.saving.recovery import read_save
-from tests.train.run_helpers import Run, weights
-from tests.train_helpers import COLOURS, SHADES, same_state, write_split
+from tests.train.run_helpers import SHORT, Run, weights
+from tests.train_helpers import COLOURS, SHADES, same_state, without_figures, write_split
 
 # Options under which every kind of state matters.
 CASES: dict[str, dict[str, Any]] = {
@@ -93,19 +93,39 @@ def stop_at(patch: pytest.MonkeyPatch, number: int, error: BaseException) -> Non
     patch.setattr(RunProgress, "step", step)
 
 
+@pytest.fixture(scope="module")
+def stopped_once(
+    start_model: dict[str, str],
+    task_folders: tuple[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    logs = tmp_path_factory.mktemp("stopped")
+    given = {"tasks": task_folders, "logs": str(logs), "name": "first", "method": "finetune"}
+    with pytest.MonkeyPatch.context() as patch, without_figures(), pytest.raises(RuntimeError):
+        stop_at(patch, 5, RuntimeError("stop"))
+        sequence.run(resolve({**SHORT, **start_model, **given}))
+    return logs / "first"
+
+
+@pytest.fixture
+def stopped(stopped_once: Path, tmp_path: Path) -> Path:
+    """A copy of one run that was stopped in its second task."""
+    return Path(shutil.copytree(stopped_once, tmp_path / "first"))
+
+
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("stopped", [3, 7])
 def test_a_stopped_run_ends_as_if_it_had_not_been(
-    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: str, stopped: int
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: str
 ) -> None:
     options = CASES[case]
     whole = run("whole", **options)
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
-        stop_at(patch, stopped, RuntimeError("stop"))
-        run("stopped", **options)
-    # What a new process starts from is not what this one ends with.
-    random.random(), np.random.rand(), torch.rand(3)
-    check_same(resumed(tmp_path / "logs" / "stopped").path, whole.path)
+    for step in (3, 7):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
+            stop_at(patch, step, RuntimeError("stop"))
+            run(f"stopped-{step}", **options)
+        # What a new process starts from is not what this one ends with.
+        random.random(), np.random.rand(), torch.rand(3)
+        check_same(resumed(tmp_path / "logs" / f"stopped-{step}").path, whole.path)
 
 
 @pytest.mark.parametrize("between_tasks", [False, True])
@@ -232,18 +252,13 @@ def test_tasks_that_have_changed_since(
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes")
 @pytest.mark.parametrize("name", ["summary.json", "results.jsonl", "out.log", "recovery"])
-def test_a_pipe_in_a_run_folder_is_not_opened(
-    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
-) -> None:
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
-        stop_at(patch, 3, RuntimeError("stop"))
-        run("stopped", method="finetune")
-    pipe = tmp_path / "logs" / "stopped" / name
+def test_a_pipe_in_a_run_folder_is_not_opened(stopped: Path, name: str) -> None:
+    pipe = stopped / name
     pipe = pipe / recovery.FILE if pipe.is_dir() else pipe
     pipe.unlink()
     os.mkfifo(pipe)
     with pytest.raises(InputError, match=f"{pipe.name}: "):
-        resumed(tmp_path / "logs" / "stopped")
+        resumed(stopped)
 
 
 def test_what_a_save_does_not_hold_would_be_seen(
@@ -276,13 +291,8 @@ def test_what_a_save_does_not_hold_would_be_seen(
         ("processes, no save", "3 processes"),
     ],
 )
-def test_what_cannot_go_on(
-    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: str, said: str
-) -> None:
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        stop_at(patch, 5, RuntimeError("stop"))
-        run("first", method="finetune")
-    folder = tmp_path / "logs" / "first"
+def test_what_cannot_go_on(stopped: Path, damage: str, said: str) -> None:
+    folder = stopped
     file = folder / "recovery" / recovery.FILE
     content = bytearray(file.read_bytes())
     if damage == "flip":
