@@ -112,6 +112,7 @@ class Arguments {
   AutogradContext* context_;
 };
 
+// The rule of the gradients of all operators, see the head of this file.
 struct Rule : torch::autograd::Function<Rule> {
   // Compiled autograd may trace `backward`: under its modes nothing is read on the host.
   static constexpr bool is_traceable = true;
@@ -221,7 +222,9 @@ void differentiable(
     leaves.push_back(torch::jit::peek(*stack, i, arguments).toTensor());
     any = any || leaves.back().requires_grad();
   }
-  if (!any || !at::GradMode::is_enabled()) {
+  // A call with an upstream gradient computes gradients, which have none of their own.
+  const bool is_gradient = !torch::jit::peek(*stack, arguments - kAsked, arguments).isNone();
+  if (!any || is_gradient || !at::GradMode::is_enabled()) {
     at::AutoDispatchBelowADInplaceOrView below;
     op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
     return;

@@ -237,15 +237,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pair_kl(
   const std::optional<Tensor> grad_of_labels = grad_of(0), grad_of_divergences = grad_of(1);
   const Request of_labels(grad_of_labels, reduction), request(grad_of_divergences, reduction);
   const Details details(a);
+  const Upstream of_rows = request.upstream(n, n), of_label_rows = of_labels.upstream(n, n);
   Grads grads(image_features, text_features, request.dtype(image_features), wanted[0], wanted[1]);
   std::vector<double> loss(n), labels(n);
   double dscale = 0;
   if (n > 0) {
-    const int64_t depth = smallest_width(image_features, teacher_image_features);
-    dscale = with_engine(image_features.scalar_type(), depth, [&](auto engine) {
+    dscale = with_engine(image_features.scalar_type(), [&](auto engine) {
       return compute<decltype(engine)>(
-          a, request.upstream(n, n), of_labels.upstream(n, n), wanted, details, loss, labels,
-          grads);
+          a, of_rows, of_label_rows, wanted, details, loss, labels, grads);
     });
   }
   Tensor found = request.loss(loss);

@@ -73,9 +73,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_cross_entropy(
   Tensor loss = empty_float({n});
   Grads grads(features, prototypes, request.dtype(features), wanted[0], wanted[1]);
   double dscale = 0;
-  with_engine(features.scalar_type(), features.size(1), [&](auto engine) {
+  with_engine(features.scalar_type(), [&](auto engine) {
     using Engine = decltype(engine);
-    const Tiling tiling = tiling_for<Engine>(n, p, 1, wanted[0] || wanted[1]);
+    const Tiling tiling(n, p, 1, wanted[0] || wanted[1]);
     std::vector<Model<typename Engine::Operand>> models;
     models.emplace_back(features, prototypes, c);
     const ActiveColumns columns(tiling, mask);

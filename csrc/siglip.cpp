@@ -107,7 +107,6 @@ SiglipResult loss_and_gradients(
           scales[tile * t.rows + i] = row_sigmoid_y * g;
           biases[tile * t.rows + i] = row_sigmoid * g;
         }
-        pass.gradients.commit(first, tile, begin, end - begin);
       },
       [&](int64_t first, int64_t count) {
         float* out = loss.mutable_data_ptr<float>() + first;
@@ -125,7 +124,7 @@ SiglipResult run(
   if (n == 0 || p == 0) {
     return {at::zeros({n}, at::kFloat), 0, 0};
   }
-  return with_engine(a.x.scalar_type(), a.x.size(1), [&](auto engine) {
+  return with_engine(a.x.scalar_type(), [&](auto engine) {
     return loss_and_gradients<decltype(engine)>(a, upstream, wanted, grads);
   });
 }

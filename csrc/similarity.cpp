@@ -68,7 +68,7 @@ std::vector<float> factors(const std::vector<double>& norm, int64_t count) {
 template <typename Engine, typename Out>
 void forward(
     const Tensor& features, const Tensor& prototypes, float scale, bool normalize, Tensor& out) {
-  const Tiling t = tiling_for<Engine>(features.size(0), prototypes.size(0), 1, false);
+  const Tiling t(features.size(0), prototypes.size(0), 1, false);
   const typename Engine::Operand x(features), w(prototypes);
   Logits<Engine> logits(t, {{&x, &w}}, t.tiles);
   const std::vector<float> row_factors = factors(norms<Engine>(x, normalize), t.n);
@@ -142,7 +142,7 @@ double backward(
     std::array<bool, 3> wanted,
     Grads& grads) {
   const typename Engine::Operand x(features), w(prototypes);
-  const Tiling t = tiling_for<Engine>(features.size(0), prototypes.size(0), 1, true);
+  const Tiling t(features.size(0), prototypes.size(0), 1, true);
   const std::vector<double> norm_x = norms<Engine>(x, normalize);
   const std::vector<double> norm_w = norms<Engine>(w, normalize);
   const std::vector<float> row_factors = factors(norm_x, t.n);
@@ -173,7 +173,6 @@ double backward(
         }
         std::fill(out + valid, out + t.width, 0.0f);
       }
-      gradients.commit(first, tile, b, size);
     });
     gradients.accumulate(first, count, 1.0f, sums.x, sums.w);
   }
@@ -269,7 +268,7 @@ double gradients_of(
   grads = Grads(features, prototypes, dtype, wanted[0], wanted[1]);
   const bool half = at::isReducedFloatingType(grad.scalar_type());
   const Tensor upstream = (half ? grad : grad.to(at::kFloat)).contiguous();
-  return with_engine(dtype, features.size(1), [&](auto engine) {
+  return with_engine(dtype, [&](auto engine) {
     return with_type(upstream.scalar_type(), [&](auto element) {
       return backward<decltype(engine), decltype(element)>(
           upstream, features, prototypes, scale, normalize, wanted, grads);
@@ -299,7 +298,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity(
     return {at::empty({0}, dtype), grads.x, grads.w, scalar_if(wanted[2], dscale)};
   }
   Tensor out = at::empty({features.size(0), prototypes.size(0)}, dtype);
-  with_engine(dtype, features.size(1), [&](auto engine) {
+  with_engine(dtype, [&](auto engine) {
     with_type(dtype, [&](auto element) {
       forward<decltype(engine), decltype(element)>(features, prototypes, float(s), normalize, out);
     });

@@ -114,10 +114,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> teacher_kl(
   const Upstream upstream = request.upstream(n, n);
   Grads grads(features, prototypes, request.dtype(features), wanted[0], wanted[1]);
   double dscale = 0;
-  const int64_t depth = smallest_width(features, teacher_features);
-  with_engine(features.scalar_type(), depth, [&](auto engine) {
+  with_engine(features.scalar_type(), [&](auto engine) {
     using Engine = decltype(engine);
-    const Tiling tiling = tiling_for<Engine>(n, p, k + 1, wanted[0] || wanted[1]);
+    const Tiling tiling(n, p, k + 1, wanted[0] || wanted[1]);
     std::vector<Model<typename Engine::Operand>> models;
     models.reserve(k + 1);
     models.emplace_back(features, prototypes, c[0]);

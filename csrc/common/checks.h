@@ -1,6 +1,6 @@
 // Checks that keep a kernel from reading or writing out of bounds: ranks, sizes, dtypes and class
-// indices. Python checks the arguments of its callers and explains more (mulki/ops/checks.py).
-// These checks are for direct calls of torch.ops.mulki_cpp.
+// indices. Small calls come here first (mulki/ops/direct.py); what is refused is explained by the
+// checks of Python, mulki/ops/checks.py.
 //
 // `name` is the argument's name in the schema of the operator.
 #pragma once
@@ -80,15 +80,6 @@ inline void check_teachers(
     check_shape(x_name, xs[i], {student_x.size(0), xs[i].size(1)});
     check_shape(w_name, ws[i], {student_w.size(0), xs[i].size(1)});
   }
-}
-
-// The smallest number of features of the student and its teachers.
-inline int64_t smallest_width(const Tensor& student, at::TensorList teachers) {
-  int64_t width = student.size(1);
-  for (const Tensor& t : teachers) {
-    width = std::min(width, t.size(1));
-  }
-  return width;
 }
 
 // Returns the mask [P], contiguous. At least one class is active.

@@ -91,7 +91,7 @@ inline double sum_of_rows(const Tensor& loss) {
   return sum;
 }
 
-// What is asked of an operator by its last arguments. With an upstream gradient of the loss there are
+// What is asked of an operator beside `wanted`, by its last arguments. With an upstream gradient of the loss there are
 // gradients alone, in the dtype of x; without one they are those of the sum of the loss, in float.
 class Request {
  public:
@@ -145,7 +145,7 @@ class Request {
   }
 
  private:
-  const std::optional<Tensor>& grad_;
+  const std::optional<Tensor> grad_;
   const bool rows_, mean_;
 };
 

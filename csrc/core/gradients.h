@@ -16,12 +16,6 @@
 
 namespace mulki {
 
-// The tiling of a problem. `models` counts the student and its teachers.
-template <typename Engine>
-Tiling tiling_for(int64_t n, int64_t p, int64_t models, bool gradient) {
-  return {n, p, models, gradient};
-}
-
 template <typename Engine>
 class Gradients {
   using Operand = typename Engine::Operand;
@@ -50,8 +44,6 @@ class Gradients {
   float* values(int64_t model, int64_t t, int64_t i) {
     return values_.data<float>() + ((model * t_.tiles + t) * t_.rows + i) * t_.width;
   }
-
-  void commit(int64_t /*start*/, int64_t /*t*/, int64_t /*first*/, int64_t /*count*/) {}
 
   // To be called once for each super-block, in order, when all of G is complete. Writes its rows
   // of dX and adds to dW, which the last super-block completes.

@@ -492,7 +492,6 @@ class PairSoftmax {
         }
         partial[tile * t_.rows + begin + i] = sum_of(sum);
       }
-      pass_.gradients.commit(first, tile, begin, rows);
     };
     const auto after = [&](int64_t first, int64_t count) {
       add_row_sums(partial, t_, count, [&](int64_t, double sum) { total += sum; });

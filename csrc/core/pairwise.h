@@ -72,9 +72,7 @@ struct PairOperands {
 template <typename Engine>
 struct PairwisePass {
   PairwisePass(const std::vector<PairOperands>& models, bool wanted_x, bool wanted_w)
-      : tiling(
-            tiling_for<Engine>(
-                models[0].images.size(0), models[0].texts.size(0), 1, wanted_x || wanted_w)),
+      : tiling(models[0].images.size(0), models[0].texts.size(0), 1, wanted_x || wanted_w),
         operands(models.begin(), models.end()),
         logits(tiling, pointers(operands), tiling.tiles),
         gradients(tiling, operands[0].x, operands[0].w, wanted_x, wanted_w) {}

@@ -346,7 +346,6 @@ class RowSoftmax {
     const int64_t begin = block * t_.block, rows = t_.block_rows(block, count);
     if (columns_.is_empty(tile)) {
       std::fill(values(0, tile, begin), values(0, tile, begin) + rows * t_.width, 0.0f);
-      gradients_.commit(first, tile, begin, rows);
       return;
     }
     std::vector<float> factors(model_count_ * kMaxBlock);
@@ -390,7 +389,6 @@ class RowSoftmax {
         g[target] -= target_coefficient_[i];
       }
     }
-    gradients_.commit(first, tile, begin, rows);
   }
 
   // Writes exp(c (tile_max - row_max)) for a block of rows: the factor from a tile's sums to the

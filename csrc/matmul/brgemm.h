@@ -146,7 +146,7 @@ inline bool brgemm_has_bfloat16() {
 // Calls run(engine) with the engine for matrices of `dtype`. bfloat16 is multiplied as such if the
 // CPU can, else as float, to which it converts without loss. float16 is always multiplied as float.
 template <typename F>
-auto with_engine(at::ScalarType dtype, int64_t /*depth*/, const F& run) {
+auto with_engine(at::ScalarType dtype, const F& run) {
   if (dtype == at::kBFloat16 && brgemm_has_bfloat16()) {
     return run(Brgemm<at::BFloat16>{});
   }

@@ -1,10 +1,11 @@
 """Gradients of the operators, by one rule; csrc/autograd.cpp has it in C++ for small calls.
 
 Beside a sum or a mean an operator returns its gradients; the backward pass multiplies them, out of
-place, by an upstream gradient, which on a GPU is not read on the host. On the CPU, where it is 1
-and nothing needs the graph after this backward pass, the gradients are handed over as they are. For
-a loss per row the operator is called again, with the upstream gradient. The loss is differentiable,
-the details behind it are not. A gradient has no gradient of its own: asking for one raises.
+place, by an upstream gradient, which on a GPU is not read on the host (but for `pair_kl` with
+labels). On the CPU, where it is 1 and nothing needs the graph after this backward pass, the
+gradients are handed over as they are. For a loss per row the operator is called again, with the
+upstream gradient. The loss is differentiable, the details behind it are not. A gradient has no
+gradient of its own: asking for one raises.
 """
 
 from __future__ import annotations

@@ -174,7 +174,13 @@ def check(operator: Operator, x: Arguments, request: Request, values: bool) -> N
     """
     operator.check(x, values=values)
     checks.choice("reduction", request.reduction, operator.reductions)
-    if request.grad is not None:
+    if len(request.wanted) != operator.leaves:
+        raise ValueError(f"wanted: got {len(request.wanted)}, wanted {operator.leaves} of bool")
+    if request.grad is None:
+        # Of a matrix nobody wants the gradient of the sum.
+        if any(request.wanted) and "sum" not in operator.reductions:
+            raise ValueError("grad: got None, wanted the upstream gradient of the matrix")
+    else:
         rows = operator.rows(x)
         checks.shape("grad", request.grad, rows if request.reduction == "none" else rows[:-1])
         checks.on_device("grad", request.grad, x[0].device)

@@ -17,7 +17,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from mulki.ops.logits import autocasting
+from mulki.ops.logits import autocasting, wide
 from mulki.ops.torch_private import check as _check
 
 REDUCTIONS = ("none", "sum", "mean")
@@ -106,6 +106,18 @@ def inputs(
         exact = torch.float64 in (features.dtype, prototypes.dtype)
         matrices(features, prototypes, names, exact or not autocasting(features.device.type))
     scalar(names[2], scale, features.device)
+
+
+def number(name: str, value: Tensor, features: Tensor) -> None:
+    """A number as the operators take it: 0-d, wide, and where the features are.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    zero_dimensional(name, value)
+    if value.dtype != wide(features.dtype):
+        raise TypeError(f"{name}: got {value.dtype}, wanted {wide(features.dtype)}; cast it")
+    on_device(name, value, features.device)
 
 
 def zero_dimensional(name: str, value: Tensor) -> None:
@@ -229,8 +241,7 @@ def operands(features: Tensor, prototypes: Tensor, scale: Tensor) -> None:
     """
     matrices(features, prototypes, ("features", "prototypes"))
     some_rows("prototypes", prototypes)
-    zero_dimensional("scale", scale)
-    on_device("scale", scale, features.device)
+    number("scale", scale, features)
 
 
 def pairs(images: Tensor, texts: Tensor) -> None:

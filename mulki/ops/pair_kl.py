@@ -110,18 +110,21 @@ define(
 def _gradients(stored: Sequence[Tensor], *args: Any) -> tuple[Tensor, ...]:
     x, (grad, reduction, wanted) = OPERATORS["pair_kl"].split(args)
     assert grad is not None
+    # A GPU is waited for here, so `mulki.losses` asks for both losses in one on the CPU alone.
     if grad[0] == grad[1]:
         return tuple(
-            (grad[0] * gradient).to(leaf.dtype)
-            for leaf, gradient in zip(x[:3], stored, strict=True)
+            (grad[0] * gradient).to(leaf.dtype) if want else leaf.new_empty(0)
+            for leaf, gradient, want in zip(x[:3], stored, wanted, strict=True)
         )
     found: tuple[Tensor, ...] = torch.ops.mulki.pair_kl(*x, grad, reduction, wanted)[-3:]
     return found
 
 
 def _fake_gradients(stored: Sequence[Tensor], *args: Any) -> tuple[Tensor, ...]:
-    pairs = zip(args, stored, strict=False)
-    return tuple(torch.empty_like(gradient, dtype=leaf.dtype) for leaf, gradient in pairs)
+    return tuple(
+        torch.empty_like(leaf) if want else leaf.new_empty(0)
+        for leaf, want in zip(args[:3], args[-1], strict=True)
+    )
 
 
 # The backward of both losses in one: `stored` are the gradients of their sum, grad is [2]. What it

@@ -33,9 +33,8 @@ class Siglip(NamedTuple):
 
 def check(x: Siglip, *, values: bool = True) -> None:
     checks.matrices(x.image_features, x.text_features, _NAMES)
-    for name, value in (("logit_scale", x.logit_scale), ("logit_bias", x.logit_bias)):
-        checks.zero_dimensional(name, value)
-        checks.on_device(name, value, x.image_features.device)
+    checks.number("logit_scale", x.logit_scale, x.image_features)
+    checks.number("logit_bias", x.logit_bias, x.image_features)
 
 
 def reference(x: Siglip) -> tuple[Tensor]:  # [N]

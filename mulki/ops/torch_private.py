@@ -139,12 +139,17 @@ def is_watched() -> bool:
 Tensors = tuple[Tensor, ...]
 
 
+def _same(value: Tensor) -> Tensor:
+    return value
+
+
 def vjp(
     function: Callable[..., tuple[Tensor, Tensors]], *leaves: Tensor
 ) -> tuple[Tensor, Callable[[Tensor], Tensors], Tensors]:
     """`torch.func.vjp` with `has_aux`, inside an operator, where torch has turned autograd off.
 
-    The public way fails where a dispatch mode is active.
+    The public way fails under a dispatch mode, and under hooks of saved tensors, as activation
+    checkpointing has.
     """
     if not _private:
         found: Any = torch.func.vjp(function, *leaves, has_aux=True)
@@ -154,6 +159,8 @@ def vjp(
         stack.enter_context(torch.enable_grad())
         for key in _private["autograd_keys"]:
             stack.enter_context(_private["excluded"](key, False))
+        # The graph ends inside the operator: hooks of the one around it are not for its tensors.
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_same, _same))
         given = [leaf.detach().requires_grad_() for leaf in leaves]
         value, by_products = function(*given)
 

@@ -1,4 +1,4 @@
-"""The reference's own gradients are those of autograd, exactly: in float64, form by form."""
+"""The reference's own gradients are those of autograd, exactly, in float64."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import itertools
 import pytest
 import torch
 from torch.autograd import gradcheck
+from torch.utils.checkpoint import checkpoint
 
+from mulki import ops
+from mulki.ops import torch_private
 from tests.ops import op_cases
-from tests.ops.op_cases import LOSSES, NAMES, Case, asking, expected, make, run
+from tests.ops.op_cases import LOSSES, NAMES, Case, asking, expected, make, requiring_grad, run
 
 
 def split(case: Case, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -116,3 +119,25 @@ def test_one_class_costs_nothing(name, backend):
     torch.testing.assert_close(output[0], torch.zeros(()), atol=1e-6, rtol=0)
     for gradient in split(case, output):
         torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(torch_private.reason() is not None, reason="needs torch's private names")
+def test_hooks_of_saved_tensors_see_the_operator_alone(backend):
+    """Its own graph, of which a sum or a mean has its gradients, ends inside it."""
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    x, w, scale = requiring_grad(make("contrastive", dtype=dtype)).args
+
+    def loss(x, w, scale):
+        return ops.contrastive.loss((x.tanh(), w, scale), None, "mean")
+
+    want = torch.autograd.grad(loss(x, w, scale), (x, w, scale))
+    again = checkpoint(loss, x, w, scale, use_reentrant=False)
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (sizes.append(tuple(t.shape)), t)[1], lambda t: t
+    ):
+        watched = loss(x, w, scale)
+    assert (len(x), len(w)) not in sizes
+    for one in (again, watched):
+        for got, exact in zip(torch.autograd.grad(one, (x, w, scale)), want, strict=True):
+            assert got.equal(exact)

@@ -154,3 +154,26 @@ def test_direct_calls_refuse_what_does_not_fit(
     if name in LOSSES:
         with pytest.raises(error, match=f"^{argument}: "):
             run(asking(bad, "reduced", [True] * case.leaves))
+
+
+@pytest.mark.parametrize("name", ["similarity", "siglip", "pairs"])
+def test_what_is_asked_has_to_fit(name, backend):
+    case = make(name, dtype=torch.float32)
+    leaves = case.leaves
+
+    def ask(grad, reduction, wanted):
+        run(Case(case.op, (*case.args, grad, reduction, wanted)))
+
+    with pytest.raises(ValueError, match="^reduction: got 'max'"):
+        ask(None, "max", [False] * leaves)
+    with pytest.raises(ValueError, match="^wanted: got 2"):
+        ask(None, "none", [True] * 2)
+    with pytest.raises(ValueError, match="^grad: got shape"):
+        ask(torch.ones(7), "none", [True] * leaves)
+    with pytest.raises(ValueError, match="^grad: got"):
+        # Of the rows for a sum; none for a matrix.
+        asked = (None, "none") if name == "similarity" else (torch.ones(6), "sum")
+        ask(*asked, [True] * leaves)
+    bad = "scale" if name == "similarity" else "logit_scale"
+    with pytest.raises(TypeError, match=f"^{bad}: got torch.float64"):
+        run(with_argument(case, 2, case.args[2].double()))
