@@ -186,6 +186,7 @@ def test_the_commands_ask_for_what_there_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All options are right up to the device, which is not here."""
+    importlib.import_module("benchmarks.ops.packages")  # as `python -m benchmarks.ops` does
     steps = planned(tmp_path)
     for name in ("throughput", "losses", "more", "largest"):
         ((log, command),) = steps[name].commands(120.0).items()
