@@ -7,8 +7,8 @@
 // bias are logit_scale and logit_bias. s_ij is 1 for a match, j = i + offset, and else -1. One pass
 // over the products gives the loss and the gradient, which replaces the products (pairwise.h).
 #include "common/checks.h"
-#include "core/pairwise.h"
 #include "common/results.h"
+#include "core/pairwise.h"
 
 #include <torch/library.h>
 

@@ -7,9 +7,9 @@
 // projects it. Where there is nothing to project, bfloat16 takes torch's products, whose sums may be
 // in another order with another number of threads.
 #include "common/checks.h"
+#include "common/results.h"
 #include "core/gradients.h"
 #include "core/logits.h"
-#include "common/results.h"
 
 #include <ATen/ops/mm.h>
 #include <torch/library.h>

@@ -91,8 +91,9 @@ inline double sum_of_rows(const Tensor& loss) {
   return sum;
 }
 
-// What is asked of an operator beside `wanted`, by its last arguments. With an upstream gradient of the loss there are
-// gradients alone, in the dtype of x; without one they are those of the sum of the loss, in float.
+// What is asked of an operator by its last arguments, but for `wanted`. With an upstream gradient of
+// the loss there are gradients alone, in the dtype of x. Without one they are those of the sum of the
+// loss, in float.
 class Request {
  public:
   Request(const std::optional<Tensor>& grad, c10::string_view reduction)

@@ -8,6 +8,7 @@ what is commonly written where no fused loss is at hand: logits stored, `log_sof
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,7 +105,8 @@ EAGER: dict[str, Loss] = {
 }
 
 
-def _mulki_teacher_kl(
+def _from_teachers(
+    loss: Loss,
     x: Tensor,
     w: Tensor,
     scale: Tensor,
@@ -113,8 +115,7 @@ def _mulki_teacher_kl(
     **options: Any,
 ) -> Tensor:
     others = [Similarity(*t) for t in teachers]
-    student = Similarity(x, w, scale)
-    return functional.teacher_kl(student, others, temperature=TEMPERATURE, **options)
+    return loss(Similarity(x, w, scale), others, temperature=TEMPERATURE, **options)
 
 
 def _mulki_dual_teacher_kl(
@@ -132,19 +133,6 @@ def _mulki_dual_teacher_kl(
     )
 
 
-def _mulki_pair_kl(
-    x: Tensor,
-    w: Tensor,
-    scale: Tensor,
-    teachers: tuple[Matrix, ...],
-    target: Tensor,
-    **options: Any,
-) -> Tensor:
-    others = [Similarity(*t) for t in teachers]
-    student = Similarity(x, w, scale)
-    return functional.pair_teacher_kl(student, others, temperature=TEMPERATURE, **options)
-
-
 def _mulki_cross_entropy(
     x: Tensor, w: Tensor, scale: Tensor, target: Tensor, **options: Any
 ) -> Tensor:
@@ -153,10 +141,10 @@ def _mulki_cross_entropy(
 
 #: Those of losses take options of `mulki.functional` besides.
 MULKI: dict[str, Loss] = {
-    "teacher_kl_1": _mulki_teacher_kl,
+    "teacher_kl_1": partial(_from_teachers, functional.teacher_kl),
     "dual_teacher_kl": _mulki_dual_teacher_kl,
-    "teacher_kl_3": _mulki_teacher_kl,
-    "pair_kl": _mulki_pair_kl,
+    "teacher_kl_3": partial(_from_teachers, functional.teacher_kl),
+    "pair_kl": partial(_from_teachers, functional.pair_teacher_kl),
     "prototype_cross_entropy": _mulki_cross_entropy,
     "contrastive": functional.clip_contrastive,
     "siglip": functional.siglip,

@@ -93,8 +93,8 @@ def reference(x: TeacherKl) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             # The weights that come back are a copy.
             weights = x.weights.to(log_q.dtype, copy=True).contiguous()
     kl = _of_classes(p * (log_p - log_q.unsqueeze(1)), x.class_mask)
-    # The gradient shall be q - p, and zero where the student is its teacher. That of the line above
-    # is -p, since `log_q` has a constant log_sum: p adds up to 1 but for rounding.
+    # Adds zero, with the gradient q. That of the line above is -p, for the log_sum in `log_q` is a
+    # constant. So the gradient is q - p, exactly zero where the student is its teacher.
     kl = kl + (log_sum - log_sum.detach())
     if x.scale_by_t2:
         kl = kl * x.temperature**2
