@@ -117,7 +117,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def gpu_paragraph() -> list[str]:
     """What is said of GPUs, of both dtypes and of every operator with a Triton kernel."""
-    _, paragraph = str(mulki.info()).split("  cuda, float32 and bfloat16: reference\n")
+    _, paragraph = str(mulki.info()).split("  cuda, float32 and bfloat16: chunked\n")
     *lines, reason = paragraph.splitlines()
     ops = ", ".join(line.strip() for line in lines).replace(",,", ",").split(", ")
     assert sorted(ops) == sorted(kernels.OPERATORS)
@@ -147,7 +147,7 @@ def test_triton_that_is_installed_takes_nothing_from_cpu_tensors(monkeypatch) ->
         "x, y = torch.randn(5, 8, requires_grad=True), torch.randn(3, 8)\n"
         "mulki.functional.prototype_similarity(x, y).sum().backward()\n"
         "served = {s.backend for s in backends.report() if s.device_type == 'cpu'}\n"
-        "assert served == {'reference' if loader.load() else 'cpp'}, served\n"
+        "assert served == {'chunked' if loader.load() else 'cpp'}, served\n"
         "assert loader.load() or backends.fallbacks() == []\n"
         "print([m for m in sys.modules if m.startswith('mulki.kernels.')])"
     )

@@ -92,18 +92,21 @@ def _compiled(case: Case) -> Loss:
     return torch.compile(EAGER[case.operator], fullgraph=True, dynamic=False)
 
 
-@contextmanager
-def _reference(case: Case) -> Iterator[None]:
+def _with(**variables: str) -> Callable[[Case], AbstractContextManager[None]]:
     # `use_backend` would forget which kernel serves what, and asking for it anew would be timed.
-    before = os.environ.get("MULKI_BACKEND")
-    os.environ["MULKI_BACKEND"] = "reference"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["MULKI_BACKEND"]
-        else:
-            os.environ["MULKI_BACKEND"] = before
+    @contextmanager
+    def context(case: Case) -> Iterator[None]:
+        before = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
+
+    return context
 
 
 def _served(case: Case) -> str:
@@ -166,12 +169,19 @@ PROVIDERS: dict[str, Provider] = {
         _as_graph(
             Provider("mulki-graph", lambda case: MULKI[case.operator], note=_served, strict=True)
         ),
-        Provider(
-            "mulki-reference",
-            lambda case: MULKI[case.operator],
-            context=_reference,
-            early_gradients=is_loss,
-            strict=True,
+        *(
+            Provider(
+                name,
+                lambda case: MULKI[case.operator],
+                context=_with(**variables),
+                early_gradients=is_loss,
+                strict=True,
+            )
+            for name, variables in {
+                "mulki-chunked": {"MULKI_BACKEND": "chunked"},
+                "mulki-chunked-compiled": {"MULKI_BACKEND": "chunked", "MULKI_COMPILE": "1"},
+                "mulki-reference": {"MULKI_BACKEND": "reference"},
+            }.items()
         ),
     )
 }

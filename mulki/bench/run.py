@@ -24,7 +24,7 @@ Say = Callable[[str], None]
 
 #: Of `--quick`, without the time to start: seconds, and providers that take too long to be made.
 QUICK_BUDGET = 45.0
-_SLOW = ("compile", "mulki-reference")
+_SLOW = ("compile", "mulki-chunked-compiled", "mulki-reference")
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
 CPU tensors go to the C++ kernels (`cpp`), all others, as of CUDA (also HIP) and XPU, to the Triton
 ones (`triton`) where a proof says that they are right and faster there (`mulki.ops.proofs`), and
-whatever those do not serve to the reference. float64 belongs to the reference by design, so that is
-no fallback.
+whatever those do not serve to plain PyTorch in blocks of bounded memory (`chunked`). The reference
+is for float64, unless `chunked` is forced, and for tests.
 
-`MULKI_BACKEND` (auto, triton, cpp, reference) and `use_backend` force one. `MULKI_STRICT=1`, or any
-other value but the empty one and 0, turns a fallback into a RuntimeError. Both variables are read
-at every call.
+`MULKI_BACKEND` (auto, triton, cpp, chunked, reference) and `use_backend` force one.
+`MULKI_STRICT=1`, or any other value but the empty one and 0, turns a fallback into a RuntimeError.
+Both variables are read at every call.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from mulki.ops import checks, proofs, reference, torch_private
+from mulki.ops import checks, proofs, torch_private
 from mulki.ops.logits import autocasting
 from mulki.ops.operators import OPERATORS, Arguments, Operator, Request
 
 # From the arguments and what is asked to the results.
 Kernel = Callable[[Arguments, Request], tuple[Tensor, ...]]
 
-NAMES = ("auto", "triton", "cpp", "reference")
-CANDIDATES = {"cpu": ("cpp", "reference")}
-ELSEWHERE = ("triton", "reference")
+NAMES = ("auto", "triton", "cpp", "chunked", "reference")
+CANDIDATES = {"cpu": ("cpp", "chunked")}
+ELSEWHERE = ("triton", "chunked")
 
 
 class Backend(Protocol):
@@ -47,14 +47,17 @@ class Backend(Protocol):
         """The kernel of `op`; ask `why_not` first."""
 
 
-class Reference:
-    """Plain PyTorch, on any device."""
+@dataclass(frozen=True)
+class PlainPyTorch:
+    """Serves all operators on any device, by the function `run` of a module."""
+
+    module: str
 
     def why_not(self, op: str, device_type: str, dtype: torch.dtype) -> str | None:
         return None
 
     def kernel(self, op: str) -> Kernel:
-        return functools.partial(reference.run, OPERATORS[op])
+        return functools.partial(importlib.import_module(self.module).run, OPERATORS[op])
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,12 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-BACKENDS: dict[str, Backend] = {"triton": Triton(), "cpp": Cpp(), "reference": Reference()}
+BACKENDS: dict[str, Backend] = {
+    "triton": Triton(),
+    "cpp": Cpp(),
+    "chunked": PlainPyTorch("mulki.ops.chunked"),
+    "reference": PlainPyTorch("mulki.ops.reference"),
+}
 
 
 class Served(NamedTuple):
@@ -236,9 +244,7 @@ def _choose_kernel(
             _refuse_if_strict(fallback)
         _fallbacks.setdefault((op, device_type, dtype, setting), served)
         why = served.rejected.get("triton", "")
-        if proofs.REMEDY in why:
-            _say_once()
-        elif proofs.WRONG in why:
+        if proofs.WRONG in why:
             warnings.warn(f"mulki::{op}: the Triton kernel {why}", stacklevel=2)
     return BACKENDS[served.backend].kernel(op), fallback
 
@@ -254,16 +260,6 @@ def _setting() -> str:
     if name not in NAMES:
         raise ValueError(f"MULKI_BACKEND: got {name!r}, wanted one of {', '.join(NAMES)}")
     return name
-
-
-@functools.cache
-def _say_once() -> None:
-    warnings.warn(
-        "mulki computes on the GPU in plain PyTorch, for its Triton kernels have not been tried on "
-        "this one; run `mulki prove` once (some minutes), which shows where they are right and "
-        "faster, or set MULKI_BACKEND=triton",
-        stacklevel=2,
-    )
 
 
 def forget_choices() -> None:
@@ -283,7 +279,7 @@ def choose(
 
     The Triton kernels serve unasked only what `mulki prove` has shown on this GPU.
     """
-    if dtype == torch.float64:
+    if dtype == torch.float64 and setting != "chunked":
         return Served(op, device_type, dtype, "reference", {})
     names = CANDIDATES.get(device_type, ELSEWHERE) if setting == "auto" else (setting,)
     rejected: dict[str, str] = {}
@@ -294,11 +290,11 @@ def choose(
         if reason is None:
             return Served(op, device_type, dtype, name, rejected, size)
         rejected[name] = reason
-    return Served(op, device_type, dtype, "reference", rejected, size)
+    return Served(op, device_type, dtype, "chunked", rejected, size)
 
 
 def use_backend(name: str) -> AbstractContextManager[None]:
-    """A context in which `name` serves the operators: auto, triton, cpp or reference.
+    """A context in which `name` serves the operators: auto, triton, cpp, chunked or reference.
 
     It holds for the whole process, since autograd runs backward passes in threads of its own, and
     takes precedence over MULKI_BACKEND. Of several contexts, in whatever threads, the one entered
@@ -351,7 +347,8 @@ def report() -> list[Served]:
 def _explain(served: Served, setting: str) -> Served:
     # A backend that was not asked because another is forced is a better one without a reason yet.
     names = CANDIDATES.get(served.device_type, ELSEWHERE)
-    place = names.index(served.backend) if served.backend in names else 0
+    better = (*names, "reference")
+    place = better.index(served.backend) if served.backend in better else 0
     unasked = {
         name: f"{setting} is forced" for name in names[:place] if name not in served.rejected
     }

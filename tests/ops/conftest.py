@@ -9,7 +9,7 @@ import pytest
 from mulki.ops import backends, loader, use_backend
 
 
-@pytest.fixture(params=["reference", "cpp"])
+@pytest.fixture(params=["reference", "chunked", "cpp"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Run with each backend; strict, so that no other one answers in its place."""
     name: str = request.param
@@ -25,11 +25,11 @@ def calls(monkeypatch):
     """The operators that were called, each with its arguments."""
     made = []
 
-    class Spy(backends.Reference):
+    class Spy(backends.PlainPyTorch):
         def kernel(self, op):
             kernel = super().kernel(op)
             return lambda x, request: (made.append((op, x)), kernel(x, request))[1]
 
-    monkeypatch.setitem(backends.BACKENDS, "reference", Spy())
+    monkeypatch.setitem(backends.BACKENDS, "reference", Spy("mulki.ops.reference"))
     with use_backend("reference"):
         yield made

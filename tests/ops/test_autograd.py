@@ -138,7 +138,7 @@ def test_frozen_operands_have_no_gradient_and_cost_none(name, form, monkeypatch)
     """`wanted` reaches the kernel: it is what saves two of five products for a frozen text side."""
     asked = []
 
-    class Spy(backends.Reference):
+    class Spy(backends.PlainPyTorch):
         def kernel(self, op):
             def recording(x, request):
                 if form == "reduced" or request.grad is not None:
@@ -147,7 +147,7 @@ def test_frozen_operands_have_no_gradient_and_cost_none(name, form, monkeypatch)
 
             return recording
 
-    monkeypatch.setitem(backends.BACKENDS, "reference", Spy())
+    monkeypatch.setitem(backends.BACKENDS, "reference", Spy("mulki.ops.reference"))
     count = make(name).leaves
     everything = expected(make(name), None if form == "rows" else True)[1]
     with ops.use_backend("reference"):
@@ -203,12 +203,12 @@ def test_by_products_are_not_differentiable(name, backend):
 def test_a_loss_is_one_call_whatever_its_reduction(monkeypatch):
     called = []
 
-    class Spy(backends.Reference):
+    class Spy(backends.PlainPyTorch):
         def kernel(self, op):
             called.append(op)
             return super().kernel(op)
 
-    monkeypatch.setitem(backends.BACKENDS, "reference", Spy())
+    monkeypatch.setitem(backends.BACKENDS, "reference", Spy("mulki.ops.reference"))
     for grad, reduction in itertools.product([True, False], REDUCTIONS):
         for name in LOSSES:
             with ops.use_backend("reference"), torch.set_grad_enabled(grad):

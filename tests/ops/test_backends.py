@@ -9,7 +9,6 @@ import sys
 import threading
 import traceback
 import types
-import warnings
 from pathlib import Path
 
 import pytest
@@ -37,7 +36,7 @@ class Stub:
         return self.reason
 
     def kernel(self, op):
-        reference = backends.Reference().kernel(op)
+        reference = backends.BACKENDS["reference"].kernel(op)
 
         def counted(*args):
             self.called.append((op, threading.get_ident()))
@@ -79,8 +78,8 @@ def test_a_fallback_is_recorded_once_with_its_reason(cpp):
         similarity()
     similarity(HALF)
     assert [(f.op, f.dtype, f.backend, f.rejected) for f in ops.fallbacks()] == [
-        ("similarity", FULL, "reference", {"cpp": "no compiler"}),
-        ("similarity", HALF, "reference", {"cpp": "no compiler"}),
+        ("similarity", FULL, "chunked", {"cpp": "no compiler"}),
+        ("similarity", HALF, "chunked", {"cpp": "no compiler"}),
     ]
     assert cpp.called == []
 
@@ -101,8 +100,10 @@ def test_float64_is_the_references_by_design(cpp, monkeypatch):
     monkeypatch.setenv("MULKI_STRICT", "1")
     for name in ("auto", "cpp", "triton", "reference"):
         with use_backend(name):
+            assert backends.choose("similarity", "cpu", torch.float64, name).backend == "reference"
             similarity(torch.float64)
     assert cpp.called == [] and ops.fallbacks() == []
+    assert backends.choose("similarity", "cpu", torch.float64, "chunked").backend == "chunked"
 
 
 def test_use_backend_forces_one_nests_and_restores_on_an_error(cpp):
@@ -240,7 +241,7 @@ def test_what_triton_does_not_take(monkeypatch):
 def test_triton_serves_a_gpu_where_it_is_forced(monkeypatch):
     monkeypatch.setitem(backends.BACKENDS, "triton", Stub())
     served = backends.choose("siglip", "cuda", FULL)
-    assert served.backend == "reference" and "mulki prove" in served.rejected["triton"]
+    assert served.backend == "chunked" and "mulki prove" in served.rejected["triton"]
     with backends.use_backend("triton"):
         served = backends.choose("siglip", "cuda", FULL, backends._setting())
     assert served.backend == "triton" and not served.rejected
@@ -257,18 +258,6 @@ def test_triton_serves_a_gpu_at_the_sizes_where_a_proof_says_so(monkeypatch):
     assert backends.choose("siglip", "cuda", FULL, size="large").backend == "triton"
     sizes = [backends.kernel("siglip", "cuda", FULL, size) for size in ("small", "large")]
     assert [isinstance(kernel, functools.partial) for kernel in sizes] == [True, False]
-
-
-def test_a_gpu_without_a_proof_is_told_so_once(monkeypatch):
-    monkeypatch.setitem(backends.BACKENDS, "triton", Stub())
-    monkeypatch.setattr(backends.proofs, "subjects", lambda device_type: [{"gpu": "none"}])
-    backends._say_once.cache_clear()
-    with pytest.warns(UserWarning, match="mulki prove"):
-        backends.kernel("siglip", "cuda", FULL, "small")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        backends.kernel("siglip", "cuda", HALF, "small")
-        backends.kernel("contrastive", "cuda", FULL, "large")
 
 
 def test_what_is_slower_is_no_failure_and_what_was_wrong_is_told(monkeypatch):
@@ -293,12 +282,13 @@ def test_report_names_who_serves_and_why_others_do_not(cpp):
 
     cpu = of_the_cpu()
     assert {(s.op, s.dtype) for s in cpu} == {(o, d) for o in OPERATORS for d in (FULL, HALF)}
-    assert all(s.backend == "reference" and s.rejected == {"cpp": "no compiler"} for s in cpu)
+    assert all(s.backend == "chunked" and s.rejected == {"cpp": "no compiler"} for s in cpu)
     cpp.reason = None
     assert all(s.backend == "cpp" and s.rejected == {} for s in of_the_cpu())
     with use_backend("reference"):
         served = of_the_cpu()[0]
-        assert (served.backend, served.rejected) == ("reference", {"cpp": "reference is forced"})
+        forced = dict.fromkeys(("cpp", "chunked"), "reference is forced")
+        assert (served.backend, served.rejected) == ("reference", forced)
     # A report is a question, not a call.
     assert ops.fallbacks() == [] and cpp.called == []
 
@@ -342,7 +332,7 @@ def test_a_call_passes_four_files_and_returns_to_none(monkeypatch, unit, grad):
 
     class Watched(Stub):
         def kernel(self, op):
-            reference = backends.Reference().kernel(op)
+            reference = backends.BACKENDS["reference"].kernel(op)
 
             def watched(x, request):
                 stack.extend(frame.filename for frame in traceback.extract_stack())

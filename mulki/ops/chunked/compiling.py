@@ -1,0 +1,31 @@
+"""The functions of a block, compiled by torch's inductor where the user asks for it."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def asked() -> bool:
+    """Whether MULKI_COMPILE asks for it: any value but the empty one and 0."""
+    return os.environ.get("MULKI_COMPILE", "") not in ("", "0")
+
+
+def compilable(function: _Function) -> _Function:
+    """The function, compiled for all sizes at its first call under MULKI_COMPILE."""
+
+    @functools.cache
+    def compiled() -> Any:
+        return torch.compile(function, dynamic=True, fullgraph=True)
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        return (compiled() if asked() else function)(*args, **options)
+
+    return call  # type: ignore[return-value]

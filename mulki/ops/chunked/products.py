@@ -1,0 +1,154 @@
+"""Products of X, W and G, and the gradients that are added up of them.
+
+Logits and gradients are wide (`mulki.ops.logits`) whatever the operands are. Operands of half
+precision are multiplied as they are where torch has such products, and G is rounded to their dtype
+before; elsewhere they are cast to float32, some rows of W at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mulki.ops.logits import wide
+from mulki.ops.operators import Request
+
+# Elements of W that are cast at a time.
+_CAST = 1 << 21
+# What the largest values of G are near in float16, which has few numbers below 6e-5.
+_LARGEST = 256.0
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    # out = a b, or out += a b; a [m, k] and b [k, n] of one dtype, out [m, n] wide.
+    if a.dtype == out.dtype:
+        if add:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
+    elif add:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+@functools.cache
+def multiplies_halves(device_type: str) -> bool:
+    """Whether torch multiplies half precision into float32 there."""
+    a = torch.zeros(16, 16, dtype=torch.bfloat16, device=device_type)
+    try:
+        torch.mm(a, a, out_dtype=torch.float32)
+    except RuntimeError:
+        return False
+    return True
+
+
+class Products:
+    """Those of the operands X [N, D] and W [P, D] of one model.
+
+    Args:
+        kept: [N, 1] bool, the rows of X that count; others are taken for zeros. None for all.
+    """
+
+    def __init__(self, x: Tensor, w: Tensor, kept: Tensor | None = None) -> None:
+        self.x, self.w, self.kept = x, w, kept
+        self.dtype = wide(x.dtype)
+        self.is_cast = x.dtype != self.dtype and not multiplies_halves(x.device.type)
+        self._last: tuple[slice, Tensor] | None = None
+
+    def rows(self, rows: slice) -> Tensor:
+        """Rows of X as they are multiplied; a block asks for them more than once."""
+        if self._last is None or self._last[0] != rows:
+            x = self.x[rows]
+            if self.kept is not None:
+                x = x.where(self.kept[rows], 0)
+            self._last = rows, x.to(self.dtype) if self.is_cast else x
+        return self._last[1]
+
+    def logits(self, rows: slice, columns: slice, out: Tensor) -> None:
+        """Write X W^T of these rows and columns, without the scale."""
+        x = self.rows(rows)
+        for part, w in self._parts(columns):
+            _multiply(x, w.mT, out[:, part])
+
+    def of_x(self, g: Tensor, columns: slice, out: Tensor, add: bool) -> None:
+        """out = G W, or out += G W; G [rows, columns], out [rows, D]."""
+        for part, w in self._parts(columns):
+            _multiply(g[:, part], w, out, add or part.start > 0)
+
+    def of_w(self, g: Tensor, rows: slice, out: Tensor, add: bool) -> None:
+        """out = G^T X, or out += G^T X; G [rows, columns], out [columns, D]."""
+        _multiply(g.mT, self.rows(rows), out, add)
+
+    def _parts(self, columns: slice) -> Iterator[tuple[slice, Tensor]]:
+        # Parts of these rows of W as they are multiplied, and where they begin and end.
+        w = self.w[columns]
+        if not self.is_cast:
+            yield slice(0, len(w)), w
+            return
+        count = max(_CAST // max(w.shape[1], 1), 1)
+        for first in range(0, len(w), count):
+            part = slice(first, min(first + count, len(w)))
+            yield part, w[part].to(self.dtype)
+
+
+class Gradients:
+    """dX = f G W, dW = f G^T X and ds = f / s <X, G W>, added up over blocks of G.
+
+    Args:
+        request: which of the three are wanted, in which dtype.
+        bound: no |G| is larger; None for 1. It is used in float16 alone.
+    """
+
+    def __init__(self, products: Products, request: Request, bound: Tensor | None = None) -> None:
+        x, w, dtype = products.x, products.w, products.dtype
+        self._products = products
+        self._to_x, self._to_w, self._to_scale = request.wanted[:3]
+        self.any = any(request.wanted[:3])
+        self._dtype = dtype if request.grad is None else x.dtype
+        takes_x = self._to_x or self._to_scale
+        self._of_x = x.new_empty(x.shape, dtype=dtype) if takes_x else None
+        self._of_w = w.new_empty(w.shape, dtype=dtype) if self._to_w else None
+        self._half = x.dtype if x.dtype != dtype and not products.is_cast else None
+        self._factor: Tensor | float = 1.0
+        if self._half == torch.float16:
+            self._factor = _LARGEST if bound is None else _LARGEST / bound
+        self._of_scale: list[Tensor] = []
+
+    def add(self, g: Tensor, rows: slice, columns: slice) -> None:
+        """Add the products with a block of G."""
+        if self._half is not None:
+            g = torch.mul(g, self._factor, out=torch.empty_like(g, dtype=self._half))
+        if self._of_x is not None:
+            of_x = self._of_x[rows]
+            self._products.of_x(g, columns, of_x, columns.start > 0)
+            if self._to_scale and columns.stop == len(self._products.w):
+                self._of_scale.append((self._products.rows(rows) * of_x).sum())
+        if self._of_w is not None:
+            self._products.of_w(g, rows, self._of_w[columns], rows.start > 0)
+
+    def finished(self, scale: Tensor, gain: Tensor | float) -> list[Tensor]:
+        """dX, dW and ds; empty where not wanted.
+
+        Args:
+            scale: s.
+            gain: f / s.
+        """
+        gain = gain / self._factor
+        of_x = self._scaled(self._of_x if self._to_x else None, scale, scale * gain)
+        if self._to_x and self._products.kept is not None:
+            of_x.mul_(self._products.kept)
+        of_scale = scale.new_empty(0)
+        if self._to_scale:
+            total = torch.stack(self._of_scale).sum() if self._of_scale else scale.new_zeros(())
+            of_scale = total * gain
+        return [of_x, self._scaled(self._of_w, scale, scale * gain), of_scale]
+
+    def _scaled(self, of: Tensor | None, like: Tensor, factor: Tensor) -> Tensor:
+        if of is None:
+            return like.new_empty(0, dtype=self._dtype)
+        out = of if of.dtype == self._dtype else torch.empty_like(of, dtype=self._dtype)
+        return torch.mul(of, factor, out=out)

@@ -1,0 +1,28 @@
+"""Functions of blocks that inductor compiles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mulki.ops import use_backend
+from tests.ops.op_cases import asking, make, run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kl_label", "ce_all", "pairs_blend", "siglip"])
+def test_compiled_for_all_sizes_at_once(name, monkeypatch):
+    """The same results, and no other compilation for another batch size."""
+    monkeypatch.setenv("MULKI_COMPILE", "1")
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    compiled = []
+    for n in (19, 31, 64):
+        case = asking(make(name, n=n, p=23, d=8, dtype=torch.float32), "reduced")
+        found = run(case)
+        compiled.append(counters["stats"]["unique_graphs"])
+        with use_backend("reference"):
+            expected = run(case)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert 0 < compiled[0] == compiled[1] == compiled[2]

@@ -1,0 +1,47 @@
+"""Losses over the softmax of rows, a block at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ops.chunked.conftest import CUT
+from tests.ops.chunked.cut import right
+from tests.ops.chunked.watch import MIB, TEACHERS, computed, on_meta
+from tests.ops.op_cases import Case, asking, make, run
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ce", "ce_smooth", "ce_all", "kl", "kl_label", "kl_confidence", "kl_blend", "kl_weights"],
+)
+def test_cut_in_rows_and_columns(name, cut_small):
+    right(name)
+
+
+def of_itself(name: str) -> Case:
+    """A student that is its teachers."""
+    case = make(name, n=19, p=23, d=16, dtype=torch.float32)
+    x, w, scale = case.args[:3]
+    same = [x, x], [w, w], scale.expand(2)
+    return asking(Case(case.op, (x, w, scale, *same, *case.args[6:])), "reduced")
+
+
+@pytest.mark.parametrize("name", ["kl", "kl_label", "pairs_blend"])
+def test_a_student_that_is_its_teachers_has_no_loss_and_no_gradient(name, cut_small):
+    """Exactly where rows have all their columns; else but for the rounding of sums of parts."""
+    loss, *_, of_x, of_w, of_scale = run(of_itself(name))
+    bound = 0 if cut_small == max(CUT) and name != "pairs_blend" else 1e-5
+    for found in (loss, of_x, of_w, of_scale):
+        assert found.abs().max() <= bound
+
+
+def test_calls_of_a_block_are_few():
+    """At most 14 beside the products, by how many one block more takes."""
+    for name in ("kl", "ce"):
+        rows = 64 * MIB // (4 * (2 * (TEACHERS[name] + 1) + 1)) // 1000
+        counts = []
+        for count in (3, 4):
+            watch = computed(on_meta(name, rows * count, 1000, torch.float32))
+            counts.append(len(watch.names) - watch.products)
+        assert 0 < counts[1] - counts[0] <= 14
