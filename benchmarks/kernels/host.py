@@ -26,25 +26,13 @@ from triton.runtime import driver
 
 from benchmarks.kernels.ahead_of_time import precision
 from benchmarks.kernels.counts import calls_of
+from mulki.app.ahead_of_time import NoDevice
 from mulki.kernels import common, schedule
 
 ARCHITECTURE, TARGET = "sm_90", GPUTarget("cuda", 90, 32)
 ROWS, P, D = 64, 1000, 512  # of a chunk, and of all
 FEW, MANY = 4, 24  # chunks
 ROUNDS, LEAST_ROUNDS, SECONDS = 30, 3, 0.2  # of a measurement
-
-
-class IdleDriver:
-    """What Triton asks of a driver; nothing is launched."""
-
-    def get_current_device(self) -> int:
-        return -1  # no number of a device that is here, for which kernels are kept
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return TARGET
 
 
 class IdleKernel(triton.compiler.CompiledKernel):
@@ -74,14 +62,14 @@ def idle(plan: schedule.Plan | None = None) -> Iterator[None]:
 
     def compile_nothing(src: Any, **options: Any) -> Any:
         # Triton may ask after the end, too.
-        idles = isinstance(driver._active, IdleDriver)
+        idles = isinstance(driver._active, NoDevice)
         return IdleKernel(src) if idles else compile_kernel(src, **options)
 
     with ExitStack() as stack:
         for where, name in products:
             stack.enter_context(mock.patch.object(where, name, nothing))
         stack.enter_context(mock.patch.object(triton.compiler, "compile", compile_nothing))
-        stack.enter_context(mock.patch.object(driver, "_active", IdleDriver()))
+        stack.enter_context(mock.patch.object(driver, "_active", NoDevice(TARGET)))
         if plan is not None:
             stack.enter_context(mock.patch.object(schedule, "plans", lambda problem: (plan,)))
         common.assume_architecture(ARCHITECTURE)

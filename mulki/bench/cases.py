@@ -156,7 +156,9 @@ class Case:
             given_in: give the values, rounded to the case's dtype as ever, in this one; None for
                 the case's own.
         """
-        generator = torch.Generator(self.device).manual_seed(0)
+        generator = None
+        if self.device != "meta":  # which has no values
+            generator = torch.Generator(self.device).manual_seed(0)
         wide = given_in or torch.float32
 
         def random(rows: int, columns: int) -> Tensor:

@@ -99,7 +99,7 @@ def test_what_triton_would_compile_is_what_is_compiled_ahead_of_time(
     monkeypatch.setattr(host, "ARCHITECTURE", architecture)
     monkeypatch.setattr(host, "TARGET", ahead_of_time.TARGETS[architecture])
     device = -2 - next(_devices)  # for which no kernel is kept
-    monkeypatch.setattr(host.IdleDriver, "get_current_device", lambda _: device)
+    monkeypatch.setattr(host.NoDevice, "get_current_device", lambda _: device)
     calls = calls_of(operator, n, p, 512, "bf16")
     with ahead_of_time.precision(architecture, "bf16"):
         with host.idle():
