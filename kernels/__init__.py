@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from mulki.ops import toolchain
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)  # the first with bfloat16 and tf32 on tensor cores
 
@@ -22,8 +24,12 @@ OPERATORS = (
 )
 
 
-def why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why no kernel here serves `op`, in one sentence, or None when one does."""
+def why_not(op: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why no kernel here serves `op`, in one sentence, or None when one does.
+
+    Args:
+        device: of the tensors, as "cuda:1", or "cuda" for all that are here.
+    """
     if op not in OPERATORS:
         return "mulki.kernels has no Triton kernel for it"
     if dtype not in DTYPES:
@@ -32,24 +38,31 @@ def why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
         importlib.import_module("triton")
     except ImportError as error:
         return f"triton is not importable ({error}): install the one that this torch names"
-    if device_type == "cpu":
+    if device == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
             return "runs on CPU tensors in Triton's interpreter alone; set TRITON_INTERPRET=1"
         return None
-    return _missing(device_type)
+    asked = torch.device(device)
+    return _missing(asked) or "; ".join(toolchain.missing()) or None
 
 
-def _missing(device_type: str) -> str | None:
-    if device_type == "xpu":
+def _missing(asked: torch.device) -> str | None:
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        return f"wants torch 2.11 or newer, and this is {torch.__version__}"
+    if asked.type == "xpu":
         return None if torch.xpu.is_available() else "torch finds no XPU on this machine"
-    if device_type != "cuda":
-        return f"serves CUDA, HIP and XPU tensors, not {device_type}"
+    if asked.type != "cuda":
+        return f"serves CUDA, HIP and XPU tensors, not {asked.type}"
     if not torch.cuda.is_available():
         return "torch finds no GPU on this machine"
-    found = torch.cuda.get_device_capability()
-    if torch.version.hip is None and found < CAPABILITY:
-        wanted = ".".join(map(str, CAPABILITY))
-        return f"wants compute capability {wanted}, and this GPU has {found[0]}.{found[1]}"
+    if torch.version.hip is not None:
+        return None
+    for i in range(torch.cuda.device_count()) if asked.index is None else (asked.index,):
+        found = torch.cuda.get_device_capability(i)
+        if found < CAPABILITY:
+            wanted, has = (".".join(map(str, one)) for one in (CAPABILITY, found))
+            name = torch.cuda.get_device_name(i)
+            return f"wants compute capability {wanted}, and {name} has {has}"
     return None
 
 

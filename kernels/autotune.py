@@ -3,8 +3,8 @@
 With MULKI_AUTOTUNE=1 the plans of `schedule` are timed for each operator, card and shape (N and P
 rounded up to powers of two) at the first use: schedules against each other, and sizes of blocks and
 tiles. The fastest is kept in `tiles.json` in the folder MULKI_CACHE_DIR (default ~/.cache/mulki).
-Nothing is timed under torch.use_deterministic_algorithms, since another plan rounds differently,
-while a CUDA graph is captured, or in Triton's interpreter.
+Nothing is timed under torch.use_deterministic_algorithms or in a process group, since another plan
+rounds differently, while a CUDA graph is captured, or in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 import triton
 
 from mulki.files import write_atomic
@@ -103,6 +104,8 @@ def _fastest(
 
 def enabled() -> bool:
     if os.environ.get("MULKI_AUTOTUNE") != "1" or torch.are_deterministic_algorithms_enabled():
+        return False
+    if dist.is_available() and dist.is_initialized():
         return False
     return not launch.is_recording()
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import math
 import os
 import shlex
 import sys
@@ -308,19 +307,15 @@ def _prove(argv: list[str]) -> int:
     from mulki.app.prove import report
 
     parser = Parser(prog="mulki prove", description=_prove.__doc__)
-    kinds = ("cuda", "xpu")
-    parser.add_argument("--device", default="cuda", choices=kinds, help="the GPU (default: cuda)")
     parser.add_argument(
-        "--seconds",
-        type=float,
-        default=60.0,
-        help="of timing, beside the time of compiling (default: 60)",
+        "--device", help="cuda, xpu, or one GPU, as cuda:1 (default: every kind of GPU here)"
     )
     parser.add_argument(
-        "--limit", type=float, default=math.inf, help="seconds for all; what is left is not tried"
+        "--again", action="store_true", help="seek verdicts anew that are there already"
     )
+    parser.add_argument("--limit", type=float, help="seconds for all; what is left is not tried")
     arguments = parser.parse_args(argv)
-    return report(arguments.device, arguments.seconds, arguments.limit)
+    return report(arguments.device, arguments.again, arguments.limit)
 
 
 def _doctor(argv: list[str]) -> int:

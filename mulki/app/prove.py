@@ -1,251 +1,429 @@
-"""`mulki prove`: show on this machine's GPU where the Triton kernels are right, and faster.
+"""`mulki prove`: show on this machine's GPUs where the Triton kernels are right, and faster.
 
-Every operator is computed at a few shapes in every dtype, by the kernels and by plain PyTorch.
-Values and gradients are compared with float64 as the benchmark does (`mulki.bench.verify`): of the
-mean, of the losses of single rows, whose gradients are computed apart, and with other options; and
-so are the by-products, such as the divergence and the weight of each teacher. Then
-forward and backward together are timed by turns, and forward alone, which may be another kernel.
-`mulki.ops.proofs` keeps what was found.
+They are compared with what serves instead, for that is what is left to decide. A verdict is of an
+operator, a kind of numbers and a size of calls. Values and gradients are compared with float64 as
+the benchmark does (`mulki.bench.verify`): of the mean, of the losses of single rows, whose
+gradients are computed apart, and with other options; and so are the by-products, such as the
+divergence and the weight of each teacher. Then forward and backward together are timed by turns,
+and forward alone, which may be another kernel. `mulki.ops.proofs` keeps what was found.
+
+Kernels are compiled by several processes (`mulki.app.ahead_of_time`), verdict after verdict. Each
+verdict is sought in a process of its own, so that a kernel that breaks the GPU's context, crashes
+or hangs costs one. This process alone writes, and it does not touch a GPU.
 """
 
 from __future__ import annotations
 
-import math
-import shutil
+import multiprocessing
+import os
+import statistics
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mulki import functional, ops
-from mulki.errors import InputError
+from mulki.errors import InputError, counted
 from mulki.ops import backends, proofs
 from mulki.ops.gates import Weighting
 from mulki.ops.proofs import Verdict
+from mulki.runs.lock import FolderLock
 from mulki.similarity import Similarity
 
 if TYPE_CHECKING:
-    from mulki.bench.cases import Case, Inputs
+    from mulki.bench.cases import Case, Inputs, Shape
     from mulki.bench.losses import Loss
     from mulki.bench.outcomes import Outcome
     from mulki.bench.verify import Compute
 
-#: The cases of the benchmark that try an operator.
+#: The cases of the benchmark that try an operator, those in use first.
 CASES = {
-    "teacher_kl": ("teacher_kl_1", "dual_teacher_kl"),
+    "teacher_kl": ("dual_teacher_kl", "teacher_kl_1", "teacher_kl_3"),
     "prototype_cross_entropy": ("prototype_cross_entropy",),
     "contrastive": ("contrastive",),
     "siglip": ("siglip",),
     "pair_kl": ("pair_kl",),
     "similarity": ("similarity",),
 }
-#: N, P and D by size, which are timed; pairs have P = N.
-SHAPES = {"small": (64, 100, 512), "medium": (1024, 1000, 512), "large": (8192, 4096, 512)}
-PAIRED_SHAPES = {"small": (256, 256, 512), "medium": (1024, 1024, 512), "large": (4096, 4096, 512)}
-MODES = ("both", "forward")  # a verdict has their speeds in this order
-#: Shapes that are tried besides. They fill no tile, and the kernels take other schedules for them:
-#: whole rows, stored logits and streams, of operands that tensor descriptors can have and cannot.
-OTHER_SHAPES = {
-    "small": ((50, 37, 650), (60, 1100, 512), (60, 1100, 650)),
-    "medium": ((700, 1531, 770), (16000, 60, 256), (64, 60000, 136), (64, 65000, 132)),
+#: How numbers are multiplied (`proofs.numbers_of`), the most used first, and sizes, those of
+#: training first. float32 is proven both ways.
+NUMBERS = ("bfloat16", "float16", "float32", "tf32")
+SIZES = ("medium", "large", "small")
+#: N, P and D that are tried. The first of each size is timed. The others fill no tile, and the
+#: kernels take other schedules for them: whole rows, stored logits and streams, of operands that
+#: tensor descriptors can have and cannot.
+SHAPES: dict[str, tuple[Shape, ...]] = {
+    "small": ((64, 100, 512), (50, 37, 650), (60, 1100, 512), (60, 1100, 650)),
+    "medium": (
+        *((1024, 1000, 512), (700, 1531, 770)),
+        *((16000, 60, 256), (64, 60000, 136), (64, 65000, 132)),
+    ),
     "large": (
-        *((200, 150000, 136), (200, 150000, 132), (160000, 30, 256)),
-        *((300, 21841, 512), (300, 21841, 132), (5000, 1000, 132), (1500, 16000, 700)),
+        *((8192, 4096, 512), (1500, 16000, 700), (200, 150000, 136), (200, 150000, 132)),
+        *((160000, 30, 256), (300, 21841, 512), (300, 21841, 132), (5000, 1000, 132)),
     ),
 }
-#: Of the last the logits are made twice.
-OTHER_PAIRED_SHAPES = {
-    "small": ((75, 75, 650),),
-    "medium": ((700, 700, 770),),
-    "large": ((4700, 4700, 640),),
+#: Those of pairs, P = N. Of the last the logits are made twice.
+PAIRED_SHAPES: dict[str, tuple[Shape, ...]] = {
+    "small": ((256, 256, 512), (75, 75, 650)),
+    "medium": ((1024, 1024, 512), (700, 700, 770)),
+    "large": ((4096, 4096, 512), (4700, 4700, 640)),
 }
-DTYPES = ("float32", "bfloat16", "float16")
+#: At so many of the shapes the other cases of an operator are tried too.
+OF_OTHERS = 2
+MODES = ("both", "forward")  # a verdict has their speeds in this order
+#: Each has a copy of what it imports, and a core.
+MOST_COMPILERS = 32
+SECONDS = 0.1  # that a case is timed, in a mode and by one of the two
+#: In which a verdict is found. A kernel may wait for ever.
+LONGEST = 300.0
+
+
+class Job(NamedTuple):
+    """A verdict that is sought."""
+
+    operator: str
+    numbers: str
+    size: str
+    shapes: tuple[Shape, ...]
+
+    @property
+    def place(self) -> str:
+        return Verdict(*self[:3]).place
+
+    def cases(self, device: str) -> list[Case]:
+        """The operator's first case at all shapes, then the others at few of them."""
+        from mulki.bench.cases import Case
+
+        dtype = "float32" if self.numbers == "tf32" else self.numbers
+        first, *others = CASES[self.operator]
+        tried = [(first, shape) for shape in self.shapes]
+        tried += [(name, shape) for name in others for shape in self.shapes[:OF_OTHERS]]
+        return [Case(name, *shape, dtype, device) for name, shape in tried]
+
+
+def jobs() -> list[Job]:
+    """All that a proof has, in the order in which it is sought."""
+    from mulki.bench.cases import PAIRED
+
+    return [
+        Job(operator, numbers, size, (PAIRED_SHAPES if operator in PAIRED else SHAPES)[size])
+        for numbers in NUMBERS
+        for size in SIZES
+        for operator in CASES
+    ]
 
 
 def prove(
-    device: str,
-    seconds: float = 60.0,
-    dtypes: Sequence[str] = DTYPES,
-    sizes: Sequence[str] = tuple(proofs.SIZES),
+    cards: Mapping[str, torch.device], again: bool = False, wanted: Sequence[Job] | None = None
 ) -> Iterator[Verdict]:
-    """The verdicts, as they are found; each is stored before the next one is sought.
+    """The verdicts that are not stored yet, as they are found; each is stored at once.
 
     Args:
-        device: "cuda" or "xpu"; "cpu" tries the kernels in Triton's interpreter.
-        seconds: for timing, of all cases together; compiling the kernels comes on top.
-        dtypes: of DTYPES.
-        sizes: of `proofs.SIZES`.
+        cards: as of `proofs.cards`.
+        again: seek those too that are stored.
+        wanted: None for `jobs`.
 
     Raises:
-        OSError: the proof cannot be written.
-        RuntimeError: a kernel has broken the GPU's context, so that this process can try no other.
+        InputError: another process is proving, or a folder cannot be written.
     """
-    subject = proofs.subject_of(torch.device(device))
-    cases = sum(map(len, CASES.values())) * len(MODES)
-    each = seconds / (cases * len(dtypes) * len(sizes)) / 2
-    for size in sizes:
-        for dtype in dtypes:
-            for operator in CASES:
-                with backends.use_backend("triton"):
-                    verdict = _verdict_of(operator, dtype, size, device, each)
+    folder = _check_folders(of_triton=any(card.type != "cpu" for card in cards.values()))
+    try:
+        lock = FolderLock(folder)
+    except InputError:
+        raise InputError(
+            f"{folder}: another `mulki prove` writes there; wait for its end"
+        ) from None
+    try:
+        for gpu, card in cards.items():
+            subject = proofs.subject_of(gpu)
+            known = {} if again else proofs.stored(subject) or {}
+            todo = [job for job in (wanted or jobs()) if job.place not in known]
+            for verdict in _found(todo, card):
                 proofs.store(subject, [verdict])
-                backends.forget_choices()
                 yield verdict
-                if verdict.problems:
-                    _check_context(device)
+    finally:
+        lock.release()
 
 
 def report(
-    device: str, seconds: float, limit: float = math.inf, copy_to: Path | None = None
+    device: str | None = None,
+    again: bool = False,
+    limit: float | None = None,
+    wanted: Sequence[Job] | None = None,
 ) -> int:
     """Print the verdicts as they are found; the exit status, 1 where something is wrong.
 
     Args:
-        device, seconds: as of `prove`.
+        device: "cuda" or "xpu" for every kind of GPU here, or one of them, as "cuda:1"; "cpu" tries
+            the kernels in Triton's interpreter. None for what is here.
+        again, wanted: as of `prove`.
         limit: seconds after which no other verdict is sought.
-        copy_to: another file for the proof, written after each verdict.
 
     Raises:
-        InputError: there is no such device, or the kernels do not load.
-        OSError: the proof cannot be written.
+        InputError: there is no such device, or the kernels do not load; see `prove`.
     """
-    reason = _not_served("similarity", device, "float32")
-    if reason is not None:
-        raise InputError(
-            f"--device: got {device}, where the Triton kernels do not run: {reason}; run it on a "
-            f"machine with a GPU"
-        )
-    print("times the speed of plain PyTorch, with gradients and without, and what is wrong")
-    wrong, stop = 0, time.monotonic() + limit
-    for found, verdict in enumerate(prove(device, seconds), start=1):
+    cards = _cards(device or ("xpu" if torch.xpu.is_available() else "cuda"))
+    print("times the speed of what serves instead, with gradients and without, and what is wrong")
+    wrong, stop = 0, None if limit is None else time.monotonic() + limit
+    for verdict in prove(cards, again, wanted):
         speedups = verdict.speedup, verdict.forward_speedup
         speed = " ".join("    -" if one is None else f"{one:5.2f}" for one in speedups)
         untried = "no memory to try it" if verdict.speedup is None else "right"
-        words = "; ".join(verdict.problems) or untried
-        place = f"{verdict.operator:<24} {verdict.dtype:<9} {verdict.size:<7}"
+        words = verdict.failure and f"did not run: {verdict.failure}"
+        words = words or "; ".join(verdict.problems) or untried
+        place = f"{verdict.operator:<24} {verdict.numbers:<9} {verdict.size:<7}"
         print(f"{place} {speed}  {words}", flush=True)
-        if copy_to is not None:
-            shutil.copyfile(proofs.proof_file(proofs.subject_of(torch.device(device))), copy_to)
-        wrong += bool(verdict.problems)
-        left = len(CASES) * len(DTYPES) * len(proofs.SIZES) - found
-        if left and time.monotonic() > stop:
-            print(f"left out: {left} verdicts, out of time; the kernels do not serve there")
+        wrong += bool(verdict.problems or verdict.failure)
+        if stop is not None and time.monotonic() > stop:
+            print("left out: what is not there yet, out of time")
             break
-    print(f"kept in {proofs.folder()}; the kernels now serve where they are right and faster")
+    for gpu in cards:
+        print(counts(gpu, wanted or jobs()))
+    print(f"kept in {proofs.folder()}; the kernels serve where they are right and faster")
     return int(wrong > 0)
 
 
-def _check_context(device: str) -> None:
-    # After an illegal access every later call would fail, and look like a wrong kernel.
-    if torch.device(device).type == "cpu":
-        return
+def _cards(device: str) -> dict[str, torch.device]:
+    """Those of the device on which the kernels run."""
     try:
-        torch.accelerator.synchronize(torch.device(device))
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"mulki prove: the kernel above has broken the GPU's context ({error}); what was not "
-            f"tried yet stays in plain PyTorch; please report it"
+        found = proofs.cards(device) or {device: torch.device(device)}
+    except (AssertionError, RuntimeError) as error:  # torch raises either
+        raise InputError(
+            f"--device: got {device!r}, wanted cuda, xpu or one GPU of these, as cuda:0 "
+            f"({str(error).splitlines()[0]})"
         ) from None
+    reasons = {
+        gpu: backends.BACKENDS["triton"].why_not("similarity", str(card), torch.float32)
+        for gpu, card in found.items()
+    }
+    refused = [f"{gpu}: {reason}" for gpu, reason in reasons.items() if reason is not None]
+    if len(refused) == len(found):
+        raise InputError(f"--device: the Triton kernels do not run here; {'; '.join(refused)}")
+    for words in refused:
+        print(f"left out: {words}")
+    return {gpu: card for gpu, card in found.items() if reasons[gpu] is None}
 
 
-def _verdict_of(operator: str, dtype: str, size: str, device: str, seconds: float) -> Verdict:
-    try:
-        return _tried(operator, dtype, size, device, seconds)
-    except torch.OutOfMemoryError:
-        # Plain PyTorch needs more than the GPU has, or the comparison in float64 does.
-        return Verdict(operator, dtype, size)
+def counts(gpu: str, wanted: Sequence[Job]) -> str:
+    """How many verdicts of a kind of GPU there are."""
+    found = proofs.stored(proofs.subject_of(gpu)) or {}
+    there = [found[job.place] for job in wanted if job.place in found]
+    serve = sum(verdict.why_not(True) is None for verdict in there)
+    text = f"{len(there)} of {counted(len(wanted), 'verdict')} are there of {gpu}"
+    left = "; the others: `mulki prove`" if len(there) < len(wanted) else ""
+    return f"{text}, and the kernels serve at {serve} of these places in training{left}"
 
 
-def _tried(operator: str, dtype: str, size: str, device: str, seconds: float) -> Verdict:
-    from mulki.bench.cases import PAIRED, Case
-    from mulki.bench.point import measure_case
+def _check_folders(of_triton: bool) -> Path:
+    """The folder of the proofs, if that and Triton's can be written."""
+    folder = proofs.folder()
+    folders = {"MULKI_CACHE_DIR": folder}
+    if of_triton:
+        from triton import knobs
 
-    problems: list[str] = []
-    speedups: dict[str, list[float]] = {mode: [] for mode in MODES}
-    for name in CASES[operator]:
-        shape = (PAIRED_SHAPES if name in PAIRED else SHAPES)[size]
-        case = Case(name, *shape, dtype, device)
-        reason = _not_served(operator, device, dtype)
-        results = [] if reason else measure_case(case, ("eager", "mulki"), MODES, seconds)
-        for result in results:
-            if result.provider == "mulki" and result.status == "failed":
-                problems += result.notes or (result.status,)
-            elif result.provider == "mulki" and "speedup_over_eager" in result.metrics:
-                speedups[result.mode].append(result.metrics["speedup_over_eager"].median)
-        problems += [reason] if reason else _problems_of_forms(case)
-    slowest = (
-        min(speedups[mode]) if len(speedups[mode]) == len(CASES[operator]) else None
-        for mode in MODES
-    )
-    # What fails in one mode fails in the other with the same words.
-    return Verdict(operator, dtype, size, tuple(dict.fromkeys(problems)), *slowest)
+        folders["TRITON_CACHE_DIR"] = Path(knobs.cache.dir)
+    for variable, each in folders.items():
+        try:
+            each.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=each):
+                pass
+        except OSError as error:
+            raise InputError(
+                f"{each}: cannot be written ({error.strerror}); set {variable} to a folder that can"
+            ) from None
+    return folder
 
 
-def _not_served(operator: str, device: str, dtype: str) -> str | None:
-    # Under a forced backend what it does not serve falls back, and would prove nothing.
-    kind = torch.device(device).type
-    return backends.BACKENDS["triton"].why_not(operator, kind, getattr(torch, dtype))
+# --- processes
 
 
-def _problems_of_forms(case: Case) -> list[str]:
-    """What is wrong with other forms of a loss, with three teachers, and at other shapes."""
-    from mulki.bench.cases import PAIRED
-    from mulki.bench.losses import MULKI
-    from mulki.bench.outcomes import outcome
-
-    size = proofs.size_of(case.n, case.p)
-    others = (OTHER_PAIRED_SHAPES if case.operator in PAIRED else OTHER_SHAPES)[size]
-    problems = []
-    for n, p, d in ((case.n, case.p, case.d), *others):
-        of_shape = [replace(case, n=n, p=p, d=d)]
-        if case.operator == "dual_teacher_kl":
-            of_shape.append(replace(of_shape[0], operator="teacher_kl_3"))
-        for one in of_shape:
-            where = f"at {one.shape}"
-            if one.operator != case.operator:
-                where = f"of three teachers {where}"
-            if one != case:
-                problems += _problems_of(one, where, partial(outcome, MULKI[one.operator]))
-            for form, (ours, plain) in _forms(one).items():
-                problems += _problems_of(one, f"{form} {where}", ours, plain)
-    return problems
+def _found(todo: Sequence[Job], card: torch.device) -> Iterator[Verdict]:
+    """The verdicts in their order, each behind the processes that compile for it."""
+    gpu: Any = _Child(_gpu, str(card)).result() if todo and card.type != "cpu" else None
+    with ProcessPoolExecutor(_compilers(), mp_context=_context()) as pool:
+        # Where that has failed, and behind a compiler that has crashed, the verdicts compile.
+        compiled = {
+            job: [pool.submit(_compile, job, case, *gpu) for case in job.cases("meta") if gpu]
+            for job in todo
+        }
+        try:
+            for job in todo:
+                futures.wait(compiled[job], timeout=LONGEST)
+                child = _Child(verdict_of, job, str(card))
+                yield child.result() or Verdict(*job[:3], failure=child.end)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _problems_of(case: Case, form: str, ours: Compute, plain: Compute | None = None) -> list[str]:
-    from mulki.bench.verify import Verifier
+def _compilers() -> int:
+    """How many processes compile: a core is left to the one that measures."""
+    here = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if here else os.cpu_count() or 1
+    return max(1, min(cores - 1, MOST_COMPILERS))
+
+
+def _context() -> Any:
+    """Starts processes: forks of one that has imported all they need, where there are forks."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context("forkserver")
+    needed = ["app.prove", "app.ahead_of_time", "bench.calls", "bench.verify"]
+    needed += [f"kernels.{operator}" for operator in CASES]
+    context.set_forkserver_preload([f"mulki.{name}" for name in needed])
+    return context
+
+
+class _Child:
+    """A function of a module, in a process of its own."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        context = _context()
+        self._receiver, sender = context.Pipe(duplex=False)
+        self._process = context.Process(target=_send, args=(sender, function, args), daemon=True)
+        self._process.start()
+        sender.close()
+
+    def result(self) -> Any:
+        """What the function has returned; None where it did not, and `end` says why."""
+        self.end = f"it did not end within {LONGEST:.0f} seconds"
+        try:
+            return self._receiver.recv() if self._receiver.poll(LONGEST) else None
+        except EOFError:
+            self._process.join()
+            self.end = f"its process ended with exit status {self._process.exitcode}"
+            return None
+        finally:
+            self._process.kill()
+
+
+def _send(sender: Connection, function: Callable[..., Any], args: Any) -> None:
+    with suppress(KeyboardInterrupt):
+        sender.send(function(*args))
+
+
+def _gpu(device: str) -> tuple[str, Any]:
+    """The architecture of a GPU, and what Triton compiles for there."""
+    from triton.runtime import driver
+
+    from mulki.kernels import common, launch
+
+    with launch.current_device(torch.device(device)):
+        return common.architecture(torch.device(device)), driver.active.get_current_target()
+
+
+def _compile(job: Job, case: Case, architecture: str, target: Any) -> None:
+    from mulki.app.ahead_of_time import compile_launched, launches_of
 
     inputs = case.inputs()
-    verifier = Verifier(case, inputs, plain)
+    # What does not compile fails again where it is launched.
+    with suppress(Exception), _multiplying(job.numbers):
+        calls = [partial(ours, inputs) for ours, _ in _forms(job, case).values()]
+        compile_launched(launches_of(calls, architecture), target)
+
+
+# --- one verdict
+
+
+def verdict_of(job: Job, device: str) -> Verdict:
+    """The verdict, found in this process."""
+    from mulki.bench.providers import setting
+
+    card = torch.device(device)
     try:
-        errors = verifier.errors(ours(inputs))
+        if card.index is not None:
+            torch.accelerator.set_device_index(card.index)
+        with _multiplying(job.numbers), setting(MULKI_BACKEND="triton"):
+            return _tried(job, card.type)
     except torch.OutOfMemoryError:
-        raise
-    # Whatever else the kernels raise is what is wrong with them.
+        # What serves instead needs more than the GPU has, or the comparison in float64 does.
+        return Verdict(*job[:3])
+    # Whatever else the kernels raise is why they did not run.
     except Exception as error:
-        return [f"{form}: {type(error).__name__}: {error}".splitlines()[0]]
-    return [f"{form}: {problem}" for problem in verifier.problems(errors, strict=True)]
+        return Verdict(*job[:3], failure=f"{type(error).__name__}: {error}".splitlines()[0])
 
 
-def _forms(case: Case) -> dict[str, tuple[Compute, Compute | None]]:
-    """Other forms of the loss of a case, and what each is compared with; None for the case's."""
+@contextmanager
+def _multiplying(numbers: str) -> Iterator[None]:
+    """float32 is multiplied as such, or as tf32."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if numbers == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def _tried(job: Job, device: str) -> Verdict:
+    from mulki.bench.verify import Verifier
+
+    problems: list[str] = []
+    speedups: list[tuple[float, ...]] = []
+    for case in job.cases(device):
+        dtype = getattr(torch, case.dtype)
+        # What a backend that was asked for does not serve falls back, and would prove nothing.
+        if reason := backends.BACKENDS["triton"].why_not(job.operator, device, dtype):
+            raise RuntimeError(reason)
+        inputs = case.inputs()
+        verifiers: dict[Compute | None, Verifier] = {}
+        for form, (ours, plain) in _forms(job, case).items():
+            if plain not in verifiers:
+                verifiers[plain] = Verifier(case, inputs, plain)
+            errors = verifiers[plain].errors(ours(inputs))
+            found = verifiers[plain].problems(errors, strict=True)
+            problems += [f"{form} at {case.shape}: {problem}" for problem in found]
+        if _is_timed(job, case):
+            speedups.append(tuple(_speedups(case, inputs)))
+    return Verdict(*job[:3], tuple(problems), *map(min, zip(*speedups, strict=True)))
+
+
+def _is_timed(job: Job, case: Case) -> bool:
+    return (case.n, case.p, case.d) == job.shapes[0]
+
+
+def _speedups(case: Case, inputs: Inputs) -> Iterator[float]:
+    """Over what serves instead, in each of MODES."""
+    from mulki.bench import call_cost
+    from mulki.bench.calls import calls_of
+    from mulki.bench.providers import PROVIDERS
+
+    instead = f"mulki-{backends.instead_of_triton(case.device)}"
+    calls = {name: calls_of(PROVIDERS[name], case, inputs) for name in (instead, "mulki")}
+    calls[instead].outcome()  # once off the clock, as the kernels were
+    with call_cost.no_garbage_collection():
+        for mode in MODES:
+            turns = {name: partial(of.seconds, mode, False) for name, of in calls.items()}
+            times = call_cost.take_turns(turns, SECONDS)
+            ratios = zip(times[instead], times["mulki"], strict=True)
+            yield statistics.median(theirs / ours for theirs, ours in ratios)
+
+
+def _forms(job: Job, case: Case) -> dict[str, tuple[Compute, Compute | None]]:
+    """What is computed of a case, and what each is compared with; None for the case in float64."""
     from mulki.bench.losses import EAGER, MULKI, TEMPERATURE
     from mulki.bench.outcomes import outcome
 
-    if case.operator == "similarity":
-        return {}
     ours = MULKI[case.operator]
+    forms: dict[str, tuple[Compute, Compute | None]] = {}
+    forms[case.operator] = partial(outcome, ours), None
+    is_first = case.operator == CASES[job.operator][0]
+    if case.operator == "similarity" or not (is_first and _is_timed(job, case)):
+        return forms
 
     def of_rows(*operands: Any) -> Tensor:
         return ours(*operands, reduction="none").mean()
 
-    forms: dict[str, tuple[Compute, Compute | None]] = {
-        "row by row": (partial(outcome, of_rows), None)
-    }
+    forms["row by row"] = partial(outcome, of_rows), None
     for name, loss in _with_options(case).items():
         compute = partial(outcome, loss)
         forms[name] = compute, compute
@@ -304,7 +482,8 @@ def _with_options(case: Case) -> dict[str, Loss]:
             "loss gate": partial(ours, gate="loss"),
         }
     if case.operator == "prototype_cross_entropy":
-        ignored = int(_target(case)[0])
+        # One that is there; where values are not, any number.
+        ignored = 0 if case.device == "meta" else int(_target(case)[0])
         options: dict[str, Any] = {"label_smoothing": 0.1, "class_mask": _mask(case)}
         loss = partial(ours, **options, ignore_index=ignored)
         return {"smoothing, class mask and ignored rows": loss}

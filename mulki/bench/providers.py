@@ -92,21 +92,23 @@ def _compiled(case: Case) -> Loss:
     return torch.compile(EAGER[case.operator], fullgraph=True, dynamic=False)
 
 
-def _with(**variables: str) -> Callable[[Case], AbstractContextManager[None]]:
+@contextmanager
+def setting(**variables: str) -> Iterator[None]:
+    """A context with these environment variables."""
     # `use_backend` would forget which kernel serves what, and asking for it anew would be timed.
-    @contextmanager
-    def context(case: Case) -> Iterator[None]:
-        before = {name: os.environ.get(name) for name in variables}
-        os.environ.update(variables)
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name)
-                if value is not None:
-                    os.environ[name] = value
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
-    return context
+
+def _set(variables: dict[str, str], case: Case) -> AbstractContextManager[None]:
+    return setting(**variables)
 
 
 def _served(case: Case) -> str:
@@ -173,7 +175,7 @@ PROVIDERS: dict[str, Provider] = {
             Provider(
                 name,
                 lambda case: MULKI[case.operator],
-                context=_with(**variables),
+                context=functools.partial(_set, variables),
                 early_gradients=is_loss,
                 strict=True,
             )

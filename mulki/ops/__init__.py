@@ -8,8 +8,8 @@ the CPU) and in kernels/ (Triton, for GPUs) may not change a result beyond round
 Shared by all of them: `operators` (the table), `registry` (definition), `autograd` (gradients),
 `backends` (which kernel serves a call), `reference` (the kernel that always does), `loader` (of the
 C++ kernels), `direct` (the short way to them), `checks` (messages), `arguments`, `logits`,
-`namespaces`, and `torch_private` (names of torch that are not public). `gates` computes the weights
-of teachers.
+`namespaces`, `toolchain` (what Triton needs), and `torch_private` (names of torch that are not
+public). `gates` computes the weights of teachers.
 """
 
 from mulki.ops import (
@@ -21,7 +21,7 @@ from mulki.ops import (
     similarity,
     teacher_kl,
 )
-from mulki.ops.backends import Served, fallbacks, report, use_backend
+from mulki.ops.backends import Served, fallbacks, report, share_proofs, use_backend
 
 __all__ = [
     "Served",
@@ -31,6 +31,7 @@ __all__ = [
     "pair_kl",
     "prototype_cross_entropy",
     "report",
+    "share_proofs",
     "siglip",
     "similarity",
     "teacher_kl",

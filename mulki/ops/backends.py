@@ -129,7 +129,7 @@ class Served(NamedTuple):
     """Who serves an operator for one device type, dtype and size of calls."""
 
     op: str
-    device_type: str
+    device_type: str  # or one device, as "cuda:1"
     dtype: torch.dtype
     backend: str
     rejected: dict[str, str]  # the better backends, and why they do not serve it
@@ -166,7 +166,8 @@ def call(operator: Operator, *args: Any) -> tuple[Tensor, ...]:
     sized = "triton" in CANDIDATES.get(kind, ELSEWHERE)
     size = proofs.size_of(len(features), len(prototypes)) if sized else None
     gradients = any(request.wanted) if sized else None
-    found = kernel(operator.name, kind, features.dtype, size, gradients)
+    device = str(features.device) if sized else kind
+    found = kernel(operator.name, device, features.dtype, size, gradients)
     if not autocasting(kind):
         return found(x, request)
     # Operands are rounded before the operator; inside, autocast would round the logits.
@@ -204,6 +205,7 @@ def kernel(
     """The kernel that serves `op` for tensors of this device type and dtype.
 
     Args:
+        device_type: or one device, as "cuda:1", since cards of one machine may differ.
         size: of the call, see `proofs.SIZES`; None where no Triton kernel may serve it.
         gradients: whether the call makes them; None asks for a kernel of both kinds of calls.
 
@@ -213,7 +215,7 @@ def kernel(
     """
     choice = (op, device_type, dtype, size, gradients, _setting())
     # A proof is of how float32 is multiplied, too.
-    key = choice, None if size is None else proofs.numbers()
+    key = choice, None if size is None else proofs.settings()
     found = _kernels.get(key)
     if found is None:
         found = _kernels[key] = _choose_kernel(*choice)
@@ -265,6 +267,24 @@ def _setting() -> str:
 def forget_choices() -> None:
     """Choose anew at the next calls: a proof was made, or the environment has changed."""
     _kernels.clear()
+
+
+def instead_of_triton(device_type: str) -> str:
+    """The backend that serves where the Triton kernels do not."""
+    return CANDIDATES.get(device_type, ELSEWHERE)[-1]
+
+
+def share_proofs(group: Any = None) -> None:
+    """Have all ranks take the same kernels: those that the first rank's proofs allow.
+
+    All ranks of the group call it, best before the first loss. A rank whose GPU, driver or versions
+    are not those of the first rank then takes no Triton kernel.
+
+    Args:
+        group: a process group of torch.distributed; None for the default one.
+    """
+    proofs.share(group)
+    forget_choices()
 
 
 def choose(

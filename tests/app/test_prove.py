@@ -2,101 +2,64 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from mulki import kernels
 from mulki.app import prove
 from mulki.app.cli import run_command
-from mulki.bench import point
-from mulki.bench.cases import Case
-from mulki.bench.report import Quantiles, Result
 from mulki.kernels import schedule
-from mulki.ops import proofs
+from mulki.ops import backends, proofs
 from mulki.ops.proofs import Verdict
+from mulki.runs.lock import FolderLock
+
+GPU = "a card"
+CARD = {GPU: torch.device("cpu")}
+JOBS = [prove.Job("siglip", numbers, "small", ((8, 8, 16),)) for numbers in prove.NUMBERS]
+FIRST, SECOND, *_ = JOBS
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MULKI_CACHE_DIR", str(tmp_path))
+def a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU by name, which nobody calls; on the CPU nothing is compiled ahead of time."""
+    monkeypatch.setenv("MULKI_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(proofs, "cards", lambda device: CARD)
+    monkeypatch.setattr(proofs, "subject_of", lambda gpu: {"gpu": gpu})
 
 
-def test_where_the_kernels_do_not_run_the_reason_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(prove, "_not_served", lambda *_: "torch finds no GPU on this machine")
-    assert run_command(["prove"]) == 2
-    assert "--device: got cuda" in capsys.readouterr().err
-    assert not proofs.folder().exists()
+def stored() -> dict[str, Verdict]:
+    return proofs.stored({"gpu": GPU}) or {}
 
 
-def test_the_table_and_the_status(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(prove, "_not_served", lambda *_: None)
-    found = [
-        Verdict("siglip", "float32", "small", (), 1.25, 0.9),
-        Verdict("similarity", "float32", "small", ("loss: relative error 3",)),
-    ]
-    monkeypatch.setattr(prove, "prove", lambda device, seconds: iter(found[:1]))
-    assert run_command(["prove", "--seconds", "1"]) == 0
-    out = capsys.readouterr().out
-    assert " 1.25  0.90  right" in out and "left out" not in out
-    monkeypatch.setattr(prove, "prove", lambda device, seconds: iter(found))
-    assert run_command(["prove"]) == 1
-    assert "    -     -  loss: relative error 3" in capsys.readouterr().out
+# --- what is sought
 
 
-def test_a_kernel_that_cannot_serve_is_wrong_and_not_timed() -> None:
-    """Without TRITON_INTERPRET nothing runs on the CPU, and a fallback would prove nothing."""
-    found = list(prove.prove("cpu", 0.1, ("float32",), ("small",)))
-    assert "TRITON_INTERPRET" in found[0].problems[0] and found[0].speedup is None
-    assert [one.operator for one in found] == list(prove.CASES)
-    (subject,) = proofs.subjects("cpu")
-    assert set(proofs.stored(subject) or ()) == {one.place for one in found}
-
-
-def test_calls_with_gradients_and_without_are_timed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Without gradients other kernels may serve."""
-    asked = []
-
-    def measured(case: Case, providers: object, modes: tuple[str, ...], seconds: float) -> object:
-        asked.append(modes)
-        speedups = {"both": 2.0, "forward": 0.5}
-        return [
-            Result(
-                *(case, "mulki", mode, "timed", (), 9),
-                metrics={"speedup_over_eager": Quantiles.same(speedups[mode])},
-            )
-            for mode in modes
-        ]
-
-    monkeypatch.setattr(point, "measure_case", measured)
-    monkeypatch.setattr(prove, "_not_served", lambda *_: None)
-    monkeypatch.setattr(prove, "_problems_of_forms", lambda case: [])
-    first = next(prove.prove("cpu", 0.1, ("float32",), ("small",)))
-    assert (first.speedup, first.forward_speedup, first.problems) == (2.0, 0.5, ())
-    assert asked == [("both", "forward")] * 2
-
-
-def test_an_interrupted_proof_keeps_what_it_has_found() -> None:
-    first = next(prove.prove("cpu", 0.1, ("float32",), ("small",)))
-    (subject,) = proofs.subjects("cpu")
-    assert list(proofs.stored(subject) or ()) == [first.place]
+def test_bfloat16_at_training_sizes_goes_first() -> None:
+    found = prove.jobs()
+    places = [job.place for job in found]
+    assert places[0] == "teacher_kl bfloat16 medium" and len(places) == 72
+    assert len(set(places)) == len(places)
+    assert {(job.numbers, job.size) for job in found[:12]} == {
+        ("bfloat16", "medium"),
+        ("bfloat16", "large"),
+    }
+    # float32 is proven as such and as tf32.
+    assert {job.numbers for job in found} == {"bfloat16", "float16", "float32", "tf32"}
 
 
 def test_every_operator_with_triton_kernels_is_tried_at_every_size() -> None:
     assert set(prove.CASES) == set(kernels.OPERATORS)
+    assert set(prove.SIZES) == set(proofs.SIZES)
     for shapes in (prove.SHAPES, prove.PAIRED_SHAPES):
-        assert [proofs.size_of(n, p) for n, p, _ in shapes.values()] == list(shapes)
-        assert list(shapes) == list(proofs.SIZES)
-    for others in (prove.OTHER_SHAPES, prove.OTHER_PAIRED_SHAPES):
-        assert list(others) == list(proofs.SIZES)
-        for size, of_size in others.items():
+        for size, of_size in shapes.items():
             assert {proofs.size_of(n, p) for n, p, _ in of_size} == {size}
 
 
@@ -149,24 +112,211 @@ def test_every_schedule_that_serves_a_size_is_tried_there(family: str, models: i
     assert set.union(*served.values()) >= {("rows", True), (True, False, True)}
     assert (family == "half") == all(("stream",) in taken for taken in served.values())
     for size, taken in served.items():
-        assert taken <= kernels_of(prove.SHAPES[size], *prove.OTHER_SHAPES[size]), size
+        assert taken <= kernels_of(*prove.SHAPES[size]), size
 
 
 def test_pairs_whose_logits_are_made_twice_are_tried() -> None:
-    n, _, d = prove.OTHER_PAIRED_SHAPES["large"][-1]
+    n, _, d = prove.PAIRED_SHAPES["large"][-1]
     problem = schedule.Problem(n, n, (d,), "half", True, softmax=False, columns_too=True)
     assert schedule.plans(problem)[0].rows < n
 
 
-def test_it_ends_in_time(
+# --- what is printed
+
+
+def test_where_the_kernels_do_not_run_the_reason_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(prove, "_not_served", lambda *_: None)
-    verdicts = len(prove.CASES) * len(prove.DTYPES) * len(proofs.SIZES)
-    found = [Verdict("siglip", "float32", "small", (), 1.25, 0.9)] * verdicts
-    monkeypatch.setattr(prove, "prove", lambda device, seconds: iter(found))
+    monkeypatch.setattr(kernels, "why_not", lambda *_: "there is no C compiler: install gcc")
+    monkeypatch.setattr(proofs, "cards", lambda device: {})
+    assert run_command(["prove"]) == 2
+    assert "--device: the Triton" in (error := capsys.readouterr().err) and "install gcc" in error
+    assert not proofs.folder().exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.undo()
+    for device in ("gone", "cuda:7"):
+        assert run_command(["prove", "--device", device]) == 2
+        assert f"--device: got '{device}', wanted cuda" in capsys.readouterr().err
+
+
+def test_a_card_on_which_they_do_not_run_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"old": torch.device("cuda", 0), "new": torch.device("cuda", 1)}
+    monkeypatch.setattr(proofs, "cards", lambda device: places)
+    monkeypatch.setattr(
+        backends.Triton, "why_not", lambda _, op, device, dtype: "old" if "0" in device else None
+    )
+    assert set(prove._cards("cuda")) == {"new"}
+    assert "left out: old: old" in capsys.readouterr().out
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.Triton, "why_not", lambda *_: None)
+
+
+def test_the_table_and_the_status(
+    served: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = [
+        Verdict("siglip", "float32", "small", (), 1.25, 0.9),
+        Verdict("siglip", "bfloat16", "small"),
+        Verdict("siglip", "float16", "small", ("loss: relative error 3",)),
+        Verdict("siglip", "tf32", "small", failure="signal 11"),
+    ]
+    given = list(found[:2])
+    monkeypatch.setattr(prove, "_found", lambda todo, card: iter(given))
+    assert prove.report("cuda", wanted=JOBS) == 0
+    out = capsys.readouterr().out
+    assert " 1.25  0.90  right" in out and "-  no memory to try it" in out
+    assert f"2 of 4 verdicts are there of {GPU}, and the kernels serve at 1" in out
+    assert "the others: `mulki prove`" in out
+    for one in found[2:]:
+        given[:] = [one]
+        assert prove.report("cuda", wanted=JOBS) == 1
+    out = capsys.readouterr().out
+    assert "    -     -  loss: relative error 3" in out and "did not run: signal 11" in out
+    assert "4 of 4 verdicts" in out.splitlines()[-2] and "the others" not in out.splitlines()[-2]
+
+
+def test_it_ends_in_time(
+    served: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = [Verdict(*job[:3], (), 1.25, 0.9) for job in JOBS]
+    monkeypatch.setattr(prove, "_found", lambda todo, card: iter(found))
+    monkeypatch.setattr(prove, "jobs", lambda: JOBS)
     assert run_command(["prove", "--limit", "0"]) == 0
     out = capsys.readouterr().out
-    assert out.count("right\n") == 1 and f"left out: {verdicts - 1} verdicts, out of time" in out
-    assert run_command(["prove", "--limit", "100"]) == 0
-    assert "left out" not in capsys.readouterr().out
+    assert out.count("right\n") == 1 and "1 of 4 verdicts" in out
+    assert "left out: what is not there yet, out of time" in out
+
+
+# --- what is kept
+
+
+def test_a_verdict_that_is_stored_is_not_sought_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    sought: list[str] = []
+
+    def found(todo: Sequence[prove.Job], card: torch.device) -> Iterator[Verdict]:
+        for job in todo:
+            sought.append(job.numbers)
+            yield Verdict(*job[:3], (), 2.0, 2.0)
+
+    monkeypatch.setattr(prove, "_found", found)
+    next(prove.prove(CARD, wanted=JOBS))
+    assert set(stored()) == {FIRST.place}
+    assert [one.numbers for one in prove.prove(CARD, wanted=JOBS)] == list(prove.NUMBERS[1:])
+    assert list(prove.prove(CARD, wanted=JOBS)) == [] and len(sought) == 4
+    assert len(list(prove.prove(CARD, again=True, wanted=JOBS))) == 4
+
+
+def test_one_process_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prove, "_found", lambda todo, card: iter(()))
+    proofs.folder().mkdir(parents=True)
+    lock = FolderLock(proofs.folder())
+    with pytest.raises(prove.InputError, match="another `mulki prove`"):
+        list(prove.prove(CARD))
+    lock.release()
+    assert list(prove.prove(CARD)) == []
+
+
+def test_a_folder_that_cannot_be_written_is_named_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "triton"))
+    pytest.importorskip("triton", reason="needs Triton, which this installation has not")
+    with pytest.raises(prove.InputError, match="cannot be written .*set TRITON_CACHE_DIR"):
+        next(prove.prove({GPU: torch.device("cuda", 0)}))
+    monkeypatch.setenv("MULKI_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(prove.InputError, match="cannot be written .*set MULKI_CACHE_DIR"):
+        next(prove.prove(CARD))
+
+
+# --- processes
+
+
+def right(job: prove.Job, device: str) -> Verdict:
+    return Verdict(*job[:3], (), 2.0, 2.0)
+
+
+def crashing(job: prove.Job, device: str) -> Verdict:
+    if job == FIRST:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return right(job, device)
+
+
+def hanging(job: prove.Job, device: str) -> Verdict:
+    if job == FIRST:
+        time.sleep(600)
+    return right(job, device)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"), [(crashing, "exit status -9"), (hanging, "did not end within 4 ")]
+)
+def test_a_crash_costs_one_verdict(
+    function: Any, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prove, "verdict_of", function)
+    if function is hanging:
+        monkeypatch.setattr(prove, "LONGEST", 4.0)
+    first, second = prove.prove(CARD, wanted=JOBS[:2])
+    assert first.place == FIRST.place and reason in (first.failure or "")
+    assert second == right(SECOND, "cpu")
+    # Nor is it met again.
+    assert len(stored()) == 2 and list(prove.prove(CARD, wanted=JOBS[:2])) == []
+
+
+def test_a_verdict_is_found_in_a_process_of_its_own() -> None:
+    """Without TRITON_INTERPRET nothing runs on the CPU, and a fallback would prove nothing."""
+    (found,) = prove.prove(CARD, wanted=[FIRST])
+    assert "TRITON_INTERPRET" in (found.failure or "") and found.speedup is None
+
+
+def compiled(job: prove.Job, case: Any, folder: str, target: None) -> None:
+    time.sleep(0.05)
+    Path(folder, f"{job.numbers} {case.shape}").touch()
+
+
+def the_gpu(device: str) -> tuple[str, None]:
+    return os.environ["MULKI_CACHE_DIR"], None
+
+
+def having_compiled(job: prove.Job, device: str) -> Verdict:
+    there = [
+        Path(os.environ["MULKI_CACHE_DIR"], f"{job.numbers} {n}x{p}x{d}").is_file()
+        for n, p, d in job.shapes
+    ]
+    return Verdict(*job[:3], failure=f"{sum(there)} of {len(there)}")
+
+
+def test_kernels_are_compiled_before_their_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prove, "_gpu", the_gpu)
+    monkeypatch.setattr(prove, "_compile", compiled)
+    monkeypatch.setattr(prove, "verdict_of", having_compiled)
+    shapes = ((8, 8, 16), (9, 9, 16), (10, 10, 16))
+    todo = [job._replace(shapes=shapes) for job in JOBS[:2]]
+    proofs.folder().mkdir(parents=True)
+    found = list(prove._found(todo, torch.device("cuda", 0)))
+    assert [one.failure for one in found] == ["3 of 3"] * 2
+
+
+def no_compiler(job: prove.Job, case: Any, folder: str, target: None) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_compiler_that_crashes_costs_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prove, "_gpu", the_gpu)
+    monkeypatch.setattr(prove, "_compile", no_compiler)
+    monkeypatch.setattr(prove, "verdict_of", right)
+    found = list(prove._found(JOBS[:2], torch.device("cuda", 0)))
+    assert found == [right(FIRST, ""), right(SECOND, "")]

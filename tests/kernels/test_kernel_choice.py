@@ -38,12 +38,32 @@ def test_reasons_without_a_gpu(triton, monkeypatch):
     assert kernels.why_not(op, "cpu", torch.bfloat16) is None
 
 
-@pytest.mark.parametrize(("capability", "serves"), [((7, 5), False), ((8, 0), True)])
-def test_reason_of_an_old_gpu(capability, serves, triton, monkeypatch):
+@pytest.fixture
+def cards(monkeypatch, triton):
+    """An old GPU beside one that serves."""
+    capabilities, names = [(7, 5), (8, 0)], ["an old card", "a new card"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    reason = kernels.why_not("siglip", "cuda", torch.float32)
-    assert reason is None if serves else "8.0" in reason and "7.5" in reason
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: names[i])
+    monkeypatch.setattr(kernels.toolchain, "missing", list)
+
+
+def test_the_card_of_the_tensors_is_asked(cards):
+    assert kernels.why_not("siglip", "cuda:1", torch.float32) is None
+    for device in ("cuda:0", "cuda"):
+        reason = kernels.why_not("siglip", device, torch.float32)
+        assert "8.0" in reason and "an old card has 7.5" in reason
+
+
+def test_what_triton_builds_with_is_looked_for(cards, monkeypatch):
+    monkeypatch.setattr(kernels.toolchain, "missing", lambda: ["no gcc", "no Python.h"])
+    assert kernels.why_not("siglip", "cuda:1", torch.float32) == "no gcc; no Python.h"
+
+
+def test_an_older_torch_is_named(triton, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "matmul", object())
+    assert "wants torch 2.11" in kernels.why_not("siglip", "cuda", torch.float32)
 
 
 def test_reason_without_triton(monkeypatch):
@@ -127,6 +147,10 @@ def test_the_default_is_taken_unless_asked_otherwise(autotune, on_sm_90, monkeyp
         assert autotune.run("rows", on_sm_90, (5, 6), PLANS, lambda plan: plan) == PLANS[0]
     finally:
         torch.use_deterministic_algorithms(False)
+    with monkeypatch.context() as ranks:
+        # Each would time for itself.
+        ranks.setattr(torch.distributed, "is_initialized", lambda: True)
+        assert autotune.run("rows", on_sm_90, (5, 6), PLANS, lambda plan: plan) == PLANS[0]
     assert not autotune.cache_file().exists()
     # What was timed before does not count there either.
     monkeypatch.setattr(autotune, "milliseconds", lambda function: -function().rows)

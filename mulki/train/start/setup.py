@@ -27,6 +27,7 @@ from mulki.distributed import launch
 from mulki.distributed.world import World
 from mulki.errors import InputError
 from mulki.methods import Method
+from mulki.ops import share_proofs
 from mulki.runs import trackers
 from mulki.runs.folder import RunFolder
 from mulki.runs.new_folder import check_free
@@ -125,6 +126,8 @@ def prepared(
         launch.join(precision.device, config.process_timeout, hold) as world,
         contextlib.ExitStack() as at_end,
     ):
+        if world.size > 1:
+            share_proofs()
         facts: dict[str, object] = {}
         problem = saved = folder = None
         try:

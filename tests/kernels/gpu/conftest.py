@@ -21,5 +21,5 @@ def kernels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("out of time")
     monkeypatch.setenv("MULKI_BACKEND", "triton")
     monkeypatch.setenv("MULKI_STRICT", "1")
-    if reason := kernels.why_not("siglip", "cuda", torch.float32):
+    if reason := kernels.why_not("siglip", "cuda:0", torch.float32):
         pytest.skip(reason)

@@ -14,31 +14,37 @@ from mulki.similarity import Similarity
 @pytest.fixture(autouse=True)
 def interpreter_for_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("MULKI_CACHE_DIR", str(tmp_path))
-    for shapes in (prove.SHAPES, prove.PAIRED_SHAPES):
-        monkeypatch.setitem(shapes, "small", (8, 8, 16))
-    for others in (prove.OTHER_SHAPES, prove.OTHER_PAIRED_SHAPES):
-        monkeypatch.setitem(others, "small", ((9, 9, 24),))
+    monkeypatch.setattr(prove, "SECONDS", 0.01)
     monkeypatch.setitem(backends.CANDIDATES, "cpu", ("triton", "reference"))
     backends.forget_choices()
     yield
     backends.forget_choices()
 
 
-def verdicts(*dtypes: str) -> dict[str, proofs.Verdict]:
-    return {verdict.place: verdict for verdict in prove.prove("cpu", 0.01, dtypes, ("small",))}
+def verdict(op: str, numbers: str) -> proofs.Verdict:
+    """Of this process, whose kernels a test may change."""
+    return prove.verdict_of(prove.Job(op, numbers, "small", ((8, 8, 16), (9, 9, 24))), "cpu")
 
 
 def choice(op: str, dtype: torch.dtype, size: str) -> str:
     return backends.choose(op, "cpu", dtype, size=size).backend
 
 
-def test_every_operator_is_right_and_the_interpreter_slower():
-    found = verdicts("float32", "bfloat16")
-    assert len(found) == 2 * len(prove.CASES)
-    for verdict in found.values():
-        assert verdict.problems == () and verdict.speedup is not None
-        assert "slower" in (verdict.why_not() or "")
+@pytest.mark.parametrize("op", prove.CASES)
+def test_every_operator_is_right_and_the_interpreter_slower(op):
+    for numbers in ("tf32", "bfloat16"):
+        found = verdict(op, numbers)
+        assert found.problems == () and found.failure is None
+        assert "slower" in (found.why_not() or "") and found.numbers == numbers
+    assert torch.backends.cuda.matmul.fp32_precision != "tf32"
+
+
+def test_a_proof_is_made_in_processes():
+    job = prove.Job("siglip", "float32", "small", ((8, 8, 16),))
+    (found,) = prove.prove(proofs.cards("cpu"), wanted=[job])
+    assert found.problems == () and "slower" in (found.why_not() or "")
     assert choice("siglip", torch.float32, "small") == "reference"
+    functional.siglip(torch.randn(4, 8), torch.randn(4, 8), 1.0, 0.0)  # allocates as a kernel does
 
 
 def test_where_the_kernels_are_right_and_faster_they_are_taken():
@@ -75,9 +81,8 @@ def wrong(monkeypatch, op: str, form: str, *results: int) -> None:
 
 
 def test_a_kernel_that_is_wrong_in_one_form_is_found(monkeypatch):
-    monkeypatch.setattr(prove, "CASES", {"prototype_cross_entropy": ("prototype_cross_entropy",)})
     wrong(monkeypatch, "prototype_cross_entropy", "backward", 1, 2, 3)
-    found = verdicts("float32")["prototype_cross_entropy float32 small"]
+    found = verdict("prototype_cross_entropy", "float32")
     assert any("row by row at 8x8x16: gradient" in problem for problem in found.problems)
     assert "was wrong" in (found.why_not() or "")
 
@@ -93,11 +98,20 @@ def test_a_kernel_that_is_wrong_in_one_form_is_found(monkeypatch):
 )
 def test_a_by_product_that_is_wrong_is_found(op, form, result, name, monkeypatch):
     """Neither the loss nor its gradients show it."""
-    monkeypatch.setattr(prove, "CASES", {op: prove.CASES[op][:1]})
     wrong(monkeypatch, op, form, result)
-    found = verdicts("float32")[f"{op} float32 small"]
+    found = verdict(op, "float32")
     assert found.problems and all(f": {name}: " in problem for problem in found.problems)
     assert any(problem.startswith("by-products at 8x8x16") for problem in found.problems)
+
+
+def test_a_kernel_that_raises_did_not_run(monkeypatch):
+    def kernel(self, op):
+        torch.empty(1)  # allocates as a kernel does
+        raise RuntimeError("no such instruction\nand more")
+
+    monkeypatch.setattr(type(backends.BACKENDS["triton"]), "kernel", kernel)
+    found = verdict("siglip", "float32")
+    assert found.failure == "RuntimeError: no such instruction" and found.problems == ()
 
 
 def test_the_operator_asks_with_the_size_of_its_call(monkeypatch):

@@ -41,6 +41,6 @@ def _no_header() -> str | None:
     version = "{}.{}".format(*sys.version_info)
     return (
         f"there is no Python.h in {folder}, which Triton's launchers include: apt-get install "
-        f"python{version}-dev (dnf: python3-devel), or name by PYTHON one that has it, as those of "
-        f"conda and uv do"
+        f"python{version}-dev (dnf: python3-devel), or take a Python that has it, as conda's and "
+        f"uv's have"
     )
