@@ -16,7 +16,6 @@ from pathlib import Path
 from benchmarks.gpu.plan import PYTHON, TOTAL, Plan
 from benchmarks.gpu.probe import Machine
 from benchmarks.gpu.steps import ROOT, Outcome, run_step, summary
-from benchmarks.gpu.toolchain import missing
 
 #: What is handed back, by what it is called among the logs; few files, as some machines send few.
 RESULTS = {"summary.txt": "summary.txt", "ops.csv": "ops.csv", "tables.md": "tables.log"}
@@ -37,11 +36,6 @@ def main(argv: list[str]) -> int:
     )
     options = parser.parse_args(argv)
     start = time.monotonic()
-    problems = missing()
-    for problem in problems:
-        print(f"benchmarks/gpu.sh: {problem}", file=sys.stderr)
-    if problems and not options.rehearse:  # the interpreter launches nothing
-        return 2
     machine = _machine(options.rehearse)
     if machine is None:
         return 2

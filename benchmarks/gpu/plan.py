@@ -19,14 +19,27 @@ TOTAL = 520.0  # seconds; what has begun then has a minute more
 
 KEPT = 0.03  # of it, for tables and figures of what was measured
 
+#: What is timed first: what serves without a proof, what `mulki prove` decides about, what others
+#: have, and the least that it takes.
+PROVIDERS = (
+    "mulki-reference",
+    "mulki",
+    "eager",
+    "compile",
+    "products",
+)
 #: By step, the options of the suite that is timed in it. A budget cuts off the last shapes.
 SUITES = {
-    "throughput": ("--ops", "dual_teacher_kl", "--dtypes", "bfloat16"),
+    "throughput": ("--ops", "dual_teacher_kl", "--dtypes", "bfloat16", "--providers", *PROVIDERS),
     "losses": (
         *("--ops", "prototype_cross_entropy", "contrastive", "pair_kl", "siglip", "similarity"),
-        *("--dtypes", "bfloat16"),
+        *("--dtypes", "bfloat16", "--providers", *PROVIDERS),
     ),
-    "more": ("--ops", "dual_teacher_kl", "teacher_kl_1", "teacher_kl_3", "--dtypes", "float32"),
+    # By all that there is, CUDA graphs and other packages too.
+    "more": (
+        *("--ops", "dual_teacher_kl", "teacher_kl_1", "teacher_kl_3"),
+        *("--dtypes", "bfloat16", "float32"),
+    ),
 }
 #: The search for the largest N leaves out what would be compiled or captured for every N.
 SEARCHED = (
@@ -63,12 +76,13 @@ class Plan:
         no_csv = f"nothing was measured: {no_suite}" if no_suite else None
         steps: tuple[tuple[str, float, Callable[[float], Commands], str | None], ...] = (
             ("environment", 0.03, self._environment, None),
-            ("schedules", 0.22, self._schedules, no_gpu),
-            ("tests", 0.25, self._tests, no_gpu),
+            ("verified", 0.12, self._verified, no_suite),
             ("throughput", 0.18, self._timed("throughput"), no_suite),
-            ("memcheck", 0.08, self._sanitized("memcheck"), no_sanitizer),
-            ("proof", 0.15, self._proof, no_gpu),
             ("losses", 0.12, self._timed("losses"), no_suite),
+            ("proof", 0.15, self._proof, no_gpu),
+            ("schedules", 0.15, self._schedules, no_gpu),
+            ("tests", 0.20, self._tests, no_gpu),
+            ("memcheck", 0.08, self._sanitized("memcheck"), no_sanitizer),
             ("racecheck", 0.07, self._sanitized("racecheck"), no_sanitizer),
             ("largest", 0.07, self._largest, no_suite),
             ("more", 1.00, self._timed("more"), no_suite),
@@ -96,6 +110,11 @@ class Plan:
     def _environment(self, seconds: float) -> Commands:
         return {"environment": [PYTHON, "-m", "mulki.info"]}
 
+    def _verified(self, seconds: float) -> Commands:
+        # Once, side by side: this finds what is wrong, and leaves compiled what is timed next.
+        names = ("throughput", "losses")
+        return _sharing({f"verified-{name}": self._suite(name, seconds, "1e-3") for name in names})
+
     def _schedules(self, seconds: float) -> Commands:
         counts = ["tests/kernels/test_schedule.py", "tests/benchmarks/test_plan.py"]
         commands = {"schedules-plan": _pytest(*counts), **self._tests_of_numbers("schedules")}
@@ -112,15 +131,12 @@ class Plan:
             **self._tests_of_numbers("values"),
             "tests-streams": _pytest(f"{TESTS}/test_gpu_streams.py"),
             "tests-large": _pytest(f"{TESTS}/test_gpu_large.py"),
-            # These find what is wrong, and leave compiled what is timed and sanitized later.
+            # Leaves compiled what is sanitized later.
             "tests-small": [*self._small(seconds), "--verify"],
         }
         if self.machine.rehearsal:
             chosen = _pytest(f"{INTERPRETED}/test_triton_public.py")
             commands["tests-interpreted"] = [*_interpreter(), *chosen]
-        else:
-            for name in ("throughput", "losses"):
-                commands[f"tests-{name}"] = self._suite(name, seconds, "1e-3")
         return _sharing(commands)
 
     def _tests_of_numbers(self, name: str) -> dict[str, list[str]]:
@@ -130,7 +146,7 @@ class Plan:
 
     def _suite(self, name: str, budget: float, seconds: str) -> list[str]:
         words = ("--device", "cuda", "--modes", "forward", "both", "--seconds", seconds)
-        words = TINY if self.machine.rehearsal else words
+        words = TINY if self.machine.rehearsal else words  # of an option twice the last counts
         bench = [PYTHON, "-m", "benchmarks.ops"]
         return [*bench, *SUITES[name], *words, "--budget", f"{budget:.0f}"]
 
@@ -161,14 +177,11 @@ class Plan:
         return lambda seconds: {tool: [*alone, *sanitizer, *options, *self._small(seconds)]}
 
     def _proof(self, seconds: float) -> Commands:
-        words = [str(self.out / "proof.json"), "--limit", f"{seconds:.0f}"]
+        limit = f"{seconds:.0f}"
         if self.machine.rehearsal:
-            rehearsal = [PYTHON, "-m", "benchmarks.gpu.rehearsal", "proof", *words]
-            rehearsal += ["--device", "cpu", "--seconds", "0.1"]
+            rehearsal = [PYTHON, "-m", "benchmarks.gpu.rehearsal", "proof", limit]
             return {"proof": [*_interpreter(), *rehearsal]}
-        # The rest of the time compiles.
-        proof = [PYTHON, "-m", "benchmarks.gpu.proof", *words, "--seconds", f"{seconds / 3:.0f}"]
-        return {"proof": proof}
+        return {"proof": [PYTHON, "-m", "mulki", "prove", "--limit", limit]}
 
     def _tables(self, seconds: float) -> Commands:
         return {"tables": [PYTHON, "-m", "benchmarks.ops", "table", str(self.csv_file)]}

@@ -45,7 +45,7 @@ def probe(rehearse: bool) -> Machine:
     here = torch.cuda.is_available()
     return Machine(
         device=torch.cuda.get_device_name() if here else "no GPU",
-        no_gpu=kernels.why_not("teacher_kl", "cuda", torch.float32)
+        no_gpu=kernels.why_not("teacher_kl", "cuda:0", torch.float32)
         if here
         else "torch finds no GPU on this machine",
         sanitizer=_sanitizer(),

@@ -1,7 +1,7 @@
 """What stands in for a GPU in `benchmarks/gpu.sh OUT --rehearse`.
 
 python -m benchmarks.gpu.rehearsal sanitizer --tool racecheck ... COMMAND
-python -m benchmarks.gpu.rehearsal proof FILE --device cpu --limit 60
+python -m benchmarks.gpu.rehearsal proof 60
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
-from functools import partial
 
 _FALSE_ALARM = """\
 ========= Error: Race reported between Write access at rehearsed_kernel+0x1a0 in rehearsed.py:1
@@ -33,17 +32,16 @@ def sanitizer(options: Sequence[str]) -> int:
     return status
 
 
-def proof(argv: list[str]) -> int:
-    """`benchmarks.gpu.proof` of float32 at one tiny shape."""
-    from benchmarks.gpu import proof
+def proof(options: Sequence[str]) -> int:
+    """`mulki prove` of float32 at two tiny shapes, in at most so many seconds."""
     from mulki.app import prove
 
-    for shapes in (prove.SHAPES, prove.PAIRED_SHAPES):
-        shapes["small"] = (8, 8, 16)
-    for others in (prove.OTHER_SHAPES, prove.OTHER_PAIRED_SHAPES):
-        others["small"] = ((9, 9, 24),)
-    prove.prove = partial(prove.prove, dtypes=("float32",), sizes=("small",))
-    return proof.main(argv)
+    wanted = [
+        job._replace(shapes=((8, 8, 16), (9, 9, 24)))
+        for job in prove.jobs()
+        if job[1:3] == ("float32", "small")
+    ]
+    return prove.report("cpu", limit=float(options[0]), wanted=wanted)
 
 
 if __name__ == "__main__":

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import csv
 import importlib
-import json
 import subprocess
 import sys
-import sysconfig
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mulki.app import prove
 from mulki.bench.losses import MULKI
-from mulki.ops import proofs
-from mulki.ops.proofs import Verdict
 from tests import ROOT
 
 
@@ -29,40 +22,6 @@ def from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def module(name: str) -> Any:
     return importlib.import_module(f"benchmarks.gpu.{name}")
-
-
-# --- what Triton needs
-
-
-def test_a_compiler_and_its_header_are_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "Python.h").touch()
-    for name in ("gcc", "mycc"):
-        (tmp_path / name).write_text("#!/bin/sh\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CC", raising=False)
-    missing = module("toolchain").missing
-    assert missing() == []
-    monkeypatch.setenv("CC", "mycc")
-    assert missing() == []
-    # Triton would take it, although gcc is there.
-    monkeypatch.setenv("CC", "gone")
-    assert len(missing()) == 1 and "CC is 'gone'" in missing()[0]
-
-
-def test_what_is_missing_is_said_with_the_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CC", raising=False)
-    compiler, header = module("toolchain").missing()
-    assert "no C compiler" in compiler and "apt-get install gcc" in compiler
-    version = "{}.{}".format(*sys.version_info)
-    assert f"no Python.h in {tmp_path}" in header and f"python{version}-dev" in header
 
 
 # --- what racecheck reports
@@ -164,28 +123,3 @@ def test_the_stand_in_for_a_sanitizer() -> None:
     assert done.returncode == 9 and module("races").false_alarms(done.stdout) == 1
     done = sanitized("racecheck", "raise SystemExit(3)")
     assert done.returncode == 3 and module("races").false_alarms(done.stdout) == 0
-
-
-# --- the proof
-
-
-def test_the_proof_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As far as it was found: a step that takes too long is killed."""
-    proof = module("proof")
-    monkeypatch.setenv("MULKI_CACHE_DIR", str(tmp_path / "cache"))
-    subject = proofs.subject_of(torch.device("cpu"))
-    file = tmp_path / "proof.json"
-    verdicts = [Verdict("siglip", "float32", size, speedup=1.5) for size in ("small", "medium")]
-
-    def found(device: str, seconds: float) -> Iterator[Verdict]:
-        for number, verdict in enumerate(verdicts):
-            assert number == 0 or file.is_file()
-            proofs.store(subject, [verdict])
-            yield verdict
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(prove, "prove", found)
-    monkeypatch.setattr(prove, "_not_served", lambda *_: None)
-    with pytest.raises(KeyboardInterrupt):
-        proof.main([str(file), "--device", "cpu", "--limit", "60", "--seconds", "2"])
-    assert [v["size"] for v in json.loads(file.read_text())["verdicts"]] == ["small", "medium"]
