@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import statistics
 import tempfile
 import time
@@ -100,15 +101,18 @@ class Job(NamedTuple):
     def place(self) -> str:
         return Verdict(*self[:3]).place
 
+    @property
+    def dtype(self) -> str:
+        return "float32" if self.numbers == "tf32" else self.numbers
+
     def cases(self, device: str) -> list[Case]:
         """The operator's first case at all shapes, then the others at few of them."""
         from mulki.bench.cases import Case
 
-        dtype = "float32" if self.numbers == "tf32" else self.numbers
         first, *others = CASES[self.operator]
         tried = [(first, shape) for shape in self.shapes]
         tried += [(name, shape) for name in others for shape in self.shapes[:OF_OTHERS]]
-        return [Case(name, *shape, dtype, device) for name, shape in tried]
+        return [Case(name, *shape, self.dtype, device) for name, shape in tried]
 
 
 def jobs() -> list[Job]:
@@ -250,7 +254,9 @@ def _check_folders(of_triton: bool) -> Path:
 def _found(todo: Sequence[Job], card: torch.device) -> Iterator[Verdict]:
     """The verdicts in their order, each behind the processes that compile for it."""
     gpu: Any = _Child(_gpu, str(card)).result() if todo and card.type != "cpu" else None
-    with ProcessPoolExecutor(_compilers(), mp_context=_context()) as pool:
+    # Ctrl-C ends a compiler, which would go on with what is next.
+    ends = signal.signal, (signal.SIGINT, signal.SIG_DFL)
+    with ProcessPoolExecutor(_compilers(), _context(), *ends) as pool:
         # Where that has failed, and behind a compiler that has crashed, the verdicts compile.
         compiled = {
             job: [pool.submit(_compile, job, case, *gpu) for case in job.cases("meta") if gpu]
@@ -338,7 +344,11 @@ def verdict_of(job: Job, device: str) -> Verdict:
     """The verdict, found in this process."""
     from mulki.bench.providers import setting
 
-    card = torch.device(device)
+    card, dtype = torch.device(device), getattr(torch, job.dtype)
+    # What a backend that was asked for does not serve falls back, and would prove nothing.
+    reason = backends.BACKENDS["triton"].why_not(job.operator, device, dtype)
+    if reason is not None:
+        return Verdict(*job[:3], failure=reason)
     try:
         if card.index is not None:
             torch.accelerator.set_device_index(card.index)
@@ -365,26 +375,27 @@ def _multiplying(numbers: str) -> Iterator[None]:
 
 
 def _tried(job: Job, device: str) -> Verdict:
-    from mulki.bench.verify import Verifier
-
     problems: list[str] = []
     speedups: list[tuple[float, ...]] = []
     for case in job.cases(device):
-        dtype = getattr(torch, case.dtype)
-        # What a backend that was asked for does not serve falls back, and would prove nothing.
-        if reason := backends.BACKENDS["triton"].why_not(job.operator, device, dtype):
-            raise RuntimeError(reason)
         inputs = case.inputs()
-        verifiers: dict[Compute | None, Verifier] = {}
-        for form, (ours, plain) in _forms(job, case).items():
-            if plain not in verifiers:
-                verifiers[plain] = Verifier(case, inputs, plain)
-            errors = verifiers[plain].errors(ours(inputs))
-            found = verifiers[plain].problems(errors, strict=True)
-            problems += [f"{form} at {case.shape}: {problem}" for problem in found]
+        problems += _problems(job, case, inputs)
         if _is_timed(job, case):
             speedups.append(tuple(_speedups(case, inputs)))
     return Verdict(*job[:3], tuple(problems), *map(min, zip(*speedups, strict=True)))
+
+
+def _problems(job: Job, case: Case, inputs: Inputs) -> Iterator[str]:
+    """What is wrong, in words."""
+    from mulki.bench.verify import Verifier
+
+    verifiers: dict[Compute | None, Verifier] = {}
+    for form, (ours, plain) in _forms(job, case).items():
+        if plain not in verifiers:
+            verifiers[plain] = Verifier(case, inputs, plain)
+        errors = verifiers[plain].errors(ours(inputs))
+        for problem in verifiers[plain].problems(errors, strict=True):
+            yield f"{form} at {case.shape}: {problem}"
 
 
 def _is_timed(job: Job, case: Case) -> bool:

@@ -65,6 +65,7 @@ def test_what_is_compiled_is_what_tensors_with_memory_launch(cache: Path) -> Non
     forget(of_siglip)
     compile_launched([with_memory(one) for one in of_siglip], TARGET)
     assert sorted(cache.glob("*/*.cubin")) == sorted(compiled)
+    forget(of_siglip)  # other tests have other drivers
 
 
 def test_every_way_to_compute_gradients_is_seen() -> None:
