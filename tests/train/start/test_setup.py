@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -12,10 +13,12 @@ import pytest
 import torch
 
 from mulki.data import transforms
+from mulki.distributed.world import World
 from mulki.errors import InputError
 from mulki.runs.results import read_evaluations
 from mulki.train import sequence, task_learner
 from mulki.train.config.precision import Precision
+from mulki.train.start import setup
 from tests.data.published.conftest import data_root, written
 from tests.train.run_helpers import Run, weights
 from tests.train_helpers import COLOURS, same_state, write_task
@@ -38,6 +41,20 @@ def test_what_fails_before_training_leaves_no_folder(
         run(augment="crop")
     assert (broken == "transform") == isinstance(caught.value, InputError)
     assert not (tmp_path / "logs").exists()
+
+
+def test_processes_take_the_same_kernels(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Shared(Exception):
+        pass
+
+    def share() -> None:
+        raise Shared
+
+    monkeypatch.setattr(setup, "share_proofs", share)
+    of_two = contextlib.nullcontext(World(size=2))
+    monkeypatch.setattr(setup.launch, "join", lambda *given: of_two)
+    with pytest.raises(Shared):
+        run()
 
 
 def test_random_start_weights_come_from_the_seed(run: Run, tiny_models: tuple[str, ...]) -> None:
