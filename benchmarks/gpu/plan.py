@@ -22,6 +22,8 @@ KEPT = 0.03  # of it, for tables and figures of what was measured
 #: What is timed first: what serves without a proof, what `mulki prove` decides about, what others
 #: have, and the least that it takes.
 PROVIDERS = (
+    "mulki-chunked",
+    "mulki-chunked-compiled",
     "mulki-reference",
     "mulki",
     "eager",

@@ -28,5 +28,6 @@ _FAMILIES: dict[str, Callable[..., Any]] = {
 
 def run(operator: Operator, x: Arguments, request: Request) -> tuple[Tensor, ...]:
     """The results of an operator; of one that no family has, its reference's."""
-    found: tuple[Tensor, ...] = _FAMILIES.get(operator.name, reference.run)(operator, x, request)
+    family: Callable[..., Any] = _FAMILIES.get(operator.name, reference.run)
+    found: tuple[Tensor, ...] = family(operator, x, request)
     return found
