@@ -10,7 +10,7 @@ JOBS ?= 2
 SPREAD = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile --no-loadscope-reorder)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest docs lint sanitize fuzz test-long clean .venv
+.PHONY: help demo test test-oldest docs lint sanitize cross-arm fuzz test-long clean .venv
 
 help:
 	@echo "make demo      run the bundled image tasks (mulki run embedded) and show the results"
@@ -20,10 +20,11 @@ help:
 	@echo "make docs      the documentation as a site in build/docs, without warnings or a network"
 	@echo "make lint      ruff, clang-format and mypy"
 	@echo "make sanitize  the C++ kernels under sanitizers, on Linux; SHORT=1 for fewer tests"
+	@echo "make cross-arm the C++ kernels compiled and linked for Linux on ARM, with g++-aarch64-linux-gnu"
 	@echo "make fuzz      random cases for SECONDS=20 each, of a fixed seed and, without FIXED=1, of a fresh one"
 	@echo "make .venv     only make .venv, with all that demo and test need"
 	@echo "make clean     remove .venv, built libraries and caches (run folders in logs/ stay)"
-	@echo "demo, test, docs, lint, sanitize, fuzz and test-long make .venv where it is missing; PYTHON=... picks its interpreter."
+	@echo "demo, test, docs, lint, sanitize, cross-arm, fuzz and test-long make .venv where it is missing; PYTHON=... picks its interpreter."
 
 demo: .venv/.installed-demo
 	$(BIN)/mulki run embedded
@@ -68,6 +69,9 @@ lint: .venv/.installed-test
 
 sanitize: .venv/.installed-test
 	tests/csrc/sanitize $(CURDIR)/$(BIN)/python $(if $(SHORT),short)
+
+cross-arm: .venv/.installed-test
+	tests/csrc/cross-arm $(CURDIR)/$(BIN)/python
 
 SECONDS ?= 20
 fuzz: .venv/.installed-test

@@ -37,6 +37,9 @@ INSTRUCTIONS = {
         *("-mfma", "-mf16c"),
     ],
 }
+# PyTorch's own builds for ARM define it, and its libraries there export SLEEF. Without it at::vec
+# calls libm for the exponential of each lane.
+SLEEF = "-DAT_BUILD_ARM_VEC256_WITH_SLEEF"
 X86_64 = ("linux-x86_64", "win-amd64")
 
 
@@ -77,6 +80,9 @@ def compile_flags(capability: str, platform: str, openmp: bool, debug: bool) -> 
     if platform.startswith("macosx"):
         # Apple's clang knows OpenMP only behind its preprocessor.
         parallel = [word for flag in parallel for word in ("-Xpreprocessor", flag)]
+    # On macOS torch is for ARM alone, and a Python for both CPUs names none of them.
+    if platform == "linux-aarch64" or platform.startswith("macosx"):
+        defines.append(SLEEF)
     # -g0 against the -g of Python's own flags, which makes the libraries ten times larger.
     optimise = ["-O0", "-g"] if debug else ["-O3", "-g0"]
     return [
@@ -89,14 +95,11 @@ def compile_flags(capability: str, platform: str, openmp: bool, debug: bool) -> 
     ]
 
 
-def link_libraries(platform: str, openmp: bool) -> list[str]:
-    # No OpenMP library on Linux: its symbols come from the one that libtorch_cpu has loaded, and
-    # linking would bring in a second one with a thread pool of its own.
-    return [
-        *("c10", "torch_cpu"),
-        *(["sleef"] if platform.startswith("win") else []),
-        *(["omp"] if platform.startswith("macosx") and openmp else []),
-    ]
+def link_libraries(platform: str) -> list[str]:
+    # No OpenMP library: its symbols come from the one that libtorch_cpu has loaded. Linking would
+    # bring in a second one with a thread pool of its own on Linux. On macOS it would take down the
+    # path at which torch's copy was built, which is on no other machine.
+    return ["c10", "torch_cpu", *(["sleef"] if platform.startswith("win") else [])]
 
 
 class WrongCompiler(Exception):
@@ -148,7 +151,7 @@ def extensions() -> list[Extension]:
             depends=sources(".h"),
             include_dirs=[os.path.abspath("csrc"), *cpp_extension.include_paths()],
             library_dirs=cpp_extension.library_paths(),
-            libraries=link_libraries(platform, openmp),
+            libraries=link_libraries(platform),
             extra_compile_args=[
                 *compile_flags(capability, platform, openmp, debug),
                 *further,

@@ -110,8 +110,25 @@ def test_flags_of_other_platforms_and_of_debug_builds(setup_py: ModuleType) -> N
     assert not any("openmp" in flag for flag in setup_py.compile_flags("AVX2", "win-amd64", 0, 0))
     mac = setup_py.compile_flags("DEFAULT", "macosx-11.0-arm64", openmp=True, debug=False)
     assert mac[mac.index("-fopenmp") - 1] == "-Xpreprocessor"
+    for platform in ("linux-aarch64", "macosx-11.0-arm64", "linux-x86_64", "win-amd64"):
+        assert setup_py.link_libraries(platform)[:2] == ["c10", "torch_cpu"]
+        assert not {"omp", "gomp"} & set(setup_py.link_libraries(platform))
     debug = setup_py.compile_flags("DEFAULT", "linux-aarch64", openmp=False, debug=True)
     assert {"-O0", "-g"} <= set(debug) and not {"-O3", "-fopenmp"} & set(debug)
+
+
+@pytest.mark.parametrize(
+    ("platform", "defined"),
+    [
+        *(("linux-aarch64", True), ("macosx-14.0-arm64", True), ("macosx-10.13-universal2", True)),
+        *(("linux-x86_64", False), ("win-amd64", False)),
+    ],
+)
+def test_exponentials_on_arm_are_those_of_sleef(
+    setup_py: ModuleType, platform: str, defined: bool
+) -> None:
+    flags = setup_py.compile_flags("DEFAULT", platform, openmp=True, debug=False)
+    assert ("-DAT_BUILD_ARM_VEC256_WITH_SLEEF" in flags) == defined
 
 
 def test_each_library_has_the_name_that_is_looked_for(setup_py: ModuleType) -> None:
@@ -419,6 +436,5 @@ def test_the_sdist_has_the_scripts_that_the_documentation_runs(
     files = FileList()
     for line in (ROOT / "MANIFEST.in").read_text().splitlines():
         files.process_template_line(line)
-    assert {".ci/run", "benchmarks/gpu.sh", "examples/slurm.sh", "tests/csrc/sanitize"} <= set(
-        files.files
-    )
+    scripts = {".ci/run", "benchmarks/gpu.sh", "examples/slurm.sh", "tests/csrc/sanitize"}
+    assert scripts | {"tests/csrc/cross-arm"} <= set(files.files)
