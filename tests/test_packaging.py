@@ -11,6 +11,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -51,9 +53,10 @@ def run(*words: str | Path, cwd: Path, without: tuple[str, ...] = (), **variable
     return done.stdout + done.stderr
 
 
-def pip(*words: str | Path, cwd: Path, **variables: str) -> str:
+def pip(python: str | Path, *words: str | Path, cwd: Path, **variables: str) -> str:
+    pip = (sys.executable, "-m", "pip", "--python", python)
     quiet = ("--no-index", "--disable-pip-version-check", "--no-cache-dir")
-    return run(sys.executable, "-m", "pip", *words, *quiet, cwd=cwd, **variables)
+    return run(*pip, *words, *quiet, cwd=cwd, **variables)
 
 
 @pytest.fixture(scope="module")
@@ -95,29 +98,75 @@ def packages(environment: Path) -> Path:
 def installed(python: Path, *what: str | Path, **variables: str) -> list[str]:
     """Install, compute a loss from an empty folder, and return what that says."""
     options = ("--no-deps", "--no-build-isolation")
-    pip("--python", python, "install", *options, *what, cwd=python.parents[2], **variables)
+    pip(python, "install", *options, *what, cwd=python.parents[2], **variables)
     empty = python.parents[1] / "empty"
     empty.mkdir()
     assert run(python.parent / "mulki", "--version", cwd=empty).strip() == f"mulki {__version__}"
     return run(python, "-c", LOSS, cwd=empty, OMP_NUM_THREADS="1").splitlines()
 
 
-def wheel(sdist: Path, folder: Path, **variables: str) -> Path:
+def wheel(sdist: Path, folder: Path, python: str | Path = sys.executable, **variables: str) -> Path:
     options = ("--no-deps", "--no-build-isolation", "--wheel-dir", folder)
-    pip("wheel", sdist, *options, cwd=sdist.parent, **variables)
+    pip(python, "wheel", sdist, *options, cwd=sdist.parent, **variables)
     (made,) = folder.glob("*.whl")
     return made
 
 
+@pytest.fixture(scope="module")
+def any_wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel for platforms that have no other."""
+    return wheel(sdist, tmp_path_factory.mktemp("any"), MULKI_BUILD_CPP="0")
+
+
+@pytest.fixture
+def called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the only compiler makes when it is called; it compiles nothing."""
+    compiler = tmp_path / "c++"
+    compiler.write_text(f"#!/bin/sh\ntouch '{tmp_path}/called'\nexit 1\n")
+    compiler.chmod(0o755)
+    for name in ("CC", "CXX"):
+        monkeypatch.setenv(name, str(compiler))
+    return tmp_path / "called"
+
+
 @pytest.mark.skipif(COMPILER is None, reason="no compiler")
-def test_a_wheel_with_kernels(sdist: Path, tmp_path: Path) -> None:
+def test_a_wheel_with_kernels_goes_before_the_one_for_any_platform(
+    sdist: Path, any_wheel: Path, tmp_path: Path
+) -> None:
     short = {"MULKI_BUILD_CAPABILITIES": "DEFAULT", "MULKI_BUILD_FLAGS": "-O0"}
     made = wheel(sdist, tmp_path / "made", CXX=str(COMPILER), MULKI_BUILD_CPP="1", **short)
     assert made.name.startswith(f"mulki-{__version__}-py3-none-")
     python = environment(tmp_path / "clean")
-    file, version, loaded = installed(python, made)
+    found = (f"--find-links={folder}" for folder in (made.parent, any_wheel.parent, sdist.parent))
+    file, version, loaded = installed(python, "--ignore-installed", "mulki", *found)
     assert Path(file).is_relative_to(tmp_path / "clean") and version == __version__
     assert loaded == "None"
+
+
+def test_the_wheel_for_any_platform_needs_no_compiler(
+    any_wheel: Path, sdist: Path, called: Path, tmp_path: Path
+) -> None:
+    assert any_wheel.name == f"mulki-{__version__}-py3-none-any.whl"
+    files = zipfile.ZipFile(any_wheel).namelist()
+    assert not [name for name in files if name.endswith((".so", ".pyd", ".cpp", ".h"))]
+    python = environment(tmp_path / "clean")
+    found = (f"--find-links={folder}" for folder in (any_wheel.parent, sdist.parent))
+    *_, loaded = installed(python, "--ignore-installed", "mulki", *found)
+    assert "the C++ kernels were not built" in loaded
+    assert loaded in run(python, "-m", "mulki.info", cwd=tmp_path)
+    assert not called.exists()
+
+
+def test_an_isolated_build_compiles_nothing(sdist: Path, called: Path, tmp_path: Path) -> None:
+    """pip makes an environment for it that has what pyproject.toml requires, and so no torch."""
+    folder = tmp_path / "isolated"
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=tmp_path)
+    site = Path(str(distribution("setuptools").locate_file("")))
+    for path in (*site.glob("setuptools*"), site / "_distutils_hack"):
+        (packages(folder) / path.name).symlink_to(path)
+    made = wheel(sdist, tmp_path / "made", folder / "bin" / "python")
+    assert made.name == f"mulki-{__version__}-py3-none-any.whl"
+    assert not called.exists()
 
 
 def test_a_wheel_without_a_compiler(sdist: Path, tmp_path: Path) -> None:

@@ -31,6 +31,23 @@ def test_the_workflow_runs_what_ci_runs() -> None:
         assert all(("uses" in step) != ("run" in step) for step in job["steps"])
 
 
+def test_the_workflow_makes_wheels_of_each_platform_and_one_for_any() -> None:
+    jobs = read(".github/workflows/ci.yml")["jobs"]
+    runners = jobs["wheels"]["strategy"]["matrix"]["runner"]
+    assert runners == ["ubuntu-24.04", "ubuntu-24.04-arm", "macos-15"]
+    assert {"MULKI_BUILD_CPP": "0"} in [step.get("env") for step in jobs["any"]["steps"]]
+    assert jobs["packages"]["needs"] == ["any", "wheels"]
+    names = [
+        step["with"]["name"]
+        for job in ("any", "wheels")
+        for step in jobs[job]["steps"]
+        if "upload" in step.get("uses", "")
+    ]
+    (merge,) = jobs["packages"]["steps"]
+    assert [name.startswith("package-") for name in names] == [True, True]
+    assert merge["with"]["pattern"] == "package-*"
+
+
 @pytest.mark.parametrize(
     "form", project_files(".github/ISSUE_TEMPLATE/*.yml"), ids=lambda p: p.stem
 )
