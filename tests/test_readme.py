@@ -235,6 +235,8 @@ def known_options(command: str) -> set[str]:
     if command == "reproduce":
         of_run = {f"--{name.replace('_', '-').rstrip('-')}" for name in REPRODUCE_OPTIONS}
         return of_run | {"--list", "--runs", "--rows", "--seeds", "--jobs", "--json", "--help"}
+    if command == "prove":
+        return {"--device", "--again", "--limit", "--help"}
     if command == "export":
         return {"--to", "--model", "--help"}
     if command == "eval":
@@ -265,7 +267,7 @@ def test_every_command_exists(page: Path, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.parametrize("page", DOCS, ids=name)
 def test_every_quoted_option_exists(page: Path) -> None:
-    names = ("run", "bench", "compare", "report", "eval", "export", "reproduce")
+    names = ("run", "bench", "compare", "report", "eval", "export", "reproduce", "prove")
     known = set().union(*(known_options(name) for name in names))
     for words in quoted(page):
         option = words.split()[0].partition("=")[0].rstrip(":")
