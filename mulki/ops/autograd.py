@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mulki.ops import torch_private
+from mulki.ops import backends, torch_private
 from mulki.ops.namespaces import PUBLIC, TAGS
 from mulki.ops.operators import Operator
 
@@ -82,6 +82,24 @@ def register(operator: Operator, factor_of_weights: float | None) -> None:
     torch.library.register_autograd(
         f"mulki::{operator.name}", backward, setup_context=setup_context, lib=PUBLIC
     )
+
+    class Direct(torch.autograd.Function):
+        # Without `setup_context` of its own, for which torch looks at signatures in every call.
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+            output = backends.call(operator, *args)
+            setup_context(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return tuple(None if isinstance(one, list) else one for one in backward(ctx, *grads))
+
+    FUNCTIONS[operator.name] = Direct
+
+
+#: By operator, its call with the same gradients without the dispatcher, which takes longer.
+FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 
 
 def _save(ctx: Any, values: Sequence[Any]) -> None:

@@ -1,10 +1,10 @@
-"""The calls of the operators, by the shortest way to the C++ kernels.
+"""The calls of the operators, by the shortest way to their kernels.
 
 `call` is `torch.ops.mulki.<op>` for a loss in training: the gradients of a sum or a mean come with
-it. Small calls would spend most of their time in Python. So where every tensor is a plain one on
-the CPU and nothing listens, such as a mode, a transform or a compiler, it takes
-`torch.ops.mulki_cpp.<op>`, whose gradients are in csrc/autograd.cpp. The kernels check their
-arguments only as far as they must; where one refuses, the checks of Python explain.
+it. Small calls would spend most of their time in Python. So where every tensor is a plain one and
+nothing listens, such as a mode, a transform or a compiler, the dispatcher is left out. On the CPU
+that is `torch.ops.mulki_cpp.<op>`, whose gradients are in csrc/autograd.cpp. The C++ kernels check
+their arguments only as far as they must; where one refuses, the checks of Python explain.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mulki.ops import backends, torch_private
+from mulki.ops.autograd import FUNCTIONS
 from mulki.ops.operators import OPERATORS, Arguments
 
 # Types of arguments that are neither tensors nor lists.
@@ -33,16 +34,22 @@ def call(op: str, x: Arguments, reduction: str) -> tuple[Tensor, ...]:
     wanted = [False] * leaves
     if reduction != "none" and torch.is_grad_enabled():
         wanted = [leaf.requires_grad for leaf in x[:leaves]]
-    if _may_be_direct(x, leaves):
+    request = None, reduction, wanted
+    if not _may_be_direct(x, leaves):
+        found: tuple[Tensor, ...] = getattr(torch.ops.mulki, op)(*x, *request)
+        return found
+    if x[0].is_cpu:
         kernel = backends.kernel(op, "cpu", x[0].dtype)
         if isinstance(kernel, backends.CppKernel):
             try:
-                return kernel.overload(*x, None, reduction, wanted)
+                return kernel.overload(*x, *request)
             except (TypeError, ValueError, RuntimeError):
                 OPERATORS[op].check(x)
                 raise
-    found: tuple[Tensor, ...] = getattr(torch.ops.mulki, op)(*x, None, reduction, wanted)
-    return found
+    if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in x[:leaves]):
+        of_function: tuple[Tensor, ...] = FUNCTIONS[op].apply(*x, *request)
+        return of_function
+    return backends.call(OPERATORS[op], *x, *request)
 
 
 def _may_be_direct(x: Arguments, leaves: int) -> bool:
@@ -53,11 +60,11 @@ def _may_be_direct(x: Arguments, leaves: int) -> bool:
 
 
 def _are_plain(values: Sequence[Any], may_require_grad: bool) -> bool:
-    # Whether the tensors among them are plain ones on the CPU.
+    # Whether the tensors among them are plain ones.
     for value in values:
         kind = type(value)
         if kind is Tensor or kind is nn.Parameter:
-            if not value.is_cpu or (value.requires_grad and not may_require_grad):
+            if value.requires_grad and not may_require_grad:
                 return False
         elif kind in _NUMBERS:
             continue

@@ -68,7 +68,7 @@ def test_the_start_model_is_well_above_chance_on_every_task() -> None:
         assert accuracy >= max(2 * chance, chance + 5), task.name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_quick_preset_learns_all_six_from_the_command_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mulki", "run", "embedded", "--preset", "quick"]
     command += ["--logs", str(tmp_path), "--name", "first"]

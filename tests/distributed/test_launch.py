@@ -149,7 +149,7 @@ def test_a_process_that_fails_ends_the_run_which_can_go_on(
     assert same_state(load_file(folder / LAST), load_file(whole / LAST))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_torchrun_goes_on_when_a_process_was_killed(
     base: dict[str, Any], whole: Path, tmp_path: Path
 ) -> None:
@@ -163,7 +163,7 @@ def test_torchrun_goes_on_when_a_process_was_killed(
     assert same_state(load_file(folder / LAST), load_file(whole / LAST))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_several_machines_go_on_when_a_process_was_killed(
     base: dict[str, Any], whole: Path, tmp_path: Path
 ) -> None:

@@ -40,8 +40,21 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+#: Files of `interpreted/` that take longest.
+LONG = {HERE / "interpreted" / f"test_triton_{name}.py" for name in ("fuzz", "streams")}
+
+
 @pytest.mark.slow
 def test_kernels_in_the_interpreter(tmp_path):
+    pass_in_the_interpreter(tmp_path, set((HERE / "interpreted").glob("test_*.py")) - LONG)
+
+
+@pytest.mark.long
+def test_streams_and_drawn_cases_in_the_interpreter(tmp_path):
+    pass_in_the_interpreter(tmp_path, LONG)
+
+
+def pass_in_the_interpreter(tmp_path: Path, files: set[Path]) -> None:
     pytest.importorskip("triton", reason="needs Triton, which this installation has not")
     probe = tmp_path / "probe.py"
     probe.write_text(PROBE)
@@ -49,6 +62,6 @@ def test_kernels_in_the_interpreter(tmp_path):
     if tried.returncode != 0:
         reason = tried.stderr.strip().splitlines()[-1]
         pytest.skip(f"Triton's interpreter does not run with these packages: {reason}")
-    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted"))
+    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, sorted(files)))
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout

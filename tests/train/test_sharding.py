@@ -77,7 +77,7 @@ def test_sharding_needs_several_processes(base: dict[str, Any]) -> None:
     assert not (Path(base["logs"]) / "alone").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sharded_run_goes_on_with_the_same_bits(base: dict[str, Any], tmp_path: Path) -> None:
     # Killed in the second task, whose previous model, anchor and running mean are sharded too.
     options = ["--fsdp", "--method", "mulki", "--we-every", "2", "--alpha", "0.8", "--l2", "5"]

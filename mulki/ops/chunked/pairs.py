@@ -154,7 +154,7 @@ def _log_likelihood(softmaxes: _Softmaxes) -> Tensor:  # [N], minus the contrast
 def contrastive(operator: Operator, x: Contrastive, request: Request) -> tuple[Tensor, ...]:
     """The results of `mulki.ops.contrastive`."""
     models = [Products(x.image_features, x.text_features)]
-    upstream = results.upstream_of_rows(request)
+    upstream, count = results.upstream_of_rows(request), results.rows_of_mean(operator, x, request)
     gradients = Gradients(models[0], request, results.bound(upstream))
     passes = _Passes(models, x.logit_scale, gradients)
     softmaxes = _Softmaxes.empty(x.logit_scale, 1, 1.0, len(x.image_features))
@@ -162,8 +162,8 @@ def contrastive(operator: Operator, x: Contrastive, request: Request) -> tuple[T
     if gradients.any:
         whole: Tensor | float = 1.0 if upstream is None else upstream
         passes.add_gradients([_Term(softmaxes, (whole / 2, whole / 2))], whole)
-    found = gradients.finished(x.logit_scale, results.upstream_of_all(operator, x, request))
-    return results.returned(operator, x, request, -_log_likelihood(softmaxes), (), found)
+    found = gradients.finished(x.logit_scale, results.upstream_of_all(x, request, count))
+    return results.returned(request, count, -_log_likelihood(softmaxes), (), found)
 
 
 def pair_kl(operator: Operator, x: PairKl, request: Request) -> tuple[Tensor, ...]:
@@ -189,6 +189,7 @@ def pair_kl(operator: Operator, x: PairKl, request: Request) -> tuple[Tensor, ..
             [weights_of(gate, side.own, softmaxes.log_of_own(side)[1:]) for side in softmaxes.sides]
         )
     t2 = x.temperature**2 if x.scale_by_t2 else 1.0
+    count = results.rows_of_mean(operator, x, request)
     if gradients.any:
         to_labels, to_teachers = _upstream(x, request)
         factors = weights * (to_teachers * (t2 / x.temperature / 2))
@@ -196,16 +197,15 @@ def pair_kl(operator: Operator, x: PairKl, request: Request) -> tuple[Tensor, ..
         if of_labels is not None:
             terms.append(_Term(of_labels, (to_labels / 2, to_labels / 2)))
         passes.add_gradients(terms, None if of_labels is None else to_labels)
-    gain = 1.0 if x.labels else results.upstream_of_all(operator, x, request)
-    if x.labels and request.reduction == "mean":
-        gain = 1.0 / max(n, 1)
-    found = gradients.finished(x.logit_scale, gain)
+    # Upstream gradients of two losses are in G.
+    of_all = request._replace(grad=None) if x.labels else request
+    found = gradients.finished(x.logit_scale, results.upstream_of_all(x, of_all, count))
     kl = kl * t2
     rows = (weights * kl).sum(1).sum(0) / 2
     if of_labels is not None:
         rows = torch.stack([-_log_likelihood(of_labels), rows])
     details = results.of_teachers(kl, weights, -own)
-    return results.returned(operator, x, request, rows, details, found)
+    return results.returned(request, count, rows, details, found)
 
 
 def _upstream(x: PairKl, request: Request) -> tuple[Tensor | float, Tensor | float]:

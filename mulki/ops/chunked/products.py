@@ -137,18 +137,19 @@ class Gradients:
             scale: s.
             gain: f / s.
         """
-        gain = gain / self._factor
-        of_x = self._scaled(self._of_x if self._to_x else None, scale, scale * gain)
+        if self._half == torch.float16:
+            gain = gain / self._factor
+        factor = scale * gain
+        of_x = self._scaled(self._of_x if self._to_x else None, factor)
         if self._to_x and self._products.kept is not None:
             of_x.mul_(self._products.kept)
         of_scale = scale.new_empty(0)
         if self._to_scale:
-            total = torch.stack(self._of_scale).sum() if self._of_scale else scale.new_zeros(())
-            of_scale = total * gain
-        return [of_x, self._scaled(self._of_w, scale, scale * gain), of_scale]
+            of_scale = sum(self._of_scale, torch.zeros_like(scale)) * gain
+        return [of_x, self._scaled(self._of_w, factor), of_scale]
 
-    def _scaled(self, of: Tensor | None, like: Tensor, factor: Tensor) -> Tensor:
+    def _scaled(self, of: Tensor | None, factor: Tensor) -> Tensor:
         if of is None:
-            return like.new_empty(0, dtype=self._dtype)
+            return factor.new_empty(0, dtype=self._dtype)
         out = of if of.dtype == self._dtype else torch.empty_like(of, dtype=self._dtype)
         return torch.mul(of, factor, out=out)

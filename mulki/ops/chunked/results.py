@@ -16,20 +16,25 @@ def upstream_of_rows(request: Request) -> Tensor | None:
     return request.grad if request.reduction == "none" else None
 
 
-def upstream_of_all(operator: Operator, x: Arguments, request: Request) -> Tensor | float:
-    """What the gradients of the rows' losses are multiplied by: a number, or two of two losses."""
+def upstream_of_all(x: Arguments, request: Request, count: Tensor | int | None) -> Tensor | float:
+    """What the gradients of the rows' losses are multiplied by.
+
+    Args:
+        count: see `rows_of_mean`.
+    """
     grad: Tensor | float = 1.0
     if request.grad is not None and request.reduction != "none":
         grad = request.grad.to(wide(x[0].dtype))
-    if request.reduction == "mean":
-        count = rows_of_mean(operator, x)
+    if count is not None:
         # The mean over no rows has a gradient, zero.
         grad = grad / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
     return grad
 
 
-def rows_of_mean(operator: Operator, x: Arguments) -> Tensor | int:
-    """How many rows a mean is over, as a wide tensor where that depends on values."""
+def rows_of_mean(operator: Operator, x: Arguments, request: Request) -> Tensor | int | None:
+    """How many rows the mean is over, a wide tensor where that depends on values; None: no mean."""
+    if request.reduction != "mean":
+        return None
     count = operator.averaged(x)
     return count.to(wide(x[0].dtype)) if isinstance(count, Tensor) else count
 
@@ -59,9 +64,8 @@ def of_teachers(kl: Tensor, weights: Tensor, entropy: Tensor) -> list[Tensor]:
 
 
 def returned(
-    operator: Operator,
-    x: Arguments,
     request: Request,
+    count: Tensor | int | None,  # see `rows_of_mean`
     rows: Tensor,  # the loss of each
     details: Sequence[Tensor],
     gradients: Sequence[Tensor],  # empty where not wanted
@@ -71,6 +75,6 @@ def returned(
         rows, details = rows.new_empty(0), [rows.new_empty(0) for _ in details]
     elif request.reduction != "none":
         rows = rows.sum(-1)
-        if request.reduction == "mean":
-            rows = rows / rows_of_mean(operator, x)
+        if count is not None:
+            rows = rows / count
     return rows, *details, *gradients

@@ -207,7 +207,7 @@ class _Kl:
 
 def teacher_kl(operator: Operator, x: TeacherKl, request: Request) -> tuple[Tensor, ...]:
     """The results of `mulki.ops.teacher_kl`."""
-    upstream = results.upstream_of_rows(request)
+    upstream, count = results.upstream_of_rows(request), results.rows_of_mean(operator, x, request)
     loss = _Kl(x, upstream)
     gradients = Gradients(loss.models[0], request, results.bound(upstream, x.weights))
     _run(loss, gradients)
@@ -218,9 +218,9 @@ def teacher_kl(operator: Operator, x: TeacherKl, request: Request) -> tuple[Tens
     t2 = x.temperature**2 if x.scale_by_t2 else 1.0
     kl = (own - other) * t2
     details = results.of_teachers(kl, weights, -own)
-    gain = results.upstream_of_all(operator, x, request) * (t2 / x.temperature)
+    gain = results.upstream_of_all(x, request, count) * (t2 / x.temperature)
     found = gradients.finished(x.scale, gain)
-    return results.returned(operator, x, request, (weights * kl).sum(0), details, found)
+    return results.returned(request, count, (weights * kl).sum(0), details, found)
 
 
 @compilable
@@ -268,7 +268,7 @@ class _CrossEntropy:
         self.models = [Products(x.features, x.prototypes, self.kept)]
         self.scales = x.scale.reshape(1, 1, 1)
         self.masked = None if x.class_mask is None else ~x.class_mask
-        self.target = x.target.unsqueeze(1).where(self.kept, 0)
+        self.target = x.target.unsqueeze(1) * self.kept
         self.sums_classes = x.label_smoothing != 0
         self._smoothing = x.label_smoothing
         self._uniform: Tensor | float = x.label_smoothing / max(len(x.prototypes), 1)
@@ -312,10 +312,10 @@ def cross_entropy(
     operator: Operator, x: PrototypeCrossEntropy, request: Request
 ) -> tuple[Tensor, ...]:
     """The results of `mulki.ops.prototype_cross_entropy`."""
-    upstream = results.upstream_of_rows(request)
+    upstream, count = results.upstream_of_rows(request), results.rows_of_mean(operator, x, request)
     loss = _CrossEntropy(x, upstream)
     gradients = Gradients(loss.models[0], request, results.bound(upstream))
     _run(loss, gradients)
-    rows = torch.cat(loss.found).where(loss.kept.squeeze(1), 0)
-    found = gradients.finished(x.scale, results.upstream_of_all(operator, x, request))
-    return results.returned(operator, x, request, rows, (), found)
+    rows = torch.cat(loss.found) * loss.kept.squeeze(1)
+    found = gradients.finished(x.scale, results.upstream_of_all(x, request, count))
+    return results.returned(request, count, rows, (), found)

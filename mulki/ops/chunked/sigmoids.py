@@ -29,7 +29,7 @@ def _losses(v: Tensor) -> Tensor:  # [rows]; v becomes its sigmoid
 def siglip(operator: Operator, x: Siglip, request: Request) -> tuple[Tensor, ...]:
     """The results of `mulki.ops.siglip`."""
     model = Products(x.image_features, x.text_features)
-    upstream = results.upstream_of_rows(request)
+    upstream, count = results.upstream_of_rows(request), results.rows_of_mean(operator, x, request)
     gradients = Gradients(model, request, results.bound(upstream))
     of_bias = request.wanted[3]
     blocks = Blocks.of([model], _COPIES, gradients.any)
@@ -50,7 +50,7 @@ def siglip(operator: Operator, x: Siglip, request: Request) -> tuple[Tensor, ...
             if of_bias:
                 total += u.sum()
             gradients.add(u, rows, columns)
-    gain = results.upstream_of_all(operator, x, request)
+    gain = results.upstream_of_all(x, request, count)
     found = gradients.finished(x.logit_scale, gain)
     found.append(total * gain if of_bias else total.new_empty(0))
-    return results.returned(operator, x, request, losses, (), found)
+    return results.returned(request, count, losses, (), found)
