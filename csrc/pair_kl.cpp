@@ -61,8 +61,8 @@ void check_shapes(const Arguments& a) {
   }
 }
 
-std::vector<PairOperands> models_of(const Arguments& a) {
-  std::vector<PairOperands> models{{a.image_features, a.text_features}};
+std::vector<PairFeatures> models_of(const Arguments& a) {
+  std::vector<PairFeatures> models{{a.image_features, a.text_features}};
   for (int64_t i = 0; i < a.k(); ++i) {
     models.push_back({a.teacher_image_features[i], a.teacher_text_features[i]});
   }

@@ -98,7 +98,7 @@ inline Vec exp_of_remainder(const Vec& v, const Vec& n) {
 // polynomial in r of Cephes' expf.
 inline Vec exp_of(const Vec& x) {
 #if defined(CPU_CAPABILITY_AVX512)
-  // Beyond these bounds the result is 0 or infinity. max and min return their second operand if one
+  // Beyond these bounds the result is 0 or infinity. max and min return their second argument if one
   // of the two is NaN, so a NaN in x is kept.
   __m512 v = _mm512_max_ps(_mm512_set1_ps(-110.0f), x);
   v = _mm512_min_ps(_mm512_set1_ps(100.0f), v);

@@ -8,11 +8,11 @@
 // One task sums each element of dX and dW, over tiles or super-blocks in order, so results do not
 // depend on the number of threads or on the size of a task.
 //
-// How G, W and X are packed and multiplied is in gradient_operands.h.
+// How G, W and X are packed and multiplied is in gradient_products.h.
 #pragma once
 
 #include "common/results.h"
-#include "core/gradient_operands.h"
+#include "core/gradient_products.h"
 
 namespace mulki {
 
@@ -31,7 +31,7 @@ class Gradients {
       : t_(tiling), width_(x.width), wanted_x_(wanted_x), wanted_w_(wanted_w) {
     if (any()) {
       values_ = Scratch(models * t_.tiles * t_.rows * t_.width * int64_t(sizeof(float)));
-      operands_.emplace(t_, x, w, wanted_x, wanted_w, values_.data<float>());
+      products_.emplace(t_, x, w, wanted_x, wanted_w, values_.data<float>());
     }
   }
 
@@ -51,7 +51,7 @@ class Gradients {
     if (!any()) {
       return;
     }
-    operands_->complete(first, count);
+    products_->complete(first, count);
     if (wanted_x_) {
       write_dx(first, count, factor, dx);
     }
@@ -84,7 +84,7 @@ class Gradients {
       const Span rows = piece(task % blocks, rows_of_task, count);
       const Span columns = piece(task / blocks, chunk, width_);
       for (int64_t t = 0; t < t_.tiles; ++t) {
-        operands_->add_to_x(rows, columns, t, {sums, chunk, t > 0});
+        products_->add_to_x(rows, columns, t, {sums, chunk, t > 0});
       }
       for (int64_t i = 0; i < rows.count; ++i) {
         const int64_t at = (first + rows.begin + i) * width_ + columns.begin;
@@ -112,7 +112,7 @@ class Gradients {
           ? local
           : sums_.data<float>() + (t * width_ + columns.begin) * t_.width;
       const Sums sums{sums_of_task, t_.width, !is_first};
-      operands_->add_to_w(t, columns, count, sums);
+      products_->add_to_w(t, columns, count, sums);
       if (is_last) {
         store(sums, t, columns, factor, dw);
       }
@@ -138,7 +138,7 @@ class Gradients {
   const int64_t width_; // D
   const bool wanted_x_, wanted_w_;
   Scratch values_; // of the super-block: [models][tiles][rows][width]
-  std::optional<GradientOperands<Engine>> operands_;
+  std::optional<GradientProducts<Engine>> products_;
   Scratch sums_; // the transpose of dW while it is summed: [tiles][D][width]
 };
 

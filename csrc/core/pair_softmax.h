@@ -346,7 +346,7 @@ class PairSoftmax {
  public:
   // Distribution 0 is the student's with which teachers are compared.
   PairSoftmax(
-      const std::vector<PairOperands>& models,
+      const std::vector<PairFeatures>& models,
       std::vector<PairDistribution> distributions,
       bool wanted_x,
       bool wanted_w)

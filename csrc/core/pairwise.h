@@ -63,7 +63,7 @@ class ProductCache {
 };
 
 // The features of one model.
-struct PairOperands {
+struct PairFeatures {
   Tensor images, texts;
 };
 
@@ -71,11 +71,11 @@ struct PairOperands {
 // they are wanted.
 template <typename Engine>
 struct PairwisePass {
-  PairwisePass(const std::vector<PairOperands>& models, bool wanted_x, bool wanted_w)
-      : tiling(models[0].images.size(0), models[0].texts.size(0), 1, wanted_x || wanted_w),
-        operands(models.begin(), models.end()),
-        logits(tiling, pointers(operands), tiling.tiles),
-        gradients(tiling, operands[0].x, operands[0].w, wanted_x, wanted_w) {}
+  PairwisePass(const std::vector<PairFeatures>& features, bool wanted_x, bool wanted_w)
+      : tiling(features[0].images.size(0), features[0].texts.size(0), 1, wanted_x || wanted_w),
+        models(features.begin(), features.end()),
+        logits(tiling, pointers(models), tiling.tiles),
+        gradients(tiling, models[0].x, models[0].w, wanted_x, wanted_w) {}
 
   // For each super-block, which has `count` rows from row `first` of x on: calls
   // tile(first, t, begin, end, y) for each block of rows and each tile t, then after(first, count).
@@ -88,7 +88,7 @@ struct PairwisePass {
       const After& after,
       const ProductCache* cache = nullptr,
       bool reuse = false) {
-    const int64_t models = int64_t(operands.size());
+    const int64_t number = int64_t(models.size());
     for (int64_t first = 0; first < tiling.n; first += tiling.rows) {
       const int64_t count = std::min(tiling.rows, tiling.n - first);
       const bool cached = cache != nullptr && cache->has(first, count);
@@ -97,8 +97,8 @@ struct PairwisePass {
         parallel_each(tiling.tiles * blocks, [&](int64_t task) {
           const int64_t t = task / blocks, begin = task % blocks * tiling.block;
           const int64_t end = begin + tiling.block_rows(task % blocks, count);
-          std::vector<float*> y(models);
-          for (int64_t m = 0; m < models; ++m) {
+          std::vector<float*> y(number);
+          for (int64_t m = 0; m < number; ++m) {
             y[m] = cache->at(m, t, first + begin);
           }
           tile(first, t, begin, end, y.data());
@@ -106,16 +106,16 @@ struct PairwisePass {
       } else {
         const auto all = [](int64_t) { return true; };
         // Models whose products are neither cached nor kept as G.
-        const int64_t passing = cached ? 0 : models - (gradients.any() ? 1 : 0);
+        const int64_t passing = cached ? 0 : number - (gradients.any() ? 1 : 0);
         logits.run(first, count, all, [&](int64_t t, int64_t begin, int64_t end) {
           const int64_t cells = tiling.block * tiling.width;
           const Scratch local =
               passing > 0 ? Scratch(passing * cells * int64_t(sizeof(float))) : Scratch();
-          std::vector<float*> y(models);
-          for (int64_t m = 0; m < models; ++m) {
+          std::vector<float*> y(number);
+          for (int64_t m = 0; m < number; ++m) {
             y[m] = cached              ? cache->at(m, t, first + begin)
-                : m + passing < models ? gradients.values(0, t, begin)
-                                       : local.data<float>() + (m + passing - models) * cells;
+                : m + passing < number ? gradients.values(0, t, begin)
+                                       : local.data<float>() + (m + passing - number) * cells;
             logits.multiply(m, t, begin, end, y[m]);
           }
           tile(first, t, begin, end, y.data());
@@ -126,20 +126,20 @@ struct PairwisePass {
   }
 
   using Operand = typename Engine::Operand;
-  struct Operands {
-    explicit Operands(const PairOperands& model) : x(model.images), w(model.texts) {}
+  struct Model {
+    explicit Model(const PairFeatures& features) : x(features.images), w(features.texts) {}
     Operand x, w;
   };
-  static std::vector<typename Logits<Engine>::Model> pointers(const std::vector<Operands>& of) {
+  static std::vector<typename Logits<Engine>::Model> pointers(const std::vector<Model>& of) {
     std::vector<typename Logits<Engine>::Model> models;
-    for (const Operands& o : of) {
-      models.push_back({&o.x, &o.w});
+    for (const Model& m : of) {
+      models.push_back({&m.x, &m.w});
     }
     return models;
   }
 
   const Tiling tiling;
-  const std::vector<Operands> operands;
+  const std::vector<Model> models;
   Logits<Engine> logits;
   Gradients<Engine> gradients;
 };

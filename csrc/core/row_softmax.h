@@ -132,7 +132,7 @@ class RowSoftmax {
         columns_(columns),
         rule_(rule),
         model_count_(int64_t(models.size())),
-        logits_(tiling, operands(models), columns.tiles_with_active()),
+        logits_(tiling, pointers(models), columns.tiles_with_active()),
         gradients_(tiling, models[0].x, models[0].w, wanted_x, wanted_w, model_count_) {
     stat_ = allocate(model_count_ * 4 * t_.tiles * t_.rows);
     at_target_ = allocate(model_count_ * t_.rows);
@@ -171,7 +171,7 @@ class RowSoftmax {
     return scratch_.back().data<float>();
   }
 
-  static std::vector<typename Logits<Engine>::Model> operands(std::vector<Model<Operand>>& models) {
+  static std::vector<typename Logits<Engine>::Model> pointers(std::vector<Model<Operand>>& models) {
     std::vector<typename Logits<Engine>::Model> out;
     for (const Model<Operand>& m : models) {
       out.push_back({&m.x, &m.w});

@@ -4,9 +4,9 @@
 //   product<E>: C [m, n] (+)= A [m, k] B [k, n], C in float32
 //
 // E is the type of the elements of A and B, float or bfloat16. `Brgemm` is the engine made of it,
-// which computes Y = X W^T; with_engine chooses E. An operand is multiplied where it is, or as
-// blocks converted from half precision; W^T is packed as right operand (operands.h), one tile of
-// columns at a time. The products with G are in core/gradient_operands.h.
+// which computes Y = X W^T; with_engine chooses E. X is multiplied where it is, or as blocks
+// converted from half precision; W^T is packed (operands.h), one tile of columns at a time. The
+// products with G are in core/gradient_products.h.
 #pragma once
 
 #include "core/tiling.h"
@@ -55,7 +55,7 @@ struct Brgemm {
     }
   };
 
-  // Bytes of packed rows of X, the left operand. Floats need no packing.
+  // Bytes of packed rows of X, which is on the left. Floats need no packing.
   static int64_t left_bytes(const Operand& x, int64_t rows) {
     return x.in_place() ? 0 : right_bytes(rows, x.padded);
   }
@@ -63,7 +63,7 @@ struct Brgemm {
     x.read(first, rows, 0, x.padded, static_cast<T*>(out));
   }
 
-  // Bytes of W^T in one tile, the right operand.
+  // Bytes of W^T in one tile, which is on the right.
   static int64_t right_bytes(int64_t width, int64_t depth) {
     return width * depth * int64_t(sizeof(T));
   }

@@ -1,8 +1,8 @@
-// The matrices that are multiplied, as rows in memory, and changes of their layout.
+// The operands X and W of a product X W^T, as rows in memory, and changes of their layout.
 //
-// The elements of an operand are float or bfloat16, and sums are float. brgemm reads a right
-// operand B [k, n] of floats row by row, and one of bfloat16 in pairs of rows, [k / 2][n][2] (the
-// VNNI layout), so k has to be even; `interleave` writes this layout.
+// Their elements are float or bfloat16, and sums are float. Of a product A B, brgemm reads B [k, n]
+// of floats row by row, and of bfloat16 in pairs of rows, [k / 2][n][2] (the VNNI layout), so k has
+// to be even; `interleave` writes this layout.
 #pragma once
 
 #include "common/vec_math.h"

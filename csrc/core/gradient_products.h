@@ -1,5 +1,5 @@
-// G, W and X as operands of brgemm, for dX = G W and dW^T = X^T G (gradients.h). The transpose of
-// dW is computed, so that G need not be transposed.
+// The products dX = G W and dW^T = X^T G (gradients.h). The transpose of dW is computed, so that G
+// need not be transposed.
 //
 // float: G is multiplied where it is, in tiles [rows][width], and W too, or block by block where it
 // is converted from half precision. bfloat16: each task rounds the part of G that it multiplies; W
@@ -21,13 +21,13 @@ struct Span { // of rows or columns
 };
 
 template <typename Engine>
-class GradientOperands {
+class GradientProducts {
   using E = typename Engine::Element;
   using Operand = typename Engine::Operand;
 
  public:
   // `g` are the tiles of G of a super-block, [tiles][rows][width].
-  GradientOperands(
+  GradientProducts(
       const Tiling& tiling,
       const Operand& x,
       const Operand& w,
@@ -149,7 +149,7 @@ class GradientOperands {
   const Operand &x_, &w_;
   const bool wanted_w_;
   float* const g_;
-  Scratch w_pairs_; // bfloat16: W as right operand
+  Scratch w_pairs_; // bfloat16: W in pairs of rows
   Scratch transposed_x_; // [D, rows]
 };
 
