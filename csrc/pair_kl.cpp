@@ -242,7 +242,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pair_kl(
   std::vector<double> loss(n), labels(n);
   double dscale = 0;
   if (n > 0) {
-    dscale = with_engine(image_features.scalar_type(), [&](auto engine) {
+    dscale = with_engine(image_features, text_features, [&](auto engine) {
       return compute<decltype(engine)>(
           a, of_rows, of_label_rows, wanted, details, loss, labels, grads);
     });

@@ -124,7 +124,7 @@ SiglipResult run(
   if (n == 0 || p == 0) {
     return {at::zeros({n}, at::kFloat), 0, 0};
   }
-  return with_engine(a.x.scalar_type(), [&](auto engine) {
+  return with_engine(a.x, a.w, [&](auto engine) {
     return loss_and_gradients<decltype(engine)>(a, upstream, wanted, grads);
   });
 }

@@ -298,7 +298,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity(
     return {at::empty({0}, dtype), grads.x, grads.w, scalar_if(wanted[2], dscale)};
   }
   Tensor out = at::empty({features.size(0), prototypes.size(0)}, dtype);
-  with_engine(dtype, [&](auto engine) {
+  with_engine(features, prototypes, [&](auto engine) {
     with_type(dtype, [&](auto element) {
       forward<decltype(engine), decltype(element)>(features, prototypes, float(s), normalize, out);
     });
