@@ -60,11 +60,11 @@ def _may_be_direct(x: Arguments, leaves: int) -> bool:
 
 
 def _are_plain(values: Sequence[Any], may_require_grad: bool) -> bool:
-    # Whether the tensors among them are plain ones.
+    # Whether the tensors among them are plain ones that have values.
     for value in values:
         kind = type(value)
         if kind is Tensor or kind is nn.Parameter:
-            if value.requires_grad and not may_require_grad:
+            if value.is_meta or (value.requires_grad and not may_require_grad):
                 return False
         elif kind in _NUMBERS:
             continue
