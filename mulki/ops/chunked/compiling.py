@@ -8,8 +8,20 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def into(memory: Tensor) -> Tensor | None:
+    """`memory`, for the result of an operation; None for the compiler, which needs less of it."""
+    return None if torch.compiler.is_compiling() else memory
+
+
+def filled(u: Tensor, where: Tensor, value: float) -> Tensor:
+    """`u` with that value there, in place but for the compiler."""
+    compiling = torch.compiler.is_compiling()
+    return u.masked_fill(where, value) if compiling else u.masked_fill_(where, value)
 
 
 def asked() -> bool:

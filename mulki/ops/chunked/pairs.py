@@ -79,7 +79,7 @@ def _of_side(
     factors: Tensor | float,
     p: Tensor,  # written over
 ) -> Tensor:
-    statistics.softmax(u, of, dim, p)
+    p = statistics.softmax(u, of, dim, p)
     if isinstance(factors, Tensor) and factors.ndim:
         factors = factors.unsqueeze(dim)
     if len(p) == 1:

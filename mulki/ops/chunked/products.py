@@ -70,25 +70,28 @@ class Products:
 
     def logits(self, rows: slice, columns: slice, out: Tensor) -> None:
         """Write X W^T of these rows and columns, without the scale."""
-        x = self.rows(rows)
-        for part, w in self._parts(columns):
-            _multiply(x, w.mT, out[:, part])
+        x, w = self.rows(rows), self.w[columns]
+        if not self.is_cast:
+            _multiply(x, w.mT, out)
+            return
+        for part, cast in self._parts(w):
+            _multiply(x, cast.mT, out[:, part])
 
     def of_x(self, g: Tensor, columns: slice, out: Tensor, add: bool) -> None:
         """out = G W, or out += G W; G [rows, columns], out [rows, D]."""
-        for part, w in self._parts(columns):
-            _multiply(g[:, part], w, out, add or part.start > 0)
+        w = self.w[columns]
+        if not self.is_cast:
+            _multiply(g, w, out, add)
+            return
+        for part, cast in self._parts(w):
+            _multiply(g[:, part], cast, out, add or part.start > 0)
 
     def of_w(self, g: Tensor, rows: slice, out: Tensor, add: bool) -> None:
         """out = G^T X, or out += G^T X; G [rows, columns], out [columns, D]."""
         _multiply(g.mT, self.rows(rows), out, add)
 
-    def _parts(self, columns: slice) -> Iterator[tuple[slice, Tensor]]:
-        # Parts of these rows of W as they are multiplied, and where they begin and end.
-        w = self.w[columns]
-        if not self.is_cast:
-            yield slice(0, len(w)), w
-            return
+    def _parts(self, w: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        # Some rows of W at a time, cast.
         count = max(_CAST // max(w.shape[1], 1), 1)
         for first in range(0, len(w), count):
             part = slice(first, min(first + count, len(w)))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mulki.ops.chunked import results, statistics
 from mulki.ops.chunked.blocks import Blocks, Logits
-from mulki.ops.chunked.compiling import compilable
+from mulki.ops.chunked.compiling import compilable, filled, into
 from mulki.ops.chunked.products import Gradients, Products
 from mulki.ops.chunked.statistics import Gate, Statistics, weights_of
 from mulki.ops.operators import Operator, Request
@@ -113,13 +113,13 @@ def _scaled(loss: Loss, u: Tensor, columns: slice) -> Tensor:
 
 def scaled(u: Tensor, scales: Tensor, masked: Tensor | None) -> Tensor:
     """Logits times their scales, in place; those of masked classes are so low that p is zero."""
-    u.mul_(scales)
+    u = torch.mul(u, scales, out=into(u))
     # Not minus infinity, of which a product with zero is NaN.
-    return u if masked is None else u.masked_fill_(masked, torch.finfo(u.dtype).min / 4)
+    return u if masked is None else filled(u, masked, torch.finfo(u.dtype).min / 4)
 
 
 def _sum_of_active(u: Tensor, masked: Tensor | None) -> Tensor:  # u is written over
-    return (u if masked is None else u.masked_fill_(masked, 0)).sum(-1)
+    return (u if masked is None else filled(u, masked, 0)).sum(-1)
 
 
 @compilable
@@ -134,15 +134,15 @@ def _kl_block(
     upstream: Tensor | None,  # [n]
     with_g: bool,
 ) -> tuple[Tensor, ...]:
-    scaled(u, scales, masked)
-    log_p = torch.log_softmax(u, 2, out=spare)
-    p = torch.exp(log_p, out=u)
+    u = scaled(u, scales, masked)
+    log_p = torch.log_softmax(u, 2, out=into(spare))
+    p = torch.exp(log_p, out=into(u))
     log_q, of_teachers = log_p[0], log_p[1:]
     at_target = None
     if target is not None:
         at_target = of_teachers.gather(2, target.expand(len(of_teachers), -1, 1)).squeeze(2)
-    own = of_teachers.mul_(p[1:]).sum(2)
-    other = torch.mul(p[1:], log_q, out=of_teachers).sum(2)
+    own = torch.mul(p[1:], of_teachers, out=into(of_teachers)).sum(2)
+    other = torch.mul(p[1:], log_q, out=into(of_teachers)).sum(2)
     if weights is None:
         weights = weights_of(gate, own, at_target)
     g = u[0]
@@ -236,11 +236,11 @@ def _cross_entropy_block(
     upstream: Tensor | None,
     with_g: bool,
 ) -> tuple[Tensor, Tensor]:
-    scaled(u, scales, masked)
-    log_q = torch.log_softmax(u, 2, out=spare)[0]
+    u = scaled(u, scales, masked)
+    log_q = torch.log_softmax(u, 2, out=into(spare))[0]
     at_target = log_q.gather(1, target)
     loss = at_target.squeeze(1) * (smoothing - 1)
-    g = torch.exp(log_q, out=u[0])
+    g = torch.exp(log_q, out=into(u[0]))
     if smoothing:
         loss = loss - smoothing / count * _sum_of_active(log_q, masked)
     if with_g:

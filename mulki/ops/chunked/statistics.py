@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mulki.ops.chunked.compiling import compilable
+from mulki.ops.chunked.compiling import compilable, into
 
 
 class Statistics(NamedTuple):
@@ -49,16 +49,17 @@ class Statistics(NamedTuple):
 def of_part(u: Tensor, dim: int, below: Tensor, e: Tensor) -> Statistics:
     """Of logits [1 + K, rows, columns] along a dimension; `below` and `e` are written over."""
     top = u.amax(dim, keepdim=True)
-    torch.sub(u, top, out=below)
-    torch.exp(below, out=e)
+    below = torch.sub(u, top, out=into(below))
+    e = torch.exp(below, out=into(e))
     sums = e.sum(dim)
     log_sum = sums.log()
     own = other = sums[1:]
     if len(u) > 1:
-        below[1:].mul_(e[1:])
-        own = below[1:].sum(dim).div_(sums[1:]).sub_(log_sum[1:])
-        e[1:].mul_(below[0])
-        other = e[1:].sum(dim).div_(sums[1:]).sub_(log_sum[0])
+        of_student, of_teachers = below[0], below[1:]
+        moments = torch.mul(e[1:], of_teachers, out=into(of_teachers)).sum(dim)
+        own = moments.div_(sums[1:]).sub_(log_sum[1:])
+        moments = torch.mul(e[1:], of_student, out=into(e[1:])).sum(dim)
+        other = moments.div_(sums[1:]).sub_(log_sum[0])
     return Statistics(top.squeeze(dim), log_sum, own, other)
 
 
@@ -79,16 +80,15 @@ def merged(old: Statistics, new: Statistics) -> Statistics:
 
 def softmax(u: Tensor, of: Statistics, dim: int, out: Tensor) -> Tensor:
     """The softmaxes [1 + K, rows, columns] of logits, written to `out`."""
-    torch.sub(u, of.top.unsqueeze(dim), out=out)
-    return out.sub_(of.log_sum.unsqueeze(dim)).exp_()
+    below = torch.sub(u, of.top.unsqueeze(dim), out=into(out))
+    return below.sub_(of.log_sum.unsqueeze(dim)).exp_()
 
 
 def weighted_difference(p: Tensor, weights: Tensor) -> Tensor:
     """sum_k w_k (q - p_k) of [1 + K, rows, columns], which are written over; `weights` fit K."""
     # Each difference is zero where a teacher is the student.
-    torch.sub(p[0], p[1:], out=p[1:])
-    p[1:].mul_(weights)
-    return p[1] if len(p) == 2 else torch.sum(p[1:], 0, out=p[0])
+    g = torch.sub(p[0], p[1:], out=into(p[1:])).mul_(weights)
+    return g[0] if len(g) == 1 else torch.sum(g, 0, out=into(p[0]))
 
 
 class Gate(NamedTuple):
