@@ -56,7 +56,7 @@ def test_files_stay_small() -> None:
     assert weights.stat().st_size <= 12 * 2**20
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_start_model_is_well_above_chance_on_every_task() -> None:
     model = models.load(models.BUNDLED)
     tasks = load_sequence(["embedded"])

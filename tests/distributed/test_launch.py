@@ -83,7 +83,7 @@ def test_two_processes_are_one(base: dict[str, Any], tmp_path: Path) -> None:
     assert "2 processes, 6 images in a batch" in log
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_three_processes_are_one(base: dict[str, Any], tmp_path: Path) -> None:
     compare(
         base, {name: CASES[name] for name in ("mulki", "whole", "whole-reference")}, 3, tmp_path
