@@ -7,35 +7,15 @@ models, takes at most MULKI_CHUNK_MB mebibytes (default 64, on the CPU 16), what
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from mulki.ops.chunked.products import Products
+from mulki.ops.chunked.products import Products, budget
 
-_DEFAULT = {"cpu": 16}  # on the CPU what lies in the caches is faster
 # Fewer rows than these make products slow.
 LEAST_ROWS = 64
-
-
-def budget(device_type: str) -> int:
-    """The bytes of a block.
-
-    Raises:
-        ValueError: MULKI_CHUNK_MB is no positive number.
-    """
-    given = os.environ.get("MULKI_CHUNK_MB", "")
-    if not given:
-        return _DEFAULT.get(device_type, 64) << 20
-    try:
-        size = float(given)
-    except ValueError:
-        size = 0
-    if not 0 < size < float("inf"):
-        raise ValueError(f"MULKI_CHUNK_MB: got {given!r}, wanted a positive number of mebibytes")
-    return int(size * (1 << 20))
 
 
 def cut(count: int, most: int) -> list[slice]:
@@ -63,12 +43,18 @@ class Blocks(NamedTuple):
             copies: of the logits of all models in a block.
             with_g: whether G is made of them, which may be rounded.
         """
-        x, w, dtype = models[0].x, models[0].w, models[0].dtype
-        n, p = len(x), len(w)
-        bytes_of_logit = copies * len(models) * dtype.itemsize + (x.element_size() if with_g else 0)
-        logits = max(budget(x.device.type) // bytes_of_logit, 1)
+        student = models[0]
+        n, p, size = len(student.x), len(student.w), student.dtype.itemsize
+        eighths = budget(student.x.device.type) // 8
+        bytes_of_logit = copies * len(models) * size
+        if with_g and student.rounds_g:
+            bytes_of_logit += student.x.element_size()
+        # Two eighths are for rows of X that are copied, and one for those of W that are cast.
+        logits = max((5 if student.is_cast else 6) * eighths // bytes_of_logit, 1)
+        widths = sum(model.x.shape[1] for model in (*models, student))
+        most = max(2 * eighths // max(widths * size, 1), LEAST_ROWS)
         if min(n, LEAST_ROWS) * p <= logits:
-            return cls(cut(n, logits // max(p, 1)), cut(p, p))
+            return cls(cut(n, min(logits // max(p, 1), most)), cut(p, p))
         rows = min(n, 4 * LEAST_ROWS)
         return cls(cut(n, rows), cut(p, logits // rows))
 

@@ -30,11 +30,15 @@ def asked() -> bool:
 
 
 def compilable(function: _Function) -> _Function:
-    """The function, compiled for all sizes at its first call under MULKI_COMPILE."""
+    """The function, compiled under MULKI_COMPILE, for all sizes.
+
+    Each form, as with a class mask or without gradients, is compiled once. Beyond torch's limit of
+    forms further ones run as they are.
+    """
 
     @functools.cache
     def compiled() -> Any:
-        return torch.compile(function, dynamic=True, fullgraph=True)
+        return torch.compile(function, dynamic=True)
 
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mulki.ops.chunked.blocks import Blocks, Logits
-from mulki.ops.chunked.products import Products
+from mulki.ops.chunked.blocks import Blocks, Logits, cut
+from mulki.ops.chunked.products import LARGEST, Products
 from mulki.ops.logits import wide
 from mulki.ops.operators import Operator, Request
 from mulki.ops.similarity import SimilarityMatrix
@@ -58,32 +58,50 @@ def _gradients(
     assert request.grad is not None
     to_x, to_w, to_scale = request.wanted
     a, b = (None, None) if inverse is None else inverse
-    of_x = x.features.new_empty(x.features.shape, dtype=model.dtype)
-    of_w = x.prototypes.new_empty(x.prototypes.shape, dtype=model.dtype)
+    of_x = x.features.new_empty(x.features.shape if to_x or to_scale else 0, dtype=model.dtype)
+    of_w = x.prototypes.new_empty(x.prototypes.shape if to_w else 0, dtype=model.dtype)
     dtype = model.dtype if model.is_cast else x.features.dtype
+    factors: list[Tensor | float] = [1.0, 1.0]
+    if a is not None and b is not None and dtype == torch.float16:
+        # Lengths can make G larger than float16 can be, or as good as zero.
+        norm = torch.linalg.vector_norm(request.grad, torch.inf, dtype=model.dtype)
+        largest = norm.nan_to_num(0.0, 0.0).clamp(min=1e-30)
+        factors = [LARGEST / (largest * lengths.amax()) for lengths in (b, a)]
+
+    def rounded(g: Tensor, lengths: Tensor | None, factor: Tensor | float) -> Tensor:
+        return g.to(dtype) if lengths is None else (g * lengths).mul_(factor).to(dtype)
+
     for rows in blocks.rows:
         for columns in blocks.columns:
             g = request.grad[rows, columns]
             if to_x or to_scale:
-                of_columns = g if b is None else g * b[columns].mT
-                model.of_x(of_columns.to(dtype), columns, of_x[rows], columns.start > 0)
+                of_columns = None if b is None else b[columns].mT
+                scaled = rounded(g, of_columns, factors[0])
+                model.of_x(scaled, columns, of_x[rows], columns.start > 0)
+                del scaled
             if to_w:
-                of_rows = g if a is None else g * a[rows]
-                model.of_w(of_rows.to(dtype), rows, of_w[columns], rows.start > 0)
+                scaled = rounded(g, None if a is None else a[rows], factors[1])
+                model.of_w(scaled, rows, of_w[columns], rows.start > 0)
+                del scaled
     of_scale = x.scale.new_zeros(())
     results = []
-    for of, leaf, lengths, want in ((of_x, x.features, a, to_x), (of_w, x.prototypes, b, to_w)):
+    step = max(rows.stop - rows.start for rows in blocks.rows)
+    of_both = (of_x, x.features, a, to_x), (of_w, x.prototypes, b, to_w)
+    for (of, leaf, lengths, want), factor in zip(of_both, factors, strict=True):
         to = leaf.new_empty(leaf.shape if want else 0)
-        for part in blocks.rows if of is of_x else blocks.columns:
-            u = leaf[part] if lengths is None else leaf[part] * lengths[part]
-            along = (u * of[part]).sum(1, keepdim=True)
-            if of is of_x:
-                of_scale += along.sum()
-            if want and lengths is not None:
-                # A row shorter than the shortest is divided by a constant.
-                along.masked_fill_(lengths[part] >= 1 / _SHORTEST, 0)
-                of[part].sub_(u.mul_(along)).mul_(lengths[part])
+        adds = to_scale and of is of_x
+        for part in cut(len(leaf), step) if want or adds else ():
+            found = of[part] if lengths is None else of[part].div_(factor)
+            if adds or lengths is not None:
+                u = leaf[part] if lengths is None else leaf[part] * lengths[part]
+                along = (u * found).sum(1, keepdim=True)
+                if adds:
+                    of_scale += along.sum()
+                if lengths is not None:
+                    # A row shorter than the shortest is divided by a constant.
+                    along.masked_fill_(lengths[part] >= 1 / _SHORTEST, 0)
+                    found.sub_(u.mul_(along)).mul_(lengths[part])
             if want:
-                torch.mul(of[part], x.scale, out=to[part])
+                torch.mul(found, x.scale, out=to[part])
         results.append(to)
     return [*results, of_scale if to_scale else of_scale.new_empty(0)]

@@ -95,10 +95,12 @@ def _at(values: Tensor | float, part: slice) -> Tensor | float:
 class _Passes:
     """The passes over all blocks."""
 
-    def __init__(self, models: list[Products], scales: Tensor, gradients: Gradients) -> None:
+    def __init__(
+        self, models: list[Products], scales: Tensor, gradients: Gradients, copies: int = _COPIES
+    ) -> None:
         self._scales, self._gradients = scales.reshape(-1, 1, 1), gradients
         self._n = len(models[0].x)
-        self._blocks = Blocks.of(models, _COPIES, gradients.any)
+        self._blocks = Blocks.of(models, copies, gradients.any)
         self._logits = Logits(models, self._blocks, _COPIES)
         self._kept: tuple[Tensor, ...] | None = None  # of the only block
 
@@ -107,7 +109,7 @@ class _Passes:
             return self._kept
         found = self._logits.of(rows, columns)
         found[0].mul_(self._scales)
-        if len(self._blocks.rows) == len(self._blocks.columns) == 1:
+        if self._blocks.is_one:
             self._kept = found
         return found
 
@@ -155,7 +157,7 @@ def contrastive(operator: Operator, x: Contrastive, request: Request) -> tuple[T
     """The results of `mulki.ops.contrastive`."""
     models = [Products(x.image_features, x.text_features)]
     upstream, count = results.upstream_of_rows(request), results.rows_of_mean(operator, x, request)
-    gradients = Gradients(models[0], request, results.bound(upstream))
+    gradients = Gradients(models[0], request, results.bound(x.image_features, upstream))
     passes = _Passes(models, x.logit_scale, gradients)
     softmaxes = _Softmaxes.empty(x.logit_scale, 1, 1.0, len(x.image_features))
     passes.include(softmaxes)
@@ -173,7 +175,9 @@ def pair_kl(operator: Operator, x: PairKl, request: Request) -> tuple[Tensor, ..
     models = [Products(*operands) for operands in zip(images, texts, strict=True)]
     gradients = Gradients(models[0], request, _bound(x, request))
     scales = torch.cat([x.logit_scale.reshape(1), x.teacher_scales]) / x.temperature
-    passes = _Passes(models, scales, gradients)
+    # Logits of the labels' loss at another temperature are one more copy.
+    copies = _COPIES + (x.labels and x.temperature != 1)
+    passes = _Passes(models, scales, gradients, copies)
     n, new = len(x.image_features), _Softmaxes.empty
     softmaxes = new(x.logit_scale, len(models), 1.0, n)
     of_labels = new(x.logit_scale, 1, x.temperature, n) if x.labels else None
@@ -182,7 +186,7 @@ def pair_kl(operator: Operator, x: PairKl, request: Request) -> tuple[Tensor, ..
     own = torch.stack([side.own for side in softmaxes.sides])  # [2, K, N]
     kl = own - torch.stack([side.other for side in softmaxes.sides])
     if x.weights is not None:
-        weights = x.weights.mT
+        weights = x.weights.to(x.logit_scale.dtype).mT
     else:
         gate = Gate(x.gate_temperature, x.gate_entropy, x.gate_label)
         weights = torch.stack(
@@ -192,7 +196,7 @@ def pair_kl(operator: Operator, x: PairKl, request: Request) -> tuple[Tensor, ..
     count = results.rows_of_mean(operator, x, request)
     if gradients.any:
         to_labels, to_teachers = _upstream(x, request)
-        factors = weights * (to_teachers * (t2 / x.temperature / 2))
+        factors = weights * (to_teachers * (_factor(x) / 2))
         terms = [_Term(softmaxes, (factors[0], factors[1]))]
         if of_labels is not None:
             terms.append(_Term(of_labels, (to_labels / 2, to_labels / 2)))
@@ -219,12 +223,18 @@ def _upstream(x: PairKl, request: Request) -> tuple[Tensor | float, Tensor | flo
 
 
 def _bound(x: PairKl, request: Request) -> Tensor | None:
-    # The teachers' part of G is at most as large as its weights, that of the labels as one.
-    bound = results.bound(x.weights)
-    if x.labels:
-        bound = torch.full_like(x.logit_scale, 2.0) if bound is None else bound + 1
+    images = x.image_features
+    of_weights = results.bound(images, x.weights)
+    if images.dtype != torch.float16:
+        return None
+    one = torch.ones_like(x.logit_scale)
+    # The teachers' part of G, and that of the labels.
+    of_all = (one if of_weights is None else of_weights) * _factor(x) + (1 if x.labels else 0)
     upstream = request.grad if x.labels else results.upstream_of_rows(request)
-    of_upstream = results.bound(None if upstream is None else upstream.flatten())
-    if of_upstream is None or bound is None:
-        return of_upstream if bound is None else bound
-    return of_upstream * bound
+    of_upstream = results.bound(images, None if upstream is None else upstream.flatten())
+    return of_all if of_upstream is None else of_all * of_upstream
+
+
+def _factor(x: PairKl) -> float:
+    # By which G of the teachers is more than differences of probabilities.
+    return (x.temperature**2 if x.scale_by_t2 else 1.0) / x.temperature

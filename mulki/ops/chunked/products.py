@@ -8,6 +8,7 @@ before; elsewhere they are cast to float32, some rows of W at a time.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
 
 import torch
@@ -16,10 +17,9 @@ from torch import Tensor
 from mulki.ops.logits import wide
 from mulki.ops.operators import Request
 
-# Elements of W that are cast at a time.
-_CAST = 1 << 21
-# What the largest values of G are near in float16, which has few numbers below 6e-5.
-_LARGEST = 256.0
+_DEFAULT = {"cpu": 16}  # mebibytes; on the CPU what lies in the caches is faster
+#: What the largest values of G are near in float16, which has few numbers below 6e-5.
+LARGEST = 256.0
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
@@ -36,14 +36,35 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
 
 
 @functools.cache
-def multiplies_halves(device_type: str) -> bool:
-    """Whether torch multiplies half precision into float32 there."""
-    a = torch.zeros(16, 16, dtype=torch.bfloat16, device=device_type)
+def multiplies_halves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch multiplies this half precision into float32 there."""
+    a = torch.zeros(16, 16, dtype=dtype, device=device)
     try:
-        torch.mm(a, a, out_dtype=torch.float32)
+        _multiply(a, a, a.float(), add=True)
+        _multiply(a, a, a.float())
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         return False
     return True
+
+
+def budget(device_type: str) -> int:
+    """The bytes of a block.
+
+    Raises:
+        ValueError: MULKI_CHUNK_MB is no positive number.
+    """
+    given = os.environ.get("MULKI_CHUNK_MB", "")
+    if not given:
+        return _DEFAULT.get(device_type, 64) << 20
+    try:
+        size = float(given)
+    except ValueError:
+        size = 0
+    if not 0 < size < float("inf"):
+        raise ValueError(f"MULKI_CHUNK_MB: got {given!r}, wanted a positive number of mebibytes")
+    return int(size * (1 << 20))
 
 
 class Products:
@@ -56,7 +77,9 @@ class Products:
     def __init__(self, x: Tensor, w: Tensor, kept: Tensor | None = None) -> None:
         self.x, self.w, self.kept = x, w, kept
         self.dtype = wide(x.dtype)
-        self.is_cast = x.dtype != self.dtype and not multiplies_halves(x.device.type)
+        is_half = x.dtype != self.dtype
+        self.is_cast = is_half and not multiplies_halves(x.device, x.dtype)
+        self.rounds_g = is_half and not self.is_cast
         self._last: tuple[slice, Tensor] | None = None
 
     def rows(self, rows: slice) -> Tensor:
@@ -92,14 +115,16 @@ class Products:
 
     def _parts(self, w: Tensor) -> Iterator[tuple[slice, Tensor]]:
         # Some rows of W at a time, cast.
-        count = max(_CAST // max(w.shape[1], 1), 1)
-        for first in range(0, len(w), count):
+        size = max(w.shape[1], 1) * self.dtype.itemsize
+        count = max(budget(w.device.type) // 8 // size, 1)
+        # No rows are a part, too: their product is zero.
+        for first in range(0, max(len(w), 1), count):
             part = slice(first, min(first + count, len(w)))
             yield part, w[part].to(self.dtype)
 
 
 class Gradients:
-    """dX = f G W, dW = f G^T X and ds = f / s <X, G W>, added up over blocks of G.
+    """dX = s g G W, dW = s g G^T X and ds = g <X, G W>, added up over blocks of G.
 
     Args:
         request: which of the three are wanted, in which dtype.
@@ -115,10 +140,10 @@ class Gradients:
         takes_x = self._to_x or self._to_scale
         self._of_x = x.new_empty(x.shape, dtype=dtype) if takes_x else None
         self._of_w = w.new_empty(w.shape, dtype=dtype) if self._to_w else None
-        self._half = x.dtype if x.dtype != dtype and not products.is_cast else None
+        self._half = x.dtype if products.rounds_g else None
         self._factor: Tensor | float = 1.0
         if self._half == torch.float16:
-            self._factor = _LARGEST if bound is None else _LARGEST / bound
+            self._factor = LARGEST if bound is None else LARGEST / bound
         self._of_scale: list[Tensor] = []
 
     def add(self, g: Tensor, rows: slice, columns: slice) -> None:
@@ -138,14 +163,14 @@ class Gradients:
 
         Args:
             scale: s.
-            gain: f / s.
+            gain: g.
         """
         if self._half == torch.float16:
             gain = gain / self._factor
         factor = scale * gain
         of_x = self._scaled(self._of_x if self._to_x else None, factor)
         if self._to_x and self._products.kept is not None:
-            of_x.mul_(self._products.kept)
+            of_x.masked_fill_(~self._products.kept, 0)
         of_scale = scale.new_empty(0)
         if self._to_scale:
             of_scale = sum(self._of_scale, torch.zeros_like(scale)) * gain

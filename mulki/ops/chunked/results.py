@@ -39,18 +39,20 @@ def rows_of_mean(operator: Operator, x: Arguments, request: Request) -> Tensor |
     return count.to(wide(x[0].dtype)) if isinstance(count, Tensor) else count
 
 
-def bound(*factors: Tensor | None) -> Tensor | None:
-    """What no |G| is larger than: the largest of these products of rows; None for 1.
+def bound(x: Tensor, *factors: Tensor | None) -> Tensor | None:
+    """What no finite |G| is larger than: the largest of these products of rows; None for 1.
 
     Args:
+        x: X; in float16 alone a bound is needed.
         factors: upstream gradients [N], and weights of teachers [N, K].
     """
     largest: Tensor | None = None
-    for factor in factors:
+    for factor in factors if x.dtype == torch.float16 else ():
         if factor is not None and factor.numel():
             of_rows = factor.abs() if factor.ndim == 1 else factor.abs().sum(-1)
-            one = of_rows.amax()
-            largest = one if largest is None else largest * one
+            one = of_rows.nan_to_num(0.0, 0.0).amax()
+            # Zero would be divided by.
+            largest = (one if largest is None else largest * one).clamp(min=1e-30)
     return largest
 
 

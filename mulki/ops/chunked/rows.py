@@ -85,7 +85,7 @@ def _first_pass(loss: Loss, logits: Logits, rows: slice, parts: list[slice]) -> 
         new = statistics.of_part(u, -1, below, e)
         of = new if of is None else statistics.merged(of, new)
         if loss.target is not None:
-            place, inside = _within(loss.target[rows], columns)
+            place, inside = _within(loss.target[rows], columns, len(loss.models[0].w))
             value = u.gather(2, place.expand(len(u), -1, 1)).where(inside, 0).squeeze(2)
             at_target = value if at_target is None else at_target + value
         if loss.sums_classes:
@@ -96,11 +96,15 @@ def _first_pass(loss: Loss, logits: Logits, rows: slice, parts: list[slice]) -> 
     return of
 
 
-def _within(target: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    # Places of targets [n, 1] in a part of the columns, and whether they lie there.
-    place = target - columns.start
-    inside = (place >= 0) & (target < columns.stop)
-    return place.where(inside, 0), inside
+def _within(target: Tensor, columns: slice, classes: int) -> tuple[Tensor, Tensor]:
+    # Places of targets [n, 1] in a part of the columns, and whether they lie there. Those that are
+    # no class are left to the operations that take them, which refuse them.
+    inside = torch.ones_like(target, dtype=torch.bool)
+    if columns.start > 0:
+        inside &= target >= columns.start
+    if columns.stop < classes:
+        inside &= target < columns.stop
+    return (target - columns.start).where(inside, 0), inside
 
 
 def _part(masked: Tensor | None, columns: slice) -> Tensor | None:
@@ -168,7 +172,7 @@ class _Kl:
         self.scales = self.scales.reshape(-1, 1, 1)
         self.masked = None if x.class_mask is None else ~x.class_mask
         self.gate = Gate(x.gate_temperature, x.gate_entropy, x.gate_label)
-        self.weights = None if x.weights is None else x.weights.mT
+        self.weights = None if x.weights is None else x.weights.to(x.scale.dtype).mT
         needs_target = x.weights is None and x.gate_label != 0
         self.target = x.target.unsqueeze(1) if needs_target and x.target is not None else None
         self._upstream = upstream
@@ -209,7 +213,7 @@ def teacher_kl(operator: Operator, x: TeacherKl, request: Request) -> tuple[Tens
     """The results of `mulki.ops.teacher_kl`."""
     upstream, count = results.upstream_of_rows(request), results.rows_of_mean(operator, x, request)
     loss = _Kl(x, upstream)
-    gradients = Gradients(loss.models[0], request, results.bound(upstream, x.weights))
+    gradients = Gradients(loss.models[0], request, results.bound(x.features, upstream, x.weights))
     _run(loss, gradients)
     own, other, weights = (
         torch.cat(parts, 1) if len(parts) > 1 else parts[0]
@@ -240,7 +244,7 @@ def _cross_entropy_block(
     log_q = torch.log_softmax(u, 2, out=into(spare))[0]
     at_target = log_q.gather(1, target)
     loss = at_target.squeeze(1) * (smoothing - 1)
-    g = torch.exp(log_q, out=into(u[0]))
+    g = torch.exp(log_q, out=into(u[0])) if with_g else u[0]
     if smoothing:
         loss = loss - smoothing / count * _sum_of_active(log_q, masked)
     if with_g:
@@ -298,7 +302,7 @@ class _CrossEntropy:
         self.found.append(loss)
 
     def gradient(self, p: Tensor, rows: slice, columns: slice) -> Tensor:
-        place, inside = _within(self.target[rows], columns)
+        place, inside = _within(self.target[rows], columns, len(self.models[0].w))
         uniform = self._uniform
         if isinstance(uniform, Tensor):
             uniform = uniform[columns]
@@ -313,8 +317,10 @@ def cross_entropy(
 ) -> tuple[Tensor, ...]:
     """The results of `mulki.ops.prototype_cross_entropy`."""
     upstream, count = results.upstream_of_rows(request), results.rows_of_mean(operator, x, request)
+    if upstream is not None:
+        upstream = upstream.where(x.target != x.ignore_index, 0)
     loss = _CrossEntropy(x, upstream)
-    gradients = Gradients(loss.models[0], request, results.bound(upstream))
+    gradients = Gradients(loss.models[0], request, results.bound(x.features, upstream))
     _run(loss, gradients)
     rows = torch.cat(loss.found) * loss.kept.squeeze(1)
     found = gradients.finished(x.scale, results.upstream_of_all(x, request, count))

@@ -20,9 +20,10 @@ _THRESHOLD = 40
 
 
 @compilable
-def _losses(v: Tensor) -> Tensor:  # [rows]; v becomes its sigmoid
+def _losses(v: Tensor, with_g: bool) -> Tensor:  # [rows]; with_g: v becomes its sigmoid
     losses = F.softplus(v, threshold=_THRESHOLD).sum(1)
-    v.sigmoid_()
+    if with_g:
+        v.sigmoid_()
     return losses
 
 
@@ -30,7 +31,7 @@ def siglip(operator: Operator, x: Siglip, request: Request) -> tuple[Tensor, ...
     """The results of `mulki.ops.siglip`."""
     model = Products(x.image_features, x.text_features)
     upstream, count = results.upstream_of_rows(request), results.rows_of_mean(operator, x, request)
-    gradients = Gradients(model, request, results.bound(upstream))
+    gradients = Gradients(model, request, results.bound(x.image_features, upstream))
     of_bias = request.wanted[3]
     blocks = Blocks.of([model], _COPIES, gradients.any)
     logits = Logits([model], blocks, 1)
@@ -43,13 +44,16 @@ def siglip(operator: Operator, x: Siglip, request: Request) -> tuple[Tensor, ...
             # -y u, and its sigmoid -y dL/du.
             of_pairs = diagonal(u, rows, columns, x.offset)
             of_pairs.neg_()
-            losses[rows].add_(_losses(u))
+            losses[rows].add_(_losses(u, gradients.any or of_bias))
+            if not (gradients.any or of_bias):
+                continue
             of_pairs.neg_()
             if upstream is not None:
                 u.mul_(upstream[rows].unsqueeze(1))
             if of_bias:
                 total += u.sum()
-            gradients.add(u, rows, columns)
+            if gradients.any:
+                gradients.add(u, rows, columns)
     gain = results.upstream_of_all(x, request, count)
     found = gradients.finished(x.logit_scale, gain)
     found.append(total * gain if of_bias else total.new_empty(0))

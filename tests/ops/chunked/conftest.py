@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from mulki.ops import use_backend
-from mulki.ops.chunked import blocks, products
+from mulki.ops.chunked import blocks
 from tests.ops.chunked.watch import MIB
 
 #: Bytes of blocks that cut rows, or rows and columns, of small cases.
@@ -26,9 +26,8 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(params=CUT)
 def cut_small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Blocks and casts of very few rows."""
+    """Blocks of very few rows, which casts are then, too."""
     size: int = request.param
     monkeypatch.setattr(blocks, "LEAST_ROWS", 4)
-    monkeypatch.setattr(products, "_CAST", 40)
     monkeypatch.setenv("MULKI_CHUNK_MB", str(size / MIB))
     return size

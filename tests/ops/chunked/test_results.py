@@ -39,5 +39,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def test_no_gradient_of_a_logit_is_larger():
     upstream, weights = torch.tensor([1.0, -3.0]), torch.tensor([[0.5, 1.0], [1.0, -1.0]])
-    assert bound(None) is None and bound(torch.empty(0)) is None
-    assert bound(upstream) == 3 and bound(upstream, weights) == 6
+    x = torch.empty(2, 4, dtype=torch.float16)
+    assert bound(x, None) is None and bound(x, torch.empty(0)) is None
+    assert bound(x, upstream) == 3 and bound(x, upstream, weights) == 6
+    assert bound(x, 0 * upstream) > 0 and bound(x.float(), upstream) is None

@@ -46,8 +46,8 @@ class Watch(TorchDispatchMode):
         return sum(name in ("mm", "addmm", "addmm_") for name in self.names)
 
 
-def on_meta(name: str, n: int, p: int, dtype: torch.dtype, form: str = "reduced") -> Case:
-    case = asking(make(name, n=4, p=4, d=64, dtype=dtype), form)
+def on_meta(name: str, n: int, p: int, dtype: torch.dtype, d: int = 64) -> Case:
+    case = asking(make(name, n=4, p=4, d=d, dtype=dtype), "reduced")
 
     def moved(value: Any) -> Any:
         if isinstance(value, list):
