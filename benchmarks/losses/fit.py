@@ -47,9 +47,11 @@ def memory(who: str, name: str, n: int, width: int) -> float:
 
 def largest(who: str, name: str, width: int, most: float, limit: int) -> str:
     """The largest batch, in steps of STEP, that takes at most so many MiB."""
-    if memory(who, name, limit, width) <= most:
-        return f"over {limit}"
-    low, high = 0, limit // STEP
+    low, high = 0, 1
+    while memory(who, name, high * STEP, width) <= most:
+        if high * STEP >= limit:
+            return f"over {high * STEP}"
+        low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
         if memory(who, name, middle * STEP, width) <= most:
