@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.losses import __main__ as benchmark
+from benchmarks.losses import fit
 from benchmarks.losses.train import LOSSES, train
 from mulki.losses import ClipLoss
 
@@ -45,3 +46,20 @@ def test_training_goes_the_same_way_with_both(name):
     ours, theirs = (train(name, who, batch_size=24, steps=3) for who in ("mulki", "open_clip"))
     assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4)
     assert ours["losses"][-1] < ours["losses"][0] and ours["peak"] >= ours["before"] > 0
+
+
+def test_the_largest_batch_is_found(monkeypatch):
+    """By a memory that grows as B and as B squared."""
+    monkeypatch.setattr(
+        fit, "memory", lambda who, name, n, width: n / 64 if who == "linear" else n * n / 2**20
+    )
+    assert fit.largest("linear", "ClipLoss", 8, 64.0, 8192) == "4096"
+    assert fit.largest("square", "ClipLoss", 8, 64.0, 32768) == "8192"
+    assert fit.largest("linear", "ClipLoss", 8, 1e6, 2048) == "over 2048"
+    assert fit.largest("square", "ClipLoss", 8, 0.0, 2048) == "0"
+
+
+def test_a_table_of_backends():
+    rows = list(fit.table("DistillClipLoss", [16], 8, 0.0, 1e6, 512))
+    assert [row.split(" | ")[0] for row in rows[2:]] == [f"| {who}" for who in fit.WHO]
+    assert all(row.endswith("| over 512 |") for row in rows[2:])
