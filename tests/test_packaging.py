@@ -118,6 +118,22 @@ def any_wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return wheel(sdist, tmp_path_factory.mktemp("any"), MULKI_BUILD_CPP="0")
 
 
+#: By how many KiB a process grows for a loss whose logits are 64 MiB for each of three models.
+GROWTH = """
+import resource, torch
+from mulki import Similarity
+from mulki.functional import dual_teacher_kl
+def model(n):
+    x, w = torch.randn(n, 32), torch.randn(n, 32)
+    return Similarity(x.requires_grad_(), w), Similarity(x.detach(), w), Similarity(x.detach(), w)
+dual_teacher_kl(*model(64), gate="uniform").backward()
+given = model(4096)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+dual_teacher_kl(*given, gate="uniform").backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
 @pytest.fixture
 def called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the only compiler makes when it is called; it compiles nothing."""
@@ -153,7 +169,9 @@ def test_the_wheel_for_any_platform_needs_no_compiler(
     found = (f"--find-links={folder}" for folder in (any_wheel.parent, sdist.parent))
     *_, loaded = installed(python, "--ignore-installed", "mulki", *found)
     assert "the C++ kernels were not built" in loaded
-    assert loaded in run(python, "-m", "mulki.info", cwd=tmp_path)
+    info = run(python, "-m", "mulki.info", cwd=tmp_path)
+    assert loaded in info and "cpu, float32 and bfloat16: chunked" in info
+    assert int(run(python, "-c", GROWTH, cwd=tmp_path)) < 100 << 10
     assert not called.exists()
 
 
