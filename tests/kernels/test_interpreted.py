@@ -41,7 +41,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 #: Files of `interpreted/` that take longest.
-LONG = {HERE / "interpreted" / f"test_triton_{name}.py" for name in ("fuzz", "streams")}
+LONG = {HERE / "interpreted" / f"test_triton_{name}.py" for name in ("fuzz", "proofs", "streams")}
 
 
 @pytest.mark.slow
@@ -50,7 +50,7 @@ def test_kernels_in_the_interpreter(tmp_path):
 
 
 @pytest.mark.long
-def test_streams_and_drawn_cases_in_the_interpreter(tmp_path):
+def test_what_takes_longest_in_the_interpreter(tmp_path):
     pass_in_the_interpreter(tmp_path, LONG)
 
 
