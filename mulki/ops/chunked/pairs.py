@@ -15,7 +15,7 @@ from torch import Tensor
 from mulki.ops.chunked import results, statistics
 from mulki.ops.chunked.blocks import Blocks, Logits, diagonal, own
 from mulki.ops.chunked.compiling import compilable
-from mulki.ops.chunked.products import Gradients, Products
+from mulki.ops.chunked.products import Gradients, Products, of_models
 from mulki.ops.chunked.statistics import Gate, Statistics, weights_of
 from mulki.ops.contrastive import Contrastive
 from mulki.ops.logits import wide
@@ -170,9 +170,7 @@ def contrastive(operator: Operator, x: Contrastive, request: Request) -> tuple[T
 
 def pair_kl(operator: Operator, x: PairKl, request: Request) -> tuple[Tensor, ...]:
     """The results of `mulki.ops.pair_kl`."""
-    images = x.image_features, *x.teacher_image_features
-    texts = x.text_features, *x.teacher_text_features
-    models = [Products(*operands) for operands in zip(images, texts, strict=True)]
+    models = of_models(x[:3], x.teacher_image_features, x.teacher_text_features)
     gradients = Gradients(models[0], request, _bound(x, request))
     scales = torch.cat([x.logit_scale.reshape(1), x.teacher_scales]) / x.temperature
     # Logits of the labels' loss at another temperature are one more copy.

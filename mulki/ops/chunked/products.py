@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from mulki.ops.logits import wide
+from mulki.ops.logits import Operands, wide
 from mulki.ops.operators import Request
 
 _DEFAULT = {"cpu": 16}  # mebibytes; on the CPU what lies in the caches is faster
@@ -121,6 +121,12 @@ class Products:
         for first in range(0, max(len(w), 1), count):
             part = slice(first, min(first + count, len(w)))
             yield part, w[part].to(self.dtype)
+
+
+def of_models(student: Operands, xs: Sequence[Tensor], ws: Sequence[Tensor]) -> list[Products]:
+    """Those of a student, then of its teachers with X and W from these lists."""
+    x, w, _ = student
+    return [Products(*operands) for operands in zip((x, *xs), (w, *ws), strict=True)]
 
 
 class Gradients:

@@ -14,7 +14,7 @@ from torch import Tensor
 from mulki.ops.chunked import results, statistics
 from mulki.ops.chunked.blocks import Blocks, Logits
 from mulki.ops.chunked.compiling import compilable, filled, into
-from mulki.ops.chunked.products import Gradients, Products
+from mulki.ops.chunked.products import Gradients, Products, of_models
 from mulki.ops.chunked.statistics import Gate, Statistics, weights_of
 from mulki.ops.operators import Operator, Request
 from mulki.ops.prototype_cross_entropy import PrototypeCrossEntropy
@@ -72,7 +72,8 @@ def _run(loss: Loss, gradients: Gradients) -> None:
         if gradients.any:
             for columns in blocks.columns:
                 u, p, _ = logits.of(rows, columns)
-                statistics.softmax(_scaled(loss, u, columns), of, -1, p)
+                _scaled(u, loss.scales, _part(loss.masked, columns))
+                statistics.softmax(u, of, -1, p)
                 gradients.add(loss.gradient(p, rows, columns), rows, columns)
 
 
@@ -81,7 +82,7 @@ def _first_pass(loss: Loss, logits: Logits, rows: slice, parts: list[slice]) -> 
     at_target = sums = None
     for columns in parts:
         u, below, e = logits.of(rows, columns)
-        _scaled(loss, u, columns)
+        _scaled(u, loss.scales, _part(loss.masked, columns))
         new = statistics.of_part(u, -1, below, e)
         of = new if of is None else statistics.merged(of, new)
         if loss.target is not None:
@@ -111,12 +112,8 @@ def _part(masked: Tensor | None, columns: slice) -> Tensor | None:
     return None if masked is None else masked[columns]
 
 
-def _scaled(loss: Loss, u: Tensor, columns: slice) -> Tensor:
-    return scaled(u, loss.scales, _part(loss.masked, columns))
-
-
-def scaled(u: Tensor, scales: Tensor, masked: Tensor | None) -> Tensor:
-    """Logits times their scales, in place; those of masked classes are so low that p is zero."""
+def _scaled(u: Tensor, scales: Tensor, masked: Tensor | None) -> Tensor:  # u is written over
+    # Logits times their scales; those of masked classes are so low that p is zero.
     u = torch.mul(u, scales, out=into(u))
     # Not minus infinity, of which a product with zero is NaN.
     return u if masked is None else filled(u, masked, torch.finfo(u.dtype).min / 4)
@@ -138,7 +135,7 @@ def _kl_block(
     upstream: Tensor | None,  # [n]
     with_g: bool,
 ) -> tuple[Tensor, ...]:
-    u = scaled(u, scales, masked)
+    u = _scaled(u, scales, masked)
     log_p = torch.log_softmax(u, 2, out=into(spare))
     p = torch.exp(log_p, out=into(u))
     log_q, of_teachers = log_p[0], log_p[1:]
@@ -160,14 +157,7 @@ class _Kl:
     sums_classes = False
 
     def __init__(self, x: TeacherKl, upstream: Tensor | None) -> None:
-        self.models = [
-            Products(*operands)
-            for operands in zip(
-                [x.features, *x.teacher_features],
-                [x.prototypes, *x.teacher_prototypes],
-                strict=True,
-            )
-        ]
+        self.models = of_models(x[:3], x.teacher_features, x.teacher_prototypes)
         self.scales = torch.cat([x.scale.reshape(1), x.teacher_scales]) / x.temperature
         self.scales = self.scales.reshape(-1, 1, 1)
         self.masked = None if x.class_mask is None else ~x.class_mask
@@ -240,7 +230,7 @@ def _cross_entropy_block(
     upstream: Tensor | None,
     with_g: bool,
 ) -> tuple[Tensor, Tensor]:
-    u = scaled(u, scales, masked)
+    u = _scaled(u, scales, masked)
     log_q = torch.log_softmax(u, 2, out=into(spare))[0]
     at_target = log_q.gather(1, target)
     loss = at_target.squeeze(1) * (smoothing - 1)

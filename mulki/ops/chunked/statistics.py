@@ -8,8 +8,8 @@ loss, p_k the softmax of teacher k and q that of the student over the same part:
     own       E_k[log p_k], minus the entropy of teacher k
     other     E_k[log q], E_k the mean over p_k
 
+`own` and `other` of a teacher that equals the student differ by the rounding of sums at most.
 The weights of teachers are given, or those of a row-wise gate (`mulki.ops.gates`).
-Both of a teacher that equals the student are the same, bit for bit, and a KL is exactly zero then.
 """
 
 from __future__ import annotations
