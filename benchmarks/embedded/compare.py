@@ -3,6 +3,9 @@
     python -m benchmarks.embedded.compare tune      # learning rates and weights, first three tasks
     python -m benchmarks.embedded.compare forms     # forms of MulKI, on orders III and IV
     python -m benchmarks.embedded.compare strength  # how strongly teachers hold, on III and IV
+    python -m benchmarks.embedded.compare smoothing # label smoothing of every method, likewise
+    python -m benchmarks.embedded.compare held      # forms of MulKI without it, likewise
+    python -m benchmarks.embedded.compare changes   # images that they are held on, likewise
     python -m benchmarks.embedded.compare compare   # every method at its preset
     python -m benchmarks.embedded.compare ablate    # MulKI less one stage at a time
     python -m benchmarks.embedded.compare tables    # RESULTS.md from the runs so far
@@ -51,6 +54,8 @@ TABLES = FOLDER / "RESULTS.md"
 METRICS = ("transfer", "average", "last", "forgetting", "cil_average", "cil_last")
 # Options that change no result.
 WITHOUT_A_SAY = NEUTRAL - {"seed", "tasks", "order"}
+# Nor do these in a method that looks at no reference set.
+OF_REFERENCE = {"reference", "reference_changes", "reference_batch_size"}
 # Options of every run.
 SHARED = {"tasks": ("embedded",), "preset": "small"}
 COMMAND = "python -m benchmarks.embedded.compare"
@@ -81,10 +86,10 @@ def main() -> None:
     )
     parser.add_argument(
         "study",
-        choices=("tune", "forms", "strength", "compare", "ablate", "tables", "figures"),
+        choices=(*studies.CHOICES, "compare", "ablate", "tables", "figures"),
     )
     parser.add_argument(
-        "--methods", nargs="+", default=list(studies.GRIDS), help="for tune and strength"
+        "--methods", nargs="+", default=list(studies.GRIDS), help="for tune, strength, smoothing"
     )
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=list(studies.SEEDS), help="for ablate"
@@ -105,6 +110,11 @@ def main() -> None:
         "strength": lambda: [
             r for m in arguments.methods if m in studies.TUNED for r in studies.strengths(m)
         ],
+        "smoothing": lambda: [
+            r for m in arguments.methods if m != "mulki" for r in studies.smoothing(m)
+        ],
+        "held": studies.held,
+        "changes": studies.changes,
         "compare": studies.comparison,
         "ablate": lambda: studies.ablation(tuple(arguments.seeds)),
     }[arguments.study]()
@@ -202,11 +212,14 @@ def fingerprint() -> str:
 
 def settings_of(run: Run) -> Options:
     """All options of a run that have a say in its result, as JSON gives them back."""
+    from mulki.methods import get
     from mulki.train.config.run_config import resolve
 
     settings = resolve(SHARED | run.options)
     values = asdict(settings.run) | asdict(settings.method)
-    return _plain({name: value for name, value in values.items() if name not in WITHOUT_A_SAY})
+    needs = get(settings.run.method)(settings.method).needs
+    idle = WITHOUT_A_SAY if needs.reference else WITHOUT_A_SAY | OF_REFERENCE
+    return _plain({name: value for name, value in values.items() if name not in idle})
 
 
 def has_settings(result: dict[str, Any], settings: Options) -> bool:

@@ -29,6 +29,9 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
+from mulki.clip.models import BUNDLED
+from mulki.train.config import presets
+
 Options = dict[str, Any]
 
 # What each method is given beside the tasks: the vocabulary, or captions made of it.
@@ -45,6 +48,9 @@ METHODS: dict[str, Options] = {
     "snd": CURRENT | {"label_smoothing": 0.2},
     "mulki": {"anchors": "vocabulary"},
 }
+
+# Held on images made of the task's own, in place of the task's own.
+MADE: Options = {"reference": "made"}
 
 # What MulKI was until its gate and its running mean were seen to give nothing: the form that was
 # tuned, and from which the ablation takes one stage away.
@@ -81,7 +87,7 @@ SCENES: dict[tuple[str, str], Options] = {
 _MEAN_EVERY = {"embedded-flags": 2, "embedded-glyphs": 5}
 
 # Studies by which something is chosen: no figure of them is of test images.
-CHOICES = ("tune", "forms", "strength")
+CHOICES = ("tune", "forms", "strength", "smoothing", "held", "changes")
 TUNING_TASKS = ("embedded:digits", "embedded:animals", "embedded:letters")
 TUNING_SEEDS = (100, 101)
 FORM_ORDERS = ("III", "IV")
@@ -176,6 +182,56 @@ MULKI_STAGES: dict[str, Options] = {
 }
 
 
+# Label smoothing of each method, at the best point and strength that it had with 0.2; of those with
+# a reference set also on images made of the task's own.
+SMOOTHINGS = (0.0, 0.1, 0.2)
+
+# MulKI's forms, chosen again without label smoothing, when held on made images was found to be
+# better. Those of Select-and-Distill come first: the features, near the previous model above all.
+_HELD: Options = (
+    {"method": "mulki", "lr": 2e-4, "label_smoothing": 0.0, "l2": 0.0, "alignment": 0.0}
+    | {"hold_on": "made", "reference": "made", "gate": "discrepancy"}
+    | {"image_text": 0.0, "image_image": 0.0, "text_image": 0.0, "text_text": 0.0}
+    | {"image_anchor": 0.5, "feature": 9.0, "feature_original": 0.5}
+)
+_UNIFORM: Options = {"gate": "uniform", "feature_original": None}
+HELD: dict[str, Options] = {
+    "features and anchors": _HELD,
+    "features alone (Select-and-Distill)": _HELD | {"image_anchor": 0.0},
+    "features alone, alignment, l2 0.1": _HELD
+    | {"image_anchor": 0.0, "alignment": 0.25, "l2": 0.1},
+    "on the task's own images": _HELD | {"hold_on": "task"},
+    "on both": _HELD | {"hold_on": "both"},
+    "alignment": _HELD | {"alignment": 0.25},
+    "l2 0.1": _HELD | {"l2": 0.1},
+    "anchors 0.15": _HELD | {"image_anchor": 0.15},
+    "anchors 1.5": _HELD | {"image_anchor": 1.5},
+    "anchors 1.5, seen classes too": _HELD | {"image_anchor": 1.5, "anchors": "both"},
+    "half as strong": _HELD | {"image_anchor": 0.25, "feature": 4.5, "feature_original": 0.25},
+    "twice as strong": _HELD | {"image_anchor": 1.0, "feature": 18.0, "feature_original": 1.0},
+    "lr 1e-4": _HELD | {"lr": 1e-4},
+    "lr 4e-4": _HELD | {"lr": 4e-4},
+    "uniform, features 4": _HELD | _UNIFORM | {"feature": 4.0},
+    "uniform, features 9 and 0.5": _HELD | {"gate": "uniform"},
+    "previous teacher alone, features 4": _HELD
+    | _UNIFORM
+    | {"feature": 4.0, "teachers": "previous"},
+    "image to prototype 0.25": _HELD | {"image_image": 0.25},
+    "image to class text 0.25": _HELD | {"image_text": 0.25},
+    "running mean": _HELD | {"we_every": 10},
+    "label smoothing 0.1": _HELD | {"label_smoothing": 0.1},
+    "label smoothing 0.2": _HELD | {"label_smoothing": 0.2},
+}
+
+# What the best form is held on: each change alone, and others beside the default ones.
+_ALL_CHANGES = ("invert", "channels", "average", "enlarge", "cutmix", "blocks", "crop", "noise")
+CHANGED: dict[str, tuple[str, ...]] = {
+    **{name: (name,) for name in _ALL_CHANGES},
+    "all": _ALL_CHANGES,
+    "without noise": _ALL_CHANGES[:-1],
+}
+
+
 @dataclass(frozen=True)
 class Run:
     """One run of a study.
@@ -266,6 +322,42 @@ def strengths(method: str) -> list[Run]:
             {"order": order, "seed": TUNING_SEEDS[0]} | _as_tuned(method) | point,
         )
         for point, order in product(points, FORM_ORDERS)
+    ]
+
+
+def smoothing(method: str) -> list[Run]:
+    """A method at its best strength, by label smoothing, over the orders that are kept apart."""
+    given = {"method": method} | METHODS[method] | presets.METHODS[BUNDLED, method]
+    kinds = {"": given}
+    if "reference" in given:
+        kinds[", made images"] = given | MADE
+    return [
+        Run(
+            "smoothing",
+            f"{method} label_smoothing={value:g}{kind}",
+            {"order": order, "seed": TUNING_SEEDS[0]} | options | {"label_smoothing": value},
+        )
+        for value, order, (kind, options) in product(SMOOTHINGS, FORM_ORDERS, kinds.items())
+    ]
+
+
+def held() -> list[Run]:
+    """MulKI's forms without label smoothing, over the orders that are kept apart."""
+    return [
+        Run("held", name, {"order": order, "seed": TUNING_SEEDS[0]} | form)
+        for (name, form), order in product(HELD.items(), FORM_ORDERS)
+    ]
+
+
+def changes() -> list[Run]:
+    """The first of those forms, by what is done to the images it is held on."""
+    return [
+        Run(
+            "changes",
+            name,
+            {"order": order, "seed": TUNING_SEEDS[0]} | _HELD | {"reference_changes": names},
+        )
+        for (name, names), order in product(CHANGED.items(), FORM_ORDERS)
     ]
 
 

@@ -15,7 +15,7 @@ from mulki.data.csv_files import name_in
 from mulki.data.decoding import SUFFIXES, BadImage
 from mulki.data.image_files import ImageFiles, find_unreadable, size_of
 from mulki.data.prompts import fill
-from mulki.data.task import ImageSet, Task
+from mulki.data.task import ImageSet
 from mulki.data.vocabulary import TEMPLATE, Vocabulary
 from mulki.errors import InputError
 from mulki.files import Row, read_table
@@ -24,8 +24,8 @@ CAPTIONS = "captions.csv"
 # Seed of the order of words as captions.
 _WORD_ORDER = 0
 _WANTED = (
-    f"a CSV with the columns path and caption, a folder of images with {CAPTIONS}, tar shards, or "
-    f"current"
+    f"a CSV with the columns path and caption, a folder of images with {CAPTIONS}, tar shards, "
+    f"current or made"
 )
 
 
@@ -64,8 +64,8 @@ class ReferenceSet:
         return hashlib.sha256(content.encode()).hexdigest()
 
     @classmethod
-    def of_task(cls, task: Task, vocabulary: Vocabulary | None) -> ReferenceSet:
-        """The training images of a task, each with a word of a vocabulary as its caption.
+    def with_words(cls, images: ImageSet, vocabulary: Vocabulary | None) -> ReferenceSet:
+        """Images, each with a word of a vocabulary as its caption.
 
         The words come in a pseudo-random order, the same in every run, and again from its beginning
         when it has ended. So every word is used about equally often, and what a word means has
@@ -76,11 +76,11 @@ class ReferenceSet:
             vocabulary: None for images alone.
         """
         if vocabulary is None:
-            return cls(task.train, None)
+            return cls(images, None)
         words = list(vocabulary.words)
         random.Random(_WORD_ORDER).shuffle(words)
-        captions = (fill(TEMPLATE, words[place % len(words)]) for place in range(len(task.train)))
-        return cls(task.train, tuple(captions))
+        captions = (fill(TEMPLATE, words[place % len(words)]) for place in range(len(images)))
+        return cls(images, tuple(captions))
 
 
 def read_reference(

@@ -43,7 +43,7 @@ from mulki.methods.base import (
 from mulki.ops.gates import Weighting, gate_names
 from mulki.stages.anchors import TextsOf, WeightsBy
 from mulki.stages.connecting import Connections
-from mulki.stages.objective import MulKILoss
+from mulki.stages.objective import HoldOn, MulKILoss
 
 Anchors = Literal["none", "seen", "vocabulary", "both"]
 _GROUPS = {"none": (), "seen": (SEEN,), "vocabulary": (VOCABULARY,), "both": (SEEN, VOCABULARY)}
@@ -123,6 +123,18 @@ class MulKI(Method):
             of_classes=True,
         )
         feature: float = option(1.0, "coefficient of the distance of image features", low=0)
+        feature_original: float | None = option(
+            None,
+            "that of the distance from the original model, beside the previous one; --feature if "
+            "left out",
+            low=0,
+        )
+        hold_on: HoldOn = option(
+            "task",
+            "of which images the relations and the distance are: of those of --reference, of the "
+            "task's own, or of both",
+            of_classes=True,
+        )
         teachers: Teachers = option(
             "both", "the original model, the previous one, or both; a gate needs both"
         )
@@ -152,7 +164,7 @@ class MulKI(Method):
         super().__init__(options)
         o = options
         try:
-            Weighting.of(o.gate, o.gate_temperature, o.gate_entropy, o.gate_label)
+            weighting = Weighting.of(o.gate, o.gate_temperature, o.gate_entropy, o.gate_label)
         except (TypeError, ValueError) as error:
             argument, _, said = str(error).partition(":")
             raise InputError(f"--{argument.replace('_', '-')}:{said}") from None
@@ -166,9 +178,19 @@ class MulKI(Method):
                 f"--anchor-weights: got group beside --teachers {o.teachers}, but a teacher for "
                 "each group needs both; leave one of the two out"
             )
+        if o.feature_original is not None and o.teachers != "both":
+            raise InputError(
+                f"--feature-original: got {o.feature_original:g} beside --teachers {o.teachers}, "
+                "but only both have two coefficients; leave one of the two out"
+            )
+        gated = o.distinguishing and o.teachers == "both"
+        if gated and o.hold_on != "task" and weighting.uses_target:
+            raise InputError(
+                f"--gate: got {o.gate}, which looks at the label, with --hold-on {o.hold_on}, but "
+                "a made image has none; pass --hold-on task, or another gate"
+            )
         relations = o.adding
         visual = o.eliciting
-        gated = o.distinguishing and o.teachers == "both"
         groups = _GROUPS[o.anchors]
         self.objective = MulKILoss(
             temperature=o.temperature,
@@ -188,11 +210,15 @@ class MulKI(Method):
             anchor_texts=o.anchor_texts,
             anchor_weights=o.anchor_weights,
             feature=o.feature * relations,
+            feature_original=None if o.feature_original is None else o.feature_original * relations,
+            hold_on=o.hold_on,
             scale_by_t2=o.scale_by_t2,
         )
         self.needs = Needs(
             teachers=_TEACHERS[o.teachers] if self.objective.needs_teachers else (),
             prototypes=self.objective.needs_prototypes,
+            reference=self.objective.needs_reference,
+            captions=not self.objective.needs_reference,
             anchors=groups if self.objective.needs_anchors else (),
             student_anchors=self.objective.needs_anchors and o.anchor_texts == "student",
         )

@@ -9,7 +9,8 @@ Each relation is a similarity matrix of one model, and the student's is kept nea
     text_text    s w w^T   [C, C]    intra-modal, class texts to each other
 
 and, level with them, feature distance ``|u - u^m|^2`` for models of one width. Every model uses its
-own features, prototypes and scale.
+own features, prototypes and scale. The images may be those of a reference set: then the task's own
+images teach the student alone.
 
 Stated by the source (arXiv 2411.06764 and its published summaries): distillation on several levels
 (features, inter-modality and intra-modality relations built with prototypes) from two teachers.
@@ -20,6 +21,7 @@ image-text), and the squared distance for features (as Select-and-Distill does).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 import torch
@@ -71,6 +73,19 @@ RELATIONS: Mapping[str, Relation] = MappingProxyType(
 )
 IMAGE_ROWS = frozenset({"image_text", "image_image"})  # a row per image; the others per class
 NEED_PROTOTYPES = frozenset({"image_image", "text_image"})
+
+
+def on_reference(model: Features) -> Features:
+    """The features of a model with the images of its reference set in place of the task's.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if model.reference is None:
+        raise ValueError(
+            'student, teachers: got features without a reference set; pass it, or hold_on="task"'
+        )
+    return replace(model, images=model.reference.images)
 
 
 def relation_loss(

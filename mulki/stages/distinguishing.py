@@ -38,7 +38,7 @@ from mulki.stages.adding import image_text
 def gated_relation(
     student: Features,
     teachers: Sequence[Features],
-    target: Tensor,
+    target: Tensor | None,
     weighting: Weighting,
     temperature: float,
     scale_by_t2: bool,
@@ -48,7 +48,7 @@ def gated_relation(
     Args:
         student: features of a batch of B images and C classes; gradients flow to them.
         teachers: the same of K teachers.
-        target: [B] int64.
+        target: [B] int64; None where the gate does not look at it.
         weighting: the gate.
         temperature, scale_by_t2: of the relation, see `mulki.functional.teacher_kl`.
 
@@ -73,7 +73,7 @@ def gated_relation(
 def sample_weights(
     student: Features,
     teachers: Sequence[Features],
-    target: Tensor,
+    target: Tensor | None,
     weighting: Weighting,
     temperature: float,
 ) -> Tensor:

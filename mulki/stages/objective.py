@@ -2,7 +2,10 @@
 
     L = CE_ls(s u w^T, y) + a L_align + b L_proto
         + sum_r c_r KL_r(teachers || student; w)  over the four relations r and those to anchors
-        + f sum_m w_m |u - u^m|^2
+        + sum_m f_m w_m |u - u^m|^2
+
+The relations of images and the distance of features are held on the images of the task, on those of
+a reference set, or on both; everything else is of the task.
 
 See `eliciting`, `adding`, `anchors` and `distinguishing` for the terms. The paper's coefficients
 are not public: the defaults are those of a pilot on six small tasks, but for the gate, and
@@ -23,6 +26,8 @@ from mulki.functional import prototype_cross_entropy
 from mulki.ops import checks
 from mulki.ops.gates import Weighting
 from mulki.stages import adding, anchors, distinguishing, eliciting, pairs
+
+HoldOn = Literal["made", "task", "both"]
 
 
 class MulKILoss(nn.Module):
@@ -50,6 +55,11 @@ class MulKILoss(nn.Module):
         anchor_texts: whose texts, see `mulki.stages.anchors.text_anchor_kl`.
         anchor_weights: by what the teachers are weighted there.
         feature: coefficient of the squared distance of image features.
+        feature_original: that of the distance from the first of two teachers, the original model;
+            `feature` if None.
+        hold_on: of which images the relations and the distance are: "task", those of
+            `Features.images`; "made", those of `Features.reference`; or "both", the sum of the two.
+            No target belongs to a reference image, so a gate that needs one is for "task" alone.
         scale_by_t2: multiply each KL by T^2.
 
     Raises:
@@ -90,6 +100,8 @@ class MulKILoss(nn.Module):
         anchor_texts: anchors.TextsOf = "teacher",
         anchor_weights: anchors.WeightsBy = "gate",
         feature: float = 1.0,
+        feature_original: float | None = None,
+        hold_on: HoldOn = "task",
         scale_by_t2: bool = True,
     ):
         super().__init__()
@@ -102,8 +114,11 @@ class MulKILoss(nn.Module):
         self.anchors = {"image_anchor": image_anchor, "text_anchor": text_anchor}
         self.alignment = alignment
         self.prototype = prototype
-        self.feature = feature
+        # Of the original model, and of any other.
+        self.feature = feature if feature_original is None else feature_original, feature
         others = {"alignment": alignment, "prototype": prototype, "feature": feature}
+        if feature_original is not None:
+            others["feature_original"] = feature_original
         for name, value in (self.relations | self.anchors | others).items():
             checks.real(name, value)
             if not (math.isfinite(value) and value >= 0):
@@ -111,9 +126,18 @@ class MulKILoss(nn.Module):
         checks.positive("temperature", temperature)
         checks.positive("gate_temperature", gate_temperature)
         checks.fraction("label_smoothing", label_smoothing)
+        checks.choice("hold_on", hold_on, get_args(HoldOn))
         checks.choice("anchor_texts", anchor_texts, get_args(anchors.TextsOf))
         checks.choice("anchor_weights", anchor_weights, get_args(anchors.WeightsBy))
         self.weighting = Weighting.of(gate, gate_temperature, gate_entropy, gate_label)
+        if hold_on != "task" and self.weighting.uses_target:
+            raise ValueError(
+                f'gate: got "{gate}", which looks at the target, with hold_on="{hold_on}"; a made '
+                'image has none: use "uniform", "confidence" or "discrepancy", or hold_on="task"'
+            )
+        of_images = [self.relations[name] for name in adding.IMAGE_ROWS]
+        held = any((*of_images, self.anchors["image_anchor"], *self.feature))
+        self.hold_on: HoldOn = hold_on if held else "task"
         self.temperature = temperature
         self.label_smoothing = label_smoothing
         self.scale_by_t2 = scale_by_t2
@@ -123,7 +147,12 @@ class MulKILoss(nn.Module):
     @property
     def needs_teachers(self) -> bool:
         """Whether any term looks at a teacher."""
-        return bool(self.feature or self.needs_anchors or any(self.relations.values()))
+        return bool(any(self.feature) or self.needs_anchors or any(self.relations.values()))
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any term looks at images of a reference set."""
+        return self.hold_on != "task"
 
     @property
     def needs_anchors(self) -> bool:
@@ -231,7 +260,7 @@ class MulKILoss(nn.Module):
         """
         terms = {"contrastive_loss": pairs.contrastive_loss(student, distinct)}
         coefficient = self.relations["image_text"]
-        if not (coefficient or self.feature):
+        if not (coefficient or any(self.feature)):
             return terms, None
         gate = self.weighting, self.temperature
         if coefficient:
@@ -239,13 +268,33 @@ class MulKILoss(nn.Module):
             terms["image_text_loss"] = coefficient * loss
         else:
             weights = pairs.image_weights(student, teachers, *gate)
-        if self.feature:
-            terms["feature_loss"] = adding.feature_loss(student, teachers, self.feature * weights)
+        if any(self.feature):
+            terms["feature_loss"] = self._feature_loss(student, teachers, weights)
         return terms, weights
 
     def _teacher_terms(
         self, student: Features, teachers: Sequence[Features], target: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
+        terms: dict[str, Tensor] = {}
+        all_weights = []
+        if self.hold_on != "made":
+            terms, weights = self._image_terms(student, teachers, target)
+            per_class = distinguishing.class_weights(weights, target, student.texts.shape[0])
+            all_weights.append(weights)
+        if self.hold_on != "task":
+            held = adding.on_reference(student), [adding.on_reference(t) for t in teachers]
+            of_reference, weights = self._image_terms(*held, None)
+            for name, term in of_reference.items():
+                terms[name] = terms[name] + term if name in terms else term
+            all_weights.append(weights)
+        if self.hold_on == "made":
+            per_class = weights.new_full((len(student.texts), len(teachers)), 1 / len(teachers))
+        return terms | self._text_terms(student, teachers, per_class), torch.cat(all_weights)
+
+    def _image_terms(
+        self, student: Features, teachers: Sequence[Features], target: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        # The terms with a row per image, and the weights of the teachers [B, K].
         softmax = self.temperature, self.scale_by_t2
         batch = student, teachers, target
         terms = {}
@@ -254,30 +303,69 @@ class MulKILoss(nn.Module):
             terms["image_text_loss"] = self.relations["image_text"] * loss
         else:
             weights = distinguishing.sample_weights(*batch, self.weighting, self.temperature)
-        per_class = distinguishing.class_weights(weights, target, student.texts.shape[0])
-        for name, relation in adding.RELATIONS.items():
-            if self.relations[name] and name != "image_text":
-                rows = weights if name in adding.IMAGE_ROWS else per_class
-                # A coefficient in the weights spares the gradients a multiplication.
+        if self.relations["image_image"]:
+            # A coefficient in the weights spares the gradients a multiplication.
+            rows = self.relations["image_image"] * weights
+            terms["image_image_loss"] = adding.relation_loss(
+                adding.image_image, student, teachers, rows, *softmax
+            )
+        if self.anchors["image_anchor"] and anchors.present(teachers):
+            terms["image_anchor_loss"] = self._anchor_loss(
+                student, teachers, weights, "image_anchor"
+            )
+        if any(self.feature):
+            terms["feature_loss"] = self._feature_loss(student, teachers, weights)
+        return terms, weights
+
+    def _text_terms(
+        self, student: Features, teachers: Sequence[Features], per_class: Tensor
+    ) -> dict[str, Tensor]:
+        # The terms with a row per class.
+        terms = {}
+        for name in ("text_image", "text_text"):
+            if self.relations[name]:
                 terms[f"{name}_loss"] = adding.relation_loss(
-                    relation, student, teachers, self.relations[name] * rows, *softmax
-                )
-        for name, of in anchors.ROWS.items():
-            if self.anchors[name] and anchors.present(teachers):
-                rows = weights if of == "images" else per_class
-                terms[f"{name}_loss"] = anchors.text_anchor_kl(
+                    adding.RELATIONS[name],
                     student,
                     teachers,
-                    self.anchors[name] * rows,
-                    rows=of,
-                    anchor_texts=self.anchor_texts,
-                    anchor_weights=self.anchor_weights,
-                    temperature=self.temperature,
-                    scale_by_t2=self.scale_by_t2,
+                    self.relations[name] * per_class,
+                    self.temperature,
+                    self.scale_by_t2,
                 )
-        if self.feature:
-            terms["feature_loss"] = adding.feature_loss(student, teachers, self.feature * weights)
-        return terms, weights
+        if self.anchors["text_anchor"] and anchors.present(teachers):
+            terms["text_anchor_loss"] = self._anchor_loss(
+                student, teachers, per_class, "text_anchor"
+            )
+        return terms
+
+    def _anchor_loss(
+        self, student: Features, teachers: Sequence[Features], weights: Tensor, name: str
+    ) -> Tensor:
+        return anchors.text_anchor_kl(
+            student,
+            teachers,
+            self.anchors[name] * weights,
+            rows=anchors.ROWS[name],
+            anchor_texts=self.anchor_texts,
+            anchor_weights=self.anchor_weights,
+            temperature=self.temperature,
+            scale_by_t2=self.scale_by_t2,
+        )
+
+    def _feature_loss(
+        self, student: Features, teachers: Sequence[Features], weights: Tensor
+    ) -> Tensor:
+        original, other = self.feature
+        if original != other:
+            if len(teachers) != 2:
+                raise ValueError(
+                    f"teachers: got {len(teachers)} with a feature_original of its own, wanted the "
+                    "original and the previous model; leave feature_original out"
+                )
+            weights = weights * weights.new_tensor([original, other])
+        else:
+            weights = other * weights
+        return adding.feature_loss(student, teachers, weights)
 
 
 def _check_teacher(name: str, teacher: Features, student: Features) -> None:

@@ -165,7 +165,10 @@ def test_studies_follow_their_rules() -> None:
         assert len(runs) == 24 and {run.options["seed"] for run in runs} == {100, 101}
     reported = {run.options["seed"] for run in studies.comparison()}
     assert reported == set(studies.SEEDS) and not reported & set(studies.TUNING_SEEDS)
-    made = (*studies.forms(), *studies.strengths("mulki"), *runs)
+    made = (
+        *(*studies.forms(), *studies.strengths("mulki"), *runs),
+        *(*studies.smoothing("snd"), *studies.held(), *studies.changes()),
+    )
     assert {run.study for run in made} == set(studies.CHOICES)
     assert not set(studies.FORM_ORDERS) & {order for _, order in studies.SCENES}
     seeds = {

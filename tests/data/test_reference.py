@@ -83,28 +83,28 @@ def test_unreadable_images_are_refused_or_left_out(folder: Path) -> None:
 
 def test_the_images_of_a_task_with_words(task: Task) -> None:
     words = tuple(f"word {i}" for i in range(7))
-    reference = ReferenceSet.of_task(task, Vocabulary(words))
+    reference = ReferenceSet.with_words(task.train, Vocabulary(words))
     assert reference.images is task.train and len(reference) == 18
     given = Counter(reference.captions)
     assert given.keys() == {f"a picture of a {word}" for word in words}
     assert set(given.values()) == {2, 3}, "each word about equally often"
     assert reference.captions[:7] == reference.captions[7:14]
     assert list(reference.captions[:7]) != [f"a picture of a {word}" for word in words]
-    assert ReferenceSet.of_task(task, Vocabulary(words)).captions == reference.captions
+    assert ReferenceSet.with_words(task.train, Vocabulary(words)).captions == reference.captions
 
 
 def test_words_have_nothing_to_do_with_the_class(task: Task) -> None:
     words = Vocabulary(tuple(f"word {i}" for i in range(9)))
     other = replace(task, classes=("x", "y", "z"))
-    captions = ReferenceSet.of_task(task, words).captions
-    assert captions == ReferenceSet.of_task(other, words).captions
+    captions = ReferenceSet.with_words(task.train, words).captions
+    assert captions == ReferenceSet.with_words(other.train, words).captions
     places = [int(caption.rpartition(" ")[2]) for caption in captions[:9]]
     # Images come class by class, so words in their own order would.
     assert places != sorted(places) and sorted(places) == list(range(9))
 
 
 def test_the_images_of_a_task_alone(task: Task) -> None:
-    reference = ReferenceSet.of_task(task, None)
+    reference = ReferenceSet.with_words(task.train, None)
     assert reference.captions is None and len(reference) == 18
 
 

@@ -120,6 +120,23 @@ class TestMulKI:
         expected = MulKILoss(gate="uniform")(student, teachers[:1], target, output_dict=True)
         assert losses == expected
 
+    def test_held_on_made_images_it_needs_a_reference_set(self):
+        for hold_on in ("made", "both"):
+            needs = MulKI(MulKI.Options(hold_on=hold_on)).needs
+            assert needs.reference and not needs.captions
+            assert not needs.without_classes().reference
+        assert not MulKI(MulKI.Options(hold_on="made", adding=False)).needs.reference
+        with pytest.raises(InputError, match="^--gate: got label, .* pass --hold-on task"):
+            MulKI(MulKI.Options(hold_on="made", gate="label"))
+        MulKI(MulKI.Options(hold_on="made", gate="label", distinguishing=False))
+
+    def test_a_coefficient_for_the_original_model(self, student, teachers, target):
+        options = {"feature": 9.0, "feature_original": 0.5}
+        _, losses = self.losses(student, teachers, target, **options)
+        assert losses == MulKILoss(**options)(student, teachers, target, output_dict=True)
+        with pytest.raises(InputError, match="^--feature-original: got 0.5 beside --teachers"):
+            MulKI(MulKI.Options(teachers="previous", **options))
+
     def test_a_teacher_for_each_group_needs_both(self):
         with pytest.raises(InputError, match="^--anchor-weights: got group beside --teachers prev"):
             MulKI(MulKI.Options(teachers="previous", anchor_weights="group"))

@@ -261,3 +261,91 @@ def test_operator_calls_of_one_step(student, teachers, target, with_anchors, opt
     # Gradients of the means come with them: no operator is called in the backward pass.
     calls.count.pop("scaled", None)
     assert calls.count == {"prototype_cross_entropy": 1, "contrastive": 1, **wanted}
+
+
+class TestHoldOn:
+    """Relations and distance on images of a reference set."""
+
+    def with_reference(self, model, images):
+        return replace(model, reference=Features(images, images[:0], model.scale))
+
+    def models(self, student, teachers, unit):
+        images = unit(3, 5).requires_grad_()
+        student = self.with_reference(student, images)
+        return student, [self.with_reference(t, unit(3, 5)) for t in teachers]
+
+    def on_made(self, model):
+        return replace(model, images=model.reference.images)
+
+    def test_made_images_take_the_place_of_the_tasks(self, student, teachers, target, unit):
+        student, teachers = self.models(student, teachers, unit)
+        got = MulKILoss(hold_on="made")(student, teachers, target, output_dict=True)
+        made, of_teachers = self.on_made(student), [self.on_made(t) for t in teachers]
+        rows, per_class = (torch.full((n, 2), 0.5, dtype=torch.float64) for n in (3, 4))
+        expected = {
+            name: 0.25 * expected_kl(made, of_teachers, name, rows)
+            for name in ("image_text", "image_image")
+        } | {
+            name: 0.25 * expected_kl(student, teachers, name, per_class)
+            for name in ("text_image", "text_text")
+        }
+        expected["feature"] = expected_feature(made, of_teachers, rows)
+        for name, value in expected.items():
+            torch.testing.assert_close(got[f"{name}_loss"], value)
+        plain = MulKILoss()(student, teachers, target, output_dict=True)
+        for name in ("ce_loss", "alignment_loss"):
+            assert got[name] == plain[name]
+        held = sum(
+            value for name, value in got.items() if name not in ("ce_loss", "alignment_loss")
+        )
+        (of_task,) = torch.autograd.grad(held, [student.images], allow_unused=True)
+        assert of_task is None, "the task's images teach alone"
+
+    def test_both_is_the_sum_of_the_two(self, student, teachers, target, unit, with_anchors):
+        student, teachers = self.models(student, teachers, unit)
+        student, *teachers = (with_anchors(model) for model in (student, *teachers))
+
+        def terms(hold_on):
+            loss = MulKILoss(hold_on=hold_on, text_image=0, text_text=0)
+            return loss(student, teachers, target, output_dict=True)
+
+        task, made, both = map(terms, ("task", "made", "both"))
+        assert both.keys() == task.keys() == made.keys() and "image_anchor_loss" in both
+        for name, value in both.items():
+            once = name in ("ce_loss", "alignment_loss")
+            torch.testing.assert_close(value, task[name] if once else task[name] + made[name])
+
+    def test_the_distance_of_select_and_distill(self, student, teachers, target, unit):
+        student, teachers = self.models(student, teachers, unit)
+        loss = MulKILoss(
+            **dict.fromkeys(("image_text", "image_image", "text_image", "text_text"), 0.0),
+            gate="discrepancy",
+            feature=9.0,
+            feature_original=0.5,
+            hold_on="made",
+        )
+        terms, weights = loss.terms(student, teachers, target)
+        ours, original, previous = (m.reference.images for m in (student, *teachers))
+        w = torch.sigmoid(6 * ((original - previous).norm(dim=1) - 0.2))
+        torch.testing.assert_close(weights, torch.stack([1 - w, w], dim=1))
+        distances = [(ours - of).square().sum(dim=1) for of in (previous, original)]
+        expected = (9 * w * distances[0] + 0.5 * (1 - w) * distances[1]).mean()
+        torch.testing.assert_close(terms["feature_loss"], expected)
+
+    def test_without_a_term_of_images_no_reference_is_needed(self, student, teachers, target):
+        off = dict.fromkeys(("image_text", "image_image", "image_anchor", "feature"), 0.0)
+        loss = MulKILoss(hold_on="made", **off)
+        assert not loss.needs_reference and loss.needs_teachers
+        got = loss(student, teachers, target)
+        torch.testing.assert_close(got, MulKILoss(**off)(student, teachers, target))
+
+    def test_what_is_refused(self, student, teachers, target):
+        for gate in ("label", "loss"):
+            with pytest.raises(ValueError, match=f'^gate: got "{gate}", which looks at the target'):
+                MulKILoss(hold_on="made", gate=gate)
+        with pytest.raises(ValueError, match="^hold_on: got"):
+            MulKILoss(hold_on="reference")
+        with pytest.raises(ValueError, match="without a reference set; pass it, or hold_on="):
+            MulKILoss(hold_on="both")(student, teachers, target)
+        with pytest.raises(ValueError, match="^teachers: got 1 with a feature_original"):
+            MulKILoss(feature_original=0.5)(student, teachers[:1], target)

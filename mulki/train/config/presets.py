@@ -64,8 +64,9 @@ MTIL: _Options = {
 # MulKI's few are published; it has all four stages, its running mean takes as many members as
 # ZSCL's, and the rest are defaults, which were not chosen on MTIL.
 RECIPES: dict[str, tuple[str, _Options]] = {
-    "zscl": ("zscl", {}),
-    "mulki-mtil": ("mulki", {"gate": "label", "we_every": 100}),
+    # Its images and captions are sets to be named.
+    "zscl": ("zscl", {"reference": None}),
+    "mulki-mtil": ("mulki", {"gate": "label", "we_every": 100, "hold_on": "task"}),
 }
 
 

@@ -18,6 +18,7 @@ from mulki import methods
 from mulki.choices.options import check_options, convert, field_name, flag, option, option_name
 from mulki.clip.evaluation import LabelSpace
 from mulki.data import decoding, transform_names
+from mulki.data.made_images import CHANGES, DEFAULT_CHANGES, check_changes
 from mulki.data.published import PROTOCOLS
 from mulki.errors import InputError, nearest
 from mulki.files import check_regular
@@ -27,8 +28,9 @@ from mulki.train.config.imports import import_modules
 from mulki.train.config.rates import learning_rates
 
 AUTO = "auto"
-# As --reference: the training images of the current task, with class prompts as captions.
+# As --reference: the training images of the current task, or images made of them.
 CURRENT = "current"
+MADE = "made"
 
 
 @dataclass(frozen=True)
@@ -128,17 +130,22 @@ class RunConfig:
     lock_text: bool = option(False, "freeze the text transformer")
     lock_image: bool = option(False, "freeze the image tower")
     reference: str | None = option(
-        None,
-        "images and captions to distil on: a folder, a CSV, tar shards, or current (the task's own "
-        "images, with words of the vocabulary)",
+        MADE,
+        "images and captions to distil on: a folder, a CSV, tar shards, made (images made of the "
+        "task's own by --reference-changes) or current (these images themselves); captions of the "
+        "last two are words of the vocabulary",
+    )
+    reference_changes: tuple[str, ...] = option(
+        DEFAULT_CHANGES,
+        f"what --reference made does to images, one change to each: some of {', '.join(CHANGES)}",
     )
     reference_batch_size: int | None = option(
         None, "reference images per step and process; --batch-size if left out", low=1
     )
     vocabulary: str | None = option(
         None,
-        "a text file of words, one a line, as text anchors or as captions of --reference current; "
-        "ImageNet's names if left out",
+        "a text file of words, one a line, as text anchors or as captions of --reference made "
+        "or current; ImageNet's names if left out",
         of_classes=True,
     )
     anchors_per_step: int | None = option(
@@ -242,6 +249,7 @@ def resolve(given: Mapping[str, Any]) -> Settings:
     check_options(config)
     check_options(options)
     learning_rates(config.lr_of)
+    check_changes(config.reference_changes)
     _check_micro_batch(config)
     _check_scenario(config)
     return Settings(config, options)

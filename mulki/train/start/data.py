@@ -12,7 +12,7 @@ from mulki.data.reference import ReferenceSet, read_reference
 from mulki.data.vocabulary import Vocabulary, imagenet_vocabulary, read_vocabulary
 from mulki.errors import InputError
 from mulki.methods import VOCABULARY, Method, Needs
-from mulki.train.config.run_config import CURRENT, RunConfig, Settings
+from mulki.train.config.run_config import CURRENT, MADE, RunConfig, Settings
 from mulki.train.config.tasks import check_captions, check_options_of_classes, load_tasks
 from mulki.train.start.downloads import StandIns
 
@@ -22,10 +22,10 @@ class Data(NamedTuple):
 
     Args:
         tasks: in the order in which they are learned.
-        reference: images and captions for the method; None without need, or where each task's own
-            images are the reference.
-        vocabulary: words for the method, as text anchors or as captions of each task's own images;
-            None without need.
+        reference: images and captions for the method; None without need, or where they come from
+            each task's own images.
+        vocabulary: words for the method, as text anchors or as captions of images without any; None
+            without need.
     """
 
     tasks: Sequence[Task]
@@ -52,7 +52,7 @@ def load_data(
     config, reference, vocabulary = settings.run, None, None
     if tasks is None:
         tasks = load_tasks(config, None if stand_ins is None else stand_ins.data_set)
-    if config.reference is not None and config.reference != CURRENT:
+    if method.needs.reference and config.reference not in (None, CURRENT, MADE):
         reference = read_reference(
             config.reference,
             captions=method.needs.captions,
@@ -69,13 +69,13 @@ def load_data(
 def needs_beyond_tasks(config: RunConfig, method: Method, tasks: Sequence[Task] = ()) -> Needs:
     """What a method needs beside the tasks.
 
-    The task's own images are no reference set, but their captions are words of the vocabulary. Some
-    needs are those of tasks with classes alone.
+    The task's own images, and those made of them, are no reference set, but their captions are
+    words of the vocabulary. Some needs are those of tasks with classes alone.
     """
     needs = method.needs
     if tasks and all(isinstance(task, CaptionTask) for task in tasks):
         needs = needs.without_classes()
-    if not (needs.reference and config.reference == CURRENT):
+    if not (needs.reference and config.reference in (CURRENT, MADE)):
         return needs
     words = {VOCABULARY} if needs.captions else set()
     return replace(needs, reference=False, anchors=tuple({*needs.anchors, *words}))
@@ -89,7 +89,7 @@ def check_reference(config: RunConfig, method: Method) -> None:
             needed, folder = "reference images", "a folder of images"
         raise InputError(
             f"--reference: method {method.name} distils on {needed} and got none; pass {folder}, a "
-            f"CSV with the columns path and caption, or {CURRENT}"
+            f"CSV with the columns path and caption, {MADE} or {CURRENT}"
         )
 
 
@@ -97,15 +97,18 @@ def check_unused(config: RunConfig, method: Method) -> None:
     """Raise an InputError where options name data that a method has no use for."""
     needs, named = method.needs, f"method {method.name}"
     words = VOCABULARY in needs_beyond_tasks(config, method).anchors
+    made = needs.reference and config.reference == MADE
     for name, used, what, change in (
-        ("reference", needs.reference, "reference set", "--method"),
-        ("reference_batch_size", needs.reference, "reference set", "--method"),
+        ("reference", needs.reference, "reference set", "--hold-on or --method"),
+        ("reference_changes", made, "made images", "--reference, --hold-on or --method"),
+        ("reference_batch_size", needs.reference, "reference set", "--hold-on or --method"),
         ("vocabulary", words, "vocabulary", "--anchors or --method"),
         ("anchors_per_step", bool(needs.anchors), "text anchors", "--anchors or --method"),
     ):
         value = getattr(config, name)
-        if value is not None and not used:
+        if value not in (None, getattr(RunConfig, name)) and not used:
+            shown = " ".join(value) if isinstance(value, tuple) else value
             raise InputError(
-                f"{flag(name)}: got {value}, but {named} with these options uses no {what}; leave "
+                f"{flag(name)}: got {shown}, but {named} with these options uses no {what}; leave "
                 f"it out, or change {change}"
             )

@@ -11,7 +11,7 @@ from mulki.clip.models import BUNDLED
 from mulki.data import Source
 from mulki.data.published.collections import COLLECTIONS
 from mulki.errors import InputError
-from mulki.train.config.run_config import RunConfig, Settings
+from mulki.train.config.run_config import CURRENT, MADE, RunConfig, Settings
 from mulki.train.config.tasks import load_tasks
 from mulki.train.start.data import check_reference
 
@@ -22,7 +22,7 @@ def missing(settings: Settings) -> list[str]:
     found = [*_missing_data(config), *_missing_weights(config.model, config.pretrained)]
     try:
         check_reference(config, methods.get(config.method)(settings.method))
-        if config.reference not in (None, "current") and "{" not in str(config.reference):
+        if config.reference not in (None, CURRENT, MADE) and "{" not in str(config.reference):
             _exists(str(config.reference))
     except InputError as error:
         found.append(str(error))

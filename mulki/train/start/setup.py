@@ -20,7 +20,9 @@ from mulki.clip.tensor_files import CHECKSUM
 from mulki.data import Task
 from mulki.data.decoding import limit_pixels
 from mulki.data.image_files import checks_reported
+from mulki.data.made_images import MadeImages
 from mulki.data.reference import ReferenceSet
+from mulki.data.task import ImageSet
 from mulki.data.transforms import train_transform
 from mulki.data.vocabulary import Vocabulary
 from mulki.distributed import launch
@@ -32,7 +34,7 @@ from mulki.runs import trackers
 from mulki.runs.folder import RunFolder
 from mulki.runs.new_folder import check_free
 from mulki.train.config.precision import Precision, device_of
-from mulki.train.config.run_config import CURRENT, RunConfig, Settings
+from mulki.train.config.run_config import CURRENT, MADE, RunConfig, Settings
 from mulki.train.config.tasks import warn_of_equal_names
 from mulki.train.learning import muon
 from mulki.train.learning.inputs import Training
@@ -76,11 +78,15 @@ class Setup(Training):
 
     def reference_of(self, task: Task) -> ReferenceSet | None:
         """The reference set while a task is learned, if the method needs one."""
-        if self.config.reference == CURRENT:
-            return ReferenceSet.of_task(
-                task, self.vocabulary if self.method.needs.captions else None
-            )
-        return self.reference
+        config = self.config
+        images: ImageSet = task.train
+        if config.reference == MADE:
+            images = MadeImages(images, config.reference_changes, config.seed)
+        elif config.reference != CURRENT:
+            return self.reference
+        return ReferenceSet.with_words(
+            images, self.vocabulary if self.method.needs.captions else None
+        )
 
     @property
     def uses(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import pytest
 from mulki import methods
 from mulki.errors import InputError
 from mulki.methods import VOCABULARY, Method
-from mulki.train.config.run_config import CURRENT, RunConfig, resolve
+from mulki.train.config.run_config import CURRENT, MADE, RunConfig, resolve
 from mulki.train.start.data import check_reference, check_unused, load_data, needs_beyond_tasks
 
 
@@ -32,6 +32,16 @@ def of(**options: Any) -> tuple[RunConfig, Method]:
         ),
         ({"method": "lwf", "reference": "folder"}, "--reference", "reference set"),
         (
+            {"method": "mulki", "hold_on": "task", "reference": "folder"},
+            "--reference",
+            "reference set",
+        ),
+        (
+            {"method": "snd", "reference": "current", "reference_changes": ("invert", "noise")},
+            "--reference-changes",
+            "made images",
+        ),
+        (
             {"method": "lwf", "reference_batch_size": 5},
             "--reference-batch-size",
             "reference set",
@@ -46,7 +56,7 @@ def test_data_that_a_method_does_not_use(options: dict[str, Any], flag: str, wha
 def test_a_reference_set_that_is_missing() -> None:
     for method, needed in (("zscl", "images with captions"), ("snd", "reference images")):
         with pytest.raises(InputError, match=f"^--reference: method {method} .* {needed}"):
-            check_reference(*of(method=method))
+            check_reference(*of(method=method, reference=None))
     check_reference(*of(method="zscl", reference="folder"))
     check_unused(*of(method="zscl", reference="folder"))
 
@@ -54,8 +64,9 @@ def test_a_reference_set_that_is_missing() -> None:
 def test_the_tasks_own_images_are_no_reference_set() -> None:
     given = of(method="zscl", reference="folder")
     assert needs_beyond_tasks(*given).reference and not needs_beyond_tasks(*given).anchors
-    current = needs_beyond_tasks(*of(method="zscl", reference=CURRENT))
-    assert not current.reference and current.anchors == (VOCABULARY,)
+    for reference in (CURRENT, MADE):
+        needs = needs_beyond_tasks(*of(method="zscl", reference=reference))
+        assert not needs.reference and needs.anchors == (VOCABULARY,)
 
 
 def test_data_without_need_is_not_loaded(task_folders: tuple[str, str]) -> None:
