@@ -74,15 +74,15 @@ def test_a_single_image_is_averaged_with_itself() -> None:
 
 
 def test_the_middle_is_enlarged() -> None:
-    plain = np.zeros((8, 8, 3), dtype=np.uint8)
-    plain[2:6, 2:6] = 200
+    plain = np.zeros((64, 64, 3), dtype=np.uint8)
+    plain[16:48, 16:48] = 200
 
     class Square(Pictures):
         def load(self, index: int) -> Image.Image:
             return Image.fromarray(plain)
 
     image = np.asarray(MadeImages(Square(1), ["enlarge"], 0).load(0))
-    assert (image[2:-2, 2:-2] == 200).all()
+    assert (image[4:-4, 4:-4] == 200).all()
 
 
 def test_a_rectangle_of_another_image() -> None:
