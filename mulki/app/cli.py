@@ -155,7 +155,7 @@ def _run(argv: list[str]) -> int:
     if folder is None:  # another process of the run prints
         return 0
     lines = read_evaluations(folder.path / "results.jsonl")
-    print_matrix(folder.matrix, console, folder.class_incremental, lines)
+    print_matrix(folder.matrix, console, folder.class_incremental, lines, folder.with_head)
     console.print(Text(f"run folder: {folder.path}"), soft_wrap=True)
     return 0
 

@@ -2,9 +2,9 @@
 
 The classifier is the mean of all prompt templates' normalised text features, normalised again. The
 label space is the task's own (task-incremental, as the MTIL benchmark of ZSCL does) or another one,
-see `LabelSpace`; beside it, that of all tasks learned so far (class-incremental: one head). A
-prediction depends on its image
-alone, so accuracy does not depend on batching or order; no autocast is used.
+see `LabelSpace`; beside it, that of all tasks learned so far (class-incremental: one head). Where
+there are class statistics, `mulki.clip.head` answers beside the texts. A prediction depends on its
+image alone, so accuracy does not depend on batching or order; no autocast is used.
 
 A task of captions is evaluated by retrieval, see `mulki.clip.retrieval`; its classifier holds the
 features of its captions, and it is no part of any label space.
@@ -13,6 +13,7 @@ features of its captions, and it is no part of any label space.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from mulki.clip.head import Head
 from mulki.clip.models import VisionLanguageModel
 from mulki.clip.retrieval import ranks, right_captions, turned
 from mulki.clip.texts import text_features, text_inputs
@@ -88,7 +90,7 @@ class Evaluator:
 
     def accuracy(self, number: int) -> tuple[float, int]:
         """Top-1 accuracy in percent on task `number` (from 0), and the number of test images."""
-        numbers = self._head(number, 0)
+        numbers = self._space(number, 0)
         (answers,) = self.answers(number, {n: self.classifier(n) for n in numbers}, [0])
         return answers.accuracy, len(answers.own)
 
@@ -107,7 +109,11 @@ class Evaluator:
 
     @torch.no_grad()
     def answers(
-        self, number: int, classifiers: Mapping[int, Tensor], learned: Sequence[int]
+        self,
+        number: int,
+        classifiers: Mapping[int, Tensor],
+        learned: Sequence[int],
+        with_head: Mapping[int, Head] | None = None,
     ) -> list[Answers]:
         """Which test images of a task the model gets right; each image is encoded once.
 
@@ -119,6 +125,8 @@ class Evaluator:
                 tasks if these are the label space.
             learned: numbers of learned tasks, counted from the first one. For each of them that
                 covers this task, it is also classified among the classes of all these tasks.
+            with_head: the head of class statistics for entries of `learned`; with it all is
+                answered once more, as `Answers.head`.
 
         Returns:
             The answers for each entry of `learned`.
@@ -130,22 +138,30 @@ class Evaluator:
         task = self.tasks[number]
         if isinstance(task, CaptionTask):
             return [self._retrieved(number, task.test, classifiers[number])] * len(learned)
-        own = [self._head(number, count) for count in learned]
+        with_head = with_head or {}
+        own = [self._space(number, count) for count in learned]
         seen = [range(count) if count > number else None for count in learned]
-        heads = list(dict.fromkeys([*own, *(head for head in seen if head is not None)]))
-        same = [self._first_alike(head) for head in heads]
+        by_texts = [(space, None) for space in (*own, *seen) if space is not None]
+        by_head = [
+            (space, with_head[count])
+            for count, *spaces in zip(learned, own, seen, strict=True)
+            for space in spaces
+            if space is not None and count in with_head
+        ]
+        spaces = list(dict.fromkeys([*by_texts, *by_head]))
+        same = [self._first_alike(space) for space, _ in spaces]
         # 0 in places of other processes, so that the sum over processes is the whole.
-        right = torch.zeros(len(heads), sum(batch_sizes(self._loaders[number])), dtype=torch.int64)
+        right = torch.zeros(len(spaces), sum(batch_sizes(self._loaders[number])), dtype=torch.int64)
         said = torch.zeros_like(right)
-        firsts = [sum(len(task.classes) for task in self.tasks[: head.start]) for head in heads]
+        firsts = [sum(len(task.classes) for task in self.tasks[: s.start]) for s, _ in spaces]
         unsound = torch.stack([_unsound(texts) for texts in classifiers.values()]).sum()
-        for of_heads, target, places, unsound_images in self._logits(number, classifiers, heads):
+        for scores, target, places, unsound_images in self._scores(number, classifiers, spaces):
             unsound += unsound_images
-            for row, words, head, first, logits, first_alike in zip(
-                right, said, heads, firsts, of_heads, same, strict=True
+            for row, words, (space, _), first, of_space, first_alike in zip(
+                right, said, spaces, firsts, scores, same, strict=True
             ):
-                chosen = logits.argmax(dim=1).cpu()
-                before = self._before(number, head)
+                chosen = of_space.argmax(dim=1).cpu()
+                before = self._before(number, space)
                 row[places] = (first_alike[chosen] == first_alike[target + before]).long()
                 words[places] = chosen + first
         *summed, count = self._world.total(
@@ -153,11 +169,19 @@ class Evaluator:
         )
         self._check_sound(number, count)
         found, classes = np.asarray(summed, dtype=np.int32).reshape(2, *right.shape)
-        by_head = dict(zip(heads, found.astype(bool), strict=True))
-        said_by_head = dict(zip(heads, classes, strict=True))
+        right_in = dict(zip(spaces, found.astype(bool), strict=True))
+        said_in = dict(zip(spaces, classes, strict=True))
+
+        def of(mine: range, among: range | None, head: Head | None) -> Answers:
+            seen = None if among is None else right_in[among, head]
+            return Answers(right_in[mine, head], seen, said_in[mine, head])
+
         return [
-            Answers(by_head[mine], None if among is None else by_head[among], said_by_head[mine])
-            for mine, among in zip(own, seen, strict=True)
+            replace(
+                of(mine, among, None),
+                head=of(mine, among, with_head[count]) if count in with_head else None,
+            )
+            for mine, among, count in zip(own, seen, learned, strict=True)
         ]
 
     def _retrieved(self, number: int, test: CaptionedImages, texts: Tensor) -> Answers:
@@ -178,7 +202,10 @@ class Evaluator:
 
     @torch.no_grad()
     def predictions(
-        self, number: int, classifiers: Mapping[int, Tensor], heads: Sequence[range]
+        self,
+        number: int,
+        classifiers: Mapping[int, Tensor],
+        spaces: Sequence[tuple[range, Head | None]],
     ) -> list[Predictions]:
         """What the model says of the test images of a task; each image is encoded once.
 
@@ -186,63 +213,75 @@ class Evaluator:
 
         Args:
             number: of the task, from 0.
-            classifiers: `classifier` of all tasks in `heads`, by number.
-            heads: numbers of the tasks whose classes are a label space, each with this task.
+            classifiers: `classifier` of all tasks in `spaces`, by number.
+            spaces: numbers of the tasks whose classes are a label space, each with this task; and
+                the head that chooses among them, None for texts alone.
 
         Returns:
-            The predictions for each entry of `heads`.
+            The predictions for each entry of `spaces`.
 
         Raises:
             InputError: features that are not finite.
         """
         self.model.eval()
         scale = float(self.model.logit_scale)
-        same = [self._first_alike(head) for head in heads]
+        same = [self._first_alike(space) for space, _ in spaces]
         unsound = torch.stack([_unsound(texts) for texts in classifiers.values()]).sum()
-        parts: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in heads]
+        parts: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in spaces]
         order = []
-        for of_heads, labels, places, unsound_images in self._logits(number, classifiers, heads):
+        for scores, labels, places, unsound_images in self._scores(number, classifiers, spaces):
             unsound += unsound_images
             order.append(places)
-            for part, head, logits, alike in zip(parts, heads, of_heads, same, strict=True):
+            for part, (space, head), of_space, alike in zip(
+                parts, spaces, scores, same, strict=True
+            ):
                 # One column for classes that are one: the best of theirs.
-                best = torch.full_like(logits.cpu(), -torch.inf)
-                best.scatter_reduce_(1, alike.expand_as(best), logits.cpu(), "amax")
+                best = torch.full_like(of_space.cpu(), -torch.inf)
+                best.scatter_reduce_(1, alike.expand_as(best), of_space.cpu(), "amax")
                 # Stable, so that the first of two that are equal wins, as argmax has it.
                 order_of_classes = best.sort(dim=1, descending=True, stable=True).indices
-                likeliest = (scale * best).softmax(dim=1).amax(dim=1)
-                right = alike[labels + self._before(number, head)]
+                logits = scale * best if head is None else best
+                likeliest = logits.softmax(dim=1).amax(dim=1)
+                right = alike[labels + self._before(number, space)]
                 part.append((right, order_of_classes[:, :TOP], likeliest))
         self._check_sound(number, int(unsound))
         in_order = torch.cat(order).argsort()
         found = []
-        for part, head, alike in zip(parts, heads, same, strict=True):
+        for part, (space, _), alike in zip(parts, spaces, same, strict=True):
             target, ranked, chance = (
                 torch.cat(column)[in_order].numpy() for column in zip(*part, strict=True)
             )
             kept = ranked[:, : len(alike.unique())]
-            classes = [(self.tasks[i].name, name) for i in head for name in self.tasks[i].classes]
+            classes = [(self.tasks[i].name, name) for i in space for name in self.tasks[i].classes]
             found.append(Predictions(classes, target, kept, chance))
         return found
 
-    def _logits(
-        self, number: int, classifiers: Mapping[int, Tensor], heads: Sequence[range]
+    def _scores(
+        self,
+        number: int,
+        classifiers: Mapping[int, Tensor],
+        spaces: Sequence[tuple[range, Head | None]],
     ) -> Iterator[tuple[list[Tensor], Tensor, Tensor, Tensor]]:
-        # Of each batch: logits [B, C] for each head, targets, places, rows that are not finite.
+        # Of each batch: for each label space the scores [B, C], which are cosines where texts alone
+        # decide; targets, places, rows that are not finite.
         for images, target, places in self._batches(number):
             features = self.model.encode_images(images)
             # A product for each task: one over all classes would round a class by its place.
-            asked = {i for h in heads for i in h if self.tasks[i].classes}
+            asked = {i for space, _ in spaces for i in space if self.tasks[i].classes}
             by_task = {i: features @ classifiers[i].mT for i in asked}
-            of_heads = [
-                torch.cat([by_task[i] for i in h if i in asked], dim=1)[: len(places)]
-                for h in heads
-            ]
-            yield of_heads, target, places, _unsound(features)
+            scores = []
+            for space, head in spaces:
+                numbers = [i for i in space if i in asked]
+                if head is None:
+                    of_space = torch.cat([by_task[i] for i in numbers], dim=1)
+                else:
+                    of_space = head.scores(features, by_task, numbers)
+                scores.append(of_space[: len(places)])
+            yield scores, target, places, _unsound(features)
 
-    def _before(self, number: int, head: range) -> int:
-        # Classes of a head before those of the task.
-        return sum(len(self.tasks[i].classes) for i in head if i < number)
+    def _before(self, number: int, space: range) -> int:
+        # Classes of a label space before those of the task.
+        return sum(len(self.tasks[i].classes) for i in space if i < number)
 
     def _check_sound(self, number: int, count: int) -> None:
         if count:
@@ -251,7 +290,7 @@ class Evaluator:
                 "texts are not finite; the model has diverged: lower --lr"
             )
 
-    def _head(self, number: int, count: int) -> range:
+    def _space(self, number: int, count: int) -> range:
         # The tasks whose classes are the label space of a task after `count` of them were learned.
         if self._label_space == "all":
             return range(len(self.tasks))
@@ -259,9 +298,9 @@ class Evaluator:
             return range(count)
         return range(number, number + 1)
 
-    def _first_alike(self, head: range) -> Tensor:
+    def _first_alike(self, space: range) -> Tensor:
         # By place among the classes of some tasks, the first place with the same prompts.
-        prompts = [tuple(of_class) for i in head for of_class in self.tasks[i].prompts()]
+        prompts = [tuple(of_class) for i in space for of_class in self.tasks[i].prompts()]
         firsts: dict[tuple[str, ...], int] = {}
         return torch.tensor([firsts.setdefault(p, place) for place, p in enumerate(prompts)])
 

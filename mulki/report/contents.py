@@ -17,7 +17,7 @@ from mulki.runs.catalog import EXAMPLES, TASKS, DataSet, Example, read_examples,
 from mulki.runs.history import FILE as HISTORY
 from mulki.runs.history import StepRecord, read_history
 from mulki.runs.metrics import AccuracyMatrix, read_matrix
-from mulki.runs.reading import RunData, class_incremental_of, read_json, run_status
+from mulki.runs.reading import RunData, class_incremental_of, read_json, run_status, with_head_of
 from mulki.runs.results import Evaluation, read_evaluations
 
 T = TypeVar("T")
@@ -99,15 +99,21 @@ def read_contents(folder: str | os.PathLike[str]) -> RunContents:
     nothing: dict[str, Any] = {}
     summary = read("summary.json", lambda: read_json(folder / "summary.json"), nothing)
     config = read("args.yaml", lambda: (folder / "args.yaml").read_text(encoding="utf-8"), "")
+    matrix = read("matrix.csv", lambda: read_matrix(folder / "matrix.csv"), _EMPTY)
     data = RunData(
         name=str(summary.get("name", folder.resolve().name)),
         status=run_status(folder, summary),
-        matrix=read("matrix.csv", lambda: read_matrix(folder / "matrix.csv"), _EMPTY),
+        matrix=matrix,
         summary=summary,
         class_incremental=read(
             "summary.json",
             lambda: class_incremental_of(folder / "summary.json", summary),
             class_incremental_of(folder, {}),
+        ),
+        with_head=read(
+            "summary.json",
+            lambda: with_head_of(folder / "summary.json", summary, matrix.tasks),
+            None,
         ),
         config=config,
         environment=read("env.json", lambda: read_json(folder / "env.json"), nothing),

@@ -38,6 +38,7 @@ def render_html(contents: RunContents) -> str:
         test_images=_table(data.summary.get("test_images")),
         metrics=_metrics(contents),
         notation=NOTATION,
+        has_head=data.with_head is not None,
         has_zero_shot=matrix.zero_shot_metrics() is not None,
         figures=plots(contents),
         classes=_classes(contents),
@@ -70,24 +71,32 @@ def _table(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _metrics(contents: RunContents) -> list[tuple[str, str, str, str]]:
-    # Title, value, that of a model that never changed, definition.
+def _metrics(contents: RunContents) -> list[tuple[str, str, str, str, str]]:
+    # Title, value, that with a head, that of a model that never changed, definition.
     matrix, seen = contents.data.matrix, contents.data.class_incremental
     if not matrix.tasks:
         return []
     zero = matrix.zero_shot_metrics()
     before = {} if zero is None else zero.to_dict()
-    found = [
-        (TITLES[key], _number(value), _number(before.get(key)), DEFINITIONS[key])
-        for key, value in matrix.metrics().to_dict().items()
+    with_head = contents.data.with_head
+    heads = {} if with_head is None else with_head.metrics()
+    titles = {
+        **TITLES,
+        "cil_average": "Class-incremental average",
+        "cil_last": "Class-incremental last",
+    }
+    found = matrix.metrics().to_dict() | {"cil_average": seen.average, "cil_last": seen.last}
+    return [
+        (
+            title,
+            _number(found[key]),
+            _number(heads.get(f"head_{key}")),
+            _number(before.get(key)),
+            DEFINITIONS[key],
+        )
+        for key, title in titles.items()
+        if found[key] is not None or key in TITLES
     ]
-    for key, title, value in (
-        ("cil_average", "Class-incremental average", seen.average),
-        ("cil_last", "Class-incremental last", seen.last),
-    ):
-        if value is not None:
-            found.append((title, _number(value), "", DEFINITIONS[key]))
-    return found
 
 
 def _number(value: float | None, digits: int = 2, sign: str = "") -> str:

@@ -21,6 +21,7 @@ from rich.text import Text
 from mulki.errors import counted
 from mulki.runs.metrics import ZERO_SHOT, AccuracyMatrix, ClassIncremental, Metrics
 from mulki.runs.results import Evaluation
+from mulki.runs.with_head import WithHead
 
 #: What a cell says: just learned, learned earlier, not learned (yet).
 Cell = Literal["learned", "kept", "other"]
@@ -134,19 +135,23 @@ def column_blocks(widths: Sequence[int], room: int) -> Iterator[slice]:
     yield slice(start, len(widths))
 
 
-def metrics_table(matrix: AccuracyMatrix) -> Table:
+def metrics_table(matrix: AccuracyMatrix, with_head: WithHead | None = None) -> Table:
     """Return the metrics line, in percent, and that of a model left at zero-shot to compare."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     table.add_column("")
     for title in TITLES.values():
         table.add_column(title, justify="right")
-    for name, values in _metrics_rows(matrix):
+    for name, values in _metrics_rows(matrix, with_head):
         table.add_row(name, *values)
     return table
 
 
-def _metrics_rows(matrix: AccuracyMatrix) -> Iterator[tuple[str, list[str]]]:
+def _metrics_rows(
+    matrix: AccuracyMatrix, with_head: WithHead | None
+) -> Iterator[tuple[str, list[str]]]:
     yield counted(len(matrix.tasks), "task"), format_metrics(matrix.metrics())
+    if with_head is not None and matrix.tasks:
+        yield "with head", format_metrics(with_head.matrix.metrics())
     zero_shot = matrix.zero_shot_metrics()
     if zero_shot is not None:
         yield ZERO_SHOT, format_metrics(zero_shot)
@@ -205,8 +210,14 @@ def recall_note(names: Iterable[str]) -> str:
     return f"recall@1 of captions by images in place of accuracy: {', '.join(names)}"
 
 
-def _lines_below(seen: ClassIncremental | None, evaluations: Sequence[Evaluation]) -> list[str]:
-    return class_incremental_lines(seen or ClassIncremental({})) + recall_lines(evaluations)
+def _lines_below(
+    seen: ClassIncremental | None, evaluations: Sequence[Evaluation], with_head: WithHead | None
+) -> list[str]:
+    lines = class_incremental_lines(seen or ClassIncremental({}))
+    if with_head is not None:
+        of_head = class_incremental_lines(with_head.class_incremental)
+        lines += [f"with head: {line}" for line in of_head[:1]]
+    return lines + recall_lines(evaluations)
 
 
 def print_matrix(
@@ -214,11 +225,13 @@ def print_matrix(
     console: Console | None = None,
     seen: ClassIncremental | None = None,
     evaluations: Sequence[Evaluation] = (),
+    with_head: WithHead | None = None,
 ) -> None:
     """Print the matrix and its metrics, as wide as the console is."""
     console = console or Console()
-    console.print(matrix_table(matrix, width=console.width), "", metrics_table(matrix), sep="\n")
-    for line in _lines_below(seen, evaluations):
+    metrics = metrics_table(matrix, with_head)
+    console.print(matrix_table(matrix, width=console.width), "", metrics, sep="\n")
+    for line in _lines_below(seen, evaluations, with_head):
         console.print(Text(line))
 
 
@@ -226,6 +239,7 @@ def summary_markdown(
     matrix: AccuracyMatrix,
     seen: ClassIncremental | None = None,
     evaluations: Sequence[Evaluation] = (),
+    with_head: WithHead | None = None,
 ) -> str:
     """Return the matrix and its metrics as Markdown tables; bold is just learned."""
     body = [
@@ -233,9 +247,9 @@ def summary_markdown(
         for name, cells in display_rows(matrix)
     ]
     header = ["after", *map(escape, display_columns(matrix))]
-    metrics = [[name, *values] for name, values in _metrics_rows(matrix)]
+    metrics = [[name, *values] for name, values in _metrics_rows(matrix, with_head)]
     legend = "Accuracy in percent; **bold**: just learned, +: learned earlier, else: not by then."
-    lines = _lines_below(seen, evaluations)
+    lines = _lines_below(seen, evaluations, with_head)
     return "\n".join(
         [
             *_markdown_table(header, body),

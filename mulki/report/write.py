@@ -40,7 +40,9 @@ def write_report(folder: str | os.PathLike[str], *, figures: bool = False) -> Pa
         title += "\n".join(f"- {escape(line)}" for line in contents.missing) + "\n\n"
     table = ""
     if contents.evaluated:
-        table = summary_markdown(run.matrix, run.class_incremental, contents.evaluations)
+        table = summary_markdown(
+            run.matrix, run.class_incremental, contents.evaluations, run.with_head
+        )
     write_atomic(folder / "summary.md", title + table)
     write_atomic(folder / "report.html", render_html(contents))
     if figures:

@@ -6,7 +6,8 @@ and so on. Its boolean arrays have an entry per test image, in the order of the 
 label space that the run has, `mulki.clip.evaluation.LabelSpace`), and, for tasks learned by then,
 ``seen/<data set>`` where it was classified among the classes of all of them. The whole numbers
 ``said/<data set>`` are the class that was said for ``own``, by its place among the classes of all
-data sets in their order; files of earlier versions lack them.
+data sets in their order; files of earlier versions lack them. Of a model with class statistics
+there are ``head_own``, ``head_seen`` and ``head_said`` too, where `mulki.clip.head` answered.
 
 Of a data set of captions, ``own`` says whether the caption that an image is nearest to is one of
 its own, ``said`` is the place of that caption among the distinct ones of the test set, and there is
@@ -21,6 +22,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +40,11 @@ FOLDER = "answers"
 
 #: The metric in ``matrix.csv`` of a data set of classes, and that of one of captions.
 ACC1, RECALL1 = "acc1", "image_to_text_R@1"
+#: The accuracy of a data set of classes with the head of class statistics.
+ACC1_HEAD = "acc1_head"
+
+# Before the names of arrays of answers with the head of class statistics.
+_HEAD = "head_"
 
 # Of the recalls that are reported.
 _DEPTHS = (1, 5)
@@ -77,18 +84,23 @@ class Answers:
             run in their order, [n]; None where that was not kept. Of a data set of captions: the
             nearest one, its place among the distinct captions of the test set.
         ranks: of a data set of captions; None of one of classes.
+        head: the same by the head of class statistics; None where there are none.
     """
 
     own: BoolArray
     seen: BoolArray | None = None
     said: IntArray | None = None
     ranks: Ranks | None = None
+    head: Answers | None = None
 
     def metrics(self) -> dict[str, tuple[float, int]]:
         """What ``results.jsonl`` has of them: value in percent and number of tests, by metric."""
-        if self.ranks is None:
-            return {ACC1: (self.accuracy, len(self.own))}
-        return self.ranks.recalls()
+        if self.ranks is not None:
+            return self.ranks.recalls()
+        found = {ACC1: (self.accuracy, len(self.own))}
+        if self.head is not None:
+            found[ACC1_HEAD] = self.head.accuracy, len(self.own)
+        return found
 
     @property
     def accuracy(self) -> float:
@@ -116,9 +128,10 @@ def write_answers(
     folder: Path, index: int, after_task: str, answers: Mapping[str, Answers]
 ) -> None:
     """Write the answers of one row, by data set, in one atomic step."""
-    arrays = {f"own/{name}": each.own for name, each in answers.items()}
-    arrays |= {f"seen/{name}": a.seen for name, a in answers.items() if a.seen is not None}
-    numbers = {f"said/{name}": a.said for name, a in answers.items() if a.said is not None}
+    arrays, numbers = _arrays(answers)
+    heads = {name: each.head for name, each in answers.items() if each.head is not None}
+    for of, of_head in zip((arrays, numbers), _arrays(heads), strict=True):
+        of |= {f"{_HEAD}{name}": array for name, array in of_head.items()}
     for name, each in answers.items():
         if each.ranks is not None:
             numbers[f"image_ranks/{name}"] = each.ranks.images
@@ -126,7 +139,14 @@ def write_answers(
     path = answers_path(folder, index, after_task)
     path.parent.mkdir(exist_ok=True)
     with replacing(path) as temporary, temporary.open("wb") as stream:
-        np.savez_compressed(stream, **arrays, **numbers)  # type: ignore[arg-type]  # no array is a switch
+        np.savez_compressed(stream, **arrays, **numbers)
+
+
+def _arrays(answers: Mapping[str, Answers]) -> tuple[dict[str, Any], dict[str, Any]]:
+    # The booleans, and the classes that were said.
+    right = {f"own/{name}": each.own for name, each in answers.items()}
+    right |= {f"seen/{name}": a.seen for name, a in answers.items() if a.seen is not None}
+    return right, {f"said/{name}": a.said for name, a in answers.items() if a.said is not None}
 
 
 def read_answers(folder: str | os.PathLike[str]) -> dict[str, dict[str, Answers]]:
@@ -175,19 +195,27 @@ def _read(path: Path, columns: tuple[str, ...], learned: tuple[str, ...]) -> dic
         raise _damaged(path, "no such file") from None
     except Exception as error:  # numpy, zipfile and zlib each have errors of their own for damage
         raise _damaged(path, f"cannot be read: {error}") from None
-    said, of_images, of_texts = (
+    said, head_said, of_images, of_texts = (
         {name: arrays.pop(f"{kind}/{name}") for name in columns if f"{kind}/{name}" in arrays}
-        for kind in ("said", "image_ranks", "text_ranks")
+        for kind in ("said", f"{_HEAD}said", "image_ranks", "text_ranks")
     )
     classes = [name for name in learned if name not in of_images]
     wanted = {f"own/{name}" for name in columns} | {f"seen/{name}" for name in classes}
+    if head_said:
+        wanted |= {f"{_HEAD}own/{name}" for name in columns if name not in of_images}
+        wanted |= {f"{_HEAD}seen/{name}" for name in classes}
     if arrays.keys() != wanted:
         odd = min(arrays.keys() ^ wanted)
         raise _damaged(path, f"{odd} is {'missing' if odd in wanted else 'not expected'}")
     for name, array in arrays.items():
         if array.dtype != np.bool_ or array.ndim != 1 or not len(array):
             raise _damaged(path, f"{name} is {array.dtype} {list(array.shape)}, not booleans [n]")
-    for kind, numbers in (("said", said), ("image_ranks", of_images), ("text_ranks", of_texts)):
+    for kind, numbers in (
+        ("said", said),
+        (f"{_HEAD}said", head_said),
+        ("image_ranks", of_images),
+        ("text_ranks", of_texts),
+    ):
         for name, array in numbers.items():
             if array.dtype != np.int32 or array.ndim != 1 or not len(array):
                 raise _damaged(path, f"{kind}/{name} is no list of whole numbers")
@@ -200,16 +228,28 @@ def _read(path: Path, columns: tuple[str, ...], learned: tuple[str, ...]) -> dic
             arrays.get(f"seen/{name}"),
             said.get(name),
             Ranks(of_images[name], of_texts[name]) if name in of_images else None,
+            Answers(
+                arrays[f"{_HEAD}own/{name}"],
+                arrays.get(f"{_HEAD}seen/{name}"),
+                head_said.get(name),
+            )
+            if f"{_HEAD}own/{name}" in arrays
+            else None,
         )
         for name in columns
     }
     for name, each in answers.items():
         if each.ranks is not None and not np.array_equal(each.ranks.images == 0, each.own):
             raise _damaged(path, f"image_ranks/{name} are not those of own/{name}")
-        if each.said is not None and len(each.said) != len(each.own):
-            raise _damaged(path, f"said/{name} has {len(each.said)} images of {len(each.own)}")
-        if each.seen is not None and len(each.seen) != len(each.own):
-            raise _damaged(path, f"seen/{name} has {len(each.seen)} images of {len(each.own)}")
+        images = len(each.own)
+        for of, prefix in ((each, ""), (each.head, _HEAD)):
+            if of is None:
+                continue
+            for kind, array in (("own", of.own), ("said", of.said), ("seen", of.seen)):
+                if array is not None and len(array) != images:
+                    raise _damaged(
+                        path, f"{prefix}{kind}/{name} has {len(array)} images of {images}"
+                    )
     return answers
 
 

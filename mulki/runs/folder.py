@@ -36,7 +36,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -53,6 +53,7 @@ from mulki.runs.lock import FolderLock
 from mulki.runs.log import RunLog
 from mulki.runs.metrics import (
     ACC1_SEEN,
+    ACC1_SEEN_HEAD,
     ALL_SEEN,
     DEFINITIONS,
     ZERO_SHOT,
@@ -65,6 +66,7 @@ from mulki.runs.metrics import (
 from mulki.runs.new_folder import RECOVERY, default_name, make_folder, slug
 from mulki.runs.results import Evaluation, read_evaluations
 from mulki.runs.trackers import AUTO, Tracker, open_trackers
+from mulki.runs.with_head import WithHead
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +81,9 @@ class RunFolder:
     exception (or Ctrl-C) leaves it. In a distributed run only the first rank may have one.
 
     Attributes: ``path``, ``name``, ``method``, ``model``, ``order``, ``seed``, ``status``,
-    ``uses``; the results so far are ``matrix``, an :class:`AccuracyMatrix`, and
-    ``class_incremental``, the :class:`ClassIncremental` of the rows that came with answers.
+    ``uses``; the results so far are ``matrix``, an :class:`AccuracyMatrix`,
+    ``class_incremental``, the :class:`ClassIncremental` of the rows that came with answers, and
+    ``with_head``, a :class:`WithHead`, None where a row has no head of class statistics.
     """
 
     def __init__(
@@ -105,6 +108,7 @@ class RunFolder:
         self.model = ""
         self.matrix = matrix
         self.class_incremental = ClassIncremental({})
+        self.with_head = WithHead.of_lines((), matrix.columns, ())
         self.status: Status = status
         self.uses = tuple(uses)
         self._lock = lock
@@ -190,6 +194,7 @@ class RunFolder:
             run.class_incremental = ClassIncremental(
                 {task: seen[task] for task in run.matrix.tasks if task in seen}
             )
+            run.with_head = WithHead.of_lines(lines, run.matrix.columns, run.matrix.tasks)
             write_atomic(results, "".join(f"{json.dumps(asdict(line))}\n" for line in lines))
         return run
 
@@ -315,20 +320,32 @@ class RunFolder:
                     step=step,
                     metric=metric,
                 )
-        seen = {name: each for name, each in answers.items() if each.seen is not None}
-        if seen:
-            percent, images = seen_accuracy(seen.values())
+        learned = {name: each for name, each in answers.items() if each.seen is not None}
+
+        def record_seen(metric: str, seen: Iterable[Answers]) -> float:
+            percent, images = seen_accuracy(seen)
             self.record(
                 after_task=after_task,
                 eval_dataset=ALL_SEEN,
                 value=percent,
                 n=images,
-                seconds=sum(seconds[name] for name in seen),
+                seconds=sum(seconds[name] for name in learned),
                 step=step,
-                metric=ACC1_SEEN,
+                metric=metric,
             )
+            return percent
+
+        if learned:
+            percent = record_seen(ACC1_SEEN, learned.values())
             after = {**self.class_incremental.after, after_task: round(percent, 4)}
             self.class_incremental = ClassIncremental(after)
+        heads = [each.head for each in learned.values() if each.head is not None]
+        if after_task != ZERO_SHOT:
+            if heads and self.with_head is not None:
+                percent = record_seen(ACC1_SEEN_HEAD, heads)
+                self.with_head = self.with_head.with_row(after_task, answers, percent)
+            else:
+                self.with_head = None
         index = 0 if after_task == ZERO_SHOT else len(self.matrix.tasks) + 1
         # Before the matrix, so that each of its rows has answers whenever the run is killed.
         write_answers(self.path, index, after_task, answers)
@@ -386,6 +403,7 @@ class RunFolder:
             "columns": list(self.matrix.columns),
             "metrics": self.matrix.metrics().to_dict(),
             "class_incremental": self.class_incremental.to_dict(),
+            "with_head": self.with_head.to_dict() if self.with_head else None,
             "zero_shot_metrics": zero_shot.to_dict() if zero_shot else None,
             "definitions": DEFINITIONS,
             "test_images": self._test_images,

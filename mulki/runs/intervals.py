@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mulki.runs.answers import Answers
-from mulki.runs.metrics import ZERO_SHOT, FloatArray, stacked_metrics
+from mulki.runs.metrics import HEAD_METRICS, ZERO_SHOT, FloatArray, stacked_metrics
 
 CONFIDENCE = 0.95
 
@@ -85,28 +85,41 @@ class RunAnswers:
         own: among the classes of the image's own task; by task, [T, n].
         seen: among the classes of all tasks learned by then; by task, [T, n], False before the
             task is learned.
+        head: the same with the head of class statistics; None where a row has none.
     """
 
     own: Mapping[str, npt.NDArray[np.bool_]]
     seen: Mapping[str, npt.NDArray[np.bool_]]
+    head: RunAnswers | None = None
 
     @classmethod
     def of_rows(cls, rows: Mapping[str, Mapping[str, Answers]]) -> RunAnswers:
         """From `mulki.runs.answers.read_answers`; the zero-shot row is left out."""
         tasks = [name for name in rows if name != ZERO_SHOT]
         answers = {task: [rows[after][task] for after in tasks] for task in tasks}
-        return cls(
-            {task: np.array([a.own for a in each]) for task, each in answers.items()},
-            {
-                task: np.array([np.zeros_like(a.own) if a.seen is None else a.seen for a in each])
-                for task, each in answers.items()
-            },
-        )
+        heads = {
+            task: [a.head or a for a in each]
+            for task, each in answers.items()
+            if all(a.head is not None or a.ranks is not None for a in each)
+        }
+        whole = heads.keys() == answers.keys() and any(a.head for (a, *_) in answers.values())
+        return cls(*_own_and_seen(answers), cls(*_own_and_seen(heads)) if whole else None)
 
     @property
     def sizes(self) -> dict[str, int]:
         """Test images of each task, in the order learned."""
         return {task: answers.shape[1] for task, answers in self.own.items()}
+
+
+def _own_and_seen(
+    answers: Mapping[str, Sequence[Answers]],
+) -> tuple[dict[str, npt.NDArray[np.bool_]], dict[str, npt.NDArray[np.bool_]]]:
+    own = {task: np.array([a.own for a in each]) for task, each in answers.items()}
+    seen = {
+        task: np.array([np.zeros_like(a.own) if a.seen is None else a.seen for a in each])
+        for task, each in answers.items()
+    }
+    return own, seen
 
 
 @dataclass(frozen=True)
@@ -163,7 +176,7 @@ def paired_differences(
 
     Returns:
         By name, the metrics of `mulki.runs.metrics.stacked_metrics` with `cil_average` and
-        `cil_last`.
+        `cil_last`; where all runs have a head, also those of `HEAD_METRICS`.
 
     Raises:
         ValueError: no pair, numbers of runs that differ, or other tasks or test sets.
@@ -243,4 +256,9 @@ def _differences(
     after = 100 * np.asarray(right) / np.array(so_far)
     metrics |= {"cil_average": after.mean(axis=-1), "cil_last": after[..., -1]}
     half = len(runs) // 2
-    return {name: values[:, :half] - values[:, half:] for name, values in metrics.items()}
+    found = {name: values[:, :half] - values[:, half:] for name, values in metrics.items()}
+    heads = [run.head for run in runs if run.head is not None]
+    if len(heads) == len(runs):
+        of_heads = _differences(heads, images)
+        found |= {name: of_heads[of] for name, of in HEAD_METRICS.items()}
+    return found

@@ -42,6 +42,8 @@ ZERO_SHOT = "zero-shot"
 
 #: Name in ``results.jsonl`` of an accuracy A_i, and of the data set it is measured on.
 ACC1_SEEN = "acc1_seen"
+#: The same with the head of class statistics.
+ACC1_SEEN_HEAD = "acc1_seen_head"
 ALL_SEEN = "all-seen"
 
 #: Header of the first column of ``matrix.csv``.
@@ -60,6 +62,14 @@ DEFINITIONS: dict[str, str] = {
     "cil_average": "mean over i of A_i, the accuracy after task i over all test images of tasks "
     "1..i, classified among the classes of all these tasks (iCaRL's average incremental accuracy)",
     "cil_last": "A_T: all test images, among all classes, after the last task (ZSCL)",
+}
+#: Metrics with the head of class statistics, and those of texts alone that they stand beside.
+HEAD_METRICS: dict[str, str] = {
+    f"head_{name}": name for name in ("average", "last", "forgetting", "cil_average", "cil_last")
+}
+DEFINITIONS |= {
+    name: f"as {of}, with the head of class statistics beside the texts (mulki.clip.head)"
+    for name, of in HEAD_METRICS.items()
 }
 
 

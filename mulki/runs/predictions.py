@@ -97,12 +97,14 @@ class TaskPredictions:
         names: of the images, [n].
         own: among the classes of the task.
         union: among the classes of all tasks.
+        with_head: the same by the head of class statistics; None where there are none.
     """
 
     task: str
     names: Sequence[str]
     own: Predictions
     union: Predictions
+    with_head: TaskPredictions | None = None
 
     def label_spaces(self) -> Iterator[tuple[str, Predictions]]:
         """`task` and `all`, as the files call them, with their predictions."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from mulki.errors import InputError
 from mulki.runs.lock import is_locked
 from mulki.runs.metrics import AccuracyMatrix, ClassIncremental, read_matrix
+from mulki.runs.with_head import WithHead
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class RunData:
         matrix: from ``matrix.csv``.
         summary: from ``summary.json``.
         class_incremental: from the summary; without values where it has none.
+        with_head: from the summary; None where it has none for the tasks of the matrix.
         config: the text of ``args.yaml``.
         environment: from ``env.json``.
     """
@@ -35,6 +37,7 @@ class RunData:
     matrix: AccuracyMatrix
     summary: dict[str, Any]
     class_incremental: ClassIncremental
+    with_head: WithHead | None
     config: str
     environment: dict[str, Any]
 
@@ -70,6 +73,7 @@ def read_folder(folder: str | os.PathLike[str]) -> RunData:
             f"{folder}: no matrix.csv in it; pass the folder of a run that was evaluated once"
         )
     summary = read_json(folder / "summary.json")
+    matrix = read_matrix(folder / "matrix.csv")
     arguments = folder / "args.yaml"
     try:
         config = arguments.read_text(encoding="utf-8") if arguments.is_file() else ""
@@ -78,9 +82,10 @@ def read_folder(folder: str | os.PathLike[str]) -> RunData:
     return RunData(
         name=summary.get("name", folder.resolve().name),
         status=run_status(folder, summary),
-        matrix=read_matrix(folder / "matrix.csv"),
+        matrix=matrix,
         summary=summary,
         class_incremental=class_incremental_of(folder / "summary.json", summary),
+        with_head=with_head_of(folder / "summary.json", summary, matrix.tasks),
         config=config,
         environment=read_json(folder / "env.json"),
     )
@@ -112,6 +117,26 @@ def class_incremental_of(path: Path, summary: dict[str, Any]) -> ClassIncrementa
         raise InputError(
             f'{path}: "class_incremental" is not what a run writes ({error}); restore the file or '
             "remove the entry"
+        ) from None
+
+
+def with_head_of(path: Path, summary: dict[str, Any], tasks: Sequence[str]) -> WithHead | None:
+    """The results with a head in the content of ``summary.json``, which lies at `path`.
+
+    Args:
+        tasks: those of the matrix; a run that was killed may have other ones in its summary.
+
+    Raises:
+        InputError: they are not what a run writes.
+    """
+    if summary.get("with_head") is None:
+        return None
+    try:
+        return WithHead.of_dict(summary["with_head"], tasks)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f'{path}: "with_head" is not what a run writes ({type(error).__name__}: {error}); '
+            "restore the file or remove the entry"
         ) from None
 
 

@@ -135,6 +135,10 @@ def measure(setup: Setup, says: Callable[[str], None] = lambda words: None) -> C
         says(f"measuring task {index + 1} of {len(setup.tasks)}, {task.name}")
         costs = _learning(setup, learner, index, task, fits.append)
         testing, again, width = _testing(setup, task)
+        if setup.config.head and task.classes:
+            # Class statistics take as long for an image as its test does.
+            passed = testing * len(task.train) / len(task.test)
+            costs = replace(costs, learning=costs.learning + passed)
         tasks.append(replace(costs, testing=testing, testing_again=again))
         kept = max(kept, _kept(setup, task, costs.steps))
     tested = sum(each.testing for each in tasks)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mulki.clip.evaluation import Evaluator, LabelSpace
+from mulki.clip.head import ClassStatistics, Head, read_statistics
 from mulki.clip.models import VisionLanguageModel
 from mulki.data import Task
 from mulki.data.decoding import limit_pixels
@@ -17,7 +18,7 @@ from mulki.runs.predictions import TaskPredictions
 from mulki.train.config.precision import Precision, device_of
 from mulki.train.config.run_config import RunConfig, read_config, resolve
 from mulki.train.config.tasks import load_tasks
-from mulki.train.saving.checkpoints import ARGUMENTS, load_checkpoint, run_of
+from mulki.train.saving.checkpoints import ARGUMENTS, load_checkpoint, run_of, statistics_of
 from mulki.train.saving.recovery import changed, check_finite
 from mulki.train.start.data import Data
 from mulki.train.start.hashes import hashes_of, parts_of
@@ -27,7 +28,10 @@ from mulki.train.start.hashes import hashes_of, parts_of
 _CLASSES = ("tasks", "order", "protocol", "scenario", "increments", "base_classes")
 _OF_TASKS = (*_CLASSES, "test_fraction", "shots", "seed", "limit_images", "skip_bad_images")
 # And those that have a say in how features are computed.
-_OF_FEATURES = ("data_root", "max_pixels", "batch_size_eval", "precision")
+_OF_FEATURES = (
+    *("data_root", "max_pixels", "batch_size_eval", "precision"),
+    *("head", "head_weight", "head_shrinkage"),
+)
 _LOCKS = ("lock_text", "lock_image")
 
 #: Fields of `RunConfig` that a user may give.
@@ -43,12 +47,14 @@ class Evaluation:
         tasks: in their order.
         config: the options.
         label_space: that of ``matrix.csv``, where the tasks are those of the run; else None.
+        statistics: of the classes that it has learned, from the file beside it; None without one.
     """
 
     model: VisionLanguageModel
     tasks: Sequence[Task]
     config: RunConfig
     label_space: LabelSpace | None
+    statistics: ClassStatistics | None = None
 
     @property
     def hashes(self) -> dict[str, Any]:
@@ -62,16 +68,21 @@ class Evaluation:
             InputError: features that are not finite.
             BadImage: an image cannot be decoded.
         """
-        evaluator, count = self._evaluator(), len(self.tasks)
+        evaluator, count, head = self._evaluator(), len(self.tasks), self._head()
         classes = [number for number in range(count) if self.tasks[number].classes]
         classifiers = {number: evaluator.classifier(number) for number in classes}
         for number in classes:
             task = self.tasks[number]
-            heads = [range(number, number + 1), range(count)]
-            own, union = evaluator.predictions(number, classifiers, heads)
-            yield TaskPredictions(
-                task.name, [task.test.name(i) for i in range(len(task.test))], own, union
-            )
+            spaces = [range(number, number + 1), range(count)]
+            names = [task.test.name(i) for i in range(len(task.test))]
+            asked = [
+                (space, by) for by in ([None] if head is None else [None, head]) for space in spaces
+            ]
+            own, union, *of_head = evaluator.predictions(number, classifiers, asked)
+            with_head = None
+            if of_head:
+                with_head = TaskPredictions(task.name, names, of_head[0], of_head[1])
+            yield TaskPredictions(task.name, names, own, union, with_head)
 
     def recalls(self) -> dict[str, dict[str, tuple[float, int]]]:
         """By each task of captions, and by metric: percent, and the number of queries.
@@ -85,6 +96,13 @@ class Evaluation:
                 (answers,) = evaluator.answers(number, {number: evaluator.classifier(number)}, [0])
                 found[task.name] = answers.metrics()
         return found
+
+    def _head(self) -> Head | None:
+        if self.statistics is None:
+            return None
+        config, model = self.config, self.model
+        weights = config.head_shrinkage, config.head_weight
+        return Head(self.statistics, self.tasks, float(model.logit_scale), *weights, model.device)
 
     def _evaluator(self) -> Evaluator:
         config, model = self.config, self.model
@@ -154,7 +172,9 @@ def evaluation(checkpoint: Path, given: Mapping[str, Any]) -> Evaluation:
     model.lock(text=config.lock_text, image=config.lock_image)
     Precision(config.precision, device).convert(model)
     check_finite(model.clip.state_dict(), str(checkpoint), "pass another checkpoint")
-    return Evaluation(model, tasks, config, label_space)
+    file = statistics_of(checkpoint)
+    statistics = read_statistics(file) if config.head and file.is_file() else None
+    return Evaluation(model, tasks, config, label_space, statistics)
 
 
 def _check_same(run: Path, tasks: Sequence[Task], names: Sequence[str]) -> None:

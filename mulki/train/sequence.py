@@ -15,6 +15,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from mulki.clip.evaluation import Evaluator, Loader, shared_classes
+from mulki.clip.head import ClassStatistics, Head, write_statistics
 from mulki.data import Task
 from mulki.data.loader import batches, dead_workers_named
 from mulki.distributed import launch
@@ -27,12 +28,13 @@ from mulki.runs.metrics import ZERO_SHOT as ZERO_SHOT_ROW
 from mulki.train.config.run_config import Settings
 from mulki.train.config.tasks import needs_of
 from mulki.train.display.outline import amounts, plan, prepared_images
-from mulki.train.display.progress import TEST, RunProgress, checking
+from mulki.train.display.progress import TEACHERS, TEST, RunProgress, checking
 from mulki.train.display.reporter import Reporter
 from mulki.train.learning.anchor_texts import anchor_texts
 from mulki.train.learning.inputs import Listeners
 from mulki.train.learning.learn import steps_of
-from mulki.train.saving.checkpoints import publish, save_weights
+from mulki.train.learning.training_set import class_moments
+from mulki.train.saving.checkpoints import publish, save_weights, statistics_of
 from mulki.train.saving.recovery import (
     TOO_FAST,
     Saves,
@@ -161,6 +163,7 @@ class _Sequence:
         self.reporter = Reporter(setup, progress)
         self.learned = 0
         self.steps = 0
+        self.statistics = ClassStatistics()
         self.saves = Saves(
             None if setup.folder is None else setup.folder.path,
             signals,
@@ -187,11 +190,16 @@ class _Sequence:
         learner = TaskLearner(setup)
         frozen, text_inputs = learner.frozen, learner.text_inputs
         self.saves.of_run(
-            lambda in_task: run_state(setup, frozen, text_inputs, self.learned, self.steps, in_task)
+            lambda in_task: run_state(
+                *(setup, frozen, text_inputs, self.learned, self.steps),
+                self.statistics.state(),
+                in_task,
+            )
         )
         in_task = None
         if setup.saved is not None:
             self.learned, self.steps = setup.saved["learned"], setup.saved["steps"]
+            self.statistics = ClassStatistics.of_state(setup.saved["statistics"])
             in_task = restore(setup.saved, setup, frozen, text_inputs)
             done = self.steps + (in_task["steps"] if in_task else 0)
             self._skip(done)
@@ -199,7 +207,11 @@ class _Sequence:
         names = [ZERO_SHOT_ROW, *(task.name for task in tasks)]
         if not method.trains:
             # A model that does not learn is evaluated once, for all rows.
-            rows = self._evaluate(range(len(names)))
+            heads = [self._head()]
+            for task in tasks:
+                self._keep_statistics(task)
+                heads.append(self._head())
+            rows = self._evaluate(range(len(names)), heads)
             for number in range(setup.rows, len(names)):
                 self._record(names[number], rows[number])
             return
@@ -210,6 +222,7 @@ class _Sequence:
             in_task = None
             self.learned = index + 1
             self._check_weights(f"task {tasks[index].name}, after its last step")
+            self._keep_statistics(tasks[index])
             self.saves.save()
             self.signals.raise_pending()
             self._finish(index + 1)
@@ -234,7 +247,7 @@ class _Sequence:
         # The weights after so many tasks: their checkpoint is written when their features are
         # known to be sound, and before the row that speaks of them.
         names = [ZERO_SHOT_ROW, *(task.name for task in self.setup.tasks)]
-        (row,) = self._evaluate([learned])
+        (row,) = self._evaluate([learned], [self._head()])
         if learned and self.setup.config.save_checkpoints:
             self._save(learned, self.setup.tasks[learned - 1])
         self._record(names[learned], row)
@@ -295,8 +308,31 @@ class _Sequence:
             saved=saved,
         )
 
-    def _evaluate(self, learned: Sequence[int]) -> list[_Row]:
-        # A row of results for each number of learned tasks.
+    def _keep_statistics(self, task: Task) -> None:
+        if not (self.setup.config.head and task.classes):
+            return
+        self.progress.stage(f"class statistics of {task.name}", TEACHERS, len(task.train))
+        moments = class_moments(task, self.setup, self.progress.advance)
+        self.statistics = self.statistics.with_task(*moments)
+
+    def _head(self) -> Head | None:
+        if not self.statistics.tasks:
+            return None
+        config, model = self.setup.config, self.setup.model
+        return Head(
+            self.statistics,
+            self.setup.tasks,
+            float(model.logit_scale),
+            config.head_shrinkage,
+            config.head_weight,
+            model.device,
+        )
+
+    def _evaluate(self, learned: Sequence[int], heads: Sequence[Head | None]) -> list[_Row]:
+        # A row of results for each number of learned tasks, with the head that there is then.
+        with_head = {
+            number: head for number, head in zip(learned, heads, strict=True) if head is not None
+        }
         tasks, evaluator = self.setup.tasks, self.evaluator
         rows = [_Row({}, {}) for _ in learned]
         classifiers, seconds = {}, {}
@@ -308,7 +344,7 @@ class _Sequence:
         for number, task in enumerate(tasks):
             self.progress.stage(f"test of {task.name}", TEST, len(task.test))
             started = time.perf_counter()
-            answers = evaluator.answers(number, classifiers, learned)
+            answers = evaluator.answers(number, classifiers, learned, with_head)
             seconds[number] += time.perf_counter() - started
             for row, each in zip(rows, answers, strict=True):
                 row.answers[task.name], row.seconds[task.name] = each, seconds[number]
@@ -322,6 +358,9 @@ class _Sequence:
         shown = ", ".join(f"{name} {each.accuracy:.1f}" for name, each in row.answers.items())
         seen = folder.class_incremental.after.get(after_task)
         line = f"after {after_task}: {shown}" + ("" if seen is None else f"; all seen {seen:.1f}")
+        if folder.with_head is not None and after_task != ZERO_SHOT_ROW:
+            heads = folder.with_head.class_incremental.after[after_task]
+            line += f", with head {heads:.1f}"
         _log.info("%s", line)
         self.progress.say(line)
         self._write_examples(after_task, row)
@@ -346,6 +385,9 @@ class _Sequence:
             path = folder.checkpoint_path(number, task.name)
             save_weights(model, path, state)
             publish(model, path, folder.latest, whole)
+            if self.statistics.tasks:
+                for checkpoint in (path, folder.latest):
+                    write_statistics(statistics_of(checkpoint), self.statistics)
 
 
 def test_loader(setup: Setup, task: Task) -> Loader:

@@ -111,7 +111,10 @@ def _numbers(found: Sequence[TaskPredictions]) -> dict[str, Any]:
         }
         for of in found
     ]
-    return {"tasks": tasks, "all": figures([of.union for of in found]) if found else None}
+    numbers = {"tasks": tasks, "all": figures([of.union for of in found]) if found else None}
+    if heads := [of.with_head for of in found if of.with_head is not None]:
+        numbers["with_head"] = _numbers(heads)
+    return numbers
 
 
 def _print_recalls(recalls: Mapping[str, Mapping[str, tuple[float, int]]]) -> None:
@@ -125,19 +128,10 @@ def _print_recalls(recalls: Mapping[str, Mapping[str, tuple[float, int]]]) -> No
 def _print(found: Sequence[TaskPredictions], label_space: LabelSpace | None) -> None:
     numbers = _numbers(found)
     heads = [*_TITLES.values(), *(f"{title}, all" for title in _TITLES.values())]
-    table = plain_table("task", "images", *heads)
-
-    def cells(of: dict[str, float | None]) -> list[str]:
-        return ["-" if of[name] is None else f"{of[name]:.4f}" for name in _TITLES]
-
-    for of in numbers["tasks"]:
-        table.add_row(Text(of["task"]), str(of["images"]), *cells(of["own"]), *cells(of["all"]))
-    total = sum(of["images"] for of in numbers["tasks"])
-    mean = sum(of["own"]["acc1"] for of in numbers["tasks"]) / len(found)
-    table.add_row("mean", "", f"{mean:.4f}", *[""] * (len(heads) - 1))
-    table.add_row("all images", str(total), *[""] * len(_TITLES), *cells(numbers["all"]))
+    _print_table(numbers, "task", heads)
+    if "with_head" in numbers:
+        _print_table(numbers["with_head"], "with head", heads)
     console = Console()
-    console.print(table)
     console.print(
         "in percent, among the classes of the task and, in columns with all, among those of all "
         "tasks here",
@@ -148,3 +142,18 @@ def _print(found: Sequence[TaskPredictions], label_space: LabelSpace | None) -> 
         console.print(
             f"matrix.csv of the run is in label space {label_space}", highlight=False, style="dim"
         )
+
+
+def _print_table(numbers: Mapping[str, Any], first: str, heads: Sequence[str]) -> None:
+    table = plain_table(first, "images", *heads)
+
+    def cells(of: dict[str, float | None]) -> list[str]:
+        return ["-" if of[name] is None else f"{of[name]:.4f}" for name in _TITLES]
+
+    for of in numbers["tasks"]:
+        table.add_row(Text(of["task"]), str(of["images"]), *cells(of["own"]), *cells(of["all"]))
+    total = sum(of["images"] for of in numbers["tasks"])
+    mean = sum(of["own"]["acc1"] for of in numbers["tasks"]) / len(numbers["tasks"])
+    table.add_row("mean", "", f"{mean:.4f}", *[""] * (len(heads) - 1))
+    table.add_row("all images", str(total), *[""] * len(_TITLES), *cells(numbers["all"]))
+    Console().print(table)

@@ -11,6 +11,7 @@ from typing import Any
 
 from mulki.report import tables
 from mulki.runs.intervals import Difference, RunAnswers, mean_interval, seed_differences
+from mulki.runs.metrics import HEAD_METRICS
 from mulki.runs.reading import RunData
 
 #: What is compared, with titles. BWT is left out: it is nearly forgetting with its sign changed.
@@ -18,6 +19,7 @@ TITLES = {name: title for name, title in tables.TITLES.items() if name != "bwt"}
     "cil_average": "CIL average",
     "cil_last": "CIL last",
 }
+TITLES |= {name: f"{TITLES[of]}, head" for name, of in HEAD_METRICS.items()}
 
 # Options that change no result but by rounding, or only where it goes. The tasks and their order
 # are compared by what was learned, and the seed tells the runs of a group apart.
@@ -66,7 +68,9 @@ class Run:
         seen = self.data.class_incremental
         found = self.data.matrix.metrics().to_dict()
         found |= {"cil_average": seen.average, "cil_last": seen.last}
-        return {name: value for name in TITLES if (value := found[name]) is not None}
+        if self.data.with_head is not None:
+            found |= self.data.with_head.metrics()
+        return {name: value for name in TITLES if (value := found.get(name)) is not None}
 
     @property
     def never_changed(self) -> bool:

@@ -119,7 +119,7 @@ def _difference(name: str, of: Difference) -> Cell:
     if of.low is None or of.high is None:
         return Cell(f"{of.value:+.2f}")
     # Of forgetting, less is better.
-    kind = "better" if (of.value > 0) != (name == "forgetting") else "worse"
+    kind = "better" if (of.value > 0) != name.endswith("forgetting") else "worse"
     interval = f"[{of.low:+.2f}, {of.high:+.2f}]"
     return Cell(f"{of.value:+.2f}", interval, "" if of.low <= 0 <= of.high else kind)
 
@@ -130,6 +130,9 @@ def _tables(width: int, about: Sequence[str], rows: Sequence[Row]) -> Iterator[T
     labels = [row.label for row in rows]
     cells = [(*map(str, row.cells), *row.about) for row in rows]
     columns = list(zip(head, *cells, strict=True))
+    # Of metrics, those that a row has: not every run has a head, or all tasks in one label space.
+    metrics = [each for each in columns[: len(TITLES)] if {*each[1:]} != {str(Cell())}]
+    columns = [*metrics, *columns[len(TITLES) :]]
     label = min(max(map(cell_len, labels)), max(_LEAST_LABEL, width // 3))
     # Each column takes one space more; the table adds another between two columns.
     room = width - label - 1

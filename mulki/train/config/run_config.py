@@ -155,6 +155,22 @@ class RunConfig:
         low=1,
         of_classes=True,
     )
+    head: bool = option(
+        True,
+        "keep class statistics of each task, and test with the head that they make beside the "
+        "texts alone; nothing is trained for it",
+        of_classes=True,
+    )
+    head_weight: float = option(
+        0.25, "weight of the class statistics in that head", low=0, of_classes=True
+    )
+    head_shrinkage: float = option(
+        0.1,
+        "shrinkage of its covariance towards a multiple of the identity, (0, 1]",
+        above=0,
+        high=1,
+        of_classes=True,
+    )
     augment: str = option(
         "none", "training transform; none caches teachers", choices=transform_names
     )

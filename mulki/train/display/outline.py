@@ -24,7 +24,7 @@ def amounts(setup: Setup) -> dict[str, int]:
     """The work of a run from its start, by the kinds of `RunProgress`."""
     tests = sum(len(task.test) for task in setup.tasks)
     if not setup.method.trains:
-        return {TEST: tests}
+        return {TEACHERS: prepared_images(setup, setup.tasks), TEST: tests}
     return {
         STEPS: sum(steps_of_tasks(setup.config, setup.tasks, setup.world.size)),
         TEACHERS: prepared_images(setup, setup.tasks),
@@ -33,9 +33,12 @@ def amounts(setup: Setup) -> dict[str, int]:
 
 
 def prepared_images(setup: Setup, tasks: Sequence[Task]) -> int:
-    """Images that the teachers encode before the first step of these tasks."""
-    prepared = [t for t in tasks if needs_of(setup.method, t).prototypes]
-    return sum(len(task.train) for task in prepared)
+    """Images encoded before the first step of these tasks, by the teachers, and after the last."""
+    passes = [
+        needs_of(setup.method, task).prototypes + (setup.config.head and bool(task.classes))
+        for task in tasks
+    ]
+    return sum(n * len(task.train) for n, task in zip(passes, tasks, strict=True))
 
 
 def steps_of_tasks(config: RunConfig, tasks: Sequence[Task], processes: int) -> list[int]:

@@ -13,8 +13,6 @@ from mulki.clip.models import VisionLanguageModel
 from mulki.clip.prototypes import class_means
 from mulki.clip.teachers import Teacher
 from mulki.clip.texts import text_features, text_inputs
-from mulki.data.loader import batch_sizes, batches
-from mulki.data.task import Task
 from mulki.distributed.world import World
 from mulki.methods import ZERO_SHOT
 from mulki.train.config.precision import Precision
@@ -22,6 +20,7 @@ from mulki.train.config.tasks import needs_of
 from mulki.train.learning.anchor_texts import AnchorBatch
 from mulki.train.learning.batches import Batch, PairBatch, kept_samples
 from mulki.train.learning.inputs import TaskInputs, Training
+from mulki.train.learning.training_set import training_features
 
 
 class TaskTeachers:
@@ -78,7 +77,9 @@ class TaskTeachers:
         distinct = list({id(frozen[name]): frozen[name] for name in names}.values())
         features: list[Tensor] = []
         if needs.prototypes:
-            features, target = _encode_training_set(distinct, task, training, encoded)
+            parts = list(training_features(distinct, task, training, encoded))
+            features = [torch.cat(of_model) for of_model in zip(*parts, strict=True)]
+            target = torch.as_tensor(list(task.train.targets), device=distinct[0].device)
         by_model: dict[int, Teacher] = {}
         for place, model in enumerate(distinct):
             texts = torch.empty(0, 0, device=model.device)
@@ -205,33 +206,3 @@ class TaskTeachers:
         gathered = world.gather(features, most * world.size)
         wanted = [place * most + i for place, n in enumerate(of_process) for i in range(n)]
         return gathered if len(wanted) == len(gathered) else gathered[wanted]
-
-
-def _encode_training_set(
-    models: Sequence[VisionLanguageModel],
-    task: Task,
-    training: Training,
-    encoded: Callable[[int], None],
-) -> tuple[list[Tensor], Tensor]:
-    # Features [n, D] of each model, and targets [n]. One pass for all models, since decoding costs
-    # as much as a small encoder; with the evaluation transform, which is the training transform
-    # where that is deterministic.
-    config, precision, world = training.config, training.precision, training.world
-    loader = batches(
-        task.train,
-        models[0].preprocess,
-        config.batch_size_eval * world.size,
-        shuffle=False,
-        seed=config.seed,
-        workers=config.workers,
-        pin_memory=precision.device.type == "cuda",
-        part=world.rows,
-    )
-    features: list[list[Tensor]] = [[] for _ in models]
-    for (images, *_), count in zip(loader, batch_sizes(loader), strict=True):
-        for model, of_model in zip(models, features, strict=True):
-            with precision.autocast():
-                of_model.append(world.gather(model.encode_images(images), count))
-        encoded(count)
-    target = torch.as_tensor(list(task.train.targets), device=models[0].device)
-    return [torch.cat(parts) for parts in features], target

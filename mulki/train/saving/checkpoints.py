@@ -21,6 +21,7 @@ from mulki.files import new_folder, replacing, write_atomic
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
+STATISTICS = "class_statistics.safetensors"
 # In the folder of a run.
 LATEST = Path("checkpoints", "latest")
 ARGUMENTS = "args.yaml"
@@ -105,6 +106,15 @@ def _put_weights(
             os.link(weights, temporary)
         except OSError:
             shutil.copyfile(weights, temporary)
+
+
+def statistics_of(checkpoint: Path) -> Path:
+    """The file of class statistics that belongs to a checkpoint, a folder or a file of weights."""
+    if checkpoint.is_dir():
+        return (
+            checkpoint / LATEST if run_of(checkpoint) == checkpoint else checkpoint
+        ) / STATISTICS
+    return checkpoint.with_suffix(f".{STATISTICS}")
 
 
 def run_of(checkpoint: Path) -> Path | None:

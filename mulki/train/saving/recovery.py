@@ -388,6 +388,7 @@ def run_state(
     texts: TextInputs,
     learned: int,
     steps: int,
+    statistics: State,
     in_task: State | None,
 ) -> State:
     """What a save holds. All processes have to call this.
@@ -397,6 +398,7 @@ def run_state(
         texts: of the student.
         learned: number of tasks that were learned.
         steps: optimiser steps of these.
+        statistics: of the classes of these, from `mulki.clip.head.ClassStatistics.state`.
         in_task: the state within the task that comes next, None between two tasks.
     """
     model = setup.model
@@ -408,6 +410,7 @@ def run_state(
         "processes": setup.world.size,
         "learned": learned,
         "steps": steps,
+        "statistics": statistics,
         STUDENT: _weights(model, model),
         "method": setup.method.state_dict(),
         "texts": texts.state(),

@@ -1,0 +1,290 @@
+"""A head of class statistics: one linear layer over the features of one ordinary CLIP.
+
+    score_c = s u w_c + tau (u P mu_c - mu_c P mu_c / 2)
+    P = ((1 - r) S + r tr(S) / D I)^-1,   S = sum_c sum_i (x_ci - mu_c) (x_ci - mu_c)^T / (n - C)
+
+with u the feature of an image [D], w_c the class text, s the logit scale, mu_c the mean of the
+features x_ci of the training images of class c, C classes with n images in all, and r the
+shrinkage. The first term is what texts alone say. The second one, times tau, is the log-likelihood
+of linear discriminant analysis, up to what all classes have in common (Hastie, Tibshirani and
+Friedman, The Elements of Statistical Learning, section 4.3). Nothing is trained and no image is
+kept: a mean for each class, and one matrix for all.
+
+Statistics are of the model after the task in which a class was learned. Where classes without them
+are in the label space too, the texts decide whether the answer is a class that has them, and the
+head which of these it is:
+
+    score_c = max_k s u w_k + (score_c - max_k score_k)   for c and k with statistics
+
+So an image of a class that was not learned yet is never lost to the head. What it wins or loses
+from is the choice among the learned classes alone.
+
+Source: our choice, by measurement (docs/method.md). Related: the ridge regression of RAIL (Xu et
+al., NeurIPS 2024), and LDA on features of a frozen model (Hayes and Kanan, CVPR Workshops 2020).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mulki.clip.tensor_files import load_tensors, save_tensors
+from mulki.data.task import Task
+from mulki.errors import InputError
+
+_FORMAT = "class statistics 1"
+
+
+@dataclass(frozen=True, eq=False)
+class TaskMeans:
+    """The class means of one task.
+
+    Attributes:
+        task: its name.
+        classes: class names, [C].
+        prompts: the prompts of each class, [C][T], by which a class is known again.
+        means: [C, D] float32, means of the features; these are no unit rows.
+        counts: [C] int64, images of each class.
+    """
+
+    task: str
+    classes: tuple[str, ...]
+    prompts: tuple[tuple[str, ...], ...]
+    means: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ClassStatistics:
+    """What is kept of the training images of the tasks learned so far; on the CPU.
+
+    Attributes:
+        tasks: in the order learned.
+        scatter: [D, D] float32, sum over all images of (x - mu)(x - mu)^T, mu the mean of their
+            class; None where there is no task.
+    """
+
+    tasks: tuple[TaskMeans, ...] = ()
+    scatter: Tensor | None = None
+
+    def with_task(self, means: TaskMeans, scatter: Tensor) -> ClassStatistics:
+        """These and those of one more task."""
+        whole = scatter if self.scatter is None else self.scatter + scatter
+        return ClassStatistics((*self.tasks, means), whole)
+
+    def precision(self, shrinkage: float) -> Tensor:
+        """P [D, D] in float64; zeros where a class has one image, so that texts alone decide.
+
+        Args:
+            shrinkage: r, in (0, 1].
+        """
+        assert self.scatter is not None
+        counts = torch.cat([each.counts for each in self.tasks])
+        covariance = self.scatter.double() / max(int(counts.sum()) - len(counts), 1)
+        average = covariance.diagonal().mean()
+        if average <= 0:
+            return torch.zeros_like(covariance)
+        identity = torch.eye(len(covariance), dtype=covariance.dtype)
+        return torch.linalg.inv((1 - shrinkage) * covariance + shrinkage * average * identity)
+
+    def means_of(self, tasks: Sequence[Task]) -> dict[int, Tensor]:
+        """Class means [C, D] of those tasks all of whose classes have one, by the task's number.
+
+        Args:
+            tasks: with their names and prompts; a class is known by its prompts.
+        """
+        known = {
+            prompts: mean
+            for each in self.tasks
+            for prompts, mean in zip(each.prompts, each.means, strict=True)
+        }
+        found = {}
+        for number, task in enumerate(tasks):
+            rows = [known.get(tuple(prompts)) for prompts in task.prompts()]
+            there = [row for row in rows if row is not None]
+            if there and len(there) == len(rows):
+                found[number] = torch.stack(there)
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """It as nested lists, texts and tensors."""
+        names = [
+            {
+                "task": each.task,
+                "classes": list(each.classes),
+                "prompts": [*map(list, each.prompts)],
+            }
+            for each in self.tasks
+        ]
+        if self.scatter is None:
+            return {"tasks": names}
+        return {
+            "tasks": names,
+            "means": torch.cat([each.means for each in self.tasks]),
+            "counts": torch.cat([each.counts for each in self.tasks]),
+            "scatter": self.scatter,
+        }
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> ClassStatistics:
+        """What `state` was called on.
+
+        Raises:
+            KeyError, TypeError, ValueError, RuntimeError: it is something else.
+        """
+        if not state["tasks"]:
+            return cls()
+        sizes = [len(each["classes"]) for each in state["tasks"]]
+        parts = (state[name].split(sizes) for name in ("means", "counts"))
+        tasks = tuple(
+            TaskMeans(
+                str(names["task"]),
+                tuple(names["classes"]),
+                tuple(map(tuple, names["prompts"])),
+                *of_task,
+            )
+            for names, *of_task in zip(state["tasks"], *parts, strict=True)
+        )
+        scatter = state["scatter"]
+        for each in tasks:
+            if (
+                len(each.prompts) != len(each.classes)
+                or scatter.shape != (each.means.shape[1],) * 2
+            ):
+                raise ValueError(f"the sizes of task {each.task} do not agree")
+        return cls(tasks, scatter)
+
+
+class Moments:
+    """Sums over the features of a task's training images, batch by batch, in float64.
+
+    Args:
+        num_classes: C.
+    """
+
+    def __init__(self, num_classes: int):
+        self._num_classes = num_classes
+        self._sums: Tensor | None = None
+
+    def add(self, features: Tensor, target: Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            features: [B, D] image features, on any device.
+            target: [B] int64 in [0, C).
+        """
+        x, y = features.cpu().double(), target.cpu()
+        if self._sums is None:
+            self._sums = x.new_zeros(self._num_classes, x.shape[1])
+            self._products = x.new_zeros(x.shape[1], x.shape[1])
+            self._counts = torch.zeros(self._num_classes, dtype=torch.int64)
+        self._sums.index_add_(0, y, x)
+        self._products += x.T @ x
+        self._counts += torch.bincount(y, minlength=self._num_classes)
+
+    def of(self, task: Task) -> tuple[TaskMeans, Tensor]:
+        """Means and scatter of the task whose images were counted; each class has an image."""
+        assert self._sums is not None
+        means = self._sums / self._counts.unsqueeze(1)
+        scatter = self._products - means.T @ self._sums
+        prompts = tuple(map(tuple, task.prompts()))
+        found = TaskMeans(task.name, task.classes, prompts, means.float(), self._counts)
+        return found, scatter.float()
+
+
+class Head:
+    """The score over the classes of a list of tasks, some of which have statistics.
+
+    Args:
+        statistics: of at least one task.
+        tasks: in whose numbers the methods speak.
+        scale: s.
+        shrinkage: r.
+        weight: tau.
+        device: of the features.
+    """
+
+    def __init__(
+        self,
+        statistics: ClassStatistics,
+        tasks: Sequence[Task],
+        scale: float,
+        shrinkage: float,
+        weight: float,
+        device: torch.device | str = "cpu",
+    ):
+        self._scale = scale
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        precision = statistics.precision(shrinkage)
+        for number, means in statistics.means_of(tasks).items():
+            linear = weight * means.double() @ precision
+            bias = -(linear * means).sum(dim=1) / 2
+            self._layers[number] = linear.float().to(device), bias.float().to(device)
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._layers
+
+    def scores(
+        self, features: Tensor, cosines: Mapping[int, Tensor], numbers: Sequence[int]
+    ) -> Tensor:
+        """Scores [B, C] over the classes of some tasks; see the module.
+
+        Args:
+            features: [B, D] of images.
+            cosines: [B, C_i] of the features and the class texts of each task, by its number.
+            numbers: of the tasks, in the order of the columns.
+        """
+        texts, whole, learned = [], [], []
+        for number in numbers:
+            of_texts = self._scale * cosines[number].float()
+            score = of_texts
+            if number in self:
+                linear, bias = self._layers[number]
+                score = of_texts + torch.addmm(bias, features.float(), linear.mT)
+            texts.append(of_texts)
+            whole.append(score)
+            learned += [number in self] * of_texts.shape[1]
+        by_texts, by_head = torch.cat(texts, dim=1), torch.cat(whole, dim=1)
+        if all(learned) or not any(learned):
+            return by_head
+        columns = torch.tensor(learned, device=by_head.device)
+        best, best_text = (
+            of.masked_fill(~columns, -torch.inf).amax(dim=1, keepdim=True)
+            for of in (by_head, by_texts)
+        )
+        return torch.where(columns, by_head - best + best_text, by_texts)
+
+
+def write_statistics(path: Path, statistics: ClassStatistics) -> None:
+    """Write the statistics of at least one task to one safetensors file.
+
+    Its tensors are means [C, D], counts [C] and scatter [D, D], over all tasks; its metadata has
+    the names of tasks and classes, and the prompts.
+    """
+    state = statistics.state()
+    names = json.dumps(state.pop("tasks"))
+    save_tensors(path, state, {"format": _FORMAT, "tasks": names})
+
+
+def read_statistics(path: Path) -> ClassStatistics:
+    """What `write_statistics` wrote.
+
+    Raises:
+        InputError: it cannot be read, or is something else.
+    """
+    tensors, metadata = load_tensors(path)
+    try:
+        if metadata["format"] != _FORMAT:
+            raise ValueError(f"format {metadata['format']}")
+        return ClassStatistics.of_state({"tasks": json.loads(metadata["tasks"]), **tensors})
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{path}: not class statistics that this version reads ({type(error).__name__}: "
+            f"{error}); restore the file, or remove it to go by texts alone"
+        ) from None

@@ -1,0 +1,60 @@
+"""The training images of a task, encoded once each by frozen models or by the student."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mulki.clip.head import Moments, TaskMeans
+from mulki.clip.models import VisionLanguageModel
+from mulki.data.loader import batch_sizes, batches
+from mulki.data.task import Task
+from mulki.train.learning.inputs import Training
+
+
+@torch.no_grad()
+def training_features(
+    models: Sequence[VisionLanguageModel],
+    task: Task,
+    training: Training,
+    encoded: Callable[[int], None],
+) -> Iterator[list[Tensor]]:
+    """Features [b, D] of each model, batch by batch, in the order of the training images.
+
+    One pass for all models, since decoding costs as much as a small encoder; with the evaluation
+    transform, which is the training transform where that is deterministic. All processes get the
+    features of all images.
+
+    Args:
+        encoded: called with the number of images after each batch.
+    """
+    config, precision, world = training.config, training.precision, training.world
+    loader = batches(
+        task.train,
+        models[0].preprocess,
+        config.batch_size_eval * world.size,
+        shuffle=False,
+        seed=config.seed,
+        workers=config.workers,
+        pin_memory=precision.device.type == "cuda",
+        part=world.rows,
+    )
+    for (images, *_), count in zip(loader, batch_sizes(loader), strict=True):
+        with precision.autocast():
+            yield [world.gather(model.encode_images(images), count) for model in models]
+        encoded(count)
+
+
+def class_moments(
+    task: Task, training: Training, encoded: Callable[[int], None]
+) -> tuple[TaskMeans, Tensor]:
+    """Class means and scatter of the student's features of a task; see `mulki.clip.head`."""
+    training.model.eval()
+    targets = torch.as_tensor(list(task.train.targets))
+    moments, start = Moments(len(task.classes)), 0
+    for (features,) in training_features([training.model], task, training, encoded):
+        moments.add(features, targets[start : start + len(features)])
+        start += len(features)
+    return moments.of(task)
