@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mulki.clip.evaluation import Evaluator, LabelSpace, shared_classes, zero_shot_classifier
+from mulki.clip.head import ClassStatistics, Head, Moments
 from mulki.clip.models import VisionLanguageModel
 from mulki.data import Task, caption_task, folder_task
 from mulki.data.loader import batches
@@ -168,6 +169,48 @@ def test_seen_classes_compete(load_tiny: Load, both: list[Task], way: tuple[Any,
     assert found[0][1].seen is not None and found[0][1].seen.tolist() == found[0][1].own.tolist()
     # Some image is lost to a class of the other task, or the test would show nothing.
     assert sum(int(of[2].own.sum() - of[2].seen.sum()) for of in found) > 0  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("space", ["task", "all"])
+def test_a_head_answers_beside_the_texts(
+    load_tiny: Load, both: list[Task], space: LabelSpace
+) -> None:
+    model = load_tiny()
+    loaders = [loader(model, task, 7) for task in both]
+    evaluator = Evaluator(model, both, loaders, label_space=space)
+    texts = {number: evaluator.classifier(number) for number in (0, 1)}
+    heads = {}
+    statistics = ClassStatistics()
+    for number, task in enumerate(both):
+        moments = Moments(len(task.classes))
+        for images, target, _ in loaders[number]:
+            with torch.no_grad():
+                moments.add(model.encode_images(images), target)
+        statistics = statistics.with_task(*moments.of(task))
+        scale = float(model.logit_scale)
+        heads[number + 1] = Head(statistics, both, scale, shrinkage=0.1, weight=1.0)
+    changed = 0
+    for number, task in enumerate(both):
+        plain = evaluator.answers(number, texts, [0, 1, 2])
+        found = evaluator.answers(number, texts, [0, 1, 2], heads)
+        assert found[0].head is None
+        for one, other, count in zip(plain, found, (0, 1, 2), strict=True):
+            assert one.own.tolist() == other.own.tolist()
+            if not count:
+                continue
+            assert other.head is not None and other.head.head is None
+            assert (other.head.seen is None) == (other.seen is None)
+            features = torch.cat(
+                [model.encode_images(images).detach() for images, *_ in loaders[number]]
+            )
+            cosines = {n: features @ of.mT for n, of in texts.items()}
+            tasks = [0, 1] if space == "all" else [number]
+            said = heads[count].scores(features, cosines, tasks).argmax(dim=1)
+            before = len(both[0].classes) if space == "all" and number else 0
+            right = said == torch.tensor(list(task.test.targets)) + before
+            assert other.head.own.tolist() == right.tolist()
+            changed += int((other.head.own != other.own).sum())
+    assert changed, "or the test would show nothing"
 
 
 @pytest.mark.parametrize("space", ["seen", "all"])

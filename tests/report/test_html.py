@@ -19,6 +19,7 @@ from tests.report.report_helpers import (
     check_headings,
     record,
     said_in_browser,
+    write_whole_run,
 )
 
 
@@ -210,3 +211,10 @@ def test_in_a_browser(whole: Path, tmp_path: Path, width: int) -> None:
     numbers = [float(value.replace("\N{MINUS SIGN}", "-")) for value in said["change"]]
     assert numbers == sorted(numbers)
     assert said["sort"] == ["none"] * 5 + ["ascending"]
+
+
+def test_results_with_a_head_stand_on_the_cards(tmp_path: Path) -> None:
+    text = page_of(write_whole_run(tmp_path, head=True))
+    cards = "|".join(Page(text).cards)
+    assert "|with head 100.00|" in cards and "class statistics answer beside the texts" in text
+    assert "class statistics" not in page_of(write_whole_run(tmp_path, name="other"))

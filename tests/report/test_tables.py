@@ -12,6 +12,7 @@ from mulki.report import print_matrix, summary_markdown
 from mulki.report.tables import class_incremental_lines, recall_lines
 from mulki.runs.metrics import ZERO_SHOT, AccuracyMatrix, ClassIncremental
 from mulki.runs.results import Evaluation
+from mulki.runs.with_head import WithHead
 from tests import FIXTURES
 from tests.report.report_helpers import SMALL
 
@@ -95,6 +96,22 @@ def test_class_incremental_lines() -> None:
         wanted[0], wanted[1].replace("*", "\\*").replace("[red]", "\\[red\\]") + "\n"
     ]  # fmt: skip
     assert class_incremental_lines(ClassIncremental({})) == []
+
+
+def test_results_with_a_head() -> None:
+    head = WithHead(SMALL, ClassIncremental({"letters": 90.0, "[red] a*b": 70.0}))
+    seen = ClassIncremental({"letters": 80.0, "[red] a*b": 50.0})
+    stream = StringIO()
+    print_matrix(SMALL, Console(file=stream, width=120), seen, with_head=head)
+    lines = stream.getvalue().splitlines()
+    assert lines[-1] == (
+        "with head: class-incremental (one head for all classes seen): average 80.00, last 70.00"
+    )
+    (row,) = [line for line in lines if line.startswith("with head ")]
+    (texts,) = [line for line in lines if line.startswith("2 tasks")]
+    assert row.split()[2:] == texts.split()[2:]
+    markdown = summary_markdown(SMALL, seen, with_head=head)
+    assert "| with head | " in markdown and lines[-1] in markdown
 
 
 def test_markdown() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mulki.errors import InputError
 from mulki.runs.metrics import (
     DEFINITIONS,
+    HEAD_METRICS,
     ZERO_SHOT,
     AccuracyMatrix,
     ClassIncremental,
@@ -148,7 +149,8 @@ def test_one_task_leaves_three_metrics_undefined() -> None:
 def test_keys_are_those_of_the_command_line() -> None:
     keys = ["transfer", "average", "last", "forgetting", "bwt"]
     assert list(Metrics().to_dict()) == keys
-    assert list(DEFINITIONS) == [*keys, "cil_average", "cil_last"]
+    assert list(DEFINITIONS) == [*keys, "cil_average", "cil_last", *HEAD_METRICS]
+    assert set(HEAD_METRICS.values()) == {*keys[1:4], "cil_average", "cil_last"}
     assert all("\n" not in definition for definition in DEFINITIONS.values())
 
 

@@ -114,6 +114,13 @@ class Group:
         }
 
 
+def metrics_shown(sections: Sequence[Section]) -> list[str]:
+    """The metrics that tables have columns for: those with a head only where a group has them."""
+    groups = [group for section in sections for group in section.groups]
+    known = {name for group in groups for name in group.means}
+    return [name for name in TITLES if name not in HEAD_METRICS or name in known]
+
+
 @dataclass(frozen=True, eq=False)
 class Against:
     """What a group has more than the baseline.

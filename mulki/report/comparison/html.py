@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mulki.errors import InputError, counted
 from mulki.files import write_atomic
 from mulki.report.comparison.figures import SectionPlots, section_plots
-from mulki.report.comparison.groups import TITLES, Comparison, Section
+from mulki.report.comparison.groups import TITLES, Comparison, Section, metrics_shown
 from mulki.report.comparison.tables import LEGEND, Row, difference_rows, mean_rows, order_rows
 from mulki.report.pages import page_file, render
 from mulki.report.plot import Plot
@@ -48,6 +49,7 @@ def render_comparison(comparison: Comparison) -> str:
     sections = comparison.sections
     runs = [run for section in sections for group in section.groups for run in group.runs]
     labels = dict.fromkeys(group.label for section in sections for group in section.groups)
+    metrics = metrics_shown(sections)
     return render(
         page_file("comparison.html"),
         title="Comparison of runs",
@@ -60,11 +62,11 @@ def render_comparison(comparison: Comparison) -> str:
         notes=[line for line in comparison.warnings if line not in comparison.unlike],
         legend=LEGEND,
         recall_note=recall_note,
-        metrics=list(TITLES.values()),
+        metrics=[TITLES[name] for name in metrics],
         notation=NOTATION,
-        definitions={title: DEFINITIONS[name] for name, title in TITLES.items()},
-        orders=order_rows(sections),
-        sections=[_shown(section, number) for number, section in enumerate(sections, 1)],
+        definitions={TITLES[name]: DEFINITIONS[name] for name in metrics},
+        orders=order_rows(sections, metrics),
+        sections=[_shown(section, number, metrics) for number, section in enumerate(sections, 1)],
         runs=[
             (str(run.path), group.label, str(run.seed), section.name, run.data.fingerprint)
             for section in sections
@@ -83,10 +85,11 @@ class _Shown:
     left_out: int  # tasks without a figure
 
 
-def _shown(section: Section, number: int) -> _Shown:
+def _shown(section: Section, number: int, metrics: Sequence[str]) -> _Shown:
     plots = section_plots(section, number)
     left_out = len(section.tasks) - len(plots.tasks)
-    return _Shown(section, mean_rows(section), difference_rows(section), plots, left_out)
+    rows = mean_rows(section, metrics), difference_rows(section, metrics)
+    return _Shown(section, *rows, plots, left_out)
 
 
 def figures(comparison: Comparison) -> list[Plot]:

@@ -11,7 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mulki.report.comparison.groups import TITLES, Comparison, Section, over_orders
+from mulki.report.comparison.groups import (
+    TITLES,
+    Comparison,
+    Section,
+    metrics_shown,
+    over_orders,
+)
 from mulki.report.tables import column_blocks, recall_note
 from mulki.runs.intervals import Difference
 
@@ -41,34 +47,36 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """What a row is of, a cell for each of `TITLES`, and what stands behind them."""
+    """What a row is of, a cell for each metric that is shown, and what stands behind them."""
 
     label: str
     cells: tuple[Cell, ...]
     about: tuple[str, ...]
 
 
-def mean_rows(section: Section) -> list[Row]:
+def mean_rows(section: Section, metrics: Sequence[str]) -> list[Row]:
     """The groups of a section, with their numbers of runs and what they use."""
-    return [Row(g.label, _means(g.means), (str(len(g.runs)), g.uses)) for g in section.groups]
+    return [
+        Row(g.label, _means(g.means, metrics), (str(len(g.runs)), g.uses)) for g in section.groups
+    ]
 
 
-def difference_rows(section: Section) -> list[Row]:
+def difference_rows(section: Section, metrics: Sequence[str]) -> list[Row]:
     """What groups have more than the baseline, with pairs of runs and what intervals hold."""
     return [
-        Row(each.label, _differences(each.metrics), (str(each.pairs), each.over))
+        Row(each.label, _differences(each.metrics, metrics), (str(each.pairs), each.over))
         for each in section.differences
     ]
 
 
-def order_rows(sections: Sequence[Section]) -> list[Row]:
+def order_rows(sections: Sequence[Section], metrics: Sequence[str]) -> list[Row]:
     """Groups over several orders, and their differences, with the numbers of orders."""
     rows = []
     for each in over_orders(sections):
-        rows.append(Row(each.label, _means(each.means), (str(each.orders),)))
+        rows.append(Row(each.label, _means(each.means, metrics), (str(each.orders),)))
         if each.baseline is not None:
-            label = f"{each.label} less {each.baseline}"
-            rows.append(Row(label, _differences(each.differences), (str(each.compared),)))
+            label, cells = f"{each.label} less {each.baseline}", _differences(each.differences, metrics)
+            rows.append(Row(label, cells, (str(each.compared),)))
     return rows
 
 
@@ -89,17 +97,18 @@ def print_comparison(comparison: Comparison, console: Console, width: int | None
 
     def show(title: str, head: Sequence[str], rows: Sequence[Row]) -> None:
         lines.print(Text(title, style="bold"))
-        for table in _tables(width, head, rows):
+        for table in _tables(width, [*(TITLES[name] for name in metrics), *head], rows):
             tables.print(table, "", sep="\n")
 
+    metrics = metrics_shown(comparison.sections)
     for section in comparison.sections:
-        show(section.name, ("runs", "uses"), mean_rows(section))
+        show(section.name, ("runs", "uses"), mean_rows(section, metrics))
         if section.differences:
-            rows = difference_rows(section)
+            rows = difference_rows(section, metrics)
             show(f"less {section.baseline}", ("pairs", "interval over"), rows)
         if section.captions:
             lines.print(Text(recall_note(section.captions)), "", sep="\n")
-    if rows := order_rows(comparison.sections):
+    if rows := order_rows(comparison.sections, metrics):
         show("over orders, each with the mean of its seeds", ("orders",), rows)
     lines.print(Text(LEGEND, style="dim"))
     for warning in comparison.warnings:
@@ -107,12 +116,14 @@ def print_comparison(comparison: Comparison, console: Console, width: int | None
         lines.print(Text(f"warning: {warning}"), soft_wrap=True)
 
 
-def _means(of: Mapping[str, tuple[float, float | None]]) -> tuple[Cell, ...]:
-    return tuple(Cell(_mean_text(*of[name])) if name in of else Cell() for name in TITLES)
+def _means(
+    of: Mapping[str, tuple[float, float | None]], metrics: Sequence[str]
+) -> tuple[Cell, ...]:
+    return tuple(Cell(_mean_text(*of[name])) if name in of else Cell() for name in metrics)
 
 
-def _differences(of: Mapping[str, Difference]) -> tuple[Cell, ...]:
-    return tuple(_difference(name, of[name]) if name in of else Cell() for name in TITLES)
+def _differences(of: Mapping[str, Difference], metrics: Sequence[str]) -> tuple[Cell, ...]:
+    return tuple(_difference(name, of[name]) if name in of else Cell() for name in metrics)
 
 
 def _difference(name: str, of: Difference) -> Cell:
@@ -124,15 +135,11 @@ def _difference(name: str, of: Difference) -> Cell:
     return Cell(f"{of.value:+.2f}", interval, "" if of.low <= 0 <= of.high else kind)
 
 
-def _tables(width: int, about: Sequence[str], rows: Sequence[Row]) -> Iterator[Table]:
+def _tables(width: int, head: Sequence[str], rows: Sequence[Row]) -> Iterator[Table]:
     # Each with all rows and some of the columns; the last column alone holds words.
-    head = (*TITLES.values(), *about)
     labels = [row.label for row in rows]
     cells = [(*map(str, row.cells), *row.about) for row in rows]
     columns = list(zip(head, *cells, strict=True))
-    # Of metrics, those that a row has: not every run has a head, or all tasks in one label space.
-    metrics = [each for each in columns[: len(TITLES)] if {*each[1:]} != {str(Cell())}]
-    columns = [*metrics, *columns[len(TITLES) :]]
     label = min(max(map(cell_len, labels)), max(_LEAST_LABEL, width // 3))
     # Each column takes one space more; the table adds another between two columns.
     room = width - label - 1

@@ -114,7 +114,7 @@ def statistics_of(checkpoint: Path) -> Path:
         return (
             checkpoint / LATEST if run_of(checkpoint) == checkpoint else checkpoint
         ) / STATISTICS
-    return checkpoint.with_suffix(f".{STATISTICS}")
+    return checkpoint.with_name(f"class_statistics_{checkpoint.name}")
 
 
 def run_of(checkpoint: Path) -> Path | None:

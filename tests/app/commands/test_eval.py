@@ -8,6 +8,7 @@ import pytest
 
 from mulki.app.cli import run_command
 from mulki.runs.metrics import read_matrix
+from mulki.runs.reading import read_folder
 
 Refused = Callable[[Sequence[object]], str]
 
@@ -24,6 +25,11 @@ def test_a_run_is_evaluated_again(
     assert [of["task"] for of in found["tasks"]] == list(matrix.columns)
     assert tuple(round(of["own"]["acc1"], 4) for of in found["tasks"]) == matrix.rows[-1]
     assert found["label_space"] == "task"
+    head = read_folder(finished).with_head
+    assert head is not None
+    of_head = found["with_head"]
+    assert tuple(round(of["own"]["acc1"], 4) for of in of_head["tasks"]) == head.matrix.rows[-1]
+    assert round(of_head["all"]["acc1"], 4) == head.class_incremental.last
     assert found["hashes"].keys() >= {"weights", "prompts", "splits"}
     # A line for each image and label space, and the header.
     lines = (tmp_path / "predictions.csv").read_text().splitlines()
@@ -41,10 +47,16 @@ def test_a_table_for_people(finished: Path, capsys: pytest.CaptureFixture[str]) 
     latest = finished / "checkpoints" / "latest"
     assert run_command(["eval", str(latest)]) == 0
     out = capsys.readouterr().out
-    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
-    matrix = read_matrix(finished / "matrix.csv")
-    for task, accuracy in zip(matrix.columns, matrix.rows[-1], strict=True):
-        assert rows[task][1] == f"{accuracy:.4f}"
+    by_texts, with_head = out.split("with head")
+    head = read_folder(finished).with_head
+    assert head is not None
+    for text, matrix in (
+        (by_texts, read_matrix(finished / "matrix.csv")),
+        (with_head, head.matrix),
+    ):
+        rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.strip()}
+        for task, accuracy in zip(matrix.columns, matrix.rows[-1], strict=True):
+            assert rows[task][1] == f"{accuracy:.4f}"
     assert "matrix.csv of the run is in label space task" in out
     assert "weights" in out and "prompts" in out and "splits" in out
 

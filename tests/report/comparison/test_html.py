@@ -6,6 +6,7 @@ import pytest
 
 from mulki.errors import InputError
 from mulki.report.comparison.compare import compare
+from mulki.report.comparison.groups import TITLES, metrics_shown
 from mulki.report.comparison.html import check_page, figures, render_comparison, write_comparison
 from tests.report.report_helpers import (
     BROWSER,
@@ -141,3 +142,18 @@ def test_in_a_browser(text: str, tmp_path: Path, width: int) -> None:
     assert said["last"] == sorted(said["last"])
     # Those over all tasks, and one in each row of tabs.
     assert said["figures"] == text.count("<figure") - (len(TASKS) - 1) - 2
+
+
+def test_runs_with_a_head_have_columns_for_it(tmp_path: Path) -> None:
+    runs = [
+        write_whole_run(tmp_path, name=method, method=method, head=method == "mulki")
+        for method in ("lwf", "mulki")
+    ]
+    found = compare(runs)
+    assert metrics_shown(found.sections) == list(TITLES)
+    page = Page(render_comparison(found))
+    rows = [row for row in page.rows if len(row) == len(TITLES) + 3]
+    mulki, lwf = (next(row for row in rows if row[0] == name) for name in ("mulki", "lwf"))
+    assert mulki[list(TITLES).index("head_last") + 1] == "100.00"
+    assert lwf[list(TITLES).index("head_last") + 1] == "-"
+    assert "with the head of class statistics" in render_comparison(found)

@@ -46,6 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lwf": {"method": "lwf", "warmup": 2},
     "muon": {"method": "finetune", "opt": "muon"},
     "snd": {"method": "snd", "reference": "current", "reference_batch_size": 4},
+    "made": {"method": "mulki", "hold_on": "both", "gate": "discrepancy"},
     "zscl": {"method": "zscl", "reference": "current", "we_every": 2},
     "wise_ft": {"method": "wise_ft", "wise_base": "zero_shot"},
     "original": {"method": "mulki", "original": "tiny-vit"},
@@ -64,7 +65,7 @@ def results_of(folder: Path) -> Any:
         for e in read_evaluations(folder / "results.jsonl")
     ]
     answers = {
-        (row, name): each.own.tolist()
+        (row, name): [a.own.tolist() for a in (each, each.head) if a is not None]
         for row, by_name in read_answers(folder).items()
         for name, each in by_name.items()
     }
@@ -77,6 +78,8 @@ def check_same(one: Path, other: Path) -> None:
     assert results_of(one) == results_of(other)
     for task in ("task_01*", "task_02*"):
         assert same_state(weights(one, task), weights(other, task))
+        (file,) = (one / "checkpoints").glob(f"class_statistics_{task}")
+        assert file.read_bytes() == (other / "checkpoints" / file.name).read_bytes()
     assert not (one / "recovery").exists() and not list(one.rglob("*.tmp"))
 
 
