@@ -204,8 +204,8 @@ def teacher_kl(
 
     - ``"discrepancy"``: for teachers (original, previous) of one width,
       ``w_previous = sigmoid(6 (|u_0 - u_1| - 0.2))`` on their features (Select-and-Distill).
-    - ``"loss"``: ``w_1 = sigmoid(3 (l_2 - l_1) / (l_1 + l_2 + eps))`` on the cross-entropies of the
-      two teachers with the target (LfI); one more product per teacher.
+    - ``"loss"``: ``w_1 = (1 + (l_2 - l_1) / (l_1 + l_2 + eps)) / 2`` on the cross-entropies of the
+      two teachers with the target (the code of LfI); one more product per teacher.
 
     `mulki.ops.gates.register_gate` adds others.
 

@@ -3,7 +3,7 @@
 A method never calls an encoder. It declares which features it needs, and its losses are a function
 of those features, the targets and its own state. Only `mulki.train` encodes, so caching of frozen
 teachers, precision, micro-batches and several processes are written once. A method may also prepare
-a task, add terms on parameters, act after each step and after each task.
+a task, add terms on parameters, change gradients before each step, act after it, and after a task.
 """
 
 from __future__ import annotations
@@ -173,6 +173,14 @@ class Method(nn.Module):
         one at the task's start. Nothing by default.
         """
         return {}
+
+    def before_step(self, weights: Mapping[str, nn.Parameter]) -> None:
+        """May change the gradients in place, between the backward pass and the optimiser's step.
+
+        Args:
+            weights: the student's trainable parameters by name; the gradients are those of the
+                whole batch, not scaled, and not clipped yet. Sharded parameters are DTensors.
+        """
 
     def after_step(self, step: int) -> None:
         """Called after optimiser step `step` of the task, counted from 1.

@@ -219,11 +219,12 @@ _IGNORE_NONE = -(2**63)
 def loss_weights(
     teachers: Sequence[Teacher], target: Tensor | None, class_mask: Tensor | None = None
 ) -> Tensor:  # [N, 2]
-    """w_1 = sigmoid(g (l_2 - l_1) / (l_1 + l_2 + eps)), g = 3, l_k the loss of teacher k.
+    """w_1 = (1 + (l_2 - l_1) / (l_1 + l_2 + eps)) / 2, l_k the loss of teacher k.
 
-    The normalised gate of LfI (CVPR 2026), where the losses are the cross-entropies of the two
-    models that distil into each other. Here l_k is the cross-entropy of teacher k's logits with the
-    target, at temperature 1. It costs one more product of features and prototypes per teacher.
+    The linear gate in the code of LfI (CVPR 2026), where the losses are the cross-entropies of the
+    two models that distil into each other; its paper has a sigmoid of three times the ratio. Here
+    l_k is the cross-entropy of teacher k's logits with the target, at temperature 1. It costs one
+    more product of features and prototypes per teacher.
 
     Raises:
         ValueError: there are not two teachers.
@@ -238,7 +239,7 @@ def loss_weights(
         )[0]
         for teacher in teachers
     )
-    w = torch.sigmoid(3 * (second - first) / (first + second + 1e-8))
+    w = (1 + (second - first) / (first + second + 1e-8)) / 2
     return torch.stack([w, 1 - w], dim=1)
 
 

@@ -75,7 +75,10 @@ def order_rows(sections: Sequence[Section], metrics: Sequence[str]) -> list[Row]
     for each in over_orders(sections):
         rows.append(Row(each.label, _means(each.means, metrics), (str(each.orders),)))
         if each.baseline is not None:
-            label, cells = f"{each.label} less {each.baseline}", _differences(each.differences, metrics)
+            label, cells = (
+                f"{each.label} less {each.baseline}",
+                _differences(each.differences, metrics),
+            )
             rows.append(Row(label, cells, (str(each.compared),)))
     return rows
 

@@ -106,6 +106,13 @@ class RunConfig:
     batch_size_eval: int = option(256, "images per evaluation batch", low=1)
     lr: float = option(1e-5, "base learning rate", above=0)
     lr_of: tuple[str, ...] = option((), "base learning rates of single tasks, as NAME=RATE")
+    lr_first_layer: float = option(
+        1.0,
+        "learning rate of the first layers of each tower as a share of that of the last ones, to "
+        "which it grows linearly",
+        low=0,
+        high=1,
+    )
     opt: Literal["adamw", "muon"] = option(
         "adamw",
         "optimiser; muon: for matrices, with AdamW for embeddings and all that is not a matrix",

@@ -9,21 +9,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from mulki.clip.features import Features, of_reference
-from mulki.clip.models import VisionLanguageModel
 from mulki.clip.texts import text_inputs
 from mulki.distributed.launch import processes_here
 from mulki.distributed.parts import set_whole
 from mulki.methods import Method
-from mulki.train.config.run_config import AUTO, RunConfig
+from mulki.train.config.run_config import AUTO
 from mulki.train.learning import memory
 from mulki.train.learning.anchor_texts import AnchorBatch
 from mulki.train.learning.batches import Batch, PairBatch
 from mulki.train.learning.inputs import TaskInputs, Training
-from mulki.train.learning.muon import MuonWithAdamW, is_matrix
+from mulki.train.learning.optimizer import SHARE, clip_gradients, make_optimizer
 from mulki.train.learning.task_teachers import TaskTeachers
 from mulki.train.microbatch import Encoder, backward
 
@@ -53,7 +51,7 @@ class Step(ABC):
         self._world = training.world
         self._listen = listen
         self._parameters = [*self._model.trainable().values(), *self._method.parameters()]
-        self._optimizer = _optimizer(self._model, self._method, self._config)
+        self._optimizer = make_optimizer(self._model, self._method, self._config)
         self._micro_batch: int | None = None
 
     @abstractmethod
@@ -102,11 +100,15 @@ class Step(ABC):
             lr: the learning rate of this step.
         """
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group[SHARE]
         scaler, largest = self._precision.scaler, self._config.grad_clip_norm
-        if largest is not None:
+        hooked = type(self._method).before_step is not Method.before_step
+        if hooked or largest is not None:
             scaler.unscale_(self._optimizer)
-            _clip([group["params"] for group in self._optimizer.param_groups], largest)
+        if hooked:
+            self._method.before_step(self._model.trainable())
+        if largest is not None:
+            clip_gradients([group["params"] for group in self._optimizer.param_groups], largest)
         scaler.step(self._optimizer)
         scaler.update()
 
@@ -280,41 +282,3 @@ class ClassStep(Step):
 def _pairs(reference: PairBatch, captions: Tensor | None) -> tuple[Tensor, ...]:
     # What the student encodes of a reference batch.
     return (reference.images,) if captions is None else (reference.images, captions)
-
-
-def _optimizer(
-    model: VisionLanguageModel, method: Method, config: RunConfig
-) -> torch.optim.Optimizer:
-    # As in open_clip: gains, biases and the like do not decay. Sharded parameters are in groups of
-    # their own, since no fused update takes both kinds.
-    trainable = model.trainable()
-    use_muon = config.opt == "muon"
-    matrices = [p for name, p in trainable.items() if use_muon and is_matrix(name, p)]
-    weights = [p for name, p in trainable.items() if not (use_muon and is_matrix(name, p))]
-    rest = [p for p in weights if p.ndim < 2] + [*method.parameters()]
-    groups: list[dict[str, Any]] = []
-    for decay, parameters in ((config.wd, [p for p in weights if p.ndim >= 2]), (0.0, rest)):
-        for sharded in (False, True):
-            members = [p for p in parameters if isinstance(p, DTensor) == sharded]
-            groups += [{"params": members, "weight_decay": decay}] if members else []
-    options: dict[str, Any] = {
-        "lr": config.lr,
-        "betas": (config.beta1, config.beta2),
-        "eps": config.eps,
-        "fused": model.device.type in ("cpu", "cuda"),
-    }
-    if use_muon:
-        whole = [{"params": matrices, "weight_decay": config.wd}] if matrices else []
-        return MuonWithAdamW(whole, groups, **options)
-    return torch.optim.AdamW(groups, **options)
-
-
-def _clip(groups: Sequence[Sequence[nn.Parameter]], largest: float) -> None:
-    # Norms of sharded and of whole parameters are computed apart: no operation takes both.
-    norms = []
-    for group in groups:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
-        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    total = torch.linalg.vector_norm(torch.stack(norms))
-    for group in groups:
-        torch.nn.utils.clip_grads_with_norm_(group, largest, total)
