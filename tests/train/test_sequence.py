@@ -96,7 +96,13 @@ def test_every_method_leaves_a_complete_folder(
     assert [e.step for e in evaluations] == steps
 
     seen = [e for e in every if e.metric == "acc1_seen"]
-    assert len(seen) + len(evaluations) == len(every)
+    heads = [e for e in every if e.metric in ("acc1_head", "acc1_seen_head")]
+    assert [(e.after_task, e.eval_dataset, e.n) for e in heads] == [
+        (after, data, n)
+        for after, of_seen in (("colours", 15), ("shades", 25))
+        for data, n in (("colours", 15), ("shades", 10), ("all-seen", of_seen))
+    ]
+    assert len(seen) + len(evaluations) + len(heads) == len(every)
     assert [(e.after_task, e.eval_dataset, e.n) for e in seen] == [
         ("colours", "all-seen", 15), ("shades", "all-seen", 25)
     ]  # fmt: skip
@@ -163,7 +169,8 @@ def test_rows_of_zero_shot_are_the_same_and_evaluated_once(
     monkeypatch.setattr(VisionLanguageModel, "encode_images", counted)
     _, *rows = rows_of(run(method="zero_shot"))
     assert len({tuple(row[1:]) for row in rows}) == 1
-    assert sum(seen) == 25
+    # The test images, and for the class statistics the training images.
+    assert sum(seen) == 25 + 30
 
 
 def test_zero_shot_row_of_every_method_is_that_of_the_start_model(
@@ -320,7 +327,8 @@ def test_what_ends_a_run_leaves_its_results(
     assert matrix.tasks == ("colours",) and matrix.zero_shot is not None
     summary = json.loads((path / "summary.json").read_text())
     assert summary["status"] == "interrupted" and summary["tasks"] == ["colours"]
-    assert len(read_evaluations(path / "results.jsonl")) == 5
+    # Two of the start model; of the first task two, all seen, and these with a head.
+    assert len(read_evaluations(path / "results.jsonl")) == 2 + 2 * 3
     assert list(read_answers(path)) == ["zero-shot", "colours"]
     assert "interrupted" in (path / "summary.md").read_text()
     assert type(error).__name__ in (path / "out.log").read_text()
