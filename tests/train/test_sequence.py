@@ -142,7 +142,8 @@ def test_every_method_leaves_a_complete_folder(
     if trains:
         names = {p.name for p in (path / "checkpoints").iterdir()}
         tasks = {f"task_{i:02d}_{t}.safetensors" for i, t in ((1, "colours"), (2, "shades"))}
-        assert names == tasks | {"latest"}
+        assert names == tasks | {f"class_statistics_{name}" for name in tasks} | {"latest"}
+        assert (path / "checkpoints" / "latest" / "class_statistics.safetensors").is_file()
         log = (path / "out.log").read_text()
         for task in ("colours", "shades"):
             for step in (1, 2, 4):
