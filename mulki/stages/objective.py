@@ -289,7 +289,10 @@ class MulKILoss(nn.Module):
             all_weights.append(weights)
         if self.hold_on == "made":
             per_class = weights.new_full((len(student.texts), len(teachers)), 1 / len(teachers))
-        return terms | self._text_terms(student, teachers, per_class), torch.cat(all_weights)
+        terms |= self._text_terms(student, teachers, per_class)
+        order = [f"{name}_loss" for name in (*self.relations, *self.anchors, "feature")]
+        in_order = {name: terms[name] for name in order if name in terms}
+        return in_order, torch.cat(all_weights)
 
     def _image_terms(
         self, student: Features, teachers: Sequence[Features], target: Tensor | None

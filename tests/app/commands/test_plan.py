@@ -127,7 +127,7 @@ def test_of_a_model_that_only_a_hub_knows_the_tasks_are_planned(
     assert (found["parameters"], found["seconds"]) == (None, None)
     assert [each["steps"] for each in found["tasks"]] == [0, 0]
     assert found["downloads"][0]["bytes"] is None
-    assert run_command([*words, "--method", "snd"]) == 2
+    assert run_command([*words, "--method", "snd", "--reference", "none"]) == 2
     assert "--reference" in capsys.readouterr().err
 
 
