@@ -72,7 +72,8 @@ class Blocks:
         """Columns that a row has memory for."""
         return min(round_up(columns, COLUMN_MULTIPLE), self.stride)
 
-    def compute_logits(self, block: Block) -> None:
+    def compute_logits(self, block: Block) -> list[Tensor]:
+        """Y of every model, which the next block takes the memory of."""
         columns, size = block[2:], (block.last - block.first, block.stop - block.start)
         if columns not in self._prototypes:
             views = [w[block.start : block.stop].mT for _, w in self.models]
@@ -83,6 +84,7 @@ class Blocks:
             self.models, self._prototypes[columns], self._logits[size], strict=True
         ):
             multiply(x[block.first : block.last], w, y)
+        return self._logits[size]
 
     def visit(
         self,

@@ -21,4 +21,4 @@ def contrastive(x: Contrastive, request: Request) -> tuple[Tensor, ...]:
     if len(x.image_features) == 0:
         return results.of_nothing(request, x, (0,))
     models = [Model.of(x.image_features, x.text_features)]
-    return pairs.compute("contrastive", models, x.logit_scale, request, x, labels=True)
+    return pairs.compute(models, x.logit_scale, request, x, labels=True)

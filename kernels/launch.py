@@ -11,12 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import copy_context
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
@@ -46,7 +44,6 @@ class Product(NamedTuple):
 
 
 _recorded: list[Launch | Product] | None = None
-_every_plan = False
 
 
 def launch(
@@ -68,27 +65,6 @@ def launch(
         return None
     with current_device(device):
         return kernel[grid](**arguments, **options)
-
-
-def launch_with_descriptors(
-    kernel: Any,
-    grid: tuple[int, ...],
-    device: torch.device,
-    warps: int,
-    stages: int,
-    **arguments: Any,
-) -> Any:
-    """As `launch`, for a kernel that makes tensor descriptors: Triton asks for memory for them."""
-
-    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
-        return torch.empty(size, dtype=torch.int8, device=device)
-
-    def run() -> Any:
-        triton.set_allocator(allocate)
-        return launch(kernel, grid, device, warps, stages, **arguments)
-
-    # In a context of its own, so that an allocator that the user has set stays.
-    return copy_context().run(run)
 
 
 class Repeated:
@@ -156,21 +132,16 @@ def current_device(device: torch.device | None) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def is_recording(every_plan: bool = False) -> bool:
-    """Whether launches are recorded; with `every_plan`, whether those of all plans are."""
-    return _recorded is not None and (_every_plan or not every_plan)
-
-
 @contextmanager
-def recording(architecture: str, every_plan: bool = False) -> Iterator[list[Launch | Product]]:
-    """Collect the launches for `architecture`: of the default plan, or of every plan."""
-    global _recorded, _every_plan
+def recording(architecture: str) -> Iterator[list[Launch | Product]]:
+    """Collect the launches for `architecture`."""
+    global _recorded
     assert _recorded is None
     launches: list[Launch | Product] = []
-    _recorded, _every_plan = launches, every_plan
+    _recorded = launches
     common.assume_architecture(architecture)
     try:
         yield launches
     finally:
-        _recorded, _every_plan = None, False
+        _recorded = None
         common.assume_architecture(None)

@@ -34,4 +34,4 @@ def pair_kl(x: PairKl, request: Request) -> tuple[Tensor, ...]:
         x.gate_label != 0,
         [common.empty_float32(x.image_features, 2, n, k) for _ in range(3)],
     )
-    return pairs.compute("pair_kl", models, x.logit_scale, request, leaves, x.labels, teachers)
+    return pairs.compute(models, x.logit_scale, request, leaves, x.labels, teachers)

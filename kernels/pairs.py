@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import autotune, common, results, schedule
+from . import common, results, schedule
 from .chunks import BlockKernel, Blocks, OperandGradients, PairKernel
 from .common import Model, ceil_div
 from .launch import launch
@@ -287,7 +287,6 @@ def _sides_of(
 
 
 def compute(
-    kind: str,  # of plans that are chosen by time
     models: Sequence[Model],  # the student, then the teachers
     scale: Tensor,
     request: Request,
@@ -332,29 +331,25 @@ def compute(
         label_terms = LabelTerms(parts[-1].lse, upstreams[0])
     scale_gradients = common.empty_float32(scale, n) if any(wanted) else None
 
-    def run(plan: schedule.Plan) -> list[Tensor]:
-        blocks = Blocks(models, plan)
-        dtype = results.dtype(request, leaves[0])
-        found = OperandGradients(models[0], wanted, dtype, factors, blocks.once)
-        blocks.visit([kernel for part in parts for kernel in part.kernels(blocks)])
-        for part in parts:
-            part.finish()
-        if any(wanted):
-            gradient = PairKernel(
-                pair_gradient,
-                blocks,
-                any(wanted[:2]),
-                labels=label_terms,
-                teachers=teacher_terms._replace(y=tuple(blocks.of_models[1:]) or None),
-                factors=factors,
-                scale_gradients_ptr=scale_gradients,
-                classes=n,
-            )
-            blocks.visit([gradient], found, stored=all(blocks.once))
-        return found.finished()
-
     problem = schedule.Problem.of(models, any(wanted), softmax=False, columns_too=True)
-    of_operands = autotune.run_plan(kind, problem, models, run)
+    blocks = Blocks(models, schedule.plan(problem))
+    dtype = results.dtype(request, leaves[0])
+    found = OperandGradients(models[0], wanted, dtype, factors, blocks.once)
+    blocks.visit([kernel for part in parts for kernel in part.kernels(blocks)])
+    for part in parts:
+        part.finish()
+    if any(wanted):
+        gradient = PairKernel(
+            pair_gradient,
+            blocks,
+            any(wanted[:2]),
+            labels=label_terms,
+            teachers=teacher_terms._replace(y=tuple(blocks.of_models[1:]) or None),
+            factors=factors,
+            scale_gradients_ptr=scale_gradients,
+            classes=n,
+        )
+        blocks.visit([gradient], found, stored=all(blocks.once))
     details = () if teachers is None else teachers.details
     of_scalars = (scale_gradients,)
-    return results.returned(request, factors, leaves, losses, details, of_operands, of_scalars)
+    return results.returned(request, factors, leaves, losses, details, found.finished(), of_scalars)

@@ -14,7 +14,7 @@ import triton.language as tl
 # holds for arguments of their own alone: in a tuple each integer would be specialized.
 COUNTS = (
     *("n", "p", "first_row", "first_column", "classes", "ignore_index"),
-    *("state_rows", "sum_rows", "offset", "parts", "span"),
+    *("state_rows", "sum_rows", "offset"),
 )
 jit_kernel = triton.jit(do_not_specialize=COUNTS)  # decorates the functions that are launched
 

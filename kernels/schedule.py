@@ -1,4 +1,4 @@
-"""How a loss is computed: the schedule of least modelled time, and the tiles of kernels.
+"""How logits are computed: the schedule of least modelled time, and the tiles of kernels.
 
     rows     P is so small that a program holds the logits of its rows, of all models: one launch
              makes products, softmax, loss, G and dX, and dW is one product more
@@ -6,11 +6,9 @@
              kernel reads each once, and writes G over it; two more products
     blocks   where memory holds the logits of too few rows: those of some rows and columns are
              stored. Statistics are merged over columns; then the logits are made again, for G
-    stream   no logit is stored for the statistics (`streamed_rows`, in half precision); then the
-             logits of blocks are made, for G
 
 A call without gradients may take any of them, and leaves the second part out. Products are few in
-each: K + 1 for the logits, 2 for the gradients, and K + 1 more in the last two.
+each: K + 1 for the logits, 2 for the gradients, and K + 1 more in the last.
 
 The times are a model, not measured: products at a share of a peak, bytes at a share of a bandwidth,
 and launches. They are those of one GPU for all, so that plans, and with them sums, are the same on
@@ -34,19 +32,15 @@ MEMORY, OF_BLOCKS = 64 << 20, 60 << 20
 # Of an H100, in operations and bytes per second: published peaks, and shares that are assumed.
 LIBRARY = {"half": 690e12, "tf32": 345e12, "float": 47e12}
 KERNEL = {"half": 250e12, "tf32": 125e12, "float": 47e12}
-# In half precision, of a kernel with tiles as large as the library's: operations, and logits whose
-# statistics are taken, which is 16 exponentials a clock of each multiprocessor with others beside.
-STREAM, EXPONENTIALS = 500e12, 1.5e12
 BANDWIDTH = 2.7e12
 GAP, HOST = 1.5e-6, 12e-6  # seconds of the device, and of Python, for each launch
 NEAR = 1.05  # times that differ by less are the same, as far as this model can tell
 TILE = 128  # rows and columns of a tile of the library: products of fewer take as long
 # Of a program that keeps whole rows: rows, logits (48 for each of 256 threads), columns.
-WHOLE_ROWS, WHOLE_VALUES = (16, 32, 64), 48 * 256
+WHOLE_ROWS, WHOLE_VALUES = (16, 32), 48 * 256
 WHOLE_COLUMNS = {"half": 256, "tf32": 128, "float": 128}
 PROGRAMS = 132  # that fill a GPU
 CACHE, CACHED = 40 << 20, 5e12  # bytes of L2 that stay from launch to launch; bytes per second
-STREAMED_MODELS = 4  # more have their statistics in more registers than there are
 ROW_CANDIDATES = (16, 64, 128, 192, 256, 320, 384, 512, 640, 768, 1024, 1536, 2048, 4096, 8192)
 COLUMN_CANDIDATES = (1024, 2048, 4096, 8192, 32768, 131072)
 
@@ -62,7 +56,6 @@ class Problem(NamedTuple):
     softmax: bool = True  # whether G needs statistics of whole rows
     columns_too: bool = False  # and of whole columns
     whole: bool = False  # whether there is a kernel for whole rows
-    streamed: bool = False  # and one for statistics without stored logits
 
     @classmethod
     def of(cls, models: Sequence[Model], gradient: bool, **kind: bool) -> Problem:
@@ -101,21 +94,15 @@ class RowTile(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def plans(problem: Problem) -> tuple[Plan, ...]:
-    """The plan to take, the four of least modelled time, and the best of each schedule.
-
-    Of those whose time is near the least, the one with the fewest launches is taken.
-    """
-    ordered = sorted(_candidates(problem), key=lambda plan: seconds(problem, plan))
-    near = [
-        plan for plan in ordered if seconds(problem, plan) <= NEAR * seconds(problem, ordered[0])
-    ]
-    chosen = min(near, key=lambda plan: sum(count for count, _ in _launches(problem, plan)))
-    best = {plan.schedule: plan for plan in reversed(ordered)}
-    return tuple(dict.fromkeys([chosen, *ordered[:4], *best.values()]))
+def plan(problem: Problem) -> Plan:
+    """Of the plans whose modelled time is near the least, the one with the fewest launches."""
+    took = {one: seconds(problem, one) for one in candidates(problem)}
+    near = [one for one, time in took.items() if time <= NEAR * min(took.values())]
+    near.sort(key=took.__getitem__)
+    return min(near, key=lambda one: sum(count for count, _ in _launches(problem, one)))
 
 
-def _candidates(problem: Problem) -> Iterator[Plan]:
+def candidates(problem: Problem) -> Iterator[Plan]:
     n, p, models = problem.n, problem.p, len(problem.widths)
     for rows in WHOLE_ROWS if problem.whole else ():
         values = models * rows * max(16, next_power_of_2(p))
@@ -125,8 +112,6 @@ def _candidates(problem: Problem) -> Iterator[Plan]:
     smallest = min(16, n), min(1024, p)
     # Where many models leave no room for more.
     yield Plan("blocks" if smallest[1] < p else "chunks", *smallest)
-    if problem.streamed and not problem.gradient:
-        yield Plan("stream", *smallest)  # which stores no block
     for rows in {min(rows, n) for rows in (*ROW_CANDIDATES, n)}:
         # One block saves a product where G needs statistics of columns.
         room = MEMORY if rows == n and problem.columns_too else OF_BLOCKS
@@ -135,8 +120,6 @@ def _candidates(problem: Problem) -> Iterator[Plan]:
         for columns in COLUMN_CANDIDATES:
             if columns < p and 4 * models * rows * columns <= OF_BLOCKS:
                 yield Plan("blocks", rows, columns)
-                if problem.streamed and problem.gradient:
-                    yield Plan("stream", rows, columns)
 
 
 def seconds(problem: Problem, plan: Plan) -> float:
@@ -171,11 +154,6 @@ def _launches(problem: Problem, plan: Plan) -> Iterator[tuple[int, float]]:
     if problem.columns_too:
         yield 2 * blocks, read
         statistics = blocks > 1
-    elif plan.schedule == "stream":
-        yield from _streamed(problem)
-        statistics = False
-        if not problem.gradient:
-            return
     elif statistics:
         yield blocks, read
     for width in problem.widths:
@@ -192,48 +170,10 @@ def _launches(problem: Problem, plan: Plan) -> Iterator[tuple[int, float]]:
         yield blocks, _product(problem, columns, rows, d, of_g + of_columns / BANDWIDTH)
 
 
-def _streamed(problem: Problem) -> Iterator[tuple[int, float]]:
-    """The two launches for the statistics of all rows."""
-    models, programs = len(problem.widths), PROGRAMS * streams_beside(len(problem.widths))
-    parts, span = stream_parts(problem.n, problem.p, Tile(TILE, TILE, 64, 8, 3), models)
-    rounds = ceil_div(ceil_div(problem.n, TILE) * parts, programs)
-    logits = rounds * programs * TILE * span  # of tiles, and of the places that none has
-    moved = problem.size * (problem.n + problem.p) * sum(problem.widths)
-    computed = 2 * logits * sum(problem.widths) / STREAM + models * logits / EXPONENTIALS
-    yield 1, max(computed, moved / BANDWIDTH)
-    yield 1, 20 * problem.n * parts * models / BANDWIDTH
-
-
 def _product(problem: Problem, m: int, k: int, n: int, moved: float) -> float:
     """A product of the library, [m, k] times [k, n]; `moved` is the time of its bytes."""
     operations = 2 * round_up(m, TILE) * k * round_up(n, TILE)
     return max(operations / LIBRARY[problem.family], moved)
-
-
-def streams_beside(models: int) -> int:
-    """Programs that a multiprocessor of an H100 holds: one model takes half of its registers."""
-    return 2 if models == 1 else 1
-
-
-@lru_cache(maxsize=1024)
-def stream_parts(n: int, p: int, tile: Tile, models: int) -> tuple[int, int]:
-    """In how many parts columns are divided, and the columns of a part.
-
-    Programs take one block of rows and one part after another. The fewest parts, if a program then
-    has hardly more tiles than with any other number of them.
-    """
-    rows, columns = ceil_div(n, tile.rows), ceil_div(p, tile.columns)
-    programs = PROGRAMS * streams_beside(models)
-
-    def tiles_of_a_program(parts: int) -> int:
-        return ceil_div(rows * parts, programs) * ceil_div(columns, parts)
-
-    # Statistics of parts take memory, and are read again.
-    candidates = range(1, max(1, min(columns, 8 * PROGRAMS // rows)) + 1)
-    enough = NEAR * min(map(tiles_of_a_program, candidates))
-    parts = next(parts for parts in candidates if tiles_of_a_program(parts) <= enough)
-    span = ceil_div(columns, parts)
-    return ceil_div(columns, span), span * tile.columns
 
 
 def whole_tile(architecture: str, models: int, rows: int, p: int, dtype: torch.dtype) -> Tile:
@@ -266,53 +206,3 @@ def row_tile(architecture: str, models: int, columns: int, swap: bool = False) -
         return RowTile(1, max(128, next_power_of_2(columns)), min(16, warps))
     warps = 16 if models <= 3 else 8
     return RowTile(1, 32 * warps * (8 if models == 1 else 4), warps)
-
-
-# Kind, architecture ("" is any), how numbers are multiplied: tiles, the first is the default. They
-# were chosen by compiling them: none spills registers in half precision, and all
-# fit the shared memory. "small" is for problems that would give too few programs otherwise.
-TABLE: dict[tuple[str, str, str], tuple[Tile, ...]] = {
-    ("similarity", "", "half"): (Tile(128, 64, 32, 4, 3), Tile(128, 128, 32, 8, 3)),
-    ("similarity", "sm_90", "half"): (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3)),
-    ("similarity", "sm_100", "half"): (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3)),
-    ("similarity", "", "tf32"): (Tile(64, 64, 32, 4, 3),),
-    ("similarity", "", "float"): (Tile(64, 32, 32, 4, 2),),
-    ("similarity small", "", "half"): (Tile(16, 32, 64, 4, 3),),
-    ("similarity small", "", "tf32"): (Tile(16, 32, 32, 4, 3),),
-    ("similarity small", "", "float"): (Tile(16, 32, 32, 4, 2),),
-    ("stream", "", "half"): (Tile(128, 64, 32, 8, 3),),
-    ("stream", "sm_90", "half"): (Tile(128, 128, 64, 8, 3),),
-    ("stream", "sm_100", "half"): (Tile(128, 128, 64, 8, 3),),
-    ("stream", "gfx942", "half"): (Tile(128, 128, 64, 8, 2),),
-}
-ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
-
-
-def tiles(kind: str, architecture: str, dtype: torch.dtype) -> tuple[Tile, ...]:
-    """The tiles of a kind of kernel, the default first."""
-    if architecture == "interpreter":  # so small that tests have several
-        return (Tile(16, 32, 32, 1, 1),)
-    precision = common.precision(architecture, dtype)
-    family = "half" if dtype != torch.float32 else "tf32" if precision == "tf32" else "float"
-    known = TABLE.get((kind, _table_architecture(architecture), family))
-    return TABLE[kind, "", family] if known is None else known
-
-
-def _table_architecture(name: str) -> str:
-    """The architecture of the table that is the most similar to this one."""
-    if name in ARCHITECTURES:
-        return name
-    if not name.startswith("sm_"):
-        return "gfx942"  # the one with the least shared memory
-    number = int(name.removeprefix("sm_"))
-    if number >= 120 or 80 < number < 90:
-        return "sm_86"
-    return "sm_100" if number >= 100 else "sm_90" if number >= 90 else "sm_80"
-
-
-def product_tiles(architecture: str, dtype: torch.dtype, n: int, p: int) -> tuple[Tile, ...]:
-    """For the matrix [N, P] of similarity: large ones first where they give enough programs."""
-    large = tiles("similarity", architecture, dtype)
-    small = tiles("similarity small", architecture, dtype)
-    programs = ceil_div(n, large[0].rows) * ceil_div(p, large[0].columns)
-    return (*large, *small) if 2 * programs >= PROGRAMS else (*small, *large)

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import autotune, common, results, schedule
+from . import common, results, schedule
 from .chunks import Blocks, OperandGradients, PairKernel
 from .common import Model
 from .products import add_to_rows, jit_kernel, load_logits, store_gradient
@@ -135,27 +135,24 @@ def siglip(x: Siglip, request: Request) -> tuple[Tensor, ...]:
     # Beyond these limits no row has a match, and the kernel's 32-bit integers would overflow.
     offset = max(-n, min(x.offset, p))
 
-    def run(plan: schedule.Plan) -> list[Tensor]:
-        blocks = Blocks([model], plan)
-        dtype = results.dtype(request, x.image_features)
-        found = OperandGradients(model, wanted, dtype, factors, blocks.once)
-        launch_rows = PairKernel(
-            siglip_rows,
-            blocks,
-            any(wanted[:2]),
-            bias_ptr=bias,
-            upstream_ptr=upstream,
-            factors=factors,
-            sums_ptr=sums,
-            sum_rows=n,
-            offset=offset,
-        )
-        blocks.visit([launch_rows], found if any(wanted[:2]) else None)
-        return found.finished()
-
-    problem = schedule.Problem.of([model], any(wanted[:2]), softmax=False)
-    of_operands = autotune.run_plan("siglip", problem, [model], run)
+    gradient = any(wanted[:2])
+    problem = schedule.Problem.of([model], gradient, softmax=False)
+    blocks = Blocks([model], schedule.plan(problem))
+    dtype = results.dtype(request, x.image_features)
+    found = OperandGradients(model, wanted, dtype, factors, blocks.once)
+    launch_rows = PairKernel(
+        siglip_rows,
+        blocks,
+        gradient,
+        bias_ptr=bias,
+        upstream_ptr=upstream,
+        factors=factors,
+        sums_ptr=sums,
+        sum_rows=n,
+        offset=offset,
+    )
+    blocks.visit([launch_rows], found if gradient else None)
     loss, *of_scalars = sums
     if request.reduction == "none":
         loss = loss.clone()  # which keeps no memory of the others
-    return results.returned(request, factors, leaves, loss, (), of_operands, of_scalars)
+    return results.returned(request, factors, leaves, loss, (), found.finished(), of_scalars)

@@ -1,9 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc"
 """similarity: z_ij = scale a_i (x_i . w_j) b_j [N, P]; a = b = 1, or the inverse row norms.
 
-Norms are factors of the float32 product, so that no normalised row is rounded. `inverse_norms`
-computes them. A program of `scaled_product` computes one tile of z in its float32 accumulator, and
-writes it once.
+Products of the library write blocks of X W^T in float32 (`chunks`), and what is written to z is
+their product with the factors. So no normalised row is rounded, and z is rounded once.
 
 The backward is given G. With A = G W, or G times the normalised W, and u = a x:
 
@@ -16,17 +15,18 @@ reads A and X twice, and writes dx and <u, A>.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import autotune, common, results, schedule
+from . import common, results, schedule
+from .chunks import Blocks
 from .common import Model, ceil_div
 from .launch import launch, multiply
-from .products import jit_kernel, row_product
+from .products import jit_kernel
 
 if TYPE_CHECKING:
     from mulki.ops.operators import Request
@@ -56,47 +56,6 @@ def row_inverse_norms(
         squares += x * x
     norm = tl.sqrt(tl.sum(squares, 1))
     tl.store(out_ptr + rows, 1.0 / tl.maximum(norm, 1e-12), mask=rows < n)
-
-
-@triton.jit(do_not_specialize=["n"])  # p is the row stride of z
-def scaled_product(
-    x_ptr,  # [N, D]
-    w_ptr,  # [P, D]
-    x_stride,
-    w_stride,
-    d,
-    scale_ptr,  # 0-d
-    row_inverse_norms_ptr,  # [N] float32, or None
-    column_inverse_norms_ptr,  # [P] float32, or None
-    out_ptr,  # [N, P]
-    n,
-    p,
-    BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    DEPTH: tl.constexpr,
-    EVEN_DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    # The grid has one axis, since the other axes are limited to 65,535 programs.
-    blocks = tl.cdiv(p, BLOCK_P)
-    row_block = tl.program_id(0) // blocks
-    rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = (tl.program_id(0) - row_block * blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
-    samples = tl.minimum(rows, n - 1)
-    classes = tl.minimum(columns, p - 1).to(tl.int64)
-    z = row_product(
-        x_ptr, w_ptr, samples, classes, x_stride, w_stride, d,
-        BLOCK_N, BLOCK_P, DEPTH, EVEN_DEPTH, PRECISION, UPCAST,
-    )  # fmt: skip
-    scale = tl.load(scale_ptr).to(tl.float32)
-    if row_inverse_norms_ptr is not None:
-        z *= tl.load(row_inverse_norms_ptr + samples)[:, None]
-        z *= tl.load(column_inverse_norms_ptr + classes)[None, :]
-    z *= scale
-    at = out_ptr + rows[:, None] * p + columns[None, :]
-    inside = (rows < n)[:, None] & (columns < p)[None, :]
-    tl.store(at, z.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @jit_kernel
@@ -169,7 +128,7 @@ def inverse_norms(operand: Tensor) -> Tensor:
 def similarity(x: SimilarityMatrix, request: Request) -> tuple[Tensor, ...]:
     """The matrix in the dtype of the features."""
     leaves, shape = x[:3], (len(x.features), len(x.prototypes))
-    if shape[0] == 0:
+    if 0 in shape:
         none, *gradients = results.of_nothing(request, leaves, shape)
         return none.to(x.features.dtype), *gradients
     model, scale = Model.of(x.features, x.prototypes), common.as_float32(x.scale)
@@ -197,39 +156,16 @@ def _matrix(
     model: Model, scale: Tensor, of_rows: Tensor | None, of_columns: Tensor | None
 ) -> Tensor:
     """z, from the operands and their inverse norms."""
-    n, p = len(model.features), len(model.prototypes)
-    out = model.features.new_empty((n, p))
-    architecture = common.architecture(out.device)
-
-    def run(tile: schedule.Tile) -> Tensor:
-        launch(
-            scaled_product,
-            (ceil_div(p, tile.columns) * ceil_div(n, tile.rows),),
-            out.device,
-            tile.warps,
-            tile.stages,
-            x_ptr=model.features,
-            w_ptr=model.prototypes,
-            x_stride=model.features.stride(0),
-            w_stride=model.prototypes.stride(0),
-            d=model.width,
-            scale_ptr=scale,
-            row_inverse_norms_ptr=of_rows,
-            column_inverse_norms_ptr=of_columns,
-            out_ptr=out,
-            n=n,
-            p=p,
-            BLOCK_N=tile.rows,
-            BLOCK_P=tile.columns,
-            DEPTH=tile.depth,
-            EVEN_DEPTH=model.width % tile.depth == 0,
-            PRECISION=common.precision(architecture, out.dtype),
-            UPCAST=common.upcast([model]),
-        )
-        return out
-
-    tiles = schedule.product_tiles(architecture, out.dtype, n, p)
-    return autotune.run("similarity", model, (n, p, model.width), tiles, run)
+    z = model.features.new_empty((len(model.features), len(model.prototypes)))
+    problem = schedule.Problem.of([model], gradient=False, softmax=False)
+    blocks = Blocks([model], schedule.plan(problem))
+    for block in chain.from_iterable(blocks):
+        rows, columns = slice(block.first, block.last), slice(block.start, block.stop)
+        (y,) = blocks.compute_logits(block)
+        if of_rows is not None and of_columns is not None:
+            y.mul_(of_rows[rows, None]).mul_(of_columns[None, columns])
+        torch.mul(y, scale, out=z[rows, columns])
+    return z
 
 
 def _product(g: Tensor, operand: Tensor, inverse_norms: Tensor | None) -> Tensor:

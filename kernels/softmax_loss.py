@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import autotune, common, results, schedule, streamed_rows, whole_rows
+from . import common, results, schedule, whole_rows
 from .chunks import BlockKernel, Blocks, OperandGradients, row_programs
 from .common import ceil_div
 from .launch import Repeated
@@ -238,40 +239,33 @@ class StoredRows(BlockKernel):
         )
 
 
+def _in_blocks(
+    rows: Rows, wanted: Sequence[bool], dtype: torch.dtype, plan: schedule.Plan
+) -> list[Tensor]:
+    """Write the loss of rows, and return dX and dW."""
+    blocks, gradient = Blocks(rows.models, plan), any(wanted[:2])
+    found = OperandGradients(rows.models[0], wanted, dtype, rows.factors, blocks.once)
+    if blocks.columns >= blocks.p:
+        once = StoredRows(rows, blocks, gradient=gradient)
+        blocks.visit([once], found if gradient else None)
+        return found.finished()
+    state = common.empty_float32(rows.inputs.scale, len(rows.models), 5, blocks.n)
+    first_pass = StoredRows(rows, blocks, state)
+    second_pass = StoredRows(rows, blocks, state, statistics=False, gradient=True)
+    for row_blocks in blocks:
+        blocks.visit([first_pass], blocks=row_blocks)
+        if gradient:
+            blocks.visit([second_pass], found, row_blocks)
+    return found.finished()
+
+
 def compute(
     rows: Rows, request: Request, leaves: Sequence[Tensor], details: Sequence[Tensor] = ()
 ) -> tuple[Tensor, ...]:
     """The results of an operator, of at least one row."""
-    wanted, dtype = request.wanted, results.dtype(request, leaves[0])
-    gradient, scale = any(wanted[:2]), rows.inputs.scale
-
-    def run(plan: schedule.Plan) -> list[Tensor]:
-        if plan.schedule == "rows":
-            return whole_rows.compute(rows, wanted, dtype, plan)
-        streamed = plan.schedule == "stream"
-        state = streamed_rows.compute(rows) if streamed else None
-        if streamed and not gradient:
-            return [scale.new_empty(0, dtype=dtype) for _ in range(2)]
-        blocks = Blocks(rows.models, plan)
-        found = OperandGradients(rows.models[0], wanted, dtype, rows.factors, blocks.once)
-        if state is None and blocks.columns < blocks.p:
-            state = common.empty_float32(scale, len(rows.models), 5, blocks.n)
-        if state is None:
-            once = StoredRows(rows, blocks, gradient=gradient)
-            blocks.visit([once], found if gradient else None)
-            return found.finished()
-        first_pass = None if streamed else StoredRows(rows, blocks, state)
-        second_pass = StoredRows(rows, blocks, state, statistics=False, gradient=True)
-        for row_blocks in blocks:
-            if first_pass is not None:
-                blocks.visit([first_pass], blocks=row_blocks)
-            if gradient:
-                blocks.visit([second_pass], found, row_blocks)
-        return found.finished()
-
-    streamed = streamed_rows.takes(rows.models)
-    problem = schedule.Problem.of(rows.models, gradient, whole=True, streamed=streamed)
-    of_operands = autotune.run_plan(f"softmax {rows.loss}", problem, rows.models, run)
+    plan = schedule.plan(schedule.Problem.of(rows.models, any(request.wanted[:2]), whole=True))
+    function = whole_rows.compute if plan.schedule == "rows" else _in_blocks
+    of_operands = function(rows, request.wanted, results.dtype(request, leaves[0]), plan)
     assert rows.outputs.loss is not None
     of_scalars = [rows.outputs.scale_gradients]
     return results.returned(

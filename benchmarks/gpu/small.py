@@ -15,9 +15,8 @@ from mulki.bench.losses import MULKI
 from mulki.bench.outcomes import outcome
 from mulki.bench.verify import Verifier
 
-#: Whole rows, and stored logits; then what takes wgmma in half precision on Hopper: the library's
-#: products at the first and the third, `scaled_product` at the third, `whole_rows` at the last.
-SHAPES = ("19x35x20", "300x1000x512", "4096x1024x64", "70x300x65", "8192x60x512")
+#: Whole rows, and stored logits; the last two are whole rows, of many programs.
+SHAPES = ("19x35x20", "300x1000x512", "4096x1024x64", "70x300x65", "8192x60x512", "8192x30x1280")
 DTYPES = ("bfloat16", "float32")
 
 

@@ -51,10 +51,7 @@ _TYPES = {
     torch.uint8: "u8",
 }
 # Of arguments, or fields of the argument TILE.
-_TILE_NAMES = (
-    *("BLOCK_N", "BLOCK_P", "DEPTH", "ROWS"),
-    *("rows", "columns", "depth", "statistics", "whole"),
-)
+_TILE_NAMES = ("ROWS", "BLOCK_P", "rows", "columns", "depth", "statistics", "whole")
 _ALIGNED = [["tt.divisibility", 16]]
 
 Path = tuple[int, ...]
@@ -65,7 +62,7 @@ class Variant:
     """What `triton.compile` takes."""
 
     operator: str
-    tile: str  # the values of _TILE_NAMES, as in "BLOCK_N=64 BLOCK_P=64"
+    tile: str  # the values of _TILE_NAMES, as in "rows=16 columns=128"
     kernel: Any
     signature: dict[str, Any]
     constants: dict[Path, Any]
@@ -89,22 +86,13 @@ def variants(architecture: str, number_format: str) -> Iterator[Variant]:
     """All variants for a key of TARGETS and a key of NUMBER_FORMATS."""
     seen: set[str] = set()
     for name, call in _calls(NUMBER_FORMATS[number_format][0]).items():
-        every_plan = name == "similarity large True"
-        with (
-            precision(architecture, number_format),
-            recording(architecture, every_plan) as launches,
-        ):
+        with precision(architecture, number_format), recording(architecture) as launches:
             call()
         for launch in launches:
             if isinstance(launch, Product):
                 continue
             # Of the others, those of bf16 stand for fp16, but for the type of G.
-            of_format = launch.kernel.__name__ in {
-                "whole_rows",
-                "streamed_rows",
-                "scaled_product",
-                "scaled",
-            }
+            of_format = launch.kernel.__name__ in ("whole_rows", "scaled")
             if number_format == "fp16" and not of_format:
                 continue
             variant = _variant(name.split()[0], launch, architecture, number_format)
@@ -176,11 +164,10 @@ def _calls(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "small": (256, 1000),
         "chunks": (4096, 4096),
         "tiles": (1024, 20000),
-        "stream": (4096, 100000),
     }.items():
         student = model(n, p, 512)
         cases[f"teacher_kl {size}"] = kl(n, p, 2, 512)
-        if size in ("whole", "wider", "most", "small", "tiles", "stream"):
+        if size in ("whole", "wider", "most", "small", "tiles"):
             arguments = *student, *labels(n, p)
             cases[f"prototype_cross_entropy {size}"] = asking("prototype_cross_entropy", *arguments)
         if size in ("small", "tiles"):

@@ -135,20 +135,11 @@ def _work(launch: Launch | Product, size: int) -> Work:
     once = {id(t): t for t in tensors}.values()
     name, given, programs = launch.kernel.__name__, launch.arguments, math.prod(launch.grid)
     products, again = 0, 0
-    if name == "scaled_product":
-        products, columns = 1, ceil_div(given["p"], given["BLOCK_P"])
-        again = _bytes(given["x_ptr"]) * (columns - 1)
-        again += _bytes(given["w_ptr"]) * (programs // columns - 1)
     if name == "whole_rows":
         xs, ws = given["operands"][:2]
         products, again = len(xs), sum(map(_bytes, ws)) * (programs - 1)
         if given["dx_ptr"] is not None:
             products, again = products + 1, again + _bytes(ws[0]) * programs
-    if name == "streamed_rows":
-        (xs, ws), tile = given["operands"][:2], given["TILE"]
-        products = len(xs)
-        again = sum(map(_bytes, xs)) * (ceil_div(given["classes"], tile.columns) - 1)
-        again += sum(map(_bytes, ws)) * (ceil_div(given["n"], tile.rows) - 1)
     if name == "stored_rows" and given["g_ptr"] is not None and not given["TILE"].whole:
         again = sum(map(_bytes, given["y_ptrs"])) * given["TILE"].statistics
     return Work("kernel", size * products, sum(map(_bytes, once)), programs, again)

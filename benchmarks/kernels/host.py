@@ -71,7 +71,7 @@ def idle(plan: schedule.Plan | None = None) -> Iterator[None]:
         stack.enter_context(mock.patch.object(triton.compiler, "compile", compile_nothing))
         stack.enter_context(mock.patch.object(driver, "_active", NoDevice(TARGET)))
         if plan is not None:
-            stack.enter_context(mock.patch.object(schedule, "plans", lambda problem: (plan,)))
+            stack.enter_context(mock.patch.object(schedule, "plan", lambda problem: plan))
         common.assume_architecture(ARCHITECTURE)
         try:
             yield

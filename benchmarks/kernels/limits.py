@@ -20,7 +20,7 @@ TENSOR_MEMORY = {"sm_80": 0, "sm_90": 0, "sm_100": 512, "gfx942": 0}
 STACK = {"bf16": 8, "fp16": 8, "fp32": 16, "tf32": 16, "ieee": 40}
 # Kernels that compute no matrix product. All other kernels do.
 WITHOUT_PRODUCTS = {
-    *("finish_rows", "pair_gradient", "pair_rows", "project", "row_count", "row_inverse_norms"),
+    *("pair_gradient", "pair_rows", "project", "row_count", "row_inverse_norms"),
     *("row_totals", "scaled", "siglip_rows", "stored_rows"),
 }
 # Instructions of tensor cores with float32 accumulators, by the number format of the operands.

@@ -36,7 +36,7 @@ SLOWER = "is slower than what serves instead"
 WRONG = "was wrong"
 #: Versions of drivers that do not come with the system's kernel: NVIDIA's, and AMD's own.
 _DRIVERS = Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version")
-_VARIABLES = ("MULKI_INPUT_PRECISION", "MULKI_AUTOTUNE")
+_VARIABLES = ("MULKI_INPUT_PRECISION",)
 # What `share` has taken in place of the files here: their texts by name.
 _shared: dict[str, str] | None = None
 
@@ -152,7 +152,7 @@ def cards(device: str) -> dict[str, torch.device]:
 
 
 def settings() -> tuple[str | None, ...]:
-    """Those of this process that a proof depends on: float32 products and autotuning."""
+    """Those of this process that a proof depends on: how float32 is multiplied."""
     # An older torch has no such name. It is asked at every call, also where that is no obstacle.
     multiplied = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
     return (multiplied, *map(os.environ.get, _VARIABLES))

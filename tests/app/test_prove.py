@@ -74,21 +74,17 @@ def test_every_schedule_that_serves_a_size_is_tried_there(family: str, models: i
 
     def launched(problem: schedule.Problem) -> set[tuple[object, ...]]:
         """What is launched: of stored logits with a state or not, and with G or not."""
-        plan, gradient = schedule.plans(problem)[0], problem.gradient
+        plan, gradient = schedule.plan(problem), problem.gradient
         if plan.schedule == "rows":
             return {("rows", gradient)}
         if plan.schedule == "chunks":
             return {stored(problem.p, False, gradient)}
-        first = ("stream",) if plan.schedule == "stream" else stored(plan.columns, True, False)
+        first = stored(plan.columns, True, False)
         return {first, ("G of a state",)} if gradient else {first}
 
     def kernels_of(*shapes: tuple[int, int, int]) -> set[tuple[object, ...]]:
         problems = [
-            schedule.Problem(
-                *(n, p, (d,) * models, family, gradient),
-                whole=True,
-                streamed=family == "half" and d % 8 == 0,
-            )
+            schedule.Problem(n, p, (d,) * models, family, gradient, whole=True)
             for n, p, d in shapes
             for gradient in (True, False)
         ]
@@ -110,7 +106,6 @@ def test_every_schedule_that_serves_a_size_is_tried_there(family: str, models: i
         ),
     }
     assert set.union(*served.values()) >= {("rows", True), (True, False, True)}
-    assert (family == "half") == all(("stream",) in taken for taken in served.values())
     for size, taken in served.items():
         assert taken <= kernels_of(*prove.SHAPES[size]), size
 
@@ -118,7 +113,7 @@ def test_every_schedule_that_serves_a_size_is_tried_there(family: str, models: i
 def test_pairs_whose_logits_are_made_twice_are_tried() -> None:
     n, _, d = prove.PAIRED_SHAPES["large"][-1]
     problem = schedule.Problem(n, n, (d,), "half", True, softmax=False, columns_too=True)
-    assert schedule.plans(problem)[0].rows < n
+    assert schedule.plan(problem).rows < n
 
 
 # --- what is printed

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
 import subprocess
 import sys
 from typing import Any
 
 import pytest
-import torch
 
 from mulki.bench.losses import MULKI
 from tests import ROOT
@@ -82,33 +80,6 @@ def test_the_small_cases(
     monkeypatch.setitem(MULKI, "siglip", lambda *arguments: 1.1 * right(*arguments))
     assert small.main([*given, "--verify"]) == 1
     assert "siglip 5x5x8 float32: loss: relative error 0.1" in capsys.readouterr().out
-
-
-def test_small_shapes_take_wgmma() -> None:
-    """Of each kernel that multiplies, as the compiled kernels' report has it for Hopper."""
-    schedule = importlib.import_module("mulki.kernels.schedule")
-    with (ROOT / "benchmarks" / "kernels" / "compiled.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["architecture"] == "sm_90"]
-    wgmma = {
-        (row["kernel"], row["tile"])
-        for row in rows
-        if row["number_format"] == "bf16" and "wgmma" in row["instructions"]
-    }
-    half, taken = torch.bfloat16, set()
-    shapes = module("small").SHAPES
-    assert {"300x1000x512", "4096x1024x64"} <= set(shapes)
-    for n, p, d in (map(int, shape.split("x")) for shape in shapes):
-        tiles = {"scaled_product": schedule.product_tiles("sm_90", half, n, p)[0]}
-        problem = schedule.Problem(n, p, (d,) * 3, "half", True, whole=True)
-        plan = schedule.plans(problem)[0]
-        if plan.schedule == "rows":
-            tiles["whole_rows"] = schedule.whole_tile("sm_90", 3, plan.rows, p, half)
-        for kernel, tile in tiles.items():
-            words = f"rows={tile.rows} columns={tile.columns} depth={tile.depth}"
-            if kernel == "scaled_product":
-                words = f"BLOCK_N={tile.rows} BLOCK_P={tile.columns} DEPTH={tile.depth}"
-            taken |= {kernel} if (kernel, words) in wgmma else set()
-    assert taken == {"scaled_product", "whole_rows"}
 
 
 def test_the_stand_in_for_a_sanitizer() -> None:

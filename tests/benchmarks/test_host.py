@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import torch
 import triton
 import triton.compiler
-from triton.runtime import _allocation, driver
+from triton.runtime import driver
 
 from benchmarks.kernels import ahead_of_time, host
 from benchmarks.kernels.counts import OPERATORS, calls_of
@@ -148,43 +148,11 @@ def test_a_view_more_in_a_chunk_would_be_seen(monkeypatch):
 
 
 def test_nothing_is_left_of_the_idle_driver(capsys):
-    before = torch.mm, torch.addmm, schedule.plans, driver._active, triton.compiler.compile
+    before = torch.mm, torch.addmm, schedule.plan, driver._active, triton.compiler.compile
     assert host.main() == 0
     assert re.match(
         r"a chunk of dual_teacher_kl: \d+ us of Python, \d+ calls", capsys.readouterr().out
     )
-    after = torch.mm, torch.addmm, schedule.plans, driver._active, triton.compiler.compile
+    after = torch.mm, torch.addmm, schedule.plan, driver._active, triton.compiler.compile
     assert after == before
     assert common._assumed is None
-
-
-def test_tensor_descriptors_have_memory_and_the_users_allocator_stays(monkeypatch):
-    """Of `streamed_rows`, which is launched once for all rows."""
-
-    def users(size, alignment, stream):
-        raise AssertionError("not for kernels of the package")
-
-    allocator, found, names = _allocation._allocator, [], []
-
-    def run(kernel):
-        names.append(kernel.name)
-        if kernel.name == "streamed_rows":
-            found.append(allocator.get()(256, 128, None))
-        return host.nothing
-
-    monkeypatch.setattr(host.IdleKernel, "run", property(run))
-    x, w = (torch.empty(n, 64, dtype=torch.bfloat16, device="meta") for n in (512, 2048))
-    target = torch.empty(512, dtype=torch.int64, device="meta")
-    before = allocator.get()
-    triton.set_allocator(users)
-    try:
-        with host.idle():
-            scale = torch.empty((), device="meta")
-            asked = {"reduction": "none", "gradients": False}
-            arguments = x, w, scale, target, None, 0.0, -100
-            ahead_of_time.asking("prototype_cross_entropy", *arguments, **asked)()
-        assert allocator.get() is users
-    finally:
-        allocator.set(before)
-    assert names == ["streamed_rows", "finish_rows"]
-    assert [(t.nbytes, t.device.type) for t in found] == [(256, "meta")]

@@ -1,9 +1,8 @@
-"""What is chosen without running a kernel: reasons, tiles, plans, timings, launches."""
+"""What is chosen without running a kernel: reasons, plans, launches."""
 
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import subprocess
 import sys
@@ -115,159 +114,13 @@ def test_precision(monkeypatch):
 
 
 @pytest.fixture
-def autotune(monkeypatch, tmp_path):
-    pytest.importorskip("triton", reason="needs Triton, which this installation has not")
-    module = importlib.import_module("mulki.kernels.autotune")
-    monkeypatch.setenv("MULKI_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "_chosen", {})
-    return module
-
-
-PLANS = [schedule.Plan("chunks", 64 * i, 100) for i in (1, 2, 3)]
-
-
-@pytest.fixture
-def on_sm_90():
-    common.assume_architecture("sm_90")
-    yield model()
-    common.assume_architecture(None)
-
-
-def model(dtype=torch.bfloat16):
-    operand = torch.empty(1, 1, dtype=dtype)
-    return common.Model(operand, operand)
-
-
-def test_the_default_is_taken_unless_asked_otherwise(autotune, on_sm_90, monkeypatch):
-    monkeypatch.delenv("MULKI_AUTOTUNE", raising=False)
-    assert autotune.run("rows", on_sm_90, (5, 6), PLANS, lambda plan: plan) == PLANS[0]
-    monkeypatch.setenv("MULKI_AUTOTUNE", "1")
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert autotune.run("rows", on_sm_90, (5, 6), PLANS, lambda plan: plan) == PLANS[0]
-    finally:
-        torch.use_deterministic_algorithms(False)
-    with monkeypatch.context() as ranks:
-        # Each would time for itself.
-        ranks.setattr(torch.distributed, "is_initialized", lambda: True)
-        assert autotune.run("rows", on_sm_90, (5, 6), PLANS, lambda plan: plan) == PLANS[0]
-    assert not autotune.cache_file().exists()
-    # What was timed before does not count there either.
-    monkeypatch.setattr(autotune, "milliseconds", lambda function: -function().rows)
-    assert autotune.run("rows", on_sm_90, (5, 6), PLANS, lambda plan: plan) == PLANS[2]
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert autotune.run("rows", on_sm_90, (5, 6), PLANS, lambda plan: plan) == PLANS[0]
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def test_the_fastest_is_kept_on_disk(autotune, on_sm_90, monkeypatch):
-    monkeypatch.setenv("MULKI_AUTOTUNE", "1")
-    timed = []
-
-    def milliseconds(function):
-        timed.append(function())
-        return {64: 3.0, 128: 1.0, 192: float("inf")}[timed[-1].rows]
-
-    monkeypatch.setattr(autotune, "milliseconds", milliseconds)
-    for _ in range(2):
-        assert autotune.run("rows", on_sm_90, (500, 600), PLANS, lambda plan: plan) == PLANS[1]
-    assert timed == PLANS
-    # Another process, and a shape of the same size.
-    monkeypatch.setattr(autotune, "_chosen", {})
-    assert autotune.run("rows", on_sm_90, (400, 520), PLANS, lambda plan: plan) == PLANS[1]
-    assert len(timed) == 3
-    (key,) = json.loads(autotune.cache_file().read_text())
-    assert key.startswith("rows sm_90 half half 512x1024 triton ")
-    # How float32 is multiplied, and how many teachers there are, make other kernels.
-    keys = set()
-    for precision in ("ieee", "tf32x3"):
-        monkeypatch.setenv("MULKI_INPUT_PRECISION", precision)
-        keys |= {
-            autotune._key("rows", model(torch.float32), (500, 600, *[512] * models))
-            for models in (3, 4)
-        }
-    assert len(keys) == 4
-    # What is not a choice is made again, and what is no file is replaced.
-    monkeypatch.setattr(autotune, "_chosen", {})
-    autotune.cache_file().write_text("{")
-    assert autotune.run("rows", on_sm_90, (400, 520), PLANS, lambda plan: plan) == PLANS[1]
-    assert len(timed) == 6
-
-
-def test_schedules_are_timed_against_each_other(autotune, on_sm_90, monkeypatch):
-    monkeypatch.setenv("MULKI_AUTOTUNE", "1")
-    monkeypatch.setattr(autotune, "milliseconds", lambda function: function().schedule != "blocks")
-    problem = schedule.Problem(300, 2000, (64,), "half", True)
-    plan = autotune.run_plan("siglip", problem, [on_sm_90], lambda plan: plan)
-    assert plan.schedule == "blocks" != schedule.plans(problem)[0].schedule
-
-
-def test_where_the_choice_is_no_plan_one_is_chosen_once(autotune, on_sm_90, monkeypatch):
-    """Sizes that round alike may have other plans; neither undoes the choice of the other."""
-    monkeypatch.setenv("MULKI_AUTOTUNE", "1")
-    timed = []
-    monkeypatch.setattr(
-        autotune, "milliseconds", lambda function: (timed.append(function()), -timed[-1].rows)[1]
-    )
-
-    def plan(n, plans):
-        return autotune.run("rows", on_sm_90, (n, 600), plans, lambda plan: plan)
-
-    for _ in range(2):
-        assert plan(500, PLANS) == PLANS[2] and plan(400, PLANS[:2]) == PLANS[1]
-    assert timed == [*PLANS, *PLANS[:2]]
-    assert list(json.loads(autotune.cache_file().read_text()).values()) == [list(PLANS[2])]
-
-
-def test_a_choice_holds_for_calls_whose_sizes_are_alike(autotune, on_sm_90, monkeypatch):
-    """A last batch is smaller; another form of a loss has a choice of its own."""
-    monkeypatch.setenv("MULKI_AUTOTUNE", "1")
-    timed = []
-
-    def milliseconds(function):
-        timed.append(function())
-        return timed[-1].schedule != "chunks" or -timed[-1].rows
-
-    monkeypatch.setattr(autotune, "milliseconds", milliseconds)
-
-    def plan(n, **kind):
-        problem = schedule.Problem(n, 1000, (64,), "half", True, **kind)
-        return autotune.run_plan("contrastive", problem, [on_sm_90], lambda plan: plan)
-
-    assert plan(1000) == ("chunks", 1000, 1000)
-    first = len(timed)
-    assert plan(900) == ("chunks", 900, 1000) and plan(1000).rows == 1000
-    assert first == len(timed) > 1
-    for kind in ({"columns_too": True}, {"softmax": False}, {"streamed": True}):
-        before = len(timed)
-        plan(1000, **kind)
-        assert len(timed) > before
-
-
-def test_a_plan_that_does_not_fit_the_gpu_is_the_slowest(autotune, monkeypatch):
-    errors = importlib.import_module("triton.runtime.errors")
-    testing = importlib.import_module("triton.testing")
-    monkeypatch.setattr(testing, "do_bench", lambda function, return_mode: function())
-
-    def too_large() -> float:
-        raise errors.OutOfResources(300_000, 232_448, "shared memory")
-
-    assert autotune.milliseconds(lambda: 2.5) == 2.5
-    assert autotune.milliseconds(too_large) == float("inf")
-    with pytest.raises(ZeroDivisionError):
-        autotune.milliseconds(lambda: 1 / 0)
-
-
-@pytest.fixture
 def launches():
     """Records the kernels that an operator would launch on an architecture."""
     pytest.importorskip("triton", reason="needs Triton, which this installation has not")
     launch = importlib.import_module("mulki.kernels.launch")
 
-    def of(op, *arguments, grad=None, reduction="mean", wanted=(True,) * 3, every_plan=False):
-        with launch.recording("sm_90", every_plan) as made:
+    def of(op, *arguments, grad=None, reduction="mean", wanted=(True,) * 3):
+        with launch.recording("sm_90") as made:
             x = OPERATORS[op].arguments(*arguments)
             kernels.kernel(op)(x, Request(grad, reduction, wanted))
         return [one for one in made if isinstance(one, launch.Launch)]
@@ -287,9 +140,8 @@ def operands(n, p, d=64, dtype=torch.bfloat16):
 def test_grids_stay_within_their_limits(launches, n, p):
     rows = operands(n, p)
     target = meta(n, dtype=torch.int64)
-    of_matrix = {"reduction": "none", "every_plan": True}
-    made = launches("similarity", *rows, True, wanted=(False,) * 3, **of_matrix)
-    made += launches("similarity", *rows, True, grad=meta(n, p), **of_matrix)
+    made = launches("similarity", *rows, True, wanted=(False,) * 3, reduction="none")
+    made += launches("similarity", *rows, True, grad=meta(n, p), reduction="none")
     made += launches("prototype_cross_entropy", *rows, target, None, 0.1, -100)
     for one in made:
         assert 0 < one.grid[0] < 2**31 and all(0 < size <= 65535 for size in one.grid[1:])
@@ -310,29 +162,6 @@ def test_other_counts_are_no_other_kernel(launches):
             parts = variant.kernel, variant.signature, variant.constants, variant.attributes
             found.add(repr(parts))
     assert len(found) == len({one.split(",")[0] for one in found})
-
-
-def test_a_choice_that_cannot_be_kept_is_made_all_the_same(
-    autotune, on_sm_90, monkeypatch, tmp_path
-):
-    monkeypatch.setenv("MULKI_AUTOTUNE", "1")
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("MULKI_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr(autotune, "milliseconds", lambda function: -function().rows)
-    with pytest.warns(UserWarning, match="could not be kept .* MULKI_CACHE_DIR"):
-        assert autotune.run("rows", on_sm_90, (500, 600), PLANS, lambda plan: plan) == PLANS[2]
-    assert autotune.run("rows", on_sm_90, (500, 600), PLANS, lambda plan: plan) == PLANS[2]
-
-
-def test_what_a_graph_captures_is_what_was_chosen_before(autotune, on_sm_90, monkeypatch):
-    monkeypatch.setenv("MULKI_AUTOTUNE", "1")
-    monkeypatch.setattr(autotune, "milliseconds", lambda function: -function().rows)
-    capturing = [True]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    for now, plan in ((True, PLANS[0]), (False, PLANS[2]), (True, PLANS[2])):
-        capturing[0] = now
-        assert autotune.run("rows", on_sm_90, (500, 600), PLANS, lambda plan: plan) == plan
 
 
 LAUNCHES = """
@@ -367,12 +196,8 @@ def test_launches_of_every_operator_can_be_recorded():
     }
     everywhere = {
         *("pair_gradient", "pair_rows", "project", "row_count", "row_inverse_norms"),
-        *("row_totals", "scaled_product", "siglip_rows", "stored_rows", "whole_rows"),
-    }
-    wanted = {
-        "bf16": everywhere | {"streamed_rows", "finish_rows"},
-        "fp16": {"scaled", "scaled_product", "streamed_rows", "whole_rows"},
+        *("row_totals", "siglip_rows", "stored_rows", "whole_rows"),
     }
     for (_, number_format), names in kernels_of.items():
-        assert names == wanted.get(number_format, everywhere)
+        assert names == ({"scaled", "whole_rows"} if number_format == "fp16" else everywhere)
     assert len(kernels_of) == 10

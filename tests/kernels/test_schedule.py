@@ -1,4 +1,4 @@
-"""The chooser: schedules by modelled cost, blocks within their memory, and the table of tiles."""
+"""The chooser: schedules by modelled cost, blocks within their memory, and tiles."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import pytest
 import torch
 
 from mulki.kernels import schedule
-from mulki.kernels.schedule import Problem, Tile
+from mulki.kernels.schedule import Problem
 
 
 @pytest.fixture(autouse=True)
 def plans_of_todays_constants():
     """What a test changes is undone before this ends."""
     yield
-    schedule.plans.cache_clear()
-    schedule.stream_parts.cache_clear()
+    schedule.plan.cache_clear()
 
 
 HALF, SINGLE = torch.bfloat16, torch.float32
@@ -27,7 +26,7 @@ def problem(n, p, widths=DUAL, family="half", gradient=True, **kind):
 
 
 def chosen(*shape, **other):
-    return schedule.plans(problem(*shape, **other))[0]
+    return schedule.plan(problem(*shape, **other))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -47,10 +46,10 @@ def test_which_schedule_is_taken(family, width):
 def test_the_cost_and_no_threshold_decides(monkeypatch):
     assert chosen(2048, 100).schedule == "rows"
     monkeypatch.setattr(schedule, "KERNEL", dict.fromkeys(FAMILIES, 1e12))
-    schedule.plans.cache_clear()
+    schedule.plan.cache_clear()
     assert chosen(2048, 100).schedule == "chunks"
     monkeypatch.setattr(schedule, "HOST", 1e-3)
-    schedule.plans.cache_clear()
+    schedule.plan.cache_clear()
     assert chosen(2048, 100).schedule == "rows"  # the fewest launches
 
 
@@ -60,9 +59,7 @@ def test_the_cost_and_no_threshold_decides(monkeypatch):
 def test_blocks_stay_within_their_memory(family, models, kind):
     for n in (1, 64, 257, 4096, 65536, 20_000_000):
         for p in (1, 100, 1000, 8192, 65536, 20_000_000):
-            plans = schedule.plans(problem(n, p, (512,) * models, family, **kind))
-            assert len(plans) == len(set(plans)) <= 8
-            for plan in plans:
+            for plan in schedule.candidates(problem(n, p, (512,) * models, family, **kind)):
                 assert plan.rows >= 1 and plan.columns <= p
                 if plan.schedule != "rows":
                     assert plan.rows <= n
@@ -71,43 +68,9 @@ def test_blocks_stay_within_their_memory(family, models, kind):
                     assert block <= schedule.OF_BLOCKS or plan[1:] == (n, p)
 
 
-def test_without_gradients_half_precision_is_streamed_where_the_model_has_it_faster():
-    forward = {"gradient": False, "whole": True, "streamed": True}
-    assert chosen(64, 100, **forward).schedule == "rows"
-    for n, p in ((64, 1000), (256, 1000), (4096, 1000), (16384, 16384), (65536, 65536)):
-        assert chosen(n, p, **forward) == ("stream", 16, min(p, 1024))
-    # The library multiplies faster; beside wide products the bytes of logits are few.
-    assert chosen(4096, 4096, (1280,) * 3, **forward).schedule == "chunks"
-    assert chosen(65536, 65536, (1024,), **forward).schedule == "blocks"
-    with_gradients = chosen(65536, 65536, streamed=True, whole=True)
-    assert with_gradients.schedule == "stream" and with_gradients.columns < 65536
-    made = schedule._launches(
-        problem(8192, 8192, streamed=True), schedule.Plan("stream", 512, 4096)
-    )
-    assert sum(count for count, _ in made) == 2 + 32 * 6
-
-
-@pytest.mark.parametrize("n", [1, 128, 1000, 4096, 16896, 17000, 65536])
-@pytest.mark.parametrize("p", [1, 128, 1000, 50000])
-def test_parts_of_the_columns_are_for_all_programs(n, p):
-    tile = Tile(128, 128, 64, 8, 3)
-    parts, span = schedule.stream_parts(n, p, tile, models=3)
-    assert span % 128 == 0 and (parts - 1) * span < p <= parts * span
-    rows, columns = -(-n // 128), -(-p // 128)
-
-    def rounds(parts):
-        return -(-rows * parts // 132) * -(-columns // parts)
-
-    assert parts * rows <= max(rows, 8 * 132)
-    assert rounds(parts) <= 1.05 * min(map(rounds, range(1, max(2, 8 * 132 // rows))))
-    assert parts == 1 or rounds(parts) < rounds(parts - 1)
-    # Of one model a multiprocessor has two programs, which overlap.
-    assert schedule.stream_parts(4096, 50000, tile, models=1)[0] == 8
-
-
 def test_logits_that_fit_the_cache_are_read_faster(monkeypatch):
     contrastive = problem(16384, 16384, (512,), columns_too=True)
-    assert schedule.plans(contrastive)[0].columns == 4096
+    assert schedule.plan(contrastive).columns == 4096
     fits, does_not = schedule.Plan("blocks", 2048, 4096), schedule.Plan("blocks", 2048, 8192)
 
     def seconds_of_a_logit(plan):
@@ -115,8 +78,8 @@ def test_logits_that_fit_the_cache_are_read_faster(monkeypatch):
 
     faster = seconds_of_a_logit(does_not) / seconds_of_a_logit(fits)
     monkeypatch.setattr(schedule, "CACHE", 0)
-    schedule.plans.cache_clear()
-    assert schedule.plans(contrastive)[0].columns > 4096
+    schedule.plan.cache_clear()
+    assert schedule.plan(contrastive).columns > 4096
     assert seconds_of_a_logit(does_not) / seconds_of_a_logit(fits) < faster
 
 
@@ -128,7 +91,7 @@ def test_of_plans_that_take_about_as_long_the_one_of_fewest_launches_is_taken(mo
 
     plan = chosen(16384, 16384, (512,), "float")
     monkeypatch.setattr(schedule, "NEAR", 1.0)
-    schedule.plans.cache_clear()
+    schedule.plan.cache_clear()
     fastest = chosen(16384, 16384, (512,), "float")
     assert launches(plan) < launches(fastest)
     assert schedule.seconds(strict, plan) <= 1.05 * schedule.seconds(strict, fastest)
@@ -156,55 +119,19 @@ def test_tiles_of_stored_logits_fit_the_registers(models):
         assert each <= (48 if tile.columns >= columns else 24)
 
 
-@pytest.mark.parametrize("architecture", schedule.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
 @pytest.mark.parametrize("dtype", [HALF, SINGLE])
 def test_tiles_of_whole_rows_fit_the_registers(architecture, dtype):
     family = "half" if dtype == HALF else "float"
     for models in (1, 3, 5):
         for p in (1, 60, 100, 250):
-            for plan in schedule.plans(problem(4096, p, (512,) * models, family)):
+            for plan in schedule.candidates(problem(4096, p, (512,) * models, family)):
                 if plan.schedule != "rows":
                     continue
                 tile = schedule.whole_tile(architecture, models, plan.rows, p, dtype)
                 assert tile.columns >= p and tile.rows == plan.rows
                 threads = tile.warps * (64 if architecture == "gfx942" else 32)
                 assert models * tile.rows * tile.columns <= 48 * threads
-
-
-@pytest.mark.parametrize(
-    ("name", "known"),
-    [
-        *(("sm_80", "sm_80"), ("sm_89", "sm_86"), ("sm_90", "sm_90"), ("sm_103", "sm_100")),
-        *(("sm_120", "sm_86"), ("gfx942", "gfx942"), ("gfx1100", "gfx942"), ("xpu", "gfx942")),
-    ],
-)
-def test_unknown_architectures_take_the_entries_of_a_known_one(name, known):
-    assert schedule._table_architecture(name) == known
-
-
-def test_every_line_of_the_table_is_one_that_is_asked_for(monkeypatch):
-    asked = set()
-
-    class Table(dict):
-        def get(self, key):
-            return asked.add(key) if key not in self else (asked.add(key), self[key])[1]
-
-        def __getitem__(self, key):
-            asked.add(key)
-            return super().__getitem__(key)
-
-    monkeypatch.setattr(schedule, "TABLE", Table(schedule.TABLE))
-    for architecture in schedule.ARCHITECTURES:
-        for dtype, precision in ((HALF, ""), (SINGLE, "tf32"), (SINGLE, "ieee")):
-            monkeypatch.setenv("MULKI_INPUT_PRECISION", precision)
-            large, small = (
-                schedule.product_tiles(architecture, dtype, size, size) for size in (65536, 64)
-            )
-            assert sorted(large) == sorted(small) and large[0] != small[0]
-            assert all(isinstance(tile, Tile) for tile in large)
-            if dtype == HALF:
-                schedule.tiles("stream", architecture, dtype)
-    assert set(schedule.TABLE) <= asked
 
 
 def test_plans_ask_no_device(monkeypatch):
@@ -215,5 +142,5 @@ def test_plans_ask_no_device(monkeypatch):
 
     for name in ("get_device_properties", "get_device_capability", "current_device"):
         monkeypatch.setattr(torch.cuda, name, asked)
-    schedule.plans.cache_clear()
-    assert chosen(300, 700) and schedule.product_tiles("sm_90", HALF, 300, 700)
+    schedule.plan.cache_clear()
+    assert chosen(300, 700)

@@ -196,15 +196,14 @@ def make(
     d: int = D,
     k: int = 2,
     scale: float = 9.0,
-    step: int = 3,
 ) -> Case:
-    """A case by its name; a teacher is `step` wider than the model before."""
+    """A case by its name; a teacher is 3 wider than the model before."""
     generator = torch.Generator().manual_seed(0)
     p = n if name in ("contrastive", "siglip") or name.startswith("pairs") else p
     stretch = torch.linspace(0.5, 3, n, dtype=torch.float64)[:, None] if name == "cosines" else 1
     x = (stretch * unit(generator, n, d)).to(dtype)
     w = unit(generator, p, d).to(dtype)
-    widths = [d + step * i for i in range(k)]
+    widths = [d + 3 * i for i in range(k)]
     teachers = (
         [unit(generator, n, width).to(dtype) for width in widths],
         [unit(generator, p, width).to(dtype) for width in widths],
@@ -238,23 +237,6 @@ def make(
     }
     op, more = rest[name]
     return Case(op, (x, w, torch.tensor(scale), *more))
-
-
-def described(value: Any) -> Any:
-    """A case whose operands have rows at multiples of 16 bytes, with NaN between them.
-
-    Tensor descriptors can have them if their widths are multiples of 8.
-    """
-    if isinstance(value, Case):
-        return Case(value.op, tuple(map(described, value.args)))
-    if isinstance(value, list):
-        return [described(one) for one in value]
-    if not isinstance(value, Tensor) or value.ndim != 2 or not value.is_floating_point():
-        return value
-    n, d = value.shape
-    wide = value.new_full((n, d + 16 - d % 16), torch.nan)
-    wide[:, :d] = value
-    return wide[:, :d]
 
 
 NAMES = (

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mulki.kernels import schedule
-from tests.kernels.triton_cases import Case, described, make
+from tests.kernels.triton_cases import Case, make
 from tests.kernels.triton_helpers import all_close, backward, call, close, reduced
 
 Shape = tuple[int, int, int]  # N, P, D
@@ -61,22 +61,12 @@ def moved(value: Any, device: str) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def rows_and_gradients(
-    name: str,
-    number_format: NumberFormat,
-    shape: Shape,
-    device: str,
-    descriptors: bool = False,
-) -> None:
-    """The loss of each row, or the similarity, and gradients for an upstream gradient per row.
-
-    With `descriptors`, of operands that tensor descriptors can have.
-    """
-    case = make(name, number_format.dtype, *shape, step=8 if descriptors else 3)
+def rows_and_gradients(name: str, number_format: NumberFormat, shape: Shape, device: str) -> None:
+    """The loss of each row, or the similarity, and gradients for an upstream gradient per row."""
+    case = make(name, number_format.dtype, *shape)
     upstream = case.upstream()
     rows, gradients = case.expected(upstream)
     here = moved(case, device)
-    here = described(here) if descriptors else here
     with precision(number_format):
         found = call(here.op, *here.args)[0]
         made = backward(here, upstream.to(device))
@@ -139,20 +129,23 @@ def every_plan(
 ) -> set[str]:
     """Everything is right whichever plan is taken; their schedules.
 
-    Beside the plans of least modelled time, blocks that leave a part of rows and columns over.
+    All plans of whole rows, the largest blocks, and blocks that leave a part of rows and columns
+    over.
     """
     n, p, _ = shape
-    usual, tried = schedule.plans, set()
     few = schedule.Plan("chunks", max(1, n // 2 - 1), p), schedule.Plan("blocks", n // 2 + 1, 32)
+    tried = set()
     for i in range(4 + len(few)):
 
-        def one_plan(problem: schedule.Problem, i: int = i) -> tuple[schedule.Plan, ...]:
-            plans = (*few, *usual(problem))
+        def one_plan(problem: schedule.Problem, i: int = i) -> schedule.Plan:
+            candidates = sorted(schedule.candidates(problem), key=lambda one: -one.rows)
+            whole = [one for one in candidates if one.schedule == "rows"]
+            plans = (*few, *whole, candidates[0], candidates[1 % len(candidates)])
             tried.add(plans[i % len(plans)].schedule)
-            return (plans[i % len(plans)],)
+            return plans[i % len(plans)]
 
         with monkeypatch.context() as patch:
-            patch.setattr(schedule, "plans", one_plan)
+            patch.setattr(schedule, "plan", one_plan)
             rows_and_gradients(name, number_format, shape, device)
             totals_and_gradients(name, number_format, shape, device)
     return tried

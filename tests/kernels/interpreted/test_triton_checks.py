@@ -46,9 +46,8 @@ def test_what_is_wrong_is_noticed(monkeypatch):
 
 
 def test_every_plan(monkeypatch):
-    for shape, streamed in (SHAPE, set()), ((30, 20, 64), {"stream"}):
-        tried = every_plan("ce_all", NUMBER_FORMATS["fp16"], shape, "cpu", monkeypatch)
-        assert tried == {"rows", "chunks", "blocks"} | streamed
+    tried = every_plan("ce_all", NUMBER_FORMATS["fp16"], SHAPE, "cpu", monkeypatch)
+    assert tried == {"rows", "chunks", "blocks"}
 
 
 def test_the_setting_of_tf32():
