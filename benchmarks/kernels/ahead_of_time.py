@@ -235,10 +235,11 @@ def _type(
         constants[path] = value
         return "constexpr"
     if isinstance(value, Tensor):
-        attributes[path] = _ALIGNED
+        if value.data_ptr() % 16 == 0:
+            attributes[path] = _ALIGNED
         # Below 2 GiB, AMD's compiler loads and stores by a buffer and an offset of 32 bits.
         if architecture.startswith("gfx") and value.untyped_storage().nbytes() <= INT32:
-            attributes[path] = [*_ALIGNED, ["tt.pointer_range", 32]]
+            attributes[path] = [*attributes.get(path, []), ["tt.pointer_range", 32]]
         return f"*{_TYPES[value.dtype]}"
     if isinstance(value, float):
         return "fp32"

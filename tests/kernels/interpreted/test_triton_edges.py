@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mulki.kernels import common
-from tests.kernels.interpreted.triton_memory import BAND, poisoned
 from tests.kernels.triton_cases import NAMES, Case, make
 from tests.kernels.triton_helpers import TOLERANCE, all_close, backward, call, close, reduced
+from tests.kernels.triton_memory import BAND, poisoned
 
 FLOAT = TOLERANCE[torch.float32]
 
