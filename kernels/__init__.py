@@ -67,5 +67,12 @@ def _missing(asked: torch.device) -> str | None:
 
 
 def kernel(op: str) -> Callable[..., Any]:
-    """The function of `op`; ask `why_not` first."""
-    return getattr(importlib.import_module(f"{__name__}.{op}"), op)
+    """The function of `op`, on the device of its tensors; ask `why_not` first."""
+    function = getattr(importlib.import_module(f"{__name__}.{op}"), op)
+    current_device = importlib.import_module(f"{__name__}.launch").current_device
+
+    def on_its_device(x: Any, request: Any) -> tuple[torch.Tensor, ...]:
+        with current_device(x[0].device):
+            return function(x, request)
+
+    return on_its_device

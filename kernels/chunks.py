@@ -208,7 +208,6 @@ class PairKernel(BlockKernel):
         return Repeated(
             self._kernel,
             (row_programs(ceil_div(n, tile.rows), tile.warps, blocks.g.device),),
-            blocks.g.device,
             tile.warps,
             1,
             y_ptr=blocks.of_models[0],

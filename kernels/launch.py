@@ -1,4 +1,4 @@
-"""Launches a kernel on the device of its tensors, on the current stream. All launches go here.
+"""Launches a kernel on the current device and stream. All launches go here.
 
 `Repeated` launches a kernel again and again, where arguments differ in counts alone. `multiply`
 launches a matrix product of the library that torch calls (cuBLAS, hipBLAS). `recording` collects
@@ -49,7 +49,6 @@ _recorded: list[Launch | Product] | None = None
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
-    device: torch.device,
     warps: int,
     stages: int,
     **arguments: Any,
@@ -63,8 +62,7 @@ def launch(
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, options))
         return None
-    with current_device(device):
-        return kernel[grid](**arguments, **options)
+    return kernel[grid](**arguments, **options)
 
 
 class Repeated:
@@ -80,13 +78,12 @@ class Repeated:
         self,
         kernel: Any,
         grid: tuple[int, ...],
-        device: torch.device,
         warps: int,
         stages: int,
         **arguments: Any,
     ) -> None:
-        self._launch = partial(launch, kernel, grid, device, warps, stages)
-        self._kernel, self._grid, self._device = kernel, grid, device
+        self._launch = partial(launch, kernel, grid, warps, stages)
+        self._kernel, self._grid = kernel, grid
         self._arguments = arguments
         self._run: Callable[..., None] | None = None
 
@@ -95,8 +92,7 @@ class Repeated:
         self._arguments.update(counts)
         fits = max(counts.values()) <= INT32  # beyond, a count is of another type
         if fits and self._run is not None:
-            with current_device(self._device):
-                self._run(*self._arguments.values())
+            self._run(*self._arguments.values())
             return
         compiled = self._launch(**self._arguments)
         if fits and isinstance(compiled, CompiledKernel):

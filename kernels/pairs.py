@@ -254,7 +254,6 @@ class _Sides:
         launch(
             pair_rows,
             (ceil_div(n, 128),),
-            self._loss.device,
             4,
             1,
             state_ptr=self._states,

@@ -13,7 +13,7 @@ each: K + 1 for the logits, 2 for the gradients, and K + 1 more in the last.
 The times are a model, not measured: products at a share of a peak, bytes at a share of a bandwidth,
 and launches. They are those of one GPU for all, so that plans, and with them sums, are the same on
 all cards of an architecture.
-Logits that fit its L2, beside the prototypes of their block, are read and written at its rate.
+What fits its L2 is read and written at its rate. `benchmarks.kernels plan` takes the same model.
 """
 
 from __future__ import annotations
@@ -29,20 +29,50 @@ from .common import Model, ceil_div, next_power_of_2, round_up
 
 # The most memory for the logits of a block, with G; less where other memory adds up with N and P.
 MEMORY, OF_BLOCKS = 64 << 20, 60 << 20
-# Of an H100, in operations and bytes per second: published peaks, and shares that are assumed.
-LIBRARY = {"half": 690e12, "tf32": 345e12, "float": 47e12}
-KERNEL = {"half": 250e12, "tf32": 125e12, "float": 47e12}
-BANDWIDTH = 2.7e12
 GAP, HOST = 1.5e-6, 12e-6  # seconds of the device, and of Python, for each launch
 NEAR = 1.05  # times that differ by less are the same, as far as this model can tell
 TILE = 128  # rows and columns of a tile of the library: products of fewer take as long
 # Of a program that keeps whole rows: rows, logits (48 for each of 256 threads), columns.
 WHOLE_ROWS, WHOLE_VALUES = (16, 32), 48 * 256
 WHOLE_COLUMNS = {"half": 256, "tf32": 128, "float": 128}
-PROGRAMS = 132  # that fill a GPU
-CACHE, CACHED = 40 << 20, 5e12  # bytes of L2 that stay from launch to launch; bytes per second
 ROW_CANDIDATES = (16, 64, 128, 192, 256, 320, 384, 512, 640, 768, 1024, 1536, 2048, 4096, 8192)
 COLUMN_CANDIDATES = (1024, 2048, 4096, 8192, 32768, 131072)
+
+
+class Rates(NamedTuple):
+    """Operations and bytes per second of a GPU: published peaks, times shares that are assumed."""
+
+    library: float  # products of the library
+    kernel: float  # and of our kernels
+    bandwidth: float
+    cached: float  # from L2
+    cache: int  # bytes of it that stay from launch to launch
+    programs: int  # multiprocessors
+
+
+H100 = {
+    "half": Rates(690e12, 250e12, 2.7e12, 5e12, 40 << 20, 132),
+    "tf32": Rates(345e12, 125e12, 2.7e12, 5e12, 40 << 20, 132),
+    "float": Rates(47e12, 47e12, 2.7e12, 5e12, 40 << 20, 132),
+}
+
+
+def launch_seconds(
+    rates: Rates,
+    operations: float,
+    moved: float,  # bytes
+    held: float,  # bytes of all that must stay in the cache for them to be there
+    programs: int = 0,  # of ours, which share operations and bytes; 0: of the library or torch
+    again: float = 0,  # bytes that they take from the cache once more
+) -> float:
+    """The device's time of a launch: what takes longest, and the gap before it."""
+    took = moved / (rates.cached if held <= rates.cache else rates.bandwidth)
+    if programs:
+        # A multiprocessor has its share of both rates, and the last round may not fill all.
+        rounds = ceil_div(programs, rates.programs) * rates.programs / programs
+        took = max(took, rounds * (moved + again) / rates.cached)
+        took = max(took, rounds * operations / rates.kernel)
+    return GAP + max(took, operations / rates.library)
 
 
 class Problem(NamedTuple):
@@ -125,10 +155,7 @@ def candidates(problem: Problem) -> Iterator[Plan]:
 def seconds(problem: Problem, plan: Plan) -> float:
     """The modelled time of a plan: of the device, or of the host where that takes longer."""
     launches = list(_launches(problem, plan))
-    return max(
-        sum(count * (GAP + one) for count, one in launches),
-        sum(count * HOST for count, _ in launches),
-    )
+    return max(sum(n * one for n, one in launches), sum(n * HOST for n, _ in launches))
 
 
 def _launches(problem: Problem, plan: Plan) -> Iterator[tuple[int, float]]:
@@ -136,44 +163,46 @@ def _launches(problem: Problem, plan: Plan) -> Iterator[tuple[int, float]]:
     chunks, parts = ceil_div(problem.n, plan.rows), ceil_div(problem.p, plan.columns)
     rows, columns = ceil_div(problem.n, chunks), ceil_div(problem.p, parts)  # on average
     d, models, size, blocks = problem.widths[0], len(problem.widths), problem.size, chunks * parts
+    all_widths, rates = sum(problem.widths), H100[problem.family]
     if plan.schedule == "rows":
-        # A program multiplies at its share of the rate, and reads all prototypes from the cache.
-        width = sum(problem.widths) + (d if problem.gradient else 0)
-        padded = max(16, next_power_of_2(problem.p))
-        operations = 2 * plan.rows * padded * width / KERNEL[problem.family]
-        read = size * (problem.p + plan.rows) * width / CACHED
-        yield 1, ceil_div(chunks, PROGRAMS) * PROGRAMS * max(operations, read)
+        # A program reads all prototypes from the cache.
+        width = all_widths + (d if problem.gradient else 0)
+        operations = 2 * chunks * plan.rows * max(16, next_power_of_2(problem.p)) * width
+        moved: float = size * (problem.n + problem.p) * all_widths
+        moved += problem.gradient * problem.n * (size * problem.p + 4 * d)  # G and dX
+        again = size * problem.p * (width * chunks - all_widths)
+        yield 1, launch_seconds(rates, operations, moved, moved, chunks, again)
         if problem.gradient:
-            moved = (size * problem.n * (problem.p + d) + 4 * problem.p * d) / BANDWIDTH
-            yield 1, _product(problem, problem.p, problem.n, d, moved)
+            moved = size * problem.n * (problem.p + d) + 4 * problem.p * d
+            yield 1, launch_seconds(rates, padded_operations(problem.p, problem.n, d), moved, moved)
         return
-    logits, prototypes = 4 * models * rows * columns, size * columns * sum(problem.widths)
-    bandwidth = CACHED if logits + prototypes <= CACHE else BANDWIDTH  # of logits, and of G
-    read = logits / bandwidth
-    statistics = problem.softmax and (parts > 1 or not problem.gradient)
+    logits, of_g = 4 * models * rows * columns, size * rows * columns
+    held = logits + size * (rows + columns) * all_widths
+    statistics = not problem.gradient or (problem.softmax and parts > 1)  # a pass before that of G
     if problem.columns_too:
-        yield 2 * blocks, read
+        yield 2 * blocks, launch_seconds(rates, 0, logits, held, rows)
         statistics = blocks > 1
     elif statistics:
-        yield blocks, read
+        yield blocks, launch_seconds(rates, 0, logits, held, rows)
     for width in problem.widths:
         times = 2 if statistics and problem.gradient else 1
-        moved = size * width * (rows + columns) / BANDWIDTH + 4 * rows * columns / bandwidth
-        yield times * blocks, _product(problem, rows, width, columns, moved)
+        moved = size * width * (rows + columns) + 4 * rows * columns
+        yield (
+            times * blocks,
+            launch_seconds(rates, padded_operations(rows, width, columns), moved, held),
+        )
     if problem.gradient:
-        of_g = size * rows * columns / bandwidth
-        yield blocks, read + of_g
+        yield blocks, launch_seconds(rates, 0, logits + of_g, held, rows)
         # The first is written to, the others are added.
-        of_rows = size * columns * d + 4 * rows * d * (2 - 1 / parts)
-        of_columns = size * rows * d + 4 * columns * d * (2 - 1 / chunks)
-        yield blocks, _product(problem, rows, columns, d, of_g + of_rows / BANDWIDTH)
-        yield blocks, _product(problem, columns, rows, d, of_g + of_columns / BANDWIDTH)
+        moved = of_g + size * columns * d + 4 * rows * d * (2 - 1 / parts)
+        yield blocks, launch_seconds(rates, padded_operations(rows, columns, d), moved, held)
+        moved = of_g + size * rows * d + 4 * columns * d * (2 - 1 / chunks)
+        yield blocks, launch_seconds(rates, padded_operations(columns, rows, d), moved, held)
 
 
-def _product(problem: Problem, m: int, k: int, n: int, moved: float) -> float:
-    """A product of the library, [m, k] times [k, n]; `moved` is the time of its bytes."""
-    operations = 2 * round_up(m, TILE) * k * round_up(n, TILE)
-    return max(operations / LIBRARY[problem.family], moved)
+def padded_operations(m: int, k: int, n: int) -> int:
+    """Operations of a product of the library, of whole tiles."""
+    return 2 * round_up(m, TILE) * k * round_up(n, TILE)
 
 
 def whole_tile(architecture: str, models: int, rows: int, p: int, dtype: torch.dtype) -> Tile:

@@ -111,7 +111,6 @@ def inverse_norms(operand: Tensor) -> Tensor:
     launch(
         row_inverse_norms,
         (ceil_div(operand.shape[0], ROWS),),
-        out.device,
         warps=4,
         stages=1,
         x_ptr=operand,
@@ -191,7 +190,6 @@ def _project(
     launch(
         project,
         (ceil_div(n, ROWS),),
-        a.device,
         warps=4,
         stages=1,
         a_ptr=a,

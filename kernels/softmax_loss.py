@@ -213,7 +213,6 @@ class StoredRows(BlockKernel):
         return Repeated(
             stored_rows,
             (row_programs(ceil_div(n, tile.rows), tile.warps, rows.inputs.scale.device),),
-            rows.inputs.scale.device,
             tile.warps,
             1,
             **rows.arguments(),

@@ -172,7 +172,7 @@ def count_rows(target: Tensor, ignore_index: int) -> Tensor:
     out = torch.empty((), dtype=torch.float32, device=target.device)
     n = target.shape[0]
     arguments: dict[str, Any] = {"target_ptr": target, "out_ptr": out}
-    launch(row_count, (1,), out.device, ignore_index=ignore_index, n=n, **_block(n), **arguments)
+    launch(row_count, (1,), ignore_index=ignore_index, n=n, **_block(n), **arguments)
     return out
 
 
@@ -183,7 +183,6 @@ def totals(values: Sequence[Tensor], factors: Factors) -> list[Tensor]:
     launch(
         row_totals,
         (1,),
-        loss.device,
         value_ptrs=tuple(values),
         out_ptrs=tuple(out),
         count_ptr=factors.count,
@@ -203,7 +202,6 @@ def scale_results(pairs: Sequence[tuple[Tensor, Tensor]], factors: Factors) -> N
     launch(
         scaled,
         (sum(ceil_div(size, block) for size in sizes),),
-        pairs[0][0].device,
         4,
         1,
         in_ptrs=tuple(t for t, _ in pairs),

@@ -130,7 +130,6 @@ def compute(
     launch(
         whole_rows,
         (ceil_div(n, tile.rows),),
-        x.device,
         tile.warps,
         tile.stages,
         **rows.arguments(),

@@ -1,21 +1,25 @@
-"""What an operator launches, counted without a GPU: products, launches, bytes and memory.
+"""What a step launches, counted without a GPU: products, launches, bytes and memory.
 
-The operator runs on tensors of the device "meta". Its launches are recorded (`launch.recording`),
-and so is every other operation of PyTorch that would launch a kernel. A product is 2 N P D
-operations; bytes are those of the tensors that a launch is given, each once, and for an operation
-of PyTorch also those that it returns. Through L2 they come as often as programs take them: a
-product of the library is assumed to have tiles of 128 x 128. Extra memory is the peak beyond inputs
-and results; recorded launches keep their tensors, so that nothing of ours counts as freed on the
-way.
+A step is a public function and the gradients of its leaves, with all that autograd launches for
+them. It runs on tensors of the device "meta". Launches of our kernels are recorded
+(`launch.recording`), and so is every other operation of PyTorch that would launch a kernel. A
+product is 2 N P D operations; bytes are those of the tensors that a launch is given, each once, and
+for an operation of PyTorch also those that it returns. Through L2 they come as often as programs
+take them: a product of the library is assumed to have tiles of 128 x 128. Extra memory is the peak
+beyond inputs and results; recorded launches keep their tensors, so that nothing of ours counts as
+freed on the way.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -23,9 +27,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.kernels.ahead_of_time import NUMBER_FORMATS, asking, precision
-from mulki.kernels.common import ceil_div
+from mulki import Similarity, functional, kernels
+from mulki.kernels.common import ceil_div, next_power_of_2
 from mulki.kernels.launch import Launch, Product, recording
-from mulki.kernels.schedule import TILE
+from mulki.kernels.schedule import TILE, padded_operations
+from mulki.ops import autograd, backends, direct, operators, siglip, torch_private, use_backend
 
 # Operations that launch nothing, beside views.
 _FREE = (
@@ -50,8 +56,10 @@ class Work:
 
     source: str  # "library" (a product of the library), "kernel" (one of ours) or "torch"
     operations: float  # of matrix products
+    padded: float  # the same, of whole tiles
     bytes: int
-    programs: int = 1 << 30  # that share the operations
+    held: int  # bytes of the memory that its tensors are parts of
+    programs: int = 0  # of ours, that share operations and bytes
     again: int = 0  # bytes that programs take from L2 once more
 
 
@@ -77,14 +85,74 @@ class Counts:
 
 
 def counts(operator: str, n: int, p: int, d: int, number_format: str) -> Counts:
-    """Of our kernels: the mean of a loss with all gradients; of similarity, both passes."""
-    calls = calls_of(operator, n, p, d, number_format)
-    with precision("sm_90", number_format), recording("sm_90") as launches:
-        extra = 0
-        for call in calls:
-            extra = max(extra, _observed(call, launches))
+    """Of a step by our kernels, from the public function to the gradients of its leaves."""
+    step = step_of(operator, n, p, d, number_format)
+    with precision("sm_90", number_format), recording("sm_90") as launches, on_meta():
+        extra = _observed(step, launches)
     work = tuple(one if isinstance(one, Work) else _work(one, 2 * n * p * d) for one in launches)
     return Counts(work, sum(one.operations for one in work) / (2 * n * p * d), extra)
+
+
+def step_of(
+    operator: str, n: int, p: int, d: int, number_format: str, upstream: Tensor | None = None
+) -> Callable[[], Sequence[Tensor]]:
+    """A step of training of a public function, on tensors of the device "meta"; see `on_meta`.
+
+    Teachers have scales that are numbers, the student one that learns. An upstream gradient that is
+    None is made, and is 1.
+    """
+    dtype = NUMBER_FORMATS[number_format][0]
+    pairs = [(_meta(n, d, dtype=dtype), _meta(p, d, dtype=dtype)) for _ in range(3)]
+    leaves = [t.requires_grad_() for t in (*pairs[0], _meta())]
+    target, bias = _meta(n, dtype=torch.int64), _meta().requires_grad_()
+    if operator == "similarity":
+        upstream = _meta(n, p, dtype=dtype)
+    if operator == "siglip":
+        leaves.append(bias)
+
+    def step() -> Sequence[Tensor]:
+        student, *teachers = (
+            Similarity(x, w, leaves[2] if i == 0 else 20.0) for i, (x, w) in enumerate(pairs)
+        )
+        if operator == "dual_teacher_kl":
+            out = functional.dual_teacher_kl(student, *teachers, target=target)
+        elif operator == "pair_kl":
+            out = functional.pair_teacher_kl(student, teachers[:1], temperature=2.0)
+        elif operator == "prototype_cross_entropy":
+            out = functional.prototype_cross_entropy(student, target)
+        elif operator == "similarity":
+            out = functional.prototype_similarity(*leaves)
+        elif operator == "contrastive":
+            out = functional.clip_contrastive(*leaves)
+        else:
+            out = siglip.loss((leaves[0], leaves[1], leaves[2]), bias, "mean")  # of any N and P
+        return (out, *torch.autograd.grad(out, leaves, upstream))
+
+    return step
+
+
+class _Direct:
+    """Stands for `torch.ops.mulki`, which has other kernels for tensors without values."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return partial(backends.call, operators.OPERATORS[name])
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """The public functions take the Triton kernels for tensors of the device "meta"."""
+    patches = (
+        (kernels, "why_not", lambda *_: None),
+        # Where a mode of the dispatcher listens, or tensors have no values, the way is another one.
+        (direct, "_may_be_direct", lambda *_: True),
+        (torch_private, "is_plain", lambda *_: True),
+        (autograd, "_OPS", _Direct()),
+    )
+    with ExitStack() as stack:
+        for where, name, value in patches:
+            stack.enter_context(mock.patch.object(where, name, value))
+        stack.enter_context(use_backend("triton"))
+        yield
 
 
 def calls_of(
@@ -130,7 +198,8 @@ def _work(launch: Launch | Product, size: int) -> Work:
         read = (launch.a, launch.b, launch.out, *([launch.out] if launch.add else []))
         again = _bytes(launch.a) * (ceil_div(n, TILE) - 1)
         again += _bytes(launch.b) * (ceil_div(m, TILE) - 1)
-        return Work("library", 2 * m * n * k, sum(map(_bytes, read)), again=again)
+        padded, moved = padded_operations(m, k, n), sum(map(_bytes, read))
+        return Work("library", 2 * m * n * k, padded, moved, _held(read), again=again)
     tensors = [t for t in tree_leaves(launch.arguments) if isinstance(t, Tensor)]
     once = {id(t): t for t in tensors}.values()
     name, given, programs = launch.kernel.__name__, launch.arguments, math.prod(launch.grid)
@@ -142,7 +211,17 @@ def _work(launch: Launch | Product, size: int) -> Work:
             products, again = products + 1, again + _bytes(ws[0]) * programs
     if name == "stored_rows" and given["g_ptr"] is not None and not given["TILE"].whole:
         again = sum(map(_bytes, given["y_ptrs"])) * given["TILE"].statistics
-    return Work("kernel", size * products, sum(map(_bytes, once)), programs, again)
+    operations, padded = size * products, 0
+    if name == "whole_rows":
+        padded = operations * next_power_of_2(given["classes"]) / given["classes"]
+    moved = sum(map(_bytes, once))
+    return Work("kernel", operations, padded, moved, _held(once), programs, again)
+
+
+def _held(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the memory that tensors are parts of."""
+    storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def _bytes(t: Tensor) -> int:
@@ -168,12 +247,14 @@ class _Observer(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name not in _FREE:
             given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-            operations = 0
+            operations = padded = 0
             if name in ("mm", "addmm"):
                 a, b = given[-2:]
                 operations = 2 * a.shape[0] * a.shape[1] * b.shape[1]
-            source = "library" if operations else "torch"
-            self.launches.append(Work(source, operations, sum(map(_bytes, [*given, *made]))))
+                padded = padded_operations(*a.shape, b.shape[1])
+            source, both = "library" if operations else "torch", [*given, *made]
+            moved = sum(map(_bytes, both))
+            self.launches.append(Work(source, operations, padded, moved, _held(both)))
         return out
 
     def _allocated(self, storage: torch.UntypedStorage) -> None:

@@ -25,9 +25,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from benchmarks.kernels.ahead_of_time import precision
-from benchmarks.kernels.counts import calls_of
+from benchmarks.kernels.counts import calls_of, on_meta, step_of
 from mulki.app.ahead_of_time import NoDevice
 from mulki.kernels import common, schedule
+from mulki.ops import autograd
 
 ARCHITECTURE, TARGET = "sm_90", GPUTarget("cuda", 90, 32)
 ROWS, P, D = 64, 1000, 512  # of a chunk, and of all
@@ -80,10 +81,16 @@ def idle(plan: schedule.Plan | None = None) -> Iterator[None]:
 
 
 def microseconds_of(operator: str, n: int, p: int, d: int, number_format: str) -> float:
-    """Of this process, for the calls that `counts.counts` counts."""
-    calls = calls_of(operator, n, p, d, number_format)
-    with idle(), precision(ARCHITECTURE, number_format):
-        return microseconds(lambda: [call() for call in calls])
+    """Of this process, for the step that `counts.counts` counts, its upstream gradient given."""
+    step = step_of(operator, n, p, d, number_format, torch.empty((), device="meta"))
+    # On the device "meta" torch multiplies in Python.
+    multiplied = mock.patch.object(autograd, "_times", lambda _, stored, leaf: _empty(stored, leaf))
+    with idle(), on_meta(), multiplied, precision(ARCHITECTURE, number_format):
+        return microseconds(step)
+
+
+def _empty(stored: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+    return stored.new_empty(stored.shape, dtype=leaf.dtype)
 
 
 def call_of(chunks: int) -> Callable[[], object]:

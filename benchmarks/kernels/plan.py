@@ -4,8 +4,9 @@ python -m benchmarks.kernels plan            # a table
 python -m benchmarks.kernels plan --json     # an object per operator, shape, width and format
 python -m benchmarks.kernels plan --write    # plan.csv and PLAN.md beside this file
 
-Forward and backward: the mean of a loss with the gradients of features, prototypes and scale (and
-bias); of similarity, both passes with their matrices given and returned.
+A step, forward and backward: the mean of a loss with the gradients of features, prototypes and
+scale (and bias), and all that autograd launches; of similarity, both passes with their matrices
+given and returned.
 
 No GPU is needed, and none was used: counts come from recorded launches, times from the published
 peaks of four GPUs and the assumptions in `cards.py`. "eager" is the loss as it is written in plain
@@ -13,7 +14,7 @@ PyTorch, "graph" the same launches in a CUDA graph, "compile" the products of ea
 between them fused, in a graph too, and "library" the least number of products by the library that
 torch calls.
 
-`host_us` alone is measured: microseconds of this process that a call takes on tensors of the device
+`host_us` alone is measured: microseconds of this process that a step takes on tensors of the device
 "meta", by Triton's own code for launches up to a driver that does nothing (`host.py`). Products of
 the library do nothing, too, so what torch takes to call them is not in it. Calls of an operator
 with as many launches differ by the host's work hardly at all, so one of them is measured.
@@ -33,11 +34,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.kernels import targets
 from benchmarks.kernels.ahead_of_time import NUMBER_FORMATS
-from benchmarks.kernels.cards import CARDS, GRAPH_LAUNCH, LAUNCH, PYTHON_LAUNCH, seconds
+from benchmarks.kernels.cards import CARDS, PYTHON_HOST, TORCH_HOST, seconds
 from benchmarks.kernels.counts import OPERATORS, PAIRED, Counts, Work, counts, counts_of_torch
 from benchmarks.kernels.host import microseconds_of
 from mulki.bench.losses import EAGER
+from mulki.kernels.schedule import padded_operations
 from mulki.runs.environment import environment
 
 HERE = Path(__file__).parent
@@ -86,13 +89,13 @@ def row(operator: str, n: int, p: int, d: int, numbers: str) -> dict[str, Any]:
     """What is counted of one call, and modelled seconds by GPU and way of computing it."""
     found = counts(operator, n, p, d, numbers)
     work = {
-        "mulki": (found.work, PYTHON_LAUNCH),
-        "eager": (eager(operator, n, p, d, NUMBER_FORMATS[numbers][0]).work, LAUNCH),
-        "compile": (compiled(operator, n, p, d, NUMBER_FORMATS[numbers][0]), GRAPH_LAUNCH),
-        "library": (library(operator, n, p, d, NUMBER_FORMATS[numbers][0]), GRAPH_LAUNCH),
+        "mulki": (found.work, PYTHON_HOST),
+        "eager": (eager(operator, n, p, d, NUMBER_FORMATS[numbers][0]).work, TORCH_HOST),
+        "compile": (compiled(operator, n, p, d, NUMBER_FORMATS[numbers][0]), 0.0),
+        "library": (library(operator, n, p, d, NUMBER_FORMATS[numbers][0]), 0.0),
     }
     for way in ("mulki", "eager"):
-        work[f"{way} graph"] = work[way][0], GRAPH_LAUNCH
+        work[f"{way} graph"] = work[way][0], 0.0
     return {
         "operator": operator,
         "n": n,
@@ -148,11 +151,19 @@ def _siglip(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
 def library(operator: str, n: int, p: int, d: int, dtype: torch.dtype) -> list[Work]:
     """The least number of products, one launch each."""
     size, k = dtype.itemsize, OPERATORS[operator]
-    return [Work("library", 2 * n * p * d, size * (n * d + p * d + n * p)) for _ in range(k + 3)]
+    moved = size * (n * d + p * d + n * p)
+    logits, of_x, of_w = (
+        Work("library", 2 * n * p * d, padded_operations(*shape), moved, moved)
+        for shape in ((n, d, p), (n, p, d), (p, n, d))
+    )
+    return [logits] * (k + 1) + [of_x, of_w]
 
 
 def compiled(operator: str, n: int, p: int, d: int, dtype: torch.dtype) -> list[Work]:
-    """The products, and kernels between them that read stored logits twice and write G once."""
+    """The products, and kernels between them that read stored logits twice and write G once.
+
+    As of the others, the upstream gradient is one more launch, where it is not given.
+    """
     products = library(operator, n, p, d, dtype)
     if operator == "similarity":
         return products
@@ -160,7 +171,8 @@ def compiled(operator: str, n: int, p: int, d: int, dtype: torch.dtype) -> list[
         products = [*products, *products]  # a product per direction
     matrix = n * p * dtype.itemsize
     read = (len(products) - 2) * matrix
-    return [*products, Work("torch", 0, read), Work("torch", 0, read + matrix)]
+    moved = (read, read + matrix, 8)
+    return [*products, *(Work("torch", 0, 0, one, one) for one in moved)]
 
 
 def cells(one: dict[str, Any]) -> list[str]:
@@ -193,17 +205,27 @@ def read(path: Path = HERE / "plan.csv") -> list[dict[str, str]]:
 INTRODUCTION = """\
 # What the Triton kernels take, by count
 
-Forward and backward with gradients of everything; D = 512. **Nothing here was measured on a GPU**:
-products, launches and memory are counted from recorded launches, and times are a model of an H100
-from its published peaks (`cards.py` has it, with its assumptions). "host us" is Python's time for a
-call, measured up to a driver that does nothing, without torch's time for products of the library.
-Where it is more than "mulki, us", a call takes at least that long without a graph: the model counts
-12 us of the host for each launch, and not the 100 us or so that a call takes besides. For eager it
-counts 6 us for each launch, which was not measured.
+A step: forward and backward of a public function with gradients of everything, and all that
+autograd launches for them; D = 512. **Nothing here was measured on a GPU**: products, launches and
+memory are counted, and times are a model of an H100 from its published peaks, the one by which the
+kernels choose (`kernels/schedule.py`). It takes every provider alike: a launch is its products or
+its bytes, whichever takes longer, and a gap of 1.5 us; tensors that fit L2 are there. "graph" is
+the same launches in a CUDA graph; without one a step takes at least 6 us of the host for each
+operation of eager, and 12 for each launch of ours, which was not measured.
+"host us" is Python's time for a step, measured up to a driver that does nothing, without torch's
+time for products of the library. Where it is more than "mulki, us", a step takes at least that long
+without a graph.
 `plan.csv` has five widths, five number formats and four GPUs.
 `python -m benchmarks.kernels plan --write` makes both files, and says what the columns are.
 
 Host: {host}.
+
+## Targets
+
+{targets}
+
+## All
+
 """
 
 
@@ -215,7 +237,8 @@ def host() -> str:
 
 
 def render(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [INTRODUCTION.format(host=host())]
+    found = "\n".join(targets.lines(rows))
+    lines = [INTRODUCTION.format(host=host(), targets=found).rstrip(), ""]
     head = ("operator", "N x P", "numbers", "products", "launches", "extra MiB", "host us")
     lines.append(f"| {' | '.join((*head, *(f'{way}, us' for way in WAYS)))} |")
     lines.append("| --- | --- | --- |" + " ---: |" * (4 + len(WAYS)))

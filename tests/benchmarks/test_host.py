@@ -127,7 +127,7 @@ def nonempty(attributes):
 def test_a_count_of_64_bits_is_for_triton(monkeypatch):
     asked = []
     monkeypatch.setattr(launch, "launch", lambda *of, **given: asked.append(given))
-    repeated = launch.Repeated(None, (1,), torch.device("meta"), 1, 1)
+    repeated = launch.Repeated(None, (1,), 1, 1)
     monkeypatch.setattr(repeated, "_run", lambda *given: pytest.fail("launched another type"))
     repeated(first_row=2**31, first_column=0)
     assert asked == [{"first_row": 2**31, "first_column": 0}]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from dataclasses import replace
 
 import pytest
 
@@ -15,7 +17,7 @@ import torch
 
 from benchmarks.kernels import plan
 from benchmarks.kernels.ahead_of_time import NUMBER_FORMATS
-from benchmarks.kernels.cards import BANDWIDTH, CARDS, LAUNCH, RATE, seconds
+from benchmarks.kernels.cards import CARDS, TORCH_HOST, seconds
 from benchmarks.kernels.counts import (
     OPERATORS,
     PAIRED,
@@ -23,6 +25,9 @@ from benchmarks.kernels.counts import (
     counts,
     counts_of_torch,
 )
+from benchmarks.kernels.targets import Target
+from mulki.kernels.schedule import GAP, H100, Problem, _launches
+from mulki.kernels.schedule import plan as plan_of
 
 RENEW = "run python -m benchmarks.kernels plan --write"
 
@@ -67,18 +72,23 @@ def test_products_are_few_in_every_format_and_width(n, p, table):
 
 
 def test_launches_are_few(table):
-    for (n, p), limit in {(64, 100): 4, (256, 1000): 8, (16384, 16384): 400}.items():
+    """Of a step, with those of autograd; float16 has one more for the factors of gradients."""
+    for (n, p), limit in {(64, 100): 9, (256, 1000): 13, (16384, 16384): 400}.items():
         assert most(table, "launches", operator="dual_teacher_kl", n=n, p=p) <= limit
-    for operator, limit in {"prototype_cross_entropy": 7, "siglip": 6, "similarity": 7}.items():
+    for operator, limit in {"prototype_cross_entropy": 11, "siglip": 11, "similarity": 7}.items():
         assert most(table, "launches", operator=operator, n=256, p=1000) <= limit
 
 
 def test_extra_memory_has_a_limit(table):
-    for operator in OPERATORS.keys() - {"similarity"}:  # whose matrix is its result
-        for n, p in ((8192, 8192), (16384, 16384), (65536, 1000)):
-            if operator in PAIRED and n != p:
-                continue
-            assert most(table, "extra_bytes", operator=operator, n=n, p=p) <= 64 << 20
+    """Blocks of logits; and the gradients of the mean are float32 until they are multiplied."""
+    for row in table:
+        n, p, d = (int(row[name]) for name in ("n", "p", "d"))
+        if row["operator"] != "similarity" and (n, p) in (
+            (8192, 8192),
+            (16384, 16384),
+            (65536, 1000),
+        ):
+            assert float(row["extra_bytes"]) <= (66 << 20) + 4 * (n + p) * d, row
 
 
 def test_the_model_has_us_below_plain_pytorch(table):
@@ -109,10 +119,11 @@ def test_the_host_is_measured_for_each_kind_of_call(table):
     for row in table:
         kinds.setdefault((row["operator"], int(row["launches"])), set()).add(int(row["host_us"]))
     assert all(len(measured) == 1 for measured in kinds.values())
-    for (operator, launches), (host_us,) in kinds.items():
+    for (_, launches), (host_us,) in kinds.items():
         assert launches < host_us, RENEW
-        if operator == "dual_teacher_kl" and launches > 40:  # chunks of six launches
-            assert host_us / launches <= 60 / 6
+    of_teachers = sorted((n, us) for (op, n), (us,) in kinds.items() if op == "dual_teacher_kl")
+    (few, least), (many, most_us) = of_teachers[0], of_teachers[-1]
+    assert (most_us - least) / (many - few) <= 60 / 6  # chunks of six launches
 
 
 def test_an_operation_of_torch_counts_once_with_its_bytes_and_its_memory():
@@ -129,20 +140,56 @@ def test_programs_take_from_l2_what_they_share():
     # Both for the logits, one for dX, and one for dW.
     assert found.l2_bytes - found.bytes == 4 * operand
     found = counts("dual_teacher_kl", 64, 100, 512, "bf16")
-    prototypes, g, programs = 2 * 100 * 512, 2 * 64 * 100, found.work[0].programs
+    (programs,) = (one.programs for one in found.work if one.operations and one.programs)
+    prototypes, g = 2 * 100 * 512, 2 * 64 * 100
     for_logits, for_dx = 3 * (programs - 1) * prototypes, programs * prototypes
     assert programs == 4 and found.l2_bytes - found.bytes == for_logits + for_dx + 3 * g
 
 
-def test_a_launch_takes_the_longest_of_products_bytes_and_host():
-    card = CARDS["H100"]
-    work = [Work("library", 1e12, 0), Work("kernel", 0, 10**9), Work("torch", 1, 1)]
-    wanted = 1e12 / (RATE["library"] * card.half) + 1e9 / (BANDWIDTH * card.bandwidth) + LAUNCH
-    assert seconds(work, card, "bf16") == pytest.approx(wanted)
-    few = Work("kernel", 1e12, 0, programs=33)
-    assert seconds([few], card, "bf16") == pytest.approx(4e12 / (RATE["kernel"] * card.half))
-    strict = [seconds([Work(one, 1e12, 0)], card, "fp32") for one in ("library", "kernel")]
-    assert strict[1] < strict[0]  # three products of tf32
+def test_a_step_counts_what_autograd_launches():
+    """The teachers' scales, the upstream gradient, and three products with it."""
+    found = counts("dual_teacher_kl", 64, 100, 512, "bf16")
+    assert [one.source for one in found.work].count("torch") == 5 and found.launches == 8
+    (other,) = [one for one in found.work if one.source == "library"]
+    assert other.operations == 2 * 64 * 100 * 512 < other.padded == 2 * 128 * 64 * 512
+
+
+def test_a_launch_takes_the_longest_of_products_and_bytes_and_a_gap():
+    card, rates = CARDS["H100"], H100["half"]
+
+    def took(work, **host):
+        return seconds(work, card, "bf16", **host) - GAP * len(work)
+
+    product, torch_s = Work("library", 0, 1e12, 0, 0), Work("torch", 0, 0, 10**9, 10**9)
+    assert took([product]) == pytest.approx(1e12 / rates.library)
+    assert took([torch_s]) == pytest.approx(1e9 / rates.bandwidth)
+    assert took([replace(torch_s, held=10**7)]) == pytest.approx(1e9 / rates.cached)
+    # Few programs have the rate of as many multiprocessors.
+    few = Work("kernel", 0, 1e12, 0, 0, programs=33)
+    assert took([few]) == pytest.approx(4e12 / rates.kernel)
+    reading = Work("kernel", 0, 0, 10**6, 10**6, programs=4, again=10**6)
+    assert took([reading]) == pytest.approx(132 / 4 * 2e6 / rates.cached)
+    small = [Work("torch", 0, 0, 8, 8)] * 50
+    assert seconds(small, card, "bf16", TORCH_HOST) == pytest.approx(50 * TORCH_HOST)
+
+
+@pytest.mark.parametrize("shape", [(64, 100), (256, 1000), (8192, 60), (4096, 4096), (8192, 8192)])
+def test_the_plan_and_the_choice_take_one_model(shape):
+    """The device's time of the launches of a call, without those of autograd and of sums."""
+    problem = Problem(*shape, (512,) * 3, "half", True, whole=True)
+    chosen = sum(n * one for n, one in _launches(problem, plan_of(problem)))
+    launched = counts("dual_teacher_kl", *shape, 512, "bf16").work
+    # `row_totals` has four numbers of each row.
+    found = [one for one in launched if one.source != "torch" and one.bytes > 10 * shape[0]]
+    assert seconds(found, CARDS["H100"], "bf16") == pytest.approx(chosen, rel=0.15)
+
+
+def test_targets_are_met_or_missed(table):
+    text = (plan.HERE / "PLAN.md").read_text()
+    verdicts = re.findall(r"^\| .* \| (met|missed by \d+ %) \|$", text, re.MULTILINE)
+    assert len(verdicts) == 13 and "met" in verdicts
+    assert Target("", 5.0, 4.0, "").verdict == "missed by 25 %"
+    assert Target("", 4.0, 4.0, "").verdict == "met"
 
 
 def test_what_is_printed(capsys, monkeypatch):

@@ -136,6 +136,16 @@ def operands(n, p, d=64, dtype=torch.bfloat16):
     return meta(n, d, dtype=dtype), meta(p, d, dtype=dtype), meta(dtype=torch.float32)
 
 
+def test_the_device_of_the_tensors_is_made_the_current_one_once(launches, monkeypatch):
+    launch = importlib.import_module("mulki.kernels.launch")
+    noted, usual = [], launch.current_device
+    monkeypatch.setattr(
+        launch, "current_device", lambda device: (noted.append(device), usual(device))[1]
+    )
+    assert len(launches("contrastive", *operands(300, 300))) > 3
+    assert noted == [torch.device("meta")]
+
+
 @pytest.mark.parametrize(("n", "p"), [(20_000_000, 10), (10, 20_000_000)])
 def test_grids_stay_within_their_limits(launches, n, p):
     rows = operands(n, p)

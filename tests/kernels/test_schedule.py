@@ -45,7 +45,8 @@ def test_which_schedule_is_taken(family, width):
 
 def test_the_cost_and_no_threshold_decides(monkeypatch):
     assert chosen(2048, 100).schedule == "rows"
-    monkeypatch.setattr(schedule, "KERNEL", dict.fromkeys(FAMILIES, 1e12))
+    slow = {family: rates._replace(kernel=1e12) for family, rates in schedule.H100.items()}
+    monkeypatch.setattr(schedule, "H100", slow)
     schedule.plan.cache_clear()
     assert chosen(2048, 100).schedule == "chunks"
     monkeypatch.setattr(schedule, "HOST", 1e-3)
@@ -77,7 +78,8 @@ def test_logits_that_fit_the_cache_are_read_faster(monkeypatch):
         return schedule.seconds(contrastive, plan)
 
     faster = seconds_of_a_logit(does_not) / seconds_of_a_logit(fits)
-    monkeypatch.setattr(schedule, "CACHE", 0)
+    none = {family: rates._replace(cache=0) for family, rates in schedule.H100.items()}
+    monkeypatch.setattr(schedule, "H100", none)
     schedule.plan.cache_clear()
     assert schedule.plan(contrastive).columns > 4096
     assert seconds_of_a_logit(does_not) / seconds_of_a_logit(fits) < faster
