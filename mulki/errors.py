@@ -6,17 +6,19 @@ import difflib
 import signal
 from collections.abc import Iterable
 
+from mulki.printing import printable
+
 
 class InputError(ValueError):
     """Bad input from the user: an argument, a file, a name.
 
     The message is one line that says which argument or file, what came, what was wanted and
-    what to do about it. The command line prints that line alone and exits with status 2. Line
-    breaks in the message become spaces, since a file name can contain one.
+    what to do about it. The command line prints that line alone and exits with status 2. A file
+    name can contain anything: line breaks become spaces, and control characters are escaped.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.splitlines()))
+        super().__init__(printable(" ".join(message.splitlines())))
 
 
 class Stopped(KeyboardInterrupt):

@@ -9,6 +9,7 @@ def test_input_errors_are_one_line_and_value_errors() -> None:
     error = InputError("a\nb.csv: wrong")
     assert str(error) == "a b.csv: wrong"
     assert isinstance(error, ValueError)
+    assert str(InputError("\x1b[31ma.csv\a: wrong")) == r"\x1b[31ma.csv\x07: wrong"
 
 
 def test_nearest() -> None:

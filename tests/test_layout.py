@@ -18,6 +18,7 @@ PACKAGE, TESTS = ROOT / "mulki", ROOT / "tests"
 OTHER = ("benchmarks", "kernels")
 
 CROSS_CUTTING = {
+    "app/test_hostile_names.py": "all commands",
     "train/test_captions.py": "runs of tasks of captions, from their files to the report",
     "train/test_full_disk.py": "a whole run on a small file system",
     "train/test_killed.py": "whole runs in processes that are killed",

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from mulki.app.commands import completion
 from mulki.app.commands.parsing import Parser, add_options, with_hyphens
 from mulki.errors import InputError, ProcessLost, Stopped, counted, nearest
+from mulki.printing import say
 
 _COMPLETION_EXAMPLES = """run once, or put it into the shell's start file:
   bash, ~/.bashrc                    eval "$(mulki completion bash)"
@@ -42,7 +43,7 @@ def run_command(argv: Sequence[str]) -> int:
         return 2
     except ProcessLost as lost:
         if not lost.quiet:
-            print(f"mulki: error: {lost}", file=sys.stderr)
+            say(f"mulki: error: {lost}", sys.stderr)
         _print_way_on(lost)
         return 1
     except Stopped as stopped:
@@ -70,7 +71,7 @@ def run_command(argv: Sequence[str]) -> int:
 
 def _print_error(message: str) -> None:
     where = f" in process {os.environ.get('RANK', '0')}" if _is_one_of_several() else ""
-    print(f"mulki: error{where}: {message}", file=sys.stderr)
+    say(f"mulki: error{where}: {message}", sys.stderr)
 
 
 def _is_one_of_several() -> bool:
@@ -79,9 +80,9 @@ def _is_one_of_several() -> bool:
 
 def _print_way_on(ended: Stopped | ProcessLost) -> None:
     if ended.results:
-        print(f"results so far: {os.path.join(ended.results, 'report.html')}", file=sys.stderr)
+        say(f"results so far: {os.path.join(ended.results, 'report.html')}", sys.stderr)
     if ended.resume:
-        print(f"to go on: mulki run --resume {shlex.quote(ended.resume)}", file=sys.stderr)
+        say(f"to go on: mulki run --resume {shlex.quote(ended.resume)}", sys.stderr)
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -130,12 +131,12 @@ def _usage(commands: dict[str, Callable[[list[str]], int]]) -> str:
 
 def _run(argv: list[str]) -> int:
     """Learn a sequence of tasks: mulki run embedded, or mulki run --tasks DIR1 DIR2"""
-    from rich.console import Console
     from rich.text import Text
 
     from mulki.app.commands.grid import is_grid, run_grid
     from mulki.app.commands.run_options import run_options
     from mulki.app.commands.training import prepare_process
+    from mulki.console import Console
     from mulki.report.tables import print_matrix
     from mulki.runs.results import read_evaluations
     from mulki.train.config.run_config import resolve
@@ -162,11 +163,10 @@ def _run(argv: list[str]) -> int:
 
 def _plan(argv: list[str]) -> int:
     """What a run would do, need and take, without making it: mulki plan embedded --json"""
-    from rich.console import Console
-
     from mulki.app.commands.plan import show_plan
     from mulki.app.commands.run_options import run_options
     from mulki.app.commands.training import prepare_process
+    from mulki.console import Console
 
     prepare_process()
     given, resume = run_options(argv, "plan", _plan.__doc__)
@@ -193,8 +193,7 @@ def _export(argv: list[str]) -> int:
 
 def _metrics(argv: list[str]) -> int:
     """Transfer, Average, Last, forgetting and BWT of a matrix: mulki metrics matrix.csv"""
-    from rich.console import Console
-
+    from mulki.console import Console
     from mulki.report.tables import print_matrix
     from mulki.runs.metrics import read_matrix
 
@@ -231,7 +230,7 @@ def _report(argv: list[str]) -> int:
     )
     arguments = parser.parse_args(argv)
     for run in arguments.runs:
-        print(write_report(run, figures=arguments.figures))
+        say(str(write_report(run, figures=arguments.figures)))
     return 0
 
 

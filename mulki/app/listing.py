@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mulki.console import Console
 from mulki.data import CaptionTask, Source, Task, load_sequence, sequence_names
 from mulki.data.published import Entry, entry
 from mulki.data.published.collections import COLLECTIONS, Collection
 from mulki.data.published.prepare import prepare
 from mulki.data.sequences import without_effect
 from mulki.errors import InputError
+from mulki.printing import say
 from mulki.train.display.progress import megabytes
 
 
@@ -138,5 +139,5 @@ def _prepare(collection: Collection, members: tuple[str, ...], source: Source) -
             problems.append(state.problem)
     Console().print(table)
     for problem in problems:
-        print(problem)
+        say(problem)
     return 1 if problems else 0

@@ -14,10 +14,11 @@ from typing import Literal
 
 from rich import box
 from rich.cells import cell_len
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from mulki.console import Console
 from mulki.errors import counted
 from mulki.runs.metrics import ZERO_SHOT, AccuracyMatrix, ClassIncremental, Metrics
 from mulki.runs.results import Evaluation

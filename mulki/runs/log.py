@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from mulki.printing import PrintableFormatter
+
 
 class RunLog:
     """Writes what the package ``mulki`` logs, debugging apart, into a file while it is open."""
@@ -21,7 +23,7 @@ class RunLog:
         self._handler = _LogFile(self._path, encoding="utf-8")
         self._handler.setLevel(logging.INFO)
         self._handler.setFormatter(
-            logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+            PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
         )
         package = logging.getLogger("mulki")
         package.addHandler(self._handler)

@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from rich.console import Console
 
+from mulki.console import Console
 from mulki.distributed.launch import join, launched
 from mulki.errors import InputError
 from mulki.runs.new_folder import check_free, slug

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from rich.console import Console
 
 from mulki.clip.evaluation import Evaluator, Loader, shared_classes
 from mulki.clip.head import ClassStatistics, Head, write_statistics
+from mulki.console import Console
 from mulki.data import Task
 from mulki.data.loader import batches, dead_workers_named
 from mulki.distributed import launch

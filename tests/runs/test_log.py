@@ -20,7 +20,7 @@ def test_the_log_is_opened_once_and_closed(
     package.info("before")
     log.open()
     log.open()
-    package.info("during ü")
+    package.info("during ü\n\x1b")
     package.debug("detail")
     other.warning("elsewhere")
     log.close()
@@ -28,5 +28,5 @@ def test_the_log_is_opened_once_and_closed(
     package.info("after")
     lines = (tmp_path / "out.log").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 1
-    assert lines[0].endswith("INFO mulki: during ü")
+    assert lines[0].endswith(r"INFO mulki: during ü\n\x1b")
     assert (package.level, package.handlers) == before

@@ -6,9 +6,9 @@ import json
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from mulki.app.commands.parsing import Parser
+from mulki.console import Console
+from mulki.printing import say
 from mulki.report.comparison.compare import compare
 from mulki.report.comparison.html import check_page, figures, write_comparison
 from mulki.report.comparison.tables import print_comparison
@@ -40,11 +40,11 @@ def compare_runs(argv: list[str]) -> int:
         print_comparison(comparison, Console())
     if arguments.html is not None:
         write_comparison(comparison, arguments.html)
-        print(f"page: {arguments.html}", file=sys.stderr)
+        say(f"page: {arguments.html}", sys.stderr)
     if arguments.figures is not None:
         folder = Path(arguments.figures)
         folder.mkdir(parents=True, exist_ok=True)
         for plot in figures(comparison):
             plot.write(folder)
-        print(f"figures: {folder}", file=sys.stderr)
+        say(f"figures: {folder}", sys.stderr)
     return 0

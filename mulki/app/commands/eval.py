@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.text import Text
 
 from mulki.app.commands.parsing import Parser, add_options, with_hyphens
 from mulki.choices.options import flag
 from mulki.clip.evaluation import LabelSpace
+from mulki.console import Console
 from mulki.data import Task
 from mulki.errors import InputError
 from mulki.report.tables import plain_table

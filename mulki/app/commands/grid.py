@@ -9,10 +9,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.text import Text
 
 from mulki.app.commands.parsing import Parser
+from mulki.console import Console
 from mulki.errors import InputError
 from mulki.files import write_atomic
 from mulki.report.comparison import html

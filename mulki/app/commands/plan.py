@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from textwrap import TextWrapper
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from mulki import methods
 from mulki.app.commands.grid import is_first, is_grid
 from mulki.clip.offline import offline
+from mulki.console import Console
 from mulki.data.published.collections import COLLECTIONS
 from mulki.distributed import launch
 from mulki.errors import InputError, counted

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.text import Text
 
 from mulki.app.commands.grid import is_first, seeds_of, whole
@@ -16,8 +15,10 @@ from mulki.app.commands.parsing import Parser, add_options, with_hyphens
 from mulki.app.commands.training import prepare_process
 from mulki.app.reproduction import WORDS, Judgement, figures_of, judge, leaderboard, options_of
 from mulki.choices.options import flag
+from mulki.console import Console
 from mulki.data.published.rows import Published, published_row, published_rows
 from mulki.errors import InputError
+from mulki.printing import say
 from mulki.report.tables import TITLES, plain_table
 from mulki.runs.reading import RunData, read_folder
 from mulki.train.config.imports import import_modules
@@ -118,7 +119,7 @@ def _run(row: Published, given: Mapping[str, Any]) -> list[Path] | None:
         if is_first():
             print(f"{row.name} cannot be run, missing:")
             for line in lacking:
-                print(f"- {line}")
+                say(f"- {line}")
         return None
     cells = plan(
         options,

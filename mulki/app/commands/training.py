@@ -7,6 +7,8 @@ import os
 import sys
 from typing import Any
 
+from mulki.printing import PrintableFormatter
+
 
 def prepare_process() -> None:
     """Keep freed memory for the next tensors, and print warnings on standard error."""
@@ -20,7 +22,8 @@ def prepare_process() -> None:
     handler.setLevel(logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     handler.addFilter(lambda record: record.levelno < logging.ERROR)
     handler.addFilter(lambda record: not _printed_already(record.name))
-    logging.basicConfig(format="mulki: %(message)s", handlers=[handler])
+    handler.setFormatter(PrintableFormatter("mulki: %(message)s"))
+    logging.basicConfig(handlers=[handler])
 
 
 def _printed_already(logger: str) -> bool:

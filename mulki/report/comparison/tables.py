@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from rich import box
 from rich.cells import cell_len
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mulki.console import Console
 from mulki.report.comparison.groups import (
     TITLES,
     Comparison,

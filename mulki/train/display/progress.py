@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from types import TracebackType
 
 from rich.columns import Columns
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from mulki.console import Console
 from mulki.train.display.time_left import TimeLeft, clock
 from mulki.train.learning.inputs import StepReport
 

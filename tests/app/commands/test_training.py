@@ -19,7 +19,7 @@ def memory_left_alone(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return called
 
 
-@pytest.mark.parametrize(("rank", "printed"), [("0", "mulki: careful\n"), ("1", "")])
+@pytest.mark.parametrize(("rank", "printed"), [("0", "mulki: careful\\x1b[31m\n"), ("1", "")])
 def test_the_first_process_prints_warnings(
     rank: str,
     printed: str,
@@ -32,7 +32,7 @@ def test_the_first_process_prints_warnings(
     prepare_process()
     log = logging.getLogger("mulki.something")
     log.info("a step")
-    log.warning("careful")
+    log.warning("careful\x1b[31m")
     log.error("the line that ends a run is printed elsewhere")
     assert capsys.readouterr().err == printed
 
