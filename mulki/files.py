@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import io
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mulki.errors import InputError
 
@@ -35,6 +37,14 @@ def check_regular(path: str | os.PathLike[str]) -> None:
         ) from None
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise InputError(f"{path}: a pipe, socket or device, wanted a file; replace or remove it")
+
+
+def from_json(text: str) -> Any:
+    """What JSON text stands for. Raises ValueError where it is none, or is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def read_csv(path: Path, wanted: str) -> list[tuple[int, list[str]]]:

@@ -14,6 +14,7 @@ from mulki.errors import InputError
 from mulki.files import (
     Row,
     check_regular,
+    from_json,
     new_folder,
     read_table,
     sweep,
@@ -126,3 +127,11 @@ def test_a_new_folder_replaces_the_old_one_in_one_step(tmp_path: Path) -> None:
         _ = 1 / 0
     assert (path / "file").read_text() == "2"
     assert [each.name for each in tmp_path.iterdir()] == ["folder"]
+
+
+def test_json_that_is_none_is_a_value_error() -> None:
+    assert from_json('{"a": [1]}') == {"a": [1]}
+    for text in ("[" * 100_000, '{"a": ' * 100_000, "[1", "9" * 6000, ""):
+        with pytest.raises(ValueError, match=".") as caught:
+            from_json(text)
+        assert len(str(caught.value).splitlines()) == 1

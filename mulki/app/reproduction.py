@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from mulki.choices.option_files import options_in
 from mulki.choices.options import flag
 from mulki.data.published.collections import COLLECTIONS
 from mulki.data.published.rows import Published
@@ -165,12 +164,11 @@ def options_of(data: RunData) -> dict[str, Any]:
         InputError: it is damaged.
     """
     try:
-        options = yaml.safe_load(data.config) or {}
-    except (yaml.YAMLError, ValueError):
-        options = None
-    if not isinstance(options, dict):
-        raise InputError(f"{data.name}: its args.yaml is damaged; restore it, or leave the run out")
-    return options
+        return options_in(data.config)
+    except ValueError:
+        raise InputError(
+            f"{data.name}: its args.yaml is damaged; restore it, or leave the run out"
+        ) from None
 
 
 def _wanted(row: Published) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import keyword
 import math
 import operator
+import re
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, field, fields
@@ -68,6 +69,11 @@ def field_name(name: str) -> str:
     """The field of an option, which may be written with hyphens."""
     name = name.replace("-", "_")
     return f"{name}_" if keyword.iskeyword(name) else name
+
+
+def whole_number(text: str) -> int | None:
+    """The number that a few ASCII digits are, None for any other text."""
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
 
 
 def flag(name: str) -> str:

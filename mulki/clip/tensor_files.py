@@ -88,6 +88,23 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     return tensors, metadata
 
 
+def check_floats(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Check that weights of a model are no whole numbers, which torch would cast in silence.
+
+    Args:
+        tensors: the weights that came, by their names.
+        own: those of the model.
+
+    Raises:
+        InputError: naming one of them.
+    """
+    for name, value in tensors.items():
+        wanted = own.get(name)
+        if wanted is None or value.is_floating_point() or not wanted.is_floating_point():
+            continue
+        raise InputError(f"{name} is {value.dtype}, wanted floating point numbers; convert it")
+
+
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     known = sorted(item for item in metadata.items() if item[0] != CHECKSUM)
     digest = hashlib.sha256(repr(known).encode())

@@ -17,6 +17,7 @@ from typing import Literal, TypeVar, overload
 
 from PIL import Image
 
+from mulki.choices.options import whole_number
 from mulki.data.image_files import SHARD_SUFFIXES, find_unreadable, holds_split, split_folder
 from mulki.data.shards import GZIP, Member, Samples, ShardImages, image_of, read_samples, unpack
 from mulki.errors import InputError
@@ -216,14 +217,17 @@ def read_classed_shards(
         InputError, BadImage: as `read_captioned_shards`, or no index in 0..C-1.
     """
     parts, words, bad = _read(paths, "cls", skip_bad_images)
-    for number, (part, indices) in enumerate(zip(parts, words, strict=True)):
-        for place, index in enumerate(indices):
-            if not index.isdecimal() or int(index) >= count:
+    for number, (part, texts) in enumerate(zip(parts, words, strict=True)):
+        targets = []
+        for place, text in enumerate(texts):
+            target = whole_number(text)
+            if target is None or target >= count:
                 raise InputError(
-                    f"{part.name(place)}: class {index[:20]!r}, wanted a number from 0 to "
+                    f"{part.name(place)}: class {text[:20]!r}, wanted a number from 0 to "
                     f"{count - 1}; correct its .cls, or add the class"
                 )
-        parts[number] = replace(part, targets=tuple(map(int, indices)))
+            targets.append(target)
+        parts[number] = replace(part, targets=tuple(targets))
     return JoinedShards(tuple(parts)), bad
 
 

@@ -7,7 +7,6 @@ columns. `datasets` is imported when such a task is read.
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,7 @@ from mulki.data.image_files import (
 )
 from mulki.data.task import Task, split_fingerprint
 from mulki.errors import InputError
-from mulki.files import check_regular
+from mulki.files import check_regular, from_json
 
 _DICT, _STATE, _INFO = "dataset_dict.json", "state.json", "dataset_info.json"
 _IMAGES, _LABELS = ("image", "img"), ("label", "fine_label")
@@ -363,7 +362,7 @@ def _sizes_and_marks(cells: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def _json(path: Path) -> dict[str, Any]:
     check_regular(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = from_json(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError("no object")
     except (OSError, ValueError) as error:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mulki.choices.options import whole_number
 from mulki.distributed.roll_call import Meeting, RollCall, meet
 from mulki.distributed.torchrun import launcher
 from mulki.distributed.world import World
@@ -39,11 +40,12 @@ def processes() -> int:
 
 def _number(name: str, value: str, least: int, unset: str = "") -> int:
     """Of an environment variable; `unset` is the one without which it is not needed."""
-    if not (value.isascii() and value.isdecimal()) or int(value) < least:
+    number = whole_number(value)
+    if number is None or number < least:
         raise InputError(
             f"{name}: got {value!r}, wanted a whole number from {least}; {_REMEDY} {unset or name}"
         )
-    return int(value)
+    return number
 
 
 def launched() -> bool:

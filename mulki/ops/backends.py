@@ -181,6 +181,9 @@ def check(operator: Operator, x: Arguments, request: Request, values: bool) -> N
     Raises:
         TypeError, ValueError: naming the argument.
     """
+    for place in operator.tensors:
+        if x[place] is None:  # which the dispatcher takes for a tensor
+            raise TypeError(f"{x._fields[place]}: got None, wanted a tensor")
     operator.check(x, values=values)
     checks.choice("reduction", request.reduction, operator.reductions)
     if len(request.wanted) != operator.leaves:

@@ -37,6 +37,7 @@ class Operator(NamedTuple):
     schema: str  # arguments and results; the C++ kernels are built for it
     arguments: type[Any]  # the NamedTuple
     leaves: int  # how many of its first fields have gradients
+    tensors: Sequence[int]  # the places of fields that have to be tensors
     check: Callable[..., None]  # of the arguments; raises where they do not fit
     # From the arguments to the loss of each row and the details: plain PyTorch on any device,
     # differentiable in the loss.

@@ -64,7 +64,8 @@ def define(
         f"({', '.join(['Tensor'] * (1 + results + leaves))})"
     )
     functions = check, reference, rows, details, averaged, dtype, reductions
-    operator = OPERATORS[name] = Operator(name, schema, arguments, leaves, *functions)
+    tensors = [place for place, field in enumerate(arguments._fields) if hints[field] is Tensor]
+    operator = OPERATORS[name] = Operator(name, schema, arguments, leaves, tensors, *functions)
     namespaces.PUBLIC.define(name + schema, tags=namespaces.TAGS)
     namespaces.CPP.define(name + schema, tags=namespaces.TAGS)
     for key in KEYS:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
+from mulki.choices.option_files import options_in
 from mulki.errors import InputError
 from mulki.files import check_regular
 from mulki.runs.answers import FOLDER, Answers, read_answers
@@ -133,9 +132,6 @@ def read_contents(folder: str | os.PathLike[str]) -> RunContents:
 
 def _options(config: str) -> dict[str, Any]:
     try:
-        options = yaml.safe_load(config)
-    except Exception as error:  # such as the ValueError of a date that there is not
-        raise InputError(f"args.yaml: not YAML ({error})") from None
-    if options is not None and not isinstance(options, dict):
-        raise InputError("args.yaml: not the options of a run")
-    return options or {}
+        return options_in(config)
+    except ValueError as error:
+        raise InputError(f"args.yaml: not the options of a run ({error})") from None

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mulki.errors import InputError
-from mulki.files import write_atomic
+from mulki.files import from_json, write_atomic
 from mulki.runs.answers import Answers
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def _entries(path: Path, key: str) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))[key]
+        found = from_json(path.read_text(encoding="utf-8"))[key]
     except (ValueError, KeyError, TypeError):
         raise _damaged(path) from None
     if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):

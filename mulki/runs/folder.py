@@ -46,7 +46,7 @@ from typing import Literal
 import yaml
 
 from mulki.errors import InputError
-from mulki.files import check_regular, sweep, sync, write_atomic
+from mulki.files import check_regular, from_json, sweep, sync, write_atomic
 from mulki.runs.answers import ACC1, RECALL1, Answers, seen_accuracy, write_answers
 from mulki.runs.environment import environment
 from mulki.runs.lock import FolderLock
@@ -162,7 +162,7 @@ class RunFolder:
         for each in path.iterdir() if path.is_dir() else ():
             check_regular(each)
         try:
-            summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+            summary = from_json((path / "summary.json").read_text(encoding="utf-8"))
             run = cls(
                 path,
                 method=summary["method"],

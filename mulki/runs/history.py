@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from mulki.files import from_json
+
 #: The file in a run folder.
 FILE = "history.jsonl"
 #: Bins of equal width over [0, 1] of a teacher's weights.
@@ -107,7 +109,7 @@ def mean_seconds(history: Sequence[StepRecord]) -> dict[str, float]:
 def _record(line: str) -> StepRecord | None:
     # None for a line that was cut off, or changed by hand or by a disk.
     try:
-        given = json.loads(line)
+        given = from_json(line)
         known = {item.name for item in fields(StepRecord)}
         record = StepRecord(**{k: v for k, v in given.items() if k in known})
         tables = [getattr(record, name) for name in _TABLES]

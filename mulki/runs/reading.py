@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mulki.errors import InputError
+from mulki.files import from_json
 from mulki.runs.lock import is_locked
 from mulki.runs.metrics import AccuracyMatrix, ClassIncremental, read_matrix
 from mulki.runs.with_head import WithHead
@@ -149,7 +150,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = from_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error}); restore or remove the file") from None
     if not isinstance(value, dict):

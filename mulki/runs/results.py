@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from mulki.errors import InputError
-from mulki.files import check_regular
+from mulki.files import check_regular, from_json
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def read_evaluations(path: str | os.PathLike[str]) -> list[Evaluation]:
     evaluations = []
     for number, line in enumerate(lines, start=1):
         try:
-            evaluations.append(Evaluation(**json.loads(line)))
+            evaluations.append(Evaluation(**from_json(line)))
             _check_kinds(evaluations[-1])
         except (ValueError, TypeError, OverflowError):
             names = ", ".join(field.name for field in fields(Evaluation))

@@ -9,7 +9,15 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mulki.choices.options import check_options, convert, field_name, flag, option, option_name
+from mulki.choices.options import (
+    check_options,
+    convert,
+    field_name,
+    flag,
+    option,
+    option_name,
+    whole_number,
+)
 from mulki.errors import InputError
 
 
@@ -234,3 +242,12 @@ def test_errors_show_the_option_of_a_keyword():
         convert(Keyword, {"lambda_": "x"})
     with pytest.raises(InputError, match="^--lambda: got 0"):
         check_options(Keyword(lambda_=0))
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("0", 0), ("007", 7), ("9" * 18, 10**18 - 1), ("", None), ("-1", None), ("1_0", None)]
+    + [(text, None) for text in ("\u0661", "1\n", " 1", "9" * 6000, "x")],
+)
+def test_a_whole_number_has_a_few_ascii_digits(text, number):
+    assert whole_number(text) == number

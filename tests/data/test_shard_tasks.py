@@ -72,6 +72,8 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "one name": (lambda f: (f / "classes.txt").write_text("cat"), "class '1'"),
     "number": (spoiled({"4.cls": b"2"}), r"0\.tar:4\.png: class '2', wanted a number from 0 to 1"),
     "below zero": (spoiled({"4.cls": b"-1"}), "class '-1'"),
+    "another script": (spoiled({"4.cls": "\u0661".encode()}), "class '\u0661', wanted a number"),
+    "many digits": (spoiled({"4.cls": b"0" * 6000}), "class '0{20}', wanted a number"),
     "a word": (spoiled({"4.cls": b"cat"}), "class 'cat'"),
     "no class": (spoiled({"5.png": b"x"}), r"5 has an image and no class \(\.cls\)"),
     "no image": (spoiled({"5.cls": b"1"}), "5 has a class and no image"),

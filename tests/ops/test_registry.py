@@ -156,6 +156,17 @@ def test_direct_calls_refuse_what_does_not_fit(
             run(asking(bad, "reduced", [True] * case.leaves))
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_tensor_that_is_left_out_is_named(name, wanted, backend):
+    case = make(name, dtype=torch.float32)
+    operator = OPERATORS[case.op]
+    for place in operator.tensors:
+        left_out = with_argument(case, place, None)
+        with pytest.raises(TypeError, match=f"^{operator.arguments._fields[place]}: got None"):
+            run(asking(left_out, "reduced", [wanted] * case.leaves))
+
+
 @pytest.mark.parametrize("name", ["similarity", "siglip", "pairs"])
 def test_what_is_asked_has_to_fit(name, backend):
     case = make(name, dtype=torch.float32)

@@ -12,6 +12,7 @@ from typing import Any
 from rich.text import Text
 
 from mulki.app.commands.parsing import Parser
+from mulki.choices.options import whole_number
 from mulki.console import Console
 from mulki.errors import InputError
 from mulki.files import write_atomic
@@ -121,9 +122,10 @@ def whole(option: str, value: Any, low: int) -> int:
         InputError: the text is no such number.
     """
     text = str(value)
-    if not (text.isascii() and text.isdecimal()) or int(text) < low:
+    number = whole_number(text)
+    if number is None or number < low:
         raise InputError(f"{option}: got {text!r}, wanted a whole number from {low}")
-    return int(text)
+    return number
 
 
 def _distinct(name: str, values: Sequence[Any]) -> list[Any]:

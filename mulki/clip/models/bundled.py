@@ -13,10 +13,12 @@ from pathlib import Path
 from torch import nn
 
 from mulki.clip.models.vision_language import VisionLanguageModel
-from mulki.clip.tensor_files import load_tensors
+from mulki.clip.tensor_files import check_floats, load_tensors
 from mulki.errors import InputError
 
 BUNDLED = "mulki-mini"
+#: Of files that torch.save has written.
+PYTORCH_SUFFIXES = (".pt", ".pth", ".bin")
 
 
 def load_bundled(pretrained: str | None) -> VisionLanguageModel:
@@ -61,6 +63,11 @@ def load_bundled(pretrained: str | None) -> VisionLanguageModel:
 
 def _load_trained(clip: nn.Module, path: Path, packaged: tuple[str, ...]) -> tuple[str, ...]:
     # Returns `packaged`, or nothing where the file holds these weights too.
+    if path.suffix in PYTORCH_SUFFIXES:
+        raise InputError(
+            f"--pretrained: {path} is a PyTorch file by its name, which models of open_clip alone "
+            f"are read from; save weights of {BUNDLED} with safetensors.torch.save_file"
+        )
     try:
         state, _ = load_tensors(path)
     except InputError as error:
@@ -73,6 +80,10 @@ def _load_trained(clip: nn.Module, path: Path, packaged: tuple[str, ...]) -> tup
             f"--pretrained: {path} does not hold the weights of {BUNDLED}; pass a checkpoint of it "
             f"or the --model that it belongs to"
         )
+    try:
+        check_floats(state, clip.state_dict())
+    except InputError as error:
+        raise InputError(f"--pretrained: {path}: {error}") from None
     clip.load_state_dict(state, strict=False)
     return packaged if found == wanted else ()
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from mulki.clip.models.bundled import BUNDLED, load_bundled
+from mulki.clip.models.bundled import BUNDLED, PYTORCH_SUFFIXES, load_bundled
 from mulki.clip.models.huggingface.reading import SCHEMA, load_huggingface
 from mulki.clip.models.open_clip_models import load_open_clip
 from mulki.clip.models.vision_language import VisionLanguageModel
 from mulki.errors import InputError
+from mulki.files import check_regular
 
 
 def load(
@@ -40,10 +41,13 @@ def load(
         InputError: unknown name or tag, a checkpoint that is missing or of another model, or a
             missing package.
     """
-    if pretrained is not None and _looks_like_path(pretrained) and not Path(pretrained).is_file():
-        raise InputError(
-            f"--pretrained: no file {pretrained}; pass a checkpoint's path or a tag of open_clip"
-        )
+    if pretrained is not None and _looks_like_path(pretrained):
+        check_regular(pretrained)
+        if not Path(pretrained).is_file():
+            raise InputError(
+                f"--pretrained: no file {pretrained}; pass a checkpoint's path or a tag of "
+                "open_clip"
+            )
     if pretrained is not None and ":" in name:
         raise InputError(
             f"--pretrained: {name} brings its own weights; leave --pretrained {pretrained} out"
@@ -77,8 +81,6 @@ def _sequence_first(clip: nn.Module) -> None:
 
 def _looks_like_path(pretrained: str) -> bool:
     return os.sep in pretrained or Path(pretrained).suffix in (
-        ".pt",
-        ".pth",
-        ".bin",
+        *PYTORCH_SUFFIXES,
         ".safetensors",
     )

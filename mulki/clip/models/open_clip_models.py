@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,9 +11,9 @@ from torch import Tensor
 
 from mulki.clip.models.bundled import BUNDLED
 from mulki.clip.models.vision_language import VisionLanguageModel
-from mulki.clip.tensor_files import load_tensors
+from mulki.clip.tensor_files import check_floats, load_tensors
 from mulki.errors import InputError, nearest
-from mulki.files import check_regular
+from mulki.files import check_regular, from_json
 
 #: In a published folder, the configuration by which timm makes the image tower.
 TRUNK = Path("image_tower", "config.json")
@@ -53,7 +52,7 @@ def load_open_clip(
                 f"--pretrained: {name} has no tag {pretrained!r}{nearest(pretrained, tags)} and "
                 f"there is no such file; tags: {', '.join(tags) or 'none'}"
             )
-    _check_files(name, pretrained)
+    whole = _check_files(name, pretrained)
     # What is loaded by default is read from a hub, for towers that are models of one.
     how = {"load_weights": False, "pretrained_text": False} if stand_in else {}
     try:
@@ -61,6 +60,7 @@ def load_open_clip(
         clip, _, preprocess = open_clip.create_model_and_transforms(
             name, pretrained=pretrained, weights_only=True, **how, **towers
         )
+        check_floats(whole, clip.state_dict())
         tokenizer = _tokenizer_like(name, clip) if stand_in else open_clip.get_tokenizer(name)
     except Exception as error:  # a damaged checkpoint or configuration raises whatever it meets
         reason = " ".join((str(error) or type(error).__name__).split())[:300]
@@ -97,19 +97,23 @@ def _trunk_of(vision: dict[str, Any]) -> dict[str, Any] | None:
     if schema != "local-dir":
         return None
     del vision["timm_model_name"]
-    return dict(json.loads(Path(place, "config.json").read_text(encoding="utf-8")))
+    return dict(from_json(Path(place, "config.json").read_text(encoding="utf-8")))
 
 
-def _check_files(name: str, pretrained: str | None) -> None:
-    # What open_clip is about to read from this machine, by its checksum if it carries one.
+def _check_files(name: str, pretrained: str | None) -> dict[str, Tensor]:
+    # What open_clip is about to read from this machine, by its checksum if it carries one; returns
+    # what is no floating point number there, on meta.
     schema, _, place = name.partition(":")
     files = [Path(pretrained)] if pretrained is not None else []
+    whole: dict[str, Tensor] = {}
     if schema == "local-dir":
         files += sorted(Path(place).glob("*.safetensors"))
     for file in files:
         check_regular(file)
         if file.suffix == ".safetensors" and file.is_file():
-            load_tensors(file)
+            read, _ = load_tensors(file)
+            whole |= {n: v.to("meta") for n, v in read.items() if not v.is_floating_point()}
+    return whole
 
 
 def _towers_here(name: str) -> dict[str, Any]:
@@ -123,7 +127,7 @@ def _towers_here(name: str) -> dict[str, Any]:
     path = place / "open_clip_config.json"
     if schema != "local-dir" or not path.is_file():
         return {}  # open_clip says what is missing
-    config = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
+    config = from_json(path.read_text(encoding="utf-8"))["model_cfg"]
     text, vision, found = config["text_cfg"], config["vision_cfg"], {}
     absolute = Path(text.get("hf_model_name", "")).is_absolute()
     if absolute and text.get("hf_model_pretrained") is False and (place / "config.json").is_file():
@@ -148,4 +152,4 @@ def _architecture(name: str) -> dict[str, Any]:
         if schema == "local-dir"
         else download_pretrained_from_hf(place, filename=file)
     )
-    return dict(json.loads(Path(path).read_text(encoding="utf-8"))["model_cfg"])
+    return dict(from_json(Path(path).read_text(encoding="utf-8"))["model_cfg"])

@@ -7,14 +7,13 @@ three are read as ZSCL reads them.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from mulki.data.published.entries import Entry
 from mulki.data.published.found import Found, image_files
 from mulki.errors import InputError
-from mulki.files import check_regular
+from mulki.files import check_regular, from_json
 
 
 class NoImages(InputError):
@@ -66,7 +65,7 @@ def read_split(entry: Entry, root: Path) -> Found:
 def _rows(path: Path) -> dict[str, list[tuple[str, int, str]]]:
     check_regular(path)
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = from_json(path.read_text(encoding="utf-8"))
         return {
             split: [(str(name), int(label), str(of)) for name, label, of in content[split]]
             for split in ("train", "test")

@@ -11,8 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from mulki.choices.option_files import options_in
 from mulki.errors import InputError, counted, nearest
 from mulki.report.comparison.groups import NEUTRAL, TITLES, Against, Comparison, Group, Run, Section
 from mulki.runs.answers import FOLDER, read_answers
@@ -110,9 +109,9 @@ def _read(folder: Path) -> Run:
         raise InputError(f"{missing} is not there; restore the file, or run it again")
     data = read_folder(folder)
     try:
-        options = yaml.safe_load(data.config)
+        options = options_in(data.config)
         _ = int(options["seed"]), options["method"], options["tasks"], options["order"]
-    except Exception:  # YAML has errors of many kinds, such as that of a date that there is not
+    except (ValueError, TypeError, KeyError):
         raise InputError(
             f"{folder / 'args.yaml'}: not the options of a run; restore the file, or leave the "
             "folder out"

@@ -12,10 +12,17 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from mulki import methods
-from mulki.choices.options import check_options, convert, field_name, flag, option, option_name
+from mulki.choices.option_files import options_in
+from mulki.choices.options import (
+    check_options,
+    convert,
+    field_name,
+    flag,
+    option,
+    option_name,
+    whole_number,
+)
 from mulki.clip.evaluation import LabelSpace
 from mulki.data import decoding, transform_names
 from mulki.data.made_images import CHANGES, DEFAULT_CHANGES, check_changes
@@ -293,9 +300,10 @@ def _check_micro_batch(config: RunConfig) -> None:
         )
     if given is None or given == AUTO:
         return
-    if not given.isdecimal() or int(given) < 1:
+    size = whole_number(given)
+    if size is None or size < 1:
         raise InputError(f"--micro-batch: got {given!r}, wanted a whole number from 1, or {AUTO}")
-    if int(given) > config.batch_size:
+    if size > config.batch_size:
         raise InputError(
             f"--micro-batch: got {given}, wanted at most --batch-size, {config.batch_size}"
         )
@@ -338,16 +346,6 @@ def unknown_option(name: str, method: str) -> InputError:
     return InputError(f"{flag(name)}: no such option{close}; mulki run --help lists them all")
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for place, key in enumerate(keys):
-            if field_name(key) in map(field_name, keys[:place]):
-                line = node.value[place][0].start_mark.line + 1
-                raise yaml.YAMLError(f"line {line}: the option {key} is given twice")
-        return super().construct_mapping(node, deep)
-
-
 def read_config(path: str | Path) -> dict[str, Any]:
     """The options in a YAML file, by the name of their field.
 
@@ -356,13 +354,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """
     try:
         check_regular(path)
-        # As safe as yaml.safe_load: the loader only refuses more.
-        data = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"--config: {path} cannot be read ({reason}); pass a YAML file") from None
-    if data is None:
-        return {}
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise InputError(f"--config: {path} holds no mapping; write lines such as 'lr: 1.0e-4'")
-    return {field_name(key): value for key, value in data.items()}
+        given = options_in(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--config: {path} cannot be read ({error}); pass a YAML file") from None
+    return {field_name(key): value for key, value in given.items()}

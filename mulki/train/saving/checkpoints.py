@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mulki.clip import models
 from mulki.clip.models import TRUNK, VisionLanguageModel
-from mulki.clip.tensor_files import load_tensors, save_tensors
+from mulki.clip.tensor_files import check_floats, load_tensors, save_tensors
 from mulki.errors import InputError
 from mulki.files import new_folder, replacing, write_atomic
 
@@ -168,8 +168,9 @@ def load_checkpoint(
     place = f"local-dir:{beside}" if (beside / CONFIG_NAME).is_file() else model
     loaded = models.load(place, device=device)
     try:
+        check_floats(state, loaded.clip.state_dict())
         loaded.clip.load_state_dict(state)
-    except RuntimeError as error:
+    except (InputError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"{path}: does not hold the weights of {place} ({reason}); pass a checkpoint of it"

@@ -102,6 +102,16 @@ def test_bad_checkpoint_of_the_bundled_model(
         models.load(BUNDLED, bad_checkpoint(tmp_path, content))
 
 
+def test_which_files_hold_its_weights(bundled: Path, tmp_path: Path) -> None:
+    state = load_file(bundled / "open_clip_model.safetensors")
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(InputError, match=r"w\.pt is a PyTorch file .*safetensors\.torch"):
+        models.load(BUNDLED, str(tmp_path / "w.pt"))
+    save_file({name: value.int() for name, value in state.items()}, tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match=r"w\.safetensors: .* is torch\.int32, wanted floating"):
+        models.load(BUNDLED, str(tmp_path / "w.safetensors"))
+
+
 @pytest.mark.parametrize("absent", ["tiny_text", "transformers"])
 def test_missing_package_of_the_bundled_model(
     bundled: Path, monkeypatch: pytest.MonkeyPatch, absent: str

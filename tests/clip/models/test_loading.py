@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import open_clip
 import pytest
 import torch
@@ -42,6 +45,14 @@ def test_bad_names(
     with pytest.raises(InputError, match=said) as info:
         models.load(name, pretrained)
     assert "\n" not in str(info.value)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes")
+def test_a_pipe_is_called_what_it_is(tiny_models: tuple[str, ...], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "w.pt")
+    for name in ("tiny-vit", models.BUNDLED):
+        with pytest.raises(InputError, match=r"w\.pt: a pipe, socket or device"):
+            models.load(name, str(tmp_path / "w.pt"))
 
 
 def test_a_frozen_transformer_under_autocast_multiplies_no_copies_of_its_weights(

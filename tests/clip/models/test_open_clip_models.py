@@ -62,6 +62,14 @@ def test_what_is_wrong_with_a_checkpoint_is_named(load_tiny: Load, tmp_path: Pat
         models.load("tiny-vit", str(tmp_path / "w.safetensors"))
 
 
+def test_whole_numbers_are_no_weights(load_tiny: Load, tmp_path: Path) -> None:
+    state = {**load_tiny().checkpoint()}
+    state["visual.proj"] = state["visual.proj"].int()
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match=r"visual\.proj is torch\.int32, wanted floating"):
+        models.load("tiny-vit", str(tmp_path / "w.safetensors"))
+
+
 def test_checkpoint_of_another_width(
     load_tiny: Load, tmp_path: Path, tiny_models: tuple[str, ...]
 ) -> None:

@@ -16,7 +16,15 @@ from safetensors import safe_open
 
 from mulki.clip import models
 from mulki.clip.models import VisionLanguageModel
-from mulki.train.saving.checkpoints import CONFIG_NAME, WEIGHTS_NAME, publish, save_weights
+from mulki.clip.tensor_files import save_tensors
+from mulki.errors import InputError
+from mulki.train.saving.checkpoints import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    load_checkpoint,
+    publish,
+    save_weights,
+)
 from tests.train_helpers import same_state, state_of
 
 Load = Callable[..., VisionLanguageModel]
@@ -160,3 +168,13 @@ def test_a_publication_is_whole_wherever_it_fails(
             found = state_of(models.load(f"local-dir:{latest}"))
             assert any(same_state(found, state) for state in allowed)
     assert at > 3 and not list(tmp_path.glob(".*"))
+
+
+def test_whole_numbers_are_no_weights(load_tiny: Load, tmp_path: Path) -> None:
+    """Of a model that is known by its place, whose weights are loaded here."""
+    save_weights(load_tiny(), tmp_path / "w.safetensors")
+    publish(load_tiny(), tmp_path / "w.safetensors", tmp_path / "latest")
+    state = {name: value.int() for name, value in load_tiny().checkpoint().items()}
+    save_tensors(tmp_path / "w.safetensors", state, {"model": f"local-dir:{tmp_path / 'latest'}"})
+    with pytest.raises(InputError, match=r"w\.safetensors: .*is torch\.int32, wanted floating"):
+        load_checkpoint(tmp_path / "w.safetensors")

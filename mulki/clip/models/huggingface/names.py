@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mulki.clip.tensor_files import check_floats
 from mulki.errors import InputError
 
 _TEXT = {
@@ -124,7 +125,8 @@ def from_huggingface(
         like: the model's own state dict, for names and shapes.
 
     Raises:
-        InputError: a tensor is missing, has another shape, or is not of this model.
+        InputError: a tensor is missing, has another shape or whole numbers, or is not of this
+            model.
     """
     # Of old versions; they are numbers from 0.
     left = {n: v for n, v in weights.items() if not n.endswith(".position_ids")}
@@ -138,7 +140,9 @@ def from_huggingface(
         missing = [name for name in place.names if name not in left]
         if missing:
             raise InputError(f"its weights have no {missing[0]}")
-        parts = [left.pop(name).float() for name in place.names]
+        given = {name: left.pop(name) for name in place.names}
+        check_floats(given, dict.fromkeys(given, wanted))
+        parts = [part.float() for part in given.values()]
         value = torch.cat(parts) if len(parts) > 1 else parts[0]
         if place.layout == "transposed":
             value = value.T

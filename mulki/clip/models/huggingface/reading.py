@@ -17,7 +17,7 @@ from mulki.clip.models.vision_language import VisionLanguageModel
 from mulki.clip.offline import offline
 from mulki.clip.tensor_files import load_tensors
 from mulki.errors import InputError
-from mulki.files import check_regular
+from mulki.files import check_regular, from_json
 
 #: How `--model` names such a folder.
 SCHEMA = "hf-local"
@@ -104,7 +104,7 @@ def _make(found: Architecture) -> Any:
 def _json(path: Path) -> dict[str, Any]:
     try:
         check_regular(path)
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = from_json(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError("no object")
     except FileNotFoundError:

@@ -8,6 +8,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mulki.clip import models
 from mulki.clip.exporting.huggingface import export_huggingface
@@ -186,6 +187,8 @@ def test_what_is_wrong_with_a_folder_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").unlink()
     weights = tmp_path / "model.safetensors"
     content = weights.read_bytes()
+    save_file({name: value.int() for name, value in load_file(weights).items()}, weights)
+    refused("is torch.int32, wanted floating point numbers")
     weights.write_bytes(content[:-100])
     refused("model.safetensors")
     weights.unlink()
