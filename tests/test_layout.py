@@ -24,6 +24,7 @@ CROSS_CUTTING = {
     "train/test_killed.py": "whole runs in processes that are killed",
     "train/test_load.py": "runs of many tasks, and of a task with many classes",
     "train/test_reference.py": "runs with a reference set, from its folder to the losses",
+    "train/saving/test_changed_folders.py": "whole runs that go on, after changes from outside",
     "train/saving/test_resuming.py": "whole runs that are stopped, and go on",
     "fuzz/test_fuzz.py": "python -m tests.fuzz",
     "losses/test_losses_memory.py": "the table of losses",

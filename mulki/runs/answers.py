@@ -13,10 +13,13 @@ Of a data set of captions, ``own`` says whether the caption that an image is nea
 its own, ``said`` is the place of that caption among the distinct ones of the test set, and there is
 no ``seen``. The whole numbers ``image_ranks/<data set>`` and ``text_ranks/<data set>`` are those of
 `Ranks`.
+
+The bytes ``sha256`` are the checksum of all the others; files of earlier versions lack it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -46,6 +49,7 @@ ACC1_HEAD = "acc1_head"
 # Before the names of arrays of answers with the head of class statistics.
 _HEAD = "head_"
 
+_CHECKSUM = "sha256"
 # Of the recalls that are reported.
 _DEPTHS = (1, 5)
 
@@ -128,25 +132,33 @@ def write_answers(
     folder: Path, index: int, after_task: str, answers: Mapping[str, Answers]
 ) -> None:
     """Write the answers of one row, by data set, in one atomic step."""
-    arrays, numbers = _arrays(answers)
     heads = {name: each.head for name, each in answers.items() if each.head is not None}
-    for of, of_head in zip((arrays, numbers), _arrays(heads), strict=True):
-        of |= {f"{_HEAD}{name}": array for name, array in of_head.items()}
+    content = _arrays(answers)
+    content |= {f"{_HEAD}{name}": array for name, array in _arrays(heads).items()}
     for name, each in answers.items():
         if each.ranks is not None:
-            numbers[f"image_ranks/{name}"] = each.ranks.images
-            numbers[f"text_ranks/{name}"] = each.ranks.texts
+            content[f"image_ranks/{name}"] = each.ranks.images
+            content[f"text_ranks/{name}"] = each.ranks.texts
     path = answers_path(folder, index, after_task)
     path.parent.mkdir(exist_ok=True)
+    content[_CHECKSUM] = _digest(content)
     with replacing(path) as temporary, temporary.open("wb") as stream:
-        np.savez_compressed(stream, **arrays, **numbers)
+        np.savez_compressed(stream, **content)  # type: ignore[arg-type]  # no array is a switch
 
 
-def _arrays(answers: Mapping[str, Answers]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _digest(arrays: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(repr((name, array.dtype.str, array.shape)).encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return np.frombuffer(digest.digest(), np.uint8)
+
+
+def _arrays(answers: Mapping[str, Answers]) -> dict[str, npt.NDArray[Any]]:
     # The booleans, and the classes that were said.
-    right = {f"own/{name}": each.own for name, each in answers.items()}
-    right |= {f"seen/{name}": a.seen for name, a in answers.items() if a.seen is not None}
-    return right, {f"said/{name}": a.said for name, a in answers.items() if a.said is not None}
+    found: dict[str, npt.NDArray[Any]] = {f"own/{name}": a.own for name, a in answers.items()}
+    found |= {f"seen/{name}": a.seen for name, a in answers.items() if a.seen is not None}
+    return found | {f"said/{name}": a.said for name, a in answers.items() if a.said is not None}
 
 
 def read_answers(folder: str | os.PathLike[str]) -> dict[str, dict[str, Answers]]:
@@ -195,6 +207,8 @@ def _read(path: Path, columns: tuple[str, ...], learned: tuple[str, ...]) -> dic
         raise _damaged(path, "no such file") from None
     except Exception as error:  # numpy, zipfile and zlib each have errors of their own for damage
         raise _damaged(path, f"cannot be read: {error}") from None
+    if _CHECKSUM in arrays and not np.array_equal(arrays.pop(_CHECKSUM), _digest(arrays)):
+        raise _damaged(path, "its content does not have its checksum")
     said, head_said, of_images, of_texts = (
         {name: arrays.pop(f"{kind}/{name}") for name in columns if f"{kind}/{name}" in arrays}
         for kind in ("said", f"{_HEAD}said", "image_ranks", "text_ranks")

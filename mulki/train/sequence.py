@@ -204,6 +204,7 @@ class _Sequence:
             done = self.steps + (in_task["steps"] if in_task else 0)
             self._skip(done)
             _log.info("goes on after %d tasks and %d steps", self.learned, done)
+        self._check_answers()
         names = [ZERO_SHOT_ROW, *(task.name for task in tasks)]
         if not method.trains:
             # A model that does not learn is evaluated once, for all rows.
@@ -226,6 +227,16 @@ class _Sequence:
             self.saves.save()
             self.signals.raise_pending()
             self._finish(index + 1)
+
+    def _check_answers(self) -> None:
+        # A run that goes on needs none of them, so damage is no reason to end it.
+        folder = self.setup.folder
+        if folder is None or not self.setup.rows:
+            return
+        try:
+            read_answers(folder.path)
+        except InputError as error:
+            _log.warning("%s; the run goes on, and its page lacks all answers", error)
 
     def _skip(self, steps: int) -> None:
         # What an earlier process did.

@@ -60,7 +60,26 @@ def test_answers_are_read_as_written(folder: Path) -> None:
         assert list(row) == list(SIZES)
         assert all(same(row[name], wanted[name]) for name in SIZES)
     with np.load(folder / "answers" / "01_a_b_ü.npz") as file:
-        assert set(file.files) == {"own/a/b: ü", "own/letters", "seen/a/b: ü"}
+        assert set(file.files) == {"own/a/b: ü", "own/letters", "seen/a/b: ü", "sha256"}
+        arrays = {name: file[name] for name in file.files}
+    # Files of earlier versions.
+    np.savez(
+        folder / "answers" / "01_a_b_ü.npz", **{n: a for n, a in arrays.items() if n != "sha256"}
+    )
+    assert list(read_answers(folder)) == [ZERO_SHOT, *SIZES]
+
+
+def test_a_changed_answer_is_found_where_accuracies_stay(folder: Path) -> None:
+    path = answers_path(folder, 2, "letters")
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    turned = arrays["own/a/b: ü"][::-1]
+    assert not np.array_equal(turned, arrays["own/a/b: ü"])
+    np.savez(path, **{**arrays, "own/a/b: ü": turned})
+    with pytest.raises(
+        InputError, match=r"02_letters\.npz: its content does not have its checksum"
+    ):
+        read_answers(folder)
 
 
 def test_classes_that_were_said_are_kept_where_they_are_known(folder: Path) -> None:
@@ -243,7 +262,8 @@ def test_damaged_ranks(mixed: Path, images: Any, texts: Any, said: str) -> None:
 def test_one_direction_alone_is_damage(mixed: Path) -> None:
     path = answers_path(mixed, 2, "letters")
     with np.load(path) as file:
-        arrays = {name: file[name] for name in file.files if name != "text_ranks/letters"}
+        left_out = ("text_ranks/letters", "sha256")
+        arrays = {name: file[name] for name in file.files if name not in left_out}
     np.savez(path, **arrays)
     with pytest.raises(InputError, match="image_ranks/letters and text_ranks/letters"):
         read_answers(mixed)

@@ -118,6 +118,7 @@ def test_damaged_answers_with_a_head(tmp_path: Path, name: str) -> None:
     run = run_with_heads(tmp_path)
     path = run.path / "answers" / "02_letters.npz"
     arrays = dict(np.load(path))
+    del arrays["sha256"]
     short = arrays | {name: arrays[name][:3]}
     np.savez(path, **short)
     with pytest.raises(InputError, match=f"{name} has 3 images of 4"):

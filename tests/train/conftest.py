@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from mulki.runs.folder import RunFolder
 from mulki.train import sequence
 from mulki.train.config.run_config import resolve
 from tests.train.reference_method import OnReference
-from tests.train.run_helpers import SHORT, Run
+from tests.train.run_helpers import SHORT, Run, stop_at
 from tests.train_helpers import (
     COLOURS,
     load_tiny,
@@ -73,3 +74,23 @@ def base(
             "batch_size_eval": 4,
             **start_model,
         }
+
+
+@pytest.fixture(scope="module")
+def stopped_once(
+    start_model: dict[str, str],
+    task_folders: tuple[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    logs = tmp_path_factory.mktemp("stopped")
+    given = {"tasks": task_folders, "logs": str(logs), "name": "first", "method": "finetune"}
+    with pytest.MonkeyPatch.context() as patch, without_figures(), pytest.raises(RuntimeError):
+        stop_at(patch, 5, RuntimeError("stop"))
+        sequence.run(resolve({**SHORT, **start_model, **given}))
+    return logs / "first"
+
+
+@pytest.fixture
+def stopped(stopped_once: Path, tmp_path: Path) -> Path:
+    """A copy of one run that was stopped in its second task."""
+    return Path(shutil.copytree(stopped_once, tmp_path / "first"))

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from mulki import methods
+from mulki.runs.answers import read_answers
 from mulki.runs.folder import RunFolder
+from mulki.runs.results import read_evaluations
+from mulki.train import sequence
+from mulki.train.config.run_config import read_config, resolve
+from mulki.train.display.progress import RunProgress
+from tests.train_helpers import same_state
 
 Run = Callable[..., RunFolder]
 
@@ -34,3 +43,49 @@ def weights(folder: RunFolder | Path, pattern: str = "task_02*") -> dict[str, to
     path = folder.path if isinstance(folder, RunFolder) else folder
     (file,) = (path / "checkpoints").glob(f"{pattern}.safetensors")
     return load_file(file)
+
+
+def resumed(folder: Path) -> RunFolder:
+    done = sequence.run(resolve(read_config(folder / "args.yaml")), resume=folder)
+    assert done is not None
+    return done
+
+
+def results_of(folder: Path) -> Any:
+    lines = [
+        (e.step, e.after_task, e.eval_dataset, e.metric, e.value, e.n)
+        for e in read_evaluations(folder / "results.jsonl")
+    ]
+    answers = {
+        (row, name): [a.own.tolist() for a in (each, each.head) if a is not None]
+        for row, by_name in read_answers(folder).items()
+        for name, each in by_name.items()
+    }
+    summary = json.loads((folder / "summary.json").read_text())
+    del summary["seconds"], summary["name"]
+    return lines, answers, summary, (folder / "matrix.csv").read_text()
+
+
+def check_same(one: Path, other: Path) -> None:
+    assert results_of(one) == results_of(other)
+    for task in ("task_01*", "task_02*"):
+        assert same_state(weights(one, task), weights(other, task))
+    statistics = [
+        {file.name: file.read_bytes() for file in (of / "checkpoints").glob("class_statistics_*")}
+        for of in (one, other)
+    ]
+    assert statistics[0] == statistics[1]
+    assert not (one / "recovery").exists() and not list(one.rglob("*.tmp"))
+
+
+def stop_at(patch: pytest.MonkeyPatch, number: int, error: BaseException) -> None:
+    """Raise an error after so many steps of a run."""
+    real, seen = RunProgress.step, []
+
+    def step(self: RunProgress, report: Any) -> None:
+        real(self, report)
+        seen.append(report)
+        if len(seen) == number:
+            raise error
+
+    patch.setattr(RunProgress, "step", step)

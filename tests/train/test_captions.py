@@ -18,8 +18,7 @@ from mulki.runs.folder import RunFolder
 from mulki.runs.metrics import read_matrix
 from mulki.runs.results import read_evaluations
 from mulki.train.config.run_config import read_config, resolve
-from tests.train.run_helpers import Run, weights
-from tests.train.saving.test_resuming import check_same, resumed, stop_at
+from tests.train.run_helpers import Run, check_same, resumed, stop_at, weights
 from tests.train_helpers import same_state, write_pairs
 
 METRICS = [f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5)]

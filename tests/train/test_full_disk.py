@@ -14,8 +14,7 @@ import yaml
 
 from mulki.train.config.run_config import resolve
 from mulki.train.saving.recovery import FILE, read_state
-from tests.train.run_helpers import SHORT, Run, weights
-from tests.train.saving.test_resuming import stop_at
+from tests.train.run_helpers import SHORT, Run, stop_at, weights
 from tests.train_helpers import same_state
 
 pytestmark = pytest.mark.slow

@@ -38,10 +38,16 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Archive:
-    """A file that torchvision has no downloader for."""
+    """A file that torchvision has no downloader for, or none that knows its checksum.
+
+    Attributes:
+        md5: hex digest of the file.
+        sha256: hex digest of it; None where nobody has published it.
+    """
 
     url: str
     md5: str
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class Entry:
         class_order: indices in the order in which class-incremental work learns them; empty
             without a published one.
         manual: what a person has to do where nothing can be downloaded; empty otherwise.
-        archives: to download where torchvision has no data set of it.
+        archives: to download, where torchvision does not do it as well.
         download: the size of what torchvision, or a person, has to download; None if not known.
     """
 

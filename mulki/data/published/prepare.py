@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tarfile
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import Any
 from mulki.data.image_files import ImageFiles, find_unreadable
 from mulki.data.published import manifests, torchvision_sets
 from mulki.data.published.collections import Collection
-from mulki.data.published.entries import Entry, entry
+from mulki.data.published.entries import Archive, Entry, entry
 from mulki.data.published.source import Source
 from mulki.data.published.tasks import NotThere
 from mulki.data.task import ImageSet, Task
@@ -143,13 +144,10 @@ def _files(images: ImageSet) -> list[ImageFiles]:
 
 def _download(facts: Entry, folder: Path, root: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    _keep_archives(folder, () if facts.name in torchvision_sets.WITHOUT_CHECKSUM else _ARCHIVES)
-    if facts.archives:
-        from torchvision.datasets.utils import download_and_extract_archive
-
-        for archive in facts.archives:
-            download_and_extract_archive(archive.url, str(folder), md5=archive.md5)
-    else:
+    _keep_archives(folder)
+    for archive in facts.archives:
+        _unpack(archive, folder)
+    if not facts.archives:
         torchvision_sets.dataset(torchvision_sets.DOWNLOADS[facts.name], folder, download=True)
     for path in list(folder.rglob("*")):
         if path.is_file() and path.name.endswith(_ARCHIVES):
@@ -160,6 +158,22 @@ def _download(facts: Entry, folder: Path, root: Path) -> None:
             # What is there was not complete, but may hold more than this data set.
             place.rename(_free(place.with_name(f"{place.name}.incomplete")))
         os.replace(made, place)
+
+
+def _unpack(archive: Archive, folder: Path) -> None:
+    from torchvision.datasets import utils
+
+    utils.download_url(archive.url, str(folder), md5=archive.md5)
+    path = folder / archive.url.rpartition("/")[2]
+    if archive.sha256 is not None:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+        if digest.hexdigest() != archive.sha256:
+            path.unlink()
+            raise ValueError(f"{path.name} has the SHA-256 {digest.hexdigest()[:12]}...")
+    utils.extract_archive(str(path), str(folder))
 
 
 @contextmanager
@@ -191,8 +205,8 @@ def _free(path: Path) -> Path:
     return next(each for each in names if not each.exists())
 
 
-def _keep_archives(folder: Path, suffixes: tuple[str, ...]) -> None:
+def _keep_archives(folder: Path) -> None:
     # Files that were only half unpacked when a download was interrupted would go unnoticed.
     for path in list(folder.rglob("*")):
-        if path.is_file() and not path.name.endswith(suffixes):
+        if path.is_file() and not path.name.endswith(_ARCHIVES):
             path.unlink()

@@ -103,7 +103,6 @@ READERS: dict[str, Callable[[Path], Found]] = {
 
 # The data sets whose downloaders work: one call gets all splits.
 DOWNLOADS = {
-    "aircraft": "FGVCAircraft",
     "caltech101": "Caltech101",
     "cifar100": "CIFAR100",
     "dtd": "DTD",
@@ -113,5 +112,3 @@ DOWNLOADS = {
     "mnist": "MNIST",
     "oxfordpet": "OxfordIIITPet",
 }
-# torchvision knows no checksum of its archive, so half an archive would go unnoticed.
-WITHOUT_CHECKSUM = frozenset(["aircraft"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from mulki.errors import InputError
 from tests.data.published import layouts
 from tests.data.published.conftest import any_number
 
-WRITERS = {"FGVCAircraft": layouts.aircraft, "DTD": layouts.dtd, "MNIST": layouts.mnist}
+WRITERS = {"OxfordIIITPet": layouts.oxfordpet, "DTD": layouts.dtd, "MNIST": layouts.mnist}
 
 
 @pytest.fixture
@@ -51,16 +52,16 @@ def test_what_is_missing_is_downloaded_and_the_rest_kept(
     tmp_path: Path, downloads: list[str]
 ) -> None:
     layouts.mnist(tmp_path)
-    found = states(tmp_path, "mnist", "dtd", "aircraft")
-    assert downloads == ["DTD", "FGVCAircraft"]
+    found = states(tmp_path, "mnist", "dtd", "oxfordpet")
+    assert downloads == ["DTD", "OxfordIIITPet"]
     assert [state.problem for state in found.values()] == ["", "", ""]
     assert found["dtd"].task is not None and len(found["dtd"].task.train) == 47
     # Neither archives nor half a data set are left.
-    assert sorted(os.listdir(tmp_path)) == ["MNIST", "dtd", "fgvc-aircraft-2013b", "manifests"]
+    assert sorted(os.listdir(tmp_path)) == ["MNIST", "dtd", "manifests", "oxford-iiit-pet"]
     # MNIST has no image files; its archives have checksums.
-    assert sorted(os.listdir(tmp_path / "manifests")) == ["aircraft.zscl.tsv", "dtd.zscl.tsv"]
-    states(tmp_path, "mnist", "dtd", "aircraft")
-    assert downloads == ["DTD", "FGVCAircraft"]
+    assert sorted(os.listdir(tmp_path / "manifests")) == ["dtd.zscl.tsv", "oxfordpet.zscl.tsv"]
+    states(tmp_path, "mnist", "dtd", "oxfordpet")
+    assert downloads == ["DTD", "OxfordIIITPet"]
 
 
 def test_the_data_root_is_made(tmp_path: Path, downloads: list[str]) -> None:
@@ -112,21 +113,6 @@ def test_a_failed_download_is_told_and_leaves_the_data_root(
     assert sorted(os.listdir(tmp_path)) == ["dtd", "manifests"]
 
 
-def test_an_archive_without_a_checksum_is_downloaded_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, downloads: list[str]
-) -> None:
-    layouts.put(tmp_path / PARTIAL / "aircraft" / "fgvc-aircraft-2013b.tar.gz", "a part")
-    seen: list[list[str]] = []
-
-    def look(root: Path) -> None:
-        seen.append(os.listdir(root))
-        layouts.aircraft(root)
-
-    monkeypatch.setitem(WRITERS, "FGVCAircraft", look)
-    assert states(tmp_path, "aircraft")["aircraft"].problem == ""
-    assert seen == [[]]
-
-
 def test_nothing_is_downloaded_for_a_split_that_a_person_has_to_bring(
     tmp_path: Path, downloads: list[str]
 ) -> None:
@@ -176,8 +162,16 @@ def test_files_that_changed_since_are_told_and_not_downloaded(
     assert states(tmp_path, "dtd")["dtd"].problem == "" and downloads == []
 
 
-def test_archives_of_other_sets_are_checked_by_torchvision(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+MD5 = {
+    "aircraft": "d4acdd33327262359767eeaa97a4f732",
+    "cub": "97eceeb196236b17998738112f37df78",
+    "tinyimagenet": "90528d7ca1a48142e341f4ef8d21d0de",
+}
+
+
+@pytest.mark.parametrize(("name", "md5"), MD5.items())
+def test_archives_are_downloaded_with_a_checksum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, md5: str
 ) -> None:
     from torchvision.datasets import utils
 
@@ -186,13 +180,22 @@ def test_archives_of_other_sets_are_checked_by_torchvision(
 
     def fake(url: str, root: str, md5: str) -> None:
         asked.append((url, md5))
-        layouts.cub(Path(root))
+        Path(root, url.rpartition("/")[2]).write_bytes(b"changed on the way, with the same MD5")
 
-    monkeypatch.setattr(utils, "download_and_extract_archive", fake)
-    (state,) = prepare(COLLECTIONS["cil"], ("cub",), Source(tmp_path))
-    assert state.problem == "" and state.task is not None
-    ((url, md5),) = asked
-    assert url.endswith("CUB_200_2011.tgz") and md5 == "97eceeb196236b17998738112f37df78"
+    def unpack(path: str, root: str) -> None:
+        getattr(layouts, name)(Path(root))
+
+    monkeypatch.setattr(utils, "download_url", fake)
+    monkeypatch.setattr(utils, "extract_archive", unpack)
+    collection = COLLECTIONS["mtil" if name == "aircraft" else "cil"]
+    (state,) = prepare(collection, (name,), Source(tmp_path))
+    assert [known for _, known in asked] == [md5]
+    assert asked[0][0].startswith("https://")
+    if entry(name).archives[0].sha256 is None:
+        assert state.problem == "" and state.task is not None
+    else:
+        assert state.task is None and "tiny-imagenet-200.zip has the SHA-256" in state.problem
+        assert not list(tmp_path.rglob("*.zip"))
 
 
 @pytest.mark.skipif(not hasattr(tarfile, "data_filter"), reason="an old Python")
@@ -207,11 +210,12 @@ def test_an_archive_writes_nothing_outside_its_folder(
         tar.addfile(member, io.BytesIO(b"evil"))
 
     def fake(url: str, root: str, md5: str) -> None:
-        utils.extract_archive(str(tmp_path / "evil.tgz"), root)
+        shutil.copy(tmp_path / "evil.tgz", Path(root, url.rpartition("/")[2]))
 
-    monkeypatch.setattr(utils, "download_and_extract_archive", fake)
+    monkeypatch.setattr(utils, "download_url", fake)
     before = tarfile.TarFile.extraction_filter
     (state,) = prepare(COLLECTIONS["cil"], ("cub",), Source(tmp_path / "root"))
     assert "the download failed" in state.problem and "outside" in state.problem
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["evil.tgz"]
+    files = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {"evil.tgz", "CUB_200_2011.tgz"}
     assert tarfile.TarFile.extraction_filter is before

@@ -22,19 +22,22 @@ from mulki.data.decoding import BadImage
 from mulki.data.image_files import ImageFiles
 from mulki.distributed.world import World
 from mulki.errors import InputError, Stopped
-from mulki.runs.answers import read_answers
 from mulki.runs.folder import RunFolder
 from mulki.runs.lock import FolderLock
-from mulki.runs.results import read_evaluations
 from mulki.train import sequence
 from mulki.train.config.precision import Precision
-from mulki.train.config.run_config import read_config, resolve
-from mulki.train.display.progress import RunProgress
 from mulki.train.learning.class_step import ClassStep
 from mulki.train.saving import recovery
 from mulki.train.saving.recovery import read_save
-from tests.train.run_helpers import SHORT, Run, weights
-from tests.train_helpers import COLOURS, SHADES, same_state, without_figures, write_split
+from tests.train.run_helpers import (
+    Run,
+    check_same,
+    results_of,
+    resumed,
+    stop_at,
+    weights,
+)
+from tests.train_helpers import COLOURS, SHADES, same_state, write_split
 
 # Options under which every kind of state matters.
 CASES: dict[str, dict[str, Any]] = {
@@ -51,72 +54,6 @@ CASES: dict[str, dict[str, Any]] = {
     "wise_ft": {"method": "wise_ft", "wise_base": "zero_shot"},
     "original": {"method": "mulki", "original": "tiny-vit"},
 }  # fmt: skip
-
-
-def resumed(folder: Path) -> RunFolder:
-    done = sequence.run(resolve(read_config(folder / "args.yaml")), resume=folder)
-    assert done is not None
-    return done
-
-
-def results_of(folder: Path) -> Any:
-    lines = [
-        (e.step, e.after_task, e.eval_dataset, e.metric, e.value, e.n)
-        for e in read_evaluations(folder / "results.jsonl")
-    ]
-    answers = {
-        (row, name): [a.own.tolist() for a in (each, each.head) if a is not None]
-        for row, by_name in read_answers(folder).items()
-        for name, each in by_name.items()
-    }
-    summary = json.loads((folder / "summary.json").read_text())
-    del summary["seconds"], summary["name"]
-    return lines, answers, summary, (folder / "matrix.csv").read_text()
-
-
-def check_same(one: Path, other: Path) -> None:
-    assert results_of(one) == results_of(other)
-    for task in ("task_01*", "task_02*"):
-        assert same_state(weights(one, task), weights(other, task))
-    statistics = [
-        {file.name: file.read_bytes() for file in (of / "checkpoints").glob("class_statistics_*")}
-        for of in (one, other)
-    ]
-    assert statistics[0] == statistics[1]
-    assert not (one / "recovery").exists() and not list(one.rglob("*.tmp"))
-
-
-def stop_at(patch: pytest.MonkeyPatch, number: int, error: BaseException) -> None:
-    """Raise an error after so many steps of a run."""
-    real, seen = RunProgress.step, []
-
-    def step(self: RunProgress, report: Any) -> None:
-        real(self, report)
-        seen.append(report)
-        if len(seen) == number:
-            raise error
-
-    patch.setattr(RunProgress, "step", step)
-
-
-@pytest.fixture(scope="module")
-def stopped_once(
-    start_model: dict[str, str],
-    task_folders: tuple[str, str],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    logs = tmp_path_factory.mktemp("stopped")
-    given = {"tasks": task_folders, "logs": str(logs), "name": "first", "method": "finetune"}
-    with pytest.MonkeyPatch.context() as patch, without_figures(), pytest.raises(RuntimeError):
-        stop_at(patch, 5, RuntimeError("stop"))
-        sequence.run(resolve({**SHORT, **start_model, **given}))
-    return logs / "first"
-
-
-@pytest.fixture
-def stopped(stopped_once: Path, tmp_path: Path) -> Path:
-    """A copy of one run that was stopped in its second task."""
-    return Path(shutil.copytree(stopped_once, tmp_path / "first"))
 
 
 @pytest.mark.parametrize("case", CASES)
