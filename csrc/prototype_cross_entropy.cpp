@@ -28,6 +28,7 @@ struct CrossEntropy {
       RowCoefficients& out) const {
     if (targets[row] == ignored) {
       loss[row] = 0;
+      out.ignored = true;
       return;
     }
     const double target_weight = 1 - smoothing;

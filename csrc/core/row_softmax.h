@@ -40,6 +40,7 @@ struct ModelRow {
 
 // What the rule writes: the coefficients of G in one row.
 struct RowCoefficients {
+  bool ignored = false; // no gradient, whatever the row holds
   double student = 0; // a
   double uniform = 0; // the rule has divided it by the number of active classes
   double at_target = 0;
@@ -332,7 +333,9 @@ class RowSoftmax {
           first + i, rows_of_models.data(), rows_of_models.data() + 1, columns_.active,
           coefficients);
       row_scale_[i] = coefficients.scale;
-      coefficient_[i] = float(coefficients.student / merged[0].sum_exp[r]);
+      // Zero divided by a NaN would not be zero.
+      coefficient_[i] =
+          coefficients.ignored ? 0.0f : float(coefficients.student / merged[0].sum_exp[r]);
       for (int64_t m = 1; m < model_count_; ++m) {
         coefficient_[m * t_.rows + i] = float(teachers[m - 1] / merged[m].sum_exp[r]);
       }

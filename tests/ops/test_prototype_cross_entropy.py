@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.ops.op_cases import ALL, Case, asking, cross_entropy, make, run
+from tests.ops.op_cases import ALL, Case, asking, cross_entropy, make, run, with_argument
 
 
 @pytest.mark.parametrize("d", [4, 80])
@@ -19,6 +19,24 @@ def test_an_ignored_row_has_no_gradient_whatever_it_holds(d, backend):
     total, dx, dw, dscale = run(asking(case, "reduced", ALL))
     assert all(t.isfinite().all() for t in (total, dx, dw, dscale))
     assert dx[1].eq(0).all() and dx[0].ne(0).any()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("classes", [5, 300])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_ignored_row_that_is_not_finite(value, classes, smoothing, backend):
+    """Loss and gradients of features; that of a prototype is a sum of products with the row."""
+    torch.manual_seed(0)
+    x, w = torch.randn(5, 7), torch.randn(classes, 7)
+    case = with_argument(cross_entropy(x, w, [0, -100, 2, -100, 1]), 5, smoothing)
+    total, want, *_ = run(asking(case, "reduced", [True, False, False]))
+    x[1], x[3, 2] = value, value
+    loss = run(case)[0]
+    assert loss[[1, 3]].eq(0).all() and loss.isfinite().all()
+    again, dx, *_ = run(asking(case, "reduced", [True, False, False]))
+    assert torch.equal(again, total) and torch.equal(dx, want)
+    (dx,) = [g for g in run(asking(case, "backward", [True, False, False])) if g.numel()]
+    assert dx[[1, 3]].eq(0).all() and dx.isfinite().all()
 
 
 @pytest.mark.parametrize("scale", [0.7, 1.0, 3.0, 50.0, 64.0, -3.0])
