@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.ops.op_cases import LOSSES, NAMES, Case, asking, make, run
-from tests.ops.rounding import DTYPES, check, ours
+from tests.ops.op_cases import LOSSES, NAMES, Case, asking, expected, make, run
+from tests.ops.rounding import DTYPES, check, error, ours
 
 
 @pytest.mark.parametrize("mean", [None, True, False])
@@ -21,6 +21,19 @@ from tests.ops.rounding import DTYPES, check, ours
 def test_every_operator(name, dtype, mean, backend):
     if name in LOSSES or mean is None:
         check(make(name, n=37, p=53, d=64, dtype=dtype, scale=30.0), mean)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_which_products_round_the_gradient_of_logits(dtype, backend):
+    """As docs/numerics.md says: those of bfloat16 in C++ alone, where the CPU has them."""
+    case = make("ce", 64, 50, 96, dtype, scale=14.3)
+    truth = expected(case, False)[1]
+    made = run(asking(case, "reduced", [True] * 3, mean=False))[-3:]
+    may_round = backend == "cpp" and dtype == torch.bfloat16
+    for got, want in zip(made[:2], truth[:2], strict=True):
+        assert got.dtype == torch.float32
+        off = error(got, want) / want.norm().item()
+        assert off < (3e-3 if may_round else 1e-6)
 
 
 @pytest.mark.parametrize("height", [1.0, 3.0])

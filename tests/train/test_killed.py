@@ -19,8 +19,7 @@ from typing import Any
 import pytest
 
 from tests import ROOT
-from tests.train.run_helpers import SHORT
-from tests.train.saving.test_resuming import check_same
+from tests.train.run_helpers import SHORT, check_same
 
 
 @dataclass
