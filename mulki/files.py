@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import errno
+import gzip
 import io
 import json
 import os
 import re
 import shutil
 import stat
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +21,11 @@ from typing import Any
 
 from mulki.errors import InputError
 
+MAX_MEMBER_MB = 2048
+# What unpacks to less is let pass; more may be so many times what it is packed.
+_ALWAYS, _RATIO = 64 * 10**6, 100
+
+_max_member_mb = MAX_MEMBER_MB
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
 
@@ -37,6 +45,69 @@ def check_regular(path: str | os.PathLike[str]) -> None:
         ) from None
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise InputError(f"{path}: a pipe, socket or device, wanted a file; replace or remove it")
+
+
+def limit_members(megabytes: int) -> None:
+    """Refuse what unpacks to more megabytes, in this process from now on.
+
+    A small file can unpack to more than the memory holds.
+    """
+    global _max_member_mb
+    _max_member_mb = megabytes
+
+
+def check_unpacked(path: str | os.PathLike[str], packed: int, unpacked: int) -> None:
+    """Check that what unpacks to so many bytes may do so.
+
+    Args:
+        path: where it is from.
+        packed: bytes in the file.
+        unpacked: bytes in memory, or as many of them as are known.
+
+    Raises:
+        InputError: they are more than `limit_members` allows, or a hundred times those packed.
+    """
+    if unpacked > _max_member_mb * 10**6:
+        raise InputError(
+            f"{path}: unpacks to more than {_max_member_mb} MB, see --max-member-mb; raise it if "
+            "the file is meant to be so large, or pack it as several"
+        )
+    if unpacked > max(_ALWAYS, _RATIO * packed):
+        raise InputError(
+            f"{path}: unpacks to more than {_RATIO} times its {packed} bytes, as files do that are "
+            "to fill the memory; pass it unpacked if it is meant to be so"
+        )
+
+
+def gunzip(path: str | os.PathLike[str], packed: bytes) -> bytes:
+    """The content of a gzipped file, given its bytes.
+
+    Raises:
+        InputError: it is too large, see `check_unpacked`.
+        ValueError: it is damaged.
+    """
+    content = io.BytesIO()
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
+            while part := file.read(2**20):
+                content.write(part)
+                check_unpacked(path, len(packed), content.tell())
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"not a gzip file to its end: {error}") from error
+    return content.getvalue()
+
+
+def check_zip(path: str | os.PathLike[str]) -> None:
+    """Check that no member of a zip file unpacks to too much, see `check_unpacked`.
+
+    Raises:
+        InputError: one does.
+        OSError, zipfile.BadZipFile: it is no whole zip file.
+    """
+    with zipfile.ZipFile(path) as file:
+        for member in file.infolist():
+            if member.compress_type != zipfile.ZIP_STORED:
+                check_unpacked(path, member.compress_size, member.file_size)
 
 
 def from_json(text: str) -> Any:

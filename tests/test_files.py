@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gzip
 import os
 import stat
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from mulki import files
 from mulki.errors import InputError
 from mulki.files import (
     Row,
     check_regular,
+    check_zip,
     from_json,
+    gunzip,
+    limit_members,
     new_folder,
     read_table,
     sweep,
@@ -127,6 +134,45 @@ def test_a_new_folder_replaces_the_old_one_in_one_step(tmp_path: Path) -> None:
         _ = 1 / 0
     assert (path / "file").read_text() == "2"
     assert [each.name for each in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.fixture
+def limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_max_member_mb", files.MAX_MEMBER_MB)
+
+
+def test_what_unpacks_to_too_much_is_refused_before_it_is_unpacked(limits: None) -> None:
+    packed = gzip.compress(bytes(300 * 10**6))
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match=r"^x\.gz: unpacks to more than 100 times its"):
+            gunzip("x.gz", packed)
+        assert tracemalloc.get_traced_memory()[1] < 100 * 10**6
+    finally:
+        tracemalloc.stop()
+    small = gzip.compress(bytes(range(256)) * 8000)
+    assert gunzip("x.gz", small) == bytes(range(256)) * 8000
+    limit_members(2)
+    with pytest.raises(InputError, match="x.gz: unpacks to more than 2 MB, see --max-member-mb"):
+        gunzip("x.gz", small)
+    limit_members(3)
+    assert len(gunzip("x.gz", small)) == 256 * 8000
+    for damaged in (small[:-9], small[:-4] + bytes(4), b"x" + small):
+        with pytest.raises(ValueError, match="not a gzip file to its end"):
+            gunzip("x.gz", damaged)
+
+
+def test_members_of_a_zip_are_limited(limits: None, tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, a=np.zeros(100 * 10**6, dtype=np.uint8))
+    with pytest.raises(InputError, match=r"x\.npz: unpacks to more than 100 times"):
+        check_zip(path)
+    np.savez(path, a=np.zeros(3 * 10**6, dtype=np.uint8))
+    limit_members(1)
+    check_zip(path)  # it is as large as its file
+    np.savez_compressed(path, a=np.zeros(3 * 10**6, dtype=np.uint8))
+    with pytest.raises(InputError, match=r"x\.npz: unpacks to more than 1 MB"):
+        check_zip(path)
 
 
 def test_json_that_is_none_is_a_value_error() -> None:

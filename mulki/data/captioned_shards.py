@@ -19,9 +19,9 @@ from PIL import Image
 
 from mulki.choices.options import whole_number
 from mulki.data.image_files import SHARD_SUFFIXES, find_unreadable, holds_split, split_folder
-from mulki.data.shards import GZIP, Member, Samples, ShardImages, image_of, read_samples, unpack
+from mulki.data.shards import GZIP, Member, Samples, ShardImages, image_of, read_samples
 from mulki.errors import InputError
-from mulki.files import check_regular
+from mulki.files import check_regular, gunzip
 
 # What stands beside an image, by the suffix of its file.
 _KINDS = {"txt": "caption", "cls": "class"}
@@ -258,7 +258,7 @@ def _open(path: Path, suffix: str | None) -> tuple[ShardImages, list[str]]:
             unpacked = None
             if file.read(len(GZIP)) == GZIP:
                 file.seek(0)
-                unpacked = unpack(file.read())
+                unpacked = gunzip(path, file.read())
             file.seek(0)
             content = file if unpacked is None else io.BytesIO(unpacked)
             samples = read_samples(content)

@@ -12,12 +12,10 @@ A pack is a folder with `tasks.json` beside its shards:
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import json
 import tarfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -29,7 +27,7 @@ from PIL import Image
 from mulki.data.decoding import decode, verify
 from mulki.data.task import Task, split_fingerprint
 from mulki.errors import InputError
-from mulki.files import check_regular
+from mulki.files import check_regular, gunzip
 
 _FORMAT = 1
 GZIP = b"\x1f\x8b"
@@ -226,7 +224,7 @@ def _open_shard(
     unpacked = None
     try:
         if content.startswith(GZIP):
-            content = unpacked = unpack(content)
+            content = unpacked = gunzip(path, content)
         samples = read_samples(io.BytesIO(content))
         targets = {
             key: int(content[label.offset : label.offset + label.size])
@@ -245,18 +243,6 @@ def _open_shard(
     keys = sorted(images)
     members, classes = [images[key] for key in keys], [targets[key] for key in keys]
     return ShardImages.of(path, members, classes, unpacked)
-
-
-def unpack(content: bytes) -> bytes:
-    """The content of a gzipped file.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    try:
-        return gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"not a gzip file to its end: {error}") from error
 
 
 def read_samples(file: BinaryIO) -> Samples:

@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mulki.errors import InputError
-from mulki.files import check_regular, replacing
+from mulki.files import check_regular, check_zip, replacing
 from mulki.runs.metrics import ZERO_SHOT, read_matrix
 
 BoolArray = npt.NDArray[np.bool_]
@@ -201,10 +201,13 @@ def read_answers(folder: str | os.PathLike[str]) -> dict[str, dict[str, Answers]
 def _read(path: Path, columns: tuple[str, ...], learned: tuple[str, ...]) -> dict[str, Answers]:
     check_regular(path)
     try:
+        check_zip(path)
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise _damaged(path, "no such file") from None
+    except InputError:
+        raise
     except Exception as error:  # numpy, zipfile and zlib each have errors of their own for damage
         raise _damaged(path, f"cannot be read: {error}") from None
     if _CHECKSUM in arrays and not np.array_equal(arrays.pop(_CHECKSUM), _digest(arrays)):

@@ -14,6 +14,7 @@ from mulki.data import Task
 from mulki.data.decoding import limit_pixels
 from mulki.data.loader import batches
 from mulki.errors import InputError
+from mulki.files import limit_members
 from mulki.runs.predictions import TaskPredictions
 from mulki.train.config.precision import Precision, device_of
 from mulki.train.config.run_config import RunConfig, read_config, resolve
@@ -29,7 +30,7 @@ _CLASSES = ("tasks", "order", "protocol", "scenario", "increments", "base_classe
 _OF_TASKS = (*_CLASSES, "test_fraction", "shots", "seed", "limit_images", "skip_bad_images")
 # And those that have a say in how features are computed.
 _OF_FEATURES = (
-    *("data_root", "max_pixels", "batch_size_eval", "precision"),
+    *("data_root", "max_pixels", "max_member_mb", "batch_size_eval", "precision"),
     *("head", "head_weight", "head_shrinkage"),
 )
 _LOCKS = ("lock_text", "lock_image")
@@ -161,6 +162,7 @@ def evaluation(checkpoint: Path, given: Mapping[str, Any]) -> Evaluation:
     config = resolve({"lock_text": False, "precision": "fp32", **options}).run
     device = device_of(config.device)
     limit_pixels(config.max_pixels)
+    limit_members(config.max_member_mb)
     tasks = load_tasks(config)
     label_space: LabelSpace | None = None
     if run is not None and not given.keys() & {*_CLASSES}:

@@ -87,6 +87,13 @@ def test_one_shard_zipped_or_not_is_the_same(tmp_path: Path) -> None:
     assert [plain.images.load(i) for i in (0, 1)] == [zipped.images.load(i) for i in (0, 1)]
 
 
+def test_a_shard_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar.gz", sample(0) | {"1.txt": bytes(80 * 10**6)})
+    assert (tmp_path / "x.tar.gz").stat().st_size < 200_000
+    with pytest.raises(InputError, match=r"^--reference: \S+x\.tar\.gz: unpacks to more than 100 "):
+        read_reference(tmp_path / "x.tar.gz")
+
+
 def test_captions_are_not_asked_for_in_vain(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", sample(0, None) | sample(1))
     reference = read_reference(tmp_path / "x.tar", captions=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from mulki.clip.models.bundled import BUNDLED
 from mulki.clip.models.vision_language import VisionLanguageModel
 from mulki.clip.tensor_files import check_floats, load_tensors
 from mulki.errors import InputError, nearest
-from mulki.files import check_regular, from_json
+from mulki.files import check_regular, check_zip, from_json
 
 #: In a published folder, the configuration by which timm makes the image tower.
 TRUNK = Path("image_tower", "config.json")
@@ -110,6 +112,8 @@ def _check_files(name: str, pretrained: str | None) -> dict[str, Tensor]:
         files += sorted(Path(place).glob("*.safetensors"))
     for file in files:
         check_regular(file)
+        with contextlib.suppress(OSError, zipfile.BadZipFile):  # open_clip says what is wrong
+            check_zip(file)
         if file.suffix == ".safetensors" and file.is_file():
             read, _ = load_tensors(file)
             whole |= {n: v.to("meta") for n, v in read.items() if not v.is_floating_point()}

@@ -26,7 +26,7 @@ TITLES |= {name: f"{TITLES[of]}, head" for name, of in HEAD_METRICS.items()}
 NEUTRAL = frozenset(
     {"seed", "tasks", "order", "name", "logs", "workers", "device", "import", "preset"}
     | {"log_every_n_steps", "save_checkpoints", "batch_size_eval", "micro_batch"}
-    | {"grad_checkpointing", "save_every", "data_root", "max_pixels", "report_to"}
+    | {"grad_checkpointing", "save_every", "data_root", "max_pixels", "max_member_mb", "report_to"}
     | {"process_timeout", "deterministic"}
 )
 

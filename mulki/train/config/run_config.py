@@ -28,7 +28,7 @@ from mulki.data import decoding, transform_names
 from mulki.data.made_images import CHANGES, DEFAULT_CHANGES, check_changes
 from mulki.data.published import PROTOCOLS
 from mulki.errors import InputError, nearest
-from mulki.files import check_regular
+from mulki.files import MAX_MEMBER_MB, check_regular
 from mulki.methods import Method
 from mulki.train.config import precision, presets, schedule
 from mulki.train.config.imports import import_modules
@@ -193,6 +193,9 @@ class RunConfig:
     )
     skip_bad_images: bool = option(False, "leave unreadable images out")
     max_pixels: int = option(decoding.MAX_PIXELS, "largest width times height of an image", low=1)
+    max_member_mb: int = option(
+        MAX_MEMBER_MB, "megabytes that a compressed file, or a member of one, unpacks to", low=1
+    )
     workers: int = option(0, "data loading processes", low=0, alias="-j")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     process_timeout: float = option(

@@ -28,6 +28,7 @@ from mulki.data.vocabulary import Vocabulary
 from mulki.distributed import launch
 from mulki.distributed.world import World
 from mulki.errors import InputError
+from mulki.files import limit_members
 from mulki.methods import Method
 from mulki.ops import share_proofs
 from mulki.runs import trackers
@@ -195,6 +196,7 @@ def check_options(config: RunConfig, method: Method) -> Precision:
     check_unused(config, method)
     check_original(config, method)
     limit_pixels(config.max_pixels)
+    limit_members(config.max_member_mb)
     return precision
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import open_clip
@@ -60,6 +61,15 @@ def test_what_is_wrong_with_a_checkpoint_is_named(load_tiny: Load, tmp_path: Pat
     save_file({n: v for n, v in state.items() if n != "visual.proj"}, tmp_path / "w.safetensors")
     with pytest.raises(InputError, match="visual.proj"):
         models.load("tiny-vit", str(tmp_path / "w.safetensors"))
+
+
+def test_a_checkpoint_that_would_fill_the_memory_is_refused(
+    tiny_models: tuple[str, ...], tmp_path: Path
+) -> None:
+    with zipfile.ZipFile(tmp_path / "w.pt", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("w/data.pkl", bytes(80 * 10**6))
+    with pytest.raises(InputError, match=r"w\.pt: unpacks to more than 100 times its \d+ bytes"):
+        models.load("tiny-vit", str(tmp_path / "w.pt"))
 
 
 def test_whole_numbers_are_no_weights(load_tiny: Load, tmp_path: Path) -> None:
