@@ -34,6 +34,7 @@ def option(
     alias: str = "",
     repeat: str = "",
     of_classes: bool = False,
+    none_is_text: bool = False,
 ) -> Any:
     """A field of an options dataclass.
 
@@ -54,10 +55,12 @@ def option(
         repeat: of a tuple, that the flag takes one value and may be given several times; the text
             is what help calls that value. Otherwise it takes all values at once.
         of_classes: that it has no effect where no task has classes, and is then refused.
+        none_is_text: that the text "none" is a value, which differs from leaving the option out.
     """
     bounds = {"low": low, "high": high, "above": above, "below": below}
     about = {"help": text, "alias": alias, "repeat": repeat, "choices": choices}
-    return field(default=default, metadata=about | bounds | {"of_classes": of_classes})
+    rules = {"of_classes": of_classes, "none_is_text": none_is_text}
+    return field(default=default, metadata=about | bounds | rules)
 
 
 def option_name(name: str) -> str:
@@ -129,7 +132,11 @@ def convert(options: type, given: Mapping[str, Any]) -> dict[str, Any]:
         InputError: naming the first option whose value does not have its type.
     """
     hints = get_type_hints(options)
-    return {key: _convert(value, hints[key], key) for key, value in given.items()}
+    text = {item.name for item in fields(options) if item.metadata["none_is_text"]}
+    return {
+        key: value if key in text and value == "none" else _convert(value, hints[key], key)
+        for key, value in given.items()
+    }
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:

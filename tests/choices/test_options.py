@@ -31,6 +31,7 @@ class Options:
     limit: int | None = option(None, "limit", low=1)
     clip_norm: float | None = option(None, "clip", above=0)
     path: str | None = option(None, "path")
+    start: str | None = option(None, "start", none_is_text=True)
     mode: Literal["fast", "slow"] = option("fast", "mode")
     tasks: tuple[str, ...] = option(("t",), "tasks")
 
@@ -65,6 +66,9 @@ class Options:
         ("clip_norm", "1", 1.0),
         ("path", "a/b", "a/b"),
         ("path", "null", None),
+        ("path", "none", None),
+        ("start", "none", "none"),
+        ("start", None, None),
         ("mode", "slow", "slow"),
         ("mode", "neither", "neither"),
         ("tasks", "one", ("one",)),

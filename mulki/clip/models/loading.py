@@ -11,7 +11,7 @@ from torch import nn
 
 from mulki.clip.models.bundled import BUNDLED, PYTORCH_SUFFIXES, load_bundled
 from mulki.clip.models.huggingface.reading import SCHEMA, load_huggingface
-from mulki.clip.models.open_clip_models import load_open_clip
+from mulki.clip.models.open_clip_models import RANDOM, load_open_clip
 from mulki.clip.models.vision_language import VisionLanguageModel
 from mulki.errors import InputError
 from mulki.files import check_regular
@@ -32,7 +32,7 @@ def load(
             or SigLIP that transformers has saved.
         pretrained: a tag of that model in open_clip, or the path of a checkpoint, such as the
             task checkpoints of a run. None means the bundled weights for "mulki-mini" and random
-            ones for a plain name (a warning says so).
+            ones for a plain name (a warning says so); "none" means random ones without a warning.
         device: where it goes.
         stand_in: make a model of open_clip with random weights, and with another tokenizer where
             its own is not on this machine. It costs the same to compute with.
@@ -48,7 +48,7 @@ def load(
                 f"--pretrained: no file {pretrained}; pass a checkpoint's path or a tag of "
                 "open_clip"
             )
-    if pretrained is not None and ":" in name:
+    if pretrained is not None and (":" in name or (name, pretrained) == (BUNDLED, RANDOM)):
         raise InputError(
             f"--pretrained: {name} brings its own weights; leave --pretrained {pretrained} out"
         )

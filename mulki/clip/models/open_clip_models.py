@@ -17,6 +17,8 @@ from mulki.clip.tensor_files import check_floats, load_tensors
 from mulki.errors import InputError, nearest
 from mulki.files import check_regular, check_zip, from_json
 
+#: In place of a tag: no weights.
+RANDOM = "none"
 #: In a published folder, the configuration by which timm makes the image tower.
 TRUNK = Path("image_tower", "config.json")
 _log = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ def load_open_clip(
                 f'"import open_clip; print(open_clip.list_models())" lists them, beside {BUNDLED}'
             )
         tags = open_clip.list_pretrained_tags_by_model(name)
-        if stand_in:
+        if stand_in or pretrained == RANDOM:
             pretrained = None
         elif pretrained is None:
             _log.warning("%s starts from random weights; --pretrained gives it trained ones", name)

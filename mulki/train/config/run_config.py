@@ -90,10 +90,14 @@ class RunConfig:
     )
     model: str = option(
         "mulki-mini",
-        "mulki-mini, an open_clip model, hf-hub:..., local-dir:..., or hf-local:DIR, a CLIP or "
-        "SigLIP that transformers has saved",
+        "mulki-mini, an open_clip model, a run folder or a checkpoint, hf-hub:..., local-dir:..., "
+        "or hf-local:DIR, a CLIP or SigLIP that transformers has saved",
     )
-    pretrained: str | None = option(None, "a tag of open_clip or a checkpoint's path")
+    pretrained: str | None = option(
+        None,
+        "a tag of open_clip or a checkpoint's path; none: random weights",
+        none_is_text=True,
+    )
     original: str | None = option(
         None,
         "the original model as a teacher, as --model takes it, where --model has learned since; "

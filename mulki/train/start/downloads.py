@@ -16,6 +16,7 @@ from mulki.clip.models import VisionLanguageModel
 from mulki.clip.offline import offline
 from mulki.data.published import Entry
 from mulki.errors import InputError
+from mulki.train.start.start_model import load_start
 
 # Bytes of a parameter in most published weights.
 _FLOAT32 = 4
@@ -66,7 +67,7 @@ class StandIns:
     def model(
         self, name: str, pretrained: str | None = None, *, device: torch.device | str = "cpu"
     ) -> VisionLanguageModel:
-        """In place of `models.load`: with random weights where the trained ones are not here.
+        """In place of `load_start`: with random weights where the trained ones are not here.
 
         A second model, which has to be of the architecture of the first, is a copy of it where
         nothing is known of its own. Where either stands in, both have the same weights.
@@ -76,7 +77,7 @@ class StandIns:
         """
         architecture, missing = not_here(name, pretrained)
         if not missing:
-            model = models.load(name, pretrained, device=device)
+            model = load_start(name, pretrained, device=device)
         elif architecture is not None:
             model = models.load(architecture, device=device, stand_in=True)
         elif self._first is not None:

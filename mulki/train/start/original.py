@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import torch
 
-from mulki.clip import models
 from mulki.clip.models import VisionLanguageModel
 from mulki.errors import InputError
 from mulki.methods import ZERO_SHOT, Method
 from mulki.train.config.run_config import RunConfig
+from mulki.train.start.start_model import load_start
 
 
 def check_original(config: RunConfig, method: Method) -> None:
@@ -42,7 +42,7 @@ def load_original(
     config: RunConfig,
     student: VisionLanguageModel,
     device: torch.device | str,
-    load: Callable[..., VisionLanguageModel] = models.load,
+    load: Callable[..., VisionLanguageModel] = load_start,
 ) -> VisionLanguageModel | None:
     """The model that ``--original`` names, frozen; None where it names none.
 
@@ -50,7 +50,7 @@ def load_original(
         config: options of the run.
         student: with the start weights, locked as the run wants it.
         device: where it goes.
-        load: takes what `mulki.clip.models.load` takes.
+        load: takes what `load_start` takes.
 
     Raises:
         InputError: it cannot be loaded, is another architecture or takes other images, or differs

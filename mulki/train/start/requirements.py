@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from mulki import methods
-from mulki.clip.models import BUNDLED
+from mulki.clip.models import BUNDLED, RANDOM
 from mulki.data import Source
 from mulki.data.published.collections import COLLECTIONS
 from mulki.errors import InputError
@@ -57,7 +57,7 @@ def _problems(load: Callable[[], object]) -> list[str]:
 
 
 def _missing_weights(model: str, pretrained: str | None) -> list[str]:
-    if model == BUNDLED or pretrained is None or Path(pretrained).is_file():
+    if model == BUNDLED or pretrained in (None, RANDOM) or Path(pretrained).is_file():
         return []
     import open_clip
 

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from mulki import methods
-from mulki.clip import models
 from mulki.clip.models import VisionLanguageModel
 from mulki.clip.tensor_files import CHECKSUM
 from mulki.data import Task
@@ -51,6 +50,7 @@ from mulki.train.start.data import check_reference, check_unused, load_data, nee
 from mulki.train.start.downloads import StandIns
 from mulki.train.start.hashes import hashes_of, same_in_all
 from mulki.train.start.original import check_original, load_original
+from mulki.train.start.start_model import check_start, load_start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,7 @@ def prepared(
                 saved = read_save(Path(resume), world)
             with checks_reported(checked if world.main else lambda done, total: None):
                 data = load_data(settings, method, world.size, tasks, stand_ins)
-            load = models.load if stand_ins is None else stand_ins.model
+            load = load_start if stand_ins is None else stand_ins.model
             # Last, since it can take minutes.
             model = _load_model(config, method, precision, world, load)
             original = load_original(config, model, model.device, load)
@@ -194,6 +194,7 @@ def check_options(config: RunConfig, method: Method) -> Precision:
     _check_sharding(config, precision)
     check_reference(config, method)
     check_unused(config, method)
+    check_start(config)
     check_original(config, method)
     limit_pixels(config.max_pixels)
     limit_members(config.max_member_mb)

@@ -58,7 +58,7 @@ def test_processes_take_the_same_kernels(run: Run, monkeypatch: pytest.MonkeyPat
 
 
 def test_random_start_weights_come_from_the_seed(run: Run, tiny_models: tuple[str, ...]) -> None:
-    random = {"model": "tiny-vit", "method": "finetune"}
+    random = {"model": "tiny-vit", "pretrained": "none", "method": "finetune"}
     one, two, other = (run(f"{i}", seed=s, **random) for i, s in enumerate((0, 0, 1)))
     hashes = [
         json.loads((f.path / "env.json").read_text())["hashes"]["weights"]

@@ -1,0 +1,62 @@
+"""The start model of a run: by its name, or from what another run has saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from mulki.clip import models
+from mulki.clip.models import BUNDLED, VisionLanguageModel
+from mulki.errors import InputError
+from mulki.train.config.run_config import RunConfig
+from mulki.train.saving.checkpoints import load_checkpoint
+
+
+def check_start(config: RunConfig) -> None:
+    """Raise an InputError for a start model with random weights that were not asked for."""
+    name = config.model.replace("/", "-")
+    if config.pretrained is not None or config.model == BUNDLED or ":" in name:
+        return
+    import open_clip
+
+    if name in open_clip.list_models():
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        trained = f"pass a tag, such as {tags[0]}" if tags else "pass a file of weights"
+        raise InputError(
+            f"--pretrained: got none, so {config.model} would start from random weights; "
+            f"{trained}, or --pretrained none if random ones are meant"
+        )
+
+
+def load_start(
+    name: str, pretrained: str | None = None, *, device: torch.device | str = "cpu"
+) -> VisionLanguageModel:
+    """The model that ``--model`` names.
+
+    Args:
+        name: what `mulki.clip.models.load` takes, or what
+            `mulki.train.saving.checkpoints.load_checkpoint` takes as a path: the folder of a run, a
+            folder with a checkpoint, or a file of weights that says its model.
+        pretrained: as of `mulki.clip.models.load`; only with a name.
+        device: where it goes.
+
+    Raises:
+        InputError: as these two do, or weights beside a path.
+    """
+    if not is_checkpoint(name):
+        return models.load(name, pretrained, device=device)
+    if pretrained is not None:
+        raise InputError(
+            f"--pretrained: {name} brings its own weights; leave --pretrained {pretrained} out"
+        )
+    return load_checkpoint(Path(name), device=device)
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether ``--model`` names a path. Names of models go before it; ``./NAME`` is a path."""
+    if ":" in name or name == BUNDLED or not Path(name).exists():
+        return False
+    import open_clip
+
+    return name.replace("/", "-") not in open_clip.list_models()
