@@ -6,7 +6,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,15 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
             raise OSError(errno.EIO, "what was written reads differently", str(path)) from None
 
 
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The metadata of a safetensors file, without a look at its tensors or its checksum.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    return _read(path, lambda file: dict(file.metadata() or {}))
+
+
 def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file; its checksum is among the latter.
 
@@ -69,18 +78,11 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     Raises:
         InputError: it cannot be read, or its content does not have its checksum.
     """
-    from safetensors import SafetensorError, safe_open
-
-    check_regular(path)
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"{path}: not a whole safetensors file ({reason}); restore it or pass another"
-        ) from None
+    metadata = read_metadata(path)
+    tensors: dict[str, Tensor] = _read(
+        path,
+        lambda file: {name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118
+    )
     if CHECKSUM in metadata and metadata[CHECKSUM] != _digest(tensors, metadata):
         raise InputError(
             f"{path}: damaged, its content does not have its checksum; restore it or pass another"
@@ -103,6 +105,20 @@ def check_floats(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> No
         if wanted is None or value.is_floating_point() or not wanted.is_floating_point():
             continue
         raise InputError(f"{name} is {value.dtype}, wanted floating point numbers; convert it")
+
+
+def _read(path: str | os.PathLike[str], of: Callable[[Any], Any]) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    check_regular(path)
+    try:
+        with safe_open(path, "pt") as file:
+            return of(file)
+    except (SafetensorError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{path}: not a whole safetensors file ({reason}); restore it or pass another"
+        ) from None
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mulki.choices.options import field_name
 from mulki.clip.evaluation import Evaluator, LabelSpace
 from mulki.clip.head import ClassStatistics, Head, read_statistics
 from mulki.clip.models import VisionLanguageModel
@@ -19,7 +20,14 @@ from mulki.runs.predictions import TaskPredictions
 from mulki.train.config.precision import Precision, device_of
 from mulki.train.config.run_config import RunConfig, read_config, resolve
 from mulki.train.config.tasks import load_tasks
-from mulki.train.saving.checkpoints import ARGUMENTS, load_checkpoint, run_of, statistics_of
+from mulki.train.saving.checkpoints import (
+    ARGUMENTS,
+    description_of,
+    load_checkpoint,
+    run_of,
+    statistics_of,
+)
+from mulki.train.saving.description import Description
 from mulki.train.saving.recovery import changed, check_finite
 from mulki.train.start.data import Data
 from mulki.train.start.hashes import hashes_of, parts_of
@@ -128,15 +136,17 @@ def evaluation(checkpoint: Path, given: Mapping[str, Any]) -> Evaluation:
     Args:
         checkpoint: see `mulki.train.saving.checkpoints.load_checkpoint`.
         given: values by the name of a field in `OPTIONS`. What is left out is as in the run that
-            the checkpoint lies in; options of its tasks only where no tasks are given. Modules that
-            the run has imported are not: they have to be given.
+            the checkpoint lies in, or was copied from; options of its tasks only where no tasks are
+            given. Modules that the run has imported are not: they have to be given.
 
     Raises:
         InputError: a bad checkpoint, bad options or bad tasks, no tasks, those of the run are
             not what it learned, or a test fraction for them.
     """
-    run = run_of(checkpoint)
-    known = {} if run is None else read_config(run / ARGUMENTS)
+    run, said = run_of(checkpoint), description_of(checkpoint)
+    # A checkpoint that was copied out of its run says itself how that was made.
+    recipe = {} if said is None else {field_name(k): v for k, v in said.recipe.items()}
+    known = recipe if run is None else read_config(run / ARGUMENTS)
     imports = known.get("import_")
     if imports and "import_" not in given:
         # The folder may be from elsewhere, and this would run its code.
@@ -149,8 +159,8 @@ def evaluation(checkpoint: Path, given: Mapping[str, Any]) -> Evaluation:
     options = {name: known[name] for name in kept if name in known} | dict(given)
     if "tasks" not in options:
         raise InputError(
-            f"--tasks: got none, and {checkpoint} is not in a run folder that names them; pass a "
-            "sequence, or task folders and CSV files"
+            f"--tasks: got none, and neither {checkpoint} nor a run folder around it names them; "
+            "pass a sequence, or task folders and CSV files"
         )
     if "test_fraction" in given and "tasks" not in given:
         raise InputError(
@@ -165,9 +175,12 @@ def evaluation(checkpoint: Path, given: Mapping[str, Any]) -> Evaluation:
     limit_members(config.max_member_mb)
     tasks = load_tasks(config)
     label_space: LabelSpace | None = None
-    if run is not None and not given.keys() & {*_CLASSES}:
+    if known and not given.keys() & {*_CLASSES}:
         whole = not given.keys() & {*_OF_TASKS}
-        _check_same(run, tasks, ("prompts", "splits") if whole else ("prompts",))
+        if run is not None:
+            _check_same(run, tasks, ("prompts", "splits") if whole else ("prompts",))
+        elif said is not None:
+            _check_prompts(checkpoint, said, tasks)
         label_space = known.get("label_space", "task")
     model = load_checkpoint(checkpoint, named, device=device)
     # As in the run, so that the same operations compute the features of texts.
@@ -177,6 +190,17 @@ def evaluation(checkpoint: Path, given: Mapping[str, Any]) -> Evaluation:
     file = statistics_of(checkpoint)
     statistics = read_statistics(file) if config.head and file.is_file() else None
     return Evaluation(model, tasks, config, label_space, statistics)
+
+
+def _check_prompts(checkpoint: Path, said: Description, tasks: Sequence[Task]) -> None:
+    # Of the tasks that it has learned; those that came later in its run are not in there.
+    found = {task.name: (task.classes, task.templates) for task in tasks}
+    for task in said.tasks:
+        if found.get(task.name) != (task.classes, task.templates):
+            raise InputError(
+                f"{checkpoint}: has learned a task {task.name} with other class names or prompts "
+                "than that of the same name here has now; restore it, or pass --tasks"
+            )
 
 
 def _check_same(run: Path, tasks: Sequence[Task], names: Sequence[str]) -> None:

@@ -260,7 +260,7 @@ class _Sequence:
         names = [ZERO_SHOT_ROW, *(task.name for task in self.setup.tasks)]
         (row,) = self._evaluate([learned], [self._head()])
         if learned and self.setup.config.save_checkpoints:
-            self._save(learned, self.setup.tasks[learned - 1])
+            self._save(learned, row)
         self._record(names[learned], row)
 
     def _log_start(self) -> None:
@@ -387,15 +387,17 @@ class _Sequence:
         except Exception as error:
             _log.warning("no examples of images (%s: %s)", type(error).__name__, error)
 
-    def _save(self, number: int, task: Task) -> None:
+    def _save(self, learned: int, row: _Row) -> None:
         # All processes take part where weights are sharded; one writes.
         model, folder = self.setup.model, self.setup.folder
         state = model.checkpoint()
         whole = model.checkpoint(whole=True) if model.packaged else None
         if folder is not None:
-            path = folder.checkpoint_path(number, task.name)
-            save_weights(model, path, state)
-            publish(model, path, folder.latest, whole)
+            figures = {name: round(each.accuracy, 4) for name, each in row.answers.items()}
+            description = self.setup.description(learned, figures)
+            path = folder.checkpoint_path(learned, self.setup.tasks[learned - 1].name)
+            save_weights(model, path, state, description)
+            publish(model, path, folder.latest, whole, description)
             if self.statistics.tasks:
                 for checkpoint in (path, folder.latest):
                     write_statistics(statistics_of(checkpoint), self.statistics)

@@ -49,8 +49,8 @@ def evaluate(argv: list[str]) -> int:
         prog="mulki eval",
         description="Evaluate a checkpoint: each task among its own classes and those of all",
         epilog="Options that are left out are those of the run that the checkpoint lies in. "
-        "With --tasks, those of its own tasks are left aside. Without a run they are those of "
-        "mulki run, with --precision fp32.",
+        "With --tasks, those of its own tasks are left aside. A copied checkpoint says itself what "
+        "they were. Of other models they are those of mulki run, with --precision fp32.",
     )
     parser.add_argument(
         "checkpoint",

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from mulki.clip import models
 from mulki.clip.models import TRUNK, VisionLanguageModel
-from mulki.clip.tensor_files import check_floats, load_tensors, save_tensors
+from mulki.clip.tensor_files import check_floats, load_tensors, read_metadata, save_tensors
 from mulki.errors import InputError
 from mulki.files import new_folder, replacing, write_atomic
+from mulki.train.saving.description import CARD, KEY, Description, described
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -28,14 +29,20 @@ ARGUMENTS = "args.yaml"
 
 
 def save_weights(
-    model: VisionLanguageModel, path: Path, state: Mapping[str, Tensor] | None = None
+    model: VisionLanguageModel,
+    path: Path,
+    state: Mapping[str, Tensor] | None = None,
+    description: Description | None = None,
 ) -> None:
     """Write the model's state dict to a safetensors file.
 
     Args:
         state: from `VisionLanguageModel.checkpoint`, which is called if it is None.
+        description: kept in its metadata.
     """
     metadata = {"format": "pt", "model": model.name}
+    if description is not None:
+        metadata |= description.to_metadata()
     save_tensors(path, model.checkpoint() if state is None else state, metadata)
 
 
@@ -44,11 +51,12 @@ def publish(
     weights: Path,
     folder: Path,
     whole: Mapping[str, Tensor] | None = None,
+    description: Description | None = None,
 ) -> None:
     """Make `folder` hold the model so that ``open_clip.create_model("local-dir:...")`` loads it.
 
-    The folder appears whole. Where it holds a model of the same configuration, the weights alone
-    are replaced, in one step.
+    The folder appears whole. Where it holds a model of the same configuration, the weights, which
+    hold the description, are replaced in one step, and after them the model card.
 
     Args:
         weights: the file that `save_weights` made. It is linked if the file system can do that,
@@ -59,6 +67,7 @@ def publish(
             in no other way.
         whole: all weights for that file, from `VisionLanguageModel.checkpoint(whole=True)`, which
             is called if it is None.
+        description: as `save_weights` got it; makes the model card.
     """
     config = copy.deepcopy(model.config)
     if model.packaged and config is not None:
@@ -73,11 +82,11 @@ def publish(
         config["model_cfg"]["vision_cfg"]["timm_model_name"] = f"local-dir:{place}"
     said = "" if config is None else json.dumps(config, indent=2) + "\n"
     if folder.is_dir() and _reads(folder / CONFIG_NAME) == said:
-        _put_weights(model, weights, folder, whole)
+        _put_weights(model, weights, folder, whole, description)
         return
     # What is there now is of another model, or of a run that was killed here.
     with new_folder(folder) as new:
-        _put_weights(model, weights, new, whole)
+        _put_weights(model, weights, new, whole, description)
         tokenizer: Any = getattr(model.tokenizer, "tokenizer", None)
         # open_clip looks for the tokenizer of a Hugging Face text tower in this folder.
         if hasattr(tokenizer, "save_pretrained"):
@@ -96,16 +105,22 @@ def _reads(path: Path) -> str:
 
 
 def _put_weights(
-    model: VisionLanguageModel, weights: Path, folder: Path, whole: Mapping[str, Tensor] | None
+    model: VisionLanguageModel,
+    weights: Path,
+    folder: Path,
+    whole: Mapping[str, Tensor] | None,
+    description: Description | None,
 ) -> None:
     if whole is not None:
-        save_weights(model, folder / WEIGHTS_NAME, whole)
-        return
-    with replacing(folder / WEIGHTS_NAME) as temporary:
-        try:
-            os.link(weights, temporary)
-        except OSError:
-            shutil.copyfile(weights, temporary)
+        save_weights(model, folder / WEIGHTS_NAME, whole, description)
+    else:
+        with replacing(folder / WEIGHTS_NAME) as temporary:
+            try:
+                os.link(weights, temporary)
+            except OSError:
+                shutil.copyfile(weights, temporary)
+    if description is not None:
+        write_atomic(folder / CARD, description.card())
 
 
 def statistics_of(checkpoint: Path) -> Path:
@@ -123,6 +138,24 @@ def run_of(checkpoint: Path) -> Path | None:
         if (folder / ARGUMENTS).is_file() and (folder / LATEST.parent).is_dir():
             return folder
     return None
+
+
+def description_of(path: Path) -> Description | None:
+    """What a checkpoint says of itself; None where another program has written it.
+
+    Args:
+        path: as of `load_checkpoint`.
+
+    Raises:
+        InputError: no such file or folder, or a damaged file.
+    """
+    file = path
+    if path.is_dir():
+        file = (path / LATEST if run_of(path) == path else path) / WEIGHTS_NAME
+    if file.suffix != ".safetensors" or not file.exists():
+        return None  # `load_checkpoint` says what is wrong
+    text = read_metadata(file).get(KEY)
+    return None if text is None else described(text, str(file))
 
 
 def load_checkpoint(

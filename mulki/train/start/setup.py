@@ -6,7 +6,7 @@ import contextlib
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from mulki.train.config.run_config import CURRENT, MADE, RunConfig, Settings
 from mulki.train.config.tasks import warn_of_equal_names
 from mulki.train.learning import muon
 from mulki.train.learning.inputs import Training
+from mulki.train.saving.description import Description, LearnedTask, recipe_of
 from mulki.train.saving.randomness import deterministic
 from mulki.train.saving.recovery import (
     State,
@@ -63,6 +64,7 @@ class Setup(Training):
     Args:
         tasks, reference, vocabulary: see `mulki.train.start.data.Data`.
         original: the original model, where it is not the start model; stored likewise.
+        hashes: of all that a result depends on, as `env.json` has them.
         folder: where the results go; None in all processes but the first, and where nothing is
             written.
         saved: the state that the run goes on from; None for a run from its start.
@@ -73,6 +75,7 @@ class Setup(Training):
     reference: ReferenceSet | None
     vocabulary: Vocabulary | None
     original: VisionLanguageModel | None
+    hashes: Mapping[str, Any] = field(default_factory=dict)
     folder: RunFolder | None = None
     saved: State | None = None
     rows: int = 0
@@ -87,6 +90,16 @@ class Setup(Training):
             return self.reference
         return ReferenceSet.with_words(
             images, self.vocabulary if self.method.needs.captions else None
+        )
+
+    def description(self, learned: int, figures: Mapping[str, float]) -> Description:
+        """What the model is after so many of the tasks, with its accuracy by test set."""
+        options = Settings(self.config, self.method.options).to_dict()
+        return Description(
+            tuple(LearnedTask(t.name, t.classes, t.templates) for t in self.tasks[:learned]),
+            recipe_of(options | {"precision": self.precision.name}),
+            str(self.hashes.get("original", self.hashes["weights"])),
+            figures,
         )
 
     @property
@@ -165,6 +178,7 @@ def prepared(
                 precision=precision,
                 world=world,
                 original=original,
+                hashes=hashes,
                 **data._asdict(),
             )
         except InputError as error:
@@ -175,7 +189,7 @@ def prepared(
         if world.rank:
             _seed_everything(config.seed + world.rank)
         if world.main and folder is None and write:
-            folder = _make_folder(settings, setup, hashes)
+            folder = _make_folder(settings, setup)
             at_end.callback(folder.release)
         rows = world.total(0 if folder is None else folder.rows, device=precision.device)[0]
         yield replace(setup, folder=folder, saved=saved, rows=rows)
@@ -275,7 +289,7 @@ def _training_transform(config: RunConfig, model: VisionLanguageModel) -> Callab
     )
 
 
-def _make_folder(settings: Settings, setup: Setup, hashes: Mapping[str, Any]) -> RunFolder:
+def _make_folder(settings: Settings, setup: Setup) -> RunFolder:
     config, precision = settings.run, setup.precision
     # Each of several processes has a device of its own; what they have in common is its kind.
     device = precision.device.type if setup.world.size > 1 else str(precision.device)
@@ -287,6 +301,6 @@ def _make_folder(settings: Settings, setup: Setup, hashes: Mapping[str, Any]) ->
         seed=config.seed,
         columns=tuple(task.name for task in setup.tasks),
         config=settings.to_dict() | {"precision": precision.name, "device": device},
-        hashes=hashes,
+        hashes=setup.hashes,
         uses=setup.uses,
     )
