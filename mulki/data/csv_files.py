@@ -49,6 +49,7 @@ def csv_task(
     templates: Sequence[str] | None = None,
     skip_bad_images: bool = False,
     test_fraction: float | None = None,
+    test_only: bool = False,
 ) -> Task:
     """Read a task from one CSV file, or from one for each split.
 
@@ -70,6 +71,7 @@ def csv_task(
             # comments), and without that file "a photo of a {}.".
         skip_bad_images: leave unreadable images out and list them in `Task.skipped`.
         test_fraction: the share of the images to test on, in (0, 1), where there is no split yet.
+        test_only: see `Task`; rows to train on may be missing, or have labels that are not tested.
 
     Raises:
         InputError: with file and line: a file that is missing or not such a CSV file, a missing
@@ -84,13 +86,15 @@ def csv_task(
     names = splits_of(rows)
     test_fraction = test_fraction if len(names) == 1 else None
     parts = [[row for row in rows if row.split == split] for split in names]
-    classes, others = (sorted({row.text for row in part}) for part in (parts[0], parts[-1]))
-    if differing := classes_of_one_split(classes, others):
+    tested = [part for part in parts if part] if test_only else parts
+    classes, others = (sorted({row.text for row in part}) for part in (tested[0], tested[-1]))
+    shared = [name for name in classes if name in others] if test_only else classes
+    if differing := classes_of_one_split(shared, others):
         raise InputError(
             f"{path}: the train and the test images must have the same labels ({differing}); "
             "correct the labels or add rows"
         )
-    if len(classes) < 2:
+    if len(classes) < 2 and not test_only:
         raise InputError(f"{path}: only one label, {classes[0]}; at least two are needed")
     targets = {label: target for target, label in enumerate(classes)}
     splits = [_images(path.parent, part, targets) for part in parts]
@@ -99,13 +103,13 @@ def csv_task(
     bad = find_unreadable(whole, skip_bad_images=skip_bad_images)
     train, test = (images.without(bad) for images in whole)
     for split, images in zip(SPLITS, (train, test), strict=True):
-        if (emptied := class_without_images(images, classes)) is not None:
+        if not test_only and (emptied := class_without_images(images, classes)) is not None:
             raise InputError(
                 f"{path}: every {split} image of {emptied} is unreadable; add readable ones or "
                 "remove the rows of this label"
             )
     chosen = choose_templates(templates, path.parent, f"templates for {path}")
-    return Task(name, tuple(classes), chosen, train, test, tuple(bad), test_fraction)
+    return Task(name, tuple(classes), chosen, train, test, tuple(bad), test_fraction, test_only)
 
 
 def split_rows(path: Path, column: str, test_fraction: float | None) -> tuple[str, list[SplitRow]]:

@@ -27,6 +27,7 @@ def folder_task(
     templates: Sequence[str] | None = None,
     skip_bad_images: bool = False,
     test_fraction: float | None = None,
+    test_only: bool = False,
 ) -> Task:
     """Read a task from `path/train/<class>/*` and `path/test/<class>/*`, or `path/<class>/*`.
 
@@ -46,6 +47,7 @@ def folder_task(
             without that file "a photo of a {}.".
         skip_bad_images: leave unreadable images out and list them in `Task.skipped`.
         test_fraction: the share of the images to test on, in (0, 1), where there is no split yet.
+        test_only: see `Task`; `path/train` may be missing, or have classes that are not tested.
 
     Raises:
         InputError: a missing folder, fewer than two classes, an empty class, classes that differ
@@ -65,24 +67,29 @@ def folder_task(
         test_fraction = None
     folders = [root]
     if test_fraction is None:
-        folders = [_split_of(root, split) for split in ("train", "test")]
-    classes = _classes_in(folders[0])
-    if differing := classes_of_one_split(classes, _classes_in(folders[-1])):
+        alone = test_only and not split_folder(root, "train").exists()
+        names = ("test",) if alone else ("train", "test")
+        folders = [_split_of(root, split) for split in names]
+    classes, tested = _classes_in(folders[0]), _classes_in(folders[-1])
+    shared = [name for name in classes if name in tested] if test_only else classes
+    if differing := classes_of_one_split(shared, tested):
         raise InputError(
             f"{root}: train/ and test/ must hold the same classes ({differing}); "
             "rename, add or remove these folders"
         )
-    if len(classes) < 2:
+    if len(classes) < 2 and not test_only:
         raise InputError(
             f"{folders[0]}: only one class, {classes[0]}; at least two class folders are needed"
         )
     splits = [_list_images(folder, classes) for folder in folders]
+    if test_fraction is None and len(splits) == 1:
+        splits = [splits[0].chosen([False] * len(splits[0])), splits[0]]
     # Before unreadable images are left out, which would change the division.
     whole = divided(splits, test_fraction, where=str(root), classes=classes)
     bad = find_unreadable(whole, skip_bad_images=skip_bad_images)
     train, test = (images.without(bad) for images in whole)
     for split, images in (("train", train), ("test", test)):
-        if (emptied := class_without_images(images, classes)) is not None:
+        if not test_only and (emptied := class_without_images(images, classes)) is not None:
             raise InputError(
                 f"{images.root / emptied}: every {split} image of class {emptied} is unreadable; "
                 "add readable ones or remove the class"
@@ -95,6 +102,7 @@ def folder_task(
         test=test,
         skipped=tuple(bad),
         test_fraction=test_fraction,
+        test_only=test_only,
     )
 
 
@@ -139,6 +147,8 @@ def _classes_in(folder: Path) -> list[str]:
 def _list_images(folder: Path, classes: Sequence[str]) -> ImageFiles:
     images: list[tuple[str, int, int]] = []
     for target, name in enumerate(classes):
+        if not (folder / name).is_dir():
+            continue  # a class of which no image is tested
         entries = _visible(folder / name)
         for entry in entries:
             # Images in subfolders are refused: classes would be merged if the user gave a folder

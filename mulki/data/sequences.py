@@ -61,6 +61,7 @@ def load_sequence(
     *,
     skip_bad_images: bool = False,
     test_fraction: float | None = None,
+    test_only: bool = False,
     source: Source = _NO_SOURCE,
 ) -> list[Task]:
     """Load the tasks that a user names.
@@ -77,6 +78,7 @@ def load_sequence(
         skip_bad_images: leave unreadable images of folders and files out.
         test_fraction: the share of the images to test on, of folders and files without a split of
             their own.
+        test_only: of folders and CSV files, see `Task`.
         source: where published data sets lie, and the protocol to read them with.
 
     Raises:
@@ -100,7 +102,7 @@ def load_sequence(
             f'order "{order}": orders belong to a named sequence ({", ".join(sequence_names())}); '
             "tasks listed one by one are learned as listed, so leave the order out"
         )
-    tasks = [_load_task(word, skip_bad_images, test_fraction, source) for word in words]
+    tasks = [_load_task(word, skip_bad_images, test_fraction, test_only, source) for word in words]
     if test_fraction is not None and all(task.test_fraction is None for task in tasks):
         raise without_effect(test_fraction)
     sources: dict[str, str] = {}
@@ -169,7 +171,11 @@ def _tasks_of(sequence: str, loader: Loader, order: str) -> list[Task]:
 
 
 def _load_task(
-    word: str, skip_bad_images: bool, test_fraction: float | None, source: Source
+    word: str,
+    skip_bad_images: bool,
+    test_fraction: float | None,
+    test_only: bool,
+    source: Source,
 ) -> Task:
     if word in _SEQUENCES:
         raise InputError(
@@ -196,12 +202,19 @@ def _load_task(
             f"file; sequences are {', '.join(sequence_names())}"
         )
     if Path(word).suffix.lower() == ".csv" and not Path(word).is_dir():
-        return csv_task(word, skip_bad_images=skip_bad_images, test_fraction=test_fraction)
+        return csv_task(
+            word,
+            skip_bad_images=skip_bad_images,
+            test_fraction=test_fraction,
+            test_only=test_only,
+        )
     if holds_dataset(Path(word)):
         return huggingface_task(word, skip_bad_images=skip_bad_images, test_fraction=test_fraction)
     if holds_shards(Path(word)):
         return shard_task(word, skip_bad_images=skip_bad_images, test_fraction=test_fraction)
-    return folder_task(word, skip_bad_images=skip_bad_images, test_fraction=test_fraction)
+    return folder_task(
+        word, skip_bad_images=skip_bad_images, test_fraction=test_fraction, test_only=test_only
+    )
 
 
 @register_sequence("embedded")

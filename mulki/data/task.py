@@ -43,13 +43,14 @@ class Task:
 
     Attributes:
         name: names the task in tables and files.
-        classes: class names, [C], at least two, no two alike.
+        classes: class names, [C], at least two to learn, no two alike.
         templates: prompts, each with exactly one `{}` for the class name.
         train: the images to learn from, with targets in 0..C-1.
         test: the images to test on, likewise.
         skipped: unreadable images that were left out, by path.
         test_fraction: the share of the images that was held out to test on, see
             `mulki.data.held_out`; None where the data have a split of their own.
+        test_only: it is tested and not learned, so it may have no training images and one class.
 
     Raises:
         InputError: any of the above does not hold.
@@ -62,6 +63,7 @@ class Task:
     test: ImageSet
     skipped: tuple[str, ...] = ()
     test_fraction: float | None = None
+    test_only: bool = False
 
     def __post_init__(self) -> None:
         where = f'task "{self.name}"'
@@ -71,7 +73,7 @@ class Task:
             # As that of a folder may be in another encoding. Tokenizers take no such text.
             if any("\ud800" <= letter <= "\udfff" for letter in name):
                 raise InputError(f"{where}: class {name!a} is not UTF-8 text; rename it")
-        if len(self.classes) < 2:
+        if len(self.classes) < (1 if self.test_only else 2):
             raise InputError(f"{where}: {len(self.classes)} class(es); at least two are needed")
         if any(not c.strip() for c in self.classes):
             raise InputError(f"{where}: a class name is empty; give every class a name")
@@ -80,6 +82,8 @@ class Task:
             raise InputError(f'{where}: class "{twice[0]}" occurs twice; rename or merge the two')
         check_templates(self.templates, where)
         for split, images in (("train", self.train), ("test", self.test)):
+            if len(images) == 0 and split == "train" and self.test_only:
+                continue
             if len(images) == 0:
                 raise InputError(f"{where}: its {split} split is empty; add images to it")
             if len(images.targets) != len(images):

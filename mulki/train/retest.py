@@ -173,10 +173,10 @@ def evaluation(checkpoint: Path, given: Mapping[str, Any]) -> Evaluation:
     device = device_of(config.device)
     limit_pixels(config.max_pixels)
     limit_members(config.max_member_mb)
-    tasks = load_tasks(config)
+    tasks = load_tasks(config, test_only=True)
     label_space: LabelSpace | None = None
     if known and not given.keys() & {*_CLASSES}:
-        whole = not given.keys() & {*_OF_TASKS}
+        whole = not given.keys() & {*_OF_TASKS} and all(len(task.train) for task in tasks)
         if run is not None:
             _check_same(run, tasks, ("prompts", "splits") if whole else ("prompts",))
         elif said is not None:

@@ -256,3 +256,16 @@ def test_rows_that_cannot_be_divided(write: Callable[..., Path], folder: Path) -
     for name in "bcd":
         (folder / "images" / f"{name}.png").write_bytes(b"x")
     refused(path, " image of crow is unreadable", test_fraction=0.2, skip_bad_images=True)
+
+
+def test_what_is_only_tested_needs_no_rows_to_train_on(write: Callable[..., Path]) -> None:
+    task = csv_task(write(ROWS[2:]), test_only=True)
+    assert task.classes == ("blue jay", "crow") and (len(task.train), len(task.test)) == (0, 2)
+    task = csv_task(write(ROWS[2:3]), test_only=True)
+    assert task.classes == ("crow",) and task.test_only
+    task = csv_task(write(ROWS[:3]), test_only=True)
+    assert task.classes == ("blue jay", "crow") and task.test.targets == (1,)
+    for rows in (ROWS[2:], ROWS[:3]):
+        refused(write(rows), "the same labels")
+    with pytest.raises(InputError, match="only in test: blue jay, crow"):
+        csv_task(write(["images/e.png,owl,train", *ROWS[2:]]), test_only=True)

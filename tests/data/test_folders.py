@@ -307,3 +307,20 @@ def test_an_unreadable_image_changes_the_side_of_no_other(whole: Path) -> None:
 
 def _sides(task: Task) -> list[ImageFiles]:
     return [images for images in (task.train, task.test) if isinstance(images, ImageFiles)]
+
+
+def test_what_is_only_tested_needs_no_training_images(make_folder: Make) -> None:
+    root = make_folder()
+    learned = folder_task(root)
+    shutil.rmtree(root / "test" / "crow")
+    tested = folder_task(root, test_only=True)
+    assert tested.classes == learned.classes and set(tested.test.targets) == {0}
+    assert len(tested.train) == 6 and tested.test_only
+    shutil.rmtree(root / "train")
+    alone = folder_task(root, test_only=True)
+    assert (alone.classes, len(alone.train), len(alone.test)) == (("blue jay",), 0, 3)
+    (root / "train" / "owl").mkdir(parents=True)
+    with pytest.raises(InputError, match="only in test: blue_jay"):
+        folder_task(root, test_only=True)
+    with pytest.raises(InputError, match=r"no test/ .*test/<class>/\*"):
+        folder_task(root / "test", test_only=True)

@@ -47,6 +47,14 @@ def test_a_task_that_makes_no_sense_is_refused(change: dict[str, Any], words: li
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+def test_what_is_only_tested_may_be_smaller() -> None:
+    small = replace(TASK, classes=("cat",), train=Blank(()), test=Blank((0,)), test_only=True)
+    assert small.prompts() == [["a cat.", "the cat!"]]
+    for change in ({"classes": ()}, {"test": Blank(())}, {"train": Blank((1,))}):
+        with pytest.raises(InputError, match="pets"):
+            replace(small, **change)
+
+
 @pytest.mark.parametrize(
     "change",
     [

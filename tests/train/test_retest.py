@@ -223,3 +223,15 @@ def test_the_images_that_a_run_has_held_out_are_tested(run: Run, tmp_path: Path)
     shutil.copy(tmp_path / "whole" / "red" / "0.png", tmp_path / "whole" / "red" / "5.png")
     with pytest.raises(InputError, match="splits"):
         evaluation(path, {})
+
+
+def test_training_images_may_be_gone(run: Run, tmp_path: Path) -> None:
+    shades = write_task(tmp_path / "shades", {"dark": (30, 30, 30), "light": (225, 225, 225)})
+    path = run(method="finetune", tasks=(str(shades),)).path
+    before = own(path)
+    shutil.rmtree(shades / "train")
+    assert own(path) == own(path, tasks=(str(shades),)) == before
+    shutil.rmtree(shades / "test" / "light")
+    assert own(path, tasks=(str(shades),)) == [100.0]
+    with pytest.raises(InputError, match="prompts"):
+        evaluation(path, {})

@@ -25,12 +25,18 @@ from mulki.train.config.run_config import RunConfig, Settings
 _log = logging.getLogger(__name__)
 
 
-def load_tasks(config: RunConfig, absent: Callable[[Entry], None] | None = None) -> list[Task]:
+def load_tasks(
+    config: RunConfig,
+    absent: Callable[[Entry], None] | None = None,
+    *,
+    test_only: bool = False,
+) -> list[Task]:
     """The tasks of a configuration, in their order.
 
     Args:
         config: options of the run.
         absent: see `mulki.data.Source`.
+        test_only: see `mulki.data.load_sequence`.
 
     Raises:
         InputError: see `mulki.data.load_sequence` and `mulki.data.class_steps.equal_steps`; several
@@ -41,6 +47,7 @@ def load_tasks(config: RunConfig, absent: Callable[[Entry], None] | None = None)
         config.order,
         skip_bad_images=config.skip_bad_images,
         test_fraction=config.test_fraction,
+        test_only=test_only,
         source=Source(config.data_root, config.protocol, absent),
     )
     captions = [task.name for task in tasks if isinstance(task, CaptionTask)]

@@ -144,7 +144,8 @@ license: other  # that of the start model and of the images; mulki does not know
 ---
 # A CLIP model that has learned
 
-It began as {start} and learned the tasks below, one after another, by the method {method} of mulki.
+It began as {start} and learned the tasks below, one after another, with the program mulki and its
+method `{method}`.
 
 | task | classes | accuracy on its test images |
 |---|---|---|
