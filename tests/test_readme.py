@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from mulki import methods
 from mulki.app import cli
 from mulki.app.commands.grid import OPTIONS as GRID_OPTIONS
+from mulki.app.commands.predict import OPTIONS as PREDICT_OPTIONS
 from mulki.app.commands.reproduce import OPTIONS as REPRODUCE_OPTIONS
 from mulki.bench.run import BenchOptions
 from mulki.losses import ClipLoss
@@ -239,6 +240,9 @@ def known_options(command: str) -> set[str]:
         return {"--device", "--again", "--limit", "--help"}
     if command == "export":
         return {"--to", "--model", "--help"}
+    if command == "predict":
+        of_run = {f"--{name.replace('_', '-')}" for name in PREDICT_OPTIONS}
+        return of_run | {"--classes", "--top", "--threshold", "--csv", "--help"}
     if command == "eval":
         of_run = {f"--{name.replace('_', '-').rstrip('-')}" for name in EVAL_OPTIONS}
         return of_run | {"--predictions", "--per-class", "--confusion", "--json", "--help"}
@@ -267,7 +271,7 @@ def test_every_command_exists(page: Path, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.parametrize("page", DOCS, ids=name)
 def test_every_quoted_option_exists(page: Path) -> None:
-    names = ("run", "bench", "compare", "report", "eval", "export", "reproduce", "prove")
+    names = ("run", "bench", "compare", "report", "eval", "export", "reproduce", "prove", "predict")
     known = set().union(*(known_options(name) for name in names))
     for words in quoted(page):
         option = words.split()[0].partition("=")[0].rstrip(":")

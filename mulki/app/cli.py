@@ -89,6 +89,7 @@ def _dispatch(argv: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "run": _run,
         "plan": _plan,
+        "predict": _predict,
         "eval": _eval,
         "export": _export,
         "metrics": _metrics,
@@ -175,6 +176,13 @@ def _plan(argv: list[str]) -> int:
     as_json = given.pop("json", False)
     show_plan(given, Console(stderr=True), as_json=as_json)
     return 0
+
+
+def _predict(argv: list[str]) -> int:
+    """The likeliest classes of images without labels: mulki predict logs/RUN photos/"""
+    from mulki.app.commands.predict import predict
+
+    return predict(argv)
 
 
 def _eval(argv: list[str]) -> int:

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mulki.data.decoding import limit_pixels, pixel_limit
+from mulki.data.decoding import BadImage, limit_pixels, pixel_limit
 from mulki.data.task import ImageSet
 from mulki.data.transforms import is_deterministic
+from mulki.data.unlabelled import Loadable
 from mulki.errors import InputError
 
 Batch = list[Tensor]
@@ -147,6 +148,42 @@ def batches(
         # Without one, each pass would draw from the global generator and shift a run's randomness.
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+class _Readable(Dataset[Tensor | BadImage]):
+    def __init__(self, images: Loadable, transform: Callable[[Any], Tensor]) -> None:
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor | BadImage:
+        try:
+            return self.transform(self.images.load(index))
+        except BadImage as error:
+            return error
+
+
+def readable_batches(
+    images: Loadable, transform: Callable[[Any], Tensor], batch_size: int, workers: int = 0
+) -> Iterator[list[Tensor | BadImage]]:
+    """Transformed images [3, H, W] in their order, with the error in place of an unreadable one.
+
+    Args:
+        images: without labels.
+        transform: a deterministic one.
+        batch_size: images in a batch, at least 1.
+        workers: processes that load.
+    """
+    loader = DataLoader(
+        _Readable(images, transform),
+        batch_size,
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=partial(_start_worker, pixel_limit()),
+    )
+    with dead_workers_named(workers), dead_workers_named(workers):
+        yield from loader
 
 
 class _Loader(DataLoader[tuple[Tensor, int, int]]):

@@ -17,7 +17,7 @@ from mulki.data.loader import batches
 from mulki.errors import InputError
 from mulki.files import limit_members
 from mulki.runs.predictions import TaskPredictions
-from mulki.train.config.precision import Precision, device_of
+from mulki.train.config.precision import device_of
 from mulki.train.config.run_config import RunConfig, read_config, resolve
 from mulki.train.config.tasks import load_tasks
 from mulki.train.saving.checkpoints import (
@@ -28,9 +28,10 @@ from mulki.train.saving.checkpoints import (
     statistics_of,
 )
 from mulki.train.saving.description import Description
-from mulki.train.saving.recovery import changed, check_finite
+from mulki.train.saving.recovery import changed
 from mulki.train.start.data import Data
 from mulki.train.start.hashes import hashes_of, parts_of
+from mulki.train.start.start_model import as_in_its_run
 
 # Options of a run that say what its tasks are, by the name of their field, and those that choose
 # among their images.
@@ -183,10 +184,13 @@ def evaluation(checkpoint: Path, given: Mapping[str, Any]) -> Evaluation:
             _check_prompts(checkpoint, said, tasks)
         label_space = known.get("label_space", "task")
     model = load_checkpoint(checkpoint, named, device=device)
-    # As in the run, so that the same operations compute the features of texts.
-    model.lock(text=config.lock_text, image=config.lock_image)
-    Precision(config.precision, device).convert(model)
-    check_finite(model.clip.state_dict(), str(checkpoint), "pass another checkpoint")
+    as_in_its_run(
+        model,
+        str(checkpoint),
+        lock_text=config.lock_text,
+        lock_image=config.lock_image,
+        precision=config.precision,
+    )
     file = statistics_of(checkpoint)
     statistics = read_statistics(file) if config.head and file.is_file() else None
     return Evaluation(model, tasks, config, label_space, statistics)

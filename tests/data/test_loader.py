@@ -24,10 +24,18 @@ from torch._utils import ExceptionWrapper
 from torchvision import transforms as tv
 
 from mulki.data import BadImage, folder_task
-from mulki.data.loader import Images, batch_sizes, batches, cycle, dead_workers_named
+from mulki.data.loader import (
+    Images,
+    batch_sizes,
+    batches,
+    cycle,
+    dead_workers_named,
+    readable_batches,
+)
 from mulki.data.shards import open_shard
+from mulki.data.unlabelled import find_images
 from mulki.errors import InputError
-from tests.data.data_helpers import Blank
+from tests.data.data_helpers import Blank, picture
 
 FIXED = tv.Compose([tv.Resize(8), tv.ToTensor()])
 
@@ -280,7 +288,7 @@ def test_a_worker_goes_on_until_its_own_process_ends_it(images: Any, sent: str) 
 ORPHAN = """
 import os, signal, sys, time
 from mulki.data import loader
-from tests.data.data_helpers import Blank
+from tests.data.data_helpers import Blank, picture
 
 def stuck(image):
     print(os.getpid(), flush=True)
@@ -336,3 +344,16 @@ def test_an_error_in_a_worker_is_not_taken_for_its_end(
     loader = batches(images, partial(failing, said), 2, shuffle=False, seed=0, workers=1)
     with pytest.raises(kind, match=wanted):
         list(loader)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_stops_no_batch(tmp_path: Path, workers: int) -> None:
+    for seed in range(5):
+        picture(seed).save(tmp_path / f"{seed}.png")
+    (tmp_path / "2.png").write_bytes(b"no image")
+    found = list(readable_batches(find_images([tmp_path]), FIXED, 2, workers))
+    assert [len(batch) for batch in found] == [2, 2, 1]
+    images = [image for batch in found for image in batch]
+    assert isinstance(images[2], BadImage) and "2.png: unreadable" in str(images[2])
+    for seed in (0, 1, 3, 4):
+        assert torch.equal(images[seed], FIXED(picture(seed)))

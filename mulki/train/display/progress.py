@@ -52,12 +52,17 @@ def _draws_on(console: Console) -> bool:
 
 
 @contextmanager
-def checking(console: Console) -> Iterator[Callable[[int, int], None]]:
+def checking(
+    console: Console, what: str = "checking images"
+) -> Iterator[Callable[[int, int], None]]:
     """Yield what shows how many images were checked, of how many, before a run begins.
 
     A bar on a terminal, and lines elsewhere.
+
+    Args:
+        what: is done with the images, where they are not checked.
     """
-    columns = "checking images", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = what, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     bar = Progress(*columns, console=console, transient=True, refresh_per_second=_RATE)
     row = bar.add_task("", total=None)
     began = printed = time.monotonic()
@@ -72,7 +77,7 @@ def checking(console: Console) -> Iterator[Callable[[int, int], None]]:
             bar.update(row, completed=done, total=total)
         elif now - printed >= _OFTEN:
             printed = now
-            console.print(f"checking images: {done}/{total}", highlight=False)
+            console.print(f"{what}: {done}/{total}", highlight=False)
 
     try:
         yield show

@@ -9,8 +9,10 @@ import torch
 from mulki.clip import models
 from mulki.clip.models import BUNDLED, VisionLanguageModel
 from mulki.errors import InputError
+from mulki.train.config.precision import Name, Precision
 from mulki.train.config.run_config import RunConfig
 from mulki.train.saving.checkpoints import load_checkpoint
+from mulki.train.saving.recovery import check_finite
 
 
 def check_start(config: RunConfig) -> None:
@@ -51,6 +53,25 @@ def load_start(
             f"--pretrained: {name} brings its own weights; leave --pretrained {pretrained} out"
         )
     return load_checkpoint(Path(name), device=device)
+
+
+def as_in_its_run(
+    model: VisionLanguageModel, where: str, *, lock_text: bool, lock_image: bool, precision: Name
+) -> None:
+    """Prepare a saved model so that the same operations compute its features as in its run.
+
+    Args:
+        model: as loaded.
+        where: what an error calls it.
+        lock_text, lock_image, precision: options of the run.
+
+    Raises:
+        InputError: weights that are not finite.
+    """
+    model.lock(text=lock_text, image=lock_image)
+    Precision(precision, model.device).convert(model)
+    model.eval()
+    check_finite(model.clip.state_dict(), where, "pass another checkpoint")
 
 
 def is_checkpoint(name: str) -> bool:

@@ -1,0 +1,112 @@
+"""Images without labels: from files, folders, tar shards, lists of paths, or as pictures."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image
+
+from mulki.data.captioned_shards import find_shards, read_captioned_shards
+from mulki.data.decoding import to_rgb
+from mulki.data.image_files import ImageFiles
+from mulki.data.reference import images_below
+from mulki.errors import InputError
+
+#: In place of a path: one path in each line of standard input.
+STDIN = "-"
+
+
+class Loadable(Protocol):
+    """Images by number."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int) -> Image.Image:
+        """As RGB. Raises BadImage."""
+
+    def name(self, index: int) -> str:
+        """For messages and tables."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Images that are in memory, named by their number from `first` on."""
+
+    images: Sequence[Image.Image]
+    first: int = 0
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, index: int) -> Image.Image:
+        return to_rgb(self.images[index])
+
+    def name(self, index: int) -> str:
+        return f"image {self.first + index}"
+
+
+class Joined:
+    """Several sets of images, one after another."""
+
+    def __init__(self, parts: Sequence[Loadable]):
+        self._parts = parts
+        self._ends = list(accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def load(self, index: int) -> Image.Image:
+        part, place = self._place(index)
+        return part.load(place)
+
+    def name(self, index: int) -> str:
+        part, place = self._place(index)
+        return part.name(place)
+
+    def _place(self, index: int) -> tuple[Loadable, int]:
+        number = bisect_right(self._ends, index)
+        return self._parts[number], index - (self._ends[number - 1] if number else 0)
+
+
+def find_images(paths: Sequence[str | os.PathLike[str]], stdin: Iterable[str] = ()) -> Joined:
+    """The images that paths name, in their order; those of a folder sorted by name.
+
+    Whether they can be read shows when they are loaded; those of shards are checked here.
+
+    Args:
+        paths: image files; tar shards; folders, with their folders, of images or of shards; or "-"
+            for the paths in `stdin`.
+        stdin: lines.
+
+    Raises:
+        InputError: a path that does not exist, a damaged shard, or no image at all.
+    """
+    parts: list[Loadable] = []
+    names = [os.fspath(path) for path in paths]
+    for path in names:
+        if path == STDIN:
+            parts.append(_files(Path(), [line.rstrip("\r\n") for line in stdin if line.strip()]))
+        elif shards := find_shards(Path(path)):
+            images, _, _ = read_captioned_shards(shards, captions=False, skip_bad_images=True)
+            parts.append(images)
+        elif not os.path.exists(path):
+            raise InputError(f"{path}: no such file or folder; pass images, folders or tar shards")
+        elif os.path.isdir(path):
+            parts.append(_files(Path(path), sorted(images_below(Path(path)))))
+        else:
+            parts.append(_files(Path(), [path]))
+    found = Joined(parts)
+    if not len(found):
+        raise InputError(f"{', '.join(names)}: no images; pass some")
+    return found
+
+
+def _files(root: Path, names: Sequence[str]) -> ImageFiles:
+    nothing = (0,) * len(names)
+    return ImageFiles(root, tuple(names), nothing, nothing)

@@ -1,0 +1,284 @@
+"""A model with the classes that it has learned: what it says of images without labels."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mulki.clip.evaluation import zero_shot_classifier
+from mulki.clip.models import VisionLanguageModel
+from mulki.data import BadImage
+from mulki.data.loader import readable_batches
+from mulki.data.prompts import DEFAULT_TEMPLATES
+from mulki.data.unlabelled import Joined, Loadable, Pictures, find_images
+from mulki.errors import InputError
+from mulki.train.config.precision import device_of
+from mulki.train.config.run_config import resolve
+from mulki.train.saving.checkpoints import description_of
+from mulki.train.saving.description import Description, LearnedTask
+from mulki.train.start.start_model import as_in_its_run, check_start, is_checkpoint, load_start
+
+# What may stand where images are wanted.
+Images = str | os.PathLike[str] | Image.Image | Sequence[str | os.PathLike[str] | Image.Image]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of an image.
+
+    Attributes:
+        image: its name.
+        classes: the likeliest classes, best first, [k].
+        probabilities: of these, among all classes of the model, [k].
+        label: the likeliest class; None where its probability is below the threshold.
+    """
+
+    image: str
+    classes: tuple[str, ...]
+    probabilities: tuple[float, ...]
+    label: str | None
+
+
+class Model:
+    """A model and the classes among which it predicts; made by `load`.
+
+    Attributes:
+        clip: the model as training uses it; `clip.clip` is that of open_clip.
+        description: what its checkpoint says of itself; None of another program's.
+    """
+
+    def __init__(self, clip: VisionLanguageModel, description: Description | None = None):
+        self.clip = clip
+        self.description = description
+        self._tasks = () if description is None else description.tasks
+        self._weights: dict[tuple[str, ...] | None, tuple[tuple[str, ...], list[Tensor]]] = {}
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes that the model has learned, those of all tasks, [C].
+
+        Classes with the same prompts are one. Where two with other prompts have one name, the name
+        of the task stands behind it.
+        """
+        return _labels(_distinct(self._tasks))
+
+    def predict(
+        self,
+        images: Images,
+        *,
+        classes: Sequence[str] | None = None,
+        top: int = 5,
+        threshold: float = 0.0,
+        batch_size: int = 256,
+        workers: int = 0,
+    ) -> list[Prediction]:
+        """Tell images apart.
+
+        Args:
+            images: a picture of PIL, the path of an image, a folder or a tar shard, or a list of
+                these, see `mulki.data.unlabelled.find_images`.
+            classes: names, in place of those that the model has learned. One that it has learned
+                has the prompts of its task, another "a photo of a {}.".
+            top: how many classes are told of each image, at least 1.
+            threshold: least probability of a label.
+            batch_size: images encoded at a time.
+            workers: processes that load images.
+
+        Returns:
+            A prediction for each image, in their order.
+
+        Raises:
+            InputError: no such file, no image, or no class.
+            BadImage: an image cannot be decoded.
+        """
+        given = self.predictions(
+            _found(images),
+            classes=classes,
+            top=top,
+            threshold=threshold,
+            batch_size=batch_size,
+            workers=workers,
+        )
+        found = []
+        for each in given:
+            if isinstance(each, BadImage):
+                raise each
+            found.append(each)
+        return found
+
+    @torch.no_grad()
+    def predictions(
+        self,
+        images: Loadable,
+        *,
+        classes: Sequence[str] | None = None,
+        top: int = 5,
+        threshold: float = 0.0,
+        batch_size: int = 256,
+        workers: int = 0,
+        told: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Iterator[Prediction | BadImage]:
+        """`predict`, one by one, with the error in place of an image that cannot be decoded.
+
+        Args:
+            images: those of `find_images`.
+            told: called with the number of images so far, and of all.
+        """
+        names, weights = self._texts(None if classes is None else tuple(classes))
+        count, scale = min(top, len(names)), self.clip.logit_scale
+        done = 0
+        for features, batch in self._encoded(images, batch_size, workers):
+            rows: Iterator[tuple[list[float], list[int]]] = iter(())
+            if features is not None:
+                # A product for each task, as when it is tested: one of all would round differently.
+                logits = torch.cat([features @ of_task.mT for of_task in weights], dim=1)
+                best = (scale * logits).softmax(dim=1).topk(count, dim=1)
+                rows = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            for number, image in enumerate(batch, start=done):
+                if isinstance(image, BadImage):
+                    yield image
+                    continue
+                chances, places = next(rows)
+                said = tuple(names[place] for place in places)
+                label = said[0] if chances[0] >= threshold else None
+                yield Prediction(images.name(number), said, tuple(chances), label)
+            done += len(batch)
+            told(done, len(images))
+
+    @torch.no_grad()
+    def encode_images(self, images: Images, *, batch_size: int = 256, workers: int = 0) -> Tensor:
+        """L2-normalised float32 features [n, D] of images, on the CPU.
+
+        Args:
+            images, batch_size, workers: as of `predict`.
+
+        Raises:
+            InputError, BadImage: as `predict`.
+        """
+        parts = []
+        for features, batch in self._encoded(_found(images), batch_size, workers):
+            for image in batch:
+                if isinstance(image, BadImage):
+                    raise image
+            assert features is not None
+            parts.append(features.cpu())
+        return torch.cat(parts)
+
+    def _encoded(
+        self, images: Loadable, batch_size: int, workers: int
+    ) -> Iterator[tuple[Tensor | None, list[Tensor | BadImage]]]:
+        # Of each batch the features of its readable images [b, D], None without one, and the batch.
+        for batch in readable_batches(images, self.clip.preprocess, batch_size, workers):
+            readable = [image for image in batch if isinstance(image, Tensor)]
+            features = self.clip.encode_images(torch.stack(readable)) if readable else None
+            yield features, batch
+
+    def _texts(self, classes: tuple[str, ...] | None) -> tuple[tuple[str, ...], list[Tensor]]:
+        # Names of classes, and the features of their texts, [C, D] in parts.
+        if classes not in self._weights:
+            tasks = self._tasks if classes is None else self._tasks_of(classes)
+            if not any(task.classes for task in tasks):
+                raise InputError(
+                    "classes: the model says none; pass classes=, or --classes FILE with a name in "
+                    "each line"
+                )
+            distinct = _distinct(tasks)
+            weights = []
+            for task in distinct:
+                prompts = [prompt for of_class in task.prompts() for prompt in of_class]
+                inputs = self.clip.text_inputs(prompts)
+                weights.append(zero_shot_classifier(self.clip, inputs, len(task.classes)))
+            self._weights[classes] = _labels(distinct), weights
+        return self._weights[classes]
+
+    def _tasks_of(self, classes: Sequence[str]) -> list[LearnedTask]:
+        learned = {name: task.templates for task in self._tasks for name in task.classes}
+        by_templates: dict[tuple[str, ...], list[str]] = {}
+        for name in classes:
+            by_templates.setdefault(learned.get(name, DEFAULT_TEMPLATES), []).append(name)
+        return [
+            LearnedTask("classes", tuple(names), templates)
+            for templates, names in by_templates.items()
+        ]
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    pretrained: str | None = None,
+    device: str = "auto",
+    precision: str | None = None,
+) -> Model:
+    """Load a model, with the classes that it has learned.
+
+    Args:
+        path: the folder of a run, of which the last model is taken; a checkpoint, as
+            ``checkpoints/latest`` or ``checkpoints/task_01_birds.safetensors``; or what ``mulki run
+            --model`` takes besides.
+        pretrained: as of ``mulki run``, of a model by its name.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        precision: of the weights, as of ``mulki run``; by default that of the run, else "fp32".
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    name = os.fspath(path)
+    said = description_of(Path(name)) if is_checkpoint(name) else None
+    recipe = {} if said is None else said.recipe
+    wanted: dict[str, Any] = {
+        "lock_text": recipe.get("lock_text", False),
+        "lock_image": recipe.get("lock_image", False),
+        "precision": precision or recipe.get("precision", "fp32"),
+    }
+    config = resolve({**wanted, "model": name, "pretrained": pretrained, "device": device}).run
+    check_start(config)
+    model = load_start(name, config.pretrained, device=device_of(config.device))
+    as_in_its_run(
+        model,
+        name,
+        lock_text=config.lock_text,
+        lock_image=config.lock_image,
+        precision=config.precision,
+    )
+    return Model(model, said)
+
+
+def _found(images: Images) -> Loadable:
+    given = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else list(images)
+    if not given:
+        raise InputError("images: got an empty list; pass some")
+    return Joined(
+        [
+            Pictures([each], first=place) if isinstance(each, Image.Image) else find_images([each])
+            for place, each in enumerate(given)
+        ]
+    )
+
+
+def _distinct(tasks: Sequence[LearnedTask]) -> list[LearnedTask]:
+    # Without the classes that have the prompts of an earlier one.
+    seen: set[tuple[str, ...]] = set()
+    found = []
+    for task in tasks:
+        kept = []
+        for name, prompts in zip(task.classes, task.prompts(), strict=True):
+            if tuple(prompts) not in seen:
+                seen.add(tuple(prompts))
+                kept.append(name)
+        if kept:
+            found.append(LearnedTask(task.name, tuple(kept), task.templates))
+    return found
+
+
+def _labels(tasks: Sequence[LearnedTask]) -> tuple[str, ...]:
+    names = [(name, task.name) for task in tasks for name in task.classes]
+    often = Counter(name for name, _ in names)
+    return tuple(name if often[name] == 1 else f"{name} ({task})" for name, task in names)

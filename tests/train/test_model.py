@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from mulki.data import BadImage, folder_task
+from mulki.data.unlabelled import find_images
+from mulki.errors import InputError
+from mulki.runs.folder import RunFolder
+from mulki.train import sequence
+from mulki.train.config.run_config import resolve
+from mulki.train.model import Model, load
+from mulki.train.retest import evaluation
+from mulki.train.saving.description import Description, LearnedTask
+from tests.train.run_helpers import SHORT
+from tests.train_helpers import without_figures
+
+
+@pytest.fixture(scope="module")
+def folder(
+    start_model: dict[str, str],
+    task_folders: tuple[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> RunFolder:
+    """A run on colours and shades that nothing changes."""
+    given = {"tasks": task_folders, "logs": str(tmp_path_factory.mktemp("logs")), "name": "first"}
+    with without_figures():
+        made = sequence.run(resolve({**SHORT, **start_model, **given, "method": "finetune"}))
+    assert made is not None
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(folder: RunFolder) -> Model:
+    return load(folder.path)
+
+
+def test_predictions_are_those_of_the_evaluation(
+    folder: RunFolder, model: Model, task_folders: tuple[str, str]
+) -> None:
+    assert model.classes == ("blue", "green", "red", "dark", "light")
+    (colours, _) = evaluation(folder.path, {}).predictions()
+    task = folder_task(task_folders[0])
+    names = [task.test.name(index) for index in range(len(task.test))]
+    found = model.predict(names, top=9)
+    assert [each.image for each in found] == names
+    for place, each in enumerate(found):
+        ranked = [colours.union.classes[c][1] for c in colours.union.ranked[place]]
+        assert list(each.classes) == ranked and len(each.probabilities) == 5
+        assert each.probabilities[0] == pytest.approx(colours.union.probability[place], abs=1e-6)
+        assert sum(each.probabilities) == pytest.approx(1, abs=1e-5)
+        assert each.label == each.classes[0]
+
+
+@pytest.mark.parametrize("of", ["latest", "task_02_shades.safetensors"])
+def test_a_checkpoint_knows_the_classes_too(folder: RunFolder, model: Model, of: str) -> None:
+    other = load(folder.path / "checkpoints" / of)
+    image = Image.new("RGB", (40, 30), (220, 40, 40))
+    assert other.predict(image) == model.predict(image)
+    assert load(folder.path / "checkpoints" / "task_01_colours.safetensors").classes == (
+        "blue", "green", "red"
+    )  # fmt: skip
+
+
+def test_other_classes_and_a_threshold(model: Model, tmp_path: Path) -> None:
+    image = Image.new("RGB", (40, 30), (220, 40, 40))
+    (found,) = model.predict(image, classes=["tiger", "red", "tiger"], top=1)
+    assert found.classes[0] in ("tiger", "red") and found.image == "image 0"
+    (found,) = model.predict(image, classes=["tiger", "red"])
+    assert sorted(found.classes) == ["red", "tiger"]
+    (found,) = model.predict(image, classes=["tiger", "red"], threshold=1.0)
+    assert found.label is None and found.probabilities[0] < 1
+    image.save(tmp_path / "a.png")
+    mixed = model.predict([image, tmp_path / "a.png", image])
+    assert [each.image for each in mixed] == ["image 0", str(tmp_path / "a.png"), "image 2"]
+    assert mixed[0].probabilities == pytest.approx(mixed[1].probabilities)
+
+
+def test_an_unreadable_image_is_named(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no image")
+    Image.new("RGB", (9, 9)).save(tmp_path / "b.png")
+    with pytest.raises(BadImage, match=r"a\.png"):
+        model.predict(tmp_path)
+    with pytest.raises(BadImage, match=r"a\.png"):
+        model.encode_images(tmp_path)
+    told: list[tuple[int, int]] = []
+    one, other = model.predictions(
+        find_images([tmp_path]), batch_size=1, told=lambda *count: told.append(count)
+    )
+    assert isinstance(one, BadImage) and not isinstance(other, BadImage)
+    assert told == [(1, 2), (2, 2)]
+
+
+def test_features_are_of_unit_length(model: Model, task_folders: tuple[str, str]) -> None:
+    features = model.encode_images(Path(task_folders[0]) / "test", batch_size=4)
+    assert features.shape == (15, 32) and features.dtype == torch.float32
+    assert torch.allclose(features.norm(dim=1), torch.ones(15))
+    with pytest.raises(InputError, match="images: got an empty list"):
+        model.encode_images([])
+
+
+def test_classes_of_several_tasks(model: Model) -> None:
+    """Those with the same prompts are one; others of one name have that of their task."""
+    tasks = (
+        LearnedTask("a", ("red", "blue"), ("a photo of a {}.",)),
+        LearnedTask("b", ("red", "green"), ("a photo of a {}.",)),
+        LearnedTask("c", ("blue",), ("a drawing of a {}.",)),
+    )
+    every = Model(model.clip, Description(tasks, {}, "", {}))
+    assert every.classes == ("red", "blue (a)", "green", "blue (c)")
+    (found,) = every.predict(Image.new("RGB", (9, 9)))
+    assert sorted(found.classes) == sorted(every.classes)
+
+
+def test_a_model_that_says_no_classes(start_model: dict[str, str]) -> None:
+    model = load(start_model["model"])
+    assert model.classes == () and model.description is None
+    with pytest.raises(InputError, match="^classes: the model says none"):
+        model.predict(Image.new("RGB", (9, 9)))
+    assert model.predict(Image.new("RGB", (9, 9)), classes=["cat"])[0].label == "cat"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"path": "tiny-vit"}, "--pretrained none if random ones are meant"),
+        ({"path": "nowhere"}, "no model 'nowhere'"),
+        ({"path": "mulki-mini", "precision": "fp8"}, "--precision"),
+    ],
+)
+def test_what_cannot_be_loaded(
+    tiny_models: tuple[str, ...], given: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        load(**given)
