@@ -62,6 +62,7 @@ def load_sequence(
     skip_bad_images: bool = False,
     test_fraction: float | None = None,
     test_only: bool = False,
+    inherited: bool = False,
     source: Source = _NO_SOURCE,
 ) -> list[Task]:
     """Load the tasks that a user names.
@@ -79,6 +80,8 @@ def load_sequence(
         test_fraction: the share of the images to test on, of folders and files without a split of
             their own.
         test_only: of folders and CSV files, see `Task`.
+        inherited: the options are those of an earlier run with other tasks, so that a test fraction
+            or a protocol that no task here needs is no error.
         source: where published data sets lie, and the protocol to read them with.
 
     Raises:
@@ -92,9 +95,10 @@ def load_sequence(
             f"no tasks given; name a sequence ({', '.join(sequence_names())}), "
             "task folders or CSV files"
         )
-    _check_protocols(words, source)
-    if test_fraction is not None and all(word.partition(":")[0] in _SEQUENCES for word in words):
-        raise without_effect(test_fraction)  # before data sets of many images are read
+    _check_protocols(words, source, inherited)
+    wanted = None if inherited else test_fraction
+    if wanted is not None and all(word.partition(":")[0] in _SEQUENCES for word in words):
+        raise without_effect(wanted)  # before data sets of many images are read
     if len(words) == 1 and words[0] in _SEQUENCES:
         return _in_order(words[0], order, source)
     if order != "I":
@@ -103,8 +107,8 @@ def load_sequence(
             "tasks listed one by one are learned as listed, so leave the order out"
         )
     tasks = [_load_task(word, skip_bad_images, test_fraction, test_only, source) for word in words]
-    if test_fraction is not None and all(task.test_fraction is None for task in tasks):
-        raise without_effect(test_fraction)
+    if wanted is not None and all(task.test_fraction is None for task in tasks):
+        raise without_effect(wanted)
     sources: dict[str, str] = {}
     for word, task in zip(words, tasks, strict=True):
         if task.name in sources:
@@ -116,14 +120,14 @@ def load_sequence(
     return tasks
 
 
-def _check_protocols(words: Sequence[str], source: Source) -> None:
+def _check_protocols(words: Sequence[str], source: Source, inherited: bool) -> None:
     loaders = [_SEQUENCES.get(word.partition(":")[0]) for word in words]
     protocols = {
         each.source(source).protocol: word
         for each, word in zip(loaders, words, strict=True)
         if isinstance(each, Collection)
     }
-    if source.protocol is not None and not protocols:
+    if source.protocol is not None and not protocols and not inherited:
         raise InputError(
             f"--protocol: got {source.protocol}, but none of the tasks is a published data set; "
             "leave it out"

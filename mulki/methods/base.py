@@ -121,6 +121,13 @@ class Method(nn.Module):
         self.options = options
         self.needs = Needs()
 
+    def goes_on(self, weights: Mapping[str, nn.Parameter]) -> None:
+        """Take note of what the first task began with, in a run that goes on after that task.
+
+        Args:
+            weights: of the start model, those that train, by name; not copies.
+        """
+
     def start_task(self, task: TaskStart) -> None:
         """Prepare a task. Called before its optimiser is made."""
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mulki.choices.options import option
 from mulki.distributed.parts import set_whole
@@ -66,9 +66,13 @@ class WiseFT(Finetune):
         for name, value in state["original"].items():
             set_whole(self._original[name], value)  # in place: the connections have them already
 
+    def goes_on(self, weights: Mapping[str, nn.Parameter]) -> None:
+        if self.options.wise_base == "zero_shot":
+            self._original = snapshot(weights)
+
     def start_task(self, task: TaskStart) -> None:
-        if task.index == 0 and self.options.wise_base == "zero_shot":
-            self._original = snapshot(task.weights)
+        if task.index == 0:
+            self.goes_on(task.weights)
         if self._original is not None:  # those of a save are whole, and on the CPU
             saved, self._original = self._original, {}
             for name, value in saved.items():

@@ -130,6 +130,8 @@ def write_examples(
     classes = [name for task in tasks for name in task.classes]
     examples = []
     for task in tasks:
+        if task.name not in after:
+            continue  # no image of it is there
         old, new = before[task.name], after[task.name]
         if isinstance(task.test, CaptionedImages):
             targets: Sequence[int] = range(len(task.test))  # no two images alike

@@ -17,7 +17,7 @@ from mulki.data import Task
 from mulki.data.subset import sampled
 from mulki.data.transforms import is_deterministic
 from mulki.train.config.run_config import AUTO
-from mulki.train.display.outline import parameter_counts
+from mulki.train.display.outline import parameter_counts, rows
 from mulki.train.learning.batches import kept_samples
 from mulki.train.learning.inputs import Listeners, StepReport
 from mulki.train.learning.learn import steps_of
@@ -131,7 +131,12 @@ def measure(setup: Setup, says: Callable[[str], None] = lambda words: None) -> C
     fits: list[MicroBatch] = []
     tasks = []
     width = kept = 0
+    again_each = 0.0
     for index, task in enumerate(setup.tasks):
+        if index < setup.earlier:
+            if len(task.test):
+                again_each += _testing(setup, task)[1]
+            continue
         says(f"measuring task {index + 1} of {len(setup.tasks)}, {task.name}")
         costs = _learning(setup, learner, index, task, fits.append)
         testing, again, width = _testing(setup, task)
@@ -141,9 +146,10 @@ def measure(setup: Setup, says: Callable[[str], None] = lambda words: None) -> C
             costs = replace(costs, learning=costs.learning + passed)
         tasks.append(replace(costs, testing=testing, testing_again=again))
         kept = max(kept, _kept(setup, task, costs.steps))
-    tested = sum(each.testing for each in tasks)
+    tested = sum(each.testing for each in tasks) + again_each
     if trains:
-        tested += len(tasks) * sum(each.testing_again for each in tasks)
+        again_each += sum(each.testing_again for each in tasks)
+        tested += (len(rows(setup)) - 1) * again_each
     known = [fit.largest for fit in fits if fit.largest is not None]
     teachers = {id(each) for each in frozen.values()}
     return Costs(

@@ -29,6 +29,7 @@ from mulki.train.saving.checkpoints import (
 )
 from mulki.train.saving.description import Description
 from mulki.train.saving.recovery import changed
+from mulki.train.start.continuation import earlier_tasks
 from mulki.train.start.data import Data
 from mulki.train.start.hashes import hashes_of, parts_of
 from mulki.train.start.start_model import as_in_its_run
@@ -156,7 +157,7 @@ def evaluation(checkpoint: Path, given: Mapping[str, Any]) -> Evaluation:
             f"{checkpoint}: its run has imported {files}; look at what that runs, and pass "
             f"--import {files}"
         )
-    kept = (*_OF_FEATURES, *_LOCKS, *(() if "tasks" in given else _OF_TASKS))
+    kept = (*_OF_FEATURES, *_LOCKS, *(() if "tasks" in given else (*_OF_TASKS, "test_tasks")))
     options = {name: known[name] for name in kept if name in known} | dict(given)
     if "tasks" not in options:
         raise InputError(
@@ -175,6 +176,10 @@ def evaluation(checkpoint: Path, given: Mapping[str, Any]) -> Evaluation:
     limit_pixels(config.max_pixels)
     limit_members(config.max_member_mb)
     tasks = load_tasks(config, test_only=True)
+    if config.test_tasks and said is not None:
+        new = {task.name for task in tasks}
+        earlier = earlier_tasks(config, [task for task in said.tasks if task.name not in new])
+        tasks = [*(task for task in earlier if len(task.test)), *tasks]
     label_space: LabelSpace | None = None
     if known and not given.keys() & {*_CLASSES}:
         whole = not given.keys() & {*_OF_TASKS} and all(len(task.train) for task in tasks)
@@ -210,7 +215,8 @@ def _check_prompts(checkpoint: Path, said: Description, tasks: Sequence[Task]) -
 def _check_same(run: Path, tasks: Sequence[Task], names: Sequence[str]) -> None:
     # A run that was started from Python may have had tasks that no option names.
     parts = parts_of(tasks)
-    name = changed(run, {name: parts[name] for name in names})
+    # Of tasks of an earlier run that have no images there is nothing to compare.
+    name = changed(run, {name: parts[name] for name in names}, some=True)
     if name is not None:
         raise InputError(
             f"{run}: its args.yaml names tasks whose {name} are not those in its env.json; restore "

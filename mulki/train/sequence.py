@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 
 from mulki.clip.evaluation import Evaluator, Loader, shared_classes
-from mulki.clip.head import ClassStatistics, Head, write_statistics
+from mulki.clip.head import ClassStatistics, Head, read_statistics, write_statistics
 from mulki.console import Console
 from mulki.data import Task
 from mulki.data.loader import batches, dead_workers_named
@@ -27,7 +28,7 @@ from mulki.runs.folder import RunFolder
 from mulki.runs.metrics import ZERO_SHOT as ZERO_SHOT_ROW
 from mulki.train.config.run_config import Settings
 from mulki.train.config.tasks import needs_of
-from mulki.train.display.outline import amounts, plan, prepared_images
+from mulki.train.display.outline import amounts, plan, prepared_images, rows
 from mulki.train.display.progress import TEACHERS, TEST, RunProgress, checking
 from mulki.train.display.reporter import Reporter
 from mulki.train.learning.anchor_texts import anchor_texts
@@ -45,6 +46,7 @@ from mulki.train.saving.recovery import (
     run_state,
 )
 from mulki.train.saving.signals import Signals
+from mulki.train.start.continuation import Continuation, set_weights
 from mulki.train.start.setup import Setup, prepared
 from mulki.train.task_learner import TaskLearner
 
@@ -164,6 +166,7 @@ class _Sequence:
         self.learned = 0
         self.steps = 0
         self.statistics = ClassStatistics()
+        self.rows = rows(setup)
         self.saves = Saves(
             None if setup.folder is None else setup.folder.path,
             signals,
@@ -191,9 +194,14 @@ class _Sequence:
         frozen, text_inputs = learner.frozen, learner.text_inputs
         self.saves.of_run(
             lambda in_task: run_state(
-                *(setup, frozen, text_inputs, self.learned, self.steps),
+                setup,
+                frozen,
+                text_inputs,
+                self.learned,
+                self.steps,
                 self.statistics.state(),
                 in_task,
+                rows=sum(learned <= self.learned for _, learned in self.rows),
             )
         )
         in_task = None
@@ -205,18 +213,20 @@ class _Sequence:
             self._skip(done)
             _log.info("goes on after %d tasks and %d steps", self.learned, done)
         self._check_answers()
-        names = [ZERO_SHOT_ROW, *(task.name for task in tasks)]
         if not method.trains:
             # A model that does not learn is evaluated once, for all rows.
             heads = [self._head()]
             for task in tasks:
                 self._keep_statistics(task)
                 heads.append(self._head())
-            rows = self._evaluate(range(len(names)), heads)
-            for number in range(setup.rows, len(names)):
-                self._record(names[number], rows[number])
+            learned = [learned for _, learned in self.rows]
+            answers = self._evaluate(learned, [heads[count] for count in learned])
+            for number in range(setup.rows, len(self.rows)):
+                self._record(self.rows[number][0], answers[number])
             return
-        if self.learned >= setup.rows:
+        if setup.goes_on is not None and setup.saved is None:
+            self._take_over(setup.goes_on)
+        elif self.learned in [learned for _, learned in self.rows[setup.rows :]]:
             self._finish(self.learned)
         for index in range(self.learned, len(tasks)):
             self._learn_task(index, tasks[index], learner, in_task)
@@ -238,10 +248,32 @@ class _Sequence:
         except InputError as error:
             _log.warning("%s; the run goes on, and its page lacks all answers", error)
 
+    def _take_over(self, goes_on: Continuation) -> None:
+        # What the models of earlier runs say now, and the weights to go on with.
+        model, earlier = self.setup.model, self.setup.earlier
+        self.setup.method.goes_on(model.trainable())
+        for number, (name, learned) in enumerate(self.rows):
+            if learned > earlier:
+                break
+            if learned:
+                self._take_weights(goes_on.weights[learned])
+            if number >= self.setup.rows:
+                (row,) = self._evaluate([learned], [self._head()])
+                self._record(name, row)
+        self._take_weights(goes_on.weights[earlier])
+        self.learned = earlier
+
+    def _take_weights(self, file: Path) -> None:
+        # Of an earlier run, with the class statistics beside them.
+        set_weights(self.setup.model, file)
+        statistics = statistics_of(file)
+        if self.setup.config.head and statistics.is_file():
+            self.statistics = read_statistics(statistics)
+
     def _skip(self, steps: int) -> None:
         # What an earlier process did.
         tasks = self.setup.tasks
-        before = prepared_images(self.setup, tasks[: self.learned])
+        before = prepared_images(self.setup, tasks[self.setup.earlier : self.learned])
         tested = self.setup.rows * sum(len(task.test) for task in tasks)
         self.progress.skip(steps=steps, prepared=before, tested=tested)
 
@@ -257,11 +289,11 @@ class _Sequence:
     def _finish(self, learned: int) -> None:
         # The weights after so many tasks: their checkpoint is written when their features are
         # known to be sound, and before the row that speaks of them.
-        names = [ZERO_SHOT_ROW, *(task.name for task in self.setup.tasks)]
         (row,) = self._evaluate([learned], [self._head()])
         if learned and self.setup.config.save_checkpoints:
             self._save(learned, row)
-        self._record(names[learned], row)
+        name = self.setup.tasks[learned - 1].name if learned else ZERO_SHOT_ROW
+        self._record(name, row)
 
     def _log_start(self) -> None:
         config, world, folder = self.setup.config, self.setup.world, self.setup.folder
@@ -275,7 +307,7 @@ class _Sequence:
         if world.size > 1:
             images = world.size * config.batch_size
             _log.info("%d processes, %d images in a batch", world.size, images)
-        for task in self.setup.tasks:
+        for task in self.setup.tasks[self.setup.earlier :]:
             if task.skipped:
                 _log.warning(
                     "task %s: unreadable images left out: %d", task.name, len(task.skipped)
@@ -302,6 +334,7 @@ class _Sequence:
             left_out = {
                 task.name: anchor_texts(of, setup.tasks, index, setup.vocabulary).left_out
                 for index, (task, of) in enumerate(zip(setup.tasks, groups, strict=True))
+                if index >= setup.earlier
             }
             counts = ", ".join(f"{name} {count}" for name, count in left_out.items() if count)
             _log.info("text anchors left out for a class of the same name: %s", counts or "none")
@@ -353,6 +386,8 @@ class _Sequence:
             classifiers[number] = evaluator.classifier(number)
             seconds[number] = time.perf_counter() - started
         for number, task in enumerate(tasks):
+            if not len(task.test):
+                continue
             self.progress.stage(f"test of {task.name}", TEST, len(task.test))
             started = time.perf_counter()
             answers = evaluator.answers(number, classifiers, learned, with_head)
@@ -404,7 +439,10 @@ class _Sequence:
 
 
 def test_loader(setup: Setup, task: Task) -> Loader:
-    """The test images of a task in batches, transformed once."""
+    """The test images of a task in batches, transformed once; nothing where there are none."""
+    if not len(task.test):
+        nothing: Any = []
+        return DataLoader(nothing)
     return batches(
         task.test,
         setup.model.preprocess,

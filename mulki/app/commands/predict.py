@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from mulki.app.commands.grid import whole
 from mulki.app.commands.parsing import Parser, add_options, with_hyphens
 from mulki.choices.options import check_options, convert
+from mulki.console import Console
 from mulki.data import BadImage
 from mulki.data.decoding import limit_pixels
 from mulki.data.unlabelled import find_images

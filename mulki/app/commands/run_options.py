@@ -7,6 +7,7 @@ import os
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mulki.app.commands.parsing import Parser, add_options, complete_by, with_hyphens
@@ -22,6 +23,7 @@ _EXAMPLES = {
   mulki run embedded --method finetune --seed 1
   mulki run birds/ textures/ --model ViT-B-32 --pretrained laion2b_s34b_b79k
   mulki run --config logs/RUN/args.yaml --lr 1e-5
+  mulki run mahjong/ --continue logs/RUN          new tasks, for the model of a finished run
   mulki run --resume logs/RUN                     go on with a run that was stopped
   mulki run --method zscl --help                  the options of another method
   mulki run embedded --seeds 0 1 2 --orders I II  several runs, their means and intervals
@@ -61,7 +63,7 @@ def run_options(
         if word.startswith("--"):
             raise unknown_option(field_name(word[2:].split("=")[0]), method.name)
         raise InputError(f"{word}: was not expected here; mulki run --help shows the usage")
-    apart = ("config", "resume", "import_")
+    apart = ("config", "resume", "import_", "continue_")
     given = {k: v for k, v in vars(parsed).items() if v is not None and k not in apart}
     check_lists(given)
     tasks = given.pop("words", None)
@@ -76,7 +78,12 @@ def run_options(
             from_file.pop(other, None)
     with _naming(config):
         resolve(from_file | {"method": method.name})
-    return from_file | given, None
+    chosen = from_file | given
+    if (goes_on := parsed.continue_) is not None:
+        from mulki.train.start.continuation import continued_options
+
+        chosen = continued_options(Path(goes_on), chosen)
+    return chosen, None
 
 
 def _resume(argv: list[str]) -> str | None:
@@ -184,6 +191,7 @@ def _method_and_file(argv: list[str]) -> tuple[str | None, dict[str, Any], type[
     parser = Parser(prog="mulki run", add_help=False)
     parser.add_argument("--config")
     parser.add_argument("--method")
+    parser.add_argument("--continue", dest="continue_")
     parser.add_argument("--methods", nargs="+")
     parser.add_argument("--preset")
     add_options(parser, RunConfig, only="import_")
@@ -195,6 +203,10 @@ def _method_and_file(argv: list[str]) -> tuple[str | None, dict[str, Any], type[
     modules = import_given({"import_": (*modules, *(given.import_ or ()))})
     preset = given.preset or from_file.get("preset")
     named = given.method or (given.methods or [None])[0]
+    if named is None and given.continue_ is not None and "method" not in from_file:
+        from mulki.train.start.continuation import continuation
+
+        named = str(continuation(Path(given.continue_)).said.recipe["method"])
     method = methods.get(named or str(from_file.get("method") or method_of(preset)))
     if from_file.get("method", method.name) != method.name:
         # The file of another method's run: the options that only that method has are left out.

@@ -22,12 +22,13 @@ TITLES = {name: title for name, title in tables.TITLES.items() if name != "bwt"}
 TITLES |= {name: f"{TITLES[of]}, head" for name, of in HEAD_METRICS.items()}
 
 # Options that change no result but by rounding, or only where it goes. The tasks and their order
-# are compared by what was learned, and the seed tells the runs of a group apart.
+# are compared by what was learned, and the seed tells the runs of a group apart. A run that goes on
+# from another has the results of one run.
 NEUTRAL = frozenset(
     {"seed", "tasks", "order", "name", "logs", "workers", "device", "import", "preset"}
     | {"log_every_n_steps", "save_checkpoints", "batch_size_eval", "micro_batch"}
     | {"grad_checkpointing", "save_every", "data_root", "max_pixels", "max_member_mb", "report_to"}
-    | {"process_timeout", "deterministic"}
+    | {"process_timeout", "deterministic", "continue", "test_tasks"}
 )
 
 

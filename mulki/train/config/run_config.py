@@ -49,6 +49,14 @@ class RunConfig:
         "a sequence, or task folders (class folders, tar shards, data sets of Hugging Face), CSV "
         "files and captions:PATH (images with captions) in their order",
     )
+    continue_: str | None = option(
+        None,
+        "go on from a finished run or a checkpoint of one, with its options where none are given; "
+        "its tasks stay learned, and are tested where their images are there",
+    )
+    test_tasks: tuple[str, ...] = option(
+        (), "where the images of tasks that --continue has learned are; found if left out"
+    )
     method: str = option("mulki", "what is trained", choices=methods.available)
     order: str = option(
         "I", "order of a named sequence: its name, or all its tasks with commas between"

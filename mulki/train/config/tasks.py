@@ -48,6 +48,7 @@ def load_tasks(
         skip_bad_images=config.skip_bad_images,
         test_fraction=config.test_fraction,
         test_only=test_only,
+        inherited=config.continue_ is not None,
         source=Source(config.data_root, config.protocol, absent),
     )
     captions = [task.name for task in tasks if isinstance(task, CaptionTask)]

@@ -12,6 +12,7 @@ from mulki.errors import counted
 from mulki.methods import Method
 from mulki.ops import backends
 from mulki.ops.serving import grouped
+from mulki.runs.metrics import ZERO_SHOT
 from mulki.train.config.run_config import RunConfig
 from mulki.train.config.tasks import needs_of
 from mulki.train.display.progress import STEPS, TEACHERS, TEST, megabytes
@@ -25,11 +26,25 @@ def amounts(setup: Setup) -> dict[str, int]:
     tests = sum(len(task.test) for task in setup.tasks)
     if not setup.method.trains:
         return {TEACHERS: prepared_images(setup, setup.tasks), TEST: tests}
+    new = setup.tasks[setup.earlier :]
     return {
-        STEPS: sum(steps_of_tasks(setup.config, setup.tasks, setup.world.size)),
-        TEACHERS: prepared_images(setup, setup.tasks),
-        TEST: tests * (len(setup.tasks) + 1),
+        STEPS: sum(steps_of_tasks(setup.config, new, setup.world.size)),
+        TEACHERS: prepared_images(setup, new),
+        TEST: tests * len(rows(setup)),
     }
+
+
+def rows(setup: Setup) -> list[tuple[str, int]]:
+    """The rows of results of a run: the name of each, and how many tasks its model has learned.
+
+    A model of an earlier run has one where its weights are found, and test images of its last task.
+    """
+    known = {} if setup.goes_on is None else setup.goes_on.weights
+    learned = enumerate(setup.tasks, start=1)
+    return [
+        (ZERO_SHOT, 0),
+        *((t.name, n) for n, t in learned if n > setup.earlier or (n in known and len(t.test))),
+    ]
 
 
 def prepared_images(setup: Setup, tasks: Sequence[Task]) -> int:
@@ -75,10 +90,13 @@ def plan(setup: Setup) -> list[str]:
     """Lines that say what is learned, with what, on what, and where the results go."""
     config, device = setup.config, setup.precision.device
     counts = parameter_counts(setup.model)
-    tasks = of_tasks(config, setup.method, setup.tasks, setup.world.size)
+    new = setup.tasks[setup.earlier :]
+    tasks = of_tasks(config, setup.method, new, setup.world.size)
+    before = ", ".join(task.name for task in setup.tasks[: setup.earlier])
     lines = {
         "run": tasks["run"],
         "model": f"{config.model}, {millions(counts[0])} parameters, {millions(counts[1])} train",
+        "goes on": f"from {config.continue_}, which has learned {before}" if before else "",
         "original": config.original or "",
         "device": f"{_device(device, setup.world.size)}, precision {setup.precision.name}",
         "kernels": _kernels(device, setup.precision.dtype or torch.float32),

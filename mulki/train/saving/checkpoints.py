@@ -129,6 +129,8 @@ def statistics_of(checkpoint: Path) -> Path:
         return (
             checkpoint / LATEST if run_of(checkpoint) == checkpoint else checkpoint
         ) / STATISTICS
+    if checkpoint.name == WEIGHTS_NAME:
+        return checkpoint.with_name(STATISTICS)
     return checkpoint.with_name(f"class_statistics_{checkpoint.name}")
 
 
@@ -140,6 +142,17 @@ def run_of(checkpoint: Path) -> Path | None:
     return None
 
 
+def weights_of(path: Path) -> Path:
+    """The file of weights of a checkpoint, which need not be there.
+
+    Args:
+        path: as of `load_checkpoint`.
+    """
+    if not path.is_dir():
+        return path
+    return (path / LATEST if run_of(path) == path else path) / WEIGHTS_NAME
+
+
 def description_of(path: Path) -> Description | None:
     """What a checkpoint says of itself; None where another program has written it.
 
@@ -149,9 +162,7 @@ def description_of(path: Path) -> Description | None:
     Raises:
         InputError: no such file or folder, or a damaged file.
     """
-    file = path
-    if path.is_dir():
-        file = (path / LATEST if run_of(path) == path else path) / WEIGHTS_NAME
+    file = weights_of(path)
     if file.suffix != ".safetensors" or not file.exists():
         return None  # `load_checkpoint` says what is wrong
     text = read_metadata(file).get(KEY)

@@ -77,7 +77,7 @@ _SHARE = 0.02
 # What a first save is taken to cost, before one was measured: bytes written in a second.
 _SPEED = 2e8
 # Options in which a run may differ from what is asked for now.
-_FREE = NEUTRAL - {"seed", "tasks", "order"}
+_FREE = NEUTRAL - {"seed", "tasks", "order", "continue", "test_tasks"}
 
 
 class Saves:
@@ -262,12 +262,15 @@ def open_to_resume(path: Path, config: RunConfig) -> RunFolder:
     try:
         folder = RunFolder.open(path, lock)
         saved = read_state(path)
-        learned = 0 if saved is None else saved["learned"]
         # The row of weights that were saved at a task's end may be missing. A method that does not
-        # train has no save, and any of its rows may be missing.
-        fewest = learned if saved is None or saved["in_task"] is None else learned + 1
-        if methods.get(config.method).trains and not fewest <= folder.rows <= learned + 1:
-            found = "no save" if saved is None else f"a save after {learned} tasks"
+        # train has no save, and any of its rows may be missing; so may those of the models of a run
+        # that this one goes on from.
+        most = 1 if saved is None else saved["rows"]
+        fewest = most - 1 if saved is None or saved["in_task"] is None else most
+        free = not methods.get(config.method).trains
+        free |= saved is None and config.continue_ is not None
+        if not free and not fewest <= folder.rows <= most:
+            found = "no save" if saved is None else f"a save after {saved['learned']} tasks"
             raise InputError(
                 f"--resume: {path} has {folder.rows} rows of results and {found}; start another run"
             )
@@ -371,14 +374,22 @@ def check_same(folder: Path, hashes: Mapping[str, Any]) -> None:
         )
 
 
-def changed(folder: Path, hashes: Mapping[str, Any]) -> str | None:
+def changed(folder: Path, hashes: Mapping[str, Any], *, some: bool = False) -> str | None:
     """The first of these hashes that ``env.json`` of a run has not.
+
+    Args:
+        some: of hashes by task, those of some tasks are enough.
 
     Raises:
         InputError: the file is not JSON.
     """
     known = read_json(folder / "env.json").get("hashes")
     known = known if isinstance(known, dict) else {}
+    if some:
+        known = {
+            name: {task: of for task, of in known.get(name, {}).items() if task in value}
+            for name, value in hashes.items()
+        }
     return next((name for name, value in hashes.items() if known.get(name) != value), None)
 
 
@@ -390,6 +401,7 @@ def run_state(
     steps: int,
     statistics: State,
     in_task: State | None,
+    rows: int,
 ) -> State:
     """What a save holds. All processes have to call this.
 
@@ -400,6 +412,7 @@ def run_state(
         steps: optimiser steps of these.
         statistics: of the classes of these, from `mulki.clip.head.ClassStatistics.state`.
         in_task: the state within the task that comes next, None between two tasks.
+        rows: of results, with that of the weights after these tasks.
     """
     model = setup.model
     if in_task is not None:
@@ -409,6 +422,7 @@ def run_state(
     return {
         "processes": setup.world.size,
         "learned": learned,
+        "rows": rows,
         "steps": steps,
         "statistics": statistics,
         STUDENT: _weights(model, model),

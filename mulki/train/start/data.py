@@ -14,6 +14,8 @@ from mulki.errors import InputError
 from mulki.methods import VOCABULARY, Method, Needs
 from mulki.train.config.run_config import CURRENT, MADE, RunConfig, Settings
 from mulki.train.config.tasks import check_captions, check_options_of_classes, load_tasks
+from mulki.train.saving.description import LearnedTask
+from mulki.train.start.continuation import earlier_tasks
 from mulki.train.start.downloads import StandIns
 
 
@@ -26,11 +28,13 @@ class Data(NamedTuple):
             each task's own images.
         vocabulary: words for the method, as text anchors or as captions of images without any; None
             without need.
+        earlier: how many of the tasks an earlier run has learned, the first ones.
     """
 
     tasks: Sequence[Task]
     reference: ReferenceSet | None = None
     vocabulary: Vocabulary | None = None
+    earlier: int = 0
 
 
 def load_data(
@@ -39,12 +43,14 @@ def load_data(
     processes: int,
     tasks: Sequence[Task] | None = None,
     stand_ins: StandIns | None = None,
+    learned: Sequence[LearnedTask] = (),
 ) -> Data:
     """Load the data of a run, and check it.
 
     Args:
         processes: of the run.
         tasks, stand_ins: as of `mulki.train.start.setup.prepared`.
+        learned: by the run that this one goes on from.
 
     Raises:
         InputError: they cannot be read, or do not fit the options.
@@ -58,12 +64,20 @@ def load_data(
             captions=method.needs.captions,
             skip_bad_images=config.skip_bad_images,
         )
+    if any(task.test_only for task in tasks):
+        raise InputError("tasks: got one that is only to be tested; pass its training images too")
+    earlier = earlier_tasks(config, learned)
+    if twice := {task.name for task in tasks} & {task.name for task in earlier}:
+        raise InputError(
+            f"--continue: a task {min(twice)} was learned before; give the new one another name"
+        )
     check_captions(tasks, type(method), config.batch_size, processes)
     check_options_of_classes(settings, tasks)
+    tasks = [*earlier, *tasks]
     if VOCABULARY in needs_beyond_tasks(config, method, tasks).anchors:
         words = config.vocabulary
         vocabulary = imagenet_vocabulary() if words is None else read_vocabulary(words)
-    return Data(tasks, reference, vocabulary)
+    return Data(tasks, reference, vocabulary, len(earlier))
 
 
 def needs_beyond_tasks(config: RunConfig, method: Method, tasks: Sequence[Task] = ()) -> Needs:

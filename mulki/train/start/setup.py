@@ -47,6 +47,7 @@ from mulki.train.saving.recovery import (
     open_to_resume,
     read_save,
 )
+from mulki.train.start.continuation import Continuation, check_begin, continuation
 from mulki.train.start.data import check_reference, check_unused, load_data, needs_beyond_tasks
 from mulki.train.start.downloads import StandIns
 from mulki.train.start.hashes import hashes_of, same_in_all
@@ -64,6 +65,8 @@ class Setup(Training):
     Args:
         tasks, reference, vocabulary: see `mulki.train.start.data.Data`.
         original: the original model, where it is not the start model; stored likewise.
+        earlier: how many of the tasks an earlier run has learned, the first ones.
+        goes_on: from what, where there is such a run.
         hashes: of all that a result depends on, as `env.json` has them.
         folder: where the results go; None in all processes but the first, and where nothing is
             written.
@@ -75,6 +78,8 @@ class Setup(Training):
     reference: ReferenceSet | None
     vocabulary: Vocabulary | None
     original: VisionLanguageModel | None
+    earlier: int = 0
+    goes_on: Continuation | None = None
     hashes: Mapping[str, Any] = field(default_factory=dict)
     folder: RunFolder | None = None
     saved: State | None = None
@@ -157,14 +162,19 @@ def prepared(
                 at_end.callback(folder.release)
             if resume is not None:
                 saved = read_save(Path(resume), world)
+            goes_on = None if config.continue_ is None else continuation(Path(config.continue_))
+            learned = () if goes_on is None else goes_on.said.tasks
             with checks_reported(checked if world.main else lambda done, total: None):
-                data = load_data(settings, method, world.size, tasks, stand_ins)
+                data = load_data(settings, method, world.size, tasks, stand_ins, learned)
             load = load_start if stand_ins is None else stand_ins.model
             # Last, since it can take minutes.
             model = _load_model(config, method, precision, world, load)
             original = load_original(config, model, model.device, load)
             warn_of_equal_names(data.tasks, model.tokenizer)
             hashes = hashes_of(data, model, original)
+            if goes_on is not None and stand_ins is None:
+                check_begin(goes_on.said, hashes)
+                hashes["checkpoint"] = goes_on.checksum
             _store_weights(config, precision, model, original)
             facts = same_in_all(settings, data.tasks, hashes) | {"precision": precision.name}
             if resume is not None:
@@ -178,6 +188,7 @@ def prepared(
                 precision=precision,
                 world=world,
                 original=original,
+                goes_on=goes_on,
                 hashes=hashes,
                 **data._asdict(),
             )
@@ -209,10 +220,23 @@ def check_options(config: RunConfig, method: Method) -> Precision:
     check_reference(config, method)
     check_unused(config, method)
     check_start(config)
+    _check_continuing(config, method)
     check_original(config, method)
     limit_pixels(config.max_pixels)
     limit_members(config.max_member_mb)
     return precision
+
+
+def _check_continuing(config: RunConfig, method: Method) -> None:
+    if config.continue_ is None and config.test_tasks:
+        raise InputError(
+            f"--test-tasks: got {config.test_tasks[0]} without --continue, whose tasks it means; "
+            "mulki eval tests other ones"
+        )
+    if config.continue_ is not None and not method.trains:
+        raise InputError(
+            f"--continue: method {method.name} learns nothing; mulki eval tests a model as it is"
+        )
 
 
 def _check_sharding(config: RunConfig, precision: Precision) -> None:
@@ -299,7 +323,7 @@ def _make_folder(settings: Settings, setup: Setup) -> RunFolder:
         method=config.method,
         order=config.order,
         seed=config.seed,
-        columns=tuple(task.name for task in setup.tasks),
+        columns=tuple(task.name for task in setup.tasks if len(task.test)),
         config=settings.to_dict() | {"precision": precision.name, "device": device},
         hashes=setup.hashes,
         uses=setup.uses,

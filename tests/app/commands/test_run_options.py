@@ -251,3 +251,39 @@ def test_help_shows_the_options_of_one_method(capsys: pytest.CaptureFixture[str]
         run_command(["run", "--help", "--method", "finetune"])
     out = capsys.readouterr().out
     assert "--label-smoothing" in out and "--alpha" not in out
+
+
+def test_going_on_from_a_run(
+    finished: Path, refused: Callable[[Sequence[object]], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, _ = resolved_by(monkeypatch, ["sizes/", "--continue", str(finished)])
+    assert (seen["method"], seen["tasks"], seen["lr"]) == ("finetune", ["sizes/"], 1e-3)
+    assert seen["continue"] == str(finished) and len(seen["test_tasks"]) == 2  # type: ignore[arg-type]
+    seen, _ = resolved_by(
+        monkeypatch,
+        [
+            "sizes/",
+            "--continue",
+            str(finished),
+            "--method",
+            "mulki",
+            "--l2",
+            "0.5",
+            "--epochs",
+            "2",
+        ],
+    )
+    assert (seen["method"], seen["l2"], seen["epochs"], seen["lr"]) == ("mulki", 0.5, 2.0, 1e-3)
+    assert "got no tasks to learn" in refused(["run", "--continue", finished])
+    assert "--continue: nowhere: no such file" in refused(["run", "a", "--continue", "nowhere"])
+
+
+def test_a_run_that_went_on_says_all_its_options(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So its args.yaml makes it again."""
+    words = ["sizes/", "--continue", str(finished), "--seed", "4"]
+    seen, _ = resolved_by(monkeypatch, words)
+    (tmp_path / "args.yaml").write_text(yaml.safe_dump(seen))
+    again, _ = resolved_by(monkeypatch, ["--config", str(tmp_path / "args.yaml")])
+    assert again == seen

@@ -1,0 +1,234 @@
+"""A run that goes on from a finished one, or from a checkpoint of it, with new tasks.
+
+It is as if both were one run: its start model is the one that the first task began with, the tasks
+that were learned come first, and in place of learning them their weights are loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from mulki import methods
+from mulki.choices.options import field_name
+from mulki.clip.models import VisionLanguageModel
+from mulki.clip.tensor_files import CHECKSUM, load_tensors, read_metadata
+from mulki.data import CaptionTask, Source, Task, load_sequence, sequence_names
+from mulki.data.class_order import Relabelled
+from mulki.data.image_files import ImageFiles
+from mulki.data.subset import limited
+from mulki.distributed.parts import set_whole
+from mulki.errors import InputError
+from mulki.train.config.run_config import RunConfig, read_config
+from mulki.train.saving.checkpoints import ARGUMENTS, description_of, run_of, weights_of
+from mulki.train.saving.description import Description, LearnedTask
+
+_log = logging.getLogger(__name__)
+
+# Options of the earlier run that belong to its tasks, or to it alone.
+_ITS_OWN = frozenset(
+    {"tasks", "order", "scenario", "increments", "base_classes", "lr_of", "import_", "continue_"}
+)
+_NOTHING = ImageFiles(Path(), (), (), ())
+
+
+class NamedTask(Task):
+    """A task that was learned, of which no image is there: it has its class names alone."""
+
+    def __post_init__(self) -> None:
+        pass  # they were checked when it was learned
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a run goes on from.
+
+    Attributes:
+        said: by the checkpoint, of itself.
+        weights: files by the number of learned tasks; that of all of them at least.
+    """
+
+    said: Description
+    weights: Mapping[int, Path]
+
+    @property
+    def checksum(self) -> str:
+        """Of the file that the run goes on from."""
+        return read_metadata(self.weights[len(self.said.tasks)])[CHECKSUM]
+
+
+def continuation(path: Path) -> Continuation:
+    """What there is to go on from.
+
+    Args:
+        path: the folder of a run, or a checkpoint, as of
+            `mulki.train.saving.checkpoints.load_checkpoint`. Where it lies in a run, the weights
+            after its earlier tasks are found, and those of the run that this one has gone on from.
+
+    Raises:
+        InputError: no checkpoint, or one that does not say what it is.
+    """
+    said = description_of(path)
+    if said is None or not said.tasks:
+        what = "does not say what it has learned" if path.exists() else "no such file or folder"
+        raise InputError(
+            f"--continue: {path}: {what}; pass the folder of a run that has learned a task, or a "
+            "checkpoint of one, or start from other weights with --model and --original"
+        )
+    weights = {len(said.tasks): weights_of(path)}
+    run, seen = run_of(path), set[Path]()
+    while run is not None and run not in seen:
+        seen.add(run)
+        for file in sorted((run / "checkpoints").glob("task_*.safetensors")):
+            before = description_of(file)
+            count = 0 if before is None else len(before.tasks)
+            if before is not None and before.tasks == said.tasks[:count]:
+                weights.setdefault(count, file)
+        earlier = read_config(run / ARGUMENTS).get("continue_")
+        run = run_of(Path(str(earlier))) if earlier else None
+    return Continuation(said, weights)
+
+
+def continued_options(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a run that goes on: those given, and for all others those of the earlier run.
+
+    Args:
+        path: as of `continuation`.
+        given: by the name of their field.
+
+    Raises:
+        InputError: as `continuation`; no new tasks; or modules that the earlier run has imported
+            and that are not given.
+    """
+    said = continuation(path).said
+    recipe = {field_name(name): value for name, value in said.recipe.items()}
+    if "tasks" not in given:
+        raise InputError(
+            f"--continue: got no tasks to learn beside {path}, which has learned "
+            f"{', '.join(task.name for task in said.tasks)}; name new ones"
+        )
+    imports = recipe.get("import_")
+    if imports and not given.get("import_"):
+        # The checkpoint may be from elsewhere, and this would run its code.
+        files = " ".join(imports)
+        raise InputError(
+            f"--continue: {path} was made with {files}; look at what that runs, and pass "
+            f"--import {files}"
+        )
+    method = str(given.get("method") or recipe["method"])
+    if method != recipe["method"]:
+        others = {item.name for item in fields(methods.get(str(recipe["method"])).Options)}
+        recipe = {name: value for name, value in recipe.items() if name not in others}
+    if "epochs" in given:
+        recipe.pop("iterations", None)
+    if "iterations" in given:
+        recipe.pop("epochs", None)
+    kept = {name: value for name, value in recipe.items() if name not in _ITS_OWN}
+    kept["test_tasks"] = _test_tasks(recipe, said.tasks)
+    return {**kept, **given, "method": method, "continue_": str(path)}
+
+
+def _test_tasks(recipe: Mapping[str, Any], learned: Sequence[LearnedTask]) -> list[str]:
+    # The words for the tasks of the earlier runs, as far as they are still there.
+    words = [str(word) for word in recipe.get("tasks", ())]
+    if recipe.get("scenario") == "cil":
+        words = []  # steps of one task have no words of their own
+    elif len(words) == 1 and words[0] in sequence_names():
+        words = [f"{words[0]}:{task.name}" for task in learned]
+    words = [*map(str, recipe.get("test_tasks", ())), *words]
+    there = [w for w in words if w.partition(":")[0] in (*sequence_names(), "captions")]
+    return [word for word in dict.fromkeys(words) if word in there or Path(word).exists()]
+
+
+def earlier_tasks(config: RunConfig, learned: Sequence[LearnedTask]) -> list[Task]:
+    """The tasks that were learned, with their test images where these are there.
+
+    Args:
+        config: whose `test_tasks` say where the images are.
+        learned: in their order.
+
+    Raises:
+        InputError: images that cannot be read, or of a task or class that was not learned.
+    """
+    found: dict[str, Task] = {}
+    if config.test_tasks:
+        tasks = load_sequence(
+            config.test_tasks,
+            skip_bad_images=config.skip_bad_images,
+            test_fraction=config.test_fraction,
+            test_only=True,
+            inherited=True,
+            source=Source(config.data_root, config.protocol),
+        )
+        found = {task.name: task for task in tasks}
+    known = {task.name: task for task in learned}
+    for name in found:
+        if name not in known:
+            raise InputError(
+                f"--test-tasks: got a task {name}, which was not learned before ("
+                f"{', '.join(known)}); name a folder or a file as the task is called"
+            )
+    without = [name for name in known if name not in found]
+    if without:
+        _log.warning("not tested, since their images are not there: %s", ", ".join(without))
+    return [_as_learned(task, found.get(task.name), config.limit_images) for task in learned]
+
+
+def _as_learned(learned: LearnedTask, found: Task | None, limit: int | None) -> Task:
+    if not learned.classes and not isinstance(found, CaptionTask):
+        raise InputError(
+            f"--test-tasks: {learned.name} has learned captions, and a run that goes on from it "
+            "needs its files; pass captions:PATH"
+        )
+    if found is None:
+        return NamedTask(learned.name, learned.classes, learned.templates, _NOTHING, _NOTHING)
+    if limit is not None:
+        found = limited(found, limit)
+    if isinstance(found, CaptionTask):
+        return found
+    if unknown := sorted(set(found.classes) - set(learned.classes)):
+        raise InputError(
+            f"--test-tasks: {learned.name} has images of {unknown[0]}, which is none of the "
+            f"{len(learned.classes)} classes that were learned; remove them"
+        )
+    places = [learned.classes.index(name) for name in found.classes]
+    return replace(
+        found,
+        classes=learned.classes,
+        templates=learned.templates,
+        train=_NOTHING,
+        test=found.test if found.classes == learned.classes else Relabelled(found.test, places),
+        test_only=True,
+    )
+
+
+def set_weights(model: VisionLanguageModel, file: Path) -> None:
+    """Give a model, which may be sharded, the weights of a checkpoint of the same architecture.
+
+    Raises:
+        InputError: the file is damaged, or lacks weights that train.
+    """
+    saved, _ = load_tensors(file)
+    mine = model.clip.state_dict()
+    shapes = {name: tuple(value.shape) for name, value in saved.items()}
+    missing = [n for n in model.trainable() if shapes.get(n) != tuple(mine[n].shape)]
+    if missing or not saved.keys() <= mine.keys():
+        raise InputError(
+            f"--continue: {file} does not hold the weights of {model.name} (such as "
+            f"{(missing or sorted(saved.keys() - mine.keys()))[0]}); pass the --model that the "
+            "first task began with"
+        )
+    for name, value in saved.items():
+        set_whole(mine[name], value)
+
+
+def check_begin(said: Description, hashes: Mapping[str, Any]) -> None:
+    """Raise an InputError where the start model is not the one that the first task began with."""
+    if hashes.get("original", hashes["weights"]) != said.weights:
+        raise InputError(
+            "--continue: the start model is not the one that the first task began with, its "
+            "weights have another hash; pass that one as --model and --pretrained"
+        )

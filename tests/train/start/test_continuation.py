@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mulki.clip import models
+from mulki.data import folder_task
+from mulki.errors import InputError
+from mulki.runs.folder import RunFolder
+from mulki.runs.metrics import read_matrix
+from mulki.runs.predictions import figures
+from mulki.train import costs, sequence
+from mulki.train.config.run_config import RunConfig, resolve
+from mulki.train.retest import evaluation
+from mulki.train.saving.checkpoints import description_of, save_weights
+from mulki.train.saving.description import Description, LearnedTask
+from mulki.train.start.continuation import (
+    check_begin,
+    continuation,
+    continued_options,
+    earlier_tasks,
+    set_weights,
+)
+from mulki.train.start.setup import prepared
+from tests.train.run_helpers import SHORT, weights
+from tests.train.saving.test_resuming import results_of, resumed, stop_at
+from tests.train_helpers import same_state, write_pairs, write_task
+
+SIZES = {"tiny": (250, 250, 0), "large": (10, 250, 250)}
+Make = Callable[..., RunFolder]
+
+
+@pytest.fixture
+def folders(task_folders: tuple[str, str], tmp_path: Path) -> list[str]:
+    """Three task folders, as copies that a test may change."""
+    copies = [shutil.copytree(path, tmp_path / Path(path).name) for path in task_folders]
+    return [*map(str, copies), str(write_task(tmp_path / "sizes", SIZES))]
+
+
+@pytest.fixture
+def make(start_model: dict[str, str], tmp_path: Path) -> Make:
+    def go(name: str, tasks: list[str], after: Path | None = None, **options: Any) -> RunFolder:
+        given = {"tasks": tasks, "logs": str(tmp_path / "logs"), "name": name, **options}
+        if after is None:
+            given = {**SHORT, **start_model, **given}
+        else:
+            given = continued_options(after, given)
+        made = sequence.run(resolve(given))
+        assert made is not None
+        return made
+
+    return go
+
+
+def check_as_one(continued: Path, whole: Path) -> None:
+    """Results, but for the steps of the earlier tasks, and weights are those of one run."""
+    one, other = results_of(continued), results_of(whole)
+    assert one[3] == other[3] and one[1] == other[1]
+    assert [line[1:] for line in one[0]] == [line[1:] for line in other[0]]
+    assert one[2]["metrics"] == other[2]["metrics"]
+    assert same_state(weights(continued, "task_03*"), weights(whole, "task_03*"))
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "mulki": {"method": "mulki", "we_every": 2, "alpha": 0.8, "l2": 0.1, "anchors": "both",
+              "anchors_per_step": 3, "augment": "crop"},
+    "words": {"method": "mulki", "anchors": "seen", "lock_text": True, "precision": "bf16"},
+    "lwf": {"method": "lwf"},
+    "wise_ft": {"method": "wise_ft", "wise_base": "zero_shot"},
+    "finetune": {"method": "finetune", "label_space": "seen", "limit_images": 9},
+    "original": {"method": "mulki", "original": "tiny-vit"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_as_if_both_were_one_run(make: Make, folders: list[str], case: str) -> None:
+    options = CASES[case]
+    whole = make("whole", folders, **options)
+    first = make("first", folders[:2], **options)
+    second = make("second", folders[2:], first.path)
+    check_as_one(second.path, whole.path)
+    assert description_of(second.path).tasks == description_of(whole.path).tasks  # type: ignore[union-attr]
+    assert list(read_matrix(second.path / "matrix.csv").tasks) == ["colours", "shades", "sizes"]
+
+
+def test_after_several_runs_and_stops(
+    make: Make, folders: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make("whole", folders, method="mulki")
+    first = make("first", folders[:1], method="mulki")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
+        stop_at(patch, 2, RuntimeError("stop"))
+        make("second", folders[1:2], first.path)
+    second = resumed(first.path.parent / "second")
+    rows = iter([None, None, RuntimeError("stop")])
+    real = sequence._Sequence._record
+
+    def record(self: Any, *given: Any) -> None:
+        # The third row of an earlier model.
+        if (error := next(rows)) is not None:
+            raise error
+        real(self, *given)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
+        patch.setattr(sequence._Sequence, "_record", record)
+        make("third", folders[2:], second.path)
+    assert len(read_matrix(first.path.parent / "third" / "matrix.csv").rows) == 1
+    third = resumed(first.path.parent / "third")
+    check_as_one(third.path, whole.path)
+
+
+def test_from_a_copied_checkpoint_alone(make: Make, folders: list[str], tmp_path: Path) -> None:
+    first = make("first", folders[:2], method="mulki")
+    whole = make("whole", folders, method="mulki")
+    copy = shutil.copytree(first.latest, tmp_path / "elsewhere" / "model")
+    second = make("second", folders[2:], copy)
+    matrix, wanted = (read_matrix(f.path / "matrix.csv") for f in (second, whole))
+    # The weights after the first task are not there.
+    assert matrix.tasks == ("shades", "sizes") and matrix.rows == wanted.rows[1:]
+    assert matrix.zero_shot == wanted.zero_shot and matrix.columns == wanted.columns
+    assert same_state(weights(second, "task_03*"), weights(whole, "task_03*"))
+    # Nor are any images of the earlier tasks.
+    for folder in folders[:2]:
+        shutil.rmtree(folder)
+    third = make("third", folders[2:], copy)
+    matrix = read_matrix(third.path / "matrix.csv")
+    assert matrix.columns == matrix.tasks == ("sizes",)
+    assert same_state(weights(third, "task_03*"), weights(whole, "task_03*"))
+    assert (third.path / "report.html").is_file()
+    (found,) = evaluation(third.path, {}).predictions()
+    assert round(figures([found.own])["acc1"] or 0, 4) == matrix.rows[0][0]
+    # What was moved is named.
+    moved = write_task(tmp_path / "moved" / "shades", {"dark": (30, 30, 30)})
+    shutil.rmtree(moved / "train")
+    fourth = make("fourth", folders[2:], copy, test_tasks=[str(moved)])
+    assert read_matrix(fourth.path / "matrix.csv").columns == ("shades", "sizes")
+
+
+def test_it_is_evaluated_again(make: Make, folders: list[str]) -> None:
+    first = make("first", folders[:2], method="finetune")
+    second = make("second", folders[2:], first.path)
+    found = list(evaluation(second.path, {}).predictions())
+    matrix = read_matrix(second.path / "matrix.csv")
+    assert tuple(of.task for of in found) == matrix.columns
+    assert tuple(round(figures([of.own])["acc1"] or 0, 4) for of in found) == matrix.rows[-1]
+    assert round(figures([of.union for of in found])["acc1"] or 0, 4) == (
+        second.class_incremental.last
+    )
+
+
+def test_options_left_out_are_those_of_the_earlier_run(make: Make, folders: list[str]) -> None:
+    first = make("first", folders[:2], method="mulki", l2=0.3, lr_of=["shades=1e-4"], seed=3)
+    new = {"tasks": ["more"]}
+    config = resolve(continued_options(first.path, new))
+    assert (config.run.lr, config.run.seed, config.run.iterations) == (1e-3, 3, 4)
+    assert config.method.l2 == 0.3  # type: ignore[attr-defined]
+    assert config.run.test_tasks == tuple(folders[:2]) and config.run.lr_of == ()
+    assert config.run.continue_ == str(first.path) and config.run.name is None
+    # Another method has its own options, and those of the run.
+    other = resolve(continued_options(first.path, new | {"method": "lwf", "epochs": 2}))
+    assert (other.run.lr, other.run.epochs, other.run.method) == (1e-3, 2, "lwf")
+    for given, said in (
+        ({}, "--continue: got no tasks to learn .*has learned colours, shades"),
+        (new | {"method": "zero_shot"}, "--continue: method zero_shot learns nothing"),
+        (new | {"test_tasks": ["embedded:flags"], "tasks": folders[2:]}, "a task flags, which was"),
+        ({"tasks": folders[:1]}, "--continue: a task colours was learned before"),
+    ):
+        with (
+            pytest.raises(InputError, match=said),
+            prepared(resolve(continued_options(first.path, given)), write=False),
+        ):
+            pass
+    with pytest.raises(InputError, match="--test-tasks: got a without --continue"):
+        sequence.run(resolve({"test_tasks": ["a"]}))
+
+
+def test_tasks_of_a_sequence_ride_along_by_name(make: Make, folders: list[str]) -> None:
+    options = {"method": "finetune", "limit_images": 3, "iterations": 1}
+    first = make("first", ["embedded"], **options)
+    given = continued_options(first.path, {"tasks": folders[:1]})
+    names = [task.name for task in description_of(first.path).tasks]  # type: ignore[union-attr]
+    assert given["test_tasks"] == [f"embedded:{name}" for name in names]
+
+
+def test_what_was_imported_has_to_be_given(make: Make, folders: list[str], tmp_path: Path) -> None:
+    first = make("first", folders[:1], method="finetune")
+    said = continuation(first.path).said
+    file = tmp_path / "w.safetensors"
+    made_with = replace(said, recipe={**said.recipe, "import": ["./mine.py"]})
+    save_weights(models.load("tiny-vit"), file, description=made_with)
+    with pytest.raises(InputError, match=r"made with \./mine.py; .*pass --import \./mine.py"):
+        continued_options(file, {"tasks": ["a"]})
+
+
+@pytest.fixture
+def said() -> Description:
+    tasks = (LearnedTask("shades", ("dark", "light"), ("a {}.",)),)
+    return Description(tasks, {"method": "mulki"}, "ab", {})
+
+
+def test_the_start_model_is_the_one_that_it_began_with(said: Description) -> None:
+    check_begin(said, {"weights": "ab"})
+    check_begin(said, {"weights": "other", "original": "ab"})
+    with pytest.raises(InputError, match="not the one that the first task began with"):
+        check_begin(said, {"weights": "other"})
+
+
+def test_what_cannot_be_gone_on_from(
+    start_model: dict[str, str], tmp_path: Path, said: Description
+) -> None:
+    start = Path(start_model["model"].partition(":")[2])
+    for path, words in ((start, "does not say what"), (tmp_path / "gone", "no such file")):
+        with pytest.raises(InputError, match=f"--continue: {path}: {words}"):
+            continuation(path)
+    file = tmp_path / "w.safetensors"
+    save_weights(models.load("tiny-resnet"), file, description=said)
+    with pytest.raises(InputError, match="does not hold the weights of tiny-vit"):
+        set_weights(models.load("tiny-vit"), file)
+
+
+def test_images_of_earlier_tasks(task_folders: tuple[str, str], said: Description) -> None:
+    shades, config = task_folders[1], RunConfig(continue_="somewhere")
+    tested = replace(config, test_tasks=(shades,))
+    (found,) = earlier_tasks(tested, said.tasks)
+    assert found.templates == ("a {}.",) and len(found.train) == 0 and found.test_only
+    assert found.test.fingerprint() == folder_task(shades).test.fingerprint()
+    # Other places of the classes, and one that was not learned.
+    (more,) = earlier_tasks(tested, [LearnedTask("shades", ("light", "red", "dark"), ("a {}.",))])
+    assert [more.classes[t] for t in more.test.targets] == [
+        found.classes[t] for t in found.test.targets
+    ]
+    with pytest.raises(InputError, match="images of light, which is none of the 2 classes"):
+        earlier_tasks(tested, [LearnedTask("shades", ("dark", "red"), ("a {}.",))])
+    (named,) = earlier_tasks(config, said.tasks)
+    assert named.classes == ("dark", "light") and len(named.test) == 0
+    with pytest.raises(InputError, match="--test-tasks: flags has learned captions"):
+        earlier_tasks(config, [LearnedTask("flags", (), ())])
+
+
+def test_captions_ride_along(make: Make, folders: list[str], tmp_path: Path) -> None:
+    first = make("first", [f"captions:{write_pairs(tmp_path)}"], method="finetune", batch_size=4)
+    second = make("second", folders[1:2], first.path)
+    assert read_matrix(second.path / "matrix.csv").tasks == ("flags", "shades")
+
+
+def test_a_plan_counts_the_earlier_test_images(make: Make, folders: list[str]) -> None:
+    first = make("first", folders[:2], method="finetune")
+    given = {"tasks": folders[2:], "name": "second", "logs": str(first.path.parent)}
+    with prepared(resolve(continued_options(first.path, given)), write=False) as setup:
+        found = costs.measure(setup)
+    assert [each.name for each in found.tasks] == ["sizes"]
+    assert found.seconds > found.tasks[0].learning + found.tasks[0].testing
+    assert not (first.path.parent / "second").exists()
+
+
+def test_another_checkpoint_is_seen(
+    make: Make, folders: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = make("first", folders[:1], method="finetune")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
+        stop_at(patch, 2, RuntimeError("stop"))
+        make("second", folders[1:2], first.path)
+    other = make("other", folders[:1], method="finetune", seed=1)
+    shutil.rmtree(first.path)
+    shutil.move(other.path, first.path)
+    with pytest.raises(InputError, match="--resume: the checkpoint are not those"):
+        resumed(first.path.parent / "second")
+    hashes = json.loads((first.path.parent / "second" / "env.json").read_text())["hashes"]
+    assert len(hashes["checkpoint"]) == 64
+
+
+@pytest.fixture(autouse=True)
+def registered(tiny_models: tuple[str, ...]) -> Iterator[None]:
+    yield
