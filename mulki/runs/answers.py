@@ -183,7 +183,7 @@ def read_answers(folder: str | os.PathLike[str]) -> dict[str, dict[str, Answers]
     sizes: dict[str, int] = {}
     for index, (name, accuracies) in rows:
         path = answers_path(folder, index, name)
-        found[name] = _read(path, matrix.columns, matrix.tasks[:index])
+        found[name] = _read(path, matrix.columns, matrix.tasks, index)
         for column, accuracy in zip(matrix.columns, accuracies, strict=True):
             answers = found[name][column]
             images = sizes.setdefault(column, len(answers.own))
@@ -198,7 +198,10 @@ def read_answers(folder: str | os.PathLike[str]) -> dict[str, dict[str, Answers]
     return found
 
 
-def _read(path: Path, columns: tuple[str, ...], learned: tuple[str, ...]) -> dict[str, Answers]:
+def _read(
+    path: Path, columns: tuple[str, ...], tasks: tuple[str, ...], learned: int
+) -> dict[str, Answers]:
+    # Of a row after so many of the tasks.
     check_regular(path)
     try:
         check_zip(path)
@@ -216,7 +219,9 @@ def _read(path: Path, columns: tuple[str, ...], learned: tuple[str, ...]) -> dic
         {name: arrays.pop(f"{kind}/{name}") for name in columns if f"{kind}/{name}" in arrays}
         for kind in ("said", f"{_HEAD}said", "image_ranks", "text_ranks")
     )
-    classes = [name for name in learned if name not in of_images]
+    classes = [name for name in tasks[:learned] if name not in of_images]
+    # One that an earlier run has learned may have no row in this one.
+    classes += [n for n in columns if n not in tasks and f"seen/{n}" in arrays]
     wanted = {f"own/{name}" for name in columns} | {f"seen/{name}" for name in classes}
     if head_said:
         wanted |= {f"{_HEAD}own/{name}" for name in columns if name not in of_images}

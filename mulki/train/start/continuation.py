@@ -78,17 +78,20 @@ def continuation(path: Path) -> Continuation:
             f"--continue: {path}: {what}; pass the folder of a run that has learned a task, or a "
             "checkpoint of one, or start from other weights with --model and --original"
         )
-    weights = {len(said.tasks): weights_of(path)}
-    run, seen = run_of(path), set[Path]()
-    while run is not None and run not in seen:
-        seen.add(run)
-        for file in sorted((run / "checkpoints").glob("task_*.safetensors")):
+    weights: dict[int, Path] = {}
+    place: Path | None = path
+    seen = set[Path]()
+    while place is not None and place not in seen:
+        seen.add(place)
+        run = run_of(place)
+        files = [] if run is None else sorted((run / "checkpoints").glob("task_*.safetensors"))
+        for file in (weights_of(place), *files):
             before = description_of(file)
             count = 0 if before is None else len(before.tasks)
             if before is not None and before.tasks == said.tasks[:count]:
                 weights.setdefault(count, file)
-        earlier = read_config(run / ARGUMENTS).get("continue_")
-        run = run_of(Path(str(earlier))) if earlier else None
+        earlier = None if run is None else read_config(run / ARGUMENTS).get("continue_")
+        place = Path(str(earlier)) if earlier else None
     return Continuation(said, weights)
 
 
