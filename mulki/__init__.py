@@ -19,11 +19,10 @@ if not (Path(__file__).parent / "kernels" / "__init__.py").is_file():
 # Before torch is imported.
 wait_policy.set_for_run()
 
-from mulki import functional, losses  # noqa: E402
-from mulki.similarity import Similarity  # noqa: E402
-
 if TYPE_CHECKING:
+    from mulki import functional, losses
     from mulki.info import info
+    from mulki.similarity import Similarity
     from mulki.train.model import Model, Run, load, run
 
 __version__ = "0.1.0"
@@ -31,11 +30,18 @@ __version__ = "0.1.0"
 __all__ = ["Model", "Run", "Similarity", "functional", "info", "load", "losses", "run"]
 
 
+_PLACES = {
+    **dict.fromkeys(("Model", "Run", "load", "run"), "mulki.train.model"),
+    "Similarity": "mulki.similarity",
+}
+
+
 def __getattr__(name: str) -> Any:
-    # Imported when asked for: `python -m mulki.info` wants to be the first to run that module, and
-    # training needs packages that losses do without.
-    if name == "info":
-        return importlib.import_module("mulki.info")
-    if name in ("Model", "Run", "load", "run"):
-        return getattr(importlib.import_module("mulki.train.model"), name)
+    # Imported when asked for: the command line answers --help without torch, training needs
+    # packages that losses do without, and `python -m mulki.info` wants to be the first to run that
+    # module.
+    if name in ("functional", "info", "losses"):
+        return importlib.import_module(f"mulki.{name}")
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

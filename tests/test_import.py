@@ -26,6 +26,18 @@ def test_nothing_heavy_is_imported() -> None:
     assert python(code).strip() == "[]"
 
 
+def test_torch_is_imported_when_it_is_needed() -> None:
+    code = (
+        "import sys\nfrom mulki.app.cli import run_command\n"
+        "assert [run_command(words) for words in ([], ['--help'], ['--version'])] == [0] * 3\n"
+        "assert not {'torch', 'numpy'} & sys.modules.keys()\n"
+        "import mulki\n"
+        "assert mulki.functional.teacher_kl and mulki.losses.ClipLoss and mulki.Similarity\n"
+        "from mulki import *\nassert Similarity is mulki.Similarity and run is mulki.run"
+    )
+    python(code)
+
+
 def test_works_where_the_optional_packages_are_missing() -> None:
     """A package that is None in sys.modules cannot be imported."""
     code = (

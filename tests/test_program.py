@@ -97,7 +97,7 @@ def test_bad_input_of_a_process_is_one_line(tmp_path: Path, task_folders: Sequen
     (tmp_path / "logs" / "taken").mkdir(parents=True)
     (tmp_path / "logs" / "taken" / "x").touch()
     place = ["--logs", str(tmp_path / "logs"), "--name", "taken"]
-    process = program("run", *task_folders, "--model", "RN50", *place)
+    process = program("run", *task_folders, "--model", "RN50", "--pretrained", "none", *place)
     out, error = process.communicate(timeout=WAIT_S)
     assert process.returncode == 2 and out == ""
     assert len(error.splitlines()) == 1 and str(tmp_path / "logs" / "taken") in error

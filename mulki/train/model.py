@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from rich.console import Console
 from torch import Tensor
 
 from mulki.choices.options import field_name
 from mulki.clip.evaluation import zero_shot_classifier
 from mulki.clip.models import VisionLanguageModel
+from mulki.console import Console
 from mulki.data import BadImage, Task
 from mulki.data.loader import readable_batches
 from mulki.data.prompts import DEFAULT_TEMPLATES

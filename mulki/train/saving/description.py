@@ -154,12 +154,21 @@ method `{method}`.
 ## How to load it
 
 ```python
+import mulki
+model = mulki.load("THIS_FOLDER")
+print(model.predict("image.jpg", top=3))
+```
+
+or, as an ordinary model of open_clip,
+
+```python
 import open_clip
 model, _, preprocess = open_clip.create_model_and_transforms("local-dir:THIS_FOLDER")
 tokenizer = open_clip.get_tokenizer("local-dir:THIS_FOLDER")
 ```
 
-`mulki eval THIS_FOLDER --tasks DIR` tests it, `mulki run DIR --model THIS_FOLDER` goes on from it.
+`mulki predict THIS_FOLDER IMAGES` says the classes of images,
+`mulki run NEW --continue THIS_FOLDER` teaches it another task.
 
 ## Classes
 
