@@ -228,6 +228,7 @@ def known_options(command: str) -> set[str]:
     if command in ("run", "plan"):
         every = (options(methods.get(method).Options) for method in methods.available())
         of_run = options(RunConfig).union(*every) | {"--config", "--help"}
+        of_run |= {"--help-all"}
         return of_run | (GRID | {"--resume"} if command == "run" else {"--json"})
     if command == "report":
         return {"--figures", "--no-figures", "--help"}

@@ -269,7 +269,11 @@ def test_version_and_usage(capsys: pytest.CaptureFixture[str], arguments: list[s
     [
         (["--help"], ["usage: mulki", "run"]),
         (["-h"], ["usage: mulki", "run"]),
-        (["run", "--help"], ["--batch-size", "--skip-bad-images", "--eliciting", "default: 0.2"]),
+        (["run", "--help"], ["--batch-size", "--continue", "--help-all", "mulki-mini"]),
+        (
+            ["run", "--help-all"],
+            ["--batch-size", "--skip-bad-images", "--eliciting", "default: 0.2"],
+        ),
         (["run", "--help", "--method", "lwf"], ["--distill-weight"]),
         (["metrics", "--help"], ["--json", "MATRIX"]),
         (["compare", "--help"], ["--baseline", "--html", "--json", "RUN"]),

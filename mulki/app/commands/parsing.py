@@ -48,7 +48,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_options(
-    group: argparse._ActionsContainer, options: type, only: str = "", defaults: bool = True
+    group: argparse._ActionsContainer,
+    options: type,
+    only: str = "",
+    defaults: bool = True,
+    hidden: bool = False,
 ) -> None:
     """Add the fields of an options dataclass as flags.
 
@@ -58,6 +62,7 @@ def add_options(
         only: the one field to add.
         defaults: whether the help tells them. A command that takes another value for what is left
             out does not.
+        hidden: the help leaves them out.
     """
     hints = get_type_hints(options)
     for item in fields(options):
@@ -77,6 +82,7 @@ def add_options(
             how["nargs"] = "+"
         elif choices := choices_of(item, hints[item.name]):
             how["metavar"] = "{" + ",".join(choices) + "}"
+        text = argparse.SUPPRESS if hidden else text
         added = group.add_argument(*flags, dest=item.name, help=text, **how)
         complete_by(added, choices_of(item, hints[item.name]))
 

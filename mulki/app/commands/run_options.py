@@ -7,9 +7,11 @@ import os
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mulki.app.commands import completion
 from mulki.app.commands.parsing import Parser, add_options, complete_by, with_hyphens
 from mulki.choices.options import field_name, flag
 from mulki.errors import InputError
@@ -36,6 +38,27 @@ _EXAMPLES = {
 """,
 }
 
+# The options of `RunConfig` in the groups of the help. What is in none is in the group training.
+GROUPS = {
+    "data": (
+        *("tasks", "continue_", "test_tasks", "order", "data_root", "protocol", "test_fraction"),
+        *("shots", "scenario", "increments", "base_classes", "label_space", "limit_images"),
+        *("skip_bad_images", "max_pixels", "augment", "workers", "import_"),
+    ),
+    "model": (
+        *("model", "pretrained", "original", "original_pretrained", "lock_text", "lock_image"),
+        *("precision", "device", "torchcompile", "fsdp", "grad_checkpointing"),
+    ),
+    "training": ("method", "iterations", "epochs", "batch_size", "lr", "seed", "preset"),
+    "distillation": ("reference", "reference_batch_size", "vocabulary", "anchors_per_step"),
+    "output": ("logs", "name", "report_to", "log_every_n_steps", "save_every", "save_checkpoints"),
+}
+# Those that --help shows; --help-all shows all.
+OFTEN = frozenset(
+    {"tasks", "continue_", "test_fraction", "model", "pretrained", "device", "method"}
+    | {"iterations", "epochs", "batch_size", "lr", "seed", "preset", "logs", "name"}
+)
+
 
 def run_options(
     argv: list[str], command: str = "run", description: str | None = None
@@ -58,15 +81,16 @@ def run_options(
     if resume is not None:
         return options_of_folder(resume), resume
     config, from_file, method = _method_and_file(argv)
-    parsed, unknown = _parser(command, description, method).parse_known_intermixed_args(argv)
+    parser = _parser(command, description, method, argv)
+    parsed, unknown = parser.parse_known_intermixed_args(argv)
     for word in unknown:
         if word.startswith("--"):
             raise unknown_option(field_name(word[2:].split("=")[0]), method.name)
         raise InputError(f"{word}: was not expected here; mulki run --help shows the usage")
     apart = ("config", "resume", "import_", "continue_")
     given = {k: v for k, v in vars(parsed).items() if v is not None and k not in apart}
+    tasks = _without_methods(given.pop("words", None) or [], given)
     check_lists(given)
-    tasks = given.pop("words", None)
     if tasks and "tasks" in given:
         raise InputError(f"--tasks: given beside {' '.join(tasks)}; name the tasks in one place")
     if tasks:
@@ -99,7 +123,7 @@ def _resume(argv: list[str]) -> str | None:
     return given.resume
 
 
-def _parser(command: str, description: str | None, method: type[Method]) -> Parser:
+def _parser(command: str, description: str | None, method: type[Method], argv: list[str]) -> Parser:
     from mulki.app.commands.grid import add_grid_options
     from mulki.data import sequence_names
     from mulki.train.config.run_config import RunConfig
@@ -123,10 +147,21 @@ def _parser(command: str, description: str | None, method: type[Method]) -> Pars
         text = "print the numbers as JSON"
         parser.add_argument("--json", action="store_const", const=True, help=text)
     add_grid_options(parser, hidden=command != "run")
-    add_options(parser.add_argument_group("run"), RunConfig)
-    group = parser.add_argument_group(f"method {method.name}", method.summary)
+    # A shell completes all options.
+    every = "--help-all" in argv or completion.is_asked()
+    text = "show all options, with those of the method"
+    parser.add_argument("--help-all", action="help", help=text)
+    named = {name for names in GROUPS.values() for name in names}
+    others = [item.name for item in fields(RunConfig) if item.name not in named]
+    for title, names in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name in (*names, *(others if title == "training" else ())):
+            add_options(group, RunConfig, only=name, hidden=not every and name not in OFTEN)
+    chosen = every or any(word.partition("=")[0] == "--method" for word in argv)
+    summary = method.summary if chosen else f"{method.summary}; --help-all shows its options"
+    group = parser.add_argument_group(f"method {method.name}", summary)
     try:
-        add_options(group, method.Options)
+        add_options(group, method.Options, hidden=not chosen)
     except argparse.ArgumentError as error:
         raise InputError(
             f"method {method.name}: {error}; the run has an option of that name, so rename it"
@@ -149,6 +184,20 @@ def _with_bundled_model(method: str) -> str:
             "A preset has values of its own. args.yaml in a run's folder has all that it used.",
         ]
     )
+
+
+def _without_methods(words: list[str], given: dict[str, Any]) -> list[str]:
+    # `--method finetune mulki` leaves a method among the words, and asks for a grid. A folder of
+    # that name is ./mulki.
+    from mulki import methods
+    from mulki.data import sequence_names
+
+    names = set(methods.available()) - set(sequence_names())
+    more = [word for word in words if word in names]
+    if "method" in given and more:
+        given["methods"] = [given.pop("method"), *more]
+        return [word for word in words if word not in more]
+    return words
 
 
 def _check_words(words: list[str], given: dict[str, Any]) -> None:

@@ -358,7 +358,7 @@ def unknown_option(name: str, method: str) -> InputError:
     # "lora" is not a misspelt "lr": a slip does not make a name twice as long.
     likely = [word for k in known if 2 * len(word := flag(k)[2:]) > len(flag(name)[2:])]
     close = nearest(flag(name)[2:], likely)
-    return InputError(f"{flag(name)}: no such option{close}; mulki run --help lists them all")
+    return InputError(f"{flag(name)}: no such option{close}; mulki run --help-all lists them")
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

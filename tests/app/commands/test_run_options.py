@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,9 +10,12 @@ import pytest
 import yaml
 
 from mulki.app.cli import run_command
+from mulki.app.commands.run_options import GROUPS, OFTEN, run_options
+from mulki.choices.options import flag
 from mulki.errors import InputError
+from mulki.methods.mulki import MulKI
 from mulki.train import sequence
-from mulki.train.config.run_config import resolve
+from mulki.train.config.run_config import RunConfig, resolve
 from tests import cli_helpers
 from tests.cli_helpers import one_line
 
@@ -287,3 +291,39 @@ def test_a_run_that_went_on_says_all_its_options(
     (tmp_path / "args.yaml").write_text(yaml.safe_dump(seen))
     again, _ = resolved_by(monkeypatch, ["--config", str(tmp_path / "args.yaml")])
     assert again == seen
+
+
+def test_help_is_short_and_help_all_has_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    def shown(*words: str) -> tuple[set[str], list[str]]:
+        with pytest.raises(SystemExit):
+            run_command(["run", *words])
+        out = capsys.readouterr().out
+        lines = out[: out.index("with the bundled model")].splitlines()
+        options = {w for line in lines for w in line[:40].split() if line.startswith("  -")}
+        return {w.rstrip(",") for w in options if w.startswith("--")}, lines
+
+    short, lines = shown("--help")
+    often = {flag(name) for name in OFTEN}
+    assert often <= short and len(lines) < 90
+    # Beside these the help itself, files, and the options of a grid.
+    assert len(short - often) < 12 and "--lock-text" not in short
+    every, more = shown("--help-all")
+    wanted = {flag(item.name) for of in (RunConfig, MulKI.Options) for item in fields(of)}
+    assert wanted <= every and len(more) > 2 * len(lines)
+    for title in GROUPS:
+        assert f"{title}:" in lines or title == "distillation"
+        assert f"{title}:" in more
+
+
+def test_every_option_is_in_one_group() -> None:
+    names = [name for group in GROUPS.values() for name in group]
+    known = {item.name for item in fields(RunConfig)}
+    assert len(names) == len(set(names)) and set(names) | OFTEN <= known
+
+
+def test_several_methods_are_a_grid() -> None:
+    given, _ = run_options(["embedded", "--method", "finetune", "mulki", "--seed", "3"])
+    assert given["methods"] == ["finetune", "mulki"] and given["tasks"] == ["embedded"]
+    assert "method" not in given
+    given, _ = run_options(["--method", "finetune", "embedded"])
+    assert (given["method"], given["tasks"]) == ("finetune", ["embedded"])
