@@ -82,6 +82,7 @@ def _to_barrier(code: Code, warp: Warp) -> int:
                     warp.next = at
                     return to
                 at = to
-    except (Fault, NotImplementedError) as error:
+    except Exception as error:
         where = f"{code.program.name}, warp {warp.number}, {code.program.instructions[at]}"
-        raise type(error)(f"{error}: {where}") from error
+        kind = type(error) if isinstance(error, (Fault, NotImplementedError)) else RuntimeError
+        raise kind(f"{error}: {where}") from error

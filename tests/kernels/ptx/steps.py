@@ -21,6 +21,7 @@ BARRIER, END, PARTED = -1, -2, -3
 WIDTHS = {"%rs": 2, "%rd": 8, "%r": 4, "%p": 1}
 SPECIAL = ("%tid.x", "%ctaid.x", "%nctaid.x")
 EVERY_LANE = np.ones(32, np.bool_)
+UNSET = 0x7FC0BEAF7FC0BEAF  # the bits of a register that nothing was written to: NaN
 
 
 class Warp:
@@ -66,7 +67,8 @@ class Code:
         """The place of a register, and its bytes."""
         assert isinstance(name, str), name
         width = next(size for prefix, size in WIDTHS.items() if name.startswith(prefix))
-        return self._place(name, width, None), width
+        unsigned: Any = np.bool_ if width == 1 else f"u{width}"
+        return self._place(name, width, np.full(32, UNSET >> (64 - 8 * width), unsigned)), width
 
     def operand(self, text: Operand, kind: str) -> int:
         """The place of a register or a constant that is read as this type."""
@@ -373,8 +375,7 @@ def masked(warp: Warp, part: Part, taking_part: Lanes) -> int | None:
     found = part.step(warp)
     warp.lanes = EVERY_LANE
     for at, old in zip(part.written, before, strict=True):
-        if old is not None:
-            warp.registers[at] = np.where(taking_part, warp.registers[at], old)
+        warp.registers[at] = np.where(taking_part, warp.registers[at], old)
     return found
 
 
