@@ -68,6 +68,14 @@ ALL = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """A cache of Triton's of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
 @pytest.fixture
 def take(monkeypatch):
     def these(plan, tile):
