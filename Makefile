@@ -75,7 +75,7 @@ cross-arm: .venv/.installed-test
 
 SECONDS ?= 20
 fuzz: .venv/.installed-test
-	for target in operators files kernels; do \
+	for target in operators calls files kernels; do \
 	    $(BIN)/python -m tests.fuzz $$target --seconds $(SECONDS) --seed 0 || exit 1; \
 	    $(if $(FIXED),,$(BIN)/python -m tests.fuzz $$target --seconds $(SECONDS) || exit 1;) \
 	done

@@ -6,7 +6,6 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/scalar_tensor.h>
 
 #include <algorithm>
 #include <cmath>
@@ -50,8 +49,11 @@ inline void store_scaled(const float* in, int64_t n, float factor, Tensor& out, 
   });
 }
 
+// Infinite where the value is too large for a float, which at::scalar_tensor refuses.
 inline Tensor scalar(double value) {
-  return at::scalar_tensor(value, at::kFloat);
+  Tensor out = at::empty({}, at::kFloat);
+  *out.mutable_data_ptr<float>() = float(value);
+  return out;
 }
 
 inline Tensor scalar_if(bool wanted, double value) {

@@ -1,4 +1,4 @@
-"""Random cases of operators, readers of files and Triton kernels for a given time.
+"""Random cases of operators, wrong calls, readers of files and Triton kernels for a given time.
 
 `python -m tests.fuzz operators`, and so on; see `__main__.py`.
 

@@ -1,6 +1,7 @@
 """Try random cases for a given time, and show the smallest one that fails.
 
     python -m tests.fuzz operators                          # values and gradients against float64
+    python -m tests.fuzz calls                              # one argument that is wrong or extreme
     python -m tests.fuzz files                              # every reader of files from elsewhere
     python -m tests.fuzz kernels                            # Triton kernels, in its interpreter
     python -m tests.fuzz operators --seconds 600 --seed 7   # a seed always gives the same cases
@@ -20,7 +21,7 @@ from collections.abc import Sequence
 
 from tests.fuzz.batches import BATCH, try_for
 
-TARGETS = ("operators", "files", "kernels")
+TARGETS = ("operators", "calls", "files", "kernels")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

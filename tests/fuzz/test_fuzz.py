@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -12,18 +14,18 @@ from hypothesis import strategies as st
 
 from mulki.errors import InputError
 from mulki.ops import use_backend
-from tests.fuzz import files, operators
+from tests.fuzz import calls, files, operators
 from tests.fuzz.__main__ import main
 from tests.fuzz.batches import try_for
-from tests.ops.op_cases import NAMES, make
+from tests.ops.op_cases import LOSSES, NAMES, Case, make
 from tests.ops.rounding import error
 
 
-@pytest.mark.parametrize("target", ["operators", "files"])
-def test_a_batch_passes(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("target", "count"), [("operators", 50), ("calls", 200), ("files", 50)])
+def test_a_batch_passes(target: str, count: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([target, "--seconds", "0", "--seed", "1"]) == 0
     out = capsys.readouterr().out
-    assert f"{target}: 50 cases passed, seed 1" in out
+    assert f"{target}: {count} cases passed, seed 1" in out
     assert f"python -m tests.fuzz {target} --seconds 0 --seed 1\n" in out
 
 
@@ -109,3 +111,63 @@ def test_a_reader_that_fails_otherwise_is_found(
     case = files.Edited("a.csv", [])
     with pytest.raises((ValueError, AssertionError)):
         files.is_read_or_refused(case)
+
+
+def call(name: str, place: int, change: str, **others: Any) -> calls.Drawn:
+    drawn = calls.Drawn(
+        name, 5, 7, 6, torch.float32, 9.0, place, change, 1.0, 1, 0, "reduced", False, 3
+    )
+    return drawn._replace(**others)
+
+
+@pytest.mark.parametrize(
+    "drawn",
+    [
+        call("kl_label", 7, "entry", whole=99),
+        call("kl_label", 7, "all", whole=-(2**63)),
+        call("kl", 2, "all", number=math.inf),
+        call("ce", 0, "row", number=math.nan),
+        call("pairs", 1, "turned"),
+        call("siglip", 0, "none"),
+        call("kl", 3, "entry", at=2),
+    ],
+)
+def test_calls_that_are_wrong_are_refused_or_computed_alike(drawn: calls.Drawn) -> None:
+    calls.is_right(drawn)
+
+
+@pytest.mark.parametrize("form", ["rows", "backward", "reduced"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_call_with_another_result_is_found(
+    name: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each result that is not empty, as far off as one was in a review of the kernels."""
+    real = calls.run
+    drawn = call(name, 0, "strided", form=form)
+    calls.is_right(drawn)
+    spoilt = 0
+
+    def run(case: Case) -> tuple[torch.Tensor, ...]:
+        found = list(real(case))
+        if case.args[0].dtype == torch.float32 and found[spoilt].numel():
+            found[spoilt] = found[spoilt] + 1.7e38
+        return tuple(found)
+
+    monkeypatch.setattr(calls, "run", run)
+    form = form if name in LOSSES or form != "reduced" else "rows"
+    results = real(calls.asking(calls.changed(drawn), form, mean=False))
+    for spoilt, result in enumerate(results):
+        if result.numel():
+            with pytest.raises(AssertionError, match=rf"result {spoilt}: 1\.\d+e\+38"):
+                calls.is_right(drawn)
+
+
+def test_one_that_refuses_what_the_other_takes_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = calls._outcome
+
+    def outcome(case: Case, backend: str | None) -> Any:
+        return real(case, backend) if backend else (None, "ValueError: no")
+
+    monkeypatch.setattr(calls, "_outcome", outcome)
+    with pytest.raises(AssertionError, match="ValueError: no"):
+        calls.is_right(call("kl", 0, "strided"))

@@ -15,6 +15,7 @@ from tests.ops.op_cases import (
     NAMES,
     Case,
     asking,
+    cross_entropy,
     expected,
     make,
     relative,
@@ -46,6 +47,15 @@ def test_an_upstream_gradient_that_is_not_finite_stays_with_its_row(bad, place, 
     others = torch.arange(6) != place
     assert not spoilt[place].isfinite().any() and not dw.isfinite().all()
     torch.testing.assert_close(spoilt[others], dx[others], rtol=1e-5, atol=1e-6)
+
+
+def test_totals_beyond_the_largest_float_are_infinite(backend):
+    """A loss, and the gradient of a scale, whose rows are finite."""
+    x, w = torch.full((3, 2), 1e30), torch.tensor([[1e8, 0.0], [-1e8, 0.0]])
+    case = cross_entropy(x, w, [1, 1, 1], scale=1.0)
+    assert run(case)[0].isfinite().all()
+    total, _, _, dscale = run(asking(case, "reduced", ALL, mean=False))
+    assert total == math.inf and dscale == math.inf
 
 
 @pytest.mark.slow
