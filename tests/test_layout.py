@@ -21,6 +21,7 @@ CROSS_CUTTING = {
     "app/test_hostile_names.py": "all commands",
     "app/test_two_months.py": "runs, a copied checkpoint, and all that is done with it",
     "train/test_captions.py": "runs of tasks of captions, from their files to the report",
+    "train/test_faults.py": "whole runs in which a system call fails",
     "train/test_full_disk.py": "a whole run on a small file system",
     "train/test_killed.py": "whole runs in processes that are killed",
     "train/test_load.py": "runs of many tasks, and of a task with many classes",

@@ -1,15 +1,18 @@
 """A process that makes tiny runs, each in a child that a test kills: `python killed_runs.py`.
 
 The first line of its input holds the options of a run that it makes itself, as a JSON object. Each
-other line is a JSON object: the options of a run, `resume` (a folder or null) and
-`events` (after so many file-system events in the folder of the run the child is killed, or null).
+other line is a JSON object: the options of a run, `resume` (a folder or null), `events` (after so
+many file-system events in the folder of the run the child is killed, or null) and `fault` (the
+number of the system call that fails and its error, see `faults.c`, or null).
 The answer is a line with its process id, and at its end one with its exit status and the number of
-events. Children are forked from one process that has made a run already, so one takes a fraction of
-a second. One thread: those of OpenMP do not outlive a fork.
+events, or of calls. What a fault does to a run is written to a file, its name and `.error`.
+Children are forked from one process that has made a run already, so one takes a fraction of a
+second. One thread: those of OpenMP do not outlive a fork.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -44,8 +47,22 @@ def child(asked: dict[str, Any], counter: int) -> None:
     """Make one run."""
     torch.set_num_threads(1)
     options, resume = asked["options"], asked["resume"]
-    watch(os.path.join(options["logs"], options["name"]), asked["events"], counter)
-    sequence.run(resolve(options), resume=resume)
+    folder = os.path.join(options["logs"], options["name"])
+    if asked["fault"] is None:
+        watch(folder, asked["events"], counter)
+        sequence.run(resolve(options), resume=resume)
+        return
+    shim = ctypes.CDLL(None)
+    shim.fault_arm(folder.encode(), *asked["fault"])
+    try:
+        sequence.run(resolve(options), resume=resume)
+    except BaseException as error:
+        shim.fault_arm(b"", 0, 0)
+        with open(f"{folder}.error", "w", encoding="utf-8") as file:
+            file.write(f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        os.pwrite(counter, b"%8d" % shim.fault_count(), 0)
 
 
 def main() -> None:

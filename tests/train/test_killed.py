@@ -35,6 +35,7 @@ class Killed:
         *,
         resume: bool = False,
         events: int | None = None,
+        fault: tuple[int, int] | None = None,
         after: float | None = None,
         sent: Sequence[int] = (signal.SIGKILL,),
     ) -> tuple[int, int]:
@@ -42,7 +43,7 @@ class Killed:
         assert self.process.stdin is not None and self.process.stdout is not None
         options = self.options | {"name": name}
         folder = str(Path(options["logs"]) / name) if resume else None
-        asked = {"options": options, "resume": folder, "events": events}
+        asked = {"options": options, "resume": folder, "events": events, "fault": fault}
         self.process.stdin.write(json.dumps(asked) + "\n")
         self.process.stdin.flush()
         child = int(self.process.stdout.readline())
@@ -69,7 +70,14 @@ def killed(
     task_folders: tuple[str, str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Killed]:
-    logs = str(tmp_path_factory.mktemp("killed"))
+    yield from runs(tmp_path_factory.mktemp("killed"), start_model, task_folders)
+
+
+def runs(
+    folder: Path, start_model: dict[str, str], task_folders: tuple[str, str], **environment: str
+) -> Iterator[Killed]:
+    """The process that makes runs below a folder."""
+    logs = str(folder)
     options = {**SHORT, **start_model, "tasks": list(task_folders), "logs": logs}
     # A locked text tower makes saves of kilobytes.
     options |= {"method": "mulki", "we_every": 2, "save_every": 1, "lock_text": True}
@@ -79,7 +87,7 @@ def killed(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
     )
     assert process.stdin is not None
     process.stdin.write(json.dumps(options | {"name": "warm"}) + "\n")
