@@ -118,14 +118,15 @@ def from_json(text: str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def read_csv(path: Path, wanted: str) -> list[tuple[int, list[str]]]:
+def read_csv(path: Path, wanted: str, separator: str = ",") -> list[tuple[int, list[str]]]:
     """Number and cells of each line that is not blank; there is at least one.
 
     A byte-order mark is accepted, so spreadsheets can write the file. Spaces around cells go.
 
     Args:
-        path: comma-separated UTF-8 text.
+        path: UTF-8 text.
         wanted: the file that an error asks for, such as "the matrix.csv of a run".
+        separator: between two cells.
 
     Raises:
         InputError: a file that is missing, unreadable, empty or not such text.
@@ -143,7 +144,7 @@ def read_csv(path: Path, wanted: str) -> list[tuple[int, list[str]]]:
         ) from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
         lines = [(reader.line_num, [cell.strip() for cell in line]) for line in reader]
     except csv.Error as error:
@@ -171,12 +172,16 @@ class Row:
 
 
 def read_table(
-    path: Path, wanted: str, required: Sequence[str], optional: Sequence[str] = ()
+    path: Path,
+    wanted: str,
+    required: Sequence[str],
+    optional: Sequence[str] = (),
+    separator: str = ",",
 ) -> tuple[list[str], list[Row]]:
     """The header of a CSV file and its rows, which may be none. Other columns are ignored.
 
     Args:
-        path, wanted: see `read_csv`.
+        path, wanted, separator: see `read_csv`.
         required: columns that must be there, with a text in every row.
         optional: columns that may be missing, and whose cells may be empty.
 
@@ -184,13 +189,14 @@ def read_table(
         InputError: see `read_csv`; a required column that is missing; a required or optional one
             that occurs twice; a row with more or fewer cells than the header; an empty cell.
     """
-    (line, header), *body = read_csv(path, wanted)
+    (line, header), *body = read_csv(path, wanted, separator)
     for column in required:
         if column not in header:
-            example = ",".join([*required, *optional])
+            example = separator.join([*required, *optional])
+            by = {",": "commas", "\t": "tabs"}.get(separator, repr(separator))
             raise InputError(
                 f"{path}, line {line}: no column {column} (found: {', '.join(header)}); begin the "
-                f"file with a line such as {example}, separated by commas"
+                f"file with a line such as {example}, separated by {by}"
             )
     columns = [column for column in (*required, *optional) if column in header]
     for column in columns:

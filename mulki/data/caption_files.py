@@ -14,7 +14,7 @@ from mulki.data.captioned_shards import (
     readable,
     shards_of_task,
 )
-from mulki.data.csv_files import SplitRow, check_images_exist, split_rows, splits_of
+from mulki.data.csv_files import CsvForm, SplitRow, check_images_exist, split_rows, splits_of
 from mulki.data.held_out import divided, held_out
 from mulki.data.image_files import ImageFiles, find_unreadable, size_of
 from mulki.data.reference import CAPTIONS, images_below
@@ -22,6 +22,7 @@ from mulki.data.subset import Subset
 from mulki.errors import InputError
 
 _Said = tuple[int, str]
+_OURS = CsvForm()
 
 
 def caption_task(
@@ -29,6 +30,7 @@ def caption_task(
     *,
     skip_bad_images: bool = False,
     test_fraction: float | None = None,
+    form: CsvForm = _OURS,
 ) -> CaptionTask:
     """Read a task of images with captions.
 
@@ -45,6 +47,7 @@ def caption_task(
         skip_bad_images: leave unreadable images out and list them in `Task.skipped`.
         test_fraction: the share of the images to test on, in (0, 1), of a CSV file that says no
             splits, or of shards in the folder itself: see `mulki.data.held_out.held_out`.
+        form: of a CSV file, with other names of columns and another separator.
 
     Raises:
         InputError: what is wrong, with file and line: a missing file, a missing column, an empty
@@ -59,11 +62,11 @@ def caption_task(
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; pass {wanted}")
     if not path.is_dir():
-        name, rows = split_rows(path, "caption", test_fraction)
+        name, rows = split_rows(path, "caption", test_fraction, form)
         return _of_rows(name, path, rows, skip_bad_images, test_fraction)
     name = Path(os.path.abspath(path)).name
     if (path / CAPTIONS).is_file():
-        _, rows = split_rows(path / CAPTIONS, "caption", test_fraction)
+        _, rows = split_rows(path / CAPTIONS, "caption", test_fraction, form)
         without = sorted(images_below(path) - {row.file for row in rows})
         if without:
             more = f" and {len(without) - 1} more images" if len(without) > 1 else ""

@@ -27,6 +27,24 @@ _TRAIN = re.compile(r"[-_. ]?train$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
+class CsvForm:
+    """How a CSV file is written.
+
+    Attributes:
+        image: the column of paths.
+        text: the column of labels or captions; None for "label" and "caption".
+        separator: between two cells.
+    """
+
+    image: str = "path"
+    text: str | None = None
+    separator: str = ","
+
+
+_OURS = CsvForm()
+
+
+@dataclass(frozen=True)
 class SplitRow:
     """A row of a CSV file that a task is read from.
 
@@ -50,6 +68,7 @@ def csv_task(
     skip_bad_images: bool = False,
     test_fraction: float | None = None,
     test_only: bool = False,
+    form: CsvForm = _OURS,
 ) -> Task:
     """Read a task from one CSV file, or from one for each split.
 
@@ -72,6 +91,7 @@ def csv_task(
         skip_bad_images: leave unreadable images out and list them in `Task.skipped`.
         test_fraction: the share of the images to test on, in (0, 1), where there is no split yet.
         test_only: see `Task`; rows to train on may be missing, or have labels that are not tested.
+        form: of the file, with other names of columns and another separator.
 
     Raises:
         InputError: with file and line: a file that is missing or not such a CSV file, a missing
@@ -81,7 +101,7 @@ def csv_task(
         BadImage: an unreadable image, unless skipped.
     """
     path = Path(path)
-    name, rows = split_rows(path, "label", test_fraction)
+    name, rows = split_rows(path, "label", test_fraction, form)
     _check_rows(path.parent, rows)
     names = splits_of(rows)
     test_fraction = test_fraction if len(names) == 1 else None
@@ -112,7 +132,9 @@ def csv_task(
     return Task(name, tuple(classes), chosen, train, test, tuple(bad), test_fraction, test_only)
 
 
-def split_rows(path: Path, column: str, test_fraction: float | None) -> tuple[str, list[SplitRow]]:
+def split_rows(
+    path: Path, column: str, test_fraction: float | None, form: CsvForm = _OURS
+) -> tuple[str, list[SplitRow]]:
     """The rows of a CSV file, or of one for each split, and the name of their task.
 
     The files are as `csv_task` has them, with another column in place of `label`. Whether images
@@ -120,14 +142,15 @@ def split_rows(path: Path, column: str, test_fraction: float | None) -> tuple[st
 
     Args:
         path: of the file.
-        column: of the text.
+        column: of the text, where `form` names none.
+        form: of the files.
         test_fraction: None where the rows, or a second file, have to say the split.
 
     Raises:
         InputError: with file and line: a file that is missing or not such a CSV file, a missing
             column, an empty cell, or another split than train and test.
     """
-    rows = _read(path, column, split=None)
+    rows = _read(path, column, form, split=None)
     if rows is not None:
         return path.stem, rows
     files = {path: ""}
@@ -150,7 +173,7 @@ def split_rows(path: Path, column: str, test_fraction: float | None) -> tuple[st
         )
     rows = []
     for file, split in files.items():
-        found = _read(file, column, split=split)
+        found = _read(file, column, form, split=split)
         if found is None:
             raise InputError(f"{file}: has a column split, and {path.name} has none; remove it")
         rows += found
@@ -162,27 +185,31 @@ def splits_of(rows: Sequence[SplitRow]) -> tuple[str, ...]:
     return SPLITS if rows[0].split else ("",)
 
 
-def _read(path: Path, column: str, split: str | None) -> list[SplitRow] | None:
+def _read(path: Path, column: str, form: CsvForm, split: str | None) -> list[SplitRow] | None:
     """The rows of a file.
 
     Args:
-        column: of their text.
+        column: of their text, where `form` names none.
+        form: of the file.
         split: the split of all rows, in a file that has no column for it; it may be empty. Where
             it is None and the file has no such column, or it is given and the file has one, the
             result is None.
     """
-    wanted = f"a CSV file with the columns path, {column} and split"
-    header, body = read_table(path, wanted, ("path", column), optional=("split",))
+    column = form.text or column
+    wanted = f"a CSV file with the columns {form.image}, {column} and split"
+    header, body = read_table(path, wanted, (form.image, column), ("split",), form.separator)
     if ("split" in header) != (split is None):
         return None
     if not body:
         raise InputError(f"{path}: has a header and no rows; add a row for each image")
-    return [_row(row.cells, row.where, path.parent, column, split) for row in body]
+    places = form.image, column
+    return [_row(row.cells, row.where, path.parent, places, split) for row in body]
 
 
 def _row(
-    cells: Mapping[str, str], where: str, folder: Path, column: str, split: str | None
+    cells: Mapping[str, str], where: str, folder: Path, columns: tuple[str, str], split: str | None
 ) -> SplitRow:
+    image, text = columns
     if split is None:
         split = cells["split"]
         if split not in SPLITS:
@@ -190,7 +217,7 @@ def _row(
                 f'{where}: split "{split}"{nearest(split, SPLITS)} came, train or test was wanted; '
                 "correct it or remove the row"
             )
-    return SplitRow(name_in(folder, cells["path"]), cells[column], split, where)
+    return SplitRow(name_in(folder, cells[image]), cells[text], split, where)
 
 
 def name_in(folder: Path, path: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mulki.choices.registration import place_of, register
 from mulki.data.caption_files import caption_task
-from mulki.data.csv_files import csv_task
+from mulki.data.csv_files import CsvForm, csv_task
 from mulki.data.folders import folder_task
 from mulki.data.huggingface_tasks import holds_dataset, huggingface_task
 from mulki.data.published import Source
@@ -22,6 +22,7 @@ Loader = Callable[[str], list[Task]]
 _CAPTIONS = "captions"
 
 _NO_SOURCE = Source()
+_OURS = CsvForm()
 _SEQUENCES: dict[str, Loader | Collection] = dict(COLLECTIONS)
 
 
@@ -63,6 +64,7 @@ def load_sequence(
     test_fraction: float | None = None,
     test_only: bool = False,
     inherited: bool = False,
+    form: CsvForm = _OURS,
     source: Source = _NO_SOURCE,
 ) -> list[Task]:
     """Load the tasks that a user names.
@@ -82,6 +84,7 @@ def load_sequence(
         test_only: of folders and CSV files, see `Task`.
         inherited: the options are those of an earlier run with other tasks, so that a test fraction
             or a protocol that no task here needs is no error.
+        form: of CSV files.
         source: where published data sets lie, and the protocol to read them with.
 
     Raises:
@@ -106,7 +109,9 @@ def load_sequence(
             f'order "{order}": orders belong to a named sequence ({", ".join(sequence_names())}); '
             "tasks listed one by one are learned as listed, so leave the order out"
         )
-    tasks = [_load_task(word, skip_bad_images, test_fraction, test_only, source) for word in words]
+    tasks = [
+        _load_task(word, skip_bad_images, test_fraction, test_only, form, source) for word in words
+    ]
     if wanted is not None and all(task.test_fraction is None for task in tasks):
         raise without_effect(wanted)
     sources: dict[str, str] = {}
@@ -179,6 +184,7 @@ def _load_task(
     skip_bad_images: bool,
     test_fraction: float | None,
     test_only: bool,
+    form: CsvForm,
     source: Source,
 ) -> Task:
     if word in _SEQUENCES:
@@ -188,7 +194,9 @@ def _load_task(
         )
     sequence, colon, name = word.partition(":")
     if colon and sequence == _CAPTIONS:
-        return caption_task(name, skip_bad_images=skip_bad_images, test_fraction=test_fraction)
+        return caption_task(
+            name, skip_bad_images=skip_bad_images, test_fraction=test_fraction, form=form
+        )
     if colon and sequence in _SEQUENCES:
         loader = _SEQUENCES[sequence]
         if isinstance(loader, Collection):
@@ -205,12 +213,13 @@ def _load_task(
             f"{word}: neither a sequence{nearest(word, _SEQUENCES)} nor an existing folder or CSV "
             f"file; sequences are {', '.join(sequence_names())}"
         )
-    if Path(word).suffix.lower() == ".csv" and not Path(word).is_dir():
+    if Path(word).suffix.lower() in (".csv", ".tsv") and not Path(word).is_dir():
         return csv_task(
             word,
             skip_bad_images=skip_bad_images,
             test_fraction=test_fraction,
             test_only=test_only,
+            form=form,
         )
     if holds_dataset(Path(word)):
         return huggingface_task(word, skip_bad_images=skip_bad_images, test_fraction=test_fraction)

@@ -37,7 +37,10 @@ from mulki.train.start.start_model import as_in_its_run
 # Options of a run that say what its tasks are, by the name of their field, and those that choose
 # among their images.
 _CLASSES = ("tasks", "order", "protocol", "scenario", "increments", "base_classes")
-_OF_TASKS = (*_CLASSES, "test_fraction", "shots", "seed", "limit_images", "skip_bad_images")
+_OF_TASKS = (
+    *(*_CLASSES, "test_fraction", "shots", "seed", "limit_images", "skip_bad_images"),
+    *("csv_img_key", "csv_caption_key", "csv_separator"),
+)
 # And those that have a say in how features are computed.
 _OF_FEATURES = (
     *("data_root", "max_pixels", "max_member_mb", "batch_size_eval", "precision"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mulki.data import BadImage, csv_task, load_sequence
+from mulki.data.csv_files import CsvForm
 from mulki.errors import InputError
 from tests.data.data_helpers import picture
 
@@ -269,3 +270,20 @@ def test_what_is_only_tested_needs_no_rows_to_train_on(write: Callable[..., Path
         refused(write(rows), "the same labels")
     with pytest.raises(InputError, match="only in test: blue jay, crow"):
         csv_task(write(["images/e.png,owl,train", *ROWS[2:]]), test_only=True)
+
+
+def test_other_columns_and_separators(write: Callable[..., Path], folder: Path) -> None:
+    """As open_clip's training script has them, and its options."""
+    clean = csv_task(write()).fingerprint()
+    rows = [row.replace(",", "\t") for row in ROWS]
+    path = write(rows, header="filepath\ttitle\tsplit\n", name="small.tsv")
+    form = CsvForm("filepath", "title", "\t")
+    assert csv_task(path, form=form).fingerprint() == clean
+    (task,) = load_sequence([str(path)], form=form)
+    assert task.fingerprint() == clean
+    (captions,) = load_sequence([f"captions:{path}"], form=form)
+    assert captions.test.texts() == ("crow", "blue jay")  # type: ignore[attr-defined]
+    refused(path, "no column path", "separated by commas")
+    refused(
+        path, "no column label", "filepath\tlabel", "tabs", form=CsvForm("filepath", None, "\t")
+    )

@@ -25,6 +25,7 @@ from mulki.choices.options import (
 )
 from mulki.clip.evaluation import LabelSpace
 from mulki.data import decoding, transform_names
+from mulki.data.csv_files import CsvForm
 from mulki.data.made_images import CHANGES, DEFAULT_CHANGES, check_changes
 from mulki.data.published import PROTOCOLS
 from mulki.errors import InputError, nearest
@@ -76,6 +77,11 @@ class RunConfig:
         above=0,
         below=1,
     )
+    csv_img_key: str = option("path", "column of the paths in CSV files of tasks")
+    csv_caption_key: str | None = option(
+        None, "column of the labels, or of the captions; label or caption if left out"
+    )
+    csv_separator: str = option(",", "what separates the cells of CSV files, as open_clip's: tab")
     shots: int | None = option(
         None, "training images of each class, drawn with the seed; all if left out", low=1
     )
@@ -295,9 +301,23 @@ def resolve(given: Mapping[str, Any]) -> Settings:
     check_options(options)
     learning_rates(config.lr_of)
     check_changes(config.reference_changes)
+    csv_form(config)
     _check_micro_batch(config)
     _check_scenario(config)
     return Settings(config, options)
+
+
+def csv_form(config: RunConfig) -> CsvForm:
+    """How the CSV files of a run are written.
+
+    Raises:
+        InputError: a separator that is no single character.
+    """
+    given = config.csv_separator
+    separator = "\t" if given in ("tab", "\\t") else given
+    if len(separator) != 1 or separator in '"\r\n':
+        raise InputError(f"--csv-separator: got {given!r}, wanted one character, or tab")
+    return CsvForm(config.csv_img_key, config.csv_caption_key, separator)
 
 
 def import_given(given: Mapping[str, Any]) -> tuple[str, ...]:

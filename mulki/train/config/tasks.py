@@ -20,7 +20,7 @@ from mulki.errors import InputError, nearest
 from mulki.methods import Method, Needs
 from mulki.train.config import presets
 from mulki.train.config.rates import learning_rates
-from mulki.train.config.run_config import RunConfig, Settings
+from mulki.train.config.run_config import RunConfig, Settings, csv_form
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ def load_tasks(
         test_fraction=config.test_fraction,
         test_only=test_only,
         inherited=config.continue_ is not None,
+        form=csv_form(config),
         source=Source(config.data_root, config.protocol, absent),
     )
     captions = [task.name for task in tasks if isinstance(task, CaptionTask)]

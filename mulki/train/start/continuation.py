@@ -22,7 +22,7 @@ from mulki.data.image_files import ImageFiles
 from mulki.data.subset import limited
 from mulki.distributed.parts import set_whole
 from mulki.errors import InputError
-from mulki.train.config.run_config import RunConfig, read_config
+from mulki.train.config.run_config import RunConfig, csv_form, read_config
 from mulki.train.saving.checkpoints import ARGUMENTS, description_of, run_of, weights_of
 from mulki.train.saving.description import Description, LearnedTask
 
@@ -164,6 +164,7 @@ def earlier_tasks(config: RunConfig, learned: Sequence[LearnedTask]) -> list[Tas
             test_fraction=config.test_fraction,
             test_only=True,
             inherited=True,
+            form=csv_form(config),
             source=Source(config.data_root, config.protocol),
         )
         found = {task.name: task for task in tasks}

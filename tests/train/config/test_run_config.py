@@ -9,9 +9,16 @@ import yaml
 
 from mulki import methods
 from mulki.clip.models import BUNDLED
+from mulki.data.csv_files import CsvForm
 from mulki.errors import InputError
 from mulki.train.config import presets
-from mulki.train.config.run_config import RunConfig, read_config, resolve, unknown_option
+from mulki.train.config.run_config import (
+    RunConfig,
+    csv_form,
+    read_config,
+    resolve,
+    unknown_option,
+)
 
 
 def resolved(**given: Any) -> Any:
@@ -176,3 +183,13 @@ def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81")
     with pytest.raises(InputError, match=r"--config: .*binary\.yaml"):
         read_config(tmp_path / "binary.yaml")
+
+
+def test_the_form_of_csv_files() -> None:
+    given = {"csv_img_key": "filepath", "csv_caption_key": "title", "csv_separator": "tab"}
+    assert csv_form(resolve(given).run) == CsvForm("filepath", "title", "\t")
+    assert csv_form(resolve({"csv_separator": "\\t"}).run).separator == "\t"
+    assert csv_form(RunConfig()) == CsvForm()
+    for separator in ("", ", ", '"'):
+        with pytest.raises(InputError, match="^--csv-separator: got"):
+            resolve({"csv_separator": separator})
