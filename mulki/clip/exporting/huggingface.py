@@ -50,6 +50,9 @@ def export_huggingface(model: VisionLanguageModel, folder: Path) -> float:
     tokenizer = siglip_tokenizer(model) if siglip else _tokenizer(model)
     with export_folder(folder) as new, quiet_transformers():
         exported.save_pretrained(new)
+        for file in new.glob("*.safetensors"):
+            # safetensors' own writer lets the owner alone read the file.
+            file.chmod((new / "config.json").stat().st_mode)
         tokenizer.save_pretrained(new)
         _processor(model).save_pretrained(new)
         again = _class(siglip).from_pretrained(new, local_files_only=True).eval()

@@ -28,6 +28,11 @@ def exported(load_tiny: Load, tmp_path: Path) -> tuple[VisionLanguageModel, Path
     return model, tmp_path / "out"
 
 
+def test_others_can_read_all_of_its_files(exported: tuple[VisionLanguageModel, Path]) -> None:
+    modes = {path.stat().st_mode for path in exported[1].iterdir()}
+    assert (exported[1] / "model.safetensors").is_file() and len(modes) == 1
+
+
 def test_transformers_says_what_the_original_says(
     exported: tuple[VisionLanguageModel, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
