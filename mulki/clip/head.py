@@ -29,7 +29,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +39,13 @@ from mulki.data.task import Task
 from mulki.errors import InputError
 
 _FORMAT = "class statistics 1"
+
+
+class Prompted(Protocol):
+    """A task, or what is known of one: its classes by their prompts."""
+
+    def prompts(self) -> list[list[str]]:
+        """[C][T]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +100,7 @@ class ClassStatistics:
         identity = torch.eye(len(covariance), dtype=covariance.dtype)
         return torch.linalg.inv((1 - shrinkage) * covariance + shrinkage * average * identity)
 
-    def means_of(self, tasks: Sequence[Task]) -> dict[int, Tensor]:
+    def means_of(self, tasks: Sequence[Prompted]) -> dict[int, Tensor]:
         """Class means [C, D] of those tasks all of whose classes have one, by the task's number.
 
         Args:
@@ -213,7 +220,7 @@ class Head:
     def __init__(
         self,
         statistics: ClassStatistics,
-        tasks: Sequence[Task],
+        tasks: Sequence[Prompted],
         scale: float,
         shrinkage: float,
         weight: float,

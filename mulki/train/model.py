@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mulki.choices.options import field_name
 from mulki.clip.evaluation import zero_shot_classifier
+from mulki.clip.head import ClassStatistics, Head, read_statistics
 from mulki.clip.models import VisionLanguageModel
 from mulki.console import Console
 from mulki.data import BadImage, Task
@@ -27,8 +28,8 @@ from mulki.runs.folder import RunFolder
 from mulki.runs.metrics import AccuracyMatrix, Metrics, read_matrix
 from mulki.train import sequence
 from mulki.train.config.precision import device_of
-from mulki.train.config.run_config import resolve
-from mulki.train.saving.checkpoints import description_of
+from mulki.train.config.run_config import RunConfig, resolve
+from mulki.train.saving.checkpoints import description_of, statistics_of
 from mulki.train.saving.description import Description, LearnedTask
 from mulki.train.start.continuation import continued_options
 from mulki.train.start.start_model import as_in_its_run, check_start, is_checkpoint, load_start
@@ -63,6 +64,8 @@ class Model:
         clip: the model as training uses it; `clip.clip` is that of open_clip.
         description: what its checkpoint says of itself; None of another program's.
         source: what `load` was given.
+        statistics: of the classes that it has learned, of which a head is made, see
+            `mulki.clip.head`; None where texts alone answer.
     """
 
     def __init__(
@@ -71,10 +74,12 @@ class Model:
         description: Description | None = None,
         source: str = "",
         pretrained: str | None = None,
+        statistics: ClassStatistics | None = None,
     ):
         self.clip = clip
         self.description = description
         self.source = source
+        self.statistics = statistics
         self._pretrained = pretrained
         self._tasks = () if description is None else description.tasks
         self._weights: dict[tuple[str, ...] | None, tuple[tuple[str, ...], list[Tensor]]] = {}
@@ -151,15 +156,21 @@ class Model:
             told: called with the number of images so far, and of all.
         """
         names, weights = self._texts(None if classes is None else tuple(classes))
-        count, scale = min(top, len(names)), self.clip.logit_scale
+        count, head = min(top, len(names)), self._head() if classes is None else None
         done = 0
         for features, batch in self._encoded(images, batch_size, workers):
             rows: Iterator[tuple[list[float], list[int]]] = iter(())
             if features is not None:
                 # A product for each task, as when it is tested: one of all would round differently.
-                logits = torch.cat([features @ of_task.mT for of_task in weights], dim=1)
-                best = (scale * logits).softmax(dim=1).topk(count, dim=1)
-                rows = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+                cosines = {number: features @ of.mT for number, of in enumerate(weights)}
+                if head is None:
+                    logits = self.clip.logit_scale * torch.cat([*cosines.values()], dim=1)
+                else:
+                    logits = head.scores(features, cosines, list(cosines))
+                # By logits: probabilities that are rounded to 0 have no order.
+                best = logits.topk(count, dim=1).indices
+                chances_of = logits.softmax(dim=1).gather(1, best)
+                rows = zip(chances_of.tolist(), best.tolist(), strict=True)
             for number, image in enumerate(batch, start=done):
                 if isinstance(image, BadImage):
                     yield image
@@ -213,6 +224,19 @@ class Model:
             features = self.clip.encode_images(torch.stack(readable)) if readable else None
             yield features, batch
 
+    def _head(self) -> Head | None:
+        if self.statistics is None or self.description is None:
+            return None
+        recipe, scale = self.description.recipe, float(self.clip.logit_scale)
+        return Head(
+            self.statistics,
+            _distinct(self._tasks),
+            scale,
+            shrinkage=float(recipe.get("head_shrinkage", RunConfig.head_shrinkage)),
+            weight=float(recipe.get("head_weight", RunConfig.head_weight)),
+            device=self.clip.device,
+        )
+
     def _texts(self, classes: tuple[str, ...] | None) -> tuple[tuple[str, ...], list[Tensor]]:
         # Names of classes, and the features of their texts, [C, D] in parts.
         if classes not in self._weights:
@@ -248,6 +272,7 @@ def load(
     pretrained: str | None = None,
     device: str = "auto",
     precision: str | None = None,
+    head: bool = True,
 ) -> Model:
     """Load a model, with the classes that it has learned.
 
@@ -258,6 +283,8 @@ def load(
         pretrained: as of ``mulki run``, of a model by its name.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         precision: of the weights, as of ``mulki run``; by default that of the run, else "fp32".
+        head: whether the head of class statistics that lie beside the checkpoint answers, where
+            there are any; False for texts alone.
 
     Raises:
         InputError: it cannot be loaded.
@@ -280,7 +307,9 @@ def load(
         lock_image=config.lock_image,
         precision=config.precision,
     )
-    return Model(model, said, name, config.pretrained)
+    file = statistics_of(Path(name))
+    statistics = read_statistics(file) if head and said is not None and file.is_file() else None
+    return Model(model, said, name, config.pretrained, statistics)
 
 
 class Run:

@@ -41,19 +41,23 @@ def model(folder: RunFolder) -> Model:
     return load(folder.path)
 
 
+@pytest.mark.parametrize("head", [True, False])
 def test_predictions_are_those_of_the_evaluation(
-    folder: RunFolder, model: Model, task_folders: tuple[str, str]
+    folder: RunFolder, model: Model, task_folders: tuple[str, str], head: bool
 ) -> None:
     assert model.classes == ("blue", "green", "red", "dark", "light")
     (colours, _) = evaluation(folder.path, {}).predictions()
+    assert colours.with_head is not None and model.statistics is not None
+    union = colours.with_head.union if head else colours.union
+    model = model if head else load(folder.path, head=False)
     task = folder_task(task_folders[0])
     names = [task.test.name(index) for index in range(len(task.test))]
     found = model.predict(names, top=9)
     assert [each.image for each in found] == names
     for place, each in enumerate(found):
-        ranked = [colours.union.classes[c][1] for c in colours.union.ranked[place]]
+        ranked = [union.classes[c][1] for c in union.ranked[place]]
         assert list(each.classes) == ranked and len(each.probabilities) == 5
-        assert each.probabilities[0] == pytest.approx(colours.union.probability[place], abs=1e-6)
+        assert each.probabilities[0] == pytest.approx(union.probability[place], abs=1e-5)
         assert sum(each.probabilities) == pytest.approx(1, abs=1e-5)
         assert each.label == each.classes[0]
 

@@ -78,6 +78,9 @@ def predict(argv: list[str]) -> int:
         help="least probability, from 0 to 1, with which an image gets a class (default: 0)",
     )
     parser.add_argument("--csv", metavar="FILE.csv", type=Path, help="write a line for each image")
+    parser.add_argument(
+        "--no-head", action="store_true", help="answer by texts alone, without class statistics"
+    )
     for name in OPTIONS:
         add_options(parser, RunConfig, only=name)
     given = vars(parser.parse_intermixed_args(with_hyphens(argv)))
@@ -89,7 +92,12 @@ def predict(argv: list[str]) -> int:
     classes = None if given["classes"] is None else _class_names(given["classes"])
     limit_pixels(config.max_pixels)
     found = find_images(given["images"], sys.stdin)
-    model = load(given["model"], pretrained=config.pretrained, device=config.device)
+    model = load(
+        given["model"],
+        pretrained=config.pretrained,
+        device=config.device,
+        head=not given["no_head"],
+    )
     good = bad = 0
     with _rows(given["csv"], top) as write, checking(Console(stderr=True), "predicting") as told:
         for each in model.predictions(
