@@ -302,7 +302,39 @@ def tables(results: list[dict[str, Any]]) -> str:
         parts += [forms_table(by_study["forms"])]
     if by_study["strength"]:
         parts += [strength_table(by_study["strength"] + by_study["forms"])]
+    parts += [
+        later_table(study, *said, by_study[study])
+        for study, said in _LATER.items()
+        if by_study[study]
+    ]
     return "\n\n".join(parts) + "\n"
+
+
+# Studies since label smoothing was left out: title, and what is chosen.
+_LATER = {
+    "smoothing": ("Label smoothing", "Each method at its preset, by label smoothing."),
+    "held": (
+        "MulKI held on made images",
+        "MulKI's forms without label smoothing, most held on images made of the task's own.",
+    ),
+    "changes": ("What images are made of", "The first of these forms, by what images are made of."),
+}
+
+
+def later_table(study: str, title: str, what: str, results: list[dict[str, Any]]) -> str:
+    """Every variant of a study, by the criterion of the tuning."""
+    return "\n".join(
+        [
+            f"## {title}",
+            "",
+            f"`{COMMAND} {study}`. {what} Orders III and IV, tested on training images that were "
+            "held out, one seed; a row with one run is of one order alone, and compares with none "
+            "of two.",
+            "",
+            _header("variant", "criterion", *METRICS[:4], "runs"),
+            *_ranked(results),
+        ]
+    )
 
 
 def comparison_table(results: list[dict[str, Any]]) -> str:
