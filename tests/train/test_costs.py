@@ -43,7 +43,10 @@ def test_every_method_is_measured(measured: Any, method: str) -> None:
     testing = sum(each.testing for each in found.tasks)
     again = sum(each.testing_again for each in found.tasks)
     assert found.seconds == pytest.approx(learning + testing + (2 * again if trains else 0))
-    assert all(each.testing > 0 for each in found.tasks) and (learning > 0) == trains
+    # Without training there are the class statistics.
+    assert all(each.testing > 0 for each in found.tasks) and learning > 0
+    plain = measured(method=method, **options_of(method), head=False)
+    assert (sum(each.learning for each in plain.tasks) > 0) == trains
     # Whatever is copied or trained is counted in the model's own size.
     own = 4 * found.parameters
     assert found.models >= own * (1 + len(teachers)) * 0.9 and (found.training > 0) == trains

@@ -339,8 +339,14 @@ def test_captions_are_encoded_by_the_teacher_alone(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({}, "--reference: method on_reference distils on images with captions and got none"),
-        ({"method": "snd"}, "--reference: method snd distils on reference images and got none"),
+        (
+            {"reference": None},
+            "--reference: method on_reference distils on images with captions and got none",
+        ),
+        (
+            {"method": "snd", "reference": None},
+            "--reference: method snd distils on reference images and got none",
+        ),
         (
             {"method": "snd", "reference": "current", "vocabulary": "words.txt"},
             "--vocabulary: got words.txt, but method snd",

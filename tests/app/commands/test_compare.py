@@ -25,7 +25,8 @@ def test_compare(
     assert section["tasks"] == ["colours", "shades"] and section["baseline"] == "finetune"
     (difference,) = section["differences"]
     assert "images" in difference["over"] and difference["metrics"].keys() == {
-        "transfer", "average", "last", "forgetting", "cil_average", "cil_last"
+        "transfer", "average", "last", "forgetting", "cil_average", "cil_last",
+        "head_average", "head_last", "head_forgetting", "head_cil_average", "head_cil_last",
     }  # fmt: skip
     assert run_command(["compare", "logs/finetune", "logs/mulki", "--baseline", "mulki"]) == 0
     out = capsys.readouterr().out

@@ -148,7 +148,7 @@ def test_a_saved_configuration_imports_in_a_process_of_its_own(
 def test_help_lists_what_was_imported(capsys: pytest.CaptureFixture[str]) -> None:
     write("mine.py", METHOD + TRANSFORM + SEQUENCE.format("a", "b"))
     with pytest.raises(SystemExit):
-        run_command(["run", "--help", "--import", "mine.py", "--method", "halved"])
+        run_command(["run", "--help-all", "--import", "mine.py", "--method", "halved"])
     out = " ".join(capsys.readouterr().out.split())
     assert f"{{{','.join(methods.available())}}}" in out and "half of the loss" in out
     assert "halved" in methods.available()
@@ -240,9 +240,9 @@ def test_the_same_file_is_found_from_another_folder(monkeypatch: pytest.MonkeyPa
 
 
 def test_run_and_tasks_say_the_same_of_import(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("run", "tasks"):
+    for command in (["run", "--help-all"], ["tasks", "--help"]):
         with pytest.raises(SystemExit):
-            run_command([command, "--help"])
+            run_command(command)
         out = " ".join(capsys.readouterr().out.split())
         assert "a Python file or module with methods, sequences, transforms or gates" in out
 

@@ -45,10 +45,12 @@ def test_a_plan_says_what_is_done(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_plan_without_training(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     lines, work = of_run(run, monkeypatch, method="zero_shot")
     assert any(line.startswith("steps    none") for line in lines)
-    assert work == {TEST: 25}
+    # Of the training images there are class statistics.
+    assert work == {TEACHERS: 30, TEST: 25}
+    assert of_run(run, monkeypatch, method="zero_shot", name="b", head=False)[1][TEACHERS] == 0
 
 
 def test_steps_of_unequal_tasks(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     lines, work = of_run(run, monkeypatch, method="finetune", epochs=1, micro_batch="2")
     (steps,) = (line for line in lines if line.startswith("steps"))
-    assert ", 2 at a time;" in steps and work[TEACHERS] == 0
+    assert ", 2 at a time;" in steps and work[TEACHERS] == 30
