@@ -7,6 +7,7 @@ programs is an error, whatever it does to the result.
 from __future__ import annotations
 
 import ast
+import itertools
 import os
 import re
 from pathlib import Path
@@ -52,17 +53,19 @@ FEW = (
     ("siglip_block", "bf16", (19, 19, 20), PAIRS, None),
     ("cosines", "bf16", (19, 35, 21), None, None),
 )
-#: The same and more, for each operator and way to multiply.
+#: The same and more, for each operator: every schedule in half of the ways to multiply.
 ALL = [
     (name, numbers, shape, plan, tile)
-    for name in NAMES
-    for numbers in NUMBER_FORMATS
-    for shape, plan, tile in (
-        ((19, 35, 20), None, None),
-        ((40, 100, 64), Plan("rows", 32, 100), None),
-        ((7, 150, 21), Plan("blocks", 4, 64), RowTile(1, 32, 2)),
-        ((3, 1100, 24), Plan("chunks", 2, 1100), None),
+    for place, (name, numbers) in enumerate(itertools.product(NAMES, NUMBER_FORMATS))
+    for number, (shape, plan, tile) in enumerate(
+        (
+            ((19, 35, 20), None, None),
+            ((40, 100, 64), Plan("rows", 32, 100), None),
+            ((7, 150, 21), Plan("blocks", 4, 64), RowTile(1, 32, 2)),
+            ((3, 1100, 24), Plan("chunks", 2, 1100), None),
+        )
     )
+    if (place + number) % 2 == 0
     if numbers != "fp16" or name != "cosines"  # whose norms are not of the size of fp16
     if plan is None or plan.schedule != "rows" or name.startswith(("ce", "kl"))
 ]
@@ -106,7 +109,7 @@ def test_results_of_compiled_code(name, numbers, shape, plan, tile, take):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
 @pytest.mark.parametrize(("name", "numbers", "shape", "plan", "tile"), FEW, ids=named)
 def test_results_of_other_architectures(name, numbers, shape, plan, tile, architecture, take):
     take(plan, tile)

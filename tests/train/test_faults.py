@@ -67,8 +67,9 @@ def test_a_call_that_fails(faulty: Killed, untouched: tuple[Path, int]) -> None:
 
 
 @pytest.mark.long
-def test_every_call_that_fails(faulty: Killed, untouched: tuple[Path, int]) -> None:
+def test_calls_all_over_a_run_that_fail(faulty: Killed, untouched: tuple[Path, int]) -> None:
+    """One in twenty: all take an hour. Another twentieth every time."""
     folder, calls = untouched
-    for number in range(1, calls + 1):
+    for number in range(random.Random().randint(1, 20), calls + 1, 20):
         print(f"call {number} of {calls} fails")
         check_fault(faulty, folder, number)
