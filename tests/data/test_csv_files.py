@@ -285,5 +285,5 @@ def test_other_columns_and_separators(write: Callable[..., Path], folder: Path) 
     assert captions.test.texts() == ("crow", "blue jay")  # type: ignore[attr-defined]
     refused(path, "no column path", "separated by commas")
     refused(
-        path, "no column label", "filepath\tlabel", "tabs", form=CsvForm("filepath", None, "\t")
+        path, "no column label", r"filepath\tlabel", "tabs", form=CsvForm("filepath", None, "\t")
     )
