@@ -215,9 +215,11 @@ def _lines_below(
     seen: ClassIncremental | None, evaluations: Sequence[Evaluation], with_head: WithHead | None
 ) -> list[str]:
     lines = class_incremental_lines(seen or ClassIncremental({}))
-    if with_head is not None:
-        of_head = class_incremental_lines(with_head.class_incremental)
-        lines += [f"with head: {line}" for line in of_head[:1]]
+    if with_head is not None and with_head.class_incremental.average is not None:
+        head = with_head.class_incremental
+        lines.append(
+            f"the same with class statistics: average {head.average:.2f}, last {head.last:.2f}"
+        )
     return lines + recall_lines(evaluations)
 
 

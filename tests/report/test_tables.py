@@ -104,9 +104,7 @@ def test_results_with_a_head() -> None:
     stream = StringIO()
     print_matrix(SMALL, Console(file=stream, width=120), seen, with_head=head)
     lines = stream.getvalue().splitlines()
-    assert lines[-1] == (
-        "with head: class-incremental (one head for all classes seen): average 80.00, last 70.00"
-    )
+    assert lines[-1] == "the same with class statistics: average 80.00, last 70.00"
     (row,) = [line for line in lines if line.startswith("with head ")]
     (texts,) = [line for line in lines if line.startswith("2 tasks")]
     assert row.split()[2:] == texts.split()[2:]
