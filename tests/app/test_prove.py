@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -280,27 +281,24 @@ def compiled(job: prove.Job, case: Any, folder: str, target: None) -> None:
     Path(folder, f"{job.numbers} {case.shape}").touch()
 
 
-def the_gpu(device: str) -> tuple[str, None]:
-    return os.environ["MULKI_CACHE_DIR"], None
+def the_gpu(folder: Path, device: str) -> tuple[str, None]:
+    return str(folder), None
 
 
-def having_compiled(job: prove.Job, device: str) -> Verdict:
-    there = [
-        Path(os.environ["MULKI_CACHE_DIR"], f"{job.numbers} {n}x{p}x{d}").is_file()
-        for n, p, d in job.shapes
-    ]
+def having_compiled(folder: Path, job: prove.Job, device: str) -> Verdict:
+    there = [(folder / f"{job.numbers} {n}x{p}x{d}").is_file() for n, p, d in job.shapes]
     return Verdict(*job[:3], failure=f"{sum(there)} of {len(there)}")
 
 
 def test_kernels_are_compiled_before_their_verdict(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prove, "_gpu", the_gpu)
+    # Not by the environment: a process has that of the fork server, which may be older.
+    monkeypatch.setattr(prove, "_gpu", partial(the_gpu, tmp_path))
     monkeypatch.setattr(prove, "_compile", compiled)
-    monkeypatch.setattr(prove, "verdict_of", having_compiled)
+    monkeypatch.setattr(prove, "verdict_of", partial(having_compiled, tmp_path))
     shapes = ((8, 8, 16), (9, 9, 16), (10, 10, 16))
     todo = [job._replace(shapes=shapes) for job in JOBS[:2]]
-    proofs.folder().mkdir(parents=True)
     found = list(prove._found(todo, torch.device("cuda", 0)))
     assert [one.failure for one in found] == ["3 of 3"] * 2
 
@@ -309,8 +307,10 @@ def no_compiler(job: prove.Job, case: Any, folder: str, target: None) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_compiler_that_crashes_costs_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prove, "_gpu", the_gpu)
+def test_a_compiler_that_crashes_costs_no_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prove, "_gpu", partial(the_gpu, tmp_path))
     monkeypatch.setattr(prove, "_compile", no_compiler)
     monkeypatch.setattr(prove, "verdict_of", right)
     found = list(prove._found(JOBS[:2], torch.device("cuda", 0)))
