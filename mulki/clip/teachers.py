@@ -127,6 +127,10 @@ class Teacher:
         """
         self._images.fill(image_features)
 
+    def without_images(self) -> Features:
+        """The features of its texts alone, with no row of images."""
+        return Features(self.texts[:0], self.texts, self.scale)
+
     @torch.no_grad()
     def features(self, index: Tensor, encode: Callable[[Tensor], Tensor]) -> Features:
         """Features of a batch.

@@ -36,8 +36,10 @@ class Needs:
     Args:
         teachers: of `ZERO_SHOT` (the original model) and `PREVIOUS` (the model after the previous
             task; the original at the first), in the order the losses get them.
+        teacher_images: whether the teachers encode the task's images. Without them a teacher's
+            `Features` have no row of images and no prototypes.
         prototypes: class means over the task's training set, of the original model and of each
-            teacher.
+            teacher that encodes its images.
         reference: a batch of images and captions from the reference set of the run beside each
             batch, encoded by the student and by each teacher; see `Features.reference`.
         captions: whether the captions are encoded; without them the reference set is images alone.
@@ -49,6 +51,7 @@ class Needs:
     """
 
     teachers: tuple[str, ...] = ()
+    teacher_images: bool = True
     prototypes: bool = False
     reference: bool = False
     captions: bool = True

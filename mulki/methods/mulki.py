@@ -216,6 +216,7 @@ class MulKI(Method):
         )
         self.needs = Needs(
             teachers=_TEACHERS[o.teachers] if self.objective.needs_teachers else (),
+            teacher_images=self.objective.needs_teacher_images,
             prototypes=self.objective.needs_prototypes,
             reference=self.objective.needs_reference,
             captions=not self.objective.needs_reference,

@@ -50,7 +50,9 @@ class SnD(Method):
 
     def __init__(self, options: Options):
         super().__init__(options)
-        self.needs = Needs(teachers=(ZERO_SHOT, PREVIOUS), reference=True, captions=False)
+        self.needs = Needs(
+            teachers=(ZERO_SHOT, PREVIOUS), teacher_images=False, reference=True, captions=False
+        )
         self._weight: Tensor | None = None
 
     def losses(

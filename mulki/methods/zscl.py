@@ -68,7 +68,12 @@ class ZSCL(Method):
 
     def __init__(self, options: Options):
         super().__init__(options)
-        self.needs = Needs(teachers=(options.teacher,), reference=True, student_captions=False)
+        self.needs = Needs(
+            teachers=(options.teacher,),
+            teacher_images=False,
+            reference=True,
+            student_captions=False,
+        )
         self._connections: Connections | None = None
 
     def start_task(self, task: TaskStart) -> None:

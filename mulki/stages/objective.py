@@ -155,6 +155,12 @@ class MulKILoss(nn.Module):
         return self.hold_on != "task"
 
     @property
+    def needs_teacher_images(self) -> bool:
+        """Whether any term looks at a teacher's images of the task, or at their class means."""
+        prototypes = any(self.relations[name] for name in adding.NEED_PROTOTYPES)
+        return self.hold_on != "made" or prototypes
+
+    @property
     def needs_anchors(self) -> bool:
         """Whether any term looks at text anchors, where there are any."""
         return any(self.anchors.values())

@@ -268,7 +268,8 @@ def _kept(setup: Setup, task: Task, steps: int) -> int:
     images, pairs = kept_samples(
         task, setup.reference_of(task), setup.transform, setup.config, steps, setup.world
     )
-    return (images or 0) + (2 if needs.captions else 1) * (pairs or 0)
+    of_images = images or 0 if needs.teacher_images else 0
+    return of_images + (2 if needs.captions else 1) * (pairs or 0)
 
 
 def _bytes(models: Iterable[VisionLanguageModel]) -> int:

@@ -16,7 +16,9 @@ from tests.methods.method_helpers import assert_same_gradients
 
 def test_what_it_asks_for():
     needs = SnD(SnD.Options()).needs
-    assert needs == methods.Needs((ZERO_SHOT, PREVIOUS), reference=True, captions=False)
+    assert needs == methods.Needs(
+        (ZERO_SHOT, PREVIOUS), teacher_images=False, reference=True, captions=False
+    )
 
 
 def test_losses_are_those_of_the_formula(student, teachers, unit, target):

@@ -17,7 +17,9 @@ from tests.methods.method_helpers import add, assert_same_gradients, start
 @pytest.mark.parametrize("teacher", [ZERO_SHOT, PREVIOUS])
 def test_what_it_asks_for(teacher):
     needs = ZSCL(ZSCL.Options(teacher=teacher)).needs
-    assert needs == methods.Needs((teacher,), reference=True, student_captions=False)
+    assert needs == methods.Needs(
+        (teacher,), teacher_images=False, reference=True, student_captions=False
+    )
 
 
 def test_losses_are_those_of_the_formula(student, model_features, unit, target):

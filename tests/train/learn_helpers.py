@@ -10,6 +10,7 @@ import torch
 from mulki import methods
 from mulki.clip.models import VisionLanguageModel
 from mulki.data import Task
+from mulki.data.reference import ReferenceSet
 from mulki.data.transforms import train_transform
 from mulki.methods import PREVIOUS, ZERO_SHOT, Method
 from mulki.train.config.precision import Precision
@@ -46,6 +47,7 @@ def learn(
     index: int = 0,
     precision: str = "fp32",
     anchors: Anchors | None = None,
+    reference: ReferenceSet | None = None,
     hear: Callable[[StepReport], None] = lambda report: None,
 ) -> list[StepReport]:
     if frozen is None:
@@ -64,7 +66,7 @@ def learn(
         transform=transform or model.preprocess,
         precision=Precision(precision, torch.device("cpu")),  # type: ignore[arg-type]
     )
-    inputs = TaskInputs(index, task, frozen, anchors=anchors)
+    inputs = TaskInputs(index, task, frozen, reference, anchors)
     steps = learn_task(training, inputs, Listeners(listen))
     assert steps == len(reports)
     return reports

@@ -33,6 +33,7 @@ class TaskTeachers:
         prototypes: [C, D] class means of the original model if the method needs them.
         precision: how the encoders compute.
         world: the processes among which the images are divided.
+        images: whether they encode the task's images.
         captions: whether they encode the captions of a reference set.
     """
 
@@ -42,12 +43,15 @@ class TaskTeachers:
         prototypes: Tensor | None,
         precision: Precision,
         world: World,
+        *,
+        images: bool = True,
         captions: bool = True,
     ):
         self._teachers = list(teachers)
         self.prototypes = prototypes
         self._precision = precision
         self._world = world
+        self._images = images
         self._captions = captions
 
     @classmethod
@@ -73,30 +77,42 @@ class TaskTeachers:
             task, inputs.reference, training.transform, training.config, steps, world
         )
         num_anchors = len(inputs.anchors) if inputs.anchors is not None else 0
-        names = [*needs.teachers, *([ZERO_SHOT] if needs.prototypes else [])]
-        distinct = list({id(frozen[name]): frozen[name] for name in names}.values())
-        features: list[Tensor] = []
+        with_prototypes: list[str] = []
         if needs.prototypes:
-            parts = list(training_features(distinct, task, training, encoded))
-            features = [torch.cat(of_model) for of_model in zip(*parts, strict=True)]
-            target = torch.as_tensor(list(task.train.targets), device=distinct[0].device)
+            with_prototypes = [*(needs.teachers if needs.teacher_images else ()), ZERO_SHOT]
+        distinct, encoding = (
+            {id(frozen[name]): frozen[name] for name in names}
+            for names in ([*needs.teachers, *with_prototypes], with_prototypes)
+        )
+        features: dict[int, Tensor] = {}
+        if encoding:
+            parts = training_features([*encoding.values()], task, training, encoded)
+            features = dict(zip(encoding, map(torch.cat, zip(*parts, strict=True)), strict=True))
         by_model: dict[int, Teacher] = {}
-        for place, model in enumerate(distinct):
+        for of, model in distinct.items():
             texts = torch.empty(0, 0, device=model.device)
             if prompts:
                 class_texts = text_inputs(model, prompts, world)
                 with training.precision.autocast():
                     texts = text_features(model, class_texts, world)
             prototypes = None
-            if needs.prototypes:
-                prototypes = class_means(features[place], target, len(task.classes))
+            if of in features:
+                target = torch.as_tensor(list(task.train.targets), device=model.device)
+                prototypes = class_means(features[of], target, len(task.classes))
             teacher = Teacher(texts, model.logit_scale, prototypes, *kept, num_anchors)
-            if needs.prototypes:
-                teacher.remember(features[place])
-            by_model[id(model)] = teacher
+            if of in features:
+                teacher.remember(features[of])
+            by_model[of] = teacher
         teachers = [(by_model[id(frozen[name])], frozen[name]) for name in needs.teachers]
         original = by_model[id(frozen[ZERO_SHOT])].prototypes if needs.prototypes else None
-        return cls(teachers, original, training.precision, world, needs.captions)
+        return cls(
+            teachers,
+            original,
+            training.precision,
+            world,
+            images=needs.teacher_images,
+            captions=needs.captions,
+        )
 
     def state(self) -> list[dict[str, dict[str, Tensor]]]:
         """What the teachers keep beside what `prepare` makes."""
@@ -124,7 +140,9 @@ class TaskTeachers:
         """
         by_teacher = {}
         for teacher, model in dict(self._teachers).items():
-            features = self._of_images(teacher, model, batch, micro_batch)
+            features = teacher.without_images()
+            if self._images:
+                features = self._of_images(teacher, model, batch, micro_batch)
             if reference is not None:
                 pairs = self._of_reference(teacher, model, reference, micro_batch)
                 features = replace(features, reference=pairs)

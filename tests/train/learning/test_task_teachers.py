@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from mulki.data import Task
+from mulki.data.made_images import MadeImages
+from mulki.data.reference import ReferenceSet
 from mulki.data.transforms import is_deterministic
 from mulki.methods import PREVIOUS, ZERO_SHOT
-from tests.train.learn_helpers import BOTH, Load, crop, learn, two_teachers
+from tests.train.learn_helpers import BOTH, Load, crop, learn, method_named, two_teachers
 from tests.train_helpers import Calls, same_state, state_of
 
 
@@ -38,6 +40,27 @@ def test_without_prototypes_images_are_encoded_as_they_come_up(
     assert calls.of(frozen[PREVIOUS], "texts") == [3]
     assert calls.of(frozen[ZERO_SHOT], "images") == []
     assert calls.of(frozen[ZERO_SHOT], "texts") == []
+
+
+@pytest.mark.parametrize(
+    ("relation", "of_previous"), [("image_image", [7, 7, 4]), ("text_text", [])]
+)
+def test_teachers_held_on_made_images_see_those_alone(
+    load_tiny: Load,
+    task: Task,
+    monkeypatch: pytest.MonkeyPatch,
+    relation: str,
+    of_previous: list[int],
+) -> None:
+    student, frozen = load_tiny(), two_teachers(load_tiny)
+    calls = Calls(monkeypatch)
+    off = dict.fromkeys(("image_text", "image_image", "text_image", "text_text"), 0.0)
+    method = method_named("mulki", hold_on="made", **off | {relation: 0.25})
+    made = ReferenceSet.with_words(MadeImages(task.train, ["invert"], seed=0), None)
+    learn(student, task, method, frozen, reference=made)
+    # The student's prototypes begin at those of the original model, whatever it is held on.
+    assert calls.of(frozen[ZERO_SHOT], "images") == [7, 7, 4, 6, 6, 6]
+    assert calls.of(frozen[PREVIOUS], "images") == [*of_previous, 6, 6, 6]
 
 
 def test_random_transform_encodes_images_at_every_step_and_texts_once(
