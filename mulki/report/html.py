@@ -15,7 +15,13 @@ from mulki.report.tables import TITLES, display_columns, display_rows, recalls_o
 from mulki.runs.answers import ACC1, RECALL1
 from mulki.runs.catalog import DataSet, Example
 from mulki.runs.history import mean_seconds
-from mulki.runs.metrics import DEFINITIONS, NOTATION, ZERO_SHOT
+from mulki.runs.metrics import (
+    DEFINITIONS,
+    MEAN_DISTANCE,
+    NOTATION,
+    WORD_AGREEMENT,
+    ZERO_SHOT,
+)
 
 # Rows of all tables of classes together, and images: the page stays below 3 MB.
 _CLASSES, _IMAGES = 3000, 160
@@ -44,6 +50,7 @@ def render_html(contents: RunContents) -> str:
         classes=_classes(contents),
         recalls=_recalls(contents),
         examples=_examples(contents.examples),
+        drift=_drift(contents),
         times=_times(contents),
         fingerprint=data.fingerprint,
         config=data.config,
@@ -212,12 +219,33 @@ def _pairs(examples: list[Example]) -> list[list[Example]]:
 
 
 @dataclass(frozen=True)
-class _Times:
+class _Rows:
     columns: tuple[str, ...]
     rows: list[tuple[str, list[str]]]
 
 
-def _times(contents: RunContents) -> _Times | None:
+def _drift(contents: RunContents) -> dict[str, _Rows]:
+    # By caption.
+    columns = display_columns(contents.data.matrix)
+    found = {}
+    for metric, caption, digits in (
+        (WORD_AGREEMENT, "Same nearest word as the original model, percent of the images", 1),
+        (MEAN_DISTANCE, "Distance of the class means from those that were kept", 4),
+    ):
+        values: dict[str, dict[str, float]] = {}
+        for one in contents.evaluations:
+            if one.metric == metric:
+                values.setdefault(one.after_task, {})[one.eval_dataset] = one.value
+        rows = [
+            (after, [_number(of.get(column), digits) for column in columns])
+            for after, of in values.items()
+        ]
+        if rows:
+            found[caption] = _Rows(columns, rows)
+    return found
+
+
+def _times(contents: RunContents) -> _Rows | None:
     steps: dict[str, list[Any]] = {}
     for record in contents.history:
         steps.setdefault(record.task, []).append(record)
@@ -251,7 +279,7 @@ def _times(contents: RunContents) -> _Times | None:
         "images per second",
         "tests after it, s",
     )
-    return _Times(columns, rows) if rows else None
+    return _Rows(columns, rows) if rows else None
 
 
 def _flat(value: object, prefix: str = "") -> dict[str, str]:

@@ -40,6 +40,8 @@ FloatArray = npt.NDArray[np.float64]
 #: Name of the row of the model before any task was learned.
 ZERO_SHOT = "zero-shot"
 
+#: Names in ``results.jsonl`` of how far a model has moved, see :mod:`mulki.train.drift`.
+WORD_AGREEMENT, MEAN_DISTANCE = "word_agreement", "mean_distance"
 #: Name in ``results.jsonl`` of an accuracy A_i, and of the data set it is measured on.
 ACC1_SEEN = "acc1_seen"
 #: The same with the head of class statistics.

@@ -27,8 +27,9 @@ class Evaluation:
     With the metric ``acc1_seen`` and the data set ``all-seen``, the value is A_i of
     :class:`mulki.runs.metrics.ClassIncremental`. It comes from the same predictions as the lines of
     the learned tasks, whose seconds it sums. ``acc1_head`` and ``acc1_seen_head`` are the same with
-    the head of class statistics, see :mod:`mulki.clip.head`. Lines of earlier versions lack
-    ``method`` and ``model``.
+    the head of class statistics, see :mod:`mulki.clip.head`. ``word_agreement`` (in percent) and
+    ``mean_distance`` are those of :mod:`mulki.train.drift`, each with the seconds of all. Lines of
+    earlier versions lack ``method`` and ``model``.
     """
 
     run: str

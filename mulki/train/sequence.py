@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,11 @@ from mulki.clip.head import ClassStatistics, Head, read_statistics, write_statis
 from mulki.console import Console
 from mulki.data import Task
 from mulki.data.loader import batches, dead_workers_named
+from mulki.data.subset import limited
+from mulki.data.vocabulary import imagenet_vocabulary
 from mulki.distributed import launch
 from mulki.errors import InputError, ProcessLost, Stopped
+from mulki.methods import ZERO_SHOT
 from mulki.report import write_report
 from mulki.runs.answers import Answers, read_answers
 from mulki.runs.catalog import write_examples, write_tasks
@@ -31,6 +34,7 @@ from mulki.train.config.tasks import needs_of
 from mulki.train.display.outline import amounts, plan, prepared_images, rows
 from mulki.train.display.progress import TEACHERS, TEST, RunProgress, checking
 from mulki.train.display.reporter import Reporter
+from mulki.train.drift import IMAGES, Drift
 from mulki.train.learning.anchor_texts import anchor_texts
 from mulki.train.learning.inputs import Listeners
 from mulki.train.learning.learn import steps_of
@@ -149,10 +153,12 @@ def _write_report(folder: RunFolder) -> None:
 
 @dataclass(frozen=True)
 class _Row:
-    """The answers of one model, and how long it took them, by task."""
+    """The answers of one model, and how long they took, by task; and how far it has moved."""
 
     answers: dict[str, Answers]
     seconds: dict[str, float]
+    drift: dict[str, dict[str, tuple[float, int]]] = field(default_factory=dict)
+    drift_seconds: float = 0.0
 
 
 class _Sequence:
@@ -192,6 +198,16 @@ class _Sequence:
         self._log_start()
         learner = TaskLearner(setup)
         frozen, text_inputs = learner.frozen, learner.text_inputs
+        samples = [limited(task, IMAGES) for task in tasks]
+        words = (setup.vocabulary or imagenet_vocabulary()).words if ZERO_SHOT in frozen else ()
+        self.drift = Drift(
+            setup.model,
+            frozen.get(ZERO_SHOT),
+            samples,
+            [test_loader(setup, sample) for sample in samples],
+            words,
+            setup.world,
+        )
         self.saves.of_run(
             lambda in_task: run_state(
                 setup,
@@ -290,6 +306,10 @@ class _Sequence:
         # The weights after so many tasks: their checkpoint is written when their features are
         # known to be sound, and before the row that speaks of them.
         (row,) = self._evaluate([learned], [self._head()])
+        if learned:
+            started = time.perf_counter()
+            drift = self.drift.of(self.statistics)
+            row = replace(row, drift=drift, drift_seconds=time.perf_counter() - started)
         if learned and self.setup.config.save_checkpoints:
             self._save(learned, row)
         name = self.setup.tasks[learned - 1].name if learned else ZERO_SHOT_ROW
@@ -400,6 +420,17 @@ class _Sequence:
         folder = self.setup.folder
         if folder is None:
             return
+        for name, values in row.drift.items():
+            for metric, (value, n) in values.items():
+                folder.record(
+                    after_task=after_task,
+                    eval_dataset=name,
+                    value=value,
+                    n=n,
+                    seconds=row.drift_seconds,
+                    step=self.steps,
+                    metric=metric,
+                )
         folder.add_answers(after_task, row.answers, seconds=row.seconds, step=self.steps)
         shown = ", ".join(f"{name} {each.accuracy:.1f}" for name, each in row.answers.items())
         seen = folder.class_incremental.after.get(after_task)

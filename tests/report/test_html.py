@@ -109,6 +109,24 @@ def test_images_show_what_was_said(whole: Path) -> None:
     assert text.count('alt="A test image of &lt;img src=x onerror=alert(2)&gt;"') == 2
 
 
+def test_how_far_the_model_has_moved(whole: Path) -> None:
+    assert "How far the model has moved" not in page_of(whole)
+    results = whole / "results.jsonl"
+    first = json.loads(results.read_text().splitlines()[0])
+    with results.open("a") as lines:
+        for metric, after, name, value in (
+            ("word_agreement", "digits", "digits", 87.5),
+            ("word_agreement", "digits", "flags", 93.75),
+            ("mean_distance", "digits", "digits", 0.0123),
+        ):
+            new = {"metric": metric, "after_task": after, "eval_dataset": name, "value": value}
+            lines.write(json.dumps(first | new) + "\n")
+    page = Page(page_of(whole))
+    columns = page.rows[0][1:-1]
+    for values in ({"digits": "87.5", "flags": "93.8"}, {"digits": "0.0123"}):
+        assert ["digits", *(values.get(column, "") for column in columns)] in page.rows
+
+
 def test_times(whole: Path) -> None:
     # A first step that is slow is one of 15 here.
     slow = {"loading": 1.0, "gradients": 0.231}

@@ -102,7 +102,15 @@ def test_every_method_leaves_a_complete_folder(
         for after, of_seen in (("colours", 15), ("shades", 25))
         for data, n in (("colours", 15), ("shades", 10), ("all-seen", of_seen))
     ]
-    assert len(seen) + len(evaluations) + len(heads) == len(every)
+    drift = [e for e in every if e.metric in ("word_agreement", "mean_distance")]
+    assert len(seen) + len(evaluations) + len(heads) + len(drift) == len(every)
+    with_original = name not in ("zero_shot", "finetune", "wise_ft", "lwf", "lwf_vr")
+    assert [(e.after_task, e.eval_dataset) for e in drift if e.metric == "word_agreement"] == [
+        (after, data) for after in header[1:] * with_original for data in header[1:]
+    ]
+    assert [(e.after_task, e.eval_dataset) for e in drift if e.metric == "mean_distance"] == [
+        ("colours", "colours"), ("shades", "colours"), ("shades", "shades")
+    ] * trains  # fmt: skip
     assert [(e.after_task, e.eval_dataset, e.n) for e in seen] == [
         ("colours", "all-seen", 15), ("shades", "all-seen", 25)
     ]  # fmt: skip
