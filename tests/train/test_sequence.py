@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import fnmatch
 import functools
 import json
 import logging
@@ -37,7 +38,7 @@ from mulki.train.learning.inputs import StepReport, TaskInputs, Training
 from mulki.train.saving import recovery
 from mulki.train.saving.checkpoints import publish, save_weights
 from tests import ROOT
-from tests.train.run_helpers import SHORT, Run, options_of, weights
+from tests.train.run_helpers import SHORT, Run, checkpoint_hashes, options_of, weights
 from tests.train.saving.test_resuming import stop_at
 from tests.train_helpers import COLOURS, Calls, same_state, state_of, write_task
 
@@ -217,6 +218,7 @@ def test_same_seed_same_bits_other_seed_other_weights(run: Run, augment: str) ->
     )
     assert rows_of(one) == rows_of(two)
     assert same_state(weights(one), weights(two))
+    assert checkpoint_hashes(one) == checkpoint_hashes(two)
     assert not same_state(weights(one), weights(other))
 
 
@@ -241,6 +243,10 @@ def test_a_process_of_its_own_gives_the_same_bits(
     there = RunFolder.open(tmp_path / "there")
     assert rows_of(here) == rows_of(there)
     assert same_state(weights(here), weights(there))
+    hashes = checkpoint_hashes(here)
+    assert hashes == checkpoint_hashes(there)
+    kinds = ("task_0*", "class_statistics_task_0*", "latest/*.safetensors", "latest/*.json")
+    assert [len(fnmatch.filter(hashes, kind)) for kind in kinds] == [2, 2, 2, 1]
 
 
 @pytest.mark.parametrize("augment", ["none", "crop"])
