@@ -217,7 +217,7 @@ def row_loss(
         uniform = g * smoothing / class_count
         loss = tl.where(ignored, 0.0, loss * known)
         scale_gradient = tl.where(ignored, 0.0, g * scale_gradient)
-        weights = (g / sums[0],)
+        weights = (tl.where(ignored, 0.0, g / sums[0]),)
     if LOSS == "teacher_kl":
         scores, kls, student_means = (), (), ()
         for k in tl.static_range(K):
@@ -285,4 +285,6 @@ def logit_gradient(vs, active, columns, target, scales, tops, of_g, factor, LOSS
     if LOSS == "cross_entropy":
         is_target = columns[None, :] == target[:, None]
         g -= (factor * uniform)[:, None] + tl.where(is_target, (factor * at_target)[:, None], 0.0)
+        # An ignored row has no gradient, whatever it holds; a weight that is NaN is not zero.
+        active = active & (weights[0] != 0)[:, None]
     return tl.where(active, g, 0.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -82,6 +84,20 @@ def test_small_and_large_float16_gradients_keep_their_precision(size, plan, take
 
     monkeypatch.setattr(sums.Factors, "of", without_bound)
     assert not error(backward(case, upstream)[1], want[1]) <= 2e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("plan", PLANS, ids=named)
+def test_ignored_rows_that_are_not_finite(plan, value, dtype, take):
+    take(plan)
+    case = make("ce_all", dtype)
+    total, (want, *_), _ = reduced(case)
+    args = list(case.args)
+    args[0] = torch.where((args[3] == -100)[:, None], value, args[0])
+    assert not args[0].isfinite().all()
+    again, (dx, *_), _ = reduced(Case(case.op, tuple(args)))
+    assert torch.equal(again, total) and torch.equal(dx, want)
 
 
 def test_a_row_that_one_tile_holds_is_read_once(monkeypatch):
