@@ -34,7 +34,7 @@ GZIP = b"\x1f\x8b"
 _IMAGES = frozenset({"jpeg", "jpg", "png", "webp"})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """A file in a tar: its name and where its bytes lie."""
 
@@ -253,7 +253,8 @@ def read_samples(file: BinaryIO) -> Samples:
     """
     samples: Samples = {}
     with tarfile.open(fileobj=file, mode="r:") as tar:
-        for entry in tar:
+        while entry := tar.next():
+            tar.members.clear()  # type: ignore[attr-defined]  # else it keeps them all
             folder, slash, base = entry.name.rpartition("/")
             key, _, suffix = base.partition(".")
             if entry.isfile():

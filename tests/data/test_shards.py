@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import pickle
 import tarfile
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mulki.data.embedded import embedded_root, embedded_sequence
-from mulki.data.shards import open_pack, open_shard
+from mulki.data.shards import open_pack, open_shard, read_samples
 from mulki.errors import InputError
 from tests.data.data_helpers import encoded, picture, write_shard
 
@@ -243,3 +244,20 @@ def test_bundled_pack_random_access_equals_reading_through() -> None:
         assert np.array_equal(
             images.load(index), Image.open(io.BytesIO(wanted[index][0])).convert("RGB")
         )
+
+
+def test_members_take_little_memory() -> None:
+    """tarfile keeps 390 bytes for each beside."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        for number in range(4000):
+            for suffix in ("png", "cls"):
+                tar.addfile(tarfile.TarInfo(f"{number:07d}.{suffix}"))
+    content.seek(0)
+    tracemalloc.start()
+    try:
+        samples = read_samples(content)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(samples) == 4000 and peak < 500 * 8000
