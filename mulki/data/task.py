@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -77,7 +78,7 @@ class Task:
             raise InputError(f"{where}: {len(self.classes)} class(es); at least two are needed")
         if any(not c.strip() for c in self.classes):
             raise InputError(f"{where}: a class name is empty; give every class a name")
-        twice = sorted({c for c in self.classes if self.classes.count(c) > 1})
+        twice = sorted(name for name, count in Counter(self.classes).items() if count > 1)
         if twice:
             raise InputError(f'{where}: class "{twice[0]}" occurs twice; rename or merge the two')
         check_templates(self.templates, where)
