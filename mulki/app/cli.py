@@ -63,10 +63,24 @@ def run_command(argv: Sequence[str]) -> int:
         _print_error(f"{where}{error.strerror or error}")
         return 1
     except Exception as error:
+        if _says_no_memory(error):
+            # As on a full disk, out.log of a run has the traceback.
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            _print_error(
+                f"out of memory ({reason}); end other programs, or lower --batch-size or "
+                "--micro-batch"
+            )
+            return 1
         if _is_one_of_several():
             # The traceback that follows does not say whose it is.
             _print_error(f"{type(error).__name__}: {error}")
         raise
+
+
+def _says_no_memory(error: Exception) -> bool:
+    # torch has a type of its own for accelerators, and none for the memory of the CPU.
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _print_error(message: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from mulki import __version__
 from mulki.app.cli import run_command
@@ -185,6 +186,34 @@ def test_a_full_disk_is_one_line(
     place = Path("logs") / "first" / "recovery"
     assert one_line(capsys).startswith(f"mulki: error: {place}")
     assert read_matrix(task.parent / "logs" / "first" / "matrix.csv").zero_shot is not None
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "MemoryError"),
+        (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: 9 bytes"), "9 bytes"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried 9 GiB"), "memory. Tried 9 GiB"),
+    ],
+)
+def test_no_memory_is_one_line(
+    command: Callable[..., int],
+    task: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    said: str,
+) -> None:
+    """There is none for the save, and none for the save at the end either."""
+    from mulki.train.saving import recovery
+
+    def fails(*given: object) -> None:
+        raise error
+
+    monkeypatch.setattr(recovery, "write_state", fails)
+    assert command("mine", "--iterations", "3", "--save-every", "2", "--name", "first") == 1
+    line = one_line(capsys)
+    assert line.startswith("mulki: error: out of memory (") and f"{said}); end other" in line
 
 
 def test_interrupt_outside_a_run(

@@ -173,8 +173,8 @@ class Saves:
                 yield step
         except BaseException as error:
             if whole and self._world.size == 1:
-                # The error that ends the run counts, not one more.
-                with contextlib.suppress(OSError, InputError):
+                # The error that ends the run counts, not one more, such as no memory again.
+                with contextlib.suppress(Exception):
                     self.save(state())
             raise error
 
