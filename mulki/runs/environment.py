@@ -47,6 +47,17 @@ def environment(hashes: Mapping[str, object] | None = None) -> dict[str, object]
     }
 
 
+def changes_since(known: Mapping[str, object]) -> list[str]:
+    """What of all that rounds results is not as in an ``env.json``: "threads: 2, before 4"."""
+    now = environment()
+    names = ("mulki", "torch", "open_clip", "cpu", "threads", "cuda", "devices")
+    return [
+        f"{name}: {now[name]}, before {known[name]}"
+        for name in names
+        if name in known and known[name] != now[name]
+    ]
+
+
 def _processes() -> int:
     import torch.distributed as dist
 

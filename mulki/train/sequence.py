@@ -27,8 +27,10 @@ from mulki.methods import ZERO_SHOT
 from mulki.report import write_report
 from mulki.runs.answers import Answers, read_answers
 from mulki.runs.catalog import write_examples, write_tasks
+from mulki.runs.environment import changes_since
 from mulki.runs.folder import RunFolder
 from mulki.runs.metrics import ZERO_SHOT as ZERO_SHOT_ROW
+from mulki.runs.reading import read_json
 from mulki.train.config.run_config import Settings
 from mulki.train.config.tasks import needs_of
 from mulki.train.display.outline import amounts, plan, prepared_images, rows
@@ -228,6 +230,7 @@ class _Sequence:
             done = self.steps + (in_task["steps"] if in_task else 0)
             self._skip(done)
             _log.info("goes on after %d tasks and %d steps", self.learned, done)
+            self._tell_changes()
         self._check_answers()
         if not method.trains:
             # A model that does not learn is evaluated once, for all rows.
@@ -253,6 +256,13 @@ class _Sequence:
             self.saves.save()
             self.signals.raise_pending()
             self._finish(index + 1)
+
+    def _tell_changes(self) -> None:
+        folder = self.setup.folder
+        if folder is None:
+            return
+        if changes := changes_since(read_json(folder.path / "env.json")):
+            _log.warning("results may be rounded otherwise from here on (%s)", "; ".join(changes))
 
     def _check_answers(self) -> None:
         # A run that goes on needs none of them, so damage is no reason to end it.
