@@ -15,6 +15,7 @@ from tests.train.run_helpers import check_same
 from tests.train.test_killed import Killed, needs_fork, runs
 
 pytestmark = needs_fork
+CALLS, ALLOCATIONS = "fail_system_call", "fail_allocation"
 ERRORS = (errno.ENOSPC, errno.EIO)
 
 
@@ -35,20 +36,27 @@ def faulty(
 @pytest.fixture(scope="module")
 def untouched(faulty: Killed) -> tuple[Path, int]:
     """The folder of a run without a fault, and how many of its calls could have failed."""
-    status, calls = faulty.run("whole", fault=(0, 0))
+    status, calls = faulty.run("whole", counted=CALLS, at=(0, 0))
     assert status == 0 and calls > 100
     return Path(faulty.options["logs"]) / "whole", calls
 
 
-def check_fault(faulty: Killed, whole: Path, number: int) -> None:
-    code = ERRORS[number % len(ERRORS)]
-    folder = whole.parent / f"fault-{number}"
-    error = folder.with_name(f"{folder.name}.error")
-    status, _ = faulty.run(folder.name, fault=(number, code))
-    assert status in (0, 1), f"call {number}: status {status}"
+@pytest.fixture(scope="module")
+def allocations(faulty: Killed) -> int:
+    """In how many places of a run memory could have run out while it saves."""
+    status, places = faulty.run("allocations", counted=ALLOCATIONS)
+    assert status == 0 and places > 1000
+    return places
+
+
+def check_fault(faulty: Killed, whole: Path, counted: str, number: int, *error: int) -> None:
+    folder = whole.parent / f"{counted}-{number}"
+    status, _ = faulty.run(folder.name, counted=counted, at=(number, *error))
+    assert status in (0, 1), f"{counted} {number}: status {status}"
     if status == 1:
-        text = error.read_text()
-        assert text.startswith(("OSError: ", "InputError: ")) and len(text.splitlines()) == 1, text
+        text = folder.with_name(f"{folder.name}.error").read_text()
+        meant = "MemoryError: " if counted == ALLOCATIONS else "OSError: "
+        assert text.startswith((meant, "InputError: ")) and len(text.splitlines()) == 1, text
     if folder.is_dir():
         read_state(folder)  # raises where the last save is damaged
     faulty.finish(folder.name)
@@ -61,7 +69,7 @@ def test_a_call_that_fails(faulty: Killed, untouched: tuple[Path, int]) -> None:
     folder, calls = untouched
     number = calls // 2
     print(f"call {number} of {calls} fails")
-    check_fault(faulty, folder, number)
+    check_fault(faulty, folder, CALLS, number, errno.ENOSPC)
 
 
 @pytest.mark.long
@@ -70,4 +78,26 @@ def test_calls_all_over_a_run_that_fail(faulty: Killed, untouched: tuple[Path, i
     folder, calls = untouched
     for number in range(10, calls + 1, 60):
         print(f"call {number} of {calls} fails")
-        check_fault(faulty, folder, number)
+        check_fault(faulty, folder, CALLS, number, ERRORS[number % len(ERRORS)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [0.3, 0.6])
+def test_memory_that_runs_out_while_a_run_saves(
+    faulty: Killed, untouched: tuple[Path, int], allocations: int, part: float
+) -> None:
+    folder, _ = untouched
+    number = round(part * allocations)
+    print(f"allocation {number} of {allocations} fails")
+    check_fault(faulty, folder, ALLOCATIONS, number)
+
+
+@pytest.mark.long
+def test_memory_that_runs_out_all_over_a_run(
+    faulty: Killed, untouched: tuple[Path, int], allocations: int
+) -> None:
+    """In one place of sixty: all take an hour."""
+    folder, _ = untouched
+    for number in range(30, allocations + 1, 60):
+        print(f"allocation {number} of {allocations} fails")
+        check_fault(faulty, folder, ALLOCATIONS, number)

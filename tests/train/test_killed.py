@@ -34,16 +34,20 @@ class Killed:
         name: str,
         *,
         resume: bool = False,
-        events: int | None = None,
-        fault: tuple[int, int] | None = None,
+        counted: str = "kill_at_event",
+        at: Sequence[int] = (),
         after: float | None = None,
         sent: Sequence[int] = (signal.SIGKILL,),
     ) -> tuple[int, int]:
-        """Exit status and number of events; the run gets the signals `sent` after some seconds."""
+        """Exit status and count; the run gets the signals `sent` after some seconds.
+
+        Args:
+            counted, at: see `killed_runs.py`.
+        """
         assert self.process.stdin is not None and self.process.stdout is not None
         options = self.options | {"name": name}
         folder = str(Path(options["logs"]) / name) if resume else None
-        asked = {"options": options, "resume": folder, "events": events, "fault": fault}
+        asked = {"options": options, "resume": folder, "counted": counted, "at": at}
         self.process.stdin.write(json.dumps(asked) + "\n")
         self.process.stdin.flush()
         child = int(self.process.stdout.readline())
@@ -146,7 +150,7 @@ def test_asked_to_end_at_a_random_moment(
 
 def check_killed_at(killed: Killed, whole: Path, event: int) -> None:
     name = f"event-{event}"
-    assert killed.run(name, events=event)[0] == -signal.SIGKILL
+    assert killed.run(name, at=[event])[0] == -signal.SIGKILL
     killed.finish(name)
     check_same(whole.parent / name, whole)
     shutil.rmtree(whole.parent / name)
