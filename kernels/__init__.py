@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mulki.ops import toolchain
+from mulki.ops import prepared, toolchain
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)  # the first with bfloat16 and tf32 on tensor cores
@@ -69,10 +69,9 @@ def _missing(asked: torch.device) -> str | None:
 def kernel(op: str) -> Callable[..., Any]:
     """The function of `op`, on the device of its tensors; ask `why_not` first."""
     function = getattr(importlib.import_module(f"{__name__}.{op}"), op)
-    current_device = importlib.import_module(f"{__name__}.launch").current_device
 
     def on_its_device(x: Any, request: Any) -> tuple[torch.Tensor, ...]:
-        with current_device(x[0].device):
+        with prepared.current_device(x[0].device):
             return function(x, request)
 
     return on_its_device

@@ -1,22 +1,25 @@
 """Launches a kernel on the current device and stream. All launches go here.
 
-`Repeated` launches a kernel again and again, where arguments differ in counts alone. `multiply`
-launches a matrix product of the library that torch calls (cuBLAS, hipBLAS). `recording` collects
-what operators launch instead of launching it. The operators then run on tensors of the
-device "meta": `benchmarks/kernels/ahead_of_time.py` compiles what a GPU would have been given, and
+`Repeated` launches a kernel again and again, where arguments differ in counts alone, and small
+calls keep their launches for later calls (`mulki.ops.prepared`). `multiply` launches a matrix
+product of the library that torch calls (cuBLAS, hipBLAS). `recording` collects what operators
+launch instead of launching it. The operators then run on tensors of the device "meta":
+`benchmarks/kernels/ahead_of_time.py` compiles what a GPU would have been given, and
 `python -m benchmarks.kernels plan` counts it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
+
+from mulki.ops import prepared
 
 from . import common
 
@@ -46,13 +49,7 @@ class Product(NamedTuple):
 _recorded: list[Launch | Product] | None = None
 
 
-def launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    warps: int,
-    stages: int,
-    **arguments: Any,
-) -> Any:
+def launch(kernel: Any, grid: tuple[int, ...], warps: int, stages: int, **arguments: Any) -> Any:
     """Launch `kernel` over `grid`, unless launches are being recorded.
 
     Returns:
@@ -62,7 +59,21 @@ def launch(
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, options))
         return None
-    return kernel[grid](**arguments, **options)
+    recorder = prepared.recorder()
+    if recorder is None:
+        return kernel[grid](**arguments, **options)
+    with recorder.paused():
+        compiled = kernel[grid](**arguments, **options)
+    if isinstance(compiled, CompiledKernel):
+        names = (parameter.name for parameter in kernel.params)
+        recorder.launched(compiled[(*grid, 1, 1)[:3]], [arguments[name] for name in names])
+        return compiled
+
+    def run(*values: Any) -> None:
+        kernel[grid](**dict(zip(arguments, values, strict=True)), **options)
+
+    recorder.launched(run, list(arguments.values()))
+    return compiled
 
 
 class Repeated:
@@ -75,12 +86,7 @@ class Repeated:
     """
 
     def __init__(
-        self,
-        kernel: Any,
-        grid: tuple[int, ...],
-        warps: int,
-        stages: int,
-        **arguments: Any,
+        self, kernel: Any, grid: tuple[int, ...], warps: int, stages: int, **arguments: Any
     ) -> None:
         self._launch = partial(launch, kernel, grid, warps, stages)
         self._kernel, self._grid = kernel, grid
@@ -91,7 +97,7 @@ class Repeated:
         """Launch with these counts, which are not negative."""
         self._arguments.update(counts)
         fits = max(counts.values()) <= INT32  # beyond, a count is of another type
-        if fits and self._run is not None:
+        if fits and self._run is not None and prepared.recorder() is None:
             self._run(*self._arguments.values())
             return
         compiled = self._launch(**self._arguments)
@@ -119,15 +125,6 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def current_device(device: torch.device | None) -> AbstractContextManager[Any]:
-    """Makes `device` the current one. Triton launches there, wherever the tensors are."""
-    if device is not None and device.type == "cuda":
-        return torch.cuda.device(device)
-    if device is not None and device.type == "xpu":
-        return torch.xpu.device(device)
-    return nullcontext()
-
-
 @contextmanager
 def recording(architecture: str) -> Iterator[list[Launch | Product]]:
     """Collect the launches for `architecture`."""
@@ -137,7 +134,8 @@ def recording(architecture: str) -> Iterator[list[Launch | Product]]:
     _recorded = launches
     common.assume_architecture(architecture)
     try:
-        yield launches
+        with prepared.forbidden():
+            yield launches
     finally:
         _recorded = None
         common.assume_architecture(None)

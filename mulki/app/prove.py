@@ -320,9 +320,10 @@ def _gpu(device: str) -> tuple[str, Any]:
     """The architecture of a GPU, and what Triton compiles for there."""
     from triton.runtime import driver
 
-    from mulki.kernels import common, launch
+    from mulki.kernels import common
+    from mulki.ops import prepared
 
-    with launch.current_device(torch.device(device)):
+    with prepared.current_device(torch.device(device)):
         return common.architecture(torch.device(device)), driver.active.get_current_target()
 
 

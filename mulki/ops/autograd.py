@@ -11,7 +11,7 @@ gradient of its own: asking for one raises.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -31,11 +31,13 @@ def register(operator: Operator, factor_of_weights: float | None) -> None:
             None where there are no weights.
     """
     fields, leaves = operator.arguments._fields, operator.leaves
+    hints = get_type_hints(operator.arguments)
+    lists = [i for i, field in enumerate(fields) if hints[field] == Sequence[Tensor]]
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, request = operator.split(inputs)
         ctx.set_materialize_grads(False)
-        ctx.lists = {i: len(value) for i, value in enumerate(x) if isinstance(value, (list, tuple))}
+        ctx.lists = {i: len(x[i]) for i in lists}
         ctx.is_gradient = request.grad is not None
         if ctx.is_gradient:
             return
@@ -105,6 +107,10 @@ FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 def _save(ctx: Any, values: Sequence[Any]) -> None:
     # Tensors as autograd keeps them, also those in lists. Inference tensors, as frozen prototypes
     # and teachers may be, cannot be saved, only kept.
+    ctx.plain = None
+    if all(one is None or (isinstance(one, Tensor) and not one.is_inference()) for one in values):
+        ctx.save_for_backward(*values)
+        return
     ctx.plain = [list(value) if isinstance(value, (list, tuple)) else [value] for value in values]
     ctx.is_list = [isinstance(value, (list, tuple)) for value in values]
     ctx.at = []
@@ -119,6 +125,8 @@ def _save(ctx: Any, values: Sequence[Any]) -> None:
 
 
 def _saved(ctx: Any) -> list[Any]:
+    if ctx.plain is None:
+        return list(ctx.saved_tensors)
     values = [list(of_value) for of_value in ctx.plain]
     for (i, j), tensor in zip(ctx.at, ctx.saved_tensors, strict=True):
         values[i][j] = tensor

@@ -17,7 +17,7 @@ import importlib
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from mulki.ops import checks, proofs, torch_private
+from mulki.ops import checks, prepared, proofs, torch_private
 from mulki.ops.logits import autocasting
 from mulki.ops.operators import OPERATORS, Arguments, Operator, Request
 
@@ -70,6 +70,16 @@ class CppKernel:
         return self.overload(*x, *request)
 
 
+@dataclass(frozen=True)
+class TritonKernel:
+    """A kernel of kernels/, whose small calls are kept."""
+
+    function: Kernel
+
+    def __call__(self, x: Arguments, request: Request) -> tuple[Tensor, ...]:
+        return self.function(x, request)
+
+
 class Cpp:
     """The C++ kernels of csrc/, for CPU tensors."""
 
@@ -109,8 +119,7 @@ class Triton:
             return _reason(error)
 
     def kernel(self, op: str) -> Kernel:
-        found: Kernel = importlib.import_module("mulki.kernels").kernel(op)
-        return found
+        return TritonKernel(importlib.import_module("mulki.kernels").kernel(op))
 
 
 def _reason(error: Exception) -> str:
@@ -158,6 +167,14 @@ def call(operator: Operator, *args: Any) -> tuple[Tensor, ...]:
         RuntimeError, ValueError: see `kernel`.
     """
     x, request = operator.split(args)
+    known = None
+    if prepared.calls:  # then a Triton kernel has served
+        known = _key_of(operator, args)
+        kept = prepared.calls.get(known[0])
+        if callable(kept):
+            if x[0].is_cpu:
+                check(operator, x, request, values=request.grad is None)  # it reads values
+            return prepared.again(kept, known[1])
     # Before its gradients are asked for, the values were read in the forward pass.
     check(operator, x, request, values=request.grad is None)
     features, prototypes = x[:2]
@@ -168,11 +185,19 @@ def call(operator: Operator, *args: Any) -> tuple[Tensor, ...]:
     gradients = any(request.wanted) if sized else None
     device = str(features.device) if sized else kind
     found = kernel(operator.name, device, features.dtype, size, gradients)
+    if isinstance(found, TritonKernel):
+        key, _ = known or _key_of(operator, args)
+        found = functools.partial(prepared.noted, key, found)
     if not autocasting(kind):
         return found(x, request)
     # Operands are rounded before the operator; inside, autocast would round the logits.
     with torch.autocast(kind, enabled=False):
         return found(x, request)
+
+
+def _key_of(operator: Operator, args: Sequence[Any]) -> tuple[prepared.Key, list[Tensor]]:
+    # All that the choice of a kernel depends on, and what the kernels do.
+    return prepared.key_of(args, operator.name, _setting(), *proofs.settings())
 
 
 def check(operator: Operator, x: Arguments, request: Request, values: bool) -> None:
@@ -270,6 +295,7 @@ def _setting() -> str:
 def forget_choices() -> None:
     """Choose anew at the next calls: a proof was made, or the environment has changed."""
     _kernels.clear()
+    prepared.forget()
 
 
 def instead_of_triton(device_type: str) -> str:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mulki import kernels
+from mulki.ops import prepared
 from mulki.ops.operators import OPERATORS, Request
 
 
@@ -137,10 +138,9 @@ def operands(n, p, d=64, dtype=torch.bfloat16):
 
 
 def test_the_device_of_the_tensors_is_made_the_current_one_once(launches, monkeypatch):
-    launch = importlib.import_module("mulki.kernels.launch")
-    noted, usual = [], launch.current_device
+    noted, usual = [], prepared.current_device
     monkeypatch.setattr(
-        launch, "current_device", lambda device: (noted.append(device), usual(device))[1]
+        prepared, "current_device", lambda device: (noted.append(device), usual(device))[1]
     )
     assert len(launches("contrastive", *operands(300, 300))) > 3
     assert noted == [torch.device("meta")]

@@ -226,7 +226,7 @@ def test_what_triton_does_not_take(monkeypatch):
     kernels.kernel = lambda op: len
     kernels.why_not = lambda op, device_type, dtype: f"no {op} on {device_type}"
     assert triton.why_not("siglip", "cuda", FULL) == "no siglip on cuda"
-    assert triton.kernel("siglip") is len
+    assert triton.kernel("siglip").function is len
     assert "TRITON_INTERPRET" in triton.why_not("siglip", "cpu", FULL)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert triton.why_not("siglip", "cpu", FULL) == "no siglip on cpu"
