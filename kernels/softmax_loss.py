@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mulki.ops import prepared
+
 from . import common, results, schedule, whole_rows
 from .chunks import BlockKernel, Blocks, OperandGradients, row_programs
 from .common import ceil_div
@@ -262,7 +264,8 @@ def compute(
     rows: Rows, request: Request, leaves: Sequence[Tensor], details: Sequence[Tensor] = ()
 ) -> tuple[Tensor, ...]:
     """The results of an operator, of at least one row."""
-    plan = schedule.plan(schedule.Problem.of(rows.models, any(request.wanted[:2]), whole=True))
+    whole = not prepared.is_capturing()  # which saves the host launches, and no time of the GPU
+    plan = schedule.plan(schedule.Problem.of(rows.models, any(request.wanted[:2]), whole=whole))
     function = whole_rows.compute if plan.schedule == "rows" else _in_blocks
     of_operands = function(rows, request.wanted, results.dtype(request, leaves[0]), plan)
     assert rows.outputs.loss is not None

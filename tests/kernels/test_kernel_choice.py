@@ -211,3 +211,15 @@ def test_launches_of_every_operator_can_be_recorded():
     for (_, number_format), names in kernels_of.items():
         assert names == ({"scaled", "whole_rows"} if number_format == "fp16" else everywhere)
     assert len(kernels_of) == 10
+
+
+def test_in_a_cuda_graph_the_library_multiplies(launches, monkeypatch):
+    """What saves the host launches takes longer on the GPU."""
+    rest = meta(64, dtype=torch.int64), None, 0.0, -100
+    for capturing, wanted in ((False, "whole_rows"), (True, "stored_rows")):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(
+            torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing
+        )
+        made = launches("prototype_cross_entropy", *operands(64, 100, 512), *rest)
+        assert wanted in [one.kernel.__name__ for one in made]
