@@ -76,8 +76,7 @@ class Blocks:
         """Y of every model, which the next block takes the memory of."""
         columns, size = block[2:], (block.last - block.first, block.stop - block.start)
         if columns not in self._prototypes:
-            views = [w[block.start : block.stop].mT for _, w in self.models]
-            self._prototypes[columns] = views
+            self._prototypes[columns] = [w[block.start : block.stop].mT for _, w in self.models]
         if size not in self._logits:
             self._logits[size] = [y[: size[0], : size[1]] for y in self.of_models]
         for (x, _), w, y in zip(
@@ -121,12 +120,13 @@ class OperandGradients:
         once: tuple[bool, bool],  # whether dX and dW are one product for each of their rows
     ) -> None:
         self.model, self.dtype, self.factors = model, dtype, factors
-        # What is one product, and has its factors, may be rounded at once.
+        # What has its factors may be rounded: one product at once, a sum of some at its end.
+        rounded = dtype if factors.largest is None else torch.float32
+        self.parts = rounded != torch.float32 and not once[0]  # of dX, in float32
+        self.of_rows: Tensor | None = None
         self.sums = [
-            t.new_empty(t.shape, dtype=dtype if one and factors.largest is None else torch.float32)
-            if want
-            else None
-            for t, want, one in zip(model, wanted, once, strict=False)
+            t.new_empty(t.shape, dtype=rounded if one else torch.float32) if want else None
+            for t, want, one in zip(model, wanted, (True, once[1]), strict=False)
         ]
 
     def add(self, g: Tensor, block: Block) -> None:
@@ -135,8 +135,14 @@ class OperandGradients:
         g = g[: block.last - block.first, : block.stop - block.start]
         of_x, of_w = self.sums
         if of_x is not None:
-            to = of_x[block.first : block.last]
-            multiply(g, w[block.start : block.stop], to, add=block.start > 0)
+            to = rows = of_x[block.first : block.last]
+            if self.parts:
+                if self.of_rows is None:
+                    self.of_rows = common.empty_float32(x, *to.shape)
+                rows = self.of_rows[: len(to)]
+            multiply(g, w[block.start : block.stop], rows, add=block.start > 0)
+            if self.parts and block.stop == len(w):
+                to.copy_(rows)
         if of_w is not None:
             to = of_w[block.start : block.stop]
             multiply(g.mT, x[block.first : block.last], to, add=block.first > 0)

@@ -64,16 +64,13 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def upcast(models: Sequence[Model]) -> bool:
     """Whether kernels convert operands to float32 as they load them.
 
     Triton's interpreter takes the bits of a bfloat16 for an integer and computes with that.
     """
-    return interpreted() and models[0].features.dtype == torch.bfloat16
+    bfloat16 = models[0].features.dtype == torch.bfloat16
+    return bfloat16 and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 _assumed: str | None = None

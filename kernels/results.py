@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mulki.ops.logits import waiting
+
 from . import common, sums
 from .sums import Factors
 
@@ -32,7 +34,7 @@ def inverse_count(request: Request, n: int) -> float:
 
 def dtype(request: Request, operand: Tensor) -> torch.dtype:
     """That of the gradient of X or W."""
-    return torch.float32 if request.grad is None else operand.dtype
+    return waiting(operand) if request.grad is None else operand.dtype
 
 
 def returned(

@@ -12,8 +12,7 @@ each: K + 1 for the logits, 2 for the gradients, and K + 1 more in the last.
 
 The times are a model, not measured: products at a share of a peak, bytes at a share of a bandwidth,
 and launches. They are those of one GPU for all, so that plans, and with them sums, are the same on
-all cards of an architecture.
-What fits its L2 is read and written at its rate. `benchmarks.kernels plan` takes the same model.
+all cards of an architecture, and in `benchmarks.kernels plan`. What fits L2 is read at its rate.
 """
 
 from __future__ import annotations

@@ -174,13 +174,13 @@ def _times(grad: Tensor, stored: Tensor, leaf: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         product: Tensor = _OPS.scaled(grad, stored, leaf)
         return product
-    if stored.dtype == leaf.dtype:
+    if stored.dtype == leaf.dtype == grad.dtype:
         return stored * grad
     # One launch without a float32 copy. A transform cannot write to a given tensor, and a compiler
     # makes one launch of both operations itself.
     if torch_private.is_plain(grad):
-        return _scaled(grad, stored, leaf)
-    return (stored * grad).to(leaf.dtype)
+        return scaled(grad, stored, leaf)
+    return (stored.to(grad.dtype) * grad).to(leaf.dtype)
 
 
 def refuse_double_backward(op: str, what: str) -> None:
@@ -199,7 +199,10 @@ def _refusal(what: str) -> str:
     )
 
 
-def _scaled(grad: Tensor, stored: Tensor, like: Tensor) -> Tensor:
+def scaled(grad: Tensor, stored: Tensor, like: Tensor) -> Tensor:
+    """grad * stored in the dtype of `like`, by one operation, and rounded once."""
+    if grad.ndim == 0:  # a number would be rounded to the dtype of `stored` first
+        grad = grad.reshape((1,) * stored.ndim)
     return torch.mul(stored, grad, out=torch.empty_like(stored, dtype=like.dtype))
 
 
@@ -209,6 +212,6 @@ def _scaled_fake(grad: Tensor, stored: Tensor, like: Tensor) -> Tensor:
 
 # grad * stored in the dtype of `like`: the backward of an operator that stored its gradients.
 PUBLIC.define("scaled(Tensor grad, Tensor stored, Tensor like) -> Tensor", tags=TAGS)
-PUBLIC.impl("scaled", _scaled, "CompositeExplicitAutograd")
+PUBLIC.impl("scaled", scaled, "CompositeExplicitAutograd")
 torch.library.register_fake("mulki::scaled", _scaled_fake, lib=PUBLIC)
 refuse_double_backward("scaled", "a loss of mulki")

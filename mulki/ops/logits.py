@@ -20,6 +20,17 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def waiting(leaf: Tensor) -> torch.dtype:
+    """The dtype of its gradient beside a sum, until that is multiplied by the upstream gradient.
+
+    float16 is wide: a loss scaler must act before a gradient is rounded. bfloat16 has the range of
+    float32, and stays, but for the CPU, where gradients of 1 are handed over as they are.
+    """
+    if leaf.dtype == torch.bfloat16 and leaf.device.type != "cpu":
+        return leaf.dtype
+    return wide(leaf.dtype)
+
+
 def logits(
     features: Tensor,  # [N, D]
     prototypes: Tensor,  # [P, D]

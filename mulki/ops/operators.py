@@ -23,8 +23,7 @@ class Request(NamedTuple):
 
     # The upstream gradient, of the shape of the loss. With it there are gradients alone, in the
     # dtypes of the leaves; loss and details come back empty, [0]. Without it they are those of the
-    # sum of the loss, and wide (`mulki.ops.logits`): a loss scaler must act before a gradient is
-    # rounded to half precision.
+    # sum of the loss, in a dtype in which they wait for it (`mulki.ops.logits.waiting`).
     grad: Tensor | None
     reduction: str  # over the rows: "none", "sum" or "mean"
     wanted: Sequence[bool]  # of which leaves there are gradients; others come back empty, [0]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mulki.ops import checks, contrastive, direct, teacher_kl
 from mulki.ops.arguments import refuse_transforms, rounded, scalar
-from mulki.ops.autograd import refuse_double_backward
+from mulki.ops.autograd import refuse_double_backward, scaled
 from mulki.ops.contrastive import Contrastive
 from mulki.ops.gates import Weighting
 from mulki.ops.logits import Operands, wide
@@ -113,7 +113,7 @@ def _gradients(stored: Sequence[Tensor], *args: Any) -> tuple[Tensor, ...]:
     # A GPU is waited for here, so `mulki.losses` asks for both losses in one on the CPU alone.
     if grad[0] == grad[1]:
         return tuple(
-            (grad[0] * gradient).to(leaf.dtype) if want else leaf.new_empty(0)
+            scaled(grad[0], gradient, leaf) if want else leaf.new_empty(0)
             for leaf, gradient, want in zip(x[:3], stored, wanted, strict=True)
         )
     found: tuple[Tensor, ...] = torch.ops.mulki.pair_kl(*x, grad, reduction, wanted)[-3:]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mulki.ops import torch_private
-from mulki.ops.logits import wide
+from mulki.ops.logits import waiting, wide
 from mulki.ops.operators import Arguments, Operator, Request
 
 
@@ -22,9 +22,10 @@ def run(operator: Operator, x: Arguments, request: Request) -> tuple[Tensor, ...
         # The mean over no rows has a gradient, zero.
         return total if count is None else total / torch.clamp(count, min=1), tuple(details)
 
+    dtypes = [waiting(leaf) if grad is None else leaf.dtype for leaf in leaves]
+    gradients = [leaf.new_empty(0, dtype=d) for leaf, d in zip(leaves, dtypes, strict=True)]
     if not any(wanted):
         loss, details = loss_of(*leaves)
-        gradients = [_nothing(leaf, grad) for leaf in leaves]
     else:
         if grad is None:
             leaves = tuple(leaf.to(wide(leaf.dtype)) for leaf in leaves)
@@ -40,18 +41,12 @@ def run(operator: Operator, x: Arguments, request: Request) -> tuple[Tensor, ...
             return loss_of(*values)
 
         loss, pull, details = torch_private.vjp(of_asked, *(leaves[i] for i in asked))
-        found = iter(pull(torch.ones_like(loss) if grad is None else grad.to(loss.dtype)))
-        gradients = [
-            next(found).contiguous() if want else _nothing(leaf, grad)
-            for leaf, want in zip(leaves, wanted, strict=True)
-        ]
+        found = pull(torch.ones_like(loss) if grad is None else grad.to(loss.dtype))
+        for i, gradient in zip(asked, found, strict=True):
+            gradients[i] = gradient.to(dtypes[i]).contiguous()
     if count is not None:
         loss = loss / torch.clamp(count, max=1)
     if grad is not None:
         # Gradients alone.
         loss, details = loss.new_empty(0), tuple(one.new_empty(0) for one in details)
     return loss, *details, *gradients
-
-
-def _nothing(leaf: Tensor, grad: Tensor | None) -> Tensor:
-    return leaf.new_empty(0, dtype=wide(leaf.dtype) if grad is None else leaf.dtype)

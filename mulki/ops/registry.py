@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mulki.ops import autograd, backends, checks, namespaces
-from mulki.ops.logits import wide
+from mulki.ops.logits import waiting, wide
 from mulki.ops.operators import OPERATORS, Operator, Shape
 
 KEYS = ("CPU", "CUDA", "XPU", "MPS")
@@ -86,7 +86,7 @@ def _fake(operator: Operator, *args: Any) -> tuple[Tensor, ...]:
     gradients = (
         leaf.new_empty(
             leaf.shape if asked else (0,),
-            dtype=wide(leaf.dtype) if request.grad is None else leaf.dtype,
+            dtype=waiting(leaf) if request.grad is None else leaf.dtype,
         )
         for leaf, asked in zip(x[: operator.leaves], request.wanted, strict=True)
     )

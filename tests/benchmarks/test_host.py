@@ -40,7 +40,10 @@ def test_memory_is_taken_once_for_all_chunks(operator):
         with host.idle(BLOCKS), Operations() as operations:
             call()
         noted.append(operations.names)
-    assert noted[0] == noted[1] and len(noted[0]) > 3
+    # The sum of parts of rows of dX is rounded once all are there.
+    few, many = ([name for name in names if name != "copy_"] for names in noted)
+    assert few == many and len(few) > 3
+    assert noted[1].count("copy_") <= 640 // BLOCKS.rows + 1
 
 
 def launched(operator, n, plan, monkeypatch):

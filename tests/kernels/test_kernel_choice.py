@@ -9,10 +9,12 @@ import sys
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from mulki import kernels
-from mulki.ops import prepared
+from mulki.ops import backends, prepared
 from mulki.ops.operators import OPERATORS, Request
+from tests.kernels.triton_cases import make
 
 
 @pytest.fixture
@@ -223,3 +225,25 @@ def test_in_a_cuda_graph_the_library_multiplies(launches, monkeypatch):
         )
         made = launches("prototype_cross_entropy", *operands(64, 100, 512), *rest)
         assert wanted in [one.kernel.__name__ for one in made]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["ce", "kl", "pairs", "contrastive", "siglip"])
+def test_gradients_wait_in_the_dtype_that_every_backend_has(name, dtype):
+    """bfloat16 has the range of float32. The library writes it where a gradient is one product."""
+    pytest.importorskip("triton", reason="needs Triton, which this installation has not")
+    launch = importlib.import_module("mulki.kernels.launch")
+    case = make(name, dtype, 6)
+    values = tree_map_only(torch.Tensor, lambda t: t.to("meta"), case.args)
+    of_operands = torch.float32 if dtype == torch.float16 else dtype
+    wanted = [of_operands] * 2 + [torch.float32] * (case.leaves - 2)
+    request = Request(None, "mean", [True] * case.leaves)
+    x = OPERATORS[case.op].arguments(*values)
+    with launch.recording("sm_90") as made:
+        found = [kernels.kernel(case.op)(x, request)]
+    found.append(backends.BACKENDS["chunked"].kernel(case.op)(x, request))
+    found.append(getattr(torch.ops.mulki, case.op)(*x, *request))
+    for one in found:
+        assert [gradient.dtype for gradient in one[-case.leaves :]] == wanted
+    *_, of_prototypes = (one.out.dtype for one in made if isinstance(one, launch.Product))
+    assert of_prototypes == of_operands

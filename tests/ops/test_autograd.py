@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mulki import ops
-from mulki.ops import backends, torch_private
+from mulki.ops import autograd, backends, torch_private
 from mulki.ops.gates import Weighting
 from tests.ops.op_cases import (
     LOSSES,
@@ -60,6 +60,15 @@ def differentiable(name: str, form: str, dtype=torch.float32, wanted=None) -> tu
         wanted = [leaf.requires_grad for leaf in case.args[: case.leaves]]
         case = asking(case, "reduced", wanted)
     return case, leaves
+
+
+def test_an_upstream_gradient_is_not_rounded_to_a_stored_dtype():
+    stored, grad = torch.linspace(1, 2, 300).bfloat16().view(3, 100), torch.tensor(0.7003)
+    wanted = (stored.float() * grad).bfloat16()
+    assert torch.equal(autograd._times(grad, stored, stored), wanted)
+    assert not torch.equal(stored * grad.bfloat16(), wanted)
+    with torch.enable_grad():
+        assert torch.equal(autograd._times(grad, stored, stored), wanted)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -157,21 +157,26 @@ def contrastive(operator: Operator, x: Contrastive, request: Request) -> tuple[T
     """The results of `mulki.ops.contrastive`."""
     models = [Products(x.image_features, x.text_features)]
     upstream, count = results.upstream_of_rows(request), results.rows_of_mean(operator, x, request)
-    gradients = Gradients(models[0], request, results.bound(x.image_features, upstream))
+    gain = results.upstream_of_all(x, request, count)
+    bound = results.bound(x.image_features, upstream)
+    gradients = Gradients(models[0], request, x.logit_scale, gain, bound)
     passes = _Passes(models, x.logit_scale, gradients)
     softmaxes = _Softmaxes.empty(x.logit_scale, 1, 1.0, len(x.image_features))
     passes.include(softmaxes)
     if gradients.any:
         whole: Tensor | float = 1.0 if upstream is None else upstream
         passes.add_gradients([_Term(softmaxes, (whole / 2, whole / 2))], whole)
-    found = gradients.finished(x.logit_scale, results.upstream_of_all(x, request, count))
-    return results.returned(request, count, -_log_likelihood(softmaxes), (), found)
+    return results.returned(request, count, -_log_likelihood(softmaxes), (), gradients.finished())
 
 
 def pair_kl(operator: Operator, x: PairKl, request: Request) -> tuple[Tensor, ...]:
     """The results of `mulki.ops.pair_kl`."""
     models = of_models(x[:3], x.teacher_image_features, x.teacher_text_features)
-    gradients = Gradients(models[0], request, _bound(x, request))
+    count = results.rows_of_mean(operator, x, request)
+    # Upstream gradients of two losses are in G.
+    of_all = request._replace(grad=None) if x.labels else request
+    gain = results.upstream_of_all(x, of_all, count)
+    gradients = Gradients(models[0], request, x.logit_scale, gain, _bound(x, request))
     scales = torch.cat([x.logit_scale.reshape(1), x.teacher_scales]) / x.temperature
     # Logits of the labels' loss at another temperature are one more copy.
     copies = _COPIES + (x.labels and x.temperature != 1)
@@ -191,7 +196,6 @@ def pair_kl(operator: Operator, x: PairKl, request: Request) -> tuple[Tensor, ..
             [weights_of(gate, side.own, softmaxes.log_of_own(side)[1:]) for side in softmaxes.sides]
         )
     t2 = x.temperature**2 if x.scale_by_t2 else 1.0
-    count = results.rows_of_mean(operator, x, request)
     if gradients.any:
         to_labels, to_teachers = _upstream(x, request)
         factors = weights * (to_teachers * (_factor(x) / 2))
@@ -199,9 +203,7 @@ def pair_kl(operator: Operator, x: PairKl, request: Request) -> tuple[Tensor, ..
         if of_labels is not None:
             terms.append(_Term(of_labels, (to_labels / 2, to_labels / 2)))
         passes.add_gradients(terms, None if of_labels is None else to_labels)
-    # Upstream gradients of two losses are in G.
-    of_all = request._replace(grad=None) if x.labels else request
-    found = gradients.finished(x.logit_scale, results.upstream_of_all(x, of_all, count))
+    found = gradients.finished()
     kl = kl * t2
     rows = (weights * kl).sum(1).sum(0) / 2
     if of_labels is not None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mulki.ops.logits import Operands, wide
+from mulki.ops.logits import Operands, waiting, wide
 from mulki.ops.operators import Request
 
 _DEFAULT = {"cpu": 16}  # mebibytes; on the CPU what lies in the caches is faster
@@ -134,17 +134,30 @@ class Gradients:
 
     Args:
         request: which of the three are wanted, in which dtype.
+        scale: s.
+        gain: g.
         bound: no |G| is larger; None for 1. It is used in float16 alone.
     """
 
-    def __init__(self, products: Products, request: Request, bound: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        products: Products,
+        request: Request,
+        scale: Tensor,
+        gain: Tensor | float,
+        bound: Tensor | None = None,
+    ) -> None:
         x, w, dtype = products.x, products.w, products.dtype
-        self._products = products
+        self._products, self._scale, self._gain = products, scale, gain
         self._to_x, self._to_w, self._to_scale = request.wanted[:3]
         self.any = any(request.wanted[:3])
-        self._dtype = dtype if request.grad is None else x.dtype
-        takes_x = self._to_x or self._to_scale
-        self._of_x = x.new_empty(x.shape, dtype=dtype) if takes_x else None
+        self._dtype = waiting(x) if request.grad is None else x.dtype
+        # Rows of dX in another dtype are finished a block of rows at a time.
+        self._finishes_rows = self._to_x and self._dtype != dtype
+        self._of_x: Tensor | None = None
+        if self._to_x or self._to_scale:
+            self._of_x = x.new_empty(x.shape, dtype=self._dtype if self._to_x else dtype)
+        self._of_rows: Tensor | None = None
         self._of_w = w.new_empty(w.shape, dtype=dtype) if self._to_w else None
         self._half = x.dtype if products.rounds_g else None
         self._factor: Tensor | float = 1.0
@@ -158,23 +171,33 @@ class Gradients:
             g = torch.mul(g, self._factor, out=torch.empty_like(g, dtype=self._half))
         if self._of_x is not None:
             of_x = self._of_x[rows]
+            if self._finishes_rows:
+                if columns.start == 0:
+                    self._of_rows = torch.empty_like(of_x, dtype=self._products.dtype)
+                assert self._of_rows is not None
+                of_x = self._of_rows
             self._products.of_x(g, columns, of_x, columns.start > 0)
-            if self._to_scale and columns.stop == len(self._products.w):
-                self._of_scale.append((self._products.rows(rows) * of_x).sum())
+            if columns.stop == len(self._products.w):
+                if self._to_scale:
+                    self._of_scale.append((self._products.rows(rows) * of_x).sum())
+                if self._finishes_rows:
+                    torch.mul(of_x, self._whole_factor()[1], out=self._of_x[rows])
         if self._of_w is not None:
             self._products.of_w(g, rows, self._of_w[columns], rows.start > 0)
 
-    def finished(self, scale: Tensor, gain: Tensor | float) -> list[Tensor]:
-        """dX, dW and ds; empty where not wanted.
-
-        Args:
-            scale: s.
-            gain: g.
-        """
+    def _whole_factor(self) -> tuple[Tensor | float, Tensor]:
+        # What is left of g, and s times that.
+        gain = self._gain
         if self._half == torch.float16:
             gain = gain / self._factor
-        factor = scale * gain
-        of_x = self._scaled(self._of_x if self._to_x else None, factor)
+        return gain, self._scale * gain
+
+    def finished(self) -> list[Tensor]:
+        """dX, dW and ds; empty where not wanted."""
+        scale, (gain, factor) = self._scale, self._whole_factor()
+        of_x = self._of_x
+        if of_x is None or not self._finishes_rows:
+            of_x = self._scaled(of_x if self._to_x else None, factor)
         if self._to_x and self._products.kept is not None:
             of_x.masked_fill_(~self._products.kept, 0)
         of_scale = scale.new_empty(0)

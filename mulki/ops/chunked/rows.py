@@ -203,18 +203,18 @@ def teacher_kl(operator: Operator, x: TeacherKl, request: Request) -> tuple[Tens
     """The results of `mulki.ops.teacher_kl`."""
     upstream, count = results.upstream_of_rows(request), results.rows_of_mean(operator, x, request)
     loss = _Kl(x, upstream)
-    gradients = Gradients(loss.models[0], request, results.bound(x.features, upstream, x.weights))
+    t2 = x.temperature**2 if x.scale_by_t2 else 1.0
+    gain = results.upstream_of_all(x, request, count) * (t2 / x.temperature)
+    bound = results.bound(x.features, upstream, x.weights)
+    gradients = Gradients(loss.models[0], request, x.scale, gain, bound)
     _run(loss, gradients)
     own, other, weights = (
         torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         for parts in zip(*loss.found, strict=True)
     )
-    t2 = x.temperature**2 if x.scale_by_t2 else 1.0
     kl = (own - other) * t2
     details = results.of_teachers(kl, weights, -own)
-    gain = results.upstream_of_all(x, request, count) * (t2 / x.temperature)
-    found = gradients.finished(x.scale, gain)
-    return results.returned(request, count, (weights * kl).sum(0), details, found)
+    return results.returned(request, count, (weights * kl).sum(0), details, gradients.finished())
 
 
 @compilable
@@ -310,8 +310,8 @@ def cross_entropy(
     if upstream is not None:
         upstream = upstream.where(x.target != x.ignore_index, 0)
     loss = _CrossEntropy(x, upstream)
-    gradients = Gradients(loss.models[0], request, results.bound(x.features, upstream))
+    gain, bound = results.upstream_of_all(x, request, count), results.bound(x.features, upstream)
+    gradients = Gradients(loss.models[0], request, x.scale, gain, bound)
     _run(loss, gradients)
     rows = torch.cat(loss.found) * loss.kept.squeeze(1)
-    found = gradients.finished(x.scale, results.upstream_of_all(x, request, count))
-    return results.returned(request, count, rows, (), found)
+    return results.returned(request, count, rows, (), gradients.finished())

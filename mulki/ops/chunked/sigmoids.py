@@ -31,7 +31,9 @@ def siglip(operator: Operator, x: Siglip, request: Request) -> tuple[Tensor, ...
     """The results of `mulki.ops.siglip`."""
     model = Products(x.image_features, x.text_features)
     upstream, count = results.upstream_of_rows(request), results.rows_of_mean(operator, x, request)
-    gradients = Gradients(model, request, results.bound(x.image_features, upstream))
+    gain = results.upstream_of_all(x, request, count)
+    bound = results.bound(x.image_features, upstream)
+    gradients = Gradients(model, request, x.logit_scale, gain, bound)
     of_bias = request.wanted[3]
     blocks = Blocks.of([model], _COPIES, gradients.any)
     logits = Logits([model], blocks, 1)
@@ -54,7 +56,6 @@ def siglip(operator: Operator, x: Siglip, request: Request) -> tuple[Tensor, ...
                 total += u.sum()
             if gradients.any:
                 gradients.add(u, rows, columns)
-    gain = results.upstream_of_all(x, request, count)
-    found = gradients.finished(x.logit_scale, gain)
+    found = gradients.finished()
     found.append(total * gain if of_bias else total.new_empty(0))
     return results.returned(request, count, losses, (), found)

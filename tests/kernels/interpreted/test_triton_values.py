@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mulki.kernels import common
+from mulki.kernels import common, results, schedule
 from tests.kernels.triton_cases import LOSSES, NAMES, Case, make, pair_kl, teacher_kl
 from tests.kernels.triton_helpers import (
     TOLERANCE,
@@ -123,6 +123,23 @@ def test_reduced_gradients_of_halves_do_not_underflow(name):
     assert gradients[0].abs().max() < 1e-7
     assert all(g.dtype == torch.float32 for g in made)
     all_close(made[:2], gradients[:2], TOLERANCE[torch.float16])
+
+
+@pytest.mark.parametrize(
+    "plan", [None, schedule.Plan("chunks", 8, 35), schedule.Plan("blocks", 8, 16)]
+)
+@pytest.mark.parametrize("name", ["ce_all", "kl_weights", "siglip"])
+def test_gradients_that_wait_in_bfloat16_are_rounded_once(name, plan, monkeypatch):
+    """As on a GPU, in one chunk and in several."""
+    if plan is not None:
+        monkeypatch.setattr(schedule, "plan", lambda problem: plan)
+    case = make(name, torch.bfloat16)
+    _, wide, _ = reduced(case)
+    monkeypatch.setattr(results, "waiting", lambda leaf: leaf.dtype)
+    _, found, _ = reduced(case)
+    assert [g.dtype for g in found[:3]] == [torch.bfloat16] * 2 + [torch.float32]
+    all_close(found[:2], wide[:2], TOLERANCE[torch.bfloat16])
+    assert torch.equal(found[2], wide[2])
 
 
 @pytest.mark.parametrize("name", ["ce", "kl"])
