@@ -31,7 +31,16 @@ from mulki import Similarity, functional, kernels
 from mulki.kernels.common import ceil_div, next_power_of_2
 from mulki.kernels.launch import Launch, Product, recording
 from mulki.kernels.schedule import TILE, padded_operations
-from mulki.ops import autograd, backends, direct, operators, siglip, torch_private, use_backend
+from mulki.ops import (
+    autograd,
+    backends,
+    direct,
+    operators,
+    prepared,
+    siglip,
+    torch_private,
+    use_backend,
+)
 
 # Operations that launch nothing, beside views.
 _FREE = (
@@ -84,10 +93,17 @@ class Counts:
         return self.bytes + sum(one.again for one in self.work)
 
 
-def counts(operator: str, n: int, p: int, d: int, number_format: str) -> Counts:
-    """Of a step by our kernels, from the public function to the gradients of its leaves."""
+def counts(
+    operator: str, n: int, p: int, d: int, number_format: str, in_graph: bool = False
+) -> Counts:
+    """Of a step by our kernels, from the public function to the gradients of its leaves.
+
+    Args:
+        in_graph: what a CUDA graph has of it.
+    """
     step = step_of(operator, n, p, d, number_format)
-    with precision("sm_90", number_format), recording("sm_90") as launches, on_meta():
+    captured = mock.patch.object(prepared, "is_capturing", lambda: in_graph)
+    with precision("sm_90", number_format), recording("sm_90") as launches, on_meta(), captured:
         extra = _observed(step, launches)
     work = tuple(one if isinstance(one, Work) else _work(one, 2 * n * p * d) for one in launches)
     return Counts(work, sum(one.operations for one in work) / (2 * n * p * d), extra)

@@ -247,3 +247,26 @@ def test_gradients_wait_in_the_dtype_that_every_backend_has(name, dtype):
         assert [gradient.dtype for gradient in one[-case.leaves :]] == wanted
     *_, of_prototypes = (one.out.dtype for one in made if isinstance(one, launch.Product))
     assert of_prototypes == of_operands
+
+
+@pytest.mark.parametrize("wanted", [(1, 1, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1)])
+@pytest.mark.parametrize(("name", "p"), [("ce", 35), ("ce", 1000), ("kl", 35), ("kl", 1000)])
+def test_no_product_is_formed_that_nobody_wants(name, p, wanted):
+    pytest.importorskip("triton", reason="needs Triton, which this installation has not")
+    launch = importlib.import_module("mulki.kernels.launch")
+    whole_rows = importlib.import_module("mulki.kernels.whole_rows")
+    case = make(name, torch.bfloat16, 16, p, 64)
+    x = OPERATORS[case.op].arguments(
+        *tree_map_only(torch.Tensor, lambda t: t.to("meta"), case.args)
+    )
+    with launch.recording("sm_90") as made:
+        kernels.kernel(case.op)(x, Request(None, "mean", list(map(bool, wanted))))
+    products = [tuple(one.out.shape) for one in made if isinstance(one, launch.Product)]
+    if p == 35:  # with those of the kernel, which writes dX itself
+        (whole,) = (o.arguments for o in made if getattr(o, "kernel", 0) is whole_rows.whole_rows)
+        of_whole = [whole[name] is not None for name in ("dx_ptr", "g_ptr")]
+        assert of_whole == list(wanted[:2])
+        assert products == [(p, 64)] * wanted[1]
+    else:
+        models = 3 if name == "kl" else 1
+        assert products == [(16, p)] * models + [(16, 64)] * wanted[0] + [(p, 64)] * wanted[1]
