@@ -86,6 +86,8 @@ class Plan:
             ("tests", 0.20, self._tests, no_gpu),
             ("memcheck", 0.08, self._sanitized("memcheck"), no_sanitizer),
             ("racecheck", 0.07, self._sanitized("racecheck"), no_sanitizer),
+            ("consan", 0.05, self._instrumented("consan"), no_gpu),
+            ("fpsan", 0.05, self._instrumented("fpsan"), no_gpu),
             ("largest", 0.07, self._largest, no_suite),
             ("more", 1.00, self._timed("more"), no_suite),
             ("tables", KEPT, self._tables, no_csv),
@@ -177,6 +179,12 @@ class Plan:
         if self.machine.rehearsal:
             sanitizer = [PYTHON, "-m", "benchmarks.gpu.rehearsal", "sanitizer"]
         return lambda seconds: {tool: [*alone, *sanitizer, *options, *self._small(seconds)]}
+
+    def _instrumented(self, mode: str) -> Callable[[float], Commands]:
+        # Triton's own: "consan" stops at an access to shared memory that was not waited for, "fpsan"
+        # computes with integers, whose sums are the same in any order.
+        instrumented = ["env", f"TRITON_INSTRUMENTATION_MODE={mode}"]
+        return lambda seconds: {mode: [*instrumented, *self._small(seconds), "--twice"]}
 
     def _proof(self, seconds: float) -> Commands:
         limit = f"{seconds:.0f}"

@@ -72,7 +72,7 @@ def test_a_rehearsal_runs_every_step(tmp_path: Path) -> None:
     assert took < 2 * 120, "more than two minutes of two cores"
     assert done.stdout.endswith(text)
     lines = text.splitlines()
-    assert lines[0].startswith("benchmarks/gpu.sh on no GPU, a rehearsal: 1 warning, 11 ok, 1 skip")
+    assert lines[0].startswith("benchmarks/gpu.sh on no GPU, a rehearsal: 1 warning, 13 ok, 1 skip")
     found = {line[13:25].strip(): line[:11].strip() for line in lines[2:] if line[0] != " "}
     steps = module("plan").Plan(machine(), tmp_path).steps(400.0)
     assert found == dict.fromkeys([one.name for one in steps], "ok") | {
@@ -104,7 +104,7 @@ def test_without_a_gpu_it_says_what_it_skipped_and_why(tmp_path: Path) -> None:
     text = (tmp_path / "summary.txt").read_text()
     assert done.returncode == 0 and done.stdout.endswith(text), done.stdout + done.stderr
     lines = text.splitlines()
-    assert lines[0].startswith("benchmarks/gpu.sh on no GPU: 1 ok, 12 skipped in ")
+    assert lines[0].startswith("benchmarks/gpu.sh on no GPU: 1 ok, 14 skipped in ")
     for name in (
         "schedules",
         "tests",
@@ -113,6 +113,8 @@ def test_without_a_gpu_it_says_what_it_skipped_and_why(tmp_path: Path) -> None:
         "memcheck",
         "proof",
         "racecheck",
+        "consan",
+        "fpsan",
         "largest",
     ):
         at = next(i for i, line in enumerate(lines) if line.split()[:2] == ["skipped", name])
@@ -201,6 +203,10 @@ def test_the_commands_ask_for_what_there_is(
     assert sanitized[:5] == ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "/bin/cs", "--tool"] + [
         "racecheck"
     ]
+    for mode in ("consan", "fpsan"):
+        (instrumented,) = steps[mode].commands(30.0).values()
+        assert instrumented[:2] == ["env", f"TRITON_INSTRUMENTATION_MODE={mode}"]
+        assert instrumented[-1] == "--twice"
     (proof,) = steps["proof"].commands(60.0).values()
     assert proof[1:] == ["-m", "mulki", "prove", "--limit", "60"]
 
