@@ -42,8 +42,7 @@ def why_not(op: str, device: str, dtype: torch.dtype) -> str | None:
         if os.environ.get("TRITON_INTERPRET") != "1":
             return "runs on CPU tensors in Triton's interpreter alone; set TRITON_INTERPRET=1"
         return None
-    asked = torch.device(device)
-    return _missing(asked) or "; ".join(toolchain.missing()) or None
+    return _missing(torch.device(device)) or "; ".join(toolchain.missing()) or None
 
 
 def _missing(asked: torch.device) -> str | None:

@@ -74,23 +74,24 @@ def pair_rows(
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < n
+    total = tl.cast(n, tl.int64)  # whose statistics may be more than 2^31
     loss = tl.zeros([ROWS], tl.float32)
     for m in tl.static_range(MODELS):
         of_model = scale_ptr if m == 0 else teacher_scales_ptr + (m - 1)
         _, c, _ = absolute_scale(of_model, inverse_temperature)
         for side in tl.static_range(2):
-            at = state_ptr + (side * MODELS + m) * 5 * n + rows
+            at = state_ptr + (side * MODELS + m) * 5 * total + rows
             top = tl.load(at, mask=inside, other=0.0)
-            log_sum = tl.log(tl.load(at + n, mask=inside, other=1.0))
-            to = lse_ptr + ((side * MODELS + m) * n + rows) * 2
+            log_sum = tl.log(tl.load(at + total, mask=inside, other=1.0))
+            to = lse_ptr + ((side * MODELS + m) * total + rows) * 2
             tl.store(to, c * top, mask=inside)
             tl.store(to + 1, log_sum, mask=inside)
             if sides_ptr is None:
                 # The largest logit is subtracted before the own one is: large ones do not cancel.
-                loss += log_sum - c * (tl.load(at + 4 * n, mask=inside, other=0.0) - top)
+                loss += log_sum - c * (tl.load(at + 4 * total, mask=inside, other=0.0) - top)
     if sides_ptr is not None:
         loss = tl.load(sides_ptr + rows, mask=inside, other=0.0)
-        loss += tl.load(sides_ptr + n + rows, mask=inside, other=0.0)
+        loss += tl.load(sides_ptr + total + rows, mask=inside, other=0.0)
     tl.store(loss_ptr + rows, 0.5 * loss, mask=inside)
 
 

@@ -122,8 +122,7 @@ def softplus(u):
 
 
 def siglip(x: Siglip, request: Request) -> tuple[Tensor, ...]:
-    n, p, wanted = len(x.image_features), len(x.text_features), request.wanted
-    leaves = x[:4]
+    leaves, n, p, wanted = x[:4], len(x.image_features), len(x.text_features), request.wanted
     if n == 0 or p == 0:
         return results.of_nothing(request, leaves, (n,))
     model = Model.of(x.image_features, x.text_features)

@@ -264,7 +264,8 @@ def compute(
     rows: Rows, request: Request, leaves: Sequence[Tensor], details: Sequence[Tensor] = ()
 ) -> tuple[Tensor, ...]:
     """The results of an operator, of at least one row."""
-    whole = not prepared.is_capturing()  # which saves the host launches, and no time of the GPU
+    spills = common.architecture(leaves[0].device).startswith("gfx1")  # registers, on AMD's RDNA
+    whole = not spills and not prepared.is_capturing()  # a graph saves the host launches, too
     plan = schedule.plan(schedule.Problem.of(rows.models, any(request.wanted[:2]), whole=whole))
     function = whole_rows.compute if plan.schedule == "rows" else _in_blocks
     of_operands = function(rows, request.wanted, results.dtype(request, leaves[0]), plan)

@@ -158,7 +158,7 @@ def scaled(
         inside = (at >= 0) & (at < sizes[i])
         value = tl.load(in_ptrs[i] + at, mask=inside, other=0.0) * factor
         tl.store(out_ptrs[i] + at, value.to(out_ptrs[i].dtype.element_ty), mask=inside)
-        block -= tl.cdiv(sizes[i], BLOCK)
+        block -= tl.cdiv(tl.cast(sizes[i], tl.int64), BLOCK)  # near 2^31 one more would overflow
 
 
 def _block(n: int) -> dict[str, int]:

@@ -181,8 +181,8 @@ class Plan:
         return lambda seconds: {tool: [*alone, *sanitizer, *options, *self._small(seconds)]}
 
     def _instrumented(self, mode: str) -> Callable[[float], Commands]:
-        # Triton's own: "consan" stops at an access to shared memory that was not waited for, "fpsan"
-        # computes with integers, whose sums are the same in any order.
+        # Triton's own: "consan" stops where shared memory was not waited for, "fpsan" computes with
+        # integers, whose sums are the same in any order.
         instrumented = ["env", f"TRITON_INSTRUMENTATION_MODE={mode}"]
         return lambda seconds: {mode: [*instrumented, *self._small(seconds), "--twice"]}
 

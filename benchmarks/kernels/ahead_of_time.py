@@ -34,6 +34,7 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx1100": GPUTarget("hip", "gfx1100", 32),
 }
 # Name: dtype of operands, input_precision of tl.dot on NVIDIA's and on AMD's GPUs.
 NUMBER_FORMATS = {

@@ -99,6 +99,17 @@ def assembly(variant: Variant) -> str:
     return _text(_compile(variant))
 
 
+def ir(variant: Variant) -> str:
+    """Triton's first representation, in which offsets have their types."""
+    text: str = _compile(variant).asm["ttir"]
+    return text
+
+
+def sass(variant: Variant) -> str:
+    """The machine code of NVIDIA's GPU, by nvdisasm."""
+    return _printed(knobs.nvidia.nvdisasm.path, _compile(variant).asm["cubin"], "-c")
+
+
 def _text(compiled: triton.compiler.CompiledKernel) -> str:
     text: str = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
     return text
@@ -110,17 +121,21 @@ def _compile(variant: Variant) -> triton.compiler.CompiledKernel:
 
 
 def _nvidia_usage(cubin: bytes) -> tuple[int, int, None]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "kernel.cubin")
-        with open(path, "wb") as file:
-            file.write(cubin)
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", path]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    printed = _printed(knobs.nvidia.cuobjdump.path, cubin, "--dump-resource-usage")
     found = re.findall(r"\bREG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", printed)
     if len(found) != 1:
         raise RuntimeError(f"cuobjdump: wanted the resources of one kernel, got {printed!r}")
     registers, stack, local = map(int, found[0])
     return registers, stack + local, None
+
+
+def _printed(tool: str, cubin: bytes, option: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.cubin")
+        with open(path, "wb") as file:
+            file.write(cubin)
+        command = [tool, option, path]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _amd_usage(assembly: str) -> tuple[int, int, int]:

@@ -10,10 +10,16 @@ from benchmarks.kernels.compiled import Compiled
 # Bytes of shared memory (LDS) of a program: "Technical Specifications per Compute Capability" in
 # NVIDIA's CUDA C++ Programming Guide, and the MI300 ISA guide. The compilers check none of them.
 # "sm_80" has that of sm_86, sm_89 and sm_120, which take the same tiles.
-SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-# Threads of a program: a launch of more fails. AMD's warps have 64 threads.
+SHARED = {
+    "sm_80": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "gfx942": 64 << 10,
+    "gfx1100": 64 << 10,
+}
+# Threads of a program: a launch of more fails. The warps of AMD's gfx9 have 64 threads.
 THREADS = 1024
-TENSOR_MEMORY = {"sm_80": 0, "sm_90": 0, "sm_100": 512, "gfx942": 0}
+TENSOR_MEMORY = {"sm_80": 0, "sm_90": 0, "sm_100": 512, "gfx942": 0, "gfx1100": 0}
 # Bytes of a thread's stack, where spilled registers go. In half precision none spills with Triton
 # 3.9; with 3.7 one kernel without products spills two registers. In float32 a few tiles spill two
 # or four registers, and up to ten where products take no tensor cores.

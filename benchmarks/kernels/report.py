@@ -16,12 +16,12 @@ from benchmarks.kernels.compiled import Compiled
 from benchmarks.kernels.limits import SHARED, multiplies
 
 HERE = Path(__file__).parent
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx1100")
 _WORDS = ("architecture", "number_format", "operator", "kernel", "tile", "identity", "instructions")
 INTRODUCTION = """\
 # The Triton kernels, compiled
 
-All variants of the Triton kernels, compiled for four architectures without a GPU. There are no
+All variants of the Triton kernels, compiled for five architectures without a GPU. There are no
 times here. `python -m benchmarks.kernels` writes this file, and `compiled.csv` with a line per
 variant; it ends with an error where a variant breaks a limit of `limits.py`. Tests compile a part
 again and compare.
@@ -52,7 +52,9 @@ def all_variants() -> list[Variant]:
 def compilers() -> str:
     """The versions of the compilers."""
     old, new = knobs.nvidia.ptxas.version, knobs.nvidia.ptxas_blackwell.version
-    return f"Triton {triton.__version__} (for gfx942 its own LLVM); ptxas {old} and {new}"
+    return (
+        f"Triton {triton.__version__} (for gfx942 and gfx1100 its own LLVM); ptxas {old} and {new}"
+    )
 
 
 def write(rows: Sequence[Compiled], path: Path) -> None:

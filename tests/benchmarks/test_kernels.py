@@ -17,6 +17,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 takes the place of the compilers", allow_module_level=True)
 
 import triton
+from triton import knobs
 
 from benchmarks.kernels.ahead_of_time import NUMBER_FORMATS, Variant, variants
 from benchmarks.kernels.compiled import (
@@ -25,6 +26,8 @@ from benchmarks.kernels.compiled import (
     assembly,
     compile_all,
     compile_variant,
+    ir,
+    sass,
     try_compile,
 )
 from benchmarks.kernels.limits import SHARED, WITHOUT_PRODUCTS, multiplies, violations
@@ -35,6 +38,8 @@ from mulki.kernels.softmax_loss import StoredTile
 from mulki.kernels.whole_rows import WholeTile
 
 RENEW = "run python -m benchmarks.kernels"
+#: Elsewhere the kernel of whole rows would spill, and the library multiplies.
+MULTIPLYING = [architecture for architecture in ARCHITECTURES if architecture != "gfx1100"]
 
 
 def sample() -> list[Variant]:
@@ -80,16 +85,15 @@ def broken(rows: list[Compiled]) -> dict[str, list[str]]:
 def test_compiled_kernels_keep_their_limits(compiled):
     assert broken(compiled) == {}
     seen = {(row.architecture, row.number_format, multiplies(row)) for row in compiled}
-    assert seen == {(a, n, m) for a in ARCHITECTURES for n in NUMBER_FORMATS for m in (True, False)}
+    wanted = {(a, n, False) for a in ARCHITECTURES for n in NUMBER_FORMATS}
+    assert seen == wanted | {(a, n, True) for a in MULTIPLYING for n in NUMBER_FORMATS}
     without = {row.kernel for row in compiled if not row.dots}
     assert without == WITHOUT_PRODUCTS
 
 
 def test_a_variant_of_each_kernel_compiles():
     """With the oldest Triton, too: make test-oldest leaves out what is slow."""
-    first = {}
-    for variant in variants("sm_90", "bf16"):
-        first.setdefault(variant.kernel.__name__, variant)
+    first = first_of_each("sm_90", "bf16")
     assert broken([compile_variant(variant) for variant in first.values()]) == {}
     assert len(first) == 9
 
@@ -106,6 +110,58 @@ def test_no_product_is_asynchronous(report):
     """Such as wgmma, whose operands compilers before ptxas 13.3 may write over while it reads."""
     wrong = ("wgmma", "tcgen05")
     assert not [row.name for row in report if any(name in row.instructions for name in wrong)]
+
+
+def first_of_each(architecture: str, number_format: str) -> dict[str, Variant]:
+    found: dict[str, Variant] = {}
+    for variant in variants(architecture, number_format):
+        found.setdefault(variant.kernel.__name__, variant)
+    return found
+
+
+def test_no_instruction_multiplies_asynchronously():
+    """The same in the machine's own code, by this Triton: nothing reads registers later."""
+    disassembler = getattr(knobs.nvidia, "nvdisasm", None)
+    if disassembler is None or not os.path.exists(disassembler.path):
+        pytest.skip("needs nvdisasm, which this Triton has not")
+    for architecture in ("sm_90", "sm_100"):
+        variant = first_of_each(architecture, "bf16")["whole_rows"]
+        names = set(
+            re.findall(r"^\s+/\*\w{4}\*/\s+(?:@!?U?P\w+ )?([A-Z]\w+)", sass(variant), re.MULTILINE)
+        )
+        assert "HMMA" in names, names
+        later = {"HGMMA", "QGMMA", "IGMMA", "BGMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA", "UTCOMMA"}
+        assert not names & later
+
+
+ARITHMETIC = r"= arith\.(\w+) (%[\w#]+), (%[\w#]+).* : (?:tensor<\S*xi32>|i32) loc"
+
+
+def of_32_bits(ttir: str) -> list[str]:
+    """Products in 32 bits, but for those of a program's number, or a loop's, with a constant."""
+    constants = set(re.findall(r"(%\w+) = arith\.constant", ttir))
+    numbers = set(re.findall(r"(%\w+) = tt\.get_program_id", ttir))
+    numbers |= set(re.findall(r"scf\.for (%\w+) =", ttir))
+    found = []
+    for match in re.finditer(ARITHMETIC, ttir):
+        name, operands = match[1], {match[2], match[3]}
+        small = operands & constants and operands & numbers
+        if name == "muli" and not small:
+            found.append(match[0])
+    return found
+
+
+def test_no_offset_is_a_product_of_32_bits():
+    """N P, P D, and the statistics of N rows may pass 2^31."""
+    kernels = first_of_each("sm_90", "bf16") | first_of_each("sm_90", "fp16")
+    assert {name: of_32_bits(ir(variant)) for name, variant in kernels.items()} == {
+        name: [] for name in WITHOUT_PRODUCTS | {"whole_rows"}
+    }
+    small = kernels["scaled"].signature | {"sizes": ("i32", "i32")}
+    assert not re.search(
+        ARITHMETIC.replace(r"(\w+)", "(addi|muli)", 1),
+        ir(replace(kernels["scaled"], signature=small)),
+    )
 
 
 def loops(ptx: str) -> list[str]:
@@ -244,7 +300,7 @@ def test_a_program_of_more_threads_than_a_gpu_takes_is_found(report):
     assert violations(replace(row, warps=32)) == ["2048 threads, limit 1024"]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", MULTIPLYING)
 def test_too_much_shared_memory_is_found(architecture):
     variant = one_of(architecture, "bf16", "whole_rows", "columns=256")
     wrong = compile_variant(changed(variant, {"num_stages": 5}, depth=128))
@@ -252,7 +308,7 @@ def test_too_much_shared_memory_is_found(architecture):
     assert wrong.shared > SHARED[architecture] and violations(wrong) == [problem]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", MULTIPLYING)
 def test_tf32_in_strict_float32_is_found(architecture):
     variant = one_of(architecture, "ieee", "whole_rows")
     assert violations(compile_variant(variant)) == []
