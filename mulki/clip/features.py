@@ -28,6 +28,10 @@ class Features:
             none or there are none. In one tensor, since losses take classes and anchors together
             and a copy of many anchors would cost as much as their logits.
         num_seen: S.
+        replay: features of R images of earlier tasks [R, D], and as its texts those of the task's
+            C classes and of S classes of earlier tasks [C + S, D]. None if the method replays none,
+            and in the first task. Of the student alone.
+        replay_target: [R] int64 in [0, C + S), the classes of these images.
 
     Examples:
         >>> import torch
@@ -44,6 +48,8 @@ class Features:
     reference: Features | None = None
     anchored: Tensor | None = None
     num_seen: int = 0
+    replay: Features | None = None
+    replay_target: Tensor | None = None
 
     def image_text(self) -> Similarity:
         """The class logits [B, C]."""

@@ -57,17 +57,17 @@ def limited(task: Task, count: int) -> Task:
     def limit(image_set: ImageSet) -> ImageSet:
         if isinstance(image_set, CaptionedImages):
             texts = [same_text(each[0]) for each in image_set.captions]
-            kept = sorted(_in_turns(texts)[: max(count, 2)])
+            kept = sorted(in_turns(texts)[: max(count, 2)])
             captions = tuple(image_set.captions[index] for index in kept)
             return CaptionedImages(Subset(image_set.images, kept), captions)
-        picked = _in_turns(image_set.targets)
+        picked = in_turns(image_set.targets)
         return Subset(image_set, sorted(picked[: max(count, len(set(image_set.targets)))]))
 
     return dataclasses.replace(task, train=limit(task.train), test=limit(task.test))
 
 
-def _in_turns(kinds: Sequence[Hashable]) -> list[int]:
-    # Places: the first of every kind, then the second, and so on.
+def in_turns(kinds: Sequence[Hashable]) -> list[int]:
+    """Places: the first of every kind, then the second, and so on."""
     by_kind: dict[Hashable, list[int]] = {}
     for index, kind in enumerate(kinds):
         by_kind.setdefault(kind, []).append(index)

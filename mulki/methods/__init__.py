@@ -20,6 +20,7 @@ from mulki.methods.base import (
     ZERO_SHOT,
     Method,
     Needs,
+    Replay,
     TaskStart,
 )
 
@@ -30,6 +31,7 @@ __all__ = [
     "ZERO_SHOT",
     "Method",
     "Needs",
+    "Replay",
     "TaskStart",
     "available",
     "get",

@@ -9,7 +9,7 @@ a task, add terms on parameters, change gradients before each step, act after it
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -27,6 +27,22 @@ def label_smoothing_option(default: float = 0.2) -> Any:
     """The field of a method's options for the label smoothing of its cross-entropy."""
     text = "label smoothing of the cross-entropy, in [0, 1]"
     return option(default, text, low=0, high=1, alias="--ls", of_classes=True)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Training images of earlier tasks that a method is shown again.
+
+    Args:
+        size: how many are kept, of all earlier tasks together.
+        choice: which ones, see `mulki.data.replay.kept_places`.
+        batch_size: how many of them come with each batch, in each process; None for as many as
+            there are images in it.
+    """
+
+    size: int
+    choice: str
+    batch_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +64,10 @@ class Needs:
             vocabulary), texts beyond the task's classes that each teacher encodes; see
             `Features.seen` and `Features.vocabulary`.
         student_anchors: whether the student encodes these texts too, with gradient.
+        replay: images of earlier tasks that the student encodes beside each batch, with gradient,
+            and the classes of these tasks; see `Features.replay`.
+        fisher: training images on which the Fisher information of the weights is measured at a
+            task's end, see `Method.keep_fisher`; 0 for none.
     """
 
     teachers: tuple[str, ...] = ()
@@ -58,19 +78,22 @@ class Needs:
     student_captions: bool = True
     anchors: tuple[str, ...] = ()
     student_anchors: bool = False
+    replay: Replay | None = None
+    fisher: int = 0
 
     def without_classes(self) -> Needs:
         """What is left of them in a task of captions: the teachers."""
-        return replace(self, prototypes=False, reference=False, anchors=(), student_anchors=False)
+        return Needs(self.teachers, captions=self.captions, student_captions=self.student_captions)
 
     @property
     def uses(self) -> tuple[str, ...]:
         """What goes beyond the images and class names of a task and the start model, in words."""
         images = "reference images and captions" if self.captions else "reference images"
         used = {
-            "class names of earlier tasks": SEEN in self.anchors,
+            "class names of earlier tasks": SEEN in self.anchors or self.replay is not None,
             "a vocabulary of words": VOCABULARY in self.anchors,
             images: self.reference,
+            "images of earlier tasks": self.replay is not None,
         }
         return tuple(words for words, needed in used.items() if needed)
 
@@ -130,6 +153,16 @@ class Method(nn.Module):
         Args:
             weights: of the start model, those that train, by name; not copies.
         """
+
+    def kept(self) -> dict[str, Tensor]:
+        """What later tasks need of those learned so far, beside the weights; nothing by default.
+
+        It lies beside each checkpoint, for a run that goes on after it.
+        """
+        return {}
+
+    def take_kept(self, kept: Mapping[str, Tensor]) -> None:
+        """Set what `kept` returned, on the CPU, in a run that goes on; before its first task."""
 
     def start_task(self, task: TaskStart) -> None:
         """Prepare a task. Called before its optimiser is made."""
@@ -196,6 +229,14 @@ class Method(nn.Module):
         """Called after optimiser step `step` of the task, counted from 1.
 
         Also after one whose update the guard against spikes has left out.
+        """
+
+    def keep_fisher(self, fisher: Mapping[str, Tensor]) -> None:
+        """Called after the last step, before `end_task`, if `Needs.fisher`.
+
+        Args:
+            fisher: the diagonal of the Fisher information of each trainable weight, by name, see
+                `mulki.train.learning.fisher`.
         """
 
     def end_task(self) -> None:

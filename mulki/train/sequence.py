@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from mulki.clip.evaluation import Evaluator, Loader, shared_classes
 from mulki.clip.head import ClassStatistics, Head, read_statistics, write_statistics
+from mulki.clip.tensor_files import load_tensors, save_tensors
 from mulki.console import Console
 from mulki.data import Task
 from mulki.data.loader import batches, dead_workers_named
@@ -23,7 +24,7 @@ from mulki.data.subset import limited
 from mulki.data.vocabulary import imagenet_vocabulary
 from mulki.distributed import launch
 from mulki.errors import InputError, ProcessLost, Stopped
-from mulki.methods import ZERO_SHOT
+from mulki.methods import ZERO_SHOT, Method
 from mulki.report import write_report
 from mulki.runs.answers import Answers, read_answers
 from mulki.runs.catalog import write_examples, write_tasks
@@ -41,7 +42,7 @@ from mulki.train.learning.anchor_texts import anchor_texts
 from mulki.train.learning.inputs import Listeners
 from mulki.train.learning.learn import steps_of
 from mulki.train.learning.training_set import class_moments
-from mulki.train.saving.checkpoints import publish, save_weights, statistics_of
+from mulki.train.saving.checkpoints import kept_of, publish, save_weights, statistics_of
 from mulki.train.saving.recovery import (
     TOO_FAST,
     Saves,
@@ -287,7 +288,20 @@ class _Sequence:
                 (row,) = self._evaluate([learned], [self._head()])
                 self._record(name, row)
         self._take_weights(goes_on.weights[earlier])
+        self._take_kept(kept_of(goes_on.weights[earlier]))
         self.learned = earlier
+
+    def _take_kept(self, file: Path) -> None:
+        if type(self.setup.method).take_kept is Method.take_kept:
+            return
+        if file.is_file():
+            self.setup.method.take_kept(load_tensors(file)[0])
+        else:
+            _log.warning(
+                "no %s: the earlier tasks were not learned by %s, which does not hold on to them",
+                file,
+                self.setup.config.method,
+            )
 
     def _take_weights(self, file: Path) -> None:
         # Of an earlier run, with the class statistics beside them.
@@ -474,9 +488,12 @@ class _Sequence:
             path = folder.checkpoint_path(learned, self.setup.tasks[learned - 1].name)
             save_weights(model, path, state, description)
             publish(model, path, folder.latest, whole, description)
-            if self.statistics.tasks:
-                for checkpoint in (path, folder.latest):
+            kept = {name: value.cpu() for name, value in self.setup.method.kept().items()}
+            for checkpoint in (path, folder.latest):
+                if self.statistics.tasks:
                     write_statistics(statistics_of(checkpoint), self.statistics)
+                if kept:
+                    save_tensors(kept_of(checkpoint), kept, {"format": "pt"})
 
 
 def test_loader(setup: Setup, task: Task) -> Loader:

@@ -9,6 +9,7 @@ from typing import Any
 from mulki.clip.models import VisionLanguageModel
 from mulki.clip.texts import TextInputs
 from mulki.data import Task
+from mulki.data.replay import ReplayImages, kept_places
 from mulki.methods import PREVIOUS, ZERO_SHOT, Needs
 from mulki.train import sharding
 from mulki.train.config.run_config import RunConfig
@@ -71,9 +72,19 @@ class TaskLearner:
         elif not first and PREVIOUS in frozen and saved is None:
             frozen[PREVIOUS].copy_from(setup.model)
         reference = setup.reference_of(task) if needs.reference else None
-        inputs = TaskInputs(index, task, frozen, reference, self._anchors(index, needs))
+        replay = self._replay(index, task, needs)
+        inputs = TaskInputs(index, task, frozen, reference, self._anchors(index, needs), replay)
         training = setup if config is None else replace(setup, config=config)
         return learn_task(training, inputs, listeners, saves, saved)
+
+    def _replay(self, index: int, task: Task, needs: Needs) -> ReplayImages | None:
+        setup, replay = self._setup, needs.replay
+        earlier = [each for each in setup.tasks[:index] if each.classes]
+        if replay is None or not earlier:
+            return None
+        targets = [each.train.targets for each in earlier]
+        places = kept_places(targets, replay.size, replay.choice, setup.config.seed)
+        return ReplayImages([*earlier, task], places, replay.batch_size)
 
     def _anchors(self, index: int, needs: Needs) -> Anchors | None:
         setup = self._setup

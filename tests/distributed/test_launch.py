@@ -70,6 +70,9 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     ),
     "snd": ({"method": "snd", "reference": "current", **ANCHORED}, 6),
     "wise": ({"method": "wise_ft", "wise_base": "zero_shot"}, 6),
+    "er": ({"method": "er", "buffer_size": 7, "replay_batch_size": 3, "micro_batch": "2"}, 6),
+    # 5 images for 2 processes.
+    "ewc": ({"method": "ewc", "fisher_images": 5, **ANCHORED}, 6),
     "vocabulary": ({"method": "lwf_vr", "anchors_per_step": "7"}, 6),
     # 10 pairs of the second task in a batch of 12.
     "whole-reference": (ON_REFERENCE | {"eps": 1e-3, "lr": 1e-3}, 12),

@@ -47,7 +47,7 @@ def test_what_a_method_uses_beyond_the_task(needs, uses):
 def test_a_method_takes_captions_if_it_has_their_losses() -> None:
     taken = {name for name, method in methods.available().items() if method.takes_captions()}
     assert {"finetune", "mulki", "wise_ft", "zero_shot"} <= taken
-    assert not taken & {"lwf", "lwf_vr", "snd", "zscl"}
+    assert not taken & {"er", "ewc", "lwf", "lwf_vr", "snd", "zscl"}
     lwf = methods.get("lwf")
     with pytest.raises(TypeError, match="method lwf "):
         lwf(lwf.Options()).pair_losses(None, (), None)  # type: ignore[arg-type]

@@ -8,6 +8,8 @@ import pytest
 
 from mulki import methods
 from mulki.errors import InputError
+from mulki.methods.er import ER
+from mulki.methods.ewc import EWC
 from mulki.methods.finetune import Finetune
 from mulki.methods.lwf import LwF
 from mulki.methods.lwf_vr import LwFVR
@@ -21,6 +23,8 @@ from mulki.methods.zscl import ZSCL
 class TestRegistry:
     def test_finds_the_methods(self):
         assert methods.available() == {
+            "er": ER,
+            "ewc": EWC,
             "finetune": Finetune,
             "lwf": LwF,
             "lwf_vr": LwFVR,
@@ -33,7 +37,7 @@ class TestRegistry:
         assert methods.get("lwf") is LwF
 
     def test_an_unknown_name_gets_the_nearest(self):
-        with pytest.raises(InputError, match="'MULKY' .*\"mulki\".*finetune, lwf"):
+        with pytest.raises(InputError, match="'MULKY' .*\"mulki\".*er, ewc, finetune, lwf"):
             methods.get("MULKY")
         with pytest.raises(InputError, match="^--method: .*'xyz'"):
             methods.get("xyz")
@@ -49,6 +53,15 @@ class TestRegistry:
 @pytest.mark.parametrize(
     ("method", "name", "bad", "good"),
     [
+        (ER, "label_smoothing", (-0.1, 1.1), (0.0, 1.0)),
+        (ER, "buffer_size", (0,), (1,)),
+        (ER, "buffer", ("random",), ("balanced", "reservoir")),
+        (ER, "replay_batch_size", (0,), (1, None)),
+        (ER, "replay_weight", (-0.1,), (0.0,)),
+        (EWC, "label_smoothing", (-0.1, 1.1), (0.0, 1.0)),
+        (EWC, "ewc_lambda", (-0.1,), (0.0,)),
+        (EWC, "ewc_decay", (-0.1, 1.1), (0.0, 1.0)),
+        (EWC, "fisher_images", (0,), (1,)),
         (Finetune, "label_smoothing", (-0.1, 1.1), (0.0, 1.0)),
         (LwF, "label_smoothing", (-0.1, 1.1), (0.0, 1.0)),
         (LwF, "distill_weight", (-0.1,), (0.0,)),
@@ -95,7 +108,7 @@ def test_bounds_of_options(method, name, bad, good):
 
 
 def test_defaults_are_those_of_the_benchmark():
-    for method in (Finetune, LwF, LwFVR, WiseFT, ZSCL, MulKI):
+    for method in (ER, EWC, Finetune, LwF, LwFVR, WiseFT, ZSCL, MulKI):
         assert method.Options().label_smoothing == 0.2
     assert LwF.Options().temperature == MulKI.Options().temperature == 2.0
     assert ZSCL.Options().temperature == 2.0

@@ -130,8 +130,10 @@ def test_every_method_leaves_a_complete_folder(
     }  # fmt: skip
     assert summary["status"] == "complete" and summary["tasks"] == ["colours", "shades"]
     assert summary["method"] == name and summary["seed"] == 0
-    words = name in ("lwf_vr", "mulki", "zscl")
-    assert summary["uses"] == (["a vocabulary of words"] if words else [])
+    words = ["a vocabulary of words"]
+    uses = dict.fromkeys(("lwf_vr", "mulki", "zscl"), words)
+    uses["er"] = ["class names of earlier tasks", "images of earlier tasks"]
+    assert summary["uses"] == uses.get(name, [])
     assert summary["metrics"] == read_matrix(path / "matrix.csv").metrics().to_dict()
     assert "colours" in (path / "summary.md").read_text()
     assert "colours" in (path / "report.html").read_text()
@@ -151,7 +153,9 @@ def test_every_method_leaves_a_complete_folder(
     if trains:
         names = {p.name for p in (path / "checkpoints").iterdir()}
         tasks = {f"task_{i:02d}_{t}.safetensors" for i, t in ((1, "colours"), (2, "shades"))}
-        assert names == tasks | {f"class_statistics_{name}" for name in tasks} | {"latest"}
+        beside = ["class_statistics", *(["method"] if name == "ewc" else [])]
+        files = {f"{kind}_{task}" for kind in beside for task in tasks}
+        assert names == tasks | files | {"latest"}
         assert (path / "checkpoints" / "latest" / "class_statistics.safetensors").is_file()
         log = (path / "out.log").read_text()
         for task in ("colours", "shades"):

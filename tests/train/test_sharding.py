@@ -50,6 +50,7 @@ SHARDED: dict[str, tuple[dict[str, Any], int]] = {
     "fsdp-zscl": ({"method": "zscl", "reference": "current", "we_every": "2", "eps": 1e-2}, 6),
     # A text tower that student and teachers share before they are sharded.
     "fsdp-locked": ({"method": "mulki", "lock_text": True, "grad_clip_norm": 0.1}, 6),
+    "fsdp-er": ({"method": "er", "buffer_size": 7, "micro_batch": "2", "eps": 1e-2}, 6),
     "fsdp-wise": ({"method": "wise_ft", "wise_base": "zero_shot"}, 6),
 }
 
@@ -74,6 +75,8 @@ def test_sharded_models_learn_as_whole_ones(base: dict[str, Any], tmp_path: Path
 def test_sharding_needs_several_processes(base: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="--fsdp: this is the only process"):
         sequence.run(resolve(base | {"fsdp": True, "name": "alone"}))
+    with pytest.raises(InputError, match="--fsdp: method ewc needs gradients of single images"):
+        sequence.run(resolve(base | {"fsdp": True, "name": "alone", "method": "ewc"}))
     assert not (Path(base["logs"]) / "alone").exists()
 
 

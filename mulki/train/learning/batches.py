@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from mulki.data.caption_task import CaptionedImages, CaptionTask, same_text
 from mulki.data.loader import batch_sizes, batches, cycle
 from mulki.data.reference import ReferenceSet
+from mulki.data.replay import ReplayImages
 from mulki.data.task import ImageSet, Task
 from mulki.data.transforms import is_deterministic
 from mulki.distributed.world import World
@@ -22,6 +23,7 @@ Transform = Callable[..., Tensor]
 # Differences of the seeds of two tasks, and of a task and its reference set.
 _TASK_SEEDS = 7919
 _REFERENCE_SEEDS = 104729
+_REPLAY_SEEDS = 15485863
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,13 @@ class Batch:
         images: [b, 3, H, W], this process's part; in the host's memory when it is loaded.
         target: [B] int64 classes of the whole batch, on the device.
         places: [B] int64 places of the whole batch in its set, on the CPU.
+        replay: images of earlier tasks that come with it, if there are any.
     """
 
     images: Tensor
     target: Tensor
     places: Tensor
+    replay: Batch | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ def task_batches(
     *,
     index: int,
     start: int = 0,
+    replay: ReplayImages | None = None,
 ) -> Iterator[tuple[Batch | PairBatch, PairBatch | None]]:
     """Endless shuffled batches of a task, each with one of the reference set if there is one.
 
@@ -79,6 +84,7 @@ def task_batches(
         world: the processes among which each batch is divided.
         index: the task's place in the sequence, which changes the order of its images.
         start: batches to leave out, as if they had been taken.
+        replay: images of earlier tasks, of which some come with each batch.
     """
     seed = config.seed + _TASK_SEEDS * index
     size = config.batch_size
@@ -86,6 +92,18 @@ def task_batches(
     if isinstance(task, CaptionTask):
         pairs = (_pairs(batch, task.train, world) for batch in training)
         return zip(pairs, itertools.repeat(None), strict=False)
+    if replay is not None:
+        shown = _batches(
+            replay,
+            transform,
+            replay.batch_size or size,
+            config,
+            device,
+            world,
+            seed + _REPLAY_SEEDS,
+            start,
+        )
+        training = map(lambda new, old: replace(new, replay=old), training, shown)
     if reference is None:
         return zip(training, itertools.repeat(None), strict=False)
     seed += _REFERENCE_SEEDS

@@ -196,6 +196,8 @@ class ClassStep(Step):
         super().__init__(training, teachers, listen)
         self._class_texts = text_inputs(self._model, inputs.prompts, self._world)
         self._anchors = inputs.anchors
+        earlier = [] if inputs.replay is None else inputs.replay.texts
+        self._replay_texts = text_inputs(self._model, earlier, self._world) if earlier else None
 
     def gradients(self, batch: Batch, reference: PairBatch | None = None) -> dict[str, float]:
         captions = None
@@ -206,6 +208,8 @@ class ClassStep(Step):
         texts = self._class_texts
         if anchors is not None and needs.student_anchors:
             texts = torch.cat([texts, anchors.inputs])
+        if self._replay_texts is not None:
+            texts = torch.cat([texts, self._replay_texts])
         if self._micro_batch is None:
             self._micro_batch = self._fitting(batch, texts, reference, captions)
         if self._micro_batch == len(batch.images):
@@ -224,13 +228,14 @@ class ClassStep(Step):
         captions: Tensor | None,
     ) -> int:
         def encode(part: Tensor) -> Tensor:
-            features = self._encode_images(part)
-            if reference is None:
-                return features
-            # A step may hold the graphs of as many images and of as many reference pairs.
+            # A step may hold the graphs of as many images of each kind.
             n = len(part)
-            pairs = _pairs(reference, captions)
-            return torch.cat([features, *self._encode_pairs(*(x[:n] for x in pairs))])
+            features = [self._encode_images(part)]
+            if batch.replay is not None:
+                features.append(self._encode_images(batch.replay.images[:n]))
+            if reference is not None:
+                features += self._encode_pairs(*(x[:n] for x in _pairs(reference, captions)))
+            return torch.cat(features)
 
         return self._chosen_micro_batch(batch.images, encode, self._world.part(texts))
 
@@ -245,6 +250,7 @@ class ClassStep(Step):
     ) -> dict[str, float]:
         method, world, scale = self._method, self._world, self._model.logit_scale
         num_texts, num_classes = len(texts), len(self._class_texts)
+        num_replayed = 0 if self._replay_texts is None else len(self._replay_texts)
         encoders = [
             Encoder(self._encode_images, (batch.images,)),
             Encoder(self._encode_texts, (world.part(texts),), split=False),
@@ -255,14 +261,18 @@ class ClassStep(Step):
                 size = min(size, self._micro_batch or size)
             pairs = _pairs(reference, captions)
             encoders.append(Encoder(self._encode_pairs, pairs, micro_batch=size))
+        replay = batch.replay
+        if replay is not None:
+            size = len(replay.images)
+            if self._config.micro_batch is not None:
+                size = min(size, self._micro_batch or size)
+            encoders.append(Encoder(self._encode_images, (replay.images,), micro_batch=size))
 
-        def losses(
-            images: Tensor, texts: Tensor, pairs: tuple[Tensor, ...] = ()
-        ) -> Mapping[str, Tensor]:
+        def losses(images: Tensor, texts: Tensor, *others: Any) -> Mapping[str, Tensor]:
             of_pairs = None
             if reference is not None:
                 count = len(reference.places)
-                of_images, *of_captions = (world.gather(x, count) for x in pairs)
+                of_images, *of_captions = (world.gather(x, count) for x in others[0])
                 of_pairs = of_reference(of_images, next(iter(of_captions), None), scale)
             texts = world.gather(texts, num_texts)
             student = Features(
@@ -273,7 +283,14 @@ class ClassStep(Step):
                 of_pairs,
             )
             if anchors is not None and method.needs.student_anchors:
-                student = replace(student, anchored=texts, num_seen=anchors.seen)
+                anchored = texts[: num_classes + len(anchors.inputs)]
+                student = replace(student, anchored=anchored, num_seen=anchors.seen)
+            if replay is not None:
+                old = world.gather(others[-1], len(replay.places))
+                known = torch.cat([texts[:num_classes], texts[num_texts - num_replayed :]])
+                student = replace(
+                    student, replay=Features(old, known, scale), replay_target=replay.target
+                )
             return {**method.losses(student, teachers, batch.target), **method.penalties()}
 
         return self._derive(losses, encoders)

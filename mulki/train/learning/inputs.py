@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from mulki.clip.models import VisionLanguageModel
 from mulki.data.reference import ReferenceSet
+from mulki.data.replay import ReplayImages
 from mulki.data.task import Task
 from mulki.distributed.world import ALONE, World
 from mulki.methods import Method
@@ -50,6 +51,7 @@ class TaskInputs:
             the names in `mulki.methods`; names may mean the same model.
         reference: images and captions, if `method.needs.reference`.
         anchors: texts, if `method.needs.anchors`.
+        replay: images of earlier tasks, if `method.needs.replay` and there are such tasks.
     """
 
     index: int
@@ -57,6 +59,7 @@ class TaskInputs:
     frozen: Mapping[str, VisionLanguageModel]
     reference: ReferenceSet | None = None
     anchors: Anchors | None = None
+    replay: ReplayImages | None = None
 
     @property
     def prompts(self) -> list[str]:

@@ -16,8 +16,10 @@ from mulki.methods import TaskStart
 from mulki.train.config import schedule
 from mulki.train.config.rates import learning_rates
 from mulki.train.config.run_config import RunConfig
+from mulki.train.config.tasks import needs_of
 from mulki.train.learning.batches import Batch, PairBatch, task_batches
 from mulki.train.learning.class_step import ClassStep, Step
+from mulki.train.learning.fisher import fisher_diagonal
 from mulki.train.learning.inputs import Listeners, StepReport, TaskInputs, Training
 from mulki.train.learning.memory import MicroBatch
 from mulki.train.learning.pair_step import PairStep
@@ -71,6 +73,8 @@ def learn_task(
             listeners.step(learning.take_step(whole_step, saves))
             learning.listened = time.perf_counter()
     learning.guard.report(inputs.task.name)
+    if images := needs_of(training.method, inputs.task).fisher:
+        training.method.keep_fisher(fisher_diagonal(training, inputs, images))
     training.method.end_task()
     training.model.eval()
     return learning.last
@@ -112,6 +116,7 @@ class _Learning:
             world,
             index=inputs.index,
             start=self.steps,
+            replay=inputs.replay,
         )
         training.model.train()
         if saved is not None:

@@ -23,6 +23,7 @@ from mulki.train.saving.description import CARD, KEY, Description, described
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 STATISTICS = "class_statistics.safetensors"
+METHOD = "method.safetensors"
 # In the folder of a run.
 LATEST = Path("checkpoints", "latest")
 ARGUMENTS = "args.yaml"
@@ -125,13 +126,20 @@ def _put_weights(
 
 def statistics_of(checkpoint: Path) -> Path:
     """The file of class statistics that belongs to a checkpoint, a folder or a file of weights."""
+    return _beside(checkpoint, STATISTICS)
+
+
+def kept_of(checkpoint: Path) -> Path:
+    """The file of what a method keeps, see `mulki.methods.Method.kept`; as `statistics_of`."""
+    return _beside(checkpoint, METHOD)
+
+
+def _beside(checkpoint: Path, name: str) -> Path:
     if checkpoint.is_dir():
-        return (
-            checkpoint / LATEST if run_of(checkpoint) == checkpoint else checkpoint
-        ) / STATISTICS
+        return (checkpoint / LATEST if run_of(checkpoint) == checkpoint else checkpoint) / name
     if checkpoint.name == WEIGHTS_NAME:
-        return checkpoint.with_name(STATISTICS)
-    return checkpoint.with_name(f"class_statistics_{checkpoint.name}")
+        return checkpoint.with_name(name)
+    return checkpoint.with_name(f"{Path(name).stem}_{checkpoint.name}")
 
 
 def run_of(checkpoint: Path) -> Path | None:

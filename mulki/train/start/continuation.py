@@ -19,7 +19,7 @@ from mulki.clip.tensor_files import CHECKSUM, load_tensors, read_metadata
 from mulki.data import CaptionTask, Source, Task, load_sequence, sequence_names
 from mulki.data.class_order import Relabelled
 from mulki.data.image_files import ImageFiles
-from mulki.data.subset import limited
+from mulki.data.subset import few_shot, limited
 from mulki.distributed.parts import set_whole
 from mulki.errors import InputError
 from mulki.train.config.run_config import RunConfig, csv_form, read_config
@@ -146,15 +146,19 @@ def _test_tasks(recipe: Mapping[str, Any], learned: Sequence[LearnedTask]) -> li
     return [word for word in dict.fromkeys(words) if word in there or Path(word).exists()]
 
 
-def earlier_tasks(config: RunConfig, learned: Sequence[LearnedTask]) -> list[Task]:
+def earlier_tasks(
+    config: RunConfig, learned: Sequence[LearnedTask], *, replayed: bool = False
+) -> list[Task]:
     """The tasks that were learned, with their test images where these are there.
 
     Args:
         config: whose `test_tasks` say where the images are.
         learned: in their order.
+        replayed: whether their training images are shown again, and so have to be there.
 
     Raises:
-        InputError: images that cannot be read, or of a task or class that was not learned.
+        InputError: images that cannot be read, or of a task or class that was not learned; or no
+            training images where they are replayed.
     """
     found: dict[str, Task] = {}
     if config.test_tasks:
@@ -178,10 +182,20 @@ def earlier_tasks(config: RunConfig, learned: Sequence[LearnedTask]) -> list[Tas
     without = [name for name in known if name not in found]
     if without:
         _log.warning("not tested, since their images are not there: %s", ", ".join(without))
-    return [_as_learned(task, found.get(task.name), config.limit_images) for task in learned]
+    tasks = [_as_learned(task, found.get(task.name), config, replayed) for task in learned]
+    lacking = [task.name for task in tasks if replayed and task.classes and not len(task.train)]
+    if lacking:
+        raise InputError(
+            f"--method {config.method}: shows training images of earlier tasks again, and those of "
+            f"{', '.join(lacking)} are not there; pass --test-tasks with folders that hold train/, "
+            "or another --method"
+        )
+    return tasks
 
 
-def _as_learned(learned: LearnedTask, found: Task | None, limit: int | None) -> Task:
+def _as_learned(
+    learned: LearnedTask, found: Task | None, config: RunConfig, replayed: bool
+) -> Task:
     if not learned.classes and not isinstance(found, CaptionTask):
         raise InputError(
             f"--test-tasks: {learned.name} has learned captions, and a run that goes on from it "
@@ -189,8 +203,10 @@ def _as_learned(learned: LearnedTask, found: Task | None, limit: int | None) -> 
         )
     if found is None:
         return NamedTask(learned.name, learned.classes, learned.templates, _NOTHING, _NOTHING)
-    if limit is not None:
-        found = limited(found, limit)
+    if replayed and config.shots is not None:
+        found = few_shot(found, config.shots, config.seed)
+    if config.limit_images is not None:
+        found = limited(found, config.limit_images)
     if isinstance(found, CaptionTask):
         return found
     if unknown := sorted(set(found.classes) - set(learned.classes)):
@@ -198,13 +214,16 @@ def _as_learned(learned: LearnedTask, found: Task | None, limit: int | None) -> 
             f"--test-tasks: {learned.name} has images of {unknown[0]}, which is none of the "
             f"{len(learned.classes)} classes that were learned; remove them"
         )
-    places = [learned.classes.index(name) for name in found.classes]
+    train, test = found.train if replayed else _NOTHING, found.test
+    if found.classes != learned.classes:
+        places = [learned.classes.index(name) for name in found.classes]
+        train, test = Relabelled(train, places), Relabelled(test, places)
     return replace(
         found,
         classes=learned.classes,
         templates=learned.templates,
-        train=_NOTHING,
-        test=found.test if found.classes == learned.classes else Relabelled(found.test, places),
+        train=train,
+        test=test,
         test_only=True,
     )
 

@@ -66,7 +66,7 @@ def load_data(
         )
     if any(task.test_only for task in tasks):
         raise InputError("tasks: got one that is only to be tested; pass its training images too")
-    earlier = earlier_tasks(config, learned)
+    earlier = earlier_tasks(config, learned, replayed=method.needs.replay is not None)
     if twice := {task.name for task in tasks} & {task.name for task in earlier}:
         raise InputError(
             f"--continue: a task {min(twice)} was learned before; give the new one another name"

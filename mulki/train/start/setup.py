@@ -216,7 +216,7 @@ def check_options(config: RunConfig, method: Method) -> Precision:
         InputError: options that cannot be used, or not together.
     """
     precision = Precision(config.precision, device_of(config.device))
-    _check_sharding(config, precision)
+    _check_sharding(config, method, precision)
     check_reference(config, method)
     check_unused(config, method)
     check_start(config)
@@ -239,11 +239,16 @@ def _check_continuing(config: RunConfig, method: Method) -> None:
         )
 
 
-def _check_sharding(config: RunConfig, precision: Precision) -> None:
+def _check_sharding(config: RunConfig, method: Method, precision: Precision) -> None:
     if config.opt == "muon":
         muon.check_available()
         if config.fsdp:
             raise InputError("--opt muon: its steps need whole matrices; leave --fsdp out")
+    if config.fsdp and method.needs.fisher:
+        raise InputError(
+            f"--fsdp: method {method.name} needs gradients of single images, whole ones; leave "
+            "--fsdp out"
+        )
     if config.fsdp and not launch.launched():
         raise InputError(
             "--fsdp: this is the only process, nothing can be sharded; start several with torchrun "

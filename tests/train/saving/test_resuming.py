@@ -52,6 +52,9 @@ CASES: dict[str, dict[str, Any]] = {
     "made": {"method": "mulki", "hold_on": "both", "gate": "discrepancy"},
     "zscl": {"method": "zscl", "reference": "current", "we_every": 2},
     "wise_ft": {"method": "wise_ft", "wise_base": "zero_shot"},
+    "er": {"method": "er", "buffer_size": 5, "replay_batch_size": 4, "augment": "crop"},
+    "reservoir": {"method": "er", "buffer_size": 7, "buffer": "reservoir", "micro_batch": 2},
+    "ewc": {"method": "ewc", "fisher_images": 5, "ewc_decay": 0.5},
     "original": {"method": "mulki", "original": "tiny-vit"},
 }  # fmt: skip
 

@@ -74,6 +74,8 @@ CASES: dict[str, dict[str, Any]] = {
     "lwf": {"method": "lwf"},
     "wise_ft": {"method": "wise_ft", "wise_base": "zero_shot"},
     "finetune": {"method": "finetune", "label_space": "seen", "limit_images": 9},
+    "er": {"method": "er", "buffer_size": 5, "shots": 3},
+    "ewc": {"method": "ewc", "fisher_images": 5, "ewc_decay": 0.5},
     "original": {"method": "mulki", "original": "tiny-vit"},
 }  # fmt: skip
 
@@ -140,6 +142,29 @@ def test_from_a_copied_checkpoint_alone(make: Make, folders: list[str], tmp_path
     shutil.rmtree(moved / "train")
     fourth = make("fourth", folders[2:], copy, test_tasks=[str(moved)])
     assert read_matrix(fourth.path / "matrix.csv").columns == ("shades", "sizes")
+
+
+def test_replay_needs_the_earlier_training_images(
+    make: Make, folders: list[str], tmp_path: Path
+) -> None:
+    first = make("first", folders[:2], method="er")
+    moved = shutil.move(folders[0], tmp_path / "moved")
+    shutil.rmtree(Path(folders[1], "train"))
+    with pytest.raises(InputError, match="--method er: .*colours, shades are not there"):
+        make("second", folders[2:], first.path)
+    # Another method does without them.
+    make("third", folders[2:], first.path, method="finetune")
+    assert moved.exists()
+
+
+def test_fisher_information_that_is_not_there_is_told(
+    make: Make, folders: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    first = make("first", folders[:1], method="finetune")
+    second = make("second", folders[1:2], first.path, method="ewc", fisher_images=4)
+    assert "were not learned by ewc" in (second.path / "out.log").read_text()
+    make("third", folders[2:], second.path)
+    assert caplog.text.count("were not learned by ewc") == 1
 
 
 def test_it_is_evaluated_again(make: Make, folders: list[str]) -> None:
