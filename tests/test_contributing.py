@@ -38,7 +38,7 @@ def recipe(title: str) -> tuple[str, str, list[list[str]]]:
         ("Add a method", "method", "keep_zero_shot", 6),
         ("Add a gate", "gate", "cautious", 6),
         ("Add a data set", "tasks", ["noise"], 2),
-        ("Add a training transform", "augment", "flip", 6),
+        ("Add a training transform", "augment", "mirror", 6),
     ],
 )
 def test_a_recipe_works_as_written(

@@ -35,6 +35,7 @@ def option(
     repeat: str = "",
     of_classes: bool = False,
     none_is_text: bool = False,
+    separator: str = "",
 ) -> Any:
     """A field of an options dataclass.
 
@@ -56,10 +57,11 @@ def option(
             is what help calls that value. Otherwise it takes all values at once.
         of_classes: that it has no effect where no task has classes, and is then refused.
         none_is_text: that the text "none" is a value, which differs from leaving the option out.
+        separator: between several of the choices, where more than one may be given.
     """
     bounds = {"low": low, "high": high, "above": above, "below": below}
     about = {"help": text, "alias": alias, "repeat": repeat, "choices": choices}
-    rules = {"of_classes": of_classes, "none_is_text": none_is_text}
+    rules = {"of_classes": of_classes, "none_is_text": none_is_text, "separator": separator}
     return field(default=default, metadata=about | bounds | rules)
 
 
@@ -107,11 +109,14 @@ def check_options(options: Any) -> None:
     for item in fields(options):
         value, bounds = getattr(options, item.name), item.metadata
         choices = choices_of(item, hints[item.name])
-        if choices and value is not None and value not in choices:
-            raise InputError(
-                f"{flag(item.name)}: got {value!r}{nearest(str(value), choices)}, "
-                f"wanted one of {', '.join(choices)}"
-            )
+        separator = bounds["separator"]
+        for part in str(value).split(separator) if separator else [value]:
+            if choices and part is not None and part not in choices:
+                more = f", or several with {separator} between" if separator else ""
+                raise InputError(
+                    f"{flag(item.name)}: got {part!r}{nearest(str(part), choices)}, "
+                    f"wanted one of {', '.join(choices)}{more}"
+                )
         for bound, (holds, words) in _BOUNDS.items():
             limit = bounds[bound]
             # A NaN fails every comparison, so it is refused wherever a bound is set.

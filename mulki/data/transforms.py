@@ -16,6 +16,9 @@ Builder = Callable[
     [Transform, "int | tuple[int, int]", Sequence[float], Sequence[float]], Transform
 ]
 
+#: Between the names of several transforms.
+TOGETHER = "+"
+
 _BUILDERS: dict[str, Builder] = {}
 
 # By name, so that asking imports neither torchvision nor open_clip.
@@ -78,11 +81,25 @@ def train_transform(
 
     Args:
         preprocess_val: the model's evaluation transform.
-        augment: a name in `transform_names`; see `register_transform` for the other arguments.
+        augment: a name in `transform_names`, or several with `TOGETHER` between, in the order in
+            which they change an image; see `register_transform` for the other arguments.
 
     Raises:
         InputError: any other `augment`, or one whose function fails or returns no callable.
     """
+    transform = preprocess_val
+    for name in reversed(augment.split(TOGETHER)):
+        transform = _built(name, transform, size, mean, std)
+    return transform
+
+
+def _built(
+    augment: str,
+    inner: Transform,
+    size: int | tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Transform:
     if augment not in _BUILDERS:
         raise InputError(
             f'augment "{augment}": unknown{nearest(augment, _BUILDERS)}; '
@@ -90,7 +107,7 @@ def train_transform(
         )
     builder = _BUILDERS[augment]
     try:
-        transform = builder(preprocess_val, size, mean, std)
+        transform = builder(inner, size, mean, std)
     except Exception as error:  # a user's function raises anything
         raise InputError(
             f'augment "{augment}": its function ({place_of(builder)}) failed '
@@ -127,7 +144,48 @@ def _crop(
 
     bicubic = tv.InterpolationMode.BICUBIC
     crop = tv.RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=bicubic)
+    if not is_deterministic(preprocess_val):  # other random steps come after the crop
+        return _before(preprocess_val, crop)
     composed: Transform = tv.Compose([crop, tv.ToTensor(), tv.Normalize(mean, std)])
+    return composed
+
+
+@register_transform("flip")
+def _flip(preprocess_val: Transform, *given: Any) -> Transform:
+    """The mirror image of every second image."""
+    from torchvision.transforms import v2
+
+    return _before(preprocess_val, v2.RandomHorizontalFlip())
+
+
+@register_transform("color")
+def _color(preprocess_val: Transform, *given: Any) -> Transform:
+    """Brightness, contrast and saturation between 0.6 and 1.4 of what they are, as timm does."""
+    from torchvision.transforms import v2
+
+    return _before(preprocess_val, v2.ColorJitter(0.4, 0.4, 0.4))
+
+
+@register_transform("randaugment")
+def _randaugment(preprocess_val: Transform, *given: Any) -> Transform:
+    """Two changes of 14 kinds, at magnitude 9 (RandAugment, arXiv 1909.13719)."""
+    from torchvision.transforms import v2
+
+    return _before(preprocess_val, v2.RandAugment())
+
+
+@register_transform("trivialaugment")
+def _trivialaugment(preprocess_val: Transform, *given: Any) -> Transform:
+    """One change of any kind and magnitude (TrivialAugment, arXiv 2103.10158)."""
+    from torchvision.transforms import v2
+
+    return _before(preprocess_val, v2.TrivialAugmentWide())
+
+
+def _before(transform: Transform, step: Any) -> Transform:
+    from torchvision import transforms as tv
+
+    composed: Transform = tv.Compose([step, transform])
     return composed
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from mulki.errors import InputError
 from tests.data.data_helpers import picture
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+OURS = ("none", "crop", "flip", "color", "randaugment", "trivialaugment")
 FIXED = [tv.Resize(8), tv.CenterCrop(8), tv.ToTensor(), tv.Normalize(MEAN, STD)]
 
 
@@ -72,6 +74,38 @@ def test_crop_varies_normalises_and_keeps_most_of_the_image() -> None:
     assert torch.allclose(flat, wanted.float()[:, None, None].expand(3, 8, 8), atol=1e-6)
 
 
+def drawn(augment: str, count: int = 12) -> torch.Tensor:
+    torch.manual_seed(0)
+    built = train_transform(tv.Compose(FIXED), augment, 8, MEAN, STD)
+    assert not is_deterministic(built) and pickle.loads(pickle.dumps(built)) is not None
+    return torch.stack([built(picture(0, 32)) for _ in range(count)])
+
+
+@pytest.mark.parametrize("augment", [*OURS[2:], "crop+flip", "flip+color+crop", "randaugment+crop"])
+def test_random_changes_repeat_with_their_seed(augment: str) -> None:
+    first = drawn(augment)
+    assert first.shape == (12, 3, 8, 8) and torch.equal(first, drawn(augment))
+    assert not all(torch.equal(first[0], other) for other in first)
+
+
+def test_a_flip_is_the_mirror_image_of_every_second_one() -> None:
+    fixed = tv.Compose(FIXED)(picture(0, 32))
+    found = drawn("flip", 40)
+    same = [torch.equal(each, fixed) for each in found]
+    mirrored = [torch.equal(each, fixed.flip(2)) for each in found]
+    assert [one != other for one, other in zip(same, mirrored, strict=True)] == [True] * 40
+    assert 10 <= sum(same) <= 30
+
+
+def test_several_changes_come_in_their_order() -> None:
+    built = train_transform(tv.Compose(FIXED), "crop+flip", 8, MEAN, STD)
+    assert isinstance(built, tv.Compose) and isinstance(built.transforms[0], tv.RandomResizedCrop)
+    inner = built.transforms[1].transforms
+    assert type(inner[0]).__name__ == "RandomHorizontalFlip" and inner[1].transforms == FIXED
+    # Their values are normalised once.
+    assert float(drawn("crop+flip").min()) >= min(-m / s for m, s in zip(MEAN, STD, strict=True))
+
+
 def test_crop_takes_at_least_nine_tenths_bicubically() -> None:
     step = train_transform(None, "crop", 8, MEAN, STD).transforms[0]
     assert step.interpolation is tv.InterpolationMode.BICUBIC
@@ -105,7 +139,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_registered_transform_is_built_from_what_the_model_wants(own: None) -> None:
-    assert transform_names() == ("none", "crop")
+    assert transform_names() == OURS
     seen: list[Any] = []
 
     @register_transform("grey")
@@ -117,7 +151,7 @@ def test_a_registered_transform_is_built_from_what_the_model_wants(own: None) ->
     built = train_transform(evaluation, "grey", 8, MEAN, STD)
     assert seen == [(evaluation, 8, MEAN, STD)] and built(picture(0)).shape == (3, 8, 8)
     assert is_deterministic(built)  # so teachers are cached
-    assert transform_names() == ("none", "crop", "grey")
+    assert transform_names() == (*OURS, "grey")
 
 
 def test_names_of_transforms_are_taken_once(own: None) -> None:

@@ -28,6 +28,7 @@ from mulki.data import decoding, transform_names
 from mulki.data.csv_files import CsvForm
 from mulki.data.made_images import CHANGES, DEFAULT_CHANGES, check_changes
 from mulki.data.published import PROTOCOLS
+from mulki.data.transforms import TOGETHER
 from mulki.errors import InputError, nearest
 from mulki.files import MAX_MEMBER_MB, check_regular
 from mulki.methods import Method
@@ -204,7 +205,11 @@ class RunConfig:
         of_classes=True,
     )
     augment: str = option(
-        "none", "training transform; none caches teachers", choices=transform_names
+        "none",
+        "how training images are changed, several with + between, as crop+flip; none: not at all, "
+        "and teachers are encoded once for each image",
+        choices=transform_names,
+        separator=TOGETHER,
     )
     limit_images: int | None = option(
         None, "use at most so many images of each split, one of each class at least", low=1

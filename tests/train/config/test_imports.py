@@ -162,7 +162,7 @@ def test_errors_offer_what_was_imported(capsys: pytest.CaptureFixture[str]) -> N
     mine = write("mine.py", METHOD + TRANSFORM + SEQUENCE.format("a", "b"))
     for arguments, said in (
         (["--method", "halfed"], '(did you mean "halved"?)'),
-        (["--augment", "noise"], '(did you mean "noisy"?), wanted one of none, crop, noisy'),
+        (["--augment", "noise"], '(did you mean "noisy"?), wanted one of none, crop, flip'),
         (["--factor", "2"], "it belongs to halved"),
         (["--method", "halved", "--factor", "0"], "--factor: got 0.0, wanted a number above 0"),
         (["pear", "--model", "mulki-mini"], '(did you mean "pair"?)'),

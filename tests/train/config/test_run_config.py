@@ -103,7 +103,7 @@ def test_no_option_of_a_method_hides_one_of_the_run() -> None:
         ({"process_timeout": 0}, "--process-timeout: got 0"),
         ({"precision": "fp8"}, "--precision: got 'fp8'.*wanted one of.*amp_bf16"),
         ({"lr_scheduler": "cosin"}, '--lr-scheduler: .*did you mean "cosine"'),
-        ({"augment": "flip"}, "--augment: got 'flip'"),
+        ({"augment": "crop+flop"}, "--augment: got 'flop'"),
         ({"lock_text": "perhaps"}, "--lock-text: got 'perhaps', wanted true or false"),
         ({"tasks": 3}, "--tasks: got 3"),
         ({"tasks": ["a", 3]}, "--tasks: got"),
