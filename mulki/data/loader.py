@@ -105,6 +105,7 @@ def batches(
     cache_mb: float = 512,
     pin_memory: bool = False,
     part: Callable[[int], Sequence[int]] | None = None,
+    balanced: bool = False,
 ) -> DataLoader[tuple[Tensor, int, int]]:
     """A DataLoader of `[images [B, ...], targets [B], indices [B]]`, targets and indices int64.
 
@@ -122,6 +123,8 @@ def batches(
         pin_memory: for copies to a GPU that do not block.
         part: from the number of images in a batch to the places in it that this process loads,
             where several processes divide each batch among them; all by default.
+        balanced: draw the images of a shuffled epoch with repetition, each class equally often on
+            the average; an epoch still has as many images as the set.
 
     Raises:
         ValueError: `batch_size` below 1 or an empty set.
@@ -132,7 +135,12 @@ def batches(
     images = Images(image_set, transform, cached=cached, cache_mb=cache_mb)
     workers = 0 if images.cached else workers
     batch_sampler = _Batches(
-        _Epochs(len(images), shuffle=shuffle, seed=seed),
+        _Epochs(
+            len(images),
+            shuffle=shuffle,
+            seed=seed,
+            targets=image_set.targets if balanced else None,
+        ),
         batch_size,
         drop_last=drop_last and len(images) >= batch_size,
         part=part or range,
@@ -287,8 +295,14 @@ def cycle(loader: DataLoader[tuple[Tensor, int, int]], start: int = 0) -> Iterat
 class _Epochs(Sampler[tuple[int, int]]):
     """Index and augmentation seed of each sample; each iteration is the next epoch."""
 
-    def __init__(self, count: int, *, shuffle: bool, seed: int) -> None:
+    def __init__(
+        self, count: int, *, shuffle: bool, seed: int, targets: Sequence[int] | None = None
+    ) -> None:
         self.count = count
+        self.chances: Tensor | None = None
+        if targets is not None:
+            of_each = torch.as_tensor(list(targets))
+            self.chances = 1 / torch.bincount(of_each)[of_each].double()
         self.shuffle = shuffle
         self.seed = seed
         self.go_to(epoch=0, skip=0)
@@ -304,7 +318,9 @@ class _Epochs(Sampler[tuple[int, int]]):
         mixed = np.random.SeedSequence([self.seed % 2**64, self.epoch]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(mixed[0]))
         order = torch.arange(self.count)
-        if self.shuffle:
+        if self.shuffle and self.chances is not None:
+            order = self.chances.multinomial(self.count, replacement=True, generator=generator)
+        elif self.shuffle:
             order = torch.randperm(self.count, generator=generator)
         seeds = torch.randint(2**32, (self.count,), generator=generator)
         skip = self.skip

@@ -155,6 +155,27 @@ def test_drop_last_leaves_out_the_rest(images: Any) -> None:
     assert [len(batch[1]) for batch in loader] == [2, 2] and len(loader) == 2
 
 
+@pytest.mark.parametrize("start", [0, 7])
+def test_classes_come_equally_often(start: int) -> None:
+    images = Blank((0,) * 90 + (1,) * 9 + (2,))
+
+    def taken(seed: int) -> list[tuple[int, int]]:
+        loader = batches(images, FIXED, 10, shuffle=True, seed=seed, balanced=True)
+        found = islice(cycle(loader, start), 30)
+        return [pair for _, t, i in found for pair in zip(t.tolist(), i.tolist(), strict=True)]
+
+    first = taken(0)
+    assert first == taken(0) != taken(1)
+    # 300 images, 100 of each class, with a standard deviation of 8.2.
+    counts = Counter(target for target, _ in first)
+    assert all(67 <= counts[target] <= 133 for target in range(3))
+    assert all(images.targets[index] == target for target, index in first)
+    whole = batches(images, FIXED, 10, shuffle=True, seed=0, balanced=True)
+    late = [i.tolist() for _, _, i in islice(cycle(whole, start), 5)]
+    every = [i.tolist() for _, _, i in islice(cycle(whole, 0), start + 5)]
+    assert late == every[start:]
+
+
 def test_nothing_to_load_is_refused() -> None:
     with pytest.raises(ValueError, match="0 images"):
         batches(Blank(()), FIXED, 2, shuffle=False, seed=0)

@@ -117,7 +117,8 @@ def check_runs(runs: list[tuple[str, dict[str, Any]]], world: World) -> None:
     text_inputs = VisionLanguageModel.text_inputs
 
     def counted(model: VisionLanguageModel, texts: Sequence[str]) -> Tensor:
-        # Captions and anchors are more texts than classes.
+        # Captions, anchors and earlier classes are more texts than classes of a task; and the
+        # Fisher information is that of single images, each of which wants all texts.
         if class_texts_alone:
             prompts.append(len(texts))
         return text_inputs(model, texts)
@@ -127,7 +128,10 @@ def check_runs(runs: list[tuple[str, dict[str, Any]]], world: World) -> None:
         anchors = options.get("anchors", "vocabulary" if options["method"] == "mulki" else "none")
         captions = any(task.startswith("captions:") for task in options["tasks"])
         class_texts_alone = not (
-            captions or anchors != "none" or {"reference", "anchors_per_step"} & options.keys()
+            captions
+            or anchors != "none"
+            or options["method"] in ("er", "ewc")
+            or {"reference", "anchors_per_step"} & options.keys()
         )
         folder = run(resolve({"name": name, **options}))
         assert (folder is None) == (world.rank != 0)

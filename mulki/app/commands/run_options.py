@@ -44,7 +44,7 @@ GROUPS = {
         *("tasks", "continue_", "test_tasks", "order", "data_root", "protocol", "test_fraction"),
         *("csv_img_key", "csv_caption_key", "csv_separator"),
         *("shots", "scenario", "increments", "base_classes", "label_space", "limit_images"),
-        *("skip_bad_images", "max_pixels", "augment", "workers", "import_"),
+        *("sampling", "skip_bad_images", "max_pixels", "augment", "workers", "import_"),
     ),
     "model": (
         *("model", "pretrained", "original", "original_pretrained", "lock_text", "lock_image"),

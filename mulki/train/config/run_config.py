@@ -126,6 +126,11 @@ class RunConfig:
         None, "passes over a task's images, instead of iterations", above=0
     )
     batch_size: int = option(64, "images per step and process", low=1, alias="-b")
+    sampling: Literal["uniform", "balanced"] = option(
+        "uniform",
+        "balanced: images of each class are drawn equally often, with repetition",
+        of_classes=True,
+    )
     micro_batch: str | None = option(
         None, "images encoded at a time, with the same gradients; auto: as many as fit"
     )
@@ -138,6 +143,15 @@ class RunConfig:
         "which it grows linearly",
         low=0,
         high=1,
+    )
+    layer_decay: float = option(
+        1.0,
+        "learning rate of each layer as a share of that of the next one, in each tower, (0, 1]",
+        above=0,
+        high=1,
+    )
+    lr_text_tower: float = option(
+        1.0, "learning rate of the text tower as a share of that of the image tower", low=0
     )
     opt: Literal["adamw", "muon"] = option(
         "adamw",

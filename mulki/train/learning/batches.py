@@ -88,7 +88,8 @@ def task_batches(
     """
     seed = config.seed + _TASK_SEEDS * index
     size = config.batch_size
-    training = _batches(task.train, transform, size, config, device, world, seed, start)
+    balanced = config.sampling == "balanced" and bool(task.classes)
+    training = _batches(task.train, transform, size, config, device, world, seed, start, balanced)
     if isinstance(task, CaptionTask):
         pairs = (_pairs(batch, task.train, world) for batch in training)
         return zip(pairs, itertools.repeat(None), strict=False)
@@ -148,6 +149,7 @@ def _batches(
     world: World,
     seed: int,
     start: int,
+    balanced: bool = False,
 ) -> Iterator[Batch]:
     loader = batches(
         images,
@@ -160,6 +162,7 @@ def _batches(
         cached=is_deterministic(transform),
         pin_memory=device.type == "cuda",
         part=world.rows,
+        balanced=balanced,
     )
     count = batch_sizes(loader)[0]
     for part, target, places in cycle(loader, start):

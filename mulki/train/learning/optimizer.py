@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ SHARE = "share"
 # A tower's parameters are cut into so many parts of one learning rate: a group of its own for each
 # parameter would make the update slow.
 _PARTS = 16
+# As in resblocks.3, blocks.3.1, layer.3, layer3 or stages.3.
+_BLOCK = re.compile(r"(?:blocks?|layers?|stages?)\.?(\d+)\.")
 
 
 def make_optimizer(
@@ -36,7 +39,9 @@ def make_optimizer(
         config: of the run.
     """
     trainable = model.trainable()
-    shares = layer_shares(trainable, config.lr_first_layer)
+    shares = layer_shares(
+        trainable, config.lr_first_layer, config.layer_decay, config.lr_text_tower
+    )
     use_muon = config.opt == "muon"
     matrices = [n for n, p in trainable.items() if use_muon and is_matrix(n, p)]
     rest = [name for name in trainable if name not in matrices]
@@ -55,27 +60,51 @@ def make_optimizer(
     return torch.optim.AdamW(groups, **options)
 
 
-def layer_shares(parameters: Mapping[str, nn.Parameter], first: float) -> dict[str, float]:
-    """The learning rate of each parameter as a share of that of the step.
+def layer_shares(
+    parameters: Mapping[str, nn.Parameter], first: float, decay: float = 1.0, text: float = 1.0
+) -> dict[str, float]:
+    """The learning rate of each parameter as a share of that of the step: a product of three.
 
     In each tower it grows linearly from `first` to 1 along the order of its parameters, in 16 equal
     parts, as that of KeepLoRA++ does along the layers of a transformer: what comes first in a
-    network is of use for all tasks. The image tower is all whose name begins with ``visual.``.
+    network is of use for all tasks. It falls by `decay` with each layer from the last to the first,
+    as in BEiT (arXiv 2106.08254): the numbered blocks of a tower are its layers, what comes before
+    them is one more, and so is what comes behind. The image tower is all whose name begins with
+    ``visual.``, and the rest has `text` times its rate.
 
     Args:
         parameters: by name, in the order of the model.
         first: in [0, 1].
+        decay: in (0, 1].
+        text: at least 0.
     """
     towers: dict[bool, list[str]] = {True: [], False: []}
     for name in parameters:
         towers[name.startswith("visual.")].append(name)
     shares = {}
-    for names in towers.values():
+    for image, names in towers.items():
         parts = min(_PARTS, len(names))
+        layers = _layers(names)
         for place, name in enumerate(names):
             part = place * parts // len(names)
-            shares[name] = first + (1 - first) * part / (parts - 1) if parts > 1 else 1.0
+            share = first + (1 - first) * part / (parts - 1) if parts > 1 else 1.0
+            share *= decay ** (max(layers) - layers[place])
+            shares[name] = share if image else share * text
     return shares
+
+
+def _layers(names: Sequence[str]) -> list[int]:
+    # The layer of each parameter of a tower.
+    found = [_BLOCK.search(name) for name in names]
+    numbers = [None if each is None else int(each[1]) + 1 for each in found]
+    last = max((number for number in numbers if number is not None), default=0) + 1
+    layers, behind = [], False
+    for name, number in zip(names, numbers, strict=True):
+        behind = behind or number is not None
+        # open_clip has the embeddings of words behind the blocks, and projections before them.
+        ends = (behind or "proj" in name) and "embed" not in name
+        layers.append(number if number is not None else last if ends else 0)
+    return layers
 
 
 def _groups(

@@ -31,6 +31,49 @@ def test_rates_grow_along_each_tower() -> None:
     assert layer_shares(named("visual.a"), 0.2) == {"visual.a": 1.0}
 
 
+def test_rates_fall_with_each_layer_and_in_the_text_tower() -> None:
+    images = ["conv1", "bn1.weight", "layer1.0.conv1", "layer2.0.conv1", "layer2.1.bn1", "attnpool"]
+    texts = ["emb", "transformer.resblocks.0.ln", "transformer.resblocks.11.ln", "ln_final", "proj"]
+    parameters = named(*(f"visual.{name}" for name in images), *texts)
+    shares = layer_shares(parameters, 1.0, decay=0.5, text=0.1)
+    found = [shares[f"visual.{name}"] for name in images]
+    # Layers 0, 0, 2, 3, 3 and 4, numbered as the model has them.
+    assert found == [1 / 16, 1 / 16, 1 / 4, 1 / 2, 1 / 2, 1.0]
+    of_texts = [shares[name] / 0.1 for name in texts]
+    assert of_texts == pytest.approx([0.5**13, 0.5**12, 0.5, 1.0, 1.0])
+    halves = layer_shares(parameters, 0.5, decay=0.5)
+    assert halves["visual.conv1"] == 0.5 / 16 and halves["visual.attnpool"] == 1
+
+
+def test_layers_of_a_model(load_tiny: Load) -> None:
+    shares = layer_shares(load_tiny("tiny-vit").trainable(), 1.0, decay=0.5)
+    for tower, before, behind in (
+        ("visual.", ("class_embedding", "positional_embedding", "conv1.weight"), "proj"),
+        ("", ("token_embedding.weight", "positional_embedding"), "text_projection"),
+    ):
+        assert {shares[tower + name] for name in before} == {0.25}
+        assert shares[tower + behind] == 1.0
+        blocks = [n for n in shares if n.startswith(f"{tower}transformer.resblocks.")]
+        assert blocks and {shares[name] for name in blocks} == {0.5}
+    assert shares["visual.ln_post.weight"] == shares["ln_final.weight"] == 1.0
+
+
+def test_the_text_tower_may_stay_almost_still(load_tiny: Load, task: Task) -> None:
+    def moved(share: float) -> tuple[float, float]:
+        student = load_tiny()
+        before = state_of(student)
+        learn(student, task, config=replace(CONFIG, lr_text_tower=share))
+        after = state_of(student)
+        far = {n: float((after[n] - before[n]).abs().max()) for n in student.trainable()}
+        return tuple(  # type: ignore[return-value]
+            max(v for n, v in far.items() if n.startswith("visual.") is image)
+            for image in (True, False)
+        )
+
+    still, slow = moved(0.0), moved(0.1)
+    assert still[1] == 0 < still[0] and 0 < slow[1] < 0.3 * slow[0]
+
+
 @pytest.mark.parametrize("opt", ["adamw", "muon"])
 def test_every_parameter_is_in_one_group(load_tiny: Load, opt: str) -> None:
     if opt == "muon" and not hasattr(torch.optim, "Muon"):

@@ -48,6 +48,8 @@ CASES: dict[str, dict[str, Any]] = {
               "anchors_per_step": 4, "lock_text": True},
     "lwf": {"method": "lwf", "warmup": 2},
     "muon": {"method": "finetune", "opt": "muon"},
+    "balanced": {"method": "lwf", "sampling": "balanced", "layer_decay": 0.8,
+                 "lr_text_tower": 0.1},
     "snd": {"method": "snd", "reference": "current", "reference_batch_size": 4},
     "made": {"method": "mulki", "hold_on": "both", "gate": "discrepancy"},
     "zscl": {"method": "zscl", "reference": "current", "we_every": 2},
