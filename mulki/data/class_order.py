@@ -61,4 +61,5 @@ def reordered(task: Task, order: Sequence[int]) -> Task:
         classes=tuple(task.classes[old] for old in order),
         train=Relabelled(task.train, index),
         test=Relabelled(task.test, index),
+        val=None if task.val is None else Relabelled(task.val, index),
     )

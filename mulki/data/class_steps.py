@@ -49,6 +49,7 @@ def class_steps(task: Task, counts: Sequence[int]) -> list[Task]:
                 classes=task.classes[start:end],
                 train=part(task.train),
                 test=part(task.test),
+                val=None if task.val is None else part(task.val),
             )
         )
     return steps

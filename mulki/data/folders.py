@@ -16,6 +16,7 @@ from mulki.data.image_files import (
     find_unreadable,
     holds_split,
     split_folder,
+    validation_folder,
 )
 from mulki.data.task import Task
 from mulki.errors import InputError
@@ -31,9 +32,10 @@ def folder_task(
 ) -> Task:
     """Read a task from `path/train/<class>/*` and `path/test/<class>/*`, or `path/<class>/*`.
 
-    Other names of train and test are those of `mulki.data.image_files.split_folder`. Without any of
-    them the class folders lie in `path` itself, and a part of each class is held out to test on, if
-    `test_fraction` says how much: see `mulki.data.held_out.held_out`.
+    Where `path/val/<class>/*` is there beside these two, it holds validation images, of some or all
+    classes. Other names of these folders are those of `mulki.data.image_files.split_folder`.
+    Without any of them the class folders lie in `path` itself, and a part of each class is held out
+    to test on, if `test_fraction` says how much: see `mulki.data.held_out.held_out`.
 
     The task is named after the folder, classes after theirs with underscores read as spaces, both
     sorted by folder name. Hidden entries and files without an image suffix are passed over.
@@ -81,13 +83,22 @@ def folder_task(
         raise InputError(
             f"{folders[0]}: only one class, {classes[0]}; at least two class folders are needed"
         )
+    validation = None if test_only else validation_folder(root)
+    if validation is not None:
+        unknown = [name for name in _classes_in(validation) if name not in classes]
+        if unknown:
+            raise InputError(
+                f"{validation / unknown[0]}: a class without training images; rename, add or "
+                "remove it"
+            )
     splits = [_list_images(folder, classes) for folder in folders]
     if test_fraction is None and len(splits) == 1:
         splits = [splits[0].chosen([False] * len(splits[0])), splits[0]]
     # Before unreadable images are left out, which would change the division.
     whole = divided(splits, test_fraction, where=str(root), classes=classes)
-    bad = find_unreadable(whole, skip_bad_images=skip_bad_images)
-    train, test = (images.without(bad) for images in whole)
+    of_val = [] if validation is None else [_list_images(validation, classes)]
+    bad = find_unreadable([*whole, *of_val], skip_bad_images=skip_bad_images)
+    train, test, *val = (images.without(bad) for images in (*whole, *of_val))
     for split, images in (("train", train), ("test", test)):
         if not test_only and (emptied := class_without_images(images, classes)) is not None:
             raise InputError(
@@ -103,6 +114,7 @@ def folder_task(
         skipped=tuple(bad),
         test_fraction=test_fraction,
         test_only=test_only,
+        val=val[0] if val else None,
     )
 
 

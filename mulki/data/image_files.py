@@ -65,7 +65,8 @@ class ImageFiles:
 
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-_SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
+_VALIDATION = ("val", "valid", "validation")
+_SPLIT_NAMES = {"train": ("train",), "test": ("test", *_VALIDATION), "val": _VALIDATION}
 
 _told: ContextVar[Callable[[int, int], None]] = ContextVar("told", default=lambda done, total: None)
 
@@ -139,10 +140,11 @@ def find_unreadable(splits: Sequence[Checkable], *, skip_bad_images: bool) -> di
 
 
 def split_folder(root: Path, split: str) -> Path:
-    """The folder of a split, "train" or "test", which need not be there.
+    """The folder of a split, "train", "test" or "val", which need not be there.
 
     Without one of exactly that name, it is the one whose name differs in capitals alone, and for
-    the images to test on, one called ``val``, ``valid`` or ``validation``.
+    the images to test on, one called ``val``, ``valid`` or ``validation``. That one holds the
+    validation images where there is one called ``test``, too.
     """
     exact = root / split
     if exact.exists() or not root.is_dir():
@@ -152,6 +154,14 @@ def split_folder(root: Path, split: str) -> Path:
     except OSError:
         return exact
     return root / (split_name(folders, split) or split)
+
+
+def validation_folder(root: Path) -> Path | None:
+    """The folder of validation images; None where there is none beside the images to test on."""
+    folder = split_folder(root, "val")
+    if not folder.is_dir() or folder == split_folder(root, "test"):
+        return None
+    return folder if any(path.is_dir() for path in folder.iterdir()) else None
 
 
 def split_name(names: Sequence[str], split: str) -> str | None:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from mulki.data.caption_task import CaptionedImages, same_text
 from mulki.data.task import ImageSet, Task
+from mulki.errors import InputError
 
 
 class Subset:
@@ -63,7 +64,8 @@ def limited(task: Task, count: int) -> Task:
         picked = in_turns(image_set.targets)
         return Subset(image_set, sorted(picked[: max(count, len(set(image_set.targets)))]))
 
-    return dataclasses.replace(task, train=limit(task.train), test=limit(task.test))
+    val = None if task.val is None else limit(task.val)
+    return dataclasses.replace(task, train=limit(task.train), test=limit(task.test), val=val)
 
 
 def in_turns(kinds: Sequence[Hashable]) -> list[int]:
@@ -98,6 +100,30 @@ def few_shot(task: Task, shots: int, seed: int) -> Task:
             taken[target] = taken.get(target, 0) + 1
             picked.append(index)
     return dataclasses.replace(task, train=Subset(task.train, sorted(picked)))
+
+
+def held_back(task: Task, fraction: float) -> Task:
+    """The task with a share of the training images of each class as its validation images.
+
+    Which ones they are depends on their places in the set alone, and on no seed. A class keeps at
+    least one image to train on; of one with more, at least one is held back.
+    """
+    by_class: dict[int, list[int]] = {}
+    for place in permutation(len(task.train), 0):
+        by_class.setdefault(task.train.targets[place], []).append(place)
+    taken: set[int] = set()
+    for places in by_class.values():
+        count = min(max(round(fraction * len(places)), 1), len(places) - 1)
+        taken.update(places[:count])
+    if not taken:
+        raise InputError(
+            f"--val-fraction: task {task.name} has one training image of each class, of which none "
+            "can be held back; leave it out"
+        )
+    kept = [place for place in range(len(task.train)) if place not in taken]
+    return dataclasses.replace(
+        task, train=Subset(task.train, kept), val=Subset(task.train, sorted(taken))
+    )
 
 
 def permutation(count: int, seed: int) -> list[int]:

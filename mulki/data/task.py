@@ -52,6 +52,8 @@ class Task:
         test_fraction: the share of the images that was held out to test on, see
             `mulki.data.held_out`; None where the data have a split of their own.
         test_only: it is tested and not learned, so it may have no training images and one class.
+        val: images by which the best step of training is chosen, with targets likewise; None
+            without any. They are in neither of the other splits.
 
     Raises:
         InputError: any of the above does not hold.
@@ -65,6 +67,7 @@ class Task:
     skipped: tuple[str, ...] = ()
     test_fraction: float | None = None
     test_only: bool = False
+    val: ImageSet | None = None
 
     def __post_init__(self) -> None:
         where = f'task "{self.name}"'
@@ -82,7 +85,8 @@ class Task:
         if twice:
             raise InputError(f'{where}: class "{twice[0]}" occurs twice; rename or merge the two')
         check_templates(self.templates, where)
-        for split, images in (("train", self.train), ("test", self.test)):
+        splits = [("train", self.train), ("test", self.test)]
+        for split, images in splits if self.val is None else [*splits, ("validation", self.val)]:
             if len(images) == 0 and split == "train" and self.test_only:
                 continue
             if len(images) == 0:
@@ -114,8 +118,10 @@ class Task:
         return [[fill(template, name) for template in chosen] for name in self.classes]
 
     def fingerprint(self) -> str:
-        """Hex SHA-256 over class names, templates and both splits; the task's name is left out."""
-        parts = (self.train.fingerprint(), self.test.fingerprint())
+        """Hex SHA-256 over class names, templates and all splits; the task's name is left out."""
+        parts = [self.train.fingerprint(), self.test.fingerprint()]
+        if self.val is not None:
+            parts.append(self.val.fingerprint())
         return _digest([*self.classes, "", *self.templates, "", *parts])
 
     def prompts_fingerprint(self) -> str:
@@ -123,7 +129,7 @@ class Task:
         return _digest([*self.classes, "", *self.templates])
 
     def splits_fingerprint(self) -> str:
-        """Hex SHA-256 over both splits."""
+        """Hex SHA-256 over the splits that are learned and tested."""
         return _digest([self.train.fingerprint(), self.test.fingerprint()])
 
 

@@ -147,6 +147,11 @@ class Method(nn.Module):
         self.options = options
         self.needs = Needs()
 
+    @property
+    def averages(self) -> bool:
+        """Whether a task ends with a mean of the weights of many steps, so that none is best."""
+        return False
+
     def goes_on(self, weights: Mapping[str, nn.Parameter]) -> None:
         """Take note of what the first task began with, in a run that goes on after that task.
 

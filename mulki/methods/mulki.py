@@ -232,6 +232,10 @@ class MulKI(Method):
         self._first: Tensor | None = None
         self._weights: Tensor | None = None
 
+    @property
+    def averages(self) -> bool:
+        return self.options.connecting and self.options.we_every > 0
+
     def start_task(self, task: TaskStart) -> None:
         o = self.options
         self._forget_task()

@@ -76,6 +76,10 @@ class ZSCL(Method):
         )
         self._connections: Connections | None = None
 
+    @property
+    def averages(self) -> bool:
+        return self.options.we_every > 0
+
     def start_task(self, task: TaskStart) -> None:
         self._connections = Connections(
             task.weights, every=self.options.we_every, l2=self.options.l2

@@ -22,6 +22,7 @@ from mulki.train.learning.batches import kept_samples
 from mulki.train.learning.inputs import Listeners, StepReport
 from mulki.train.learning.learn import steps_of
 from mulki.train.learning.memory import MicroBatch, free_memory, local, peak_memory
+from mulki.train.learning.validation import validations
 from mulki.train.sequence import test_loader
 from mulki.train.start.setup import Setup
 from mulki.train.task_learner import TaskLearner
@@ -144,6 +145,10 @@ def measure(setup: Setup, says: Callable[[str], None] = lambda words: None) -> C
             # Class statistics take as long for an image as its test does.
             passed = testing * len(task.train) / len(task.test)
             costs = replace(costs, learning=costs.learning + passed)
+        if task.val is not None:
+            passed = again * len(task.val) / len(task.test)
+            passed *= validations(setup.config, task, costs.steps)
+            costs = replace(costs, learning=costs.learning + passed)
         tasks.append(replace(costs, testing=testing, testing_again=again))
         kept = max(kept, _kept(setup, task, costs.steps))
     tested = sum(each.testing for each in tasks) + again_each
@@ -213,6 +218,7 @@ def _learning(
             iterations=once + _STEPS,
             epochs=None,
             micro_batch=config.micro_batch or AUTO,
+            val_every=0,
         ),
     )
     of_images = encoded[-1] - started if encoded else 0.0

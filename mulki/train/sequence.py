@@ -388,13 +388,15 @@ class _Sequence:
     ) -> None:
         steps = steps_of(self.setup.config, len(task.train), self.setup.world.size)
         self.reporter.start_task(index, task, steps, self.steps)
-        self.steps += learner.learn(
+        taken = learner.learn(
             index,
             task,
             Listeners(self.reporter.step, self.progress.advance),
             saves=self.saves,
             saved=saved,
         )
+        self.progress.skip(steps=steps - taken)
+        self.steps += taken
 
     def _keep_statistics(self, task: Task) -> None:
         if not (self.setup.config.head and task.classes):

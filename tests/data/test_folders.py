@@ -124,9 +124,17 @@ def test_other_names_of_the_splits(make_folder: Make) -> None:
         task = folder_task(root)
         assert task.fingerprint() == clean and f"{name}/" in task.test.name(0)
         (root / name).rename(root / "test")
-    # What is called test goes before what is called val.
+    # What is called test goes before what is called val, which has validation images then.
     (root / "val").mkdir()
-    assert folder_task(root).fingerprint() == clean
+    assert folder_task(root).fingerprint() == clean and folder_task(root).val is None
+    shutil.copytree(root / "test" / "crow", root / "val" / "owl")
+    _refused(root, root / "val" / "owl", "without training images")
+    (root / "val" / "owl").rename(root / "val" / "crow")
+    task = folder_task(root)
+    assert task.val is not None and "val/crow/" in task.val.name(0)
+    assert list(task.val.targets) == [1] * 3
+    assert task.fingerprint() != clean and folder_task(root, test_only=True).val is None
+    shutil.rmtree(root / "val" / "crow")
     (root / "test").rename(root / "val" / "test")
     _refused(root, root, "same classes")
 

@@ -10,7 +10,8 @@ from torchvision.transforms import Compose, ToTensor
 
 from mulki.data import CaptionedImages, CaptionTask, Task
 from mulki.data.loader import Images
-from mulki.data.subset import Subset, few_shot, limited, permutation, sampled
+from mulki.data.subset import Subset, few_shot, held_back, limited, permutation, sampled
+from mulki.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -161,3 +162,18 @@ def test_a_task_of_captions_keeps_its_first_images() -> None:
     # A cache that would not hold all of the images does not hold a sample of them.
     few = sampled(whole, 3)
     assert (few.train.sample_of, few.test.sample_of) == (9, 4)  # type: ignore[attr-defined]
+
+
+def test_a_share_of_each_class_is_held_back() -> None:
+    whole = task((0,) * 10 + (1,) * 2 + (2,))
+    kept = held_back(whole, 0.3)
+    assert kept.val is not None
+    assert sorted(kept.val.targets) == [0, 0, 0, 1] and len(kept.train) == 9
+    assert isinstance(kept.train, Subset) and isinstance(kept.val, Subset)
+    assert sorted(kept.train.indices + kept.val.indices) == list(range(13))
+    again = held_back(whole, 0.3)
+    assert isinstance(again.val, Subset) and again.val.indices == kept.val.indices
+    assert kept.test is whole.test and kept.fingerprint() != whole.fingerprint()
+    assert limited(kept, 3).val is not None and len(limited(kept, 3).val or ()) == 3
+    with pytest.raises(InputError, match="--val-fraction: task .* one training image of each"):
+        held_back(task((0, 1)), 0.5)

@@ -71,6 +71,7 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "snd": ({"method": "snd", "reference": "current", **ANCHORED}, 6),
     "wise": ({"method": "wise_ft", "wise_base": "zero_shot"}, 6),
     "er": ({"method": "er", "buffer_size": 7, "micro_batch": "2"}, 6),
+    "validation": ({"method": "lwf", "val_fraction": 0.4, "val_every": 1, **ANCHORED}, 6),
     # 5 images for 2 processes.
     "ewc": ({"method": "ewc", "fisher_images": 5, **ANCHORED}, 6),
     "vocabulary": ({"method": "lwf_vr", "anchors_per_step": "7"}, 6),

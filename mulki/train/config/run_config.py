@@ -83,6 +83,27 @@ class RunConfig:
         None, "column of the labels, or of the captions; label or caption if left out"
     )
     csv_separator: str = option(",", "what separates the cells of CSV files, as open_clip's: tab")
+    val_fraction: float | None = option(
+        None,
+        "the share of each class's training images that is held back, by whose accuracy the best "
+        "step of each task is kept; folders may have val/ instead",
+        above=0,
+        below=1,
+        of_classes=True,
+    )
+    val_every: int | None = option(
+        None,
+        "steps between two tests on the validation images; 0: none; a tenth of the task's steps if "
+        "left out",
+        low=0,
+        of_classes=True,
+    )
+    early_stopping: int | None = option(
+        None,
+        "end a task after so many tests on its validation images without a better one",
+        low=1,
+        of_classes=True,
+    )
     shots: int | None = option(
         None, "training images of each class, drawn with the seed; all if left out", low=1
     )

@@ -25,6 +25,7 @@ from mulki.train.learning.memory import MicroBatch
 from mulki.train.learning.pair_step import PairStep
 from mulki.train.learning.spikes import SpikeGuard
 from mulki.train.learning.task_teachers import TaskTeachers
+from mulki.train.learning.validation import Validation, validates
 from mulki.train.saving.randomness import random_state, set_random_state
 from mulki.train.saving.recovery import Saves
 
@@ -58,7 +59,7 @@ def learn_task(
             frozen models are those of that moment already.
 
     Returns:
-        The number of steps of the task.
+        The number of steps that were taken.
 
     Raises:
         InputError: a loss is not finite (the learning rate is then too high), or a bad image.
@@ -69,15 +70,17 @@ def learn_task(
     inputs.check(training.method)
     learning = _Learning(training, inputs, listeners, saved)
     with saves.within_task(learning.state) as whole_step:
-        while learning.steps < learning.last:
+        while learning.goes_on:
             listeners.step(learning.take_step(whole_step, saves))
             learning.listened = time.perf_counter()
     learning.guard.report(inputs.task.name)
+    if learning.validation is not None:
+        learning.validation.keep_best()
     if images := needs_of(training.method, inputs.task).fisher:
         training.method.keep_fisher(fisher_diagonal(training, inputs, images))
     training.method.end_task()
     training.model.eval()
-    return learning.last
+    return learning.steps
 
 
 class _Learning:
@@ -107,6 +110,11 @@ class _Learning:
         if saved is not None:
             self._restore(saved)
         self.device = training.model.device
+        self.validation: Validation | None = None
+        if validates(config, task):
+            self.validation = Validation(training, task, self.last)
+            if saved is not None:
+                self.validation.restore(saved["validation"])
         self.batches = task_batches(
             task,
             inputs.reference,
@@ -122,6 +130,12 @@ class _Learning:
         if saved is not None:
             set_random_state(saved["random"], self.device)
         self.ended = self.listened = time.perf_counter()
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is another step to take."""
+        stopped = self.validation is not None and self.validation.stopped
+        return self.steps < self.last and not stopped
 
     def _start_method(self, inputs: TaskInputs, saved: Mapping[str, Any] | None) -> None:
         method, model = self.training.method, self.training.model
@@ -161,6 +175,8 @@ class _Learning:
             )
             self._update(number, losses, lr)
             updated = time.perf_counter()
+            if self.validation is not None:
+                self.validation.after_step(number)
         parts = {
             "loading": loaded - self.listened,
             "gradients": derived - loaded,
@@ -199,6 +215,7 @@ class _Learning:
             "step": self.step.state(),
             "teachers": self.teachers.state(),
             "spikes": self.guard.state(),
+            "validation": None if self.validation is None else self.validation.state(),
             "anchors": None if self.anchors is None else self.anchors.state(),
         }
 

@@ -225,6 +225,7 @@ def _as_learned(
         train=train,
         test=test,
         test_only=True,
+        val=None,
     )
 
 

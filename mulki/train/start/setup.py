@@ -38,6 +38,7 @@ from mulki.train.config.run_config import CURRENT, MADE, RunConfig, Settings
 from mulki.train.config.tasks import warn_of_equal_names
 from mulki.train.learning import muon
 from mulki.train.learning.inputs import Training
+from mulki.train.learning.validation import with_validation
 from mulki.train.saving.description import Description, LearnedTask, recipe_of
 from mulki.train.saving.randomness import deterministic
 from mulki.train.saving.recovery import (
@@ -176,6 +177,8 @@ def prepared(
                 check_begin(goes_on.said, hashes)
                 hashes["checkpoint"] = goes_on.checksum
             _store_weights(config, precision, model, original)
+            new = with_validation(config, method, data.tasks[data.earlier :])
+            data = data._replace(tasks=[*data.tasks[: data.earlier], *new])
             facts = same_in_all(settings, data.tasks, hashes) | {"precision": precision.name}
             if resume is not None:
                 check_same(Path(resume), hashes)
