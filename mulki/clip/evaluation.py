@@ -44,17 +44,26 @@ LabelSpace = Literal["task", "seen", "all"]
 
 @torch.no_grad()
 def zero_shot_classifier(
-    model: VisionLanguageModel, inputs: Tensor, num_classes: int, world: World = ALONE
+    model: VisionLanguageModel,
+    inputs: Tensor,
+    classes: int | Sequence[int],
+    world: World = ALONE,
 ) -> Tensor:
     """Class weights [C, D], unit rows.
 
     Args:
-        inputs: `model.text_inputs` of C x T prompts, class by class.
-        num_classes: C.
+        inputs: `model.text_inputs` of the prompts, class by class.
+        classes: C, where all classes have equally many prompts; or how many each of them has, [C].
         world: the processes among which the texts are divided.
     """
     texts = text_features(model, inputs, world)
-    return F.normalize(texts.unflatten(0, (num_classes, -1)).mean(dim=1), dim=-1)
+    if not isinstance(classes, int) and len(set(classes)) == 1:
+        classes = len(classes)
+    if isinstance(classes, int):
+        means = texts.unflatten(0, (classes, -1)).mean(dim=1)
+    else:
+        means = torch.stack([of_class.mean(dim=0) for of_class in texts.split([*classes])])
+    return F.normalize(means, dim=-1)
 
 
 class Evaluator:
@@ -105,7 +114,7 @@ class Evaluator:
         if task.name not in self._inputs:
             prompts = [prompt for of_class in texts for prompt in of_class]
             self._inputs[task.name] = text_inputs(model, prompts, world)
-        return zero_shot_classifier(model, self._inputs[task.name], len(texts), world)
+        return zero_shot_classifier(model, self._inputs[task.name], [*map(len, texts)], world)
 
     @torch.no_grad()
     def answers(

@@ -221,6 +221,11 @@ def read_classed_shards(
         targets = []
         for place, text in enumerate(texts):
             target = whole_number(text)
+            if len(text.strip(" []").replace(",", " ").split()) > 1:
+                raise InputError(
+                    f"{part.name(place)}: classes {text[:20]!r}, wanted one: data with several "
+                    "labels an image (multi-label) cannot be learned; keep one of them"
+                )
             if target is None or target >= count:
                 raise InputError(
                     f"{part.name(place)}: class {text[:20]!r}, wanted a number from 0 to "

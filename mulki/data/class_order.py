@@ -59,6 +59,7 @@ def reordered(task: Task, order: Sequence[int]) -> Task:
     return dataclasses.replace(
         task,
         classes=tuple(task.classes[old] for old in order),
+        texts=tuple(task.texts[old] for old in order) if task.texts else (),
         train=Relabelled(task.train, index),
         test=Relabelled(task.test, index),
         val=None if task.val is None else Relabelled(task.val, index),

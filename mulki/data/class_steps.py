@@ -47,6 +47,7 @@ def class_steps(task: Task, counts: Sequence[int]) -> list[Task]:
                 task,
                 name=f"{task.name}-{number}",
                 classes=task.classes[start:end],
+                texts=task.texts[start:end],
                 train=part(task.train),
                 test=part(task.test),
                 val=None if task.val is None else part(task.val),

@@ -233,7 +233,7 @@ def _check_rows(folder: Path, rows: Sequence[SplitRow]) -> None:
         if row.file in first:
             raise InputError(
                 f"{row.where}: {row.file} is listed already ({first[row.file].where}); an image "
-                "has one label and one split, so remove one of the two rows"
+                "has one label and one split (no multi-label data), so remove one of the two rows"
             )
         first[row.file] = row
     check_images_exist(folder, rows)

@@ -328,6 +328,12 @@ def _column(
             f"called {' or '.join(preferred)}; leave the others out (dataset.remove_columns) and "
             f"save again, or pass {argument}=NAME to mulki.data.huggingface_task"
         )
+    for name, of in features.items():
+        if isinstance(getattr(of, "feature", None), kind) and given in (None, name):
+            raise InputError(
+                f"{folder}: the column {name} holds several labels an image (multi-label), which "
+                "cannot be learned; make a column of one label each and save again"
+            )
     there = ", ".join(
         f"{name}: {of.dtype if type(of).__name__ == 'Value' else type(of).__name__}"
         for name, of in features.items()

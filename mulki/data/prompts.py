@@ -53,3 +53,18 @@ def fill(template: str, class_name: str) -> str:
     """Put a class name into a template."""
     # Not str.format: other braces in a template or a name are plain text.
     return template.replace("{}", class_name)
+
+
+def filled(
+    classes: Sequence[str], templates: Sequence[str], texts: Sequence[Sequence[str]]
+) -> list[list[str]]:
+    """The prompts of each class, [C][...]: every template with its name, then texts of its own.
+
+    Args:
+        texts: of each class, [C]; empty where none has any.
+    """
+    each = texts or [()] * len(classes)
+    return [
+        [*(fill(template, name) for template in templates), *own]
+        for name, own in zip(classes, each, strict=True)
+    ]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mulki.choices.registration import place_of, register
 from mulki.data.caption_files import caption_task
+from mulki.data.class_texts import with_class_texts
 from mulki.data.csv_files import CsvForm, csv_task
 from mulki.data.folders import folder_task
 from mulki.data.huggingface_tasks import holds_dataset, huggingface_task
@@ -111,6 +112,12 @@ def load_sequence(
         )
     tasks = [
         _load_task(word, skip_bad_images, test_fraction, test_only, form, source) for word in words
+    ]
+    tasks = [
+        with_class_texts(task, Path(word) if Path(word).is_dir() else Path(word).parent)
+        if word.partition(":")[0] not in (*_SEQUENCES, _CAPTIONS)
+        else task
+        for word, task in zip(words, tasks, strict=True)
     ]
     if wanted is not None and all(task.test_fraction is None for task in tasks):
         raise without_effect(wanted)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from PIL import Image
 
-from mulki.data.prompts import check_templates, fill
+from mulki.data.prompts import check_templates, filled
 from mulki.errors import InputError
 
 
@@ -54,6 +54,7 @@ class Task:
         test_only: it is tested and not learned, so it may have no training images and one class.
         val: images by which the best step of training is chosen, with targets likewise; None
             without any. They are in neither of the other splits.
+        texts: more prompts of each class beside those of the templates, [C]; empty for none.
 
     Raises:
         InputError: any of the above does not hold.
@@ -68,6 +69,7 @@ class Task:
     test_fraction: float | None = None
     test_only: bool = False
     val: ImageSet | None = None
+    texts: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
         where = f'task "{self.name}"'
@@ -85,6 +87,11 @@ class Task:
         if twice:
             raise InputError(f'{where}: class "{twice[0]}" occurs twice; rename or merge the two')
         check_templates(self.templates, where)
+        if self.texts and len(self.texts) != len(self.classes):
+            raise InputError(
+                f"{where}: {len(self.texts)} lists of texts came for {len(self.classes)} classes; "
+                "give each class one"
+            )
         splits = [("train", self.train), ("test", self.test)]
         for split, images in splits if self.val is None else [*splits, ("validation", self.val)]:
             if len(images) == 0 and split == "train" and self.test_only:
@@ -104,29 +111,34 @@ class Task:
                 )
 
     def prompts(self, templates: Sequence[str] | None = None) -> list[list[str]]:
-        """Every template filled with every class name, [C][T].
+        """Every template filled with every class name, [C][T], and the class's own texts.
 
         Args:
-            templates: used instead of the task's own.
+            templates: used instead of the task's own, and of these texts.
 
         Raises:
             InputError: a template without exactly one `{}`.
         """
-        chosen = self.templates
-        if templates is not None:
-            chosen = check_templates(templates, f'prompts of task "{self.name}"')
-        return [[fill(template, name) for template in chosen] for name in self.classes]
+        if templates is None:
+            return filled(self.classes, self.templates, self.texts)
+        return filled(
+            self.classes, check_templates(templates, f'prompts of task "{self.name}"'), ()
+        )
 
     def fingerprint(self) -> str:
         """Hex SHA-256 over class names, templates and all splits; the task's name is left out."""
         parts = [self.train.fingerprint(), self.test.fingerprint()]
         if self.val is not None:
             parts.append(self.val.fingerprint())
-        return _digest([*self.classes, "", *self.templates, "", *parts])
+        return _digest([*self._said(), "", *parts])
 
     def prompts_fingerprint(self) -> str:
         """Hex SHA-256 over class names and templates."""
-        return _digest([*self.classes, "", *self.templates])
+        return _digest(self._said())
+
+    def _said(self) -> list[str]:
+        texts = [line for of_class in self.texts for line in ("", *of_class)]
+        return [*self.classes, "", *self.templates, *texts]
 
     def splits_fingerprint(self) -> str:
         """Hex SHA-256 over the splits that are learned and tested."""

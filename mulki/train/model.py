@@ -249,20 +249,25 @@ class Model:
             distinct = _distinct(tasks)
             weights = []
             for task in distinct:
-                prompts = [prompt for of_class in task.prompts() for prompt in of_class]
-                inputs = self.clip.text_inputs(prompts)
-                weights.append(zero_shot_classifier(self.clip, inputs, len(task.classes)))
+                prompts = task.prompts()
+                inputs = self.clip.text_inputs([text for of_class in prompts for text in of_class])
+                weights.append(zero_shot_classifier(self.clip, inputs, [*map(len, prompts)]))
             self._weights[classes] = _labels(distinct), weights
         return self._weights[classes]
 
     def _tasks_of(self, classes: Sequence[str]) -> list[LearnedTask]:
-        learned = {name: task.templates for task in self._tasks for name in task.classes}
-        by_templates: dict[tuple[str, ...], list[str]] = {}
+        learned = {
+            name: (task.templates, task.texts[place] if task.texts else ())
+            for task in self._tasks
+            for place, name in enumerate(task.classes)
+        }
+        by_templates: dict[tuple[str, ...], dict[str, tuple[str, ...]]] = {}
         for name in classes:
-            by_templates.setdefault(learned.get(name, DEFAULT_TEMPLATES), []).append(name)
+            templates, texts = learned.get(name, (DEFAULT_TEMPLATES, ()))
+            by_templates.setdefault(templates, {})[name] = texts
         return [
-            LearnedTask("classes", tuple(names), templates)
-            for templates, names in by_templates.items()
+            LearnedTask("classes", tuple(of), templates, tuple(of.values()))
+            for templates, of in by_templates.items()
         ]
 
 
@@ -413,12 +418,14 @@ def _distinct(tasks: Sequence[LearnedTask]) -> list[LearnedTask]:
     found = []
     for task in tasks:
         kept = []
-        for name, prompts in zip(task.classes, task.prompts(), strict=True):
+        for place, prompts in enumerate(task.prompts()):
             if tuple(prompts) not in seen:
                 seen.add(tuple(prompts))
-                kept.append(name)
+                kept.append(place)
         if kept:
-            found.append(LearnedTask(task.name, tuple(kept), task.templates))
+            names = tuple(task.classes[place] for place in kept)
+            texts = tuple(task.texts[place] for place in kept) if task.texts else ()
+            found.append(LearnedTask(task.name, names, task.templates, texts))
     return found
 
 

@@ -206,9 +206,9 @@ def evaluation(checkpoint: Path, given: Mapping[str, Any]) -> Evaluation:
 
 def _check_prompts(checkpoint: Path, said: Description, tasks: Sequence[Task]) -> None:
     # Of the tasks that it has learned; those that came later in its run are not in there.
-    found = {task.name: (task.classes, task.templates) for task in tasks}
+    found = {task.name: (task.classes, task.templates, task.texts) for task in tasks}
     for task in said.tasks:
-        if found.get(task.name) != (task.classes, task.templates):
+        if found.get(task.name) != (task.classes, task.templates, task.texts):
             raise InputError(
                 f"{checkpoint}: has learned a task {task.name} with other class names or prompts "
                 "than that of the same name here has now; restore it, or pass --tasks"

@@ -117,6 +117,17 @@ def test_classifier_is_that_of_open_clip(load_tiny: Load, name: str) -> None:
     torch.testing.assert_close(zero_shot_classifier(model, inputs, 5), wanted.mT)
 
 
+def test_classes_may_have_unequal_numbers_of_texts(load_tiny: Load) -> None:
+    model = load_tiny()
+    model.eval()
+    texts = [["a"], ["b", "c", "d"], ["e", "f"]]
+    inputs = model.text_inputs([text for of_class in texts for text in of_class])
+    each = [zero_shot_classifier(model, model.text_inputs(of), 1) for of in texts]
+    torch.testing.assert_close(zero_shot_classifier(model, inputs, [1, 3, 2]), torch.cat(each))
+    equal = zero_shot_classifier(model, inputs, [2, 2, 2])
+    assert torch.equal(equal, zero_shot_classifier(model, inputs, 3))
+
+
 def test_classifier_does_not_depend_on_the_text_batch(
     load_tiny: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:

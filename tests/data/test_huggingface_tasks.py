@@ -311,6 +311,14 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         r"no column of type ClassLabel \(found: text: string, image: Image, label: string\); make "
         r"one with dataset\.class_encode_column",
     ),
+    "several labels": (
+        lambda f: write_again(
+            f,
+            columns("test") | {"label": [[0, 1], [1]]},
+            label=datasets.List(datasets.ClassLabel(names=["cat", "dog"])),
+        ),
+        r"the column label holds several labels an image \(multi-label\)",
+    ),
     "no image": (
         lambda f: write_again(f, image=None),
         r"no column of type Image \(found: .*cast_column\(NAME, datasets\.Image\(\)\)",

@@ -70,6 +70,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no names": (lambda f: (f / "classes.txt").unlink(), r"classes\.txt: no such file; name the"),
     "no text": (lambda f: (f / "classes.txt").write_bytes(b"\xff"), r"classes\.txt: cannot be r"),
     "one name": (lambda f: (f / "classes.txt").write_text("cat"), "class '1'"),
+    "several": (spoiled({"4.cls": b"[0, 1]"}), r"0\.tar:4\.png: classes '\[0, 1\]', .*multi-label"),
     "number": (spoiled({"4.cls": b"2"}), r"0\.tar:4\.png: class '2', wanted a number from 0 to 1"),
     "below zero": (spoiled({"4.cls": b"-1"}), "class '-1'"),
     "another script": (spoiled({"4.cls": "\u0661".encode()}), "class '\u0661', wanted a number"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from mulki.train.config.run_config import resolve
 from mulki.train.model import Model, load
 from mulki.train.retest import evaluation
 from mulki.train.saving.description import Description, LearnedTask
-from tests.train.run_helpers import SHORT
-from tests.train_helpers import without_figures
+from tests.train.run_helpers import SHORT, Run
+from tests.train_helpers import SHADES, without_figures, write_task
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,31 @@ def test_other_classes_and_a_threshold(model: Model, tmp_path: Path) -> None:
     mixed = model.predict([image, tmp_path / "a.png", image])
     assert [each.image for each in mixed] == ["image 0", str(tmp_path / "a.png"), "image 2"]
     assert mixed[0].probabilities == pytest.approx(mixed[1].probabilities)
+
+
+def test_texts_of_classes_go_with_the_checkpoint(run: Run, tmp_path: Path) -> None:
+    names = tmp_path / "shades"
+    write_task(names, SHADES)
+    (names / "class_texts.csv").write_text("class,name,description\ndark,black,\ndark,,night\n")
+    folder = run(tasks=[str(names)], method="finetune")
+    texts = [["a photo of a dark.", "a photo of a black.", "night"], ["a photo of a light."]]
+    model = load(folder.path)
+    assert model.description is not None
+    assert [*model.description.tasks[0].prompts()] == texts
+    (wanted,) = evaluation(folder.path, {}).predictions()
+    task = folder_task(names)
+    found = model.predict([task.test.name(index) for index in range(len(task.test))])
+    assert wanted.with_head is not None
+    for place, each in enumerate(found):
+        ranked = [wanted.with_head.own.classes[c][1] for c in wanted.with_head.own.ranked[place]]
+        assert list(each.classes) == ranked
+    # By name, a class has its texts, too.
+    (_, weights) = model._texts(("light", "tiger", "dark"))
+    assert [len(of) for of in weights] == [3]
+    shutil.rmtree(names / "train")
+    (names / "class_texts.csv").unlink()
+    with pytest.raises(InputError, match="prompts are not those in its env.json"):
+        evaluation(folder.path, {})
 
 
 def test_an_unreadable_image_is_named(model: Model, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mulki.data.prompts import fill
+from mulki.data.prompts import filled
 from mulki.errors import InputError
 
 #: In the metadata of a safetensors file.
@@ -33,15 +33,17 @@ class LearnedTask:
         name: of the task.
         classes: their names, [C]; none of a task of captions.
         templates: prompts, each with one `{}` for the class name.
+        texts: more prompts of each class, [C]; empty for none.
     """
 
     name: str
     classes: tuple[str, ...]
     templates: tuple[str, ...]
+    texts: tuple[tuple[str, ...], ...] = ()
 
     def prompts(self) -> list[list[str]]:
-        """Every template filled with every class name, [C][T]."""
-        return [[fill(template, name) for template in self.templates] for name in self.classes]
+        """As `mulki.data.task.Task.prompts`."""
+        return filled(self.classes, self.templates, self.texts)
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,12 @@ def described(text: str, where: str) -> Description:
     try:
         found = json.loads(text)
         tasks = [
-            LearnedTask(str(of["name"]), _texts(of["classes"]), _texts(of["templates"]))
+            LearnedTask(
+                str(of["name"]),
+                _texts(of["classes"]),
+                _texts(of["templates"]),
+                tuple(map(_texts, of.get("texts", ()))),
+            )
             for of in found["tasks"]
         ]
         figures = {str(name): float(value) for name, value in found["figures"].items()}

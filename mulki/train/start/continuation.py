@@ -202,7 +202,14 @@ def _as_learned(
             "needs its files; pass captions:PATH"
         )
     if found is None:
-        return NamedTask(learned.name, learned.classes, learned.templates, _NOTHING, _NOTHING)
+        return NamedTask(
+            learned.name,
+            learned.classes,
+            learned.templates,
+            _NOTHING,
+            _NOTHING,
+            texts=learned.texts,
+        )
     if replayed and config.shots is not None:
         found = few_shot(found, config.shots, config.seed)
     if config.limit_images is not None:
@@ -222,6 +229,7 @@ def _as_learned(
         found,
         classes=learned.classes,
         templates=learned.templates,
+        texts=learned.texts,
         train=train,
         test=test,
         test_only=True,

@@ -102,7 +102,9 @@ class Setup(Training):
         """What the model is after so many of the tasks, with its accuracy by test set."""
         options = Settings(self.config, self.method.options).to_dict()
         return Description(
-            tuple(LearnedTask(t.name, t.classes, t.templates) for t in self.tasks[:learned]),
+            tuple(
+                LearnedTask(t.name, t.classes, t.templates, t.texts) for t in self.tasks[:learned]
+            ),
             recipe_of(options | {"precision": self.precision.name}),
             str(self.hashes.get("original", self.hashes["weights"])),
             figures,

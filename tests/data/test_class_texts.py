@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mulki.data import load_sequence
+from mulki.data.class_order import reordered
+from mulki.data.class_steps import class_steps
+from mulki.data.class_texts import FILE, with_class_texts
+from mulki.errors import InputError
+
+Make = Callable[..., Path]
+
+
+def test_names_and_descriptions_are_prompts(make_folder: Make) -> None:
+    root = make_folder(train=("blue_jay", "crow", "owl", "wren"))
+    (root / "prompts.txt").write_text("a {}.\nthe {}.\n")
+    (plain,) = load_sequence([str(root)])
+    rows = ["class,name,description", "crow,raven,", 'crow,,"a black bird, large"', "owl,,round"]
+    (root / FILE).write_text("\n".join(rows) + "\n")
+    (task,) = load_sequence([str(root)])
+    assert task.prompts() == [
+        ["a blue jay.", "the blue jay."],
+        ["a crow.", "the crow.", "a raven.", "the raven.", "a black bird, large"],
+        ["a owl.", "the owl.", "round"],
+        ["a wren.", "the wren."],
+    ]
+    assert task.prompts(["{}!"]) == [["blue jay!"], ["crow!"], ["owl!"], ["wren!"]]
+    # What changes is the prompts, and not the images.
+    assert task.prompts_fingerprint() != plain.prompts_fingerprint()
+    assert task.splits_fingerprint() == plain.splits_fingerprint()
+    order = [1, 3, 0, 2]
+    assert reordered(task, order).prompts() == [task.prompts()[old] for old in order]
+    first, second = class_steps(task, [2, 2])
+    assert [*first.prompts(), *second.prompts()] == task.prompts()
+    assert first.prompts_fingerprint() != class_steps(plain, [2, 2])[0].prompts_fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("class,name\ncrov,raven\n", r"line 2: .*no class 'crov'.*\"crow\""),
+        ("class,name\ncrow,crow\n", "line 2: class crow has the text 'a photo of a crow.' already"),
+        ("class,name\ncrow,raven\ncrow,raven\n", "line 3: class crow has the text"),
+        ("class,other\ncrow,raven\n", "has neither a column name nor description"),
+        ("name\nraven\n", "no column class"),
+    ],
+)
+def test_what_fits_no_class_is_refused(make_folder: Make, text: str, said: str) -> None:
+    root = make_folder()
+    (task,) = load_sequence([str(root)])
+    (root / FILE).write_text(text)
+    with pytest.raises(InputError, match=said):
+        with_class_texts(task, root)
+    with pytest.raises(InputError, match="1 lists of texts came for 2 classes"):
+        dataclasses.replace(task, texts=(("x",),))
