@@ -13,6 +13,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from mulki.app.commands import completion
 from mulki.app.commands.parsing import Parser, add_options, with_hyphens
@@ -171,9 +172,23 @@ def _run(argv: list[str]) -> int:
     if folder is None:  # another process of the run prints
         return 0
     lines = read_evaluations(folder.path / "results.jsonl")
-    print_matrix(folder.matrix, console, folder.class_incremental, lines, folder.with_head)
-    console.print(Text(f"run folder: {folder.path}"), soft_wrap=True)
+    method = settings.run.method
+    print_matrix(folder.matrix, console, folder.class_incremental, lines, folder.with_head, method)
+    for line in _next_steps(folder.path):
+        console.print(Text(line), soft_wrap=True)
     return 0
+
+
+def _next_steps(folder: Path) -> list[str]:
+    # What there is now, and what can be done with it.
+    named = shlex.quote(str(folder))
+    lines = [f"run folder: {folder}", f"open:       {folder / 'report.html'}"]
+    if (folder / "checkpoints" / "latest").is_dir():
+        lines += [
+            f"predict:    mulki predict {named} IMAGES",
+            f"go on:      mulki run NEW_TASKS --continue {named}",
+        ]
+    return lines
 
 
 def _plan(argv: list[str]) -> int:
@@ -215,8 +230,10 @@ def _export(argv: list[str]) -> int:
 
 def _metrics(argv: list[str]) -> int:
     """Transfer, Average, Last, forgetting and BWT of a matrix: mulki metrics matrix.csv"""
+    from rich.text import Text
+
     from mulki.console import Console
-    from mulki.report.tables import print_matrix
+    from mulki.report.tables import definition_lines, print_matrix
     from mulki.runs.metrics import read_matrix
 
     parser = Parser(prog="mulki metrics", description=_metrics.__doc__)
@@ -227,7 +244,10 @@ def _metrics(argv: list[str]) -> int:
     if arguments.json:
         print(json.dumps(matrix.metrics().to_dict()))
     else:
-        print_matrix(matrix, Console())
+        console = Console()
+        print_matrix(matrix, console)
+        for line in definition_lines():
+            console.print(Text(line), style="dim")
     return 0
 
 

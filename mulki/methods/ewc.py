@@ -40,7 +40,7 @@ class EWC(Method):
     @dataclass(frozen=True)
     class Options(Method.Options):
         label_smoothing: float = label_smoothing_option()
-        ewc_lambda: float = option(100.0, "coefficient of the penalty", low=0)
+        ewc_lambda: float = option(1e4, "coefficient of the penalty", low=0)
         ewc_decay: float = option(
             1.0, "what is left of the earlier tasks' Fisher information at each task", low=0, high=1
         )

@@ -20,7 +20,14 @@ from rich.text import Text
 
 from mulki.console import Console
 from mulki.errors import counted
-from mulki.runs.metrics import ZERO_SHOT, AccuracyMatrix, ClassIncremental, Metrics
+from mulki.runs.metrics import (
+    DEFINITIONS,
+    NOTATION,
+    ZERO_SHOT,
+    AccuracyMatrix,
+    ClassIncremental,
+    Metrics,
+)
 from mulki.runs.results import Evaluation
 from mulki.runs.with_head import WithHead
 
@@ -43,6 +50,8 @@ _MIN_CELL = len("100.0*")
 _SOFT_HEADER = 8
 _MAX_CELL = 12
 _MAX_LABEL = 20
+# Names of rows are cut into lines of at least so many, and words in cells into lines of so many.
+_LEAST_LABEL, _LEAST_WORDS = 20, 12
 
 
 def display_columns(matrix: AccuracyMatrix) -> tuple[str, ...]:
@@ -136,26 +145,79 @@ def column_blocks(widths: Sequence[int], room: int) -> Iterator[slice]:
     yield slice(start, len(widths))
 
 
-def metrics_table(matrix: AccuracyMatrix, with_head: WithHead | None = None) -> Table:
-    """Return the metrics line, in percent, and that of a model left at zero-shot to compare."""
+def folded_tables(
+    width: int,
+    first: str,
+    head: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[str]]],
+    numbers: bool = True,
+) -> Iterator[Table]:
+    """Tables no wider than `width`, each with the names of all rows and some of the columns.
+
+    A cell of words is cut into lines where it is wider than a table; a number never is.
+
+    Args:
+        first: title of the names.
+        head: of the columns.
+        rows: each a name and its cells.
+        numbers: all columns but the last one hold numbers, and cells stand at the right.
+    """
+    label = min(
+        max(cell_len(name) for name in (first, *(name for name, _ in rows))),
+        max(_LEAST_LABEL, width // (3 if numbers else 2)),
+    )
+    columns = list(zip(head, *(cells for _, cells in rows), strict=True))
+    # Each column takes one space more; the table adds another between two columns.
+    room = width - label - 1
+    most = max(room - 2, _LEAST_WORDS)
+    widths = [max(map(cell_len, column)) for column in columns]
+    words = slice(-1, None) if numbers else slice(None)
+    widths[words] = [min(each, most) for each in widths[words]]
+    for block in column_blocks([each + 1 for each in widths], room):
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+        table.add_column(first, width=label)
+        justify: Literal["right", "left"] = "right" if numbers else "left"
+        for (title, *_), each in zip(columns[block], widths[block], strict=True):
+            table.add_column(title, width=each, justify=justify)
+        for place, (name, _) in enumerate(rows, start=1):
+            shown = (Text(column[place]) for column in columns[block])
+            table.add_row(Text(name, overflow="fold"), *shown)
+        yield table
+
+
+def metrics_table(
+    matrix: AccuracyMatrix, with_head: WithHead | None = None, method: str | None = None
+) -> Table:
+    """Return the metrics line, in percent, and that of a model left at zero-shot to compare.
+
+    Args:
+        method: the name of that line; how many tasks were learned if it is None.
+    """
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     table.add_column("")
     for title in TITLES.values():
         table.add_column(title, justify="right")
-    for name, values in _metrics_rows(matrix, with_head):
+    for name, values in _metrics_rows(matrix, with_head, method):
         table.add_row(name, *values)
     return table
 
 
 def _metrics_rows(
-    matrix: AccuracyMatrix, with_head: WithHead | None
+    matrix: AccuracyMatrix, with_head: WithHead | None, method: str | None
 ) -> Iterator[tuple[str, list[str]]]:
-    yield counted(len(matrix.tasks), "task"), format_metrics(matrix.metrics())
+    name = method or counted(len(matrix.tasks), "task")
+    yield name, format_metrics(matrix.metrics())
     if with_head is not None and matrix.tasks:
         yield "with head", format_metrics(with_head.matrix.metrics())
     zero_shot = matrix.zero_shot_metrics()
     if zero_shot is not None:
         yield ZERO_SHOT, format_metrics(zero_shot)
+
+
+def definition_lines() -> list[str]:
+    """A line that says what each metric is, after one that says what the letters are."""
+    each = [f"{title}: {DEFINITIONS[name]}" for name, title in TITLES.items()]
+    return [NOTATION, *each]
 
 
 def format_metrics(metrics: Metrics) -> list[str]:
@@ -229,10 +291,11 @@ def print_matrix(
     seen: ClassIncremental | None = None,
     evaluations: Sequence[Evaluation] = (),
     with_head: WithHead | None = None,
+    method: str | None = None,
 ) -> None:
-    """Print the matrix and its metrics, as wide as the console is."""
+    """Print the matrix and its metrics, as wide as the console is; `method` as `metrics_table`."""
     console = console or Console()
-    metrics = metrics_table(matrix, with_head)
+    metrics = metrics_table(matrix, with_head, method)
     console.print(matrix_table(matrix, width=console.width), "", metrics, sep="\n")
     for line in _lines_below(seen, evaluations, with_head):
         console.print(Text(line))
@@ -243,6 +306,7 @@ def summary_markdown(
     seen: ClassIncremental | None = None,
     evaluations: Sequence[Evaluation] = (),
     with_head: WithHead | None = None,
+    method: str | None = None,
 ) -> str:
     """Return the matrix and its metrics as Markdown tables; bold is just learned."""
     body = [
@@ -250,7 +314,7 @@ def summary_markdown(
         for name, cells in display_rows(matrix)
     ]
     header = ["after", *map(escape, display_columns(matrix))]
-    metrics = [[name, *values] for name, values in _metrics_rows(matrix, with_head)]
+    metrics = [[name, *values] for name, values in _metrics_rows(matrix, with_head, method)]
     legend = "Accuracy in percent; **bold**: just learned, +: learned earlier, else: not by then."
     lines = _lines_below(seen, evaluations, with_head)
     return "\n".join(
@@ -260,6 +324,8 @@ def summary_markdown(
             legend,
             "",
             *_markdown_table(["", *TITLES.values()], metrics),
+            "",
+            *(f"- {escape(line)}" for line in definition_lines()),
             "",
             *(f"{escape(line)}\n" for line in lines),
         ]

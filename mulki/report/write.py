@@ -41,7 +41,11 @@ def write_report(folder: str | os.PathLike[str], *, figures: bool = False) -> Pa
     table = ""
     if contents.evaluated:
         table = summary_markdown(
-            run.matrix, run.class_incremental, contents.evaluations, run.with_head
+            run.matrix,
+            run.class_incremental,
+            contents.evaluations,
+            run.with_head,
+            run.summary.get("method"),
         )
     write_atomic(folder / "summary.md", title + table)
     write_atomic(folder / "report.html", render_html(contents))

@@ -460,7 +460,10 @@ class _Sequence:
         folder.add_answers(after_task, row.answers, seconds=row.seconds, step=self.steps)
         shown = ", ".join(f"{name} {each.accuracy:.1f}" for name, each in row.answers.items())
         seen = folder.class_incremental.after.get(after_task)
-        line = f"after {after_task}: {shown}" + ("" if seen is None else f"; all seen {seen:.1f}")
+        begin = "test of the start model" if after_task == ZERO_SHOT_ROW else f"after {after_task}"
+        line = f"{begin}: {shown}"
+        if seen is not None:
+            line += f"; among all classes so far {seen:.1f}"
         if folder.with_head is not None and after_task != ZERO_SHOT_ROW:
             heads = folder.with_head.class_incremental.after[after_task]
             line += f", with head {heads:.1f}"

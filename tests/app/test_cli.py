@@ -59,7 +59,12 @@ def test_names_are_shown_as_they_are(
     place = ["--logs", "[b]runs[/a]", "--name", "of:cat:"]
     assert command(name, "--iterations", "1", *place) == 0
     out = capsys.readouterr().out
-    assert name in out and out.splitlines()[-1] == "run folder: [b]runs[/a]/of:cat:"
+    assert name in out and out.splitlines()[-4:] == [
+        "run folder: [b]runs[/a]/of:cat:",
+        "open:       [b]runs[/a]/of:cat:/report.html",
+        "predict:    mulki predict '[b]runs[/a]/of:cat:' IMAGES",
+        "go on:      mulki run NEW_TASKS --continue '[b]runs[/a]/of:cat:'",
+    ]
     model = ["--model", start_model["model"], "--device", "cpu"]
     for words in (["tasks"], ["plan", "--iterations", "1", *model]):
         assert run_command([words[0], name, *words[1:]]) == 0

@@ -51,4 +51,4 @@ def test_what_is_kept_is_all_that_a_later_run_needs(weights):
         start(each, weights, index=1)
     add(weights, 1.0)
     terms = [each.penalties()["ewc_loss"] for each in (method, other)]
-    assert terms[0] == terms[1] == 50 * 7
+    assert terms[0] == terms[1] == 5000 * 7

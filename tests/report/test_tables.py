@@ -4,13 +4,14 @@ import json
 from io import StringIO
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
 from mulki.report import print_matrix, summary_markdown
-from mulki.report.tables import class_incremental_lines, recall_lines
-from mulki.runs.metrics import ZERO_SHOT, AccuracyMatrix, ClassIncremental
+from mulki.report.tables import TITLES, class_incremental_lines, escape, folded_tables, recall_lines
+from mulki.runs.metrics import DEFINITIONS, NOTATION, ZERO_SHOT, AccuracyMatrix, ClassIncremental
 from mulki.runs.results import Evaluation
 from mulki.runs.with_head import WithHead
 from tests import FIXTURES
@@ -112,6 +113,17 @@ def test_results_with_a_head() -> None:
     assert "| with head | " in markdown and lines[-1] in markdown
 
 
+def test_the_metrics_have_the_name_of_the_method_and_definitions() -> None:
+    stream = StringIO()
+    print_matrix(SMALL, Console(file=stream, width=120), method="mulki")
+    assert any(line.startswith("mulki ") for line in stream.getvalue().splitlines())
+    markdown = summary_markdown(SMALL, method="mulki")
+    assert "| mulki | 1.00 | 27.50 |" in markdown
+    for name, title in TITLES.items():
+        assert f"- {escape(f'{title}: {DEFINITIONS[name]}')}" in markdown
+    assert f"- {escape(NOTATION)}" in markdown
+
+
 def test_markdown() -> None:
     lines = summary_markdown(SMALL).splitlines()
     assert lines[:5] == [
@@ -147,3 +159,16 @@ def test_recalls_of_captions_stand_below_the_matrix() -> None:
     assert stream.getvalue().splitlines()[-2:] == said
     assert summary_markdown(SMALL, evaluations=lines).rstrip().endswith(said[1])
     assert recall_lines(lines[1:2]) == []
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_wide_tables_are_folded(width: int) -> None:
+    rows = [("a", ["1.00", "x" * 30, "several words " * 6]), ("b" * 90, ["2.00", "", "no"])]
+    stream = StringIO()
+    for table in folded_tables(width, "row", ["figure", "letters", "words"], rows):
+        Console(file=stream, width=10_000).print(table)
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    # Nothing is lost, and each part has the names.
+    assert sum(line.split()[:1] == ["a"] for line in lines) == (3 if width == 40 else 2)
+    assert stream.getvalue().count("several") == 6 and "1.00" in stream.getvalue()

@@ -35,7 +35,8 @@ def test_the_summary_holds_name_status_and_matrix(folder: Path) -> None:
     write_report(folder)
     text = (folder / "summary.md").read_text()
     assert text.startswith("# first\n\nStatus: complete\n\n")
-    assert summary_markdown(read_folder(folder).matrix) in text
+    run = read_folder(folder)
+    assert summary_markdown(run.matrix, method=run.summary["method"]) in text
     assert "\nFingerprint: weights 0123abcd, splits " in text
     assert "\n- history.jsonl is not there: no losses" in text
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
 from rich.text import Text
 
 from mulki.app.commands.parsing import Parser, add_options, with_hyphens
@@ -121,39 +122,46 @@ def _print_recalls(recalls: Mapping[str, Mapping[str, tuple[float, int]]]) -> No
     figures_of_each = next(iter(recalls.values()))
     table = plain_table("captions", *(name.replace("_", " ") for name in figures_of_each))
     for task, each in recalls.items():
-        table.add_row(Text(task), *(f"{value:.4f}" for value, _ in each.values()))
+        table.add_row(Text(task), *(f"{value:.2f}" for value, _ in each.values()))
     Console().print(table)
 
 
 def _print(found: Sequence[TaskPredictions], label_space: LabelSpace | None) -> None:
-    numbers = _numbers(found)
-    heads = [*_TITLES.values(), *(f"{title}, all" for title in _TITLES.values())]
-    _print_table(numbers, "task", heads)
+    numbers, console = _numbers(found), Console()
+    forms = [("", numbers)]
     if "with_head" in numbers:
-        _print_table(numbers["with_head"], "with head", heads)
-    console = Console()
-    console.print(
-        "in percent, among the classes of the task and, in columns with all, among those of all "
-        "tasks here",
-        highlight=False,
-        style="dim",
-    )
+        forms = [(", by texts alone", numbers), (", with head", numbers["with_head"])]
+    for words, of in forms:
+        console.print(Text(f"among the classes of its task{words}", style="bold"))
+        console.print(_table(of, "own"), "", sep="\n")
+        console.print(Text(f"among the classes of all tasks here{words}", style="bold"))
+        console.print(_table(of, "all"), "", sep="\n")
+    said = ["in percent; per class: the mean over classes"]
     if label_space is not None:
-        console.print(
-            f"matrix.csv of the run is in label space {label_space}", highlight=False, style="dim"
-        )
+        said.append(f"matrix.csv of the run is in label space {label_space}")
+    for line in said:
+        console.print(line, highlight=False, style="dim")
 
 
-def _print_table(numbers: Mapping[str, Any], first: str, heads: Sequence[str]) -> None:
-    table = plain_table(first, "images", *heads)
+def _table(numbers: Mapping[str, Any], space: str) -> Table:
+    # Of the own classes the mean of the tasks, since no two are about the same; of all the total.
+    table = plain_table("task", "images", *_TITLES.values())
 
-    def cells(of: dict[str, float | None]) -> list[str]:
-        return ["-" if of[name] is None else f"{of[name]:.4f}" for name in _TITLES]
+    def cells(of: Mapping[str, float | None]) -> list[str]:
+        return ["-" if of[name] is None else f"{of[name]:.2f}" for name in _TITLES]
 
     for of in numbers["tasks"]:
-        table.add_row(Text(of["task"]), str(of["images"]), *cells(of["own"]), *cells(of["all"]))
-    total = sum(of["images"] for of in numbers["tasks"])
-    mean = sum(of["own"]["acc1"] for of in numbers["tasks"]) / len(numbers["tasks"])
-    table.add_row("mean", "", f"{mean:.4f}", *[""] * (len(heads) - 1))
-    table.add_row("all images", str(total), *[""] * len(_TITLES), *cells(numbers["all"]))
-    Console().print(table)
+        table.add_row(Text(of["task"]), str(of["images"]), *cells(of[space]))
+    if space == "all":
+        total = sum(of["images"] for of in numbers["tasks"])
+        table.add_row("all images", str(total), *cells(numbers["all"]))
+        return table
+    each = [of["own"] for of in numbers["tasks"]]
+    means = {
+        name: sum(of[name] for of in each) / len(each)
+        if all(of[name] is not None for of in each)
+        else None
+        for name in _TITLES
+    }
+    table.add_row("mean", "", *cells(means))
+    return table

@@ -17,7 +17,7 @@ from mulki.console import Console
 from mulki.errors import InputError
 from mulki.files import write_atomic
 from mulki.report.comparison import html
-from mulki.report.comparison.compare import compare
+from mulki.report.comparison.compare import GRID_FILES, compare
 from mulki.report.comparison.tables import WIDTH, print_comparison
 from mulki.train.config.presets import method_of
 from mulki.train.config.run_config import RunConfig
@@ -95,10 +95,12 @@ def write_comparison(cells: Sequence[Cell], console: Console) -> None:
     print_comparison(found, console)
     text = io.StringIO()
     print_comparison(found, Console(file=text), WIDTH)
-    write_atomic(folder / "comparison.txt", text.getvalue())
-    write_atomic(folder / "comparison.json", json.dumps(found.to_dict(), indent=2) + "\n")
-    html.write_comparison(found, folder / "comparison.html")
+    as_text, as_numbers, as_page = (folder / name for name in GRID_FILES)
+    write_atomic(as_text, text.getvalue())
+    write_atomic(as_numbers, json.dumps(found.to_dict(), indent=2) + "\n")
+    html.write_comparison(found, as_page)
     console.print(Text(f"runs: {folder}"), soft_wrap=True)
+    console.print(Text(f"open: {as_page}"), soft_wrap=True)
 
 
 def is_first() -> bool:

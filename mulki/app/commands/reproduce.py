@@ -19,7 +19,8 @@ from mulki.console import Console
 from mulki.data.published.rows import Published, published_row, published_rows
 from mulki.errors import InputError
 from mulki.printing import say
-from mulki.report.tables import TITLES, plain_table
+from mulki.report.comparison.tables import WIDTH
+from mulki.report.tables import TITLES, folded_tables, plain_table
 from mulki.runs.reading import RunData, read_folder
 from mulki.train.config.imports import import_modules
 
@@ -168,7 +169,10 @@ def _list(rows: Mapping[str, Published], runs: Sequence[Path], as_json: bool) ->
         others = [{"run": str(folder), "status": status} for folder, status in left_out.items()]
         print(json.dumps([*map(asdict, rows.values()), *ours, *others]))
         return
-    console = Console(width=_WIDE)
+    console = Console()
+    width = console.width if console.is_terminal else WIDTH
+    # A table that is too wide for its console would be squeezed into it.
+    tables = Console(width=_WIDE)
     sources = list(dict.fromkeys(row.source for row in rows.values()))
     for benchmark, entries in by_benchmark.items():
         metrics = [
@@ -176,44 +180,41 @@ def _list(rows: Mapping[str, Published], runs: Sequence[Path], as_json: bool) ->
             for name in _HEADS
             if any(isinstance(each, Published) and name in each.figures for each in entries)
         ]
-        table = plain_table(
-            "row",
+        head = [
             *(_HEADS[name] for name in metrics),
-            *("method", "protocol", "extra data", "task identity", "stored", "models"),
-            *("runs here", "source"),
-            numbers=False,
-        )
-        for entry in entries:
-            figures = entry.figures if isinstance(entry, Published) else figures_of(entry[1])
-            shown = [f"{figures[name]:.2f}" if name in figures else "-" for name in metrics]
-            if isinstance(entry, Published):
-                identity = {None: "?", True: "yes", False: "no"}[entry.task_identity]
-                can = "yes" if entry.options is not None else "no"
-                table.add_row(
-                    entry.name,
-                    *shown,
-                    *(entry.method, entry.protocol, entry.extra_data or "?", identity),
-                    *(entry.stored or "?", entry.models or "?", can),
-                    Text(f"[{sources.index(entry.source) + 1}]"),
-                )
-            else:
-                folder, data = entry
-                uses = ", ".join(data.summary.get("uses", ())) or "none"
-                model = options_of(data).get("model", "?")
-                table.add_row(
-                    Text(str(folder)),
-                    *shown,
-                    f"{data.summary.get('method', '?')}, ours: {model}",
-                    *("", uses, "no", "nothing", "one", "", ""),
-                    style="bold",
-                )
+            *("source", "runs here", "method", "protocol", "extra data", "task identity"),
+            *("stored", "models"),
+        ]
+        shown = [_entry(entry, metrics, sources) for entry in entries]
         console.print(Text(benchmark, style="bold"))
-        console.print(table, "", sep="\n")
+        for table in folded_tables(width, "row", head, shown, numbers=False):
+            tables.print(table, "", sep="\n")
     for folder, status in left_out.items():
-        console.print(Text(f"left out: {folder} is {status}"))
+        console.print(Text(f"left out: {folder} is {status}"), soft_wrap=True)
     console.print(Text("in percent; rows of two protocols do not compare. Sources:"))
     for number, source in enumerate(sources, start=1):
         console.print(Text(f"[{number}] {source}"))
+
+
+def _entry(
+    entry: Published | tuple[Path, RunData], metrics: Sequence[str], sources: Sequence[str]
+) -> tuple[str, list[str]]:
+    # The name and the cells of a row of the list.
+    figures = entry.figures if isinstance(entry, Published) else figures_of(entry[1])
+    shown = [f"{figures[name]:.2f}" if name in figures else "-" for name in metrics]
+    if isinstance(entry, Published):
+        identity = {None: "?", True: "yes", False: "no"}[entry.task_identity]
+        can = "yes" if entry.options is not None else "no"
+        return entry.name, [
+            *shown,
+            *(f"[{sources.index(entry.source) + 1}]", can, entry.method, entry.protocol),
+            *(entry.extra_data or "?", identity, entry.stored or "?", entry.models or "?"),
+        ]
+    folder, data = entry
+    uses = ", ".join(data.summary.get("uses", ())) or "none"
+    model = options_of(data).get("model", "?")
+    method = f"{data.summary.get('method', '?')}, ours: {model}"
+    return str(folder), [*shown, "", "", method, "", uses, "no", "nothing", "one"]
 
 
 def _run_as_json(benchmark: str, folder: Path, data: RunData) -> dict[str, Any]:

@@ -20,13 +20,16 @@ from mulki.runs.reading import read_folder
 
 # What a run has written once it is complete.
 _FILES = ("args.yaml", "summary.json", "matrix.csv")
+#: What a grid writes beside its runs: as text, as numbers and as a page.
+GRID_FILES = ("comparison.txt", "comparison.json", "comparison.html")
 
 
 def compare(folders: Sequence[str | os.PathLike[str]], baseline: str | None = None) -> Comparison:
     """Compare run folders; runs that are damaged or not complete are left out, with a warning.
 
     Args:
-        folders: at least one; one that is given twice counts once.
+        folders: at least one; one that is given twice counts once. That of a grid stands for all of
+            its runs, and what a grid writes beside them is passed over.
         baseline: label of a group, or a method with one group; by default the label of the first
             run's group. A section without that label then has its own first group.
 
@@ -36,7 +39,8 @@ def compare(folders: Sequence[str | os.PathLike[str]], baseline: str | None = No
     """
     warnings: list[str] = []
     unlike: list[str] = []
-    distinct = {Path(folder).resolve(): Path(folder) for folder in folders}
+    expanded = [each for folder in folders for each in _runs_in(Path(folder))]
+    distinct = {folder.resolve(): folder for folder in expanded}
     runs = list(_complete(distinct.values(), warnings))
     if not runs:
         raise InputError(
@@ -80,6 +84,16 @@ def compare(folders: Sequence[str | os.PathLike[str]], baseline: str | None = No
             )
         )
     return Comparison(tuple(sections), tuple(warnings), tuple(unlike))
+
+
+def _runs_in(path: Path) -> list[Path]:
+    # The runs of a grid's folder, or what was given; nothing of the files that a grid writes.
+    if path.is_file() and path.name in GRID_FILES:
+        return []
+    if path.is_dir() and not any((path / name).is_file() for name in _FILES):
+        runs = sorted(file.parent for file in path.glob("*/args.yaml"))
+        return runs or [path]
+    return [path]
 
 
 def _complete(folders: Iterable[Path], warnings: list[str]) -> Iterator[Run]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rich import box
-from rich.cells import cell_len
-from rich.table import Table
 from rich.text import Text
 
 from mulki.console import Console
@@ -18,7 +15,7 @@ from mulki.report.comparison.groups import (
     metrics_shown,
     over_orders,
 )
-from mulki.report.tables import column_blocks, recall_note
+from mulki.report.tables import folded_tables, recall_note
 from mulki.runs.intervals import Difference
 
 #: Characters in a line where the output is no terminal.
@@ -29,8 +26,6 @@ LEGEND = "in percent: mean ± half of its 95 % interval over seeds; difference [
 
 # More characters than any table has.
 _WIDE = 10_000
-# Names of rows are cut into lines of at least so many, and the last column into lines of so many.
-_LEAST_LABEL, _LEAST_WORDS = 20, 12
 
 
 @dataclass(frozen=True)
@@ -100,7 +95,9 @@ def print_comparison(comparison: Comparison, console: Console, width: int | None
 
     def show(title: str, head: Sequence[str], rows: Sequence[Row]) -> None:
         lines.print(Text(title, style="bold"))
-        for table in _tables(width, [*(TITLES[name] for name in metrics), *head], rows):
+        titles = [*(TITLES[name] for name in metrics), *head]
+        cells = [(row.label, (*map(str, row.cells), *row.about)) for row in rows]
+        for table in folded_tables(width, "", titles, cells):
             tables.print(table, "", sep="\n")
 
     metrics = metrics_shown(comparison.sections)
@@ -136,26 +133,6 @@ def _difference(name: str, of: Difference) -> Cell:
     kind = "better" if (of.value > 0) != name.endswith("forgetting") else "worse"
     interval = f"[{of.low:+.2f}, {of.high:+.2f}]"
     return Cell(f"{of.value:+.2f}", interval, "" if of.low <= 0 <= of.high else kind)
-
-
-def _tables(width: int, head: Sequence[str], rows: Sequence[Row]) -> Iterator[Table]:
-    # Each with all rows and some of the columns; the last column alone holds words.
-    labels = [row.label for row in rows]
-    cells = [(*map(str, row.cells), *row.about) for row in rows]
-    columns = list(zip(head, *cells, strict=True))
-    label = min(max(map(cell_len, labels)), max(_LEAST_LABEL, width // 3))
-    # Each column takes one space more; the table adds another between two columns.
-    room = width - label - 1
-    widths = [max(map(cell_len, column)) for column in columns]
-    widths[-1] = min(widths[-1], max(room - 2, _LEAST_WORDS))
-    for block in column_blocks([each + 1 for each in widths], room):
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-        table.add_column(width=label)
-        for (title, *_), each in zip(columns[block], widths[block], strict=True):
-            table.add_column(title, width=each, justify="right")
-        for name, *shown in zip(labels, *(column[1:] for column in columns[block]), strict=True):
-            table.add_row(Text(name, overflow="fold"), *map(Text, shown))
-        yield table
 
 
 def _mean_text(middle: float, half: float | None) -> str:

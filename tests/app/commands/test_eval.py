@@ -47,16 +47,27 @@ def test_a_table_for_people(finished: Path, capsys: pytest.CaptureFixture[str]) 
     latest = finished / "checkpoints" / "latest"
     assert run_command(["eval", str(latest)]) == 0
     out = capsys.readouterr().out
-    by_texts, with_head = out.split("with head")
+    title = "among the classes of its task, "
+    by_texts, with_head = out.split(f"{title}with head")
+    assert by_texts.startswith(f"{title}by texts alone")
+    assert max(map(len, out.splitlines())) <= 80
     head = read_folder(finished).with_head
     assert head is not None
     for text, matrix in (
         (by_texts, read_matrix(finished / "matrix.csv")),
         (with_head, head.matrix),
     ):
-        rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.strip()}
+        own, union = text.split("among the classes of all tasks here")
+        rows, of_all = (
+            {line.split()[0]: line.split()[1:] for line in part.splitlines() if line.strip()}
+            for part in (own, union)
+        )
         for task, accuracy in zip(matrix.columns, matrix.rows[-1], strict=True):
-            assert rows[task][1] == f"{accuracy:.4f}"
+            assert rows[task][1] == f"{accuracy:.2f}"
+            assert float(of_all[task][1]) <= accuracy + 0.01
+        mean = sum(matrix.rows[-1]) / len(matrix.columns)
+        assert rows["mean"][0] == f"{mean:.2f}" and len(rows["mean"]) == 3
+        assert of_all["all"][:2] == ["images", "25"]
     assert "matrix.csv of the run is in label space task" in out
     assert "weights" in out and "prompts" in out and "splits" in out
 

@@ -11,6 +11,7 @@ import yaml
 from mulki.app.cli import run_command
 from mulki.app.commands.grid import whole
 from mulki.errors import InputError
+from mulki.report.comparison.compare import compare
 from mulki.train import grid
 from tests.train_helpers import COLOURS, write_split
 
@@ -49,6 +50,12 @@ def test_seeds_and_methods_make_a_grid_that_is_compared(
     assert [group["seeds"] for group in section["groups"]] == [[0, 1], [0, 1]]
     assert section["baseline"] == "finetune" and section["differences"][0]["pairs"] == 2
     assert (folder / "comparison.txt").read_text() in out
+    assert out.splitlines()[-1] == f"open: {Path('logs', 'g', 'comparison.html')}"
+    # Its folder, all that lies in it, and a folder of runs and grids are compared likewise.
+    logs = Path("logs")
+    for given_folders in ([logs / "g"], sorted((logs / "g").iterdir()), list(logs.iterdir())):
+        again = compare(given_folders)
+        assert again.to_dict()["sections"] == found["sections"]
 
     assert run_command(given) == 0
     assert capsys.readouterr().err.count("is complete") == 4

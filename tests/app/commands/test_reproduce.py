@@ -8,6 +8,7 @@ from typing import Any
 import open_clip
 import pytest
 import yaml
+from rich.cells import cell_len
 
 from mulki.app.cli import run_command
 from mulki.data.published.rows import published_rows
@@ -74,7 +75,7 @@ def test_a_row_is_run_and_judged(
     summary.write_text(summary.read_text().replace('"complete"', '"interrupted"'))
     assert run_command(["reproduce", "--list", "--rows", str(rows), *runs]) == 0
     out = capsys.readouterr().out
-    assert out.count("finetune, ours: local-dir:") == 2  # in both benchmarks
+    assert out.count("finetune, ours:") == 2  # in both benchmarks
     assert f"left out: {found['runs'][1]} is interrupted" in out
     assert run_command(["reproduce", "--list", "--json", "--rows", str(rows), *runs]) == 0
     listed = json.loads(capsys.readouterr().out)
@@ -91,9 +92,13 @@ def test_a_row_is_run_and_judged(
 def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["reproduce", "--list"]) == 0
     out = capsys.readouterr().out
+    sources = list(dict.fromkeys(row.source for row in published_rows().values()))
     for name, row in published_rows().items():
-        (line,) = (line for line in out.splitlines() if line.split()[:1] == [name])
-        assert all(f"{value:.2f}" in line for value in row.figures.values())
+        lines = [line for line in out.splitlines() if line.split()[:1] == [name]]
+        assert all(f"{value:.2f}" in lines[0] for value in row.figures.values())
+        assert len(lines) > 1 and f"[{sources.index(row.source) + 1}]" in " ".join(lines)
+    tables = out.partition("Sources:")[0]
+    assert max(map(cell_len, tables.splitlines())) <= 80
     assert "Conceptual Captions" in out and "DPW (CVPR 2026, arXiv 2604.18075)" in out
     assert run_command(["reproduce", "--list", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == len(published_rows())

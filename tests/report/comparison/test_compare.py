@@ -264,7 +264,8 @@ def test_damaged_runs_are_named_and_left_out(make: Make, damage: Callable[[Path]
 def test_what_is_no_run_is_refused(make: Make, tmp_path: Path) -> None:
     good = make("a", "lwf")
     (tmp_path / "empty").mkdir()
-    for bad in (tmp_path / "gone", tmp_path / "empty"):
+    (tmp_path / "other.html").touch()  # no file of a grid
+    for bad in (tmp_path / "gone", tmp_path / "empty", tmp_path / "other.html"):
         with pytest.raises(InputError, match=f"^{bad}: "):
             compare([good, bad])
 
