@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from mulki import methods as methods_by_name
 from mulki.console import Console
 from mulki.distributed.launch import join, launched
 from mulki.errors import InputError
@@ -33,6 +34,7 @@ from mulki.train.saving.checkpoints import ARGUMENTS
 from mulki.train.saving.recovery import check_same_options, has_begun, is_complete
 from mulki.train.saving.signals import Signals
 from mulki.train.sequence import run
+from mulki.train.start.data import check_unused, unused
 
 State = Literal["complete", "stopped", "new"]
 
@@ -72,14 +74,16 @@ def plan(
         given: options of all runs, as `mulki.train.config.run_config.resolve` takes them. The
             folders are ``<logs>/<name>/<method>-order_<order>-seed_<seed>``, where the name is
             `grid` if none is given.
-        methods, orders, seeds: of each a run is made with each of the others.
+        methods, orders, seeds: of each a run is made with each of the others. A reference set or a
+            vocabulary is that of the methods that use it, if any of them does.
 
     Raises:
         InputError: bad options or tasks, or a folder of a run with other options.
     """
     cells: list[Cell] = []
+    of_method = _for_each(given, methods)
     for method, order, seed in product(methods, orders, seeds):
-        own = {**given, "method": method, "order": order, "seed": seed}
+        own = {**of_method[method], "order": order, "seed": seed}
         settings = resolve(own)
         logs = Path(settings.run.logs, settings.run.name or "grid")
         if (logs / ARGUMENTS).exists():
@@ -91,6 +95,23 @@ def plan(
     for config in {cell.settings.run.order: cell.settings.run for cell in cells}.values():
         load_tasks(config)
     return cells
+
+
+def _for_each(given: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    # The options of each method's runs.
+    idle = {}
+    for name in names:
+        settings = resolve({**given, "method": name})
+        method = methods_by_name.get(name)(settings.method)
+        idle[name] = unused(settings.run, method).keys()
+    of_none = set.intersection(*map(set, idle.values()))
+    if of_none:
+        settings = resolve({**given, "method": names[0]})
+        check_unused(settings.run, methods_by_name.get(names[0])(settings.method))
+    return {
+        name: {k: v for k, v in given.items() if k not in idle[name]} | {"method": name}
+        for name in names
+    }
 
 
 def run_cells(cells: Sequence[Cell], jobs: int = 1, console: Console | None = None) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from mulki.errors import InputError
 from mulki.runs.new_folder import RECOVERY
+from mulki.runs.reading import read_json
 from mulki.train import grid
 from mulki.train.grid import Cell, plan, run_cells
 from tests.train.run_helpers import SHORT, weights
@@ -86,6 +87,32 @@ def test_a_folder_of_other_options_is_refused(planned: Plan) -> None:
         planned(lr=1e-2)
     with pytest.raises(InputError, match="--augment: "):
         planned(augment="crop")
+
+
+def test_words_and_reference_images_are_for_the_methods_that_use_them(
+    planned: Plan, tmp_path: Path
+) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("apple\npear\n")
+    data = {"vocabulary": str(words), "reference": "current", "anchors_per_step": 2}
+    cells = planned((0,), ("finetune", "lwf_vr", "zscl"), **data)
+    used = {
+        cell.settings.run.method: {
+            name for name, value in data.items() if getattr(cell.settings.run, name) == value
+        }
+        for cell in cells
+    }
+    assert used == {
+        "finetune": set(),
+        "lwf_vr": {"vocabulary", "anchors_per_step"},
+        "zscl": {"vocabulary", "reference"},
+    }
+    run_cells(cells[:2])
+    assert [read_json(cell.folder / "summary.json")["uses"] for cell in cells[:2]] == [
+        [], ["a vocabulary of words"]
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="--reference: .*method finetune .* uses no reference"):
+        planned((0,), ("finetune", "ewc"), **data)
 
 
 def test_a_folder_of_something_else_is_refused(planned: Plan, tmp_path: Path) -> None:

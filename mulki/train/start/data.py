@@ -109,20 +109,29 @@ def check_reference(config: RunConfig, method: Method) -> None:
 
 def check_unused(config: RunConfig, method: Method) -> None:
     """Raise an InputError where options name data that a method has no use for."""
-    needs, named = method.needs, f"method {method.name}"
+    for name, (what, change) in unused(config, method).items():
+        value = getattr(config, name)
+        shown = " ".join(value) if isinstance(value, tuple) else value
+        raise InputError(
+            f"{flag(name)}: got {shown}, but method {method.name} with these options uses no "
+            f"{what}; leave it out, or change {change}"
+        )
+
+
+def unused(config: RunConfig, method: Method) -> dict[str, tuple[str, str]]:
+    """The options of data that a method has no use for, each with what it is and what to change."""
+    needs = method.needs
     words = VOCABULARY in needs_beyond_tasks(config, method).anchors
     made = needs.reference and config.reference == MADE
-    for name, used, what, change in (
+    known = (
         ("reference", needs.reference, "reference set", "--hold-on or --method"),
         ("reference_changes", made, "made images", "--reference, --hold-on or --method"),
         ("reference_batch_size", needs.reference, "reference set", "--hold-on or --method"),
         ("vocabulary", words, "vocabulary", "--anchors or --method"),
         ("anchors_per_step", bool(needs.anchors), "text anchors", "--anchors or --method"),
-    ):
-        value = getattr(config, name)
-        if value not in (None, getattr(RunConfig, name)) and not used:
-            shown = " ".join(value) if isinstance(value, tuple) else value
-            raise InputError(
-                f"{flag(name)}: got {shown}, but {named} with these options uses no {what}; leave "
-                f"it out, or change {change}"
-            )
+    )
+    return {
+        name: (what, change)
+        for name, used, what, change in known
+        if getattr(config, name) not in (None, getattr(RunConfig, name)) and not used
+    }
