@@ -221,6 +221,14 @@ def test_the_marks_are_those_that_the_overview_explains() -> None:
     assert tuple(re.findall(r"^\| `(\w+):` \|", page, re.MULTILINE)) == MARKS
 
 
+def test_the_first_run_is_exported_to_what_has_its_model() -> None:
+    # The bundled model, with which `logs/first` of the tutorial begins, is none of transformers'.
+    lines = [line for page in DOCS for line in commands(page) if line.startswith("mulki export")]
+    formats = {words[words.index("--to") + 1] for words in map(words_of, lines)}
+    assert formats == {"onnx", "huggingface"}
+    assert not [line for line in lines if "logs/first " in line and "huggingface" in line]
+
+
 def test_marks_and_blocks_are_found() -> None:
     page = (
         "    mulki run x  # long: minutes\n\n```python\nif x:\n    y\n```\n\n    a \\\n        b\n"

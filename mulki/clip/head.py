@@ -234,6 +234,10 @@ class Head:
             bias = -(linear * means).sum(dim=1) / 2
             self._layers[number] = linear.float().to(device), bias.float().to(device)
 
+    def layer(self, number: int) -> tuple[Tensor, Tensor]:
+        """What is added to the scores by texts of a task: weight [C, D] and bias [C]."""
+        return self._layers[number]
+
     def __contains__(self, number: int) -> bool:
         return number in self._layers
 

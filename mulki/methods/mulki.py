@@ -173,6 +173,11 @@ class MulKI(Method):
                 f"--gate-temperature: got {o.gate_temperature:g} with --gate uniform, which has "
                 "none; name another gate, or leave it out"
             )
+        if o.gate != "uniform" and o.teachers != "both":
+            raise InputError(
+                f"--gate: got {o.gate} beside --teachers {o.teachers}, but a gate weighs two "
+                "teachers; leave one of the two out"
+            )
         if o.anchor_weights == "group" and o.teachers != "both":
             raise InputError(
                 f"--anchor-weights: got group beside --teachers {o.teachers}, but a teacher for "

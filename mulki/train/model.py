@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mulki.choices.options import field_name
 from mulki.clip.evaluation import zero_shot_classifier
+from mulki.clip.exporting.onnx import Classes
 from mulki.clip.head import ClassStatistics, Head, read_statistics
 from mulki.clip.models import VisionLanguageModel
 from mulki.console import Console
@@ -181,6 +182,29 @@ class Model:
                 yield Prediction(images.name(number), said, tuple(chances), label)
             done += len(batch)
             told(done, len(images))
+
+    @torch.no_grad()
+    def layer(self) -> Classes:
+        """The classes as one layer on image features, whose softmax are those of `predict`.
+
+        Raises:
+            InputError: the model says no classes, or has class statistics of some of them alone.
+        """
+        names, weights = self._texts(None)
+        head, scale = self._head(), self.clip.logit_scale
+        linear = [scale * of for of in weights]
+        bias = [of.new_zeros(len(of)) for of in weights]
+        if head is not None:
+            if lacking := [number for number in range(len(weights)) if number not in head]:
+                task = _distinct(self._tasks)[lacking[0]].name
+                raise InputError(
+                    f"{self.source}: no class statistics of task {task}, but of others, so it is "
+                    "no single layer; remove the class statistics to go by texts alone"
+                )
+            layers = [head.layer(number) for number in range(len(weights))]
+            linear = [one + two for one, (two, _) in zip(linear, layers, strict=True)]
+            bias = [of for _, of in layers]
+        return Classes(names, torch.cat(linear), torch.cat(bias))
 
     @torch.no_grad()
     def encode_images(self, images: Images, *, batch_size: int = 256, workers: int = 0) -> Tensor:

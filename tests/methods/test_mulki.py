@@ -137,6 +137,11 @@ class TestMulKI:
         with pytest.raises(InputError, match="^--feature-original: got 0.5 beside --teachers"):
             MulKI(MulKI.Options(teachers="previous", **options))
 
+    @pytest.mark.parametrize("name", [ZERO_SHOT, PREVIOUS])
+    def test_a_gate_needs_both(self, name):
+        with pytest.raises(InputError, match=f"^--gate: got label beside --teachers {name}"):
+            MulKI(MulKI.Options(teachers=name, gate="label"))
+
     def test_a_teacher_for_each_group_needs_both(self):
         with pytest.raises(InputError, match="^--anchor-weights: got group beside --teachers prev"):
             MulKI(MulKI.Options(teachers="previous", anchor_weights="group"))

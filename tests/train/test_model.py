@@ -73,6 +73,29 @@ def test_a_checkpoint_knows_the_classes_too(folder: RunFolder, model: Model, of:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("head", [True, False])
+def test_one_layer_says_what_predict_says(
+    folder: RunFolder, task_folders: tuple[str, str], head: bool
+) -> None:
+    model = load(folder.path, head=head)
+    layer = model.layer()
+    assert layer.names == model.classes and layer.weight.shape[0] == len(layer.bias) == 5
+    assert (layer.bias.abs().max() > 0) == head
+    features = model.encode_images(task_folders[0])
+    found = (features @ layer.weight.mT + layer.bias).softmax(dim=1)
+    for chances, each in zip(found, model.predict(task_folders[0]), strict=True):
+        of = dict(zip(each.classes, each.probabilities, strict=True))
+        assert [of[name] for name in layer.names] == pytest.approx(chances.tolist(), abs=1e-4)
+
+
+def test_one_layer_needs_all_class_statistics(model: Model) -> None:
+    assert model.statistics is not None
+    some = replace(model.statistics, tasks=model.statistics.tasks[:1])
+    other = Model(model.clip, model.description, "here", statistics=some)
+    with pytest.raises(InputError, match="^here: no class statistics of task shades"):
+        other.layer()
+
+
 def test_other_classes_and_a_threshold(model: Model, tmp_path: Path) -> None:
     image = Image.new("RGB", (40, 30), (220, 40, 40))
     (found,) = model.predict(image, classes=["tiger", "red", "tiger"], top=1)

@@ -26,6 +26,12 @@ def export(argv: list[str]) -> int:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="as mulki eval takes it")
     parser.add_argument("folder", metavar="DIR", help="where it goes; it must be new or empty")
     parser.add_argument("--to", metavar="{" + ",".join(FORMATS) + "}", required=True)
+    parser.add_argument(
+        "--classes",
+        action="store_true",
+        help="of ONNX: also classifier.onnx, from pixels to logits of the classes that the model "
+        "has learned, with its class statistics",
+    )
     add_options(parser, RunConfig, only="model", defaults=False)
     given = parser.parse_args(with_hyphens(argv))
     if given.to not in FORMATS:
@@ -34,10 +40,18 @@ def export(argv: list[str]) -> int:
         )
     from mulki.clip.exporting.huggingface import export_huggingface
     from mulki.clip.exporting.onnx import export_onnx
+    from mulki.train.model import load
     from mulki.train.saving.checkpoints import load_checkpoint
 
-    model = load_checkpoint(Path(given.checkpoint), given.model)
-    write = export_huggingface if given.to == "huggingface" else export_onnx
-    difference = write(model, Path(given.folder))
+    if given.classes and given.to != "onnx":
+        raise InputError(f"--classes: belongs to --to onnx, not to {given.to}; leave it out")
+    model, folder = load_checkpoint(Path(given.checkpoint), given.model), Path(given.folder)
+    if given.to == "huggingface":
+        difference = export_huggingface(model, folder)
+    else:
+        classes = None
+        if given.classes:
+            classes = load(given.checkpoint, device="cpu", precision="fp32").layer()
+        difference = export_onnx(model, folder, classes)
     print(f"{given.folder}: written; its features differ by at most {difference:.1e}")
     return 0

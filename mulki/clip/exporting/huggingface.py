@@ -47,7 +47,7 @@ def export_huggingface(model: VisionLanguageModel, folder: Path) -> float:
         exported.load_state_dict(weights)
     except RuntimeError as error:
         raise _no_such_model(model.name, " ".join(str(error).split())[:200]) from None
-    tokenizer = siglip_tokenizer(model) if siglip else _tokenizer(model)
+    tokenizer = siglip_tokenizer(model) if siglip else clip_tokenizer(model)
     with export_folder(folder) as new, quiet_transformers():
         exported.save_pretrained(new)
         for file in new.glob("*.safetensors"):
@@ -92,7 +92,12 @@ def _config(model: VisionLanguageModel) -> Any:
     return CLIPConfig(**shapes, projection_dim=visual.proj.shape[1])
 
 
-def _tokenizer(model: VisionLanguageModel) -> Any:
+def clip_tokenizer(model: VisionLanguageModel) -> Any:
+    """open_clip's own tokenizer as one of transformers.
+
+    Raises:
+        InputError: it makes other tokens.
+    """
     from transformers import CLIPTokenizer
 
     own: Any = model.tokenizer

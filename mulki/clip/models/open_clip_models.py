@@ -23,6 +23,9 @@ RANDOM = "none"
 TRUNK = Path("image_tower", "config.json")
 _log = logging.getLogger(__name__)
 
+# Letters of what another package says of an error.
+_LONGEST_REASON = 300
+
 
 def load_open_clip(
     name: str, pretrained: str | None, *, stand_in: bool = False
@@ -67,10 +70,9 @@ def load_open_clip(
         check_floats(whole, clip.state_dict())
         tokenizer = _tokenizer_like(name, clip) if stand_in else open_clip.get_tokenizer(name)
     except Exception as error:  # a damaged checkpoint or configuration raises whatever it meets
-        reason = " ".join((str(error) or type(error).__name__).split())[:300]
         raise InputError(
-            f"--model {name} --pretrained {pretrained}: could not be loaded ({reason}); check the "
-            f"spelling, the network and that the checkpoint belongs to this model"
+            f"--model {name} --pretrained {pretrained}: could not be loaded ({_reason(error)}); "
+            "check the spelling, the network and that the checkpoint belongs to this model"
         ) from error
     # A local folder has just been read without an error, so its configuration is valid.
     config = {
@@ -79,6 +81,15 @@ def load_open_clip(
     }
     trunk = _trunk_of(config["model_cfg"]["vision_cfg"])
     return VisionLanguageModel(clip, tokenizer, preprocess, name, config=config, trunk=trunk)
+
+
+def _reason(error: Exception) -> str:
+    # In one line, of whole sentences where it is long.
+    text = " ".join((str(error) or type(error).__name__).split())
+    if len(text) <= _LONGEST_REASON:
+        return text
+    whole = text[:_LONGEST_REASON].rpartition(". ")[0]
+    return f"{whole}." if whole else f"{text[:_LONGEST_REASON].rpartition(' ')[0]} ..."
 
 
 def _tokenizer_like(name: str, clip: Any) -> Callable[[Sequence[str]], Tensor]:

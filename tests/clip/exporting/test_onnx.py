@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mulki.clip.exporting.onnx import export_onnx
+from mulki.clip.exporting.onnx import Classes, export_onnx
 from mulki.clip.models import VisionLanguageModel
 from mulki.errors import InputError
 
@@ -20,12 +20,23 @@ def test_towers(load_tiny: Load, tmp_path: Path, name: str) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"needs {package}")
     import onnxruntime
+    import tokenizers
 
     model = load_tiny(name, seed=3)
-    assert export_onnx(model, tmp_path / "out") < 1e-5
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    model.name = f"local-dir:{tmp_path}/model"
+    model.config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = str(tmp_path / "latest")
+    classes = Classes(("cat", "dog"), 5 * torch.randn(2, 32), torch.tensor([1.0, -1.0]))
+    assert export_onnx(model, tmp_path / "out", classes) < 1e-5
+    text = (tmp_path / "out" / "config.json").read_text()
+    config = json.loads(text)
+    # A folder by its own name, and no place on this machine.
+    assert str(tmp_path) not in text and config["model"] == "local-dir:model"
+    assert config["open_clip"]["model_cfg"]["text_cfg"]["hf_tokenizer_name"] == "latest"
     tokens = model.tokenizer(["a cat", "two dogs", "x", "y"])
     assert tokens.shape[1] == config["text"]["context_length"]
+    made = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / config["text"]["tokenizer"]))
+    encoded = made.encode_batch(["a cat", "two dogs", "x", "y"])
+    assert torch.equal(torch.tensor([each.ids for each in encoded]), tokens)
     pixels = torch.randn(5, 3, model.image_size, model.image_size)
     features = []
     for part, value in (("image", pixels), ("text", tokens)):
@@ -37,6 +48,11 @@ def test_towers(load_tiny: Load, tmp_path: Path, name: str) -> None:
         torch.testing.assert_close(
             features[1], model.encode_texts(model.text_inputs(["a cat", "two dogs", "x", "y"]))
         )
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / config["classifier"]["file"]))
+    (logits,) = session.run(None, {config["classifier"]["input"]: pixels.numpy()})
+    wanted = features[0] @ classes.weight.mT + classes.bias
+    torch.testing.assert_close(torch.from_numpy(logits), wanted, rtol=1e-4, atol=1e-4)
+    assert config["classifier"]["classes"] == ["cat", "dog"]
     assert config["logit_scale"] == pytest.approx(float(model.logit_scale))
     assert config["logit_bias"] == (-10 if name == "tiny-biased" else None)
 

@@ -39,6 +39,26 @@ def test_bad_checkpoint(
     assert "\n" not in str(info.value)
 
 
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("no route\nto host", "(no route to host)"),
+        ("It failed. " * 40, "(" + "It failed. " * 26 + "It failed.)"),
+        ("word " * 100, "(" + "word " * 59 + "word ...)"),
+    ],
+)
+def test_a_long_reason_ends_with_a_whole_sentence(
+    tiny_models: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, said: str, shown: str
+) -> None:
+    def fail(*given: object, **named: object) -> None:
+        raise OSError(said)
+
+    monkeypatch.setattr("open_clip.create_model_and_transforms", fail)
+    with pytest.raises(InputError) as info:
+        models.load("tiny-vit", "none")
+    assert shown in str(info.value)
+
+
 @pytest.mark.parametrize("published", [False, True])
 def test_a_flipped_bit_of_a_checkpoint_is_found(
     load_tiny: Load, tmp_path: Path, published: bool
