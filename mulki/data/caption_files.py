@@ -30,6 +30,7 @@ def caption_task(
     *,
     skip_bad_images: bool = False,
     test_fraction: float | None = None,
+    test_only: bool = False,
     form: CsvForm = _OURS,
 ) -> CaptionTask:
     """Read a task of images with captions.
@@ -47,6 +48,7 @@ def caption_task(
         skip_bad_images: leave unreadable images out and list them in `Task.skipped`.
         test_fraction: the share of the images to test on, in (0, 1), of a CSV file that says no
             splits, or of shards in the folder itself: see `mulki.data.held_out.held_out`.
+        test_only: see `mulki.data.task.Task`; rows or shards to train on may be missing.
         form: of a CSV file, with other names of columns and another separator.
 
     Raises:
@@ -63,7 +65,7 @@ def caption_task(
         raise InputError(f"{path}: no such file or folder; pass {wanted}")
     if not path.is_dir():
         name, rows = split_rows(path, "caption", test_fraction, form)
-        return _of_rows(name, path, rows, skip_bad_images, test_fraction)
+        return _of_rows(name, path, rows, skip_bad_images, test_fraction, test_only)
     name = Path(os.path.abspath(path)).name
     if (path / CAPTIONS).is_file():
         _, rows = split_rows(path / CAPTIONS, "caption", test_fraction, form)
@@ -74,10 +76,12 @@ def caption_task(
                 f"{path / CAPTIONS}: no row for {without[0]}{more}; add a row for each, or remove "
                 "the images"
             )
-        return _of_rows(name, path / CAPTIONS, rows, skip_bad_images, test_fraction)
+        return _of_rows(name, path / CAPTIONS, rows, skip_bad_images, test_fraction, test_only)
     missing = f"neither a {CAPTIONS} nor tar shards in {{}}/; lay the images out as one of the two"
-    found, test_fraction = shards_of_task(path, missing, test_fraction)
-    read = [read_captioned_shards(shards, skip_bad_images=skip_bad_images) for shards in found]
+    found, test_fraction = shards_of_task(path, missing, test_fraction, test_only=test_only)
+    read = [
+        read_captioned_shards(shards, skip_bad_images=skip_bad_images) for shards in found if shards
+    ]
     skipped = tuple(name for *_, names in read for name in names)
     parts = [part for images, _, _ in read for part in images.parts]
     # Each caption with the place of the first image that has the bytes of its own.
@@ -86,7 +90,9 @@ def caption_task(
     if test_fraction is not None:
         splits = _divided(read[0][0], said, test_fraction, str(path))
     else:
-        (train_images, _, _), (test_images, _, _) = read
+        train_images, test_images = read[0][0], read[-1][0]
+        if not found[0]:  # nothing to learn
+            train_images = test_images.chosen([False] * len(test_images))
         count = len(train_images)
         for place, (first, _) in enumerate(said[count:]):
             if first < count:
@@ -97,7 +103,7 @@ def caption_task(
                 )
         splits = [(train_images, said[:count]), (test_images, said[count:])]
     train, test = (_of_shards(*readable(*split, {*skipped})) for split in splits)
-    return CaptionTask(name, _pairs(train), test, skipped, test_fraction)
+    return CaptionTask(name, _pairs(train), test, skipped, test_fraction, test_only)
 
 
 def _divided(
@@ -130,6 +136,7 @@ def _of_rows(
     rows: Sequence[SplitRow],
     skip_bad_images: bool,
     test_fraction: float | None,
+    test_only: bool,
 ) -> CaptionTask:
     _check_rows(rows)
     check_images_exist(file.parent, rows)
@@ -149,7 +156,7 @@ def _of_rows(
         CaptionedImages(images, tuple(tuple(captions[name]) for name in images.files))
         for images in (part.without(bad) for part in parts)
     )
-    return CaptionTask(name, _pairs(train), test, tuple(bad), test_fraction)
+    return CaptionTask(name, _pairs(train), test, tuple(bad), test_fraction, test_only)
 
 
 def _pairs(images: CaptionedImages) -> CaptionedImages:

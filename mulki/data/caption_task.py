@@ -104,6 +104,8 @@ class CaptionTask(Task):
         if not self.name:
             raise InputError("a task has an empty name; give it one")
         for split, pairs in (("train", self.train), ("test", self.test)):
+            if len(pairs) == 0 and split == "train" and self.test_only:
+                continue
             if len(pairs) == 0:
                 raise InputError(f"{where}: its {split} split is empty; add images with captions")
             if len(pairs.captions) != len(pairs) or not all(pairs.captions):

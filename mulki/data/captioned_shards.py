@@ -129,7 +129,7 @@ def find_shards(path: Path) -> list[Path]:
 
 
 def shards_of_task(
-    folder: Path, missing: str, test_fraction: float | None
+    folder: Path, missing: str, test_fraction: float | None, *, test_only: bool = False
 ) -> tuple[list[list[Path]], float | None]:
     """The shards in `folder/train` and in `folder/test`, or what stands for it (`split_folder`).
 
@@ -138,6 +138,7 @@ def shards_of_task(
         missing: what is said of a split without shards, with a {} for its name.
         test_fraction: None where there have to be two splits. Otherwise the shards in `folder`
             itself are taken if there is neither.
+        test_only: whether those to train on may be missing.
 
     Returns:
         The shards of each split, or all of them, and the share that is still to be held out.
@@ -150,7 +151,7 @@ def shards_of_task(
     splits = {split: split_folder(folder, split) for split in ("train", "test")}
     found = [find_shards(path) if path.is_dir() else [] for path in splits.values()]
     for split, shards in zip(splits, found, strict=True):
-        if not shards:
+        if not shards and not (test_only and split == "train" and not splits[split].exists()):
             raise InputError(f"{folder}: {missing.format(split)}")
     train, test = found
     for one in test:

@@ -128,6 +128,7 @@ def huggingface_task(
     templates: Sequence[str] | None = None,
     skip_bad_images: bool = False,
     test_fraction: float | None = None,
+    test_only: bool = False,
 ) -> Task:
     """Read a task from a folder that `datasets.DatasetDict.save_to_disk` has written.
 
@@ -151,6 +152,7 @@ def huggingface_task(
         templates: prompts; by default as of `mulki.data.folder_task`.
         skip_bad_images: leave unreadable images out and list them in `Task.skipped`.
         test_fraction: the share of the images to test on, in (0, 1), where there is no split yet.
+        test_only: see `Task`; the split `train` may be missing.
 
     Raises:
         InputError: `datasets` is missing; no such folder, a missing split, a damaged file; no
@@ -161,8 +163,9 @@ def huggingface_task(
     """
     root = Path(path)
     templates = choose_templates(templates, root, f"templates for {root}")
-    folders = _splits(root, test_fraction is not None)
-    test_fraction = test_fraction if len(folders) == 1 else None
+    folders = _splits(root, test_fraction is not None, test_only)
+    alone = test_only and len(folders) == 1 and folders[0] == _test_alone(root)
+    test_fraction = test_fraction if len(folders) == 1 and not alone else None
     read = [_read(folder, image, label) for folder in folders]
     splits, (classes, others) = [images for images, _ in read], (read[0][1], read[-1][1])
     if classes != others:
@@ -171,21 +174,30 @@ def huggingface_task(
             f"{root}: {folders[0].name} and {folders[1].name} have different classes "
             f"({differing}); cast both to one ClassLabel and save them again"
         )
+    if alone:
+        splits = [splits[0].chosen([False] * len(splits[0])), splits[0]]
     # Before unreadable images are left out, which would change the division.
     whole = divided(splits, test_fraction, where=str(root), classes=classes)
     bad = find_unreadable(whole, skip_bad_images=skip_bad_images)
     train, test = (images.without(bad) for images in whole)
-    if (emptied := class_without_images(train, classes)) is not None:
+    if not test_only and (emptied := class_without_images(train, classes)) is not None:
         raise InputError(
             f"{folders[0]}: no readable train image of class {emptied}; add some, or take the name "
             "out of the ClassLabel"
         )
     name = Path(os.path.abspath(root)).name
     names = tuple(name.replace("_", " ").strip() for name in classes)
-    return Task(name, names, templates, train, test, tuple(bad), test_fraction)
+    return Task(name, names, templates, train, test, tuple(bad), test_fraction, test_only)
 
 
-def _splits(root: Path, undivided: bool) -> list[Path]:
+def _test_alone(root: Path) -> Path | None:
+    # The folder of the split to test on, where there is none to train on.
+    names = _split_names(root / _DICT) if (root / _DICT).is_file() else []
+    test = split_name(names, "test")
+    return root / test if test is not None and split_name(names, "train") is None else None
+
+
+def _splits(root: Path, undivided: bool, test_only: bool) -> list[Path]:
     # The folders of the split to train on and of that to test on, or that of all images.
     if not (root / _DICT).is_file():
         if not holds_dataset(root):
@@ -209,6 +221,8 @@ def _splits(root: Path, undivided: bool) -> list[Path]:
     train, test = (split_name(names, split) for split in ("train", "test"))
     if train is not None and test is not None:
         return [root / train, root / test]
+    if test_only and (only := _test_alone(root)) is not None:
+        return [only]
     alone = train is not None and names == [train]
     if alone and undivided:
         return [root / names[0]]

@@ -82,7 +82,7 @@ def load_sequence(
         skip_bad_images: leave unreadable images of folders and files out.
         test_fraction: the share of the images to test on, of folders and files without a split of
             their own.
-        test_only: of folders and CSV files, see `Task`.
+        test_only: see `Task`; not of a sequence.
         inherited: the options are those of an earlier run with other tasks, so that a test fraction
             or a protocol that no task here needs is no error.
         form: of CSV files.
@@ -202,7 +202,11 @@ def _load_task(
     sequence, colon, name = word.partition(":")
     if colon and sequence == _CAPTIONS:
         return caption_task(
-            name, skip_bad_images=skip_bad_images, test_fraction=test_fraction, form=form
+            name,
+            skip_bad_images=skip_bad_images,
+            test_fraction=test_fraction,
+            test_only=test_only,
+            form=form,
         )
     if colon and sequence in _SEQUENCES:
         loader = _SEQUENCES[sequence]
@@ -228,11 +232,12 @@ def _load_task(
             test_only=test_only,
             form=form,
         )
+    read = folder_task
     if holds_dataset(Path(word)):
-        return huggingface_task(word, skip_bad_images=skip_bad_images, test_fraction=test_fraction)
-    if holds_shards(Path(word)):
-        return shard_task(word, skip_bad_images=skip_bad_images, test_fraction=test_fraction)
-    return folder_task(
+        read = huggingface_task
+    elif holds_shards(Path(word)):
+        read = shard_task
+    return read(
         word, skip_bad_images=skip_bad_images, test_fraction=test_fraction, test_only=test_only
     )
 

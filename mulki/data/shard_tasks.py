@@ -28,9 +28,9 @@ CLASSES = "classes.txt"
 
 def holds_shards(folder: Path) -> bool:
     """Whether `shard_task` is to read the folder."""
-    train = split_folder(folder, "train")
-    if train.is_dir():
-        return bool(find_shards(train))
+    for split in ("train", "test"):
+        if (split_folder(folder, split)).is_dir():
+            return bool(find_shards(split_folder(folder, split)))
     if holds_split(folder) or not find_shards(folder):
         return False
     # Beside class folders, tar files without names of classes are something else.
@@ -44,6 +44,7 @@ def shard_task(
     templates: Sequence[str] | None = None,
     skip_bad_images: bool = False,
     test_fraction: float | None = None,
+    test_only: bool = False,
 ) -> Task:
     """Read a task from the shards in `path/train/` and `path/test/`, or in `path` itself.
 
@@ -58,6 +59,7 @@ def shard_task(
         templates: prompts; by default as of `mulki.data.folder_task`.
         skip_bad_images: leave unreadable images out and list them in `Task.skipped`.
         test_fraction: the share of the images to test on, in (0, 1), where there is no split yet.
+        test_only: see `Task`; `path/train/` may be missing.
 
     Raises:
         InputError: no shards for a split, no class names, a damaged shard, an image without a class
@@ -72,22 +74,26 @@ def shard_task(
         "no tar shards in {}/; add those of its images, or put the shards of all images into the "
         f"folder of the task and pass {OPTION}"
     )
-    found, test_fraction = shards_of_task(root, missing, test_fraction)
+    found, test_fraction = shards_of_task(root, missing, test_fraction, test_only=test_only)
     read = [
         read_classed_shards(shards, len(classes), skip_bad_images=skip_bad_images)
         for shards in found
+        if shards
     ]
     skipped = tuple(name for _, names in read for name in names)
     # Before unreadable images are left out, which would change the division.
-    whole = divided([images for images, _ in read], test_fraction, where=str(root), classes=classes)
+    splits = [images for images, _ in read]
+    if not found[0]:  # nothing to learn
+        splits.insert(0, splits[0].chosen([False] * len(splits[0])))
+    whole = divided(splits, test_fraction, where=str(root), classes=classes)
     train, test = (readable(images, (), {*skipped})[0] for images in whole)
-    if (emptied := class_without_images(train, classes)) is not None:
+    if not test_only and (emptied := class_without_images(train, classes)) is not None:
         raise InputError(
             f"{root}: no readable train image of class {emptied}; add some, or take the name out "
             f"of {CLASSES} and give the classes behind it other indices"
         )
     name = Path(os.path.abspath(root)).name
-    return Task(name, classes, templates, train, test, skipped, test_fraction)
+    return Task(name, classes, templates, train, test, skipped, test_fraction, test_only)
 
 
 def _class_names(path: Path) -> tuple[str, ...]:

@@ -87,6 +87,28 @@ def test_a_word_of_a_sequence(folder: Path) -> None:
         load_sequence([f"captions:{folder}", f"captions:{folder}/../pets"])
 
 
+def test_test_images_alone(folder: Path, tmp_path: Path) -> None:
+    whole = caption_task(folder)
+    write_csv(folder / "captions.csv", [row for row in ROWS if row[2] == "test"])
+    for i in range(3):
+        (folder / f"{i}.png").unlink()
+    with pytest.raises(InputError, match="its train split is empty"):
+        caption_task(folder)
+    (task,) = load_sequence([f"captions:{folder}"], test_only=True)
+    assert isinstance(task, CaptionTask) and len(task.train) == 0 and task.test_only
+    assert task.test.fingerprint() == whole.test.fingerprint()
+    shards = tmp_path / "shards"
+    (shards / "test").mkdir(parents=True)
+    files = {}
+    for n in range(2):
+        files |= {f"{n}.png": encoded(picture(n), "png"), f"{n}.txt": f"number {n}".encode()}
+    write_tar(shards / "test" / "0.tar", files)
+    with pytest.raises(InputError, match="nor tar shards in train/"):
+        caption_task(shards)
+    task = caption_task(shards, test_only=True)
+    assert len(task.train) == 0 and [*task.test.captions] == [("number 0",), ("number 1",)]
+
+
 def test_shards_of_each_split(tmp_path: Path) -> None:
     root = tmp_path / "cc"
     for split, numbers in (("train", (0, 1, 2, 3)), ("test", (4, 5))):

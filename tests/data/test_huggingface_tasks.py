@@ -141,6 +141,16 @@ def test_validation_stands_in_for_test(tmp_path: Path) -> None:
     assert huggingface_task(tmp_path / "all").test.name(0) == f"{tmp_path}/all/test[0]"
 
 
+def test_test_images_alone(tmp_path: Path) -> None:
+    for name in ("test", "validation"):
+        root = write(tmp_path / name, **{name: table(columns("test"))})
+        with pytest.raises(InputError, match="wanted the splits train and test"):
+            load_sequence([str(root)])
+        (task,) = load_sequence([str(root)], test_only=True)
+        assert len(task.train) == 0 and list(task.test.targets) == LABELS["test"]
+        assert task.test_only and task.test.name(0) == f"{root}/{name}[0]"
+
+
 def test_of_several_columns_those_with_the_usual_names(tmp_path: Path) -> None:
     def save(name: str, **renamed: str) -> Path:
         both = {}

@@ -52,6 +52,20 @@ def test_a_folder_of_shards_is_a_task(folder: Path) -> None:
     assert shard_task(folder).fingerprint() != task.fingerprint()
 
 
+def test_test_images_alone(folder: Path) -> None:
+    whole = shard_task(folder, test_only=True)
+    assert len(whole.train) == 4 and whole.test_only
+    shutil.rmtree(folder / "train")
+    with pytest.raises(InputError, match="no tar shards in train/"):
+        load_sequence([str(folder)])
+    (task,) = load_sequence([str(folder)], test_only=True)
+    assert len(task.train) == 0 and task.test.fingerprint() == whole.test.fingerprint()
+    # A class of which nothing is left.
+    write_tar(folder / "test" / "0.tar", files(5))
+    (task,) = load_sequence([str(folder)], test_only=True)
+    assert task.classes == ("cat", "big dog") and list(task.test.targets) == [1]
+
+
 def test_prompts_and_unreadable_images(folder: Path) -> None:
     (folder / "prompts.txt").write_text("a drawing of a {}.\n")
     write_tar(folder / "train" / "2.tar", {"9.png": b"no", "9.cls": b"1"})
