@@ -182,6 +182,17 @@ def test_the_tutorial_works_as_written(
     assert capsys.readouterr().out.strip() in names["names"]
 
 
+def test_the_tutorial_reads_the_run_that_it_tells_to_make() -> None:
+    made: dict[str, bool] = {}
+    for kind, code in steps(TUTORIAL.read_text(encoding="utf-8")):
+        words = words_of(code) if kind == "command" else []
+        if words[:2] == ["mulki", "run"] and "--name" in words:
+            made[words[words.index("--name") + 1]] = "--preset" not in words
+        for run_name in re.findall(r"logs/(\w+)", code):
+            assert made[run_name], f"{code}: of a run whose figures mean nothing, or of none"
+    assert sum(made.values()) == 2
+
+
 def test_every_indented_line_is_a_command() -> None:
     found = [line for page in DOCS for line in commands(page)]
     assert [line for line in found if words_of(line)[0] not in PROGRAMS] == []
