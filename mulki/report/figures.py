@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _POINTS = 400
 # The axis begins at this part of the highest loss: else a term near zero would take all room.
 _LOWEST = 1e-4
+# Percentage points that an axis of accuracies shows at least.
+_SPAN = 20.0
 
 
 def plots(contents: RunContents) -> list[Plot]:
@@ -63,6 +65,7 @@ def _of_matrix(contents: RunContents) -> Iterator[Plot]:
                 if name in names:
                     place = names.index(name)
                     axes.plot([place], [curve(name)[place]], "o", color=colour, markersize=6)
+            _at_least(axes, _SPAN)
             axes.set_ylabel(f"{measure} in percent")
             name_rows(axes, names)
             return len(shown)
@@ -104,6 +107,7 @@ def _of_matrix(contents: RunContents) -> Iterator[Plot]:
 
         def together(axes: Axes) -> int:
             axes.plot(list(seen.after.values()), color=COLOURS[0], marker="o")
+            _at_least(axes, _SPAN)
             axes.set_ylabel("accuracy in percent")
             name_rows(axes, list(seen.after))
             return 0
@@ -169,7 +173,7 @@ def _of_history(history: Sequence[StepRecord]) -> Iterator[Plot]:
 
 
 def _of_teachers(history: Sequence[StepRecord]) -> Iterator[Plot]:
-    if len(history) < 2:
+    if len(history) < 2 or all(_alike(record) for record in history):
         return
     names = list(history[0].teacher_weights)
     middles = (np.arange(BINS) + 0.5) / BINS
@@ -224,6 +228,20 @@ def _of_teachers(history: Sequence[StepRecord]) -> Iterator[Plot]:
         "weight from 0 to 1. The highest bar of each task has the same height.",
         over_samples,
     )
+
+
+def _alike(record: StepRecord) -> bool:
+    # Whether every sample gave all teachers the same weight, so that there is nothing to see.
+    place = min(BINS // len(record.teacher_weights), BINS - 1)
+    return all(counts[place] == sum(counts) for counts in record.teacher_weights.values())
+
+
+def _at_least(axes: Axes, span: float) -> None:
+    # Percentages over a range of at least so many points, or a small change would look large.
+    low, high = axes.get_ylim()
+    if high - low < span:
+        middle = min(max((low + high) / 2, span / 2), 100 - span / 2)
+        axes.set_ylim(middle - span / 2, middle + span / 2)
 
 
 def _of_time(history: Sequence[StepRecord]) -> Iterator[Plot]:

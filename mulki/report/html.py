@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from mulki.errors import counted
 from mulki.report.contents import RunContents
 from mulki.report.figures import plots
 from mulki.report.pages import page_file, render
 from mulki.report.tables import TITLES, display_columns, display_rows, recalls_of
-from mulki.runs.answers import ACC1, RECALL1
+from mulki.runs.answers import ACC1, RECALL1, Answers
 from mulki.runs.catalog import DataSet, Example
 from mulki.runs.history import mean_seconds
 from mulki.runs.metrics import (
@@ -25,7 +27,9 @@ from mulki.runs.metrics import (
 
 # Rows of all tables of classes together, and images: the page stays below 3 MB.
 _CLASSES, _IMAGES = 3000, 160
-_MINUS = "\N{MINUS SIGN}"
+_MINUS, _ARROW = "\N{MINUS SIGN}", "\N{RIGHTWARDS ARROW}"
+# Tasks that are named in the sentence at the top, and pairs of classes below a table.
+_NAMED, _CONFUSED = 8, 5
 
 
 def render_html(contents: RunContents) -> str:
@@ -37,6 +41,7 @@ def render_html(contents: RunContents) -> str:
         title=data.name,
         status=data.status,
         facts=_facts(contents),
+        in_words=_in_words(contents),
         missing=contents.missing,
         columns=display_columns(matrix),
         rows=list(display_rows(matrix)) if contents.evaluated else [],
@@ -72,6 +77,30 @@ def _facts(contents: RunContents) -> list[str]:
         minutes, rest = divmod(round(seconds), 60)
         facts.append(f"took {minutes // 60}:{minutes % 60:02d}:{rest:02d}")
     return facts
+
+
+def _in_words(contents: RunContents) -> str:
+    # What was learned, in a sentence or two; nothing before the first task.
+    matrix = contents.data.matrix
+    learned = [name for name in matrix.tasks if name in matrix.columns]
+    if not learned:
+        return ""
+    places = [matrix.columns.index(name) for name in learned]
+    last = [matrix.rows[-1][place] for place in places]
+    start = None if matrix.zero_shot is None else [matrix.zero_shot[place] for place in places]
+    mean = f"{np.mean(last):.1f}"
+    before = [""] * len(last) if start is None else [f"{value:.1f} {_ARROW} " for value in start]
+    if start is not None:
+        mean = f"{np.mean(start):.1f} {_ARROW} {mean}"
+    said = f"Learned {counted(len(matrix.tasks), 'task')}: mean {mean} %."
+    if len(learned) > _NAMED:
+        return said
+    each = []
+    for name, old, new in zip(learned, before, last, strict=True):
+        best = max(row[matrix.columns.index(name)] for row in matrix.rows)
+        peak = f" (at best {best:.1f})" if f"{best:.1f}" != f"{new:.1f}" else ""
+        each.append(f"{name} {old}{new:.1f}{peak}")
+    return f"{said} {', '.join(each)}."
 
 
 def _table(value: object) -> dict[str, Any]:
@@ -121,6 +150,7 @@ class _Classes:
     columns: tuple[str, ...]
     rows: list[tuple[str, int, list[str]]]
     left_out: int
+    confused: str
 
 
 def _classes(contents: RunContents) -> list[_Classes]:
@@ -158,6 +188,8 @@ def _of_data_set(contents: RunContents, each: DataSet, most: int) -> _Classes | 
     if "change" in accuracy:
         order.sort(key=lambda place: -abs(accuracy["change"][place]))
     shown = sorted(order[:most])
+    if "change" in accuracy:  # what was lost comes first
+        shown.sort(key=lambda place: accuracy["change"][place])
     return _Classes(
         each.name,
         tuple(accuracy),
@@ -173,7 +205,26 @@ def _of_data_set(contents: RunContents, each: DataSet, most: int) -> _Classes | 
             for place in shown
         ],
         len(order) - len(shown),
+        _confused(contents, each, rows["last"][each.name]) if "last" in rows else "",
     )
+
+
+def _confused(contents: RunContents, of: DataSet, answers: Answers) -> str:
+    # The pairs of a right and a said class that most images have, in words.
+    if answers.said is None:
+        return ""
+    every = [name for each in contents.data_sets.values() for name in each.classes]
+    wrong = Counter(
+        (of.classes[target], every[said])
+        for target, said, right in zip(of.targets, answers.said, answers.own, strict=True)
+        if not right and every[said] != of.classes[target]
+    )
+    pairs = [
+        f"{right} as {said} ({count})"
+        for (right, said), count in wrong.most_common(_CONFUSED)
+        if count > 1
+    ]
+    return ", ".join(pairs)
 
 
 @dataclass(frozen=True)

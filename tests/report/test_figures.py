@@ -61,16 +61,21 @@ def test_a_term_that_begins_near_zero_leaves_room_for_the_others(whole: Path) ->
 
 
 def test_weights_of_the_teachers_add_up_to_one(whole: Path) -> None:
-    # All samples weigh both alike, and 0.5 is at the edge of a bin.
+    # Almost all samples weigh both alike, and 0.5 is at the edge of a bin.
     half = [0] * (BINS // 2) + [8] + [0] * (BINS - BINS // 2 - 1)
     alike = {"zero_shot": half, "previous": half}
     history = [replace(record("digits", 0, step, 3), teacher_weights=alike) for step in (1, 2, 3)]
+    # Where all do, as with the gate uniform, there is nothing to see.
+    names = {plot.name for plot in plots(replace(read_contents(whole), history=history))}
+    assert not {name for name in names if name.startswith("teacher_")} and "losses" in names
+    apart = {"zero_shot": [8, *half[1:]], "previous": [*half[:-1], 8]}
+    history.append(replace(record("digits", 0, 3, 3), teacher_weights=apart))
     (plot,) = (p for p in plots(replace(read_contents(whole), history=history))
                if p.name == "teacher_weights")  # fmt: skip
     axes = Figure().subplots()
     plot.draw(axes)
     for line in axes.lines:
-        assert list(line.get_ydata()) == pytest.approx([0.5, 0.5, 0.5])
+        assert list(line.get_ydata())[:3] == pytest.approx([0.5, 0.5, 0.5])
 
 
 def test_a_name_with_an_underscore_is_in_the_legend(whole: Path) -> None:
@@ -104,3 +109,21 @@ def test_long_histories_are_thinned(count: int) -> None:
     for index in range(3):
         steps = [r.step for r in found if r.index == index]
         assert steps[0] == 1 and steps[-1] == count and steps == sorted(set(steps))
+
+
+def test_a_small_change_does_not_look_large(whole: Path) -> None:
+    contents = read_contents(whole)
+    for low, high in ((20.25, 21.75), (0.0, 1.0), (99.0, 100.0), (10.0, 90.0)):
+        seen = ClassIncremental({"digits": low, "flags": high})
+        (plot,) = (
+            each
+            for each in plots(
+                replace(contents, data=replace(contents.data, class_incremental=seen))
+            )
+            if each.name == "class_incremental"
+        )
+        axes = Figure().subplots()
+        plot.draw(axes)
+        bottom, top = axes.get_ylim()
+        assert top - bottom >= 20 - 1e-9 and bottom <= low and high <= top
+        assert bottom >= -5 and top <= 105

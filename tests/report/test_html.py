@@ -5,9 +5,11 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mulki.report import read_contents, render_html, write_report
+from mulki.runs.answers import Answers
 from mulki.runs.history import add_step
 from mulki.runs.metrics import DEFINITIONS, ZERO_SHOT, AccuracyMatrix, write_matrix
 from tests.report.report_helpers import (
@@ -37,8 +39,9 @@ def test_the_page_holds_matrix_metrics_configuration_and_environment(folder: Pat
     assert ["digits", "6.0", "100.0", "50.0"] in page.rows
     assert ["test images", "500", "300", "400"] in page.rows
     cards = "|".join(page.cards)
-    assert f"Transfer|1.00|zero-shot 4.00|{DEFINITIONS['transfer']}" in cards
-    assert f"BWT|3.00|zero-shot 0.00|{DEFINITIONS['bwt']}" in cards
+    assert "Transfer|1.00|zero-shot 4.00|" in cards
+    assert f"|Transfer|{DEFINITIONS['transfer']}|" in cards
+    assert "BWT|3.00|zero-shot 0.00|" in cards and f"|BWT|{DEFINITIONS['bwt']}" in cards
     assert ["hashes: weights", "0123abcd"] in page.rows
     assert ["hashes: splits: digits", "4567"] in page.rows
     assert ["hashes: prompts", "-"] in page.rows
@@ -101,6 +104,36 @@ def test_classes_have_accuracies_and_their_change(whole: Path) -> None:
     assert row == ["zero", "6", f"{before:.1f}", f"{learned:.1f}", f"{last:.1f}", change]
 
 
+def test_a_sentence_says_what_was_learned(whole: Path) -> None:
+    contents = read_contents(whole)
+    matrix = AccuracyMatrix(("b", "a"), ("a", "b"), ((3.0, 80.0), (70.0, 60.04)), (40.0, 3.4))
+    text = render_html(replace(contents, data=replace(contents.data, matrix=matrix)))
+    said = "Learned 2 tasks: mean 21.7 → 65.0 %. a 3.4 → 60.0 (at best 80.0), b 40.0 → 70.0."
+    assert f'<p class="in-words">{said}</p>' in text
+    names = tuple(f"task {i}" for i in range(9))
+    many = AccuracyMatrix(names, names, ((50.0,) * 9,) * 9)
+    text = render_html(replace(contents, data=replace(contents.data, matrix=many)))
+    assert '<p class="in-words">Learned 9 tasks: mean 50.0 %.</p>' in text
+
+
+def test_what_was_lost_comes_first_and_confused_pairs_are_named(whole: Path) -> None:
+    contents = read_contents(whole)
+    targets = contents.data_sets["flags"].targets
+    count, first = len(targets), sum(len(CLASSES[name]) for name in TASKS[:2])
+    right = np.array([target == 1 for target in targets])
+    # All that is on the left was said to be on the right, and before that the reverse.
+    said = np.full(count, first + 1, dtype=np.int32)
+    rows = {name: dict(row) for name, row in contents.answers.items()}
+    rows[TASKS[-1]]["flags"] = Answers(right, None, said)
+    rows[ZERO_SHOT]["flags"] = Answers(~right, None, said - 1)
+    text = render_html(replace(contents, answers=rows))
+    found = [row for row in Page(text).rows if row[0] in CLASSES["flags"] and len(row) == 6]
+    assert [row[0] for row in found] == ["left", "right"]
+    assert [row[-1] for row in found] == ["\N{MINUS SIGN}100.0", "+100.0"]
+    lefts = sum(target == 0 for target in targets)
+    assert f"another class by the last model: left as right ({lefts})." in text
+
+
 def test_images_show_what_was_said(whole: Path) -> None:
     text = page_of(whole)
     assert text.count('src="data:image/webp;base64,UklGRg=="') == 2
@@ -155,7 +188,8 @@ def test_a_bare_matrix_has_a_page(tmp_path: Path) -> None:
     assert f"<title>{tmp_path.name}</title>" in text
     assert "unknown</strong>" in text
     assert "<li>env.json is not there: no environment and fingerprint</li>" in text
-    assert "<summary>" not in text
+    assert text.count("<summary>") == 1 and "<summary>Definitions" in text
+    assert "Learned 1 task: mean 12.5 %. a 12.5." in text
 
 
 def test_a_run_before_its_first_evaluation_has_a_page(tmp_path: Path) -> None:
