@@ -209,13 +209,13 @@ def whole_tile(architecture: str, models: int, rows: int, p: int, dtype: torch.d
     columns = max(16, next_power_of_2(p))
     if architecture == "interpreter":
         return Tile(16, columns, 32, 1, 1)
-    half = dtype != torch.float32
-    # AMD's have 64 threads, and more of them would share a tile of the matrix cores. In float32 the
-    # operands take more registers too.
+    half, amd, small = dtype != torch.float32, architecture.startswith("gfx9"), columns <= 128
+    # AMD's have 64 threads: more would share a matrix core's tile. float32 takes more registers.
     most = 48 * 128 if half or rows == 16 else 24 * 128
-    few = architecture.startswith("gfx9") or models * rows * columns <= most
-    depth = 64 if half and columns <= 128 else 32
-    return Tile(rows, columns, depth, 4 if few else 8, 3 if half else 2)
+    few = amd or models * rows * columns <= most
+    depth = 64 if half and small else 32
+    # AMD's have 64 KiB of memory, and three stages take it all, or with Triton 3.6 more than that.
+    return Tile(rows, columns, depth, 4 if few else 8, 3 if half and (small or not amd) else 2)
 
 
 @lru_cache(maxsize=1024)

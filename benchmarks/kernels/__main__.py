@@ -1,7 +1,7 @@
 """Compile every variant of the Triton kernels without a GPU, and report its registers and memory.
 
 python -m benchmarks.kernels                 # compiled.csv and RESULTS.md beside this file
-python -m benchmarks.kernels --output OUT --processes 8
+python -m benchmarks.kernels --output OUT --processes 8    # oldest/ is made with the oldest Triton
 python -m benchmarks.kernels plan            # counts of products, launches and memory; see `plan`
 python -m benchmarks.kernels host            # what a chunk of rows costs the host; see `host`
 
