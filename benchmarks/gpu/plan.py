@@ -184,7 +184,7 @@ class Plan:
         # Triton's own: "consan" stops where shared memory was not waited for, "fpsan" computes with
         # integers, whose sums are the same in any order.
         instrumented = ["env", f"TRITON_INSTRUMENTATION_MODE={mode}"]
-        return lambda seconds: {mode: [*instrumented, *self._small(seconds), "--twice"]}
+        return lambda seconds: {mode: [*instrumented, *self._small(seconds), "--again"]}
 
     def _proof(self, seconds: float) -> Commands:
         limit = f"{seconds:.0f}"

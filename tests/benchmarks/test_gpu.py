@@ -206,7 +206,7 @@ def test_the_commands_ask_for_what_there_is(
     for mode in ("consan", "fpsan"):
         (instrumented,) = steps[mode].commands(30.0).values()
         assert instrumented[:2] == ["env", f"TRITON_INSTRUMENTATION_MODE={mode}"]
-        assert instrumented[-1] == "--twice"
+        assert instrumented[-1] == "--again"
     (proof,) = steps["proof"].commands(60.0).values()
     assert proof[1:] == ["-m", "mulki", "prove", "--limit", "60"]
 

@@ -74,7 +74,7 @@ def test_the_small_cases(
     assert out.count(": ran\n") == 2 * 8
     # Shape by shape, so that what is out of time is a part of each operator.
     assert [line.split()[1] for line in out.splitlines()[:4]] == ["5x5x8", "5x7x8"] * 2
-    assert small.main([*given, "--twice"]) == 0
+    assert small.main([*given, "--again"]) == 0
     assert capsys.readouterr().out.count(": ran\n") == 8
     assert small.main([*given, "--seconds", "-1"]) == 0
     assert "left out: 8 cases, out of time" in capsys.readouterr().out
@@ -84,7 +84,7 @@ def test_the_small_cases(
     assert "siglip 5x5x8 float32: loss: relative error 0.1" in capsys.readouterr().out
     seen = iter(range(1, 100))
     monkeypatch.setitem(MULKI, "siglip", lambda *arguments: next(seen) * right(*arguments))
-    assert small.main([*given, "--twice"]) == 1
+    assert small.main([*given, "--again"]) == 1
     found = capsys.readouterr().out
     assert "siglip 5x5x8 float32: loss: other bits" in found and "kl 5x7x8 float32: ran" in found
 

@@ -7,7 +7,7 @@ import torch
 
 from mulki import functional
 from mulki.app import prove
-from mulki.ops import backends, proofs
+from mulki.ops import backends, prepared, proofs
 from mulki.similarity import Similarity
 
 
@@ -102,6 +102,18 @@ def test_a_by_product_that_is_wrong_is_found(op, form, result, name, monkeypatch
     found = verdict(op, "float32")
     assert found.problems and all(f": {name}: " in problem for problem in found.problems)
     assert any(problem.startswith("by-products at 8x8x16") for problem in found.problems)
+
+
+def test_launches_that_are_kept_are_what_is_compared(monkeypatch):
+    """As on a GPU."""
+    monkeypatch.setattr(prove, "FIRST_CALLS", {})
+    monkeypatch.setattr(prepared, "MOST_STEPS", 200)  # filling memory with NaN takes some
+    assert verdict("siglip", "float32").problems == ()
+    right = prepared.again
+    monkeypatch.setattr(
+        prepared, "again", lambda *given: tuple(1.01 * one for one in right(*given))
+    )
+    assert any("siglip at 8x8x16: loss" in one for one in verdict("siglip", "float32").problems)
 
 
 def test_a_kernel_that_raises_did_not_run(monkeypatch):
