@@ -49,3 +49,16 @@ def test_functions_agree_with_the_reference(reduction):
             found.append([*made, *torch.autograd.grad(total, leaves)])
     for one, other in zip(*found, strict=True):
         close(one, other, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_calls_again_and_again_give_the_same_bits(reduction):
+    """Those after the second one by launches that were kept, with gradients through autograd."""
+    found = []
+    with use_backend("triton"):
+        for _ in range(4):
+            leaves, made = losses(reduction)
+            total = sum((i + 1) * loss.square().sum() for i, loss in enumerate(made))
+            found.append([*made, *torch.autograd.grad(total, leaves)])
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
