@@ -174,7 +174,7 @@ def test_a_checkpoint_is_evaluated_again(
     assert again == wanted
     assert run_command(["eval", str(finished.path)]) == 0
     table = capsys.readouterr().out
-    assert f"{wanted['flags', METRICS[0]]:.4f}" in table and "weights" in table
+    assert f"{wanted['flags', METRICS[0]]:.2f}" in table and "weights" in table
     words = ["eval", str(finished.path), "--confusion", str(tmp_path / "c.csv")]
     assert run_command(words) == 2
     assert "--confusion: is about classes" in capsys.readouterr().err
