@@ -17,6 +17,7 @@ from mulki.data import Task
 from mulki.data.subset import sampled
 from mulki.data.transforms import is_deterministic
 from mulki.train.config.run_config import AUTO
+from mulki.train.config.tasks import needs_of
 from mulki.train.display.outline import parameter_counts, rows
 from mulki.train.learning.batches import kept_samples
 from mulki.train.learning.inputs import Listeners, StepReport
@@ -202,11 +203,13 @@ def _learning(
     reports: list[StepReport] = []
     began: list[float] = []
     encoded: list[float] = []
+    heard: list[float] = []
 
     def listen(report: StepReport) -> None:
         if not reports:
             began.append(time.perf_counter() - report.seconds)
         reports.append(report)
+        heard.append(time.perf_counter())
 
     started = time.perf_counter()
     learner.learn(
@@ -221,6 +224,11 @@ def _learning(
             val_every=0,
         ),
     )
+    # What a method measures at the end of a task, on some of its images.
+    at_end = time.perf_counter() - heard[-1]
+    if measured_on := needs_of(setup.method, task).fisher:
+        wanted, some = (min(measured_on, len(each.train)) for each in (task, small))
+        at_end *= wanted / some
     of_images = encoded[-1] - started if encoded else 0.0
     others = began[0] - started - of_images
     prepare = max(others, 0.0) + of_images * len(task.train) / len(small.train)
@@ -228,7 +236,7 @@ def _learning(
     first, later = median(seconds[:once]), median(seconds[once:])
     steps = steps_of(config, len(task.train), world.size)
     new = min(steps, -(-len(task.train) // batch)) if is_deterministic(setup.transform) else 0
-    learning = prepare + new * first + (steps - new) * later
+    learning = prepare + new * first + (steps - new) * later + at_end
     return replace(
         costs,
         steps=steps,

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mulki import methods
 from mulki.train import costs
@@ -28,6 +30,19 @@ def measured(start_model: dict[str, str], task_folders: tuple[str, str], tmp_pat
         return found
 
     return go
+
+
+def test_what_is_measured_at_the_end_of_a_task_counts(
+    measured: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(training: Any, inputs: Any, count: int) -> dict[str, torch.Tensor]:
+        time.sleep(0.02 * min(count, len(inputs.task.train)))
+        return {name: torch.ones_like(p) for name, p in training.model.trainable().items()}
+
+    monkeypatch.setattr("mulki.train.learning.learn.fisher_diagonal", slow)
+    # Of 18 images, however few of them are looked at.
+    found = measured(method="ewc", batch_size=2, fisher_images=100)
+    assert found.tasks[0].learning > 0.02 * 18
 
 
 @pytest.mark.parametrize("method", list(methods.available()))
