@@ -198,7 +198,10 @@ class _Loader(DataLoader[tuple[Tensor, int, int]]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # Twice, for the signal of the process may come while the first error is being named.
         with dead_workers_named(self.num_workers), dead_workers_named(self.num_workers):
-            yield from super().__iter__()
+            try:
+                yield from super().__iter__()
+            except (EOFError, ConnectionError) as error:
+                raise RuntimeError("DataLoader worker ended as it handed over a batch") from error
 
 
 @contextmanager

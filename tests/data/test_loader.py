@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._utils import ExceptionWrapper
+from torch.utils.data import DataLoader
 from torchvision import transforms as tv
 
 from mulki.data import BadImage, folder_task
@@ -274,6 +275,19 @@ def test_a_killed_worker_is_named(images: Any, shuffle: bool) -> None:
     loader = batches(images, Deadly(), 2, shuffle=shuffle, seed=0, workers=1)
     with pytest.raises(InputError, match="^--workers 1: .*ended"):
         list(loader)
+
+
+@pytest.mark.parametrize("error", [EOFError, ConnectionResetError])
+def test_a_worker_that_ends_as_it_hands_over_a_batch_is_named(
+    images: Any, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def ended(loader: DataLoader[Any]) -> Iterator[Any]:
+        raise error
+        yield
+
+    monkeypatch.setattr(DataLoader, "__iter__", ended)
+    with pytest.raises(InputError, match="^--workers 1: .*ended as it handed over a batch"):
+        next(iter(batches(images, FIXED, 2, shuffle=False, seed=0, workers=1)))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
