@@ -38,14 +38,18 @@ class Killed:
         at: Sequence[int] = (),
         after: float | None = None,
         sent: Sequence[int] = (signal.SIGKILL,),
+        loader_after: float | None = None,
+        **options: Any,
     ) -> tuple[int, int]:
         """Exit status and count; the run gets the signals `sent` after some seconds.
 
         Args:
             counted, at: see `killed_runs.py`.
+            loader_after: seconds after the first data loading process has begun, when those that
+                there are then are killed.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
-        options = self.options | {"name": name}
+        options = self.options | options | {"name": name}
         folder = str(Path(options["logs"]) / name) if resume else None
         asked = {"options": options, "resume": folder, "counted": counted, "at": at}
         self.process.stdin.write(json.dumps(asked) + "\n")
@@ -57,15 +61,39 @@ class Killed:
                 with contextlib.suppress(ProcessLookupError):  # it has ended by then
                     os.kill(child, number)
                 after = 0.01
+        if loader_after is not None:
+            kill_loaders(child, loader_after)
         status, seen = map(int, self.process.stdout.readline().split())
         return status, seen
 
-    def finish(self, name: str) -> Path:
+    def finish(self, name: str, **options: Any) -> Path:
         """Go on with a run, or start it again if it had not begun; returns its folder."""
         folder = Path(self.options["logs"]) / name
         begun = (folder / "summary.json").is_file() and (folder / "args.yaml").is_file()
-        assert self.run(name, resume=begun)[0] == 0
+        assert self.run(name, resume=begun, **options)[0] == 0
         return folder
+
+
+def kill_loaders(run: int, after: float) -> None:
+    """Kill the processes that load data for a run, some seconds after the first has begun."""
+
+    def loaders() -> list[str]:
+        # They are forked; a run has other programs for children too.
+        children = Path(f"/proc/{run}/task/{run}/children").read_text().split()
+        return [each for each in children if name_of(each) == name_of(run)]
+
+    def name_of(process: str | int) -> bytes:
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{process}/cmdline").read_bytes()
+        return b"ended"
+
+    with contextlib.suppress(FileNotFoundError):  # the run ends
+        while not loaders():
+            time.sleep(0.001)
+        time.sleep(after)
+        for process in loaders():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(process), signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +206,51 @@ def test_killed_at_every_file_system_event(
     for number in range(1, events + 1):
         print(f"killed at event {number} of {events}")
         check_killed_at(killed, folder, number)
+
+
+# Transforms that draw are not cached, so processes load.
+LOADED = {"workers": 1, "augment": "crop"}
+
+
+def check_loader_killed(killed: Killed, whole: Path, trial: int, seconds: float) -> bool:
+    """Kill the data loading process of a run at a random moment; whether that ended the run."""
+    moment = random.Random().uniform(0, seconds)
+    print(f"killed {moment:.4f} s after its begin")
+    name = f"loader-{trial}"
+    status, _ = killed.run(name, loader_after=moment, **LOADED)
+    assert status in (0, 1)
+    if status == 1:
+        text = (whole.parent / f"{name}.error").read_text()
+        assert text.startswith("InputError: --workers 1: a data loading process has ended"), text
+    killed.finish(name, **LOADED)
+    check_same(whole.parent / name, whole)
+    shutil.rmtree(whole.parent / name)
+    return status == 1
+
+
+@pytest.fixture(scope="module")
+def loaded(killed: Killed, uninterrupted: tuple[Path, float, int]) -> tuple[Path, float]:
+    """The folder of a run with a data loading process, and its seconds; not the first run."""
+    started = time.monotonic()
+    assert killed.run("loaded", **LOADED)[0] == 0
+    return Path(killed.options["logs"]) / "loaded", time.monotonic() - started
+
+
+@needs_fork
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(3))
+def test_a_loader_killed_at_a_random_moment(
+    killed: Killed, loaded: tuple[Path, float], trial: int
+) -> None:
+    folder, seconds = loaded
+    check_loader_killed(killed, folder, trial, seconds / 2)
+
+
+@needs_fork
+@pytest.mark.long
+def test_a_loader_killed_at_fifty_random_moments(
+    killed: Killed, loaded: tuple[Path, float]
+) -> None:
+    folder, seconds = loaded
+    ended = [check_loader_killed(killed, folder, trial, seconds / 2) for trial in range(50)]
+    assert sum(ended) > 10
