@@ -67,13 +67,25 @@ ROWS: dict[str, Options] = {
     "mulki, gate and mean, without anchors": _GATED | {"anchors": "none"},
     # The better rate of the two that were tried without anchors, among the forms.
     "mulki, gate and mean, without anchors, lr 1e-4": _GATED | {"anchors": "none", "lr": 1e-4},
-    "mulki, mean, original teacher alone": _GATED | {"teachers": "zero_shot"},
-    "mulki, mean, previous teacher alone": _GATED | {"teachers": "previous"},
+    "mulki, mean, original teacher alone": _GATED | {"teachers": "zero_shot", "gate": "uniform"},
+    "mulki, mean, previous teacher alone": _GATED | {"teachers": "previous", "gate": "uniform"},
 }
 MAIN_ROWS = ("finetune", "lwf", "lwf_vr", "zscl", "mulki", "mulki, without Connecting", ABLATED)
 DRAWN_ROWS = ("finetune", "lwf", "lwf_vr", "zscl", "snd", "mulki")
 SEEDS = (0, 1, 2, 3, 4)
 FEWER_SEEDS = SEEDS[:3]
+
+# The comparison over orders: three seeds each. The last two orders were drawn at random.
+ORDERS = (
+    *("I", "II", "III", "IV"),
+    "emoji,letters,animals,clipart,digits,flags",
+    "digits,emoji,letters,flags,animals,clipart",
+)
+BY_ORDER: dict[str, Options] = {
+    **{name: {"method": name} for name in METHODS if name != "zero_shot"},
+    **{f"{name}, made images": MADE | {"method": name} for name in ("zscl", "snd")},
+    **{name: {"method": name} for name in ("er", "ewc")},
+}
 
 # The steps of a class-incremental sequence are small, so they take fewer iterations than a task.
 SCENES: dict[tuple[str, str], Options] = {
@@ -99,7 +111,7 @@ _STRONG: Options = _ANCHORED | {"image_anchor": 1.5}
 _NO_RELATION: Options = dict.fromkeys(
     ("image_text", "image_image", "text_image", "text_text", "feature"), 0.0
 )
-_PREVIOUS: Options = {"teachers": "previous", "feature": 4.0}
+_PREVIOUS: Options = {"teachers": "previous", "gate": "uniform", "feature": 4.0}
 FORMS: dict[str, Options] = {
     "without anchors": {"anchors": "none", "lr": 1e-4},
     "without anchors, lr 2e-4": {"anchors": "none", "lr": 2e-4},
@@ -122,7 +134,7 @@ FORMS: dict[str, Options] = {
     "loss gate": _ANCHORED | {"gate": "loss"},
     # Tried when tuning had LwF-VR, at its best point, ahead of MulKI.
     "coefficient 1.5, temperature 1": _STRONG | {"temperature": 1.0},
-    "coefficient 1.5, previous teacher alone": _STRONG | {"teachers": "previous"},
+    "coefficient 1.5, previous teacher alone": _STRONG | {"teachers": "previous", "gate": "uniform"},
     "coefficient 1.5, without Connecting": _STRONG | {"connecting": False},
     "coefficient 1.5, without feature distance": _STRONG | {"feature": 0.0},
     "coefficient 1.5, no other relation": _STRONG | _NO_RELATION,
@@ -378,6 +390,14 @@ def comparison() -> list[Run]:
             options = METHODS[row["method"]] | row | {"seed": seed}
             runs.append(Run("compare", name, _in_scene(scene, options)))
     return runs
+
+
+def orders(seeds: tuple[int, ...] = FEWER_SEEDS) -> list[Run]:
+    """Every row over the orders, one seed after the other."""
+    return [
+        Run("orders", name, METHODS.get(row["method"], {}) | row | {"order": order, "seed": seed})
+        for seed, order, (name, row) in product(seeds, ORDERS, BY_ORDER.items())
+    ]
 
 
 def ablation(seeds: tuple[int, ...] = SEEDS) -> list[Run]:

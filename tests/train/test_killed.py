@@ -248,9 +248,7 @@ def test_a_loader_killed_at_a_random_moment(
 
 @needs_fork
 @pytest.mark.long
-def test_a_loader_killed_at_many_random_moments(
-    killed: Killed, loaded: tuple[Path, float]
-) -> None:
+def test_a_loader_killed_at_many_random_moments(killed: Killed, loaded: tuple[Path, float]) -> None:
     folder, seconds = loaded
     trials = 5 if "CI" in os.environ else 50
     ended = [check_loader_killed(killed, folder, trial, seconds / 2) for trial in range(trials)]
