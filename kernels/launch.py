@@ -50,11 +50,7 @@ _recorded: list[Launch | Product] | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], warps: int, stages: int, **arguments: Any) -> Any:
-    """Launch `kernel` over `grid`, unless launches are being recorded.
-
-    Returns:
-        What was compiled; None where nothing was.
-    """
+    """Launch `kernel` over `grid` and return what was compiled; None if launches are recorded."""
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": FP_FUSION}
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, options))
@@ -65,12 +61,14 @@ def launch(kernel: Any, grid: tuple[int, ...], warps: int, stages: int, **argume
     with recorder.paused():
         compiled = kernel[grid](**arguments, **options)
     if isinstance(compiled, CompiledKernel):
-        names = (parameter.name for parameter in kernel.params)
-        recorder.launched(compiled[(*grid, 1, 1)[:3]], [arguments[name] for name in names])
+        in_order = [arguments[parameter.name] for parameter in kernel.params]
+        recorder.launched(compiled[(*grid, 1, 1)[:3]], in_order)
         return compiled
 
+    names = tuple(arguments)
+
     def run(*values: Any) -> None:
-        kernel[grid](**dict(zip(arguments, values, strict=True)), **options)
+        kernel[grid](**dict(zip(names, values, strict=True)), **options)
 
     recorder.launched(run, list(arguments.values()))
     return compiled

@@ -134,7 +134,8 @@ FORMS: dict[str, Options] = {
     "loss gate": _ANCHORED | {"gate": "loss"},
     # Tried when tuning had LwF-VR, at its best point, ahead of MulKI.
     "coefficient 1.5, temperature 1": _STRONG | {"temperature": 1.0},
-    "coefficient 1.5, previous teacher alone": _STRONG | {"teachers": "previous", "gate": "uniform"},
+    "coefficient 1.5, previous teacher alone": _STRONG
+    | {"teachers": "previous", "gate": "uniform"},
     "coefficient 1.5, without Connecting": _STRONG | {"connecting": False},
     "coefficient 1.5, without feature distance": _STRONG | {"feature": 0.0},
     "coefficient 1.5, no other relation": _STRONG | _NO_RELATION,

@@ -201,6 +201,9 @@ class _Loader(DataLoader[tuple[Tensor, int, int]]):
             try:
                 yield from super().__iter__()
             except (EOFError, ConnectionError) as error:
+                # Those of the reader's own come from here, or with this word from a process.
+                if not self.num_workers or str(error).startswith("Caught "):
+                    raise
                 raise RuntimeError("DataLoader worker ended as it handed over a batch") from error
 
 

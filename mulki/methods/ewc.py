@@ -85,23 +85,30 @@ class EWC(Method):
         }
 
     def penalties(self) -> dict[str, Tensor]:
-        if not self._fisher:
-            return {}
+        # Other weights may train in a run that goes on with other options.
         parts = [
-            (self._fisher[name] * (weight - self._start[name]).square()).sum()
-            for name, weight in self._weights.items()
+            (fisher * (self._weights[name] - self._start[name]).square()).sum()
+            for name, fisher in self._fisher.items()
+            if name in self._weights
         ]
-        return {"ewc_loss": self.options.ewc_lambda / 2 * torch.stack(parts).sum()}
+        return {"ewc_loss": self.options.ewc_lambda / 2 * torch.stack(parts).sum()} if parts else {}
 
     def keep_fisher(self, fisher: Mapping[str, Tensor]) -> None:
         decay = self.options.ewc_decay
-        self._fisher = {
-            name: value + decay * self._fisher[name] if self._fisher else value
+        earlier = {name: decay * value for name, value in self._fisher.items()}
+        self._fisher = earlier | {
+            name: value + earlier[name] if name in earlier else value
             for name, value in fisher.items()
         }
         self._start = {}
 
     def _beside_weights(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        # Those of a save are on the CPU; without a task there is nothing yet to lie beside.
+        # Those of a save are on the CPU, and laid out in another order, in which a sum would be
+        # rounded otherwise; without a task there is nothing yet to lie beside.
         weights = self._weights
-        return {n: v.to(weights[n].device) if n in weights else v for n, v in values.items()}
+        return {
+            n: torch.empty_like(weights[n], dtype=v.dtype, requires_grad=False).copy_(v)
+            if n in weights
+            else v
+            for n, v in values.items()
+        }

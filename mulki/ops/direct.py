@@ -64,7 +64,7 @@ def _are_plain(values: Sequence[Any], may_require_grad: bool) -> bool:
     for value in values:
         kind = type(value)
         if kind is Tensor or kind is nn.Parameter:
-            if value.is_meta or (value.requires_grad and not may_require_grad):
+            if value.is_meta or value.is_neg() or (value.requires_grad and not may_require_grad):
                 return False
         elif kind in _NUMBERS:
             continue

@@ -71,17 +71,20 @@ class Drift:
         """By data set and metric, the value and the number of images it is of."""
         student, original = self._student, self._original
         student.eval()
+        tested = [number for number, task in enumerate(self._tasks) if len(task.test)]
         if original is not None:
             if self._inputs is None:
                 inputs = text_inputs(original, self._prompts, self._world)
                 texts = text_features(original, inputs, self._world)
-                for number, features, _ in self._encoded(original):
+                for number, features, _ in self._encoded(original, tested):
                     self._words[number] = (features @ texts.mT).argmax(dim=1)
                 self._inputs = text_inputs(student, self._prompts, self._world)
             texts = text_features(student, self._inputs, self._world)
         means = statistics.means_of(self._tasks)
         found: dict[str, dict[str, tuple[float, int]]] = {}
-        for number, features, target in self._encoded(student):
+        # Those of which there is something to compare.
+        numbers = [number for number in tested if original is not None or number in means]
+        for number, features, target in self._encoded(student, numbers):
             values = {}
             if original is not None:
                 same = (features @ texts.mT).argmax(dim=1) == self._words[number]
@@ -93,12 +96,13 @@ class Drift:
             found[self._tasks[number].name] = values
         return found
 
-    def _encoded(self, model: VisionLanguageModel) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def _encoded(
+        self, model: VisionLanguageModel, numbers: Sequence[int]
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
         # Numbers of tasks, with the features of their images and the targets.
         world = self._world
-        for number, (task, loader) in enumerate(zip(self._tasks, self._loaders, strict=True)):
-            if not len(task.test):
-                continue
+        for number in numbers:
+            loader = self._loaders[number]
             parts: list[tuple[Tensor, Tensor]] = []
             for (images, target, _), count in zip(loader, batch_sizes(loader), strict=True):
                 features = world.gather(model.encode_images(images), count)

@@ -381,6 +381,20 @@ def test_an_error_in_a_worker_is_not_taken_for_its_end(
         list(loader)
 
 
+def interrupted(error: type[Exception], image: object) -> torch.Tensor:
+    raise error("the storage is closed")
+
+
+@pytest.mark.parametrize("error", [EOFError, ConnectionResetError])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_the_readers_own_is_not_taken_for_its_end(
+    images: Any, error: type[Exception], workers: int
+) -> None:
+    transform = partial(interrupted, error)
+    with pytest.raises(error, match="the storage is closed"):
+        list(batches(images, transform, 2, shuffle=False, seed=0, workers=workers))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_unreadable_image_stops_no_batch(tmp_path: Path, workers: int) -> None:
     for seed in range(5):

@@ -52,3 +52,39 @@ def test_what_is_kept_is_all_that_a_later_run_needs(weights):
     add(weights, 1.0)
     terms = [each.penalties()["ewc_loss"] for each in (method, other)]
     assert terms[0] == terms[1] == 5000 * 7
+
+
+def test_other_weights_may_train_later(weights):
+    method = EWC(EWC.Options(ewc_lambda=2.0, ewc_decay=0.5))
+    method.take_kept({"a": torch.ones(3), "locked": torch.ones(2)})
+    start(method, weights, index=1)
+    add(weights, 1.0)
+    assert method.penalties()["ewc_loss"] == 3
+    method.keep_fisher(fisher([1.0, 0.0, 2.0], 4.0))
+    assert {name: value.tolist() for name, value in method.kept().items()} == {
+        "a": [1.5, 0.5, 2.5],
+        "locked": [0.5, 0.5],
+        "b": 4.0,
+    }
+    method.take_kept({"locked": torch.ones(2)})
+    start(method, weights, index=2)
+    assert method.penalties() == {}
+
+
+def test_a_sum_is_rounded_alike_after_a_save():
+    torch.manual_seed(0)
+    kernel = torch.randn(64, 64, 3, 3).to(memory_format=torch.channels_last)
+    weights = {"kernel": torch.nn.Parameter(kernel)}
+    method, other = EWC(EWC.Options()), EWC(EWC.Options())
+    method.take_kept({"kernel": torch.rand_like(kernel)})
+    start(method, weights, index=1)
+    start(other, weights, index=1)
+    saved = method.get_extra_state()
+    other.set_extra_state(
+        {part: {n: v.contiguous() for n, v in values.items()} for part, values in saved.items()}
+    )
+    add(weights, 0.1)
+    for part in ("_fisher", "_start"):
+        (value,) = getattr(other, part).values()
+        assert value.stride() == kernel.stride()
+    assert method.penalties() == other.penalties()

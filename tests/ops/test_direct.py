@@ -141,6 +141,7 @@ def test_what_it_is_not_taken_for(backend):
     x, *rest = case.args
     assert not is_direct(Case(case.op, (x.as_subclass(Subclass), *rest)))
     assert not is_direct(Case(case.op, (x.to("meta"), *rest)))
+    assert not is_direct(Case(case.op, (torch._neg_view(x.detach()), *rest)))
     # Given weights have their gradient in Python.
     weighted = differentiable("kl_weights")
     assert is_direct(weighted)

@@ -97,9 +97,11 @@ def export_onnx(model: VisionLanguageModel, folder: Path, classes: Classes | Non
         if classes is not None:
             whole = _Classifier(model.clip, classes)
             _export(model, whole, pixels, new / CLASSIFIER)
-            config["classifier"] = _of_classes(classes)
             _check_logits(model, whole, _session(new / CLASSIFIER), pixels)
-        write_atomic(new / CONFIG, json.dumps(_without_places(config), indent=2) + "\n")
+        config = _without_places(config)
+        if classes is not None:
+            config["classifier"] = _of_classes(classes)
+        write_atomic(new / CONFIG, json.dumps(config, indent=2) + "\n")
         return difference
 
 
@@ -132,7 +134,8 @@ def _without_places(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     schema, colon, place = value.rpartition(":")
-    return schema + colon + Path(place).name if Path(place).is_absolute() else value
+    is_place = Path(place).is_absolute() and not place.startswith("//")  # that of an address
+    return schema + colon + Path(place).name if is_place else value
 
 
 def _export(model: VisionLanguageModel, tower: nn.Module, example: Tensor, path: Path) -> None:
@@ -146,16 +149,24 @@ def _export(model: VisionLanguageModel, tower: nn.Module, example: Tensor, path:
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            torch.onnx.export(
+            program = torch.onnx.export(
                 tower.eval(),
                 (example,),
-                path,
                 input_names=[name],
-                output_names=["features"],
+                output_names=["logits" if path.name == CLASSIFIER else "features"],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 dynamo=True,
                 verbose=False,
             )
+            assert program is not None
+            # Notes of the exporter, among them where its source files lie.
+            graph: Any = program.model.graph
+            nodes = list(graph.all_nodes())
+            noted = [*nodes, *graph.inputs, *graph.initializers.values()]
+            noted += [value for node in nodes for value in node.outputs]
+            for each in (graph, *noted):
+                each.metadata_props.clear()
+            program.save(path, external_data=True)
     except Exception as error:  # the exporter raises whatever it meets
         reason = " ".join(str(error).split())[:200]
         raise InputError(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import mulki
 from mulki.clip.exporting.onnx import Classes, export_onnx
 from mulki.clip.models import VisionLanguageModel
 from mulki.errors import InputError
@@ -25,7 +26,8 @@ def test_towers(load_tiny: Load, tmp_path: Path, name: str) -> None:
     model = load_tiny(name, seed=3)
     model.name = f"local-dir:{tmp_path}/model"
     model.config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = str(tmp_path / "latest")
-    classes = Classes(("cat", "dog"), 5 * torch.randn(2, 32), torch.tensor([1.0, -1.0]))
+    # The second is a name that looks like a path.
+    classes = Classes(("cat", "/m/0bt9lr"), 5 * torch.randn(2, 32), torch.tensor([1.0, -1.0]))
     assert export_onnx(model, tmp_path / "out", classes) < 1e-5
     text = (tmp_path / "out" / "config.json").read_text()
     config = json.loads(text)
@@ -52,7 +54,12 @@ def test_towers(load_tiny: Load, tmp_path: Path, name: str) -> None:
     (logits,) = session.run(None, {config["classifier"]["input"]: pixels.numpy()})
     wanted = features[0] @ classes.weight.mT + classes.bias
     torch.testing.assert_close(torch.from_numpy(logits), wanted, rtol=1e-4, atol=1e-4)
-    assert config["classifier"]["classes"] == ["cat", "dog"]
+    assert [each.name for each in session.get_outputs()] == ["logits"]
+    assert config["classifier"]["classes"] == ["cat", "/m/0bt9lr"]
+    places = [str(Path(module.__file__).parent).encode() for module in (mulki, torch)]
+    for file in (tmp_path / "out").iterdir():
+        content = file.read_bytes()
+        assert not [place for place in places if place in content], file
     assert config["logit_scale"] == pytest.approx(float(model.logit_scale))
     assert config["logit_bias"] == (-10 if name == "tiny-biased" else None)
 
