@@ -42,7 +42,7 @@ class Drift:
     Args:
         student: compared with the weights it has when `of` is called.
         original: frozen; None for `mean_distance` alone.
-        tasks: the data sets.
+        tasks: the data sets; those of captions are passed over.
         loaders: batches of the sample of each that has test images, from
             `mulki.data.loader.batches`; for several processes with ``part=world.rows``.
         words: of which at most 256 are taken, at even distances.
@@ -71,7 +71,7 @@ class Drift:
         """By data set and metric, the value and the number of images it is of."""
         student, original = self._student, self._original
         student.eval()
-        tested = [number for number, task in enumerate(self._tasks) if len(task.test)]
+        tested = [i for i, task in enumerate(self._tasks) if task.classes and len(task.test)]
         if original is not None:
             if self._inputs is None:
                 inputs = text_inputs(original, self._prompts, self._world)

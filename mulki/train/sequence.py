@@ -285,8 +285,7 @@ class _Sequence:
             if learned:
                 self._take_weights(goes_on.weights[learned])
             if number >= self.setup.rows:
-                (row,) = self._evaluate([learned], [self._head()])
-                self._record(name, row)
+                self._record(name, self._row(learned))
         self._take_weights(goes_on.weights[earlier])
         self._take_kept(kept_of(goes_on.weights[earlier]))
         self.learned = earlier
@@ -326,14 +325,18 @@ class _Sequence:
         # Each process may have other parts of them.
         self.setup.world.agree(self.setup.precision.device, problem)
 
+    def _row(self, learned: int) -> _Row:
+        (row,) = self._evaluate([learned], [self._head()])
+        if not learned:
+            return row
+        started = time.perf_counter()
+        drift = self.drift.of(self.statistics)
+        return replace(row, drift=drift, drift_seconds=time.perf_counter() - started)
+
     def _finish(self, learned: int) -> None:
         # The weights after so many tasks: their checkpoint is written when their features are
         # known to be sound, and before the row that speaks of them.
-        (row,) = self._evaluate([learned], [self._head()])
-        if learned:
-            started = time.perf_counter()
-            drift = self.drift.of(self.statistics)
-            row = replace(row, drift=drift, drift_seconds=time.perf_counter() - started)
+        row = self._row(learned)
         if learned and self.setup.config.save_checkpoints:
             self._save(learned, row)
         name = self.setup.tasks[learned - 1].name if learned else ZERO_SHOT_ROW
