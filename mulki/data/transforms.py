@@ -19,6 +19,8 @@ Builder = Callable[
 #: Between the names of several transforms.
 TOGETHER = "+"
 
+_CROP = "crop"
+
 _BUILDERS: dict[str, Builder] = {}
 
 # By name, so that asking imports neither torchvision nor open_clip.
@@ -89,6 +91,8 @@ def train_transform(
     """
     transform = preprocess_val
     for name in reversed(augment.split(TOGETHER)):
+        if name == _CROP and transform is preprocess_val:
+            transform = _of_size(mean, std)
         transform = _built(name, transform, size, mean, std)
     return transform
 
@@ -132,7 +136,7 @@ def _none(
     return preprocess_val
 
 
-@register_transform("crop")
+@register_transform(_CROP)
 def _crop(
     preprocess_val: Transform,
     size: int | tuple[int, int],
@@ -144,10 +148,7 @@ def _crop(
 
     bicubic = tv.InterpolationMode.BICUBIC
     crop = tv.RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=bicubic)
-    if not is_deterministic(preprocess_val):  # other random steps come after the crop
-        return _before(preprocess_val, crop)
-    composed: Transform = tv.Compose([crop, tv.ToTensor(), tv.Normalize(mean, std)])
-    return composed
+    return _before(preprocess_val, crop)
 
 
 @register_transform("flip")
@@ -180,6 +181,14 @@ def _trivialaugment(preprocess_val: Transform, *given: Any) -> Transform:
     from torchvision.transforms import v2
 
     return _before(preprocess_val, v2.TrivialAugmentWide())
+
+
+def _of_size(mean: Sequence[float], std: Sequence[float]) -> Transform:
+    # In place of the evaluation transform, which may cut off more of what has its size already.
+    from torchvision import transforms as tv
+
+    composed: Transform = tv.Compose([tv.ToTensor(), tv.Normalize(mean, std)])
+    return composed
 
 
 def _before(transform: Transform, step: Any) -> Transform:

@@ -154,6 +154,16 @@ def test_a_registered_transform_is_built_from_what_the_model_wants(own: None) ->
     assert transform_names() == (*OURS, "grey")
 
 
+def test_a_crop_comes_before_a_registered_transform_that_is_deterministic(own: None) -> None:
+    register_transform("gray")(lambda *given: tv.Compose([tv.Grayscale(3), given[0]]))
+    mean, std = (0.5,) * 3, (0.2,) * 3  # so that gray channels stay alike
+    evaluation = tv.Compose([*FIXED[:3], tv.Normalize(mean, std)])
+    for augment in ("crop+gray", "gray+crop"):
+        built = train_transform(evaluation, augment, 8, mean, std)
+        first, other = (built(picture(0, 32)) for _ in range(2))
+        assert torch.equal(first[0], first[1]) and not torch.equal(first, other)
+
+
 def test_names_of_transforms_are_taken_once(own: None) -> None:
     def again(*given: Any) -> Any:
         raise AssertionError("not called")
