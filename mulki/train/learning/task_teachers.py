@@ -100,7 +100,8 @@ class TaskTeachers:
                 target = torch.as_tensor(list(task.train.targets), device=model.device)
                 prototypes = class_means(features[of], target, len(task.classes))
             teacher = Teacher(texts, model.logit_scale, prototypes, *kept, num_anchors)
-            if of in features:
+            # A training transform that is another one gives other features, random or not.
+            if of in features and training.transform is training.model.preprocess:
                 teacher.remember(features[of])
             by_model[of] = teacher
         teachers = [(by_model[id(frozen[name])], frozen[name]) for name in needs.teachers]

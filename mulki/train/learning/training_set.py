@@ -24,8 +24,7 @@ def training_features(
     """Features [b, D] of each model, batch by batch, in the order of the training images.
 
     One pass for all models, since decoding costs as much as a small encoder; with the evaluation
-    transform, which is the training transform where that is deterministic. All processes get the
-    features of all images.
+    transform, whatever the training transform is. All processes get the features of all images.
 
     Args:
         encoded: called with the number of images after each batch.

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torchvision import transforms as tv
 
 from mulki.data import Task
 from mulki.data.made_images import MadeImages
@@ -72,6 +73,18 @@ def test_random_transform_encodes_images_at_every_step_and_texts_once(
     for teacher in frozen.values():
         assert calls.of(teacher, "texts") == [3]
         assert calls.of(teacher, "images") == [7, 7, 4] + [6] * 6
+
+
+def test_another_deterministic_transform_encodes_each_image_once_more(
+    load_tiny: Load, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, frozen = load_tiny(), two_teachers(load_tiny)
+    calls = Calls(monkeypatch)
+    gray = tv.Compose([tv.Grayscale(3), student.preprocess])
+    learn(student, task, BOTH, frozen, transform=gray)
+    for teacher in frozen.values():
+        # The prototypes are of images with their colours, and the three batches of gray ones.
+        assert calls.of(teacher, "images") == [7, 7, 4, 6, 6, 6]
 
 
 def test_teachers_that_are_one_model_are_asked_once(
