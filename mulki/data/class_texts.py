@@ -13,17 +13,28 @@ from mulki.files import read_table
 FILE = "class_texts.csv"
 
 
-def with_class_texts(task: Task, folder: Path) -> Task:
-    """The task with the texts of `folder/class_texts.csv`, if there is such a file.
+def with_class_texts(task: Task, path: Path) -> Task:
+    """The task with the texts of `class_texts.csv` in its folder or beside its file, if there.
+
+    Files that lie in one folder may each have their own: that of `birds.csv`, or `birds_train.csv`,
+    is `birds_class_texts.csv`, which goes before the other.
 
     Its columns are `class`, and `name`, `description` or both. A name is filled into each template
     beside that of the class, a description is a prompt as it stands; a cell may be empty, and a
-    class may have any number of rows.
+    class may have any number of rows. A task that is only tested may lack some of the classes.
+
+    Args:
+        task: it.
+        path: the folder, or the CSV file, that it was read from.
 
     Raises:
         InputError: not such a file, a class that the task has not, or a text that it has already.
     """
-    file = folder / FILE
+    file, remedy = path / FILE, "or remove the row"
+    if not path.is_dir():
+        own = path.with_name(f"{task.name}_{FILE}")
+        file = own if own.is_file() else path.with_name(FILE)
+        remedy += f"; if it is of another task, move the rows of this one to {own.name}"
     if not file.is_file():
         return task
     wanted = "a CSV with the columns class, and name, description or both"
@@ -34,10 +45,12 @@ def with_class_texts(task: Task, folder: Path) -> Task:
         raise InputError(f"{file}: has neither a column name nor description; add one of them")
     for row in rows:
         owner = row.cells["class"]
+        if owner not in texts and task.test_only:
+            continue
         if owner not in texts:
             raise InputError(
                 f"{row.where}: task {task.name} has no class {owner!r}{nearest(owner, texts)}; "
-                "correct the name, or remove the row"
+                f"correct the name, {remedy}"
             )
         name, described = (row.cells.get(column, "") for column in ("name", "description"))
         new = [fill(template, name) for template in task.templates] if name else []

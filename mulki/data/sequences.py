@@ -114,7 +114,7 @@ def load_sequence(
         _load_task(word, skip_bad_images, test_fraction, test_only, form, source) for word in words
     ]
     tasks = [
-        with_class_texts(task, Path(word) if Path(word).is_dir() else Path(word).parent)
+        with_class_texts(task, Path(word))
         if word.partition(":")[0] not in (*_SEQUENCES, _CAPTIONS)
         else task
         for word, task in zip(words, tasks, strict=True)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,6 +38,35 @@ def test_names_and_descriptions_are_prompts(make_folder: Make) -> None:
     first, second = class_steps(task, [2, 2])
     assert [*first.prompts(), *second.prompts()] == task.prompts()
     assert first.prompts_fingerprint() != class_steps(plain, [2, 2])[0].prompts_fingerprint()
+
+
+def test_csv_files_in_one_folder_have_texts_of_their_own(make_folder: Make) -> None:
+    root = make_folder(train=("crow", "owl", "oak", "elm"))
+
+    def write(file: str, classes: tuple[str, ...], splits: tuple[str, ...], column: str) -> str:
+        rows = [f"{s}/{c}/0.png,{c}" + f",{s}" * bool(column) for c in classes for s in splits]
+        (root / file).write_text("\n".join([f"path,label{column}", *rows]) + "\n")
+        return str(root / file)
+
+    birds = write("birds_train.csv", ("crow", "owl"), ("train",), "")
+    write("birds_test.csv", ("crow", "owl"), ("test",), "")
+    trees = write("trees.csv", ("oak", "elm"), ("train", "test"), ",split")
+    (root / FILE).write_text("class,name\noak,Quercus\n")
+    said = "birds has no class 'oak'.*move the rows of this one to birds_class_texts.csv"
+    with pytest.raises(InputError, match=said):
+        load_sequence([birds, trees])
+    (root / f"birds_{FILE}").write_text("class,name\ncrow,raven\n")
+    first, second = load_sequence([birds, trees])
+    assert first.texts == (("a photo of a raven.",), ())
+    assert second.texts == ((), ("a photo of a Quercus.",))
+
+
+def test_classes_that_are_not_tested_may_have_texts(make_folder: Make) -> None:
+    root = make_folder(train=("crow", "owl"), test=("crow",))
+    (root / FILE).write_text("class,name\nowl,strix\ncrow,raven\n")
+    shutil.rmtree(root / "train")
+    (task,) = load_sequence([str(root)], test_only=True)
+    assert task.classes == ("crow",) and task.texts == (("a photo of a raven.",),)
 
 
 @pytest.mark.parametrize(
