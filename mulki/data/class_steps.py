@@ -22,6 +22,7 @@ def class_steps(task: Task, counts: Sequence[int]) -> list[Task]:
     """Cut a task into tasks called ``name-1``, ``name-2``, ..., by its classes in their order.
 
     Each has the images of its own classes, with targets from 0, and the task's prompt templates.
+    One may be without validation images.
 
     Args:
         task: the whole.
@@ -50,7 +51,7 @@ def class_steps(task: Task, counts: Sequence[int]) -> list[Task]:
                 texts=task.texts[start:end],
                 train=part(task.train),
                 test=part(task.test),
-                val=None if task.val is None else part(task.val),
+                val=None if task.val is None else part(task.val) or None,
             )
         )
     return steps

@@ -114,7 +114,7 @@ def folder_task(
         skipped=tuple(bad),
         test_fraction=test_fraction,
         test_only=test_only,
-        val=val[0] if val else None,
+        val=val[0] if val and len(val[0]) else None,
     )
 
 

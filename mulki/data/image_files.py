@@ -161,7 +161,7 @@ def validation_folder(root: Path) -> Path | None:
     folder = split_folder(root, "val")
     if not folder.is_dir() or folder == split_folder(root, "test"):
         return None
-    return folder if any(path.is_dir() for path in folder.iterdir()) else None
+    return folder if any(path.is_dir() for path in _visible(folder)) else None
 
 
 def split_name(names: Sequence[str], split: str) -> str | None:
@@ -186,10 +186,14 @@ def holds_split(root: Path) -> bool:
             each.is_dir() or each.name.lower().endswith(SHARD_SUFFIXES)
             for path in root.iterdir()
             if path.name.lower() in names and path.is_dir()
-            for each in path.iterdir()
+            for each in _visible(path)
         )
     except OSError:
         return False
+
+
+def _visible(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
 
 
 def size_of(path: Path) -> int:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +41,14 @@ def test_every_image_is_in_the_step_of_its_class(task: Task) -> None:
                 assert part.name(place) == whole.name(index)
                 assert np.array_equal(part.load(place), whole.load(index))
         assert sorted(seen) == list(range(len(whole)))
+
+
+def test_a_step_without_validation_images(make_folder: Callable[..., Path]) -> None:
+    root = make_folder(train=("a", "b", "c", "d"))
+    shutil.copytree(root / "test" / "d", root / "val" / "d")
+    first, second = class_steps(folder_task(root), [2, 2])
+    assert first.val is None
+    assert second.val is not None and list(second.val.targets) == [1] * 3
 
 
 def test_other_steps_have_other_fingerprints(task: Task) -> None:

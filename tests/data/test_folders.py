@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mulki.data import ImageSet, Task, folder_task
-from mulki.data.image_files import ImageFiles
+from mulki.data.image_files import ImageFiles, holds_split
 from mulki.errors import InputError
 
 Make = Callable[..., Path]
@@ -137,6 +137,25 @@ def test_other_names_of_the_splits(make_folder: Make) -> None:
     shutil.rmtree(root / "val" / "crow")
     (root / "test").rename(root / "val" / "test")
     _refused(root, root, "same classes")
+
+
+def test_validation_images_that_are_all_unreadable(make_folder: Make) -> None:
+    root = make_folder()
+    (root / "val" / "crow").mkdir(parents=True)
+    (root / "val" / "crow" / "0.png").write_bytes(b"")
+    task = folder_task(root, skip_bad_images=True)
+    assert task.val is None and task.skipped == (str(root / "val" / "crow" / "0.png"),)
+
+
+def test_a_hidden_folder_is_no_class(make_folder: Make) -> None:
+    root = make_folder()
+    (root / "val" / ".ipynb_checkpoints").mkdir(parents=True)
+    assert folder_task(root).val is None
+    # Nor does it make a split of the folder of a class.
+    shutil.rmtree(root / "val")
+    (root / "train" / "crow").rename(root / "train" / "val")
+    (root / "train" / "val" / ".ipynb_checkpoints").mkdir()
+    assert not holds_split(root / "train")
 
 
 def test_images_without_class_folders(make_folder: Make) -> None:
