@@ -136,11 +136,18 @@ def with_validation(config: RunConfig, method: Method, tasks: Sequence[Task]) ->
     A task that has some keeps its own, and so do tasks of captions, which have none.
 
     Raises:
-        InputError: options about validation without images for it, or a method whose weights at
-            the end of a task are a mean over its steps.
+        InputError: options about validation without images for it or where it is turned off, or a
+            method whose weights at the end of a task are a mean over its steps.
     """
-    fraction = config.val_fraction
-    if fraction is not None:
+    fraction, off = config.val_fraction, config.val_every == 0
+    for name, given in (("--val-fraction", fraction), ("--early-stopping", config.early_stopping)):
+        # A run that goes on has both from the earlier run, and can only turn validation off.
+        if off and given is not None and config.continue_ is None:
+            raise InputError(
+                f"{name}: got {given:g}, but --val-every 0 turns validation off; leave one of the "
+                "two out"
+            )
+    if fraction is not None and not off:
         tasks = [
             held_back(task, fraction)
             if task.classes and task.val is None and len(task.train)
@@ -150,15 +157,16 @@ def with_validation(config: RunConfig, method: Method, tasks: Sequence[Task]) ->
     having = [task.name for task in tasks if validates(config, task)]
     asked = {"--early-stopping": config.early_stopping, "--val-every": config.val_every}
     for name, value in asked.items():
-        if value and not having:
+        if value and not having and not off:
             raise InputError(
                 f"{name}: got {value}, but no task has validation images; pass --val-fraction "
                 "0.1, or put them into val/ beside train/ and test/"
             )
     if having and method.trains and method.averages:
+        without = "--val-every 0" if fraction is None or config.continue_ else "no --val-fraction"
         raise InputError(
             f"--val-every: the best step on the validation images of {having[0]} is kept, but "
             f"method {method.name} ends a task with the mean of the weights of many steps; pass "
-            "--we-every 0, or --val-every 0 to do without validation"
+            f"--we-every 0, or {without} to do without validation"
         )
     return list(tasks)

@@ -117,5 +117,18 @@ def test_options_without_images_are_refused(task: Task) -> None:
     assert with_validation(RunConfig(val_every=0), method, [task]) == [task]
     mulki = methods.get("mulki")
     averaging = mulki(mulki.Options(we_every=10))
-    with pytest.raises(InputError, match="method mulki ends a task with the mean"):
+    with pytest.raises(InputError, match="method mulki ends a task .*no --val-fraction to do with"):
         with_validation(RunConfig(val_fraction=0.2), averaging, [task])
+
+
+def test_options_of_validation_that_is_turned_off(task: Task) -> None:
+    finetune = methods.get("finetune")
+    method = finetune(finetune.Options())
+    for options in ({"val_fraction": 0.3, "early_stopping": 3}, {"early_stopping": 3}):
+        off = RunConfig(val_every=0, **options)  # type: ignore[arg-type]
+        name, value = next(iter(options.items()))
+        said = f"^--{name.replace('_', '-')}: got {value}, but --val-every 0 .*leave one of the two"
+        with pytest.raises(InputError, match=said):
+            with_validation(off, method, [task])
+        # A run that goes on has the options of the earlier one.
+        assert with_validation(replace(off, continue_="run"), method, [task]) == [task]
