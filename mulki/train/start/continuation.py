@@ -18,8 +18,8 @@ from mulki.clip.models import VisionLanguageModel
 from mulki.clip.tensor_files import CHECKSUM, load_tensors, read_metadata
 from mulki.data import CaptionTask, Source, Task, load_sequence, sequence_names
 from mulki.data.class_order import Relabelled
-from mulki.data.image_files import ImageFiles
-from mulki.data.subset import few_shot, limited
+from mulki.data.image_files import ImageFiles, validation_folder
+from mulki.data.subset import few_shot, held_back, limited
 from mulki.distributed.parts import set_whole
 from mulki.errors import InputError
 from mulki.train.config.run_config import RunConfig, csv_form, read_config
@@ -154,13 +154,15 @@ def earlier_tasks(
     Args:
         config: whose `test_tasks` say where the images are.
         learned: in their order.
-        replayed: whether their training images are shown again, and so have to be there.
+        replayed: whether their training images are shown again, and so have to be there. Those that
+            ``--val-fraction`` held back are not among them.
 
     Raises:
         InputError: images that cannot be read, or of a task or class that was not learned; or no
             training images where they are replayed.
     """
     found: dict[str, Task] = {}
+    validated = set[str]()
     if config.test_tasks:
         tasks = load_sequence(
             config.test_tasks,
@@ -172,6 +174,12 @@ def earlier_tasks(
             source=Source(config.data_root, config.protocol),
         )
         found = {task.name: task for task in tasks}
+        # Of a folder that is only tested, its own validation images are left out.
+        validated = {
+            task.name
+            for word, task in zip(config.test_tasks, tasks, strict=False)  # or one word for all
+            if Path(word).is_dir() and validation_folder(Path(word)) is not None
+        }
     known = {task.name: task for task in learned}
     for name in found:
         if name not in known:
@@ -182,7 +190,10 @@ def earlier_tasks(
     without = [name for name in known if name not in found]
     if without:
         _log.warning("not tested, since their images are not there: %s", ", ".join(without))
-    tasks = [_as_learned(task, found.get(task.name), config, replayed) for task in learned]
+    tasks = []
+    for each in learned:
+        fraction = None if each.name in validated else config.val_fraction
+        tasks.append(_as_learned(each, found.get(each.name), config, replayed, fraction))
     lacking = [task.name for task in tasks if replayed and task.classes and not len(task.train)]
     if lacking:
         raise InputError(
@@ -194,7 +205,11 @@ def earlier_tasks(
 
 
 def _as_learned(
-    learned: LearnedTask, found: Task | None, config: RunConfig, replayed: bool
+    learned: LearnedTask,
+    found: Task | None,
+    config: RunConfig,
+    replayed: bool,
+    val_fraction: float | None,
 ) -> Task:
     if not learned.classes and not isinstance(found, CaptionTask):
         raise InputError(
@@ -221,6 +236,8 @@ def _as_learned(
             f"--test-tasks: {learned.name} has images of {unknown[0]}, which is none of the "
             f"{len(learned.classes)} classes that were learned; remove them"
         )
+    if replayed and val_fraction is not None and found.val is None and len(found.train):
+        found = held_back(found, val_fraction)  # the images that it was not learned from
     train, test = found.train if replayed else _NOTHING, found.test
     if found.classes != learned.classes:
         places = [learned.classes.index(name) for name in found.classes]

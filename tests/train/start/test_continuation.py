@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mulki import methods
 from mulki.clip import models
 from mulki.data import folder_task
 from mulki.errors import InputError
@@ -17,6 +18,8 @@ from mulki.runs.metrics import read_matrix
 from mulki.runs.predictions import figures
 from mulki.train import costs, sequence
 from mulki.train.config.run_config import RunConfig, resolve
+from mulki.train.config.tasks import load_tasks
+from mulki.train.learning.validation import with_validation
 from mulki.train.retest import evaluation
 from mulki.train.saving.checkpoints import description_of, save_weights
 from mulki.train.saving.description import Description, LearnedTask
@@ -75,6 +78,7 @@ CASES: dict[str, dict[str, Any]] = {
     "wise_ft": {"method": "wise_ft", "wise_base": "zero_shot"},
     "finetune": {"method": "finetune", "label_space": "seen", "limit_images": 9},
     "er": {"method": "er", "buffer_size": 5, "shots": 3},
+    "er with validation": {"method": "er", "buffer_size": 50, "val_fraction": 0.3},
     "ewc": {"method": "ewc", "fisher_images": 5, "ewc_decay": 0.5},
     "original": {"method": "mulki", "original": "tiny-vit"},
 }  # fmt: skip
@@ -266,6 +270,24 @@ def test_images_of_earlier_tasks(task_folders: tuple[str, str], said: Descriptio
     assert named.classes == ("dark", "light") and len(named.test) == 0
     with pytest.raises(InputError, match="--test-tasks: flags has learned captions"):
         earlier_tasks(config, [LearnedTask("flags", (), ())])
+
+
+@pytest.mark.parametrize("options", [{}, {"shots": 3}, {"limit_images": 5}])
+def test_validation_images_are_not_replayed(
+    folders: list[str], said: Description, options: dict[str, Any]
+) -> None:
+    shades = folders[1]
+    config = RunConfig(tasks=(shades,), val_fraction=0.4, **options)
+    er = methods.get("er")
+    tested = replace(config, tasks=(), test_tasks=(shades,), continue_="somewhere")
+    # One with validation images of its own is learned whole.
+    for own in (False, True):
+        if own:
+            shutil.copytree(Path(shades, "test"), Path(shades, "val"))
+        (one,) = with_validation(config, er(er.Options()), load_tasks(config))
+        (found,) = earlier_tasks(tested, said.tasks, replayed=True)
+        assert found.train.fingerprint() == one.train.fingerprint() and found.val is None
+        assert len(found.train) == len(one.train) > 0
 
 
 def test_captions_ride_along(make: Make, folders: list[str], tmp_path: Path) -> None:
