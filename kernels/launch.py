@@ -61,8 +61,7 @@ def launch(kernel: Any, grid: tuple[int, ...], warps: int, stages: int, **argume
     with recorder.paused():
         compiled = kernel[grid](**arguments, **options)
     if isinstance(compiled, CompiledKernel):
-        in_order = [arguments[parameter.name] for parameter in kernel.params]
-        recorder.launched(compiled[(*grid, 1, 1)[:3]], in_order)
+        recorder.launched(compiled[(*grid, 1, 1)[:3]], [arguments[p.name] for p in kernel.params])
         return compiled
 
     names = tuple(arguments)

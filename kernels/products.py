@@ -83,6 +83,7 @@ def store_gradient(row_ptrs, columns, g, loaded, EVEN: tl.constexpr):
 def add_to_rows(row_ptr, samples, inside, before, values):
     """Write a number per row [N], or add it where `before`: where blocks of columns were before."""
     found = tl.load(row_ptr + samples, mask=before, other=0.0)
+    tl.debug_barrier()  # several warps may hold one row, of which one writes it
     tl.store(row_ptr + samples, found + values, mask=inside)
 
 

@@ -221,9 +221,11 @@ def _empty(dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
 
 
 def _same_start(base: Tensor, view: Any) -> bool:
+    # Of some operations that are called views, such as `contiguous`, the result may be a copy.
     return (
         isinstance(view, Tensor)
         and view.dtype == base.dtype
+        and view.untyped_storage()._cdata == base.untyped_storage()._cdata
         and view.storage_offset() == base.storage_offset()
     )
 

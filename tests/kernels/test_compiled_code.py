@@ -175,6 +175,7 @@ def without_barrier(file: str, line: int):
 
 OF_BARRIERS = {
     "pairs.py": [("contrastive", (40, 40, 20), Plan("chunks", 40, 40), RowTile(1, 64, 2))],
+    "products.py": [("siglip_block", (7, 150, 21), Plan("blocks", 4, 64), RowTile(1, 32, 2))],
     "siglip.py": [("siglip", (40, 40, 20), Plan("chunks", 40, 40), RowTile(1, 64, 2))],
     "softmax_loss.py": [
         ("ce_all", (3, 100, 20), Plan("chunks", 3, 100), RowTile(1, 128, 2)),  # all columns

@@ -63,6 +63,20 @@ def test_the_third_call_does_the_same_with_other_values():
     assert call.calls == 2
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_copy_that_torch_calls_a_view_is_a_copy(inference):
+    def copied(x, others, factor):
+        return x.contiguous() * factor, x.reshape(-1) + 0, others[0].to(torch.float64) + 0
+
+    call = Counted(copied)
+    with torch.inference_mode(inference):
+        for seed in range(4):
+            x, others, factor = arguments(seed)
+            values = x[:3].mT, others, factor
+            same(call.ask(*values), copied(*values))
+    assert call.calls == 2
+
+
 def test_a_tensor_given_twice_is_two_for_later_calls():
     call = Counted()
     x, others, factor = arguments()
