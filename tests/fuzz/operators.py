@@ -120,6 +120,9 @@ def _check(drawn: Drawn, case: Case) -> None:
         # Beyond, the rounding of a logit is as large as what is compared.
         if within.all() and abs(drawn.scale) <= 100:
             off = error(got, want)
+            if i == 0 and case.op != "similarity":
+                # A loss is a difference of logarithms near 1, of one row here and there.
+                bound = max(bound, 4 * EPS)
             assert off <= bound, f"result {i}: error {off:.3g}, allowed {bound:.3g}"
 
 
