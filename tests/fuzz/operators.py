@@ -121,7 +121,7 @@ def _check(drawn: Drawn, case: Case) -> None:
         if within.all() and abs(drawn.scale) <= 100:
             off = error(got, want)
             if i == 0 and case.op != "similarity":
-                # A loss is a difference of logarithms near 1, of one row here and there.
+                # A loss is a difference of logarithms: their own rounding is always allowed.
                 bound = max(bound, 4 * EPS)
             assert off <= bound, f"result {i}: error {off:.3g}, allowed {bound:.3g}"
 
