@@ -24,7 +24,7 @@ from mulki.train.learning.inputs import Listeners, StepReport
 from mulki.train.learning.learn import steps_of
 from mulki.train.learning.memory import MicroBatch, free_memory, local, peak_memory
 from mulki.train.learning.validation import validations
-from mulki.train.sequence import test_loader
+from mulki.train.rows import test_loader
 from mulki.train.start.setup import Setup
 from mulki.train.task_learner import TaskLearner
 

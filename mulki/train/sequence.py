@@ -5,43 +5,38 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch.utils.data import DataLoader
 
-from mulki.clip.evaluation import Evaluator, Loader, shared_classes
-from mulki.clip.head import ClassStatistics, Head, read_statistics, write_statistics
+from mulki.clip.evaluation import shared_classes
+from mulki.clip.head import ClassStatistics, read_statistics, write_statistics
 from mulki.clip.tensor_files import load_tensors, save_tensors
 from mulki.console import Console
 from mulki.data import Task
-from mulki.data.loader import batches, dead_workers_named
-from mulki.data.subset import limited
-from mulki.data.vocabulary import imagenet_vocabulary
+from mulki.data.loader import dead_workers_named
 from mulki.distributed import launch
 from mulki.errors import InputError, ProcessLost, Stopped
-from mulki.methods import ZERO_SHOT, Method
+from mulki.methods import Method
 from mulki.report import write_report
-from mulki.runs.answers import Answers, read_answers
-from mulki.runs.catalog import write_examples, write_tasks
+from mulki.runs.answers import read_answers
+from mulki.runs.catalog import write_tasks
 from mulki.runs.environment import changes_since
 from mulki.runs.folder import RunFolder
 from mulki.runs.metrics import ZERO_SHOT as ZERO_SHOT_ROW
 from mulki.runs.reading import read_json
 from mulki.train.config.run_config import Settings
 from mulki.train.config.tasks import needs_of
-from mulki.train.display.outline import amounts, plan, prepared_images, rows
-from mulki.train.display.progress import TEACHERS, TEST, RunProgress, checking
+from mulki.train.display.outline import amounts, plan, prepared_images
+from mulki.train.display.progress import TEACHERS, RunProgress, checking
 from mulki.train.display.reporter import Reporter
-from mulki.train.drift import IMAGES, Drift
 from mulki.train.learning.anchor_texts import anchor_texts
 from mulki.train.learning.inputs import Listeners
 from mulki.train.learning.learn import steps_of
 from mulki.train.learning.training_set import class_moments
+from mulki.train.rows import Row, Rows
 from mulki.train.saving.checkpoints import kept_of, publish, save_weights, statistics_of
 from mulki.train.saving.recovery import (
     TOO_FAST,
@@ -154,16 +149,6 @@ def _write_report(folder: RunFolder) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Row:
-    """The answers of one model, and how long they took, by task; and how far it has moved."""
-
-    answers: dict[str, Answers]
-    seconds: dict[str, float]
-    drift: dict[str, dict[str, tuple[float, int]]] = field(default_factory=dict)
-    drift_seconds: float = 0.0
-
-
 class _Sequence:
     """The state of a run between its tasks."""
 
@@ -175,7 +160,6 @@ class _Sequence:
         self.learned = 0
         self.steps = 0
         self.statistics = ClassStatistics()
-        self.rows = rows(setup)
         self.saves = Saves(
             None if setup.folder is None else setup.folder.path,
             signals,
@@ -186,14 +170,6 @@ class _Sequence:
             size=4 * sum(p.nbytes for p in setup.model.trainable().values()),
             used=setup.method.trains,
         )
-        self.evaluator = Evaluator(
-            setup.model,
-            setup.tasks,
-            [test_loader(setup, t) for t in setup.tasks],
-            setup.world,
-            setup.config.label_space,
-            progress.advance,
-        )
 
     def learn(self) -> None:
         setup = self.setup
@@ -201,16 +177,8 @@ class _Sequence:
         self._log_start()
         learner = TaskLearner(setup)
         frozen, text_inputs = learner.frozen, learner.text_inputs
-        samples = [limited(task, IMAGES) for task in tasks]
-        words = (setup.vocabulary or imagenet_vocabulary()).words if ZERO_SHOT in frozen else ()
-        self.drift = Drift(
-            setup.model,
-            frozen.get(ZERO_SHOT),
-            samples,
-            [test_loader(setup, sample) for sample in samples],
-            words,
-            setup.world,
-        )
+        self.rows = Rows(setup, self.progress, frozen)
+        planned = self.rows.planned
         self.saves.of_run(
             lambda in_task: run_state(
                 setup,
@@ -220,7 +188,7 @@ class _Sequence:
                 self.steps,
                 self.statistics.state(),
                 in_task,
-                rows=sum(learned <= self.learned for _, learned in self.rows),
+                rows=sum(learned <= self.learned for _, learned in planned),
             )
         )
         in_task = None
@@ -235,18 +203,18 @@ class _Sequence:
         self._check_answers()
         if not method.trains:
             # A model that does not learn is evaluated once, for all rows.
-            heads = [self._head()]
+            heads = [self.rows.head(self.statistics)]
             for task in tasks:
                 self._keep_statistics(task)
-                heads.append(self._head())
-            learned = [learned for _, learned in self.rows]
-            answers = self._evaluate(learned, [heads[count] for count in learned])
-            for number in range(setup.rows, len(self.rows)):
-                self._record(self.rows[number][0], answers[number])
+                heads.append(self.rows.head(self.statistics))
+            learned = [learned for _, learned in planned]
+            found = self.rows.of_heads(learned, [heads[count] for count in learned])
+            for number in range(setup.rows, len(planned)):
+                self.rows.record(planned[number][0], found[number], self.steps)
             return
         if setup.goes_on is not None and setup.saved is None:
             self._take_over(setup.goes_on)
-        elif self.learned in [learned for _, learned in self.rows[setup.rows :]]:
+        elif self.learned in [learned for _, learned in planned[setup.rows :]]:
             self._finish(self.learned)
         for index in range(self.learned, len(tasks)):
             self._learn_task(index, tasks[index], learner, in_task)
@@ -279,13 +247,14 @@ class _Sequence:
         # What the models of earlier runs say now, and the weights to go on with.
         model, earlier = self.setup.model, self.setup.earlier
         self.setup.method.goes_on(model.trainable())
-        for number, (name, learned) in enumerate(self.rows):
+        for number, (name, learned) in enumerate(self.rows.planned):
             if learned > earlier:
                 break
             if learned:
                 self._take_weights(goes_on.weights[learned])
             if number >= self.setup.rows:
-                self._record(name, self._row(learned))
+                row = self.rows.of_model(learned, self.statistics)
+                self.rows.record(name, row, self.steps)
         self._take_weights(goes_on.weights[earlier])
         self._take_kept(kept_of(goes_on.weights[earlier]))
         self.learned = earlier
@@ -325,22 +294,14 @@ class _Sequence:
         # Each process may have other parts of them.
         self.setup.world.agree(self.setup.precision.device, problem)
 
-    def _row(self, learned: int) -> _Row:
-        (row,) = self._evaluate([learned], [self._head()])
-        if not learned:
-            return row
-        started = time.perf_counter()
-        drift = self.drift.of(self.statistics)
-        return replace(row, drift=drift, drift_seconds=time.perf_counter() - started)
-
     def _finish(self, learned: int) -> None:
         # The weights after so many tasks: their checkpoint is written when their features are
         # known to be sound, and before the row that speaks of them.
-        row = self._row(learned)
+        row = self.rows.of_model(learned, self.statistics)
         if learned and self.setup.config.save_checkpoints:
             self._save(learned, row)
         name = self.setup.tasks[learned - 1].name if learned else ZERO_SHOT_ROW
-        self._record(name, row)
+        self.rows.record(name, row, self.steps)
 
     def _log_start(self) -> None:
         config, world, folder = self.setup.config, self.setup.world, self.setup.folder
@@ -408,84 +369,7 @@ class _Sequence:
         moments = class_moments(task, self.setup, self.progress.advance)
         self.statistics = self.statistics.with_task(*moments)
 
-    def _head(self) -> Head | None:
-        if not self.statistics.tasks:
-            return None
-        config, model = self.setup.config, self.setup.model
-        return Head(
-            self.statistics,
-            self.setup.tasks,
-            float(model.logit_scale),
-            config.head_shrinkage,
-            config.head_weight,
-            model.device,
-        )
-
-    def _evaluate(self, learned: Sequence[int], heads: Sequence[Head | None]) -> list[_Row]:
-        # A row of results for each number of learned tasks, with the head that there is then.
-        with_head = {
-            number: head for number, head in zip(learned, heads, strict=True) if head is not None
-        }
-        tasks, evaluator = self.setup.tasks, self.evaluator
-        rows = [_Row({}, {}) for _ in learned]
-        classifiers, seconds = {}, {}
-        for number, task in enumerate(tasks):
-            self.progress.stage(f"class texts of {task.name}", TEST, len(task.test))
-            started = time.perf_counter()
-            classifiers[number] = evaluator.classifier(number)
-            seconds[number] = time.perf_counter() - started
-        for number, task in enumerate(tasks):
-            if not len(task.test):
-                continue
-            self.progress.stage(f"test of {task.name}", TEST, len(task.test))
-            started = time.perf_counter()
-            answers = evaluator.answers(number, classifiers, learned, with_head)
-            seconds[number] += time.perf_counter() - started
-            for row, each in zip(rows, answers, strict=True):
-                row.answers[task.name], row.seconds[task.name] = each, seconds[number]
-        return rows
-
-    def _record(self, after_task: str, row: _Row) -> None:
-        folder = self.setup.folder
-        if folder is None:
-            return
-        for name, values in row.drift.items():
-            for metric, (value, n) in values.items():
-                folder.record(
-                    after_task=after_task,
-                    eval_dataset=name,
-                    value=value,
-                    n=n,
-                    seconds=row.drift_seconds,
-                    step=self.steps,
-                    metric=metric,
-                )
-        folder.add_answers(after_task, row.answers, seconds=row.seconds, step=self.steps)
-        shown = ", ".join(f"{name} {each.accuracy:.1f}" for name, each in row.answers.items())
-        seen = folder.class_incremental.after.get(after_task)
-        begin = "test of the start model" if after_task == ZERO_SHOT_ROW else f"after {after_task}"
-        line = f"{begin}: {shown}"
-        if seen is not None:
-            line += f"; among all classes so far {seen:.1f}"
-        if folder.with_head is not None and after_task != ZERO_SHOT_ROW:
-            heads = folder.with_head.class_incremental.after[after_task]
-            line += f", with head {heads:.1f}"
-        _log.info("%s", line)
-        self.progress.say(line)
-        self._write_examples(after_task, row)
-
-    def _write_examples(self, after_task: str, row: _Row) -> None:
-        folder = self.setup.folder
-        if folder is None or after_task == ZERO_SHOT_ROW or not self.setup.method.trains:
-            return
-        # The results are written already, so pictures that fail do not fail the run.
-        try:
-            before = read_answers(folder.path)[ZERO_SHOT_ROW]
-            write_examples(folder.path, self.setup.tasks, before, after_task, row.answers)
-        except Exception as error:
-            _log.warning("no examples of images (%s: %s)", type(error).__name__, error)
-
-    def _save(self, learned: int, row: _Row) -> None:
+    def _save(self, learned: int, row: Row) -> None:
         # All processes take part where weights are sharded; one writes.
         model, folder = self.setup.model, self.setup.folder
         state = model.checkpoint()
@@ -502,22 +386,3 @@ class _Sequence:
                     write_statistics(statistics_of(checkpoint), self.statistics)
                 if kept:
                     save_tensors(kept_of(checkpoint), kept, {"format": "pt"})
-
-
-def test_loader(setup: Setup, task: Task) -> Loader:
-    """The test images of a task in batches, transformed once; nothing where there are none."""
-    if not len(task.test):
-        nothing: Any = []
-        return DataLoader(nothing)
-    return batches(
-        task.test,
-        setup.model.preprocess,
-        setup.config.batch_size_eval * setup.world.size,
-        shuffle=False,
-        seed=setup.config.seed,
-        workers=setup.config.workers,
-        cached=True,
-        cache_mb=_TEST_CACHE_MIB,
-        pin_memory=setup.precision.device.type == "cuda",
-        part=setup.world.rows,
-    )

@@ -21,6 +21,7 @@ from mulki.train.config.run_config import RunConfig, resolve
 from mulki.train.config.tasks import load_tasks
 from mulki.train.learning.validation import with_validation
 from mulki.train.retest import evaluation
+from mulki.train.rows import Rows
 from mulki.train.saving.checkpoints import description_of, save_weights
 from mulki.train.saving.description import Description, LearnedTask
 from mulki.train.start.continuation import (
@@ -105,7 +106,7 @@ def test_after_several_runs_and_stops(
         make("second", folders[1:2], first.path)
     second = resumed(first.path.parent / "second")
     rows = iter([None, None, RuntimeError("stop")])
-    real = sequence._Sequence._record
+    real = Rows.record
 
     def record(self: Any, *given: Any) -> None:
         # The third row of an earlier model.
@@ -114,7 +115,7 @@ def test_after_several_runs_and_stops(
         real(self, *given)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
-        patch.setattr(sequence._Sequence, "_record", record)
+        patch.setattr(Rows, "record", record)
         make("third", folders[2:], second.path)
     assert len(read_matrix(first.path.parent / "third" / "matrix.csv").rows) == 1
     third = resumed(first.path.parent / "third")

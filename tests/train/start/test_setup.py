@@ -16,7 +16,7 @@ from mulki.data import transforms
 from mulki.distributed.world import World
 from mulki.errors import InputError
 from mulki.runs.results import read_evaluations
-from mulki.train import sequence, task_learner
+from mulki.train import rows, task_learner
 from mulki.train.config.precision import Precision
 from mulki.train.start import setup
 from tests.data.published.conftest import data_root, written
@@ -71,7 +71,7 @@ def test_random_start_weights_come_from_the_seed(run: Run, tiny_models: tuple[st
 @pytest.fixture
 def no_training(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(task_learner, "learn_task", lambda *a, **k: pytest.fail("trained"))
-    monkeypatch.setattr(sequence.Evaluator, "accuracy", lambda *a, **k: pytest.fail("evaluated"))
+    monkeypatch.setattr(rows.Evaluator, "accuracy", lambda *a, **k: pytest.fail("evaluated"))
     yield
 
 
