@@ -7,12 +7,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which each process may have a part; then all processes have to call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 @torch.no_grad()
-def set_whole(tensor: Tensor, whole: Tensor) -> None:
+def set_whole(tensor: Tensor, value: Tensor) -> None:
     """Set a tensor, of which each process may have a part, to a whole one that all have."""
-    if isinstance(tensor, DTensor) and not isinstance(whole, DTensor):
+    if isinstance(tensor, DTensor) and not isinstance(value, DTensor):
         # Without a source: nothing is sent, each process cuts its part.
-        whole = distribute_tensor(
-            whole.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
+        value = distribute_tensor(
+            value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
         )
-    tensor.copy_(whole)
+    tensor.copy_(value)

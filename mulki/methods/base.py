@@ -152,6 +152,11 @@ class Method(nn.Module):
         """Whether a task ends with a mean of the weights of many steps, so that none is best."""
         return False
 
+    @property
+    def mixes(self) -> bool:
+        """Whether a task ends with a mean of weights, of many steps or of two models."""
+        return self.averages
+
     def goes_on(self, weights: Mapping[str, nn.Parameter]) -> None:
         """Take note of what the first task began with, in a run that goes on after that task.
 

@@ -241,6 +241,10 @@ class MulKI(Method):
     def averages(self) -> bool:
         return self.options.connecting and self.options.we_every > 0
 
+    @property
+    def mixes(self) -> bool:
+        return self.averages or (self.options.connecting and self.options.alpha < 1)
+
     def start_task(self, task: TaskStart) -> None:
         o = self.options
         self._forget_task()

@@ -66,6 +66,10 @@ class WiseFT(Finetune):
         for name, value in state["original"].items():
             set_whole(self._original[name], value)  # in place: the connections have them already
 
+    @property
+    def mixes(self) -> bool:
+        return True
+
     def goes_on(self, weights: Mapping[str, nn.Parameter]) -> None:
         if self.options.wise_base == "zero_shot":
             self._original = snapshot(weights)

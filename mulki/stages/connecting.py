@@ -32,9 +32,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from mulki.distributed.parts import set_whole
+from mulki.distributed.parts import set_whole, whole
 
 Weights = Mapping[str, Tensor]
 
@@ -78,10 +77,9 @@ def interpolate(previous: Weights, current: Weights, alpha: float) -> dict[str, 
 
 def distance_from_anchor(weights: Weights, anchor: Weights) -> Tensor:
     """Sum of squared differences from the anchor; differentiable in `weights`."""
-    parts = [(value - anchor[name]).square().sum() for name, value in weights.items()]
     # A sharded weight has its sum in pieces, one in each process.
-    whole = [part.full_tensor() if isinstance(part, DTensor) else part for part in parts]
-    return torch.stack(whole).sum()
+    parts = [whole((value - anchor[name]).square().sum()) for name, value in weights.items()]
+    return torch.stack(parts).sum()
 
 
 class Connections(nn.Module):

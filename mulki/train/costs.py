@@ -18,7 +18,7 @@ from mulki.data.subset import sampled
 from mulki.data.transforms import is_deterministic
 from mulki.train.config.run_config import AUTO
 from mulki.train.config.tasks import needs_of
-from mulki.train.display.outline import parameter_counts, rows
+from mulki.train.display.outline import rows
 from mulki.train.learning.batches import kept_samples
 from mulki.train.learning.inputs import Listeners, StepReport
 from mulki.train.learning.learn import steps_of
@@ -125,7 +125,7 @@ def measure(setup: Setup, says: Callable[[str], None] = lambda words: None) -> C
         sum(value.numel() for value in stored.values()),
         sum(value.nbytes for value in stored.values()),
     )
-    counts = parameter_counts(model)
+    counts = model.parameter_counts()
     learner = TaskLearner(setup) if trains else None
     trainable = model.trainable().values()  # those that are left where the model was sharded
     frozen = {} if learner is None else learner.frozen

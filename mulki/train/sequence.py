@@ -37,7 +37,13 @@ from mulki.train.learning.inputs import Listeners
 from mulki.train.learning.learn import steps_of
 from mulki.train.learning.training_set import class_moments
 from mulki.train.rows import Row, Rows
-from mulki.train.saving.checkpoints import kept_of, publish, save_weights, statistics_of
+from mulki.train.saving.checkpoints import (
+    adapters_of,
+    kept_of,
+    publish,
+    save_weights,
+    statistics_of,
+)
 from mulki.train.saving.recovery import (
     TOO_FAST,
     Saves,
@@ -374,6 +380,7 @@ class _Sequence:
         model, folder = self.setup.model, self.setup.folder
         state = model.checkpoint()
         whole = model.checkpoint(whole=True) if model.packaged else None
+        adapters = {} if model.adapters is None else model.adapters.checkpoint()
         if folder is not None:
             figures = {name: round(each.accuracy, 4) for name, each in row.answers.items()}
             description = self.setup.description(learned, figures)
@@ -384,5 +391,6 @@ class _Sequence:
             for checkpoint in (path, folder.latest):
                 if self.statistics.tasks:
                     write_statistics(statistics_of(checkpoint), self.statistics)
-                if kept:
-                    save_tensors(kept_of(checkpoint), kept, {"format": "pt"})
+                for file, tensors in ((kept_of, kept), (adapters_of, adapters)):
+                    if tensors:
+                        save_tensors(file(checkpoint), tensors, {"format": "pt"})

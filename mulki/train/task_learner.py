@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from mulki.clip.models import VisionLanguageModel
+from mulki.clip.models.adapters import Level
 from mulki.clip.texts import TextInputs
 from mulki.data import Task
 from mulki.data.replay import ReplayImages, kept_places
@@ -41,7 +42,7 @@ class TaskLearner:
         self._setup = setup
         self.text_inputs = TextInputs(setup.model, setup.world)
         self.frozen = _frozen_models(setup)
-        for each in {id(m): m for m in (setup.model, *self.frozen.values())}.values():
+        for each in {id(m.clip): m for m in (setup.model, *self.frozen.values())}.values():
             if setup.config.fsdp:
                 sharding.shard(each, setup.precision.device)
             if setup.config.torchcompile:
@@ -69,13 +70,21 @@ class TaskLearner:
         first = index == 0 and setup.original is None
         if first and ZERO_SHOT in frozen:
             frozen = dict.fromkeys(frozen, frozen[ZERO_SHOT])
-        elif not first and PREVIOUS in frozen and saved is None:
-            frozen[PREVIOUS].copy_from(setup.model)
+        if saved is None:
+            self._start(index, first)
         reference = setup.reference_of(task) if needs.reference else None
         replay = self._replay(index, task, needs)
         inputs = TaskInputs(index, task, frozen, reference, self._anchors(index, needs), replay)
         training = setup if config is None else replace(setup, config=config)
         return learn_task(training, inputs, listeners, saves, saved)
+
+    def _start(self, index: int, first: bool) -> None:
+        # The previous model is the student as it is now.
+        adapters, config = self._setup.model.adapters, self._setup.config
+        if adapters is not None:
+            adapters.start_task(config.seed + index, keep=index > 0)
+        elif not first and PREVIOUS in self.frozen:
+            self.frozen[PREVIOUS].copy_from(self._setup.model)
 
     def _replay(self, index: int, task: Task, needs: Needs) -> ReplayImages | None:
         setup, replay = self._setup, needs.replay
@@ -101,11 +110,15 @@ def _frozen_models(setup: Setup) -> dict[str, VisionLanguageModel]:
     # Copied once and given new weights before each task: a sharded model cannot be copied.
     needs, model = setup.method.needs, setup.model
     frozen = {}
+
+    def earlier(level: Level) -> VisionLanguageModel:
+        return model.frozen_copy() if model.adapters is None else model.teacher(level)
+
     if ZERO_SHOT in needs.teachers or needs.prototypes:
-        frozen[ZERO_SHOT] = setup.original or model.frozen_copy()
+        frozen[ZERO_SHOT] = setup.original or earlier("original")
     if PREVIOUS in needs.teachers:
         # With a single task, the previous model is always the start model.
         single = len(setup.tasks) == 1 and setup.original is None
         original = frozen.get(ZERO_SHOT) if single else None
-        frozen[PREVIOUS] = original or model.frozen_copy()
+        frozen[PREVIOUS] = original or earlier("previous")
     return frozen

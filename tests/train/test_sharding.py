@@ -51,6 +51,10 @@ SHARDED: dict[str, tuple[dict[str, Any], int]] = {
     # A text tower that student and teachers share before they are sharded.
     "fsdp-locked": ({"method": "mulki", "lock_text": True, "grad_clip_norm": 0.1}, 6),
     "fsdp-er": ({"method": "er", "buffer_size": 7, "micro_batch": "2", "eps": 1e-2}, 6),
+    "fsdp-adapters": (
+        {"method": "mulki", "lora_rank": 3, "micro_batch": "2", "l2": 5.0, **ANCHORED},
+        6,
+    ),
     "fsdp-wise": ({"method": "wise_ft", "wise_base": "zero_shot"}, 6),
 }
 
@@ -81,9 +85,12 @@ def test_sharding_needs_several_processes(base: dict[str, Any]) -> None:
 
 
 @pytest.mark.long
-def test_a_sharded_run_goes_on_with_the_same_bits(base: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", [["--we-every", "2", "--alpha", "0.8"], ["--lora-rank", "3"]])
+def test_a_sharded_run_goes_on_with_the_same_bits(
+    base: dict[str, Any], tmp_path: Path, own: list[str]
+) -> None:
     # Killed in the second task, whose previous model, anchor and running mean are sharded too.
-    options = ["--fsdp", "--method", "mulki", "--we-every", "2", "--alpha", "0.8", "--l2", "5"]
+    options = ["--fsdp", "--method", "mulki", "--l2", "5", *own]
     for name, fault, restarts in (("whole", [], 0), ("killed", [str(WORKER), "--", "kill@8"], 1)):
         given = [*command(base, tmp_path, name), *options]
         start = fault or ["-m", "mulki", "--"]

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mulki.clip.models.adapters import Adapters, Level
 from mulki.errors import InputError
 
 TEXT_BATCH = 256
 
 TextSplit = Literal["tokens", "pooled", "features"]
+
+
+class Counts(NamedTuple):
+    """Numbers of parameters of a model: all that a checkpoint has, and those that train."""
+
+    all: int
+    trained: int
 
 
 @dataclass
@@ -36,6 +45,8 @@ class VisionLanguageModel:
         split: how far `text_inputs` encodes; by default up to the first trainable part.
         trunk: the ``config.json`` from which timm makes the image tower, where it has no name for
             it; `config` then has no name either.
+        adapters: of its weights, from `adapt`; then everything else is frozen.
+        level: which of the models that the weights and the adapters are.
     """
 
     clip: Any
@@ -46,6 +57,8 @@ class VisionLanguageModel:
     config: dict[str, Any] | None = None
     split: TextSplit | None = None
     trunk: dict[str, Any] | None = None
+    adapters: Adapters | None = None
+    level: Level = "student"
 
     def __post_init__(self) -> None:
         # On CPUs convolutions are several times faster in this layout; it only changes 4-d tensors.
@@ -77,7 +90,8 @@ class VisionLanguageModel:
         images = images.to(
             self.device, self._image_dtype, non_blocking=True, memory_format=torch.channels_last
         )
-        return F.normalize(self.clip.encode_image(images).float(), dim=-1)
+        with self._shown():
+            return F.normalize(self.clip.encode_image(images).float(), dim=-1)
 
     def text_inputs(self, prompts: Sequence[str]) -> Tensor:
         """Prompts encoded by the frozen first part of the text tower, [n, ...].
@@ -91,7 +105,7 @@ class VisionLanguageModel:
         if split == "tokens":
             return tokens
         text = self.clip
-        with torch.no_grad():
+        with torch.no_grad(), self._shown():
             return torch.cat(
                 [
                     text.encode_text(part) if split == "features" else _pooled(text.text, part)
@@ -105,8 +119,15 @@ class VisionLanguageModel:
         if split == "features":
             features = inputs
         else:
-            features = (self.clip.text.proj if split == "pooled" else self.clip.encode_text)(inputs)
+            with self._shown():
+                encode = self.clip.text.proj if split == "pooled" else self.clip.encode_text
+                features = encode(inputs)
         return F.normalize(features.float(), dim=-1)
+
+    def _shown(self) -> contextlib.AbstractContextManager[None]:
+        if self.adapters is None or self.level == "student":
+            return contextlib.nullcontext()
+        return self.adapters.showing(self.level)
 
     @property
     def trains_texts(self) -> bool:
@@ -142,6 +163,14 @@ class VisionLanguageModel:
             self.clip.lock_text_tower()
         if image:
             self.clip.lock_image_tower()
+
+    def adapt(self, rank: int, targets: Sequence[str] = (), alpha: float | None = None) -> None:
+        """Train adapters in place of the weights, see `mulki.clip.models.adapters.Adapters`."""
+        self.adapters = Adapters(self.clip, rank, targets, alpha)
+
+    def teacher(self, level: Level) -> VisionLanguageModel:
+        """An earlier model that uses the weights of this one, which has adapters."""
+        return replace(self, level=level, split=self._text_split())
 
     def store(self, dtype: torch.dtype, *, norms: bool) -> None:
         """Store the weights in half precision.
@@ -187,6 +216,12 @@ class VisionLanguageModel:
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that train, by name, live."""
         return {n: p for n, p in self.clip.named_parameters() if p.requires_grad}
+
+    def parameter_counts(self) -> Counts:
+        """How many parameters the model has, without adapters, and how many of all train."""
+        trained = sum(p.numel() for p in self.trainable().values())
+        every = sum(p.numel() for p in self.clip.parameters())
+        return Counts(every - (trained if self.adapters is not None else 0), trained)
 
     def train(self) -> None:
         """Training mode for what trains; frozen parts and batch normalisation stay in evaluation.
@@ -261,7 +296,7 @@ class VisionLanguageModel:
             ) from None
 
     def checkpoint(self, *, whole: bool = False) -> dict[str, Tensor]:
-        """The state dict to save, on the CPU.
+        """The state dict to save, on the CPU; adapters are merged into their weights.
 
         Keys in `packaged` are left out, unless one of them trains: then its weights differ from the
         package's. All processes must call this for a sharded model; only the first gets the
@@ -273,9 +308,12 @@ class VisionLanguageModel:
         packaged = self.packaged
         if whole or any(name.startswith(packaged) for name in self.trainable()):
             packaged = ()
+        state = _whole_state(self.clip)
+        if self.adapters is not None:
+            state = self.adapters.merged(state)
         return {
             name: value.detach().cpu().contiguous()
-            for name, value in _whole_state(self.clip).items()
+            for name, value in state.items()
             if not name.startswith(packaged)
         }
 

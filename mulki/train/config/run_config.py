@@ -174,6 +174,20 @@ class RunConfig:
     lr_text_tower: float = option(
         1.0, "learning rate of the text tower as a share of that of the image tower", low=0
     )
+    lora_rank: int | None = option(
+        None,
+        "train low-rank adapters (LoRA) of this rank in place of the weights, which teachers then "
+        "share; merged in each checkpoint",
+        low=1,
+    )
+    lora_targets: tuple[str, ...] = option(
+        (),
+        "modules with adapters, by the ends of their names, as attn mlp; all linear layers, 1 x 1 "
+        "convolutions and attention that train if left out",
+    )
+    lora_alpha: float | None = option(
+        None, "scale of the adapters times their rank; the rank if left out", above=0
+    )
     opt: Literal["adamw", "muon"] = option(
         "adamw",
         "optimiser; muon: for matrices, with AdamW for embeddings and all that is not a matrix",
@@ -415,7 +429,7 @@ def unknown_option(name: str, method: str) -> InputError:
             f"{', '.join(owners)}; leave it out or change --method"
         )
     known = field_names(RunConfig) | field_names(methods.get(method).Options)
-    # "lora" is not a misspelt "lr": a slip does not make a name twice as long.
+    # "blur" is not a misspelt "lr": a slip does not make a name twice as long.
     likely = [word for k in known if 2 * len(word := flag(k)[2:]) > len(flag(name)[2:])]
     close = nearest(flag(name)[2:], likely)
     return InputError(f"{flag(name)}: no such option{close}; mulki run --help-all lists them")

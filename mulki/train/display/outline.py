@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from mulki.clip.models import VisionLanguageModel
+from mulki.clip.models.adapters import Adapters
 from mulki.data import Task
 from mulki.errors import counted
 from mulki.methods import Method
@@ -61,12 +61,6 @@ def steps_of_tasks(config: RunConfig, tasks: Sequence[Task], processes: int) -> 
     return [steps_of(config, len(task.train), processes) for task in tasks]
 
 
-def parameter_counts(model: VisionLanguageModel) -> tuple[int, int]:
-    """Parameters of a model, all and those that train."""
-    every, some = model.clip.parameters(), model.trainable().values()
-    return sum(p.numel() for p in every), sum(p.numel() for p in some)
-
-
 def of_tasks(
     config: RunConfig, method: Method, tasks: Sequence[Task], processes: int
 ) -> dict[str, str]:
@@ -89,13 +83,14 @@ def of_tasks(
 def plan(setup: Setup) -> list[str]:
     """Lines that say what is learned, with what, on what, and where the results go."""
     config, device = setup.config, setup.precision.device
-    counts = parameter_counts(setup.model)
+    counts = setup.model.parameter_counts()
     new = setup.tasks[setup.earlier :]
     tasks = of_tasks(config, setup.method, new, setup.world.size)
     before = ", ".join(task.name for task in setup.tasks[: setup.earlier])
     lines = {
         "run": tasks["run"],
-        "model": f"{config.model}, {millions(counts[0])} parameters, {millions(counts[1])} train",
+        "model": f"{config.model}, {millions(counts.all)} parameters, {millions(counts.trained)} "
+        f"{_trained(setup.model.adapters)}",
         "goes on": f"from {config.continue_}, which has learned {before}" if before else "",
         "original": config.original or "",
         "device": f"{_device(device, setup.world.size)}, precision {setup.precision.name}",
@@ -105,6 +100,10 @@ def plan(setup: Setup) -> list[str]:
         "results": str(setup.folder.path) if setup.folder is not None else "",
     }
     return in_lines(lines)
+
+
+def _trained(adapters: Adapters | None) -> str:
+    return "train" if adapters is None else f"train, in adapters of {len(adapters)} weights"
 
 
 def in_lines(texts: Mapping[str, str]) -> list[str]:

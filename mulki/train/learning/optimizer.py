@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from mulki.clip.models import VisionLanguageModel
+from mulki.distributed.parts import whole
 from mulki.methods import Method
 from mulki.train.config.run_config import RunConfig
 from mulki.train.learning.muon import MuonWithAdamW, is_matrix
@@ -129,7 +130,7 @@ def clip_gradients(groups: Sequence[Sequence[nn.Parameter]], largest: float) -> 
     norms = []
     for group in groups:
         norm = torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
-        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        norms.append(whole(norm))
     total = torch.linalg.vector_norm(torch.stack(norms))
     for group in groups:
         torch.nn.utils.clip_grads_with_norm_(group, largest, total)

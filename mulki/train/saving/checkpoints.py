@@ -24,6 +24,7 @@ CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 STATISTICS = "class_statistics.safetensors"
 METHOD = "method.safetensors"
+ADAPTERS = "adapters.safetensors"
 # In the folder of a run.
 LATEST = Path("checkpoints", "latest")
 ARGUMENTS = "args.yaml"
@@ -132,6 +133,11 @@ def statistics_of(checkpoint: Path) -> Path:
 def kept_of(checkpoint: Path) -> Path:
     """The file of what a method keeps, see `mulki.methods.Method.kept`; as `statistics_of`."""
     return _beside(checkpoint, METHOD)
+
+
+def adapters_of(checkpoint: Path) -> Path:
+    """The file of the adapters that are merged in a checkpoint; as `statistics_of`."""
+    return _beside(checkpoint, ADAPTERS)
 
 
 def _beside(checkpoint: Path, name: str) -> Path:

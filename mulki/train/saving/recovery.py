@@ -25,7 +25,7 @@ from mulki.choices.options import flag, option_name
 from mulki.clip.models import VisionLanguageModel
 from mulki.clip.tensor_files import CHECKSUM, load_tensors, save_tensors
 from mulki.clip.texts import TextInputs
-from mulki.distributed.parts import set_whole
+from mulki.distributed.parts import set_whole, whole
 from mulki.distributed.world import ALONE, World
 from mulki.errors import InputError, Stopped
 from mulki.files import sync
@@ -220,10 +220,10 @@ def write_state(path: Path | None, state: State) -> None:
     def take_out(value: Any) -> dict[str, str]:
         if not isinstance(value, Tensor):
             raise TypeError(f"{type(value).__name__}: a save holds tensors, numbers and texts")
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        value = whole(value)
         name = str(len(tensors))
         if path is not None:
-            tensors[name] = whole.detach().cpu()
+            tensors[name] = value.detach().cpu()
         return {_TENSOR: name}
 
     layout = json.dumps(state, default=take_out)
@@ -417,7 +417,9 @@ def run_state(
     model = setup.model
     if in_task is not None:
         previous = frozen.get(PREVIOUS)
-        weights = None if previous is None else _weights(model, previous)
+        weights = None
+        if previous is not None and model.adapters is None:
+            weights = _weights(model, previous)
         in_task = in_task | {"previous": weights}
     return {
         "processes": setup.world.size,
@@ -426,6 +428,7 @@ def run_state(
         "steps": steps,
         "statistics": statistics,
         STUDENT: _weights(model, model),
+        "adapters": {} if model.adapters is None else model.adapters.state(),
         "method": setup.method.state_dict(),
         "texts": texts.state(),
         "scaler": setup.precision.scaler.state_dict(),
@@ -442,6 +445,8 @@ def restore(saved: State, setup: Running, frozen: Frozen, texts: TextInputs) -> 
     """
     model = setup.model
     _set_weights(model, model, saved[STUDENT])
+    if model.adapters is not None:
+        model.adapters.restore(saved["adapters"])
     setup.method.load_state_dict(saved["method"], strict=False)
     texts.restore(saved["texts"])
     setup.precision.scaler.load_state_dict(saved["scaler"])

@@ -23,7 +23,13 @@ from mulki.data.subset import few_shot, held_back, limited
 from mulki.distributed.parts import set_whole
 from mulki.errors import InputError
 from mulki.train.config.run_config import RunConfig, csv_form, read_config
-from mulki.train.saving.checkpoints import ARGUMENTS, description_of, run_of, weights_of
+from mulki.train.saving.checkpoints import (
+    ARGUMENTS,
+    adapters_of,
+    description_of,
+    run_of,
+    weights_of,
+)
 from mulki.train.saving.description import Description, LearnedTask
 
 _log = logging.getLogger(__name__)
@@ -260,6 +266,9 @@ def set_weights(model: VisionLanguageModel, file: Path) -> None:
     Raises:
         InputError: the file is damaged, or lacks weights that train.
     """
+    if model.adapters is not None:
+        model.adapters.restore(load_tensors(adapters_of(file))[0])
+        return
     saved, _ = load_tensors(file)
     mine = model.clip.state_dict()
     shapes = {name: tuple(value.shape) for name, value in saved.items()}
@@ -272,6 +281,30 @@ def set_weights(model: VisionLanguageModel, file: Path) -> None:
         )
     for name, value in saved.items():
         set_whole(mine[name], value)
+
+
+def with_adapters(goes_on: Continuation, model: VisionLanguageModel) -> Continuation:
+    """What a run with adapters goes on from: the weights that have adapters beside them.
+
+    Raises:
+        InputError: the last ones have none, or adapters of another rank or of other modules.
+    """
+    assert model.adapters is not None
+    weights = {n: file for n, file in goes_on.weights.items() if adapters_of(file).is_file()}
+    last = goes_on.weights[len(goes_on.said.tasks)]
+    if last not in weights.values():
+        raise InputError(
+            f"--lora-rank: there is no {adapters_of(last)}, so {last} was learned without adapters "
+            "or is a part of a copy; leave --lora-rank out, or copy the whole checkpoint"
+        )
+    for file in weights.values():
+        saved = load_tensors(adapters_of(file))[0]
+        if not model.adapters.fits(saved):
+            raise InputError(
+                f"--lora-rank, --lora-targets: {adapters_of(file)} has adapters of another rank or "
+                "of other modules; leave both out"
+            )
+    return replace(goes_on, weights=weights)
 
 
 def check_begin(said: Description, hashes: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from mulki import methods
+from mulki.choices.options import flag
 from mulki.clip.models import VisionLanguageModel
 from mulki.clip.tensor_files import CHECKSUM
 from mulki.data import Task
@@ -48,7 +49,7 @@ from mulki.train.saving.recovery import (
     open_to_resume,
     read_save,
 )
-from mulki.train.start.continuation import Continuation, check_begin, continuation
+from mulki.train.start.continuation import Continuation, check_begin, continuation, with_adapters
 from mulki.train.start.data import check_reference, check_unused, load_data, needs_beyond_tasks
 from mulki.train.start.downloads import StandIns
 from mulki.train.start.hashes import hashes_of, same_in_all
@@ -179,6 +180,9 @@ def prepared(
                 check_begin(goes_on.said, hashes)
                 hashes["checkpoint"] = goes_on.checksum
             _store_weights(config, precision, model, original)
+            _adapt(config, model)
+            if goes_on is not None and model.adapters is not None:
+                goes_on = with_adapters(goes_on, model)
             new = with_validation(config, method, data.tasks[data.earlier :])
             data = data._replace(tasks=[*data.tasks[: data.earlier], *new])
             facts = same_in_all(settings, data.tasks, hashes) | {"precision": precision.name}
@@ -222,6 +226,7 @@ def check_options(config: RunConfig, method: Method) -> Precision:
     """
     precision = Precision(config.precision, device_of(config.device))
     _check_sharding(config, method, precision)
+    _check_adapters(config, method)
     check_reference(config, method)
     check_unused(config, method)
     check_start(config)
@@ -241,6 +246,32 @@ def _check_continuing(config: RunConfig, method: Method) -> None:
     if config.continue_ is not None and not method.trains:
         raise InputError(
             f"--continue: method {method.name} learns nothing; mulki eval tests a model as it is"
+        )
+
+
+def _check_adapters(config: RunConfig, method: Method) -> None:
+    if config.lora_rank is None:
+        for name in ("lora_targets", "lora_alpha"):
+            if value := getattr(config, name):
+                shown = " ".join(value) if isinstance(value, tuple) else value
+                raise InputError(
+                    f"{flag(name)}: got {shown} without adapters; pass --lora-rank too, or leave "
+                    "it out"
+                )
+        return
+    advice = "leave --lora-rank out, or it"
+    if config.lock_image:
+        raise InputError(f"--lock-image: adapters freeze all weights by themselves; {advice}")
+    if not method.trains:
+        raise InputError(
+            f"--lora-rank: method {method.name} learns nothing; leave it out, or change --method"
+        )
+    if method.needs.fisher or method.mixes:
+        what = "Fisher information of weights" if method.needs.fisher else "a mean of weights"
+        raise InputError(
+            f"--lora-rank: method {method.name} with these options takes {what}, which adapters "
+            "do not have; leave it out, or change --method"
+            + (", --we-every or --alpha" if method.mixes else "")
         )
 
 
@@ -295,6 +326,16 @@ def _load_model(
     return model
 
 
+def _adapt(config: RunConfig, model: VisionLanguageModel) -> None:
+    if config.lora_rank is None:
+        return
+    model.adapt(config.lora_rank, config.lora_targets, config.lora_alpha)
+    if not model.trainable():
+        raise InputError(
+            f"--lora-rank: {config.model} has no weights that could have adapters; leave it out"
+        )
+
+
 def _seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -337,4 +378,5 @@ def _make_folder(settings: Settings, setup: Setup) -> RunFolder:
         config=settings.to_dict() | {"precision": precision.name, "device": device},
         hashes=setup.hashes,
         uses=setup.uses,
+        parameters=setup.model.parameter_counts()._asdict(),
     )

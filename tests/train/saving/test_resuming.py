@@ -61,6 +61,10 @@ CASES: dict[str, dict[str, Any]] = {
     "reservoir": {"method": "er", "buffer_size": 7, "buffer": "reservoir", "micro_batch": 2},
     "ewc": {"method": "ewc", "fisher_images": 5, "ewc_decay": 0.5},
     "original": {"method": "mulki", "original": "tiny-vit"},
+    "adapters": {"method": "mulki", "lora_rank": 2, "anchors": "both", "l2": 0.1,
+                 "augment": "crop"},
+    "some adapters": {"method": "mulki", "lora_rank": 3, "lora_targets": ("attn",),
+                      "lora_alpha": 6.0, "original": "tiny-vit"},
 }  # fmt: skip
 
 

@@ -82,6 +82,8 @@ CASES: dict[str, dict[str, Any]] = {
     "er with validation": {"method": "er", "buffer_size": 50, "val_fraction": 0.3},
     "ewc": {"method": "ewc", "fisher_images": 5, "ewc_decay": 0.5},
     "original": {"method": "mulki", "original": "tiny-vit"},
+    "adapters": {"method": "mulki", "lora_rank": 2, "anchors": "both"},
+    "adapters in bf16": {"method": "lwf", "lora_rank": 2, "lock_text": True, "precision": "bf16"},
 }  # fmt: skip
 
 
@@ -147,6 +149,26 @@ def test_from_a_copied_checkpoint_alone(make: Make, folders: list[str], tmp_path
     shutil.rmtree(moved / "train")
     fourth = make("fourth", folders[2:], copy, test_tasks=[str(moved)])
     assert read_matrix(fourth.path / "matrix.csv").columns == ("shades", "sizes")
+
+
+def test_adapters_go_on_from_adapters(make: Make, folders: list[str], tmp_path: Path) -> None:
+    adapted = {"method": "lwf", "lora_rank": 2}
+    plain, first = make("plain", folders[:1], method="lwf"), make("first", folders[:1], **adapted)
+    copy = shutil.copytree(first.latest, tmp_path / "copy")
+    (copy / "adapters.safetensors").unlink()
+    refused = (
+        (plain.path, {"lora_rank": 2}, "--lora-rank: there is no .*, so .* was learned without"),
+        (copy, {}, "or is a part of a copy"),
+        (first.path, {"lora_rank": 3}, "has adapters of another rank or of other modules"),
+        (first.path, {"lora_targets": "mlp"}, "has adapters of another rank or of other modules"),
+    )
+    for after, given, said in refused:
+        options = continued_options(after, {"tasks": folders[1:2], **given})
+        with pytest.raises(InputError, match=said), prepared(resolve(options), write=False):
+            pass
+    # All weights learn on from a checkpoint in which adapters are merged.
+    second = make("second", folders[1:2], first.path, lora_rank=None)
+    assert not list(second.path.glob("checkpoints/adapters*"))
 
 
 def test_replay_needs_the_earlier_training_images(
