@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: which files are the site, and that a page loads nothing from a network.
+"""Hooks of MkDocs: which files are the site, formulas as MathML, and nothing from a network.
 
 A page has the path that its file has in the repository, so a link works in both places. Beside
 README.md and docs/, whatever these link to is taken along: Markdown as a page, any other file as it
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import re
+from html import unescape
 from pathlib import Path
 
+from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
@@ -24,6 +26,8 @@ LOADED = re.compile(
 # A name or an option, short enough for a line of a phone.
 SHORT = re.compile(r"<code>([^<\s]{2,28})</code>")
 HREF = re.compile(r'\bhref="((?:https?:)?//[^"]+)')
+# As pymdownx.arithmatex leaves them, for a script in the browser.
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
 def published() -> list[Path]:
@@ -66,8 +70,21 @@ def unbroken(html: str) -> str:
     return SHORT.sub(r'<code class="whole">\1</code>', html)
 
 
+def typeset(html: str) -> str:
+    """With formulas as MathML, which a browser shows without a script."""
+
+    def mathml(formula: re.Match[str]) -> str:
+        shown = convert(unescape(formula[2]), display="block" if formula[1] == "div" else "inline")
+        # A command that the converter does not know comes out as it stands.
+        if "\\" in shown or "<mi>&</mi>" in shown:
+            raise PluginError(f"no MathML for {formula[2].strip()}")
+        return shown
+
+    return FORMULA.sub(mathml, html)
+
+
 def on_page_content(html: str, page: object, config: MkDocsConfig, files: Files) -> str:
-    return unbroken(html)
+    return unbroken(typeset(html))
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -366,3 +366,29 @@ def test_what_a_page_would_fetch_from_elsewhere_is_seen() -> None:
     assert seen('<a href="https://x.org">x</a><script src="a.js"></script>') == []
     assert seen('<link rel="stylesheet" href="https://x.org/a.css">') == ["https://x.org/a.css"]
     assert seen('<script defer src="//x.org/a.js">') == ["//x.org/a.js"]
+
+
+@pytest.mark.parametrize("page", DOCS, ids=name)
+def test_the_site_has_formulas_as_mathml(page: Path) -> None:
+    mkdocs = pytest.importorskip("mkdocs.config")
+    markdown = pytest.importorskip("markdown").markdown
+    site = mkdocs.load_config(str(ROOT / "mkdocs.yml"))
+    typeset = runpy.run_path(str(ROOT / "docs" / "hooks.py"))["typeset"]
+    source = page.read_text(encoding="utf-8")
+    html = typeset(
+        markdown(source, extensions=site.markdown_extensions, extension_configs=site.mdx_configs)
+    )
+    prose = re.sub(r"<code.*?</code>", "", html, flags=re.DOTALL)
+    assert "$" not in prose and "arithmatex" not in html
+    blocks = re.findall(r"^```math$", source, re.MULTILINE)
+    words = re.sub(r"```.*?```|`[^`]*`", "", source, flags=re.DOTALL)
+    assert html.count('display="block"') == len(blocks)
+    assert html.count("<math") == len(blocks) + len(re.findall(r"\$[^$]+\$", words))
+
+
+def test_a_formula_that_has_no_mathml_stops_the_build() -> None:
+    errors = pytest.importorskip("mkdocs.exceptions")
+    typeset = runpy.run_path(str(ROOT / "docs" / "hooks.py"))["typeset"]
+    assert typeset('<span class="arithmatex">\\(a &lt; b\\)</span>').count("<mi>") == 2
+    with pytest.raises(errors.PluginError, match="unknown"):
+        typeset('<span class="arithmatex">\\(\\unknown a\\)</span>')
