@@ -151,7 +151,7 @@ def test_the_loss_examples_reach_the_student(words: str) -> None:
 
 def test_the_documented_methods_are_those_there_are() -> None:
     text = (ROOT / "docs" / "training.md").read_text()
-    section = text[text.index("## Methods") : text.index("## The run folder")]
+    section = text[text.index("## Methods") : text.index("### The stages of MulKI")]
     assert sorted(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == list(methods.available())
 
 
