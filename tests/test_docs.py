@@ -1,7 +1,8 @@
 """The commands and notebooks of README.md and docs/ do what the pages say.
 
 Blocks of Python are run by `test_readme.py`; here the tutorial is followed, and commands are run on
-a tiny model and few images. A command whose comment begins with one of MARKS is only checked.
+a tiny model and few images. A command whose comment begins with one of MARKS in brackets is only
+checked.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def steps(text: str) -> Iterator[tuple[str, str]]:
 
 def mark(line: str) -> str | None:
     """Why a command is not run, None if it is."""
-    found = re.search(rf" # ?({'|'.join(MARKS)}):", line)
+    found = re.search(rf" # \[({'|'.join(MARKS)})\]", line)
     return found[1] if found else None
 
 
@@ -229,7 +230,7 @@ def test_a_command_that_is_not_run_has_options_that_exist(
 
 def test_the_marks_are_those_that_the_overview_explains() -> None:
     page = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    assert tuple(re.findall(r"^\| `(\w+):` \|", page, re.MULTILINE)) == MARKS
+    assert tuple(re.findall(r"^\| `\[(\w+)\]` \|", page, re.MULTILINE)) == MARKS
 
 
 def test_the_first_run_is_exported_to_what_has_its_model() -> None:
@@ -242,14 +243,14 @@ def test_the_first_run_is_exported_to_what_has_its_model() -> None:
 
 def test_marks_and_blocks_are_found() -> None:
     page = (
-        "    mulki run x  # long: minutes\n\n```python\nif x:\n    y\n```\n\n    a \\\n        b\n"
+        "    mulki run x  # [long] minutes\n\n```python\nif x:\n    y\n```\n\n    a \\\n        b\n"
     )
     assert list(steps(page)) == [
-        ("command", "mulki run x  # long: minutes"),
+        ("command", "mulki run x  # [long] minutes"),
         ("python", "if x:\n    y\n"),
         ("command", "a          b"),
     ]
-    assert mark("mulki run x  # long: minutes") == "long"
+    assert mark("mulki run x  # [long] minutes") == "long"
     assert mark("mulki run long:x  # a long run") is None
 
 
