@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FloatArray = npt.NDArray[np.float64]
 # Points of a curve of losses, tasks with a figure of their own, and terms of the loss.
 _POINTS, _TASKS, _TERMS = 200, 20, 8
-_BAND = "A band is from the lowest to the highest seed. "
+_BAND, _LINE = (f"A {what} is from the lowest to the highest seed." for what in ("band", "line"))
 
 
 @dataclass(frozen=True)
@@ -92,16 +92,19 @@ class _Curves:
             self.tasks,
             lambda n: [of[n][:, start + i, : i + 1].mean(axis=1) for i in range(count)],
         )
-        rows = range(len(self.rows) - 1)
-        if len(rows) > 1:
+        if start and count > 1:
+            # Of accuracies alone the mean may rise just because there is one task less.
             yield self._plot(
                 "later",
                 "Tasks not learned yet",
-                f"After each task, the mean {self.measure} in percent of all tasks that come "
-                "later: generalisation. From one point to the next there is one task less.",
-                f"{self.measure} in percent",
-                self.rows[:-1],
-                lambda n: [of[n][:, i, i - start + 1 :].mean(axis=1) for i in rows],
+                f"After each task, the mean of {self.measure} less that of the start model "
+                "(zero-shot), in percentage points, over all tasks that come later. Below zero, "
+                "zero-shot ability was lost.",
+                "percentage points from zero-shot",
+                self.tasks[:-1],
+                lambda n: [
+                    (of[n][:, i, i:] - of[n][:, 0, i:]).mean(axis=1) for i in range(1, count)
+                ],
             )
         if count > 1:
             yield self._plot(
@@ -143,7 +146,8 @@ class _Curves:
         )
 
         def draw(axes: Axes) -> int:
-            axes.axvline(self.start + place, color=DIM, alpha=0.5, linewidth=0.8)
+            if len(self.rows) > 1:
+                axes.axvline(self.start + place, color=DIM, alpha=0.5, linewidth=0.8)
             return plot.draw(axes)
 
         return Plot(plot.name, plot.title, plot.text, draw)
@@ -157,8 +161,17 @@ class _Curves:
         rows: Sequence[str],
         curve: Callable[[int], list[FloatArray]],
     ) -> Plot:
-        def draw(axes: Axes) -> int:
-            if unit.startswith("change"):
+        def one_value(axes: Axes) -> int:
+            for number in range(len(self.groups)):
+                (seeds,) = curve(number)
+                ends = seeds.min(), seeds.mean(), seeds.max()
+                _dot(axes, number, ends, look(number)[0])
+            _name_dots(axes, [group.label for group in self.groups])
+            axes.set_xlabel(unit)
+            return 0
+
+        def curves(axes: Axes) -> int:
+            if "points" in unit:
                 axes.axhline(0, color=DIM, linewidth=0.8)
             for number, group in enumerate(self.groups):
                 colour, dash = look(number)
@@ -177,8 +190,9 @@ class _Curves:
             name_rows(axes, rows)
             return len(self.groups)
 
-        several = any(len(group.runs) > 1 for group in self.groups)
-        text = f"{text} {_BAND if several else ''}".strip()
+        draw, spread = (one_value, _LINE) if len(rows) == 1 else (curves, _BAND)
+        if any(len(group.runs) > 1 for group in self.groups):
+            text = f"{text} {spread}"
         return Plot(f"{self.prefix}_{name}", title, text, draw)
 
 
@@ -193,7 +207,6 @@ def _differences(section: Section, prefix: str) -> Iterator[Plot]:
 
     def draw(axes: Axes) -> int:
         axes.axvline(0, color=DIM, linewidth=0.8)
-        axes.grid(visible=False, axis="y")
         apart = 0.8 / len(shown)
         for number, name in enumerate(shown):
             for place, each in enumerate(section.differences):
@@ -203,11 +216,8 @@ def _differences(section: Section, prefix: str) -> Iterator[Plot]:
                 at = place + (number - (len(shown) - 1) / 2) * apart
                 low, high = (of.value if end is None else end for end in (of.low, of.high))
                 label = TITLES[name] if not place else None
-                axes.plot([low, high], [at, at], color=COLOURS[number], linewidth=2)
-                axes.plot([of.value], [at], "o", color=COLOURS[number], label=label, markersize=4)
-        labels = [entry(each.label, 26) for each in section.differences]
-        axes.set_yticks(range(len(labels)), labels)
-        axes.invert_yaxis()
+                _dot(axes, at, (low, of.value, high), COLOURS[number], label)
+        _name_dots(axes, [each.label for each in section.differences])
         axes.set_xlabel(f"percentage points more than {entry(section.baseline or '', 26)}")
         return len(shown)
 
@@ -218,6 +228,26 @@ def _differences(section: Section, prefix: str) -> Iterator[Plot]:
         "An interval that holds zero shows no difference.",
         draw,
     )
+
+
+def _dot(
+    axes: Axes,
+    at: float,
+    ends: tuple[float, float, float],
+    colour: str,
+    label: str | None = None,
+) -> None:
+    # A value at this height, with a line from the least to the greatest.
+    low, value, high = ends
+    axes.plot([low, high], [at, at], color=colour, linewidth=2)
+    axes.plot([value], [at], "o", color=colour, label=label, markersize=4)
+
+
+def _name_dots(axes: Axes, labels: Sequence[str]) -> None:
+    axes.grid(visible=False, axis="y")
+    axes.grid(axis="x", color=DIM, alpha=0.25, linewidth=0.6)
+    axes.set_yticks(range(len(labels)), [entry(label, 26) for label in labels])
+    axes.set_ylim(len(labels) - 0.5, -0.5)
 
 
 def _losses(section: Section, prefix: str) -> Iterator[Plot]:

@@ -11,7 +11,7 @@ from mulki.errors import InputError, counted
 from mulki.files import write_atomic
 from mulki.report.comparison.figures import SectionPlots, section_plots
 from mulki.report.comparison.groups import TITLES, Comparison, Section, metrics_shown
-from mulki.report.comparison.tables import LEGEND, Row, difference_rows, mean_rows, order_rows
+from mulki.report.comparison.tables import Row, difference_rows, mean_rows, order_rows
 from mulki.report.pages import page_file, render
 from mulki.report.plot import Plot
 from mulki.report.tables import recall_note
@@ -60,7 +60,6 @@ def render_comparison(comparison: Comparison) -> str:
         ],
         unlike=comparison.unlike,
         notes=[line for line in comparison.warnings if line not in comparison.unlike],
-        legend=LEGEND,
         recall_note=recall_note,
         metrics=[TITLES[name] for name in metrics],
         notation=NOTATION,

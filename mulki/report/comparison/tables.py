@@ -109,7 +109,9 @@ def print_comparison(comparison: Comparison, console: Console, width: int | None
         if section.captions:
             lines.print(Text(recall_note(section.captions)), "", sep="\n")
     if rows := order_rows(comparison.sections, metrics):
-        show("over orders, each with the mean of its seeds", ("orders",), rows)
+        show(
+            "over orders, each with the mean of its seeds; intervals over orders", ("orders",), rows
+        )
     lines.print(Text(LEGEND, style="dim"))
     for warning in comparison.warnings:
         # In one line, for it may name a path.

@@ -25,6 +25,14 @@ def lines(plot: Plot) -> dict[str, list[float]]:
     return {str(line.get_label()): [*np.asarray(line.get_ydata())] for line in drawn(plot).lines}
 
 
+def dots(plot: Plot) -> dict[str, float]:
+    """Of a figure with one value of each group, the value beside each name."""
+    axes = drawn(plot)
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    values = [np.asarray(line.get_xdata()) for line in axes.lines]
+    return dict(zip(names, (float(x[0]) for x in values if len(x) == 1), strict=True))
+
+
 def test_curves_are_means_over_seeds(make: Make) -> None:
     runs = [make(f"{m}{s}", m, s) for m in ("lwf", "mulki") for s in (0, 1)]
     (section,) = compare(runs).sections
@@ -32,8 +40,8 @@ def test_curves_are_means_over_seeds(make: Make) -> None:
     matrices = [run.data.matrix for run in section.groups[1].runs]
     mean = np.mean([[m.zero_shot, *m.rows] for m in matrices], axis=0)  # [3 rows, 2 tasks]
     assert lines(plots["learned"])["mulki"] == pytest.approx([mean[1, 0], mean[2].mean()])
-    assert lines(plots["later"])["mulki"] == pytest.approx([mean[0].mean(), mean[1, 1]])
-    assert lines(plots["forgetting"])["mulki"] == pytest.approx([mean[2, 0] - mean[1, 0]])
+    assert dots(plots["later"])["mulki"] == pytest.approx(mean[1, 1] - mean[0, 1])
+    assert dots(plots["forgetting"])["mulki"] == pytest.approx(mean[2, 0] - mean[1, 0])
     assert lines(plots["task_02"])["mulki"] == pytest.approx(mean[:, 1])
     seen = [list(run.data.class_incremental.after.values()) for run in section.groups[0].runs]
     assert lines(plots["class_incremental"])["lwf"] == pytest.approx(np.mean(seen, axis=0))
@@ -41,6 +49,18 @@ def test_curves_are_means_over_seeds(make: Make) -> None:
     assert [of.low, of.high] in [
         list(line.get_xdata()) for line in drawn(plots["differences"]).lines
     ]
+
+
+def test_tasks_not_learned_yet_are_shown_as_what_they_lost(make: Make) -> None:
+    tasks = ("a", "b", "c")
+    (section,) = compare([make("x", tasks=tasks)]).sections
+    plot = next(p for p in section_plots(section, 1).overall if p.name == "order_1_later")
+    matrix = section.groups[0].runs[0].data.matrix
+    rows, start = np.array(matrix.rows), np.array(matrix.zero_shot)
+    assert lines(plot)["mulki"] == pytest.approx(
+        [(rows[0] - start)[1:].mean(), rows[1, 2] - start[2]]
+    )
+    assert drawn(plot).get_ylabel() == "percentage points from zero-shot"
 
 
 def test_figures_of_captions_are_of_recall(make: Make) -> None:
@@ -84,7 +104,7 @@ def test_runs_without_losses_or_start_have_the_figures_left(make: Make) -> None:
     matrix = replace(run.data.matrix, zero_shot=None)
     bare = replace(run, data=replace(run.data, matrix=matrix))
     section = replace(one, groups=(replace(one.groups[0], runs=(bare,)),))
-    assert lines(section_plots(section, 1).tasks[0])["mulki"] == [matrix.rows[0][0]]
+    assert dots(section_plots(section, 1).tasks[0]) == {"mulki": matrix.rows[0][0]}
 
 
 def test_many_tasks_have_the_first_figures_alone(make: Make) -> None:
