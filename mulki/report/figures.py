@@ -65,7 +65,7 @@ def _of_matrix(contents: RunContents) -> Iterator[Plot]:
                 if name in names:
                     place = names.index(name)
                     axes.plot([place], [curve(name)[place]], "o", color=colour, markersize=6)
-            _at_least(axes, _SPAN)
+            at_least(axes, _SPAN)
             axes.set_ylabel(f"{measure} in percent")
             name_rows(axes, names)
             return len(shown)
@@ -107,7 +107,7 @@ def _of_matrix(contents: RunContents) -> Iterator[Plot]:
 
         def together(axes: Axes) -> int:
             axes.plot(list(seen.after.values()), color=COLOURS[0], marker="o")
-            _at_least(axes, _SPAN)
+            at_least(axes, _SPAN)
             axes.set_ylabel("accuracy in percent")
             name_rows(axes, list(seen.after))
             return 0
@@ -115,7 +115,7 @@ def _of_matrix(contents: RunContents) -> Iterator[Plot]:
         yield Plot(
             "class_incremental",
             "All classes seen so far",
-            "Accuracy in percent of the images of all tasks learned so far, each told apart among "
+            "Accuracy in percent of the images of all tasks learned so far, each classified among "
             "the classes of all of them (class-incremental).",
             together,
         )
@@ -236,14 +236,6 @@ def _alike(record: StepRecord) -> bool:
     return all(counts[place] == sum(counts) for counts in record.teacher_weights.values())
 
 
-def _at_least(axes: Axes, span: float) -> None:
-    # Percentages over a range of at least so many points, or a small change would look large.
-    low, high = axes.get_ylim()
-    if high - low < span:
-        middle = min(max((low + high) / 2, span / 2), 100 - span / 2)
-        axes.set_ylim(middle - span / 2, middle + span / 2)
-
-
 def _of_time(history: Sequence[StepRecord]) -> Iterator[Plot]:
     of_task: dict[str, list[StepRecord]] = {}
     for record in history:
@@ -307,6 +299,14 @@ def _broken(
         xs.append(record.total)
         ys.append(value)
     axes.plot(xs, ys, color=colour, label=label)
+
+
+def at_least(axes: Axes, span: float) -> None:
+    """Show percentages over a range of so many points or more: a small change looks small."""
+    low, high = axes.get_ylim()
+    if high - low < span:
+        middle = min(max((low + high) / 2, span / 2), 100 - span / 2)
+        axes.set_ylim(middle - span / 2, middle + span / 2)
 
 
 def mark_tasks(axes: Axes, history: Sequence[StepRecord]) -> None:

@@ -65,10 +65,15 @@ def render_html(contents: RunContents) -> str:
 
 def _facts(contents: RunContents) -> list[str]:
     summary, options = contents.data.summary, contents.options
-    facts = [f"{key} {options[key]}" for key in ("method", "model") if key in options]
+    named = ("method", "model", "pretrained")
+    facts = [f"{key} {options[key]}" for key in named if options.get(key) is not None]
     if "method" in summary and "method" not in options:
         facts.append(f"method {summary['method']}")
-    facts += [f"{key} {summary[key]}" for key in ("order", "seed") if key in summary]
+    # Tasks that were listed one by one have no other order.
+    tasks = options.get("tasks")
+    listed = isinstance(tasks, list) and len(tasks) > 1
+    shown = ("seed",) if listed else ("order", "seed")
+    facts += [f"{key} {summary[key]}" for key in shown if key in summary]
     matrix = contents.data.matrix
     if matrix.columns:
         facts.append(f"{len(matrix.tasks)} of {len(matrix.columns)} tasks learned")
@@ -76,6 +81,8 @@ def _facts(contents: RunContents) -> list[str]:
     if isinstance(seconds, (int, float)) and abs(seconds) < math.inf:
         minutes, rest = divmod(round(seconds), 60)
         facts.append(f"took {minutes // 60}:{minutes % 60:02d}:{rest:02d}")
+    if isinstance(date := contents.data.environment.get("date"), str):
+        facts.append(date)
     return facts
 
 
@@ -150,7 +157,7 @@ class _Classes:
     columns: tuple[str, ...]
     rows: list[tuple[str, int, list[str]]]
     left_out: int
-    confused: str
+    confused: list[str]
 
 
 def _classes(contents: RunContents) -> list[_Classes]:
@@ -205,26 +212,25 @@ def _of_data_set(contents: RunContents, each: DataSet, most: int) -> _Classes | 
             for place in shown
         ],
         len(order) - len(shown),
-        _confused(contents, each, rows["last"][each.name]) if "last" in rows else "",
+        _confused(contents, each, rows["last"][each.name]) if "last" in rows else [],
     )
 
 
-def _confused(contents: RunContents, of: DataSet, answers: Answers) -> str:
+def _confused(contents: RunContents, of: DataSet, answers: Answers) -> list[str]:
     # The pairs of a right and a said class that most images have, in words.
     if answers.said is None:
-        return ""
+        return []
     every = [name for each in contents.data_sets.values() for name in each.classes]
     wrong = Counter(
         (of.classes[target], every[said])
         for target, said, right in zip(of.targets, answers.said, answers.own, strict=True)
         if not right and every[said] != of.classes[target]
     )
-    pairs = [
+    return [
         f"{right} as {said} ({count})"
         for (right, said), count in wrong.most_common(_CONFUSED)
         if count > 1
     ]
-    return ", ".join(pairs)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ a time writes to a folder.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import logging
 import os
@@ -146,7 +147,8 @@ class RunFolder:
         run = cls(path, method=method, order=order, seed=seed, matrix=matrix, uses=uses, lock=lock)
         run.model = str(config.get("model", ""))
         # First: a folder with this file is one of ours, while anyone may have an args.yaml.
-        write_atomic(path / "env.json", _json(environment(hashes) | {"parameters": parameters}))
+        of_run = {"date": datetime.date.today().isoformat(), "parameters": parameters}
+        write_atomic(path / "env.json", _json(environment(hashes) | of_run))
         write_atomic(path / "args.yaml", yaml.safe_dump(_plain(config), sort_keys=False))
         run._write_summary()
         return run

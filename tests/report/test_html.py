@@ -53,6 +53,17 @@ def test_the_page_holds_matrix_metrics_configuration_and_environment(folder: Pat
     assert text.count('"number kept"') == 1
 
 
+def test_the_head_line_says_what_the_run_began_with_and_when(whole: Path) -> None:
+    contents = read_contents(whole)
+    today = json.loads((whole / "env.json").read_text())["date"]
+    text = render_html(contents)
+    assert today.startswith("20") and f'<span class="fact">{today}</span>' in text
+    options = {**contents.options, "pretrained": "openai", "tasks": ["a", "b"]}
+    text = render_html(replace(contents, options=options))
+    assert '<span class="fact">pretrained openai</span>' in text
+    assert '<span class="fact">order' not in text
+
+
 def test_heat_follows_the_accuracy(folder: Path) -> None:
     cells = re.findall(r'style="--heat: ([\d.]+)%">([\d.]+)<', page_of(folder))
     assert len(cells) == 9 and all(heat == value for heat, value in cells)
@@ -131,7 +142,7 @@ def test_what_was_lost_comes_first_and_confused_pairs_are_named(whole: Path) -> 
     assert [row[0] for row in found] == ["left", "right"]
     assert [row[-1] for row in found] == ["\N{MINUS SIGN}100.0", "+100.0"]
     lefts = sum(target == 0 for target in targets)
-    assert f"another class by the last model: left as right ({lefts})." in text
+    assert f"<li>left as right ({lefts})</li>" in text
 
 
 def test_images_show_what_was_said(whole: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mulki.report.comparison.groups import TITLES, Group, Run, Section
-from mulki.report.figures import mark_tasks, name_rows, thinned
+from mulki.report.figures import at_least, mark_tasks, name_rows, thinned
 from mulki.report.plot import COLOURS, DIM, Plot, entry, look, plain_log
 from mulki.report.tables import measure_of
 from mulki.runs.history import StepRecord, read_history
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 FloatArray = npt.NDArray[np.float64]
 # Points of a curve of losses, tasks with a figure of their own, and terms of the loss.
 _POINTS, _TASKS, _TERMS = 200, 20, 8
+# Percentage points that an axis shows at least; fewer than in a report, for groups are close.
+_SPAN = 5.0
 _BAND, _LINE = (f"A {what} is from the lowest to the highest seed." for what in ("band", "line"))
 
 
@@ -121,7 +123,7 @@ class _Curves:
             yield self._plot(
                 "class_incremental",
                 "All classes seen so far",
-                "Accuracy in percent of the images of all tasks learned so far, each told apart "
+                "Accuracy in percent of the images of all tasks learned so far, each classified "
                 "among the classes of all of them (class-incremental).",
                 "accuracy in percent",
                 self.tasks,
@@ -186,6 +188,8 @@ class _Curves:
                     marker=".",
                     label=entry(group.label),
                 )
+            if "points" not in unit:
+                at_least(axes, _SPAN)
             axes.set_ylabel(unit)
             name_rows(axes, rows)
             return len(self.groups)

@@ -121,7 +121,7 @@ def print_comparison(comparison: Comparison, console: Console, width: int | None
 def _means(
     of: Mapping[str, tuple[float, float | None]], metrics: Sequence[str]
 ) -> tuple[Cell, ...]:
-    return tuple(Cell(_mean_text(*of[name])) if name in of else Cell() for name in metrics)
+    return tuple(_mean(*of[name]) if name in of else Cell() for name in metrics)
 
 
 def _differences(of: Mapping[str, Difference], metrics: Sequence[str]) -> tuple[Cell, ...]:
@@ -137,5 +137,5 @@ def _difference(name: str, of: Difference) -> Cell:
     return Cell(f"{of.value:+.2f}", interval, "" if of.low <= 0 <= of.high else kind)
 
 
-def _mean_text(middle: float, half: float | None) -> str:
-    return f"{middle:.2f}" if half is None else f"{middle:.2f} ± {half:.2f}"
+def _mean(middle: float, half: float | None) -> Cell:
+    return Cell(f"{middle:.2f}", "" if half is None else f"± {half:.2f}")
