@@ -154,15 +154,20 @@ def shards_of_task(
         if not shards and not (test_only and split == "train" and not splits[split].exists()):
             raise InputError(f"{folder}: {missing.format(split)}")
     train, test = found
-    for one in test:
-        for other in train:
+    check_distinct(test, train)
+    return found, None
+
+
+def check_distinct(tested: Sequence[Path], others: Sequence[Path]) -> None:
+    """Raise an InputError for a shard that is among others too, by its content."""
+    for one in tested:
+        for other in others:
             same_size = one.stat().st_size == other.stat().st_size
             if same_size and filecmp.cmp(one, other, shallow=False):
                 raise InputError(
                     f"{one}: has the content of {other}; a model is tested on images that it has "
                     "not learned, so leave it in one"
                 )
-    return found, None
 
 
 def _is_shard(path: Path) -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mulki.data.held_out import OPTION, divided
 from mulki.data.image_files import (
+    VALIDATION,
     ImageFiles,
     choose_templates,
     class_without_images,
@@ -51,7 +52,7 @@ class SplitRow:
     Attributes:
         file: the image, relative to the folder of its CSV file, or absolute; with `/`.
         text: what is said of it, such as its label.
-        split: train or test; empty where the file has no column for it.
+        split: train, test or val; empty where the file has no column for it.
         where: file and line, for messages.
     """
 
@@ -74,10 +75,12 @@ def csv_task(
 
     A file is UTF-8 text, separated by commas, with a header. Its columns, in any order, are `path`
     (relative paths start at the CSV file's folder), `label` (the class name as prompts show it)
-    and `split` (train or test); other columns are ignored. Without a column `split` there are two
-    files side by side: one whose name ends in `train.csv`, which is the one to give, and one that
-    ends in `test.csv` and is named alike otherwise. Where there is one file alone, a part of each
-    class is held out to test on, if `test_fraction` says how much: see
+    and `split` (train, test, or val, valid or validation); other columns are ignored. Without a
+    column `split` there are two or three files side by side: one whose name ends in `train.csv`,
+    which is the one to give, one that ends in `test.csv`, and one that ends in `val.csv`,
+    `valid.csv` or `validation.csv`, named alike otherwise. Validation images may be of some
+    classes; where there are none to test on, they are those. Where there is one file alone, a part
+    of each class is held out to test on, if `test_fraction` says how much: see
     `mulki.data.held_out.held_out`.
 
     The task is named after the file: `birds.csv` and `birds_train.csv` make "birds", `train.csv`
@@ -95,13 +98,14 @@ def csv_task(
 
     Raises:
         InputError: with file and line: a file that is missing or not such a CSV file, a missing
-            column, an empty cell, another split than train and test, an image that does not exist
-            or is listed twice, fewer than two classes, classes that differ between the splits, or a
-            class with one image where a part is held out.
+            column, an empty cell, an unknown split, an image that does not exist or is listed
+            twice, fewer than two classes, classes that differ between train and test, a validation
+            image of a class that is not learned, or a class with one image where a part is held
+            out.
         BadImage: an unreadable image, unless skipped.
     """
     path = Path(path)
-    name, rows = split_rows(path, "label", test_fraction, form)
+    name, rows = split_rows(path, "label", test_fraction, form, validation=VALIDATION)
     _check_rows(path.parent, rows)
     names = splits_of(rows)
     test_fraction = test_fraction if len(names) == 1 else None
@@ -117,11 +121,19 @@ def csv_task(
     if len(classes) < 2 and not test_only:
         raise InputError(f"{path}: only one label, {classes[0]}; at least two are needed")
     targets = {label: target for target, label in enumerate(classes)}
+    validation = [row for row in rows if row.split == "val" and not test_only]
+    for row in validation:
+        if row.text not in targets:
+            raise InputError(
+                f"{row.where}: label {row.text} of a validation image, and no image to train on "
+                "has it; correct the label, add such images or remove the row"
+            )
     splits = [_images(path.parent, part, targets) for part in parts]
     # Before unreadable images are left out, which would change the division.
     whole = divided(splits, test_fraction, where=str(path), classes=classes)
-    bad = find_unreadable(whole, skip_bad_images=skip_bad_images)
-    train, test = (images.without(bad) for images in whole)
+    of_val = _images(path.parent, validation, targets)
+    bad = find_unreadable([*whole, of_val], skip_bad_images=skip_bad_images)
+    train, test, val = (images.without(bad) for images in (*whole, of_val))
     for split, images in zip(SPLITS, (train, test), strict=True):
         if not test_only and (emptied := class_without_images(images, classes)) is not None:
             raise InputError(
@@ -129,11 +141,25 @@ def csv_task(
                 "remove the rows of this label"
             )
     chosen = choose_templates(templates, path.parent, f"templates for {path}")
-    return Task(name, tuple(classes), chosen, train, test, tuple(bad), test_fraction, test_only)
+    return Task(
+        name,
+        tuple(classes),
+        chosen,
+        train,
+        test,
+        tuple(bad),
+        test_fraction,
+        test_only,
+        val if len(val) else None,
+    )
 
 
 def split_rows(
-    path: Path, column: str, test_fraction: float | None, form: CsvForm = _OURS
+    path: Path,
+    column: str,
+    test_fraction: float | None,
+    form: CsvForm = _OURS,
+    validation: Sequence[str] = (),
 ) -> tuple[str, list[SplitRow]]:
     """The rows of a CSV file, or of one for each split, and the name of their task.
 
@@ -145,22 +171,23 @@ def split_rows(
         column: of the text, where `form` names none.
         form: of the files.
         test_fraction: None where the rows, or a second file, have to say the split.
+        validation: what validation images are called; empty where there may be none.
 
     Raises:
         InputError: with file and line: a file that is missing or not such a CSV file, a missing
-            column, an empty cell, or another split than train and test.
+            column, an empty cell, or an unknown split.
     """
-    rows = _read(path, column, form, split=None)
+    rows = _read(path, column, form, None, validation)
     if rows is not None:
-        return path.stem, rows
+        return path.stem, _with_test_images(rows)
     files = {path: ""}
     name, beside = path.stem, None
     if (end := _TRAIN.search(path.stem)) is not None:
         name = path.stem[: end.start()] or Path(os.path.abspath(path)).parent.name
-        same_case = {"train": "test", "TRAIN": "TEST"}.get(path.stem[-len("train") :], "Test")
-        beside = path.with_name(path.stem[: -len("train")] + same_case + path.suffix)
-        if beside.exists():
-            files = {path: "train", beside: "test"}
+        beside = _of_split(path, "test")
+        others = {_of_split(path, word): "val" for word in validation} | {beside: "test"}
+        if there := {file: split for file, split in others.items() if file.exists()}:
+            files = {path: "train"} | there
     if len(files) == 1 and test_fraction is None:
         if beside is not None:
             raise InputError(
@@ -173,11 +200,25 @@ def split_rows(
         )
     rows = []
     for file, split in files.items():
-        found = _read(file, column, form, split=split)
+        found = _read(file, column, form, split, validation)
         if found is None:
             raise InputError(f"{file}: has a column split, and {path.name} has none; remove it")
         rows += found
-    return name, rows
+    return name, _with_test_images(rows)
+
+
+def _of_split(train: Path, split: str) -> Path:
+    # The file of a split beside that to train on, with capitals as in its name.
+    letters = train.stem[-len("train") :]
+    word = split if letters.islower() else split.upper() if letters.isupper() else split.title()
+    return train.with_name(train.stem[: -len("train")] + word + train.suffix)
+
+
+def _with_test_images(rows: list[SplitRow]) -> list[SplitRow]:
+    # Where none are for tests, the validation images are.
+    if any(row.split == "test" for row in rows):
+        return rows
+    return [replace(row, split="test") if row.split == "val" else row for row in rows]
 
 
 def splits_of(rows: Sequence[SplitRow]) -> tuple[str, ...]:
@@ -185,7 +226,9 @@ def splits_of(rows: Sequence[SplitRow]) -> tuple[str, ...]:
     return SPLITS if rows[0].split else ("",)
 
 
-def _read(path: Path, column: str, form: CsvForm, split: str | None) -> list[SplitRow] | None:
+def _read(
+    path: Path, column: str, form: CsvForm, split: str | None, validation: Sequence[str]
+) -> list[SplitRow] | None:
     """The rows of a file.
 
     Args:
@@ -194,6 +237,7 @@ def _read(path: Path, column: str, form: CsvForm, split: str | None) -> list[Spl
         split: the split of all rows, in a file that has no column for it; it may be empty. Where
             it is None and the file has no such column, or it is given and the file has one, the
             result is None.
+        validation: as `split_rows`.
     """
     column = form.text or column
     wanted = f"a CSV file with the columns {form.image}, {column} and split"
@@ -202,22 +246,27 @@ def _read(path: Path, column: str, form: CsvForm, split: str | None) -> list[Spl
         return None
     if not body:
         raise InputError(f"{path}: has a header and no rows; add a row for each image")
-    places = form.image, column
-    return [_row(row.cells, row.where, path.parent, places, split) for row in body]
+    return [
+        SplitRow(
+            name_in(path.parent, row.cells[form.image]),
+            row.cells[column],
+            _split_of(row.cells["split"], row.where, validation) if split is None else split,
+            row.where,
+        )
+        for row in body
+    ]
 
 
-def _row(
-    cells: Mapping[str, str], where: str, folder: Path, columns: tuple[str, str], split: str | None
-) -> SplitRow:
-    image, text = columns
-    if split is None:
-        split = cells["split"]
-        if split not in SPLITS:
-            raise InputError(
-                f'{where}: split "{split}"{nearest(split, SPLITS)} came, train or test was wanted; '
-                "correct it or remove the row"
-            )
-    return SplitRow(name_in(folder, cells[image]), cells[text], split, where)
+def _split_of(split: str, where: str, validation: Sequence[str]) -> str:
+    if split in validation:
+        return "val"
+    if split not in SPLITS:
+        wanted = "train, test or val" if validation else "train or test"
+        raise InputError(
+            f'{where}: split "{split}"{nearest(split, (*SPLITS, *validation))} came, {wanted} was '
+            "wanted; correct it or remove the row"
+        )
+    return split
 
 
 def name_in(folder: Path, path: str) -> str:

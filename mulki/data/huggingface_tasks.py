@@ -132,11 +132,12 @@ def huggingface_task(
 ) -> Task:
     """Read a task from a folder that `datasets.DatasetDict.save_to_disk` has written.
 
-    Its splits are `train` and `test`; other names of the two are those of
-    `mulki.data.image_files.split_folder`. Where there is `train` alone, or a `Dataset` without
-    splits, a part of each class is held out to test on by the numbers of the rows, if
-    `test_fraction` says how much: see `mulki.data.held_out.held_out`. The class names are those of
-    the column of labels, with underscores read as spaces. The task is named after the folder.
+    Its splits are `train` and `test`, and `validation` for the images by which the best step is
+    chosen; other names of them are those of `mulki.data.image_files.split_folder`. Where there is
+    `train` alone, or a `Dataset` without splits, a part of each class is held out to test on by the
+    numbers of the rows, if `test_fraction` says how much: see `mulki.data.held_out.held_out`. The
+    class names are those of the column of labels, with underscores read as spaces. The task is
+    named after the folder.
 
     The Arrow files are memory-mapped. Labels are read without the images, and images are decoded
     here and not by `datasets`, from the bytes in the file or from the path of a regular file.
@@ -169,17 +170,25 @@ def huggingface_task(
     read = [_read(folder, image, label) for folder in folders]
     splits, (classes, others) = [images for images, _ in read], (read[0][1], read[-1][1])
     if classes != others:
-        differing = classes_of_one_split(classes, others) or "the same ones in another order"
-        raise InputError(
-            f"{root}: {folders[0].name} and {folders[1].name} have different classes "
-            f"({differing}); cast both to one ClassLabel and save them again"
-        )
+        raise _different(folders[0], folders[1], classes, others)
+    validation = None if test_only else _validation(root)
+    of_val = []
+    if validation is not None:
+        images, others = _read(validation, image, label)
+        if classes != others:
+            raise _different(folders[0], validation, classes, others)
+        if not len(images):
+            raise InputError(
+                f"{validation}: the split has no rows; add some, or leave the split out, and save "
+                "again"
+            )
+        of_val = [images]
     if alone:
         splits = [splits[0].chosen([False] * len(splits[0])), splits[0]]
     # Before unreadable images are left out, which would change the division.
     whole = divided(splits, test_fraction, where=str(root), classes=classes)
-    bad = find_unreadable(whole, skip_bad_images=skip_bad_images)
-    train, test = (images.without(bad) for images in whole)
+    bad = find_unreadable([*whole, *of_val], skip_bad_images=skip_bad_images)
+    train, test, *val = (images.without(bad) for images in (*whole, *of_val))
     if not test_only and (emptied := class_without_images(train, classes)) is not None:
         raise InputError(
             f"{folders[0]}: no readable train image of class {emptied}; add some, or take the name "
@@ -187,7 +196,35 @@ def huggingface_task(
         )
     name = Path(os.path.abspath(root)).name
     names = tuple(name.replace("_", " ").strip() for name in classes)
-    return Task(name, names, templates, train, test, tuple(bad), test_fraction, test_only)
+    return Task(
+        name,
+        names,
+        templates,
+        train,
+        test,
+        tuple(bad),
+        test_fraction,
+        test_only,
+        val[0] if val and len(val[0]) else None,
+    )
+
+
+def _different(
+    train: Path, other: Path, classes: Sequence[str], others: Sequence[str]
+) -> InputError:
+    names = train.name, other.name
+    differing = classes_of_one_split(classes, others, names) or "the same ones in another order"
+    return InputError(
+        f"{train.parent}: {' and '.join(names)} have different classes ({differing}); cast both to "
+        "one ClassLabel and save them again"
+    )
+
+
+def _validation(root: Path) -> Path | None:
+    # The folder of the split of validation images, beside the two others.
+    names = _split_names(root / _DICT) if (root / _DICT).is_file() else []
+    val = split_name(names, "val")
+    return root / val if val is not None and val != split_name(names, "test") else None
 
 
 def _test_alone(root: Path) -> Path | None:

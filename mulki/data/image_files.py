@@ -65,8 +65,9 @@ class ImageFiles:
 
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-_VALIDATION = ("val", "valid", "validation")
-_SPLIT_NAMES = {"train": ("train",), "test": ("test", *_VALIDATION), "val": _VALIDATION}
+#: What validation images are called, where others are called test.
+VALIDATION = ("val", "valid", "validation")
+_SPLIT_NAMES = {"train": ("train",), "test": ("test", *VALIDATION), "val": VALIDATION}
 
 _told: ContextVar[Callable[[int, int], None]] = ContextVar("told", default=lambda done, total: None)
 
@@ -157,11 +158,18 @@ def split_folder(root: Path, split: str) -> Path:
 
 
 def validation_folder(root: Path) -> Path | None:
-    """The folder of validation images; None where there is none beside the images to test on."""
+    """The folder of validation images; None where there is none beside the images to test on.
+
+    One with neither folders nor shards in it counts as none.
+    """
     folder = split_folder(root, "val")
     if not folder.is_dir() or folder == split_folder(root, "test"):
         return None
-    return folder if any(path.is_dir() for path in _visible(folder)) else None
+    return folder if any(map(_holds_images, _visible(folder))) else None
+
+
+def _holds_images(path: Path) -> bool:
+    return path.is_dir() or path.name.lower().endswith(SHARD_SUFFIXES)
 
 
 def split_name(names: Sequence[str], split: str) -> str | None:
@@ -183,7 +191,7 @@ def holds_split(root: Path) -> bool:
     names = {name for each in _SPLIT_NAMES.values() for name in each}
     try:
         return any(
-            each.is_dir() or each.name.lower().endswith(SHARD_SUFFIXES)
+            _holds_images(each)
             for path in root.iterdir()
             if path.name.lower() in names and path.is_dir()
             for each in _visible(path)
@@ -210,10 +218,12 @@ def class_without_images(images: ImageSet, classes: Sequence[str]) -> str | None
     return next((name for i, name in enumerate(classes) if i not in present), None)
 
 
-def classes_of_one_split(train: Sequence[str], test: Sequence[str]) -> str:
-    """Say which classes only one split has; empty if there are none."""
-    lonely = (("train", set(train) - set(test)), ("test", set(test) - set(train)))
-    parts = [f"only in {split}: {', '.join(sorted(names))}" for split, names in lonely if names]
+def classes_of_one_split(
+    train: Sequence[str], test: Sequence[str], names: tuple[str, str] = ("train", "test")
+) -> str:
+    """Say which classes only one split, of these names, has; empty if there are none."""
+    lonely = zip(names, (set(train) - set(test), set(test) - set(train)), strict=True)
+    parts = [f"only in {split}: {', '.join(sorted(of))}" for split, of in lonely if of]
     return "; ".join(parts)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mulki.data.captioned_shards import (
+    check_distinct,
     find_shards,
     read_classed_shards,
     readable,
@@ -18,6 +19,7 @@ from mulki.data.image_files import (
     class_without_images,
     holds_split,
     split_folder,
+    validation_folder,
 )
 from mulki.data.task import Task
 from mulki.errors import InputError
@@ -48,6 +50,7 @@ def shard_task(
 ) -> Task:
     """Read a task from the shards in `path/train/` and `path/test/`, or in `path` itself.
 
+    Where there are shards in `path/val/` beside these two, they hold validation images.
     Each image stands beside its class index, ``000000.jpg`` and ``000000.cls``; `path/classes.txt`
     has the class names, one a line, the first one that of index 0. The task is named after the
     folder. Images are checked, see `mulki.data.image_files.find_unreadable`. Of shards in `path` a
@@ -62,9 +65,9 @@ def shard_task(
         test_only: see `Task`; `path/train/` may be missing.
 
     Raises:
-        InputError: no shards for a split, no class names, a damaged shard, an image without a class
-            or with one that has no name, a class without training images or with one image where a
-            part is held out, or what `Task` refuses.
+        InputError: no shards for a split, no class names, a damaged shard, one that is in two
+            splits, an image without a class or with one that has no name, a class without training
+            images or with one image where a part is held out, or what `Task` refuses.
         BadImage: an unreadable image, unless skipped.
     """
     root = Path(path)
@@ -75,25 +78,51 @@ def shard_task(
         f"folder of the task and pass {OPTION}"
     )
     found, test_fraction = shards_of_task(root, missing, test_fraction, test_only=test_only)
+    validation = [] if test_only else _validation_shards(root, found)
     read = [
         read_classed_shards(shards, len(classes), skip_bad_images=skip_bad_images)
-        for shards in found
+        for shards in (*found, validation)
         if shards
     ]
     skipped = tuple(name for _, names in read for name in names)
     # Before unreadable images are left out, which would change the division.
     splits = [images for images, _ in read]
+    of_val = [splits.pop()] if validation else []
     if not found[0]:  # nothing to learn
         splits.insert(0, splits[0].chosen([False] * len(splits[0])))
     whole = divided(splits, test_fraction, where=str(root), classes=classes)
-    train, test = (readable(images, (), {*skipped})[0] for images in whole)
+    train, test, *val = (readable(images, (), {*skipped})[0] for images in (*whole, *of_val))
     if not test_only and (emptied := class_without_images(train, classes)) is not None:
         raise InputError(
             f"{root}: no readable train image of class {emptied}; add some, or take the name out "
             f"of {CLASSES} and give the classes behind it other indices"
         )
     name = Path(os.path.abspath(root)).name
-    return Task(name, classes, templates, train, test, skipped, test_fraction, test_only)
+    return Task(
+        name,
+        classes,
+        templates,
+        train,
+        test,
+        skipped,
+        test_fraction,
+        test_only,
+        val[0] if val and len(val[0]) else None,
+    )
+
+
+def _validation_shards(root: Path, found: Sequence[Sequence[Path]]) -> list[Path]:
+    folder = validation_folder(root)
+    if folder is None:
+        return []
+    shards = find_shards(folder)
+    if not shards:
+        raise InputError(
+            f"{folder}: no tar shards of validation images in it; add them, or remove the folder"
+        )
+    for others in found:
+        check_distinct(shards, others)
+    return shards
 
 
 def _class_names(path: Path) -> tuple[str, ...]:

@@ -92,6 +92,46 @@ def test_two_files(write: Callable[..., Path], folder: Path) -> None:
         assert task.name == name and task.fingerprint() == one.fingerprint()
 
 
+@pytest.mark.parametrize("word", ["val", "valid", "validation"])
+def test_validation_images(write: Callable[..., Path], folder: Path, word: str) -> None:
+    without = csv_task(write())
+    assert without.val is None
+    rows = [*ROWS, f"images/e.png,crow,{word}", f"images/f.png,crow,{word}"]
+    task = csv_task(write(rows))
+    assert task.val is not None and list(task.val.targets) == [1, 1]
+    assert task.val.name(0) == str(folder / "images" / "e.png")
+    assert task.test.fingerprint() == without.test.fingerprint()
+    assert task.fingerprint() != without.fingerprint()
+    assert csv_task(write(rows), test_only=True).val is None
+    # The same from three files.
+    for split in ("train", "test", word):
+        of = [row.rpartition(",")[0] for row in rows if row.endswith(f",{split}")]
+        write(of, "path,label\n", f"small_{split}.csv")
+    assert csv_task(folder / "small_train.csv").fingerprint() == task.fingerprint()
+    # Where none are for tests, they are.
+    rows = [*rows, f"images/g.png,blue jay,{word}"]
+    (folder / "small_test.csv").unlink()
+    write([*of, "images/g.png,blue jay"], "path,label\n", f"small_{word}.csv")
+    for path in (folder / "small_train.csv", write([row for row in rows if "test" not in row])):
+        tested = csv_task(path)
+        assert tested.val is None and list(tested.test.targets) == [1, 1, 0]
+
+
+def test_validation_images_that_cannot_be(write: Callable[..., Path], folder: Path) -> None:
+    path = write([*ROWS, "images/e.png,owl,val"])
+    refused(path, "line 6: label owl of a validation image", "correct the label")
+    refused(write([*ROWS, "images/a.png,crow,val"]), "images/a.png is listed already")
+    refused(write([*ROWS, "images/e.png,crow,vla"]), 'split "vla"', "val", "train, test or val")
+    for split in ("train", "test"):
+        rows = [row.rpartition(",")[0] for row in ROWS if row.endswith(split)]
+        write(rows, "path,label\n", f"two_{split}.csv")
+    (folder / "two_val.csv").write_text("path,label\n")
+    refused(folder / "two_train.csv", "two_val.csv: has a header and no rows")
+    (folder / "images" / "e.png").write_bytes(b"")
+    task = csv_task(write([*ROWS, "images/e.png,crow,val"]), skip_bad_images=True)
+    assert task.val is None and len(task.skipped) == 1
+
+
 def test_absolute_paths(write: Callable[..., Path], folder: Path, tmp_path: Path) -> None:
     rows = [row.replace("images", str(folder / "images")) for row in ROWS]
     path = write(rows)
@@ -153,9 +193,9 @@ def test_bad_headers(write: Callable[..., Path], header: str, words: list[str]) 
         ("images/e.png,,train", ["line 6", "the label is empty"]),
         ("images/e.png,  ,train", ["line 6", "the label is empty"]),
         (",crow,train", ["line 6", "the path is empty"]),
-        ("images/e.png,crow,", ["line 6", 'split "" came, train or test']),
+        ("images/e.png,crow,", ["line 6", 'split "" came, train, test or val']),
         ("images/e.png,crow,tset", ["line 6", 'split "tset" (did you mean "test"?)']),
-        ("images/e.png,crow,val", ["line 6", 'split "val"', "remove the row"]),
+        ("images/e.png,crow,eval", ["line 6", 'split "eval"', "remove the row"]),
         ("images/e.png,crow", ["line 6", "2 cells came, 3 were wanted"]),
         ("images/x.png,crow,train", ["line 6", "no file", "x.png", "relative"]),
         ("images,crow,train", ["line 6", "no file"]),

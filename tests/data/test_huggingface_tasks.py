@@ -141,6 +141,35 @@ def test_validation_stands_in_for_test(tmp_path: Path) -> None:
     assert huggingface_task(tmp_path / "all").test.name(0) == f"{tmp_path}/all/test[0]"
 
 
+def test_validation_images_beside_the_others(folder: Path, tmp_path: Path) -> None:
+    both = {split: table(columns(split)) for split in LABELS}
+    content = {"text": ["x"], "image": [png(30)], "label": [1]}
+    root = write(tmp_path / "a" / "pets", **both, validation=table(content))
+    without, task = huggingface_task(folder), huggingface_task(root)
+    assert without.val is None and task.val is not None
+    assert list(task.val.targets) == [1] and task.val.name(0) == f"{root}/validation[0]"
+    assert task.test.fingerprint() == without.test.fingerprint()
+    assert task.fingerprint() != without.fingerprint()
+    assert huggingface_task(root, test_only=True).val is None
+    content["image"] = [{"bytes": b"x", "path": None}]
+    root = write(tmp_path / "b" / "pets", **both, valid=table(content))
+    with pytest.raises(BadImage, match=r"valid\[0\]"):
+        huggingface_task(root)
+    assert huggingface_task(root, skip_bad_images=True).val is None
+
+
+def test_validation_images_that_cannot_be(tmp_path: Path) -> None:
+    both = {split: table(columns(split)) for split in LABELS}
+    owls = table(columns("test"), label=datasets.ClassLabel(names=["owl", "dog"]))
+    root = write(tmp_path / "owls", **both, val=owls)
+    with pytest.raises(InputError, match=r"train and val have different classes.*only in val: owl"):
+        huggingface_task(root)
+    none = table({"text": [], "image": [], "label": []})
+    root = write(tmp_path / "none", **both, val=none)
+    with pytest.raises(InputError, match=r"none/val: the split has no rows; .*save"):
+        huggingface_task(root)
+
+
 def test_test_images_alone(tmp_path: Path) -> None:
     for name in ("test", "validation"):
         root = write(tmp_path / name, **{name: table(columns("test"))})

@@ -52,6 +52,39 @@ def test_a_folder_of_shards_is_a_task(folder: Path) -> None:
     assert shard_task(folder).fingerprint() != task.fingerprint()
 
 
+def test_validation_images(folder: Path) -> None:
+    without = shard_task(folder)
+    (folder / "val").mkdir()
+    assert without.val is None and shard_task(folder).fingerprint() == without.fingerprint()
+    write_tar(folder / "val" / "0.tar", {"6.png": encoded(picture(6), "png"), "6.cls": b"1"})
+    task = shard_task(folder)
+    assert task.val is not None and list(task.val.targets) == [1]
+    assert task.val.name(0) == f"{folder}/val/0.tar:6.png"
+    assert task.test.fingerprint() == without.test.fingerprint()
+    assert task.fingerprint() != without.fingerprint()
+    assert shard_task(folder, test_only=True).val is None
+    write_tar(folder / "val" / "0.tar", {"6.png": b"x", "6.cls": b"1"})
+    with pytest.raises(BadImage, match=r"0\.tar:6\.png"):
+        shard_task(folder)
+    task = shard_task(folder, skip_bad_images=True)
+    assert task.val is None and len(task.skipped) == 1
+
+
+def test_validation_images_that_cannot_be(folder: Path) -> None:
+    (folder / "val").mkdir()
+    shutil.copy(folder / "train" / "0.tar", folder / "val" / "1.tar")
+    with pytest.raises(InputError, match=r"val/1\.tar: has the content of .*train/0\.tar"):
+        shard_task(folder)
+    (folder / "val" / "1.tar").unlink()
+    write_tar(folder / "val" / "1.tar", {"6.png": encoded(picture(6), "png"), "6.cls": b"2"})
+    with pytest.raises(InputError, match=r"6\.png: class '2', wanted a number from 0 to 1"):
+        shard_task(folder)
+    (folder / "val" / "1.tar").unlink()
+    (folder / "val" / "cat").mkdir()
+    with pytest.raises(InputError, match="no tar shards of validation images"):
+        shard_task(folder)
+
+
 def test_test_images_alone(folder: Path) -> None:
     whole = shard_task(folder, test_only=True)
     assert len(whole.train) == 4 and whole.test_only
