@@ -23,12 +23,19 @@ import torch
 import yaml
 
 from mulki import methods as methods_by_name
+from mulki.choices.options import field_name
 from mulki.console import Console
 from mulki.distributed.launch import join, launched
 from mulki.errors import InputError
 from mulki.runs.new_folder import check_free, slug
 from mulki.train.config.precision import device_of
-from mulki.train.config.run_config import Settings, read_config, resolve
+from mulki.train.config.run_config import (
+    Settings,
+    import_given,
+    options_for,
+    read_config,
+    resolve,
+)
 from mulki.train.config.tasks import load_tasks
 from mulki.train.saving.checkpoints import ARGUMENTS
 from mulki.train.saving.recovery import check_same_options, has_begun, is_complete
@@ -74,8 +81,8 @@ def plan(
         given: options of all runs, as `mulki.train.config.run_config.resolve` takes them. The
             folders are ``<logs>/<name>/<method>-order_<order>-seed_<seed>``, where the name is
             `grid` if none is given.
-        methods, orders, seeds: of each a run is made with each of the others. A reference set or a
-            vocabulary is that of the methods that use it, if any of them does.
+        methods, orders, seeds: of each a run is made with each of the others. An option, a
+            reference set or a vocabulary is for the methods that have a use for it, if any has.
 
     Raises:
         InputError: bad options or tasks, or a folder of a run with other options.
@@ -99,18 +106,16 @@ def plan(
 
 def _for_each(given: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
     # The options of each method's runs.
-    idle = {}
-    for name in names:
-        settings = resolve({**given, "method": name})
-        method = methods_by_name.get(name)(settings.method)
-        idle[name] = unused(settings.run, method).keys()
-    of_none = set.intersection(*map(set, idle.values()))
-    if of_none:
-        settings = resolve({**given, "method": names[0]})
-        check_unused(settings.run, methods_by_name.get(names[0])(settings.method))
+    import_given({field_name(key): value for key, value in given.items()})  # methods among others
+    own = {name: options_for(given, [name], names) | {"method": name} for name in names}
+    resolved = {name: resolve(options) for name, options in own.items()}
+    made = {name: methods_by_name.get(name)(of.method) for name, of in resolved.items()}
+    idle = {name: unused(of.run, made[name]).keys() for name, of in resolved.items()}
+    if set.intersection(*map(set, idle.values())):
+        check_unused(resolved[names[0]].run, made[names[0]])
     return {
-        name: {k: v for k, v in given.items() if k not in idle[name]} | {"method": name}
-        for name in names
+        name: {k: v for k, v in options.items() if k not in idle[name]}
+        for name, options in own.items()
     }
 
 

@@ -25,7 +25,10 @@ from mulki.train.grid import Cell, plan, run_cells
 
 # Each list of a grid, with the option of a run that it stands for and its help.
 LISTS = {
-    "methods": ("method", "several methods, each at its preset"),
+    "methods": (
+        "method",
+        "several methods, each at its preset; an option is for those that have it",
+    ),
     "orders": ("order", "several orders"),
     "seeds": ("seed", "several seeds"),
 }

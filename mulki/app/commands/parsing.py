@@ -11,7 +11,7 @@ the options of the chosen method and the messages would stay as they are.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn, get_origin, get_type_hints
 
@@ -53,6 +53,7 @@ def add_options(
     only: str = "",
     defaults: bool = True,
     hidden: bool = False,
+    skipped: Container[str] = (),
 ) -> None:
     """Add the fields of an options dataclass as flags.
 
@@ -63,10 +64,11 @@ def add_options(
         defaults: whether the help tells them. A command that takes another value for what is left
             out does not.
         hidden: the help leaves them out.
+        skipped: fields that are left out.
     """
     hints = get_type_hints(options)
     for item in fields(options):
-        if only and item.name != only:
+        if (only and item.name != only) or item.name in skipped:
             continue
         flags = [flag(item.name), *filter(None, [item.metadata["alias"]])]
         text = item.metadata["help"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -75,14 +75,15 @@ def run_options(
         InputError: bad arguments, a file or folder that cannot be read.
     """
     from mulki.app.commands.grid import check_lists
-    from mulki.train.config.run_config import resolve, unknown_option
+    from mulki.train.config.run_config import options_for, resolve, unknown_option
 
     argv = with_hyphens(argv)
     resume = _resume(argv)
     if resume is not None:
         return options_of_folder(resume), resume
-    config, from_file, method = _method_and_file(argv)
-    parser = _parser(command, description, method, argv)
+    config, from_file, chosen_methods = _methods_and_file(argv)
+    method = chosen_methods[0]
+    parser = _parser(command, description, chosen_methods, argv)
     parsed, unknown = parser.parse_known_intermixed_args(argv)
     for word in unknown:
         if word.startswith("--"):
@@ -102,7 +103,8 @@ def run_options(
         if one in given and other not in given:
             from_file.pop(other, None)
     with _naming(config):
-        resolve(from_file | {"method": method.name})
+        of_first = options_for(from_file, [method.name], [each.name for each in chosen_methods])
+        resolve(of_first | {"method": method.name})
     chosen = from_file | given
     if (goes_on := parsed.continue_) is not None:
         from mulki.train.start.continuation import continued_options
@@ -124,7 +126,9 @@ def _resume(argv: list[str]) -> str | None:
     return given.resume
 
 
-def _parser(command: str, description: str | None, method: type[Method], argv: list[str]) -> Parser:
+def _parser(
+    command: str, description: str | None, methods: Sequence[type[Method]], argv: list[str]
+) -> Parser:
     from mulki.app.commands.grid import add_grid_options
     from mulki.data import sequence_names
     from mulki.train.config.run_config import RunConfig
@@ -134,7 +138,7 @@ def _parser(command: str, description: str | None, method: type[Method], argv: l
         prog=f"mulki {command}",
         usage=f"mulki {command} [TASKS ...] [--OPTION VALUE ...]{goes_on}",
         description=description,
-        epilog=f"{_with_bundled_model(method.name)}\n\n{_EXAMPLES[command]}",
+        epilog=f"{_with_bundled_model(methods[0].name)}\n\n{_EXAMPLES[command]}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = sequence_names()
@@ -159,14 +163,18 @@ def _parser(command: str, description: str | None, method: type[Method], argv: l
         for name in (*names, *(others if title == "training" else ())):
             add_options(group, RunConfig, only=name, hidden=not every and name not in OFTEN)
     chosen = every or any(word.partition("=")[0] == "--method" for word in argv)
-    summary = method.summary if chosen else f"{method.summary}; --help-all shows its options"
-    group = parser.add_argument_group(f"method {method.name}", summary)
-    try:
-        add_options(group, method.Options, hidden=not chosen)
-    except argparse.ArgumentError as error:
-        raise InputError(
-            f"method {method.name}: {error}; the run has an option of that name, so rename it"
-        ) from None
+    added: set[str] = set()
+    for method in methods:
+        summary = method.summary if chosen else f"{method.summary}; --help-all shows its options"
+        group = parser.add_argument_group(f"method {method.name}", summary)
+        try:
+            # An option that several methods have is in the group of the first.
+            add_options(group, method.Options, hidden=not chosen, skipped=added)
+        except argparse.ArgumentError as error:
+            raise InputError(
+                f"method {method.name}: {error}; the run has an option of that name, so rename it"
+            ) from None
+        added |= {item.name for item in fields(method.Options)}
     return parser
 
 
@@ -190,15 +198,20 @@ def _with_bundled_model(method: str) -> str:
 def _without_methods(words: list[str], given: dict[str, Any]) -> list[str]:
     # `--method finetune mulki` leaves a method among the words, and asks for a grid. A folder of
     # that name is ./mulki.
-    from mulki import methods
-    from mulki.data import sequence_names
-
-    names = set(methods.available()) - set(sequence_names())
+    names = _names_of_methods()
     more = [word for word in words if word in names]
     if "method" in given and more:
         given["methods"] = [given.pop("method"), *more]
         return [word for word in words if word not in more]
     return words
+
+
+def _names_of_methods() -> set[str]:
+    # Of a sequence of the same name, the word is the sequence.
+    from mulki import methods
+    from mulki.data import sequence_names
+
+    return set(methods.available()) - set(sequence_names())
 
 
 def _check_words(words: list[str], given: dict[str, Any]) -> None:
@@ -228,19 +241,21 @@ def options_of_folder(folder: str) -> dict[str, Any]:
     return read_config(path)
 
 
-def _method_and_file(argv: list[str]) -> tuple[str | None, dict[str, Any], type[Method]]:
-    """The configuration file, its options with all modules to import, and the method of a run.
+def _methods_and_file(
+    argv: list[str],
+) -> tuple[str | None, dict[str, Any], Sequence[type[Method]]]:
+    """The configuration file, its options with all modules to import, and the methods of the runs.
 
-    The method decides which options exist, and a module of the user's may define the method, so
+    The methods decide which options exist, and a module of the user's may define the method, so
     these are looked for before the rest is parsed.
     """
     from mulki import methods
     from mulki.train.config.presets import method_of
-    from mulki.train.config.run_config import RunConfig, field_names, import_given, read_config
+    from mulki.train.config.run_config import RunConfig, import_given, options_for, read_config
 
     parser = Parser(prog="mulki run", add_help=False)
     parser.add_argument("--config")
-    parser.add_argument("--method")
+    parser.add_argument("--method", nargs="+")
     parser.add_argument("--continue", dest="continue_")
     parser.add_argument("--methods", nargs="+")
     parser.add_argument("--preset")
@@ -252,20 +267,22 @@ def _method_and_file(argv: list[str]) -> tuple[str | None, dict[str, Any], type[
     # Modules of the file and of the command line are both imported: one does not exclude another.
     modules = import_given({"import_": (*modules, *(given.import_ or ()))})
     preset = given.preset or from_file.get("preset")
-    named = given.method or (given.methods or [None])[0]
-    if named is None and given.continue_ is not None and "method" not in from_file:
+    # What else stands behind `--method NAME` is further methods, or tasks.
+    first, *rest = given.method or given.methods or [None]
+    more = [word for word in rest if given.methods or word in _names_of_methods()]
+    if first is None and given.continue_ is not None and "method" not in from_file:
         from mulki.train.start.continuation import continuation
 
-        named = str(continuation(Path(given.continue_)).said.recipe["method"])
-    method = methods.get(named or str(from_file.get("method") or method_of(preset)))
-    if from_file.get("method", method.name) != method.name:
+        first = str(continuation(Path(given.continue_)).said.recipe["method"])
+    first = first or str(from_file.get("method") or method_of(preset))
+    chosen = [methods.get(name) for name in (first, *more)]
+    if "method" in from_file:
         # The file of another method's run: the options that only that method has are left out.
-        others = field_names(methods.get(str(from_file["method"])).Options)
-        known = field_names(RunConfig) | field_names(method.Options)
-        from_file = {k: v for k, v in from_file.items() if k in known or k not in others}
+        of_file = methods.get(str(from_file["method"])).name
+        from_file = options_for(from_file, [each.name for each in chosen], [of_file])
     if modules:
         from_file["import_"] = modules
-    return given.config, from_file, method
+    return given.config, from_file, chosen
 
 
 @contextmanager

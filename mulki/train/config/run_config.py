@@ -7,7 +7,7 @@ configuration as a YAML file that `--config` reads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -415,6 +415,22 @@ def _check_scenario(config: RunConfig) -> None:
 def field_names(options: type) -> frozenset[str]:
     """Names of the fields of an options dataclass."""
     return frozenset(f.name for f in fields(options))
+
+
+def options_for(
+    given: Mapping[str, Any], chosen: Sequence[str], others: Sequence[str]
+) -> dict[str, Any]:
+    """Options without those of other methods.
+
+    Args:
+        given: options by name.
+        chosen: methods of which one at least is to have an option.
+        others: methods whose options are left out, unless the run or a chosen one has them. What
+            none of them has stays, and is an error later.
+    """
+    own = field_names(RunConfig).union(*(field_names(methods.get(n).Options) for n in chosen))
+    foreign = frozenset().union(*(field_names(methods.get(n).Options) for n in others)) - own
+    return {name: value for name, value in given.items() if field_name(name) not in foreign}
 
 
 def unknown_option(name: str, method: str) -> InputError:

@@ -13,6 +13,7 @@ from mulki.app.commands.grid import whole
 from mulki.errors import InputError
 from mulki.report.comparison.compare import compare
 from mulki.train import grid
+from mulki.train.config.run_config import Settings
 from tests.train_helpers import COLOURS, write_split
 
 Refused = Callable[[Sequence[object]], str]
@@ -81,11 +82,43 @@ def test_bad_input(words: list[str], refused: Refused, tmp_path: Path) -> None:
         (["--seeds", "0", "--jobs", "0"], "--jobs: got '0', wanted a whole number from 1"),
         (["--methods", "finetune", "no_such"], "no_such"),
         (["--methods", "finetune", "lwf", "--method", "mulki"], "--method: got it beside"),
-        (["--methods", "lwf", "finetune", "--distill-weight", "1"], "finetune has no such option"),
+        (["--methods", "ewc", "finetune", "--distill-weight", "1"], "ewc has no such option"),
+        (["--method", "ewc", "finetune", "--distill-weight", "1"], "ewc has no such option"),
+        (["--methods", "ewc", "finetune", "--nothing", "1"], "--nothing: no such option"),
+        (["--methods", "finetune", "lwf", "--distill-weight", "x"], "--distill-weight: got 'x'"),
         (["--orders", "I", "II"], "orders belong to a named sequence"),
     ):
         assert said in refused([*words, *more]), more
     assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("flags", [["--methods"], ["--method"]])
+def test_an_option_is_for_the_methods_that_have_it(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    seen: list[Settings] = []
+    monkeypatch.setattr(grid, "run", lambda settings, *_, **__: seen.append(settings))
+    given = [*words, *flags, "finetune", "lwf", "mulki", "--distill-weight", "0.5", "--l2", "0.2"]
+    Path("own.yaml").write_text("method: mulki\nfeature: 0.3\nlr: 0.5\n")
+    assert run_command([*given, "--config", "own.yaml"]) == 2  # nothing to compare
+    options = {settings.run.method: settings.method for settings in seen}
+    assert list(options) == ["finetune", "lwf", "mulki"]
+    assert getattr(options["lwf"], "distill_weight") == 0.5  # noqa: B009
+    assert not hasattr(options["finetune"], "distill_weight")
+    assert {name: getattr(options["mulki"], name) for name in ("l2", "feature")} == {
+        "l2": 0.2, "feature": 0.3
+    }  # fmt: skip
+    assert {settings.run.lr for settings in seen} == {0.5}
+
+
+def test_the_help_of_a_grid_has_the_options_of_its_methods(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        run_command(["run", "--methods", "lwf", "lwf_vr", "--help-all"])
+    said = capsys.readouterr().out
+    assert "method lwf:" in said and "method lwf_vr:" in said
+    assert said.count("  --distill-weight") == 1 and "--hold-on" not in said
 
 
 def test_a_file_of_options_gives_way_to_lists(
