@@ -207,6 +207,12 @@ def split_rows(
     return name, _with_test_images(rows)
 
 
+def csv_with_validation(path: Path, form: CsvForm = _OURS) -> bool:
+    """Whether `csv_task` finds validation images in a file or beside it, and others to test on."""
+    _, rows = split_rows(path, "label", 0.5, form, VALIDATION)  # with or without a split
+    return any(row.split == "val" for row in rows)
+
+
 def _of_split(train: Path, split: str) -> Path:
     # The file of a split beside that to train on, with capitals as in its name.
     letters = train.stem[-len("train") :]

@@ -171,7 +171,7 @@ def huggingface_task(
     splits, (classes, others) = [images for images, _ in read], (read[0][1], read[-1][1])
     if classes != others:
         raise _different(folders[0], folders[1], classes, others)
-    validation = None if test_only else _validation(root)
+    validation = None if test_only else validation_split(root)
     of_val = []
     if validation is not None:
         images, others = _read(validation, image, label)
@@ -220,8 +220,8 @@ def _different(
     )
 
 
-def _validation(root: Path) -> Path | None:
-    # The folder of the split of validation images, beside the two others.
+def validation_split(root: Path) -> Path | None:
+    """The folder of the split of validation images, beside the two others; None without one."""
     names = _split_names(root / _DICT) if (root / _DICT).is_file() else []
     val = split_name(names, "val")
     return root / val if val is not None and val != split_name(names, "test") else None

@@ -8,9 +8,10 @@ from pathlib import Path
 from mulki.choices.registration import place_of, register
 from mulki.data.caption_files import caption_task
 from mulki.data.class_texts import with_class_texts
-from mulki.data.csv_files import CsvForm, csv_task
+from mulki.data.csv_files import CsvForm, csv_task, csv_with_validation
 from mulki.data.folders import folder_task
-from mulki.data.huggingface_tasks import holds_dataset, huggingface_task
+from mulki.data.huggingface_tasks import holds_dataset, huggingface_task, validation_split
+from mulki.data.image_files import validation_folder
 from mulki.data.published import Source
 from mulki.data.published.collections import COLLECTIONS, Collection, permuted
 from mulki.data.shard_tasks import holds_shards, shard_task
@@ -186,6 +187,29 @@ def _tasks_of(sequence: str, loader: Loader, order: str) -> list[Task]:
     )
 
 
+def has_validation(word: str, form: CsvForm = _OURS) -> bool:
+    """Whether a folder or a CSV file has validation images of its own; false for other words.
+
+    Args:
+        word: for a task, as of `load_sequence`.
+        form: of CSV files.
+
+    Raises:
+        InputError: a file that cannot be read.
+    """
+    path = Path(word)
+    if not path.exists():
+        return False
+    if _is_csv(path):
+        return csv_with_validation(path, form)
+    found = validation_split if holds_dataset(path) else validation_folder
+    return found(path) is not None
+
+
+def _is_csv(path: Path) -> bool:
+    return path.suffix.lower() in (".csv", ".tsv") and not path.is_dir()
+
+
 def _load_task(
     word: str,
     skip_bad_images: bool,
@@ -224,7 +248,7 @@ def _load_task(
             f"{word}: neither a sequence{nearest(word, _SEQUENCES)} nor an existing folder or CSV "
             f"file; sequences are {', '.join(sequence_names())}"
         )
-    if Path(word).suffix.lower() in (".csv", ".tsv") and not Path(word).is_dir():
+    if _is_csv(Path(word)):
         return csv_task(
             word,
             skip_bad_images=skip_bad_images,

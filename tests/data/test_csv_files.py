@@ -8,6 +8,7 @@ import pytest
 
 from mulki.data import BadImage, csv_task, load_sequence
 from mulki.data.csv_files import CsvForm
+from mulki.data.sequences import has_validation
 from mulki.errors import InputError
 from tests.data.data_helpers import picture
 
@@ -103,6 +104,7 @@ def test_validation_images(write: Callable[..., Path], folder: Path, word: str) 
     assert task.test.fingerprint() == without.test.fingerprint()
     assert task.fingerprint() != without.fingerprint()
     assert csv_task(write(rows), test_only=True).val is None
+    assert has_validation(str(write(rows))) and not has_validation(str(write(name="none.csv")))
     # The same from three files.
     for split in ("train", "test", word):
         of = [row.rpartition(",")[0] for row in rows if row.endswith(f",{split}")]
@@ -115,6 +117,7 @@ def test_validation_images(write: Callable[..., Path], folder: Path, word: str) 
     for path in (folder / "small_train.csv", write([row for row in rows if "test" not in row])):
         tested = csv_task(path)
         assert tested.val is None and list(tested.test.targets) == [1, 1, 0]
+        assert not has_validation(str(path))
 
 
 def test_validation_images_that_cannot_be(write: Callable[..., Path], folder: Path) -> None:

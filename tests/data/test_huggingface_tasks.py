@@ -20,6 +20,7 @@ from mulki.data import BadImage, huggingface_task, load_sequence
 from mulki.data.decoding import limit_pixels, pixel_limit
 from mulki.data.huggingface_tasks import ArrowImages, holds_dataset
 from mulki.data.loader import batches
+from mulki.data.sequences import has_validation
 from mulki.data.subset import few_shot
 from mulki.errors import InputError
 from tests.data.data_helpers import encoded, picture
@@ -151,6 +152,7 @@ def test_validation_images_beside_the_others(folder: Path, tmp_path: Path) -> No
     assert task.test.fingerprint() == without.test.fingerprint()
     assert task.fingerprint() != without.fingerprint()
     assert huggingface_task(root, test_only=True).val is None
+    assert has_validation(str(root)) and not has_validation(str(folder))
     content["image"] = [{"bytes": b"x", "path": None}]
     root = write(tmp_path / "b" / "pets", **both, valid=table(content))
     with pytest.raises(BadImage, match=r"valid\[0\]"):

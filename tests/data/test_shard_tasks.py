@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mulki.data import BadImage, load_sequence, shard_task
+from mulki.data.sequences import has_validation
 from mulki.errors import InputError
 from tests.data.data_helpers import encoded, picture, write_tar
 
@@ -63,6 +64,7 @@ def test_validation_images(folder: Path) -> None:
     assert task.test.fingerprint() == without.test.fingerprint()
     assert task.fingerprint() != without.fingerprint()
     assert shard_task(folder, test_only=True).val is None
+    assert has_validation(str(folder)) and not has_validation(str(folder / "none"))
     write_tar(folder / "val" / "0.tar", {"6.png": b"x", "6.cls": b"1"})
     with pytest.raises(BadImage, match=r"0\.tar:6\.png"):
         shard_task(folder)

@@ -18,7 +18,8 @@ from mulki.clip.models import VisionLanguageModel
 from mulki.clip.tensor_files import CHECKSUM, load_tensors, read_metadata
 from mulki.data import CaptionTask, Source, Task, load_sequence, sequence_names
 from mulki.data.class_order import Relabelled
-from mulki.data.image_files import ImageFiles, validation_folder
+from mulki.data.image_files import ImageFiles
+from mulki.data.sequences import has_validation
 from mulki.data.subset import few_shot, held_back, limited
 from mulki.distributed.parts import set_whole
 from mulki.errors import InputError
@@ -180,11 +181,11 @@ def earlier_tasks(
             source=Source(config.data_root, config.protocol),
         )
         found = {task.name: task for task in tasks}
-        # Of a folder that is only tested, its own validation images are left out.
+        # Of a task that is only tested, its own validation images are left out.
         validated = {
             task.name
             for word, task in zip(config.test_tasks, tasks, strict=False)  # or one word for all
-            if Path(word).is_dir() and validation_folder(Path(word)) is not None
+            if has_validation(word, csv_form(config))
         }
     known = {task.name: task for task in learned}
     for name in found:
