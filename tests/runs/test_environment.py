@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import platform
@@ -20,7 +21,8 @@ def test_environment(tmp_path: Path) -> None:
         tmp_path, "first", method="mulki", order="I", seed=3, columns=("a",), config={}
     )
     found = json.loads((run.path / "env.json").read_text())
-    assert found == json.loads(json.dumps(environment() | {"parameters": None}))
+    of_run = {"date": datetime.date.today().isoformat(), "parameters": None}
+    assert found == json.loads(json.dumps(environment() | of_run))
     assert found["python"] == platform.python_version()
     assert found["torch"] == torch.__version__
     assert found["numpy"] == version("numpy")
