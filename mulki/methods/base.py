@@ -153,7 +153,7 @@ class Method(nn.Module):
         return False
 
     @property
-    def mixes(self) -> bool:
+    def takes_mean(self) -> bool:
         """Whether a task ends with a mean of weights, of many steps or of two models."""
         return self.averages
 

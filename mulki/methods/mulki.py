@@ -242,7 +242,7 @@ class MulKI(Method):
         return self.options.connecting and self.options.we_every > 0
 
     @property
-    def mixes(self) -> bool:
+    def takes_mean(self) -> bool:
         return self.averages or (self.options.connecting and self.options.alpha < 1)
 
     def start_task(self, task: TaskStart) -> None:

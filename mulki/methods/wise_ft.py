@@ -67,8 +67,8 @@ class WiseFT(Finetune):
             set_whole(self._original[name], value)  # in place: the connections have them already
 
     @property
-    def mixes(self) -> bool:
-        return True
+    def takes_mean(self) -> bool:
+        return self.options.alpha < 1
 
     def goes_on(self, weights: Mapping[str, nn.Parameter]) -> None:
         if self.options.wise_base == "zero_shot":

@@ -77,6 +77,9 @@ def _facts(contents: RunContents) -> list[str]:
     matrix = contents.data.matrix
     if matrix.columns:
         facts.append(f"{len(matrix.tasks)} of {len(matrix.columns)} tasks learned")
+    counts = contents.data.environment.get("parameters")
+    if isinstance(counts, dict) and all(isinstance(n, int) for n in counts.values()):
+        facts += [f"{n:,} parameters {name}" for name, n in counts.items()]
     seconds = summary.get("seconds")
     if isinstance(seconds, (int, float)) and abs(seconds) < math.inf:
         minutes, rest = divmod(round(seconds), 60)

@@ -75,7 +75,7 @@ class Costs:
         stored: parameters that the checkpoint of a task holds; 0 without checkpoints.
         stored_bytes: their size.
         models: memory of student and teachers.
-        training: memory of gradients and of the optimiser.
+        training: memory of gradients, of the optimiser, and of weights with their adapters.
         teacher_features: memory of what the teachers keep of the largest task.
         image: memory that the graph of an image takes; None without training, as below.
         free: memory that is free before the run; None if that is not known.
@@ -120,7 +120,10 @@ def measure(setup: Setup, says: Callable[[str], None] = lambda words: None) -> C
     """
     model, trains = setup.model, setup.method.trains
     free = free_memory(setup.precision.device)
+    adapters = model.adapters
     stored = model.checkpoint() if trains and setup.config.save_checkpoints else {}
+    if stored and adapters is not None:
+        stored |= {f"adapters of {name}": value for name, value in adapters.state().items()}
     stored_sizes = (
         sum(value.numel() for value in stored.values()),
         sum(value.nbytes for value in stored.values()),
@@ -156,13 +159,16 @@ def measure(setup: Setup, says: Callable[[str], None] = lambda words: None) -> C
     if trains:
         again_each += sum(each.testing_again for each in tasks)
         tested += (len(rows(setup)) - 1) * again_each
+    training = _OF_A_PARAMETER * sum(local(p).nbytes for p in trainable)
+    if adapters is not None and not setup.config.grad_checkpointing:
+        training += adapters.bytes_in_a_step
     known = [fit.largest for fit in fits if fit.largest is not None]
     teachers = {id(each) for each in frozen.values()}
     return Costs(
         *counts,
         *stored_sizes,
         models=used,
-        training=_OF_A_PARAMETER * sum(local(p).nbytes for p in trainable) if trains else 0,
+        training=training if trains else 0,
         teacher_features=len(teachers) * kept * width * torch.float32.itemsize,
         image=max((fit.per_sample for fit in fits), default=None),
         free=free,

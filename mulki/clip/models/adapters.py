@@ -36,8 +36,8 @@ _MARK = ".parametrizations."
 
 
 @dataclass
-class _Shown:
-    """Which of the models the weights are at present."""
+class _Current:
+    """Which of the three models the weights are at present."""
 
     level: Level = "student"
 
@@ -48,7 +48,7 @@ class _LowRank(nn.Module):
     kept_a: Tensor
     kept_b: Tensor
 
-    def __init__(self, weight: Tensor, rank: int, scale: float, shown: _Shown):
+    def __init__(self, weight: Tensor, rank: int, scale: float, current: _Current):
         super().__init__()
         rows, columns = len(weight), weight[0].numel()
 
@@ -60,14 +60,15 @@ class _LowRank(nn.Module):
         # Buffers: FSDP leaves them whole, so that they can grow.
         self.register_buffer("kept_a", empty(0, columns))
         self.register_buffer("kept_b", empty(rows, 0))
+        self.bytes_of_weight = weight.nbytes
         self._scale = scale
-        self._shown = shown
+        self._current = current
 
     def forward(self, weight: Tensor) -> Tensor:
         if isinstance(weight, DTensor):
             return weight  # not in a forward pass of FSDP's: open_clip asks for the dtype alone
         factors = {name: getattr(self, name) for name in _FACTORS}
-        return _changed(weight, factors, self._scale, self._shown.level)
+        return _changed(weight, factors, self._scale, self._current.level)
 
 
 def _changed(
@@ -105,7 +106,7 @@ class Adapters:
         alpha: float | None = None,
     ):
         self._clip = clip
-        self._shown = _Shown()
+        self._current = _Current()
         self._scale = 1.0 if alpha is None else alpha / rank
         self._parts: dict[str, _LowRank] = {}
         chosen = _chosen(clip, targets)
@@ -113,9 +114,14 @@ class Adapters:
         clip.requires_grad_(False)
         for module_name, (module, of_module) in chosen.items():
             for weight_name in of_module:
-                part = _LowRank(getattr(module, weight_name), rank, self._scale, self._shown)
+                part = _LowRank(getattr(module, weight_name), rank, self._scale, self._current)
                 parametrize.register_parametrization(module, weight_name, part, unsafe=True)
                 self._parts[f"{module_name}.{weight_name}"] = part
+
+    @property
+    def bytes_in_a_step(self) -> int:
+        """Of the weights W' that a forward pass keeps for the backward pass."""
+        return sum(part.bytes_of_weight for part in self._parts.values())
 
     def __len__(self) -> int:
         """How many weights have one."""
@@ -152,7 +158,11 @@ class Adapters:
         """Whether a state is of adapters of the same weights and rank."""
         mine = self.state()
         return state.keys() == mine.keys() and all(
-            ".kept_" in name or state[name].shape == value.shape for name, value in mine.items()
+            state[f"{name}.a"].shape == part.a.shape
+            and state[f"{name}.b"].shape == part.b.shape
+            and state[f"{name}.kept_a"].shape[1:] == part.a.shape[1:]
+            and state[f"{name}.kept_b"].shape == (len(part.b), len(state[f"{name}.kept_a"]))
+            for name, part in self._parts.items()
         )
 
     def checkpoint(self) -> dict[str, Tensor]:
@@ -182,16 +192,16 @@ class Adapters:
         return found
 
     @contextlib.contextmanager
-    def showing(self, level: Level) -> Iterator[None]:
-        """While it lasts, the model is a teacher in evaluation mode."""
+    def as_teacher(self, level: Level) -> Iterator[None]:
+        """While it lasts, the model is this teacher, in evaluation mode."""
         training = [module for module in self._clip.modules() if module.training]
-        self._shown.level = level
+        self._current.level = level
         for module in training:
             module.training = False
         try:
             yield
         finally:
-            self._shown.level = "student"
+            self._current.level = "student"
             for module in training:
                 module.training = True
 
@@ -229,21 +239,24 @@ def _chosen(
         if not parts:
             ends = sorted({name.rpartition(".")[2] for name in known})
             raise InputError(
-                f"--lora-targets: got {target}, which is the end of no name of a linear layer, 1 x "
-                f"1 convolution or attention that trains; some are {', '.join(ends[:8])}"
+                f"--lora-targets: got {target!r}, but no linear layer, 1 x 1 convolution or "
+                f"attention that trains has a name with this end; wanted some of "
+                f"{', '.join(ends[:8])}"
             )
         chosen |= parts
     return {name: of for name, of in known.items() if name in chosen}
 
 
 def _check_rank(chosen: Mapping[str, tuple[nn.Module, tuple[str, ...]]], rank: int) -> None:
-    for name, (module, weights) in chosen.items():
-        for weight in weights:
-            value = getattr(module, weight)
-            narrow = min(len(value), value[0].numel())
-            if rank > narrow:
-                raise InputError(
-                    f"--lora-rank: got {rank}, but {name} has {value[0].numel()} inputs and "
-                    f"{len(value)} outputs; pass at most {narrow}, or leave it out of "
-                    "--lora-targets"
-                )
+    widths = {
+        f"{name}.{weight}": min(len(value), value[0].numel())
+        for name, (module, weights) in chosen.items()
+        for weight in weights
+        for value in [getattr(module, weight)]
+    }
+    narrowest = min(widths, key=lambda name: widths[name], default="")
+    if narrowest and rank > widths[narrowest]:
+        raise InputError(
+            f"--lora-rank: got {rank}, but {narrowest} has {widths[narrowest]} rows or columns; "
+            "pass at most as many, or --lora-targets without it"
+        )

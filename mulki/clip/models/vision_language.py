@@ -23,9 +23,9 @@ TextSplit = Literal["tokens", "pooled", "features"]
 
 
 class Counts(NamedTuple):
-    """Numbers of parameters of a model: all that a checkpoint has, and those that train."""
+    """Numbers of parameters of a model: those of a checkpoint, and those that train."""
 
-    all: int
+    stored: int
     trained: int
 
 
@@ -46,7 +46,8 @@ class VisionLanguageModel:
         trunk: the ``config.json`` from which timm makes the image tower, where it has no name for
             it; `config` then has no name either.
         adapters: of its weights, from `adapt`; then everything else is frozen.
-        level: which of the models that the weights and the adapters are.
+        level: which of three models this is, where there are adapters: with all of them, with those
+            of earlier tasks, or with none.
     """
 
     clip: Any
@@ -90,7 +91,7 @@ class VisionLanguageModel:
         images = images.to(
             self.device, self._image_dtype, non_blocking=True, memory_format=torch.channels_last
         )
-        with self._shown():
+        with self._current():
             return F.normalize(self.clip.encode_image(images).float(), dim=-1)
 
     def text_inputs(self, prompts: Sequence[str]) -> Tensor:
@@ -105,7 +106,7 @@ class VisionLanguageModel:
         if split == "tokens":
             return tokens
         text = self.clip
-        with torch.no_grad(), self._shown():
+        with torch.no_grad(), self._current():
             return torch.cat(
                 [
                     text.encode_text(part) if split == "features" else _pooled(text.text, part)
@@ -119,15 +120,15 @@ class VisionLanguageModel:
         if split == "features":
             features = inputs
         else:
-            with self._shown():
+            with self._current():
                 encode = self.clip.text.proj if split == "pooled" else self.clip.encode_text
                 features = encode(inputs)
         return F.normalize(features.float(), dim=-1)
 
-    def _shown(self) -> contextlib.AbstractContextManager[None]:
+    def _current(self) -> contextlib.AbstractContextManager[None]:
         if self.adapters is None or self.level == "student":
             return contextlib.nullcontext()
-        return self.adapters.showing(self.level)
+        return self.adapters.as_teacher(self.level)
 
     @property
     def trains_texts(self) -> bool:
@@ -218,7 +219,7 @@ class VisionLanguageModel:
         return {n: p for n, p in self.clip.named_parameters() if p.requires_grad}
 
     def parameter_counts(self) -> Counts:
-        """How many parameters the model has, without adapters, and how many of all train."""
+        """How many parameters a checkpoint has, with adapters merged, and how many train."""
         trained = sum(p.numel() for p in self.trainable().values())
         every = sum(p.numel() for p in self.clip.parameters())
         return Counts(every - (trained if self.adapters is not None else 0), trained)

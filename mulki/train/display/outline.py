@@ -89,8 +89,8 @@ def plan(setup: Setup) -> list[str]:
     before = ", ".join(task.name for task in setup.tasks[: setup.earlier])
     lines = {
         "run": tasks["run"],
-        "model": f"{config.model}, {millions(counts.all)} parameters, {millions(counts.trained)} "
-        f"{_trained(setup.model.adapters)}",
+        "model": f"{config.model}, {millions(counts.stored)} parameters, "
+        f"{millions(counts.trained)} {_trained(setup.model.adapters)}",
         "goes on": f"from {config.continue_}, which has learned {before}" if before else "",
         "original": config.original or "",
         "device": f"{_device(device, setup.world.size)}, precision {setup.precision.name}",

@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mulki import methods
 from mulki.choices.options import field_name
 from mulki.clip.models import VisionLanguageModel
@@ -132,6 +134,9 @@ def continued_options(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     if method != recipe["method"]:
         others = {item.name for item in fields(methods.get(str(recipe["method"])).Options)}
         recipe = {name: value for name, value in recipe.items() if name not in others}
+    if str(given.get("lora_rank", "")).lower() == "none":
+        for name in ("lora_targets", "lora_alpha"):
+            recipe.pop(name, None)
     if "epochs" in given:
         recipe.pop("iterations", None)
     if "iterations" in given:
@@ -296,7 +301,7 @@ def with_adapters(goes_on: Continuation, model: VisionLanguageModel) -> Continua
     if last not in weights.values():
         raise InputError(
             f"--lora-rank: there is no {adapters_of(last)}, so {last} was learned without adapters "
-            "or is a part of a copy; leave --lora-rank out, or copy the whole checkpoint"
+            "or copied without them; copy the whole checkpoint, or pass --lora-rank none"
         )
     for file in weights.values():
         saved = load_tensors(adapters_of(file))[0]
@@ -306,6 +311,25 @@ def with_adapters(goes_on: Continuation, model: VisionLanguageModel) -> Continua
                 "of other modules; leave both out"
             )
     return replace(goes_on, weights=weights)
+
+
+def check_merged(model: VisionLanguageModel, goes_on: Continuation) -> None:
+    """Raise an InputError where the model with the saved adapters is not the one that was saved."""
+    assert model.adapters is not None
+    file = goes_on.weights[len(goes_on.said.tasks)]
+    start = {name: value.clone() for name, value in model.adapters.state().items()}
+    model.adapters.restore(load_tensors(adapters_of(file))[0])
+    merged = model.checkpoint(whole=True)
+    model.adapters.restore(start)
+    for name, value in load_tensors(file)[0].items():
+        near = 8 * torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
+        smallest = near * float(value.abs().max())
+        if not torch.allclose(merged[name], value, rtol=near, atol=smallest):
+            raise InputError(
+                f"--continue: {adapters_of(file)} and the start model do not give the {name} that "
+                f"{file} has; pass --lora-alpha and --model as in the earlier run, or a checkpoint "
+                "that was copied whole"
+            )
 
 
 def check_begin(said: Description, hashes: Mapping[str, Any]) -> None:

@@ -44,17 +44,16 @@ def load_original(
     device: torch.device | str,
     load: Callable[..., VisionLanguageModel] = load_start,
 ) -> VisionLanguageModel | None:
-    """The model that ``--original`` names, frozen; None where it names none.
+    """The model that ``--original`` names; None where it names none.
 
     Args:
         config: options of the run.
-        student: with the start weights, locked as the run wants it.
+        student: with the start weights, without adapters.
         device: where it goes.
         load: takes what `load_start` takes.
 
     Raises:
-        InputError: it cannot be loaded, is another architecture or takes other images, or differs
-            from the student in a part of the text tower that the run freezes.
+        InputError: it cannot be loaded, is another architecture, or takes other images.
     """
     if config.original is None:
         return None
@@ -63,13 +62,6 @@ def load_original(
     except InputError as error:
         text = str(error).replace("--pretrained", "--original-pretrained")
         raise InputError(text.replace("--model", "--original")) from None
-    _check_alike(config, original, student)
-    return original.frozen_beside(student)
-
-
-def _check_alike(
-    config: RunConfig, original: VisionLanguageModel, student: VisionLanguageModel
-) -> None:
     ours, theirs = student.clip.state_dict(), original.clip.state_dict()
     shapes = [{name: value.shape for name, value in each.items()} for each in (ours, theirs)]
     seen = [
@@ -82,10 +74,32 @@ def _check_alike(
             f"--original: {config.original} has another {what} than --model {config.model}; pass "
             "the model that this one was trained from"
         )
+    return original
+
+
+def beside(
+    config: RunConfig, original: VisionLanguageModel, student: VisionLanguageModel
+) -> VisionLanguageModel:
+    """The original model, frozen, as a teacher of the student.
+
+    Args:
+        config: options of the run.
+        original: from `load_original`, with weights as they are stored.
+        student: locked, or with adapters, as the run wants it.
+
+    Raises:
+        InputError: it differs from the student in a part of the text tower that the run freezes.
+    """
+    ours, theirs = student.clip.state_dict(), original.clip.state_dict()
     # Texts go through what is frozen once, for student and teachers alike.
-    different = [n for n in student.frozen_text if not torch.equal(ours[n], theirs[n])]
+    common = [name for name in student.frozen_text if name in theirs]
+    different = [name for name in common if not torch.equal(ours[name], theirs[name])]
     if different:
+        advice = "leave --lock-text out"
+        if student.adapters is not None:
+            advice += ", and choose --lora-targets in the text tower too"
         raise InputError(
             f"--original: {config.original} differs from --model {config.model} in "
-            f"{different[0]}, which the run freezes for both; leave --lock-text out"
+            f"{different[0]}, which the run freezes for both; {advice}"
         )
+    return original.frozen_beside(student)

@@ -49,11 +49,17 @@ from mulki.train.saving.recovery import (
     open_to_resume,
     read_save,
 )
-from mulki.train.start.continuation import Continuation, check_begin, continuation, with_adapters
+from mulki.train.start.continuation import (
+    Continuation,
+    check_begin,
+    check_merged,
+    continuation,
+    with_adapters,
+)
 from mulki.train.start.data import check_reference, check_unused, load_data, needs_beyond_tasks
 from mulki.train.start.downloads import StandIns
 from mulki.train.start.hashes import hashes_of, same_in_all
-from mulki.train.start.original import check_original, load_original
+from mulki.train.start.original import beside, check_original, load_original
 from mulki.train.start.start_model import check_start, load_start
 
 
@@ -183,6 +189,10 @@ def prepared(
             _adapt(config, model)
             if goes_on is not None and model.adapters is not None:
                 goes_on = with_adapters(goes_on, model)
+                if stand_ins is None:
+                    check_merged(model, goes_on)
+            if original is not None:
+                original = beside(config, original, model)
             new = with_validation(config, method, data.tasks[data.earlier :])
             data = data._replace(tasks=[*data.tasks[: data.earlier], *new])
             facts = same_in_all(settings, data.tasks, hashes) | {"precision": precision.name}
@@ -259,19 +269,21 @@ def _check_adapters(config: RunConfig, method: Method) -> None:
                     "it out"
                 )
         return
-    advice = "leave --lora-rank out, or it"
-    if config.lock_image:
-        raise InputError(f"--lock-image: adapters freeze all weights by themselves; {advice}")
+    for name, why in (
+        ("lock_image", "adapters freeze all weights by themselves"),
+        ("torchcompile", "each teacher and each task would compile the model again"),
+    ):
+        if getattr(config, name):
+            raise InputError(f"{flag(name)}: {why}; leave it out, or --lora-rank")
     if not method.trains:
         raise InputError(
             f"--lora-rank: method {method.name} learns nothing; leave it out, or change --method"
         )
-    if method.needs.fisher or method.mixes:
+    if method.needs.fisher or method.takes_mean:
         what = "Fisher information of weights" if method.needs.fisher else "a mean of weights"
         raise InputError(
             f"--lora-rank: method {method.name} with these options takes {what}, which adapters "
-            "do not have; leave it out, or change --method"
-            + (", --we-every or --alpha" if method.mixes else "")
+            "do not have; leave it out, or change --method or these options"
         )
 
 

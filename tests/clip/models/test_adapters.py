@@ -84,6 +84,27 @@ def test_a_checkpoint_has_the_features_of_the_student(
         assert same(features(plain), features(model))
 
 
+def test_a_packaged_text_tower_has_an_adapter_of_its_projection(
+    hf_model: VisionLanguageModel,
+) -> None:
+    hf_model.packaged = ("text.transformer.",)
+    hf_model.lock(text=True)
+    plain = copy.deepcopy(hf_model.clip)
+    hf_model.adapt(2)
+    hf_model.adapters.start_task(0, keep=False)  # type: ignore[union-attr]
+    assert [n for n in hf_model.trainable() if n.startswith("text.proj.")]
+    inputs = hf_model.text_inputs(PROMPTS)  # before the projection, which does not change them
+    learn(hf_model, seed=1)
+    state, whole = hf_model.checkpoint(), hf_model.checkpoint(whole=True)
+    assert same_state(state, {n: v for n, v in whole.items() if not n.startswith("text.trans")})
+    plain.load_state_dict(whole)
+    hf_model.eval()
+    with torch.no_grad():
+        wanted = torch.nn.functional.normalize(plain.eval().text.proj(inputs), dim=-1)
+        assert torch.equal(hf_model.encode_texts(inputs), wanted)
+        assert not torch.equal(hf_model.teacher("previous").encode_texts(inputs), wanted)
+
+
 def test_the_product_is_that_of_the_formula(load_tiny: Load) -> None:
     model = adapted(load_tiny, rank=3, alpha=6.0)
     learn(model, seed=1)
@@ -137,8 +158,8 @@ def test_a_locked_tower_has_no_adapters(load_tiny: Load) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"targets": ("attn", "qkv")}, r"--lora-targets: got qkv, .*; some are .*c_fc"),
-        ({"rank": 33}, r"--lora-rank: got 33, but visual.* has 32 inputs and \d+ outputs; .* 32"),
+        ({"targets": ("attn", "qkv")}, r"--lora-targets: got 'qkv', .*; wanted some of .*c_fc"),
+        ({"rank": 17}, r"--lora-rank: got 17, but transformer.* has 16 rows or columns"),
     ],
 )
 def test_bad_options(load_tiny: Load, options: dict[str, Any], said: str) -> None:

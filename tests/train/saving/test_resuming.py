@@ -62,9 +62,9 @@ CASES: dict[str, dict[str, Any]] = {
     "ewc": {"method": "ewc", "fisher_images": 5, "ewc_decay": 0.5},
     "original": {"method": "mulki", "original": "tiny-vit"},
     "adapters": {"method": "mulki", "lora_rank": 2, "anchors": "both", "l2": 0.1,
-                 "augment": "crop"},
+                 "augment": "crop", "grad_checkpointing": True},
     "some adapters": {"method": "mulki", "lora_rank": 3, "lora_targets": ("attn",),
-                      "lora_alpha": 6.0, "original": "tiny-vit"},
+                      "lora_alpha": 6.0, "original": "tiny-vit", "opt": "muon"},
 }  # fmt: skip
 
 

@@ -152,15 +152,20 @@ def test_from_a_copied_checkpoint_alone(make: Make, folders: list[str], tmp_path
 
 
 def test_adapters_go_on_from_adapters(make: Make, folders: list[str], tmp_path: Path) -> None:
-    adapted = {"method": "lwf", "lora_rank": 2}
+    adapted = {"method": "lwf", "lora_rank": 2, "lora_targets": "attn"}
     plain, first = make("plain", folders[:1], method="lwf"), make("first", folders[:1], **adapted)
     copy = shutil.copytree(first.latest, tmp_path / "copy")
     (copy / "adapters.safetensors").unlink()
+    stale = shutil.copytree(first.latest, tmp_path / "stale")
+    other = make("other", folders[:1], seed=1, **adapted)
+    shutil.copy(other.latest / "adapters.safetensors", stale)
     refused = (
         (plain.path, {"lora_rank": 2}, "--lora-rank: there is no .*, so .* was learned without"),
-        (copy, {}, "or is a part of a copy"),
+        (copy, {}, "or copied without them"),
         (first.path, {"lora_rank": 3}, "has adapters of another rank or of other modules"),
         (first.path, {"lora_targets": "mlp"}, "has adapters of another rank or of other modules"),
+        (first.path, {"lora_alpha": 8.0}, "do not give the .* that .* has; pass --lora-alpha and"),
+        (stale, {}, "or a checkpoint that was copied whole"),
     )
     for after, given, said in refused:
         options = continued_options(after, {"tasks": folders[1:2], **given})

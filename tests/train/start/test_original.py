@@ -53,6 +53,21 @@ def test_a_run_that_goes_on_from_a_checkpoint_has_the_first_runs_original(
     assert hashes_of(second.path)["original"] == hashes_of(first.path)["weights"]
 
 
+IMAGE_TOWER = "visual.transformer.resblocks.0.mlp.c_fc"
+
+
+@pytest.mark.parametrize("targets", [(), (IMAGE_TOWER,)])
+def test_an_original_beside_adapters(
+    run: Run, start_model: dict[str, str], targets: tuple[str, ...]
+) -> None:
+    adapted = {"method": "mulki", "lora_rank": 2, "lora_targets": targets, "anchors": "both"}
+    plain = run("plain", **adapted)
+    named = run("named", original=start_model["model"], **adapted)
+    found, wanted = weights(named), weights(plain)
+    for name, value in found.items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-3, atol=1e-5)
+
+
 def test_an_original_that_is_the_start_model_changes_nothing(
     run: Run, start_model: dict[str, str]
 ) -> None:
@@ -68,6 +83,10 @@ def test_an_original_that_is_the_start_model_changes_nothing(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (
+            {"original": "tiny-vit", "lora_rank": 2, "lora_targets": (IMAGE_TOWER,)},
+            "--lora-targets in the text tower too",
+        ),
         ({"original": "tiny-resnet"}, "--original: tiny-resnet has another architecture than"),
         ({"original": "tiny-vitt"}, "--original: no model 'tiny-vitt' (did you mean"),
         ({"original": "local-dir:gone"}, "--original local-dir:gone --original-pretrained None: "),
