@@ -275,8 +275,11 @@ class RunConfig:
     )
     logs: str = option("logs", "folder of run folders", alias="--output")
     name: str | None = option(None, "name of the run folder; made from the date if left out")
-    log_every_n_steps: int = option(
-        10, "steps between two lines of losses in out.log and points of its curves", low=1
+    log_every_n_steps: int | None = option(
+        None,
+        "steps between two lines of losses in out.log and points of its curves; if left out, 10, "
+        "or fewer in a short task, so that it has 20 points",
+        low=1,
     )
     report_to: tuple[str, ...] = option(
         ("auto",),

@@ -19,6 +19,9 @@ from mulki.train.start.setup import Setup
 
 _log = logging.getLogger(__name__)
 
+# Of a curve of a short task, where no number of steps between them is given.
+_POINTS = 20
+
 
 class Reporter:
     """Tells of the steps of a run.
@@ -61,7 +64,7 @@ class Reporter:
         self._steps_since += 1
         for name, seconds in (*report.parts.items(), ("rest", _rest(report))):
             self._parts[name] = self._parts.get(name, 0.0) + seconds
-        every = self._setup.config.log_every_n_steps
+        every = self._setup.config.log_every_n_steps or max(1, min(10, self._steps // _POINTS))
         logged = report.step in (1, self._steps) or report.step % every == 0
         if logged and self._setup.folder is not None:
             self._write(report, prepared)

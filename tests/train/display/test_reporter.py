@@ -70,6 +70,12 @@ def test_only_logged_steps_are_watched(run: Run, monkeypatch: pytest.MonkeyPatch
     assert len(calls) == 2 * 4  # steps 1, 4, 8 and 9 of two tasks
 
 
+def test_a_short_task_has_more_points(run: Run) -> None:
+    folder = run(method="finetune", iterations=45, log_every_n_steps=None)
+    steps = [record.step for record in read_history(folder.path) if record.index == 0]
+    assert steps == [1, *range(2, 45, 2), 45]
+
+
 def test_a_method_without_teachers_has_none_of_their_numbers(run: Run) -> None:
     folder = run(method="finetune")
     for record in read_history(folder.path):
