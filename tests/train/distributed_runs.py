@@ -23,6 +23,7 @@ from mulki.train.sequence import run
 from tests import ROOT
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
+FIRST = "checkpoints/task_01_colours.safetensors"
 LAST = "checkpoints/task_02_shades.safetensors"
 ON_REFERENCE = {"method": "on_reference", "reference": "current"}
 # Seconds that a process waits for one that is going to hang. On a busy machine one may start much
@@ -89,20 +90,27 @@ def compare(
         if not (logs / name).exists():
             run(resolve(base | options | {"name": name, "batch_size": batch}))
         many = logs / f"{name}-{processes}"
-        assert read_matrix(many / "matrix.csv") == read_matrix(logs / name / "matrix.csv"), name
-        assert_same_answers(many, logs / name)
-        if options["method"] == "zero_shot":
-            continue
-        weights, wanted = load_file(many / LAST), load_file(logs / name / LAST)
-        assert weights.keys() == wanted.keys(), name
-        for key, value in weights.items():
-            # Attention does not depend on the bias of its keys, whose gradient is rounding alone;
-            # AdamW divides it by its own size.
-            atol = 1e-4 if key.endswith("in_proj_bias") else 1e-5
-            torch.testing.assert_close(value, wanted[key], rtol=0, atol=atol, msg=f"{name} {key}")
-        moved = load_file(logs / name / "checkpoints/task_01_colours.safetensors")
-        far = max(float((v - wanted[k]).abs().max()) for k, v in moved.items())
-        assert far > 1e-3, "the comparison would hold for models that did not train"
+        assert_same_results(many, logs / name)
+        if options["method"] != "zero_shot":
+            assert_same_weights(many, logs / name, logs / name / FIRST)
+
+
+def assert_same_results(many: Path, one: Path) -> None:
+    assert read_matrix(many / "matrix.csv") == read_matrix(one / "matrix.csv"), one.name
+    assert_same_answers(many, one)
+
+
+def assert_same_weights(many: Path, one: Path, before: Path) -> None:
+    """The weights after the second task, which began with those in the file `before`."""
+    weights, wanted = load_file(many / LAST), load_file(one / LAST)
+    assert weights.keys() == wanted.keys(), one.name
+    for key, value in weights.items():
+        # Attention does not depend on the bias of its keys, whose gradient is rounding alone;
+        # AdamW divides it by its own size.
+        atol = 1e-4 if key.endswith("in_proj_bias") else 1e-5
+        torch.testing.assert_close(value, wanted[key], rtol=0, atol=atol, msg=f"{one.name} {key}")
+    far = max(float((v - wanted[k]).abs().max()) for k, v in load_file(before).items())
+    assert far > 1e-3, "the comparison would hold for models that did not train"
 
 
 def assert_same_answers(many: Path, one: Path) -> None:

@@ -32,6 +32,13 @@ from mulki.train.start.continuation import (
     set_weights,
 )
 from mulki.train.start.setup import prepared
+from tests.train.distributed_runs import (
+    ANCHORED,
+    FIRST,
+    assert_same_results,
+    assert_same_weights,
+    torchrun,
+)
 from tests.train.run_helpers import SHORT, weights
 from tests.train.saving.test_resuming import results_of, resumed, stop_at
 from tests.train_helpers import same_state, write_pairs, write_task
@@ -122,6 +129,26 @@ def test_after_several_runs_and_stops(
     assert len(read_matrix(first.path.parent / "third" / "matrix.csv").rows) == 1
     third = resumed(first.path.parent / "third")
     check_as_one(third.path, whole.path)
+
+
+@pytest.mark.long
+def test_several_processes_go_on_as_one_does(base: dict[str, Any], tmp_path: Path) -> None:
+    colours, shades = base["tasks"]
+    options = {"method": "mulki", "we_every": 2, "alpha": 0.8, "l2": 5.0, "anchors": "both"}
+    given = base | ANCHORED | options | {"logs": str(tmp_path), "batch_size": 6}
+    first = sequence.run(resolve(given | {"name": "first", "tasks": [colours]}))
+    assert first is not None
+    more = {"name": "one", "logs": str(tmp_path), "tasks": [shades]}
+    one = sequence.run(resolve(continued_options(first.path, more)))
+    assert one is not None and len(read_matrix(one.path / "matrix.csv").rows) == 2
+    for name, words in (("replicated", []), ("sharded", ["--fsdp"])):
+        go_on = ["run", shades, "--continue", str(first.path), "--batch-size", "3", *words]
+        place = ["--logs", str(tmp_path), "--name", name]
+        done = torchrun(2, "-m", "mulki", "--", *go_on, *place)
+        assert done.returncode == 0, done.stderr
+        assert json.loads((tmp_path / name / "env.json").read_text())["processes"] == 2
+        assert_same_results(tmp_path / name, one.path)
+        assert_same_weights(tmp_path / name, one.path, first.path / FIRST)
 
 
 def test_from_a_copied_checkpoint_alone(make: Make, folders: list[str], tmp_path: Path) -> None:
