@@ -164,6 +164,8 @@ class _Curves:
         curve: Callable[[int], list[FloatArray]],
     ) -> Plot:
         def one_value(axes: Axes) -> int:
+            if "points" in unit:
+                axes.axvline(0, color=DIM, linewidth=0.8)
             for number in range(len(self.groups)):
                 (seeds,) = curve(number)
                 ends = seeds.min(), seeds.mean(), seeds.max()

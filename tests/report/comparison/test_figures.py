@@ -30,6 +30,7 @@ def dots(plot: Plot) -> dict[str, float]:
     axes = drawn(plot)
     names = [label.get_text() for label in axes.get_yticklabels()]
     values = [np.asarray(line.get_xdata()) for line in axes.lines]
+    # Lines have two ends.
     return dict(zip(names, (float(x[0]) for x in values if len(x) == 1), strict=True))
 
 
