@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import os
 import runpy
 import subprocess
 import sys
@@ -168,6 +170,100 @@ def test_a_lightning_module(clip: Callable[[int], Any], tmp_path: Path) -> None:
     moved = {n for n, p in module.named_parameters() if not torch.equal(p, before[n])}
     assert "clip.visual.proj" in moved
     assert not any(name.startswith("teachers") for name in moved)
+
+
+# Losses of each step, and weights in the end: of the example, with 16 pairs in two steps.
+Learned = tuple[list[dict[str, float]], torch.Tensor]
+
+
+def clips_on_a_rank(rank: int, world: int, folder: Path) -> list[Any]:
+    if world > 1:  # as torchrun says it; they have met already, so the address is not used
+        os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "MASTER_ADDR": "127.0.0.1"}
+        os.environ |= {"WORLD_SIZE": f"{world}", "LOCAL_WORLD_SIZE": f"{world}"}
+    torch.manual_seed(0)
+    open_clip.add_model_config(folder)
+    return [open_clip.create_model("tiny-vit", output_dict=True) for _ in range(3)]
+
+
+def learned_with_accelerate(rank: int, world: int, folder: Path) -> Learned:
+    from accelerate import Accelerator
+
+    clip, teacher, _ = clips_on_a_rank(rank, world, folder)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*pairs(16)), 8 // world)
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == world
+    train = load("accelerate_training.py")["train"]
+    steps = list(train(clip, teacher, loader, accelerator=accelerator, lr=1e-3))
+    losses = [{name: value.item() for name, value in step.items()} for step in steps]
+    return losses, clip.visual.proj.detach()
+
+
+def learned_with_lightning(rank: int, world: int, folder: Path) -> Learned:
+    import lightning
+
+    losses: list[dict[str, float]] = []
+
+    class Kept(lightning.Callback):
+        def on_train_batch_end(self, trainer: Any, *given: Any) -> None:
+            metrics = trainer.callback_metrics.items()
+            losses.append({name: value.item() for name, value in metrics})
+
+    clips = clips_on_a_rank(rank, world, folder)
+    dataset = torch.utils.data.TensorDataset(*pairs(16))
+    # That of Lightning has another order than one process.
+    sampler = torch.utils.data.DistributedSampler(dataset, world, rank, shuffle=False)
+    loader = torch.utils.data.DataLoader(dataset, 8 // world, sampler=sampler)
+    trainer = lightning.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        devices=world,
+        strategy="ddp" if world > 1 else "auto",
+        callbacks=[Kept()],
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(load("lightning_module.py")["Student"](*clips, lr=1e-3), loader)
+    return losses, clips[0].visual.proj.detach()
+
+
+@pytest.mark.filterwarnings("ignore")  # of both packages, about loaders and threads
+@pytest.mark.parametrize(
+    ("package", "learned"),
+    [("accelerate", learned_with_accelerate), ("lightning", learned_with_lightning)],
+)
+def test_two_processes_take_the_steps_of_one(
+    package: str, learned: Callable[..., Learned], tmp_path: Path
+) -> None:
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    architecture = json.dumps(train_helpers.ARCHITECTURES["tiny-vit"])
+    (tmp_path / "tiny-vit.json").write_text(architecture)
+    losses, weights = learned(0, 1, tmp_path)
+    one, other = run_ranks(2, learned, tmp_path)
+    assert [sorted(step) for step in losses] == [["contrastive_loss", "distill_loss"]] * 2
+    for theirs, of in (one, other):
+        assert theirs == [pytest.approx(step, rel=1e-4) for step in losses]
+        torch.testing.assert_close(of, weights, rtol=1e-3, atol=1e-5)
+    assert torch.equal(one[1], other[1])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("package", ["accelerate", "lightning"])
+def test_the_programs_for_accelerate_and_lightning(
+    package: str,
+    tiny_models: Sequence[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    file = {"accelerate": "accelerate_training.py", "lightning": "lightning_module.py"}[package]
+    monkeypatch.setattr(sys, "argv", [file, "--model", "tiny-vit", "--batch-size", "32"])
+    load(file)["main"]()
+    (line, *_) = [x for x in capsys.readouterr().out.splitlines() if "distill_loss" in x][::-1]
+    terms = dict(term.split() for term in line.split(", "))
+    assert 0 < float(terms["contrastive_loss"]) < 2 * math.log(32)
 
 
 def test_the_launch_script_is_sound() -> None:
