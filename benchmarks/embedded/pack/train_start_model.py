@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -95,14 +94,26 @@ class Pairs(torch.utils.data.Dataset):
         return self.steps
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Views ``[B, 3, 64, 64]``, caption indices ``[B]``, targets ``[B, B]`` (row: picture).
+        """Views ``[B, 3, 64, 64]``, and the captions and targets of `captioned`."""
+        chosen = self.drawn(step)
+        texts, shows = self.captioned(chosen)
+        return self.viewed(chosen), texts, shows
+
+    def drawn(self, step: int) -> Tensor:
+        """Places ``[B]`` of the pictures of a step; what follows of it is drawn anew from here."""
+        self.generator.manual_seed(self.seed * 1_000_003 + step)
+        return torch.multinomial(self.weight, self.size, replacement=True, generator=self.generator)
+
+    def viewed(self, chosen: Tensor) -> Tensor:
+        """A view of each picture, ``[B, 3, 64, 64]`` in 0..1."""
+        return self.views(self.images[chosen], self.kind[chosen])
+
+    def captioned(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Caption indices ``[B]``, targets ``[B, B]`` (row: picture).
 
         A caption is right for every picture that shows its idea, whoever it was drawn with.
         """
-        size = self.size
-        self.generator.manual_seed(self.seed * 1_000_003 + step)
-        chosen = torch.multinomial(self.weight, size, replacement=True, generator=self.generator)
-        dice = torch.rand(size, 2, generator=self.generator).tolist()
+        dice = torch.rand(len(chosen), 2, generator=self.generator).tolist()
         texts, idea = [], []
         for index, (first, second) in zip(chosen.tolist(), dice, strict=True):
             ideas = self.captions[index]
@@ -110,11 +121,7 @@ class Pairs(torch.utils.data.Dataset):
             texts.append(ideas[at][int(second * len(ideas[at]))])
             idea.append(self.ideas[index, at])
         shows = (self.ideas[chosen][:, None, :] == torch.stack(idea)[None, :, None]).any(-1)
-        return (
-            self.views(self.images[chosen], self.kind[chosen]),
-            torch.tensor(texts),
-            shows.float(),
-        )
+        return torch.tensor(texts), shows.float()
 
 
 @torch.no_grad()
@@ -221,9 +228,7 @@ class Average:
 class Looks:
     """Zero-shot accuracy on a fixed sample of the pack's training pictures."""
 
-    def __init__(self, pack: Path, model, tokens, seed: int, count: int = 400) -> None:
-        config = open_clip.transform.PreprocessCfg(**mini.CONFIG["preprocess_cfg"])
-        preprocess = open_clip.transform.image_transform_v2(config, is_train=False)
+    def __init__(self, pack: Path, model: VisionLanguageModel, seed: int, count: int = 400) -> None:
         whole = open_pack(pack)
         tasks = [whole.task(name) for name in whole.tasks]
         generator = torch.Generator().manual_seed(seed)
@@ -232,11 +237,11 @@ class Looks:
             part = torch.randperm(len(task.train), generator=generator)[:count]
             samples.append(Subset(task.train, part.tolist()))
         self.tasks = tasks
-        self.evaluator = Evaluator(
-            VisionLanguageModel(model, tokens, preprocess, BUNDLED),
-            tasks,
-            [batches(s, preprocess, 256, shuffle=False, seed=seed, cached=True) for s in samples],
-        )
+        loaders = [
+            batches(s, model.preprocess, 256, shuffle=False, seed=seed, cached=True)
+            for s in samples
+        ]
+        self.evaluator = Evaluator(model, tasks, loaders)
 
     def __call__(self) -> dict[str, float]:
         with torch.autocast("cpu", torch.bfloat16):
@@ -278,7 +283,8 @@ def main() -> None:
     keep_depthwise_in_fp32(model.visual.trunk)
     pairs = Pairs(options.pairs, options.seed, options.batch, options.steps)
     captions = caption_features(model, tokens, pairs.texts, options.work / "captions.pt")
-    looks = Looks(options.pack, model, tokens, options.seed)
+    looked_at = VisionLanguageModel(model, tokens, mini.preprocess(), BUNDLED)
+    looks = Looks(options.pack, looked_at, options.seed)
     optimizer = torch.optim.AdamW(
         groups(model, options.tower_rate, options.head_rate), betas=(0.9, 0.98), fused=True
     )

@@ -428,15 +428,11 @@ def collect(cache: Cache) -> list[Pair]:
     return pairs
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--cache", required=True, help="folder of fetched packages")
-    parser.add_argument("--pack", required=True, type=Path, help="folder of the pack")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write")
-    options = parser.parse_args()
-    pairs = without_pack(collect(Cache(options.cache)), options.pack)
-    options.out.mkdir(parents=True, exist_ok=True)
-    np.save(options.out / "images.npy", np.stack([pair.image for pair in pairs]))
+def write(cache: Cache, pack: Path, out: Path) -> None:
+    """Make the training pictures, and write them into ``out``."""
+    pairs = without_pack(collect(cache), pack)
+    out.mkdir(parents=True, exist_ok=True)
+    np.save(out / "images.npy", np.stack([pair.image for pair in pairs]))
     texts: dict[str, int] = {}
     ideas: dict[str, int] = {}
     rows = []
@@ -447,13 +443,22 @@ def main() -> None:
         ]
         rows.append({"source": pair.source, "kind": pair.kind, "captions": row})
     table = {"texts": list(texts), "ideas": list(ideas), "pairs": rows}
-    (options.out / "pairs.json").write_text(json.dumps(table))
+    (out / "pairs.json").write_text(json.dumps(table))
     counts: dict[str, int] = defaultdict(int)
     for pair in pairs:
         counts[pair.source] += 1
     for source, count in sorted(counts.items()):
         print(f"{count:6} {source}")
     print(f"{len(pairs)} pictures, {len(texts)} captions, {len(ideas)} ideas")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--cache", required=True, help="folder of fetched packages")
+    parser.add_argument("--pack", required=True, type=Path, help="folder of the pack")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    options = parser.parse_args()
+    write(Cache(options.cache), options.pack, options.out)
 
 
 if __name__ == "__main__":
