@@ -362,12 +362,15 @@ def held() -> list[Run]:
 
 
 def changes() -> list[Run]:
-    """The best of the first forms, by what is done to the images it is held on."""
+    """The best of these forms, by what is done to the images it is held on."""
     return [
         Run(
             "changes",
             name,
-            {"order": order, "seed": TUNING_SEEDS[0]} | _BEST | {"reference_changes": names},
+            {"order": order, "seed": TUNING_SEEDS[0]}
+            | _BEST
+            | _ANCHORS
+            | {"reference_changes": names},
         )
         for (name, names), order in product(CHANGED.items(), FORM_ORDERS)
     ]
