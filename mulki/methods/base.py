@@ -9,8 +9,8 @@ a task, add terms on parameters, change gradients before each step, act after it
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -66,6 +66,9 @@ class Needs:
         student_anchors: whether the student encodes these texts too, with gradient.
         replay: images of earlier tasks that the student encodes beside each batch, with gradient,
             and the classes of these tasks; see `Features.replay`.
+        directions: for methods that restrict adapters: the mean gradient of the weights with
+            adapters before a task, see `TaskStart.gradients`, and the second moments of their
+            inputs at its end, see `Method.keep_moments`.
         fisher: training images on which the Fisher information of the weights is measured at a
             task's end, see `Method.keep_fisher`; 0 for none.
     """
@@ -80,6 +83,7 @@ class Needs:
     student_anchors: bool = False
     replay: Replay | None = None
     fisher: int = 0
+    directions: bool = False
 
     def without_classes(self) -> Needs:
         """What is left of them in a task of captions: the teachers."""
@@ -98,6 +102,20 @@ class Needs:
         return tuple(words for words, needed in used.items() if needed)
 
 
+class AdaptedWeight(NamedTuple):
+    """A weight with a low-rank adapter: in the task it is ``start`` and a multiple of ``b a``.
+
+    Attributes:
+        start: [out, in], does not change.
+        a: [r, in], live, at random.
+        b: [out, r], live, zero.
+    """
+
+    start: Tensor
+    a: nn.Parameter
+    b: nn.Parameter
+
+
 @dataclass(frozen=True)
 class TaskStart:
     """What a method is given before the first step of a task.
@@ -108,6 +126,9 @@ class TaskStart:
         steps: optimiser steps the task will take.
         weights: the student's trainable parameters by name; not copies.
         prototypes: [C, D] class means of the original model if `Needs.prototypes`, else None.
+        adapted: the weights with adapters, by name; empty without adapters.
+        gradients: [out, in] of each of these, the mean gradient of the cross-entropy over the
+            task's training images, if `Needs.directions`; None in a task that goes on.
     """
 
     index: int
@@ -115,6 +136,8 @@ class TaskStart:
     steps: int
     weights: Mapping[str, nn.Parameter]
     prototypes: Tensor | None
+    adapted: Mapping[str, AdaptedWeight] = field(default_factory=dict)
+    gradients: Mapping[str, Tensor] | None = None
 
 
 class Method(nn.Module):
@@ -247,6 +270,14 @@ class Method(nn.Module):
         Args:
             fisher: the diagonal of the Fisher information of each trainable weight, by name, see
                 `mulki.train.learning.fisher`.
+        """
+
+    def keep_moments(self, moments: Mapping[str, Tensor]) -> None:
+        """Called after the last step, before `end_task`, if `Needs.directions`.
+
+        Args:
+            moments: [in, in] of each weight with an adapter, by name: the sum of ``x x^T`` over its
+                inputs x, of the task's training images and class texts.
         """
 
     def end_task(self) -> None:

@@ -11,6 +11,7 @@ from mulki.errors import InputError
 from mulki.methods.er import ER
 from mulki.methods.ewc import EWC
 from mulki.methods.finetune import Finetune
+from mulki.methods.keeplora import KeepLoRA
 from mulki.methods.lwf import LwF
 from mulki.methods.lwf_vr import LwFVR
 from mulki.methods.mulki import MulKI
@@ -26,6 +27,7 @@ class TestRegistry:
             "er": ER,
             "ewc": EWC,
             "finetune": Finetune,
+            "keeplora": KeepLoRA,
             "lwf": LwF,
             "lwf_vr": LwFVR,
             "mulki": MulKI,
@@ -37,7 +39,7 @@ class TestRegistry:
         assert methods.get("lwf") is LwF
 
     def test_an_unknown_name_gets_the_nearest(self):
-        with pytest.raises(InputError, match="'MULKY' .*\"mulki\".*er, ewc, finetune, lwf"):
+        with pytest.raises(InputError, match="'MULKY' .*\"mulki\".*er, ewc, .*keeplora, lwf"):
             methods.get("MULKY")
         with pytest.raises(InputError, match="^--method: .*'xyz'"):
             methods.get("xyz")

@@ -33,10 +33,12 @@ SHORT = {
 }
 
 
-def options_of(method: str) -> dict[str, str]:
+def options_of(method: str) -> dict[str, Any]:
     """What a run of the method has to name, for its default options."""
     cls = methods.get(method)
-    return {"reference": "current"} if cls(cls.Options()).needs.reference else {}
+    needs = cls(cls.Options()).needs
+    named: dict[str, Any] = {"reference": "current"} if needs.reference else {}
+    return named | ({"lora_rank": 2} if needs.directions else {})
 
 
 def weights(folder: RunFolder | Path, pattern: str = "task_02*") -> dict[str, torch.Tensor]:

@@ -106,7 +106,7 @@ def test_every_method_leaves_a_complete_folder(
     drift = [e for e in every if e.metric in ("word_agreement", "mean_distance")]
     assert len(seen) + len(evaluations) + len(heads) + len(drift) == len(every)
     with_original = name not in (
-        *("zero_shot", "finetune", "wise_ft", "lwf", "lwf_vr", "er", "ewc"),
+        *("zero_shot", "finetune", "wise_ft", "lwf", "lwf_vr", "er", "ewc", "keeplora"),
     )
     assert [(e.after_task, e.eval_dataset) for e in drift if e.metric == "word_agreement"] == [
         (after, data) for after in header[1:] * with_original for data in header[1:]
@@ -155,7 +155,8 @@ def test_every_method_leaves_a_complete_folder(
     if trains:
         names = {p.name for p in (path / "checkpoints").iterdir()}
         tasks = {f"task_{i:02d}_{t}.safetensors" for i, t in ((1, "colours"), (2, "shades"))}
-        beside = ["class_statistics", *(["method"] if name == "ewc" else [])]
+        own = {"ewc": ["method"], "keeplora": ["method", "adapters"]}
+        beside = ["class_statistics", *own.get(name, [])]
         files = {f"{kind}_{task}" for kind in beside for task in tasks}
         assert names == tasks | files | {"latest"}
         assert (path / "checkpoints" / "latest" / "class_statistics.safetensors").is_file()

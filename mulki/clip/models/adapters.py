@@ -19,7 +19,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,24 @@ def _changed(
         return (weight.float() + (b @ a).view_as(weight)).to(weight.dtype)
 
 
+class Adapted(NamedTuple):
+    """A weight with an adapter.
+
+    Attributes:
+        module: that has the weight.
+        frozen: W, live; it takes no part in training.
+        start: the weight that the task started with, W + K, [out, in].
+        a: [r, in], live.
+        b: [out, r], live.
+    """
+
+    module: nn.Module
+    frozen: nn.Parameter
+    start: Tensor
+    a: nn.Parameter
+    b: nn.Parameter
+
+
 class Adapters:
     """The adapters of a model, made in place; all other parameters are frozen.
 
@@ -128,6 +146,20 @@ class Adapters:
         return len(self._parts)
 
     @torch.no_grad()
+    def weights(self) -> dict[str, Adapted]:
+        """The weights with adapters, by name."""
+        found = {}
+        for name, part in self._parts.items():
+            path, _, weight_name = name.rpartition(".")
+            module = self._clip.get_submodule(path)
+            lists: Any = module.parametrizations
+            frozen = lists[weight_name].original
+            factors = {factor: getattr(part, factor) for factor in _FACTORS}
+            start = _changed(frozen, factors, self._scale, "previous")
+            found[name] = Adapted(module, frozen, start.flatten(1), part.a, part.b)
+        return found
+
+    @torch.no_grad()
     def start_task(self, seed: int, *, keep: bool) -> None:
         """Begin a task with a product of zero: A at random, as linear layers begin, and B = 0.
 
@@ -145,6 +177,7 @@ class Adapters:
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
             set_whole(part.a, drawn.to(part.a.device))
             part.b.zero_()
+            part.a.requires_grad_(True)  # a method may have frozen it
 
     def state(self) -> dict[str, Tensor]:
         """The factors, by the name of their weight; not copies, and sharded by FSDP."""

@@ -10,15 +10,18 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+from mulki.clip.models import VisionLanguageModel
 from mulki.data.caption_task import CaptionTask
 from mulki.errors import InputError
 from mulki.methods import TaskStart
+from mulki.methods.base import AdaptedWeight
 from mulki.train.config import schedule
 from mulki.train.config.rates import learning_rates
 from mulki.train.config.run_config import RunConfig
 from mulki.train.config.tasks import needs_of
 from mulki.train.learning.batches import Batch, PairBatch, task_batches
 from mulki.train.learning.class_step import ClassStep, Step
+from mulki.train.learning.directions import input_moments, mean_gradients
 from mulki.train.learning.fisher import fisher_diagonal
 from mulki.train.learning.inputs import Listeners, StepReport, TaskInputs, Training
 from mulki.train.learning.memory import MicroBatch
@@ -76,7 +79,10 @@ def learn_task(
     learning.guard.report(inputs.task.name)
     if learning.validation is not None:
         learning.validation.keep_best()
-    if images := needs_of(training.method, inputs.task).fisher:
+    needs = needs_of(training.method, inputs.task)
+    if needs.directions:
+        training.method.keep_moments(input_moments(training, inputs))
+    if images := needs.fisher:
         training.method.keep_fisher(fisher_diagonal(training, inputs, images))
     training.method.end_task()
     training.model.eval()
@@ -139,11 +145,22 @@ class _Learning:
 
     def _start_method(self, inputs: TaskInputs, saved: Mapping[str, Any] | None) -> None:
         method, model = self.training.method, self.training.model
+        gradients = None
+        if saved is None and needs_of(method, inputs.task).directions:
+            gradients = mean_gradients(self.training, inputs)
         if saved is not None:
             method.load_state_dict(saved["method"], strict=False)
         classes, prototypes = len(inputs.task.classes), self.teachers.prototypes
         method.start_task(
-            TaskStart(inputs.index, classes, self.last, model.trainable(), prototypes)
+            TaskStart(
+                inputs.index,
+                classes,
+                self.last,
+                model.trainable(),
+                prototypes,
+                _adapted(model),
+                gradients,
+            )
         )
         method.to(model.device)
 
@@ -240,6 +257,13 @@ class _Learning:
             f"--lr {self.lr:g}: {bad} is not finite at step {number} of task {task.name} "
             f"({shown}); start another run with a lower one"
         )
+
+
+def _adapted(model: VisionLanguageModel) -> dict[str, AdaptedWeight]:
+    if model.adapters is None:
+        return {}
+    found = model.adapters.weights()
+    return {name: AdaptedWeight(each.start, each.a, each.b) for name, each in found.items()}
 
 
 def _step_on(

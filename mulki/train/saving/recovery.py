@@ -427,8 +427,7 @@ def run_state(
         "rows": rows,
         "steps": steps,
         "statistics": statistics,
-        STUDENT: _weights(model, model),
-        "adapters": {} if model.adapters is None else model.adapters.state(),
+        STUDENT: _weights(model, model) if model.adapters is None else model.adapters.state(),
         "method": setup.method.state_dict(),
         "texts": texts.state(),
         "scaler": setup.precision.scaler.state_dict(),
@@ -444,9 +443,10 @@ def restore(saved: State, setup: Running, frozen: Frozen, texts: TextInputs) -> 
         The state within a task, with that of the random generators; None between two tasks.
     """
     model = setup.model
-    _set_weights(model, model, saved[STUDENT])
-    if model.adapters is not None:
-        model.adapters.restore(saved["adapters"])
+    if model.adapters is None:
+        _set_weights(model, model, saved[STUDENT])
+    else:
+        model.adapters.restore(saved[STUDENT])
     setup.method.load_state_dict(saved["method"], strict=False)
     texts.restore(saved["texts"])
     setup.precision.scaler.load_state_dict(saved["scaler"])

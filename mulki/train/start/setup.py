@@ -260,6 +260,10 @@ def _check_continuing(config: RunConfig, method: Method) -> None:
 
 
 def _check_adapters(config: RunConfig, method: Method) -> None:
+    if method.needs.directions and config.lora_rank is None:
+        raise InputError(
+            f"--method {method.name}: it learns adapters alone; pass their --lora-rank, such as 16"
+        )
     if config.lora_rank is None:
         for name in ("lora_targets", "lora_alpha"):
             if value := getattr(config, name):
@@ -292,10 +296,9 @@ def _check_sharding(config: RunConfig, method: Method, precision: Precision) -> 
         muon.check_available()
         if config.fsdp:
             raise InputError("--opt muon: its steps need whole matrices; leave --fsdp out")
-    if config.fsdp and method.needs.fisher:
+    if config.fsdp and (method.needs.fisher or method.needs.directions):
         raise InputError(
-            f"--fsdp: method {method.name} needs gradients of single images, whole ones; leave "
-            "--fsdp out"
+            f"--fsdp: method {method.name} needs whole gradients of weights; leave --fsdp out"
         )
     if config.fsdp and not launch.launched():
         raise InputError(

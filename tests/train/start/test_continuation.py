@@ -90,6 +90,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ewc": {"method": "ewc", "fisher_images": 5, "ewc_decay": 0.5},
     "original": {"method": "mulki", "original": "tiny-vit"},
     "adapters": {"method": "mulki", "lora_rank": 2, "anchors": "both"},
+    "keeplora": {"method": "keeplora", "lora_rank": 2, "lora_alpha": 1.0, "energy_image": 0.3},
     "adapters in bf16": {"method": "lwf", "lora_rank": 2, "lock_text": True, "precision": "bf16"},
 }  # fmt: skip
 

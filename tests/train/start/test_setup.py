@@ -96,6 +96,7 @@ def test_taken_folder_is_left_alone(run: Run, tmp_path: Path, no_training: None)
         ({"lock_text": True, "lock_image": True}, "--lock-image"),
         ({"lr_of": ("colour=1e-3",)}, 'no task is called so (did you mean "colours"?)'),
         ({"lora_targets": ("attn",)}, "--lora-targets: got attn without adapters"),
+        ({"method": "keeplora"}, "--method keeplora: it learns adapters alone; pass their"),
         ({"lora_alpha": 2.0}, "--lora-alpha: got 2.0 without adapters"),
         ({"lora_rank": 2, "lora_targets": ("qkv",)}, "--lora-targets: got 'qkv', but no linear"),
         ({"lora_rank": 64}, "--lora-rank: got 64, but transformer."),

@@ -1,0 +1,194 @@
+"""What tells in which directions weights may change: mean gradients, and moments of inputs.
+
+Both are of the weights with adapters, over a task's training images and its class texts, with the
+evaluation transform and without autocast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mulki.clip.models.adapters import Adapted
+from mulki.clip.texts import text_inputs
+from mulki.data.loader import batches
+from mulki.distributed.collectives import sum_of_ranks
+from mulki.train.learning.inputs import TaskInputs, Training
+
+_log = logging.getLogger(__name__)
+
+
+def mean_gradients(training: Training, inputs: TaskInputs) -> dict[str, Tensor]:
+    """The gradient of the mean cross-entropy over the task's training images.
+
+    Args:
+        training: with the weights as they are at the task's start.
+        inputs: of the task.
+
+    Returns:
+        [out, in] for each weight with an adapter, by its name.
+    """
+    model = training.model
+    adapted = _adapted(training)
+    weights = {name: each.frozen for name, each in adapted.items()}
+    model.eval()
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    try:
+        sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        texts = model.encode_texts(text_inputs(model, inputs.prompts, training.world))
+        leaf = texts.detach().requires_grad_(texts.requires_grad)
+        of_texts = torch.zeros_like(leaf)
+        count = len(inputs.task.train)
+        for images, target in _images(training, inputs):
+            logits = model.logit_scale * model.encode_images(images) @ leaf.mT
+            loss = F.cross_entropy(logits, target, reduction="sum") / count
+            *found, of_leaf = _gradients(loss, [*weights.values(), leaf])
+            _add(sums, found)
+            if of_leaf is not None:
+                of_texts += of_leaf
+        if texts.requires_grad:
+            # Each process has the texts of its images alone.
+            _add(sums, _gradients((texts * of_texts).sum(), [*weights.values()]))
+    finally:
+        for weight in weights.values():
+            weight.requires_grad_(False)
+    return {name: sum_of_ranks(value).flatten(1) for name, value in sums.items()}
+
+
+def _gradients(loss: Tensor, of: list[Any]) -> list[Tensor | None]:
+    wanted = [each for each in of if each.requires_grad]
+    found = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
+    return [next(found) if each.requires_grad else None for each in of]
+
+
+def _add(sums: dict[str, Tensor], found: list[Tensor | None]) -> None:
+    for total, gradient in zip(sums.values(), found, strict=True):
+        if gradient is not None:
+            total += gradient
+
+
+@torch.no_grad()
+def input_moments(training: Training, inputs: TaskInputs) -> dict[str, Tensor]:
+    """The sums of ``x x^T`` over all inputs x of each weight with an adapter.
+
+    Args:
+        training: with the weights as they are after the task's steps.
+        inputs: of the task.
+
+    Returns:
+        [in, in] in float32 for each weight with an adapter, by its name.
+    """
+    model, world = training.model, training.world
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str, rows: Tensor) -> None:
+        rows = rows.float()
+        sums[name] = sums.get(name, 0.0) + rows.mT @ rows
+
+    model.eval()
+    texts = text_inputs(model, inputs.prompts, world)
+    with _listening(_adapted(training), add):
+        if world.main:
+            model.encode_texts(texts)
+        for images, _ in _images(training, inputs):
+            model.encode_images(images)
+    found = {}
+    for name, each in _adapted(training).items():
+        width = each.start.shape[1]
+        total = sums.get(name, torch.zeros(width, width, device=model.device))
+        found[name] = sum_of_ranks(total)
+    if unseen := [name for name, total in found.items() if not total.any()]:
+        _log.warning("no inputs were seen of %s, whose changes are free", ", ".join(unseen))
+    return found
+
+
+@contextlib.contextmanager
+def _listening(adapted: dict[str, Adapted], add: Callable[[str, Tensor], None]) -> Iterator[None]:
+    # Calls `add` with the name of each weight and its inputs as rows [n, in].
+    by_name = {id(each.module): name for name, each in adapted.items()}
+    handles = []
+    for name, each in adapted.items():
+        if isinstance(each.module, nn.MultiheadAttention):
+            # Its output projection is a function's argument, no module that is called.
+            of_output = by_name.get(id(each.module.out_proj))
+            hook = _of_attention(name, of_output, add)
+        else:
+            hook = _of_layer(name, add)
+        handles.append(each.module.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _of_layer(name: str, add: Callable[[str, Tensor], None]) -> Callable[..., None]:
+    def hook(module: nn.Module, given: tuple[Any, ...], more: dict[str, Any]) -> None:
+        inputs = given[0] if given else more["input"]
+        if isinstance(module, nn.Conv2d):
+            inputs = inputs.movedim(1, -1)
+        add(name, inputs.reshape(-1, inputs.shape[-1]))
+
+    return hook
+
+
+def _of_attention(
+    name: str, of_output: str | None, add: Callable[[str, Tensor], None]
+) -> Callable[..., None]:
+    def hook(module: Any, given: tuple[Any, ...], more: dict[str, Any]) -> None:
+        query, key, value = given[:3]
+        add(name, query.reshape(-1, query.shape[-1]))
+        if of_output is None:
+            return
+        if module.batch_first:
+            query, key, value = (each.transpose(0, 1) for each in (query, key, value))
+        attended, _ = F.multi_head_attention_forward(
+            query,
+            key,
+            value,
+            module.embed_dim,
+            module.num_heads,
+            module.in_proj_weight,
+            module.in_proj_bias,
+            module.bias_k,
+            module.bias_v,
+            module.add_zero_attn,
+            0.0,
+            torch.eye(module.embed_dim, device=query.device, dtype=query.dtype),
+            None,
+            training=False,
+            need_weights=False,
+            attn_mask=more.get("attn_mask"),
+        )
+        add(of_output, attended.reshape(-1, module.embed_dim))
+
+    return hook
+
+
+def _adapted(training: Training) -> dict[str, Adapted]:
+    assert training.model.adapters is not None
+    return training.model.adapters.weights()
+
+
+def _images(training: Training, inputs: TaskInputs) -> Iterator[tuple[Tensor, Tensor]]:
+    # The training images of this process's part and their targets, a batch of a step at a time.
+    config, world = training.config, training.world
+    loader = batches(
+        inputs.task.train,
+        training.model.preprocess,
+        config.batch_size * world.size,
+        shuffle=False,
+        seed=config.seed,
+        workers=config.workers,
+        part=world.rows,
+    )
+    for images, targets, _ in loader:
+        if len(images):
+            yield images.to(training.model.device), targets.to(training.model.device)

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mulki.clip.models import VisionLanguageModel
+from mulki.data import Task
+from mulki.train.config.precision import Precision
+from mulki.train.learning.directions import input_moments, mean_gradients
+from mulki.train.learning.inputs import TaskInputs, Training
+from tests.train.learn_helpers import CONFIG, Load, method_named
+
+
+def adapted(load: Load, name: str) -> tuple[VisionLanguageModel, VisionLanguageModel, Training]:
+    """A model with adapters that have learned, the same as an ordinary model, and its training."""
+    model, plain = load(name), load(name)
+    model.adapt(2)
+    assert model.adapters is not None
+    model.adapters.start_task(0, keep=False)
+    with torch.no_grad():
+        for weight in model.trainable().values():
+            weight.normal_(std=0.2)
+    plain.clip.load_state_dict(model.checkpoint())
+    training = Training(
+        config=replace(CONFIG, batch_size=4),
+        method=method_named("keeplora"),
+        model=model,
+        transform=model.preprocess,
+        precision=Precision("fp32", torch.device("cpu")),
+    )
+    return model, plain, training
+
+
+def all_images(model: VisionLanguageModel, task: Task) -> tuple[Tensor, Tensor]:
+    images = [model.preprocess(task.train.load(place)) for place in range(len(task.train))]
+    return torch.stack(images), torch.as_tensor(list(task.train.targets))
+
+
+@pytest.mark.parametrize("name", ["tiny-vit", "tiny-resnet"])
+def test_mean_gradients_are_those_of_the_whole_task(load_tiny: Load, task: Task, name: str) -> None:
+    model, plain, training = adapted(load_tiny, name)
+    inputs = TaskInputs(0, task, {})
+    found = mean_gradients(training, inputs)
+    plain.eval()
+    images, target = all_images(plain, task)
+    texts = plain.encode_texts(plain.text_inputs(inputs.prompts))
+    F.cross_entropy(plain.logit_scale * plain.encode_images(images) @ texts.T, target).backward()
+    wanted = {n: p.grad for n, p in plain.clip.named_parameters()}
+    assert found.keys() == model.adapters.weights().keys()  # type: ignore[union-attr]
+    for key, value in found.items():
+        torch.testing.assert_close(value, wanted[key].flatten(1), rtol=1e-4, atol=1e-6, msg=key)
+    trained = {n.rpartition(".")[2] for n in model.trainable()}
+    assert trained == {"a", "b"} and all(p.grad is None for p in model.clip.parameters())
+
+
+def test_moments_are_those_of_all_inputs(load_tiny: Load, task: Task) -> None:
+    _, plain, training = adapted(load_tiny, "tiny-vit")
+    inputs = TaskInputs(0, task, {})
+    found = input_moments(training, inputs)
+    plain.eval()
+    seen: dict[str, list[Tensor]] = {}
+
+    def listen(name: str, module: nn.Module) -> None:
+        def hook(module: Any, given: tuple[Tensor, ...], more: dict[str, Any]) -> None:
+            rows = given[0]
+            if isinstance(module, nn.MultiheadAttention):
+                seen.setdefault(f"{name}.in_proj_weight", []).append(rows)
+                attention = copy.deepcopy(module)
+                attention._forward_pre_hooks.clear()
+                with torch.no_grad():
+                    attention.out_proj.weight.copy_(torch.eye(module.embed_dim))
+                    attention.out_proj.bias.zero_()
+                rows = attention(*given, **more)[0]
+                name_of = f"{name}.out_proj.weight"
+            else:
+                name_of = f"{name}.weight"
+            seen.setdefault(name_of, []).append(rows)
+
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+
+    for name, module in plain.clip.named_modules():
+        if isinstance(module, (nn.MultiheadAttention, nn.Linear)) and "out_proj" not in name:
+            listen(name, module)
+    images, _ = all_images(plain, task)
+    with torch.no_grad():
+        plain.encode_texts(plain.text_inputs(inputs.prompts))
+        plain.encode_images(images)
+    assert found.keys() == seen.keys() and any("out_proj" in key for key in found)
+    for key, value in found.items():
+        rows = torch.cat([each.flatten(0, -2) for each in seen[key]]).double()
+        torch.testing.assert_close(value.double(), rows.T @ rows, rtol=1e-3, atol=1e-3, msg=key)
+
+
+def test_inputs_that_are_not_seen_are_told(
+    load_tiny: Load, task: Task, caplog: pytest.LogCaptureFixture
+) -> None:
+    # The pooling by attention takes the weights of its layers, and calls none of them.
+    _, _, training = adapted(load_tiny, "tiny-resnet")
+    found = input_moments(training, TaskInputs(0, task, {}))
+    (line,) = [each for each in caplog.messages if "no inputs were seen" in each]
+    unseen = {key for key, value in found.items() if not value.any()}
+    assert unseen and all(key in line for key in unseen)
+    assert all("attnpool" in key for key in unseen)
