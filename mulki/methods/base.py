@@ -66,9 +66,9 @@ class Needs:
         student_anchors: whether the student encodes these texts too, with gradient.
         replay: images of earlier tasks that the student encodes beside each batch, with gradient,
             and the classes of these tasks; see `Features.replay`.
-        directions: for methods that restrict adapters: the mean gradient of the weights with
-            adapters before a task, see `TaskStart.gradients`, and the second moments of their
-            inputs at its end, see `Method.keep_moments`.
+        directions: for methods that choose the A of adapters, which then does not train: the mean
+            gradient of the weights with adapters before a task, see `TaskStart.gradients`, and the
+            second moments of their inputs at its end, see `Method.keep_moments`.
         fisher: training images on which the Fisher information of the weights is measured at a
             task's end, see `Method.keep_fisher`; 0 for none.
     """
@@ -103,17 +103,17 @@ class Needs:
 
 
 class AdaptedWeight(NamedTuple):
-    """A weight with a low-rank adapter: in the task it is ``start`` and a multiple of ``b a``.
+    """A weight with a low-rank adapter: a multiple of ``b a`` is added to it.
 
     Attributes:
-        start: [out, in], does not change.
-        a: [r, in], live, at random.
-        b: [out, r], live, zero.
+        original: [out, in], that of the start model.
+        a: [r, in], live; does not train.
+        b: [out, r], live, zero at the task's start.
     """
 
-    start: Tensor
-    a: nn.Parameter
-    b: nn.Parameter
+    original: Tensor
+    a: Tensor
+    b: Tensor
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class TaskStart:
         steps: optimiser steps the task will take.
         weights: the student's trainable parameters by name; not copies.
         prototypes: [C, D] class means of the original model if `Needs.prototypes`, else None.
-        adapted: the weights with adapters, by name; empty without adapters.
+        adapted: the weights with adapters, by name, if `Needs.directions`.
         gradients: [out, in] of each of these, the mean gradient of the cross-entropy over the
             task's training images, if `Needs.directions`; None in a task that goes on.
     """

@@ -1,27 +1,31 @@
 """keeplora: adapters that move weights only where neither the model nor earlier tasks look.
 
     L = CE(s u w^T, y)
-    W' = W + alpha / r  B A                 W [out, in], A [r, in] fixed, B [out, r] learned
+    W' = W + K + alpha / r  B A             W [out, in], A [r, in] fixed, B [out, r] learned
     A  = first r right singular vectors of  G (I - M M^T)
-    M  = orthonormal basis of [P, T]        [in, k]
+    M  = [P, T]                             [in, k], orthonormal
 
 G is the mean gradient of the cross-entropy over the task's training images at its start. P are the
-first right singular vectors of W that hold `energy_image` (or `energy_text`) of the sum of its
-squared singular values: what the model knows. T are directions of the inputs of W in earlier tasks,
-which hold `energy_tasks` of their squared length: after each task those are added that are missing.
-With `layer_scale` g below 1, the change of the l-th of a tower's L weights counts g + (1 - g) l /
-(L - 1) times.
+first right singular vectors of the start model's W that hold `energy_image` (or `energy_text`) of
+the sum of its squared singular values: what the model knows. T are directions of the inputs of W in
+earlier tasks: after each task the fewest are added with which P and T hold `energy_tasks` of the
+squared length of its inputs. With `layer_scale` g below 1, the change of the l-th of a tower's L
+weights counts g + (1 - g) l / (L - 1) times.
 
-Source: KeepLoRA (ICLR 2026), and for `layer_scale` KeepLoRA++, by their code (MIT). Other than
-there: B begins at zero, where they begin at the projected gradient's S V^T and take the product off
-W, which is the same function and the same steps but for weight decay; directions in which the
-gradient is but rounding are left out; inputs are summed over all
-batches, where theirs are averaged by place over batches; M has an orthonormal basis of both parts;
-and weights are counted by their order in the tower, of which a transformer's layer has several.
+Source: KeepLoRA (ICLR 2026), and for `layer_scale` KeepLoRA++. What differs from their code:
+
+- P and T are directions of inputs, as the paper has it; the code takes the other side of W for P.
+- The query, key and value of `nn.MultiheadAttention` are one weight with one adapter of rank r.
+- B begins at zero. Theirs begins at S V^T of the projected gradient, with that product taken off W:
+  the same function and the same steps, but for weight decay.
+- Inputs are summed over all batches. Theirs are averaged by their place over batches.
+- Layers are counted as weights, of which a transformer's layer has several.
+- Directions in which the gradient is but rounding are left out.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +37,8 @@ from mulki.choices.options import option
 from mulki.clip.features import Features
 from mulki.functional import prototype_cross_entropy
 from mulki.methods.base import Method, Needs, TaskStart, label_smoothing_option
+
+_log = logging.getLogger(__name__)
 
 
 class KeepLoRA(Method):
@@ -67,8 +73,9 @@ class KeepLoRA(Method):
     def __init__(self, options: Options):
         super().__init__(options)
         self.needs = Needs(directions=True)
-        # [in, k] by the name of the weight, on the CPU.
+        # [in, k] by the name of the weight: T, and [P, T] of the present task.
         self._of_tasks: dict[str, Tensor] = {}
+        self._held: dict[str, Tensor] = {}
 
     def get_extra_state(self) -> dict[str, Any]:
         """The directions of earlier tasks, for a run that is saved."""
@@ -86,23 +93,34 @@ class KeepLoRA(Method):
 
     @torch.no_grad()
     def start_task(self, task: TaskStart) -> None:
-        scales = layer_scales(list(task.adapted), self.options.layer_scale)
+        o, without = self.options, []
+        scales = layer_scales(list(task.adapted), o.layer_scale)
         for name, each in task.adapted.items():
-            each.a.requires_grad_(False)
-            if task.gradients is None:
-                continue  # a task that goes on has its directions
-            o = self.options
+            weight = each.original.float()
             energy = o.energy_image if name.startswith("visual.") else o.energy_text
-            principal = leading_directions(each.start.float().mT @ each.start.float(), energy)
-            of_tasks = self._of_tasks.get(name, principal[:, :0]).to(principal)
-            held = torch.linalg.qr(torch.cat([principal, of_tasks], dim=1)).Q
-            gradient = task.gradients[name].float()
-            free = gradient - gradient @ held @ held.mT
-            _, sizes, rows = torch.linalg.svd(free, full_matrices=False)
-            # Directions of nothing but rounding are left out, or they would be another each time.
-            smallest = max(gradient.shape) * torch.finfo(torch.float32).eps * gradient.norm()
-            rows = torch.where(sizes[:, None] > smallest, rows, 0.0)
-            each.a.copy_(scales[name] * rows[: len(each.a)])
+            of_tasks = self._of_tasks.get(name, weight.new_zeros(weight.shape[1], 0)).to(weight)
+            held = torch.cat([principal_directions(weight, energy), of_tasks], dim=1)
+            self._of_tasks[name], self._held[name] = of_tasks, held
+            if task.gradients is None:
+                continue  # a task that goes on has its A
+            gradient = task.gradients[name]
+            _, sizes, rows = torch.linalg.svd(
+                gradient - gradient @ held @ held.mT, full_matrices=False
+            )
+            # Of rounding alone, they would be other ones each time.
+            eps = max(torch.finfo(of.dtype).eps for of in (each.original, gradient))
+            free = sizes > max(gradient.shape) * eps * gradient.norm()
+            each.a.copy_((scales[name] * free[:, None] * rows)[: len(each.a)])
+            if not free.any():
+                without.append(name)
+        if without:
+            _log.warning(
+                "no direction is left in which %d of %d weights may change, such as %s; a lower "
+                "--energy-image, --energy-text or --energy-tasks leaves some",
+                len(without),
+                len(task.adapted),
+                without[0],
+            )
 
     def losses(
         self, student: Features, teachers: tuple[Features, ...], target: Tensor
@@ -116,30 +134,50 @@ class KeepLoRA(Method):
     @torch.no_grad()
     def keep_moments(self, moments: Mapping[str, Tensor]) -> None:
         for name, value in moments.items():
-            before = self._of_tasks.get(name, value[:, :0]).to(value)
-            rest = value - before @ (before.mT @ value)
-            rest = rest - (rest @ before) @ before.mT
-            held = 1 - float(rest.trace() / value.trace()) if value.any() else 1.0
-            new = leading_directions(rest, self.options.energy_tasks, of=value, held=held)
-            self._of_tasks[name] = torch.linalg.qr(torch.cat([before, new], dim=1)).Q.cpu()
+            new = missing_directions(value, self._held[name], self.options.energy_tasks)
+            self._of_tasks[name] = torch.cat([self._of_tasks[name], new], dim=1)
+
+    def end_task(self) -> None:
+        self._held = {}
 
 
-def leading_directions(
-    moments: Tensor, energy: float, *, of: Tensor | None = None, held: float = 0.0
-) -> Tensor:
-    """The fewest eigenvectors [in, k] that, with what is held already, hold a share of the energy.
+def principal_directions(weight: Tensor, energy: float) -> Tensor:
+    """The fewest right singular vectors [in, k] that hold a share of the squared singular values.
 
     Args:
-        moments: [in, in], symmetric and without negative eigenvalues.
-        energy: the share of the trace that is wanted.
-        of: whose trace it is; that of `moments` by default.
-        held: the share that is held already.
+        weight: [out, in].
+        energy: the share, in [0, 1].
     """
-    values, vectors = torch.linalg.eigh(moments.double())
-    shares = values.flip(0).clamp(min=0) / (moments if of is None else of).double().trace()
-    missing = (held + shares.cumsum(0) < energy).sum()
-    count = int(missing) + 1 if held < energy else 0
-    return vectors.flip(1)[:, : min(count, int((shares > 0).sum()))].to(moments.dtype)
+    _, values, rows = torch.linalg.svd(weight, full_matrices=False)
+    squares = values.double().square()
+    return rows[: _fewest(squares, energy * float(squares.sum()))].mT
+
+
+def missing_directions(moments: Tensor, held: Tensor, energy: float) -> Tensor:
+    """The fewest directions [in, n], beside those held, with which a share of inputs is held.
+
+    Args:
+        moments: [in, in], the sum of ``x x^T`` over inputs x.
+        held: [in, k], orthonormal.
+        energy: the share of the trace of `moments`, in [0, 1].
+    """
+    whole, basis = moments.double(), held.double()
+    rest = whole - basis @ (basis.mT @ whole)
+    rest = rest - (rest @ basis) @ basis.mT
+    values, vectors = torch.linalg.eigh(rest)
+    values = values.flip(0).clamp(min=0)
+    trace = float(whole.trace())
+    values[values <= len(values) * torch.finfo(torch.float32).eps * trace] = 0  # rounding
+    wanted = energy * trace - (trace - float(rest.trace()))
+    return vectors.flip(1)[:, : _fewest(values, wanted)].to(held.dtype)
+
+
+def _fewest(values: Tensor, wanted: float) -> int:
+    # How many of these, which fall, have a sum of so much; at most those above zero.
+    if wanted <= 0:
+        return 0
+    missing = int((values.cumsum(0) < wanted * (1 - 1e-12)).sum())
+    return min(missing + 1, int((values > 0).sum()))
 
 
 def layer_scales(names: list[str], first: float) -> dict[str, float]:

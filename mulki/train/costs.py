@@ -162,6 +162,8 @@ def measure(setup: Setup, says: Callable[[str], None] = lambda words: None) -> C
     training = _OF_A_PARAMETER * sum(local(p).nbytes for p in trainable)
     if adapters is not None and not setup.config.grad_checkpointing:
         training += adapters.bytes_in_a_step
+    if adapters is not None and setup.method.needs.directions:
+        training += adapters.bytes_of_directions
     known = [fit.largest for fit in fits if fit.largest is not None]
     teachers = {id(each) for each in frozen.values()}
     return Costs(
@@ -237,7 +239,10 @@ def _learning(
         at_end *= wanted / some
     of_images = encoded[-1] - started if encoded else 0.0
     others = began[0] - started - of_images
-    prepare = max(others, 0.0) + of_images * len(task.train) / len(small.train)
+    every = len(task.train) / len(small.train)
+    if needs_of(setup.method, task).directions:
+        at_end, others = every * at_end, every * others
+    prepare = max(others, 0.0) + of_images * every
     seconds = [report.seconds for report in reports]
     first, later = median(seconds[:once]), median(seconds[once:])
     steps = steps_of(config, len(task.train), world.size)

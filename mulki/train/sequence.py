@@ -268,13 +268,16 @@ class _Sequence:
     def _take_kept(self, file: Path) -> None:
         if type(self.setup.method).take_kept is Method.take_kept:
             return
-        if file.is_file():
+        goes_on, name = self.setup.goes_on, self.setup.config.method
+        # Another method's file has another meaning.
+        if goes_on is not None and goes_on.said.recipe["method"] == name and file.is_file():
             self.setup.method.take_kept(load_tensors(file)[0])
         else:
             _log.warning(
-                "no %s: the earlier tasks were not learned by %s, which does not hold on to them",
+                "no %s of %s: the earlier tasks were not learned by it, so it does not hold on to "
+                "them",
                 file,
-                self.setup.config.method,
+                name,
             )
 
     def _take_weights(self, file: Path) -> None:

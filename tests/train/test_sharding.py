@@ -79,7 +79,7 @@ def test_sharded_models_learn_as_whole_ones(base: dict[str, Any], tmp_path: Path
 def test_sharding_needs_several_processes(base: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="--fsdp: this is the only process"):
         sequence.run(resolve(base | {"fsdp": True, "name": "alone"}))
-    with pytest.raises(InputError, match="--fsdp: method ewc needs gradients of single images"):
+    with pytest.raises(InputError, match="--fsdp: method ewc needs whole gradients of weights"):
         sequence.run(resolve(base | {"fsdp": True, "name": "alone", "method": "ewc"}))
     assert not (Path(base["logs"]) / "alone").exists()
 

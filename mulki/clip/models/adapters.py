@@ -88,15 +88,13 @@ class Adapted(NamedTuple):
 
     Attributes:
         module: that has the weight.
-        frozen: W, live; it takes no part in training.
-        start: the weight that the task started with, W + K, [out, in].
+        frozen: W, live.
         a: [r, in], live.
         b: [out, r], live.
     """
 
     module: nn.Module
     frozen: nn.Parameter
-    start: Tensor
     a: nn.Parameter
     b: nn.Parameter
 
@@ -111,6 +109,7 @@ class Adapters:
         targets: names of modules, or the last parts of their names, as the package `peft` takes
             them; all that can be adapted by default.
         alpha: the product counts alpha / r times; r by default.
+        fixed_a: whether A does not train.
 
     Raises:
         InputError: a target that is no such module, or one that is narrower than the rank.
@@ -122,6 +121,8 @@ class Adapters:
         rank: int,
         targets: Sequence[str] = (),
         alpha: float | None = None,
+        *,
+        fixed_a: bool = False,
     ):
         self._clip = clip
         self._current = _Current()
@@ -133,6 +134,7 @@ class Adapters:
         for module_name, (module, of_module) in chosen.items():
             for weight_name in of_module:
                 part = _LowRank(getattr(module, weight_name), rank, self._scale, self._current)
+                part.a.requires_grad_(not fixed_a)
                 parametrize.register_parametrization(module, weight_name, part, unsafe=True)
                 self._parts[f"{module_name}.{weight_name}"] = part
 
@@ -141,11 +143,21 @@ class Adapters:
         """Of the weights W' that a forward pass keeps for the backward pass."""
         return sum(part.bytes_of_weight for part in self._parts.values())
 
+    @property
+    def bytes_of_directions(self) -> int:
+        """Of a gradient of each weight and the moments of its inputs, in float32."""
+        parts = self._parts.values()
+        return 4 * sum(len(part.a[0]) * (len(part.b) + len(part.a[0])) for part in parts)
+
     def __len__(self) -> int:
         """How many weights have one."""
         return len(self._parts)
 
-    @torch.no_grad()
+    @property
+    def parameters(self) -> int:
+        """How many parameters they have."""
+        return sum(part.a.numel() + part.b.numel() for part in self._parts.values())
+
     def weights(self) -> dict[str, Adapted]:
         """The weights with adapters, by name."""
         found = {}
@@ -153,10 +165,7 @@ class Adapters:
             path, _, weight_name = name.rpartition(".")
             module = self._clip.get_submodule(path)
             lists: Any = module.parametrizations
-            frozen = lists[weight_name].original
-            factors = {factor: getattr(part, factor) for factor in _FACTORS}
-            start = _changed(frozen, factors, self._scale, "previous")
-            found[name] = Adapted(module, frozen, start.flatten(1), part.a, part.b)
+            found[name] = Adapted(module, lists[weight_name].original, part.a, part.b)
         return found
 
     @torch.no_grad()
@@ -177,7 +186,6 @@ class Adapters:
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
             set_whole(part.a, drawn.to(part.a.device))
             part.b.zero_()
-            part.a.requires_grad_(True)  # a method may have frozen it
 
     def state(self) -> dict[str, Tensor]:
         """The factors, by the name of their weight; not copies, and sharded by FSDP."""

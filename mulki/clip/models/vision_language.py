@@ -165,9 +165,16 @@ class VisionLanguageModel:
         if image:
             self.clip.lock_image_tower()
 
-    def adapt(self, rank: int, targets: Sequence[str] = (), alpha: float | None = None) -> None:
+    def adapt(
+        self,
+        rank: int,
+        targets: Sequence[str] = (),
+        alpha: float | None = None,
+        *,
+        fixed_a: bool = False,
+    ) -> None:
         """Train adapters in place of the weights, see `mulki.clip.models.adapters.Adapters`."""
-        self.adapters = Adapters(self.clip, rank, targets, alpha)
+        self.adapters = Adapters(self.clip, rank, targets, alpha, fixed_a=fixed_a)
 
     def teacher(self, level: Level) -> VisionLanguageModel:
         """An earlier model that uses the weights of this one, which has adapters."""
@@ -222,7 +229,7 @@ class VisionLanguageModel:
         """How many parameters a checkpoint has, with adapters merged, and how many train."""
         trained = sum(p.numel() for p in self.trainable().values())
         every = sum(p.numel() for p in self.clip.parameters())
-        return Counts(every - (trained if self.adapters is not None else 0), trained)
+        return Counts(every - (0 if self.adapters is None else self.adapters.parameters), trained)
 
     def train(self) -> None:
         """Training mode for what trains; frozen parts and batch normalisation stay in evaluation.

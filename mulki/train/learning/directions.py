@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from mulki.clip.models.adapters import Adapted
 from mulki.clip.texts import text_inputs
-from mulki.data.loader import batches
+from mulki.data.loader import batch_sizes, batches
 from mulki.distributed.collectives import sum_of_ranks
+from mulki.errors import InputError
 from mulki.train.learning.inputs import TaskInputs, Training
 
 _log = logging.getLogger(__name__)
@@ -32,7 +33,10 @@ def mean_gradients(training: Training, inputs: TaskInputs) -> dict[str, Tensor]:
         inputs: of the task.
 
     Returns:
-        [out, in] for each weight with an adapter, by its name.
+        [out, in] in float32 for each weight with an adapter, by its name.
+
+    Raises:
+        InputError: gradients that are not finite.
     """
     model = training.model
     adapted = _adapted(training)
@@ -41,7 +45,7 @@ def mean_gradients(training: Training, inputs: TaskInputs) -> dict[str, Tensor]:
     for weight in weights.values():
         weight.requires_grad_(True)
     try:
-        sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        sums = {n: torch.zeros_like(w, dtype=torch.float32) for n, w in weights.items()}
         texts = model.encode_texts(text_inputs(model, inputs.prompts, training.world))
         leaf = texts.detach().requires_grad_(texts.requires_grad)
         of_texts = torch.zeros_like(leaf)
@@ -54,12 +58,19 @@ def mean_gradients(training: Training, inputs: TaskInputs) -> dict[str, Tensor]:
             if of_leaf is not None:
                 of_texts += of_leaf
         if texts.requires_grad:
-            # Each process has the texts of its images alone.
+            # `of_texts` is of the images of this process alone.
             _add(sums, _gradients((texts * of_texts).sum(), [*weights.values()]))
     finally:
         for weight in weights.values():
             weight.requires_grad_(False)
-    return {name: sum_of_ranks(value).flatten(1) for name, value in sums.items()}
+    for name in sums:
+        sums[name] = sum_of_ranks(sums[name]).flatten(1)
+    if bad := [name for name, value in sums.items() if not value.isfinite().all()]:
+        raise InputError(
+            f"--precision {training.precision.name}: the gradient of {bad[0]} is not finite over "
+            f"the images of task {inputs.task.name}; pass fp32, or other weights to start from"
+        )
+    return sums
 
 
 def _gradients(loss: Tensor, of: list[Any]) -> list[Tensor | None]:
@@ -86,6 +97,7 @@ def input_moments(training: Training, inputs: TaskInputs) -> dict[str, Tensor]:
         [in, in] in float32 for each weight with an adapter, by its name.
     """
     model, world = training.model, training.world
+    adapted = _adapted(training)
     sums: dict[str, Tensor] = {}
 
     def add(name: str, rows: Tensor) -> None:
@@ -94,34 +106,39 @@ def input_moments(training: Training, inputs: TaskInputs) -> dict[str, Tensor]:
 
     model.eval()
     texts = text_inputs(model, inputs.prompts, world)
-    with _listening(_adapted(training), add):
+    with _listening(model.clip, adapted, add):
         if world.main:
             model.encode_texts(texts)
         for images, _ in _images(training, inputs):
             model.encode_images(images)
-    found = {}
-    for name, each in _adapted(training).items():
-        width = each.start.shape[1]
-        total = sums.get(name, torch.zeros(width, width, device=model.device))
-        found[name] = sum_of_ranks(total)
-    if unseen := [name for name, total in found.items() if not total.any()]:
-        _log.warning("no inputs were seen of %s, whose changes are free", ", ".join(unseen))
-    return found
+    for name, each in adapted.items():
+        width = each.a.shape[1]
+        total = sums.pop(name, torch.zeros(width, width, device=model.device))
+        sums[name] = sum_of_ranks(total)
+    if unseen := [name for name, total in sums.items() if not total.any()]:
+        _log.warning(
+            "no inputs were seen of %s, so nothing protects them from later tasks",
+            ", ".join(unseen),
+        )
+    return sums
 
 
 @contextlib.contextmanager
-def _listening(adapted: dict[str, Adapted], add: Callable[[str, Tensor], None]) -> Iterator[None]:
+def _listening(
+    clip: nn.Module, adapted: dict[str, Adapted], add: Callable[[str, Tensor], None]
+) -> Iterator[None]:
     # Calls `add` with the name of each weight and its inputs as rows [n, in].
-    by_name = {id(each.module): name for name, each in adapted.items()}
+    by_module = {id(each.module): name for name, each in adapted.items()}
     handles = []
-    for name, each in adapted.items():
-        if isinstance(each.module, nn.MultiheadAttention):
+    for module in clip.modules():
+        name = by_module.get(id(module))
+        hook = None if name is None else _of_layer(name, add)
+        if isinstance(module, nn.MultiheadAttention):
             # Its output projection is a function's argument, no module that is called.
-            of_output = by_name.get(id(each.module.out_proj))
-            hook = _of_attention(name, of_output, add)
-        else:
-            hook = _of_layer(name, add)
-        handles.append(each.module.register_forward_pre_hook(hook, with_kwargs=True))
+            of_output = by_module.get(id(module.out_proj))
+            hook = _of_attention(name, of_output, add) if name or of_output else None
+        if hook is not None:
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         yield
     finally:
@@ -133,18 +150,21 @@ def _of_layer(name: str, add: Callable[[str, Tensor], None]) -> Callable[..., No
     def hook(module: nn.Module, given: tuple[Any, ...], more: dict[str, Any]) -> None:
         inputs = given[0] if given else more["input"]
         if isinstance(module, nn.Conv2d):
-            inputs = inputs.movedim(1, -1)
+            down, across = module.stride
+            inputs = inputs[:, :, ::down, ::across].movedim(1, -1)
         add(name, inputs.reshape(-1, inputs.shape[-1]))
 
     return hook
 
 
 def _of_attention(
-    name: str, of_output: str | None, add: Callable[[str, Tensor], None]
+    name: str | None, of_output: str | None, add: Callable[[str, Tensor], None]
 ) -> Callable[..., None]:
     def hook(module: Any, given: tuple[Any, ...], more: dict[str, Any]) -> None:
         query, key, value = given[:3]
-        add(name, query.reshape(-1, query.shape[-1]))
+        for each in {id(each): each for each in (query, key, value)}.values():
+            if name is not None:
+                add(name, each.reshape(-1, each.shape[-1]))
         if of_output is None:
             return
         if module.batch_first:
@@ -178,8 +198,10 @@ def _adapted(training: Training) -> dict[str, Adapted]:
 
 
 def _images(training: Training, inputs: TaskInputs) -> Iterator[tuple[Tensor, Tensor]]:
-    # The training images of this process's part and their targets, a batch of a step at a time.
-    config, world = training.config, training.world
+    # The training images of this process's part and their targets, as many at a time as in a step.
+    config, world, device = training.config, training.world, training.model.device
+    given = config.micro_batch
+    at_a_time = int(given) if given is not None and given.isdecimal() else config.batch_size
     loader = batches(
         inputs.task.train,
         training.model.preprocess,
@@ -189,6 +211,7 @@ def _images(training: Training, inputs: TaskInputs) -> Iterator[tuple[Tensor, Te
         workers=config.workers,
         part=world.rows,
     )
-    for images, targets, _ in loader:
-        if len(images):
-            yield images.to(training.model.device), targets.to(training.model.device)
+    for (images, targets, _), count in zip(loader, batch_sizes(loader), strict=True):
+        mine = slice(world.distinct(count))  # the rest are repetitions
+        parts = (each[mine].to(device).split(at_a_time) for each in (images, targets))
+        yield from (part for part in zip(*parts, strict=True) if len(part[0]))

@@ -158,7 +158,7 @@ class _Learning:
                 self.last,
                 model.trainable(),
                 prototypes,
-                _adapted(model),
+                _adapted(model) if needs_of(method, inputs.task).directions else {},
                 gradients,
             )
         )
@@ -260,10 +260,9 @@ class _Learning:
 
 
 def _adapted(model: VisionLanguageModel) -> dict[str, AdaptedWeight]:
-    if model.adapters is None:
-        return {}
+    assert model.adapters is not None
     found = model.adapters.weights()
-    return {name: AdaptedWeight(each.start, each.a, each.b) for name, each in found.items()}
+    return {n: AdaptedWeight(of.frozen.flatten(1), of.a, of.b) for n, of in found.items()}
 
 
 def _step_on(

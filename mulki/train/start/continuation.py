@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mulki import methods
 from mulki.choices.options import field_name
@@ -301,7 +302,8 @@ def with_adapters(goes_on: Continuation, model: VisionLanguageModel) -> Continua
     if last not in weights.values():
         raise InputError(
             f"--lora-rank: there is no {adapters_of(last)}, so {last} was learned without adapters "
-            "or copied without them; copy the whole checkpoint, or pass --lora-rank none"
+            "or copied without them; copy the whole checkpoint, start from it with --model, or "
+            "pass --lora-rank none"
         )
     for file in weights.values():
         saved = load_tensors(adapters_of(file))[0]
@@ -322,14 +324,24 @@ def check_merged(model: VisionLanguageModel, goes_on: Continuation) -> None:
     merged = model.checkpoint(whole=True)
     model.adapters.restore(start)
     for name, value in load_tensors(file)[0].items():
-        near = 8 * torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
-        smallest = near * float(value.abs().max())
-        if not torch.allclose(merged[name], value, rtol=near, atol=smallest):
+        ours, theirs = merged[name].double(), value.double()
+        if float((ours - theirs).norm()) > _rounding(merged[name], value) * float(theirs.norm()):
             raise InputError(
                 f"--continue: {adapters_of(file)} and the start model do not give the {name} that "
                 f"{file} has; pass --lora-alpha and --model as in the earlier run, or a checkpoint "
                 "that was copied whole"
             )
+
+
+def _rounding(one: Tensor, other: Tensor) -> float:
+    # How far the same weights may be from each other, as a part of their length.
+    if not other.is_floating_point():
+        return 0.0
+    eps = [torch.finfo(each.dtype).eps for each in (one, other)]
+    if one.dtype == other.dtype == torch.float32:
+        return 8 * eps[0]  # of products on another device
+    # In half precision few elements are rounded to the other side; stored in another, all are.
+    return max(eps) / (8 if one.dtype == other.dtype else 1)
 
 
 def check_begin(said: Description, hashes: Mapping[str, Any]) -> None:

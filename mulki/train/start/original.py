@@ -95,11 +95,12 @@ def beside(
     common = [name for name in student.frozen_text if name in theirs]
     different = [name for name in common if not torch.equal(ours[name], theirs[name])]
     if different:
-        advice = "leave --lock-text out"
+        advice = ["leave --lock-text out"] if config.lock_text else []
         if student.adapters is not None:
-            advice += ", and choose --lora-targets in the text tower too"
+            advice.append("choose --lora-targets in the text tower too")
         raise InputError(
             f"--original: {config.original} differs from --model {config.model} in "
-            f"{different[0]}, which the run freezes for both; {advice}"
+            f"{different[0]}, which the run freezes for both; "
+            f"{' and '.join(advice)}"
         )
     return original.frozen_beside(student)

@@ -186,7 +186,7 @@ def prepared(
                 check_begin(goes_on.said, hashes)
                 hashes["checkpoint"] = goes_on.checksum
             _store_weights(config, precision, model, original)
-            _adapt(config, model)
+            _adapt(config, method, model)
             if goes_on is not None and model.adapters is not None:
                 goes_on = with_adapters(goes_on, model)
                 if stand_ins is None:
@@ -341,10 +341,11 @@ def _load_model(
     return model
 
 
-def _adapt(config: RunConfig, model: VisionLanguageModel) -> None:
+def _adapt(config: RunConfig, method: Method, model: VisionLanguageModel) -> None:
     if config.lora_rank is None:
         return
-    model.adapt(config.lora_rank, config.lora_targets, config.lora_alpha)
+    fixed = method.needs.directions
+    model.adapt(config.lora_rank, config.lora_targets, config.lora_alpha, fixed_a=fixed)
     if not model.trainable():
         raise InputError(
             f"--lora-rank: {config.model} has no weights that could have adapters; leave it out"

@@ -20,12 +20,12 @@ from tests.train.learn_helpers import CONFIG, Load, method_named
 def adapted(load: Load, name: str) -> tuple[VisionLanguageModel, VisionLanguageModel, Training]:
     """A model with adapters that have learned, the same as an ordinary model, and its training."""
     model, plain = load(name), load(name)
-    model.adapt(2)
+    model.adapt(2, fixed_a=True)
     assert model.adapters is not None
     model.adapters.start_task(0, keep=False)
     with torch.no_grad():
-        for weight in model.trainable().values():
-            weight.normal_(std=0.2)
+        for weight in model.adapters.weights().values():
+            weight.b.normal_(std=0.2)
     plain.clip.load_state_dict(model.checkpoint())
     training = Training(
         config=replace(CONFIG, batch_size=4),
@@ -56,11 +56,12 @@ def test_mean_gradients_are_those_of_the_whole_task(load_tiny: Load, task: Task,
     for key, value in found.items():
         torch.testing.assert_close(value, wanted[key].flatten(1), rtol=1e-4, atol=1e-6, msg=key)
     trained = {n.rpartition(".")[2] for n in model.trainable()}
-    assert trained == {"a", "b"} and all(p.grad is None for p in model.clip.parameters())
+    assert trained == {"b"} and all(p.grad is None for p in model.clip.parameters())
 
 
-def test_moments_are_those_of_all_inputs(load_tiny: Load, task: Task) -> None:
-    _, plain, training = adapted(load_tiny, "tiny-vit")
+@pytest.mark.parametrize("name_of_model", ["tiny-vit", "tiny-resnet"])
+def test_moments_are_those_of_all_inputs(load_tiny: Load, task: Task, name_of_model: str) -> None:
+    _, plain, training = adapted(load_tiny, name_of_model)
     inputs = TaskInputs(0, task, {})
     found = input_moments(training, inputs)
     plain.eval()
@@ -80,19 +81,25 @@ def test_moments_are_those_of_all_inputs(load_tiny: Load, task: Task) -> None:
                 name_of = f"{name}.out_proj.weight"
             else:
                 name_of = f"{name}.weight"
+                if isinstance(module, nn.Conv2d):
+                    rows = F.unfold(rows, 1, stride=module.stride).mT
             seen.setdefault(name_of, []).append(rows)
 
         module.register_forward_pre_hook(hook, with_kwargs=True)
 
     for name, module in plain.clip.named_modules():
-        if isinstance(module, (nn.MultiheadAttention, nn.Linear)) and "out_proj" not in name:
+        small = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
+        kinds = (nn.MultiheadAttention, nn.Linear)
+        if small or (isinstance(module, kinds) and "out_proj" not in name):
             listen(name, module)
     images, _ = all_images(plain, task)
     with torch.no_grad():
         plain.encode_texts(plain.text_inputs(inputs.prompts))
         plain.encode_images(images)
-    assert found.keys() == seen.keys() and any("out_proj" in key for key in found)
-    for key, value in found.items():
+    assert {key for key in found if "attnpool" not in key} == seen.keys()
+    assert any("out_proj" in key for key in seen)
+    for key in seen:
+        value = found[key]
         rows = torch.cat([each.flatten(0, -2) for each in seen[key]]).double()
         torch.testing.assert_close(value.double(), rows.T @ rows, rtol=1e-3, atol=1e-3, msg=key)
 

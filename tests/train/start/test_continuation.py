@@ -199,9 +199,19 @@ def test_adapters_go_on_from_adapters(make: Make, folders: list[str], tmp_path: 
         options = continued_options(after, {"tasks": folders[1:2], **given})
         with pytest.raises(InputError, match=said), prepared(resolve(options), write=False):
             pass
+    other_precision = make("bf16", folders[1:2], first.path, precision="bf16")
+    assert len(other_precision.matrix.rows) == 2
     # All weights learn on from a checkpoint in which adapters are merged.
     second = make("second", folders[1:2], first.path, lora_rank=None)
     assert not list(second.path.glob("checkpoints/adapters*"))
+
+
+def test_another_method_takes_nothing_that_the_first_kept(
+    make: Make, folders: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    first = make("first", folders[:1], method="keeplora", lora_rank=2)
+    make("second", folders[1:2], first.path, method="ewc", lora_rank=None, fisher_images=3)
+    assert "of ewc: the earlier tasks were not learned by it" in caplog.text
 
 
 def test_replay_needs_the_earlier_training_images(
