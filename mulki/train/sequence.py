@@ -274,9 +274,10 @@ class _Sequence:
             self.setup.method.take_kept(load_tensors(file)[0])
         else:
             _log.warning(
-                "no %s of %s: the earlier tasks were not learned by it, so it does not hold on to "
+                "no %s of %s: the earlier tasks were not learned by %s, which does not hold on to "
                 "them",
                 file,
+                name,
                 name,
             )
 

@@ -211,7 +211,7 @@ def test_another_method_takes_nothing_that_the_first_kept(
 ) -> None:
     first = make("first", folders[:1], method="keeplora", lora_rank=2)
     make("second", folders[1:2], first.path, method="ewc", lora_rank=None, fisher_images=3)
-    assert "of ewc: the earlier tasks were not learned by it" in caplog.text
+    assert "method.safetensors of ewc: the earlier tasks were not learned by ewc" in caplog.text
 
 
 def test_replay_needs_the_earlier_training_images(
