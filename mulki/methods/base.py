@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mulki.choices.options import check_options, option
 from mulki.clip.features import Features
+from mulki.functional import prototype_cross_entropy
 
 ZERO_SHOT = "zero_shot"
 PREVIOUS = "previous"
@@ -282,3 +283,24 @@ class Method(nn.Module):
 
     def end_task(self) -> None:
         """Called after the last step; may change the weights in place before evaluation."""
+
+
+class ClassLoss(Method):
+    """The base of methods whose loss is the cross-entropy of the task's classes alone."""
+
+    options: Options
+
+    @dataclass(frozen=True)
+    class Options(Method.Options):
+        """Hyper-parameters that all of them have."""
+
+        label_smoothing: float = label_smoothing_option()
+
+    def losses(
+        self, student: Features, teachers: tuple[Features, ...], target: Tensor
+    ) -> dict[str, Tensor]:
+        return {
+            "ce_loss": prototype_cross_entropy(
+                student.image_text(), target, label_smoothing=self.options.label_smoothing
+            )
+        }

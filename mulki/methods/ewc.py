@@ -24,13 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from mulki.choices.options import option
-from mulki.clip.features import Features
-from mulki.functional import prototype_cross_entropy
-from mulki.methods.base import Method, Needs, TaskStart, label_smoothing_option
+from mulki.methods.base import ClassLoss, Needs, TaskStart
 from mulki.stages.connecting import snapshot
 
 
-class EWC(Method):
+class EWC(ClassLoss):
     """Cross-entropy, and a quadratic penalty weighted by the Fisher information."""
 
     name = "ewc"
@@ -38,8 +36,7 @@ class EWC(Method):
     options: Options
 
     @dataclass(frozen=True)
-    class Options(Method.Options):
-        label_smoothing: float = label_smoothing_option()
+    class Options(ClassLoss.Options):
         ewc_lambda: float = option(1e4, "coefficient of the penalty", low=0)
         ewc_decay: float = option(
             1.0, "what is left of the earlier tasks' Fisher information at each task", low=0, high=1
@@ -74,15 +71,6 @@ class EWC(Method):
         self._weights = task.weights
         self._fisher = self._beside_weights(self._fisher)
         self._start = snapshot(task.weights) if self._fisher else {}
-
-    def losses(
-        self, student: Features, teachers: tuple[Features, ...], target: Tensor
-    ) -> dict[str, Tensor]:
-        return {
-            "ce_loss": prototype_cross_entropy(
-                student.image_text(), target, label_smoothing=self.options.label_smoothing
-            )
-        }
 
     def penalties(self) -> dict[str, Tensor]:
         # Other weights may train in a run that goes on with other options.

@@ -9,35 +9,18 @@ fixed temperature is a strong baseline in LfI (CVPR 2026).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from mulki.clip.features import Features
-from mulki.functional import prototype_cross_entropy
-from mulki.methods.base import Method, label_smoothing_option
+from mulki.methods.base import ClassLoss
 from mulki.stages.pairs import contrastive_loss
 
 
-class Finetune(Method):
+class Finetune(ClassLoss):
     """Continual fine-tuning: ``CE(s u w^T, y)`` with label smoothing."""
 
     name = "finetune"
     summary = "plain fine-tuning on each task in turn"
-    options: Options
-
-    @dataclass(frozen=True)
-    class Options(Method.Options):
-        label_smoothing: float = label_smoothing_option()
-
-    def losses(
-        self, student: Features, teachers: tuple[Features, ...], target: Tensor
-    ) -> dict[str, Tensor]:
-        return {
-            "ce_loss": prototype_cross_entropy(
-                student.image_text(), target, label_smoothing=self.options.label_smoothing
-            )
-        }
 
     def pair_losses(
         self, student: Features, teachers: tuple[Features, ...], distinct: Tensor | None

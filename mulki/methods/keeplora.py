@@ -34,14 +34,12 @@ import torch
 from torch import Tensor
 
 from mulki.choices.options import option
-from mulki.clip.features import Features
-from mulki.functional import prototype_cross_entropy
-from mulki.methods.base import Method, Needs, TaskStart, label_smoothing_option
+from mulki.methods.base import ClassLoss, Needs, TaskStart, label_smoothing_option
 
 _log = logging.getLogger(__name__)
 
 
-class KeepLoRA(Method):
+class KeepLoRA(ClassLoss):
     """Cross-entropy on adapters whose input directions are fixed before each task."""
 
     name = "keeplora"
@@ -51,7 +49,7 @@ class KeepLoRA(Method):
     options: Options
 
     @dataclass(frozen=True)
-    class Options(Method.Options):
+    class Options(ClassLoss.Options):
         label_smoothing: float = label_smoothing_option(0.0)
         energy_image: float = option(
             0.85, "share of the weights' energy that stays, of the image tower", low=0, high=1
@@ -121,15 +119,6 @@ class KeepLoRA(Method):
                 len(task.adapted),
                 without[0],
             )
-
-    def losses(
-        self, student: Features, teachers: tuple[Features, ...], target: Tensor
-    ) -> dict[str, Tensor]:
-        return {
-            "ce_loss": prototype_cross_entropy(
-                student.image_text(), target, label_smoothing=self.options.label_smoothing
-            )
-        }
 
     @torch.no_grad()
     def keep_moments(self, moments: Mapping[str, Tensor]) -> None:
