@@ -190,36 +190,96 @@ def readable_batches(
         collate_fn=list,
         worker_init_fn=partial(_start_worker, pixel_limit()),
     )
-    with dead_workers_named(workers), dead_workers_named(workers):
-        yield from loader
+    with _dead_workers_named(workers):
+        yield from _ends_of_workers.told(iter(loader)) if workers else loader
 
 
 class _Loader(DataLoader[tuple[Tensor, int, int]]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # Twice, for the signal of the process may come while the first error is being named.
-        with dead_workers_named(self.num_workers), dead_workers_named(self.num_workers):
+        if not self.num_workers:
+            yield from super().__iter__()
+            return
+        with _dead_workers_named(self.num_workers):
             try:
-                yield from super().__iter__()
+                yield from _ends_of_workers.told(super().__iter__())
             except (EOFError, ConnectionError) as error:
                 # Those of the reader's own come from here, or with this word from a process.
-                if not self.num_workers or str(error).startswith("Caught "):
+                if str(error).startswith("Caught "):
                     raise
                 raise RuntimeError("DataLoader worker ended as it handed over a batch") from error
 
 
-@contextmanager
-def dead_workers_named(workers: int) -> Iterator[None]:
-    """Turn torch's error about a loading process that has ended into one that says what to do.
+class _EndsOfWorkers:
+    """Keeps torch's error about a loading process that has ended until a batch is waited for.
 
-    torch raises it where a batch is waited for, or wherever the main thread is when the signal of
-    the process comes: so this belongs around all that may happen while batches are loaded.
-
-    Args:
-        workers: loading processes.
-
-    Raises:
-        InputError: a loading process has ended, or has no shared memory left.
+    torch raises it in a signal handler, so wherever the main thread is. Code in C that is called
+    there may take it for an error of its own, drop it, and go on with half a result.
     """
+
+    def __init__(self) -> None:
+        self._error: RuntimeError | None = None
+        self._waiting = False
+        self._handler: Any = None
+
+    def told(self, loaded: Iterator[Any]) -> Iterator[Any]:
+        """The batches of a loader that has started its processes.
+
+        Args:
+            loaded: an iterator of torch's `DataLoader`.
+
+        Raises:
+            RuntimeError: torch's, from the first batch that is waited for after a process ended.
+        """
+        self._listen()
+        # Of a loader that nobody has waited for again; of others, torch tells within 5 s.
+        self._error = None
+        while True:
+            self._waiting = True
+            try:
+                self._tell()
+                batch = next(loaded, None)
+            except RuntimeError:
+                self._error = None
+                raise
+            finally:
+                self._waiting = False
+            self._tell()
+            if batch is None:
+                return
+            yield batch
+
+    def hear(self, number: int, frame: Any) -> None:
+        try:
+            self._handler(number, frame)
+        except RuntimeError as error:
+            # torch says it once for all processes that have ended.
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            self._error = error
+            if self._waiting:
+                raise
+
+    def _listen(self) -> None:
+        number = getattr(signal, "SIGCHLD", None)
+        if number is None or threading.current_thread() is not threading.main_thread():
+            return
+        handler = signal.getsignal(number)
+        if callable(handler) and handler != self.hear:
+            self._handler = handler
+            signal.signal(number, self.hear)
+
+    def _tell(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+
+_ends_of_workers = _EndsOfWorkers()
+
+
+@contextmanager
+def _dead_workers_named(workers: int) -> Iterator[None]:
+    # Turns torch's error about a loading process that has ended into one that says what to do.
     try:
         yield
     except RuntimeError as error:

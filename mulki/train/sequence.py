@@ -16,7 +16,6 @@ from mulki.clip.head import ClassStatistics, read_statistics, write_statistics
 from mulki.clip.tensor_files import load_tensors, save_tensors
 from mulki.console import Console
 from mulki.data import Task
-from mulki.data.loader import dead_workers_named
 from mulki.distributed import launch
 from mulki.errors import InputError, ProcessLost, Stopped
 from mulki.methods import Method
@@ -115,12 +114,7 @@ def run(
         folder = setup.folder
         try:
             try:
-                with (
-                    folder or contextlib.nullcontext(),
-                    bar,
-                    setup.world.watched(),
-                    dead_workers_named(setup.config.workers),
-                ):
+                with folder or contextlib.nullcontext(), bar, setup.world.watched():
                     _Sequence(setup, bar, signals).learn()
             finally:
                 # A second signal ends this, too.
