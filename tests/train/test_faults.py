@@ -12,7 +12,7 @@ import pytest
 
 from mulki.train.saving.recovery import read_state
 from tests.train.run_helpers import check_same
-from tests.train.test_killed import Killed, needs_fork, runs
+from tests.train.test_killed import Killed, needs_fork, runs, swept
 
 pytestmark = needs_fork
 CALLS, ALLOCATIONS = "fail_system_call", "fail_allocation"
@@ -74,10 +74,9 @@ def test_a_call_that_fails(faulty: Killed, untouched: tuple[Path, int]) -> None:
 
 @pytest.mark.long
 def test_calls_all_over_a_run_that_fail(faulty: Killed, untouched: tuple[Path, int]) -> None:
-    """One in eleven, in four minutes of processor time: all take three quarters of an hour."""
+    """All take three quarters of an hour of processor time."""
     folder, calls = untouched
-    for number in range(5, calls + 1, 11):
-        print(f"call {number} of {calls} fails")
+    for number in swept(calls, 30):
         check_fault(faulty, folder, CALLS, number, ERRORS[number % len(ERRORS)])
 
 
@@ -96,8 +95,7 @@ def test_memory_that_runs_out_while_a_run_saves(
 def test_memory_that_runs_out_all_over_a_run(
     faulty: Killed, untouched: tuple[Path, int], allocations: int
 ) -> None:
-    """In one place of sixty: all take an hour."""
+    """All take an hour of processor time."""
     folder, _ = untouched
-    for number in range(30, allocations + 1, 60):
-        print(f"allocation {number} of {allocations} fails")
+    for number in swept(allocations, 60):
         check_fault(faulty, folder, ALLOCATIONS, number)
