@@ -22,7 +22,8 @@ class FeatureCache:
         # On the CPU, so that looking up a batch does not wait for a GPU.
         self._known = torch.zeros(size or 0, dtype=torch.bool)
         self._features: Tensor | None = None
-        self._filled = False
+        #: Whether the features of the whole set came at once.
+        self.filled = False
 
     def fill(self, features: Tensor) -> None:
         """Keep the features [n, D] of the whole set, if they may be kept.
@@ -36,7 +37,7 @@ class FeatureCache:
             raise ValueError(f"features: got {len(features)} rows, wanted {self._size}")
         self._features = features
         self._known.fill_(True)
-        self._filled = True
+        self.filled = True
 
     def get(self, index: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
         """Features of a batch [B, D].
@@ -60,7 +61,7 @@ class FeatureCache:
 
     def state(self) -> dict[str, Tensor]:
         """What was computed batch by batch: in other batches, features are rounded otherwise."""
-        if self._features is None or self._filled:
+        if self._features is None or self.filled:
             return {}
         return {"known": self._known, "features": self._features[self._known]}
 
@@ -119,13 +120,18 @@ class Teacher:
     def _caches(self) -> dict[str, FeatureCache]:
         return {"images": self._images, "reference": self._reference, "anchors": self._anchors}
 
-    def remember(self, image_features: Tensor) -> None:
-        """Keep the features [n, D] of the whole training set, if these are constant.
+    def remember(self, **features: Tensor) -> None:
+        """Keep the features of a whole set, if these are constant.
+
+        Args:
+            **features: [n, D] each, of `images`, `reference` or `anchors`, as the functions that
+                encode them return them; on the device of the texts or in the host's memory.
 
         Raises:
             ValueError: they have another number of rows.
         """
-        self._images.fill(image_features)
+        for name, of_set in features.items():
+            self._caches()[name].fill(of_set)
 
     def without_images(self) -> Features:
         """The features of its texts alone, with no row of images."""
@@ -139,7 +145,8 @@ class Teacher:
             index: [B] places of the batch in the training set, on the CPU.
             encode: see `FeatureCache.get`.
         """
-        return Features(self._images.get(index, encode), self.texts, self.scale, self.prototypes)
+        images = self._images.get(index, encode).to(self.texts.device)
+        return Features(images, self.texts, self.scale, self.prototypes)
 
     @torch.no_grad()
     def reference_features(
@@ -152,7 +159,7 @@ class Teacher:
             encode: see `FeatureCache.get`; returns [M, 2 D], image beside caption features.
             captions: without them `encode` returns [M, D], image features.
         """
-        features = self._reference.get(index, encode)
+        features = self._reference.get(index, encode).to(self.texts.device)
         if not captions:
             return of_reference(features, None, self.scale)
         images, texts = (half.contiguous() for half in features.chunk(2, dim=1))
@@ -166,10 +173,13 @@ class Teacher:
             index: [M] places among the task's anchors, on the CPU; None for all of them.
             encode: see `FeatureCache.get`.
         """
+        every = torch.arange(self._num_anchors)
         if index is not None:
-            return torch.cat([self.texts, self._anchors.get(index, encode)])
+            anchors = self._anchors.get(index, encode)
+            return torch.cat([self.texts, anchors.to(self.texts.device)])
         if self._anchored is None:
-            # Not through the cache, which would keep a second copy.
-            anchors = encode(torch.arange(self._num_anchors))
-            self._anchored = torch.cat([self.texts, anchors])
+            # The cache would keep a second copy.
+            filled = self._anchors.filled
+            anchors = self._anchors.get(every, encode) if filled else encode(every)
+            self._anchored = torch.cat([self.texts, anchors.to(self.texts.device)])
         return self._anchored

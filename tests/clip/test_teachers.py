@@ -55,7 +55,7 @@ def test_each_image_is_encoded_once_and_looked_up_by_its_place(images):
 
 def test_without_a_size_nothing_is_kept(images):
     t, encode = teacher(None), Encoder(images)
-    t.remember(torch.zeros(6, 2))
+    t.remember(images=torch.zeros(6, 2))
     for _ in range(2):
         t.features(torch.tensor([4, 1]), encode.of([4, 1]))
     assert encode.asked == [2, 2]
@@ -64,12 +64,12 @@ def test_without_a_size_nothing_is_kept(images):
 def test_what_is_remembered_is_not_encoded(images):
     t, encode = teacher(6), Encoder(images)
     whole = torch.randn(6, 2)
-    t.remember(whole)
+    t.remember(images=whole)
     places = torch.tensor([3, 0])
     assert t.features(places, encode.of(places)).images.equal(whole[places])
     assert encode.asked == []
     with pytest.raises(ValueError, match="features: got 5 rows, wanted 6"):
-        t.remember(whole[:5])
+        t.remember(images=whole[:5])
 
 
 def test_a_batch_is_a_copy_of_what_is_kept(images):

@@ -88,7 +88,9 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
 
 @pytest.mark.slow
 def test_two_processes_are_one(base: dict[str, Any], tmp_path: Path) -> None:
-    compare(base, CASES, 2, tmp_path)
+    # Two processes write what one reads.
+    kept = {"hold_on": "both", "anchors": "both", "teacher_cache": str(tmp_path / "cache")}
+    compare(base, CASES | {"cache": ({"method": "mulki", **kept}, 6)}, 2, tmp_path)
     log = (Path(base["logs"]) / "mulki-2" / "out.log").read_text()
     assert "2 processes, 6 images in a batch" in log
 

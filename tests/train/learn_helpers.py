@@ -18,6 +18,7 @@ from mulki.train.config.run_config import RunConfig
 from mulki.train.learning.anchor_texts import Anchors
 from mulki.train.learning.inputs import Listeners, StepReport, TaskInputs, Training
 from mulki.train.learning.learn import learn_task
+from mulki.train.learning.teacher_cache import TeacherCache
 
 Load = Callable[..., VisionLanguageModel]
 
@@ -48,6 +49,7 @@ def learn(
     precision: str = "fp32",
     anchors: Anchors | None = None,
     reference: ReferenceSet | None = None,
+    teacher_cache: TeacherCache | None = None,
     hear: Callable[[StepReport], None] = lambda report: None,
 ) -> list[StepReport]:
     if frozen is None:
@@ -65,6 +67,7 @@ def learn(
         model=model,
         transform=transform or model.preprocess,
         precision=Precision(precision, torch.device("cpu")),  # type: ignore[arg-type]
+        teacher_cache=teacher_cache,
     )
     inputs = TaskInputs(index, task, frozen, reference, anchors)
     steps = learn_task(training, inputs, Listeners(listen))

@@ -51,7 +51,9 @@ GROUPS = {
         *("precision", "device", "torchcompile", "fsdp", "grad_checkpointing"),
     ),
     "training": ("method", "iterations", "epochs", "batch_size", "lr", "seed", "preset"),
-    "distillation": ("reference", "reference_batch_size", "vocabulary", "anchors_per_step"),
+    "distillation": (
+        *("reference", "reference_batch_size", "vocabulary", "anchors_per_step", "teacher_cache"),
+    ),
     "output": ("logs", "name", "report_to", "log_every_n_steps", "save_every", "save_checkpoints"),
 }
 # Those that --help shows; --help-all shows all.

@@ -28,7 +28,7 @@ NEUTRAL = frozenset(
     {"seed", "tasks", "order", "name", "logs", "workers", "device", "import", "preset"}
     | {"log_every_n_steps", "save_checkpoints", "batch_size_eval", "micro_batch"}
     | {"grad_checkpointing", "save_every", "data_root", "max_pixels", "max_member_mb", "report_to"}
-    | {"process_timeout", "deterministic", "continue", "test_tasks"}
+    | {"process_timeout", "deterministic", "continue", "test_tasks", "teacher_cache"}
     | {"csv_img_key", "csv_caption_key", "csv_separator"}
 )
 

@@ -142,6 +142,11 @@ class RunConfig:
     original_pretrained: str | None = option(
         None, "a tag of open_clip or a checkpoint's path for --original"
     )
+    teacher_cache: str | None = option(
+        None,
+        "a folder for features of the original model, which later runs with the same model, images "
+        "and texts read in place of encoding them",
+    )
     iterations: int = option(1000, "optimiser steps per task", low=1)
     epochs: float | None = option(
         None, "passes over a task's images, instead of iterations", above=0

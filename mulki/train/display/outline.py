@@ -18,6 +18,7 @@ from mulki.train.config.tasks import needs_of
 from mulki.train.display.progress import STEPS, TEACHERS, TEST, megabytes
 from mulki.train.learning.learn import steps_of
 from mulki.train.learning.memory import free_memory
+from mulki.train.learning.stored_features import stored_sets
 from mulki.train.start.setup import Setup
 
 
@@ -49,11 +50,18 @@ def rows(setup: Setup) -> list[tuple[str, int]]:
 
 def prepared_images(setup: Setup, tasks: Sequence[Task]) -> int:
     """Images encoded before the first step of these tasks, by the teachers, and after the last."""
-    passes = [
-        needs_of(setup.method, task).prototypes + (setup.config.head and bool(task.classes))
-        for task in tasks
-    ]
-    return sum(n * len(task.train) for n, task in zip(passes, tasks, strict=True))
+    statistics = [len(t.train) if setup.config.head and t.classes else 0 for t in tasks]
+    return sum(statistics) + sum(images_of_teachers(setup, task) for task in tasks)
+
+
+def images_of_teachers(setup: Setup, task: Task) -> int:
+    """Images that teachers encode before the first step of a task."""
+    size, needs = len(task.train), needs_of(setup.method, task)
+    reference = setup.reference_of(task) if needs.reference else None
+    steps = steps_of(setup.config, size, setup.world.size)
+    stored = stored_sets(setup, task, reference, steps)
+    # Prototypes and the cache share a pass.
+    return len(stored) + (size if needs.prototypes and stored.images is None else 0)
 
 
 def steps_of_tasks(config: RunConfig, tasks: Sequence[Task], processes: int) -> list[int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mulki.data import Task
 from mulki.runs.history import BINS, StepRecord, add_step
-from mulki.train.config.tasks import needs_of
+from mulki.train.display.outline import images_of_teachers
 from mulki.train.display.progress import STEPS, TEACHERS, RunProgress, describe
 from mulki.train.learning.inputs import StepReport
 from mulki.train.learning.memory import peak_memory
@@ -46,8 +46,8 @@ class Reporter:
         self._started: float | None = time.perf_counter()
         self._forget()
         self._progress.task(index + 1, task.name)
-        if needs_of(self._setup.method, task).prototypes:
-            self._progress.stage("teachers", TEACHERS, len(task.train))
+        if images := images_of_teachers(self._setup, task):
+            self._progress.stage("teachers", TEACHERS, images)
         else:
             self._progress.stage("", STEPS, steps)
 

@@ -93,7 +93,8 @@ class Anchors:
         per_step: int | None,
         seed: int,
     ):
-        self._prompts = (*texts.seen, *texts.vocabulary)
+        #: Of all anchors, those of the group `SEEN` first.
+        self.prompts = (*texts.seen, *texts.vocabulary)
         self._seen = len(texts.seen)
         self._inputs = inputs
         self._per_step = per_step
@@ -101,7 +102,7 @@ class Anchors:
         self._all: AnchorBatch | None = None
 
     def __len__(self) -> int:
-        return len(self._prompts)
+        return len(self.prompts)
 
     def state(self) -> Tensor:
         """The state of the draws."""
@@ -113,10 +114,10 @@ class Anchors:
 
     def draw(self) -> AnchorBatch | None:
         """The anchors of the next step; None if the task has none."""
-        if not self._prompts:
+        if not self.prompts:
             return None
         if self._per_step is None or self._per_step >= len(self):
-            self._all = self._all or AnchorBatch(self._inputs(self._prompts), self._seen, None)
+            self._all = self._all or AnchorBatch(self._inputs(self.prompts), self._seen, None)
             return self._all
         words = len(self) - self._seen
         # An odd number is rounded up and down by turns of chance, so that 1 draws of both groups.
@@ -129,7 +130,7 @@ class Anchors:
                 self._drawn(words, self._per_step - of_seen) + self._seen,
             ]
         )
-        prompts = [self._prompts[place] for place in places.tolist()]
+        prompts = [self.prompts[place] for place in places.tolist()]
         return AnchorBatch(self._inputs(prompts), of_seen, places)
 
     def _drawn(self, size: int, count: int) -> Tensor:

@@ -17,6 +17,7 @@ from mulki.train.config.tasks import needs_of
 from mulki.train.learning.anchor_texts import Anchors
 from mulki.train.learning.batches import Transform
 from mulki.train.learning.memory import MicroBatch
+from mulki.train.learning.teacher_cache import TeacherCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,7 @@ class Training:
         transform: of the training images, and of those of the reference set.
         precision: how the encoders compute, and the device of this process.
         world: the processes that learn together, each with `config.batch_size` images of a batch.
+        teacher_cache: features of the original model on disk, if the run has a folder for them.
     """
 
     config: RunConfig
@@ -38,6 +40,7 @@ class Training:
     transform: Transform
     precision: Precision
     world: World = ALONE
+    teacher_cache: TeacherCache | None = None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from mulki.train.config.tasks import needs_of
 from mulki.train.learning.anchor_texts import AnchorBatch
 from mulki.train.learning.batches import Batch, PairBatch, kept_samples
 from mulki.train.learning.inputs import TaskInputs, Training
+from mulki.train.learning.stored_features import StoredFeatures, stored_sets
 from mulki.train.learning.training_set import training_features
 
 
@@ -84,31 +85,46 @@ class TaskTeachers:
             {id(frozen[name]): frozen[name] for name in names}
             for names in ([*needs.teachers, *with_prototypes], with_prototypes)
         )
+        stored, sets = None, stored_sets(training, task, inputs.reference, steps)
+        original = id(frozen.get(ZERO_SHOT))
         features: dict[int, Tensor] = {}
+        if training.teacher_cache is not None and original in distinct:
+            stored = StoredFeatures(training.teacher_cache, distinct[original], training)
+            if encoding.pop(original, None) is not None or sets.images is not None:
+                # The others are told of below, where they are encoded too.
+                told = (lambda images: None) if encoding else encoded
+                features[original] = stored.images(task.train, told)
         if encoding:
-            parts = training_features([*encoding.values()], task, training, encoded)
-            features = dict(zip(encoding, map(torch.cat, zip(*parts, strict=True)), strict=True))
+            parts = training_features([*encoding.values()], task.train, training, encoded)
+            features |= zip(encoding, map(torch.cat, zip(*parts, strict=True)), strict=True)
         by_model: dict[int, Teacher] = {}
         for of, model in distinct.items():
             texts = torch.empty(0, 0, device=model.device)
-            if prompts:
+            if prompts and stored is not None and of == original:
+                texts = stored.texts(prompts).to(model.device)
+            elif prompts:
                 class_texts = text_inputs(model, prompts, world)
                 with training.precision.autocast():
                     texts = text_features(model, class_texts, world)
             prototypes = None
-            if of in features:
+            if of in features and needs.prototypes:
                 target = torch.as_tensor(list(task.train.targets), device=model.device)
-                prototypes = class_means(features[of], target, len(task.classes))
+                images = features[of].to(model.device)
+                prototypes = class_means(images, target, len(task.classes))
             teacher = Teacher(texts, model.logit_scale, prototypes, *kept, num_anchors)
             # A training transform that is another one gives other features, random or not.
             if of in features and training.transform is training.model.preprocess:
-                teacher.remember(features[of])
+                teacher.remember(images=features[of])
             by_model[of] = teacher
+        if stored is not None and ZERO_SHOT in needs.teachers:
+            if sets.pairs is not None:
+                by_model[original].remember(reference=stored.pairs(*sets.pairs, encoded))
+            if inputs.anchors is not None and num_anchors:
+                by_model[original].remember(anchors=stored.texts(inputs.anchors.prompts))
         teachers = [(by_model[id(frozen[name])], frozen[name]) for name in needs.teachers]
-        original = by_model[id(frozen[ZERO_SHOT])].prototypes if needs.prototypes else None
         return cls(
             teachers,
-            original,
+            by_model[original].prototypes if needs.prototypes else None,
             training.precision,
             world,
             images=needs.teacher_images,

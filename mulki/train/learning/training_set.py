@@ -1,4 +1,4 @@
-"""The training images of a task, encoded once each by frozen models or by the student."""
+"""The images of a set, encoded once each by frozen models or by the student."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 from mulki.clip.head import Moments, TaskMeans
 from mulki.clip.models import VisionLanguageModel
 from mulki.data.loader import batch_sizes, batches
-from mulki.data.task import Task
+from mulki.data.task import ImageSet, Task
 from mulki.train.learning.inputs import Training
 
 
 @torch.no_grad()
 def training_features(
     models: Sequence[VisionLanguageModel],
-    task: Task,
+    images: ImageSet,
     training: Training,
     encoded: Callable[[int], None],
 ) -> Iterator[list[Tensor]]:
-    """Features [b, D] of each model, batch by batch, in the order of the training images.
+    """Features [b, D] of each model, batch by batch, in the order of the images.
 
     One pass for all models, since decoding costs as much as a small encoder; with the evaluation
     transform, whatever the training transform is. All processes get the features of all images.
@@ -31,7 +31,7 @@ def training_features(
     """
     config, precision, world = training.config, training.precision, training.world
     loader = batches(
-        task.train,
+        images,
         models[0].preprocess,
         config.batch_size_eval * world.size,
         shuffle=False,
@@ -40,9 +40,9 @@ def training_features(
         pin_memory=precision.device.type == "cuda",
         part=world.rows,
     )
-    for (images, *_), count in zip(loader, batch_sizes(loader), strict=True):
+    for (part, *_), count in zip(loader, batch_sizes(loader), strict=True):
         with precision.autocast():
-            yield [world.gather(model.encode_images(images), count) for model in models]
+            yield [world.gather(model.encode_images(part), count) for model in models]
         encoded(count)
 
 
@@ -53,7 +53,7 @@ def class_moments(
     training.model.eval()
     targets = torch.as_tensor(list(task.train.targets))
     moments, start = Moments(len(task.classes)), 0
-    for (features,) in training_features([training.model], task, training, encoded):
+    for (features,) in training_features([training.model], task.train, training, encoded):
         moments.add(features, targets[start : start + len(features)])
         start += len(features)
     return moments.of(task)

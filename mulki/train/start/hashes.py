@@ -17,7 +17,7 @@ from mulki.train.start.data import Data
 _PER_PROCESS = (
     *("tasks", "data_root", "model", "pretrained", "original", "original_pretrained", "reference"),
     *("vocabulary", "workers", "device", "logs", "name", "log_every_n_steps", "report_to"),
-    "import",
+    *("teacher_cache", "import"),
 )
 
 

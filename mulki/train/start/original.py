@@ -1,20 +1,35 @@
-"""The original model of a run whose start model has learned before: a teacher from elsewhere."""
+"""The original model as a teacher: where it comes from, and where its features are kept."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+from mulki.choices.options import flag
 from mulki.clip.models import VisionLanguageModel
+from mulki.distributed.world import World
 from mulki.errors import InputError
 from mulki.methods import ZERO_SHOT, Method
+from mulki.train.config.precision import Precision
 from mulki.train.config.run_config import RunConfig
+from mulki.train.learning.teacher_cache import TeacherCache
 from mulki.train.start.start_model import load_start
 
 
 def check_original(config: RunConfig, method: Method) -> None:
-    """Raise an InputError where options name an original model that the run has no use for."""
+    """Raise an InputError for options of an original model that the run has no use for."""
+    for name in ("original", "teacher_cache"):
+        value = getattr(config, name)
+        if value is not None and not (
+            ZERO_SHOT in method.needs.teachers or method.needs.prototypes
+        ):
+            raise InputError(
+                f"{flag(name)}: got {value}, but method {method.name} with these options has no "
+                "original model as a teacher; leave it out, or change --method"
+            )
     if config.original is None:
         if config.original_pretrained is not None:
             raise InputError(
@@ -31,11 +46,31 @@ def check_original(config: RunConfig, method: Method) -> None:
             f"--original: got {config.original} without weights, and random ones teach nothing; "
             f"pass --original-pretrained too, such as {tags[0]}"
         )
-    if not (ZERO_SHOT in method.needs.teachers or method.needs.prototypes):
-        raise InputError(
-            f"--original: got {config.original}, but method {method.name} with these options has "
-            "no original model as a teacher; leave it out, or change --method"
-        )
+
+
+def cache_of_original(
+    config: RunConfig, model: VisionLanguageModel, weights: str, precision: Precision, world: World
+) -> TeacherCache | None:
+    """Where features of the original model are kept; None where ``--teacher-cache`` names nothing.
+
+    Args:
+        config: options of the run.
+        model: of its architecture.
+        weights: hash of its weights.
+        precision: how it computes.
+        world: the processes that encode together.
+
+    Raises:
+        InputError: the folder cannot be made.
+    """
+    if config.teacher_cache is None:
+        return None
+    made_of = {
+        "weights": weights,
+        "architecture": json.dumps(model.config or model.name, sort_keys=True),
+        "precision": precision.name,
+    }
+    return TeacherCache(Path(config.teacher_cache), made_of, world, precision.device)
 
 
 def load_original(

@@ -59,7 +59,7 @@ from mulki.train.start.continuation import (
 from mulki.train.start.data import check_reference, check_unused, load_data, needs_beyond_tasks
 from mulki.train.start.downloads import StandIns
 from mulki.train.start.hashes import hashes_of, same_in_all
-from mulki.train.start.original import beside, check_original, load_original
+from mulki.train.start.original import beside, cache_of_original, check_original, load_original
 from mulki.train.start.start_model import check_start, load_start
 
 
@@ -185,6 +185,8 @@ def prepared(
             if goes_on is not None and stand_ins is None:
                 check_begin(goes_on.said, hashes)
                 hashes["checkpoint"] = goes_on.checksum
+            weights = hashes.get("original", hashes["weights"])
+            cache = cache_of_original(config, model, weights, precision, world) if write else None
             _store_weights(config, precision, model, original)
             _adapt(config, method, model)
             if goes_on is not None and model.adapters is not None:
@@ -207,6 +209,7 @@ def prepared(
                 precision=precision,
                 world=world,
                 original=original,
+                teacher_cache=cache,
                 goes_on=goes_on,
                 hashes=hashes,
                 **data._asdict(),

@@ -27,7 +27,7 @@ def test_all_images_in_their_order(load_tiny, task_folders, size):  # type: igno
         precision=Precision("fp32", torch.device("cpu")),
     )
     counts: list[int] = []
-    parts = list(training_features(models, task, training, counts.append))
+    parts = list(training_features(models, task.train, training, counts.append))
     assert sum(counts) == len(task.train) == 18 and max(counts) <= size
     pixels = [models[0].preprocess(task.train.load(i)) for i in range(18)]
     target = torch.tensor(list(task.train.targets))
