@@ -203,7 +203,8 @@ def _plan(argv: list[str]) -> int:
     if resume is not None:
         raise InputError("mulki plan: got --resume, but a plan is of a run from its start")
     as_json = given.pop("json", False)
-    show_plan(given, Console(stderr=True), as_json=as_json)
+    card = given.pop("card_gb", None)
+    show_plan(given, Console(stderr=True), as_json=as_json, card=card)
     return 0
 
 

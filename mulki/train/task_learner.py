@@ -99,11 +99,16 @@ class TaskLearner:
         setup = self._setup
         if not needs.anchors:
             return None
-        per_step = setup.config.anchors_per_step
-        if per_step is None and needs.student_anchors:
-            per_step = _ENCODED_ANCHORS if setup.model.trains_texts else _PROJECTED_ANCHORS
         texts = anchor_texts(needs.anchors, setup.tasks, index, setup.vocabulary)
-        return Anchors(texts, self.text_inputs, per_step, seed=setup.config.seed + index)
+        seed = setup.config.seed + index
+        return Anchors(texts, self.text_inputs, anchors_per_step(setup, needs), seed)
+
+
+def anchors_per_step(setup: Setup, needs: Needs) -> int | None:
+    """How many text anchors are drawn for a step; None for all of them."""
+    if setup.config.anchors_per_step is not None or not needs.student_anchors:
+        return setup.config.anchors_per_step
+    return _ENCODED_ANCHORS if setup.model.trains_texts else _PROJECTED_ANCHORS
 
 
 def _frozen_models(setup: Setup) -> dict[str, VisionLanguageModel]:

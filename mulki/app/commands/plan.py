@@ -21,6 +21,7 @@ from mulki.errors import InputError, counted
 from mulki.report.tables import plain_table
 from mulki.runs import trackers
 from mulki.runs.new_folder import check_free
+from mulki.train.card import Way, ways
 from mulki.train.config.run_config import RunConfig, Settings, resolve
 from mulki.train.costs import Costs, measure
 from mulki.train.display.outline import in_lines, millions, of_tasks, plan, steps_of_tasks
@@ -32,6 +33,10 @@ from mulki.train.start.setup import check_options, prepared
 
 # Below the first word of a line.
 _INDENT = " " * 9
+_WAYS = (
+    "step: gradients and texts; images at a time: the largest --micro-batch, with a tenth of the "
+    "card left free; a batch may have any size"
+)
 _COLUMNS = "before: until its first step; learn: the whole task; test all: after it"
 
 
@@ -40,7 +45,9 @@ class _Command(str):
     pass
 
 
-def show_plan(given: Mapping[str, Any], console: Console, *, as_json: bool) -> None:
+def show_plan(
+    given: Mapping[str, Any], console: Console, *, as_json: bool, card: float | None = None
+) -> None:
     """Print what a run with these options would do, what it takes, and what it would download.
 
     Blank images and random weights stand in for data sets and models that are not on this machine.
@@ -50,6 +57,7 @@ def show_plan(given: Mapping[str, Any], console: Console, *, as_json: bool) -> N
         given: options of a run, text as the command line has them.
         console: where the progress of the measurement is shown.
         as_json: print one JSON object instead of a table.
+        card: gigabytes; count what a step needs on a card of that size in place of measuring.
 
     Raises:
         InputError: what `mulki run` would refuse beside what is not here, or options of a grid.
@@ -62,6 +70,9 @@ def show_plan(given: Mapping[str, Any], console: Console, *, as_json: bool) -> N
     settings = resolve(given)
     config = settings.run
     stand_ins = StandIns()
+    if card is not None and (config.fsdp or not methods.get(config.method).trains):
+        why = "a sharded model" if config.fsdp else f"method {config.method}, which takes no step"
+        raise InputError(f"--card-gb: got {card:g} for {why}; leave it out")
     if not_here(config.model, config.pretrained)[0] is None:
         _outline(settings, stand_ins, as_json)
         return
@@ -69,6 +80,10 @@ def show_plan(given: Mapping[str, Any], console: Console, *, as_json: bool) -> N
         lines = plan(setup)
         if not setup.world.main:
             console = Console(quiet=True)
+        if card is not None:
+            if setup.world.main:
+                _show_ways(ways(setup), card, lines, config, stand_ins, as_json=as_json)
+            return
         costs = measure(setup, lambda words: console.print(words, markup=False, highlight=False))
         main = setup.world.main
     if not main:
@@ -80,6 +95,42 @@ def show_plan(given: Mapping[str, Any], console: Console, *, as_json: bool) -> N
     out = _print_lines(lines)
     out.print(_table(costs))
     out.print(_COLUMNS, style="dim", highlight=False)
+
+
+def _show_ways(
+    found: Sequence[Way],
+    card: float,
+    lines: Sequence[str],
+    config: RunConfig,
+    stand_ins: StandIns,
+    *,
+    as_json: bool,
+) -> None:
+    images = [way.images(round(card * 1e9)) for way in found]
+    if as_json:
+        each = [way.to_dict() | {"images": n} for way, n in zip(found, images, strict=True)]
+        _print_json(config, {"card_gb": card, "ways": each}, stand_ins.downloads)
+        return
+    fits = [way for way, n in zip(found, images, strict=True) if n]
+    said = f"card     {card:g} GB: "
+    if images[0]:
+        said += f"the run fits, with --micro-batch {images[0]} or less"
+    elif fits:
+        said += f"too small for the run as it is; it fits with {fits[0].options}"
+    else:
+        said += "too small; a smaller model, --precision bf16 or --fsdp on several cards need less"
+    out = _print_lines([*lines, *_of_downloads(stand_ins.downloads, config, measured=False), said])
+    table = plain_table("options", "models", "optimiser", "step", "an image", "images at a time")
+    for way, n in zip(found, images, strict=True):
+        sizes = (way.models, way.optimizer, way.step)
+        table.add_row(
+            Text(way.options or "as given"),
+            *map(megabytes, sizes),
+            f"{way.image / 2**20:.1f} MiB",
+            str(n) if n else "does not fit",
+        )
+    out.print(table)
+    out.print(_WAYS, style="dim", highlight=False)
 
 
 def _outline(settings: Settings, stand_ins: StandIns, as_json: bool) -> None:

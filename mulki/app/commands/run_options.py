@@ -34,6 +34,7 @@ _EXAMPLES = {
   mulki plan embedded                             the bundled tasks with the bundled model
   mulki plan birds/ textures/ --model ViT-B-32 --pretrained laion2b_s34b_b79k
   mulki plan --config logs/RUN/args.yaml --batch-size 8
+  mulki plan birds/ --model ViT-H-14 --pretrained none --card-gb 24
   mulki plan --method zscl --help                 the options of another method
 """,
 }
@@ -153,6 +154,10 @@ def _parser(
     else:
         text = "print the numbers as JSON"
         parser.add_argument("--json", action="store_const", const=True, help=text)
+        text = (
+            "count what a step needs on a card of so many GB, and which options help; no step runs"
+        )
+        parser.add_argument("--card-gb", type=_gigabytes, metavar="GB", help=text)
     add_grid_options(parser, hidden=command != "run")
     # A shell completes all options.
     every = "--help-all" in argv or completion.is_asked()
@@ -178,6 +183,13 @@ def _parser(
             ) from None
         added |= {item.name for item in fields(method.Options)}
     return parser
+
+
+def _gigabytes(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError(text)
+    return value
 
 
 def _with_bundled_model(method: str) -> str:

@@ -231,6 +231,27 @@ def test_what_a_run_refuses_a_plan_refuses(
     assert "nothing" in refused(words)
 
 
+def test_a_plan_of_a_card(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command([*words, "--method", "mulki", "--card-gb", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "card     1 GB: the run fits, with --micro-batch " in out
+    assert "time     " not in out and out.count("--lora-rank 16") == 2
+    assert run_command([*words, "--card-gb", "0.03", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["card_gb"] == 0.03 and len(said["ways"]) == 4
+    assert {"options", "models", "optimizer", "step", "image", "images"} == {*said["ways"][0]}
+
+
+def test_a_card_that_is_too_small(
+    words: list[str], refused: Refused, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command([*words, "--method", "mulki", "--card-gb", "0.0001"]) == 0
+    assert "card     0.0001 GB: too small; a smaller model" in capsys.readouterr().out
+    for wrong in ("0", "-1", "nan", "inf", "much"):
+        assert "--card-gb" in refused([*words, "--card-gb", wrong])
+    assert "takes no step" in refused([*words, "--method", "zero_shot", "--card-gb", "8"])
+
+
 def test_a_plan_of_a_task_without_a_split(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,184 @@
+"""What a step needs on a card of any size, counted from shapes: no card, and nothing is computed.
+
+The step runs on torch's fake tensors, which have shapes and no content, and every storage that it
+makes and frees is counted. So what checkpointing recomputes and adapters merge is in the figure;
+the workspace of libraries, and what an allocator cannot use, is not.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mulki.clip.models import VisionLanguageModel
+from mulki.errors import InputError
+from mulki.methods import ZERO_SHOT
+from mulki.train.start.setup import Setup
+from mulki.train.task_learner import anchors_per_step
+
+# Rank of the adapters that are tried.
+_RANK = 16
+# Part of a card that is left to libraries and to what the allocator cannot use.
+_RESERVED = 0.1
+# Images of the two counts from which that of one is taken.
+_FEW, _MORE = 8, 16
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to take a step. Sizes are in bytes.
+
+    Args:
+        options: beside those of the run, as on the command line.
+        models: student and teachers.
+        optimizer: the two moments of AdamW.
+        step: gradients, texts, and what else a step needs however many images it encodes at a time.
+        image: for each image that is encoded at a time, on top.
+    """
+
+    options: str
+    models: int
+    optimizer: int
+    step: int
+    image: int
+
+    def images(self, card: int) -> int:
+        """How many images can be encoded at a time on a card of so many bytes; 0: it is too small.
+
+        A batch of any size can be taken in micro-batches of so many.
+        """
+        free = (1 - _RESERVED) * card - self.models - self.optimizer - self.step
+        return max(int(free // self.image), 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+def ways(setup: Setup) -> list[Way]:
+    """The run's own way to take a step, and those that other options give, counted.
+
+    Args:
+        setup: of a run, before anything is learned; its model stays as it is.
+    """
+    found = []
+    for adapters in (False, True):
+        for recompute in (False, True):
+            if (way := _way(setup, adapters=adapters, recompute=recompute)) is not None:
+                found.append(way)
+    return found
+
+
+def _way(setup: Setup, *, adapters: bool, recompute: bool) -> Way | None:
+    config, method = setup.config, setup.method
+    if adapters and (config.lora_rank or method.needs.fisher or method.takes_mean):
+        return None
+    if recompute and config.grad_checkpointing:
+        return None
+    mode, texts = FakeTensorMode(), _texts(setup)
+    with FakeCopyMode(mode):
+        model = copy.deepcopy(setup.model)
+    with mode:
+        try:
+            if recompute:
+                model.checkpoint_activations()
+            if adapters:
+                model.adapt(_RANK, fixed_a=method.needs.directions)
+        except InputError:
+            return None
+        (few, _), (more, of_texts) = (_peaks(setup, model, texts, n) for n in (_FEW, _MORE))
+        image = (more - few) // (_MORE - _FEW)
+        trained = sum(value.nbytes for value in model.trainable().values())
+    copies = 0 if model.adapters is not None and setup.original is None else _teachers(setup)
+    options = ["--grad-checkpointing"] * recompute + [f"--lora-rank {_RANK}"] * adapters
+    return Way(
+        " ".join(options),
+        _bytes(model) + copies * _bytes_that_train(setup.model),
+        2 * trained,
+        max(few - _FEW * image, of_texts - image),
+        image,
+    )
+
+
+def _teachers(setup: Setup) -> int:
+    # Models beside the student, which share with it what does not train.
+    needs = setup.method.needs
+    names = {*needs.teachers, *((ZERO_SHOT,) if needs.prototypes else ())}
+    single = len(setup.tasks) == 1 and setup.original is None
+    return min(len(names), 1) if single else len(names)
+
+
+def _texts(setup: Setup) -> tuple[tuple[int, ...], torch.dtype]:
+    # Shape and type of the texts of a step, in the largest task.
+    needs, most = setup.method.needs, max(len(task.classes) for task in setup.tasks)
+    if needs.student_anchors:
+        words = setup.vocabulary.words if setup.vocabulary is not None else ()
+        known = len(words) + sum(len(task.classes) for task in setup.tasks)
+        most += min(anchors_per_step(setup, needs) or known, known)
+    one = setup.model.text_inputs(["a"])
+    return (most, *one.shape[1:]), one.dtype
+
+
+def _peaks(
+    setup: Setup, model: VisionLanguageModel, texts: tuple[tuple[int, ...], torch.dtype], count: int
+) -> tuple[int, int]:
+    # While so many images go forward and back beside the graph of the texts, and while this goes
+    # back after the last of them.
+    model.clip.zero_grad()
+    shape, dtype = texts
+    size = model.image_size
+    images = torch.empty(count, 3, size, size, device=model.device)
+    known = [*model.clip.parameters(), *model.clip.buffers(), images]
+    of_texts = None
+    with _Counted(known) as counted, setup.precision.autocast():
+        if shape[0] and model.trains_texts:
+            prompts = torch.zeros(shape, dtype=dtype, device=model.device)
+            of_texts = model.encode_texts(prompts).sum()
+        model.encode_images(images).sum().backward()
+        of_images = counted.peak
+        if of_texts is not None:
+            counted.restart()
+            of_texts.backward()
+    return of_images, counted.peak
+
+
+def _bytes(model: VisionLanguageModel) -> int:
+    known = {id(value): value.nbytes for value in (*model.clip.parameters(), *model.clip.buffers())}
+    return sum(known.values())
+
+
+def _bytes_that_train(model: VisionLanguageModel) -> int:
+    return sum(value.nbytes for value in model.trainable().values())
+
+
+class _Counted(TorchDispatchMode):
+    # Counts the bytes of storages that live at the same time, without those that are known.
+    def __init__(self, known: Iterable[Tensor]):
+        super().__init__()
+        self.peak = self._now = 0
+        self._seen = weakref.WeakSet(value.untyped_storage() for value in known)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, Tensor) and (storage := value.untyped_storage()) not in self._seen:
+                self._seen.add(storage)
+                self._now += storage.nbytes()
+                self.peak = max(self.peak, self._now)
+                weakref.finalize(storage, self._free, storage.nbytes())
+        return out
+
+    def restart(self) -> None:
+        self.peak = self._now
+
+    def _free(self, count: int) -> None:
+        self._now -= count
