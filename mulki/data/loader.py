@@ -7,11 +7,7 @@ of the global generators has a say, and a run can go on from any step.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import random
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -23,16 +19,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mulki.data.decoding import BadImage, limit_pixels, pixel_limit
+from mulki.data.decoding import BadImage, pixel_limit
 from mulki.data.task import ImageSet
 from mulki.data.transforms import is_deterministic
 from mulki.data.unlabelled import Loadable
-from mulki.errors import InputError
+from mulki.data.workers import start_worker, watched
 
 Batch = list[Tensor]
-
-# A loading process whose run was killed ends within so many seconds.
-_ORPHANS_END_S = 5
 
 
 class Images(Dataset[tuple[Tensor, int, int]]):
@@ -152,7 +145,7 @@ def batches(
         pin_memory=pin_memory,
         # Restarting workers costs more than an epoch of a small set; evaluation passes are rare.
         persistent_workers=workers > 0 and shuffle,
-        worker_init_fn=partial(_start_worker, pixel_limit()),
+        worker_init_fn=partial(start_worker, pixel_limit()),
         # Without one, each pass would draw from the global generator and shift a run's randomness.
         generator=torch.Generator().manual_seed(seed),
     )
@@ -188,139 +181,14 @@ def readable_batches(
         batch_size,
         num_workers=workers,
         collate_fn=list,
-        worker_init_fn=partial(_start_worker, pixel_limit()),
+        worker_init_fn=partial(start_worker, pixel_limit()),
     )
-    with _dead_workers_named(workers):
-        yield from _ends_of_workers.told(iter(loader)) if workers else loader
+    return watched(loader.__iter__, workers)
 
 
 class _Loader(DataLoader[tuple[Tensor, int, int]]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        if not self.num_workers:
-            yield from super().__iter__()
-            return
-        with _dead_workers_named(self.num_workers):
-            try:
-                yield from _ends_of_workers.told(super().__iter__())
-            except (EOFError, ConnectionError) as error:
-                # Those of the reader's own come from here, or with this word from a process.
-                if str(error).startswith("Caught "):
-                    raise
-                raise RuntimeError("DataLoader worker ended as it handed over a batch") from error
-
-
-class _EndsOfWorkers:
-    """Keeps torch's error about a loading process that has ended until a batch is waited for.
-
-    torch raises it in a signal handler, so wherever the main thread is. Code in C that is called
-    there may take it for an error of its own, drop it, and go on with half a result.
-    """
-
-    def __init__(self) -> None:
-        self._error: RuntimeError | None = None
-        self._waiting = False
-        self._handler: Any = None
-
-    def told(self, loaded: Iterator[Any]) -> Iterator[Any]:
-        """The batches of a loader that has started its processes.
-
-        Args:
-            loaded: an iterator of torch's `DataLoader`.
-
-        Raises:
-            RuntimeError: torch's, from the first batch that is waited for after a process ended.
-        """
-        self._listen()
-        # Of a loader that nobody has waited for again; of others, torch tells within 5 s.
-        self._error = None
-        while True:
-            self._waiting = True
-            try:
-                self._tell()
-                batch = next(loaded, None)
-            except RuntimeError:
-                self._error = None
-                raise
-            finally:
-                self._waiting = False
-            self._tell()
-            if batch is None:
-                return
-            yield batch
-
-    def hear(self, number: int, frame: Any) -> None:
-        try:
-            self._handler(number, frame)
-        except RuntimeError as error:
-            # torch says it once for all processes that have ended.
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            self._error = error
-            if self._waiting:
-                raise
-
-    def _listen(self) -> None:
-        number = getattr(signal, "SIGCHLD", None)
-        if number is None or threading.current_thread() is not threading.main_thread():
-            return
-        handler = signal.getsignal(number)
-        if callable(handler) and handler != self.hear:
-            self._handler = handler
-            signal.signal(number, self.hear)
-
-    def _tell(self) -> None:
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-
-
-_ends_of_workers = _EndsOfWorkers()
-
-
-@contextmanager
-def _dead_workers_named(workers: int) -> Iterator[None]:
-    # Turns torch's error about a loading process that has ended into one that says what to do.
-    try:
-        yield
-    except RuntimeError as error:
-        # It has no type of its own. Of an error that a loading process has met in its own code,
-        # torch says "Caught ... in DataLoader worker".
-        if "unable to allocate shared memory" in str(error):
-            raise InputError(
-                f"--workers {workers}: shared memory is full, by which a data loading process "
-                "hands over images; lower --workers, or make /dev/shm larger (docker run "
-                "--shm-size)"
-            ) from None
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise InputError(
-            f"--workers {workers}: a data loading process has ended ({error}), as one does that "
-            "is killed for its memory; lower --workers and start again"
-        ) from None
-
-
-def _start_worker(pixels: int, number: int) -> None:
-    limit_pixels(pixels)
-    # A terminal and those that manage jobs send a signal to all processes of a run. The run itself
-    # needs this one until it has ended the step and made a save.
-    for name in ("SIGINT", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    run = multiprocessing.parent_process()
-    if run is not None and hasattr(signal, "sigtimedwait"):
-        # In a process that was not forked, threads that are there already go on to take it.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        ids = run.pid, os.getppid()
-        threading.Thread(target=_end_with_the_run, args=ids, daemon=True).start()
-
-
-def _end_with_the_run(run: int, parent: int) -> None:
-    # Ends this process when the run sends SIGTERM, or when its parent has been killed.
-    while os.getppid() == parent:
-        got = signal.sigtimedwait({signal.SIGTERM}, _ORPHANS_END_S)
-        if got is not None and got.si_pid == run:
-            break
-    os._exit(0)
+        return watched(super().__iter__, self.num_workers)
 
 
 def batch_sizes(loader: DataLoader[tuple[Tensor, int, int]]) -> list[int]:

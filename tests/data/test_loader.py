@@ -1,16 +1,8 @@
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,13 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._utils import ExceptionWrapper
-from torch.utils.data import DataLoader
 from torchvision import transforms as tv
 
 from mulki.data import BadImage, folder_task
 from mulki.data.loader import (
     Images,
-    _ends_of_workers,
     batch_sizes,
     batches,
     cycle,
@@ -36,7 +26,6 @@ from mulki.data.loader import (
 )
 from mulki.data.shards import open_shard
 from mulki.data.unlabelled import find_images
-from mulki.errors import InputError
 from tests.data.data_helpers import Blank, picture
 
 FIXED = tv.Compose([tv.Resize(8), tv.ToTensor()])
@@ -255,158 +244,6 @@ def test_processes_divide_each_batch_in_its_order(
         assert together[: len(index)] == index
         assert set(together[len(index) :]) <= {index[-1]}
         assert len(index) == sizes[step % len(sizes)]
-
-
-class Deadly:
-    """A transform that kills the process that it runs in, at one of the images."""
-
-    def __init__(self) -> None:
-        self.left = 3
-
-    def __call__(self, image: object) -> torch.Tensor:
-        self.left -= 1
-        if not self.left:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return torch.zeros(3, 2, 2)
-
-
-@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_a_killed_worker_is_named(images: Any, shuffle: bool) -> None:
-    loader = batches(images, Deadly(), 2, shuffle=shuffle, seed=0, workers=1)
-    with pytest.raises(InputError, match="^--workers 1: .*ended"):
-        list(loader)
-
-
-@pytest.mark.parametrize("error", [EOFError, ConnectionResetError])
-def test_a_worker_that_ends_as_it_hands_over_a_batch_is_named(
-    images: Any, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
-) -> None:
-    def ended(loader: DataLoader[Any]) -> Iterator[Any]:
-        raise error
-        yield
-
-    monkeypatch.setattr(DataLoader, "__iter__", ended)
-    with pytest.raises(InputError, match="^--workers 1: .*ended as it handed over a batch"):
-        next(iter(batches(images, FIXED, 2, shuffle=False, seed=0, workers=1)))
-
-
-@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
-def test_a_worker_that_is_killed_is_named_where_a_batch_is_waited_for(images: Any) -> None:
-    loaded = iter(batches(images, FIXED, 2, shuffle=True, seed=0, workers=1))
-    next(loaded)
-    (worker,) = multiprocessing.active_children()
-    os.kill(worker.pid, signal.SIGKILL)
-    # The signal comes here, where an error would be met by code that does not expect it.
-    while worker.is_alive():
-        time.sleep(0.01)
-    with pytest.raises(InputError, match="^--workers 1: .*ended"):
-        next(loaded)
-    assert next(iter(batches(images, FIXED, 2, shuffle=False, seed=0, workers=1)))
-
-
-@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
-def test_the_end_of_a_worker_is_told_where_code_has_dropped_it() -> None:
-    loaded = iter(DataLoader([0, 1, 2], num_workers=1))
-    (worker,) = multiprocessing.active_children()
-
-    def dropping() -> Iterator[Any]:
-        os.kill(worker.pid, signal.SIGKILL)
-        with contextlib.suppress(RuntimeError):
-            time.sleep(60)
-        yield loaded
-
-    with pytest.raises(RuntimeError, match="^DataLoader worker .* is killed by signal"):
-        list(_ends_of_workers.told(dropping()))
-
-
-@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the sender is not told")
-@pytest.mark.parametrize("sent", ["INT", "HUP", "TERM"])
-def test_a_worker_goes_on_until_its_own_process_ends_it(images: Any, sent: str) -> None:
-    loader = batches(images, FIXED, 2, shuffle=False, seed=0, workers=1)
-    wanted = [index.tolist() for _, _, index in loader]
-    loaded = iter(loader)
-    found = [next(loaded)[2].tolist()]
-    (worker,) = multiprocessing.active_children()
-    subprocess.run(["kill", f"-{sent}", str(worker.pid)], check=True)
-    found += [index.tolist() for _, _, index in loaded]
-    assert found == wanted
-    loaded = iter(loader)
-    next(loaded)
-    (worker,) = multiprocessing.active_children()
-    worker.terminate()
-    worker.join(60)
-    assert worker.exitcode == 0
-
-
-ORPHAN = """
-import os, signal, sys, time
-from mulki.data import loader
-from tests.data.data_helpers import Blank, picture
-
-def stuck(image):
-    print(os.getpid(), flush=True)
-    time.sleep(600)
-
-loader._ORPHANS_END_S = 0.1
-for _ in loader.batches(Blank((0,) * 4), stuck, 2, shuffle=False, seed=0, workers=1):
-    pass
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="another system has no such wait")
-def test_a_worker_ends_with_a_run_that_was_killed() -> None:
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", ORPHAN]
-    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as run:
-        assert run.stdout is not None
-        worker = int(run.stdout.readline())
-        run.kill()
-        run.wait()
-        # Who reads the pipe to its end has waited for both.
-        assert run.stdout.read() == ""
-    with pytest.raises(ProcessLookupError):
-        for _ in range(100):
-            os.kill(worker, 0)
-            time.sleep(0.1)
-
-
-def failing(said: str, image: object) -> torch.Tensor:
-    raise RuntimeError(said)
-
-
-@pytest.mark.parametrize(
-    ("said", "kind", "wanted"),
-    [
-        (
-            "unable to allocate shared memory(shm) for file </torch_1>: No space left (28)",
-            InputError,
-            r"^--workers 1: shared memory is full.*--shm-size\)$",
-        ),
-        ("bad pixels", RuntimeError, "bad pixels"),
-    ],
-    ids=["memory", "other"],
-)
-def test_an_error_in_a_worker_is_not_taken_for_its_end(
-    images: Any, said: str, kind: type[Exception], wanted: str
-) -> None:
-    loader = batches(images, partial(failing, said), 2, shuffle=False, seed=0, workers=1)
-    with pytest.raises(kind, match=wanted):
-        list(loader)
-
-
-def interrupted(error: type[Exception], image: object) -> torch.Tensor:
-    raise error("the storage is closed")
-
-
-@pytest.mark.parametrize("error", [EOFError, ConnectionResetError])
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_of_the_readers_own_is_not_taken_for_its_end(
-    images: Any, error: type[Exception], workers: int
-) -> None:
-    transform = partial(interrupted, error)
-    with pytest.raises(error, match="the storage is closed"):
-        list(batches(images, transform, 2, shuffle=False, seed=0, workers=workers))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

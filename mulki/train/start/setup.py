@@ -172,48 +172,12 @@ def prepared(
                 at_end.callback(folder.release)
             if resume is not None:
                 saved = read_save(Path(resume), world)
-            goes_on = None if config.continue_ is None else continuation(Path(config.continue_))
-            learned = () if goes_on is None else goes_on.said.tasks
-            with checks_reported(checked if world.main else lambda done, total: None):
-                data = load_data(settings, method, world.size, tasks, stand_ins, learned)
-            load = load_start if stand_ins is None else stand_ins.model
-            # Last, since it can take minutes.
-            model = _load_model(config, method, precision, world, load)
-            original = load_original(config, model, model.device, load)
-            warn_of_equal_names(data.tasks, model.tokenizer)
-            hashes = hashes_of(data, model, original)
-            if goes_on is not None and stand_ins is None:
-                check_begin(goes_on.said, hashes)
-                hashes["checkpoint"] = goes_on.checksum
-            weights = hashes.get("original", hashes["weights"])
-            cache = cache_of_original(config, model, weights, precision, world) if write else None
-            _store_weights(config, precision, model, original)
-            _adapt(config, method, model)
-            if goes_on is not None and model.adapters is not None:
-                goes_on = with_adapters(goes_on, model)
-                if stand_ins is None:
-                    check_merged(model, goes_on)
-            if original is not None:
-                original = beside(config, original, model)
-            new = with_validation(config, method, data.tasks[data.earlier :])
-            data = data._replace(tasks=[*data.tasks[: data.earlier], *new])
-            facts = same_in_all(settings, data.tasks, hashes) | {"precision": precision.name}
+            setup = _read(settings, method, precision, world, tasks, stand_ins, write, checked)
+            facts = same_in_all(settings, setup.tasks, setup.hashes)
+            facts["precision"] = precision.name
             if resume is not None:
-                check_same(Path(resume), hashes)
+                check_same(Path(resume), setup.hashes)
                 facts["save (hash)"] = saved[CHECKSUM] if saved else "none"
-            setup = Setup(
-                config=config,
-                method=method,
-                model=model,
-                transform=_training_transform(config, model),
-                precision=precision,
-                world=world,
-                original=original,
-                teacher_cache=cache,
-                goes_on=goes_on,
-                hashes=hashes,
-                **data._asdict(),
-            )
         except InputError as error:
             problem = error
         world.agree(precision.device, problem, **facts)
@@ -226,6 +190,58 @@ def prepared(
             at_end.callback(folder.release)
         rows = world.total(0 if folder is None else folder.rows, device=precision.device)[0]
         yield replace(setup, folder=folder, saved=saved, rows=rows)
+
+
+def _read(
+    settings: Settings,
+    method: Method,
+    precision: Precision,
+    world: World,
+    tasks: Sequence[Task] | None,
+    stand_ins: StandIns | None,
+    write: bool,
+    checked: Callable[[int, int], None],
+) -> Setup:
+    # Tasks and models, checked; arguments as of `prepared`.
+    config = settings.run
+    goes_on = None if config.continue_ is None else continuation(Path(config.continue_))
+    learned = () if goes_on is None else goes_on.said.tasks
+    with checks_reported(checked if world.main else lambda done, total: None):
+        data = load_data(settings, method, world.size, tasks, stand_ins, learned)
+    load = load_start if stand_ins is None else stand_ins.model
+    # Last, since it can take minutes.
+    model = _load_model(config, method, precision, world, load)
+    original = load_original(config, model, model.device, load)
+    warn_of_equal_names(data.tasks, model.tokenizer)
+    hashes = hashes_of(data, model, original)
+    if goes_on is not None and stand_ins is None:
+        check_begin(goes_on.said, hashes)
+        hashes["checkpoint"] = goes_on.checksum
+    weights = hashes.get("original", hashes["weights"])
+    cache = cache_of_original(config, model, weights, precision, world) if write else None
+    _store_weights(config, precision, model, original)
+    _adapt(config, method, model)
+    if goes_on is not None and model.adapters is not None:
+        goes_on = with_adapters(goes_on, model)
+        if stand_ins is None:
+            check_merged(model, goes_on)
+    if original is not None:
+        original = beside(config, original, model)
+    new = with_validation(config, method, data.tasks[data.earlier :])
+    data = data._replace(tasks=[*data.tasks[: data.earlier], *new])
+    return Setup(
+        config=config,
+        method=method,
+        model=model,
+        transform=_training_transform(config, model),
+        precision=precision,
+        world=world,
+        original=original,
+        teacher_cache=cache,
+        goes_on=goes_on,
+        hashes=hashes,
+        **data._asdict(),
+    )
 
 
 def check_options(config: RunConfig, method: Method) -> Precision:
