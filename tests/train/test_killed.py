@@ -184,12 +184,47 @@ def swept(places: int, every: int) -> Iterator[int]:
         yield number
 
 
-def check_killed_at(killed: Killed, whole: Path, event: int) -> None:
+def check_killed_at(killed: Killed, whole: Path, event: int, **options: Any) -> None:
     name = f"event-{event}"
-    assert killed.run(name, at=[event])[0] == -signal.SIGKILL
-    killed.finish(name)
+    assert killed.run(name, at=[event], **options)[0] == -signal.SIGKILL
+    killed.finish(name, **options)
     check_same(whole.parent / name, whole)
     shutil.rmtree(whole.parent / name)
+
+
+@pytest.fixture(scope="module")
+def adapted(killed: Killed) -> tuple[Path, int, dict[str, Any]]:
+    """The folder of a run with adapters and a cache of teachers, its events and its options."""
+    options: dict[str, Any] = {"we_every": 0, "lora_rank": 2}
+    # Its name begins with that of the run, so its events are counted too.
+    cache = Path(killed.options["logs"]) / "adapted-cache"
+    status, events = killed.run("adapted", teacher_cache=str(cache), **options)
+    assert status == 0 and len([*cache.iterdir()]) >= 4
+    return Path(killed.options["logs"]) / "adapted", events, options
+
+
+@needs_fork
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(3))
+def test_a_run_with_adapters_and_a_cache_killed_at_a_file_system_event(
+    killed: Killed, adapted: tuple[Path, int, dict[str, Any]], trial: int
+) -> None:
+    folder, events, options = adapted
+    number = random.Random().randint(trial * events // 3 + 1, (trial + 1) * events // 3)
+    print(f"killed at event {number} of {events}")
+    cache = folder.with_name(f"event-{number}-cache")
+    check_killed_at(killed, folder, number, teacher_cache=str(cache), **options)
+
+
+@needs_fork
+@pytest.mark.long
+def test_a_run_with_adapters_and_a_cache_killed_at_every_event(
+    killed: Killed, adapted: tuple[Path, int, dict[str, Any]]
+) -> None:
+    folder, events, options = adapted
+    for number in swept(events, 20):
+        cache = folder.with_name(f"event-{number}-cache")
+        check_killed_at(killed, folder, number, teacher_cache=str(cache), **options)
 
 
 @needs_fork
