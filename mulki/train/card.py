@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +29,15 @@ from mulki.train.task_learner import anchors_per_step
 _RANK = 16
 # Part of a card that is left to libraries and to what the allocator cannot use.
 _RESERVED = 0.1
-# Images of the two counts from which that of one is taken.
-_FEW, _MORE = 8, 16
+# Images of the counts from which those of another number are taken.
+_FEW, _MANY = (8, 16), (512, 1024)
+
+
+class Peak(NamedTuple):
+    """Bytes of a step that encodes n images at a time: ``fixed + n * image``."""
+
+    fixed: int
+    image: int
 
 
 @dataclass(frozen=True)
@@ -41,27 +48,39 @@ class Way:
         options: beside those of the run, as on the command line.
         models: student and teachers.
         optimizer: the two moments of AdamW.
-        step: gradients, texts, and what else a step needs however many images it encodes at a time.
-        image: for each image that is encoded at a time, on top.
+        few: what else a step needs where few images are encoded at a time, and so most is held at
+            the end of the backward pass: gradients, and the texts.
+        many: where many are, and most is held at its begin.
     """
 
     options: str
     models: int
     optimizer: int
-    step: int
-    image: int
+    few: Peak
+    many: Peak
+
+    def step(self, images: int) -> int:
+        """Bytes of a step beside models and optimiser, with so many images at a time."""
+        return max(peak.fixed + images * peak.image for peak in (self.few, self.many))
 
     def images(self, card: int) -> int:
         """How many images can be encoded at a time on a card of so many bytes; 0: it is too small.
 
         A batch of any size can be taken in micro-batches of so many.
         """
-        free = (1 - _RESERVED) * card - self.models - self.optimizer - self.step
-        return max(int(free // self.image), 0)
+        free = (1 - _RESERVED) * card - self.models - self.optimizer
+        fit = [(free - peak.fixed) // max(peak.image, 1) for peak in (self.few, self.many)]
+        return max(int(min(fit)), 0)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
-        return asdict(self)
+        of_step = {"few": self.few._asdict(), "many": self.many._asdict()}
+        return {
+            "options": self.options,
+            "models": self.models,
+            "optimizer": self.optimizer,
+            **of_step,
+        }
 
 
 def ways(setup: Setup) -> list[Way]:
@@ -95,8 +114,7 @@ def _way(setup: Setup, *, adapters: bool, recompute: bool) -> Way | None:
                 model.adapt(_RANK, fixed_a=method.needs.directions)
         except InputError:
             return None
-        (few, _), (more, of_texts) = (_peaks(setup, model, texts, n) for n in (_FEW, _MORE))
-        image = (more - few) // (_MORE - _FEW)
+        few, many = (_peak(setup, model, texts, *counts) for counts in (_FEW, _MANY))
         trained = sum(value.nbytes for value in model.trainable().values())
     copies = 0 if model.adapters is not None and setup.original is None else _teachers(setup)
     options = ["--grad-checkpointing"] * recompute + [f"--lora-rank {_RANK}"] * adapters
@@ -104,8 +122,8 @@ def _way(setup: Setup, *, adapters: bool, recompute: bool) -> Way | None:
         " ".join(options),
         _bytes(model) + copies * _bytes_that_train(setup.model),
         2 * trained,
-        max(few - _FEW * image, of_texts - image),
-        image,
+        few,
+        many,
     )
 
 
@@ -126,6 +144,18 @@ def _texts(setup: Setup) -> tuple[tuple[int, ...], torch.dtype]:
         most += min(anchors_per_step(setup, needs) or known, known)
     one = setup.model.text_inputs(["a"])
     return (most, *one.shape[1:]), one.dtype
+
+
+def _peak(
+    setup: Setup,
+    model: VisionLanguageModel,
+    texts: tuple[tuple[int, ...], torch.dtype],
+    images: int,
+    more: int,
+) -> Peak:
+    (low, _), (high, of_texts) = (_peaks(setup, model, texts, n) for n in (images, more))
+    image = (high - low) // (more - images)
+    return Peak(max(low - images * image, of_texts - more * image), image)
 
 
 def _peaks(

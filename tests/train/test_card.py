@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mulki.train import card
-from mulki.train.card import Way, ways
+from mulki.train.card import Peak, Way, ways
 from mulki.train.config.run_config import resolve
 from mulki.train.start.setup import prepared
 from tests.train.run_helpers import SHORT
@@ -44,7 +44,8 @@ def test_what_each_option_saves(counted: Any) -> None:
     # Two teachers that are copies, or the student's own weights.
     assert plain.models > 2.9 * adapters.models
     assert adapters.optimizer < plain.optimizer / 3
-    assert both.step <= adapters.step
+    assert both.step(1) <= adapters.step(1)
+    assert recompute.many.image <= plain.many.image
 
 
 def test_of_a_method_without_teachers_and_of_frozen_texts(counted: Any) -> None:
@@ -52,8 +53,8 @@ def test_of_a_method_without_teachers_and_of_frozen_texts(counted: Any) -> None:
     assert alone.models * 3 == pytest.approx(with_two.models, rel=0.01)
     assert alone.optimizer == pytest.approx(2 * alone.models, rel=0.01)
     frozen = counted(method="finetune", lock_text=True)[""]
-    assert frozen.optimizer < alone.optimizer and frozen.step < alone.step
-    assert frozen.image == alone.image
+    assert frozen.optimizer < alone.optimizer and frozen.step(1) < alone.step(1)
+    assert frozen.many.image == alone.many.image
 
 
 def test_options_that_the_run_has_or_cannot_have_are_not_tried(counted: Any) -> None:
@@ -63,9 +64,10 @@ def test_options_that_the_run_has_or_cannot_have_are_not_tried(counted: Any) -> 
 
 
 def test_images_on_a_card() -> None:
-    way = Way("", models=300, optimizer=200, step=100, image=7)
-    assert way.images(1000) == 42 and way.images(600) == 0 and way.images(674) == 0
-    assert way.images(675) == 1
+    way = Way("", models=300, optimizer=200, few=Peak(100, 1), many=Peak(30, 8))
+    assert way.step(1) == 101 and way.step(10) == 110 and way.step(20) == 190
+    # A tenth of the card is left free.
+    assert way.images(660) == 0 and way.images(670) == 3 and way.images(1000) == 46
 
 
 def test_counted_is_what_lives_at_once() -> None:
@@ -96,5 +98,6 @@ def test_shapes_count_as_a_step_does(
         monkeypatch.setattr(card, "FakeTensorMode", contextlib.nullcontext)
         monkeypatch.setattr(card, "FakeCopyMode", contextlib.nullcontext)
         (real, *_) = ways(setup)
-    assert way.image == pytest.approx(real.image, rel=0.02)
-    assert way.step == pytest.approx(real.step, rel=0.1) and way.models == real.models
+    assert way.models == real.models
+    for images in (1, 8, 64, 512):
+        assert way.step(images) == pytest.approx(real.step(images), rel=0.05)

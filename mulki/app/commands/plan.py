@@ -34,8 +34,9 @@ from mulki.train.start.setup import check_options, prepared
 # Below the first word of a line.
 _INDENT = " " * 9
 _WAYS = (
-    "step: gradients and texts; images at a time: the largest --micro-batch, with a tenth of the "
-    "card left free; a batch may have any size"
+    "one image: gradients, texts and what an image needs; more: each further one, at most; images "
+    "at a time: the largest --micro-batch, with a tenth of the card left free; a batch may have "
+    "any size"
 )
 _COLUMNS = "before: until its first step; learn: the whole task; test all: after it"
 
@@ -120,13 +121,12 @@ def _show_ways(
     else:
         said += "too small; a smaller model, --precision bf16 or --fsdp on several cards need less"
     out = _print_lines([*lines, *_of_downloads(stand_ins.downloads, config, measured=False), said])
-    table = plain_table("options", "models", "optimiser", "step", "an image", "images at a time")
+    table = plain_table("options", "models", "optimiser", "one image", "more", "images at a time")
     for way, n in zip(found, images, strict=True):
-        sizes = (way.models, way.optimizer, way.step)
         table.add_row(
             Text(way.options or "as given"),
-            *map(megabytes, sizes),
-            f"{way.image / 2**20:.1f} MiB",
+            *map(megabytes, (way.models, way.optimizer, way.step(1))),
+            f"{way.many.image / 2**20:.1f} MiB",
             str(n) if n else "does not fit",
         )
     out.print(table)
