@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -41,16 +42,18 @@ def watched(start: Callable[[], Iterator[Any]], workers: int) -> Iterator[Any]:
 
 
 class _EndsOfWorkers:
-    """Keeps torch's error about a loading process that has ended until a batch is waited for.
+    """Keeps torch's error about a loading process that has ended until its batch is waited for.
 
     torch raises it in a signal handler, so wherever the main thread is. Code in C that is called
-    there may take it for an error of its own, drop it, and go on with half a result.
+    there may take it for an error of its own, drop it, and go on with half a result. Errors about
+    processes of other loaders are raised as torch does.
     """
 
     def __init__(self) -> None:
-        self._error: RuntimeError | None = None
-        self._waiting = False
         self._handler: Any = None
+        self._known: set[int] = set()
+        self._waited_for: frozenset[int] = frozenset()
+        self._errors: dict[int, RuntimeError] = {}
 
     def told(self, loaded: Iterator[Any]) -> Iterator[Any]:
         """The batches of a loader that has started its processes.
@@ -61,48 +64,55 @@ class _EndsOfWorkers:
         Raises:
             RuntimeError: torch's, from the first batch that is waited for after a process ended.
         """
+        if threading.current_thread() is not threading.main_thread():
+            yield from loaded  # torch handles no signal there
+            return
+        own = frozenset(process.pid for process in getattr(loaded, "_workers", ()))
         self._listen()
-        # Of a loader that nobody has waited for again; of others, torch tells within 5 s.
-        self._error = None
-        while True:
-            self._waiting = True
-            try:
-                self._tell()
-                batch = next(loaded, None)
-            except RuntimeError:
-                self._error = None
-                raise
-            finally:
-                self._waiting = False
-            self._tell()
-            if batch is None:
-                return
-            yield batch
+        self._known |= own
+        try:
+            while True:
+                self._waited_for = own
+                try:
+                    self._tell(own)
+                    batch = next(loaded, None)
+                finally:
+                    self._waited_for = frozenset()
+                self._tell(own)
+                if batch is None:
+                    return
+                yield batch
+        finally:
+            # They stay known: they may live on until the next epoch.
+            self._waited_for = frozenset()
+            for process in own:
+                self._errors.pop(process, None)
 
     def hear(self, number: int, frame: Any) -> None:
         try:
             self._handler(number, frame)
         except RuntimeError as error:
-            # torch says it once for all processes that have ended.
-            if not str(error).startswith("DataLoader worker"):
+            # torch says it once.
+            found = re.match(r"DataLoader worker \(pid (\d+)\)", str(error))
+            process = int(found[1]) if found else None
+            if process not in self._known:
                 raise
-            self._error = error
-            if self._waiting:
+            self._errors[process] = error
+            if process in self._waited_for:
                 raise
 
     def _listen(self) -> None:
         number = getattr(signal, "SIGCHLD", None)
-        if number is None or threading.current_thread() is not threading.main_thread():
-            return
-        handler = signal.getsignal(number)
-        if callable(handler) and handler != self.hear:
-            self._handler = handler
-            signal.signal(number, self.hear)
+        # Once: a handler that was set since may call this one.
+        if number is not None and self._handler is None:
+            handler = signal.getsignal(number)
+            if callable(handler):
+                self._handler = handler
+                signal.signal(number, self.hear)
 
-    def _tell(self) -> None:
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+    def _tell(self, own: frozenset[int]) -> None:
+        for process in own & self._errors.keys():
+            raise self._errors.pop(process)
 
 
 _ends = _EndsOfWorkers()

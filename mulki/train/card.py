@@ -46,7 +46,8 @@ class Way:
 
     Args:
         options: beside those of the run, as on the command line.
-        models: student and teachers.
+        models: student and teachers; not what a method copies of the weights for itself (`ewc`,
+            `wise_ft`, a running mean, an anchor of weights).
         optimizer: the two moments of AdamW.
         few: what else a step needs where few images are encoded at a time, and so most is held at
             the end of the backward pass: gradients, and the texts.
@@ -116,11 +117,14 @@ def _way(setup: Setup, *, adapters: bool, recompute: bool) -> Way | None:
             return None
         few, many = (_peak(setup, model, texts, *counts) for counts in (_FEW, _MANY))
         trained = sum(value.nbytes for value in model.trainable().values())
-    copies = 0 if model.adapters is not None and setup.original is None else _teachers(setup)
+    if model.adapters is not None:
+        beside = 0 if setup.original is None else _bytes(setup.original)
+    else:
+        beside = _teachers(setup) * sum(p.nbytes for p in setup.model.trainable().values())
     options = ["--grad-checkpointing"] * recompute + [f"--lora-rank {_RANK}"] * adapters
     return Way(
         " ".join(options),
-        _bytes(model) + copies * _bytes_that_train(setup.model),
+        _bytes(model) + beside,
         2 * trained,
         few,
         many,
@@ -136,7 +140,7 @@ def _teachers(setup: Setup) -> int:
 
 
 def _texts(setup: Setup) -> tuple[tuple[int, ...], torch.dtype]:
-    # Shape and type of the texts of a step, in the largest task.
+    # Shape and type of the texts of a step, in the largest task; captions come on top.
     needs, most = setup.method.needs, max(len(task.classes) for task in setup.tasks)
     if needs.student_anchors:
         words = setup.vocabulary.words if setup.vocabulary is not None else ()
@@ -165,13 +169,17 @@ def _peaks(
     # back after the last of them.
     model.clip.zero_grad()
     shape, dtype = texts
-    size = model.image_size
-    images = torch.empty(count, 3, size, size, device=model.device)
+    needs, size = setup.method.needs, model.image_size
+    # Those of a reference set and those of earlier tasks come at the same time.
+    kinds = 1 + needs.reference + (needs.replay is not None)
+    captions = count if needs.reference and needs.student_captions and needs.captions else 0
+    images = torch.empty(kinds * count, 3, size, size, device=model.device)
     known = [*model.clip.parameters(), *model.clip.buffers(), images]
     of_texts = None
     with _Counted(known) as counted, setup.precision.autocast():
         if shape[0] and model.trains_texts:
-            prompts = torch.zeros(shape, dtype=dtype, device=model.device)
+            number = shape[0] + captions
+            prompts = torch.zeros((number, *shape[1:]), dtype=dtype, device=model.device)
             of_texts = model.encode_texts(prompts).sum()
         model.encode_images(images).sum().backward()
         of_images = counted.peak
@@ -184,10 +192,6 @@ def _peaks(
 def _bytes(model: VisionLanguageModel) -> int:
     known = {id(value): value.nbytes for value in (*model.clip.parameters(), *model.clip.buffers())}
     return sum(known.values())
-
-
-def _bytes_that_train(model: VisionLanguageModel) -> int:
-    return sum(value.nbytes for value in model.trainable().values())
 
 
 class _Counted(TorchDispatchMode):

@@ -92,7 +92,56 @@ def test_the_end_of_a_worker_is_told_where_code_has_dropped_it() -> None:
         yield loaded
 
     with pytest.raises(RuntimeError, match="^DataLoader worker .* is killed by signal"):
-        list(_ends.told(dropping()))
+        list(_ends.told(Dropping(dropping(), [worker])))
+
+
+class Dropping:
+    """An iterator with processes, as torch's."""
+
+    def __init__(self, of: Iterator[Any], workers: list[Any]) -> None:
+        self._of, self._workers = of, workers
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self._of)
+
+
+def children() -> set[Any]:
+    return {*multiprocessing.active_children()}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+def test_the_end_of_a_process_of_another_loader_is_told_at_once(images: Any) -> None:
+    loaded = iter(batches(images, FIXED, 2, shuffle=True, seed=0, workers=1))
+    next(loaded)
+    known = children()
+    other = iter(DataLoader([0, 1, 2], num_workers=1))
+    (worker,) = children() - known
+    with pytest.raises(RuntimeError, match="^DataLoader worker .* is killed by signal"):
+        os.kill(worker.pid, signal.SIGKILL)
+        time.sleep(60)
+    del other
+    assert next(loaded)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+def test_a_handler_that_was_set_since_may_call_the_one_before(images: Any) -> None:
+    next(iter(batches(images, FIXED, 2, shuffle=False, seed=0, workers=1)))
+    before: Any = signal.getsignal(signal.SIGCHLD)
+    heard: list[int] = []
+
+    def chained(number: int, frame: Any) -> None:
+        heard.append(number)
+        before(number, frame)
+
+    signal.signal(signal.SIGCHLD, chained)
+    try:
+        test_a_worker_that_is_killed_is_named_where_a_batch_is_waited_for(images)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert heard
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the sender is not told")

@@ -88,7 +88,7 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
 
 @pytest.mark.slow
 def test_two_processes_are_one(base: dict[str, Any], tmp_path: Path) -> None:
-    # Two processes write what one reads.
+    # Both write what they read.
     kept = {"hold_on": "both", "anchors": "both", "teacher_cache": str(tmp_path / "cache")}
     compare(base, CASES | {"cache": ({"method": "mulki", **kept}, 6)}, 2, tmp_path)
     log = (Path(base["logs"]) / "mulki-2" / "out.log").read_text()

@@ -57,6 +57,21 @@ def test_of_a_method_without_teachers_and_of_frozen_texts(counted: Any) -> None:
     assert frozen.many.image == alone.many.image
 
 
+def test_an_original_of_its_own(counted: Any) -> None:
+    plain, original = counted(), counted(original="tiny-vit")
+    assert plain[""].models == original[""].models
+    # Adapters share the student's weights; that model does not.
+    adapted = plain["--lora-rank 16"].models
+    assert original["--lora-rank 16"].models == pytest.approx(2 * adapted, rel=0.05)
+
+
+def test_images_beside_those_of_the_task(counted: Any) -> None:
+    alone = counted(method="finetune")[""].many.image
+    both = counted(method="snd", reference="current")[""].many.image
+    assert both == pytest.approx(2 * alone, rel=0.05)
+    assert counted(method="er")[""].many.image == both
+
+
 def test_options_that_the_run_has_or_cannot_have_are_not_tried(counted: Any) -> None:
     assert list(counted(method="ewc")) == ["", "--grad-checkpointing"]
     assert list(counted(grad_checkpointing=True)) == ["", "--lora-rank 16"]

@@ -34,9 +34,9 @@ from mulki.train.start.setup import check_options, prepared
 # Below the first word of a line.
 _INDENT = " " * 9
 _WAYS = (
-    "one image: gradients, texts and what an image needs; more: each further one, at most; images "
-    "at a time: the largest --micro-batch, with a tenth of the card left free; a batch may have "
-    "any size"
+    "held: student, teachers, optimiser; step: with one image at a time; more: each further one, "
+    "at most; images: the largest --micro-batch, a tenth of the card left free; batches may be "
+    "larger"
 )
 _COLUMNS = "before: until its first step; learn: the whole task; test all: after it"
 
@@ -69,12 +69,18 @@ def show_plan(
             "seconds are those of each of them"
         )
     settings = resolve(given)
+    if card is not None and settings.run.precision == "auto":
+        # That of a card, whatever this machine has.
+        settings = resolve({**given, "precision": "amp_bf16"})
     config = settings.run
     stand_ins = StandIns()
-    if card is not None and (config.fsdp or not methods.get(config.method).trains):
-        why = "a sharded model" if config.fsdp else f"method {config.method}, which takes no step"
+    known = not_here(config.model, config.pretrained)[0] is not None
+    if card is not None and (config.fsdp or not methods.get(config.method).trains or not known):
+        why = f"method {config.method}, which takes no step"
+        why = "a sharded model" if config.fsdp else why
+        why = why if known else f"{config.model}, whose shapes are known once it was downloaded"
         raise InputError(f"--card-gb: got {card:g} for {why}; leave it out")
-    if not_here(config.model, config.pretrained)[0] is None:
+    if not known:
         _outline(settings, stand_ins, as_json)
         return
     with offline(), prepared(settings, write=False, stand_ins=stand_ins) as setup:
@@ -121,13 +127,13 @@ def _show_ways(
     else:
         said += "too small; a smaller model, --precision bf16 or --fsdp on several cards need less"
     out = _print_lines([*lines, *_of_downloads(stand_ins.downloads, config, measured=False), said])
-    table = plain_table("options", "models", "optimiser", "one image", "more", "images at a time")
+    table = plain_table("options", "held", "step", "more", "images", names_wrap=True)
     for way, n in zip(found, images, strict=True):
         table.add_row(
             Text(way.options or "as given"),
-            *map(megabytes, (way.models, way.optimizer, way.step(1))),
+            *map(megabytes, (way.models + way.optimizer, way.step(1))),
             f"{way.many.image / 2**20:.1f} MiB",
-            str(n) if n else "does not fit",
+            str(n) if n else "none fits",
         )
     out.print(table)
     out.print(_WAYS, style="dim", highlight=False)

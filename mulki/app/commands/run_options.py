@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -186,10 +187,10 @@ def _parser(
 
 
 def _gigabytes(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError(text)
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < float("inf"):
+            return value
+    raise argparse.ArgumentTypeError(f"got {text!r}, wanted gigabytes of a card, such as 24")
 
 
 def _with_bundled_model(method: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from mulki.train.learning.batches import kept_samples
 from mulki.train.learning.inputs import Training
 from mulki.train.learning.teacher_cache import TeacherCache
 from mulki.train.learning.training_set import training_features
+
+# Images, evenly spread over a set, whose pixels are part of its identity.
+_LOOKED_AT = 64
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class StoredFeatures:
 
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """[n, D] of n prompts, on the CPU."""
-        return self.cache.features({"texts": list(prompts)}, lambda: self._encode(prompts))
+        return self.cache.features(self._of_texts(prompts), lambda: self._encode(prompts))
 
     def images(self, images: ImageSet, encoded: Callable[[int], None]) -> Tensor:
         """[n, D] of n images, on the CPU.
@@ -115,20 +119,37 @@ class StoredFeatures:
             texts = self._encode(list(rows))
             return torch.cat([features, texts[[rows[caption] for caption in captions]]], dim=1)
 
-        of: dict[str, str | list[str]] = {
+        of: dict[str, object] = {
             "images": images.fingerprint(),
+            "pixels": _pixels(images),
             # A function of open_clip is shown with its address.
             "transform": re.sub(" at 0x[0-9a-f]+", "", str(self.model.preprocess)),
         }
         if captions is not None:
-            of["captions"] = list(captions)
+            of |= self._of_texts(captions)
         found = self.cache.features(of, encode)
         if left:
             encoded(left)
         return found
+
+    def _of_texts(self, prompts: Sequence[str]) -> dict[str, object]:
+        # What is frozen of the text tower is computed without autocast.
+        split = str(self.model.split)
+        distinct = list(dict.fromkeys(prompts))
+        tokens = self.model.tokenizer(distinct).tolist()
+        return {"texts": list(prompts), "tokens": tokens, "part of the text tower": split}
 
     def _encode(self, prompts: Sequence[str]) -> Tensor:
         world = self.training.world
         inputs = text_inputs(self.model, prompts, world)
         with self.training.precision.autocast():
             return text_features(self.model, inputs, world)
+
+
+def _pixels(images: ImageSet) -> str:
+    # A fingerprint of files knows their names and sizes; two sets may have the same.
+    digest, count = hashlib.sha256(), min(len(images), _LOOKED_AT)
+    for place in range(count):
+        image = images.load(place * len(images) // count)
+        digest.update(repr(image.size).encode() + image.tobytes())
+    return digest.hexdigest()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,10 +69,19 @@ def cache_of_original(
         return None
     made_of = {
         "weights": weights,
-        "architecture": json.dumps(model.config or model.name, sort_keys=True),
-        "precision": precision.name,
+        "architecture": json.dumps(_without_folders(model.config or model.name), sort_keys=True),
+        "precision": f"{precision.name} {precision.dtype}",
+        # In other batches, features are rounded otherwise.
+        "batches": f"{config.batch_size_eval} images in each of {world.size} processes",
     }
     return TeacherCache(Path(config.teacher_cache), made_of, world, precision.device)
+
+
+def _without_folders(value: Any) -> Any:
+    # The same model may lie elsewhere.
+    if isinstance(value, Mapping):
+        return {name: _without_folders(each) for name, each in value.items()}
+    return os.path.basename(value) if isinstance(value, str) else value
 
 
 def load_original(

@@ -248,8 +248,10 @@ def test_a_card_that_is_too_small(
     assert run_command([*words, "--method", "mulki", "--card-gb", "0.0001"]) == 0
     assert "card     0.0001 GB: too small; a smaller model" in capsys.readouterr().out
     for wrong in ("0", "-1", "nan", "inf", "much"):
-        assert "--card-gb" in refused([*words, "--card-gb", wrong])
+        assert f"--card-gb: got '{wrong}', wanted" in refused([*words, "--card-gb", wrong])
     assert "takes no step" in refused([*words, "--method", "zero_shot", "--card-gb", "8"])
+    words[words.index("--model") + 1] = "hf-hub:nobody/nothing"
+    assert "known once it was downloaded" in refused([*words, "--card-gb", "8"])
 
 
 def test_a_plan_of_a_task_without_a_split(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from mulki.clip.models import VisionLanguageModel
 from mulki.clip.texts import TextInputs
@@ -16,12 +18,13 @@ from mulki.data.reference import ReferenceSet
 from mulki.data.vocabulary import Vocabulary
 from mulki.distributed.world import ALONE
 from mulki.errors import InputError
-from mulki.methods import ZERO_SHOT
+from mulki.methods import PREVIOUS, ZERO_SHOT
 from mulki.train.display.outline import images_of_teachers
 from mulki.train.display.progress import TEACHERS, RunProgress
 from mulki.train.display.reporter import Reporter
 from mulki.train.learning.anchor_texts import Anchors, AnchorTexts
 from mulki.train.learning.teacher_cache import TeacherCache
+from tests.data.data_helpers import Blank
 from tests.train.learn_helpers import Load, crop, learn, method_named, two_teachers
 from tests.train.run_helpers import Run, check_same, resumed, stop_at
 from tests.train_helpers import Calls, same_state, state_of
@@ -107,6 +110,47 @@ def test_random_changes_of_images_leave_texts_and_prototypes(
     )
     assert first[1:] == ([7, 7, 4] + [6] * 6, [3]) and second[1:] == ([6] * 6, [])
     assert same_state(first[0], second[0])
+
+
+class Grey(Blank):
+    """Images of one grey, whose fingerprint does not say which."""
+
+    grey = 0
+
+    def load(self, index: int) -> Image.Image:
+        return Image.new("RGB", (32, 32), (self.grey,) * 3)
+
+
+def test_images_with_the_same_fingerprint_are_not_taken_for_others(
+    load_tiny: Load, task: Task, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = []
+    for grey in (0, 200, 200):
+        Grey.grey = grey
+        other = replace(task, train=Grey(tuple(task.train.targets)))
+        options = {"hold_on": "task"}
+        found.append(learned(load_tiny, other, tmp_path, "mulki", monkeypatch, options))
+    assert [images for _, images, _ in found] == [[7, 7, 4], [7, 7, 4], []]
+
+
+def test_texts_of_a_frozen_tower_are_others(
+    load_tiny: Load, task: Task, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def locked() -> VisionLanguageModel:
+        model = load_tiny()
+        model.lock(text=True)
+        return model
+
+    asked = []
+    for load in (load_tiny, locked, locked):
+        student = load()
+        original = student.frozen_copy()
+        with monkeypatch.context() as spied:
+            calls = Calls(spied)
+            frozen = {ZERO_SHOT: original, PREVIOUS: load_tiny(seed=2).frozen_copy()}
+            learn(student, task, "mulki", frozen, teacher_cache=cache(tmp_path))
+        asked.append((calls.of(original, "images"), calls.of(original, "texts")))
+    assert asked == [([7, 7, 4], [3]), ([], [3]), ([], [])]
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

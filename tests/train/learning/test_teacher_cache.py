@@ -3,12 +3,13 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mulki.distributed.world import ALONE
+from mulki.distributed.world import ALONE, World
 from mulki.errors import InputError
 from mulki.train.learning.teacher_cache import TeacherCache
 
@@ -54,6 +55,31 @@ def test_other_texts_have_a_file_of_their_own(tmp_path: Path) -> None:
         cache(tmp_path).features({"texts": ["a ca", "ta dog"]}, lambda: -FEATURES).equal(-FEATURES)
     )
     assert len([*tmp_path.iterdir()]) == 2
+
+
+def test_a_file_that_two_runs_write_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other() -> Tensor:
+        with monkeypatch.context() as patch:
+            patch.setattr("os.getpid", lambda: 1)
+            cache(tmp_path).features(TEXTS, lambda: FEATURES)
+        return FEATURES
+
+    assert cache(tmp_path).features(TEXTS, other).equal(FEATURES)
+    assert len([*tmp_path.iterdir()]) == 1
+
+
+def test_processes_that_read_different_files(tmp_path: Path) -> None:
+    told: dict[str, object] = {}
+
+    class Two(World):
+        def agree(self, device: torch.device, problem: Any, **facts: object) -> None:
+            told.update(facts)
+
+    TeacherCache(tmp_path, MODEL, Two(), torch.device("cpu")).features(TEXTS, lambda: FEATURES)
+    (said,) = told
+    assert str(tmp_path) in said and len(str(told[said])) == 64
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
