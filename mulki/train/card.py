@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ _RANK = 16
 # Part of a card that is left to libraries and to what the allocator cannot use.
 _RESERVED = 0.1
 # Images of the counts from which those of another number are taken.
-_FEW, _MANY = (8, 16), (512, 1024)
+_COUNTS = ((1, 2), (16, 32), (512, 1024))
 
 
 class Peak(NamedTuple):
@@ -49,20 +49,22 @@ class Way:
         models: student and teachers; not what a method copies of the weights for itself (`ewc`,
             `wise_ft`, a running mean, an anchor of weights).
         optimizer: the two moments of AdamW.
-        few: what else a step needs where few images are encoded at a time, and so most is held at
-            the end of the backward pass: gradients, and the texts.
-        many: where many are, and most is held at its begin.
+        peaks: what else a step needs, the largest of these: texts, gradients and activations.
     """
 
     options: str
     models: int
     optimizer: int
-    few: Peak
-    many: Peak
+    peaks: tuple[Peak, ...]
 
     def step(self, images: int) -> int:
         """Bytes of a step beside models and optimiser, with so many images at a time."""
-        return max(peak.fixed + images * peak.image for peak in (self.few, self.many))
+        return max(peak.fixed + images * peak.image for peak in self.peaks)
+
+    @property
+    def image(self) -> int:
+        """Bytes of one image more, at most."""
+        return max(peak.image for peak in self.peaks)
 
     def images(self, card: int) -> int:
         """How many images can be encoded at a time on a card of so many bytes; 0: it is too small.
@@ -70,18 +72,12 @@ class Way:
         A batch of any size can be taken in micro-batches of so many.
         """
         free = (1 - _RESERVED) * card - self.models - self.optimizer
-        fit = [(free - peak.fixed) // max(peak.image, 1) for peak in (self.few, self.many)]
+        fit = [(free - peak.fixed) // max(peak.image, 1) for peak in self.peaks]
         return max(int(min(fit)), 0)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
-        of_step = {"few": self.few._asdict(), "many": self.many._asdict()}
-        return {
-            "options": self.options,
-            "models": self.models,
-            "optimizer": self.optimizer,
-            **of_step,
-        }
+        return asdict(self) | {"peaks": [peak._asdict() for peak in self.peaks]}
 
 
 def ways(setup: Setup) -> list[Way]:
@@ -115,7 +111,7 @@ def _way(setup: Setup, *, adapters: bool, recompute: bool) -> Way | None:
                 model.adapt(_RANK, fixed_a=method.needs.directions)
         except InputError:
             return None
-        few, many = (_peak(setup, model, texts, *counts) for counts in (_FEW, _MANY))
+        peaks = tuple(_peak(setup, model, texts, *counts) for counts in _COUNTS)
         trained = sum(value.nbytes for value in model.trainable().values())
     if model.adapters is not None:
         beside = 0 if setup.original is None else _bytes(setup.original)
@@ -126,8 +122,7 @@ def _way(setup: Setup, *, adapters: bool, recompute: bool) -> Way | None:
         " ".join(options),
         _bytes(model) + beside,
         2 * trained,
-        few,
-        many,
+        peaks,
     )
 
 
@@ -157,16 +152,14 @@ def _peak(
     images: int,
     more: int,
 ) -> Peak:
-    (low, _), (high, of_texts) = (_peaks(setup, model, texts, n) for n in (images, more))
+    low, high = (_bytes_of_step(setup, model, texts, n) for n in (images, more))
     image = (high - low) // (more - images)
-    return Peak(max(low - images * image, of_texts - more * image), image)
+    return Peak(low - images * image, image)
 
 
-def _peaks(
+def _bytes_of_step(
     setup: Setup, model: VisionLanguageModel, texts: tuple[tuple[int, ...], torch.dtype], count: int
-) -> tuple[int, int]:
-    # While so many images go forward and back beside the graph of the texts, and while this goes
-    # back after the last of them.
+) -> int:
     model.clip.zero_grad()
     shape, dtype = texts
     needs, size = setup.method.needs, model.image_size
@@ -175,18 +168,15 @@ def _peaks(
     captions = count if needs.reference and needs.student_captions and needs.captions else 0
     images = torch.empty(kinds * count, 3, size, size, device=model.device)
     known = [*model.clip.parameters(), *model.clip.buffers(), images]
-    of_texts = None
     with _Counted(known) as counted, setup.precision.autocast():
         if shape[0] and model.trains_texts:
             number = shape[0] + captions
             prompts = torch.zeros((number, *shape[1:]), dtype=dtype, device=model.device)
-            of_texts = model.encode_texts(prompts).sum()
-        model.encode_images(images).sum().backward()
-        of_images = counted.peak
-        if of_texts is not None:
-            counted.restart()
-            of_texts.backward()
-    return of_images, counted.peak
+            model.encode_texts(prompts).sum().backward()
+        # From the second micro-batch on, all gradients are there.
+        for _ in range(2):
+            model.encode_images(images).sum().backward()
+    return counted.peak
 
 
 def _bytes(model: VisionLanguageModel) -> int:
@@ -210,9 +200,6 @@ class _Counted(TorchDispatchMode):
                 self.peak = max(self.peak, self._now)
                 weakref.finalize(storage, self._free, storage.nbytes())
         return out
-
-    def restart(self) -> None:
-        self.peak = self._now
 
     def _free(self, count: int) -> None:
         self._now -= count

@@ -45,7 +45,7 @@ def test_what_each_option_saves(counted: Any) -> None:
     assert plain.models > 2.9 * adapters.models
     assert adapters.optimizer < plain.optimizer / 3
     assert both.step(1) <= adapters.step(1)
-    assert recompute.many.image <= plain.many.image
+    assert recompute.image <= plain.image
 
 
 def test_of_a_method_without_teachers_and_of_frozen_texts(counted: Any) -> None:
@@ -54,7 +54,7 @@ def test_of_a_method_without_teachers_and_of_frozen_texts(counted: Any) -> None:
     assert alone.optimizer == pytest.approx(2 * alone.models, rel=0.01)
     frozen = counted(method="finetune", lock_text=True)[""]
     assert frozen.optimizer < alone.optimizer and frozen.step(1) < alone.step(1)
-    assert frozen.many.image == alone.many.image
+    assert frozen.image == alone.image
 
 
 def test_an_original_of_its_own(counted: Any) -> None:
@@ -66,10 +66,10 @@ def test_an_original_of_its_own(counted: Any) -> None:
 
 
 def test_images_beside_those_of_the_task(counted: Any) -> None:
-    alone = counted(method="finetune")[""].many.image
-    both = counted(method="snd", reference="current")[""].many.image
+    alone = counted(method="finetune")[""].image
+    both = counted(method="snd", reference="current")[""].image
     assert both == pytest.approx(2 * alone, rel=0.05)
-    assert counted(method="er")[""].many.image == both
+    assert counted(method="er")[""].image == both
 
 
 def test_options_that_the_run_has_or_cannot_have_are_not_tried(counted: Any) -> None:
@@ -79,7 +79,7 @@ def test_options_that_the_run_has_or_cannot_have_are_not_tried(counted: Any) -> 
 
 
 def test_images_on_a_card() -> None:
-    way = Way("", models=300, optimizer=200, few=Peak(100, 1), many=Peak(30, 8))
+    way = Way("", models=300, optimizer=200, peaks=(Peak(100, 1), Peak(30, 8)))
     assert way.step(1) == 101 and way.step(10) == 110 and way.step(20) == 190
     # A tenth of the card is left free.
     assert way.images(660) == 0 and way.images(670) == 3 and way.images(1000) == 46

@@ -132,7 +132,7 @@ def _show_ways(
         table.add_row(
             Text(way.options or "as given"),
             *map(megabytes, (way.models + way.optimizer, way.step(1))),
-            f"{way.many.image / 2**20:.1f} MiB",
+            f"{way.image / 2**20:.1f} MiB",
             str(n) if n else "none fits",
         )
     out.print(table)
