@@ -64,7 +64,7 @@ def measure(model: str, form: str, batch: int | None) -> Row:
     }
     peak = PeakMemory("cpu")
     with prepared(resolve(given | FORMS[form]), write=False) as setup:
-        (way, *_) = ways(setup)
+        way = next(ways(setup))
         measured = None
         if batch is not None:
             small = sampled(setup.tasks[0], batch)

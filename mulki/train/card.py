@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -80,18 +80,16 @@ class Way:
         return asdict(self) | {"peaks": [peak._asdict() for peak in self.peaks]}
 
 
-def ways(setup: Setup) -> list[Way]:
-    """The run's own way to take a step, and those that other options give, counted.
+def ways(setup: Setup) -> Iterator[Way]:
+    """The run's own way to take a step, and then those that other options give, counted.
 
     Args:
         setup: of a run, before anything is learned; its model stays as it is.
     """
-    found = []
     for adapters in (False, True):
         for recompute in (False, True):
             if (way := _way(setup, adapters=adapters, recompute=recompute)) is not None:
-                found.append(way)
-    return found
+                yield way
 
 
 def _way(setup: Setup, *, adapters: bool, recompute: bool) -> Way | None:

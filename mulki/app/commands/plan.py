@@ -89,7 +89,7 @@ def show_plan(
             console = Console(quiet=True)
         if card is not None:
             if setup.world.main:
-                _show_ways(ways(setup), card, lines, config, stand_ins, as_json=as_json)
+                _show_ways([*ways(setup)], card, lines, config, stand_ins, as_json=as_json)
             return
         costs = measure(setup, lambda words: console.print(words, markup=False, highlight=False))
         main = setup.world.main
