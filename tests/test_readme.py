@@ -229,7 +229,7 @@ def known_options(command: str) -> set[str]:
         every = (options(methods.get(method).Options) for method in methods.available())
         of_run = options(RunConfig).union(*every) | {"--config", "--help"}
         of_run |= {"--help-all"}
-        return of_run | (GRID | {"--resume"} if command == "run" else {"--json"})
+        return of_run | (GRID | {"--resume"} if command == "run" else {"--json", "--card-gb"})
     if command == "report":
         return {"--figures", "--no-figures", "--help"}
     if command == "compare":
@@ -272,7 +272,10 @@ def test_every_command_exists(page: Path, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.parametrize("page", DOCS, ids=name)
 def test_every_quoted_option_exists(page: Path) -> None:
-    names = ("run", "bench", "compare", "report", "eval", "export", "reproduce", "prove", "predict")
+    names = (
+        *("run", "plan", "bench", "compare", "report", "eval"),
+        *("export", "reproduce", "prove", "predict"),
+    )
     known = set().union(*(known_options(name) for name in names))
     for words in quoted(page):
         option = words.split()[0].partition("=")[0].rstrip(":")
