@@ -66,7 +66,8 @@ class TaskTeachers:
     ) -> TaskTeachers:
         """Encode what is constant in a task: class texts and, for prototypes, all images.
 
-        The anchors are encoded when they are first asked for.
+        With a cache, that of the original model is read or made: images, reference set and anchors
+        too. Otherwise these are encoded when they are first asked for.
 
         Args:
             steps: of the task.

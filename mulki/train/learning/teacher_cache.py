@@ -71,7 +71,8 @@ class TeacherCache:
             found, checksum = _load(path, made_of)
         except InputError as error:
             problem = error
-        self._world.agree(self._device, problem, **{f"features in {self._folder} (hash)": checksum})
+        # Each process may have a folder of its own.
+        self._world.agree(self._device, problem, **{"features of --teacher-cache (hash)": checksum})
         return found
 
 
