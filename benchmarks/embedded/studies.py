@@ -231,6 +231,15 @@ HELD: dict[str, Options] = {
     "l2 0.3": _BEST | {"l2": 0.3},
     "image to prototype 0.25": _BEST | {"image_image": 0.25},
     "running mean in place of l2": _BEST | {"l2": 0.0, "we_every": 10},
+    "anchors 1.5": _BEST | {"image_anchor": 1.5},
+    "anchors 4.5": _BEST | {"image_anchor": 4.5},
+    "anchors 1.5, features half as strong": _BEST
+    | {"image_anchor": 1.5, "feature": 4.5, "feature_original": 0.25},
+    "anchors 1.5 alone": _BEST | {"image_anchor": 1.5, "feature": 0.0, "feature_original": 0.0},
+    "anchors 4.5 alone": _BEST | {"image_anchor": 4.5, "feature": 0.0, "feature_original": 0.0},
+    "anchors 0.5, image to text 0.25": _BEST | _ANCHORS | {"image_text": 0.25},
+    "anchors 0.5, text to text 0.25": _BEST | _ANCHORS | {"text_text": 0.25},
+    "anchors 0.5, both of these": _BEST | _ANCHORS | {"image_text": 0.25, "text_text": 0.25},
     "label smoothing 0.1": _BEST | {"label_smoothing": 0.1},
     "label smoothing 0.2": _BEST | {"label_smoothing": 0.2},
 }
