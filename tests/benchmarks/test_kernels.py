@@ -36,6 +36,7 @@ from mulki.kernels.common import next_power_of_2
 from mulki.kernels.schedule import Problem, plan
 from mulki.kernels.softmax_loss import StoredTile
 from mulki.kernels.whole_rows import WholeTile
+from tests.sweeps import swept
 
 RENEW = "run python -m benchmarks.kernels (--output benchmarks/kernels/oldest with that Triton)"
 #: Elsewhere the kernel of whole rows would spill, and the library multiplies.
@@ -112,7 +113,10 @@ def test_every_variant_is_as_the_report_says(report, folder):
     made_with = version_of(folder)
     if triton.__version__ != made_with:
         pytest.skip(f"the report was made with Triton {made_with}, this is {triton.__version__}")
-    assert compile_all(all_variants()) == report, RENEW
+    today = all_variants()
+    places = [number - 1 for number in swept(len(today), 6)]
+    made = compile_all([today[place] for place in places])
+    assert made == [report[place] for place in places], RENEW
 
 
 def test_no_product_is_asynchronous(report):

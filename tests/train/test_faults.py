@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from mulki.train.saving.recovery import read_state
+from tests.sweeps import swept
 from tests.train.run_helpers import check_same
-from tests.train.test_killed import Killed, needs_fork, runs, swept
+from tests.train.test_killed import Killed, needs_fork, runs
 
 pytestmark = needs_fork
 CALLS, ALLOCATIONS = "fail_system_call", "fail_allocation"
@@ -76,7 +77,7 @@ def test_a_call_that_fails(faulty: Killed, untouched: tuple[Path, int]) -> None:
 def test_calls_all_over_a_run_that_fail(faulty: Killed, untouched: tuple[Path, int]) -> None:
     """All take three quarters of an hour of processor time."""
     folder, calls = untouched
-    for number in swept(calls, 30):
+    for number in swept(calls, 60):
         check_fault(faulty, folder, CALLS, number, ERRORS[number % len(ERRORS)])
 
 
@@ -97,5 +98,5 @@ def test_memory_that_runs_out_all_over_a_run(
 ) -> None:
     """All take an hour of processor time."""
     folder, _ = untouched
-    for number in swept(allocations, 60):
+    for number in swept(allocations, 120):
         check_fault(faulty, folder, ALLOCATIONS, number)

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from tests import ROOT
+from tests.sweeps import swept
 from tests.train.run_helpers import SHORT, check_same
 
 
@@ -176,14 +177,6 @@ def test_asked_to_end_at_a_random_moment(
     check_same(folder.parent / name, folder)
 
 
-def swept(places: int, every: int) -> Iterator[int]:
-    """The numbers of all places; in CI one in `every`, from a random one on."""
-    step = every if "CI" in os.environ else 1
-    for number in range(random.Random().randint(1, step), places + 1, step):
-        print(f"place {number} of {places}")
-        yield number
-
-
 def check_killed_at(killed: Killed, whole: Path, event: int, **options: Any) -> None:
     name = f"event-{event}"
     assert killed.run(name, at=[event], **options)[0] == -signal.SIGKILL
@@ -222,7 +215,7 @@ def test_a_run_with_adapters_and_a_cache_killed_at_every_event(
     killed: Killed, adapted: tuple[Path, int, dict[str, Any]]
 ) -> None:
     folder, events, options = adapted
-    for number in swept(events, 20):
+    for number in swept(events, 40):
         cache = folder.with_name(f"event-{number}-cache")
         check_killed_at(killed, folder, number, teacher_cache=str(cache), **options)
 
@@ -246,7 +239,7 @@ def test_killed_at_every_file_system_event(
     killed: Killed, uninterrupted: tuple[Path, float, int]
 ) -> None:
     folder, _, events = uninterrupted
-    for number in swept(events, 10):
+    for number in swept(events, 20):
         check_killed_at(killed, folder, number)
 
 
