@@ -200,7 +200,7 @@ MULKI_STAGES: dict[str, Options] = {
 SMOOTHINGS = (0.0, 0.1, 0.2)
 
 # MulKI's forms, chosen again without label smoothing, when held on made images was found to be
-# better. The first six came first; the others differ in one thing from the best of those.
+# better. The first six came first; the others begin from the best of those.
 _HELD: Options = (
     {"method": "mulki", "lr": 2e-4, "label_smoothing": 0.0, "l2": 0.0, "alignment": 0.0}
     | {"hold_on": "made", "reference": "made", "gate": "discrepancy"}
