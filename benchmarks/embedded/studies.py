@@ -44,8 +44,7 @@ METHODS: dict[str, Options] = {
     "wise_ft": {},
     # Its running mean is that of MulKI: its own 100 steps are more than a task has here.
     "zscl": CURRENT | {"we_every": 10},
-    # Its code has no label smoothing; all other methods have it.
-    "snd": CURRENT | {"label_smoothing": 0.2},
+    "snd": CURRENT,
     "mulki": {"anchors": "vocabulary"},
 }
 

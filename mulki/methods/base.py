@@ -24,10 +24,10 @@ SEEN = "seen"
 VOCABULARY = "vocabulary"
 
 
-def label_smoothing_option(default: float = 0.2) -> Any:
+def label_smoothing_option() -> Any:
     """The field of a method's options for the label smoothing of its cross-entropy."""
     text = "label smoothing of the cross-entropy, in [0, 1]"
-    return option(default, text, low=0, high=1, alias="--ls", of_classes=True)
+    return option(0.0, text, low=0, high=1, alias="--ls", of_classes=True)
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ class Needs:
     directions: bool = False
 
     def without_classes(self) -> Needs:
-        """What is left of them in a task of captions: the teachers."""
-        return Needs(self.teachers, captions=self.captions, student_captions=self.student_captions)
+        """What is left of them in a task of captions: the teachers, which encode the captions."""
+        return Needs(self.teachers, student_captions=self.student_captions)
 
     @property
     def uses(self) -> tuple[str, ...]:

@@ -50,7 +50,7 @@ class KeepLoRA(ClassLoss):
 
     @dataclass(frozen=True)
     class Options(ClassLoss.Options):
-        label_smoothing: float = label_smoothing_option(0.0)
+        label_smoothing: float = label_smoothing_option()
         energy_image: float = option(
             0.85, "share of the weights' energy that stays, of the image tower", low=0, high=1
         )

@@ -10,9 +10,11 @@ switched off alone:
     distinguishing  off: both teachers count equally for every sample
     connecting      off: the last weights are the result, and there is no anchor
 
-By default the gate is "uniform", and there is no running mean, interpolation or anchor: what was
-measured of them is in `mulki.stages.distinguishing` and `mulki.stages.connecting`. The preset of
-the bundled model has the anchor; the preset mulki-mtil has a gate and the running mean.
+By default features and the relation of images to text anchors are held on images made of the
+task's own, by the gate "discrepancy", which leaves the task's images to the cross-entropy; what was
+measured is in `mulki.stages.distinguishing` and `mulki.stages.connecting`. The preset of the
+bundled model has the anchor of weights besides; the preset mulki-mtil has the relations to
+prototypes and texts, on the task's images, the gate "label" and the running mean.
 
 Of a task of captions `mulki.stages.pairs` is the objective, without prototypes and text anchors.
 """
@@ -90,12 +92,17 @@ class MulKI(Method):
             low=0,
             of_classes=True,
         )
-        image_text: float = option(0.25, "coefficient of the image-to-text relation", low=0)
+        image_text: float = option(
+            0.0, "coefficient of the image-to-text relation", low=0, of_classes=True
+        )
+        image_caption: float = option(
+            0.25, "coefficient of the relation of images and captions, in tasks of captions", low=0
+        )
         image_image: float = option(
-            0.25, "coefficient of the image-to-prototype relation", low=0, of_classes=True
+            0.0, "coefficient of the image-to-prototype relation", low=0, of_classes=True
         )
         text_image: float = option(
-            0.25, "coefficient of the text-to-prototype relation", low=0, of_classes=True
+            0.0, "coefficient of the text-to-prototype relation", low=0, of_classes=True
         )
         text_text: float = option(
             0.25, "coefficient of the text-to-text relation", low=0, of_classes=True
@@ -106,7 +113,7 @@ class MulKI(Method):
             of_classes=True,
         )
         image_anchor: float = option(
-            0.25, "coefficient of the image-to-anchor relation", low=0, of_classes=True
+            0.5, "coefficient of the image-to-anchor relation", low=0, of_classes=True
         )
         text_anchor: float = option(
             0.0, "coefficient of the text-to-anchor relation", low=0, of_classes=True
@@ -122,15 +129,14 @@ class MulKI(Method):
             "one for the vocabulary",
             of_classes=True,
         )
-        feature: float = option(1.0, "coefficient of the distance of image features", low=0)
+        feature: float = option(9.0, "coefficient of the distance of image features", low=0)
         feature_original: float | None = option(
-            None,
-            "that of the distance from the original model, beside the previous one; --feature if "
-            "left out",
+            0.5,
+            "that of the distance from the original model, beside the previous one",
             low=0,
         )
         hold_on: HoldOn = option(
-            "task",
+            "made",
             "of which images the relations and the distance are: of those of --reference, of the "
             "task's own, or of both",
             of_classes=True,
@@ -139,7 +145,7 @@ class MulKI(Method):
             "both", "the original model, the previous one, or both; a gate needs both"
         )
         gate: str = option(
-            "uniform", "how the two teachers are weighted per sample", choices=gate_names
+            "discrepancy", "how the two teachers are weighted per sample", choices=gate_names
         )
         gate_temperature: float = option(
             1.0, "temperature of the gate, smaller is sharper", above=0
@@ -168,12 +174,13 @@ class MulKI(Method):
         except (TypeError, ValueError) as error:
             argument, _, said = str(error).partition(":")
             raise InputError(f"--{argument.replace('_', '-')}:{said}") from None
-        if o.gate == "uniform" and o.gate_temperature != 1:
+        if o.gate in ("uniform", "discrepancy") and o.gate_temperature != 1:
             raise InputError(
-                f"--gate-temperature: got {o.gate_temperature:g} with --gate uniform, which has "
+                f"--gate-temperature: got {o.gate_temperature:g} with --gate {o.gate}, which has "
                 "none; name another gate, or leave it out"
             )
-        if o.gate != "uniform" and o.teachers != "both":
+        usual = type(o)()
+        if o.gate not in ("uniform", usual.gate) and o.teachers != "both":
             raise InputError(
                 f"--gate: got {o.gate} beside --teachers {o.teachers}, but a gate weighs two "
                 "teachers; leave one of the two out"
@@ -183,7 +190,7 @@ class MulKI(Method):
                 f"--anchor-weights: got group beside --teachers {o.teachers}, but a teacher for "
                 "each group needs both; leave one of the two out"
             )
-        if o.feature_original is not None and o.teachers != "both":
+        if o.feature_original not in (None, usual.feature_original) and o.teachers != "both":
             raise InputError(
                 f"--feature-original: got {o.feature_original:g} beside --teachers {o.teachers}, "
                 "but only both have two coefficients; leave one of the two out"
@@ -207,6 +214,7 @@ class MulKI(Method):
             alignment=o.alignment * visual,
             prototype=o.prototype * visual,
             image_text=o.image_text * relations,
+            image_caption=o.image_caption * relations,
             image_image=o.image_image * relations * visual,
             text_image=o.text_image * relations * visual,
             text_text=o.text_text * relations,
@@ -215,12 +223,17 @@ class MulKI(Method):
             anchor_texts=o.anchor_texts,
             anchor_weights=o.anchor_weights,
             feature=o.feature * relations,
-            feature_original=None if o.feature_original is None else o.feature_original * relations,
+            feature_original=(
+                o.feature_original * relations
+                if o.feature_original is not None and o.teachers == "both"
+                else None
+            ),
             hold_on=o.hold_on,
             scale_by_t2=o.scale_by_t2,
         )
+        taught = self.objective.needs_teachers or self.objective.image_caption
         self.needs = Needs(
-            teachers=_TEACHERS[o.teachers] if self.objective.needs_teachers else (),
+            teachers=_TEACHERS[o.teachers] if taught else (),
             teacher_images=self.objective.needs_teacher_images,
             prototypes=self.objective.needs_prototypes,
             reference=self.objective.needs_reference,

@@ -40,7 +40,7 @@ class SnD(Method):
 
     @dataclass(frozen=True)
     class Options(Method.Options):
-        label_smoothing: float = label_smoothing_option(0.0)
+        label_smoothing: float = label_smoothing_option()
         previous_weight: float = option(
             9.0, "coefficient of the distance from the previous model", low=0
         )

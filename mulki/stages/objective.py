@@ -52,6 +52,7 @@ class MulKILoss(nn.Module):
         image_anchor: of images to text anchors; without effect while the teachers' features have
             none.
         text_anchor: of class texts to text anchors, likewise.
+        image_caption: of images to captions and back, the one relation of `pair_terms`.
         anchor_texts: whose texts, see `mulki.stages.anchors.text_anchor_kl`.
         anchor_weights: by what the teachers are weighted there.
         feature: coefficient of the squared distance of image features.
@@ -88,7 +89,7 @@ class MulKILoss(nn.Module):
         gate_temperature: float = 1.0,
         gate_entropy: float | None = None,
         gate_label: float | None = None,
-        label_smoothing: float = 0.2,
+        label_smoothing: float = 0.0,
         alignment: float = 0.25,
         prototype: float = 0.0,
         image_text: float = 0.25,
@@ -97,6 +98,7 @@ class MulKILoss(nn.Module):
         text_text: float = 0.25,
         image_anchor: float = 0.25,
         text_anchor: float = 0.0,
+        image_caption: float = 0.25,
         anchor_texts: anchors.TextsOf = "teacher",
         anchor_weights: anchors.WeightsBy = "gate",
         feature: float = 1.0,
@@ -116,7 +118,9 @@ class MulKILoss(nn.Module):
         self.prototype = prototype
         # Of the original model, and of any other.
         self.feature = feature if feature_original is None else feature_original, feature
+        self.image_caption = image_caption
         others = {"alignment": alignment, "prototype": prototype, "feature": feature}
+        others["image_caption"] = image_caption
         if feature_original is not None:
             others["feature_original"] = feature_original
         for name, value in (self.relations | self.anchors | others).items():
@@ -256,8 +260,9 @@ class MulKILoss(nn.Module):
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """`terms` of a batch of images with captions, see `mulki.stages.pairs`.
 
-        `image_text` is the coefficient of the relation, in both directions, and `feature` that of
-        the distance of image features; the other coefficients have no say.
+        `image_caption` is the coefficient of the relation, in both directions, `feature` and
+        `feature_original` are those of the distance of image features; the other coefficients have
+        no say.
 
         Args:
             student: features of B images and, as its texts, of their B captions.
@@ -265,13 +270,13 @@ class MulKILoss(nn.Module):
             distinct: see `mulki.stages.pairs.contrastive_loss`.
         """
         terms = {"contrastive_loss": pairs.contrastive_loss(student, distinct)}
-        coefficient = self.relations["image_text"]
+        coefficient = self.image_caption
         if not (coefficient or any(self.feature)):
             return terms, None
         gate = self.weighting, self.temperature
         if coefficient:
             loss, weights = pairs.gated_relation(student, teachers, *gate, self.scale_by_t2)
-            terms["image_text_loss"] = coefficient * loss
+            terms["image_caption_loss"] = coefficient * loss
         else:
             weights = pairs.image_weights(student, teachers, *gate)
         if any(self.feature):
