@@ -13,7 +13,7 @@ SPREAD = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile --no-loadscope-
 .PHONY: help demo test test-oldest docs lint sanitize cross-arm fuzz test-long clean .venv
 
 help:
-	@echo "make demo      run the bundled image tasks (mulki run embedded) and show the results"
+	@echo "make demo      run the bundled image tasks (mulki run embedded --preset small) and show the results"
 	@echo "make test      make lint, then pytest in JOBS=2 processes"
 	@echo "make test-long the tests that take minutes: packages, fifty tasks, every point to kill a run at"
 	@echo "make test-oldest  some tests of the Triton kernels with torch 2.11 and Triton 3.6, the oldest supported"
@@ -27,7 +27,7 @@ help:
 	@echo "demo, test, docs, lint, sanitize, cross-arm, fuzz and test-long make .venv where it is missing; PYTHON=... picks its interpreter."
 
 demo: .venv/.installed-demo
-	$(BIN)/mulki run embedded
+	$(BIN)/mulki run embedded --preset small
 
 test: lint
 	$(BIN)/python -m pytest -q $(SPREAD)

@@ -35,7 +35,6 @@ from mulki.train.sequence import run
 
 _LINES = FOLDER / "bounds.jsonl"
 _KINDS = ("joint", "alone")
-_SMOOTHING = 0.0
 
 
 class Joined:
@@ -82,7 +81,7 @@ def joint(tasks: Sequence[Task]) -> Task:
 def learned(tasks: Sequence[Task], seed: int, iterations: int) -> VisionLanguageModel:
     """The start model after fine-tuning on these tasks in their order."""
     with tempfile.TemporaryDirectory() as logs:
-        given = {"method": "finetune", "label_smoothing": _SMOOTHING, "seed": seed, "head": False}
+        given = {"method": "finetune", "seed": seed, "head": False}
         here = {"iterations": iterations, "logs": logs, "name": "run", "save_every": 0}
         folder = run(resolve(SHARED | given | here), tasks=tasks)
         assert folder is not None

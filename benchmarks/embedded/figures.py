@@ -2,9 +2,8 @@
 
     python -m benchmarks.embedded.compare figures
 
-For orders I and II, after each task: the accuracy over the tasks learned so far, and what is gained
-or lost of the zero-shot accuracy over the tasks that come later. Lines are means over seeds, bands
-their 95 % intervals.
+After each task, mean over the orders and seeds: the accuracy over the tasks learned so far, and
+what is gained or lost of the zero-shot accuracy over the tasks that come later.
 """
 
 from __future__ import annotations
@@ -16,14 +15,15 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.embedded import studies
+from benchmarks.embedded.tables import place_of
 from mulki.errors import InputError
-from mulki.runs.intervals import mean_interval
 
 # Of Okabe and Ito's colours, which people with any colour vision can tell apart.
-_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2")
+_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2")
 _PANELS = (
-    ("tasks learned so far:\naccuracy, %", "learned"),
-    ("tasks not learned yet:\naccuracy less zero-shot, points", "later"),
+    ("accuracy over the tasks learned so far, %", "learned"),
+    ("accuracy less zero-shot over the tasks\nnot learned yet, points", "later"),
 )
 
 
@@ -47,46 +47,44 @@ def curves(result: Mapping[str, Any]) -> dict[str, list[float]]:
     }
 
 
-def draw(
-    scenes: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], folder: Path
-) -> list[Path]:
-    """Draw the curves.
+def draw(lines: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
+    """Draw the curves of `studies.DRAWN_ROWS`.
 
     Args:
-        scenes: by title, by row of the comparison, the lines of its runs.
+        lines: of the results, of which those of the six orders are drawn.
         folder: where ``learning-curves.svg`` and ``.png`` go.
 
     Raises:
         InputError: matplotlib is not installed, or there are no runs.
     """
-    if not any(runs for rows in scenes.values() for runs in rows.values()):
+    runs = {
+        name: [
+            curves(r)
+            for r in lines
+            if (r["study"], r["variant"]) == ("compare", name)
+            and place_of(r["options"]) in studies.ORDERS
+        ]
+        for name in studies.DRAWN_ROWS
+    }
+    if not any(runs.values()):
         raise InputError("figures: no runs of the comparison; run the study compare first")
     try:
         figure_class = importlib.import_module("matplotlib.figure").Figure
     except ImportError:
         raise InputError("figures: matplotlib is not installed; pip install matplotlib") from None
-    figure = figure_class(figsize=(5 * len(scenes), 7), layout="constrained")
-    axes = figure.subplots(len(_PANELS), len(scenes), squeeze=False, sharey="row")
-    names = list(dict.fromkeys(name for rows in scenes.values() for name in rows))
-    colours = dict(zip(names, _COLOURS, strict=False))
-    for column, (title, rows) in enumerate(scenes.items()):
-        for row, (label, curve) in enumerate(_PANELS):
-            ax = axes[row][column]
-            for name, runs in rows.items():
-                if runs:
-                    _curve(ax, name, colours[name], [curves(run)[curve] for run in runs])
-            if row == 0:
-                ax.set_title(title)
-            if column == 0:
-                ax.set_ylabel(label)
-            if curve == "later":
-                ax.axhline(0, color="grey", linewidth=0.8)
-            ax.set_xlabel("tasks learned")
-            ax.set_xticks(
-                range(1, 1 + max(map(len, (line.get_xdata() for line in ax.get_lines()))))
-            )
-            ax.grid(alpha=0.3)
-    axes[0][0].legend()
+    figure = figure_class(figsize=(10, 4), layout="constrained")
+    for ax, (label, curve) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
+        for (name, of), colour in zip(runs.items(), _COLOURS, strict=True):
+            if of:
+                middle = np.mean([run[curve] for run in of], axis=0)
+                steps = range(1, len(middle) + 1)
+                ax.plot(steps, middle, label=name, color=colour, marker="o", markersize=3)
+        if curve == "later":
+            ax.axhline(0, color="grey", linewidth=0.8)
+        ax.set_ylabel(label)
+        ax.set_xlabel("tasks learned")
+        ax.grid(alpha=0.3)
+    ax.legend()
     paths = [folder / f"learning-curves.{suffix}" for suffix in ("svg", "png")]
     # Without a date, and with names that do not change, the same results give the same file.
     with importlib.import_module("matplotlib").rc_context({"svg.hashsalt": "mulki"}):
@@ -94,12 +92,3 @@ def draw(
             metadata = {"Date": None} if path.suffix == ".svg" else {}
             figure.savefig(path, dpi=110, metadata=metadata)
     return paths
-
-
-def _curve(ax: Any, name: str, colour: str, runs: Sequence[Sequence[float]]) -> None:
-    steps = range(1, len(runs[0]) + 1)
-    intervals = [mean_interval([run[i] for run in runs]) for i in range(len(runs[0]))]
-    middle = np.array([mean for mean, _ in intervals])
-    half = np.array([half or 0.0 for _, half in intervals])
-    ax.plot(steps, middle, label=name, color=colour, marker="o", markersize=3)
-    ax.fill_between(steps, middle - half, middle + half, color=colour, alpha=0.15, linewidth=0)

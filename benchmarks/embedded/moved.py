@@ -2,8 +2,8 @@
 
     python -m benchmarks.embedded.moved --orders III IV
 
-Two runs for each order, fine-tuning and the best form of `studies.HELD`, tested on training images
-that were held out. A line of `moved.jsonl` holds of each:
+Two runs for each order, fine-tuning and MulKI at their presets, tested on training images that were
+held out. A line of `moved.jsonl` holds of each:
 
     moved   mean of 1 - cosine between the features of the model before a task and after it, on the
             task's own images, on images made of them by each change, and on those of the other
@@ -51,10 +51,7 @@ from mulki.train.saving.checkpoints import load_checkpoint
 from mulki.train.sequence import run
 
 _LINES = FOLDER / "moved.jsonl"
-_FORMS = {
-    "finetune": {"method": "finetune", "label_smoothing": 0.0},
-    "mulki": studies.HELD["features, alignment, l2 0.1"],
-}
+_METHODS = ("finetune", "mulki")
 _SHRINKAGES = (0.01, 0.03, 0.1, 0.3)
 _WEIGHTS = (0.0, 0.1, 0.25, 0.5, 1.0)
 _SHRINKAGE, _WEIGHT = 0.1, 0.25
@@ -174,12 +171,12 @@ def moments(model: VisionLanguageModel, task: Task) -> Any:
     return found.of(task)
 
 
-def line_of(form: str, order: str) -> dict[str, Any]:
+def line_of(method: str, order: str) -> dict[str, Any]:
     """A line of the results."""
     moved, kept = {}, {}
     with tempfile.TemporaryDirectory() as logs:
         given = {"order": order, "seed": studies.TUNING_SEEDS[0], "save_every": 0}
-        settings = resolve(SHARED | given | _FORMS[form] | {"logs": logs, "name": "run"})
+        settings = resolve(SHARED | given | {"method": method} | {"logs": logs, "name": "run"})
         tasks = [held_out(task) for task in load_tasks(settings.run)]
         folder = run(settings, tasks=tasks)
         assert folder is not None and settings.run.model is not None
@@ -213,7 +210,7 @@ def line_of(form: str, order: str) -> dict[str, Any]:
             for shrinkage, weight in itertools.product(_SHRINKAGES, _WEIGHTS)
         }
     found = {"moved": moved, "kept": kept, "grid": grid}
-    return {"pack": fingerprint(), "form": form, "order": order} | found
+    return {"pack": fingerprint(), "method": method, "order": order} | found
 
 
 def table(columns: Sequence[str], rows: dict[str, list[float]], digits: int) -> str:
@@ -227,8 +224,8 @@ def table(columns: Sequence[str], rows: dict[str, list[float]], digits: int) -> 
 def tables(lines: Sequence[dict[str, Any]]) -> str:
     """What each of them says, the mean over orders; of movement also that over tasks."""
     parts = []
-    for form in _FORMS:
-        of = [line for line in lines if line["form"] == form]
+    for method in _METHODS:
+        of = [line for line in lines if line["method"] == method]
         if not of:
             continue
         kinds = [*of[0]["moved"][next(iter(of[0]["moved"]))]]
@@ -254,7 +251,7 @@ def tables(lines: Sequence[dict[str, Any]]) -> str:
         }
         weights = [f"{kind}, {weight:g}" for kind in ("own", "all") for weight in _WEIGHTS]
         parts += [
-            f"{form}, orders {', '.join(line['order'] for line in of)}",
+            f"{method}, orders {', '.join(line['order'] for line in of)}",
             table(["1 - cosine"], moved, 4),
             table([f"after {place}" for place in places], kept, 2),
             table(weights, grid, 2),
@@ -269,10 +266,10 @@ def main() -> None:
     )
     parser.add_argument("--orders", nargs="+", default=list(studies.FORM_ORDERS))
     orders = parser.parse_args().orders
-    for order, form in itertools.product(orders, _FORMS):
-        if not any((x["form"], x["order"]) == (form, order) for x in read_lines(_LINES)):
+    for order, method in itertools.product(orders, _METHODS):
+        if not any((x["method"], x["order"]) == (method, order) for x in read_lines(_LINES)):
             with _LINES.open("a") as stream:
-                stream.write(json.dumps(line_of(form, order)) + "\n")
+                stream.write(json.dumps(line_of(method, order)) + "\n")
     print(tables(read_lines(_LINES)))
 
 

@@ -22,6 +22,7 @@ from mulki.functional import teacher_kl
 from mulki.methods.mulki import MulKI
 from mulki.similarity import Similarity
 from mulki.train.config.precision import Precision
+from mulki.train.config.presets import RELATIONS
 from mulki.train.config.run_config import RunConfig, resolve
 
 CAPTION_TEMPERATURE = 2.0
@@ -120,8 +121,8 @@ def prepare(*, task: str, captions: int, rounds: int, lock_text: bool | None, **
     """
     # Plain loops of this family have no anchors; benchmarks.step.anchors has them.
     given |= {"method": "mulki", "lr_scheduler": "const", "anchors": "none"}
-    # They have a gate and a running mean, in place of which MulKI's presets have an anchor.
-    given |= {"gate": "label", "we_every": 10, "l2": 0.0}
+    # They distil on the task's images, with a gate and a running mean.
+    given |= RELATIONS | {"gate": "label", "we_every": 10, "l2": 0.0}
     if lock_text is not None:
         given["lock_text"] = lock_text
     settings = resolve(given)

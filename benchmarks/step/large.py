@@ -47,6 +47,7 @@ def measure(model: str, form: str, batch: int | None) -> Row:
     """Count a step, and take two where there is a batch."""
     from mulki.data.subset import sampled
     from mulki.train.card import ways
+    from mulki.train.config.presets import RELATIONS
     from mulki.train.config.run_config import resolve
     from mulki.train.learning.inputs import Listeners
     from mulki.train.start.setup import prepared
@@ -57,6 +58,7 @@ def measure(model: str, form: str, batch: int | None) -> Row:
         "model": model,
         "pretrained": "none",
         "method": "mulki",
+        **RELATIONS,
         "precision": "amp_bf16",
         "batch_size": batch or MICRO_BATCH,
         "micro_batch": str(MICRO_BATCH),

@@ -24,6 +24,7 @@ from mulki.bench.cases import Inputs
 from mulki.clip.features import Features
 from mulki.methods.mulki import MulKI
 from mulki.stages.objective import MulKILoss
+from mulki.train.config.presets import RELATIONS
 
 COLUMNS = {"images": "images", "classes": "classes", "width": "D", **TIMES}
 
@@ -48,7 +49,7 @@ def measure(
     ]
     prototypes = unit(classes)
     target = torch.randint(classes, (images,), generator=generator, device=device)
-    options = MulKI.Options(image_anchor=0.0, gate="label")
+    options = MulKI.Options(**RELATIONS | {"image_anchor": 0.0, "gate": "label"})
     fused = MulKILoss(image_anchor=0.0, gate="label")
 
     def student(u: Tensor, w: Tensor) -> Features:

@@ -53,6 +53,7 @@ class Needs:
     Args:
         teachers: of `ZERO_SHOT` (the original model) and `PREVIOUS` (the model after the previous
             task; the original at the first), in the order the losses get them.
+        caption_teachers: those of a task of captions; None for the same.
         teacher_images: whether the teachers encode the task's images. Without them a teacher's
             `Features` have no row of images and no prototypes.
         prototypes: class means over the task's training set, of the original model and of each
@@ -75,6 +76,7 @@ class Needs:
     """
 
     teachers: tuple[str, ...] = ()
+    caption_teachers: tuple[str, ...] | None = None
     teacher_images: bool = True
     prototypes: bool = False
     reference: bool = False
@@ -88,7 +90,7 @@ class Needs:
 
     def without_classes(self) -> Needs:
         """What is left of them in a task of captions: the teachers, which encode the captions."""
-        return Needs(self.teachers, student_captions=self.student_captions)
+        return Needs(self.teachers if self.caption_teachers is None else self.caption_teachers)
 
     @property
     def uses(self) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from mulki.choices.options import option
-from mulki.methods.base import ClassLoss, Needs, TaskStart, label_smoothing_option
+from mulki.methods.base import ClassLoss, Needs, TaskStart
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +50,6 @@ class KeepLoRA(ClassLoss):
 
     @dataclass(frozen=True)
     class Options(ClassLoss.Options):
-        label_smoothing: float = label_smoothing_option()
         energy_image: float = option(
             0.85, "share of the weights' energy that stays, of the image tower", low=0, high=1
         )

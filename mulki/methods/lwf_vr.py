@@ -9,11 +9,10 @@ tower learns from this term too. The defaults of c and T are those of the author
 What differs from it: there the words are 100 random sequences of 10 byte-pair tokens, drawn anew at
 every step. Here they are the words of the run's vocabulary (``--vocabulary``), so that this method
 and MulKI with a vocabulary are compared on the same input; where the student's text tower trains,
-some of them are drawn at every step (``--anchors-per-step``). The cross-entropy has the label
-smoothing of the benchmark; theirs has none. With an output for the classes of all tasks, their code
-also distils over the classes of earlier tasks; here each task has its own classes, and nothing is
-kept of earlier ones. The benchmark of ZSCL names another loss LwF-VR: that of ZSCL with the task's
-own images and 1000 random sequences, and T = 2.
+some of them are drawn at every step (``--anchors-per-step``). With an output for the classes of all
+tasks, their code also distils over the classes of earlier tasks; here each task has its own
+classes, and nothing is kept of earlier ones. The benchmark of ZSCL names another loss LwF-VR: that
+of ZSCL with the task's own images and 1000 random sequences, and T = 2.
 """
 
 from __future__ import annotations

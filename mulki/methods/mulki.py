@@ -132,14 +132,13 @@ class MulKI(Method):
         feature: float = option(9.0, "coefficient of the distance of image features", low=0)
         feature_original: float | None = option(
             0.5,
-            "that of the distance from the original model, beside the previous one",
+            "that of the distance from the original model; none: --feature",
             low=0,
         )
         hold_on: HoldOn = option(
             "made",
             "of which images the relations and the distance are: of those of --reference, of the "
-            "task's own, or of both",
-            of_classes=True,
+            "task's own, or of both; of the task's own in tasks of captions",
         )
         teachers: Teachers = option(
             "both", "the original model, the previous one, or both; a gate needs both"
@@ -174,7 +173,7 @@ class MulKI(Method):
         except (TypeError, ValueError) as error:
             argument, _, said = str(error).partition(":")
             raise InputError(f"--{argument.replace('_', '-')}:{said}") from None
-        if o.gate in ("uniform", "discrepancy") and o.gate_temperature != 1:
+        if not weighting.has_temperature and o.gate_temperature != 1:
             raise InputError(
                 f"--gate-temperature: got {o.gate_temperature:g} with --gate {o.gate}, which has "
                 "none; name another gate, or leave it out"
@@ -183,17 +182,17 @@ class MulKI(Method):
         if o.gate not in ("uniform", usual.gate) and o.teachers != "both":
             raise InputError(
                 f"--gate: got {o.gate} beside --teachers {o.teachers}, but a gate weighs two "
-                "teachers; leave one of the two out"
+                "teachers; pass --gate uniform, or --teachers both"
             )
         if o.anchor_weights == "group" and o.teachers != "both":
             raise InputError(
                 f"--anchor-weights: got group beside --teachers {o.teachers}, but a teacher for "
                 "each group needs both; leave one of the two out"
             )
-        if o.feature_original not in (None, usual.feature_original) and o.teachers != "both":
+        if o.feature_original not in (None, usual.feature_original) and o.teachers == "previous":
             raise InputError(
-                f"--feature-original: got {o.feature_original:g} beside --teachers {o.teachers}, "
-                "but only both have two coefficients; leave one of the two out"
+                f"--feature-original: got {o.feature_original:g} beside --teachers previous; "
+                "leave one of the two out"
             )
         gated = o.distinguishing and o.teachers == "both"
         if gated and o.hold_on != "task" and weighting.uses_target:
@@ -204,6 +203,8 @@ class MulKI(Method):
         relations = o.adding
         visual = o.eliciting
         groups = _GROUPS[o.anchors]
+        original = o.feature if o.feature_original is None else o.feature_original
+        feature = original if o.teachers == "zero_shot" else o.feature
         self.objective = MulKILoss(
             temperature=o.temperature,
             gate=o.gate if gated else "uniform",
@@ -222,18 +223,15 @@ class MulKI(Method):
             text_anchor=o.text_anchor * relations * bool(groups),
             anchor_texts=o.anchor_texts,
             anchor_weights=o.anchor_weights,
-            feature=o.feature * relations,
-            feature_original=(
-                o.feature_original * relations
-                if o.feature_original is not None and o.teachers == "both"
-                else None
-            ),
+            feature=feature * relations,
+            feature_original=original * relations if o.teachers == "both" else None,
             hold_on=o.hold_on,
             scale_by_t2=o.scale_by_t2,
         )
-        taught = self.objective.needs_teachers or self.objective.image_caption
+        teachers = _TEACHERS[o.teachers]
         self.needs = Needs(
-            teachers=_TEACHERS[o.teachers] if taught else (),
+            teachers=teachers if self.objective.needs_teachers else (),
+            caption_teachers=teachers if self.objective.needs_caption_teachers else (),
             teacher_images=self.objective.needs_teacher_images,
             prototypes=self.objective.needs_prototypes,
             reference=self.objective.needs_reference,

@@ -154,6 +154,11 @@ class Weighting(NamedTuple):
         return self[1:]
 
     @property
+    def has_temperature(self) -> bool:
+        """Whether the temperature has a say: the gate has a score, and not the same for all."""
+        return self.entropy != 0 or self.label != 0
+
+    @property
     def uses_target(self) -> bool:
         """Whether the gate looks at the target."""
         return self.gate.needs_target or self.label != 0

@@ -10,7 +10,8 @@ Each relation is a similarity matrix of one model, and the student's is kept nea
 
 and, level with them, feature distance ``|u - u^m|^2`` for models of one width. Every model uses its
 own features, prototypes and scale. The images may be those of a reference set: then the task's own
-images teach the student alone.
+images teach the student alone. By default the method `mulki` has of these text_text and the feature
+distance, which is held on images made of the task's own.
 
 Stated by the source (arXiv 2411.06764 and its published summaries): distillation on several levels
 (features, inter-modality and intra-modality relations built with prototypes) from two teachers.

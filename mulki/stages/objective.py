@@ -8,8 +8,9 @@ The relations of images and the distance of features are held on the images of t
 a reference set, or on both; everything else is of the task.
 
 See `eliciting`, `adding`, `anchors` and `distinguishing` for the terms. The paper's coefficients
-are not public: the defaults are those of a pilot on six small tasks, but for the gate, and
-benchmarks/embedded holds the grids.
+are not public: the defaults here are those of a pilot on six small tasks, but for the gate and the
+label smoothing. The method `mulki` has others, which were chosen on the bundled tasks
+(benchmarks/embedded).
 """
 
 from __future__ import annotations
@@ -141,7 +142,8 @@ class MulKILoss(nn.Module):
             )
         of_images = [self.relations[name] for name in adding.IMAGE_ROWS]
         held = any((*of_images, self.anchors["image_anchor"], *self.feature))
-        self.hold_on: HoldOn = hold_on if held else "task"
+        self.hold_on: HoldOn = hold_on
+        self._held = held
         self.temperature = temperature
         self.label_smoothing = label_smoothing
         self.scale_by_t2 = scale_by_t2
@@ -156,13 +158,18 @@ class MulKILoss(nn.Module):
     @property
     def needs_reference(self) -> bool:
         """Whether any term looks at images of a reference set."""
-        return self.hold_on != "task"
+        return self.hold_on != "task" and self._held
 
     @property
     def needs_teacher_images(self) -> bool:
         """Whether any term looks at a teacher's images of the task, or at their class means."""
         prototypes = any(self.relations[name] for name in adding.NEED_PROTOTYPES)
         return self.hold_on != "made" or prototypes
+
+    @property
+    def needs_caption_teachers(self) -> bool:
+        """Whether any term of `pair_terms` looks at a teacher."""
+        return bool(any(self.feature) or self.image_caption)
 
     @property
     def needs_anchors(self) -> bool:
@@ -271,7 +278,7 @@ class MulKILoss(nn.Module):
         """
         terms = {"contrastive_loss": pairs.contrastive_loss(student, distinct)}
         coefficient = self.image_caption
-        if not (coefficient or any(self.feature)):
+        if not self.needs_caption_teachers:
             return terms, None
         gate = self.weighting, self.temperature
         if coefficient:
@@ -285,25 +292,26 @@ class MulKILoss(nn.Module):
 
     def _teacher_terms(
         self, student: Features, teachers: Sequence[Features], target: Tensor
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
         terms: dict[str, Tensor] = {}
         all_weights = []
         if self.hold_on != "made":
             terms, weights = self._image_terms(student, teachers, target)
             per_class = distinguishing.class_weights(weights, target, student.texts.shape[0])
             all_weights.append(weights)
-        if self.hold_on != "task":
+        if self.needs_reference:
             held = adding.on_reference(student), [adding.on_reference(t) for t in teachers]
             of_reference, weights = self._image_terms(*held, None)
             for name, term in of_reference.items():
                 terms[name] = terms[name] + term if name in terms else term
             all_weights.append(weights)
         if self.hold_on == "made":
-            per_class = weights.new_full((len(student.texts), len(teachers)), 1 / len(teachers))
+            shape = len(student.texts), len(teachers)
+            per_class = student.texts.new_full(shape, 1 / len(teachers))
         terms |= self._text_terms(student, teachers, per_class)
         order = [f"{name}_loss" for name in (*self.relations, *self.anchors, "feature")]
         in_order = {name: terms[name] for name in order if name in terms}
-        return in_order, torch.cat(all_weights)
+        return in_order, torch.cat(all_weights) if all_weights else None
 
     def _image_terms(
         self, student: Features, teachers: Sequence[Features], target: Tensor | None

@@ -1,15 +1,16 @@
 """The stages for images with captions, where there are no classes.
 
     L = L_con + c sum_b sum_m 1/2 [w_bm KL_bm(images) + w'_bm KL_bm(captions)] / B
-              + f sum_b sum_m w_bm |u_b - u_b^m|^2 / B
+              + sum_b sum_m f_m w_bm |u_b - u_b^m|^2 / B
     L_con = 1/2 [CE(s u w^T, diagonal) + CE(s w u^T, diagonal)]
 
 with u and w the features of the B images of a batch and of their captions, row by row. KL_bm is
 that of a teacher's softmax over the captions of the batch, given image b, from the student's; for
-captions, over its images. The weights are those of the gate, whose label is a row's own pair
+captions, over its images. c is the option `image_caption`; f_m is `feature`, or `feature_original`
+for the original model. The weights are those of the gate, whose label is a row's own pair
 (Distinguishing Ideas). Prototypes are means over classes, so what is built on them is left out
 (Eliciting Ideas, and their part of Adding New Ideas); the weights of the model are connected as
-they are for classes.
+they are for classes. All is held on the task's own images, whatever `hold_on` says.
 
 The paper's experiments are on classes, as far as is public; so all of this is our choice.
 """

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from mulki.clip.models import VisionLanguageModel
 from mulki.errors import InputError
-from mulki.methods import ZERO_SHOT
+from mulki.train.config.tasks import teachers_of
 from mulki.train.start.setup import Setup
 from mulki.train.task_learner import anchors_per_step
 
@@ -126,8 +126,7 @@ def _way(setup: Setup, *, adapters: bool, recompute: bool) -> Way | None:
 
 def _teachers(setup: Setup) -> int:
     # Models beside the student, which share with it what does not train.
-    needs = setup.method.needs
-    names = {*needs.teachers, *((ZERO_SHOT,) if needs.prototypes else ())}
+    names = teachers_of(setup.method, setup.tasks)
     single = len(setup.tasks) == 1 and setup.original is None
     return min(len(names), 1) if single else len(names)
 
@@ -161,6 +160,8 @@ def _bytes_of_step(
     model.clip.zero_grad()
     shape, dtype = texts
     needs, size = setup.method.needs, model.image_size
+    if not any(task.classes for task in setup.tasks):
+        needs = needs.without_classes()
     # Those of a reference set and those of earlier tasks come at the same time.
     kinds = 1 + needs.reference + (needs.replay is not None)
     captions = count if needs.reference and needs.student_captions and needs.captions else 0

@@ -287,12 +287,11 @@ def _testing(setup: Setup, task: Task) -> tuple[float, float, int]:
 
 def _kept(setup: Setup, task: Task, steps: int) -> int:
     # Rows of features that each teacher keeps.
-    needs = setup.method.needs
+    needs = needs_of(setup.method, task)
     if not (setup.method.trains and needs.teachers):
         return 0
-    images, pairs = kept_samples(
-        task, setup.reference_of(task), setup.transform, setup.config, steps, setup.world
-    )
+    reference = setup.reference_of(task) if needs.reference else None
+    images, pairs = kept_samples(task, reference, setup.transform, setup.config, steps, setup.world)
     of_images = images or 0 if needs.teacher_images else 0
     return of_images + (2 if needs.captions else 1) * (pairs or 0)
 

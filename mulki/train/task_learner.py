@@ -14,7 +14,7 @@ from mulki.data.replay import ReplayImages, kept_places
 from mulki.methods import PREVIOUS, ZERO_SHOT, Needs
 from mulki.train import sharding
 from mulki.train.config.run_config import RunConfig
-from mulki.train.config.tasks import needs_of
+from mulki.train.config.tasks import needs_of, teachers_of
 from mulki.train.learning.anchor_texts import Anchors, anchor_texts
 from mulki.train.learning.inputs import Listeners, TaskInputs
 from mulki.train.learning.learn import learn_task
@@ -113,15 +113,15 @@ def anchors_per_step(setup: Setup, needs: Needs) -> int | None:
 
 def _frozen_models(setup: Setup) -> dict[str, VisionLanguageModel]:
     # Copied once and given new weights before each task: a sharded model cannot be copied.
-    needs, model = setup.method.needs, setup.model
+    needed, model = teachers_of(setup.method, setup.tasks), setup.model
     frozen = {}
 
     def earlier(level: Level) -> VisionLanguageModel:
         return model.frozen_copy() if model.adapters is None else model.teacher(level)
 
-    if ZERO_SHOT in needs.teachers or needs.prototypes:
+    if ZERO_SHOT in needed:
         frozen[ZERO_SHOT] = setup.original or earlier("original")
-    if PREVIOUS in needs.teachers:
+    if PREVIOUS in needed:
         # With a single task, the previous model is always the start model.
         single = len(setup.tasks) == 1 and setup.original is None
         original = frozen.get(ZERO_SHOT) if single else None

@@ -1,4 +1,4 @@
-"""The comparison on the bundled tasks: what is kept of a run, and the tables made of it."""
+"""The comparison on the bundled tasks: its runs, what is kept of one, its tables and figures."""
 
 from __future__ import annotations
 
@@ -9,124 +9,115 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.embedded import compare, figures, studies
-from benchmarks.embedded.packed_answers import pack, unpack
+from benchmarks.embedded import compare, figures, studies, tables
 from mulki.clip.models import BUNDLED
 from mulki.errors import InputError
-from mulki.runs.intervals import RunAnswers
-from mulki.runs.metrics import compute_metrics
 from mulki.train.config import presets
 from tests import train_helpers
 
 tiny_models = train_helpers.tiny_models
 start_model = train_helpers.start_model
-SIZES = {"a": 50, "b": 31, "c": 7}
 
 
-def answers(seed: int, share: float = 0.5) -> RunAnswers:
-    random = np.random.default_rng([seed, int(100 * share)])
-    own, seen = ({t: random.random((3, n)) < share for t, n in SIZES.items()} for _ in range(2))
-    return RunAnswers(own, seen)
-
-
-def line(
-    method: str, seed: int, share: float, kept: bool = True, variant: str = "", **options: Any
-) -> dict[str, Any]:
-    of = answers(seed, share)
-    a = np.array([own.mean(axis=1) for own in of.own.values()]).T * 100
-    found = {
-        "variant": variant or method,
-        "study": "ablate" if variant else "compare",
-        "options": {"method": method, "seed": seed, **options},
-        **compute_metrics(a).to_dict(),
+def line(variant: str, order: str, seed: int = 0, last: float = 50.0) -> dict[str, Any]:
+    return {
+        "study": "compare",
+        "variant": variant,
+        "options": {"method": variant, "order": order, "seed": seed},
         "uses": [],
-    }  # fmt: skip
-    if kept:
-        found |= {"answers": pack(of), "cil_average": 10.0, "cil_last": 5.0}
-    return json.loads(json.dumps(found))
+        "transfer": 30.0,
+        "zero_shot_transfer": 30.5,
+        "average": 50.0,
+        "last": last,
+        "forgetting": 1.0,
+        "cil_average": 45.0,
+        "cil_last": 40.0,
+        "head_last": last + 1,
+        "head_cil_last": 45.0,
+    }
 
 
-def rows(text: str, *first: str) -> list[list[str]]:
-    cells = [
-        [cell.strip() for cell in row.strip("|").split("|")]
-        for row in text.splitlines()
-        if row.startswith("| ")
+def rows(text: str) -> dict[str, list[str]]:
+    cells = [row.strip("| ").split(" | ") for row in text.splitlines() if row.startswith("| ")]
+    return {first: others for first, *others in cells}
+
+
+def test_the_unit_of_the_table_is_an_order() -> None:
+    lines = [
+        *(line("mulki", "I", seed, 80.0 + seed) | {"uses": ["words"]} for seed in (0, 1, 2)),  # 81
+        line("mulki", "II", last=77.0),
+        line("lwf", "I", last=78.0),  # 2 less than with the same seed
+        line("lwf", "II", last=77.0),  # equal
+        line("lwf", "III", last=10.0),  # of no pair
     ]
-    return [row[len(first) :] for row in cells if row[: len(first)] == list(first)]
+    found = rows(tables.table(lines, tables.OF_ORDERS))
+    place = 1 + list(tables.OF_ORDERS).index("last")
+    # Student's t of one degree of freedom: 12.706 times half of the distance of two values.
+    assert found["mulki"][place] == "79.00 ± 25.41"
+    assert (found["mulki"][0], found["mulki"][-1]) == ("words", "4")
+    assert found["mulki less lwf"][place] == "+1.00 ± 12.71"
+    assert (found["lwf"][0], found["lwf"][1]) == ("-", "-0.50 ± 0.00")
+    assert list(found) == ["method", "---", "lwf", "mulki", "mulki less lwf"]
 
 
-def test_answers_come_back_from_a_line() -> None:
-    of = answers(0)
-    found = unpack(json.loads(json.dumps(pack(of))))
-    assert found.sizes == of.sizes == SIZES
-    for ours, wanted in ((found.own, of.own), (found.seen, of.seen)):
-        assert ours.keys() == wanted.keys()
-        assert all(np.array_equal(ours[task], wanted[task]) for task in wanted)
+def test_one_order_has_no_interval_and_no_pair_no_difference() -> None:
+    found = rows(tables.table([line("mulki", "I", last=80.0), line("lwf", "II")], tables.OF_ORDERS))
+    assert found["mulki"][1:] == "-0.50 30.00 50.00 80.00 1.00 40.00 81.00 45.00 1".split()
+    assert set(found["mulki less lwf"][1:-1]) == {"-"}
 
 
-def test_tables_have_means_and_paired_differences() -> None:
-    glyphs = {"tasks": ["embedded-glyphs"]}
-    results = [line("mulki", seed, 0.9, order="I") | {"uses": ["words"]} for seed in (0, 1, 2)]
-    results += [line("finetune", seed, 0.4, order="I") for seed in (0, 1, 2)]
-    results += [line("zero_shot", 0, 0.5, order="I")]
-    results += [line(m, s, 0.6, **glyphs) for m in ("mulki", "lwf") for s in (0, 1)]
-    text = compare.comparison_table(results)
-    uses, mean, *_, cil, _, count = rows(text, "embedded", "I", "mulki")[0]
-    assert uses == "words"
-    lasts = [r["transfer"] for r in results[:3]]
-    half = 4.302653 * np.std(lasts, ddof=1) / np.sqrt(3)
-    assert mean == f"{np.mean(lasts):.2f} ± {half:.2f}" and (cil, count) == ("10.00 ± 0.00", "3")
-    for method in ("finetune", "zero_shot"):
-        # The one run without training is paired with every seed.
-        (row,) = rows(text, method, "embedded", "I")
-        assert row[-2:] == ["seeds and images", "3"]
-        value, low, high = (float(x.strip("[],")) for x in row[0].split())
-        assert 0 < low < value < high < 100
-    # The two are right on the same images.
-    (row,) = rows(text, "lwf", "embedded-glyphs", "I")
-    assert row == ["+0.00 [+0.00, +0.00]"] * 6 + ["seeds and images", "2"]
-    assert not rows(text, "lwf", "embedded", "I")
+def test_a_method_without_a_head_has_no_figures_of_one() -> None:
+    alone = {k: v for k, v in line("zero_shot", "I").items() if not k.startswith("head")}
+    found = rows(tables.table([alone, line("mulki", "I")], tables.OF_ORDERS))
+    assert found["zero_shot"][-3:] == ["-", "-", "1"]
+    assert found["mulki less zero_shot"][-2:] == ["-", "-"]
 
 
-def test_lines_without_answers_have_intervals_over_seeds() -> None:
-    results = [
-        line(m, seed, share, kept=False, order="II")
-        for m, share in (("mulki", 0.9), ("lwf", 0.5))
-        for seed in (0, 1)
+def test_the_table_by_order_says_where_a_run_is_missing() -> None:
+    text = tables.by_order([line("mulki", "II"), line("mulki", "I"), line("lwf", "I", last=70.0)])
+    assert rows(text)["lwf"] == ["30.0 / 50.0 / 70.0", "-"]
+    assert rows(text)["method"] == ["I", "II"]
+
+
+def test_the_page_has_every_part_that_has_runs() -> None:
+    of_run = {"cpu": "CPU", "torch": "2.13", "commit": "a" * 40, "settings": {"precision": "fp32"}}
+    of_glyphs = line("mulki", "I")
+    of_glyphs["options"] = {"method": "mulki", "tasks": ["embedded-glyphs"], "seed": 0}
+    held = line("mulki", "III") | {"study": "held", "variant": "a form"}
+    lines = [r | of_run for r in (line("mulki", "I"), line("mulki", "IV"), of_glyphs, held)]
+    text = tables.page(lines)
+    headings = [row for row in text.splitlines() if row.startswith("#")]
+    assert headings == [
+        "# Results on the bundled tasks",
+        "## Six orders",
+        "## embedded-glyphs",
+        "## Forms of MulKI",
     ]
-    text = compare.comparison_table(results)
-    (row,) = rows(text, "lwf", "embedded", "II")
-    assert row[-2:] == ["seeds", "2"] and row[4:6] == ["-", "-"]
-    gains = [results[i]["last"] - results[i + 2]["last"] for i in (0, 1)]
-    half = 12.7062 * np.std(gains, ddof=1) / np.sqrt(2)
-    assert [float(x.strip("[],")) for x in row[2].split()] == pytest.approx(
-        [np.mean(gains), np.mean(gains) - half, np.mean(gains) + half], abs=0.01
-    )
-    assert rows(text, "embedded", "II", "lwf")[0][5:] == ["-", "-", "2"]
+    assert "CPU, torch 2.13, fp32; commits aaaaaaaaaaaa." in text
+    counts = [r.rsplit("| ", 1)[1] for r in text.splitlines() if r.startswith("| mulki | - |")]
+    assert counts == ["2 |", "1 |"]
 
 
-def test_the_ablation_is_less_the_whole_method() -> None:
-    name = next(iter(studies.MULKI_STAGES))
-    whole = [line("mulki", seed, 0.9, variant=studies.ABLATED, order="I") for seed in (0, 1)]
-    changed = [line("mulki", 1, 0.6, variant=name, order="I")]
-    text = compare.ablation_table(whole, changed)
-    ((transfer, *_, over, pairs),) = rows(text, name, "embedded", "I")
-    assert (over, pairs) == ("images", "1")
-    assert float(transfer.split()[0]) == pytest.approx(
-        changed[0]["transfer"] - whole[1]["transfer"], abs=0.006
-    )
+def test_the_best_point_of_a_method_is_first_and_bold() -> None:
+    def run(variant: str, value: float, seed: int) -> dict[str, Any]:
+        metrics = dict.fromkeys(("transfer", "average", "last", "forgetting"), value)
+        return {"variant": variant, "options": {"method": "lwf", "seed": seed}, **metrics}
+
+    results = [run("lwf a", 10, 100), run("lwf a", 30, 101), run("lwf b", 25, 100)]
+    best, other = tables.choices("tune", results).splitlines()[-2:]
+    assert best.startswith("| lwf b **best** | 25.00 |")
+    assert other.startswith("| lwf a | 20.00 |") and other.endswith("| 2 |")
 
 
-def test_a_line_of_results_keeps_the_answers(start_model: dict[str, str]) -> None:
-    options = {"method": "zero_shot", "tasks": ("embedded-glyphs",), "limit_images": 20}
-    run = studies.Run("compare", "zero_shot", options | start_model | {"seed": 0})
+def test_a_line_of_results_has_what_the_tables_show(start_model: dict[str, str]) -> None:
+    options = {"method": "finetune", "tasks": ("embedded-glyphs",), "limit_images": 20}
+    quick = {"iterations": 1, "batch_size": 4, "seed": 0}
+    run = studies.Run("compare", "finetune", options | start_model | quick)
     result = json.loads(json.dumps(compare.one_run(run, "pack", 1)))
-    kept = unpack(result["answers"])
-    assert list(kept.sizes) == result["tasks"]
-    a = np.array([own.mean(axis=1) for own in kept.own.values()]).T * 100
-    assert a == pytest.approx(np.array(result["matrix"]), abs=1e-3)
-    last = np.concatenate([seen[-1] for seen in kept.seen.values()])
-    assert result["cil_last"] == pytest.approx(100 * last.mean(), abs=1e-3)
+    found = rows(tables.table([result], tables.OF_SEQUENCES))["finetune"]
+    assert float(found[3]) == pytest.approx(np.mean(result["matrix"][-1]), abs=0.006)
+    assert len(result["zero_shot"]) == len(result["tasks"])
+    assert result["settings"] == compare.settings_of(run)
 
 
 def test_a_result_stands_while_its_settings_are_those_of_today(
@@ -151,11 +142,24 @@ def test_a_result_stands_while_its_settings_are_those_of_today(
 
 
 def test_the_running_mean_of_a_short_task_has_members_near_its_end() -> None:
-    with_mean = [s for s in map(compare.settings_of, studies.comparison()) if s.get("we_every")]
-    assert {settings["method"] for settings in with_mean} == {"mulki", "zscl"}
+    runs = map(compare.settings_of, studies.comparison((0,)))
+    with_mean = [settings for settings in runs if settings.get("we_every")]
+    assert {settings["method"] for settings in with_mean} == {"zscl"}
     for settings in with_mean:
         members, rest = divmod(settings["iterations"], settings["we_every"])
         assert members >= 6 and rest <= settings["we_every"] // 2
+
+
+def test_every_row_runs_in_every_place_one_seed_after_the_other() -> None:
+    runs = studies.comparison()
+    places = {tables.place_of(run.options) for run in runs}
+    assert places == {*studies.ORDERS, *studies.SEQUENCES} and len(studies.ORDERS) == 6
+    assert len(runs) == 8 * 3 * len(studies.ROWS)
+    seeds = [run.options["seed"] for run in runs]
+    assert seeds == sorted(seeds) and not set(seeds) & set(studies.TUNING_SEEDS)
+    made = [run for run in runs if run.variant.endswith("made images")]
+    assert {run.options["reference"] for run in made} == {"made"}
+    assert set(studies.DRAWN_ROWS) <= set(studies.ROWS)
 
 
 def test_studies_follow_their_rules() -> None:
@@ -163,31 +167,31 @@ def test_studies_follow_their_rules() -> None:
         runs = studies.tuning(method)
         assert len({tuple(point.items()) for point in grid}) == 12
         assert len(runs) == 24 and {run.options["seed"] for run in runs} == {100, 101}
-    reported = {run.options["seed"] for run in studies.comparison()}
-    assert reported == set(studies.SEEDS) and not reported & set(studies.TUNING_SEEDS)
-    made = (
-        *(*studies.forms(), *studies.strengths("mulki"), *runs),
-        *(*studies.smoothing("snd"), *studies.held(), *studies.changes()),
+    chosen_on_two = (
+        *(*studies.strengths("lwf"), *studies.smoothing("snd"), *studies.held()),
+        *studies.changes(),
     )
-    assert {run.study for run in made} == set(studies.CHOICES)
-    assert not set(studies.FORM_ORDERS) & {order for _, order in studies.SCENES}
-    seeds = {
-        name: {r.options["seed"] for r in studies.comparison() if r.variant == name}
-        for name in studies.ROWS
+    assert {run.study for run in (*chosen_on_two, *runs)} == set(studies.CHOICES)
+    assert {run.options["order"] for run in chosen_on_two} == set(studies.FORM_ORDERS)
+    assert {run.options["seed"] for run in chosen_on_two} == {100}
+
+
+def test_mulki_is_its_best_form() -> None:
+    """The preset of MulKI has the settings of the best row of `held`, by what is committed."""
+    held = [r for r in compare.read_results() if r["study"] == "held"]
+    runs = {run.variant: compare.settings_of(run) for run in studies.held()}
+    complete = {
+        name: of
+        for name in runs
+        if len(of := [r for r in held if r["variant"] == name]) == len(studies.FORM_ORDERS)
     }
-    assert all(len(of) == 5 for name, of in seeds.items() if name in studies.MAIN_ROWS)
-    assert len(seeds["wise_ft"]) == 3 and len(seeds["zero_shot"]) == 1
-
-
-def test_the_best_point_is_first_and_bold() -> None:
-    def run(variant: str, value: float, seed: int) -> dict[str, Any]:
-        metrics = dict.fromkeys(("transfer", "average", "last", "forgetting"), value)
-        return {"variant": variant, "options": {"method": "lwf", "seed": seed}, **metrics}
-
-    results = [run("lwf a", 10, 100), run("lwf a", 30, 101), run("lwf b", 25, 100)]
-    table = compare.tuning_table(results).splitlines()
-    assert table[-2].startswith("| lwf b **best** | 25.00 |")
-    assert table[-1].startswith("| lwf a | 20.00 |") and table[-1].endswith("| 2 |")
+    best = max(complete, key=lambda name: tables.criterion(complete[name]))
+    (preset,) = (
+        compare.settings_of(run)
+        for run in studies.comparison((studies.TUNING_SEEDS[0],))
+        if run.variant == "mulki" and run.options.get("order") == runs[best]["order"]
+    )
+    assert preset == runs[best]
 
 
 def test_curves_of_a_run() -> None:
@@ -199,23 +203,19 @@ def test_curves_of_a_run() -> None:
 def test_figures_are_drawn_and_the_same_each_time(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs matplotlib")
     results = [
-        line(method, seed, 0.5, order=order)
-        | {"matrix": np.eye(3).tolist(), "zero_shot": [0, 0, 0]}
+        line(method, order) | {"matrix": np.eye(3).tolist(), "zero_shot": [0, 0, 0]}
         for method in ("mulki", "lwf")
         for order in ("I", "II")
-        for seed in (0, 1)
     ]
-    scenes = compare.drawn_runs(results)
-    assert [len(runs["lwf"]) for runs in scenes.values()] == [2, 2]
-    svg, png = figures.draw(scenes, tmp_path)
+    svg, png = figures.draw(results, tmp_path)
     first = svg.read_bytes()
-    assert first.startswith(b"<?xml") and b"embedded, order II" in first
+    assert first.startswith(b"<?xml") and b"lwf" in first and b"finetune" not in first
     assert png.read_bytes().startswith(b"\x89PNG")
-    figures.draw(scenes, tmp_path)
+    figures.draw(results, tmp_path)
     assert svg.read_bytes() == first
 
 
 def test_without_runs_there_is_no_figure(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="^figures: "):
-        figures.draw(compare.drawn_runs([]), tmp_path)
+        figures.draw([line("mulki", "I") | {"study": "held"}], tmp_path)
     assert not list(tmp_path.iterdir())

@@ -57,7 +57,6 @@ def test_a_run_that_moves_its_model(
     monkeypatch.setattr(moved, "load_tasks", lambda config: tasks)
     monkeypatch.setattr(moved, "_SAMPLE", 8)
     monkeypatch.setattr(moved, "held_out", lambda task: task)
-    monkeypatch.setattr(moved, "_FORMS", {"finetune": {"method": "finetune"}})
     with train_helpers.without_figures():
         line = moved.line_of("finetune", "III")
     for task in tasks:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from mulki.app.cli import run_command
 from mulki.distributed import launch
 from mulki.errors import InputError
+from mulki.train.config.presets import RELATIONS
 from mulki.train.saving.recovery import read_state
 from tests.train.distributed_runs import (
     ANCHORED,
@@ -32,7 +33,7 @@ from tests.train_helpers import same_state, write_pairs
 
 # By name: options of the run, and images in a global batch.
 CASES: dict[str, tuple[dict[str, Any], int]] = {
-    "mulki": ({"method": "mulki", "anchors": "none"}, 6),
+    "mulki": ({"method": "mulki", "anchors": "none", **RELATIONS, "gate": "uniform"}, 6),
     "micro": ({"method": "mulki", "micro_batch": "1", "prototype_update": "learnable"}, 6),
     # Teachers that are asked as images come up; the running mean, the anchor and clipping.
     "lwf": ({"method": "lwf", "grad_clip_norm": 0.1, "micro_batch": "auto"}, 6),
@@ -41,6 +42,8 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "whole": (
         {
             "method": "mulki",
+            **RELATIONS,
+            "gate": "uniform",
             "batch_size_eval": 2,
             "we_every": 2,
             "l2": 5.0,
@@ -61,6 +64,7 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
             "anchor_texts": "student",
             "anchors_per_step": "7",
             "micro_batch": "2",
+            **ANCHORED,
         },
         6,
     ),

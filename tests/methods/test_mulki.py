@@ -8,13 +8,19 @@ import torch
 import torch.nn.functional as F
 
 from mulki import methods
+from mulki.clip.features import of_reference
 from mulki.errors import InputError
 from mulki.losses import MulKILoss
 from mulki.methods import PREVIOUS, SEEN, VOCABULARY, ZERO_SHOT
 from mulki.methods.finetune import Finetune
 from mulki.methods.mulki import MulKI
+from mulki.ops.gates import Weighting
+from mulki.train.config.presets import RELATIONS
 from tests.methods.method_helpers import add, start
 
+# The relations on the task's own images, weighted as by default in the objective.
+PAPER = RELATIONS | {"gate": "uniform"}
+BOTH = (ZERO_SHOT, PREVIOUS)
 ALL_TERMS = {
     "ce_loss",
     "alignment_loss",
@@ -28,7 +34,7 @@ ALL_TERMS = {
 
 class TestMulKI:
     def losses(self, student, teachers, target, **options):
-        method = MulKI(MulKI.Options(**options))
+        method = MulKI(MulKI.Options(**PAPER | options))
         if not method.needs.prototypes:
             student, *teachers = (replace(m, prototypes=None) for m in (student, *teachers))
         given = tuple(teachers) if method.needs.teachers else ()
@@ -37,12 +43,43 @@ class TestMulKI:
     def test_is_the_objective_of_its_options(self, student, teachers, target):
         method, losses = self.losses(student, teachers, target)
         assert method.needs == methods.Needs(
-            (ZERO_SHOT, PREVIOUS), prototypes=True, anchors=(VOCABULARY,)
+            BOTH, caption_teachers=BOTH, prototypes=True, anchors=(VOCABULARY,)
         )
         expected = MulKILoss()(student, teachers, target, output_dict=True)
         assert set(losses) == ALL_TERMS
         for name, value in expected.items():
             assert losses[name] == value
+
+    def test_by_default_it_holds_made_images(self, student, teachers, target, unit, with_anchors):
+        method = MulKI(MulKI.Options())
+        assert method.needs == methods.Needs(
+            BOTH,
+            caption_teachers=BOTH,
+            teacher_images=False,
+            prototypes=True,
+            reference=True,
+            captions=False,
+            anchors=(VOCABULARY,),
+        )
+        student, *teachers = (
+            with_anchors(replace(model, reference=of_reference(unit(3, 5), None, model.scale)))
+            for model in (student, *teachers)
+        )
+        teachers = [replace(t, images=t.images[:0], prototypes=None) for t in teachers]
+        losses = method.losses(student, tuple(teachers), target)
+        off = dict.fromkeys(("image_text", "image_image", "text_image"), 0.0)
+        objective = MulKILoss(
+            hold_on="made",
+            gate="discrepancy",
+            feature=9.0,
+            feature_original=0.5,
+            image_anchor=0.5,
+            text_text=0.25,
+            **off,
+        )
+        assert losses == objective(student, teachers, target, output_dict=True)
+        held = {"text_text_loss", "image_anchor_loss", "feature_loss"}
+        assert set(losses) == {"ce_loss", "alignment_loss"} | held
 
     def test_every_option_of_the_objective_is_passed_on(self, student, teachers, target):
         options = {
@@ -112,30 +149,61 @@ class TestMulKI:
         assert losses == expected
         assert {"image_anchor_loss", "text_anchor_loss", "prototype_loss"} < set(losses)
 
+    @pytest.mark.parametrize("adding", [True, False])
+    def test_options_of_captions_are_passed_on(self, student, teachers, adding):
+        student, *teachers = (replace(m, texts=m.images.flip(0)) for m in (student, *teachers))
+        options = {"image_caption": 0.7, "feature": 0.6, "feature_original": 0.3}
+        method = MulKI(MulKI.Options(adding=adding, **options))
+        needs = method.needs.without_classes()
+        assert needs == methods.Needs(BOTH if adding else ())
+        losses = method.pair_losses(student, tuple(teachers) if adding else (), None)
+        expected, _ = MulKILoss(gate="discrepancy", **options).pair_terms(student, teachers)
+        kept = {"contrastive_loss"} | ({"image_caption_loss", "feature_loss"} if adding else set())
+        assert losses == {name: value for name, value in expected.items() if name in kept}
+        assert set(losses) == kept
+
+    def test_the_relation_to_captions_alone_asks_for_teachers(self):
+        off = dict.fromkeys(("text_text", "image_anchor", "feature", "feature_original"), 0.0)
+        for coefficient, teachers in ((0.25, BOTH), (0.0, ())):
+            method = MulKI(MulKI.Options(image_caption=coefficient, **off))
+            assert method.needs.teachers == () and not method.needs.reference
+            assert method.needs.without_classes().teachers == teachers
+
     @pytest.mark.parametrize("name", [ZERO_SHOT, PREVIOUS])
     def test_one_teacher_alone(self, student, teachers, target, name):
-        method = MulKI(MulKI.Options(teachers=name))
+        # The default of --gate, which is for both, counts as not given.
+        method = MulKI(MulKI.Options(teachers=name, **RELATIONS))
         assert method.needs.teachers == (name,)
         losses = method.losses(student, teachers[:1], target)
         expected = MulKILoss(gate="uniform")(student, teachers[:1], target, output_dict=True)
         assert losses == expected
+        objective = MulKI(MulKI.Options(teachers=name)).objective
+        coefficient = 0.5 if name == "zero_shot" else 9.0
+        assert objective.feature == (coefficient, coefficient)
+        assert objective.weighting == Weighting.of("uniform")
+        MulKI(MulKI.Options(teachers=name, gate="uniform", feature_original=None))
 
     def test_held_on_made_images_it_needs_a_reference_set(self):
         for hold_on in ("made", "both"):
             needs = MulKI(MulKI.Options(hold_on=hold_on)).needs
             assert needs.reference and not needs.captions
-            assert not needs.without_classes().reference
+            # The captions of pairs are encoded, though the made images have none.
+            assert needs.without_classes() == methods.Needs(BOTH)
         assert not MulKI(MulKI.Options(hold_on="made", adding=False)).needs.reference
-        with pytest.raises(InputError, match="^--gate: got label, .* pass --hold-on task"):
-            MulKI(MulKI.Options(hold_on="made", gate="label"))
-        MulKI(MulKI.Options(hold_on="made", gate="label", distinguishing=False))
+        for gate in ("label", "loss"):
+            with pytest.raises(InputError, match=f"^--gate: got {gate}, .* pass --hold-on task"):
+                MulKI(MulKI.Options(hold_on="made", gate=gate))
+            MulKI(MulKI.Options(hold_on="made", gate=gate, distinguishing=False))
+            MulKI(MulKI.Options(hold_on="task", gate=gate))
 
     def test_a_coefficient_for_the_original_model(self, student, teachers, target):
         options = {"feature": 9.0, "feature_original": 0.5}
         _, losses = self.losses(student, teachers, target, **options)
         assert losses == MulKILoss(**options)(student, teachers, target, output_dict=True)
-        with pytest.raises(InputError, match="^--feature-original: got 0.5 beside --teachers"):
-            MulKI(MulKI.Options(teachers="previous", **options))
+        with pytest.raises(InputError, match="^--feature-original: got 0.3 beside --teachers"):
+            MulKI(MulKI.Options(teachers="previous", feature_original=0.3))
+        alone = MulKI(MulKI.Options(teachers="zero_shot", feature_original=0.3))
+        assert alone.objective.feature == (0.3, 0.3)
 
     @pytest.mark.parametrize("name", [ZERO_SHOT, PREVIOUS])
     def test_a_gate_needs_both(self, name):
@@ -171,11 +239,13 @@ class TestMulKI:
         method, losses = self.losses(student, teachers, target, **dict.fromkeys(stages, False))
         expected = Finetune(Finetune.Options()).losses(student, (), target)
         assert losses == expected
-        assert method.needs == methods.Needs()
+        assert method.needs == methods.Needs(caption_teachers=())
+        without = MulKI(MulKI.Options(**dict.fromkeys(stages, False)))
+        assert without.needs == methods.Needs(caption_teachers=(), teacher_images=False)
 
     def test_prototypes_move_after_the_losses_of_a_batch(self, student, teachers, target, weights):
         initial = student.prototypes.detach().clone()
-        method = start(MulKI(MulKI.Options(prototype_momentum=0.8)), weights, initial)
+        method = start(MulKI(MulKI.Options(prototype_momentum=0.8, **PAPER)), weights, initial)
         before = method.prototypes()
         student = replace(student, prototypes=before)
         losses = method.losses(student, teachers, target)
@@ -191,7 +261,7 @@ class TestMulKI:
     def test_learnable_prototypes_train_beside_the_student(
         self, student, teachers, target, weights
     ):
-        method = MulKI(MulKI.Options(prototype_update="learnable"))
+        method = MulKI(MulKI.Options(prototype_update="learnable", **PAPER))
         assert not list(method.parameters())
         start(method, weights, student.prototypes.detach())
         (parameter,) = method.parameters()
@@ -200,7 +270,8 @@ class TestMulKI:
         assert parameter.grad.abs().max() > 1e-3
 
     def test_a_task_starts_afresh(self, student, teachers, target, weights):
-        method = start(MulKI(MulKI.Options(we_every=1)), weights, student.prototypes.detach())
+        options = MulKI.Options(we_every=1, **PAPER)
+        method = start(MulKI(options), weights, student.prototypes.detach())
         method.losses(student, teachers, target)
         add(weights, 1.0)
         method.after_step(1)
@@ -210,7 +281,7 @@ class TestMulKI:
         assert weights["a"].tolist() == [2, 2, 2]
 
     def test_a_display_sees_weights_of_teachers_and_drift(self, student, teachers, target, weights):
-        method = MulKI(MulKI.Options(prototype_momentum=0.5))
+        method = MulKI(MulKI.Options(prototype_momentum=0.5, **PAPER))
         assert method.watched() == {}
         first = student.prototypes.detach()
         start(method, weights, first)
@@ -277,11 +348,13 @@ class TestMulKI:
         assert weights["a"].tolist() == [2, 2, 2]
 
 
-def test_the_method_has_the_defaults_of_its_objective() -> None:
+def test_the_objective_has_the_defaults_of_the_relations() -> None:
     signature = inspect.signature(MulKILoss).parameters
-    options = MulKI.Options()
+    paper, default = MulKI.Options(**PAPER), MulKI.Options()
     for name, parameter in signature.items():
-        assert getattr(options, name) == parameter.default, name
+        assert getattr(paper, name) == parameter.default, name
+        assert name in PAPER or getattr(default, name) == parameter.default, name
+    assert default.image_caption == 0.25 and default.label_smoothing == 0
 
 
 @pytest.mark.parametrize(
@@ -289,8 +362,17 @@ def test_the_method_has_the_defaults_of_its_objective() -> None:
     [
         ({"gate": "blend"}, "^--gate-entropy: got NoneType"),
         ({"gate": "blend", "gate_entropy": 1.0}, "^--gate-label: got NoneType"),
-        ({"gate_label": 0.5}, '^--gate-label: got 0.5 with gate="uniform"'),
-        ({"gate_temperature": 0.5}, "^--gate-temperature: got 0.5 with --gate uniform"),
+        ({"gate_label": 0.5}, '^--gate-label: got 0.5 with gate="discrepancy"'),
+        ({"gate": "uniform", "gate_label": 0.5}, '^--gate-label: got 0.5 with gate="uniform"'),
+        ({"gate_temperature": 0.5}, "^--gate-temperature: got 0.5 with --gate discrepancy"),
+        (
+            {"gate": "uniform", "gate_temperature": 0.5},
+            "^--gate-temperature: got 0.5 with --gate uniform",
+        ),
+        (
+            {"gate": "loss", "hold_on": "task", "gate_temperature": 0.5},
+            "^--gate-temperature: got 0.5 with --gate loss",
+        ),
     ],
 )
 def test_numbers_of_a_gate_that_do_not_fit_it(options, said):

@@ -27,6 +27,8 @@ from tests.stages.formulas import (
 COEFFICIENTS = ("alignment", *RELATIONS, "feature")
 # Those of terms that are off, or absent without anchors, at the default options.
 OTHERS = ("prototype", "image_anchor", "text_anchor")
+# Those of terms of captions alone.
+OF_PAIRS = ("image_caption",)
 
 
 class TestObjective:
@@ -50,7 +52,8 @@ class TestObjective:
         coefficients = {name: 0.3 + 0.1 * i for i, name in enumerate(COEFFICIENTS)}
         terms = self.expected_terms(student, teachers, target)
         expected = terms["ce"] + sum(c * terms[name] for name, c in coefficients.items())
-        got = MulKILoss(gate="label", **coefficients)(student, teachers, target)
+        objective = MulKILoss(gate="label", label_smoothing=0.2, **coefficients)
+        got = objective(student, teachers, target)
         torch.testing.assert_close(got, expected)
         inputs = (student.images, student.texts, student.prototypes)
         for a, b in zip(
@@ -76,6 +79,13 @@ class TestObjective:
         for key, value in without.items():
             assert value == whole[key] == doubled[key]
         torch.testing.assert_close(doubled[f"{name}_loss"], 2 * whole[f"{name}_loss"])
+
+    def test_the_coefficient_of_captions_has_no_say(self, student, teachers, target):
+        one, other = (
+            MulKILoss(image_caption=value)(student, teachers, target, output_dict=True)
+            for value in (0.0, 9.0)
+        )
+        assert one == other
 
     @pytest.mark.parametrize("name", COEFFICIENTS + OTHERS)
     def test_each_term_has_its_needs(self, student, teachers, target, name):
@@ -116,7 +126,8 @@ class TestObjective:
     def test_terms_that_are_off_by_default(self, student, teachers, target, with_anchors):
         student, *teachers = (with_anchors(model) for model in (student, *teachers))
         options = {"gate": "label", "prototype": 0.3, "image_anchor": 0.5, "text_anchor": 0.7}
-        got = MulKILoss(**options)(student, teachers, target, output_dict=True)
+        objective = MulKILoss(label_smoothing=0.2, **options)
+        got = objective(student, teachers, target, output_dict=True)
         logits = expected_relation(student, "image_image")
         expected = 0.3 * F.cross_entropy(logits, target, label_smoothing=0.2)
         torch.testing.assert_close(got["prototype_loss"], expected)
@@ -200,7 +211,7 @@ class TestObjective:
     @pytest.mark.parametrize(
         ("name", "values"),
         [
-            *((name, (-0.1, math.inf, math.nan)) for name in COEFFICIENTS + OTHERS),
+            *((name, (-0.1, math.inf, math.nan)) for name in COEFFICIENTS + OTHERS + OF_PAIRS),
             ("anchor_texts", ("teachers",)),
             ("anchor_weights", ("label", None)),
             ("temperature", (0.0, -1.0, math.nan)),
@@ -214,7 +225,7 @@ class TestObjective:
             with pytest.raises(ValueError, match=f"^{name}: got {value!r}"):
                 MulKILoss(**{name: value})
 
-    @pytest.mark.parametrize("name", ["image_text", "feature", "temperature"])
+    @pytest.mark.parametrize("name", ["image_text", "image_caption", "feature", "temperature"])
     def test_what_is_no_number_is_named(self, name):
         with pytest.raises(TypeError, match=f"^{name}: got str"):
             MulKILoss(**{name: "1"})
@@ -338,6 +349,11 @@ class TestHoldOn:
         assert not loss.needs_reference and loss.needs_teachers
         got = loss(student, teachers, target)
         torch.testing.assert_close(got, MulKILoss(**off)(student, teachers, target))
+        # Nor do the teachers' images of the task have a say.
+        gated = MulKILoss(hold_on="made", gate="discrepancy", **off)
+        teachers = [replace(teacher, images=teacher.images[:0]) for teacher in teachers]
+        torch.testing.assert_close(gated(student, teachers, target), got)
+        assert gated.terms(student, teachers, target)[1] is None
 
     def test_what_is_refused(self, student, teachers, target):
         for gate in ("label", "loss"):

@@ -50,16 +50,16 @@ def test_rows_that_repeat_are_no_negatives() -> None:
 @pytest.mark.parametrize("gate", ["uniform", "label", "confidence", "discrepancy"])
 def test_the_relation_is_the_distillation_of_the_public_loss(gate: str) -> None:
     student, teachers = model(0, grad=True), [model(1, scale=9.0), model(2)]
-    objective = MulKILoss(gate=gate, image_text=1.0, feature=0.0, temperature=2.0)
+    objective = MulKILoss(gate=gate, image_caption=1.0, feature=0.0, temperature=2.0)
     terms, weights = objective.pair_terms(student, teachers)
-    assert set(terms) == {"contrastive_loss", "image_text_loss"}
+    assert set(terms) == {"contrastive_loss", "image_caption_loss"}
     of_teachers = [x for t in teachers for x in (t.images, t.texts, t.scale)]
     contrastive, distill = DualTeacherClipLoss(gate=gate, temperature=2.0)(
         student.images, student.texts, student.scale, *of_teachers
     )
     torch.testing.assert_close(terms["contrastive_loss"], contrastive)
     # They differ by the entropies of the teachers, which have no gradient.
-    ours = gradients(terms["image_text_loss"], student)
+    ours = gradients(terms["image_caption_loss"], student)
     theirs = gradients(distill, student)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     assert weights is not None and weights.shape == (B, 2)
@@ -75,21 +75,38 @@ def test_the_label_of_the_gate_is_the_own_pair() -> None:
 
 def test_terms_have_their_coefficients() -> None:
     student, teachers = model(0), [model(1), model(2)]
-    one, weights = MulKILoss(image_text=1.0, feature=1.0).pair_terms(student, teachers)
+    one, weights = MulKILoss(image_caption=1.0, feature=1.0).pair_terms(student, teachers)
     assert weights is not None
     expected = expected_feature(student, teachers, weights)
     torch.testing.assert_close(one["feature_loss"], expected)
-    other, _ = MulKILoss(image_text=0.5, feature=3.0).pair_terms(student, teachers)
-    torch.testing.assert_close(other["image_text_loss"], one["image_text_loss"] / 2)
+    other, _ = MulKILoss(image_caption=0.5, feature=3.0).pair_terms(student, teachers)
+    torch.testing.assert_close(other["image_caption_loss"], one["image_caption_loss"] / 2)
     torch.testing.assert_close(other["feature_loss"], 3 * one["feature_loss"])
+    two, weights = MulKILoss(feature=3.0, feature_original=0.5).pair_terms(student, teachers)
+    assert weights is not None
+    expected = expected_feature(student, teachers, weights * torch.tensor([0.5, 3.0]))
+    torch.testing.assert_close(two["feature_loss"], expected)
+
+
+def test_the_options_of_classes_have_no_say() -> None:
+    student, teachers = model(0), [model(1), model(2)]
+    names = ("image_text", "image_image", "text_image", "text_text", "image_anchor", "text_anchor")
+    options = {"gate": "discrepancy", "hold_on": "made"}
+    whole, weights = MulKILoss(**options).pair_terms(student, teachers)  # type: ignore[arg-type]
+    assert set(whole) == {"contrastive_loss", "image_caption_loss", "feature_loss"}
+    for value in (0.0, 3.0):
+        others = dict.fromkeys((*names, "alignment", "prototype"), value)
+        loss = MulKILoss(gate="discrepancy", label_smoothing=0.1, **others)  # type: ignore[arg-type]
+        terms, wanted = loss.pair_terms(student, teachers)
+        assert terms == whole and torch.equal(wanted, weights)  # type: ignore[arg-type]
 
 
 def test_terms_that_are_off_are_left_out() -> None:
     student, teachers = model(0), [model(1), model(2)]
-    alone, weights = MulKILoss(image_text=0.0, feature=0.0).pair_terms(student, [])
+    alone, weights = MulKILoss(image_caption=0.0, feature=0.0).pair_terms(student, [])
     assert set(alone) == {"contrastive_loss"} and weights is None
-    whole, wanted = MulKILoss(image_text=1.0, feature=1.0).pair_terms(student, teachers)
-    some, weights = MulKILoss(image_text=0.0, feature=1.0).pair_terms(student, teachers)
+    whole, wanted = MulKILoss(image_caption=1.0, feature=1.0).pair_terms(student, teachers)
+    some, weights = MulKILoss(image_caption=0.0, feature=1.0).pair_terms(student, teachers)
     assert set(some) == {"contrastive_loss", "feature_loss"}
     torch.testing.assert_close(weights, wanted)
     torch.testing.assert_close(some["feature_loss"], whole["feature_loss"])

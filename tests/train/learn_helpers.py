@@ -14,6 +14,7 @@ from mulki.data.reference import ReferenceSet
 from mulki.data.transforms import train_transform
 from mulki.methods import PREVIOUS, ZERO_SHOT, Method
 from mulki.train.config.precision import Precision
+from mulki.train.config.presets import RELATIONS
 from mulki.train.config.run_config import RunConfig
 from mulki.train.learning.anchor_texts import Anchors
 from mulki.train.learning.inputs import Listeners, StepReport, TaskInputs, Training
@@ -31,9 +32,13 @@ BOTH = "mulki"
 
 
 def method_named(name: str, **options: Any) -> Method:
-    """A method with these options; without text anchors, which a test would have to bring."""
+    """A method with these options.
+
+    mulki has its relations on the task's own images, without text anchors: a test would have to
+    bring these, and made images.
+    """
     cls = methods.get(name)
-    without = {"anchors": "none"} if name == "mulki" else {}
+    without = RELATIONS | {"gate": "uniform", "anchors": "none"} if name == "mulki" else {}
     return cls(cls.Options(**without | options))
 
 

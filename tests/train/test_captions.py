@@ -15,6 +15,7 @@ from mulki.report.contents import read_contents
 from mulki.report.figures import plots
 from mulki.runs.answers import read_answers
 from mulki.runs.folder import RunFolder
+from mulki.runs.history import read_history
 from mulki.runs.metrics import read_matrix
 from mulki.runs.results import read_evaluations
 from mulki.train.config.run_config import read_config, resolve
@@ -68,11 +69,12 @@ def test_a_stream_of_captions(run: Run, stream: tuple[str, str]) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"method": "mulki", "we_every": 2, "alpha": 0.8, "lock_text": True, "gate": "label"},
+        {"method": "mulki", "we_every": 2, "alpha": 0.8, "lock_text": True, "gate": "label",
+         "hold_on": "task"},
         {"method": "mulki", "augment": "crop", "micro_batch": "2", "l2": 0.1},
         {"method": "wise_ft"},
     ],
-)
+)  # fmt: skip
 def test_a_stopped_run_ends_as_if_it_had_not_been(
     run: Run,
     stream: tuple[str, str],
@@ -94,6 +96,11 @@ def test_captions_and_classes_mix(
     folder = run(tasks=(task_folders[0], stream[0], task_folders[1]), method="mulki")
     alone = run("alone", tasks=task_folders, method="zero_shot")
     assert "vocabulary" in folder.uses[0]
+    of_classes = {"ce", "alignment", "text_text", "image_anchor", "feature"}
+    wanted = {"colours": of_classes, "flags": {"contrastive", "image_caption", "feature"}}
+    for record in read_history(folder.path):
+        terms = {name.removesuffix("_loss") for name in record.losses}
+        assert terms == wanted.get(record.task, of_classes), record.task
     start, other = (read_answers(each.path)["zero-shot"] for each in (folder, alone))
     for name in ("colours", "shades"):
         assert start[name].own.tolist() == other[name].own.tolist()
@@ -104,6 +111,32 @@ def test_captions_and_classes_mix(
     assert list(folder.class_incremental.after) == ["colours", "flags", "shades"]
     page = (folder.path / "report.html").read_text()
     assert "Images and captions" in page and "Accuracy by class" in page
+
+
+@pytest.mark.parametrize(
+    ("on", "of_classes", "of_captions"),
+    [("image_caption", 0, 2), ("text_text", 2, 0), ("feature", 2, 2)],
+)
+def test_teachers_are_asked_in_the_tasks_that_have_their_terms(
+    run: Run,
+    stream: tuple[str, str],
+    task_folders: tuple[str, str],
+    on: str,
+    of_classes: int,
+    of_captions: int,
+) -> None:
+    names = ("image_caption", "text_text", "image_anchor", "feature", "feature_original")
+    options = dict.fromkeys(names, 0.0) | {on: 0.25, "eliciting": False}
+    folder = run(tasks=(stream[0], task_folders[0], stream[1]), method="mulki", **options)
+    terms: dict[str, set[str]] = {}
+    for record in read_history(folder.path):
+        terms.setdefault(record.task, set()).update(record.losses)
+        asked = of_captions if record.task in ("flags", "animals") else of_classes
+        # No gate looks at images where texts alone are held.
+        assert len(record.teacher_weights) == (asked if on != "text_text" else 0), record.task
+    assert {task: f"{on}_loss" in found for task, found in terms.items()} == {
+        "flags": of_captions > 0, "colours": of_classes > 0, "animals": of_captions > 0
+    }  # fmt: skip
 
 
 def test_the_label_space_of_all_leaves_captions_out(

@@ -15,7 +15,7 @@ from mulki.train.card import Peak, Way, ways
 from mulki.train.config.run_config import resolve
 from mulki.train.start.setup import prepared
 from tests.train.run_helpers import SHORT
-from tests.train_helpers import same_state, state_of
+from tests.train_helpers import same_state, state_of, write_pairs
 
 
 @pytest.fixture
@@ -65,11 +65,16 @@ def test_an_original_of_its_own(counted: Any) -> None:
     assert original["--lora-rank 16"].models == pytest.approx(2 * adapted, rel=0.05)
 
 
-def test_images_beside_those_of_the_task(counted: Any) -> None:
+def test_images_beside_those_of_the_task(counted: Any, tmp_path: Path) -> None:
     alone = counted(method="finetune")[""].image
     both = counted(method="snd", reference="current")[""].image
     assert both == pytest.approx(2 * alone, rel=0.05)
     assert counted(method="er")[""].image == both
+    # Made ones by default, but not where all tasks are of captions.
+    pairs = f"captions:{write_pairs(tmp_path / 'pairs')}"
+    assert counted(lock_text=True)[""].image == both
+    of_pairs = counted(tasks=(pairs,), lock_text=True)[""].image
+    assert of_pairs == pytest.approx(alone, rel=0.05)
 
 
 def test_options_that_the_run_has_or_cannot_have_are_not_tried(counted: Any) -> None:

@@ -17,6 +17,7 @@ from mulki.train.learning.memory import MicroBatch
 from mulki.train.start.setup import prepared
 from mulki.train.task_learner import TaskLearner
 from tests.train.run_helpers import SHORT, Run, options_of, weights
+from tests.train_helpers import write_pairs
 
 
 @pytest.fixture
@@ -67,6 +68,21 @@ def test_every_method_is_measured(measured: Any, method: str) -> None:
     assert found.models >= own * (1 + len(teachers)) * 0.9 and (found.training > 0) == trains
     assert (found.teacher_features > 0) == bool(teachers)
     assert (found.image is not None) == trains
+
+
+def test_features_of_teachers_are_those_of_what_they_see(measured: Any, tmp_path: Path) -> None:
+    pairs = [f"captions:{write_pairs(tmp_path / name, name)}" for name in ("flags", "animals")]
+    # By one teacher 18 training images of the larger task; by two these, or as many made of them,
+    # or both, or 18 pairs.
+    assert measured(method="lwf").teacher_features == 18 * 32 * 4
+    for options, rows in (
+        ({"hold_on": "task"}, 18),
+        ({}, 18),
+        ({"hold_on": "both"}, 36),
+        ({"tasks": pairs}, 36),
+    ):
+        found = measured(method="mulki", **options)
+        assert found.teacher_features == 2 * rows * 32 * 4, options
 
 
 def test_what_is_stored_is_what_a_run_stores(run: Run, measured: Any) -> None:

@@ -31,6 +31,7 @@ from mulki.runs.folder import RunFolder
 from mulki.runs.metrics import read_matrix
 from mulki.runs.results import read_evaluations
 from mulki.train import sequence, task_learner
+from mulki.train.config.presets import RELATIONS
 from mulki.train.config.run_config import read_config, resolve
 from mulki.train.display.progress import RunProgress
 from mulki.train.learning.class_step import ClassStep
@@ -282,15 +283,21 @@ def test_teachers_are_the_original_and_the_previous_model(
         assert seen.frozen[i][PREVIOUS] is not seen.frozen[i][ZERO_SHOT]
 
 
-def test_frozen_models_are_encoded_once_per_task(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("held", ["task", "made"])
+def test_frozen_models_are_encoded_once_per_task(
+    run: Run, monkeypatch: pytest.MonkeyPatch, held: str
+) -> None:
     calls = Calls(monkeypatch)
     seen = Learned(monkeypatch)
-    run(method="mulki", anchors="none")
+    run(method="mulki", anchors="none", **RELATIONS if held == "task" else {})
     original, previous = seen.frozen[1][ZERO_SHOT], seen.frozen[1][PREVIOUS]
     # colours: 3 texts, 18 images; shades: 2 texts, 12 images; and once words and test images, by
     # which it is seen how far the student has moved.
     assert calls.of(original, "texts") == [3, 256, 2]
-    assert sum(calls.of(original, "images")) == 18 + 12 + (15 + 10)
+    # By default as many made images come on top, for the student's first prototypes are those of
+    # the task's images.
+    made = 18 + 12 if held == "made" else 0
+    assert sum(calls.of(original, "images")) == 18 + 12 + made + (15 + 10)
     assert calls.of(previous, "texts") == [2]
     assert sum(calls.of(previous, "images")) == 12
 

@@ -13,6 +13,7 @@ from torch import nn
 from mulki.clip.models import VisionLanguageModel
 from mulki.errors import InputError
 from mulki.train import sequence, sharding
+from mulki.train.config.presets import RELATIONS
 from mulki.train.config.run_config import resolve
 from tests.train.distributed_runs import (
     ANCHORED,
@@ -29,6 +30,8 @@ SHARDED: dict[str, tuple[dict[str, Any], int]] = {
     "fsdp": (
         {
             "method": "mulki",
+            **RELATIONS,
+            "gate": "uniform",
             "micro_batch": "2",
             "we_every": 2,
             "l2": 5.0,

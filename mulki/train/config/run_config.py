@@ -221,13 +221,18 @@ class RunConfig:
         "images and captions to distil on: a folder, a CSV, tar shards, made (images made of the "
         "task's own by --reference-changes) or current (these images themselves); captions of the "
         "last two are words of the vocabulary",
+        of_classes=True,
     )
     reference_changes: tuple[str, ...] = option(
         DEFAULT_CHANGES,
         f"what --reference made does to images, one change to each: some of {', '.join(CHANGES)}",
+        of_classes=True,
     )
     reference_batch_size: int | None = option(
-        None, "reference images per step and process; --batch-size if left out", low=1
+        None,
+        "reference images per step and process; --batch-size if left out",
+        low=1,
+        of_classes=True,
     )
     vocabulary: str | None = option(
         None,

@@ -17,7 +17,7 @@ from mulki.data.prompts import fill
 from mulki.data.published import Entry, entry_names
 from mulki.data.subset import few_shot, limited
 from mulki.errors import InputError, nearest
-from mulki.methods import Method, Needs
+from mulki.methods import ZERO_SHOT, Method, Needs
 from mulki.train.config import presets
 from mulki.train.config.rates import learning_rates
 from mulki.train.config.run_config import RunConfig, Settings, csv_form
@@ -92,6 +92,13 @@ def needs_of(method: Method, task: Task) -> Needs:
     return method.needs.without_classes() if isinstance(task, CaptionTask) else method.needs
 
 
+def teachers_of(method: Method, tasks: Sequence[Task]) -> set[str]:
+    """The models that a method needs beside the student in any of the tasks."""
+    every = [needs_of(method, task) for task in tasks]
+    prototypes = {ZERO_SHOT} if any(needs.prototypes for needs in every) else set()
+    return prototypes.union(*(needs.teachers for needs in every))
+
+
 def check_captions(
     tasks: Sequence[Task], method: type[Method], batch_size: int, processes: int
 ) -> None:
@@ -150,7 +157,7 @@ def check_options_of_classes(settings: Settings, tasks: Sequence[Task]) -> None:
 def _as_given(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return flag(name) if value else flag(f"no_{name}")
-    return f"{flag(name)} {value}"
+    return f"{flag(name)} {' '.join(value) if isinstance(value, tuple) else value}"
 
 
 def warn_of_equal_names(tasks: Sequence[Task], tokens: Callable[[list[str]], Tensor]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mulki.data import Task
 from mulki.runs.history import BINS, StepRecord, add_step
+from mulki.train.config.tasks import needs_of
 from mulki.train.display.outline import images_of_teachers
 from mulki.train.display.progress import STEPS, TEACHERS, RunProgress, describe
 from mulki.train.learning.inputs import StepReport
@@ -80,7 +81,7 @@ class Reporter:
         self._forget()
         watched = setup.method.watched()
         weights = watched.get("teacher_weights")
-        names = setup.method.needs.teachers
+        names = needs_of(setup.method, self._task).teachers
         means = (
             {} if weights is None else dict(zip(names, weights.mean(dim=0).tolist(), strict=True))
         )

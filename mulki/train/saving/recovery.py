@@ -69,7 +69,7 @@ STUDENT = "student"
 TOO_FAST = "lower --lr, or pass --grad-clip-norm"
 
 # Of what a save holds: another number after each change of that, wherever its states are made.
-_FORMAT = "5"
+_FORMAT = "6"
 # In JSON, a tensor is {_TENSOR: its name}.
 _TENSOR = "__tensor__"
 # A save costs at most this part of the time, by default.

@@ -26,7 +26,9 @@ def check_original(config: RunConfig, method: Method) -> None:
     for name in ("original", "teacher_cache"):
         value = getattr(config, name)
         if value is not None and not (
-            ZERO_SHOT in method.needs.teachers or method.needs.prototypes
+            ZERO_SHOT in method.needs.teachers
+            or ZERO_SHOT in method.needs.without_classes().teachers
+            or method.needs.prototypes
         ):
             raise InputError(
                 f"{flag(name)}: got {value}, but method {method.name} with these options has no "

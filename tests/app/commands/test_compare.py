@@ -51,6 +51,6 @@ def test_compare(
     pages = capsys.readouterr().out.splitlines()
     assert pages == [str(Path("logs", name, "report.html")) for name in ("mulki", "finetune")]
     page, damaged = (Path(each).read_text() for each in pages)
-    assert "Missing in this folder" not in page and page.count("<svg") == 8
+    assert "Missing in this folder" not in page and page.count("<svg") == 10
     assert "matrix.csv is not there" in damaged
     assert (Path("logs/mulki/plots") / "losses.png").exists()

@@ -235,7 +235,7 @@ def test_help_has_the_defaults_with_the_bundled_model(capsys: pytest.CaptureFixt
     settings = resolve({"method": "mulki"})
     values = vars(settings.run) | vars(settings.method)
     found = dict(pairwise(told))
-    for name in ("iterations", "lr", "precision", "image_anchor", "image_text", "l2"):
+    for name in ("iterations", "lr", "precision", "text_text", "l2"):
         assert found[f"--{name.replace('_', '-')}"] == str(values[name])
     assert "--lock-text" in told and values["lock_text"] is True
 

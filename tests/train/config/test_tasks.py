@@ -84,16 +84,22 @@ def test_options_of_classes_are_refused_beside_captions(tmp_path: Path) -> None:
     [
         ("mulki", {"label_space": "all"}, "--label-space all: about"),
         ("mulki", {"vocabulary": "words.txt"}, "--vocabulary words.txt: about"),
-        ("mulki", {"anchors_per_step": 7, "eliciting": False, "image_anchor": 0.5},
-         "--anchors-per-step 7, --no-eliciting, --image-anchor 0.5: about"),
-        ("finetune", {"label_smoothing": 0}, "--label-smoothing 0.0: about"),
+        ("mulki", {"anchors_per_step": 7, "eliciting": False, "image_anchor": 1.5},
+         "--anchors-per-step 7, --no-eliciting, --image-anchor 1.5: about"),
+        ("mulki", {"image_text": 0.7}, "--image-text 0.7: about"),
+        ("mulki", {"reference": "current", "reference_batch_size": 4},
+         "--reference current, --reference-batch-size 4: about"),
+        ("mulki", {"reference_changes": "noise"}, "--reference-changes noise: about"),
+        ("finetune", {"label_smoothing": 0.2}, "--label-smoothing 0.2: about"),
         ("wise_ft", {"label_smoothing": 0.1}, "--label-smoothing 0.1: about"),
         ("zero_shot", {"label_space": "seen"}, "--label-space seen: about"),
         # As the default, or the preset of the bundled model, has it.
-        ("mulki", {"image_anchor": 1.5, "label_smoothing": 0.2, "label_space": "task"}, ""),
-        ("mulki", {"model": "ViT-B-32", "image_anchor": 1.5}, "--image-anchor 1.5: about"),
+        ("mulki", {"text_text": 0, "label_smoothing": 0, "label_space": "task"}, ""),
+        ("mulki", {"model": "ViT-B-32", "text_text": 0}, "--text-text 0.0: about"),
         ("mulki", {"preset": "mulki-mtil"}, ""),
-        ("mulki", {"image_text": 0.7, "gate": "label", "temperature": 3, "l2": 0}, ""),
+        ("mulki", {"image_caption": 0.7, "feature_original": 0.1, "temperature": 3, "l2": 0}, ""),
+        # A gate that looks at the label is for the task's own images.
+        ("mulki", {"gate": "label", "hold_on": "task"}, ""),
     ],
 )  # fmt: skip
 def test_options_of_classes_have_no_effect_on_captions(

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from mulki.data import CaptionTask, caption_task
+from mulki.methods.mulki import MulKI
 from mulki.train.learning.inputs import StepReport
-from tests.train.learn_helpers import BOTH, CONFIG, Load, crop, learn, method_named, two_teachers
+from tests.train.learn_helpers import BOTH, CONFIG, Load, crop, learn, two_teachers
 from tests.train_helpers import Calls, state_of, write_pairs
 
 
@@ -28,22 +29,29 @@ def test_learns_the_training_pairs(load_tiny: Load, flags: CaptionTask) -> None:
     assert {r.images for r in reports} == {12}
 
 
-def test_terms_of_mulki(load_tiny: Load, flags: CaptionTask) -> None:
-    method = method_named("mulki")
+def test_terms_of_mulki(
+    load_tiny: Load, flags: CaptionTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With the default options it holds made images where there are classes, without captions.
+    method = MulKI(MulKI.Options())
+    assert method.needs.reference and not method.needs.captions
     seen: list[dict[str, torch.Tensor]] = []
 
     def watch(report: StepReport) -> None:
         seen.append(method.watched())
 
-    (first, *_) = learn(load_tiny(), flags, method, two_teachers(load_tiny), hear=watch)
-    assert set(first.losses) == {"contrastive_loss", "image_text_loss", "feature_loss"}
+    frozen, calls = two_teachers(load_tiny), Calls(monkeypatch)
+    (first, *_) = learn(load_tiny(), flags, method, frozen, hear=watch)
+    for teacher in frozen.values():
+        assert sum(calls.of(teacher, "images")) == sum(calls.of(teacher, "texts")) == 18
+    assert set(first.losses) == {"contrastive_loss", "image_caption_loss", "feature_loss"}
     assert all(value > 0 for value in first.losses.values())
     assert set(seen[0]) == {"teacher_weights"} and seen[0]["teacher_weights"].shape == (6, 2)
 
 
 def test_a_student_at_its_teachers_has_nothing_to_keep(load_tiny: Load, flags: CaptionTask) -> None:
     (first, *_) = learn(load_tiny(), flags, BOTH)
-    assert first.losses["image_text_loss"] == pytest.approx(0, abs=1e-5)
+    assert first.losses["image_caption_loss"] == pytest.approx(0, abs=1e-5)
     assert first.losses["feature_loss"] == pytest.approx(0, abs=1e-9)
 
 

@@ -26,6 +26,7 @@ from mulki.runs.folder import RunFolder
 from mulki.runs.lock import FolderLock
 from mulki.train import sequence
 from mulki.train.config.precision import Precision
+from mulki.train.config.presets import RELATIONS
 from mulki.train.learning.class_step import ClassStep
 from mulki.train.saving import recovery
 from mulki.train.saving.recovery import read_save
@@ -42,7 +43,7 @@ from tests.train_helpers import COLOURS, SHADES, same_state, write_split
 # Options under which every kind of state matters.
 CASES: dict[str, dict[str, Any]] = {
     "mulki": {"method": "mulki", "we_every": 2, "alpha": 0.8, "l2": 0.1, "anchors": "both",
-              "anchors_per_step": 3, "augment": "crop"},
+              "anchors_per_step": 3, "augment": "crop", **RELATIONS, "gate": "uniform"},
     "learnable": {"method": "mulki", "prototype_update": "learnable", "grad_clip_norm": 1.0},
     "words": {"method": "mulki", "anchors": "vocabulary", "anchor_texts": "student",
               "anchors_per_step": 4, "lock_text": True},

@@ -1,0 +1,226 @@
+"""RESULTS.md of the bundled tasks, from the lines of results.
+
+The unit of the comparison is an order: the mean over its seeds is one value, and intervals are over
+orders. Another seed says little of another order, and half a point is less than two orders differ
+by.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+from benchmarks.embedded import studies
+from mulki.runs.intervals import mean_interval
+
+Line = Mapping[str, Any]
+Column = Callable[[Line], float]
+
+COMMAND = "python -m benchmarks.embedded.compare"
+
+
+def _of(*names: str) -> dict[str, Column]:
+    return {name: lambda line, name=name: line[name] for name in names}
+
+
+_WITH_HEAD: dict[str, Column] = {
+    "last, with head": lambda line: line.get("head_last", math.nan),
+    "cil_last, with head": lambda line: line.get("head_cil_last", math.nan),
+}
+OF_ORDERS: dict[str, Column] = {
+    "transfer less zero-shot": lambda line: line["transfer"] - line["zero_shot_transfer"],
+    **_of("transfer", "average", "last", "forgetting", "cil_last"),
+    **_WITH_HEAD,
+}
+OF_SEQUENCES: dict[str, Column] = {
+    **_of("transfer", "average", "last", "cil_average", "cil_last"),
+    "cil_last, with head": _WITH_HEAD["cil_last, with head"],
+}
+_CRITERION = _of("transfer", "average", "last", "forgetting")
+_THREE = tuple(_CRITERION)[:3]
+
+# Studies that choose: title, what a row is, and on what it was tested.
+_CHOICES = {
+    "tune": (
+        "Tuning",
+        "First three tasks of order I alone, with label smoothing 0.2; mean over two seeds. The "
+        "best point of finetune and of wise_ft is their preset; from that of the others their "
+        "strength was chosen.",
+    ),
+    "strength": (
+        "Strength",
+        "The best point of the tuning with its weights 1, 2, 6 times as large, and on until the "
+        "best is not the last, on orders III and IV, with label smoothing 0.2, one seed. The best "
+        "one is the preset. zscl and snd were held on the task's own images.",
+    ),
+    "smoothing": (
+        "Label smoothing",
+        "Each method at its preset without label smoothing, on orders III and IV, one seed. What "
+        "it has with 0.2 is its best row of Strength. 0.1 was not run.",
+    ),
+    "held": (
+        "Forms of MulKI",
+        "Without label smoothing, most of them held on images made of the task's own, on orders "
+        "III and IV, one seed. No other method had as many choices.",
+    ),
+    "changes": (
+        "What images are made of",
+        "MulKI at its preset, by what is done to the images, on orders III and IV, one seed.",
+    ),
+}
+
+
+def page(lines: Sequence[Line]) -> str:
+    """RESULTS.md from the results of the current start model and images."""
+    machine = sorted(
+        {f"{r['cpu']}, torch {r['torch']}, {r['settings']['precision']}" for r in lines}
+    )
+    commits = sorted({r["commit"][:12] for r in lines if r["commit"]})
+    parts = [
+        "# Results on the bundled tasks",
+        "Small images, a small start model, short tasks, the preset `small` (32 images in a "
+        "batch): this compares methods with each other and says nothing of CLIP ViT-B/16 on the "
+        "published benchmark. Accuracies in percent, metrics as `mulki metrics` defines them; cil: "
+        "among all classes learned so far. In the files of results `settings` is the record of a "
+        "run.",
+        f"Measured on {'; '.join(machine)}; commits {', '.join(commits)}.",
+        *_compared([r for r in lines if r["study"] == "compare"]),
+    ]
+    for study in studies.CHOICES:
+        if of := [r for r in lines if r["study"] == study]:
+            parts.append(choices(study, of))
+    return "\n\n".join(parts) + "\n"
+
+
+def _compared(lines: Sequence[Line]) -> list[str]:
+    of_orders = [r for r in lines if place_of(r["options"]) in studies.ORDERS]
+    parts = []
+    if of_orders:
+        parts += [
+            f"## Six orders\n\n`{COMMAND} compare`. Mean over the orders and half of its 95 % "
+            "interval over them (Student's t); the value of an order is the mean over its seeds. "
+            "The orders share start model and images, so intervals leave out that a task's test "
+            "set has a standard error of 1 to 2.5 points; and of so many of them one in twenty "
+            "misleads. A row of fewer runs than another compares by the difference alone, which is "
+            "of what both have. A forgetting below zero means that old tasks improved. Texts "
+            "alone, but for the last two columns. The words are ImageNet's class names.",
+            table(of_orders, OF_ORDERS),
+            f"By order, {' / '.join(_THREE)}. Strength and MulKI's form were chosen on orders III "
+            "and IV, on training images that were held out. Orders I and II had a say in that "
+            "MulKI has another form than at first. The last two were drawn at random.",
+            by_order(of_orders),
+        ]
+    for sequence in studies.SEQUENCES:
+        if of := [r for r in lines if place_of(r["options"]) == sequence]:
+            parts += [
+                f"## {sequence}\n\n`{COMMAND} compare`. Class-incremental: after each step of a "
+                "few classes. Mean over seeds.",
+                table(of, OF_SEQUENCES),
+            ]
+    return parts
+
+
+def table(lines: Sequence[Line], columns: Mapping[str, Column]) -> str:
+    """Every method, then MulKI less each other one, as Markdown.
+
+    Args:
+        lines: runs of the comparison.
+        columns: by name, what is shown of a run.
+    """
+    by_row = _by_variant(lines)
+    rows = [_row("method", "uses", *columns, "runs"), _row(*["---"] * (len(columns) + 3))]
+    for name, of in by_row.items():
+        means = (_shown(_by_place(of, column).values()) for column in columns.values())
+        rows.append(_row(name, ", ".join(of[0]["uses"]) or "-", *means, len(of)))
+    for name, of in by_row.items():
+        if name != "mulki" and "mulki" in by_row:
+            less = (_less(by_row["mulki"], of, column) for column in columns.values())
+            rows.append(_row(f"mulki less {name}", "", *less, ""))
+    return "\n".join(rows)
+
+
+def by_order(lines: Sequence[Line]) -> str:
+    """Transfer, Average and Last of every method in each order, as Markdown."""
+    orders = [o for o in studies.ORDERS if any(place_of(r["options"]) == o for r in lines)]
+    rows = [_row("method", *orders), _row(*["---"] * (len(orders) + 1))]
+    for name, of in _by_variant(lines).items():
+        cells = []
+        for order in orders:
+            runs = [r for r in of if place_of(r["options"]) == order]
+            values = (f"{mean(r[metric] for r in runs):.1f}" for metric in _THREE)
+            cells.append(" / ".join(values) if runs else "-")
+        rows.append(_row(name, *cells))
+    return "\n".join(rows)
+
+
+def choices(study: str, lines: Sequence[Line]) -> str:
+    """Every variant of a study that chooses, the best one of each method first and in bold."""
+    title, what = _CHOICES[study]
+    rows = [
+        f"## {title}\n\n`{COMMAND} {study}`. {what} Tested on training images that were held out; "
+        "the criterion is the mean of transfer, average and last. A row with fewer runs than "
+        "others does not compare with them.\n",
+        _row("variant", "criterion", *_CRITERION, "runs"),
+        _row(*["---"] * (len(_CRITERION) + 3)),
+    ]
+    for method in dict.fromkeys(r["options"]["method"] for r in lines):
+        by_variant = _by_variant([r for r in lines if r["options"]["method"] == method])
+        ranked = sorted(by_variant.items(), key=lambda item: -criterion(item[1]))
+        for place, (variant, of) in enumerate(ranked):
+            means = (f"{mean(map(column, of)):.2f}" for column in _CRITERION.values())
+            name = variant + (" **best**" if place == 0 else "")
+            rows.append(_row(name, f"{criterion(of):.2f}", *means, len(of)))
+    return "\n".join(rows)
+
+
+def criterion(lines: Iterable[Line]) -> float:
+    """Mean of Transfer, Average and Last over runs."""
+    return mean(line[metric] for line in lines for metric in _THREE)
+
+
+def place_of(options: Mapping[str, Any]) -> str:
+    """The order or the sequence of a run's options."""
+    (sequence,) = options.get("tasks", ("embedded",))
+    return sequence if sequence != "embedded" else options.get("order", "I")
+
+
+def _by_variant(lines: Sequence[Line]) -> dict[str, list[Line]]:
+    # In the order of the comparison's rows, and others as they come.
+    names = dict.fromkeys((*studies.ROWS, *(r["variant"] for r in lines)))
+    found = {name: [r for r in lines if r["variant"] == name] for name in names}
+    return {name: of for name, of in found.items() if of}
+
+
+def _by_place(lines: Sequence[Line], column: Column) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    for line in lines:
+        found.setdefault(place_of(line["options"]), []).append(column(line))
+    return {place: mean(values) for place, values in found.items()}
+
+
+def _less(ours: Sequence[Line], others: Sequence[Line], column: Column) -> str:
+    # Of the orders and seeds that both have.
+    def known(lines: Sequence[Line]) -> set[tuple[str, int]]:
+        return {(place_of(r["options"]), r["options"]["seed"]) for r in lines}
+
+    both = known(ours) & known(others)
+    if not both:
+        return "-"
+    mine, theirs = (
+        _by_place([r for r in of if known([r]) <= both], column) for of in (ours, others)
+    )
+    return _shown([mine[place] - theirs[place] for place in mine], "+")
+
+
+def _shown(values: Iterable[float], sign: str = "") -> str:
+    middle, half = mean_interval(list(values))
+    if math.isnan(middle):
+        return "-"
+    shown = f"{middle:{sign}.2f}"
+    return shown if half is None else f"{shown} ± {half:.2f}"
+
+
+def _row(*cells: Any) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
