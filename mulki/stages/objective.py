@@ -121,7 +121,7 @@ class MulKILoss(nn.Module):
         self.feature = feature if feature_original is None else feature_original, feature
         self.image_caption = image_caption
         others = {"alignment": alignment, "prototype": prototype, "feature": feature}
-        others["image_caption"] = image_caption
+        others |= {"image_caption": image_caption}
         if feature_original is not None:
             others["feature_original"] = feature_original
         for name, value in (self.relations | self.anchors | others).items():
