@@ -73,18 +73,20 @@ def draw(lines: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
     except ImportError:
         raise InputError("figures: matplotlib is not installed; pip install matplotlib") from None
     figure = figure_class(figsize=(10, 4), layout="constrained")
-    for ax, (label, curve) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
+    axes = figure.subplots(1, len(_PANELS))
+    for ax, (label, curve) in zip(axes, _PANELS, strict=True):
         for (name, of), colour in zip(runs.items(), _COLOURS, strict=True):
             if of:
                 middle = np.mean([run[curve] for run in of], axis=0)
                 steps = range(1, len(middle) + 1)
                 ax.plot(steps, middle, label=name, color=colour, marker="o", markersize=3)
+                ax.set_xticks(steps)
         if curve == "later":
             ax.axhline(0, color="grey", linewidth=0.8)
         ax.set_ylabel(label)
         ax.set_xlabel("tasks learned")
         ax.grid(alpha=0.3)
-    ax.legend()
+    axes[0].legend()
     paths = [folder / f"learning-curves.{suffix}" for suffix in ("svg", "png")]
     # Without a date, and with names that do not change, the same results give the same file.
     with importlib.import_module("matplotlib").rc_context({"svg.hashsalt": "mulki"}):
