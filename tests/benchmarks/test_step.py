@@ -20,6 +20,7 @@ from mulki.clip.features import Features
 from mulki.errors import InputError
 from mulki.methods import TaskStart
 from mulki.methods.mulki import MulKI
+from mulki.train.config.presets import RELATIONS
 from tests import train_helpers
 
 tiny_models = train_helpers.tiny_models
@@ -53,9 +54,8 @@ def test_both_objectives_are_the_same(captions: int) -> None:
 
     # A class without an image, and coefficients that differ, so that none stands for another.
     target = torch.tensor([0, 1, 1, 2, 2, 2, 0])
-    o = MulKI.Options(
-        gate="label", image_text=0.3, image_image=0.5, text_image=0.7, text_text=0.9, alignment=0.2
-    )
+    different = {"image_text": 0.3, "image_image": 0.5, "text_image": 0.7, "text_text": 0.9}
+    o = MulKI.Options(**RELATIONS | different | {"gate": "label", "alignment": 0.2})
     teachers = [model(9.0), model(5.0)]
     sentences = rows(captions)
     student = model(7.0)
