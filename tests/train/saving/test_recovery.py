@@ -156,7 +156,12 @@ def test_an_error_in_a_step_leaves_the_older_save(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_a_signal_in_a_step_is_raised_after_it_and_a_save(tmp_path: Path, sent: str) -> None:
+def test_a_signal_in_a_step_is_raised_after_it_and_a_save(
+    tmp_path: Path, request: pytest.FixtureRequest, sent: str
+) -> None:
+    # A process in the background of a shell ignores some of them.
+    before = signal.signal(signal.Signals[sent], signal.SIG_DFL)
+    request.addfinalizer(lambda: signal.signal(signal.Signals[sent], before))
     done = 0
     with (
         pytest.raises(Stopped, match=sent),
