@@ -38,8 +38,8 @@ OF_SEQUENCES: dict[str, Column] = {
     **_of("transfer", "average", "last", "cil_average", "cil_last"),
     "cil_last, with head": _WITH_HEAD["cil_last, with head"],
 }
-_CRITERION = _of("transfer", "average", "last", "forgetting")
-_THREE = tuple(_CRITERION)[:3]
+_METRICS = _of("transfer", "average", "last", "forgetting")
+_OF_CRITERION = tuple(_METRICS)[:3]
 
 # Studies that choose: title, what a row is, and on what it was tested.
 _CHOICES = {
@@ -107,9 +107,9 @@ def _compared(lines: Sequence[Line]) -> list[str]:
             "of what both have. A forgetting below zero means that old tasks improved. Texts "
             "alone, but for the last two columns. The words are ImageNet's class names.",
             table(of_orders, OF_ORDERS),
-            f"By order, {' / '.join(_THREE)}. Strength and MulKI's form were chosen on orders III "
-            "and IV, on training images that were held out. Orders I and II had a say in that "
-            "MulKI has another form than at first. The last two were drawn at random.",
+            f"By order, {' / '.join(_OF_CRITERION)}. Strength and MulKI's form were chosen on "
+            "orders III and IV, on training images that were held out. Orders I and II had a say "
+            "in that MulKI has another form than at first. The last two were drawn at random.",
             by_order(of_orders),
         ]
     for sequence in studies.SEQUENCES:
@@ -149,7 +149,7 @@ def by_order(lines: Sequence[Line]) -> str:
         cells = []
         for order in orders:
             runs = [r for r in of if place_of(r["options"]) == order]
-            values = (f"{mean(r[metric] for r in runs):.1f}" for metric in _THREE)
+            values = (f"{mean(r[metric] for r in runs):.1f}" for metric in _OF_CRITERION)
             cells.append(" / ".join(values) if runs else "-")
         rows.append(_row(name, *cells))
     return "\n".join(rows)
@@ -162,14 +162,14 @@ def choices(study: str, lines: Sequence[Line]) -> str:
         f"## {title}\n\n`{COMMAND} {study}`. {what} Tested on training images that were held out; "
         "the criterion is the mean of transfer, average and last. A row with fewer runs than "
         "others does not compare with them.\n",
-        _row("variant", "criterion", *_CRITERION, "runs"),
-        _row(*["---"] * (len(_CRITERION) + 3)),
+        _row("variant", "criterion", *_METRICS, "runs"),
+        _row(*["---"] * (len(_METRICS) + 3)),
     ]
     for method in dict.fromkeys(r["options"]["method"] for r in lines):
         by_variant = _by_variant([r for r in lines if r["options"]["method"] == method])
         ranked = sorted(by_variant.items(), key=lambda item: -criterion(item[1]))
         for place, (variant, of) in enumerate(ranked):
-            means = (f"{mean(map(column, of)):.2f}" for column in _CRITERION.values())
+            means = (f"{mean(map(column, of)):.2f}" for column in _METRICS.values())
             name = variant + (" **best**" if place == 0 else "")
             rows.append(_row(name, f"{criterion(of):.2f}", *means, len(of)))
     return "\n".join(rows)
@@ -177,7 +177,7 @@ def choices(study: str, lines: Sequence[Line]) -> str:
 
 def criterion(lines: Iterable[Line]) -> float:
     """Mean of Transfer, Average and Last over runs."""
-    return mean(line[metric] for line in lines for metric in _THREE)
+    return mean(line[metric] for line in lines for metric in _OF_CRITERION)
 
 
 def place_of(options: Mapping[str, Any]) -> str:

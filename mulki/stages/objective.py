@@ -120,8 +120,12 @@ class MulKILoss(nn.Module):
         # Of the original model, and of any other.
         self.feature = feature if feature_original is None else feature_original, feature
         self.image_caption = image_caption
-        others = {"alignment": alignment, "prototype": prototype, "feature": feature}
-        others |= {"image_caption": image_caption}
+        others = {
+            "alignment": alignment,
+            "prototype": prototype,
+            "image_caption": image_caption,
+            "feature": feature,
+        }
         if feature_original is not None:
             others["feature_original"] = feature_original
         for name, value in (self.relations | self.anchors | others).items():
@@ -277,13 +281,12 @@ class MulKILoss(nn.Module):
             distinct: see `mulki.stages.pairs.contrastive_loss`.
         """
         terms = {"contrastive_loss": pairs.contrastive_loss(student, distinct)}
-        coefficient = self.image_caption
         if not self.needs_caption_teachers:
             return terms, None
         gate = self.weighting, self.temperature
-        if coefficient:
+        if self.image_caption:
             loss, weights = pairs.gated_relation(student, teachers, *gate, self.scale_by_t2)
-            terms["image_caption_loss"] = coefficient * loss
+            terms["image_caption_loss"] = self.image_caption * loss
         else:
             weights = pairs.image_weights(student, teachers, *gate)
         if any(self.feature):

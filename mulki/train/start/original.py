@@ -25,11 +25,8 @@ def check_original(config: RunConfig, method: Method) -> None:
     """Raise an InputError for options of an original model that the run has no use for."""
     for name in ("original", "teacher_cache"):
         value = getattr(config, name)
-        if value is not None and not (
-            ZERO_SHOT in method.needs.teachers
-            or ZERO_SHOT in method.needs.without_classes().teachers
-            or method.needs.prototypes
-        ):
+        every = (*method.needs.teachers, *method.needs.without_classes().teachers)
+        if value is not None and not (ZERO_SHOT in every or method.needs.prototypes):
             raise InputError(
                 f"{flag(name)}: got {value}, but method {method.name} with these options has no "
                 "original model as a teacher; leave it out, or change --method"
