@@ -207,7 +207,7 @@ def read_table(
         where = f"{path}, line {line}"
         if len(cells) != len(header):
             raise InputError(
-                f"{where}: {len(cells)} cells came, {len(header)} were wanted; put a cell that "
+                f"{where}: got {len(cells)} cells, wanted {len(header)}; put a cell that "
                 "holds a comma into double quotes"
             )
         row = Row(where, {column: cells[header.index(column)] for column in columns})

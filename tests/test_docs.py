@@ -33,6 +33,7 @@ from mulki.clip.features import Features
 from mulki.clip.prototypes import Prototypes
 from mulki.losses import MulKILoss
 from mulki.train.config.run_config import resolve
+from mulki.train.start.start_model import check_start
 from tests import ROOT, import_helpers, project_files, train_helpers
 from tests.test_readme import DOCS, name
 
@@ -216,7 +217,8 @@ def test_a_command_that_is_not_run_has_options_that_exist(
             given, _ = run_options(words[2:], words[1])
             for of_a_plan in ("json", "card_gb"):
                 given.pop(of_a_plan, None)
-            resolve({option: value for option, value in given.items() if option not in GRID})
+            of_run = {option: value for option, value in given.items() if option not in GRID}
+            check_start(resolve(of_run).run)
         elif words[1:2] == ["-m"] and words[2].startswith("benchmarks."):
             # That of the operators has its code inside the package.
             inside = words[2].replace("benchmarks.ops", "mulki.bench").replace(".", "/")

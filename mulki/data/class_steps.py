@@ -33,7 +33,7 @@ def class_steps(task: Task, counts: Sequence[int]) -> list[Task]:
     """
     if sum(counts) != len(task.classes) or min(counts) < 2:
         raise InputError(
-            f'task "{task.name}": steps of {", ".join(map(str, counts))} classes came, wanted '
+            f'task "{task.name}": got steps of {", ".join(map(str, counts))} classes, wanted '
             f"steps of at least two that sum to its {len(task.classes)} classes; change the counts"
         )
     steps = []

@@ -269,8 +269,8 @@ def _split_of(split: str, where: str, validation: Sequence[str]) -> str:
     if split not in SPLITS:
         wanted = "train, test or val" if validation else "train or test"
         raise InputError(
-            f'{where}: split "{split}"{nearest(split, (*SPLITS, *validation))} came, {wanted} was '
-            "wanted; correct it or remove the row"
+            f'{where}: got the split "{split}"{nearest(split, (*SPLITS, *validation))}, wanted '
+            f"{wanted}; correct it or remove the row"
         )
     return split
 

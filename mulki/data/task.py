@@ -89,7 +89,7 @@ class Task:
         check_templates(self.templates, where)
         if self.texts and len(self.texts) != len(self.classes):
             raise InputError(
-                f"{where}: {len(self.texts)} lists of texts came for {len(self.classes)} classes; "
+                f"{where}: got {len(self.texts)} lists of texts for {len(self.classes)} classes; "
                 "give each class one"
             )
         splits = [("train", self.train), ("test", self.test)]

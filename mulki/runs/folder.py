@@ -284,8 +284,8 @@ class RunFolder:
             line = json.dumps(asdict(evaluation), allow_nan=False)
         except ValueError:
             raise InputError(
-                f'{metric} on "{eval_dataset}" after "{after_task}": {value} came, a finite '
-                "number was wanted; the model has diverged: lower the learning rate"
+                f'{metric} on "{eval_dataset}" after "{after_task}": got {value}, wanted a '
+                "finite number; the model has diverged: lower the learning rate"
             ) from None
         with (self.path / "results.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
@@ -420,7 +420,7 @@ class RunFolder:
         ``index`` counts from 1. Raises ``ValueError`` for a smaller one.
         """
         if index < 1:
-            raise ValueError(f"index counts tasks from 1, {index} came")
+            raise ValueError(f"index: got {index}, wanted the number of a task, from 1")
         return self._checkpoints() / f"task_{index:02d}_{slug(task_name)[:100]}.safetensors"
 
     @property

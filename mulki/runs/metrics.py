@@ -101,13 +101,13 @@ def _square(a: npt.ArrayLike) -> FloatArray:
         raise InputError(f"accuracy matrix: {error}; pass a [T, T] array of numbers") from None
     if array.ndim != 2 or array.shape[0] != array.shape[1] or not array.size:
         raise InputError(
-            f"accuracy matrix: shape {list(array.shape)} came, [T, T] with T >= 1 was wanted; "
+            f"accuracy matrix: got shape {list(array.shape)}, wanted [T, T] with T >= 1; "
             "keep the learned tasks' rows and columns only, in the order learned"
         )
     if not np.isfinite(array).all():
         i, j = np.argwhere(~np.isfinite(array))[0]
         raise InputError(
-            f"accuracy matrix: entry [{i}, {j}] is {array[i, j]}, a finite number was wanted; "
+            f"accuracy matrix: got {array[i, j]} in entry [{i}, {j}], wanted a finite number; "
             "evaluate that task again or leave its row out"
         )
     return array
@@ -230,8 +230,8 @@ class ClassIncremental:
         for name, value in self.after.items():
             if not 0.0 <= value <= 100.0:
                 raise InputError(
-                    f'classes seen after "{name}": {value} came, a percentage from 0 to 100 was '
-                    "wanted; evaluate again or correct it"
+                    f'classes seen after "{name}": got {value}, wanted a percentage from 0 '
+                    "to 100; evaluate again or correct it"
                 )
 
     @property
@@ -286,7 +286,7 @@ class AccuracyMatrix:
                 )
         if len(self.rows) != len(self.tasks):
             raise InputError(
-                f"rows: {len(self.rows)} came for {len(self.tasks)} learned tasks; "
+                f"rows: got {len(self.rows)} for {len(self.tasks)} learned tasks; "
                 "pass one row per learned task"
             )
         named = list(zip(self.tasks, self.rows, strict=True))
@@ -295,15 +295,15 @@ class AccuracyMatrix:
         for name, row in named:
             if len(row) != len(self.columns):
                 raise InputError(
-                    f'row "{name}": {len(row)} values came for {len(self.columns)} columns; '
+                    f'row "{name}": got {len(row)} values for {len(self.columns)} columns; '
                     "pass one per data set"
                 )
             for column, value in zip(self.columns, row, strict=True):
                 # Also false for NaN.
                 if not 0.0 <= value <= 100.0:
                     raise InputError(
-                        f'row "{name}", column "{column}": {value} came, a percentage from 0 '
-                        "to 100 was wanted; evaluate again or correct it"
+                        f'row "{name}", column "{column}": got {value}, wanted a percentage from 0 '
+                        "to 100; evaluate again or correct it"
                     )
 
     def with_row(self, after_task: str, accuracies: Mapping[str, float]) -> AccuracyMatrix:
@@ -360,8 +360,7 @@ def _check_names(names: Sequence[str], what: str) -> None:
         # Such a name cannot be written to a file, or into a message of one line, and read back.
         if not name or name != name.strip() or not name.isprintable():
             raise InputError(
-                f"{what}: {name!r} came, a printable name without outer spaces was wanted; "
-                "rename it"
+                f"{what}: got {name!r}, wanted a printable name without outer spaces; rename it"
             )
         if name in names[:position]:
             raise InputError(f'{what}: "{name}" came twice; keep one of them')
@@ -383,8 +382,8 @@ def read_matrix(path: str | os.PathLike[str]) -> AccuracyMatrix:
     (header, (first, *columns)), *body = lines
     if first != AFTER_TASK:
         raise InputError(
-            f'{path}, line {header}: the first column is "{first[:60]}", "{AFTER_TASK}" was '
-            "wanted; name the column so, and separate columns by commas"
+            f'{path}, line {header}: got "{first[:60]}" as the first column, wanted '
+            f'"{AFTER_TASK}"; name the column so, and separate columns by commas'
         )
     if not columns:
         raise InputError(f"{path}, line {header}: no data set columns; add one per data set")
@@ -404,7 +403,7 @@ def read_matrix(path: str | os.PathLike[str]) -> AccuracyMatrix:
             )
         if len(cells) != len(columns):
             raise InputError(
-                f"{where}: {len(cells)} values came, {len(columns)} were wanted; "
+                f"{where}: got {len(cells)} values, wanted {len(columns)}; "
                 "give each data set one value"
             )
         values = {
@@ -427,7 +426,7 @@ def _cell(text: str, where: str) -> float:
     if not 0.0 <= value <= 100.0:
         came = f'"{text}"' if text else "an empty cell"
         raise InputError(
-            f"{where}: {came} came, a percentage from 0 to 100 was wanted; "
+            f"{where}: got {came}, wanted a percentage from 0 to 100; "
             "write a plain number such as 63.25"
         )
     return value

@@ -65,7 +65,7 @@ def check_free(logs: str | os.PathLike[str], name: str | None) -> None:
 def _check_name(name: str | None) -> None:
     if name is not None and (not name.strip() or name in (".", "..") or re.search(r"[/\\]", name)):
         raise InputError(
-            f'--name: "{name}" came, the name of one folder was wanted; '
+            f'--name: got "{name}", wanted the name of one folder; '
             "put the folders above it into --logs"
         )
     if name is not None and any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):

@@ -154,5 +154,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error}); restore or remove the file") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path}: a JSON object was wanted; restore or remove the file")
+        raise InputError(f"{path}: wanted a JSON object; restore or remove the file")
     return value

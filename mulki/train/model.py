@@ -104,7 +104,7 @@ class Model:
         batch_size: int = 256,
         workers: int = 0,
     ) -> list[Prediction]:
-        """Tell images apart.
+        """The classes of images, most likely first.
 
         Args:
             images: a picture of PIL, the path of an image, a folder or a tar shard, or a list of

@@ -15,6 +15,7 @@ from mulki import __version__
 from mulki.app.cli import run_command
 from mulki.data.sequences import load_sequence
 from mulki.errors import InputError
+from mulki.report.tables import definition_lines
 from mulki.runs.metrics import read_matrix
 from tests import cli_helpers, train_helpers
 from tests.cli_helpers import one_line
@@ -247,6 +248,8 @@ def test_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for words in ("Transfer", "Average", "Last", "Forgetting", "BWT", "zero-shot", "80.0"):
         assert words in out
+    one = " ".join(out.split())
+    assert all(line in one for line in definition_lines())
 
 
 def test_metrics_without_zero_shot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,10 +71,14 @@ def test_two_months(
     found = json.loads(mulki("eval logs/second --json"))
     again = [round(of["own"]["acc1"], 4) for of in found["tasks"]]
     assert tuple(again) == one.rows[-1]
-    assert "written" in mulki("export logs/second --to huggingface exported")
-    assert (tmp_path / "exported" / "model.safetensors").is_file()
+    for source, to in (("archive/model", "exported"), ("logs/second", "exported-later")):
+        assert "written" in mulki(f"export {source} --to huggingface {to}")
+        assert (tmp_path / to / "model.safetensors").is_file()
+    # Of the first month only the last task is in its matrix, so they are two parts of one page.
+    compared = mulki("compare logs/second logs/whole")
+    assert "warm, cold" in compared and "colours, shades, warm, cold" in compared
 
-    # A third month, and a comparison with the run that learned the same from the start.
+    # A third month, with two methods.
     write_task(Path("more"), {"white": (250, 250, 250), "grey": (128, 128, 128)})
     mulki("run more --continue logs/second --name third")
     assert read_matrix("logs/third/matrix.csv").tasks == ("warm", "cold", "more")

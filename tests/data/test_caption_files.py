@@ -189,7 +189,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "split": (
         changed(lambda rows: rows.append(("2.png", "x", "val"))),
-        r'line 10: split "val" came, train or test was wanted',
+        r'line 10: got the split "val", wanted train or test',
     ),
     "no image": (
         changed(lambda rows: rows.append(("9.png", "nine", "train"))),

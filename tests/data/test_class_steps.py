@@ -60,7 +60,7 @@ def test_other_steps_have_other_fingerprints(task: Task) -> None:
 @pytest.mark.parametrize(
     ("counts", "says"),
     [
-        ((2, 2), "steps of 2, 2 classes came, wanted steps of at least two that sum to its 5 cl"),
+        ((2, 2), "got steps of 2, 2 classes, wanted steps of at least two that sum to its 5 cl"),
         ((4, 1), "4, 1"),
         ((7, -2), "7, -2"),
         ((), "sum to its 5"),

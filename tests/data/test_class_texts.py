@@ -85,5 +85,5 @@ def test_what_fits_no_class_is_refused(make_folder: Make, text: str, said: str) 
     (root / FILE).write_text(text)
     with pytest.raises(InputError, match=said):
         with_class_texts(task, root)
-    with pytest.raises(InputError, match="1 lists of texts came for 2 classes"):
+    with pytest.raises(InputError, match="got 1 lists of texts for 2 classes"):
         dataclasses.replace(task, texts=(("x",),))

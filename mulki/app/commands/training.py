@@ -24,6 +24,13 @@ def prepare_process() -> None:
     handler.addFilter(lambda record: not _printed_already(record.name))
     handler.setFormatter(PrintableFormatter("mulki: %(message)s"))
     logging.basicConfig(handlers=[handler])
+    logging.getLogger("huggingface_hub.utils._http").addFilter(_is_no_retry)
+
+
+def _is_no_retry(record: logging.LogRecord) -> bool:
+    # Each retry of the hub is two lines, and the error after the last one says what they say.
+    text = record.getMessage()
+    return "Retrying in " not in text and " thrown while requesting " not in text
 
 
 def _printed_already(logger: str) -> bool:

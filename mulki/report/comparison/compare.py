@@ -188,9 +188,11 @@ def _check_baseline(given: str, groups: Sequence[Group]) -> None:
 def _name(run: Run) -> str:
     words = run.options["tasks"]
     words = [words] if isinstance(words, str) else words
-    if len(words) == 1:
+    tasks = run.data.matrix.tasks
+    # One word may be a sequence, one task, or what a run learned after those of an earlier one.
+    if len(words) == 1 and len(tasks) > 1 and run.options.get("continue") is None:
         return f"{words[0]}, order {run.options['order']}"
-    return ", ".join(run.data.matrix.tasks)
+    return ", ".join(tasks)
 
 
 def _mixed(name: str, groups: Sequence[Group]) -> Iterator[str]:

@@ -114,7 +114,7 @@ class RunConfig:
     base_classes: int = option(0, "classes of a step before those, in the scenario cil", low=0)
     label_space: LabelSpace = option(
         "task",
-        "classes among which a test image is told apart: those of its task, of all tasks seen (its "
+        "classes among which a test image is classified: those of its task, of all tasks seen (its "
         "own before it is learned), or of all tasks, as in X-TAIL",
         of_classes=True,
     )

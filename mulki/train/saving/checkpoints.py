@@ -122,7 +122,9 @@ def _put_weights(
             except OSError:
                 shutil.copyfile(weights, temporary)
     if description is not None:
-        write_atomic(folder / CARD, description.card())
+        write_atomic(
+            folder / CARD, description.card(moves=model.trunk is None and not model.packaged)
+        )
 
 
 def statistics_of(checkpoint: Path) -> Path:

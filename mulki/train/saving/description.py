@@ -66,8 +66,12 @@ class Description:
         """As the metadata of a safetensors file."""
         return {KEY: json.dumps(asdict(self), sort_keys=True)}
 
-    def card(self) -> str:
-        """The model card, as Markdown."""
+    def card(self, *, moves: bool = True) -> str:
+        """The model card, as Markdown.
+
+        Args:
+            moves: whether open_clip finds all of the model in another folder, too.
+        """
         rows = [
             f"| {_cell(task.name)} | {len(task.classes) or 'captions'} | "
             f"{_percent(self.figures.get(task.name))} |"
@@ -86,6 +90,7 @@ class Description:
             iterations=_length(self.recipe),
             lr=self.recipe.get("lr"),
             batch_size=self.recipe.get("batch_size"),
+            stays="" if moves else _STAYS,
         )
 
 
@@ -143,6 +148,10 @@ def _length(recipe: Mapping[str, Any]) -> str:
     return f"{recipe.get('iterations')} steps" if epochs is None else f"{epochs:g} epochs"
 
 
+_STAYS = """
+In another folder than the one it was written to, `open_clip_config.json` still names that one; then
+`mulki.load("THIS_FOLDER").clip.clip` is the model of open_clip.
+"""
 _CARD = """---
 library_name: open_clip
 pipeline_tag: zero-shot-image-classification
@@ -173,7 +182,7 @@ import open_clip
 model, _, preprocess = open_clip.create_model_and_transforms("local-dir:THIS_FOLDER")
 tokenizer = open_clip.get_tokenizer("local-dir:THIS_FOLDER")
 ```
-
+{stays}
 `mulki predict THIS_FOLDER IMAGES` says the classes of images,
 `mulki run NEW --continue THIS_FOLDER` teaches it another task.
 

@@ -60,7 +60,11 @@ from mulki.train.start.data import check_reference, check_unused, load_data, nee
 from mulki.train.start.downloads import StandIns
 from mulki.train.start.hashes import hashes_of, same_in_all
 from mulki.train.start.original import beside, cache_of_original, check_original, load_original
-from mulki.train.start.start_model import check_start, load_start
+from mulki.train.start.start_model import (
+    check_start,
+    load_start,
+    warn_of_what_is_left_behind,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +213,8 @@ def _read(
     with checks_reported(checked if world.main else lambda done, total: None):
         data = load_data(settings, method, world.size, tasks, stand_ins, learned)
     load = load_start if stand_ins is None else stand_ins.model
+    if goes_on is None:
+        warn_of_what_is_left_behind(config)
     # Last, since it can take minutes.
     model = _load_model(config, method, precision, world, load)
     original = load_original(config, model, model.device, load)

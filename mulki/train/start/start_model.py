@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -11,8 +12,12 @@ from mulki.clip.models import BUNDLED, VisionLanguageModel
 from mulki.errors import InputError
 from mulki.train.config.precision import Name, Precision
 from mulki.train.config.run_config import RunConfig
-from mulki.train.saving.checkpoints import load_checkpoint
+from mulki.train.saving.checkpoints import description_of, load_checkpoint
 from mulki.train.saving.recovery import check_finite
+
+_log = logging.getLogger(__name__)
+
+_FOLDER = "local-dir:"  # before a path, in names of open_clip
 
 
 def check_start(config: RunConfig) -> None:
@@ -53,6 +58,24 @@ def load_start(
             f"--pretrained: {name} brings its own weights; leave --pretrained {pretrained} out"
         )
     return load_checkpoint(Path(name), device=device)
+
+
+def warn_of_what_is_left_behind(config: RunConfig) -> None:
+    """Warn of a start model that has learned tasks: its run is not what goes on."""
+    path = Path(config.model.removeprefix(_FOLDER))
+    if config.original is not None or not (
+        config.model.startswith(_FOLDER) or is_checkpoint(config.model)
+    ):
+        return
+    said = description_of(path)
+    if said is not None and said.tasks:
+        _log.warning(
+            "--model: %s has learned %s; this run takes neither the recipe nor the original model "
+            "of that one: pass --continue %s for both, or --original for the model alone",
+            config.model,
+            ", ".join(task.name for task in said.tasks),
+            path,
+        )
 
 
 def as_in_its_run(

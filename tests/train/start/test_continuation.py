@@ -13,6 +13,7 @@ from mulki import methods
 from mulki.clip import models
 from mulki.data import folder_task
 from mulki.errors import InputError
+from mulki.report.comparison.compare import compare
 from mulki.runs.folder import RunFolder
 from mulki.runs.metrics import read_matrix
 from mulki.runs.predictions import figures
@@ -104,6 +105,8 @@ def test_it_is_as_if_both_were_one_run(make: Make, folders: list[str], case: str
     check_as_one(second.path, whole.path)
     assert description_of(second.path).tasks == description_of(whole.path).tasks  # type: ignore[union-attr]
     assert list(read_matrix(second.path / "matrix.csv").tasks) == ["colours", "shades", "sizes"]
+    (section,) = compare([second.path, whole.path]).sections
+    assert section.name == "colours, shades, sizes" and [len(g.runs) for g in section.groups] == [2]
 
 
 def test_after_several_runs_and_stops(

@@ -29,13 +29,17 @@ def test_random_weights_have_to_be_asked_for(
         models.load("mulki-mini", "none")
 
 
-def test_a_run_and_its_checkpoints_are_start_models(run: Run, tmp_path: Path) -> None:
+def test_a_run_and_its_checkpoints_are_start_models(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     first = run(method="finetune")
     wanted = state_of(load_checkpoint(first.path))
     (last,) = (first.path / "checkpoints").glob("task_02*")
     for path in (first.path, first.latest, last):
         assert same_state(state_of(load_start(str(path))), wanted)
     second = run("second", model=str(first.path), method="finetune")
+    assert f"{first.path} has learned colours, shades; this run takes neither" in caplog.text
+    assert f"pass --continue {first.path} for both" in caplog.text
     assert second.matrix.zero_shot == first.matrix.rows[-1]
     with pytest.raises(InputError, match="^--pretrained: .*brings its own weights"):
         load_start(str(last), "openai")

@@ -43,7 +43,7 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
     kind = str(config.get("model_type"))
     kinds: dict[str, Any] = {"clip": (CLIPConfig, _clip), "siglip": (SiglipConfig, _siglip)}
     if kind not in kinds:
-        raise InputError(f"model_type {kind} came, clip or siglip was wanted")
+        raise InputError(f"model_type: got {kind}, wanted clip or siglip")
     parser, make = kinds[kind]
     try:
         found: Architecture = make(parser.from_dict(config))
@@ -92,7 +92,7 @@ def _siglip(config: Any) -> Architecture:
         raise InputError("vision_use_head is false, so that images have no features")
     if vision.layer_norm_eps != _TRUNK_EPS:
         raise InputError(
-            f"vision layer_norm_eps {vision.layer_norm_eps} came, timm has {_TRUNK_EPS}"
+            f"vision layer_norm_eps: got {vision.layer_norm_eps}, but timm has {_TRUNK_EPS}"
         )
     if text.projection_size != vision.hidden_size:
         raise InputError(
@@ -134,10 +134,10 @@ def _siglip(config: Any) -> Architecture:
 
 def _check_vision(vision: Any) -> None:
     if vision.num_channels != 3:
-        raise InputError(f"images of {vision.num_channels} channels came, 3 were wanted")
+        raise InputError(f"images: got {vision.num_channels} channels, wanted 3")
     for name in ("image_size", "patch_size"):
         if not isinstance(getattr(vision, name), int):
-            raise InputError(f"{name} {getattr(vision, name)} came, one number was wanted")
+            raise InputError(f"{name}: got {getattr(vision, name)}, wanted one number")
 
 
 def _text(text: Any) -> dict[str, Any]:
