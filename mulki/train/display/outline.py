@@ -8,6 +8,7 @@ import torch
 
 from mulki.clip.models.adapters import Adapters
 from mulki.data import Task
+from mulki.data.sequences import has_orders
 from mulki.errors import counted
 from mulki.methods import Method
 from mulki.ops import backends
@@ -81,9 +82,9 @@ def of_tasks(
         steps = f"{_counts(counts)} of {config.batch_size * processes} images"
         steps += f", {config.micro_batch} at a time" if config.micro_batch else ""
         steps += f"; {images} training images"
+    order = f", order {config.order}" if has_orders(config.tasks, config.order) else ""
     return {
-        "run": f"{config.method} on {counted(number, 'task')}{named}, order {config.order}, "
-        f"seed {config.seed}",
+        "run": f"{config.method} on {counted(number, 'task')}{named}{order}, seed {config.seed}",
         "steps": steps,
     }
 
