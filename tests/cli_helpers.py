@@ -42,8 +42,8 @@ WAIT_S = 600  # of a busy machine; seconds otherwise
 
 # What a run says before an error: its plan, and results and progress so far.
 SAID = re.compile(
-    r"(run|model|device|kernels|steps|memory|results) +|test of the start model: |after |expected: "
-    r"|\d\d:\d\d:\d\d |mulki: "
+    r"(run|model|device|kernels|steps|uses|memory|results) +|goes on after |expected: "
+    r"|test of the start model: |after |\d\d:\d\d:\d\d |mulki: "
 )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from rich.table import Table
 from rich.text import Text
 
 from mulki.console import Console
@@ -16,6 +15,7 @@ from mulki.data.published.prepare import prepare
 from mulki.data.sequences import without_effect
 from mulki.errors import InputError
 from mulki.printing import say
+from mulki.report.tables import plain_table
 from mulki.train.display.progress import megabytes
 
 
@@ -66,15 +66,21 @@ def list_tasks(
     if as_json:
         _print_json([(task.name, task.classes) for task in tasks])
         return 0
-    table = Table("task", "classes", "train", "test", "prompt")
+    table = plain_table("task", "classes", "train", "test", names_wrap=True)
+    table.add_column("prompt")
     for task in tasks:
         classes, prompt = "-", "the captions"
         if not isinstance(task, CaptionTask):
             classes, prompt = str(len(task.classes)), task.templates[0]
         counts = classes, str(len(task.train)), str(len(task.test))
-        table.add_row(Text(task.name), *counts, Text(prompt))
+        table.add_row(_folded(task.name), *counts, _folded(prompt))
     Console().print(table)
     return 0
+
+
+def _folded(words: str) -> Text:
+    # A word that is wider than its column goes on in the next line, and none is cut.
+    return Text(words, overflow="fold")
 
 
 def _published(names: Sequence[str], order: str) -> tuple[Collection, tuple[str, ...]] | None:
@@ -103,27 +109,29 @@ def _print_facts(
         return
     protocol = collection.source(source).protocol
     assert protocol is not None
-    headers = ("task", "data set", "classes", "train", "test", "download", "licence")
-    table = Table(*headers, title=protocol)
-    table.columns[0].no_wrap = True
+    table = plain_table("task", "classes", "train", "test", "download", names_wrap=True)
+    table.add_column("data set")
+    table.add_column("licence")
     for each in facts:
         of = each.protocol(protocol)
         train = "?" if of.train is None else str(of.train)
         size = megabytes(each.download.bytes) if each.download is not None else "?"
         numbers = (str(of.num_classes), train, str(of.test), size)
-        table.add_row(each.name, each.title, *numbers, each.licence)
+        table.add_row(*map(_folded, (each.name, *numbers, each.title, each.licence)))
     console = Console()
     console.print(table)
     console.print(
-        f"As published. Read them with --data-root DIR, or mulki tasks {collection.name} --prepare "
-        "--data-root DIR to download them.",
+        f"As published, with the protocol {protocol}. Read them with --data-root DIR, or "
+        f"mulki tasks {collection.name} --prepare --data-root DIR to download them.",
         highlight=False,
     )
 
 
 def _prepare(collection: Collection, members: tuple[str, ...], source: Source) -> int:
     console = Console(stderr=True)
-    table = Table("task", "data set", "train", "test", "state")
+    table = plain_table("task", "train", "test", names_wrap=True)
+    table.add_column("state")
+    table.add_column("data set")
     problems = []
 
     def says(words: str) -> None:
@@ -134,7 +142,7 @@ def _prepare(collection: Collection, members: tuple[str, ...], source: Source) -
         task: Task | None = state.task
         numbers = ("", "") if task is None else (str(len(task.train)), str(len(task.test)))
         words = "ready" if not state.problem else "missing" if task is None else "damaged"
-        table.add_row(state.name, facts.title, *numbers, words)
+        table.add_row(*map(_folded, (state.name, *numbers, words, facts.title)))
         if state.problem:
             problems.append(state.problem)
     Console().print(table)

@@ -38,7 +38,7 @@ from typing import Literal
 
 import numpy as np
 
-from mulki.bench.cases import PAIRED, Case
+from mulki.bench.cases import MODES, PAIRED, Case
 from mulki.bench.machine import setting_line
 from mulki.errors import InputError
 
@@ -223,9 +223,10 @@ def read_rows(path: str) -> list[Row]:
 
 LEGEND = (
     "\N{PLUS-MINUS SIGN}: half of what lies between the quantiles 0.2 and 0.8, of the median; "
-    "eager and the like: their time over this one's, median over rounds; mm, copy: share of the "
-    "rates of torch.mm and of a copy; MiB: peak beyond inputs and outputs; error: worst gradient, "
-    "relative L2 against float64; device: ms of the device alone"
+    "eager and the like: their time over this one's, median over rounds; products: the same of the "
+    "least products alone; mm, copy: share of the rates of torch.mm and of a copy; MiB: peak "
+    "beyond inputs and outputs; error: worst gradient, relative L2 against float64; device: ms of "
+    "the device alone"
 )
 
 #: What a line of the terminal holds.
@@ -274,6 +275,24 @@ def terminal_table(results: Sequence[Result]) -> list[str]:
             room = WIDTH - len(first[0]) - 2 - len(column[0])
         blocks[-1].append(column)
     return ["  ".join(cells).rstrip() for block in blocks for cells in zip(*block, strict=True)]
+
+
+def summary(results: Sequence[Result]) -> list[str]:
+    """Mulki's speed over eager's by operator and mode, of all cases; nothing of a single case."""
+    ratios: dict[str, dict[str, list[float]]] = {}
+    for r in results:
+        if r.provider == "mulki" and (found := r.metrics.get("speedup_over_eager")):
+            ratios.setdefault(r.case.operator, {}).setdefault(r.mode, []).append(found.median)
+    modes = [mode for mode in MODES if any(mode in of for of in ratios.values())]
+    if not modes or len({r.case for r in results}) < 2:
+        return []
+    lines = [["", *modes]]
+    for operator, of in ratios.items():
+        cells = [f"{np.median(of[mode]):.2f}" if mode in of else "-" for mode in modes]
+        lines.append([operator, *cells])
+    columns = [_aligned(c, left=not i) for i, c in enumerate(zip(*lines, strict=True))]
+    title = "\neager's time over mulki's, the median over shapes and dtypes"
+    return [title, *("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))]
 
 
 def _aligned(column: Sequence[str], left: bool) -> list[str]:

@@ -213,6 +213,8 @@ def _run(
         for line in (*report.terminal_table(found), *report.remarks(found)):
             say(line)
         results += found
+    for line in report.summary(results):
+        say(line)
     if pace.left_out:
         points = "; ".join(f"{c.operator} {c.shape} {c.dtype}" for c in pace.left_out)
         count = counted(len(pace.left_out), "point")

@@ -58,6 +58,19 @@ def sequence_names() -> tuple[str, ...]:
     return tuple(sorted(_SEQUENCES))
 
 
+def has_orders(spec: Sequence[str], order: str = "I") -> bool:
+    """Whether tasks could be learned in another order than this one, by its name.
+
+    Args:
+        spec: as of `load_sequence`.
+        order: of the tasks; any but "I" is that of a sequence, which may not be registered here.
+    """
+    found = _SEQUENCES.get(spec[0]) if len(spec) == 1 else None
+    if isinstance(found, Collection):
+        return bool(found.orders)
+    return order != "I" or found is not None
+
+
 def load_sequence(
     spec: Sequence[str],
     order: str = "I",

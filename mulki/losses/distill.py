@@ -12,6 +12,7 @@ from mulki.losses.clip import ClipLoss
 from mulki.losses.pairs import Columns, Pairs, Shard
 from mulki.ops import checks, pair_kl, teacher_kl
 from mulki.ops.gates import Weighting
+from mulki.printing import arguments_shown
 
 Losses = tuple[Tensor, Tensor] | dict[str, Tensor]
 Number = Tensor | float
@@ -210,6 +211,9 @@ class DualTeacherClipLoss(DistillClipLoss):
         )
         self.weighting = Weighting.of(gate, gate_temperature, gate_entropy, gate_label)
         checks.positive("gate_temperature", gate_temperature)
+
+    def extra_repr(self) -> str:
+        return arguments_shown(self, **self._given, **self.weighting.arguments)
 
     def forward(  # type: ignore[override]
         self,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mulki.distributed import collectives
 from mulki.ops import checks
 from mulki.ops.logits import Operands
+from mulki.printing import arguments_shown
 from mulki.similarity import Similarity
 
 # Half precision leaves rows that were normalised within this of norm 1.
@@ -158,6 +159,9 @@ class PairLoss(nn.Module):
                 f"{type(self).__name__}: arguments of other versions of open_clip: {told}",
                 stacklevel=3,
             )
+
+    def extra_repr(self) -> str:
+        return arguments_shown(self, **self._given)
 
     @property
     def rank(self) -> int:

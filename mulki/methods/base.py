@@ -22,6 +22,8 @@ ZERO_SHOT = "zero_shot"
 PREVIOUS = "previous"
 SEEN = "seen"
 VOCABULARY = "vocabulary"
+# What a vocabulary is called in `Needs.uses`.
+WORDS = "a vocabulary of words"
 
 
 def label_smoothing_option() -> Any:
@@ -98,7 +100,7 @@ class Needs:
         images = "reference images and captions" if self.captions else "reference images"
         used = {
             "class names of earlier tasks": SEEN in self.anchors or self.replay is not None,
-            "a vocabulary of words": VOCABULARY in self.anchors,
+            WORDS: VOCABULARY in self.anchors,
             images: self.reference,
             "images of earlier tasks": self.replay is not None,
         }

@@ -154,6 +154,16 @@ class Weighting(NamedTuple):
         return self[1:]
 
     @property
+    def arguments(self) -> dict[str, str | float | None]:
+        """As the losses take them."""
+        return {
+            "gate": self.gate.name,
+            "gate_temperature": self.temperature,
+            "gate_entropy": self.entropy if self.gate.entropy is None else None,
+            "gate_label": self.label if self.gate.label is None else None,
+        }
+
+    @property
     def has_temperature(self) -> bool:
         """Whether the temperature has a say: the gate has a score, and not the same for all."""
         return self.entropy != 0 or self.label != 0

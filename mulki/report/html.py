@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mulki.data.sequences import has_orders
 from mulki.errors import counted
 from mulki.report.contents import RunContents
 from mulki.report.figures import plots
@@ -69,10 +70,10 @@ def _facts(contents: RunContents) -> list[str]:
     facts = [f"{key} {options[key]}" for key in named if options.get(key) is not None]
     if "method" in summary and "method" not in options:
         facts.append(f"method {summary['method']}")
-    # Tasks that were listed one by one have no other order.
     tasks = options.get("tasks")
-    listed = isinstance(tasks, list) and len(tasks) > 1
-    shown = ("seed",) if listed else ("order", "seed")
+    spec = [str(task) for task in tasks] if isinstance(tasks, list) else []
+    orders = has_orders(spec, str(summary.get("order", "I")))
+    shown = ("order", "seed") if orders else ("seed",)
     facts += [f"{key} {summary[key]}" for key in shown if key in summary]
     matrix = contents.data.matrix
     if matrix.columns:

@@ -26,6 +26,7 @@ from mulki.clip.features import Features
 from mulki.functional import prototype_cross_entropy
 from mulki.ops import checks
 from mulki.ops.gates import Weighting
+from mulki.printing import arguments_shown
 from mulki.stages import adding, anchors, distinguishing, eliciting, pairs
 
 HoldOn = Literal["made", "task", "both"]
@@ -153,6 +154,17 @@ class MulKILoss(nn.Module):
         self.scale_by_t2 = scale_by_t2
         self.anchor_texts = anchor_texts
         self.anchor_weights = anchor_weights
+
+    def extra_repr(self) -> str:
+        original, feature = self.feature
+        return arguments_shown(
+            self,
+            feature=feature,
+            feature_original=None if original == feature else original,
+            **self.relations,
+            **self.anchors,
+            **self.weighting.arguments,
+        )
 
     @property
     def needs_teachers(self) -> bool:

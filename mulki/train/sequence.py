@@ -17,7 +17,7 @@ from mulki.clip.tensor_files import load_tensors, save_tensors
 from mulki.console import Console
 from mulki.data import Task
 from mulki.distributed import launch
-from mulki.errors import InputError, ProcessLost, Stopped
+from mulki.errors import InputError, ProcessLost, Stopped, counted
 from mulki.methods import Method
 from mulki.report import write_report
 from mulki.runs.answers import read_answers
@@ -198,7 +198,8 @@ class _Sequence:
             in_task = restore(setup.saved, setup, frozen, text_inputs)
             done = self.steps + (in_task["steps"] if in_task else 0)
             self._skip(done)
-            _log.info("goes on after %d tasks and %d steps", self.learned, done)
+            steps = counted(done, "step")
+            self._tell(f"goes on after {counted(self.learned, 'task')} and {steps}")
             self._tell_changes()
         self._check_answers()
         if not method.trains:
@@ -225,6 +226,10 @@ class _Sequence:
             self.saves.save()
             self.signals.raise_pending()
             self._finish(index + 1)
+
+    def _tell(self, line: str) -> None:
+        _log.info("%s", line)
+        self.progress.say(line)
 
     def _tell_changes(self) -> None:
         folder = self.setup.folder
@@ -310,8 +315,7 @@ class _Sequence:
     def _log_start(self) -> None:
         config, world, folder = self.setup.config, self.setup.world, self.setup.folder
         for line in plan(self.setup):
-            _log.info("%s", line)
-            self.progress.say(line)
+            self._tell(line)
         if folder is not None:
             write_tasks(folder.path, self.setup.tasks)
         uses = ", ".join(self.setup.uses) or "nothing"

@@ -7,6 +7,8 @@ import pytest
 
 from mulki.app.listing import list_tasks
 from mulki.data import Source
+from mulki.data.published import entry
+from mulki.data.published.collections import COLLECTIONS
 from mulki.data.published.prepare import State
 from mulki.errors import InputError
 from tests.data.published.conftest import data_root, written, zscl
@@ -29,6 +31,25 @@ def test_published_facts_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "596 MiB" in out and "11 MiB" in out
     assert list_tasks(["cil"], "I", Source()) == 0
     assert "imagenet-r" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sequence", ["mtil", "xtail", "cil"])
+def test_nothing_is_cut_at_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], sequence: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert list_tasks([sequence], "I", Source()) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80 and "…" not in out and "│" not in out
+    members = COLLECTIONS[sequence].members
+    words = {word for name in members for word in (name, *entry(name).title.split())}
+    assert words <= set(out.split())
+    # Numbers end where their title does.
+    head, _, *rows = out.splitlines()
+    end = head.index("classes") + len("classes")
+    counts = [row[:end].split()[1] for row in rows if row.startswith(members)]
+    assert len(counts) == len(members) and all(count.isdecimal() for count in counts)
+    assert all(row[end] == " " for row in rows if row.startswith(members))
 
 
 def test_with_data_they_are_read(zscl: Source, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,7 +85,7 @@ def test_a_share_is_of_tasks_without_a_split(
     write_split(tmp_path / "colours", COLOURS, 10)
     assert list_tasks([str(tmp_path / "colours")], "I", Source(), test_fraction=0.3) == 0
     assert ["colours", "3", "21", "9"] in [
-        line.replace("│", " ").split()[:4] for line in capsys.readouterr().out.splitlines()
+        line.split()[:4] for line in capsys.readouterr().out.splitlines()
     ]
     for names in (["embedded"], ["mtil"]):
         with pytest.raises(InputError, match=r"^--test-fraction 0\.3: "):

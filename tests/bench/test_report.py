@@ -1,6 +1,17 @@
 from __future__ import annotations
 
-from mulki.bench.report import REFERENCES, Quantiles, Result, markdown, rows_of, terminal_table
+from dataclasses import replace
+
+from mulki.bench.report import (
+    LEGEND,
+    REFERENCES,
+    Quantiles,
+    Result,
+    markdown,
+    rows_of,
+    summary,
+    terminal_table,
+)
 from tests.bench.bench_helpers import CASE, HEADER
 
 
@@ -23,6 +34,29 @@ def test_markdown_marks_a_backward_pass_that_had_its_gradients() -> None:
     machine = dict.fromkeys(HEADER[HEADER.index("gpu_name") : -2], "")
     text = markdown(list(rows_of(result, machine)))
     assert "| backward | 2* |" in text and "\n\\* gradients" in text
+
+
+def test_the_summary_is_of_several_cases() -> None:
+    def result(operator: str, n: int, mode: str, ratio: float | None, provider: str) -> Result:
+        metrics = {} if ratio is None else {"speedup_over_eager": Quantiles.same(ratio)}
+        case = replace(CASE, operator=operator, n=n)
+        return Result(case, provider, mode, "timed", metrics=metrics)
+
+    results = [result("siglip", n, "both", n / 2, "mulki") for n in (2, 4, 9)]
+    results += [result("siglip", 2, "both", 77.0, "compile")]
+    results += [result("similarity", 2, "forward", 1.5, "mulki")]
+    results += [result("similarity", 2, "backward", None, "mulki")]
+    title, *lines = summary(results)
+    assert title.startswith("\neager's time over mulki's")
+    assert [line.split() for line in lines] == [
+        ["forward", "both"], ["siglip", "-", "2.00"], ["similarity", "1.50", "-"]
+    ]  # fmt: skip
+    assert len({len(line) for line in lines}) == 1
+    assert summary(results[:1]) == [] and summary([]) == []
+
+
+def test_the_legend_names_every_column() -> None:
+    assert all(f"{name}:" in LEGEND for name in ("products", "mm, copy", "MiB", "error", "device"))
 
 
 def test_a_table_fits_80_columns() -> None:

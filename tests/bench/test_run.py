@@ -56,6 +56,9 @@ def test_a_run_prints_tables_and_writes_a_csv(
     assert f"torch {torch.__version__}" in words
     assert "dual_teacher_kl, 5x5x8, bfloat16 (4 of 16, about " in words
     assert max(map(len, out.splitlines())) <= 80
+    # The table at the end has a line for each operator.
+    end = out[out.index("eager's time over mulki's") :].splitlines()
+    assert [line.split()[0] for line in end[2:]] == [*OPERATORS]
     assert "torch_lce-chunks: not applicable: has cross-entropy to labels alone" in out
 
     assert path.read_text().splitlines()[0].startswith(LIGER_COLUMNS)

@@ -10,6 +10,7 @@ import pytest
 
 from mulki.data import Task, load_sequence, register_sequence, sequence_names, sequences
 from mulki.data.embedded import embedded_sequence
+from mulki.data.sequences import has_orders
 from mulki.errors import InputError
 
 Make = Callable[..., Path]
@@ -46,6 +47,14 @@ def test_a_registered_sequence_in_its_orders() -> None:
     assert _names(load_sequence(["zoo"], "I")) == ["digits", "letters"]
     assert _names(load_sequence("zoo", "II")) == ["letters", "digits"]
     _refused(["zoo"], '"III"', "I, II", order="III")
+
+
+def test_folders_and_single_tasks_have_no_orders() -> None:
+    assert has_orders(["zoo"]) and has_orders(("mtil",), "II")
+    for spec in (["zoo:digits"], ["birds/"], ["birds/", "zoo:digits"], ["cil"], []):
+        assert not has_orders(spec)
+    # A report may be written where the sequence is not registered.
+    assert has_orders(["gone"], "II")
 
 
 def test_names_are_taken_once_and_hold_no_colon() -> None:

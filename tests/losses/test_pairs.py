@@ -49,6 +49,24 @@ def test_what_does_not_fit_is_named(kind, change, error, message):
         OURS[kind]()(**out | change)
 
 
+@pytest.mark.parametrize(
+    ("loss", "shown"),
+    [
+        (ClipLoss(), "ClipLoss()"),
+        (ClipLoss(True, rank=0, world_size=1), "ClipLoss(local_loss=True, rank=0, world_size=1)"),
+        (SigLipLoss(dist_impl="gather"), "SigLipLoss(dist_impl='gather')"),
+        (DistillClipLoss(temperature=3.0), "DistillClipLoss(temperature=3.0)"),
+        (DualTeacherClipLoss(gate="uniform"), "DualTeacherClipLoss(gate='uniform')"),
+        (
+            DualTeacherClipLoss(gate="blend", gate_entropy=0.5, gate_label=1.0),
+            "DualTeacherClipLoss(gate='blend', gate_entropy=0.5, gate_label=1.0)",
+        ),
+    ],
+)
+def test_a_loss_shows_its_arguments(loss, shown):
+    assert repr(loss) == shown
+
+
 def test_a_teacher_of_another_batch_is_refused():
     _, out = outputs("distill")
     for name in ("dist_image_features", "dist_text_features"):

@@ -58,10 +58,13 @@ def test_the_head_line_says_what_the_run_began_with_and_when(whole: Path) -> Non
     today = json.loads((whole / "env.json").read_text())["date"]
     text = render_html(contents)
     assert today.startswith("20") and f'<span class="fact">{today}</span>' in text
-    options = {**contents.options, "pretrained": "openai", "tasks": ["a", "b"]}
+    options = {**contents.options, "pretrained": "openai", "tasks": ["embedded"]}
     text = render_html(replace(contents, options=options))
     assert '<span class="fact">pretrained openai</span>' in text
-    assert '<span class="fact">order' not in text
+    assert '<span class="fact">order I</span>' in text
+    for own in (["birds/"], ["a", "b"]):
+        text = render_html(replace(contents, options={**options, "tasks": own}))
+        assert '<span class="fact">order' not in text
 
 
 def test_heat_follows_the_accuracy(folder: Path) -> None:

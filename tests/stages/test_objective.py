@@ -365,3 +365,12 @@ class TestHoldOn:
             MulKILoss(hold_on="both")(student, teachers, target)
         with pytest.raises(ValueError, match="^teachers: got 1 with a feature_original"):
             MulKILoss(feature_original=0.5)(student, teachers[:1], target)
+
+
+def test_an_objective_shows_its_arguments():
+    assert repr(MulKILoss()) == "MulKILoss()"
+    changed = {"gate": "label", "image_text": 0.0, "image_anchor": 0.5, "feature": 2.0}
+    shown = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+    assert repr(MulKILoss(**changed)) == f"MulKILoss({shown})"
+    apart = repr(MulKILoss(feature_original=0.0, hold_on="both"))
+    assert apart == "MulKILoss(feature_original=0.0, hold_on='both')"

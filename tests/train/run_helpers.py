@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from mulki import methods
@@ -47,8 +48,8 @@ def weights(folder: RunFolder | Path, pattern: str = "task_02*") -> dict[str, to
     return load_file(file)
 
 
-def resumed(folder: Path) -> RunFolder:
-    done = sequence.run(resolve(read_config(folder / "args.yaml")), resume=folder)
+def resumed(folder: Path, console: Console | None = None) -> RunFolder:
+    done = sequence.run(resolve(read_config(folder / "args.yaml")), console, resume=folder)
     assert done is not None
     return done
 

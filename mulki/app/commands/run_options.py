@@ -61,7 +61,7 @@ GROUPS = {
 # Those that --help shows; --help-all shows all.
 OFTEN = frozenset(
     {"tasks", "continue_", "test_fraction", "model", "pretrained", "device", "method"}
-    | {"iterations", "epochs", "batch_size", "lr", "seed", "preset", "logs", "name"}
+    | {"iterations", "epochs", "batch_size", "lr", "seed", "preset", "vocabulary", "logs", "name"}
 )
 
 

@@ -29,19 +29,20 @@ def compare(folders: Sequence[str | os.PathLike[str]], baseline: str | None = No
 
     Args:
         folders: at least one; one that is given twice counts once. That of a grid stands for all of
-            its runs, and what a grid writes beside them is passed over.
+            its runs, and what a grid writes beside them is passed over. Beside runs, other files
+            and folders are left out with a warning.
         baseline: label of a group, or a method with one group; by default the label of the first
             run's group. A section without that label then has its own first group.
 
     Raises:
-        InputError: a folder without a run, no complete run, groups that have no sequence and order
-            in common, or an unknown baseline.
+        InputError: a path that is not there, no run among them, no complete run, groups that have
+            no sequence and order in common, or an unknown baseline.
     """
     warnings: list[str] = []
     unlike: list[str] = []
     expanded = [each for folder in folders for each in _runs_in(Path(folder))]
     distinct = {folder.resolve(): folder for folder in expanded}
-    runs = list(_complete(distinct.values(), warnings))
+    runs = list(_complete(_without_others([*distinct.values()], warnings), warnings))
     if not runs:
         raise InputError(
             "; ".join(["no complete run to compare", *warnings])
@@ -96,13 +97,22 @@ def _runs_in(path: Path) -> list[Path]:
     return [path]
 
 
+def _without_others(paths: Sequence[Path], warnings: list[str]) -> list[Path]:
+    # A pattern of a shell, such as logs/*, also matches what lies beside runs.
+    others = [path for path in paths if not any((path / name).is_file() for name in _FILES)]
+    wrong = [path for path in others if len(others) == len(paths) or not path.exists()]
+    if wrong:
+        raise InputError(
+            f"{wrong[0]}: not the folder of a run, it has none of {', '.join(_FILES)}; pass "
+            "folders that mulki run has written"
+        )
+    if others:
+        warnings.append(f"no runs, left out: {', '.join(map(str, others))}")
+    return [path for path in paths if path not in others]
+
+
 def _complete(folders: Iterable[Path], warnings: list[str]) -> Iterator[Run]:
     for folder in folders:
-        if not any((folder / name).is_file() for name in _FILES):
-            raise InputError(
-                f"{folder}: not the folder of a run, it has none of {', '.join(_FILES)}; pass "
-                "folders that mulki run has written"
-            )
         try:
             run = _read(folder)
         except (InputError, OSError) as error:

@@ -8,8 +8,10 @@ import torch
 
 from mulki.clip.models.adapters import Adapters
 from mulki.data import Task
+from mulki.data.sequences import has_orders
 from mulki.errors import counted
 from mulki.methods import Method
+from mulki.methods.base import WORDS
 from mulki.ops import backends
 from mulki.ops.serving import grouped
 from mulki.runs.metrics import ZERO_SHOT
@@ -81,9 +83,9 @@ def of_tasks(
         steps = f"{_counts(counts)} of {config.batch_size * processes} images"
         steps += f", {config.micro_batch} at a time" if config.micro_batch else ""
         steps += f"; {images} training images"
+    order = f", order {config.order}" if has_orders(config.tasks, config.order) else ""
     return {
-        "run": f"{config.method} on {counted(number, 'task')}{named}, order {config.order}, "
-        f"seed {config.seed}",
+        "run": f"{config.method} on {counted(number, 'task')}{named}{order}, seed {config.seed}",
         "steps": steps,
     }
 
@@ -104,10 +106,20 @@ def plan(setup: Setup) -> list[str]:
         "device": f"{_device(device, setup.world.size)}, precision {setup.precision.name}",
         "kernels": _kernels(device, setup.precision.dtype or torch.float32),
         "steps": tasks["steps"],
+        "uses": _uses(setup),
         "memory": f"{megabytes(free_memory(device)) or 'an unknown amount'} free",
         "results": str(setup.folder.path) if setup.folder is not None else "",
     }
     return in_lines(lines)
+
+
+def _uses(setup: Setup) -> str:
+    # Beyond the tasks and the start model; of a vocabulary also how large it is, and whose.
+    if (vocabulary := setup.vocabulary) is None:
+        return ", ".join(setup.uses)
+    source = setup.config.vocabulary or "ImageNet's class names"
+    words = f"{counted(len(vocabulary.words), 'word')} of {source}"
+    return ", ".join(words if each == WORDS else each for each in setup.uses)
 
 
 def _trained(adapters: Adapters | None) -> str:

@@ -219,8 +219,8 @@ class RunProgress:
             megabytes(self._memory),
         ]
         if self._report is not None:
-            loss = sum(self._report.losses.values())
-            parts.append(f"loss {loss:.3f} ({describe(self._report)})")
+            # The terms are many, and in the files.
+            parts.append(f"loss {sum(self._report.losses.values()):.3f}")
         if self._weights and self._kind == STEPS:
             parts.append("teachers " + " ".join(_pairs(self._weights, 2)))
         self.say(f"{time.strftime('%H:%M:%S')} {', '.join(filter(None, parts))}")

@@ -261,13 +261,17 @@ def test_damaged_runs_are_named_and_left_out(make: Make, damage: Callable[[Path]
         compare([bad])
 
 
-def test_what_is_no_run_is_refused(make: Make, tmp_path: Path) -> None:
+def test_what_is_no_run_is_refused_or_left_out(make: Make, tmp_path: Path) -> None:
     good = make("a", "lwf")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "other.html").touch()  # no file of a grid
-    for bad in (tmp_path / "gone", tmp_path / "empty", tmp_path / "other.html"):
-        with pytest.raises(InputError, match=f"^{bad}: "):
-            compare([good, bad])
+    empty, page, gone = (tmp_path / name for name in ("empty", "other.html", "gone"))
+    empty.mkdir()
+    page.touch()  # no file of a grid
+    found = compare([empty, good, page])
+    assert found.warnings == (f"no runs, left out: {empty}, {page}",)
+    assert [group.runs[0].path for group in found.sections[0].groups] == [good]
+    for bad in ([gone, good], [good, empty, gone], [empty], [page, empty]):
+        with pytest.raises(InputError, match=f"^{gone if gone in bad else bad[0]}: "):
+            compare(bad)
 
 
 def test_what_makes_runs_unlike_is_told_from_other_warnings(make: Make) -> None:

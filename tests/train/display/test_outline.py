@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,12 +30,13 @@ def of_run(run: Run, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[l
 def test_a_plan_says_what_is_done(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     lines, work = of_run(run, monkeypatch, method="mulki", seed=3)
     assert [line[:8].strip() for line in lines] == [
-        "run", "model", "device", "kernels", "steps", "memory", "results"
+        "run", "model", "device", "kernels", "steps", "uses", "memory", "results"
     ]  # fmt: skip
     text = {line[:8].strip(): line[9:] for line in lines}
-    assert text["run"].startswith("mulki on 2 tasks of ") and text["run"].endswith("I, seed 3")
+    assert text["run"].startswith("mulki on 2 tasks of ") and text["run"].endswith("shades, seed 3")
     assert text["device"].startswith("cpu, ") and text["device"].endswith("precision fp32")
     assert text["steps"].startswith("2 x 4 of 6 images; ")
+    assert text["uses"] == "999 words of ImageNet's class names"
     served = {one.backend for one in backends.report() if one.device_type == "cpu"}
     assert all(name in text["kernels"] for name in served)
     assert text["memory"].endswith("GiB free") or text["memory"].endswith("MiB free")
@@ -48,6 +50,20 @@ def test_a_plan_without_training(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     # Of the training images there are class statistics.
     assert work == {TEACHERS: 30, TEST: 25}
     assert of_run(run, monkeypatch, method="zero_shot", name="b", head=False)[1][TEACHERS] == 0
+
+
+def test_a_plan_names_a_vocabulary_of_ones_own(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("owl\nheron\n")
+    options = {"method": "mulki", "anchors": "both", "vocabulary": str(words)}
+    lines, _ = of_run(run, monkeypatch, **options)
+    assert f"uses     class names of earlier tasks, 2 words of {words}" in lines
+    lines, _ = of_run(run, monkeypatch, method="mulki", name="b", anchors="seen")
+    assert "uses     class names of earlier tasks" in lines
+    lines, _ = of_run(run, monkeypatch, method="finetune", name="c")
+    assert not any(line.startswith("uses") for line in lines)
 
 
 def test_steps_of_unequal_tasks(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

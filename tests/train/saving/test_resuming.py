@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from rich.console import Console
 
 from mulki.clip.evaluation import Evaluator
 from mulki.clip.tensor_files import load_tensors, save_tensors
@@ -187,7 +189,9 @@ def test_one_process_goes_on_with_a_run(
     with pytest.raises(InputError, match="stopped"):
         resumed(folder)
     lock.release()
-    assert resumed(folder).status == "complete"
+    out = io.StringIO()
+    assert resumed(folder, Console(file=out)).status == "complete"
+    assert "goes on after 0 tasks and 3 steps" in out.getvalue().splitlines()
 
 
 def test_tasks_that_have_changed_since(
