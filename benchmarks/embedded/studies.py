@@ -179,7 +179,8 @@ GRIDS: dict[str, list[Options]] = {
         for lr in _RATES
         for w in (0.3, 1.0, 3.0)
     ],
-    "er": [{"lr": lr, "replay_weight": w} for lr in _RATES for w in (0.3, 1.0, 3.0)],
+    # Its best point was at 5e-5, the lowest rate.
+    "er": [{"lr": lr, "replay_weight": w} for lr in _LOW_RATES for w in (0.3, 1.0, 3.0)],
     "ewc": [{"lr": lr, "ewc_lambda": w} for lr in _RATES for w in (1e3, 1e4, 1e5)],
     # Adapters of rank 16 take higher rates than all weights.
     "keeplora": [
