@@ -112,7 +112,7 @@ def row_count(
     BLOCK: tl.constexpr,
 ):
     counted = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, n, BLOCK):
+    for start in range(0, tl.cast(n, tl.int64), BLOCK):
         rows = start + tl.arange(0, BLOCK)
         target = tl.load(target_ptr + rows, mask=rows < n, other=ignore_index)
         counted += (target != ignore_index).to(tl.float32)
@@ -130,7 +130,7 @@ def row_totals(
 ):
     for i in tl.static_range(len(value_ptrs)):
         summed = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, n, BLOCK):
+        for start in range(0, tl.cast(n, tl.int64), BLOCK):
             rows = start + tl.arange(0, BLOCK)
             summed += tl.load(value_ptrs[i] + rows, mask=rows < n, other=0.0)
         total = tl.sum(summed, 0)

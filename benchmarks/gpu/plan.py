@@ -86,8 +86,8 @@ class Plan:
             ("tests", 0.20, self._tests, no_gpu),
             ("memcheck", 0.08, self._sanitized("memcheck"), no_sanitizer),
             ("racecheck", 0.07, self._sanitized("racecheck"), no_sanitizer),
-            ("consan", 0.05, self._instrumented("consan"), no_gpu),
-            ("fpsan", 0.05, self._instrumented("fpsan"), no_gpu),
+            ("consan", 0.05, self._instrumented("consan"), no_gpu or self._unknown("consan")),
+            ("fpsan", 0.05, self._instrumented("fpsan"), no_gpu or self._unknown("fpsan")),
             ("largest", 0.07, self._largest, no_suite),
             ("more", 1.00, self._timed("more"), no_suite),
             ("tables", KEPT, self._tables, no_csv),
@@ -185,6 +185,11 @@ class Plan:
         # integers, whose sums are the same in any order.
         instrumented = ["env", f"TRITON_INSTRUMENTATION_MODE={mode}"]
         return lambda seconds: {mode: [*instrumented, *self._small(seconds), "--again"]}
+
+    def _unknown(self, mode: str) -> str | None:
+        if self.machine.rehearsal or mode in self.machine.instrumented:
+            return None
+        return f"this Triton has no instrumentation {mode!r} for this GPU: nothing would be checked"
 
     def _proof(self, seconds: float) -> Commands:
         limit = f"{seconds:.0f}"

@@ -3,7 +3,7 @@
 python -m benchmarks.kernels                 # compiled.csv and RESULTS.md beside this file
 python -m benchmarks.kernels --output OUT --processes 8    # oldest/ is made with the oldest Triton
 python -m benchmarks.kernels plan            # counts of products, launches and memory; see `plan`
-python -m benchmarks.kernels host            # what a chunk of rows costs the host; see `host`
+python -m benchmarks.kernels host            # what chunks and steps cost the host; see `host`
 
 Takes about ten minutes of one core. Variants that were compiled before come from Triton's cache
 (TRITON_CACHE_DIR), so a run that was stopped goes on where it was. Ends with status 1, and names

@@ -18,6 +18,9 @@ torch calls.
 "meta", by Triton's own code for launches up to a driver that does nothing (`host.py`). Products of
 the library do nothing, too, so what torch takes to call them is not in it. Calls of an operator
 with as many launches differ by the host's work hardly at all, so one of them is measured.
+
+`eager_extra_bytes` are counted as ours are. `compile_extra_bytes` are the logits that "compile"
+stores.
 """
 
 from __future__ import annotations
@@ -50,7 +53,10 @@ SHAPES = (
 )
 WIDTHS = (512, 640, 768, 1024, 1280)
 WAYS = ("mulki", "mulki graph", "eager", "eager graph", "compile", "library")
-INTEGERS = ("n", "p", "d", "k", "launches", "bytes", "l2_bytes", "extra_bytes", "host_us")
+INTEGERS = (
+    *("n", "p", "d", "k", "launches", "bytes", "l2_bytes"),
+    *("extra_bytes", "eager_extra_bytes", "compile_extra_bytes", "host_us"),
+)
 COLUMNS = ("operator", "n", "p", "d", "k", "numbers", "products", *INTEGERS[4:])
 
 
@@ -87,12 +93,13 @@ def all_rows() -> Iterator[dict[str, Any]]:
 
 def row(operator: str, n: int, p: int, d: int, numbers: str) -> dict[str, Any]:
     """What is counted of one call, and modelled seconds by GPU and way of computing it."""
-    found = counts(operator, n, p, d, numbers)
+    found, dtype = counts(operator, n, p, d, numbers), NUMBER_FORMATS[numbers][0]
+    plain = eager(operator, n, p, d, dtype)
     work = {
         "mulki": (found.work, PYTHON_HOST),
-        "eager": (eager(operator, n, p, d, NUMBER_FORMATS[numbers][0]).work, TORCH_HOST),
-        "compile": (compiled(operator, n, p, d, NUMBER_FORMATS[numbers][0]), 0.0),
-        "library": (library(operator, n, p, d, NUMBER_FORMATS[numbers][0]), 0.0),
+        "eager": (plain.work, TORCH_HOST),
+        "compile": (compiled(operator, n, p, d, dtype), 0.0),
+        "library": (library(operator, n, p, d, dtype), 0.0),
     }
     work["eager graph"] = work["eager"][0], 0.0
     few = p <= max(WHOLE_COLUMNS.values())  # so that a graph may have other kernels
@@ -110,6 +117,8 @@ def row(operator: str, n: int, p: int, d: int, numbers: str) -> dict[str, Any]:
         "bytes": found.bytes,
         "l2_bytes": found.l2_bytes,
         "extra_bytes": found.extra_bytes,
+        "eager_extra_bytes": plain.extra_bytes,
+        "compile_extra_bytes": stored_by_compile(operator, n, p, dtype),
         "seconds": {
             name: {way: seconds(work[way][0], card, numbers, work[way][1]) for way in WAYS}
             for name, card in CARDS.items()
@@ -177,6 +186,12 @@ def compiled(operator: str, n: int, p: int, d: int, dtype: torch.dtype) -> list[
     return [*products, *(Work("torch", 0, 0, one, one) for one in moved)]
 
 
+def stored_by_compile(operator: str, n: int, p: int, dtype: torch.dtype) -> int:
+    """Bytes of the logits that `compiled` stores, of each direction; G may take their place."""
+    matrices = 0 if operator == "similarity" else OPERATORS[operator] + 1
+    return matrices * (2 if operator in PAIRED else 1) * n * p * dtype.itemsize
+
+
 def cells(one: dict[str, Any]) -> list[str]:
     counted = [f"{one[name]:g}" if name == "products" else str(one[name]) for name in COLUMNS]
     return counted + [f"{one['seconds'][card][way]:.3g}" for card in CARDS for way in WAYS]
@@ -215,6 +230,10 @@ its bytes, whichever takes longer, and a gap of 1.5 us; tensors that fit L2 are 
 the same in a CUDA graph, where the library multiplies also for few classes; without one a step
 takes at least 6 us of the host for each operation of eager, and 12 for each launch of ours, which
 was not measured.
+The library's products are assumed to reach 690e12 operations a second in bfloat16, a share of the
+published peak that small D will not reach: with float32 results and D = 512, 350 to 450e12 is
+likelier, and that weighs on every provider alike.
+"MiB" are the bytes that all launches move, "extra MiB" the peak of memory.
 "host us" is Python's time for a step like one before it, measured up to a driver that does nothing,
 without torch's time for products of the library. Where it is more than "mulki, us", a step takes at
 least that long without a graph.
@@ -226,6 +245,10 @@ Host: {host}.
 ## Targets
 
 {targets}
+
+Modelled slower than torch.compile by over {slower} %, both in a CUDA graph, in bfloat16:
+
+{shapes}
 
 ## All
 
@@ -240,17 +263,19 @@ def host() -> str:
 
 
 def render(rows: Sequence[dict[str, Any]]) -> str:
-    found = "\n".join(targets.lines(rows))
-    lines = [INTRODUCTION.format(host=host(), targets=found).rstrip(), ""]
-    head = ("operator", "N x P", "numbers", "products", "launches", "extra MiB", "host us")
+    found, shapes = "\n".join(targets.lines(rows)), "\n".join(targets.slower(rows))
+    filled = {"targets": found, "slower": targets.SLOWER, "shapes": shapes}
+    lines = [INTRODUCTION.format(host=host(), **filled).rstrip(), ""]
+    head = ("operator", "N x P", "numbers", "products", "launches", "MiB", "extra MiB", "host us")
     lines.append(f"| {' | '.join((*head, *(f'{way}, us' for way in WAYS)))} |")
-    lines.append("| --- | --- | --- |" + " ---: |" * (4 + len(WAYS)))
+    lines.append("| --- | --- | --- |" + " ---: |" * (5 + len(WAYS)))
     for one in rows:
         if one["d"] != WIDTHS[0] or one["numbers"] not in ("bf16", "fp32"):
             continue
         counted = (
             *(f"{one['products']:g}", str(one["launches"])),
-            *(f"{one['extra_bytes'] / 2**20:.1f}", str(one["host_us"])),
+            *(f"{one[name] / 2**20:.1f}" for name in ("bytes", "extra_bytes")),
+            str(one["host_us"]),
         )
         times = (f"{one['seconds']['H100'][way] * 1e6:.0f}" for way in WAYS)
         named = one["operator"], f"{one['n']} x {one['p']}", one["numbers"]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
+SLOWER = 5  # per cent that a model of times can tell
 
 
 class Target(NamedTuple):
@@ -37,7 +38,11 @@ def targets(rows: Sequence[Row]) -> Iterator[Target]:
     yield Target(f"time {at}, of five products", 1e6 * ours, 2e6 * times["library"], "us")
     yield Target(f"time {at}, of half of eager's", 1e6 * ours, 5e5 * times["eager"], "us")
     yield Target(f"time {at}, of compile's", 1e6 * ours, 1e6 * times["compile"], "us")
-    yield Target(f"extra memory {at}", large["extra_bytes"] / 2**20, 64, "MiB")
+    extra, stored = large["extra_bytes"] / 2**20, large["compile_extra_bytes"] / 2**20
+    yield Target(f"extra memory {at}", extra, 64, "MiB")
+    yield Target(f"extra memory {at}, of a tenth of compile's", extra, stored / 10, "MiB")
+    (small,) = _of(losses, 64, 100, d=512, numbers="bf16")
+    yield Target("a whole step at 64 x 100, Python's part", small["host_us"], 120, "us")
     for n, p, d in ((64, 100, 512), (4096, 1000, 768)):
         (row,) = _of(losses, n, p, d=d, numbers="bf16")
         times = row["seconds"]["H100"]
@@ -49,6 +54,18 @@ def targets(rows: Sequence[Row]) -> Iterator[Target]:
 def _of(rows: Sequence[Row], n: int, p: int, **where: Any) -> list[Row]:
     where |= {"n": n, "p": p}
     return [row for row in rows if all(row[name] == value for name, value in where.items())]
+
+
+def slower(rows: Sequence[Row]) -> Iterator[str]:
+    """A line for each operator: in how many of its shapes ours is slower than compile."""
+    for operator in dict.fromkeys(row["operator"] for row in rows):
+        times = [
+            row["seconds"]["H100"]
+            for row in rows
+            if row["operator"] == operator and row["numbers"] == "bf16"
+        ]
+        found = sum(one["mulki graph"] > (1 + SLOWER / 100) * one["compile"] for one in times)
+        yield f"- {operator}: {found} of {len(times)} shapes"
 
 
 def lines(rows: Sequence[Row]) -> Iterator[str]:

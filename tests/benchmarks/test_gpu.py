@@ -142,6 +142,7 @@ def test_without_torch_it_says_so(tmp_path: Path) -> None:
 
 def machine(**changes: object) -> Any:
     found = {"device": "a card", "no_gpu": None, "sanitizer": "/bin/cs", "no_figures": None}
+    found |= {"instrumented": module("probe").MODES}
     return module("probe").Machine(**{**found, **changes})
 
 
@@ -170,6 +171,9 @@ def test_reasons(tmp_path: Path) -> None:
     skipped = {name: step.skip for name, step in steps.items() if step.skip}
     assert set(skipped) == {"memcheck", "racecheck", "figures"}
     assert "compute-sanitizer is neither" in skipped["memcheck"]
+    steps = planned(tmp_path, instrumented=("consan",))
+    assert [name for name, step in steps.items() if step.skip] == ["fpsan"]
+    assert "no instrumentation 'fpsan'" in steps["fpsan"].skip
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
@@ -209,6 +213,10 @@ def test_the_commands_ask_for_what_there_is(
         assert instrumented[-1] == "--again"
     (proof,) = steps["proof"].commands(60.0).values()
     assert proof[1:] == ["-m", "mulki", "prove", "--limit", "60"]
+
+
+def test_whole_rows_of_many_programs_come_before_what_may_be_out_of_time() -> None:
+    assert module("small").SHAPES[1:3] == ("8192x60x512", "8192x30x1280")
 
 
 def test_a_rehearsal_has_the_same_steps_and_touches_no_gpu_and_no_proof(tmp_path: Path) -> None:

@@ -89,6 +89,13 @@ def test_the_small_cases(
     assert "siglip 5x5x8 float32: loss: other bits" in found and "kl 5x7x8 float32: ran" in found
 
 
+def test_a_mode_that_triton_would_ignore_is_none() -> None:
+    pytest.importorskip("triton", reason="needs Triton, which this installation has not")
+    modes = module("probe").instrumented
+    assert "consan" in modes("sm_90")
+    assert "consan" not in modes("gfx942") and "fpsan" not in modes("gfx1100")
+
+
 def test_the_stand_in_for_a_sanitizer() -> None:
     def sanitized(tool: str, code: str) -> subprocess.CompletedProcess[str]:
         options = ["sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]

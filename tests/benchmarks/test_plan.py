@@ -25,7 +25,7 @@ from benchmarks.kernels.counts import (
     counts,
     counts_of_torch,
 )
-from benchmarks.kernels.targets import Target
+from benchmarks.kernels.targets import Target, slower
 from mulki.kernels.schedule import GAP, H100, Problem, _launches
 from mulki.kernels.schedule import plan as plan_of
 
@@ -187,9 +187,42 @@ def test_the_plan_and_the_choice_take_one_model(shape):
 def test_targets_are_met_or_missed(table):
     text = (plan.HERE / "PLAN.md").read_text()
     verdicts = re.findall(r"^\| .* \| (met|missed by \d+ %) \|$", text, re.MULTILINE)
-    assert len(verdicts) == 13 and "met" in verdicts
+    assert len(verdicts) == 15 and "met" in verdicts
     assert Target("", 5.0, 4.0, "").verdict == "missed by 25 %"
     assert Target("", 4.0, 4.0, "").verdict == "met"
+
+
+def test_the_page_has_the_numbers_of_the_table(table):
+    text = (plan.HERE / "PLAN.md").read_text()
+    (head,) = re.findall(r"^\| (operator \| .*) \|$", text, re.MULTILINE)
+    lines = re.findall(rf"^\| ((?:{'|'.join(OPERATORS)}) \| .*) \|$", text, re.MULTILINE)
+    page = [dict(zip(head.split(" | "), one.split(" | "), strict=True)) for one in lines]
+    shown = [row for row in table if row["d"] == "512" and row["numbers"] in ("bf16", "fp32")]
+    assert len(page) == len(shown)
+    for line, row in zip(page, shown, strict=True):
+        assert line["operator"] == row["operator"] and line["numbers"] == row["numbers"]
+        assert line["N x P"] == f"{row['n']} x {row['p']}"
+        for name in ("products", "launches", "host us"):
+            assert line[name] == row[name.replace(" ", "_")], RENEW
+        for name, column in {"MiB": "bytes", "extra MiB": "extra_bytes"}.items():
+            assert line[name] == f"{int(row[column]) / 2**20:.1f}", RENEW
+
+
+def test_the_page_says_where_ours_is_modelled_slower_than_compile(table):
+    rows = [
+        {name: row[name] for name in ("operator", "numbers")}
+        | {"seconds": {"H100": {way: float(row[f"H100 {way}"]) for way in plan.WAYS}}}
+        for row in table
+    ]
+    lines = list(slower(rows))
+    assert len(lines) == len(OPERATORS) and "\n".join(lines) in (plan.HERE / "PLAN.md").read_text()
+
+
+def test_compile_stores_the_logits_of_each_model_and_direction():
+    stored, size = plan.stored_by_compile, 4 * 4 * 2
+    assert stored("pair_kl", 4, 4, torch.bfloat16) == 2 * 2 * size
+    assert stored("dual_teacher_kl", 4, 4, torch.bfloat16) == 3 * size
+    assert stored("similarity", 4, 4, torch.bfloat16) == 0
 
 
 def test_what_is_printed(capsys, monkeypatch):

@@ -249,19 +249,27 @@ def test_gradients_wait_in_the_dtype_that_every_backend_has(name, dtype):
     assert of_prototypes == of_operands
 
 
-@pytest.mark.parametrize("wanted", [(1, 1, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1)])
-@pytest.mark.parametrize(("name", "p"), [("ce", 35), ("ce", 1000), ("kl", 35), ("kl", 1000)])
-def test_no_product_is_formed_that_nobody_wants(name, p, wanted):
+WANTED = [(1, 1, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1)]  # gradients of X, W and the scale
+
+
+def recorded(case, wanted, reduction="mean", grad=None):
+    """All that a call launches, and its products."""
     pytest.importorskip("triton", reason="needs Triton, which this installation has not")
     launch = importlib.import_module("mulki.kernels.launch")
-    whole_rows = importlib.import_module("mulki.kernels.whole_rows")
-    case = make(name, torch.bfloat16, 16, p, 64)
-    x = OPERATORS[case.op].arguments(
-        *tree_map_only(torch.Tensor, lambda t: t.to("meta"), case.args)
-    )
+    values = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (*case.args, grad))
+    gradients = [*map(bool, wanted), *[False] * (case.leaves - 3)]
     with launch.recording("sm_90") as made:
-        kernels.kernel(case.op)(x, Request(None, "mean", list(map(bool, wanted))))
-    products = [tuple(one.out.shape) for one in made if isinstance(one, launch.Product)]
+        x = OPERATORS[case.op].arguments(*values[:-1])
+        kernels.kernel(case.op)(x, Request(values[-1], reduction, gradients))
+    return made, [one for one in made if isinstance(one, launch.Product)]
+
+
+@pytest.mark.parametrize("wanted", WANTED)
+@pytest.mark.parametrize(("name", "p"), [("ce", 35), ("ce", 1000), ("kl", 35), ("kl", 1000)])
+def test_no_product_is_formed_that_nobody_wants(name, p, wanted):
+    made, products = recorded(make(name, torch.bfloat16, 16, p, 64), wanted)
+    whole_rows = importlib.import_module("mulki.kernels.whole_rows")
+    products = [tuple(one.out.shape) for one in products]
     if p == 35:  # with those of the kernel, which writes dX itself
         (whole,) = (o.arguments for o in made if getattr(o, "kernel", 0) is whole_rows.whole_rows)
         of_whole = [whole[name] is not None for name in ("dx_ptr", "g_ptr")]
@@ -270,3 +278,27 @@ def test_no_product_is_formed_that_nobody_wants(name, p, wanted):
     else:
         models = 3 if name == "kl" else 1
         assert products == [(16, p)] * models + [(16, 64)] * wanted[0] + [(p, 64)] * wanted[1]
+
+
+@pytest.mark.parametrize("wanted", WANTED)
+@pytest.mark.parametrize(("name", "models"), [("contrastive", 1), ("pairs", 3), ("siglip", 1)])
+def test_no_product_of_pairs_is_formed_that_nobody_wants(name, models, wanted):
+    _, products = recorded(make(name, torch.bfloat16, 48, d=64), wanted)
+    shapes = [tuple(one.out.shape) for one in products]
+    assert shapes == [(48, 48)] * models + [(48, 64)] * sum(wanted[:2])
+    # dX is G W, and dW is G^T X.
+    transposed = [one.a.stride(1) != 1 for one in products[models:]]
+    assert transposed == [False] * wanted[0] + [True] * wanted[1]
+
+
+@pytest.mark.parametrize("wanted", WANTED)
+def test_no_product_of_similarity_is_formed_that_nobody_wants(wanted):
+    case = make("similarity", torch.bfloat16, 16, 1000, 64)
+    _, products = recorded(case, (0, 0, 0), "none")
+    assert [tuple(one.out.shape) for one in products] == [(16, 1000)]
+    _, products = recorded(case, wanted, "none", case.upstream())
+    # The gradient of the scale is a sum over either of them.
+    of_x = wanted[0] or not wanted[1]
+    assert [tuple(one.out.shape) for one in products] == [(16, 64)] * of_x + [(1000, 64)] * wanted[
+        1
+    ]
