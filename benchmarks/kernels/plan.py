@@ -171,18 +171,17 @@ def library(operator: str, n: int, p: int, d: int, dtype: torch.dtype) -> list[W
 
 
 def compiled(operator: str, n: int, p: int, d: int, dtype: torch.dtype) -> list[Work]:
-    """The products, and kernels between them that read stored logits twice and write G once.
+    """The products, and kernels between them that read stored logits twice and write each G once.
 
     As of the others, the upstream gradient is one more launch, where it is not given.
     """
     products = library(operator, n, p, d, dtype)
     if operator == "similarity":
         return products
-    if operator in PAIRED:
-        products = [*products, *products]  # a product per direction
-    matrix = n * p * dtype.itemsize
-    read = (len(products) - 2) * matrix
-    moved = (read, read + matrix, 8)
+    directions = 2 if operator in PAIRED else 1  # each has its products
+    products = directions * products
+    read = stored_by_compile(operator, n, p, dtype)
+    moved = (read, read + directions * n * p * dtype.itemsize, 8)
     return [*products, *(Work("torch", 0, 0, one, one) for one in moved)]
 
 
