@@ -19,7 +19,7 @@ from mulki.bench.losses import MULKI
 from mulki.bench.outcomes import outcome
 from mulki.bench.verify import Verifier
 
-#: Whole rows, of one program and of many; then stored logits. The last ones may be out of time.
+#: Whole rows, of one program and of many; then stored logits. The last ones may not be reached.
 SHAPES = ("19x35x20", "8192x60x512", "8192x30x1280", "300x1000x512", "4096x1024x64", "70x300x65")
 DTYPES = ("bfloat16", "float32")
 

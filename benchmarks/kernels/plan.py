@@ -230,8 +230,8 @@ the same in a CUDA graph, where the library multiplies also for few classes; wit
 takes at least 6 us of the host for each operation of eager, and 12 for each launch of ours, which
 was not measured.
 The library's products are assumed to reach 690e12 operations a second in bfloat16, a share of the
-published peak that small D will not reach: with float32 results and D = 512, 350 to 450e12 is
-likelier, and that weighs on every provider alike.
+published peak that is not reached with a small D: with float32 results and D = 512 we expect 350 to
+450e12. That would slow down whatever multiplies with the library, and torch.compile most.
 "MiB" are the bytes that all launches move, "extra MiB" the peak of memory.
 "host us" is Python's time for a step like one before it, measured up to a driver that does nothing,
 without torch's time for products of the library. Where it is more than "mulki, us", a step takes at

@@ -223,10 +223,10 @@ def read_rows(path: str) -> list[Row]:
 
 LEGEND = (
     "\N{PLUS-MINUS SIGN}: half of what lies between the quantiles 0.2 and 0.8, of the median; "
-    "eager and the like: their time over this one's, median over rounds; products: the same of the "
-    "least products alone; mm, copy: share of the rates of torch.mm and of a copy; MiB: peak "
-    "beyond inputs and outputs; error: worst gradient, relative L2 against float64; device: ms of "
-    "the device alone"
+    "eager and the like: their time over this one's, median over rounds; products: time of the "
+    "least matrix products alone, over this one's; mm, copy: share of the rates of torch.mm and of "
+    "a copy; MiB: peak beyond inputs and outputs; error: worst gradient, relative L2 against "
+    "float64; device: ms of the device alone"
 )
 
 #: What a line of the terminal holds.
@@ -278,7 +278,7 @@ def terminal_table(results: Sequence[Result]) -> list[str]:
 
 
 def summary(results: Sequence[Result]) -> list[str]:
-    """Mulki's speed over eager's by operator and mode, of all cases; nothing of a single case."""
+    """Mulki's speed over eager's by operator and mode, of all cases; empty for a single case."""
     ratios: dict[str, dict[str, list[float]]] = {}
     for r in results:
         if r.provider == "mulki" and (found := r.metrics.get("speedup_over_eager")):

@@ -59,11 +59,11 @@ def sequence_names() -> tuple[str, ...]:
 
 
 def has_orders(spec: Sequence[str], order: str = "I") -> bool:
-    """Whether tasks could be learned in another order than this one, by its name.
+    """Whether the tasks are of a named sequence, whose orders have names.
 
     Args:
         spec: as of `load_sequence`.
-        order: of the tasks; any but "I" is that of a sequence, which may not be registered here.
+        order: of the tasks; if it is not "I" they are, even if no such sequence is registered here.
     """
     found = _SEQUENCES.get(spec[0]) if len(spec) == 1 else None
     if isinstance(found, Collection):

@@ -67,8 +67,8 @@ def read_evaluations(path: str | os.PathLike[str]) -> list[Evaluation]:
         except (ValueError, TypeError, OverflowError):
             names = ", ".join(field.name for field in fields(Evaluation))
             raise InputError(
-                f"{path}, line {number}: not an evaluation; wanted a JSON object with "
-                f"{names}: remove the line or restore the file"
+                f"{path}, line {number}: not an evaluation, wanted a JSON object with "
+                f"{names}; remove the line or restore the file"
             ) from None
     return evaluations
 

@@ -318,8 +318,6 @@ class _Sequence:
             self._tell(line)
         if folder is not None:
             write_tasks(folder.path, self.setup.tasks)
-        uses = ", ".join(self.setup.uses) or "nothing"
-        _log.info("%s uses beyond the tasks and the start model: %s", config.method, uses)
         if world.size > 1:
             images = world.size * config.batch_size
             _log.info("%d processes, %d images in a batch", world.size, images)

@@ -215,10 +215,6 @@ def test_the_commands_ask_for_what_there_is(
     assert proof[1:] == ["-m", "mulki", "prove", "--limit", "60"]
 
 
-def test_whole_rows_of_many_programs_come_before_what_may_be_out_of_time() -> None:
-    assert module("small").SHAPES[1:3] == ("8192x60x512", "8192x30x1280")
-
-
 def test_a_rehearsal_has_the_same_steps_and_touches_no_gpu_and_no_proof(tmp_path: Path) -> None:
     plan = module("plan").Plan(machine(rehearsal=True), tmp_path)
     assert plan.variables["CUDA_VISIBLE_DEVICES"] == ""

@@ -289,7 +289,7 @@ def test_a_share_changes_nothing_where_files_say_the_split(
     assert one.test_fraction is two.test_fraction is None
     assert one.fingerprint() == two.fingerprint() == csv_task(write()).fingerprint()
     # An empty cell is a mistake, and no file without splits.
-    refused(write([*ROWS, "images/e.png,crow,"]), 'split "" came', test_fraction=0.5)
+    refused(write([*ROWS, "images/e.png,crow,"]), 'got the split ""', test_fraction=0.5)
 
 
 def test_rows_that_cannot_be_divided(write: Callable[..., Path], folder: Path) -> None:

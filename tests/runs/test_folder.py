@@ -390,7 +390,7 @@ def test_checkpoint_paths(tmp_path: Path, index: int, task: str, name: str) -> N
 
 
 def test_checkpoints_count_from_one(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="0 came"):
+    with pytest.raises(ValueError, match="^index: got 0, wanted"):
         make(tmp_path).checkpoint_path(0, "digits")
 
 

@@ -102,6 +102,6 @@ def test_a_sharded_run_goes_on_with_the_same_bits(
         start = fault or ["-m", "mulki", "--"]
         done = torchrun(2, f"--max-restarts={restarts}", *start, *given)
         assert done.returncode == 0, done.stderr
-    assert "goes on after 1 tasks and 7 steps" in (tmp_path / "killed" / "out.log").read_text()
+    assert "goes on after 1 task and 7 steps" in (tmp_path / "killed" / "out.log").read_text()
     weights = [load_file(tmp_path / name / LAST) for name in ("killed", "whole")]
     assert same_state(*weights)

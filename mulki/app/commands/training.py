@@ -24,13 +24,15 @@ def prepare_process() -> None:
     handler.addFilter(lambda record: not _printed_already(record.name))
     handler.setFormatter(PrintableFormatter("mulki: %(message)s"))
     logging.basicConfig(handlers=[handler])
-    logging.getLogger("huggingface_hub.utils._http").addFilter(_is_no_retry)
+    logging.getLogger("huggingface_hub.utils._http").addFilter(_is_news)
 
 
-def _is_no_retry(record: logging.LogRecord) -> bool:
-    # Each retry of the hub is two lines, and the error after the last one says what they say.
+def _is_news(record: logging.LogRecord) -> bool:
+    # Each retry of the hub is two lines. One is enough, and a run that fails says why at its end.
     text = record.getMessage()
-    return "Retrying in " not in text and " thrown while requesting " not in text
+    if "Retrying in " in text:
+        return "[Retry 1/" in text
+    return " thrown while requesting " not in text
 
 
 def _printed_already(logger: str) -> bool:

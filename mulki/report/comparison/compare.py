@@ -107,7 +107,7 @@ def _without_others(paths: Sequence[Path], warnings: list[str]) -> list[Path]:
             "folders that mulki run has written"
         )
     if others:
-        warnings.append(f"no runs, left out: {', '.join(map(str, others))}")
+        warnings.append(f"{', '.join(map(str, others))}: left out, not the folder of a run")
     return [path for path in paths if path not in others]
 
 

@@ -149,8 +149,8 @@ def _length(recipe: Mapping[str, Any]) -> str:
 
 
 _STAYS = """
-In another folder than the one it was written to, `open_clip_config.json` still names that one; then
-`mulki.load("THIS_FOLDER").clip.clip` is the model of open_clip.
+If this folder was moved, open_clip alone does not find all of the model; then
+`mulki.load("THIS_FOLDER").clip.clip` is that of open_clip.
 """
 _CARD = """---
 library_name: open_clip

@@ -177,6 +177,8 @@ def prepared(
             if resume is not None:
                 saved = read_save(Path(resume), world)
             setup = _read(settings, method, precision, world, tasks, stand_ins, write, checked)
+            if method.trains and resume is None and settings.run.continue_ is None:
+                warn_of_what_is_left_behind(settings.run)
             facts = same_in_all(settings, setup.tasks, setup.hashes)
             facts["precision"] = precision.name
             if resume is not None:
@@ -213,8 +215,6 @@ def _read(
     with checks_reported(checked if world.main else lambda done, total: None):
         data = load_data(settings, method, world.size, tasks, stand_ins, learned)
     load = load_start if stand_ins is None else stand_ins.model
-    if goes_on is None:
-        warn_of_what_is_left_behind(config)
     # Last, since it can take minutes.
     model = _load_model(config, method, precision, world, load)
     original = load_original(config, model, model.device, load)

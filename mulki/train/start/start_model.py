@@ -67,11 +67,14 @@ def warn_of_what_is_left_behind(config: RunConfig) -> None:
         config.model.startswith(_FOLDER) or is_checkpoint(config.model)
     ):
         return
-    said = description_of(path)
+    try:
+        said = description_of(path)
+    except InputError:
+        return  # what it says of itself is of no use to this run
     if said is not None and said.tasks:
         _log.warning(
-            "--model: %s has learned %s; this run takes neither the recipe nor the original model "
-            "of that one: pass --continue %s for both, or --original for the model alone",
+            "--model: %s has learned %s; this run takes its weights, and neither its recipe nor "
+            "its original model: pass --continue %s for all of it, or --original for that model",
             config.model,
             ", ".join(task.name for task in said.tasks),
             path,

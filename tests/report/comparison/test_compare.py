@@ -267,7 +267,7 @@ def test_what_is_no_run_is_refused_or_left_out(make: Make, tmp_path: Path) -> No
     empty.mkdir()
     page.touch()  # no file of a grid
     found = compare([empty, good, page])
-    assert found.warnings == (f"no runs, left out: {empty}, {page}",)
+    assert found.warnings == (f"{empty}, {page}: left out, not the folder of a run",)
     assert [group.runs[0].path for group in found.sections[0].groups] == [good]
     for bad in ([gone, good], [good, empty, gone], [empty], [page, empty]):
         with pytest.raises(InputError, match=f"^{gone if gone in bad else bad[0]}: "):

@@ -38,8 +38,8 @@ def test_the_card_says_what_was_learned() -> None:
     card = SAID.card()
     assert "| birds | 2 | 51.2 % |" in card and "| a\\|b | captions | - |" in card
     assert "- birds: jay, owl" in card and "2 epochs a task" in card and "license: other" in card
-    assert "Not learned" not in card and "another folder" not in card
-    assert "clip.clip` is the model of open_clip" in SAID.card(moves=False)
+    assert "Not learned" not in card and "was moved" not in card
+    assert "clip.clip` is that of open_clip" in SAID.card(moves=False)
     more = Description(TASKS, SAID.recipe, "ab", {"birds": 51.25, "new": 3.0})
     assert "Not learned: new 3.0 %." in more.card()
 

@@ -10,7 +10,12 @@ from mulki.clip import models
 from mulki.errors import InputError
 from mulki.train.config.run_config import RunConfig, resolve
 from mulki.train.saving.checkpoints import load_checkpoint
-from mulki.train.start.start_model import check_start, is_checkpoint, load_start
+from mulki.train.start.start_model import (
+    check_start,
+    is_checkpoint,
+    load_start,
+    warn_of_what_is_left_behind,
+)
 from tests.train.run_helpers import Run
 from tests.train_helpers import same_state, state_of
 
@@ -38,8 +43,16 @@ def test_a_run_and_its_checkpoints_are_start_models(
     for path in (first.path, first.latest, last):
         assert same_state(state_of(load_start(str(path))), wanted)
     second = run("second", model=str(first.path), method="finetune")
-    assert f"{first.path} has learned colours, shades; this run takes neither" in caplog.text
-    assert f"pass --continue {first.path} for both" in caplog.text
+    assert f"{first.path} has learned colours, shades; this run takes its weights" in caplog.text
+    assert f"pass --continue {first.path} for all of it" in caplog.text
+    caplog.clear()
+    given = {"model": str(first.path), "original": "tiny-vit", "original_pretrained": "none"}
+    for options in ({"method": "zero_shot"}, given):
+        run(**{"model": str(first.path), "method": "lwf", "name": None, **options})
+    assert "has learned" not in caplog.text
+    start = RunConfig(model=f"local-dir:{first.latest}")
+    warn_of_what_is_left_behind(start)
+    assert "local-dir:" in caplog.text
     assert second.matrix.zero_shot == first.matrix.rows[-1]
     with pytest.raises(InputError, match="^--pretrained: .*brings its own weights"):
         load_start(str(last), "openai")

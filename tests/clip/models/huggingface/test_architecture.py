@@ -66,7 +66,7 @@ def test_an_inner_width_that_is_no_multiple_stays_exact() -> None:
         (clip_model, {}, {"num_channels": 1}, "1 channels"),
         (clip_model, {"hidden_act": "relu"}, {"hidden_act": "relu"}, "relu"),
         (siglip_model, {}, {"vision_use_head": False}, "vision_use_head"),
-        (siglip_model, {}, {"layer_norm_eps": 1e-3}, "layer_norm_eps 0.001"),
+        (siglip_model, {}, {"layer_norm_eps": 1e-3}, "layer_norm_eps: got 0.001"),
         (siglip_model, {"projection_size": 8}, {}, "8 features .* 24"),
     ],
 )
@@ -78,7 +78,7 @@ def test_what_open_clip_has_not(make: Any, text: Any, vision: Any, words: str) -
 def test_other_models_and_damage() -> None:
     with pytest.raises(InputError, match="bert"):
         architecture_of({"model_type": "bert"})
-    with pytest.raises(InputError, match="model_type None"):
+    with pytest.raises(InputError, match="model_type: got None"):
         architecture_of({})
     with pytest.raises(InputError, match="not a configuration of clip"):
         architecture_of({"model_type": "clip", "text_config": {"hidden_size": "wide"}})
