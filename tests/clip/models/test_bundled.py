@@ -18,6 +18,7 @@ from mulki.clip.models import BUNDLED
 from mulki.clip.models import bundled as bundled_module
 from mulki.errors import InputError
 from mulki.train.saving.checkpoints import publish, save_weights
+from mulki.train.saving.description import Description
 from tests.clip.models.model_helpers import PROMPTS, bad_checkpoint, hf_architecture
 from tests.train_helpers import same_state, state_of
 
@@ -81,7 +82,9 @@ def test_a_checkpoint_of_the_bundled_model_that_was_moved(bundled: Path, tmp_pat
     """open_clip knows its text tower by an absolute path, and no file of it is written over."""
     model = models.load(BUNDLED)
     save_weights(model, tmp_path / "w.safetensors")
-    publish(model, tmp_path / "w.safetensors", tmp_path / "old")
+    said = Description((), {}, "", {})
+    publish(model, tmp_path / "w.safetensors", tmp_path / "old", description=said)
+    assert "If this folder was moved" in (tmp_path / "old" / "README.md").read_text()
     moved = tmp_path / "new"
     shutil.move(tmp_path / "old", moved)
     before = (moved / "open_clip_config.json").read_bytes()
