@@ -26,6 +26,8 @@ METHODS: dict[tuple[str, str], _Options] = {
     (BUNDLED, "snd"): {"lr": 2e-4, "previous_weight": 9.0, "zero_shot_weight": 0.5},
     (BUNDLED, "wise_ft"): {"lr": 1e-4, "alpha": 0.8},
     (BUNDLED, "zscl"): {"lr": 1e-4, "image_loss": 0.6, "text_loss": 0.6},
+    (BUNDLED, "er"): {"lr": 5e-5, "replay_weight": 1.0},
+    (BUNDLED, "ewc"): {"lr": 1e-4, "ewc_lambda": 1e4},
     # The relation of texts was not measured beside the others.
     (BUNDLED, "mulki"): {"lr": 2e-4, "l2": 0.1, "text_text": 0.0},
 }
