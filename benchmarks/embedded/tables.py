@@ -46,8 +46,8 @@ _CHOICES = {
     "tune": (
         "Tuning",
         "First three tasks of order I alone, with label smoothing 0.2, er and ewc without; mean "
-        "over two seeds. The best point of finetune, wise_ft, er and ewc is their preset; from that "
-        "of the others their strength was chosen.",
+        "over two seeds. The best point of finetune, wise_ft, er and ewc is their preset; from "
+        "that of the others their strength was chosen.",
     ),
     "strength": (
         "Strength",
