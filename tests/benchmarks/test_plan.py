@@ -225,7 +225,7 @@ def test_compile_stores_the_logits_of_each_model_and_direction():
     assert stored("contrastive", 4, 4, torch.bfloat16) == 2 * size
     assert stored("similarity", 4, 4, torch.bfloat16) == 0
     # Of contrastive: both matrices are read twice, and a G of each is written.
-    moved = [one.moved for one in plan.compiled("contrastive", 4, 4, 8, torch.bfloat16)[-3:]]
+    moved = [one.bytes for one in plan.compiled("contrastive", 4, 4, 8, torch.bfloat16)[-3:]]
     assert moved == [2 * size, 4 * size, 8]
 
 
