@@ -46,9 +46,9 @@ def test_a_run_and_its_checkpoints_are_start_models(
     assert f"{first.path} has learned colours, shades; this run takes its weights" in caplog.text
     assert f"pass --continue {first.path} for all of it" in caplog.text
     caplog.clear()
-    given = {"model": str(first.path), "original": "tiny-vit", "original_pretrained": "none"}
-    for options in ({"method": "zero_shot"}, given):
-        run(**{"model": str(first.path), "method": "lwf", "name": None, **options})
+    run("same", model=str(first.path), method="zero_shot")
+    given = {"original": "tiny-vit", "original_pretrained": "none"}
+    run("third", model=str(first.path), method="mulki", **given)
     assert "has learned" not in caplog.text
     start = RunConfig(model=f"local-dir:{first.latest}")
     warn_of_what_is_left_behind(start)
