@@ -5,7 +5,6 @@ A file, a class or a member of an archive can have a name that moves the cursor 
 
 from __future__ import annotations
 
-import inspect
 import logging
 import re
 import sys
@@ -27,22 +26,6 @@ def printable(text: str, keep: str = "") -> str:
 def say(line: str, file: TextIO | None = None) -> None:
     """Print one line, on standard output by default, see `printable`."""
     print(printable(line), file=file or sys.stdout)
-
-
-def arguments_shown(module: object, **values: object) -> str:
-    """The arguments of a module that are not the defaults, for its `extra_repr`.
-
-    Args:
-        module: has them as attributes.
-        values: of arguments of which that is not so.
-    """
-    shown = []
-    for argument in inspect.signature(type(module)).parameters.values():
-        name, default = argument.name, argument.default
-        value = values.get(name, getattr(module, name, default))
-        if repr(value) != repr(default):
-            shown.append(f"{name}={value!r}")
-    return ", ".join(shown)
 
 
 class PrintableFormatter(logging.Formatter):

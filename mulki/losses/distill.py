@@ -12,7 +12,7 @@ from mulki.losses.clip import ClipLoss
 from mulki.losses.pairs import Columns, Pairs, Shard
 from mulki.ops import checks, pair_kl, teacher_kl
 from mulki.ops.gates import Weighting
-from mulki.printing import arguments_shown
+from mulki.representation import arguments_shown
 
 Losses = tuple[Tensor, Tensor] | dict[str, Tensor]
 Number = Tensor | float

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mulki.distributed import collectives
 from mulki.ops import checks
 from mulki.ops.logits import Operands
-from mulki.printing import arguments_shown
+from mulki.representation import arguments_shown
 from mulki.similarity import Similarity
 
 # Half precision leaves rows that were normalised within this of norm 1.

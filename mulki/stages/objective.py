@@ -26,7 +26,7 @@ from mulki.clip.features import Features
 from mulki.functional import prototype_cross_entropy
 from mulki.ops import checks
 from mulki.ops.gates import Weighting
-from mulki.printing import arguments_shown
+from mulki.representation import arguments_shown
 from mulki.stages import adding, anchors, distinguishing, eliciting, pairs
 
 HoldOn = Literal["made", "task", "both"]
