@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from functools import partial
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +42,6 @@ class Blocks:
     """The blocks of a plan, and the memory in which one lies at a time."""
 
     def __init__(self, models: Sequence[Model], plan: schedule.Plan) -> None:
-        self.models = models
         x, w = models[0]
         self.n, self.p = x.shape[0], w.shape[0]
         self.rows, self.columns = min(plan.rows, self.n), min(plan.columns, self.p)
@@ -49,12 +49,12 @@ class Blocks:
         rows = round_up(self.rows, ROW_MULTIPLE)
         # The interpreter computes bfloat16 in float32.
         dtype = torch.float32 if common.upcast(models) else x.dtype
-        self.of_models = common.empty_float32(x, len(models), rows, self.stride).unbind()
+        logits = common.empty_float32(x, len(models), rows, self.stride)
+        self.of_models, self._products = logits.unbind(), products_of(models, logits)
         self.g = self.of_models[0].view(dtype)
         self.architecture = common.architecture(x.device)
         # A view takes the host a microsecond, and chunks have most of theirs in common.
-        self._prototypes: dict[tuple[int, int], list[Tensor]] = {}
-        self._logits: dict[tuple[int, int], list[Tensor]] = {}
+        self._views: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
 
     def __iter__(self) -> Iterator[list[Block]]:
         """The blocks of a chunk of rows, for one chunk after another."""
@@ -72,18 +72,17 @@ class Blocks:
         """Columns that a row has memory for."""
         return min(round_up(columns, COLUMN_MULTIPLE), self.stride)
 
-    def compute_logits(self, block: Block) -> list[Tensor]:
-        """Y of every model, which the next block takes the memory of."""
-        columns, size = block[2:], (block.last - block.first, block.stop - block.start)
-        if columns not in self._prototypes:
-            self._prototypes[columns] = [w[block.start : block.stop].mT for _, w in self.models]
-        if size not in self._logits:
-            self._logits[size] = [y[: size[0], : size[1]] for y in self.of_models]
-        for (x, _), w, y in zip(
-            self.models, self._prototypes[columns], self._logits[size], strict=True
-        ):
-            multiply(x[block.first : block.last], w, y)
-        return self._logits[size]
+    def compute_logits(self, block: Block) -> None:
+        """Write Y of every model, over those of the block before."""
+        first, last, start, stop = block
+        key = last - first, start, stop
+        if key not in self._views:
+            self._views[key] = [
+                (w[..., start:stop, :].mT, y[..., : last - first, : stop - start])
+                for _, w, y in self._products
+            ]
+        for (x, *_), of_block in zip(self._products, self._views[key], strict=True):
+            multiply(x[..., first:last, :], *of_block)
 
     def visit(
         self,
@@ -106,6 +105,29 @@ class Blocks:
                 launch_kernel(block)
             if gradients is not None:
                 gradients.add(self.g, block)
+
+
+def products_of(models: Sequence[Model], logits: Tensor) -> Sequence[tuple[Tensor, ...]]:
+    """X, W and Y of each product: of a model, or where they lie so, of all of them or all teachers.
+
+    Several models are one batched product, [M, N, D] times [M, D, P], where their operands are at
+    equal distances in one memory already. To copy them there would take as many launches.
+    """
+    each = [(*model, y) for model, y in zip(models, logits, strict=True)]
+    for start in range(len(models) - 1):
+        x, w = (_stacked(of_models) for of_models in zip(*models[start:], strict=True))
+        if x is not None and w is not None:
+            return [*each[:start], (x, w, logits[start:])]
+    return each
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor | None:
+    first = tensors[0]
+    kinds = {(t.untyped_storage()._cdata, t.dtype, t.shape, t.stride()) for t in tensors}
+    gaps = {b.storage_offset() - a.storage_offset() for a, b in pairwise(tensors)}
+    if len(kinds) > 1 or len(gaps) > 1 or min(gaps) < 0:
+        return None
+    return first.as_strided((len(tensors), *first.shape), (*gaps, *first.stride()))
 
 
 class OperandGradients:
@@ -149,20 +171,13 @@ class OperandGradients:
 
     def finished(self) -> list[Tensor]:
         """dX and dW; empty where not wanted."""
-        out = [
-            self.model.features.new_empty(0 if t is None else t.shape, dtype=self.dtype)
-            if t is None or t.dtype != self.dtype
-            else t
-            for t in self.sums
-        ]
-        pairs = [(t, to) for t, to in zip(self.sums, out, strict=True) if t is not None]
-        if self.factors.largest is not None:
-            scale_results(pairs, self.factors)
-        else:
-            for t, to in pairs:
-                if to is not t:
-                    to.copy_(t)
-        return out
+        new = partial(self.model.features.new_empty, dtype=self.dtype)
+        if self.factors.largest is None:
+            return [new(0) if t is None else t.to(self.dtype) for t in self.sums]
+        given = [t for t in self.sums if t is not None]
+        found = [t if t.dtype == self.dtype else new(t.shape) for t in given]
+        scale_results(list(zip(given, found, strict=True)), self.factors)
+        return [new(0) if t is None else found.pop(0) for t in self.sums]
 
 
 class BlockKernel(ABC):

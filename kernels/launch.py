@@ -38,7 +38,7 @@ class Launch(NamedTuple):
 
 
 class Product(NamedTuple):
-    """A product of the library that was recorded: [m, k] times [k, n]."""
+    """A product of the library that was recorded: [m, k] times [k, n], or a batch of such."""
 
     a: Tensor
     b: Tensor
@@ -107,19 +107,21 @@ class Repeated:
 def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
     """Write a b to `out`, or add it to what is there; `out` is float32 or of the operands' dtype.
 
-    float32 is multiplied as torch's setting says. The interpreter's CPU multiplies in float32.
+    Operands are matrices, or for products that are not added batches of them. float32 is multiplied
+    as torch's setting says. The interpreter's CPU multiplies in float32.
     """
     if _recorded is not None:
         _recorded.append(Product(a, b, out, add))
         return
     if a.device.type == "cpu":
         a, b = a.to(out.dtype), b.to(out.dtype)
+    product = torch.mm if a.dim() == 2 else torch.bmm
     if a.dtype == out.dtype:
-        out.addmm_(a, b) if add else torch.mm(a, b, out=out)
+        out.addmm_(a, b) if add else product(a, b, out=out)
     elif add:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
+        product(a, b, out_dtype=out.dtype, out=out)
 
 
 @contextmanager

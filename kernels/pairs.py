@@ -274,10 +274,9 @@ def _sides_of(
     teachers: Teachers, models: Sequence[Model], factors: Factors, loss: Tensor
 ) -> _Sides:
     n, sides = loss.shape[0], common.empty_float32(loss, 2, loss.shape[0])
-    given, own = teachers.given_weights, None
-    if given is None and teachers.labelled:
-        own = torch.arange(n, device=loss.device)
-    both = []
+    given, both = teachers.given_weights, []
+    labelled = given is None and teachers.labelled
+    own = torch.arange(n, device=loss.device) if labelled else None
     for side in range(2):
         weights = None if given is None else given[side]
         inputs = Inputs(factors.scale, teachers.scales, target=own, weights=weights)

@@ -145,17 +145,13 @@ def load_state(state_ptr, state_rows, samples, kept, MODELS: tl.constexpr):
 
 
 @triton.jit
-def store_state(state_ptr, state_rows, samples, inside, statistics):
-    """Write statistics of rows; `store_targets` writes v at their targets."""
+def store_state(state_ptr, state_rows, samples, inside, statistics, target_values):
+    """Write statistics of rows, and v at their targets."""
     for m in tl.static_range(len(statistics.tops)):
         at = state_ptr + 5 * m * state_rows + samples
         tl.store(at, statistics.tops[m], mask=inside)
         tl.store(at + state_rows, statistics.sums[m], mask=inside)
         tl.store(at + 2 * state_rows, statistics.moments[m], mask=inside)
         tl.store(at + 3 * state_rows, statistics.cross_moments[m], mask=inside)
-
-
-@triton.jit
-def store_targets(state_ptr, state_rows, samples, inside, target_values):
     for m in tl.static_range(len(target_values)):
         tl.store(state_ptr + (5 * m + 4) * state_rows + samples, target_values[m], mask=inside)

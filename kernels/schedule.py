@@ -186,10 +186,8 @@ def _launches(problem: Problem, plan: Plan) -> Iterator[tuple[int, float]]:
     for width in problem.widths:
         times = 2 if statistics and problem.gradient else 1
         moved = size * width * (rows + columns) + 4 * rows * columns
-        yield (
-            times * blocks,
-            launch_seconds(rates, padded_operations(rows, width, columns), moved, held),
-        )
+        one = launch_seconds(rates, padded_operations(rows, width, columns), moved, held)
+        yield times * blocks, one
     if problem.gradient:
         yield blocks, launch_seconds(rates, 0, logits + of_g, held, rows)
         # The first is written to, the others are added.

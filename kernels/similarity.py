@@ -97,9 +97,8 @@ def project(
             columns = k + tl.arange(0, COLUMNS)
             within = (columns < d)[None, :]
             a = tl.load(a_ptr + samples[:, None] * d + columns[None, :], mask=within, other=0.0)
-            x = tl.load(
-                x_ptr + samples[:, None] * x_stride + columns[None, :], mask=within, other=0.0
-            )
+            x_at = x_ptr + samples[:, None] * x_stride + columns[None, :]
+            x = tl.load(x_at, mask=within, other=0.0)
             out = scale * inverse_norm[:, None] * (a - x.to(tl.float32) * drop[:, None])
             at = out_ptr + samples[:, None] * d + columns[None, :]
             tl.store(at, out.to(out_ptr.dtype.element_ty), mask=within & inside[:, None])
@@ -160,7 +159,8 @@ def _matrix(
     blocks = Blocks([model], schedule.plan(problem))
     for block in chain.from_iterable(blocks):
         rows, columns = slice(block.first, block.last), slice(block.start, block.stop)
-        (y,) = blocks.compute_logits(block)
+        blocks.compute_logits(block)
+        y = blocks.of_models[0][: block.last - block.first, : block.stop - block.start]
         if of_rows is not None and of_columns is not None:
             y.mul_(of_rows[rows, None]).mul_(of_columns[None, columns])
         torch.mul(y, scale, out=z[rows, columns])

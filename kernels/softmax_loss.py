@@ -26,15 +26,7 @@ from .common import ceil_div
 from .launch import Repeated
 from .products import jit_kernel, load_logits, store_gradient
 from .row_softmax import Rows, active_columns, logit_gradient, model_scales, row_loss
-from .row_statistics import (
-    add_lanes,
-    combine_lanes,
-    first_lanes,
-    load_state,
-    merge,
-    store_state,
-    store_targets,
-)
+from .row_statistics import add_lanes, combine_lanes, first_lanes, load_state, merge, store_state
 from .sums import logit_factor
 
 if TYPE_CHECKING:
@@ -63,15 +55,13 @@ def _tiles(row_ptrs, signs, columns, column_stride, loaded, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _target_values(
-    row_ptrs, signs, target, inside, p, column_stride, WITH_TARGET: tl.constexpr
-):  # fmt: skip
+def _target_values(row_ptrs, signs, target, inside, p, column_stride, WITH: tl.constexpr):
     """v of every model at the target of each row; 0 where it is not in the block."""
     values = ()
     here = inside & (target >= 0) & (target < p)
     for m in tl.static_range(len(row_ptrs)):
         value = tl.zeros(inside.shape, tl.float32)
-        if WITH_TARGET:
+        if WITH:
             at = row_ptrs[m] + tl.where(here, target, 0) * column_stride
             value = signs[m] * tl.load(at, mask=here, other=0.0)
         values = values + (value,)
@@ -154,8 +144,7 @@ def stored_rows(
                     values = values + (old_values[m] + target_values[m],)
                 target_values = values
                 tl.debug_barrier()  # other threads read what is written over
-                store_state(state_ptr, state_rows, samples, inside, statistics)
-                store_targets(state_ptr, state_rows, samples, inside, target_values)
+                store_state(state_ptr, state_rows, samples, inside, statistics, target_values)
         else:
             statistics, target_values = load_state(state_ptr, state_rows, samples, inside, MODELS)
         of_g = row_loss(

@@ -94,14 +94,21 @@ class Counts:
 
 
 def counts(
-    operator: str, n: int, p: int, d: int, number_format: str, in_graph: bool = False
+    operator: str,
+    n: int,
+    p: int,
+    d: int,
+    number_format: str,
+    in_graph: bool = False,
+    one_memory: bool = False,
 ) -> Counts:
     """Of a step by our kernels, from the public function to the gradients of its leaves.
 
     Args:
         in_graph: what a CUDA graph has of it.
+        one_memory: whether the features of all models lie beside each other, and their prototypes.
     """
-    step = step_of(operator, n, p, d, number_format)
+    step = step_of(operator, n, p, d, number_format, one_memory=one_memory)
     captured = mock.patch.object(prepared, "is_capturing", lambda: in_graph)
     with precision("sm_90", number_format), recording("sm_90") as launches, on_meta(), captured:
         extra = _observed(step, launches)
@@ -110,7 +117,13 @@ def counts(
 
 
 def step_of(
-    operator: str, n: int, p: int, d: int, number_format: str, upstream: Tensor | None = None
+    operator: str,
+    n: int,
+    p: int,
+    d: int,
+    number_format: str,
+    upstream: Tensor | None = None,
+    one_memory: bool = False,
 ) -> Callable[[], Sequence[Tensor]]:
     """A step of training of a public function, on tensors of the device "meta"; see `on_meta`.
 
@@ -119,6 +132,8 @@ def step_of(
     """
     dtype = NUMBER_FORMATS[number_format][0]
     pairs = [(_meta(n, d, dtype=dtype), _meta(p, d, dtype=dtype)) for _ in range(3)]
+    if one_memory:
+        pairs = list(zip(_meta(3, n, d, dtype=dtype), _meta(3, p, d, dtype=dtype), strict=True))
     leaves = [t.requires_grad_() for t in (*pairs[0], _meta())]
     target, bias = _meta(n, dtype=torch.int64), _meta().requires_grad_()
     if operator == "similarity":
@@ -210,12 +225,13 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def _work(launch: Launch | Product, size: int) -> Work:
     """`size` is the operations of a product."""
     if isinstance(launch, Product):
-        (m, k), n = launch.a.shape, launch.b.shape[1]
+        *batch, m, k = launch.a.shape
+        count, n = math.prod(batch), launch.b.shape[-1]
         read = (launch.a, launch.b, launch.out, *([launch.out] if launch.add else []))
         again = _bytes(launch.a) * (ceil_div(n, TILE) - 1)
         again += _bytes(launch.b) * (ceil_div(m, TILE) - 1)
-        padded, moved = padded_operations(m, k, n), sum(map(_bytes, read))
-        return Work("library", 2 * m * n * k, padded, moved, _held(read), again=again)
+        padded, moved = count * padded_operations(m, k, n), sum(map(_bytes, read))
+        return Work("library", 2 * count * m * n * k, padded, moved, _held(read), again=again)
     tensors = [t for t in tree_leaves(launch.arguments) if isinstance(t, Tensor)]
     once = {id(t): t for t in tensors}.values()
     name, given, programs = launch.kernel.__name__, launch.arguments, math.prod(launch.grid)

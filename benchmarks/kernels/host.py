@@ -65,7 +65,7 @@ def nothing(*arguments: object, **options: object) -> None:
 @contextmanager
 def idle(plan: schedule.Plan | None = None) -> Iterator[None]:
     """Launches and products do nothing; with a plan, all losses take that one."""
-    products = (torch, "mm"), (torch, "addmm"), (torch.Tensor, "addmm_")
+    products = (torch, "mm"), (torch, "bmm"), (torch, "addmm"), (torch.Tensor, "addmm_")
     compile_kernel = triton.compiler.compile
 
     def compile_nothing(src: Any, **options: Any) -> Any:

@@ -51,6 +51,13 @@ def key_of(values: Sequence[Any], *also: Any) -> tuple[Key, list[Tensor]]:
     tensors: list[Tensor] = []
     key = [*also, is_capturing()]
     _add(values, key, tensors)
+    # Models whose operands lie in one memory may be one product.
+    first: dict[int, tuple[int, Any]] = {}
+    for i, t in enumerate(tensors):
+        if t.dim() == 2:
+            offset = t.storage_offset()
+            of, start = first.setdefault(t.untyped_storage()._cdata, (i, offset))
+            key += of, offset - start
     return tuple(key), tensors
 
 

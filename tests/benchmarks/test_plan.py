@@ -154,6 +154,15 @@ def test_a_step_counts_what_autograd_launches():
     assert other.operations == 2 * 64 * 100 * 512 < other.padded == 2 * 128 * 64 * 512
 
 
+@pytest.mark.parametrize(("n", "p", "saved"), [(256, 1000, 2), (8192, 8192, 26), (64, 100, 0)])
+def test_models_in_one_memory_take_one_product(n, p, saved):
+    """Of each block; where P is small, one launch has the logits of all models anyway."""
+    apart = counts("dual_teacher_kl", n, p, 512, "bf16")
+    together = counts("dual_teacher_kl", n, p, 512, "bf16", one_memory=True)
+    assert apart.launches - together.launches == saved
+    assert together.products == apart.products and together.bytes == apart.bytes
+
+
 def test_a_launch_takes_the_longest_of_products_and_bytes_and_a_gap():
     card, rates = CARDS["H100"], H100["half"]
 

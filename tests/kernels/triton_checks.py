@@ -62,6 +62,26 @@ def moved(value: Any, device: str) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
+def in_one_memory(case: Case, backwards: bool = False) -> Case:
+    """A case whose teachers are as wide as the student, with X and W of all models in one memory.
+
+    Args:
+        backwards: whether the student lies last.
+    """
+    x, w, scale, *of_teachers = case.args
+
+    def laid(of_models: list[Tensor]) -> list[Tensor]:
+        (n, d), order = of_models[0].shape, slice(None, None, -1 if backwards else 1)
+        memory = of_models[0].new_full((len(of_models), n, d + 4), torch.nan)  # rows are apart
+        places = list(memory[..., :d])[order]
+        for place, operand in zip(places, of_models, strict=True):
+            place.copy_(operand[:, :d])
+        return places
+
+    (x, *teacher_x), (w, *teacher_w) = laid([x, *of_teachers[0]]), laid([w, *of_teachers[1]])
+    return Case(case.op, (x, w, scale, teacher_x, teacher_w, *of_teachers[2:]))
+
+
 def rows_and_gradients(name: str, number_format: NumberFormat, shape: Shape, device: str) -> None:
     """The loss of each row, or the similarity, and gradients for an upstream gradient per row."""
     case = make(name, number_format.dtype, *shape)

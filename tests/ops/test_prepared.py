@@ -77,13 +77,27 @@ def test_a_copy_that_torch_calls_a_view_is_a_copy(inference):
     assert call.calls == 2
 
 
-def test_a_tensor_given_twice_is_two_for_later_calls():
+def test_a_tensor_given_twice_is_two_tensors_of_a_call():
     call = Counted()
-    x, others, factor = arguments()
-    for _ in range(2):
+    for seed in range(3):
+        x, _, factor = arguments(seed)
         same(call.ask(x, [x, x], factor), sums(x, [x, x], factor))
+    x, others, factor = arguments()
     same(call.ask(x, others, factor), sums(x, others, factor))
-    assert call.calls == 2
+    assert call.calls == 3
+
+
+def test_calls_whose_tensors_lie_otherwise_in_one_memory_are_apart():
+    def summed(both):
+        return (both[0].as_strided((2, 4, 3), (distance, 3, 1)).sum(0),)
+
+    for distance in (12, 18):
+        call = Counted(summed)
+        for seed in range(4):
+            memory = torch.randn(40, generator=torch.Generator().manual_seed(seed))
+            both = [memory[i * distance + 1 :][:12].view(4, 3) for i in range(2)]
+            torch.testing.assert_close(call.ask(both)[0], both[0] + both[1])
+        assert call.calls == 2
 
 
 def test_whatever_changes_a_call_is_in_its_key(monkeypatch):

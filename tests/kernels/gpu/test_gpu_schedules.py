@@ -5,11 +5,16 @@ from __future__ import annotations
 import pytest
 
 from mulki.kernels import schedule
+from tests.kernels.triton_cases import make
 from tests.kernels.triton_checks import (
     NUMBER_FORMATS,
     every_plan,
+    in_one_memory,
+    moved,
+    precision,
     totals_and_gradients,
 )
+from tests.kernels.triton_helpers import all_close, backward, call, close
 
 pytestmark = pytest.mark.gpu
 
@@ -40,3 +45,15 @@ def test_tiles_of_stored_logits(name, p, number_format):
 @pytest.mark.parametrize("name", NAMES)
 def test_chunks_of_many_rows(name, number_format):
     totals_and_gradients(name, number_format, (5000, 1100, 64), "cuda")
+
+
+@pytest.mark.parametrize("p", [1000, 30000])
+def test_models_whose_operands_lie_in_one_memory(p, number_format):
+    case = in_one_memory(make("kl_label", number_format.dtype, 70, p, 64))
+    here, upstream = in_one_memory(moved(case, "cuda")), case.upstream()
+    rows, gradients = case.expected(upstream)
+    with precision(number_format):
+        found = call(here.op, *here.args)[0]
+        made = backward(here, upstream.to("cuda"))
+    close(found.cpu(), rows, number_format.sums)
+    all_close([g.cpu() for g in made[:2]], gradients[:2], number_format.operands)

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from mulki.kernels import common, schedule, sums
+from mulki.kernels import chunks, common, schedule, sums
 from mulki.kernels.schedule import Plan
 from tests.kernels.triton_cases import Case, make
+from tests.kernels.triton_checks import in_one_memory
 from tests.kernels.triton_helpers import TOLERANCE, all_close, backward, call, close, error, reduced
 
 FLOAT = TOLERANCE[torch.float32]
@@ -147,3 +148,30 @@ def test_a_nan_in_a_late_column_reaches_the_loss(plan, take):
     args[1] = args[1].clone()
     args[1][33] = torch.nan
     assert call(case.op, *args)[0].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("plan", [PLANS[1], PLANS[4]], ids=named)
+@pytest.mark.parametrize("name", ["kl_blend", "pairs_weights"])
+@pytest.mark.parametrize(
+    ("lie", "batches"), [("together", [3]), ("teachers together", [2]), ("backwards", [])]
+)
+def test_models_whose_operands_lie_in_one_memory_are_one_product(
+    lie, batches, name, plan, dtype, take, monkeypatch
+):
+    found, multiply = [], chunks.multiply
+
+    def counted(a, b, out, add=False):
+        if not add and out.dtype == torch.float32 and a.dim() == 3:
+            found.append(len(a))
+        multiply(a, b, out, add)
+
+    monkeypatch.setattr(chunks, "multiply", counted)
+    case = in_one_memory(make(name, dtype), backwards=lie == "backwards")
+    if lie == "teachers together":
+        case.args = (case.args[0].clone(), *case.args[1:])
+    rows, of_rows = case.expected(case.upstream())
+    take(plan)
+    close(call(case.op, *case.args)[0], rows, TOLERANCE[dtype])
+    all_close(backward(case, case.upstream()), of_rows, TOLERANCE[dtype] * 2)
+    assert set(found) == set(batches)
