@@ -130,6 +130,12 @@ HELD: dict[str, Options] = {
     "anchors 0.5, both of these": _BEST | _ANCHORS | {"image_text": 0.25, "text_text": 0.25},
     "anchors 0.5, lower rates of the first layers, 0.2": _BEST | _ANCHORS | {"lr_first_layer": 0.2},
     "anchors 0.5, lower rates of the first layers, 0.5": _BEST | _ANCHORS | {"lr_first_layer": 0.5},
+    **{
+        f"anchors 0.5, adapters of rank 16, lr {lr:g}": _BEST
+        | _ANCHORS
+        | {"lora_rank": 16, "lr": lr}
+        for lr in (4e-4, 8e-4, 1.6e-3)
+    },
     "label smoothing 0.1": _BEST | {"label_smoothing": 0.1},
     "label smoothing 0.2": _BEST | {"label_smoothing": 0.2},
 }
