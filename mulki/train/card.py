@@ -164,17 +164,25 @@ def _bytes_of_step(
         needs = needs.without_classes()
     # Those of a reference set and those of earlier tasks come at the same time.
     kinds = 1 + needs.reference + (needs.replay is not None)
-    captions = count if needs.reference and needs.student_captions and needs.captions else 0
+    captions = needs.reference and needs.student_captions and needs.captions
+    captions = captions or not all(task.classes for task in setup.tasks)
     images = torch.empty(kinds * count, 3, size, size, device=model.device)
     known = [*model.clip.parameters(), *model.clip.buffers(), images]
     with _Counted(known) as counted, setup.precision.autocast():
+
+        def encoded(texts: int) -> Tensor:
+            prompts = torch.zeros((texts, *shape[1:]), dtype=dtype, device=model.device)
+            return model.encode_texts(prompts)
+
         if shape[0] and model.trains_texts:
-            number = shape[0] + captions
-            prompts = torch.zeros((number, *shape[1:]), dtype=dtype, device=model.device)
-            model.encode_texts(prompts).sum().backward()
+            encoded(shape[0]).sum().backward()
         # From the second micro-batch on, all gradients are there.
         for _ in range(2):
-            model.encode_images(images).sum().backward()
+            features = model.encode_images(images).sum()
+            if captions and model.trains_texts:
+                # An image and its caption are encoded in one graph.
+                features = features + encoded(count).sum()
+            features.backward()
     return counted.peak
 
 

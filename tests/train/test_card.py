@@ -77,6 +77,12 @@ def test_images_beside_those_of_the_task(counted: Any, tmp_path: Path) -> None:
     assert of_pairs == pytest.approx(alone, rel=0.05)
 
 
+def test_captions_of_a_task_are_in_the_graph_of_their_images(counted: Any, tmp_path: Path) -> None:
+    pairs = f"captions:{write_pairs(tmp_path / 'pairs')}"
+    trained, locked = (counted(tasks=(pairs,), lock_text=lock)[""] for lock in (False, True))
+    assert trained.image > 1.2 * locked.image
+
+
 def test_options_that_the_run_has_or_cannot_have_are_not_tried(counted: Any) -> None:
     assert list(counted(method="ewc")) == ["", "--grad-checkpointing"]
     assert list(counted(grad_checkpointing=True)) == ["", "--lora-rank 16"]
