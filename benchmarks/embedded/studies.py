@@ -191,10 +191,11 @@ GRIDS: dict[str, list[Options]] = {
     # Its first grid had 4e-4 in place of 2.5e-5, and its best point at 5e-5.
     "er": [{"lr": lr, "replay_weight": w} for lr in _LOW_RATES for w in (0.3, 1.0, 3.0)],
     "ewc": [{"lr": lr, "ewc_lambda": w} for lr in _RATES for w in (1e3, 1e4, 1e5)],
-    # Adapters of rank 16 take higher rates than all weights.
+    # Adapters of rank 16 take higher rates than all weights. Its first grid had 2e-4 in place of
+    # 3.2e-3, and its best point at 1.6e-3.
     "keeplora": [
         {"lr": lr, "energy_image": e}
-        for lr in (2e-4, 4e-4, 8e-4, 1.6e-3)
+        for lr in (4e-4, 8e-4, 1.6e-3, 3.2e-3)
         for e in (0.7, 0.85, 0.95)
     ],
 }
