@@ -108,24 +108,23 @@ class Blocks:
 
 
 def products_of(models: Sequence[Model], logits: Tensor) -> Sequence[tuple[Tensor, ...]]:
-    """X, W and Y of each product: of a model, or where they lie so, of all of them or all teachers.
+    """X, W and Y of each product: of each model, or of all at once where their operands lie so.
 
-    Several models are one batched product, [M, N, D] times [M, D, P], where their operands are at
-    equal distances in one memory already. To copy them there would take as many launches.
+    All at once is a batched product, [M, N, D] times [M, D, P], of operands at equal distances in
+    one memory. Others are not copied there, which would take as many launches. Some models alone
+    are no batch: then a teacher that equals the student might have other logits.
     """
-    each = [(*model, y) for model, y in zip(models, logits, strict=True)]
-    for start in range(len(models) - 1):
-        x, w = (_stacked(of_models) for of_models in zip(*models[start:], strict=True))
-        if x is not None and w is not None:
-            return [*each[:start], (x, w, logits[start:])]
-    return each
+    x, w = (_stacked(of_models) for of_models in zip(*models, strict=True))
+    if x is not None and w is not None:
+        return [(x, w, logits)]
+    return [(*model, y) for model, y in zip(models, logits, strict=True)]
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor | None:
     first = tensors[0]
     kinds = {(t.untyped_storage()._cdata, t.dtype, t.shape, t.stride()) for t in tensors}
     gaps = {b.storage_offset() - a.storage_offset() for a, b in pairwise(tensors)}
-    if len(kinds) > 1 or len(gaps) > 1 or min(gaps) < 0:
+    if len(kinds) > 1 or len(gaps) != 1 or min(gaps) < 0:
         return None
     return first.as_strided((len(tensors), *first.shape), (*gaps, *first.stride()))
 

@@ -259,3 +259,9 @@ def test_what_is_missing_is_seen(tmp_path: Path) -> None:
     files = list(tmp_path.rglob("*.py"))
     assert untested(package, tests, files) == ["deep/one.py"]
     assert named_after_no_module(package, tests, files) == {"deep/test_all.py"}
+
+
+def test_kernels_have_at_most_3000_lines() -> None:
+    """A new one has to earn its lines: what loses to PyTorch goes."""
+    lines = {p.name: len(p.read_text().splitlines()) for p in (ROOT / "kernels").glob("*.py")}
+    assert len(lines) > 10 and sum(lines.values()) <= 3000

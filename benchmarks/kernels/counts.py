@@ -47,6 +47,8 @@ _FREE = (
     *("empty", "new_empty", "empty_like", "empty_strided"),
     *("detach", "lift_fresh", "_unsafe_view"),
 )
+# Operations that write their first argument and do not read it.
+_WRITES = ("copy_", "fill_", "zero_")
 # The operators, and how many teachers each has.
 OPERATORS = {
     "dual_teacher_kl": 2,
@@ -278,7 +280,9 @@ class _Observer(TorchDispatchMode):
             self._allocated(t.untyped_storage())
         name = func.overloadpacket.__name__
         if name not in _FREE:
-            given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            # What is written alone is not read.
+            read = args[1:] if name in _WRITES else args, {**(kwargs or {}), "out": None}
+            given = [t for t in tree_leaves(read) if isinstance(t, Tensor)]
             operations = padded = 0
             if name in ("mm", "addmm"):
                 a, b = given[-2:]

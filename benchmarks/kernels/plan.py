@@ -224,11 +224,13 @@ INTRODUCTION = """\
 A step: forward and backward of a public function with gradients of everything, and all that
 autograd launches for them; D = 512. **Nothing here was measured on a GPU**: products, launches and
 memory are counted, and times are a model of an H100 from its published peaks, the one by which the
-kernels choose (`kernels/schedule.py`). It takes every provider alike: a launch is its products or
-its bytes, whichever takes longer, and a gap of 1.5 us; tensors that fit L2 are there. "graph" is
-the same in a CUDA graph, where the library multiplies also for few classes; without one a step
-takes at least 6 us of the host for each operation of eager, and 12 for each launch of ours, which
-was not measured.
+kernels choose (`kernels/schedule.py`). For every provider a launch is its products or its bytes,
+whichever takes longer, and a gap of 1.5 us; tensors that fit L2 are there. Ours alone are also
+charged for programs that do not fill the GPU, and for what programs read from L2 again; and of
+torch.compile the extra memory is its stored logits alone. "graph" is the same in a CUDA graph,
+where the library multiplies also for few classes; without one a step takes at least 6 us of the
+host for each operation of eager, and 12 for each launch of ours, which was not measured. Operands
+of several models in one memory (docs/gpu.md) save launches that are counted here.
 The library's products are assumed to reach 690e12 operations a second in bfloat16, a share of the
 published peak that is not reached with a small D: with float32 results and D = 512 we expect 350 to
 450e12. That would slow down whatever multiplies with the library, and torch.compile most.
@@ -242,6 +244,8 @@ least that long without a graph.
 Host: {host}.
 
 ## Targets
+
+Those of CPUs and of training are in docs/benchmarks.md.
 
 {targets}
 

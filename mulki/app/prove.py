@@ -440,6 +440,16 @@ def _forms(job: Job, case: Case) -> dict[str, tuple[Compute, Compute | None]]:
         return ours(*operands, reduction="none").mean()
 
     forms["row by row"] = partial(outcome, of_rows), None
+    if case.teachers:
+
+        def in_one_memory(x: Tensor, w: Tensor, scale: Tensor, teachers: Any, *rest: Any) -> Tensor:
+            of_teachers, scales = [of[:2] for of in teachers], [of[2] for of in teachers]
+            xs, ws = (torch.stack(operands) for operands in zip((x, w), *of_teachers, strict=True))
+            moved = tuple(zip(xs[1:], ws[1:], scales, strict=True))
+            loss: Tensor = ours(xs[0], ws[0], scale, moved, *rest)
+            return loss
+
+        forms["in one memory"] = partial(outcome, in_one_memory), None
     for name, loss in _with_options(case).items():
         compute = partial(outcome, loss)
         forms[name] = compute, compute

@@ -51,12 +51,12 @@ def key_of(values: Sequence[Any], *also: Any) -> tuple[Key, list[Tensor]]:
     tensors: list[Tensor] = []
     key = [*also, is_capturing()]
     _add(values, key, tensors)
-    # Models whose operands lie in one memory may be one product.
-    first: dict[int, tuple[int, Any]] = {}
+    # Operands of several models that lie in one memory may be one product.
+    first: dict[Key, tuple[int, Any]] = {}
     for i, t in enumerate(tensors):
         if t.dim() == 2:
-            offset = t.storage_offset()
-            of, start = first.setdefault(t.untyped_storage()._cdata, (i, offset))
+            kind, offset = (t.untyped_storage()._cdata, t.shape, t.stride()), t.storage_offset()
+            of, start = first.setdefault(kind, (i, offset))
             key += of, offset - start
     return tuple(key), tensors
 

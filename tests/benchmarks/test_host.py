@@ -151,7 +151,14 @@ def test_a_view_more_in_a_chunk_would_be_seen(monkeypatch):
 
 
 def test_nothing_is_left_of_the_idle_driver(capsys):
-    before = torch.mm, torch.addmm, schedule.plan, driver._active, triton.compiler.compile
+    before = (
+        torch.mm,
+        torch.bmm,
+        torch.addmm,
+        schedule.plan,
+        driver._active,
+        triton.compiler.compile,
+    )
     assert host.main() == 0
     chunk, *steps = capsys.readouterr().out.splitlines()
     assert re.match(r"a chunk of dual_teacher_kl: \d+ us of Python, \d+ calls ", chunk)
@@ -159,6 +166,6 @@ def test_nothing_is_left_of_the_idle_driver(capsys):
     for (n, p), line in zip(host.STEPS, steps, strict=True):
         kept, new = re.match(rf"a step at {n} x {p}: (\d+) us of Python, (\d+) ", line).groups()
         assert int(kept) < 0.8 * int(new)
-    after = torch.mm, torch.addmm, schedule.plan, driver._active, triton.compiler.compile
+    after = torch.mm, torch.bmm, torch.addmm, schedule.plan, driver._active, triton.compiler.compile
     assert after == before
     assert common._assumed is None

@@ -62,18 +62,20 @@ def moved(value: Any, device: str) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def in_one_memory(case: Case, backwards: bool = False) -> Case:
+def in_one_memory(case: Case, backwards: bool = False, apart: int = 0) -> Case:
     """A case whose teachers are as wide as the student, with X and W of all models in one memory.
 
     Args:
         backwards: whether the student lies last.
+        apart: elements between those of two models.
     """
     x, w, scale, *of_teachers = case.args
 
     def laid(of_models: list[Tensor]) -> list[Tensor]:
         (n, d), order = of_models[0].shape, slice(None, None, -1 if backwards else 1)
-        memory = of_models[0].new_full((len(of_models), n, d + 4), torch.nan)  # rows are apart
-        places = list(memory[..., :d])[order]
+        size = n * (d + 4) + apart  # rows are apart, too
+        memory = of_models[0].new_full((len(of_models), size), torch.nan)
+        places = [one[: n * (d + 4)].view(n, d + 4)[:, :d] for one in memory][order]
         for place, operand in zip(places, of_models, strict=True):
             place.copy_(operand[:, :d])
         return places

@@ -57,3 +57,4 @@ def test_models_whose_operands_lie_in_one_memory(p, number_format):
         made = backward(here, upstream.to("cuda"))
     close(found.cpu(), rows, number_format.sums)
     all_close([g.cpu() for g in made[:2]], gradients[:2], number_format.operands)
+    close(made[2].cpu(), gradients[2], number_format.cancelling)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mulki.kernels import kernel
+from mulki.kernels import kernel, schedule
 from mulki.ops import backends, prepared, use_backend
 from mulki.ops.operators import OPERATORS, Request
-from tests.kernels.triton_cases import NAMES, make
+from tests.kernels.triton_cases import NAMES, Case, make
+from tests.kernels.triton_checks import in_one_memory
 
 WAYS = (("none", False), ("mean", True), ("sum", True), ("mean", False))
 
@@ -53,3 +54,26 @@ def test_kept_launches_give_the_same_bits(name, dtype, monkeypatch):
             asked += reduction in operator.reductions
         kept = [callable(one) for one in prepared.calls.values()]
     assert kept == [True] * asked and kept
+
+
+@pytest.mark.parametrize("name", ["kl_blend", "pairs_weights"])
+def test_kept_launches_of_models_in_one_memory(name, monkeypatch):
+    """Calls whose operands differ in nothing but how far apart they lie."""
+    monkeypatch.setattr(prepared, "MOST_STEPS", 200)
+    plan = schedule.Plan("chunks", 6, 11)
+    monkeypatch.setattr(schedule, "plan", lambda problem: plan)
+    with use_backend("triton"):
+        for apart in (0, 8, None):
+            for seed in range(3):
+                case, args = arguments(name, torch.float32, seed)
+                of_models = Case(case.op, tuple(args))
+                if apart is not None:
+                    of_models = in_one_memory(of_models, apart=apart)
+                operator = OPERATORS[case.op]
+                x = operator.arguments(*of_models.args)
+                request = Request(None, "mean", [True] * operator.leaves)
+                found = backends.call(operator, *x, *request)
+                for one, other in zip(found, kernel(case.op)(x, request), strict=True):
+                    assert torch.equal(one, other)
+        kept = [callable(one) for one in prepared.calls.values()]
+    assert kept == [True] * 3

@@ -154,24 +154,37 @@ def test_a_nan_in_a_late_column_reaches_the_loss(plan, take):
 @pytest.mark.parametrize("plan", [PLANS[1], PLANS[4]], ids=named)
 @pytest.mark.parametrize("name", ["kl_blend", "pairs_weights"])
 @pytest.mark.parametrize(
-    ("lie", "batches"), [("together", [3]), ("teachers together", [2]), ("backwards", [])]
+    ("lie", "models"), [("together", [3]), ("student apart", [1] * 3), ("backwards", [1] * 3)]
 )
 def test_models_whose_operands_lie_in_one_memory_are_one_product(
-    lie, batches, name, plan, dtype, take, monkeypatch
+    lie, models, name, plan, dtype, take, monkeypatch
 ):
-    found, multiply = [], chunks.multiply
+    of_products, multiply = [], chunks.multiply
 
-    def counted(a, b, out, add=False):
-        if not add and out.dtype == torch.float32 and a.dim() == 3:
-            found.append(len(a))
+    def noted(a, b, out, add=False):
+        of_products.append(len(a) if a.dim() == 3 else 1)
         multiply(a, b, out, add)
 
-    monkeypatch.setattr(chunks, "multiply", counted)
     case = in_one_memory(make(name, dtype), backwards=lie == "backwards")
-    if lie == "teachers together":
+    if lie == "student apart":
         case.args = (case.args[0].clone(), *case.args[1:])
     rows, of_rows = case.expected(case.upstream())
     take(plan)
-    close(call(case.op, *case.args)[0], rows, TOLERANCE[dtype])
+    with monkeypatch.context() as patch:
+        patch.setattr(chunks, "multiply", noted)
+        close(call(case.op, *case.args)[0], rows, TOLERANCE[dtype])
+    n, p = case.args[0].shape[0], case.args[1].shape[0]
+    assert of_products == models * (math.ceil(n / plan.rows) * math.ceil(p / plan.columns))
     all_close(backward(case, case.upstream()), of_rows, TOLERANCE[dtype] * 2)
-    assert set(found) == set(batches)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_student_beside_its_copies_in_one_memory_has_exactly_zero(backwards, take):
+    take(PLANS[2])
+    case = make("kl_label")
+    x, w, scale = case.args[:3]
+    same = [x.clone(), x.clone()], [w.clone(), w.clone()], scale.expand(2).contiguous()
+    case.args = (x, w, scale, *same, *case.args[6:])
+    case = in_one_memory(case, backwards)
+    assert torch.equal(call(case.op, *case.args)[0], torch.zeros(len(x)))
+    assert all(not g.any() for g in backward(case, case.upstream()))
