@@ -134,7 +134,7 @@ HELD: dict[str, Options] = {
         f"anchors 0.5, adapters of rank 16, lr {lr:g}": _BEST
         | _ANCHORS
         | {"lora_rank": 16, "lr": lr}
-        for lr in (4e-4, 8e-4, 1.6e-3)
+        for lr in (4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3)
     },
     "label smoothing 0.1": _BEST | {"label_smoothing": 0.1},
     "label smoothing 0.2": _BEST | {"label_smoothing": 0.2},
