@@ -28,6 +28,7 @@ METHODS: dict[tuple[str, str], _Options] = {
     (BUNDLED, "zscl"): {"lr": 1e-4, "image_loss": 0.6, "text_loss": 0.6},
     (BUNDLED, "er"): {"lr": 5e-5, "replay_weight": 1.0},
     (BUNDLED, "ewc"): {"lr": 1e-4, "ewc_lambda": 1e4},
+    (BUNDLED, "keeplora"): {"lora_rank": 16, "lr": 1.6e-3, "energy_image": 0.85},
     # With the relation of texts it was not better (`held`).
     (BUNDLED, "mulki"): {"lr": 2e-4, "l2": 0.1, "text_text": 0.0},
 }

@@ -52,10 +52,7 @@ def test_presets_hold_options_that_exist() -> None:
         assert model in presets.MODELS and options.keys() <= names | own
 
 
-# The other grids have no results yet.
-@pytest.mark.parametrize(
-    "method", [name for name in studies.GRIDS if (BUNDLED, name) in presets.METHODS]
-)
+@pytest.mark.parametrize("method", studies.GRIDS)
 def test_preset_of_a_method_is_the_best_point_of_its_grid_at_its_best_strength(method: str) -> None:
     results = compare.read_results()
     points = by_variant(
