@@ -97,6 +97,7 @@ _HELD: Options = (
 )
 _ANCHORS: Options = {"image_anchor": 0.5}
 _BEST: Options = _HELD | {"alignment": 0.25, "l2": 0.1}
+_ADAPTED: Options = _BEST | _ANCHORS | {"lora_rank": 16}
 _UNIFORM: Options = {"gate": "uniform", "feature_original": None}
 HELD: dict[str, Options] = {
     "features alone (Select-and-Distill)": _HELD,
@@ -131,11 +132,12 @@ HELD: dict[str, Options] = {
     "anchors 0.5, lower rates of the first layers, 0.2": _BEST | _ANCHORS | {"lr_first_layer": 0.2},
     "anchors 0.5, lower rates of the first layers, 0.5": _BEST | _ANCHORS | {"lr_first_layer": 0.5},
     **{
-        f"anchors 0.5, adapters of rank 16, lr {lr:g}": _BEST
-        | _ANCHORS
-        | {"lora_rank": 16, "lr": lr}
+        f"anchors 0.5, adapters of rank 16, lr {lr:g}": _ADAPTED | {"lr": lr}
         for lr in (4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3)
     },
+    "anchors 0.5, adapters of rank 16, lr 0.0016, without l2": _ADAPTED | {"lr": 1.6e-3, "l2": 0.0},
+    "anchors 0.5, adapters of rank 16, lr 0.0016, without l2, features half as strong": _ADAPTED
+    | {"lr": 1.6e-3, "l2": 0.0, "feature": 4.5, "feature_original": 0.25},
     "label smoothing 0.1": _BEST | {"label_smoothing": 0.1},
     "label smoothing 0.2": _BEST | {"label_smoothing": 0.2},
 }
