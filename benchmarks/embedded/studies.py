@@ -63,6 +63,9 @@ MADE: Options = {"reference": "made"}
 ROWS: dict[str, Options] = {
     **{name: {"method": name} for name in METHODS},
     **{f"{name}, made images": MADE | {"method": name} for name in ("zscl", "snd")},
+    # The best of its forms with adapters (`HELD`).
+    "mulki, adapters": {"method": "mulki", "lora_rank": 16, "lr": 1.6e-3, "l2": 0.0}
+    | {"feature": 4.5, "feature_original": 0.25},
 }
 DRAWN_ROWS = ("finetune", "lwf", "lwf_vr", "snd", "snd, made images", "mulki")
 SEEDS = (0, 1, 2)
