@@ -45,9 +45,9 @@ _OF_CRITERION = tuple(_METRICS)[:3]
 _CHOICES = {
     "tune": (
         "Tuning",
-        "First three tasks of order I alone, with label smoothing 0.2, er and ewc without; mean "
-        "over two seeds. The best point of finetune, wise_ft, er and ewc is their preset; from "
-        "that of the others their strength was chosen.",
+        "First three tasks of order I alone, with label smoothing 0.2, er, ewc and keeplora "
+        "without; mean over two seeds. The best point of finetune, wise_ft, er, ewc and keeplora "
+        "is their preset; from that of the others their strength was chosen.",
     ),
     "strength": (
         "Strength",
