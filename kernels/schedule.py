@@ -23,8 +23,6 @@ from typing import NamedTuple
 
 import torch
 
-from mulki.ops import prepared
-
 from . import common
 from .common import Model, ceil_div, next_power_of_2, round_up
 
@@ -87,14 +85,12 @@ class Problem(NamedTuple):
     softmax: bool = True  # whether G needs statistics of whole rows
     columns_too: bool = False  # and of whole columns
     whole: bool = False  # whether there is a kernel for whole rows
-    captured: bool = False  # into a CUDA graph, whose launches cost the host nothing later
 
     @classmethod
     def of(cls, models: Sequence[Model], gradient: bool, **kind: bool) -> Problem:
         x, w = models[0]
         widths = tuple(model.width for model in models)
-        family, kind["captured"] = common.number_family(x.dtype), prepared.is_capturing()
-        return cls(x.shape[0], w.shape[0], widths, family, gradient, **kind)
+        return cls(x.shape[0], w.shape[0], widths, common.number_family(x.dtype), gradient, **kind)
 
     @property
     def size(self) -> int:
@@ -137,7 +133,7 @@ def plan(problem: Problem) -> Plan:
 
 def candidates(problem: Problem) -> Iterator[Plan]:
     n, p, models = problem.n, problem.p, len(problem.widths)
-    for rows in WHOLE_ROWS if problem.whole and not problem.captured else ():
+    for rows in WHOLE_ROWS if problem.whole else ():
         values = models * rows * max(16, next_power_of_2(p))
         fits = values <= WHOLE_VALUES and p <= WHOLE_COLUMNS[problem.family]
         if fits and problem.size * n * round_up(p, 16) <= OF_BLOCKS:
@@ -156,10 +152,9 @@ def candidates(problem: Problem) -> Iterator[Plan]:
 
 
 def seconds(problem: Problem, plan: Plan) -> float:
-    """The modelled time of a plan: of the device, or of the host if it has to and takes longer."""
+    """The modelled time of a plan: of the device, or of the host where that takes longer."""
     launches = list(_launches(problem, plan))
-    device, host = sum(n * one for n, one in launches), sum(n * HOST for n, _ in launches)
-    return device if problem.captured else max(device, host)
+    return max(sum(n * one for n, one in launches), sum(n * HOST for n, _ in launches))
 
 
 def _launches(problem: Problem, plan: Plan) -> Iterator[tuple[int, float]]:

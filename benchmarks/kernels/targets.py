@@ -64,8 +64,7 @@ def slower(rows: Sequence[Row]) -> Iterator[str]:
             for row in rows
             if row["operator"] == operator and row["numbers"] == "bf16"
         ]
-        more = (round(100 * (one["mulki graph"] / one["compile"] - 1)) for one in times)
-        found = sum(per_cent > SLOWER for per_cent in more)
+        found = sum(one["mulki graph"] > (1 + SLOWER / 100) * one["compile"] for one in times)
         yield f"- {operator}: {found} of {len(times)} shapes"
 
 
