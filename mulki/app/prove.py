@@ -3,9 +3,10 @@
 They are compared with what serves instead, for that is what is left to decide. A verdict is of an
 operator, a kind of numbers and a size of calls. Values and gradients are compared with float64 as
 the benchmark does (`mulki.bench.verify`): of the mean, of the losses of single rows, whose
-gradients are computed apart, and with other options; and so are the by-products, such as the
-divergence and the weight of each teacher. Then forward and backward together are timed by turns,
-and forward alone, which may be another kernel. `mulki.ops.proofs` keeps what was found.
+gradients are computed apart, of operands in one memory, and with other options; and so are the
+by-products, such as the divergence and the weight of each teacher. Then forward and backward
+together are timed by turns, and forward alone, which may be another kernel. `mulki.ops.proofs`
+keeps what was found.
 
 Kernels are compiled by several processes (`mulki.app.ahead_of_time`), verdict after verdict. Each
 verdict is sought in a process of its own, so that a kernel that breaks the GPU's context, crashes
@@ -445,7 +446,7 @@ def _forms(job: Job, case: Case) -> dict[str, tuple[Compute, Compute | None]]:
         def in_one_memory(x: Tensor, w: Tensor, scale: Tensor, teachers: Any, *rest: Any) -> Tensor:
             of_teachers, scales = [of[:2] for of in teachers], [of[2] for of in teachers]
             xs, ws = (torch.stack(operands) for operands in zip((x, w), *of_teachers, strict=True))
-            moved = tuple(zip(xs[1:], ws[1:], scales, strict=True))
+            moved = tuple(zip(xs[1:].detach(), ws[1:].detach(), scales, strict=True))
             loss: Tensor = ours(xs[0], ws[0], scale, moved, *rest)
             return loss
 

@@ -1,11 +1,11 @@
 """Small calls of kernels without most of Python's work: what a call did is kept, and done again.
 
 What Python does for a call, from checks to the arguments of launches, depends on shapes, strides,
-dtypes, devices, alignments and numbers, and on settings. These are the key of a call. The second
-call of a key is recorded as a function of its tensors: what it allocated, the operations of torch,
-and the launches with the kernels that were found for them. The calls after it are calls of that
-function. Nothing is kept of a call that took many steps, whose time is the GPU's, or that read a
-value, and nothing of its tensors.
+dtypes, devices, alignments and numbers, on how matrices lie to each other in one memory, and on
+settings. These are the key of a call. The second call of a key is recorded as a function of its
+tensors: what it allocated, the operations of torch, and the launches with the kernels that were
+found for them. The calls after it are calls of that function. Nothing is kept of a call that took
+many steps, whose time is the GPU's, or that read a value, and nothing of its tensors.
 """
 
 from __future__ import annotations
