@@ -114,19 +114,21 @@ def products_of(models: Sequence[Model], logits: Tensor) -> Sequence[tuple[Tenso
     one memory. Others are not copied there, which would take as many launches. Some models alone
     are no batch: then a teacher that equals the student might have other logits.
     """
-    x, w = (_stacked(of_models) for of_models in zip(*models, strict=True))
-    if x is not None and w is not None:
+    xs, ws = zip(*models, strict=True)
+    if (x := _stacked(xs)) is not None and (w := _stacked(ws)) is not None:
         return [(x, w, logits)]
     return [(*model, y) for model, y in zip(models, logits, strict=True)]
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor | None:
-    first = tensors[0]
-    kinds = {(t.untyped_storage()._cdata, t.dtype, t.shape, t.stride()) for t in tensors}
+    first, *others = tensors
+    memory, layout = first.untyped_storage()._cdata, (first.dtype, first.shape, first.stride())
+    for t in others:
+        if t.untyped_storage()._cdata != memory or (t.dtype, t.shape, t.stride()) != layout:
+            return None
     gaps = {b.storage_offset() - a.storage_offset() for a, b in pairwise(tensors)}
-    if len(kinds) > 1 or len(gaps) != 1 or min(gaps) < 0:
-        return None
-    return first.as_strided((len(tensors), *first.shape), (*gaps, *first.stride()))
+    shape, strides = (len(tensors), *first.shape), (*gaps, *first.stride())
+    return first.as_strided(shape, strides) if len(gaps) == 1 and min(gaps) >= 0 else None
 
 
 class OperandGradients:
