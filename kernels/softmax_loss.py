@@ -55,13 +55,13 @@ def _tiles(row_ptrs, signs, columns, column_stride, loaded, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _target_values(row_ptrs, signs, target, inside, p, column_stride, WITH: tl.constexpr):
+def _target_values(row_ptrs, signs, target, inside, p, column_stride, WITH_TARGET: tl.constexpr):
     """v of every model at the target of each row; 0 where it is not in the block."""
     values = ()
     here = inside & (target >= 0) & (target < p)
     for m in tl.static_range(len(row_ptrs)):
         value = tl.zeros(inside.shape, tl.float32)
-        if WITH:
+        if WITH_TARGET:
             at = row_ptrs[m] + tl.where(here, target, 0) * column_stride
             value = signs[m] * tl.load(at, mask=here, other=0.0)
         values = values + (value,)
