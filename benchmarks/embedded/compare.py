@@ -6,6 +6,8 @@
     python -m benchmarks.embedded.compare held      # forms of MulKI, likewise
     python -m benchmarks.embedded.compare changes   # images that MulKI is held on, likewise
     python -m benchmarks.embedded.compare compare   # every method at its preset
+    python -m benchmarks.embedded.compare vit_rates --model local-dir:CACHE/mulki-vit-112
+    python -m benchmarks.embedded.compare vit --model local-dir:CACHE/mulki-vit-112
     python -m benchmarks.embedded.compare tables    # RESULTS.md from the runs so far
     python -m benchmarks.embedded.compare figures   # learning curves from the runs so far
 
@@ -32,6 +34,7 @@ from typing import Any
 from benchmarks.embedded import figures, studies, tables
 from benchmarks.embedded.holdout import held_out
 from benchmarks.embedded.studies import Options, Run
+from mulki.clip.models import BUNDLED
 from mulki.report.comparison.groups import NEUTRAL
 
 FOLDER = Path(__file__).parent
@@ -52,7 +55,7 @@ def main() -> None:
     )
     parser.add_argument(
         "study",
-        choices=(*studies.CHOICES, "compare", "tables", "figures"),
+        choices=(*studies.CHOICES, "compare", "vit", "tables", "figures"),
     )
     parser.add_argument(
         "--methods",
@@ -66,10 +69,15 @@ def main() -> None:
         nargs="+",
         type=int,
         default=list(studies.SEEDS),
-        help="for compare",
+        help="for compare, vit",
+    )
+    parser.add_argument(
+        "--model", help="for vit_rates, vit: what benchmarks.embedded.pack.vit made"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
     arguments = parser.parse_args()
+    if (arguments.study in studies.OF_VIT) != (arguments.model is not None):
+        parser.error(f"--model belongs to {' and '.join(studies.OF_VIT)}, and they need it")
     if arguments.study == "tables":
         TABLES.write_text(tables.page(standing(read_results())))
         print(TABLES.read_text())
@@ -92,6 +100,8 @@ def main() -> None:
         "held": studies.held,
         "changes": studies.changes,
         "compare": lambda: studies.comparison(tuple(arguments.seeds)),
+        "vit_rates": lambda: studies.vit_rates(arguments.model),
+        "vit": lambda: studies.vit(arguments.model, tuple(arguments.seeds)),
     }[arguments.study]()
     carry_out(runs, arguments.jobs)
 
@@ -99,10 +109,14 @@ def main() -> None:
 def carry_out(runs: list[Run], jobs: int) -> None:
     """Run what has no result yet, `jobs` at a time, one share of the cores each.
 
+    Args:
+        runs: of one start model.
+        jobs: processes at a time.
+
     Raises:
         ValueError: two runs of the study are the same, so that one would vanish from its table.
     """
-    pack = fingerprint()
+    pack = fingerprint(runs[0].model)
     wanted = [settings_of(run) for run in runs]
     twice = {run.variant for run, of in zip(runs, wanted, strict=True) if wanted.count(of) > 1}
     if twice:
@@ -140,7 +154,7 @@ def one_run(run: Run, pack: str, threads: int) -> dict[str, Any]:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as logs:
         here = {"logs": logs, "name": "run", "save_checkpoints": False, "save_every": 0}
-        settings = resolve(SHARED | run.options | here)
+        settings = resolve(SHARED | run.options | {"model": run.model} | here)
         tasks = load_tasks(settings.run)
         if run.study in studies.CHOICES:
             tasks = [held_out(task) for task in tasks]
@@ -173,14 +187,15 @@ def one_run(run: Run, pack: str, threads: int) -> dict[str, Any]:
     }
 
 
-def fingerprint() -> str:
+def fingerprint(model: str = BUNDLED) -> str:
     """Of the images and the start model, so that results of others are not mistaken for theirs."""
     from mulki.data.embedded import embedded_root
 
     root = embedded_root()
     tasks = json.loads((root / "tasks.json").read_text(encoding="utf-8"))["tasks"]
     digest = hashlib.sha256(json.dumps(tasks, sort_keys=True).encode())
-    digest.update((root / "mulki-mini" / "open_clip_model.safetensors").read_bytes())
+    folder = root / model if model == BUNDLED else _folder(model)
+    digest.update((folder / "open_clip_model.safetensors").read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -189,8 +204,10 @@ def settings_of(run: Run) -> Options:
     from mulki.methods import get
     from mulki.train.config.run_config import resolve
 
-    settings = resolve(SHARED | run.options)
+    settings = resolve(SHARED | run.options | {"model": run.model})
     values = asdict(settings.run) | asdict(settings.method)
+    # The name of a model's folder alone; which weights it has says the fingerprint.
+    values["model"] = _folder(run.model).name
     needs = get(settings.run.method)(settings.method).needs
     idle = WITHOUT_A_SAY if needs.reference else WITHOUT_A_SAY | OF_REFERENCE
     return _plain({name: value for name, value in values.items() if name not in idle})
@@ -217,25 +234,37 @@ def _defaults(method: str) -> Options:
 
 
 def standing(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The results that hold for the present start model, images, presets and defaults.
+    """The results that hold for the present start models, images, presets and defaults.
 
-    Studies by which a preset was chosen began from the preset before it; their results stay.
+    Studies by which a preset was chosen began from the preset before it; their results stay. The
+    transformer is that of its newest run, since its weights are not here to be looked at.
     """
     pack = fingerprint()
-    seeds = {r["options"]["seed"] for r in results if r["study"] == "compare"}
-    reported = {
-        (run.variant, tables.place_of(run.options), run.options["seed"]): run
-        for run in studies.comparison(tuple(seeds))
-    }
+    of_vit = [r for r in results if r["study"] in studies.OF_VIT]
+    seeds = tuple({r["options"]["seed"] for r in results if r["study"] in ("compare", "vit")})
+    runs = studies.comparison(seeds)
+    if of_vit:
+        runs += studies.vit(f"local-dir:{of_vit[-1]['settings']['model']}", seeds)
+
+    def key(study: str, variant: str, options: Options) -> tuple[Any, ...]:
+        return study, variant, tables.place_of(options), options["seed"]
+
+    reported = {key(run.study, run.variant, run.options): run for run in runs}
 
     def holds(result: dict[str, Any]) -> bool:
+        transformer = result["study"] in studies.OF_VIT
+        if result["pack"] != (of_vit[-1]["pack"] if transformer else pack):
+            return False
         if result["study"] in studies.CHOICES:
             return True
-        options = result["options"]
-        run = reported.get((result["variant"], tables.place_of(options), options["seed"]))
+        run = reported.get(key(result["study"], result["variant"], result["options"]))
         return run is not None and has_settings(result, settings_of(run))
 
-    return [r for r in results if r["pack"] == pack and holds(r)]
+    return [r for r in results if holds(r)]
+
+
+def _folder(model: str) -> Path:
+    return Path(model.removeprefix("local-dir:"))
 
 
 def _plain(values: Options) -> Options:

@@ -11,7 +11,7 @@ held out. A line of `moved.jsonl` holds of each:
     kept    accuracy in percent among all classes learned so far: of texts alone, and of the head
             with statistics as they were kept; computed anew by the present model; and kept ones
             moved along by a linear map between the features of two models, or by the shift of
-            means of SDC (Yu et al., CVPR 2020), fitted on the task's own and made images.
+            means (`--head-drift sdc`), fitted on the task's own and made images.
     grid    of the head after the last task, by shrinkage and weight: the mean over the tasks of the
             accuracy among their own classes, and the accuracy among all classes.
 
@@ -56,7 +56,6 @@ _SHRINKAGES = (0.01, 0.03, 0.1, 0.3)
 _WEIGHTS = (0.0, 0.1, 0.25, 0.5, 1.0)
 _SHRINKAGE, _WEIGHT = 0.1, 0.25
 _SAMPLE = 512  # images of a kind
-_BANDWIDTH = 0.3  # sigma of SDC, for features of unit length
 _RIDGE = 1e-3  # of the linear map, times the mean square of a feature
 
 
@@ -107,21 +106,6 @@ def mapped(statistics: ClassStatistics, before: Tensor, after: Tensor) -> ClassS
         tuple(replace(each, means=each.means @ linear) for each in statistics.tasks),
         linear.mT @ statistics.scatter @ linear,
     )
-
-
-def shifted(statistics: ClassStatistics, before: Tensor, after: Tensor) -> ClassStatistics:
-    """The statistics with every mean moved as the images near it were moved.
-
-    Args:
-        before, after: as of `mapped`.
-    """
-
-    def moved(means: Tensor) -> Tensor:
-        near = (-torch.cdist(means, before).square() / (2 * _BANDWIDTH**2)).softmax(dim=1)
-        return means + near @ (after - before)
-
-    tasks = tuple(replace(each, means=moved(each.means)) for each in statistics.tasks)
-    return ClassStatistics(tasks, statistics.scatter)
 
 
 class Tested:
@@ -194,7 +178,7 @@ def line_of(method: str, order: str) -> dict[str, Any]:
             new = moments(after, task)
             old = ways
             ways = {"kept": old["kept"].with_task(*new)}
-            for name, move in (("mapped", mapped), ("shifted", shifted)):
+            for name, move in (("mapped", mapped), ("shifted", ClassStatistics.shifted)):
                 way = move(old[name], *pair) if count > 1 else ClassStatistics()
                 ways[name] = way.with_task(*new)
             anew = ClassStatistics()

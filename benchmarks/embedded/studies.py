@@ -20,6 +20,9 @@ The rules; the first two were written down before any of the runs, the others la
 - Every run has the preset ``small``, with half a batch, so that all of it takes hours and not days.
 - Results are reported on six orders, the last two of which were drawn at random, and on two
   class-incremental sequences. A seed is complete before the next one begins.
+- The start model with a transformer has the weights that each method has on the bundled one, and
+  half of the steps. The learning rate alone is chosen again, in the tuning's tasks, as a share of
+  that of the bundled model, with one seed.
 
 MulKI's first form, of which no run is left here (commit 4935d05 has them), was tuned like the
 others. Its results and its ablation on orders I and II and on the sequences, where
@@ -83,7 +86,9 @@ SEQUENCES: dict[str, tuple[Options, int]] = {
 }
 
 # Studies by which something is chosen: no figure of them is of test images.
-CHOICES = ("tune", "strength", "smoothing", "held", "changes")
+CHOICES = ("tune", "strength", "smoothing", "held", "changes", "vit_rates")
+# Studies of the start model with a transformer.
+OF_VIT = ("vit_rates", "vit")
 TUNING_TASKS = ("embedded:digits", "embedded:animals", "embedded:letters")
 TUNING_SEEDS = (100, 101)
 
@@ -155,19 +160,36 @@ CHANGED: dict[str, tuple[str, ...]] = {
 }
 
 
+# The start model with a transformer: options of every run, the rows of its table with the share of
+# their learning rate that was best, and the shares that were tried.
+VIT: Options = {"iterations": 32, "lock_text": True, "precision": "amp_bf16"}
+VIT_TRIED = (0.1, 0.3, 1.0)
+VIT_SHARES = {
+    "finetune": 0.1,
+    "lwf_vr": 0.1,
+    "snd, made images": 0.1,
+    "keeplora": 0.1,
+    "mulki": 0.1,
+    "mulki, adapters": 0.1,
+}
+VIT_ORDERS = ("I", "II")
+
+
 @dataclass(frozen=True)
 class Run:
     """One run of a study.
 
     Args:
-        study: one of `CHOICES`, or compare, for tables.
+        study: one of `CHOICES`, or compare or vit, for tables.
         variant: what distinguishes it within the study, for tables.
         options: as above.
+        model: the start model, as `mulki run` takes it.
     """
 
     study: str
     variant: str
     options: Options = field(hash=False)
+    model: str = BUNDLED
 
 
 _RATES = (5e-5, 1e-4, 2e-4, 4e-4)
@@ -275,6 +297,34 @@ def changes() -> list[Run]:
         Run("changes", name, given | {"order": order, "reference_changes": names})
         for (name, names), order in product(CHANGED.items(), FORM_ORDERS)
     ]
+
+
+def vit_rates(model: str) -> list[Run]:
+    """Learning rates of every row of the transformer's table, in the tuning's tasks."""
+    place = {"tasks": TUNING_TASKS, "seed": TUNING_SEEDS[0]}
+    return [
+        Run("vit_rates", f"{row}, {share:g} of its rate", place | of_vit(row, share), model)
+        for row, share in product(VIT_SHARES, VIT_TRIED)
+    ]
+
+
+def vit(model: str, seeds: tuple[int, ...] = SEEDS) -> list[Run]:
+    """The table of the start model with a transformer, one seed after the other."""
+    rows = [
+        ("zero_shot", {"method": "zero_shot"} | VIT),
+        *((row, of_vit(row, share)) for row, share in VIT_SHARES.items()),
+    ]
+    return [
+        Run("vit", row, {"order": order, "seed": seed} | options, model)
+        for seed, order, (row, options) in product(seeds, VIT_ORDERS, rows)
+    ]
+
+
+def of_vit(row: str, share: float) -> Options:
+    """What a row has on the bundled model, with a share of its learning rate."""
+    method = ROWS[row]["method"]
+    given = presets.METHODS[BUNDLED, method] | METHODS[method] | ROWS[row] | VIT
+    return given | {"lr": float(f"{share * given['lr']:.3g}")}
 
 
 def at(method: str, strength: float) -> Options:

@@ -69,6 +69,11 @@ _CHOICES = {
         "What images are made of",
         "MulKI at its preset, by what is done to the images, on orders III and IV, one seed.",
     ),
+    "vit_rates": (
+        "Learning rates of the transformer",
+        "The start model with a transformer (pack/README.md): each row with shares of its rate on "
+        "the bundled model. First three tasks of order I alone, one seed.",
+    ),
 }
 
 
@@ -88,6 +93,12 @@ def page(lines: Sequence[Line]) -> str:
         f"Measured on {'; '.join(machine)}; commits {', '.join(commits)}.",
         *_compared([r for r in lines if r["study"] == "compare"]),
     ]
+    if of_vit := [r for r in lines if r["study"] == "vit"]:
+        parts += [
+            f"## The start model with a transformer\n\n`{COMMAND} vit`. Orders I and II, 32 steps "
+            "in a task, the methods' weights of the bundled model; values and intervals as above.",
+            table(of_vit, OF_ORDERS),
+        ]
     for study in studies.CHOICES:
         if of := [r for r in lines if r["study"] == study]:
             parts.append(choices(study, of))

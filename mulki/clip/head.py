@@ -10,7 +10,8 @@ of linear discriminant analysis, up to what all classes have in common (Hastie, 
 Friedman, The Elements of Statistical Learning, section 4.3). Nothing is trained and no image is
 kept: a mean for each class, and one matrix for all.
 
-Statistics are of the model after the task in which a class was learned. Where classes without them
+Statistics are of the model after the task in which a class was learned; means can be moved along
+with the features of later tasks (`ClassStatistics.shifted`). Where classes without them
 are in the label space too, the texts decide whether the answer is a class that has them, and the
 head which of these it is:
 
@@ -27,7 +28,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,6 +40,8 @@ from mulki.data.task import Task
 from mulki.errors import InputError
 
 _FORMAT = "class statistics 1"
+# sigma of the shift of means, for features of unit length; SDC's code has it for such.
+_BANDWIDTH = 0.3
 
 
 class Prompted(Protocol):
@@ -84,6 +87,26 @@ class ClassStatistics:
         """These and those of one more task."""
         whole = scatter if self.scatter is None else self.scatter + scatter
         return ClassStatistics((*self.tasks, means), whole)
+
+    def shifted(self, before: Tensor, after: Tensor) -> ClassStatistics:
+        """These, each mean moved as the images near it moved while a later task was learned.
+
+            mu_c + sum_i a_ci (y_i - x_i) / sum_i a_ci,   a_ci = exp(-|x_i - mu_c|^2 / (2 sigma^2))
+
+        The scatter stays. Source: semantic drift compensation (SDC, Yu et al., CVPR 2020), with
+        sigma = 0.3.
+
+        Args:
+            before, after: x and y, [N, D] features of the same images by the model before the task
+                and after it.
+        """
+
+        def moved(means: Tensor) -> Tensor:
+            near = (-torch.cdist(means, before).square() / (2 * _BANDWIDTH**2)).softmax(dim=1)
+            return means + near @ (after - before)
+
+        tasks = tuple(replace(each, means=moved(each.means)) for each in self.tasks)
+        return ClassStatistics(tasks, self.scatter)
 
     def precision(self, shrinkage: float) -> Tensor:
         """P [D, D] in float64; zeros where a class has one image, so that texts alone decide.

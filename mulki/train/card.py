@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from mulki.clip.models import VisionLanguageModel
 from mulki.errors import InputError
+from mulki.methods import Needs
 from mulki.train.config.tasks import teachers_of
 from mulki.train.start.setup import Setup
 from mulki.train.task_learner import anchors_per_step
@@ -50,12 +51,16 @@ class Way:
             `wise_ft`, a running mean, an anchor of weights).
         optimizer: the two moments of AdamW.
         peaks: what else a step needs, the largest of these: texts, gradients and activations.
+        kept: what is kept of each image of a batch, in whatever micro-batches it is encoded: its
+            features of all models, the gradient of the student's, and logits. The images themselves
+            are in the host's memory where a batch is more than one micro-batch.
     """
 
     options: str
     models: int
     optimizer: int
     peaks: tuple[Peak, ...]
+    kept: int
 
     def step(self, images: int) -> int:
         """Bytes of a step beside models and optimiser, with so many images at a time."""
@@ -66,12 +71,14 @@ class Way:
         """Bytes of one image more, at most."""
         return max(peak.image for peak in self.peaks)
 
-    def images(self, card: int) -> int:
-        """How many images can be encoded at a time on a card of so many bytes; 0: it is too small.
+    def images(self, card: int, batch: int) -> int:
+        """How many images of a batch can be encoded at a time; 0: the card is too small.
 
-        A batch of any size can be taken in micro-batches of so many.
+        Args:
+            card: its bytes.
+            batch: images of a step. Fewer at a time than these are micro-batches.
         """
-        free = (1 - _RESERVED) * card - self.models - self.optimizer
+        free = (1 - _RESERVED) * card - self.models - self.optimizer - batch * self.kept
         fit = [(free - peak.fixed) // max(peak.image, 1) for peak in self.peaks]
         return max(int(min(fit)), 0)
 
@@ -110,6 +117,7 @@ def _way(setup: Setup, *, adapters: bool, recompute: bool) -> Way | None:
         except InputError:
             return None
         peaks = tuple(_peak(setup, model, texts, *counts) for counts in _COUNTS)
+        kept = _kept(setup, model, texts[0][0])
         trained = sum(value.nbytes for value in model.trainable().values())
     if model.adapters is not None:
         beside = 0 if setup.original is None else _bytes(setup.original)
@@ -121,6 +129,7 @@ def _way(setup: Setup, *, adapters: bool, recompute: bool) -> Way | None:
         _bytes(model) + beside,
         2 * trained,
         peaks,
+        kept,
     )
 
 
@@ -154,19 +163,33 @@ def _peak(
     return Peak(low - images * image, image)
 
 
+def _kept(setup: Setup, model: VisionLanguageModel, texts: int) -> int:
+    # Of an image: float32 features and logits of each model, and the gradients of the student's.
+    needs, size = _needs(setup), model.image_size
+    width = model.encode_images(torch.empty(1, 3, size, size, device=model.device)).shape[-1]
+    values = 2 + len(teachers_of(setup.method, setup.tasks))
+    return 4 * values * (_kinds(needs) * width + texts)
+
+
+def _needs(setup: Setup) -> Needs:
+    needs = setup.method.needs
+    return needs if any(task.classes for task in setup.tasks) else needs.without_classes()
+
+
+def _kinds(needs: Needs) -> int:
+    # Images of a reference set and those of earlier tasks come at the same time.
+    return 1 + needs.reference + (needs.replay is not None)
+
+
 def _bytes_of_step(
     setup: Setup, model: VisionLanguageModel, texts: tuple[tuple[int, ...], torch.dtype], count: int
 ) -> int:
     model.clip.zero_grad()
     shape, dtype = texts
-    needs, size = setup.method.needs, model.image_size
-    if not any(task.classes for task in setup.tasks):
-        needs = needs.without_classes()
-    # Those of a reference set and those of earlier tasks come at the same time.
-    kinds = 1 + needs.reference + (needs.replay is not None)
+    needs, size = _needs(setup), model.image_size
     captions = needs.reference and needs.student_captions and needs.captions
     captions = captions or not all(task.classes for task in setup.tasks)
-    images = torch.empty(kinds * count, 3, size, size, device=model.device)
+    images = torch.empty(_kinds(needs) * count, 3, size, size, device=model.device)
     known = [*model.clip.parameters(), *model.clip.buffers(), images]
     with _Counted(known) as counted, setup.precision.autocast():
 

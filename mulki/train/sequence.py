@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from mulki.clip.evaluation import shared_classes
 from mulki.clip.head import ClassStatistics, read_statistics, write_statistics
@@ -34,7 +35,7 @@ from mulki.train.display.reporter import Reporter
 from mulki.train.learning.anchor_texts import anchor_texts
 from mulki.train.learning.inputs import Listeners
 from mulki.train.learning.learn import steps_of
-from mulki.train.learning.training_set import class_moments
+from mulki.train.learning.training_set import class_moments, sample_features
 from mulki.train.rows import Row, Rows
 from mulki.train.saving.checkpoints import (
     adapters_of,
@@ -160,6 +161,8 @@ class _Sequence:
         self.learned = 0
         self.steps = 0
         self.statistics = ClassStatistics()
+        # Of the task that is being learned, by the model before it.
+        self.sample: Tensor | None = None
         self.saves = Saves(
             None if setup.folder is None else setup.folder.path,
             signals,
@@ -186,7 +189,7 @@ class _Sequence:
                 text_inputs,
                 self.learned,
                 self.steps,
-                self.statistics.state(),
+                {"kept": self.statistics.state(), "sample": self.sample},
                 in_task,
                 rows=sum(learned <= self.learned for _, learned in planned),
             )
@@ -194,7 +197,8 @@ class _Sequence:
         in_task = None
         if setup.saved is not None:
             self.learned, self.steps = setup.saved["learned"], setup.saved["steps"]
-            self.statistics = ClassStatistics.of_state(setup.saved["statistics"])
+            self.statistics = ClassStatistics.of_state(setup.saved["statistics"]["kept"])
+            self.sample = setup.saved["statistics"]["sample"]
             in_task = restore(setup.saved, setup, frozen, text_inputs)
             done = self.steps + (in_task["steps"] if in_task else 0)
             self._skip(done)
@@ -358,6 +362,9 @@ class _Sequence:
     ) -> None:
         steps = steps_of(self.setup.config, len(task.train), self.setup.world.size)
         self.reporter.start_task(index, task, steps, self.steps)
+        config = self.setup.config
+        if saved is None and config.head_drift == "sdc" and self.statistics.tasks:
+            self.sample = sample_features(task, self.setup)
         taken = learner.learn(
             index,
             task,
@@ -369,6 +376,9 @@ class _Sequence:
         self.steps += taken
 
     def _keep_statistics(self, task: Task) -> None:
+        if self.sample is not None:
+            after = sample_features(task, self.setup)
+            self.statistics, self.sample = self.statistics.shifted(self.sample, after), None
         if not (self.setup.config.head and task.classes):
             return
         self.progress.stage(f"class statistics of {task.name}", TEACHERS, len(task.train))

@@ -171,9 +171,41 @@ def test_studies_follow_their_rules() -> None:
         *(*studies.strengths("lwf"), *studies.smoothing("snd"), *studies.held()),
         *studies.changes(),
     )
-    assert {run.study for run in (*chosen_on_two, *runs)} == set(studies.CHOICES)
+    of_vit = studies.vit_rates("local-dir:models/vit")
+    assert {run.study for run in (*chosen_on_two, *runs, *of_vit)} == set(studies.CHOICES)
     assert {run.options["order"] for run in chosen_on_two} == set(studies.FORM_ORDERS)
     assert {run.options["seed"] for run in chosen_on_two} == {100}
+
+
+def test_the_transformer_has_what_the_bundled_model_has_but_its_rates(tmp_path: Path) -> None:
+    model = tmp_path / "some-vit"
+    preset = {"lr": 2e-4, "iterations": 64, "precision": "fp32"}
+    for run in studies.vit(f"local-dir:{model}", (0,)):
+        settings = compare.settings_of(run)
+        assert settings["model"] == "some-vit" and str(tmp_path) not in json.dumps(settings)
+        assert (settings["iterations"], settings["batch_size"]) == (32, 32)
+        if run.variant == "mulki":
+            bundled = compare.settings_of(studies.Run("compare", "mulki", run.options | preset))
+            assert {k for k in bundled if bundled[k] != settings[k]} == {"model", *preset}
+    rates = [run.options["lr"] for run in studies.vit_rates("m") if run.variant[:5] == "mulki"]
+    assert rates[:3] == [2e-5, 6e-5, 2e-4]
+
+
+def test_results_of_two_start_models_stand_side_by_side(tmp_path: Path) -> None:
+    (tmp_path / "vit").mkdir()
+    (tmp_path / "vit" / "open_clip_model.safetensors").write_bytes(b"weights")
+    model = f"local-dir:{tmp_path / 'vit'}"
+    pack = compare.fingerprint(model)
+    assert pack != compare.fingerprint()
+    runs = studies.vit(model, (0,))
+    lines = [
+        line(run.variant, run.options["order"])
+        | {"study": "vit", "pack": pack, "settings": compare.settings_of(run)}
+        for run in runs
+    ]
+    old = lines[0] | {"pack": "of other weights"}
+    changed = lines[1] | {"settings": lines[1]["settings"] | {"lr": 1.0}}
+    assert compare.standing([old, changed, *lines]) == lines
 
 
 def test_mulki_is_its_best_form() -> None:

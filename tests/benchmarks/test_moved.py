@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,14 +37,6 @@ def test_statistics_move_with_the_features(tasks: list[Task]) -> None:
     new = statistics(tasks[0], before[:40] @ turned)
     torch.testing.assert_close(found.tasks[0].means, new.tasks[0].means, rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(found.scatter, new.scatter, rtol=1e-2, atol=5e-3)
-
-    found = moved.shifted(old, before, before + 0.25)
-    torch.testing.assert_close(found.tasks[0].means, old.tasks[0].means + 0.25)
-    # A mean moves as the images near it.
-    near = old.tasks[0].means[0]
-    one = ClassStatistics((replace(old.tasks[0], means=near[None]),), old.scatter)
-    towards = moved.shifted(one, torch.stack([near, near + 9]), torch.stack([near + 1, near]))
-    torch.testing.assert_close(towards.tasks[0].means[0], near + 1)
 
 
 def test_a_run_that_moves_its_model(

@@ -113,6 +113,24 @@ def test_an_image_a_class_leaves_the_texts_alone(unit: Callable[..., Tensor]) ->
     assert got.scores(features, by_texts, [0]).equal(SCALE * by_texts[0].float())
 
 
+def test_a_mean_moves_as_the_images_near_it(unit: Callable[..., Tensor]) -> None:
+    statistics, _ = learned(unit, TASKS[:2])
+    before, after = unit(40, WIDTH), unit(40, WIDTH)
+    found = statistics.shifted(before.float(), after.float())
+    for old, new in zip(statistics.tasks, found.tasks, strict=True):
+        for mean, moved in zip(old.means.double(), new.means, strict=True):
+            # Semantic drift compensation, equations 12 and 13, with sigma = 0.3.
+            near = torch.exp(-((before - mean) ** 2).sum(dim=1) / (2 * 0.3**2))
+            expected = mean + (near[:, None] * (after - before)).sum(dim=0) / near.sum()
+            torch.testing.assert_close(moved.double(), expected, rtol=1e-5, atol=1e-5)
+        assert new.counts.equal(old.counts)
+    assert found.scatter is statistics.scatter
+    # None of the images is near: the nearest one decides, and nothing is divided by zero.
+    far = torch.full((1, WIDTH), 100.0)
+    (one, _) = statistics.shifted(far, far + 1).tasks
+    torch.testing.assert_close(one.means, statistics.tasks[0].means + 1)
+
+
 def test_a_class_is_known_by_its_prompts(unit: Callable[..., Tensor]) -> None:
     statistics, images = learned(unit, TASKS[:2])
     others = [task("mixed", "dbc"), task("half", "ax"), replace(TASKS[0], templates=("no {}",))]

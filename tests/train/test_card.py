@@ -90,10 +90,18 @@ def test_options_that_the_run_has_or_cannot_have_are_not_tried(counted: Any) -> 
 
 
 def test_images_on_a_card() -> None:
-    way = Way("", models=300, optimizer=200, peaks=(Peak(100, 1), Peak(30, 8)))
+    way = Way("", models=300, optimizer=200, peaks=(Peak(100, 1), Peak(30, 8)), kept=2)
     assert way.step(1) == 101 and way.step(10) == 110 and way.step(20) == 190
     # A tenth of the card is left free.
-    assert way.images(660) == 0 and way.images(670) == 3 and way.images(1000) == 46
+    assert way.images(660, 0) == 0 and way.images(670, 0) == 3 and way.images(1000, 0) == 46
+    assert way.images(1000, 40) == 36
+
+
+def test_what_is_kept_of_each_image_of_a_batch(counted: Any) -> None:
+    # Of 32-d features and three classes: the student's and their gradients, and those of teachers.
+    assert counted(method="finetune")[""].kept == 4 * 2 * (32 + 3)
+    assert counted(method="snd", reference="current")[""].kept == 4 * 4 * (2 * 32 + 3)
+    assert counted(method="er")[""].kept == 4 * 2 * (2 * 32 + 3)
 
 
 def test_counted_is_what_lives_at_once() -> None:

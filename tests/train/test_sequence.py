@@ -21,7 +21,10 @@ import yaml
 
 from mulki import methods
 from mulki.clip import models
+from mulki.clip.head import read_statistics
 from mulki.clip.models import VisionLanguageModel
+from mulki.data import folder_task
+from mulki.data.made_images import DEFAULT_CHANGES, MadeImages
 from mulki.distributed.roll_call import Meeting
 from mulki.errors import InputError, Stopped
 from mulki.methods import PREVIOUS, ZERO_SHOT
@@ -37,7 +40,7 @@ from mulki.train.display.progress import RunProgress
 from mulki.train.learning.class_step import ClassStep
 from mulki.train.learning.inputs import StepReport, TaskInputs, Training
 from mulki.train.saving import recovery
-from mulki.train.saving.checkpoints import publish, save_weights
+from mulki.train.saving.checkpoints import load_checkpoint, publish, save_weights, statistics_of
 from tests import ROOT
 from tests.train.run_helpers import SHORT, Run, checkpoint_hashes, options_of, weights
 from tests.train.saving.test_resuming import stop_at
@@ -495,6 +498,34 @@ def test_student_and_teachers_are_compiled_once(run: Run, monkeypatch: pytest.Mo
 
 def test_without_checkpoints(run: Run) -> None:
     assert not (run(save_checkpoints=False).path / "checkpoints").exists()
+
+
+def test_kept_means_move_with_the_features_of_a_later_task(
+    run: Run, task_folders: tuple[str, str]
+) -> None:
+    kept, moved = (
+        run(drift, method="finetune", lr=1e-2, head_drift=drift) for drift in ("none", "sdc")
+    )
+    old, new = (read_statistics(statistics_of(folder.latest)) for folder in (kept, moved))
+    own = folder_task(task_folders[1]).train
+    sets = own, MadeImages(own, DEFAULT_CHANGES, 0)
+
+    @torch.no_grad()
+    def features(task: str) -> torch.Tensor:
+        model = load_checkpoint(kept.path / "checkpoints" / f"{task}.safetensors")
+        return torch.cat(
+            [
+                model.encode_images(
+                    torch.stack([model.preprocess(of.load(i)) for i in range(len(of))])
+                )
+                for of in sets
+            ]
+        )
+
+    expected = old.shifted(features("task_01_colours"), features("task_02_shades"))
+    torch.testing.assert_close(new.tasks[0].means, expected.tasks[0].means, rtol=1e-4, atol=1e-5)
+    assert (new.tasks[0].means - old.tasks[0].means).abs().max() > 1e-3
+    assert new.tasks[1].means.equal(old.tasks[1].means)
 
 
 def test_a_signal_during_a_save_between_two_tasks_ends_the_run_there(

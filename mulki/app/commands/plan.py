@@ -35,8 +35,7 @@ from mulki.train.start.setup import check_options, prepared
 _INDENT = " " * 9
 _WAYS = (
     "held: student, teachers, optimiser; step: with one image at a time; more: each further one, "
-    "at most; images: the largest --micro-batch, a tenth of the card left free; batches may be "
-    "larger"
+    "at most; images: the largest --micro-batch of a step, a tenth of the card left free"
 )
 _COLUMNS = "before: until its first step; learn: the whole task; test all: after it"
 
@@ -113,14 +112,17 @@ def _show_ways(
     *,
     as_json: bool,
 ) -> None:
-    images = [way.images(round(card * 1e9)) for way in found]
+    images = [way.images(round(card * 1e9), config.batch_size) for way in found]
     if as_json:
         each = [way.to_dict() | {"images": n} for way, n in zip(found, images, strict=True)]
-        _print_json(config, {"card_gb": card, "ways": each}, stand_ins.downloads)
+        of_card = {"card_gb": card, "batch_size": config.batch_size, "ways": each}
+        _print_json(config, of_card, stand_ins.downloads)
         return
     fits = [way for way, n in zip(found, images, strict=True) if n]
     said = f"card     {card:g} GB: "
-    if images[0]:
+    if images[0] >= config.batch_size:
+        said += f"the run fits, all {config.batch_size} images of a step at a time"
+    elif images[0]:
         said += f"the run fits, with --micro-batch {images[0]} or less"
     elif fits:
         said += f"too small for the run as it is; it fits with {fits[0].options}"

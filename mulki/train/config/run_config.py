@@ -263,6 +263,11 @@ class RunConfig:
         high=1,
         of_classes=True,
     )
+    head_drift: Literal["none", "sdc"] = option(
+        "none",
+        "sdc: the kept class means move along with the features of a sample of each later task",
+        of_classes=True,
+    )
     augment: str = option(
         "none",
         "how training images are changed, several with + between, as crop+flip; none: not at all, "

@@ -10,8 +10,13 @@ from torch import Tensor
 from mulki.clip.head import Moments, TaskMeans
 from mulki.clip.models import VisionLanguageModel
 from mulki.data.loader import batch_sizes, batches
+from mulki.data.made_images import MadeImages
+from mulki.data.subset import Subset
 from mulki.data.task import ImageSet, Task
 from mulki.train.learning.inputs import Training
+
+# Images by which it is seen how features move.
+_SAMPLE = 512
 
 
 @torch.no_grad()
@@ -44,6 +49,21 @@ def training_features(
         with precision.autocast():
             yield [world.gather(model.encode_images(part), count) for model in models]
         encoded(count)
+
+
+def sample_features(task: Task, training: Training) -> Tensor:
+    """The student's features [N, D] of a sample of a task, and of images made of it; on the CPU."""
+    training.model.eval()
+    size, config = len(task.train), training.config
+    count = min(_SAMPLE, size)
+    own = Subset(task.train, [i * size // count for i in range(count)])
+    made = MadeImages(own, config.reference_changes, config.seed)
+    parts = [
+        features.float().cpu()
+        for images in (own, made)
+        for (features,) in training_features([training.model], images, training, lambda count: None)
+    ]
+    return torch.cat(parts)
 
 
 def class_moments(

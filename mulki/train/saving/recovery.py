@@ -69,7 +69,7 @@ STUDENT = "student"
 TOO_FAST = "lower --lr, or pass --grad-clip-norm"
 
 # Of what a save holds: another number after each change of that, wherever its states are made.
-_FORMAT = "6"
+_FORMAT = "7"
 # In JSON, a tensor is {_TENSOR: its name}.
 _TENSOR = "__tensor__"
 # A save costs at most this part of the time, by default.
@@ -410,7 +410,7 @@ def run_state(
         texts: of the student.
         learned: number of tasks that were learned.
         steps: optimiser steps of these.
-        statistics: of the classes of these, from `mulki.clip.head.ClassStatistics.state`.
+        statistics: of the classes of these, and the sample of the task that comes next.
         in_task: the state within the task that comes next, None between two tasks.
         rows: of results, with that of the weights after these tasks.
     """

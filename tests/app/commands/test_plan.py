@@ -234,12 +234,14 @@ def test_what_a_run_refuses_a_plan_refuses(
 def test_a_plan_of_a_card(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command([*words, "--method", "mulki", "--card-gb", "1"]) == 0
     out = capsys.readouterr().out
-    assert "card     1 GB: the run fits, with --micro-batch " in out
+    assert "card     1 GB: the run fits, all 4 images of a step at a time" in out
+    assert run_command([*words, "--method", "mulki", "--card-gb", "1", "-b", "100000"]) == 0
+    assert "card     1 GB: the run fits, with --micro-batch " in capsys.readouterr().out
     assert "time     " not in out and out.count("--lora-rank 16") == 2
     assert run_command([*words, "--card-gb", "0.03", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["card_gb"] == 0.03 and len(said["ways"]) == 4
-    assert {"options", "models", "optimizer", "peaks", "images"} == {*said["ways"][0]}
+    assert said["card_gb"] == 0.03 and said["batch_size"] == 4 and len(said["ways"]) == 4
+    assert {"options", "models", "optimizer", "peaks", "kept", "images"} == {*said["ways"][0]}
 
 
 def test_a_card_that_is_too_small(

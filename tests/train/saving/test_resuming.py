@@ -62,6 +62,7 @@ CASES: dict[str, dict[str, Any]] = {
     "wise_ft": {"method": "wise_ft", "wise_base": "zero_shot"},
     "er": {"method": "er", "buffer_size": 5, "replay_batch_size": 4, "augment": "crop"},
     "reservoir": {"method": "er", "buffer_size": 7, "buffer": "reservoir", "micro_batch": 2},
+    "drift": {"method": "finetune", "head_drift": "sdc", "augment": "crop"},
     "ewc": {"method": "ewc", "fisher_images": 5, "ewc_decay": 0.5},
     "original": {"method": "mulki", "original": "tiny-vit"},
     "adapters": {"method": "mulki", "lora_rank": 2, "anchors": "both", "l2": 0.1,
