@@ -6,6 +6,7 @@
     python -m benchmarks.embedded.compare held      # forms of MulKI, likewise
     python -m benchmarks.embedded.compare changes   # images that MulKI is held on, likewise
     python -m benchmarks.embedded.compare compare   # every method at its preset
+    python -m benchmarks.embedded.compare gates     # what weighs MulKI's teachers, on glyphs
     python -m benchmarks.embedded.compare vit_rates --model local-dir:CACHE/mulki-vit-112
     python -m benchmarks.embedded.compare vit --model local-dir:CACHE/mulki-vit-112
     python -m benchmarks.embedded.compare tables    # RESULTS.md from the runs so far
@@ -55,7 +56,7 @@ def main() -> None:
     )
     parser.add_argument(
         "study",
-        choices=(*studies.CHOICES, "compare", "vit", "tables", "figures"),
+        choices=(*studies.CHOICES, "compare", "gates", "vit", "tables", "figures"),
     )
     parser.add_argument(
         "--methods",
@@ -69,7 +70,7 @@ def main() -> None:
         nargs="+",
         type=int,
         default=list(studies.SEEDS),
-        help="for compare, vit",
+        help="for compare, gates, vit",
     )
     parser.add_argument(
         "--model", help="for vit_rates, vit: what benchmarks.embedded.pack.vit made"
@@ -100,6 +101,7 @@ def main() -> None:
         "held": studies.held,
         "changes": studies.changes,
         "compare": lambda: studies.comparison(tuple(arguments.seeds)),
+        "gates": lambda: studies.gates(tuple(arguments.seeds)),
         "vit_rates": lambda: studies.vit_rates(arguments.model),
         "vit": lambda: studies.vit(arguments.model, tuple(arguments.seeds)),
     }[arguments.study]()
@@ -241,8 +243,8 @@ def standing(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     pack = fingerprint()
     of_vit = [r for r in results if r["study"] in studies.OF_VIT]
-    seeds = tuple({r["options"]["seed"] for r in results if r["study"] in ("compare", "vit")})
-    runs = studies.comparison(seeds)
+    seeds = tuple({r["options"]["seed"] for r in results if r["study"] not in studies.CHOICES})
+    runs = [*studies.comparison(seeds), *studies.gates(seeds)]
     if of_vit:
         runs += studies.vit(f"local-dir:{of_vit[-1]['settings']['model']}", seeds)
 

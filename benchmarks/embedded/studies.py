@@ -160,6 +160,23 @@ CHANGED: dict[str, tuple[str, ...]] = {
 }
 
 
+# MulKI by what weighs its teachers, in a sequence of related steps, where the previous model is far
+# better than the original one. Nothing was chosen by it: it is tested on test images.
+_OWN: Options = {"hold_on": "task"}
+GATES: dict[str, Options] = {
+    "mulki": {},
+    "equal weights": {"gate": "uniform", "feature_original": 0.5},
+    "confidence": {"gate": "confidence", "feature_original": 0.5},
+    "previous model alone, features 4": {"teachers": "previous", "gate": "uniform", "feature": 4.0}
+    | {"feature_original": None},
+    "own images": _OWN,
+    **{
+        f"own images, {shown}": _OWN | {"gate": gate, "feature_original": 0.5}
+        for gate, shown in (("uniform", "equal weights"), ("label", "label"), ("loss", "loss"))
+    },
+}
+
+
 # The start model with a transformer: options of every run, the rows of its table with the share of
 # their learning rate that was best, and the shares that were tried.
 VIT: Options = {"iterations": 32, "lock_text": True, "precision": "amp_bf16"}
@@ -180,7 +197,7 @@ class Run:
     """One run of a study.
 
     Args:
-        study: one of `CHOICES`, or compare or vit, for tables.
+        study: one of `CHOICES`, or compare, gates or vit, for tables.
         variant: what distinguishes it within the study, for tables.
         options: as above.
         model: the start model, as `mulki run` takes it.
@@ -296,6 +313,15 @@ def changes() -> list[Run]:
     return [
         Run("changes", name, given | {"order": order, "reference_changes": names})
         for (name, names), order in product(CHANGED.items(), FORM_ORDERS)
+    ]
+
+
+def gates(seeds: tuple[int, ...] = SEEDS) -> list[Run]:
+    """MulKI by its gate, on glyphs."""
+    place, _ = SEQUENCES["embedded-glyphs"]
+    return [
+        Run("gates", name, {"method": "mulki", "seed": seed} | place | options)
+        for seed, (name, options) in product(seeds, GATES.items())
     ]
 
 

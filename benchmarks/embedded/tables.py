@@ -93,6 +93,13 @@ def page(lines: Sequence[Line]) -> str:
         f"Measured on {'; '.join(machine)}; commits {', '.join(commits)}.",
         *_compared([r for r in lines if r["study"] == "compare"]),
     ]
+    if of_gates := [r for r in lines if r["study"] == "gates"]:
+        parts += [
+            f"## What weighs MulKI's teachers\n\n`{COMMAND} gates`. The sequence embedded-glyphs, "
+            "whose steps are related: the previous model is far better than the original one. Mean "
+            "over seeds. Rows but the first have the named gate; `own images`: held on them.",
+            table(of_gates, OF_SEQUENCES),
+        ]
     if of_vit := [r for r in lines if r["study"] == "vit"]:
         parts += [
             f"## The start model with a transformer\n\n`{COMMAND} vit`. Orders I and II, 32 steps "
