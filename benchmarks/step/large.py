@@ -12,7 +12,7 @@ largest micro-batch on it; memory is little changed by other programs.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import product
@@ -57,13 +57,53 @@ COLUMNS = {
 }
 
 
-def measure(model: str, form: str, batch: int, *, measured: bool) -> Row:
-    """Count a step of so many images, and take two if it is to be measured."""
+def rows_of(model: str, form: str) -> list[Row]:
+    """What is counted of a step, a row for each batch."""
     from mulki.train.card import ways
-    from mulki.train.config.run_config import resolve
+    from mulki.train.start.setup import prepared
+
+    with prepared(_settings(model, form, MICRO_BATCH), write=False) as setup:
+        way, size = next(ways(setup)), setup.model.image_size
+    rows: list[Row] = []
+    for batch in BATCHES:
+        mib = {
+            "counted": way.models + way.optimizer + way.step(MICRO_BATCH) + batch * way.kept,
+            "models": way.models,
+            "optimizer": way.optimizer,
+            "step": way.step(1),
+            "image": way.image,
+            "kept": batch * way.kept,
+            # Of each kind, in float32.
+            "host": way.kinds * batch * 3 * size**2 * 4,
+        }
+        rows.append(
+            {"model": model, "form": form, "batch": batch, "measured": None}
+            | {name: value / 2**20 for name, value in mib.items()}
+            | {f"on_{card}": way.images(card * 10**9, batch) for card in CARDS}
+        )
+    return rows
+
+
+def measured(model: str, form: str, batch: int) -> float:
+    """MiB by which this process grows in two steps of so many images."""
     from mulki.train.learning.inputs import Listeners
     from mulki.train.start.setup import prepared
     from mulki.train.task_learner import TaskLearner
+
+    peak = PeakMemory("cpu")
+    with prepared(_settings(model, form, batch), write=False) as setup:
+        task = setup.tasks[0]
+        # Each class in its turn, and all again where the task has fewer images.
+        few = sampled(task, min(batch, len(task.train))).train
+        places = [i % len(few) for i in range(max(batch, len(few)))]
+        TaskLearner(setup).learn(0, replace(task, train=Subset(few, places)), Listeners())
+    growth = peak.growth()
+    assert growth is not None, "Linux alone says how much memory a process has had"
+    return growth / 2**20
+
+
+def _settings(model: str, form: str, batch: int) -> Any:
+    from mulki.train.config.run_config import resolve
 
     given: dict[str, Any] = {
         "tasks": ("embedded:digits", "embedded:animals"),
@@ -73,39 +113,10 @@ def measure(model: str, form: str, batch: int, *, measured: bool) -> Row:
         "batch_size": batch,
         "micro_batch": str(MICRO_BATCH),
         "iterations": 2,
-        "head": False,
     }
     if model != BUNDLED:
         given["pretrained"] = "none"
-    peak = PeakMemory("cpu")
-    with prepared(resolve(given | FORMS[form]), write=False) as setup:
-        way = next(ways(setup))
-        task, size = setup.tasks[0], setup.model.image_size
-        if measured:
-            # Each class in its turn, and all again where the task has fewer images.
-            few = sampled(task, min(batch, len(task.train))).train
-            enough = replace(
-                task, train=Subset(few, [i % len(few) for i in range(max(batch, len(few)))])
-            )
-            TaskLearner(setup).learn(0, enough, Listeners())
-    mib = {
-        "measured": peak.growth() if measured else None,
-        "counted": way.models + way.optimizer + way.step(MICRO_BATCH) + batch * way.kept,
-        "models": way.models,
-        "optimizer": way.optimizer,
-        "step": way.step(1),
-        "image": way.image,
-        "kept": batch * way.kept,
-        # The task's and the made ones, in float32.
-        "host": 2 * batch * 3 * size**2 * 4,
-    }
-    return {
-        "model": model,
-        "form": form,
-        "batch": batch,
-        **{name: None if value is None else value / 2**20 for name, value in mib.items()},
-        **{f"on_{card}": way.images(card * 10**9, batch) for card in CARDS},
-    }
+    return resolve(given | FORMS[form])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -120,14 +131,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     a = parser.parse_args(argv)
     print(machine_line("cpu"), flush=True)
     rows = []
-    for model, form, batch in product(a.models, FORMS, BATCHES):
-        taken = batch in MODELS[model].get(form, ())
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            rows.append(pool.submit(measure, model, form, batch, measured=taken).result())
-        print(rows[-1], flush=True)
-        if a.output:
-            write_csv(a.output, rows[-1:], "cpu")
+    for model, form in product(a.models, FORMS):
+        for row in _alone(rows_of, model, form):
+            if row["batch"] in MODELS[model].get(form, ()):
+                row["measured"] = _alone(measured, model, form, row["batch"])
+            rows.append(row)
+            print(row, flush=True)
+            if a.output:
+                write_csv(a.output, [row], "cpu")
     print(markdown(rows, COLUMNS))
+
+
+def _alone(call: Callable[..., Any], *given: Any) -> Any:
+    # In a process of its own, whose memory is that of this call.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(call, *given).result()
 
 
 if __name__ == "__main__":

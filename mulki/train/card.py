@@ -54,6 +54,8 @@ class Way:
         kept: what is kept of each image of a batch, in whatever micro-batches it is encoded: its
             features of all models, the gradient of the student's, and logits. The images themselves
             are in the host's memory where a batch is more than one micro-batch.
+        kinds: images that come beside each other: of the task, of a reference set, of earlier
+            tasks. Micro-batches are of one kind at a time, a batch as a whole is of all.
     """
 
     options: str
@@ -61,9 +63,10 @@ class Way:
     optimizer: int
     peaks: tuple[Peak, ...]
     kept: int
+    kinds: int
 
     def step(self, images: int) -> int:
-        """Bytes of a step beside models and optimiser, with so many images at a time."""
+        """Bytes of a step beside models and optimiser, with so many images encoded at a time."""
         return max(peak.fixed + images * peak.image for peak in self.peaks)
 
     @property
@@ -76,11 +79,13 @@ class Way:
 
         Args:
             card: its bytes.
-            batch: images of a step. Fewer at a time than these are micro-batches.
+            batch: images of a step. It needs no micro-batches where this is what is returned.
         """
         free = (1 - _RESERVED) * card - self.models - self.optimizer - batch * self.kept
+        if self.step(self.kinds * batch) <= free:
+            return batch
         fit = [(free - peak.fixed) // max(peak.image, 1) for peak in self.peaks]
-        return max(int(min(fit)), 0)
+        return min(max(int(min(fit)), 0), batch - 1)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
@@ -117,7 +122,7 @@ def _way(setup: Setup, *, adapters: bool, recompute: bool) -> Way | None:
         except InputError:
             return None
         peaks = tuple(_peak(setup, model, texts, *counts) for counts in _COUNTS)
-        kept = _kept(setup, model, texts[0][0])
+        kept, kinds = _kept(setup, model, texts[0][0]), _kinds(_needs(setup))
         trained = sum(value.nbytes for value in model.trainable().values())
     if model.adapters is not None:
         beside = 0 if setup.original is None else _bytes(setup.original)
@@ -130,6 +135,7 @@ def _way(setup: Setup, *, adapters: bool, recompute: bool) -> Way | None:
         2 * trained,
         peaks,
         kept,
+        kinds,
     )
 
 
@@ -189,7 +195,7 @@ def _bytes_of_step(
     needs, size = _needs(setup), model.image_size
     captions = needs.reference and needs.student_captions and needs.captions
     captions = captions or not all(task.classes for task in setup.tasks)
-    images = torch.empty(_kinds(needs) * count, 3, size, size, device=model.device)
+    images = torch.empty(count, 3, size, size, device=model.device)
     known = [*model.clip.parameters(), *model.clip.buffers(), images]
     with _Counted(known) as counted, setup.precision.autocast():
 

@@ -17,20 +17,24 @@ def test_a_model_is_measured_or_counted(
     forms = {name: large.FORMS[name] for name in ("all weights", "--lora-rank 16")}
     monkeypatch.setattr(large, "FORMS", forms)
     monkeypatch.setattr(large, "MODELS", {"ViT-S-32": {}})
-    monkeypatch.setattr(large, "BATCHES", (16384,))
     large.main(["--output", str(tmp_path / "out.csv")])
     with (tmp_path / "out.csv").open(newline="") as file:
-        whole, adapters = csv.DictReader(file)
+        whole, _, large_batch, adapters, *_ = csv.DictReader(file)
     assert float(whole["models"]) > 2 * float(adapters["models"])
     assert float(whole["optimizer"]) > float(adapters["optimizer"]) > 0
-    assert 0 < int(whole["on_8"]) < int(whole["on_16"]) < int(adapters["on_80"])
-    assert whole["measured"] == "" and float(whole["kept"]) > 100
-    assert "| ViT-S-32 | all weights | 16384 | - | " in capsys.readouterr().out
+    assert int(large_batch["on_8"]) < int(large_batch["on_16"]) <= 16384
+    # More is kept of a larger batch, so fewer images fit at a time.
+    assert float(large_batch["kept"]) == 256 * float(whole["kept"]) > 100
+    assert whole["on_8"] == "64" and int(large_batch["on_8"]) > 64
+    assert "| ViT-S-32 | all weights | 64 | - | " in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_a_measured_step_is_near_what_is_counted() -> None:
-    row = large.measure("ViT-S-32", "all weights, --grad-checkpointing", 8, measured=True)
-    measured, counted = row["measured"], row["counted"]
-    assert isinstance(measured, float) and isinstance(counted, float)
-    assert 0.7 < counted / measured < 1.1
+def test_a_measured_step_is_near_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    form = {"grad_checkpointing": True, "anchors": "none", "image_anchor": 0.0}
+    monkeypatch.setattr(large, "FORMS", {"without words": form})
+    monkeypatch.setattr(large, "BATCHES", (16,))
+    (row,) = large.rows_of("ViT-S-32", "without words")
+    counted = row["counted"]
+    assert isinstance(counted, float)
+    assert 0.7 < counted / large.measured("ViT-S-32", "without words", 16) < 1.1

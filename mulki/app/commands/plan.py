@@ -120,7 +120,7 @@ def _show_ways(
         return
     fits = [way for way, n in zip(found, images, strict=True) if n]
     said = f"card     {card:g} GB: "
-    if images[0] >= config.batch_size:
+    if images[0] == config.batch_size:
         said += f"the run fits, all {config.batch_size} images of a step at a time"
     elif images[0]:
         said += f"the run fits, with --micro-batch {images[0]} or less"

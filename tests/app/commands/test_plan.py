@@ -241,7 +241,9 @@ def test_a_plan_of_a_card(words: list[str], capsys: pytest.CaptureFixture[str]) 
     assert run_command([*words, "--card-gb", "0.03", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["card_gb"] == 0.03 and said["batch_size"] == 4 and len(said["ways"]) == 4
-    assert {"options", "models", "optimizer", "peaks", "kept", "images"} == {*said["ways"][0]}
+    assert {"options", "models", "optimizer", "peaks", "kept", "kinds", "images"} == {
+        *said["ways"][0]
+    }
 
 
 def test_a_card_that_is_too_small(
