@@ -118,7 +118,7 @@ def carry_out(runs: list[Run], jobs: int) -> None:
     Raises:
         ValueError: two runs of the study are the same, so that one would vanish from its table.
     """
-    pack = fingerprint(runs[0].model)
+    pack = fingerprint(runs[0].model if runs else BUNDLED)
     wanted = [settings_of(run) for run in runs]
     twice = {run.variant for run, of in zip(runs, wanted, strict=True) if wanted.count(of) > 1}
     if twice:
@@ -239,7 +239,7 @@ def standing(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The results that hold for the present start models, images, presets and defaults.
 
     Studies by which a preset was chosen began from the preset before it; their results stay. The
-    transformer is that of its newest run, since its weights are not here to be looked at.
+    transformer is that of its last line, since its weights are not here to be looked at.
     """
     pack = fingerprint()
     of_vit = [r for r in results if r["study"] in studies.OF_VIT]

@@ -67,14 +67,14 @@ def rows_of(model: str, form: str) -> list[Row]:
     rows: list[Row] = []
     for batch in BATCHES:
         mib = {
-            "counted": way.models + way.optimizer + way.step(MICRO_BATCH) + batch * way.kept,
+            "counted": way.held + way.kept.of(batch) + way.step(MICRO_BATCH),
             "models": way.models,
             "optimizer": way.optimizer,
             "step": way.step(1),
             "image": way.image,
-            "kept": batch * way.kept,
-            # Of each kind, in float32.
-            "host": way.kinds * batch * 3 * size**2 * 4,
+            "kept": way.kept.of(batch),
+            # The task's and those made of them, in float32.
+            "host": 2 * batch * 3 * size**2 * 4,
         }
         rows.append(
             {"model": model, "form": form, "batch": batch, "measured": None}

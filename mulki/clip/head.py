@@ -59,7 +59,7 @@ class TaskMeans:
         task: its name.
         classes: class names, [C].
         prompts: the prompts of each class, [C][T], by which a class is known again.
-        means: [C, D] float32, means of the features; these are no unit rows.
+        means: [C, D] float32, means of the features, or what they were moved to; no unit rows.
         counts: [C] int64, images of each class.
     """
 

@@ -20,9 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mulki.clip.models import VisionLanguageModel
+from mulki.data import Task
 from mulki.errors import InputError
-from mulki.methods import Needs
 from mulki.train.config.tasks import teachers_of
+from mulki.train.costs import stored_rows
+from mulki.train.learning.learn import steps_of
 from mulki.train.start.setup import Setup
 from mulki.train.task_learner import anchors_per_step
 
@@ -32,13 +34,32 @@ _RANK = 16
 _RESERVED = 0.1
 # Images of the counts from which those of another number are taken.
 _COUNTS = ((1, 2), (16, 32), (512, 1024))
+_WHOLE = (16, 32)
 
 
 class Peak(NamedTuple):
-    """Bytes of a step that encodes n images at a time: ``fixed + n * image``."""
+    """Bytes for n images: ``fixed + n * image``."""
 
     fixed: int
     image: int
+
+    def of(self, images: int) -> int:
+        """Bytes for so many images."""
+        return self.fixed + images * self.image
+
+
+class _Kind(NamedTuple):
+    """Images that come in each step: of the task, of a reference set, or of earlier tasks.
+
+    Args:
+        size: how many; None for as many as a batch has.
+        captions: whether the student encodes a caption with each.
+        features: vectors that are kept of each, of all models, and the gradients of the student's.
+    """
+
+    size: int | None
+    captions: bool
+    features: int
 
 
 @dataclass(frozen=True)
@@ -50,24 +71,32 @@ class Way:
         models: student and teachers; not what a method copies of the weights for itself (`ewc`,
             `wise_ft`, a running mean, an anchor of weights).
         optimizer: the two moments of AdamW.
-        peaks: what else a step needs, the largest of these: texts, gradients and activations.
-        kept: what is kept of each image of a batch, in whatever micro-batches it is encoded: its
-            features of all models, the gradient of the student's, and logits. The images themselves
-            are in the host's memory where a batch is more than one micro-batch.
-        kinds: images that come beside each other: of the task, of a reference set, of earlier
-            tasks. Micro-batches are of one kind at a time, a batch as a whole is of all.
+        stored: features that teachers keep of the images of the largest task.
+        kept: features of a batch, of all models, with the gradients of the student's. What losses
+            take for themselves, about as much again, is not counted.
+        peaks: what else a step in micro-batches needs, the largest of these: images, texts,
+            gradients and activations.
+        whole: what else a step needs that encodes all images of a batch at a time.
+        evaluation: what else a batch of an evaluation needs (``--batch-size-eval``).
     """
 
     options: str
     models: int
     optimizer: int
+    stored: int
+    kept: Peak
     peaks: tuple[Peak, ...]
-    kept: int
-    kinds: int
+    whole: Peak
+    evaluation: int
+
+    @property
+    def held(self) -> int:
+        """Bytes that are there between two steps."""
+        return self.models + self.optimizer + self.stored
 
     def step(self, images: int) -> int:
-        """Bytes of a step beside models and optimiser, with so many images encoded at a time."""
-        return max(peak.fixed + images * peak.image for peak in self.peaks)
+        """Bytes of a step beside what is held and kept, in micro-batches of so many images."""
+        return max(peak.of(images) for peak in self.peaks)
 
     @property
     def image(self) -> int:
@@ -81,15 +110,20 @@ class Way:
             card: its bytes.
             batch: images of a step. It needs no micro-batches where this is what is returned.
         """
-        free = (1 - _RESERVED) * card - self.models - self.optimizer - batch * self.kept
-        if self.step(self.kinds * batch) <= free:
+        free = (1 - _RESERVED) * card - self.held
+        if self.evaluation > free:
+            return 0
+        free -= self.kept.of(batch)
+        if self.whole.of(batch) <= free:
             return batch
         fit = [(free - peak.fixed) // max(peak.image, 1) for peak in self.peaks]
         return min(max(int(min(fit)), 0), batch - 1)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
-        return asdict(self) | {"peaks": [peak._asdict() for peak in self.peaks]}
+        peaks = {"kept": self.kept, "whole": self.whole}
+        named = {name: peak._asdict() for name, peak in peaks.items()}
+        return asdict(self) | named | {"peaks": [peak._asdict() for peak in self.peaks]}
 
 
 def ways(setup: Setup) -> Iterator[Way]:
@@ -110,7 +144,7 @@ def _way(setup: Setup, *, adapters: bool, recompute: bool) -> Way | None:
         return None
     if recompute and config.grad_checkpointing:
         return None
-    mode, texts = FakeTensorMode(), _texts(setup)
+    mode, step = FakeTensorMode(), _Step(setup)
     with FakeCopyMode(mode):
         model = copy.deepcopy(setup.model)
     with mode:
@@ -121,8 +155,9 @@ def _way(setup: Setup, *, adapters: bool, recompute: bool) -> Way | None:
                 model.adapt(_RANK, fixed_a=method.needs.directions)
         except InputError:
             return None
-        peaks = tuple(_peak(setup, model, texts, *counts) for counts in _COUNTS)
-        kept, kinds = _kept(setup, model, texts[0][0]), _kinds(_needs(setup))
+        peaks = tuple(step.peak(model, *counts) for counts in _COUNTS)
+        whole = step.peak(model, *_WHOLE, whole=True)
+        evaluation, width = step.evaluation(model)
         trained = sum(value.nbytes for value in model.trainable().values())
     if model.adapters is not None:
         beside = 0 if setup.original is None else _bytes(setup.original)
@@ -131,11 +166,13 @@ def _way(setup: Setup, *, adapters: bool, recompute: bool) -> Way | None:
     options = ["--grad-checkpointing"] * recompute + [f"--lora-rank {_RANK}"] * adapters
     return Way(
         " ".join(options),
-        _bytes(model) + beside,
-        2 * trained,
-        peaks,
-        kept,
-        kinds,
+        models=_bytes(model) + beside,
+        optimizer=2 * trained,
+        stored=4 * width * _teachers(setup) * max(map(step.stored_rows, setup.tasks)),
+        kept=step.kept(width),
+        peaks=peaks,
+        whole=whole,
+        evaluation=evaluation,
     )
 
 
@@ -146,78 +183,97 @@ def _teachers(setup: Setup) -> int:
     return min(len(names), 1) if single else len(names)
 
 
-def _texts(setup: Setup) -> tuple[tuple[int, ...], torch.dtype]:
-    # Shape and type of the texts of a step, in the largest task; captions come on top.
-    needs, most = setup.method.needs, max(len(task.classes) for task in setup.tasks)
-    if needs.student_anchors:
-        words = setup.vocabulary.words if setup.vocabulary is not None else ()
-        known = len(words) + sum(len(task.classes) for task in setup.tasks)
-        most += min(anchors_per_step(setup, needs) or known, known)
-    one = setup.model.text_inputs(["a"])
-    return (most, *one.shape[1:]), one.dtype
+class _Step:
+    # A step of a run, on fake tensors.
+    def __init__(self, setup: Setup):
+        self._setup = setup
+        needs = setup.method.needs
+        if not any(task.classes for task in setup.tasks):
+            needs = needs.without_classes()
+        self._needs, tasks = needs, setup.tasks
+        teachers, pairs = len(teachers_of(setup.method, tasks)), not all(t.classes for t in tasks)
+        of_both = 2 * (2 + teachers)
+        own = of_both if pairs else 2 + teachers * needs.teacher_images
+        self._kinds = [_Kind(None, pairs, own)]
+        if needs.reference:
+            captions = needs.captions and needs.student_captions
+            of_captions = needs.captions * teachers + 2 * captions
+            size = setup.config.reference_batch_size
+            self._kinds.append(_Kind(size, captions, 2 + teachers + of_captions))
+        if needs.replay is not None:
+            self._kinds.append(_Kind(needs.replay.batch_size, False, 2))
+        # Texts of a step in the largest task, with those of earlier tasks; captions come on top.
+        classes = [len(task.classes) for task in tasks]
+        self._texts = max(classes) if needs.replay is None else sum(classes)
+        if needs.student_anchors:
+            words = setup.vocabulary.words if setup.vocabulary is not None else ()
+            known = len(words) + sum(classes)
+            self._texts += min(anchors_per_step(setup, needs) or known, known)
+        self._prompt = setup.model.text_inputs(["a"])
 
+    @torch.no_grad()
+    def evaluation(self, model: VisionLanguageModel) -> tuple[int, int]:
+        # And the width of the features.
+        with _Counted(_tensors(model)) as counted, self._setup.precision.autocast():
+            features = self._images(model, self._setup.config.batch_size_eval)
+        return counted.peak, features.shape[1]
 
-def _peak(
-    setup: Setup,
-    model: VisionLanguageModel,
-    texts: tuple[tuple[int, ...], torch.dtype],
-    images: int,
-    more: int,
-) -> Peak:
-    low, high = (_bytes_of_step(setup, model, texts, n) for n in (images, more))
-    image = (high - low) // (more - images)
-    return Peak(low - images * image, image)
+    def stored_rows(self, task: Task) -> int:
+        setup = self._setup
+        return stored_rows(setup, task, steps_of(setup.config, len(task.train), setup.world.size))
 
+    def kept(self, width: int) -> Peak:
+        # Each process has the features of all of them.
+        each = 4 * width * self._setup.world.size
+        fixed = sum(kind.features * (kind.size or 0) for kind in self._kinds)
+        return Peak(each * fixed, each * sum(k.features for k in self._kinds if k.size is None))
 
-def _kept(setup: Setup, model: VisionLanguageModel, texts: int) -> int:
-    # Of an image: float32 features and logits of each model, and the gradients of the student's.
-    needs, size = _needs(setup), model.image_size
-    width = model.encode_images(torch.empty(1, 3, size, size, device=model.device)).shape[-1]
-    values = 2 + len(teachers_of(setup.method, setup.tasks))
-    return 4 * values * (_kinds(needs) * width + texts)
+    def peak(
+        self, model: VisionLanguageModel, images: int, more: int, *, whole: bool = False
+    ) -> Peak:
+        low, high = (self._bytes(model, count, whole) for count in (images, more))
+        image = (high - low) // (more - images)
+        return Peak(low - images * image, image)
 
+    def _bytes(self, model: VisionLanguageModel, count: int, whole: bool) -> int:
+        model.clip.zero_grad()
+        # A kind of which there are no more than a micro-batch is encoded once, with the texts.
+        once = [k for k in self._kinds if whole or (k.size is not None and k.size <= count)]
+        with _Counted(_tensors(model)) as counted, self._setup.precision.autocast():
+            graphs = [self._of_kind(model, kind, kind.size or count) for kind in once]
+            if self._texts and model.trains_texts:
+                graphs.append(self._encoded(model, self._texts))
+            if graphs:
+                torch.stack(graphs).sum().backward()
+            del graphs
+            for kind in self._kinds:
+                # From the second micro-batch on, all gradients are there.
+                for _ in range(0 if kind in once else 2):
+                    self._of_kind(model, kind, count).backward()
+        return counted.peak
 
-def _needs(setup: Setup) -> Needs:
-    needs = setup.method.needs
-    return needs if any(task.classes for task in setup.tasks) else needs.without_classes()
+    def _of_kind(self, model: VisionLanguageModel, kind: _Kind, count: int) -> Tensor:
+        features = self._images(model, count).sum()
+        if kind.captions and model.trains_texts:
+            features = features + self._encoded(model, count)
+        return features
 
+    def _images(self, model: VisionLanguageModel, count: int) -> Tensor:
+        size = model.image_size
+        return model.encode_images(torch.empty(count, 3, size, size, device=model.device))
 
-def _kinds(needs: Needs) -> int:
-    # Images of a reference set and those of earlier tasks come at the same time.
-    return 1 + needs.reference + (needs.replay is not None)
-
-
-def _bytes_of_step(
-    setup: Setup, model: VisionLanguageModel, texts: tuple[tuple[int, ...], torch.dtype], count: int
-) -> int:
-    model.clip.zero_grad()
-    shape, dtype = texts
-    needs, size = _needs(setup), model.image_size
-    captions = needs.reference and needs.student_captions and needs.captions
-    captions = captions or not all(task.classes for task in setup.tasks)
-    images = torch.empty(count, 3, size, size, device=model.device)
-    known = [*model.clip.parameters(), *model.clip.buffers(), images]
-    with _Counted(known) as counted, setup.precision.autocast():
-
-        def encoded(texts: int) -> Tensor:
-            prompts = torch.zeros((texts, *shape[1:]), dtype=dtype, device=model.device)
-            return model.encode_texts(prompts)
-
-        if shape[0] and model.trains_texts:
-            encoded(shape[0]).sum().backward()
-        # From the second micro-batch on, all gradients are there.
-        for _ in range(2):
-            features = model.encode_images(images).sum()
-            if captions and model.trains_texts:
-                # An image and its caption are encoded in one graph.
-                features = features + encoded(count).sum()
-            features.backward()
-    return counted.peak
+    def _encoded(self, model: VisionLanguageModel, texts: int) -> Tensor:
+        shape = texts, *self._prompt.shape[1:]
+        prompts = torch.zeros(shape, dtype=self._prompt.dtype, device=model.device)
+        return model.encode_texts(prompts).sum()
 
 
 def _bytes(model: VisionLanguageModel) -> int:
-    known = {id(value): value.nbytes for value in (*model.clip.parameters(), *model.clip.buffers())}
-    return sum(known.values())
+    return sum({id(value): value.nbytes for value in _tensors(model)}.values())
+
+
+def _tensors(model: VisionLanguageModel) -> list[Tensor]:
+    return [*model.clip.parameters(), *model.clip.buffers()]
 
 
 class _Counted(TorchDispatchMode):

@@ -18,7 +18,7 @@ from mulki.data.subset import sampled
 from mulki.data.transforms import is_deterministic
 from mulki.train.config.run_config import AUTO
 from mulki.train.config.tasks import needs_of
-from mulki.train.display.outline import rows
+from mulki.train.display.outline import images_of_head, rows
 from mulki.train.learning.batches import kept_samples
 from mulki.train.learning.inputs import Listeners, StepReport
 from mulki.train.learning.learn import steps_of
@@ -145,16 +145,16 @@ def measure(setup: Setup, says: Callable[[str], None] = lambda words: None) -> C
         says(f"measuring task {index + 1} of {len(setup.tasks)}, {task.name}")
         costs = _learning(setup, learner, index, task, fits.append)
         testing, again, width = _testing(setup, task)
-        if setup.config.head and task.classes:
+        if for_head := images_of_head(setup, task):
             # Class statistics take as long for an image as its test does.
-            passed = testing * len(task.train) / len(task.test)
+            passed = testing * for_head / len(task.test)
             costs = replace(costs, learning=costs.learning + passed)
         if task.val is not None:
             passed = again * len(task.val) / len(task.test)
             passed *= validations(setup.config, task, costs.steps)
             costs = replace(costs, learning=costs.learning + passed)
         tasks.append(replace(costs, testing=testing, testing_again=again))
-        kept = max(kept, _kept(setup, task, costs.steps))
+        kept = max(kept, stored_rows(setup, task, costs.steps))
     tested = sum(each.testing for each in tasks) + again_each
     if trains:
         again_each += sum(each.testing_again for each in tasks)
@@ -285,8 +285,8 @@ def _testing(setup: Setup, task: Task) -> tuple[float, float, int]:
     return first, again, features.shape[1]
 
 
-def _kept(setup: Setup, task: Task, steps: int) -> int:
-    # Rows of features that each teacher keeps.
+def stored_rows(setup: Setup, task: Task, steps: int) -> int:
+    """Rows of features that each teacher keeps of a task that is learned in so many steps."""
     needs = needs_of(setup.method, task)
     if not (setup.method.trains and needs.teachers):
         return 0

@@ -35,7 +35,7 @@ from mulki.train.display.reporter import Reporter
 from mulki.train.learning.anchor_texts import anchor_texts
 from mulki.train.learning.inputs import Listeners
 from mulki.train.learning.learn import steps_of
-from mulki.train.learning.training_set import class_moments, sample_features
+from mulki.train.learning.training_set import class_moments, sample, sample_features
 from mulki.train.rows import Row, Rows
 from mulki.train.saving.checkpoints import (
     adapters_of,
@@ -362,9 +362,8 @@ class _Sequence:
     ) -> None:
         steps = steps_of(self.setup.config, len(task.train), self.setup.world.size)
         self.reporter.start_task(index, task, steps, self.steps)
-        config = self.setup.config
-        if saved is None and config.head_drift == "sdc" and self.statistics.tasks:
-            self.sample = sample_features(task, self.setup)
+        if saved is None and self.setup.config.head_drift and self.statistics.tasks:
+            self.sample = self._sample(task)
         taken = learner.learn(
             index,
             task,
@@ -377,13 +376,18 @@ class _Sequence:
 
     def _keep_statistics(self, task: Task) -> None:
         if self.sample is not None:
-            after = sample_features(task, self.setup)
+            after = self._sample(task)
             self.statistics, self.sample = self.statistics.shifted(self.sample, after), None
         if not (self.setup.config.head and task.classes):
             return
         self.progress.stage(f"class statistics of {task.name}", TEACHERS, len(task.train))
         moments = class_moments(task, self.setup, self.progress.advance)
         self.statistics = self.statistics.with_task(*moments)
+
+    def _sample(self, task: Task) -> Tensor:
+        images = sum(map(len, sample(task)))
+        self.progress.stage(f"a sample of {task.name}", TEACHERS, images)
+        return sample_features(task, self.setup, self.progress.advance)
 
     def _save(self, learned: int, row: Row) -> None:
         # All processes take part where weights are sharded; one writes.

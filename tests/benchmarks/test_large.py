@@ -23,9 +23,8 @@ def test_a_model_is_measured_or_counted(
     assert float(whole["models"]) > 2 * float(adapters["models"])
     assert float(whole["optimizer"]) > float(adapters["optimizer"]) > 0
     assert int(large_batch["on_8"]) < int(large_batch["on_16"]) <= 16384
-    # More is kept of a larger batch, so fewer images fit at a time.
-    assert float(large_batch["kept"]) == 256 * float(whole["kept"]) > 100
-    assert whole["on_8"] == "64" and int(large_batch["on_8"]) > 64
+    # The smaller batch fits as a whole.
+    assert whole["on_8"] == "64" and float(large_batch["kept"]) > 100
     assert "| ViT-S-32 | all weights | 64 | - | " in capsys.readouterr().out
 
 

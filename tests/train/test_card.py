@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,22 @@ from torch import nn
 from mulki.train import card
 from mulki.train.card import Peak, Way, ways
 from mulki.train.config.run_config import resolve
+from mulki.train.learning.batches import Batch, PairBatch
+from mulki.train.learning.class_step import ClassStep
+from mulki.train.learning.inputs import Listeners
 from mulki.train.start.setup import prepared
+from mulki.train.task_learner import TaskLearner
 from tests.train.run_helpers import SHORT
-from tests.train_helpers import same_state, state_of, write_pairs
+from tests.train_helpers import COLOURS, same_state, state_of, write_pairs, write_task
 
 
 @pytest.fixture
 def counted(start_model: dict[str, str], task_folders: tuple[str, str], tmp_path: Path) -> Any:
-    def go(**options: Any) -> dict[str, Way]:
+    def go(count: int | None = None, **options: Any) -> dict[str, Way]:
         given = {"tasks": task_folders, "logs": str(tmp_path / "plans"), "method": "mulki"}
         with prepared(resolve(SHORT | start_model | given | options), write=False) as setup:
             before = state_of(setup.model)
-            found = [*ways(setup)]
+            found = [*islice(ways(setup), count)]
             assert same_state(state_of(setup.model), before)
             weights = [*setup.model.clip.parameters()]
             assert all(w.grad is None and type(w) is nn.Parameter for w in weights)
@@ -49,10 +55,10 @@ def test_what_each_option_saves(counted: Any) -> None:
 
 
 def test_of_a_method_without_teachers_and_of_frozen_texts(counted: Any) -> None:
-    with_two, alone = counted(anchors="none")[""], counted(method="finetune")[""]
+    with_two, alone = counted(1, anchors="none")[""], counted(1, method="finetune")[""]
     assert alone.models * 3 == pytest.approx(with_two.models, rel=0.01)
     assert alone.optimizer == pytest.approx(2 * alone.models, rel=0.01)
-    frozen = counted(method="finetune", lock_text=True)[""]
+    frozen = counted(1, method="finetune", lock_text=True)[""]
     assert frozen.optimizer < alone.optimizer and frozen.step(1) < alone.step(1)
     assert frozen.image == alone.image
 
@@ -66,18 +72,33 @@ def test_an_original_of_its_own(counted: Any) -> None:
 
 
 def test_images_beside_those_of_the_task(counted: Any, tmp_path: Path) -> None:
-    assert counted(method="finetune")[""].kinds == 1
-    assert counted(method="snd", reference="current")[""].kinds == 2
-    assert counted(method="er")[""].kinds == 2
+    """As a whole, a batch has the graphs of all of them; micro-batches come one after another."""
+
+    def of(**options: Any) -> tuple[float, float]:
+        way = counted(1, lock_text=True, **options)[""]
+        return way.image / alone.image, way.whole.image / alone.image
+
+    alone = counted(1, method="finetune", lock_text=True)[""]
+    assert alone.whole.image == pytest.approx(alone.image, rel=0.02)
+    two = pytest.approx((1, 2), rel=0.05)
+    assert of(method="snd", reference="current") == two
+    # As many replayed ones in every step, however large the batch is.
+    assert of(method="er", replay_batch_size=5) == pytest.approx((1, 1), rel=0.05)
     # Made ones by default, but not where all tasks are of captions.
-    assert counted(lock_text=True)[""].kinds == 2
+    assert of(method="mulki") == two
     pairs = f"captions:{write_pairs(tmp_path / 'pairs')}"
-    assert counted(tasks=(pairs,), lock_text=True)[""].kinds == 1
+    assert of(method="mulki", tasks=(pairs,)) == pytest.approx((1, 1), rel=0.05)
+
+
+def test_of_a_batch_as_a_whole_the_texts_are_there_too(counted: Any) -> None:
+    trained, locked = (counted(1, method="finetune", lock_text=lock)[""] for lock in (False, True))
+    texts = trained.step(1) - locked.step(1)
+    assert texts > 0 and trained.whole.fixed - locked.whole.fixed >= texts
 
 
 def test_captions_of_a_task_are_in_the_graph_of_their_images(counted: Any, tmp_path: Path) -> None:
     pairs = f"captions:{write_pairs(tmp_path / 'pairs')}"
-    trained, locked = (counted(tasks=(pairs,), lock_text=lock)[""] for lock in (False, True))
+    trained, locked = (counted(1, tasks=(pairs,), lock_text=lock)[""] for lock in (False, True))
     assert trained.image > 1.2 * locked.image
 
 
@@ -88,19 +109,27 @@ def test_options_that_the_run_has_or_cannot_have_are_not_tried(counted: Any) -> 
 
 
 def test_images_on_a_card() -> None:
-    way = Way("", models=300, optimizer=200, peaks=(Peak(100, 1), Peak(30, 8)), kept=1, kinds=2)
+    peaks = Peak(100, 1), Peak(30, 8)
+    way = Way("", 300, 190, 10, kept=Peak(0, 1), peaks=peaks, whole=Peak(30, 16), evaluation=100)
     assert way.step(1) == 101 and way.step(10) == 110 and way.step(20) == 190
     # A tenth of the card is left free.
     assert way.images(660, 100) == 0 and way.images(780, 100) == 2 and way.images(1000, 100) == 33
     # Of a batch as a whole both kinds are there at a time.
     assert way.images(1000, 21) == 21 and way.images(1000, 22) == 21
+    assert replace(way, evaluation=401).images(1000, 100) == 0
 
 
-def test_what_is_kept_of_each_image_of_a_batch(counted: Any) -> None:
-    # Of 32-d features and three classes: the student's and their gradients, and those of teachers.
-    assert counted(method="finetune")[""].kept == 4 * 2 * (32 + 3)
-    assert counted(method="snd", reference="current")[""].kept == 4 * 4 * (2 * 32 + 3)
-    assert counted(method="er")[""].kept == 4 * 2 * (2 * 32 + 3)
+def test_what_is_kept_of_each_image_of_a_batch(counted: Any, tmp_path: Path) -> None:
+    # Vectors of 32 float32: the student's and their gradients, and those of two teachers.
+    one, pairs = 4 * 32, f"captions:{write_pairs(tmp_path / 'pairs')}"
+    assert counted(1, method="finetune")[""].kept == (0, 2 * one)
+    # Held on reference images alone, the teachers do not look at the task's.
+    assert counted(1, method="snd", reference="current")[""].kept == (0, (2 + 4) * one)
+    of_eight = counted(1, method="snd", reference="current", reference_batch_size=8)[""]
+    assert of_eight.kept == (8 * 4 * one, 2 * one)
+    assert counted(1, method="er", replay_batch_size=5)[""].kept == (5 * 2 * one, 2 * one)
+    # One teacher: the first task has no previous model beside the original one.
+    assert counted(1, tasks=(pairs,))[""].kept == (0, 2 * (2 + 2) * one)
 
 
 def test_counted_is_what_lives_at_once() -> None:
@@ -134,3 +163,43 @@ def test_shapes_count_as_a_step_does(
     assert way.models == real.models
     for images in (1, 8, 64, 512):
         assert way.step(images) == pytest.approx(real.step(images), rel=0.05)
+
+
+@pytest.mark.parametrize("micro", [None, 2])
+@pytest.mark.parametrize("options", [{}, {"method": "snd", "reference": "made"}, {"method": "er"}])
+def test_a_real_step_has_what_is_counted(
+    start_model: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    micro: int | None,
+    options: dict[str, Any],
+) -> None:
+    """What more images in a batch take, in a step of the second task."""
+    folders = [str(write_task(tmp_path / name, COLOURS, 16)) for name in "ab"]
+    given = {"tasks": folders, "logs": str(tmp_path), "method": "finetune", "micro_batch": micro}
+    real = ClassStep.gradients
+    peaks: list[int] = []
+
+    def gradients(step: ClassStep, batch: Batch, reference: PairBatch | None = None) -> Any:
+        images = [x.images for x in (batch, batch.replay, reference) if x is not None]
+        with card._Counted([*card._tensors(step._model), *images]) as seen:
+            found = real(step, batch, reference)
+        peaks.append(seen.peak)
+        return found
+
+    monkeypatch.setattr(ClassStep, "gradients", gradients)
+    of_batch = {}
+    for size in (16, 32):
+        more = {"batch_size": size, "iterations": 2, "lock_text": True}
+        with prepared(resolve(SHORT | start_model | given | more | options), write=False) as setup:
+            way = next(ways(setup))
+            learner = TaskLearner(setup)
+            for index, task in enumerate(setup.tasks):
+                learner.learn(index, task, Listeners())
+        of_batch[size] = peaks[-1]
+    found = (of_batch[32] - of_batch[16]) / 16
+    if micro is None:
+        assert found == pytest.approx(way.whole.image + way.kept.image, rel=0.03)
+    else:
+        # Beside the features, what the losses take for themselves.
+        assert way.kept.image <= found < 2.1 * way.kept.image

@@ -25,6 +25,7 @@ from mulki.clip.head import read_statistics
 from mulki.clip.models import VisionLanguageModel
 from mulki.data import folder_task
 from mulki.data.made_images import DEFAULT_CHANGES, MadeImages
+from mulki.data.subset import Subset
 from mulki.distributed.roll_call import Meeting
 from mulki.errors import InputError, Stopped
 from mulki.methods import PREVIOUS, ZERO_SHOT
@@ -37,6 +38,7 @@ from mulki.train import sequence, task_learner
 from mulki.train.config.presets import RELATIONS
 from mulki.train.config.run_config import read_config, resolve
 from mulki.train.display.progress import RunProgress
+from mulki.train.learning import training_set
 from mulki.train.learning.class_step import ClassStep
 from mulki.train.learning.inputs import StepReport, TaskInputs, Training
 from mulki.train.saving import recovery
@@ -44,7 +46,7 @@ from mulki.train.saving.checkpoints import load_checkpoint, publish, save_weight
 from tests import ROOT
 from tests.train.run_helpers import SHORT, Run, checkpoint_hashes, options_of, weights
 from tests.train.saving.test_resuming import stop_at
-from tests.train_helpers import COLOURS, Calls, same_state, state_of, write_task
+from tests.train_helpers import COLOURS, Calls, same_state, state_of, write_pairs, write_task
 
 METHODS = tuple(methods.available())
 
@@ -501,13 +503,17 @@ def test_without_checkpoints(run: Run) -> None:
 
 
 def test_kept_means_move_with_the_features_of_a_later_task(
-    run: Run, task_folders: tuple[str, str]
+    run: Run, task_folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(training_set, "_SAMPLE", 5)
     kept, moved = (
-        run(drift, method="finetune", lr=1e-2, head_drift=drift) for drift in ("none", "sdc")
+        run(str(drift), method="finetune", lr=1e-2, head_drift=drift) for drift in (None, "sdc")
     )
     old, new = (read_statistics(statistics_of(folder.latest)) for folder in (kept, moved))
-    own = folder_task(task_folders[1]).train
+    whole = folder_task(task_folders[1]).train
+    # At even distances, so that all classes are there.
+    own = Subset(whole, [i * len(whole) // 5 for i in range(5)])
+    assert len(whole) > 5 and {*own.targets} == {*whole.targets}
     sets = own, MadeImages(own, DEFAULT_CHANGES, 0)
 
     @torch.no_grad()
@@ -526,6 +532,21 @@ def test_kept_means_move_with_the_features_of_a_later_task(
     torch.testing.assert_close(new.tasks[0].means, expected.tasks[0].means, rtol=1e-4, atol=1e-5)
     assert (new.tasks[0].means - old.tasks[0].means).abs().max() > 1e-3
     assert new.tasks[1].means.equal(old.tasks[1].means)
+
+
+def test_kept_means_move_with_a_task_of_captions(
+    run: Run, task_folders: tuple[str, str], tmp_path: Path
+) -> None:
+    tasks = (task_folders[0], f"captions:{write_pairs(tmp_path / 'pairs')}")
+    old, new = (
+        read_statistics(statistics_of(folder.latest)).tasks
+        for folder in (
+            run(str(drift), tasks=tasks, method="finetune", lr=1e-2, head_drift=drift)
+            for drift in (None, "sdc")
+        )
+    )
+    assert len(old) == len(new) == 1
+    assert (new[0].means - old[0].means).abs().max() > 1e-3
 
 
 def test_a_signal_during_a_save_between_two_tasks_ends_the_run_there(

@@ -34,8 +34,9 @@ from mulki.train.start.setup import check_options, prepared
 # Below the first word of a line.
 _INDENT = " " * 9
 _WAYS = (
-    "held: student, teachers, optimiser; step: with one image at a time; more: each further one, "
-    "at most; images: the largest --micro-batch of a step, a tenth of the card left free"
+    "held: student, teachers and their features, optimiser; batch: features of all images of a "
+    "step; step: with one image at a time; more: each further one, at most; images: as many at a "
+    "time, a tenth of the card left free"
 )
 _COLUMNS = "before: until its first step; learn: the whole task; test all: after it"
 
@@ -88,7 +89,9 @@ def show_plan(
             console = Console(quiet=True)
         if card is not None:
             if setup.world.main:
-                _show_ways([*ways(setup)], card, lines, config, stand_ins, as_json=as_json)
+                # A batch has no more images than a task.
+                batch = min(config.batch_size, max(len(task.train) for task in setup.tasks))
+                _show_ways([*ways(setup)], card, lines, config, batch, stand_ins, as_json=as_json)
             return
         costs = measure(setup, lambda words: console.print(words, markup=False, highlight=False))
         main = setup.world.main
@@ -108,32 +111,36 @@ def _show_ways(
     card: float,
     lines: Sequence[str],
     config: RunConfig,
+    batch: int,
     stand_ins: StandIns,
     *,
     as_json: bool,
 ) -> None:
-    images = [way.images(round(card * 1e9), config.batch_size) for way in found]
+    images = [way.images(round(card * 1e9), batch) for way in found]
     if as_json:
         each = [way.to_dict() | {"images": n} for way, n in zip(found, images, strict=True)]
-        of_card = {"card_gb": card, "batch_size": config.batch_size, "ways": each}
+        of_card = {"card_gb": card, "batch_size": batch, "ways": each}
         _print_json(config, of_card, stand_ins.downloads)
         return
     fits = [way for way, n in zip(found, images, strict=True) if n]
     said = f"card     {card:g} GB: "
-    if images[0] == config.batch_size:
-        said += f"the run fits, all {config.batch_size} images of a step at a time"
+    if images[0] == batch:
+        said += f"the run fits, all {batch} images of a step at a time"
     elif images[0]:
         said += f"the run fits, with --micro-batch {images[0]} or less"
     elif fits:
         said += f"too small for the run as it is; it fits with {fits[0].options}"
     else:
-        said += "too small; a smaller model, --precision bf16 or --fsdp on several cards need less"
+        said += (
+            "too small; a smaller model, a smaller --batch-size or --batch-size-eval, --precision "
+            "bf16 or --fsdp on several cards need less"
+        )
     out = _print_lines([*lines, *_of_downloads(stand_ins.downloads, config, measured=False), said])
-    table = plain_table("options", "held", "step", "more", "images", names_wrap=True)
+    table = plain_table("options", "held", "batch", "step", "more", "images", names_wrap=True)
     for way, n in zip(found, images, strict=True):
         table.add_row(
             Text(way.options or "as given"),
-            *map(megabytes, (way.models + way.optimizer, way.step(1))),
+            *map(megabytes, (way.held, way.kept.of(batch), way.step(1))),
             f"{way.image / 2**20:.1f} MiB",
             str(n) if n else "none fits",
         )

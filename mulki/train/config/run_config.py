@@ -263,9 +263,10 @@ class RunConfig:
         high=1,
         of_classes=True,
     )
-    head_drift: Literal["none", "sdc"] = option(
-        "none",
+    head_drift: str | None = option(
+        None,
         "sdc: the kept class means move along with the features of a sample of each later task",
+        choices=("sdc",),
         of_classes=True,
     )
     augment: str = option(

@@ -21,6 +21,7 @@ from mulki.train.display.progress import STEPS, TEACHERS, TEST, megabytes
 from mulki.train.learning.learn import steps_of
 from mulki.train.learning.memory import free_memory
 from mulki.train.learning.stored_features import stored_sets
+from mulki.train.learning.training_set import sample
 from mulki.train.start.setup import Setup
 
 
@@ -52,8 +53,16 @@ def rows(setup: Setup) -> list[tuple[str, int]]:
 
 def prepared_images(setup: Setup, tasks: Sequence[Task]) -> int:
     """Images encoded before the first step of these tasks, by the teachers, and after the last."""
-    statistics = [len(t.train) if setup.config.head and t.classes else 0 for t in tasks]
-    return sum(statistics) + sum(images_of_teachers(setup, task) for task in tasks)
+    return sum(images_of_head(setup, t) + images_of_teachers(setup, t) for t in tasks)
+
+
+def images_of_head(setup: Setup, task: Task) -> int:
+    """Images that are encoded for class statistics, before a task and after it."""
+    count = len(task.train) if setup.config.head and task.classes else 0
+    with_means = next((i for i, each in enumerate(setup.tasks) if each.classes), len(setup.tasks))
+    if setup.config.head_drift and any(task is each for each in setup.tasks[with_means + 1 :]):
+        count += 2 * sum(map(len, sample(task)))
+    return count
 
 
 def images_of_teachers(setup: Setup, task: Task) -> int:

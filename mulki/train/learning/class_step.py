@@ -228,7 +228,7 @@ class ClassStep(Step):
         captions: Tensor | None,
     ) -> int:
         def encode(part: Tensor) -> Tensor:
-            # A step may hold the graphs of as many images of each kind.
+            # Of a batch that fits as a whole, a step holds the graphs of all kinds of images.
             n = len(part)
             features = [self._encode_images(part)]
             if batch.replay is not None:

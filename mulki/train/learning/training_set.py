@@ -10,12 +10,12 @@ from torch import Tensor
 from mulki.clip.head import Moments, TaskMeans
 from mulki.clip.models import VisionLanguageModel
 from mulki.data.loader import batch_sizes, batches
-from mulki.data.made_images import MadeImages
+from mulki.data.made_images import DEFAULT_CHANGES, MadeImages
 from mulki.data.subset import Subset
 from mulki.data.task import ImageSet, Task
 from mulki.train.learning.inputs import Training
 
-# Images by which it is seen how features move.
+# Images of a task by which it is seen how features move.
 _SAMPLE = 512
 
 
@@ -51,17 +51,21 @@ def training_features(
         encoded(count)
 
 
-def sample_features(task: Task, training: Training) -> Tensor:
-    """The student's features [N, D] of a sample of a task, and of images made of it; on the CPU."""
-    training.model.eval()
-    size, config = len(task.train), training.config
+def sample(task: Task) -> tuple[ImageSet, ImageSet]:
+    """Images of a task at even distances, and images made of them."""
+    size = len(task.train)
     count = min(_SAMPLE, size)
     own = Subset(task.train, [i * size // count for i in range(count)])
-    made = MadeImages(own, config.reference_changes, config.seed)
+    return own, MadeImages(own, DEFAULT_CHANGES, seed=0)
+
+
+def sample_features(task: Task, training: Training, encoded: Callable[[int], None]) -> Tensor:
+    """The student's features [N, D] of the `sample` of a task, on the CPU."""
+    training.model.eval()
     parts = [
         features.float().cpu()
-        for images in (own, made)
-        for (features,) in training_features([training.model], images, training, lambda count: None)
+        for images in sample(task)
+        for (features,) in training_features([training.model], images, training, encoded)
     ]
     return torch.cat(parts)
 

@@ -265,6 +265,7 @@ def check_options(config: RunConfig, method: Method) -> Precision:
     check_reference(config, method)
     check_unused(config, method)
     check_start(config)
+    _check_drift(config, method)
     _check_continuing(config, method)
     check_original(config, method)
     limit_pixels(config.max_pixels)
@@ -282,6 +283,16 @@ def _check_continuing(config: RunConfig, method: Method) -> None:
         raise InputError(
             f"--continue: method {method.name} learns nothing; mulki eval tests a model as it is"
         )
+
+
+def _check_drift(config: RunConfig, method: Method) -> None:
+    for still, why in (
+        (not config.head, "--no-head keeps no class means"),
+        (not method.trains, f"method {method.name} learns nothing"),
+        (config.lock_image, "features do not move with --lock-image"),
+    ):
+        if config.head_drift and still:
+            raise InputError(f"--head-drift: got {config.head_drift}, but {why}; leave one out")
 
 
 def _check_adapters(config: RunConfig, method: Method) -> None:

@@ -11,8 +11,10 @@ from mulki.app import listing
 from mulki.app.cli import run_command
 from mulki.app.commands import plan as command
 from mulki.data.decoding import limit_pixels, pixel_limit
+from mulki.train.card import Peak, Way
+from mulki.train.config.run_config import RunConfig
 from mulki.train.start import downloads
-from mulki.train.start.downloads import Download
+from mulki.train.start.downloads import Download, StandIns
 from tests.train_helpers import COLOURS, write_split
 
 Refused = Callable[[Sequence[object]], str]
@@ -235,15 +237,30 @@ def test_a_plan_of_a_card(words: list[str], capsys: pytest.CaptureFixture[str]) 
     assert run_command([*words, "--method", "mulki", "--card-gb", "1"]) == 0
     out = capsys.readouterr().out
     assert "card     1 GB: the run fits, all 4 images of a step at a time" in out
-    assert run_command([*words, "--method", "mulki", "--card-gb", "1", "-b", "100000"]) == 0
-    assert "card     1 GB: the run fits, with --micro-batch " in capsys.readouterr().out
     assert "time     " not in out and out.count("--lora-rank 16") == 2
     assert run_command([*words, "--card-gb", "0.03", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["card_gb"] == 0.03 and said["batch_size"] == 4 and len(said["ways"]) == 4
-    assert {"options", "models", "optimizer", "peaks", "kept", "kinds", "images"} == {
-        *said["ways"][0]
-    }
+    figures = {"options", "models", "optimizer", "stored", "kept", "peaks", "whole", "evaluation"}
+    way = said["ways"][0]
+    assert figures | {"images"} == {*way} and way["images"] == 4
+
+
+def test_what_fits_a_card_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    all_weights, adapters = (
+        Way(options, models, 0, 0, Peak(0, 0), (Peak(0, 100),), Peak(0, 200), 0)
+        for options, models in (("", 10_000), ("--lora-rank 16", 1000))
+    )
+    for size, said in (
+        (30_000, "all 64 images of a step at a time"),
+        (20_000, "with --micro-batch 63 or less"),
+        (12_000, "with --micro-batch 8 or less"),
+        (9000, "it fits with --lora-rank 16"),
+        (1000, "a smaller --batch-size or --batch-size-eval"),
+    ):
+        ways = [all_weights, adapters]
+        command._show_ways(ways, size / 1e9, [], RunConfig(), 64, StandIns(), as_json=False)
+        assert said in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_card_that_is_too_small(
