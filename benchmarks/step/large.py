@@ -50,6 +50,7 @@ COLUMNS = {
     "models": "models, MiB:.0f",
     "optimizer": "optimiser, MiB:.0f",
     "step": "one image, MiB:.0f",
+    "evaluation": "evaluation, MiB:.0f",
     "image": "more, MiB:.1f",
     "kept": "batch, MiB:.1f",
     "host": "its images, MiB:.0f",
@@ -66,11 +67,13 @@ def rows_of(model: str, form: str) -> list[Row]:
         way, size = next(ways(setup)), setup.model.image_size
     rows: list[Row] = []
     for batch in BATCHES:
+        step = way.kept.of(batch) + way.step(MICRO_BATCH)
         mib = {
-            "counted": way.held + way.kept.of(batch) + way.step(MICRO_BATCH),
+            "counted": way.held + max(step, way.evaluation),
             "models": way.models,
             "optimizer": way.optimizer,
             "step": way.step(1),
+            "evaluation": way.evaluation,
             "image": way.image,
             "kept": way.kept.of(batch),
             # The task's and those made of them, in float32.

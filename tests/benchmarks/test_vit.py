@@ -192,7 +192,7 @@ def test_the_command_makes_a_model_and_goes_on_with_what_is_there(
     monkeypatch.setattr(vit, "Looks", partial(vit.Looks, count=3))
     options = Namespace(
         cache=tmp_path / "cache", pairs=pairs, out=None, size=112, views=40, steps=30, batch=12,
-        rate=1e-3, seed=0,
+        rate=1e-3, seed=0, precision="amp_bf16",
     )  # fmt: skip
     torch.manual_seed(0)
     model = models.load(f"local-dir:{vit.make(options)}")

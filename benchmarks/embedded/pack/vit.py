@@ -36,6 +36,7 @@ from mulki.clip.models import VisionLanguageModel
 from mulki.clip.models.bundled import quiet_transformers
 from mulki.data.embedded import embedded_root
 from mulki.files import replacing
+from mulki.train.config.precision import Precision
 from mulki.train.saving.checkpoints import publish
 
 # Views of one file of features, which is the unit that is computed again after an interruption.
@@ -88,17 +89,17 @@ def build(text_folder: Path, size: int) -> VisionLanguageModel:
 
 
 @torch.no_grad()
-def encode(trunk: nn.Module, views: Tensor) -> Tensor:
+def encode(trunk: nn.Module, views: Tensor, precision: Precision) -> Tensor:
     """Features ``[B, D]`` of views ``[B, 3, S, S]`` in 0..1, which are resized as pictures are."""
     size = trunk.patch_embed.img_size
     views = F.interpolate(views, size=size, mode="bicubic", antialias=True).clamp(0, 1)
     mean, std = (torch.tensor(value)[:, None, None] for value in (dinov2.MEAN, dinov2.STD))
-    with torch.autocast("cpu", torch.bfloat16):
+    with precision.autocast():
         return trunk((views - mean) / std).float()
 
 
 def encoded_views(
-    trunk: nn.Module, pairs: Pairs, count: int, folder: Path
+    trunk: nn.Module, pairs: Pairs, count: int, folder: Path, precision: Precision
 ) -> tuple[Tensor, Tensor]:
     """Features of views of the training pictures, at least ``count`` of them.
 
@@ -116,7 +117,7 @@ def encoded_views(
             features, chosen = [], []
             for step in range(number * BLOCK // BATCH, (number + 1) * BLOCK // BATCH):
                 drawn = pairs.drawn(step)
-                features.append(encode(trunk, pairs.viewed(drawn)).half())
+                features.append(encode(trunk, pairs.viewed(drawn), precision).half())
                 chosen.append(drawn.int())
             with replacing(file) as temporary:
                 torch.save([torch.cat(features), torch.cat(chosen)], temporary)
@@ -204,8 +205,9 @@ def make(options: argparse.Namespace) -> Path:
     # Other pictures, another seed or size: other features.
     table = hashlib.sha256((folder / "pairs.json").read_bytes()).hexdigest()[:8]
     place = cache.root / f"views-{options.size}-{options.seed}-{table}"
-    views = encoded_views(model.clip.visual.trunk, pairs, options.views, place)
-    with torch.autocast("cpu", torch.bfloat16):
+    precision = Precision(options.precision, torch.device("cpu"))
+    views = encoded_views(model.clip.visual.trunk, pairs, options.views, place, precision)
+    with precision.autocast():
         captions = caption_features(model.clip, model.tokenizer, pairs.texts, place / "captions.pt")
     align(
         model.clip, pairs, views, captions,
@@ -224,10 +226,11 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, help="training pictures, by default CACHE/pairs")
     parser.add_argument("--out", type=Path, help="by default CACHE/mulki-vit-SIZE")
     parser.add_argument("--size", type=int, default=112, choices=(112, 126), help="pixels")
-    parser.add_argument("--views", type=int, default=240_000, help="encoded once, then drawn from")
+    parser.add_argument("--views", type=int, default=98_304, help="encoded once, then drawn from")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--precision", default="amp_bf16", help="of the towers; fp32 without AMX")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
