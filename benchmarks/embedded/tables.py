@@ -185,8 +185,8 @@ def choices(study: str, lines: Sequence[Line]) -> str:
         _row("variant", "criterion", *_METRICS, "runs"),
         _row(*["---"] * (len(_METRICS) + 3)),
     ]
-    for group in dict.fromkeys(map(_competing, lines)):
-        by_variant = _by_variant([r for r in lines if _competing(r) == group])
+    for group in dict.fromkeys(_competing(study, line) for line in lines):
+        by_variant = _by_variant([r for r in lines if _competing(study, r) == group])
         ranked = sorted(by_variant.items(), key=lambda item: -criterion(item[1]))
         for place, (variant, of) in enumerate(ranked):
             means = (f"{mean(map(column, of)):.2f}" for column in _METRICS.values())
@@ -195,9 +195,9 @@ def choices(study: str, lines: Sequence[Line]) -> str:
     return "\n".join(rows)
 
 
-def _competing(line: Line) -> str:
+def _competing(study: str, line: Line) -> str:
     # Variants of which one is the best: those of a method, or of a row of the transformer's table.
-    of_row = line["study"] == "vit_rates"
+    of_row = study == "vit_rates"
     return str(line["variant"].rpartition(", ")[0] if of_row else line["options"]["method"])
 
 

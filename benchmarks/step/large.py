@@ -60,22 +60,21 @@ COLUMNS = {
 
 def rows_of(model: str, form: str) -> list[Row]:
     """What is counted of a step, a row for each batch."""
-    from mulki.train.card import ways
+    from mulki.train.card import most, ways
     from mulki.train.start.setup import prepared
 
     with prepared(_settings(model, form, MICRO_BATCH), write=False) as setup:
         way, size = next(ways(setup)), setup.model.image_size
     rows: list[Row] = []
     for batch in BATCHES:
-        step = way.kept.of(batch) + way.step(MICRO_BATCH)
         mib = {
-            "counted": way.held + max(step, way.evaluation),
+            "counted": way.held + most(way.kept, batch) + way.step(MICRO_BATCH),
             "models": way.models,
             "optimizer": way.optimizer,
             "step": way.step(1),
             "evaluation": way.evaluation,
             "image": way.image,
-            "kept": way.kept.of(batch),
+            "kept": most(way.kept, batch),
             # The task's and those made of them, in float32.
             "host": 2 * batch * 3 * size**2 * 4,
         }

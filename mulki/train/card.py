@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_leaves
 from mulki.clip.models import VisionLanguageModel
 from mulki.data import Task
 from mulki.errors import InputError
-from mulki.train.config.tasks import teachers_of
+from mulki.methods import Needs
+from mulki.train.config.tasks import needs_of, teachers_of
 from mulki.train.costs import stored_rows
 from mulki.train.learning.learn import steps_of
 from mulki.train.start.setup import Setup
@@ -34,7 +35,6 @@ _RANK = 16
 _RESERVED = 0.1
 # Images of the counts from which those of another number are taken.
 _COUNTS = ((1, 2), (16, 32), (512, 1024))
-_WHOLE = (16, 32)
 
 
 class Peak(NamedTuple):
@@ -46,6 +46,11 @@ class Peak(NamedTuple):
     def of(self, images: int) -> int:
         """Bytes for so many images."""
         return self.fixed + images * self.image
+
+
+def most(peaks: Iterable[Peak], images: int) -> int:
+    """Bytes for so many images, the largest of these."""
+    return max(peak.of(images) for peak in peaks)
 
 
 class _Kind(NamedTuple):
@@ -73,9 +78,9 @@ class Way:
         optimizer: the two moments of AdamW.
         stored: features that teachers keep of the images of the largest task.
         kept: features of a batch, of all models, with the gradients of the student's. What losses
-            take for themselves, about as much again, is not counted.
-        peaks: what else a step in micro-batches needs, the largest of these: images, texts,
-            gradients and activations.
+            take for themselves, in small batches about as much again, is not counted. Of this and
+            the next two the largest one counts.
+        peaks: what else a step in micro-batches needs: images, texts, gradients and activations.
         whole: what else a step needs that encodes all images of a batch at a time.
         evaluation: what else a batch of an evaluation needs (``--batch-size-eval``).
     """
@@ -84,9 +89,9 @@ class Way:
     models: int
     optimizer: int
     stored: int
-    kept: Peak
+    kept: tuple[Peak, ...]
     peaks: tuple[Peak, ...]
-    whole: Peak
+    whole: tuple[Peak, ...]
     evaluation: int
 
     @property
@@ -96,7 +101,7 @@ class Way:
 
     def step(self, images: int) -> int:
         """Bytes of a step beside what is held and kept, in micro-batches of so many images."""
-        return max(peak.of(images) for peak in self.peaks)
+        return most(self.peaks, images)
 
     @property
     def image(self) -> int:
@@ -113,17 +118,16 @@ class Way:
         free = (1 - _RESERVED) * card - self.held
         if self.evaluation > free:
             return 0
-        free -= self.kept.of(batch)
-        if self.whole.of(batch) <= free:
+        free -= most(self.kept, batch)
+        if most(self.whole, batch) <= free:
             return batch
         fit = [(free - peak.fixed) // max(peak.image, 1) for peak in self.peaks]
         return min(max(int(min(fit)), 0), batch - 1)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
-        peaks = {"kept": self.kept, "whole": self.whole}
-        named = {name: peak._asdict() for name, peak in peaks.items()}
-        return asdict(self) | named | {"peaks": [peak._asdict() for peak in self.peaks]}
+        peaks = {"kept": self.kept, "peaks": self.peaks, "whole": self.whole}
+        return asdict(self) | {name: [p._asdict() for p in of] for name, of in peaks.items()}
 
 
 def ways(setup: Setup) -> Iterator[Way]:
@@ -144,7 +148,7 @@ def _way(setup: Setup, *, adapters: bool, recompute: bool) -> Way | None:
         return None
     if recompute and config.grad_checkpointing:
         return None
-    mode, step = FakeTensorMode(), _Step(setup)
+    mode, steps = FakeTensorMode(), _steps(setup)
     with FakeCopyMode(mode):
         model = copy.deepcopy(setup.model)
     with mode:
@@ -155,9 +159,11 @@ def _way(setup: Setup, *, adapters: bool, recompute: bool) -> Way | None:
                 model.adapt(_RANK, fixed_a=method.needs.directions)
         except InputError:
             return None
-        peaks = tuple(step.peak(model, *counts) for counts in _COUNTS)
-        whole = step.peak(model, *_WHOLE, whole=True)
-        evaluation, width = step.evaluation(model)
+        peaks, whole = (
+            tuple(step.peak(model, *counts, whole) for step in steps for counts in _COUNTS)
+            for whole in (False, True)
+        )
+        evaluation, width = steps[0].evaluation(model)
         trained = sum(value.nbytes for value in model.trainable().values())
     if model.adapters is not None:
         beside = 0 if setup.original is None else _bytes(setup.original)
@@ -168,8 +174,8 @@ def _way(setup: Setup, *, adapters: bool, recompute: bool) -> Way | None:
         " ".join(options),
         models=_bytes(model) + beside,
         optimizer=2 * trained,
-        stored=4 * width * _teachers(setup) * max(map(step.stored_rows, setup.tasks)),
-        kept=step.kept(width),
+        stored=4 * width * _teachers(setup) * max(map(steps[0].stored_rows, setup.tasks)),
+        kept=tuple(step.kept(width) for step in steps),
         peaks=peaks,
         whole=whole,
         evaluation=evaluation,
@@ -183,17 +189,18 @@ def _teachers(setup: Setup) -> int:
     return min(len(names), 1) if single else len(names)
 
 
+def _steps(setup: Setup) -> list[_Step]:
+    # Of the tasks with classes, and of those of captions.
+    kinds = {bool(task.classes): needs_of(setup.method, task) for task in setup.tasks}
+    return [_Step(setup, needs, pairs=not classes) for classes, needs in kinds.items()]
+
+
 class _Step:
     # A step of a run, on fake tensors.
-    def __init__(self, setup: Setup):
-        self._setup = setup
-        needs = setup.method.needs
-        if not any(task.classes for task in setup.tasks):
-            needs = needs.without_classes()
-        self._needs, tasks = needs, setup.tasks
-        teachers, pairs = len(teachers_of(setup.method, tasks)), not all(t.classes for t in tasks)
-        of_both = 2 * (2 + teachers)
-        own = of_both if pairs else 2 + teachers * needs.teacher_images
+    def __init__(self, setup: Setup, needs: Needs, *, pairs: bool):
+        self._setup, tasks = setup, setup.tasks
+        teachers = _teachers(setup)
+        own = 2 * (2 + teachers) if pairs else 2 + teachers * needs.teacher_images
         self._kinds = [_Kind(None, pairs, own)]
         if needs.reference:
             captions = needs.captions and needs.student_captions
@@ -203,7 +210,7 @@ class _Step:
         if needs.replay is not None:
             self._kinds.append(_Kind(needs.replay.batch_size, False, 2))
         # Texts of a step in the largest task, with those of earlier tasks; captions come on top.
-        classes = [len(task.classes) for task in tasks]
+        classes = [0 if pairs else len(task.classes) for task in tasks]
         self._texts = max(classes) if needs.replay is None else sum(classes)
         if needs.student_anchors:
             words = setup.vocabulary.words if setup.vocabulary is not None else ()
@@ -228,21 +235,24 @@ class _Step:
         fixed = sum(kind.features * (kind.size or 0) for kind in self._kinds)
         return Peak(each * fixed, each * sum(k.features for k in self._kinds if k.size is None))
 
-    def peak(
-        self, model: VisionLanguageModel, images: int, more: int, *, whole: bool = False
-    ) -> Peak:
-        low, high = (self._bytes(model, count, whole) for count in (images, more))
+    def peak(self, model: VisionLanguageModel, images: int, more: int, whole: bool) -> Peak:
+        # A kind of which there are no more than a micro-batch is encoded once, with the texts.
+        once = [k for k in self._kinds if whole or (k.size is not None and k.size <= images)]
+        low, high = (self._bytes(model, count, once) for count in (images, more))
         image = (high - low) // (more - images)
         return Peak(low - images * image, image)
 
-    def _bytes(self, model: VisionLanguageModel, count: int, whole: bool) -> int:
+    def _bytes(self, model: VisionLanguageModel, count: int, once: Sequence[_Kind]) -> int:
         model.clip.zero_grad()
-        # A kind of which there are no more than a micro-batch is encoded once, with the texts.
-        once = [k for k in self._kinds if whole or (k.size is not None and k.size <= count)]
         with _Counted(_tensors(model)) as counted, self._setup.precision.autocast():
             graphs = [self._of_kind(model, kind, kind.size or count) for kind in once]
             if self._texts and model.trains_texts:
                 graphs.append(self._encoded(model, self._texts))
+            with torch.no_grad():
+                # The first pass of those in micro-batches.
+                for kind in self._kinds:
+                    if kind not in once:
+                        self._of_kind(model, kind, count)
             if graphs:
                 torch.stack(graphs).sum().backward()
             del graphs

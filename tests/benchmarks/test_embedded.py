@@ -109,6 +109,20 @@ def test_the_best_point_of_a_method_is_first_and_bold() -> None:
     assert other.startswith("| lwf a | 20.00 |") and other.endswith("| 2 |")
 
 
+def test_each_row_of_the_transformer_has_its_own_best_rate() -> None:
+    metrics = ("transfer", "average", "last", "forgetting")
+    found = tables.choices(
+        "vit_rates",
+        [
+            {"variant": f"{row}, {share} of its rate", "options": {"method": "mulki"}}
+            | dict.fromkeys(metrics, value)
+            for row, share, value in (("a", 1, 5.0), ("a, b", 1, 9.0), ("a, b", 2, 8.0))
+        ],
+    )
+    best = [line.split("|")[1].strip() for line in found.splitlines() if "**best**" in line]
+    assert best == ["a, 1 of its rate **best**", "a, b, 1 of its rate **best**"]
+
+
 def test_a_line_of_results_has_what_the_tables_show(start_model: dict[str, str]) -> None:
     options = {"method": "finetune", "tasks": ("embedded-glyphs",), "limit_images": 20}
     quick = {"iterations": 1, "batch_size": 4, "seed": 0}

@@ -202,9 +202,9 @@ def make(options: argparse.Namespace) -> Path:
     if not (folder / "pairs.json").exists():
         training_pictures.write(cache, embedded_root(), folder)
     pairs = Pairs(folder, options.seed, BATCH, 0)
-    # Other pictures, another seed or size: other features.
+    # Other pictures, another seed, size or precision: other features.
     table = hashlib.sha256((folder / "pairs.json").read_bytes()).hexdigest()[:8]
-    place = cache.root / f"views-{options.size}-{options.seed}-{table}"
+    place = cache.root / f"views-{options.size}-{options.seed}-{options.precision}-{table}"
     precision = Precision(options.precision, torch.device("cpu"))
     views = encoded_views(model.clip.visual.trunk, pairs, options.views, place, precision)
     with precision.autocast():

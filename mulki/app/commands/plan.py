@@ -21,7 +21,7 @@ from mulki.errors import InputError, counted
 from mulki.report.tables import plain_table
 from mulki.runs import trackers
 from mulki.runs.new_folder import check_free
-from mulki.train.card import Way, ways
+from mulki.train.card import Way, most, ways
 from mulki.train.config.run_config import RunConfig, Settings, resolve
 from mulki.train.costs import Costs, measure
 from mulki.train.display.outline import in_lines, millions, of_tasks, plan, steps_of_tasks
@@ -35,8 +35,8 @@ from mulki.train.start.setup import check_options, prepared
 _INDENT = " " * 9
 _WAYS = (
     "held: student, teachers and their features, optimiser; batch: features of all images of a "
-    "step; step: with one image at a time; more: each further one, at most; images: as many at a "
-    "time, a tenth of the card left free"
+    "step; step: with one image at a time; more: each further one, at most; test: a batch of "
+    "--batch-size-eval; images: as many at a time, a tenth of the card left free"
 )
 _COLUMNS = "before: until its first step; learn: the whole task; test all: after it"
 
@@ -136,12 +136,15 @@ def _show_ways(
             "bf16 or --fsdp on several cards need less"
         )
     out = _print_lines([*lines, *_of_downloads(stand_ins.downloads, config, measured=False), said])
-    table = plain_table("options", "held", "batch", "step", "more", "images", names_wrap=True)
+    table = plain_table(
+        "options", "held", "batch", "step", "more", "test", "images", names_wrap=True
+    )
     for way, n in zip(found, images, strict=True):
         table.add_row(
             Text(way.options or "as given"),
-            *map(megabytes, (way.held, way.kept.of(batch), way.step(1))),
+            *map(megabytes, (way.held, most(way.kept, batch), way.step(1))),
             f"{way.image / 2**20:.1f} MiB",
+            megabytes(way.evaluation),
             str(n) if n else "none fits",
         )
     out.print(table)

@@ -248,7 +248,7 @@ def test_a_plan_of_a_card(words: list[str], capsys: pytest.CaptureFixture[str]) 
 
 def test_what_fits_a_card_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     all_weights, adapters = (
-        Way(options, models, 0, 0, Peak(0, 0), (Peak(0, 100),), Peak(0, 200), 0)
+        Way(options, models, 0, 0, (Peak(0, 0),), (Peak(0, 100),), (Peak(0, 200),), 0)
         for options, models in (("", 10_000), ("--lora-rank 16", 1000))
     )
     for size, said in (
