@@ -9,20 +9,25 @@ import pytest
 
 from benchmarks.step import large
 
+# Without texts that train or words, which take most of the time.
+SHORT = {"lock_text": True, "anchors": "none", "image_anchor": 0.0}
+
 
 @pytest.mark.slow
 def test_a_model_is_measured_or_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    forms = {name: large.FORMS[name] for name in ("all weights", "--lora-rank 16")}
+    forms = {"all weights": SHORT, "--lora-rank 16": SHORT | {"lora_rank": 16}}
     monkeypatch.setattr(large, "FORMS", forms)
     monkeypatch.setattr(large, "MODELS", {"ViT-S-32": {}})
+    monkeypatch.setattr(large, "_alone", lambda call, *given: call(*given))
     large.main(["--output", str(tmp_path / "out.csv")])
     with (tmp_path / "out.csv").open(newline="") as file:
         whole, _, large_batch, adapters, *_ = csv.DictReader(file)
-    assert float(whole["models"]) > 2 * float(adapters["models"])
+    assert float(whole["models"]) > 1.5 * float(adapters["models"])
     assert float(whole["optimizer"]) > float(adapters["optimizer"]) > 0
     assert int(large_batch["on_8"]) < int(large_batch["on_16"]) <= 16384
+    assert whole["measured"] == "" and whole["batch"] == "64"
     # The smaller batch fits as a whole.
     assert whole["on_8"] == "64" and float(large_batch["kept"]) > 100
     assert "| ViT-S-32 | all weights | 64 | - | " in capsys.readouterr().out
@@ -30,10 +35,9 @@ def test_a_model_is_measured_or_counted(
 
 @pytest.mark.slow
 def test_a_measured_step_is_near_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    form = {"grad_checkpointing": True, "anchors": "none", "image_anchor": 0.0}
-    monkeypatch.setattr(large, "FORMS", {"without words": form})
+    monkeypatch.setattr(large, "FORMS", {"short": SHORT | {"grad_checkpointing": True}})
     monkeypatch.setattr(large, "BATCHES", (16,))
-    (row,) = large.rows_of("ViT-S-32", "without words")
+    (row,) = large.rows_of("ViT-S-32", "short")
     counted = row["counted"]
     assert isinstance(counted, float)
-    assert 0.7 < counted / large.measured("ViT-S-32", "without words", 16) < 1.1
+    assert 0.6 < counted / large.measured("ViT-S-32", "short", 16) < 1.1
