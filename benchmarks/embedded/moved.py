@@ -42,11 +42,11 @@ from mulki.clip.models import VisionLanguageModel, load
 from mulki.clip.texts import text_inputs
 from mulki.data import Task
 from mulki.data.loader import batches
-from mulki.data.made_images import CHANGES, DEFAULT_CHANGES, MadeImages
-from mulki.data.subset import Subset
+from mulki.data.made_images import CHANGES, MadeImages
 from mulki.data.task import ImageSet
 from mulki.train.config.run_config import resolve
 from mulki.train.config.tasks import load_tasks
+from mulki.train.learning.training_set import sample
 from mulki.train.saving.checkpoints import load_checkpoint
 from mulki.train.sequence import run
 
@@ -55,7 +55,6 @@ _METHODS = ("finetune", "mulki")
 _SHRINKAGES = (0.01, 0.03, 0.1, 0.3)
 _WEIGHTS = (0.0, 0.1, 0.25, 0.5, 1.0)
 _SHRINKAGE, _WEIGHT = 0.1, 0.25
-_SAMPLE = 512  # images of a kind
 _RIDGE = 1e-3  # of the linear map, times the mean square of a feature
 
 
@@ -66,19 +65,13 @@ def features(model: VisionLanguageModel, images: ImageSet) -> Tensor:
     return torch.cat([model.encode_images(pixels) for pixels, *_ in loader])
 
 
-def sample(images: ImageSet) -> ImageSet:
-    """At most `_SAMPLE` images, at even distances."""
-    count = min(_SAMPLE, len(images))
-    return Subset(images, [i * len(images) // count for i in range(count)])
-
-
 def movement(
     before: VisionLanguageModel, after: VisionLanguageModel, task: Task, others: Sequence[Task]
 ) -> dict[str, float]:
     """`moved` of one task, by the kind of images."""
-    own = sample(task.train)
+    own, _ = sample(task)
     kinds = {"own": [own]} | {name: [MadeImages(own, [name], seed=0)] for name in CHANGES}
-    kinds["other tasks"] = [sample(other.train) for other in others]
+    kinds["other tasks"] = [sample(other)[0] for other in others]
     return {
         kind: round(
             mean(
@@ -172,8 +165,7 @@ def line_of(method: str, order: str) -> dict[str, Any]:
             moved[task.name] = movement(
                 before, after, task, [other for other in tasks if other is not task]
             )
-            own = sample(task.train)
-            sets = [own, MadeImages(own, DEFAULT_CHANGES, seed=0)]
+            sets = sample(task)
             pair = [torch.cat([features(model, of) for of in sets]) for model in (before, after)]
             new = moments(after, task)
             old = ways

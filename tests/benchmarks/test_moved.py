@@ -8,6 +8,7 @@ from benchmarks.embedded import moved
 from mulki.clip.head import ClassStatistics, Moments
 from mulki.data import Task, folder_task
 from mulki.data.made_images import CHANGES
+from mulki.train.learning import training_set
 from tests import train_helpers
 
 tiny_models = train_helpers.tiny_models
@@ -45,7 +46,7 @@ def test_a_run_that_moves_its_model(
     shared = {**start_model, "batch_size": 6, "lr": 1e-2, "device": "cpu", "iterations": 4}
     monkeypatch.setattr(moved, "SHARED", shared | {"tasks": tuple("ab")})
     monkeypatch.setattr(moved, "load_tasks", lambda config: tasks)
-    monkeypatch.setattr(moved, "_SAMPLE", 8)
+    monkeypatch.setattr(training_set, "_SAMPLE", 8)
     monkeypatch.setattr(moved, "held_out", lambda task: task)
     with train_helpers.without_figures():
         line = moved.line_of("finetune", "III")

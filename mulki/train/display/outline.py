@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 
 import torch
 
@@ -59,8 +60,8 @@ def prepared_images(setup: Setup, tasks: Sequence[Task]) -> int:
 def images_of_head(setup: Setup, task: Task) -> int:
     """Images that are encoded for class statistics, before a task and after it."""
     count = len(task.train) if setup.config.head and task.classes else 0
-    with_means = next((i for i, each in enumerate(setup.tasks) if each.classes), len(setup.tasks))
-    if setup.config.head_drift and any(task is each for each in setup.tasks[with_means + 1 :]):
+    earlier = takewhile(lambda each: each is not task, setup.tasks)
+    if setup.config.head_drift and any(each.classes for each in earlier):
         count += 2 * sum(map(len, sample(task)))
     return count
 
