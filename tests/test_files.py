@@ -8,6 +8,7 @@ import gzip
 import os
 import stat
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -92,13 +93,13 @@ def test_temporaries_are_swept_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_a_written_file_and_its_name_are_on_the_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, real_fsync: Callable[[int], None]
 ) -> None:
-    real, seen = os.fsync, []
+    seen = []
 
     def fsync(descriptor: int) -> None:
         seen.append(os.fstat(descriptor).st_ino)
-        real(descriptor)
+        real_fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
     write_atomic(tmp_path / "x", "text")

@@ -6,8 +6,9 @@ The models are real open_clip architectures, small enough that a run takes a fra
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,6 +37,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "text_cfg": _TEXT,
     },
 }
+# One for all models from the first tiny one on: to make one takes a fifth of a short run.
+_tokenizer = cache(open_clip.SimpleTokenizer)
 # What is said of the first picture of a kind, of the second, and so on.
 TRAIN_TEXTS = ("a picture of", "a drawing of", "a picture of")
 TEST_TEXTS = ("a picture of",)
@@ -132,13 +135,14 @@ class Calls:
 
 
 @pytest.fixture(scope="session")
-def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ...]]:
     """Registers the tiny architectures with open_clip and returns their names."""
     folder = tmp_path_factory.mktemp("architectures")
     for name, architecture in ARCHITECTURES.items():
         (folder / f"{name}.json").write_text(json.dumps(architecture))
     open_clip.add_model_config(folder)
-    return tuple(ARCHITECTURES)
+    with mock.patch("open_clip.factory.SimpleTokenizer", _tokenizer):
+        yield tuple(ARCHITECTURES)
 
 
 @pytest.fixture

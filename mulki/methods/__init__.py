@@ -75,14 +75,18 @@ def get(name: str) -> type[Method]:
 
 
 def _check(cls: type[Method]) -> None:
-    where = f'method "{cls.name}" ({place_of(cls)})'
     if not isinstance(getattr(cls, "summary", None), str):
-        raise InputError(f"{where}: has no summary; add a line of text, which --help shows")
+        raise _refused(cls, "has no summary; add a line of text, which --help shows")
     hints = vars(cls.Options).get("__annotations__", {})
     names = {item.name: item for item in fields(cls.Options)}
     for name in [*hints, *names]:
         if name not in names or "help" not in names[name].metadata:
-            raise InputError(
-                f"{where}: option {name} is no field made by mulki.methods.option; write "
-                f'{name}: float = option(1.0, "what it does") in a dataclass'
+            raise _refused(
+                cls,
+                f"option {name} is no field made by mulki.methods.option; write "
+                f'{name}: float = option(1.0, "what it does") in a dataclass',
             )
+
+
+def _refused(cls: type[Method], why: str) -> InputError:
+    return InputError(f'method "{cls.name}" ({place_of(cls)}): {why}')

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 
@@ -17,13 +18,18 @@ def render(template: str, **values: Any) -> str:
         template: its text.
         values: of its variables; ``title`` is one of them.
     """
+    return _compiled(template).render(
+        style=Markup(page_file("style.css")), script=Markup(page_file("script.js")), **values
+    )
+
+
+@cache
+def _compiled(template: str) -> Template:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, loader=FunctionLoader(page_file)
     )
     environment.filters["breakable"] = _breakable
-    return environment.from_string(template).render(
-        style=Markup(page_file("style.css")), script=Markup(page_file("script.js")), **values
-    )
+    return environment.from_string(template)
 
 
 def _breakable(text: str) -> Markup:

@@ -7,7 +7,6 @@ programs is an error, whatever it does to the result.
 from __future__ import annotations
 
 import ast
-import itertools
 import os
 import re
 from pathlib import Path
@@ -33,6 +32,7 @@ from tests.kernels.triton_checks import (
     totals_and_gradients,
 )
 from tests.kernels.triton_memory import all_memory
+from tests.sweeps import swept
 
 WHOLE, CHUNKS = Plan("rows", 16, 35), Plan("chunks", 8, 35)
 PAIRS = Plan("blocks", 10, 16)
@@ -49,22 +49,25 @@ FEW = (
     ("siglip_block", "bf16", (19, 19, 20), PAIRS, None),
     ("cosines", "bf16", (19, 35, 21), None, None),
 )
-#: The same and more, for each operator: every schedule in half of the ways to multiply.
-ALL = [
-    (name, numbers, shape, plan, tile)
-    for place, (name, numbers) in enumerate(itertools.product(NAMES, NUMBER_FORMATS))
-    for number, (shape, plan, tile) in enumerate(
-        (
-            ((19, 35, 20), None, None),
-            ((40, 100, 64), Plan("rows", 32, 100), None),
-            ((7, 150, 21), Plan("blocks", 4, 64), RowTile(1, 32, 2)),
-            ((3, 1100, 24), Plan("chunks", 2, 1100), None),
+#: The same and more, by operator: every schedule in half of the ways to multiply.
+ALL = {
+    name: [
+        (name, numbers, shape, plan, tile)
+        for place, numbers in enumerate(NUMBER_FORMATS)
+        for number, (shape, plan, tile) in enumerate(
+            (
+                ((19, 35, 20), None, None),
+                ((40, 100, 64), Plan("rows", 32, 100), None),
+                ((7, 150, 21), Plan("blocks", 4, 64), RowTile(1, 32, 2)),
+                ((3, 1100, 24), Plan("chunks", 2, 1100), None),
+            )
         )
-    )
-    if (place + number) % 2 == 0
-    if numbers != "fp16" or name != "cosines"  # whose norms are not of the size of fp16
-    if plan is None or plan.schedule != "rows" or name.startswith(("ce", "kl"))
-]
+        if (place + number) % 2 == 0
+        if numbers != "fp16" or name != "cosines"  # whose norms are not of the size of fp16
+        if plan is None or plan.schedule != "rows" or name.startswith(("ce", "kl"))
+    ]
+    for name in NAMES
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -77,17 +80,22 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def take(monkeypatch):
+    by_model, tile_of = schedule.plan, schedule.row_tile
+
     def these(plan, tile):
-        if plan is not None:
-            monkeypatch.setattr(schedule, "plan", lambda problem: plan)
-        if tile is not None:
-            monkeypatch.setattr(schedule, "row_tile", lambda *of: tile)
+        monkeypatch.setattr(schedule, "plan", (lambda problem: plan) if plan else by_model)
+        monkeypatch.setattr(schedule, "row_tile", (lambda *of: tile) if tile else tile_of)
 
     return these
 
 
 def named(value):
     return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def shown(case):
+    print(*map(named, case))  # pytest shows it where the test fails
+    return case
 
 
 def right(name, numbers, shape, architecture="sm_80", backwards=False):
@@ -106,19 +114,21 @@ def test_results_of_compiled_code(name, numbers, shape, plan, tile, take):
 
 @pytest.mark.long
 @pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
-@pytest.mark.parametrize(("name", "numbers", "shape", "plan", "tile"), FEW, ids=named)
-def test_results_of_other_architectures(name, numbers, shape, plan, tile, architecture, take):
-    take(plan, tile)
-    right(name, numbers, shape, architecture, backwards=True)
+def test_results_of_other_architectures(architecture, take):
+    for number in swept(len(FEW), 2):
+        *case, plan, tile = shown(FEW[number - 1])
+        take(plan, tile)
+        right(*case, architecture, backwards=True)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("name", "numbers", "shape", "plan", "tile"), ALL, ids=named)
-def test_results_of_every_operator_schedule_and_format(name, numbers, shape, plan, tile, take):
+@pytest.mark.parametrize("operator", ALL)
+def test_results_of_every_operator_schedule_and_format(operator, take):
     """Every second one with the warps in the other order."""
-    backwards = ALL.index((name, numbers, shape, plan, tile)) % 2 == 1
-    take(plan, tile)
-    right(name, numbers, shape, backwards=backwards)
+    for number in swept(len(ALL[operator]), 3):
+        *case, plan, tile = shown(ALL[operator][number - 1])
+        take(plan, tile)
+        right(*case, backwards=number % 2 == 1)
 
 
 @pytest.mark.parametrize(("name", "numbers", "shape", "plan", "tile"), FEW[4:6], ids=named)

@@ -44,8 +44,9 @@ from tests.train.distributed_runs import THEN_WAITS_S, WAITS_S
 from tests.train.reference_method import OnReference
 
 OnReference.name = "on_reference"
-# The test process draws none either, for drawing takes longer than these runs do.
+# As in the test process: to draw takes longer than these runs do, to wait for the disk a part.
 html.plots = lambda contents: []
+os.fsync = lambda descriptor: None
 
 
 class TwoTowers(nn.Module):

@@ -238,9 +238,9 @@ def test_a_plan_of_a_card(words: list[str], capsys: pytest.CaptureFixture[str]) 
     out = capsys.readouterr().out
     assert "card     1 GB: the run fits, all 4 images of a step at a time" in out
     assert "time     " not in out and out.count("--lora-rank 16") == 2
-    assert run_command([*words, "--card-gb", "0.03", "--json"]) == 0
+    assert run_command([*words, "--method", "finetune", "--card-gb", "0.02", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["card_gb"] == 0.03 and said["batch_size"] == 4 and len(said["ways"]) == 4
+    assert said["card_gb"] == 0.02 and said["batch_size"] == 4 and len(said["ways"]) == 4
     figures = {"options", "models", "optimizer", "stored", "kept", "peaks", "whole", "evaluation"}
     way = said["ways"][0]
     assert figures | {"images"} == {*way} and way["images"] == 4
@@ -266,7 +266,7 @@ def test_what_fits_a_card_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_card_that_is_too_small(
     words: list[str], refused: Refused, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_command([*words, "--method", "mulki", "--card-gb", "0.0001"]) == 0
+    assert run_command([*words, "--method", "finetune", "--card-gb", "0.0001"]) == 0
     assert "card     0.0001 GB: too small; a smaller model" in capsys.readouterr().out
     for wrong in ("0", "-1", "nan", "inf", "much"):
         assert f"--card-gb: got '{wrong}', wanted" in refused([*words, "--card-gb", wrong])
