@@ -35,7 +35,7 @@ def environment(hashes: Mapping[str, object] | None = None) -> dict[str, object]
         "torch": str(torch.__version__),  # with the build (+cu126), which package metadata may lack
         **{name: _version(distributions) for name, distributions in _PACKAGES.items()},
         "platform": platform.platform(),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "processes": _processes(),
@@ -73,7 +73,8 @@ def _version(distributions: tuple[str, ...]) -> str | None:
     return None
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """What the CPU calls itself."""
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

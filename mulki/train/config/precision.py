@@ -10,6 +10,7 @@ import torch
 from mulki.clip.models import VisionLanguageModel
 from mulki.distributed import launch
 from mulki.errors import InputError, nearest
+from mulki.runs.environment import cpu_model
 
 Name = Literal[
     "auto", "fp32", "amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16"
@@ -17,13 +18,17 @@ Name = Literal[
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 in hardware; elsewhere it is slower than float32."""
+    """Whether the device multiplies bf16 faster than float32; elsewhere it is slower."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(getattr(torch.cpu, check, bool)() for check in checks)
+        # Without AMX a step of training took an Intel Xeon about twice as long (benchmarks/LOG.md).
+        return _has("amx_tile") or (_has("avx512_bf16") and "Intel" not in cpu_model())
     return False
+
+
+def _has(instructions: str) -> bool:
+    return bool(getattr(torch.cpu, f"_is_{instructions}_supported", bool)())
 
 
 def device_of(name: str) -> torch.device:
@@ -54,9 +59,9 @@ class Precision:
     Args:
         name: "fp32"; "amp_bf16" (also "amp_bfloat16") for autocast to bfloat16; "amp" for autocast
             to float16 with gradient scaling on a GPU (bfloat16 on a CPU); "auto" for "amp_bf16"
-            where bf16 is native and "fp32" elsewhere. With these the weights are float32. "bf16"
-            and "fp16" store the weights in that dtype but for those of normalisations, "pure_bf16"
-            and "pure_fp16" those too; small learning rates then round away.
+            where `native_bf16` says so and "fp32" elsewhere. With these the weights are float32.
+            "bf16" and "fp16" store the weights in that dtype but for those of normalisations,
+            "pure_bf16" and "pure_fp16" those too; small learning rates then round away.
         device: where the model is.
 
     Raises:

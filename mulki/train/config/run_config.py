@@ -207,7 +207,7 @@ class RunConfig:
     spike_guard: float | None = option(
         None, "leave out a step whose loss is more than so many times its running mean", above=1
     )
-    precision: precision.Name = option("auto", "auto: amp_bf16 where bf16 is native, else fp32")
+    precision: precision.Name = option("auto", "auto: amp_bf16 where it is faster, else fp32")
     deterministic: bool = option(
         False, "only algorithms that give the same bits every time, as the CPU's do anyway"
     )

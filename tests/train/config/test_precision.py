@@ -75,5 +75,22 @@ def test_an_unknown_precision_is_refused() -> None:
         Precision("amp_bf61", CPU)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("instructions", "cpu", "native"),
+    [
+        ({"amx_tile", "avx512_bf16"}, "Intel(R) Xeon(R) Platinum 8481C", True),
+        ({"avx512_bf16"}, "Intel(R) Xeon(R) Processor", False),
+        ({"avx512_bf16"}, "AMD EPYC 9B14", True),
+        (set(), "AMD EPYC 7B13", False),
+    ],
+)
+def test_cpus_that_multiply_bf16_faster(
+    monkeypatch: pytest.MonkeyPatch, instructions: set[str], cpu: str, native: bool
+) -> None:
+    monkeypatch.setattr(precision_module, "_has", instructions.__contains__)
+    monkeypatch.setattr(precision_module, "cpu_model", lambda: cpu)
+    assert precision_module.native_bf16(CPU) == native
+
+
 def test_devices_without_bf16_are_not_asked_for_it() -> None:
     assert not precision_module.native_bf16(torch.device("meta"))
