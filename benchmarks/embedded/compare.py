@@ -92,12 +92,7 @@ def main() -> None:
         "strength": lambda: [
             r for m in arguments.methods if m in studies.TUNED for r in studies.strengths(m)
         ],
-        "smoothing": lambda: [
-            r
-            for m in arguments.methods
-            if m not in studies.TUNED_WITHOUT_SMOOTHING
-            for r in studies.smoothing(m)
-        ],
+        "smoothing": lambda: [r for m in arguments.methods for r in studies.smoothing(m)],
         "held": studies.held,
         "changes": studies.changes,
         "compare": lambda: studies.comparison(tuple(arguments.seeds)),
