@@ -47,7 +47,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def real_fsync() -> Iterator[Callable[[int], None]]:
-    """Tests do not wait for the disk, which may be a third of a short run; this would."""
+    """Tests do not wait for the disk, a fifth of a short run; this would."""
     real = os.fsync
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
