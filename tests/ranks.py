@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mulki.distributed import one_thread_gloo
+
 # Beyond this a collective that some rank never joins is an error. Far above what a test needs.
 TIMEOUT_S = 300
 
@@ -39,7 +41,7 @@ def _run(
 ) -> Any:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo",
+        one_thread_gloo.name(),
         init_method=f"file://{store}",
         rank=rank,
         world_size=world,

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from mulki.choices.options import whole_number
+from mulki.distributed import one_thread_gloo
 from mulki.distributed.roll_call import Meeting, RollCall, meet
 from mulki.distributed.torchrun import launcher
 from mulki.distributed.world import World
@@ -130,7 +131,10 @@ def _word() -> list[Any]:
 
 
 def join(
-    device: torch.device, timeout: float = 600.0, hold: Callable[[], None] = lambda: None
+    device: torch.device,
+    timeout: float = 600.0,
+    hold: Callable[[], None] = lambda: None,
+    sharded: bool = False,
 ) -> World:
     """Join the other processes of the run, if there are any.
 
@@ -140,6 +144,7 @@ def join(
         device: of this process; decides between gloo and the backend of its kind of device (NCCL).
         timeout: seconds that a process waits for the others before it takes one for lost.
         hold: see `mulki.distributed.world.World`.
+        sharded: whether models will be, which torch's own gloo is not safe for.
 
     Raises:
         InputError, ProcessLost: as `meeting` does.
@@ -158,6 +163,8 @@ def join(
         torch.cuda.set_device(device)
         # Tensors on the CPU go through gloo, as in torchrun's default.
         backend, bound = f"cpu:gloo,cuda:{backend}", device
+    elif sharded and backend == "gloo":
+        backend = one_thread_gloo.name()
     rank, size = found.rank, found.size
     store = dist.PrefixStore(f"group {next(_groups)}", found.store)
     dist.init_process_group(

@@ -144,7 +144,8 @@ def run_cells(cells: Sequence[Cell], jobs: int = 1, console: Console | None = No
         if left:
             # Processes of torchrun meet once, for all runs.
             config = left[0].settings.run
-            with join(device_of(config.device), config.process_timeout):
+            sharded = any(cell.settings.run.fsdp for cell in left)
+            with join(device_of(config.device), config.process_timeout, sharded=sharded):
                 for cell in left:
                     resume = cell.folder if cell.state == "stopped" else None
                     run(_settings(cell), console, resume=resume)

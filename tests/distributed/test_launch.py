@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from mulki.app.cli import run_command
-from mulki.distributed import launch
+from mulki.distributed import launch, one_thread_gloo
+from mulki.distributed.roll_call import Meeting
 from mulki.errors import InputError
 from mulki.train.config.presets import RELATIONS
 from mulki.train.saving.recovery import read_state
@@ -260,6 +262,19 @@ def test_an_environment_that_is_not_torchruns(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("RANK", "2")
     with pytest.raises(InputError, match="^RANK: got 2 where WORLD_SIZE is 2"):
         launch.join(torch.device("cpu"))
+
+
+def test_sharded_models_on_cpus_have_a_gloo_of_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.HashStore()
+    met = Meeting(store, 0, 2, (["0", "", "here"], ["0", "", "there"]))
+    asked: list[str] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(launch, "meeting", lambda: met)
+    monkeypatch.setattr(launch, "_made", None)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **of: asked.append(backend))
+    for sharded in (False, True):
+        launch.join(torch.device("cpu"), sharded=sharded)
+    assert asked == ["gloo", one_thread_gloo.name()]
 
 
 @pytest.mark.parametrize("value", ["x", "", "-1", "1.5"])

@@ -30,7 +30,7 @@ from torch.distributed.fsdp import fully_shard
 
 from mulki.app import cli
 from mulki.clip.models import VisionLanguageModel
-from mulki.distributed import roll_call
+from mulki.distributed import one_thread_gloo, roll_call
 from mulki.distributed.world import World
 from mulki.errors import InputError
 from mulki.losses import ClipLoss
@@ -106,7 +106,7 @@ def check_micro_batches(world: World) -> None:
 
 
 def main(runs: list[tuple[str, dict[str, Any]]]) -> None:
-    dist.init_process_group("gloo")
+    dist.init_process_group(one_thread_gloo.name())
     with World(dist.get_rank(), dist.get_world_size(), joined=True) as world:
         check_micro_batches(world)
         check_runs(runs, world)

@@ -162,7 +162,7 @@ def prepared(
     precision = check_options(config, method)
     with (
         deterministic(config.deterministic),
-        launch.join(precision.device, config.process_timeout, hold) as world,
+        launch.join(precision.device, config.process_timeout, hold, config.fsdp) as world,
         contextlib.ExitStack() as at_end,
     ):
         if world.size > 1:
