@@ -21,8 +21,8 @@ SHARED = {
 THREADS = 1024
 TENSOR_MEMORY = {"sm_80": 0, "sm_90": 0, "sm_100": 512, "gfx942": 0, "gfx1100": 0}
 # Bytes of a thread's stack, where spilled registers go. In half precision none spills with Triton
-# 3.9; with 3.6 one kernel without products spills four registers. In float32 a few tiles spill two
-# or four registers, and up to ten where products take no tensor cores.
+# 3.9; with 3.6 two kernels without products spill up to four registers. In float32 a few tiles
+# spill two or four registers, and up to ten where products take no tensor cores.
 STACK = {"bf16": 16, "fp16": 16, "fp32": 16, "tf32": 16, "ieee": 40}
 # Kernels that compute no matrix product. All other kernels do.
 WITHOUT_PRODUCTS = {

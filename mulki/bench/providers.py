@@ -27,32 +27,18 @@ from mulki.ops.proofs import size_of
 GRAPH_LOGITS = 1 << 26
 
 
-def _no_context(case: Case) -> AbstractContextManager[Any]:
-    return nullcontext()
-
-
-def _everywhere(device: str) -> str | None:
-    return None
-
-
-def _takes_all(case: Case) -> str | None:
-    return None
-
-
-def _no_note(case: Case) -> str:
-    return ""
-
-
 @dataclass(frozen=True)
 class Provider:
     """One way to compute the cases."""
 
     name: str
     make: Callable[[Case], Loss]  # the function that is timed
-    context: Callable[[Case], AbstractContextManager[Any]] = _no_context  # entered off the clock
-    absence: Callable[[str], str | None] = _everywhere  # why it is not on a device at all
-    refusal: Callable[[Case], str | None] = _takes_all  # why it does not apply, None if it does
-    note: Callable[[Case], str] = _no_note
+    # Entered off the clock.
+    context: Callable[[Case], AbstractContextManager[Any]] = lambda case: nullcontext()
+    # Why it is not on a device at all, and why it does not apply to a case; None if it does.
+    absence: Callable[[str], str | None] = lambda device: None
+    refusal: Callable[[Case], str | None] = lambda case: None
+    note: Callable[[Case], str] = lambda case: ""
     # Gradients are formed in the forward pass of training, so that the time of the backward pass
     # alone says nothing.
     early_gradients: Callable[[Case], bool] = lambda case: False

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, chain, compress
 from pathlib import Path
-from typing import Literal, TypeVar, overload
+from typing import Generic, Protocol, TypeVar
 
 from PIL import Image
 
@@ -31,15 +31,50 @@ _Words = TypeVar("_Words")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
-@dataclass(frozen=True)
-class JoinedShards:
-    """The images of several shards, one after another; an `ImageSet`."""
+class Loadable(Protocol):
+    """Images by number."""
 
-    parts: tuple[ShardImages, ...]
+    def __len__(self) -> int: ...
+
+    def load(self, index: int) -> Image.Image:
+        """As RGB. Raises BadImage."""
+
+    def name(self, index: int) -> str:
+        """For messages and tables."""
+
+
+_Part = TypeVar("_Part", bound=Loadable)
+
+
+@dataclass(frozen=True)
+class Joined(Generic[_Part]):
+    """Several sets of images, one after another."""
+
+    parts: tuple[_Part, ...]
 
     @cached_property
     def _ends(self) -> list[int]:
         return list(accumulate(map(len, self.parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def load(self, index: int) -> Image.Image:
+        part, place = self._find(index)
+        return part.load(place)
+
+    def name(self, index: int) -> str:
+        part, place = self._find(index)
+        return part.name(place)
+
+    def _find(self, index: int) -> tuple[_Part, int]:
+        number = bisect_right(self._ends, index)
+        return self.parts[number], index - (self._ends[number - 1] if number else 0)
+
+
+@dataclass(frozen=True)
+class JoinedShards(Joined[ShardImages]):
+    """The images of several shards, one after another; an `ImageSet`."""
 
     @cached_property
     def targets(self) -> tuple[int, ...]:
@@ -59,17 +94,6 @@ class JoinedShards:
                 for part, start in zip(self.parts, starts, strict=False)
             )
         )
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def load(self, index: int) -> Image.Image:
-        part, place = self._find(index)
-        return part.load(place)
-
-    def name(self, index: int) -> str:
-        part, place = self._find(index)
-        return part.name(place)
 
     def fingerprint(self) -> str:
         """Hex SHA-256 that identifies the images: the same wherever the shards lie."""
@@ -98,10 +122,6 @@ class JoinedShards:
     def _digest(self, index: int) -> bytes:
         part, place = self._find(index)
         return hashlib.sha256(part.read(place)).digest()
-
-    def _find(self, index: int) -> tuple[ShardImages, int]:
-        number = bisect_right(self._ends, index)
-        return self.parts[number], index - (self._ends[number - 1] if number else 0)
 
 
 def _alike(places: Sequence[int], part: Callable[[int], Hashable]) -> list[list[int]]:
@@ -175,27 +195,15 @@ def _is_shard(path: Path) -> bool:
     return name.endswith(SHARD_SUFFIXES) and not name.startswith(".") and path.is_file()
 
 
-@overload
-def read_captioned_shards(
-    paths: Sequence[Path], *, captions: Literal[True] = ..., skip_bad_images: bool
-) -> tuple[JoinedShards, tuple[str, ...], tuple[str, ...]]: ...
-
-
-@overload
-def read_captioned_shards(
-    paths: Sequence[Path], *, captions: bool, skip_bad_images: bool
-) -> tuple[JoinedShards, tuple[str, ...] | None, tuple[str, ...]]: ...
-
-
 def read_captioned_shards(
     paths: Sequence[Path], *, captions: bool = True, skip_bad_images: bool
-) -> tuple[JoinedShards, tuple[str, ...] | None, tuple[str, ...]]:
+) -> tuple[JoinedShards, tuple[str, ...], tuple[str, ...]]:
     """Images of shards, their captions, and the names of those that are unreadable: see `readable`.
 
     Images are checked as files are, see `mulki.data.image_files.find_unreadable`.
 
     Args:
-        captions: whether each image needs one; if not, there are None.
+        captions: whether each image needs one; if not, there are none.
         skip_bad_images: whether there may be unreadable images.
 
     Raises:
@@ -204,7 +212,7 @@ def read_captioned_shards(
         BadImage: an unreadable image, unless skipped.
     """
     parts, words, bad = _read(paths, "txt" if captions else None, skip_bad_images)
-    return JoinedShards(tuple(parts)), tuple(chain(*words)) if captions else None, bad
+    return JoinedShards(tuple(parts)), tuple(chain(*words)), bad
 
 
 def read_classed_shards(

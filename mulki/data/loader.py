@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from mulki.data.captioned_shards import Loadable
 from mulki.data.decoding import BadImage, pixel_limit
 from mulki.data.task import ImageSet
 from mulki.data.transforms import is_deterministic
-from mulki.data.unlabelled import Loadable
 from mulki.data.workers import start_worker, watched
 
 Batch = list[Tensor]
@@ -208,12 +208,7 @@ def cycle(loader: DataLoader[tuple[Tensor, int, int]], start: int = 0) -> Iterat
     Args:
         loader: from `batches`.
         start: batch to begin with, as if those before had been taken; none of them is loaded.
-
-    Raises:
-        ValueError: `start` is negative.
     """
-    if start < 0:
-        raise ValueError(f"start {start}: wanted 0 or more")
     sampler = loader.batch_sampler
     assert isinstance(sampler, _Batches)
     epoch, done = divmod(start, len(loader))

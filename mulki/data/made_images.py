@@ -31,49 +31,38 @@ from PIL import Image, ImageOps
 from mulki.data.task import ImageSet
 from mulki.errors import InputError, nearest
 
+_Other = Callable[[], Image.Image]
 # From an image, a generator, and a function that loads another image, to an image of its size.
-Change = Callable[[Image.Image, random.Random, Callable[[], Image.Image]], Image.Image]
+Change = Callable[[Image.Image, random.Random, _Other], Image.Image]
 
 
-def _invert(
-    image: Image.Image, draw: random.Random, other: Callable[[], Image.Image]
-) -> Image.Image:
+def _invert(image: Image.Image, draw: random.Random, other: _Other) -> Image.Image:
     return ImageOps.invert(image)
 
 
-def _channels(
-    image: Image.Image, draw: random.Random, other: Callable[[], Image.Image]
-) -> Image.Image:
+def _channels(image: Image.Image, draw: random.Random, other: _Other) -> Image.Image:
     _, *orders = itertools.permutations(image.split())
     return Image.merge("RGB", draw.choice(orders))
 
 
-def _average(
-    image: Image.Image, draw: random.Random, other: Callable[[], Image.Image]
-) -> Image.Image:
+def _average(image: Image.Image, draw: random.Random, other: _Other) -> Image.Image:
     return Image.blend(image, other().resize(image.size), 0.5)
 
 
-def _enlarge(
-    image: Image.Image, draw: random.Random, other: Callable[[], Image.Image]
-) -> Image.Image:
+def _enlarge(image: Image.Image, draw: random.Random, other: _Other) -> Image.Image:
     width, height = image.size
     middle = (width / 4, height / 4, width * 3 / 4, height * 3 / 4)
     return image.resize(image.size, Image.Resampling.BICUBIC, box=middle)
 
 
-def _cutmix(
-    image: Image.Image, draw: random.Random, other: Callable[[], Image.Image]
-) -> Image.Image:
+def _cutmix(image: Image.Image, draw: random.Random, other: _Other) -> Image.Image:
     left, top, right, bottom = map(round, _rectangle(image.size, 0.5, draw))
     mixed = image.copy()
     mixed.paste(other().resize((max(1, right - left), max(1, bottom - top))), (left, top))
     return mixed
 
 
-def _blocks(
-    image: Image.Image, draw: random.Random, other: Callable[[], Image.Image]
-) -> Image.Image:
+def _blocks(image: Image.Image, draw: random.Random, other: _Other) -> Image.Image:
     width, height = image.size
     boxes = [
         (x * width / 2, y * height / 2, (x + 1) * width / 2, (y + 1) * height / 2)
@@ -88,14 +77,12 @@ def _blocks(
     return mixed
 
 
-def _crop(image: Image.Image, draw: random.Random, other: Callable[[], Image.Image]) -> Image.Image:
+def _crop(image: Image.Image, draw: random.Random, other: _Other) -> Image.Image:
     box = _rectangle(image.size, 0.3, draw)
     return image.resize(image.size, Image.Resampling.BICUBIC, box=box)
 
 
-def _noise(
-    image: Image.Image, draw: random.Random, other: Callable[[], Image.Image]
-) -> Image.Image:
+def _noise(image: Image.Image, draw: random.Random, other: _Other) -> Image.Image:
     width, height = image.size
     return Image.frombytes("RGB", image.size, draw.randbytes(3 * width * height))
 

@@ -147,7 +147,7 @@ def _of_shards(
         raise
     except InputError as error:
         raise InputError(f"--reference: {error}") from None
-    kept, of_kept = readable(images, words or (), {*bad})
+    kept, of_kept = readable(images, words, {*bad})
     return ReferenceSet(kept, of_kept if captions else None, bad)
 
 

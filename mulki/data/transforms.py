@@ -126,23 +126,13 @@ def _built(
 
 
 @register_transform("none")
-def _none(
-    preprocess_val: Transform,
-    size: int | tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> Transform:
+def _none(preprocess_val: Transform, *given: Any) -> Transform:
     """The evaluation transform itself, whose outputs can be cached."""
     return preprocess_val
 
 
 @register_transform(_CROP)
-def _crop(
-    preprocess_val: Transform,
-    size: int | tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> Transform:
+def _crop(preprocess_val: Transform, size: int | tuple[int, int], *given: Any) -> Transform:
     """A random crop of 0.9 to 1.0 of the area, resized bicubically, as ZSCL does."""
     from torchvision import transforms as tv
 

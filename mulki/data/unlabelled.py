@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
 
 from PIL import Image
 
-from mulki.data.captioned_shards import find_shards, read_captioned_shards
+from mulki.data.captioned_shards import (
+    Joined,
+    Loadable,
+    find_shards,
+    read_captioned_shards,
+)
 from mulki.data.decoding import to_rgb
 from mulki.data.image_files import ImageFiles
 from mulki.data.reference import images_below
@@ -20,18 +22,6 @@ from mulki.errors import InputError
 
 #: In place of a path: one path in each line of standard input.
 STDIN = "-"
-
-
-class Loadable(Protocol):
-    """Images by number."""
-
-    def __len__(self) -> int: ...
-
-    def load(self, index: int) -> Image.Image:
-        """As RGB. Raises BadImage."""
-
-    def name(self, index: int) -> str:
-        """For messages and tables."""
 
 
 @dataclass(frozen=True)
@@ -51,30 +41,9 @@ class Pictures:
         return f"image {self.first + index}"
 
 
-class Joined:
-    """Several sets of images, one after another."""
-
-    def __init__(self, parts: Sequence[Loadable]):
-        self._parts = parts
-        self._ends = list(accumulate(map(len, parts)))
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def load(self, index: int) -> Image.Image:
-        part, place = self._place(index)
-        return part.load(place)
-
-    def name(self, index: int) -> str:
-        part, place = self._place(index)
-        return part.name(place)
-
-    def _place(self, index: int) -> tuple[Loadable, int]:
-        number = bisect_right(self._ends, index)
-        return self._parts[number], index - (self._ends[number - 1] if number else 0)
-
-
-def find_images(paths: Sequence[str | os.PathLike[str]], stdin: Iterable[str] = ()) -> Joined:
+def find_images(
+    paths: Sequence[str | os.PathLike[str]], stdin: Iterable[str] = ()
+) -> Joined[Loadable]:
     """The images that paths name, in their order; those of a folder sorted by name.
 
     Whether they can be read shows when they are loaded; those of shards are checked here.
@@ -101,7 +70,7 @@ def find_images(paths: Sequence[str | os.PathLike[str]], stdin: Iterable[str] = 
             parts.append(_files(Path(path), sorted(images_below(Path(path)))))
         else:
             parts.append(_files(Path(), [path]))
-    found = Joined(parts)
+    found = Joined(tuple(parts))
     if not len(found):
         raise InputError(f"{', '.join(names)}: no images; pass some")
     return found

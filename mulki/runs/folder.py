@@ -415,12 +415,7 @@ class RunFolder:
         write_atomic(self.path / "summary.json", _json(summary))
 
     def checkpoint_path(self, index: int, task_name: str) -> Path:
-        """Return ``checkpoints/task_03_dtd.safetensors`` for the third task; makes the folder.
-
-        ``index`` counts from 1. Raises ``ValueError`` for a smaller one.
-        """
-        if index < 1:
-            raise ValueError(f"index: got {index}, wanted the number of a task, from 1")
+        """Return ``checkpoints/task_03_dtd.safetensors`` for `index` 3; makes the folder."""
         return self._checkpoints() / f"task_{index:02d}_{slug(task_name)[:100]}.safetensors"
 
     @property

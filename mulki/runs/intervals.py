@@ -37,13 +37,8 @@ def t_quantile(degrees: int) -> float:
     The distribution in closed form is that of Abramowitz and Stegun, 26.7.3 and 26.7.4.
 
     Args:
-        degrees: of freedom.
-
-    Raises:
-        ValueError: `degrees` below 1.
+        degrees: of freedom, 1 or more.
     """
-    if degrees < 1:
-        raise ValueError(f"degrees {degrees}: wanted 1 or more")
     low, high = 0.0, math.pi / 2
     while low < (middle := (low + high) / 2) < high:
         if _between(middle, degrees) < CONFIDENCE:

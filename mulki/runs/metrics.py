@@ -113,56 +113,11 @@ def _square(a: npt.ArrayLike) -> FloatArray:
     return array
 
 
-def transfer(a: npt.ArrayLike) -> float | None:
-    """Mean accuracy on tasks not learned yet: ``mean_{j>=2} mean_{i<j} a[i,j]`` (ZSCL).
-
-    ``a`` is ``[T, T]`` in percent. The first task, which no earlier model precedes, is left out;
-    ``None`` for T = 1. Every later task counts alike, however many models precede it. Raises
-    `InputError` for a matrix that is not square, empty or not finite.
-    """
-    return _of("transfer", a)
-
-
-def average(a: npt.ArrayLike) -> float:
-    """Mean of all T*T entries of ``a`` ``[T, T]``, in percent (ZSCL).
-
-    Raises `InputError` for a matrix that is not square, empty or not finite.
-    """
-    return float(_average(_square(a)))
-
-
-def last(a: npt.ArrayLike) -> float:
-    """Mean of the last row of ``a`` ``[T, T]``, in percent (ZSCL).
-
-    Raises `InputError` for a matrix that is not square, empty or not finite.
-    """
-    return float(_last(_square(a)))
-
-
-def forgetting(a: npt.ArrayLike) -> float | None:
-    """``1/(T-1) sum_{j<T} (max_{i in j..T-1} a[i,j] - a[T,j])``, in percent (Chaudhry et al.).
-
-    ``a`` is ``[T, T]``. The maximum is over the models from learning task j up to the last but
-    one, so accuracy before the task was learned does not count, and a task that only improved
-    gives a negative term. ``None`` for T = 1. Raises `InputError` for a matrix that is
-    not square, empty or not finite.
-    """
-    return _of("forgetting", a)
-
-
-def bwt(a: npt.ArrayLike) -> float | None:
-    """Backward transfer, ``1/(T-1) sum_{j<T} (a[T,j] - a[j,j])``, in percentage points.
-
-    ``a`` is ``[T, T]``; ``None`` for T = 1. From Lopez-Paz and Ranzato; GIFT's "Forget" is the
-    same number. Raises `InputError` for a matrix that is not square, empty or not finite.
-    """
-    return _of("bwt", a)
-
-
 def compute_metrics(a: npt.ArrayLike) -> Metrics:
     """Return all `Metrics` of ``a`` ``[T, T]`` (row: after task i, column: task j).
 
-    Raises `InputError` for a matrix that is not square, empty or not finite.
+    `DEFINITIONS` has their formulas and sources. Raises `InputError` for a matrix that is not
+    square, empty or not finite.
     """
     return Metrics(**{name: float(value) for name, value in stacked_metrics(_square(a)).items()})
 
@@ -174,11 +129,6 @@ def stacked_metrics(a: FloatArray) -> dict[str, FloatArray]:
     """
     defined = _FORMULAS if a.shape[-1] > 1 else {"average": _average, "last": _last}
     return {name: formula(a) for name, formula in defined.items()}
-
-
-def _of(name: str, a: npt.ArrayLike) -> float | None:
-    a = _square(a)
-    return float(_FORMULAS[name](a)) if len(a) > 1 else None
 
 
 # The formulas on [..., T, T].

@@ -56,13 +56,13 @@ class TaskCosts:
     train: int
     test: int
     classes: int
-    steps: int
-    prepare: float
-    first_step: float | None
-    later_step: float | None
-    learning: float
-    testing: float
-    testing_again: float
+    steps: int = 0
+    prepare: float = 0.0
+    first_step: float | None = None
+    later_step: float | None = None
+    learning: float = 0.0
+    testing: float = 0.0
+    testing_again: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -190,19 +190,7 @@ def _learning(
     measured: Callable[[MicroBatch], None],
 ) -> TaskCosts:
     config, world = setup.config, setup.world
-    costs = TaskCosts(
-        task.name,
-        len(task.train),
-        len(task.test),
-        len(task.classes),
-        0,
-        0.0,
-        None,
-        None,
-        0.0,
-        0.0,
-        0.0,
-    )
+    costs = TaskCosts(task.name, len(task.train), len(task.test), len(task.classes))
     if learner is None:
         return costs
     batch = config.batch_size * world.size

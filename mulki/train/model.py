@@ -21,9 +21,10 @@ from mulki.clip.head import ClassStatistics, Head, read_statistics
 from mulki.clip.models import VisionLanguageModel
 from mulki.console import Console
 from mulki.data import BadImage, Task
+from mulki.data.captioned_shards import Joined, Loadable
 from mulki.data.loader import readable_batches
 from mulki.data.prompts import DEFAULT_TEMPLATES
-from mulki.data.unlabelled import Joined, Loadable, Pictures, find_images
+from mulki.data.unlabelled import Pictures, find_images
 from mulki.errors import InputError
 from mulki.runs.folder import RunFolder
 from mulki.runs.metrics import AccuracyMatrix, Metrics, read_matrix
@@ -329,13 +330,7 @@ def load(
     config = resolve({**wanted, "model": name, "pretrained": pretrained, "device": device}).run
     check_start(config)
     model = load_start(name, config.pretrained, device=device_of(config.device))
-    as_in_its_run(
-        model,
-        name,
-        lock_text=config.lock_text,
-        lock_image=config.lock_image,
-        precision=config.precision,
-    )
+    as_in_its_run(model, name, config)
     file = statistics_of(Path(name))
     statistics = read_statistics(file) if head and said is not None and file.is_file() else None
     return Model(model, said, name, config.pretrained, statistics)
@@ -428,12 +423,11 @@ def _found(images: Images) -> Loadable:
     given = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else list(images)
     if not given:
         raise InputError("images: got an empty list; pass some")
-    return Joined(
-        [
-            Pictures([each], first=place) if isinstance(each, Image.Image) else find_images([each])
-            for place, each in enumerate(given)
-        ]
-    )
+    parts: list[Loadable] = [
+        Pictures([each], first=place) if isinstance(each, Image.Image) else find_images([each])
+        for place, each in enumerate(given)
+    ]
+    return Joined(tuple(parts))
 
 
 def _distinct(tasks: Sequence[LearnedTask]) -> list[LearnedTask]:

@@ -192,13 +192,7 @@ def evaluation(checkpoint: Path, given: Mapping[str, Any]) -> Evaluation:
             _check_prompts(checkpoint, said, tasks)
         label_space = known.get("label_space", "task")
     model = load_checkpoint(checkpoint, named, device=device)
-    as_in_its_run(
-        model,
-        str(checkpoint),
-        lock_text=config.lock_text,
-        lock_image=config.lock_image,
-        precision=config.precision,
-    )
+    as_in_its_run(model, str(checkpoint), config)
     file = statistics_of(checkpoint)
     statistics = read_statistics(file) if config.head and file.is_file() else None
     return Evaluation(model, tasks, config, label_space, statistics)

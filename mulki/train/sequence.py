@@ -58,9 +58,6 @@ from mulki.train.start.continuation import Continuation, set_weights
 from mulki.train.start.setup import Setup, prepared
 from mulki.train.task_learner import TaskLearner
 
-# Memory for the transformed test images of a task, which every evaluation needs again.
-_TEST_CACHE_MIB = 256
-
 _log = logging.getLogger(__name__)
 
 

@@ -142,6 +142,7 @@ def test_loss_that_is_not_finite(
     assert command("mine", "--lr", "1e30", "--name", "first") == 2
     assert "--lr 1e+30" in one_line(capsys)
     assert json.loads(Path("logs/first/summary.json").read_text())["status"] == "interrupted"
+    assert read_matrix(Path("logs/first/matrix.csv")).zero_shot is not None
 
 
 @pytest.mark.parametrize(

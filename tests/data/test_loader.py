@@ -172,8 +172,6 @@ def test_nothing_to_load_is_refused() -> None:
         batches(Blank(()), FIXED, 2, shuffle=False, seed=0)
     with pytest.raises(ValueError, match="batches of 0"):
         batches(Blank((0,)), FIXED, 0, shuffle=False, seed=0)
-    with pytest.raises(ValueError, match="start -1"):
-        cycle(batches(Blank((0,)), FIXED, 1, shuffle=False, seed=0), -1)
 
 
 def test_cache_loads_each_image_once_and_only_when_asked(counting: Counting) -> None:

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from mulki.data import BadImage
-from mulki.data.unlabelled import Joined, Pictures, find_images
+from mulki.data.captioned_shards import Joined, Loadable
+from mulki.data.unlabelled import Pictures, find_images
 from mulki.errors import InputError
 from tests.data.data_helpers import encoded, picture, write_shard
 
 
-def names(found: Joined) -> list[str]:
+def names(found: Joined[Loadable]) -> list[str]:
     return [found.name(index) for index in range(len(found))]
 
 

@@ -28,7 +28,6 @@ from tests.functional.formulas import (
     X,
     all_losses,
     leaves,
-    scalar,
 )
 
 
@@ -121,39 +120,6 @@ def test_a_new_scale_is_no_recompilation_and_a_new_temperature_is_one(make):
     for temperature in (3.0, 4.0):
         loss(make(5.0), temperature)
     assert counter.frame_count == before + 2
-
-
-def test_strides_do_not_matter(unit):
-    weights = unit(N, 3).abs()
-    strided_weights = weights.T.contiguous().T
-    wide = unit(2 * N, 2 * D)
-    strided = Similarity(
-        wide[::2, ::2].requires_grad_(), unit(D, P).T.requires_grad_(), scalar(9.0)
-    )
-    expanded = Similarity(
-        unit(1, D).expand(N, D).requires_grad_(), unit(1, D).expand(P, D).requires_grad_()
-    )
-    teachers = [strided.detach(), expanded.detach(), Similarity(unit(N, 3), unit(P, 3))]
-    for s in (strided, expanded):
-        dense = Similarity(
-            s.features.detach().contiguous().requires_grad_(),
-            s.prototypes.detach().contiguous().requires_grad_(),
-            s.scale,
-        )
-        dense_teachers = [
-            Similarity(t.features.contiguous(), t.prototypes.contiguous(), t.scale)
-            for t in teachers
-        ]
-        target = torch.stack([TARGET, TARGET], dim=1)[:, 0]
-        got = all_losses(s, teachers, strided_weights, target)
-        for name, expected in all_losses(dense, dense_teachers, weights).items():
-            torch.testing.assert_close(got[name], expected)
-            for a, b in zip(
-                torch.autograd.grad(got[name], (s.features, s.prototypes)),
-                torch.autograd.grad(expected, (dense.features, dense.prototypes)),
-                strict=True,
-            ):
-                torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("scale", [1e-4, 100.0, 1e4])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mulki.ops import use_backend
-from tests.ops.op_cases import LOSSES, NAMES, Case, asking, make, run, with_argument
+from tests.ops.op_cases import LOSSES, NAMES, Case, asking, doubled, make, run, with_argument
 
 BATCH = 200
 
@@ -123,7 +123,7 @@ def is_right(drawn: Drawn) -> None:
     except (IndexError, AttributeError):
         return  # an upstream gradient has no shape
     got, refused = _outcome(case, None)
-    wide = Case(case.op, tuple(_doubled(a) for a in case.args))
+    wide = Case(case.op, tuple(doubled(a) for a in case.args))
     want, refused_wide = _outcome(wide, "reference")
     # Values are read in the forward pass. After it, a kernel may refuse what the reference takes.
     if (refused or refused_wide) and form != "backward":
@@ -136,12 +136,6 @@ def is_right(drawn: Drawn) -> None:
         assert ours.shape == truth.shape, f"result {i} has the shape {list(ours.shape)}"
         off = None if allowed is None else _beyond(ours, truth, allowed)
         assert off is None, f"result {i}: {off}"
-
-
-def _doubled(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_doubled(v) for v in value]
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _outcome(case: Case, backend: str | None) -> tuple[tuple[Tensor, ...] | None, str]:

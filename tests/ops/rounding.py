@@ -135,12 +135,6 @@ def cosines(case: Case) -> Tensor:
     return specification(Case(case.op, (x.double(), w.double(), 1.0, normalize)))
 
 
-def bounds(case: Case, mean: bool | None) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """Loss and gradients: what the operator gives, the truth, and how far they may be apart."""
-    for got, _, want, bound in compared(case, mean):
-        yield got, want, bound
-
-
 def compared(case: Case, mean: bool | None) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
     """What the operator gives, what plain PyTorch does in float32, the truth, and the bound."""
     value, gradients = expected(case, mean)

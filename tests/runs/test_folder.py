@@ -389,11 +389,6 @@ def test_checkpoint_paths(tmp_path: Path, index: int, task: str, name: str) -> N
     assert run.latest == run.path / "checkpoints" / "latest"
 
 
-def test_checkpoints_count_from_one(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="^index: got 0, wanted"):
-        make(tmp_path).checkpoint_path(0, "digits")
-
-
 def test_reading_results_imports_neither_torch_nor_open_clip() -> None:
     # The package's own __init__ may import torch, so the modules are loaded below a bare package.
     script = f"""

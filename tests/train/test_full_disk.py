@@ -51,7 +51,9 @@ def can_mount(folder: Path) -> bool:
 
 # The size of the file system in saves. A new one is written beside the old one, so it holds one
 # save and not two; or two, but not beside the checkpoints of a task.
-@pytest.mark.parametrize(("size", "learned"), [(1.5, 0), (2.3, 1)])
+@pytest.mark.parametrize(
+    ("size", "learned"), [(1.5, 0), pytest.param(2.3, 1, marks=pytest.mark.long)]
+)
 def test_a_disk_that_fills_up(
     run: Run,
     monkeypatch: pytest.MonkeyPatch,

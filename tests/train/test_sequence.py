@@ -67,7 +67,8 @@ def run_of(
 
     @functools.cache
     def of(name: str) -> RunFolder:
-        given = {"tasks": task_folders, "logs": logs, "name": name, "method": name}
+        # AdamW divides rounding errors by eps, so runs that differ in them alone stay together.
+        given = {"tasks": task_folders, "logs": logs, "name": name, "method": name, "eps": 1e-4}
         folder = sequence.run(resolve({**SHORT, **start_model, **given, **options_of(name)}))
         assert folder is not None
         return folder
@@ -365,14 +366,6 @@ def test_a_second_signal_while_the_report_is_written_ends_it_too(
     assert (caught.value.resume, caught.value.results) == (folder, folder)
 
 
-def test_loss_that_is_not_finite_keeps_the_zero_shot_row(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--lr 1e"):
-        run(method="finetune", lr=1e30)
-    path = tmp_path / "logs" / "first"
-    assert json.loads((path / "summary.json").read_text())["status"] == "interrupted"
-    assert read_matrix(path / "matrix.csv").zero_shot is not None
-
-
 @pytest.mark.parametrize("lr", [1e30, 1e38])
 def test_weights_that_diverge_in_the_last_step_are_not_a_result(
     run: Run, tmp_path: Path, lr: float
@@ -460,11 +453,10 @@ def test_skipped_images_are_counted(
     "options", [{"micro_batch": "1"}, {"micro_batch": "4"}, {"grad_checkpointing": True}]
 )
 def test_memory_is_saved_without_another_result(
-    run: Run, method: str, options: dict[str, Any]
+    run: Run, run_of: Callable[[str], RunFolder], method: str, options: dict[str, Any]
 ) -> None:
-    options = options_of(method) | options
-    plain = run("plain", method=method, eps=1e-4, **options_of(method))
-    ours = run("ours", method=method, eps=1e-4, **options)
+    plain = run_of(method)
+    ours = run("ours", method=method, eps=1e-4, **options_of(method), **options)
     assert ours.matrix == plain.matrix
     wanted, start = weights(plain), weights(plain, "task_01*")
     for key, value in weights(ours).items():

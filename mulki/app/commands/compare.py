@@ -8,10 +8,12 @@ from pathlib import Path
 
 from mulki.app.commands.parsing import Parser
 from mulki.console import Console
+from mulki.files import write_atomic
 from mulki.printing import say
 from mulki.report.comparison.compare import compare
-from mulki.report.comparison.html import check_page, figures, write_comparison
+from mulki.report.comparison.html import figures, render_comparison
 from mulki.report.comparison.tables import print_comparison
+from mulki.runs.predictions import check_writable
 
 
 def compare_runs(argv: list[str]) -> int:
@@ -32,14 +34,14 @@ def compare_runs(argv: list[str]) -> int:
     parser.add_argument("--figures", metavar="DIR", help="write the curves as PNG and SVG")
     arguments = parser.parse_args(argv)
     if arguments.html is not None:
-        check_page(arguments.html)
+        check_writable("--html", Path(arguments.html))
     comparison = compare(arguments.runs, arguments.baseline)
     if arguments.json:
         print(json.dumps(comparison.to_dict()))
     else:
         print_comparison(comparison, Console())
     if arguments.html is not None:
-        write_comparison(comparison, arguments.html)
+        write_atomic(arguments.html, render_comparison(comparison))
         say(f"page: {arguments.html}", sys.stderr)
     if arguments.figures is not None:
         folder = Path(arguments.figures)

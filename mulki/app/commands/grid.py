@@ -101,7 +101,7 @@ def write_comparison(cells: Sequence[Cell], console: Console) -> None:
     as_text, as_numbers, as_page = (folder / name for name in GRID_FILES)
     write_atomic(as_text, text.getvalue())
     write_atomic(as_numbers, json.dumps(found.to_dict(), indent=2) + "\n")
-    html.write_comparison(found, as_page)
+    write_atomic(as_page, html.render_comparison(found))
     console.print(Text(f"runs: {folder}"), soft_wrap=True)
     console.print(Text(f"open: {as_page}"), soft_wrap=True)
 

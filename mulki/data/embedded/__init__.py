@@ -1,6 +1,6 @@
 """The bundled pack of real images, six tasks in four orders; sources in LICENSES beside it.
 
-Choices are made on the orders III and IV, results are reported on I and II.
+Choices were made on the orders III and IV, on held-out training images.
 """
 
 from __future__ import annotations

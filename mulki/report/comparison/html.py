@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from mulki.errors import InputError, counted
-from mulki.files import write_atomic
+from mulki.errors import counted
 from mulki.report.comparison.figures import SectionPlots, section_plots
 from mulki.report.comparison.groups import TITLES, Comparison, Section, metrics_shown
 from mulki.report.comparison.tables import Row, difference_rows, mean_rows, order_rows
@@ -16,32 +13,6 @@ from mulki.report.pages import page_file, render
 from mulki.report.plot import Plot
 from mulki.report.tables import recall_note
 from mulki.runs.metrics import DEFINITIONS, NOTATION
-
-
-def write_comparison(comparison: Comparison, path: str | os.PathLike[str]) -> None:
-    """Write the page, atomically.
-
-    Args:
-        comparison: of runs.
-        path: of the file.
-
-    Raises:
-        OSError: as ``open`` does.
-    """
-    write_atomic(path, render_comparison(comparison))
-
-
-def check_page(path: str | os.PathLike[str]) -> None:
-    """Refuse a file that cannot be written, before the work is done.
-
-    Raises:
-        InputError: it is a folder, or its folder is missing.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"--html: {path} is a folder; name a file, as {path / 'comparison.html'}")
-    if not path.parent.is_dir():
-        raise InputError(f"--html: {path.parent} is no folder; make it, or name another file")
 
 
 def render_comparison(comparison: Comparison) -> str:

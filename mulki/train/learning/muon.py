@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from mulki.errors import InputError
-
 
 class MuonWithAdamW(torch.optim.Optimizer):
     """torch's Muon for some groups of parameters, AdamW for others.
@@ -21,9 +19,6 @@ class MuonWithAdamW(torch.optim.Optimizer):
         matrices: groups for Muon, whose parameters have two dimensions; may be empty.
         others: groups for AdamW; may be empty.
         options: of AdamW.
-
-    Raises:
-        InputError: this version of torch has no Muon.
     """
 
     def __init__(
@@ -32,7 +27,6 @@ class MuonWithAdamW(torch.optim.Optimizer):
         others: Sequence[dict[str, Any]],
         **options: Any,
     ):
-        check_available()
         self._parts: list[torch.optim.Optimizer] = []
         if matrices:
             lr = options["lr"]
@@ -62,15 +56,6 @@ class MuonWithAdamW(torch.optim.Optimizer):
             end = start + len(part.param_groups)
             part.param_groups, part.state = self.param_groups[start:end], self.state
             start = end
-
-
-def check_available() -> None:
-    """Raise an InputError where torch has no Muon."""
-    if not hasattr(torch.optim, "Muon"):
-        raise InputError(
-            f"--opt muon: torch {torch.__version__} has no Muon; install torch 2.9 or newer, or "
-            "pass --opt adamw"
-        )
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:

@@ -86,23 +86,14 @@ class StoredFeatures:
         """[n, D] of n prompts, on the CPU."""
         return self.cache.features(self._of_texts(prompts), lambda: self._encode(prompts))
 
-    def images(self, images: ImageSet, encoded: Callable[[int], None]) -> Tensor:
-        """[n, D] of n images, on the CPU.
+    def images(
+        self, images: ImageSet, captions: Sequence[str] | None, encoded: Callable[[int], None]
+    ) -> Tensor:
+        """[n, D] of n images, on the CPU; [n, 2 D] with captions, each image beside its own.
 
         Args:
             encoded: called with numbers of images that are done.
         """
-        return self._of_images(images, None, encoded)
-
-    def pairs(
-        self, images: ImageSet, captions: Sequence[str] | None, encoded: Callable[[int], None]
-    ) -> Tensor:
-        """[n, 2 D] of n images, each beside its caption, on the CPU; [n, D] without captions."""
-        return self._of_images(images, captions, encoded)
-
-    def _of_images(
-        self, images: ImageSet, captions: Sequence[str] | None, encoded: Callable[[int], None]
-    ) -> Tensor:
         left = len(images)
 
         def tell(done: int) -> None:

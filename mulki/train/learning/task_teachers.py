@@ -94,7 +94,7 @@ class TaskTeachers:
             if encoding.pop(original, None) is not None or sets.images is not None:
                 # The others are told of below, where they are encoded too.
                 told = (lambda images: None) if encoding else encoded
-                features[original] = stored.images(task.train, told)
+                features[original] = stored.images(task.train, None, told)
         if encoding:
             parts = training_features([*encoding.values()], task.train, training, encoded)
             features |= zip(encoding, map(torch.cat, zip(*parts, strict=True)), strict=True)
@@ -119,7 +119,7 @@ class TaskTeachers:
             by_model[of] = teacher
         if stored is not None and ZERO_SHOT in needs.teachers:
             if sets.pairs is not None:
-                by_model[original].remember(reference=stored.pairs(*sets.pairs, encoded))
+                by_model[original].remember(reference=stored.images(*sets.pairs, encoded))
             if inputs.anchors is not None and num_anchors:
                 by_model[original].remember(anchors=stored.texts(inputs.anchors.prompts))
         teachers = [(by_model[id(frozen[name])], frozen[name]) for name in needs.teachers]

@@ -37,7 +37,6 @@ from mulki.runs.new_folder import check_free
 from mulki.train.config.precision import Precision, device_of
 from mulki.train.config.run_config import CURRENT, MADE, RunConfig, Settings
 from mulki.train.config.tasks import warn_of_equal_names
-from mulki.train.learning import muon
 from mulki.train.learning.inputs import Training
 from mulki.train.learning.validation import with_validation
 from mulki.train.saving.description import Description, LearnedTask, recipe_of
@@ -328,10 +327,8 @@ def _check_adapters(config: RunConfig, method: Method) -> None:
 
 
 def _check_sharding(config: RunConfig, method: Method, precision: Precision) -> None:
-    if config.opt == "muon":
-        muon.check_available()
-        if config.fsdp:
-            raise InputError("--opt muon: its steps need whole matrices; leave --fsdp out")
+    if config.opt == "muon" and config.fsdp:
+        raise InputError("--opt muon: its steps need whole matrices; leave --fsdp out")
     if config.fsdp and (method.needs.fisher or method.needs.directions):
         raise InputError(
             f"--fsdp: method {method.name} needs whole gradients of weights; leave --fsdp out"

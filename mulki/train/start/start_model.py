@@ -10,7 +10,7 @@ import torch
 from mulki.clip import models
 from mulki.clip.models import BUNDLED, VisionLanguageModel
 from mulki.errors import InputError
-from mulki.train.config.precision import Name, Precision
+from mulki.train.config.precision import Precision
 from mulki.train.config.run_config import RunConfig
 from mulki.train.saving.checkpoints import description_of, load_checkpoint
 from mulki.train.saving.recovery import check_finite
@@ -81,21 +81,19 @@ def warn_of_what_is_left_behind(config: RunConfig) -> None:
         )
 
 
-def as_in_its_run(
-    model: VisionLanguageModel, where: str, *, lock_text: bool, lock_image: bool, precision: Name
-) -> None:
+def as_in_its_run(model: VisionLanguageModel, where: str, config: RunConfig) -> None:
     """Prepare a saved model so that the same operations compute its features as in its run.
 
     Args:
         model: as loaded.
         where: what an error calls it.
-        lock_text, lock_image, precision: options of the run.
+        config: of the run.
 
     Raises:
         InputError: weights that are not finite.
     """
-    model.lock(text=lock_text, image=lock_image)
-    Precision(precision, model.device).convert(model)
+    model.lock(text=config.lock_text, image=config.lock_image)
+    Precision(config.precision, model.device).convert(model)
     model.eval()
     check_finite(model.clip.state_dict(), where, "pass another checkpoint")
 

@@ -7,7 +7,7 @@ import torch
 
 from mulki.kernels import common
 from mulki.ops import use_backend
-from tests.kernels.triton_cases import LOSSES, NAMES, D, N, P
+from tests.kernels.triton_cases import LOSSES, D, N, P
 from tests.kernels.triton_checks import (
     NUMBER_FORMATS,
     every_plan,
@@ -21,11 +21,6 @@ from tests.kernels.triton_steps import LOSSES as STEPS
 from tests.kernels.triton_steps import SIZES, Step
 
 SHAPE = (N, P, D)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_rows_and_gradients(name):
-    rows_and_gradients(name, NUMBER_FORMATS["fp32"], SHAPE, "cpu")
 
 
 @pytest.mark.parametrize("number_format", NUMBER_FORMATS)

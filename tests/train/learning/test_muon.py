@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from mulki.errors import InputError
 from mulki.train.learning.muon import MuonWithAdamW, is_matrix
 
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8}
@@ -83,12 +82,6 @@ def test_embeddings_are_no_matrices() -> None:
     assert not is_matrix("token_embedding.weight", matrix)
     assert not is_matrix("visual.conv1.weight", nn.Parameter(torch.zeros(2, 3, 1, 1)))
     assert not is_matrix("ln.weight", nn.Parameter(torch.zeros(2)))
-
-
-def test_a_torch_without_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(InputError, match=r"^--opt muon: .*2\.9"):
-        both(weights())
 
 
 def test_a_closure_is_refused() -> None:

@@ -76,8 +76,6 @@ def test_the_text_tower_may_stay_almost_still(load_tiny: Load, task: Task) -> No
 
 @pytest.mark.parametrize("opt", ["adamw", "muon"])
 def test_every_parameter_is_in_one_group(load_tiny: Load, opt: str) -> None:
-    if opt == "muon" and not hasattr(torch.optim, "Muon"):
-        pytest.skip("this torch has no Muon")
     model = load_tiny("tiny-vit")
     method = Finetune(Finetune.Options())
     method.own = nn.Parameter(torch.zeros(3, 3))
