@@ -13,8 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mulki.distributed import one_thread_gloo
-
 # Beyond this a collective that some rank never joins is an error. Far above what a test needs.
 TIMEOUT_S = 300
 
@@ -41,7 +39,7 @@ def _run(
 ) -> Any:
     torch.set_num_threads(1)
     dist.init_process_group(
-        one_thread_gloo.name(),
+        "gloo",
         init_method=f"file://{store}",
         rank=rank,
         world_size=world,

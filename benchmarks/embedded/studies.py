@@ -178,7 +178,7 @@ GATES: dict[str, Options] = {
 
 
 # The start model with a transformer: options of every run, shares of a learning rate to try, and
-# the rows of its table with their share. `vit_rates` is not whole yet.
+# the rows of its table with their share. Until `vit_rates` is whole, each has the middle one.
 VIT: Options = {"iterations": 32, "lock_text": True, "precision": "fp32"}
 VIT_TRIED = (0.03, 0.1, 0.3)
 VIT_SHARES = {

@@ -96,7 +96,8 @@ def page(lines: Sequence[Line]) -> str:
     ]
     if of_gates := [r for r in lines if r["study"] == "gates"]:
         parts += [
-            f"## What weighs MulKI's teachers\n\n`{COMMAND} gates`. The sequence embedded-glyphs, "
+            f"## What weighs MulKI's teachers\n\n`{_command('gates', of_gates)}`. "
+            "The sequence embedded-glyphs, "
             "whose steps are related: the previous model is far better than the original one. Mean "
             "over seeds. mulki: its preset, with the gate discrepancy, held on made images; own "
             "images: with the same gate, held on those of the task.",
@@ -115,12 +116,18 @@ def page(lines: Sequence[Line]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _command(study: str, lines: Sequence[Line]) -> str:
+    seeds = sorted({r["options"]["seed"] for r in lines})
+    return f"{COMMAND} {study} --seeds {' '.join(map(str, seeds))}"
+
+
 def _compared(lines: Sequence[Line]) -> list[str]:
     of_orders = [r for r in lines if place_of(r["options"]) in studies.ORDERS]
     parts = []
     if of_orders:
         parts += [
-            f"## Six orders\n\n`{COMMAND} compare`. Mean over the orders and half of its 95 % "
+            f"## Six orders\n\n`{_command('compare', of_orders)}`. "
+            "Mean over the orders and half of its 95 % "
             "interval over them (Student's t); the value of an order is the mean over its seeds. "
             "The orders share start model and images, so intervals leave out that a task's test "
             "set has a standard error of 1 to 2.5 points; and of so many of them one in twenty "
@@ -136,7 +143,8 @@ def _compared(lines: Sequence[Line]) -> list[str]:
     for sequence in studies.SEQUENCES:
         if of := [r for r in lines if place_of(r["options"]) == sequence]:
             parts += [
-                f"## {sequence}\n\n`{COMMAND} compare`. Class-incremental: after each step of a "
+                f"## {sequence}\n\n`{_command('compare', of)}`. "
+                "Class-incremental: after each step of a "
                 "few classes. Mean over seeds.",
                 table(of, OF_SEQUENCES),
             ]

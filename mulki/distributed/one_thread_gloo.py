@@ -24,6 +24,8 @@ _NAME = "one_thread_gloo"
 @functools.cache
 def name() -> str:
     """The backend's name, for `torch.distributed.init_process_group` with tensors on the CPU."""
+    if not hasattr(dist.ProcessGroupGloo, "_Options"):
+        return "gloo"  # a torch whose private names are others
     dist.Backend.register_backend(_NAME, _create, extended_api=True, devices=["cpu"])
     return _NAME
 

@@ -163,7 +163,7 @@ def check_writable(option: str, path: Path) -> None:
         InputError: it is a folder, or lies in none.
     """
     if path.is_dir() or not path.parent.is_dir():
-        what = "is a folder" if path.is_dir() else f"{path.parent} is no folder"
+        what = "it is a folder" if path.is_dir() else f"{path.parent} is no folder"
         raise InputError(
             f"{option}: got {path}, but {what}; pass the path of a file in a folder that exists"
         )

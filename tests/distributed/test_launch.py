@@ -137,8 +137,11 @@ def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fault", "said"),
-    [("raise", "blue/0.png: cannot be read"), ("crash", "ZeroDivisionError: ")],
+    ("fault", "said", "more"),
+    [
+        ("raise", "blue/0.png: cannot be read", []),
+        ("crash", "ZeroDivisionError: ", ["--fsdp"]),  # another backend of torch
+    ],
 )
 def test_a_process_that_fails_ends_the_run_which_can_go_on(
     base: dict[str, Any],
@@ -147,8 +150,9 @@ def test_a_process_that_fails_ends_the_run_which_can_go_on(
     capsys: pytest.CaptureFixture[str],
     fault: str,
     said: str,
+    more: list[str],
 ) -> None:
-    done = torchrun(2, str(WORKER), "--", fault, *command(base, tmp_path, "broken"))
+    done = torchrun(2, str(WORKER), "--", fault, *command(base, tmp_path, "broken"), *more)
     assert done.returncode != 0
     (line,) = errors(done)
     assert line.startswith(f"mulki: error in process 1: {said}")

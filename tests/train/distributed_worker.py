@@ -106,7 +106,8 @@ def check_micro_batches(world: World) -> None:
 
 
 def main(runs: list[tuple[str, dict[str, Any]]]) -> None:
-    dist.init_process_group(one_thread_gloo.name())
+    sharded = any(options.get("fsdp") for _, options in runs)
+    dist.init_process_group(one_thread_gloo.name() if sharded else "gloo")
     with World(dist.get_rank(), dist.get_world_size(), joined=True) as world:
         check_micro_batches(world)
         check_runs(runs, world)

@@ -67,7 +67,7 @@ def run_of(
 
     @functools.cache
     def of(name: str) -> RunFolder:
-        # AdamW divides rounding errors by eps, so runs that differ in them alone stay together.
+        # With the default eps AdamW makes rounding errors as large as its steps.
         given = {"tasks": task_folders, "logs": logs, "name": name, "method": name, "eps": 1e-4}
         folder = sequence.run(resolve({**SHORT, **start_model, **given, **options_of(name)}))
         assert folder is not None

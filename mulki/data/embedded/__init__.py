@@ -1,7 +1,4 @@
-"""The bundled pack of real images, six tasks in four orders; sources in LICENSES beside it.
-
-Choices were made on the orders III and IV, on held-out training images.
-"""
+"""The bundled pack of real images, six tasks in four orders; sources in LICENSES beside it."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def test_compare(
     assert run_command(["compare", "logs/mulki", "--baseline", "lwf"]) == 2
     assert "--baseline" in one_line(capsys)
     assert run_command(["compare", "--html", "logs", "logs/mulki"]) == 2
-    assert "--html: got logs, but is a folder" in one_line(capsys)
+    assert "--html: got logs, but it is a folder" in one_line(capsys)
     # Numbers alone on standard output, with one run whose file is gone.
     Path("logs/finetune/args.yaml").rename("kept.yaml")
     given = ["logs/finetune", "logs/mulki", "--json", "--html", "all.html", "--figures", "drawn"]
