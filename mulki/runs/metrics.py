@@ -6,13 +6,12 @@ works as well: a metric has the unit of the cells.
 
 Transfer, Average and Last are those of ZSCL (Zheng et al., ICCV 2023), used alike by GIFT, DIKI,
 CoLeCLIP and ConDU. In Transfer every task but the first counts alike, however many models precede
-it. Forgetting is that of Chaudhry et al. (ECCV 2018): the drop from the best
-accuracy that any *earlier* model had since the task was learned, so that before does not count. It
-is negative where the last
-model is the best of all; some implementations clip each task at zero, this one does not. BWT is
-that of Lopez-Paz and Ranzato (NeurIPS 2017) and is what GIFT reports as "Forget". Both are means
-over all tasks but the last. Some published code leaves one more task out of the sum but divides by
-the same number, which gives smaller values.
+it. Forgetting is that of Chaudhry et al. (ECCV 2018): the drop from the best accuracy that any
+*earlier* model had since the task was learned; accuracy before that does not count. It is negative
+where the last model is the best of all; some implementations clip each task at zero, this one does
+not. BWT is that of Lopez-Paz and Ranzato (NeurIPS 2017) and is what GIFT reports as "Forget". Both
+are means over all tasks but the last. Some published code leaves one more task out of the sum but
+divides by the same number, which gives smaller values.
 
 ``A_i`` belongs to class-incremental learning: the accuracy in percent of the model after learning
 task ``i`` over all test images of tasks 1 to ``i`` together, each classified among the classes of
