@@ -33,8 +33,8 @@ from mulki.train.task_learner import anchors_per_step
 _RANK = 16
 # Part of a card that is left to libraries and to what the allocator cannot use.
 _RESERVED = 0.1
-# Images of the counts from which those of another number are taken.
-_COUNTS = ((1, 2), (16, 32), (512, 1024))
+# Images for which it is looked up when a step needs most.
+_COUNTS = tuple(2**i for i in range(15))
 
 
 class Peak(NamedTuple):
@@ -160,7 +160,7 @@ def _way(setup: Setup, *, adapters: bool, recompute: bool) -> Way | None:
         except InputError:
             return None
         peaks, whole = (
-            tuple(step.peak(model, *counts, whole) for step in steps for counts in _COUNTS)
+            tuple(peak for step in steps for peak in step.peaks(model, whole))
             for whole in (False, True)
         )
         evaluation, width = steps[0].evaluation(model)
@@ -235,14 +235,30 @@ class _Step:
         fixed = sum(kind.features * (kind.size or 0) for kind in self._kinds)
         return Peak(each * fixed, each * sum(k.features for k in self._kinds if k.size is None))
 
-    def peak(self, model: VisionLanguageModel, images: int, more: int, whole: bool) -> Peak:
-        # A kind of which there are no more than a micro-batch is encoded once, with the texts.
-        once = [k for k in self._kinds if whole or (k.size is not None and k.size <= images)]
-        low, high = (self._bytes(model, count, once) for count in (images, more))
-        image = (high - low) // (more - images)
-        return Peak(low - images * image, image)
+    def peaks(self, model: VisionLanguageModel, whole: bool) -> list[Peak]:
+        moments: dict[tuple[_Kind, ...], list[Peak]] = {}
+        found = []
+        for count in _COUNTS:
+            # A kind of which there are no more than a micro-batch is encoded once, with the texts.
+            once = tuple(
+                kind
+                for kind in self._kinds
+                if whole or (kind.size is not None and kind.size <= count)
+            )
+            if once not in moments:
+                moments[once] = self._moments(model, once)
+            found.append(max(moments[once], key=lambda moment: moment.of(count)))
+        return [*dict.fromkeys(found)]
 
-    def _bytes(self, model: VisionLanguageModel, count: int, once: Sequence[_Kind]) -> int:
+    def _moments(self, model: VisionLanguageModel, once: Sequence[_Kind]) -> list[Peak]:
+        # The same storages come and go for any number of images but 1, where a copy can be a view.
+        two, three = (self._levels(model, count, once) for count in (2, 3))
+        return [
+            Peak(two_of - 2 * (three_of - two_of), three_of - two_of)
+            for two_of, three_of in zip(two, three, strict=True)
+        ]
+
+    def _levels(self, model: VisionLanguageModel, count: int, once: Sequence[_Kind]) -> list[int]:
         model.clip.zero_grad()
         with _Counted(_tensors(model)) as counted, self._setup.precision.autocast():
             graphs = [self._of_kind(model, kind, kind.size or count) for kind in once]
@@ -260,7 +276,8 @@ class _Step:
                 # From the second micro-batch on, all gradients are there.
                 for _ in range(0 if kind in once else 2):
                     self._of_kind(model, kind, count).backward()
-        return counted.peak
+        # What is left is freed later.
+        return [*counted.levels]
 
     def _of_kind(self, model: VisionLanguageModel, kind: _Kind, count: int) -> Tensor:
         features = self._images(model, count).sum()
@@ -290,18 +307,21 @@ class _Counted(TorchDispatchMode):
     # Counts the bytes of storages that live at the same time, without those that are known.
     def __init__(self, known: Iterable[Tensor]):
         super().__init__()
-        self.peak = self._now = 0
+        self.levels = [0]
         self._seen = weakref.WeakSet(value.untyped_storage() for value in known)
+
+    @property
+    def peak(self) -> int:
+        return max(self.levels)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for value in tree_leaves(out):
             if isinstance(value, Tensor) and (storage := value.untyped_storage()) not in self._seen:
                 self._seen.add(storage)
-                self._now += storage.nbytes()
-                self.peak = max(self.peak, self._now)
-                weakref.finalize(storage, self._free, storage.nbytes())
+                self._change(storage.nbytes())
+                weakref.finalize(storage, self._change, -storage.nbytes())
         return out
 
-    def _free(self, count: int) -> None:
-        self._now -= count
+    def _change(self, count: int) -> None:
+        self.levels.append(self.levels[-1] + count)
