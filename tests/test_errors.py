@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+from torch._utils import ExceptionWrapper
+
+from mulki.data import BadImage
 from mulki.errors import InputError, counted, nearest
 
 
@@ -10,6 +14,17 @@ def test_input_errors_are_one_line_and_value_errors() -> None:
     assert str(error) == "a b.csv: wrong"
     assert isinstance(error, ValueError)
     assert str(InputError("\x1b[31ma.csv\a: wrong")) == r"\x1b[31ma.csv\x07: wrong"
+
+
+def test_an_error_of_a_loading_process_is_its_own_line() -> None:
+    """torch makes it again of the traceback."""
+    for kind in (InputError, BadImage):
+        try:
+            raise kind("a.csv: wrong")
+        except kind:
+            caught = ExceptionWrapper(where="in a process")
+        with pytest.raises(kind, match="^a.csv: wrong$"):
+            caught.reraise()
 
 
 def test_nearest() -> None:

@@ -42,6 +42,8 @@ from mulki.errors import InputError
 _FORMAT = "class statistics 1"
 # sigma of the shift of means, for features of unit length; SDC's code has it for such.
 _BANDWIDTH = 0.3
+# A variance below this is rounding: features have length 1.
+_ROUNDING = 1e-12
 
 
 class Prompted(Protocol):
@@ -109,7 +111,7 @@ class ClassStatistics:
         return ClassStatistics(tasks, self.scatter)
 
     def precision(self, shrinkage: float) -> Tensor:
-        """P [D, D] in float64; zeros where a class has one image, so that texts alone decide.
+        """P [D, D] in float64; zeros where the images of each class are alike: texts alone decide.
 
         Args:
             shrinkage: r, in (0, 1].
@@ -118,7 +120,7 @@ class ClassStatistics:
         counts = torch.cat([each.counts for each in self.tasks])
         covariance = self.scatter.double() / max(int(counts.sum()) - len(counts), 1)
         average = covariance.diagonal().mean()
-        if average <= 0:
+        if average < _ROUNDING:
             return torch.zeros_like(covariance)
         identity = torch.eye(len(covariance), dtype=covariance.dtype)
         return torch.linalg.inv((1 - shrinkage) * covariance + shrinkage * average * identity)

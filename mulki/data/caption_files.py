@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from itertools import compress
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from mulki.data.captioned_shards import (
 )
 from mulki.data.csv_files import CsvForm, SplitRow, check_images_exist, split_rows, splits_of
 from mulki.data.held_out import divided, held_out
-from mulki.data.image_files import ImageFiles, find_unreadable, size_of
+from mulki.data.image_files import ImageFiles, find_unreadable
 from mulki.data.reference import CAPTIONS, images_below
 from mulki.data.subset import Subset
 from mulki.errors import InputError
@@ -146,7 +146,9 @@ def _of_rows(
     for row in rows:
         captions.setdefault(row.file, []).append(row.text)
     splits = [
-        _files(file.parent, dict.fromkeys(row.file for row in rows if row.split == split))
+        ImageFiles.unlabelled(
+            file.parent, dict.fromkeys(row.file for row in rows if row.split == split)
+        )
         for split in names
     ]
     # Before unreadable images are left out, which would change the division.
@@ -166,11 +168,6 @@ def _pairs(images: CaptionedImages) -> CaptionedImages:
         return images
     captions = tuple((text,) for each in images.captions for text in each)
     return CaptionedImages(Subset(images.images, places), captions)
-
-
-def _files(folder: Path, files: Collection[str]) -> ImageFiles:
-    sizes = tuple(size_of(folder / file) for file in files)
-    return ImageFiles(folder, tuple(files), sizes, targets=(0,) * len(files))
 
 
 def _check_rows(rows: Sequence[SplitRow]) -> None:

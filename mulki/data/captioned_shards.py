@@ -258,6 +258,15 @@ def readable(
     return images.chosen(kept), tuple(compress(words, kept))
 
 
+def open_shards(paths: Sequence[Path]) -> JoinedShards:
+    """The images of shards, whether they can be read or not.
+
+    Raises:
+        InputError: a shard is missing or damaged.
+    """
+    return JoinedShards(tuple(_open(path, None)[0] for path in paths))
+
+
 def _read(
     paths: Sequence[Path], suffix: str | None, skip_bad_images: bool
 ) -> tuple[list[ShardImages], list[list[str]], tuple[str, ...]]:

@@ -45,16 +45,22 @@ def pixel_limit() -> int:
 class BadImage(InputError):
     """An image that cannot be decoded; the message names its file or shard member."""
 
-    def __init__(self, message: str) -> None:
-        # A DataLoader worker's exception is rebuilt from its whole traceback, which ends in the
-        # class name and our message. Users get the message alone.
-        super().__init__(message.rpartition(f"\n{__name__}.BadImage: ")[2].rstrip())
-
     @classmethod
     def at(cls, name: str, reason: object) -> BadImage:
         """The error for the image `name`, with what the decoder said of it."""
         said = " ".join(str(reason).split()) or type(reason).__name__
         return cls(f"{name}: unreadable image ({said}); replace the file or remove it")
+
+
+@contextlib.contextmanager
+def bad_image(name: str) -> Iterator[None]:
+    """Whatever PIL raises in the block, from OSError to struct's, becomes a `BadImage`."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise BadImage.at(name, error) from error
 
 
 def decode(source: Path | bytes, name: str) -> Image.Image:
@@ -70,14 +76,9 @@ def decode(source: Path | bytes, name: str) -> Image.Image:
     Raises:
         BadImage: missing, truncated, too large or not an image.
     """
-    try:
-        with _opened(source) as image:
-            image.load()
-            return to_rgb(image)
-    except MemoryError:
-        raise
-    except Exception as error:  # PIL's decoders raise whatever they meet, from OSError to struct's
-        raise BadImage.at(name, error) from error
+    with bad_image(name), _opened(source) as image:
+        image.load()
+        return to_rgb(image)
 
 
 def verify(source: Path | bytes, name: str) -> None:
@@ -89,7 +90,7 @@ def verify(source: Path | bytes, name: str) -> None:
     Raises:
         BadImage: missing, truncated or not an image.
     """
-    try:
+    with bad_image(name):
         with _opened(source) as image:
             kind = image.format
             if kind == "PNG":  # checksums cover every chunk
@@ -97,10 +98,6 @@ def verify(source: Path | bytes, name: str) -> None:
                 return
         if kind == "JPEG" and _end_of(source) == b"\xff\xd9":
             return
-    except MemoryError:
-        raise
-    except Exception as error:  # as in decode
-        raise BadImage.at(name, error) from error
     decode(source, name)
 
 

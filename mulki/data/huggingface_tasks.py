@@ -164,8 +164,7 @@ def huggingface_task(
     """
     root = Path(path)
     templates = choose_templates(templates, root, f"templates for {root}")
-    folders = _splits(root, test_fraction is not None, test_only)
-    alone = test_only and len(folders) == 1 and folders[0] == _test_alone(root)
+    folders, alone = _splits(root, test_fraction is not None, test_only)
     test_fraction = test_fraction if len(folders) == 1 and not alone else None
     read = [_read(folder, image, label) for folder in folders]
     splits, (classes, others) = [images for images, _ in read], (read[0][1], read[-1][1])
@@ -227,22 +226,16 @@ def validation_split(root: Path) -> Path | None:
     return root / val if val is not None and val != split_name(names, "test") else None
 
 
-def _test_alone(root: Path) -> Path | None:
-    # The folder of the split to test on, where there is none to train on.
-    names = _split_names(root / _DICT) if (root / _DICT).is_file() else []
-    test = split_name(names, "test")
-    return root / test if test is not None and split_name(names, "train") is None else None
-
-
-def _splits(root: Path, undivided: bool, test_only: bool) -> list[Path]:
-    # The folders of the split to train on and of that to test on, or that of all images.
+def _splits(root: Path, undivided: bool, test_only: bool) -> tuple[list[Path], bool]:
+    # The folders of the split to train on and of that to test on, or that of all images; and
+    # whether there is a split to test on alone.
     if not (root / _DICT).is_file():
         if not holds_dataset(root):
             raise InputError(
                 f"{root}: no {_DICT} in it; give a folder that save_to_disk of datasets has written"
             )
         if undivided:
-            return [root]
+            return [root], False
         raise InputError(
             f"{root}: one split, wanted train and test in a DatasetDict; divide it with "
             "dataset.train_test_split and save the result with save_to_disk, or pass "
@@ -257,12 +250,12 @@ def _splits(root: Path, undivided: bool, test_only: bool) -> list[Path]:
     names = _split_names(root / _DICT)
     train, test = (split_name(names, split) for split in ("train", "test"))
     if train is not None and test is not None:
-        return [root / train, root / test]
-    if test_only and (only := _test_alone(root)) is not None:
-        return [only]
+        return [root / train, root / test], False
+    if test_only and test is not None:
+        return [root / test], True
     alone = train is not None and names == [train]
     if alone and undivided:
-        return [root / names[0]]
+        return [root / names[0]], False
     raise InputError(
         f"{root}: wanted the splits train and test (found: {', '.join(names) or 'none'}); rename "
         "them, or divide train with train_test_split, and save again"

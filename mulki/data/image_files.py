@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -34,6 +34,12 @@ class ImageFiles:
     files: tuple[str, ...]
     sizes: tuple[int, ...]
     targets: tuple[int, ...]
+
+    @classmethod
+    def unlabelled(cls, root: Path, files: Iterable[str]) -> ImageFiles:
+        """Files that are there, each with target 0."""
+        names = tuple(files)
+        return cls(root, names, tuple(size_of(root / name) for name in names), (0,) * len(names))
 
     def __len__(self) -> int:
         return len(self.files)

@@ -13,7 +13,7 @@ from pathlib import Path
 from mulki.data.captioned_shards import find_shards, read_captioned_shards, readable
 from mulki.data.csv_files import name_in
 from mulki.data.decoding import SUFFIXES, BadImage
-from mulki.data.image_files import ImageFiles, find_unreadable, size_of
+from mulki.data.image_files import ImageFiles, find_unreadable
 from mulki.data.prompts import fill
 from mulki.data.task import ImageSet
 from mulki.data.vocabulary import TEMPLATE, Vocabulary
@@ -155,9 +155,7 @@ def _checked(
     folder: Path, captions: Mapping[str, str | None], skip_bad_images: bool
 ) -> ReferenceSet:
     # The readable images among those of `captions`, which has None for each where none is needed.
-    files = tuple(captions)
-    sizes = tuple(size_of(folder / name) for name in files)
-    images = ImageFiles(folder, files, sizes, targets=(0,) * len(files))
+    images = ImageFiles.unlabelled(folder, captions)
     bad = find_unreadable([images], skip_bad_images=skip_bad_images)
     kept = images.without(bad)
     words = tuple(word for name in kept.files if (word := captions[name]) is not None)

@@ -24,14 +24,14 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from mulki.data.decoding import decode, verify
+from mulki.data.decoding import SUFFIXES, decode, verify
 from mulki.data.task import Task, split_fingerprint
 from mulki.errors import InputError
 from mulki.files import check_regular, gunzip
 
 _FORMAT = 1
 GZIP = b"\x1f\x8b"
-_IMAGES = frozenset({"jpeg", "jpg", "png", "webp"})
+_IMAGES = frozenset(suffix[1:] for suffix in SUFFIXES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class ShardImages:
 
     Attributes:
         path: the tar file.
-        members: image members in order of their keys, [n].
+        members: image members, [n].
         offsets, sizes: where each member's bytes lie in the file, [n].
         targets: class indices, [n].
         unpacked: the content of the tar where the file is gzipped, which has no random access.

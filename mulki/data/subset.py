@@ -52,13 +52,15 @@ def limited(task: Task, count: int) -> Task:
     """The task with at most `count` images in each split, but at least one of every class.
 
     Classes are kept balanced: the first image of every class, then the second, and so on. A task of
-    captions keeps at least two images, as many captions as it can.
+    captions keeps at least two images, as many images as it can and then as many captions.
     """
 
     def limit(image_set: ImageSet) -> ImageSet:
         if isinstance(image_set, CaptionedImages):
             texts = [same_text(each[0]) for each in image_set.captions]
-            kept = sorted(in_turns(texts)[: max(count, 2)])
+            order = in_turns(texts)
+            by_image = in_turns([image_set.name(index) for index in order])
+            kept = sorted(order[place] for place in by_image[: max(count, 2)])
             captions = tuple(image_set.captions[index] for index in kept)
             return CaptionedImages(Subset(image_set.images, kept), captions)
         picked = in_turns(image_set.targets)

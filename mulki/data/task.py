@@ -86,7 +86,7 @@ class Task:
         twice = sorted(name for name, count in Counter(self.classes).items() if count > 1)
         if twice:
             raise InputError(f'{where}: class "{twice[0]}" occurs twice; rename or merge the two')
-        check_templates(self.templates, where)
+        object.__setattr__(self, "templates", check_templates(self.templates, where))
         if self.texts and len(self.texts) != len(self.classes):
             raise InputError(
                 f"{where}: got {len(self.texts)} lists of texts for {len(self.classes)} classes; "

@@ -9,13 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from mulki.data.captioned_shards import (
-    Joined,
-    Loadable,
-    find_shards,
-    read_captioned_shards,
-)
-from mulki.data.decoding import to_rgb
+from mulki.data.captioned_shards import Joined, Loadable, find_shards, open_shards
+from mulki.data.decoding import bad_image, to_rgb
 from mulki.data.image_files import ImageFiles
 from mulki.data.reference import images_below
 from mulki.errors import InputError
@@ -35,7 +30,8 @@ class Pictures:
         return len(self.images)
 
     def load(self, index: int) -> Image.Image:
-        return to_rgb(self.images[index])
+        with bad_image(self.name(index)):
+            return to_rgb(self.images[index])
 
     def name(self, index: int) -> str:
         return f"image {self.first + index}"
@@ -46,15 +42,16 @@ def find_images(
 ) -> Joined[Loadable]:
     """The images that paths name, in their order; those of a folder sorted by name.
 
-    Whether they can be read shows when they are loaded; those of shards are checked here.
+    Whether they can be read shows when they are loaded.
 
     Args:
-        paths: image files; tar shards; folders, with their folders, of images or of shards; or "-"
-            for the paths in `stdin`.
+        paths: image files; tar shards; folders of images, with their folders; folders of shards; or
+            "-" for the paths in `stdin`.
         stdin: lines.
 
     Raises:
-        InputError: a path that does not exist, a damaged shard, or no image at all.
+        InputError: a path that does not exist, a damaged shard, a folder of images and shards, or
+            no image at all.
     """
     parts: list[Loadable] = []
     names = [os.fspath(path) for path in paths]
@@ -62,8 +59,12 @@ def find_images(
         if path == STDIN:
             parts.append(_files(Path(), [line.rstrip("\r\n") for line in stdin if line.strip()]))
         elif shards := find_shards(Path(path)):
-            images, _, _ = read_captioned_shards(shards, captions=False, skip_bad_images=True)
-            parts.append(images)
+            if os.path.isdir(path) and images_below(Path(path)):
+                raise InputError(
+                    f"{path}: has shards ({shards[0].name}) and images; pass the shards by their "
+                    "names, and the images from a folder of their own"
+                )
+            parts.append(open_shards(shards))
         elif not os.path.exists(path):
             raise InputError(f"{path}: no such file or folder; pass images, folders or tar shards")
         elif os.path.isdir(path):

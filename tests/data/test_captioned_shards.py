@@ -102,6 +102,11 @@ def test_captions_are_not_asked_for_in_vain(tmp_path: Path) -> None:
         read_reference(tmp_path / "x.tar")
 
 
+def test_images_of_a_shard_are_of_any_format(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", sample(0, kind="bmp") | sample(1, kind="tiff"))
+    assert read_reference(tmp_path / "x.tar").images.load(0).mode == "RGB"
+
+
 def test_a_caption_without_an_image(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", sample(0) | {"a/7.txt": b"seven"})
     with pytest.raises(InputError, match=r"^--reference: \S+x\.tar: a/7 has a caption and no imag"):

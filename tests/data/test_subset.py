@@ -149,6 +149,13 @@ def test_a_task_of_captions_keeps_different_captions() -> None:
     assert len(limited(CaptionTask("pets", images, images), 1).test) == 2
 
 
+def test_a_task_of_captions_keeps_different_images() -> None:
+    captions = tuple((f"{place // 3} {place % 3}",) for place in range(9))
+    images = CaptionedImages(Subset(Grey((0,) * 3), [place // 3 for place in range(9)]), captions)
+    small = limited(CaptionTask("greys", images, images), 4)
+    assert small.train.captions == (("0 0",), ("0 1",), ("1 0",), ("2 0",))
+
+
 def test_a_task_of_captions_keeps_its_first_images() -> None:
     def captioned(count: int) -> CaptionedImages:
         return CaptionedImages(Grey((0,) * count), tuple((f"grey {i}",) for i in range(count)))

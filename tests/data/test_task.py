@@ -23,6 +23,10 @@ def test_prompts_fill_every_template_for_every_class() -> None:
         TASK.prompts(["no place"])
 
 
+def test_one_template_without_a_list() -> None:
+    assert replace(TASK, templates="a {}.").prompts() == [["a cat."], ["a dog."]]
+
+
 @pytest.mark.parametrize(
     "change, words",
     [

@@ -47,6 +47,16 @@ def test_no_images_are_an_error(tmp_path: Path) -> None:
         find_images([tmp_path, "-"])
 
 
+def test_images_beside_shards_are_refused(tmp_path: Path) -> None:
+    write_shard(tmp_path / "s.tar", [(encoded(picture(9), "webp"), 0)])
+    assert len(find_images([tmp_path])) == 1
+    picture(0).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match=f"^{tmp_path}: has shards \\(s.tar\\) and images"):
+        find_images([tmp_path])
+
+
 def test_pictures_in_memory() -> None:
     grey = Pictures([picture(0).convert("L"), picture(1)], first=3)
     assert grey.load(0).mode == "RGB" and grey.name(1) == "image 4" and len(grey) == 2
+    with pytest.raises(BadImage, match="^image 0: .*32-bit"):
+        Pictures([picture(0).convert("F")]).load(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,15 +61,13 @@ def largest_difference(
     model: VisionLanguageModel,
     encode_images: Callable[[Tensor], Tensor],
     encode_texts: Callable[[Tensor], Tensor],
-    texts: Sequence[str] = TEXTS,
 ) -> float:
-    """Compare the features of an exported model with the original's, on drawn pixels and on texts.
+    """Compare the features of an exported model with the original's, on drawn pixels and `TEXTS`.
 
     Args:
         model: the original, on the CPU.
         encode_images: pixels [B, 3, H, W] to unit features [B, D], of any B.
         encode_texts: token ids [B, L] to unit features [B, D].
-        texts: what is encoded.
 
     Returns:
         The largest difference of an element.
@@ -81,7 +79,7 @@ def largest_difference(
     generator = torch.Generator().manual_seed(0)
     size = model.image_size
     pixels = torch.randn(_IMAGES, 3, size, size, generator=generator)
-    tokens = model.tokenizer(list(texts))
+    tokens = model.tokenizer(list(TEXTS))
     original = torch.nn.functional.normalize(model.clip.encode_text(tokens).float(), dim=-1)
     differences = {
         "images": (encode_images(pixels) - model.encode_images(pixels)).abs().max(),

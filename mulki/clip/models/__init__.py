@@ -5,11 +5,12 @@ open_clip is imported when a model is loaded, not before.
 
 from mulki.clip.models.bundled import BUNDLED, quiet_transformers
 from mulki.clip.models.loading import load
-from mulki.clip.models.open_clip_models import RANDOM, TRUNK
+from mulki.clip.models.open_clip_models import PREPROCESS, RANDOM, TRUNK
 from mulki.clip.models.vision_language import TEXT_BATCH, VisionLanguageModel
 
 __all__ = [
     "BUNDLED",
+    "PREPROCESS",
     "RANDOM",
     "TEXT_BATCH",
     "TRUNK",

@@ -106,11 +106,12 @@ def quiet_transformers() -> Iterator[None]:
     """Keep transformers from printing progress, and reports about weights that are not used."""
     from transformers.utils import logging as hf_logging
 
-    level = hf_logging.get_verbosity()
+    level, progress = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
         yield
     finally:
         hf_logging.set_verbosity(level)
-        hf_logging.enable_progress_bar()
+        if progress:
+            hf_logging.enable_progress_bar()

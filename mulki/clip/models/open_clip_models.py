@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mulki.clip.models.bundled import BUNDLED
 from mulki.clip.models.vision_language import VisionLanguageModel
-from mulki.clip.tensor_files import check_floats, load_tensors
+from mulki.clip.tensor_files import check_floats, load_tensors, read_metadata
 from mulki.errors import InputError, nearest
 from mulki.files import check_regular, check_zip, from_json
 
@@ -21,6 +21,8 @@ from mulki.files import check_regular, check_zip, from_json
 RANDOM = "none"
 #: In a published folder, the configuration by which timm makes the image tower.
 TRUNK = Path("image_tower", "config.json")
+#: In the metadata of weights, how their model wants its images, as JSON.
+PREPROCESS = "preprocess_cfg"
 _log = logging.getLogger(__name__)
 
 # Letters of what another package says of an error.
@@ -61,9 +63,10 @@ def load_open_clip(
             )
     whole = _check_files(name, pretrained)
     # What is loaded by default is read from a hub, for towers that are models of one.
-    how = {"load_weights": False, "pretrained_text": False} if stand_in else {}
+    how: dict[str, Any] = {"load_weights": False, "pretrained_text": False} if stand_in else {}
     try:
         towers = _towers_here(name)
+        how |= _images_of(pretrained)
         clip, _, preprocess = open_clip.create_model_and_transforms(
             name, pretrained=pretrained, weights_only=True, **how, **towers
         )
@@ -131,6 +134,15 @@ def _check_files(name: str, pretrained: str | None) -> dict[str, Tensor]:
             read, _ = load_tensors(file)
             whole |= {n: v.to("meta") for n, v in read.items() if not v.is_floating_point()}
     return whole
+
+
+def _images_of(pretrained: str | None) -> dict[str, Any]:
+    # Of a tag open_clip knows how its model wants images; a file of ours says it.
+    if pretrained is None or not pretrained.endswith(".safetensors"):
+        return {}
+    said = from_json(read_metadata(pretrained).get(PREPROCESS, "{}"))
+    names = ("mean", "std", "interpolation", "resize_mode")
+    return {f"image_{name}": said[name] for name in names if name in said}
 
 
 def _towers_here(name: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from mulki.data.published import manifests, torchvision_sets
 from mulki.data.published.collections import Collection
 from mulki.data.published.entries import Archive, Entry, entry
 from mulki.data.published.source import Source
-from mulki.data.published.tasks import NotThere
+from mulki.data.published.tasks import NotThere, without_package
 from mulki.data.task import ImageSet, Task
 from mulki.errors import InputError
 
@@ -80,6 +80,9 @@ def prepare(
             continue
         except NotThere as error:
             missing = error
+        except InputError as error:
+            yield State(name, None, str(error))
+            continue
         if not (missing.helped_by_download and downloadable(entry(name))):
             yield State(name, None, str(missing))
             continue
@@ -88,6 +91,9 @@ def prepare(
         try:
             with _paths_checked():
                 _download(entry(name), partial, root)
+        except ModuleNotFoundError as error:
+            yield State(name, None, str(without_package(name, error)))
+            continue
         except Exception as error:  # urllib, ssl, tarfile, zipfile and torchvision have their own
             reason = " ".join(str(error).split()) or type(error).__name__
             yield State(
@@ -101,7 +107,7 @@ def prepare(
             _remove_empty(partial)
         try:
             yield _checked(collection, name, source, says)
-        except NotThere as error:
+        except InputError as error:
             yield State(name, None, str(error))
 
 

@@ -27,7 +27,7 @@ class Source:
     absent: Callable[[Entry], None] | None = field(default=None, compare=False)
 
     def folder(self) -> Path:
-        """The data root.
+        """The data root, as an absolute path.
 
         Raises:
             InputError: none was given, or it is no folder. One that does not exist is one without
@@ -38,7 +38,7 @@ class Source:
                 "--data-root: published data sets are wanted and no folder was given; pass the one "
                 "that holds them, which mulki tasks mtil --prepare --data-root DIR fills"
             )
-        path = Path(self.root).expanduser()
+        path = Path(os.path.abspath(Path(self.root).expanduser()))
         if not path.is_dir() and (path.exists() or self.absent is None):
             raise InputError(
                 f"--data-root: {path} is not a folder; pass the one that holds the data sets"

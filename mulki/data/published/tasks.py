@@ -88,16 +88,21 @@ def _read(facts: Entry, protocol: str, root: Path) -> Found:
     try:
         return _READERS[facts.name](root)
     except ModuleNotFoundError as error:
-        raise InputError(
-            f"{facts.name}: its files are read with {error.name}, which is not installed; "
-            f"pip install {error.name}"
-        ) from None
+        raise without_package(facts.name, error) from None
     except MemoryError:
         raise
     except Exception as error:  # torchvision's readers raise whatever they meet
         said = " ".join(str(error).split())
         reason = said.replace(" You can use download=True to download it", "").rstrip(".")
         raise _not_there(facts, root, reason or type(error).__name__) from None
+
+
+def without_package(name: str, error: ModuleNotFoundError) -> InputError:
+    """Of a data set whose files are read with a package that is not here."""
+    return InputError(
+        f"{name}: its files are read with {error.name}, which is not installed; "
+        f"pip install {error.name}"
+    )
 
 
 def _not_there(facts: Entry, root: Path, reason: str) -> NotThere:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mulki.clip import models
-from mulki.clip.models import TRUNK, VisionLanguageModel
+from mulki.clip.models import PREPROCESS, TRUNK, VisionLanguageModel
 from mulki.clip.tensor_files import check_floats, load_tensors, read_metadata, save_tensors
 from mulki.errors import InputError
 from mulki.files import new_folder, replacing, write_atomic
@@ -43,6 +43,7 @@ def save_weights(
         description: kept in its metadata.
     """
     metadata = {"format": "pt", "model": model.name}
+    metadata[PREPROCESS] = json.dumps(model.clip.visual.preprocess_cfg)
     if description is not None:
         metadata |= description.to_metadata()
     save_tensors(path, model.checkpoint() if state is None else state, metadata)

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mulki.clip import models
-from mulki.clip.models import BUNDLED
+from mulki.clip.models import BUNDLED, quiet_transformers
 from mulki.clip.models import bundled as bundled_module
 from mulki.errors import InputError
 from mulki.train.saving.checkpoints import publish, save_weights
@@ -113,6 +113,20 @@ def test_which_files_hold_its_weights(bundled: Path, tmp_path: Path) -> None:
     save_file({name: value.int() for name, value in state.items()}, tmp_path / "w.safetensors")
     with pytest.raises(InputError, match=r"w\.safetensors: .* is torch\.int32, wanted floating"):
         models.load(BUNDLED, str(tmp_path / "w.safetensors"))
+
+
+def test_progress_bars_of_transformers_stay_as_they_were() -> None:
+    from transformers.utils import logging
+
+    try:
+        for change in (logging.disable_progress_bar, logging.enable_progress_bar):
+            change()
+            before = logging.is_progress_bar_enabled()
+            with quiet_transformers():
+                assert not logging.is_progress_bar_enabled()
+            assert logging.is_progress_bar_enabled() is before
+    finally:
+        logging.enable_progress_bar()
 
 
 @pytest.mark.parametrize("absent", ["tiny_text", "transformers"])

@@ -7,10 +7,12 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from open_clip.model import set_model_preprocess_cfg
+from PIL import Image
 from safetensors.torch import save_file
 
 from mulki.clip import models
-from mulki.clip.models import open_clip_models
+from mulki.clip.models import PREPROCESS, open_clip_models
 from mulki.errors import InputError
 from mulki.train.saving.checkpoints import WEIGHTS_NAME, publish, save_weights
 from tests.clip.models.model_helpers import Load, bad_checkpoint
@@ -27,6 +29,25 @@ def test_random_weights_are_announced(
     again = models.load("tiny-vit", str(tmp_path / "w.safetensors"))
     assert same_state(state_of(again), state_of(model))
     assert "random weights" not in caplog.text
+
+
+def test_a_file_says_how_its_model_wants_images(
+    tiny_models: tuple[str, ...], load_tiny: Load, tmp_path: Path
+) -> None:
+    """As the tags of SigLIP: open_clip takes the statistics of CLIP for any file."""
+    model, file = load_tiny(), str(tmp_path / "w.safetensors")
+    wanted = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bilinear"}
+    set_model_preprocess_cfg(model.clip, wanted | {"resize_mode": "squash", "size": (32, 32)})
+    save_weights(model, Path(file))
+    again = models.load("tiny-vit", file)
+    grey = Image.new("RGB", (32, 64), (128, 128, 128))
+    assert tuple(again.clip.visual.image_mean) == (0.5,) * 3
+    assert (again.preprocess(grey) - (128 / 255 - 0.5) / 0.25).abs().max() < 1e-6
+    assert "interpolation=bilinear" in str(again.preprocess)
+    tensors = {name: value.contiguous() for name, value in state_of(model).items()}
+    save_file(tensors, file, {PREPROCESS: "{"})
+    with pytest.raises(InputError, match="could not be loaded"):
+        models.load("tiny-vit", file)
 
 
 @pytest.mark.parametrize("content", [b"", b"not weights", {"a": torch.ones(2)}])

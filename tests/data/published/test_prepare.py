@@ -73,6 +73,33 @@ def test_the_data_root_is_made(tmp_path: Path, downloads: list[str]) -> None:
         list(prepare(COLLECTIONS["mtil"], ("dtd",), Source()))
 
 
+def test_a_data_root_relative_to_the_current_folder(
+    tmp_path: Path, downloads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert states(Path("data"), "dtd")["dtd"].problem == ""
+    assert downloads == ["DTD"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_package_that_is_missing_keeps_no_other_data_set_away(
+    tmp_path: Path, downloads: list[str], monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    real = torchvision_sets.dataset
+
+    def without_scipy(name: str, root: Path, **options: Any) -> Any:
+        if name != "Flowers102":
+            return real(name, root, **options)
+        if there or options.get("download"):
+            raise ModuleNotFoundError("No module named 'scipy'", name="scipy")
+        raise RuntimeError("Dataset not found")
+
+    monkeypatch.setattr(torchvision_sets, "dataset", without_scipy)
+    found = states(tmp_path, "flowers", "dtd")
+    assert "pip install scipy" in found["flowers"].problem and found["dtd"].problem == ""
+
+
 def test_a_person_is_told_about_dead_links(tmp_path: Path, downloads: list[str]) -> None:
     found = states(tmp_path, "stanfordcars", "sun397")
     assert "car_devkit.tgz" in found["stanfordcars"].problem

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from mulki.clip import models
-from mulki.clip.models import VisionLanguageModel
+from mulki.clip.models import PREPROCESS, VisionLanguageModel
 from mulki.clip.tensor_files import save_tensors
 from mulki.errors import InputError
 from mulki.train.saving.checkpoints import (
@@ -123,6 +123,7 @@ def test_checkpoint_says_what_it_is(load_tiny: Load, tmp_path: Path) -> None:
     with safe_open(tmp_path / "w.safetensors", "pt") as file:
         metadata = file.metadata()
     assert len(metadata.pop("sha256")) == 64
+    assert json.loads(metadata.pop(PREPROCESS))["size"] == [32, 32]
     assert metadata == {"format": "pt", "model": "tiny-vit"}
 
 
