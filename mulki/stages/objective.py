@@ -295,12 +295,11 @@ class MulKILoss(nn.Module):
         terms = {"contrastive_loss": pairs.contrastive_loss(student, distinct)}
         if not self.needs_caption_teachers:
             return terms, None
-        gate = self.weighting, self.temperature
+        loss, weights = pairs.gated_relation(
+            student, teachers, self.weighting, self.temperature, self.scale_by_t2
+        )
         if self.image_caption:
-            loss, weights = pairs.gated_relation(student, teachers, *gate, self.scale_by_t2)
             terms["image_caption_loss"] = self.image_caption * loss
-        else:
-            weights = pairs.image_weights(student, teachers, *gate)
         if any(self.feature):
             terms["feature_loss"] = self._feature_loss(student, teachers, weights)
         return terms, weights

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from mulki.clip.features import Features
@@ -72,14 +71,3 @@ def gated_relation(
         "mean",
     )
     return loss, weights[0]
-
-
-@torch.no_grad()
-def image_weights(
-    student: Features, teachers: Sequence[Features], weighting: Weighting, temperature: float
-) -> Tensor:
-    """[B, K] weights of the gate alone, where the relation is switched off.
-
-    Arguments as of `gated_relation`.
-    """
-    return gated_relation(student, teachers, weighting, temperature, True)[1]

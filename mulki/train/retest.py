@@ -178,7 +178,7 @@ def evaluation(checkpoint: Path, given: Mapping[str, Any]) -> Evaluation:
     device = device_of(config.device)
     limit_pixels(config.max_pixels)
     limit_members(config.max_member_mb)
-    tasks = load_tasks(config, test_only=True)
+    tasks = load_tasks(config, test_only=True, inherited="tasks" not in given)
     if config.test_tasks and said is not None:
         new = {task.name for task in tasks}
         earlier = earlier_tasks(config, [task for task in said.tasks if task.name not in new])

@@ -30,17 +30,17 @@ def load_tasks(
     absent: Callable[[Entry], None] | None = None,
     *,
     test_only: bool = False,
+    inherited: bool = False,
 ) -> list[Task]:
-    """The tasks of a configuration, in their order.
+    """The tasks of a configuration, in their order, as `reduced`.
 
     Args:
         config: options of the run.
         absent: see `mulki.data.Source`.
-        test_only: see `mulki.data.load_sequence`.
+        test_only, inherited: see `mulki.data.load_sequence`.
 
     Raises:
-        InputError: see `mulki.data.load_sequence` and `mulki.data.class_steps.equal_steps`; several
-            tasks in a class-incremental run; or options of classes beside a task of captions.
+        InputError: see `mulki.data.load_sequence` and `reduced`.
     """
     tasks = load_sequence(
         config.tasks,
@@ -48,14 +48,24 @@ def load_tasks(
         skip_bad_images=config.skip_bad_images,
         test_fraction=config.test_fraction,
         test_only=test_only,
-        inherited=config.continue_ is not None,
+        inherited=inherited or config.continue_ is not None,
         form=csv_form(config),
         source=Source(config.data_root, config.protocol, absent),
     )
+    return reduced(config, tasks)
+
+
+def reduced(config: RunConfig, tasks: Sequence[Task]) -> list[Task]:
+    """Tasks cut into steps of classes, and with fewer images, as the options say.
+
+    Raises:
+        InputError: see `mulki.data.class_steps.equal_steps`; several tasks in a class-incremental
+            run; options of classes beside a task of captions; or the learning rate of no task.
+    """
     captions = [task.name for task in tasks if isinstance(task, CaptionTask)]
     of_classes = {"--scenario cil": config.scenario == "cil", "--shots": config.shots is not None}
     for option, given in of_classes.items():
-        if given and captions:
+        if given and captions and config.continue_ is None:  # it has them from the earlier run
             raise InputError(
                 f"{option}: task {captions[0]} has captions and no classes; leave one of them out"
             )
@@ -67,7 +77,9 @@ def load_tasks(
             )
         tasks = equal_steps(tasks[0], config.increments or 1, config.base_classes)
     if config.shots is not None:
-        tasks = [few_shot(task, config.shots, config.seed) for task in tasks]
+        tasks = [
+            few_shot(task, config.shots, config.seed) if task.classes else task for task in tasks
+        ]
     if config.limit_images is not None:
         for task in tasks:
             if len(task.classes) > config.limit_images:
@@ -84,7 +96,7 @@ def load_tasks(
             raise InputError(
                 f"--lr-of: got a rate of {name}, but no task is called so{nearest(name, names)}"
             )
-    return tasks
+    return list(tasks)
 
 
 def needs_of(method: Method, task: Task) -> Needs:
@@ -131,12 +143,13 @@ def check_options_of_classes(settings: Settings, tasks: Sequence[Task]) -> None:
     """Check that no option is about classes where no task has any.
 
     A value that is the default or the preset's counts as not chosen by the user, since
-    configuration files name all options.
+    configuration files name all options. Nor are those of a run that goes on, which has them from
+    the earlier one.
 
     Raises:
         InputError: naming the options that have no effect.
     """
-    if any(task.classes for task in tasks):
+    if any(task.classes for task in tasks) or settings.run.continue_ is not None:
         return
     run = settings.run
     usual = presets.lookup(run.model, run.method, run.preset)

@@ -114,7 +114,7 @@ def plan(setup: Setup) -> list[str]:
         "goes on": f"from {config.continue_}, which has learned {before}" if before else "",
         "original": config.original or "",
         "device": f"{_device(device, setup.world.size)}, precision {setup.precision.name}",
-        "kernels": _kernels(device, setup.precision.dtype or torch.float32),
+        "kernels": _kernels(device),
         "steps": tasks["steps"],
         "uses": _uses(setup),
         "memory": f"{megabytes(free_memory(device)) or 'an unknown amount'} free",
@@ -156,8 +156,10 @@ def _device(device: torch.device, processes: int) -> str:
     return name if processes == 1 else f"{processes} processes, each on {name}"
 
 
-def _kernels(device: torch.device, dtype: torch.dtype) -> str:
-    here = [s for s in backends.report() if (s.device_type, s.dtype) == (device.type, dtype)]
+def _kernels(device: torch.device) -> str:
+    # Of features, which are float32 whatever the towers compute in.
+    wanted = device.type, torch.float32
+    here = [s for s in backends.report() if (s.device_type, s.dtype) == wanted]
     every = len({one.op for one in here})
     texts = []
     for group in grouped(here):

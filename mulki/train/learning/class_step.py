@@ -251,22 +251,23 @@ class ClassStep(Step):
         method, world, scale = self._method, self._world, self._model.logit_scale
         num_texts, num_classes = len(texts), len(self._class_texts)
         num_replayed = 0 if self._replay_texts is None else len(self._replay_texts)
+
+        def size_of(images: Tensor) -> int:
+            whole = len(images)
+            assert self._micro_batch is not None
+            return whole if self._config.micro_batch is None else min(whole, self._micro_batch)
+
         encoders = [
             Encoder(self._encode_images, (batch.images,)),
             Encoder(self._encode_texts, (world.part(texts),), split=False),
         ]
         if reference is not None:
-            size = len(reference.images)
-            if self._config.micro_batch is not None:
-                size = min(size, self._micro_batch or size)
             pairs = _pairs(reference, captions)
-            encoders.append(Encoder(self._encode_pairs, pairs, micro_batch=size))
+            encoders.append(Encoder(self._encode_pairs, pairs, micro_batch=size_of(pairs[0])))
         replay = batch.replay
         if replay is not None:
-            size = len(replay.images)
-            if self._config.micro_batch is not None:
-                size = min(size, self._micro_batch or size)
-            encoders.append(Encoder(self._encode_images, (replay.images,), micro_batch=size))
+            given = replay.images
+            encoders.append(Encoder(self._encode_images, (given,), micro_batch=size_of(given)))
 
         def losses(images: Tensor, texts: Tensor, *others: Any) -> Mapping[str, Tensor]:
             of_pairs = None

@@ -24,6 +24,9 @@ from mulki.train.learning.inputs import TaskInputs, Training
 
 _log = logging.getLogger(__name__)
 
+# Images at a time with --micro-batch auto: few, since gradients of weights are kept beside them.
+_WITH_AUTO = 16
+
 
 def mean_gradients(training: Training, inputs: TaskInputs) -> dict[str, Tensor]:
     """The gradient of the mean cross-entropy over the task's training images.
@@ -198,10 +201,12 @@ def _adapted(training: Training) -> dict[str, Adapted]:
 
 
 def _images(training: Training, inputs: TaskInputs) -> Iterator[tuple[Tensor, Tensor]]:
-    # The training images of this process's part and their targets, as many at a time as in a step.
+    # The training images of this process's part and their targets, as many at a time as in a step;
+    # with "auto" that is not known yet.
     config, world, device = training.config, training.world, training.model.device
-    given = config.micro_batch
-    at_a_time = int(given) if given is not None and given.isdecimal() else config.batch_size
+    at_a_time = config.batch_size
+    if (given := config.micro_batch) is not None:
+        at_a_time = int(given) if given.isdecimal() else _WITH_AUTO
     loader = batches(
         inputs.task.train,
         training.model.preprocess,

@@ -21,7 +21,7 @@ CARD = "README.md"
 # Options that say where a run writes and what it shows. The recipe is without them.
 _OF_THE_PLACE = (
     *("logs", "name", "workers", "device", "report_to", "process_timeout", "log_every_n_steps"),
-    *("save_every", "save_checkpoints", "continue", "teacher_cache"),
+    *("save_every", "save_checkpoints", "continue", "teacher_cache", "fsdp"),
 )
 
 

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from mulki import methods
-from mulki.choices.options import field_name
+from mulki.choices.options import convert, field_name
 from mulki.clip.models import VisionLanguageModel
 from mulki.clip.tensor_files import CHECKSUM, load_tensors, read_metadata
 from mulki.data import CaptionTask, Source, Task, load_sequence, sequence_names
 from mulki.data.class_order import Relabelled
 from mulki.data.image_files import ImageFiles
-from mulki.data.sequences import has_validation
+from mulki.data.sequences import has_validation, members_of
 from mulki.data.subset import few_shot, held_back, limited
 from mulki.distributed.parts import set_whole
 from mulki.errors import InputError
-from mulki.train.config.run_config import RunConfig, csv_form, read_config
+from mulki.train.config.run_config import RunConfig, csv_form, import_given, read_config
 from mulki.train.saving.checkpoints import (
     ARGUMENTS,
     adapters_of,
@@ -118,6 +118,16 @@ def continued_options(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     said = continuation(path).said
     recipe = {field_name(name): value for name, value in said.recipe.items()}
+    if len(given.get("methods", ())) > 1:
+        raise InputError(
+            "--methods: got several beside --continue, whose options are those of one method; run "
+            "them one by one"
+        )
+    if "preset" in given:
+        raise InputError(
+            f"--preset: got {given['preset']} beside --continue, whose options are those of "
+            f"{path}; name the options that are to change"
+        )
     if "tasks" not in given:
         raise InputError(
             f"--continue: got no tasks to learn beside {path}, which has learned "
@@ -130,6 +140,15 @@ def continued_options(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(
             f"--continue: {path} was made with {files}; look at what that runs, and pass "
             f"--import {files}"
+        )
+    import_given(given)
+    divided = recipe.get("test_fraction")
+    asked = convert(RunConfig, {"test_fraction": given.get("test_fraction", divided)})
+    if divided is not None and asked["test_fraction"] != divided:
+        raise InputError(
+            f"--test-fraction: got {given['test_fraction']}, but the tasks of {path} were divided "
+            f"with {divided}, and others of their images were learned; leave it out, and divide "
+            "the new tasks into train/ and test/"
         )
     method = str(given.get("method") or recipe["method"])
     if method != recipe["method"]:
@@ -148,13 +167,16 @@ def continued_options(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _test_tasks(recipe: Mapping[str, Any], learned: Sequence[LearnedTask]) -> list[str]:
-    # The words for the tasks of the earlier runs, as far as they are still there.
-    words = [str(word) for word in recipe.get("tasks", ())]
+    # The words for the tasks of the earlier runs that were learned, as far as they are still there.
+    words, earlier = ([str(w) for w in recipe.get(name, ())] for name in ("tasks", "test_tasks"))
     if recipe.get("scenario") == "cil":
         words = []  # steps of one task have no words of their own
     elif len(words) == 1 and words[0] in sequence_names():
-        words = [f"{words[0]}:{task.name}" for task in learned]
-    words = [*map(str, recipe.get("test_tasks", ())), *words]
+        members = members_of(words[0])
+        words = [f"{words[0]}:{task.name}" for task in learned if task.name in members]
+    else:
+        words = words[: len(learned) - len(earlier)]  # the run may have had more of them to learn
+    words = [*earlier, *words]
     there = [w for w in words if w.partition(":")[0] in (*sequence_names(), "captions")]
     return [word for word in dict.fromkeys(words) if word in there or Path(word).exists()]
 

@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 from mulki.choices.options import flag
 from mulki.data import CaptionTask, Task
+from mulki.data.image_files import class_without_images
 from mulki.data.reference import ReferenceSet, read_reference
 from mulki.data.vocabulary import Vocabulary, imagenet_vocabulary, read_vocabulary
 from mulki.errors import InputError
 from mulki.methods import VOCABULARY, Method, Needs
 from mulki.train.config.run_config import CURRENT, MADE, RunConfig, Settings
-from mulki.train.config.tasks import check_captions, check_options_of_classes, load_tasks
+from mulki.train.config.tasks import check_captions, check_options_of_classes, load_tasks, reduced
 from mulki.train.saving.description import LearnedTask
 from mulki.train.start.continuation import earlier_tasks
 from mulki.train.start.downloads import StandIns
@@ -58,6 +59,8 @@ def load_data(
     config, reference, vocabulary = settings.run, None, None
     if tasks is None:
         tasks = load_tasks(config, None if stand_ins is None else stand_ins.data_set)
+    else:
+        tasks = reduced(config, tasks)
     if method.needs.reference and config.reference not in (None, CURRENT, MADE):
         reference = read_reference(
             config.reference,
@@ -66,6 +69,12 @@ def load_data(
         )
     if any(task.test_only for task in tasks):
         raise InputError("tasks: got one that is only to be tested; pass its training images too")
+    for task in tasks:
+        if (lacking := class_without_images(task.train, task.classes)) is not None:
+            raise InputError(
+                f"{task.name}: no training image of class {lacking}; add some, or take the class "
+                "out of the task"
+            )
     earlier = earlier_tasks(config, learned, replayed=method.needs.replay is not None)
     if twice := {task.name for task in tasks} & {task.name for task in earlier}:
         raise InputError(

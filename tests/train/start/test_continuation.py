@@ -26,6 +26,7 @@ from mulki.train.rows import Rows
 from mulki.train.saving.checkpoints import description_of, save_weights
 from mulki.train.saving.description import Description, LearnedTask
 from mulki.train.start.continuation import (
+    _test_tasks,
     check_begin,
     continuation,
     continued_options,
@@ -284,6 +285,64 @@ def test_tasks_of_a_sequence_ride_along_by_name(make: Make, folders: list[str]) 
     given = continued_options(first.path, {"tasks": folders[:1]})
     names = [task.name for task in description_of(first.path).tasks]  # type: ignore[union-attr]
     assert given["test_tasks"] == [f"embedded:{name}" for name in names]
+
+
+def test_the_words_of_what_was_learned(folders: list[str]) -> None:
+    """Of a sequence that was learned in a second run, and of one that was stopped."""
+    tasks = [LearnedTask(name, (), ()) for name in ("colours", "flags", "emoji")]
+    recipe = {"tasks": ["embedded"], "test_tasks": folders[:1]}
+    assert _test_tasks(recipe, tasks) == [folders[0], "embedded:flags", "embedded:emoji"]
+    assert _test_tasks({"tasks": folders}, tasks[:1]) == folders[:1]
+    assert _test_tasks({"tasks": folders[1:], "test_tasks": folders[:1]}, tasks[:2]) == folders[:2]
+
+
+def test_from_a_checkpoint_before_the_last(make: Make, folders: list[str]) -> None:
+    first = make("first", folders[:2], method="finetune")
+    second = make("second", folders[2:], first.path / FIRST)
+    assert read_matrix(second.path / "matrix.csv").tasks == ("colours", "sizes")
+
+
+@pytest.mark.parametrize(
+    ("given", "said_of"),
+    [
+        ({"methods": ["lwf", "zscl"]}, "--methods: got several beside --continue"),
+        ({"preset": "quick"}, "--preset: got quick beside --continue"),
+        ({"test_fraction": "0.5"}, "--test-fraction: got 0.5, but .* were divided with 0.25"),
+        ({"import_": ["gone.py"]}, "--import: gone.py: no such file"),
+    ],
+)
+def test_options_that_do_not_go_with_it(
+    tiny_models: tuple[str, ...], tmp_path: Path, said: Description, given: Any, said_of: str
+) -> None:
+    file = tmp_path / "w.safetensors"
+    made_with = replace(said, recipe={**said.recipe, "test-fraction": 0.25})
+    save_weights(models.load("tiny-vit"), file, description=made_with)
+    with pytest.raises(InputError, match=said_of):
+        continued_options(file, {"tasks": ["a"], **given})
+    given = continued_options(file, {"tasks": ["a"], "test_fraction": "0.25"})
+    assert resolve(given).run.test_fraction == 0.25
+
+
+def test_a_task_of_captions_takes_no_options_of_classes(
+    make: Make, folders: list[str], tmp_path: Path
+) -> None:
+    first = make("first", folders[:1], method="finetune", shots=2, label_smoothing=0.1)
+    pairs = f"captions:{write_pairs(tmp_path / 'pairs')}"
+    second = make("second", [pairs], first.path, batch_size=2)
+    assert len(second.matrix.rows) == 2
+
+
+def test_held_out_images_of_an_earlier_task_are_tested_again(
+    make: Make, folders: list[str]
+) -> None:
+    whole = Path(folders[0])
+    shutil.copytree(whole / "test", whole, dirs_exist_ok=True)
+    for split in ("train", "test"):
+        shutil.rmtree(whole / split)
+    first = make("first", folders[:1], method="finetune", test_fraction=0.25)
+    second = make("second", folders[2:], first.path)
+    found = list(evaluation(second.path, {}).predictions())
+    assert [of.task for of in found] == ["colours", "sizes"]
 
 
 def test_what_was_imported_has_to_be_given(make: Make, folders: list[str], tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from mulki import methods
+from mulki.data import folder_task
 from mulki.errors import InputError
 from mulki.methods import VOCABULARY, Method
 from mulki.train.config.run_config import CURRENT, MADE, RunConfig, resolve
@@ -67,6 +69,17 @@ def test_the_tasks_own_images_are_no_reference_set() -> None:
     for reference in (CURRENT, MADE):
         needs = needs_beyond_tasks(*of(method="zscl", reference=reference))
         assert not needs.reference and needs.anchors == (VOCABULARY,)
+
+
+def test_tasks_from_python_are_reduced_as_the_options_say(task_folders: tuple[str, str]) -> None:
+    settings = resolve({"method": "finetune", "shots": 2})
+    method = methods.get("finetune")(settings.method)
+    task = folder_task(task_folders[0])
+    (found,) = load_data(settings, method, 1, [task]).tasks
+    assert sorted(found.train.targets) == sorted(2 * [*range(len(task.classes))])
+    lacking = replace(task, classes=(*task.classes, "beige"))
+    with pytest.raises(InputError, match="^colours: no training image of class beige; add"):
+        load_data(settings, method, 1, [lacking])
 
 
 def test_data_without_need_is_not_loaded(task_folders: tuple[str, str]) -> None:
