@@ -68,7 +68,8 @@ def program(*arguments: str) -> subprocess.Popen[str]:
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "hasattr(signal, 'SIGHUP') and signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
-        "from mulki.app.cli import main; main()"
+        "from tests.train_helpers import without_figures\n"
+        "from mulki.app.cli import main\nwith without_figures(): main()"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(

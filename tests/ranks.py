@@ -24,7 +24,9 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]
     has imported torch and mulki, so a call takes a fraction of a second.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "mulki", "open_clip"])
+    # What functions of tests import. `mulki` alone imports nothing.
+    needed = "pytest torch.distributed.tensor open_clip mulki.losses mulki.train.model".split()
+    context.set_forkserver_preload(needed)
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
         with ProcessPoolExecutor(world, mp_context=context) as pool:

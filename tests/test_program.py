@@ -103,17 +103,6 @@ def test_bad_input_of_a_process_is_one_line(tmp_path: Path, task_folders: Sequen
     assert len(error.splitlines()) == 1 and str(tmp_path / "logs" / "taken") in error
 
 
-def test_trouble_in_a_run_is_one_line_too(
-    tmp_path: Path, start_model: dict[str, str], task_folders: Sequence[str]
-) -> None:
-    given = ["run", *task_folders, "--model", start_model["model"], "--device", "cpu"]
-    process = program(*given, "--lr", "1e30", "--logs", str(tmp_path / "logs"))
-    out, error = process.communicate(timeout=WAIT_S)
-    assert process.returncode == 2 and out == ""
-    (line,) = without_progress(error)
-    assert "--lr 1e+30" in line
-
-
 def test_a_name_that_the_terminal_cannot_show(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("after_task,花\nzero-shot,10\n花,20\n", encoding="utf-8")
     code = "from mulki.app.cli import main; main()"

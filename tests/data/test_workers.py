@@ -27,6 +27,12 @@ from mulki.errors import InputError
 FIXED = tv.Compose([tv.Resize(8), tv.ToTensor()])
 
 
+@pytest.fixture(autouse=True)
+def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds that torch waits for the end of a process which has failed."""
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
+
+
 @pytest.fixture
 def images(pack: Path) -> Any:
     return open_shard(pack / "digits-train.tar")

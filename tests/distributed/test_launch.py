@@ -96,7 +96,15 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
 def test_two_processes_are_one(base: dict[str, Any], tmp_path: Path) -> None:
     # Both write what they read.
     kept = {"hold_on": "both", "anchors": "both", "teacher_cache": str(tmp_path / "cache")}
-    compare(base, CASES | {"cache": ({"method": "mulki", **kept}, 6)}, 2, tmp_path)
+    # Seven test images: parts that are not equal.
+    file = write_pairs(tmp_path, "flags", 7).rename(tmp_path / "colours.csv")
+    tasks = [f"captions:{file}", base["tasks"][1]]
+    captions = {"method": "mulki", "anchors": "none", "tasks": tasks, "micro_batch": "2"}
+    of_this_test = {
+        "cache": ({"method": "mulki", **kept}, 6),
+        "captions": (captions | ANCHORED, 6),
+    }
+    compare(base, CASES | of_this_test, 2, tmp_path)
     log = (Path(base["logs"]) / "mulki-2" / "out.log").read_text()
     assert "2 processes, 6 images in a batch" in log
 
@@ -106,20 +114,6 @@ def test_three_processes_are_one(base: dict[str, Any], tmp_path: Path) -> None:
     compare(
         base, {name: CASES[name] for name in ("mulki", "whole", "whole-reference")}, 3, tmp_path
     )
-
-
-@pytest.mark.slow
-def test_two_processes_learn_captions_as_one(base: dict[str, Any], tmp_path: Path) -> None:
-    # Seven test images: parts that are not equal.
-    file = write_pairs(tmp_path, "flags", 7).rename(tmp_path / "colours.csv")
-    options = {
-        "method": "mulki",
-        "anchors": "none",
-        "tasks": [f"captions:{file}", base["tasks"][1]],
-    }
-    captions = options | ANCHORED | {"micro_batch": "2"}
-    base = base | {"logs": str(tmp_path / "logs")}
-    compare(base, {"lwf": CASES["lwf"], "captions": (captions, 6)}, 2, tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,8 @@ ALL = {
     "memory",
 }
 
+pytestmark = pytest.mark.drawn
+
 
 def test_figures_of_a_whole_run(whole: Path) -> None:
     found = plots(read_contents(whole))

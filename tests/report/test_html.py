@@ -86,6 +86,7 @@ def test_the_matrix_comes_first(whole: Path) -> None:
     ]
 
 
+@pytest.mark.drawn
 def test_the_page_needs_nothing_else(whole: Path) -> None:
     text = page_of(whole)
     page = Page(text)
@@ -98,6 +99,7 @@ def test_the_page_needs_nothing_else(whole: Path) -> None:
     assert len(text) < 3 * 2**20
 
 
+@pytest.mark.drawn
 def test_names_with_tags_in_them_stay_text(whole: Path) -> None:
     text = page_of(whole)
     page = Page(text)
@@ -185,6 +187,7 @@ def test_times(whole: Path) -> None:
     assert ["flags", "4.2", "15", "298", "105", "4.5"] in rows
 
 
+@pytest.mark.drawn
 def test_figures_have_a_title_and_a_description(whole: Path) -> None:
     text = page_of(whole)
     assert text.count("<svg") == text.count('aria-hidden="true"') == text.count("</svg>") == 10

@@ -5,11 +5,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
+import pytest
+
 from mulki.report.plot import DIM, TEXT, Plot
 from tests.report.report_helpers import HOSTILE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+pytestmark = pytest.mark.drawn
 
 
 def draw(axes: Axes) -> int:

@@ -83,11 +83,12 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(
     options: dict[str, Any],
 ) -> None:
     whole = run("whole", tasks=stream, **options)
-    for step in (3, 6):
+    folder = tmp_path / "logs" / "stopped"
+    for go in (lambda: run("stopped", tasks=stream, **options), lambda: resumed(folder)):
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
-            stop_at(patch, step, RuntimeError("stop"))
-            run(f"stopped-{step}", tasks=stream, **options)
-        check_same(resumed(tmp_path / "logs" / f"stopped-{step}").path, whole.path)
+            stop_at(patch, 3, RuntimeError("stop"))
+            go()
+    check_same(resumed(folder).path, whole.path)
 
 
 def test_captions_and_classes_mix(

@@ -159,16 +159,6 @@ def test_several_at_a_time(planned: Plan, tmp_path: Path) -> None:
     assert matrix == (alone.folder / "matrix.csv").read_bytes()
 
 
-@pytest.mark.slow
-def test_a_run_that_fails_stops_the_grid(planned: Plan, tmp_path: Path) -> None:
-    cells = planned(seeds=(0, 1, 2))
-    (Path(cells[0].settings.run.logs) / cells[0].folder.name).mkdir(parents=True)
-    (cells[0].folder / "mine").touch()
-    with pytest.raises(InputError, match="seed_0: "):
-        run_cells(cells, jobs=2)
-    assert not cells[2].folder.exists()
-
-
 def test_processes_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
@@ -198,17 +188,20 @@ def test_processes_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_why_a_run_ended(
     planned: Plan, monkeypatch: pytest.MonkeyPatch, code: str, said: str
 ) -> None:
-    cells = planned()
+    cells = planned(seeds=(0, 1, 2))
     head = "import os, signal, sys; say = lambda text: print(text, file=sys.stderr); "
     progress = "" if code.startswith("sys.exit") else "say('task 1 of 2, step 3'); "
     real = subprocess.Popen
+    started: list[str] = []
 
     def instead(words: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+        started.append(" ".join(words))
         return real([sys.executable, "-c", head + progress + code], **options)
 
     monkeypatch.setattr(grid.subprocess, "Popen", instead)
     with pytest.raises(InputError, match=rf"-seed_\d: {said}"):
         run_cells(cells, jobs=2)
+    assert started and not any("seed_2" in each for each in started)
 
 
 def test_jobs_beside_torchrun_are_refused(planned: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

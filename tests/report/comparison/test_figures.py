@@ -14,6 +14,8 @@ from mulki.report.comparison.figures import section_plots
 from mulki.report.plot import Plot
 from tests.report.report_helpers import Make, write_whole_run
 
+pytestmark = pytest.mark.drawn
+
 
 def drawn(plot: Plot) -> Axes:
     axes = Figure().subplots()

@@ -79,13 +79,15 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(
 ) -> None:
     options = CASES[case]
     whole = run("whole", **options)
-    for step in (3, 7):
+    folder = tmp_path / "logs" / "stopped"
+    # In the first task, and four steps later in the second.
+    for steps, go in ((3, lambda: run("stopped", **options)), (4, lambda: resumed(folder))):
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
-            stop_at(patch, step, RuntimeError("stop"))
-            run(f"stopped-{step}", **options)
+            stop_at(patch, steps, RuntimeError("stop"))
+            go()
         # What a new process starts from is not what this one ends with.
         random.random(), np.random.rand(), torch.rand(3)
-        check_same(resumed(tmp_path / "logs" / f"stopped-{step}").path, whole.path)
+    check_same(resumed(folder).path, whole.path)
 
 
 @pytest.mark.parametrize("between_tasks", [False, True])
@@ -154,6 +156,8 @@ def test_an_error_in_a_data_loading_process(
         return real(self, index)
 
     monkeypatch.setattr(ImageFiles, "load", load)
+    # Seconds that torch waits for the end of a process which has failed.
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
     with pytest.raises(BadImage, match="3.png"):
         run("stopped", **options)
     broken.unlink()
