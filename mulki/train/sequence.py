@@ -222,9 +222,10 @@ class _Sequence:
             self._learn_task(index, tasks[index], learner, in_task)
             in_task = None
             self.learned = index + 1
-            self._check_weights(f"task {tasks[index].name}, after its last step")
-            self._keep_statistics(tasks[index])
-            self.saves.save()
+            with self.signals.held():
+                self._check_weights(f"task {tasks[index].name}, after its last step")
+                self._keep_statistics(tasks[index])
+                self.saves.save()
             self.signals.raise_pending()
             self._finish(index + 1)
 

@@ -76,16 +76,20 @@ def learn_task(
         while learning.goes_on:
             listeners.step(learning.take_step(whole_step, saves))
             learning.listened = time.perf_counter()
-    learning.guard.report(inputs.task.name)
-    if learning.validation is not None:
-        learning.validation.keep_best()
-    needs = needs_of(training.method, inputs.task)
-    if needs.directions:
-        training.method.keep_moments(input_moments(training, inputs))
-    if images := needs.fisher:
-        training.method.keep_fisher(fisher_diagonal(training, inputs, images))
-    training.method.end_task()
-    training.model.eval()
+        # What takes time and changes no state is done where a signal or an error makes a save.
+        if learning.validation is not None:
+            learning.validation.keep_best()
+        needs = needs_of(training.method, inputs.task)
+        moments = input_moments(training, inputs) if needs.directions else None
+        fisher = fisher_diagonal(training, inputs, needs.fisher) if needs.fisher else None
+    with saves.signals.held():
+        learning.guard.report(inputs.task.name)
+        if moments is not None:
+            training.method.keep_moments(moments)
+        if fisher is not None:
+            training.method.keep_fisher(fisher)
+        training.method.end_task()
+        training.model.eval()
     return learning.steps
 
 

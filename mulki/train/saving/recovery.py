@@ -92,6 +92,9 @@ class Saves:
             the time.
         size: bytes of a save, roughly.
         used: whether there are saves at all.
+
+    Attributes:
+        signals: as above.
     """
 
     def __init__(
@@ -105,7 +108,7 @@ class Saves:
         used: bool = True,
     ):
         self._path = None if folder is None else folder / RECOVERY / FILE
-        self._signals = signals or Signals()
+        self.signals = signals or Signals()
         self._world = world
         self._device = device or torch.device("cpu")
         self._every = every
@@ -127,7 +130,7 @@ class Saves:
         """
         if not self._used:
             return
-        with self._signals.held():
+        with self.signals.held():
             started = time.monotonic()
             state = self._state(in_task)
             check_finite(state.get(STUDENT, {}), "the student", TOO_FAST)
@@ -153,7 +156,7 @@ class Saves:
         @contextlib.contextmanager
         def step(number: int) -> Iterator[None]:
             nonlocal whole
-            with self._signals.held():
+            with self.signals.held():
                 # A signal before this line ends the block between two steps.
                 whole = False
                 yield
@@ -163,11 +166,11 @@ class Saves:
                     self.save(state())
                     whole = True
             if stop:
-                self._signals.raise_pending()
+                self.signals.raise_pending()
                 raise Stopped(signal.SIGINT)  # another process got the signal
 
         # Several processes end at the same step, so none is left waiting for the others.
-        waiting = self._signals.held() if self._world.size > 1 else contextlib.nullcontext()
+        waiting = self.signals.held() if self._world.size > 1 else contextlib.nullcontext()
         try:
             with waiting:
                 yield step
@@ -180,7 +183,7 @@ class Saves:
 
     def _agree(self, number: int) -> tuple[bool, bool]:
         # Whether the run stops after this step, and whether it is saved.
-        stop, due = self._signals.pending is not None, self._due(number)
+        stop, due = self.signals.pending is not None, self._due(number)
         if self._world.size > 1:
             due = due and self._world.main
             totals = self._world.total(int(stop), int(due), device=self._device)

@@ -29,6 +29,7 @@ from mulki.runs.lock import FolderLock
 from mulki.train import sequence
 from mulki.train.config.precision import Precision
 from mulki.train.config.presets import RELATIONS
+from mulki.train.learning import learn
 from mulki.train.learning.class_step import ClassStep
 from mulki.train.saving import recovery
 from mulki.train.saving.recovery import read_save
@@ -88,6 +89,50 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(
         # What a new process starts from is not what this one ends with.
         random.random(), np.random.rand(), torch.rand(3)
     check_same(resumed(folder).path, whole.path)
+
+
+@pytest.mark.parametrize(
+    ("case", "work"),
+    [("ewc", "fisher_diagonal"), ("keeplora", "input_moments"), ("validation", "Validation")],
+)
+def test_a_run_that_is_stopped_after_the_last_step_of_a_task(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: str, work: str
+) -> None:
+    options = {"val_fraction": 0.3, "method": "finetune", **CASES.get(case, {}), "save_every": 0}
+    whole = run("whole", **options)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        place = learn.Validation if work == "Validation" else learn
+        name = "keep_best" if work == "Validation" else work
+        real = getattr(place, name)
+
+        def stopped(*given: Any) -> None:
+            real(*given)
+            raise Stopped(signal.SIGINT)
+
+        patch.setattr(place, name, stopped)
+        run("stopped", **options)
+    folder = tmp_path / "logs" / "stopped"
+    check_same(resumed(folder).path, whole.path)
+    assert "goes on after 0 tasks and 4 steps" in (folder / "out.log").read_text()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_signal_waits_for_the_class_statistics(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = run("whole", method="finetune", save_every=0)
+    real = sequence.class_moments
+
+    def signalled(*given: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*given)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(sequence, "class_moments", signalled)
+        run("stopped", method="finetune", save_every=0)
+    folder = tmp_path / "logs" / "stopped"
+    check_same(resumed(folder).path, whole.path)
+    assert "goes on after 1 task and 4 steps" in (folder / "out.log").read_text()
 
 
 @pytest.mark.parametrize("between_tasks", [False, True])
