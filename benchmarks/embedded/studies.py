@@ -178,16 +178,22 @@ GATES: dict[str, Options] = {
 
 
 # The start model with a transformer: options of every run, shares of a learning rate to try, and
-# the rows of its table with their share. Until `vit_rates` is whole, each has the middle one.
+# those tried besides where the best one was the smallest or the largest, and the rows of its table
+# with the best share.
 VIT: Options = {"iterations": 32, "lock_text": True, "precision": "fp32"}
 VIT_TRIED = (0.03, 0.1, 0.3)
+VIT_BESIDES = {
+    "finetune": (0.01, 1.0),
+    "snd, made images": (0.01,),
+    "mulki, adapters": (1.0,),
+}
 VIT_SHARES = {
-    "finetune": 0.1,
+    "finetune": 0.03,
     "lwf_vr": 0.1,
-    "snd, made images": 0.1,
+    "snd, made images": 0.03,
     "keeplora": 0.1,
     "mulki": 0.1,
-    "mulki, adapters": 0.1,
+    "mulki, adapters": 0.3,
 }
 VIT_ORDERS = ("I", "II")
 
@@ -330,7 +336,8 @@ def vit_rates(model: str) -> list[Run]:
     place = {"tasks": TUNING_TASKS, "seed": TUNING_SEEDS[0]}
     return [
         Run("vit_rates", f"{row}, {share:g} of its rate", place | of_vit(row, share), model)
-        for row, share in product(VIT_SHARES, VIT_TRIED)
+        for row in VIT_SHARES
+        for share in (*VIT_TRIED, *VIT_BESIDES.get(row, ()))
     ]
 
 
