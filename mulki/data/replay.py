@@ -14,7 +14,6 @@ from mulki.data.task import ImageSet, Task
 
 BALANCED = "balanced"
 RESERVOIR = "reservoir"
-CHOICES = (BALANCED, RESERVOIR)
 
 # Differences of the seeds of two tasks.
 _TASK_SEEDS = 7919

@@ -60,7 +60,6 @@ from mulki.runs.metrics import (
     ZERO_SHOT,
     AccuracyMatrix,
     ClassIncremental,
-    Metrics,
     read_matrix,
     write_matrix,
 )
@@ -306,7 +305,7 @@ class RunFolder:
         *,
         seconds: Mapping[str, float],
         step: int,
-    ) -> AccuracyMatrix:
+    ) -> None:
         """Record what one model answered on every column, and add its row.
 
         ``after_task`` and errors are as in :meth:`add_row`, ``step`` and ``seconds``, by column,
@@ -352,9 +351,9 @@ class RunFolder:
         index = 0 if after_task == ZERO_SHOT else len(self.matrix.tasks) + 1
         # Before the matrix, so that each of its rows has answers whenever the run is killed.
         write_answers(self.path, index, after_task, answers)
-        return self.add_row(after_task, {name: each.accuracy for name, each in answers.items()})
+        self.add_row(after_task, {name: each.accuracy for name, each in answers.items()})
 
-    def add_row(self, after_task: str, accuracies: Mapping[str, float]) -> AccuracyMatrix:
+    def add_row(self, after_task: str, accuracies: Mapping[str, float]) -> None:
         """Add one row to ``matrix.csv`` and bring ``summary.json`` up to date.
 
         ``after_task`` is the task just learned or :data:`~mulki.runs.metrics.ZERO_SHOT`;
@@ -371,7 +370,6 @@ class RunFolder:
             found = matrix.metrics().to_dict()
             known = {f"metrics/{name}": value for name, value in found.items() if value is not None}
             self.scalars(known, len(matrix.tasks), "tasks")
-        return matrix
 
     @property
     def evaluated(self) -> bool:
@@ -383,14 +381,13 @@ class RunFolder:
         """The number of rows of results, the zero-shot one included."""
         return len(self.matrix.tasks) + (self.matrix.zero_shot is not None)
 
-    def finish(self, status: Status = "complete") -> Metrics:
-        """Write ``summary.json`` with this status; return the metrics."""
+    def finish(self, status: Status = "complete") -> None:
+        """Write ``summary.json`` with this status."""
         self.status = status
         self._write_summary()
         if status == "complete":
             # As large as several checkpoints, and of no more use.
             shutil.rmtree(self.path / RECOVERY, ignore_errors=True)
-        return self.matrix.metrics()
 
     def _write_summary(self) -> None:
         zero_shot = self.matrix.zero_shot_metrics()

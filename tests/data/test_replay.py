@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from mulki.data.replay import BALANCED, CHOICES, RESERVOIR, ReplayImages, kept_places
+from mulki.data.replay import BALANCED, RESERVOIR, ReplayImages, kept_places
 from mulki.data.task import Task
 from tests.data.data_helpers import Blank
 
@@ -12,7 +12,7 @@ from tests.data.data_helpers import Blank
 TARGETS = [[0] * 40 + [1] * 10, [0, 1] * 5]
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", [BALANCED, RESERVOIR])
 def test_a_buffer_repeats_and_has_no_image_twice(choice: str) -> None:
     kept = kept_places(TARGETS, 12, choice, seed=3)
     assert kept == kept_places(TARGETS, 12, choice, seed=3)
