@@ -9,18 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mulki.report.plot import Plot
 from mulki.runs.answers import Answers, BoolArray, Ranks
 from mulki.runs.folder import RunFolder
 from mulki.runs.metrics import ZERO_SHOT
-from tests.report.report_helpers import PAIR, SMALL, Make, write_whole_run
+from tests.report.report_helpers import PAIR, SMALL, Make, empty_figures, write_whole_run
 
-
-@pytest.fixture(autouse=True)
-def empty_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To draw them takes most of the time of a page; what is marked drawn is about them."""
-    if not request.node.get_closest_marker("drawn"):
-        monkeypatch.setattr(Plot, "svg", lambda plot: '<svg aria-hidden="true"></svg>')
+__all__ = ["empty_figures"]
 
 
 @pytest.fixture(scope="session")

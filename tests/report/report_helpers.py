@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from rich.console import Console
 
 from mulki.report.comparison.compare import Comparison
 from mulki.report.comparison.tables import print_comparison
+from mulki.report.plot import Plot
 from mulki.runs.answers import Answers
 from mulki.runs.folder import RunFolder
 from mulki.runs.history import BINS, StepRecord, add_step
@@ -49,6 +51,13 @@ CLASSES = {
 
 VOID = ("meta", "img", "br", "wbr")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+
+
+@pytest.fixture(autouse=True)
+def empty_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To draw them takes most of the time of a page; what is marked drawn is about them."""
+    if not request.node.get_closest_marker("drawn"):
+        monkeypatch.setattr(Plot, "svg", lambda plot: '<svg aria-hidden="true"></svg>')
 
 
 class Page(HTMLParser):

@@ -10,10 +10,11 @@ import pytest
 from mulki.app.cli import run_command
 from mulki.train import sequence
 from mulki.train.config.run_config import resolve
+from tests.report.report_helpers import empty_figures
 from tests.train.run_helpers import SHORT
 from tests.train_helpers import load_tiny, start_model, task_folders, tiny_models, without_figures
 
-__all__ = ["load_tiny", "start_model", "task_folders", "tiny_models"]
+__all__ = ["empty_figures", "load_tiny", "start_model", "task_folders", "tiny_models"]
 
 
 @pytest.fixture(scope="session")
