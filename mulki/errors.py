@@ -18,8 +18,8 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        # Of an error in a process of a DataLoader torch makes another one, with the whole traceback
-        # as its message, which ends in the name of the class and the message.
+        # torch raises the error of a loading process again with its whole traceback as the message,
+        # which ends with the name of the class and the real message.
         kind = type(self)
         message = message.rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")[2]
         super().__init__(printable(" ".join(message.splitlines())))

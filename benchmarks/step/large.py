@@ -1,6 +1,6 @@
 """What a step of a large model needs, measured on the CPU and counted for cards.
 
-    python -m benchmarks.step.large --output benchmarks/step/large.csv
+    python -m benchmarks.step.large --output large.csv
 
 Each line is a process of its own, with random weights: MulKI with its two teachers, as it is by
 default, takes two steps of images of the bundled pack, in micro-batches. The memory of the process
@@ -33,13 +33,14 @@ FORMS: dict[str, dict[str, Any]] = {
     MOST: {"lora_rank": 16, "grad_checkpointing": True},
 }
 BATCHES = (64, 1024, 16384)
-# By model, the forms and the batches that are measured too, and where it has fewer images.
+# By model, the forms and the batches that are measured too.
 MODELS: dict[str, dict[str, tuple[int, ...]]] = {
     "mulki-mini": {"all weights": BATCHES},
     "ViT-B-16": dict.fromkeys(FORMS, (64,)),
     "ViT-L-14": dict.fromkeys(FORMS, (64,)),
     "ViT-H-14": {MOST: (64,)},
 }
+# Images in a measured batch, where the whole one takes too long.
 FEWER = {"ViT-L-14": 16, "ViT-H-14": 16}
 CARDS = (8, 16, 24, 40, 80)
 MICRO_BATCH = 8

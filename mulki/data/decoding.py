@@ -46,21 +46,23 @@ class BadImage(InputError):
     """An image that cannot be decoded; the message names its file or shard member."""
 
     @classmethod
-    def at(cls, name: str, reason: object) -> BadImage:
+    def at(
+        cls, name: str, reason: object, remedy: str = "replace the file or remove it"
+    ) -> BadImage:
         """The error for the image `name`, with what the decoder said of it."""
         said = " ".join(str(reason).split()) or type(reason).__name__
-        return cls(f"{name}: unreadable image ({said}); replace the file or remove it")
+        return cls(f"{name}: unreadable image ({said}); {remedy}")
 
 
 @contextlib.contextmanager
-def bad_image(name: str) -> Iterator[None]:
-    """Whatever PIL raises in the block, from OSError to struct's, becomes a `BadImage`."""
+def bad_image(name: str, *remedy: str) -> Iterator[None]:
+    """Whatever PIL raises in the block, from OSError to struct's, becomes a `BadImage.at`."""
     try:
         yield
     except MemoryError:
         raise
     except Exception as error:
-        raise BadImage.at(name, error) from error
+        raise BadImage.at(name, error, *remedy) from error
 
 
 def decode(source: Path | bytes, name: str) -> Image.Image:

@@ -58,14 +58,6 @@ def sequence_names() -> tuple[str, ...]:
     return tuple(sorted(_SEQUENCES))
 
 
-def members_of(name: str) -> tuple[str, ...]:
-    """Names of the tasks of a registered sequence."""
-    loader = _SEQUENCES[name]
-    if isinstance(loader, Collection):
-        return loader.members
-    return tuple(task.name for task in _tasks_of(name, loader, "I"))
-
-
 def has_orders(spec: Sequence[str], order: str = "I") -> bool:
     """Whether the tasks are of a named sequence, whose orders have names.
 

@@ -32,6 +32,8 @@ from mulki.files import check_regular, gunzip
 _FORMAT = 1
 GZIP = b"\x1f\x8b"
 _IMAGES = frozenset(suffix[1:] for suffix in SUFFIXES)
+# Beside one of these, another kind of image is a mask or the like.
+_USUAL = frozenset({"jpeg", "jpg", "png", "webp"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +273,8 @@ def read_samples(file: BinaryIO) -> Samples:
 
 def image_of(files: Mapping[str, Member]) -> Member | None:
     """The image among the files of a sample, None if it has none."""
-    return next((member for suffix, member in files.items() if suffix in _IMAGES), None)
+    kinds = [suffix for suffix in files if suffix in _IMAGES]
+    return files[min(kinds, key=lambda suffix: suffix not in _USUAL)] if kinds else None
 
 
 def _damaged(path: Path, reason: str) -> InputError:

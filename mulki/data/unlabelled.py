@@ -30,7 +30,7 @@ class Pictures:
         return len(self.images)
 
     def load(self, index: int) -> Image.Image:
-        with bad_image(self.name(index)):
+        with bad_image(self.name(index), "convert it, or leave it out"):
             return to_rgb(self.images[index])
 
     def name(self, index: int) -> str:

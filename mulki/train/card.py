@@ -33,7 +33,7 @@ from mulki.train.task_learner import anchors_per_step
 _RANK = 16
 # Part of a card that is left to libraries and to what the allocator cannot use.
 _RESERVED = 0.1
-# Images for which it is looked up when a step needs most.
+# Numbers of images for which it is looked up in which moment a step needs most.
 _COUNTS = tuple(2**i for i in range(15))
 
 
@@ -252,7 +252,9 @@ class _Step:
 
     def _moments(self, model: VisionLanguageModel, once: Sequence[_Kind]) -> list[Peak]:
         # The same storages come and go for any number of images but 1, where a copy can be a view.
-        two, three = (self._levels(model, count, once) for count in (2, 3))
+        three, two = (self._levels(model, count, once) for count in (3, 2))
+        if len(two) != len(three):  # the first time, a module has made what it keeps
+            three = self._levels(model, 3, once)
         return [
             Peak(two_of - 2 * (three_of - two_of), three_of - two_of)
             for two_of, three_of in zip(two, three, strict=True)

@@ -216,17 +216,16 @@ class _Sequence:
             return
         if setup.goes_on is not None and setup.saved is None:
             self._take_over(setup.goes_on)
-        elif self.learned in [learned for _, learned in planned[setup.rows :]]:
-            self._finish(self.learned)
+        else:
+            if in_task is None and self.learned > setup.earlier:
+                self._end_task(tasks[self.learned - 1])  # as far as it was not done
+            if self.learned in [learned for _, learned in planned[setup.rows :]]:
+                self._finish(self.learned)
         for index in range(self.learned, len(tasks)):
             self._learn_task(index, tasks[index], learner, in_task)
             in_task = None
             self.learned = index + 1
-            with self.signals.held():
-                self._check_weights(f"task {tasks[index].name}, after its last step")
-                self._keep_statistics(tasks[index])
-                self.saves.save()
-            self.signals.raise_pending()
+            self._end_task(tasks[index])
             self._finish(index + 1)
 
     def _tell(self, line: str) -> None:
@@ -371,6 +370,16 @@ class _Sequence:
         )
         self.progress.skip(steps=steps - taken)
         self.steps += taken
+
+    def _end_task(self, task: Task) -> None:
+        if task.name in [of.task for of in self.statistics.tasks]:
+            return
+        with self.saves.after_task():
+            self.signals.raise_pending()
+            self._check_weights(f"task {task.name}, after its last step")
+            self._keep_statistics(task)
+        self.saves.save()
+        self.signals.raise_pending()
 
     def _keep_statistics(self, task: Task) -> None:
         if self.sample is not None:

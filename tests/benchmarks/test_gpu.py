@@ -305,9 +305,7 @@ def test_the_known_false_alarm_is_a_warning(tmp_path: Path) -> None:
     assert "30 more lines" in found.remarks[-2]
 
 
-def test_a_step_that_hangs_is_killed_with_its_children(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
     child = "import time; time.sleep(600)"
     code = (
         "import subprocess, sys, time\n"
@@ -315,8 +313,7 @@ def test_a_step_that_hangs_is_killed_with_its_children(
         "print(p.pid, flush=True)\ntime.sleep(600)"
     )
     start = time.monotonic()
-    monkeypatch.setattr(module("steps"), "LEAST", 0.0)
-    found = module("steps").run_step(step(code, seconds=2.0), tmp_path, 100.0, {}, grace=0.5)
+    found = module("steps").run_step(step(code, seconds=6.0), tmp_path, 100.0, {}, grace=0.5)
     assert found.status == "failed" and time.monotonic() - start < 60
     assert "did not end within" in found.remarks[0]
     pid = int((tmp_path / "one.log").read_text())

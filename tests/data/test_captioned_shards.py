@@ -105,6 +105,9 @@ def test_captions_are_not_asked_for_in_vain(tmp_path: Path) -> None:
 def test_images_of_a_shard_are_of_any_format(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", sample(0, kind="bmp") | sample(1, kind="tiff"))
     assert read_reference(tmp_path / "x.tar").images.load(0).mode == "RGB"
+    # A mask beside an image.
+    write_tar(tmp_path / "x.tar", {"00000.gif": b"mask"} | sample(0))
+    assert read_reference(tmp_path / "x.tar").images.name(0).endswith("00000.jpg")
 
 
 def test_a_caption_without_an_image(tmp_path: Path) -> None:

@@ -267,6 +267,7 @@ said.reach = cells[cells.length - 1].getBoundingClientRect().right <= innerWidth
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium")
 @pytest.mark.parametrize("width", [1400, 500])
+@pytest.mark.drawn
 def test_in_a_browser(whole: Path, tmp_path: Path, width: int) -> None:
     # A headless Chromium has no window narrower than 500 pixels.
     text = page_of(whole)

@@ -98,11 +98,9 @@ def _read(facts: Entry, protocol: str, root: Path) -> Found:
 
 
 def without_package(name: str, error: ModuleNotFoundError) -> InputError:
-    """Of a data set whose files are read with a package that is not here."""
-    return InputError(
-        f"{name}: its files are read with {error.name}, which is not installed; "
-        f"pip install {error.name}"
-    )
+    """Of a data set for which a package is needed that is not here."""
+    package = error.name or str(error)
+    return InputError(f"{name}: needs {package}, which is not installed; pip install {package}")
 
 
 def _not_there(facts: Entry, root: Path, reason: str) -> NotThere:

@@ -63,9 +63,11 @@ def reduced(config: RunConfig, tasks: Sequence[Task]) -> list[Task]:
             run; options of classes beside a task of captions; or the learning rate of no task.
     """
     captions = [task.name for task in tasks if isinstance(task, CaptionTask)]
-    of_classes = {"--scenario cil": config.scenario == "cil", "--shots": config.shots is not None}
+    # A run that goes on has its shots from the earlier one.
+    shots = config.shots is not None and config.continue_ is None
+    of_classes = {"--scenario cil": config.scenario == "cil", "--shots": shots}
     for option, given in of_classes.items():
-        if given and captions and config.continue_ is None:  # it has them from the earlier run
+        if given and captions:
             raise InputError(
                 f"{option}: task {captions[0]} has captions and no classes; leave one of them out"
             )
@@ -143,7 +145,7 @@ def check_options_of_classes(settings: Settings, tasks: Sequence[Task]) -> None:
     """Check that no option is about classes where no task has any.
 
     A value that is the default or the preset's counts as not chosen by the user, since
-    configuration files name all options. Nor are those of a run that goes on, which has them from
+    configuration files name all options; so do all values of a run that goes on, which come from
     the earlier one.
 
     Raises:

@@ -76,7 +76,7 @@ def learn_task(
         while learning.goes_on:
             listeners.step(learning.take_step(whole_step, saves))
             learning.listened = time.perf_counter()
-        # What takes time and changes no state is done where a signal or an error makes a save.
+        # What takes time is done where a signal or an error makes a save, and may be done twice.
         if learning.validation is not None:
             learning.validation.keep_best()
         needs = needs_of(training.method, inputs.task)

@@ -18,7 +18,8 @@ from mulki.errors import InputError
 KEY = "mulki"
 #: The model card in the folder of a checkpoint.
 CARD = "README.md"
-# Options that say where a run writes and what it shows. The recipe is without them.
+# Options that say where a run writes, what it shows, and how its processes share the work. The
+# recipe is without them.
 _OF_THE_PLACE = (
     *("logs", "name", "workers", "device", "report_to", "process_timeout", "log_every_n_steps"),
     *("save_every", "save_checkpoints", "continue", "teacher_cache", "fsdp"),
@@ -55,12 +56,14 @@ class Description:
         recipe: the options of the run, by name, without those of the machine.
         weights: SHA-256 of the weights that the first of these tasks began with.
         figures: accuracy in percent by test set, of the model as it is, in the run's label space.
+        earlier: how many of the tasks an earlier run has learned, the first ones.
     """
 
     tasks: tuple[LearnedTask, ...]
     recipe: Mapping[str, Any]
     weights: str
     figures: Mapping[str, float]
+    earlier: int = 0
 
     def to_metadata(self) -> dict[str, str]:
         """As the metadata of a safetensors file."""
@@ -112,7 +115,13 @@ def described(text: str, where: str) -> Description:
             for of in found["tasks"]
         ]
         figures = {str(name): float(value) for name, value in found["figures"].items()}
-        return Description(tuple(tasks), dict(found["recipe"]), str(found["weights"]), figures)
+        return Description(
+            tuple(tasks),
+            dict(found["recipe"]),
+            str(found["weights"]),
+            figures,
+            int(found.get("earlier", 0)),
+        )
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(
             f"{where}: what it says of itself is not what this version of mulki writes; use the "

@@ -175,11 +175,25 @@ class Saves:
             with waiting:
                 yield step
         except BaseException as error:
-            if whole and self._world.size == 1:
-                # The error that ends the run counts, not one more, such as no memory again.
-                with contextlib.suppress(Exception):
-                    self.save(state())
+            if whole:
+                self._save_once_more(state)
             raise error
+
+    @contextlib.contextmanager
+    def after_task(self) -> Iterator[None]:
+        """What ends the block, in which no weight changes, is raised after one more save."""
+        try:
+            yield
+        except BaseException as error:
+            self._save_once_more(lambda: None)
+            raise error
+
+    def _save_once_more(self, state: Callable[[], State | None]) -> None:
+        if self._world.size > 1:
+            return
+        # The error that ends the run counts, not one more, such as no memory again.
+        with contextlib.suppress(Exception):
+            self.save(state())
 
     def _agree(self, number: int) -> tuple[bool, bool]:
         # Whether the run stops after this step, and whether it is saved.

@@ -22,7 +22,7 @@ from mulki.clip.tensor_files import CHECKSUM, load_tensors, read_metadata
 from mulki.data import CaptionTask, Source, Task, load_sequence, sequence_names
 from mulki.data.class_order import Relabelled
 from mulki.data.image_files import ImageFiles
-from mulki.data.sequences import has_validation, members_of
+from mulki.data.sequences import has_validation
 from mulki.data.subset import few_shot, held_back, limited
 from mulki.distributed.parts import set_whole
 from mulki.errors import InputError
@@ -118,12 +118,12 @@ def continued_options(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     said = continuation(path).said
     recipe = {field_name(name): value for name, value in said.recipe.items()}
-    if len(given.get("methods", ())) > 1:
+    if len(several := given.get("methods", ())) > 1:
         raise InputError(
-            "--methods: got several beside --continue, whose options are those of one method; run "
-            "them one by one"
+            f"--methods: got {' '.join(several)} beside --continue, whose options are those of one "
+            "method; run them one by one"
         )
-    if "preset" in given:
+    if given.get("preset", recipe.get("preset")) != recipe.get("preset"):
         raise InputError(
             f"--preset: got {given['preset']} beside --continue, whose options are those of "
             f"{path}; name the options that are to change"
@@ -143,14 +143,14 @@ def continued_options(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         )
     import_given(given)
     divided = recipe.get("test_fraction")
-    asked = convert(RunConfig, {"test_fraction": given.get("test_fraction", divided)})
-    if divided is not None and asked["test_fraction"] != divided:
+    asked = convert(RunConfig, {"test_fraction": given.get("test_fraction")})["test_fraction"]
+    if None not in (divided, asked) and asked != divided:
         raise InputError(
             f"--test-fraction: got {given['test_fraction']}, but the tasks of {path} were divided "
-            f"with {divided}, and others of their images were learned; leave it out, and divide "
-            "the new tasks into train/ and test/"
+            f"with {divided}, so that images would be tested that it has learned; leave it out, "
+            "or divide the new tasks into train/ and test/"
         )
-    method = str(given.get("method") or recipe["method"])
+    method = str(given.get("method") or next(iter(several), recipe["method"]))
     if method != recipe["method"]:
         others = {item.name for item in fields(methods.get(str(recipe["method"])).Options)}
         recipe = {name: value for name, value in recipe.items() if name not in others}
@@ -162,21 +162,18 @@ def continued_options(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     if "iterations" in given:
         recipe.pop("epochs", None)
     kept = {name: value for name, value in recipe.items() if name not in _ITS_OWN}
-    kept["test_tasks"] = _test_tasks(recipe, said.tasks)
+    kept["test_tasks"] = _test_tasks(recipe, said.tasks[said.earlier :])
     return {**kept, **given, "method": method, "continue_": str(path)}
 
 
-def _test_tasks(recipe: Mapping[str, Any], learned: Sequence[LearnedTask]) -> list[str]:
-    # The words for the tasks of the earlier runs that were learned, as far as they are still there.
-    words, earlier = ([str(w) for w in recipe.get(name, ())] for name in ("tasks", "test_tasks"))
+def _test_tasks(recipe: Mapping[str, Any], own: Sequence[LearnedTask]) -> list[str]:
+    # The words for the tasks that it and earlier runs have learned, as far as they are there.
+    words = [str(word) for word in recipe.get("tasks", ())]
     if recipe.get("scenario") == "cil":
         words = []  # steps of one task have no words of their own
     elif len(words) == 1 and words[0] in sequence_names():
-        members = members_of(words[0])
-        words = [f"{words[0]}:{task.name}" for task in learned if task.name in members]
-    else:
-        words = words[: len(learned) - len(earlier)]  # the run may have had more of them to learn
-    words = [*earlier, *words]
+        words = [f"{words[0]}:{task.name}" for task in own]
+    words = [*map(str, recipe.get("test_tasks", ())), *words[: len(own)]]
     there = [w for w in words if w.partition(":")[0] in (*sequence_names(), "captions")]
     return [word for word in dict.fromkeys(words) if word in there or Path(word).exists()]
 

@@ -69,11 +69,11 @@ def load_data(
         )
     if any(task.test_only for task in tasks):
         raise InputError("tasks: got one that is only to be tested; pass its training images too")
-    for task in tasks:
+    for task in tasks if config.head or method.needs.prototypes else ():
         if (lacking := class_without_images(task.train, task.classes)) is not None:
             raise InputError(
-                f"{task.name}: no training image of class {lacking}; add some, or take the class "
-                "out of the task"
+                f"tasks: {task.name} has no training image of class {lacking}, whose mean is kept; "
+                "add some, or take the class out of the task"
             )
     earlier = earlier_tasks(config, learned, replayed=method.needs.replay is not None)
     if twice := {task.name for task in tasks} & {task.name for task in earlier}:

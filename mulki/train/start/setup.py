@@ -118,6 +118,7 @@ class Setup(Training):
             recipe_of(options | {"precision": self.precision.name}),
             str(self.hashes.get("original", self.hashes["weights"])),
             figures,
+            self.earlier,
         )
 
     @property

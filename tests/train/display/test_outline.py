@@ -39,6 +39,9 @@ def test_a_plan_says_what_is_done(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     assert text["uses"] == "999 words of ImageNet's class names"
     served = {one.backend for one in backends.report() if one.device_type == "cpu"}
     assert all(name in text["kernels"] for name in served)
+    # Features are float32 in any precision.
+    lines, _ = of_run(run, monkeypatch, method="zero_shot", precision="amp_bf16", name="b")
+    assert f"kernels  {text['kernels']}" in lines
     assert text["memory"].endswith("GiB free") or text["memory"].endswith("MiB free")
     # Zero-shot and a row after each task, of 15 and 10 test images.
     assert work[STEPS] == 8 and work[TEST] == 75 and work[TEACHERS] > 0

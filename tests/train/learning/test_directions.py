@@ -15,6 +15,7 @@ from mulki.train.config.precision import Precision
 from mulki.train.learning.directions import input_moments, mean_gradients
 from mulki.train.learning.inputs import TaskInputs, Training
 from tests.train.learn_helpers import CONFIG, Load, method_named
+from tests.train_helpers import Calls
 
 
 def adapted(load: Load, name: str) -> tuple[VisionLanguageModel, VisionLanguageModel, Training]:
@@ -57,6 +58,18 @@ def test_mean_gradients_are_those_of_the_whole_task(load_tiny: Load, task: Task,
         torch.testing.assert_close(value, wanted[key].flatten(1), rtol=1e-4, atol=1e-6, msg=key)
     trained = {n.rpartition(".")[2] for n in model.trainable()}
     assert trained == {"b"} and all(p.grad is None for p in model.clip.parameters())
+
+
+@pytest.mark.parametrize(("given", "largest"), [(None, 40), ("3", 3), ("auto", 16)])
+def test_how_many_images_are_encoded_at_a_time(
+    load_tiny: Load, task: Task, monkeypatch: pytest.MonkeyPatch, given: str | None, largest: int
+) -> None:
+    _, _, training = adapted(load_tiny, "tiny-vit")
+    training = replace(training, config=replace(CONFIG, batch_size=40, micro_batch=given))
+    calls = Calls(monkeypatch)
+    input_moments(training, TaskInputs(0, task, {}))
+    sizes = [count for _, kind, count in calls._log if kind == "images"]
+    assert max(sizes) == min(largest, len(task.train)) and sum(sizes) == len(task.train)
 
 
 @pytest.mark.parametrize("name_of_model", ["tiny-vit", "tiny-resnet"])

@@ -116,23 +116,27 @@ def test_a_run_that_is_stopped_after_the_last_step_of_a_task(
     assert "goes on after 0 tasks and 4 steps" in (folder / "out.log").read_text()
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_a_signal_waits_for_the_class_statistics(
-    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("error", [Stopped(signal.SIGTERM), BadImage("a: cannot be read")])
+def test_a_run_that_ends_in_the_class_statistics(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
 ) -> None:
-    whole = run("whole", method="finetune", save_every=0)
-    real = sequence.class_moments
+    options = {"method": "wise_ft", "head_drift": "sdc", "save_every": 0}
+    whole = run("whole", **options)
+    asked: list[Any] = []
 
-    def signalled(*given: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
+    def ends(*given: Any) -> Any:
+        asked.append(given)
+        if len(asked) == 2:
+            raise error
         return real(*given)
 
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(sequence, "class_moments", signalled)
-        run("stopped", method="finetune", save_every=0)
+    real = sequence.class_moments
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr(sequence, "class_moments", ends)
+        run("stopped", **options)
     folder = tmp_path / "logs" / "stopped"
     check_same(resumed(folder).path, whole.path)
-    assert "goes on after 1 task and 4 steps" in (folder / "out.log").read_text()
+    assert "goes on after 2 tasks and 8 steps" in (folder / "out.log").read_text()
 
 
 @pytest.mark.parametrize("between_tasks", [False, True])

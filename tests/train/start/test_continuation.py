@@ -26,7 +26,6 @@ from mulki.train.rows import Rows
 from mulki.train.saving.checkpoints import description_of, save_weights
 from mulki.train.saving.description import Description, LearnedTask
 from mulki.train.start.continuation import (
-    _test_tasks,
     check_begin,
     continuation,
     continued_options,
@@ -287,25 +286,33 @@ def test_tasks_of_a_sequence_ride_along_by_name(make: Make, folders: list[str]) 
     assert given["test_tasks"] == [f"embedded:{name}" for name in names]
 
 
-def test_the_words_of_what_was_learned(folders: list[str]) -> None:
-    """Of a sequence that was learned in a second run, and of one that was stopped."""
-    tasks = [LearnedTask(name, (), ()) for name in ("colours", "flags", "emoji")]
-    recipe = {"tasks": ["embedded"], "test_tasks": folders[:1]}
-    assert _test_tasks(recipe, tasks) == [folders[0], "embedded:flags", "embedded:emoji"]
-    assert _test_tasks({"tasks": folders}, tasks[:1]) == folders[:1]
-    assert _test_tasks({"tasks": folders[1:], "test_tasks": folders[:1]}, tasks[:2]) == folders[:2]
+def test_the_words_of_a_sequence_that_a_second_run_has_learned(
+    said: Description, tiny_models: tuple[str, ...], folders: list[str], tmp_path: Path
+) -> None:
+    tasks = tuple(LearnedTask(name, (), ()) for name in ("colours", "flags", "emoji"))
+    recipe = {"method": "finetune", "tasks": ["embedded"], "test_tasks": folders[:1]}
+    file = tmp_path / "w.safetensors"
+    learned = replace(said, tasks=tasks, recipe=recipe, earlier=1)
+    save_weights(models.load("tiny-vit"), file, description=learned)
+    found = continued_options(file, {"tasks": ["a"]})["test_tasks"]
+    assert found == [folders[0], "embedded:flags", "embedded:emoji"]
 
 
-def test_from_a_checkpoint_before_the_last(make: Make, folders: list[str]) -> None:
-    first = make("first", folders[:2], method="finetune")
-    second = make("second", folders[2:], first.path / FIRST)
-    assert read_matrix(second.path / "matrix.csv").tasks == ("colours", "sizes")
+def test_from_a_checkpoint_before_the_last(make: Make, folders: list[str], tmp_path: Path) -> None:
+    """Also where the run itself has gone on from one, whose images are not there."""
+    first = make("first", folders[:1], method="finetune")
+    shutil.rmtree(folders[0])
+    second = make("second", folders[1:], first.path)
+    file = next(second.path.glob("checkpoints/task_02_*.safetensors"))
+    more = str(write_task(tmp_path / "more", SIZES))
+    third = make("third", [more], file)
+    assert read_matrix(third.path / "matrix.csv").tasks == ("shades", "more")
 
 
 @pytest.mark.parametrize(
     ("given", "said_of"),
     [
-        ({"methods": ["lwf", "zscl"]}, "--methods: got several beside --continue"),
+        ({"methods": ["lwf", "zscl"]}, "--methods: got lwf zscl beside --continue"),
         ({"preset": "quick"}, "--preset: got quick beside --continue"),
         ({"test_fraction": "0.5"}, "--test-fraction: got 0.5, but .* were divided with 0.25"),
         ({"import_": ["gone.py"]}, "--import: gone.py: no such file"),
@@ -315,12 +322,14 @@ def test_options_that_do_not_go_with_it(
     tiny_models: tuple[str, ...], tmp_path: Path, said: Description, given: Any, said_of: str
 ) -> None:
     file = tmp_path / "w.safetensors"
-    made_with = replace(said, recipe={**said.recipe, "test-fraction": 0.25})
+    recipe = {**said.recipe, "test_fraction": 0.25, "preset": "default"}
+    made_with = replace(said, recipe=recipe)
     save_weights(models.load("tiny-vit"), file, description=made_with)
     with pytest.raises(InputError, match=said_of):
         continued_options(file, {"tasks": ["a"], **given})
-    given = continued_options(file, {"tasks": ["a"], "test_fraction": "0.25"})
-    assert resolve(given).run.test_fraction == 0.25
+    # A configuration file names all options.
+    for same in ({"test_fraction": "0.25", "preset": "default"}, {"test_fraction": None}):
+        continued_options(file, {"tasks": ["a"], **same})
 
 
 def test_a_task_of_captions_takes_no_options_of_classes(

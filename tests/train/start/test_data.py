@@ -78,7 +78,7 @@ def test_tasks_from_python_are_reduced_as_the_options_say(task_folders: tuple[st
     (found,) = load_data(settings, method, 1, [task]).tasks
     assert sorted(found.train.targets) == sorted(2 * [*range(len(task.classes))])
     lacking = replace(task, classes=(*task.classes, "beige"))
-    with pytest.raises(InputError, match="^colours: no training image of class beige; add"):
+    with pytest.raises(InputError, match="^tasks: colours has no training image of class beige"):
         load_data(settings, method, 1, [lacking])
 
 
