@@ -185,7 +185,7 @@ VIT_TRIED = (0.03, 0.1, 0.3)
 VIT_BESIDES = {
     "finetune": (0.01, 1.0),
     "snd, made images": (0.01,),
-    "mulki, adapters": (1.0,),
+    "mulki, adapters": (1.0, 3.0),
 }
 VIT_SHARES = {
     "finetune": 0.03,
@@ -193,7 +193,7 @@ VIT_SHARES = {
     "snd, made images": 0.03,
     "keeplora": 0.1,
     "mulki": 0.1,
-    "mulki, adapters": 0.3,
+    "mulki, adapters": 1.0,
 }
 VIT_ORDERS = ("I", "II")
 

@@ -73,8 +73,8 @@ _CHOICES = {
     "vit_rates": (
         "Learning rates of the transformer",
         "The start model with a transformer (pack/README.md): each row with shares of its rate on "
-        "the bundled model. First three tasks of order I alone, one seed. A share that is "
-        "missing was not run yet.",
+        "the bundled model; where the best one was the smallest or the largest, with one more. "
+        "First three tasks of order I alone, one seed.",
     ),
 }
 
