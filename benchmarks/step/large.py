@@ -4,8 +4,8 @@
 
 Each line is a process of its own, with random weights: MulKI with its two teachers, as it is by
 default, takes two steps of images of the bundled pack, in micro-batches. The memory of the process
-is compared with what `mulki plan --card-gb` counts. Of the largest models a step of 16 images is
-measured in place of one of 64, which would take an hour. Batches that would take hours on a CPU,
+is compared with what `mulki plan --card-gb` counts. Of the two largest models steps of 16 images
+are measured in place of 64, which take four times as long. Batches that would take hours on a CPU,
 and models that do not fit into this machine's memory, are counted alone. What a card holds is the
 largest micro-batch on it; memory is little changed by other programs.
 """
