@@ -375,7 +375,6 @@ class _Sequence:
         if task.name in [of.task for of in self.statistics.tasks]:
             return
         with self.saves.after_task():
-            self.signals.raise_pending()
             self._check_weights(f"task {task.name}, after its last step")
             self._keep_statistics(task)
         self.saves.save()

@@ -175,22 +175,28 @@ class Saves:
             with waiting:
                 yield step
         except BaseException as error:
-            if whole:
+            if whole and self._world.size == 1:
                 self._save_once_more(state)
             raise error
 
     @contextlib.contextmanager
     def after_task(self) -> Iterator[None]:
-        """What ends the block, in which no weight changes, is raised after one more save."""
+        """What ends the block, in which no weight changes, is raised after one more save.
+
+        With several processes signals wait, and an error makes no save.
+        """
+        if self._world.size > 1:
+            with self.signals.held():
+                yield
+            return
         try:
+            self.signals.raise_pending()
             yield
         except BaseException as error:
             self._save_once_more(lambda: None)
             raise error
 
     def _save_once_more(self, state: Callable[[], State | None]) -> None:
-        if self._world.size > 1:
-            return
         # The error that ends the run counts, not one more, such as no memory again.
         with contextlib.suppress(Exception):
             self.save(state())
