@@ -108,7 +108,8 @@ def page(lines: Sequence[Line]) -> str:
         parts += [
             f"## The start model with a transformer\n\n`{COMMAND} vit`. Orders I and II, 32 steps "
             "in a task, methods weighted as on the bundled model. Mean over the orders and half of "
-            "its 95 % interval over them; of two orders it is wide.",
+            "its 95 % interval over them; of two orders it is wide. What is missing was not run "
+            "yet; one run says little.",
             table(of_vit, OF_ORDERS),
         ]
     for study in studies.CHOICES:

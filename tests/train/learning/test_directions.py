@@ -68,7 +68,7 @@ def test_how_many_images_are_encoded_at_a_time(
     training = replace(training, config=replace(CONFIG, batch_size=40, micro_batch=given))
     calls = Calls(monkeypatch)
     input_moments(training, TaskInputs(0, task, {}))
-    sizes = [count for _, kind, count in calls._log if kind == "images"]
+    sizes = calls.of(training.model, "images")
     assert max(sizes) == min(largest, len(task.train)) and sum(sizes) == len(task.train)
 
 
