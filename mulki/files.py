@@ -301,8 +301,10 @@ def new_folder(path: Path) -> Iterator[Path]:
 def write_atomic(path: str | os.PathLike[str], text: str) -> None:
     """Replace ``path`` by ``text`` (UTF-8), see `replacing`.
 
+    Bytes of a file's name that are no UTF-8 are written as ``\\udce9``.
+
     Raises:
         OSError: as ``open`` does.
     """
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")

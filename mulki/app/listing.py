@@ -12,7 +12,7 @@ from mulki.data import CaptionTask, Source, Task, load_sequence, sequence_names
 from mulki.data.published import Entry, entry
 from mulki.data.published.collections import COLLECTIONS, Collection
 from mulki.data.published.prepare import prepare
-from mulki.data.sequences import without_effect
+from mulki.data.sequences import order_without_sequence, without_effect
 from mulki.errors import InputError
 from mulki.printing import say
 from mulki.report.tables import plain_table
@@ -44,8 +44,13 @@ def list_tasks(
         The exit status of the command: 1 if a data set is missing after a download.
 
     Raises:
-        InputError: what `load_sequence` refuses, or a download of other tasks than published ones.
+        InputError: what `load_sequence` refuses, a download of other tasks than published ones, or
+            a download as JSON.
     """
+    if download and as_json:
+        raise InputError("--json: --prepare prints a table; leave one of the two out")
+    if download and not names:
+        raise InputError("--prepare: got no tasks; name those to download, such as mtil")
     if not names:
         print(json.dumps(sequence_names()) if as_json else "\n".join(sequence_names()))
         return 0
@@ -91,6 +96,8 @@ def _published(names: Sequence[str], order: str) -> tuple[Collection, tuple[str,
         return None
     if len(words) == 1 and not words[0][1]:
         return collection, collection.in_order(order) if collection.orders else collection.members
+    if order != "I":
+        raise order_without_sequence(order)
     for _, _, member in words:
         collection.check_member(member)
     return collection, tuple(member for _, _, member in words)

@@ -113,6 +113,9 @@ def judge(row: Published, folders: Sequence[Path]) -> Judgement:
         if reason:
             raise InputError(f"{folder}: is no run of {row.name}, {reason}; pass another")
         values.append(figures_of(data))
+        lacking = [name for name in row.figures if name not in values[-1]]
+        if lacking:
+            raise InputError(f"{folder}: has no {lacking[0]}, which {row.name} has; pass another")
         notes += [f"{folder}: {note}" for note in _notes(row, data)]
     return Judgement(
         row,
@@ -218,18 +221,22 @@ def leaderboard(
         return any(not differs(replace(row, options=None), data) for row in here)
 
     return {
-        benchmark: sorted(
-            [*here, *(run for run in runs if fits(run[1], here))], key=_average, reverse=True
-        )
+        benchmark: _by_average(here, [run for run in runs if fits(run[1], here)])
         for benchmark, here in by_benchmark.items()
     }
 
 
-def _average(entry: Published | tuple[Path, RunData]) -> float:
-    figures: Mapping[str, float]
-    figures = entry.figures if isinstance(entry, Published) else figures_of(entry[1])
-    # Rows without one come last: another figure of theirs would not compare.
-    return figures.get("average", figures.get("cil_average", 0.0))
+def _by_average(
+    rows: Sequence[Published], runs: Sequence[tuple[Path, RunData]]
+) -> list[Published | tuple[Path, RunData]]:
+    metric = "cil_average" if any("cil_average" in row.figures for row in rows) else "average"
+
+    def average(entry: Published | tuple[Path, RunData]) -> float:
+        figures = entry.figures if isinstance(entry, Published) else figures_of(entry[1])
+        # Those without one come last: another figure of theirs would not compare.
+        return figures.get(metric, 0.0)
+
+    return sorted([*rows, *runs], key=average, reverse=True)
 
 
 def _line(row: Published, metric: str, values: Sequence[float]) -> Line:

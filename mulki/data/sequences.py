@@ -120,10 +120,7 @@ def load_sequence(
     if len(words) == 1 and words[0] in _SEQUENCES:
         return _in_order(words[0], order, source)
     if order != "I":
-        raise InputError(
-            f'order "{order}": orders belong to a named sequence ({", ".join(sequence_names())}); '
-            "tasks listed one by one are learned as listed, so leave the order out"
-        )
+        raise order_without_sequence(order)
     tasks = [
         _load_task(word, skip_bad_images, test_fraction, test_only, form, source) for word in words
     ]
@@ -171,6 +168,14 @@ def without_effect(test_fraction: float) -> InputError:
     return InputError(
         f"--test-fraction {test_fraction:g}: about tasks without a split, but all tasks here have "
         "one, so this changes nothing; leave it out"
+    )
+
+
+def order_without_sequence(order: str) -> InputError:
+    """The error of an order that is given with single tasks."""
+    return InputError(
+        f'order "{order}": orders belong to a named sequence ({", ".join(sequence_names())}); '
+        "tasks listed one by one are learned as listed, so leave the order out"
     )
 
 

@@ -249,7 +249,7 @@ def _recalls(contents: RunContents) -> _Recalls | None:
     matrix = contents.data.matrix
     rows = []
     for name in (name for name in display_columns(matrix) if name in found):
-        wanted = {"zero-shot": ZERO_SHOT, "learned": name, "last": (*matrix.tasks, "")[-1]}
+        wanted = {"zero-shot": ZERO_SHOT, "learned": name, "last": ("", *matrix.tasks)[-1]}
         rows += [
             (name, title, [_number(value, 1) for value in found[name][row].values()])
             for title, row in wanted.items()

@@ -78,8 +78,9 @@ class RunAnswers:
 
     Attributes:
         own: among the classes of the image's own task; by task, [T, n].
-        seen: among the classes of all tasks learned by then; by task, [T, n], False before the
-            task is learned.
+        seen: among the classes of all tasks learned by then; by data set, [k, n] after the last k
+            tasks, those since it was learned. A task of captions has none, and a task that an
+            earlier run learned has k = T.
         head: the same with the head of class statistics; None where a row has none.
     """
 
@@ -91,30 +92,27 @@ class RunAnswers:
     def of_rows(cls, rows: Mapping[str, Mapping[str, Answers]]) -> RunAnswers:
         """From `mulki.runs.answers.read_answers`; the zero-shot row is left out."""
         tasks = [name for name in rows if name != ZERO_SHOT]
-        answers = {task: [rows[after][task] for after in tasks] for task in tasks}
-        heads = {
-            task: [a.head or a for a in each]
-            for task, each in answers.items()
-            if all(a.head is not None or a.ranks is not None for a in each)
-        }
-        whole = heads.keys() == answers.keys() and any(a.head for (a, *_) in answers.values())
-        return cls(*_own_and_seen(answers), cls(*_own_and_seen(heads)) if whole else None)
+        names = dict.fromkeys(name for row in rows.values() for name in row)
+        answers = {name: [rows[after][name] for after in tasks] for name in names}
+        heads = {name: [a.head or a for a in each] for name, each in answers.items()}
+        of_tasks = [a for task in tasks for a in answers[task]]
+        whole = all(a.head or a.ranks for a in of_tasks) and any(a.head for a in of_tasks)
+        return cls(
+            *_own_and_seen(tasks, answers), cls(*_own_and_seen(tasks, heads)) if whole else None
+        )
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Test images of each task, in the order learned."""
-        return {task: answers.shape[1] for task, answers in self.own.items()}
+        """Test images: of each task in the order learned, and of those that were learned before."""
+        return {name: answers.shape[1] for name, answers in {**self.own, **self.seen}.items()}
 
 
 def _own_and_seen(
-    answers: Mapping[str, Sequence[Answers]],
+    tasks: Sequence[str], answers: Mapping[str, Sequence[Answers]]
 ) -> tuple[dict[str, npt.NDArray[np.bool_]], dict[str, npt.NDArray[np.bool_]]]:
-    own = {task: np.array([a.own for a in each]) for task, each in answers.items()}
-    seen = {
-        task: np.array([np.zeros_like(a.own) if a.seen is None else a.seen for a in each])
-        for task, each in answers.items()
-    }
-    return own, seen
+    own = {task: np.array([a.own for a in answers[task]]) for task in tasks}
+    since = {name: [a.seen for a in each if a.seen is not None] for name, each in answers.items()}
+    return own, {name: np.array(each) for name, each in since.items() if each}
 
 
 @dataclass(frozen=True)
@@ -170,8 +168,9 @@ def paired_differences(
         seed: of the draws; the same seed gives the same interval.
 
     Returns:
-        By name, the metrics of `mulki.runs.metrics.stacked_metrics` with `cil_average` and
-        `cil_last`; where all runs have a head, also those of `HEAD_METRICS`.
+        By name, the metrics of `mulki.runs.metrics.stacked_metrics`; where there are tasks of
+        classes, with `cil_average` and `cil_last`; where all runs have a head, also those of
+        `HEAD_METRICS`.
 
     Raises:
         ValueError: no pair, numbers of runs that differ, or other tasks or test sets.
@@ -233,27 +232,29 @@ def _differences(
 ) -> dict[str, FloatArray]:
     # Of each metric in percentage points, [R, S], where `images` has counts [R, n] by task. The
     # sums are whole numbers, which float32 holds exactly.
-    accuracies, right, total = [], 0.0, 0
-    so_far = []
-    for task, counts in images.items():
-        n = counts.shape[1]
-        own, seen = (
-            np.stack([kind[task] for kind in kinds]).astype(np.float32)  # [2 S, T, n]
-            for kinds in ([run.own for run in runs], [run.seen for run in runs])
-        )
-        flat = counts @ np.concatenate([own, seen]).reshape(-1, n).T
-        hits = flat.reshape(len(counts), 2, *own.shape[:2]).astype(np.float64)
-        accuracies.append(100 * hits[:, 0] / n)
-        right = right + hits[:, 1]
-        total += n
-        so_far.append(total)
-    metrics = stacked_metrics(np.stack(accuracies, axis=-1))
-    after = 100 * np.asarray(right) / np.array(so_far)
-    metrics |= {"cil_average": after.mean(axis=-1), "cil_last": after[..., -1]}
+    own = [100 * _hits([run.own[t] for run in runs], images[t]) for t in runs[0].own]
+    metrics = stacked_metrics(
+        np.stack([hits / images[t].shape[1] for t, hits in zip(runs[0].own, own, strict=True)], -1)
+    )
+    right, total = np.zeros(own[0].shape), np.zeros(own[0].shape[-1])
+    for name in runs[0].seen:
+        hits = _hits([run.seen[name] for run in runs], images[name])
+        right[..., -hits.shape[-1] :] += 100 * hits
+        total[-hits.shape[-1] :] += images[name].shape[1]
+    if total.any():
+        after = right[..., total > 0] / total[total > 0]
+        metrics |= {"cil_average": after.mean(axis=-1), "cil_last": after[..., -1]}
     half = len(runs) // 2
     found = {name: values[:, :half] - values[:, half:] for name, values in metrics.items()}
     heads = [run.head for run in runs if run.head is not None]
     if len(heads) == len(runs):
         of_heads = _differences(heads, images)
-        found |= {name: of_heads[of] for name, of in HEAD_METRICS.items()}
+        found |= {name: of_heads[of] for name, of in HEAD_METRICS.items() if of in of_heads}
     return found
+
+
+def _hits(answers: Sequence[npt.NDArray[np.bool_]], counts: npt.NDArray[np.float32]) -> FloatArray:
+    # Right answers [R, 2 S, T] of 2 S runs with [T, n] each, for counts [R, n].
+    stacked = np.stack(answers)
+    flat = counts @ stacked.reshape(-1, stacked.shape[-1]).T.astype(np.float32)
+    return flat.reshape(len(counts), *stacked.shape[:2]).astype(np.float64)

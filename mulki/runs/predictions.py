@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -160,13 +161,21 @@ def check_writable(option: str, path: Path) -> None:
     """Check, before long work, that a file can be written later.
 
     Raises:
-        InputError: it is a folder, or lies in none.
+        InputError: it is a folder or a device, or lies in no folder, or in one that is read-only.
     """
-    if path.is_dir() or not path.parent.is_dir():
-        what = "it is a folder" if path.is_dir() else f"{path.parent} is no folder"
-        raise InputError(
-            f"{option}: got {path}, but {what}; pass the path of a file in a folder that exists"
-        )
+    if path.is_dir():
+        what = "it is a folder"
+    elif not path.parent.is_dir():
+        what = f"{path.parent} is no folder"
+    elif path.parent == Path("/dev") or (path.exists() and not path.is_file()):
+        what = "it is no ordinary file"
+    elif not os.access(path.parent, os.W_OK):
+        what = f"nothing can be written into {path.parent}"
+    else:
+        return
+    raise InputError(
+        f"{option}: got {path}, but {what}; pass the path of a file in a folder of yours"
+    )
 
 
 def _write(path: Path, rows: Iterable[Sequence[Any]]) -> None:

@@ -50,6 +50,7 @@ def test_a_run_and_what_reads_it(
         ["metrics", f"{run}/matrix.csv"],
         ["compare", run, "--html", f"page{RED}.html"],
         ["tasks", str(hostile)],
+        ["predict", run, str(hostile / "test")],
         ["run", "--resume", run],
     ):
         assert run_command(words) == 0

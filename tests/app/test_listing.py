@@ -77,6 +77,15 @@ def test_only_published_data_sets_are_downloaded(tmp_path: Path) -> None:
     for names in (["embedded"], ["mtil:dtd", "embedded:digits"], ["mtil:dtd", "xtail:food"]):
         with pytest.raises(InputError, match="^--prepare: got "):
             list_tasks(names, "I", Source(tmp_path), download=True)
+    with pytest.raises(InputError, match="^--prepare: got no tasks"):
+        list_tasks([], "I", Source(tmp_path), download=True)
+    with pytest.raises(InputError, match="^--json: "):
+        list_tasks(["mtil"], "I", Source(tmp_path), download=True, as_json=True)
+
+
+def test_single_data_sets_have_no_order() -> None:
+    with pytest.raises(InputError, match='^order "II": orders belong to a named sequence'):
+        list_tasks(["mtil:dtd"], "II", Source())
 
 
 def test_a_share_is_of_tasks_without_a_split(

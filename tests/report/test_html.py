@@ -17,6 +17,7 @@ from tests.report.report_helpers import (
     CLASSES,
     HOSTILE,
     TASKS,
+    Make,
     Page,
     check_headings,
     record,
@@ -194,6 +195,13 @@ def test_figures_have_a_title_and_a_description(whole: Path) -> None:
     figures = re.findall(r'<figure role="group" aria-label="([^"]+)">\n<h3>(.*?)</h3>', text)
     assert len(figures) == 10 and all(label == title for label, title in figures)
     assert not re.search(r"<figcaption></figcaption>", text)
+
+
+def test_captions_have_rows_of_the_last_model_too(make: Make) -> None:
+    text = page_of(make("a", captions=("a",)))
+    (table,) = re.findall(r"<h2[^>]*>Images and captions.*?</table>", text, re.DOTALL)
+    for model in ("zero-shot", "learned", "last"):
+        assert f">{model}<" in table
 
 
 def test_a_bare_matrix_has_a_page(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mulki.runs.answers import Answers, seen_accuracy
+from mulki.runs.answers import Answers, Ranks, seen_accuracy
 from mulki.runs.intervals import (
     RunAnswers,
     interval_over,
@@ -27,10 +27,7 @@ def run_of(
 ) -> RunAnswers:
     shape = (len(tasks), n)
     own = {task: random.random(shape) < share for task in tasks}
-    seen = {
-        task: own[task] & (random.random(shape) < 0.8) & (np.arange(len(tasks)) >= j)[:, None]
-        for j, task in enumerate(tasks)
-    }
+    seen = {task: (own[task] & (random.random(shape) < 0.8))[j:] for j, task in enumerate(tasks)}
     return RunAnswers(own, seen)
 
 
@@ -74,8 +71,34 @@ def test_answers_become_rows_and_the_zero_shot_row_is_left_out() -> None:
     assert {task: own[:, 0].tolist() for task, own in run.own.items()} == {
         "a": [True, False], "b": [False, True]
     }  # fmt: skip
-    assert run.seen["b"][:, 0].tolist() == [False, True]
+    assert {task: seen[:, 0].tolist() for task, seen in run.seen.items()} == {
+        "a": [True, False], "b": [True]
+    }  # fmt: skip
     assert run.sizes == {"a": 3, "b": 3}
+
+
+def test_accuracy_among_all_classes_leaves_captions_out_and_has_what_was_learned_before() -> None:
+    yes, no = np.ones(4, dtype=bool), np.zeros(4, dtype=bool)
+    ranks = Ranks(np.zeros(4, np.int32), np.zeros(4, np.int32))
+    words = Answers(yes, ranks=ranks)
+
+    def run(right: np.ndarray, before: np.ndarray) -> RunAnswers:
+        rows = {
+            ZERO_SHOT: {"words": words, "a": Answers(no), "old": Answers(no, no)},
+            "words": {"words": words, "a": Answers(no), "old": Answers(no, before)},
+            "a": {"words": words, "a": Answers(no, right), "old": Answers(no, before)},
+        }
+        return RunAnswers.of_rows(rows)
+
+    ours, others = run(yes, yes), run(no, yes)
+    assert ours.sizes == {"words": 4, "a": 4, "old": 4}
+    found = paired_differences([ours], [others], resamples=10)
+    # After words 4 of 4 against 4 of 4 images, after a 8 of 8 against 4 of 8.
+    assert (found["cil_average"].value, found["cil_last"].value) == (25.0, 50.0)
+    found = paired_differences([ours], [run(yes, no)], resamples=10)
+    assert (found["cil_average"].value, found["cil_last"].value) == (75.0, 50.0)
+    alone = RunAnswers.of_rows({"words": {"words": words}})
+    assert set(paired_differences([alone], [alone], resamples=10)) == {"average", "last"}
 
 
 def test_differences_are_those_of_the_metrics() -> None:
@@ -87,7 +110,10 @@ def test_differences_are_those_of_the_metrics() -> None:
     def values(run: RunAnswers) -> dict[str, float]:
         a = np.array([run.own[task].mean(axis=1) for task in TASKS]).T * 100
         after = [
-            seen_accuracy(Answers(run.seen[t][i], run.seen[t][i]) for t in TASKS[: i + 1])[0]
+            seen_accuracy(
+                Answers(run.seen[t][i - j], run.seen[t][i - j])
+                for j, t in enumerate(TASKS[: i + 1])
+            )[0]
             for i in range(3)
         ]
         known = {k: v for k, v in compute_metrics(a).to_dict().items() if v is not None}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 
 import numpy as np
@@ -95,10 +96,18 @@ def test_files(found: Predictions, tmp_path: Path) -> None:
     assert cells == [("zero", "zero", "2"), ("one", "two", "1"), ("five", "zero", "1")]
 
 
-def test_where_nothing_can_be_written_is_said_first(tmp_path: Path) -> None:
+def test_where_nothing_can_be_written_is_said_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(InputError, match="^--predictions: got "):
         check_writable("--predictions", tmp_path)
     with pytest.raises(InputError, match="^--predictions: .*none"):
         check_writable("--predictions", tmp_path / "none" / "p.csv")
     check_writable("--predictions", tmp_path / "p.csv")
     assert not list(tmp_path.iterdir())
+    for device in (Path(os.devnull), Path("/dev/stdout")):
+        with pytest.raises(InputError, match="no ordinary file"):
+            check_writable("--predictions", device)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path or mode != os.W_OK)
+    with pytest.raises(InputError, match="nothing can be written"):
+        check_writable("--predictions", tmp_path / "p.csv")

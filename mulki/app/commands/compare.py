@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mulki.app.commands.parsing import Parser
 from mulki.console import Console
+from mulki.errors import InputError
 from mulki.files import write_atomic
 from mulki.printing import say
 from mulki.report.comparison.compare import compare
@@ -35,6 +36,9 @@ def compare_runs(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.html is not None:
         check_writable("--html", Path(arguments.html))
+    folder = None if arguments.figures is None else Path(arguments.figures)
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise InputError(f"--figures: got {folder}, which is a file; pass a folder, or a new path")
     comparison = compare(arguments.runs, arguments.baseline)
     if arguments.json:
         print(json.dumps(comparison.to_dict()))
@@ -43,8 +47,7 @@ def compare_runs(argv: list[str]) -> int:
     if arguments.html is not None:
         write_atomic(arguments.html, render_comparison(comparison))
         say(f"page: {arguments.html}", sys.stderr)
-    if arguments.figures is not None:
-        folder = Path(arguments.figures)
+    if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         for plot in figures(comparison):
             plot.write(folder)

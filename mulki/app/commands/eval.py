@@ -67,16 +67,19 @@ def evaluate(argv: list[str]) -> int:
     given = vars(parser.parse_args(with_hyphens(argv)))
     checkpoint, as_json = Path(given.pop("checkpoint")), given.pop("json")
     files = {name: given.pop(name) for name in _FILES}
+    taken: dict[Path, str] = {}
     for name, path in files.items():
         if path is not None:
             check_writable(flag(name), path)
+            first = taken.setdefault(path.resolve(), name)
+            if first != name:
+                raise InputError(
+                    f"{flag(name)}: got {path}, which {flag(first)} writes too; pass another"
+                )
     chosen = evaluation(checkpoint, {k: v for k, v in given.items() if v is not None})
     hashes = chosen.hashes
     _check_files(files, chosen.tasks)
     found, recalls = list(chosen.predictions()), chosen.recalls()
-    for name, path in files.items():
-        if path is not None:
-            _FILES[name][0](path, found)
     if as_json:
         of = {"checkpoint": str(checkpoint), "label_space": chosen.label_space}
         captions = [
@@ -84,12 +87,15 @@ def evaluate(argv: list[str]) -> int:
             for task, each in recalls.items()
         ]
         print(json.dumps({**of, **_numbers(found), "captions": captions, "hashes": hashes}))
-        return 0
-    if recalls:
-        _print_recalls(recalls)
-    if found:
-        _print(found, chosen.label_space)
-    Console().print(fingerprint(hashes), highlight=False, style="dim")
+    else:
+        if recalls:
+            _print_recalls(recalls)
+        if found:
+            _print(found, chosen.label_space)
+        Console().print(fingerprint(hashes), highlight=False, style="dim")
+    for name, path in files.items():
+        if path is not None:
+            _FILES[name][0](path, found)
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from mulki.data.decoding import limit_pixels
 from mulki.data.unlabelled import find_images
 from mulki.errors import InputError, counted
 from mulki.files import check_regular, replacing
+from mulki.printing import say
 from mulki.runs.predictions import check_writable
 
 if TYPE_CHECKING:
@@ -91,6 +93,8 @@ def predict(argv: list[str]) -> int:
     threshold = _probability("--threshold", given["threshold"])
     classes = None if given["classes"] is None else _class_names(given["classes"])
     limit_pixels(config.max_pixels)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # as the paths in arguments come
     found = find_images(given["images"], sys.stdin)
     model = load(
         given["model"],
@@ -116,7 +120,7 @@ def predict(argv: list[str]) -> int:
             good += 1
             write(each)
     if given["csv"] is not None:
-        print(f"{given['csv']}: {counted(good, 'image')}")
+        say(f"{given['csv']}: {counted(good, 'image')}")
     if bad:
         print(f"mulki: {counted(bad, 'image')} left out", file=sys.stderr)
     return int(bad > 0)
@@ -126,10 +130,14 @@ def predict(argv: list[str]) -> int:
 def _rows(path: Path | None, top: int) -> Iterator[Callable[[Prediction], None]]:
     # What writes a prediction: a line of a CSV file, or of standard output.
     if path is None:
-        yield lambda each: print(_line(each))
+        yield lambda each: say(_line(each))
         return
     check_writable("--csv", path)
-    with replacing(path) as new, new.open("w", encoding="utf-8", newline="") as stream:
+    with (
+        replacing(path) as new,
+        # A name of a file may have bytes that are no UTF-8.
+        new.open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream,
+    ):
         rows = csv.writer(stream, lineterminator="\n")
         numbers = range(1, top + 1)
         columns = [f"{what}_{n}" for n in numbers for what in ("class", "probability")]

@@ -117,7 +117,9 @@ def _run(row: Published, given: Mapping[str, Any]) -> list[Path] | None:
     jobs = whole("--jobs", given.get("jobs", 1), 1)
     lacking = missing(resolve(options))
     if lacking:
-        if is_first():
+        if is_first() and given["json"]:
+            print(json.dumps({"row": row.name, "missing": lacking}))
+        elif is_first():
             print(f"{row.name} cannot be run, missing:")
             for line in lacking:
                 say(f"- {line}")

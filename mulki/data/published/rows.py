@@ -14,6 +14,7 @@ from mulki.errors import InputError, nearest
 from mulki.files import check_regular
 
 METRICS = ("transfer", "average", "last")
+_KNOWN = (*METRICS, "forgetting", "bwt", "cil_average", "cil_last")
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ def _row(content: Mapping[str, Any], benchmark: str, method: str) -> Published:
     own = facts.pop("protocol", "zscl")
     options = facts.pop("run", None)
     metrics = of.get("metrics", METRICS)
+    if unknown := [name for name in metrics if name not in _KNOWN]:
+        raise ValueError(f"metrics are some of {', '.join(_KNOWN)}, got {unknown[0]}")
     pairs = zip(metrics, given["figures"], strict=True)
     return Published(
         name=f"{method}-{benchmark}",

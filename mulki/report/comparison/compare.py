@@ -32,7 +32,8 @@ def compare(folders: Sequence[str | os.PathLike[str]], baseline: str | None = No
             its runs, and what a grid writes beside them is passed over. Beside runs, other files
             and folders are left out with a warning.
         baseline: label of a group, or a method with one group; by default the label of the first
-            run's group. A section without that label then has its own first group.
+            run's group. A section without that label then has its first group of that method, or
+            its own first one.
 
     Raises:
         InputError: a path that is not there, no run among them, no complete run, groups that have
@@ -49,19 +50,25 @@ def compare(folders: Sequence[str | os.PathLike[str]], baseline: str | None = No
             + "; pass folders of runs that have ended"
         )
     by_tasks: dict[tuple[str, ...], dict[str, list[Run]]] = {}
+    in_any_order: dict[frozenset[str], dict[str, Run]] = {}
     for run in runs:
-        here = by_tasks.setdefault(run.data.matrix.tasks, {})
-        here.setdefault(run.configuration, []).append(run)
+        tasks = run.data.matrix.tasks
+        by_tasks.setdefault(tasks, {}).setdefault(run.configuration, []).append(run)
+        in_any_order.setdefault(frozenset(tasks), {}).setdefault(run.configuration, run)
     configurations = {run.configuration for run in runs}
     if len(configurations) > 1 and all(len(here) == 1 for here in by_tasks.values()):
         raise InputError(
             f"{runs[0].path} and the others: no two configurations learned the same tasks in the "
             "same order; pass runs of one sequence and order"
         )
-    groups_of = {tasks: _groups(here) for tasks, here in by_tasks.items()}
+    labels = {tasks: _labels(here.values()) for tasks, here in in_any_order.items()}
+    groups_of = {
+        tasks: tuple(Group(labels[frozenset(tasks)][c], tuple(of)) for c, of in here.items())
+        for tasks, here in by_tasks.items()
+    }
     if baseline is not None:
         _check_baseline(baseline, [group for groups in groups_of.values() for group in groups])
-    first = next(iter(groups_of.values()))[0].label
+    first = next(iter(groups_of.values()))[0]
     sections = []
     for tasks, groups in groups_of.items():
         name = _name(groups[0].runs[0])
@@ -70,7 +77,9 @@ def compare(folders: Sequence[str | os.PathLike[str]], baseline: str | None = No
         if baseline is not None:
             base = _base(baseline, groups)
         else:
-            base = next((group for group in groups if group.label == first), groups[0])
+            of_label = [group for group in groups if group.label == first.label]
+            of_method = [g for g in groups if g.runs[0].method == first.runs[0].method]
+            base = (of_label or of_method or groups)[0]
         if base is None:
             warnings.append(f"{name}: no run of the baseline {baseline}, so no differences")
         others = [g for g in groups if base is not None and g is not base]
@@ -154,24 +163,26 @@ def _check(path: Path, key: str, value: Any, kind: type[Collection[Any]]) -> Non
         raise InputError(f'{path}: "{key}" is not what a run writes; restore the file')
 
 
-def _groups(by_configuration: Mapping[str, Sequence[Run]]) -> tuple[Group, ...]:
-    # Presets give other methods other options, which the name of the method stands for, so a label
-    # has the options in which the groups of one method differ.
-    by_method: dict[str, list[Mapping[str, Any]]] = {}
-    for runs in by_configuration.values():
-        by_method.setdefault(runs[0].method, []).append(runs[0].options)
-    groups = []
-    for runs in by_configuration.values():
-        same_method = by_method[runs[0].method]
-        names = sorted({name for options in same_method for name in options} - NEUTRAL)
+def _labels(runs: Iterable[Run]) -> dict[str, str]:
+    # Labels by configuration, of runs that each have their own. Presets give other methods other
+    # options, which the name of the method stands for, so a label has the options in which the
+    # configurations of one method differ.
+    by_method: dict[str, list[Run]] = {}
+    for run in runs:
+        by_method.setdefault(run.method, []).append(run)
+    labels = {}
+    for method, same in by_method.items():
+        names = sorted({name for run in same for name in run.options} - NEUTRAL)
         shown = [
-            {name: f"{name}={o[name]}" if name in o else f"{name} unset" for name in names}
-            for o in same_method
+            [f"{n}={run.options[n]}" if n in run.options else f"{n} unset" for n in names]
+            for run in same
         ]
-        own = shown[next(i for i, o in enumerate(same_method) if o is runs[0].options)]
-        differ = [own[name] for name in names if len({each[name] for each in shown}) > 1]
-        groups.append(Group(" ".join([runs[0].method, *differ]), tuple(runs)))
-    return tuple(groups)
+        differ = [
+            i for i, of_option in enumerate(zip(*shown, strict=True)) if len({*of_option}) > 1
+        ]
+        for run, own in zip(same, shown, strict=True):
+            labels[run.configuration] = " ".join([method, *(own[i] for i in differ)])
+    return labels
 
 
 def _base(given: str, groups: Sequence[Group]) -> Group | None:

@@ -36,6 +36,9 @@ def test_compare(
     assert "--baseline" in one_line(capsys)
     assert run_command(["compare", "--html", "logs", "logs/mulki"]) == 2
     assert "--html: got logs, but it is a folder" in one_line(capsys)
+    Path("taken").touch()
+    assert run_command(["compare", "logs/mulki", "--figures", "taken"]) == 2
+    assert "--figures: got taken, which is a file" in one_line(capsys)
     # Numbers alone on standard output, with one run whose file is gone.
     Path("logs/finetune/args.yaml").rename("kept.yaml")
     given = ["logs/finetune", "logs/mulki", "--json", "--html", "all.html", "--figures", "drawn"]

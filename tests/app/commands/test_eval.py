@@ -76,6 +76,8 @@ def test_bad_input(refused: Refused, finished: Path, tmp_path: Path) -> None:
     assert "CHECKPOINT" in refused(["eval"])
     assert "--tasks: got none" in refused(["eval", tmp_path / "none"])
     assert "is a folder" in refused(["eval", finished, "--predictions", tmp_path])
+    twice = ["--predictions", tmp_path / "p.csv", "--confusion", tmp_path / "p.csv"]
+    assert "--predictions writes too" in refused(["eval", finished, *twice])
     assert "neither a sequence" in refused(["eval", finished, "--tasks", "no_such"])
     assert "--lr" in refused(["eval", finished, "--lr", "1"])
 

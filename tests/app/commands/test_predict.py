@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -65,6 +66,21 @@ def test_paths_from_standard_input_and_unreadable_images(
     assert out.startswith(f"{photos / '0.png'}: - (") and out.count("\n") == 1
     assert f"mulki: {tmp_path / 'bad.png'}: unreadable image" in error
     assert error.endswith("mulki: 1 image left out\n")
+
+
+def test_names_that_are_no_utf8(
+    finished: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    try:
+        Path(os.fsdecode(name)).write_bytes((photos / "0.png").read_bytes())
+    except (OSError, UnicodeError):
+        pytest.skip("the file system takes UTF-8 alone")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(name + b"\n"), "utf-8"))
+    out = tmp_path / "out.csv"
+    assert run_command(["predict", str(finished), "-", "--csv", str(out)]) == 0
+    _, (image, *_) = csv.reader(out.open(encoding="utf-8"))
+    assert image == f"{tmp_path}/caf\\udce9.png"
 
 
 def test_bad_input(

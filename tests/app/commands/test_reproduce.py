@@ -123,6 +123,11 @@ def test_what_is_missing_is_named(
     assert "--pretrained openai" in weights and "no route to host" in weights
     assert any(line.startswith("- --reference: ") for line in lines)
     assert not logs.exists()
+    assert run_command([*given, "--json"]) == 1
+    lacking = json.loads(capsys.readouterr().out)
+    assert lacking == {
+        "row": "zscl-mtil-order1", "missing": [line.removeprefix("- ") for line in lines]
+    }  # fmt: skip
     # Without a data root it says that, once.
     assert run_command(["reproduce", "mulki-mtil-order1"]) == 1
     out = capsys.readouterr().out
@@ -136,6 +141,11 @@ def test_bad_input(refused: Refused, rows: Path, tmp_path: Path) -> None:
     assert "mulki has not this method" in refused(["reproduce", "dpw-mtil-order1"])
     assert "cannot be read" in refused(["reproduce", "--list", "--rows", tmp_path])
     assert "--seeds" in refused(["reproduce", "tuned-two", "--rows", rows, "--seeds", "-x"])
+    other = tmp_path / "other.yaml"
+    content = yaml.safe_load(rows.read_text())
+    content["benchmarks"]["two"]["metrics"] = ["transfer", "average", "acc"]
+    other.write_text(yaml.safe_dump(content))
+    assert "got acc" in refused(["reproduce", "tuned-two", "--rows", other])
     assert "no matrix.csv" in refused(["reproduce", "dpw-mtil-order1", "--runs", tmp_path])
     for option in ("--lr", "--vocabulary"):
         assert option in refused(["reproduce", "zscl-mtil-order1", option, "1"])

@@ -12,7 +12,7 @@ import pytest
 
 from mulki.errors import InputError
 from mulki.report.comparison.compare import compare
-from mulki.report.comparison.groups import TITLES
+from mulki.report.comparison.groups import TITLES, over_orders
 from mulki.runs.metrics import HEAD_METRICS
 from tests.report.report_helpers import PAIR as TASKS
 from tests.report.report_helpers import Make, printed
@@ -57,11 +57,28 @@ def test_a_label_has_what_differs_within_a_method(make: Make) -> None:
 
 
 def test_a_baseline_may_have_other_options_in_each_sequence(make: Make) -> None:
-    other: dict[str, Any] = {"tasks": ("b", "a"), "iterations": 5}
+    other: dict[str, Any] = {"tasks": ("b", "c"), "iterations": 5}
     runs = [make("a", "lwf"), make("b"), make("c", "lwf", **other), make("d", **other)]
     found = compare(runs, "mulki")
     assert [section.baseline for section in found.sections] == ["mulki", "mulki"]
     assert [[d.label for d in s.differences] for s in found.sections] == [["lwf"], ["lwf"]]
+
+
+def test_configurations_are_not_taken_together_over_orders(make: Make) -> None:
+    back: dict[str, Any] = {"tasks": ("b", "a"), "order": "II"}
+    runs = [
+        make("a", "lwf", lr=0.1),
+        make("b"),
+        make("c", "lwf", lr=0.2, **back),
+        make("d", **back),
+    ]
+    found = compare(runs)
+    labels = [[group.label for group in section.groups] for section in found.sections]
+    assert labels == [["lwf lr=0.1", "mulki"], ["lwf lr=0.2", "mulki"]]
+    assert [section.baseline for section in found.sections] == ["lwf lr=0.1", "lwf lr=0.2"]
+    assert [each.label for each in over_orders(found.sections)] == ["mulki"]
+    both = [*runs, make("e", "lwf", lr=0.1, **back)]
+    assert [e.label for e in over_orders(compare(both).sections)] == ["lwf lr=0.1", "mulki"]
 
 
 def test_a_model_that_does_not_learn_is_paired_with_every_seed(make: Make) -> None:
