@@ -59,9 +59,9 @@ class Factors(NamedTuple):
         """
         if features.dtype != torch.float16:
             return cls(scale, inverse_count, None, None, count)
-        bound = None if upstream is None else upstream.abs().amax()
+        bound = None if upstream is None else upstream.abs().nan_to_num(0.0, 0.0).amax()
         if weights is not None:
-            of_weights = weights.abs().sum(-1).amax().clamp(min=least)
+            of_weights = weights.abs().nan_to_num(0.0, 0.0).sum(-1).amax().clamp(min=least)
             bound = of_weights if bound is None else bound * of_weights
         return cls(scale, inverse_count, largest, bound, count)
 

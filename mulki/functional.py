@@ -303,6 +303,9 @@ def dual_teacher_kl(
     The columns of weights and details are (zero_shot, previous). With `weights` given, the gate is
     not used. Arguments, result and errors otherwise as `teacher_kl`.
     """
+    _check_similarity("student", student)
+    for name, teacher in (("zero_shot", zero_shot), ("previous", previous)):
+        _check_teacher(name, teacher, student)
     return teacher_kl(  # type: ignore[misc, call-overload, no-any-return]
         student,
         (zero_shot, previous),

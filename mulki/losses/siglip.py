@@ -8,6 +8,7 @@ from torch import Tensor
 from mulki import ops
 from mulki.distributed import collectives
 from mulki.losses.pairs import PairLoss, Pairs, Shard
+from mulki.ops import checks
 
 RING = ("bidir", "shift")
 GATHERED = ("gather", "reduce")
@@ -131,6 +132,10 @@ class SigLipLoss(PairLoss):
     ) -> Tensor:
         """The logits [n, m] of these features, of this rank alone, which `forward` never makes."""
         pairs = Pairs("", image_features, text_features, logit_scale, logit_bias)
+        names = "image_features", "text_features", "logit_scale"
+        checks.inputs(image_features, text_features, logit_scale, names)
+        if logit_bias is not None:
+            checks.scalar("logit_bias", logit_bias, image_features.device)
         logits = ops.similarity.matrix((pairs.images, pairs.texts, pairs.scale))
         return logits if pairs.bias is None else logits + pairs.bias
 

@@ -50,24 +50,27 @@ def scalars(values: Sequence[Tensor | float], like: Tensor) -> Tensor:
     return torch.stack([scalar(value, like) for value in values])
 
 
+_FORWARD_MODE = "forward-mode differentiation of mulki is not supported; use reverse mode"
+
+
 def refuse_transforms(*groups: Sequence[Tensor | float | None]) -> None:
     """Raise a RuntimeError where a leaf in one of the groups is differentiated otherwise.
 
     In forward mode autograd would drop the tangent in silence, and the derivative would be zero.
     The gradients of `torch.func` fail in torch, whose message does not say what to do.
     """
-    if torch.compiler.is_compiling():
-        return
     forward_mode = not torch_private.forward_mode_is_off()
+    if torch.compiler.is_compiling():
+        if forward_mode and torch_private.reason() is None:
+            raise RuntimeError(_FORWARD_MODE)
+        return
     if not (forward_mode or torch_private.transform_is_active()):
         return
     for leaf in itertools.chain(*groups):
         if not isinstance(leaf, Tensor):
             continue
         if forward_mode and forward_ad.unpack_dual(leaf).tangent is not None:
-            raise RuntimeError(
-                "forward-mode differentiation of mulki is not supported; use reverse mode"
-            )
+            raise RuntimeError(_FORWARD_MODE)
         if torch_private.is_differentiated_by_transform(leaf):
             raise RuntimeError(
                 "torch.func.grad, vjp and jacrev of mulki are not supported; use "

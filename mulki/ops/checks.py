@@ -372,7 +372,7 @@ def finite(**values: Tensor | float | None) -> None:
         if value is None:
             continue
         if not isinstance(value, Tensor):
-            value = torch.tensor(float(value), dtype=torch.float64)
+            value = torch.tensor(float(value), dtype=torch.float64, device="cpu")
         bad = ~torch.isfinite(value)
         if not bad.any():
             continue

@@ -122,7 +122,7 @@ def _gradients(stored: Sequence[Tensor], *args: Any) -> tuple[Tensor, ...]:
 
 def _fake_gradients(stored: Sequence[Tensor], *args: Any) -> tuple[Tensor, ...]:
     return tuple(
-        torch.empty_like(leaf) if want else leaf.new_empty(0)
+        leaf.new_empty(leaf.shape if want else 0)
         for leaf, want in zip(args[:3], args[-1], strict=True)
     )
 

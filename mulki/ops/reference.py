@@ -14,7 +14,9 @@ def run(operator: Operator, x: Arguments, request: Request) -> tuple[Tensor, ...
     """The results of an operator."""
     grad, reduction, wanted = request
     leaves, rest = x[: operator.leaves], x[operator.leaves :]
-    count = torch.as_tensor(operator.averaged(x)) if reduction == "mean" else None
+    count = None
+    if reduction == "mean":
+        count = torch.as_tensor(operator.averaged(x), device=x[0].device)
 
     def loss_of(*leaves: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         rows, *details = operator.reference(operator.arguments(*leaves, *rest))

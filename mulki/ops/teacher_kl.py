@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mulki.ops import checks, direct, gates
+from mulki.ops import checks, direct, gates, torch_private
 from mulki.ops.arguments import refuse_transforms, rounded, scalar, scalars
 from mulki.ops.gates import Gate, Weighting
 from mulki.ops.logits import Operands, logits, wide
@@ -74,7 +74,7 @@ def check_teachers(
 
 
 def reference(x: TeacherKl) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The specification, differentiable in the loss.
+    """The specification, differentiable in the loss, by given weights too.
 
     Returns:
         loss [N]; kl, weights, entropy [N, K].
@@ -92,13 +92,16 @@ def reference(x: TeacherKl) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         else:
             # The weights that come back are a copy.
             weights = x.weights.to(log_q.dtype, copy=True).contiguous()
+    factors = weights
+    if x.weights is not None and x.weights.requires_grad:
+        factors = x.weights.to(log_q.dtype)
     kl = _of_classes(p * (log_p - log_q.unsqueeze(1)), x.class_mask)
     # Adds zero, with the gradient q. That of the line above is -p, for the log_sum in `log_q` is a
     # constant. So the gradient is q - p, exactly zero where the student is its teacher.
     kl = kl + (log_sum - log_sum.detach())
     if x.scale_by_t2:
         kl = kl * x.temperature**2
-    return (weights * kl).sum(dim=1), kl.detach(), weights, entropy
+    return (factors * kl).sum(dim=1), kl.detach(), weights, entropy
 
 
 def _log_probabilities(x: TeacherKl, model: Operands) -> tuple[Tensor, Tensor]:
@@ -196,7 +199,7 @@ def gate_weights(
     of_teachers = stacked(models, features)
     # The function may compute with them, so they are checked before and not by the operator alone.
     check_teachers((features, prototypes), of_teachers)
-    values = not torch.compiler.is_compiling()
+    values = torch_private.has_values(features)
     checks.class_mask(class_mask, prototypes, values)
     if gate.needs_target and target is not None:
         checks.target(target, features, prototypes, class_mask, None, values)

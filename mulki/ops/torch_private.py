@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 NEWEST_TESTED = (2, 15)
@@ -114,6 +114,17 @@ def is_plain(value: Tensor) -> bool:
         and type(value) is Tensor
         and not _private["is_functorch"](value)
         and not _private["is_batched"](value)
+    )
+
+
+def has_values(value: Tensor) -> bool:
+    """Whether values can be read: there are some, and nothing that compiles or captures is on."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(value) in (Tensor, nn.Parameter)
+        and not value.is_meta
+        and not (_private and _private["is_functorch"](value))
+        and not (value.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 
 

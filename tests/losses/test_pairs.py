@@ -28,6 +28,16 @@ def test_rows_that_are_not_normalised_are_warned_of_once():
         DualTeacherClipLoss()(**half)  # rounding is no reason
 
 
+def test_shapes_alone_are_enough():
+    for kind in OURS:
+        arguments = {
+            name: value.detach().to("meta") if torch.is_tensor(value) and value.dim() else value
+            for name, value in outputs(kind)[1].items()
+        }
+        found = OURS[kind]()(**arguments)
+        assert all(loss.is_meta for loss in (found if isinstance(found, tuple) else (found,)))
+
+
 @pytest.mark.parametrize(
     ("kind", "change", "error", "message"),
     [

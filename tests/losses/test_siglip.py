@@ -35,6 +35,13 @@ def test_helpers_are_those_of_open_clip(bias):
         assert torch.equal(mine.get_ground_truth(*arguments), theirs.get_ground_truth(*arguments))
 
 
+def test_logits_name_what_does_not_fit():
+    with pytest.raises(ValueError, match="^text_features: got shape"):
+        SigLipLoss().get_logits(torch.ones(4, 8), torch.ones(4, 7), 10.0)
+    with pytest.raises(TypeError, match="^logit_bias: got str"):
+        SigLipLoss().get_logits(torch.ones(4, 8), torch.ones(4, 8), 10.0, "high")
+
+
 def test_options_that_do_not_exist_are_refused():
     with pytest.raises(ValueError, match="^dist_impl: got 'ring'"):
         SigLipLoss(dist_impl="ring")

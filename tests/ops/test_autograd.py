@@ -272,6 +272,10 @@ def test_forward_mode_is_refused(unit):
     ):
         with pytest.raises(RuntimeError, match="forward-mode"):
             torch.func.jvp(loss, (x,), (w,))
+    if torch_private.reason() is None:
+        compiled = torch.compile(torch.func.jvp, backend="eager")
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            compiled(loss_of_pairs, (x,), (w,))
 
 
 def kl_of_teacher(x: torch.Tensor, teacher: tuple) -> torch.Tensor:
@@ -317,6 +321,18 @@ def _cloned(value: object) -> object:
     if isinstance(value, list):
         return [_cloned(v) for v in value]
     return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def loss_of_pairs(x: torch.Tensor) -> torch.Tensor:
+    return ops.contrastive.loss((x, x.detach(), 9.0), None, "mean")
+
+
+@pytest.mark.skipif(torch_private.reason() is not None, reason="needs torch's private names")
+def test_gradients_flow_through_vmap_of_a_mean(unit):
+    xs = torch.stack([unit(6, 4), unit(6, 4)]).requires_grad_()
+    mapped = torch.autograd.grad(torch.vmap(loss_of_pairs)(xs).sum(), xs)
+    one_by_one = torch.autograd.grad(sum(loss_of_pairs(x) for x in xs), xs)
+    torch.testing.assert_close(mapped, one_by_one)
 
 
 def test_vmap_loops_over_an_operator_without_lists(unit):

@@ -141,6 +141,16 @@ def test_compiled_losses_have_any_upstream_gradient():
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("upstream", [[1.0, 1.0], [1.0, 2.0]])
+def test_gradients_of_transposed_features_have_the_strides_that_are_promised(upstream):
+    case = make("pairs", n=8, d=16, dtype=torch.float32)
+    columns = Case(case.op, (case.args[0].T.contiguous().T, *case.args[1:]))
+    *args, _, reduction, wanted = asking(with_labels(columns), "reduced").args
+    stored = run(asking(with_labels(columns), "reduced"))[-3:]
+    given = stored, *args, torch.tensor(upstream), reduction, wanted
+    opcheck(OPS.pair_kl_gradients.default, given, test_utils="test_faketensor")
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("n", [5, 200])
 def test_a_teacher_that_is_the_student_leaves_no_gradient(n, temperature, backend):

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mulki import ops
 from mulki.ops import torch_private
+from mulki.ops.operators import OPERATORS
 from tests.ops import op_cases
 from tests.ops.op_cases import LOSSES, NAMES, Case, asking, expected, make, requiring_grad, run
 
@@ -40,6 +41,25 @@ def test_gradients_are_those_of_autograd_for_any_choice_of_them(name, form):
                 torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
             else:
                 assert got.shape == (0,)
+
+
+@pytest.mark.parametrize(("name", "factor"), [("kl_weights", 1.0), ("pairs_weights", 0.5)])
+def test_the_specification_differentiates_by_given_weights(name, factor):
+    case = make(name)
+    operator = OPERATORS[case.op]
+    x = operator.arguments(*case.args)
+    weights = x.weights.clone().requires_grad_()
+    rows, kl, used, _ = operator.reference(x._replace(weights=weights))
+    (found,) = torch.autograd.grad(rows.sum(), weights)
+    torch.testing.assert_close(found, factor * kl)
+    assert not used.requires_grad
+
+
+def test_a_mean_is_where_its_arguments_are():
+    case = asking(make("kl"), "reduced")
+    with torch.device("meta"):
+        loss, *_ = run(case)
+    assert loss.device.type == "cpu"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mulki.ops.chunked.blocks import Blocks, Logits, cut
-from mulki.ops.chunked.products import LARGEST, Products
+from mulki.ops.chunked.blocks import LEAST_ROWS, Blocks, Logits, cut
+from mulki.ops.chunked.products import LARGEST, Products, budget
 from mulki.ops.logits import wide
 from mulki.ops.operators import Operator, Request
 from mulki.ops.similarity import SimilarityMatrix
@@ -85,7 +85,8 @@ def _gradients(
                 del scaled
     of_scale = x.scale.new_zeros(())
     results = []
-    step = max(rows.stop - rows.start for rows in blocks.rows)
+    of_row = x.features.shape[1] * model.dtype.itemsize
+    step = max(budget(x.features.device.type) // (8 * of_row), LEAST_ROWS)
     of_both = (of_x, x.features, a, to_x), (of_w, x.prototypes, b, to_w)
     for (of, leaf, lengths, want), factor in zip(of_both, factors, strict=True):
         to = leaf.new_empty(leaf.shape if want else 0)

@@ -74,6 +74,17 @@ def test_any_strides(name):
     all_close(backward(same, one), backward(apart, one.contiguous()), 0.0)
 
 
+@pytest.mark.parametrize("name", ["ce", "kl_weights"])
+def test_an_infinite_upstream_gradient_of_float16_stays_with_its_row(name):
+    case = make(name, dtype=torch.float16)
+    upstream = case.upstream()
+    dx, *_ = backward(case, upstream)
+    upstream[0] = math.inf
+    spoilt, *_ = backward(case, upstream)
+    assert not spoilt[0].isfinite().any()
+    torch.testing.assert_close(spoilt[1:], dx[1:], rtol=2e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["ce_all", "kl_label", "contrastive", "siglip", "cosines"])
 def test_results_repeat_bit_for_bit_and_nothing_is_mutated(name):
     case = make(name)

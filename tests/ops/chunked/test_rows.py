@@ -51,6 +51,12 @@ def test_calls_of_a_block_are_few():
         assert 0 < counts[1] - counts[0] <= 14
 
 
+@pytest.mark.parametrize("name", ["similarity", "cosines"])
+def test_few_rows_of_a_matrix_do_not_cut_the_gradient_of_many_prototypes(name):
+    case = asking(make(name, n=1, p=10_000, dtype=torch.float32), "backward")
+    assert len(computed(case).names) < 100
+
+
 def test_a_target_that_is_no_class_is_refused_where_columns_are_cut(cut_small):
     """As on a GPU, where targets are not checked before."""
     operator = OPERATORS["prototype_cross_entropy"]
