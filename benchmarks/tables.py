@@ -50,7 +50,7 @@ def write_csv(path: str | Path, rows: Sequence[Row], device: str) -> None:
         InputError: the file cannot be written, or holds other columns.
     """
     machine = describe_machine(device)
-    lines = [{**row, **machine} for row in rows]
+    lines = [dict(**row, **machine) for row in rows]
     columns = list(dict.fromkeys(key for line in lines for key in line))
     path = Path(path)
     try:

@@ -25,6 +25,12 @@ class InputError(ValueError):
         super().__init__(printable(" ".join(message.splitlines())))
 
 
+def says_no_memory(error: Exception) -> bool:
+    """Whether memory has ended; torch has a type of its own for accelerators, none for the CPU."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
 class Stopped(KeyboardInterrupt):
     """A signal has asked the run to end.
 

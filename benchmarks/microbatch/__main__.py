@@ -13,6 +13,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from benchmarks.microbatch.step_cost import measure
 from benchmarks.microbatch.workload import Setting
 from benchmarks.tables import machine_line, markdown, write_csv
@@ -49,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of timing, beside one to warm up")
     parser.add_argument("--output", help="a CSV file to write; one that exists grows")
     a = parser.parse_args(argv)
+    if a.threads:
+        torch.set_num_threads(a.threads)
     print(machine_line(a.device), flush=True)
     for name in a.models:
         setting = Setting(name, a.precision, a.device, a.threads)

@@ -34,7 +34,7 @@ _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def measure(setting: Setting, m: int, factors: Sequence[int], rounds: int) -> list[Row]:
-    """Rows of one model: B = `factors` times M, in micro-batches and, where it fits, whole.
+    """Rows of one model: B = M and `factors` times it, in micro-batches and, if it fits, whole.
 
     Raises:
         InputError: micro-batches do not give the gradients of the whole batch.
@@ -45,7 +45,7 @@ def measure(setting: Setting, m: int, factors: Sequence[int], rounds: int) -> li
     print(f"{setting.model}: gradients differ from the whole batch's by {error:.1e}", flush=True)
     if not error <= allowed:
         raise InputError(f"{setting.model}: gradients differ by {error:.1e}, allowed {allowed:g}")
-    sizes = sorted(m * f for f in factors)
+    sizes = sorted({m, *(m * f for f in factors)})
     points: list[Point] = [(b, m if b > m else None) for b in sizes]
     fits = _fitting(workload, m)
     points += [(b, None) for b in sizes if m < b <= min(fits, _MOST_TIMED * m)]

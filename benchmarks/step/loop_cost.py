@@ -31,13 +31,13 @@ class Tally:
     parts: list[dict[str, float]] = field(default_factory=list)
     growth: int | None = None
 
-    def row(self, batch_size: int) -> dict[str, Cell]:
+    def row(self, images: int) -> dict[str, Cell]:
         """Medians: images per second, milliseconds, the growth of memory, and the parts' shares."""
         median = float(np.median(self.seconds))
         of_parts = {name: float(np.median([p[name] for p in self.parts])) for name in PARTS}
         total = sum(of_parts.values())
         return {
-            "images_per_second": batch_size / median,
+            "images_per_second": images / median,
             "ms": 1e3 * median,
             "growth_mib": None if self.growth is None else self.growth / MIB,
             **{f"{name}_share": of_part / total for name, of_part in of_parts.items()},
@@ -93,9 +93,10 @@ def compare(job: Job, rounds: int) -> list[dict[str, Cell]]:
         learn(job, our_watch, listen)
     ratio = float(np.median(np.divide(plain.seconds, ours.seconds)))
     once_s = once[0] - float(np.median(ours.seconds))
+    images = min(job.config.batch_size, len(job.task.train))
     return [
-        {"loop": "plain", **plain.row(job.config.batch_size), "speedup": None, "once_s": None},
-        {"loop": "mulki", **ours.row(job.config.batch_size), "speedup": ratio, "once_s": once_s},
+        {"loop": "plain", **plain.row(images), "speedup": None, "once_s": None},
+        {"loop": "mulki", **ours.row(images), "speedup": ratio, "once_s": once_s},
     ]
 
 

@@ -25,7 +25,7 @@ from benchmarks.tables import machine_line, markdown, write_csv
 COUNTS = (None, 0, 100, 1_000, 10_000, 100_000)
 COLUMNS = {
     "spin_count": "GOMP_SPINCOUNT",
-    "threads": "threads",
+    "omp_threads": "threads",
     "alone": "images/s alone:.0f",
     "beside": "beside a busy process:.0f",
 }
@@ -86,7 +86,7 @@ def measure(counts: Sequence[int | None], steps: int, rounds: int) -> list[dict[
     return [
         {
             "spin_count": "not set" if count is None else count,
-            "threads": threads,
+            "omp_threads": threads,
             "alone": median(alone[count, threads]),
             "beside": median(beside[count, threads]),
         }

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mulki.app.commands import completion
 from mulki.app.commands.parsing import Parser, add_options, with_hyphens
-from mulki.errors import InputError, ProcessLost, Stopped, counted, nearest
+from mulki.errors import InputError, ProcessLost, Stopped, counted, nearest, says_no_memory
 from mulki.printing import say
 
 _COMPLETION_EXAMPLES = """run once, or put it into the shell's start file:
@@ -64,7 +64,7 @@ def run_command(argv: Sequence[str]) -> int:
         _print_error(f"{where}{error.strerror or error}")
         return 1
     except Exception as error:
-        if _says_no_memory(error):
+        if says_no_memory(error):
             # As on a full disk, out.log of a run has the traceback.
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             _print_error(
@@ -76,12 +76,6 @@ def run_command(argv: Sequence[str]) -> int:
             # The traceback that follows does not say whose it is.
             _print_error(f"{type(error).__name__}: {error}")
         raise
-
-
-def _says_no_memory(error: Exception) -> bool:
-    # torch has a type of its own for accelerators, and none for the memory of the CPU.
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _print_error(message: str) -> None:

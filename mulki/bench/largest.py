@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
-
-import torch
 
 from mulki.bench import call_cost
 from mulki.bench.cases import PAIRED, WIDTH, Case
 from mulki.bench.point import free_memory
 from mulki.bench.providers import PROVIDERS, Provider
 from mulki.bench.report import Quantiles, Result
+from mulki.errors import says_no_memory
 
 PROTOTYPES = 8192  # P of an operator that is not on pairs
 START = 1024
@@ -50,26 +50,28 @@ def search(case: Case, providers: Sequence[str], limit: int = 0) -> list[Result]
 
 
 def _search(case: Case, provider: Provider, limit: int) -> Result:
+    result = functools.partial(Result, case, provider.name, "both", metric="largest_n")
     reason = provider.refusal(case)
     if reason is None and provider.graphed:
         reason = "needs what the calls it captures need"
     if reason is None and provider.products:
         reason = "computes no loss"
     if reason is not None:
-        return Result(case, provider.name, "both", "not applicable", (reason,))
+        return result("not applicable", (reason,))
     try:
         found = largest(lambda n: _seconds(with_samples(case, n), provider), START, limit)
     # A provider may be anybody's code: whatever it raises is its result.
     except Exception as error:
         notes = (f"{type(error).__name__}: {error}".splitlines()[0],)
-        return Result(case, provider.name, "both", "failed", notes)
+        return result("failed", notes)
     finally:
         free_memory(case.device)
     if found.n == 0:
-        return Result(case, provider.name, "both", "out of memory", (f"N = {START}",))
+        return result("out of memory", (f"N = {START}",))
     metrics = {"largest_n": Quantiles.same(found.n)}
     notes = (f"N = {found.n}, {found.why}",)
-    return Result(with_samples(case, found.n), provider.name, "both", "searched", notes, 1, metrics)
+    found_case = with_samples(case, found.n)
+    return Result(found_case, provider.name, "both", "searched", notes, 1, metrics)
 
 
 def largest(seconds: Callable[[int], float | None], start: int, limit: int) -> Found:
@@ -107,10 +109,18 @@ def _seconds(case: Case, provider: Provider) -> float | None:
     try:
         inputs = case.inputs().without(provider.without)
         loss = provider.make(case)
-        start = time.perf_counter()
-        with provider.context(case):
-            outputs = call_cost.outputs("both", loss, inputs)
-            float(outputs[0])  # waits for it
-    except torch.OutOfMemoryError:
-        return None
-    return time.perf_counter() - start
+
+        def timed() -> float:
+            start = time.perf_counter()
+            with provider.context(case):
+                outputs = call_cost.outputs("both", loss, inputs)
+                float(outputs[0].sum())  # waits for it
+            return time.perf_counter() - start
+
+        first = timed()
+        # A first call may have compiled.
+        return first if first <= _SLOW else timed()
+    except Exception as error:
+        if says_no_memory(error):
+            return None
+        raise

@@ -15,6 +15,7 @@ from mulki.bench.cases import Case, Inputs
 from mulki.bench.providers import PROVIDERS
 from mulki.bench.report import REFERENCES, Quantiles, Result, Status
 from mulki.bench.verify import Verifier, worst_gradient
+from mulki.errors import says_no_memory
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,11 @@ def _check(case: Case, name: str, inputs: Inputs, verifier: Verifier) -> _Checke
     try:
         calls = calls_of(provider, case, inputs)
         errors = verifier.errors(calls.outcome())
-    except torch.OutOfMemoryError as error:
-        found = _Checked("out of memory", (str(error).splitlines()[0],))
     # A provider may be anybody's code: whatever it raises is its result at this case.
     except Exception as error:
-        return _Checked("failed", (f"{type(error).__name__}: {error}".splitlines()[0],))
+        if not says_no_memory(error):
+            return _Checked("failed", (f"{type(error).__name__}: {error}".splitlines()[0],))
+        found = _Checked("out of memory", (str(error).splitlines()[0],))
     else:
         problems = verifier.problems(errors, provider.strict)
         if problems:

@@ -116,7 +116,7 @@ class Quantiles:
 
 @dataclass(frozen=True)
 class Result:
-    """One provider at one case in one mode."""
+    """One provider at one case in one mode; `metric` is what there is none of without metrics."""
 
     case: Case
     provider: str
@@ -125,6 +125,7 @@ class Result:
     notes: tuple[str, ...] = ()
     rounds: int = 0
     metrics: dict[str, Quantiles] = field(default_factory=dict)
+    metric: str = "speed"
 
 
 def rows_of(result: Result, machine: Mapping[str, str]) -> Iterator[Row]:
@@ -152,7 +153,7 @@ def rows_of(result: Result, machine: Mapping[str, str]) -> Iterator[Row]:
         "note": "; ".join(result.notes),
         **machine,
     }
-    metrics: Mapping[str, Quantiles | None] = result.metrics or {"speed": None}
+    metrics: Mapping[str, Quantiles | None] = result.metrics or {result.metric: None}
     for name, values in metrics.items():
         quantiles = [values.median, values.low, values.high] if values else []
         numbers = [f"{value:.6g}" for value in quantiles] or ["", "", ""]
@@ -396,7 +397,8 @@ def _largest(rows: Sequence[Row]) -> Iterator[str]:
         config = json.loads(row["extra_benchmark_config_str"])
         p = "N" if row["kernel_name"] in PAIRED else config["P"]
         point = (row["kernel_name"], f"N x {p} x {config['D']}", config["dtype"])
-        points.setdefault(point, {})[row["kernel_provider"]] = row["x_value"]
+        found = row["x_value"] if row["y_value_50"] else row["status"]
+        points.setdefault(point, {})[row["kernel_provider"]] = found
     providers = list(dict.fromkeys(row["kernel_provider"] for row in rows))
     yield _line(["operator", "N x P x D", "dtype", *providers])
     yield _line(["---"] * 3 + ["---:"] * len(providers))

@@ -16,7 +16,7 @@ from mulki.bench.point import measure_case
 from mulki.bench.providers import PROVIDERS
 from mulki.bench.report import CsvFile, Quantiles, Result
 from mulki.choices.options import check_options, option
-from mulki.errors import InputError, counted, nearest
+from mulki.errors import InputError, counted, nearest, says_no_memory
 
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -118,6 +118,13 @@ def _plan(options: BenchOptions) -> tuple[list[Case], BenchOptions, dict[str, st
         listed = "; ".join(f"{name} {reason}" for name, reason in absent.items())
         raise InputError(f"--providers: none of them can be timed on {options.device}: {listed}")
     options = replace(options, providers=here)
+    defaults = BenchOptions()
+    for name in ("shapes", "modes", "seconds", "quick") if options.largest else ():
+        if getattr(options, name) != getattr(defaults, name):
+            raise InputError(
+                f"--{name}: given with --largest, which searches N forward and backward; leave one "
+                "of the two out"
+            )
     if options.limit and not options.largest:
         raise InputError("--limit: given without --largest, which is all that it ends")
     if 0 < options.limit < largest.START:
@@ -201,7 +208,9 @@ def _run(
         )
         try:
             found = measured(case)
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not says_no_memory(error):
+                raise
             notes = (str(error).splitlines()[0],)
             found = [
                 Result(case, name, mode, "out of memory", notes)

@@ -73,5 +73,6 @@ def worst_gradient(errors: dict[str, float]) -> float | None:
 def _error(found: Tensor, truth: Tensor) -> float:
     if found.shape != truth.shape or not found.isfinite().all():
         return float("inf")
-    difference = found.double() - truth
-    return float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(truth))
+    difference = torch.linalg.vector_norm(found.double() - truth)
+    # Both may be zero, as the loss over a single class.
+    return float(difference / torch.linalg.vector_norm(truth)) if difference else 0.0

@@ -91,7 +91,8 @@ def backward(
         loss: from the outputs of the encoders, in their order, to a scalar, or to a dict of scalars
             whose sum is minimised.
         encoders: each an `Encoder`, or ``(function, *inputs)`` for one that is split.
-        micro_batch: samples encoded at a time; None for all of them, without a second pass.
+        micro_batch: samples encoded at a time; None, or as many as there are or more, for all of
+            them, without a second pass.
         scaler: multiplies the loss before its backward pass.
 
     Returns:
@@ -169,10 +170,8 @@ def _check(towers: Sequence[Encoder], micro_batch: int | None) -> None:
             raise ValueError(f"encoders[{place}]: got no samples, wanted at least one")
         if tower.split:
             size = _size(tower, micro_batch)
-            if size is not None and not 1 <= size <= sizes[0]:
-                raise ValueError(
-                    f"micro_batch: got {size}, wanted at least 1 and at most the batch, {sizes[0]}"
-                )
+            if size is not None and size < 1:
+                raise ValueError(f"micro_batch: got {size}, wanted at least 1")
             if tower.micro_batch is None:
                 if rows is not None and rows != sizes[0]:
                     raise ValueError(

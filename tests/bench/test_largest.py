@@ -20,14 +20,17 @@ from mulki.bench.providers import PROVIDERS, Provider
 from mulki.bench.report import markdown, rows_of
 from tests.bench.bench_helpers import CASE, MACHINE
 
+OF_THE_CPU = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+OF_A_GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to\nallocate")
 
-def starving(beyond: int) -> Provider:
+
+def starving(beyond: int, error: RuntimeError = OF_A_GPU) -> Provider:
     """A provider whose memory ends at so many rows."""
 
     def make(case: Case) -> Callable[..., Tensor]:
         def loss(x: Tensor, *others: Any) -> Tensor:
             if x.shape[0] > beyond:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to\nallocate")
+                raise error
             return EAGER[case.operator](x, *others)
 
         return loss
@@ -96,6 +99,33 @@ def test_the_largest_n_of_a_provider(monkeypatch: pytest.MonkeyPatch) -> None:
     text = markdown([row for r in (mulki, eager) for row in rows_of(r, MACHINE)])
     assert "Largest N" in text and "| mulki | eager |" in text
     assert "| prototype_cross_entropy | N x 4 x 512 | float32 | 20 | 64 |" in text
+    # A search without a result is no time that is missing.
+    text = markdown([row for r in (mulki, wrong) for row in rows_of(r, MACHINE)])
+    assert "ms" not in text and "| float32 | 20 | failed |" in text
+
+
+def test_a_matrix_is_searched_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(largest, "START", 8)
+    (case,) = largest.cases(["similarity"], ["float32"], "cpu")
+    (found,) = largest.search(case, ["eager"], limit=16)
+    assert (found.status, found.case.n) == ("searched", 16)
+
+
+def test_the_time_of_a_search_is_not_that_of_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter((0.0, 60.0, 60.0, 61.0))
+    monkeypatch.setattr(largest.time, "perf_counter", lambda: next(seconds))
+    (case,) = largest.cases(["siglip"], ["float32"], "cpu")
+    assert largest._seconds(largest.with_samples(case, 8), PROVIDERS["eager"]) == 1.0
+
+
+@pytest.mark.parametrize(
+    "words", [("--shapes", "8x8"), ("--modes", "forward"), ("--seconds", "3"), ("--quick",)]
+)
+def test_options_of_timing_are_refused(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(["bench", "--largest", "--limit", "2048", *words]) == 2
+    assert f"{words[0]}: given with --largest" in capsys.readouterr().err
 
 
 def test_pairs_are_searched_along_the_diagonal() -> None:
@@ -107,7 +137,7 @@ def test_on_a_cpu_the_search_has_a_limit(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(largest, "WIDTH", 4)
-    monkeypatch.setitem(PROVIDERS, "mulki", starving(1600))
+    monkeypatch.setitem(PROVIDERS, "mulki", starving(1600, OF_THE_CPU))
     words = ("--largest", "--limit", "2048", "--ops", "siglip", "--dtypes", "fp32")
     chosen = ("--providers", "mulki", "eager", "products")
     assert run_command(["bench", *words, *chosen]) == 0

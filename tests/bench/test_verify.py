@@ -86,6 +86,13 @@ def test_a_wrong_loss_and_one_that_is_not_finite_are_noticed() -> None:
     assert [p.partition(":")[0] for p in problems] == ["gradient of prototypes"]
 
 
+def test_a_loss_that_is_zero_is_right() -> None:
+    case = Case("prototype_cross_entropy", 6, 1, 4, "float32")
+    inputs = case.inputs()
+    errors = Verifier(case, inputs).errors(outcome(EAGER[case.operator], inputs))
+    assert set(errors.values()) == {0.0}
+
+
 def test_an_unfused_result_that_is_not_finite_excuses_nobody(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -55,6 +55,15 @@ def test_memory_is_flat_in_micro_batches(setting: Setting) -> None:
     assert split["with_batch_mib"] == pytest.approx(split["peak_mib"] + split["batch_mib"])
 
 
+def test_micro_batches_are_held_against_a_batch_of_one(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_cost, "in_fresh_process", lambda of, point: {"saved_mib": point[0]})
+    rows = step_cost.measure(setting, 2, (3,), rounds=1)
+    assert [row["batch"] for row in rows] == [2, 6, 6]
+    assert [row["saved_ratio"] for row in rows] == [1, 3, 3]
+
+
 def test_a_point_in_a_fresh_process(setting: Setting) -> None:
     here, there = step_cost.memory_of(setting, 4, 2), step_cost.in_fresh_process(setting, (4, 2))
     assert there.keys() == here.keys()

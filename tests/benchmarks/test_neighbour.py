@@ -30,9 +30,9 @@ def test_each_setting_is_measured_alone_and_beside(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     rows = neighbour.measure((None, 7), steps=3, rounds=2)
     assert rows == [
-        {"spin_count": "not set", "threads": 4, "alone": 100.0, "beside": 50.0},
-        {"spin_count": 7, "threads": 4, "alone": 107.0, "beside": 57.0},
-        {"spin_count": "not set", "threads": 3, "alone": 100.0, "beside": 50.0},
+        {"spin_count": "not set", "omp_threads": 4, "alone": 100.0, "beside": 50.0},
+        {"spin_count": 7, "omp_threads": 4, "alone": 107.0, "beside": 57.0},
+        {"spin_count": "not set", "omp_threads": 3, "alone": 100.0, "beside": 50.0},
     ]
     assert len(asked) == 12 and asked.count((7, 4, True)) == 2
 

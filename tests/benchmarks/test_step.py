@@ -98,8 +98,15 @@ def test_both_loops_take_the_same_steps(options: dict[str, Any]) -> None:
     for row in (plain_row, our_row):
         assert sum(row[f"{part}_share"] for part in PARTS) == pytest.approx(1)
         assert row["images_per_second"] > 0
+    assert our_row["images_per_second"] * our_row["ms"] == pytest.approx(8000)
     assert plain_row["teachers_share"] > our_row["teachers_share"]
     assert our_row["speedup"] > 0
+
+
+def test_a_task_smaller_than_a_batch_counts_its_images(options: dict[str, Any]) -> None:
+    job = prepare(**options | {"batch_size": 32, "limit_images": 20})
+    _, row = compare(job, 1)
+    assert row["images_per_second"] * row["ms"] == pytest.approx(1000 * len(job.task.train))
 
 
 def test_loops_with_other_losses_are_refused(
@@ -154,5 +161,7 @@ def test_tables(tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) == 5
     with pytest.raises(InputError, match="columns"):
         write_csv(path, [{"c": 1}], "cpu")
+    with pytest.raises(TypeError, match="threads"):
+        write_csv(path, [{"threads": 1}], "cpu")
     with pytest.raises(InputError, match="folder"):
         write_csv(tmp_path / "no" / "t.csv", rows, "cpu")
