@@ -10,11 +10,11 @@ JOBS ?= 2
 SPREAD = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile --no-loadscope-reorder)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest docs lint sanitize cross-arm fuzz test-long clean .venv
+.PHONY: help demo test pytest test-oldest docs lint style types sanitize cross-arm fuzz test-long clean .venv
 
 help:
 	@echo "make demo      run the bundled image tasks (mulki run embedded --preset small) and show the results"
-	@echo "make test      make lint, then pytest in JOBS=2 processes"
+	@echo "make test      make lint, and pytest in JOBS=2 processes"
 	@echo "make test-long the tests that take minutes: packages, fifty tasks, every point to kill a run at"
 	@echo "make test-oldest  some tests of the Triton kernels with torch 2.11 and Triton 3.6, the oldest supported"
 	@echo "make docs      the documentation as a site in build/docs, without warnings or a network"
@@ -29,7 +29,11 @@ help:
 demo: .venv/.installed-demo
 	$(BIN)/mulki run embedded --preset small
 
-test: lint
+# mypy has one process and takes a minute, so the tests begin beside it.
+test: style
+	$(MAKE) --no-print-directory -j 2 types pytest
+
+pytest: .venv/.installed-test
 	$(BIN)/python -m pytest -q $(SPREAD)
 
 # In an environment of its own, without the C++ kernels. NumPy 2.4 does not go with the interpreter
@@ -70,10 +74,14 @@ docs: .venv/.installed-docs
 	@echo "build/docs/index.html is the first page. The search wants a server:"
 	@echo "    python3 -m http.server --directory build/docs"
 
-lint: .venv/.installed-test
+lint: style types
+
+style: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	find csrc tests -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+
+types: .venv/.installed-test
 	$(BIN)/mypy
 
 sanitize: .venv/.installed-test

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mulki.clip.features import Features
+from mulki.runs import environment
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -52,6 +54,15 @@ def real_fsync() -> Iterator[Callable[[int], None]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield real
+
+
+@pytest.fixture(scope="session", autouse=True)
+def git_asked_once() -> Iterator[None]:
+    """A run folder asks git three times for the commit, which is the same in all tests."""
+    asked = functools.cache(environment.git_state)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(environment, "git_state", asked)
+        yield
 
 
 @pytest.fixture

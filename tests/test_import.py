@@ -40,27 +40,20 @@ def test_torch_is_imported_when_it_is_needed() -> None:
 
 
 def test_works_where_the_optional_packages_are_missing() -> None:
-    """A package that is None in sys.modules cannot be imported."""
+    """A package that is None in sys.modules cannot be imported; and no compiler is started."""
+    # torch asks the system for libraries, in a process of its own where it is built for CUDA.
     code = (
         f"import sys\nsys.modules.update(dict.fromkeys('{HEAVY}'.split()))\n"
-        "import mulki, torch\n"
+        "import subprocess, torch\n"
+        "def refuse(*a, **k): raise AssertionError(a)\n"
+        "subprocess.Popen.__init__ = refuse\n"
+        "import mulki\n"
         "u = torch.nn.functional.normalize(torch.ones(2, 3, requires_grad=True), dim=1)\n"
         "similarity = mulki.Similarity(u, u.detach(), 10.0)\n"
         "loss = mulki.functional.prototype_cross_entropy(similarity, torch.tensor([0, 1]))\n"
         "loss.backward()\nprint(float(loss) > 0)"
     )
     assert python(code).strip() == "True"
-
-
-def test_no_compiler_is_started() -> None:
-    # torch asks the system for libraries, in a process of its own where it is built for CUDA.
-    code = (
-        "import subprocess, torch\n"
-        "def refuse(*a, **k): raise AssertionError(a)\n"
-        "subprocess.Popen.__init__ = refuse\n"
-        "import mulki"
-    )
-    python(code)
 
 
 def test_the_command_line_answers_without_open_clip() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,21 +30,36 @@ def python(*arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import mulki; a = mulki.info(); import mulki.info as m; b = mulki.info(), m(), m.info()",
-        "import mulki.info; mulki.info(); from mulki import info; info(), mulki.info.info()",
-        "from mulki.info import info; info(); import mulki; mulki.info(); mulki.info.Info",
-    ],
+#: Runs each code in a process that has imported torch, and nothing else.
+FORKS = """
+import os, sys, traceback, torch
+for code in sys.argv[1:]:
+    if not (child := os.fork()):
+        status = 1
+        try:
+            exec(code, {})
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0, code
+"""
+ORDERS = (
+    "import mulki; a = mulki.info(); import mulki.info as m; b = mulki.info(), m(), m.info()",
+    "import mulki.info; mulki.info(); from mulki import info; info(), mulki.info.info()",
+    "from mulki.info import info; info(); import mulki; mulki.info(); mulki.info.Info",
 )
-def test_every_import_order(code: str) -> None:
-    python("-c", code)
+# `import mulki` neither collects nor loads anything.
+LIGHT = (
+    "import sys, mulki\n"
+    "assert 'mulki.info' not in sys.modules\n"
+    "assert not any('_cpu_' in x for x in torch.ops.loaded_libraries)"
+)
 
 
-def test_as_a_command() -> None:
-    text = python("-m", "mulki.info")
-    assert text.startswith("versions\n") and f"mulki      {mulki.__version__}" in text
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
+def test_every_import_order() -> None:
+    python("-c", FORKS, *ORDERS, f"import torch\n{LIGHT}")
 
 
 def test_a_backend_that_does_not_exist_is_told_and_auto_reported(monkeypatch, capsys) -> None:
@@ -53,18 +69,11 @@ def test_a_backend_that_does_not_exist_is_told_and_auto_reported(monkeypatch, ca
     with pytest.raises(ValueError, match="^MULKI_BACKEND: got 'eager'"):
         backends.report()
     text = python("-m", "mulki.info")
+    assert text.startswith("versions\n") and f"mulki      {mulki.__version__}" in text
     assert "MULKI_BACKEND" in text
     assert mulki.info().operators == expected
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("MULKI_BACKEND: got 'eager', wanted one of auto")
-
-
-def test_importing_mulki_neither_collects_nor_loads_anything() -> None:
-    code = (
-        "import sys, torch, mulki\n"
-        "print('mulki.info' in sys.modules, any('_cpu_' in x for x in torch.ops.loaded_libraries))"
-    )
-    assert python("-c", code).strip() == "False False"
 
 
 def test_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:

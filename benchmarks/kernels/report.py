@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
@@ -39,14 +40,15 @@ again and compare.
 """
 
 
-def all_variants() -> list[Variant]:
+@functools.cache
+def all_variants() -> tuple[Variant, ...]:
     """The variants of the report, in its order."""
-    return [
+    return tuple(
         variant
         for number_format in NUMBER_FORMATS
         for architecture in ARCHITECTURES
         for variant in variants(architecture, number_format)
-    ]
+    )
 
 
 def compilers() -> str:

@@ -41,7 +41,7 @@ def test_one_task_of_all(tasks: list[Task]) -> None:
 def test_bounds_are_of_runs(
     tasks: list[Task], start_model: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    shared = {**start_model, "batch_size": 6, "lr": 1e-2, "device": "cpu", "iterations": 20}
+    shared = {**start_model, "batch_size": 6, "lr": 1e-2, "device": "cpu", "iterations": 2}
     monkeypatch.setattr(bounds, "SHARED", shared)
     steps: list[int] = []
 
@@ -53,7 +53,7 @@ def test_bounds_are_of_runs(
     monkeypatch.setattr(bounds, "resolve", resolved)
     with train_helpers.without_figures():
         lines = [bounds.bound(kind, 0, tasks) for kind in ("joint", "alone")]
-    assert steps == [20, 40, 20, 20, 20]
+    assert steps == [2, 4, 2, 2, 2]
     for line in lines:
         assert list(line["accuracies"]) == [task.name for task in tasks]
         assert all(0 <= value <= 100 for value in line["accuracies"].values())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
+import open_clip
 import pytest
 
 from benchmarks.step import large
@@ -19,7 +21,12 @@ def test_a_model_is_measured_or_counted(
 ) -> None:
     forms = {"all weights": SHORT, "--lora-rank 16": SHORT | {"lora_rank": 16}}
     monkeypatch.setattr(large, "FORMS", forms)
-    monkeypatch.setattr(large, "MODELS", {"ViT-S-32": {}})
+    tower = {"image_size": 224, "layers": 3, "width": 384, "patch_size": 32}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
+    config = {"embed_dim": 384, "vision_cfg": tower, "text_cfg": text}
+    (tmp_path / "few-layers.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "few-layers.json")
+    monkeypatch.setattr(large, "MODELS", {"few-layers": {}})
     monkeypatch.setattr(large, "_alone", lambda call, *given: call(*given))
     large.main(["--output", str(tmp_path / "out.csv")])
     with (tmp_path / "out.csv").open(newline="") as file:
@@ -30,7 +37,7 @@ def test_a_model_is_measured_or_counted(
     assert whole["measured"] == "" and whole["batch"] == "64"
     # The smaller batch fits as a whole.
     assert whole["on_8"] == "64" and float(large_batch["kept"]) > 100
-    assert "| ViT-S-32 | all weights | 64 | - | " in capsys.readouterr().out
+    assert "| few-layers | all weights | 64 | - | " in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -104,16 +104,14 @@ def test_two_processes_are_one(base: dict[str, Any], tmp_path: Path) -> None:
         "cache": ({"method": "mulki", **kept}, 6),
         "captions": (captions | ANCHORED, 6),
     }
-    compare(base, CASES | of_this_test, 2, tmp_path)
+    compare(base, CASES | of_this_test, 2)
     log = (Path(base["logs"]) / "mulki-2" / "out.log").read_text()
     assert "2 processes, 6 images in a batch" in log
 
 
 @pytest.mark.long
-def test_three_processes_are_one(base: dict[str, Any], tmp_path: Path) -> None:
-    compare(
-        base, {name: CASES[name] for name in ("mulki", "whole", "whole-reference")}, 3, tmp_path
-    )
+def test_three_processes_are_one(base: dict[str, Any]) -> None:
+    compare(base, {name: CASES[name] for name in ("mulki", "whole", "whole-reference")}, 3)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Runs on several processes by torchrun, compared with the same run on one."""
+"""Runs on several processes, compared with the same run on one."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from mulki.distributed.world import World
 from mulki.runs.answers import read_answers
 from mulki.runs.metrics import read_matrix
 from mulki.train.config.run_config import resolve
 from mulki.train.sequence import run
 from tests import ROOT
+from tests.ranks import run_ranks
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
 FIRST = "checkpoints/task_01_colours.safetensors"
@@ -67,11 +69,18 @@ def command(base: dict[str, Any], logs: Path, name: str) -> list[str]:
     ]  # fmt: skip
 
 
+def runs_on_a_rank(rank: int, size: int, runs: list[tuple[str, dict[str, Any]]]) -> None:
+    from tests.train import distributed_worker  # which changes modules, for its own process
+
+    world = World(rank, size)
+    distributed_worker.check_micro_batches(world)
+    distributed_worker.check_runs(runs, world)
+
+
 def compare(
     base: dict[str, Any],
     cases: dict[str, tuple[dict[str, Any], int]],
     processes: int,
-    path: Path,
     **more: Any,
 ) -> None:
     """Run each case (options, images in a global batch) on several processes and on one.
@@ -82,9 +91,7 @@ def compare(
         (f"{name}-{processes}", base | options | more | {"batch_size": batch // processes})
         for name, (options, batch) in cases.items()
     ]
-    (path / "runs.json").write_text(json.dumps(runs))
-    done = torchrun(processes, str(WORKER), str(path / "runs.json"))
-    assert done.returncode == 0, done.stderr
+    run_ranks(processes, runs_on_a_rank, runs, sharded=bool(more.get("fsdp")))
     logs = Path(base["logs"])
     for name, (options, batch) in cases.items():
         if not (logs / name).exists():

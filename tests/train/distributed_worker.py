@@ -1,15 +1,13 @@
-"""What one process of the tests of distribution does; torchrun starts several of it.
+"""What one process of the tests of distribution does.
 
-Reads a JSON list of [name of the run, options], each a run of `mulki.train.sequence.run`; or,
-after the name of a fault and the step it comes in, as in kill@8 (3 by default), takes the arguments
-of the command line.
+torchrun starts several of it with the name of a fault and the step it comes in, as in kill@8 (3 by
+default), and the arguments of the command line after it.
 """
 
 from __future__ import annotations
 
 import datetime
 import errno
-import json
 import os
 import signal
 import sys
@@ -30,7 +28,7 @@ from torch.distributed.fsdp import fully_shard
 
 from mulki.app import cli
 from mulki.clip.models import VisionLanguageModel
-from mulki.distributed import one_thread_gloo, roll_call
+from mulki.distributed import roll_call
 from mulki.distributed.world import World
 from mulki.errors import InputError
 from mulki.losses import ClipLoss
@@ -103,14 +101,6 @@ def check_micro_batches(world: World) -> None:
         backward(lambda out: loss(**out), (sharded, *part), micro_batch=micro_batch)
         for name, parameter in sharded.named_parameters():
             torch.testing.assert_close(parameter.grad.full_tensor(), wanted[name])
-
-
-def main(runs: list[tuple[str, dict[str, Any]]]) -> None:
-    sharded = any(options.get("fsdp") for _, options in runs)
-    dist.init_process_group(one_thread_gloo.name() if sharded else "gloo")
-    with World(dist.get_rank(), dist.get_world_size(), joined=True) as world:
-        check_micro_batches(world)
-        check_runs(runs, world)
 
 
 def check_runs(runs: list[tuple[str, dict[str, Any]]], world: World) -> None:
@@ -207,7 +197,4 @@ def fail(fault: Callable[[], object], step: int, arguments: list[str]) -> None:
 if __name__ == "__main__":
     words = [word for word in sys.argv[1:] if word != "--"]
     name, _, step = words[0].partition("@")
-    if name in FAULTS:
-        fail(FAULTS[name], int(step or 3), words[1:])
-    else:
-        main(json.loads(Path(words[0]).read_text()))
+    fail(FAULTS[name], int(step or 3), words[1:])

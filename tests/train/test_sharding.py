@@ -77,9 +77,7 @@ def test_a_block_without_parameters_is_no_unit() -> None:
 @pytest.mark.slow
 def test_sharded_models_learn_as_whole_ones(base: dict[str, Any], tmp_path: Path) -> None:
     kept = {"hold_on": "both", "teacher_cache": str(tmp_path / "cache"), **ANCHORED}
-    compare(
-        base, SHARDED | {"fsdp-cache": ({"method": "mulki", **kept}, 6)}, 2, tmp_path, fsdp=True
-    )
+    compare(base, SHARDED | {"fsdp-cache": ({"method": "mulki", **kept}, 6)}, 2, fsdp=True)
 
 
 def test_sharding_needs_several_processes(base: dict[str, Any]) -> None:

@@ -63,10 +63,10 @@ def test_seeds_and_methods_make_a_grid_that_is_compared(
 
 
 def test_orders_are_compared_over_orders(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    start_model: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = "run embedded --preset quick --limit-images 10 --method zero_shot --name g".split()
-    logs = ["--logs", str(tmp_path), "--no-save-checkpoints"]
+    logs = ["--logs", str(tmp_path), "--no-save-checkpoints", "--model", start_model["model"]]
     assert run_command([*given, *logs, "--orders", "I", "II"]) == 0
     out = capsys.readouterr().out
     assert "over orders" in out

@@ -36,7 +36,8 @@ def test_kept_launches_give_the_same_bits(name, dtype, monkeypatch):
     asked = 0
     with use_backend("triton"):
         for reduction, upstream in WAYS:
-            for seed in range(3):
+            before = None
+            for seed in (0, 0, 1):  # the second is recorded; the third, of other numbers, is kept
                 case, args = arguments(name, dtype, seed)
                 operator = OPERATORS[case.op]
                 if reduction not in operator.reductions:
@@ -49,7 +50,10 @@ def test_kept_launches_give_the_same_bits(name, dtype, monkeypatch):
                 wanted = [reduction != "none" or upstream] * operator.leaves
                 request = Request(grad, reduction, wanted)
                 found = backends.call(operator, *x, *request)
-                for one, other in zip(found, kernel(case.op)(x, request), strict=True):
+                # The first stands for the second, of the same numbers.
+                same = kernel(case.op)(x, request) if before is None or seed else before
+                before = same
+                for one, other in zip(found, same, strict=True):
                     assert one.dtype == other.dtype and torch.equal(one, other)
             asked += reduction in operator.reductions
         kept = [callable(one) for one in prepared.calls.values()]
