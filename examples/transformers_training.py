@@ -97,6 +97,10 @@ def main():
         rows = list(csv.DictReader(file))
     if world:  # as many for each process: one without a batch would let the others wait
         rows = rows[: len(rows) // world * world][rank::world]
+    if len(rows) < given.batch_size:
+        parser.error(
+            f"{len(rows)} pairs for each process, fewer than --batch-size {given.batch_size}"
+        )
 
     def batches():
         for start in range(0, len(rows) - given.batch_size + 1, given.batch_size):

@@ -111,7 +111,9 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     names = [*lines[0]["accuracies"]]
     rows = [f"| | {' | '.join(names)} | mean | seeds |", f"|{'---|' * (len(names) + 3)}"]
     for kind in _KINDS:
-        of = [line["accuracies"] for line in lines if line["kind"] == kind]
+        # Of equal runs the last counts.
+        by_seed = {line["seed"]: line["accuracies"] for line in lines if line["kind"] == kind}
+        of = list(by_seed.values())
         if of:
             cells = [f"{mean(each[name] for each in of):.1f}" for name in names]
             middle, half = mean_interval([mean(each.values()) for each in of])

@@ -112,6 +112,7 @@ def carry_out(runs: list[Run], jobs: int) -> None:
 
     Raises:
         ValueError: two runs of the study are the same, so that one would vanish from its table.
+        RuntimeError: runs have failed; the others have their lines.
     """
     pack = fingerprint(runs[0].model if runs else BUNDLED)
     wanted = [settings_of(run) for run in runs]
@@ -128,13 +129,20 @@ def carry_out(runs: list[Run], jobs: int) -> None:
     threads = max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        futures = [pool.submit(one_run, r, pack, threads) for r in pending]
-        for future in as_completed(futures):
+        runs_of = {pool.submit(one_run, run, pack, threads): run for run in pending}
+        failed = []
+        for future in as_completed(runs_of):
+            if (error := future.exception()) is not None:
+                failed.append(f"{runs_of[future]}: {type(error).__name__}: {error}")
+                print(failed[-1], flush=True)
+                continue
             result = future.result()
             with (RESULTS / f"{result['study']}.jsonl").open("a") as lines:
                 lines.write(json.dumps(result) + "\n")
             shown = " ".join(f"{k} {result[k]:.2f}" for k in ("transfer", "average", "last"))
             print(f"{result['variant']} {result['options']}: {shown}", flush=True)
+    if failed:
+        raise RuntimeError(f"runs failed: {'; '.join(failed)}")
 
 
 def one_run(run: Run, pack: str, threads: int) -> dict[str, Any]:
@@ -156,6 +164,8 @@ def one_run(run: Run, pack: str, threads: int) -> dict[str, Any]:
         if run.study in studies.CHOICES:
             tasks = [held_out(task) for task in tasks]
         folder = learn(settings, tasks=tasks)
+        if fingerprint(run.model) != pack:
+            raise RuntimeError("the start model or the images have changed since the study began")
         environment = json.loads((folder.path / "env.json").read_text())
         summary = json.loads((folder.path / "summary.json").read_text())
     matrix = folder.matrix
@@ -234,10 +244,12 @@ def standing(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The results that hold for the present start models, images, presets and defaults.
 
     Studies by which a preset was chosen began from the preset before it; their results stay. The
-    transformer is that of its last line, since its weights are not here to be looked at.
+    transformer is that of the study's last line, since its weights are not here to be looked at.
+    Of equal runs the last counts.
     """
-    pack = fingerprint()
-    of_vit = [r for r in results if r["study"] in studies.OF_VIT]
+    bundled = fingerprint()
+    packs = {r["study"]: r["pack"] for r in results if r["study"] in studies.OF_VIT}
+    of_vit = [r for r in results if r["study"] == "vit"]
     seeds = tuple({r["options"]["seed"] for r in results if r["study"] not in studies.CHOICES})
     runs = [*studies.comparison(seeds), *studies.gates(seeds)]
     if of_vit:
@@ -249,15 +261,15 @@ def standing(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     reported = {key(run.study, run.variant, run.options): run for run in runs}
 
     def holds(result: dict[str, Any]) -> bool:
-        transformer = result["study"] in studies.OF_VIT
-        if result["pack"] != (of_vit[-1]["pack"] if transformer else pack):
+        if result["pack"] != packs.get(result["study"], bundled):
             return False
         if result["study"] in studies.CHOICES:
             return True
         run = reported.get(key(result["study"], result["variant"], result["options"]))
         return run is not None and has_settings(result, settings_of(run))
 
-    return [r for r in results if holds(r)]
+    held = {key(r["study"], r["variant"], r["options"]): r for r in results if holds(r)}
+    return list(held.values())
 
 
 def _folder(model: str) -> Path:

@@ -27,7 +27,7 @@ The rules; the first two were written down before any of the runs, the others la
 MulKI's first form, of which no run is left here (commit 4935d05 has them), was tuned like the
 others. Its results and its ablation on orders I and II and on the sequences, where
 Select-and-Distill was ahead, prompted the search for other forms. So the test images had that much
-of a say, but for those of the two drawn orders.
+of a say; the drawn orders are other orders of the same images.
 """
 
 from __future__ import annotations

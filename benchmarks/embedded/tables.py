@@ -72,8 +72,9 @@ _CHOICES = {
     ),
     "vit_rates": (
         "Learning rates of the transformer",
-        "The start model with a transformer (pack/README.md): each row with shares of its rate on "
-        "the bundled model; where the best one was the smallest or the largest, with one more. "
+        "The start model with a transformer, whose projections were trained by the same command "
+        "before those that are kept (pack/README.md): each row with shares of its rate on the "
+        "bundled model; where the best one was the smallest or the largest, with one more. "
         "First three tasks of order I alone, one seed.",
     ),
 }
@@ -139,7 +140,8 @@ def _compared(lines: Sequence[Line]) -> list[str]:
             table(of_orders, OF_ORDERS),
             f"By order, {' / '.join(_OF_CRITERION)}. Strength and MulKI's form were chosen on "
             "orders III and IV, on training images that were held out. Orders I and II had a say "
-            "in that MulKI has another form than at first. The last two were drawn at random.",
+            "in that MulKI has another form than at first. The last two were drawn at random; all "
+            "have the same test images.",
             by_order(of_orders),
         ]
     for sequence in studies.SEQUENCES:
@@ -192,13 +194,16 @@ def choices(study: str, lines: Sequence[Line]) -> str:
     rows = [
         f"## {title}\n\n`{COMMAND} {study}`. {what} Tested on training images that were held out; "
         "the criterion is the mean of transfer, average and last. A row with fewer runs than "
-        "others does not compare with them.\n",
+        "others does not compare with them, and comes last.\n",
         _row("variant", "criterion", *_METRICS, "runs"),
         _row(*["---"] * (len(_METRICS) + 3)),
     ]
     for group in dict.fromkeys(_competing(study, line) for line in lines):
         by_variant = _by_variant([r for r in lines if _competing(study, r) == group])
-        ranked = sorted(by_variant.items(), key=lambda item: -criterion(item[1]))
+        most = max(map(len, by_variant.values()))
+        ranked = sorted(
+            by_variant.items(), key=lambda item: (len(item[1]) < most, -criterion(item[1]))
+        )
         for place, (variant, of) in enumerate(ranked):
             means = (f"{mean(map(column, of)):.2f}" for column in _METRICS.values())
             name = variant + (" **best**" if place == 0 else "")

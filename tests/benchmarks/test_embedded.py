@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +104,37 @@ def test_the_best_point_of_a_method_is_first_and_bold() -> None:
         metrics = dict.fromkeys(("transfer", "average", "last", "forgetting"), value)
         return {"variant": variant, "options": {"method": "lwf", "seed": seed}, **metrics}
 
-    results = [run("lwf a", 10, 100), run("lwf a", 30, 101), run("lwf b", 25, 100)]
-    best, other = tables.choices("tune", results).splitlines()[-2:]
+    results = [run("lwf a", 10, 100), run("lwf a", 30, 101)]
+    results += [run("lwf b", 25, 100), run("lwf b", 25, 101), run("lwf c", 40, 100)]
+    best, other, fewer = tables.choices("tune", results).splitlines()[-3:]
     assert best.startswith("| lwf b **best** | 25.00 |")
     assert other.startswith("| lwf a | 20.00 |") and other.endswith("| 2 |")
+    # A row that has not run where others have does not compete.
+    assert fewer.startswith("| lwf c | 40.00 |") and fewer.endswith("| 1 |")
+
+
+def test_a_run_that_fails_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def one_run(run: studies.Run, pack: str, threads: int) -> dict[str, Any]:
+        if run.variant == "finetune":
+            raise InputError("lower --lr")
+        found = line(run.variant, run.options["order"])
+        return found | {"study": run.study, "pack": pack, "settings": compare.settings_of(run)}
+
+    monkeypatch.setattr(compare, "one_run", one_run)
+    monkeypatch.setattr(compare, "ProcessPoolExecutor", lambda *of, **_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    runs = [run for run in studies.comparison((0,)) if run.options.get("order") == "I"][:3]
+    assert [run.variant for run in runs] == ["zero_shot", "finetune", "wise_ft"]
+    with pytest.raises(RuntimeError, match="finetune.*lower --lr"):
+        compare.carry_out(runs, 1)
+    rows = [json.loads(text) for text in (tmp_path / "compare.jsonl").open()]
+    assert {row["variant"] for row in rows} == {"zero_shot", "wise_ft"}
+    capsys.readouterr()
+    with pytest.raises(RuntimeError, match="finetune"):
+        compare.carry_out(runs, 1)
+    assert "3 runs, 1 to do" in capsys.readouterr().out
 
 
 def test_each_row_of_the_transformer_has_its_own_best_rate() -> None:
@@ -144,6 +172,7 @@ def test_a_result_stands_while_its_settings_are_those_of_today(
     }  # fmt: skip
     tuned = made | {"study": "tune", "settings": made["settings"] | {"lr": 1.0}}
     older = made | {"settings": {k: v for k, v in made["settings"].items() if k != "wd"}}
+    older["options"] = made["options"] | {"seed": 1}
     others = [
         made | {"pack": "other"},
         made | {"settings": made["settings"] | {"lr": 1.0}},
@@ -151,6 +180,8 @@ def test_a_result_stands_while_its_settings_are_those_of_today(
         made | {"variant": "a row of earlier times"},
     ]
     assert compare.standing([made, tuned, older, *others]) == [made, tuned, older]
+    again = made | {"seconds": 1.0}
+    assert compare.standing([made, tuned, again]) == [again, tuned]
     monkeypatch.setitem(presets.METHODS, (BUNDLED, "lwf"), {"lr": 0.5})
     assert compare.standing([made, tuned]) == [tuned]
 
@@ -219,7 +250,9 @@ def test_results_of_two_start_models_stand_side_by_side(tmp_path: Path) -> None:
     ]
     old = lines[0] | {"pack": "of other weights"}
     changed = lines[1] | {"settings": lines[1]["settings"] | {"lr": 1.0}}
-    assert compare.standing([old, changed, *lines]) == lines
+    rate = old | {"study": "vit_rates"}
+    older_rate = rate | {"pack": "of yet others"}
+    assert compare.standing([old, changed, older_rate, rate, *lines]) == [rate, *lines]
 
 
 def test_mulki_is_its_best_form() -> None:

