@@ -72,10 +72,12 @@ def chosen(platform: str, in_place: bool) -> list[str]:
 
 def compile_flags(capability: str, platform: str, openmp: bool, debug: bool) -> list[str]:
     defines = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+    # The sources are C++20; torch itself asked for C++17 in older versions.
     if platform.startswith("win"):
         arch = [] if capability == "DEFAULT" else [f"/arch:{capability}"]
         parallel = ["/openmp"] if openmp else []
-        return [*(["/Od", "/Z7"] if debug else ["/O2"]), *arch, *parallel, *defines]
+        optimise = ["/Od", "/Z7"] if debug else ["/O2"]
+        return ["/std:c++20", *optimise, *arch, *parallel, *defines]
     parallel = ["-fopenmp"] if openmp else []
     if platform.startswith("macosx"):
         # Apple's clang knows OpenMP only behind its preprocessor.
@@ -86,7 +88,7 @@ def compile_flags(capability: str, platform: str, openmp: bool, debug: bool) -> 
     # -g0 against the -g of Python's own flags, which makes the libraries ten times larger.
     optimise = ["-O0", "-g"] if debug else ["-O3", "-g0"]
     return [
-        *(*optimise, "-fvisibility=hidden"),
+        *("-std=c++20", *optimise, "-fvisibility=hidden"),
         # A fused multiply-subtract where none is written would leave a gradient to a student that
         # equals its teacher.
         "-ffp-contract=off",
@@ -175,6 +177,9 @@ def commands(required: bool) -> dict[str, type]:
     class build_ext(BuildExtension.with_options(no_python_abi_suffix=True)):
         def finalize_options(self) -> None:
             super().finalize_options()
+            # Or else a library newer than its sources stays, whatever flags, compiler and torch it
+            # was built with. Ninja knows them, and compiles what has changed.
+            self.force = True
             # Only now is it known whether this is an editable install, which sets `inplace`.
             wanted = chosen(sysconfig.get_platform(), bool(self.inplace))
             self.extensions = [ext for ext in self.extensions if capability_of(ext) in wanted]

@@ -61,11 +61,8 @@ class Arguments {
   void keep(at::ArrayRef<IValue> values, variable_list& saved) {
     c10::impl::GenericList rest(c10::AnyType::get());
     const auto keep_tensor = [&](const Tensor& t) {
-      // Inference tensors, as frozen prototypes may be, cannot be saved, only kept.
-      if (t.is_inference()) {
-        context_->saved_data["tensor " + std::to_string(saved.size())] = t;
-      }
-      saved.push_back(t.is_inference() ? Tensor() : t);
+      // Inference tensors, as frozen prototypes may be, cannot be saved, but a copy can.
+      saved.push_back(t.is_inference() ? t.clone() : t);
     };
     for (const IValue& value : values) {
       if (value.isTensor()) {
@@ -85,11 +82,6 @@ class Arguments {
 
   // Pushes the arguments; their tensors begin at place `at` of what was saved.
   void push(const c10::FunctionSchema& schema, const variable_list& saved, size_t at, Stack& to) {
-    const auto next = [&] {
-      const Tensor& t = saved[at];
-      return t.defined() ? (++at, t)
-                         : context_->saved_data["tensor " + std::to_string(at++)].toTensor();
-    };
     const c10::List<IValue> rest = context_->saved_data["arguments"].toList();
     for (size_t i = 0; i < rest.size(); ++i) {
       const IValue value = rest.get(i);
@@ -97,11 +89,11 @@ class Arguments {
       if (type->isSubtypeOf(*c10::ListType::ofTensors())) {
         std::vector<Tensor> tensors;
         for (int64_t k = 0; k < value.toInt(); ++k) {
-          tensors.push_back(next());
+          tensors.push_back(saved[at++]);
         }
         to.emplace_back(std::move(tensors));
       } else if (c10::TensorType::get()->isSubtypeOf(*type) && !value.isNone()) {
-        to.emplace_back(next());
+        to.emplace_back(saved[at++]);
       } else {
         to.push_back(value);
       }

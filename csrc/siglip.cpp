@@ -80,10 +80,12 @@ SiglipResult loss_and_gradients(
             if (matched && match >= j && match < j + Vec::size()) {
               mask = mask * zero_in_lane(match - j);
             }
-            const Vec sigmoid =
-                Vec::blendv(exp_neg * sigmoid_of_abs, sigmoid_of_abs, u >= zero) * mask;
-            const Vec softplus = Vec::blendv( // it may be infinite at the match
-                zero, at::vec::maximum(u, zero) + log1p_of(exp_neg), mask > zero);
+            // Not a product: both may be infinite or NaN at the match and beside the columns.
+            const Vec sigmoid = Vec::blendv(
+                zero, Vec::blendv(exp_neg * sigmoid_of_abs, sigmoid_of_abs, u >= zero),
+                mask > zero);
+            const Vec softplus =
+                Vec::blendv(zero, at::vec::maximum(u, zero) + log1p_of(exp_neg), mask > zero);
             loss_sum = loss_sum + softplus;
             sigmoid_y_sum = at::vec::fmadd(sigmoid, v, sigmoid_y_sum);
             sigmoid_sum = sigmoid_sum + sigmoid;

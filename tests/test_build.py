@@ -93,7 +93,7 @@ def test_flags_name_the_capability_and_ask_for_its_instructions(
     setup_py: ModuleType, capability: str
 ) -> None:
     flags = setup_py.compile_flags(capability, "linux-x86_64", openmp=True, debug=False)
-    assert {"-O3", "-fopenmp", f"-DCPU_CAPABILITY={capability}"} <= set(flags)
+    assert {"-std=c++20", "-O3", "-fopenmp", f"-DCPU_CAPABILITY={capability}"} <= set(flags)
     assert [flag for flag in flags if flag.startswith("-DCPU_CAPABILITY_")] == [
         f"-DCPU_CAPABILITY_{capability}"
     ]
@@ -105,7 +105,7 @@ def test_flags_name_the_capability_and_ask_for_its_instructions(
 
 def test_flags_of_other_platforms_and_of_debug_builds(setup_py: ModuleType) -> None:
     flags = setup_py.compile_flags("AVX2", "win-amd64", openmp=True, debug=False)
-    assert {"/O2", "/arch:AVX2", "/openmp"} <= set(flags)
+    assert {"/std:c++20", "/O2", "/arch:AVX2", "/openmp"} <= set(flags)
     assert not [flag for flag in flags if flag.startswith(("-m", "-f", "-O"))]
     assert not any("openmp" in flag for flag in setup_py.compile_flags("AVX2", "win-amd64", 0, 0))
     mac = setup_py.compile_flags("DEFAULT", "macosx-11.0-arm64", openmp=True, debug=False)

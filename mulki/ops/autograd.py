@@ -106,7 +106,7 @@ FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 
 def _save(ctx: Any, values: Sequence[Any]) -> None:
     # Tensors as autograd keeps them, also those in lists. Inference tensors, as frozen prototypes
-    # and teachers may be, cannot be saved, only kept.
+    # and teachers may be, cannot be saved, but a copy can.
     ctx.plain = None
     if all(one is None or (isinstance(one, Tensor) and not one.is_inference()) for one in values):
         ctx.save_for_backward(*values)
@@ -117,9 +117,9 @@ def _save(ctx: Any, values: Sequence[Any]) -> None:
     tensors = []
     for i, of_value in enumerate(ctx.plain):
         for j, value in enumerate(of_value):
-            if isinstance(value, Tensor) and not value.is_inference():
+            if isinstance(value, Tensor):
                 ctx.at.append((i, j))
-                tensors.append(value)
+                tensors.append(value.clone() if value.is_inference() else value)
                 of_value[j] = None
     ctx.save_for_backward(*tensors)
 

@@ -206,3 +206,9 @@ def test_inference_tensors_are_kept(backend):
         matrix = call(Case(case.op, (x, prototypes, *rest)), "none")[0]
         gradients += torch.autograd.grad(matrix.square().sum(), x)
     assert torch.equal(*gradients)
+    # A copy is kept: a buffer may have the next batch by then.
+    matrix = call(Case(case.op, (x, frozen, *rest)), "none")[0]
+    with torch.inference_mode():
+        frozen.zero_()
+    (late,) = torch.autograd.grad(matrix.square().sum(), x)
+    assert torch.equal(late, gradients[0])

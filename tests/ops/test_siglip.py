@@ -38,6 +38,19 @@ def test_siglip_of_a_match_beyond_any_number(backend):
     assert total.item() == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.parametrize("p", [3, 32])
+def test_an_infinite_feature_gives_the_bias_what_columns_give_it(p, backend):
+    """Whether there are columns beyond P that fill a block, or none."""
+    x, w = torch.zeros(3, 8), torch.zeros(p, 8)
+    w[:, 0] = -1.0
+    x[0, 0], w[0, 0] = math.inf, 1.0
+    case = Case("siglip", (x, w, torch.tensor(2.0), torch.tensor(-3.0), 0))
+    loss, *_, of_bias = run(asking(case, "reduced", [False] * 3 + [True], mean=False))
+    _, gradients = expected(case, False)
+    assert loss.isfinite() and gradients[3].isfinite()
+    torch.testing.assert_close(of_bias.double(), gradients[3], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("offset", [-(2**40), -150, -149, -1, 0, 1, 64, 299, 300, 2**40])
 def test_a_block_of_siglip_at_any_offset(offset, dtype, backend):
