@@ -177,8 +177,8 @@ def commands(required: bool) -> dict[str, type]:
     class build_ext(BuildExtension.with_options(no_python_abi_suffix=True)):
         def finalize_options(self) -> None:
             super().finalize_options()
-            # Or else a library newer than its sources stays, whatever flags, compiler and torch it
-            # was built with. Ninja knows them, and compiles what has changed.
+            # As torch does where there is ninja, which compiles only what has changed. Without it
+            # all is compiled again: a library newer than its sources may be of other flags.
             self.force = True
             # Only now is it known whether this is an editable install, which sets `inplace`.
             wanted = chosen(sysconfig.get_platform(), bool(self.inplace))

@@ -80,7 +80,7 @@ SiglipResult loss_and_gradients(
             if (matched && match >= j && match < j + Vec::size()) {
               mask = mask * zero_in_lane(match - j);
             }
-            // Not a product: both may be infinite or NaN at the match and beside the columns.
+            // Chosen, not multiplied by the mask: where u is infinite or NaN, 0 times it is NaN.
             const Vec sigmoid = Vec::blendv(
                 zero, Vec::blendv(exp_neg * sigmoid_of_abs, sigmoid_of_abs, u >= zero),
                 mask > zero);

@@ -396,6 +396,13 @@ def test_a_checkout_is_the_one_that_is_run_and_not_the_one_that_is_installed(
         assert files == [str(cwd / folder / "__init__.py") for folder in ("mulki", "kernels")]
 
 
+def test_without_ninja_a_library_of_other_flags_does_not_stay(setup_py: ModuleType) -> None:
+    command = setup_py.commands(required=False)["build_ext"](Distribution({"ext_modules": []}))
+    command.use_ninja = False
+    command.finalize_options()
+    assert command.force
+
+
 def test_an_installed_package_has_kernels_and_benchmark_inside(checkout: Path) -> None:
     run("setup.py", "-q", "build_py", "-d", "out", cwd=checkout, MULKI_BUILD_CPP="0")
     out = checkout / "out"

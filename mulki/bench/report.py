@@ -116,7 +116,7 @@ class Quantiles:
 
 @dataclass(frozen=True)
 class Result:
-    """One provider at one case in one mode; `metric` is what there is none of without metrics."""
+    """One provider at one case in one mode; `metric` names what is missing without metrics."""
 
     case: Case
     provider: str

@@ -57,7 +57,8 @@ def refuse_transforms(*groups: Sequence[Tensor | float | None]) -> None:
     """Raise a RuntimeError where a leaf in one of the groups is differentiated otherwise.
 
     In forward mode autograd would drop the tangent in silence, and the derivative would be zero.
-    The gradients of `torch.func` fail in torch, whose message does not say what to do.
+    The gradients of `torch.func` fail in torch, whose message does not say what to do. In compiled
+    code forward mode is refused whatever the leaves are.
     """
     forward_mode = not torch_private.forward_mode_is_off()
     if torch.compiler.is_compiling():

@@ -46,7 +46,10 @@ def register(operator: Operator, factor_of_weights: float | None) -> None:
         ctx.labels = getattr(x, "labels", False)
         ctx.rows = x[0].shape[0] if request.reduction == "mean" else 1
         ctx.weighted = factor_of_weights is not None and x.weights is not None
-        kept = x if request.reduction == "none" or ctx.labels else x[:leaves]
+        kept = x
+        if request.reduction != "none" and not ctx.labels:
+            # For their shapes and dtypes alone.
+            kept = [leaf if leaf.requires_grad else None for leaf in x[:leaves]]
         of_weights = (x.weights, output[1]) if ctx.weighted else (None, None)
         _save(ctx, [*output[-leaves:], *of_weights, *kept])
 

@@ -178,7 +178,7 @@ def paired_differences(
     if not ours or len(ours) != len(others):
         raise ValueError(f"{len(ours)} runs against {len(others)}: wanted pairs, at least one")
     sizes = list(ours[0].sizes.items())
-    if any(list(run.sizes.items()) != sizes for run in (*ours, *others)):
+    if any(run.sizes != dict(sizes) or [*run.own] != [*ours[0].own] for run in (*ours, *others)):
         raise ValueError("runs with other tasks or test sets; pass runs of the same tasks")
     runs = [*ours, *others]
     whole = _differences(runs, {task: np.ones((1, n), np.float32) for task, n in sizes})

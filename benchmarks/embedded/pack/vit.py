@@ -229,7 +229,7 @@ def make(options: argparse.Namespace) -> Path:
     cache = Cache(options.cache)
     out = options.out or cache.root / f"mulki-vit-{options.size}"
     if out.exists() and not (out / "open_clip_config.json").is_file():
-        raise SystemExit(f"{out} holds something else than a model; name another with --out")
+        raise SystemExit(f"{out} is no folder of a model; name another or a new one with --out")
     file, text_folder = dinov2.onnx_file(cache), mini.text_folder(cache)
     check(file)
     model = build(text_folder, options.size)

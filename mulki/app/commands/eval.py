@@ -80,6 +80,7 @@ def evaluate(argv: list[str]) -> int:
     hashes = chosen.hashes
     _check_files(files, chosen.tasks)
     found, recalls = list(chosen.predictions()), chosen.recalls()
+    unwritten = _written(files, found)
     if as_json:
         of = {"checkpoint": str(checkpoint), "label_space": chosen.label_space}
         captions = [
@@ -93,10 +94,20 @@ def evaluate(argv: list[str]) -> int:
         if found:
             _print(found, chosen.label_space)
         Console().print(fingerprint(hashes), highlight=False, style="dim")
-    for name, path in files.items():
-        if path is not None:
-            _FILES[name][0](path, found)
+    if unwritten is not None:
+        raise unwritten
     return 0
+
+
+def _written(files: Mapping[str, Path | None], found: Sequence[TaskPredictions]) -> OSError | None:
+    # Writes the files; what it fails with is raised once the figures are printed.
+    try:
+        for name, path in files.items():
+            if path is not None:
+                _FILES[name][0](path, found)
+    except OSError as error:
+        return error
+    return None
 
 
 def _check_files(files: Mapping[str, Path | None], tasks: Sequence[Task]) -> None:

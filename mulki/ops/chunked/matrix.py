@@ -85,7 +85,8 @@ def _gradients(
                 del scaled
     of_scale = x.scale.new_zeros(())
     results = []
-    of_row = x.features.shape[1] * model.dtype.itemsize
+    # An eighth of the memory, for a row and what is computed of it.
+    of_row = max(x.features.shape[1], 1) * model.dtype.itemsize
     step = max(budget(x.features.device.type) // (8 * of_row), LEAST_ROWS)
     of_both = (of_x, x.features, a, to_x), (of_w, x.prototypes, b, to_w)
     for (of, leaf, lengths, want), factor in zip(of_both, factors, strict=True):
