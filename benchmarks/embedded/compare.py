@@ -268,7 +268,11 @@ def standing(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         run = reported.get(key(result["study"], result["variant"], result["options"]))
         return run is not None and has_settings(result, settings_of(run))
 
-    held = {key(r["study"], r["variant"], r["options"]): r for r in results if holds(r)}
+    held = {
+        (r["study"], r["variant"], json.dumps(r["options"], sort_keys=True)): r
+        for r in results
+        if holds(r)
+    }
     return list(held.values())
 
 

@@ -155,7 +155,7 @@ def test_a_line_of_results_has_what_the_tables_show(start_model: dict[str, str])
     options = {"method": "finetune", "tasks": ("embedded-glyphs",), "limit_images": 20}
     quick = {"iterations": 1, "batch_size": 4, "seed": 0}
     run = studies.Run("compare", "finetune", options | start_model | quick)
-    result = json.loads(json.dumps(compare.one_run(run, "pack", 1)))
+    result = json.loads(json.dumps(compare.one_run(run, compare.fingerprint(), 1)))
     found = rows(tables.table([result], tables.OF_SEQUENCES))["finetune"]
     assert float(found[3]) == pytest.approx(np.mean(result["matrix"][-1]), abs=0.006)
     assert len(result["zero_shot"]) == len(result["tasks"])
@@ -171,8 +171,8 @@ def test_a_result_stands_while_its_settings_are_those_of_today(
         "options": run.options, "settings": compare.settings_of(run),
     }  # fmt: skip
     tuned = made | {"study": "tune", "settings": made["settings"] | {"lr": 1.0}}
-    older = made | {"settings": {k: v for k, v in made["settings"].items() if k != "wd"}}
-    older["options"] = made["options"] | {"seed": 1}
+    older = made | {"options": made["options"] | {"seed": 1}}
+    older["settings"] = {k: v for k, v in made["settings"].items() if k != "wd"} | {"seed": 1}
     others = [
         made | {"pack": "other"},
         made | {"settings": made["settings"] | {"lr": 1.0}},
@@ -184,6 +184,11 @@ def test_a_result_stands_while_its_settings_are_those_of_today(
     assert compare.standing([made, tuned, again]) == [again, tuned]
     monkeypatch.setitem(presets.METHODS, (BUNDLED, "lwf"), {"lr": 0.5})
     assert compare.standing([made, tuned]) == [tuned]
+
+
+def test_the_page_of_results_is_that_of_the_lines() -> None:
+    page = tables.page(compare.standing(compare.read_results()))
+    assert compare.TABLES.read_text(encoding="utf-8") == page
 
 
 def test_the_running_mean_of_a_short_task_has_members_near_its_end() -> None:
