@@ -108,7 +108,10 @@ def test_an_image_a_class_leaves_the_texts_alone(unit: Callable[..., Tensor]) ->
     for target in (1, 0):
         moments.add(unit(1, WIDTH), torch.tensor([target]))
     statistics = ClassStatistics().with_task(*moments.of(TASKS[0]))
-    assert statistics.scatter is not None and statistics.scatter.any(), "rounding"
+    assert statistics.scatter is not None
+    # What rounding leaves of it on some CPUs, where others leave exactly nothing.
+    rounding = torch.full_like(statistics.scatter, 1e-17)
+    statistics = replace(statistics, scatter=statistics.scatter + rounding)
     features = unit(9, WIDTH)
     by_texts = cosines(unit, features)
     got = head_of(statistics).scores(features, by_texts, [0])
