@@ -17,7 +17,13 @@ _Options = dict[str, Any]
 
 MODELS: dict[str, _Options] = {
     # float32: on CPUs the backward pass of depthwise convolutions is slower in bf16.
-    BUNDLED: {"iterations": 64, "lr": 1e-4, "lock_text": True, "precision": "fp32"},
+    BUNDLED: {
+        "iterations": 64,
+        "lr": 1e-4,
+        "warmup": 0,
+        "lock_text": True,
+        "precision": "fp32",
+    },
 }
 METHODS: dict[tuple[str, str], _Options] = {
     (BUNDLED, "finetune"): {"lr": 1e-4},

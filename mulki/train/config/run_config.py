@@ -201,7 +201,9 @@ class RunConfig:
     beta1: float = option(0.9, "AdamW's beta1", low=0, below=1)
     beta2: float = option(0.999, "AdamW's beta2", low=0, below=1)
     eps: float = option(1e-8, "AdamW's epsilon", above=0)
-    warmup: int = option(0, "steps of linear warm-up per task", low=0)
+    warmup: int | None = option(
+        None, "steps of linear warm-up per task; a tenth of its steps if left out", low=0
+    )
     lr_scheduler: schedule.Name = option("cosine", "learning rate after warm-up")
     grad_clip_norm: float | None = option(None, "largest gradient norm", above=0)
     spike_guard: float | None = option(

@@ -24,3 +24,10 @@ def test_constant_after_warm_up() -> None:
 def test_warm_up_longer_than_the_task(name: schedule.Name) -> None:
     assert [schedule.factor(name, s, 3, 10) for s in range(3)] == pytest.approx([0.1, 0.2, 0.3])
     assert schedule.factor(name, 3, 3, 3) == 1.0
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(9, 0), (32, 3), (1000, 100)])
+def test_warm_up_of_a_tenth(steps: int, warmup: int) -> None:
+    for step in range(steps):
+        given = schedule.factor("cosine", step, steps, warmup)
+        assert schedule.factor("cosine", step, steps, None) == given
