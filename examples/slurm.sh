@@ -15,5 +15,5 @@ export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / 8))
 srun torchrun \
     --nnodes "$SLURM_NNODES" --nproc-per-node 8 \
     --rdzv-backend c10d --rdzv-endpoint "$head:29500" --rdzv-id "$SLURM_JOB_ID" \
-    -m mulki -- run --tasks birds/ textures/ --model ViT-B-16 --pretrained openai \
+    -m mulki -- run --tasks birds/ textures/ --model ViT-B-16-quickgelu --pretrained openai \
     --batch-size 64 --workers 6 --logs logs --name "run-$SLURM_JOB_ID"

@@ -252,7 +252,8 @@ class Evaluator:
                 logits = scale * best if head is None else best
                 likeliest = logits.softmax(dim=1).amax(dim=1)
                 right = alike[labels + self._before(number, space)]
-                part.append((right, order_of_classes[:, :TOP], likeliest))
+                # A view would keep the order of all classes.
+                part.append((right, order_of_classes[:, :TOP].clone(), likeliest))
         self._check_sound(number, int(unsound))
         in_order = torch.cat(order).argsort()
         found = []

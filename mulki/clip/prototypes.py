@@ -12,6 +12,9 @@ from mulki.ops import checks
 
 Update = Literal["ema", "batch", "learnable", "fixed"]
 
+# Rows whose classes are compared at a time: [C, rows] are compared.
+_ROWS = 2**14
+
 
 def class_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Per class, the sum of features [C, D] and the number of rows [C]; features are [N, D].
@@ -19,9 +22,13 @@ def class_sums(features: Tensor, target: Tensor, num_classes: int) -> tuple[Tens
     A row whose target is not a class is left out.
     """
     classes = torch.arange(num_classes, device=target.device).unsqueeze(1)
-    members = (target == classes).to(features.dtype)
-    with torch.autocast(features.device.type, enabled=False):
-        return members @ features, members.sum(dim=1)
+    sums, counts = [], []
+    for rows, targets in zip(features.split(_ROWS), target.split(_ROWS), strict=True):
+        members = (targets == classes).to(features.dtype)
+        with torch.autocast(features.device.type, enabled=False):
+            sums.append(members @ rows)
+        counts.append(members.sum(dim=1))
+    return torch.stack(sums).sum(dim=0), torch.stack(counts).sum(dim=0)
 
 
 def class_means(features: Tensor, target: Tensor, num_classes: int) -> Tensor:

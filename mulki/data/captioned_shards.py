@@ -8,7 +8,7 @@ import io
 import re
 import tarfile
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, chain, compress
@@ -19,7 +19,15 @@ from PIL import Image
 
 from mulki.choices.options import whole_number
 from mulki.data.image_files import SHARD_SUFFIXES, find_unreadable, holds_split, split_folder
-from mulki.data.shards import GZIP, Member, Samples, ShardImages, image_of, read_samples
+from mulki.data.shards import (
+    GZIP,
+    IMAGE_KINDS,
+    Member,
+    Samples,
+    ShardImages,
+    image_of,
+    read_samples,
+)
 from mulki.errors import InputError
 from mulki.files import check_regular, gunzip
 
@@ -97,6 +105,10 @@ class JoinedShards(Joined[ShardImages]):
 
     def fingerprint(self) -> str:
         """Hex SHA-256 that identifies the images: the same wherever the shards lie."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         return hashlib.sha256(" ".join(p.fingerprint() for p in self.parts).encode()).hexdigest()
 
     def firsts(self) -> list[int]:
@@ -291,6 +303,8 @@ def _open(path: Path, suffix: str | None) -> tuple[ShardImages, list[str]]:
             content = file if unpacked is None else io.BytesIO(unpacked)
             samples = read_samples(content)
             images = {key: image for key, files in samples.items() if (image := image_of(files))}
+            for key in samples.keys() - images.keys():
+                _check_dots(path, samples[key], IMAGE_KINDS)
             if suffix is not None:
                 _check_pairs(path, samples, images, suffix)
                 for key in images:
@@ -314,11 +328,17 @@ def _check_pairs(path: Path, samples: Samples, images: dict[str, Member], suffix
             if suffix in files:
                 has = f"a {kind} and no image"
             raise InputError(f"{path}: {key} has {has}; add what is missing, or remove {key}")
-        dotted = [m.name for end, m in files.items() if end.rpartition(".")[2] == suffix]
-        if dotted and suffix not in files:
+        if suffix not in files:
+            _check_dots(path, files, {suffix})
+
+
+def _check_dots(path: Path, files: Mapping[str, Member], kinds: Collection[str]) -> None:
+    # Of a sample without a file of these kinds.
+    for end, member in files.items():
+        if end.rpartition(".")[2] in kinds:
             raise InputError(
-                f"{path}: {dotted[0]}: what follows the first dot of a name says the kind of file "
-                "in a shard; name it without further dots"
+                f"{path}: {member.name}: what follows the first dot of a name says the kind of "
+                "file in a shard; name it without further dots"
             )
 
 

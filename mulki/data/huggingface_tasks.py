@@ -11,6 +11,7 @@ import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,10 @@ class ArrowImages:
         return f"{self.folder}[{self.places[index]}]"
 
     def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         # The number of a row stays where rows change places.
         names = (f"{row} {mark:08x}" for row, mark in zip(self.places, self.marks, strict=True))
         return split_fingerprint(zip(names, self.sizes, self.targets, strict=True))

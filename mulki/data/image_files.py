@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import compress
 from pathlib import Path
 from typing import Protocol
@@ -54,6 +55,11 @@ class ImageFiles:
         return str(self.root / self.files[index])
 
     def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        # Each step of a class-incremental sequence asks for that of the whole set.
         return split_fingerprint(zip(self.files, self.sizes, self.targets, strict=True))
 
     def without(self, names: Mapping[str, BadImage]) -> ImageFiles:

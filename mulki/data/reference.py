@@ -163,10 +163,19 @@ def _checked(
 
 
 def images_below(folder: Path) -> set[str]:
-    """The images in a folder and its folders, relative to it with `/`; hidden ones left out."""
-    found = set()
-    for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    """The images in a folder and its folders, relative to it with `/`; hidden ones left out.
+
+    Links to folders are followed, each folder once.
+    """
+    found: set[str] = set()
+    seen: set[str] = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
                 found.add(Path(root, name).relative_to(folder).as_posix())

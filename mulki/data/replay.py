@@ -29,9 +29,9 @@ def kept_places(
     Args:
         targets: class indices of the training images of each task.
         size: of the buffer, in images.
-        choice: `BALANCED`, equally many of each class, as far as it has so many; or `RESERVOIR`,
-            the images of all tasks pass by once, and each of them is equally likely to be kept
-            (Vitter 1985).
+        choice: `BALANCED`, equally many of each class, as far as it has so many, or one each of
+            classes drawn where they are more than the buffer's images; or `RESERVOIR`, the images
+            of all tasks pass by once, and each of them is equally likely to be kept (Vitter 1985).
         seed: of the draws.
     """
     drawn = [
@@ -41,7 +41,12 @@ def kept_places(
     ]
     if choice == BALANCED:
         kinds = [(task, targets[task][place]) for task, place in drawn]
-        return sorted(drawn[index] for index in in_turns(kinds)[:size])
+        turns, classes = in_turns(kinds), len(set(kinds))
+        if size < classes:
+            # The chance of a class stays, so that none comes back that was dropped.
+            chances = {of: random.Random(f"{seed} {of}").random() for of in set(kinds)}
+            turns = sorted(turns[:classes], key=lambda index: chances[kinds[index]])
+        return sorted(drawn[index] for index in turns[:size])
     chance = random.Random(seed)
     kept = drawn[:size]
     for count, image in enumerate(drawn[size:], start=size + 1):

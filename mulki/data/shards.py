@@ -31,7 +31,7 @@ from mulki.files import check_regular, gunzip
 
 _FORMAT = 1
 GZIP = b"\x1f\x8b"
-_IMAGES = frozenset(suffix[1:] for suffix in SUFFIXES)
+IMAGE_KINDS = frozenset(suffix[1:] for suffix in SUFFIXES)
 # Beside one of these, another kind of image is a mask or the like.
 _USUAL = frozenset({"jpeg", "jpg", "png", "webp"})
 
@@ -273,7 +273,7 @@ def read_samples(file: BinaryIO) -> Samples:
 
 def image_of(files: Mapping[str, Member]) -> Member | None:
     """The image among the files of a sample, None if it has none."""
-    kinds = [suffix for suffix in files if suffix in _IMAGES]
+    kinds = [suffix for suffix in files if suffix in IMAGE_KINDS]
     return files[min(kinds, key=lambda suffix: suffix not in _USUAL)] if kinds else None
 
 

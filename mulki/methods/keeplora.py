@@ -36,6 +36,9 @@ from torch import Tensor
 from mulki.choices.options import option
 from mulki.methods.base import ClassLoss, Needs, TaskStart
 
+# Of two directions at right angles, rounding makes less of each other.
+_OVERLAP = 1e-3
+
 _log = logging.getLogger(__name__)
 
 
@@ -96,7 +99,14 @@ class KeepLoRA(ClassLoss):
             weight = each.original.float()
             energy = o.energy_image if name.startswith("visual.") else o.energy_text
             of_tasks = self._of_tasks.get(name, weight.new_zeros(weight.shape[1], 0)).to(weight)
-            held = torch.cat([principal_directions(weight, energy), of_tasks], dim=1)
+            principal = principal_directions(weight, energy)
+            overlap = principal.mT @ of_tasks
+            if overlap.numel() and overlap.abs().max() > _OVERLAP:
+                # Kept by an earlier run, which held fewer directions of the weight.
+                rest = of_tasks - principal @ overlap
+                basis, sizes, _ = torch.linalg.svd(rest, full_matrices=False)
+                of_tasks = basis[:, sizes > _OVERLAP]
+            held = torch.cat([principal, of_tasks], dim=1)
             self._of_tasks[name], self._held[name] = of_tasks, held
             if task.gradients is None:
                 continue  # a task that goes on has its A
@@ -105,7 +115,7 @@ class KeepLoRA(ClassLoss):
                 gradient - gradient @ held @ held.mT, full_matrices=False
             )
             # Of rounding alone, they would be other ones each time.
-            eps = max(torch.finfo(of.dtype).eps for of in (each.original, gradient))
+            eps = torch.finfo(gradient.dtype).eps
             free = sizes > max(gradient.shape) * eps * gradient.norm()
             each.a.copy_((scales[name] * free[:, None] * rows)[: len(each.a)])
             if not free.any():
@@ -155,7 +165,8 @@ def missing_directions(moments: Tensor, held: Tensor, energy: float) -> Tensor:
     values, vectors = torch.linalg.eigh(rest)
     values = values.flip(0).clamp(min=0)
     trace = float(whole.trace())
-    values[values <= len(values) * torch.finfo(torch.float32).eps * trace] = 0  # rounding
+    # A sum of products in float32 is rounded by less.
+    values[values <= 4 * torch.finfo(torch.float32).eps * trace] = 0
     wanted = energy * trace - (trace - float(rest.trace()))
     return vectors.flip(1)[:, : _fewest(values, wanted)].to(held.dtype)
 

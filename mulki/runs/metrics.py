@@ -224,12 +224,12 @@ class AccuracyMatrix:
     def __post_init__(self) -> None:
         _check_names(self.columns, "columns")
         _check_names(self.tasks, "tasks")
+        if ZERO_SHOT in self.columns:
+            raise InputError(
+                f'columns: "{ZERO_SHOT}" names the row before the first task; '
+                "give the task another name"
+            )
         for task in self.tasks:
-            if task == ZERO_SHOT:
-                raise InputError(
-                    f'tasks: "{ZERO_SHOT}" names the row before the first task; '
-                    "give the task another name"
-                )
             if task not in self.columns:
                 raise InputError(
                     f'tasks: "{task}" has no column{nearest(task, self.columns)}; every learned '

@@ -109,8 +109,7 @@ def _parts(
         parts.append((_only_seen(student), [_only_seen(previous)]))
     if original.vocabulary is not None:
         parts.append((_only_vocabulary(student), [_only_vocabulary(original)]))
-    # Their weights add up to 1, as those of a gate do.
-    equal = weights.new_full((len(weights), 1), 1 / len(parts))
+    equal = weights.sum(dim=1, keepdim=True) / len(parts)
     return [(of_student, of_teachers, equal) for of_student, of_teachers in parts]
 
 

@@ -69,8 +69,11 @@ class RunningMean:
 
 @torch.no_grad()
 def interpolate(previous: Weights, current: Weights, alpha: float) -> dict[str, Tensor]:
-    """(1 - alpha) previous + alpha current, name by name."""
-    return {name: torch.lerp(previous[name], value, alpha) for name, value in current.items()}
+    """(1 - alpha) previous + alpha current, name by name, in the dtype of the current ones."""
+    return {
+        name: torch.lerp(previous[name].to(value.dtype), value, alpha)
+        for name, value in current.items()
+    }
 
 
 def distance_from_anchor(weights: Weights, anchor: Weights) -> Tensor:

@@ -26,8 +26,9 @@ from mulki.train.display.progress import TEST, RunProgress
 from mulki.train.drift import IMAGES, Drift
 from mulki.train.start.setup import Setup
 
-# Memory for the transformed test images of a task, which every evaluation needs again.
-_TEST_CACHE_MIB = 256
+# Memory for the transformed test images of all tasks, which every evaluation needs again; and as
+# much for the samples of them.
+_TEST_CACHE_MIB = 512
 
 _log = logging.getLogger(__name__)
 
@@ -187,7 +188,7 @@ def test_loader(setup: Setup, task: Task) -> Loader:
         seed=setup.config.seed,
         workers=setup.config.workers,
         cached=True,
-        cache_mb=_TEST_CACHE_MIB,
+        cache_mb=_TEST_CACHE_MIB / len(setup.tasks),
         pin_memory=setup.precision.device.type == "cuda",
         part=setup.world.rows,
     )

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mulki.clip import prototypes
 from mulki.clip.prototypes import Prototypes, class_means, class_sums
 
 
@@ -146,3 +147,10 @@ def test_errors(unit):
     for momentum in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="^momentum: got"):
             Prototypes(unit(2, 3), momentum=momentum)
+
+
+def test_class_sums_of_many_rows_are_those_of_their_parts(monkeypatch, unit):
+    features, target = unit(9, 4), torch.arange(9) % 3
+    whole = class_sums(features, target, 3)
+    monkeypatch.setattr(prototypes, "_ROWS", 2)
+    torch.testing.assert_close(class_sums(features, target, 3), whole)

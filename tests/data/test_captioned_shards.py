@@ -55,8 +55,11 @@ def test_files_that_would_be_lost_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"x\.tar: .*00000\.\w+ "):
         read_reference(path)
     write_tar(path, sample(1) | {"a.001.jpg": encoded(picture(0), "jpeg"), "a.001.txt": b"one"})
-    with pytest.raises(InputError, match=r"x\.tar: a\.001\.txt: "):
+    with pytest.raises(InputError, match=r"x\.tar: a\.001\.jpg: "):
         read_reference(path)
+    write_tar(path, sample(1) | {"at 10.11.png": encoded(picture(0), "png")})
+    with pytest.raises(InputError, match=r"x\.tar: at 10\.11\.png: .* without further dots"):
+        read_reference(path, captions=False)
 
 
 def test_a_folder_and_a_range_of_shards_are_the_same_set(folder: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mulki.data import BadImage, Task, folder_task
-from mulki.data.reference import ReferenceSet, read_reference
+from mulki.data.reference import ReferenceSet, images_below, read_reference
 from mulki.data.vocabulary import Vocabulary
 from mulki.errors import InputError
 from tests.train_helpers import COLOURS, write_reference, write_task
@@ -118,6 +118,14 @@ def test_images_alone_need_no_captions(folder: Path) -> None:
     assert images.fingerprint() != with_captions.fingerprint()
     (folder / "captions.csv").unlink()
     assert read_reference(folder, captions=False).fingerprint() == images.fingerprint()
+
+
+def test_linked_folders_are_followed_once(folder: Path, tmp_path: Path) -> None:
+    names = images_below(folder)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "a").symlink_to(folder)
+    (folder / "self").symlink_to(folder)
+    assert images_below(tmp_path / "links") == {f"a/{name}" for name in names}
 
 
 def damage(folder: Path, text: str | None) -> Path:

@@ -33,6 +33,18 @@ def test_equally_many_of_each_class_as_far_as_there_are() -> None:
     assert sorted(counts(6)) == [1, 1, 2, 2]
 
 
+def test_fewer_images_than_classes_are_of_all_tasks() -> None:
+    targets = [[place % 10 for place in range(20)]] * 6
+    earlier: set[tuple[int, int]] = set()
+    for tasks in range(3, 7):
+        kept = kept_places(targets[:tasks], 24, BALANCED, seed=0)
+        assert len({(task, targets[task][place]) for task, place in kept}) == len(kept) == 24
+        # No image comes back, and the last task has about as many as the others.
+        assert {(task, place) for task, place in kept if task < tasks - 1} <= earlier or tasks == 3
+        assert sum(task == tasks - 1 for task, _ in kept) >= 24 / tasks - 3
+        earlier = set(kept)
+
+
 def test_a_reservoir_keeps_each_image_with_the_same_chance() -> None:
     found = Counter(
         image for seed in range(600) for image in kept_places(TARGETS, 15, RESERVOIR, seed)

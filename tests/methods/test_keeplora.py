@@ -76,6 +76,26 @@ def test_where_all_is_held_nothing_moves(caplog: pytest.LogCaptureFixture) -> No
     assert f"1 of 1 weights may change, such as {NAME}" in caplog.text
 
 
+def test_weights_of_half_precision_move() -> None:
+    each = adapted(made(8, 200).bfloat16())
+    start(KeepLoRA(KeepLoRA.Options()), {NAME: each}, made(8, 200, 5))
+    assert each.a.norm(dim=1).tolist() == pytest.approx([1.0] * RANK, abs=1e-4)
+
+
+def test_earlier_tasks_stay_held_where_more_of_the_weight_is() -> None:
+    """In a run that goes on with another share of its energy."""
+    weight, inputs = made(WIDE, WIDE), made(2, WIDE, 1).float()
+    before, after = (KeepLoRA(KeepLoRA.Options(energy_image=share)) for share in (0.3, 0.8))
+    start(before, {NAME: adapted(weight)}, None)
+    before.keep_moments({NAME: inputs.mT @ inputs})
+    after.take_kept(before.kept())
+    each = adapted(weight)
+    start(after, {NAME: each}, made(WIDE, WIDE, 2))
+    held = torch.cat([principal_directions(weight.float(), 0.8), before.kept()[NAME]], dim=1)
+    assert each.a.any()
+    assert (each.a @ held).abs().max() < 1e-5
+
+
 def test_directions_of_tasks_grow_by_what_is_missing() -> None:
     method = KeepLoRA(KeepLoRA.Options(energy_image=0.0))
     start(method, {NAME: adapted(made(5, WIDE))}, None)
@@ -95,6 +115,9 @@ def test_energy_is_a_share() -> None:
     for share, count in ((0, 0), (0.3, 1), (0.6, 2), (0.75, 3), (1, 4)):
         assert principal_directions(weight, share).shape == (4, count)
         assert missing_directions(moments, nothing, share).shape == (4, count)
+    # One large direction and many small ones, which have 0.3 percent together.
+    spectrum = torch.diag(torch.cat([torch.ones(1), torch.full((255,), 1e-5)]))
+    assert 100 < missing_directions(spectrum, torch.zeros(256, 0), 0.9985).shape[1] < 150
     # Of inputs along four directions no more are held, whatever rounding adds.
     inputs = made(4, 64).float()
     assert missing_directions(inputs.mT @ inputs, torch.zeros(64, 0), 1.0).shape == (64, 4)

@@ -281,7 +281,7 @@ def test_bad_arrays(bad: Any, says: str) -> None:
         ({"columns": ("",)}, "printable name"),
         ({"columns": (" a",)}, "printable name"),
         ({"columns": ("a\nb",)}, "printable name"),
-        ({"columns": (ZERO_SHOT,), "tasks": (ZERO_SHOT,), "rows": ((1,),)}, "another name"),
+        ({"columns": (ZERO_SHOT,)}, "another name"),
         ({"columns": ("digits",), "tasks": ("digit",), "rows": ((1,),)}, 'did you mean "digits"'),
         ({"columns": ("a",), "tasks": ("a", "a"), "rows": ((1,), (1,))}, '"a" came twice'),
         ({"columns": ("a",), "tasks": ("a",)}, "got 0 for 1"),

@@ -96,14 +96,15 @@ def test_one_group_alone(models, target, group, anchor_weights):
     torch.testing.assert_close(got, expected_kl(student, teachers, "image_anchor", w))
 
 
-def test_groups_are_as_strong_as_a_gate(models):
+@pytest.mark.parametrize("strength", [1.0, 0.01])
+def test_groups_are_as_strong_as_a_gate(models, strength):
     """A student without any teacher's knowledge, held against one teacher under two names."""
     student, (teacher, _) = models
     w = torch.full((6, 2), 0.5, dtype=torch.float64)
     for group in ("seen", "vocabulary"):
         s, t = only(group, student), only(group, teacher)
         gate, groups = (
-            text_anchor_kl(s, [t, t], w, anchor_weights=by, anchor_texts="student")
+            text_anchor_kl(s, [t, t], strength * w, anchor_weights=by, anchor_texts="student")
             for by in ("gate", "group")
         )
         torch.testing.assert_close(gate, groups)

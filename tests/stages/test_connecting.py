@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from mulki.stages import connecting
 
@@ -47,6 +48,15 @@ class TestConnecting:
             connecting.interpolate(old, new, 0.25)["a"], torch.tensor([0.25, 2.0])
         )
         assert old["a"].tolist() == pytest.approx([0.1, 3.0])
+
+    def test_a_running_mean_of_half_precision_is_interpolated(self):
+        weights = {"a": nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))}
+        connections = connecting.Connections(weights, every=1, alpha=0.5)
+        with torch.no_grad():
+            weights["a"] += 2
+        connections.after_step(1)
+        connections.end_task()
+        assert weights["a"].tolist() == [0.5, 0.5]
 
     def test_anchor_sums_squared_differences(self):
         weights = {

@@ -29,6 +29,21 @@ _log = logging.getLogger(__name__)
 _LONGEST_REASON = 300
 
 
+def pretrained_tags(name: str) -> list[str]:
+    """Tags of the weights that were trained with the activation that a model of open_clip has.
+
+    open_clip lists those with QuickGELU under the plain name too, and only warns of them.
+    """
+    import open_clip
+
+    other = open_clip.list_pretrained_tags_by_model(_quick(name))
+    return [tag for tag in open_clip.list_pretrained_tags_by_model(name) if tag not in other]
+
+
+def _quick(name: str) -> str:
+    return f"{name}-quickgelu"
+
+
 def load_open_clip(
     name: str, pretrained: str | None, *, stand_in: bool = False
 ) -> VisionLanguageModel:
@@ -51,11 +66,16 @@ def load_open_clip(
                 f"--model: no model {given!r}{nearest(name, [*known, BUNDLED])}{hub}; python -c "
                 f'"import open_clip; print(open_clip.list_models())" lists them, beside {BUNDLED}'
             )
-        tags = open_clip.list_pretrained_tags_by_model(name)
+        tags = pretrained_tags(name)
         if stand_in or pretrained == RANDOM:
             pretrained = None
         elif pretrained is None:
             _log.warning("%s starts from random weights; --pretrained gives it trained ones", name)
+        elif pretrained in open_clip.list_pretrained_tags_by_model(name) and pretrained not in tags:
+            raise InputError(
+                f"--pretrained: the weights {pretrained} of {name} were trained with QuickGELU, "
+                f"which that model does not have; pass --model {_quick(name)}"
+            )
         elif pretrained not in tags and not Path(pretrained).is_file():
             raise InputError(
                 f"--pretrained: {name} has no tag {pretrained!r}{nearest(pretrained, tags)} and "

@@ -161,9 +161,10 @@ class VisionLanguageModel:
         if getattr(self.clip, "logit_bias", None) is not None:
             self.clip.logit_bias.requires_grad_(False)
         if text:
-            self.clip.lock_text_tower()
+            # CoCa has no such method, but its towers do.
+            (getattr(self.clip, "lock_text_tower", None) or self.clip.text.lock)()
         if image:
-            self.clip.lock_image_tower()
+            self.clip.visual.lock()
 
     def adapt(
         self,

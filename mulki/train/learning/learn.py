@@ -39,7 +39,9 @@ def steps_of(config: RunConfig, num_images: int, processes: int = 1) -> int:
     """Optimiser steps for a task with that many training images."""
     if config.epochs is None:
         return config.iterations
-    return max(1, math.ceil(config.epochs * num_images / (config.batch_size * processes)))
+    # Fewer images than a batch are one of them.
+    batch = min(config.batch_size * processes, num_images)
+    return max(1, math.ceil(config.epochs * num_images / batch))
 
 
 def learn_task(

@@ -114,7 +114,8 @@ class TaskTeachers:
                 prototypes = class_means(images, target, len(task.classes))
             teacher = Teacher(texts, model.logit_scale, prototypes, *kept, num_anchors)
             # A training transform that is another one gives other features, random or not.
-            if of in features and training.transform is training.model.preprocess:
+            same = training.transform is training.model.preprocess
+            if needs.teacher_images and of in features and same:
                 teacher.remember(images=features[of])
             by_model[of] = teacher
         if stored is not None and ZERO_SHOT in needs.teachers:

@@ -39,9 +39,9 @@ def check_original(config: RunConfig, method: Method) -> None:
             )
         return
     # Imported here, since a command line with a wrong option is answered without open_clip.
-    from open_clip import list_pretrained_tags_by_model
+    from mulki.clip.models.open_clip_models import pretrained_tags
 
-    tags = list_pretrained_tags_by_model(config.original.replace("/", "-"))
+    tags = pretrained_tags(config.original.replace("/", "-"))
     if tags and config.original_pretrained is None:
         raise InputError(
             f"--original: got {config.original} without weights, and random ones teach nothing; "

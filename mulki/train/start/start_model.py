@@ -27,8 +27,10 @@ def check_start(config: RunConfig) -> None:
         return
     import open_clip
 
+    from mulki.clip.models.open_clip_models import pretrained_tags
+
     if name in open_clip.list_models():
-        tags = open_clip.list_pretrained_tags_by_model(name)
+        tags = pretrained_tags(name)
         trained = f"pass a tag, such as {tags[0]}" if tags else "pass a file of weights"
         raise InputError(
             f"--pretrained: got none, so {config.model} would start from random weights; "

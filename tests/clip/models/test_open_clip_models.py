@@ -31,6 +31,14 @@ def test_random_weights_are_announced(
     assert "random weights" not in caplog.text
 
 
+def test_weights_with_another_activation_are_refused() -> None:
+    tags = open_clip_models.pretrained_tags("ViT-B-32")
+    assert "laion2b_s34b_b79k" in tags and "openai" not in tags
+    assert "openai" in open_clip_models.pretrained_tags("ViT-B-32-quickgelu")
+    with pytest.raises(InputError, match=r"QuickGELU.*; pass --model ViT-B-32-quickgelu$"):
+        models.load("ViT-B-32", "openai")
+
+
 def test_a_file_says_how_its_model_wants_images(
     tiny_models: tuple[str, ...], load_tiny: Load, tmp_path: Path
 ) -> None:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mulki.clip import models
 from mulki.clip.models import VisionLanguageModel
@@ -104,6 +104,20 @@ def test_locks(load_tiny: Load, text: bool, image: bool) -> None:
     visual = {n for n, _ in model.clip.named_parameters() if n.startswith("visual.")}
     rest = {n for n, _ in model.clip.named_parameters()} - visual - {"logit_scale"}
     assert names == (set() if image else visual) | (set() if text else rest)
+
+
+@pytest.mark.parametrize("part", ["text", "visual"])
+def test_locks_of_coca(part: str) -> None:
+    """Which has no methods for it."""
+    from open_clip import CoCa
+
+    text = {"context_length": 8, "vocab_size": 99, "width": 16, "heads": 2, "layers": 1}
+    image = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+    clip = CoCa(16, multimodal_cfg=text, text_cfg=text | {"embed_cls": True}, vision_cfg=image)
+    model = VisionLanguageModel(clip, Tensor, Tensor, "coca", config={}, trunk=None)
+    model.lock(text=part == "text", image=part == "visual")
+    locked = {name for name in clip.state_dict() if name.startswith(f"{part}.")}
+    assert locked and not locked & set(model.trainable()) and model.trainable()
 
 
 def test_trainable_parameters_are_live(load_tiny: Load) -> None:
