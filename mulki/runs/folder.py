@@ -41,7 +41,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from types import TracebackType
 from typing import Literal
 
 import yaml
@@ -214,12 +213,7 @@ class RunFolder:
             self._write_summary()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         try:
             if error is None and self.status != "complete":
                 self.finish()

@@ -18,7 +18,6 @@ from tests.functional.formulas import (
     MASK,
     META,
     TARGET,
-    D,
     N,
     P,
     S,
@@ -76,32 +75,6 @@ class TestPrototypeCrossEntropy:
         )
         torch.testing.assert_close(got, expected)
         assert_same_gradients(got, expected, leaves(student))
-
-    @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-    def test_all_ignored_is_nan_as_in_torch(self, student, smoothing):
-        target = torch.full((N,), -100)
-        options = {"label_smoothing": smoothing}
-        assert F.cross_entropy(logits(student), target, **options).isnan()
-        assert prototype_cross_entropy(student, target, **options).isnan()
-        for reduction in ("sum", "none"):
-            got = prototype_cross_entropy(student, target, reduction=reduction, **options)
-            assert got.eq(0).all()
-            for grad in torch.autograd.grad(got.sum(), leaves(student)):
-                assert grad.eq(0).all()
-
-    def test_no_rows(self, unit):
-        s = Similarity(unit(0, D), unit(P, D))
-        target = torch.empty(0, dtype=torch.int64)
-        assert prototype_cross_entropy(s, target).isnan()
-        assert prototype_cross_entropy(s, target, reduction="sum") == 0
-        assert prototype_cross_entropy(s, target, reduction="none").shape == (0,)
-
-    def test_one_class_costs_nothing(self, unit):
-        s = Similarity(unit(N, D).requires_grad_(), unit(1, D).requires_grad_(), 9.0)
-        got = prototype_cross_entropy(s, torch.zeros(N).long(), label_smoothing=0.2)
-        assert got == 0
-        for grad in torch.autograd.grad(got, (s.features, s.prototypes)):
-            torch.testing.assert_close(grad, torch.zeros_like(grad))
 
     @settings(
         max_examples=40,

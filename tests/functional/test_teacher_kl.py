@@ -188,20 +188,6 @@ class TestTeacherKL:
         for grad in torch.autograd.grad(loss, leaves(student)):
             torch.testing.assert_close(grad, torch.zeros_like(grad), atol=1e-14, rtol=0)
 
-    def test_no_rows(self, unit):
-        s, t = Similarity(unit(0, D), unit(P, D)), Similarity(unit(0, 3), unit(P, 3))
-        target = torch.empty(0, dtype=torch.int64)
-        for gate in ("uniform", "confidence", "label"):
-            assert teacher_kl(s, [t], gate=gate, target=target, reduction="sum") == 0
-            assert teacher_kl(s, [t], gate=gate, target=target).isnan()
-            assert teacher_kl(s, [t], gate=gate, target=target, reduction="none").shape == (0,)
-
-    def test_one_class(self, unit):
-        s = Similarity(unit(N, D).requires_grad_(), unit(1, D), 5.0)
-        loss = teacher_kl(s, [Similarity(unit(N, 3), unit(1, 3), 9.0)])
-        assert loss == 0
-        assert torch.autograd.grad(loss, s.features)[0].eq(0).all()
-
     def test_teachers_may_have_another_dtype(self, student, teachers):
         def cast(s, *dtypes):
             for dtype in dtypes:

@@ -6,17 +6,11 @@ import torch
 
 from mulki.methods import Needs
 from mulki.methods.ewc import EWC
-from mulki.methods.finetune import Finetune
 from tests.methods.method_helpers import add, start
 
 
 def fisher(a, b):
     return {"a": torch.tensor(a), "b": torch.tensor(b)}
-
-
-def test_its_losses_are_those_of_finetune(student, target):
-    losses = EWC(EWC.Options(label_smoothing=0.1)).losses(student, (), target)
-    assert losses == Finetune(Finetune.Options(label_smoothing=0.1)).losses(student, (), target)
 
 
 def test_three_tasks_by_the_formula(weights):

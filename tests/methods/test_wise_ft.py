@@ -7,7 +7,6 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from mulki.methods.finetune import Finetune
 from mulki.methods.wise_ft import WiseFT
 from tests.methods.method_helpers import add, start
 from tests.ranks import run_ranks
@@ -18,11 +17,6 @@ def learn(method, weights, index, amount):
     add(weights, amount)
     method.after_step(1)
     method.end_task()
-
-
-def test_its_losses_are_those_of_finetune(student, target):
-    losses = WiseFT(WiseFT.Options(label_smoothing=0.1)).losses(student, (), target)
-    assert losses == Finetune(Finetune.Options(label_smoothing=0.1)).losses(student, (), target)
 
 
 @pytest.mark.parametrize(

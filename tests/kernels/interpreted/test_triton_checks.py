@@ -29,7 +29,7 @@ def test_all_numbers(number_format):
     totals_and_gradients("kl_label", NUMBER_FORMATS[number_format], SHAPE, "cpu")
 
 
-@pytest.mark.parametrize("name", LOSSES[::3])
+@pytest.mark.parametrize("name", [*LOSSES[::3], *("ce_all", "contrastive", "siglip", "cosines")])
 def test_repeats(name):
     repeats(name, NUMBER_FORMATS["fp32"], SHAPE, "cpu")
 

@@ -85,16 +85,6 @@ def test_an_infinite_upstream_gradient_of_float16_stays_with_its_row(name):
     torch.testing.assert_close(spoilt[1:], dx[1:], rtol=2e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["ce_all", "kl_label", "contrastive", "siglip", "cosines"])
-def test_results_repeat_bit_for_bit_and_nothing_is_mutated(name):
-    case = make(name)
-    before = [a.clone() if isinstance(a, Tensor) else a for a in case.args]
-    first, second = (backward(case, case.upstream()) for _ in range(2))
-    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
-    for one, other in zip(case.args, before, strict=True):
-        assert not isinstance(one, Tensor) or torch.equal(one, other)
-
-
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_a_student_that_is_its_teacher_has_exactly_zero(temperature):
     case = make("kl")
