@@ -1,10 +1,17 @@
-# `make demo` and `make test` need Python 3.10 or newer and nothing else: they make .venv first. With
+# `make demo` needs Python 3.10 or newer and nothing else, `make test` git too: they make .venv first. With
 # a C++ compiler on PATH they also build the C++ kernels, for this CPU's capability; without one all
 # runs in plain PyTorch. CI builds and tests every capability: MULKI_BUILD_CAPABILITIES=all make test
 # Another interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
 BIN := .venv/bin
+ifeq ($(origin PYTHON)$(filter clean help,$(MAKECMDGOALS)),command line)
+ifneq ($(wildcard .venv/.installed-torch),)
+ifneq ($(shell $(PYTHON) -V 2>&1),$(shell $(BIN)/python -V 2>&1))
+$(error .venv has another Python than $(PYTHON): first make clean)
+endif
+endif
+endif
 # Processes that `make test` and `make test-long` divide the files of tests over; JOBS=1 takes one alone.
 JOBS ?= 2
 SPREAD = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile --no-loadscope-reorder)
@@ -85,10 +92,10 @@ types: .venv/.installed-test
 	$(BIN)/mypy
 
 sanitize: .venv/.installed-test
-	tests/csrc/sanitize $(CURDIR)/$(BIN)/python $(if $(SHORT),short)
+	tests/csrc/sanitize "$(CURDIR)/$(BIN)/python" $(if $(SHORT),short)
 
 cross-arm: .venv/.installed-test
-	tests/csrc/cross-arm $(CURDIR)/$(BIN)/python
+	tests/csrc/cross-arm "$(CURDIR)/$(BIN)/python"
 
 SECONDS ?= 20
 fuzz: .venv/.installed-test
@@ -128,6 +135,10 @@ BUILT_FROM := pyproject.toml setup.py $(wildcard mulki/ops/*.py) $(shell find cs
 .venv/.installed-test: .venv/.installed-demo
 .venv/.installed-test .venv/.installed-docs: .venv/.installed-%:
 	MULKI_BUILD_CPP=0 $(BIN)/python -m pip install --no-build-isolation -e ".[$*]"
+	@# Where a compiler knows torch's C++, kernels that do not build are no fallback for tests.
+	@if [ "$${MULKI_BUILD_CPP-}" = 0 ] || ! echo 'int main() {}' | \
+	    "$${CXX:-c++}" -std=c++20 -x c++ -fsyntax-only - 2>/dev/null; then :; else \
+	    MULKI_DISABLE_CPP= $(BIN)/python -c 'import sys; from mulki.ops.loader import load; sys.exit(load())'; fi
 	@touch $@
 
 clean:

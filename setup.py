@@ -22,6 +22,7 @@ from glob import glob
 from typing import Any
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_py import build_py as setuptools_build_py
 
 # The package whose folder lies outside mulki/; in a checkout mulki/__init__.py says where.
 MAPPED = {"mulki.kernels": "kernels"}
@@ -144,7 +145,7 @@ def extensions() -> list[Extension]:
     # at::parallel_for is compiled here, and is a plain loop without torch's own OpenMP flag.
     openmp = "ATen parallel backend: OpenMP" in torch.__config__.parallel_info()
     check_compiler(platform, openmp)
-    debug = os.environ.get("DEBUG", "0") not in ("", "0")
+    debug = os.environ.get("DEBUG") == "1"
     further = shlex.split(os.environ.get("MULKI_BUILD_FLAGS", ""))
     return [
         Extension(
@@ -243,6 +244,14 @@ def commands(required: bool) -> dict[str, type]:
     return {"build_ext": build_ext, "bdist_wheel": platform_wheel}
 
 
+class build_py(setuptools_build_py):
+    def run(self) -> None:
+        # Modules of an earlier build, which the sources may no longer have.
+        for old in glob(os.path.join(self.build_lib, "mulki", "**", "*.py"), recursive=True):
+            os.remove(old)
+        super().run()
+
+
 def give_up(reason: str, required: bool) -> None:
     if required:
         raise SystemExit(f"mulki: {reason}")
@@ -283,6 +292,7 @@ if __name__ == "__main__":
     # A mapped folder would need a hook of imports, which type checkers do not follow. In a checkout
     # mulki/__init__.py finds it itself.
     mapped = {} if "editable_wheel" in sys.argv else MAPPED
+    native = native_build()
     setup(
         packages=[*find_packages(include=["mulki", "mulki.*"]), *mapped],
         package_dir={"": "."} | mapped,
@@ -296,5 +306,6 @@ if __name__ == "__main__":
                 *(f"data/embedded/**/{file}" for file in PACK_FILES),
             ]
         },
-        **native_build(),
+        cmdclass={"build_py": build_py} | native.pop("cmdclass", {}),
+        **native,
     )

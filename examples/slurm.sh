@@ -12,7 +12,8 @@ set -euo pipefail
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / 8))
 
-srun torchrun \
+# srun does not take the number of CPUs over from sbatch.
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" torchrun \
     --nnodes "$SLURM_NNODES" --nproc-per-node 8 \
     --rdzv-backend c10d --rdzv-endpoint "$head:29500" --rdzv-id "$SLURM_JOB_ID" \
     -m mulki -- run --tasks birds/ textures/ --model ViT-B-16-quickgelu --pretrained openai \

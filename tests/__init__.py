@@ -19,7 +19,7 @@ def project_files(*patterns: str) -> list[Path]:
     listed = subprocess.run(
         [*listing, *(f":(glob){pattern}" for pattern in patterns)],
         cwd=ROOT,
-        capture_output=True,
+        stdout=subprocess.PIPE,
         text=True,
         check=True,
     ).stdout

@@ -179,8 +179,7 @@ GATES: dict[str, Options] = {
 
 # The start model with a transformer: options of every run, shares of a learning rate to try, and
 # those tried besides where the best one was the smallest or the largest, and the rows of its table
-# with the best share. AdamW's first step has the whole learning rate in every weight; without
-# warm-up it takes this model's loss from 0.4 to 3.6.
+# with the best share. Without warm-up the first step damages this model (docs/training.md).
 VIT: Options = {"iterations": 32, "warmup": 8, "lock_text": True, "precision": "amp_bf16"}
 VIT_TRIED = (0.03, 0.1, 0.3)
 VIT_BESIDES: dict[str, tuple[float, ...]] = {}

@@ -165,20 +165,24 @@ def _checked(
 def images_below(folder: Path) -> set[str]:
     """The images in a folder and its folders, relative to it with `/`; hidden ones left out.
 
-    Links to folders are followed, each folder once.
+    Links to folders are followed after the folders themselves, so that each is found once.
     """
     found: set[str] = set()
     seen: set[str] = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in files:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
-                found.add(Path(root, name).relative_to(folder).as_posix())
+    tops = [str(folder)]
+    for top in tops:
+        for root, folders, files in os.walk(top):
+            real = os.path.realpath(root)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            inside = [os.path.join(root, name) for name in folders]
+            tops += filter(os.path.islink, inside)
+            for name in files:
+                if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
+                    found.add(Path(root, name).relative_to(folder).as_posix())
     return found
 
 

@@ -49,8 +49,11 @@ def capability() -> str:
 
 
 def capability_in_words() -> str:
-    """What `load` takes, and how to build a better one where this CPU has more."""
+    """What `load` takes, and how to build a better one where this CPU or csrc/ has more."""
     taken, best = capability(), cpu_capabilities()[0]
+    found, sources = find(PACKAGE), (PACKAGE.parent / "csrc").rglob("*.*")
+    if found and any(file.stat().st_mtime > found[1].stat().st_mtime for file in sources):
+        return f"{taken} build, older than csrc/: {_remedy(PACKAGE)}"
     if taken == best:
         return f"{taken} build"
     return f"{taken} build, none was built for {best}: {_remedy(PACKAGE, best)}"

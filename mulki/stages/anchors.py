@@ -67,7 +67,8 @@ def text_anchor_kl(
         anchor_texts: whose texts the student is held against.
         anchor_weights: "gate": one relation over both groups, under `weights`. "group": a relation
             for each group, the previous model alone for the classes of earlier tasks and the
-            original model alone for the vocabulary; two groups count half each.
+            original model alone for the vocabulary; two groups count half
+            each of the sum of `weights`.
 
     Raises:
         ValueError: a model lacks the anchors that it needs, or the teachers' width is not its

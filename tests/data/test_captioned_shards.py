@@ -60,6 +60,8 @@ def test_files_that_would_be_lost_are_refused(tmp_path: Path) -> None:
     write_tar(path, sample(1) | {"at 10.11.png": encoded(picture(0), "png")})
     with pytest.raises(InputError, match=r"x\.tar: at 10\.11\.png: .* without further dots"):
         read_reference(path, captions=False)
+    write_tar(path, sample(1) | {"._1.jpg": b"of a Mac"})
+    assert len(read_reference(path, captions=False)) == 1
 
 
 def test_a_folder_and_a_range_of_shards_are_the_same_set(folder: Path) -> None:

@@ -125,6 +125,8 @@ def test_linked_folders_are_followed_once(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "a").symlink_to(folder)
     (folder / "self").symlink_to(folder)
+    (folder / "all").symlink_to(folder / "red")
+    assert images_below(folder) == names
     assert images_below(tmp_path / "links") == {f"a/{name}" for name in names}
 
 

@@ -31,6 +31,16 @@ from tests.functional.formulas import (
 )
 
 
+def test_a_second_backward_gives_the_same_gradient(student, teachers, unit):
+    weights = unit(N, 3).abs().requires_grad_()
+    for loss in all_losses(student, teachers, weights).values():
+        inputs = (*leaves(student), weights)
+        first = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
+        second = torch.autograd.grad(loss, inputs, allow_unused=True)
+        for a, b in zip(first, second, strict=True):
+            assert (a is None and b is None) or a.equal(b)
+
+
 def test_targets_are_not_read_on_a_gpu():
     # Fake tensors have no values, so whatever reads one (and would make the GPU wait) raises. They
     # cannot negate a mask where torch has no GPU support, hence no masks and no cross-entropy.

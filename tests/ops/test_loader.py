@@ -93,6 +93,12 @@ def test_a_lower_capability_tells_how_to_build_the_better_one(
     told = loader.capability_in_words()
     assert told.startswith("AVX2 build, none was built for AVX512: run `")
     assert "MULKI_BUILD_CAPABILITIES=AVX512 python setup.py build_ext --inplace" in told
+    source = tmp_path / "csrc" / "a" / "b.h"
+    source.parent.mkdir(parents=True)
+    source.touch()
+    assert loader.capability_in_words() == told
+    os.utime(source, (2**32, 2**32))
+    assert loader.capability_in_words().startswith("AVX2 build, older than csrc/: run `")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a library" * 1000])

@@ -40,6 +40,14 @@ def pretrained_tags(name: str) -> list[str]:
     return [tag for tag in open_clip.list_pretrained_tags_by_model(name) if tag not in other]
 
 
+def trained_one(name: str) -> tuple[str, str] | None:
+    """A model of open_clip with this architecture, and a tag of its weights; None without any."""
+    for each in (name, _quick(name)):
+        if tags := pretrained_tags(each):
+            return each, tags[0]
+    return None
+
+
 def _quick(name: str) -> str:
     return f"{name}-quickgelu"
 
@@ -66,12 +74,12 @@ def load_open_clip(
                 f"--model: no model {given!r}{nearest(name, [*known, BUNDLED])}{hub}; python -c "
                 f'"import open_clip; print(open_clip.list_models())" lists them, beside {BUNDLED}'
             )
-        tags = pretrained_tags(name)
+        tags = open_clip.list_pretrained_tags_by_model(name)
         if stand_in or pretrained == RANDOM:
             pretrained = None
         elif pretrained is None:
             _log.warning("%s starts from random weights; --pretrained gives it trained ones", name)
-        elif pretrained in open_clip.list_pretrained_tags_by_model(name) and pretrained not in tags:
+        elif pretrained in tags and pretrained not in pretrained_tags(name):
             raise InputError(
                 f"--pretrained: the weights {pretrained} of {name} were trained with QuickGELU, "
                 f"which that model does not have; pass --model {_quick(name)}"

@@ -40,7 +40,7 @@ def steps_of(config: RunConfig, num_images: int, processes: int = 1) -> int:
     if config.epochs is None:
         return config.iterations
     # Fewer images than a batch are one of them.
-    batch = min(config.batch_size * processes, num_images)
+    batch = max(1, min(config.batch_size * processes, num_images))
     return max(1, math.ceil(config.epochs * num_images / batch))
 
 

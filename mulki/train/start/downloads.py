@@ -118,6 +118,8 @@ def not_here(name: str, pretrained: str | None) -> tuple[str | None, list[Downlo
     import open_clip
     from open_clip.pretrained import download_pretrained_from_hf
 
+    from mulki.clip.models.open_clip_models import pretrained_tags
+
     with offline():
         schema, _, place = name.partition(":")
         missing: list[Download] = []
@@ -134,7 +136,7 @@ def not_here(name: str, pretrained: str | None) -> tuple[str | None, list[Downlo
                 return name, []
             if pretrained is not None and not Path(pretrained).is_file():
                 known = open_clip.get_pretrained_cfg(name, pretrained)
-                if not known:
+                if not known or pretrained not in pretrained_tags(name):
                     return name, []
                 if not _is_here(known):
                     missing.append(Download("weights", str(known.get("hf_hub") or known["url"])))

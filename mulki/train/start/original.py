@@ -39,13 +39,13 @@ def check_original(config: RunConfig, method: Method) -> None:
             )
         return
     # Imported here, since a command line with a wrong option is answered without open_clip.
-    from mulki.clip.models.open_clip_models import pretrained_tags
+    from mulki.clip.models.open_clip_models import trained_one
 
-    tags = pretrained_tags(config.original.replace("/", "-"))
-    if tags and config.original_pretrained is None:
+    found = trained_one(config.original.replace("/", "-"))
+    if found is not None and config.original_pretrained is None:
         raise InputError(
             f"--original: got {config.original} without weights, and random ones teach nothing; "
-            f"pass --original-pretrained too, such as {tags[0]}"
+            f"pass --original-pretrained too, such as {found[1]} of {found[0]}"
         )
 
 

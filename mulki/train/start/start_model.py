@@ -27,11 +27,14 @@ def check_start(config: RunConfig) -> None:
         return
     import open_clip
 
-    from mulki.clip.models.open_clip_models import pretrained_tags
+    from mulki.clip.models.open_clip_models import trained_one
 
     if name in open_clip.list_models():
-        tags = pretrained_tags(name)
-        trained = f"pass a tag, such as {tags[0]}" if tags else "pass a file of weights"
+        trained = "pass a file of weights"
+        if (found := trained_one(name)) is not None:
+            other, tag = found
+            same = other == name
+            trained = f"pass {'a tag, such as' if same else f'--model {other} --pretrained'} {tag}"
         raise InputError(
             f"--pretrained: got none, so {config.model} would start from random weights; "
             f"{trained}, or --pretrained none if random ones are meant"

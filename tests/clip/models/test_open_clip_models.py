@@ -37,6 +37,7 @@ def test_weights_with_another_activation_are_refused() -> None:
     assert "openai" in open_clip_models.pretrained_tags("ViT-B-32-quickgelu")
     with pytest.raises(InputError, match=r"QuickGELU.*; pass --model ViT-B-32-quickgelu$"):
         models.load("ViT-B-32", "openai")
+    assert open_clip_models.trained_one("RN50") == ("RN50-quickgelu", "openai")
 
 
 def test_a_file_says_how_its_model_wants_images(

@@ -70,7 +70,7 @@ def test_a_task_may_have_a_rate_of_its_own(load_tiny: Load, task: Task) -> None:
 
 @pytest.mark.parametrize(
     ("epochs", "images", "steps"),
-    [(1.0, 18, 3), (2.0, 19, 7), (0.5, 18, 2), (0.001, 18, 1), (10.0, 4, 10)],
+    [(1.0, 18, 3), (2.0, 19, 7), (0.5, 18, 2), (0.001, 18, 1), (10.0, 4, 10), (1.0, 0, 1)],
 )
 def test_steps_of_epochs(epochs: float, images: int, steps: int) -> None:
     assert steps_of(replace(CONFIG, epochs=epochs), images) == steps

@@ -57,11 +57,13 @@ def test_an_address_without_a_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     address = "https://example.org/weights/some.pt"
     monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda model, tag: {"url": address})
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    assert not_here("ViT-B-32", "tag")[1] == [Download("weights", address)]
+    tag = "laion2b_e16"
+    assert not_here("ViT-B-32", tag)[1] == [Download("weights", address)]
     cache = tmp_path / ".cache" / "clip"
     cache.mkdir(parents=True)
     (cache / "some.pt").touch()
-    assert not_here("ViT-B-32", "tag")[1] == []
+    assert not_here("ViT-B-32", tag)[1] == []
+    assert not_here("ViT-B-32", "openai") == ("ViT-B-32", [])  # QuickGELU, which `load` refuses
 
 
 def test_of_a_repository_the_architecture_may_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
