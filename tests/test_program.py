@@ -25,6 +25,20 @@ start_model = train_helpers.start_model
 task_folders = train_helpers.task_folders
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a Linux device")
+def test_output_that_cannot_be_written_is_one_line() -> None:
+    words = [sys.executable, "-m", "mulki", "tasks", "embedded", "--json"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert re.fullmatch(r"mulki: error: .*No space left on device\n", done.stderr)
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_interrupted_process(
     tmp_path: Path, start_model: dict[str, str], task_folders: Sequence[str]
 ) -> None:

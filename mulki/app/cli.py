@@ -32,7 +32,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal may be unable to show a name; a run must not fail at its end for that.
         sys.stdout.reconfigure(errors="backslashreplace")
-    sys.exit(run_command(sys.argv[1:] if argv is None else argv))
+    status = run_command(sys.argv[1:] if argv is None else argv)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # Python would try again while it ends, and complain in many lines.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not (status or isinstance(error, BrokenPipeError)):
+            _print_error(f"standard output: {error.strerror}")
+        status = status or 1
+    sys.exit(status)
 
 
 def run_command(argv: Sequence[str]) -> int:
@@ -56,7 +65,6 @@ def run_command(argv: Sequence[str]) -> int:
         return 130
     except BrokenPipeError:
         # The program that reads our output has ended, as `head` does after its lines.
-        sys.stderr.close()
         return 1
     except OSError as error:
         # The disk is full, or a file cannot be read; out.log of a run has the traceback.

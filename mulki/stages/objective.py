@@ -398,7 +398,8 @@ class MulKILoss(nn.Module):
                     f"teachers: got {len(teachers)} with a feature_original of its own, wanted the "
                     "original and the previous model; leave feature_original out"
                 )
-            weights = weights * weights.new_tensor([original, other])
+            # No tensor of the two numbers, for which the host would wait for a GPU.
+            weights = torch.stack([original * weights[:, 0], other * weights[:, 1]], dim=1)
         else:
             weights = other * weights
         return adding.feature_loss(student, teachers, weights)

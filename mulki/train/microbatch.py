@@ -81,7 +81,7 @@ def backward(
     - Autocast: call this inside the context.
     - GradScaler: pass it as `scaler`; unscale, step and update it as usual.
     - DistributedDataParallel: pass the wrapped module as the function of a single encoder. Its
-      gradients are reduced once a step.
+      gradients are reduced once a step. All ranks have to split their batch, or none.
     - FSDP2: gradients are reduced with every micro-batch, since keeping them whole until the last
       one would need the memory that sharding saves. All ranks need the same number of
       micro-batches.

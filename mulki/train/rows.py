@@ -61,6 +61,8 @@ class Rows:
         self.planned = rows(setup)
         self._setup = setup
         self._progress = progress
+        # Answers of the start model, as far as they were read.
+        self._before: dict[str, Answers] | None = None
         self._evaluator = Evaluator(
             setup.model,
             setup.tasks,
@@ -169,8 +171,9 @@ class Rows:
             return
         # The results are written already, so pictures that fail do not fail the run.
         try:
-            before = read_answers(folder.path)[ZERO_SHOT_ROW]
-            write_examples(folder.path, self._setup.tasks, before, after_task, row.answers)
+            if self._before is None:
+                self._before = read_answers(folder.path)[ZERO_SHOT_ROW]
+            write_examples(folder.path, self._setup.tasks, self._before, after_task, row.answers)
         except Exception as error:
             _log.warning("no examples of images (%s: %s)", type(error).__name__, error)
 

@@ -1,8 +1,9 @@
 """Models that do not fit on one device: their towers sharded over all processes (FSDP2).
 
 Every block of a tower is a unit of FSDP, and so is the rest of the tower, so that at most one block
-is whole at a time. Parameters outside the towers (the logit scale; in open_clip's plain CLIP the
-token embedding and the text projection) stay whole in every process.
+is whole at a time. Under autocast the copies of weights that a backward pass needs are whole until
+then; with `--grad-checkpointing` there are none. Parameters outside the towers (the logit scale; in
+open_clip's plain CLIP the token embedding and the text projection) stay whole in every process.
 """
 
 from __future__ import annotations
@@ -45,4 +46,5 @@ def _blocks(tower: nn.Module) -> list[nn.Module]:
         if name.rpartition(".")[2] in _STACKS and isinstance(module, (nn.ModuleList, nn.Sequential))
     ]
     blocks = [block for stack in stacks for block in stack]
-    return [block for block in blocks if any(p.numel() for p in block.parameters())]
+    # Inner ones first, as FSDP wants them: a stage of ConvNeXt has blocks of its own.
+    return [block for block in reversed(blocks) if any(p.numel() for p in block.parameters())]

@@ -155,3 +155,11 @@ def test_ranks_that_disagree_all_raise_the_same():
     assert "loss: got ClipLoss on ranks 0, 1, SigLipLoss on rank 2" in messages["loss"]
     assert messages["teacher"].startswith("on rank 2: dist_image_features: got NoneType")
     assert "no rows on any rank" in messages["none"]
+
+
+def test_a_subclass_whose_changes_would_not_count_is_refused():
+    with pytest.raises(TypeError, match=r"Margin: forward does not call get_logits.*; define f"):
+
+        class Margin(ClipLoss):
+            def get_logits(self, *features, **options):
+                return super().get_logits(*features, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,14 @@ SHARDED: dict[str, tuple[dict[str, Any], int]] = {
 def test_every_block_of_a_tower_is_a_unit(load_tiny: Callable[..., VisionLanguageModel]) -> None:
     model = load_tiny()
     found = [block for tower in model.towers() for block in sharding._blocks(tower)]
-    assert found == [*model.clip.visual.transformer.resblocks, *model.clip.transformer.resblocks]
+    towers = (model.clip.visual.transformer, model.clip.transformer)
+    assert found == [block for tower in towers for block in reversed(tower.resblocks)]
+
+
+def test_a_block_comes_before_the_one_that_it_is_in() -> None:
+    stage = nn.Sequential(OrderedDict(blocks=nn.Sequential(nn.Linear(2, 2))))
+    tower = nn.Sequential(OrderedDict(stages=nn.Sequential(stage)))
+    assert sharding._blocks(tower) == [stage.blocks[0], stage]
 
 
 def test_a_block_without_parameters_is_no_unit() -> None:
@@ -85,6 +93,8 @@ def test_sharding_needs_several_processes(base: dict[str, Any]) -> None:
         sequence.run(resolve(base | {"fsdp": True, "name": "alone"}))
     with pytest.raises(InputError, match="--fsdp: method ewc needs whole gradients of weights"):
         sequence.run(resolve(base | {"fsdp": True, "name": "alone", "method": "ewc"}))
+    with pytest.raises(InputError, match="FSDP wants one dtype; pass pure_bf16 or amp_bf16"):
+        sequence.run(resolve(base | {"fsdp": True, "name": "alone", "precision": "bf16"}))
     assert not (Path(base["logs"]) / "alone").exists()
 
 

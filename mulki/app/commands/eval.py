@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
@@ -34,6 +35,7 @@ _FILES = {
 }
 # Options that have their default whatever the run had.
 _NOT_OF_A_RUN = ("workers", "device")
+_LONG = 24  # characters of a name, beside which all columns have room in 80
 _TITLES = {"acc1": "top-1", "acc5": "top-5", "mean_per_class_recall": "per class"}
 
 
@@ -137,9 +139,10 @@ def _numbers(found: Sequence[TaskPredictions]) -> dict[str, Any]:
 
 def _print_recalls(recalls: Mapping[str, Mapping[str, tuple[float, int]]]) -> None:
     figures_of_each = next(iter(recalls.values()))
-    table = plain_table("captions", *(name.replace("_", " ") for name in figures_of_each))
+    titles = [name.replace("_", " ") for name in figures_of_each]
+    table = plain_table("captions", *titles, names_wrap=_long(recalls))
     for task, each in recalls.items():
-        table.add_row(Text(task), *(f"{value:.2f}" for value, _ in each.values()))
+        table.add_row(Text(task, overflow="fold"), *(f"{value:.2f}" for value, _ in each.values()))
     Console().print(table)
 
 
@@ -160,15 +163,21 @@ def _print(found: Sequence[TaskPredictions], label_space: LabelSpace | None) -> 
         console.print(line, highlight=False, style="dim")
 
 
+def _long(names: Iterable[str]) -> bool:
+    # Whether they leave too little room for numbers.
+    return max(map(cell_len, names), default=0) > _LONG
+
+
 def _table(numbers: Mapping[str, Any], space: str) -> Table:
     # Of the own classes the mean of the tasks, since no two are about the same; of all the total.
-    table = plain_table("task", "images", *_TITLES.values())
+    long = _long([of["task"] for of in numbers["tasks"]])
+    table = plain_table("task", "images", *_TITLES.values(), names_wrap=long)
 
     def cells(of: Mapping[str, float | None]) -> list[str]:
         return ["-" if of[name] is None else f"{of[name]:.2f}" for name in _TITLES]
 
     for of in numbers["tasks"]:
-        table.add_row(Text(of["task"]), str(of["images"]), *cells(of[space]))
+        table.add_row(Text(of["task"], overflow="fold"), str(of["images"]), *cells(of[space]))
     if space == "all":
         total = sum(of["images"] for of in numbers["tasks"])
         table.add_row("all images", str(total), *cells(numbers["all"]))

@@ -40,8 +40,9 @@ def export(argv: list[str]) -> int:
         )
     from mulki.clip.exporting.huggingface import export_huggingface
     from mulki.clip.exporting.onnx import export_onnx
-    from mulki.train.model import load
-    from mulki.train.saving.checkpoints import load_checkpoint
+    from mulki.clip.head import read_statistics
+    from mulki.train.model import Model
+    from mulki.train.saving.checkpoints import description_of, load_checkpoint, statistics_of
 
     if given.classes and given.to != "onnx":
         raise InputError(f"--classes: belongs to --to onnx, not to {given.to}; leave it out")
@@ -51,7 +52,10 @@ def export(argv: list[str]) -> int:
     else:
         classes = None
         if given.classes:
-            classes = load(given.checkpoint, device="cpu", precision="fp32").layer()
+            path = Path(given.checkpoint)
+            statistics = read_statistics(file) if (file := statistics_of(path)).is_file() else None
+            said = description_of(path)
+            classes = Model(model, said, given.checkpoint, statistics=statistics).layer()
         difference = export_onnx(model, folder, classes)
     print(f"{given.folder}: written; its features differ by at most {difference:.1e}")
     return 0

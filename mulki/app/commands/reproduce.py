@@ -213,10 +213,12 @@ def _entry(
             *(entry.extra_data or "?", identity, entry.stored or "?", entry.models or "?"),
         ]
     folder, data = entry
-    uses = ", ".join(data.summary.get("uses", ())) or "none"
+    used = data.summary.get("uses", ())
+    uses = ", ".join(used) or "none"
+    stored = "images" if "images of earlier tasks" in used else "nothing"
     model = options_of(data).get("model", "?")
     method = f"{data.summary.get('method', '?')}, ours: {model}"
-    return str(folder), [*shown, "", "", method, "", uses, "no", "nothing", "one"]
+    return str(folder), [*shown, "", "", method, "", uses, "no", stored, "one"]
 
 
 def _run_as_json(benchmark: str, folder: Path, data: RunData) -> dict[str, Any]:

@@ -63,12 +63,13 @@ class Precision:
             "bf16" and "fp16" store the weights in that dtype but for those of normalisations,
             "pure_bf16" and "pure_fp16" those too; small learning rates then round away.
         device: where the model is.
+        cached: whether autocast keeps its copies of weights for further micro-batches.
 
     Raises:
         InputError: an unknown name.
     """
 
-    def __init__(self, name: Name, device: torch.device):
+    def __init__(self, name: Name, device: torch.device, *, cached: bool = True):
         if name not in get_args(Name):
             raise InputError(
                 f"--precision: got {name!r}{nearest(name, get_args(Name))}, wanted one of "
@@ -78,6 +79,7 @@ class Precision:
             name = "amp_bf16" if native_bf16(device) else "fp32"
         self.name = name
         self.device = device
+        self._cached = cached
         half = name == "amp" and device.type == "cuda"
         self.dtype = torch.float16 if half or name.endswith("fp16") else torch.bfloat16
         self._stored = name in ("bf16", "fp16", "pure_bf16", "pure_fp16")
@@ -87,7 +89,7 @@ class Precision:
         """The context in which encoders run."""
         if self.name == "fp32" or self._stored:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        return torch.autocast(self.device.type, self.dtype, cache_enabled=self._cached)
 
     def convert(self, model: VisionLanguageModel) -> None:
         """Give the weights of a model, loaded as float32, the dtype they are stored in."""

@@ -129,8 +129,9 @@ def clip_gradients(groups: Sequence[Sequence[nn.Parameter]], largest: float) -> 
     # Norms of sharded and of whole parameters are computed apart: no operation takes both.
     norms = []
     for group in groups:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
-        norms.append(whole(norm))
+        # The norm of none would be on the CPU.
+        if gradients := [p.grad for p in group if p.grad is not None]:
+            norms.append(whole(torch.nn.utils.get_total_norm(gradients)))
     total = torch.linalg.vector_norm(torch.stack(norms))
     for group in groups:
         torch.nn.utils.clip_grads_with_norm_(group, largest, total)

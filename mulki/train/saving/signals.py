@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -12,13 +13,15 @@ from typing import Any
 
 from mulki.errors import Stopped
 
+_SAME = 2.0  # seconds
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 class Signals:
     """SIGINT, SIGTERM and SIGHUP raise `Stopped`: at once, or later where they are `held`.
 
-    A second one raises it at once in any case. A signal that the process was started to ignore, as
+    A second one raises it at once in any case, but for one that is the same, other than SIGINT,
+    within two seconds. A signal that the process was started to ignore, as
     nohup does with SIGHUP, stays ignored. In a thread other than the main one, signals are left as
     they are.
 
@@ -28,6 +31,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.pending: int | None = None
+        self._since = 0.0
         self._held = 0
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
@@ -64,7 +68,11 @@ class Signals:
 
     def _received(self, number: int, frame: FrameType | None) -> None:
         # Data loading processes inherit the handler, and have nothing to wait for.
-        if self._held and self.pending is None and os.getpid() == self._process:
-            self.pending = number
-        else:
-            raise Stopped(number)
+        if self._held and os.getpid() == self._process:
+            if self.pending is None:
+                self.pending, self._since = number, time.monotonic()
+                return
+            # Sent to all processes, torchrun passes its own on besides.
+            if number == self.pending != signal.SIGINT and time.monotonic() < self._since + _SAME:
+                return
+        raise Stopped(number)

@@ -259,7 +259,9 @@ def check_options(config: RunConfig, method: Method) -> Precision:
     Raises:
         InputError: options that cannot be used, or not together.
     """
-    precision = Precision(config.precision, device_of(config.device))
+    device = device_of(config.device)
+    # The cache would keep all sharded weights whole.
+    precision = Precision(config.precision, device, cached=not config.fsdp)
     _check_sharding(config, method, precision)
     _check_adapters(config, method)
     check_reference(config, method)
@@ -333,6 +335,12 @@ def _check_sharding(config: RunConfig, method: Method, precision: Precision) -> 
     if config.fsdp and (method.needs.fisher or method.needs.directions):
         raise InputError(
             f"--fsdp: method {method.name} needs whole gradients of weights; leave --fsdp out"
+        )
+    if config.fsdp and precision.name in ("bf16", "fp16") and config.lora_rank is None:
+        raise InputError(
+            f"--fsdp: with --precision {config.precision} a block has normalisations in float32 "
+            f"beside other weights, and FSDP wants one dtype; pass pure_{config.precision} or "
+            "amp_bf16"
         )
     if config.fsdp and not launch.launched():
         raise InputError(

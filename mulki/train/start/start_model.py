@@ -18,6 +18,7 @@ from mulki.train.saving.recovery import check_finite
 _log = logging.getLogger(__name__)
 
 _FOLDER = "local-dir:"  # before a path, in names of open_clip
+_SCHEMAS = (_FOLDER, "hf-hub:")
 
 
 def check_start(config: RunConfig) -> None:
@@ -105,7 +106,7 @@ def as_in_its_run(model: VisionLanguageModel, where: str, config: RunConfig) -> 
 
 def is_checkpoint(name: str) -> bool:
     """Whether ``--model`` names a path. Names of models go before it; ``./NAME`` is a path."""
-    if ":" in name or name == BUNDLED or not Path(name).exists():
+    if name.startswith(_SCHEMAS) or name == BUNDLED or not Path(name).exists():
         return False
     import open_clip
 

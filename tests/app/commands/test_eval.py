@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -70,6 +72,21 @@ def test_a_table_for_people(finished: Path, capsys: pytest.CaptureFixture[str]) 
         assert of_all["all"][:2] == ["images", "25"]
     assert "matrix.csv of the run is in label space task" in out
     assert "weights" in out and "prompts" in out and "splits" in out
+
+
+def test_no_number_is_cut_beside_a_long_name(
+    finished: Path,
+    task_folders: Sequence[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    long = tmp_path / "-".join(["a-long-name-of-a-task"] * 3)
+    shutil.copytree(task_folders[0], long)
+    latest = finished / "checkpoints" / "latest"
+    assert run_command(["eval", str(latest), "--tasks", str(long)]) == 0
+    out = capsys.readouterr().out
+    assert "\u2026" not in out and max(map(len, out.splitlines())) <= 80
+    assert len(re.findall(r"\d+\.\d\d", out)) >= 12
 
 
 def test_bad_input(refused: Refused, finished: Path, tmp_path: Path) -> None:

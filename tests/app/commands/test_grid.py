@@ -118,7 +118,7 @@ def test_the_help_of_a_grid_has_the_options_of_its_methods(
         run_command(["run", "--methods", "lwf", "lwf_vr", "--help-all"])
     said = capsys.readouterr().out
     assert "method lwf:" in said and "method lwf_vr:" in said
-    assert said.count("  --distill-weight") == 1 and "--hold-on" not in said
+    assert said.count("  --distill-weight DISTILL") == 1 and "--hold-on" not in said
 
 
 def test_a_file_of_options_gives_way_to_lists(

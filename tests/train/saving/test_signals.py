@@ -54,6 +54,16 @@ def test_a_second_signal_does_not_wait() -> None:
         pytest.fail("went on")
 
 
+def test_the_same_signal_twice_in_a_moment_is_one() -> None:
+    with pytest.raises(Stopped, match="SIGTERM"), Signals() as signals, signals.held():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        signals._since -= 10
+        assert signals.pending == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("went on")
+
+
 def test_what_was_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -68,3 +68,5 @@ def test_names_of_models_go_before_paths(
         (tmp_path / name).mkdir()
         assert not is_checkpoint(name) and is_checkpoint(f"./{name}")
     assert not is_checkpoint("elsewhere")
+    (tmp_path / "lr:1e-4").mkdir()
+    assert is_checkpoint(str(tmp_path / "lr:1e-4")) and not is_checkpoint(f"local-dir:{tmp_path}")
