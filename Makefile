@@ -138,7 +138,8 @@ BUILT_FROM := pyproject.toml setup.py $(wildcard mulki/ops/*.py) $(shell find cs
 	@# Where a compiler knows torch's C++, kernels that do not build are no fallback for tests.
 	@if [ "$${MULKI_BUILD_CPP-}" = 0 ] || ! echo 'int main() {}' | \
 	    "$${CXX:-c++}" -std=c++20 -x c++ -fsyntax-only - 2>/dev/null; then :; else \
-	    MULKI_DISABLE_CPP= $(BIN)/python -c 'import sys; from mulki.ops.loader import load; sys.exit(load())'; fi
+	    MULKI_DISABLE_CPP= $(BIN)/python -c 'import sys; from mulki.ops.loader import load; sys.exit(load())' || { \
+	    echo "build them with $(BIN)/python, or test without them: MULKI_BUILD_CPP=0 make test" >&2; exit 1; }; fi
 	@touch $@
 
 clean:

@@ -259,9 +259,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path to write, which replaces ``path`` when the block ends.
 
     An error or an interrupt in the block leaves the old file as it was and removes the temporary
-    one. Of a link the file is replaced to which it leads.
+    one.
     """
-    path = Path(os.path.realpath(path))
+    path = Path(path)
     # Not tempfile: it makes files that only their owner can read, and a renamed file keeps that.
     temporary = temporary_for(path)
     try:

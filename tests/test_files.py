@@ -80,15 +80,6 @@ def test_pipes_and_links_to_nowhere_are_not_opened(tmp_path: Path) -> None:
     check_regular(tmp_path / "gone")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="links")
-def test_the_file_behind_a_link_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / "there").mkdir()
-    (tmp_path / "link.csv").symlink_to(tmp_path / "there" / "file.csv")
-    write_atomic(tmp_path / "link.csv", "new")
-    assert (tmp_path / "link.csv").is_symlink()
-    assert (tmp_path / "there" / "file.csv").read_text() == "new"
-
-
 def test_temporaries_are_swept_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     kept = [tmp_path / "a.tmp", tmp_path / ".b.tmp", tmp_path / "deep" / ".c.x.tmp"]

@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     status = run_command(sys.argv[1:] if argv is None else argv)
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as it is where the program was started without one
+            sys.stdout.flush()
     except OSError as error:
         # Python would try again while it ends, and complain in many lines.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

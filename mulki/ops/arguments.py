@@ -38,7 +38,9 @@ def scalar(value: Tensor | float, like: Tensor) -> Tensor:
         return torch.full((), float(value), dtype=dtype, device=like.device)
     if value.dtype == dtype and value.device == like.device:
         return value
-    if type(value) is Tensor and value.is_cpu and not (like.is_cpu or value.requires_grad):
+    elsewhere = type(value) is Tensor and value.is_cpu and not like.is_cpu
+    traced = torch.compiler.is_compiling() or torch_private.transform_is_active()
+    if elsewhere and not (traced or value.requires_grad):
         return torch.full((), value.item(), dtype=dtype, device=like.device)
     return value.to(like.device, dtype)
 

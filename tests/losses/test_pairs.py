@@ -163,3 +163,11 @@ def test_a_subclass_whose_changes_would_not_count_is_refused():
         class Margin(ClipLoss):
             def get_logits(self, *features, **options):
                 return super().get_logits(*features, **options)
+
+    class Own(ClipLoss):
+        def forward(self, *features, **options):
+            return sum(self.get_logits(*features)).mean()
+
+    class Further(Own):
+        def get_logits(self, *features, **options):
+            return super().get_logits(*features, **options)

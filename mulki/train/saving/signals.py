@@ -31,7 +31,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.pending: int | None = None
-        self._since = 0.0
+        self._last, self._since = 0, 0.0
         self._held = 0
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
@@ -68,11 +68,13 @@ class Signals:
 
     def _received(self, number: int, frame: FrameType | None) -> None:
         # Data loading processes inherit the handler, and have nothing to wait for.
-        if self._held and os.getpid() == self._process:
-            if self.pending is None:
-                self.pending, self._since = number, time.monotonic()
-                return
+        if os.getpid() == self._process:
             # Sent to all processes, torchrun passes its own on besides.
-            if number == self.pending != signal.SIGINT and time.monotonic() < self._since + _SAME:
+            again = number == self._last != signal.SIGINT
+            if again and time.monotonic() < self._since + _SAME:
+                return
+            self._last, self._since = number, time.monotonic()
+            if self._held and self.pending is None:
+                self.pending = number
                 return
         raise Stopped(number)
