@@ -55,6 +55,7 @@ def export(argv: list[str]) -> int:
             path = Path(given.checkpoint)
             statistics = read_statistics(file) if (file := statistics_of(path)).is_file() else None
             said = description_of(path)
+            model.eval()
             classes = Model(model, said, given.checkpoint, statistics=statistics).layer()
         difference = export_onnx(model, folder, classes)
     print(f"{given.folder}: written; its features differ by at most {difference:.1e}")

@@ -146,8 +146,8 @@ def test_the_gradient_scaler_goes_on(
     scalers: list[Any] = []
     real = Precision.__init__
 
-    def scaling(self: Precision, *given: Any) -> None:
-        real(self, *given)
+    def scaling(self: Precision, *given: Any, **named: Any) -> None:
+        real(self, *given, **named)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=1)
         scalers.append(self.scaler)
 
