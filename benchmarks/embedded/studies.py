@@ -179,10 +179,11 @@ GATES: dict[str, Options] = {
 
 # The start model with a transformer: options of every run, shares of a learning rate to try, and
 # those tried besides where the best one was the smallest or the largest, and the rows of its table
-# with the best share. Without warm-up the first step damages this model (docs/training.md).
+# with the best share; until all are tried, some shares are those of runs without warm-up. Without
+# warm-up the first step damages this model (docs/training.md).
 VIT: Options = {"iterations": 32, "warmup": 8, "lock_text": True, "precision": "amp_bf16"}
 VIT_TRIED = (0.03, 0.1, 0.3)
-VIT_BESIDES: dict[str, tuple[float, ...]] = {}
+VIT_BESIDES = {"mulki, adapters": (1.0, 3.0)}
 VIT_SHARES = {
     "finetune": 0.03,
     "lwf_vr": 0.1,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from mulki.clip.evaluation import LabelSpace
 from mulki.console import Console
 from mulki.data import Task
 from mulki.errors import InputError
-from mulki.report.tables import plain_table
+from mulki.report.tables import folded_tables, plain_table
 from mulki.runs.predictions import (
     TaskPredictions,
     check_writable,
@@ -35,7 +35,7 @@ _FILES = {
 }
 # Options that have their default whatever the run had.
 _NOT_OF_A_RUN = ("workers", "device")
-_LONG = 24  # characters of a name, beside which all columns have room in 80
+_LONG = 24  # characters of a name, beside which six recalls have room in 80
 _TITLES = {"acc1": "top-1", "acc5": "top-5", "mean_per_class_recall": "per class"}
 
 
@@ -140,10 +140,17 @@ def _numbers(found: Sequence[TaskPredictions]) -> dict[str, Any]:
 def _print_recalls(recalls: Mapping[str, Mapping[str, tuple[float, int]]]) -> None:
     figures_of_each = next(iter(recalls.values()))
     titles = [name.replace("_", " ") for name in figures_of_each]
-    table = plain_table("captions", *titles, names_wrap=_long(recalls))
-    for task, each in recalls.items():
-        table.add_row(Text(task, overflow="fold"), *(f"{value:.2f}" for value, _ in each.values()))
-    Console().print(table)
+    rows = [
+        (task, [f"{value:.2f}" for value, _ in each.values()]) for task, each in recalls.items()
+    ]
+    console = Console()
+    if max(cell_len(task) for task in recalls) > _LONG:
+        console.print(*folded_tables(console.width, "captions", titles, rows), sep="\n")
+        return
+    table = plain_table("captions", *titles)
+    for task, cells in rows:
+        table.add_row(Text(task), *cells)
+    console.print(table)
 
 
 def _print(found: Sequence[TaskPredictions], label_space: LabelSpace | None) -> None:
@@ -163,15 +170,9 @@ def _print(found: Sequence[TaskPredictions], label_space: LabelSpace | None) -> 
         console.print(line, highlight=False, style="dim")
 
 
-def _long(names: Iterable[str]) -> bool:
-    # Whether they leave too little room for numbers.
-    return max(map(cell_len, names), default=0) > _LONG
-
-
 def _table(numbers: Mapping[str, Any], space: str) -> Table:
     # Of the own classes the mean of the tasks, since no two are about the same; of all the total.
-    long = _long([of["task"] for of in numbers["tasks"]])
-    table = plain_table("task", "images", *_TITLES.values(), names_wrap=long)
+    table = plain_table("task", "images", *_TITLES.values(), names_wrap=True)
 
     def cells(of: Mapping[str, float | None]) -> list[str]:
         return ["-" if of[name] is None else f"{of[name]:.2f}" for name in _TITLES]

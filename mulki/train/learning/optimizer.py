@@ -132,8 +132,6 @@ def clip_gradients(groups: Sequence[Sequence[nn.Parameter]], largest: float) -> 
         # The norm of none would be on the CPU.
         if gradients := [p.grad for p in group if p.grad is not None]:
             norms.append(whole(torch.nn.utils.get_total_norm(gradients)))
-    if not norms:
-        return
     total = torch.linalg.vector_norm(torch.stack(norms))
     for group in groups:
         torch.nn.utils.clip_grads_with_norm_(group, largest, total)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mulki.app.cli import run_command
+from mulki.app.commands.eval import _print_recalls
 from mulki.runs.metrics import read_matrix
 from mulki.runs.reading import read_folder
 
@@ -87,6 +88,15 @@ def test_no_number_is_cut_beside_a_long_name(
     out = capsys.readouterr().out
     assert "\u2026" not in out and max(map(len, out.splitlines())) <= 80
     assert len(re.findall(r"\d+\.\d\d", out)) >= 12
+
+
+@pytest.mark.parametrize("name", ["flags", "-".join(["a-long-name-of-a-task"] * 3)])
+def test_no_recall_is_cut(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = [f"{kind}_retrieval_recall@{k}" for kind in ("image", "text") for k in (1, 5, 10)]
+    _print_recalls({name: dict.fromkeys(metrics, (66.667, 5))})
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80 and "\u2026" not in out
+    assert out.count("66.67") == len(metrics)
 
 
 def test_bad_input(refused: Refused, finished: Path, tmp_path: Path) -> None:
