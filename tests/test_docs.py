@@ -223,7 +223,7 @@ def test_a_command_that_is_not_run_has_options_that_exist(
         elif words[1:2] == ["-m"] and words[2].startswith("benchmarks."):
             # That of the operators has its code inside the package.
             inside = words[2].replace("benchmarks.ops", "mulki.bench").replace(".", "/")
-            files = (ROOT / inside).glob("*.py")
+            files = [*ROOT.glob(f"{inside}/*.py"), *ROOT.glob(f"{inside}.py")]
             sources = "".join(file.read_text(encoding="utf-8") for file in files)
             for word in words[3:]:
                 option = word.removeprefix("--").replace("-", "_")

@@ -206,7 +206,7 @@ def choices(study: str, lines: Sequence[Line]) -> str:
         )
         for place, (variant, of) in enumerate(ranked):
             means = (f"{mean(map(column, of)):.2f}" for column in _METRICS.values())
-            name = variant + (" **best**" if place == 0 else "")
+            name = variant + (" **best**" if place == 0 and len(ranked) > 1 else "")
             rows.append(_row(name, f"{criterion(of):.2f}", *means, len(of)))
     return "\n".join(rows)
 
@@ -257,9 +257,10 @@ def _less(ours: Sequence[Line], others: Sequence[Line], column: Column) -> str:
 
 
 def _shown(values: Iterable[float], sign: str = "") -> str:
-    middle, half = mean_interval(list(values))
-    if math.isnan(middle):
+    known = list(values)
+    if any(map(math.isnan, known)):
         return "-"
+    middle, half = mean_interval(known)
     shown = f"{middle:{sign}.2f}"
     return shown if half is None else f"{shown} ± {half:.2f}"
 

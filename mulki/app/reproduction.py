@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any, Literal
 
 from mulki.choices.option_files import options_in
@@ -65,7 +66,7 @@ class Judgement:
 
     Attributes:
         row: the published one.
-        lines: one for each of its figures.
+        lines: one for each of its figures; of several runs with one seed their mean is a value.
         runs: their folders.
         notes: a sentence for each thing in which a run may differ, and does.
     """
@@ -78,10 +79,12 @@ class Judgement:
     @property
     def verdict(self) -> str:
         """`reproduced`, `better` or `not reproduced`."""
-        found = {line.verdict for line in self.lines}
-        if "below" in found:
+        # Of forgetting, less is better.
+        worse: dict[str, Verdict] = {"forgetting": "above"}
+        found = [line for line in self.lines if line.verdict != "within"]
+        if any(line.verdict == worse.get(line.metric, "below") for line in found):
             return "not reproduced"
-        return "better" if "above" in found else "reproduced"
+        return "better" if found else "reproduced"
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers for JSON."""
@@ -104,7 +107,8 @@ def judge(row: Published, folders: Sequence[Path]) -> Judgement:
     """
     if not folders:
         raise InputError(f"{row.name}: no run to judge; pass run folders, or leave --runs out")
-    values, notes = [], []
+    by_seed: dict[Any, list[dict[str, float]]] = {}
+    notes = []
     for folder in folders:
         data = read_folder(folder)
         if data.status != "complete":
@@ -112,14 +116,18 @@ def judge(row: Published, folders: Sequence[Path]) -> Judgement:
         reason = differs(row, data)
         if reason:
             raise InputError(f"{folder}: is no run of {row.name}, {reason}; pass another")
-        values.append(figures_of(data))
-        lacking = [name for name in row.figures if name not in values[-1]]
+        figures = figures_of(data)
+        by_seed.setdefault(options_of(data).get("seed"), []).append(figures)
+        lacking = [name for name in row.figures if name not in figures]
         if lacking:
             raise InputError(f"{folder}: has no {lacking[0]}, which {row.name} has; pass another")
         notes += [f"{folder}: {note}" for note in _notes(row, data)]
     return Judgement(
         row,
-        tuple(_line(row, name, [each[name] for each in values]) for name in row.figures),
+        tuple(
+            _line(row, name, [mean(each[name] for each in same) for same in by_seed.values()])
+            for name in row.figures
+        ),
         tuple(str(folder) for folder in folders),
         tuple(notes),
     )

@@ -336,4 +336,4 @@ def _whole_ticks(axes: Axes) -> None:
 
 def short(name: str) -> str:
     """A name that fits an axis."""
-    return name if len(name) <= 14 else f"{name[:13]}\N{HORIZONTAL ELLIPSIS}"
+    return entry(name, 14).lstrip(" ")

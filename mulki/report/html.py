@@ -335,7 +335,7 @@ def _times(contents: RunContents) -> _Rows | None:
         )
     columns = (
         "before the first step, s",
-        "steps",
+        "last step written",
         "a step, ms",
         "images per second",
         "tests after it, s",

@@ -34,7 +34,7 @@ from mulki.runs.with_head import WithHead
 #: What a cell says: just learned, learned earlier, not learned (yet).
 Cell = Literal["learned", "kept", "other"]
 
-LEGEND = "in percent; * just learned, + learned earlier, no mark: not learned yet"
+LEGEND = "in percent; * just learned, + learned earlier in this run, no mark: not by then"
 
 TITLES: dict[str, str] = {
     "transfer": "Transfer",
@@ -222,7 +222,13 @@ def definition_lines() -> list[str]:
 
 def format_metrics(metrics: Metrics) -> list[str]:
     """Return the metrics in the order of ``TITLES`` with two decimals, ``-`` where undefined."""
-    return ["-" if value is None else f"{value:.2f}" for value in metrics.to_dict().values()]
+    found = metrics.to_dict().values()
+    return ["-" if value is None else f"{rounded(value):.2f}" for value in found]
+
+
+def rounded(value: float) -> float:
+    """A figure as tables show it, to two decimals; never a zero with a minus sign."""
+    return round(value, 2) + 0.0
 
 
 def class_incremental_lines(seen: ClassIncremental) -> list[str]:
@@ -315,7 +321,10 @@ def summary_markdown(
     ]
     header = ["after", *map(escape, display_columns(matrix))]
     metrics = [[name, *values] for name, values in _metrics_rows(matrix, with_head, method)]
-    legend = "Accuracy in percent; **bold**: just learned, +: learned earlier, else: not by then."
+    legend = (
+        "Accuracy in percent; **bold**: just learned, +: learned earlier in this run, else: not by "
+        "then."
+    )
     lines = _lines_below(seen, evaluations, with_head)
     return "\n".join(
         [

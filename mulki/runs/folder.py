@@ -130,13 +130,15 @@ class RunFolder:
         hashes: Mapping[str, object] | None = None,
         uses: tuple[str, ...] = (),
         parameters: Mapping[str, int] | None = None,
+        learned_before: tuple[str, ...] = (),
     ) -> RunFolder:
         """Make ``<logs>/<name>/`` with ``args.yaml``, ``env.json`` and an empty summary.
 
         ``columns`` are the data sets that will be evaluated, ``config`` the resolved
         configuration, ``hashes`` those for :func:`environment`, ``uses`` what the method uses
-        beyond the tasks and the start model, in words, ``parameters`` how many there are, for
-        ``env.json``. A folder whose run ended before its first evaluation is taken again. Raises
+        beyond the tasks and the start model, in words, ``parameters`` how many there are, and
+        ``learned_before`` the tasks of earlier runs, for ``env.json``. A folder whose run ended
+        before its first evaluation is taken again. Raises
         :class:`InputError` for another folder that exists and is not empty, one that cannot be made
         or that another process has, and a name that is not one path component.
         """
@@ -145,7 +147,11 @@ class RunFolder:
         run = cls(path, method=method, order=order, seed=seed, matrix=matrix, uses=uses, lock=lock)
         run.model = str(config.get("model", ""))
         # First: a folder with this file is one of ours, while anyone may have an args.yaml.
-        of_run = {"date": datetime.date.today().isoformat(), "parameters": parameters}
+        of_run = {
+            "date": datetime.date.today().isoformat(),
+            "parameters": parameters,
+            "learned_before": list(learned_before),
+        }
         write_atomic(path / "env.json", _json(environment(hashes) | of_run))
         write_atomic(path / "args.yaml", yaml.safe_dump(_plain(config), sort_keys=False))
         run._write_summary()

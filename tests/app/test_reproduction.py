@@ -32,7 +32,13 @@ def made(
     assert row.options is not None
     config = resolve({**row.options, **row.scenario, "reference": "cc3m/"}).to_dict() | options
     run = RunFolder.create(
-        root, name, method=config["method"], order="I", seed=0, columns=learned, config=config
+        root,
+        name,
+        method=config["method"],
+        order="I",
+        seed=config["seed"],
+        columns=learned,
+        config=config,
     )
     for task in learned:
         run.add_row(task, dict.fromkeys(learned, average))
@@ -73,8 +79,21 @@ def test_one_figure_below_decides(tmp_path: Path, row: Published) -> None:
     assert found.verdict == "not reproduced"
 
 
+@pytest.mark.parametrize(
+    ("published", "verdict"),
+    [(0.0, "reproduced"), (5.0, "better"), (-5.0, "not reproduced")],
+)
+def test_less_forgetting_is_better(
+    tmp_path: Path, row: Published, published: float, verdict: str
+) -> None:
+    figures = {"forgetting": published, "last": 75.0}
+    ours = made(tmp_path, "a", 75.0)  # forgets nothing
+    assert judge(replace(row, figures=figures), [ours]).verdict == verdict
+
+
 def test_the_mean_over_seeds_is_judged(tmp_path: Path, row: Published) -> None:
-    folders = [made(tmp_path, str(i), value) for i, value in enumerate((73.0, 75.0, 77.0))]
+    values = ((0, 73.0), (1, 74.0), (1, 76.0), (2, 77.0))
+    folders = [made(tmp_path, f"{seed} {value}", value, seed=seed) for seed, value in values]
     (first, *_) = judge(row, folders).lines
     assert (first.ours, first.verdict) == (75.0, "within")
     # Student's t with two degrees of freedom, 4.303, times 2 / sqrt(3).

@@ -68,9 +68,13 @@ def test_one_order_has_no_interval_and_no_pair_no_difference() -> None:
 
 
 def test_a_method_without_a_head_has_no_figures_of_one() -> None:
-    alone = {k: v for k, v in line("zero_shot", "I").items() if not k.startswith("head")}
-    found = rows(tables.table([alone, line("mulki", "I")], tables.OF_ORDERS))
-    assert found["zero_shot"][-3:] == ["-", "-", "1"]
+    alone = [
+        {k: v for k, v in line("zero_shot", order).items() if not k.startswith("head")}
+        for order in ("I", "II")
+    ]
+    both = [line("mulki", "I"), line("mulki", "II")]
+    found = rows(tables.table([*alone, *both], tables.OF_ORDERS))
+    assert found["zero_shot"][-3:] == ["-", "-", "2"]
     assert found["mulki less zero_shot"][-2:] == ["-", "-"]
 
 
@@ -144,7 +148,10 @@ def test_each_row_of_the_transformer_has_its_own_best_rate() -> None:
         [
             {"variant": f"{row}, {share} of its rate", "options": {"method": "mulki"}}
             | dict.fromkeys(metrics, value)
-            for row, share, value in (("a", 1, 5.0), ("a, b", 1, 9.0), ("a, b", 2, 8.0))
+            for row, share, value in (
+                *(("a", 1, 5.0), ("a", 2, 4.0), ("a, b", 1, 9.0), ("a, b", 2, 8.0)),
+                ("alone", 1, 3.0),
+            )
         ],
     )
     best = [line.split("|")[1].strip() for line in found.splitlines() if "**best**" in line]

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from mulki.report import print_matrix, summary_markdown
-from mulki.report.tables import TITLES, class_incremental_lines, escape, folded_tables, recall_lines
+from mulki.report.tables import (
+    TITLES,
+    class_incremental_lines,
+    escape,
+    folded_tables,
+    format_metrics,
+    recall_lines,
+)
 from mulki.runs.metrics import DEFINITIONS, NOTATION, ZERO_SHOT, AccuracyMatrix, ClassIncremental
 from mulki.runs.results import Evaluation
 from mulki.runs.with_head import WithHead
@@ -64,6 +71,8 @@ def test_undefined_metrics_are_dashes() -> None:
     assert ["1", "task", "-", "1.00", "1.00", "-", "-"] in [
         line.split() for line in printed(one, 80)
     ]
+    same = AccuracyMatrix(("a", "b"), ("a", "b"), ((1.0, 2.0), (1.001, 2.0)))
+    assert format_metrics(same.metrics())[-2:] == ["0.00", "0.00"]
     none = AccuracyMatrix(("a",), zero_shot=(1.0,))
     assert ["0", "tasks", "-", "-", "-", "-", "-"] in [line.split() for line in printed(none, 80)]
 

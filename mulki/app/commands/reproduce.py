@@ -39,7 +39,7 @@ def reproduce(argv: list[str]) -> int:
     """Run the command with these arguments.
 
     Returns:
-        The exit status: 0 for a list and for a figure that is not below its band, else 1.
+        The exit status: 0 for a list and for figures that miss no band, else 1.
 
     Raises:
         InputError: bad arguments or runs.
@@ -50,7 +50,7 @@ def reproduce(argv: list[str]) -> int:
         prog="mulki reproduce",
         usage="mulki reproduce ROW [--seeds SEED ...] [--OPTION VALUE ...]; reproduce --list",
         description="Run what a published row needs, and say whether the figures come out",
-        epilog="The exit status is 1 where something is missing or a figure is below its band.",
+        epilog="The exit status is 1 where something is missing or a figure misses its band.",
     )
     parser.add_argument("row", nargs="?", metavar="ROW", help="such as mulki-mtil-order1")
     parser.add_argument("--list", action="store_true", help="show all rows, by benchmark")
@@ -62,7 +62,7 @@ def reproduce(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print as JSON")
     for name in OPTIONS:
         if name != "name":
-            add_options(parser, RunConfig, only=name)
+            add_options(parser, RunConfig, only=name, defaults=False)
     given = {k: v for k, v in vars(parser.parse_args(with_hyphens(argv))).items() if v is not None}
     import_modules(given.get("import_", ()))
     rows = published_rows(Path(given["rows"]) if "rows" in given else None)
@@ -108,8 +108,8 @@ def _run(row: Published, given: Mapping[str, Any]) -> list[Path] | None:
     prepare_process()
     if row.options is None:
         raise InputError(
-            f"{row.name}: mulki has not this method; mulki reproduce --list says which rows it can "
-            "run, and --runs judges a run of yours"
+            f"{row.name}: mulki has no recipe for it; mulki reproduce --list says which rows it "
+            "can run, and --runs judges a run of yours"
         )
     options = {k: v for k, v in given.items() if k in OPTIONS}
     options = {**row.options, **row.scenario, "name": f"reproduce-{row.name}", **options}

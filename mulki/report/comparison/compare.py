@@ -28,9 +28,9 @@ def compare(folders: Sequence[str | os.PathLike[str]], baseline: str | None = No
     """Compare run folders; runs that are damaged or not complete are left out, with a warning.
 
     Args:
-        folders: at least one; one that is given twice counts once. That of a grid stands for all of
-            its runs, and what a grid writes beside them is passed over. Beside runs, other files
-            and folders are left out with a warning.
+        folders: at least one; one that is given twice counts once. One that holds runs or grids
+            stands for all of their runs, and what a grid writes beside them is passed over. Beside
+            runs, other files and folders are left out with a warning.
         baseline: label of a group, or a method with one group; by default the label of the first
             run's group. A section without that label then has its first group of that method, or
             its own first one.
@@ -96,19 +96,25 @@ def compare(folders: Sequence[str | os.PathLike[str]], baseline: str | None = No
     return Comparison(tuple(sections), tuple(warnings), tuple(unlike))
 
 
-def _runs_in(path: Path) -> list[Path]:
-    # The runs of a grid's folder, or what was given; nothing of the files that a grid writes.
+def _runs_in(path: Path, depth: int = 2) -> list[Path]:
+    # The runs of a folder and of the grids in it, or what was given; nothing of the files that a
+    # grid writes.
     if path.is_file() and path.name in GRID_FILES:
         return []
-    if path.is_dir() and not any((path / name).is_file() for name in _FILES):
-        runs = sorted(file.parent for file in path.glob("*/args.yaml"))
-        return runs or [path]
+    if path.is_dir() and not _is_run(path):
+        children = sorted(child for child in path.iterdir() if child.is_dir())
+        runs = [run for child in children for run in _runs_in(child, depth - 1)] if depth else []
+        return [run for run in runs if _is_run(run)] or [path]
     return [path]
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / name).is_file() for name in _FILES)
 
 
 def _without_others(paths: Sequence[Path], warnings: list[str]) -> list[Path]:
     # A pattern of a shell, such as logs/*, also matches what lies beside runs.
-    others = [path for path in paths if not any((path / name).is_file() for name in _FILES)]
+    others = [path for path in paths if not _is_run(path)]
     wrong = [path for path in others if len(others) == len(paths) or not path.exists()]
     if wrong:
         raise InputError(
@@ -150,6 +156,11 @@ def _read(folder: Path) -> Run:
             "folder out"
         ) from None
     _check(folder / "env.json", "hashes", data.environment.get("hashes", {}), dict)
+    before = data.environment.get("learned_before", [])
+    _check(folder / "env.json", "learned_before", before, list)
+    # The rows of an earlier run are those of this one too, where its checkpoints were found.
+    if without_row := [name for name in before if name not in data.matrix.tasks]:
+        options["learned before"] = " ".join(without_row)
     _check(folder / "summary.json", "uses", data.summary.get("uses") or [], list)
     kept = data.status == "complete" and (folder / FOLDER).is_dir()
     rows = read_answers(folder) if kept else {}
@@ -225,7 +236,7 @@ def _mixed(name: str, groups: Sequence[Group]) -> Iterator[str]:
             run: [run.options.get(k) for k in ("model", "pretrained")] for run in runs
         },
         "start weights": {run: hashes[run].get("weights") for run in runs},
-        **_of_tasks(hashes),
+        **_of_tasks(runs, hashes),
         # Folders of before there were others have that of the task.
         "protocols": {run: run.options.get("protocol") for run in runs},
         "label spaces": {run: run.options.get("label_space", "task") for run in runs},
@@ -259,11 +270,25 @@ def _repeated(name: str, groups: Sequence[Group]) -> Iterator[str]:
             yield f"{name}: {group.label} has several runs of one seed; the first of them is paired"
 
 
-def _of_tasks(hashes: Mapping[Run, Mapping[str, Any]]) -> dict[str, dict[Run, Any]]:
-    # Folders of before prompts and splits had hashes of their own have one for both.
-    known = all("prompts" in each and "splits" in each for each in hashes.values())
-    names = {"prompts": "prompts", "images": "splits"} if known else {"images or prompts": "tasks"}
-    return {what: {run: h.get(key) for run, h in hashes.items()} for what, key in names.items()}
+def _of_tasks(
+    runs: Sequence[Run], hashes: Mapping[Run, Mapping[str, Any]]
+) -> dict[str, dict[Run, Any]]:
+    # Folders of before prompts, splits and tests had hashes of their own have one for all of it.
+    if not all({"prompts", "splits", "tests"} <= each.keys() for each in hashes.values()):
+        return {"images or prompts": {run: hashes[run].get("tasks") for run in runs}}
+    found = {
+        "prompts": {run: hashes[run]["prompts"] for run in runs},
+        "test images": {run: hashes[run]["tests"] for run in runs},
+    }
+    # A few images of each class are others for each seed, and a run that goes on has none of the
+    # earlier tasks.
+    for seed in sorted({run.seed for run in runs}):
+        found[f"training images of seed {seed}"] = {
+            run: hashes[run]["splits"]
+            for run in runs
+            if run.seed == seed and run.options.get("continue") is None
+        }
+    return found
 
 
 def _against(name: str, group: Group, base: Group, warnings: list[str]) -> Against | None:
@@ -277,7 +302,10 @@ def _against(name: str, group: Group, base: Group, warnings: list[str]) -> Again
     ours, others = zip(*pairs, strict=True)
     with_answers = [run.answers for run in ours if run.answers is not None]
     other_answers = [run.answers for run in others if run.answers is not None]
-    hashes = [run.data.environment.get("hashes", {}).get("tasks") for run in (*ours, *others)]
+    known = [run.data.environment.get("hashes", {}) for run in (*ours, *others)]
+    # Folders of before test images had a hash of their own have one for all of a task.
+    key = "tests" if all("tests" in each for each in known) else "tasks"
+    hashes = [each.get(key) for each in known]
     sizes = [each.sizes for each in (*with_answers, *other_answers)]
     images = (
         len(sizes) == 2 * len(pairs)
@@ -294,9 +322,8 @@ def _against(name: str, group: Group, base: Group, warnings: list[str]) -> Again
     else:
         metrics = seed_differences([r.metrics for r in ours], [r.metrics for r in others])
         why = "answers are missing" if len(sizes) < 2 * len(pairs) else "test images differ"
-        warnings.append(
-            f"{name}: {group.label} less {base.label} has intervals over seeds alone, since {why}"
-        )
+        what = "no interval" if len(pairs) == 1 else "intervals over seeds alone"
+        warnings.append(f"{name}: {group.label} less {base.label} has {what}, since {why}")
     over = interval_over(len(pairs), images=images)
     return Against(group.label, len(pairs), over, {k: metrics[k] for k in TITLES if k in metrics})
 

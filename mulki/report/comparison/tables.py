@@ -15,7 +15,7 @@ from mulki.report.comparison.groups import (
     metrics_shown,
     over_orders,
 )
-from mulki.report.tables import folded_tables, recall_note
+from mulki.report.tables import folded_tables, recall_note, rounded
 from mulki.runs.intervals import Difference
 
 #: Characters in a line where the output is no terminal.
@@ -129,13 +129,14 @@ def _differences(of: Mapping[str, Difference], metrics: Sequence[str]) -> tuple[
 
 
 def _difference(name: str, of: Difference) -> Cell:
+    value = f"{rounded(of.value):+.2f}"
     if of.low is None or of.high is None:
-        return Cell(f"{of.value:+.2f}")
+        return Cell(value)
     # Of forgetting, less is better.
     kind = "better" if (of.value > 0) != name.endswith("forgetting") else "worse"
-    interval = f"[{of.low:+.2f}, {of.high:+.2f}]"
-    return Cell(f"{of.value:+.2f}", interval, "" if of.low <= 0 <= of.high else kind)
+    interval = f"[{rounded(of.low):+.2f}, {rounded(of.high):+.2f}]"
+    return Cell(value, interval, "" if of.low <= 0 <= of.high else kind)
 
 
 def _mean(middle: float, half: float | None) -> Cell:
-    return Cell(f"{middle:.2f}", "" if half is None else f"± {half:.2f}")
+    return Cell(f"{rounded(middle):.2f}", "" if half is None else f"± {half:.2f}")

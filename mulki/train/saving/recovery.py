@@ -413,7 +413,9 @@ def changed(folder: Path, hashes: Mapping[str, Any], *, some: bool = False) -> s
             name: {task: of for task, of in known.get(name, {}).items() if task in value}
             for name, value in hashes.items()
         }
-    return next((name for name, value in hashes.items() if known.get(name) != value), None)
+    # Folders of before a hash was written lack that one, and not all of them.
+    compared = [name for name in hashes if name in known or not known]
+    return next((name for name in compared if known.get(name) != hashes[name]), None)
 
 
 def run_state(

@@ -51,6 +51,7 @@ def parts_of(tasks: Sequence[Task]) -> dict[str, dict[str, str]]:
     return {
         "prompts": {task.name: task.prompts_fingerprint() for task in tasks},
         "splits": {task.name: task.splits_fingerprint() for task in tasks},
+        "tests": {task.name: task.test.fingerprint() for task in tasks},
     }
 
 

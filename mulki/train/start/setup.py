@@ -437,4 +437,5 @@ def _make_folder(settings: Settings, setup: Setup) -> RunFolder:
         hashes=setup.hashes,
         uses=setup.uses,
         parameters=setup.model.parameter_counts()._asdict(),
+        learned_before=tuple(task.name for task in setup.tasks[: setup.earlier]),
     )

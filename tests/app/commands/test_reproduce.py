@@ -138,7 +138,7 @@ def test_bad_input(refused: Refused, rows: Path, tmp_path: Path) -> None:
     assert "did you mean" in refused(["reproduce", "zscl-mtil-order3"])
     assert "--list" in refused(["reproduce"])
     assert "--list" in refused(["reproduce", "zscl-mtil-order1", "--list"])
-    assert "mulki has not this method" in refused(["reproduce", "dpw-mtil-order1"])
+    assert "mulki has no recipe for it" in refused(["reproduce", "dpw-mtil-order1"])
     assert "cannot be read" in refused(["reproduce", "--list", "--rows", tmp_path])
     assert "--seeds" in refused(["reproduce", "tuned-two", "--rows", rows, "--seeds", "-x"])
     other = tmp_path / "other.yaml"

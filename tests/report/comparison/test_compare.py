@@ -143,14 +143,74 @@ def test_what_should_be_the_same_is_warned_of(
     assert any("since test images differ" in w for w in found.warnings) == (not same_images)
 
 
-@pytest.mark.parametrize(("differs", "says"), [("prompts", "prompts"), ("splits", "images")])
+HASHES = {
+    "weights": "w",
+    "tasks": {"a": "t"},
+    "prompts": {"a": "p"},
+    "splits": {"a": "s"},
+    "tests": {"a": "e"},
+}
+
+
+@pytest.mark.parametrize(
+    ("differs", "says"),
+    [
+        ("prompts", "prompts"),
+        ("splits", "training images of seed 0"),
+        ("tests", "test images"),
+    ],
+)
 def test_prompts_and_images_are_told_apart(make: Make, differs: str, says: str) -> None:
-    hashes = {"weights": "w", "tasks": {"a": "t"}, "prompts": {"a": "p"}, "splits": {"a": "s"}}
-    one = make("a", "lwf", hashes=hashes)
-    other = make("b", "mulki", hashes={**hashes, "tasks": {"a": "u"}, differs: {"a": "x"}})
+    one = make("a", "lwf", hashes=HASHES)
+    other = make("b", "mulki", hashes={**HASHES, "tasks": {"a": "u"}, differs: {"a": "x"}})
     found = compare([one, other])
     assert found.warnings[0] == f"zoo, order I: {says} of {other} differ from those of {one}"
     assert sum("differ from those" in warning for warning in found.warnings) == 1
+    over = found.sections[0].differences[0].over
+    assert over == ("nothing" if differs == "tests" else "images")
+    assert any("has no interval, since test images differ" in w for w in found.warnings) == (
+        differs == "tests"
+    )
+
+
+def test_training_images_may_differ_by_seed(make: Make) -> None:
+    # As a few images of each class do.
+    runs = [
+        make(f"{m}{s}", m, s, hashes=HASHES | {"tasks": {"a": f"t{s}"}, "splits": {"a": f"s{s}"}})
+        for m in ("lwf", "mulki")
+        for s in (0, 1)
+    ]
+    found = compare(runs)
+    assert found.warnings == ()
+    assert found.sections[0].differences[0].over == "seeds and images"
+
+
+def test_a_run_whose_earlier_tasks_have_no_row_is_no_fresh_one(make: Make) -> None:
+    one = make("a")
+    whole, part = (make(name, **{"continue": "logs/x"}, seed=i) for i, name in ((1, "b"), (2, "c")))
+    for folder, before in ((whole, ["a"]), (part, ["a", "z"])):
+        environment = json.loads((folder / "env.json").read_text())
+        (folder / "env.json").write_text(json.dumps(environment | {"learned_before": before}))
+    groups = compare([one, whole, part]).sections[0].groups
+    assert {group.label: len(group.runs) for group in groups} == {
+        "mulki learned before unset": 2,
+        "mulki learned before=z": 1,
+    }
+
+
+def test_a_folder_of_runs_stands_for_all_of_them_and_their_grids(
+    make: Make, tmp_path: Path
+) -> None:
+    alone, damaged = make("a", "lwf"), make("d", "lwf", seed=1)
+    (damaged / "args.yaml").unlink()
+    (tmp_path / "grid").mkdir()
+    for name in ("b", "c"):
+        make(name, seed=name == "c").rename(tmp_path / "grid" / name)
+    (tmp_path / "grid" / "comparison.txt").touch()
+    found = compare([tmp_path])
+    assert [len(group.runs) for group in found.sections[0].groups] == [1, 2]
+    assert found.sections[0].groups[0].runs[0].path == alone
+    assert any(warning.startswith(f"{damaged}: left out, ") for warning in found.warnings)
 
 
 def test_vocabularies_are_compared_where_there_are_some(make: Make) -> None:

@@ -30,6 +30,7 @@ def difference(of: Difference, name: str = "last") -> Cell:
 
 def test_differences_have_their_intervals_where_there_are_some() -> None:
     assert str(difference(Difference(-1.0, None, None))) == "-1.00"
+    assert str(difference(Difference(-0.001, -0.2, 0.004))) == "+0.00 [-0.20, +0.00]"
     cell = difference(Difference(2.0, -0.5, 4.5))
     assert str(cell) == "+2.00 [-0.50, +4.50]" and cell.kind == ""
     assert difference(Difference(2.0, 0.5, 4.5)).kind == "better"

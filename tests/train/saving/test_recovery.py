@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import time
@@ -13,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from mulki.errors import InputError, Stopped
-from mulki.train.saving.recovery import FILE, Saves, read_state, write_state
+from mulki.train.saving.recovery import FILE, Saves, changed, read_state, write_state
 from mulki.train.saving.signals import Signals
 from tests.ranks import run_ranks
 
@@ -202,3 +203,10 @@ def test_a_save_that_fails_leaves_the_older_one(
         made.save({"steps": 3})
     assert same(read(tmp_path), {"student": {}, "in_task": None})
     assert os.listdir(tmp_path / "recovery") == [FILE]
+
+
+def test_a_hash_that_an_older_folder_lacks_is_passed_over(tmp_path: Path) -> None:
+    hashes = {"weights": "w", "tests": {"a": "e"}}
+    for known, says in (({"weights": "w"}, None), ({"weights": "v"}, "weights"), ({}, "weights")):
+        (tmp_path / "env.json").write_text(json.dumps({"hashes": known}))
+        assert changed(tmp_path, hashes) == says
