@@ -10,7 +10,9 @@
 // mulki::scaled and the operators of mulki, which refuse one.
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/add.h>
 #include <ATen/ops/mul.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
@@ -42,14 +44,28 @@ bool may_give_away(const Tensor& grad) {
       grad.device().is_cpu() && grad.item<double>() == 1;
 }
 
-Tensor scaled(const Tensor& grad, const Tensor& stored, const Tensor& leaf) {
+// Zero, which depends on all leaves: so a second derivative by any of them is refused, and is not
+// zero.
+Tensor tie_of(at::ArrayRef<Tensor> leaves) {
+  Tensor tie = at::zeros({});
+  for (const Tensor& leaf : leaves) {
+    if (leaf.defined()) {
+      tie = at::add(tie, leaf.flatten().narrow(0, 0, 0).sum().to(at::kFloat));
+    }
+  }
+  return tie;
+}
+
+Tensor scaled(
+    const Tensor& grad, const Tensor& stored, const Tensor& leaf, at::ArrayRef<Tensor> leaves) {
   if (!at::GradMode::is_enabled()) {
     return at::mul(stored, grad);
   }
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mulki::scaled", "")
-                             .typed<Tensor(const Tensor&, const Tensor&, const Tensor&)>();
-  return op.call(grad, stored, leaf);
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("mulki::scaled", "")
+          .typed<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&)>();
+  return op.call(grad, stored, leaf, tie_of(leaves));
 }
 
 // The arguments of a call, kept until its backward pass: tensors as autograd saves them, so that
@@ -167,7 +183,9 @@ struct Rule : torch::autograd::Function<Rule> {
             stored.sym_sizes() == leaf.sym_sizes(), "wanted[", i,
             "]: got False, wanted True as the argument requires grad");
         // Autograd converts it to the dtype of the leaf.
-        result[i] = as_they_are ? stored : scaled(factor, stored, leaf);
+        result[i] = as_they_are
+            ? stored
+            : scaled(factor, stored, leaf, at::ArrayRef<Tensor>(saved).slice(0, count));
       }
     }
     return result;

@@ -15,10 +15,11 @@ waits for a GPU and does not compile: it is for the search for a fault.
 
 Limits: gradients have no gradients (double backward raises), there is no forward-mode
 differentiation, the transforms of `torch.func` that differentiate raise, and so do `vmap` over
-`teacher_kl` and `pair_teacher_kl` and a batch of upstream gradients of their rows. What needs those
-can call the `reference` of each operator in `mulki.ops`. Under `torch.compile` every new value of a
-float option (`temperature`, `gate_temperature`, `gate_entropy`, `gate_label`, `label_smoothing`) is
-a recompilation; a new scale, float or tensor, is not.
+`teacher_kl` and `pair_teacher_kl`, and a batch of upstream gradients of their rows, or of the
+contrastive loss and the KL that one call of a distilling loss returns. What needs those can call
+the `reference` of each operator in `mulki.ops`. Under `torch.compile` every new value of a float
+option (`temperature`, `gate_temperature`, `gate_entropy`, `gate_label`, `label_smoothing`) is a
+recompilation; a new scale, float or tensor, is not.
 """
 
 from __future__ import annotations

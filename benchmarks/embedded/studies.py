@@ -177,17 +177,17 @@ GATES: dict[str, Options] = {
 }
 
 
-# The start model with a transformer: options of every run, shares of a learning rate to try, and
-# those tried besides where the best one was the smallest or the largest, and the rows of its table
-# with the best share; until all are tried, some shares are those of runs without warm-up. Without
-# warm-up the first step damages this model (docs/training.md).
+# The start model with a transformer: options of every run, shares of the bundled model's learning
+# rate that were tried, and the rows of its table with the best share. Without warm-up the first
+# step damages this model (docs/training.md).
 VIT: Options = {"iterations": 32, "warmup": 8, "lock_text": True, "precision": "amp_bf16"}
-VIT_TRIED = (0.03, 0.1, 0.3)
-VIT_BESIDES = {"mulki, adapters": (1.0, 3.0)}
+VIT_TRIED = dict.fromkeys(
+    ("finetune", "lwf_vr", "snd, made images", "keeplora", "mulki"), (0.03, 0.1, 0.3)
+) | {"mulki, adapters": (0.1, 0.3, 1.0, 3.0)}
 VIT_SHARES = {
-    "finetune": 0.03,
+    "finetune": 0.1,
     "lwf_vr": 0.1,
-    "snd, made images": 0.03,
+    "snd, made images": 0.1,
     "keeplora": 0.1,
     "mulki": 0.1,
     "mulki, adapters": 1.0,
@@ -333,8 +333,8 @@ def vit_rates(model: str) -> list[Run]:
     place = {"tasks": TUNING_TASKS, "seed": TUNING_SEEDS[0]}
     return [
         Run("vit_rates", f"{row}, {share:g} of its rate", place | of_vit(row, share), model)
-        for row in VIT_SHARES
-        for share in (*VIT_TRIED, *VIT_BESIDES.get(row, ()))
+        for row, shares in VIT_TRIED.items()
+        for share in shares
     ]
 
 

@@ -72,7 +72,7 @@ def register(operator: Operator, factor_of_weights: float | None) -> None:
             found = _OPS.pair_kl_gradients(stored, *x, grad, ctx.reduction, needed)
         else:
             _check_stored(operator.name, x, stored, needed)
-            found = _multiplied(grad, x, stored, needed)
+            found = _multiplied(grad, x, stored, needed, weights)
         result[:leaves] = [one if want else None for one, want in zip(found, needed, strict=True)]
         if (
             factor_of_weights is not None
@@ -81,7 +81,8 @@ def register(operator: Operator, factor_of_weights: float | None) -> None:
         ):
             of_rows = factor_of_weights * (grad[-1] if ctx.labels else grad)
             of_rows = of_rows.unsqueeze(-1) if ctx.reduction == "none" else of_rows / ctx.rows
-            result[fields.index("weights")] = _times(of_rows, divergence, weights)
+            of_weights = _times(of_rows, divergence, weights, x[:leaves])
+            result[fields.index("weights")] = of_weights
         return tuple(result)
 
     torch.library.register_autograd(
@@ -149,13 +150,19 @@ def _check_stored(op: str, leaves: list[Tensor], stored: list[Tensor], needed: l
 
 
 def _multiplied(
-    grad: Tensor, leaves: list[Tensor], stored: list[Tensor], needed: list[bool]
+    grad: Tensor,
+    leaves: list[Tensor],
+    stored: list[Tensor],
+    needed: list[bool],
+    weights: Tensor | None,
 ) -> list[Tensor | None]:
     # The stored gradients of leaves times the upstream gradient, in the leaves' dtypes.
     give_away = _may_give_away(grad)
 
     def product(leaf: Tensor, gradient: Tensor) -> Tensor:
-        return gradient.to(leaf.dtype) if give_away else _times(grad, gradient, leaf)
+        if give_away:
+            return gradient.to(leaf.dtype)
+        return _times(grad, gradient, leaf, [*leaves, weights])
 
     found = zip(leaves, stored, needed, strict=True)
     return [product(leaf, gradient) if want else None for leaf, gradient, want in found]
@@ -171,11 +178,14 @@ def _may_give_away(grad: Tensor) -> bool:
     )
 
 
-def _times(grad: Tensor, stored: Tensor, leaf: Tensor) -> Tensor:
+def _times(grad: Tensor, stored: Tensor, leaf: Tensor, leaves: Sequence[Tensor | None]) -> Tensor:
     # grad * stored in the dtype of the leaf.
-    # Plain multiplication would go into a graph as if what is stored were a constant.
+    # Plain multiplication would go into a graph as if what is stored were a constant. It depends on
+    # all leaves, so that a second derivative by any of them is refused, and is not zero.
     if torch.is_grad_enabled():
-        product: Tensor = _OPS.scaled(grad, stored, leaf)
+        tied = (one for one in leaves if one is not None and one.requires_grad)
+        tie = sum((one.flatten()[:0].sum().float() for one in tied), torch.zeros(()))
+        product: Tensor = _OPS.scaled(grad, stored, leaf, tie)
         return product
     if stored.dtype == leaf.dtype == grad.dtype:
         return stored * grad
@@ -209,12 +219,17 @@ def scaled(grad: Tensor, stored: Tensor, like: Tensor) -> Tensor:
     return torch.mul(stored, grad, out=torch.empty_like(stored, dtype=like.dtype))
 
 
-def _scaled_fake(grad: Tensor, stored: Tensor, like: Tensor) -> Tensor:
+def _scaled_fake(grad: Tensor, stored: Tensor, like: Tensor, tie: Tensor) -> Tensor:
     return torch.empty_like(stored, dtype=like.dtype)
 
 
-# grad * stored in the dtype of `like`: the backward of an operator that stored its gradients.
-PUBLIC.define("scaled(Tensor grad, Tensor stored, Tensor like) -> Tensor", tags=TAGS)
-PUBLIC.impl("scaled", scaled, "CompositeExplicitAutograd")
+# grad * stored in the dtype of `like`: the backward of an operator that stored its gradients. `tie`
+# is zero, and depends on all leaves of the operator.
+PUBLIC.define("scaled(Tensor grad, Tensor stored, Tensor like, Tensor tie) -> Tensor", tags=TAGS)
+PUBLIC.impl(
+    "scaled",
+    lambda grad, stored, like, tie: scaled(grad, stored, like),
+    "CompositeExplicitAutograd",
+)
 torch.library.register_fake("mulki::scaled", _scaled_fake, lib=PUBLIC)
 refuse_double_backward("scaled", "a loss of mulki")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mulki.ops import checks, contrastive, direct, teacher_kl
-from mulki.ops.arguments import refuse_transforms, rounded, scalar
+from mulki.ops.arguments import refuse_transforms, scalar
 from mulki.ops.autograd import refuse_double_backward, scaled
 from mulki.ops.contrastive import Contrastive
 from mulki.ops.gates import Weighting
@@ -30,8 +30,6 @@ from mulki.ops.namespaces import PUBLIC, TAGS
 from mulki.ops.operators import OPERATORS
 from mulki.ops.registry import define
 from mulki.ops.teacher_kl import TeacherKl
-
-_NAMES = ("image_features", "text_features")
 
 
 class PairKl(NamedTuple):
@@ -159,7 +157,7 @@ def loss(
         TypeError, ValueError: naming the argument.
     """
     refuse_transforms(student, *teachers, (weights,))
-    models = teacher_kl.in_one_dtype([rounded(model, _NAMES) for model in (student, *teachers)])
+    models = teacher_kl.in_one_dtype(student, teachers)
     (images, texts, scale), *others = models
     of_student = Contrastive(images, texts, scalar(scale, images))
     if weighting.gate.weights is not None:

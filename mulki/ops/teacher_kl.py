@@ -148,7 +148,7 @@ def loss(
         TypeError, ValueError: naming the argument.
     """
     refuse_transforms(student, *teachers, (weights,))
-    models = in_one_dtype([rounded(model) for model in (student, *teachers)])
+    models = in_one_dtype(student, teachers)
     (features, prototypes, scale), *others = models
     if weighting.gate.weights is not None:
         weights = gate_weights(weighting.gate, models[0], others, target, class_mask)
@@ -168,8 +168,21 @@ def stacked(
     return [x for x, _, _ in teachers], [w for _, w, _ in teachers], scales
 
 
-def in_one_dtype(models: list[Operands]) -> list[Operands]:
-    """Student and teachers in the dtype that they are promoted to: a kernel takes one dtype."""
+def in_one_dtype(
+    student: Operands,
+    teachers: Sequence[Operands],
+    names: Sequence[str] = ("features", "prototypes"),
+) -> list[Operands]:
+    """Student and teachers, `rounded`, in the dtype of all: a kernel takes one dtype.
+
+    Raises:
+        TypeError: the dtypes of one of them differ outside autocast.
+    """
+    of_teachers = [[f"teachers[{k}].{name}" for name in names] for k in range(len(teachers))]
+    models = [
+        rounded(student, names),
+        *(rounded(each, of) for each, of in zip(teachers, of_teachers, strict=True)),
+    ]
     # Rounding a teacher to the student's would be cheaper, but wrong.
     dtype = models[0][0].dtype
     if all(features.dtype == dtype for features, _, _ in models):
@@ -193,9 +206,7 @@ def gate_weights(
         TypeError, ValueError: an argument does not fit, or what the function returns.
     """
     assert gate.weights is not None
-    (features, prototypes, _), *models = in_one_dtype(
-        [rounded(model) for model in (student, *teachers)]
-    )
+    (features, prototypes, _), *models = in_one_dtype(student, teachers)
     of_teachers = stacked(models, features)
     # The function may compute with them, so they are checked before and not by the operator alone.
     check_teachers((features, prototypes), of_teachers)

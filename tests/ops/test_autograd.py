@@ -65,10 +65,10 @@ def differentiable(name: str, form: str, dtype=torch.float32, wanted=None) -> tu
 def test_an_upstream_gradient_is_not_rounded_to_a_stored_dtype():
     stored, grad = torch.linspace(1, 2, 300).bfloat16().view(3, 100), torch.tensor(0.7003)
     wanted = (stored.float() * grad).bfloat16()
-    assert torch.equal(autograd._times(grad, stored, stored), wanted)
+    assert torch.equal(autograd._times(grad, stored, stored, ()), wanted)
     assert not torch.equal(stored * grad.bfloat16(), wanted)
     with torch.enable_grad():
-        assert torch.equal(autograd._times(grad, stored, stored), wanted)
+        assert torch.equal(autograd._times(grad, stored, stored, ()), wanted)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -198,6 +198,11 @@ def test_double_backward_raises(name, form, backend):
         gradients = torch.autograd.grad(out.sum(), leaves, create_graph=True)
         with pytest.raises(RuntimeError, match="double backward"):
             gradients[i].square().sum().backward()
+        # By another leaf too, as of a hyper-parameter: zero would be a wrong answer.
+        for other in leaves:
+            gradients = torch.autograd.grad(out.sum(), leaves, create_graph=True)
+            with pytest.raises(RuntimeError, match="double backward"):
+                torch.autograd.grad(gradients[i].square().sum(), other, allow_unused=True)
 
 
 @pytest.mark.parametrize("name", ["kl", "kl_weights", "pairs", "contrastive"])

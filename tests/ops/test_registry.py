@@ -51,7 +51,8 @@ def test_opcheck_of_given_weights_and_of_scaled(unit):
     case = with_argument(case, 6, case.args[6].requires_grad_())
     for form in ("rows", "reduced"):
         opcheck(OPS.teacher_kl.default, asking(case, form, [True, False, True]).args)
-    opcheck(OPS.scaled.default, (unit(1, 1)[0, 0], unit(3, 4), unit(3, 4).bfloat16()))
+    given = unit(1, 1)[0, 0], unit(3, 4), unit(3, 4).bfloat16(), torch.zeros(())
+    opcheck(OPS.scaled.default, given)
 
 
 @pytest.mark.parametrize(("name", "form"), FORMS)

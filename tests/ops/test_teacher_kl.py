@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from mulki import ops
+from mulki import functional, ops
 from mulki.ops.gates import Weighting, discrepancy_weights
 from mulki.ops.logits import wide
 from tests.ops.op_cases import (
@@ -105,15 +107,27 @@ def test_more_teachers_than_two(backend):
         assert relative(one, want) < 1e-4
 
 
+@pytest.mark.parametrize("distil", [functional.teacher_kl, functional.pair_teacher_kl])
+def test_a_teacher_of_two_dtypes_is_named(distil):
+    x = torch.eye(4)
+    student = functional.Similarity(x, x, 1.0)
+    with torch.autocast("cpu"):
+        mixed = functional.Similarity(x, x.bfloat16(), 1.0)
+    with pytest.raises(TypeError, match=r"^teachers\[1\]\.prototypes: got dtype torch.bfloat16"):
+        distil(student, [student, mixed])
+
+
 @pytest.mark.parametrize("form", ["rows", "reduced"])
 def test_double_backward_through_weights_raises(form):
     case = make("kl_weights")
-    weights = case.args[6].requires_grad_()
+    features, weights = case.args[0].requires_grad_(), case.args[6].requires_grad_()
     if form == "reduced":
-        case = asking(case, "reduced", [False] * 3)
-    (gradient,) = torch.autograd.grad(run(case)[0].sum(), weights, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward"):
-        gradient.square().sum().backward()
+        case = asking(case, "reduced", [True, False, False])
+    leaves = [features, weights]
+    for i, leaf in itertools.product(range(2), leaves):
+        gradients = torch.autograd.grad(run(case)[0].sum(), leaves, create_graph=True)
+        with pytest.raises(RuntimeError, match="double backward"):
+            torch.autograd.grad(gradients[i].square().sum(), leaf, allow_unused=True)
 
 
 @pytest.mark.parametrize("reduced", [False, True])

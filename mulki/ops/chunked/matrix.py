@@ -65,8 +65,10 @@ def _gradients(
     if a is not None and b is not None and dtype == torch.float16:
         # Lengths can make G larger than float16 can be, or as good as zero.
         norm = torch.linalg.vector_norm(request.grad, torch.inf, dtype=model.dtype)
-        largest = norm.nan_to_num(0.0, 0.0).clamp(min=1e-30)
-        factors = [LARGEST / (largest * lengths.amax()) for lengths in (b, a)]
+        largest = norm.nan_to_num(0.0, 0.0)
+        # The other side's row of zeros adds nothing to a product with it.
+        a, b = (each.masked_fill(each >= 1 / _SHORTEST, 0) for each in (a, b))
+        factors = [LARGEST / (largest * lengths.amax()).clamp(min=1e-30) for lengths in (b, a)]
 
     def rounded(g: Tensor, lengths: Tensor | None, factor: Tensor | float) -> Tensor:
         return g.to(dtype) if lengths is None else (g * lengths).mul_(factor).to(dtype)
@@ -88,6 +90,7 @@ def _gradients(
     # An eighth of the memory, for a row and what is computed of it.
     of_row = max(x.features.shape[1], 1) * model.dtype.itemsize
     step = max(budget(x.features.device.type) // (8 * of_row), LEAST_ROWS)
+    a, b = (None, None) if inverse is None else inverse
     of_both = (of_x, x.features, a, to_x), (of_w, x.prototypes, b, to_w)
     for (of, leaf, lengths, want), factor in zip(of_both, factors, strict=True):
         to = leaf.new_empty(leaf.shape if want else 0)
