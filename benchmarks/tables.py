@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,6 +42,26 @@ def _shown(value: Cell, form: str) -> str:
     if value is None or value == "":
         return "-"
     return format(value, form) if form else str(value)
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Add ``--output``, a CSV file that is refused at once where it cannot be written."""
+    parser.add_argument(
+        "--output",
+        type=_writable,
+        metavar="FILE",
+        help="a CSV file to write; one that exists grows",
+    )
+
+
+def _writable(path: str) -> str:
+    try:
+        Path(path).open("a").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"{path}: {error.strerror}; name a file in a folder that exists"
+        ) from None
+    return path
 
 
 def write_csv(path: str | Path, rows: Sequence[Row], device: str) -> None:

@@ -44,28 +44,30 @@ bool may_give_away(const Tensor& grad) {
       grad.device().is_cpu() && grad.item<double>() == 1;
 }
 
-// Zero, which depends on all leaves: so a second derivative by any of them is refused, and is not
-// zero.
+// Zero, which depends on all leaves, for a backward pass with a graph: so a second derivative by any
+// of them is refused, and is not zero.
 Tensor tie_of(at::ArrayRef<Tensor> leaves) {
+  if (!at::GradMode::is_enabled()) {
+    return Tensor();
+  }
   Tensor tie = at::zeros({});
   for (const Tensor& leaf : leaves) {
     if (leaf.defined()) {
-      tie = at::add(tie, leaf.flatten().narrow(0, 0, 0).sum().to(at::kFloat));
+      tie = at::add(tie, leaf.unsqueeze(0).narrow(0, 0, 0).sum().to(at::kFloat));
     }
   }
   return tie;
 }
 
-Tensor scaled(
-    const Tensor& grad, const Tensor& stored, const Tensor& leaf, at::ArrayRef<Tensor> leaves) {
-  if (!at::GradMode::is_enabled()) {
+Tensor scaled(const Tensor& grad, const Tensor& stored, const Tensor& leaf, const Tensor& tie) {
+  if (!tie.defined()) {
     return at::mul(stored, grad);
   }
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("mulki::scaled", "")
           .typed<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&)>();
-  return op.call(grad, stored, leaf, tie_of(leaves));
+  return op.call(grad, stored, leaf, tie);
 }
 
 // The arguments of a call, kept until its backward pass: tensors as autograd saves them, so that
@@ -175,6 +177,7 @@ struct Rule : torch::autograd::Function<Rule> {
     }
     const Tensor factor = grad.dim() == 1 ? grad[0] : grad;
     const bool as_they_are = may_give_away(factor);
+    const Tensor tie = tie_of(at::ArrayRef<Tensor>(saved).slice(0, count));
     for (size_t i = 0; i < count; ++i) {
       if (context->needs_input_grad(i)) {
         const Tensor &leaf = saved[i], &stored = saved[count + i];
@@ -183,9 +186,7 @@ struct Rule : torch::autograd::Function<Rule> {
             stored.sym_sizes() == leaf.sym_sizes(), "wanted[", i,
             "]: got False, wanted True as the argument requires grad");
         // Autograd converts it to the dtype of the leaf.
-        result[i] = as_they_are
-            ? stored
-            : scaled(factor, stored, leaf, at::ArrayRef<Tensor>(saved).slice(0, count));
+        result[i] = as_they_are ? stored : scaled(factor, stored, leaf, tie);
       }
     }
     return result;

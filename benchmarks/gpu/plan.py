@@ -22,12 +22,12 @@ KEPT = 0.03  # of it, for tables and figures of what was measured
 #: What is timed first: what serves without a proof, what `mulki prove` decides about, what others
 #: have, and the least that it takes.
 PROVIDERS = (
+    "compile",  # first, since it makes torch forget what others have compiled
     "mulki-chunked",
     "mulki-chunked-compiled",
     "mulki-reference",
     "mulki",
     "eager",
-    "compile",
     "products",
 )
 #: By step, the options of the suite that is timed in it. A budget cuts off the last shapes.

@@ -4,8 +4,9 @@
     python -m benchmarks.losses.fit --batch-sizes 256 --limit 1024
 
 Time is of the processor, all threads, forward and backward: the median of rounds in which all take
-turns. Memory is what a call takes beyond its inputs and gradients at the peak. Up to B = 4096
-values and gradients are compared with open_clip's in float64 first.
+turns, at least five, above B = 4096 at least one. Memory is what a call takes beyond its inputs and
+gradients at the peak. Up to B = 4096 values and gradients are compared with open_clip's in float64
+first.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.microbatch.step_cost import measure
 from benchmarks.microbatch.workload import Setting
-from benchmarks.tables import machine_line, markdown, write_csv
+from benchmarks.tables import add_output, machine_line, markdown, write_csv
 from mulki.errors import InputError
 
 COLUMNS = {
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="on the CPU; 0: as torch takes them")
     parser.add_argument("--rounds", type=int, default=5, help="of timing, beside one to warm up")
-    parser.add_argument("--output", help="a CSV file to write; one that exists grows")
+    add_output(parser)
     a = parser.parse_args(argv)
     if a.threads:
         torch.set_num_threads(a.threads)

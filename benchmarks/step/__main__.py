@@ -19,7 +19,7 @@ import torch
 from benchmarks.step.job import prepare
 from benchmarks.step.loop_cost import compare
 from benchmarks.step.stopwatch import PARTS
-from benchmarks.tables import machine_line, markdown, write_csv
+from benchmarks.tables import add_output, machine_line, markdown, write_csv
 from mulki.errors import InputError
 
 COLUMNS = {
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=0, help="data loading processes")
     parser.add_argument("--rounds", type=int, default=5, help="steps that are timed")
     parser.add_argument("--torchcompile", action="store_true", help="for our loop")
-    parser.add_argument("--output", help="a CSV file to write; one that exists grows")
+    add_output(parser)
     a = parser.parse_args(argv)
     logging.getLogger("mulki").setLevel(logging.ERROR)  # random weights are meant
     if a.threads:

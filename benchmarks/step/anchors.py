@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.step.side_by_side import TIMES, side_by_side
-from benchmarks.tables import Cell, machine_line, markdown, write_csv
+from benchmarks.tables import Cell, add_output, machine_line, markdown, write_csv
 from mulki.bench.cases import Inputs
 from mulki.clip.features import Features
 from mulki.stages.anchors import TextsOf, text_anchor_kl
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--seconds", type=float, default=3.0, help="of timing for each way")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", help="a CSV file to write; one that exists grows")
+    add_output(parser)
     a = parser.parse_args(argv)
     print(machine_line(a.device), flush=True)
     rows = []

@@ -24,7 +24,7 @@ from time import process_time
 from PIL import Image
 
 from benchmarks.step.many_images import CLASSES, write_images
-from benchmarks.tables import Row, machine_line, markdown, write_csv
+from benchmarks.tables import Row, add_output, machine_line, markdown, write_csv
 from mulki.bench.call_cost import PeakMemory
 from mulki.data import folder_task
 from mulki.data.shard_tasks import shard_task
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--most", type=int, default=sys.maxsize, help="leave out larger ones")
     parser.add_argument("--folder", help="where files are written; the system's if left out")
-    parser.add_argument("--output", help="a CSV file to write; one that exists grows")
+    add_output(parser)
     a = parser.parse_args(argv)
     print(machine_line("cpu"), flush=True)
     rows = []

@@ -98,9 +98,9 @@ class Job:
         return Precision(self.config.precision, self.device)
 
     def student(self) -> VisionLanguageModel:
-        """A copy of the start model that trains what that trains."""
+        """Beside the start model, so that no loss of the first step is 0; it trains the same."""
         trains = set(self.start.trainable())
-        copy = self.start.frozen_copy()
+        copy = _moved(self.start, 0.99)
         for name, parameter in copy.clip.named_parameters():
             parameter.requires_grad_(name in trains)
         copy.split = None
@@ -143,7 +143,7 @@ def prepare(*, task: str, captions: int, rounds: int, lock_text: bool | None, **
         config,
         settings.method,
         start,
-        (start.frozen_copy(), _moved(start)),
+        (start.frozen_copy(), _moved(start, 1.01)),
         limited(tasks[task], config.limit_images or config.batch_size),
         train_transform(
             start.preprocess, config.augment, start.image_size, visual.image_mean, visual.image_std
@@ -156,13 +156,13 @@ def prepare(*, task: str, captions: int, rounds: int, lock_text: bool | None, **
 
 
 @torch.no_grad()
-def _moved(start: VisionLanguageModel) -> VisionLanguageModel:
-    # A teacher that is another model than the original, so that both have to be asked.
+def _moved(start: VisionLanguageModel, factor: float) -> VisionLanguageModel:
+    # Another model than the original, so that both have to be asked.
     own = start.trainable()
     copy = start.frozen_copy()
     for name, parameter in copy.clip.named_parameters():
         if name in own:
-            parameter.mul_(1.01)
+            parameter.mul_(factor)
     return copy
 
 

@@ -20,7 +20,7 @@ from itertools import product
 from multiprocessing import get_context
 from typing import Any
 
-from benchmarks.tables import Row, machine_line, markdown, write_csv
+from benchmarks.tables import Row, add_output, machine_line, markdown, write_csv
 from mulki.bench.call_cost import PeakMemory
 from mulki.clip.models import BUNDLED
 from mulki.data.subset import Subset, sampled
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="some of them"
     )
-    parser.add_argument("--output", help="a CSV file to write; one that exists grows")
+    add_output(parser)
     a = parser.parse_args(argv)
     print(machine_line("cpu"), flush=True)
     rows = []

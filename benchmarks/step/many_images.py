@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from benchmarks.tables import Row, machine_line, markdown, write_csv
+from benchmarks.tables import Row, add_output, machine_line, markdown, write_csv
 from mulki.data import folder_task
 from mulki.data.image_files import checks_reported
 from mulki.train.display.progress import checking
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--images", type=int, default=100_000, help="how many")
     parser.add_argument("--folder", help="where files are written; the system's if left out")
-    parser.add_argument("--output", help="a CSV file to write; one that exists grows")
+    add_output(parser)
     a = parser.parse_args(argv)
     print(machine_line("cpu"), flush=True)
     with tempfile.TemporaryDirectory(dir=a.folder) as folder:

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from statistics import median
 
-from benchmarks.tables import machine_line, markdown, write_csv
+from benchmarks.tables import add_output, machine_line, markdown, write_csv
 
 # As a process gets it: None is the library's own, 300,000 where threads have cores of their own.
 COUNTS = (None, 0, 100, 1_000, 10_000, 100_000)
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--steps", type=int, default=25, help="of each training")
     parser.add_argument("--rounds", type=int, default=3, help="trainings of each kind, in turns")
-    parser.add_argument("--output", help="a CSV file to write; one that exists grows")
+    add_output(parser)
     a = parser.parse_args(argv)
     print(machine_line("cpu"), flush=True)
     rows = measure(COUNTS, a.steps, a.rounds)

@@ -6,8 +6,8 @@
 // columns (tiling.h). dX is written for each super-block. dW is summed over the super-blocks and
 // written with the last one: on the stack if there is only one super-block, and else in `sums_`.
 // One task sums each element of dX and dW, over tiles or super-blocks in order, so results do not
-// depend on the number of threads or on the size of a task; but for dX where oneDNN has no brgemm,
-// since torch's product may round by its size.
+// depend on the number of threads or on the size of a task; but where oneDNN has no brgemm, torch
+// multiplies, which may round by the size.
 //
 // How G, W and X are packed and multiplied is in gradient_products.h.
 #pragma once

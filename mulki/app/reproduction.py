@@ -45,8 +45,8 @@ class Line:
     Attributes:
         metric: its name.
         published: in percent.
-        ours: the mean over runs.
-        half_width: of its 95 % interval over runs; None for a single run.
+        ours: the mean over seeds, of which each has the mean of its runs.
+        half_width: of its 95 % interval over seeds; None for a single one.
         low, high: the acceptance band.
         verdict: where ours lies.
     """
@@ -66,7 +66,7 @@ class Judgement:
 
     Attributes:
         row: the published one.
-        lines: one for each of its figures; of several runs with one seed their mean is a value.
+        lines: one for each of its figures.
         runs: their folders.
         notes: a sentence for each thing in which a run may differ, and does.
     """

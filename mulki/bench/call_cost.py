@@ -30,7 +30,7 @@ from mulki.bench import clocks
 from mulki.bench.cases import Inputs
 from mulki.bench.losses import Loss
 
-_WARM_UP_ROUNDS = 1  # what is compiled or cached was so when it was verified
+_WARM_UP_ROUNDS = 1
 _LEAST_ROUNDS = 5
 
 _Found = TypeVar("_Found")
@@ -102,7 +102,7 @@ def take_turns(
 
     Args:
         calls: by name, each returning its own seconds.
-        seconds: how long to go on, per call.
+        seconds: how long to go on after warming up, per call.
         least_rounds: that are run in any case, beside those for warming up.
 
     Returns:
@@ -111,13 +111,15 @@ def take_turns(
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
     order = random.Random(0)
-    rounds = 0
-    deadline = time.perf_counter() + seconds * len(names)
-    while rounds < _WARM_UP_ROUNDS + least_rounds or time.perf_counter() < deadline:
+    rounds = -_WARM_UP_ROUNDS
+    deadline = 0.0
+    while rounds < least_rounds or time.perf_counter() < deadline:
+        if rounds == 0:
+            deadline = time.perf_counter() + seconds * len(names)
         order.shuffle(names)
         for name in names:
             took = calls[name]()
-            if rounds >= _WARM_UP_ROUNDS:
+            if rounds >= 0:
                 times[name].append(took)
         rounds += 1
     return times
@@ -163,7 +165,8 @@ def _in_fresh_thread(call: Callable[[], _Found]) -> _Found:
 
 class PeakMemory:
     """How far memory grows from the moment this is made: the allocator's on an accelerator, else
-    that of the process, which is known on Linux with glibc alone and good to a few megabytes.
+    that of the process, which is known on Linux with glibc alone. A process that
+    has memory left from before grows by less, at small sizes by nothing.
     """
 
     def __init__(self, device: str) -> None:

@@ -211,9 +211,9 @@ def parse_shape(text: str) -> Shape:
     """N, P and D from ``NxP`` or ``NxPxD``.
 
     Raises:
-        InputError: it is neither, or a number is zero.
+        InputError: it is neither, or a number is zero or has more than 9 digits.
     """
-    match = re.fullmatch(r"(\d+)x(\d+)(?:x(\d+))?", text, flags=re.ASCII)
+    match = re.fullmatch(r"(\d{1,9})x(\d{1,9})(?:x(\d{1,9}))?", text, flags=re.ASCII)
     if not match or 0 in (shape := tuple(int(part or WIDTH) for part in match.groups())):
         raise InputError(
             f"--shapes: got {text!r}, wanted NxP or NxPxD of positive numbers, as 1024x1000x512"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mulki.ops import backends, torch_private
-from mulki.ops.namespaces import PUBLIC, TAGS
+from mulki.ops.namespaces import PUBLIC, SCALED, TAGS
 from mulki.ops.operators import Operator
 
 _OPS = torch.ops.mulki
@@ -81,8 +81,8 @@ def register(operator: Operator, factor_of_weights: float | None) -> None:
         ):
             of_rows = factor_of_weights * (grad[-1] if ctx.labels else grad)
             of_rows = of_rows.unsqueeze(-1) if ctx.reduction == "none" else of_rows / ctx.rows
-            of_weights = _times(of_rows, divergence, weights, x[:leaves])
-            result[fields.index("weights")] = of_weights
+            tie = _tie([*x[:leaves], weights])
+            result[fields.index("weights")] = _times(of_rows, divergence, weights, tie)
         return tuple(result)
 
     torch.library.register_autograd(
@@ -157,12 +157,10 @@ def _multiplied(
     weights: Tensor | None,
 ) -> list[Tensor | None]:
     # The stored gradients of leaves times the upstream gradient, in the leaves' dtypes.
-    give_away = _may_give_away(grad)
+    give_away, tie = _may_give_away(grad), _tie([*leaves, weights])
 
     def product(leaf: Tensor, gradient: Tensor) -> Tensor:
-        if give_away:
-            return gradient.to(leaf.dtype)
-        return _times(grad, gradient, leaf, [*leaves, weights])
+        return gradient.to(leaf.dtype) if give_away else _times(grad, gradient, leaf, tie)
 
     found = zip(leaves, stored, needed, strict=True)
     return [product(leaf, gradient) if want else None for leaf, gradient, want in found]
@@ -178,13 +176,19 @@ def _may_give_away(grad: Tensor) -> bool:
     )
 
 
-def _times(grad: Tensor, stored: Tensor, leaf: Tensor, leaves: Sequence[Tensor | None]) -> Tensor:
+def _tie(leaves: Sequence[Tensor | None]) -> Tensor | None:
+    # Zero, which depends on all leaves, for a backward pass with a graph: so a second derivative by
+    # any of them is refused, and is not zero.
+    if not torch.is_grad_enabled():
+        return None
+    tied = (one for one in leaves if one is not None and one.requires_grad)
+    return sum((one.unsqueeze(0)[:0].sum().float() for one in tied), torch.zeros(()))
+
+
+def _times(grad: Tensor, stored: Tensor, leaf: Tensor, tie: Tensor | None) -> Tensor:
     # grad * stored in the dtype of the leaf.
-    # Plain multiplication would go into a graph as if what is stored were a constant. It depends on
-    # all leaves, so that a second derivative by any of them is refused, and is not zero.
-    if torch.is_grad_enabled():
-        tied = (one for one in leaves if one is not None and one.requires_grad)
-        tie = sum((one.flatten()[:0].sum().float() for one in tied), torch.zeros(()))
+    # Plain multiplication would go into a graph as if what is stored were a constant.
+    if tie is not None:
         product: Tensor = _OPS.scaled(grad, stored, leaf, tie)
         return product
     if stored.dtype == leaf.dtype == grad.dtype:
@@ -223,9 +227,7 @@ def _scaled_fake(grad: Tensor, stored: Tensor, like: Tensor, tie: Tensor) -> Ten
     return torch.empty_like(stored, dtype=like.dtype)
 
 
-# grad * stored in the dtype of `like`: the backward of an operator that stored its gradients. `tie`
-# is zero, and depends on all leaves of the operator.
-PUBLIC.define("scaled(Tensor grad, Tensor stored, Tensor like, Tensor tie) -> Tensor", tags=TAGS)
+PUBLIC.define(SCALED, tags=TAGS)
 PUBLIC.impl(
     "scaled",
     lambda grad, stored, like, tie: scaled(grad, stored, like),

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from mulki.ops.namespaces import SCALED
 from mulki.ops.operators import OPERATORS
 
 CAPABILITIES = ("AVX512", "AVX2", "DEFAULT")  # best first
@@ -61,7 +62,8 @@ def capability_in_words() -> str:
 
 def library_name(capability: str) -> str:
     """The name, without suffix, of the library for this torch and these operators."""
-    schemas = {name: operator.schema for name, operator in OPERATORS.items()}
+    # An older library would call `scaled` with the wrong arguments.
+    schemas = {name: operator.schema for name, operator in OPERATORS.items()} | {"scaled": SCALED}
     digest = sha256(repr(schemas).encode()).hexdigest()[:8]
     return f"_cpu_{capability.lower()}_torch{torch_version().replace('.', '_')}_{digest}"
 

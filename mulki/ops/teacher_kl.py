@@ -168,20 +168,15 @@ def stacked(
     return [x for x, _, _ in teachers], [w for _, w, _ in teachers], scales
 
 
-def in_one_dtype(
-    student: Operands,
-    teachers: Sequence[Operands],
-    names: Sequence[str] = ("features", "prototypes"),
-) -> list[Operands]:
+def in_one_dtype(student: Operands, teachers: Sequence[Operands]) -> list[Operands]:
     """Student and teachers, `rounded`, in the dtype of all: a kernel takes one dtype.
 
     Raises:
         TypeError: the dtypes of one of them differ outside autocast.
     """
-    of_teachers = [[f"teachers[{k}].{name}" for name in names] for k in range(len(teachers))]
+    named = {"student": student} | {f"teachers[{k}]": each for k, each in enumerate(teachers)}
     models = [
-        rounded(student, names),
-        *(rounded(each, of) for each, of in zip(teachers, of_teachers, strict=True)),
+        rounded(model, (f"{name}.features", f"{name}.prototypes")) for name, model in named.items()
     ]
     # Rounding a teacher to the student's would be cheaper, but wrong.
     dtype = models[0][0].dtype

@@ -34,7 +34,7 @@ from mulki.runs.with_head import WithHead
 #: What a cell says: just learned, learned earlier, not learned (yet).
 Cell = Literal["learned", "kept", "other"]
 
-LEGEND = "in percent; * just learned, + learned earlier in this run, no mark: not by then"
+LEGEND = "in percent; * just learned, + learned earlier, no mark: all others"
 
 TITLES: dict[str, str] = {
     "transfer": "Transfer",
@@ -321,10 +321,7 @@ def summary_markdown(
     ]
     header = ["after", *map(escape, display_columns(matrix))]
     metrics = [[name, *values] for name, values in _metrics_rows(matrix, with_head, method)]
-    legend = (
-        "Accuracy in percent; **bold**: just learned, +: learned earlier in this run, else: not by "
-        "then."
-    )
+    legend = "Accuracy in percent; **bold**: just learned, +: learned earlier, no mark: all others."
     lines = _lines_below(seen, evaluations, with_head)
     return "\n".join(
         [

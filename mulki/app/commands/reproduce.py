@@ -39,7 +39,7 @@ def reproduce(argv: list[str]) -> int:
     """Run the command with these arguments.
 
     Returns:
-        The exit status: 0 for a list and for figures that miss no band, else 1.
+        The exit status: 0 for a list and for figures no worse than their bands, else 1.
 
     Raises:
         InputError: bad arguments or runs.
@@ -50,7 +50,7 @@ def reproduce(argv: list[str]) -> int:
         prog="mulki reproduce",
         usage="mulki reproduce ROW [--seeds SEED ...] [--OPTION VALUE ...]; reproduce --list",
         description="Run what a published row needs, and say whether the figures come out",
-        epilog="The exit status is 1 where something is missing or a figure misses its band.",
+        epilog="The exit status is 1 where something is missing or a figure is too far off.",
     )
     parser.add_argument("row", nargs="?", metavar="ROW", help="such as mulki-mtil-order1")
     parser.add_argument("--list", action="store_true", help="show all rows, by benchmark")

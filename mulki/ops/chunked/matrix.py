@@ -57,7 +57,7 @@ def _gradients(
 ) -> list[Tensor]:
     assert request.grad is not None
     to_x, to_w, to_scale = request.wanted
-    a, b = (None, None) if inverse is None else inverse
+    a, b = by_a, by_b = (None, None) if inverse is None else inverse
     of_x = x.features.new_empty(x.features.shape if to_x or to_scale else 0, dtype=model.dtype)
     of_w = x.prototypes.new_empty(x.prototypes.shape if to_w else 0, dtype=model.dtype)
     dtype = model.dtype if model.is_cast else x.features.dtype
@@ -66,9 +66,9 @@ def _gradients(
         # Lengths can make G larger than float16 can be, or as good as zero.
         norm = torch.linalg.vector_norm(request.grad, torch.inf, dtype=model.dtype)
         largest = norm.nan_to_num(0.0, 0.0)
-        # The other side's row of zeros adds nothing to a product with it.
-        a, b = (each.masked_fill(each >= 1 / _SHORTEST, 0) for each in (a, b))
-        factors = [LARGEST / (largest * lengths.amax()).clamp(min=1e-30) for lengths in (b, a)]
+        # A row of zeros adds nothing to a product with it.
+        by_a, by_b = (each.masked_fill(each >= 1 / _SHORTEST, 0) for each in (a, b))
+        factors = [LARGEST / (largest * each.amax()).clamp(min=1e-30) for each in (by_b, by_a)]
 
     def rounded(g: Tensor, lengths: Tensor | None, factor: Tensor | float) -> Tensor:
         return g.to(dtype) if lengths is None else (g * lengths).mul_(factor).to(dtype)
@@ -77,12 +77,12 @@ def _gradients(
         for columns in blocks.columns:
             g = request.grad[rows, columns]
             if to_x or to_scale:
-                of_columns = None if b is None else b[columns].mT
+                of_columns = None if by_b is None else by_b[columns].mT
                 scaled = rounded(g, of_columns, factors[0])
                 model.of_x(scaled, columns, of_x[rows], columns.start > 0)
                 del scaled
             if to_w:
-                scaled = rounded(g, None if a is None else a[rows], factors[1])
+                scaled = rounded(g, None if by_a is None else by_a[rows], factors[1])
                 model.of_w(scaled, rows, of_w[columns], rows.start > 0)
                 del scaled
     of_scale = x.scale.new_zeros(())
@@ -90,7 +90,6 @@ def _gradients(
     # An eighth of the memory, for a row and what is computed of it.
     of_row = max(x.features.shape[1], 1) * model.dtype.itemsize
     step = max(budget(x.features.device.type) // (8 * of_row), LEAST_ROWS)
-    a, b = (None, None) if inverse is None else inverse
     of_both = (of_x, x.features, a, to_x), (of_w, x.prototypes, b, to_w)
     for (of, leaf, lengths, want), factor in zip(of_both, factors, strict=True):
         to = leaf.new_empty(leaf.shape if want else 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +102,14 @@ def _runs_in(path: Path, depth: int = 2) -> list[Path]:
     # grid writes.
     if path.is_file() and path.name in GRID_FILES:
         return []
-    if path.is_dir() and not _is_run(path):
-        children = sorted(child for child in path.iterdir() if child.is_dir())
-        runs = [run for child in children for run in _runs_in(child, depth - 1)] if depth else []
-        return [run for run in runs if _is_run(run)] or [path]
-    return [path]
+    if not depth or not path.is_dir() or _is_run(path):
+        return [path]
+    found: list[Path] = []
+    for child in sorted(path.iterdir()):
+        with suppress(PermissionError):  # a folder of somebody else
+            if child.is_dir():
+                found += filter(_is_run, _runs_in(child, depth - 1))
+    return found or [path]
 
 
 def _is_run(path: Path) -> bool:
@@ -159,8 +163,8 @@ def _read(folder: Path) -> Run:
     before = data.environment.get("learned_before", [])
     _check(folder / "env.json", "learned_before", before, list)
     # The rows of an earlier run are those of this one too, where its checkpoints were found.
-    if without_row := [name for name in before if name not in data.matrix.tasks]:
-        options["learned before"] = " ".join(without_row)
+    without_row = [name for name in before if name not in data.matrix.tasks]
+    options["learned before"] = " ".join(without_row) or "nothing"
     _check(folder / "summary.json", "uses", data.summary.get("uses") or [], list)
     kept = data.status == "complete" and (folder / FOLDER).is_dir()
     rows = read_answers(folder) if kept else {}
@@ -273,20 +277,26 @@ def _repeated(name: str, groups: Sequence[Group]) -> Iterator[str]:
 def _of_tasks(
     runs: Sequence[Run], hashes: Mapping[Run, Mapping[str, Any]]
 ) -> dict[str, dict[Run, Any]]:
-    # Folders of before prompts, splits and tests had hashes of their own have one for all of it.
-    if not all({"prompts", "splits", "tests"} <= each.keys() for each in hashes.values()):
-        return {"images or prompts": {run: hashes[run].get("tasks") for run in runs}}
-    found = {
-        "prompts": {run: hashes[run]["prompts"] for run in runs},
-        "test images": {run: hashes[run]["tests"] for run in runs},
-    }
-    # A few images of each class are others for each seed, and a run that goes on has none of the
-    # earlier tasks.
+    def of(key: str) -> dict[Run, Any]:
+        return {run: hashes[run].get(key) for run in runs}
+
+    def all_have(key: str) -> bool:
+        return all(key in each for each in hashes.values())
+
+    # Older folders have fewer hashes, and the oldest one for all of a task.
+    if not all_have("prompts") or not all_have("splits"):
+        return {"images or prompts": of("tasks")}
+    if not all_have("tests"):
+        return {"prompts": of("prompts"), "images": of("splits")}
+    found = {"prompts": of("prompts"), "test images": of("tests")}
+    # A few images of each class are others for each seed, and a run that goes on has no training
+    # images of the earlier tasks.
+    earlier = {name for run in runs for name in run.data.environment.get("learned_before", [])}
     for seed in sorted({run.seed for run in runs}):
         found[f"training images of seed {seed}"] = {
-            run: hashes[run]["splits"]
-            for run in runs
-            if run.seed == seed and run.options.get("continue") is None
+            run: {task: of for task, of in splits.items() if task not in earlier}
+            for run, splits in of("splits").items()
+            if run.seed == seed
         }
     return found
 

@@ -173,6 +173,18 @@ def test_prompts_and_images_are_told_apart(make: Make, differs: str, says: str) 
     )
 
 
+def test_runs_that_go_on_are_compared_by_the_images_of_new_tasks(make: Make) -> None:
+    both = {**HASHES, "splits": {"a": "s", "b": "s"}}
+    one = make("a", hashes=both)
+    same = make("b", "lwf", hashes=both | {"splits": {"a": "nothing", "b": "s"}})
+    other = make("c", "lwf", lr=1, hashes=both | {"splits": {"a": "nothing", "b": "x"}})
+    for folder in (same, other):
+        environment = json.loads((folder / "env.json").read_text())
+        (folder / "env.json").write_text(json.dumps(environment | {"learned_before": ["a"]}))
+    says = f"zoo, order I: training images of seed 0 of {other} differ from those of {one}"
+    assert compare([one, same, other]).unlike == (says,)
+
+
 def test_training_images_may_differ_by_seed(make: Make) -> None:
     # As a few images of each class do.
     runs = [
@@ -193,7 +205,7 @@ def test_a_run_whose_earlier_tasks_have_no_row_is_no_fresh_one(make: Make) -> No
         (folder / "env.json").write_text(json.dumps(environment | {"learned_before": before}))
     groups = compare([one, whole, part]).sections[0].groups
     assert {group.label: len(group.runs) for group in groups} == {
-        "mulki learned before unset": 2,
+        "mulki learned before=nothing": 2,
         "mulki learned before=z": 1,
     }
 
