@@ -216,7 +216,8 @@ def parse_shape(text: str) -> Shape:
     match = re.fullmatch(r"(\d{1,9})x(\d{1,9})(?:x(\d{1,9}))?", text, flags=re.ASCII)
     if not match or 0 in (shape := tuple(int(part or WIDTH) for part in match.groups())):
         raise InputError(
-            f"--shapes: got {text!r}, wanted NxP or NxPxD of positive numbers, as 1024x1000x512"
+            f"--shapes: got {text!r}, wanted NxP or NxPxD of positive numbers of at most 9 "
+            "digits, as 1024x1000x512"
         )
     n, p, d = shape
     return n, p, d

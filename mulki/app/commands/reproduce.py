@@ -50,7 +50,8 @@ def reproduce(argv: list[str]) -> int:
         prog="mulki reproduce",
         usage="mulki reproduce ROW [--seeds SEED ...] [--OPTION VALUE ...]; reproduce --list",
         description="Run what a published row needs, and say whether the figures come out",
-        epilog="The exit status is 1 where something is missing or a figure is too far off.",
+        epilog="The exit status is 1 where something is missing or a figure is worse than its "
+        "band.",
     )
     parser.add_argument("row", nargs="?", metavar="ROW", help="such as mulki-mtil-order1")
     parser.add_argument("--list", action="store_true", help="show all rows, by benchmark")

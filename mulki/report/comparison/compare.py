@@ -105,15 +105,16 @@ def _runs_in(path: Path, depth: int = 2) -> list[Path]:
     if not depth or not path.is_dir() or _is_run(path):
         return [path]
     found: list[Path] = []
-    for child in sorted(path.iterdir()):
-        with suppress(PermissionError):  # a folder of somebody else
-            if child.is_dir():
-                found += filter(_is_run, _runs_in(child, depth - 1))
+    with suppress(PermissionError):
+        children = sorted(child for child in path.iterdir() if child.is_dir())
+        found += [run for child in children for run in _runs_in(child, depth - 1) if _is_run(run)]
     return found or [path]
 
 
 def _is_run(path: Path) -> bool:
-    return any((path / name).is_file() for name in _FILES)
+    with suppress(PermissionError):  # a folder of somebody else
+        return any((path / name).is_file() for name in _FILES)
+    return False
 
 
 def _without_others(paths: Sequence[Path], warnings: list[str]) -> list[Path]:
@@ -164,7 +165,9 @@ def _read(folder: Path) -> Run:
     _check(folder / "env.json", "learned_before", before, list)
     # The rows of an earlier run are those of this one too, where its checkpoints were found.
     without_row = [name for name in before if name not in data.matrix.tasks]
-    options["learned before"] = " ".join(without_row) or "nothing"
+    # Older folders do not say it.
+    if "learned_before" in data.environment or options.get("continue") is None:
+        options["learned before"] = " ".join(without_row) or "nothing"
     _check(folder / "summary.json", "uses", data.summary.get("uses") or [], list)
     kept = data.status == "complete" and (folder / FOLDER).is_dir()
     rows = read_answers(folder) if kept else {}
@@ -290,15 +293,20 @@ def _of_tasks(
         return {"prompts": of("prompts"), "images": of("splits")}
     found = {"prompts": of("prompts"), "test images": of("tests")}
     # A few images of each class are others for each seed, and a run that goes on has no training
-    # images of the earlier tasks.
-    earlier = {name for run in runs for name in run.data.environment.get("learned_before", [])}
+    # images of the earlier tasks: there it counts as having those of the others.
     for seed in sorted({run.seed for run in runs}):
-        found[f"training images of seed {seed}"] = {
-            run: {task: of for task, of in splits.items() if task not in earlier}
-            for run, splits in of("splits").items()
-            if run.seed == seed
-        }
+        own = {run: _learned_images(run) for run in runs if run.seed == seed}
+        known: dict[str, Any] = {}
+        for each in own.values():
+            known = each | known
+        found[f"training images of seed {seed}"] = {run: known | own[run] for run in own}
     return found
+
+
+def _learned_images(run: Run) -> dict[str, Any]:
+    before = run.data.environment.get("learned_before", [])
+    splits = run.data.environment["hashes"]["splits"]
+    return {task: of for task, of in splits.items() if task not in before}
 
 
 def _against(name: str, group: Group, base: Group, warnings: list[str]) -> Against | None:

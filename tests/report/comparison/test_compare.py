@@ -181,8 +181,10 @@ def test_runs_that_go_on_are_compared_by_the_images_of_new_tasks(make: Make) -> 
     for folder in (same, other):
         environment = json.loads((folder / "env.json").read_text())
         (folder / "env.json").write_text(json.dumps(environment | {"learned_before": ["a"]}))
-    says = f"zoo, order I: training images of seed 0 of {other} differ from those of {one}"
-    assert compare([one, same, other]).unlike == (says,)
+    says = f"zoo, order I: training images of seed 0 of {{}} differ from those of {one}"
+    assert compare([one, same, other]).unlike == (says.format(other),)
+    fresh = make("d", "lwf", lr=2, hashes=both | {"splits": {"a": "x", "b": "s"}})
+    assert compare([one, same, fresh]).unlike == (says.format(fresh),)
 
 
 def test_training_images_may_differ_by_seed(make: Make) -> None:
@@ -211,7 +213,7 @@ def test_a_run_whose_earlier_tasks_have_no_row_is_no_fresh_one(make: Make) -> No
 
 
 def test_a_folder_of_runs_stands_for_all_of_them_and_their_grids(
-    make: Make, tmp_path: Path
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone, damaged = make("a", "lwf"), make("d", "lwf", seed=1)
     (damaged / "args.yaml").unlink()
@@ -219,7 +221,20 @@ def test_a_folder_of_runs_stands_for_all_of_them_and_their_grids(
     for name in ("b", "c"):
         make(name, seed=name == "c").rename(tmp_path / "grid" / name)
     (tmp_path / "grid" / "comparison.txt").touch()
-    found = compare([tmp_path])
+    real = Path.is_file
+    private = tmp_path / "private"
+    private.mkdir()
+    with monkeypatch.context() as patch:
+
+        def is_file(path: Path) -> bool:
+            if path.parent == private:
+                raise PermissionError(13, "Permission denied")
+            return real(path)
+
+        patch.setattr(Path, "is_file", is_file)
+        found = compare([tmp_path])
+        named = compare([*sorted(tmp_path.iterdir())])
+    assert any(warning.startswith(f"{private}: left out") for warning in named.warnings)
     assert [len(group.runs) for group in found.sections[0].groups] == [1, 2]
     assert found.sections[0].groups[0].runs[0].path == alone
     assert any(warning.startswith(f"{damaged}: left out, ") for warning in found.warnings)
