@@ -94,7 +94,9 @@ def microseconds_of(operator: str, n: int, p: int, d: int, number_format: str) -
     """Of this process, for the step that `counts.counts` counts, its upstream gradient given."""
     step = step_of(operator, n, p, d, number_format, torch.empty((), device="meta"))
     # On the device "meta" torch multiplies in Python.
-    multiplied = mock.patch.object(autograd, "_times", lambda _, stored, leaf: _empty(stored, leaf))
+    multiplied = mock.patch.object(
+        autograd, "_times", lambda _g, stored, leaf, _t: _empty(stored, leaf)
+    )
     with idle(), on_meta(), multiplied, precision(ARCHITECTURE, number_format):
         return microseconds(step)
 

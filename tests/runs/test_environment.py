@@ -21,7 +21,11 @@ def test_environment(tmp_path: Path) -> None:
         tmp_path, "first", method="mulki", order="I", seed=3, columns=("a",), config={}
     )
     found = json.loads((run.path / "env.json").read_text())
-    of_run = {"date": datetime.date.today().isoformat(), "parameters": None}
+    of_run = {
+        "date": datetime.date.today().isoformat(),
+        "parameters": None,
+        "learned_before": [],
+    }
     assert found == json.loads(json.dumps(environment() | of_run))
     assert found["python"] == platform.python_version()
     assert found["torch"] == torch.__version__

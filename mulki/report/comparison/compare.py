@@ -14,7 +14,16 @@ from typing import Any
 
 from mulki.choices.option_files import options_in
 from mulki.errors import InputError, counted, nearest
-from mulki.report.comparison.groups import NEUTRAL, TITLES, Against, Comparison, Group, Run, Section
+from mulki.report.comparison.groups import (
+    LEARNED_BEFORE,
+    NEUTRAL,
+    TITLES,
+    Against,
+    Comparison,
+    Group,
+    Run,
+    Section,
+)
 from mulki.runs.answers import FOLDER, read_answers
 from mulki.runs.intervals import RunAnswers, interval_over, paired_differences, seed_differences
 from mulki.runs.reading import read_folder
@@ -56,8 +65,8 @@ def compare(folders: Sequence[str | os.PathLike[str]], baseline: str | None = No
         tasks = run.data.matrix.tasks
         by_tasks.setdefault(tasks, {}).setdefault(run.configuration, []).append(run)
         in_any_order.setdefault(frozenset(tasks), {}).setdefault(run.configuration, run)
-    configurations = {run.configuration for run in runs}
-    if len(configurations) > 1 and all(len(here) == 1 for here in by_tasks.values()):
+    recipes = {run.recipe for run in runs}
+    if len(recipes) > 1 and all(len(here) == 1 for here in by_tasks.values()):
         raise InputError(
             f"{runs[0].path} and the others: no two configurations learned the same tasks in the "
             "same order; pass runs of one sequence and order"
@@ -167,7 +176,7 @@ def _read(folder: Path) -> Run:
     without_row = [name for name in before if name not in data.matrix.tasks]
     # Older folders do not say it.
     if "learned_before" in data.environment or options.get("continue") is None:
-        options["learned before"] = " ".join(without_row) or "nothing"
+        options[LEARNED_BEFORE] = " ".join(without_row) or "nothing"
     _check(folder / "summary.json", "uses", data.summary.get("uses") or [], list)
     kept = data.status == "complete" and (folder / FOLDER).is_dir()
     rows = read_answers(folder) if kept else {}

@@ -21,6 +21,9 @@ TITLES = {name: title for name, title in tables.TITLES.items() if name != "bwt"}
 }
 TITLES |= {name: f"{TITLES[of]}, head" for name, of in HEAD_METRICS.items()}
 
+#: As if it were an option: earlier tasks of which a run has no row.
+LEARNED_BEFORE = "learned before"
+
 # Options that change no result but by rounding, or only where it goes. The tasks and their order
 # are compared by what was learned, and the seed tells the runs of a group apart. A run that goes on
 # from another has the results of one run.
@@ -64,6 +67,12 @@ class Run:
         # An option that is off is as one that mulki had not yet.
         kept = {k: v for k, v in self.options.items() if k not in NEUTRAL and v is not None}
         return json.dumps(kept, sort_keys=True, default=str)
+
+    @property
+    def recipe(self) -> str:
+        """Its configuration, whatever it has learned before."""
+        kept = {k: v for k, v in json.loads(self.configuration).items() if k != LEARNED_BEFORE}
+        return json.dumps(kept)
 
     @property
     def metrics(self) -> dict[str, float]:
