@@ -183,9 +183,9 @@ GATES: dict[str, Options] = {
 VIT: Options = {"iterations": 32, "warmup": 8, "lock_text": True, "precision": "amp_bf16"}
 VIT_TRIED = dict.fromkeys(
     ("finetune", "lwf_vr", "snd, made images", "keeplora", "mulki"), (0.03, 0.1, 0.3)
-) | {"mulki, adapters": (0.1, 0.3, 1.0, 3.0)}
+) | {"finetune": (0.01, 0.03, 0.1, 0.3), "mulki, adapters": (0.1, 0.3, 1.0, 3.0)}
 VIT_SHARES = {
-    "finetune": 0.1,
+    "finetune": 0.03,
     "lwf_vr": 0.1,
     "snd, made images": 0.1,
     "keeplora": 0.1,
