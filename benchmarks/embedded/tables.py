@@ -74,8 +74,8 @@ _CHOICES = {
         "Learning rates of the transformer",
         "The start model with a transformer, whose projections were trained by the same command "
         "before those that are kept (pack/README.md): each row with shares of its rate on the "
-        "bundled model, so that the best one is neither the smallest nor the largest; of "
-        "finetune 0.01 was not run yet. First three tasks of order I alone, one seed.",
+        "bundled model, so that the best one is neither the smallest nor the largest. First three "
+        "tasks of order I alone, one seed.",
     ),
 }
 
