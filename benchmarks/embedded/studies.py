@@ -181,9 +181,11 @@ GATES: dict[str, Options] = {
 # rate that were tried, and the rows of its table with the best share. Without warm-up the first
 # step damages this model (docs/training.md).
 VIT: Options = {"iterations": 32, "warmup": 8, "lock_text": True, "precision": "amp_bf16"}
-VIT_TRIED = dict.fromkeys(
-    ("finetune", "lwf_vr", "snd, made images", "keeplora", "mulki"), (0.03, 0.1, 0.3)
-) | {"finetune": (0.01, 0.03, 0.1, 0.3), "mulki, adapters": (0.1, 0.3, 1.0, 3.0)}
+VIT_TRIED = {
+    "finetune": (0.01, 0.03, 0.1, 0.3),
+    **dict.fromkeys(("lwf_vr", "snd, made images", "keeplora", "mulki"), (0.03, 0.1, 0.3)),
+    "mulki, adapters": (0.1, 0.3, 1.0, 3.0),
+}
 VIT_SHARES = {
     "finetune": 0.03,
     "lwf_vr": 0.1,

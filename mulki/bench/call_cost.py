@@ -165,8 +165,8 @@ def _in_fresh_thread(call: Callable[[], _Found]) -> _Found:
 
 class PeakMemory:
     """How far memory grows from the moment this is made: the allocator's on an accelerator, else
-    that of the process, which is known on Linux with glibc alone. A process that
-    has memory left from before grows by less, at small sizes by nothing.
+    that of the process, which is known on Linux with glibc alone. A process that has memory left
+    from before grows by less, at small sizes by nothing.
     """
 
     def __init__(self, device: str) -> None:

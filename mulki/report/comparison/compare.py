@@ -113,15 +113,15 @@ def _runs_in(path: Path, depth: int = 2) -> list[Path]:
         return []
     if not depth or not path.is_dir() or _is_run(path):
         return [path]
-    found: list[Path] = []
-    with suppress(PermissionError):
+    with suppress(PermissionError):  # a folder of somebody else
         children = sorted(child for child in path.iterdir() if child.is_dir())
-        found += [run for child in children for run in _runs_in(child, depth - 1) if _is_run(run)]
-    return found or [path]
+        runs = [run for child in children for run in _runs_in(child, depth - 1) if _is_run(run)]
+        return runs or [path]
+    return [path]
 
 
 def _is_run(path: Path) -> bool:
-    with suppress(PermissionError):  # a folder of somebody else
+    with suppress(PermissionError):
         return any((path / name).is_file() for name in _FILES)
     return False
 
