@@ -169,7 +169,9 @@ def _read(folder: Path) -> Run:
             f"{folder / 'args.yaml'}: not the options of a run; restore the file, or leave the "
             "folder out"
         ) from None
-    _check(folder / "env.json", "hashes", data.environment.get("hashes", {}), dict)
+    hashes = data.environment.get("hashes", {})
+    _check(folder / "env.json", "hashes", hashes, dict)
+    _check(folder / "env.json", "splits", hashes.get("splits", {}), dict)
     before = data.environment.get("learned_before", [])
     _check(folder / "env.json", "learned_before", before, list)
     # The rows of an earlier run are those of this one too, where its checkpoints were found.

@@ -347,11 +347,16 @@ def damaged_environment(path: Path) -> str:
     return 'env.json: "hashes" is not what a run writes'
 
 
+def damaged_hashes(path: Path) -> str:
+    (path / "env.json").write_text('{"hashes": {"prompts": {}, "splits": null, "tests": {}}}')
+    return 'env.json: "splits" is not what a run writes'
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         *(damaged_summary, no_options, other_options, no_matrix, damaged_answers),
-        *(damaged_environment, other_bytes),
+        *(damaged_environment, damaged_hashes, other_bytes),
     ],
 )
 def test_damaged_runs_are_named_and_left_out(make: Make, damage: Callable[[Path], str]) -> None:
