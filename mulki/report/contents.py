@@ -15,13 +15,10 @@ from mulki.runs.answers import FOLDER, Answers, read_answers
 from mulki.runs.catalog import EXAMPLES, TASKS, DataSet, Example, read_examples, read_tasks
 from mulki.runs.history import FILE as HISTORY
 from mulki.runs.history import StepRecord, read_history
-from mulki.runs.metrics import AccuracyMatrix, read_matrix
-from mulki.runs.reading import RunData, class_incremental_of, read_json, run_status, with_head_of
+from mulki.runs.reading import RunData, read_with
 from mulki.runs.results import Evaluation, read_evaluations
 
 T = TypeVar("T")
-
-_EMPTY = AccuracyMatrix(())
 
 #: What a report lacks without a file of the folder.
 NEEDED_FOR = {
@@ -84,48 +81,27 @@ def read_contents(folder: str | os.PathLike[str]) -> RunContents:
     if len(missing) == len(NEEDED_FOR):
         raise InputError(f"{folder}: no file of a run in it; pass a folder that a run has written")
 
-    def read(name: str, reader: Callable[[], T], instead: T) -> T:
+    def read(name: str, reader: Callable[[Path], T], instead: T) -> T:
         if not (folder / name).exists():
             return instead
         try:
             check_regular(folder / name)
-            return reader()
+            return reader(folder / name)
         except (OSError, ValueError, RecursionError) as error:  # whatever a damaged file raises
             text = str(error).removeprefix(f"{folder}{os.sep}")
             missing.append(text if name in text else f"{name}: {text}")
             return instead
 
-    nothing: dict[str, Any] = {}
-    summary = read("summary.json", lambda: read_json(folder / "summary.json"), nothing)
-    config = read("args.yaml", lambda: (folder / "args.yaml").read_text(encoding="utf-8"), "")
-    matrix = read("matrix.csv", lambda: read_matrix(folder / "matrix.csv"), _EMPTY)
-    data = RunData(
-        name=str(summary.get("name", folder.resolve().name)),
-        status=run_status(folder, summary),
-        matrix=matrix,
-        summary=summary,
-        class_incremental=read(
-            "summary.json",
-            lambda: class_incremental_of(folder / "summary.json", summary),
-            class_incremental_of(folder, {}),
-        ),
-        with_head=read(
-            "summary.json",
-            lambda: with_head_of(folder / "summary.json", summary, matrix.tasks),
-            None,
-        ),
-        config=config,
-        environment=read("env.json", lambda: read_json(folder / "env.json"), nothing),
-    )
-    results = folder / "results.jsonl"
+    data = read_with(read, folder)
+    options: dict[str, Any] = {}
     return RunContents(
         data=data,
-        options=read("args.yaml", lambda: _options(config), nothing),
-        evaluations=read("results.jsonl", lambda: read_evaluations(results), []),
-        history=read(HISTORY, lambda: read_history(folder), []),
-        data_sets=read(TASKS, lambda: read_tasks(folder), {}),
-        answers=read(FOLDER, lambda: read_answers(folder), {}),
-        examples=read(EXAMPLES, lambda: read_examples(folder), []),
+        options=read("args.yaml", lambda _: _options(data.config), options),
+        evaluations=read("results.jsonl", read_evaluations, []),
+        history=read(HISTORY, lambda _: read_history(folder), []),
+        data_sets=read(TASKS, lambda _: read_tasks(folder), {}),
+        answers=read(FOLDER, lambda _: read_answers(folder), {}),
+        examples=read(EXAMPLES, lambda _: read_examples(folder), []),
         missing=tuple(dict.fromkeys(missing)),
     )
 

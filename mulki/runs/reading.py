@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from mulki.errors import InputError
 from mulki.files import from_json
 from mulki.runs.lock import is_locked
 from mulki.runs.metrics import AccuracyMatrix, ClassIncremental, read_matrix
 from mulki.runs.with_head import WithHead
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -73,30 +75,47 @@ def read_folder(folder: str | os.PathLike[str]) -> RunData:
         raise InputError(
             f"{folder}: no matrix.csv in it; pass the folder of a run that was evaluated once"
         )
-    summary = read_json(folder / "summary.json")
-    matrix = read_matrix(folder / "matrix.csv")
-    arguments = folder / "args.yaml"
-    try:
-        config = arguments.read_text(encoding="utf-8") if arguments.is_file() else ""
-    except UnicodeDecodeError:
-        raise InputError(f"{arguments}: not UTF-8; restore the file") from None
+
+    def read(name: str, reader: Callable[[Path], T], instead: T) -> T:
+        return reader(folder / name) if (folder / name).is_file() else instead
+
+    return read_with(read, folder)
+
+
+class Read(Protocol):
+    """Reads a file of a run folder."""
+
+    def __call__(self, name: str, reader: Callable[[Path], T], instead: T) -> T:
+        """What `reader` makes of the file, or `instead` where there is nothing to read."""
+
+
+def read_with(read: Read, folder: Path) -> RunData:
+    """What a run folder holds, read file by file with `read`."""
+    nothing: dict[str, Any] = {}
+    summary = read("summary.json", read_json, nothing)
+    matrix = read("matrix.csv", read_matrix, AccuracyMatrix(()))
+    status = str(summary.get("status", "unknown"))
+    if status == "running" and is_locked(folder) is False:
+        status = "interrupted"  # a process that was killed could not say so
     return RunData(
-        name=summary.get("name", folder.resolve().name),
-        status=run_status(folder, summary),
+        name=str(summary.get("name", folder.resolve().name)),
+        status=status,
         matrix=matrix,
         summary=summary,
-        class_incremental=class_incremental_of(folder / "summary.json", summary),
-        with_head=with_head_of(folder / "summary.json", summary, matrix.tasks),
-        config=config,
-        environment=read_json(folder / "env.json"),
+        class_incremental=read(
+            "summary.json", lambda path: _class_incremental(path, summary), ClassIncremental({})
+        ),
+        with_head=read("summary.json", lambda path: _with_head(path, summary, matrix.tasks), None),
+        config=read("args.yaml", _read_text, ""),
+        environment=read("env.json", read_json, nothing),
     )
 
 
-def run_status(folder: Path, summary: dict[str, Any]) -> str:
-    """The status of `RunData`, given the content of ``summary.json``."""
-    status = str(summary.get("status", "unknown"))
-    # A process that was killed could not say so.
-    return "interrupted" if status == "running" and is_locked(folder) is False else status
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8; restore the file") from None
 
 
 def _short(value: Any) -> str:
@@ -106,12 +125,7 @@ def _short(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def class_incremental_of(path: Path, summary: dict[str, Any]) -> ClassIncremental:
-    """The A_i in the content of ``summary.json``, which lies at `path`.
-
-    Raises:
-        InputError: they are not what a run writes.
-    """
+def _class_incremental(path: Path, summary: dict[str, Any]) -> ClassIncremental:
     try:
         return ClassIncremental(dict(summary.get("class_incremental", {}).get("after", {})))
     except (AttributeError, TypeError, ValueError) as error:
@@ -121,15 +135,8 @@ def class_incremental_of(path: Path, summary: dict[str, Any]) -> ClassIncrementa
         ) from None
 
 
-def with_head_of(path: Path, summary: dict[str, Any], tasks: Sequence[str]) -> WithHead | None:
-    """The results with a head in the content of ``summary.json``, which lies at `path`.
-
-    Args:
-        tasks: those of the matrix; a run that was killed may have other ones in its summary.
-
-    Raises:
-        InputError: they are not what a run writes.
-    """
+def _with_head(path: Path, summary: dict[str, Any], tasks: Sequence[str]) -> WithHead | None:
+    # The tasks are those of the matrix: a run that was killed may have others in its summary.
     if summary.get("with_head") is None:
         return None
     try:
