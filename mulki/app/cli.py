@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import os
 import shlex
 import sys
@@ -292,9 +293,13 @@ def _tasks(argv: list[str]) -> int:
     from mulki.app.listing import list_tasks
     from mulki.choices.options import check_options, convert
     from mulki.data import Source
+    from mulki.data.decoding import limit_pixels
     from mulki.train.config.imports import import_modules
     from mulki.train.config.run_config import RunConfig
+    from mulki.train.config.tasks import csv_form
 
+    reading = ("test_fraction", "skip_bad_images", "max_pixels")
+    columns = ("csv_img_key", "csv_caption_key", "csv_separator")
     parser = Parser(prog="mulki tasks", description=_tasks.__doc__)
     parser.add_argument(
         "names",
@@ -303,7 +308,7 @@ def _tasks(argv: list[str]) -> int:
         help="a sequence, or folders (class folders, tar shards, data sets of Hugging Face), CSV "
         "files and captions:PATH",
     )
-    for name in ("import_", "order", "data_root", "protocol", "test_fraction"):
+    for name in ("import_", "order", "data_root", "protocol", *reading, *columns):
         add_options(parser, RunConfig, only=name)
     parser.add_argument("--json", action="store_true", help="print names and classes as JSON")
     parser.add_argument(
@@ -313,13 +318,17 @@ def _tasks(argv: list[str]) -> int:
     )
     given = parser.parse_args(with_hyphens(argv))
     import_modules(given.import_ or ())
-    divided = RunConfig(**convert(RunConfig, {"test_fraction": given.test_fraction}))
-    check_options(divided)
+    chosen = {name: getattr(given, name) for name in (*reading, *columns)}
+    config = RunConfig(**convert(RunConfig, {k: v for k, v in chosen.items() if v is not None}))
+    check_options(config)
+    limit_pixels(config.max_pixels)
     return list_tasks(
         given.names,
         given.order or RunConfig.order,
         Source(given.data_root, given.protocol),
-        test_fraction=divided.test_fraction,
+        test_fraction=config.test_fraction,
+        skip_bad_images=config.skip_bad_images,
+        form=csv_form(config),
         as_json=given.json,
         download=given.prepare,
     )
@@ -378,6 +387,8 @@ def _doctor(argv: list[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     arguments = parser.parse_args(argv)
+    if not 0 <= arguments.seconds < math.inf:
+        raise InputError(f"--seconds: got {arguments.seconds}, wanted a number of at least 0")
     findings = []
     for finding in examine(arguments.logs, arguments.seconds):
         findings.append(finding)

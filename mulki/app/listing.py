@@ -9,6 +9,7 @@ from rich.text import Text
 
 from mulki.console import Console
 from mulki.data import CaptionTask, Source, Task, load_sequence, sequence_names
+from mulki.data.csv_files import CsvForm
 from mulki.data.published import Entry, entry
 from mulki.data.published.collections import COLLECTIONS, Collection
 from mulki.data.published.prepare import prepare
@@ -25,6 +26,8 @@ def list_tasks(
     source: Source,
     *,
     test_fraction: float | None = None,
+    skip_bad_images: bool = False,
+    form: CsvForm | None = None,
     as_json: bool = False,
     download: bool = False,
 ) -> int:
@@ -36,7 +39,7 @@ def list_tasks(
         names: as of `mulki.data.load_sequence`; none for all sequences.
         order: of a named sequence.
         source: where published data sets lie.
-        test_fraction: as of `mulki.data.load_sequence`.
+        test_fraction, skip_bad_images, form: as of `mulki.data.load_sequence`.
         as_json: print names and classes as JSON.
         download: download what is missing of published data sets, and check them.
 
@@ -67,7 +70,14 @@ def list_tasks(
     if published is not None and source.root is None:
         _print_facts(*published, source, as_json)
         return 0
-    tasks = load_sequence(names, order, test_fraction=test_fraction, source=source)
+    tasks = load_sequence(
+        names,
+        order,
+        skip_bad_images=skip_bad_images,
+        test_fraction=test_fraction,
+        form=form or CsvForm(),
+        source=source,
+    )
     if as_json:
         _print_json([(task.name, task.classes) for task in tasks])
         return 0
@@ -80,6 +90,9 @@ def list_tasks(
         counts = classes, str(len(task.train)), str(len(task.test))
         table.add_row(_folded(task.name), *counts, _folded(prompt))
     Console().print(table)
+    for task in tasks:
+        if task.skipped:
+            say(f"{task.name}: unreadable images left out: {len(task.skipped)}")
     return 0
 
 

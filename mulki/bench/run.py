@@ -180,7 +180,8 @@ def _names(name: str, given: Sequence[str], known: Iterable[str]) -> tuple[str, 
     for word in given:
         if word not in known:
             raise InputError(
-                f"--{name}: got {word}{nearest(word, known)}, wanted of {', '.join(known)}"
+                f"--{name}: got {word}{nearest(word, known)}, wanted one or more of "
+                f"{', '.join(known)}"
             )
     return tuple(dict.fromkeys(given))
 

@@ -121,9 +121,7 @@ def check_options(options: Any) -> None:
             limit = bounds[bound]
             # A NaN fails every comparison, so it is refused wherever a bound is set.
             if limit is not None and value is not None and not holds(value, limit):
-                raise InputError(
-                    f"{flag(item.name)}: got {value}, wanted a number {words} {limit:g}"
-                )
+                raise InputError(f"{flag(item.name)}: got {value}, wanted a number {words} {limit}")
 
 
 def convert(options: type, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,6 +177,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             raise ValueError
         converted = hint(value)
         if hint is float and not math.isfinite(converted):
+            words = "a finite number"
             raise ValueError
         return converted
     except (ValueError, KeyError, OverflowError):

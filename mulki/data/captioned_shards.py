@@ -18,7 +18,13 @@ from typing import Generic, Protocol, TypeVar
 from PIL import Image
 
 from mulki.choices.options import whole_number
-from mulki.data.image_files import SHARD_SUFFIXES, find_unreadable, holds_split, split_folder
+from mulki.data.image_files import (
+    SHARD_SUFFIXES,
+    find_unreadable,
+    holds_split,
+    split_folder,
+    visible,
+)
 from mulki.data.shards import (
     GZIP,
     IMAGE_KINDS,
@@ -156,7 +162,7 @@ def find_shards(path: Path) -> list[Path]:
         numbers = range(int(first), int(last) + 1)
         return [path.with_name(f"{before}{n:0{len(first)}d}{behind}") for n in numbers]
     if path.is_dir():
-        return sorted(file for file in path.iterdir() if _is_shard(file))
+        return [path / e.name for e in visible(path) if _is_shard(path / e.name)]
     return [path] if _is_shard(path) else []
 
 
@@ -204,7 +210,7 @@ def check_distinct(tested: Sequence[Path], others: Sequence[Path]) -> None:
 
 def _is_shard(path: Path) -> bool:
     name = path.name.lower()
-    return name.endswith(SHARD_SUFFIXES) and not name.startswith(".") and path.is_file()
+    return name.endswith(SHARD_SUFFIXES) and path.is_file()
 
 
 def read_captioned_shards(

@@ -6,6 +6,7 @@ nor torchvision is imported here.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import operator
 from collections.abc import Iterable, Sequence
@@ -60,11 +61,22 @@ class DatasetImages:
                 "dataset[i]"
             ) from error
         if self._length:
-            self.load(0)
+            self._check_repeats()
         self.targets = self._targets(targets)
 
     def __len__(self) -> int:
         return self._length
+
+    def _check_repeats(self) -> None:
+        # Images, and what a teacher says of them, are kept.
+        self.load(0)
+        for index in (0, self._length // 2, self._length - 1):
+            with contextlib.suppress(BadImage):
+                if self.load(index).tobytes() != self.load(index).tobytes():
+                    raise InputError(
+                        f"{self.name(index)}: another image at every call; leave random transforms "
+                        "out of the data set, and pass --augment"
+                    )
 
     def load(self, index: int) -> Image.Image:
         """The image as RGB, transparency composited on white.

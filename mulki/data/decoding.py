@@ -132,7 +132,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: 32-bit pixels.
     """
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         # PIL would clip at 255, which turns most 16-bit pictures white.
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):

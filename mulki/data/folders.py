@@ -15,8 +15,10 @@ from mulki.data.image_files import (
     classes_of_one_split,
     find_unreadable,
     holds_split,
+    is_folder,
     split_folder,
     validation_folder,
+    visible,
 )
 from mulki.data.task import Task
 from mulki.errors import InputError
@@ -118,21 +120,10 @@ def folder_task(
     )
 
 
-def _visible(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            found = [e for e in entries if not e.name.startswith(".")]
-    except OSError as error:
-        raise InputError(
-            f"{folder}: cannot be listed ({error.strerror}); check its permissions"
-        ) from error
-    return sorted(found, key=lambda e: e.name)
-
-
 def _split_of(root: Path, split: str) -> Path:
     folder = split_folder(root, split)
     if not folder.exists():
-        found = ", ".join(e.name + "/" for e in _visible(root) if _is_folder(e))
+        found = ", ".join(e.name + "/" for e in visible(root) if is_folder(e))
         more = " and test/<class>/*" if split == "train" else ""
         if found and not holds_split(root):
             more += f", or pass {OPTION} if these are classes"
@@ -148,7 +139,7 @@ def _split_of(root: Path, split: str) -> Path:
 
 
 def _classes_in(folder: Path) -> list[str]:
-    classes = [e.name for e in _visible(folder) if _is_folder(e)]
+    classes = [e.name for e in visible(folder) if is_folder(e)]
     if not classes:
         raise InputError(
             f"{folder}: no class folders; lay the images out as {folder.name}/<class>/*"
@@ -161,11 +152,11 @@ def _list_images(folder: Path, classes: Sequence[str]) -> ImageFiles:
     for target, name in enumerate(classes):
         if not (folder / name).is_dir():
             continue  # a class of which no image is tested
-        entries = _visible(folder / name)
+        entries = visible(folder / name)
         for entry in entries:
             # Images in subfolders are refused: classes would be merged if the user gave a folder
             # one level too high.
-            if _is_folder(entry):
+            if is_folder(entry):
                 raise InputError(
                     f"{folder / name / entry.name}: a folder inside a class; "
                     f"images lie directly in {folder.name}/<class>/, so move them up"
@@ -181,13 +172,6 @@ def _list_images(folder: Path, classes: Sequence[str]) -> ImageFiles:
         images += [(f"{name}/{e.name}", _size(e), target) for e in chosen]
     files, sizes, targets = zip(*images, strict=True)
     return ImageFiles(folder, files, sizes, targets)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False  # such as a link to itself, which the check of the image reports
 
 
 def _size(entry: os.DirEntry[str]) -> int:

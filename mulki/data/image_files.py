@@ -18,6 +18,7 @@ from PIL import Image
 from mulki.data.decoding import BadImage, decode, verify
 from mulki.data.prompts import DEFAULT_TEMPLATES, check_templates, read_templates
 from mulki.data.task import ImageSet, split_fingerprint
+from mulki.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -177,11 +178,11 @@ def validation_folder(root: Path) -> Path | None:
     folder = split_folder(root, "val")
     if not folder.is_dir() or folder == split_folder(root, "test"):
         return None
-    return folder if any(map(_holds_images, _visible(folder))) else None
+    return folder if any(map(_holds_images, visible(folder))) else None
 
 
-def _holds_images(path: Path) -> bool:
-    return path.is_dir() or path.name.lower().endswith(SHARD_SUFFIXES)
+def _holds_images(path: os.DirEntry[str]) -> bool:
+    return is_folder(path) or path.name.lower().endswith(SHARD_SUFFIXES)
 
 
 def split_name(names: Sequence[str], split: str) -> str | None:
@@ -204,16 +205,36 @@ def holds_split(root: Path) -> bool:
     try:
         return any(
             _holds_images(each)
-            for path in root.iterdir()
-            if path.name.lower() in names and path.is_dir()
-            for each in _visible(path)
+            for path in visible(root)
+            if path.name.lower() in names and is_folder(path)
+            for each in visible(path.path)
         )
-    except OSError:
+    except InputError:
         return False
 
 
-def _visible(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if not path.name.startswith(".")]
+def visible(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
+    """What a folder holds, sorted by name, but for names that begin with a dot.
+
+    Raises:
+        InputError: it cannot be listed.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            found = [e for e in entries if not e.name.startswith(".")]
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be listed ({error.strerror}); check its permissions"
+        ) from error
+    return sorted(found, key=lambda e: e.name)
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry of `visible` is a folder, or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False  # such as a link to itself, which the check of the image reports
 
 
 def size_of(path: Path) -> int:

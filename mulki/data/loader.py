@@ -182,6 +182,7 @@ def readable_batches(
         num_workers=workers,
         collate_fn=list,
         worker_init_fn=partial(start_worker, pixel_limit()),
+        generator=torch.Generator(),  # as in `batches`: the global one is the caller's
     )
     return watched(loader.__iter__, workers)
 

@@ -18,8 +18,10 @@ from mulki.data.image_files import (
     choose_templates,
     class_without_images,
     holds_split,
+    is_folder,
     split_folder,
     validation_folder,
+    visible,
 )
 from mulki.data.task import Task
 from mulki.errors import InputError
@@ -36,8 +38,7 @@ def holds_shards(folder: Path) -> bool:
     if holds_split(folder) or not find_shards(folder):
         return False
     # Beside class folders, tar files without names of classes are something else.
-    inner = (path for path in folder.iterdir() if not path.name.startswith("."))
-    return (folder / CLASSES).is_file() or not any(path.is_dir() for path in inner)
+    return (folder / CLASSES).is_file() or not any(map(is_folder, visible(folder)))
 
 
 def shard_task(

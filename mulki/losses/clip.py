@@ -47,7 +47,7 @@ class ClipLoss(PairLoss):
         group: collectives.Group | None = None,
     ) -> None:
         notes = {}
-        if use_horovod is not None:
+        if use_horovod:
             notes["use_horovod"] = "not used, ranks are those of torch.distributed"
         super().__init__(rank, world_size, group, notes)
         self.local_loss = bool(local_loss)

@@ -50,7 +50,12 @@ class DistillClipLoss(ClipLoss):
         super().__init__(*flags, rank, world_size, use_horovod, group=group)
         checks.positive("temperature", temperature)
         self.temperature = temperature
-        self.weighting = Weighting.of("uniform")
+        self._weigh(Weighting.of("uniform"))
+
+    def _weigh(self, weighting: Weighting) -> None:
+        self.weighting = weighting
+        # Here, since torch.compile takes no text of a number that differs between two losses.
+        self._gate = " ".join(map(str, (weighting.gate.name, *weighting.numbers)))
 
     def dist_loss(self, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
         """The cross-entropy of logits [n, N] against a teacher's, the mean over rows."""
@@ -100,9 +105,7 @@ class DistillClipLoss(ClipLoss):
                 f"open_clip; compute it under torch.no_grad()",
             )
         teachers = [teacher.detached() for teacher in teachers]
-        numbers = " ".join(map(str, self.weighting.numbers))
-        gate = f"{self.weighting.gate.name} {numbers}"
-        shard = self.shard(student, *teachers, gate=gate, temperature=self.temperature)
+        shard = self.shard(student, *teachers, gate=self._gate, temperature=self.temperature)
         # The backward of both losses in one reads upstream gradients: a GPU would be waited for.
         if shard.world == 1 and student.images.device.type == "cpu":
             sums = self._sums_in_one_pass(student, teachers)
@@ -209,7 +212,7 @@ class DualTeacherClipLoss(DistillClipLoss):
             temperature=temperature,
             group=group,
         )
-        self.weighting = Weighting.of(gate, gate_temperature, gate_entropy, gate_label)
+        self._weigh(Weighting.of(gate, gate_temperature, gate_entropy, gate_label))
         checks.positive("gate_temperature", gate_temperature)
 
     def extra_repr(self) -> str:

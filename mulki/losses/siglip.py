@@ -52,7 +52,7 @@ class SigLipLoss(PairLoss):
     ) -> None:
         if isinstance(dist_impl, bool):  # where older versions have `bidir`
             bidir, dist_impl = dist_impl, None
-        given = {"bidir": bidir, "chunk_size": chunk_size, "use_horovod": use_horovod}
+        given = {"bidir": bidir, "chunk_size": chunk_size, "use_horovod": use_horovod or None}
         notes = {name: "not used" for name, value in given.items() if value is not None}
         if bidir is not None and dist_impl is None:
             dist_impl = "bidir" if bidir else "shift"

@@ -54,7 +54,7 @@ class Needs:
 
     Args:
         teachers: of `ZERO_SHOT` (the original model) and `PREVIOUS` (the model after the previous
-            task; the original at the first), in the order the losses get them.
+            task; the start model at the first), in the order the losses get them.
         caption_teachers: those of a task of captions; None for the same.
         teacher_images: whether the teachers encode the task's images. Without them a teacher's
             `Features` have no row of images and no prototypes.

@@ -133,7 +133,8 @@ class KeepLoRA(ClassLoss):
     def keep_moments(self, moments: Mapping[str, Tensor]) -> None:
         for name, value in moments.items():
             new = missing_directions(value, self._held[name], self.options.energy_tasks)
-            self._of_tasks[name] = torch.cat([self._of_tasks[name], new], dim=1)
+            # Those of a save are on the CPU.
+            self._of_tasks[name] = torch.cat([self._of_tasks[name].to(new), new], dim=1)
 
     def end_task(self) -> None:
         self._held = {}
@@ -175,7 +176,8 @@ def _fewest(values: Tensor, wanted: float) -> int:
     # How many of these, which fall, have a sum of so much; at most those above zero.
     if wanted <= 0:
         return 0
-    missing = int((values.cumsum(0) < wanted * (1 - 1e-12)).sum())
+    # On the CPU, since a GPU has no deterministic sum of this kind.
+    missing = int((values.cpu().cumsum(0) < wanted * (1 - 1e-12)).sum())
     return min(missing + 1, int((values > 0).sum()))
 
 

@@ -132,7 +132,7 @@ class MulKI(Method):
         feature: float = option(9.0, "coefficient of the distance of image features", low=0)
         feature_original: float | None = option(
             0.5,
-            "that of the distance from the original model; none: --feature",
+            "coefficient of that distance from the original model; none: that of --feature",
             low=0,
         )
         hold_on: HoldOn = option(

@@ -325,8 +325,8 @@ def target(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    dtype("target", value, torch.int64, "long")
     shape("target", value, features.shape[:1])
+    dtype("target", value, torch.int64, "long")
     on_device("target", value, features.device)
     if values and value.device.type == "cpu":
         target_values(value, prototypes.shape[0], mask, ignore_index)

@@ -123,13 +123,15 @@ def feature_loss(student: Features, teachers: Sequence[Features], weights: Tenso
     """``mean_b sum_k w_bk |u_b - u_b^k|^2``.
 
     Raises:
-        ValueError: a teacher's width is not the student's.
+        ValueError: a teacher has other images or another width than the student.
     """
     for k, teacher in enumerate(teachers):
         if teacher.images.shape != student.images.shape:
+            widths = teacher.images.shape[1], student.images.shape[1]
             raise ValueError(
                 f"teachers[{k}]: got image features {list(teacher.images.shape)}, wanted "
-                f"{list(student.images.shape)} as the student's; set the feature weight to 0"
+                f"{list(student.images.shape)} as the student's"
+                + ("; set the feature weight to 0" if widths[0] != widths[1] else "")
             )
     # Few operations, above all few that have gradients: on a small batch each of them takes longer
     # than its arithmetic.

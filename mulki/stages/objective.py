@@ -262,6 +262,7 @@ class MulKILoss(nn.Module):
             _check_teacher(f"teachers[{k}]", teacher, student)
         if self.needs_teachers and not teachers:
             raise ValueError("teachers: got none, wanted at least one for the terms switched on")
+        _check_anchored(teachers)
         terms = {
             "ce_loss": prototype_cross_entropy(
                 student.image_text(), target, label_smoothing=self.label_smoothing
@@ -295,11 +296,16 @@ class MulKILoss(nn.Module):
         terms = {"contrastive_loss": pairs.contrastive_loss(student, distinct)}
         if not self.needs_caption_teachers:
             return terms, None
-        loss, weights = pairs.gated_relation(
-            student, teachers, self.weighting, self.temperature, self.scale_by_t2
-        )
         if self.image_caption:
+            loss, weights = pairs.gated_relation(
+                student, teachers, self.weighting, self.temperature, self.scale_by_t2
+            )
             terms["image_caption_loss"] = self.image_caption * loss
+        else:
+            own = torch.arange(len(student.images), device=student.images.device)
+            weights = distinguishing.sample_weights(
+                student, teachers, own, self.weighting, self.temperature
+            )
         if any(self.feature):
             terms["feature_loss"] = self._feature_loss(student, teachers, weights)
         return terms, weights
@@ -421,6 +427,19 @@ def _check_teacher(name: str, teacher: Features, student: Features) -> None:
         )
 
 
+def _check_anchored(teachers: Sequence[Features]) -> None:
+    rows = [None if t.anchored is None else len(t.anchored) for t in teachers]
+    if len(set(rows)) > 1:
+        raise ValueError(f"teachers: got anchored of {rows} rows, wanted the same texts of each")
+    for k, teacher in enumerate(teachers):
+        least = len(teacher.texts) + teacher.num_seen
+        if teacher.anchored is not None and len(teacher.anchored) < least:
+            raise ValueError(
+                f"teachers[{k}].anchored: got {len(teacher.anchored)} rows, wanted at least {least}"
+                f": {len(teacher.texts)} of its texts and {teacher.num_seen} of num_seen"
+            )
+
+
 def _check_features(name: str, value: object) -> None:
     if not isinstance(value, Features):
         raise TypeError(
@@ -431,4 +450,9 @@ def _check_features(name: str, value: object) -> None:
         matrix = getattr(value, field)
         if matrix is not None or field != "prototypes":
             checks.is_tensor(f"{name}.{field}", matrix)
+    if value.prototypes is not None and len(value.prototypes) != len(value.texts):
+        raise ValueError(
+            f"{name}.prototypes: got {len(value.prototypes)} rows, wanted {len(value.texts)} as "
+            f"{name}.texts"
+        )
     checks.scalar(f"{name}.scale", value.scale, value.images.device)

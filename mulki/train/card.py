@@ -271,13 +271,14 @@ class _Step:
                 for kind in self._kinds:
                     if kind not in once:
                         self._of_kind(model, kind, count)
-            if graphs:
-                torch.stack(graphs).sum().backward()
+            if graphs and (total := torch.stack(graphs).sum()).requires_grad:
+                total.backward()
             del graphs
             for kind in self._kinds:
                 # From the second micro-batch on, all gradients are there.
                 for _ in range(0 if kind in once else 2):
-                    self._of_kind(model, kind, count).backward()
+                    if (of_kind := self._of_kind(model, kind, count)).requires_grad:
+                        of_kind.backward()
         # What is left is freed later.
         return [*counted.levels]
 

@@ -88,11 +88,11 @@ class Drift:
             values = {}
             if original is not None:
                 same = (features @ texts.mT).argmax(dim=1) == self._words[number]
-                values[WORD_AGREEMENT] = 100 * float(same.double().mean()), len(same)
+                values[WORD_AGREEMENT] = 100 * float(same.cpu().double().mean()), len(same)
             if number in means:
                 sums, counts = class_sums(features, target, len(means[number]))
                 cosines = F.cosine_similarity(sums, means[number].to(sums))[counts > 0]
-                values[MEAN_DISTANCE] = 1 - float(cosines.double().mean()), len(features)
+                values[MEAN_DISTANCE] = 1 - float(cosines.cpu().double().mean()), len(features)
             found[self._tasks[number].name] = values
         return found
 

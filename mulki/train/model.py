@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -121,7 +121,7 @@ class Model:
             A prediction for each image, in their order.
 
         Raises:
-            InputError: no such file, no image, or no class.
+            InputError: no such file, no image, no class, or another argument than is wanted.
             BadImage: an image cannot be decoded.
         """
         given = self.predictions(
@@ -157,6 +157,7 @@ class Model:
             images: those of `find_images`.
             told: called with the number of images so far, and of all.
         """
+        _check(classes, top, threshold, batch_size)
         names, weights = self._texts(None if classes is None else tuple(classes))
         count, head = min(top, len(names)), self._head() if classes is None else None
         done = 0
@@ -319,7 +320,7 @@ def load(
     Raises:
         InputError: it cannot be loaded.
     """
-    name = os.fspath(path)
+    name = _place("path", path)
     said = description_of(Path(name)) if is_checkpoint(name) else None
     recipe = {} if said is None else said.recipe
     wanted: dict[str, Any] = {
@@ -400,34 +401,65 @@ def run(
     }
     given["tasks"] = words
     if model is not None:
-        given["model"] = os.fspath(model)
+        given["model"] = _place("model", model)
     if continue_from is not None:
-        given = continued_options(Path(continue_from), given)
+        given = continued_options(Path(_place("continue_from", continue_from)), given)
     console = Console(stderr=True) if show else None
     return Run(sequence.run(resolve(given), console, tasks=objects))
 
 
 def _divided(tasks: Tasks) -> tuple[list[str], list[Task] | None]:
     # Words, or objects.
-    given = [tasks] if isinstance(tasks, (str, os.PathLike, Task)) else list(tasks)
+    given = _list_of("tasks", tasks, (str, os.PathLike, Task), "words, paths or Task objects")
     objects = [each for each in given if isinstance(each, Task)]
-    if not given or len(objects) not in (0, len(given)):
+    if len(objects) not in (0, len(given)):
         raise InputError(
-            f"tasks: got {len(given)}, {len(objects)} of them Task objects; wanted at least one, "
-            "all of one kind"
+            f"tasks: got {len(given)}, {len(objects)} of them Task objects; wanted all of one kind"
         )
     return [os.fspath(each) for each in given if not isinstance(each, Task)], objects or None
 
 
 def _found(images: Images) -> Loadable:
-    given = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else list(images)
-    if not given:
-        raise InputError("images: got an empty list; pass some")
+    kinds = (str, os.PathLike, Image.Image)
+    given = _list_of("images", images, kinds, "paths or pictures of PIL (Image.fromarray)")
     parts: list[Loadable] = [
         Pictures([each], first=place) if isinstance(each, Image.Image) else find_images([each])
         for place, each in enumerate(given)
     ]
     return Joined(tuple(parts))
+
+
+def _list_of(name: str, given: Any, kinds: tuple[type, ...], wanted: str) -> list[Any]:
+    # One value stands for a list of it.
+    several = isinstance(given, Iterable) and not isinstance(given, kinds)
+    found = list(given) if several else [given]
+    if not found:
+        raise InputError(f"{name}: got an empty list, wanted {wanted}")
+    for each in found:
+        if not isinstance(each, kinds):
+            raise InputError(f"{name}: got {type(each).__name__}, wanted {wanted}")
+    return found
+
+
+def _place(name: str, value: Any) -> str:
+    if not isinstance(value, (str, os.PathLike)):
+        raise InputError(f"{name}: got {type(value).__name__}, wanted a name or a path")
+    return str(os.fspath(value))
+
+
+def _check(classes: Any, top: Any, threshold: Any, batch_size: Any) -> None:
+    if isinstance(classes, str):
+        raise InputError(f"classes: got {classes!r}, wanted a list of names; write [{classes!r}]")
+    if classes is not None and not [*classes]:
+        raise InputError("classes: got an empty list, wanted names")
+    for each in classes or ():
+        if not isinstance(each, str) or not each.strip():
+            raise InputError(f"classes: got {each!r}, wanted names")
+    for name, value in (("top", top), ("batch_size", batch_size)):
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"{name}: got {value!r}, wanted a whole number of at least 1")
+    if not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+        raise InputError(f"threshold: got {threshold!r}, wanted a number from 0 to 1")
 
 
 def _distinct(tasks: Sequence[LearnedTask]) -> list[LearnedTask]:

@@ -148,6 +148,10 @@ def evaluation(checkpoint: Path, given: Mapping[str, Any]) -> Evaluation:
         InputError: a bad checkpoint, bad options or bad tasks, no tasks, those of the run are
             not what it learned, or a test fraction for them.
     """
+    if not checkpoint.exists():
+        raise InputError(
+            f"{checkpoint}: no such file or folder; pass a checkpoint or the folder of a run"
+        )
     run, said = run_of(checkpoint), description_of(checkpoint)
     # A checkpoint that was copied out of its run says itself how that was made.
     recipe = {} if said is None else {field_name(k): v for k, v in said.recipe.items()}

@@ -19,7 +19,7 @@ from mulki.report.tables import definition_lines
 from mulki.runs.metrics import read_matrix
 from tests import cli_helpers, train_helpers
 from tests.cli_helpers import one_line
-from tests.train_helpers import COLOURS, SHADES, write_split
+from tests.train_helpers import COLOURS, SHADES, write_split, write_task
 
 command = cli_helpers.command
 task = cli_helpers.task
@@ -340,3 +340,34 @@ def test_tasks_without_a_split(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ):
         assert run_command([*given, *more]) == 2
         assert said in one_line(capsys)
+
+
+@pytest.mark.parametrize("name", ["--tasks", "--seeds"])
+def test_a_list_that_is_given_twice_is_refused(
+    capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert run_command(["run", name, "1", name, "2"]) == 2
+    assert f"{name}: got it twice; pass all values behind one" in one_line(capsys)
+
+
+def test_tasks_are_shown_as_a_run_reads_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_task(tmp_path / "colours", COLOURS)
+    broken = tmp_path / "colours" / "train" / "red" / "broken.png"
+    broken.write_bytes(b"no image")
+    assert run_command(["tasks", str(tmp_path / "colours")]) == 2
+    assert "or pass --skip-bad-images" in one_line(capsys)
+    assert run_command(["tasks", str(tmp_path / "colours"), "--skip-bad-images"]) == 0
+    assert "colours: unreadable images left out: 1" in capsys.readouterr().out
+    (tmp_path / "a.csv").write_text("a;b\n")
+    assert run_command(["tasks", str(tmp_path / "a.csv"), "--csv-separator", ";"]) == 2
+    assert "no column path (found: a, b)" in one_line(capsys)
+
+
+@pytest.mark.parametrize("seconds", ["-1", "nan", "inf"])
+def test_a_self_test_of_no_possible_length(
+    capsys: pytest.CaptureFixture[str], seconds: str
+) -> None:
+    assert run_command(["doctor", "--seconds", seconds]) == 2
+    assert "--seconds: got " in one_line(capsys)

@@ -242,3 +242,12 @@ def test_torchvision_is_not_imported() -> None:
         "assert 'torchvision' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_random_transform_is_refused() -> None:
+    class Noise(list):
+        def __getitem__(self, index: int) -> tuple[Image.Image, int]:  # type: ignore[override]
+            return Image.effect_noise((8, 8), 50), index
+
+    with pytest.raises(InputError, match=r"^Noise\[0\]: another image at every call; leave random"):
+        DatasetImages(Noise(range(3)), [0, 1, 2])

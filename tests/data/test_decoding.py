@@ -60,6 +60,13 @@ def test_16_bit_grey_keeps_its_tones() -> None:
     assert np.asarray(rgb)[0, :, 0].tolist() == [0, 100, 255]
 
 
+@pytest.mark.parametrize("most", [4095, 65535])
+def test_16_bit_pgm_keeps_its_tones(most: int) -> None:
+    pixels = np.array([0, most // 2, most], dtype=">u2").tobytes()
+    rgb = decode(b"P5\n3 1\n%d\n" % most + pixels, "x")
+    assert np.asarray(rgb)[0, :, 0].tolist() == [0, 127, 255]
+
+
 def test_float_pixels_are_refused() -> None:
     with pytest.raises(BadImage, match="scan.tif.*32-bit"):
         decode(_bytes(Image.new("F", (2, 2)), "tiff"), "scan.tif")

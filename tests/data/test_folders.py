@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from PIL import Image
 
 from mulki.data import ImageSet, Task, folder_task
 from mulki.data.image_files import ImageFiles, holds_split
+from mulki.data.sequences import load_sequence
 from mulki.errors import InputError
 
 Make = Callable[..., Path]
@@ -351,3 +353,20 @@ def test_what_is_only_tested_needs_no_training_images(make_folder: Make) -> None
         folder_task(root, test_only=True)
     with pytest.raises(InputError, match=r"no test/ .*test/<class>/\*"):
         folder_task(root / "test", test_only=True)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(
+    make_folder: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the way of the command, which looks for shards first."""
+    root = make_folder()
+    real = os.scandir
+
+    def scandir(folder: Any) -> Any:
+        if Path(folder) == root / "train":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(InputError, match=r"train: cannot be listed \(Permission denied\)"):
+        load_sequence([str(root)], "I")

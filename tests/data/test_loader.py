@@ -249,7 +249,9 @@ def test_an_unreadable_image_stops_no_batch(tmp_path: Path, workers: int) -> Non
     for seed in range(5):
         picture(seed).save(tmp_path / f"{seed}.png")
     (tmp_path / "2.png").write_bytes(b"no image")
+    before = torch.get_rng_state()
     found = list(readable_batches(find_images([tmp_path]), FIXED, 2, workers))
+    assert torch.equal(torch.get_rng_state(), before)
     assert [len(batch) for batch in found] == [2, 2, 1]
     images = [image for batch in found for image in batch]
     assert isinstance(images[2], BadImage) and "2.png: unreadable" in str(images[2])

@@ -374,3 +374,21 @@ def test_an_objective_shows_its_arguments():
     assert repr(MulKILoss(**changed)) == f"MulKILoss({shown})"
     apart = repr(MulKILoss(feature_original=0.0, hold_on="both"))
     assert apart == "MulKILoss(feature_original=0.0, hold_on='both')"
+
+
+def test_anchors_and_prototypes_fit_the_texts(student, teachers, target):
+    anchored = [
+        replace(t, anchored=torch.cat([t.texts, t.texts[:2]]), num_seen=1) for t in teachers
+    ]
+    MulKILoss(feature=0)(student, anchored, target)
+    few = [replace(t, anchored=t.texts[:3]) for t in teachers]
+    more_seen = [replace(t, num_seen=3) for t in anchored]
+    less = [replace(teachers[0], prototypes=teachers[0].prototypes[:3]), *teachers[1:]]
+    for given, said in (
+        (few, r"teachers\[0\]\.anchored: got 3 rows, wanted at least 4"),
+        (more_seen, r"teachers\[0\]\.anchored: got 6 rows, wanted at least 7"),
+        ([anchored[0], *teachers[1:]], r"teachers: got anchored of \[6, None"),
+        (less, r"teachers\[0\]\.prototypes: got 3 rows, wanted 4 as teachers\[0\]\.texts"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            MulKILoss(feature=0)(student, given, target)

@@ -222,9 +222,39 @@ def test_bad_calls(task_folders: tuple[str, str], tmp_path: Path) -> None:
     for tasks in ([], [task_folders[0], folder_task(task_folders[1])]):
         with pytest.raises(InputError, match="^tasks: got"):
             mulki.run(tasks)
+    wrong: Any = 3
+    with pytest.raises(InputError, match="^tasks: got int, wanted words, paths or Task objects"):
+        mulki.run(wrong)
+    with pytest.raises(InputError, match="^model: got int, wanted a name or a path"):
+        mulki.run(task_folders[0], model=wrong)
+    with pytest.raises(InputError, match="^path: got int, wanted a name or a path"):
+        mulki.load(wrong)
     with pytest.raises(InputError, match="^--l3: no such option"):
         mulki.run(task_folders[0], l3=1)
     with pytest.raises(InputError, match="^--continue: .*no such file"):
         mulki.run(task_folders[0], continue_from=tmp_path / "gone")
     with pytest.raises(InputError, match="the first process of torchrun alone"):
         _ = mulki.Run(None).path
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"classes": "bear"}, r"classes: got 'bear', wanted a list of names; write \['bear'\]"),
+        ({"classes": []}, "classes: got an empty list, wanted names"),
+        ({"classes": ["bear", " "]}, "classes: got ' ', wanted names"),
+        ({"classes": [1]}, "classes: got 1, wanted names"),
+        ({"top": 0}, "top: got 0, wanted a whole number of at least 1"),
+        ({"top": 1.5}, "top: got 1.5, wanted a whole number of at least 1"),
+        ({"batch_size": 0}, "batch_size: got 0, wanted a whole number of at least 1"),
+        ({"threshold": float("nan")}, "threshold: got nan, wanted a number from 0 to 1"),
+        ({"threshold": 2}, "threshold: got 2, wanted a number from 0 to 1"),
+        ({"images": torch.zeros(2, 3)}, "images: got Tensor, wanted paths or pictures of PIL"),
+        ({"images": None}, "images: got NoneType, wanted paths or pictures of PIL"),
+    ],
+)
+def test_other_arguments_of_predict_are_refused(
+    model: Model, given: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InputError, match=f"^{said}"):
+        model.predict(**{"images": Image.new("RGB", (8, 8))} | given)

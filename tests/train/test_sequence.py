@@ -582,3 +582,12 @@ def test_the_first_process_says_whether_a_run_is_complete(
     monkeypatch.setattr("mulki.distributed.launch.meeting", lambda: second)
     monkeypatch.setenv("RANK", "1")
     assert sequence.run(resolve({}), resume=tmp_path / "elsewhere") is None
+
+
+def test_a_warm_up_that_is_longer_than_a_task_is_told(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "mulki"):
+        run(method="finetune", warmup=9)
+    assert "--warmup 9: task colours has " in caplog.text
+    assert "so its rate hardly reaches --lr" in caplog.text

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.text import Text
 
-from mulki.app.commands.parsing import Parser
+from mulki.app.commands.parsing import Once, Parser
 from mulki.choices.options import whole_number
 from mulki.console import Console
 from mulki.errors import InputError
@@ -46,7 +46,7 @@ def add_grid_options(parser: Parser, *, hidden: bool = False) -> None:
     group = parser.add_argument_group("several runs, in <logs>/<name>/; what is there is kept")
     for name, (_, text) in LISTS.items():
         text = argparse.SUPPRESS if hidden else text
-        group.add_argument(f"--{name}", nargs="+", metavar=name.upper(), help=text)
+        group.add_argument(f"--{name}", nargs="+", action=Once, metavar=name.upper(), help=text)
     text = argparse.SUPPRESS if hidden else "runs at a time (default: 1)"
     group.add_argument("--jobs", metavar="N", help=text)
 

@@ -47,6 +47,15 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; {self.prog} --help shows the usage")
 
 
+class Once(argparse.Action):
+    """Stores the values of an option that is given once: argparse would drop those given before."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        if getattr(namespace, self.dest, None) is not None:
+            raise argparse.ArgumentError(self, "got it twice; pass all values behind one")
+        setattr(namespace, self.dest, values)
+
+
 def add_options(
     group: argparse._ActionsContainer,
     options: type,
@@ -81,7 +90,7 @@ def add_options(
         elif item.metadata["repeat"]:
             how = {"action": "append", "metavar": item.metadata["repeat"]}
         elif get_origin(hints[item.name]) is tuple:
-            how["nargs"] = "+"
+            how |= {"nargs": "+", "action": Once}
         elif choices := choices_of(item, hints[item.name]):
             how["metavar"] = "{" + ",".join(choices) + "}"
         text = argparse.SUPPRESS if hidden else text

@@ -71,7 +71,7 @@ def predict(argv: list[str]) -> int:
         help="class names, one a line; if left out those that the model has learned",
     )
     parser.add_argument(
-        "--top", metavar="N", default="5", help="classes told of each image (default: 5)"
+        "--top", metavar="N", default="5", help="classes to print for each image (default: 5)"
     )
     parser.add_argument(
         "--threshold",

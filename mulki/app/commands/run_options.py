@@ -248,6 +248,8 @@ def options_of_folder(folder: str) -> dict[str, Any]:
     from mulki.train.config.run_config import read_config
 
     path = os.path.join(folder, "args.yaml")
+    if not os.path.isdir(folder):
+        raise InputError(f"--resume: no folder {folder}; pass that of a run that was stopped")
     if not os.path.isfile(path):
         raise InputError(
             f"--resume: {folder} is not the folder of a run that has begun, it has no args.yaml; "

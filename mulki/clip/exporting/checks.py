@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -49,11 +49,14 @@ def export_folder(folder: Path) -> Iterator[Path]:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: exists and is not empty; pass another folder, or remove it")
-    try:
-        with new_folder(folder) as new:
-            yield new
-    except FileExistsError:
-        raise InputError(f"{folder}: cannot be made; choose another place") from None
+    with ExitStack() as stack:
+        try:
+            new = stack.enter_context(new_folder(folder))
+        except OSError as error:
+            raise InputError(
+                f"{folder}: cannot be made ({error.strerror}); choose another place"
+            ) from None
+        yield new
 
 
 @torch.no_grad()

@@ -23,6 +23,8 @@ RANDOM = "none"
 TRUNK = Path("image_tower", "config.json")
 #: In the metadata of weights, how their model wants its images, as JSON.
 PREPROCESS = "preprocess_cfg"
+# Of it, and of a tag, what the loaded model takes.
+_IMAGES = ("mean", "std", "interpolation", "resize_mode")
 _log = logging.getLogger(__name__)
 
 # Letters of what another package says of an error.
@@ -69,7 +71,7 @@ def load_open_clip(
         given, name = name, name.replace("/", "-")
         known = open_clip.list_models()
         if name not in known:
-            hub = f"; of the Hugging Face hub it is hf-hub:{given}" if "/" in given else ""
+            hub = f"; no such folder; of the hub it is hf-hub:{given}" if "/" in given else ""
             raise InputError(
                 f"--model: no model {given!r}{nearest(name, [*known, BUNDLED])}{hub}; python -c "
                 f'"import open_clip; print(open_clip.list_models())" lists them, beside {BUNDLED}'
@@ -91,10 +93,14 @@ def load_open_clip(
             )
     whole = _check_files(name, pretrained)
     # What is loaded by default is read from a hub, for towers that are models of one.
-    how: dict[str, Any] = {"load_weights": False, "pretrained_text": False} if stand_in else {}
+    how: dict[str, Any] = (
+        {"load_weights": False, "pretrained_text": False}
+        if stand_in
+        else {"require_pretrained": ":" in name}  # without it, random ones where there are none
+    )
     try:
         towers = _towers_here(name)
-        how |= _images_of(pretrained)
+        how |= _images_of(name, pretrained)
         clip, _, preprocess = open_clip.create_model_and_transforms(
             name, pretrained=pretrained, weights_only=True, **how, **towers
         )
@@ -164,13 +170,36 @@ def _check_files(name: str, pretrained: str | None) -> dict[str, Tensor]:
     return whole
 
 
-def _images_of(pretrained: str | None) -> dict[str, Any]:
-    # Of a tag open_clip knows how its model wants images; a file of ours says it.
-    if pretrained is None or not pretrained.endswith(".safetensors"):
+def _images_of(name: str, pretrained: str | None) -> dict[str, Any]:
+    # Of a tag open_clip knows how its model wants images; a file of ours says it. Another file is
+    # most often the download of a tag.
+    if pretrained is None or not Path(pretrained).is_file():
         return {}
-    said = from_json(read_metadata(pretrained).get(PREPROCESS, "{}"))
-    names = ("mean", "std", "interpolation", "resize_mode")
-    return {f"image_{name}": said[name] for name in names if name in said}
+    import open_clip
+
+    metadata = read_metadata(pretrained) if pretrained.endswith(".safetensors") else {}
+    other = metadata.get("model", "").replace("/", "-")
+    if other != name and other in [*open_clip.list_models(), BUNDLED]:
+        raise InputError(f"{pretrained} is of {other}")
+    said = from_json(metadata[PREPROCESS]) if PREPROCESS in metadata else _images_of_tags(name)
+    return {f"image_{each}": said[each] for each in _IMAGES if each in said}
+
+
+def _images_of_tags(name: str) -> dict[str, Any]:
+    # What most tags of the model have, the first of those with as many.
+    import open_clip
+    from open_clip.pretrained import get_pretrained_cfg
+
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    known = [
+        {k: v for k, v in get_pretrained_cfg(name, tag).items() if k in _IMAGES} for tag in tags
+    ]
+    if not known:
+        return {}
+    most = max(known, key=known.count)
+    if known.count(most) < len(known):
+        _log.warning("%s", f"{name}: its tags differ in how they want images; taken is {most}")
+    return most
 
 
 def _towers_here(name: str) -> dict[str, Any]:

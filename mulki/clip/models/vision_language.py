@@ -164,7 +164,7 @@ class VisionLanguageModel:
             # CoCa has no such method, but its towers do.
             (getattr(self.clip, "lock_text_tower", None) or self.clip.text.lock)()
         if image:
-            self.clip.visual.lock()
+            self.clip.visual.requires_grad_(False)  # timm's own lock leaves the projection out
 
     def adapt(
         self,

@@ -63,7 +63,7 @@ class Precision:
             "bf16" and "fp16" store the weights in that dtype but for those of normalisations,
             "pure_bf16" and "pure_fp16" those too; small learning rates then round away.
         device: where the model is.
-        cached: whether autocast keeps its copies of weights for further micro-batches.
+        cached: whether autocast keeps its copies of weights within a pass.
 
     Raises:
         InputError: an unknown name.

@@ -284,7 +284,7 @@ class RunConfig:
     skip_bad_images: bool = option(False, "leave unreadable images out")
     max_pixels: int = option(decoding.MAX_PIXELS, "largest width times height of an image", low=1)
     max_member_mb: int = option(
-        MAX_MEMBER_MB, "megabytes that a compressed file, or a member of one, unpacks to", low=1
+        MAX_MEMBER_MB, "most MB to which a compressed file, or a member of one, unpacks", low=1
     )
     workers: int = option(0, "data loading processes", low=0, alias="-j")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")

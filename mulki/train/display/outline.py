@@ -90,7 +90,9 @@ def of_tasks(
     steps = "none: the start model is tested as it is"
     if method.trains:
         counts = steps_of_tasks(config, tasks, processes)
-        steps = f"{_counts(counts)} of {config.batch_size * processes} images"
+        batch, sizes = config.batch_size * processes, [len(task.train) for task in tasks]
+        most = "at most " if min(sizes) < batch else ""
+        steps = f"{_counts(counts)} of {most}{min(batch, max(sizes))} images"
         steps += f", {config.micro_batch} at a time" if config.micro_batch else ""
         steps += f"; {images} training images"
     order = f", order {config.order}" if has_orders(config.tasks, config.order) else ""

@@ -45,7 +45,8 @@ def fisher_diagonal(training: Training, inputs: TaskInputs, count: int) -> dict[
     texts = model.encode_texts(model.text_inputs(inputs.prompts))
     for image, draw in zip(_images(training, inputs, places[mine]), draws[mine], strict=True):
         logits = (model.logit_scale * model.encode_images(image[None]) @ texts.mT)[0]
-        below = logits.detach().double().softmax(0).cumsum(0).cpu()
+        # On the CPU: a GPU has no deterministic sum of this kind, and Metal no float64.
+        below = logits.detach().cpu().double().softmax(0).cumsum(0)
         drawn = (below < draw).sum().clamp(max=len(below) - 1).to(logits.device)
         found: Any = torch.autograd.grad(
             F.cross_entropy(logits, drawn),

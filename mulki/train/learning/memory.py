@@ -144,8 +144,11 @@ def _passes(
     encode: Callable[[Tensor], Tensor], images: Tensor, parameters: Sequence[nn.Parameter]
 ) -> bool:
     before = [p.grad for p in parameters]
+    for parameter in parameters:
+        parameter.grad = None  # which would be added to in place
     try:
-        encode(images).sum().backward()
+        if (total := encode(images).sum()).requires_grad:
+            total.backward()
     except torch.OutOfMemoryError:
         torch.accelerator.empty_cache()
         return False

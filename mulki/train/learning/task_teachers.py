@@ -27,7 +27,8 @@ from mulki.train.learning.training_set import training_features
 class TaskTeachers:
     """The teachers of one task, one `Teacher` for each distinct model.
 
-    At the first task all names mean the original model, which is then encoded once.
+    At the first task the previous model is the start model. Without ``--original`` that is the
+    original one too, which is then encoded once.
 
     Args:
         teachers: each with its model, in the order in which the losses get them.

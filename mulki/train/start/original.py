@@ -69,7 +69,8 @@ def cache_of_original(
     made_of = {
         "weights": weights,
         "architecture": json.dumps(_without_folders(model.config or model.name), sort_keys=True),
-        "precision": f"{precision.name} {precision.dtype}",
+        "precision": f"{precision.name} {precision.dtype}, {precision.device.type}"
+        + (", compiled" if config.torchcompile else ""),
         # In other batches, features are rounded otherwise.
         "batches": f"{config.batch_size_eval} images in each of {world.size} processes",
     }
@@ -109,12 +110,10 @@ def load_original(
         raise InputError(text.replace("--model", "--original")) from None
     ours, theirs = student.clip.state_dict(), original.clip.state_dict()
     shapes = [{name: value.shape for name, value in each.items()} for each in (ours, theirs)]
-    seen = [
-        (m.image_size, tuple(m.clip.visual.image_mean), tuple(m.clip.visual.image_std))
-        for m in (student, original)
-    ]
+    # As JSON, where a list is what a tuple is.
+    seen = [json.dumps(m.clip.visual.preprocess_cfg, sort_keys=True) for m in (student, original)]
     if shapes[0] != shapes[1] or seen[0] != seen[1]:
-        what = "architecture" if shapes[0] != shapes[1] else "image size or normalisation"
+        what = "architecture" if shapes[0] != shapes[1] else "preprocessing of images"
         raise InputError(
             f"--original: {config.original} has another {what} than --model {config.model}; pass "
             "the model that this one was trained from"

@@ -30,6 +30,14 @@ def test_a_folder_appears_whole_or_not(tmp_path: Path) -> None:
     for taken in (tmp_path / "a", tmp_path / "a" / "file"):
         with pytest.raises(InputError, match=taken.name), export_folder(taken):
             pass
+    below_a_file = tmp_path / "a" / "file" / "new"
+    with (
+        pytest.raises(InputError, match="new: cannot be made .*choose another place"),
+        export_folder(below_a_file),
+    ):
+        pass
+    with pytest.raises(PermissionError), export_folder(tmp_path / "b"):
+        raise PermissionError("of the block")
 
 
 @pytest.mark.parametrize("wrong", ["images", "one image", "texts"])

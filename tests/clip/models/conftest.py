@@ -46,6 +46,6 @@ def hf_model(bert: Path, tmp_path: Path) -> VisionLanguageModel:
     config = {"model_cfg": hf_architecture(str(bert)), "preprocess_cfg": {"size": [32, 32]}}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
-    model = models.load(f"local-dir:{folder}")
+    model = models.load(f"local-dir:{folder}", stand_in=True)
     model.lock()
     return model

@@ -143,3 +143,10 @@ def test_bundled_model_that_is_not_there(bundled: Path) -> None:
     shutil.rmtree(bundled)
     with pytest.raises(InputError, match="open_clip_config.json"):
         models.load(BUNDLED)
+
+
+def test_a_locked_image_tower_trains_nothing() -> None:
+    """timm's own lock leaves the projection behind the tower out."""
+    model = models.load(BUNDLED)
+    model.lock(image=True)
+    assert not any(name.startswith("visual.") for name in model.trainable())

@@ -59,6 +59,48 @@ def test_a_file_says_how_its_model_wants_images(
         models.load("tiny-vit", file)
 
 
+def test_weights_of_another_program_take_images_as_the_tags_of_their_model(
+    tiny_models: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Most often such a file is the download of a tag."""
+    import open_clip.pretrained
+
+    tag = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear"}
+    tags = {"a": tag, "b": tag}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-vit", tags)
+    torch.save(models.load("tiny-vit", "none").clip.state_dict(), tmp_path / "w.pt")
+    caplog.clear()
+    again = models.load("tiny-vit", str(tmp_path / "w.pt"))
+    assert tuple(again.clip.visual.image_mean) == (0.5,) * 3 and not caplog.text
+    assert "interpolation=bilinear" in str(again.preprocess)
+    tags["c"] = {"mean": (0.25,) * 3}
+    again = models.load("tiny-vit", str(tmp_path / "w.pt"))
+    assert tuple(again.clip.visual.image_mean) == (0.5,) * 3
+    assert "tiny-vit: its tags differ in how they want images; taken is" in caplog.text
+
+
+def test_a_file_of_another_model_is_refused(
+    tiny_models: tuple[str, ...], load_tiny: Load, tmp_path: Path
+) -> None:
+    """Also where all shapes are the same, as those of models with another activation."""
+    model = load_tiny()
+    model.name = "tiny-resnet"
+    save_weights(model, tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match=r"w\.safetensors is of tiny-resnet"):
+        models.load("tiny-vit", str(tmp_path / "w.safetensors"))
+
+
+def test_a_folder_without_weights_is_no_random_model(load_tiny: Load, tmp_path: Path) -> None:
+    save_weights(load_tiny(), tmp_path / "w.safetensors")
+    publish(load_tiny(), tmp_path / "w.safetensors", tmp_path / "latest")
+    (tmp_path / "latest" / WEIGHTS_NAME).unlink()
+    with pytest.raises(InputError, match="--model local-dir:.* could not be loaded"):
+        models.load(f"local-dir:{tmp_path / 'latest'}")
+
+
 @pytest.mark.parametrize("content", [b"", b"not weights", {"a": torch.ones(2)}])
 def test_bad_checkpoint(
     tiny_models: tuple[str, ...], tmp_path: Path, content: bytes | dict[str, torch.Tensor]

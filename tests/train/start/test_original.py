@@ -108,15 +108,17 @@ def test_what_cannot_be_an_original_is_refused_in_one_line(
     assert not (tmp_path / "logs").exists()
 
 
+@pytest.mark.parametrize("change", [{"mean": [0.5, 0.5, 0.5]}, {"resize_mode": "squash"}])
 def test_a_model_of_other_images_is_refused(
-    run: Run, start_model: dict[str, str], tmp_path: Path
+    run: Run, start_model: dict[str, str], tmp_path: Path, change: dict[str, Any]
 ) -> None:
+    """Those of the same size but cropped, and not squashed, have other pixels too."""
     folder = tmp_path / "other"
     shutil.copytree(start_model["model"].removeprefix("local-dir:"), folder)
     config = json.loads((folder / CONFIG_NAME).read_text())
-    config["preprocess_cfg"]["mean"] = [0.5, 0.5, 0.5]
+    config["preprocess_cfg"] |= change
     (folder / CONFIG_NAME).write_text(json.dumps(config))
-    with pytest.raises(InputError, match="normalisation"):
+    with pytest.raises(InputError, match="has another preprocessing of images than"):
         run(original=f"local-dir:{folder}")
 
 
