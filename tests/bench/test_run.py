@@ -161,21 +161,6 @@ def test_the_module_is_the_command(
     assert leave.value.code == 2 and "--ops: got gone" in capsys.readouterr().err
 
 
-def test_the_benchmark_is_loaded_when_asked_for_and_never_training() -> None:
-    code = (
-        "import sys, mulki\n"
-        "assert not [m for m in sys.modules if m.startswith('mulki.bench')]\n"
-        "before = set(sys.modules)\n"
-        "import mulki.bench.run\n"
-        "above = 'mulki.app.cli mulki.train mulki.methods mulki.data open_clip benchmarks'\n"
-        "print([m for m in above.split() if m in set(sys.modules) - before])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
-
-
 def test_the_smallest_case_under_pytest_benchmark() -> None:
     pytest.importorskip("pytest_benchmark")
     command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "--benchmark-disable"]
