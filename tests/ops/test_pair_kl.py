@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.library import opcheck
 
-from mulki import ops
 from mulki.ops import direct
-from mulki.ops.gates import Weighting
 from tests.ops.op_cases import (
     ALL,
     OPS,
@@ -36,23 +32,6 @@ PAIRS = ("pairs", "pairs_label", "pairs_blend", "pairs_weights")
 def with_labels(case: Case) -> Case:
     """The same case with the labels' loss beside it."""
     return with_argument(case, 12, True)
-
-
-@pytest.mark.parametrize("name", PAIRS)
-def test_it_is_teacher_kl_over_rows_and_over_columns(name):
-    case = make(name)
-    x, w, scale, teacher_x, teacher_w, scales, weights, *options, _ = case.args
-    loss, *details = run(case)[:4]
-    own = torch.arange(6)
-    of_rows, of_columns = (None, None) if weights is None else weights
-    of_both = (
-        (x, w, scale, teacher_x, teacher_w, scales, of_rows, own, None, *options),
-        (w, x, scale, teacher_w, teacher_x, scales, of_columns, own, None, *options),
-    )
-    rows, columns = (run(Case("teacher_kl", args)) for args in of_both)
-    assert torch.equal(loss, (rows[0] + columns[0]) / 2)
-    for both, row, column in zip(details, rows[1:4], columns[1:4], strict=True):
-        assert torch.equal(both, torch.stack([row, column]))
 
 
 @pytest.mark.parametrize("scale", [100.0, 1e3, 1e4])
@@ -203,19 +182,3 @@ def test_rows_have_the_loss_of_their_sum_and_mean(backend):
     rows = run(case)[0]
     for mean, want in ((True, rows.mean()), (False, rows.sum())):
         torch.testing.assert_close(run(asking(case, "reduced", ALL, mean))[0], want)
-
-
-@pytest.mark.parametrize("name", ["uniform", "label", "confidence", "loss"])
-def test_gates_look_at_the_own_pair(name, unit):
-    weighting = Weighting.of(name)
-    student = unit(7, 4), unit(7, 4), 9.0
-    teachers = [(unit(7, 4), unit(7, 4), 9.0), (unit(7, 6), unit(7, 6), 5.0)]
-    options = 2.0, True, None, weighting
-    (_, total), _, weights, _ = ops.pair_kl.loss(student, teachers, *options, "sum", labels=True)
-    own, want = torch.arange(7), []
-    for models in ([student, *teachers], [(w, x, s) for x, w, s in (student, *teachers)]):
-        loss, _, used, _ = ops.teacher_kl.loss(models[0], models[1:], *options, own, None, "sum")
-        want.append((loss, used))
-    torch.testing.assert_close(total, (want[0][0] + want[1][0]) / 2)
-    torch.testing.assert_close(weights, torch.stack([used for _, used in want]))
-    assert all(not torch.equal(a, b) for a, b in pairwise(weights)) or name == "uniform"
