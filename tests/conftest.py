@@ -65,6 +65,14 @@ def git_asked_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def triton_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of Triton's that no earlier run has filled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
 @pytest.fixture
 def unit() -> Callable[..., Tensor]:
     """Draw [n, d] unit rows in float64: other ones at every call, the same ones in every run."""

@@ -38,6 +38,8 @@ from mulki.kernels.softmax_loss import StoredTile
 from mulki.kernels.whole_rows import WholeTile
 from tests.sweeps import swept
 
+pytestmark = pytest.mark.usefixtures("triton_cache")
+
 RENEW = "run python -m benchmarks.kernels (--output benchmarks/kernels/oldest with that Triton)"
 #: Elsewhere the kernel of whole rows would spill, and the library multiplies.
 MULTIPLYING = [architecture for architecture in ARCHITECTURES if architecture != "gfx1100"]
@@ -52,14 +54,6 @@ def sample() -> list[Variant]:
         key = variant.architecture, variant.number_format, variant.kernel.__name__, *tile
         chosen.setdefault(key, variant)
     return list(chosen.values())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """A cache of Triton's that no earlier run has filled."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        yield
 
 
 @pytest.fixture(scope="module")

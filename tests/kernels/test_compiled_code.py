@@ -34,6 +34,8 @@ from tests.kernels.triton_checks import (
 from tests.kernels.triton_memory import all_memory
 from tests.sweeps import swept
 
+pytestmark = pytest.mark.usefixtures("triton_cache")
+
 WHOLE, CHUNKS = Plan("rows", 16, 35), Plan("chunks", 8, 35)
 PAIRS = Plan("blocks", 10, 16)
 #: Operator, numbers, N x P x D, plan (None takes the one of the model), and tile of stored logits.
@@ -68,14 +70,6 @@ ALL = {
     ]
     for name in NAMES
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """A cache of Triton's of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        yield
 
 
 @pytest.fixture
