@@ -102,7 +102,11 @@ def test_no_argument_is_mutated_and_none_comes_back(name, form, backend):
         assert out.numel() == 0 or out.untyped_storage().data_ptr() not in given
 
 
-# Arguments are looked at before a backend is chosen.
+# Of the first teacher of a case, and what the second one is called.
+SIX, FIVE, SECOND = torch.ones(6, 4), torch.ones(5, 4), r"teachers\[1\]"
+
+
+# Arguments are looked at before a backend is chosen: kernels check nothing.
 @pytest.mark.parametrize(
     ("name", "position", "value", "error", "argument"),
     [
@@ -110,15 +114,20 @@ def test_no_argument_is_mutated_and_none_comes_back(name, form, backend):
         ("similarity", 1, torch.ones(5, 3), ValueError, "prototypes"),
         ("similarity", 1, torch.ones(5, 4, dtype=torch.float16), TypeError, "prototypes"),
         ("similarity", 1, torch.ones(0, 4), ValueError, "prototypes"),
+        ("similarity", 1, torch.ones(5, 4, device="meta"), ValueError, "prototypes"),
         ("similarity", 2, torch.ones(2), ValueError, "scale"),
+        ("ce", 1, torch.ones(5, 3), ValueError, "prototypes"),
         ("ce", 3, LABELS + 2, ValueError, "target"),
         ("ce", 3, LABELS - 1, ValueError, "target"),
         ("ce", 3, LABELS[:5], ValueError, "target"),
         ("ce", 3, LABELS.int(), TypeError, "target"),
+        ("ce", 3, LABELS.to("meta"), ValueError, "target"),
         ("ce_all", 3, LABELS + 1, ValueError, "target"),
         ("ce", 4, torch.ones(4).bool(), ValueError, "class_mask"),
         ("ce", 4, torch.ones(5), TypeError, "class_mask"),
         ("ce", 4, torch.zeros(5).bool(), ValueError, "class_mask"),
+        ("ce", 4, torch.ones(5, device="meta").bool(), ValueError, "class_mask"),
+        ("kl", 1, torch.ones(5, 3), ValueError, "prototypes"),
         ("kl_label", 7, LABELS + 2, ValueError, "target"),
         ("kl_label", 7, LABELS - 1, ValueError, "target"),
         ("kl_label", 7, LABELS + 1, ValueError, "target"),
@@ -127,10 +136,21 @@ def test_no_argument_is_mutated_and_none_comes_back(name, form, backend):
         ("kl", 8, torch.zeros(5).bool(), ValueError, "class_mask"),
         ("kl_weights", 6, torch.ones(6, 3), ValueError, "weights"),
         ("kl_weights", 6, torch.ones(5, 2), ValueError, "weights"),
+        ("kl_weights", 6, torch.ones(12), ValueError, "weights"),
+        ("kl_weights", 6, torch.ones(6, 2, device="meta"), ValueError, "weights"),
         ("kl", 9, 0.0, ValueError, "temperature"),
         ("kl", 10, -1.0, ValueError, "gate_temperature"),
         ("kl", 3, [], ValueError, "teacher_features"),
         ("kl", 4, [], ValueError, "teacher_prototypes"),
+        # The second teacher alone.
+        ("kl", 3, [SIX, torch.ones(5, 7)], ValueError, SECOND),
+        ("kl", 3, [SIX, torch.ones(42)], ValueError, f"{SECOND}.features"),
+        ("kl", 3, [SIX, torch.ones(6, 7, device="meta")], ValueError, f"{SECOND}.prototypes"),
+        ("kl", 4, [FIVE, torch.ones(4, 7)], ValueError, SECOND),
+        ("kl", 4, [FIVE, torch.ones(5, 3)], ValueError, f"{SECOND}.prototypes"),
+        ("kl", 4, [FIVE, torch.ones(5, 7).half()], TypeError, f"{SECOND}.prototypes"),
+        ("kl", 5, torch.ones(1), ValueError, "teacher_scales"),
+        ("kl", 5, torch.ones(2, device="meta"), ValueError, "teacher_scales"),
         ("pairs_weights", 6, torch.ones(2, 6, 3), ValueError, "weights"),
         ("pairs", 1, torch.ones(5, 4), ValueError, "text_features"),
         ("pairs", 3, [], ValueError, "teacher_image_features"),
@@ -139,6 +159,8 @@ def test_no_argument_is_mutated_and_none_comes_back(name, form, backend):
         ("pairs", 7, 0.0, ValueError, "temperature"),
         ("pairs", 8, -1.0, ValueError, "gate_temperature"),
         ("contrastive", 1, torch.ones(5, 4), ValueError, "text_features"),
+        ("contrastive", 1, torch.ones(6, 4).half(), TypeError, "text_features"),
+        ("contrastive", 1, torch.ones(6, 4, device="meta"), ValueError, "text_features"),
         ("siglip", 1, torch.ones(7, 3), ValueError, "text_features"),
         ("siglip", 3, torch.ones(2), ValueError, "logit_bias"),
     ],
@@ -182,6 +204,8 @@ def test_what_is_asked_has_to_fit(name):
         # Of the rows for a sum; none for a matrix.
         asked = (None, "none") if name == "similarity" else (torch.ones(6), "sum")
         ask(*asked, [True] * leaves)
-    bad = "scale" if name == "similarity" else "logit_scale"
-    with pytest.raises(TypeError, match=f"^{bad}: got torch.float64"):
+    _, second, third, *_ = OPERATORS[case.op].arguments._fields
+    with pytest.raises(ValueError, match=f"^{second}: got shape"):
+        run(asking(with_argument(case, 1, case.args[1][:, :3]), "backward"))
+    with pytest.raises(TypeError, match=f"^{third}: got torch.float64"):
         run(with_argument(case, 2, case.args[2].double()))
