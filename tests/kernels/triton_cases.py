@@ -1,7 +1,7 @@
-"""Cases for every operator, and what they should give: formulas of their own, under autograd.
+"""What the cases of `op_cases` should give: formulas of their own, under autograd.
 
-Formulas take float64 and are written for reading; nothing here is shared with the package. Operands
-are rounded to the dtype of a case first, so only what a kernel does is in the difference.
+Formulas take float64 and are written for reading; none is shared with the package. Operands are
+rounded to the dtype of a case first, so only what a kernel does is in the difference.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from tests.ops import op_cases
 
 N, P, D = 19, 35, 20  # more than one tile of 16 each, and none of them whole
 
@@ -109,7 +111,7 @@ def pair_kl(
     """teacher_kl over rows and over columns, the own pair being the target."""
     own = torch.arange(x.shape[0])
     of_rows, of_columns = (None, None) if weights is None else weights
-    temperature, *gate, t2 = options
+    temperature, *gate, t2, _ = options
     rest = own, None, temperature, *gate, t2
     rows = teacher_kl(x, w, scale, teacher_x, teacher_w, teacher_scales, of_rows, *rest)
     columns = teacher_kl(w, x, scale, teacher_w, teacher_x, teacher_scales, of_columns, *rest)
@@ -137,30 +139,18 @@ FORMULAS: dict[str, Callable[..., Any]] = {
 }
 
 
-@dataclass
-class Case:
-    op: str
-    args: tuple[Any, ...]
-
-    @property
-    def leaves(self) -> int:
-        return 4 if self.op == "siglip" else 3
+class Case(op_cases.Case):
+    """A case with what it should give."""
 
     @property
     def x(self) -> Tensor:
         return self.args[0]
 
     def double(self) -> tuple[Any, ...]:
-        return tuple(_double(a) for a in self.args)
+        return tuple(map(op_cases.doubled, self.args))
 
     def upstream(self) -> Tensor:
-        """A gradient per row, or per entry of a similarity, of both signs and many sizes."""
-        n, p = self.x.shape[0], self.args[1].shape[0]
-        size = n * p if self.op == "similarity" else n
-        grad = torch.linspace(-1.5, 2, size, dtype=torch.float64)
-        if self.op == "similarity":
-            return grad.reshape(n, p).to(self.x.dtype)
-        return grad.float()
+        return op_cases.upstream(self)
 
     def expected(self, upstream: Tensor | None = None, mean: bool = False) -> Any:
         """Rows and gradients for an upstream gradient, or the total and its gradients."""
@@ -168,24 +158,10 @@ class Case:
         leaves = [a.clone().requires_grad_() for a in args[: self.leaves]]
         out = FORMULAS[self.op](*leaves, *args[self.leaves :])
         if upstream is None:
-            count = out.shape[0]
-            if self.op == "prototype_cross_entropy":
-                count = int((self.args[3] != self.args[6]).sum())
-            out = out.sum() / (count if mean else 1)
+            out = out.sum() / (op_cases.count(self) if mean else 1)
         else:
             upstream = upstream.double()
         return out.detach(), torch.autograd.grad(out, leaves, upstream)
-
-
-def _double(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_double(v) for v in value]
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def unit(generator: torch.Generator, n: int, d: int) -> Tensor:
-    rows = torch.randn(n, d, generator=generator, dtype=torch.float64)
-    return rows / rows.square().sum(1, keepdim=True).sqrt()
 
 
 def make(
@@ -197,51 +173,12 @@ def make(
     k: int = 2,
     scale: float = 9.0,
 ) -> Case:
-    """A case by its name; a teacher is 3 wider than the model before."""
-    generator = torch.Generator().manual_seed(0)
-    p = n if name in ("contrastive", "siglip") or name.startswith("pairs") else p
-    stretch = torch.linspace(0.5, 3, n, dtype=torch.float64)[:, None] if name == "cosines" else 1
-    x = (stretch * unit(generator, n, d)).to(dtype)
-    w = unit(generator, p, d).to(dtype)
-    widths = [d + 3 * i for i in range(k)]
-    teachers = (
-        [unit(generator, n, width).to(dtype) for width in widths],
-        [unit(generator, p, width).to(dtype) for width in widths],
-        torch.tensor([9.0, 4.0, -3.0, 7.0, 5.0, 2.0][:k]),
-    )
-    mask = torch.arange(p) % 3 != 1
-    target = torch.randint(p, (n,), generator=generator)
-    kept = torch.where(mask[target], target, p - p % 3 - 3 if p > 3 else 0)
-    ignored = torch.where(torch.arange(n) % 4 == 1, -100, kept)
-    weights = torch.rand(n, k, generator=generator)
-    of_pairs = torch.rand(2, n, k, generator=generator)
-    rest: dict[str, tuple[str, tuple[Any, ...]]] = {
-        "similarity": ("similarity", (False,)),
-        "cosines": ("similarity", (True,)),
-        "ce": ("prototype_cross_entropy", (target, None, 0.0, -100)),
-        "ce_all": ("prototype_cross_entropy", (ignored, mask, 0.2, -100)),
-        "kl": ("teacher_kl", (*teachers, None, None, None, 2.0, 1.0, 0.0, 0.0, True)),
-        "kl_label": ("teacher_kl", (*teachers, None, kept, mask, 2.0, 0.5, 0.0, 1.0, True)),
-        "kl_confidence": (
-            "teacher_kl",
-            (*teachers, None, None, None, 1.5, 2.0, 1.0, 0.0, False),
-        ),
-        "kl_blend": ("teacher_kl", (*teachers, None, kept, mask, 2.0, 1.0, 0.7, 0.4, True)),
-        "kl_weights": ("teacher_kl", (*teachers, weights, None, mask, 2.0, 1.0, 0.0, 0.0, True)),
-        "contrastive": ("contrastive", ()),
-        "pairs": ("pair_kl", (*teachers, None, 2.0, 1.0, 0.0, 0.0, True)),
-        "pairs_blend": ("pair_kl", (*teachers, None, 1.5, 0.5, 0.7, 0.4, False)),
-        "pairs_weights": ("pair_kl", (*teachers, of_pairs, 2.0, 1.0, 0.0, 0.0, True)),
-        "siglip": ("siglip", (torch.tensor(-3.0), 0)),
-        "siglip_block": ("siglip", (torch.tensor(-3.0), 18)),  # the last rows have no match
-    }
-    op, more = rest[name]
-    return Case(op, (x, w, torch.tensor(scale), *more))
+    """A case by its name, with k teachers whose scales are their own."""
+    scales = (9.0, 4.0, -3.0, 7.0, 5.0, 2.0)[:k]
+    made = op_cases.make(name, n, p, d, dtype, scale, teacher_scales=scales, stretched=True)
+    return Case(*made)
 
 
-NAMES = (
-    *("similarity", "cosines", "ce", "ce_all"),
-    *("kl", "kl_label", "kl_confidence", "kl_blend", "kl_weights"),
-    *("contrastive", "pairs", "pairs_blend", "pairs_weights", "siglip", "siglip_block"),
-)
+# The others are ce_all and pairs_blend with fewer arguments.
+NAMES = tuple(name for name in op_cases.NAMES if name not in ("ce_smooth", "pairs_label"))
 LOSSES = NAMES[2:]

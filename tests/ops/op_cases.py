@@ -58,15 +58,24 @@ def make(
     scale: float = 9.0,
     gap: float | None = None,
     seed: int = 0,
+    teacher_scales: Sequence[float] | None = None,
+    stretched: bool = False,
 ) -> Case:
-    """A case by its name. With a `gap`, teachers are the student but for noise of that size."""
+    """A case by its name. With a `gap`, teachers are the student but for noise of that size.
+
+    Args:
+        teacher_scales: one for each teacher; without a gap, each is 3 wider than the model before.
+        stretched: whether the rows of "cosines" have norms of their own.
+    """
     generator = torch.Generator().manual_seed(seed)
     p = n if name in ("contrastive", "siglip") or name.startswith("pairs") else p
     x, w = unit_rows(generator, n, d), unit_rows(generator, p, d)
-    widths = (d, d) if gap is not None else (d, d + 3)
+    if stretched and name == "cosines":
+        x = x * torch.linspace(0.5, 3, n, dtype=x.dtype)[:, None]
+    scales = [scale, scale / 2] if teacher_scales is None else list(teacher_scales)
+    widths = [d if gap is not None else d + 3 * i for i in range(len(scales))]
     teacher_x = [unit_rows(generator, n, width) for width in widths]
     teacher_w = [unit_rows(generator, p, width) for width in widths]
-    scales = [scale, scale / 2]
     if gap is not None:
         teacher_x = [F.normalize(x + gap * u, dim=1) for u in teacher_x]
         teacher_w, scales = [w, w], [scale, scale]
@@ -74,7 +83,7 @@ def make(
     target = torch.randint(max(p, 1), (n,), generator=generator)
     kept = torch.where(target % 3 != 1, target, 0)
     ignored = torch.where(torch.arange(n) % 4 == 1, -100, kept)
-    weights = torch.rand(n, 2, generator=generator, dtype=torch.float64)
+    weights = torch.rand(n, len(scales), generator=generator, dtype=torch.float64)
     of_sides = torch.stack([weights, weights.flip(0)]).to(wide(dtype))
 
     def number(value: float | list[float]) -> Tensor:
@@ -107,7 +116,8 @@ def make(
         "pairs_weights": ("pair_kl", (*teachers, of_sides, 2.0, 1.0, 0.0, 0.0, True, False)),
         "contrastive": ("contrastive", ()),
         "siglip": ("siglip", (number(-3.0), 0)),
-        "siglip_block": ("siglip", (number(-3.0), 2)),  # the last rows have no match
+        # The last rows have no match.
+        "siglip_block": ("siglip", (number(-3.0), max(2, p - n + 2))),
     }
     op, rest = cases[name]
     return Case(op, (*operands, *rest))

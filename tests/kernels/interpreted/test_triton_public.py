@@ -7,8 +7,8 @@ import torch
 
 from mulki import Similarity, functional
 from mulki.ops import prepared, use_backend
-from tests.kernels.triton_cases import unit
 from tests.kernels.triton_helpers import TOLERANCE, close
+from tests.ops.op_cases import unit_rows
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def losses(reduction):
     generator = torch.Generator().manual_seed(0)
 
     def rows(n, d):
-        return unit(generator, n, d).float()
+        return unit_rows(generator, n, d).float()
 
     x, w = rows(18, 8).requires_grad_(), rows(18, 8).requires_grad_()
     scale, bias = torch.tensor(7.0, requires_grad=True), torch.tensor(-2.0, requires_grad=True)

@@ -17,6 +17,7 @@ from tests.kernels.triton_helpers import (
     error,
     reduced,
 )
+from tests.ops.op_cases import with_argument
 
 HALVES = ("cosines", "ce_all", "kl_label", "kl_weights", "contrastive", "pairs_weights", "siglip")
 FLOAT = TOLERANCE[torch.float32]
@@ -41,7 +42,7 @@ def test_means_and_their_gradients(name):
 
 
 def with_labels(case):
-    return Case(case.op, (*case.args, True))
+    return with_argument(case, 12, True)
 
 
 @pytest.mark.parametrize("mean", [True, False])
@@ -65,7 +66,8 @@ def test_pairs_with_labels_have_an_upstream_gradient_for_each_loss(name, dtype):
     labels = Case("contrastive", case.args[:3])
     upstreams = case.upstream(), 0.5 - case.upstream().flip(0)
     parts = [one.expected(grad) for one, grad in zip((labels, case), upstreams, strict=True)]
-    close(call("pair_kl", *case.args, True)[0], torch.stack([rows for rows, _ in parts]), FLOAT)
+    rows = torch.stack([rows for rows, _ in parts])
+    close(call("pair_kl", *with_labels(case).args)[0], rows, FLOAT)
     gradients = [a + b for a, b in zip(*(of for _, of in parts), strict=True)]
     all_close(backward(with_labels(case), torch.stack(upstreams)), gradients, TOLERANCE[dtype])
     # The same of one number for all rows of each.
