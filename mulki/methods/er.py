@@ -27,10 +27,10 @@ from torch import Tensor
 from mulki.choices.options import option
 from mulki.clip.features import Features
 from mulki.functional import prototype_cross_entropy
-from mulki.methods.base import Method, Needs, Replay, label_smoothing_option
+from mulki.methods.base import ClassLoss, Needs, Replay
 
 
-class ER(Method):
+class ER(ClassLoss):
     """Cross-entropy on the task's images, and on some images of earlier tasks."""
 
     name = "er"
@@ -38,8 +38,7 @@ class ER(Method):
     options: Options
 
     @dataclass(frozen=True)
-    class Options(Method.Options):
-        label_smoothing: float = label_smoothing_option()
+    class Options(ClassLoss.Options):
         buffer_size: int = option(500, "images of all earlier tasks that are kept", low=1)
         buffer: Literal["balanced", "reservoir"] = option(
             "balanced", "which ones: equally many of each class, or of all images by chance"
@@ -57,16 +56,12 @@ class ER(Method):
     def losses(
         self, student: Features, teachers: tuple[Features, ...], target: Tensor
     ) -> dict[str, Tensor]:
-        o = self.options
-        smoothing = o.label_smoothing
-        terms = {
-            "ce_loss": prototype_cross_entropy(
-                student.image_text(), target, label_smoothing=smoothing
-            )
-        }
+        o, terms = self.options, super().losses(student, teachers, target)
         if student.replay is not None:
             assert student.replay_target is not None
             terms["replay_loss"] = o.replay_weight * prototype_cross_entropy(
-                student.replay.image_text(), student.replay_target, label_smoothing=smoothing
+                student.replay.image_text(),
+                student.replay_target,
+                label_smoothing=o.label_smoothing,
             )
         return terms

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from mulki.choices.options import option
 from mulki.clip.features import Features
-from mulki.functional import prototype_cross_entropy, teacher_kl
-from mulki.methods.base import PREVIOUS, Method, Needs, label_smoothing_option
+from mulki.functional import teacher_kl
+from mulki.methods.base import PREVIOUS, ClassLoss, Needs
 
 
-class LwF(Method):
+class LwF(ClassLoss):
     """Cross-entropy and one teacher, the model after the previous task."""
 
     name = "lwf"
@@ -28,8 +28,7 @@ class LwF(Method):
     options: Options
 
     @dataclass(frozen=True)
-    class Options(Method.Options):
-        label_smoothing: float = label_smoothing_option()
+    class Options(ClassLoss.Options):
         distill_weight: float = option(1.0, "coefficient of the distillation term", low=0)
         temperature: float = option(
             2.0, "softmax temperature of the distillation term", above=0, alias="--T"
@@ -42,13 +41,10 @@ class LwF(Method):
     def losses(
         self, student: Features, teachers: tuple[Features, ...], target: Tensor
     ) -> dict[str, Tensor]:
-        logits = student.image_text()
         kl = teacher_kl(
-            logits, [t.image_text() for t in teachers], temperature=self.options.temperature
+            student.image_text(),
+            [teacher.image_text() for teacher in teachers],
+            temperature=self.options.temperature,
         )
-        return {
-            "ce_loss": prototype_cross_entropy(
-                logits, target, label_smoothing=self.options.label_smoothing
-            ),
-            "distill_loss": self.options.distill_weight * kl,
-        }
+        terms = super().losses(student, teachers, target)
+        return terms | {"distill_loss": self.options.distill_weight * kl}

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from mulki.choices.options import option
 from mulki.clip.features import Features
-from mulki.functional import prototype_cross_entropy, teacher_kl
-from mulki.methods.base import PREVIOUS, VOCABULARY, Method, Needs, label_smoothing_option
+from mulki.functional import teacher_kl
+from mulki.methods.base import PREVIOUS, VOCABULARY, ClassLoss, Needs
 from mulki.similarity import Similarity
 
 
-class LwFVR(Method):
+class LwFVR(ClassLoss):
     """Cross-entropy, and the previous model's answers over the words of a vocabulary."""
 
     name = "lwf_vr"
@@ -36,8 +36,7 @@ class LwFVR(Method):
     options: Options
 
     @dataclass(frozen=True)
-    class Options(Method.Options):
-        label_smoothing: float = label_smoothing_option()
+    class Options(ClassLoss.Options):
         distill_weight: float = option(0.5, "coefficient of the distillation term", low=0)
         temperature: float = option(
             1.0, "softmax temperature of the distillation term", above=0, alias="--T"
@@ -50,19 +49,16 @@ class LwFVR(Method):
     def losses(
         self, student: Features, teachers: tuple[Features, ...], target: Tensor
     ) -> dict[str, Tensor]:
-        o = self.options
-        ce = prototype_cross_entropy(
-            student.image_text(), target, label_smoothing=o.label_smoothing
-        )
+        terms = super().losses(student, teachers, target)
         # None where every word is a class of the task, which the cross-entropy teaches.
         if student.vocabulary is None:
-            return {"ce_loss": ce}
+            return terms
         kl = teacher_kl(
             _images_to_words(student),
             [_images_to_words(teacher) for teacher in teachers],
-            temperature=o.temperature,
+            temperature=self.options.temperature,
         )
-        return {"ce_loss": ce, "distill_loss": o.distill_weight * kl}
+        return terms | {"distill_loss": self.options.distill_weight * kl}
 
 
 def _images_to_words(model: Features) -> Similarity:

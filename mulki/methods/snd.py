@@ -25,13 +25,12 @@ from torch import Tensor
 
 from mulki.choices.options import option
 from mulki.clip.features import Features
-from mulki.functional import prototype_cross_entropy
-from mulki.methods.base import PREVIOUS, ZERO_SHOT, Method, Needs, label_smoothing_option
+from mulki.methods.base import PREVIOUS, ZERO_SHOT, ClassLoss, Needs
 from mulki.ops.gates import discrepancy
 from mulki.stages.adding import feature_loss
 
 
-class SnD(Method):
+class SnD(ClassLoss):
     """Two teachers on reference images, weighted by how far they differ."""
 
     name = "snd"
@@ -39,8 +38,7 @@ class SnD(Method):
     options: Options
 
     @dataclass(frozen=True)
-    class Options(Method.Options):
-        label_smoothing: float = label_smoothing_option()
+    class Options(ClassLoss.Options):
         previous_weight: float = option(
             9.0, "coefficient of the distance from the previous model", low=0
         )
@@ -63,10 +61,7 @@ class SnD(Method):
         assert ours is not None and original is not None and previous is not None
         w = discrepancy(original.images, previous.images).unsqueeze(1)
         self._weight = w.detach()
-        return {
-            "ce_loss": prototype_cross_entropy(
-                student.image_text(), target, label_smoothing=o.label_smoothing
-            ),
+        return super().losses(student, teachers, target) | {
             "previous_loss": o.previous_weight * feature_loss(ours, [previous], w),
             "zero_shot_loss": o.zero_shot_weight * feature_loss(ours, [original], 1 - w),
         }

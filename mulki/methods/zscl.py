@@ -31,15 +31,15 @@ from torch import Tensor
 
 from mulki.choices.options import option
 from mulki.clip.features import Features
-from mulki.functional import prototype_cross_entropy, teacher_kl
-from mulki.methods.base import Method, Needs, TaskStart, label_smoothing_option
+from mulki.functional import teacher_kl
+from mulki.methods.base import ClassLoss, Needs, TaskStart
 from mulki.similarity import Similarity
 from mulki.stages.connecting import Connections
 
 Teacher = Literal["zero_shot", "previous"]
 
 
-class ZSCL(Method):
+class ZSCL(ClassLoss):
     """One teacher on reference images, running mean of the weights, weight consolidation."""
 
     name = "zscl"
@@ -47,8 +47,7 @@ class ZSCL(Method):
     options: Options
 
     @dataclass(frozen=True)
-    class Options(Method.Options):
-        label_smoothing: float = label_smoothing_option()
+    class Options(ClassLoss.Options):
         image_loss: float = option(
             1.0, "coefficient of the divergence over captions, per reference image", low=0
         )
@@ -92,10 +91,7 @@ class ZSCL(Method):
         assert student.reference is not None and teachers[0].reference is not None
         theirs = teachers[0].reference.image_text()
         ours = Similarity(student.reference.images, theirs.prototypes, student.scale)
-        return {
-            "ce_loss": prototype_cross_entropy(
-                student.image_text(), target, label_smoothing=o.label_smoothing
-            ),
+        return super().losses(student, teachers, target) | {
             "image_loss": o.image_loss * teacher_kl(ours, [theirs], temperature=o.temperature),
             "text_loss": o.text_loss * teacher_kl(ours.T, [theirs.T], temperature=o.temperature),
         }

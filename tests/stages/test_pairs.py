@@ -101,12 +101,14 @@ def test_the_options_of_classes_have_no_say() -> None:
         assert terms == whole and torch.equal(wanted, weights)  # type: ignore[arg-type]
 
 
-def test_terms_that_are_off_are_left_out() -> None:
+def test_terms_that_are_off_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     student, teachers = model(0), [model(1), model(2)]
     alone, weights = MulKILoss(image_caption=0.0, feature=0.0).pair_terms(student, [])
     assert set(alone) == {"contrastive_loss"} and weights is None
     whole, wanted = MulKILoss(image_caption=1.0, feature=1.0).pair_terms(student, teachers)
-    some, weights = MulKILoss(image_caption=0.0, feature=1.0).pair_terms(student, teachers)
+    with monkeypatch.context() as patch:
+        patch.setattr(pairs, "gated_relation", None)  # not even computed
+        some, weights = MulKILoss(image_caption=0.0, feature=1.0).pair_terms(student, teachers)
     assert set(some) == {"contrastive_loss", "feature_loss"}
     torch.testing.assert_close(weights, wanted)
     torch.testing.assert_close(some["feature_loss"], whole["feature_loss"])

@@ -415,6 +415,9 @@ def test_bad_arguments() -> None:
          lambda: backward(contrastive, (module, images, texts), micro_batch=0)),
         (TypeError, "micro_batch: got float",
          lambda: backward(contrastive, (module, images, texts), micro_batch=2.0)),
+        (ValueError, r"encoders\[0\]: got inputs that were computed with gradients",
+         lambda: backward(
+             contrastive, (module, images.requires_grad_().tanh(), texts), micro_batch=2)),
         (ValueError, "encoders: got none", lambda: backward(contrastive, micro_batch=2)),
         (ValueError, r"encoders\[0\]: got inputs of 10, 9 rows",
          lambda: backward(contrastive, (module, images, texts[:9]), micro_batch=2)),

@@ -591,3 +591,18 @@ def test_a_warm_up_that_is_longer_than_a_task_is_told(
         run(method="finetune", warmup=9)
     assert "--warmup 9: task colours has " in caplog.text
     assert "so its rate hardly reaches --lr" in caplog.text
+
+
+def test_a_checkpoint_never_stands_beside_statistics_of_an_earlier_one(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the process ends between the two: what is missing is told, what is old is not."""
+    lacking = []
+
+    def publishes(model: Any, weights: Path, folder: Path, *rest: Any) -> None:
+        publish(model, weights, folder, *rest)
+        lacking.append(not statistics_of(folder).exists())
+
+    monkeypatch.setattr("mulki.train.sequence.publish", publishes)
+    latest = run(method="finetune").latest
+    assert lacking == [True] * 2 and statistics_of(latest).exists()

@@ -246,6 +246,15 @@ def test_a_plan_of_a_card(words: list[str], capsys: pytest.CaptureFixture[str]) 
     assert figures | {"images"} == {*way} and way["images"] == 4
 
 
+def test_a_plan_of_a_card_where_nothing_of_an_image_trains(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The image tower is locked: its features have no gradient."""
+    given = [*words, "--method", "finetune", "--lock-image", "--card-gb", "1"]
+    assert run_command(given) == 0
+    assert "card     1 GB: the run fits" in capsys.readouterr().out
+
+
 def test_what_fits_a_card_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     all_weights, adapters = (
         Way(options, models, 0, 0, (Peak(0, 0),), (Peak(0, 100),), (Peak(0, 200),), 0)

@@ -139,6 +139,12 @@ def test_nothing_is_kept_of_the_measurement() -> None:
     fitting_micro_batch(module, torch.zeros(4, WIDTH), parameters, 10**9, tried=True)
     assert all(p.grad is None for p in parameters)
     assert torch.equal(torch.get_rng_state(), state)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    fitting_micro_batch(module, torch.zeros(4, WIDTH), parameters, 10**9, tried=True)
+    assert all(p.grad is not None and (p.grad == 1).all() for p in parameters)
+    module.requires_grad_(False)  # as a locked tower
+    fitting_micro_batch(module, torch.zeros(4, WIDTH), parameters, 10**9, tried=True)
 
 
 def test_free_memory_of_this_machine() -> None:
