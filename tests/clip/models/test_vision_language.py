@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -273,8 +274,11 @@ def test_towers_hold_what_is_encoded_and_do_not_overlap(
         assert len(towers) == (3 if model is hf_model else 2)
 
 
-@pytest.mark.slow
-def test_compiled_towers_give_the_same_features(load_tiny: Load) -> None:
+def test_compiled_towers_give_the_same_features(
+    load_tiny: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without inductor, which tests/ops/test_compile.py takes.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     plain, compiled = load_tiny(), load_tiny()
     compiled.compile()
     images = torch.randn(3, 3, 32, 32)
