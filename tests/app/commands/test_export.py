@@ -30,6 +30,7 @@ def test_a_run_with_its_classes(finished: Path, tmp_path: Path) -> None:
     files = {path.name for path in out.iterdir()}
     assert {"image.onnx", "text.onnx", "classifier.onnx", "tokenizer.json"} <= files
     config = json.loads((out / "config.json").read_text())
+    assert config["logit_bias"] is None
     assert config["classifier"]["classes"] == ["blue", "green", "red", "dark", "light"]
     # Not even in the graphs.
     assert not [path.name for path in out.iterdir() if str(finished).encode() in path.read_bytes()]
