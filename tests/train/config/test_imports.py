@@ -123,6 +123,7 @@ def test_a_saved_configuration_imports_in_a_process_of_its_own(
         "batch-size": 4,
         "device": "cpu",
         "save_checkpoints": False,
+        "head": False,
     }
     Path("c.yaml").write_text(yaml.safe_dump(config))
     code = (
