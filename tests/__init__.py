@@ -1,6 +1,8 @@
 """Tests of `mulki`, `kernels` and `benchmarks`, in the same folders as the code."""
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,3 +27,16 @@ def project_files(*patterns: str) -> list[Path]:
     ).stdout
     # A file that was deleted or moved is listed until that is committed.
     return sorted(ROOT / name for name in set(listed.split("\0")) if (ROOT / name).is_file())
+
+
+def python(*arguments: str, cwd: Path = ROOT, **variables: str) -> str:
+    """What a new interpreter prints, which ends without an error."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

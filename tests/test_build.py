@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 import zipfile
@@ -21,8 +20,7 @@ from setuptools import Distribution, Extension
 from setuptools.command.egg_info import FileList
 
 from mulki.ops import loader
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests import ROOT, python
 
 
 @pytest.fixture(autouse=True)
@@ -34,19 +32,6 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         "MULKI_DISABLE_CPP",
     ):
         monkeypatch.delenv(name, raising=False)
-
-
-def run(*arguments: str, cwd: Path = ROOT, **variables: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture
@@ -363,7 +348,7 @@ def test_a_checkout_finds_its_own_kernels(checkout: Path) -> None:
         "from mulki.ops import loader\n"
         "print(loader.load())"
     )
-    files = run("-c", code, cwd=checkout).splitlines()
+    files = python("-c", code, cwd=checkout).splitlines()
     assert files[0] == str(checkout / "mulki" / "__init__.py")
     assert files[1] == str(checkout / "kernels" / "__init__.py")
     assert "not built" in files[2] and str(checkout) in files[2]
@@ -392,7 +377,7 @@ def test_a_checkout_is_the_one_that_is_run_and_not_the_one_that_is_installed(
     )
     code = f"{hook}import mulki.kernels\nprint(mulki.__file__, mulki.kernels.__file__, sep='\\n')"
     for cwd, path in ((checkout, str(other)), (checkout, ""), (other, str(checkout))):
-        files = run("-c", code, cwd=cwd, PYTHONPATH=path).splitlines()
+        files = python("-c", code, cwd=cwd, PYTHONPATH=path).splitlines()
         assert files == [str(cwd / folder / "__init__.py") for folder in ("mulki", "kernels")]
 
 
@@ -404,7 +389,7 @@ def test_without_ninja_a_library_of_other_flags_does_not_stay(setup_py: ModuleTy
 
 
 def test_an_installed_package_has_kernels_and_benchmark_inside(checkout: Path) -> None:
-    run("setup.py", "-q", "build_py", "-d", "out", cwd=checkout, MULKI_BUILD_CPP="0")
+    python("setup.py", "-q", "build_py", "-d", "out", cwd=checkout, MULKI_BUILD_CPP="0")
     out = checkout / "out"
     assert [path.name for path in out.iterdir()] == ["mulki"]
     # What lies beside it is no part of it.
@@ -415,7 +400,7 @@ def test_an_installed_package_has_kernels_and_benchmark_inside(checkout: Path) -
         "print(importlib.util.find_spec('mulki.stranger'))"
     )
     files = [str(out / "mulki" / package / "__init__.py") for package in ("kernels", "bench")]
-    assert run("-c", code, cwd=out).splitlines() == [*files, "None"]
+    assert python("-c", code, cwd=out).splitlines() == [*files, "None"]
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,7 @@ import yaml
 
 from mulki.app.cli import run_command
 from mulki.runs.metrics import read_matrix
-from tests import ROOT, import_helpers, train_helpers
+from tests import ROOT, import_helpers, python, train_helpers
 
 registries = import_helpers.registries
 tiny_models = train_helpers.tiny_models
@@ -83,9 +80,4 @@ else:
     raise AssertionError("taken")
 assert "energy" in OPERATORS
 """
-    environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    command = [sys.executable, "-c", tried]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    python("-c", tried, cwd=tmp_path, PYTHONPATH=str(ROOT))

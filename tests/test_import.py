@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from tests.test_info import FORKS, python
+from tests import python
+from tests.test_info import FORKS
 
 HEAVY = "open_clip triton torchvision transformers timm rich jinja2 yaml PIL pandas sklearn"
 

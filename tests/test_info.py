@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 
 import mulki
+import tests
 from mulki import kernels
 from mulki.info import Info, _serving
 from mulki.ops import backends, loader
 from mulki.ops.backends import Served
 
-
-def python(*arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "RuntimeWarning" not in done.stderr
-    return done.stdout
-
-
+# As of a module that is imported twice.
+python = partial(tests.python, PYTHONWARNINGS="error::RuntimeWarning")
 #: Runs each code in a process that has imported torch, and nothing else.
 FORKS = """
 import os, sys, traceback, torch

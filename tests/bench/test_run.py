@@ -25,7 +25,7 @@ from mulki.bench.pace import Pace
 from mulki.bench.providers import PROVIDERS
 from mulki.bench.report import Result, read_rows
 from mulki.bench.run import BenchOptions, print_wrapped, run
-from tests import ROOT
+from tests import ROOT, python
 from tests.bench.bench_helpers import LIGER_COLUMNS, wrong_provider
 
 TINY = ["--shapes", "5x5x8", "--seconds", "0.001"]
@@ -241,8 +241,6 @@ def test_long_lines_are_wrapped(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_benchmark_needs_torch_and_numpy_alone(tmp_path: Path) -> None:
     """As on a machine with torch, triton, numpy and pytest."""
-    import subprocess
-
     code = (
         "import sys\n"
         "gone = 'rich yaml open_clip safetensors hypothesis jinja2 torchvision PIL matplotlib'\n"
@@ -255,12 +253,5 @@ def test_the_benchmark_needs_torch_and_numpy_alone(tmp_path: Path) -> None:
         "assert run_command(['bench', *given.split()]) == 0\n"
         "assert run_command(['bench', 'table', sys.argv[1]]) == 0\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "ops.csv")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "| siglip | 4 x 4 x 8 | float32 | both |" in done.stdout
+    table = python("-c", code, str(tmp_path / "ops.csv"))
+    assert "| siglip | 4 x 4 x 8 | float32 | both |" in table

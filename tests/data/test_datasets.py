@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from torchvision.datasets import CIFAR10, FakeData, ImageFolder
 from mulki.data import BadImage, DatasetImages, Task, dataset_task
 from mulki.data.loader import batches
 from mulki.errors import InputError
+from tests import python
 from tests.data.data_helpers import Blank, picture
 
 
@@ -241,7 +240,7 @@ def test_torchvision_is_not_imported() -> None:
         "dataset_task('t', data, data, classes=['a', 'b']).fingerprint()\n"
         "assert 'torchvision' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    python("-c", code)
 
 
 def test_a_random_transform_is_refused() -> None:

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from mulki.data import Task, load_sequence, register_sequence, sequence_names, s
 from mulki.data.embedded import embedded_sequence
 from mulki.data.sequences import has_orders
 from mulki.errors import InputError
+from tests import python
 
 Make = Callable[..., Path]
 
@@ -149,10 +148,7 @@ def test_importing_the_data_layer_imports_neither_torch_nor_torchvision() -> Non
         "print(sorted({'torch', 'torchvision', 'open_clip'} & set(sys.modules)))"
     )
     package = str(Path(sequences.__file__).parents[1])
-    ran = subprocess.run(
-        [sys.executable, "-c", code, package], capture_output=True, text=True, check=True
-    )
-    assert ran.stdout.strip() == "[]"
+    assert python("-c", code, package).strip() == "[]"
 
 
 def test_captions_are_no_name_of_a_sequence() -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from mulki.ops import loader
-from tests import ROOT
+from tests import python
 
 
 @pytest.fixture(autouse=True)
@@ -112,17 +110,7 @@ def test_a_corrupt_library_gives_the_linkers_message(tmp_path: Path, content: by
 
 def test_the_environment_decides_in_a_new_process() -> None:
     code = "from mulki.ops import loader; print(loader.capability(), loader.load(), loader.load())"
-    chosen = {"MULKI_DISABLE_CPP": "1", "ATEN_CPU_CAPABILITY": "default"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=os.environ | chosen,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    told = done.stdout
+    told = python("-c", code, MULKI_DISABLE_CPP="1", ATEN_CPU_CAPABILITY="default")
     assert told.startswith("DEFAULT ") and told.count("MULKI_DISABLE_CPP is set") == 2
 
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,10 +18,10 @@ from mulki.bench.cases import Case
 from mulki.bench.providers import PROVIDERS
 from mulki.functional import dual_teacher_kl, prototype_similarity
 from mulki.ops import loader, use_backend
+from tests import python
 from tests.ops.op_cases import LOSSES, NAMES, cross_entropy, expected, make, relative
 from tests.ops.rounding import ours
 
-HERE = Path(__file__).resolve().parent
 MIB = 2**20
 PARTS = 3 * 2**-16  # the relative error of a product of floats in two parts, at most
 
@@ -53,21 +50,6 @@ def cpp():
         yield
 
 
-def run(
-    *arguments: str, instructions: str = "", capability: str = ""
-) -> subprocess.CompletedProcess[str]:
-    # The choice is made once per process.
-    choice = {"ONEDNN_MAX_CPU_ISA": instructions, "ATEN_CPU_CAPABILITY": capability}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=HERE.parent.parent,
-        env={**os.environ, **{name: value for name, value in choice.items() if value}},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", loader.CAPABILITIES)
 def test_every_build_is_as_precise(capability):
@@ -79,14 +61,13 @@ def test_every_build_is_as_precise(capability):
         # CI builds all.
         assert os.environ.get("MULKI_BUILD_CAPABILITIES") != "all"
         pytest.skip(f"not built for {capability}: MULKI_BUILD_CAPABILITIES=all builds it")
-    done = run("-c", EVERY_OPERATOR, capability=capability.lower())
-    assert done.returncode == 0, done.stdout + done.stderr
+    # The choice is made once per process.
+    python("-c", EVERY_OPERATOR, ATEN_CPU_CAPABILITY=capability.lower())
 
 
 @pytest.mark.parametrize("instructions", ["AVX2", "AVX512_CORE"])
 def test_bfloat16_where_onednn_does_not_multiply_it(instructions):
-    done = run("-c", EVERY_OPERATOR, instructions=instructions)
-    assert done.returncode == 0, done.stdout + done.stderr
+    python("-c", EVERY_OPERATOR, ONEDNN_MAX_CPU_ISA=instructions)
 
 
 def test_small_elements_of_a_row_keep_their_digits():
@@ -129,12 +110,11 @@ with use_backend("cpp"):
 """
 
 
-@pytest.mark.parametrize("instructions", ["", "AVX512_CORE_BF16"])
-def test_floats_in_parts_where_a_setting_allows_it_and_the_cpu_has_a_matrix_unit(instructions):
-    done = run("-c", PRODUCTS, instructions=instructions)
-    assert done.returncode == 0, done.stderr
-    parts = not instructions and torch.cpu._is_amx_tile_supported()
-    assert done.stdout.split() == [str(not parts), "True", "True", "True"]
+@pytest.mark.parametrize("chosen", [{}, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}])
+def test_floats_in_parts_where_a_setting_allows_it_and_the_cpu_has_a_matrix_unit(chosen):
+    told = python("-c", PRODUCTS, **chosen)
+    parts = not chosen and torch.cpu._is_amx_tile_supported()
+    assert told.split() == [str(not parts), "True", "True", "True"]
 
 
 @pytest.mark.parametrize(("n", "p", "d"), [(100, 130, 99), (600, 345, 512)])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import platform
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,6 +18,7 @@ from mulki.train.learning.memory import (
     graph_bytes,
     keep_freed_memory,
 )
+from tests import python
 
 WIDTH = 64
 # What ReLU saves of a float32 row; Linear saves the images, which are there anyway.
@@ -191,8 +190,7 @@ def test_freed_memory_is_kept() -> None:
     if platform.libc_ver()[0] != "glibc":
         assert keep_freed_memory() is False
         return
-    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, check=True)
-    given_back, kept, later = done.stdout.split()
+    given_back, kept, later = python("-c", KEPT).split()
     assert kept == "True"
     # 20 times 64 MiB: at most 2 MiB a page, where the system has pages as large as that.
     assert int(given_back) - int(later) > 10 * 32
