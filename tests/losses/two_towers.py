@@ -14,7 +14,7 @@ from mulki import losses
 
 WIDTH = 5
 # Rows of each rank, by the number of ranks.
-UNEVEN = {1: [5], 2: [5, 2], 3: [3, 1, 4], 4: [2, 0, 3, 1]}
+UNEVEN = {1: [5], 2: [5, 2], 3: [3, 0, 4], 4: [2, 0, 3, 1]}
 Output = dict[str, Tensor]
 
 
