@@ -55,7 +55,6 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     ),
     # Without training, one pass over the images serves all rows.
     "zero-shot": ({"method": "zero_shot", "batch_size_eval": 2}, 6),
-    "crop": ({"method": "lwf", "augment": "crop"}, 6),
     # AdamW makes rounding errors larger, by lr / eps.
     "reference": (ON_REFERENCE | {"micro_batch": "2", "eps": 1e-2}, 6),
     # Anchors that student and teachers encode, some drawn for each step.
@@ -77,7 +76,10 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "snd": ({"method": "snd", "reference": "current", **ANCHORED}, 6),
     "wise": ({"method": "wise_ft", "wise_base": "zero_shot"}, 6),
     "er": ({"method": "er", "buffer_size": 7, "micro_batch": "2"}, 6),
-    "validation": ({"method": "lwf", "val_fraction": 0.4, "val_every": 1, **ANCHORED}, 6),
+    "validation": (
+        {"method": "lwf", "augment": "crop", "val_fraction": 0.4, "val_every": 1, **ANCHORED},
+        6,
+    ),
     # 5 images for 2 processes.
     "ewc": ({"method": "ewc", "fisher_images": 5, **ANCHORED}, 6),
     "vocabulary": ({"method": "lwf_vr", "anchors_per_step": "7"}, 6),

@@ -59,7 +59,6 @@ SHARDED: dict[str, tuple[dict[str, Any], int]] = {
         {"method": "mulki", "lora_rank": 3, "micro_batch": "2", "l2": 5.0, **ANCHORED},
         6,
     ),
-    "fsdp-wise": ({"method": "wise_ft", "wise_base": "zero_shot"}, 6),
 }
 
 

@@ -83,7 +83,6 @@ CASES: dict[str, dict[str, Any]] = {
     "mulki": {"method": "mulki", "we_every": 2, "alpha": 0.8, "l2": 0.1, "anchors": "both",
               "anchors_per_step": 3, "augment": "crop"},
     "words": {"method": "mulki", "anchors": "seen", "lock_text": True, "precision": "bf16"},
-    "lwf": {"method": "lwf"},
     "wise_ft": {"method": "wise_ft", "wise_base": "zero_shot"},
     "finetune": {"method": "finetune", "label_space": "seen", "limit_images": 9},
     "er": {"method": "er", "buffer_size": 5, "shots": 3},
