@@ -19,6 +19,7 @@ from mulki.distributed.roll_call import Meeting
 from mulki.errors import InputError
 from mulki.train.config.presets import RELATIONS
 from mulki.train.saving.recovery import read_state
+from tests.ranks import run_ranks
 from tests.train.distributed_runs import (
     ANCHORED,
     LAST,
@@ -116,12 +117,17 @@ def test_three_processes_are_one(base: dict[str, Any]) -> None:
     compare(base, {name: CASES[name] for name in ("mulki", "whole", "whole-reference")}, 3)
 
 
+def status_on_a_rank(rank: int, world: int, words: list[str]) -> int:
+    from tests.train import distributed_worker  # noqa: F401 - figures take longer than the run
+
+    return run_command(words)
+
+
 @pytest.fixture(scope="module")
 def whole(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run on two processes, both of which reach its end."""
     logs = tmp_path_factory.mktemp("whole")
-    done = torchrun(2, "-m", "mulki", "--", *command(base, logs, "whole"))
-    assert done.returncode == 0, done.stderr
+    assert run_ranks(2, status_on_a_rank, command(base, logs, "whole")) == [0, 0]
     return logs / "whole"
 
 
