@@ -21,7 +21,7 @@ from PIL import Image
 
 from mulki.clip import models
 from mulki.clip.models import VisionLanguageModel
-from mulki.data import load_sequence
+from mulki.data import Task, folder_task, load_sequence
 
 _TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 _VIT = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
@@ -178,3 +178,8 @@ def task_folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """Two task folders, colours (3 classes) and shades (2 classes)."""
     root = tmp_path_factory.mktemp("tasks")
     return str(write_task(root / "colours", COLOURS)), str(write_task(root / "shades", SHADES))
+
+
+@pytest.fixture
+def tasks(task_folders: tuple[str, str]) -> list[Task]:
+    return [folder_task(folder) for folder in task_folders]

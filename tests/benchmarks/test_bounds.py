@@ -8,18 +8,14 @@ import numpy as np
 import pytest
 
 from benchmarks.embedded import bounds
-from mulki.data import Task, folder_task
+from mulki.data import Task
 from mulki.train.config.run_config import resolve
 from tests import train_helpers
 
 tiny_models = train_helpers.tiny_models
 start_model = train_helpers.start_model
 task_folders = train_helpers.task_folders
-
-
-@pytest.fixture
-def tasks(task_folders: tuple[str, str]) -> list[Task]:
-    return [folder_task(folder) for folder in task_folders]
+tasks = train_helpers.tasks
 
 
 def test_one_task_of_all(tasks: list[Task]) -> None:

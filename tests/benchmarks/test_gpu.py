@@ -16,21 +16,17 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.gpu import __main__ as main
+from benchmarks.gpu.plan import TOTAL, Plan
+from benchmarks.gpu.probe import MODES, Machine
+from benchmarks.gpu.rehearsal import _FALSE_ALARM
+from benchmarks.gpu.steps import GRACE, Step, run_step, summary
 from mulki.app.cli import run_command
 from mulki.app.prove import CASES
 from mulki.bench.report import read_rows
 from tests import ROOT, project_files
 
 NEEDLESS = "rich yaml open_clip safetensors hypothesis jinja2 torchvision PIL matplotlib"
-
-
-@pytest.fixture(autouse=True)
-def from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT)
-
-
-def module(name: str) -> Any:
-    return importlib.import_module(f"benchmarks.gpu.{name}")
 
 
 def script(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -74,7 +70,7 @@ def test_a_rehearsal_runs_every_step(tmp_path: Path) -> None:
     lines = text.splitlines()
     assert lines[0].startswith("benchmarks/gpu.sh on no GPU, a rehearsal: 1 warning, 13 ok, 1 skip")
     found = {line[13:25].strip(): line[:11].strip() for line in lines[2:] if line[0] != " "}
-    steps = module("plan").Plan(machine(), tmp_path).steps(400.0)
+    steps = Plan(machine(), tmp_path).steps(400.0)
     assert found == dict.fromkeys([one.name for one in steps], "ok") | {
         "racecheck": "warning",
         "figures": "skipped",
@@ -142,12 +138,12 @@ def test_without_torch_it_says_so(tmp_path: Path) -> None:
 
 def machine(**changes: object) -> Any:
     found = {"device": "a card", "no_gpu": None, "sanitizer": "/bin/cs", "no_figures": None}
-    found |= {"instrumented": module("probe").MODES}
-    return module("probe").Machine(**{**found, **changes})
+    found |= {"instrumented": MODES}
+    return Machine(**{**found, **changes})
 
 
 def planned(tmp_path: Path, **changes: object) -> dict[str, Any]:
-    steps = module("plan").Plan(machine(**changes), tmp_path).steps(400.0)
+    steps = Plan(machine(**changes), tmp_path).steps(400.0)
     return {step.name: step for step in steps}
 
 
@@ -156,9 +152,9 @@ def test_with_all_there_nothing_is_skipped(tmp_path: Path) -> None:
     assert all(step.skip is None for step in steps.values())
     # Times first, since values are verified there too.
     assert list(steps)[:5] == ["environment", "verified", "throughput", "losses", "proof"]
-    variables = module("plan").Plan(machine(), tmp_path).variables
+    variables = Plan(machine(), tmp_path).variables
     assert variables == {"MULKI_BACKEND": "triton", "MULKI_STRICT": "1"}
-    assert module("plan").TOTAL + module("steps").GRACE < 10 * 60
+    assert TOTAL + GRACE < 10 * 60
 
 
 def test_reasons(tmp_path: Path) -> None:
@@ -166,7 +162,7 @@ def test_reasons(tmp_path: Path) -> None:
     assert {name for name, step in steps.items() if step.skip is None} == {"environment"}
     assert steps["throughput"].skip == steps["memcheck"].skip == "it is old"
     assert steps["figures"].skip == "nothing was measured: it is old"
-    assert module("plan").Plan(machine(no_gpu="it is old"), tmp_path).variables == {}
+    assert Plan(machine(no_gpu="it is old"), tmp_path).variables == {}
     steps = planned(tmp_path, sanitizer=None, no_figures="no matplotlib")
     skipped = {name: step.skip for name, step in steps.items() if step.skip}
     assert set(skipped) == {"memcheck", "racecheck", "figures"}
@@ -216,7 +212,7 @@ def test_the_commands_ask_for_what_there_is(
 
 
 def test_a_rehearsal_has_the_same_steps_and_touches_no_gpu_and_no_proof(tmp_path: Path) -> None:
-    plan = module("plan").Plan(machine(rehearsal=True), tmp_path)
+    plan = Plan(machine(rehearsal=True), tmp_path)
     assert plan.variables["CUDA_VISIBLE_DEVICES"] == ""
     assert plan.variables["MULKI_CACHE_DIR"].startswith(str(tmp_path))
     steps = {step.name: step for step in plan.steps(400.0)}
@@ -231,11 +227,10 @@ def test_a_rehearsal_has_the_same_steps_and_touches_no_gpu_and_no_proof(tmp_path
 
 def step(code: str, seconds: float = 60.0, skip: str | None = None) -> Any:
     command = [sys.executable, "-c", code]
-    return module("steps").Step("one", seconds, lambda seconds: {"one": command}, skip)
+    return Step("one", seconds, lambda seconds: {"one": command}, skip)
 
 
 def test_what_a_step_says_is_in_the_summary(tmp_path: Path) -> None:
-    steps = module("steps")
     lines = (
         "left out: 2 points",
         "FAILED tests/a.py::b - assert",
@@ -249,14 +244,14 @@ def test_what_a_step_says_is_in_the_summary(tmp_path: Path) -> None:
         "a line of no interest",
     )
     code = f"import os, sys\nprint({chr(10).join(lines)!r}, os.environ['ONE'])\nsys.exit(3)"
-    found = steps.run_step(step(code), tmp_path, 100.0, {"ONE": "x"})
+    found = run_step(step(code), tmp_path, 100.0, {"ONE": "x"})
     assert found.status == "failed" and found.name == "one"
     told = [remark.removeprefix("one.log: ") for remark in found.remarks]
     assert told[:2] == list(lines[:2]) and told[2] == "ERROR SUMMARY: 3 errors"
     assert told[3] == "failed: loss: relative error 1" and told[4:6] == list(lines[4:6])
     assert told[6:] == [lines[6], lines[8], "exit status 3"]
-    skipped = steps.run_step(step("", skip="no card"), tmp_path, 100.0, {})
-    text = steps.summary([found, skipped], "a card", 12.0)
+    skipped = run_step(step("", skip="no card"), tmp_path, 100.0, {})
+    text = summary([found, skipped], "a card", 12.0)
     assert text.startswith("benchmarks/gpu.sh on a card: 1 failed, 1 skipped in 12 s\n")
     assert "\n             one.log: exit status 3\n" in text and "\n             no card\n" in text
 
@@ -270,37 +265,33 @@ def test_what_a_step_says_is_in_the_summary(tmp_path: Path) -> None:
     ],
 )
 def test_what_ran_out_of_time_is_never_ok(line: str, tmp_path: Path) -> None:
-    run = module("steps").run_step
-    found = run(step(f"print({line!r})"), tmp_path, 100.0, {})
+    found = run_step(step(f"print({line!r})"), tmp_path, 100.0, {})
     assert found.status == "out of time" and found.remarks == (f"one.log: {line}",)
     # Nor does it hide a failure.
-    found = run(step(f"print({line!r})\nraise SystemExit(1)"), tmp_path, 100.0, {})
+    found = run_step(step(f"print({line!r})\nraise SystemExit(1)"), tmp_path, 100.0, {})
     assert found.status == "failed"
     other = "left out: graph: wants a CUDA GPU"
-    assert run(step(f"print({other!r})"), tmp_path, 100.0, {}).status == "ok"
+    assert run_step(step(f"print({other!r})"), tmp_path, 100.0, {}).status == "ok"
 
 
 def test_the_worst_of_its_commands_is_what_became_of_a_step(tmp_path: Path) -> None:
-    steps = module("steps")
     late = "left out: 1 cases, out of time: siglip"
     codes = {"a": f"print({late!r})", "b": "", "c": "raise SystemExit(1)"}
     commands = {name: [sys.executable, "-c", code] for name, code in codes.items()}
     for names, status in (("b", "ok"), ("ab", "out of time"), ("abc", "failed")):
-        some = steps.Step("one", 60.0, lambda seconds, names=names: {n: commands[n] for n in names})
-        assert steps.run_step(some, tmp_path, 100.0, {}).status == status
+        some = Step("one", 60.0, lambda seconds, names=names: {n: commands[n] for n in names})
+        assert run_step(some, tmp_path, 100.0, {}).status == status
 
 
 def test_the_known_false_alarm_is_a_warning(tmp_path: Path) -> None:
-    run = module("steps").run_step
-    alarm = module("rehearsal")._FALSE_ALARM
-    found = run(step(f"print({alarm!r})\nraise SystemExit(9)"), tmp_path, 100.0, {})
+    found = run_step(step(f"print({_FALSE_ALARM!r})\nraise SystemExit(9)"), tmp_path, 100.0, {})
     assert found.status == "warning" and "known false alarm" in found.remarks[-1]
     assert "rehearsed_kernel+0x1a0" in found.remarks[0]
-    late = alarm + "\nleft out: 1 cases, out of time: siglip"
-    found = run(step(f"print({late!r})\nraise SystemExit(9)"), tmp_path, 100.0, {})
+    late = _FALSE_ALARM + "\nleft out: 1 cases, out of time: siglip"
+    found = run_step(step(f"print({late!r})\nraise SystemExit(9)"), tmp_path, 100.0, {})
     assert found.status == "out of time"
     many = "\n".join(f"========= Error: Race reported between {i}" for i in range(50))
-    found = run(step(f"print({many!r})\nraise SystemExit(9)"), tmp_path, 100.0, {})
+    found = run_step(step(f"print({many!r})\nraise SystemExit(9)"), tmp_path, 100.0, {})
     assert found.status == "failed" and len(found.remarks) == 22
     assert "30 more lines" in found.remarks[-2]
 
@@ -313,7 +304,7 @@ def test_a_step_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
         "print(p.pid, flush=True)\ntime.sleep(600)"
     )
     start = time.monotonic()
-    found = module("steps").run_step(step(code, seconds=6.0), tmp_path, 100.0, {}, grace=0.5)
+    found = run_step(step(code, seconds=6.0), tmp_path, 100.0, {}, grace=0.5)
     assert found.status == "failed" and time.monotonic() - start < 60
     assert "did not end within" in found.remarks[0]
     pid = int((tmp_path / "one.log").read_text())
@@ -333,23 +324,21 @@ def _runs(pid: int) -> bool:
 
 
 def test_a_step_without_time_is_skipped(tmp_path: Path) -> None:
-    steps = module("steps")
-    found = steps.run_step(step("raise SystemExit(1)"), tmp_path, 1.0, {})
+    found = run_step(step("raise SystemExit(1)"), tmp_path, 1.0, {})
     assert found.status == "skipped" and "no time" in found.remarks[0]
     keeping = dataclasses.replace(step("raise SystemExit(1)"), keeps=20.0)
-    assert steps.run_step(keeping, tmp_path, 22.0, {}).status == "skipped"
+    assert run_step(keeping, tmp_path, 22.0, {}).status == "skipped"
 
 
 def test_commands_know_when_to_end(tmp_path: Path) -> None:
     code = "import os, time\nprint(float(os.environ['MULKI_GPU_DEADLINE']) - time.time())"
-    found = module("steps").run_step(step(code, seconds=50.0), tmp_path, 20.0, {})
+    found = run_step(step(code, seconds=50.0), tmp_path, 20.0, {})
     assert found.status == "ok" and 0 < float((tmp_path / "one.log").read_text()) <= 20
 
 
 def test_a_failed_step_is_the_exit_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main = module("__main__")
     monkeypatch.setattr(main, "_machine", lambda rehearse: machine())
     for code, status in (("", 0), ("raise SystemExit(1)", 1)):
         # Lines of an earlier run would be drawn with those of this one.

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 
+from benchmarks.gpu import small
+from benchmarks.gpu.probe import instrumented
+from benchmarks.gpu.races import false_alarms
 from mulki.bench.losses import MULKI
 from tests import ROOT
-
-
-@pytest.fixture(autouse=True)
-def from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT)
-
-
-def module(name: str) -> Any:
-    return importlib.import_module(f"benchmarks.gpu.{name}")
-
 
 # --- what racecheck reports
 
@@ -34,9 +25,10 @@ RACE = """\
 
 
 def test_a_write_that_races_with_itself_is_the_known_false_alarm() -> None:
-    alarms = module("races").false_alarms
-    assert alarms(RACE) == 1 and alarms(RACE + RACE.replace("0x1a0", "0x2b0")) == 2
-    assert alarms("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)") == 0
+    assert false_alarms(RACE) == 1 and false_alarms(RACE + RACE.replace("0x1a0", "0x2b0")) == 2
+    assert (
+        false_alarms("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)") == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -55,7 +47,7 @@ def test_a_write_that_races_with_itself_is_the_known_false_alarm() -> None:
 )
 def test_any_other_race_is_none(old: str, new: str) -> None:
     assert old in RACE
-    assert module("races").false_alarms(RACE.replace(old, new)) == 0
+    assert false_alarms(RACE.replace(old, new)) == 0
 
 
 # --- what runs under the sanitizer
@@ -64,7 +56,6 @@ def test_any_other_race_is_none(old: str, new: str) -> None:
 def test_the_small_cases(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = module("small")
     operators = {"siglip": 0, "dual_teacher_kl": 2}
     monkeypatch.setattr(small, "OPERATORS", operators)
     given = ["--device", "cpu", "--shapes", "5x7x8", "6x4x3"]
@@ -91,9 +82,8 @@ def test_the_small_cases(
 
 def test_a_mode_that_triton_would_ignore_is_none() -> None:
     pytest.importorskip("triton", reason="needs Triton, which this installation has not")
-    modes = module("probe").instrumented
-    assert "consan" in modes("sm_90")
-    assert "consan" not in modes("gfx942") and "fpsan" not in modes("gfx1100")
+    assert "consan" in instrumented("sm_90")
+    assert "consan" not in instrumented("gfx942") and "fpsan" not in instrumented("gfx1100")
 
 
 def test_the_stand_in_for_a_sanitizer() -> None:
@@ -105,6 +95,6 @@ def test_the_stand_in_for_a_sanitizer() -> None:
     done = sanitized("memcheck", "print('ran')")
     assert done.returncode == 0 and "ran" in done.stdout and "0 errors" in done.stdout
     done = sanitized("racecheck", "print('ran')")
-    assert done.returncode == 9 and module("races").false_alarms(done.stdout) == 1
+    assert done.returncode == 9 and false_alarms(done.stdout) == 1
     done = sanitized("racecheck", "raise SystemExit(3)")
-    assert done.returncode == 3 and module("races").false_alarms(done.stdout) == 0
+    assert done.returncode == 3 and false_alarms(done.stdout) == 0

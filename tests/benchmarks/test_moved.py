@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from benchmarks.embedded import moved
 from mulki.clip.head import ClassStatistics, Moments
-from mulki.data import Task, folder_task
+from mulki.data import Task
 from mulki.data.made_images import CHANGES
 from mulki.train.learning import training_set
 from tests import train_helpers
@@ -14,11 +14,7 @@ from tests import train_helpers
 tiny_models = train_helpers.tiny_models
 start_model = train_helpers.start_model
 task_folders = train_helpers.task_folders
-
-
-@pytest.fixture
-def tasks(task_folders: tuple[str, str]) -> list[Task]:
-    return [folder_task(folder) for folder in task_folders]
+tasks = train_helpers.tasks
 
 
 def statistics(task: Task, features: torch.Tensor) -> ClassStatistics:

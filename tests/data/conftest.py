@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mulki.data.shards import open_shard
 from tests.data.data_helpers import encoded, picture, write_shard
 
 
@@ -57,3 +59,8 @@ def pack(tmp_path: Path) -> Path:
     content = {"format": 1, "image_size": 16, "tasks": tasks, "orders": orders}
     (root / "tasks.json").write_text(json.dumps(content))
     return root
+
+
+@pytest.fixture
+def images(pack: Path) -> Any:
+    return open_shard(pack / "digits-train.tar")

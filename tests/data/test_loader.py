@@ -24,7 +24,6 @@ from mulki.data.loader import (
     cycle,
     readable_batches,
 )
-from mulki.data.shards import open_shard
 from mulki.data.unlabelled import find_images
 from tests.data.data_helpers import Blank, picture
 
@@ -49,11 +48,6 @@ class Counting(Blank):
         image = super().load(index)
         image.paste((index, index, index), (0, 0, 4, 4))
         return image
-
-
-@pytest.fixture
-def images(pack: Path) -> Any:
-    return open_shard(pack / "digits-train.tar")
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader
 from torchvision import transforms as tv
 
 from mulki.data.loader import batches
-from mulki.data.shards import open_shard
 from mulki.data.workers import _ends
 from mulki.errors import InputError
 
@@ -31,11 +30,6 @@ FIXED = tv.Compose([tv.Resize(8), tv.ToTensor()])
 def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds that torch waits for the end of a process which has failed."""
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
-
-
-@pytest.fixture
-def images(pack: Path) -> Any:
-    return open_shard(pack / "digits-train.tar")
 
 
 class Deadly:
