@@ -1,4 +1,4 @@
-"""`mulki` as a process: signals, exit status, and no more than one line for bad input."""
+"""`mulki` as a process: signals, exit status, and no more than one line for an error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -39,64 +39,53 @@ def test_output_that_cannot_be_written_is_one_line() -> None:
     assert (done.returncode, done.stderr) == (1, "")
 
 
-def test_interrupted_process(
+@pytest.fixture
+def signalled(
     tmp_path: Path, start_model: dict[str, str], task_folders: Sequence[str]
-) -> None:
-    folder = tmp_path / "logs" / "first"
-    given = ["run", *task_folders, "--model", start_model["model"], "--device", "cpu"]
-    place = ["--logs", str(tmp_path / "logs"), "--name", "first"]
-    endless = ["--iterations", "1000000", "--log-every-n-steps", "1"]
-    process = program(*given, *place, *endless)
-    try:
-        deadline = time.monotonic() + WAIT_S
-        log = folder / "out.log"
-        while not (log.exists() and "colours step 3:" in log.read_text()):
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=WAIT_S)
-    finally:
-        process.kill()
-    assert process.returncode == 130
-    assert without_progress(error) == [
-        "mulki: interrupted",
-        f"results so far: {folder / 'report.html'}",
-        f"to go on: mulki run --resume {folder}",
-    ]
+) -> Callable[..., Path]:
+    """The folder of a run that a signal ends after the third step."""
+
+    def run(send: Callable[[int, int], None], number: signal.Signals, *words: str) -> Path:
+        folder = tmp_path / "logs" / "first"
+        given = ["run", *task_folders, "--model", start_model["model"], "--device", "cpu"]
+        place = ["--logs", str(tmp_path / "logs"), "--name", "first", "--log-every-n-steps", "1"]
+        process = program(*given, *place, *words)
+        try:
+            deadline = time.monotonic() + WAIT_S
+            log = folder / "out.log"
+            while not (log.exists() and "colours step 3:" in log.read_text()):
+                assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+                time.sleep(0.02)
+            send(process.pid, number)
+            _, error = process.communicate(timeout=WAIT_S)
+        finally:
+            process.kill()
+        assert process.returncode == 128 + number
+        assert without_progress(error) == [
+            "mulki: interrupted",
+            f"results so far: {folder / 'report.html'}",
+            f"to go on: mulki run --resume {folder}",
+        ]
+        assert f"run stopped by Stopped: {number.name}" in log.read_text()
+        return folder
+
+    return run
+
+
+def test_interrupted_process(signalled: Callable[..., Path]) -> None:
+    folder = signalled(os.kill, signal.SIGINT, "--iterations", "1000000")
     assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
     matrix = read_matrix(folder / "matrix.csv")
     assert matrix.zero_shot is not None and matrix.tasks == ()
-    assert "run stopped by Stopped: SIGINT" in log.read_text()
 
 
-def test_a_process_that_is_asked_to_end_goes_on_later(
-    tmp_path: Path, start_model: dict[str, str], task_folders: Sequence[str]
-) -> None:
-    folder = tmp_path / "logs" / "first"
-    given = ["run", *task_folders, "--model", start_model["model"], "--device", "cpu"]
-    place = ["--logs", str(tmp_path / "logs"), "--name", "first"]
-    workers = ["--workers", "1", "--augment", "crop"]
-    process = program(*given, *place, *workers, "--iterations", "40", "--log-every-n-steps", "1")
-    try:
-        deadline = time.monotonic() + WAIT_S
-        log = folder / "out.log"
-        while not (log.exists() and "colours step 3:" in log.read_text()):
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-            time.sleep(0.02)
-        # To all processes, as a job's manager does.
-        os.killpg(process.pid, signal.SIGTERM)
-        _, error = process.communicate(timeout=WAIT_S)
-    finally:
-        process.kill()
-    assert process.returncode == 128 + signal.SIGTERM
-    assert without_progress(error) == [
-        "mulki: interrupted",
-        f"results so far: {folder / 'report.html'}",
-        f"to go on: mulki run --resume {folder}",
-    ]
-    assert "run stopped by Stopped: SIGTERM" in log.read_text()
+def test_a_process_that_is_asked_to_end_goes_on_later(signalled: Callable[..., Path]) -> None:
+    # To all processes, as a job's manager does.
+    words = ["--workers", "1", "--augment", "crop", "--iterations", "40"]
+    folder = signalled(os.killpg, signal.SIGTERM, *words)
     for page in ("summary.md", "report.html"):
         assert "interrupted" in (folder / page).read_text()
+    log = folder / "out.log"
     steps = re.findall(r"colours step (\d+):", log.read_text())
     assert run_command(["run", "--resume", str(folder)]) == 0
     assert json.loads((folder / "summary.json").read_text())["status"] == "complete"
@@ -105,16 +94,6 @@ def test_a_process_that_is_asked_to_end_goes_on_later(
     assert list(map(int, again)) in (
         list(range(1, 41)), [*range(1, len(steps) + 1), *range(len(steps) + 2, 41)]
     )  # fmt: skip
-
-
-def test_bad_input_of_a_process_is_one_line(tmp_path: Path, task_folders: Sequence[str]) -> None:
-    (tmp_path / "logs" / "taken").mkdir(parents=True)
-    (tmp_path / "logs" / "taken" / "x").touch()
-    place = ["--logs", str(tmp_path / "logs"), "--name", "taken"]
-    process = program("run", *task_folders, "--model", "RN50", "--pretrained", "none", *place)
-    out, error = process.communicate(timeout=WAIT_S)
-    assert process.returncode == 2 and out == ""
-    assert len(error.splitlines()) == 1 and str(tmp_path / "logs" / "taken") in error
 
 
 def test_a_name_that_the_terminal_cannot_show(tmp_path: Path) -> None:

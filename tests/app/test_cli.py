@@ -115,12 +115,6 @@ def test_bad_task_folders(
     assert not Path("logs").exists()
 
 
-def test_skipping_bad_images_goes_on(command: Callable[..., int], task: Path) -> None:
-    with_a_damaged_image(task)
-    assert command("mine", "--skip-bad-images", "--iterations", "1", "--name", "skipped") == 0
-    assert "unreadable images left out: 1" in Path("logs/skipped/out.log").read_text()
-
-
 def test_taken_run_folder(
     command: Callable[..., int],
     task: Path,

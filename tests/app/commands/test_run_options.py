@@ -103,15 +103,6 @@ def test_the_configuration_of_another_methods_run_is_taken_without_its_own_optio
     assert "alpha" not in seen
 
 
-def test_saved_configuration_is_taken(
-    command: Callable[..., int], task_folders: Sequence[str]
-) -> None:
-    assert command(*task_folders, "--epochs", "0.1", "--logs", "logs", "--name", "one") == 0
-    assert command("--config", "logs/one/args.yaml", "--name", "two", model=False) == 0
-    one, two = (Path("logs") / name / "matrix.csv" for name in ("one", "two"))
-    assert one.read_text() == two.read_text()
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
