@@ -101,7 +101,9 @@ def test_no_recall_is_cut(name: str, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_bad_input(refused: Refused, finished: Path, tmp_path: Path) -> None:
     assert "CHECKPOINT" in refused(["eval"])
-    assert "--tasks: got none" in refused(["eval", tmp_path / "none"])
+    assert "none: no such file or folder" in refused(["eval", tmp_path / "none"])
+    (tmp_path / "empty").mkdir()
+    assert "--tasks: got none" in refused(["eval", tmp_path / "empty"])
     assert "is a folder" in refused(["eval", finished, "--predictions", tmp_path])
     twice = ["--predictions", tmp_path / "p.csv", "--confusion", tmp_path / "p.csv"]
     assert "--predictions writes too" in refused(["eval", finished, *twice])

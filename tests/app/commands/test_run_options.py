@@ -193,7 +193,8 @@ def test_bad_configuration(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--resume", "gone"], "gone is not the folder of a run that has begun"),
+        (["--resume", "gone"], "--resume: no folder gone; pass that of a run"),
+        (["--resume", "/"], "/ is not the folder of a run that has begun"),
         (["--resume", "gone", "--lr", "1"], "got --lr 1 beside it"),
         (["tasks", "--resume=gone"], "got tasks beside it"),
         (["--resume"], "expected one argument"),
