@@ -70,7 +70,7 @@ class DatasetImages:
     def _check_repeats(self) -> None:
         # Images, and what a teacher says of them, are kept.
         self.load(0)
-        for index in (0, self._length // 2, self._length - 1):
+        for index in sorted({0, self._length // 2, self._length - 1}):
             with contextlib.suppress(BadImage):
                 if self.load(index).tobytes() != self.load(index).tobytes():
                     raise InputError(

@@ -262,7 +262,8 @@ class MulKILoss(nn.Module):
             _check_teacher(f"teachers[{k}]", teacher, student)
         if self.needs_teachers and not teachers:
             raise ValueError("teachers: got none, wanted at least one for the terms switched on")
-        _check_anchored(teachers)
+        if self.needs_anchors:
+            _check_anchored(teachers)
         terms = {
             "ce_loss": prototype_cross_entropy(
                 student.image_text(), target, label_smoothing=self.label_smoothing
@@ -428,12 +429,16 @@ def _check_teacher(name: str, teacher: Features, student: Features) -> None:
 
 
 def _check_anchored(teachers: Sequence[Features]) -> None:
-    rows = [None if t.anchored is None else len(t.anchored) for t in teachers]
-    if len(set(rows)) > 1:
-        raise ValueError(f"teachers: got anchored of {rows} rows, wanted the same texts of each")
+    found = [None if t.anchored is None else (len(t.anchored), t.num_seen) for t in teachers]
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"teachers: got anchored of {found} rows and num_seen, wanted the same texts of each"
+        )
     for k, teacher in enumerate(teachers):
+        if teacher.anchored is None:
+            continue
         least = len(teacher.texts) + teacher.num_seen
-        if teacher.anchored is not None and len(teacher.anchored) < least:
+        if len(teacher.anchored) < least:
             raise ValueError(
                 f"teachers[{k}].anchored: got {len(teacher.anchored)} rows, wanted at least {least}"
                 f": {len(teacher.texts)} of its texts and {teacher.num_seen} of num_seen"
@@ -450,9 +455,10 @@ def _check_features(name: str, value: object) -> None:
         matrix = getattr(value, field)
         if matrix is not None or field != "prototypes":
             checks.is_tensor(f"{name}.{field}", matrix)
-    if value.prototypes is not None and len(value.prototypes) != len(value.texts):
+    prototypes, texts = value.prototypes, value.texts
+    if prototypes is not None and prototypes.shape[:1] != texts.shape[:1]:
         raise ValueError(
-            f"{name}.prototypes: got {len(value.prototypes)} rows, wanted {len(value.texts)} as "
-            f"{name}.texts"
+            f"{name}.prototypes: got shape {list(prototypes.shape)}, wanted a row for each of "
+            f"{name}.texts, which have {list(texts.shape)}"
         )
     checks.scalar(f"{name}.scale", value.scale, value.images.device)

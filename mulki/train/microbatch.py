@@ -180,13 +180,14 @@ def _check(towers: Sequence[Encoder], micro_batch: int | None) -> None:
                         f"Encoder(..., micro_batch=n) for another batch"
                     )
                 rows = sizes[0]
-            if size is not None and any(x.grad_fn is not None for x in tower.inputs):
+            several = size is not None and size < sizes[0]
+            if several and any(x.grad_fn is not None for x in tower.inputs):
                 raise ValueError(
                     f"encoders[{place}]: got inputs that were computed with gradients, through "
                     f"which each micro-batch would go back; move that into its function, or detach "
                     f"them"
                 )
-            if size is not None and size < sizes[0]:
+            if several:
                 _warn_of_batch_statistics(tower.function)
     if _replicas(towers) and len(towers) > 1:
         raise ValueError(

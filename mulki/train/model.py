@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -431,8 +432,10 @@ def _found(images: Images) -> Loadable:
 
 def _list_of(name: str, given: Any, kinds: tuple[type, ...], wanted: str) -> list[Any]:
     # One value stands for a list of it.
-    several = isinstance(given, Iterable) and not isinstance(given, kinds)
-    found = list(given) if several else [given]
+    try:
+        found = [given] if isinstance(given, kinds) else list(given)
+    except TypeError:
+        found = [given]
     if not found:
         raise InputError(f"{name}: got an empty list, wanted {wanted}")
     for each in found:
@@ -456,9 +459,9 @@ def _check(classes: Any, top: Any, threshold: Any, batch_size: Any) -> None:
         if not isinstance(each, str) or not each.strip():
             raise InputError(f"classes: got {each!r}, wanted names")
     for name, value in (("top", top), ("batch_size", batch_size)):
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, Integral) or value < 1:
             raise InputError(f"{name}: got {value!r}, wanted a whole number of at least 1")
-    if not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+    if not isinstance(threshold, Real) or not 0 <= float(threshold) <= 1:
         raise InputError(f"threshold: got {threshold!r}, wanted a number from 0 to 1")
 
 

@@ -322,13 +322,13 @@ class _Sequence:
         if world.size > 1:
             images = world.size * config.batch_size
             _log.info("%d processes, %d images in a batch", world.size, images)
-        for task in self.setup.tasks[self.setup.earlier :]:
-            steps = steps_of(config, len(task.train), world.size)
-            if self.setup.method.trains and (config.warmup or 0) >= steps:
-                _log.warning(
-                    "--warmup %d: task %s has %d steps, so its rate hardly reaches --lr",
-                    *(config.warmup, task.name, steps),
-                )
+        new = self.setup.tasks[self.setup.earlier :]
+        steps = min(steps_of(config, len(task.train), world.size) for task in new)
+        if self.setup.method.trains and (config.warmup or 0) >= steps:
+            _log.warning(
+                "--warmup %d: a task of %d steps hardly reaches --lr", config.warmup, steps
+            )
+        for task in new:
             if task.skipped:
                 _log.warning(
                     "task %s: unreadable images left out: %d", task.name, len(task.skipped)
@@ -412,9 +412,6 @@ class _Sequence:
             description = self.setup.description(learned, figures)
             path = folder.checkpoint_path(learned, self.setup.tasks[learned - 1].name)
             save_weights(model, path, state, description)
-            # Those of the model before would stand beside this one if the process ended now.
-            for file in (statistics_of, kept_of, adapters_of):
-                file(folder.latest).unlink(missing_ok=True)
             publish(model, path, folder.latest, whole, description)
             kept = {name: value.cpu() for name, value in self.setup.method.kept().items()}
             for checkpoint in (path, folder.latest):

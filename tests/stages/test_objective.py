@@ -387,8 +387,10 @@ def test_anchors_and_prototypes_fit_the_texts(student, teachers, target):
     for given, said in (
         (few, r"teachers\[0\]\.anchored: got 3 rows, wanted at least 4"),
         (more_seen, r"teachers\[0\]\.anchored: got 6 rows, wanted at least 7"),
-        ([anchored[0], *teachers[1:]], r"teachers: got anchored of \[6, None"),
-        (less, r"teachers\[0\]\.prototypes: got 3 rows, wanted 4 as teachers\[0\]\.texts"),
+        ([anchored[0], *teachers[1:]], r"teachers: got anchored of \[\(6, 1\), None"),
+        ([anchored[0], replace(anchored[1], num_seen=2)], r"of \[\(6, 1\), \(6, 2\)\] rows"),
+        (less, r"teachers\[0\]\.prototypes: got shape \[3, .*a row for each of teachers\[0\]"),
     ):
         with pytest.raises(ValueError, match=said):
-            MulKILoss(feature=0)(student, given, target)
+            MulKILoss(feature=0, image_anchor=0.5)(student, given, target)
+    MulKILoss(feature=0, image_anchor=0, text_anchor=0)(student, few, target)

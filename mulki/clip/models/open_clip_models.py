@@ -173,10 +173,11 @@ def _check_files(name: str, pretrained: str | None) -> dict[str, Tensor]:
 def _images_of(name: str, pretrained: str | None) -> dict[str, Any]:
     # Of a tag open_clip knows how its model wants images; a file of ours says it. Another file is
     # most often the download of a tag.
-    if pretrained is None or not Path(pretrained).is_file():
-        return {}
     import open_clip
 
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained is None or pretrained in tags or not Path(pretrained).is_file():
+        return {}
     metadata = read_metadata(pretrained) if pretrained.endswith(".safetensors") else {}
     other = metadata.get("model", "").replace("/", "-")
     if other != name and other in [*open_clip.list_models(), BUNDLED]:

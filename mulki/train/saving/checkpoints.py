@@ -114,14 +114,17 @@ def _put_weights(
     whole: Mapping[str, Tensor] | None,
     description: Description | None,
 ) -> None:
-    if whole is not None:
-        save_weights(model, folder / WEIGHTS_NAME, whole, description)
-    else:
-        with replacing(folder / WEIGHTS_NAME) as temporary:
+    with replacing(folder / WEIGHTS_NAME) as temporary:
+        if whole is not None:
+            save_weights(model, temporary, whole, description)
+        else:
             try:
                 os.link(weights, temporary)
             except OSError:
                 shutil.copyfile(weights, temporary)
+        # If the process ends now, what is beside a model is missing, and is not of an earlier one.
+        for beside in (statistics_of, kept_of, adapters_of):
+            beside(folder).unlink(missing_ok=True)
     if description is not None:
         write_atomic(
             folder / CARD, description.card(moves=model.trunk is None and not model.packaged)

@@ -158,8 +158,7 @@ def continued_options(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         for name in ("lora_targets", "lora_alpha"):
             recipe.pop(name, None)
     if str(given.get("head", "")).lower() == "false":
-        for name in ("head_weight", "head_shrinkage", "head_drift"):
-            recipe.pop(name, None)
+        recipe.pop("head_drift", None)
     if "epochs" in given:
         recipe.pop("iterations", None)
     if "iterations" in given:

@@ -110,14 +110,18 @@ def load_original(
         raise InputError(text.replace("--model", "--original")) from None
     ours, theirs = student.clip.state_dict(), original.clip.state_dict()
     shapes = [{name: value.shape for name, value in each.items()} for each in (ours, theirs)]
-    # As JSON, where a list is what a tuple is.
-    seen = [json.dumps(m.clip.visual.preprocess_cfg, sort_keys=True) for m in (student, original)]
+    seen = [
+        (m.image_size, tuple(m.clip.visual.image_mean), tuple(m.clip.visual.image_std))
+        for m in (student, original)
+    ]
     if shapes[0] != shapes[1] or seen[0] != seen[1]:
-        what = "architecture" if shapes[0] != shapes[1] else "preprocessing of images"
+        what = "architecture" if shapes[0] != shapes[1] else "image size or normalisation"
         raise InputError(
             f"--original: {config.original} has another {what} than --model {config.model}; pass "
             "the model that this one was trained from"
         )
+    # It may be said to resize them otherwise, but it is a teacher on the same pixels.
+    original.preprocess = student.preprocess
     return original
 
 

@@ -267,7 +267,7 @@ def check_options(config: RunConfig, method: Method) -> Precision:
     check_reference(config, method)
     check_unused(config, method)
     check_start(config)
-    _check_head(config, method)
+    _check_drift(config, method)
     _check_continuing(config, method)
     check_original(config, method)
     limit_pixels(config.max_pixels)
@@ -287,13 +287,7 @@ def _check_continuing(config: RunConfig, method: Method) -> None:
         )
 
 
-def _check_head(config: RunConfig, method: Method) -> None:
-    for name in ("head_weight", "head_shrinkage"):
-        value = getattr(config, name)
-        if not config.head and value != getattr(RunConfig, name):
-            raise InputError(
-                f"{flag(name)}: got {value:g}, but --no-head keeps no class means; leave one out"
-            )
+def _check_drift(config: RunConfig, method: Method) -> None:
     for still, why in (
         (not config.head, "--no-head keeps no class means"),
         (not method.trains, f"method {method.name} learns nothing"),
