@@ -147,7 +147,8 @@ def test_an_own_model_needs_no_run(
 @pytest.mark.parametrize(
     ("path", "given", "said"),
     [
-        ("none", {}, "--tasks: got none"),
+        ("none", {}, "none: no such file or folder"),
+        (".", {}, "--tasks: got none"),
         ("none", {"tasks": ("embedded",)}, "none: no such file or folder"),
         (".", {"tasks": ("embedded",)}, "no open_clip_config.json"),
         ("w.pt", {"tasks": ("embedded",)}, "does not say of which model"),
