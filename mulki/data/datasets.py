@@ -45,7 +45,8 @@ class DatasetImages:
 
     Raises:
         InputError: no such data set, an item that is not an image and a label, labels that are
-            not one whole number an item, or stored ones that are not those of the items.
+            not one whole number an item, stored ones that are not those of the items, or an image
+            that differs from one call to the next.
     """
 
     def __init__(

@@ -127,11 +127,10 @@ def feature_loss(student: Features, teachers: Sequence[Features], weights: Tenso
     """
     for k, teacher in enumerate(teachers):
         if teacher.images.shape != student.images.shape:
-            widths = teacher.images.shape[1], student.images.shape[1]
             raise ValueError(
                 f"teachers[{k}]: got image features {list(teacher.images.shape)}, wanted "
                 f"{list(student.images.shape)} as the student's"
-                + ("; set the feature weight to 0" if widths[0] != widths[1] else "")
+                + ("; set the feature weight to 0" if len(teacher.images) == len(weights) else "")
             )
     # Few operations, above all few that have gradients: on a small batch each of them takes longer
     # than its arithmetic.

@@ -323,11 +323,12 @@ class _Sequence:
             images = world.size * config.batch_size
             _log.info("%d processes, %d images in a batch", world.size, images)
         new = self.setup.tasks[self.setup.earlier :]
-        steps = min(steps_of(config, len(task.train), world.size) for task in new)
-        if self.setup.method.trains and (config.warmup or 0) >= steps:
-            _log.warning(
-                "--warmup %d: a task of %d steps hardly reaches --lr", config.warmup, steps
-            )
+        if self.setup.method.trains and config.warmup:
+            steps = min(steps_of(config, len(task.train), world.size) for task in new)
+            if config.warmup >= steps:
+                _log.warning(
+                    "--warmup %d: a task of %d steps hardly reaches --lr", config.warmup, steps
+                )
         for task in new:
             if task.skipped:
                 _log.warning(
