@@ -11,6 +11,8 @@ from pathlib import Path
 from benchmarks.gpu.probe import Machine
 from benchmarks.gpu.steps import Commands, Step
 
+Options = dict[str, tuple[str, ...]]  # of the operator benchmark
+
 PYTHON = sys.executable
 TESTS = "tests/kernels/gpu"
 INTERPRETED = "tests/kernels/interpreted"
@@ -31,32 +33,45 @@ PROVIDERS = (
     "products",
 )
 #: By step, the options of the suite that is timed in it. A budget cuts off the last shapes.
-SUITES = {
-    "throughput": ("--ops", "dual_teacher_kl", "--dtypes", "bfloat16", "--providers", *PROVIDERS),
-    "losses": (
-        *("--ops", "prototype_cross_entropy", "contrastive", "pair_kl", "siglip", "similarity"),
-        *("--dtypes", "bfloat16", "--providers", *PROVIDERS),
-    ),
+SUITES: dict[str, Options] = {
+    "throughput": {
+        "--ops": ("dual_teacher_kl",),
+        "--dtypes": ("bfloat16",),
+        "--providers": PROVIDERS,
+    },
+    "losses": {
+        "--ops": ("prototype_cross_entropy", "contrastive", "pair_kl", "siglip", "similarity"),
+        "--dtypes": ("bfloat16",),
+        "--providers": PROVIDERS,
+    },
     # By all that there is, CUDA graphs and other packages too.
-    "more": (
-        *("--ops", "dual_teacher_kl", "teacher_kl_1", "teacher_kl_3"),
-        *("--dtypes", "bfloat16", "float32"),
-    ),
+    "more": {
+        "--ops": ("dual_teacher_kl", "teacher_kl_1", "teacher_kl_3"),
+        "--dtypes": ("bfloat16", "float32"),
+    },
 }
 #: The search for the largest N leaves out what would be compiled or captured for every N.
-SEARCHED = (
-    *("--ops", "dual_teacher_kl", "prototype_cross_entropy", "contrastive", "siglip"),
-    *("--dtypes", "bfloat16", "--providers", "mulki", "eager", "liger", "cce", "memeff"),
-)
+SEARCHED: Options = {
+    "--device": ("cuda",),
+    "--ops": ("dual_teacher_kl", "prototype_cross_entropy", "contrastive", "siglip"),
+    "--dtypes": ("bfloat16",),
+    "--providers": ("mulki", "eager", "liger", "cce", "memeff"),
+}
 #: A rehearsal is so small that it measures nothing.
-TINY = (
-    *("--device", "cpu", "--modes", "both", "--seconds", "0.001", "--shapes", "12x12x16"),
-    *("--providers", "eager", "graph", "compile-graph", "products", "torch_lce", "mulki"),
-)
-TINY_SEARCH = (
-    *("--device", "cpu", "--limit", "1024", "--ops", "siglip", "--dtypes", "bfloat16"),
-    *("--providers", "mulki", "eager"),
-)
+TINY: Options = {
+    "--device": ("cpu",),
+    "--modes": ("both",),
+    "--seconds": ("0.001",),
+    "--shapes": ("12x12x16",),
+    "--providers": ("eager", "graph", "compile-graph", "products", "torch_lce", "mulki"),
+}
+TINY_SEARCH: Options = {
+    "--device": ("cpu",),
+    "--limit": ("1024",),
+    "--ops": ("siglip",),
+    "--dtypes": ("bfloat16",),
+    "--providers": ("mulki", "eager"),
+}
 TINY_SHAPE = "9x7x16"
 
 
@@ -149,20 +164,18 @@ class Plan:
         return {f"{name}-{n}": _pytest(f"{TESTS}/test_gpu_{name}.py", "-k", n) for n in numbers}
 
     def _suite(self, name: str, budget: float, seconds: str) -> list[str]:
-        words = ("--device", "cuda", "--modes", "forward", "both", "--seconds", seconds)
-        words = TINY if self.machine.rehearsal else words  # of an option twice the last counts
-        bench = [PYTHON, "-m", "benchmarks.ops"]
-        return [*bench, *SUITES[name], *words, "--budget", f"{budget:.0f}"]
+        real: Options = {"--device": ("cuda",), "--modes": ("forward", "both")}
+        real["--seconds"] = (seconds,)
+        return _bench(SUITES[name] | (TINY if self.machine.rehearsal else real), budget)
 
     def _timed(self, name: str) -> Callable[[float], Commands]:
         output = ("--output", str(self.csv_file))
         return lambda seconds: {name: [*self._suite(name, seconds, "0.15"), *output]}
 
     def _largest(self, seconds: float) -> Commands:
-        words = TINY_SEARCH if self.machine.rehearsal else ("--device", "cuda", *SEARCHED)
-        bench = [PYTHON, "-m", "benchmarks.ops", "--largest", *words]
-        output = ("--output", str(self.csv_file), "--budget", f"{seconds:.0f}")
-        return {"largest": [*bench, *output]}
+        options = TINY_SEARCH if self.machine.rehearsal else SEARCHED
+        output = ("--output", str(self.csv_file))
+        return {"largest": [*_bench(options, seconds), "--largest", *output]}
 
     def _small(self, seconds: float) -> list[str]:
         small = [PYTHON, "-m", "benchmarks.gpu.small", "--seconds", f"{seconds:.0f}"]
@@ -204,6 +217,11 @@ class Plan:
     def _figures(self, seconds: float) -> Commands:
         words = ("plot", str(self.csv_file), str(self.out / "figures"))
         return {"figures": [PYTHON, "-m", "benchmarks.ops", *words]}
+
+
+def _bench(options: Options, budget: float) -> list[str]:
+    words = [word for option, values in options.items() for word in (option, *values)]
+    return [PYTHON, "-m", "benchmarks.ops", *words, "--budget", f"{budget:.0f}"]
 
 
 def _pytest(*words: str) -> list[str]:

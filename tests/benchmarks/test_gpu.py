@@ -211,7 +211,10 @@ def test_the_commands_ask_for_what_there_is(
     assert proof[1:] == ["-m", "mulki", "prove", "--limit", "60"]
 
 
-def test_a_rehearsal_has_the_same_steps_and_touches_no_gpu_and_no_proof(tmp_path: Path) -> None:
+def test_a_rehearsal_has_the_same_steps_and_touches_no_gpu_and_no_proof(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    importlib.import_module("benchmarks.ops.packages")  # as `python -m benchmarks.ops` does
     plan = Plan(machine(rehearsal=True), tmp_path)
     assert plan.variables["CUDA_VISIBLE_DEVICES"] == ""
     assert plan.variables["MULKI_CACHE_DIR"].startswith(str(tmp_path))
@@ -220,6 +223,11 @@ def test_a_rehearsal_has_the_same_steps_and_touches_no_gpu_and_no_proof(tmp_path
     for step in steps.values():
         for command in step.commands(100.0).values():
             assert "cuda" not in command and "/bin/cs" not in command
+            if "--ops" in command:
+                given = list(command[command.index("benchmarks.ops") + 1 :])
+                given[given.index("--ops") + 1] = "gone"
+                assert run_command(["bench", *given]) == 2
+                assert "--ops: got gone" in capsys.readouterr().err
 
 
 # --- steps
