@@ -184,7 +184,8 @@ struct Rule : torch::autograd::Function<Rule> {
         // Autograd would take an empty one for the zero gradient of a number.
         TORCH_CHECK(
             stored.sym_sizes() == leaf.sym_sizes(), "wanted[", i,
-            "]: got False, wanted True as the argument requires grad");
+            "]: got False, wanted True as the argument requires grad; where torch.export or "
+            "make_fx recorded the call, record it again with inputs that require grad");
         // Autograd converts it to the dtype of the leaf.
         result[i] = as_they_are ? stored : scaled(factor, stored, leaf, tie);
       }

@@ -17,37 +17,17 @@
 namespace mulki {
 namespace {
 
-struct SiglipResult {
-  Tensor loss;
-  double dscale, dbias;
-};
-
-struct Arguments {
-  Arguments(
-      const Tensor& image_features,
-      const Tensor& text_features,
-      const Tensor& logit_scale,
-      const Tensor& logit_bias,
-      int64_t offset)
-      : x(image_features), w(text_features) {
-    check_matrices("image_features", x, "text_features", w);
-    check_shape("logit_scale", logit_scale, {});
-    check_shape("logit_bias", logit_bias, {});
-    scale = float(value_of(logit_scale));
-    bias = float(value_of(logit_bias));
-    // At these limits no row has a match. Larger offsets would overflow.
-    this->offset = std::clamp(offset, -x.size(0), w.size(0));
-  }
-
+struct Siglip {
   const Tensor &x, &w;
-  float scale, bias;
-  int64_t offset;
+  const float scale, bias;
+  const int64_t offset;
+  Tensor loss;
+  double dscale = 0, dbias = 0;
 };
 
 // The match of each row is left out of the vectors and computed in double.
 template <typename Engine>
-SiglipResult loss_and_gradients(
-    const Arguments& a, const Upstream& upstream, std::array<bool, 4> wanted, Grads& grads) {
+void compute(Siglip& a, const Upstream& upstream, std::array<bool, 4> wanted, Grads& grads) {
   const float scale = a.scale, bias = a.bias;
   PairwisePass<Engine> pass({{a.x, a.w}}, wanted[0], wanted[1]);
   const Tiling& t = pass.tiling;
@@ -56,8 +36,6 @@ SiglipResult loss_and_gradients(
   std::vector<float> valid(t.tiles * t.width, 0.0f);
   std::fill(valid.begin(), valid.begin() + t.p, 1.0f);
   const bool stored = pass.gradients.any();
-  Tensor loss = empty_float({t.n});
-  double dscale = 0, dbias = 0;
 
   pass.run(
       [&](int64_t first, int64_t tile, int64_t begin, int64_t end, float* const* products) {
@@ -111,24 +89,12 @@ SiglipResult loss_and_gradients(
         }
       },
       [&](int64_t first, int64_t count) {
-        float* out = loss.mutable_data_ptr<float>() + first;
+        float* out = a.loss.mutable_data_ptr<float>() + first;
         add_row_sums(losses, t, count, [&](int64_t i, double sum) { out[i] = float(sum); });
-        add_row_sums(scales, t, count, [&](int64_t, double sum) { dscale += sum; });
-        add_row_sums(biases, t, count, [&](int64_t, double sum) { dbias += sum; });
+        add_row_sums(scales, t, count, [&](int64_t, double sum) { a.dscale += sum; });
+        add_row_sums(biases, t, count, [&](int64_t, double sum) { a.dbias += sum; });
         pass.gradients.accumulate(first, count, scale, grads.x, grads.w);
       });
-  return {loss, dscale, dbias};
-}
-
-SiglipResult run(
-    const Arguments& a, const Upstream& upstream, std::array<bool, 4> wanted, Grads& grads) {
-  const int64_t n = a.x.size(0), p = a.w.size(0);
-  if (n == 0 || p == 0) {
-    return {at::zeros({n}, at::kFloat), 0, 0};
-  }
-  return with_engine(a.x, a.w, [&](auto engine) {
-    return loss_and_gradients<decltype(engine)>(a, upstream, wanted, grads);
-  });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip(
@@ -140,14 +106,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip(
     const std::optional<Tensor>& grad,
     c10::string_view reduction,
     std::array<bool, 4> wanted) {
-  const Arguments a(image_features, text_features, logit_scale, logit_bias, offset);
+  check_matrices("image_features", image_features, "text_features", text_features);
+  check_shape("logit_scale", logit_scale, {});
+  check_shape("logit_bias", logit_bias, {});
   const Request request(grad, reduction);
-  const int64_t n = a.x.size(0);
-  Grads grads(a.x, a.w, request.dtype(a.x), wanted[0], wanted[1]);
-  const SiglipResult r = run(a, request.upstream(n, n), wanted, grads);
+  const int64_t n = image_features.size(0), p = text_features.size(0);
+  const Upstream upstream = request.upstream(n, n);
+  Grads grads(image_features, text_features, request.dtype(image_features), wanted[0], wanted[1]);
+  Siglip of{
+      image_features, text_features, float(value_of(logit_scale)), float(value_of(logit_bias)),
+      // At these limits no row has a match. Larger offsets would overflow.
+      std::clamp(offset, -n, p), at::zeros({n}, at::kFloat)};
+  if (n > 0 && p > 0) {
+    with_engine(image_features, text_features, [&](auto engine) {
+      compute<decltype(engine)>(of, upstream, wanted, grads);
+    });
+  }
   return {
-      request.loss(r.loss, n), grads.x, grads.w, scalar_if(wanted[2], r.dscale),
-      scalar_if(wanted[3], r.dbias)};
+      request.loss(of.loss, n), grads.x, grads.w, scalar_if(wanted[2], of.dscale),
+      scalar_if(wanted[3], of.dbias)};
 }
 
 } // namespace

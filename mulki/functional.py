@@ -19,7 +19,8 @@ differentiation, the transforms of `torch.func` that differentiate raise, and so
 contrastive loss and the KL that one call of a distilling loss returns. What needs those can call
 the `reference` of each operator in `mulki.ops`. Under `torch.compile` every new value of a float
 option (`temperature`, `gate_temperature`, `gate_entropy`, `gate_label`, `label_smoothing`) is a
-recompilation; a new scale, float or tensor, is not.
+recompilation; a new scale is not, but that torch takes a float for a variable only from its second
+value on.
 """
 
 from __future__ import annotations
@@ -145,6 +146,8 @@ def prototype_cross_entropy(
     checks.fraction("label_smoothing", label_smoothing)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: got {type(ignore_index).__name__}, wanted an int")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: got {ignore_index}, wanted 64 bits, as targets have")
     if class_mask is not None:
         checks.is_tensor("class_mask", class_mask, "a bool tensor")
     if check_finite:

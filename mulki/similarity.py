@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mulki import ops
-from mulki.ops import checks
+from mulki.ops import checks, torch_private
 from mulki.ops.logits import Operands
 
 
@@ -47,8 +47,9 @@ class Similarity:
         (n, d), p = self.features.shape, len(self.prototypes)
         dtype = str(self.dtype).removeprefix("torch.")
         # A value on another device would have to be waited for.
-        known = not isinstance(self.scale, Tensor) or self.scale.is_cpu
-        scale = f"{float(self.scale):g}" if known else "a tensor"
+        given = self.scale.detach() if isinstance(self.scale, Tensor) else self.scale
+        known = not isinstance(given, Tensor) or (given.is_cpu and torch_private.has_values(given))
+        scale = f"{float(given):g}" if known else "a tensor"
         return f"Similarity([{n}, {p}], width={d}, scale={scale}, {dtype}, {self.device})"
 
     # Type checkers shall go on to refuse all of this.

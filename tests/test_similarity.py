@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -136,10 +137,13 @@ def test_is_immutable(unit):
 
 
 def test_repr_is_one_line(unit):
-    s = Similarity(unit(3, 4), unit(5, 4), torch.tensor(2.5))
+    s = Similarity(unit(3, 4), unit(5, 4), torch.tensor(2.5, requires_grad=True))
     assert repr(s) == "Similarity([3, 5], width=4, scale=2.5, float64, cpu)"
     elsewhere = Similarity(*(torch.empty(3, 4, device="meta"),) * 2, torch.empty((), device="meta"))
     assert repr(elsewhere) == "Similarity([3, 3], width=4, scale=a tensor, float32, meta)"
+    shown = []
+    torch.vmap(lambda scale: shown.append(repr(replace(s, scale=scale))) or scale)(torch.ones(2))
+    assert shown == ["Similarity([3, 5], width=4, scale=a tensor, float64, cpu)"]
 
 
 @pytest.mark.parametrize(

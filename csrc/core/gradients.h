@@ -108,9 +108,12 @@ class Gradients {
       // A thread begins with tiles whose G it has written.
       const int64_t t = task / chunks;
       const Span columns = piece(task % chunks, chunk, width_);
-      alignas(64) float local[kTileWidth * kMaxChunk];
+      // Not on the stack, which may be smaller than that in a thread of the caller's.
+      const Scratch local = is_first && is_last
+          ? Scratch(t_.width * columns.count * int64_t(sizeof(float)))
+          : Scratch();
       float* sums_of_task = is_first && is_last
-          ? local
+          ? local.data<float>()
           : sums_.data<float>() + (t * width_ + columns.begin) * t_.width;
       const Sums sums{sums_of_task, t_.width, !is_first};
       products_->add_to_w(t, columns, count, sums);

@@ -35,6 +35,9 @@ def scalar(value: Tensor | float, like: Tensor) -> Tensor:
     """A 0-d tensor of the wide dtype where `like` is; filling one does not wait for a GPU."""
     dtype = wide(like.dtype)
     if not isinstance(value, Tensor):
+        if torch.compiler.is_compiling():
+            # torch.compile would take a number that fills a tensor for a constant.
+            return torch.ones((), dtype=dtype, device=like.device) * float(value)
         return torch.full((), float(value), dtype=dtype, device=like.device)
     if value.dtype == dtype and value.device == like.device:
         return value
@@ -47,10 +50,11 @@ def scalar(value: Tensor | float, like: Tensor) -> Tensor:
 
 def scalars(values: Sequence[Tensor | float], like: Tensor) -> Tensor:
     """The same of K values, [K]."""
-    numbers = {value for value in values if not isinstance(value, Tensor)}
-    if len(numbers) == 1 and not any(isinstance(value, Tensor) for value in values):
-        value = float(numbers.pop())
-        return torch.full((len(values),), value, dtype=wide(like.dtype), device=like.device)
+    # To compare numbers would make torch.compile take each new one for a constant.
+    if not torch.compiler.is_compiling() and not any(isinstance(v, Tensor) for v in values):
+        first, *others = map(float, values)
+        if all(other == first for other in others):
+            return torch.full((len(values),), first, dtype=wide(like.dtype), device=like.device)
     return torch.stack([scalar(value, like) for value in values])
 
 

@@ -145,7 +145,9 @@ def _check_stored(op: str, leaves: list[Tensor], stored: list[Tensor], needed: l
     for i, (leaf, gradient, want) in enumerate(zip(leaves, stored, needed, strict=False)):
         if want and gradient.shape != leaf.shape:
             raise RuntimeError(
-                f"wanted[{i}]: got False for mulki::{op}, wanted True as the argument requires grad"
+                f"wanted[{i}]: got False for mulki::{op}, wanted True as the argument requires "
+                "grad; where torch.export or make_fx recorded the call, record it again with "
+                "inputs that require grad"
             )
 
 

@@ -34,7 +34,7 @@ def call(op: str, x: Arguments, reduction: str) -> tuple[Tensor, ...]:
     wanted = [False] * leaves
     if reduction != "none" and torch.is_grad_enabled():
         # What a tensor under vmap says of itself is not what the one behind it requires.
-        every = not torch.compiler.is_compiling() and torch_private.transform_is_active()
+        every = torch_private.transform_is_active()
         wanted = [every or leaf.requires_grad for leaf in x[:leaves]]
     request = None, reduction, wanted
     if not _may_be_direct(x, leaves):

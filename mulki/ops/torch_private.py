@@ -3,8 +3,9 @@
 A later torch may rename or change them. They are looked up here, once, at import. Where one is
 missing, where torch is newer than the newest version that was tested, or with
 MULKI_TORCH_PRIVATE=0, the public way is taken: the results are the same, small calls are slower.
-Two things need the private names: gradients through vmap of a mean or sum, and the refusal of
-forward mode in compiled code. `reason` says why, and `mulki.info` shows it. MULKI_TORCH_PRIVATE=1
+Three things need the private names: gradients through vmap of a mean or sum, float64 in activation
+checkpointing and under dispatch modes, and the refusal of forward mode in compiled code. `reason`
+says why, and `mulki.info` shows it. MULKI_TORCH_PRIVATE=1
 uses them with any torch.
 """
 

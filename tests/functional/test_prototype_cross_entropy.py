@@ -123,6 +123,7 @@ class TestPrototypeCrossEntropy:
         ({"ignore_index": 3.0}, TypeError, "^ignore_index: got float"),
         ({"ignore_index": None}, TypeError, "^ignore_index: got NoneType"),
         ({"ignore_index": True}, TypeError, "^ignore_index: got bool"),
+        ({"ignore_index": 2**63}, ValueError, "^ignore_index: got 9223372036854775808, .*64 bits"),
         ({"label_smoothing": "0.1"}, TypeError, "^label_smoothing: got str"),
         ({"label_smoothing": -0.1}, ValueError, "^label_smoothing: got -0.1"),
         ({"label_smoothing": 1.1}, ValueError, "^label_smoothing: got 1.1"),

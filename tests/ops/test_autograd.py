@@ -340,6 +340,17 @@ def test_gradients_flow_through_vmap_of_a_mean(unit):
     torch.testing.assert_close(mapped, one_by_one)
 
 
+@pytest.mark.skipif(torch_private.reason() is not None, reason="needs torch's private names")
+def test_gradients_flow_through_compiled_vmap_of_a_mean(unit):
+    xs = torch.stack([unit(6, 4), unit(6, 4)]).requires_grad_()
+
+    def mapped(rows):
+        return torch.vmap(loss_of_pairs)(rows).sum()
+
+    compiled = torch.compile(mapped, backend="aot_eager")
+    torch.testing.assert_close(*(torch.autograd.grad(f(xs), xs) for f in (compiled, mapped)))
+
+
 def test_vmap_loops_over_an_operator_without_lists(unit):
     x, w = torch.stack([unit(6, 4), unit(6, 4)]), unit(5, 4)
     got = torch.vmap(lambda v: ops.similarity.matrix((v, w, 9.0)))(x)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch._dynamo.compiled_autograd
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from mulki import Similarity
 from mulki.functional import (
@@ -83,6 +84,27 @@ def test_one_graph_for_forward_and_backward(dynamic, scales):
     torch._dynamo.reset()
     options = {"fullgraph": True, "dynamic": dynamic, "backend": "aot_eager"}
     check(torch.compile(losses, **options), losses, scales)
+
+
+def of_student(x, w, u, v, scale):
+    return clip_contrastive(x, u, scale)
+
+
+def of_teacher(x, w, u, v, scale):
+    return teacher_kl(Similarity(x, w, 2.0), [Similarity(u, v, scale).detach()])
+
+
+@pytest.mark.parametrize("loss", [of_student, of_teacher])
+def test_new_scales_compile_once_more_at_most(loss):
+    features = inputs(6, 5, 0)[:4]
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, backend=counter, fullgraph=True)
+    for number in range(5):
+        scale = 3.0 + number
+        torch.testing.assert_close(compiled(*features, scale), loss(*features, scale))
+    # The first value is taken for a constant, the second for a variable.
+    assert counter.frame_count <= 2
 
 
 def two_losses(x, w, u, v, target, scale, other, temperature, smoothing):
