@@ -298,6 +298,16 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+def append_lines(path: Path, lines: str) -> None:
+    """Write lines behind those of a text file; one that was cut off there stays by itself."""
+    with path.open("ab+") as stream:
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":
+                lines = "\n" + lines
+        stream.write(lines.encode())
+
+
 def write_atomic(path: str | os.PathLike[str], text: str) -> None:
     """Replace ``path`` by ``text`` (UTF-8), see `replacing`.
 

@@ -18,6 +18,7 @@ from mulki import files
 from mulki.errors import InputError
 from mulki.files import (
     Row,
+    append_lines,
     check_regular,
     check_zip,
     from_json,
@@ -174,6 +175,14 @@ def test_members_of_a_zip_are_limited(limits: None, tmp_path: Path) -> None:
     np.savez_compressed(path, a=np.zeros(3 * 10**6, dtype=np.uint8))
     with pytest.raises(InputError, match=r"x\.npz: unpacks to more than 1 MB"):
         check_zip(path)
+
+
+def test_lines_are_put_behind_one_that_was_cut_off(tmp_path: Path) -> None:
+    file = tmp_path / "lines"
+    append_lines(file, "one\n")
+    append_lines(file, "two")
+    append_lines(file, "three\nfour\n")
+    assert file.read_text() == "one\ntwo\nthree\nfour\n"
 
 
 def test_json_that_is_none_is_a_value_error() -> None:

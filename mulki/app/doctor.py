@@ -18,6 +18,7 @@ from mulki.errors import InputError, counted
 from mulki.info import FOREIGN, gpu_names
 from mulki.ops import backends, loader
 from mulki.ops.serving import grouped
+from mulki.runs.environment import cores
 
 Level = Literal["ok", "note", "problem"]
 
@@ -147,11 +148,10 @@ def _has_nvidia_card() -> bool:
 
 def threads() -> Finding:
     """Whether torch takes as many threads as there are cores for this process."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    taken = torch.get_num_threads()
-    text = f"{counted(taken, 'thread')} on {counted(cores or 1, 'core')}"
-    if cores is not None and taken > cores:
-        return Finding("threads", "problem", text, f"export OMP_NUM_THREADS={cores}")
+    taken, here = torch.get_num_threads(), cores()
+    text = f"{counted(taken, 'thread')} on {counted(here, 'core')}"
+    if taken > here:
+        return Finding("threads", "problem", text, f"export OMP_NUM_THREADS={here}")
     return Finding("threads", "ok", text)
 
 

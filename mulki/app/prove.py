@@ -16,7 +16,6 @@ or hangs costs one. This process alone writes, and it does not touch a GPU.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import statistics
 import tempfile
@@ -38,6 +37,7 @@ from mulki.errors import InputError, counted
 from mulki.ops import backends, proofs
 from mulki.ops.gates import Weighting
 from mulki.ops.proofs import Verdict
+from mulki.runs.environment import cores
 from mulki.runs.lock import FolderLock
 from mulki.similarity import Similarity
 
@@ -276,9 +276,7 @@ def _found(todo: Sequence[Job], card: torch.device) -> Iterator[Verdict]:
 
 def _compilers() -> int:
     """How many processes compile: a core is left to the one that measures."""
-    here = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if here else os.cpu_count() or 1
-    return max(1, min(cores - 1, MOST_COMPILERS))
+    return max(1, min(cores() - 1, MOST_COMPILERS))
 
 
 def _context() -> Any:

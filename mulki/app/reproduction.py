@@ -154,6 +154,9 @@ def differs(row: Published, data: RunData) -> str:
     for name in wanted:
         if name not in _FREE and wanted[name] != options.get(name):
             return f"its {name.replace('_', ' ')} is {options.get(name)}, not {wanted[name]}"
+    before = data.environment.get("learned_with", {}) if row.options is not None else {}
+    if changed := [name for name in before if name not in _FREE]:
+        return f"it learned earlier tasks with {changed[0]} {before[changed[0]]}"
     start = options.get("pretrained")
     if wanted.get("pretrained", start) != start and _is_tag(options.get("model"), start):
         return f"its pretrained is {start}, not {wanted['pretrained']}"
@@ -164,8 +167,20 @@ def differs(row: Published, data: RunData) -> str:
     tasks = collection.in_order(str(row.scenario.get("order", "I")))
     if data.matrix.tasks != tasks:
         return f"it learned {', '.join(data.matrix.tasks) or 'nothing'}"
-    protocol = options.get("protocol") or collection.protocols[0]
+    protocol = protocol_of(data) or collection.protocols[0]
     return "" if protocol == row.protocol else f"its protocol is {protocol}, not {row.protocol}"
+
+
+def protocol_of(data: RunData) -> str:
+    """The protocol of a run's images, by default that of its sequence; empty if neither is known.
+
+    Raises:
+        InputError: as `options_of`.
+    """
+    options = options_of(data)
+    words = [str(word) for word in options.get("tasks", ())]
+    collection = COLLECTIONS.get(words[0].partition(":")[0]) if words else None
+    return str(options.get("protocol") or (collection.protocols[0] if collection else ""))
 
 
 def options_of(data: RunData) -> dict[str, Any]:

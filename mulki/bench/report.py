@@ -30,6 +30,7 @@ alone, in which it only scales them.
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ import numpy as np
 from mulki.bench.cases import MODES, PAIRED, Case
 from mulki.bench.machine import setting_line
 from mulki.errors import InputError
+from mulki.files import append_lines
 
 Row = dict[str, str]
 Status = Literal["timed", "searched", "failed", "out of memory", "not applicable"]
@@ -182,9 +184,10 @@ class CsvFile:
         self._append(rows)
 
     def _append(self, rows: Iterable[Row]) -> None:
+        text = io.StringIO(newline="")
+        csv.DictWriter(text, COLUMNS).writerows(rows)
         try:
-            with self._path.open("a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, COLUMNS).writerows(rows)
+            append_lines(self._path, text.getvalue())
         except OSError as error:
             raise InputError(
                 f"--output {self._path}: {error.strerror}; name a file in a folder that exists"

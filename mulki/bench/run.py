@@ -46,7 +46,9 @@ class BenchOptions:
         False, f"a few small shapes in a minute; all providers are all but {' and '.join(_SLOW)}"
     )
     threads: int = option(0, "CPU threads; 0 for those torch takes", low=0, high=4096)
-    seconds: float = option(1.0, "how long a provider is timed per case and mode", above=0)
+    seconds: float = option(
+        1.0, "how long a provider is timed per case and mode; --quick takes less", above=0
+    )
     device: str = option("cpu", "cpu, cuda, cuda:1, xpu, ...")
     budget: float = option(
         0.0,

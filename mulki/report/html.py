@@ -222,9 +222,10 @@ def _of_data_set(contents: RunContents, each: DataSet, most: int) -> _Classes | 
 
 def _confused(contents: RunContents, of: DataSet, answers: Answers) -> list[str]:
     # The pairs of a right and a said class that most images have, in words.
-    if answers.said is None:
-        return []
     every = [name for each in contents.data_sets.values() for name in each.classes]
+    # A folder that lacks a data set has answers that name none of the classes left.
+    if answers.said is None or max(answers.said, default=0) >= len(every):
+        return []
     wrong = Counter(
         (of.classes[target], every[said])
         for target, said, right in zip(of.targets, answers.said, answers.own, strict=True)

@@ -47,6 +47,13 @@ def environment(hashes: Mapping[str, object] | None = None) -> dict[str, object]
     }
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def changes_since(known: Mapping[str, object]) -> list[str]:
     """What of all that rounds results is not as in an ``env.json``: "threads: 2, before 4"."""
     now = environment()

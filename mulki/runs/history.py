@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from mulki.files import from_json
+from mulki.files import append_lines, from_json
 
 #: The file in a run folder.
 FILE = "history.jsonl"
@@ -64,14 +64,7 @@ _TABLES = ("losses", "seconds", "prototype_drift")
 
 def add_step(folder: Path, record: StepRecord) -> None:
     """Append a line to the file of a run folder."""
-    line = json.dumps(asdict(record)) + "\n"
-    with (folder / FILE).open("ab+") as stream:
-        # After a line that was cut off, this one would be lost with it.
-        if stream.tell():
-            stream.seek(-1, os.SEEK_END)
-            if stream.read(1) != b"\n":
-                line = "\n" + line
-        stream.write(line.encode())
+    append_lines(folder / FILE, json.dumps(asdict(record)) + "\n")
 
 
 def read_history(folder: str | os.PathLike[str]) -> list[StepRecord]:

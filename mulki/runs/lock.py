@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import weakref
 from pathlib import Path
 
@@ -12,6 +13,10 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+# Who asks `is_locked` holds the lock for a moment.
+_TRIES = 5
+_PAUSE = 0.05  # seconds
 
 
 class FolderLock:
@@ -29,17 +34,22 @@ class FolderLock:
         if fcntl is None:
             return
         descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise InputError(
-                f"{folder}: another run is writing to this folder; wait until it has ended, or "
-                "give another --name"
-            ) from None
-        except OSError:
-            os.close(descriptor)
-            return
+        for left in reversed(range(_TRIES)):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if left:
+                    time.sleep(_PAUSE)
+                    continue
+                os.close(descriptor)
+                raise InputError(
+                    f"{folder}: another run is writing to this folder; wait until it has ended, or "
+                    "give another --name"
+                ) from None
+            except OSError:
+                os.close(descriptor)
+                return
         _descriptors.add(descriptor)
         self._release = weakref.finalize(self, _unlock, descriptor)
 

@@ -51,7 +51,7 @@ def slug(name: str) -> str:
 
 def check_free(logs: str | os.PathLike[str], name: str | None) -> None:
     """Check a name as :func:`make_folder` does, and raise the same errors; make nothing."""
-    _check_name(name)
+    check_name(name)
     if any("\ud800" <= letter <= "\udfff" for letter in os.fspath(logs)):
         # safetensors opens no such path.
         raise InputError(f"--logs: got {os.fspath(logs)!a}, not UTF-8; choose another")
@@ -62,7 +62,8 @@ def check_free(logs: str | os.PathLike[str], name: str | None) -> None:
             FolderLock(path).release()
 
 
-def _check_name(name: str | None) -> None:
+def check_name(name: str | None) -> None:
+    """Raise an InputError for a name that is not one folder's."""
     if name is not None and (not name.strip() or name in (".", "..") or re.search(r"[/\\]", name)):
         raise InputError(
             f'--name: got "{name}", wanted the name of one folder; '
@@ -98,7 +99,7 @@ def make_folder(logs: Path, name: str | None, default: str) -> tuple[Path, Folde
     Raises:
         InputError: as :meth:`mulki.runs.folder.RunFolder.create` does.
     """
-    _check_name(name)
+    check_name(name)
     attempt = 1
     while True:
         # Two runs that start without a name in the same second get different folders.

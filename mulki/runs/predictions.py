@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from mulki.errors import InputError
 from mulki.files import write_atomic
+from mulki.printing import printable
 
 IntArray = npt.NDArray[np.int64]
 
@@ -178,7 +179,12 @@ def check_writable(option: str, path: Path) -> None:
     )
 
 
+def csv_cells(row: Iterable[Any]) -> list[str]:
+    """A row as text, control characters escaped: `csv` puts no quotes around a carriage return."""
+    return [printable(str(cell)) for cell in row]
+
+
 def _write(path: Path, rows: Iterable[Sequence[Any]]) -> None:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows(map(csv_cells, rows))
     write_atomic(path, text.getvalue())

@@ -27,7 +27,8 @@ from mulki.choices.options import field_name
 from mulki.console import Console
 from mulki.distributed.launch import join, launched
 from mulki.errors import InputError
-from mulki.runs.new_folder import check_free, slug
+from mulki.runs.environment import cores
+from mulki.runs.new_folder import check_free, check_name, slug
 from mulki.train.config.precision import device_of
 from mulki.train.config.run_config import (
     Settings,
@@ -92,6 +93,7 @@ def plan(
     for method, order, seed in product(methods, orders, seeds):
         own = {**of_method[method], "order": order, "seed": seed}
         settings = resolve(own)
+        check_name(settings.run.name)
         logs = Path(settings.run.logs, settings.run.name or "grid")
         if (logs / ARGUMENTS).exists():
             raise InputError(f"--name: {logs} is the folder of a run; give the grid another name")
@@ -246,7 +248,7 @@ def _signal_name(number: int) -> str:
 def _environment(slot: int, jobs: int, device: str) -> dict[str, str]:
     found = {}
     if "OMP_NUM_THREADS" not in os.environ:
-        found["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+        found["OMP_NUM_THREADS"] = str(max(1, cores() // jobs))
     gpus = torch.cuda.device_count()
     # A device with a number is one of all that there are.
     if gpus > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ and ":" not in device:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mulki.choices.options import field_name
+from mulki.choices.options import field_name, flag
 from mulki.clip.evaluation import Evaluator, LabelSpace
 from mulki.clip.head import ClassStatistics, Head, read_statistics
 from mulki.clip.models import VisionLanguageModel
@@ -48,8 +48,11 @@ _OF_FEATURES = (
 )
 _LOCKS = ("lock_text", "lock_image")
 
-#: Fields of `RunConfig` that a user may give.
-OPTIONS = (*_OF_TASKS, *_OF_FEATURES, "import_", "model", "workers", "device")
+#: Fields of `RunConfig` that a user may give: none that chooses training images alone.
+OPTIONS = (
+    *(name for name in _OF_TASKS if name not in ("shots", "seed")),
+    *(*_OF_FEATURES, "import_", "model", "workers", "device"),
+)
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,13 @@ def evaluation(checkpoint: Path, given: Mapping[str, Any]) -> Evaluation:
     as_in_its_run(model, str(checkpoint), config)
     file = statistics_of(checkpoint)
     statistics = read_statistics(file) if config.head and file.is_file() else None
+    for name in ("head", "head_weight", "head_shrinkage") if statistics is None else ():
+        if name in given and (config.head or name != "head"):
+            why = f"there is no {file}" if config.head else "--no-head was given"
+            raise InputError(
+                f"{flag(name)}: got {getattr(config, name)}, but no head of class statistics is "
+                f"used, since {why}; leave it out"
+            )
     return Evaluation(model, tasks, config, label_space, statistics)
 
 

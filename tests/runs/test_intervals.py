@@ -212,6 +212,28 @@ def test_the_interval_covers_the_true_difference(pairs: int, of_seed: float) -> 
     assert covered / 400 >= 0.92
 
 
+def test_the_interval_of_forgetting_covers_the_true_difference() -> None:
+    """Of a model whose answers change by chance, against one that never changes."""
+    random = np.random.default_rng(8)
+    covered, n, count = 0, 300, 60
+    tasks = tuple("abcdef")
+    for _ in range(count):
+        first = {task: random.random(n) < 0.8 for task in tasks}
+        steady = {task: np.repeat(first[task][None], 6, axis=0) for task in tasks}
+        # An eighth of the answers of each row are drawn anew.
+        moved = {
+            task: np.where(random.random((6, n)) < 0.125, random.random((6, n)) < 0.8, rows)
+            for task, rows in steady.items()
+        }
+        ours, other = (
+            RunAnswers(own, {task: own[task][j:] for j, task in enumerate(tasks)})
+            for own in (moved, steady)
+        )
+        found = paired_differences([ours], [other], resamples=300)["forgetting"]
+        covered += found.low <= 0 <= found.high  # type: ignore[operator]
+    assert covered / count >= 0.85  # percentiles: 0.63
+
+
 def test_what_an_interval_holds_in_words() -> None:
     assert interval_over(3, images=True) == "seeds and images"
     assert interval_over(1, images=True) == "images"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mulki.errors import InputError
+from mulki.runs import lock
 from mulki.runs.lock import FolderLock, is_locked
 from tests import ROOT
 
@@ -84,6 +85,14 @@ def test_whether_it_is_taken_can_be_seen(tmp_path: Path) -> None:
         process.wait()
     assert is_locked(tmp_path) is False
     FolderLock(tmp_path).release()  # looking has left it free
+
+
+def test_a_look_at_it_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looking = os.open(tmp_path, os.O_RDONLY)
+    lock.fcntl.flock(looking, lock.fcntl.LOCK_SH)
+    # It is over while the other waits.
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: os.close(looking))
+    FolderLock(tmp_path).release()
 
 
 def test_it_goes_with_the_object(tmp_path: Path) -> None:

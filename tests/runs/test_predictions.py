@@ -62,7 +62,7 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 def test_files(found: Predictions, tmp_path: Path) -> None:
-    names = ["0.png", "1.png", 'x,"2".png', "3.png"]
+    names = ["0.png", "1.png", 'x,"2".png', "3\r.png"]
     of = [TaskPredictions("a", names, found, found)]
     write_predictions(tmp_path / "p.csv", of)
     rows = table(tmp_path / "p.csv")
@@ -80,6 +80,7 @@ def test_files(found: Predictions, tmp_path: Path) -> None:
         "top4": "zero",
         "top5": "five",
     }
+    assert rows[3]["image"] == "3\\r.png"  # readers would take it for the end of the line
     right = [row["predicted"] == row["class"] for row in rows[:4]]
     assert 100 * sum(right) / 4 == figures([found])["acc1"]
 

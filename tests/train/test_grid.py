@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -115,6 +114,11 @@ def test_words_and_reference_images_are_for_the_methods_that_use_them(
         planned((0,), ("finetune", "ewc"), **data)
 
 
+def test_a_name_is_that_of_one_folder(planned: Plan) -> None:
+    with pytest.raises(InputError, match="--name: got .*the name of one folder"):
+        planned(name="../elsewhere")
+
+
 def test_a_folder_of_something_else_is_refused(planned: Plan, tmp_path: Path) -> None:
     mine = tmp_path / "logs" / "grid" / "finetune-order_I-seed_1"
     mine.mkdir(parents=True)
@@ -162,7 +166,7 @@ def test_several_at_a_time(planned: Plan, tmp_path: Path) -> None:
 def test_processes_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(grid, "cores", lambda: 8)
     monkeypatch.setattr(grid.torch.cuda, "device_count", lambda: 2)
     found = [grid._environment(slot, 3, "auto") for slot in range(3)]
     assert [each["OMP_NUM_THREADS"] for each in found] == ["2"] * 3

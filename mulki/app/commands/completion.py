@@ -61,5 +61,6 @@ def _method(words: list[str]) -> list[str]:
     # a key that completes a word should run no code of others.
     from mulki import methods
 
-    name = words[words.index("--method") + 1] if "--method" in words[:-1] else ""
+    given = [part for word in words for part in word.split("=", 1)]
+    name = given[given.index("--method") + 1] if "--method" in given[:-1] else ""
     return ["--method", name] if name in methods.available() else []

@@ -22,7 +22,7 @@ from mulki.data.unlabelled import find_images
 from mulki.errors import InputError, counted
 from mulki.files import check_regular, replacing
 from mulki.printing import say
-from mulki.runs.predictions import check_writable
+from mulki.runs.predictions import check_writable, csv_cells
 
 if TYPE_CHECKING:
     from mulki.train.model import Prediction
@@ -147,7 +147,7 @@ def _rows(path: Path | None, top: int) -> Iterator[Callable[[Prediction], None]]
             cells = [each.image, each.label or ""]
             for name, chance in zip(each.classes, each.probabilities, strict=True):
                 cells += [name, f"{chance:.4f}"]
-            rows.writerow(cells + [""] * (2 * top + 2 - len(cells)))
+            rows.writerow(csv_cells(cells + [""] * (2 * top + 2 - len(cells))))
 
         yield write
 

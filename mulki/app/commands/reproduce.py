@@ -13,7 +13,15 @@ from rich.text import Text
 from mulki.app.commands.grid import is_first, seeds_of, whole
 from mulki.app.commands.parsing import Parser, add_options, with_hyphens
 from mulki.app.commands.training import prepare_process
-from mulki.app.reproduction import WORDS, Judgement, figures_of, judge, leaderboard, options_of
+from mulki.app.reproduction import (
+    WORDS,
+    Judgement,
+    figures_of,
+    judge,
+    leaderboard,
+    options_of,
+    protocol_of,
+)
 from mulki.choices.options import flag
 from mulki.console import Console
 from mulki.data.published.rows import Published, published_row, published_rows
@@ -161,7 +169,9 @@ def _print(found: Judgement) -> None:
 def _list(rows: Mapping[str, Published], runs: Sequence[Path], as_json: bool) -> None:
     read = [(folder, read_folder(folder)) for folder in runs]
     by_benchmark = leaderboard(rows, [run for run in read if run[1].status == "complete"])
-    left_out = {folder: data.status for folder, data in read if data.status != "complete"}
+    every = [entry for entries in by_benchmark.values() for entry in entries]
+    shown = {entry[0] for entry in every if not isinstance(entry, Published)}
+    left_out = {folder: data.status for folder, data in read if folder not in shown}
     if as_json:
         ours = [
             _run_as_json(benchmark, *entry)
@@ -188,12 +198,13 @@ def _list(rows: Mapping[str, Published], runs: Sequence[Path], as_json: bool) ->
             *("source", "runs here", "method", "protocol", "extra data", "task identity"),
             *("stored", "models"),
         ]
-        shown = [_entry(entry, metrics, sources) for entry in entries]
+        lines = [_entry(entry, metrics, sources) for entry in entries]
         console.print(Text(benchmark, style="bold"))
-        for table in folded_tables(width, "row", head, shown, numbers=False):
+        for table in folded_tables(width, "row", head, lines, numbers=False):
             tables.print(table, "", sep="\n")
     for folder, status in left_out.items():
-        console.print(Text(f"left out: {folder} is {status}"), soft_wrap=True)
+        what = "complete, and no benchmark has its tasks" if status == "complete" else status
+        console.print(Text(f"left out: {folder} is {what}"), soft_wrap=True)
     console.print(Text("in percent; rows of two protocols do not compare. Sources:"))
     for number, source in enumerate(sources, start=1):
         console.print(Text(f"[{number}] {source}"))
@@ -219,7 +230,8 @@ def _entry(
     stored = "images" if "images of earlier tasks" in used else "nothing"
     model = options_of(data).get("model", "?")
     method = f"{data.summary.get('method', '?')}, ours: {model}"
-    return str(folder), [*shown, "", "", method, "", uses, "no", stored, "one"]
+    protocol = protocol_of(data)
+    return str(folder), [*shown, "", "", method, protocol, uses, "no", stored, "one"]
 
 
 def _run_as_json(benchmark: str, folder: Path, data: RunData) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from mulki.choices.option_files import options_in
 from mulki.errors import InputError, counted, nearest
 from mulki.report.comparison.groups import (
     LEARNED_BEFORE,
+    LEARNED_WITH,
     NEUTRAL,
     TITLES,
     Against,
@@ -179,6 +180,10 @@ def _read(folder: Path) -> Run:
     # Older folders do not say it.
     if "learned_before" in data.environment or options.get("continue") is None:
         options[LEARNED_BEFORE] = " ".join(without_row) or "nothing"
+    learned_with = data.environment.get("learned_with", {})
+    _check(folder / "env.json", "learned_with", learned_with, dict)
+    if changed := [f"{k}={v}" for k, v in learned_with.items() if k not in NEUTRAL]:
+        options[LEARNED_WITH] = " ".join(changed)
     _check(folder / "summary.json", "uses", data.summary.get("uses") or [], list)
     kept = data.status == "complete" and (folder / FOLDER).is_dir()
     rows = read_answers(folder) if kept else {}
@@ -203,7 +208,7 @@ def _labels(runs: Iterable[Run]) -> dict[str, str]:
     for method, same in by_method.items():
         names = sorted({name for run in same for name in run.options} - NEUTRAL)
         shown = [
-            [f"{n}={run.options[n]}" if n in run.options else f"{n} unset" for n in names]
+            [f"{n} unset" if run.options.get(n) is None else f"{n}={run.options[n]}" for n in names]
             for run in same
         ]
         differ = [
@@ -241,7 +246,8 @@ def _name(run: Run) -> str:
     tasks = run.data.matrix.tasks
     # One word may be a sequence, one task, or what a run learned after those of an earlier one.
     if len(words) == 1 and len(tasks) > 1 and run.options.get("continue") is None:
-        return f"{words[0]}, order {run.options['order']}"
+        steps = f" in {len(tasks)} steps" if run.options.get("scenario") == "cil" else ""
+        return f"{words[0]}{steps}, order {run.options['order']}"
     return ", ".join(tasks)
 
 

@@ -21,12 +21,13 @@ TITLES = {name: title for name, title in tables.TITLES.items() if name != "bwt"}
 }
 TITLES |= {name: f"{TITLES[of]}, head" for name, of in HEAD_METRICS.items()}
 
-#: As if it were an option: earlier tasks of which a run has no row.
-LEARNED_BEFORE = "learned before"
+#: As if they were options: earlier tasks of which a run has no row, and what was another option
+#: while earlier tasks were learned.
+LEARNED_BEFORE, LEARNED_WITH = "learned before", "earlier tasks with"
 
 # Options that change no result but by rounding, or only where it goes. The tasks and their order
 # are compared by what was learned, and the seed tells the runs of a group apart. A run that goes on
-# from another has the results of one run.
+# from another with the same options has the results of one run.
 NEUTRAL = frozenset(
     {"seed", "tasks", "order", "name", "logs", "workers", "device", "import", "preset"}
     | {"log_every_n_steps", "save_checkpoints", "batch_size_eval", "micro_batch"}
@@ -179,6 +180,7 @@ class OverOrders:
     """What a group of runs comes to over several orders.
 
     Args:
+        sequence: the name of what was learned, without that of an order.
         label: of the group in the sections.
         orders: how many sections have it.
         means: mean and half of its interval, by metric.
@@ -187,6 +189,7 @@ class OverOrders:
         compared: how many sections those are.
     """
 
+    sequence: str
     label: str
     orders: int
     means: dict[str, tuple[float, float | None]]
@@ -197,6 +200,7 @@ class OverOrders:
     def to_dict(self) -> dict[str, Any]:
         """The numbers for JSON."""
         return {
+            "sequence": self.sequence,
             "label": self.label,
             "orders": self.orders,
             "metrics": {n: {"mean": m, "half_width": h} for n, (m, h) in self.means.items()},
@@ -242,7 +246,9 @@ def _combined(label: str, sections: Sequence[Section]) -> OverOrders | None:
     baseline = differences[0][0] if differences else None
     against = [metrics for of, metrics in differences if of == baseline]
     none = [dict.fromkeys(each, 0.0) for each in against]
+    name = sections[0].name
     return OverOrders(
+        name.rpartition(", order ")[0] or name,
         label,
         len(groups),
         {name: mean_interval([each[name] for each in values]) for name in shared},

@@ -20,6 +20,7 @@ def render_comparison(comparison: Comparison) -> str:
     sections = comparison.sections
     runs = [run for section in sections for group in section.groups for run in group.runs]
     labels = dict.fromkeys(group.label for section in sections for group in section.groups)
+    sequences = len({frozenset(section.tasks) for section in sections})
     metrics = metrics_shown(sections)
     return render(
         page_file("comparison.html"),
@@ -27,6 +28,7 @@ def render_comparison(comparison: Comparison) -> str:
         facts=[
             counted(len(runs), "run"),
             counted(len(labels), "group"),
+            *([f"{sequences} sequences"] if sequences > 1 else []),
             counted(len(sections), "order"),
         ],
         unlike=comparison.unlike,

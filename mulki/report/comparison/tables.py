@@ -66,15 +66,14 @@ def difference_rows(section: Section, metrics: Sequence[str]) -> list[Row]:
 
 def order_rows(sections: Sequence[Section], metrics: Sequence[str]) -> list[Row]:
     """Groups over several orders, and their differences, with the numbers of orders."""
-    rows = []
-    for each in over_orders(sections):
-        rows.append(Row(each.label, _means(each.means, metrics), (str(each.orders),)))
+    rows, found = [], over_orders(sections)
+    several = len({each.sequence for each in found}) > 1
+    for each in found:
+        label = f"{each.sequence}: {each.label}" if several else each.label
+        rows.append(Row(label, _means(each.means, metrics), (str(each.orders),)))
         if each.baseline is not None:
-            label, cells = (
-                f"{each.label} less {each.baseline}",
-                _differences(each.differences, metrics),
-            )
-            rows.append(Row(label, cells, (str(each.compared),)))
+            cells = _differences(each.differences, metrics)
+            rows.append(Row(f"{label} less {each.baseline}", cells, (str(each.compared),)))
     return rows
 
 

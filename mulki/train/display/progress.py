@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -62,7 +63,14 @@ def checking(
         what: is done with the images, where they are not checked.
     """
     columns = what, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    bar = Progress(*columns, console=console, transient=True, refresh_per_second=_RATE)
+    bar = Progress(
+        *columns,
+        console=console,
+        transient=True,
+        refresh_per_second=_RATE,
+        # What goes into a file or a pipe is not taken up into the display.
+        redirect_stdout=sys.stdout.isatty(),
+    )
     row = bar.add_task("", total=None)
     began = printed = time.monotonic()
 

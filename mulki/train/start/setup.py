@@ -110,16 +110,26 @@ class Setup(Training):
 
     def description(self, learned: int, figures: Mapping[str, float]) -> Description:
         """What the model is after so many of the tasks, with its accuracy by test set."""
-        options = Settings(self.config, self.method.options).to_dict()
         return Description(
             tuple(
                 LearnedTask(t.name, t.classes, t.templates, t.texts) for t in self.tasks[:learned]
             ),
-            recipe_of(options | {"precision": self.precision.name}),
+            self._recipe,
             str(self.hashes.get("original", self.hashes["weights"])),
             figures,
             self.earlier,
+            self.learned_with,
         )
+
+    @property
+    def _recipe(self) -> dict[str, Any]:
+        options = Settings(self.config, self.method.options).to_dict()
+        return recipe_of(options | {"precision": self.precision.name})
+
+    @property
+    def learned_with(self) -> dict[str, Any]:
+        """Options in which the runs that this one goes on from differ from it."""
+        return {} if self.goes_on is None else self.goes_on.said.goes_on_with(self._recipe)
 
     @property
     def uses(self) -> tuple[str, ...]:
@@ -438,4 +448,5 @@ def _make_folder(settings: Settings, setup: Setup) -> RunFolder:
         uses=setup.uses,
         parameters=setup.model.parameter_counts()._asdict(),
         learned_before=tuple(task.name for task in setup.tasks[: setup.earlier]),
+        learned_with=setup.learned_with,
     )

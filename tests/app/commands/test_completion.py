@@ -67,6 +67,7 @@ def test_a_run_has_the_options_of_its_method(ask: Ask) -> None:
         "--alpha"
     ]
     assert ask("mulki run --method finetune embedded --alp") == []
+    assert ask("mulki run --method=finetune embedded --alp") == []
     assert {"mulki", "finetune"} <= {*ask("mulki run --method ")}
     assert ask("mulki run embedded-f") == ["embedded-flags"]
 

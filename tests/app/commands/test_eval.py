@@ -108,7 +108,8 @@ def test_bad_input(refused: Refused, finished: Path, tmp_path: Path) -> None:
     twice = ["--predictions", tmp_path / "p.csv", "--confusion", tmp_path / "p.csv"]
     assert "--predictions writes too" in refused(["eval", finished, *twice])
     assert "neither a sequence" in refused(["eval", finished, "--tasks", "no_such"])
-    assert "--lr" in refused(["eval", finished, "--lr", "1"])
+    for name in ("--lr", "--shots", "--seed"):
+        assert name in refused(["eval", finished, name, "1"])
 
 
 def test_help_tells_no_default_where_the_run_has_a_say(capsys: pytest.CaptureFixture[str]) -> None:

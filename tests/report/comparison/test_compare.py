@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from mulki.errors import InputError
 from mulki.report.comparison.compare import compare
 from mulki.report.comparison.groups import TITLES, over_orders
+from mulki.report.comparison.tables import order_rows
 from mulki.runs.metrics import HEAD_METRICS
 from tests.report.report_helpers import PAIR as TASKS
 from tests.report.report_helpers import Make, printed
@@ -50,6 +52,10 @@ def test_a_label_has_what_differs_within_a_method(make: Make) -> None:
     with pytest.raises(InputError, match="--baseline: mulki has 2 configurations.*lr=0.1"):
         compare([first, other], "mulki")
     assert compare([first, other], "mulki lr=0.2").sections[0].baseline == "mulki lr=0.2"
+    # An option that is off, and one that mulki had not yet.
+    off = make("e", lr=0.1, gate="label", other=None)
+    groups = compare([first, off, other]).sections[0].groups
+    assert [(g.label, len(g.runs)) for g in groups] == [("mulki lr=0.1", 2), ("mulki lr=0.2", 1)]
     unset = compare([first, make("d", gate="label")]).sections[0].groups
     assert [g.label for g in unset] == ["mulki lr=0.1", "mulki lr unset"]
     with pytest.raises(InputError, match='lwff .*"lwf"'):
@@ -212,6 +218,18 @@ def test_a_run_whose_earlier_tasks_have_no_row_is_no_fresh_one(make: Make) -> No
     }
 
 
+def test_a_run_whose_earlier_tasks_had_other_options_is_no_fresh_one(make: Make) -> None:
+    one, same, other = (make(name, seed=i) for i, name in enumerate("abc"))
+    for folder, changed in ((same, {"name": "x"}), (other, {"name": "x", "method": "lwf"})):
+        environment = json.loads((folder / "env.json").read_text())
+        (folder / "env.json").write_text(json.dumps(environment | {"learned_with": changed}))
+    groups = compare([one, same, other]).sections[0].groups
+    assert {group.label: len(group.runs) for group in groups} == {
+        "mulki earlier tasks with unset": 2,
+        "mulki earlier tasks with=method=lwf": 1,
+    }
+
+
 def test_a_folder_of_runs_stands_for_all_of_them_and_their_grids(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,6 +312,21 @@ def test_sequences_are_compared_apart(make: Make) -> None:
     assert compare(runs, "mulki").warnings[-1] == (
         "zoo, order I: no run of the baseline mulki, so no differences"
     )
+
+
+def test_orders_of_several_sequences_are_told_apart(make: Make) -> None:
+    runs = [
+        make(f"{method}{number}", method, tasks=tasks)
+        for method in ("lwf", "mulki")
+        for number, tasks in enumerate((("a", "b"), ("b", "a"), ("c", "d"), ("d", "c")))
+    ]
+    found = compare(runs)
+    assert len({each["sequence"] for each in found.to_dict()["orders"]}) == 1  # all have one name
+    names = [f"{'zoo' if s.tasks[0] in 'ab' else 'sea'}, order I" for s in found.sections]
+    sections = [replace(s, name=name) for s, name in zip(found.sections, names, strict=True)]
+    rows = order_rows(sections, ["last"])
+    labels = ("lwf", "mulki", "mulki less lwf")
+    assert [row.label for row in rows] == [f"{of}: {x}" for of in ("zoo", "sea") for x in labels]
 
 
 def test_orders_have_one_baseline(make: Make) -> None:

@@ -228,6 +228,17 @@ def test_checking_many_images_is_shown(monkeypatch: pytest.MonkeyPatch, terminal
         assert shown.splitlines() == [*lines, "checking images: 81/100"]
 
 
+def test_what_goes_into_a_file_is_not_drawn(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "_PATIENCE", 0.0)
+    drawn = io.StringIO()
+    with checking(Console(file=drawn, force_terminal=True, width=100)) as show:
+        show(1, 2)
+        print("a prediction")
+    assert capsys.readouterr().out == "a prediction\n" and "a prediction" not in drawn.getvalue()
+
+
 def test_a_run_shows_the_check_of_its_images(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_PATIENCE", 0.0)
     monkeypatch.setattr(module, "_OFTEN", 0.0)

@@ -212,7 +212,13 @@ def test_another_method_takes_nothing_that_the_first_kept(
     make: Make, folders: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     first = make("first", folders[:1], method="keeplora", lora_rank=2)
-    make("second", folders[1:2], first.path, method="ewc", lora_rank=None, fisher_images=3)
+    options = {"method": "ewc", "lora_rank": None, "fisher_images": 3}
+    second = make("second", folders[1:2], first.path, **options)
+    environment = json.loads((second.path / "env.json").read_text())
+    assert (
+        environment["learned_with"] | {"lora_rank": 2, "method": "keeplora"}
+        == (environment["learned_with"])
+    )
     assert "method.safetensors of ewc: the earlier tasks were not learned by ewc" in caplog.text
 
 
