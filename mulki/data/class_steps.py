@@ -41,7 +41,7 @@ def class_steps(task: Task, counts: Sequence[int]) -> list[Task]:
 
         def part(whole: ImageSet, start: int = start, end: int = end) -> Subset:
             indices = [i for i, target in enumerate(whole.targets) if start <= target < end]
-            return Subset(whole, indices, [old - start for old in range(end)])
+            return Subset(whole, indices, first_class=start)
 
         steps.append(
             dataclasses.replace(

@@ -20,17 +20,14 @@ class Subset:
     Args:
         image_set: the whole set.
         indices: places of the images in it.
-        classes: the class index here of each class of the whole set, [C]; the same if left out.
+        first_class: the class of the whole set that is class 0 here.
     """
 
-    def __init__(
-        self, image_set: ImageSet, indices: Sequence[int], classes: Sequence[int] | None = None
-    ):
+    def __init__(self, image_set: ImageSet, indices: Sequence[int], first_class: int = 0):
         self.image_set = image_set
         self.indices = tuple(indices)
-        self.classes = None if classes is None else tuple(classes)
-        targets = [image_set.targets[i] for i in self.indices]
-        self.targets = targets if classes is None else [classes[old] for old in targets]
+        self.first_class = first_class
+        self.targets = [image_set.targets[i] - first_class for i in self.indices]
         #: Images of the set that this one is a sample of, where costs are measured: a cache that
         #: would not hold all of them does not hold these.
         self.sample_of = len(self.indices)
@@ -46,14 +43,9 @@ class Subset:
 
     def fingerprint(self) -> str:
         whole = f"{self.image_set.fingerprint()} {self.indices}"
-        if self.classes is not None:
-            whole += f" {self.classes}"
+        if self.first_class:
+            whole += f" {self.first_class}"
         return hashlib.sha256(whole.encode()).hexdigest()
-
-
-def relabelled(image_set: ImageSet, classes: Sequence[int]) -> Subset:
-    """All images of a set with other class indices, as of `Subset`."""
-    return Subset(image_set, range(len(image_set)), classes)
 
 
 def limited(task: Task, count: int) -> Task:

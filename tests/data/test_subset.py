@@ -59,9 +59,9 @@ def test_count_is_kept_in_both_splits(count: int) -> None:
     assert max(numbers) - min(numbers) <= 1
 
 
-def test_classes_of_another_index() -> None:
+def test_classes_are_counted_from_the_first_one() -> None:
     whole = Grey((0, 1, 2, 2))
-    part = Subset(whole, (2, 3, 1), (7, 0, 1))
+    part = Subset(whole, (2, 3, 1), first_class=1)
     assert part.targets == [1, 1, 0]
     assert part.fingerprint() != Subset(whole, (2, 3, 1)).fingerprint()
 

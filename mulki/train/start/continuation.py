@@ -20,9 +20,10 @@ from mulki.choices.options import convert, field_name
 from mulki.clip.models import VisionLanguageModel
 from mulki.clip.tensor_files import CHECKSUM, load_tensors, read_metadata
 from mulki.data import CaptionTask, Source, Task, load_sequence, sequence_names
+from mulki.data.class_order import Relabelled
 from mulki.data.image_files import ImageFiles
 from mulki.data.sequences import has_validation
-from mulki.data.subset import few_shot, held_back, limited, relabelled
+from mulki.data.subset import few_shot, held_back, limited
 from mulki.distributed.parts import set_whole
 from mulki.errors import InputError
 from mulki.train.config.run_config import RunConfig, csv_form, import_given, read_config
@@ -274,7 +275,7 @@ def _as_learned(
     train, test = found.train if replayed else _NOTHING, found.test
     if found.classes != learned.classes:
         places = [learned.classes.index(name) for name in found.classes]
-        train, test = relabelled(train, places), relabelled(test, places)
+        train, test = Relabelled(train, places), Relabelled(test, places)
     return replace(
         found,
         classes=learned.classes,
