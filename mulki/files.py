@@ -299,12 +299,12 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def append_lines(path: Path, lines: str) -> None:
-    """Write lines behind those of a text file; one that was cut off there stays by itself."""
-    with path.open("ab+") as stream:
-        if stream.tell():
-            stream.seek(-1, os.SEEK_END)
-            if stream.read(1) != b"\n":
-                lines = "\n" + lines
+    """Write lines behind those of a text file, and not behind one that was cut off there."""
+    with path.open("ab") as stream:
+        if path.is_file() and stream.tell():
+            with path.open("rb") as written:
+                written.seek(-1, os.SEEK_END)
+                lines = lines if written.read() == b"\n" else "\n" + lines
         stream.write(lines.encode())
 
 

@@ -19,8 +19,7 @@ differentiation, the transforms of `torch.func` that differentiate raise, and so
 contrastive loss and the KL that one call of a distilling loss returns. What needs those can call
 the `reference` of each operator in `mulki.ops`. Under `torch.compile` every new value of a float
 option (`temperature`, `gate_temperature`, `gate_entropy`, `gate_label`, `label_smoothing`) is a
-recompilation; a new scale is not, but that torch takes a float for a variable only from its second
-value on.
+recompilation; a new scale is not, except the second value of a scale that is a float.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mulki import ops
-from mulki.ops import checks, torch_private
+from mulki.ops import checks
 from mulki.ops.logits import Operands
 
 
@@ -47,9 +48,11 @@ class Similarity:
         (n, d), p = self.features.shape, len(self.prototypes)
         dtype = str(self.dtype).removeprefix("torch.")
         # A value on another device would have to be waited for.
-        given = self.scale.detach() if isinstance(self.scale, Tensor) else self.scale
-        known = not isinstance(given, Tensor) or (given.is_cpu and torch_private.has_values(given))
-        scale = f"{float(given):g}" if known else "a tensor"
+        scale = "a tensor"
+        if not (isinstance(self.scale, Tensor) and not self.scale.is_cpu):
+            with suppress(RuntimeError):  # within vmap it has no value
+                given = self.scale.detach() if isinstance(self.scale, Tensor) else self.scale
+                scale = f"{float(given):g}"
         return f"Similarity([{n}, {p}], width={d}, scale={scale}, {dtype}, {self.device})"
 
     # Type checkers shall go on to refuse all of this.

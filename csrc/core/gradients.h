@@ -80,7 +80,9 @@ class Gradients {
     }
     const int64_t blocks = pieces(count, rows_of_task);
     parallel_tasks<Engine>(blocks * pieces(width_, chunk), [&](int64_t task) {
-      alignas(64) float sums[kTaskRows * kMaxChunk];
+      // Not on the stack, which may be small in a thread of the caller's.
+      const Scratch block(rows_of_task * chunk * int64_t(sizeof(float)));
+      float* sums = block.data<float>();
       // Successive tasks have the same chunk of W, so that it stays in the L2 cache of a core.
       const Span rows = piece(task % blocks, rows_of_task, count);
       const Span columns = piece(task / blocks, chunk, width_);
@@ -108,7 +110,6 @@ class Gradients {
       // A thread begins with tiles whose G it has written.
       const int64_t t = task / chunks;
       const Span columns = piece(task % chunks, chunk, width_);
-      // Not on the stack, which may be smaller than that in a thread of the caller's.
       const Scratch local = is_first && is_last
           ? Scratch(t_.width * columns.count * int64_t(sizeof(float)))
           : Scratch();

@@ -13,7 +13,7 @@ from mulki.choices.options import flag
 from mulki.data.published.collections import COLLECTIONS
 from mulki.data.published.rows import Published
 from mulki.errors import InputError
-from mulki.report.comparison.groups import NEUTRAL
+from mulki.report.comparison.groups import NEUTRAL, learned_with
 from mulki.runs.intervals import mean_interval
 from mulki.runs.reading import RunData, read_folder
 
@@ -154,9 +154,9 @@ def differs(row: Published, data: RunData) -> str:
     for name in wanted:
         if name not in _FREE and wanted[name] != options.get(name):
             return f"its {name.replace('_', ' ')} is {options.get(name)}, not {wanted[name]}"
-    before = data.environment.get("learned_with", {}) if row.options is not None else {}
-    if changed := [name for name in before if name not in _FREE]:
-        return f"it learned earlier tasks with {changed[0]} {before[changed[0]]}"
+    for count, others in learned_with(data) if row.options is not None else ():
+        if changed := sorted(others.keys() - _FREE):
+            return f"{count} of its tasks were learned with {changed[0]} {others[changed[0]]}"
     start = options.get("pretrained")
     if wanted.get("pretrained", start) != start and _is_tag(options.get("model"), start):
         return f"its pretrained is {start}, not {wanted['pretrained']}"

@@ -5,8 +5,7 @@ missing, where torch is newer than the newest version that was tested, or with
 MULKI_TORCH_PRIVATE=0, the public way is taken: the results are the same, small calls are slower.
 Three things need the private names: gradients through vmap of a mean or sum, float64 in activation
 checkpointing and under dispatch modes, and the refusal of forward mode in compiled code. `reason`
-says why, and `mulki.info` shows it. MULKI_TORCH_PRIVATE=1
-uses them with any torch.
+says why, and `mulki.info` shows it. MULKI_TORCH_PRIVATE=1 uses them with any torch.
 """
 
 from __future__ import annotations

@@ -222,10 +222,10 @@ def _of_data_set(contents: RunContents, each: DataSet, most: int) -> _Classes | 
 
 def _confused(contents: RunContents, of: DataSet, answers: Answers) -> list[str]:
     # The pairs of a right and a said class that most images have, in words.
-    every = [name for each in contents.data_sets.values() for name in each.classes]
-    # A folder that lacks a data set has answers that name none of the classes left.
-    if answers.said is None or max(answers.said, default=0) >= len(every):
+    # Said classes are counted over all data sets, so that none may be missing.
+    if answers.said is None or not contents.data_sets.keys() >= {*contents.data.matrix.columns}:
         return []
+    every = [name for each in contents.data_sets.values() for name in each.classes]
     wrong = Counter(
         (of.classes[target], every[said])
         for target, said, right in zip(of.targets, answers.said, answers.own, strict=True)

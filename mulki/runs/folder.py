@@ -131,18 +131,18 @@ class RunFolder:
         uses: tuple[str, ...] = (),
         parameters: Mapping[str, int] | None = None,
         learned_before: tuple[str, ...] = (),
-        learned_with: Mapping[str, object] | None = None,
+        learned_with: tuple[Mapping[str, object], ...] = (),
     ) -> RunFolder:
         """Make ``<logs>/<name>/`` with ``args.yaml``, ``env.json`` and an empty summary.
 
         ``columns`` are the data sets that will be evaluated, ``config`` the resolved
         configuration, ``hashes`` those for :func:`environment`, ``uses`` what the method uses
         beyond the tasks and the start model, in words, ``parameters`` how many there are,
-        ``learned_before`` the tasks of earlier runs, for ``env.json``, and ``learned_with`` the
-        options that were others there. A folder whose run ended before its first evaluation is
-        taken again. Raises :class:`InputError` for another folder that exists and is not empty,
-        one that cannot be made or that another process has, and a name that is not one path
-        component.
+        ``learned_before`` the tasks of earlier runs, for ``env.json``, and ``learned_with`` how
+        many each of them had and which options were others there. A folder whose run ended before
+        its first evaluation is taken again. Raises :class:`InputError` for another folder that
+        exists and is not empty, one that cannot be made or that another process has, and a name
+        that is not one path component.
         """
         matrix = AccuracyMatrix(columns=tuple(columns))
         path, lock = make_folder(Path(logs), name, default_name(method, order, seed, config))
@@ -153,7 +153,7 @@ class RunFolder:
             "date": datetime.date.today().isoformat(),
             "parameters": parameters,
             "learned_before": list(learned_before),
-            "learned_with": _plain(learned_with or {}),
+            "learned_with": list(learned_with),
         }
         write_atomic(path / "env.json", _json(environment(hashes) | of_run))
         write_atomic(path / "args.yaml", yaml.safe_dump(_plain(config), sort_keys=False))

@@ -16,7 +16,6 @@ import numpy.typing as npt
 
 from mulki.errors import InputError
 from mulki.files import write_atomic
-from mulki.printing import printable
 
 IntArray = npt.NDArray[np.int64]
 
@@ -180,8 +179,8 @@ def check_writable(option: str, path: Path) -> None:
 
 
 def csv_cells(row: Iterable[Any]) -> list[str]:
-    """A row as text, control characters escaped: `csv` puts no quotes around a carriage return."""
-    return [printable(str(cell)) for cell in row]
+    r"""A row as text, a carriage return as ``\r``: `csv` does not quote it, and it ends a line."""
+    return [str(cell).replace("\r", "\\r") for cell in row]
 
 
 def _write(path: Path, rows: Iterable[Sequence[Any]]) -> None:

@@ -204,7 +204,7 @@ def evaluation(checkpoint: Path, given: Mapping[str, Any]) -> Evaluation:
     statistics = read_statistics(file) if config.head and file.is_file() else None
     for name in ("head", "head_weight", "head_shrinkage") if statistics is None else ():
         if name in given and (config.head or name != "head"):
-            why = f"there is no {file}" if config.head else "--no-head was given"
+            why = f"there is no {file}" if config.head else "the head is off (--no-head)"
             raise InputError(
                 f"{flag(name)}: got {getattr(config, name)}, but no head of class statistics is "
                 f"used, since {why}; leave it out"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,3 +123,31 @@ def test_the_classes_of_one_task_alone(name, classes, backend):
     for one, want in zip((total, *rest[-3:]), (value, *gradients), strict=True):
         assert relative(one, want) < 1e-5
     assert rest[-2][~mask].eq(0).all()
+
+
+SMALL_STACK = """
+import threading, torch
+from mulki import Similarity, functional as M
+
+def backward():
+    x, w = (torch.randn(300, 512, requires_grad=True) for _ in "xw")
+    student, teacher = Similarity(x, w, 2.0), Similarity(x.detach(), w.detach(), 3.0)
+    M.prototype_cross_entropy(student, torch.arange(300)).backward()
+    M.teacher_kl(student, [teacher]).backward()
+    M.clip_contrastive(x, w, 2.0).backward()
+    M.siglip(x, w, 2.0, -1.0).backward()
+    M.prototype_similarity(x, w, 2.0, normalize=True).square().sum().backward()
+    print("done")
+
+threading.stack_size(192 << 10)
+thread = threading.Thread(target=backward)
+thread.start()
+thread.join()
+"""
+
+
+def test_a_thread_may_have_a_small_stack():
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL_STACK], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "done\n", (done.returncode, done.stderr)

@@ -25,7 +25,7 @@ def test_environment(tmp_path: Path) -> None:
         "date": datetime.date.today().isoformat(),
         "parameters": None,
         "learned_before": [],
-        "learned_with": {},
+        "learned_with": [],
     }
     assert found == json.loads(json.dumps(environment() | of_run))
     assert found["python"] == platform.python_version()

@@ -17,7 +17,7 @@ from mulki.runs.reading import read_folder
 from mulki.train import sequence
 from mulki.train.config.run_config import resolve
 from mulki.train.retest import evaluation
-from mulki.train.saving.checkpoints import save_weights
+from mulki.train.saving.checkpoints import save_weights, statistics_of
 from tests.train.run_helpers import SHORT, Run
 from tests.train_helpers import COLOURS, without_figures, write_split, write_task
 
@@ -186,6 +186,16 @@ def test_weights_of_another_model_or_not_finite(
         save_weights(model, path)
         with pytest.raises(InputError, match=said):
             evaluation(path, {})
+
+
+def test_options_of_a_head_that_is_not_used_are_refused(folder: RunFolder) -> None:
+    with pytest.raises(InputError, match=r"--head-weight: got 2.0, .* the head is off"):
+        evaluation(folder.path, {"head": False, "head_weight": 2.0})
+    statistics_of(folder.path).unlink()
+    for options in ({"head": True}, {"head_shrinkage": 0.5}):
+        with pytest.raises(InputError, match="--head.*there is no .*class_statistics"):
+            evaluation(folder.path, options)
+    assert evaluation(folder.path, {"head": False}).statistics is None
 
 
 def test_what_a_run_has_imported_is_not_run_unasked(folder: RunFolder, tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def _list(rows: Mapping[str, Published], runs: Sequence[Path], as_json: bool) ->
         for table in folded_tables(width, "row", head, lines, numbers=False):
             tables.print(table, "", sep="\n")
     for folder, status in left_out.items():
-        what = "complete, and no benchmark has its tasks" if status == "complete" else status
+        what = "of no benchmark here" if status == "complete" else status
         console.print(Text(f"left out: {folder} is {what}"), soft_wrap=True)
     console.print(Text("in percent; rows of two protocols do not compare. Sources:"))
     for number, source in enumerate(sources, start=1):

@@ -6,6 +6,8 @@ same tasks in the same order. See `mulki.runs.intervals` for what the intervals 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -24,6 +26,7 @@ from mulki.report.comparison.groups import (
     Group,
     Run,
     Section,
+    learned_with,
 )
 from mulki.runs.answers import FOLDER, read_answers
 from mulki.runs.intervals import RunAnswers, interval_over, paired_differences, seed_differences
@@ -180,10 +183,10 @@ def _read(folder: Path) -> Run:
     # Older folders do not say it.
     if "learned_before" in data.environment or options.get("continue") is None:
         options[LEARNED_BEFORE] = " ".join(without_row) or "nothing"
-    learned_with = data.environment.get("learned_with", {})
-    _check(folder / "env.json", "learned_with", learned_with, dict)
-    if changed := [f"{k}={v}" for k, v in learned_with.items() if k not in NEUTRAL]:
-        options[LEARNED_WITH] = " ".join(changed)
+    options[LEARNED_WITH] = "the same"
+    if others := learned_with(data):
+        text = json.dumps(others, sort_keys=True, default=str)
+        options[LEARNED_WITH] = f"others ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
     _check(folder / "summary.json", "uses", data.summary.get("uses") or [], list)
     kept = data.status == "complete" and (folder / FOLDER).is_dir()
     rows = read_answers(folder) if kept else {}

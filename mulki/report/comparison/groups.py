@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from mulki.errors import InputError
 from mulki.report import tables
 from mulki.runs.intervals import Difference, RunAnswers, mean_interval, seed_differences
 from mulki.runs.metrics import HEAD_METRICS
@@ -21,9 +22,9 @@ TITLES = {name: title for name, title in tables.TITLES.items() if name != "bwt"}
 }
 TITLES |= {name: f"{TITLES[of]}, head" for name, of in HEAD_METRICS.items()}
 
-#: As if they were options: earlier tasks of which a run has no row, and what was another option
-#: while earlier tasks were learned.
-LEARNED_BEFORE, LEARNED_WITH = "learned before", "earlier tasks with"
+#: As if they were options: earlier tasks of which a run has no row, and those of the runs that it
+#: goes on from.
+LEARNED_BEFORE, LEARNED_WITH = "learned before", "earlier options"
 
 # Options that change no result but by rounding, or only where it goes. The tasks and their order
 # are compared by what was learned, and the seed tells the runs of a group apart. A run that goes on
@@ -35,6 +36,27 @@ NEUTRAL = frozenset(
     | {"process_timeout", "deterministic", "continue", "test_tasks", "teacher_cache"}
     | {"csv_img_key", "csv_caption_key", "csv_separator"}
 )
+
+
+def learned_with(data: RunData) -> list[tuple[int, dict[str, Any]]]:
+    """Of the runs that one goes on from, tasks and options that differ in more than `NEUTRAL`.
+
+    None for folders of before it was written.
+
+    Raises:
+        InputError: ``env.json`` is damaged.
+    """
+    try:
+        found = [
+            (int(of["tasks"]), {k: v for k, v in of["options"].items() if k not in NEUTRAL})
+            for of in data.environment.get("learned_with", [])
+        ]
+    except (TypeError, KeyError, ValueError, AttributeError):
+        raise InputError(
+            f'{data.name}: "learned_with" in its env.json is not what a run writes; restore the '
+            "file, or leave the run out"
+        ) from None
+    return [each for each in found if each[1]]
 
 
 @dataclass(frozen=True, eq=False)

@@ -69,7 +69,7 @@ def checking(
         transient=True,
         refresh_per_second=_RATE,
         # What goes into a file or a pipe is not taken up into the display.
-        redirect_stdout=sys.stdout.isatty(),
+        redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
     )
     row = bar.add_task("", total=None)
     began = printed = time.monotonic()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mulki.data.prompts import filled
@@ -57,7 +57,8 @@ class Description:
         weights: SHA-256 of the weights that the first of these tasks began with.
         figures: accuracy in percent by test set, of the model as it is, in the run's label space.
         earlier: how many of the tasks an earlier run has learned, the first ones.
-        before: options with another value while these were learned, with that value.
+        before: of each earlier run that it goes on from, how many tasks were learned at its end,
+            and its recipe.
     """
 
     tasks: tuple[LearnedTask, ...]
@@ -65,12 +66,12 @@ class Description:
     weights: str
     figures: Mapping[str, float]
     earlier: int = 0
-    before: Mapping[str, Any] = field(default_factory=dict)
+    before: tuple[tuple[int, Mapping[str, Any]], ...] = ()
 
-    def goes_on_with(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
-        """`before` of a run that goes on from this one, with this recipe."""
-        changed = {k: v for k, v in self.recipe.items() if k in recipe and recipe[k] != v}
-        return {**self.before, **changed}
+    @property
+    def history(self) -> tuple[tuple[int, Mapping[str, Any]], ...]:
+        """`before` of a run that goes on from this one."""
+        return (*self.before, (len(self.tasks), self.recipe))
 
     def to_metadata(self) -> dict[str, str]:
         """As the metadata of a safetensors file."""
@@ -128,7 +129,7 @@ def described(text: str, where: str) -> Description:
             str(found["weights"]),
             figures,
             int(found.get("earlier", 0)),
-            dict(found.get("before", {})),
+            tuple((int(count), dict(recipe)) for count, recipe in found.get("before", ())),
         )
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(

@@ -118,7 +118,7 @@ class Setup(Training):
             str(self.hashes.get("original", self.hashes["weights"])),
             figures,
             self.earlier,
-            self.learned_with,
+            () if self.goes_on is None else self.goes_on.said.history,
         )
 
     @property
@@ -127,9 +127,14 @@ class Setup(Training):
         return recipe_of(options | {"precision": self.precision.name})
 
     @property
-    def learned_with(self) -> dict[str, Any]:
-        """Options in which the runs that this one goes on from differ from it."""
-        return {} if self.goes_on is None else self.goes_on.said.goes_on_with(self._recipe)
+    def learned_with(self) -> tuple[dict[str, Any], ...]:
+        """Of each run that this one goes on from, its number of tasks and its other options."""
+        own, earlier = self._recipe, () if self.goes_on is None else self.goes_on.said.history
+        return tuple(
+            {"tasks": count, "options": others}
+            for count, recipe in earlier
+            if (others := {k: v for k, v in recipe.items() if k not in own or own[k] != v})
+        )
 
     @property
     def uses(self) -> tuple[str, ...]:

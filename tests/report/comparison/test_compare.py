@@ -220,14 +220,21 @@ def test_a_run_whose_earlier_tasks_have_no_row_is_no_fresh_one(make: Make) -> No
 
 def test_a_run_whose_earlier_tasks_had_other_options_is_no_fresh_one(make: Make) -> None:
     one, same, other = (make(name, seed=i) for i, name in enumerate("abc"))
-    for folder, changed in ((same, {"name": "x"}), (other, {"name": "x", "method": "lwf"})):
+    third = make("d", seed=3)
+    for folder, tasks, options in (
+        (same, 1, {"name": "x"}),
+        (other, 1, {"method": "lwf"}),
+        (third, 2, {"method": "lwf"}),
+    ):
+        learned = {"learned_with": [{"tasks": tasks, "options": options}]}
         environment = json.loads((folder / "env.json").read_text())
-        (folder / "env.json").write_text(json.dumps(environment | {"learned_with": changed}))
-    groups = compare([one, same, other]).sections[0].groups
-    assert {group.label: len(group.runs) for group in groups} == {
-        "mulki earlier tasks with unset": 2,
-        "mulki earlier tasks with=method=lwf": 1,
-    }
+        (folder / "env.json").write_text(json.dumps(environment | learned))
+    groups = compare([one, same, other, third]).sections[0].groups
+    assert [len(group.runs) for group in groups] == [2, 1, 1]
+    assert groups[0].label == "mulki earlier options=the same"
+    assert groups[1].label.startswith("mulki earlier options=others (")
+    (other / "env.json").write_text('{"learned_with": null}')
+    assert 'c: "learned_with" in its env.json' in compare([one, same, other]).warnings[0]
 
 
 def test_a_folder_of_runs_stands_for_all_of_them_and_their_grids(
@@ -312,6 +319,11 @@ def test_sequences_are_compared_apart(make: Make) -> None:
     assert compare(runs, "mulki").warnings[-1] == (
         "zoo, order I: no run of the baseline mulki, so no differences"
     )
+
+
+def test_class_incremental_sequences_have_their_steps_in_the_name(make: Make) -> None:
+    (section,) = compare([make("a", scenario="cil"), make("b", "lwf", scenario="cil")]).sections
+    assert section.name == "zoo in 2 steps, order I"
 
 
 def test_orders_of_several_sequences_are_told_apart(make: Make) -> None:

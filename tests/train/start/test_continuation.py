@@ -215,10 +215,13 @@ def test_another_method_takes_nothing_that_the_first_kept(
     options = {"method": "ewc", "lora_rank": None, "fisher_images": 3}
     second = make("second", folders[1:2], first.path, **options)
     environment = json.loads((second.path / "env.json").read_text())
-    assert (
-        environment["learned_with"] | {"lora_rank": 2, "method": "keeplora"}
-        == (environment["learned_with"])
-    )
+    (earlier,) = environment["learned_with"]
+    assert earlier["tasks"] == 1 and {"lora_rank", "method"} <= earlier["options"].keys()
+    third = make("third", folders[2:3], second.path, fisher_images=4)
+    environment = json.loads((third.path / "env.json").read_text())
+    assert [each["tasks"] for each in environment["learned_with"]] == [1, 2]
+    changed = environment["learned_with"][1]["options"]
+    assert changed["fisher_images"] == 3 and "method" not in changed
     assert "method.safetensors of ewc: the earlier tasks were not learned by ewc" in caplog.text
 
 
