@@ -90,9 +90,17 @@ def test_whether_it_is_taken_can_be_seen(tmp_path: Path) -> None:
 def test_a_look_at_it_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looking = os.open(tmp_path, os.O_RDONLY)
     lock.fcntl.flock(looking, lock.fcntl.LOCK_SH)
-    # It is over while the other waits.
-    monkeypatch.setattr(lock.time, "sleep", lambda seconds: os.close(looking))
-    FolderLock(tmp_path).release()
+    waits = []
+
+    def look_ends(seconds: float) -> None:
+        waits.append(seconds)
+        os.close(looking)
+
+    monkeypatch.setattr(lock.time, "sleep", look_ends)
+    held = FolderLock(tmp_path)
+    assert len(waits) == 1 and is_locked(tmp_path) is True
+    held.release()
+    assert is_locked(tmp_path) is False
 
 
 def test_it_goes_with_the_object(tmp_path: Path) -> None:
