@@ -8,6 +8,7 @@
     python -m benchmarks.embedded.compare compare   # every method at its preset
     python -m benchmarks.embedded.compare gates     # what weighs MulKI's teachers, on glyphs
     python -m benchmarks.embedded.compare vit_rates --model local-dir:CACHE/mulki-vit-112
+    python -m benchmarks.embedded.compare vit_stages --model local-dir:CACHE/mulki-vit-112
     python -m benchmarks.embedded.compare vit --model local-dir:CACHE/mulki-vit-112
     python -m benchmarks.embedded.compare tables    # RESULTS.md from the runs so far
     python -m benchmarks.embedded.compare figures   # learning curves from the runs so far
@@ -73,12 +74,13 @@ def main() -> None:
         help="for compare, gates, vit",
     )
     parser.add_argument(
-        "--model", help="for vit_rates, vit: what benchmarks.embedded.pack.vit made"
+        "--model",
+        help=f"for {', '.join(studies.OF_VIT)}: what benchmarks.embedded.pack.vit made",
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
     arguments = parser.parse_args()
     if (arguments.study in studies.OF_VIT) != (arguments.model is not None):
-        parser.error(f"--model belongs to {' and '.join(studies.OF_VIT)}, and they need it")
+        parser.error(f"--model belongs to {', '.join(studies.OF_VIT)}, and they need it")
     if arguments.study == "tables":
         TABLES.write_text(tables.page(standing(read_results())))
         print(TABLES.read_text())
@@ -98,6 +100,7 @@ def main() -> None:
         "compare": lambda: studies.comparison(tuple(arguments.seeds)),
         "gates": lambda: studies.gates(tuple(arguments.seeds)),
         "vit_rates": lambda: studies.vit_rates(arguments.model),
+        "vit_stages": lambda: studies.vit_stages(arguments.model),
         "vit": lambda: studies.vit(arguments.model, tuple(arguments.seeds)),
     }[arguments.study]()
     carry_out(runs, arguments.jobs)

@@ -228,7 +228,9 @@ def test_studies_follow_their_rules() -> None:
         *(*studies.strengths("lwf"), *studies.smoothing("snd"), *studies.held()),
         *studies.changes(),
     )
-    of_vit = studies.vit_rates("local-dir:models/vit")
+    model = "local-dir:models/vit"
+    of_vit = [*studies.vit_rates(model), *studies.vit_stages(model)]
+    assert all(run.options["tasks"] == studies.TUNING_TASKS for run in of_vit)
     assert {run.study for run in (*chosen_on_two, *runs, *of_vit)} == set(studies.CHOICES)
     assert {run.options["order"] for run in chosen_on_two} == set(studies.FORM_ORDERS)
     assert {run.options["seed"] for run in chosen_on_two} == {100}
@@ -246,6 +248,13 @@ def test_the_transformer_has_what_the_bundled_model_has_but_its_rates(tmp_path: 
             assert {k for k in bundled if bundled[k] != settings[k]} == {"model", *preset}
     rates = [run.options["lr"] for run in studies.vit_rates("m") if run.variant[:5] == "mulki"]
     assert rates[:3] == [6e-6, 2e-5, 6e-5]
+    unchanged, *changed = studies.vit_stages("m")[: len(studies.VIT_STAGES)]
+    of_table = next(run for run in studies.vit("m") if run.variant == "mulki")
+    elsewhere = {"tasks", "seed", "order"}
+    shared = unchanged.options.keys() - elsewhere
+    assert all(unchanged.options[name] == of_table.options[name] for name in shared)
+    settings = compare.settings_of(unchanged)
+    assert all(compare.settings_of(run) != settings for run in changed)
 
 
 def test_results_of_two_start_models_stand_side_by_side(tmp_path: Path) -> None:
