@@ -44,14 +44,18 @@ def _shown(value: Cell, form: str) -> str:
     return format(value, form) if form else str(value)
 
 
-def add_output(parser: argparse.ArgumentParser) -> None:
-    """Add ``--output``, a CSV file that is refused at once where it cannot be written."""
+def parser_with_output(description: str | None) -> argparse.ArgumentParser:
+    """A parser with ``--output``, a CSV file that is refused at once where it cannot be written."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument(
         "--output",
         type=_writable,
         metavar="FILE",
         help="a CSV file to write; one that exists grows",
     )
+    return parser
 
 
 def _writable(path: str) -> str:
@@ -62,6 +66,13 @@ def _writable(path: str) -> str:
             f"{path}: {error.strerror}; name a file in a folder that exists"
         ) from None
     return path
+
+
+def show(rows: Sequence[Row], columns: Mapping[str, str], output: str | None, device: str) -> None:
+    """Print a table, and append its rows to a CSV file where one is given."""
+    print(markdown(rows, columns), flush=True)
+    if output:
+        write_csv(output, rows, device)
 
 
 def write_csv(path: str | Path, rows: Sequence[Row], device: str) -> None:

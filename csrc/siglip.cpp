@@ -56,7 +56,7 @@ void compute(Siglip& a, const Upstream& upstream, std::array<bool, 4> wanted, Gr
             const Vec sigmoid_of_abs = one / (one + exp_neg);
             Vec mask = Vec::loadu(&valid[tile * t.width + j]);
             if (matched && match >= j && match < j + Vec::size()) {
-              mask = mask * zero_in_lane(match - j);
+              mask = mask * Vec::arange(float(j), 1.0f).ne(Vec(float(match)));
             }
             // Chosen, not multiplied by the mask: where u is infinite or NaN, 0 times it is NaN.
             const Vec sigmoid = Vec::blendv(

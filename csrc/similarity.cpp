@@ -155,7 +155,7 @@ double backward(
   for (int64_t first = 0; first < t.n && gradients.any(); first += t.rows) {
     const int64_t count = std::min(t.rows, t.n - first);
     const int64_t blocks = (count + t.block - 1) / t.block;
-    parallel_each(t.tiles * blocks, [&](int64_t task) {
+    parallel_tasks(t.tiles * blocks, [&](int64_t task) {
       const int64_t tile = task / blocks, b = task % blocks * t.block;
       const int64_t size = std::min(t.block, count - b), valid = t.valid(tile);
       for (int64_t i = b; i < b + size; ++i) {

@@ -16,16 +16,17 @@ import itertools
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import mean
 from typing import Any
-
-from PIL import Image
 
 from benchmarks.embedded.compare import FOLDER, SHARED, fingerprint
 from mulki.clip.evaluation import Evaluator
 from mulki.clip.models import VisionLanguageModel
 from mulki.data import Task, load_sequence
+from mulki.data.captioned_shards import Joined
 from mulki.data.loader import batches
 from mulki.data.task import ImageSet
 from mulki.runs.intervals import mean_interval
@@ -37,42 +38,35 @@ _LINES = FOLDER / "bounds.jsonl"
 _KINDS = ("joint", "alone")
 
 
-class Joined:
+@dataclass(frozen=True)
+class OneAfterAnother(Joined[ImageSet]):
     """Image sets one behind another, with the targets of each after those of the ones before it.
 
     Args:
-        parts: the sets, and the number of classes of each.
+        counts: of classes, of each set.
     """
 
-    def __init__(self, parts: Sequence[tuple[ImageSet, int]]):
-        self._places = [(images, i) for images, _ in parts for i in range(len(images))]
-        starts = itertools.accumulate((count for _, count in parts), initial=0)
-        self.targets = [
+    counts: tuple[int, ...]
+
+    @cached_property
+    def targets(self) -> list[int]:
+        starts = itertools.accumulate(self.counts, initial=0)
+        return [
             start + target
-            for start, (images, _) in zip(starts, parts, strict=False)
+            for start, images in zip(starts, self.parts, strict=False)
             for target in images.targets
         ]
 
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def load(self, index: int) -> Image.Image:
-        images, place = self._places[index]
-        return images.load(place)
-
-    def name(self, index: int) -> str:
-        images, place = self._places[index]
-        return images.name(place)
-
     def fingerprint(self) -> str:
-        return " ".join(dict.fromkeys(images.fingerprint() for images, _ in self._places))
+        return " ".join(dict.fromkeys(images.fingerprint() for images in self.parts))
 
 
 def joint(tasks: Sequence[Task]) -> Task:
     """One task of the classes of all, each by its first prompt."""
     classes = tuple(of_class[0] for task in tasks for of_class in task.prompts())
+    counts = tuple(len(task.classes) for task in tasks)
     train, test = (
-        Joined([(getattr(task, split), len(task.classes)) for task in tasks])
+        OneAfterAnother(tuple(getattr(task, split) for task in tasks), counts)
         for split in ("train", "test")
     )
     return Task("joint", classes, ("{}",), train, test)

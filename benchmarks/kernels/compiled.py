@@ -22,6 +22,7 @@ from triton import knobs
 from triton.compiler import ASTSource
 
 from benchmarks.kernels.ahead_of_time import TARGETS, Variant, variants
+from mulki.runs.environment import cores
 
 _MATRIX_INSTRUCTION = re.compile(
     r"(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.[\w.:]*|\bv_s?mfmac?_\w+"
@@ -165,7 +166,7 @@ def compile_all(wanted: Iterable[Variant], processes: int | None = None) -> list
             variant.identity
         )
     context = get_context("spawn")
-    with ProcessPoolExecutor(processes or _processors(), mp_context=context) as pool:
+    with ProcessPoolExecutor(processes or cores(), mp_context=context) as pool:
         batches = [
             pool.submit(_compile_batch, *group, identities[start : start + BATCH])
             for group, identities in groups.items()
@@ -182,12 +183,6 @@ def _compile_key(variant: Variant) -> tuple[str, str]:
 
 def _copy_for(variant: Variant, like: Compiled) -> Compiled:
     return replace(like, number_format=variant.number_format, operator=variant.operator)
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @lru_cache(maxsize=1)

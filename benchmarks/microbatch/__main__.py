@@ -9,7 +9,6 @@ RESULTS.md beside this file says what is counted.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
@@ -17,7 +16,7 @@ import torch
 
 from benchmarks.microbatch.step_cost import measure
 from benchmarks.microbatch.workload import Setting
-from benchmarks.tables import add_output, machine_line, markdown, write_csv
+from benchmarks.tables import machine_line, parser_with_output, show
 from mulki.errors import InputError
 
 COLUMNS = {
@@ -39,9 +38,7 @@ COLUMNS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Check, measure, print and store."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = parser_with_output(__doc__)
     parser.add_argument("--models", nargs="+", default=["mulki-mini", "ViT-S-32"])
     parser.add_argument("--micro-batch", type=int, default=16, help="M")
     parser.add_argument("--factors", nargs="+", type=int, default=[1, 4, 16, 64], help="B / M")
@@ -49,7 +46,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="on the CPU; 0: as torch takes them")
     parser.add_argument("--rounds", type=int, default=5, help="of timing, beside one to warm up")
-    add_output(parser)
     a = parser.parse_args(argv)
     if a.threads:
         torch.set_num_threads(a.threads)
@@ -57,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in a.models:
         setting = Setting(name, a.precision, a.device, a.threads)
         rows = measure(setting, a.micro_batch, a.factors, a.rounds)
-        print(markdown(rows, COLUMNS), flush=True)
-        if a.output:
-            write_csv(a.output, rows, a.device)
+        show(rows, COLUMNS, a.output, a.device)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 from benchmarks.step.job import prepare
 from benchmarks.step.loop_cost import compare
 from benchmarks.step.stopwatch import PARTS
-from benchmarks.tables import add_output, machine_line, markdown, write_csv
+from benchmarks.tables import machine_line, markdown, parser_with_output, write_csv
 from mulki.errors import InputError
 
 COLUMNS = {
@@ -35,9 +35,7 @@ COLUMNS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Check, measure, print and store."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = parser_with_output(__doc__)
     parser.add_argument("--model", default="mulki-mini", help="an open_clip model, or mulki-mini")
     parser.add_argument("--task", default="flags", help="of the bundled pack")
     parser.add_argument("--batch-size", type=int, default=64)
@@ -51,7 +49,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=0, help="data loading processes")
     parser.add_argument("--rounds", type=int, default=5, help="steps that are timed")
     parser.add_argument("--torchcompile", action="store_true", help="for our loop")
-    add_output(parser)
     a = parser.parse_args(argv)
     logging.getLogger("mulki").setLevel(logging.ERROR)  # random weights are meant
     if a.threads:

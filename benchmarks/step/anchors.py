@@ -10,7 +10,6 @@ the logits of every model. Both are checked against each other first, then timed
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.step.side_by_side import TIMES, side_by_side
-from benchmarks.tables import Cell, add_output, machine_line, markdown, write_csv
+from benchmarks.tables import Cell, machine_line, parser_with_output, show
 from mulki.bench.cases import Inputs
 from mulki.clip.features import Features
 from mulki.stages.anchors import TextsOf, text_anchor_kl
@@ -118,15 +117,12 @@ def measure(shape: Shape, seconds: float, device: str) -> list[dict[str, Cell]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Check, measure, print and store."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = parser_with_output(__doc__)
     parser.add_argument("--images", type=int, nargs="+", default=[64])
     parser.add_argument("--anchors", type=int, nargs="+", default=[1000, 21_000])
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--seconds", type=float, default=3.0, help="of timing for each way")
     parser.add_argument("--device", default="cpu")
-    add_output(parser)
     a = parser.parse_args(argv)
     print(machine_line(a.device), flush=True)
     rows = []
@@ -136,9 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for anchors in a.anchors:
                 shape = Shape(texts, images, 10, anchors, a.width)
                 rows += measure(shape, a.seconds, a.device)
-    print(markdown(rows, COLUMNS))
-    if a.output:
-        write_csv(a.output, rows, a.device)
+    show(rows, COLUMNS, a.output, a.device)
 
 
 if __name__ == "__main__":

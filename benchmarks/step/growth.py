@@ -10,7 +10,6 @@ other programs on the machine.
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 import tarfile
@@ -24,7 +23,7 @@ from time import process_time
 from PIL import Image
 
 from benchmarks.step.many_images import CLASSES, write_images
-from benchmarks.tables import Row, add_output, machine_line, markdown, write_csv
+from benchmarks.tables import Row, machine_line, parser_with_output, show
 from mulki.bench.call_cost import PeakMemory
 from mulki.data import folder_task
 from mulki.data.shard_tasks import shard_task
@@ -104,12 +103,9 @@ def measure(of: str, count: int, place: Path) -> Row:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print and store."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = parser_with_output(__doc__)
     parser.add_argument("--most", type=int, default=sys.maxsize, help="leave out larger ones")
     parser.add_argument("--folder", help="where files are written; the system's if left out")
-    add_output(parser)
     a = parser.parse_args(argv)
     print(machine_line("cpu"), flush=True)
     rows = []
@@ -118,9 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if count <= a.most:
                 with tempfile.TemporaryDirectory(dir=a.folder) as folder:
                     rows.append(measure(of, count, Path(folder)))
-    print(markdown(rows, COLUMNS))
-    if a.output:
-        write_csv(a.output, rows, "cpu")
+    show(rows, COLUMNS, a.output, "cpu")
 
 
 if __name__ == "__main__":

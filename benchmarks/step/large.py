@@ -12,7 +12,6 @@ largest micro-batch on it; memory is little changed by other programs.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -20,7 +19,7 @@ from itertools import product
 from multiprocessing import get_context
 from typing import Any
 
-from benchmarks.tables import Row, add_output, machine_line, markdown, write_csv
+from benchmarks.tables import Row, machine_line, markdown, parser_with_output, write_csv
 from mulki.bench.call_cost import PeakMemory
 from mulki.clip.models import BUNDLED
 from mulki.data.subset import Subset, sampled
@@ -127,13 +126,10 @@ def _settings(model: str, form: str, batch: int) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print and store."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = parser_with_output(__doc__)
     parser.add_argument(
         "--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="some of them"
     )
-    add_output(parser)
     a = parser.parse_args(argv)
     print(machine_line("cpu"), flush=True)
     rows = []

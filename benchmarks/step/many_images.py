@@ -10,7 +10,6 @@ machine change least.
 
 from __future__ import annotations
 
-import argparse
 import io
 import re
 import tempfile
@@ -23,7 +22,7 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from benchmarks.tables import Row, add_output, machine_line, markdown, write_csv
+from benchmarks.tables import Row, machine_line, parser_with_output, show
 from mulki.data import folder_task
 from mulki.data.image_files import checks_reported
 from mulki.train.display.progress import checking
@@ -94,19 +93,14 @@ def measure(count: int, root: Path) -> Row:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print and store."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = parser_with_output(__doc__)
     parser.add_argument("--images", type=int, default=100_000, help="how many")
     parser.add_argument("--folder", help="where files are written; the system's if left out")
-    add_output(parser)
     a = parser.parse_args(argv)
     print(machine_line("cpu"), flush=True)
     with tempfile.TemporaryDirectory(dir=a.folder) as folder:
         rows = [measure(a.images, Path(folder))]
-    print(markdown(rows, COLUMNS))
-    if a.output:
-        write_csv(a.output, rows, "cpu")
+    show(rows, COLUMNS, a.output, "cpu")
 
 
 if __name__ == "__main__":

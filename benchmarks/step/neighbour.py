@@ -10,7 +10,6 @@ it. Each setting trains in a process of its own, alone and beside a process that
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -19,7 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from statistics import median
 
-from benchmarks.tables import add_output, machine_line, markdown, write_csv
+from benchmarks.tables import machine_line, parser_with_output, show
 
 # As a process gets it: None is the library's own, 300,000 where threads have cores of their own.
 COUNTS = (None, 0, 100, 1_000, 10_000, 100_000)
@@ -96,18 +95,13 @@ def measure(counts: Sequence[int | None], steps: int, rounds: int) -> list[dict[
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print and store."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = parser_with_output(__doc__)
     parser.add_argument("--steps", type=int, default=25, help="of each training")
     parser.add_argument("--rounds", type=int, default=3, help="trainings of each kind, in turns")
-    add_output(parser)
     a = parser.parse_args(argv)
     print(machine_line("cpu"), flush=True)
     rows = measure(COUNTS, a.steps, a.rounds)
-    print(markdown(rows, COLUMNS))
-    if a.output:
-        write_csv(a.output, rows, "cpu")
+    show(rows, COLUMNS, a.output, "cpu")
 
 
 if __name__ == "__main__":

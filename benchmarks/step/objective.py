@@ -10,7 +10,6 @@ anchors. Both ways are checked against each other first, then timed by turns.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.step import plain
 from benchmarks.step.side_by_side import TIMES, side_by_side
-from benchmarks.tables import Cell, add_output, machine_line, markdown, write_csv
+from benchmarks.tables import Cell, machine_line, parser_with_output, show
 from mulki.bench.cases import Inputs
 from mulki.clip.features import Features
 from mulki.methods.mulki import MulKI
@@ -67,22 +66,17 @@ def measure(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Check, measure, print and store."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = parser_with_output(__doc__)
     parser.add_argument("--images", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--classes", type=int, nargs="+", default=[10, 26, 232])
     parser.add_argument("--width", type=int, nargs="+", default=[256, 512])
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing for each way")
     parser.add_argument("--device", default="cpu")
-    add_output(parser)
     a = parser.parse_args(argv)
     print(machine_line(a.device), flush=True)
     shapes = [(n, c, d) for d in a.width for n in a.images for c in a.classes]
     rows = [row for shape in shapes for row in measure(*shape, a.seconds, a.device)]
-    print(markdown(rows, COLUMNS))
-    if a.output:
-        write_csv(a.output, rows, a.device)
+    show(rows, COLUMNS, a.output, a.device)
 
 
 if __name__ == "__main__":

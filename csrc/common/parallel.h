@@ -15,11 +15,17 @@ inline int64_t threads_here() {
   return at::in_parallel_region() ? 1 : at::get_num_threads();
 }
 
-// Calls run(i) for each task. Each thread has a range of tasks, which is the same in all loops with
+// For tasks that multiply nothing.
+struct NoEngine {
+  struct Scope {};
+};
+
+// Calls run(i) for each task; each thread holds a Scope of the engine. It has a range of tasks, which is the same in all loops with
 // the same number of tasks, so that the thread finds in its cache what it wrote before. A thread
 // that has completed its range takes remaining tasks from the ranges of the other threads.
-template <typename Scope, typename F>
-inline void parallel_in(int64_t tasks, const F& run) {
+template <typename Engine = NoEngine, typename F>
+inline void parallel_tasks(int64_t tasks, const F& run) {
+  using Scope = typename Engine::Scope;
   const int64_t threads = std::min(threads_here(), tasks);
   if (threads <= 1) {
     [[maybe_unused]] const Scope scope;
@@ -48,19 +54,6 @@ inline void parallel_in(int64_t tasks, const F& run) {
       }
     }
   });
-}
-
-// For tasks that multiply: each thread holds a Scope of the engine.
-template <typename Engine, typename F>
-inline void parallel_tasks(int64_t tasks, const F& run) {
-  parallel_in<typename Engine::Scope>(tasks, run);
-}
-
-// For tasks that multiply nothing.
-struct NoScope {};
-template <typename F>
-inline void parallel_each(int64_t tasks, const F& run) {
-  parallel_in<NoScope>(tasks, run);
 }
 
 } // namespace mulki

@@ -191,7 +191,7 @@ class Logits {
       }
     }
     const int64_t strips = (count + 31) / 32;
-    parallel_each(strips * int64_t(packed.size()), [&](int64_t task) {
+    parallel_tasks(strips * int64_t(packed.size()), [&](int64_t task) {
       const int64_t m = packed[task / strips], begin = task % strips * 32;
       const Operand& x = *models_[m].x;
       Engine::pack_left(
@@ -201,7 +201,7 @@ class Logits {
   }
 
   void pack_right(int64_t tiles) {
-    parallel_each(tiles * int64_t(models_.size()), [&](int64_t task) {
+    parallel_tasks(tiles * int64_t(models_.size()), [&](int64_t task) {
       pack_panel(task / tiles, task % tiles);
     });
   }

@@ -13,22 +13,6 @@
 
 namespace mulki {
 
-// Ones with a single zero in the middle.
-struct SingleZero {
-  SingleZero() {
-    std::fill(std::begin(values), std::end(values), 1.0f);
-    values[Vec::size() - 1] = 0.0f;
-  }
-  float values[2 * Vec::size() - 1];
-};
-inline const SingleZero kSingleZero;
-inline const float* const kSingleZeroValues = kSingleZero.values;
-
-// 0 in `lane`, 1 in all the others.
-inline Vec zero_in_lane(int64_t lane) {
-  return Vec::loadu(kSingleZeroValues + Vec::size() - 1 - lane);
-}
-
 // The products of the first rows, [models][tiles][rows][width]: one pass writes them, the next reads
 // them.
 class ProductCache {
@@ -94,7 +78,7 @@ struct PairwisePass {
       const bool cached = cache != nullptr && cache->has(first, count);
       if (cached && reuse) {
         const int64_t blocks = (count + tiling.block - 1) / tiling.block;
-        parallel_each(tiling.tiles * blocks, [&](int64_t task) {
+        parallel_tasks(tiling.tiles * blocks, [&](int64_t task) {
           const int64_t t = task / blocks, begin = task % blocks * tiling.block;
           const int64_t end = begin + tiling.block_rows(task % blocks, count);
           std::vector<float*> y(number);

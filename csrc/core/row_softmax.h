@@ -152,12 +152,12 @@ class RowSoftmax {
       const int64_t count = std::min(t_.rows, t_.n - first);
       const int64_t blocks = (count + t_.block - 1) / t_.block;
       products_and_sums(first, count);
-      parallel_each(blocks, [&](int64_t b) { row_step(first, count, b); });
+      parallel_tasks(blocks, [&](int64_t b) { row_step(first, count, b); });
       for (int64_t i = 0; i < count; ++i) {
         scale += row_scale_[i];
       }
       if (gradients_.any()) {
-        parallel_each(t_.tiles * blocks, [&](int64_t task) {
+        parallel_tasks(t_.tiles * blocks, [&](int64_t task) {
           gradient_step(first, count, task / blocks, task % blocks);
         });
         gradients_.accumulate(first, count, factor, dx, dw);

@@ -46,7 +46,7 @@ struct Brgemm {
   using Element = T;
   using Factor = T; // an element is multiplied as kParts of them (parts.h)
   static constexpr int kParts = 1;
-  using Operand = std::conditional_t<kIsBFloat16<T>, Matrix<T>, FloatMatrix>;
+  using Operand = std::conditional_t<kIsBFloat16<T>, BFloat16Matrix, FloatMatrix>;
 
   // Releases the state of the matrix unit when a thread leaves a parallel region.
   struct Scope {

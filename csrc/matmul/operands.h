@@ -96,38 +96,30 @@ struct Part {
   int64_t stride;
 };
 
-// A contiguous matrix [count, padded] with elements of type E. For bfloat16 the width is padded
-// with zeros to an even number, so that two neighbours can be moved as four bytes.
-template <typename E>
-struct Matrix {
-  explicit Matrix(const Tensor& t) : count(t.size(0)), width(t.size(1)) {
-    padded = kIsBFloat16<E> ? (width + 1) / 2 * 2 : width;
-    const Tensor cast = t.to(c10::CppTypeToScalarType<E>::value).contiguous();
-    const bool aligned = reinterpret_cast<uintptr_t>(cast.const_data_ptr()) % sizeof(uint32_t) == 0;
-    if (padded == width && aligned) {
-      storage = cast;
-    } else {
-      storage = at::zeros({count, padded}, cast.options());
-      storage.narrow(1, 0, width).copy_(cast);
+// A contiguous matrix [count, padded] of bfloat16. The width is padded with zeros to an even number,
+// so that two neighbours can be moved as four bytes.
+struct BFloat16Matrix {
+  explicit BFloat16Matrix(const Tensor& t)
+      : count(t.size(0)), width(t.size(1)), padded((width + 1) / 2 * 2), storage(t.contiguous()) {
+    const auto address = reinterpret_cast<uintptr_t>(storage.const_data_ptr());
+    if (padded != width || address % sizeof(uint32_t) != 0) {
+      storage = at::zeros({count, padded}, t.options());
+      storage.narrow(1, 0, width).copy_(t);
     }
-    data = storage.template const_data_ptr<E>();
-  }
-  const E* row(int64_t i) const {
-    return data + i * padded;
+    data = storage.const_data_ptr<at::BFloat16>();
   }
   // Whether `read` returns the stored elements without a buffer.
   bool in_place() const {
     return true;
   }
-  Part<E> read(int64_t first, int64_t /*rows*/, int64_t column, int64_t /*columns*/, E*) const {
-    return {row(first) + column, padded};
+  Part<at::BFloat16> read(
+      int64_t first, int64_t /*rows*/, int64_t column, int64_t /*columns*/, at::BFloat16*) const {
+    return {data + first * padded + column, padded};
   }
 
-  int64_t count;
-  int64_t width;
-  int64_t padded;
+  int64_t count, width, padded;
   Tensor storage;
-  const E* data;
+  const at::BFloat16* data;
 };
 
 // A matrix that is read as float. Half precision is converted block by block, so that there is no

@@ -39,7 +39,7 @@ class ReferenceSet:
         skipped: unreadable images that were left out, by path.
 
     Raises:
-        InputError: no image, or another number of captions than of images.
+        InputError: no image.
     """
 
     images: ImageSet
@@ -47,11 +47,6 @@ class ReferenceSet:
     skipped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.captions is not None and len(self.images) != len(self.captions):
-            raise InputError(
-                f"--reference: got {len(self.images)} images and {len(self.captions)} captions; "
-                f"give each image one caption"
-            )
         if not len(self.images):
             raise InputError("--reference: the set is empty; add images with captions")
 

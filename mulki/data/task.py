@@ -110,20 +110,9 @@ class Task:
                     f"outside 0..{len(self.classes) - 1}; correct the labels or add the class"
                 )
 
-    def prompts(self, templates: Sequence[str] | None = None) -> list[list[str]]:
-        """Every template filled with every class name, [C][T], and the class's own texts.
-
-        Args:
-            templates: used instead of the task's own, and of these texts.
-
-        Raises:
-            InputError: a template without exactly one `{}`.
-        """
-        if templates is None:
-            return filled(self.classes, self.templates, self.texts)
-        return filled(
-            self.classes, check_templates(templates, f'prompts of task "{self.name}"'), ()
-        )
+    def prompts(self) -> list[list[str]]:
+        """Every template filled with every class name, [C][T], and the class's own texts."""
+        return filled(self.classes, self.templates, self.texts)
 
     def fingerprint(self) -> str:
         """Hex SHA-256 over class names, templates and all splits; the task's name is left out."""

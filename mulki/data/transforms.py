@@ -141,36 +141,22 @@ def _crop(preprocess_val: Transform, size: int | tuple[int, int], *given: Any) -
     return _before(preprocess_val, crop)
 
 
-@register_transform("flip")
-def _flip(preprocess_val: Transform, *given: Any) -> Transform:
-    """The mirror image of every second image."""
-    from torchvision.transforms import v2
+def _register_step(name: str, kind: str, *given: float) -> None:
+    @register_transform(name)
+    def build(preprocess_val: Transform, *rest: Any) -> Transform:
+        from torchvision.transforms import v2
 
-    return _before(preprocess_val, v2.RandomHorizontalFlip())
-
-
-@register_transform("color")
-def _color(preprocess_val: Transform, *given: Any) -> Transform:
-    """Brightness, contrast and saturation between 0.6 and 1.4 of what they are, as timm does."""
-    from torchvision.transforms import v2
-
-    return _before(preprocess_val, v2.ColorJitter(0.4, 0.4, 0.4))
+        return _before(preprocess_val, getattr(v2, kind)(*given))
 
 
-@register_transform("randaugment")
-def _randaugment(preprocess_val: Transform, *given: Any) -> Transform:
-    """Two changes of 14 kinds, at magnitude 9 (RandAugment, arXiv 1909.13719)."""
-    from torchvision.transforms import v2
-
-    return _before(preprocess_val, v2.RandAugment())
-
-
-@register_transform("trivialaugment")
-def _trivialaugment(preprocess_val: Transform, *given: Any) -> Transform:
-    """One change of any kind and magnitude (TrivialAugment, arXiv 2103.10158)."""
-    from torchvision.transforms import v2
-
-    return _before(preprocess_val, v2.TrivialAugmentWide())
+# The mirror image of every second image.
+_register_step("flip", "RandomHorizontalFlip")
+# Brightness, contrast and saturation between 0.6 and 1.4 of what they are, as timm does.
+_register_step("color", "ColorJitter", 0.4, 0.4, 0.4)
+# Two changes of 14 kinds, at magnitude 9 (RandAugment, arXiv 1909.13719).
+_register_step("randaugment", "RandAugment")
+# One change of any kind and magnitude (TrivialAugment, arXiv 2103.10158).
+_register_step("trivialaugment", "TrivialAugmentWide")
 
 
 def _of_size(mean: Sequence[float], std: Sequence[float]) -> Transform:

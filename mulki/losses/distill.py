@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -113,7 +114,7 @@ class DistillClipLoss(ClipLoss):
             of_student, *others = (self.columns(shard, pairs) for pairs in (student, *teachers))
             sums = {
                 "contrastive_loss": self.contrastive_sum(shard, of_student),
-                "distill_loss": self._sum_of_pairs(student, teachers)
+                "distill_loss": torch.add(*self._of_pairs(student, teachers, labels=False))
                 if shard.world == 1
                 else self._distill_sum(shard, of_student, others),
             }
@@ -122,22 +123,17 @@ class DistillClipLoss(ClipLoss):
 
     def _sums_in_one_pass(self, student: Pairs, teachers: Sequence[Pairs]) -> dict[str, Tensor]:
         # Where one process holds the batch, both losses share their products.
-        sums, weights, entropy = self._of_pairs(student, teachers, labels=True)
+        sums, entropy = self._of_pairs(student, teachers, labels=True)
         contrastive, kl = sums.unbind()
         if isinstance(student.bias, Tensor) and student.bias.requires_grad:
             # A parameter without a gradient would keep DDP waiting.
             contrastive = contrastive + 0 * student.bias.to(contrastive)
-        distilled = kl + self.temperature**2 * (weights * entropy).sum() / 2
-        return {"contrastive_loss": contrastive, "distill_loss": distilled}
-
-    def _sum_of_pairs(self, student: Pairs, teachers: Sequence[Pairs]) -> Tensor:
-        # Rows and columns share their products.
-        kl, weights, entropy = self._of_pairs(student, teachers, labels=False)
-        return kl + self.temperature**2 * (weights * entropy).sum() / 2
+        return {"contrastive_loss": contrastive, "distill_loss": kl + entropy}
 
     def _of_pairs(
         self, student: Pairs, teachers: Sequence[Pairs], labels: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
+        # The sums of the losses, and of the entropies; rows and columns share their products.
         loss, _, weights, entropy = pair_kl.loss(
             student.operands(),
             [teacher.operands() for teacher in teachers],
@@ -148,7 +144,7 @@ class DistillClipLoss(ClipLoss):
             "sum",
             labels,
         )
-        return loss, weights, entropy
+        return loss, self.temperature**2 * (weights * entropy).sum() / 2
 
     def _distill_sum(self, shard: Shard, student: Columns, teachers: Sequence[Columns]) -> Tensor:
         looked_at = self.weighting.uses_target

@@ -24,7 +24,7 @@ from mulki.data import Task
 from mulki.errors import InputError
 from mulki.methods import Needs
 from mulki.train.config.tasks import needs_of, teachers_of
-from mulki.train.costs import stored_rows
+from mulki.train.costs import bytes_of, stored_rows
 from mulki.train.learning.learn import steps_of
 from mulki.train.start.setup import Setup
 from mulki.train.task_learner import anchors_per_step
@@ -166,13 +166,13 @@ def _way(setup: Setup, *, adapters: bool, recompute: bool) -> Way | None:
         evaluation, width = steps[0].evaluation(model)
         trained = sum(value.nbytes for value in model.trainable().values())
     if model.adapters is not None:
-        beside = 0 if setup.original is None else _bytes(setup.original)
+        beside = 0 if setup.original is None else bytes_of([setup.original])
     else:
         beside = _teachers(setup) * sum(p.nbytes for p in setup.model.trainable().values())
     options = ["--grad-checkpointing"] * recompute + [f"--lora-rank {_RANK}"] * adapters
     return Way(
         " ".join(options),
-        models=_bytes(model) + beside,
+        models=bytes_of([model]) + beside,
         optimizer=2 * trained,
         stored=4 * width * _teachers(setup) * max(map(steps[0].stored_rows, setup.tasks)),
         kept=tuple(step.kept(width) for step in steps),
@@ -296,10 +296,6 @@ class _Step:
         shape = texts, *self._prompt.shape[1:]
         prompts = torch.zeros(shape, dtype=self._prompt.dtype, device=model.device)
         return model.encode_texts(prompts).sum()
-
-
-def _bytes(model: VisionLanguageModel) -> int:
-    return sum({id(value): value.nbytes for value in _tensors(model)}.values())
 
 
 def _tensors(model: VisionLanguageModel) -> list[Tensor]:

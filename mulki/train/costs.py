@@ -132,7 +132,7 @@ def measure(setup: Setup, says: Callable[[str], None] = lambda words: None) -> C
     learner = TaskLearner(setup) if trains else None
     trainable = model.trainable().values()  # those that are left where the model was sharded
     frozen = {} if learner is None else learner.frozen
-    used = _bytes([model, *frozen.values()])
+    used = bytes_of([model, *frozen.values()])
     fits: list[MicroBatch] = []
     tasks = []
     width = kept = 0
@@ -284,8 +284,8 @@ def stored_rows(setup: Setup, task: Task, steps: int) -> int:
     return of_images + (2 if needs.captions else 1) * (pairs or 0)
 
 
-def _bytes(models: Iterable[VisionLanguageModel]) -> int:
-    # Student and teachers share what is frozen.
+def bytes_of(models: Iterable[VisionLanguageModel]) -> int:
+    """Of the weights and buffers of models; what several of them share counts once."""
     distinct = {
         id(tensor): local(tensor).nbytes
         for model in models

@@ -187,8 +187,6 @@ def test_loader(setup: Setup, task: Task) -> Loader:
         task.test,
         setup.model.preprocess,
         setup.config.batch_size_eval * setup.world.size,
-        shuffle=False,
-        seed=setup.config.seed,
         workers=setup.config.workers,
         cached=True,
         cache_mb=_TEST_CACHE_MIB / len(setup.tasks),

@@ -174,8 +174,3 @@ def test_an_empty_set_has_one_line(tmp_path: Path) -> None:
         read_reference("")
     with pytest.raises(InputError, match="^--reference: .*nowhere"):
         read_reference(tmp_path / "nowhere")
-
-
-def test_images_and_captions_have_to_be_as_many(task: Task) -> None:
-    with pytest.raises(InputError, match="got 18 images and 1 captions"):
-        ReferenceSet(task.train, ("one",))

@@ -10,7 +10,6 @@ from torch.library import opcheck
 
 from mulki.ops import direct
 from tests.ops.op_cases import (
-    ALL,
     OPS,
     Case,
     arguments,
@@ -175,10 +174,3 @@ def test_logits_far_from_zero_or_from_one_another(spread, level, dtype, op, back
 def test_more_pairs_than_products_are_kept_of(name, n, dtype, backend):
     """24 MiB are kept: of 1448 pairs with two teachers, of 2508 without; by C++ alone."""
     check(make(name, n=n, d=16, dtype=dtype, scale=20.0), True)
-
-
-def test_rows_have_the_loss_of_their_sum_and_mean(backend):
-    case = make("pairs_blend", n=40, d=24, dtype=torch.float32)
-    rows = run(case)[0]
-    for mean, want in ((True, rows.mean()), (False, rows.sum())):
-        torch.testing.assert_close(run(asking(case, "reduced", ALL, mean))[0], want)

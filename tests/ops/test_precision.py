@@ -137,14 +137,10 @@ def test_strides_do_not_matter(name, layout, backend):
             if form == "backward":
                 grad = laid_out(strided.args[0], "sliced")
                 strided = Case(strided.op, (grad, *strided.args[1:]))
-            for a, b in zip(_tuple(run(strided)), _tuple(run(plain)), strict=True):
+            for a, b in zip(run(strided), run(plain), strict=True):
                 # A BLAS may add in another order where strides are others.
                 atol = 1e-6 if backend == "cpp" else 5e-6
                 torch.testing.assert_close(a, b, rtol=2 * torch.finfo(a.dtype).eps, atol=atol)
-
-
-def _tuple(output: object) -> tuple[Tensor, ...]:
-    return output if isinstance(output, tuple) else (output,)
 
 
 def _dense(value: object) -> object:
@@ -175,7 +171,7 @@ def test_results_repeat_bit_for_bit_whatever_the_number_of_threads(name, n, d, d
         plain = (name, dtype) == ("similarity", torch.bfloat16)
         for number in (1, 1) if plain else (1, 2, 9, 2):
             torch.set_num_threads(number)
-            results.append([out for c in cases for out in _tuple(run(c))])
+            results.append([out for c in cases for out in run(c)])
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:

@@ -66,8 +66,7 @@ def test_fake_kernels_give_the_same_shapes_dtypes_and_strides(name, form, backen
         real = run(case)
         with FakeTensorMode() as mode:
             fake = run(Case(case.op, tuple(_fake(mode, a) for a in case.args)))
-        outputs = [out if isinstance(out, tuple) else (out,) for out in (real, fake)]
-        for a, b in zip(*outputs, strict=True):
+        for a, b in zip(real, fake, strict=True):
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
             assert a.is_contiguous() and b.is_contiguous()
 
@@ -98,7 +97,7 @@ def test_no_argument_is_mutated_and_none_comes_back(name, form, backend):
     for tensor, (old, version) in zip(tensors, before, strict=True):
         assert tensor.equal(old) and tensor._version == version
     given = {t.untyped_storage().data_ptr() for t in tensors}
-    for out in output if isinstance(output, tuple) else (output,):
+    for out in output:
         assert out.numel() == 0 or out.untyped_storage().data_ptr() not in given
 
 

@@ -31,11 +31,6 @@ def test_names_are_text_in_the_summary(tmp_path: Path) -> None:
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; \\[x\\](y)" in text and "<" not in text
 
 
-def test_figures_are_files_where_they_are_asked_for(folder: Path) -> None:
-    write_report(folder)
-    assert not (folder / "plots").exists()
-
-
 def test_the_summary_holds_name_status_and_matrix(folder: Path) -> None:
     write_report(folder)
     text = (folder / "summary.md").read_text()

@@ -178,30 +178,6 @@ def test_equals_the_printed_formulas(a: np.ndarray) -> None:
 
 
 @unhurried
-@given(st.integers(2, 6), percent)
-def test_constant_matrix(size: int, value: float) -> None:
-    expected = Metrics(value, value, value, 0.0, 0.0)
-    assert close(compute_metrics(np.full((size, size), value)), expected)
-
-
-@unhurried
-@given(squares, st.floats(-50, 50))
-def test_a_shift_moves_levels_and_leaves_differences(a: np.ndarray, shift: float) -> None:
-    expected = compute_metrics(a).to_dict()
-    for level in ("transfer", "average", "last"):
-        expected[level] = (expected[level] or 0.0) + shift
-    assert compute_metrics(a + shift).to_dict() == pytest.approx(expected, abs=1e-9)
-
-
-@unhurried
-@given(squares)
-def test_forgetting_is_at_least_the_loss_since_learning(a: np.ndarray) -> None:
-    found = compute_metrics(a)
-    assert found.forgetting is not None and found.bwt is not None
-    assert found.forgetting >= -found.bwt - 1e-9
-
-
-@unhurried
 @given(matrices(), st.randoms())
 def test_column_order_and_extra_columns_do_not_count(matrix: AccuracyMatrix, random: Any) -> None:
     order = list(range(len(matrix.columns)))

@@ -131,12 +131,11 @@ class Adapters:
         chosen = _chosen(clip, targets)
         _check_rank(chosen, rank)
         clip.requires_grad_(False)
-        for module_name, (module, of_module) in chosen.items():
-            for weight_name in of_module:
-                part = _LowRank(getattr(module, weight_name), rank, self._scale, self._current)
-                part.a.requires_grad_(not fixed_a)
-                parametrize.register_parametrization(module, weight_name, part, unsafe=True)
-                self._parts[f"{module_name}.{weight_name}"] = part
+        for module_name, (module, weight_name) in chosen.items():
+            part = _LowRank(getattr(module, weight_name), rank, self._scale, self._current)
+            part.a.requires_grad_(not fixed_a)
+            parametrize.register_parametrization(module, weight_name, part, unsafe=True)
+            self._parts[f"{module_name}.{weight_name}"] = part
 
     @property
     def bytes_in_a_step(self) -> int:
@@ -247,34 +246,32 @@ class Adapters:
                 module.training = True
 
 
-def _adaptable(clip: nn.Module) -> dict[str, tuple[nn.Module, tuple[str, ...]]]:
-    # Modules, and the names of those of their weights that can have an adapter.
+def _adaptable(clip: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    # Modules, and the name of that of their weights that can have an adapter.
     found = {}
     for name, module in clip.named_modules():
-        weights: tuple[str, ...] = ()
+        weight = ""
         if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
-            weights = ("in_proj_weight",)
+            weight = "in_proj_weight"
         elif isinstance(module, nn.Linear) or (
             isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
         ):
-            weights = ("weight",)
-        if weights and all(getattr(module, weight).requires_grad for weight in weights):
-            found[name] = module, weights
+            weight = "weight"
+        if weight and getattr(module, weight).requires_grad:
+            found[name] = module, weight
     return found
 
 
-def _chosen(
-    clip: nn.Module, targets: Sequence[str]
-) -> dict[str, tuple[nn.Module, tuple[str, ...]]]:
+def _chosen(clip: nn.Module, targets: Sequence[str]) -> dict[str, tuple[nn.Module, str]]:
     known = _adaptable(clip)
     if not targets:
         return known
-    chosen: dict[str, tuple[nn.Module, tuple[str, ...]]] = {}
+    chosen: set[str] = set()
     for target in targets:
         # A module of attention stands for its projection of the output too.
         parts = {
-            name: of
-            for name, of in known.items()
+            name
+            for name in known
             if any(f".{part}".endswith(f".{target}") for part in (name, name.rpartition(".")[0]))
         }
         if not parts:
@@ -288,11 +285,10 @@ def _chosen(
     return {name: of for name, of in known.items() if name in chosen}
 
 
-def _check_rank(chosen: Mapping[str, tuple[nn.Module, tuple[str, ...]]], rank: int) -> None:
+def _check_rank(chosen: Mapping[str, tuple[nn.Module, str]], rank: int) -> None:
     widths = {
         f"{name}.{weight}": min(len(value), value[0].numel())
-        for name, (module, weights) in chosen.items()
-        for weight in weights
+        for name, (module, weight) in chosen.items()
         for value in [getattr(module, weight)]
     }
     narrowest = min(widths, key=lambda name: widths[name], default="")

@@ -211,8 +211,6 @@ def _images(training: Training, inputs: TaskInputs) -> Iterator[tuple[Tensor, Te
         inputs.task.train,
         training.model.preprocess,
         config.batch_size * world.size,
-        shuffle=False,
-        seed=config.seed,
         workers=config.workers,
         part=world.rows,
     )

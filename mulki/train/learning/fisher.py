@@ -69,8 +69,6 @@ def _images(training: Training, inputs: TaskInputs, places: Sequence[int]) -> It
         Subset(inputs.task.train, places),
         training.model.preprocess,
         training.config.batch_size_eval,
-        shuffle=False,
-        seed=training.config.seed,
         workers=training.config.workers,
     )
     for images, *_ in loader:

@@ -39,8 +39,6 @@ def training_features(
         images,
         models[0].preprocess,
         config.batch_size_eval * world.size,
-        shuffle=False,
-        seed=config.seed,
         workers=config.workers,
         pin_memory=precision.device.type == "cuda",
         part=world.rows,

@@ -47,8 +47,6 @@ class Validation:
             task.val,
             training.model.preprocess,
             config.batch_size_eval * training.world.size,
-            shuffle=False,
-            seed=config.seed,
             workers=config.workers,
             cached=True,
             part=training.world.rows,
