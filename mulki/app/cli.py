@@ -293,12 +293,11 @@ def _tasks(argv: list[str]) -> int:
     from mulki.app.listing import list_tasks
     from mulki.choices.options import check_options, convert
     from mulki.data import Source
-    from mulki.data.decoding import limit_pixels
     from mulki.train.config.imports import import_modules
     from mulki.train.config.run_config import RunConfig
-    from mulki.train.config.tasks import csv_form
+    from mulki.train.config.tasks import csv_form, limit_reading
 
-    reading = ("test_fraction", "skip_bad_images", "max_pixels")
+    reading = ("test_fraction", "skip_bad_images", "max_pixels", "max_member_mb")
     columns = ("csv_img_key", "csv_caption_key", "csv_separator")
     parser = Parser(prog="mulki tasks", description=_tasks.__doc__)
     parser.add_argument(
@@ -321,7 +320,7 @@ def _tasks(argv: list[str]) -> int:
     chosen = {name: getattr(given, name) for name in (*reading, *columns)}
     config = RunConfig(**convert(RunConfig, {k: v for k, v in chosen.items() if v is not None}))
     check_options(config)
-    limit_pixels(config.max_pixels)
+    limit_reading(config)
     return list_tasks(
         given.names,
         given.order or RunConfig.order,

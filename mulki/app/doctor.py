@@ -183,6 +183,11 @@ def bundled() -> Finding:
     except InputError as error:
         text, _, remedy = str(error).rpartition("; ")
         return Finding("bundled data", "problem", text or remedy, remedy)
+    except Exception as error:
+        # As where torchvision was built for another torch.
+        text = f"cannot be loaded ({type(error).__name__}: {error})"
+        remedy = "pip install --force-reinstall torch torchvision open_clip_torch"
+        return Finding("bundled data", "problem", text, remedy)
     images = sum(len(task.train) + len(task.test) for task in tasks)
     text = f"{len(tasks)} tasks, {images} images, start model {BUNDLED}"
     return Finding("bundled data", "ok", text)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from typing import Literal
 
 import numpy as np
@@ -96,6 +97,7 @@ class Evaluator:
         self._label_space = label_space
         self._tested = tested
         self._inputs: dict[str, Tensor] = {}
+        self._classes: dict[int, list[bytes]] = {}
 
     def accuracy(self, number: int) -> tuple[float, int]:
         """Top-1 accuracy in percent on task `number` (from 0), and the number of test images."""
@@ -126,7 +128,7 @@ class Evaluator:
     ) -> list[Answers]:
         """Which test images of a task the model gets right; each image is encoded once.
 
-        Classes of two tasks with the same prompts are one class: no image could tell them apart.
+        Classes whose prompts have the same tokens are one class: no image could tell them apart.
 
         Args:
             number: of the task, from 0.
@@ -309,10 +311,18 @@ class Evaluator:
         return range(number, number + 1)
 
     def _first_alike(self, space: range) -> Tensor:
-        # By place among the classes of some tasks, the first place with the same prompts.
-        prompts = [tuple(of_class) for i in space for of_class in self.tasks[i].prompts()]
-        firsts: dict[tuple[str, ...], int] = {}
-        return torch.tensor([firsts.setdefault(p, place) for place, p in enumerate(prompts)])
+        # By place among the classes of some tasks, the first place with the same tokens.
+        classes = [of_class for number in space for of_class in self._tokens(number)]
+        firsts: dict[bytes, int] = {}
+        return torch.tensor([firsts.setdefault(c, place) for place, c in enumerate(classes)])
+
+    def _tokens(self, number: int) -> list[bytes]:
+        # Of each class of a task, what its prompts are to the model, as a hash.
+        if number not in self._classes and (prompts := self.tasks[number].prompts()):
+            tokens = self.model.tokenizer([text for of_class in prompts for text in of_class])
+            of_classes = tokens.cpu().split([*map(len, prompts)])
+            self._classes[number] = [sha256(of.numpy().tobytes()).digest() for of in of_classes]
+        return self._classes.get(number, [])
 
     def _batches(self, number: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         # The rows that a process repeats to fill its part of a batch are not counted.

@@ -310,8 +310,7 @@ def _open(path: Path, suffix: str | None) -> tuple[ShardImages, list[str]]:
             samples = read_samples(content)
             images = {key: image for key, files in samples.items() if (image := image_of(files))}
             for key in samples.keys() - images.keys():
-                if key.rpartition("/")[2]:  # else hidden files
-                    _check_dots(path, samples[key], IMAGE_KINDS)
+                _check_dots(path, samples[key], IMAGE_KINDS)
             if suffix is not None:
                 _check_pairs(path, samples, images, suffix)
                 for key in images:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
 from mulki.errors import InputError
 from mulki.files import check_regular
@@ -22,6 +23,8 @@ SUFFIXES = frozenset(
 # Pillow knows forty more, some of which start other programs (PostScript) or are hardly ever tried.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn
+# Transforms enlarge the shorter side first, so that a thin image of few pixels fills the memory.
+_MAX_RATIO = 1000
 
 _max_pixels = MAX_PIXELS
 
@@ -68,7 +71,7 @@ def bad_image(name: str, *remedy: str) -> Iterator[None]:
 def decode(source: Path | bytes, name: str) -> Image.Image:
     """Decode a file, or the bytes of one, to an RGB image.
 
-    Transparent parts are composited on white; 16-bit grey is scaled to 8 bits; of an animation
+    Transparent parts are composited on white; grey of 12 or 16 bits is scaled to 8; of an animation
     the first frame is taken. EXIF rotation is left alone, as torchvision and open_clip do.
 
     Args:
@@ -114,6 +117,11 @@ def _opened(source: Path | bytes) -> Iterator[Image.Image]:
             raise ValueError(
                 f"{width} x {height} pixels are more than {_max_pixels}, see --max-pixels"
             )
+        if max(width, height) > _MAX_RATIO * min(width, height):
+            raise ValueError(
+                f"{width} x {height} pixels: one side is more than {_MAX_RATIO} times the other; "
+                "crop it"
+            )
         yield image
 
 
@@ -127,14 +135,18 @@ def _end_of(source: Path | bytes) -> bytes:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Transparent parts on white, 16-bit grey scaled to 8 bits.
+    """Transparent parts on white, grey of 12 or 16 bits scaled to 8.
 
     Raises:
         ValueError: 32-bit pixels.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         # PIL would clip at 255, which turns most 16-bit pictures white.
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        tags = getattr(image, "tag_v2", {})  # of a TIFF, whose pixels PIL leaves as they are
+        grey = (np.asarray(image) >> tags.get(BITSPERSAMPLE, (16,))[0] - 8).astype(np.uint8)
+        if tags.get(PHOTOMETRIC_INTERPRETATION) == 0:  # white is zero
+            grey = 255 - grey
+        return Image.fromarray(grey).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError("32-bit pixels have no agreed range; convert it to 8 bits a channel")
     if "A" in image.mode or "a" in image.mode or "transparency" in image.info:

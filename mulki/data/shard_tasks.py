@@ -34,11 +34,14 @@ def holds_shards(folder: Path) -> bool:
     """Whether `shard_task` is to read the folder."""
     for split in ("train", "test"):
         if (split_folder(folder, split)).is_dir():
-            return bool(find_shards(split_folder(folder, split)))
-    if holds_split(folder) or not find_shards(folder):
-        return False
+            return _has_shards(split_folder(folder, split), folder)
+    return not holds_split(folder) and _has_shards(folder, folder)
+
+
+def _has_shards(place: Path, folder: Path) -> bool:
     # Beside class folders, tar files without names of classes are something else.
-    return (folder / CLASSES).is_file() or not any(map(is_folder, visible(folder)))
+    named = (folder / CLASSES).is_file()
+    return bool(find_shards(place)) and (named or not any(map(is_folder, visible(place))))
 
 
 def shard_task(

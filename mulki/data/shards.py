@@ -17,7 +17,7 @@ import io
 import json
 import tarfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -248,27 +248,52 @@ def _open_shard(
 
 
 def read_samples(file: BinaryIO) -> Samples:
-    """The files of a tar, grouped as webdataset does. Their bytes are not read.
+    """The files of a tar that are not hidden, grouped as webdataset does; not their bytes.
 
     Raises:
-        tarfile.TarError: damaged, cut short, or with a file that comes twice.
+        tarfile.TarError: damaged, cut short, with a file that comes twice, or with a link to what
+            is not there.
     """
     samples: Samples = {}
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        while entry := tar.next():
-            tar.members.clear()  # type: ignore[attr-defined]  # else it keeps them all
-            folder, slash, base = entry.name.rpartition("/")
-            key, _, suffix = base.partition(".")
-            if entry.isfile():
-                sample = samples.setdefault(folder + slash + key, {})
-                if suffix.lower() in sample:
-                    raise tarfile.ReadError(f"{entry.name} comes twice")
-                sample[suffix.lower()] = Member(entry.name, entry.offset_data, entry.size)
-        # tarfile takes a damaged header for the end.
-        file.seek(tar.offset)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"no end of the archive at byte {tar.offset}")
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while entry := tar.next():
+                tar.members.clear()  # type: ignore[attr-defined]  # else it keeps them all
+                _add_member(samples, entry)
+            # tarfile takes a damaged header for the end.
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"no end of the archive at byte {tar.offset}")
+    except OverflowError:
+        raise tarfile.ReadError("a member that is larger than any file") from None
     return samples
+
+
+def _add_member(samples: Samples, entry: tarfile.TarInfo) -> None:
+    key, suffix = _sample_of(entry.name)
+    if key.endswith("/") or not key or not suffix:
+        return  # hidden, or of no kind
+    if entry.isfile():
+        member = Member(entry.name, entry.offset_data, entry.size)
+    elif entry.islnk():  # a second name of a file before it
+        of_link, kind = _sample_of(entry.linkname)
+        if (linked := samples.get(of_link, {}).get(kind)) is None:
+            raise tarfile.ReadError(f"{entry.name} is a link to {entry.linkname}, not before it")
+        member = replace(linked, name=entry.name)
+    elif entry.issym():
+        raise tarfile.ReadError(f"{entry.name} is a symbolic link: pack it with tar --dereference")
+    else:
+        return
+    if suffix in samples.setdefault(key, {}):
+        raise tarfile.ReadError(f"{entry.name} comes twice")
+    samples[key][suffix] = member
+
+
+def _sample_of(name: str) -> tuple[str, str]:
+    # The sample that a member belongs to, and its kind.
+    folder, slash, base = name.rpartition("/")
+    key, _, suffix = base.partition(".")
+    return folder + slash + key, suffix.lower()
 
 
 def image_of(files: Mapping[str, Member]) -> Member | None:

@@ -37,7 +37,7 @@ from mulki.train.config.run_config import (
     read_config,
     resolve,
 )
-from mulki.train.config.tasks import load_tasks
+from mulki.train.config.tasks import limit_reading, load_tasks
 from mulki.train.saving.checkpoints import ARGUMENTS
 from mulki.train.saving.recovery import check_same_options, has_begun, is_complete
 from mulki.train.saving.signals import Signals
@@ -102,6 +102,7 @@ def plan(
         cells.append(Cell(settings, _state(logs / name, settings)))
     # Not after the runs of the first order.
     for config in {cell.settings.run.order: cell.settings.run for cell in cells}.values():
+        limit_reading(config)
         load_tasks(config)
     return cells
 

@@ -12,14 +12,12 @@ from mulki.clip.evaluation import Evaluator, LabelSpace
 from mulki.clip.head import ClassStatistics, Head, read_statistics
 from mulki.clip.models import VisionLanguageModel
 from mulki.data import Task
-from mulki.data.decoding import limit_pixels
 from mulki.data.loader import batches
 from mulki.errors import InputError
-from mulki.files import limit_members
 from mulki.runs.predictions import TaskPredictions
 from mulki.train.config.precision import device_of
 from mulki.train.config.run_config import RunConfig, read_config, resolve
-from mulki.train.config.tasks import load_tasks
+from mulki.train.config.tasks import limit_reading, load_tasks
 from mulki.train.saving.checkpoints import (
     ARGUMENTS,
     description_of,
@@ -128,8 +126,6 @@ class Evaluation:
                 task.test,
                 model.preprocess,
                 config.batch_size_eval,
-                shuffle=False,
-                seed=config.seed,
                 workers=config.workers,
                 pin_memory=model.device.type == "cuda",
             )
@@ -183,8 +179,7 @@ def evaluation(checkpoint: Path, given: Mapping[str, Any]) -> Evaluation:
     named = options.pop("model", None)
     config = resolve({"lock_text": False, "precision": "fp32", **options}).run
     device = device_of(config.device)
-    limit_pixels(config.max_pixels)
-    limit_members(config.max_member_mb)
+    limit_reading(config)
     tasks = load_tasks(config, test_only=True, inherited="tasks" not in given)
     if config.test_tasks and said is not None:
         new = {task.name for task in tasks}

@@ -100,6 +100,15 @@ def test_bundled_data_that_are_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.bundled() == wanted
 
 
+def test_packages_that_do_not_fit_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr("mulki.clip.models.load", fail)
+    found = doctor.bundled()
+    assert found.level == "problem" and "cannot be loaded (RuntimeError: operator" in found.text
+
+
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "free")
     monkeypatch.setattr("shutil.disk_usage", lambda place: usage(5 << 20))

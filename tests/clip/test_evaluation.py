@@ -273,6 +273,11 @@ def test_classes_of_two_tasks_with_the_same_prompts_are_one_class(
         (answers,) = evaluator.answers(0, heads, [2])
         assert answers.seen is not None and answers.seen.tolist() == answers.own.tolist()
         assert answers.own.any()
+    # The tokenizer does not see capitals.
+    tasks[1] = dataclasses.replace(again, classes=tuple(map(str.upper, again.classes)))
+    evaluator = Evaluator(model, tasks, [loader(model, t, 64) for t in tasks])
+    (answers,) = evaluator.answers(0, {n: evaluator.classifier(n) for n in range(2)}, [2])
+    assert answers.seen is not None and answers.seen.tolist() == answers.own.tolist()
     # Another template makes another class of the same name.
     tasks[1] = dataclasses.replace(task, name="again", templates=("not a {}",))
     evaluator = Evaluator(model, tasks, [loader(model, t, 64) for t in tasks])
@@ -292,7 +297,7 @@ def test_images_are_encoded_once_for_all_heads(
     assert calls.of(model, "images") == [7, 7, 1] and calls.of(model, "texts") == []
 
 
-def test_texts_are_tokenized_once_and_encoded_again(
+def test_texts_are_encoded_again_and_not_tokenized_again(
     load_tiny: Load, task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_tiny()
@@ -306,7 +311,7 @@ def test_texts_are_tokenized_once_and_encoded_again(
         for p in model.clip.transformer.parameters():
             p.normal_()
     evaluator.accuracy(0)
-    assert tokenized == [9]
+    assert tokenized == [9, 9]  # to encode them, and to see which are one class
     assert calls.of(model, "texts") == [9, 9]
 
 

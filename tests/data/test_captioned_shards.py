@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import pickle
 import tarfile
@@ -60,8 +61,47 @@ def test_files_that_would_be_lost_are_refused(tmp_path: Path) -> None:
     write_tar(path, sample(1) | {"at 10.11.png": encoded(picture(0), "png")})
     with pytest.raises(InputError, match=r"x\.tar: at 10\.11\.png: .* without further dots"):
         read_reference(path, captions=False)
-    write_tar(path, sample(1) | {"._1.jpg": b"of a Mac"})
-    assert len(read_reference(path, captions=False)) == 1
+
+
+def test_hidden_files_are_passed_over(tmp_path: Path) -> None:
+    """As macOS packs them beside the others."""
+    path = tmp_path / "x.tar"
+    write_tar(path, sample(1) | {"._00001.jpg": b"of a Mac", "a/._00001.txt": b"of a Mac"})
+    for captions in (True, False):
+        assert len(read_reference(path, captions=captions)) == 1
+
+
+def test_links_are_files_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+
+    def pack(kind: bytes, target: str) -> Path:
+        write_tar(path, sample(0) | {"00001.txt": b"the same image"})
+        with tarfile.open(path, "a") as tar:
+            link = tarfile.TarInfo("00001.jpg")
+            link.type, link.linkname = kind, target
+            tar.addfile(link)
+        return path
+
+    reference = read_reference(pack(tarfile.LNKTYPE, "00000.jpg"))
+    assert reference.captions == ("a caption", "the same image")
+    assert reference.images.load(0).tobytes() == reference.images.load(1).tobytes()
+    with pytest.raises(InputError, match=r"00001\.jpg is a link to gone\.jpg, not before it"):
+        read_reference(pack(tarfile.LNKTYPE, "gone.jpg"))
+    with pytest.raises(
+        InputError, match=r"00001\.jpg is a symbolic link: pack it with tar --deref"
+    ):
+        read_reference(pack(tarfile.SYMTYPE, "00000.jpg"))
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])
+def test_a_size_that_no_file_has(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    huge = tarfile.TarInfo("00000.jpg")
+    huge.size = 2**80
+    content = huge.tobuf(tarfile.GNU_FORMAT) + bytes(4096)
+    path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    with pytest.raises(InputError, match=f"{name}: damaged"):
+        read_reference(path)
 
 
 def test_a_folder_and_a_range_of_shards_are_the_same_set(folder: Path) -> None:

@@ -1,6 +1,7 @@
 import io
 import os
 import pickle
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,6 +66,28 @@ def test_16_bit_pgm_keeps_its_tones(most: int) -> None:
     pixels = np.array([0, most // 2, most], dtype=">u2").tobytes()
     rgb = decode(b"P5\n3 1\n%d\n" % most + pixels, "x")
     assert np.asarray(rgb)[0, :, 0].tolist() == [0, 127, 255]
+
+
+def _tiff(bits: int, white_is_zero: bool, rows: bytes) -> bytes:
+    """Grey, 2 x 1, uncompressed."""
+    tags = ((256, 2), (257, 1), (258, bits), (259, 1), (262, int(not white_is_zero)), (273, 8))
+    tags = (*tags, (277, 1), (278, 1), (279, len(rows)))
+    head = b"II*\0" + struct.pack("<I", 8 + len(rows))
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
+    return head + rows + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("bits", "white_is_zero", "rows"),
+    [
+        (12, False, 0x640FFF.to_bytes(3, "big")),
+        (16, False, struct.pack("<HH", 100 * 256, 65535)),
+        (16, True, struct.pack("<HH", 155 * 256, 0)),
+    ],
+)
+def test_grey_tiffs_keep_their_tones(bits: int, white_is_zero: bool, rows: bytes) -> None:
+    rgb = decode(_tiff(bits, white_is_zero, rows), "x")
+    assert np.asarray(rgb)[0, :, 0].tolist() == [100, 255]
 
 
 def test_float_pixels_are_refused() -> None:
@@ -165,6 +188,14 @@ def test_pixels_are_limited(
     limit_pixels(24 * 24)
     check(FILES["png"], "x")
     assert pixel_limit() == 24 * 24
+
+
+@pytest.mark.parametrize("check", [decode, verify])
+def test_thin_images_are_refused(check: Callable[[Path | bytes, str], object]) -> None:
+    """Enlarged until its shorter side has 224 pixels, this one would have 450 million."""
+    check(_bytes(Image.new("L", (3, 3000)), "png"), "x")
+    with pytest.raises(BadImage, match="x: .*1 x 9000 pixels: one side is more than 1000 times"):
+        check(_bytes(Image.new("L", (1, 9000)), "png"), "x")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes")

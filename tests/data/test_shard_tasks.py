@@ -192,12 +192,18 @@ def test_a_share_changes_nothing_where_shards_have_a_split(folder: Path) -> None
 
 
 def test_tar_files_beside_class_folders_are_no_shards(folder: Path) -> None:
-    write_tar(folder / "all.tar", files(0, 1))
     (folder / "classes.txt").unlink()
+    for place in (folder / "train", folder / "test", folder):
+        if place != folder:
+            shutil.rmtree(place)
+            place.mkdir()
+        write_tar(place / "all.tar", files(0, 1))
+        for number, target in CLASSES.items():
+            (place / "ab"[target]).mkdir(exist_ok=True)
+            picture(number).save(place / "ab"[target] / f"{number}.png")
+    (task,) = load_sequence([str(folder)])
+    assert task.classes == ("a", "b") and len(task.train) == len(CLASSES)
     for split in ("train", "test"):
         shutil.rmtree(folder / split)
-    for number, target in CLASSES.items():
-        (folder / "ab"[target]).mkdir(exist_ok=True)
-        picture(number).save(folder / "ab"[target] / f"{number}.png")
     (task,) = load_sequence([str(folder)], test_fraction=0.3)
     assert task.classes == ("a", "b") and len(task.train) == 4

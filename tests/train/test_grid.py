@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
+from mulki.data import decoding
 from mulki.errors import InputError
 from mulki.runs.new_folder import RECOVERY
 from mulki.runs.reading import read_json
@@ -130,6 +132,15 @@ def test_a_folder_of_something_else_is_refused(planned: Plan, tmp_path: Path) ->
 def test_tasks_of_all_orders_are_looked_at_before_the_first_run(tmp_path: Path) -> None:
     with pytest.raises(InputError, match='order "nine"'):
         plan({"logs": str(tmp_path)}, methods=("finetune",), orders=("I", "nine"), seeds=(0,))
+
+
+def test_large_images_are_allowed_while_tasks_are_looked_at(
+    planned: Plan, task_folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "_max_pixels", 1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    assert len(planned(max_pixels=decoding.MAX_PIXELS)) == 2
+    assert decoding.pixel_limit() == decoding.MAX_PIXELS
 
 
 def test_long_orders_have_short_names_of_their_own() -> None:

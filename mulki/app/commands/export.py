@@ -55,6 +55,8 @@ def export(argv: list[str]) -> int:
             path = Path(given.checkpoint)
             statistics = read_statistics(file) if (file := statistics_of(path)).is_file() else None
             said = description_of(path)
+            if said is None or not any(task.classes for task in said.tasks):
+                raise InputError(f"--classes: {path} says no classes; leave it out")
             model.eval()
             classes = Model(model, said, given.checkpoint, statistics=statistics).layer()
         difference = export_onnx(model, folder, classes)

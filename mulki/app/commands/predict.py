@@ -17,7 +17,6 @@ from mulki.app.commands.parsing import Parser, add_options, with_hyphens
 from mulki.choices.options import check_options, convert
 from mulki.console import Console
 from mulki.data import BadImage
-from mulki.data.decoding import limit_pixels
 from mulki.data.unlabelled import find_images
 from mulki.errors import InputError, counted
 from mulki.files import check_regular, replacing
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from mulki.train.model import Prediction
 
 #: Fields of `RunConfig` that are options here.
-OPTIONS = ("pretrained", "batch_size_eval", "workers", "device", "max_pixels")
+OPTIONS = ("pretrained", "batch_size_eval", "workers", "device", "max_pixels", "max_member_mb")
 _EXAMPLES = """examples:
   mulki predict logs/RUN photos/                       the classes that the run has learned
   mulki predict logs/RUN photos/ --csv photos.csv --top 3 --threshold 0.5
@@ -44,6 +43,7 @@ def predict(argv: list[str]) -> int:
         InputError: bad arguments, model or images, or a model without classes.
     """
     from mulki.train.config.run_config import RunConfig
+    from mulki.train.config.tasks import limit_reading
     from mulki.train.display.progress import checking
     from mulki.train.model import load
 
@@ -91,11 +91,13 @@ def predict(argv: list[str]) -> int:
     check_options(config)
     top = whole("--top", given["top"], 1)
     threshold = _probability("--threshold", given["threshold"])
+    if given["no_head"] and given["classes"] is not None:
+        raise InputError("--no-head: with --classes texts answer alone anyway; leave it out")
     classes = None if given["classes"] is None else _class_names(given["classes"])
-    limit_pixels(config.max_pixels)
+    limit_reading(config)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # as the paths in arguments come
-    found = find_images(given["images"], sys.stdin)
+    found = find_images(given["images"], sys.stdin or ())
     model = load(
         given["model"],
         pretrained=config.pretrained,

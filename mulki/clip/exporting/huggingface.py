@@ -74,14 +74,18 @@ def _config(model: VisionLanguageModel) -> Any:
 
     clip = model.clip
     visual, text = clip.visual, getattr(clip, "text", clip)
+    # Also in the towers' own: CLIPVisionModelWithProjection reads it there.
+    width = {"projection_dim": visual.proj.shape[1]}
     shapes: dict[str, Any] = {
         "vision_config": {
             **transformer_config(visual.transformer),
+            **width,
             "image_size": model.image_size,
             "patch_size": visual.conv1.kernel_size[0],
         },
         "text_config": {
             **transformer_config(text.transformer),
+            **width,
             "max_position_embeddings": text.positional_embedding.shape[0],
             "vocab_size": text.token_embedding.num_embeddings,
             "bos_token_id": model.tokenizer.sot_token_id,  # type: ignore[attr-defined]
@@ -89,7 +93,7 @@ def _config(model: VisionLanguageModel) -> Any:
             "pad_token_id": model.tokenizer.eot_token_id,  # type: ignore[attr-defined]
         },
     }
-    return CLIPConfig(**shapes, projection_dim=visual.proj.shape[1])
+    return CLIPConfig(**shapes, **width)
 
 
 def clip_tokenizer(model: VisionLanguageModel) -> Any:

@@ -13,10 +13,12 @@ from mulki import methods
 from mulki.choices.options import flag
 from mulki.data import CaptionTask, Source, Task, load_sequence
 from mulki.data.class_steps import equal_steps
+from mulki.data.decoding import limit_pixels
 from mulki.data.prompts import fill
 from mulki.data.published import Entry, entry_names
 from mulki.data.subset import few_shot, limited
 from mulki.errors import InputError, nearest
+from mulki.files import limit_members
 from mulki.methods import ZERO_SHOT, Method, Needs
 from mulki.train.config import presets
 from mulki.train.config.rates import learning_rates
@@ -53,6 +55,12 @@ def load_tasks(
         source=Source(config.data_root, config.protocol, absent),
     )
     return reduced(config, tasks)
+
+
+def limit_reading(config: RunConfig) -> None:
+    """Refuse images and files that are too large, in this process from now on."""
+    limit_pixels(config.max_pixels)
+    limit_members(config.max_member_mb)
 
 
 def reduced(config: RunConfig, tasks: Sequence[Task]) -> list[Task]:

@@ -18,7 +18,6 @@ from mulki.choices.options import flag
 from mulki.clip.models import VisionLanguageModel
 from mulki.clip.tensor_files import CHECKSUM
 from mulki.data import Task
-from mulki.data.decoding import limit_pixels
 from mulki.data.image_files import checks_reported
 from mulki.data.made_images import MadeImages
 from mulki.data.reference import ReferenceSet
@@ -28,7 +27,6 @@ from mulki.data.vocabulary import Vocabulary
 from mulki.distributed import launch
 from mulki.distributed.world import World
 from mulki.errors import InputError
-from mulki.files import limit_members
 from mulki.methods import Method
 from mulki.ops import share_proofs
 from mulki.runs import trackers
@@ -36,7 +34,7 @@ from mulki.runs.folder import RunFolder
 from mulki.runs.new_folder import check_free
 from mulki.train.config.precision import Precision, device_of
 from mulki.train.config.run_config import CURRENT, MADE, RunConfig, Settings
-from mulki.train.config.tasks import warn_of_equal_names
+from mulki.train.config.tasks import limit_reading, warn_of_equal_names
 from mulki.train.learning.inputs import Training
 from mulki.train.learning.validation import with_validation
 from mulki.train.saving.description import Description, LearnedTask, recipe_of
@@ -285,8 +283,7 @@ def check_options(config: RunConfig, method: Method) -> Precision:
     _check_drift(config, method)
     _check_continuing(config, method)
     check_original(config, method)
-    limit_pixels(config.max_pixels)
-    limit_members(config.max_member_mb)
+    limit_reading(config)
     return precision
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import mulki
 from mulki.app.cli import run_command
 
 Refused = Callable[[Sequence[object]], str]
@@ -43,6 +44,9 @@ def test_bad_input(refused: Refused, finished: Path, tmp_path: Path) -> None:
     assert "--classes: belongs to --to onnx" in refused(classes)
     assert 'mean "huggingface"' in refused(["export", finished, "--to", "hugging", out])
     assert "no such file" in refused(["export", tmp_path / "none", "--to", "onnx", out])
+    weights = Path(mulki.__file__).parent / "data/embedded/mulki-mini/open_clip_model.safetensors"
+    start = ["export", weights, "--model", "mulki-mini", "--to", "onnx", "--classes", out]
+    assert "--classes: " in (said := refused(start)) and "says no classes; leave it out" in said
     assert not out.exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()

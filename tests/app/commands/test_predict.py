@@ -97,6 +97,10 @@ def test_bad_input(
         ([finished, photos, "--csv", tmp_path], "--csv: got"),
         ([finished, photos, "--classes", tmp_path / "gone"], "cannot be read"),
         ([finished, photos, "--classes", tmp_path / "none.txt"], "holds no name"),
+        (
+            [finished, photos, "--no-head", "--classes", tmp_path / "gone"],
+            "--no-head: with --class",
+        ),
         ([start, photos], "--classes FILE with a name in each line"),
     ):
         assert said in refused(["predict", *words])

@@ -56,6 +56,15 @@ def test_transformers_says_what_the_original_says(
     # Processors round pixels to whole numbers after resizing, at other places.
     torch.testing.assert_close(F.normalize(found.image_embeds, dim=1), images, atol=2e-3, rtol=0.02)
     torch.testing.assert_close(found.logits_per_image, logits, atol=0.05, rtol=0.02)
+    vision = transformers.CLIPVisionModelWithProjection.from_pretrained(folder).eval()
+    text = transformers.CLIPTextModelWithProjection.from_pretrained(folder).eval()
+    with torch.no_grad():
+        (embeds, *_) = vision(**processor(pictures, return_tensors="pt"), return_dict=False)
+        torch.testing.assert_close(F.normalize(embeds, dim=1), F.normalize(found.image_embeds))
+        (embeds, *_) = text(
+            **tokenizer(texts, padding=True, return_tensors="pt"), return_dict=False
+        )
+        torch.testing.assert_close(F.normalize(embeds, dim=1), words)
 
 
 @pytest.mark.parametrize(
