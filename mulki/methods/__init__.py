@@ -49,10 +49,9 @@ def available() -> dict[str, type[Method]]:
     for module in pkgutil.iter_modules(__path__, f"{__name__}."):
         importlib.import_module(module.name)
     found: dict[str, type[Method]] = {}
-    pending = list(Method.__subclasses__())
-    while pending:
-        cls = pending.pop()
-        pending += cls.__subclasses__()
+    classes = Method.__subclasses__()
+    for cls in classes:  # which grows; one that inherits from two methods is found twice
+        classes += [each for each in cls.__subclasses__() if each not in classes]
         if "name" in vars(cls):
             _check(cls)
             register(found, "method", cls.name, cls)

@@ -194,6 +194,12 @@ class MulKI(Method):
                 f"--feature-original: got {o.feature_original:g} beside --teachers previous; "
                 "leave one of the two out"
             )
+        own = o.feature_original is not None and o.teachers == "zero_shot"
+        if own and o.feature != usual.feature:
+            raise InputError(
+                f"--feature: got {o.feature:g} beside --teachers zero_shot, whose coefficient is "
+                "--feature-original; pass that one"
+            )
         gated = o.distinguishing and o.teachers == "both"
         if gated and o.hold_on != "task" and weighting.uses_target:
             raise InputError(

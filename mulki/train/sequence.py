@@ -270,16 +270,12 @@ class _Sequence:
             return
         goes_on, name = self.setup.goes_on, self.setup.config.method
         # Another method's file has another meaning.
-        if goes_on is not None and goes_on.said.recipe["method"] == name and file.is_file():
+        before = name if goes_on is None else goes_on.said.recipe["method"]
+        if before == name and file.is_file():
             self.setup.method.take_kept(load_tensors(file)[0])
-        else:
-            _log.warning(
-                "no %s of %s: the earlier tasks were not learned by %s, which does not hold on to "
-                "them",
-                file,
-                name,
-                name,
-            )
+            return
+        why = f"there is no {file}" if before == name else f"method {before} learned them"
+        _log.warning("method %s does not hold on to the earlier tasks, for %s", name, why)
 
     def _take_weights(self, file: Path) -> None:
         # Of an earlier run, with the class statistics beside them.

@@ -204,6 +204,12 @@ class TestMulKI:
             MulKI(MulKI.Options(teachers="previous", feature_original=0.3))
         alone = MulKI(MulKI.Options(teachers="zero_shot", feature_original=0.3))
         assert alone.objective.feature == (0.3, 0.3)
+        with pytest.raises(
+            InputError, match="^--feature: got 3 beside --teachers zero_shot, whose"
+        ):
+            MulKI(MulKI.Options(teachers="zero_shot", feature=3.0))
+        alone = MulKI(MulKI.Options(teachers="zero_shot", feature=3.0, feature_original=None))
+        assert alone.objective.feature == (3.0, 3.0)
 
     @pytest.mark.parametrize("name", [ZERO_SHOT, PREVIOUS])
     def test_a_gate_needs_both(self, name):

@@ -38,6 +38,14 @@ class TestRegistry:
         }
         assert methods.get("lwf") is LwF
 
+    def test_one_that_inherits_from_two(self):
+        class Both(LwF, Finetune):
+            name = "both"
+            summary = "of two methods"
+
+        assert methods.get("both") is Both
+        del Both.name
+
     def test_an_unknown_name_gets_the_nearest(self):
         with pytest.raises(InputError, match="'MULKY' .*\"mulki\".*er, ewc, .*keeplora, lwf"):
             methods.get("MULKY")

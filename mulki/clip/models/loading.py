@@ -58,7 +58,8 @@ def load(
         model = load_huggingface(name.partition(":")[2])
     else:
         model = load_open_clip(name, pretrained, stand_in=stand_in)
-    model.clip.to(device)
+    # open_clip's are in training mode, in which texts of a frozen tower with dropout are noisy.
+    model.clip.to(device).eval()
     if model.device.type == "cpu":
         _sequence_first(model.clip)
     return model

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
+
 from mulki.clip.models import VisionLanguageModel
 from mulki.data.caption_task import CaptionTask
 from mulki.errors import InputError
@@ -30,7 +32,7 @@ from mulki.train.learning.spikes import SpikeGuard
 from mulki.train.learning.task_teachers import TaskTeachers
 from mulki.train.learning.validation import Validation, validates
 from mulki.train.saving.randomness import random_state, set_random_state
-from mulki.train.saving.recovery import Saves
+from mulki.train.saving.recovery import Saves, restore_method
 
 _log = logging.getLogger(__name__)
 
@@ -155,8 +157,11 @@ class _Learning:
         if saved is None and needs_of(method, inputs.task).directions:
             gradients = mean_gradients(self.training, inputs)
         if saved is not None:
-            method.load_state_dict(saved["method"], strict=False)
+            restore_method(method, saved["method"])
         classes, prototypes = len(inputs.task.classes), self.teachers.prototypes
+        # What the method draws is the same in all processes.
+        random = random_state(model.device)
+        torch.manual_seed(self.training.config.seed + inputs.index)
         method.start_task(
             TaskStart(
                 inputs.index,
@@ -168,6 +173,7 @@ class _Learning:
                 gradients,
             )
         )
+        set_random_state(random, model.device)
         method.to(model.device)
 
     def take_step(
@@ -244,7 +250,7 @@ class _Learning:
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
         self.steps = saved["steps"]
-        self.training.method.load_state_dict(saved["method"])
+        restore_method(self.training.method, saved["method"], strict=True)
         self.step.restore(saved["step"])
         self.teachers.restore(saved["teachers"])
         self.guard.restore(saved["spikes"])

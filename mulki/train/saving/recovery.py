@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mulki import methods
@@ -249,9 +249,21 @@ def write_state(path: Path | None, state: State) -> None:
             tensors[name] = value.detach().cpu()
         return {_TENSOR: name}
 
+    _check_keys(state)
     layout = json.dumps(state, default=take_out)
     if path is not None:
         save_tensors(path, tensors, {"layout": layout, "format": _FORMAT})
+
+
+def _check_keys(value: Any) -> None:
+    # JSON would make texts of others.
+    if isinstance(value, dict):
+        if bad := [key for key in value if not isinstance(key, str)]:
+            raise TypeError(f"{bad[0]!r}: a save holds dicts whose keys are texts")
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for each in value:
+            _check_keys(each)
 
 
 def read_state(folder: Path) -> State | None:
@@ -472,7 +484,7 @@ def restore(saved: State, setup: Running, frozen: Frozen, texts: TextInputs) -> 
         _set_weights(model, model, saved[STUDENT])
     else:
         model.adapters.restore(saved[STUDENT])
-    setup.method.load_state_dict(saved["method"], strict=False)
+    restore_method(setup.method, saved["method"])
     texts.restore(saved["texts"])
     setup.precision.scaler.load_state_dict(saved["scaler"])
     random = saved["random"][setup.world.rank]
@@ -483,6 +495,25 @@ def restore(saved: State, setup: Running, frozen: Frozen, texts: TextInputs) -> 
     if in_task["previous"] is not None:
         _set_weights(model, frozen[PREVIOUS], in_task["previous"])
     return in_task | {"random": random}
+
+
+def restore_method(method: Method, saved: Mapping[str, Any], *, strict: bool = False) -> None:
+    """Set the state of a method, whose buffers may have had other sizes then.
+
+    Args:
+        strict: whether all else has to fit; else what does not is left as it is.
+    """
+    fitting = dict(saved)
+    for name, own in [*method.named_parameters(), *method.named_buffers()]:
+        if name not in saved or saved[name].shape == own.shape:
+            continue
+        if isinstance(own, nn.Parameter):
+            if not strict:
+                del fitting[name]
+            continue
+        path, _, last = name.rpartition(".")
+        setattr(method.get_submodule(path), last, own.new_empty(saved[name].shape))
+    method.load_state_dict(fitting, strict=strict)
 
 
 def _weights(student: VisionLanguageModel, model: VisionLanguageModel) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ that were learned come first, and in place of learning them their weights are lo
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -18,7 +19,7 @@ from torch import Tensor
 from mulki import methods
 from mulki.choices.options import convert, field_name
 from mulki.clip.models import VisionLanguageModel
-from mulki.clip.tensor_files import CHECKSUM, load_tensors, read_metadata
+from mulki.clip.tensor_files import CHECKSUM, load_tensors
 from mulki.data import CaptionTask, Source, Task, load_sequence, sequence_names
 from mulki.data.class_order import Relabelled
 from mulki.data.image_files import ImageFiles
@@ -31,7 +32,9 @@ from mulki.train.saving.checkpoints import (
     ARGUMENTS,
     adapters_of,
     description_of,
+    kept_of,
     run_of,
+    statistics_of,
     weights_of,
 )
 from mulki.train.saving.description import Description, LearnedTask
@@ -64,10 +67,18 @@ class Continuation:
     said: Description
     weights: Mapping[int, Path]
 
-    @property
-    def checksum(self) -> str:
-        """Of the file that the run goes on from."""
-        return read_metadata(self.weights[len(self.said.tasks)])[CHECKSUM]
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of all files, with those beside them; each is read once to see it is whole.
+
+        Raises:
+            InputError: a damaged file.
+        """
+        hashes = [
+            load_tensors(each)[1].get(CHECKSUM) if each.is_file() else None
+            for _, file in sorted(self.weights.items())
+            for each in (file, statistics_of(file), kept_of(file), adapters_of(file))
+        ]
+        return hashlib.sha256(repr(hashes).encode()).hexdigest()
 
 
 def continuation(path: Path) -> Continuation:
@@ -158,7 +169,8 @@ def continued_options(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         for name in ("lora_targets", "lora_alpha"):
             recipe.pop(name, None)
     if str(given.get("head", "")).lower() == "false":
-        recipe.pop("head_drift", None)
+        for name in ("head_drift", "head_shrinkage", "head_weight"):
+            recipe.pop(name, None)
     if "epochs" in given:
         recipe.pop("iterations", None)
     if "iterations" in given:

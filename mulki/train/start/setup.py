@@ -171,6 +171,7 @@ def prepared(
         ProcessLost: another process of the run has ended.
     """
     config = settings.run
+    _seed_everything(config.seed)  # for parameters of the method
     method = methods.get(config.method)(settings.method)
     precision = check_options(config, method)
     with (
@@ -235,7 +236,7 @@ def _read(
     hashes = hashes_of(data, model, original)
     if goes_on is not None and stand_ins is None:
         check_begin(goes_on.said, hashes)
-        hashes["checkpoint"] = goes_on.checksum
+        hashes["checkpoint"] = goes_on.fingerprint()
     weights = hashes.get("original", hashes["weights"])
     cache = cache_of_original(config, model, weights, precision, world) if write else None
     _store_weights(config, precision, model, original)
@@ -300,6 +301,9 @@ def _check_continuing(config: RunConfig, method: Method) -> None:
 
 
 def _check_drift(config: RunConfig, method: Method) -> None:
+    for name in ("head_shrinkage", "head_weight"):
+        if not config.head and (value := getattr(config, name)) != getattr(RunConfig, name):
+            raise InputError(f"{flag(name)}: got {value:g} beside --no-head; leave one of them out")
     for still, why in (
         (not config.head, "--no-head keeps no class means"),
         (not method.trains, f"method {method.name} learns nothing"),

@@ -23,6 +23,7 @@ def test_loaded_model(load_tiny: Load) -> None:
     assert model.image_size == 32 and model.device.type == "cpu"
     assert model.preprocess(Image.new("RGB", (50, 40))).shape == (3, 32, 32)
     assert model.tokenizer(PROMPTS).shape == (3, 16)
+    assert not any(module.training for module in model.clip.modules())
 
 
 @pytest.mark.parametrize(

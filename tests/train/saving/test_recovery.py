@@ -74,8 +74,12 @@ def test_tensors_of_which_each_process_has_a_part(tmp_path: Path) -> None:
 
 
 def test_what_json_does_not_hold_is_named(tmp_path: Path) -> None:
+    path = path_in(tmp_path)
     with pytest.raises(TypeError, match="Path: a save holds tensors, numbers and texts"):
-        write_state(path_in(tmp_path), {"place": tmp_path})
+        write_state(path, {"place": tmp_path})
+    with pytest.raises(TypeError, match="3: a save holds dicts whose keys are texts"):
+        write_state(path, {"means": [{"a": 1}, {3: torch.ones(1)}]})
+    assert not path.exists()
 
 
 def saves(folder: Path, **options: Any) -> Saves:

@@ -17,13 +17,17 @@ import torch
 import yaml
 from PIL import Image
 from rich.console import Console
+from torch import Tensor, nn
 
 from mulki.clip.evaluation import Evaluator
+from mulki.clip.features import Features
 from mulki.clip.tensor_files import load_tensors, save_tensors
 from mulki.data.decoding import BadImage
 from mulki.data.image_files import ImageFiles
 from mulki.distributed.world import World
 from mulki.errors import InputError, Stopped
+from mulki.methods import TaskStart
+from mulki.methods.finetune import Finetune
 from mulki.runs.folder import RunFolder
 from mulki.runs.lock import FolderLock
 from mulki.train import sequence
@@ -32,6 +36,7 @@ from mulki.train.config.presets import RELATIONS
 from mulki.train.learning import learn
 from mulki.train.learning.class_step import ClassStep
 from mulki.train.saving import recovery
+from mulki.train.saving.checkpoints import kept_of
 from mulki.train.saving.recovery import read_save
 from tests.train.run_helpers import (
     Run,
@@ -87,6 +92,40 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(
         # What a new process starts from is not what this one ends with.
         random.random(), np.random.rand(), torch.rand(3)
     check_same(resumed(folder).path, whole.path)
+
+
+class Drawing(Finetune):
+    """With parameters and buffers of its own, drawn at random, of which one grows."""
+
+    def __init__(self, options: Finetune.Options):
+        super().__init__(options)
+        self.shift = nn.Parameter(torch.randn(3))
+        self.register_buffer("means", torch.zeros(0, 2))
+
+    def start_task(self, task: TaskStart) -> None:
+        self.of_task = nn.Parameter(torch.randn(2 + task.index))
+
+    def losses(self, student: Features, *given: Any) -> dict[str, Tensor]:
+        return super().losses(student, *given) | {"own_loss": self.shift.sum() + self.of_task.sum()}
+
+    def end_task(self) -> None:
+        self.means = torch.cat([self.means, self.of_task.detach()[:2].unsqueeze(0)])
+
+    def kept(self) -> dict[str, Tensor]:
+        return {"means": self.means, "shift": self.shift.detach()}
+
+
+def test_a_methods_own_tensors(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(Drawing, "name", "drawing")
+    whole = run("whole", method="drawing")
+    torch.rand(7)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
+        stop_at(patch, 6, RuntimeError("stop"))
+        run("stopped", method="drawing")
+    stopped = resumed(tmp_path / "logs" / "stopped")
+    check_same(stopped.path, whole.path)
+    found = [load_tensors(kept_of(f.path / "checkpoints/latest"))[0] for f in (whole, stopped)]
+    assert found[0]["means"].shape == (2, 2) and same_state(*found)
 
 
 @pytest.mark.parametrize(

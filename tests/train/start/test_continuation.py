@@ -222,7 +222,7 @@ def test_another_method_takes_nothing_that_the_first_kept(
     assert [each["tasks"] for each in environment["learned_with"]] == [1, 2]
     changed = environment["learned_with"][1]["options"]
     assert changed["fisher_images"] == 3 and "method" not in changed
-    assert "method.safetensors of ewc: the earlier tasks were not learned by ewc" in caplog.text
+    assert "ewc does not hold on to the earlier tasks, for method keeplora learned" in caplog.text
 
 
 def test_replay_needs_the_earlier_training_images(
@@ -243,9 +243,20 @@ def test_fisher_information_that_is_not_there_is_told(
 ) -> None:
     first = make("first", folders[:1], method="finetune")
     second = make("second", folders[1:2], first.path, method="ewc", fisher_images=4)
-    assert "were not learned by ewc" in (second.path / "out.log").read_text()
+    assert "ewc does not hold on" in (second.path / "out.log").read_text()
     make("third", folders[2:], second.path)
-    assert caplog.text.count("were not learned by ewc") == 1
+    assert caplog.text.count("ewc does not hold on") == 1
+
+
+def test_damaged_files_are_seen_before_anything_is_tested(make: Make, folders: list[str]) -> None:
+    first = make("first", folders[:1], method="ewc", fisher_images=4)
+    for file in sorted((first.path / "checkpoints" / "latest").glob("*.safetensors")):
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(InputError, match=f"{file.name}: damaged"):
+            make("second", folders[1:2], first.path)
+        assert not (first.path.parent / "second").exists()
+        file.write_bytes(content)
 
 
 def test_it_is_evaluated_again(make: Make, folders: list[str]) -> None:

@@ -101,6 +101,7 @@ def test_taken_folder_is_left_alone(run: Run, tmp_path: Path, no_training: None)
         ({"lora_rank": 2, "lora_targets": ("qkv",)}, "--lora-targets: got 'qkv', but no linear"),
         ({"lora_rank": 64}, "--lora-rank: got 64, but transformer."),
         ({"lora_rank": 2, "lock_image": True}, "--lock-image: adapters freeze all weights"),
+        ({"head_weight": 2.0, "head": False}, "--head-weight: got 2 beside --no-head; leave one"),
         ({"head_drift": "sdc", "head": False}, "--head-drift: got sdc, but --no-head keeps no"),
         ({"head_drift": "sdc", "lock_image": True}, "--head-drift: got sdc, but features do not"),
         ({"head_drift": "sdc", "method": "zero_shot"}, "--head-drift: got sdc, but method zero_"),
