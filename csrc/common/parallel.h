@@ -20,9 +20,10 @@ struct NoEngine {
   struct Scope {};
 };
 
-// Calls run(i) for each task; each thread holds a Scope of the engine. It has a range of tasks, which is the same in all loops with
-// the same number of tasks, so that the thread finds in its cache what it wrote before. A thread
-// that has completed its range takes remaining tasks from the ranges of the other threads.
+// Calls run(i) for each task; each thread holds a Scope of the engine. Each thread has a range of
+// tasks, which is the same in all loops with the same number of tasks, so that the thread finds in
+// its cache what it wrote before. A thread that has completed its range takes remaining tasks from
+// the ranges of the other threads.
 template <typename Engine = NoEngine, typename F>
 inline void parallel_tasks(int64_t tasks, const F& run) {
   using Scope = typename Engine::Scope;

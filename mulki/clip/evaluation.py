@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from hashlib import sha256
 from typing import Literal
 
 import numpy as np
@@ -27,7 +26,7 @@ from mulki.clip.head import Head
 from mulki.clip.models import VisionLanguageModel
 from mulki.clip.retrieval import ranks, right_captions, turned
 from mulki.clip.texts import text_features, text_inputs
-from mulki.data.caption_task import CaptionedImages, CaptionTask
+from mulki.data.caption_task import CaptionedImages, CaptionTask, same_text
 from mulki.data.loader import batch_sizes
 from mulki.data.task import Task
 from mulki.distributed.world import ALONE, World
@@ -97,7 +96,6 @@ class Evaluator:
         self._label_space = label_space
         self._tested = tested
         self._inputs: dict[str, Tensor] = {}
-        self._classes: dict[int, list[bytes]] = {}
 
     def accuracy(self, number: int) -> tuple[float, int]:
         """Top-1 accuracy in percent on task `number` (from 0), and the number of test images."""
@@ -128,7 +126,8 @@ class Evaluator:
     ) -> list[Answers]:
         """Which test images of a task the model gets right; each image is encoded once.
 
-        Classes whose prompts have the same tokens are one class: no image could tell them apart.
+        Classes of two tasks with the same prompts, see `class_key`, are one class: no image could
+        tell them apart.
 
         Args:
             number: of the task, from 0.
@@ -311,18 +310,16 @@ class Evaluator:
         return range(number, number + 1)
 
     def _first_alike(self, space: range) -> Tensor:
-        # By place among the classes of some tasks, the first place with the same tokens.
-        classes = [of_class for number in space for of_class in self._tokens(number)]
-        firsts: dict[bytes, int] = {}
-        return torch.tensor([firsts.setdefault(c, place) for place, c in enumerate(classes)])
-
-    def _tokens(self, number: int) -> list[bytes]:
-        # Of each class of a task, what its prompts are to the model, as a hash.
-        if number not in self._classes and (prompts := self.tasks[number].prompts()):
-            tokens = self.model.tokenizer([text for of_class in prompts for text in of_class])
-            of_classes = tokens.cpu().split([*map(len, prompts)])
-            self._classes[number] = [sha256(of.numpy().tobytes()).digest() for of in of_classes]
-        return self._classes.get(number, [])
+        # By place among the classes of some tasks, the first place of the same class.
+        firsts: dict[tuple[str, ...], int] = {}
+        found: list[int] = []
+        for number in space:
+            keys = list(map(class_key, self.tasks[number].prompts()))
+            begin = len(found)
+            found += [firsts.get(key, place) for place, key in enumerate(keys, begin)]
+            for place, key in enumerate(keys, begin):
+                firsts.setdefault(key, place)
+        return torch.tensor(found)
 
     def _batches(self, number: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         # The rows that a process repeats to fill its part of a batch are not counted.
@@ -340,12 +337,17 @@ def tested_texts(task: Task) -> list[list[str]]:
     return task.prompts()
 
 
+def class_key(prompts: Sequence[str]) -> tuple[str, ...]:
+    """What the prompts of one class share in two tasks: they are equal but for `same_text`."""
+    return tuple(map(same_text, prompts))
+
+
 def shared_classes(tasks: Sequence[Task]) -> dict[str, list[str]]:
-    """Names of the tasks that have a class with the same prompts, by the name of the class."""
+    """Names of the tasks that have a class with the same `class_key`, by the name of the class."""
     owners: dict[tuple[str, ...], dict[str, str]] = {}
     for task in tasks:
         for name, prompts in zip(task.classes, task.prompts(), strict=True):
-            owners.setdefault(tuple(prompts), {})[task.name] = name
+            owners.setdefault(class_key(prompts), {})[task.name] = name
     return {next(iter(of.values())): list(of) for of in owners.values() if len(of) > 1}
 
 

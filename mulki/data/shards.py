@@ -34,6 +34,7 @@ GZIP = b"\x1f\x8b"
 IMAGE_KINDS = frozenset(suffix[1:] for suffix in SUFFIXES)
 # Beside one of these, another kind of image is a mask or the like.
 _USUAL = frozenset({"jpeg", "jpg", "png", "webp"})
+_OF_SAMPLES = IMAGE_KINDS | {"cls", "txt"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,9 +279,11 @@ def _add_member(samples: Samples, entry: tarfile.TarInfo) -> None:
     elif entry.islnk():  # a second name of a file before it
         of_link, kind = _sample_of(entry.linkname)
         if (linked := samples.get(of_link, {}).get(kind)) is None:
-            raise tarfile.ReadError(f"{entry.name} is a link to {entry.linkname}, not before it")
+            raise tarfile.ReadError(
+                f"{entry.name} is a link to {entry.linkname}, which is no file before it"
+            )
         member = replace(linked, name=entry.name)
-    elif entry.issym():
+    elif entry.issym() and suffix in _OF_SAMPLES:
         raise tarfile.ReadError(f"{entry.name} is a symbolic link: pack it with tar --dereference")
     else:
         return

@@ -153,9 +153,10 @@ class Method(nn.Module):
     task to the next is in its state dict, so that a run that was killed can go on: parameters and
     buffers are, anything else goes through torch's `get_extra_state` and `set_extra_state`, as
     nested lists and dicts, with texts as keys, of tensors, numbers and texts. A method that goes on
-    gets the state dict before `start_task`, as far as it fits, and again after it; its buffers take
-    the sizes that they had. What `__init__` and `start_task` draw from torch's generator is fixed
-    by the seed and the same in all processes.
+    gets the state dict before `start_task`, as far as it fits, and again after it. Its tensors take
+    the sizes that they had; a parameter has to have its size again after `start_task`. What
+    `__init__` and `start_task` draw from torch's generator comes from the seed and is the same in
+    all processes.
 
     Raises:
         InputError: an option is out of bounds.

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from mulki.choices.options import field_name
-from mulki.clip.evaluation import zero_shot_classifier
+from mulki.clip.evaluation import class_key, zero_shot_classifier
 from mulki.clip.exporting.onnx import Classes
 from mulki.clip.head import ClassStatistics, Head, read_statistics
 from mulki.clip.models import VisionLanguageModel
@@ -466,15 +466,13 @@ def _check(classes: Any, top: Any, threshold: Any, batch_size: Any) -> None:
 
 
 def _distinct(tasks: Sequence[LearnedTask]) -> list[LearnedTask]:
-    # Without the classes that have the prompts of an earlier one.
+    # Without the classes of earlier ones.
     seen: set[tuple[str, ...]] = set()
     found = []
     for task in tasks:
-        kept = []
-        for place, prompts in enumerate(task.prompts()):
-            if tuple(prompts) not in seen:
-                seen.add(tuple(prompts))
-                kept.append(place)
+        keys = list(map(class_key, task.prompts()))
+        kept = [place for place, key in enumerate(keys) if key not in seen]
+        seen.update(keys)
         if kept:
             names = tuple(task.classes[place] for place in kept)
             texts = tuple(task.texts[place] for place in kept) if task.texts else ()

@@ -273,11 +273,14 @@ def test_classes_of_two_tasks_with_the_same_prompts_are_one_class(
         (answers,) = evaluator.answers(0, heads, [2])
         assert answers.seen is not None and answers.seen.tolist() == answers.own.tolist()
         assert answers.own.any()
-    # The tokenizer does not see capitals.
-    tasks[1] = dataclasses.replace(again, classes=tuple(map(str.upper, again.classes)))
+    # Capitals make no other class in another task, but they do within a task.
+    first, *others = task.classes
+    tasks = [dataclasses.replace(task, classes=(first, first.upper(), *others[1:])), again]
+    tasks[1] = dataclasses.replace(again, classes=(first.title(), "x", "y"))
     evaluator = Evaluator(model, tasks, [loader(model, t, 64) for t in tasks])
-    (answers,) = evaluator.answers(0, {n: evaluator.classifier(n) for n in range(2)}, [2])
-    assert answers.seen is not None and answers.seen.tolist() == answers.own.tolist()
+    assert evaluator._first_alike(range(2)).tolist() == [0, 1, 2, 0, 4, 5]
+    assert shared_classes(tasks) == {first.title(): [task.name, "again"]}
+    tasks[0] = task
     # Another template makes another class of the same name.
     tasks[1] = dataclasses.replace(task, name="again", templates=("not a {}",))
     evaluator = Evaluator(model, tasks, [loader(model, t, 64) for t in tasks])
@@ -297,7 +300,7 @@ def test_images_are_encoded_once_for_all_heads(
     assert calls.of(model, "images") == [7, 7, 1] and calls.of(model, "texts") == []
 
 
-def test_texts_are_encoded_again_and_not_tokenized_again(
+def test_texts_are_tokenized_once_and_encoded_again(
     load_tiny: Load, task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_tiny()
@@ -311,7 +314,7 @@ def test_texts_are_encoded_again_and_not_tokenized_again(
         for p in model.clip.transformer.parameters():
             p.normal_()
     evaluator.accuracy(0)
-    assert tokenized == [9, 9]  # to encode them, and to see which are one class
+    assert tokenized == [9]
     assert calls.of(model, "texts") == [9, 9]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 
 from mulki.clip.models import VisionLanguageModel
@@ -161,7 +162,8 @@ class _Learning:
         classes, prototypes = len(inputs.task.classes), self.teachers.prototypes
         # What the method draws is the same in all processes.
         random = random_state(model.device)
-        torch.manual_seed(self.training.config.seed + inputs.index)
+        mixed = np.random.SeedSequence((self.training.config.seed, inputs.index + 1))
+        torch.manual_seed(int(mixed.generate_state(1)[0]))
         method.start_task(
             TaskStart(
                 inputs.index,
@@ -232,7 +234,7 @@ class _Learning:
     def _undo(self, drawn: Mapping[str, Any]) -> None:
         # Sets what `_drawn` returned. The first losses of a method may have made a part of it.
         set_random_state(drawn["random"], self.device)
-        self.training.method.load_state_dict(drawn["method"], strict=False)
+        restore_method(self.training.method, drawn["method"])
         if self.anchors is not None:
             self.anchors.restore(drawn["anchors"])
 

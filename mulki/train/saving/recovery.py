@@ -498,22 +498,20 @@ def restore(saved: State, setup: Running, frozen: Frozen, texts: TextInputs) -> 
 
 
 def restore_method(method: Method, saved: Mapping[str, Any], *, strict: bool = False) -> None:
-    """Set the state of a method, whose buffers may have had other sizes then.
+    """Set the state of a method, whose tensors may have had other sizes then.
 
     Args:
-        strict: whether all else has to fit; else what does not is left as it is.
+        strict: whether it has to have all of them, and no others.
     """
-    fitting = dict(saved)
-    for name, own in [*method.named_parameters(), *method.named_buffers()]:
-        if name not in saved or saved[name].shape == own.shape:
-            continue
-        if isinstance(own, nn.Parameter):
-            if not strict:
-                del fitting[name]
-            continue
-        path, _, last = name.rpartition(".")
-        setattr(method.get_submodule(path), last, own.new_empty(saved[name].shape))
-    method.load_state_dict(fitting, strict=strict)
+    # Where it is strict, an optimiser has the parameters already.
+    parameters = [] if strict else list(method.named_parameters())
+    for name, own in [*parameters, *method.named_buffers()]:
+        if name in saved and saved[name].shape != own.shape:
+            new = own.detach().new_empty(saved[name].shape)
+            path, _, last = name.rpartition(".")
+            value = nn.Parameter(new, own.requires_grad) if isinstance(own, nn.Parameter) else new
+            setattr(method.get_submodule(path), last, value)
+    method.load_state_dict(saved, strict=strict)
 
 
 def _weights(student: VisionLanguageModel, model: VisionLanguageModel) -> dict[str, Tensor]:

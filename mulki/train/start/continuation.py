@@ -19,7 +19,7 @@ from torch import Tensor
 from mulki import methods
 from mulki.choices.options import convert, field_name
 from mulki.clip.models import VisionLanguageModel
-from mulki.clip.tensor_files import CHECKSUM, load_tensors
+from mulki.clip.tensor_files import CHECKSUM, load_tensors, read_metadata
 from mulki.data import CaptionTask, Source, Task, load_sequence, sequence_names
 from mulki.data.class_order import Relabelled
 from mulki.data.image_files import ImageFiles
@@ -66,6 +66,11 @@ class Continuation:
 
     said: Description
     weights: Mapping[int, Path]
+
+    @property
+    def checksum(self) -> str:
+        """Of the file that the run goes on from."""
+        return read_metadata(self.weights[len(self.said.tasks)])[CHECKSUM]
 
     def fingerprint(self) -> str:
         """Hex SHA-256 of all files, with those beside them; each is read once to see it is whole.

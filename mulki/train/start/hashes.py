@@ -69,7 +69,6 @@ def same_in_all(
         "vocabulary (hash)": hashes.get("vocabulary", "none")[:12],
         "start weights (hash)": hashes["weights"][:12],
         "original weights (hash)": hashes.get("original", "none")[:12],
-        "checkpoint of --continue (hash)": hashes.get("checkpoint", "none")[:12],
     }
 
 

@@ -195,6 +195,8 @@ def prepared(
                 warn_of_what_is_left_behind(settings.run)
             facts = same_in_all(settings, setup.tasks, setup.hashes)
             facts["precision"] = precision.name
+            if setup.goes_on is not None and saved is None and write:
+                facts["files of --continue (hash)"] = setup.goes_on.fingerprint()[:12]
             if resume is not None:
                 check_same(Path(resume), setup.hashes)
                 facts["save (hash)"] = saved[CHECKSUM] if saved else "none"
@@ -236,7 +238,7 @@ def _read(
     hashes = hashes_of(data, model, original)
     if goes_on is not None and stand_ins is None:
         check_begin(goes_on.said, hashes)
-        hashes["checkpoint"] = goes_on.fingerprint()
+        hashes["checkpoint"] = goes_on.checksum
     weights = hashes.get("original", hashes["weights"])
     cache = cache_of_original(config, model, weights, precision, world) if write else None
     _store_weights(config, precision, model, original)

@@ -35,6 +35,7 @@ from mulki.train.config.precision import Precision
 from mulki.train.config.presets import RELATIONS
 from mulki.train.learning import learn
 from mulki.train.learning.class_step import ClassStep
+from mulki.train.rows import Rows
 from mulki.train.saving import recovery
 from mulki.train.saving.checkpoints import kept_of
 from mulki.train.saving.recovery import read_save
@@ -100,29 +101,39 @@ class Drawing(Finetune):
     def __init__(self, options: Finetune.Options):
         super().__init__(options)
         self.shift = nn.Parameter(torch.randn(3))
+        self.pool = nn.Parameter(torch.zeros(0, 2))
         self.register_buffer("means", torch.zeros(0, 2))
 
     def start_task(self, task: TaskStart) -> None:
-        self.of_task = nn.Parameter(torch.randn(2 + task.index))
+        self.pool = nn.Parameter(torch.cat([self.pool.detach()[: task.index], torch.randn(1, 2)]))
 
     def losses(self, student: Features, *given: Any) -> dict[str, Tensor]:
-        return super().losses(student, *given) | {"own_loss": self.shift.sum() + self.of_task.sum()}
+        return super().losses(student, *given) | {"own_loss": self.shift.sum() + self.pool.sum()}
 
     def end_task(self) -> None:
-        self.means = torch.cat([self.means, self.of_task.detach()[:2].unsqueeze(0)])
+        self.means = torch.cat([self.means, self.pool.detach()[-1:]])
 
     def kept(self) -> dict[str, Tensor]:
-        return {"means": self.means, "shift": self.shift.detach()}
+        return {"means": self.means, "shift": self.shift.detach(), "pool": self.pool.detach()}
 
 
 def test_a_methods_own_tensors(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(Drawing, "name", "drawing")
     whole = run("whole", method="drawing")
     torch.rand(7)
+    folder = tmp_path / "logs" / "stopped"
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
-        stop_at(patch, 6, RuntimeError("stop"))
+        stop_at(patch, 2, RuntimeError("stop"))
         run("stopped", method="drawing")
-    stopped = resumed(tmp_path / "logs" / "stopped")
+    # Between the tasks, and in the second one.
+    for between in (True, False):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
+            if between:
+                patch.setattr(Rows, "of_model", fails)
+            else:
+                stop_at(patch, 2, RuntimeError("stop"))
+            resumed(folder)
+    stopped = resumed(folder)
     check_same(stopped.path, whole.path)
     found = [load_tensors(kept_of(f.path / "checkpoints/latest"))[0] for f in (whole, stopped)]
     assert found[0]["means"].shape == (2, 2) and same_state(*found)
