@@ -347,7 +347,7 @@ def shared_classes(tasks: Sequence[Task]) -> dict[str, list[str]]:
     owners: dict[tuple[str, ...], dict[str, str]] = {}
     for task in tasks:
         for name, prompts in zip(task.classes, task.prompts(), strict=True):
-            owners.setdefault(class_key(prompts), {})[task.name] = name
+            owners.setdefault(class_key(prompts), {}).setdefault(task.name, name)
     return {next(iter(of.values())): list(of) for of in owners.values() if len(of) > 1}
 
 

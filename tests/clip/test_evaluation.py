@@ -279,7 +279,7 @@ def test_classes_of_two_tasks_with_the_same_prompts_are_one_class(
     tasks[1] = dataclasses.replace(again, classes=(first.title(), "x", "y"))
     evaluator = Evaluator(model, tasks, [loader(model, t, 64) for t in tasks])
     assert evaluator._first_alike(range(2)).tolist() == [0, 1, 2, 0, 4, 5]
-    assert shared_classes(tasks) == {first.title(): [task.name, "again"]}
+    assert shared_classes(tasks) == {first: [task.name, "again"]}
     tasks[0] = task
     # Another template makes another class of the same name.
     tasks[1] = dataclasses.replace(task, name="again", templates=("not a {}",))
