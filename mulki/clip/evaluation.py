@@ -96,6 +96,7 @@ class Evaluator:
         self._label_space = label_space
         self._tested = tested
         self._inputs: dict[str, Tensor] = {}
+        self._keys = [[class_key(prompts) for prompts in task.prompts()] for task in tasks]
 
     def accuracy(self, number: int) -> tuple[float, int]:
         """Top-1 accuracy in percent on task `number` (from 0), and the number of test images."""
@@ -314,7 +315,7 @@ class Evaluator:
         firsts: dict[tuple[str, ...], int] = {}
         found: list[int] = []
         for number in space:
-            keys = list(map(class_key, self.tasks[number].prompts()))
+            keys = self._keys[number]
             begin = len(found)
             found += [firsts.get(key, place) for place, key in enumerate(keys, begin)]
             for place, key in enumerate(keys, begin):

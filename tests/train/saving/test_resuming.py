@@ -96,7 +96,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(
 
 
 class Drawing(Finetune):
-    """With parameters and buffers of its own, drawn at random, of which one grows."""
+    """With parameters and buffers of its own, drawn at random, some of which grow."""
 
     def __init__(self, options: Finetune.Options):
         super().__init__(options)
