@@ -4,6 +4,7 @@
     python -m benchmarks.embedded.compare strength  # how strongly teachers hold, on III and IV
     python -m benchmarks.embedded.compare smoothing # label smoothing of every method, likewise
     python -m benchmarks.embedded.compare held      # forms of MulKI, likewise
+    python -m benchmarks.embedded.compare again     # rates and strengths once more, likewise
     python -m benchmarks.embedded.compare changes   # images that MulKI is held on, likewise
     python -m benchmarks.embedded.compare compare   # every method at its preset
     python -m benchmarks.embedded.compare gates     # what weighs MulKI's teachers, on glyphs
@@ -96,6 +97,7 @@ def main() -> None:
         ],
         "smoothing": lambda: [r for m in arguments.methods for r in studies.smoothing(m)],
         "held": studies.held,
+        "again": studies.again,
         "changes": studies.changes,
         "compare": lambda: studies.comparison(tuple(arguments.seeds)),
         "gates": lambda: studies.gates(tuple(arguments.seeds)),

@@ -8,7 +8,7 @@ by.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
@@ -64,6 +64,12 @@ _CHOICES = {
         "Forms of MulKI",
         "Without label smoothing, most of them held on images made of the task's own, on orders "
         "III and IV, one seed. No other method had as many choices.",
+    ),
+    "again": (
+        "Rates and strengths once more",
+        "Each method at its preset, with another learning rate or strength, on orders III and IV, "
+        "one seed, without label smoothing. One that is better than the preset by more than 0.67, "
+        "which two runs on each order must differ by, would take its place.",
     ),
     "changes": (
         "What images are made of",
@@ -121,6 +127,8 @@ def page(lines: Sequence[Line]) -> str:
         ]
     for study in studies.CHOICES:
         if of := [r for r in lines if r["study"] == study]:
+            if study == "again":
+                of += [{**r, "variant": name} for name, r in _presets(lines)]
             parts.append(choices(study, of))
     return "\n\n".join(parts) + "\n"
 
@@ -217,9 +225,19 @@ def choices(study: str, lines: Sequence[Line]) -> str:
     return "\n".join(rows)
 
 
+def _presets(lines: Sequence[Line]) -> Iterator[tuple[str, Line]]:
+    # The rows of `again` at their presets, which the study of label smoothing has run.
+    for row in studies.AGAIN:
+        method, *kind = row.partition(", ")
+        name = f"{method} label_smoothing=0{''.join(kind)}"
+        for line in lines:
+            if line["study"] == "smoothing" and line["variant"] == name:
+                yield f"{row}, preset", line
+
+
 def _competing(study: str, line: Line) -> str:
-    # Variants of which one is the best: those of a method, or of a row of the transformer's table.
-    of_row = study == "vit_rates"
+    # Variants of which one is the best: those of a method, or of a row of a table.
+    of_row = study in ("again", "vit_rates")
     return str(line["variant"].rpartition(", ")[0] if of_row else line["options"]["method"])
 
 

@@ -210,7 +210,7 @@ tokenizer = open_clip.get_tokenizer("local-dir:THIS_FOLDER")
 
 ## How it was made
 
-{iterations} a task, {batch_size} images a step, learning rate {lr}. The weights that it began with
-have the SHA-256 `{weights}`. All options, class names and prompts are in the metadata of
-`open_clip_model.safetensors`, as JSON under the key `mulki`.
+{iterations} a task, {batch_size} images a step in each process, learning rate {lr}. The weights
+that it began with have the SHA-256 `{weights}`. All options, class names and prompts are in the
+metadata of `open_clip_model.safetensors`, as JSON under the key `mulki`.
 """
