@@ -1,11 +1,11 @@
-"""What the bundled tasks allow: all of them learned at once, and each alone from the start model.
+"""The bundled tasks without a sequence: all of them learned at once, and each alone.
 
     python -m benchmarks.embedded.bounds --seeds 0 1 2
 
 Fine-tuning at its preset, as the comparison has it. `joint` is one task of the classes of all,
 whose batches mix the images of all tasks and whose cross-entropy is over all classes; it takes as
-many steps as the six tasks together. It is what a sequence could reach if nothing were forgotten.
-`alone` is the mean over the tasks of a model that has learned nothing else. Every run is a line of
+many steps as the six tasks together. `alone` is the mean over the tasks of a model that has learned
+nothing else. Neither is a limit: their learning rate is that of a sequence. Every run is a line of
 `bounds.jsonl`, and a run that is there already is not repeated.
 """
 

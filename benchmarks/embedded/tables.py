@@ -78,10 +78,9 @@ _CHOICES = {
     ),
     "vit_rates": (
         "Learning rates of the transformer",
-        "The start model with a transformer, whose projections were trained by the same command "
-        "before those that are kept (pack/README.md): each row with shares of its rate on the "
-        "bundled model, so that the best one is neither the smallest nor the largest. First three "
-        "tasks of order I alone, one seed.",
+        "The start model with a transformer: each row with shares of its rate on the bundled "
+        "model, so that the best one is neither the smallest nor the largest. First three tasks of "
+        "order I alone, one seed, on two kinds of CPU.",
     ),
     "vit_stages": (
         "MulKI's stages on the transformer",

@@ -11,10 +11,9 @@ switched off alone:
     connecting      off: the last weights are the result, and there is no anchor
 
 By default features and the relation of images to text anchors are held on images made of the
-task's own, by the gate "discrepancy", which leaves the task's images to the cross-entropy; what was
-measured is in `mulki.stages.distinguishing` and `mulki.stages.connecting`. The preset of the
-bundled model has the anchor of weights besides; the preset mulki-mtil has the relations to
-prototypes and texts, on the task's images, the gate "label" and the running mean.
+task's own, by the gate "discrepancy", which leaves the task's images to the cross-entropy. The
+preset of the bundled model has the anchor of weights besides; the preset mulki-mtil has the
+relations to prototypes and texts, on the task's images, the gate "label" and the running mean.
 
 Of a task of captions `mulki.stages.pairs` is the objective, without prototypes and text anchors.
 """

@@ -9,16 +9,9 @@ Stated by the source (arXiv 2411.06764): that models are linked within and betwe
 integrate earlier and new knowledge. Our choice: the running mean of the weights, as ZSCL's weight
 ensembling does it, and interpolation with the previous model, as WiSE-FT does it (arXiv
 2109.01903); the anchor is ZSCL's weight consolidation. Which of them the paper uses is not public.
-
-Measured on the bundled tasks: with relations held on the task's own images and smoothed labels
-(five seeds on four sequences, benchmarks/embedded/RESULTS.md at commit 4935d05) the running mean
-takes a point of Last in orders I and II and gives nothing that is clear of zero. Held on made
-images (orders III and IV; one seed, which does not tell half a point apart) the mean of Transfer,
-Average and Last is 81.06 with an anchor of lambda 0.1, 80.86 with the mean in its place and 80.89
-with neither, without text anchors; with them 81.07 with the anchor of weights and 80.72 with
-neither. So that anchor is in the preset of the bundled model, and the method `mulki` has no
-connection unless asked: lambda depends on the size of the model and on the learning rate, and for
-other models none was chosen.
+docs/method.md has what each gave. The preset of the bundled model has the anchor; otherwise the
+method `mulki` has no connection unless asked: lambda depends on the size of the model and on the
+learning rate, and for other models none was chosen.
 
 `Connections` puts them together, for MulKI and for the methods they come from.
 """

@@ -7,15 +7,9 @@ Stated by the source (arXiv 2411.06764 and its published summaries): the knowled
 teachers is re-weighted per sample by what each is good at. Our choice: the gates (see
 `mulki.functional.teacher_kl`; "label" asks which teacher gives the true class more probability),
 that one weight serves all levels of distillation, and that a class without a sample in the batch
-weighs its teachers equally. Weights are constants for autograd.
-
-Measured on the bundled tasks: with relations held on the task's own images and smoothed labels
-(five seeds on four sequences, benchmarks/embedded/RESULTS.md at commit 4935d05) equal weights in
-place of the gate "label" cost nothing that is clear of zero, and other gates lay within half a
-point of them. Held on made images, as by default, the method `mulki` has the gate of
-Select-and-Distill, "discrepancy". With it the mean of Transfer, Average and Last was 81.06, with
-equal weights and the same coefficients 80.74 (without text anchors; orders III and IV; one seed,
-which does not tell half a point apart).
+weighs its teachers equally. Weights are constants for autograd. Held on made images, as by
+default, the method `mulki` has the gate of Select-and-Distill, "discrepancy". docs/method.md has
+what gates gave.
 
 The image-to-text relation is the distribution that a gate looks at, so the pass that computes its
 divergence gives the weights too.

@@ -117,6 +117,22 @@ def test_the_best_point_of_a_method_is_first_and_bold() -> None:
     assert fewer.startswith("| lwf c | 40.00 |") and fewer.endswith("| 1 |")
 
 
+def test_rates_once_more_stand_beside_the_preset_that_the_smoothing_has_run() -> None:
+    of_run = {"cpu": "CPU", "torch": "2.13", "commit": "a" * 40, "settings": {"precision": "fp32"}}
+    lines = [
+        line("snd", "III", last=last) | of_run | {"study": study, "variant": variant}
+        for study, variant, last in (
+            ("again", "snd, made images, lr=0.0004", 60.0),
+            ("smoothing", "snd label_smoothing=0, made images", 70.0),
+            ("smoothing", "snd label_smoothing=0.1, made images", 80.0),
+            ("smoothing", "snd label_smoothing=0", 90.0),
+        )
+    ]
+    names = list(rows(tables.page(lines).split("## Rates and strengths once more")[1]))
+    assert names[:3] == ["variant", "---", "snd, made images, preset **best**"]
+    assert names[3:5] == ["snd, made images, lr=0.0004", "snd, preset"]
+
+
 def test_a_run_that_fails_leaves_the_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -226,6 +242,7 @@ def test_studies_follow_their_rules() -> None:
         assert len(runs) == 24 and {run.options["seed"] for run in runs} == {100, 101}
     chosen_on_two = (
         *(*studies.strengths("lwf"), *studies.smoothing("snd"), *studies.held()),
+        *studies.again(),
         *studies.changes(),
     )
     model = "local-dir:models/vit"
