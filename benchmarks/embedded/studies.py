@@ -128,6 +128,7 @@ HELD: dict[str, Options] = {
     "anchors 0.5": _BEST | _ANCHORS,
     "without l2": _BEST | {"l2": 0.0},
     "without alignment": _BEST | {"alignment": 0.0},
+    "without distillation": _BEST | {"adding": False},
     "previous teacher alone, features 4": _BEST
     | _UNIFORM
     | {"feature": 4.0, "teachers": "previous"},

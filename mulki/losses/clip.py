@@ -10,6 +10,7 @@ from torch import Tensor
 from mulki.distributed import collectives
 from mulki.functional import clip_contrastive, prototype_cross_entropy
 from mulki.losses.pairs import Columns, PairLoss, Pairs, Shard
+from mulki.ops.arguments import with_bias
 
 
 class ClipLoss(PairLoss):
@@ -106,11 +107,7 @@ class ClipLoss(PairLoss):
             prototype_cross_entropy(rows, target, reduction="sum")
             for rows in (columns.of_images(), columns.of_texts())
         )
-        loss = (of_images + of_texts) / 2
-        if isinstance(pairs.bias, Tensor) and pairs.bias.requires_grad:
-            # A parameter without a gradient would keep DDP waiting.
-            loss = loss + 0 * pairs.bias.to(loss)
-        return loss
+        return with_bias((of_images + of_texts) / 2, pairs.bias)
 
     def targets(self, shard: Shard, device: torch.device) -> Tensor:
         """[n], the column of the batch that is each own row's match."""
@@ -124,7 +121,9 @@ class ClipLoss(PairLoss):
         key = str(device), num_logits, first
         labels = self._labels.get(key)
         if labels is None:
-            labels = torch.arange(first, first + num_logits, device=device)
+            # What is cached may be used in training, too.
+            with torch.inference_mode(False):
+                labels = torch.arange(first, first + num_logits, device=device)
             if self.cache_labels:
                 self._labels = {key: labels}
         return labels
@@ -142,8 +141,10 @@ class ClipLoss(PairLoss):
         Differentiable; gradients of all ranks flow back to where features are.
         """
         pairs = Pairs("", image_features, text_features, logit_scale, logit_bias)
-        columns = self.columns(self.shard(pairs), pairs)
-        if self.local_loss:
+        shard = self.shard(pairs)
+        columns = self.columns(shard, pairs)
+        # As in open_clip, one is a view of the other where all ranks' pairs are gathered.
+        if self.local_loss or shard.world == 1:
             matrices = [columns.of_images().materialize(), columns.of_texts().materialize()]
         else:
             everyone = Pairs("", columns.images, columns.texts, pairs.scale)

@@ -12,6 +12,7 @@ from mulki.distributed import collectives
 from mulki.losses.clip import ClipLoss
 from mulki.losses.pairs import Columns, Pairs, Shard
 from mulki.ops import checks, pair_kl, teacher_kl
+from mulki.ops.arguments import with_bias
 from mulki.ops.gates import Weighting
 from mulki.representation import arguments_shown
 
@@ -125,9 +126,7 @@ class DistillClipLoss(ClipLoss):
         # Where one process holds the batch, both losses share their products.
         sums, entropy = self._of_pairs(student, teachers, labels=True)
         contrastive, kl = sums.unbind()
-        if isinstance(student.bias, Tensor) and student.bias.requires_grad:
-            # A parameter without a gradient would keep DDP waiting.
-            contrastive = contrastive + 0 * student.bias.to(contrastive)
+        contrastive = with_bias(contrastive, student.bias)
         return {"contrastive_loss": contrastive, "distill_loss": kl + entropy}
 
     def _of_pairs(

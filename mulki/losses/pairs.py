@@ -54,10 +54,8 @@ class Pairs:
 
     def features(self) -> dict[str, Tensor]:
         """The tensors by the names of their arguments."""
-        return {f"{self.prefix}{kind}_features": t for kind, t in self._kinds()}
-
-    def _kinds(self) -> tuple[tuple[str, Tensor], ...]:
-        return ("image", self.images), ("text", self.texts)
+        kinds = ("image", self.images), ("text", self.texts)
+        return {f"{self.prefix}{kind}_features": t for kind, t in kinds}
 
     def check(self, student: Pairs | None = None) -> None:
         """Raise a TypeError or a ValueError that names the argument; a teacher has a `student`."""
@@ -65,23 +63,25 @@ class Pairs:
         names = images, texts, self._name("scale")
         checks.inputs(self.images, self.texts, self.scale, names)
         checks.matching_rows(self.images, self.texts, names)
-        if student is not None and self.images.shape[0] != student.images.shape[0]:
+        if self.bias is not None:
+            checks.scalar(self._name("bias"), self.bias, self.images.device)
+        if student is None:
+            return
+        if self.images.shape[0] != student.images.shape[0]:
             raise ValueError(
                 f"{images}: got {self.images.shape[0]} rows, wanted {student.images.shape[0]} as "
                 f"image_features has: a teacher sees the student's batch"
             )
-        if student is not None and self._is_double() != student._is_double():
+        if self._is_double() != student._is_double():
             raise TypeError(
                 f"{images}: got dtype {self.images.dtype}, wanted {student.images.dtype} as "
                 f"image_features has; cast one to the other"
             )
-        if student is not None and self.images.device != student.images.device:
+        if self.images.device != student.images.device:
             raise ValueError(
                 f"{images}: got device {self.images.device}, wanted {student.images.device} as "
                 f"image_features has; move it there"
             )
-        if self.bias is not None:
-            checks.scalar(self._name("bias"), self.bias, self.images.device)
 
     def _is_double(self) -> bool:
         return self.images.dtype == torch.float64

@@ -133,9 +133,9 @@ class SigLipLoss(PairLoss):
         """The logits [n, m] of these features, of this rank alone, which `forward` never makes."""
         pairs = Pairs("", image_features, text_features, logit_scale, logit_bias)
         names = "image_features", "text_features", "logit_scale"
-        checks.inputs(image_features, text_features, logit_scale, names)
-        if logit_bias is not None:
-            checks.scalar("logit_bias", logit_bias, image_features.device)
+        checks.inputs(pairs.images, pairs.texts, pairs.scale, names)
+        if pairs.bias is not None:
+            checks.scalar("logit_bias", pairs.bias, pairs.images.device)
         logits = ops.similarity.matrix((pairs.images, pairs.texts, pairs.scale))
         return logits if pairs.bias is None else logits + pairs.bias
 

@@ -58,6 +58,16 @@ def scalars(values: Sequence[Tensor | float], like: Tensor) -> Tensor:
     return torch.stack([scalar(value, like) for value in values])
 
 
+def with_bias(loss: Tensor, logit_bias: Tensor | float | None) -> Tensor:
+    """`loss`, whose softmax does not see the bias, with a gradient of zero for it.
+
+    A parameter without a gradient would keep DDP waiting.
+    """
+    if isinstance(logit_bias, Tensor) and logit_bias.requires_grad:
+        return loss + 0 * logit_bias.to(loss)
+    return loss
+
+
 _FORWARD_MODE = "forward-mode differentiation of mulki is not supported; use reverse mode"
 
 

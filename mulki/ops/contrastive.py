@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mulki.ops import checks, direct
-from mulki.ops.arguments import refuse_transforms, rounded, scalar
+from mulki.ops.arguments import refuse_transforms, rounded, scalar, with_bias
 from mulki.ops.logits import Operands, logits
 from mulki.ops.registry import define
 
@@ -52,9 +52,5 @@ def loss(operands: Operands, logit_bias: Tensor | float | None, reduction: str) 
     """
     refuse_transforms(operands)
     images, texts, scale = rounded(operands, _NAMES)
-    result = direct.call(
-        "contrastive", Contrastive(images, texts, scalar(scale, images)), reduction
-    )[0]
-    if isinstance(logit_bias, Tensor) and logit_bias.requires_grad:
-        result = result + 0 * scalar(logit_bias, images)
-    return result
+    x = Contrastive(images, texts, scalar(scale, images))
+    return with_bias(direct.call("contrastive", x, reduction)[0], logit_bias)

@@ -163,7 +163,7 @@ def loss(
     if weighting.gate.weights is not None:
         # Before the function, which computes with them.
         contrastive.check(of_student)
-        own = torch.arange(len(images), device=images.device)
+        own = torch.arange(images.shape[0], device=images.device)
         turned = [(w, x, s) for x, w, s in models]
         weights = torch.stack(
             [

@@ -3,9 +3,10 @@
 A later torch may rename or change them. They are looked up here, once, at import. Where one is
 missing, where torch is newer than the newest version that was tested, or with
 MULKI_TORCH_PRIVATE=0, the public way is taken: the results are the same, small calls are slower.
-Three things need the private names: gradients through vmap of a mean or sum, float64 in activation
-checkpointing and under dispatch modes, and the refusal of forward mode in compiled code. `reason`
-says why, and `mulki.info` shows it. MULKI_TORCH_PRIVATE=1 uses them with any torch.
+Four things need the private names: gradients through vmap of a mean or sum, vmap of `ClipLoss` and
+`SigLipLoss`, float64 in activation checkpointing and under dispatch modes, and the refusal of
+forward mode in compiled code. `reason` says why, and `mulki.info` shows it. MULKI_TORCH_PRIVATE=1
+uses them with any torch.
 """
 
 from __future__ import annotations
@@ -100,7 +101,8 @@ def is_differentiated_by_transform(value: Tensor) -> bool:
         return False
     # Another transform, such as vmap, may have wrapped it again.
     while _private["is_functorch"](value):
-        if _private["is_differentiated"](value):
+        # What a transform computes with is wrapped too where nothing is differentiated by it.
+        if _private["is_differentiated"](value) and value.requires_grad:
             return True
         value = _private["unwrapped"](value)
     return False

@@ -134,7 +134,7 @@ def feature_loss(student: Features, teachers: Sequence[Features], weights: Tenso
             )
     # Few operations, above all few that have gradients: on a small batch each of them takes longer
     # than its arithmetic.
-    weights = weights / len(weights)
+    weights = weights / weights.shape[0]
     others = torch.stack([teacher.images.detach() for teacher in teachers], dim=1)
     gaps = student.images.to(weights.dtype).unsqueeze(1) - others.to(weights.dtype)
     return (gaps.square() * weights.unsqueeze(2)).sum()

@@ -82,7 +82,7 @@ def sample_weights(
     if weighting.entropy == weighting.label == 0:
         k, images = len(teachers), student.images
         dtype = torch.promote_types(images.dtype, torch.float32)
-        return images.new_full((len(images), k), 1 / k, dtype=dtype)
+        return images.new_full((images.shape[0], k), 1 / k, dtype=dtype)
     return gated_relation(student, teachers, target, weighting, temperature, True)[1]
 
 

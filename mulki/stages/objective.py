@@ -303,7 +303,7 @@ class MulKILoss(nn.Module):
             )
             terms["image_caption_loss"] = self.image_caption * loss
         else:
-            own = torch.arange(len(student.images), device=student.images.device)
+            own = torch.arange(student.images.shape[0], device=student.images.device)
             weights = distinguishing.sample_weights(
                 student, teachers, own, self.weighting, self.temperature
             )
@@ -327,7 +327,7 @@ class MulKILoss(nn.Module):
                 terms[name] = terms[name] + term if name in terms else term
             all_weights.append(weights)
         if self.hold_on == "made":
-            shape = len(student.texts), len(teachers)
+            shape = student.texts.shape[0], len(teachers)
             per_class = student.texts.new_full(shape, 1 / len(teachers))
         terms |= self._text_terms(student, teachers, per_class)
         order = [f"{name}_loss" for name in (*self.relations, *self.anchors, "feature")]

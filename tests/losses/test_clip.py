@@ -21,8 +21,16 @@ def test_helpers_are_those_of_open_clip(bias):
         matrices = zip(mine.get_logits(*operands), theirs.get_logits(*operands), strict=True)
         for a, b in matrices:
             torch.testing.assert_close(a, b)
+            a /= 2  # and leaves the other one as it is
         for _ in range(2):
             assert torch.equal(mine.get_ground_truth("cpu", 6), theirs.get_ground_truth("cpu", 6))
+
+
+def test_cached_labels_are_of_use_in_training_too():
+    loss = ClipLoss(cache_labels=True)
+    with torch.inference_mode():
+        loss.get_ground_truth("cpu", 6)
+    assert not loss.get_ground_truth("cpu", 6).is_inference()
 
 
 def flags_warned_of(rank: int, world: int) -> dict[str, list[str]]:

@@ -52,6 +52,19 @@ def test_a_temperature_and_a_teacher_of_another_width():
     torch.testing.assert_close(DistillClipLoss().dist_loss(teacher, z), theirs)
 
 
+@pytest.mark.parametrize("gate", ["loss", "discrepancy"])
+def test_an_exported_loss_takes_batches_of_other_sizes(gate):
+    def pairs(n):
+        features = torch.nn.functional.normalize(torch.rand(6, n, 5), dim=-1)
+        return [x for k in (0, 2, 4) for x in (features[k], features[k + 1], torch.tensor(9.0))]
+
+    loss, n = DualTeacherClipLoss(gate=gate), torch.export.Dim("n")
+    shapes = ({0: n}, {0: n}, None) * 3
+    exported = torch.export.export(loss, tuple(pairs(6)), dynamic_shapes=shapes, strict=False)
+    another = pairs(9)
+    torch.testing.assert_close(exported.module()(*another), loss(*another))
+
+
 def test_no_gradient_flows_to_a_teacher():
     _, out = outputs("dual")
     teachers = [name for name in out if name.startswith(("dist_", "prev_"))]

@@ -29,7 +29,9 @@ def test_helpers_are_those_of_open_clip(bias):
     _, out = outputs("clip")
     operands = out["image_features"], out["text_features"], out["logit_scale"], bias
     mine, theirs = SigLipLoss(), OPEN_CLIP["siglip"]()
-    torch.testing.assert_close(mine.get_logits(*operands), theirs.get_logits(*operands))
+    of_one = [v.reshape(1) if v is not None and v.ndim == 0 else v for v in operands]
+    for given in (operands, of_one):
+        torch.testing.assert_close(mine.get_logits(*given), theirs.get_logits(*operands))
     for negative_only in (False, True):
         arguments = "cpu", torch.float32, 4, negative_only
         assert torch.equal(mine.get_ground_truth(*arguments), theirs.get_ground_truth(*arguments))

@@ -307,6 +307,15 @@ def test_transforms_that_differentiate_are_refused(unit):
             torch.func.grad(lambda xs, mapped=mapped: mapped(xs).sum())(torch.stack([x, x]))
 
 
+def test_a_loss_of_constants_may_stand_inside_a_transform(unit):
+    x, w = unit(6, 4).float(), unit(6, 4).float()
+
+    def loss(q):
+        return q.sum() + ops.contrastive.loss((x * 1, w, 9.0), None, "mean").detach()
+
+    assert torch.func.grad(loss)(torch.ones(3)).equal(torch.ones(3))
+
+
 def test_inference_tensors_may_stand_beside_leaves(backend):
     """Frozen prototypes and teachers may come from `torch.inference_mode`."""
     for name in LOSSES:
