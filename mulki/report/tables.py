@@ -205,7 +205,7 @@ def metrics_table(
 def _metrics_rows(
     matrix: AccuracyMatrix, with_head: WithHead | None, method: str | None
 ) -> Iterator[tuple[str, list[str]]]:
-    name = method or counted(len(matrix.tasks), "task")
+    name = str(method or counted(len(matrix.tasks), "task"))
     yield name, format_metrics(matrix.metrics())
     if with_head is not None and matrix.tasks:
         yield "with head", format_metrics(with_head.matrix.metrics())
@@ -320,7 +320,7 @@ def summary_markdown(
         for name, cells in display_rows(matrix)
     ]
     header = ["after", *map(escape, display_columns(matrix))]
-    metrics = [[name, *values] for name, values in _metrics_rows(matrix, with_head, method)]
+    metrics = [[escape(name), *values] for name, values in _metrics_rows(matrix, with_head, method)]
     legend = "Accuracy in percent; **bold**: just learned, +: learned earlier, no mark: all others."
     lines = _lines_below(seen, evaluations, with_head)
     return "\n".join(

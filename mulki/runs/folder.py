@@ -187,7 +187,7 @@ class RunFolder:
                 lock=lock,
             )
             run.model = str(summary.get("model", ""))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{path}: not the folder of a run, its summary.json cannot be read "
                 f"({type(error).__name__}); pass a folder that a run has written"

@@ -110,9 +110,9 @@ def _record(line: str) -> StepRecord | None:
         numbers += [value for table in tables for value in table.values()]
         numbers += [count for of in record.teacher_weights.values() for count in of]
         numbers += [x for x in (record.memory_mib, record.prepared) if x is not None]
-        for number in numbers:
-            math.isnan(number)  # raises where it is no number
-        whole = all(len(of) == BINS for of in record.teacher_weights.values())
+        # Raises where one is no number.
+        whole = all(list(map(math.isfinite, numbers))) and isinstance(record.task, str)
+        whole &= all(len(of) == BINS for of in record.teacher_weights.values())
     except (ValueError, TypeError, AttributeError, OverflowError):
         return None
     return record if whole else None

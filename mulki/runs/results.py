@@ -58,6 +58,8 @@ def read_evaluations(path: str | os.PathLike[str]) -> list[Evaluation]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; pass the results.jsonl of a run") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8; restore the file") from None
     *lines, _cut_off = text.split("\n")
     evaluations = []
     for number, line in enumerate(lines, start=1):

@@ -18,6 +18,7 @@ from mulki.clip.tensor_files import load_tensors, save_tensors
 from mulki.console import Console
 from mulki.data import Task
 from mulki.distributed import launch
+from mulki.distributed.torchrun import is_first
 from mulki.errors import InputError, ProcessLost, Stopped, counted
 from mulki.methods import Method
 from mulki.report import write_report
@@ -94,7 +95,7 @@ def run(
         Stopped: SIGINT, SIGTERM or SIGHUP came.
     """
     if resume is not None and _all_find_complete(Path(resume)):
-        if os.environ.get("RANK", "0") != "0":
+        if not is_first():
             return None
         complete = finish_again(Path(resume))
         _write_report(complete)

@@ -116,6 +116,14 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert finding.level == "problem" and str(tmp_path) in finding.text
 
 
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("os.access", lambda place, mode: place != tmp_path)
+    for place in (tmp_path, tmp_path / "file"):
+        finding = doctor.disk(place)
+        assert (finding.level, finding.text) == ("problem", f"{place} cannot be written")
+
+
 def test_the_self_test_finds_a_wrong_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     from mulki.bench.losses import MULKI
 

@@ -44,6 +44,8 @@ def test_of_a_step_that_was_made_twice_the_later_counts(tmp_path: Path) -> None:
         "{}",
         json.dumps({**record(0, 2).__dict__, "losses": [1]}),
         json.dumps({**record(0, 2).__dict__, "lr": "fast"}),
+        json.dumps({**record(0, 2).__dict__, "lr": float("inf")}),
+        json.dumps({**record(0, 2).__dict__, "task": 5}),
         json.dumps({**record(0, 2).__dict__, "total": 10**400}),
         json.dumps({**record(0, 2).__dict__, "losses": {"ce_loss": None}}),
         json.dumps({**record(0, 2).__dict__, "teacher_weights": {"previous": [1, 2]}}),

@@ -23,3 +23,6 @@ def test_a_line_cut_off_by_a_crash_is_left_out_and_others_are_errors(tmp_path: P
             read_evaluations(path)
     with pytest.raises(InputError, match="results.jsonl"):
         read_evaluations(tmp_path / "results.jsonl")
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="not UTF-8"):
+        read_evaluations(path)

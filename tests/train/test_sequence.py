@@ -585,6 +585,7 @@ def test_the_first_process_says_whether_a_run_is_complete(
     monkeypatch.setattr("mulki.distributed.launch.launched", lambda: True)
     monkeypatch.setattr("mulki.distributed.launch.meeting", lambda: second)
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert sequence.run(resolve({}), resume=tmp_path / "elsewhere") is None
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from rich.text import Text
 from mulki.app.commands.parsing import Once, Parser
 from mulki.choices.options import whole_number
 from mulki.console import Console
+from mulki.distributed.torchrun import is_first
 from mulki.errors import InputError
 from mulki.files import write_atomic
 from mulki.report.comparison import html
@@ -104,11 +104,6 @@ def write_comparison(cells: Sequence[Cell], console: Console) -> None:
     write_atomic(as_page, html.render_comparison(found))
     console.print(Text(f"runs: {folder}"), soft_wrap=True)
     console.print(Text(f"open: {as_page}"), soft_wrap=True)
-
-
-def is_first() -> bool:
-    """Whether this process is the one of torchrun's that writes and prints, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def seeds_of(values: Sequence[Any]) -> list[int]:

@@ -12,11 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from mulki import methods
-from mulki.app.commands.grid import is_first, is_grid
+from mulki.app.commands.grid import is_grid
 from mulki.clip.offline import offline
 from mulki.console import Console
 from mulki.data.published.collections import COLLECTIONS
 from mulki.distributed import launch
+from mulki.distributed.torchrun import is_first
 from mulki.errors import InputError, counted
 from mulki.report.tables import plain_table
 from mulki.runs import trackers

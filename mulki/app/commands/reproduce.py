@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.text import Text
 
-from mulki.app.commands.grid import is_first, seeds_of, whole
+from mulki.app.commands.grid import seeds_of, whole
 from mulki.app.commands.parsing import Parser, add_options, with_hyphens
 from mulki.app.commands.training import prepare_process
 from mulki.app.reproduction import (
@@ -25,6 +25,7 @@ from mulki.app.reproduction import (
 from mulki.choices.options import flag
 from mulki.console import Console
 from mulki.data.published.rows import Published, published_row, published_rows
+from mulki.distributed.torchrun import is_first
 from mulki.errors import InputError
 from mulki.printing import say
 from mulki.report.comparison.tables import WIDTH

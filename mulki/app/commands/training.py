@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from typing import Any
 
+from mulki.distributed.torchrun import is_first
 from mulki.printing import PrintableFormatter
 
 
@@ -19,7 +19,7 @@ def prepare_process() -> None:
     # Errors are left out here, since the command line prints the one that ends a run.
     handler = _Messages()
     # Of several processes only the first prints warnings.
-    handler.setLevel(logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    handler.setLevel(logging.WARNING if is_first() else logging.ERROR)
     handler.addFilter(lambda record: record.levelno < logging.ERROR)
     handler.addFilter(lambda record: not _printed_already(record.name))
     handler.setFormatter(PrintableFormatter("mulki: %(message)s"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -108,14 +109,18 @@ def _row(content: Mapping[str, Any], benchmark: str, method: str) -> Published:
     if unknown := [name for name in metrics if name not in _KNOWN]:
         raise ValueError(f"metrics are some of {', '.join(_KNOWN)}, got {unknown[0]}")
     pairs = zip(metrics, given["figures"], strict=True)
+    figures = {metric: float(value) for metric, value in pairs if value is not None}
+    band = float(given.get("band", content["band"]))
+    if not figures or not all(map(math.isfinite, (*figures.values(), band))):
+        raise ValueError(f"{method}: wanted finite figures and a finite band")
     return Published(
         name=f"{method}-{benchmark}",
         benchmark=of["title"],
         method=f"{title} ({venue})" if venue else title,
-        figures={metric: float(value) for metric, value in pairs if value is not None},
+        figures=figures,
         source=content["sources"][given["source"]],
         protocol=of.get("protocol", own),
-        band=float(given.get("band", content["band"])),
+        band=band,
         scenario={**content.get("run", {}), **of["run"]},
         options=options,
         **facts,

@@ -16,6 +16,7 @@ from typing import Any
 
 from mulki.choices.option_files import options_in
 from mulki.errors import InputError, counted, nearest
+from mulki.printing import printable
 from mulki.report.comparison.groups import (
     LEARNED_BEFORE,
     LEARNED_WITH,
@@ -119,8 +120,8 @@ def _runs_in(path: Path, depth: int = 2) -> list[Path]:
         return [path]
     with suppress(PermissionError):  # a folder of somebody else
         children = sorted(child for child in path.iterdir() if child.is_dir())
-        runs = [run for child in children for run in _runs_in(child, depth - 1) if _is_run(run)]
-        return runs or [path]
+        found = [run for child in children for run in _runs_in(child, depth - 1)]
+        return found if any(map(_is_run, found)) else [path]
     return [path]
 
 
@@ -167,7 +168,7 @@ def _read(folder: Path) -> Run:
     data = read_folder(folder)
     try:
         options = options_in(data.config)
-        _ = int(options["seed"]), options["method"], options["tasks"], options["order"]
+        _ = int(options["seed"]), options["method"], options["order"], options["tasks"][0]
     except (ValueError, TypeError, KeyError):
         raise InputError(
             f"{folder / 'args.yaml'}: not the options of a run; restore the file, or leave the "
@@ -218,7 +219,7 @@ def _labels(runs: Iterable[Run]) -> dict[str, str]:
             i for i, of_option in enumerate(zip(*shown, strict=True)) if len({*of_option}) > 1
         ]
         for run, own in zip(same, shown, strict=True):
-            labels[run.configuration] = " ".join([method, *(own[i] for i in differ)])
+            labels[run.configuration] = printable(" ".join([method, *(own[i] for i in differ)]))
     return labels
 
 

@@ -184,6 +184,7 @@ def test_under_torchrun_the_first_process_judges(
 
     monkeypatch.setattr(grid, "run_cells", ends_early)
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     given = ["--rows", str(rows), "--logs", str(tmp_path / "logs"), "--device", "cpu"]
     assert run_command(["reproduce", "tuned-two", *given]) == 0
     assert capsys.readouterr() == ("", "")

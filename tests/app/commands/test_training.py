@@ -19,14 +19,20 @@ def memory_left_alone(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return called
 
 
-@pytest.mark.parametrize(("rank", "printed"), [("0", "mulki: careful\\x1b[31m\n"), ("1", "")])
+@pytest.mark.parametrize(
+    ("processes", "rank", "first"), [("2", "0", True), ("2", "1", False), (None, "1", True)]
+)
 def test_the_first_process_prints_warnings(
+    processes: str | None,
     rank: str,
-    printed: str,
+    first: bool,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if processes is not None:
+        monkeypatch.setenv("WORLD_SIZE", processes)
     # As a process begins.
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     prepare_process()
@@ -34,7 +40,7 @@ def test_the_first_process_prints_warnings(
     log.info("a step")
     log.warning("careful\x1b[31m")
     log.error("the line that ends a run is printed elsewhere")
-    assert capsys.readouterr().err == printed
+    assert capsys.readouterr().err == ("mulki: careful\\x1b[31m\n" if first else "")
 
 
 def test_freed_memory_is_kept(memory_left_alone: list[bool]) -> None:

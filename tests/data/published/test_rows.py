@@ -55,6 +55,14 @@ def test_a_row_that_does_not_exist() -> None:
         ("a: [", ""),
         ("- 1\n", "is not a file of published rows"),
         ("benchmarks: {b: {title: B, run: {}, rows: {m: {figures: [1], source: s}}}}", "KeyError"),
+        *(
+            (
+                "sources: {s: S}\nband: 1\nmethods: {m: {title: M}}\nbenchmarks: {b: {title: B, "
+                f"run: {{}}, rows: {{m: {{figures: [{figure}, null, null], source: s}}}}}}}}",
+                "m: wanted finite figures",
+            )
+            for figure in (".nan", ".inf", "null")
+        ),
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, said: str) -> None:

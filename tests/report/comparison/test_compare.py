@@ -259,7 +259,8 @@ def test_a_folder_of_runs_stands_for_all_of_them_and_their_grids(
         patch.setattr(Path, "is_file", is_file)
         found = compare([tmp_path])
         named = compare([*sorted(tmp_path.iterdir())])
-    assert any(warning.startswith(f"{private}: left out") for warning in named.warnings)
+    for each in (found, named):
+        assert any(f"{private}: left out" in warning for warning in each.warnings)
     assert [len(group.runs) for group in found.sections[0].groups] == [1, 2]
     assert found.sections[0].groups[0].runs[0].path == alone
     assert any(warning.startswith(f"{damaged}: left out, ") for warning in found.warnings)
@@ -387,6 +388,12 @@ def other_bytes(path: Path) -> str:
     return "args.yaml: not UTF-8"
 
 
+def other_tasks(path: Path) -> str:
+    text = (path / "args.yaml").read_text()
+    (path / "args.yaml").write_text(re.sub(r"tasks:(\n *- .*)+|tasks: .*", "tasks: 5", text))
+    return "args.yaml: not the options of a run"
+
+
 def damaged_environment(path: Path) -> str:
     (path / "env.json").write_text('{"hashes": [1]}')
     return 'env.json: "hashes" is not what a run writes'
@@ -401,7 +408,7 @@ def damaged_hashes(path: Path) -> str:
     "damage",
     [
         *(damaged_summary, no_options, other_options, no_matrix, damaged_answers),
-        *(damaged_environment, damaged_hashes, other_bytes),
+        *(damaged_environment, damaged_hashes, other_bytes, other_tasks),
     ],
 )
 def test_damaged_runs_are_named_and_left_out(make: Make, damage: Callable[[Path], str]) -> None:
