@@ -25,7 +25,7 @@ from mulki.bench.pace import Pace
 from mulki.bench.providers import PROVIDERS
 from mulki.bench.report import Result, read_rows
 from mulki.bench.run import BenchOptions, print_wrapped, run
-from tests import ROOT, python
+from tests import ROOT
 from tests.bench.bench_helpers import LIGER_COLUMNS, wrong_provider
 
 TINY = ["--shapes", "5x5x8", "--seconds", "0.001"]
@@ -237,21 +237,3 @@ def test_long_lines_are_wrapped(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["", "short"] and max(map(len, lines)) <= 80
     assert len(lines) > 4 and all(line.startswith("  word") for line in lines[3:])
-
-
-def test_the_benchmark_needs_torch_and_numpy_alone(tmp_path: Path) -> None:
-    """As on a machine with torch, triton, numpy and pytest."""
-    code = (
-        "import sys\n"
-        "gone = 'rich yaml open_clip safetensors hypothesis jinja2 torchvision PIL matplotlib'\n"
-        "sys.modules.update(dict.fromkeys(gone.split()))\n"
-        "from mulki.app.cli import run_command\n"
-        "import mulki.info\n"
-        "assert 'torch' in str(mulki.info())\n"
-        "given = '--shapes 4x4x8 --ops siglip --dtypes fp32 --modes both --seconds 0.001'\n"
-        "given += ' --providers eager mulki --output ' + sys.argv[1]\n"
-        "assert run_command(['bench', *given.split()]) == 0\n"
-        "assert run_command(['bench', 'table', sys.argv[1]]) == 0\n"
-    )
-    table = python("-c", code, str(tmp_path / "ops.csv"))
-    assert "| siglip | 4 x 4 x 8 | float32 | both |" in table

@@ -24,6 +24,7 @@ from mulki.runs.metrics import read_matrix
 TASKS = {"digits": 10, "animals": 10, "letters": 26, "clipart": 10, "emoji": 7, "flags": 200}
 
 
+@pytest.mark.long
 def test_the_pack_is_what_its_index_says() -> None:
     assert check_pack.check(embedded_root()) == []
 

@@ -70,7 +70,7 @@ def test_tasks_in_order(pack: Path) -> None:
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.sampled_from(["x.tar", "x.tar.gz"]),
-    items=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 999)), min_size=1, max_size=12),
+    items=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 999)), min_size=1, max_size=5),
     data=st.data(),
 )
 def test_random_access_equals_reading_through(

@@ -77,7 +77,7 @@ def test_a_call_that_fails(faulty: Killed, untouched: tuple[Path, int]) -> None:
 def test_calls_all_over_a_run_that_fail(faulty: Killed, untouched: tuple[Path, int]) -> None:
     """All take three quarters of an hour of processor time."""
     folder, calls = untouched
-    for number in swept(calls, 60):
+    for number in swept(calls, 100):
         check_fault(faulty, folder, CALLS, number, ERRORS[number % len(ERRORS)])
 
 
@@ -98,5 +98,5 @@ def test_memory_that_runs_out_all_over_a_run(
 ) -> None:
     """All take an hour of processor time."""
     folder, _ = untouched
-    for number in swept(allocations, 120):
+    for number in swept(allocations, 200):
         check_fault(faulty, folder, ALLOCATIONS, number)

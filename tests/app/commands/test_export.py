@@ -12,16 +12,6 @@ from mulki.app.cli import run_command
 Refused = Callable[[Sequence[object]], str]
 
 
-def test_a_run_for_transformers(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("transformers", reason="needs transformers")
-    out = tmp_path / "out"
-    assert run_command(["export", str(finished), "--to", "huggingface", str(out)]) == 0
-    assert str(out) in capsys.readouterr().out
-    assert {"config.json", "model.safetensors"} <= {path.name for path in out.iterdir()}
-
-
 @pytest.mark.slow
 def test_a_run_with_its_classes(finished: Path, tmp_path: Path) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime", "transformers"):

@@ -45,8 +45,7 @@ def with_labels(case):
     return with_argument(case, 12, True)
 
 
-@pytest.mark.parametrize("mean", [True, False])
-@pytest.mark.parametrize("name", ["pairs", "pairs_weights"])
+@pytest.mark.parametrize(("name", "mean"), [("pairs", True), ("pairs_weights", False)])
 def test_pairs_with_labels(name, mean):
     case = make(name)
     labels = Case("contrastive", case.args[:3])
@@ -59,8 +58,9 @@ def test_pairs_with_labels(name, mean):
     all_close((kl, used, entropy), (want.kl, want.weights, want.entropy), FLOAT)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("name", ["pairs", "pairs_weights"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("pairs", torch.float32), ("pairs_weights", torch.float16)]
+)
 def test_pairs_with_labels_have_an_upstream_gradient_for_each_loss(name, dtype):
     case = make(name, dtype)
     labels = Case("contrastive", case.args[:3])
