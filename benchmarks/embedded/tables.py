@@ -68,8 +68,9 @@ _CHOICES = {
     "again": (
         "Rates and strengths once more",
         "Each method at its preset, with another learning rate or strength, on orders III and IV, "
-        "one seed, without label smoothing. One that is better than the preset by more than 0.67, "
-        "which two runs on each order must differ by, would take its place.",
+        "one seed, without label smoothing. A point takes the place of the preset only where it is "
+        "better by more than 0.67, the least difference that two orders can show. The runs of the "
+        "presets are those of Label smoothing.",
     ),
     "changes": (
         "What images are made of",
@@ -219,7 +220,9 @@ def choices(study: str, lines: Sequence[Line]) -> str:
         )
         for place, (variant, of) in enumerate(ranked):
             means = (f"{mean(map(column, of)):.2f}" for column in _METRICS.values())
-            name = variant + (" **best**" if place == 0 and len(ranked) > 1 else "")
+            # One that is not clear of the preset takes nothing's place.
+            best = place == 0 and len(ranked) > 1 and study != "again"
+            name = variant + (" **best**" if best else "")
             rows.append(_row(name, f"{criterion(of):.2f}", *means, len(of)))
     return "\n".join(rows)
 

@@ -199,7 +199,7 @@ def disk(folder: str | os.PathLike[str]) -> Finding:
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    if not (place.is_dir() and os.access(place, os.W_OK)):
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
         remedy = "pass mulki run --logs a folder that can be written"
         return Finding("disk", "problem", f"{place} cannot be written", remedy)
     text = f"{free / 2**30:.1f} GiB free at {place}"

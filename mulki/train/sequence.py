@@ -95,7 +95,7 @@ def run(
         Stopped: SIGINT, SIGTERM or SIGHUP came.
     """
     if resume is not None and _all_find_complete(Path(resume)):
-        if not is_first():
+        if not (dist.get_rank() == 0 if dist.is_initialized() else is_first()):
             return None
         complete = finish_again(Path(resume))
         _write_report(complete)

@@ -129,7 +129,7 @@ def test_rates_once_more_stand_beside_the_preset_that_the_smoothing_has_run() ->
         )
     ]
     names = list(rows(tables.page(lines).split("## Rates and strengths once more")[1]))
-    assert names[:3] == ["variant", "---", "snd, made images, preset **best**"]
+    assert names[:3] == ["variant", "---", "snd, made images, preset"]
     assert names[3:5] == ["snd, made images, lr=0.0004", "snd, preset"]
 
 

@@ -119,7 +119,8 @@ def _runs_in(path: Path, depth: int = 2) -> list[Path]:
     if not depth or not path.is_dir() or _is_run(path):
         return [path]
     with suppress(PermissionError):  # a folder of somebody else
-        children = sorted(child for child in path.iterdir() if child.is_dir())
+        folders = (child for child in path.iterdir() if child.is_dir())
+        children = sorted(child for child in folders if not child.name.startswith("."))
         found = [run for child in children for run in _runs_in(child, depth - 1)]
         return found if any(map(_is_run, found)) else [path]
     return [path]
@@ -141,7 +142,9 @@ def _without_others(paths: Sequence[Path], warnings: list[str]) -> list[Path]:
             "folders that mulki run has written"
         )
     if others:
-        warnings.append(f"{', '.join(map(str, others))}: left out, not the folder of a run")
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        named = ", ".join(map(str, others[:5]))
+        warnings.append(f"{named}{more}: left out, not the folder of a run")
     return [path for path in paths if path not in others]
 
 
@@ -168,7 +171,9 @@ def _read(folder: Path) -> Run:
     data = read_folder(folder)
     try:
         options = options_in(data.config)
-        _ = int(options["seed"]), options["method"], options["order"], options["tasks"][0]
+        _ = int(options["seed"]), options["method"], options["order"]
+        if not isinstance(options["tasks"], str | list):
+            raise TypeError("tasks")
     except (ValueError, TypeError, KeyError):
         raise InputError(
             f"{folder / 'args.yaml'}: not the options of a run; restore the file, or leave the "

@@ -249,6 +249,7 @@ def test_a_folder_of_runs_stands_for_all_of_them_and_their_grids(
     real = Path.is_file
     private = tmp_path / "private"
     private.mkdir()
+    (tmp_path / ".git").mkdir()
     with monkeypatch.context() as patch:
 
         def is_file(path: Path) -> bool:
@@ -261,6 +262,7 @@ def test_a_folder_of_runs_stands_for_all_of_them_and_their_grids(
         named = compare([*sorted(tmp_path.iterdir())])
     for each in (found, named):
         assert any(f"{private}: left out" in warning for warning in each.warnings)
+    assert not any(".git" in warning for warning in found.warnings)
     assert [len(group.runs) for group in found.sections[0].groups] == [1, 2]
     assert found.sections[0].groups[0].runs[0].path == alone
     assert any(warning.startswith(f"{damaged}: left out, ") for warning in found.warnings)
@@ -390,7 +392,8 @@ def other_bytes(path: Path) -> str:
 
 def other_tasks(path: Path) -> str:
     text = (path / "args.yaml").read_text()
-    (path / "args.yaml").write_text(re.sub(r"tasks:(\n *- .*)+|tasks: .*", "tasks: 5", text))
+    text = re.sub(r"tasks:(\n *- .*)+|tasks: .*", "tasks: {a: 1}", text)
+    (path / "args.yaml").write_text(text)
     return "args.yaml: not the options of a run"
 
 

@@ -63,6 +63,7 @@ CASES: dict[str, dict[str, Any]] = {
                  "lr_text_tower": 0.1, "warmup": 2},
     "snd": {"method": "snd", "reference": "current", "reference_batch_size": 4},
     "made": {"method": "mulki", "hold_on": "both", "gate": "discrepancy"},
+    "zscl": {"method": "zscl", "reference": "current", "we_every": 2},
     "wise_ft": {"method": "wise_ft", "wise_base": "zero_shot"},
     "er": {"method": "er", "buffer_size": 5, "replay_batch_size": 4, "augment": "crop"},
     "reservoir": {"method": "er", "buffer_size": 7, "buffer": "reservoir", "micro_batch": 2},
