@@ -59,6 +59,14 @@ class RunContents:
     missing: tuple[str, ...]
 
     @property
+    def learned_elsewhere(self) -> list[str]:
+        """Tasks of an earlier run that this one has gone on from, and that have no row here."""
+        before = self.data.environment.get("learned_before")
+        named = before if isinstance(before, list) else []
+        matrix = self.data.matrix
+        return [name for name in matrix.columns if name in named and name not in matrix.tasks]
+
+    @property
     def evaluated(self) -> bool:
         """Whether the matrix has a row."""
         return bool(self.data.matrix.tasks) or self.data.matrix.zero_shot is not None

@@ -76,8 +76,12 @@ def _facts(contents: RunContents) -> list[str]:
     shown = ("order", "seed") if orders else ("seed",)
     facts += [f"{key} {summary[key]}" for key in shown if key in summary]
     matrix = contents.data.matrix
+    earlier = contents.learned_elsewhere
     if matrix.columns:
-        facts.append(f"{len(matrix.tasks)} of {len(matrix.columns)} tasks learned")
+        learned = len(matrix.tasks) + len(earlier)
+        facts.append(f"{learned} of {len(matrix.columns)} tasks learned")
+    if earlier:
+        facts.append(f"without a row, and in no metric: {', '.join(earlier)}, of an earlier run")
     counts = contents.data.environment.get("parameters")
     if isinstance(counts, dict) and all(isinstance(n, int) for n in counts.values()):
         facts += [f"{n:,} parameters {name}" for name, n in counts.items()]

@@ -54,6 +54,15 @@ def test_the_page_holds_matrix_metrics_configuration_and_environment(folder: Pat
     assert text.count('"number kept"') == 1
 
 
+def test_tasks_of_an_earlier_run_without_a_row_are_learned_too(folder: Path) -> None:
+    environment = json.loads((folder / "env.json").read_text())
+    environment["learned_before"] = ["letters", "a|b <i>[red]", "gone"]
+    (folder / "env.json").write_text(json.dumps(environment))
+    text = page_of(folder)
+    assert '<span class="fact">3 of 3 tasks learned</span>' in text
+    assert "in no metric: a|b &lt;i&gt;[red], of an earlier run</span>" in text
+
+
 def test_the_head_line_says_what_the_run_began_with_and_when(whole: Path) -> None:
     contents = read_contents(whole)
     today = json.loads((whole / "env.json").read_text())["date"]
