@@ -63,7 +63,7 @@ from mulki.runs.metrics import (
     write_matrix,
 )
 from mulki.runs.new_folder import RECOVERY, default_name, make_folder, slug
-from mulki.runs.results import Evaluation, read_evaluations
+from mulki.runs.results import Evaluation, class_incremental, read_evaluations
 from mulki.runs.trackers import AUTO, Tracker, open_trackers
 from mulki.runs.with_head import WithHead
 
@@ -200,10 +200,7 @@ class RunFolder:
         if results.exists():
             rows = {*run.matrix.tasks, *([] if run.matrix.zero_shot is None else [ZERO_SHOT])}
             lines = [line for line in read_evaluations(results) if line.after_task in rows]
-            seen = {e.after_task: round(e.value, 4) for e in lines if e.metric == ACC1_SEEN}
-            run.class_incremental = ClassIncremental(
-                {task: seen[task] for task in run.matrix.tasks if task in seen}
-            )
+            run.class_incremental = class_incremental(lines, run.matrix.tasks)
             run.with_head = WithHead.of_lines(lines, run.matrix.columns, run.matrix.tasks)
             write_atomic(results, "".join(f"{json.dumps(asdict(line))}\n" for line in lines))
         return run

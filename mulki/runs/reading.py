@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -14,6 +14,7 @@ from mulki.errors import InputError
 from mulki.files import from_json
 from mulki.runs.lock import is_locked
 from mulki.runs.metrics import AccuracyMatrix, ClassIncremental, read_matrix
+from mulki.runs.results import class_incremental, read_evaluations
 from mulki.runs.with_head import WithHead
 
 T = TypeVar("T")
@@ -29,8 +30,8 @@ class RunData:
             process has ended is interrupted, whatever its summary says.
         matrix: from ``matrix.csv``.
         summary: from ``summary.json``.
-        class_incremental: from the summary; without values where it has none.
-        with_head: from the summary; None where it has none for the tasks of the matrix.
+        class_incremental: from ``results.jsonl``; without values where it has none.
+        with_head: from ``results.jsonl``; None where a learned task has none.
         config: the text of ``args.yaml``.
         environment: from ``env.json``.
     """
@@ -97,15 +98,15 @@ def read_with(read: Read, folder: Path) -> RunData:
     status = str(summary.get("status", "unknown"))
     if status == "running" and is_locked(folder) is False:
         status = "interrupted"  # a process that was killed could not say so
+    nowhere: tuple[ClassIncremental, WithHead | None] = ClassIncremental({}), None
+    seen, with_head = read("results.jsonl", lambda path: _among_all_classes(path, matrix), nowhere)
     return RunData(
         name=str(summary.get("name", folder.resolve().name)),
         status=status,
         matrix=matrix,
         summary=summary,
-        class_incremental=read(
-            "summary.json", lambda path: _class_incremental(path, summary), ClassIncremental({})
-        ),
-        with_head=read("summary.json", lambda path: _with_head(path, summary, matrix.tasks), None),
+        class_incremental=seen,
+        with_head=with_head,
         config=read("args.yaml", _read_text, ""),
         environment=read("env.json", read_json, nothing),
     )
@@ -125,27 +126,16 @@ def _short(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _class_incremental(path: Path, summary: dict[str, Any]) -> ClassIncremental:
+def _among_all_classes(
+    path: Path, matrix: AccuracyMatrix
+) -> tuple[ClassIncremental, WithHead | None]:
+    # Not from the summary: it may be a row behind the matrix where a run was killed.
+    lines = read_evaluations(path)
     try:
-        return ClassIncremental(dict(summary.get("class_incremental", {}).get("after", {})))
-    except (AttributeError, TypeError, ValueError) as error:
-        raise InputError(
-            f'{path}: "class_incremental" is not what a run writes ({error}); restore the file or '
-            "remove the entry"
-        ) from None
-
-
-def _with_head(path: Path, summary: dict[str, Any], tasks: Sequence[str]) -> WithHead | None:
-    # The tasks are those of the matrix: a run that was killed may have others in its summary.
-    if summary.get("with_head") is None:
-        return None
-    try:
-        return WithHead.of_dict(summary["with_head"], tasks)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f'{path}: "with_head" is not what a run writes ({type(error).__name__}: {error}); '
-            "restore the file or remove the entry"
-        ) from None
+        with_head = WithHead.of_lines(lines, matrix.columns, matrix.tasks)
+        return class_incremental(lines, matrix.tasks), with_head
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

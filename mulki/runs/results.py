@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from mulki.errors import InputError
 from mulki.files import check_regular, from_json
+from mulki.runs.metrics import ACC1_SEEN, ClassIncremental
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,12 @@ def read_evaluations(path: str | os.PathLike[str]) -> list[Evaluation]:
                 f"{names}; remove the line or restore the file"
             ) from None
     return evaluations
+
+
+def class_incremental(lines: Iterable[Evaluation], tasks: Sequence[str]) -> ClassIncremental:
+    """The accuracies over all classes seen after each of these learned tasks that has a line."""
+    seen = {line.after_task: round(line.value, 4) for line in lines if line.metric == ACC1_SEEN}
+    return ClassIncremental({task: seen[task] for task in tasks if task in seen})
 
 
 def _check_kinds(evaluation: Evaluation) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mulki.runs.answers import ACC1_HEAD, RECALL1, Answers
 from mulki.runs.metrics import (
@@ -42,7 +41,7 @@ class WithHead:
         return WithHead(self.matrix.with_row(after_task, row), ClassIncremental(after))
 
     def to_dict(self) -> dict[str, object]:
-        """As ``summary.json`` holds it; `of_dict` reads it."""
+        """As ``summary.json`` holds it."""
         return {
             "tasks": list(self.matrix.tasks),
             "columns": list(self.matrix.columns),
@@ -59,23 +58,14 @@ class WithHead:
         return {name: found[of] for name, of in HEAD_METRICS.items()}
 
     @classmethod
-    def of_dict(cls, given: Mapping[str, Any], tasks: Sequence[str]) -> WithHead | None:
-        """What `to_dict` returned; None where it does not belong to these learned tasks.
-
-        Raises:
-            AttributeError, KeyError, TypeError, ValueError: it is something else.
-        """
-        if list(given["tasks"]) != list(tasks):
-            return None
-        rows = tuple(tuple(float(value) for value in row) for row in given["matrix"])
-        matrix = AccuracyMatrix(tuple(given["columns"]), tuple(given["tasks"]), rows)
-        return cls(matrix, ClassIncremental(dict(given["class_incremental"]["after"])))
-
-    @classmethod
     def of_lines(
         cls, lines: Iterable[Evaluation], columns: Sequence[str], tasks: Sequence[str]
     ) -> WithHead | None:
-        """From ``results.jsonl``; None where a row of these learned tasks has no head."""
+        """From ``results.jsonl``; None where a row of these learned tasks has no head.
+
+        Raises:
+            InputError: a value that is no percentage.
+        """
         values: dict[str, dict[str, float]] = {task: {} for task in tasks}
         after = {}
         for line in lines:
@@ -85,7 +75,7 @@ class WithHead:
                 after[line.after_task] = round(line.value, 4)
             elif line.metric in (ACC1_HEAD, RECALL1):
                 values[line.after_task][line.eval_dataset] = round(line.value, 4)
-        if after.keys() != values.keys():
+        if after.keys() != values.keys() or any({*columns} - of.keys() for of in values.values()):
             return None
         rows = tuple(tuple(values[task][column] for column in columns) for task in tasks)
         return cls(

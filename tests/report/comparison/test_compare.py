@@ -378,11 +378,11 @@ def damaged_answers(path: Path) -> str:
     return "01_a.npz: cannot be read"
 
 
-def damaged_summary(path: Path) -> str:
-    summary = json.loads((path / "summary.json").read_text())
-    summary["class_incremental"] = ["not what a run writes"]
-    (path / "summary.json").write_text(json.dumps(summary))
-    return 'summary.json: "class_incremental" is not what a run writes'
+def damaged_results(path: Path) -> str:
+    lines = map(json.loads, (path / "results.jsonl").read_text().splitlines())
+    text = "".join(f"{json.dumps({**line, 'value': 101})}\n" for line in lines)
+    (path / "results.jsonl").write_text(text)
+    return 'results.jsonl: classes seen after "'
 
 
 def other_bytes(path: Path) -> str:
@@ -410,7 +410,7 @@ def damaged_hashes(path: Path) -> str:
 @pytest.mark.parametrize(
     "damage",
     [
-        *(damaged_summary, no_options, other_options, no_matrix, damaged_answers),
+        *(damaged_results, no_options, other_options, no_matrix, damaged_answers),
         *(damaged_environment, damaged_hashes, other_bytes, other_tasks),
     ],
 )
