@@ -351,7 +351,7 @@ def _markdown_cell(value: float, kind: Cell) -> str:
 
 def escape(name: str) -> str:
     """A text that Markdown shows as it is, without links, tags or cells of a table in it."""
-    # Underscores stay: inside a word they mean nothing, and names are full of them.
-    marked = re.sub(r"([\\|*`\[\]])", r"\\\1", name)
+    # Underscores inside a word stay: they mean nothing there, and names are full of them.
+    marked = re.sub(r"([\\|*`\[\]]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", name)
     # Not by backslashes: what does not know Markdown would still see a tag.
     return html.escape(marked, quote=False)

@@ -133,6 +133,10 @@ def test_the_metrics_have_the_name_of_the_method_and_definitions() -> None:
     assert f"- {escape(NOTATION)}" in markdown
 
 
+def test_what_markdown_would_take_for_marks_is_escaped() -> None:
+    assert escape("snake_case _x_ __init__") == r"snake_case \_x\_ \_\_init\_\_"
+
+
 def test_markdown() -> None:
     lines = summary_markdown(SMALL).splitlines()
     assert lines[:5] == [
