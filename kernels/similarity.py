@@ -131,20 +131,23 @@ def similarity(x: SimilarityMatrix, request: Request) -> tuple[Tensor, ...]:
         return none.to(x.features.dtype), *gradients
     model, scale = Model.of(x.features, x.prototypes), common.as_float32(x.scale)
     of_rows, of_columns = (inverse_norms(v) if x.normalize else None for v in model)
-    gradients = [leaf.new_empty(0, dtype=results.dtype(request, leaf)) for leaf in leaves]
+    z = x.features.new_empty(0)
     if request.grad is None:
-        return _matrix(model, scale, of_rows, of_columns), *gradients
-    g = request.grad.to(x.features.dtype)
-    if request.wanted[0] or request.wanted[2]:
-        of_x = gradients[0].dtype if request.wanted[0] else None
-        a = _product(g, model.prototypes, of_columns)
-        gradients[0], projection = _project(a, model.features, of_rows, scale, of_x)
-        if request.wanted[2]:
-            gradients[2] = projection.sum().to(gradients[2].dtype)
-    if request.wanted[1]:
-        a = _product(g.mT, model.features, of_rows)
-        gradients[1], _ = _project(a, model.prototypes, of_columns, scale, gradients[1].dtype)
-    return x.features.new_empty(0), *gradients
+        z = _matrix(model, scale, of_rows, of_columns)
+    gradients = [leaf.new_empty(0, dtype=results.dtype(request, leaf)) for leaf in leaves]
+    if any(request.wanted):
+        g = x.features.new_ones(()).expand(shape) if request.grad is None else request.grad
+        g = g.to(x.features.dtype)
+        if request.wanted[0] or request.wanted[2]:
+            of_x = gradients[0].dtype if request.wanted[0] else None
+            a = _product(g, model.prototypes, of_columns)
+            gradients[0], projection = _project(a, model.features, of_rows, scale, of_x)
+            if request.wanted[2]:
+                gradients[2] = projection.sum().to(gradients[2].dtype)
+        if request.wanted[1]:
+            a = _product(g.mT, model.features, of_rows)
+            gradients[1], _ = _project(a, model.prototypes, of_columns, scale, gradients[1].dtype)
+    return z, *gradients
 
 
 def _matrix(
