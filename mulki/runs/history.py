@@ -110,8 +110,7 @@ def _record(line: str) -> StepRecord | None:
         numbers += [value for table in tables for value in table.values()]
         numbers += [count for of in record.teacher_weights.values() for count in of]
         numbers += [x for x in (record.memory_mib, record.prepared) if x is not None]
-        # Raises where one is no number.
-        whole = all(list(map(math.isfinite, numbers))) and isinstance(record.task, str)
+        whole = all(map(math.isfinite, numbers)) and isinstance(record.task, str)
         whole &= all(len(of) == BINS for of in record.teacher_weights.values())
     except (ValueError, TypeError, AttributeError, OverflowError):
         return None
