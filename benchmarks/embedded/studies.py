@@ -71,10 +71,14 @@ METHODS: dict[str, Options] = {
 # Held on images made of the task's own, in place of the task's own.
 MADE: Options = {"reference": "made"}
 
+# Rates of presets before a point of `again` took their place. On made images none did.
+BEFORE_AGAIN: dict[str, Options] = {"snd": {"lr": 2e-4}}
+
 # Rows of the comparison: a method, and what differs from its preset.
 ROWS: dict[str, Options] = {
     **{name: {"method": name} for name in METHODS},
-    **{f"{name}, made images": MADE | {"method": name} for name in ("zscl", "snd")},
+    "zscl, made images": MADE | {"method": "zscl"},
+    "snd, made images": MADE | {"method": "snd"} | BEFORE_AGAIN["snd"],
     # The best of its forms with adapters (`HELD`).
     "mulki, adapters": {"method": "mulki", "lora_rank": 16, "lr": 1.6e-3, "l2": 0.0}
     | {"feature": 4.5, "feature_original": 0.25},
@@ -357,8 +361,9 @@ def again() -> list[Run]:
     """Every row by its learning rate and by how strongly it holds, as results are made."""
     runs = []
     for of_rate, (row, strengths_of) in product((False, True), AGAIN.items()):
-        given = METHODS[ROWS[row]["method"]] | ROWS[row]
-        rate = presets.METHODS[BUNDLED, given["method"]]["lr"]
+        method = ROWS[row]["method"]
+        rate = (presets.METHODS[BUNDLED, method] | BEFORE_AGAIN.get(method, {}))["lr"]
+        given = METHODS[method] | ROWS[row] | {"lr": rate}
         points = [{"lr": rate * share} for share in (0.5, 2.0)] if of_rate else strengths_of
         runs += [
             Run(

@@ -71,7 +71,24 @@ def test_preset_of_a_method_is_the_best_point_of_its_grid_at_its_best_strength(m
         assert all(len(runs) == len(studies.FORM_ORDERS) for runs in points.values())
         best = max(points.values(), key=tables.criterion)
     chosen = {name: value for name, value in chosen_in(best).items() if name != "order"}
-    assert presets.METHODS[BUNDLED, method].items() >= chosen.items()
+    preset = presets.METHODS[BUNDLED, method] | studies.BEFORE_AGAIN.get(method, {})
+    assert preset.items() >= chosen.items()
+
+
+def test_a_point_of_another_study_takes_the_place_of_a_preset_by_its_rule_alone() -> None:
+    results = compare.read_results()
+    points = by_variant(r for r in results if r["study"] == "again")
+    smoothed = by_variant(r for r in results if r["study"] == "smoothing")
+    compared = {}
+    for row in studies.AGAIN:
+        method, *kind = row.partition(", ")
+        before = tables.criterion(smoothed[f"{method} label_smoothing=0{''.join(kind)}"])
+        for variant, runs in points.items():
+            if variant.rpartition(", ")[0] == row and len(runs) == len(studies.FORM_ORDERS):
+                compared[variant] = tables.criterion(runs) - before
+    clear = [variant for variant, more in compared.items() if more > 0.67]
+    assert len(compared) >= 14 and clear == ["snd, lr=0.0001"]
+    assert presets.METHODS[BUNDLED, "snd"]["lr"] == 1e-4
 
 
 def by_variant(runs: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
