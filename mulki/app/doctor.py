@@ -97,17 +97,11 @@ def packages() -> Iterator[Finding]:
 
 def kernels() -> Finding:
     """The C++ kernels."""
-    reason = loader.load()
-    if reason is not None:
-        return _with_remedy("C++ kernels", "problem", reason)
-    words = loader.capability_in_words()
-    return _with_remedy("C++ kernels", "note" if ":" in words else "ok", words)
-
-
-def _with_remedy(topic: str, level: Level, reason: str) -> Finding:
+    failed = loader.load()
     # The loader puts a remedy behind a colon.
-    text, colon, remedy = reason.rpartition(": ")
-    return Finding(topic, level, text, remedy) if colon else Finding(topic, level, remedy)
+    text, colon, last = (failed or loader.capability_in_words()).rpartition(": ")
+    level: Level = "problem" if failed else "note" if colon else "ok"
+    return Finding("C++ kernels", level, *((text, last) if colon else (last, None)))
 
 
 def operators() -> Iterator[Finding]:

@@ -19,7 +19,6 @@ _log = logging.getLogger(__name__)
 
 AUTO = "auto"
 NONE = "none"
-_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
 class Tracker(Protocol):
@@ -78,6 +77,7 @@ class WandB:
         self._run.finish()
 
 
+# By the name of the package.
 _KINDS: dict[str, type[TensorBoard] | type[WandB]] = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
@@ -114,7 +114,7 @@ def chosen(report_to: Sequence[str], *, installed: bool = True) -> tuple[str, ..
         InputError: an unknown name, or a package that is not installed.
     """
     names = [name for word in report_to for name in word.split(",") if name]
-    known = (*_PACKAGES, "all", AUTO, NONE)
+    known = (*_KINDS, "all", AUTO, NONE)
     for name in names:
         if name not in known:
             raise InputError(
@@ -122,12 +122,12 @@ def chosen(report_to: Sequence[str], *, installed: bool = True) -> tuple[str, ..
             )
     if NONE in names and len(names) > 1:
         raise InputError(f"--report-to: got none beside {' '.join(names)}; leave one out")
-    wanted = [name for name in _PACKAGES if name in names or "all" in names]
+    wanted = [name for name in _KINDS if name in names or "all" in names]
     for name in wanted:
         if installed and not _installed(name):
             raise InputError(
-                f"--report-to: the package {_PACKAGES[name]} is not installed; "
-                f"pip install {_PACKAGES[name]}, or leave {name} out"
+                f"--report-to: the package {name} is not installed; pip install {name}, or leave "
+                "it out"
             )
     if AUTO in names and "tensorboard" not in wanted and _installed("tensorboard"):
         wanted.append("tensorboard")
@@ -148,4 +148,4 @@ def open_trackers(
 
 
 def _installed(name: str) -> bool:
-    return importlib.util.find_spec(_PACKAGES[name]) is not None
+    return importlib.util.find_spec(name) is not None

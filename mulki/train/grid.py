@@ -114,8 +114,10 @@ def _for_each(given: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[
     resolved = {name: resolve(options) for name, options in own.items()}
     made = {name: methods_by_name.get(name)(of.method) for name, of in resolved.items()}
     idle = {name: unused(of.run, made[name]).keys() for name, of in resolved.items()}
-    if set.intersection(*map(set, idle.values())):
-        check_unused(resolved[names[0]].run, made[names[0]])
+    if useless := set.intersection(*map(set, idle.values())):
+        used_by_others = idle[names[0]] - useless
+        kept = {k: v for k, v in own[names[0]].items() if k not in used_by_others}
+        check_unused(resolve(kept).run, made[names[0]])
     return {
         name: {k: v for k, v in options.items() if k not in idle[name]}
         for name, options in own.items()

@@ -114,6 +114,8 @@ def test_words_and_reference_images_are_for_the_methods_that_use_them(
     ]  # fmt: skip
     with pytest.raises(InputError, match="--reference: .*method finetune .* uses no reference"):
         planned((0,), ("finetune", "ewc"), **data)
+    with pytest.raises(InputError, match="--anchors-per-step: .*method finetune"):
+        planned((0,), ("finetune", "zscl"), reference="current", anchors_per_step="5")
 
 
 def test_a_name_is_that_of_one_folder(planned: Plan) -> None:

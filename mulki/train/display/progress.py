@@ -127,16 +127,12 @@ class RunProgress:
         )
 
     def __enter__(self) -> RunProgress:
-        if self._draws:
+        if _draws_on(self._console):
             self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._live.stop()
-
-    @property
-    def _draws(self) -> bool:
-        return _draws_on(self._console)
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
@@ -204,7 +200,7 @@ class RunProgress:
         return "" if self._per_second is None else f"{self._per_second:.0f} img/s"
 
     def _print_line(self) -> None:
-        if self._draws or self._console.quiet:
+        if _draws_on(self._console) or self._console.quiet:
             return
         now = time.monotonic()
         pause = min(max(_OFTEN, _SHARE * (now - self._began)), _SELDOM)

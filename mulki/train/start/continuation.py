@@ -267,6 +267,11 @@ def _as_learned(
             f"--test-tasks: {learned.name} has learned captions, and a run that goes on from it "
             "needs its files; pass captions:PATH"
         )
+    if learned.classes and isinstance(found, CaptionTask):
+        raise InputError(
+            f"--test-tasks: {learned.name} has learned {len(learned.classes)} classes, and these "
+            "are captions; pass its folder or CSV file"
+        )
     if found is None:
         return NamedTask(
             learned.name,
@@ -276,7 +281,7 @@ def _as_learned(
             _NOTHING,
             texts=learned.texts,
         )
-    if replayed and config.shots is not None:
+    if replayed and config.shots is not None and found.classes:
         found = few_shot(found, config.shots, config.seed)
     if config.limit_images is not None:
         found = limited(found, config.limit_images)

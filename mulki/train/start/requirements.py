@@ -20,18 +20,12 @@ def missing(settings: Settings) -> list[str]:
     """One line for each thing that a run needs and that is not there, with what to do about it."""
     config = settings.run
     found = [*_missing_data(config), *_missing_weights(config.model, config.pretrained)]
-    try:
-        check_reference(config, methods.get(config.method)(settings.method))
-        if config.reference not in (None, CURRENT, MADE) and "{" not in str(config.reference):
-            _exists(str(config.reference))
-    except InputError as error:
-        found.append(str(error))
+    method = methods.get(config.method)(settings.method)
+    found += _problems(lambda: check_reference(config, method))
+    given = config.reference or CURRENT
+    if given not in (CURRENT, MADE) and "{" not in given and not Path(given).exists():
+        found.append(f"--reference: {given} does not exist; pass a folder, CSV or shards")
     return found
-
-
-def _exists(reference: str) -> None:
-    if not Path(reference).exists():
-        raise InputError(f"--reference: {reference} does not exist; pass a folder, CSV or shards")
 
 
 def _missing_data(config: RunConfig) -> list[str]:

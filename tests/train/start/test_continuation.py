@@ -450,6 +450,16 @@ def test_validation_images_are_not_replayed(
         assert len(found.train) == len(one.train) > 0
 
 
+def test_captions_of_earlier_tasks(tmp_path: Path) -> None:
+    file = f"captions:{write_pairs(tmp_path)}"
+    config = RunConfig(continue_="somewhere", test_tasks=(file,), shots=1)
+    (whole,) = load_tasks(replace(config, tasks=(file,), test_tasks=(), continue_=None, shots=None))
+    (found,) = earlier_tasks(config, [LearnedTask("flags", (), ())], replayed=True)
+    assert found.train.fingerprint() == whole.train.fingerprint()
+    with pytest.raises(InputError, match="flags has learned 2 classes, and these are captions"):
+        earlier_tasks(config, [LearnedTask("flags", ("a", "b"), ("a {}.",))])
+
+
 def test_captions_ride_along(make: Make, folders: list[str], tmp_path: Path) -> None:
     first = make("first", [f"captions:{write_pairs(tmp_path)}"], method="finetune", batch_size=4)
     second = make("second", folders[1:2], first.path)
