@@ -67,10 +67,10 @@ _CHOICES = {
     ),
     "again": (
         "Rates and strengths once more",
-        "Each method at its preset, with another learning rate or strength, on orders III and IV, "
-        "one seed, without label smoothing. A point takes the place of the preset only where it is "
-        "better by more than 0.67, the least difference that two orders can show. The runs of the "
-        "presets are those of Label smoothing.",
+        "Each method at the preset that it had, and with another learning rate or strength, on "
+        "orders III and IV, one seed, without label smoothing. A point took its place where it is "
+        "better by more than 0.67, the least difference that two orders can show: snd has the rate "
+        "0.0001 since. The runs of the presets are those of Label smoothing.",
     ),
     "changes": (
         "What images are made of",
