@@ -6,7 +6,7 @@
     python -m benchmarks.embedded.compare held      # forms of MulKI, likewise
     python -m benchmarks.embedded.compare again     # rates and strengths once more, likewise
     python -m benchmarks.embedded.compare changes   # images that MulKI is held on, likewise
-    python -m benchmarks.embedded.compare compare   # every method at its preset
+    python -m benchmarks.embedded.compare compare   # methods at their presets, and variants
     python -m benchmarks.embedded.compare gates     # what weighs MulKI's teachers, on glyphs
     python -m benchmarks.embedded.compare vit_rates --model local-dir:CACHE/mulki-vit-112
     python -m benchmarks.embedded.compare vit_stages --model local-dir:CACHE/mulki-vit-112

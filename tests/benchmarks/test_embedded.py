@@ -245,6 +245,8 @@ def test_studies_follow_their_rules() -> None:
         *studies.again(),
         *studies.changes(),
     )
+    # The study came before the preset of today.
+    assert {run.options["lr"] for run in studies.smoothing("snd")} == {2e-4}
     model = "local-dir:models/vit"
     of_vit = [*studies.vit_rates(model), *studies.vit_stages(model)]
     assert all(run.options["tasks"] == studies.TUNING_TASKS for run in of_vit)

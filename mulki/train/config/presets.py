@@ -4,6 +4,7 @@ Other models get the defaults of `RunConfig`. The options of a method are those 
 its grid in benchmarks/embedded/results, and of the best strength that its teachers had there
 (`python -m benchmarks.embedded.compare tune`, and `strength`; the rules are in studies.py beside
 it). Both saw training images alone: of the first three tasks of order I, and of orders III and IV.
+`snd` has half the learning rate of that point, which was better by a later study (`again`).
 MulKI has its best form on the latter (`held`), which is its default but for what is named here.
 """
 
@@ -29,7 +30,7 @@ METHODS: dict[tuple[str, str], _Options] = {
     (BUNDLED, "finetune"): {"lr": 1e-4},
     (BUNDLED, "lwf"): {"lr": 5e-5, "distill_weight": 1.8},
     (BUNDLED, "lwf_vr"): {"lr": 1e-4, "distill_weight": 1.8},
-    # On the task's own images half the rate of its best point was better (`again`).
+    # Half the rate of its best point: on the task's own images it was better (`again`).
     (BUNDLED, "snd"): {"lr": 1e-4, "previous_weight": 9.0, "zero_shot_weight": 0.5},
     (BUNDLED, "wise_ft"): {"lr": 1e-4, "alpha": 0.8},
     (BUNDLED, "zscl"): {"lr": 1e-4, "image_loss": 0.6, "text_loss": 0.6},

@@ -20,8 +20,7 @@ def missing(settings: Settings) -> list[str]:
     """One line for each thing that a run needs and that is not there, with what to do about it."""
     config = settings.run
     found = [*_missing_data(config), *_missing_weights(config.model, config.pretrained)]
-    method = methods.get(config.method)(settings.method)
-    found += _problems(lambda: check_reference(config, method))
+    found += _problems(lambda: check_reference(config, methods.get(config.method)(settings.method)))
     given = config.reference or CURRENT
     if given not in (CURRENT, MADE) and "{" not in given and not Path(given).exists():
         found.append(f"--reference: {given} does not exist; pass a folder, CSV or shards")
