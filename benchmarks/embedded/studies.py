@@ -341,8 +341,7 @@ def strengths(method: str) -> list[Run]:
 
 def smoothing(method: str) -> list[Run]:
     """A method at its best strength, by label smoothing, over the orders that are kept apart."""
-    preset = presets.METHODS[BUNDLED, method] | BEFORE_AGAIN.get(method, {})
-    given = {"method": method} | METHODS[method] | preset
+    given = {"method": method} | METHODS[method] | _preset_before_again(method)
     kinds = {"": given}
     if "reference" in given:
         kinds[", made images"] = given | MADE
@@ -369,7 +368,7 @@ def again() -> list[Run]:
     runs = []
     for of_rate, (row, strengths_of) in product((False, True), AGAIN.items()):
         method = ROWS[row]["method"]
-        rate = (presets.METHODS[BUNDLED, method] | BEFORE_AGAIN.get(method, {}))["lr"]
+        rate = _preset_before_again(method)["lr"]
         given = METHODS[method] | ROWS[row] | {"lr": rate}
         points = [{"lr": rate * share} for share in (0.5, 2.0)] if of_rate else strengths_of
         runs += [
@@ -457,6 +456,10 @@ def comparison(seeds: tuple[int, ...] = SEEDS) -> list[Run]:
             options["we_every"] = every
         runs.append(Run("compare", name, options))
     return runs
+
+
+def _preset_before_again(method: str) -> Options:
+    return presets.METHODS[BUNDLED, method] | BEFORE_AGAIN.get(method, {})
 
 
 def _as_tuned(method: str) -> Options:
