@@ -1,10 +1,12 @@
-"""Sweeps over many places, of which CI takes a sample."""
+"""What is too much for every day: of sweeps CI takes a sample, of cases a few are run always."""
 
 from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+
+import pytest
 
 
 def swept(places: int, every: int) -> Iterator[int]:
@@ -13,3 +15,10 @@ def swept(places: int, every: int) -> Iterator[int]:
     for number in range(random.Random().randint(1, step), places + 1, step):
         print(f"place {number} of {places}")
         yield number
+
+
+def mostly_long(cases: Collection[str], *daily: str) -> list[object]:
+    """Names of cases for `pytest.mark.parametrize`: all but the daily ones are marked long."""
+    assert set(daily) <= set(cases)
+    long = pytest.mark.long
+    return [name if name in daily else pytest.param(name, marks=long) for name in cases]

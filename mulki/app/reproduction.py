@@ -135,9 +135,7 @@ def judge(row: Published, folders: Sequence[Path]) -> Judgement:
 
 def figures_of(data: RunData) -> dict[str, float]:
     """The figures of a run in percent, by metric."""
-    seen = data.class_incremental
-    found = data.matrix.metrics().to_dict()
-    found |= {"cil_average": seen.average, "cil_last": seen.last}
+    found = data.matrix.metrics().to_dict() | data.class_incremental.metrics()
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -22,7 +22,6 @@ from mulki.data.subset import Subset
 from mulki.errors import InputError
 
 _Said = tuple[int, str]
-_OURS = CsvForm()
 
 
 def caption_task(
@@ -31,7 +30,7 @@ def caption_task(
     skip_bad_images: bool = False,
     test_fraction: float | None = None,
     test_only: bool = False,
-    form: CsvForm = _OURS,
+    form: CsvForm = CsvForm(),
 ) -> CaptionTask:
     """Read a task of images with captions.
 

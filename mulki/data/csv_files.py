@@ -42,9 +42,6 @@ class CsvForm:
     separator: str = ","
 
 
-_OURS = CsvForm()
-
-
 @dataclass(frozen=True)
 class SplitRow:
     """A row of a CSV file that a task is read from.
@@ -69,7 +66,7 @@ def csv_task(
     skip_bad_images: bool = False,
     test_fraction: float | None = None,
     test_only: bool = False,
-    form: CsvForm = _OURS,
+    form: CsvForm = CsvForm(),
 ) -> Task:
     """Read a task from one CSV file, or from one for each split.
 
@@ -158,7 +155,7 @@ def split_rows(
     path: Path,
     column: str,
     test_fraction: float | None,
-    form: CsvForm = _OURS,
+    form: CsvForm = CsvForm(),
     validation: Sequence[str] = (),
 ) -> tuple[str, list[SplitRow]]:
     """The rows of a CSV file, or of one for each split, and the name of their task.
@@ -207,7 +204,7 @@ def split_rows(
     return name, _with_test_images(rows)
 
 
-def csv_with_validation(path: Path, form: CsvForm = _OURS) -> bool:
+def csv_with_validation(path: Path, form: CsvForm = CsvForm()) -> bool:
     """Whether `csv_task` finds validation images in a file or beside it, and others to test on."""
     _, rows = split_rows(path, "label", 0.5, form, VALIDATION)  # with or without a split
     return any(row.split == "val" for row in rows)

@@ -24,7 +24,6 @@ Loader = Callable[[str], list[Task]]
 _CAPTIONS = "captions"
 
 _NO_SOURCE = Source()
-_OURS = CsvForm()
 _SEQUENCES: dict[str, Loader | Collection] = dict(COLLECTIONS)
 
 
@@ -79,7 +78,7 @@ def load_sequence(
     test_fraction: float | None = None,
     test_only: bool = False,
     inherited: bool = False,
-    form: CsvForm = _OURS,
+    form: CsvForm = CsvForm(),
     source: Source = _NO_SOURCE,
 ) -> list[Task]:
     """Load the tasks that a user names.
@@ -205,7 +204,7 @@ def _tasks_of(sequence: str, loader: Loader, order: str) -> list[Task]:
     )
 
 
-def has_validation(word: str, form: CsvForm = _OURS) -> bool:
+def has_validation(word: str, form: CsvForm = CsvForm()) -> bool:
     """Whether a folder or a CSV file has validation images of its own; false for other words.
 
     Args:

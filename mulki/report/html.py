@@ -136,7 +136,7 @@ def _metrics(contents: RunContents) -> list[tuple[str, str, str, str, str]]:
         "cil_average": "Class-incremental average",
         "cil_last": "Class-incremental last",
     }
-    found = matrix.metrics().to_dict() | {"cil_average": seen.average, "cil_last": seen.last}
+    found = matrix.metrics().to_dict() | seen.metrics()
     return [
         (
             title,

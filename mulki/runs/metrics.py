@@ -199,6 +199,10 @@ class ClassIncremental:
         """Return ``after``, ``average`` and ``last``, as ``summary.json`` holds them."""
         return {"after": dict(self.after), "average": self.average, "last": self.last}
 
+    def metrics(self) -> dict[str, float | None]:
+        """Average and last by the names that they have beside those of a matrix."""
+        return {"cil_average": self.average, "cil_last": self.last}
+
 
 @dataclass(frozen=True)
 class AccuracyMatrix:

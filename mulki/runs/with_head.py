@@ -52,9 +52,7 @@ class WithHead:
 
     def metrics(self) -> dict[str, float | None]:
         """Those of `mulki.runs.metrics.HEAD_METRICS`."""
-        seen = self.class_incremental
-        found = self.matrix.metrics().to_dict()
-        found |= {"cil_average": seen.average, "cil_last": seen.last}
+        found = self.matrix.metrics().to_dict() | self.class_incremental.metrics()
         return {name: found[of] for name, of in HEAD_METRICS.items()}
 
     @classmethod

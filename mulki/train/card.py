@@ -150,7 +150,9 @@ def _way(setup: Setup, *, adapters: bool, recompute: bool) -> Way | None:
         return None
     mode, steps = FakeTensorMode(), _steps(setup)
     with FakeCopyMode(mode):
-        model = copy.deepcopy(setup.model)
+        # A tokenizer holds whole vocabularies, and no tensor.
+        shared = {id(setup.model.tokenizer): setup.model.tokenizer}
+        model = copy.deepcopy(setup.model, shared)
     with mode:
         try:
             if recompute:

@@ -163,8 +163,9 @@ def test_killed_at_a_random_moment(
 
 @needs_fork
 @pytest.mark.slow
-@pytest.mark.parametrize("trial", range(2))
-@pytest.mark.parametrize("sent", [(signal.SIGTERM,), (signal.SIGINT, signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("sent", "trial"), [((signal.SIGTERM,), 0), ((signal.SIGINT, signal.SIGINT), 1)]
+)
 def test_asked_to_end_at_a_random_moment(
     killed: Killed, uninterrupted: tuple[Path, float, int], sent: Sequence[int], trial: int
 ) -> None:

@@ -16,6 +16,7 @@ from mulki.runs.folder import RunFolder
 from mulki.runs.metrics import read_matrix
 from mulki.train import sequence, task_learner
 from mulki.train.config.run_config import resolve
+from tests.sweeps import mostly_long
 from tests.train.run_helpers import SHORT, Run
 from tests.train_helpers import Calls
 
@@ -52,7 +53,7 @@ def tensors_alive() -> tuple[int, int]:
     return count, sum(memory.values())
 
 
-@pytest.mark.parametrize("method", ["mulki", "zscl"])
+@pytest.mark.parametrize("method", mostly_long(["mulki", "zscl"], "mulki"))
 def test_a_task_leaves_nothing_behind(
     method: str,
     tmp_path: Path,

@@ -99,9 +99,7 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, float]:
-        seen = self.data.class_incremental
-        found = self.data.matrix.metrics().to_dict()
-        found |= {"cil_average": seen.average, "cil_last": seen.last}
+        found = self.data.matrix.metrics().to_dict() | self.data.class_incremental.metrics()
         if self.data.with_head is not None:
             found |= self.data.with_head.metrics()
         return {name: value for name in TITLES if (value := found.get(name)) is not None}

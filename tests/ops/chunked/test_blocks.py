@@ -56,12 +56,12 @@ def test_a_size_that_is_none_is_refused(given, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "n", "p", "d"),
     [
-        *((name, 16384, 16384, 64) for name in TEACHERS),
+        *((name, 8192, 8192, 64) for name in TEACHERS),
         *((name, 32768, 100, 1024) for name in TEACHERS if name not in (*PAIRS, "siglip")),
     ],
 )
 def test_memory_is_bounded_whatever_n_and_p(name, n, p, d, dtype, halves, monkeypatch):
-    """On a device without memory: logits of a gigabyte a model, of which 64 MiB are worked on."""
+    """On a device without memory: logits of 256 MiB a model, of which 64 MiB are worked on."""
     monkeypatch.setattr(products, "multiplies_halves", lambda *_: halves)
     case = on_meta(name, n, p, dtype, d)
     gradients = sum(leaf.numel() * 4 for leaf in case.args[:2])

@@ -7,10 +7,13 @@ import torch
 
 from mulki.ops import use_backend
 from tests.ops.op_cases import asking, make, run, with_argument
+from tests.sweeps import mostly_long
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["kl_label", "ce_all", "pairs_blend", "siglip"])
+@pytest.mark.parametrize(
+    "name", mostly_long(["kl_label", "ce_all", "pairs_blend", "siglip"], "ce_all", "pairs_blend")
+)
 def test_compiled_for_all_sizes_at_once(name, monkeypatch):
     """The same results, and no other compilation for another batch size."""
     monkeypatch.setenv("MULKI_COMPILE", "1")

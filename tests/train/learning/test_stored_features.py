@@ -25,6 +25,7 @@ from mulki.train.display.reporter import Reporter
 from mulki.train.learning.anchor_texts import Anchors, AnchorTexts
 from mulki.train.learning.teacher_cache import TeacherCache
 from tests.data.data_helpers import Blank
+from tests.sweeps import mostly_long
 from tests.train.learn_helpers import Load, crop, learn, method_named, two_teachers
 from tests.train.run_helpers import Run, check_same, resumed, stop_at
 from tests.train_helpers import Calls, same_state, state_of
@@ -161,7 +162,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", OPTIONS)
+@pytest.mark.parametrize("case", mostly_long(OPTIONS, "adapters", "snd"))
 def test_a_stopped_run_goes_on_with_the_cache(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: str
 ) -> None:
@@ -187,7 +188,7 @@ def test_another_seed_and_another_method_read_it(
     assert sorted((tmp_path / "cache").iterdir()) == files and len(files) == 4
 
 
-@pytest.mark.parametrize("case", OPTIONS)
+@pytest.mark.parametrize("case", mostly_long(OPTIONS, "mulki", "snd"))
 def test_the_images_that_are_announced_are_those_that_are_told_of(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: str
 ) -> None:

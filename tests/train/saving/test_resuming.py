@@ -39,6 +39,7 @@ from mulki.train.rows import Rows
 from mulki.train.saving import recovery
 from mulki.train.saving.checkpoints import kept_of
 from mulki.train.saving.recovery import read_save
+from tests.sweeps import mostly_long
 from tests.train.run_helpers import (
     Run,
     check_same,
@@ -78,7 +79,9 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", mostly_long(CASES, "mulki", "validation", "drift", "zscl", "er", "ewc", "some adapters")
+)
 def test_a_stopped_run_ends_as_if_it_had_not_been(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: str
 ) -> None:

@@ -33,6 +33,7 @@ from mulki.train.start.continuation import (
     set_weights,
 )
 from mulki.train.start.setup import prepared
+from tests.sweeps import mostly_long
 from tests.train.distributed_runs import (
     ANCHORED,
     FIRST,
@@ -95,7 +96,9 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", mostly_long(CASES, "mulki", "wise_ft", "er with validation", "ewc", "adapters")
+)
 def test_it_is_as_if_both_were_one_run(make: Make, folders: list[str], case: str) -> None:
     options = CASES[case]
     whole = make("whole", folders, **options)
