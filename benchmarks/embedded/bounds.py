@@ -2,11 +2,11 @@
 
     python -m benchmarks.embedded.bounds --seeds 0 1 2
 
-Fine-tuning at its preset, as the comparison has it. `joint` is one task of the classes of all,
-whose batches mix the images of all tasks and whose cross-entropy is over all classes; it takes as
-many steps as the six tasks together. `alone` is the mean over the tasks of a model that has learned
-nothing else. Neither is a limit: their learning rate is that of a sequence. Every run is a line of
-`bounds.jsonl`, and a run that is there already is not repeated.
+Fine-tuning at the preset that it had before `studies.again`. `joint` is one task of the classes of
+all, whose batches mix the images of all tasks and whose cross-entropy is over all classes; it takes
+as many steps as the six tasks together. `alone` is the mean over the tasks of a model that has
+learned nothing else. Neither is a limit: their learning rate is that of a sequence. Every run is a
+line of `bounds.jsonl`, and a run that is there already is not repeated.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks.embedded import studies
 from benchmarks.embedded.compare import FOLDER, SHARED, fingerprint
 from mulki.clip.evaluation import Evaluator
 from mulki.clip.models import VisionLanguageModel
@@ -76,6 +77,7 @@ def learned(tasks: Sequence[Task], seed: int, iterations: int) -> VisionLanguage
     """The start model after fine-tuning on these tasks in their order."""
     with tempfile.TemporaryDirectory() as logs:
         given = {"method": "finetune", "seed": seed, "head": False}
+        given |= studies.BEFORE_AGAIN["finetune"]
         here = {"iterations": iterations, "logs": logs, "name": "run", "save_every": 0}
         folder = run(resolve(SHARED | given | here), tasks=tasks)
         assert folder is not None

@@ -2,8 +2,8 @@
 
     python -m benchmarks.embedded.moved --orders III IV
 
-Two runs for each order, fine-tuning and MulKI at their presets, tested on training images that were
-held out. A line of `moved.jsonl` holds of each:
+Two runs for each order, fine-tuning and MulKI at the presets that they had before `studies.again`,
+tested on training images that were held out. A line of `moved.jsonl` holds of each:
 
     moved   mean of 1 - cosine between the features of the model before a task and after it, on the
             task's own images, on images made of them by each change, and on those of the other
@@ -153,7 +153,8 @@ def line_of(method: str, order: str) -> dict[str, Any]:
     moved, kept = {}, {}
     with tempfile.TemporaryDirectory() as logs:
         given = {"order": order, "seed": studies.TUNING_SEEDS[0], "save_every": 0}
-        settings = resolve(SHARED | given | {"method": method} | {"logs": logs, "name": "run"})
+        given |= {"method": method, "logs": logs, "name": "run"}
+        settings = resolve(SHARED | given | studies.BEFORE_AGAIN.get(method, {}))
         tasks = [held_out(task) for task in load_tasks(settings.run)]
         folder = run(settings, tasks=tasks)
         assert folder is not None and settings.run.model is not None

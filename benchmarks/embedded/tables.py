@@ -47,7 +47,8 @@ _CHOICES = {
         "Tuning",
         "First three tasks of order I alone, with label smoothing 0.2, er, ewc and keeplora "
         "without; mean over two seeds. The best point of finetune, wise_ft, er, ewc and keeplora "
-        "is their preset; from that of the others their strength was chosen.",
+        "is their preset, but that finetune has half the rate since a later study (again); from "
+        "that of the others their strength was chosen.",
     ),
     "strength": (
         "Strength",
@@ -71,8 +72,8 @@ _CHOICES = {
         "Each method at the preset that it had then, and with another learning rate or strength, "
         "on orders III and IV, one seed, without label smoothing. A point replaces the preset "
         "only where it is better by more than 0.67, the least difference that two orders can "
-        "show. So snd now has the rate 0.0001. The runs of the presets are those of Label "
-        "smoothing.",
+        "show. So finetune now has the rate 0.00005 and snd 0.0001. The runs of the presets are "
+        "those of Label smoothing.",
     ),
     "changes": (
         "What images are made of",
