@@ -22,7 +22,7 @@ SPREAD = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile --no-loadscope-
 help:
 	@echo "make demo      run the bundled image tasks (mulki run embedded --preset small) and show the results"
 	@echo "make test      make lint, and pytest in JOBS=2 processes"
-	@echo "make test-long the tests that take minutes: packages, fifty tasks, every point to kill a run at"
+	@echo "make test-long tests that take minutes, every point to kill a run at, and more cases of others"
 	@echo "make test-oldest  some tests of the Triton kernels with torch 2.11 and Triton 3.6, the oldest supported"
 	@echo "make docs      the documentation as a site in build/docs, without warnings or a network"
 	@echo "make lint      ruff, clang-format and mypy"

@@ -1,4 +1,4 @@
-"""What is too much for every day: of sweeps CI takes a sample, of cases a few are run always."""
+"""What is too much for `make test`, which runs a few cases, and of a sweep CI runs a sample."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def swept(places: int, every: int) -> Iterator[int]:
 
 
 def mostly_long(cases: Collection[str], *daily: str) -> list[object]:
-    """Names of cases for `pytest.mark.parametrize`: all but the daily ones are marked long."""
+    """Parameters: daily cases, which `make test` runs, and the others, which are marked long."""
     assert set(daily) <= set(cases)
     long = pytest.mark.long
     return [name if name in daily else pytest.param(name, marks=long) for name in cases]

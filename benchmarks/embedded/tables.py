@@ -155,10 +155,10 @@ def _compared(lines: Sequence[Line]) -> list[str]:
             "of what both have. A forgetting below zero means that old tasks improved. Texts "
             "alone, but for the last two columns. The words are ImageNet's class names.",
             table(of_orders, OF_ORDERS),
-            f"By order, {' / '.join(_OF_CRITERION)}. Strengths, MulKI's form and the rate of snd "
-            "were chosen on orders III and IV, on training images that were held out. Orders I and "
-            "II had a say in that MulKI has another form than at first. The last two were "
-            "drawn at random; all have the same test images.",
+            f"By order, {' / '.join(_OF_CRITERION)}. Strengths, MulKI's form and the rates of "
+            "finetune and snd were chosen on orders III and IV, on training images that were held "
+            "out. Orders I and II had a say in that MulKI has another form than at first. The last "
+            "two were drawn at random; all have the same test images.",
             by_order(of_orders),
         ]
     for sequence in studies.SEQUENCES:

@@ -23,7 +23,6 @@ Loader = Callable[[str], list[Task]]
 # Before the path of a task whose examples are images with captions.
 _CAPTIONS = "captions"
 
-_NO_SOURCE = Source()
 _SEQUENCES: dict[str, Loader | Collection] = dict(COLLECTIONS)
 
 
@@ -79,7 +78,7 @@ def load_sequence(
     test_only: bool = False,
     inherited: bool = False,
     form: CsvForm = CsvForm(),
-    source: Source = _NO_SOURCE,
+    source: Source = Source(),
 ) -> list[Task]:
     """Load the tasks that a user names.
 

@@ -200,7 +200,7 @@ class ClassIncremental:
         return {"after": dict(self.after), "average": self.average, "last": self.last}
 
     def metrics(self) -> dict[str, float | None]:
-        """Average and last by the names that they have beside those of a matrix."""
+        """``average`` and ``last`` as ``cil_average`` and ``cil_last``, see `DEFINITIONS`."""
         return {"cil_average": self.average, "cil_last": self.last}
 
 

@@ -151,6 +151,7 @@ def test_class_incremental_is_the_mean_and_the_end_of_its_curve() -> None:
     seen = ClassIncremental({"a": 90.0, "b": 60.0, "c": 30.0})
     assert (seen.average, seen.last) == (60.0, 30.0)
     assert seen.to_dict() == {"after": dict(seen.after), "average": 60.0, "last": 30.0}
+    assert seen.metrics() == {"cil_average": 60.0, "cil_last": 30.0}
     nothing = ClassIncremental({})
     assert nothing.to_dict() == {"after": {}, "average": None, "last": None}
 

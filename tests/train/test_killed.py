@@ -164,7 +164,13 @@ def test_killed_at_a_random_moment(
 @needs_fork
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sent", "trial"), [((signal.SIGTERM,), 0), ((signal.SIGINT, signal.SIGINT), 1)]
+    ("sent", "trial"),
+    [
+        ((signal.SIGTERM,), 0),
+        ((signal.SIGINT, signal.SIGINT), 1),
+        pytest.param((signal.SIGTERM,), 1, marks=pytest.mark.long),
+        pytest.param((signal.SIGINT, signal.SIGINT), 0, marks=pytest.mark.long),
+    ],
 )
 def test_asked_to_end_at_a_random_moment(
     killed: Killed, uninterrupted: tuple[Path, float, int], sent: Sequence[int], trial: int

@@ -60,7 +60,7 @@ SHARDED: dict[str, tuple[dict[str, Any], int]] = {
         6,
     ),
 }
-DAILY = ("fsdp", "fsdp-lwf", "fsdp-reference", "fsdp-locked", "fsdp-adapters")
+DAILY = ("fsdp", "fsdp-lwf", "fsdp-reference", "fsdp-zscl", "fsdp-locked", "fsdp-adapters")
 
 
 def test_every_block_of_a_tower_is_a_unit(load_tiny: Callable[..., VisionLanguageModel]) -> None:

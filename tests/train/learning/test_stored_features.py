@@ -188,7 +188,7 @@ def test_another_seed_and_another_method_read_it(
     assert sorted((tmp_path / "cache").iterdir()) == files and len(files) == 4
 
 
-@pytest.mark.parametrize("case", mostly_long(OPTIONS, "mulki", "snd"))
+@pytest.mark.parametrize("case", mostly_long(OPTIONS, "original", "snd"))
 def test_the_images_that_are_announced_are_those_that_are_told_of(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: str
 ) -> None:

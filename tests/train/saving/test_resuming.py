@@ -80,7 +80,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    "case", mostly_long(CASES, "mulki", "validation", "drift", "zscl", "er", "ewc", "some adapters")
+    "case",
+    mostly_long(CASES, "mulki", "early", "drift", "zscl", "er", "ewc", "keeplora", "some adapters"),
 )
 def test_a_stopped_run_ends_as_if_it_had_not_been(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: str
