@@ -1,4 +1,4 @@
-"""What is too much for `make test`, which runs a few cases, and of a sweep CI runs a sample."""
+"""Tests with many cases: `make test` runs a few of them, and CI a sample of a sweep."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def swept(places: int, every: int) -> Iterator[int]:
 
 
 def mostly_long(cases: Collection[str], *daily: str) -> list[object]:
-    """Parameters: daily cases, which `make test` runs, and the others, which are marked long."""
+    """Parameters of a test: the daily cases for `make test`, and the others, marked long."""
     assert set(daily) <= set(cases)
     long = pytest.mark.long
     return [name if name in daily else pytest.param(name, marks=long) for name in cases]

@@ -117,7 +117,7 @@ def test_two_processes_are_one(base: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_two_processes_are_one_in_every_case(base: dict[str, Any]) -> None:
+def test_two_processes_are_one_in_the_other_cases(base: dict[str, Any]) -> None:
     compare(base, {name: case for name, case in CASES.items() if name not in DAILY}, 2)
 
 
