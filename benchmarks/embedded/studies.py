@@ -183,6 +183,13 @@ AGAIN: dict[str, list[Options]] = {
     "er": [{"replay_weight": w} for w in (0.5, 2.0)],
     "keeplora": [{"energy_image": e} for e in (0.7, 0.95)],
     "finetune": [],
+    "mulki": [
+        {"feature": 9 * w, "feature_original": 0.5 * w, "image_anchor": 0.5 * w} for w in (0.5, 2.0)
+    ],
+    "mulki, adapters": [
+        {"feature": 4.5 * w, "feature_original": 0.25 * w, "image_anchor": 0.5 * w}
+        for w in (0.5, 2.0)
+    ],
 }
 
 # What is done to images: each change alone, and others beside the default ones.
@@ -368,8 +375,8 @@ def again() -> list[Run]:
     runs = []
     for of_rate, (row, strengths_of) in product((False, True), AGAIN.items()):
         method = ROWS[row]["method"]
-        rate = _preset_before_again(method)["lr"]
-        given = METHODS[method] | ROWS[row] | {"lr": rate}
+        given = {"lr": _preset_before_again(method)["lr"]} | METHODS[method] | ROWS[row]
+        rate = given["lr"]
         points = [{"lr": rate * share} for share in (0.5, 2.0)] if of_rate else strengths_of
         runs += [
             Run(
