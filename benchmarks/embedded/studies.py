@@ -192,6 +192,13 @@ AGAIN: dict[str, list[Options]] = {
     ],
 }
 
+# The forms of MulKI that are rows.
+FORMS = {
+    "mulki": "anchors 0.5",
+    "mulki, adapters": "anchors 0.5, adapters of rank 16, lr 0.0016, without l2, "
+    "features half as strong",
+}
+
 # What is done to images: each change alone, and others beside the default ones.
 _ALL_CHANGES = ("invert", "channels", "average", "enlarge", "cutmix", "blocks", "crop", "noise")
 CHANGED: dict[str, tuple[str, ...]] = {
@@ -387,6 +394,14 @@ def again() -> list[Run]:
             for point, order in product(points, FORM_ORDERS)
         ]
     return runs
+
+
+def before_again(row: str) -> tuple[str, str]:
+    """The study and the variant in which a row of `again` was run at its preset."""
+    if row in FORMS:
+        return "held", FORMS[row]
+    method, *kind = row.partition(", ")
+    return "smoothing", f"{method} label_smoothing=0{''.join(kind)}"
 
 
 def changes() -> list[Run]:

@@ -231,12 +231,10 @@ def choices(study: str, lines: Sequence[Line]) -> str:
 
 
 def _presets(lines: Sequence[Line]) -> Iterator[tuple[str, Line]]:
-    # The rows of `again` at their presets, which the study of label smoothing has run.
+    # The rows of `again` at their presets.
     for row in studies.AGAIN:
-        method, *kind = row.partition(", ")
-        name = f"{method} label_smoothing=0{''.join(kind)}"
         for line in lines:
-            if line["study"] == "smoothing" and line["variant"] == name:
+            if (line["study"], line["variant"]) == studies.before_again(row):
                 yield f"{row}, preset", line
 
 

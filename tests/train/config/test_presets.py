@@ -78,11 +78,11 @@ def test_preset_of_a_method_is_the_best_point_of_its_grid_at_its_best_strength(m
 def test_a_point_of_another_study_takes_the_place_of_a_preset_by_its_rule_alone() -> None:
     results = compare.read_results()
     points = by_variant(r for r in results if r["study"] == "again")
-    smoothed = by_variant(r for r in results if r["study"] == "smoothing")
     compared = {}
     for row in studies.AGAIN:
-        method, *kind = row.partition(", ")
-        before = tables.criterion(smoothed[f"{method} label_smoothing=0{''.join(kind)}"])
+        before = tables.criterion(
+            r for r in results if (r["study"], r["variant"]) == studies.before_again(row)
+        )
         for variant, runs in points.items():
             if variant.rpartition(", ")[0] == row and len(runs) == len(studies.FORM_ORDERS):
                 compared[variant] = tables.criterion(runs) - before
@@ -90,6 +90,15 @@ def test_a_point_of_another_study_takes_the_place_of_a_preset_by_its_rule_alone(
     assert len(compared) == 26 and clear == ["snd, lr=0.0001", "finetune, lr=5e-05"]
     assert presets.METHODS[BUNDLED, "snd"]["lr"] == 1e-4
     assert presets.METHODS[BUNDLED, "finetune"]["lr"] == 5e-5
+
+
+@pytest.mark.parametrize("row", studies.FORMS)
+def test_a_row_of_mulki_is_the_form_that_it_is_said_to_be(row: str) -> None:
+    form, of_row = (
+        compare.settings_of(studies.Run("held", row, options))
+        for options in (studies.HELD[studies.FORMS[row]], studies.ROWS[row])
+    )
+    assert form == of_row
 
 
 def by_variant(runs: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
