@@ -4,7 +4,8 @@ The classifier is the mean of all prompt templates' normalised text features, no
 label space is the task's own (task-incremental, as the MTIL benchmark of ZSCL does) or another one,
 see `LabelSpace`; beside it, that of all tasks learned so far (class-incremental: one head). Where
 there are class statistics, `mulki.clip.head` answers beside the texts. A prediction depends on its
-image alone, so accuracy does not depend on batching or order; no autocast is used.
+image alone, so accuracy does not depend on batching or order but by rounding, which shows in half
+precision.
 
 A task of captions is evaluated by retrieval, see `mulki.clip.retrieval`; its classifier holds the
 features of its captions, and it is no part of any label space.

@@ -23,6 +23,7 @@ from mulki.clip.models import VisionLanguageModel
 from mulki.data import Task
 from mulki.errors import InputError
 from mulki.methods import Needs
+from mulki.train.config.precision import as_tested
 from mulki.train.config.tasks import needs_of, teachers_of
 from mulki.train.costs import bytes_of, stored_rows
 from mulki.train.learning.learn import steps_of
@@ -223,8 +224,9 @@ class _Step:
     @torch.no_grad()
     def evaluation(self, model: VisionLanguageModel) -> tuple[int, int]:
         # And the width of the features.
-        with _Counted(_tensors(model)) as counted, self._setup.precision.autocast():
-            features = self._images(model, self._setup.config.batch_size_eval)
+        config = self._setup.config
+        with _Counted(_tensors(model)) as counted:
+            features = self._images(as_tested(model, config.precision_eval), config.batch_size_eval)
         return counted.peak, features.shape[1]
 
     def stored_rows(self, task: Task) -> int:

@@ -16,6 +16,7 @@ from mulki.clip.texts import text_features, text_inputs
 from mulki.data import Task
 from mulki.data.subset import sampled
 from mulki.data.transforms import is_deterministic
+from mulki.train.config.precision import as_tested
 from mulki.train.config.run_config import AUTO
 from mulki.train.config.tasks import needs_of
 from mulki.train.display.outline import images_of_head, rows
@@ -249,7 +250,7 @@ def _learning(
 @torch.no_grad()
 def _testing(setup: Setup, task: Task) -> tuple[float, float, int]:
     # Seconds of testing a task at first and later, and the width of the features.
-    model, world = setup.model, setup.world
+    model, world = as_tested(setup.model, setup.config.precision_eval), setup.world
     model.eval()
     prompts = [prompt for of_class in tested_texts(task) for prompt in of_class]
     some = prompts[: TEXT_BATCH * world.size]

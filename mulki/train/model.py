@@ -30,7 +30,7 @@ from mulki.errors import InputError
 from mulki.runs.folder import RunFolder
 from mulki.runs.metrics import AccuracyMatrix, Metrics, read_matrix
 from mulki.train import sequence
-from mulki.train.config.precision import device_of
+from mulki.train.config.precision import as_tested, device_of
 from mulki.train.config.run_config import RunConfig, resolve
 from mulki.train.saving.checkpoints import description_of, statistics_of
 from mulki.train.saving.description import Description, LearnedTask
@@ -304,6 +304,7 @@ def load(
     pretrained: str | None = None,
     device: str = "auto",
     precision: str | None = None,
+    precision_eval: str | None = None,
     head: bool = True,
 ) -> Model:
     """Load a model, with the classes that it has learned.
@@ -315,6 +316,7 @@ def load(
         pretrained: as of ``mulki run``, of a model by its name.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         precision: of the weights, as of ``mulki run``; by default that of the run, else "fp32".
+        precision_eval: in which images and texts are encoded, likewise.
         head: whether the head of class statistics that lie beside the checkpoint answers, where
             there are any; False for texts alone.
 
@@ -328,11 +330,13 @@ def load(
         "lock_text": recipe.get("lock_text", False),
         "lock_image": recipe.get("lock_image", False),
         "precision": precision or recipe.get("precision", "fp32"),
+        "precision_eval": precision_eval or recipe.get("precision_eval", "fp32"),
     }
     config = resolve({**wanted, "model": name, "pretrained": pretrained, "device": device}).run
     check_start(config)
     model = load_start(name, config.pretrained, device=device_of(config.device))
     as_in_its_run(model, name, config)
+    model = as_tested(model, config.precision_eval)
     file = statistics_of(Path(name))
     statistics = read_statistics(file) if head and said is not None and file.is_file() else None
     return Model(model, said, name, config.pretrained, statistics)

@@ -15,7 +15,7 @@ from mulki.data import Task
 from mulki.data.loader import batches
 from mulki.errors import InputError
 from mulki.runs.predictions import TaskPredictions
-from mulki.train.config.precision import device_of
+from mulki.train.config.precision import as_tested, device_of
 from mulki.train.config.run_config import RunConfig, read_config, resolve
 from mulki.train.config.tasks import limit_reading, load_tasks
 from mulki.train.saving.checkpoints import (
@@ -41,7 +41,7 @@ _OF_TASKS = (
 )
 # And those that have a say in how features are computed.
 _OF_FEATURES = (
-    *("data_root", "max_pixels", "max_member_mb", "batch_size_eval", "precision"),
+    *("data_root", "max_pixels", "max_member_mb", "batch_size_eval", "precision", "precision_eval"),
     *("head", "head_weight", "head_shrinkage"),
 )
 _LOCKS = ("lock_text", "lock_image")
@@ -131,7 +131,7 @@ class Evaluation:
             )
             for task in self.tasks
         ]
-        return Evaluator(model, self.tasks, loaders)
+        return Evaluator(as_tested(model, config.precision_eval), self.tasks, loaders)
 
 
 def evaluation(checkpoint: Path, given: Mapping[str, Any]) -> Evaluation:

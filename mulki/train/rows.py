@@ -21,6 +21,7 @@ from mulki.methods import ZERO_SHOT
 from mulki.runs.answers import Answers, read_answers
 from mulki.runs.catalog import write_examples
 from mulki.runs.metrics import ZERO_SHOT as ZERO_SHOT_ROW
+from mulki.train.config.precision import as_tested
 from mulki.train.display.outline import rows
 from mulki.train.display.progress import TEST, RunProgress
 from mulki.train.drift import IMAGES, Drift
@@ -63,8 +64,10 @@ class Rows:
         self._progress = progress
         # Answers of the start model, as far as they were read.
         self._before: dict[str, Answers] | None = None
+        precision = setup.config.precision_eval
+        model = as_tested(setup.model, precision)
         self._evaluator = Evaluator(
-            setup.model,
+            model,
             setup.tasks,
             [test_loader(setup, task) for task in setup.tasks],
             setup.world,
@@ -72,10 +75,11 @@ class Rows:
             progress.advance,
         )
         samples = [limited(task, IMAGES) for task in setup.tasks]
-        words = (setup.vocabulary or imagenet_vocabulary()).words if ZERO_SHOT in frozen else ()
+        original = frozen.get(ZERO_SHOT)
+        words = () if original is None else (setup.vocabulary or imagenet_vocabulary()).words
         self._drift = Drift(
-            setup.model,
-            frozen.get(ZERO_SHOT),
+            model,
+            None if original is None else as_tested(original, precision),
             samples,
             [test_loader(setup, sample) for sample in samples],
             words,

@@ -110,12 +110,18 @@ def test_tasks_of_both_kinds_are_counted_each_by_itself(
     assert both.step(8) == max(way.step(8) for way in each)
 
 
-def test_what_teachers_store_and_what_an_evaluation_takes(counted: Any) -> None:
+def test_what_teachers_store_and_what_an_evaluation_takes(
+    counted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Of the previous model, 18 images of each task: 32 float32.
     assert counted(1, method="lwf")[""].stored == 18 * 32 * 4
     assert counted(1, method="finetune")[""].stored == 0
     small, large = (counted(1, batch_size_eval=n)[""].evaluation for n in (10, 20))
     assert large == pytest.approx(2 * small, rel=0.05)
+    asked: list[str] = []
+    monkeypatch.setattr(card, "as_tested", lambda model, name: asked.append(name) or model)
+    counted(1, precision="fp32", precision_eval="amp_bf16")
+    assert asked == ["amp_bf16"]
 
 
 def test_options_that_the_run_has_or_cannot_have_are_not_tried(counted: Any) -> None:

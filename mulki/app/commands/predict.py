@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from mulki.train.model import Prediction
 
 #: Fields of `RunConfig` that are options here.
-OPTIONS = ("pretrained", "batch_size_eval", "workers", "device", "max_pixels", "max_member_mb")
+OPTIONS = (
+    *("pretrained", "precision_eval", "batch_size_eval", "workers", "device"),
+    *("max_pixels", "max_member_mb"),
+)
 _EXAMPLES = """examples:
   mulki predict logs/RUN photos/                       the classes that the run has learned
   mulki predict logs/RUN photos/ --csv photos.csv --top 3 --threshold 0.5
@@ -102,6 +105,7 @@ def predict(argv: list[str]) -> int:
         given["model"],
         pretrained=config.pretrained,
         device=config.device,
+        precision_eval=chosen.get("precision_eval"),
         head=not given["no_head"],
     )
     good = bad = 0

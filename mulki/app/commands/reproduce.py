@@ -37,7 +37,8 @@ from mulki.train.config.imports import import_modules
 #: The verdict names those that have a say in the figures.
 OPTIONS = (
     *("data_root", "reference", "pretrained", "device", "precision", "workers"),
-    *("micro_batch", "grad_checkpointing", "batch_size_eval", "logs", "name", "import_"),
+    *("micro_batch", "grad_checkpointing", "batch_size_eval", "precision_eval"),
+    *("logs", "name", "import_"),
 )
 _HEADS = {**TITLES, "cil_average": "Average", "cil_last": "Last"}
 # More characters than any table has.

@@ -50,7 +50,7 @@ GROUPS = {
     ),
     "model": (
         *("model", "pretrained", "original", "original_pretrained", "lock_text", "lock_image"),
-        *("precision", "device", "torchcompile", "fsdp", "grad_checkpointing"),
+        *("precision", "precision_eval", "device", "torchcompile", "fsdp", "grad_checkpointing"),
     ),
     "training": ("method", "iterations", "epochs", "batch_size", "lr", "seed", "preset"),
     "distillation": (

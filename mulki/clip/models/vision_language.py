@@ -48,6 +48,7 @@ class VisionLanguageModel:
         adapters: of its weights, from `adapt`; then everything else is frozen.
         level: which of three models this is, where there are adapters: with all of them, with those
             of earlier tasks, or with none.
+        autocast: makes a context in which the towers run, inside that of the caller.
     """
 
     clip: Any
@@ -60,6 +61,7 @@ class VisionLanguageModel:
     trunk: dict[str, Any] | None = None
     adapters: Adapters | None = None
     level: Level = "student"
+    autocast: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
 
     def __post_init__(self) -> None:
         # On CPUs convolutions are several times faster in this layout; it only changes 4-d tensors.
@@ -91,8 +93,9 @@ class VisionLanguageModel:
         images = images.to(
             self.device, self._image_dtype, non_blocking=True, memory_format=torch.channels_last
         )
-        with self._current():
-            return F.normalize(self.clip.encode_image(images).float(), dim=-1)
+        with self._current(), self.autocast():
+            features = self.clip.encode_image(images)
+        return F.normalize(features.float(), dim=-1)
 
     def text_inputs(self, prompts: Sequence[str]) -> Tensor:
         """Prompts encoded by the frozen first part of the text tower, [n, ...].
@@ -120,7 +123,7 @@ class VisionLanguageModel:
         if split == "features":
             features = inputs
         else:
-            with self._current():
+            with self._current(), self.autocast():
                 encode = self.clip.text.proj if split == "pooled" else self.clip.encode_text
                 features = encode(inputs)
         return F.normalize(features.float(), dim=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from typing import Literal, get_args
 
 import torch
@@ -15,6 +16,7 @@ from mulki.runs.environment import cpu_model
 Name = Literal[
     "auto", "fp32", "amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16"
 ]
+OfTests = Literal["fp32", "amp", "amp_bf16"]
 
 
 def native_bf16(device: torch.device) -> bool:
@@ -95,3 +97,11 @@ class Precision:
         """Give the weights of a model, loaded as float32, the dtype they are stored in."""
         if self._stored:
             model.store(self.dtype, norms=self.name.startswith("pure_"))
+
+
+def as_tested(model: VisionLanguageModel, name: OfTests) -> VisionLanguageModel:
+    """The same model, whose towers compute as ``--precision-eval`` says."""
+    same = copy.copy(model)
+    # Each weight is used once in a pass, so that its copy is not kept.
+    same.autocast = Precision(name, model.device, cached=False).autocast
+    return same

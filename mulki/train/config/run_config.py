@@ -161,6 +161,9 @@ class RunConfig:
         None, "images encoded at a time, with the same gradients; auto: as many as fit"
     )
     batch_size_eval: int = option(256, "images per evaluation batch", low=1)
+    precision_eval: precision.OfTests = option(
+        "fp32", "precision of tests; amp_bf16 is faster where --precision auto takes it"
+    )
     lr: float = option(1e-5, "base learning rate", above=0)
     lr_of: tuple[str, ...] = option((), "base learning rates of single tasks, as NAME=RATE")
     lr_first_layer: float = option(

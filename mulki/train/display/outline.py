@@ -115,7 +115,8 @@ def plan(setup: Setup) -> list[str]:
         f"{millions(counts.trained)} {_trained(setup.model.adapters)}",
         "goes on": f"from {config.continue_}, which has learned {before}" if before else "",
         "original": config.original or "",
-        "device": f"{_device(device, setup.world.size)}, precision {setup.precision.name}",
+        "device": f"{_device(device, setup.world.size)}, precision {setup.precision.name}, "
+        f"tests in {config.precision_eval}",
         "kernels": _kernels(device),
         "steps": tasks["steps"],
         "uses": _uses(setup),

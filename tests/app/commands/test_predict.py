@@ -5,6 +5,7 @@ import io
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -19,12 +20,21 @@ def photos(task_folders: tuple[str, str]) -> Path:
     return Path(task_folders[1]) / "test" / "dark"
 
 
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
 def test_a_line_for_each_image(
-    finished: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path,
+    photos: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
 ) -> None:
-    assert run_command(["predict", str(finished), str(photos), "--top", "2"]) == 0
+    wanted = load(finished, precision_eval=precision).predict(photos, top=2)
+    loaded = Mock(side_effect=load)
+    monkeypatch.setattr("mulki.train.model.load", loaded)
+    given = ["--top", "2", "--precision-eval", precision]
+    assert run_command(["predict", str(finished), str(photos), *given]) == 0
+    assert loaded.call_args.kwargs["precision_eval"] == precision
     lines = capsys.readouterr().out.splitlines()
-    wanted = load(finished).predict(photos, top=2)
     assert len(lines) == len(wanted) == 5
     for line, each in zip(lines, wanted, strict=True):
         first, second = each.classes
