@@ -115,6 +115,7 @@ def _settings(model: str, form: str, batch: int) -> Any:
         "model": model,
         "method": "mulki",
         "precision": "amp_bf16",
+        "precision_eval": "amp_bf16",
         "batch_size": batch,
         "micro_batch": str(MICRO_BATCH),
         "iterations": 2,

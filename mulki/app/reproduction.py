@@ -29,7 +29,7 @@ _SCENARIO = {
     "base_classes": 0,
 }
 # Compared apart, or where things are and how they are computed.
-_FREE = NEUTRAL | {"protocol", "pretrained", "reference", "precision"}
+_FREE = NEUTRAL | {"protocol", "pretrained", "reference", "precision", "precision_eval"}
 #: What a verdict is called.
 WORDS: dict[Verdict, str] = {
     "within": "within the band",

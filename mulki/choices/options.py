@@ -93,8 +93,9 @@ def choices_of(item: Field[Any], hint: Any) -> tuple[str, ...]:
         item: the field, made by `option`.
         hint: its type.
     """
-    if get_origin(hint) is Literal:
-        return get_args(hint)
+    for each in (hint, *get_args(hint)):  # one that may be left out is a union with None
+        if get_origin(each) is Literal:
+            return get_args(each)
     choices = item.metadata["choices"]
     return tuple(choices() if callable(choices) else choices or ())
 

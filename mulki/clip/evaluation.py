@@ -4,8 +4,8 @@ The classifier is the mean of all prompt templates' normalised text features, no
 label space is the task's own (task-incremental, as the MTIL benchmark of ZSCL does) or another one,
 see `LabelSpace`; beside it, that of all tasks learned so far (class-incremental: one head). Where
 there are class statistics, `mulki.clip.head` answers beside the texts. A prediction depends on its
-image alone, so accuracy does not depend on batching or order but by rounding, which shows in half
-precision.
+image alone, so apart from rounding, which shows in half precision, accuracy does not depend on
+batching or order.
 
 A task of captions is evaluated by retrieval, see `mulki.clip.retrieval`; its classifier holds the
 features of its captions, and it is no part of any label space.
@@ -300,7 +300,8 @@ class Evaluator:
         if count:
             raise InputError(
                 f"task {self.tasks[number].name}: {count} features of its images and of class "
-                "texts are not finite; the model has diverged: lower --lr"
+                "texts are not finite; the model has diverged: lower --lr. If it computes in "
+                "float16, they may be too large for that: pass amp_bf16"
             )
 
     def _space(self, number: int, count: int) -> range:

@@ -223,11 +223,13 @@ class _Step:
 
     @torch.no_grad()
     def evaluation(self, model: VisionLanguageModel) -> tuple[int, int]:
-        # And the width of the features.
+        # Of a test, or of a pass for teachers and class statistics; and the width of the features.
         config = self._setup.config
-        with _Counted(_tensors(model)) as counted:
-            features = self._images(as_tested(model, config.precision_eval), config.batch_size_eval)
-        return counted.peak, features.shape[1]
+        with _Counted(_tensors(model)) as tested:
+            self._images(as_tested(model, config.precision_eval), config.batch_size_eval)
+        with _Counted(_tensors(model)) as encoded, self._setup.precision.autocast():
+            features = self._images(model, config.batch_size_eval)
+        return max(tested.peak, encoded.peak), features.shape[1]
 
     def stored_rows(self, task: Task) -> int:
         setup = self._setup

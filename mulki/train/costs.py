@@ -16,7 +16,6 @@ from mulki.clip.texts import text_features, text_inputs
 from mulki.data import Task
 from mulki.data.subset import sampled
 from mulki.data.transforms import is_deterministic
-from mulki.train.config.precision import as_tested
 from mulki.train.config.run_config import AUTO
 from mulki.train.config.tasks import needs_of
 from mulki.train.display.outline import images_of_head, rows
@@ -147,7 +146,7 @@ def measure(setup: Setup, says: Callable[[str], None] = lambda words: None) -> C
         costs = _learning(setup, learner, index, task, fits.append)
         testing, again, width = _testing(setup, task)
         if for_head := images_of_head(setup, task):
-            # Class statistics take as long for an image as its test does.
+            # Class statistics take as long for an image as its test does, in the same precision.
             passed = testing * for_head / len(task.test)
             costs = replace(costs, learning=costs.learning + passed)
         if task.val is not None:
@@ -250,7 +249,7 @@ def _learning(
 @torch.no_grad()
 def _testing(setup: Setup, task: Task) -> tuple[float, float, int]:
     # Seconds of testing a task at first and later, and the width of the features.
-    model, world = as_tested(setup.model, setup.config.precision_eval), setup.world
+    model, world = setup.tested, setup.world
     model.eval()
     prompts = [prompt for of_class in tested_texts(task) for prompt in of_class]
     some = prompts[: TEXT_BATCH * world.size]

@@ -64,7 +64,7 @@ class Model:
     """A model and the classes among which it predicts; made by `load`.
 
     Attributes:
-        clip: the model as training uses it; `clip.clip` is that of open_clip.
+        clip: the model behind mulki's methods; `clip.clip` is that of open_clip.
         description: what its checkpoint says of itself; None of another program's.
         source: what `load` was given.
         statistics: of the classes that it has learned, of which a head is made, see
@@ -316,7 +316,8 @@ def load(
         pretrained: as of ``mulki run``, of a model by its name.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         precision: of the weights, as of ``mulki run``; by default that of the run, else "fp32".
-        precision_eval: in which images and texts are encoded, likewise.
+        precision_eval: in which images and texts are encoded, likewise; by default that of the
+            run, else that of the weights.
         head: whether the head of class statistics that lie beside the checkpoint answers, where
             there are any; False for texts alone.
 
@@ -330,7 +331,7 @@ def load(
         "lock_text": recipe.get("lock_text", False),
         "lock_image": recipe.get("lock_image", False),
         "precision": precision or recipe.get("precision", "fp32"),
-        "precision_eval": precision_eval or recipe.get("precision_eval", "fp32"),
+        "precision_eval": precision_eval or recipe.get("precision_eval"),
     }
     config = resolve({**wanted, "model": name, "pretrained": pretrained, "device": device}).run
     check_start(config)

@@ -64,10 +64,8 @@ class Rows:
         self._progress = progress
         # Answers of the start model, as far as they were read.
         self._before: dict[str, Answers] | None = None
-        precision = setup.config.precision_eval
-        model = as_tested(setup.model, precision)
         self._evaluator = Evaluator(
-            model,
+            setup.tested,
             setup.tasks,
             [test_loader(setup, task) for task in setup.tasks],
             setup.world,
@@ -78,8 +76,8 @@ class Rows:
         original = frozen.get(ZERO_SHOT)
         words = () if original is None else (setup.vocabulary or imagenet_vocabulary()).words
         self._drift = Drift(
-            model,
-            None if original is None else as_tested(original, precision),
+            setup.tested,
+            None if original is None else as_tested(original, setup.config.precision_eval),
             samples,
             [test_loader(setup, sample) for sample in samples],
             words,

@@ -120,7 +120,7 @@ def test_what_teachers_store_and_what_an_evaluation_takes(
     assert large == pytest.approx(2 * small, rel=0.05)
     asked: list[str] = []
     monkeypatch.setattr(card, "as_tested", lambda model, name: asked.append(name) or model)
-    counted(1, precision="fp32", precision_eval="amp_bf16")
+    assert counted(1, batch_size_eval=10, precision_eval="amp_bf16")[""].evaluation == small
     assert asked == ["amp_bf16"]
 
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from torch import nn
 from mulki.clip.models import VisionLanguageModel
 from mulki.runs.metrics import read_matrix
 from mulki.runs.predictions import figures
+from mulki.train import rows
+from mulki.train.drift import Drift
 from mulki.train.model import load
 from mulki.train.retest import evaluation
 from tests.train.run_helpers import Run
@@ -33,33 +37,53 @@ def test_rows_of_zero_shot_are_the_same_and_evaluated_once(
     monkeypatch.setattr(VisionLanguageModel, "encode_images", counted)
     folder = run(method="zero_shot")
     with (folder.path / "matrix.csv").open(newline="", encoding="utf-8") as file:
-        _, *rows = csv.reader(file)
-    assert len({tuple(row[1:]) for row in rows}) == 1
+        _, *lines = csv.reader(file)
+    assert len({tuple(line[1:]) for line in lines}) == 1
     # The test images, and for the class statistics the training images.
     assert sum(seen) == 25 + 30
 
 
-def test_tests_alone_compute_in_the_precision_that_was_asked_for(
-    run: Run, task_folders: tuple[str, str]
-) -> None:
-    seen: set[tuple[bool, bool]] = set()
+@pytest.fixture
+def seen() -> Iterator[set[tuple[bool, bool]]]:
+    """Whether there were gradients, and autocast, whenever a tower ran."""
+    found: set[tuple[bool, bool]] = set()
 
     def look(module: nn.Module, given: Any) -> None:
         if isinstance(module, nn.LayerNorm):
-            seen.add((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+            found.add((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
 
     hook = nn.modules.module.register_module_forward_pre_hook(look)
-    try:
-        half = {"precision_eval": "amp_bf16"}
-        folder = run(method="finetune", lr=3e-3, head=False, val_fraction=0.2, **half)
-        assert seen == {(True, False), (False, True)}
-        # So do those of the checkpoint, and its predictions.
-        seen.clear()
-        rows = [figures([of.own])["acc1"] for of in evaluation(folder.path, {}).predictions()]
-        assert rows == pytest.approx(read_matrix(folder.path / "matrix.csv").rows[-1])
-        of_half = load(folder.path).encode_images(task_folders[0])
-        assert seen == {(False, True)}
-    finally:
-        hook.remove()
+    yield found
+    hook.remove()
+
+
+HALF = {"precision_eval": "amp_bf16"}
+
+
+def test_tests_alone_compute_in_the_precision_that_was_asked_for(
+    run: Run, seen: set[tuple[bool, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(method="finetune", head=False, val_fraction=0.2, **HALF)
+    assert seen == {(True, False), (False, True)}
+    drift = Mock(wraps=Drift)
+    monkeypatch.setattr(rows, "Drift", drift)
+    run(method="mulki", name="with-its-original", **HALF)
+    for model in drift.call_args.args[:2]:
+        with model.autocast():
+            assert torch.is_autocast_enabled("cpu")
+
+
+def test_a_checkpoint_is_tested_and_predicts_as_its_run_was_tested(
+    run: Run, seen: set[tuple[bool, bool]], task_folders: tuple[str, str]
+) -> None:
+    # What is frozen of the text tower is no exception.
+    folder = run(method="finetune", lr=3e-3, lock_text=True, **HALF)
+    seen.clear()
+    found = [figures([of.own])["acc1"] for of in evaluation(folder.path, {}).predictions()]
+    assert found == pytest.approx(read_matrix(folder.path / "matrix.csv").rows[-1])
+    model = load(folder.path)
+    model.predict(task_folders[0])
+    half = model.encode_images(task_folders[0])
+    assert seen == {(False, True)}
     full = load(folder.path, precision_eval="fp32").encode_images(task_folders[0])
-    assert of_half.dtype == full.dtype and 1e-5 < (of_half - full).abs().max() < 0.1
+    assert half.dtype == full.dtype and 1e-5 < (half - full).abs().max() < 0.1

@@ -133,8 +133,8 @@ def _show_ways(
         said += f"too small for the run as it is; it fits with {fits[0].options}"
     else:
         said += (
-            "too small; a smaller model, a smaller --batch-size or --batch-size-eval, --precision "
-            "bf16 or --fsdp on several cards need less"
+            "too small; a smaller model, a smaller --batch-size or --batch-size-eval, "
+            "--precision-eval amp_bf16, --precision bf16 or --fsdp on several cards need less"
         )
     out = _print_lines([*lines, *_of_downloads(stand_ins.downloads, config, measured=False), said])
     table = plain_table(

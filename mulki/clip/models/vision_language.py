@@ -109,7 +109,7 @@ class VisionLanguageModel:
         if split == "tokens":
             return tokens
         text = self.clip
-        with torch.no_grad(), self._current():
+        with torch.no_grad(), self._current(), self.autocast():
             return torch.cat(
                 [
                     text.encode_text(part) if split == "features" else _pooled(text.text, part)

@@ -99,9 +99,9 @@ class Precision:
             model.store(self.dtype, norms=self.name.startswith("pure_"))
 
 
-def as_tested(model: VisionLanguageModel, name: OfTests) -> VisionLanguageModel:
+def as_tested(model: VisionLanguageModel, name: OfTests | None) -> VisionLanguageModel:
     """The same model, whose towers compute as ``--precision-eval`` says."""
     same = copy.copy(model)
     # Each weight is used once in a pass, so that its copy is not kept.
-    same.autocast = Precision(name, model.device, cached=False).autocast
+    same.autocast = Precision(name or "fp32", model.device, cached=False).autocast
     return same

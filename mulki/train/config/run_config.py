@@ -161,8 +161,10 @@ class RunConfig:
         None, "images encoded at a time, with the same gradients; auto: as many as fit"
     )
     batch_size_eval: int = option(256, "images per evaluation batch", low=1)
-    precision_eval: precision.OfTests = option(
-        "fp32", "precision of tests; amp_bf16 is faster where --precision auto takes it"
+    precision_eval: precision.OfTests | None = option(
+        None,
+        "precision of tests and predictions, that of the stored weights if left out; amp and "
+        "amp_bf16 are faster on GPUs, and on CPUs that multiply bfloat16",
     )
     lr: float = option(1e-5, "base learning rate", above=0)
     lr_of: tuple[str, ...] = option((), "base learning rates of single tasks, as NAME=RATE")

@@ -115,8 +115,8 @@ def plan(setup: Setup) -> list[str]:
         f"{millions(counts.trained)} {_trained(setup.model.adapters)}",
         "goes on": f"from {config.continue_}, which has learned {before}" if before else "",
         "original": config.original or "",
-        "device": f"{_device(device, setup.world.size)}, precision {setup.precision.name}, "
-        f"tests in {config.precision_eval}",
+        "device": f"{_device(device, setup.world.size)}, precision {setup.precision.name}"
+        + (f", tests in {config.precision_eval}" if config.precision_eval else ""),
         "kernels": _kernels(device),
         "steps": tasks["steps"],
         "uses": _uses(setup),

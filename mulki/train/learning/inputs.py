@@ -11,7 +11,7 @@ from mulki.data.replay import ReplayImages
 from mulki.data.task import Task
 from mulki.distributed.world import ALONE, World
 from mulki.methods import Method
-from mulki.train.config.precision import Precision
+from mulki.train.config.precision import Precision, as_tested
 from mulki.train.config.run_config import RunConfig
 from mulki.train.config.tasks import needs_of
 from mulki.train.learning.anchor_texts import Anchors
@@ -41,6 +41,11 @@ class Training:
     precision: Precision
     world: World = ALONE
     teacher_cache: TeacherCache | None = None
+
+    @property
+    def tested(self) -> VisionLanguageModel:
+        """The student as it is tested."""
+        return as_tested(self.model, self.config.precision_eval)
 
 
 @dataclass(frozen=True)

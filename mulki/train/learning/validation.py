@@ -19,7 +19,6 @@ from mulki.distributed.parts import set_whole
 from mulki.errors import InputError
 from mulki.methods import Method
 from mulki.stages.connecting import snapshot
-from mulki.train.config.precision import as_tested
 from mulki.train.config.run_config import RunConfig
 from mulki.train.learning.inputs import Training
 
@@ -54,8 +53,7 @@ class Validation:
         )
         # Among the classes of the task, with all prompts, as its test images are.
         tested = dataclasses.replace(task, test=task.val)
-        model = as_tested(training.model, config.precision_eval)
-        self._evaluator = Evaluator(model, [tested], [loader], training.world)
+        self._evaluator = Evaluator(training.tested, [tested], [loader], training.world)
         self._best = -1.0
         self._best_step = 0
         self._since = 0

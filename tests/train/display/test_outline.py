@@ -35,7 +35,7 @@ def test_a_plan_says_what_is_done(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     text = {line[:8].strip(): line[9:] for line in lines}
     assert text["run"].startswith("mulki on 2 tasks of ") and text["run"].endswith("shades, seed 3")
     assert text["device"].startswith("cpu, ")
-    assert text["device"].endswith(", precision fp32, tests in fp32")
+    assert text["device"].endswith(", precision fp32")
     assert text["steps"].startswith("2 x 4 of 6 images; ")
     assert text["uses"] == "999 words of ImageNet's class names"
     served = {one.backend for one in backends.report() if one.device_type == "cpu"}
