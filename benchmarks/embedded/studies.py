@@ -438,8 +438,16 @@ def vit(model: str, seeds: tuple[int, ...] = SEEDS) -> list[Run]:
         ("zero_shot", {"method": "zero_shot"} | VIT),
         *((row, of_vit(row, share)) for row, share in VIT_SHARES.items()),
     ]
+    # Most of a run is tests. The first seed's were made before they could be in bfloat16.
     return [
-        Run("vit", row, {"order": order, "seed": seed} | options, model)
+        Run(
+            "vit",
+            row,
+            {"order": order, "seed": seed}
+            | options
+            | ({"precision_eval": "amp_bf16"} if seed else {}),
+            model,
+        )
         for seed, order, (row, options) in product(seeds, VIT_ORDERS, rows)
     ]
 
