@@ -73,7 +73,7 @@ _CHOICES = {
         "on orders III and IV, one seed, without label smoothing. A point replaces the preset "
         "only where it is better by more than 0.67, the least difference that two orders can "
         "show. So finetune now has the rate 0.00005 and snd 0.0001. The runs of the presets are "
-        "those of Label smoothing.",
+        "those of Label smoothing and of Forms of MulKI.",
     ),
     "changes": (
         "What images are made of",

@@ -87,7 +87,7 @@ def test_a_point_of_another_study_takes_the_place_of_a_preset_by_its_rule_alone(
             if variant.rpartition(", ")[0] == row and len(runs) == len(studies.FORM_ORDERS):
                 compared[variant] = tables.criterion(runs) - before
     clear = [variant for variant, more in compared.items() if more > 0.67]
-    assert len(compared) == 26 and clear == ["snd, lr=0.0001", "finetune, lr=5e-05"]
+    assert len(compared) == 34 and clear == ["snd, lr=0.0001", "finetune, lr=5e-05"]
     assert presets.METHODS[BUNDLED, "snd"]["lr"] == 1e-4
     assert presets.METHODS[BUNDLED, "finetune"]["lr"] == 5e-5
 
