@@ -46,6 +46,7 @@ def evaluate(argv: list[str]) -> int:
         InputError: bad arguments, checkpoint or tasks.
     """
     from mulki.train.config.run_config import RunConfig
+    from mulki.train.learning.memory import keep_freed_memory
     from mulki.train.retest import OPTIONS, evaluation
 
     parser = Parser(
@@ -67,6 +68,7 @@ def evaluate(argv: list[str]) -> int:
         parser.add_argument(flag(name), metavar="FILE.csv", type=Path, help=what)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     given = vars(parser.parse_args(with_hyphens(argv)))
+    keep_freed_memory()
     checkpoint, as_json = Path(given.pop("checkpoint")), given.pop("json")
     files = {name: given.pop(name) for name in _FILES}
     taken: dict[Path, str] = {}

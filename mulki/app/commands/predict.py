@@ -48,6 +48,7 @@ def predict(argv: list[str]) -> int:
     from mulki.train.config.run_config import RunConfig
     from mulki.train.config.tasks import limit_reading
     from mulki.train.display.progress import checking
+    from mulki.train.learning.memory import keep_freed_memory
     from mulki.train.model import load
 
     parser = Parser(
@@ -89,6 +90,7 @@ def predict(argv: list[str]) -> int:
     for name in OPTIONS:
         add_options(parser, RunConfig, only=name)
     given = vars(parser.parse_intermixed_args(with_hyphens(argv)))
+    keep_freed_memory()
     chosen = {name: given[name] for name in OPTIONS if given[name] is not None}
     config = RunConfig(**convert(RunConfig, chosen))
     check_options(config)

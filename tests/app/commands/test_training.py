@@ -6,6 +6,7 @@ import logging
 
 import pytest
 
+from mulki.app.cli import main
 from mulki.app.commands.training import prepare_process
 
 
@@ -45,6 +46,15 @@ def test_the_first_process_prints_warnings(
 
 def test_freed_memory_is_kept(memory_left_alone: list[bool]) -> None:
     prepare_process()
+    assert memory_left_alone == [True]
+
+
+@pytest.mark.parametrize("command", [["eval", "none"], ["predict", "none", "a.png"]])
+def test_freed_memory_is_kept_where_a_model_only_answers(
+    command: list[str], memory_left_alone: list[bool]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(command)
     assert memory_left_alone == [True]
 
 
