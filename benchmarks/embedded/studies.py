@@ -20,10 +20,10 @@ The rules; the first was written down before any of the runs, the others later:
   methods have.
 - So learning rates and strengths of the other methods were chosen under other conditions than
   those of the results. Each row of the six orders' table is run on orders III and IV once more as
-  results are made, with half and twice its rate and its strength (`AGAIN`), MulKI's
-  rows later than the others. A point takes the place of the preset where its criterion is higher
-  by more than 0.67, which is what two of them must differ by: of MulKI's forms the difference
-  between the two orders has a standard deviation of 0.46. This was written before these runs.
+  results are made, with half and twice its rate and its strength (`AGAIN`), MulKI's rows later
+  than the others. A point takes the place of the preset where its criterion is higher by more than
+  0.67, which is what two of them must differ by: of MulKI's forms the difference between the two
+  orders has a standard deviation of 0.46. This was written before these runs.
 - By that rule fine-tuning has half its rate, and so has Select-and-Distill on the task's own
   images; on made images it would keep its rate. But there, with half of it, it is level by the
   criterion, and keeps 0.7 points more of Transfer, as much as MulKI. So that this is seen on test
