@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mulki.clip.head import Head
+from mulki.clip.head import Head, class_key
 from mulki.clip.models import VisionLanguageModel
 from mulki.clip.retrieval import ranks, right_captions, turned
 from mulki.clip.texts import text_features, text_inputs
-from mulki.data.caption_task import CaptionedImages, CaptionTask, same_text
+from mulki.data.caption_task import CaptionedImages, CaptionTask
 from mulki.data.loader import batch_sizes
 from mulki.data.task import Task
 from mulki.distributed.world import ALONE, World
@@ -338,11 +338,6 @@ def tested_texts(task: Task) -> list[list[str]]:
     if isinstance(task, CaptionTask):
         return [[text] for text in task.test.texts()]
     return task.prompts()
-
-
-def class_key(prompts: Sequence[str]) -> tuple[str, ...]:
-    """What the prompts of one class share in two tasks: they are equal but for `same_text`."""
-    return tuple(map(same_text, prompts))
 
 
 def shared_classes(tasks: Sequence[Task]) -> dict[str, list[str]]:

@@ -11,7 +11,8 @@ Friedman, The Elements of Statistical Learning, section 4.3). Nothing is trained
 kept: a mean for each class, and one matrix for all.
 
 Statistics are of the model after the task in which a class was learned; means can be moved along
-with the features of later tasks (`ClassStatistics.shifted`). Where classes without them
+with the features of later tasks (`ClassStatistics.shifted`). A class of several tasks, see
+`class_key`, has the mean and the scatter of all its images. Where classes without statistics
 are in the label space too, the texts decide whether the answer is a class that has them, and the
 head which of these it is:
 
@@ -36,6 +37,7 @@ import torch
 from torch import Tensor
 
 from mulki.clip.tensor_files import load_tensors, save_tensors
+from mulki.data.caption_task import same_text
 from mulki.data.task import Task
 from mulki.errors import InputError
 
@@ -44,6 +46,11 @@ _FORMAT = "class statistics 1"
 _BANDWIDTH = 0.3
 # A variance below this is rounding: features have length 1.
 _ROUNDING = 1e-12
+
+
+def class_key(prompts: Sequence[str]) -> tuple[str, ...]:
+    """What the prompts of one class share in two tasks: they are equal but for `same_text`."""
+    return tuple(map(same_text, prompts))
 
 
 class Prompted(Protocol):
@@ -60,7 +67,7 @@ class TaskMeans:
     Attributes:
         task: its name.
         classes: class names, [C].
-        prompts: the prompts of each class, [C][T], by which a class is known again.
+        prompts: the prompts of each class, [C][T].
         means: [C, D] float32, means of the features, or what they were moved to; no unit rows.
         counts: [C] int64, images of each class.
     """
@@ -116,9 +123,9 @@ class ClassStatistics:
         Args:
             shrinkage: r, in (0, 1].
         """
-        assert self.scatter is not None
-        counts = torch.cat([each.counts for each in self.tasks])
-        covariance = self.scatter.double() / max(int(counts.sum()) - len(counts), 1)
+        places, _, scatter = self._classes()
+        images = sum(int(each.counts.sum()) for each in self.tasks)
+        covariance = scatter / max(images - len(places), 1)
         average = covariance.diagonal().mean()
         if average < _ROUNDING:
             return torch.zeros_like(covariance)
@@ -129,20 +136,31 @@ class ClassStatistics:
         """Class means [C, D] of those tasks all of whose classes have one, by the task's number.
 
         Args:
-            tasks: with their names and prompts; a class is known by its prompts.
+            tasks: a class is known by its prompts, see `class_key`.
         """
-        known = {
-            prompts: mean
-            for each in self.tasks
-            for prompts, mean in zip(each.prompts, each.means, strict=True)
-        }
+        places, means, _ = self._classes()
         found = {}
         for number, task in enumerate(tasks):
-            rows = [known.get(tuple(prompts)) for prompts in task.prompts()]
+            rows = [places.get(class_key(prompts)) for prompts in task.prompts()]
             there = [row for row in rows if row is not None]
             if there and len(there) == len(rows):
-                found[number] = torch.stack(there)
+                found[number] = means[there].float()
         return found
+
+    def _classes(self) -> tuple[dict[tuple[str, ...], int], Tensor, Tensor]:
+        # The place of each class, and as if its images were all of one task: means [C, D] and
+        # scatter [D, D] in float64.
+        assert self.scatter is not None
+        places: dict[tuple[str, ...], int] = {}
+        keys = [class_key(prompts) for each in self.tasks for prompts in each.prompts]
+        rows = torch.tensor([places.setdefault(key, len(places)) for key in keys])
+        of_task = torch.cat([each.means for each in self.tasks]).double()
+        counts = torch.cat([each.counts for each in self.tasks]).double().unsqueeze(1)
+        share = counts / counts.new_zeros(len(places), 1).index_add_(0, rows, counts)[rows]
+        means = of_task.new_zeros(len(places), of_task.shape[1])
+        means.index_add_(0, rows, share * of_task)
+        between = of_task - means[rows]
+        return places, means, self.scatter.double() + (counts * between).T @ between
 
     def state(self) -> dict[str, Any]:
         """It as nested lists, texts and tensors."""
@@ -190,6 +208,10 @@ class ClassStatistics:
                 or scatter.shape != (each.means.shape[1],) * 2
             ):
                 raise ValueError(f"the sizes of task {each.task} do not agree")
+            if not each.means.isfinite().all() or not scatter.isfinite().all():
+                raise ValueError("values that are not finite")
+            if each.counts.min() < 1:
+                raise ValueError(f"a class of task {each.task} without an image")
         return cls(tasks, scatter)
 
 
@@ -275,6 +297,9 @@ class Head:
             features: [B, D] of images.
             cosines: [B, C_i] of the features and the class texts of each task, by its number.
             numbers: of the tasks, in the order of the columns.
+
+        Raises:
+            InputError: the statistics are of another model.
         """
         texts, whole, learned = [], [], []
         for number in numbers:
@@ -282,6 +307,12 @@ class Head:
             score = of_texts
             if number in self:
                 linear, bias = self._layers[number]
+                if linear.shape[1] != features.shape[1]:
+                    raise InputError(
+                        f"class statistics: of {linear.shape[1]} features, but the model has "
+                        f"{features.shape[1]}, so they are another model's; restore the file "
+                        "beside the checkpoint, or pass --no-head"
+                    )
                 score = of_texts + torch.addmm(bias, features.float(), linear.mT)
             texts.append(of_texts)
             whole.append(score)

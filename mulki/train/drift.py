@@ -80,18 +80,18 @@ class Drift:
                     self._words[number] = (features @ texts.mT).argmax(dim=1)
                 self._inputs = text_inputs(student, self._prompts, self._world)
             texts = text_features(student, self._inputs, self._world)
-        means = statistics.means_of(self._tasks)
+        means = {each.task: each.means for each in statistics.tasks}
         found: dict[str, dict[str, tuple[float, int]]] = {}
         # Those of which there is something to compare.
-        numbers = [number for number in tested if original is not None or number in means]
+        numbers = [i for i in tested if original is not None or self._tasks[i].name in means]
         for number, features, target in self._encoded(student, numbers):
             values = {}
             if original is not None:
                 same = (features @ texts.mT).argmax(dim=1) == self._words[number]
                 values[WORD_AGREEMENT] = 100 * float(same.cpu().double().mean()), len(same)
-            if number in means:
-                sums, counts = class_sums(features, target, len(means[number]))
-                cosines = F.cosine_similarity(sums, means[number].to(sums))[counts > 0]
+            if (kept := means.get(self._tasks[number].name)) is not None:
+                sums, counts = class_sums(features, target, len(kept))
+                cosines = F.cosine_similarity(sums, kept.to(sums))[counts > 0]
                 values[MEAN_DISTANCE] = 1 - float(cosines.cpu().double().mean()), len(features)
             found[self._tasks[number].name] = values
         return found

@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from mulki.choices.options import field_name
-from mulki.clip.evaluation import class_key, zero_shot_classifier
+from mulki.clip.evaluation import zero_shot_classifier
 from mulki.clip.exporting.onnx import Classes
-from mulki.clip.head import ClassStatistics, Head, read_statistics
+from mulki.clip.head import ClassStatistics, Head, class_key, read_statistics
 from mulki.clip.models import VisionLanguageModel
 from mulki.console import Console
 from mulki.data import BadImage, Task

@@ -282,8 +282,16 @@ class _Sequence:
         # Of an earlier run, with the class statistics beside them.
         set_weights(self.setup.model, file)
         statistics = statistics_of(file)
-        if self.setup.config.head and statistics.is_file():
+        if not self.setup.config.head:
+            return
+        if statistics.is_file():
             self.statistics = read_statistics(statistics)
+        elif any(task.classes for task in self.setup.tasks[: self.setup.earlier]):
+            _log.warning(
+                "there is no %s, so texts alone answer for the earlier tasks, and no results with "
+                "head are shown",
+                statistics,
+            )
 
     def _skip(self, steps: int) -> None:
         # What an earlier process did.

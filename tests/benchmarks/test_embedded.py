@@ -100,7 +100,8 @@ def test_the_page_has_every_part_that_has_runs() -> None:
     ]
     assert "CPU, torch 2.13, fp32; commits aaaaaaaaaaaa." in text
     counts = [r.rsplit("| ", 1)[1] for r in text.splitlines() if r.startswith("| mulki | - |")]
-    assert counts == ["2 |", "1 |"]
+    # In all orders, in those besides III and IV, and in glyphs.
+    assert counts == ["2 |", "1 |", "1 |"]
 
 
 def test_the_best_point_of_a_method_is_first_and_bold() -> None:

@@ -145,6 +145,29 @@ def test_a_class_is_known_by_its_prompts(unit: Callable[..., Tensor]) -> None:
     torch.testing.assert_close(found[1].double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_class_of_two_tasks_has_all_its_images(unit: Callable[..., Tensor]) -> None:
+    again = replace(TASKS[1], name="again", classes=("D", "c", "h"))
+    statistics, images = learned(unit, [TASKS[0], TASKS[1]])
+    more, of_again = learned(unit, [again])
+    assert more.scatter is not None
+    statistics = statistics.with_task(more.tasks[0], more.scatter)
+    for name, features in of_again.items():
+        key = name.lower()
+        images[key] = torch.cat([images[key], features]) if key in images else features
+    linear, bias = expected_layers(images)
+    head = Head(statistics, [*TASKS[:2], again], SCALE, SHRINKAGE, WEIGHT)
+    for number, columns in ((0, [0, 1]), (1, [2, 3, 4]), (2, [3, 2, 5])):
+        got = head.layer(number)
+        torch.testing.assert_close(got[0].double(), linear[columns], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got[1].double(), bias[columns], rtol=1e-4, atol=1e-4)
+
+
+def test_statistics_of_another_model(unit: Callable[..., Tensor]) -> None:
+    head, features = head_of(learned(unit, TASKS[:1])[0]), unit(2, WIDTH + 1)
+    with pytest.raises(InputError, match="of 5 features, but the model has 6"):
+        head.scores(features, {0: unit(2, 2)}, [0])
+
+
 def test_statistics_on_disk_and_in_a_save(unit: Callable[..., Tensor], tmp_path: Path) -> None:
     statistics, _ = learned(unit, TASKS[:2])
     write_statistics(tmp_path / "a.safetensors", statistics)
@@ -161,7 +184,9 @@ def test_statistics_on_disk_and_in_a_save(unit: Callable[..., Tensor], tmp_path:
     assert ClassStatistics.of_state(ClassStatistics().state()).tasks == ()
 
 
-@pytest.mark.parametrize("damage", ["format", "metadata", "means", "classes", "scatter"])
+@pytest.mark.parametrize(
+    "damage", ["format", "metadata", "means", "classes", "scatter", "nan", "count"]
+)
 def test_files_that_are_something_else(
     unit: Callable[..., Tensor], tmp_path: Path, damage: str
 ) -> None:
@@ -178,6 +203,10 @@ def test_files_that_are_something_else(
         metadata["tasks"] = names.replace('["a"], ', "")
     elif damage == "means":
         state["means"] = state["means"][:1]
+    elif damage == "nan":
+        state["means"] = state["means"] * torch.nan
+    elif damage == "count":
+        state["counts"] = state["counts"] * 0
     else:
         state["scatter"] = state["scatter"][:1].clone()
     save_tensors(tmp_path / "x.safetensors", state, metadata)

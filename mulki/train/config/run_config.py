@@ -261,10 +261,10 @@ class RunConfig:
         of_classes=True,
     )
     head_weight: float = option(
-        0.25, "weight of the class statistics in that head", low=0, of_classes=True
+        0.1, "weight of the class statistics in that head", low=0, of_classes=True
     )
     head_shrinkage: float = option(
-        0.1,
+        0.03,
         "shrinkage of its covariance towards a multiple of the identity, (0, 1]",
         above=0,
         high=1,

@@ -251,6 +251,15 @@ def test_fisher_information_that_is_not_there_is_told(
     assert caplog.text.count("ewc does not hold on") == 1
 
 
+def test_class_statistics_that_are_not_there_are_told(
+    make: Make, folders: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    first = make("first", folders[:1], method="finetune", head=False)
+    made = make("second", folders[1:2], first.path, head=True)
+    assert "class_statistics" in caplog.text and "texts alone answer for the earlier" in caplog.text
+    assert made.with_head is None
+
+
 def test_damaged_files_are_seen_before_anything_is_tested(make: Make, folders: list[str]) -> None:
     first = make("first", folders[:1], method="ewc", fisher_images=4)
     for file in sorted((first.path / "checkpoints" / "latest").glob("*.safetensors")):
